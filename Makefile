@@ -1,0 +1,54 @@
+# make demo | test | test-fast | lint | format | clean
+# Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+# The installation is editable: only what goes into libllama, or names a dependency, makes it stale.
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/* native/* patches/*)
+# Building without isolation, in .venv, keeps include paths and so the compiled objects between builds. The build
+# requirements are the strings of pyproject.toml's first table.
+BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja
+
+.PHONY: demo test test-fast lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed-demo
+	@$(BIN)/adaskip-cpp demo
+
+test: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -m "not model and not slow"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(if $(wildcard .clang-format),$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h))
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(if $(wildcard .clang-format),$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h))
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/installed-%: $(VENV)/build-tools $(NATIVE)
+	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(VENV)/build-tools: pyproject.toml
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "make: no C++ compiler found; install one (Debian: apt install g++, macOS: xcode-select --install)." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $(PYTHON) is not Python 3.10 or later; name one: make PYTHON=python3.12." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "make: $(PYTHON) cannot create $(VENV); install its venv module (Debian: apt install python3-venv)." >&2; exit 1; }
+	@echo "Installing the build tools; llama-cpp-python compiles for about 4 minutes when pip has no wheel of it yet."
+	$(PIP) install --quiet $(BUILD_REQUIRES)
+	@touch $@

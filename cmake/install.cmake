@@ -1,0 +1,29 @@
+# What goes into the wheel: one libllama, its build record, adaskip.h and llama.cpp's licence.
+
+if(APPLE)
+    set(ADASKIP_RPATH "@loader_path/../../llama_cpp/lib")
+    target_link_options(llama PRIVATE -Wl,-dead_strip_dylibs -Wl,-x)
+else()
+    set(ADASKIP_RPATH "$ORIGIN/../../llama_cpp/lib")
+    # --as-needed: ggml's package names the backends of the llama-cpp-python that we build against (CPU, CUDA ...);
+    # libllama itself calls none of them, and must not ask for one that the running environment lacks.
+    target_link_options(llama PRIVATE -Wl,--as-needed -Wl,-s)
+endif()
+set_target_properties(llama PROPERTIES
+    BUILD_WITH_INSTALL_RPATH   ON
+    INSTALL_RPATH              "${ADASKIP_RPATH}"
+    INSTALL_RPATH_USE_LINK_PATH OFF
+    INSTALL_REMOVE_ENVIRONMENT_RPATH ON)
+
+get_directory_property(ADASKIP_LLAMA_VERSION DIRECTORY "${ADASKIP_LLAMA}" DEFINITION LLAMA_VERSION)
+file(STRINGS "${ggml_DIR}/ggml-config.cmake" ADASKIP_GGML_VERSION REGEX "set\\(GGML_VERSION ")
+string(REGEX REPLACE ".*\"(.*)\".*" "\\1" ADASKIP_GGML_VERSION "${ADASKIP_GGML_VERSION}")
+configure_file("${CMAKE_CURRENT_LIST_DIR}/build.json.in" build.json @ONLY)
+
+# A wheel cannot hold symbolic links, and llama_cpp opens libllama.so: only that name is installed. Its SONAME
+# stays libllama.so.0, so libmtmd is satisfied by it.
+install(PROGRAMS "$<TARGET_FILE:llama>" DESTINATION adaskip_cpp/lib
+    RENAME "${CMAKE_SHARED_LIBRARY_PREFIX}llama${CMAKE_SHARED_LIBRARY_SUFFIX}")
+install(FILES "${CMAKE_CURRENT_BINARY_DIR}/build.json" DESTINATION adaskip_cpp/lib)
+install(FILES "${ADASKIP_LLAMA}/LICENSE" DESTINATION adaskip_cpp/lib RENAME LICENSE.llama.cpp)
+install(FILES native/adaskip.h DESTINATION adaskip_cpp/include OPTIONAL)

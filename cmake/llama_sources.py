@@ -1,0 +1,239 @@
+"""Provides llama.cpp's sources for our CMakeLists.txt: download, verify, unpack, patch.
+
+The sources are those in the sdist of the pinned llama-cpp-python, fetched through pip so that mirrors, proxies and
+caches are the user's own. A stamp makes a second run free, and a change of the patch set touches only the files whose
+contents change, so an incremental build stays incremental. Every failure is one line that ends with what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+__all__ = ["Requirement", "SourceError", "apply_patches", "fetch", "prepare"]
+
+# What libllama needs of the 175 MB tree. ggml itself comes ready-built from llama-cpp-python; llama.cpp's CMake files
+# include one of ggml's, and configure vendor/ whatever is built.
+_PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "ggml/cmake", "include", "src", "vendor")
+
+
+class SourceError(Exception):
+    """The sources cannot be provided; the message is one line that ends with what to do."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """The pinned llama-cpp-python: its version and the SHA-256 (hex) of its sdist."""
+
+    version: str
+    sha256: str
+
+    @property
+    def filename(self) -> str:
+        """Name of the sdist's file."""
+        return f"llama_cpp_python-{self.version}.tar.gz"
+
+    @classmethod
+    def read(cls, path: Path) -> Requirement:
+        """Reads pip's requirement file ``path``, which holds one hash-pinned line."""
+        match = re.search(r"^llama-cpp-python==(\S+) --hash=sha256:([0-9a-f]{64})$", path.read_text(), re.MULTILINE)
+        if match is None:
+            raise SourceError(f"{path} pins no llama-cpp-python; write 'llama-cpp-python==VERSION --hash=sha256:HEX'.")
+        return cls(match[1], match[2])
+
+
+def fetch(requirement_file: Path, directory: Path) -> Path:
+    """Downloads the pinned sdist into ``directory``, unless it is there already, and returns its path.
+
+    Raises:
+        SourceError: pip is missing, the registry cannot be reached, or the file is not the pinned one.
+    """
+    requirement = Requirement.read(requirement_file)
+    sdist = directory / requirement.filename
+    if sdist.is_file() and _sha256(sdist) == requirement.sha256:
+        return sdist
+    sdist.unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Metadata is prepared by the build backend that is running already: without --no-build-isolation pip would
+    # install a second one. PIP_BUILD_TRACKER belongs to the pip that may have started us.
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command += ["--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--progress-bar", "off"]
+    command += ["--dest", str(directory), "--requirement", str(requirement_file)]
+    environment = {name: value for name, value in os.environ.items() if name != "PIP_BUILD_TRACKER"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    if result.returncode == 0 and sdist.is_file():
+        return sdist
+    if "No module named pip" in output:
+        raise SourceError(
+            f"{sys.executable} has no pip to download llama.cpp with; run '{sys.executable} -m ensurepip'."
+        )
+    if "DO NOT MATCH THE HASHES" in output:
+        raise SourceError(
+            f"the downloaded {requirement.filename} is not the pinned file (its SHA-256 differs from the one in "
+            f"{requirement_file}); check the package index that pip uses, then try again."
+        )
+    last = next(
+        (line for line in reversed(output.splitlines()) if line.startswith("ERROR")), f"exit {result.returncode}"
+    )
+    raise SourceError(
+        f"pip cannot download {requirement.filename} ({last.removeprefix('ERROR: ')}); check the network and pip's "
+        "index, or pass a downloaded file by CMAKE_ARGS=-DADASKIP_SDIST=FILE."
+    )
+
+
+def apply_patches(root: Path, patches: list[Path]) -> None:
+    """Applies ``patches`` (paths inside them start with a/ and b/) to the tree ``root``, in order.
+
+    Raises:
+        SourceError: a hunk does not match exactly; ``root`` is then left half patched.
+    """
+    if not patches:
+        return
+    try:
+        import patch_ng
+    except ImportError:
+        raise SourceError(
+            "the Python package patch-ng, which applies patches/, is missing; pip install patch-ng."
+        ) from None
+    for path in patches:
+        # patch-ng only warns about some hunks that it leaves out, so a warning is a failure, and the reason.
+        records: list[str] = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]  # noqa: B023
+        patch_ng.logger.addHandler(handler)
+        try:
+            patch_set = patch_ng.fromfile(str(path))
+            applied = patch_set is not False and len(patch_set) > 0 and patch_set.apply(root=str(root))
+        except OSError as error:
+            applied, records = False, [str(error)]
+        finally:
+            patch_ng.logger.removeHandler(handler)
+        if not applied or records:
+            reason = " ".join(" ".join(records).split()) or "not a readable unified diff"
+            raise SourceError(
+                f"patch {path.name} does not apply to llama.cpp ({reason}); regenerate it against the version pinned "
+                "in cmake/llama-cpp-python.txt."
+            )
+
+
+def prepare(requirement_file: Path, patch_directory: Path, work: Path, sdist: Path | None = None) -> Path:
+    """Returns the folder ``work``/llama.cpp with the patched sources, brought up to date if need be.
+
+    Args:
+        requirement_file: pip's requirement file with the pinned llama-cpp-python.
+        patch_directory: holds ``series``, which lists the patch files to apply, one a line ('#' starts a comment).
+        work: folder that keeps the download and the sources between builds.
+        sdist: a downloaded sdist to use instead of asking pip.
+
+    Raises:
+        SourceError: see ``fetch`` and ``apply_patches``; what was there before is left as it was.
+    """
+    requirement = Requirement.read(requirement_file)
+    patches = _read_series(patch_directory)
+    state = hashlib.sha256(requirement.sha256.encode() + Path(__file__).read_bytes())
+    for path in patches:
+        state.update(hashlib.sha256(path.read_bytes()).digest())
+    target, stamp = work / "llama.cpp", work / "llama.cpp.stamp"
+    if target.is_dir() and stamp.is_file() and stamp.read_text() == state.hexdigest():
+        return target
+    if sdist is None:
+        sdist = fetch(requirement_file, work)
+    elif not sdist.is_file() or _sha256(sdist) != requirement.sha256:
+        raise SourceError(
+            f"{sdist} is not the pinned {requirement.filename} (SHA-256 {requirement.sha256}); give that file."
+        )
+    fresh = work / "llama.cpp.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    _unpack(sdist, requirement, fresh)
+    apply_patches(fresh, patches)
+    stamp.unlink(missing_ok=True)
+    _mirror(fresh, target)
+    shutil.rmtree(fresh)
+    stamp.write_text(state.hexdigest())
+    return target
+
+
+def _read_series(directory: Path) -> list[Path]:
+    series = directory / "series"
+    if not series.is_file():
+        raise SourceError(f"{series} is missing; restore it, an empty file means no patches.")
+    names = [line.partition("#")[0].strip() for line in series.read_text().splitlines()]
+    paths = [directory / name for name in names if name]
+    for path in paths:
+        if not path.is_file():
+            raise SourceError(f"{series} lists {path.name}, which does not exist; restore the file or remove the line.")
+    return paths
+
+
+def _unpack(sdist: Path, requirement: Requirement, target: Path) -> None:
+    prefix = PurePosixPath(f"llama_cpp_python-{requirement.version}/vendor/llama.cpp")
+    with tarfile.open(sdist) as archive:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if not member.isfile() or not name.is_relative_to(prefix) or ".." in name.parts:
+                continue
+            relative = name.relative_to(prefix)
+            content = archive.extractfile(member) if any(map(relative.is_relative_to, _PARTS)) else None
+            if content is not None:
+                path = target / relative
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.read())
+    if not (target / "CMakeLists.txt").is_file():
+        raise SourceError(
+            f"{sdist.name} holds no vendor/llama.cpp; pin a release that does in cmake/llama-cpp-python.txt."
+        )
+
+
+def _mirror(source: Path, target: Path) -> None:
+    """Makes ``target`` equal to ``source``, leaving files that are equal already untouched."""
+    wanted = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    for path in [path for path in target.rglob("*") if path.is_file()]:
+        if path.relative_to(target) not in wanted:
+            path.unlink()
+    for relative in wanted:
+        path = target / relative
+        if not path.is_file() or not filecmp.cmp(source / relative, path, shallow=False):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main() -> int:
+    """Prints the folder of the patched sources, or on stderr the one line that says why there is none."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requirement", type=Path, required=True)
+    parser.add_argument("--patches", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--sdist", type=Path)
+    arguments = parser.parse_args()
+    try:
+        print(prepare(arguments.requirement, arguments.patches, arguments.work, arguments.sdist))
+    except SourceError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (OSError, tarfile.TarError) as error:
+        print(f"{error}; free disk space or remove {arguments.work}, then try again.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
