@@ -1,0 +1,272 @@
+// The C ABI: checks every argument, and lets nothing but error codes out.
+
+#include "adaskip.h"
+
+#include "adaskip-topology.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <exception>
+#include <limits>
+#include <stdexcept>
+
+static thread_local std::string last_error;
+
+static int32_t fail(int32_t code, std::string message) {
+    last_error = std::move(message);
+    return code;
+}
+
+// runs f, which returns a code, and turns what it throws into one
+template <typename F>
+static int32_t guarded(const llama_context * ctx, F && f) {
+    last_error.clear();
+    if (!ctx) {
+        return fail(ADASKIP_ERROR_ARGUMENT, "the context is null");
+    }
+    try {
+        return f();
+    } catch (const std::exception & e) {
+        return fail(ADASKIP_ERROR_INTERNAL, e.what());
+    } catch (...) {
+        return fail(ADASKIP_ERROR_INTERNAL, "unknown exception");
+    }
+}
+
+static bool is_phase(int32_t phase) {
+    return phase == ADASKIP_PHASE_PREFILL || phase == ADASKIP_PHASE_DECODE;
+}
+
+static int32_t n_layer_of(const llama_context & ctx) {
+    return llama_model_n_layer(&ctx.get_model());
+}
+
+// a graph of a few tokens, built only to be looked at
+static ggml_cgraph * build_sample_graph(llama_context & ctx) {
+    ctx.synchronize();
+    ctx.sched_reserve();
+
+    llama_memory_context_ptr mctx;
+    if (ctx.get_memory()) {
+        mctx = ctx.get_memory()->init_full();
+        if (!mctx) {
+            throw std::runtime_error("failed to initialize the memory module");
+        }
+    }
+    const uint32_t n_seqs   = ctx.n_seq_max();
+    const uint32_t n_tokens = 2*n_seqs;
+
+    return ctx.graph_reserve(n_tokens, n_seqs, n_seqs, mctx.get(), /*split_only =*/ true);
+}
+
+// what can be skipped does not change over the life of a context, and the graph pass checks again
+static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
+    auto & res = ctx.adaskip.sublayers;
+    if (!res.empty()) {
+        return res;
+    }
+    ggml_cgraph * gf = build_sample_graph(ctx);
+    if (!gf) {
+        throw std::runtime_error("failed to build a graph");
+    }
+    const auto * gf_res   = ctx.get_gf_res_reserve();
+    const auto   topology = adaskip_topology_find(gf, gf_res->t_embd ? gf_res->t_embd : gf_res->t_logits, n_layer_of(ctx));
+
+    std::vector<uint8_t> skip(2*topology.layers.size(), 0);
+    for (size_t i = 0; i < skip.size(); ++i) {
+        const auto & loc = topology.layers[i / 2][i % 2];
+
+        adaskip_sublayer sublayer = {};
+        sublayer.layer     = (int32_t) i / 2;
+        sublayer.kind      = (int32_t) i % 2;
+        sublayer.skippable = loc.skippable();
+        if (loc.skippable()) {
+            skip[i] = 1;
+            sublayer.n_nodes = topology.count_dead(gf, skip);
+            skip[i] = 0;
+        }
+        snprintf(sublayer.reason, sizeof(sublayer.reason), "%s", loc.reason.c_str());
+        res.push_back(sublayer);
+    }
+    return res;
+}
+
+static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
+    if (!plan) {
+        return ADASKIP_OK;
+    }
+    const int32_t n_layer = n_layer_of(ctx);
+    if (plan->n_layer != n_layer) {
+        return fail(ADASKIP_ERROR_ARGUMENT, format("the plan has %d layers, the model %d", plan->n_layer, n_layer));
+    }
+    if (!plan->skip || !plan->scale) {
+        return fail(ADASKIP_ERROR_ARGUMENT, "the plan has no arrays");
+    }
+    const auto & sublayers = sublayers_of(ctx);
+    for (int32_t i = 0; i < 2*n_layer; ++i) {
+        if (!plan->skip[i]) {
+            continue;
+        }
+        const char * kind = i % 2 == ADASKIP_ATTENTION ? "attention" : "FFN";
+        if (!sublayers[i].skippable) {
+            return fail(ADASKIP_ERROR_NOT_SKIPPABLE,
+                    format("layer %d: the %s cannot be skipped: %s", i / 2, kind, sublayers[i].reason));
+        }
+        if (!std::isfinite(plan->scale[i]) || plan->scale[i] <= 0.0f) {
+            return fail(ADASKIP_ERROR_COMPENSATION,
+                    format("layer %d: the scale of the %s is %g, not a positive number", i / 2, kind, plan->scale[i]));
+        }
+    }
+    return ADASKIP_OK;
+}
+
+int32_t adaskip_abi_version(void) {
+    return ADASKIP_ABI_VERSION;
+}
+
+const char * adaskip_last_error(void) {
+    return last_error.c_str();
+}
+
+int32_t adaskip_n_layer(const llama_context * ctx) {
+    return guarded(ctx, [&] { return n_layer_of(*ctx); });
+}
+
+int32_t adaskip_sublayers(llama_context * ctx, adaskip_sublayer * out, int32_t n_out) {
+    return guarded(ctx, [&]() -> int32_t {
+        const int32_t n = 2*n_layer_of(*ctx);
+        if (!out || n_out != n) {
+            return fail(ADASKIP_ERROR_ARGUMENT, format("expected room for %d sublayers, got %d", n, n_out));
+        }
+        const auto & sublayers = sublayers_of(*ctx);
+        std::copy(sublayers.begin(), sublayers.end(), out);
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_check_plan(llama_context * ctx, const adaskip_plan * plan) {
+    return guarded(ctx, [&] { return check_plan(*ctx, plan); });
+}
+
+int32_t adaskip_set_plan(llama_context * ctx, int32_t phase, const adaskip_plan * plan) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (!is_phase(phase)) {
+            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown phase %d", phase));
+        }
+        const int32_t code = check_plan(*ctx, plan);
+        if (code != ADASKIP_OK) {
+            return code;
+        }
+        adaskip_context::plan value;
+        if (plan && std::any_of(plan->skip, plan->skip + 2*plan->n_layer, [](uint8_t s) { return s != 0; })) {
+            value.skip .assign(2*plan->n_layer, 0);
+            value.scale.assign(2*plan->n_layer, 1.0f);
+            value.attention.assign(plan->n_layer, false);
+            for (int32_t i = 0; i < 2*plan->n_layer; ++i) {
+                if (plan->skip[i]) {
+                    value.skip[i]  = 1;
+                    value.scale[i] = plan->scale[i];
+                    if (i % 2 == ADASKIP_ATTENTION) {
+                        value.attention[i / 2] = true;
+                    }
+                }
+            }
+        }
+        ctx->adaskip.set_plan(phase, std::move(value));
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_set_phase(llama_context * ctx, int32_t phase) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (!is_phase(phase)) {
+            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown phase %d", phase));
+        }
+        ctx->adaskip.set_phase(phase);
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_set_statistics(
+        llama_context * ctx, int32_t mode, adaskip_statistics_callback callback, void * user_data) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (mode < ADASKIP_STATISTICS_OFF || mode > ADASKIP_STATISTICS_TOKENS) {
+            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown statistics mode %d", mode));
+        }
+        if (mode != ADASKIP_STATISTICS_OFF && !callback) {
+            return fail(ADASKIP_ERROR_ARGUMENT, "statistics need a callback");
+        }
+        ctx->adaskip.set_statistics(mode, callback, user_data);
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_get_counters(const llama_context * ctx, adaskip_counters * out) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (!out) {
+            return fail(ADASKIP_ERROR_ARGUMENT, "the counters are null");
+        }
+        *out = ctx->adaskip.counters;
+        out->n_bytes_kv = 0;
+        if (ctx->get_memory()) {
+            for (const auto & [buft, size] : ctx->get_memory()->memory_breakdown()) {
+                GGML_UNUSED(buft);
+                out->n_bytes_kv += (int64_t) size;
+            }
+        }
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_kv_first_stale(const llama_context * ctx, int32_t seq_id, int32_t phase, int32_t * pos) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (!is_phase(phase) || !pos) {
+            return fail(ADASKIP_ERROR_ARGUMENT, !pos ? "the position is null" : format("unknown phase %d", phase));
+        }
+        const auto & mask = ctx->adaskip.get_plan(phase).attention;
+        *pos = ctx->adaskip.kv.first_stale(seq_id, mask, std::numeric_limits<llama_pos>::max());
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_kv_get_runs(
+        const llama_context * ctx, int32_t seq_id, int32_t * starts, uint8_t * skipped, int32_t n_max) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (n_max < 0 || (n_max > 0 && (!starts || !skipped))) {
+            return fail(ADASKIP_ERROR_ARGUMENT, "the arrays are null");
+        }
+        const auto   runs    = ctx->adaskip.kv.get_runs(seq_id);
+        const size_t n_layer = n_layer_of(*ctx);
+        for (size_t i = 0; i < std::min(runs.size(), (size_t) n_max); ++i) {
+            starts[i] = runs[i].start;
+            for (size_t il = 0; il < n_layer; ++il) {
+                skipped[i*n_layer + il] = il < runs[i].skipped.size() && runs[i].skipped[il];
+            }
+        }
+        return (int32_t) runs.size();
+    });
+}
+
+int32_t adaskip_kv_set_runs(
+        llama_context * ctx, int32_t seq_id, const int32_t * starts, const uint8_t * skipped, int32_t n) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (n < 0 || (n > 0 && (!starts || !skipped))) {
+            return fail(ADASKIP_ERROR_ARGUMENT, "the arrays are null");
+        }
+        const size_t n_layer = n_layer_of(*ctx);
+        std::vector<adaskip_kv::run> runs;
+        for (int32_t i = 0; i < n; ++i) {
+            if (starts[i] < 0 || (i > 0 && starts[i] <= starts[i - 1])) {
+                return fail(ADASKIP_ERROR_ARGUMENT, "the runs are not in ascending order");
+            }
+            runs.push_back({ starts[i], adaskip_kv::layer_mask(skipped + i*n_layer, skipped + (i + 1)*n_layer) });
+        }
+        ctx->adaskip.kv.set_runs(seq_id, runs);
+        return ADASKIP_OK;
+    });
+}

@@ -1,0 +1,227 @@
+// The graph pass: takes the skipped sublayers out of a graph and adds the reductions that the statistics need.
+
+#include "adaskip-context.h"
+#include "adaskip-topology.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+
+// per sublayer at most: three reductions, two reshapes, two copies to make them possible, an addition and a scale
+static constexpr uint32_t ADASKIP_NODES_PER_SUBLAYER = 10;
+
+uint32_t adaskip_graph_max_nodes(uint32_t n_layer) {
+    return 2*n_layer*ADASKIP_NODES_PER_SUBLAYER + ADASKIP_NODES_PER_SUBLAYER;
+}
+
+// makes a node compute what `src` would, under its own name and flags, so that its consumers need no change
+static void node_become(ggml_tensor * node, const ggml_tensor * src) {
+    node->op = src->op;
+    std::copy(std::begin(src->op_params), std::end(src->op_params), std::begin(node->op_params));
+    std::copy(std::begin(src->src), std::end(src->src), std::begin(node->src));
+}
+
+bool adaskip_context::check(const adaskip_topology & topology) {
+    const auto & skip = plans[phase].skip;
+    for (size_t i = 0; i < skip.size(); ++i) {
+        const auto & loc = topology.layers[i / 2][i % 2];
+        if (skip[i] && !loc.skippable()) {
+            error = format("layer %d: the %s cannot be skipped: %s",
+                    (int) i / 2, i % 2 == ADASKIP_ATTENTION ? "attention" : "FFN", loc.reason.c_str());
+            return false;
+        }
+    }
+    return true;
+}
+
+ggml_tensor * adaskip_context::resolve(ggml_tensor * t) const {
+    for (auto it = replaced.find(t); it != replaced.end(); it = replaced.find(t)) {
+        t = it->second;
+    }
+    return t;
+}
+
+void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgraph * gf) {
+    const auto & plan = plans[phase];
+
+    for (const auto & junction : topology.junctions) {
+        if (!is_skipped(junction)) {
+            continue;
+        }
+        ggml_tensor * const out = junction.out;
+
+        // the chain through this junction: one sublayer after the other is added, or stands in for by its compensation
+        ggml_tensor * cur = junction.residual;
+
+        for (const auto & term : junction.terms) {
+            if (!is_skipped(term)) {
+                cur = ggml_add(ctx.get(), term.node, cur);
+                continue;
+            }
+            const float scale = plan.scale[2*term.il + term.kind];
+            if (scale != 1.0f) {
+                if (!ggml_is_contiguous(cur)) {
+                    cur = ggml_cont(ctx.get(), cur);
+                }
+                cur = ggml_scale(ctx.get(), cur, scale);
+            }
+        }
+        if (cur != junction.residual) {
+            node_become(out, cur);
+        } else if (out->flags & GGML_TENSOR_FLAG_OUTPUT) {
+            node_become(out, ggml_scale(ctx.get(), cur, 1.0f)); // somebody reads this very tensor
+        } else {
+            replaced[out] = cur;
+        }
+    }
+
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        read_replaced(ggml_graph_node(gf, i));
+    }
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+        read_replaced(t);
+    }
+}
+
+void adaskip_context::read_replaced(ggml_tensor * node) const {
+    for (auto & src : node->src) {
+        src = src ? resolve(src) : nullptr;
+    }
+    if (node->view_src) {
+        ggml_tensor * base = resolve(node->view_src);
+        if (base != node->view_src) {
+            node->view_src   = base->view_src ? base->view_src : base;
+            node->view_offs += base->view_src ? base->view_offs : 0;
+        }
+    }
+}
+
+bool adaskip_context::is_skipped(const adaskip_term & term) const {
+    const auto & skip = plans[phase].skip;
+    return !skip.empty() && term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && skip[2*term.il + term.kind];
+}
+
+bool adaskip_context::is_skipped(const adaskip_junction & junction) const {
+    return std::any_of(junction.terms.begin(), junction.terms.end(), [&](const adaskip_term & t) { return is_skipped(t); });
+}
+
+// sum over a row of a*b, for every row: a product of matrices with one row each, one pass over memory and one op that
+// every backend has
+int adaskip_context::reduce(ggml_tensor * a, ggml_tensor * b, ggml_tensor * node) {
+    const auto as_rows = [&](ggml_tensor * t) {
+        if (!ggml_is_contiguous(t)) {
+            t = ggml_cont(ctx.get(), t);
+        }
+        return ggml_reshape_3d(ctx.get(), t, t->ne[0], 1, ggml_nrows(t));
+    };
+    ggml_tensor * a_rows = as_rows(a);
+    ggml_tensor * b_rows = a == b ? a_rows : as_rows(b);
+    ggml_tensor * res    = ggml_mul_mat(ctx.get(), a_rows, b_rows);
+
+    ggml_prec_set_acc(res, GGML_PREC_F32);
+    ggml_set_output(res);
+
+    behind[node].push_back(res);
+    reductions.push_back(res);
+    return (int) reductions.size() - 1;
+}
+
+void adaskip_context::add_statistics(const adaskip_topology & topology) {
+    observations.assign(topology.layers.size(), { observation { -1, -1, -1 }, observation { -1, -1, -1 } });
+
+    // |v|^2 of one sublayer is |u|^2 of the next
+    std::unordered_map<const ggml_tensor *, int> squares;
+    const auto square = [&](ggml_tensor * t, ggml_tensor * node) {
+        const auto it = squares.find(t);
+        return it != squares.end() ? it->second : squares[t] = reduce(t, t, node);
+    };
+
+    for (const auto & junction : topology.junctions) {
+        if (is_skipped(junction)) {
+            continue; // where parallel blocks are skipped in part, the one that runs is not observed
+        }
+        ggml_tensor * const out = junction.out;
+        ggml_tensor * u = resolve(junction.residual);
+        for (size_t it = 0; it < junction.terms.size(); ++it) {
+            const auto & term = junction.terms[it];
+            const bool   last = it + 1 == junction.terms.size();
+
+            ggml_tensor * v = last ? out : ggml_add(ctx.get(), term.node, u);
+            if (term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && topology.layers[term.il][term.kind].skippable()) {
+                auto & dst = observations[term.il][term.kind];
+                dst[0] = reduce(u, v, out);
+                dst[1] = square(u, out);
+                dst[2] = square(v, out);
+            }
+            u = v;
+        }
+    }
+}
+
+// Lists the live nodes again, in the order in which llama.cpp had them. Dead are the nodes that only a skipped branch
+// needs, and the stores of a skipped attention.
+void adaskip_context::rebuild(
+        const adaskip_topology & topology, ggml_cgraph * gf, const std::vector<ggml_tensor *> & roots,
+        const ggml_tensor * dropped) {
+    const auto & skip = plans[phase].skip;
+
+    std::vector<ggml_tensor *> nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
+
+    std::unordered_set<const ggml_tensor *> dead_roots = { dropped };
+    for (size_t i = 0; i < skip.size(); ++i) {
+        if (skip[i]) {
+            const auto & loc  = topology.layers[i / 2][i % 2];
+            const auto & term = topology.junctions[loc.i_junction].terms[loc.i_term];
+            dead_roots.insert(term.stores.begin(), term.stores.end());
+        }
+    }
+
+    std::vector<ggml_tensor *> todo;
+    for (auto * root : roots) {
+        if (dead_roots.count(root) == 0) {
+            todo.push_back(root);
+        }
+    }
+    for (const auto & [node, added] : behind) {
+        todo.insert(todo.end(), added.begin(), added.end());
+    }
+
+    std::unordered_set<const ggml_tensor *> live;
+    while (!todo.empty()) {
+        ggml_tensor * t = todo.back();
+        todo.pop_back();
+        if (!live.insert(t).second) {
+            continue;
+        }
+        for (auto * src : t->src) {
+            if (src) {
+                todo.push_back(src);
+            }
+        }
+    }
+
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+        t->flags |= t->op != GGML_OP_NONE ? GGML_TENSOR_FLAG_COMPUTE : 0;
+    }
+
+    ggml_graph_clear(gf);
+
+    // ggml_build_forward_order leaves GGML_TENSOR_FLAG_COMPUTE as it is, also on branches that upstream has deselected
+    for (auto * node : nodes) {
+        if (live.count(node) > 0) {
+            ggml_build_forward_order(gf, node);
+        }
+        const auto it = behind.find(node);
+        if (it != behind.end()) {
+            for (auto * added : it->second) {
+                ggml_build_forward_order(gf, added);
+            }
+        }
+        // llm_graph_result::set_inputs writes every input, so those of dead nodes need memory too
+        for (auto * src : node->src) {
+            if (src && (src->flags & GGML_TENSOR_FLAG_INPUT)) {
+                ggml_build_forward_order(gf, src);
+            }
+        }
+    }
+}

@@ -1,0 +1,435 @@
+#include "adaskip-topology.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+// a stream that needs more than this many nested additions per junction is no transformer
+static constexpr int ADASKIP_MAX_EXPANSIONS = 8;
+
+static const char * kind_name(int kind) {
+    return kind == ADASKIP_TERM_ATTENTION ? "attention" : "FFN";
+}
+
+// layer of a weight by its GGUF name: "blk.7.ffn_up.weight", "dec.blk.7.attn_q.weight"
+static int layer_of_weight(const ggml_tensor * t) {
+    int il = -1;
+    if (sscanf(t->name, "blk.%d.", &il) == 1 || sscanf(t->name, "dec.blk.%d.", &il) == 1) {
+        return il;
+    }
+    return -1;
+}
+
+static bool is_recurrent_op(ggml_op op) {
+    switch (op) {
+        case GGML_OP_SSM_CONV:
+        case GGML_OP_SSM_SCAN:
+        case GGML_OP_RWKV_WKV6:
+        case GGML_OP_RWKV_WKV7:
+        case GGML_OP_GATED_LINEAR_ATTN:
+        case GGML_OP_GATED_DELTA_NET:
+            return true;
+        default:
+            return false;
+    }
+}
+
+// the soft-max of a mixture-of-experts router has no mask, the one over KQ has
+static bool is_attention_op(const ggml_tensor * t) {
+    return t->op == GGML_OP_FLASH_ATTN_EXT || (t->op == GGML_OP_SOFT_MAX && t->src[1] != nullptr);
+}
+
+std::vector<ggml_tensor *> adaskip_graph_roots(ggml_cgraph * gf) {
+    std::unordered_set<const ggml_tensor *> consumed;
+    const int n_nodes = ggml_graph_n_nodes(gf);
+    for (int i = 0; i < n_nodes; ++i) {
+        for (const auto * src : ggml_graph_node(gf, i)->src) {
+            consumed.insert(src);
+        }
+    }
+    std::vector<ggml_tensor *> res;
+    for (int i = 0; i < n_nodes; ++i) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (consumed.count(node) == 0) {
+            res.push_back(node);
+        }
+    }
+    return res;
+}
+
+namespace {
+
+// everything between the stream and the end of one branch
+struct branch_info {
+    std::unordered_set<const ggml_tensor *> nodes;
+    std::vector<ggml_tensor *> leafs;
+
+    bool reaches_stream = false; // depends on the residual
+    int  n_attention    = 0;
+    bool recurrent      = false;
+};
+
+struct finder {
+    ggml_cgraph * gf;
+
+    std::unordered_map<const ggml_tensor *, int>                        index;   // position in the graph
+    std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> stores;  // memory tensor -> its SET_ROWS
+    std::unordered_set<const ggml_tensor *>                             written; // memory tensors written in any other way
+
+    explicit finder(ggml_cgraph * gf) : gf(gf) {
+        const int n_nodes = ggml_graph_n_nodes(gf);
+        for (int i = 0; i < n_nodes; ++i) {
+            index[ggml_graph_node(gf, i)] = i;
+        }
+        for (auto * root : adaskip_graph_roots(gf)) {
+            if (root->view_src && is_leaf(root->view_src)) {
+                if (root->op == GGML_OP_SET_ROWS) {
+                    stores[root->view_src].push_back(root);
+                } else {
+                    written.insert(root->view_src);
+                }
+            }
+        }
+    }
+
+    bool is_leaf(const ggml_tensor * t) const { return index.find(t) == index.end(); }
+
+    // computed from weights and inputs alone, such as the embeddings of the tokens
+    bool is_source(const ggml_tensor * t) const {
+        return std::all_of(std::begin(t->src), std::end(t->src), [&](const ggml_tensor * src) {
+            return !src || is_leaf(src);
+        });
+    }
+
+    int index_of(const ggml_tensor * t) const {
+        const auto it = index.find(t);
+        return it == index.end() ? -1 : it->second;
+    }
+
+    // llama.cpp gathers the rows of the output tokens in the middle of the last layer
+    const ggml_tensor * behind_gather(const ggml_tensor * t) const {
+        while (t->op == GGML_OP_GET_ROWS && !is_leaf(t->src[0])) {
+            t = t->src[0];
+        }
+        return t;
+    }
+
+    branch_info branch(ggml_tensor * end, const ggml_tensor * residual) const {
+        branch_info res;
+        const ggml_tensor * base  = behind_gather(residual);
+        const int           bound = index_of(base);
+
+        std::vector<ggml_tensor *> todo = { end };
+        while (!todo.empty()) {
+            ggml_tensor * t = todo.back();
+            todo.pop_back();
+            if (t == base || t == residual) {
+                res.reaches_stream = true;
+                continue;
+            }
+            if (is_leaf(t)) {
+                res.leafs.push_back(t);
+                continue;
+            }
+            // what was computed before the residual is not part of this branch
+            if (index_of(t) < bound || !res.nodes.insert(t).second) {
+                continue;
+            }
+            res.n_attention += is_attention_op(t);
+            res.recurrent   |= is_recurrent_op(t->op);
+            for (auto * src : t->src) {
+                if (src) {
+                    todo.push_back(src);
+                }
+            }
+        }
+        for (const auto * leaf : res.leafs) {
+            res.recurrent |= written.count(leaf) > 0;
+        }
+        return res;
+    }
+
+    bool depends(ggml_tensor * t, const ggml_tensor * residual) const {
+        return index_of(t) > index_of(behind_gather(residual)) && branch(t, residual).reaches_stream;
+    }
+
+    bool is_sum(const ggml_tensor * t) const {
+        return !is_leaf(t) && t->op == GGML_OP_ADD &&
+            ggml_are_same_shape(t, t->src[0]) && ggml_are_same_shape(t, t->src[1]) &&
+            !(is_leaf(t->src[0]) && is_leaf(t->src[1]));
+    }
+
+    // replaces the operand that is computed last by its own operands; false if none is a sum
+    bool expand(std::vector<ggml_tensor *> & operands) const {
+        auto last = operands.end();
+        for (auto it = operands.begin(); it != operands.end(); ++it) {
+            if (is_sum(*it) && (last == operands.end() || index_of(*it) > index_of(*last))) {
+                last = it;
+            }
+        }
+        if (last == operands.end()) {
+            return false;
+        }
+        ggml_tensor * sum = *last;
+        *last = sum->src[0];
+        operands.push_back(sum->src[1]);
+        return true;
+    }
+
+    // the operand that all others depend on is the residual
+    bool split(ggml_tensor * sum, adaskip_junction & res) const {
+        std::vector<ggml_tensor *> operands = { sum->src[0], sum->src[1] };
+        for (int i = 0; i < ADASKIP_MAX_EXPANSIONS; ++i) {
+            for (auto * residual : operands) {
+                const bool found = std::all_of(operands.begin(), operands.end(), [&](ggml_tensor * t) {
+                    return t == residual || depends(t, residual);
+                });
+                if (found) {
+                    res.out      = sum;
+                    res.residual = residual;
+                    for (auto * t : operands) {
+                        if (t != residual) {
+                            split_parallel(t, residual, res.terms);
+                        }
+                    }
+                    return true;
+                }
+            }
+            if (!expand(operands)) {
+                break;
+            }
+        }
+        return false;
+    }
+
+    // attention and FFN may have been summed before they meet the stream; the experts of one FFN stay together
+    void split_parallel(ggml_tensor * t, const ggml_tensor * residual, std::vector<adaskip_term> & terms) const {
+        if (is_sum(t)) {
+            const auto a = branch(t->src[0], residual);
+            const auto b = branch(t->src[1], residual);
+            if (a.reaches_stream && b.reaches_stream && (a.n_attention > 0) != (b.n_attention > 0)) {
+                split_parallel(t->src[0], residual, terms);
+                split_parallel(t->src[1], residual, terms);
+                return;
+            }
+        }
+        terms.push_back(make_term(t, branch(t, residual)));
+    }
+
+    adaskip_term make_term(ggml_tensor * t, const branch_info & info) const {
+        adaskip_term res;
+        res.node = t;
+        res.kind = info.recurrent || info.n_attention > 1 ? ADASKIP_TERM_OTHER :
+                   info.n_attention == 1                  ? ADASKIP_TERM_ATTENTION : ADASKIP_TERM_FFN;
+        bool first = true;
+        for (auto * leaf : info.leafs) {
+            const int il = layer_of_weight(leaf);
+            if (il >= 0) {
+                res.il = first || res.il == il ? il : -1;
+                first  = false;
+            }
+            const auto it = stores.find(leaf);
+            if (it != stores.end() && std::find(res.caches.begin(), res.caches.end(), leaf) == res.caches.end()) {
+                res.caches.push_back(leaf);
+                res.stores.insert(res.stores.end(), it->second.begin(), it->second.end());
+            }
+        }
+        return res;
+    }
+
+    // the operand through which the stream runs in a node that is no junction, or null
+    ggml_tensor * pass_through(const ggml_tensor * t, bool in_stream) const {
+        ggml_tensor * res = nullptr;
+        for (auto * src : t->src) {
+            if (!src || is_leaf(src)) {
+                continue;
+            }
+            if (res) {
+                return nullptr; // two computed operands: not a change of the stream alone
+            }
+            res = src;
+        }
+        if (!in_stream) {
+            return res; // between the last layer and the result anything goes
+        }
+        switch (t->op) {
+            case GGML_OP_GET_ROWS:
+            case GGML_OP_SCALE:
+            case GGML_OP_MUL:
+            case GGML_OP_ADD:
+            case GGML_OP_NORM:
+            case GGML_OP_RMS_NORM:
+            case GGML_OP_CONT:
+            case GGML_OP_RESHAPE:
+            case GGML_OP_CLAMP:
+                return res;
+            default:
+                return nullptr;
+        }
+    }
+};
+
+// two terms of one junction can only be told apart if they are one attention and one FFN that do not build on each other
+std::string check_terms(const finder & f, const adaskip_junction & junction) {
+    if (junction.out->type != GGML_TYPE_F32) {
+        return "its residual stream is not F32";
+    }
+    const auto & terms = junction.terms;
+    if (terms.size() == 1) {
+        return "";
+    }
+    if (terms.size() != 2 || terms[0].kind != ADASKIP_TERM_ATTENTION || terms[1].kind != ADASKIP_TERM_FFN) {
+        return "several blocks are added to the residual stream at once in an unknown shape";
+    }
+    for (size_t i = 0; i < 2; ++i) {
+        if (f.branch(terms[i].node, junction.residual).nodes.count(terms[1 - i].node) > 0) {
+            return "its parallel blocks build on each other";
+        }
+    }
+    return "";
+}
+
+void locate(const finder & f, adaskip_topology & topology, const std::string & stopped) {
+    const int n_layer = (int) topology.layers.size();
+
+    std::unordered_map<const ggml_tensor *, int> n_readers;
+    for (const auto & junction : topology.junctions) {
+        for (const auto & term : junction.terms) {
+            for (const auto * cache : term.caches) {
+                n_readers[cache]++;
+            }
+        }
+    }
+
+    std::vector<bool> recurrent(n_layer, false);
+
+    for (size_t ij = 0; ij < topology.junctions.size(); ++ij) {
+        const auto & junction = topology.junctions[ij];
+        const auto   reason   = check_terms(f, junction);
+
+        for (size_t it = 0; it < junction.terms.size(); ++it) {
+            const auto & term = junction.terms[it];
+            if (term.il < 0 || term.il >= n_layer) {
+                continue;
+            }
+            if (term.kind == ADASKIP_TERM_OTHER) {
+                recurrent[term.il] = true;
+                continue;
+            }
+            auto & loc = topology.layers[term.il][term.kind];
+            if (loc.i_junction >= 0) {
+                loc.reason = std::string("this layer has more than one ") + kind_name(term.kind) + " block";
+                continue;
+            }
+            loc.i_junction = (int) ij;
+            loc.i_term     = (int) it;
+            loc.reason     = reason;
+            for (const auto * cache : term.caches) {
+                if (loc.reason.empty() && n_readers[cache] > 1) {
+                    loc.reason = "its KV is shared with another layer";
+                }
+            }
+        }
+    }
+
+    for (int il = 0; il < n_layer; ++il) {
+        for (int kind = 0; kind < 2; ++kind) {
+            auto & loc = topology.layers[il][kind];
+            if (loc.i_junction < 0) {
+                loc.reason =
+                    recurrent[il]    ? "this layer has a state-space or convolution block, which carries a state" :
+                    !stopped.empty() ? stopped :
+                    std::string("no ") + kind_name(kind) + " of this layer was found on the residual stream";
+            }
+        }
+    }
+}
+
+} // namespace
+
+adaskip_topology adaskip_topology_find(ggml_cgraph * gf, ggml_tensor * end, int n_layer) {
+    adaskip_topology res;
+    res.layers.resize(n_layer);
+
+    const finder f(gf);
+
+    std::string stopped;
+    for (ggml_tensor * cur = end; cur && !f.is_leaf(cur); ) {
+        adaskip_junction junction;
+        if (f.is_sum(cur) && f.split(cur, junction)) {
+            // the chain order of parallel blocks, whatever order the graph adds them in
+            std::sort(junction.terms.begin(), junction.terms.end(), [](const adaskip_term & a, const adaskip_term & b) {
+                return a.kind < b.kind;
+            });
+            cur = junction.residual;
+            res.junctions.push_back(std::move(junction));
+            continue;
+        }
+        ggml_tensor * next = f.pass_through(cur, !res.junctions.empty());
+        if (!next && !f.is_source(cur)) {
+            stopped = std::string("the residual stream could not be followed through node ") + cur->name +
+                " (" + ggml_op_name(cur->op) + ")";
+        }
+        cur = next;
+    }
+    std::reverse(res.junctions.begin(), res.junctions.end());
+
+    locate(f, res, stopped);
+    return res;
+}
+
+int adaskip_topology::count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & skip) const {
+    // what a junction still needs: its residual and the terms that run
+    std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> needs;
+    std::unordered_set<const ggml_tensor *> gone;
+    for (size_t i = 0; i < skip.size(); ++i) {
+        const auto & loc = layers[i / 2][i % 2];
+        if (!skip[i] || !loc.skippable()) {
+            continue;
+        }
+        const auto & junction = junctions[loc.i_junction];
+        gone.insert(junction.terms[loc.i_term].stores.begin(), junction.terms[loc.i_term].stores.end());
+
+        auto & srcs = needs[junction.out];
+        srcs = { junction.residual };
+        for (size_t it = 0; it < junction.terms.size(); ++it) {
+            const auto & term = junction.terms[it];
+            if (!(term.il >= 0 && skip[2*term.il + term.kind])) {
+                srcs.push_back(term.node);
+            }
+        }
+    }
+
+    std::unordered_set<const ggml_tensor *> live;
+    std::vector<ggml_tensor *> todo;
+    for (auto * root : adaskip_graph_roots(gf)) {
+        if (gone.count(root) == 0) {
+            todo.push_back(root);
+        }
+    }
+    int n_replaced = 0;
+    while (!todo.empty()) {
+        ggml_tensor * t = todo.back();
+        todo.pop_back();
+        if (!live.insert(t).second) {
+            continue;
+        }
+        const auto it = needs.find(t);
+        if (it != needs.end()) {
+            n_replaced += it->second.size() == 1; // nothing is added any more: the residual takes its place
+            todo.insert(todo.end(), it->second.begin(), it->second.end());
+            continue;
+        }
+        for (auto * src : t->src) {
+            if (src) {
+                todo.push_back(src);
+            }
+        }
+    }
+
+    int n_dead = n_replaced;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        n_dead += live.count(ggml_graph_node(gf, i)) == 0;
+    }
+    return n_dead;
+}

@@ -1,0 +1,59 @@
+#pragma once
+
+#include "ggml.h"
+
+#include <array>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+enum adaskip_term_kind {
+    ADASKIP_TERM_ATTENTION = 0, // same values as enum adaskip_kind
+    ADASKIP_TERM_FFN       = 1,
+    ADASKIP_TERM_OTHER     = 2, // a state-space block, a short convolution, anything with a state that is no KV
+};
+
+// One branch that is added to the residual stream.
+struct adaskip_term {
+    ggml_tensor * node = nullptr;
+
+    adaskip_term_kind kind = ADASKIP_TERM_OTHER;
+    int               il   = -1; // layer of the weights it uses, -1 if they belong to none or to several
+
+    std::vector<ggml_tensor *> caches; // memory tensors that it reads
+    std::vector<ggml_tensor *> stores; // nodes that write them and that nothing else consumes
+};
+
+// One node where the residual stream is added to: out = residual + terms. There are two terms where attention and FFN
+// are parallel; they are then taken as the chain a = residual + attention, out = a + FFN.
+struct adaskip_junction {
+    ggml_tensor * out      = nullptr;
+    ggml_tensor * residual = nullptr;
+
+    std::vector<adaskip_term> terms;
+};
+
+struct adaskip_location {
+    int         i_junction = -1;
+    int         i_term     = -1;
+    std::string reason;    // why it cannot be skipped, empty if it can
+
+    bool skippable() const { return reason.empty(); }
+};
+
+// The residual stream of a graph. It is found from the structure of the graph and from the names of the weights
+// ("blk.<il>.", the same in every GGUF file), never from the architecture.
+struct adaskip_topology {
+    std::vector<adaskip_junction>                junctions; // in the order in which they are computed
+    std::vector<std::array<adaskip_location, 2>> layers;    // [n_layer][attention, FFN]
+
+    // nodes of the original graph that are not needed any more with these sublayers skipped (skip: [n_layer][2])
+    int count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & skip) const;
+};
+
+// `end` is a node behind the last layer, such as the result of the final norm
+adaskip_topology adaskip_topology_find(ggml_cgraph * gf, ggml_tensor * end, int n_layer);
+
+// nodes that no other node of the graph consumes: results, and stores into a memory
+std::vector<ggml_tensor *> adaskip_graph_roots(ggml_cgraph * gf);

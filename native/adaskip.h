@@ -1,0 +1,134 @@
+// adaskip: skip attention or FFN sublayers of a llama.cpp model, and measure how much each of them changes the
+// residual stream.
+//
+// This is the whole C ABI. The Python package reads this file through cffi as it is, so it holds plain C declarations
+// only, and preprocessor lines that can be dropped.
+//
+// Conventions
+//   - A model has n_layer layers with two sublayers each. Arrays over sublayers are [n_layer][2], attention first.
+//   - Every function that returns int32_t returns ADASKIP_OK or an ADASKIP_ERROR_*; adaskip_last_error() then holds one
+//     line for the calling thread. Nothing here asserts, throws or aborts on a bad argument, and a failed call changes
+//     nothing.
+//   - A context is used from one thread at a time, as in llama.h.
+
+#ifndef ADASKIP_H
+#define ADASKIP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ADASKIP_ABI_VERSION 1
+
+struct llama_context;
+
+enum adaskip_error {
+    ADASKIP_OK                      =  0,
+    ADASKIP_ERROR_ARGUMENT          = -1, // a null pointer, an unknown enum value, a wrong length
+    ADASKIP_ERROR_NOT_SKIPPABLE     = -2, // the plan names a sublayer that cannot be taken out of this model
+    ADASKIP_ERROR_COMPENSATION      = -3, // a scale is not finite or not positive
+    ADASKIP_ERROR_INTERNAL          = -4, // llama.cpp failed or threw
+};
+
+// what the tokens of the next llama_decode calls are
+enum adaskip_phase {
+    ADASKIP_PHASE_PREFILL = 0, // tokens of a prompt; a context starts here
+    ADASKIP_PHASE_DECODE  = 1, // generated tokens, drafts included
+};
+
+enum adaskip_kind {
+    ADASKIP_ATTENTION = 0,
+    ADASKIP_FFN       = 1,
+};
+
+enum adaskip_statistics_mode {
+    ADASKIP_STATISTICS_OFF     = 0,
+    // logits stay bit-identical; the last layer's FFN, which llama.cpp runs on the output tokens only, is seen for those
+    ADASKIP_STATISTICS_OUTPUTS = 1,
+    // every sublayer sees every token; the output head is left out: no logits and no embeddings are computed
+    ADASKIP_STATISTICS_TOKENS  = 2,
+};
+
+// one sublayer of the model, as found in its compute graph
+struct adaskip_sublayer {
+    int32_t layer;
+    int32_t kind;        // enum adaskip_kind
+    int32_t skippable;   // 0 or 1
+    int32_t n_nodes;     // graph nodes that disappear when this sublayer alone is skipped with scale 1
+    char    reason[160]; // why it is not skippable, empty when it is
+};
+
+// which sublayers to skip, and what stands in for each: v := scale * u
+struct adaskip_plan {
+    int32_t         n_layer; // must equal the model's
+    const uint8_t * skip;    // [n_layer][2], 0 or 1
+    const float   * scale;   // [n_layer][2], read where skip is 1; > 0; a scale of 1 costs nothing
+};
+
+// per-token reductions of one ubatch; the arrays live until the callback returns
+struct adaskip_statistics {
+    int32_t         n_layer;
+    int32_t         n_tokens;
+    int32_t         phase;     // enum adaskip_phase
+    const int32_t * positions; // [n_tokens]
+    const float   * values;    // [n_layer][2][3][n_tokens]: dot(u, v), |u|^2, |v|^2; NaN where not observed
+};
+
+typedef void (*adaskip_statistics_callback)(const struct adaskip_statistics * statistics, void * user_data);
+
+struct adaskip_counters {
+    int64_t n_nodes_full;    // nodes of the last graph as llama.cpp built it
+    int64_t n_nodes;         // nodes of the last graph as it was computed
+    int64_t n_graphs_built;  // since the context was created
+    int64_t n_graphs_reused;
+    int64_t n_bytes_kv;      // buffers of the context's memory (KV cache, recurrent state), all devices together
+    int64_t n_bytes_statistics; // bytes of statistics copied from the devices since the context was created
+};
+
+int32_t      adaskip_abi_version(void);
+const char * adaskip_last_error(void);
+
+// number of layers, or an ADASKIP_ERROR_*
+int32_t adaskip_n_layer(const struct llama_context * ctx);
+
+// fills out[2*n_layer]; builds one graph to look at, so the next llama_decode rebuilds its own
+int32_t adaskip_sublayers(struct llama_context * ctx, struct adaskip_sublayer * out, int32_t n_out);
+
+// whether this plan could be set; plan may be NULL (run everything)
+int32_t adaskip_check_plan(struct llama_context * ctx, const struct adaskip_plan * plan);
+
+// sets a copy of the plan for one phase, or clears it with NULL
+int32_t adaskip_set_plan(struct llama_context * ctx, int32_t phase, const struct adaskip_plan * plan);
+
+int32_t adaskip_set_phase(struct llama_context * ctx, int32_t phase);
+
+// callback may be NULL only with ADASKIP_STATISTICS_OFF
+int32_t adaskip_set_statistics(
+        struct llama_context * ctx, int32_t mode, adaskip_statistics_callback callback, void * user_data);
+
+int32_t adaskip_get_counters(const struct llama_context * ctx, struct adaskip_counters * out);
+
+// A skipped attention writes no KV for its tokens. The context remembers, per position, which attentions did not run,
+// and llama_decode fails (returns < 0, nothing computed) when the plan in force runs an attention that an earlier
+// position of the same sequence lacks. These functions are for whoever rewinds or restores sequences.
+
+// first position of the sequence that lacks an attention which the plan of this phase runs; INT32_MAX when there is none
+int32_t adaskip_kv_first_stale(const struct llama_context * ctx, int32_t seq_id, int32_t phase, int32_t * pos);
+
+// The record as runs of positions: run i starts at starts[i], ends where the next begins, and skipped[i][n_layer] says
+// which attentions did not run. Returns the number of runs (call with n_max 0 to learn it) or an ADASKIP_ERROR_*.
+int32_t adaskip_kv_get_runs(
+        const struct llama_context * ctx, int32_t seq_id, int32_t * starts, uint8_t * skipped, int32_t n_max);
+
+// replaces the record of the sequence; n 0 says that every attention ran for every position
+int32_t adaskip_kv_set_runs(
+        struct llama_context * ctx, int32_t seq_id, const int32_t * starts, const uint8_t * skipped, int32_t n);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // ADASKIP_H
