@@ -1,0 +1,103 @@
+"""Every error that this package raises, under one base class.
+
+Each message ends with what to do next. The classes also derive from the built-in exception that a caller
+would expect (``ImportError``, ``ValueError``, ``RuntimeError``), so existing handlers keep working.
+"""
+
+__all__ = [
+    "AdaSkipError",
+    "BudgetError",
+    "CompensationError",
+    "ImportOrderError",
+    "LibraryError",
+    "LibraryMissingError",
+    "LibraryVersionError",
+    "ModelFileError",
+    "NativeError",
+    "NotSkippableError",
+    "PlanError",
+    "ProfileError",
+    "ProfileFormatError",
+    "ProfileMismatchError",
+    "ProfileMissingError",
+    "ProfileVersionError",
+    "RequestError",
+    "StateError",
+    "SublayerRangeError",
+]
+
+
+class AdaSkipError(Exception):
+    """Base class of all errors raised by adaskip_cpp."""
+
+
+class LibraryError(AdaSkipError, ImportError):
+    """The native library cannot be used in this process."""
+
+
+class LibraryMissingError(LibraryError):
+    """This installation has no libllama of ours."""
+
+
+class LibraryVersionError(LibraryError):
+    """The installed llama-cpp-python is not the version that our libllama was built from."""
+
+
+class ImportOrderError(LibraryError):
+    """``llama_cpp`` was imported before ``adaskip_cpp`` and runs on its own libllama."""
+
+
+class ModelFileError(AdaSkipError, ValueError):
+    """A GGUF file is missing, is not GGUF or cannot be loaded."""
+
+
+class PlanError(AdaSkipError, ValueError):
+    """A plan cannot be built or cannot be used with this model."""
+
+
+class SublayerRangeError(PlanError):
+    """A plan names a layer that the model does not have."""
+
+
+class NotSkippableError(PlanError):
+    """A plan names a sublayer that cannot be taken out of this model's graph."""
+
+
+class CompensationError(PlanError):
+    """A compensation is unknown, not finite, or not positive."""
+
+
+class BudgetError(PlanError):
+    """The number of sublayers to skip is negative or more than can be skipped."""
+
+
+class ProfileError(AdaSkipError, ValueError):
+    """A profile cannot be used."""
+
+
+class ProfileFormatError(ProfileError):
+    """A profile file is truncated, malformed or lacks a field."""
+
+
+class ProfileVersionError(ProfileError):
+    """A profile file was written in a format version that this release does not read."""
+
+
+class ProfileMissingError(ProfileError, FileNotFoundError):
+    """There is no profile file of this name."""
+
+
+class ProfileMismatchError(ProfileError):
+    """A profile or plan belongs to another model."""
+
+
+class RequestError(AdaSkipError, ValueError):
+    """A request is empty, or longer than the model's context."""
+
+
+class StateError(AdaSkipError, ValueError):
+    """A saved state cannot be loaded into this model."""
+
+
+class NativeError(AdaSkipError, RuntimeError):
+    """The native evaluator refused or failed."""

@@ -1,0 +1,280 @@
+"""``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import cached_property
+from typing import Any
+
+import llama_cpp
+from llama_cpp.llama import LlamaState
+
+from ._native import Counters, KVRun, NativeContext, Phase, StatisticsBatch, Sublayer
+from .errors import ModelFileError, NativeError, PlanError, ProfileMismatchError, StateError
+from .model import ModelInfo, check_gguf, fingerprint
+from .plan import SkipPlan
+
+__all__ = ["AdaSkipLlama", "AdaSkipState"]
+
+
+class AdaSkipState(LlamaState):  # type: ignore[misc]
+    """A saved state that knows which model it is of, and which attentions did not run for its positions.
+
+    Attributes:
+        fingerprint: of the model file.
+        kv_runs: the positions that lack KV, see :class:`adaskip_cpp._native.KVRun`.
+    """
+
+    fingerprint: str
+    kv_runs: tuple[KVRun, ...]
+
+    @classmethod
+    def of(cls, state: LlamaState, fingerprint: str, kv_runs: tuple[KVRun, ...]) -> AdaSkipState:
+        """The same state, with what only we know."""
+        result = cls.__new__(cls)
+        result.__dict__.update(vars(state), fingerprint=fingerprint, kv_runs=kv_runs)
+        return result
+
+
+class AdaSkipLlama(llama_cpp.Llama):  # type: ignore[misc]
+    """A model that can leave sublayers out.
+
+    Without a plan it is ``llama_cpp.Llama``, bit for bit. With one, the prompt given to a call runs under the plan's
+    prefill set and what the call generates under its decode set.
+
+    A skipped attention writes no KV. Before anything is evaluated, cached positions that lack an attention which is to
+    run now are evaluated again, so a plan may be changed at any time; what is still valid is kept.
+
+    Args:
+        model_path: a GGUF file.
+        plan: as for :meth:`set_plan`.
+        **kwargs: everything that ``llama_cpp.Llama`` takes.
+
+    Raises:
+        ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
+        PlanError: see :meth:`set_plan`.
+    """
+
+    def __init__(self, model_path: str, *, plan: SkipPlan | None = None, **kwargs: Any) -> None:
+        check_gguf(model_path)
+        self._plan: SkipPlan | None = None
+        self._phase: Phase = "prefill"
+        try:
+            super().__init__(model_path, **kwargs)
+        except ValueError as error:
+            if "Failed to" not in str(error):  # llama_cpp.Llama's words for what llama.cpp could not load
+                raise
+            raise ModelFileError(
+                f"llama.cpp cannot open {model_path!r} ({error}); check that the file is complete, that the memory "
+                "suffices for n_ctx, and pass verbose=True to see llama.cpp's own messages."
+            ) from error
+        if plan is not None:
+            self.set_plan(plan)
+
+    @cached_property
+    def _adaskip(self) -> NativeContext:
+        if self.ctx is None:
+            raise NativeError("the model is closed; open it again.")
+        return NativeContext(int(self.ctx))
+
+    def close(self) -> None:
+        """Free the model; using it afterwards is an error."""
+        self.__dict__.pop("_adaskip", None)
+        super().close()
+
+    # -- what the model is ---------------------------------------------------------------------------------------
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers; the model has twice as many sublayers."""
+        return self._adaskip.n_layer
+
+    @cached_property
+    def model_info(self) -> ModelInfo:
+        """Fingerprint, architecture and number of layers: what a profile or plan must match."""
+        return ModelInfo(
+            fingerprint(self.model_path), self.metadata.get("general.architecture", "unknown"), self.n_layer
+        )
+
+    @cached_property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """One row per sublayer, layer by layer, attention before FFN: what can be skipped, and why not."""
+        return self._adaskip.sublayers()
+
+    @property
+    def counters(self) -> Counters:
+        """Graph nodes, graphs built and reused, bytes of KV."""
+        return self._adaskip.counters()
+
+    # -- the plan ------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> SkipPlan | None:
+        """The plan in force, None if the whole model runs."""
+        return self._plan
+
+    def set_plan(self, plan: SkipPlan | None) -> None:
+        """Skip what ``plan`` says from the next evaluation on; None runs the whole model again.
+
+        Raises:
+            ProfileMismatchError: the plan was made for another model.
+            PlanError: the plan is for another number of layers, or names what cannot be skipped
+                (:class:`NotSkippableError`). The plan in force stays.
+        """
+        if plan is not None and not isinstance(plan, SkipPlan):
+            raise PlanError(f"expected a SkipPlan or None, not {type(plan).__name__}; see Profile.plan() and SkipPlan.")
+        if plan == self._plan:
+            return
+        if plan is not None:
+            self._check_model(plan)
+            for skip_set in (plan.prefill, plan.decode):
+                self._adaskip.check_plan(skip_set.skip, skip_set.scale)
+        for phase, skip_set in (("prefill", plan and plan.prefill), ("decode", plan and plan.decode)):
+            if skip_set is None:
+                self._adaskip.set_plan(phase, None)
+            else:
+                self._adaskip.set_plan(phase, skip_set.skip, skip_set.scale)
+        self._plan = plan
+        # The logits at hand are those of the old plan: an equal prompt must be evaluated again before sampling.
+        self._requires_eval = True
+
+    def _check_model(self, plan: SkipPlan) -> None:
+        if plan.n_layer != self.n_layer:
+            raise PlanError(
+                f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; "
+                "make a plan from this model's profile."
+            )
+        if plan.model is not None and plan.model != self.model_info:
+            raise ProfileMismatchError(
+                f"the plan was made for another model ({plan.model.architecture}, fingerprint "
+                f"{plan.model.fingerprint[:12]}) than {self.model_path!r} ({self.model_info.architecture}, "
+                f"{self.model_info.fingerprint[:12]}); calibrate this model and make a plan from its profile."
+            )
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens behind those that are cached: as a prompt, unless :meth:`generate` is generating.
+
+        Raises:
+            StateError: cached positions must be evaluated again but are no text (an image); call :meth:`reset`.
+        """
+        if not tokens:
+            return
+        native, phase = self._adaskip, self._phase
+        n_valid = native.kv_valid(phase, self.n_tokens)
+        if n_valid < self.n_tokens:
+            self._evaluate("prefill", self._rewind(n_valid))
+        self._evaluate(phase, list(tokens))
+
+    def _evaluate(self, phase: Phase, tokens: list[int]) -> None:
+        native = self._adaskip
+        native.set_phase(phase)
+        # If this fails, the logits at hand are not those of the cached tokens.
+        self._requires_eval = True
+        try:
+            # One batch at a time, so that Ctrl-C inside a statistics sink ends the evaluation there.
+            for start in range(0, len(tokens), self.n_batch):
+                super().eval(tokens[start : start + self.n_batch])
+                native.raise_pending()
+        finally:
+            native.set_phase("prefill")  # for whoever decodes on the context without us
+        self._requires_eval = native.collects_statistics
+
+    def _rewind(self, n_valid: int) -> list[int]:
+        """Forget the cached tokens from the first stale one on, and return them."""
+        is_swa = llama_cpp.llama_model_n_swa(self.model) > 0 and not self.context_params.swa_full
+        if is_swa or self._is_recurrent or self._is_hybrid:
+            n_valid = 0  # what such a memory dropped or folded into its state cannot be rewound to
+        tokens = self.input_ids[n_valid : self.n_tokens].tolist()
+        if min(tokens) < 0:
+            raise StateError("the cached prompt holds an image, which the new plan must see again; call reset() first.")
+        if n_valid == 0:
+            self.reset()
+        self.n_tokens = n_valid
+        return list(tokens)
+
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """Generate tokens: the prompt runs as prefill, every step after it as decode, drafts included.
+
+        Arguments and results are those of ``llama_cpp.Llama.generate``.
+        """
+        if self._adaskip.collects_statistics:
+            raise StateError("no logits are computed while statistics are collected; leave collect_statistics() first.")
+        with closing(super().generate(tokens, *args, **kwargs)) as steps:
+            phase: Phase = "prefill"
+            sent: Sequence[int] | None = None
+            while True:
+                # Set for this step alone: between two steps the caller may evaluate or generate something else.
+                self._phase = phase
+                try:
+                    token = steps.send(sent)
+                except StopIteration:
+                    return
+                finally:
+                    self._phase = "prefill"
+                phase = "decode"
+                sent = yield token
+
+    # -- statistics ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def collect_statistics(self, sink: Callable[[StatisticsBatch], None]) -> Iterator[None]:
+        """Hand the statistics of every evaluated ubatch to ``sink`` while the context is open.
+
+        Every sublayer that runs is observed for every token. No logits are computed meanwhile: use :meth:`eval`.
+        What ``sink`` raises ends the evaluation and is raised from it.
+
+        Raises:
+            StateError: statistics are being collected already.
+        """
+        native = self._adaskip
+        if native.collects_statistics:
+            raise StateError("statistics are being collected already; leave the other collect_statistics() first.")
+        native.start_statistics(sink)
+        try:
+            yield
+        finally:
+            native.stop_statistics()
+            self._requires_eval = True
+
+    # -- saved states --------------------------------------------------------------------------------------------
+
+    def save_state(self) -> AdaSkipState:
+        """As ``llama_cpp.Llama.save_state``, with the record of what the KV lacks."""
+        return AdaSkipState.of(super().save_state(), self.model_info.fingerprint, self._adaskip.kv_runs())
+
+    def load_state(self, state: LlamaState) -> None:
+        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` counts as that of the whole model.
+
+        Raises:
+            StateError: the state is of another model or of other context settings. Nothing is changed, unless
+                llama.cpp itself refuses the state: then the cache is empty.
+        """
+        if isinstance(state, AdaSkipState) and state.fingerprint != self.model_info.fingerprint:
+            raise StateError("the state was saved from another model; load it into the model that it was saved from.")
+        if (
+            state.input_ids.shape != self.input_ids.shape
+            or state.scores.shape != self.scores[: state.n_tokens].shape
+        ):
+            raise StateError(
+                "the state was saved with another n_ctx, n_batch or logits_all; open the model with the same settings."
+            )
+        try:
+            super().load_state(state)
+        except RuntimeError as error:
+            self._ctx.kv_cache_clear()
+            self.reset()
+            self._adaskip.set_kv_runs(())
+            raise StateError(
+                f"llama.cpp refused the state ({error}); the cache is empty now, evaluate the prompt again."
+            ) from error
+        self._adaskip.set_kv_runs(state.kv_runs if isinstance(state, AdaSkipState) else ())
+
+    # -- pickling ------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "plan": self._plan}
