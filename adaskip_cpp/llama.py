@@ -81,7 +81,8 @@ class AdaSkipLlama(llama_cpp.Llama):  # type: ignore[misc]
     def close(self) -> None:
         """Free the model; using it afterwards is an error."""
         self.__dict__.pop("_adaskip", None)
-        super().close()
+        if hasattr(self, "_stack"):  # absent where the constructor refused its arguments
+            super().close()
 
     # -- what the model is ---------------------------------------------------------------------------------------
 

@@ -153,10 +153,13 @@ struct finder {
         return index_of(t) > index_of(behind_gather(residual)) && branch(t, residual).reaches_stream;
     }
 
+    // a bias has the shape of one token's activations, but it is a weight
+    bool is_activation(const ggml_tensor * t) const { return !is_leaf(t) || (t->flags & GGML_TENSOR_FLAG_INPUT); }
+
     bool is_sum(const ggml_tensor * t) const {
         return !is_leaf(t) && t->op == GGML_OP_ADD &&
-            ggml_are_same_shape(t, t->src[0]) && ggml_are_same_shape(t, t->src[1]) &&
-            !(is_leaf(t->src[0]) && is_leaf(t->src[1]));
+            ggml_are_same_shape(t, t->src[0]) && is_activation(t->src[0]) &&
+            ggml_are_same_shape(t, t->src[1]) && is_activation(t->src[1]);
     }
 
     // replaces the operand that is computed last by its own operands; false if none is a sum
