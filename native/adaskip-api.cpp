@@ -75,7 +75,7 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
         throw std::runtime_error("failed to build a graph");
     }
     const auto * gf_res   = ctx.get_gf_res_reserve();
-    const auto   topology = adaskip_topology_find(gf, gf_res->t_embd ? gf_res->t_embd : gf_res->t_logits, n_layer_of(ctx));
+    const auto   topology = adaskip_topology_find(gf, gf_res->t_embd ? gf_res->t_embd : gf_res->t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided);
 
     std::vector<uint8_t> skip(2*topology.layers.size(), 0);
     for (size_t i = 0; i < skip.size(); ++i) {
@@ -97,15 +97,27 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
 }
 
 static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
-    if (!plan) {
-        return ADASKIP_OK;
-    }
     const int32_t n_layer = n_layer_of(ctx);
-    if (plan->n_layer != n_layer) {
+    const int32_t n_embd  = llama_model_n_embd(&ctx.get_model());
+
+    if (plan && plan->n_layer != n_layer) {
         return fail(ADASKIP_ERROR_ARGUMENT, format("the plan has %d layers, the model %d", plan->n_layer, n_layer));
     }
-    if (!plan->skip || !plan->scale) {
+    if (plan && (!plan->skip || !plan->scale)) {
         return fail(ADASKIP_ERROR_ARGUMENT, "the plan has no arrays");
+    }
+    if (plan && plan->bias && plan->n_embd != n_embd) {
+        return fail(ADASKIP_ERROR_ARGUMENT, format("the plan's vectors have %d values, the model %d", plan->n_embd, n_embd));
+    }
+    const auto & elided = ctx.adaskip.kv_elided;
+    for (int32_t il = 0; il < std::min(n_layer, (int32_t) elided.size()); ++il) {
+        if (elided[il] && !(plan && plan->skip[2*il + ADASKIP_ATTENTION])) {
+            return fail(ADASKIP_ERROR_KV_ELIDED,
+                    format("layer %d: the attention would run, but the model was opened without KV for it", il));
+        }
+    }
+    if (!plan) {
+        return ADASKIP_OK;
     }
     const auto & sublayers = sublayers_of(ctx);
     for (int32_t i = 0; i < 2*n_layer; ++i) {
@@ -121,8 +133,38 @@ static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
             return fail(ADASKIP_ERROR_COMPENSATION,
                     format("layer %d: the scale of the %s is %g, not a positive number", i / 2, kind, plan->scale[i]));
         }
+        const float * bias = plan->bias ? plan->bias + (size_t) i*n_embd : nullptr;
+        if (bias && !std::all_of(bias, bias + n_embd, [](float x) { return std::isfinite(x); })) {
+            return fail(ADASKIP_ERROR_COMPENSATION,
+                    format("layer %d: the vector of the %s has a value that is not finite", i / 2, kind));
+        }
     }
     return ADASKIP_OK;
+}
+
+// the plan must have passed check_plan
+static adaskip_context::plan make_plan(const llama_context & ctx, const adaskip_plan * plan) {
+    adaskip_context::plan res;
+    const int32_t n = plan ? 2*plan->n_layer : 0;
+    if (!plan || !std::any_of(plan->skip, plan->skip + n, [](uint8_t s) { return s != 0; })) {
+        return res;
+    }
+    res.skip .assign(n, 0);
+    res.scale.assign(n, 1.0f);
+    res.attention.assign(plan->n_layer, false);
+    for (int32_t i = 0; i < n; ++i) {
+        if (plan->skip[i]) {
+            res.skip[i]  = 1;
+            res.scale[i] = plan->scale[i];
+            if (i % 2 == ADASKIP_ATTENTION) {
+                res.attention[i / 2] = true;
+            }
+        }
+    }
+    if (plan->bias) {
+        res.bias = adaskip_vectors_init(ctx.get_model(), res.skip, plan->bias, plan->n_embd);
+    }
+    return res;
 }
 
 int32_t adaskip_abi_version(void) {
@@ -162,22 +204,110 @@ int32_t adaskip_set_plan(llama_context * ctx, int32_t phase, const adaskip_plan 
         if (code != ADASKIP_OK) {
             return code;
         }
-        adaskip_context::plan value;
-        if (plan && std::any_of(plan->skip, plan->skip + 2*plan->n_layer, [](uint8_t s) { return s != 0; })) {
-            value.skip .assign(2*plan->n_layer, 0);
-            value.scale.assign(2*plan->n_layer, 1.0f);
-            value.attention.assign(plan->n_layer, false);
-            for (int32_t i = 0; i < 2*plan->n_layer; ++i) {
-                if (plan->skip[i]) {
-                    value.skip[i]  = 1;
-                    value.scale[i] = plan->scale[i];
-                    if (i % 2 == ADASKIP_ATTENTION) {
-                        value.attention[i / 2] = true;
-                    }
+        auto value = make_plan(*ctx, plan);
+        ctx->synchronize(); // the last graph may still read the vectors of the plan that goes
+        ctx->adaskip.set_plan(phase, std::move(value));
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_set_decode_schedule(
+        llama_context * ctx, const int32_t * starts, const adaskip_plan * plans, int32_t n) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (!starts || !plans || n < 1 || starts[0] != 0) {
+            return fail(ADASKIP_ERROR_ARGUMENT, "a schedule needs at least one plan, the first from token 0 on");
+        }
+        std::vector<adaskip_context::step> steps;
+        for (int32_t i = 0; i < n; ++i) {
+            const int32_t code = check_plan(*ctx, &plans[i]);
+            if (code != ADASKIP_OK) {
+                return code;
+            }
+            if (i > 0 && starts[i] <= starts[i - 1]) {
+                return fail(ADASKIP_ERROR_ARGUMENT, "the plans of a schedule are not in ascending order");
+            }
+            for (int32_t il = 0; i > 0 && il < plans[i].n_layer; ++il) {
+                if (plans[i - 1].skip[2*il] && !plans[i].skip[2*il]) {
+                    return fail(ADASKIP_ERROR_ARGUMENT,
+                            format("layer %d: the schedule runs an attention again that it skipped before", il));
                 }
             }
         }
-        ctx->adaskip.set_plan(phase, std::move(value));
+        for (int32_t i = 0; i < n; ++i) {
+            steps.push_back({ starts[i], make_plan(*ctx, &plans[i]) });
+        }
+        ctx->synchronize();
+        ctx->adaskip.set_decode_schedule(std::move(steps));
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_set_online(llama_context * ctx, const adaskip_online_params * params) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (params && params->window < 1) {
+            return fail(ADASKIP_ERROR_ARGUMENT, format("the window is %d tokens, not at least 1", params->window));
+        }
+        if (params && !std::isfinite(params->threshold)) {
+            return fail(ADASKIP_ERROR_ARGUMENT, "the threshold is not a finite number");
+        }
+        if (params && (params->scale < ADASKIP_ONLINE_SCALE_NONE || params->scale > ADASKIP_ONLINE_SCALE_MEDIAN)) {
+            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown online scale %d", params->scale));
+        }
+        ctx->adaskip.set_online(params);
+        ctx->adaskip.begin_request();
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_get_online(const llama_context * ctx, adaskip_online_state * state) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (!state) {
+            return fail(ADASKIP_ERROR_ARGUMENT, "the state is null");
+        }
+        const auto & online = ctx->adaskip.get_online();
+        state->n_tokens = online.n_tokens;
+        state->done     = online.done;
+        const auto & before = ctx->adaskip.get_plan_of_request();
+        for (int32_t il = 0; il < n_layer_of(*ctx); ++il) {
+            if (state->similarity) {
+                state->similarity[il] = online.similarity(il);
+            }
+            if (state->norm_ratio) {
+                state->norm_ratio[il] = online.scale(il, ctx->adaskip.online_scale());
+            }
+            if (state->added) {
+                state->added[il] = online.value.skips(il, ADASKIP_FFN) && !before.skips(il, ADASKIP_FFN);
+            }
+        }
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_begin_request(llama_context * ctx) {
+    return guarded(ctx, [&]() -> int32_t {
+        ctx->adaskip.begin_request();
+        return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer) {
+    last_error.clear();
+    if (n_layer < 0 || (skipped && n_layer == 0)) {
+        return fail(ADASKIP_ERROR_ARGUMENT, format("%d layers", n_layer));
+    }
+    adaskip_elide_kv_next(skipped ? std::vector<bool>(skipped, skipped + n_layer) : std::vector<bool>());
+    return ADASKIP_OK;
+}
+
+int32_t adaskip_get_elided_kv(const llama_context * ctx, uint8_t * elided, int32_t n_layer) {
+    return guarded(ctx, [&]() -> int32_t {
+        if (!elided || n_layer != n_layer_of(*ctx)) {
+            return fail(ADASKIP_ERROR_ARGUMENT, format("expected room for %d layers, got %d", n_layer_of(*ctx), n_layer));
+        }
+        const auto & mask = ctx->adaskip.kv_elided;
+        for (int32_t il = 0; il < n_layer; ++il) {
+            elided[il] = il < (int32_t) mask.size() && mask[il];
+        }
         return ADASKIP_OK;
     });
 }
@@ -193,15 +323,16 @@ int32_t adaskip_set_phase(llama_context * ctx, int32_t phase) {
 }
 
 int32_t adaskip_set_statistics(
-        llama_context * ctx, int32_t mode, adaskip_statistics_callback callback, void * user_data) {
+        llama_context * ctx, int32_t flags, adaskip_statistics_callback callback, void * user_data) {
     return guarded(ctx, [&]() -> int32_t {
-        if (mode < ADASKIP_STATISTICS_OFF || mode > ADASKIP_STATISTICS_TOKENS) {
-            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown statistics mode %d", mode));
+        const int32_t known = ADASKIP_STATISTICS_ON | ADASKIP_STATISTICS_ALL_TOKENS | ADASKIP_STATISTICS_VECTORS;
+        if ((flags & ~known) != 0 || (flags != 0 && !(flags & ADASKIP_STATISTICS_ON))) {
+            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown statistics flags %d", flags));
         }
-        if (mode != ADASKIP_STATISTICS_OFF && !callback) {
+        if (flags != 0 && !callback) {
             return fail(ADASKIP_ERROR_ARGUMENT, "statistics need a callback");
         }
-        ctx->adaskip.set_statistics(mode, callback, user_data);
+        ctx->adaskip.set_statistics(flags, callback, user_data);
         return ADASKIP_OK;
     });
 }

@@ -11,6 +11,33 @@
 #include <cmath>
 #include <limits>
 
+// the mask of adaskip_elide_kv, for contexts that this thread creates
+static thread_local std::vector<bool> kv_elided_next;
+
+void adaskip_elide_kv_next(std::vector<bool> elided) {
+    kv_elided_next = std::move(elided);
+}
+
+int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool(int32_t)> & filter, int32_t il) {
+    const auto elided = [&](int32_t i) { return i < (int32_t) kv_elided_next.size() && kv_elided_next[i]; };
+    if (!elided(il)) {
+        return -1;
+    }
+    for (int32_t i = 0; i < (int32_t) hparams.n_layer_all; ++i) {
+        if (!elided(i) && hparams.has_kv(i) && (!filter || filter(i)) &&
+            hparams.n_embd_k_gqa(i) == hparams.n_embd_k_gqa(il) && hparams.n_embd_v_gqa(i) == hparams.n_embd_v_gqa(il)) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+adaskip_context::adaskip_context() : kv_elided(kv_elided_next) {
+    for (auto & steps : plans) {
+        steps.push_back({ 0, {} });
+    }
+}
+
 //
 // hooks
 //
@@ -18,7 +45,7 @@
 bool adaskip_context::begin(const llama_context & lctx, const llama_ubatch & ubatch) {
     error.clear();
 
-    const auto & mask = plans[phase].attention;
+    const auto & mask = active_plan().attention;
 
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
         const llama_seq_id seq_id = ubatch.seq_id_unq[s];
@@ -50,7 +77,7 @@ bool adaskip_context::begin(const llama_context & lctx, const llama_ubatch & uba
 }
 
 llm_graph_params adaskip_context::graph_params(llm_graph_params params) const {
-    if (statistics_mode == ADASKIP_STATISTICS_TOKENS) {
+    if (statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
         // the last layer's FFN then runs on every token
         params.n_outputs = params.ubatch.n_tokens;
     }
@@ -58,7 +85,7 @@ llm_graph_params adaskip_context::graph_params(llm_graph_params params) const {
 }
 
 adaskip_context::graph_key adaskip_context::key() const {
-    return { plans[phase].id, statistics_mode };
+    return { active_plan().id, statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE };
 }
 
 bool adaskip_context::can_reuse() const {
@@ -73,6 +100,7 @@ ggml_cgraph * adaskip_context::graph_pass(
 
     reductions.clear();
     observations.clear();
+    layer_dots.clear();
     replaced.clear();
     behind.clear();
 
@@ -83,19 +111,21 @@ ggml_cgraph * adaskip_context::graph_pass(
     counters.n_nodes      = counters.n_nodes_full;
 
     const auto & model    = lctx.get_model();
-    const bool   has_plan = !plans[phase].empty();
+    const bool   has_plan = !active_plan().empty();
 
     // where there is a decoder, plans and statistics are about its layers
     const bool is_encoder = gtype == LLM_GRAPH_TYPE_ENCODER &&
         llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
 
-    if ((!has_plan && statistics_mode == ADASKIP_STATISTICS_OFF) || is_encoder) {
+    const bool   has_stat = graph_key_last.statistics != 0;
+
+    if ((!has_plan && !has_stat && kv_elided.empty()) || is_encoder) {
         return gf;
     }
 
     const auto n_layer  = (uint32_t) llama_model_n_layer(&model);
     const auto roots    = adaskip_graph_roots(gf);
-    const auto topology = adaskip_topology_find(gf, res.t_embd ? res.t_embd : res.t_logits, (int) n_layer);
+    const auto topology = adaskip_topology_find(gf, res.t_embd ? res.t_embd : res.t_logits, (int) n_layer, kv_elided);
     if (!check(topology)) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
         return nullptr;
@@ -111,12 +141,12 @@ ggml_cgraph * adaskip_context::graph_pass(
     if (has_plan) {
         skip_sublayers(topology, gf);
     }
-    if (statistics_mode != ADASKIP_STATISTICS_OFF) {
+    if (has_stat) {
         add_statistics(topology);
     }
 
     const ggml_tensor * dropped = nullptr;
-    if (statistics_mode == ADASKIP_STATISTICS_TOKENS) {
+    if (statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
         // nobody reads the outputs: more rows than the batch asked for
         dropped      = res.t_logits;
         res.t_logits = nullptr;
@@ -134,84 +164,158 @@ void adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatc
     counters.n_graphs_reused += !graph_is_new;
     graph_is_new = false;
 
-    if (reductions.empty() || !statistics_callback) {
-        return;
+    const bool observes = observes_online();
+
+    const auto read = read_statistics(lctx, ubatch);
+    if (observes) {
+        accumulate(read.values, ubatch.n_tokens);
     }
-
-    const int64_t n_tokens = ubatch.n_tokens;
-
-    std::vector<int32_t> outputs; // tokens of the rows that are left behind llama.cpp's gather
-    for (int64_t i = 0; i < n_tokens; ++i) {
-        if (ubatch.output[i]) {
-            outputs.push_back((int32_t) i);
-        }
+    if (statistics_flags != 0 && !read.values.empty()) {
+        const adaskip_statistics statistics = {
+            /*.n_layer   =*/ (int32_t) observations.size(),
+            /*.n_tokens  =*/ (int32_t) ubatch.n_tokens,
+            /*.n_embd    =*/ (int32_t) llama_model_n_embd(&lctx.get_model()),
+            /*.phase     =*/ phase,
+            /*.positions =*/ ubatch.pos,
+            /*.values    =*/ read.values.data(),
+            /*.layer_dot =*/ read.layer_dot.data(),
+            /*.sums      =*/ read.sums.empty() ? nullptr : read.sums.data(),
+        };
+        statistics_callback(&statistics, statistics_user_data);
     }
+    if (phase == ADASKIP_PHASE_DECODE) {
+        n_decoded += (int32_t) ubatch.n_tokens;
+    }
+    if (observes && online.n_tokens >= online_params.window) {
+        finish_online();
+    }
+}
 
-    std::vector<std::vector<float>> rows(reductions.size());
+// empty where the graph has no statistics
+adaskip_context::statistics_values adaskip_context::read_statistics(
+        const llama_context & lctx, const llama_ubatch & ubatch) {
+    statistics_values res;
+    if (reductions.empty()) {
+        return res;
+    }
+    const size_t n_tokens = ubatch.n_tokens;
+    const size_t n_embd   = llama_model_n_embd(&lctx.get_model());
+    const float  nan      = std::numeric_limits<float>::quiet_NaN();
+
+    std::vector<std::vector<float>> data(reductions.size());
     for (size_t i = 0; i < reductions.size(); ++i) {
-        rows[i].resize(ggml_nelements(reductions[i]));
-        if (!rows[i].empty()) {
-            const size_t n_bytes = rows[i].size()*sizeof(float);
+        data[i].resize(ggml_nelements(reductions[i]));
+        if (!data[i].empty()) {
+            const size_t n_bytes = data[i].size()*sizeof(float);
             ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(lctx.get_sched(), reductions[i]);
-            ggml_backend_tensor_get_async(backend, reductions[i], rows[i].data(), 0, n_bytes);
+            ggml_backend_tensor_get_async(backend, reductions[i], data[i].data(), 0, n_bytes);
             counters.n_bytes_statistics += n_bytes;
         }
     }
     ggml_backend_sched_synchronize(lctx.get_sched());
 
-    std::vector<float> values(observations.size()*2*3*n_tokens, std::numeric_limits<float>::quiet_NaN());
-    float * dst = values.data();
+    std::vector<size_t> outputs; // tokens of the rows that are left behind llama.cpp's gather
+    for (size_t i = 0; i < n_tokens; ++i) {
+        if (ubatch.output[i]) {
+            outputs.push_back(i);
+        }
+    }
+    const auto put_rows = [&](std::vector<float> & dst, int i) {
+        const size_t begin = dst.size();
+        dst.resize(begin + n_tokens, nan);
+        for (size_t k = 0; i >= 0 && k < data[i].size(); ++k) {
+            dst[begin + (data[i].size() == n_tokens ? k : outputs.at(k))] = data[i][k];
+        }
+    };
+    const auto put_sum = [&](std::vector<float> & dst, int i) {
+        const size_t begin = dst.size();
+        dst.resize(begin + n_embd, nan);
+        if (i >= 0) {
+            std::copy(data[i].begin(), data[i].end(), dst.begin() + begin);
+        }
+    };
     for (const auto & layer : observations) {
         for (const auto & observation : layer) {
-            for (const int i : observation) {
-                if (i >= 0) {
-                    const auto & src = rows[i];
-                    if ((int64_t) src.size() == n_tokens) {
-                        std::copy(src.begin(), src.end(), dst);
-                    } else {
-                        for (size_t k = 0; k < std::min(src.size(), outputs.size()); ++k) {
-                            dst[outputs[k]] = src[k];
-                        }
-                    }
-                }
-                dst += n_tokens;
+            put_rows(res.values, observation.dot);
+            put_rows(res.values, observation.u_sq);
+            put_rows(res.values, observation.v_sq);
+            if (statistics_flags & ADASKIP_STATISTICS_VECTORS) {
+                put_sum(res.sums, observation.sum_u);
+                put_sum(res.sums, observation.sum_v);
             }
         }
     }
-
-    const adaskip_statistics statistics = {
-        /*.n_layer   =*/ (int32_t) observations.size(),
-        /*.n_tokens  =*/ (int32_t) n_tokens,
-        /*.phase     =*/ phase,
-        /*.positions =*/ ubatch.pos,
-        /*.values    =*/ values.data(),
-    };
-    statistics_callback(&statistics, statistics_user_data);
+    for (const int i : layer_dots) {
+        put_rows(res.layer_dot, i);
+    }
+    return res;
 }
 
 //
 // settings
 //
 
-void adaskip_context::set_plan(int32_t i_phase, plan value) {
-    value.id = 0;
-    if (!value.empty()) {
-        const auto & other = plans[1 - i_phase];
-        const auto & old   = plans[i_phase];
-        const auto same = [&](const plan & p) { return p.skip == value.skip && p.scale == value.scale; };
-
-        // equal plans share their graphs
-        value.id = same(other) ? other.id : same(old) ? old.id : plan_id_next++;
+const adaskip_context::plan & adaskip_context::get_plan(int32_t i_phase) const {
+    if (i_phase == ADASKIP_PHASE_PREFILL) {
+        return plans[ADASKIP_PHASE_PREFILL].front().value;
     }
-    plans[i_phase] = std::move(value);
+    return online.value.empty() ? get_plan_of_request() : online.value;
+}
+
+const adaskip_context::plan & adaskip_context::get_plan_of_request() const {
+    const auto & steps = plans[ADASKIP_PHASE_DECODE];
+
+    size_t i = 0;
+    while (i + 1 < steps.size() && steps[i + 1].start <= n_decoded) {
+        ++i;
+    }
+    return steps[i].value;
+}
+
+static bool plan_equals(const adaskip_context::plan & a, const adaskip_context::plan & b) {
+    return a.skip == b.skip && a.scale == b.scale && a.bias == b.bias;
+}
+
+void adaskip_context::set_steps(int32_t i_phase, std::vector<step> steps) {
+    for (auto & cur : steps) {
+        cur.value.id = 0;
+        if (cur.value.empty()) {
+            continue;
+        }
+        // equal plans share their graphs
+        for (const auto & others : plans) {
+            for (const auto & other : others) {
+                if (plan_equals(other.value, cur.value)) {
+                    cur.value.id = other.value.id;
+                }
+            }
+        }
+        if (cur.value.id == 0) {
+            cur.value.id = plan_id_next++;
+        }
+    }
+    plans[i_phase] = std::move(steps);
+
+    // what the online stage chose belongs to the plan that is gone
+    if (i_phase == ADASKIP_PHASE_DECODE) {
+        online = {};
+    }
+}
+
+void adaskip_context::set_plan(int32_t i_phase, plan value) {
+    set_steps(i_phase, { { 0, std::move(value) } });
+}
+
+void adaskip_context::set_decode_schedule(std::vector<step> steps) {
+    set_steps(ADASKIP_PHASE_DECODE, std::move(steps));
 }
 
 void adaskip_context::set_phase(int32_t value) {
     phase = value;
 }
 
-void adaskip_context::set_statistics(int32_t mode, adaskip_statistics_callback callback, void * user_data) {
-    statistics_mode      = mode;
+void adaskip_context::set_statistics(int32_t flags, adaskip_statistics_callback callback, void * user_data) {
+    statistics_flags     = flags;
     statistics_callback  = callback;
     statistics_user_data = user_data;
 }

@@ -7,17 +7,41 @@
 #include "llama-graph.h"
 
 #include <array>
+#include <functional>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 struct llama_context;
+struct llama_model;
 struct adaskip_junction;
 struct adaskip_term;
 struct adaskip_topology;
 
+// beside enum adaskip_statistics_flags: only the FFNs, for the online stage
+static constexpr int32_t ADASKIP_STATISTICS_ONLINE = 1 << 16;
+
+// for contexts that this thread creates: [n_layer], true where an attention gets no KV
+void adaskip_elide_kv_next(std::vector<bool> elided);
+
+// the layer whose KV stands in for that of layer il in a cache of the layers that pass the filter, -1 if il has its own.
+// The graph is built as if il had KV, and the pass then takes its attention out.
+int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool(int32_t)> & filter, int32_t il);
+
 // room for the nodes that the pass adds to a graph, see llama_context::graph_max_nodes
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
+
+// The bias vectors of a plan, each in a buffer on its layer's own device.
+struct adaskip_vectors {
+    std::vector<ggml_tensor *>           tensors; // [n_layer][2], null where there is none
+    std::vector<ggml_context_ptr>        ctxs;
+    std::vector<ggml_backend_buffer_ptr> bufs;
+};
+
+// uploads data[n_layer][2][n_embd] where skip is 1; throws if a device has no room
+std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
+        const llama_model & model, const std::vector<uint8_t> & skip, const float * data, int64_t n_embd);
 
 // The part of a llama_context that skips sublayers and collects statistics. Its hooks are called around the computation
 // of each ubatch; with no plan and no statistics they leave the graph as llama.cpp built it.
@@ -28,10 +52,38 @@ public:
         std::vector<float>     scale;     // [n_layer][2]
         adaskip_kv::layer_mask attention; // [n_layer], attentions that are skipped
 
-        uint64_t id = 0; // equal for equal plans
+        std::shared_ptr<adaskip_vectors> bias; // null for none
+
+        uint64_t id = 0; // what a graph was built under; 0 for the empty plan
 
         bool empty() const { return skip.empty(); }
+        bool skips(int il, int kind) const { return !skip.empty() && skip[2*il + kind]; }
     };
+
+    // holds from the start-th decoded token of a request on
+    struct step {
+        int32_t start;
+        plan    value;
+    };
+
+    // the online stage of one request
+    struct online_stage {
+        bool    done     = false;
+        int32_t n_tokens = 0;
+
+        std::vector<double>             sum_similarity; // [n_layer], over the observed tokens
+        std::vector<double>             sum_u_sq;
+        std::vector<double>             sum_v_sq;
+        std::vector<std::vector<float>> ratios;         // [n_layer][n_tokens], empty where not observed
+
+        plan value; // the plan with the added FFNs, once done
+
+        bool   observed(int il) const { return il < (int) ratios.size() && !ratios[il].empty(); }
+        double similarity(int il) const;
+        double scale(int il, int32_t mode) const;
+    };
+
+    adaskip_context();
 
     //
     // hooks of llama_context::process_ubatch
@@ -57,10 +109,23 @@ public:
     //
 
     void set_plan(int32_t phase, plan value);
+    void set_decode_schedule(std::vector<step> steps);
+    void set_online(const adaskip_online_params * params);
     void set_phase(int32_t value);
-    void set_statistics(int32_t mode, adaskip_statistics_callback callback, void * user_data);
+    void begin_request();
+    void set_statistics(int32_t flags, adaskip_statistics_callback callback, void * user_data);
 
-    const plan & get_plan(int32_t phase) const { return plans[phase]; }
+    // the plan under which the next token of this phase runs
+    const plan & get_plan(int32_t phase) const;
+
+    // the decode plan of this request, without what the online stage added
+    const plan & get_plan_of_request() const;
+
+    const online_stage & get_online() const { return online; }
+    int32_t              online_scale() const { return online_params.scale; }
+
+    // attentions without KV in this context, [n_layer] or empty
+    const std::vector<bool> kv_elided;
 
     adaskip_counters counters = {};
     adaskip_kv       kv;
@@ -73,17 +138,38 @@ private:
     // the settings that a graph depends on
     struct graph_key {
         uint64_t plan_id    = 0;
-        int32_t  statistics = ADASKIP_STATISTICS_OFF;
+        int32_t  statistics = 0;
 
         bool operator==(const graph_key & other) const {
             return plan_id == other.plan_id && statistics == other.statistics;
         }
     };
 
-    // where the three reductions of one sublayer are in `reductions`, -1 if it is not observed
-    using observation = std::array<int, 3>;
+    // where the reductions of one sublayer are in `reductions`, -1 if it is not observed
+    struct observation {
+        int dot   = -1;
+        int u_sq  = -1;
+        int v_sq  = -1;
+        int sum_u = -1;
+        int sum_v = -1;
+    };
 
-    graph_key key() const;
+    // statistics of one ubatch, laid out as in adaskip_statistics
+    struct statistics_values {
+        std::vector<float> values;
+        std::vector<float> layer_dot;
+        std::vector<float> sums;
+    };
+
+    graph_key    key() const;
+    const plan & active_plan() const { return get_plan(phase); }
+    bool         observes_online() const;
+    void         accumulate(const std::vector<float> & values, int64_t n_tokens);
+    void         finish_online();
+
+    void set_steps(int32_t phase, std::vector<step> steps);
+
+    statistics_values read_statistics(const llama_context & lctx, const llama_ubatch & ubatch);
 
     bool check(const adaskip_topology & topology);
     void skip_sublayers(const adaskip_topology & topology, ggml_cgraph * gf);
@@ -96,14 +182,21 @@ private:
     bool is_skipped(const adaskip_junction & junction) const;
 
     int           reduce(ggml_tensor * a, ggml_tensor * b, ggml_tensor * node);
+    int           sum_over_tokens(ggml_tensor * t, ggml_tensor * node);
+    int           add_reduction(ggml_tensor * t, ggml_tensor * node);
     ggml_tensor * resolve(ggml_tensor * t) const;
     void          read_replaced(ggml_tensor * node) const;
 
-    std::array<plan, 2> plans;
+    std::array<std::vector<step>, 2> plans; // by phase, never empty; prefill has one step
 
-    int32_t phase = ADASKIP_PHASE_PREFILL;
+    int32_t phase     = ADASKIP_PHASE_PREFILL;
+    int32_t n_decoded = 0; // tokens decoded in this request
 
-    int32_t                     statistics_mode      = ADASKIP_STATISTICS_OFF;
+    bool                  online_enabled = false;
+    adaskip_online_params online_params  = {};
+    online_stage          online;
+
+    int32_t                     statistics_flags     = 0;
     adaskip_statistics_callback statistics_callback  = nullptr;
     void *                      statistics_user_data = nullptr;
 
@@ -121,6 +214,7 @@ private:
     std::unordered_map<const ggml_tensor *, ggml_tensor *>              replaced; // node -> what its consumers read instead
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> behind;   // node -> nodes to compute right behind it
 
-    std::vector<ggml_tensor *>                   reductions;   // F32 [1, 1, n_rows] each
-    std::vector<std::array<observation, 2>>      observations; // [n_layer][2]
+    std::vector<ggml_tensor *>              reductions;   // F32, n_rows or n_embd values each
+    std::vector<std::array<observation, 2>> observations; // [n_layer][2]
+    std::vector<int>                        layer_dots;   // [n_layer], as in observation
 };

@@ -7,8 +7,9 @@
 
 #include <algorithm>
 
-// per sublayer at most: three reductions, two reshapes, two copies to make them possible, an addition and a scale
-static constexpr uint32_t ADASKIP_NODES_PER_SUBLAYER = 10;
+// per sublayer at most: three reductions, two reshapes, two copies to make them possible, two additions, a scale, and three nodes
+// for a sum over tokens; and the same again for the layer as a whole
+static constexpr uint32_t ADASKIP_NODES_PER_SUBLAYER = 20;
 
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer) {
     return 2*n_layer*ADASKIP_NODES_PER_SUBLAYER + ADASKIP_NODES_PER_SUBLAYER;
@@ -22,12 +23,18 @@ static void node_become(ggml_tensor * node, const ggml_tensor * src) {
 }
 
 bool adaskip_context::check(const adaskip_topology & topology) {
-    const auto & skip = plans[phase].skip;
-    for (size_t i = 0; i < skip.size(); ++i) {
-        const auto & loc = topology.layers[i / 2][i % 2];
-        if (skip[i] && !loc.skippable()) {
+    const auto & plan = active_plan();
+    for (size_t i = 0; i < 2*topology.layers.size(); ++i) {
+        const int    il   = (int) i / 2;
+        const int    kind = (int) i % 2;
+        const auto & loc  = topology.layers[il][kind];
+        if (plan.skips(il, kind) && !loc.skippable()) {
             error = format("layer %d: the %s cannot be skipped: %s",
-                    (int) i / 2, i % 2 == ADASKIP_ATTENTION ? "attention" : "FFN", loc.reason.c_str());
+                    il, kind == ADASKIP_ATTENTION ? "attention" : "FFN", loc.reason.c_str());
+            return false;
+        }
+        if (kind == ADASKIP_ATTENTION && il < (int) kv_elided.size() && kv_elided[il] && !plan.skips(il, kind)) {
+            error = format("layer %d: the attention would run, but this context has no KV for it", il);
             return false;
         }
     }
@@ -42,7 +49,7 @@ ggml_tensor * adaskip_context::resolve(ggml_tensor * t) const {
 }
 
 void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgraph * gf) {
-    const auto & plan = plans[phase];
+    const auto & plan = active_plan();
 
     for (const auto & junction : topology.junctions) {
         if (!is_skipped(junction)) {
@@ -64,6 +71,9 @@ void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgr
                     cur = ggml_cont(ctx.get(), cur);
                 }
                 cur = ggml_scale(ctx.get(), cur, scale);
+            }
+            if (plan.bias && plan.bias->tensors[2*term.il + term.kind]) {
+                cur = ggml_add(ctx.get(), cur, plan.bias->tensors[2*term.il + term.kind]);
             }
         }
         if (cur != junction.residual) {
@@ -97,8 +107,7 @@ void adaskip_context::read_replaced(ggml_tensor * node) const {
 }
 
 bool adaskip_context::is_skipped(const adaskip_term & term) const {
-    const auto & skip = plans[phase].skip;
-    return !skip.empty() && term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && skip[2*term.il + term.kind];
+    return term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && active_plan().skips(term.il, term.kind);
 }
 
 bool adaskip_context::is_skipped(const adaskip_junction & junction) const {
@@ -119,39 +128,72 @@ int adaskip_context::reduce(ggml_tensor * a, ggml_tensor * b, ggml_tensor * node
     ggml_tensor * res    = ggml_mul_mat(ctx.get(), a_rows, b_rows);
 
     ggml_prec_set_acc(res, GGML_PREC_F32);
-    ggml_set_output(res);
 
-    behind[node].push_back(res);
-    reductions.push_back(res);
+    return add_reduction(res, node);
+}
+
+int adaskip_context::sum_over_tokens(ggml_tensor * t, ggml_tensor * node) {
+    return add_reduction(ggml_sum_rows(ctx.get(), ggml_cont(ctx.get(), ggml_transpose(ctx.get(), t))), node);
+}
+
+int adaskip_context::add_reduction(ggml_tensor * t, ggml_tensor * node) {
+    ggml_set_output(t);
+    behind[node].push_back(t);
+    reductions.push_back(t);
     return (int) reductions.size() - 1;
 }
 
 void adaskip_context::add_statistics(const adaskip_topology & topology) {
-    observations.assign(topology.layers.size(), { observation { -1, -1, -1 }, observation { -1, -1, -1 } });
+    const bool ffn_only = graph_key_last.statistics & ADASKIP_STATISTICS_ONLINE;
+    const bool vectors  = graph_key_last.statistics & ADASKIP_STATISTICS_VECTORS;
 
-    // |v|^2 of one sublayer is |u|^2 of the next
+    const size_t n_layer = topology.layers.size();
+    observations.assign(n_layer, {});
+    layer_dots.assign(n_layer, -1);
+
+    // the output of one sublayer is the input of the next
     std::unordered_map<const ggml_tensor *, int> squares;
+    std::unordered_map<const ggml_tensor *, int> sums;
     const auto square = [&](ggml_tensor * t, ggml_tensor * node) {
         const auto it = squares.find(t);
         return it != squares.end() ? it->second : squares[t] = reduce(t, t, node);
     };
+    const auto sum = [&](ggml_tensor * t, ggml_tensor * node) {
+        const auto it = sums.find(t);
+        return it != sums.end() ? it->second : sums[t] = sum_over_tokens(t, node);
+    };
+
+    std::vector<ggml_tensor *> layer_inputs(n_layer, nullptr);
 
     for (const auto & junction : topology.junctions) {
+        ggml_tensor * const out = junction.out;
+        ggml_tensor * u = resolve(junction.residual);
         if (is_skipped(junction)) {
             continue; // where parallel blocks are skipped in part, the one that runs is not observed
         }
-        ggml_tensor * const out = junction.out;
-        ggml_tensor * u = resolve(junction.residual);
         for (size_t it = 0; it < junction.terms.size(); ++it) {
             const auto & term = junction.terms[it];
-            const bool   last = it + 1 == junction.terms.size();
 
-            ggml_tensor * v = last ? out : ggml_add(ctx.get(), term.node, u);
-            if (term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && topology.layers[term.il][term.kind].skippable()) {
+            ggml_tensor * v = it + 1 == junction.terms.size() ? out : ggml_add(ctx.get(), term.node, u);
+
+            const bool known = term.il >= 0 && term.kind != ADASKIP_TERM_OTHER &&
+                topology.layers[term.il][term.kind].skippable();
+            if (known && !(ffn_only && term.kind != ADASKIP_TERM_FFN)) {
                 auto & dst = observations[term.il][term.kind];
-                dst[0] = reduce(u, v, out);
-                dst[1] = square(u, out);
-                dst[2] = square(v, out);
+                dst.dot  = reduce(u, v, out);
+                dst.u_sq = square(u, out);
+                dst.v_sq = square(v, out);
+                if (vectors) {
+                    dst.sum_u = sum(u, out);
+                    dst.sum_v = sum(v, out);
+                }
+            }
+            if (known && !ffn_only) {
+                if (term.kind == ADASKIP_TERM_ATTENTION) {
+                    layer_inputs[term.il] = u;
+                } else if (layer_inputs[term.il] && ggml_are_same_shape(layer_inputs[term.il], v)) {
+                    layer_dots[term.il] = reduce(layer_inputs[term.il], v, out);
+                }
             }
             u = v;
         }
@@ -163,7 +205,7 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
 void adaskip_context::rebuild(
         const adaskip_topology & topology, ggml_cgraph * gf, const std::vector<ggml_tensor *> & roots,
         const ggml_tensor * dropped) {
-    const auto & skip = plans[phase].skip;
+    const auto & skip = active_plan().skip;
 
     std::vector<ggml_tensor *> nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
 

@@ -216,25 +216,42 @@ struct finder {
                 return;
             }
         }
-        terms.push_back(make_term(t, branch(t, residual)));
+        terms.push_back(make_term(t, residual));
     }
 
-    adaskip_term make_term(ggml_tensor * t, const branch_info & info) const {
+    adaskip_term make_term(ggml_tensor * t, const ggml_tensor * residual) const {
+        const auto   info = branch(t, residual);
         adaskip_term res;
         res.node = t;
         res.kind = info.recurrent || info.n_attention > 1 ? ADASKIP_TERM_OTHER :
                    info.n_attention == 1                  ? ADASKIP_TERM_ATTENTION : ADASKIP_TERM_FFN;
-        bool first = true;
+        res.il   = layer_of(info);
         for (auto * leaf : info.leafs) {
-            const int il = layer_of_weight(leaf);
-            if (il >= 0) {
-                res.il = first || res.il == il ? il : -1;
-                first  = false;
-            }
             const auto it = stores.find(leaf);
-            if (it != stores.end() && std::find(res.caches.begin(), res.caches.end(), leaf) == res.caches.end()) {
-                res.caches.push_back(leaf);
-                res.stores.insert(res.stores.end(), it->second.begin(), it->second.end());
+            if (it == stores.end() || std::find(res.caches.begin(), res.caches.end(), leaf) != res.caches.end()) {
+                continue;
+            }
+            res.caches.push_back(leaf);
+            for (auto * store : it->second) {
+                // a layer whose KV is elided is built on the cache of another one, which has stores of its own
+                if (layer_of(branch(store, residual)) == res.il) {
+                    res.stores.push_back(store);
+                }
+            }
+        }
+        return res;
+    }
+
+    // the layer of the weights that a branch uses, -1 if there is none or more than one
+    static int layer_of(const branch_info & info) {
+        int res = -1;
+        for (const auto * leaf : info.leafs) {
+            const int il = layer_of_weight(leaf);
+            if (il >= 0 && il != res) {
+                if (res >= 0) {
+                    return -1;
+                }
+                res = il;
             }
         }
         return res;
@@ -292,12 +309,16 @@ std::string check_terms(const finder & f, const adaskip_junction & junction) {
     return "";
 }
 
-void locate(const finder & f, adaskip_topology & topology, const std::string & stopped) {
+void locate(
+        const finder & f, adaskip_topology & topology, const std::string & stopped, const std::vector<bool> & elided) {
     const int n_layer = (int) topology.layers.size();
 
     std::unordered_map<const ggml_tensor *, int> n_readers;
     for (const auto & junction : topology.junctions) {
         for (const auto & term : junction.terms) {
+            if (term.il >= 0 && term.il < (int) elided.size() && elided[term.il]) {
+                continue;
+            }
             for (const auto * cache : term.caches) {
                 n_readers[cache]++;
             }
@@ -350,7 +371,8 @@ void locate(const finder & f, adaskip_topology & topology, const std::string & s
 
 } // namespace
 
-adaskip_topology adaskip_topology_find(ggml_cgraph * gf, ggml_tensor * end, int n_layer) {
+adaskip_topology adaskip_topology_find(
+        ggml_cgraph * gf, ggml_tensor * end, int n_layer, const std::vector<bool> & elided) {
     adaskip_topology res;
     res.layers.resize(n_layer);
 
@@ -377,7 +399,7 @@ adaskip_topology adaskip_topology_find(ggml_cgraph * gf, ggml_tensor * end, int 
     }
     std::reverse(res.junctions.begin(), res.junctions.end());
 
-    locate(f, res, stopped);
+    locate(f, res, stopped, elided);
     return res;
 }
 
@@ -394,7 +416,7 @@ int adaskip_topology::count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & 
         gone.insert(junction.terms[loc.i_term].stores.begin(), junction.terms[loc.i_term].stores.end());
 
         auto & srcs = needs[junction.out];
-        srcs = { junction.residual };
+        srcs.assign(1, junction.residual);
         for (size_t it = 0; it < junction.terms.size(); ++it) {
             const auto & term = junction.terms[it];
             if (!(term.il >= 0 && skip[2*term.il + term.kind])) {

@@ -52,8 +52,10 @@ struct adaskip_topology {
     int count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & skip) const;
 };
 
-// `end` is a node behind the last layer, such as the result of the final norm
-adaskip_topology adaskip_topology_find(ggml_cgraph * gf, ggml_tensor * end, int n_layer);
+// `end` is a node behind the last layer, such as the result of the final norm. Layers in `elided` have no KV of their own:
+// their attention was built on that of another layer, and must be skipped.
+adaskip_topology adaskip_topology_find(
+        ggml_cgraph * gf, ggml_tensor * end, int n_layer, const std::vector<bool> & elided);
 
 // nodes that no other node of the graph consumes: results, and stores into a memory
 std::vector<ggml_tensor *> adaskip_graph_roots(ggml_cgraph * gf);

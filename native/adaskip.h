@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 1
+#define ADASKIP_ABI_VERSION 2
 
 struct llama_context;
 
@@ -31,6 +31,7 @@ enum adaskip_error {
     ADASKIP_ERROR_NOT_SKIPPABLE     = -2, // the plan names a sublayer that cannot be taken out of this model
     ADASKIP_ERROR_COMPENSATION      = -3, // a scale is not finite or not positive
     ADASKIP_ERROR_INTERNAL          = -4, // llama.cpp failed or threw
+    ADASKIP_ERROR_KV_ELIDED         = -5, // the plan runs an attention for which this context has no KV
 };
 
 // what the tokens of the next llama_decode calls are
@@ -44,12 +45,15 @@ enum adaskip_kind {
     ADASKIP_FFN       = 1,
 };
 
-enum adaskip_statistics_mode {
-    ADASKIP_STATISTICS_OFF     = 0,
-    // logits stay bit-identical; the last layer's FFN, which llama.cpp runs on the output tokens only, is seen for those
-    ADASKIP_STATISTICS_OUTPUTS = 1,
-    // every sublayer sees every token; the output head is left out: no logits and no embeddings are computed
-    ADASKIP_STATISTICS_TOKENS  = 2,
+// what to compute beside the model; flags, 0 for nothing
+enum adaskip_statistics_flags {
+    // Per-token reductions of every sublayer that runs. Logits stay bit-identical; what runs on the output tokens only,
+    // as the last layer's FFN does in llama.cpp, is observed for those.
+    ADASKIP_STATISTICS_ON         = 1,
+    // Every sublayer sees every token. The output head is left out: no logits and no embeddings are computed.
+    ADASKIP_STATISTICS_ALL_TOKENS = 2,
+    // Sums over the tokens of every sublayer's input and output, for mean error vectors.
+    ADASKIP_STATISTICS_VECTORS    = 4,
 };
 
 // one sublayer of the model, as found in its compute graph
@@ -61,20 +65,47 @@ struct adaskip_sublayer {
     char    reason[160]; // why it is not skippable, empty when it is
 };
 
-// which sublayers to skip, and what stands in for each: v := scale * u
+// which sublayers to skip, and what stands in for each: v := scale * u + bias
 struct adaskip_plan {
     int32_t         n_layer; // must equal the model's
+    int32_t         n_embd;  // must equal the model's where bias is not NULL
     const uint8_t * skip;    // [n_layer][2], 0 or 1
     const float   * scale;   // [n_layer][2], read where skip is 1; > 0; a scale of 1 costs nothing
+    const float   * bias;    // [n_layer][2][n_embd], read where skip is 1; finite; NULL for none
 };
 
-// per-token reductions of one ubatch; the arrays live until the callback returns
+// Online importance learning: in decode, the first `window` tokens of a request observe the FFNs that run; then every
+// FFN whose mean IO similarity reached the threshold is skipped for the rest of the request.
+enum adaskip_online_scale {
+    ADASKIP_ONLINE_SCALE_NONE   = 0, // 1
+    ADASKIP_ONLINE_SCALE_NORM   = 1, // ||V||_F / ||U||_F over the window
+    ADASKIP_ONLINE_SCALE_MEDIAN = 2, // median over the window of |v| / |u| per token
+};
+
+struct adaskip_online_params {
+    int32_t window;    // tokens, >= 1
+    int32_t scale;     // enum adaskip_online_scale
+    double  threshold; // finite; skipped if mean similarity >= threshold
+};
+
+struct adaskip_online_state {
+    int32_t   n_tokens;   // tokens observed in this request, at most the window
+    int32_t   done;       // 1 once the window is full and the FFNs were chosen
+    double  * similarity; // [n_layer], NaN where not observed; may be NULL
+    double  * norm_ratio; // [n_layer], the scale that would be used, NaN where not observed; may be NULL
+    uint8_t * added;      // [n_layer], 1 for the FFNs that were added; may be NULL
+};
+
+// statistics of one ubatch; NaN where not observed; the arrays live until the callback returns
 struct adaskip_statistics {
     int32_t         n_layer;
     int32_t         n_tokens;
+    int32_t         n_embd;
     int32_t         phase;     // enum adaskip_phase
     const int32_t * positions; // [n_tokens]
-    const float   * values;    // [n_layer][2][3][n_tokens]: dot(u, v), |u|^2, |v|^2; NaN where not observed
+    const float   * values;    // [n_layer][2][3][n_tokens]: dot(u, v), |u|^2, |v|^2
+    const float   * layer_dot; // [n_layer][n_tokens]: dot of the layer's input and its output
+    const float   * sums;      // [n_layer][2][2][n_embd]: sum of u, sum of v; NULL without ADASKIP_STATISTICS_VECTORS
 };
 
 typedef void (*adaskip_statistics_callback)(const struct adaskip_statistics * statistics, void * user_data);
@@ -103,11 +134,32 @@ int32_t adaskip_check_plan(struct llama_context * ctx, const struct adaskip_plan
 // sets a copy of the plan for one phase, or clears it with NULL
 int32_t adaskip_set_plan(struct llama_context * ctx, int32_t phase, const struct adaskip_plan * plan);
 
+// Sets the plans of decode by the number of tokens decoded so far in the request: plans[i] holds from starts[i] on.
+// starts[0] must be 0, starts ascend, and each plan skips every attention that the one before it skips.
+int32_t adaskip_set_decode_schedule(
+        struct llama_context * ctx, const int32_t * starts, const struct adaskip_plan * plans, int32_t n);
+
+// turns the online stage on, or off with NULL; takes effect with the next request
+int32_t adaskip_set_online(struct llama_context * ctx, const struct adaskip_online_params * params);
+
+// what the online stage has learned in this request
+int32_t adaskip_get_online(const struct llama_context * ctx, struct adaskip_online_state * state);
+
+// A new request: no token is decoded yet, and the online stage starts again from the plans that were set.
+int32_t adaskip_begin_request(struct llama_context * ctx);
+
 int32_t adaskip_set_phase(struct llama_context * ctx, int32_t phase);
 
-// callback may be NULL only with ADASKIP_STATISTICS_OFF
+// Contexts that this thread creates from now on have no KV for the attentions that are 1 in skipped[n_layer]; NULL ends
+// it. Such a context only decodes under plans that skip them. A layer keeps its KV if no layer of the same shape has any.
+int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer);
+
+// fills elided[n_layer] with 1 where this context has no KV
+int32_t adaskip_get_elided_kv(const struct llama_context * ctx, uint8_t * elided, int32_t n_layer);
+
+// flags: enum adaskip_statistics_flags, with ADASKIP_STATISTICS_ON; or 0 to stop, then callback may be NULL
 int32_t adaskip_set_statistics(
-        struct llama_context * ctx, int32_t mode, adaskip_statistics_callback callback, void * user_data);
+        struct llama_context * ctx, int32_t flags, adaskip_statistics_callback callback, void * user_data);
 
 int32_t adaskip_get_counters(const struct llama_context * ctx, struct adaskip_counters * out);
 

@@ -1,0 +1,44 @@
+#include "adaskip-context.h"
+
+#include "llama-model.h"
+
+#include <map>
+#include <stdexcept>
+
+std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
+        const llama_model & model, const std::vector<uint8_t> & skip, const float * data, int64_t n_embd) {
+    auto res = std::make_shared<adaskip_vectors>();
+    res->tensors.assign(skip.size(), nullptr);
+
+    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
+    for (size_t i = 0; i < skip.size(); ++i) {
+        if (!skip[i]) {
+            continue;
+        }
+        ggml_backend_buffer_type_t buft = model.select_buft((int) i / 2);
+        auto & ctx = ctx_map[buft];
+        if (!ctx) {
+            const ggml_init_params params = {
+                /*.mem_size   =*/ skip.size()*ggml_tensor_overhead(),
+                /*.mem_buffer =*/ nullptr,
+                /*.no_alloc   =*/ true,
+            };
+            ctx = ggml_init(params);
+            res->ctxs.emplace_back(ctx);
+        }
+        res->tensors[i] = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_embd);
+    }
+    for (const auto & [buft, ctx] : ctx_map) {
+        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
+        if (!buf) {
+            throw std::runtime_error("failed to allocate the plan's vectors");
+        }
+        res->bufs.emplace_back(buf);
+    }
+    for (size_t i = 0; i < skip.size(); ++i) {
+        if (res->tensors[i]) {
+            ggml_backend_tensor_set(res->tensors[i], data + i*n_embd, 0, n_embd*sizeof(float));
+        }
+    }
+    return res;
+}
