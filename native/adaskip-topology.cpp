@@ -394,7 +394,7 @@ int adaskip_topology::count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & 
         gone.insert(junction.terms[loc.i_term].stores.begin(), junction.terms[loc.i_term].stores.end());
 
         auto & srcs = needs[junction.out];
-        srcs = { junction.residual };
+        srcs.assign(1, junction.residual);
         for (size_t it = 0; it < junction.terms.size(); ++it) {
             const auto & term = junction.terms[it];
             if (!(term.il >= 0 && skip[2*term.il + term.kind])) {
