@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .terminal import console, json_option, model_options, plan_options
+from .terminal import console, json_option, model_options, plan_options, recorder, save_svg
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,8 +28,17 @@ __all__ = ["demo"]
 @click.option("--skip", type=click.IntRange(min=1), default=12, show_default=True, help="Sublayers to skip.")
 @plan_options
 @model_options
+@click.option("--svg", type=click.Path(dir_okay=False), help="Also save what is shown as a picture.")
 @json_option
-def demo(model: str | None, skip: int, compensation: str, threads: int | None, gpu_layers: int, as_json: bool) -> None:
+def demo(
+    model: str | None,
+    skip: int,
+    compensation: str,
+    threads: int | None,
+    gpu_layers: int,
+    svg: str | None,
+    as_json: bool,
+) -> None:
     """Let a small model learn which of its sublayers matter least, and answer a long prompt without them.
 
     Calibrates on pages of Python's language reference, then answers a question about another page, with and without the
@@ -66,6 +75,11 @@ def demo(model: str | None, skip: int, compensation: str, threads: int | None, g
         click.echo(json.dumps({"model": path, **result.to_dict()}, indent=1))
     else:
         _print_result(out, result, time.monotonic() - start)
+    if svg is not None:
+        picture = recorder()
+        _print_plan(picture, result.profile, result.plan)
+        _print_result(picture, result, time.monotonic() - start)
+        save_svg(picture, svg, "adaskip-cpp demo")
 
 
 def _print_plan(out: Console, profile: Profile, plan: SkipPlan) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import operator
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +15,7 @@ import numpy.typing as npt
 
 from .compensation import get_compensation
 from .errors import BudgetError, ProfileFormatError, ProfileMissingError, ProfileVersionError
+from .files import write_atomically
 from .model import ModelInfo
 from .plan import SkipPlan, SkipSet
 from .strategies import get_strategy
@@ -173,24 +172,10 @@ class Profile:
         Raises:
             OSError: the file cannot be written.
         """
-        target = os.path.realpath(path)
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise OSError(f"{os.fspath(path)!r} is not a regular file; choose another name for the profile")
         text = json.dumps(self.to_dict(), allow_nan=False, indent=1) + "\n"
         # One layer a line: a list of plain values has no brackets inside, and JSON has no line breaks in strings.
         text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda row: "[" + re.sub(r",\s+", ", ", row[1]) + "]", text)
-        folder, name = os.path.split(target)
-        temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
-        try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_atomically(path, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

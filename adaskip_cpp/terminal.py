@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -12,13 +13,24 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from .errors import AdaSkipError, LibraryError, ModelFileError, RequestError
+from .files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .llama import AdaSkipLlama
 
-__all__ = ["Verbs", "console", "json_option", "load_model", "model_options", "plan_options", "read_text"]
+__all__ = [
+    "Verbs",
+    "console",
+    "json_option",
+    "load_model",
+    "model_options",
+    "plan_options",
+    "read_text",
+    "recorder",
+    "save_svg",
+]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -58,6 +70,25 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
+
+
+def recorder() -> Console:
+    """Return a console that shows nothing and keeps what is printed, in colour, for :func:`save_svg`."""
+    from rich.console import Console
+
+    return Console(
+        file=io.StringIO(), highlight=False, record=True, width=80, force_terminal=True, color_system="truecolor"
+    )
+
+
+def save_svg(recording: Console, path: str, title: str) -> None:
+    """Write what a recording console has printed as an SVG, atomically and without references to the network.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    svg = recording.export_svg(title=title)
+    write_atomically(path, re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
 
 
 def json_option(command: _Command) -> _Command:
