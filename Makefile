@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 # The installation is editable: only what goes into libllama, or names a dependency, makes it stale.
-NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/* native/* patches/*)
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*.* native/*.cpp native/*.h patches/*) native patches
 # Building without isolation, in .venv, keeps include paths and so the compiled objects between builds. The build
 # requirements are the strings of pyproject.toml's first table.
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja
@@ -43,8 +43,8 @@ $(VENV)/installed-%: $(VENV)/build-tools $(NATIVE)
 	@touch $@
 
 $(VENV)/build-tools: pyproject.toml
-	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
-	  { echo "make: no C++ compiler found; install one (Debian: apt install g++, macOS: xcode-select --install)." >&2; exit 1; }
+	@for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit 0; done; \
+	  echo "make: no C++ compiler found; install one (Debian: apt install g++, macOS: xcode-select --install)." >&2; exit 1
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "make: $(PYTHON) is not Python 3.10 or later; name one: make PYTHON=python3.12." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \

@@ -145,7 +145,9 @@ class NativeContext:
         rows = _ffi.new("struct adaskip_sublayer[]", n)
         self._check(_lib.adaskip_sublayers(self._ctx, rows, n))
         return tuple(
-            Sublayer(row.layer, KIND_NAMES[row.kind], bool(row.skippable), _ffi.string(row.reason).decode(), row.n_nodes)
+            Sublayer(
+                row.layer, KIND_NAMES[row.kind], bool(row.skippable), _ffi.string(row.reason).decode(), row.n_nodes
+            )
             for row in rows
         )
 
@@ -204,9 +206,7 @@ class NativeContext:
             values = values.reshape(n_layer, 2, 3, n_tokens).copy()
             positions = np.frombuffer(_ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy()
             sink(
-                StatisticsBatch(
-                    values[:, :, 0], values[:, :, 1], values[:, :, 2], positions, _PHASES[statistics.phase]
-                )
+                StatisticsBatch(values[:, :, 0], values[:, :, 1], values[:, :, 2], positions, _PHASES[statistics.phase])
             )
 
         mode = _lib.ADASKIP_STATISTICS_OUTPUTS if keep_logits else _lib.ADASKIP_STATISTICS_TOKENS
@@ -235,7 +235,7 @@ class NativeContext:
         """How many of the first ``n`` positions the plan of this phase may read: n, or the first one that lacks KV."""
         position = _ffi.new("int32_t *", _NO_STALE_POSITION)
         self._check(_lib.adaskip_kv_first_stale(self._ctx, seq_id, _PHASES.index(phase), position))
-        return min(n, position[0])
+        return min(n, int(position[0]))
 
     def kv_runs(self, seq_id: int = 0) -> tuple[KVRun, ...]:
         """The record of which attentions did not run, for :meth:`set_kv_runs`."""

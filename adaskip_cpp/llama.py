@@ -15,10 +15,10 @@ from .errors import ModelFileError, NativeError, PlanError, ProfileMismatchError
 from .model import ModelInfo, check_gguf, fingerprint
 from .plan import SkipPlan
 
-__all__ = ["AdaSkipLlama", "AdaSkipState"]
+__all__ = ["AdaSkipLlama", "AdaSkipState", "Counters", "StatisticsBatch", "Sublayer"]
 
 
-class AdaSkipState(LlamaState):  # type: ignore[misc]
+class AdaSkipState(LlamaState):
     """A saved state that knows which model it is of, and which attentions did not run for its positions.
 
     Attributes:
@@ -37,7 +37,7 @@ class AdaSkipState(LlamaState):  # type: ignore[misc]
         return result
 
 
-class AdaSkipLlama(llama_cpp.Llama):  # type: ignore[misc]
+class AdaSkipLlama(llama_cpp.Llama):
     """A model that can leave sublayers out.
 
     Without a plan it is ``llama_cpp.Llama``, bit for bit. With one, the prompt given to a call runs under the plan's
@@ -131,11 +131,8 @@ class AdaSkipLlama(llama_cpp.Llama):  # type: ignore[misc]
             self._check_model(plan)
             for skip_set in (plan.prefill, plan.decode):
                 self._adaskip.check_plan(skip_set.skip, skip_set.scale)
-        for phase, skip_set in (("prefill", plan and plan.prefill), ("decode", plan and plan.decode)):
-            if skip_set is None:
-                self._adaskip.set_plan(phase, None)
-            else:
-                self._adaskip.set_plan(phase, skip_set.skip, skip_set.scale)
+        self._adaskip.set_plan("prefill", *((plan.prefill.skip, plan.prefill.scale) if plan else (None,)))
+        self._adaskip.set_plan("decode", *((plan.decode.skip, plan.decode.scale) if plan else (None,)))
         self._plan = plan
         # The logits at hand are those of the old plan: an equal prompt must be evaluated again before sampling.
         self._requires_eval = True
@@ -154,6 +151,10 @@ class AdaSkipLlama(llama_cpp.Llama):  # type: ignore[misc]
             )
 
     # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all tokens, as ``llama_cpp.Llama.reset``."""
+        super().reset()  # type: ignore[no-untyped-call]
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens behind those that are cached: as a prompt, unless :meth:`generate` is generating.
@@ -196,9 +197,7 @@ class AdaSkipLlama(llama_cpp.Llama):  # type: ignore[misc]
         self.n_tokens = n_valid
         return list(tokens)
 
-    def generate(
-        self, tokens: Sequence[int], *args: Any, **kwargs: Any
-    ) -> Generator[int, Sequence[int] | None, None]:
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens: the prompt runs as prefill, every step after it as decode, drafts included.
 
         Arguments and results are those of ``llama_cpp.Llama.generate``.
@@ -257,10 +256,7 @@ class AdaSkipLlama(llama_cpp.Llama):  # type: ignore[misc]
         """
         if isinstance(state, AdaSkipState) and state.fingerprint != self.model_info.fingerprint:
             raise StateError("the state was saved from another model; load it into the model that it was saved from.")
-        if (
-            state.input_ids.shape != self.input_ids.shape
-            or state.scores.shape != self.scores[: state.n_tokens].shape
-        ):
+        if state.input_ids.shape != self.input_ids.shape or state.scores.shape != self.scores[: state.n_tokens].shape:
             raise StateError(
                 "the state was saved with another n_ctx, n_batch or logits_all; open the model with the same settings."
             )
@@ -278,4 +274,5 @@ class AdaSkipLlama(llama_cpp.Llama):  # type: ignore[misc]
     # -- pickling ------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "plan": self._plan}
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "plan": self._plan}

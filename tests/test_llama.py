@@ -277,9 +277,7 @@ def test_a_loaded_state_goes_on_as_if_never_saved(tiny: Tiny, open_model: Open, 
 
 @pytest.mark.parametrize("difference", ["model", "n_ctx", "damaged"])
 def test_a_foreign_state_is_refused(difference: str, tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
-    source = open_model(
-        tiny(seed=1) if difference == "model" else tiny(), n_ctx=256 if difference == "n_ctx" else 128
-    )
+    source = open_model(tiny(seed=1) if difference == "model" else tiny(), n_ctx=256 if difference == "n_ctx" else 128)
     source.eval(tokens(9))
     state = source.save_state()
     if difference == "damaged":
@@ -364,7 +362,7 @@ def test_a_wrong_plan_is_refused_and_the_plan_in_force_stays(
 
 def test_a_plan_that_names_what_cannot_be_skipped_is_refused(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
     llm = open_model(tiny("jamba"))
-    with pytest.raises(NotSkippableError, match="layer 0.*state"):
+    with pytest.raises(NotSkippableError, match=r"layer 0.*state"):
         llm.set_plan(SkipPlan.manual(3, attention=[0]))
     assert llm.plan is None
     llm.set_plan(SkipPlan.manual(3, attention=[1]))

@@ -1,6 +1,7 @@
 """The C ABI refuses every bad argument with a code and a message, and goes on working."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,5 +133,5 @@ def test_the_record_agrees_with_an_array(
         for position, cell in enumerate(cells):
             covering = [run.skipped for run in runs if run.start <= position]
             assert (covering[-1] if covering else ()) == cell
-        assert all(first.skipped != second.skipped for first, second in zip(runs, runs[1:], strict=False))
+        assert all(first.skipped != second.skipped for first, second in pairwise(runs))
     assert 20 < n_refused < 180

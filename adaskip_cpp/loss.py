@@ -1,0 +1,66 @@
+"""How well a model predicts a text under its present plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import RequestError
+from .model import context_size
+
+if TYPE_CHECKING:
+    from .llama import AdaSkipLlama
+
+__all__ = ["mean_loss", "token_losses"]
+
+_ROWS = 64
+"""Rows of logits turned to float64 at once: 25 MB for a vocabulary of 49,000."""
+
+
+def token_losses(llm: AdaSkipLlama, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Return the negative log-likelihood of every token but the first, given those before it.
+
+    Runs as one prompt, in prefill, and drops the model's KV cache.
+
+    Args:
+        llm: a model loaded with ``logits_all=True``.
+        tokens: at least 2 and at most ``llm.n_ctx()`` token ids.
+
+    Returns:
+        float64 ``[len(tokens) - 1]``, in nats.
+
+    Raises:
+        RequestError: too few or too many tokens, or the model keeps the last token's logits only.
+    """
+    if not llm._logits_all:
+        raise RequestError("the model keeps only the last token's logits; load it with logits_all=True")
+    if not 2 <= len(tokens) <= context_size(llm):
+        raise RequestError(
+            f"cannot compute the loss of {len(tokens)} tokens; pass from 2 to {context_size(llm)} (the model's n_ctx)"
+        )
+    losses = np.empty(len(tokens) - 1)
+    llm.reset()
+    try:
+        llm.eval(list(tokens))
+        for start in range(0, len(losses), _ROWS):
+            stop = min(start + _ROWS, len(losses))
+            logits = np.asarray(llm.scores[start:stop], dtype=np.float64)
+            target = np.asarray(tokens[start + 1 : stop + 1])
+            highest = logits.max(axis=1)
+            total = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+            losses[start:stop] = total - logits[np.arange(stop - start), target]
+    finally:
+        llm.reset()
+    return losses
+
+
+def mean_loss(llm: AdaSkipLlama, tokens: Sequence[int]) -> float:
+    """Return the mean of :func:`token_losses`, in nats per token.
+
+    Raises:
+        RequestError: as :func:`token_losses`.
+    """
+    return float(token_losses(llm, tokens).mean())

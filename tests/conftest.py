@@ -1,0 +1,90 @@
+"""Fixtures: tiny models written on demand, the two real models, and models opened for one test."""
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import ModelMissingError, gemma3, smollm2, smollm2_f32
+from stock import EXACT
+from tiny_families import FAMILIES, N_VOCAB
+from tiny_models import write_model
+
+import adaskip_cpp
+
+TinyModel = Callable[..., Path]
+OpenModel = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """``tiny(name="llama", zero=(), seed=0)``: the path of a tiny model, written on first use."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def path(name: str = "llama", zero: Collection[tuple[int, str]] = (), seed: int = 0) -> Path:
+        assert name in FAMILIES
+        target = folder / "-".join([name, str(seed), *(f"{layer}{kind}" for layer, kind in zero), "f32.gguf"])
+        return target if target.exists() else write_model(target, name, seed=seed, zero=zero)
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Callable[..., list[int]]:
+    """``tokens(n, seed=0)``: BOS and n - 1 random ids of the tiny vocabulary."""
+
+    def draw(n: int, seed: int = 0) -> list[int]:
+        return [1, *np.random.default_rng(seed).integers(3, N_VOCAB, size=n - 1).tolist()]
+
+    return draw
+
+
+@pytest.fixture
+def open_model() -> Iterator[OpenModel]:
+    """``open_model(path, **options)``: an AdaSkipLlama with F32 KV and all logits, closed after the test."""
+    opened = []
+
+    def open_(path: Path, **options: Any) -> Any:
+        llm = adaskip_cpp.AdaSkipLlama(
+            str(path), verbose=False, **{"n_ctx": 128, "logits_all": True, **EXACT, **options}
+        )
+        opened.append(llm)
+        return llm
+
+    yield open_
+    for llm in opened:
+        llm.close()
+
+
+@pytest.fixture(scope="session")
+def model_cache(request: pytest.FixtureRequest) -> Path:
+    """A folder that survives the session, for models that are joined or dequantised."""
+    cache = request.config.cache
+    assert cache is not None
+    return cache.mkdir("models")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct Q4_1."""
+    return _or_skip(smollm2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_f32_path(model_cache: Path) -> Path:
+    """SmolLM2-135M-Instruct dequantised to F32."""
+    return _or_skip(lambda: smollm2_f32(model_cache))
+
+
+@pytest.fixture(scope="session")
+def gemma3_path(model_cache: Path) -> Path:
+    """Gemma 3 270M Q4_K_M."""
+    return _or_skip(lambda: gemma3(model_cache))
+
+
+def _or_skip(locate: Callable[[], Path]) -> Path:
+    try:
+        return locate()
+    except ModelMissingError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,92 @@
+"""A model without a library: the part of AdaSkipLlama that calibration and the loss use, computed in NumPy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from adaskip_cpp.model import ModelInfo
+from adaskip_cpp.plan import SkipPlan
+
+__all__ = ["FakeLlama"]
+
+N_VOCAB = 300
+BOS = 1
+
+
+class FakeLlama:
+    """Bytes are tokens, offset by 2; statistics and logits are functions of the token ids alone.
+
+    Args:
+        n_layer: number of layers.
+        n_ctx: the context, of which ``n_ctx()`` tells a multiple of 256, as llama.cpp does.
+        n_batch: tokens in a ubatch.
+        unobserved: sublayers whose statistics are NaN.
+    """
+
+    def __init__(
+        self, n_layer: int = 3, n_ctx: int = 64, n_batch: int = 8, unobserved: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self.n_layer, self.n_batch = n_layer, n_batch
+        self.model_info = ModelInfo("cd" * 32, "fake", n_layer)
+        self.input_ids = np.zeros(n_ctx, np.intc)
+        self.scores = np.zeros((n_ctx, N_VOCAB), np.float32)
+        self.n_tokens = 0
+        self.plan: SkipPlan | None = None
+        self.collecting = False
+        self.evaluated: list[tuple[SkipPlan | None, list[int]]] = []
+        self.fail_after: tuple[int, BaseException] | None = None
+        self._logits_all = True
+        self._unobserved = unobserved
+        self._sink: Callable[[Any], None] | None = None
+
+    def n_ctx(self) -> int:
+        return -(-len(self.input_ids) // 256) * 256
+
+    def n_vocab(self) -> int:
+        return N_VOCAB
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        return [BOS] * add_bos + [byte + 2 for byte in text]
+
+    def set_plan(self, plan: SkipPlan | None) -> None:
+        self.plan = plan
+
+    def reset(self) -> None:
+        self.n_tokens = 0
+
+    @contextlib.contextmanager
+    def collect_statistics(self, sink: Callable[[Any], None]) -> Iterator[None]:
+        self._sink, self.collecting = sink, True
+        try:
+            yield
+        finally:
+            self._sink, self.collecting = None, False
+
+    def streams(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """u and v of every sublayer, float64 [n_layer, 2, n_tokens, 4]."""
+        values = [np.random.default_rng(token).normal(size=(self.n_layer, 2, 2, 4)) for token in tokens]
+        u, error = np.moveaxis(np.stack(values, axis=2), 3, 0)
+        return u, u + error * np.linspace(0.1, 1, self.n_layer)[:, None, None, None]
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        self.evaluated.append((self.plan, list(tokens)))
+        for start in range(0, len(tokens), self.n_batch):
+            if self.fail_after is not None and len(self.evaluated) > self.fail_after[0]:
+                raise self.fail_after[1]
+            piece = tokens[start : start + self.n_batch]
+            self.scores[self.n_tokens : self.n_tokens + len(piece)] = [
+                np.random.default_rng(token).normal(size=N_VOCAB) for token in piece
+            ]
+            self.n_tokens += len(piece)
+            if self._sink is not None:
+                u, v = self.streams(piece)
+                dot, u_sq, v_sq = ((a * b).sum(axis=3).astype(np.float32) for a, b in ((u, v), (u, u), (v, v)))
+                for layer, kind in self._unobserved:
+                    for array in (dot, u_sq, v_sq):
+                        array[layer, kind] = np.nan
+                self._sink(SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, phase="prefill"))

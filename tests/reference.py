@@ -1,0 +1,213 @@
+"""A NumPy forward pass of the llama architecture, with sublayers skipped: the oracle of the native evaluator.
+
+Written from the equations (RMS norm, rotary embedding on consecutive pairs, grouped-query attention, SwiGLU), not from
+any code under test. ``ReferenceModel`` holds the weights, ``ReferenceRun`` one context: its KV grows with each
+``eval``, so that a prompt in pieces and token by token is the same computation as in one piece.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize
+
+__all__ = [
+    "KvHoleError",
+    "ReferenceModel",
+    "ReferenceRun",
+    "Trace",
+    "mean_similarity",
+    "median_ratio",
+    "norm_ratio",
+    "relative_error",
+    "write_f32",
+]
+
+Array = npt.NDArray[np.floating[Any]]
+ATTENTION, FFN = 0, 1
+
+
+class KvHoleError(ValueError):
+    """An attention would read a position whose K and V it never wrote."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one call of ``eval`` computed.
+
+    Attributes:
+        logits: [n_tokens, n_vocab].
+        dot: u . v per sublayer and token, float64 [n_layer, 2, n_tokens].
+        u_sq: |u|^2, likewise.
+        v_sq: |v|^2, likewise.
+    """
+
+    logits: Array
+    dot: npt.NDArray[np.float64]
+    u_sq: npt.NDArray[np.float64]
+    v_sq: npt.NDArray[np.float64]
+
+    @staticmethod
+    def concatenate(traces: Sequence["Trace"]) -> "Trace":
+        """Join the traces of consecutive pieces along the token axis."""
+        joined = [np.concatenate([getattr(t, name) for t in traces], axis=-1) for name in ("dot", "u_sq", "v_sq")]
+        return Trace(np.concatenate([t.logits for t in traces]), *joined)
+
+
+class ReferenceModel:
+    """The weights and hyperparameters of a GGUF file of the llama architecture, dequantised to ``dtype``."""
+
+    def __init__(self, path: str | Path, dtype: npt.DTypeLike = np.float64) -> None:
+        reader = GGUFReader(path)
+        values = {name: field.contents() for name, field in reader.fields.items()}
+        if values["general.architecture"] != "llama" or any(t.name.startswith("rope") for t in reader.tensors):
+            raise ValueError(f"{path}: only the plain llama architecture is computed here")
+        self.dtype: Any = np.dtype(dtype)
+        self.n_layer = int(values["llama.block_count"])
+        self.n_embd = int(values["llama.embedding_length"])
+        self.n_head = int(values["llama.attention.head_count"])
+        self.n_head_kv = int(values.get("llama.attention.head_count_kv", self.n_head))
+        self.head_dim = int(values.get("llama.attention.key_length", self.n_embd // self.n_head))
+        self.epsilon = float(values["llama.attention.layer_norm_rms_epsilon"])
+        self.rope_base = float(values.get("llama.rope.freq_base", 10000.0))
+        self.weights = {t.name: _dequantise(t).astype(self.dtype) for t in reader.tensors}
+        self.output = self.weights.get("output.weight", self.weights["token_embd.weight"])
+
+    def linear(self, x: Array, layer: int, name: str) -> Array:
+        """Multiply by a layer's projection and add its bias, if it has one."""
+        y: Array = x @ self.weights[f"blk.{layer}.{name}.weight"].T
+        bias = self.weights.get(f"blk.{layer}.{name}.bias")
+        return y if bias is None else y + bias
+
+    def norm(self, x: Array, name: str) -> Array:
+        """RMS norm: x / sqrt(mean(x^2) + epsilon) * weight."""
+        size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.dtype.type(self.epsilon))
+        return np.asarray(x / size * self.weights[f"{name}.weight"])
+
+    def rotate(self, x: Array, positions: npt.NDArray[np.int64]) -> Array:
+        """Rotary embedding of the pairs (2i, 2i+1) of each head by the angle position * base^(-2i/head_dim)."""
+        frequency = self.rope_base ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+        angle = positions[:, None, None] * frequency
+        cos, sin = np.cos(angle).astype(self.dtype), np.sin(angle).astype(self.dtype)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+class ReferenceRun:
+    """One context of a reference model: the K and V of every position that each attention has seen."""
+
+    def __init__(self, model: ReferenceModel) -> None:
+        self.model = model
+        self.n_past = 0
+        empty = np.zeros((0, model.n_head_kv, model.head_dim), model.dtype)
+        self._keys = [empty] * model.n_layer
+        self._values = [empty] * model.n_layer
+
+    def eval(
+        self,
+        tokens: Sequence[int],
+        skip: npt.ArrayLike | None = None,
+        scale: npt.ArrayLike | None = None,
+    ) -> Trace:
+        """Append tokens to the context.
+
+        Args:
+            tokens: Token ids.
+            skip: bool [n_layer, 2]; a skipped sublayer's output is ``scale * input`` and it writes no K and V.
+            scale: float [n_layer, 2]; 1 when None.
+
+        Raises:
+            KvHoleError: If an attention runs that was skipped at an earlier position.
+        """
+        model = self.model
+        skipped = np.zeros((model.n_layer, 2), bool) if skip is None else np.asarray(skip, bool)
+        factor = np.ones((model.n_layer, 2)) if scale is None else np.asarray(scale, np.float64)
+        sums = np.zeros((3, model.n_layer, 2, len(tokens)))
+        x = model.weights["token_embd.weight"][np.asarray(tokens)]
+        for layer in range(model.n_layer):
+            for kind, branch in ((ATTENTION, self._attention), (FFN, self._ffn)):
+                u = x
+                x = u * model.dtype.type(factor[layer, kind]) if skipped[layer, kind] else u + branch(u, layer)
+                for index, (a, b) in enumerate(((u, x), (u, u), (x, x))):
+                    sums[index, layer, kind] = np.sum(a * b, axis=-1, dtype=np.float64)
+        self.n_past += len(tokens)
+        return Trace(model.norm(x, "output_norm") @ model.output.T, *sums)
+
+    def _attention(self, x: Array, layer: int) -> Array:
+        model, n = self.model, len(x)
+        if len(self._keys[layer]) != self.n_past:
+            raise KvHoleError(f"attention of layer {layer} has {len(self._keys[layer])} of {self.n_past} positions")
+        positions = np.arange(self.n_past, self.n_past + n)
+        h = model.norm(x, f"blk.{layer}.attn_norm")
+        q = model.linear(h, layer, "attn_q").reshape(n, model.n_head, model.head_dim)
+        k = model.linear(h, layer, "attn_k").reshape(n, model.n_head_kv, model.head_dim)
+        v = model.linear(h, layer, "attn_v").reshape(n, model.n_head_kv, model.head_dim)
+        self._keys[layer] = keys = np.concatenate([self._keys[layer], model.rotate(k, positions)])
+        self._values[layer] = values = np.concatenate([self._values[layer], v])
+        q = model.rotate(q, positions).transpose(1, 0, 2)
+        group = model.n_head // model.n_head_kv
+        keys, values = (np.repeat(part.transpose(1, 0, 2), group, axis=0) for part in (keys, values))
+        scores = q @ keys.transpose(0, 2, 1) / model.dtype.type(np.sqrt(model.head_dim))
+        scores = np.where(np.arange(self.n_past + n) > positions[:, None], -np.inf, scores)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return model.linear((weights @ values).transpose(1, 0, 2).reshape(n, -1), layer, "attn_output")
+
+    def _ffn(self, x: Array, layer: int) -> Array:
+        model = self.model
+        h = model.norm(x, f"blk.{layer}.ffn_norm")
+        gate = model.linear(h, layer, "ffn_gate")
+        return model.linear(gate / (1 + np.exp(-gate)) * model.linear(h, layer, "ffn_up"), layer, "ffn_down")
+
+
+def mean_similarity(trace: Trace) -> npt.NDArray[np.float64]:
+    """IO similarity of one request: the cosine of u and v per token, then the mean over tokens; [n_layer, 2]."""
+    return np.asarray(np.mean(trace.dot / np.sqrt(trace.u_sq * trace.v_sq), axis=-1))
+
+
+def norm_ratio(trace: Trace) -> npt.NDArray[np.float64]:
+    """Norm ratio of one request: ||V||_F / ||U||_F over all its tokens; [n_layer, 2]."""
+    return np.asarray(np.sqrt(trace.v_sq.sum(axis=-1) / trace.u_sq.sum(axis=-1)))
+
+
+def median_ratio(trace: Trace) -> npt.NDArray[np.float64]:
+    """The median over tokens of |v| / |u|; [n_layer, 2]."""
+    return np.asarray(np.median(np.sqrt(trace.v_sq / trace.u_sq), axis=-1))
+
+
+def relative_error(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:
+    """The largest relative error of one token's logits: max over rows of |actual - expected| / |expected|."""
+    a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {a.shape} and {b.shape} differ")
+    return float(np.max(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)))
+
+
+def write_f32(source: str | Path, target: str | Path) -> Path:
+    """Copy a GGUF model with every tensor dequantised to F32, so that llama.cpp computes on exactly our weights."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value, kind = field.contents(), field.types[0]
+        if name == "general.file_type":
+            value = 0  # LLAMA_FTYPE_ALL_F32
+        writer.add_key_value(name, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, _dequantise(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(target)
+
+
+def _dequantise(tensor: Any) -> npt.NDArray[np.float32]:
+    if tensor.tensor_type == GGMLQuantizationType.F32:
+        return np.asarray(tensor.data, np.float32)
+    return dequantize(tensor.data, tensor.tensor_type)

@@ -1,0 +1,89 @@
+"""Run the stock llama-cpp-python, with its own libllama, in a process that never imports adaskip_cpp.
+
+The functions at the top are the only ones meant for tests. Run as a program, this file is the other process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["EXACT", "Job", "eval_logits", "run_stock"]
+
+# GGML_TYPE_F32 for K and V (the default F16 rounds them), no flash attention, and one thread: a tiny model is done
+# before a second one wakes up.
+EXACT: dict[str, Any] = {"type_k": 0, "type_v": 0, "flash_attn": False, "n_threads": 1, "n_threads_batch": 1}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and the pieces of tokens to evaluate, one after the other, in one context.
+
+    Attributes:
+        model: GGUF file.
+        pieces: Token ids per call of ``Llama.eval``.
+        options: Keyword arguments of ``llama_cpp.Llama``.
+    """
+
+    model: str
+    pieces: list[list[int]]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def run_stock(jobs: Sequence[Job]) -> list[npt.NDArray[np.float32]]:
+    """Evaluate all jobs in one fresh process.
+
+    Returns:
+        Per job the logits, float32 [n_tokens, n_vocab] with ``logits_all``, else [n_pieces, n_vocab].
+
+    Raises:
+        RuntimeError: If the process fails; the message ends with its error output.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
+    with tempfile.TemporaryDirectory() as folder:
+        request = Path(folder, "jobs.json")
+        request.write_text(json.dumps([asdict(job) for job in jobs]))
+        process = subprocess.run(
+            [sys.executable, __file__, str(request), folder], env=environment, capture_output=True, text=True
+        )
+        if process.returncode != 0:
+            raise RuntimeError(f"stock llama-cpp-python exited with {process.returncode}:\n{process.stderr[-4000:]}")
+        return [np.load(Path(folder, f"{index}.npy")) for index in range(len(jobs))]
+
+
+def eval_logits(llm: Any, pieces: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+    """Evaluate pieces with a fresh context of any ``llama_cpp.Llama`` and return logits as ``run_stock`` does."""
+    import llama_cpp
+
+    last = []
+    llm.reset()
+    for piece in pieces:
+        llm.eval(list(piece))
+        row = llama_cpp.llama_get_logits_ith(llm._ctx.ctx, -1)
+        last.append(np.ctypeslib.as_array(row, shape=(llm.n_vocab(),)).copy())
+    return np.array(llm.scores[: llm.n_tokens]) if llm._logits_all else np.array(last)
+
+
+def main(request: str, folder: str) -> None:
+    """Evaluate the jobs in ``request`` and leave one npy file per job in ``folder``."""
+    import llama_cpp
+
+    library = Path(llama_cpp.llama_cpp._lib._name).resolve()
+    if "adaskip_cpp" in sys.modules or Path(llama_cpp.__file__).resolve().parent not in library.parents:
+        raise SystemExit(f"not the stock library: {library}")
+    for index, job in enumerate(json.loads(Path(request).read_text())):
+        llm = llama_cpp.Llama(job["model"], verbose=False, **job["options"])
+        np.save(Path(folder, f"{index}.npy"), eval_logits(llm, job["pieces"]))
+        llm.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

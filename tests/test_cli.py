@@ -1,0 +1,272 @@
+"""The command line: what it prints, what it exits with, and that a user's error is one readable line."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from adaskip_cpp import Profile, demo
+from adaskip_cpp.cli import main
+from adaskip_cpp.cores import physical_cores
+from adaskip_cpp.heatmap import print_heatmap
+from adaskip_cpp.model import ModelInfo, fingerprint
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run() -> Run:
+    """``run("verb", ...)``: the command's result, in this process."""
+
+    def invoke(*args: object, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(main, [str(arg) for arg in args], input=stdin, prog_name="adaskip-cpp")
+
+    return invoke
+
+
+@pytest.fixture
+def profile_path(tiny: Any, tmp_path: Path) -> Path:
+    """A profile of the tiny llama model."""
+    path = tmp_path / "p.json"
+    n_layer = 3
+    ones = np.ones((n_layer, 2))
+    similarity = np.linspace(0.5, 0.99, 2 * n_layer).reshape(n_layer, 2)
+    Profile(similarity, ones, ones, 1, 10, ModelInfo(fingerprint(tiny()), "llama", n_layer)).save(path)
+    return path
+
+
+def line(result: Result, code: int = 1) -> str:
+    """The one line of a user's error."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    (only,) = result.stderr.splitlines()
+    assert only.startswith("Error: ")
+    return only
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["demo", "inspect", "calibrate", "generate"])
+def test_every_verb_has_help_with_an_example(run: Run, verb: str) -> None:
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    assert f"Example:\n    adaskip-cpp {verb}" in result.stdout
+
+
+def test_without_a_verb_it_lists_them(run: Run) -> None:
+    result = run()
+    assert result.exit_code == 0
+    assert all(verb in result.stdout for verb in ("calibrate", "demo", "generate", "inspect"))
+
+
+def test_help_imports_neither_rich_nor_gguf() -> None:
+    code = (
+        "import sys\nfrom adaskip_cpp.cli import main\ntry: main(['--help'])\n"
+        "except SystemExit: pass\nprint([m for m in ('rich', 'gguf') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["inspect", "calibrate", "generate"])
+def test_a_model_that_is_none_is_an_error_of_one_line(run: Run, tmp_path: Path, verb: str) -> None:
+    rest = {"inspect": [], "calibrate": ["-o", tmp_path / "p.json"], "generate": ["-p", "hello"]}[verb]
+    (tmp_path / "text.gguf").write_text("hello")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(40))
+    assert "no model file" in line(run(verb, tmp_path / "nope.gguf", *rest))
+    assert "not a GGUF" in line(run(verb, tmp_path / "text.gguf", *rest))
+    assert "folder" in line(run(verb, tmp_path, *rest))
+    assert "cannot load" in line(run(verb, tmp_path / "broken.gguf", *rest))
+    assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nonsense"], "No such command"),
+        (["--nonsense"], "--nonsense"),
+        (["inspect"], "MODEL"),
+        (["generate", "m.gguf"], "either with -p or with -f"),
+        (["generate", "m.gguf", "-p", "a", "-f", "b"], "either with -p or with -f"),
+        (["generate", "m.gguf", "-p", "a", "--skip", "3"], "--skip needs --profile"),
+        (["generate", "m.gguf", "-p", "a", "--temp", "-1"], "--temp"),
+        (["generate", "m.gguf", "-p", "a", "--compensation", "best"], "--compensation"),
+        (["calibrate", "m.gguf"], "--output"),
+        (["calibrate", "m.gguf", "-o", "p", "--tokens", "1"], "--tokens"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_names_the_help(run: Run, args: list[str], message: str) -> None:
+    error = line(run(*args), code=2)
+    assert message in error and "--help)" in error
+
+
+def test_a_profile_that_is_none_is_an_error_of_one_line(run: Run, tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    args = ["generate", tiny(), "-p", "hello", "--profile", path]
+    assert "no profile" in line(run(*args))
+    path.write_text('{"format": "adaskip-profile", "version": 7}')
+    assert "format version" in line(run(*args))
+    path.write_text('{"format": ')
+    assert "truncated" in line(run(*args))
+
+
+def test_a_budget_beyond_the_model_is_an_error_of_one_line(run: Run, tiny: Any, profile_path: Path) -> None:
+    assert "0 to 6" in line(run("generate", tiny(), "-p", "hello", "--profile", profile_path, "--skip", 7))
+
+
+def test_a_profile_of_another_model_is_an_error_of_one_line(run: Run, tiny: Any, profile_path: Path) -> None:
+    args = ["generate", tiny(seed=1), "-p", "hello", "--profile", profile_path, "--skip", 1]
+    assert "another model" in line(run(*args))
+
+
+def test_files_that_cannot_be_used_are_errors_of_one_line(run: Run, tiny: Any, tmp_path: Path) -> None:
+    output = ["-o", tmp_path / "p.json"]
+    assert "nope" in line(run("generate", tiny(), "-f", tmp_path / "nope"))
+    assert "not UTF-8" in line(run("generate", tiny(), "-f", tiny()))
+    assert "nope" in line(run("calibrate", tiny(), *output, "--data", tmp_path / "nope"))
+    assert "not UTF-8" in line(run("calibrate", tiny(), *output, "--data", tiny()))
+    assert "no folder" in line(run("calibrate", tiny(), "-o", tmp_path / "nope" / "p.json"))
+    assert "cannot write" in line(run("calibrate", tiny(), "-o", tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_empty_or_too_long_prompt_is_an_error_of_one_line(run: Run, tiny: Any) -> None:
+    assert "empty" in line(run("generate", tiny(), "-p", "", "--raw"))
+    assert "--ctx" in line(run("generate", tiny(), "-p", "hello " * 300, "--raw", "--ctx", 64))
+    assert "chat template" in line(run("generate", tiny(), "-p", "hello", "--chat"))
+
+
+def test_an_interrupted_command_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "packaged_model", interrupt)
+    result = run("demo")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "Error: interrupted"
+
+
+def test_a_demo_without_its_model_tells_how_to_get_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert 'pip install "adaskip-cpp[demo]"' in line(run("demo"))
+
+
+# --- verbs on a tiny model --------------------------------------------------------------------------------------------
+
+
+def test_inspect_lists_the_sublayers(run: Run, tiny: Any) -> None:
+    result = run("inspect", tiny())
+    assert result.exit_code == 0
+    assert "6 of 6 sublayers can be skipped." in result.stdout
+    data = json.loads(run("inspect", tiny(), "--json").stdout)
+    assert (data["architecture"], data["n_layer"], data["n_skippable"]) == ("llama", 3, 6)
+    assert [(row["layer"], row["kind"]) for row in data["sublayers"]] == [
+        (layer, kind) for layer in range(3) for kind in ("attention", "ffn")
+    ]
+
+
+def test_calibrate_writes_a_profile_that_generate_takes(run: Run, tiny: Any, tmp_path: Path) -> None:
+    output, data = tmp_path / "out.json", tmp_path / "text.txt"
+    data.write_text("the quick brown fox " * 40)
+    args = ["calibrate", tiny(), "--data", data, "--requests", 2, "--tokens", 20, "-o", output]
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert "2 requests: 40 tokens of text.txt" in result.stdout
+    profile = Profile.load(output)
+    assert (profile.n_requests, profile.n_tokens, profile.corpus) == (2, 40, "text.txt")
+    assert json.loads(run(*args, "--json").stdout)["prefill"] == profile.to_dict()["prefill"]
+
+    result = run("generate", tiny(), "-p", "hello", "--profile", output, "--skip", 2, "--max-tokens", 5)
+    assert result.exit_code == 0, result.output
+    assert "skipped: 2 of 6 sublayers" in result.stderr
+    assert "tokens/s" in result.stderr and "tokens/s" not in result.stdout
+
+
+def test_text_may_come_from_stdin(run: Run, tiny: Any, tmp_path: Path) -> None:
+    result = run("generate", tiny(), "-f", "-", "--max-tokens", 3, stdin="hello")
+    assert result.exit_code == 0 and "prompt:" in result.stderr
+    args = ["calibrate", tiny(), "--data", "-", "--tokens", 8, "--requests", 1, "-o", tmp_path / "p.json"]
+    assert run(*args, stdin="hello world, hello").exit_code == 0
+
+
+def test_the_same_seed_gives_the_same_text(run: Run, tiny: Any) -> None:
+    texts = [run("generate", tiny(), "-p", "hello", "--max-tokens", 20, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+# --- the heat map -----------------------------------------------------------------------------------------------------
+
+
+def show(width: int, n_layer: int, *, colour: bool = False) -> list[str]:
+    console = Console(width=width, force_terminal=colour, color_system="truecolor" if colour else None, record=True)
+    similarity = np.linspace(0.1, 0.9, 2 * n_layer).reshape(n_layer, 2)
+    similarity[0, 0] = np.nan
+    skip = np.zeros((n_layer, 2), bool)
+    skip[-1] = True
+    with console.capture() as capture:
+        print_heatmap(console, similarity, skip)
+    return capture.get().splitlines()
+
+
+def test_thirty_layers_fit_eighty_columns_in_two_rows() -> None:
+    header, attention, ffn, legend = show(80, 30)
+    assert header.split() == ["layer", "0", "5", "10", "15", "20", "25"]
+    assert attention.split()[0] == "attention" and attention.split()[1] == "-" and attention.endswith("9x")
+    assert ffn.startswith("FFN") and ffn.endswith("9x")
+    assert "0.1" in legend and "0.9" in legend and "x skipped" in legend
+    assert max(map(len, (header, attention, ffn, legend))) <= 80
+
+
+def test_more_layers_than_fit_go_on_below() -> None:
+    lines = show(60, 80)
+    assert sum(text.startswith("attention") for text in lines) == 4
+    assert max(map(len, lines)) <= 60
+
+
+def test_colours_are_only_for_terminals() -> None:
+    assert not any("\x1b" in text for text in show(80, 30))
+    assert any("\x1b[" in text for text in show(80, 30, colour=True))
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_core_to_run_on() -> None:
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+
+
+# --- on the real model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_the_demo_finds_its_model(smollm2_path: Path) -> None:
+    assert demo.packaged_model() == str(smollm2_path)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_demo_measures_both_sides(smollm2_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_MAX_PAIRS", 1)
+    monkeypatch.setattr(demo, "N_ANSWER", 8)
+    result = run("demo", "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["plan"]["strategy"] == "adaskip"
+    assert sum(len(data["plan"]["prefill"][kind]) for kind in ("attention", "ffn")) == 12
+    assert 1990 <= data["n_prompt"] <= 2000
+    assert data["profile"]["calibration"]["n_tokens"] == 8 * 512
+    for side in ("full", "skipped"):
+        assert data[side]["first_token_s"] > data[side]["token_s"] > 0
+    assert 2 < data["full"]["loss"] < data["skipped"]["loss"] < 5

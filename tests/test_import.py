@@ -1,0 +1,157 @@
+"""``import adaskip_cpp`` puts our libllama under llama-cpp-python, or says why it cannot and what to do."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adaskip_cpp
+from adaskip_cpp import _library
+
+linux_only = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
+
+# A copy of the package is imported by its path: the finder of an editable installation would prefer the original.
+BY_PATH = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n"
+MAPPED = "{line.split()[-1] for line in open('/proc/self/maps') if '/lib' + name in line}"
+
+
+def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a fresh Python in ``folder``, away from the sources."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("LLAMA_CPP_LIB_PATH", "PYTHONPATH")}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=folder, env=variables | environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def output(code: str, folder: Path, **environment: str) -> str:
+    result = run(code, folder, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def error(code: str, folder: Path, **environment: str) -> str:
+    """The last line on stderr of ``code``, which must fail."""
+    result = run(code, folder, **environment)
+    assert result.returncode != 0, result.stdout
+    return result.stderr.strip().splitlines()[-1]
+
+
+def distribution(folder: Path, version: str) -> str:
+    """A PYTHONPATH on which llama-cpp-python's metadata say ``version``."""
+    information = folder / f"llama_cpp_python-{version.partition('+')[0]}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {version}\n")
+    return str(folder)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package with what was built, copied to a folder of its own, to be damaged by a test."""
+    target = tmp_path / "copy" / "adaskip_cpp"
+    for folder in adaskip_cpp.__path__:
+        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def test_llama_cpp_runs_on_our_library(tmp_path: Path) -> None:
+    code = "import adaskip_cpp, llama_cpp; print(llama_cpp.llama_cpp._lib._name)"
+    assert Path(output(code, tmp_path)).samefile(_library.path())
+
+
+@linux_only
+def test_server_and_multimodal_share_our_library(tmp_path: Path) -> None:
+    code = (
+        "import adaskip_cpp, llama_cpp.server.app, llama_cpp.mtmd_cpp\n"
+        f"for name in ('llama.', 'mtmd.', 'ggml.', 'ggml-base.'): print(*{MAPPED})"
+    )
+    llama, *others = output(code, tmp_path).splitlines()
+    assert Path(llama).samefile(_library.path())
+    assert [len(line.split()) for line in others] == [1, 1, 1]
+    assert {Path(line).parent.parent.name for line in others} == {"llama_cpp"}
+
+
+@linux_only
+def test_library_finds_ggml_by_itself(tmp_path: Path) -> None:
+    code = f"import ctypes; ctypes.CDLL({str(_library.path())!r}); name = 'ggml.'; print(*{MAPPED})"
+    assert Path(output(code, tmp_path)).parent.parent.name == "llama_cpp"
+
+
+@pytest.mark.parametrize("before", [None, "/elsewhere"])
+def test_environment_is_as_before(tmp_path: Path, before: str | None) -> None:
+    code = "import adaskip_cpp, os; print(os.environ.get('LLAMA_CPP_LIB_PATH'))"
+    environment = {} if before is None else {"LLAMA_CPP_LIB_PATH": before}
+    assert output(code, tmp_path, **environment) == str(before)
+
+
+def test_llama_cpp_imported_first_is_refused(tmp_path: Path) -> None:
+    message = error("import llama_cpp, adaskip_cpp", tmp_path)
+    assert message.startswith("adaskip_cpp.errors.ImportOrderError: llama_cpp was imported before adaskip_cpp")
+    assert "import adaskip_cpp first" in message
+
+
+def test_llama_cpp_imported_first_on_our_library_is_fine(tmp_path: Path) -> None:
+    code = "import llama_cpp, adaskip_cpp; print('fine')"
+    assert output(code, tmp_path, LLAMA_CPP_LIB_PATH=str(_library.path().parent)) == "fine"
+
+
+def test_other_version_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    code = "import sys\ntry:\n    import adaskip_cpp\nfinally:\n    print('llama_cpp' in sys.modules)"
+    result = run(code, tmp_path, PYTHONPATH=distribution(tmp_path, "0.3.1"))
+    assert result.stdout.strip() == "False"
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("adaskip_cpp.errors.LibraryVersionError: llama-cpp-python 0.3.1 is installed")
+    assert f"pip install llama-cpp-python=={_library.build_info().llama_cpp_python}" in message
+
+
+def test_version_with_a_backend_suffix_is_the_same_version(tmp_path: Path) -> None:
+    version = f"{_library.build_info().llama_cpp_python}+cu124"
+    assert output("import adaskip_cpp; print('fine')", tmp_path, PYTHONPATH=distribution(tmp_path, version)) == "fine"
+
+
+def test_missing_llama_cpp_python_is_said(tmp_path: Path) -> None:
+    code = (
+        "import importlib.metadata as m\n"
+        "def version(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = version\n"
+        "import adaskip_cpp"
+    )
+    message = error(code, tmp_path)
+    assert "LibraryVersionError: llama-cpp-python is not installed; run 'pip install llama-cpp-python==" in message
+
+
+@pytest.mark.parametrize("name", [_library.path().name, "build.json"])
+def test_missing_file_is_said(copy: Path, name: str) -> None:
+    (copy / "lib" / name).unlink()
+    message = error(BY_PATH + "import adaskip_cpp", copy.parent)
+    assert message.startswith("adaskip_cpp.errors.LibraryMissingError: adaskip_cpp in")
+    assert name in message
+    assert "pip install" in message
+
+
+@pytest.mark.parametrize("record", ["", "[]", json.dumps({"llama_cpp_python": "0.3.36"})])
+def test_damaged_build_record_is_said(copy: Path, record: str) -> None:
+    (copy / "lib" / "build.json").write_text(record)
+    message = error(BY_PATH + "import adaskip_cpp", copy.parent)
+    assert "LibraryMissingError" in message
+    assert "is damaged" in message
+
+
+def test_unloadable_library_is_said(copy: Path) -> None:
+    (copy / "lib" / _library.path().name).write_bytes(b"not a library")
+    message = error(BY_PATH + "import adaskip_cpp", copy.parent)
+    assert message.startswith("adaskip_cpp.errors.LibraryError: llama_cpp cannot be imported on")
+    assert "pip install --force-reinstall" in message
+
+
+def test_all_import_failures_are_import_errors() -> None:
+    names = ("LibraryError", "LibraryMissingError", "LibraryVersionError", "ImportOrderError")
+    assert all(issubclass(getattr(adaskip_cpp.errors, name), ImportError) for name in names)
+
+
+def test_header_is_installed() -> None:
+    assert _library.header().read_text().count("adaskip_") > 0

@@ -1,0 +1,136 @@
+"""Writes tiny random F32 GGUF models, one per architecture family, that stock llama.cpp loads.
+
+Each tensor's values depend only on (seed, tensor name), so a model written with one output projection set to zero
+differs from the plain one in that projection alone: it is the oracle for a skipped sublayer.
+"""
+
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFWriter, TokenType
+from tiny_families import FAMILIES, N_CTX_TRAIN, N_EMBD, N_FF, N_HEAD, N_VOCAB, Family
+
+__all__ = ["write_model"]
+
+Kind = str  # "attention" or "ffn"
+
+WORDS = ("▁the", "▁a", "▁of", "▁to", "th", "he", "▁t", "▁", "in", "er", "an", "re", "on")
+N_BYTE_TOKENS = N_VOCAB - len(WORDS)  # three special tokens and all bytes
+# The projections that end a sublayer, with their biases. Behind them stands at most an RMS norm, and rms_norm(0) = 0.
+_OUTPUT = {
+    "attention": ("attn_output", "ssm_out", "shortconv.out_proj"),
+    "ffn": ("ffn_down", "ffn_down_exps"),
+}
+
+
+def write_model(
+    path: str | Path,
+    name: str = "llama",
+    *,
+    seed: int = 0,
+    n_layer: int | None = None,
+    zero: Collection[tuple[int, Kind]] = (),
+) -> Path:
+    """Write a tiny random model.
+
+    Args:
+        path: Where to write the GGUF file.
+        name: A key of FAMILIES.
+        seed: Seed of the weights; together with a tensor's name it fixes that tensor.
+        n_layer: Number of layers; the family's own number when None.
+        zero: (layer, "attention" or "ffn") of every sublayer that shall add nothing to the residual stream.
+
+    Returns:
+        ``path``.
+    """
+    family = FAMILIES[name]
+    layers = n_layer or family.n_layer
+    shapes = dict(family.tensors(layers))
+    silenced = set()
+    for layer, kind in zero:
+        names = {f"blk.{layer}.{stem}.{part}" for stem in _OUTPUT[kind] for part in ("weight", "bias")} & shapes.keys()
+        if not names:
+            raise ValueError(f"{name} has no {kind} in layer {layer}")
+        silenced |= names
+    writer = GGUFWriter(path, family.architecture)
+    _write_metadata(writer, family, layers)
+    _write_tokenizer(writer)
+    for tensor, shape in shapes.items():
+        values = _values(tensor, shape, seed)
+        writer.add_tensor(tensor, np.zeros_like(values) if tensor in silenced else values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
+def _values(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
+    """Random values of a size that makes every sublayer change the residual stream by about its own size."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    noise = rng.standard_normal(shape)
+    stem = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if name.endswith(".bias"):
+        values = 0.3 * noise
+    elif "norm" in stem:
+        values = 1 + 0.2 * noise
+    elif stem == "ssm_a":
+        values = -np.exp(0.5 * noise)  # the state decays
+    elif stem == "rope_freqs":
+        values = 1 + np.abs(noise)
+    elif stem == "token_embd":
+        values = 0.5 * noise
+    else:
+        gain = {"attn_q": 1.5, "attn_k": 1.5, "attn_qkv": 1.5, "ffn_down": 2, "ffn_down_exps": 2}.get(stem, 1.2)
+        values = gain * noise / np.sqrt(shape[-1])
+    return np.asarray(values, dtype=np.float32)
+
+
+def _write_metadata(writer: GGUFWriter, family: Family, n_layer: int) -> None:
+    n_kv: int | list[int] = family.n_kv
+    if family.mixer:
+        n_kv = [0 if layer in family.mixer else family.n_kv for layer in range(n_layer)]
+    metadata: dict[str, Any] = {
+        "context_length": N_CTX_TRAIN,
+        "embedding_length": N_EMBD,
+        "block_count": n_layer,
+        "feed_forward_length": 0 if family.ffn == "none" else N_FF,
+        "attention.head_count": 0 if family.ffn == "none" else N_HEAD,
+        "attention.head_count_kv": 0 if family.ffn == "none" else n_kv,
+        "attention.key_length": family.head_dim,
+        "attention.value_length": family.head_dim,
+        "rope.dimension_count": family.head_dim,
+        "rope.freq_base": 10000.0,
+        "attention.layer_norm_rms_epsilon" if family.norm == "rms" else "attention.layer_norm_epsilon": 1e-5,
+        **family.metadata,
+    }
+    writer.add_name("tiny")
+    for key, value in metadata.items():
+        full = f"{family.architecture}.{key}"
+        match value:
+            case bool():
+                writer.add_bool(full, value)
+            case int():
+                writer.add_uint32(full, value)
+            case float():
+                writer.add_float32(full, value)
+            case list():
+                writer.add_array(full, value)
+
+
+def _write_tokenizer(writer: GGUFWriter) -> None:
+    """A SentencePiece vocabulary of three special tokens, all bytes, and a few pieces."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+    types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+    types += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(WORDS)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * N_BYTE_TOKENS + [-float(rank) for rank in range(len(WORDS))])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
