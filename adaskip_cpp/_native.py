@@ -6,24 +6,38 @@ Nothing here knows what a plan or a profile is for; :mod:`adaskip_cpp.llama` is 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from cffi import FFI
 
 from . import _library
-from .errors import CompensationError, LibraryVersionError, NativeError, NotSkippableError
+from .errors import CompensationError, ElidedKVError, LibraryVersionError, NativeError, NotSkippableError
 
-__all__ = ["KIND_NAMES", "Counters", "KVRun", "NativeContext", "Phase", "StatisticsBatch", "Sublayer"]
+__all__ = [
+    "KIND_NAMES",
+    "Counters",
+    "KVRun",
+    "NativeContext",
+    "NativeOnline",
+    "NativePlan",
+    "Phase",
+    "StatisticsBatch",
+    "Sublayer",
+    "elide_kv",
+]
 
 Phase: TypeAlias = Literal["prefill", "decode"]
 Kind: TypeAlias = Literal["attention", "ffn"]
 
 KIND_NAMES: tuple[Kind, Kind] = ("attention", "ffn")
 _PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+OnlineScale: TypeAlias = Literal["none", "paper", "median"]
+_ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _NO_STALE_POSITION = 2**31 - 1
 
 
@@ -50,8 +64,12 @@ class Sublayer:
 class StatisticsBatch:
     """Per-token reductions of one ubatch, u and v being a sublayer's input and output, both with the residual.
 
+    All are NaN where a sublayer or layer was not observed.
+
     Attributes:
-        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|²; NaN where a sublayer was not observed.
+        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|².
+        layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output.
+        sum_u, sum_v: float32 [n_layer, 2, n_embd]: sums of u and v over the tokens; None if they were not asked for.
         positions: int32 [n_tokens].
         phase: "prefill" or "decode".
     """
@@ -59,6 +77,9 @@ class StatisticsBatch:
     dot: npt.NDArray[np.float32]
     u_sq: npt.NDArray[np.float32]
     v_sq: npt.NDArray[np.float32]
+    layer_dot: npt.NDArray[np.float32]
+    sum_u: npt.NDArray[np.float32] | None
+    sum_v: npt.NDArray[np.float32] | None
     positions: npt.NDArray[np.int32]
     phase: Phase
 
@@ -81,6 +102,41 @@ class Counters:
     graphs_reused: int
     kv_bytes: int
     statistics_bytes: int
+
+
+class NativePlan(Protocol):
+    """What a plan for one phase must have.
+
+    Attributes:
+        skip: bool [n_layer, 2].
+        scale: float64 [n_layer, 2], positive where skipped.
+        bias: float32 [n_layer, 2, n_embd], or None.
+    """
+
+    @property
+    def skip(self) -> npt.NDArray[np.bool_]: ...
+    @property
+    def scale(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def bias(self) -> npt.NDArray[np.float32] | None: ...
+
+
+@dataclass(frozen=True)
+class NativeOnline:
+    """What the online stage has learned in this request.
+
+    Attributes:
+        n_tokens: tokens observed so far.
+        done: whether the FFNs were chosen.
+        similarity, norm_ratio: float64 [n_layer], NaN where an FFN was not observed.
+        ffn: layers whose FFN was added.
+    """
+
+    n_tokens: int
+    done: bool
+    similarity: npt.NDArray[np.float64]
+    norm_ratio: npt.NDArray[np.float64]
+    ffn: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -113,6 +169,18 @@ def _open() -> tuple[FFI, Any]:
 _ffi, _lib = _open()
 
 
+@contextmanager
+def elide_kv(skipped: npt.NDArray[np.bool_] | None) -> Iterator[None]:
+    """Contexts created inside have no KV for the attentions in ``skipped``, bool [n_layer]; None changes nothing."""
+    if skipped is not None:
+        flags = np.ascontiguousarray(skipped, dtype=np.uint8)
+        _lib.adaskip_elide_kv(_ffi.from_buffer("uint8_t[]", flags), len(flags))
+    try:
+        yield
+    finally:
+        _lib.adaskip_elide_kv(_ffi.NULL, 0)
+
+
 class NativeContext:
     """adaskip's side of one ``llama_context``.
 
@@ -126,6 +194,7 @@ class NativeContext:
     def __init__(self, address: int) -> None:
         self._ctx = _ffi.cast("struct llama_context *", address)
         self._callback: Any = None
+        self._drops_logits = False
         self._error: BaseException | None = None
         self.n_layer: int = self._check(_lib.adaskip_n_layer(self._ctx))
 
@@ -137,6 +206,8 @@ class NativeContext:
             raise NotSkippableError(f"{message}; leave it out of the plan ('adaskip-cpp inspect' lists what can be).")
         if code == _lib.ADASKIP_ERROR_COMPENSATION:
             raise CompensationError(f"{message}; give a positive number, or 1 for no compensation.")
+        if code == _lib.ADASKIP_ERROR_KV_ELIDED:
+            raise ElidedKVError(f"{message}; open the model without plan=, then set_plan() takes any plan.")
         raise NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
 
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -151,28 +222,70 @@ class NativeContext:
             for row in rows
         )
 
-    def _plan(self, skip: npt.NDArray[np.bool_] | None, scale: npt.NDArray[np.float64] | None) -> tuple[Any, Any]:
-        if skip is None or scale is None:
-            return _ffi.NULL, None
-        flags = np.ascontiguousarray(skip, dtype=np.uint8)
-        scales = np.ascontiguousarray(scale, dtype=np.float32)
-        plan = _ffi.new("struct adaskip_plan *")
-        plan.n_layer = len(flags)
-        plan.skip = _ffi.from_buffer("uint8_t[]", flags)
-        plan.scale = _ffi.from_buffer("float[]", scales)
-        return plan, (flags, scales)
+    def _fill(self, target: Any, plan: NativePlan) -> list[Any]:
+        """Point an adaskip_plan at the arrays of ``plan``; returns what must live as long."""
+        skip = np.ascontiguousarray(plan.skip, dtype=np.uint8)
+        scale = np.ascontiguousarray(plan.scale, dtype=np.float32)
+        target.n_layer = len(skip)
+        target.skip = _ffi.from_buffer("uint8_t[]", skip)
+        target.scale = _ffi.from_buffer("float[]", scale)
+        if plan.bias is None:
+            return [skip, scale]
+        bias = np.ascontiguousarray(plan.bias, dtype=np.float32)
+        target.n_embd = bias.shape[2]
+        target.bias = _ffi.from_buffer("float[]", bias)
+        return [skip, scale, bias]
 
-    def check_plan(self, skip: npt.NDArray[np.bool_], scale: npt.NDArray[np.float64]) -> None:
+    def check_plan(self, plan: NativePlan | None) -> None:
         """Raises what :meth:`set_plan` would, and changes nothing."""
-        plan, _owner = self._plan(skip, scale)
-        self._check(_lib.adaskip_check_plan(self._ctx, plan))
+        target = _ffi.NULL if plan is None else _ffi.new("struct adaskip_plan *")
+        _owner = plan and self._fill(target, plan)
+        self._check(_lib.adaskip_check_plan(self._ctx, target))
 
-    def set_plan(
-        self, phase: Phase, skip: npt.NDArray[np.bool_] | None, scale: npt.NDArray[np.float64] | None = None
-    ) -> None:
-        """Sets what to skip in a phase: ``skip`` bool and ``scale`` float64, both [n_layer, 2]; None clears it."""
-        plan, _owner = self._plan(skip, scale)
-        self._check(_lib.adaskip_set_plan(self._ctx, _PHASES.index(phase), plan))
+    def set_plan(self, phase: Phase, plan: NativePlan | None) -> None:
+        """Sets what to skip in a phase; None clears it."""
+        target = _ffi.NULL if plan is None else _ffi.new("struct adaskip_plan *")
+        _owner = plan and self._fill(target, plan)
+        self._check(_lib.adaskip_set_plan(self._ctx, _PHASES.index(phase), target))
+
+    def set_decode_schedule(self, schedule: Sequence[tuple[int, NativePlan]]) -> None:
+        """Sets what to skip in decode by the number of tokens decoded in the request: (first token, plan), ascending."""
+        plans = _ffi.new("struct adaskip_plan[]", len(schedule))
+        _owner = [self._fill(target, plan) for target, (_, plan) in zip(plans, schedule, strict=True)]
+        starts = _ffi.new("int32_t[]", [start for start, _ in schedule])
+        self._check(_lib.adaskip_set_decode_schedule(self._ctx, starts, plans, len(schedule)))
+
+    def set_online(self, window: int, threshold: float, scale: OnlineScale) -> None:
+        """Turns the online stage on for the requests to come."""
+        params = _ffi.new("struct adaskip_online_params *")
+        params.window, params.threshold, params.scale = window, threshold, _ONLINE_SCALES.index(scale)
+        self._check(_lib.adaskip_set_online(self._ctx, params))
+
+    def clear_online(self) -> None:
+        """Turns the online stage off."""
+        self._check(_lib.adaskip_set_online(self._ctx, _ffi.NULL))
+
+    def online(self) -> NativeOnline:
+        """What the online stage has learned in this request."""
+        similarity, norm_ratio = np.empty(self.n_layer), np.empty(self.n_layer)
+        added = np.zeros(self.n_layer, np.uint8)
+        state = _ffi.new("struct adaskip_online_state *")
+        state.similarity = _ffi.from_buffer("double[]", similarity)
+        state.norm_ratio = _ffi.from_buffer("double[]", norm_ratio)
+        state.added = _ffi.from_buffer("uint8_t[]", added)
+        self._check(_lib.adaskip_get_online(self._ctx, state))
+        ffn = tuple(int(layer) for layer in np.flatnonzero(added))
+        return NativeOnline(state.n_tokens, bool(state.done), similarity, norm_ratio, ffn)
+
+    def begin_request(self) -> None:
+        """No token of the next request is decoded yet; its online stage starts from the plans that were set."""
+        self._check(_lib.adaskip_begin_request(self._ctx))
+
+    def elided_kv(self) -> tuple[int, ...]:
+        """Layers whose attention has no KV in this context."""
+        elided = np.zeros(self.n_layer, np.uint8)
+        self._check(_lib.adaskip_get_elided_kv(self._ctx, _ffi.from_buffer("uint8_t[]", elided), self.n_layer))
+        return tuple(int(layer) for layer in np.flatnonzero(elided))
 
     def set_phase(self, phase: Phase) -> None:
         """Says what the tokens of the next ``llama_decode`` calls are."""
@@ -186,44 +299,66 @@ class NativeContext:
             c.n_nodes_full, c.n_nodes, c.n_graphs_built, c.n_graphs_reused, c.n_bytes_kv, c.n_bytes_statistics
         )
 
-    def start_statistics(self, sink: Callable[[StatisticsBatch], None], *, keep_logits: bool = False) -> None:
+    def start_statistics(
+        self, sink: Callable[[StatisticsBatch], None], *, keep_logits: bool = False, vectors: bool = False
+    ) -> None:
         """Hands the statistics of every ubatch to ``sink``, until :meth:`stop_statistics`.
 
-        With ``keep_logits`` the logits are bit-identical to those without statistics, and the last layer's FFN is
-        observed for output tokens only; else every token is observed and no logits are computed. What ``sink`` raises
-        is kept for :meth:`raise_pending`, since it cannot pass through C.
+        With ``keep_logits`` the logits are bit-identical to those without statistics, and what llama.cpp runs on output
+        tokens only is observed for those; else every token is observed and no logits are computed. What ``sink``
+        raises is kept for :meth:`raise_pending`, since it cannot pass through C.
         """
 
         def keep(kind: Any, value: BaseException, traceback: Any) -> None:
             if self._error is None:
                 self._error = value
 
+        def array(address: Any, *shape: int) -> npt.NDArray[np.float32]:
+            buffer = _ffi.buffer(address, int(np.prod(shape)) * 4)
+            return np.frombuffer(buffer, np.float32).reshape(shape).copy()
+
         def deliver(statistics: Any, user_data: Any) -> None:
             if self._error is not None:
                 return
-            n_layer, n_tokens = statistics.n_layer, statistics.n_tokens
-            values = np.frombuffer(_ffi.buffer(statistics.values, n_layer * 2 * 3 * n_tokens * 4), np.float32)
-            values = values.reshape(n_layer, 2, 3, n_tokens).copy()
-            positions = np.frombuffer(_ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy()
-            sink(
-                StatisticsBatch(values[:, :, 0], values[:, :, 1], values[:, :, 2], positions, _PHASES[statistics.phase])
+            n_layer, n_tokens, n_embd = statistics.n_layer, statistics.n_tokens, statistics.n_embd
+            values = array(statistics.values, n_layer, 2, 3, n_tokens)
+            sums = array(statistics.sums, n_layer, 2, 2, n_embd) if statistics.sums else None
+            batch = StatisticsBatch(
+                dot=values[:, :, 0],
+                u_sq=values[:, :, 1],
+                v_sq=values[:, :, 2],
+                layer_dot=array(statistics.layer_dot, n_layer, n_tokens),
+                sum_u=None if sums is None else sums[:, :, 0],
+                sum_v=None if sums is None else sums[:, :, 1],
+                positions=np.frombuffer(_ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy(),
+                phase=_PHASES[statistics.phase],
             )
+            sink(batch)
 
-        mode = _lib.ADASKIP_STATISTICS_OUTPUTS if keep_logits else _lib.ADASKIP_STATISTICS_TOKENS
+        flags = _lib.ADASKIP_STATISTICS_ON
+        flags |= 0 if keep_logits else _lib.ADASKIP_STATISTICS_ALL_TOKENS
+        flags |= _lib.ADASKIP_STATISTICS_VECTORS if vectors else 0
         callback = _ffi.callback("adaskip_statistics_callback", deliver, onerror=keep)
-        self._check(_lib.adaskip_set_statistics(self._ctx, mode, callback, _ffi.NULL))
+        self._check(_lib.adaskip_set_statistics(self._ctx, flags, callback, _ffi.NULL))
         self._callback = callback
+        self._drops_logits = not keep_logits
         self._error = None
 
     def stop_statistics(self) -> None:
         """Takes the statistics out of the next graph."""
-        self._check(_lib.adaskip_set_statistics(self._ctx, _lib.ADASKIP_STATISTICS_OFF, _ffi.NULL, _ffi.NULL))
+        self._check(_lib.adaskip_set_statistics(self._ctx, 0, _ffi.NULL, _ffi.NULL))
         self._callback = None
+        self._drops_logits = False
 
     @property
     def collects_statistics(self) -> bool:
         """Whether a sink is set."""
         return self._callback is not None
+
+    @property
+    def drops_logits(self) -> bool:
+        """Whether the statistics in force leave the output head out."""
+        return self._drops_logits
 
     def raise_pending(self) -> None:
         """Raises what the sink raised during the last ``llama_decode``."""

@@ -8,6 +8,7 @@ __all__ = [
     "AdaSkipError",
     "BudgetError",
     "CompensationError",
+    "ElidedKVError",
     "ImportOrderError",
     "LibraryError",
     "LibraryMissingError",
@@ -61,6 +62,10 @@ class SublayerRangeError(PlanError):
 
 class NotSkippableError(PlanError):
     """A plan names a sublayer that cannot be taken out of this model's graph."""
+
+
+class ElidedKVError(PlanError):
+    """A plan runs an attention for which the model was opened without KV."""
 
 
 class CompensationError(PlanError):

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
-from ._native import Counters, KVRun, NativeContext, Phase, StatisticsBatch, Sublayer
+from ._native import Counters, KVRun, NativeContext, Phase, StatisticsBatch, Sublayer, elide_kv
 from .errors import ModelFileError, NativeError, PlanError, ProfileMismatchError, StateError
 from .model import ModelInfo, check_gguf, fingerprint
 from .plan import SkipPlan
 
-__all__ = ["AdaSkipLlama", "AdaSkipState", "Counters", "StatisticsBatch", "Sublayer"]
+__all__ = ["AdaSkipLlama", "AdaSkipState", "OnlineResult", "Counters", "StatisticsBatch", "Sublayer"]
+
+
+@dataclass(frozen=True)
+class OnlineResult:
+    """What the online stage learned in one request.
+
+    Attributes:
+        window: tokens that it observes.
+        n_tokens: tokens that it has observed, fewer than the window in a short request.
+        similarity: float64 [n_layer], mean IO similarity of each FFN over them, NaN where not observed.
+        norm_ratio: float64 [n_layer], what would stand in for each FFN, likewise.
+        threshold: FFNs of at least this similarity are skipped.
+        ffn: layers whose FFN was added to the decode set, () while the window is not full.
+    """
+
+    window: int
+    n_tokens: int
+    similarity: npt.NDArray[np.float64]
+    norm_ratio: npt.NDArray[np.float64]
+    threshold: float
+    ffn: tuple[int, ...]
 
 
 class AdaSkipState(LlamaState):
@@ -24,16 +48,18 @@ class AdaSkipState(LlamaState):
     Attributes:
         fingerprint: of the model file.
         kv_runs: the positions that lack KV, see :class:`adaskip_cpp._native.KVRun`.
+        elided_kv: layers whose attention has no KV at all.
     """
 
     fingerprint: str
     kv_runs: tuple[KVRun, ...]
+    elided_kv: tuple[int, ...]
 
     @classmethod
-    def of(cls, state: LlamaState, fingerprint: str, kv_runs: tuple[KVRun, ...]) -> AdaSkipState:
+    def of(cls, state: LlamaState, **ours: Any) -> AdaSkipState:
         """The same state, with what only we know."""
         result = cls.__new__(cls)
-        result.__dict__.update(vars(state), fingerprint=fingerprint, kv_runs=kv_runs)
+        result.__dict__.update(vars(state), **ours)
         return result
 
 
@@ -48,7 +74,8 @@ class AdaSkipLlama(llama_cpp.Llama):
 
     Args:
         model_path: a GGUF file.
-        plan: as for :meth:`set_plan`.
+        plan: as for :meth:`set_plan`. No KV is allocated for the layers whose attention it skips in both phases; such a
+            model only takes plans that skip them too, and cannot run as a whole.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
 
     Raises:
@@ -60,8 +87,11 @@ class AdaSkipLlama(llama_cpp.Llama):
         check_gguf(model_path)
         self._plan: SkipPlan | None = None
         self._phase: Phase = "prefill"
+        # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
+        elided = None if plan is None else plan.prefill.skip[:, 0]
         try:
-            super().__init__(model_path, **kwargs)
+            with elide_kv(elided):
+                super().__init__(model_path, **kwargs)
         except ValueError as error:
             if "Failed to" not in str(error):  # llama_cpp.Llama's words for what llama.cpp could not load
                 raise
@@ -70,7 +100,11 @@ class AdaSkipLlama(llama_cpp.Llama):
                 "suffices for n_ctx, and pass verbose=True to see llama.cpp's own messages."
             ) from error
         if plan is not None:
-            self.set_plan(plan)
+            try:
+                self.set_plan(plan)
+            except BaseException:
+                self.close()
+                raise
 
     @cached_property
     def _adaskip(self) -> NativeContext:
@@ -108,6 +142,11 @@ class AdaSkipLlama(llama_cpp.Llama):
         """Graph nodes, graphs built and reused, bytes of KV."""
         return self._adaskip.counters()
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache (and recurrent state), all devices together."""
+        return self.counters.kv_bytes
+
     # -- the plan ------------------------------------------------------------------------------------------------
 
     @property
@@ -127,12 +166,22 @@ class AdaSkipLlama(llama_cpp.Llama):
             raise PlanError(f"expected a SkipPlan or None, not {type(plan).__name__}; see Profile.plan() and SkipPlan.")
         if plan == self._plan:
             return
-        if plan is not None:
+        native = self._adaskip
+        if plan is None:
+            native.check_plan(None)
+            native.set_plan("prefill", None)
+            native.set_plan("decode", None)
+        else:
             self._check_model(plan)
-            for skip_set in (plan.prefill, plan.decode):
-                self._adaskip.check_plan(skip_set.skip, skip_set.scale)
-        self._adaskip.set_plan("prefill", *((plan.prefill.skip, plan.prefill.scale) if plan else (None,)))
-        self._adaskip.set_plan("decode", *((plan.decode.skip, plan.decode.scale) if plan else (None,)))
+            schedule = plan.schedule or ((0, plan.decode),)
+            for skip_set in (plan.prefill, *(each for _, each in schedule)):
+                native.check_plan(skip_set)
+            native.set_plan("prefill", plan.prefill)
+            native.set_decode_schedule(schedule)
+        if plan is None or plan.online is None:
+            native.clear_online()
+        else:
+            native.set_online(plan.online.window, plan.online.threshold, plan.online.scale)
         self._plan = plan
         # The logits at hand are those of the old plan: an equal prompt must be evaluated again before sampling.
         self._requires_eval = True
@@ -182,7 +231,7 @@ class AdaSkipLlama(llama_cpp.Llama):
                 native.raise_pending()
         finally:
             native.set_phase("prefill")  # for whoever decodes on the context without us
-        self._requires_eval = native.collects_statistics
+        self._requires_eval = native.drops_logits
 
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
@@ -202,8 +251,12 @@ class AdaSkipLlama(llama_cpp.Llama):
 
         Arguments and results are those of ``llama_cpp.Llama.generate``.
         """
-        if self._adaskip.collects_statistics:
-            raise StateError("no logits are computed while statistics are collected; leave collect_statistics() first.")
+        if self._adaskip.drops_logits:
+            raise StateError(
+                "no logits are computed while statistics of all tokens are collected; leave collect_statistics() first, "
+                "or open it with keep_logits=True."
+            )
+        self._adaskip.begin_request()
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
             phase: Phase = "prefill"
             sent: Sequence[int] | None = None
@@ -219,14 +272,32 @@ class AdaSkipLlama(llama_cpp.Llama):
                 phase = "decode"
                 sent = yield token
 
+    @property
+    def online(self) -> OnlineResult | None:
+        """What the online stage learned in the last request; None where the plan has none."""
+        if self._plan is None or self._plan.online is None:
+            return None
+        learned, stage = self._adaskip.online(), self._plan.online
+        return OnlineResult(
+            stage.window, learned.n_tokens, learned.similarity, learned.norm_ratio, stage.threshold, learned.ffn
+        )
+
     # -- statistics ----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def collect_statistics(self, sink: Callable[[StatisticsBatch], None]) -> Iterator[None]:
+    def collect_statistics(
+        self, sink: Callable[[StatisticsBatch], None], *, keep_logits: bool = False, vectors: bool = False
+    ) -> Iterator[None]:
         """Hand the statistics of every evaluated ubatch to ``sink`` while the context is open.
 
-        Every sublayer that runs is observed for every token. No logits are computed meanwhile: use :meth:`eval`.
+        Every sublayer that runs is observed for every token, and no logits are computed meanwhile: use :meth:`eval`.
         What ``sink`` raises ends the evaluation and is raised from it.
+
+        Args:
+            sink: called once per ubatch.
+            keep_logits: compute logits as ever, so that :meth:`generate` works; then the last layer's FFN is observed
+                for output tokens only, as llama.cpp runs it.
+            vectors: also sum every sublayer's input and output over the tokens.
 
         Raises:
             StateError: statistics are being collected already.
@@ -234,7 +305,7 @@ class AdaSkipLlama(llama_cpp.Llama):
         native = self._adaskip
         if native.collects_statistics:
             raise StateError("statistics are being collected already; leave the other collect_statistics() first.")
-        native.start_statistics(sink)
+        native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors)
         try:
             yield
         finally:
@@ -245,7 +316,12 @@ class AdaSkipLlama(llama_cpp.Llama):
 
     def save_state(self) -> AdaSkipState:
         """As ``llama_cpp.Llama.save_state``, with the record of what the KV lacks."""
-        return AdaSkipState.of(super().save_state(), self.model_info.fingerprint, self._adaskip.kv_runs())
+        return AdaSkipState.of(
+            super().save_state(),
+            fingerprint=self.model_info.fingerprint,
+            kv_runs=self._adaskip.kv_runs(),
+            elided_kv=self._adaskip.elided_kv(),
+        )
 
     def load_state(self, state: LlamaState) -> None:
         """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` counts as that of the whole model.

@@ -23,13 +23,18 @@ int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool
     if (!elided(il)) {
         return -1;
     }
+    int32_t il_first = il; // where no layer of this shape has KV, the first one keeps it
     for (int32_t i = 0; i < (int32_t) hparams.n_layer_all; ++i) {
-        if (!elided(i) && hparams.has_kv(i) && (!filter || filter(i)) &&
-            hparams.n_embd_k_gqa(i) == hparams.n_embd_k_gqa(il) && hparams.n_embd_v_gqa(i) == hparams.n_embd_v_gqa(il)) {
+        if (!hparams.has_kv(i) || (filter && !filter(i)) ||
+            hparams.n_embd_k_gqa(i) != hparams.n_embd_k_gqa(il) || hparams.n_embd_v_gqa(i) != hparams.n_embd_v_gqa(il)) {
+            continue;
+        }
+        if (!elided(i)) {
             return i;
         }
+        il_first = std::min(il_first, i);
     }
-    return -1;
+    return il_first == il ? -1 : il_first;
 }
 
 adaskip_context::adaskip_context() : kv_elided(kv_elided_next) {

@@ -151,7 +151,7 @@ int32_t adaskip_begin_request(struct llama_context * ctx);
 int32_t adaskip_set_phase(struct llama_context * ctx, int32_t phase);
 
 // Contexts that this thread creates from now on have no KV for the attentions that are 1 in skipped[n_layer]; NULL ends
-// it. Such a context only decodes under plans that skip them. A layer keeps its KV if no layer of the same shape has any.
+// it. Such a context only decodes under plans that skip them. Of layers of one shape, the first keeps its KV if all are 1.
 int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer);
 
 // fills elided[n_layer] with 1 where this context has no KV
