@@ -28,12 +28,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(if $(wildcard .clang-format),$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h))
+	$(BIN)/clang-format --dry-run -Werror $(wildcard native/*.cpp native/*.h)
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(if $(wildcard .clang-format),$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h))
+	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

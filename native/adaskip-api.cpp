@@ -23,8 +23,7 @@ static int32_t fail(int32_t code, std::string message) {
 }
 
 // runs f, which returns a code, and turns what it throws into one
-template <typename F>
-static int32_t guarded(const llama_context * ctx, F && f) {
+template <typename F> static int32_t guarded(const llama_context * ctx, F && f) {
     last_error.clear();
     if (!ctx) {
         return fail(ADASKIP_ERROR_ARGUMENT, "the context is null");
@@ -59,9 +58,9 @@ static ggml_cgraph * build_sample_graph(llama_context & ctx) {
         }
     }
     const uint32_t n_seqs   = ctx.n_seq_max();
-    const uint32_t n_tokens = 2*n_seqs;
+    const uint32_t n_tokens = 2 * n_seqs;
 
-    return ctx.graph_reserve(n_tokens, n_seqs, n_seqs, mctx.get(), /*split_only =*/ true);
+    return ctx.graph_reserve(n_tokens, n_seqs, n_seqs, mctx.get(), /*split_only =*/true);
 }
 
 // what can be skipped does not change over the life of a context, and the graph pass checks again
@@ -75,20 +74,21 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
         throw std::runtime_error("failed to build a graph");
     }
     const auto * gf_res   = ctx.get_gf_res_reserve();
-    const auto   topology = adaskip_topology_find(gf, gf_res->t_embd ? gf_res->t_embd : gf_res->t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided);
+    const auto   topology = adaskip_topology_find(
+            gf, gf_res->t_embd ? gf_res->t_embd : gf_res->t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided);
 
-    std::vector<uint8_t> skip(2*topology.layers.size(), 0);
+    std::vector<uint8_t> skip(2 * topology.layers.size(), 0);
     for (size_t i = 0; i < skip.size(); ++i) {
         const auto & loc = topology.layers[i / 2][i % 2];
 
         adaskip_sublayer sublayer = {};
-        sublayer.layer     = (int32_t) i / 2;
-        sublayer.kind      = (int32_t) i % 2;
-        sublayer.skippable = loc.skippable();
+        sublayer.layer            = (int32_t) i / 2;
+        sublayer.kind             = (int32_t) i % 2;
+        sublayer.skippable        = loc.skippable();
         if (loc.skippable()) {
-            skip[i] = 1;
+            skip[i]          = 1;
             sublayer.n_nodes = topology.count_dead(gf, skip);
-            skip[i] = 0;
+            skip[i]          = 0;
         }
         snprintf(sublayer.reason, sizeof(sublayer.reason), "%s", loc.reason.c_str());
         res.push_back(sublayer);
@@ -107,11 +107,12 @@ static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
         return fail(ADASKIP_ERROR_ARGUMENT, "the plan has no arrays");
     }
     if (plan && plan->bias && plan->n_embd != n_embd) {
-        return fail(ADASKIP_ERROR_ARGUMENT, format("the plan's vectors have %d values, the model %d", plan->n_embd, n_embd));
+        return fail(ADASKIP_ERROR_ARGUMENT,
+                format("the plan's vectors have %d values, the model %d", plan->n_embd, n_embd));
     }
     const auto & elided = ctx.adaskip.kv_elided;
     for (int32_t il = 0; il < std::min(n_layer, (int32_t) elided.size()); ++il) {
-        if (elided[il] && !(plan && plan->skip[2*il + ADASKIP_ATTENTION])) {
+        if (elided[il] && !(plan && plan->skip[2 * il + ADASKIP_ATTENTION])) {
             return fail(ADASKIP_ERROR_KV_ELIDED,
                     format("layer %d: the attention would run, but the model was opened without KV for it", il));
         }
@@ -120,7 +121,7 @@ static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
         return ADASKIP_OK;
     }
     const auto & sublayers = sublayers_of(ctx);
-    for (int32_t i = 0; i < 2*n_layer; ++i) {
+    for (int32_t i = 0; i < 2 * n_layer; ++i) {
         if (!plan->skip[i]) {
             continue;
         }
@@ -133,7 +134,7 @@ static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
             return fail(ADASKIP_ERROR_COMPENSATION,
                     format("layer %d: the scale of the %s is %g, not a positive number", i / 2, kind, plan->scale[i]));
         }
-        const float * bias = plan->bias ? plan->bias + (size_t) i*n_embd : nullptr;
+        const float * bias = plan->bias ? plan->bias + (size_t) i * n_embd : nullptr;
         if (bias && !std::all_of(bias, bias + n_embd, [](float x) { return std::isfinite(x); })) {
             return fail(ADASKIP_ERROR_COMPENSATION,
                     format("layer %d: the vector of the %s has a value that is not finite", i / 2, kind));
@@ -145,11 +146,11 @@ static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
 // the plan must have passed check_plan
 static adaskip_context::plan make_plan(const llama_context & ctx, const adaskip_plan * plan) {
     adaskip_context::plan res;
-    const int32_t n = plan ? 2*plan->n_layer : 0;
+    const int32_t         n = plan ? 2 * plan->n_layer : 0;
     if (!plan || !std::any_of(plan->skip, plan->skip + n, [](uint8_t s) { return s != 0; })) {
         return res;
     }
-    res.skip .assign(n, 0);
+    res.skip.assign(n, 0);
     res.scale.assign(n, 1.0f);
     res.attention.assign(plan->n_layer, false);
     for (int32_t i = 0; i < n; ++i) {
@@ -181,7 +182,7 @@ int32_t adaskip_n_layer(const llama_context * ctx) {
 
 int32_t adaskip_sublayers(llama_context * ctx, adaskip_sublayer * out, int32_t n_out) {
     return guarded(ctx, [&]() -> int32_t {
-        const int32_t n = 2*n_layer_of(*ctx);
+        const int32_t n = 2 * n_layer_of(*ctx);
         if (!out || n_out != n) {
             return fail(ADASKIP_ERROR_ARGUMENT, format("expected room for %d sublayers, got %d", n, n_out));
         }
@@ -227,7 +228,7 @@ int32_t adaskip_set_decode_schedule(
                 return fail(ADASKIP_ERROR_ARGUMENT, "the plans of a schedule are not in ascending order");
             }
             for (int32_t il = 0; i > 0 && il < plans[i].n_layer; ++il) {
-                if (plans[i - 1].skip[2*il] && !plans[i].skip[2*il]) {
+                if (plans[i - 1].skip[2 * il] && !plans[i].skip[2 * il]) {
                     return fail(ADASKIP_ERROR_ARGUMENT,
                             format("layer %d: the schedule runs an attention again that it skipped before", il));
                 }
@@ -265,8 +266,8 @@ int32_t adaskip_get_online(const llama_context * ctx, adaskip_online_state * sta
             return fail(ADASKIP_ERROR_ARGUMENT, "the state is null");
         }
         const auto & online = ctx->adaskip.get_online();
-        state->n_tokens = online.n_tokens;
-        state->done     = online.done;
+        state->n_tokens     = online.n_tokens;
+        state->done         = online.done;
         const auto & before = ctx->adaskip.get_plan_of_request();
         for (int32_t il = 0; il < n_layer_of(*ctx); ++il) {
             if (state->similarity) {
@@ -302,7 +303,8 @@ int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer) {
 int32_t adaskip_get_elided_kv(const llama_context * ctx, uint8_t * elided, int32_t n_layer) {
     return guarded(ctx, [&]() -> int32_t {
         if (!elided || n_layer != n_layer_of(*ctx)) {
-            return fail(ADASKIP_ERROR_ARGUMENT, format("expected room for %d layers, got %d", n_layer_of(*ctx), n_layer));
+            return fail(
+                    ADASKIP_ERROR_ARGUMENT, format("expected room for %d layers, got %d", n_layer_of(*ctx), n_layer));
         }
         const auto & mask = ctx->adaskip.kv_elided;
         for (int32_t il = 0; il < n_layer; ++il) {
@@ -342,7 +344,7 @@ int32_t adaskip_get_counters(const llama_context * ctx, adaskip_counters * out) 
         if (!out) {
             return fail(ADASKIP_ERROR_ARGUMENT, "the counters are null");
         }
-        *out = ctx->adaskip.counters;
+        *out            = ctx->adaskip.counters;
         out->n_bytes_kv = 0;
         if (ctx->get_memory()) {
             for (const auto & [buft, size] : ctx->get_memory()->memory_breakdown()) {
@@ -360,7 +362,7 @@ int32_t adaskip_kv_first_stale(const llama_context * ctx, int32_t seq_id, int32_
             return fail(ADASKIP_ERROR_ARGUMENT, !pos ? "the position is null" : format("unknown phase %d", phase));
         }
         const auto & mask = ctx->adaskip.get_plan(phase).attention;
-        *pos = ctx->adaskip.kv.first_stale(seq_id, mask, std::numeric_limits<llama_pos>::max());
+        *pos              = ctx->adaskip.kv.first_stale(seq_id, mask, std::numeric_limits<llama_pos>::max());
         return ADASKIP_OK;
     });
 }
@@ -376,7 +378,7 @@ int32_t adaskip_kv_get_runs(
         for (size_t i = 0; i < std::min(runs.size(), (size_t) n_max); ++i) {
             starts[i] = runs[i].start;
             for (size_t il = 0; il < n_layer; ++il) {
-                skipped[i*n_layer + il] = il < runs[i].skipped.size() && runs[i].skipped[il];
+                skipped[i * n_layer + il] = il < runs[i].skipped.size() && runs[i].skipped[il];
             }
         }
         return (int32_t) runs.size();
@@ -389,13 +391,13 @@ int32_t adaskip_kv_set_runs(
         if (n < 0 || (n > 0 && (!starts || !skipped))) {
             return fail(ADASKIP_ERROR_ARGUMENT, "the arrays are null");
         }
-        const size_t n_layer = n_layer_of(*ctx);
+        const size_t                 n_layer = n_layer_of(*ctx);
         std::vector<adaskip_kv::run> runs;
         for (int32_t i = 0; i < n; ++i) {
             if (starts[i] < 0 || (i > 0 && starts[i] <= starts[i - 1])) {
                 return fail(ADASKIP_ERROR_ARGUMENT, "the runs are not in ascending order");
             }
-            runs.push_back({ starts[i], adaskip_kv::layer_mask(skipped + i*n_layer, skipped + (i + 1)*n_layer) });
+            runs.push_back({ starts[i], adaskip_kv::layer_mask(skipped + i * n_layer, skipped + (i + 1) * n_layer) });
         }
         ctx->adaskip.kv.set_runs(seq_id, runs);
         return ADASKIP_OK;

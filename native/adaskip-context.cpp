@@ -25,8 +25,8 @@ int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool
     }
     int32_t il_first = il; // where no layer of this shape has KV, the first one keeps it
     for (int32_t i = 0; i < (int32_t) hparams.n_layer_all; ++i) {
-        if (!hparams.has_kv(i) || (filter && !filter(i)) ||
-            hparams.n_embd_k_gqa(i) != hparams.n_embd_k_gqa(il) || hparams.n_embd_v_gqa(i) != hparams.n_embd_v_gqa(il)) {
+        if (!hparams.has_kv(i) || (filter && !filter(i)) || hparams.n_embd_k_gqa(i) != hparams.n_embd_k_gqa(il) ||
+                hparams.n_embd_v_gqa(i) != hparams.n_embd_v_gqa(il)) {
             continue;
         }
         if (!elided(i)) {
@@ -66,7 +66,8 @@ bool adaskip_context::begin(const llama_context & lctx, const llama_ubatch & uba
         const llama_pos pos_stale = kv.first_stale(seq_id, mask, pos_min);
         if (pos_stale < pos_min) {
             error = format("position %d of sequence %d has no KV for an attention that the plan runs; "
-                    "decode the sequence again from that position", pos_stale, seq_id);
+                           "decode the sequence again from that position",
+                    pos_stale, seq_id);
             LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
             return false;
         }
@@ -90,7 +91,8 @@ llm_graph_params adaskip_context::graph_params(llm_graph_params params) const {
 }
 
 adaskip_context::graph_key adaskip_context::key() const {
-    return { active_plan().id, statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE };
+    return { active_plan().id,
+        statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE };
 }
 
 bool adaskip_context::can_reuse() const {
@@ -119,10 +121,10 @@ ggml_cgraph * adaskip_context::graph_pass(
     const bool   has_plan = !active_plan().empty();
 
     // where there is a decoder, plans and statistics are about its layers
-    const bool is_encoder = gtype == LLM_GRAPH_TYPE_ENCODER &&
-        llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
+    const bool is_encoder =
+            gtype == LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
 
-    const bool   has_stat = graph_key_last.statistics != 0;
+    const bool has_stat = graph_key_last.statistics != 0;
 
     if ((!has_plan && !has_stat && kv_elided.empty()) || is_encoder) {
         return gf;
@@ -137,9 +139,9 @@ ggml_cgraph * adaskip_context::graph_pass(
     }
 
     const ggml_init_params params = {
-        /*.mem_size   =*/ ggml_tensor_overhead()*adaskip_graph_max_nodes(n_layer),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
+        /*.mem_size   =*/ggml_tensor_overhead() * adaskip_graph_max_nodes(n_layer),
+        /*.mem_buffer =*/nullptr,
+        /*.no_alloc   =*/true,
     };
     ctx.reset(ggml_init(params));
 
@@ -165,7 +167,7 @@ ggml_cgraph * adaskip_context::graph_pass(
 }
 
 void adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatch) {
-    counters.n_graphs_built  += graph_is_new;
+    counters.n_graphs_built += graph_is_new;
     counters.n_graphs_reused += !graph_is_new;
     graph_is_new = false;
 
@@ -177,14 +179,14 @@ void adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatc
     }
     if (statistics_flags != 0 && !read.values.empty()) {
         const adaskip_statistics statistics = {
-            /*.n_layer   =*/ (int32_t) observations.size(),
-            /*.n_tokens  =*/ (int32_t) ubatch.n_tokens,
-            /*.n_embd    =*/ (int32_t) llama_model_n_embd(&lctx.get_model()),
-            /*.phase     =*/ phase,
-            /*.positions =*/ ubatch.pos,
-            /*.values    =*/ read.values.data(),
-            /*.layer_dot =*/ read.layer_dot.data(),
-            /*.sums      =*/ read.sums.empty() ? nullptr : read.sums.data(),
+            /*.n_layer   =*/(int32_t) observations.size(),
+            /*.n_tokens  =*/(int32_t) ubatch.n_tokens,
+            /*.n_embd    =*/(int32_t) llama_model_n_embd(&lctx.get_model()),
+            /*.phase     =*/phase,
+            /*.positions =*/ubatch.pos,
+            /*.values    =*/read.values.data(),
+            /*.layer_dot =*/read.layer_dot.data(),
+            /*.sums      =*/read.sums.empty() ? nullptr : read.sums.data(),
         };
         statistics_callback(&statistics, statistics_user_data);
     }
@@ -211,7 +213,7 @@ adaskip_context::statistics_values adaskip_context::read_statistics(
     for (size_t i = 0; i < reductions.size(); ++i) {
         data[i].resize(ggml_nelements(reductions[i]));
         if (!data[i].empty()) {
-            const size_t n_bytes = data[i].size()*sizeof(float);
+            const size_t   n_bytes = data[i].size() * sizeof(float);
             ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(lctx.get_sched(), reductions[i]);
             ggml_backend_tensor_get_async(backend, reductions[i], data[i].data(), 0, n_bytes);
             counters.n_bytes_statistics += n_bytes;

@@ -25,8 +25,8 @@ static constexpr int32_t ADASKIP_STATISTICS_ONLINE = 1 << 16;
 // for contexts that this thread creates: [n_layer], true where an attention gets no KV
 void adaskip_elide_kv_next(std::vector<bool> elided);
 
-// the layer whose KV stands in for that of layer il in a cache of the layers that pass the filter, -1 if il has its own.
-// The graph is built as if il had KV, and the pass then takes its attention out.
+// the layer whose KV stands in for that of layer il in a cache of the layers that pass the filter, -1 if il has its
+// own. The graph is built as if il had KV, and the pass then takes its attention out.
 int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool(int32_t)> & filter, int32_t il);
 
 // room for the nodes that the pass adds to a graph, see llama_context::graph_max_nodes
@@ -57,7 +57,7 @@ public:
         uint64_t id = 0; // what a graph was built under; 0 for the empty plan
 
         bool empty() const { return skip.empty(); }
-        bool skips(int il, int kind) const { return !skip.empty() && skip[2*il + kind]; }
+        bool skips(int il, int kind) const { return !skip.empty() && skip[2 * il + kind]; }
     };
 
     // holds from the start-th decoded token of a request on
@@ -74,7 +74,7 @@ public:
         std::vector<double>             sum_similarity; // [n_layer], over the observed tokens
         std::vector<double>             sum_u_sq;
         std::vector<double>             sum_v_sq;
-        std::vector<std::vector<float>> ratios;         // [n_layer][n_tokens], empty where not observed
+        std::vector<std::vector<float>> ratios; // [n_layer][n_tokens], empty where not observed
 
         plan value; // the plan with the added FFNs, once done
 
@@ -99,7 +99,8 @@ public:
     bool can_reuse() const;
 
     // rewrites a graph that was just built; null on failure
-    ggml_cgraph * graph_pass(const llama_context & lctx, ggml_cgraph * gf, llm_graph_result & res, llm_graph_type gtype);
+    ggml_cgraph * graph_pass(
+            const llama_context & lctx, ggml_cgraph * gf, llm_graph_result & res, llm_graph_type gtype);
 
     // hands out the statistics of the ubatch that was just computed
     void end(const llama_context & lctx, const llama_ubatch & ubatch);
@@ -174,8 +175,7 @@ private:
     bool check(const adaskip_topology & topology);
     void skip_sublayers(const adaskip_topology & topology, ggml_cgraph * gf);
     void add_statistics(const adaskip_topology & topology);
-    void rebuild(
-            const adaskip_topology & topology, ggml_cgraph * gf, const std::vector<ggml_tensor *> & roots,
+    void rebuild(const adaskip_topology & topology, ggml_cgraph * gf, const std::vector<ggml_tensor *> & roots,
             const ggml_tensor * dropped);
 
     bool is_skipped(const adaskip_term & term) const;
@@ -211,8 +211,9 @@ private:
 
     ggml_context_ptr ctx; // the tensors that the pass added
 
-    std::unordered_map<const ggml_tensor *, ggml_tensor *>              replaced; // node -> what its consumers read instead
-    std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> behind;   // node -> nodes to compute right behind it
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // node -> what its consumers read instead
+    std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>
+            behind; // node -> nodes to compute right behind it
 
     std::vector<ggml_tensor *>              reductions;   // F32, n_rows or n_embd values each
     std::vector<std::array<observation, 2>> observations; // [n_layer][2]

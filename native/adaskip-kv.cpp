@@ -33,7 +33,7 @@ void adaskip_kv::record(llama_seq_id seq_id, llama_pos pos, const layer_mask & s
 
     auto & runs = runs_by_seq[seq_id];
 
-    auto next = runs.upper_bound(pos);
+    auto           next   = runs.upper_bound(pos);
     const uint32_t id_old = next == runs.begin() ? 0 : std::prev(next)->second;
     if (id_old == id) {
         return;
@@ -47,7 +47,7 @@ void adaskip_kv::record(llama_seq_id seq_id, llama_pos pos, const layer_mask & s
         runs.erase(next);
     }
 
-    auto cur = runs.insert_or_assign(pos, id).first;
+    auto           cur     = runs.insert_or_assign(pos, id).first;
     const uint32_t id_prev = cur == runs.begin() ? 0 : std::prev(cur)->second;
     if (id_prev == id) {
         runs.erase(cur);
@@ -72,7 +72,7 @@ llama_pos adaskip_kv::first_stale(llama_seq_id seq_id, const layer_mask & skippe
 
 std::vector<adaskip_kv::run> adaskip_kv::get_runs(llama_seq_id seq_id) const {
     std::vector<run> res;
-    const auto it = runs_by_seq.find(seq_id);
+    const auto       it = runs_by_seq.find(seq_id);
     if (it != runs_by_seq.end()) {
         for (const auto & [start, id] : it->second) {
             res.push_back({ start, masks[id] });

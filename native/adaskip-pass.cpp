@@ -7,12 +7,12 @@
 
 #include <algorithm>
 
-// per sublayer at most: three reductions, two reshapes, two copies to make them possible, two additions, a scale, and three nodes
-// for a sum over tokens; and the same again for the layer as a whole
+// per sublayer at most: three reductions, two reshapes, two copies to make them possible, two additions, a scale, and
+// three nodes for a sum over tokens; and the same again for the layer as a whole
 static constexpr uint32_t ADASKIP_NODES_PER_SUBLAYER = 20;
 
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer) {
-    return 2*n_layer*ADASKIP_NODES_PER_SUBLAYER + ADASKIP_NODES_PER_SUBLAYER;
+    return 2 * n_layer * ADASKIP_NODES_PER_SUBLAYER + ADASKIP_NODES_PER_SUBLAYER;
 }
 
 // makes a node compute what `src` would, under its own name and flags, so that its consumers need no change
@@ -24,13 +24,13 @@ static void node_become(ggml_tensor * node, const ggml_tensor * src) {
 
 bool adaskip_context::check(const adaskip_topology & topology) {
     const auto & plan = active_plan();
-    for (size_t i = 0; i < 2*topology.layers.size(); ++i) {
+    for (size_t i = 0; i < 2 * topology.layers.size(); ++i) {
         const int    il   = (int) i / 2;
         const int    kind = (int) i % 2;
         const auto & loc  = topology.layers[il][kind];
         if (plan.skips(il, kind) && !loc.skippable()) {
-            error = format("layer %d: the %s cannot be skipped: %s",
-                    il, kind == ADASKIP_ATTENTION ? "attention" : "FFN", loc.reason.c_str());
+            error = format("layer %d: the %s cannot be skipped: %s", il,
+                    kind == ADASKIP_ATTENTION ? "attention" : "FFN", loc.reason.c_str());
             return false;
         }
         if (kind == ADASKIP_ATTENTION && il < (int) kv_elided.size() && kv_elided[il] && !plan.skips(il, kind)) {
@@ -65,15 +65,15 @@ void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgr
                 cur = ggml_add(ctx.get(), term.node, cur);
                 continue;
             }
-            const float scale = plan.scale[2*term.il + term.kind];
+            const float scale = plan.scale[2 * term.il + term.kind];
             if (scale != 1.0f) {
                 if (!ggml_is_contiguous(cur)) {
                     cur = ggml_cont(ctx.get(), cur);
                 }
                 cur = ggml_scale(ctx.get(), cur, scale);
             }
-            if (plan.bias && plan.bias->tensors[2*term.il + term.kind]) {
-                cur = ggml_add(ctx.get(), cur, plan.bias->tensors[2*term.il + term.kind]);
+            if (plan.bias && plan.bias->tensors[2 * term.il + term.kind]) {
+                cur = ggml_add(ctx.get(), cur, plan.bias->tensors[2 * term.il + term.kind]);
             }
         }
         if (cur != junction.residual) {
@@ -100,7 +100,7 @@ void adaskip_context::read_replaced(ggml_tensor * node) const {
     if (node->view_src) {
         ggml_tensor * base = resolve(node->view_src);
         if (base != node->view_src) {
-            node->view_src   = base->view_src ? base->view_src : base;
+            node->view_src = base->view_src ? base->view_src : base;
             node->view_offs += base->view_src ? base->view_offs : 0;
         }
     }
@@ -111,7 +111,8 @@ bool adaskip_context::is_skipped(const adaskip_term & term) const {
 }
 
 bool adaskip_context::is_skipped(const adaskip_junction & junction) const {
-    return std::any_of(junction.terms.begin(), junction.terms.end(), [&](const adaskip_term & t) { return is_skipped(t); });
+    return std::any_of(
+            junction.terms.begin(), junction.terms.end(), [&](const adaskip_term & t) { return is_skipped(t); });
 }
 
 // sum over a row of a*b, for every row: a product of matrices with one row each, one pass over memory and one op that
@@ -154,7 +155,7 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
     // the output of one sublayer is the input of the next
     std::unordered_map<const ggml_tensor *, int> squares;
     std::unordered_map<const ggml_tensor *, int> sums;
-    const auto square = [&](ggml_tensor * t, ggml_tensor * node) {
+    const auto                                   square = [&](ggml_tensor * t, ggml_tensor * node) {
         const auto it = squares.find(t);
         return it != squares.end() ? it->second : squares[t] = reduce(t, t, node);
     };
@@ -167,7 +168,7 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
 
     for (const auto & junction : topology.junctions) {
         ggml_tensor * const out = junction.out;
-        ggml_tensor * u = resolve(junction.residual);
+        ggml_tensor *       u   = resolve(junction.residual);
         if (is_skipped(junction)) {
             continue; // where parallel blocks are skipped in part, the one that runs is not observed
         }
@@ -176,13 +177,13 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
 
             ggml_tensor * v = it + 1 == junction.terms.size() ? out : ggml_add(ctx.get(), term.node, u);
 
-            const bool known = term.il >= 0 && term.kind != ADASKIP_TERM_OTHER &&
-                topology.layers[term.il][term.kind].skippable();
+            const bool known =
+                    term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && topology.layers[term.il][term.kind].skippable();
             if (known && !(ffn_only && term.kind != ADASKIP_TERM_FFN)) {
                 auto & dst = observations[term.il][term.kind];
-                dst.dot  = reduce(u, v, out);
-                dst.u_sq = square(u, out);
-                dst.v_sq = square(v, out);
+                dst.dot    = reduce(u, v, out);
+                dst.u_sq   = square(u, out);
+                dst.v_sq   = square(v, out);
                 if (vectors) {
                     dst.sum_u = sum(u, out);
                     dst.sum_v = sum(v, out);
@@ -202,9 +203,8 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
 
 // Lists the live nodes again, in the order in which llama.cpp had them. Dead are the nodes that only a skipped branch
 // needs, and the stores of a skipped attention.
-void adaskip_context::rebuild(
-        const adaskip_topology & topology, ggml_cgraph * gf, const std::vector<ggml_tensor *> & roots,
-        const ggml_tensor * dropped) {
+void adaskip_context::rebuild(const adaskip_topology & topology, ggml_cgraph * gf,
+        const std::vector<ggml_tensor *> & roots, const ggml_tensor * dropped) {
     const auto & skip = active_plan().skip;
 
     std::vector<ggml_tensor *> nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));

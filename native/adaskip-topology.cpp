@@ -41,7 +41,7 @@ static bool is_attention_op(const ggml_tensor * t) {
 
 std::vector<ggml_tensor *> adaskip_graph_roots(ggml_cgraph * gf) {
     std::unordered_set<const ggml_tensor *> consumed;
-    const int n_nodes = ggml_graph_n_nodes(gf);
+    const int                               n_nodes = ggml_graph_n_nodes(gf);
     for (int i = 0; i < n_nodes; ++i) {
         for (const auto * src : ggml_graph_node(gf, i)->src) {
             consumed.insert(src);
@@ -62,7 +62,7 @@ namespace {
 // everything between the stream and the end of one branch
 struct branch_info {
     std::unordered_set<const ggml_tensor *> nodes;
-    std::vector<ggml_tensor *> leafs;
+    std::vector<ggml_tensor *>              leafs;
 
     bool reaches_stream = false; // depends on the residual
     int  n_attention    = 0;
@@ -72,9 +72,9 @@ struct branch_info {
 struct finder {
     ggml_cgraph * gf;
 
-    std::unordered_map<const ggml_tensor *, int>                        index;   // position in the graph
-    std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> stores;  // memory tensor -> its SET_ROWS
-    std::unordered_set<const ggml_tensor *>                             written; // memory tensors written in any other way
+    std::unordered_map<const ggml_tensor *, int>                        index;  // position in the graph
+    std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> stores; // memory tensor -> its SET_ROWS
+    std::unordered_set<const ggml_tensor *> written; // memory tensors written in any other way
 
     explicit finder(ggml_cgraph * gf) : gf(gf) {
         const int n_nodes = ggml_graph_n_nodes(gf);
@@ -96,9 +96,8 @@ struct finder {
 
     // computed from weights and inputs alone, such as the embeddings of the tokens
     bool is_source(const ggml_tensor * t) const {
-        return std::all_of(std::begin(t->src), std::end(t->src), [&](const ggml_tensor * src) {
-            return !src || is_leaf(src);
-        });
+        return std::all_of(
+                std::begin(t->src), std::end(t->src), [&](const ggml_tensor * src) { return !src || is_leaf(src); });
     }
 
     int index_of(const ggml_tensor * t) const {
@@ -115,7 +114,7 @@ struct finder {
     }
 
     branch_info branch(ggml_tensor * end, const ggml_tensor * residual) const {
-        branch_info res;
+        branch_info         res;
         const ggml_tensor * base  = behind_gather(residual);
         const int           bound = index_of(base);
 
@@ -136,7 +135,7 @@ struct finder {
                 continue;
             }
             res.n_attention += is_attention_op(t);
-            res.recurrent   |= is_recurrent_op(t->op);
+            res.recurrent |= is_recurrent_op(t->op);
             for (auto * src : t->src) {
                 if (src) {
                     todo.push_back(src);
@@ -157,9 +156,8 @@ struct finder {
     bool is_activation(const ggml_tensor * t) const { return !is_leaf(t) || (t->flags & GGML_TENSOR_FLAG_INPUT); }
 
     bool is_sum(const ggml_tensor * t) const {
-        return !is_leaf(t) && t->op == GGML_OP_ADD &&
-            ggml_are_same_shape(t, t->src[0]) && is_activation(t->src[0]) &&
-            ggml_are_same_shape(t, t->src[1]) && is_activation(t->src[1]);
+        return !is_leaf(t) && t->op == GGML_OP_ADD && ggml_are_same_shape(t, t->src[0]) && is_activation(t->src[0]) &&
+               ggml_are_same_shape(t, t->src[1]) && is_activation(t->src[1]);
     }
 
     // replaces the operand that is computed last by its own operands; false if none is a sum
@@ -174,7 +172,7 @@ struct finder {
             return false;
         }
         ggml_tensor * sum = *last;
-        *last = sum->src[0];
+        *last             = sum->src[0];
         operands.push_back(sum->src[1]);
         return true;
     }
@@ -184,9 +182,8 @@ struct finder {
         std::vector<ggml_tensor *> operands = { sum->src[0], sum->src[1] };
         for (int i = 0; i < ADASKIP_MAX_EXPANSIONS; ++i) {
             for (auto * residual : operands) {
-                const bool found = std::all_of(operands.begin(), operands.end(), [&](ggml_tensor * t) {
-                    return t == residual || depends(t, residual);
-                });
+                const bool found = std::all_of(operands.begin(), operands.end(),
+                        [&](ggml_tensor * t) { return t == residual || depends(t, residual); });
                 if (found) {
                     res.out      = sum;
                     res.residual = residual;
@@ -223,8 +220,9 @@ struct finder {
         const auto   info = branch(t, residual);
         adaskip_term res;
         res.node = t;
-        res.kind = info.recurrent || info.n_attention > 1 ? ADASKIP_TERM_OTHER :
-                   info.n_attention == 1                  ? ADASKIP_TERM_ATTENTION : ADASKIP_TERM_FFN;
+        res.kind = info.recurrent || info.n_attention > 1 ? ADASKIP_TERM_OTHER
+                   : info.n_attention == 1                ? ADASKIP_TERM_ATTENTION
+                                                          : ADASKIP_TERM_FFN;
         res.il   = layer_of(info);
         for (auto * leaf : info.leafs) {
             const auto it = stores.find(leaf);
@@ -289,7 +287,8 @@ struct finder {
     }
 };
 
-// two terms of one junction can only be told apart if they are one attention and one FFN that do not build on each other
+// two terms of one junction can only be told apart if they are one attention and one FFN that do not build on each
+// other
 std::string check_terms(const finder & f, const adaskip_junction & junction) {
     if (junction.out->type != GGML_TYPE_F32) {
         return "its residual stream is not F32";
@@ -360,10 +359,10 @@ void locate(
         for (int kind = 0; kind < 2; ++kind) {
             auto & loc = topology.layers[il][kind];
             if (loc.i_junction < 0) {
-                loc.reason =
-                    recurrent[il]    ? "this layer has a state-space or convolution block, which carries a state" :
-                    !stopped.empty() ? stopped :
-                    std::string("no ") + kind_name(kind) + " of this layer was found on the residual stream";
+                loc.reason = recurrent[il] ? "this layer has a state-space or convolution block, which carries a state"
+                             : !stopped.empty() ? stopped
+                                                : std::string("no ") + kind_name(kind) +
+                                                          " of this layer was found on the residual stream";
             }
         }
     }
@@ -379,21 +378,20 @@ adaskip_topology adaskip_topology_find(
     const finder f(gf);
 
     std::string stopped;
-    for (ggml_tensor * cur = end; cur && !f.is_leaf(cur); ) {
+    for (ggml_tensor * cur = end; cur && !f.is_leaf(cur);) {
         adaskip_junction junction;
         if (f.is_sum(cur) && f.split(cur, junction)) {
             // the chain order of parallel blocks, whatever order the graph adds them in
-            std::sort(junction.terms.begin(), junction.terms.end(), [](const adaskip_term & a, const adaskip_term & b) {
-                return a.kind < b.kind;
-            });
+            std::sort(junction.terms.begin(), junction.terms.end(),
+                    [](const adaskip_term & a, const adaskip_term & b) { return a.kind < b.kind; });
             cur = junction.residual;
             res.junctions.push_back(std::move(junction));
             continue;
         }
         ggml_tensor * next = f.pass_through(cur, !res.junctions.empty());
         if (!next && !f.is_source(cur)) {
-            stopped = std::string("the residual stream could not be followed through node ") + cur->name +
-                " (" + ggml_op_name(cur->op) + ")";
+            stopped = std::string("the residual stream could not be followed through node ") + cur->name + " (" +
+                      ggml_op_name(cur->op) + ")";
         }
         cur = next;
     }
@@ -406,7 +404,7 @@ adaskip_topology adaskip_topology_find(
 int adaskip_topology::count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & skip) const {
     // what a junction still needs: its residual and the terms that run
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> needs;
-    std::unordered_set<const ggml_tensor *> gone;
+    std::unordered_set<const ggml_tensor *>                             gone;
     for (size_t i = 0; i < skip.size(); ++i) {
         const auto & loc = layers[i / 2][i % 2];
         if (!skip[i] || !loc.skippable()) {
@@ -419,14 +417,14 @@ int adaskip_topology::count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & 
         srcs.assign(1, junction.residual);
         for (size_t it = 0; it < junction.terms.size(); ++it) {
             const auto & term = junction.terms[it];
-            if (!(term.il >= 0 && skip[2*term.il + term.kind])) {
+            if (!(term.il >= 0 && skip[2 * term.il + term.kind])) {
                 srcs.push_back(term.node);
             }
         }
     }
 
     std::unordered_set<const ggml_tensor *> live;
-    std::vector<ggml_tensor *> todo;
+    std::vector<ggml_tensor *>              todo;
     for (auto * root : adaskip_graph_roots(gf)) {
         if (gone.count(root) == 0) {
             todo.push_back(root);

@@ -37,7 +37,7 @@ struct adaskip_junction {
 struct adaskip_location {
     int         i_junction = -1;
     int         i_term     = -1;
-    std::string reason;    // why it cannot be skipped, empty if it can
+    std::string reason; // why it cannot be skipped, empty if it can
 
     bool skippable() const { return reason.empty(); }
 };
@@ -52,8 +52,8 @@ struct adaskip_topology {
     int count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & skip) const;
 };
 
-// `end` is a node behind the last layer, such as the result of the final norm. Layers in `elided` have no KV of their own:
-// their attention was built on that of another layer, and must be skipped.
+// `end` is a node behind the last layer, such as the result of the final norm. Layers in `elided` have no KV of their
+// own: their attention was built on that of another layer, and must be skipped.
 adaskip_topology adaskip_topology_find(
         ggml_cgraph * gf, ggml_tensor * end, int n_layer, const std::vector<bool> & elided);
 

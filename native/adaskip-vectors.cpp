@@ -16,12 +16,12 @@ std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
             continue;
         }
         ggml_backend_buffer_type_t buft = model.select_buft((int) i / 2);
-        auto & ctx = ctx_map[buft];
+        auto &                     ctx  = ctx_map[buft];
         if (!ctx) {
             const ggml_init_params params = {
-                /*.mem_size   =*/ skip.size()*ggml_tensor_overhead(),
-                /*.mem_buffer =*/ nullptr,
-                /*.no_alloc   =*/ true,
+                /*.mem_size   =*/skip.size() * ggml_tensor_overhead(),
+                /*.mem_buffer =*/nullptr,
+                /*.no_alloc   =*/true,
             };
             ctx = ggml_init(params);
             res->ctxs.emplace_back(ctx);
@@ -37,7 +37,7 @@ std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
     }
     for (size_t i = 0; i < skip.size(); ++i) {
         if (res->tensors[i]) {
-            ggml_backend_tensor_set(res->tensors[i], data + i*n_embd, 0, n_embd*sizeof(float));
+            ggml_backend_tensor_set(res->tensors[i], data + i * n_embd, 0, n_embd * sizeof(float));
         }
     }
     return res;

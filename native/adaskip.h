@@ -26,12 +26,12 @@ extern "C" {
 struct llama_context;
 
 enum adaskip_error {
-    ADASKIP_OK                      =  0,
-    ADASKIP_ERROR_ARGUMENT          = -1, // a null pointer, an unknown enum value, a wrong length
-    ADASKIP_ERROR_NOT_SKIPPABLE     = -2, // the plan names a sublayer that cannot be taken out of this model
-    ADASKIP_ERROR_COMPENSATION      = -3, // a scale is not finite or not positive
-    ADASKIP_ERROR_INTERNAL          = -4, // llama.cpp failed or threw
-    ADASKIP_ERROR_KV_ELIDED         = -5, // the plan runs an attention for which this context has no KV
+    ADASKIP_OK                  = 0,
+    ADASKIP_ERROR_ARGUMENT      = -1, // a null pointer, an unknown enum value, a wrong length
+    ADASKIP_ERROR_NOT_SKIPPABLE = -2, // the plan names a sublayer that cannot be taken out of this model
+    ADASKIP_ERROR_COMPENSATION  = -3, // a scale is not finite or not positive
+    ADASKIP_ERROR_INTERNAL      = -4, // llama.cpp failed or threw
+    ADASKIP_ERROR_KV_ELIDED     = -5, // the plan runs an attention for which this context has no KV
 };
 
 // what the tokens of the next llama_decode calls are
@@ -49,11 +49,11 @@ enum adaskip_kind {
 enum adaskip_statistics_flags {
     // Per-token reductions of every sublayer that runs. Logits stay bit-identical; what runs on the output tokens only,
     // as the last layer's FFN does in llama.cpp, is observed for those.
-    ADASKIP_STATISTICS_ON         = 1,
+    ADASKIP_STATISTICS_ON = 1,
     // Every sublayer sees every token. The output head is left out: no logits and no embeddings are computed.
     ADASKIP_STATISTICS_ALL_TOKENS = 2,
     // Sums over the tokens of every sublayer's input and output, for mean error vectors.
-    ADASKIP_STATISTICS_VECTORS    = 4,
+    ADASKIP_STATISTICS_VECTORS = 4,
 };
 
 // one sublayer of the model, as found in its compute graph
@@ -70,8 +70,8 @@ struct adaskip_plan {
     int32_t         n_layer; // must equal the model's
     int32_t         n_embd;  // must equal the model's where bias is not NULL
     const uint8_t * skip;    // [n_layer][2], 0 or 1
-    const float   * scale;   // [n_layer][2], read where skip is 1; > 0; a scale of 1 costs nothing
-    const float   * bias;    // [n_layer][2][n_embd], read where skip is 1; finite; NULL for none
+    const float *   scale;   // [n_layer][2], read where skip is 1; > 0; a scale of 1 costs nothing
+    const float *   bias;    // [n_layer][2][n_embd], read where skip is 1; finite; NULL for none
 };
 
 // Online importance learning: in decode, the first `window` tokens of a request observe the FFNs that run; then every
@@ -91,8 +91,8 @@ struct adaskip_online_params {
 struct adaskip_online_state {
     int32_t   n_tokens;   // tokens observed in this request, at most the window
     int32_t   done;       // 1 once the window is full and the FFNs were chosen
-    double  * similarity; // [n_layer], NaN where not observed; may be NULL
-    double  * norm_ratio; // [n_layer], the scale that would be used, NaN where not observed; may be NULL
+    double *  similarity; // [n_layer], NaN where not observed; may be NULL
+    double *  norm_ratio; // [n_layer], the scale that would be used, NaN where not observed; may be NULL
     uint8_t * added;      // [n_layer], 1 for the FFNs that were added; may be NULL
 };
 
@@ -103,19 +103,19 @@ struct adaskip_statistics {
     int32_t         n_embd;
     int32_t         phase;     // enum adaskip_phase
     const int32_t * positions; // [n_tokens]
-    const float   * values;    // [n_layer][2][3][n_tokens]: dot(u, v), |u|^2, |v|^2
-    const float   * layer_dot; // [n_layer][n_tokens]: dot of the layer's input and its output
-    const float   * sums;      // [n_layer][2][2][n_embd]: sum of u, sum of v; NULL without ADASKIP_STATISTICS_VECTORS
+    const float *   values;    // [n_layer][2][3][n_tokens]: dot(u, v), |u|^2, |v|^2
+    const float *   layer_dot; // [n_layer][n_tokens]: dot of the layer's input and its output
+    const float *   sums;      // [n_layer][2][2][n_embd]: sum of u, sum of v; NULL without ADASKIP_STATISTICS_VECTORS
 };
 
 typedef void (*adaskip_statistics_callback)(const struct adaskip_statistics * statistics, void * user_data);
 
 struct adaskip_counters {
-    int64_t n_nodes_full;    // nodes of the last graph as llama.cpp built it
-    int64_t n_nodes;         // nodes of the last graph as it was computed
-    int64_t n_graphs_built;  // since the context was created
+    int64_t n_nodes_full;   // nodes of the last graph as llama.cpp built it
+    int64_t n_nodes;        // nodes of the last graph as it was computed
+    int64_t n_graphs_built; // since the context was created
     int64_t n_graphs_reused;
-    int64_t n_bytes_kv;      // buffers of the context's memory (KV cache, recurrent state), all devices together
+    int64_t n_bytes_kv;         // buffers of the context's memory (KV cache, recurrent state), all devices together
     int64_t n_bytes_statistics; // bytes of statistics copied from the devices since the context was created
 };
 
@@ -151,7 +151,8 @@ int32_t adaskip_begin_request(struct llama_context * ctx);
 int32_t adaskip_set_phase(struct llama_context * ctx, int32_t phase);
 
 // Contexts that this thread creates from now on have no KV for the attentions that are 1 in skipped[n_layer]; NULL ends
-// it. Such a context only decodes under plans that skip them. Of layers of one shape, the first keeps its KV if all are 1.
+// it. Such a context only decodes under plans that skip them. Of layers of one shape, the first keeps its KV if all
+// are 1.
 int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer);
 
 // fills elided[n_layer] with 1 where this context has no KV
@@ -167,7 +168,8 @@ int32_t adaskip_get_counters(const struct llama_context * ctx, struct adaskip_co
 // and llama_decode fails (returns < 0, nothing computed) when the plan in force runs an attention that an earlier
 // position of the same sequence lacks. These functions are for whoever rewinds or restores sequences.
 
-// first position of the sequence that lacks an attention which the plan of this phase runs; INT32_MAX when there is none
+// first position of the sequence that lacks an attention which the plan of this phase runs; INT32_MAX when there is
+// none
 int32_t adaskip_kv_first_stale(const struct llama_context * ctx, int32_t seq_id, int32_t phase, int32_t * pos);
 
 // The record as runs of positions: run i starts at starts[i], ends where the next begins, and skipped[i][n_layer] says
