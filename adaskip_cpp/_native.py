@@ -128,7 +128,8 @@ class NativeOnline:
     Attributes:
         n_tokens: tokens observed so far.
         done: whether the FFNs were chosen.
-        similarity, norm_ratio: float64 [n_layer], NaN where an FFN was not observed.
+        similarity, norm_ratio, scale: float64 [n_layer], NaN where an FFN was not observed; the scale is what stands in
+            for an FFN that is added.
         ffn: layers whose FFN was added.
     """
 
@@ -136,6 +137,7 @@ class NativeOnline:
     done: bool
     similarity: npt.NDArray[np.float64]
     norm_ratio: npt.NDArray[np.float64]
+    scale: npt.NDArray[np.float64]
     ffn: tuple[int, ...]
 
 
@@ -205,7 +207,7 @@ class NativeContext:
         if code == _lib.ADASKIP_ERROR_NOT_SKIPPABLE:
             raise NotSkippableError(f"{message}; leave it out of the plan ('adaskip-cpp inspect' lists what can be).")
         if code == _lib.ADASKIP_ERROR_COMPENSATION:
-            raise CompensationError(f"{message}; give a positive number, or 1 for no compensation.")
+            raise CompensationError(f"{message}; give finite numbers, and scales above 0 (1 for no compensation).")
         if code == _lib.ADASKIP_ERROR_KV_ELIDED:
             raise ElidedKVError(f"{message}; open the model without plan=, then set_plan() takes any plan.")
         raise NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
@@ -249,7 +251,7 @@ class NativeContext:
         self._check(_lib.adaskip_set_plan(self._ctx, _PHASES.index(phase), target))
 
     def set_decode_schedule(self, schedule: Sequence[tuple[int, NativePlan]]) -> None:
-        """Sets what to skip in decode by the number of tokens decoded in the request: (first token, plan), ascending."""
+        """Sets what to skip in decode by the tokens decoded so far in the request: (first token, plan), ascending."""
         plans = _ffi.new("struct adaskip_plan[]", len(schedule))
         _owner = [self._fill(target, plan) for target, (_, plan) in zip(plans, schedule, strict=True)]
         starts = _ffi.new("int32_t[]", [start for start, _ in schedule])
@@ -267,15 +269,16 @@ class NativeContext:
 
     def online(self) -> NativeOnline:
         """What the online stage has learned in this request."""
-        similarity, norm_ratio = np.empty(self.n_layer), np.empty(self.n_layer)
+        similarity, norm_ratio, scale = np.empty((3, self.n_layer))
         added = np.zeros(self.n_layer, np.uint8)
         state = _ffi.new("struct adaskip_online_state *")
         state.similarity = _ffi.from_buffer("double[]", similarity)
         state.norm_ratio = _ffi.from_buffer("double[]", norm_ratio)
+        state.scale = _ffi.from_buffer("double[]", scale)
         state.added = _ffi.from_buffer("uint8_t[]", added)
         self._check(_lib.adaskip_get_online(self._ctx, state))
         ffn = tuple(int(layer) for layer in np.flatnonzero(added))
-        return NativeOnline(state.n_tokens, bool(state.done), similarity, norm_ratio, ffn)
+        return NativeOnline(state.n_tokens, bool(state.done), similarity, norm_ratio, scale, ffn)
 
     def begin_request(self) -> None:
         """No token of the next request is decoded yet; its online stage starts from the plans that were set."""
@@ -315,7 +318,7 @@ class NativeContext:
 
         def array(address: Any, *shape: int) -> npt.NDArray[np.float32]:
             buffer = _ffi.buffer(address, int(np.prod(shape)) * 4)
-            return np.frombuffer(buffer, np.float32).reshape(shape).copy()
+            return np.array(np.frombuffer(buffer, np.float32).reshape(shape))
 
         def deliver(statistics: Any, user_data: Any) -> None:
             if self._error is not None:

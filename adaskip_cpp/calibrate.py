@@ -11,16 +11,16 @@ from datetime import datetime, timezone
 from importlib import metadata
 from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
 
-import numpy as np
-
 from . import corpus
 from .errors import NativeError, RequestError
 from .model import context_size
 from .profile import Profile
-from .similarity import RequestSimilarity, RequestStatistics
+from .similarity import RequestStatistics
+from .statistics import PhaseStatistics
 
 if TYPE_CHECKING:
     from ._native import StatisticsBatch
+    from .cost import CostModel
     from .llama import AdaSkipLlama
 
 __all__ = ["Request", "calibrate"]
@@ -38,14 +38,17 @@ def calibrate(
     *,
     n_requests: int = 20,
     n_tokens: int = 512,
+    n_decode: int = 32,
+    cost: bool = True,
     progress: bool | None = None,
     description: str | None = None,
 ) -> Profile:
-    """Learn a profile from calibration requests, as the paper's offline importance learning does.
+    """Learn a profile from calibration requests: the paper's offline importance learning, and the same of decode.
 
-    Every request runs in prefill through the full model. A sublayer's IO similarity and norm ratio are computed over
-    all tokens of a request and then averaged over the requests. The model's plan is set aside meanwhile and put back
-    at the end, also after an error or Ctrl-C; its KV cache is dropped.
+    Every request runs in prefill through the full model, which then generates ``n_decode`` tokens greedily, past an end
+    of text too. What :class:`adaskip_cpp.statistics.PhaseStatistics` holds is computed over all tokens of one phase of
+    a request and then averaged over the requests. The model's plan is set aside meanwhile and put back at the end, also
+    after an error or Ctrl-C; its KV cache is dropped.
 
     Args:
         llm: the model.
@@ -53,6 +56,8 @@ def calibrate(
             reference that every Python carries; text like your own gives a better profile.
         n_requests: requests to cut from the built-in pages, ignored if ``requests`` is given; the authors use 20.
         n_tokens: tokens in each of those, ignored likewise.
+        n_decode: tokens to decode after each request, at least 1.
+        cost: whether to measure what each sublayer costs on this machine, which ``Profile.plan(speedup=...)`` needs.
         progress: True shows progress on stderr, False does not; None does where stderr is a terminal and it will take
             more than 2 s.
         description: what text this is, in words, stored in the profile.
@@ -61,8 +66,8 @@ def calibrate(
         The profile; ``n_tokens`` and ``n_requests`` say how much text it saw.
 
     Raises:
-        RequestError: there are no requests, or one is empty, longer than the model's context, or has token ids that are
-            not in the vocabulary. All are checked before the first one runs.
+        RequestError: there are no requests, or one is empty, leaves the model's context no room for ``n_decode``
+            tokens, or has token ids that are not in the vocabulary. All are checked before the first one runs.
     """
     if requests is None:
         token_lists = corpus.cut(llm, corpus.text(), n_requests, n_tokens)
@@ -70,26 +75,32 @@ def calibrate(
         raise RequestError("requests is one text, not several; pass a list of texts or of token-id lists")
     else:
         token_lists = [_tokens(llm, request, index) for index, request in enumerate(requests)]
-    _check(llm, token_lists)
+    _check(llm, token_lists, n_decode)
     if description is None:
         description = corpus.DESCRIPTION if requests is None else "requests given by the caller"
 
-    results: list[RequestSimilarity] = []
-    with _full_model(llm), _Progress([len(tokens) for tokens in token_lists], progress) as shown:
-        for tokens in token_lists:
-            results.append(_run(llm, tokens, shown.advance))
-            shown.finish_request()
+    prefill: list[PhaseStatistics] = []
+    decode: list[PhaseStatistics] = []
+    lengths = [len(tokens) + n_decode for tokens in token_lists]
+    with _full_model(llm):
+        with _Progress(lengths, progress) as shown:
+            for tokens in token_lists:
+                llm.reset()
+                prefill.append(_prefill(llm, tokens, shown.advance))
+                decode.append(_decode(llm, tokens, n_decode, shown.advance))
+                shown.finish_request()
+        cost_model = _measure_cost(llm) if cost else None
 
     return Profile(
-        similarity=np.mean([result.similarity for result in results], axis=0),
-        norm_ratio=np.mean([result.norm_ratio for result in results], axis=0),
-        median_ratio=np.mean([result.median_ratio for result in results], axis=0),
-        n_requests=len(results),
-        n_tokens=sum(result.n_tokens for result in results),
+        prefill=PhaseStatistics.mean(prefill),
+        decode=PhaseStatistics.mean(decode),
+        n_requests=len(prefill),
+        n_tokens=sum(len(tokens) for tokens in token_lists),
         model=llm.model_info,
         corpus=description,
         package_version=_package_version(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        cost=cost_model,
     )
 
 
@@ -105,16 +116,18 @@ def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
         ) from error
 
 
-def _check(llm: AdaSkipLlama, token_lists: list[list[int]]) -> None:
+def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int) -> None:
+    if not isinstance(n_decode, int) or n_decode < 1:
+        raise RequestError(f"n_decode is {n_decode!r}; decode at least 1 token per request")
     if not token_lists:
         raise RequestError("there are no requests; pass at least one, or None for the built-in text")
     n_ctx, n_vocab = context_size(llm), llm.n_vocab()
     for index, tokens in enumerate(token_lists):
         if not tokens:
             raise RequestError(f"request {index} is empty; leave it out")
-        if len(tokens) > n_ctx:
+        if len(tokens) + n_decode > n_ctx:
             raise RequestError(
-                f"request {index} has {len(tokens)} tokens, the model's context {n_ctx}; "
+                f"request {index} has {len(tokens)} tokens and {n_decode} to decode, the model's context {n_ctx}; "
                 "shorten it or load the model with a larger n_ctx"
             )
         wrong = next((token for token in tokens if not 0 <= token < n_vocab), None)
@@ -127,29 +140,58 @@ def _check(llm: AdaSkipLlama, token_lists: list[list[int]]) -> None:
 
 @contextlib.contextmanager
 def _full_model(llm: AdaSkipLlama) -> Iterator[None]:
-    """Take the plan off, and put it back whatever happens; leave no KV of the requests behind."""
-    plan = llm.plan
+    """Take the plan and the draft model off, and put them back whatever happens; leave no KV of the requests behind."""
+    plan, draft_model = llm.plan, llm.draft_model
     llm.set_plan(None)
+    llm.draft_model = None
     try:
         yield
     finally:
+        llm.draft_model = draft_model
         llm.reset()
         llm.set_plan(plan)
 
 
-def _run(llm: AdaSkipLlama, tokens: list[int], advance: Callable[[int], None]) -> RequestSimilarity:
+def _prefill(llm: AdaSkipLlama, tokens: list[int], advance: Callable[[int], None]) -> PhaseStatistics:
     statistics = RequestStatistics(llm.n_layer)
 
     def sink(batch: StatisticsBatch) -> None:
-        statistics.add(batch.dot, batch.u_sq, batch.v_sq)
+        statistics.add(batch)
         advance(batch.dot.shape[2])
 
-    llm.reset()
-    with llm.collect_statistics(sink):
+    with llm.collect_statistics(sink, vectors=True):
         llm.eval(tokens)
-    if statistics.n_tokens != len(tokens):
+    return _complete(statistics, len(tokens))
+
+
+def _decode(llm: AdaSkipLlama, tokens: list[int], n_decode: int, advance: Callable[[int], None]) -> PhaseStatistics:
+    """Generate behind a prompt that is in the cache."""
+    statistics = RequestStatistics(llm.n_layer)
+
+    def sink(batch: StatisticsBatch) -> None:
+        if batch.phase == "decode":  # the last token of the prompt is evaluated again, for its logits
+            statistics.add(batch)
+            advance(batch.dot.shape[2])
+
+    with (
+        llm.collect_statistics(sink, keep_logits=True, vectors=True),
+        contextlib.closing(llm.generate(tokens, temp=0.0)) as generated,
+    ):
+        for _ in range(n_decode + 1):  # the first one is sampled from the prompt's logits
+            next(generated)
+    return _complete(statistics, n_decode)
+
+
+def _measure_cost(llm: AdaSkipLlama) -> CostModel:
+    from .cost import measure_cost
+
+    return measure_cost(llm)
+
+
+def _complete(statistics: RequestStatistics, n_tokens: int) -> PhaseStatistics:
+    if statistics.n_tokens != n_tokens:
         raise NativeError(
-            f"statistics cover {statistics.n_tokens} of a request's {len(tokens)} tokens; please report this as a bug"
+            f"statistics cover {statistics.n_tokens} of a request's {n_tokens} tokens; please report this as a bug"
         )
     return statistics.result()
 

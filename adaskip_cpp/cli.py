@@ -5,9 +5,11 @@ from __future__ import annotations
 import click
 
 from .cli_calibrate import calibrate
+from .cli_chat import chat
 from .cli_demo import demo
 from .cli_generate import generate
 from .cli_inspect import inspect
+from .cli_plan import plan
 from .terminal import Verbs
 
 __all__ = ["main"]
@@ -24,12 +26,12 @@ __all__ = ["main"]
 def main(context: click.Context) -> None:
     """Skip the least important sublayers of a GGUF model in llama.cpp.
 
-    `calibrate` learns from a model which of its attention and FFN blocks change their input least; `generate` runs
-    without them. `demo` shows both on a small model.
+    `calibrate` learns from a model which of its attention and FFN blocks change their input least; `plan` shows what
+    would be skipped; `generate` and `chat` run without it. `demo` shows all on a small model.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (demo, inspect, calibrate, generate):
+for command in (demo, inspect, calibrate, plan, generate, chat):
     main.add_command(command)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from typing import TYPE_CHECKING
 
 import click
 
 from .errors import ProfileError
 from .terminal import console, json_option, load_model, model_options, read_text
 
+if TYPE_CHECKING:
+    from .profile import Profile
+
 __all__ = ["calibrate"]
+
+_CTX_TIMED = 8192
+"""Context of a model whose sublayers are timed: that of `generate`, so that long prompts are predicted from times."""
 
 
 @click.command(
@@ -29,6 +37,15 @@ __all__ = ["calibrate"]
 )
 @click.option("--requests", type=click.IntRange(min=1), default=20, show_default=True, help="Requests to cut from it.")
 @click.option("--tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each request.")
+@click.option(
+    "--decode-tokens",
+    "n_decode",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Tokens to decode after each request.",
+)
+@click.option("--no-cost", is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
 @model_options
 @json_option
 def calibrate(
@@ -37,35 +54,55 @@ def calibrate(
     files: tuple[str, ...],
     requests: int,
     tokens: int,
+    n_decode: int,
+    no_cost: bool,
     threads: int | None,
     gpu_layers: int,
     as_json: bool,
 ) -> None:
     """Learn which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
 
-    The text is cut into requests, spread evenly over it, which run through the full model.
+    The text is cut into requests, spread evenly over it, which run through the full model; each is then continued by
+    some tokens. At the end the sublayers are timed on this machine.
     """
     from . import corpus
     from .calibrate import calibrate as run
-    from .heatmap import print_heatmap
 
     _check_output(output)
+    start = time.monotonic()
     text = "\n\n".join(read_text(file) for file in files) if files else corpus.text()
     description = ", ".join(os.path.basename(file) for file in files) if files else corpus.DESCRIPTION
-    llm = load_model(model, n_ctx=tokens, threads=threads, gpu_layers=gpu_layers)
-    profile = run(llm, corpus.cut(llm, text, requests, tokens), description=description)
+    n_ctx = tokens + n_decode if no_cost else max(tokens + n_decode, _CTX_TIMED)
+    llm = load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)
+    profile = run(
+        llm, corpus.cut(llm, text, requests, tokens), n_decode=n_decode, cost=not no_cost, description=description
+    )
     profile.save(output)
-
     if as_json:
         click.echo(json.dumps({"path": output, **profile.to_dict()}, indent=1))
-        return
+    else:
+        _print(profile, output, requests, n_decode, time.monotonic() - start)
+
+
+def _print(profile: Profile, output: str, n_asked: int, n_decode: int, elapsed_s: float) -> None:
+    from .heatmap import print_heatmap
+    from .profile_file import sidecar_name
+
     out = console()
     print_heatmap(out, profile.similarity)
     out.print()
-    short = f", all that fit of the {requests} asked for" if profile.n_requests < requests else ""
-    out.print(f"Calibrated on {profile.n_requests} requests{short}: {profile.n_tokens:,} tokens of {description}.")
+    short = f", all that fit of the {n_asked} asked for" if profile.n_requests < n_asked else ""
+    out.print(f"Calibrated on {profile.n_requests} requests{short}: {profile.n_tokens:,} tokens of {profile.corpus}.")
+    out.print(
+        f"{profile.n_requests * n_decode:,} tokens were decoded"
+        + (", and the sublayers timed on this machine." if profile.cost is not None else ". No sublayer was timed.")
+    )
     out.print(f"{profile.skippable.sum()} of {2 * profile.n_layer} sublayers can be skipped.")
-    out.print(f"Profile written to {output}", soft_wrap=True)
+    vectors = ""
+    if profile.prefill.n_embd is not None:
+        vectors = f", its vectors to {os.path.join(os.path.dirname(output), sidecar_name(output))}; keep them together"
+    out.print(f"Profile written to {output}{vectors}", soft_wrap=True)
+    out.print(f"It took {elapsed_s:.0f} s. Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)
 
 
 def _check_output(path: str) -> None:

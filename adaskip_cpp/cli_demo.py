@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .terminal import console, json_option, model_options, plan_options, recorder, save_svg
+from .cli_planning import PlanChoice, plan_options
+from .cli_report import layer_list, megabytes
+from .terminal import console, json_option, model_options, recorder, save_svg
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,15 +27,13 @@ __all__ = ["demo"]
 @click.option(
     "--model", metavar="MODEL", help="Another GGUF file with a chat template.  [default: packaged SmolLM2-135M]"
 )
-@click.option("--skip", type=click.IntRange(min=1), default=12, show_default=True, help="Sublayers to skip.")
 @plan_options
 @model_options
 @click.option("--svg", type=click.Path(dir_okay=False), help="Also save what is shown as a picture.")
 @json_option
 def demo(
     model: str | None,
-    skip: int,
-    compensation: str,
+    choice: PlanChoice | None,
     threads: int | None,
     gpu_layers: int,
     svg: str | None,
@@ -44,8 +44,11 @@ def demo(
     Calibrates on pages of Python's language reference, then answers a question about another page, with and without the
     plan in turn.
     """
-    from .demo import packaged_model, run
+    from .demo import N_PROMPT, packaged_model, run
 
+    chosen = choice or PlanChoice()
+    if chosen.speedup is not None:
+        raise click.UsageError("the demo times no sublayers; give --skip instead", click.get_current_context())
     out, err = console(), console(stderr=True)
     start = time.monotonic()
     path = model or packaged_model()
@@ -64,8 +67,7 @@ def demo(
 
         result = run(
             path,
-            n_skip=skip,
-            compensation=compensation,
+            choose=lambda profile: chosen.plan(profile, N_PROMPT),
             threads=threads,
             gpu_layers=gpu_layers,
             on_stage=on_stage,
@@ -83,15 +85,14 @@ def demo(
 
 
 def _print_plan(out: Console, profile: Profile, plan: SkipPlan) -> None:
-    from .heatmap import print_heatmap
+    from .cli_plan import print_plan
 
     out.print(
         f"[bold]Learned[/] from {profile.n_tokens:,} tokens in {profile.n_requests} requests how much each of the "
-        f"{2 * profile.n_layer} sublayers changes its input, and picked the {plan.n_skip} that change it least:\n"
+        f"{2 * profile.n_layer} sublayers changes its input.\n"
     )
-    print_heatmap(out, profile.similarity, plan.prefill.skip)
-    out.print(f"\nskipped attention: layers {_layers(plan.attention)}\nskipped FFN: layers {_layers(plan.ffn)}")
-    out.print(f"compensation: {plan.compensation}\n")
+    print_plan(out, profile, plan)
+    out.print()
 
 
 def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
@@ -99,7 +100,7 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .demo import N_ANSWER
+    from .demo import N_ANSWER, N_PROMPT
 
     full, skipped = result.full, result.skipped
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -121,6 +122,14 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
             f"{each[1] * 1e3:.1f} ms",
             f"[bold]{each[0] / each[1]:.2f} x as fast[/]",
         )
+    if full.kv_bytes:
+        saved = 1 - skipped.kv_bytes / full.kv_bytes
+        table.add_row(
+            f"KV memory for {N_PROMPT + N_ANSWER:,} tokens",
+            megabytes(full.kv_bytes),
+            megabytes(skipped.kv_bytes),
+            f"[bold]{saved:.0%} saved[/]" if saved > 0 else "none saved",
+        )
     table.add_row(
         f"loss on {result.n_loss:,} unseen tokens",
         f"{full.loss:.3f} nats",
@@ -128,11 +137,18 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
         f"{skipped.loss - full.loss:+.3f} nats",
     )
     out.print(table)
+    if result.plan.online is not None:
+        added = skipped.online_ffn
+        out.print(
+            f"The answer added {len(added)} FFN{'' if len(added) == 1 else 's'} online"
+            + (f": layers {layer_list(added)}." if added else ".")
+        )
 
     answers = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
     answers.add_column("answer of the full model", ratio=1)
     answers.add_column(f"answer with {result.plan.n_skip} sublayers skipped", ratio=1)
-    answers.add_row(Text(full.answer or "(none)"), Text(skipped.answer or "(none)"))
+    # Without its line breaks: a list of short items would fill the screen.
+    answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in (full, skipped)))
     out.print(answers)
     out.print(
         f"Times are {_runs(len(full.first_token_s))} on {result.n_threads} CPU threads; "
@@ -143,10 +159,6 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
         out.print(
             f"Skipping fewer costs less quality and saves less time: adaskip-cpp demo --skip {fewer}", style="dim"
         )
-
-
-def _layers(layers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, layers)) if layers else "none"
 
 
 def _runs(n: int) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import click
 
-from .terminal import console, load_model, model_options, plan_options, read_text
+from .cli_planning import PlanChoice, plan_options
+from .cli_report import kv_memory, skipped_lines, speed_lines
+from .terminal import console, load_model, model_options, read_text
 
 if TYPE_CHECKING:
-    from .generation import Timing
-    from .plan import SkipPlan
+    from .llama import AdaSkipLlama
 
 __all__ = ["generate"]
 
@@ -24,9 +26,6 @@ __all__ = ["generate"]
 @click.option("-p", "--prompt", help="The prompt.")
 @click.option("-f", "--file", metavar="FILE", help="Read the prompt from a file, - for stdin.")
 @click.option("--profile", "profile_path", metavar="PROFILE", help="Profile of this model, written by `calibrate`.")
-@click.option(
-    "--skip", type=click.IntRange(min=0), default=None, help="Sublayers to skip.  [default: 12 with --profile]"
-)
 @plan_options
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
 @click.option("--ctx", type=click.IntRange(min=8), default=8192, show_default=True, help="Context in tokens.")
@@ -43,8 +42,7 @@ def generate(
     prompt: str | None,
     file: str | None,
     profile_path: str | None,
-    skip: int | None,
-    compensation: str,
+    choice: PlanChoice | None,
     max_tokens: int,
     ctx: int,
     temp: float,
@@ -53,46 +51,54 @@ def generate(
     threads: int | None,
     gpu_layers: int,
 ) -> None:
-    """Answer a prompt with MODEL, a GGUF file. The text goes to stdout, the speed to stderr."""
-    from .generation import Generation, chat_tokens, has_chat_template
+    """Answer a prompt with MODEL, a GGUF file. The text goes to stdout, the speed to stderr.
+
+    With --profile, the sublayers that matter least are skipped, and no KV memory is kept for attentions that never run.
+    """
+    from .generation import Generation
     from .profile import Profile
 
     if (prompt is None) == (file is None):
         raise click.UsageError("give a prompt either with -p or with -f", click.get_current_context())
-    if skip and profile_path is None:
-        raise click.UsageError("--skip needs --profile", click.get_current_context())
+    if choice is not None and profile_path is None:
+        raise click.UsageError(
+            "what to skip needs --profile; write one with `adaskip-cpp calibrate`", click.get_current_context()
+        )
     text = prompt if prompt is not None else read_text(str(file))
-    plan = Profile.load(profile_path).plan(12 if skip is None else skip, compensation) if profile_path else None
 
-    llm = load_model(model, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers)
-    llm.set_plan(plan)
+    plan = None
+    if profile_path is not None:
+        profile, choice = Profile.load(profile_path), choice or PlanChoice()
+        length = 0
+        if choice.speedup is not None:
+            # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
+            with closing(load_model(model, n_ctx=256, threads=threads, gpu_layers=0)) as tokenizer:
+                length = len(_tokens(tokenizer, text, chat))
+        plan = choice.plan(profile, max(length, 1))
+
+    llm = load_model(model, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
     if seed is not None:
         llm.set_seed(seed)
-    as_chat = has_chat_template(llm) if chat is None else chat
-    # An empty text still has the tokens of the template around it.
-    tokens = [] if not text else chat_tokens(llm, text) if as_chat else llm.tokenize(text.encode(), special=True)
-    answer = Generation(llm, tokens, max_tokens=max_tokens, temperature=temp)
+    answer = Generation(llm, _tokens(llm, text, chat), max_tokens=max_tokens, temperature=temp)
     for piece in answer:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
-    if answer.timing is not None:
-        console(stderr=True).print(_summary(answer.timing, plan), style="dim")
+    if answer.timing is None:
+        return
+    lines = [*speed_lines(answer.timing), *skipped_lines(llm, answer.timing.n_generated)]
+    lines.append(f"KV:      {kv_memory(llm)}")
+    if answer.timing.end == "context":
+        lines.append("the answer stops where the context is full; --ctx gives more room")
+    console(stderr=True).print("\n".join(lines), style="dim")
 
 
-def _summary(timing: Timing, plan: SkipPlan | None) -> str:
-    lines = [
-        f"prompt: {timing.n_prompt:,} tokens in {timing.first_token_s:.2f} s, "
-        f"{timing.prompt_tokens_per_s:,.0f} tokens/s"
-    ]
-    if timing.token_s is not None:
-        lines.append(
-            f"decode: {timing.n_generated - 1:,} tokens in {timing.decode_s:.2f} s, {1 / timing.token_s:,.1f} tokens/s"
-        )
-    if plan is not None:
-        lines.append(
-            f"skipped: {plan.n_skip} of {2 * plan.n_layer} sublayers "
-            f"({len(plan.attention)} attention, {len(plan.ffn)} FFN)"
-        )
-    return "\n".join(lines)
+def _tokens(llm: AdaSkipLlama, text: str, chat: bool | None) -> list[int]:
+    from .generation import chat_tokens, has_chat_template
+
+    if not text:  # which would still have the tokens of the template around it
+        return []
+    if has_chat_template(llm) if chat is None else chat:
+        return chat_tokens(llm, [("user", text)])
+    return llm.tokenize(text.encode(), special=True)

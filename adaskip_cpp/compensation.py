@@ -1,30 +1,85 @@
-"""Ways to compensate a skipped sublayer, ``v := s * u``: where the scalar ``s`` comes from."""
+"""Ways to compensate a skipped sublayer: what ``s`` and ``b`` are in ``v := s * u + b``, in every phase.
+
+=========  ==============================================  =======================  ====================
+name       s                                               b                        FFNs added online
+=========  ==============================================  =======================  ====================
+none       1                                               0                        1
+paper      ``||V||_F / ||U||_F``, the norm ratio           0                        the window's own ratio
+median     median per token of ``|v| / |u|``               0                        the window's own median
+affine     as ``median``                                   mean of ``v - s * u``    the window's own median
+=========  ==============================================  =======================  ====================
+
+The paper's ratio is dominated by tokens of huge norm, as the first one of many models, and scales all others by it.
+``affine`` also replaces the mean of what the sublayer would have added; the online stage learns no vectors, so that an
+FFN it adds gets the scale alone. ``benchmarks/compensation.py`` compares them on held-out text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import CompensationError
+from .plan import OnlineScale, SkipSet
+from .statistics import PhaseStatistics
 
-if TYPE_CHECKING:
-    from .profile import Profile
+__all__ = ["COMPENSATIONS", "DEFAULT_COMPENSATION", "Compensation", "get_compensation"]
 
-__all__ = ["COMPENSATIONS", "get_compensation"]
 
-COMPENSATIONS: dict[str, Callable[[Profile], npt.NDArray[np.float64]]] = {
-    # The paper's: the ratio of Frobenius norms. One token of huge norm, as the first one of many models, dominates it.
-    "paper": lambda profile: profile.norm_ratio,
-    "none": lambda profile: np.ones_like(profile.norm_ratio),
-    "median": lambda profile: profile.median_ratio,
+@dataclass(frozen=True)
+class Compensation:
+    """One way to compensate.
+
+    Attributes:
+        name: its name in the API and on the command line.
+        scale: from a phase's statistics to ``s``, float64 ``[n_layer, 2]``.
+        bias: from the statistics and ``s`` to ``b``, float32 ``[n_layer, 2, n_embd]``; None for no bias.
+        online: what the online stage uses for the FFNs that it adds.
+    """
+
+    name: str
+    scale: Callable[[PhaseStatistics], npt.NDArray[np.float64]]
+    bias: Callable[[PhaseStatistics, npt.NDArray[np.float64]], npt.NDArray[np.float32]] | None
+    online: OnlineScale
+
+    def skip_set(self, skip: npt.NDArray[np.bool_], statistics: PhaseStatistics) -> SkipSet:
+        """Return the set that skips ``skip``, bool ``[n_layer, 2]``, compensated from the statistics of one phase.
+
+        Raises:
+            CompensationError: the statistics lack what this compensation needs, for a sublayer that is skipped.
+        """
+        scale = self.scale(statistics)
+        bias = self.bias(statistics, scale) if self.bias is not None and skip.any() else None
+        return SkipSet(skip, scale, bias)
+
+
+def _mean_error(statistics: PhaseStatistics, scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Return the mean over tokens of ``v - s * u``."""
+    if statistics.mean_u is None or statistics.mean_v is None:
+        raise CompensationError(
+            'compensation "affine" needs the vectors of a profile, which this one lacks; calibrate again, '
+            'or use compensation="median"'
+        )
+    return (statistics.mean_v - scale[:, :, None] * statistics.mean_u.astype(np.float64)).astype(np.float32)
+
+
+COMPENSATIONS: dict[str, Compensation] = {
+    each.name: each
+    for each in (
+        Compensation("none", lambda statistics: np.ones_like(statistics.norm_ratio), None, "none"),
+        Compensation("paper", lambda statistics: statistics.norm_ratio, None, "paper"),
+        Compensation("median", lambda statistics: statistics.median_ratio, None, "median"),
+        Compensation("affine", lambda statistics: statistics.median_ratio, _mean_error, "median"),
+    )
 }
-"""From a profile to ``s`` per sublayer, float64 ``[n_layer, 2]``."""
+
+DEFAULT_COMPENSATION = "affine"
 
 
-def get_compensation(name: str) -> Callable[[Profile], npt.NDArray[np.float64]]:
+def get_compensation(name: str) -> Compensation:
     """Look a compensation up.
 
     Raises:

@@ -32,6 +32,8 @@ N_ANSWER = 64
 _PROMPT_PAGE = "import"
 _LOSS_PAGES = ("debugger", "string-methods", "typesmapping")
 _N_LOSS = 512
+_N_DECODE = 16
+"""Tokens decoded after each calibration request: few, as the plan shown takes its statistics from the prompts."""
 
 _COMPARE_S = 70.0
 """Time for the comparison, so that the whole demo stays under three minutes; at least one pair of runs is made."""
@@ -46,12 +48,16 @@ class Side:
         first_token_s: seconds to the first token, of each run.
         token_s: seconds per token after it, of each run.
         answer: the text, the same in every run.
+        online_ffn: layers whose FFN the answer added to the plan.
+        kv_bytes: bytes of KV memory.
         loss: nats per token on held-out text.
     """
 
     first_token_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
     answer: str = ""
+    online_ffn: tuple[int, ...] = ()
+    kv_bytes: int = 0
     loss: float = float("nan")
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +66,8 @@ class Side:
             "first_token_s": statistics.median(self.first_token_s),
             "token_s": statistics.median(self.token_s) if self.token_s else None,
             "loss": self.loss,
+            "kv_bytes": self.kv_bytes,
+            "online_ffn": list(self.online_ffn),
             "answer": self.answer,
             "first_token_s_runs": self.first_token_s,
             "token_s_runs": self.token_s,
@@ -118,8 +126,7 @@ def packaged_model() -> str:
 def run(
     model: str,
     *,
-    n_skip: int,
-    compensation: str,
+    choose: Callable[[Profile], SkipPlan],
     threads: int | None,
     gpu_layers: int,
     on_stage: Callable[[str], None],
@@ -129,8 +136,7 @@ def run(
 
     Args:
         model: path of a GGUF file with a chat template.
-        n_skip: sublayers to skip.
-        compensation: see :meth:`adaskip_cpp.Profile.plan`.
+        choose: makes the plan.
         threads: CPU threads; None for all physical cores.
         gpu_layers: layers to run on a GPU, -1 for all.
         on_stage: called with a line that says what begins.
@@ -143,15 +149,19 @@ def run(
     on_stage("Calibrating on 8 requests of 512 tokens of Python's language reference")
     llm = load_model(model, n_ctx=N_PROMPT + N_ANSWER, threads=threads, gpu_layers=gpu_layers)
     requests = corpus.cut(llm, corpus.text(exclude=held_out), 8, 512)
-    profile = calibrate(llm, requests, description=f"{corpus.DESCRIPTION}, without {', '.join(held_out)}")
-    plan = profile.plan(n_skip, compensation)
+    description = f"{corpus.DESCRIPTION}, without {', '.join(held_out)}"
+    profile = calibrate(llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=description)
+    plan = choose(profile)
     on_plan(profile, plan)
 
-    full, skipped = Side(), Side()
+    # A second model beside the first, as only one opened with the plan saves its KV memory.
+    skipping = load_model(model, n_ctx=N_PROMPT + N_ANSWER, threads=threads, gpu_layers=gpu_layers, plan=plan)
+    full, skipped = Side(kv_bytes=llm.kv_bytes), Side(kv_bytes=skipping.kv_bytes)
     prompt = _prompt(llm)
-    _compare(llm, prompt, ((None, full), (plan, skipped)), on_stage)
+    _compare(prompt, ((llm, full), (skipping, skipped)), on_stage)
     n_threads = llm.n_threads
     llm.close()
+    skipping.close()
 
     on_stage(f"Loss on {len(_LOSS_PAGES)} x {_N_LOSS} tokens of other pages, unseen in calibration")
     llm = load_model(model, n_ctx=_N_LOSS, threads=threads, gpu_layers=gpu_layers, logits_all=True)
@@ -170,35 +180,33 @@ def _prompt(llm: AdaSkipLlama) -> list[int]:
     page = pages.get(_PROMPT_PAGE) or max(pages.values(), key=len)
     title, task = "Here is a page of the Python manual:\n\n", "\n\nIn one or two sentences, what is this page about?"
     page_tokens = llm.tokenize(page.encode(), add_bos=False)
-    length = N_PROMPT - len(chat_tokens(llm, title + task))
+    length = N_PROMPT - len(chat_tokens(llm, [("user", title + task)]))
     while True:
         text = llm.detokenize(page_tokens[:length]).decode("utf-8", "ignore")
-        prompt = chat_tokens(llm, title + text + task)
+        prompt = chat_tokens(llm, [("user", title + text + task)])
         if len(prompt) <= N_PROMPT:
             return prompt
         length -= len(prompt) - N_PROMPT
 
 
 def _compare(
-    llm: AdaSkipLlama,
     prompt: list[int],
-    sides: tuple[tuple[SkipPlan | None, Side], tuple[SkipPlan | None, Side]],
+    sides: tuple[tuple[AdaSkipLlama, Side], tuple[AdaSkipLlama, Side]],
     on_stage: Callable[[str], None],
 ) -> None:
     """Answer the prompt on both sides in turn, the order reversed every time, so that a slow moment hits both alike."""
-    for plan, _ in sides:  # the first run of a plan allocates and warms caches; it does not count
-        llm.set_plan(plan)
+    for llm, _ in sides:  # the first run allocates and warms caches; it does not count
         list(Generation(llm, prompt[:256], max_tokens=2))
     start = time.monotonic()
     pair = 0
     # Another pair is expected to take as long as those before it.
     while pair == 0 or (pair < _MAX_PAIRS and (time.monotonic() - start) * (pair + 1) / pair < _COMPARE_S):
         on_stage(f"Answering a prompt of {len(prompt):,} tokens with and without the plan, pair {pair + 1}")
-        for plan, side in sides if pair % 2 == 0 else sides[::-1]:
-            llm.set_plan(plan)
+        for llm, side in sides if pair % 2 == 0 else sides[::-1]:
             llm.reset()  # without it the second run would reuse the first one's prompt
             generation = Generation(llm, prompt, max_tokens=N_ANSWER)
             side.answer = "".join(generation).strip()
+            side.online_ffn = llm.online.ffn if llm.online is not None else ()
             assert generation.timing is not None
             side.first_token_s.append(generation.timing.first_token_s)
             if generation.timing.token_s is not None:

@@ -18,7 +18,7 @@ from .errors import ModelFileError, NativeError, PlanError, ProfileMismatchError
 from .model import ModelInfo, check_gguf, fingerprint
 from .plan import SkipPlan
 
-__all__ = ["AdaSkipLlama", "AdaSkipState", "OnlineResult", "Counters", "StatisticsBatch", "Sublayer"]
+__all__ = ["AdaSkipLlama", "AdaSkipState", "Counters", "OnlineResult", "StatisticsBatch", "Sublayer"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class OnlineResult:
         window: tokens that it observes.
         n_tokens: tokens that it has observed, fewer than the window in a short request.
         similarity: float64 [n_layer], mean IO similarity of each FFN over them, NaN where not observed.
-        norm_ratio: float64 [n_layer], what would stand in for each FFN, likewise.
+        norm_ratio: float64 [n_layer], ||V||_F / ||U||_F over them, likewise.
+        scale: float64 [n_layer], what stands in for each FFN if it is added, likewise.
         threshold: FFNs of at least this similarity are skipped.
         ffn: layers whose FFN was added to the decode set, () while the window is not full.
     """
@@ -38,6 +39,7 @@ class OnlineResult:
     n_tokens: int
     similarity: npt.NDArray[np.float64]
     norm_ratio: npt.NDArray[np.float64]
+    scale: npt.NDArray[np.float64]
     threshold: float
     ffn: tuple[int, ...]
 
@@ -86,6 +88,7 @@ class AdaSkipLlama(llama_cpp.Llama):
     def __init__(self, model_path: str, *, plan: SkipPlan | None = None, **kwargs: Any) -> None:
         check_gguf(model_path)
         self._plan: SkipPlan | None = None
+        self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"
         # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
         elided = None if plan is None else plan.prefill.skip[:, 0]
@@ -192,6 +195,12 @@ class AdaSkipLlama(llama_cpp.Llama):
                 f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; "
                 "make a plan from this model's profile."
             )
+        for skip_set in (plan.prefill, plan.decode, *(each for _, each in plan.schedule)):
+            if skip_set.bias is not None and skip_set.bias.shape[2] != self.n_embd():
+                raise PlanError(
+                    f"the plan's vectors have {skip_set.bias.shape[2]} values, {self.model_path!r} has {self.n_embd()} "
+                    "per token; make a plan from this model's profile."
+                )
         if plan.model is not None and plan.model != self.model_info:
             raise ProfileMismatchError(
                 f"the plan was made for another model ({plan.model.architecture}, fingerprint "
@@ -214,9 +223,9 @@ class AdaSkipLlama(llama_cpp.Llama):
         if not tokens:
             return
         native, phase = self._adaskip, self._phase
-        n_valid = native.kv_valid(phase, self.n_tokens)
-        if n_valid < self.n_tokens:
-            self._evaluate("prefill", self._rewind(n_valid))
+        if native.kv_valid(phase, self.n_tokens) < self.n_tokens:
+            # Prefill runs at least the attentions of decode, so it may reach further back.
+            self._evaluate("prefill", self._rewind(native.kv_valid("prefill", self.n_tokens)))
         self._evaluate(phase, list(tokens))
 
     def _evaluate(self, phase: Phase, tokens: list[int]) -> None:
@@ -253,8 +262,8 @@ class AdaSkipLlama(llama_cpp.Llama):
         """
         if self._adaskip.drops_logits:
             raise StateError(
-                "no logits are computed while statistics of all tokens are collected; leave collect_statistics() first, "
-                "or open it with keep_logits=True."
+                "no logits are computed while statistics of all tokens are collected; leave collect_statistics() "
+                "first, or open it with keep_logits=True."
             )
         self._adaskip.begin_request()
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
@@ -279,7 +288,13 @@ class AdaSkipLlama(llama_cpp.Llama):
             return None
         learned, stage = self._adaskip.online(), self._plan.online
         return OnlineResult(
-            stage.window, learned.n_tokens, learned.similarity, learned.norm_ratio, stage.threshold, learned.ffn
+            stage.window,
+            learned.n_tokens,
+            learned.similarity,
+            learned.norm_ratio,
+            learned.scale,
+            stage.threshold,
+            learned.ffn,
         )
 
     # -- statistics ----------------------------------------------------------------------------------------------
@@ -327,11 +342,16 @@ class AdaSkipLlama(llama_cpp.Llama):
         """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` counts as that of the whole model.
 
         Raises:
-            StateError: the state is of another model or of other context settings. Nothing is changed, unless
-                llama.cpp itself refuses the state: then the cache is empty.
+            StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,
+                unless llama.cpp itself refuses the state: then the cache is empty.
         """
         if isinstance(state, AdaSkipState) and state.fingerprint != self.model_info.fingerprint:
             raise StateError("the state was saved from another model; load it into the model that it was saved from.")
+        if (state.elided_kv if isinstance(state, AdaSkipState) else ()) != self._adaskip.elided_kv():
+            raise StateError(
+                "the state was saved with KV for other layers; load it into a model that was opened with the same "
+                "plan=, or without one where this was."
+            )
         if state.input_ids.shape != self.input_ids.shape or state.scores.shape != self.scores[: state.n_tokens].shape:
             raise StateError(
                 "the state was saved with another n_ctx, n_batch or logits_all; open the model with the same settings."
@@ -351,4 +371,9 @@ class AdaSkipLlama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "plan": self._plan}
+        return {**state, "plan": self._plan_opened, "plan_in_force": self._plan}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        plan = state.pop("plan_in_force")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.set_plan(plan)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,26 @@ import numpy.typing as npt
 from .errors import CompensationError, PlanError, SublayerRangeError
 from .model import ModelInfo
 
-__all__ = ["KINDS", "SkipPlan", "SkipSet", "sublayer_name"]
+__all__ = [
+    "KINDS",
+    "MODES",
+    "Mode",
+    "OnlineScale",
+    "OnlineStage",
+    "SkipPlan",
+    "SkipSet",
+    "mark_layers",
+    "sublayer_name",
+]
 
 KINDS = ("attention", "FFN")
 """The kinds of sublayer, in the order of the columns of every ``[n_layer, 2]`` array."""
+
+Mode: TypeAlias = Literal["prefill", "decode", "e2e"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+"""The paper's three modes, see :mod:`adaskip_cpp.modes`."""
+
+OnlineScale: TypeAlias = Literal["none", "paper", "median"]
 
 
 def sublayer_name(layer: int, kind: int) -> str:
@@ -26,28 +43,35 @@ def sublayer_name(layer: int, kind: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SkipSet:
-    """The sublayers skipped in one phase.
+    """The sublayers skipped in one phase: ``v := s * u + b`` stands in for each.
 
     Attributes:
         skip: bool ``[n_layer, 2]``, columns attention and FFN; read-only.
-        scale: float64 ``[n_layer, 2]``, the compensation ``s`` in ``v := s * u`` where skipped, 1.0 elsewhere;
-            read-only.
+        scale: float64 ``[n_layer, 2]``, the scale ``s`` where skipped, 1.0 elsewhere; read-only.
+        bias: float32 ``[n_layer, 2, n_embd]``, the vector ``b`` where skipped, 0 elsewhere; read-only. None for no
+            vectors at all.
 
     Raises:
-        PlanError: the arrays' shapes are not both ``[n_layer, 2]``.
-        CompensationError: a skipped sublayer's compensation is not finite or not positive.
+        PlanError: the arrays' shapes are not ``[n_layer, 2]``, or ``[n_layer, 2, n_embd]`` for the bias.
+        CompensationError: a skipped sublayer's scale is not finite or not positive, or its bias not finite.
     """
 
     skip: npt.NDArray[np.bool_]
     scale: npt.NDArray[np.float64]
+    bias: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         skip = np.array(self.skip, dtype=np.bool_)
         scale = np.array(self.scale, dtype=np.float64)
+        bias = None if self.bias is None else np.array(self.bias, dtype=np.float32)
         if skip.ndim != 2 or skip.shape[0] < 1 or skip.shape[1] != 2 or scale.shape != skip.shape:
             raise PlanError(
                 f"skip flags and compensation need the shape [n_layer, 2], not {skip.shape} and {scale.shape}; "
                 "give one row per layer, columns attention and FFN"
+            )
+        if bias is not None and (bias.ndim != 3 or bias.shape[:2] != skip.shape or bias.shape[2] < 1):
+            raise PlanError(
+                f"the bias needs the shape [{skip.shape[0]}, 2, n_embd], not {bias.shape}; give one vector per sublayer"
             )
         for layer, kind in np.argwhere(skip):
             if not (np.isfinite(scale[layer, kind]) and scale[layer, kind] > 0):
@@ -55,9 +79,17 @@ class SkipSet:
                     f"the compensation of {sublayer_name(layer, kind)} is {scale[layer, kind]}; "
                     'use a finite number above 0, or compensation="none"'
                 )
+            if bias is not None and not np.isfinite(bias[layer, kind]).all():
+                raise CompensationError(
+                    f"the bias of {sublayer_name(layer, kind)} is not finite; "
+                    'calibrate again, or use compensation="median"'
+                )
         scale[~skip] = 1.0
-        for name, array in (("skip", skip), ("scale", scale)):
-            array.flags.writeable = False
+        if bias is not None:
+            bias[~skip] = 0.0
+        for name, array in (("skip", skip), ("scale", scale), ("bias", bias)):
+            if array is not None:
+                array.flags.writeable = False
             object.__setattr__(self, name, array)
 
     @classmethod
@@ -88,7 +120,13 @@ class SkipSet:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SkipSet):
             return NotImplemented
-        return np.array_equal(self.skip, other.skip) and np.array_equal(self.scale, other.scale)
+        if (self.bias is None) != (other.bias is None):
+            return False
+        return (
+            np.array_equal(self.skip, other.skip)
+            and np.array_equal(self.scale, other.scale)
+            and (self.bias is None or other.bias is None or np.array_equal(self.bias, other.bias))
+        )
 
     def __hash__(self) -> int:
         return hash((self.skip.shape, self.skip.tobytes(), self.scale.tobytes()))
@@ -97,29 +135,60 @@ class SkipSet:
         return f"SkipSet(n_layer={self.n_layer}, attention={self.attention}, ffn={self.ffn})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: the skipped sublayers of each kind with their compensation."""
+        """Return plain JSON values: the skipped sublayers of each kind, the scale of each and the norm of its bias."""
+
+        def row(layer: int, kind: int) -> dict[str, Any]:
+            norm = 0.0 if self.bias is None else float(np.linalg.norm(self.bias[layer, kind].astype(np.float64)))
+            return {"layer": layer, "scale": float(self.scale[layer, kind]), "bias_norm": norm}
+
         return {
-            name: [{"layer": layer, "scale": float(self.scale[layer, kind])} for layer in layers]
+            name: [row(layer, kind) for layer in layers]
             for kind, (name, layers) in enumerate((("attention", self.attention), ("ffn", self.ffn)))
         }
 
-    @classmethod
-    def from_dict(cls, n_layer: int, data: Mapping[str, Any]) -> SkipSet:
-        """Read what :meth:`to_dict` wrote, for a model of ``n_layer`` layers.
 
-        Raises:
-            PlanError: a field is missing or malformed, a layer is out of range, or a compensation is invalid.
-        """
-        skip, scale = np.zeros((n_layer, 2), np.bool_), np.ones((n_layer, 2))
-        for kind, name in enumerate(("attention", "ffn")):
-            try:
-                rows = [(row["layer"], float(row["scale"])) for row in data[name]]
-            except (KeyError, TypeError, ValueError) as error:
-                raise PlanError(f"the plan's list {name!r} is missing or malformed; write the plan again") from error
-            _mark(skip, kind, [layer for layer, _ in rows])
-            for layer, value in rows:
-                scale[layer, kind] = value
-        return cls(skip, scale)
+@dataclass(frozen=True)
+class OnlineStage:
+    """Online importance learning: which FFNs a request adds to the decode set, from its first decoded tokens.
+
+    The first ``window`` decoded tokens of a request run under the decode set alone, and every FFN outside it is
+    observed. Then each whose mean IO similarity is at least ``threshold`` is skipped for the rest of the request.
+
+    Attributes:
+        window: tokens that are observed; the authors use 20.
+        threshold: smallest mean IO similarity of an FFN that is added.
+        scale: what stands in for an added FFN, measured in the window: ``"paper"`` is the ratio of Frobenius norms,
+            ``"median"`` the median over its tokens of ``|v| / |u|``, ``"none"`` is 1.
+
+    Raises:
+        PlanError: the window is not a whole number above 0, the threshold is not finite, or the scale is unknown.
+    """
+
+    window: int = 20
+    threshold: float = 1.0
+    scale: OnlineScale = "paper"
+
+    def __post_init__(self) -> None:
+        try:
+            window = operator.index(self.window)
+        except TypeError:
+            window = 0
+        if not 1 <= window < 2**31:
+            raise PlanError(f"the online window is {self.window!r}; use a whole number of tokens from 1 on")
+        try:
+            threshold = float(self.threshold)
+        except (TypeError, ValueError):
+            threshold = float("nan")
+        if not np.isfinite(threshold):
+            raise PlanError(f"the online threshold is {self.threshold!r}; use a similarity, a number of at most 1")
+        if self.scale not in get_args(OnlineScale):
+            raise PlanError(f"unknown online scale {self.scale!r}; use one of: {', '.join(get_args(OnlineScale))}")
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "threshold", threshold)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"window": self.window, "threshold": self.threshold, "scale": self.scale}
 
 
 @dataclass(frozen=True)
@@ -128,22 +197,32 @@ class SkipPlan:
 
     Attributes:
         prefill: the set skipped while a prompt is read.
-        decode: the set skipped while tokens are generated. It skips every attention that ``prefill`` skips: that
-            attention wrote no KV for the prompt, so decode must not read it.
+        decode: the set skipped while tokens are generated, from the first one on. It skips every attention that
+            ``prefill`` skips: that attention wrote no KV for the prompt, so decode must not read it.
+        schedule: decode sets by tokens decoded so far in the request, ``((0, decode), (t1, set1), ...)``, each holding
+            from its number on; () if ``decode`` holds throughout. A set skips every attention of the one before it.
+        online: the online stage of decode, or None. Excludes a schedule.
         model: the model that the plan was made for, or None for a plan made by hand, which fits any model of as many
             layers.
         strategy: name of the strategy that chose the sublayers, ``"manual"`` for a plan made by hand.
         compensation: name of the compensation, ``"manual"`` if given by hand.
+        mode: ``"prefill"``, ``"decode"`` or ``"e2e"``, see :mod:`adaskip_cpp.modes`; ``"manual"`` for a plan made by
+            hand.
 
     Raises:
-        PlanError: the sets disagree on the number of layers, or decode runs an attention that prefill skips.
+        PlanError: the sets disagree on the number of layers, an attention runs whose KV would have holes, the schedule
+            is malformed or meets an online stage, or the mode is unknown.
     """
 
     prefill: SkipSet
     decode: SkipSet
+    _: KW_ONLY
+    schedule: tuple[tuple[int, SkipSet], ...] = ()
+    online: OnlineStage | None = None
     model: ModelInfo | None = None
     strategy: str = "manual"
     compensation: str = "manual"
+    mode: Mode | Literal["manual"] = "manual"
 
     def __post_init__(self) -> None:
         if self.prefill.n_layer != self.decode.n_layer:
@@ -156,12 +235,38 @@ class SkipPlan:
                 f"the plan is for {self.n_layer} layers but its model has {self.model.n_layer}; "
                 "build the plan from this model's profile"
             )
+        if self.mode not in (*MODES, "manual"):
+            raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
         holes = sorted(set(self.prefill.attention) - set(self.decode.attention))
         if holes:
             raise PlanError(
                 f"prefill skips the attention of layers {holes}, which decode runs: it would read KV that was never "
                 "written; skip them in decode too"
             )
+        if self.schedule:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        starts = [start for start, _ in self.schedule]
+        sets = [each for _, each in self.schedule]
+        if self.online is not None:
+            raise PlanError("a plan has a decode schedule or an online stage, not both; leave one out")
+        if starts[0] != 0 or sets[0] != self.decode:
+            raise PlanError("the schedule does not begin with (0, decode); give the decode set first")
+        if any(b <= a for a, b in itertools.pairwise(starts)):
+            raise PlanError(f"the schedule's token counts {starts} do not ascend; sort its sets by token count")
+        for (_, earlier), (start, later) in itertools.pairwise(self.schedule):
+            if later.n_layer != self.n_layer:
+                raise PlanError(
+                    f"the schedule's set at {start} tokens is for {later.n_layer} layers, not {self.n_layer}; "
+                    "build all sets for the same model"
+                )
+            holes = sorted(set(earlier.attention) - set(later.attention))
+            if holes:
+                raise PlanError(
+                    f"the schedule's set at {start} tokens runs the attention of layers {holes}, which the set before "
+                    "it skips: it would read KV that was never written; let the sets grow only"
+                )
 
     @classmethod
     def manual(
@@ -191,8 +296,8 @@ class SkipPlan:
         if phase not in ("both", "decode"):
             raise PlanError(f"unknown phase {phase!r}; use 'both' or 'decode'")
         skip = np.zeros((n_layer, 2), np.bool_)
-        _mark(skip, 0, attention)
-        _mark(skip, 1, ffn)
+        mark_layers(skip, 0, attention)
+        mark_layers(skip, 1, ffn)
         try:
             values = np.broadcast_to(np.asarray(1.0 if scale is None else scale, np.float64), skip.shape)
         except ValueError as error:
@@ -225,42 +330,21 @@ class SkipPlan:
         return self.prefill.n_skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values that describe the plan, without its vectors; a plan is made again from a profile."""
         return {
             "strategy": self.strategy,
             "compensation": self.compensation,
+            "mode": self.mode,
             "n_layer": self.n_layer,
             "model": None if self.model is None else self.model.to_dict(),
             "prefill": self.prefill.to_dict(),
             "decode": self.decode.to_dict(),
+            "schedule": [{"start": start, **each.to_dict()} for start, each in self.schedule],
+            "online": None if self.online is None else self.online.to_dict(),
         }
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SkipPlan:
-        """Read what :meth:`to_dict` wrote.
 
-        Raises:
-            PlanError: a field is missing or malformed, or the plan is invalid.
-        """
-        try:
-            n_layer = operator.index(data["n_layer"])
-            model = None if data["model"] is None else ModelInfo.from_dict(data["model"])
-            strategy, compensation = str(data["strategy"]), str(data["compensation"])
-            prefill, decode = data["prefill"], data["decode"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"the plan is malformed ({error}); write it again with SkipPlan.to_dict()") from error
-        if n_layer < 1:
-            raise PlanError(f"the plan has n_layer {n_layer}; write it again with SkipPlan.to_dict()")
-        return cls(
-            SkipSet.from_dict(n_layer, prefill),
-            SkipSet.from_dict(n_layer, decode),
-            model,
-            strategy,
-            compensation,
-        )
-
-
-def _mark(skip: npt.NDArray[np.bool_], kind: int, layers: Iterable[SupportsIndex]) -> None:
+def mark_layers(skip: npt.NDArray[np.bool_], kind: int, layers: Iterable[SupportsIndex]) -> None:
     """Set the flags of ``layers`` in one column; refuse what is not a layer of the model."""
     n_layer = skip.shape[0]
     for layer in layers:

@@ -2,80 +2,70 @@
 
 from __future__ import annotations
 
-import json
-import operator
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .compensation import get_compensation
-from .errors import BudgetError, ProfileFormatError, ProfileMissingError, ProfileVersionError
-from .files import write_atomically
+from . import profile_file
+from .compensation import DEFAULT_COMPENSATION
+from .errors import PlanError, ProfileFormatError
 from .model import ModelInfo
-from .plan import SkipPlan, SkipSet
+from .modes import PlanOptions
+from .plan import Mode, SkipPlan
+from .speedup import Phase, Ranking, reach
+from .statistics import PhaseStatistics
 from .strategies import get_strategy
+
+if TYPE_CHECKING:
+    from .cost import CostModel
 
 __all__ = ["Profile"]
 
-_FORMAT = "adaskip-profile"
-_FORMAT_VERSION = 1
-_STATISTICS = ("similarity", "norm_ratio", "median_ratio")
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Profile:
-    """Statistics of one model's sublayers in prefill, averaged over calibration requests.
-
-    The arrays are float64 ``[n_layer, 2]``, columns attention and FFN, read-only, and NaN where a sublayer cannot be
-    taken out of the model's graph.
+    """Statistics of one model's sublayers, averaged over calibration requests.
 
     Attributes:
-        similarity: mean IO similarity.
-        norm_ratio: mean of ``||V||_F / ||U||_F``, the paper's compensation.
-        median_ratio: mean of the median per-token ``|v| / |u|``.
+        prefill: statistics of the prompts.
+        decode: statistics of the tokens generated after them.
         n_requests: calibration requests.
         n_tokens: their tokens, all together.
         model: the model that was calibrated.
         corpus: what text it was calibrated on, in words.
         package_version: version of adaskip-cpp that calibrated it.
         created: UTC time of calibration, ISO 8601.
+        cost: what each sublayer costs on the machine that calibrated, or None.
 
     Raises:
-        ProfileFormatError: the arrays' shapes or values are impossible.
+        ProfileFormatError: the statistics are not of this model's number of layers.
     """
 
-    similarity: npt.NDArray[np.float64]
-    norm_ratio: npt.NDArray[np.float64]
-    median_ratio: npt.NDArray[np.float64]
+    prefill: PhaseStatistics
+    decode: PhaseStatistics
     n_requests: int
     n_tokens: int
     model: ModelInfo
     corpus: str = ""
     package_version: str = ""
     created: str = ""
+    cost: CostModel | None = None
 
     def __post_init__(self) -> None:
-        observed = ~np.isnan(np.asarray(self.similarity, np.float64))
-        for name in _STATISTICS:
-            array = np.array(getattr(self, name), dtype=np.float64)
-            if array.shape != (self.model.n_layer, 2):
+        for phase in (self.prefill, self.decode):
+            if phase.n_layer != self.model.n_layer:
                 raise ProfileFormatError(
-                    f"{name!r} has the shape {array.shape}, not [{self.model.n_layer}, 2]; calibrate again"
+                    f"'similarity' is of {phase.n_layer} layers, the model has {self.model.n_layer}; calibrate again"
                 )
-            if np.isinf(array).any() or (np.isnan(array) == observed).any():
-                raise ProfileFormatError(f"{name!r} has values that calibration cannot give; calibrate again")
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Profile):
-            return NotImplemented
-        return self.to_dict() == other.to_dict()
+        if self.prefill.n_embd != self.decode.n_embd:
+            raise ProfileFormatError(
+                f"the vectors' lengths differ, {self.prefill.n_embd} in prefill and {self.decode.n_embd} in decode; "
+                "calibrate again"
+            )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -91,91 +81,92 @@ class Profile:
         return self.model.n_layer
 
     @property
+    def similarity(self) -> npt.NDArray[np.float64]:
+        """float64 ``[n_layer, 2]``: mean IO similarity in prefill, what sublayers are ranked by."""
+        return self.prefill.similarity
+
+    @property
+    def norm_ratio(self) -> npt.NDArray[np.float64]:
+        """float64 ``[n_layer, 2]``: mean of ``||V||_F / ||U||_F`` in prefill, the paper's compensation."""
+        return self.prefill.norm_ratio
+
+    @property
+    def median_ratio(self) -> npt.NDArray[np.float64]:
+        """float64 ``[n_layer, 2]``: mean of the median per-token ``|v| / |u|`` in prefill."""
+        return self.prefill.median_ratio
+
+    @property
     def skippable(self) -> npt.NDArray[np.bool_]:
         """bool ``[n_layer, 2]``: the sublayers that were observed and so can be skipped."""
         return ~np.isnan(self.similarity)
 
-    def plan(self, n_skip: int = 12, compensation: str = "paper", *, strategy: str = "adaskip") -> SkipPlan:
-        """Choose sublayers to skip, the same in prefill and decode.
+    def plan(
+        self,
+        n_skip: int | None = None,
+        compensation: str = DEFAULT_COMPENSATION,
+        *,
+        mode: Mode = "e2e",
+        strategy: str = "adaskip",
+        speedup: float | None = None,
+        context: int | None = None,
+        phase: Phase | None = None,
+        ranking: Ranking = "efficiency",
+        online: bool = True,
+        window: int = 20,
+        threshold: float | None = None,
+        attention: Sequence[int] = (),
+        ffn: Sequence[int] = (),
+    ) -> SkipPlan:
+        """Choose sublayers to skip.
 
         Args:
-            n_skip: number of sublayers to skip.
-            compensation: ``"paper"`` (norm ratio), ``"none"`` (1.0) or ``"median"`` (median per-token ratio).
-            strategy: how to choose; ``"adaskip"`` is the paper's offline rule.
+            n_skip: number of sublayers to skip; 12 if neither this nor ``speedup`` is given.
+            compensation: what stands in for a skipped sublayer: ``"affine"``, ``"median"``, ``"paper"`` or ``"none"``,
+                see :mod:`adaskip_cpp.compensation`. The baselines have none.
+            mode: ``"prefill"``, ``"decode"`` or ``"e2e"``, see :mod:`adaskip_cpp.modes`.
+            strategy: how to choose: ``"adaskip"``, ``"early_exit"``, ``"skip_decode"``, ``"unified_skipping"`` or
+                ``"manual"``, see :mod:`adaskip_cpp.strategies`.
+            speedup: instead of ``n_skip``: skip as much as is predicted to make ``phase`` this many times faster than
+                the full model, on the machine that calibrated.
+            context: for ``speedup``: tokens of the prompt, or before the token that is decoded.
+            phase: for ``speedup``: the phase to speed up. None: decode in mode ``"decode"``, else prefill.
+            ranking: for ``speedup``: ``"efficiency"`` chooses by similarity lost per second saved, ``"similarity"`` by
+                the paper's ranking. Strategies other than ``"adaskip"`` have their own order.
+            online: whether requests add FFNs in decode, see :class:`adaskip_cpp.plan.OnlineStage`. Strategy
+                ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only.
+            window: decoded tokens that the online stage observes.
+            threshold: smallest similarity of an FFN that it adds; None for the n-th largest of this profile, n being
+                the number of sublayers skipped.
+            attention: for strategy ``"manual"``: layers whose attention is skipped.
+            ffn: for strategy ``"manual"``: layers whose FFN is skipped.
 
         Raises:
-            BudgetError: ``n_skip`` is negative or more than can be skipped.
-            CompensationError: ``compensation`` is unknown.
-            PlanError: ``strategy`` is unknown.
+            BudgetError: ``n_skip`` is negative or more than can be skipped, or ``speedup`` is out of reach.
+            CompensationError: ``compensation`` is unknown, or the profile lacks what it needs.
+            PlanError: another argument is unknown or impossible, or does not go with the others.
         """
-        choose, compensate = get_strategy(strategy), get_compensation(compensation)
-        n_max = int(self.skippable.sum())
-        try:
-            budget = operator.index(n_skip)
-        except TypeError:
-            raise BudgetError(f"n_skip is {n_skip!r}; use a whole number from 0 to {n_max}") from None
-        if not 0 <= budget <= n_max:
-            raise BudgetError(
-                f"cannot skip {budget} sublayers: {n_max} of this model's {2 * self.n_layer} can be skipped; "
-                f"use a number from 0 to {n_max}"
-            )
-        skip = choose(self, budget)
-        chosen = SkipSet(skip, np.where(skip, compensate(self), 1.0))
-        return SkipPlan(chosen, chosen, self.model, strategy, compensation)
+        options = PlanOptions(mode, compensation, online, window, threshold, tuple(attention), tuple(ffn))
+        if (attention or ffn) and strategy != "manual":
+            raise PlanError(f"strategy {strategy!r} chooses layers itself; use strategy='manual' to list them")
+        if speedup is None:
+            if context is not None or phase is not None:
+                raise PlanError("context and phase say where a speed-up is wanted; give speedup too, or leave them out")
+            return get_strategy(strategy)(self, n_skip, options)
+        if n_skip is not None:
+            raise PlanError("n_skip and speedup are two budgets; give one of them")
+        return reach(self, strategy, speedup, context, phase, ranking, options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: the file format, with null for NaN."""
-        return {
-            "format": _FORMAT,
-            "version": _FORMAT_VERSION,
-            "model": self.model.to_dict(),
-            "calibration": {
-                "n_requests": self.n_requests,
-                "n_tokens": self.n_tokens,
-                "corpus": self.corpus,
-                "package_version": self.package_version,
-                "created": self.created,
-            },
-            "prefill": {name: _to_rows(getattr(self, name)) for name in _STATISTICS},
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Profile:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            ProfileFormatError: not a profile, or a field is missing or malformed.
-            ProfileVersionError: a profile in a format version that this release does not read.
-        """
-        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
-            raise ProfileFormatError("this is not an adaskip profile; write one with `adaskip-cpp calibrate`")
-        if data.get("version") != _FORMAT_VERSION:
-            raise ProfileVersionError(
-                f"the profile has format version {data.get('version')!r}, this release reads {_FORMAT_VERSION}; "
-                "calibrate again or install the release that wrote it"
-            )
-        try:
-            model = ModelInfo.from_dict(data["model"])
-            calibration, prefill = data["calibration"], data["prefill"]
-            arrays = [_from_rows(prefill[name]) for name in _STATISTICS]
-            counts = [_count(calibration, name) for name in ("n_requests", "n_tokens")]
-            words = [str(calibration.get(name, "")) for name in ("corpus", "package_version", "created")]
-        except KeyError as error:
-            raise ProfileFormatError(f"the profile lacks {error}; calibrate again") from error
-        except (AttributeError, TypeError, ValueError, OverflowError) as error:
-            raise ProfileFormatError(f"the profile is malformed ({error}); calibrate again") from error
-        return cls(arrays[0], arrays[1], arrays[2], counts[0], counts[1], model, words[0], words[1], words[2])
+        """Return plain JSON values: what :meth:`save` writes, without the vectors."""
+        return profile_file.to_dict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile as JSON, atomically: after a failure the old file is still there, and no other.
+        """Write the profile as JSON, its vectors to a file ``.npz`` beside it, see :mod:`adaskip_cpp.profile_file`.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: a file cannot be written; what was there before is still there.
         """
-        text = json.dumps(self.to_dict(), allow_nan=False, indent=1) + "\n"
-        # One layer a line: a list of plain values has no brackets inside, and JSON has no line breaks in strings.
-        text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda row: "[" + re.sub(r",\s+", ", ", row[1]) + "]", text)
-        write_atomically(path, text)
+        profile_file.save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -183,42 +174,8 @@ class Profile:
 
         Raises:
             ProfileMissingError: there is no such file; also a ``FileNotFoundError``.
-            ProfileFormatError: truncated, not JSON, not a profile, or a field is missing or malformed.
+            ProfileFormatError: the file or its vectors are missing, truncated, malformed, or do not belong together.
             ProfileVersionError: written in a format version that this release does not read.
             OSError: the file cannot be read.
         """
-        name = os.fspath(path)
-        try:
-            with open(path, encoding="utf-8") as file:
-                data = json.load(file)
-        except FileNotFoundError:
-            raise ProfileMissingError(
-                f"there is no profile {name!r}; write one with `adaskip-cpp calibrate MODEL -o {name}`"
-            ) from None
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of absurd length
-            raise ProfileFormatError(
-                f"{name!r} is truncated or is not JSON ({error}); write it again with `adaskip-cpp calibrate`"
-            ) from error
-        try:
-            return cls.from_dict(data)
-        except (ProfileFormatError, ProfileVersionError) as error:
-            raise type(error)(f"{name!r}: {error}") from error
-
-
-def _to_rows(array: npt.NDArray[np.float64]) -> list[list[float | None]]:
-    return [[None if np.isnan(value) else float(value) for value in row] for row in array]
-
-
-def _from_rows(rows: Any) -> npt.NDArray[np.float64]:
-    for row in rows:
-        for value in row:
-            if isinstance(value, bool) or not isinstance(value, int | float | None):
-                raise ValueError(f"{value!r} is not a number")
-    return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
-
-
-def _count(calibration: Mapping[str, Any], name: str) -> int:
-    value = calibration[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"'{name}' is not a positive whole number")
-    return value
+        return profile_file.load(path)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from .errors import AdaSkipError, LibraryError, ModelFileError, RequestError
+from .errors import AdaSkipError, LibraryError, ModelFileError, PlanError, ProfileError, RequestError
 from .files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .llama import AdaSkipLlama
+    from .plan import SkipPlan
 
 __all__ = [
     "Verbs",
@@ -26,7 +27,6 @@ __all__ = [
     "json_option",
     "load_model",
     "model_options",
-    "plan_options",
     "read_text",
     "recorder",
     "save_svg",
@@ -110,24 +110,20 @@ def model_options(command: _Command) -> _Command:
     )(command)
 
 
-def plan_options(command: _Command) -> _Command:
-    """Add ``--compensation``, how skipped sublayers are compensated."""
-    return click.option(
-        "--compensation",
-        type=click.Choice(["median", "paper", "none"]),
-        default="median",
-        show_default=True,
-        help="Scale of a skipped sublayer's input: its median norm ratio per token, the paper's norm ratio, or 1.",
-    )(command)
-
-
 def load_model(
-    path: str, *, n_ctx: int, threads: int | None, gpu_layers: int, logits_all: bool = False
+    path: str,
+    *,
+    n_ctx: int,
+    threads: int | None,
+    gpu_layers: int,
+    logits_all: bool = False,
+    plan: SkipPlan | None = None,
 ) -> AdaSkipLlama:
-    """Load a model quietly.
+    """Load a model quietly; with a plan, without KV for what it never runs.
 
     Raises:
         ModelFileError: it is missing, not GGUF, or llama.cpp cannot load it; with llama.cpp's reason.
+        PlanError: the plan is none for this model.
     """
     from .cores import physical_cores
     from .llama import AdaSkipLlama
@@ -146,9 +142,10 @@ def load_model(
                 n_threads_batch=n_threads,
                 n_gpu_layers=gpu_layers,
                 logits_all=logits_all,
+                plan=plan,
                 verbose=False,
             )
-    except LibraryError:
+    except (LibraryError, PlanError, ProfileError):
         raise
     except (ValueError, RuntimeError) as error:
         lines = [line for line in log.getvalue().splitlines() if line.strip()]

@@ -274,7 +274,10 @@ int32_t adaskip_get_online(const llama_context * ctx, adaskip_online_state * sta
                 state->similarity[il] = online.similarity(il);
             }
             if (state->norm_ratio) {
-                state->norm_ratio[il] = online.scale(il, ctx->adaskip.online_scale());
+                state->norm_ratio[il] = online.scale(il, ADASKIP_ONLINE_SCALE_NORM);
+            }
+            if (state->scale) {
+                state->scale[il] = online.scale(il, ctx->adaskip.online_scale());
             }
             if (state->added) {
                 state->added[il] = online.value.skips(il, ADASKIP_FFN) && !before.skips(il, ADASKIP_FFN);

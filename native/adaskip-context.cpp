@@ -109,6 +109,7 @@ ggml_cgraph * adaskip_context::graph_pass(
     observations.clear();
     layer_dots.clear();
     replaced.clear();
+    running.clear();
     behind.clear();
 
     graph_key_last = key();
@@ -280,7 +281,8 @@ const adaskip_context::plan & adaskip_context::get_plan_of_request() const {
 }
 
 static bool plan_equals(const adaskip_context::plan & a, const adaskip_context::plan & b) {
-    return a.skip == b.skip && a.scale == b.scale && a.bias == b.bias;
+    const bool same_bias = a.bias == b.bias || (a.bias && b.bias && a.bias->data == b.bias->data);
+    return a.skip == b.skip && a.scale == b.scale && same_bias;
 }
 
 void adaskip_context::set_steps(int32_t i_phase, std::vector<step> steps) {
@@ -289,11 +291,12 @@ void adaskip_context::set_steps(int32_t i_phase, std::vector<step> steps) {
         if (cur.value.empty()) {
             continue;
         }
-        // equal plans share their graphs
-        for (const auto & others : plans) {
-            for (const auto & other : others) {
-                if (plan_equals(other.value, cur.value)) {
-                    cur.value.id = other.value.id;
+        // equal plans share their graphs and their vectors
+        for (const auto * others : { &plans[0], &plans[1], &steps }) {
+            for (const auto & other : *others) {
+                if (&other != &cur && other.value.id != 0 && plan_equals(other.value, cur.value)) {
+                    cur.value.id   = other.value.id;
+                    cur.value.bias = other.value.bias;
                 }
             }
         }

@@ -35,6 +35,7 @@ uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
 // The bias vectors of a plan, each in a buffer on its layer's own device.
 struct adaskip_vectors {
     std::vector<ggml_tensor *>           tensors; // [n_layer][2], null where there is none
+    std::vector<float>                   data;    // [n_layer][2][n_embd], 0 where there is none
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 };
@@ -215,7 +216,10 @@ private:
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>
             behind; // node -> nodes to compute right behind it
 
-    std::vector<ggml_tensor *>              reductions;   // F32, n_rows or n_embd values each
+    std::vector<ggml_tensor *> reductions; // F32, n_rows or n_embd values each
+    // input and output of the sublayers that run where others of their junction are skipped
+    std::unordered_map<const ggml_tensor *, std::pair<ggml_tensor *, ggml_tensor *>> running; // by the branch
+
     std::vector<std::array<observation, 2>> observations; // [n_layer][2]
     std::vector<int>                        layer_dots;   // [n_layer], as in observation
 };

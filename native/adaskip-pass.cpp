@@ -62,7 +62,9 @@ void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgr
 
         for (const auto & term : junction.terms) {
             if (!is_skipped(term)) {
-                cur = ggml_add(ctx.get(), term.node, cur);
+                ggml_tensor * sum  = ggml_add(ctx.get(), term.node, cur);
+                running[term.node] = { cur, sum };
+                cur                = sum;
                 continue;
             }
             const float scale = plan.scale[2 * term.il + term.kind];
@@ -78,6 +80,12 @@ void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgr
         }
         if (cur != junction.residual) {
             node_become(out, cur);
+            for (auto & [node, input_output] : running) {
+                GGML_UNUSED(node);
+                if (input_output.second == cur) {
+                    input_output.second = out;
+                }
+            }
         } else if (out->flags & GGML_TENSOR_FLAG_OUTPUT) {
             node_become(out, ggml_scale(ctx.get(), cur, 1.0f)); // somebody reads this very tensor
         } else {
@@ -168,14 +176,23 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
 
     for (const auto & junction : topology.junctions) {
         ggml_tensor * const out = junction.out;
-        ggml_tensor *       u   = resolve(junction.residual);
-        if (is_skipped(junction)) {
-            continue; // where parallel blocks are skipped in part, the one that runs is not observed
+        if (ggml_is_empty(out)) {
+            continue; // no token of this ubatch is an output, and the last layer runs on those only
         }
+        ggml_tensor * u = resolve(junction.residual);
         for (size_t it = 0; it < junction.terms.size(); ++it) {
             const auto & term = junction.terms[it];
-
-            ggml_tensor * v = it + 1 == junction.terms.size() ? out : ggml_add(ctx.get(), term.node, u);
+            if (is_skipped(term)) {
+                continue;
+            }
+            ggml_tensor * v  = out;
+            const auto    io = running.find(term.node);
+            if (io != running.end()) {
+                u = resolve(io->second.first);
+                v = io->second.second;
+            } else if (it + 1 < junction.terms.size()) {
+                v = ggml_add(ctx.get(), term.node, u);
+            }
 
             const bool known =
                     term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && topology.layers[term.il][term.kind].skippable();

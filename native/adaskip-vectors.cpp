@@ -2,6 +2,7 @@
 
 #include "llama-model.h"
 
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 
@@ -9,6 +10,7 @@ std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
         const llama_model & model, const std::vector<uint8_t> & skip, const float * data, int64_t n_embd) {
     auto res = std::make_shared<adaskip_vectors>();
     res->tensors.assign(skip.size(), nullptr);
+    res->data.assign(skip.size() * n_embd, 0.0f);
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
     for (size_t i = 0; i < skip.size(); ++i) {
@@ -37,6 +39,7 @@ std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
     }
     for (size_t i = 0; i < skip.size(); ++i) {
         if (res->tensors[i]) {
+            std::copy(data + i * n_embd, data + (i + 1) * n_embd, res->data.begin() + i * n_embd);
             ggml_backend_tensor_set(res->tensors[i], data + i * n_embd, 0, n_embd * sizeof(float));
         }
     }

@@ -92,7 +92,8 @@ struct adaskip_online_state {
     int32_t   n_tokens;   // tokens observed in this request, at most the window
     int32_t   done;       // 1 once the window is full and the FFNs were chosen
     double *  similarity; // [n_layer], NaN where not observed; may be NULL
-    double *  norm_ratio; // [n_layer], the scale that would be used, NaN where not observed; may be NULL
+    double *  norm_ratio; // [n_layer], ||V||_F / ||U||_F, likewise
+    double *  scale;      // [n_layer], what stands in for an FFN that is added, likewise
     uint8_t * added;      // [n_layer], 1 for the FFNs that were added; may be NULL
 };
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,12 +37,14 @@ class FakeLlama:
         self.scores = np.zeros((n_ctx, N_VOCAB), np.float32)
         self.n_tokens = 0
         self.plan: SkipPlan | None = None
+        self.draft_model: Any = None
         self.collecting = False
         self.evaluated: list[tuple[SkipPlan | None, list[int]]] = []
         self.fail_after: tuple[int, BaseException] | None = None
         self._logits_all = True
         self._unobserved = unobserved
         self._sink: Callable[[Any], None] | None = None
+        self._options: dict[str, bool] = {}
 
     def n_ctx(self) -> int:
         return -(-len(self.input_ids) // 256) * 256
@@ -60,8 +62,11 @@ class FakeLlama:
         self.n_tokens = 0
 
     @contextlib.contextmanager
-    def collect_statistics(self, sink: Callable[[Any], None]) -> Iterator[None]:
+    def collect_statistics(
+        self, sink: Callable[[Any], None], *, keep_logits: bool = False, vectors: bool = False
+    ) -> Iterator[None]:
         self._sink, self.collecting = sink, True
+        self._options = {"keep_logits": keep_logits, "vectors": vectors}
         try:
             yield
         finally:
@@ -73,7 +78,23 @@ class FakeLlama:
         u, error = np.moveaxis(np.stack(values, axis=2), 3, 0)
         return u, u + error * np.linspace(0.1, 1, self.n_layer)[:, None, None, None]
 
-    def eval(self, tokens: Sequence[int]) -> None:
+    @staticmethod
+    def next_token(token: int) -> int:
+        """What greedy decoding puts behind a token."""
+        return 2 + (7 * token + 5) % (N_VOCAB - 2)
+
+    def generate(self, tokens: Sequence[int], *, temp: float) -> Generator[int, None, None]:
+        """As the real one behind a prompt that is cached: its last token is evaluated again, for the logits."""
+        assert temp == 0.0 and self._options["keep_logits"] and self.n_tokens == len(tokens)
+        self.n_tokens -= 1
+        token, phase = tokens[-1], "prefill"
+        while True:
+            self.eval([token], phase)
+            token, phase = self.next_token(token), "decode"
+            yield token
+
+    def eval(self, tokens: Sequence[int], phase: str = "prefill") -> None:
+        assert self.n_tokens + len(tokens) <= len(self.input_ids)
         self.evaluated.append((self.plan, list(tokens)))
         for start in range(0, len(tokens), self.n_batch):
             if self.fail_after is not None and len(self.evaluated) > self.fail_after[0]:
@@ -86,7 +107,18 @@ class FakeLlama:
             if self._sink is not None:
                 u, v = self.streams(piece)
                 dot, u_sq, v_sq = ((a * b).sum(axis=3).astype(np.float32) for a, b in ((u, v), (u, u), (v, v)))
+                sum_u, sum_v = ((a.sum(axis=2)).astype(np.float32) for a in (u, v))
                 for layer, kind in self._unobserved:
-                    for array in (dot, u_sq, v_sq):
+                    for array in (dot, u_sq, v_sq, sum_u, sum_v):
                         array[layer, kind] = np.nan
-                self._sink(SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, phase="prefill"))
+                self._sink(
+                    SimpleNamespace(
+                        dot=dot,
+                        u_sq=u_sq,
+                        v_sq=v_sq,
+                        layer_dot=(u[:, 0] * v[:, 1]).sum(axis=2).astype(np.float32),
+                        sum_u=sum_u if self._options["vectors"] else None,
+                        sum_v=sum_v if self._options["vectors"] else None,
+                        phase=phase,
+                    )
+                )

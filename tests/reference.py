@@ -17,6 +17,7 @@ from gguf.quants import dequantize
 
 __all__ = [
     "KvHoleError",
+    "OnlineReference",
     "ReferenceModel",
     "ReferenceRun",
     "Trace",
@@ -44,18 +45,27 @@ class Trace:
         dot: u . v per sublayer and token, float64 [n_layer, 2, n_tokens].
         u_sq: |u|^2, likewise.
         v_sq: |v|^2, likewise.
+        layer_dot: a layer's input times its output, float64 [n_layer, n_tokens]; None where it is not computed.
+        sum_u, sum_v: sums of u and of v over the tokens, float64 [n_layer, 2, n_embd]; likewise.
     """
 
     logits: Array
     dot: npt.NDArray[np.float64]
     u_sq: npt.NDArray[np.float64]
     v_sq: npt.NDArray[np.float64]
+    layer_dot: npt.NDArray[np.float64] | None = None
+    sum_u: npt.NDArray[np.float64] | None = None
+    sum_v: npt.NDArray[np.float64] | None = None
 
     @staticmethod
     def concatenate(traces: Sequence["Trace"]) -> "Trace":
-        """Join the traces of consecutive pieces along the token axis."""
+        """Join the figures per token of consecutive pieces along the token axis; without the layers and the sums."""
         joined = [np.concatenate([getattr(t, name) for t in traces], axis=-1) for name in ("dot", "u_sq", "v_sq")]
         return Trace(np.concatenate([t.logits for t in traces]), *joined)
+
+    def first(self, n: int) -> "Trace":
+        """The figures per token of the first ``n`` tokens; without the layers and the sums."""
+        return Trace(self.logits[:n], self.dot[..., :n], self.u_sq[..., :n], self.v_sq[..., :n])
 
 
 class ReferenceModel:
@@ -112,13 +122,15 @@ class ReferenceRun:
         tokens: Sequence[int],
         skip: npt.ArrayLike | None = None,
         scale: npt.ArrayLike | None = None,
+        bias: npt.ArrayLike | None = None,
     ) -> Trace:
         """Append tokens to the context.
 
         Args:
             tokens: Token ids.
-            skip: bool [n_layer, 2]; a skipped sublayer's output is ``scale * input`` and it writes no K and V.
+            skip: bool [n_layer, 2]; a skipped sublayer's output is ``scale * input + bias``; it writes no K and V.
             scale: float [n_layer, 2]; 1 when None.
+            bias: float [n_layer, 2, n_embd]; 0 when None.
 
         Raises:
             KvHoleError: If an attention runs that was skipped at an earlier position.
@@ -126,16 +138,30 @@ class ReferenceRun:
         model = self.model
         skipped = np.zeros((model.n_layer, 2), bool) if skip is None else np.asarray(skip, bool)
         factor = np.ones((model.n_layer, 2)) if scale is None else np.asarray(scale, np.float64)
+        vector = np.zeros((model.n_layer, 2, model.n_embd)) if bias is None else np.asarray(bias, np.float64)
         sums = np.zeros((3, model.n_layer, 2, len(tokens)))
+        layer_dot, totals = np.zeros((model.n_layer, len(tokens))), np.zeros((2, model.n_layer, 2, model.n_embd))
         x = model.weights["token_embd.weight"][np.asarray(tokens)]
         for layer in range(model.n_layer):
+            layer_input = x
             for kind, branch in ((ATTENTION, self._attention), (FFN, self._ffn)):
                 u = x
-                x = u * model.dtype.type(factor[layer, kind]) if skipped[layer, kind] else u + branch(u, layer)
+                if skipped[layer, kind]:
+                    x = u * model.dtype.type(factor[layer, kind]) + vector[layer, kind].astype(model.dtype)
+                else:
+                    x = u + branch(u, layer)
                 for index, (a, b) in enumerate(((u, x), (u, u), (x, x))):
                     sums[index, layer, kind] = np.sum(a * b, axis=-1, dtype=np.float64)
+                totals[:, layer, kind] = u.sum(axis=0), x.sum(axis=0)
+            layer_dot[layer] = np.sum(layer_input * x, axis=-1, dtype=np.float64)
         self.n_past += len(tokens)
-        return Trace(model.norm(x, "output_norm") @ model.output.T, *sums)
+        return Trace(model.norm(x, "output_norm") @ model.output.T, *sums, layer_dot, *totals)
+
+    def rewind(self, n_past: int) -> None:
+        """Forget every position from ``n_past`` on."""
+        self.n_past = n_past
+        self._keys = [part[:n_past] for part in self._keys]
+        self._values = [part[:n_past] for part in self._values]
 
     def _attention(self, x: Array, layer: int) -> Array:
         model, n = self.model, len(x)
@@ -162,6 +188,50 @@ class ReferenceRun:
         h = model.norm(x, f"blk.{layer}.ffn_norm")
         gate = model.linear(h, layer, "ffn_gate")
         return model.linear(gate / (1 + np.exp(-gate)) * model.linear(h, layer, "ffn_up"), layer, "ffn_down")
+
+
+class OnlineReference:
+    """Online importance learning of one request, written from the method (AdaSkip, section on decoding).
+
+    The first ``window`` decoded tokens run under the fixed set. Then each FFN outside it whose mean IO similarity over
+    those tokens is at least ``threshold`` is skipped as well, for the rest of the request.
+
+    Args:
+        window: tokens to observe.
+        threshold: least similarity of an FFN that is added.
+        scale: what stands in for an added FFN: "none" (1), "paper" (the norm ratio), "median" (median of |v|/|u|).
+        skip: bool [n_layer, 2], the fixed set of decode.
+        factor: float [n_layer, 2], its scales.
+    """
+
+    def __init__(
+        self, window: int, threshold: float, scale: str, skip: npt.ArrayLike, factor: npt.ArrayLike | None = None
+    ) -> None:
+        self.window, self.threshold = window, threshold
+        self.skip = np.array(skip, bool)
+        self.factor = np.ones(self.skip.shape) if factor is None else np.array(factor, np.float64)
+        self.similarity = np.full(len(self.skip), np.nan)
+        self.ratio = np.full(len(self.skip), np.nan)
+        self.ffn: tuple[int, ...] = ()
+        self.n_tokens = 0
+        ones = np.ones(self.skip.shape)
+        self._ratio_of = {"none": lambda trace: ones, "paper": norm_ratio, "median": median_ratio}[scale]
+        self._seen: list[Trace] = []
+
+    def observe(self, trace: Trace) -> None:
+        """Tell what the next decoded tokens, computed under ``skip`` and ``factor``, were like."""
+        if self.n_tokens == self.window:
+            return
+        self._seen.append(trace)
+        seen = Trace.concatenate(self._seen).first(self.window)
+        self.n_tokens = seen.dot.shape[-1]
+        observed = ~self.skip[:, FFN]
+        self.similarity = np.where(observed, mean_similarity(seen)[:, FFN], np.nan)
+        self.ratio = np.where(observed, self._ratio_of(seen)[:, FFN], np.nan)
+        if self.n_tokens == self.window:
+            self.ffn = tuple(np.flatnonzero(self.similarity >= self.threshold).tolist())
+            self.skip[list(self.ffn), FFN] = True
+            self.factor[list(self.ffn), FFN] = self.ratio[list(self.ffn)]
 
 
 def mean_similarity(trace: Trace) -> npt.NDArray[np.float64]:

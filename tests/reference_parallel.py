@@ -17,8 +17,14 @@ __all__ = ["eval_parallel"]
 Array = npt.NDArray[np.float64]
 
 
-def eval_parallel(path: str | Path, tokens: Sequence[int], skip: npt.ArrayLike | None = None) -> Trace:
-    """Evaluate tokens in a fresh context, in float64; ``skip`` is bool [n_layer, 2]."""
+def eval_parallel(
+    path: str | Path,
+    tokens: Sequence[int],
+    skip: npt.ArrayLike | None = None,
+    scale: npt.ArrayLike | None = None,
+    bias: npt.ArrayLike | None = None,
+) -> Trace:
+    """Evaluate tokens in a fresh context, in float64; skip, scale and bias as for ``ReferenceRun.eval``."""
     reader = GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
     weights = {t.name: np.asarray(t.data, np.float64) for t in reader.tensors}
@@ -27,6 +33,8 @@ def eval_parallel(path: str | Path, tokens: Sequence[int], skip: npt.ArrayLike |
     n_layer, n_head = int(values["gptneox.block_count"]), int(values["gptneox.attention.head_count"])
     epsilon, base = float(values["gptneox.attention.layer_norm_epsilon"]), float(values["gptneox.rope.freq_base"])
     skipped = np.zeros((n_layer, 2), bool) if skip is None else np.asarray(skip, bool)
+    factor = np.ones((n_layer, 2)) if scale is None else np.asarray(scale, np.float64)
+    vector = np.zeros((n_layer, 2, 1)) if bias is None else np.asarray(bias, np.float64)
 
     def linear(x: Array, name: str) -> Array:
         return np.asarray(x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"])
@@ -64,7 +72,8 @@ def eval_parallel(path: str | Path, tokens: Sequence[int], skip: npt.ArrayLike |
         stream = x
         for kind, branch in enumerate((attention, ffn)):
             u = stream
-            stream = u if skipped[layer, kind] else u + branch(x, layer)
+            stands_in = factor[layer, kind] * u + vector[layer, kind]
+            stream = stands_in if skipped[layer, kind] else u + branch(x, layer)
             sums[:, layer, kind] = [(a * b).sum(axis=-1) for a, b in ((u, stream), (u, u), (stream, stream))]
         x = stream
     return Trace(norm(x, "output_norm") @ weights["output.weight"].T, *sums)

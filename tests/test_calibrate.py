@@ -2,19 +2,27 @@
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import OpenModel, TinyModel
 from fake_llama import BOS, FakeLlama
+from reference import ReferenceModel, ReferenceRun, Trace, mean_similarity, median_ratio, norm_ratio
 
 import adaskip_cpp
-from adaskip_cpp import SkipPlan, calibrate, corpus
+from adaskip_cpp import SkipPlan, corpus
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.loss import mean_loss, token_losses
 
 PLAN = SkipPlan.manual(3, ffn=[1])
+N_DECODE = 4
+
+
+def calibrate(llm: Any, *args: Any, **options: Any) -> adaskip_cpp.Profile:
+    """Without timing sublayers, which a model without a library does not have."""
+    return adaskip_cpp.calibrate(llm, *args, **{"n_decode": N_DECODE, "cost": False, **options})
 
 
 @pytest.fixture
@@ -25,25 +33,78 @@ def llm() -> Any:
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
-def test_figures_are_the_mean_over_requests_of_each_requests_figures(llm: Any) -> None:
+def figures(u: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
+    """Similarity, norm ratio, median ratio, whole layers' similarity and mean vectors of [n_layer, 2, n_tokens, 4]."""
+    norm_u, norm_v = np.linalg.norm(u, axis=3), np.linalg.norm(v, axis=3)
+    return [
+        ((u * v).sum(axis=3) / (norm_u * norm_v)).mean(axis=2),
+        np.sqrt((v**2).sum(axis=(2, 3)) / (u**2).sum(axis=(2, 3))),
+        np.median(norm_v / norm_u, axis=2),
+        ((u[:, 0] * v[:, 1]).sum(axis=2) / (norm_u[:, 0] * norm_v[:, 1])).mean(axis=1),
+        u.mean(axis=2),
+        v.mean(axis=2),
+    ]
+
+
+def decoded(llm: FakeLlama, prompt: list[int]) -> list[int]:
+    """The tokens that are evaluated in decode behind a prompt."""
+    tokens = [llm.next_token(prompt[-1])]
+    while len(tokens) < N_DECODE:
+        tokens.append(llm.next_token(tokens[-1]))
+    return tokens
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_figures_are_the_mean_over_requests_of_each_requests_figures(llm: Any, phase: str) -> None:
     requests = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
-    profile = calibrate(llm, requests)
-    expected: list[list[np.ndarray]] = [[], [], []]
-    for tokens in requests:
-        u, v = llm.streams(tokens)
-        norm_u, norm_v = np.linalg.norm(u, axis=3), np.linalg.norm(v, axis=3)
-        expected[0].append(((u * v).sum(axis=3) / (norm_u * norm_v)).mean(axis=2))
-        expected[1].append(np.sqrt((v**2).sum(axis=(2, 3)) / (u**2).sum(axis=(2, 3))))
-        expected[2].append(np.median(norm_v / norm_u, axis=2))
-    for array, per_request in zip(
-        (profile.similarity, profile.norm_ratio, profile.median_ratio), expected, strict=True
-    ):
-        np.testing.assert_allclose(array, np.mean(per_request, axis=0), rtol=1e-5)
+    statistics = getattr(calibrate(llm, requests), phase)
+    texts = requests if phase == "prefill" else [decoded(llm, request) for request in requests]
+    expected = zip(*(figures(*llm.streams(text)) for text in texts), strict=True)
+    names = ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean_u", "mean_v")
+    for name, per_request in zip(names, expected, strict=True):
+        np.testing.assert_allclose(getattr(statistics, name), np.mean(per_request, axis=0), rtol=1e-4, atol=1e-6)
+    assert statistics.n_tokens == sum(len(text) for text in texts)
+
+
+def test_the_profiles_own_figures_are_those_of_prefill(llm: Any) -> None:
+    profile = calibrate(llm, [[5, 6, 7]])
+    assert profile.similarity is profile.prefill.similarity
+    assert profile.norm_ratio is profile.prefill.norm_ratio
+    assert profile.median_ratio is profile.prefill.median_ratio
+    assert not np.allclose(profile.prefill.similarity, profile.decode.similarity)
+
+
+def test_both_phases_of_a_model_equal_a_numpy_forward_pass(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    """Prompt, then greedy decoding; the reference computes and chooses every token itself."""
+    prompt = tokens(30)
+    profile = calibrate(open_model(tiny()), [prompt], n_decode=6)
+    run = ReferenceRun(ReferenceModel(tiny()))
+    prefill = run.eval(prompt)
+    pieces, logits = [], prefill.logits[-1]
+    for _ in range(6):
+        pieces.append(run.eval([int(logits.argmax())]))
+        logits = pieces[-1].logits[-1]
+    decode = Trace.concatenate(pieces)
+    for actual, trace in ((profile.prefill, prefill), (profile.decode, decode)):
+        np.testing.assert_allclose(actual.similarity, mean_similarity(trace), atol=1e-6)
+        np.testing.assert_allclose(actual.norm_ratio, norm_ratio(trace), rtol=1e-5)
+        np.testing.assert_allclose(actual.median_ratio, median_ratio(trace), rtol=1e-5)
+    for actual, traces in ((profile.prefill, [prefill]), (profile.decode, pieces)):
+        n_tokens = actual.n_tokens
+        for name in ("u", "v"):
+            expected = sum(getattr(trace, f"sum_{name}") for trace in traces) / n_tokens
+            np.testing.assert_allclose(getattr(actual, f"mean_{name}"), expected, atol=1e-5 * np.abs(expected).max())
+        cosines = [trace.layer_dot / np.sqrt(trace.u_sq[:, 0] * trace.v_sq[:, 1]) for trace in traces]
+        np.testing.assert_allclose(actual.layer_similarity, np.concatenate(cosines, axis=1).mean(axis=1), atol=1e-6)
 
 
 def test_a_profile_says_what_it_was_learned_from(llm: Any) -> None:
     profile = calibrate(llm, [[5, 6, 7], "hello"], description="two short ones")
     assert (profile.n_requests, profile.n_tokens, profile.model) == (2, 3 + 6, llm.model_info)
+    assert (profile.prefill.n_tokens, profile.decode.n_tokens) == (3 + 6, 2 * N_DECODE)
+    assert profile.cost is None
     assert profile.corpus == "two short ones"
     assert profile.package_version == adaskip_cpp.__version__
     assert profile.created.endswith("+00:00")
@@ -65,9 +126,13 @@ def test_each_request_runs_alone_through_the_full_model(llm: Any) -> None:
     llm.set_plan(PLAN)
     llm.eval([9, 9, 9])
     llm.evaluated.clear()
+    llm.draft_model = draft_model = object()
     calibrate(llm, ["ab", [5, 6]])
-    assert llm.evaluated == [(None, [BOS, ord("a") + 2, ord("b") + 2]), (None, [5, 6])]
-    assert llm.plan is PLAN
+    expected = []
+    for request in ([BOS, ord("a") + 2, ord("b") + 2], [5, 6]):  # the last token again, for its logits
+        expected += [request, [request[-1]], *([token] for token in decoded(llm, request))]
+    assert llm.evaluated == [(None, piece) for piece in expected]
+    assert llm.plan is PLAN and llm.draft_model is draft_model
     assert llm.n_tokens == 0 and not llm.collecting
 
 
@@ -90,8 +155,8 @@ def test_an_interruption_leaves_the_model_as_it_was(llm: Any, error: BaseExcepti
         ("one text", "not several"),
         (["good", ""], "request 1 is empty"),
         (["good", []], "request 1 is empty"),
-        (["good", [5] * 65], r"request 1 has 65 tokens, the model's context 64"),
-        (["good", "x" * 64], r"request 1 has 65 tokens"),
+        (["good", [5] * 61], r"request 1 has 61 tokens and 4 to decode, the model's context 64"),
+        (["good", "x" * 60], r"request 1 has 61 tokens"),
         (["good", [5, 300]], r"request 1 has the token id 300.*0 to 299"),
         (["good", [-1]], r"request 1 has the token id -1"),
         (["good", [0.5]], "request 1 is neither"),
@@ -107,16 +172,22 @@ def test_all_requests_are_checked_before_the_first_one_runs(llm: Any, requests: 
     assert llm.plan is PLAN
 
 
+@pytest.mark.parametrize("n_decode", [0, -1, 1.5])
+def test_at_least_one_token_is_decoded(llm: Any, n_decode: Any) -> None:
+    with pytest.raises(RequestError, match=r"n_decode.*at least 1"):
+        calibrate(llm, ["good"], n_decode=n_decode)
+
+
 def test_requests_may_come_from_a_generator_and_fill_the_context(llm: Any) -> None:
     def requests() -> Iterator[Any]:
         yield "a"
-        yield np.full(64, 5)
+        yield np.full(60, 5)
 
-    assert calibrate(llm, requests()).n_tokens == 66
+    assert calibrate(llm, requests()).n_tokens == 62
 
 
 def test_statistics_that_miss_tokens_are_noticed(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm, "eval", lambda tokens: FakeLlama.eval(llm, tokens[1:]))
+    monkeypatch.setattr(llm, "eval", lambda tokens, *phase: FakeLlama.eval(llm, tokens[1:], *phase))
     with pytest.raises(NativeError, match="2 of a request's 3 tokens"):
         calibrate(llm, [[5, 6, 7]])
 
@@ -136,7 +207,7 @@ def test_progress_is_shown_on_a_terminal_if_it_takes_long(
 ) -> None:
     stderr = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(sys.modules[calibrate.__module__], "_SHOW_AFTER_S", -1.0 if slow else 1e9)
+    monkeypatch.setattr(sys.modules[adaskip_cpp.calibrate.__module__], "_SHOW_AFTER_S", -1.0 if slow else 1e9)
     calibrate(llm, ["hello", "world"], progress=progress)
     assert ("Calibrating" in stderr.getvalue()) is shown
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
+from tiny_families import N_EMBD
 
-from adaskip_cpp import Profile, demo
+from adaskip_cpp import Profile, demo, terminal
 from adaskip_cpp.cli import main
+from adaskip_cpp.cli_report import layer_list, megabytes, skipped_counts, skipped_lines
 from adaskip_cpp.cores import physical_cores
+from adaskip_cpp.generation import Generation
 from adaskip_cpp.heatmap import print_heatmap
 from adaskip_cpp.model import ModelInfo, fingerprint
+from adaskip_cpp.statistics import PhaseStatistics
 
 Run = Callable[..., Result]
 
@@ -34,12 +39,14 @@ def run() -> Run:
 
 @pytest.fixture
 def profile_path(tiny: Any, tmp_path: Path) -> Path:
-    """A profile of the tiny llama model."""
+    """A profile of the tiny llama model, which ranks its last layer first: FFN 2, attention 2, FFN 1, and so on."""
     path = tmp_path / "p.json"
     n_layer = 3
     ones = np.ones((n_layer, 2))
     similarity = np.linspace(0.5, 0.99, 2 * n_layer).reshape(n_layer, 2)
-    Profile(similarity, ones, ones, 1, 10, ModelInfo(fingerprint(tiny()), "llama", n_layer)).save(path)
+    zeros = np.zeros((n_layer, 2, N_EMBD), np.float32)
+    statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(n_layer), zeros, zeros, 10)
+    Profile(statistics, statistics, 1, 10, ModelInfo(fingerprint(tiny()), "llama", n_layer)).save(path)
     return path
 
 
@@ -55,7 +62,7 @@ def line(result: Result, code: int = 1) -> str:
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["demo", "inspect", "calibrate", "generate"])
+@pytest.mark.parametrize("verb", ["demo", "inspect", "calibrate", "plan", "generate", "chat"])
 def test_every_verb_has_help_with_an_example(run: Run, verb: str) -> None:
     result = run(verb, "--help")
     assert result.exit_code == 0
@@ -65,7 +72,7 @@ def test_every_verb_has_help_with_an_example(run: Run, verb: str) -> None:
 def test_without_a_verb_it_lists_them(run: Run) -> None:
     result = run()
     assert result.exit_code == 0
-    assert all(verb in result.stdout for verb in ("calibrate", "demo", "generate", "inspect"))
+    assert all(verb in result.stdout for verb in ("calibrate", "chat", "demo", "generate", "inspect", "plan"))
 
 
 def test_help_imports_neither_rich_nor_gguf() -> None:
@@ -80,9 +87,9 @@ def test_help_imports_neither_rich_nor_gguf() -> None:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["inspect", "calibrate", "generate"])
+@pytest.mark.parametrize("verb", ["inspect", "calibrate", "generate", "chat"])
 def test_a_model_that_is_none_is_an_error_of_one_line(run: Run, tmp_path: Path, verb: str) -> None:
-    rest = {"inspect": [], "calibrate": ["-o", tmp_path / "p.json"], "generate": ["-p", "hello"]}[verb]
+    rest = {"inspect": [], "calibrate": ["-o", tmp_path / "p.json"], "generate": ["-p", "hello"], "chat": []}[verb]
     (tmp_path / "text.gguf").write_text("hello")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(40))
     assert "no model file" in line(run(verb, tmp_path / "nope.gguf", *rest))
@@ -100,7 +107,16 @@ def test_a_model_that_is_none_is_an_error_of_one_line(run: Run, tmp_path: Path, 
         (["inspect"], "MODEL"),
         (["generate", "m.gguf"], "either with -p or with -f"),
         (["generate", "m.gguf", "-p", "a", "-f", "b"], "either with -p or with -f"),
-        (["generate", "m.gguf", "-p", "a", "--skip", "3"], "--skip needs --profile"),
+        (["generate", "m.gguf", "-p", "a", "--skip", "3"], "needs --profile"),
+        (["chat", "m.gguf", "--mode", "decode"], "needs --profile"),
+        (["plan", "p", "--skip", "3", "--speedup", "1.2"], "either --skip or --speedup"),
+        (["plan", "p", "--skip", "3", "--ffn", "1"], "--attention and --ffn"),
+        (["plan", "p", "--strategy", "early_exit", "--ffn", "1"], "--attention and --ffn"),
+        (["plan", "p", "--strategy", "manual"], "needs --attention or --ffn"),
+        (["plan", "p", "--strategy", "best"], "skip_decode"),
+        (["plan", "p", "--attention", "1,two"], "not a list of layers"),
+        (["plan", "p", "--speedup", "0.5"], "--speedup"),
+        (["demo", "--speedup", "1.2"], "--skip"),
         (["generate", "m.gguf", "-p", "a", "--temp", "-1"], "--temp"),
         (["generate", "m.gguf", "-p", "a", "--compensation", "best"], "--compensation"),
         (["calibrate", "m.gguf"], "--output"),
@@ -124,6 +140,18 @@ def test_a_profile_that_is_none_is_an_error_of_one_line(run: Run, tiny: Any, tmp
 
 def test_a_budget_beyond_the_model_is_an_error_of_one_line(run: Run, tiny: Any, profile_path: Path) -> None:
     assert "0 to 6" in line(run("generate", tiny(), "-p", "hello", "--profile", profile_path, "--skip", 7))
+
+
+def test_layers_that_are_not_there_are_an_error_of_one_line(run: Run, profile_path: Path) -> None:
+    assert "layer 3" in line(run("plan", profile_path, "--attention", "3"))
+
+
+def test_a_speedup_needs_a_profile_with_times(run: Run, profile_path: Path) -> None:
+    assert "no cost model" in line(run("plan", profile_path, "--speedup", "1.2"))
+
+
+def test_a_model_without_a_chat_template_cannot_chat(run: Run, tiny: Any) -> None:
+    assert "no chat template" in line(run("chat", tiny(), stdin="hello"))
 
 
 def test_a_profile_of_another_model_is_an_error_of_one_line(run: Run, tiny: Any, profile_path: Path) -> None:
@@ -181,29 +209,143 @@ def test_calibrate_writes_a_profile_that_generate_takes(run: Run, tiny: Any, tmp
     output, data = tmp_path / "out.json", tmp_path / "text.txt"
     data.write_text("the quick brown fox " * 40)
     args = ["calibrate", tiny(), "--data", data, "--requests", 2, "--tokens", 20, "-o", output]
+    args += ["--decode-tokens", 5, "--no-cost"]
     result = run(*args)
     assert result.exit_code == 0, result.output
     assert "2 requests: 40 tokens of text.txt" in result.stdout
+    assert "10 tokens were decoded" in result.stdout
+    assert str(output) in result.stdout and str(output.with_suffix(".npz")) in result.stdout
     profile = Profile.load(output)
     assert (profile.n_requests, profile.n_tokens, profile.corpus) == (2, 40, "text.txt")
+    assert (profile.decode.n_tokens, profile.prefill.n_embd, profile.cost) == (10, N_EMBD, None)
     assert json.loads(run(*args, "--json").stdout)["prefill"] == profile.to_dict()["prefill"]
 
     result = run("generate", tiny(), "-p", "hello", "--profile", output, "--skip", 2, "--max-tokens", 5)
     assert result.exit_code == 0, result.output
-    assert "skipped: 2 of 6 sublayers" in result.stderr
+    assert "skipped: 2 of 6 sublayers in prefill" in result.stderr
     assert "tokens/s" in result.stderr and "tokens/s" not in result.stdout
 
 
 def test_text_may_come_from_stdin(run: Run, tiny: Any, tmp_path: Path) -> None:
     result = run("generate", tiny(), "-f", "-", "--max-tokens", 3, stdin="hello")
     assert result.exit_code == 0 and "prompt:" in result.stderr
-    args = ["calibrate", tiny(), "--data", "-", "--tokens", 8, "--requests", 1, "-o", tmp_path / "p.json"]
+    args = ["calibrate", tiny(), "--data", "-", "--tokens", 8, "--requests", 1, "--no-cost", "-o", tmp_path / "p.json"]
     assert run(*args, stdin="hello world, hello").exit_code == 0
 
 
 def test_the_same_seed_gives_the_same_text(run: Run, tiny: Any) -> None:
     texts = [run("generate", tiny(), "-p", "hello", "--max-tokens", 20, "--seed", seed).stdout for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_allocates_no_kv_for_attentions_that_never_run(run: Run, tiny: Any, profile_path: Path) -> None:
+    args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--profile", profile_path, "--ctx", 256]
+    # f16 K and V of 2 heads of 16 for 256 positions: 32,768 bytes a layer.
+    result = run(*args, "--attention", "0,2")
+    assert "KV:      33 kB of 98 kB, none for 2 layers: 66 kB (67%) saved" in result.stderr
+    assert "KV:      98 kB\n" in run(*args, "--attention", "0,2", "--mode", "decode").stderr
+    assert "KV:      98 kB\n" in run(*args, "--ffn", "0").stderr
+
+
+def test_generate_tells_what_each_phase_skipped(run: Run, tiny: Any, profile_path: Path) -> None:
+    args = ["generate", tiny(), "-p", "hello", "--max-tokens", 8, "--profile", profile_path, "--raw"]
+    decode_only = run(*args, "--mode", "decode", "--skip", 1, "--no-online").stderr
+    assert "skipped: 0 of 6 sublayers in prefill" in decode_only
+    assert "1 of 6 in decode (0 attention, 1 FFN)" in decode_only
+    assert "online" not in decode_only
+    assert "of 20 tokens observed" in run(*args, "--skip", 1).stderr
+
+
+def test_ffns_added_online_are_counted(run: Run, tiny: Any, profile_path: Path) -> None:
+    # The sixth of six similarities, 0.5, is the threshold; nothing but attentions is in the fixed set.
+    profile = Profile.load(profile_path)
+    plan = profile.plan(strategy="manual", attention=[0], threshold=-1.0)
+    assert plan.online is not None and plan.online.threshold == -1.0
+    llm = terminal.load_model(str(tiny()), n_ctx=64, threads=1, gpu_layers=0, plan=plan)
+    answer = Generation(llm, llm.tokenize(b"hello"), max_tokens=30)
+    list(answer)
+    assert answer.timing is not None
+    if answer.timing.n_generated > plan.online.window + 1:
+        assert skipped_counts(llm, answer.timing.n_generated) == (1, 1, 3)
+        assert any("layers 0-2 added" in text for text in skipped_lines(llm, 29))
+    llm.close()
+
+
+def test_plan_ranks_every_sublayer(run: Run, profile_path: Path) -> None:
+    data = json.loads(run("plan", profile_path, "--skip", 2, "--compensation", "median", "--json").stdout)
+    # By hand: the profile's similarity rises from attention of layer 0 to FFN of layer 2.
+    order = [(row["layer"], row["kind"]) for row in data["sublayers"]]
+    assert order == [(2, "ffn"), (2, "attention"), (1, "ffn"), (1, "attention"), (0, "ffn"), (0, "attention")]
+    assert [row["rank"] for row in data["sublayers"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["skipped"] for row in data["sublayers"]] == [["prefill", "decode"]] * 2 + [[]] * 4
+    assert [row["scale"] for row in data["sublayers"]] == [2.0, 2.0, None, None, None, None]
+    assert (data["predicted_speedup"], data["layers_without_kv"]) == (None, [2])
+    assert data["plan"]["online"]["threshold"] == pytest.approx(0.99 - 0.49 / 5)
+
+
+class FlatCost:
+    """A cost model by hand: an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms."""
+
+    def seconds(self, skip: Any, context: int, phase: str) -> float:
+        run = np.ones((3, 2)) if skip is None else ~skip
+        return float(1e-3 * (1 + 2 * run[:, 0].sum() + run[:, 1].sum()))
+
+    def speedup(self, plan: Any, context: int, phase: str) -> float:
+        return self.seconds(None, context, phase) / self.seconds(getattr(plan, phase).skip, context, phase)
+
+
+def test_plan_tells_what_skipping_saves(run: Run, profile_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = replace(Profile.load(profile_path), cost=FlatCost())
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    args = ["plan", profile_path, "--skip", 2, "--mode", "decode"]
+    data = json.loads(run(*args, "--json").stdout)
+    assert {row["kind"]: round(row["saved_ms"], 6) for row in data["sublayers"]} == {"attention": 2.0, "ffn": 1.0}
+    assert data["predicted_speedup"] == pytest.approx({"prefill": 1.0, "decode": 10 / 7})
+    assert data["phase"] == "decode"
+    text = run(*args).stdout
+    assert "prefill 1.00 x, decode 1.43 x as fast" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_a_speedup_takes_as_many_sublayers_as_it_needs(
+    run: Run, profile_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = replace(Profile.load(profile_path), cost=FlatCost())
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    data = json.loads(run("plan", profile_path, "--speedup", 1.25, "--json").stdout)
+    assert data["predicted_speedup"]["prefill"] >= 1.25
+    assert "at most" in line(run("plan", profile_path, "--speedup", 11))
+
+
+def test_plan_shows_phases_apart_where_they_differ(run: Run, profile_path: Path) -> None:
+    text = run("plan", profile_path, "--skip", 2, "--mode", "decode").stdout
+    assert "0 of 6 sublayers skipped in prefill, 2 in decode" in text
+    assert "attention skipped in prefill in layers: none" in text
+    assert "attention skipped in decode in layers: 2" in text
+    assert "KV memory is needed for all layers" in text
+    assert "after 20 tokens of an answer" in text
+
+
+def test_plan_shows_a_schedule(run: Run, profile_path: Path) -> None:
+    text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4).stdout
+    assert "from token 1 of an answer: 4 skipped" in text
+
+
+@pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "skip_decode", "unified_skipping"])
+def test_every_strategy_can_be_planned_within_80_columns(run: Run, profile_path: Path, strategy: str) -> None:
+    result = run("plan", profile_path, "--strategy", strategy, "--skip", 2)
+    assert result.exit_code == 0, result.output
+    assert f"strategy {strategy}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_a_list_of_layers_is_short() -> None:
+    assert layer_list(()) == "none"
+    assert layer_list((3,)) == "3"
+    assert layer_list((0, 1, 4, 5, 6, 9)) == "0, 1, 4-6, 9"
+
+
+def test_bytes_are_decimal() -> None:
+    assert [megabytes(n) for n in (32_768, 1_500_000, 188_743_680)] == ["33 kB", "1.5 MB", "189 MB"]
 
 
 # --- the heat map -----------------------------------------------------------------------------------------------------
@@ -270,3 +412,6 @@ def test_the_demo_measures_both_sides(smollm2_path: Path, run: Run, monkeypatch:
     for side in ("full", "skipped"):
         assert data[side]["first_token_s"] > data[side]["token_s"] > 0
     assert 2 < data["full"]["loss"] < data["skipped"]["loss"] < 5
+    n_attention = len(data["plan"]["prefill"]["attention"])
+    assert n_attention > 0
+    assert data["skipped"]["kv_bytes"] * 30 == data["full"]["kv_bytes"] * (30 - n_attention)

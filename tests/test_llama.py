@@ -21,6 +21,7 @@ from adaskip_cpp.errors import (
     SublayerRangeError,
 )
 from adaskip_cpp.model import ModelInfo
+from adaskip_cpp.plan import SkipSet
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
@@ -187,6 +188,24 @@ def test_stale_kv_is_evaluated_again(tiny: Tiny, open_model: Open, tokens: Token
     np.testing.assert_allclose(logits(llm), logits(full), rtol=1e-4, atol=1e-5)  # F32, but other batch sizes
 
 
+def test_what_decode_may_read_but_prefill_may_not_is_evaluated_again_too(
+    tiny: Tiny, open_model: Open, tokens: Tokens
+) -> None:
+    # The prompt lacks layer 1, which the new prefill set runs and the new decode set does not; what was generated lacks
+    # layer 0 as well, which both run. Reading it again as prefill must begin with the prompt.
+    sets = [SkipPlan.manual(3, attention=layers).prefill for layers in ((), (1,), (0, 1))]
+    llm, full = open_model(tiny()), open_model(tiny())
+    llm.set_plan(SkipPlan(sets[1], sets[2]))
+    steps = llm.generate(tokens(9), temp=0)
+    answer = [next(steps) for _ in range(4)]
+    llm.set_plan(SkipPlan(sets[0], sets[1]))
+    next(steps)
+    full.eval([*tokens(9), *answer[:3]])
+    full.set_plan(SkipPlan(sets[1], sets[1]))
+    full.eval(answer[3:])
+    np.testing.assert_allclose(logits(llm), logits(full), rtol=1e-4, atol=1e-5)
+
+
 def test_valid_kv_is_kept(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
     # A plan that runs less attention can read all that the full model wrote: one token is evaluated, not ten.
     llm = open_model(tiny())
@@ -245,6 +264,57 @@ def test_decoding_past_holes_on_the_bare_context_fails(tiny: Tiny, open_model: O
     with pytest.raises(RuntimeError):
         llm._ctx.decode(llm._batch)
     assert still_works(llm, tiny(), open_model, tokens)
+
+
+# -- a full context --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [None, BOTH, DECODE_ONLY], ids=["no plan", "both", "decode only"])
+def test_past_the_context_llama_cpp_fails_and_the_model_goes_on(
+    plan: SkipPlan | None, tiny: Tiny, open_model: Open, tokens: Tokens
+) -> None:
+    # llama-cpp-python neither shifts the context nor keeps n_keep tokens: llama_decode finds no room and fails.
+    llm = open_model(tiny(), n_ctx=256)
+    llm.set_plan(plan)
+    with pytest.raises(RuntimeError):
+        for _ in llm.generate(tokens(250), temp=0):
+            pass
+    assert llm.n_tokens == 256
+    llm.reset()
+    llm.eval(tokens(9))
+    assert still_works(llm, tiny(), open_model, tokens)
+
+
+def test_a_prompt_longer_than_the_context_fails_and_the_model_goes_on(
+    tiny: Tiny, open_model: Open, tokens: Tokens
+) -> None:
+    llm = open_model(tiny(), n_ctx=256)
+    llm.set_plan(BOTH)
+    with pytest.raises(RuntimeError):
+        llm.eval(tokens(257))
+    llm.reset()
+    llm.eval(tokens(9))
+    assert still_works(llm, tiny(), open_model, tokens)
+
+
+@pytest.mark.parametrize("plan", [BOTH, DECODE_ONLY], ids=["both", "decode only"])
+def test_positions_dropped_by_hand_leave_the_record_right(
+    plan: SkipPlan, tiny: Tiny, open_model: Open, tokens: Tokens
+) -> None:
+    # As a user's own n_keep does it: cut back to the first tokens and go on from there.
+    llm, other = open_model(tiny()), open_model(tiny())
+    for each in (llm, other):
+        each.set_plan(plan)
+    steps = llm.generate(tokens(9), temp=0)
+    for _ in range(6):
+        next(steps)
+    steps.close()
+    llm.n_tokens = 4
+    llm.set_plan(None)
+    other.set_plan(None)
+    llm.eval(tokens(12)[4:])
+    other.eval(tokens(12))
+    np.testing.assert_allclose(logits(llm), logits(other), rtol=1e-4, atol=1e-5)
 
 
 # -- saved states ----------------------------------------------------------------------------------------------------
@@ -345,6 +415,7 @@ ELSEWHERE = ModelInfo("0" * 64, "llama", 3)
         (lambda: SkipPlan.manual(3, ffn=[0], scale=0.0), CompensationError),
         (lambda: SkipPlan(BOTH.prefill, BOTH.decode, model=ELSEWHERE), ProfileMismatchError),
         (lambda: {"attention": [1]}, PlanError),
+        (lambda: SkipPlan(*[SkipSet(BOTH.prefill.skip, BOTH.prefill.scale, np.zeros((3, 2, 32)))] * 2), PlanError),
     ],
 )
 def test_a_wrong_plan_is_refused_and_the_plan_in_force_stays(

@@ -1,18 +1,21 @@
 """The C ABI refuses every bad argument with a code and a message, and goes on working."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp._native import KVRun, _ffi, _lib
+from adaskip_cpp._native import KVRun, _ffi, _lib, elide_kv
 
 OK, ARGUMENT = 0, -1
-NOT_SKIPPABLE, COMPENSATION = -2, -3
+NOT_SKIPPABLE, COMPENSATION, KV_ELIDED = -2, -3, -5
+ON, ALL_TOKENS, VECTORS = 1, 2, 4
 
 
 @pytest.fixture
@@ -30,6 +33,30 @@ def plan(skip: Any, scale: Any, n_layer: int = 3) -> tuple[Any, Any]:
     result = _ffi.new("struct adaskip_plan *")
     result.n_layer, result.skip, result.scale = n_layer, *arrays
     return result, arrays
+
+
+def vectors(values: Any, n_embd: int = 64, skip: Any = (0, 0, 1, 1, 0, 0)) -> tuple[Any, Any]:
+    """A plan that skips layer 1, with the same vector values everywhere."""
+    result, arrays = plan(skip, [1] * 6)
+    data = _ffi.new("float[]", list(values) * 6)
+    result.n_embd, result.bias = n_embd, data
+    return result, (arrays, data)
+
+
+def schedule(ctx: Any, starts: Any, *skips: Any, n: int | None = None) -> int:
+    """Calls adaskip_set_decode_schedule with plans of these flags."""
+    parts = [plan(skip, [1] * len(skip), len(skip) // 2) for skip in skips]
+    plans = _ffi.new("struct adaskip_plan[]", [part[0][0] for part in parts]) if parts else _ffi.NULL
+    times = _ffi.new("int32_t[]", list(starts)) if starts is not None else _ffi.NULL
+    return int(_lib.adaskip_set_decode_schedule(ctx, times, plans, len(parts) if n is None else n))
+
+
+def online(ctx: Any, window: int, threshold: float, scale: int) -> int:
+    params = _ffi.new("struct adaskip_online_params *", {"window": window, "threshold": threshold, "scale": scale})
+    return int(_lib.adaskip_set_online(ctx, params))
+
+
+NOTHING, FFN_1, ATTENTION_1 = [0] * 6, [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]
 
 
 def message() -> str:
@@ -56,7 +83,42 @@ BAD_CALLS = {
     ),
     "sublayers into nothing": lambda ctx: _lib.adaskip_sublayers(ctx, _ffi.NULL, 6),
     "sublayers into too little": lambda ctx: _lib.adaskip_sublayers(ctx, _ffi.new("struct adaskip_sublayer[5]"), 5),
-    "an unknown statistics mode": lambda ctx: _lib.adaskip_set_statistics(ctx, 3, ignore, _ffi.NULL),
+    "a plan with shorter vectors": lambda ctx: _lib.adaskip_set_plan(ctx, 0, vectors([0.0] * 63, 63)[0]),
+    "a plan with vectors of no length": lambda ctx: _lib.adaskip_check_plan(ctx, vectors([0.0], 0)[0]),
+    "a plan with vectors of negative length": lambda ctx: _lib.adaskip_check_plan(ctx, vectors([0.0], -64)[0]),
+    "a schedule of no context": lambda ctx: schedule(_ffi.NULL, [0], NOTHING),
+    "a schedule without starts": lambda ctx: schedule(ctx, None, NOTHING),
+    "a schedule without plans": lambda ctx: schedule(ctx, [0], n=1),
+    "an empty schedule": lambda ctx: schedule(ctx, [0], NOTHING, n=0),
+    "a schedule of negative length": lambda ctx: schedule(ctx, [0], NOTHING, n=-1),
+    "a schedule that does not start at 0": lambda ctx: schedule(ctx, [1], NOTHING),
+    "a schedule that descends": lambda ctx: schedule(ctx, [0, 5, 4], NOTHING, FFN_1, FFN_1),
+    "a schedule with two sets at once": lambda ctx: schedule(ctx, [0, 0], NOTHING, FFN_1),
+    "a schedule that runs an attention again": lambda ctx: schedule(ctx, [0, 4], ATTENTION_1, FFN_1),
+    "a schedule of another length": lambda ctx: schedule(ctx, [0, 4], NOTHING, [0] * 8),
+    "an online stage of no context": lambda ctx: _lib.adaskip_set_online(_ffi.NULL, _ffi.NULL),
+    "an online stage without a window": lambda ctx: online(ctx, 0, 0.5, 1),
+    "an online stage with a negative window": lambda ctx: online(ctx, -20, 0.5, 1),
+    "an online threshold that is no number": lambda ctx: online(ctx, 20, float("nan"), 1),
+    "an online threshold without end": lambda ctx: online(ctx, 20, float("inf"), 1),
+    "an unknown online scale": lambda ctx: online(ctx, 20, 0.5, 3),
+    "a negative online scale": lambda ctx: online(ctx, 20, 0.5, -1),
+    "what was learned of no context": lambda ctx: _lib.adaskip_get_online(
+        _ffi.NULL, _ffi.new("struct adaskip_online_state *")
+    ),
+    "what was learned into nothing": lambda ctx: _lib.adaskip_get_online(ctx, _ffi.NULL),
+    "a request of no context": lambda ctx: _lib.adaskip_begin_request(_ffi.NULL),
+    "elided KV of no context": lambda ctx: _lib.adaskip_get_elided_kv(_ffi.NULL, _ffi.new("uint8_t[3]"), 3),
+    "elided KV into nothing": lambda ctx: _lib.adaskip_get_elided_kv(ctx, _ffi.NULL, 3),
+    "elided KV into too little": lambda ctx: _lib.adaskip_get_elided_kv(ctx, _ffi.new("uint8_t[2]"), 2),
+    "elided KV of no layers": lambda ctx: _lib.adaskip_elide_kv(_ffi.new("uint8_t[3]"), 0),
+    "elided KV of negative layers": lambda ctx: _lib.adaskip_elide_kv(_ffi.NULL, -1),
+    "unknown statistics": lambda ctx: _lib.adaskip_set_statistics(ctx, ON | 8, ignore, _ffi.NULL),
+    "negative statistics": lambda ctx: _lib.adaskip_set_statistics(ctx, -1, ignore, _ffi.NULL),
+    "flags of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(ctx, VECTORS, ignore, _ffi.NULL),
+    "all tokens of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(
+        ctx, ALL_TOKENS, ignore, _ffi.NULL
+    ),
     "statistics for nobody": lambda ctx: _lib.adaskip_set_statistics(ctx, 1, _ffi.NULL, _ffi.NULL),
     "stale KV of an unknown phase": lambda ctx: _lib.adaskip_kv_first_stale(ctx, 0, 5, _ffi.new("int32_t *")),
     "stale KV into nothing": lambda ctx: _lib.adaskip_kv_first_stale(ctx, 0, 0, _ffi.NULL),
@@ -93,6 +155,75 @@ def test_a_scale_that_is_no_positive_number_is_refused(scale: float, ctx: Any) -
     assert _lib.adaskip_set_plan(ctx, 1, good) == OK
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_vector_that_is_not_finite_is_refused(value: float, ctx: Any) -> None:
+    bad, _arrays = vectors([0.0] * 63 + [value])
+    assert _lib.adaskip_set_plan(ctx, 0, bad) == COMPENSATION
+    assert "layer 1" in message()
+    good, _arrays = vectors([0.0] * 63 + [value], skip=NOTHING)  # not read where nothing is skipped
+    assert _lib.adaskip_set_plan(ctx, 0, good) == OK
+
+
+def test_a_schedule_checks_every_one_of_its_plans(ctx: Any) -> None:
+    assert schedule(ctx, [0, 4], NOTHING, [1, 0, 0, 0, 0, 0]) == NOT_SKIPPABLE
+    assert schedule(ctx, [0, 4], NOTHING, FFN_1) == OK
+
+
+def test_a_plan_that_runs_an_attention_without_kv_is_refused(
+    tiny: Callable[..., Path], open_model: Callable[..., Any]
+) -> None:
+    with elide_kv(np.array([False, True, False])):
+        llm = open_model(tiny())
+    ctx = _ffi.cast("struct llama_context *", llm.ctx)
+    elided = _ffi.new("uint8_t[3]")
+    (runs_it, _a), (skips_it, _b) = plan(FFN_1, [1] * 6), plan(ATTENTION_1, [1] * 6)
+    assert _lib.adaskip_get_elided_kv(ctx, elided, 3) == OK and list(elided) == [0, 1, 0]
+    for call in (_lib.adaskip_check_plan, lambda *args: _lib.adaskip_set_plan(args[0], 1, args[1])):
+        assert call(ctx, _ffi.NULL) == KV_ELIDED
+        assert call(ctx, runs_it) == KV_ELIDED
+        assert call(ctx, skips_it) == OK
+    assert schedule(ctx, [0, 3], ATTENTION_1, ATTENTION_1) == OK
+    assert schedule(ctx, [0], FFN_1) == KV_ELIDED
+
+
+def test_what_was_learned_may_be_asked_for_in_part(ctx: Any, llm: Any) -> None:
+    state = _ffi.new("struct adaskip_online_state *")
+    similarity = _ffi.new("double[3]")
+    assert online(ctx, 5, 0.5, 1) == OK
+    assert _lib.adaskip_get_online(ctx, state) == OK and (state.n_tokens, state.done) == (0, 0)
+    state.similarity = similarity
+    assert _lib.adaskip_get_online(ctx, state) == OK
+    assert np.isnan(list(similarity)).all()
+    assert _lib.adaskip_set_online(ctx, _ffi.NULL) == OK
+
+
+def test_the_library_is_of_the_version_of_its_header() -> None:
+    assert _lib.adaskip_abi_version() == _lib.ADASKIP_ABI_VERSION == 2
+
+
+def test_another_threads_mask_of_elided_kv_is_not_ours(
+    tiny: Callable[..., Path], open_model: Callable[..., Any]
+) -> None:
+    with elide_kv(np.array([False, True, False])), ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(open_model, tiny()).result()
+    assert whole._adaskip.elided_kv() == ()
+
+
+def test_a_failed_constructor_leaves_no_mask(tiny: Callable[..., Path], open_model: Callable[..., Any]) -> None:
+    with pytest.raises(KeyError), elide_kv(np.array([False, True, False])):
+        raise KeyError
+    assert open_model(tiny())._adaskip.elided_kv() == ()
+
+
+def test_plans_are_objects_with_skip_scale_and_bias(llm: Any) -> None:
+    # Any integer or float dtype and any order in memory will do.
+    skip = np.asfortranarray([[0, 0], [1, 1], [0, 0]], dtype=np.int64)
+    bias = np.zeros((3, 2, 64), np.float64)
+    llm._adaskip.set_plan("prefill", SimpleNamespace(skip=skip, scale=np.ones((3, 2), np.float32), bias=bias))
+    llm.eval([1, 5, 6])
+    assert llm.counters.nodes < llm.counters.nodes_full
+
+
 def test_the_record_of_skipped_attention_round_trips(llm: Any) -> None:
     native = llm._adaskip
     runs = (KVRun(3, (1,)), KVRun(7, ()), KVRun(9, (0, 2)))
@@ -117,7 +248,7 @@ def test_the_record_agrees_with_an_array(
         start, n = int(rng.integers(0, 40)), int(rng.integers(1, 12))
         attention = [layer for layer in range(3) if rng.random() < 0.4]
         plan = SkipPlan.manual(3, attention=attention)
-        native.set_plan("prefill", plan.prefill.skip, plan.prefill.scale)
+        native.set_plan("prefill", plan.prefill)
         stale = [i for i, cell in enumerate(cells[:start]) if set(cell) - set(attention)]
         assert native.kv_valid("prefill", start) == (stale[0] if stale else start)
         llm._ctx.kv_cache_clear()

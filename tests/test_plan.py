@@ -9,16 +9,16 @@ import pytest
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import CompensationError, PlanError, SublayerRangeError
 from adaskip_cpp.model import ModelInfo
-from adaskip_cpp.plan import SkipSet
+from adaskip_cpp.plan import OnlineStage, SkipSet
 
 MODEL = ModelInfo("0" * 64, "llama", 4)
 
 
-def skip_set(*sublayers: tuple[int, int], n_layer: int = 4, scale: float = 1.0) -> SkipSet:
+def skip_set(*sublayers: tuple[int, int], n_layer: int = 4, scale: float = 1.0, bias: Any = None) -> SkipSet:
     skip = np.zeros((n_layer, 2), bool)
     for layer, kind in sublayers:
         skip[layer, kind] = True
-    return SkipSet(skip, np.full((n_layer, 2), scale))
+    return SkipSet(skip, np.full((n_layer, 2), scale), bias)
 
 
 def test_a_set_lists_its_layers_in_order() -> None:
@@ -70,11 +70,46 @@ def test_shapes_must_agree() -> None:
         SkipSet(np.zeros((4, 2), bool), np.ones((5, 2)))
 
 
+def test_a_bias_is_zero_where_nothing_is_skipped_and_is_a_read_only_copy() -> None:
+    bias = np.ones((4, 2, 3))
+    chosen = skip_set((1, 1), bias=bias)
+    expected = np.zeros((4, 2, 3), np.float32)
+    expected[1, 1] = 1
+    bias[:] = 7
+    assert chosen.bias is not None and chosen.bias.dtype == np.float32
+    np.testing.assert_array_equal(chosen.bias, expected)
+    with pytest.raises(ValueError, match="read-only"):
+        chosen.bias[1, 1] = 2
+
+
+def test_sets_with_another_bias_differ() -> None:
+    one, other = np.ones((4, 2, 3)), np.ones((4, 2, 3))
+    other[1, 0, 2] = 2
+    assert skip_set((1, 0), bias=one) == skip_set((1, 0), bias=one.copy())
+    assert skip_set((1, 0), bias=one) != skip_set((1, 0), bias=other)
+    assert skip_set((1, 0), bias=one) != skip_set((1, 0)) != skip_set((1, 0), bias=one)
+    assert skip_set((1, 1), bias=one) == skip_set((1, 1), bias=other), "the other sublayer's is not used"
+    assert hash(skip_set((1, 0), bias=one)) == hash(skip_set((1, 0), bias=one.copy()))
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 3, 8), (5, 2, 8), (4, 2, 0), (4, 2, 8, 1)])
+def test_a_bias_of_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match=r"\[4, 2, n_embd\]"):
+        skip_set((1, 0), bias=np.zeros(shape))
+
+
+def test_a_bias_that_is_not_finite_is_refused_where_it_is_used() -> None:
+    with pytest.raises(CompensationError, match="attention of layer 1"):
+        skip_set((1, 0), bias=np.full((4, 2, 3), np.nan))
+    assert skip_set(bias=np.full((4, 2, 3), np.nan)) == skip_set(bias=np.zeros((4, 2, 3)))
+
+
 def test_a_manual_plan_skips_in_both_phases() -> None:
     plan = SkipPlan.manual(4, attention=[2, 0], ffn=np.array([3]))
     assert (plan.attention, plan.ffn, plan.n_skip) == ((0, 2), (3,), 3)
     assert plan.prefill == plan.decode
-    assert (plan.model, plan.strategy, plan.compensation) == (None, "manual", "none")
+    assert (plan.model, plan.strategy, plan.compensation, plan.mode) == (None, "manual", "none", "manual")
+    assert (plan.schedule, plan.online) == ((), None)
 
 
 def test_a_manual_plan_can_leave_prefill_whole() -> None:
@@ -114,28 +149,94 @@ def test_a_plan_is_for_one_number_of_layers() -> None:
     with pytest.raises(PlanError, match="4 layers but decode for 5"):
         SkipPlan(skip_set(), skip_set(n_layer=5))
     with pytest.raises(PlanError, match="its model has 4"):
-        SkipPlan(skip_set(n_layer=5), skip_set(n_layer=5), MODEL)
+        SkipPlan(skip_set(n_layer=5), skip_set(n_layer=5), model=MODEL)
 
 
-@pytest.mark.parametrize("model", [None, MODEL])
-def test_a_plan_survives_json(model: ModelInfo | None) -> None:
-    plan = SkipPlan(skip_set((0, 1), scale=1 / 3), skip_set((0, 1), (2, 0), scale=0.1), model, "adaskip", "paper")
-    assert SkipPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(PlanError, match="prefill, decode, e2e"):
+        SkipPlan(skip_set(), skip_set(), mode="both")  # type: ignore[arg-type]
+
+
+# --- schedules and the online stage -----------------------------------------------------------------------------------
+
+SMALL, LARGE = skip_set((1, 0)), skip_set((1, 0), (2, 0))
+
+
+def test_a_schedule_grows_from_the_decode_set() -> None:
+    plan = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)))
+    assert plan.schedule[1] == (7, LARGE)
+    assert plan != SkipPlan(SMALL, SMALL)
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("schedule", "message"),
     [
-        {"n_layer": 0},
-        {"n_layer": "4"},
-        {"prefill": None},
-        {"decode": {"attention": []}},
-        {"model": {"fingerprint": 1}},
-        {"prefill": {"attention": [{"layer": 9, "scale": 1}], "ffn": []}},
-        {"prefill": {"attention": [], "ffn": [{"layer": 1, "scale": -1}]}},
+        (((1, SMALL),), "does not begin"),
+        (((0, LARGE),), "does not begin"),
+        (((0, SMALL), (0, LARGE)), "do not ascend"),
+        (((0, SMALL), (9, LARGE), (8, LARGE)), "do not ascend"),
+        (((0, SMALL), (3, LARGE), (5, SMALL)), r"at 5 tokens runs the attention of layers \[2\]"),
+        (((0, SMALL), (3, skip_set(n_layer=5))), "for 5 layers, not 4"),
     ],
 )
-def test_a_malformed_plan_is_refused(change: dict[str, Any]) -> None:
-    data = SkipPlan.manual(4, attention=[1]).to_dict()
-    with pytest.raises(PlanError):
-        SkipPlan.from_dict({**data, **change})
+def test_a_malformed_schedule_is_refused(schedule: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        SkipPlan(SMALL, SMALL, schedule=schedule)
+
+
+def test_a_schedule_may_drop_an_ffn_which_has_no_kv() -> None:
+    first = skip_set((1, 0), (1, 1))
+    SkipPlan(SMALL, first, schedule=((0, first), (3, LARGE)))
+
+
+def test_a_schedule_and_an_online_stage_exclude_each_other() -> None:
+    stage = OnlineStage(threshold=0.9)
+    with pytest.raises(PlanError, match="not both"):
+        SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)), online=stage)
+    assert SkipPlan(SMALL, SMALL, online=stage).online == stage
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"window": 0},
+        {"window": 2.5},
+        {"window": 2**31},
+        {"threshold": float("nan")},
+        {"threshold": None},
+        {"scale": "x"},
+    ],
+)
+def test_an_impossible_online_stage_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="; use"):
+        OnlineStage(**{"threshold": 0.9, **wrong})
+
+
+def test_the_window_is_the_authors_twenty_tokens_by_default() -> None:
+    assert OnlineStage(threshold=0.9).window == 20
+
+
+def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
+    bias = np.zeros((4, 2, 3))
+    bias[2, 0] = [3, 0, 4]
+    decode = skip_set((0, 1), (2, 0), scale=0.5, bias=bias)
+    plan = SkipPlan(
+        skip_set((0, 1)), decode, model=MODEL, strategy="adaskip", compensation="affine", mode="e2e",
+        online=OnlineStage(5, 0.75, "median"),
+    )  # fmt: skip
+    assert json.loads(json.dumps(plan.to_dict())) == {
+        "strategy": "adaskip",
+        "compensation": "affine",
+        "mode": "e2e",
+        "n_layer": 4,
+        "model": {"fingerprint": "0" * 64, "architecture": "llama", "n_layer": 4},
+        "prefill": {"attention": [], "ffn": [{"layer": 0, "scale": 1.0, "bias_norm": 0.0}]},
+        "decode": {
+            "attention": [{"layer": 2, "scale": 0.5, "bias_norm": 5.0}],
+            "ffn": [{"layer": 0, "scale": 0.5, "bias_norm": 0.0}],
+        },
+        "schedule": [],
+        "online": {"window": 5, "threshold": 0.75, "scale": "median"},
+    }
+    grown = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE))).to_dict()
+    assert [(row["start"], len(row["attention"])) for row in grown["schedule"]] == [(0, 1), (7, 2)]

@@ -1,8 +1,11 @@
-"""adaskip_cpp.profile: planning, and the file format."""
+"""adaskip_cpp.profile: planning in every mode and for a speed-up, and the files."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_cpp import Profile
+from adaskip_cpp import Profile, profile_file
 from adaskip_cpp.errors import (
     BudgetError,
     CompensationError,
@@ -22,16 +25,34 @@ from adaskip_cpp.errors import (
     ProfileVersionError,
 )
 from adaskip_cpp.model import ModelInfo
+from adaskip_cpp.plan import OnlineStage, SkipSet
+from adaskip_cpp.statistics import PhaseStatistics
 
 NAN = float("nan")
 
 
-def profile(similarity: Any, **changes: Any) -> Profile:
+def statistics(similarity: Any, *, vectors: bool = False, ratio: float = 1.5, **changes: Any) -> PhaseStatistics:
     similarity = np.array(similarity, float)
     observed = ~np.isnan(similarity)
+    rng = np.random.default_rng(len(similarity))
+    mean_u, mean_v = rng.normal(size=(2, *similarity.shape, 5)).astype(np.float32)
     fields = {
-        "norm_ratio": np.where(observed, 1.5, NAN),
-        "median_ratio": np.where(observed, 0.75, NAN),
+        "norm_ratio": np.where(observed, ratio, NAN),
+        "median_ratio": np.where(observed, ratio / 2, NAN),
+        "layer_similarity": similarity.mean(axis=1) if similarity.size else similarity,
+        "mean_u": mean_u if vectors else None,
+        "mean_v": mean_v if vectors else None,
+        "n_tokens": 100,
+        **changes,
+    }
+    return PhaseStatistics(similarity, **fields)
+
+
+def profile(similarity: Any, **changes: Any) -> Profile:
+    """A profile whose ratios are 1.5 and 0.75 in prefill, 1.2 and 0.6 in decode."""
+    fields = {
+        "prefill": statistics(similarity, vectors=True),
+        "decode": statistics(similarity, vectors=True, ratio=1.2),
         "n_requests": 2,
         "n_tokens": 100,
         "model": ModelInfo("ab" * 32, "llama", len(similarity)),
@@ -40,7 +61,13 @@ def profile(similarity: Any, **changes: Any) -> Profile:
         "created": "2026-01-02T03:04:05+00:00",
         **changes,
     }
-    return Profile(similarity, **fields)
+    return Profile(**fields)
+
+
+def without_vectors(original: Profile) -> Profile:
+    phases = (original.prefill, original.decode)
+    prefill, decode = (replace(phase, mean_u=None, mean_v=None) for phase in phases)
+    return replace(original, prefill=prefill, decode=decode)
 
 
 @pytest.fixture
@@ -55,7 +82,7 @@ def test_the_most_similar_sublayers_of_both_kinds_are_skipped_first(example: Pro
     plan = example.plan(3)
     assert (plan.attention, plan.ffn) == ((1,), (0, 2))
     assert plan.prefill == plan.decode
-    assert (plan.model, plan.strategy, plan.compensation) == (example.model, "adaskip", "paper")
+    assert (plan.model, plan.strategy, plan.compensation) == (example.model, "adaskip", "affine")
 
 
 def test_ties_go_to_attention_and_then_to_the_lower_layer() -> None:
@@ -79,9 +106,9 @@ def test_the_choice_is_a_stable_sort(similarity: list[tuple[float, float]], data
     assert {(layer, 0) for layer in plan.attention} | {(layer, 1) for layer in plan.ffn} == expected
 
 
-def test_twelve_sublayers_with_the_papers_compensation_by_default() -> None:
+def test_twelve_sublayers_end_to_end_with_the_best_compensation_by_default() -> None:
     plan = profile(np.full((8, 2), 0.9)).plan()
-    assert (plan.n_skip, plan.compensation) == (12, "paper")
+    assert (plan.n_skip, plan.compensation, plan.mode) == (12, "affine", "e2e")
 
 
 @pytest.mark.parametrize(("name", "scale"), [("paper", 1.5), ("none", 1.0), ("median", 0.75)])
@@ -89,6 +116,59 @@ def test_compensation(example: Profile, name: str, scale: float) -> None:
     plan = example.plan(2, compensation=name)
     assert (plan.prefill.scale[plan.prefill.skip] == scale).all()
     assert plan.compensation == name
+    assert plan.prefill.bias is None
+
+
+def test_affine_adds_the_mean_error_behind_the_median(example: Profile) -> None:
+    plan = example.plan(2, "affine")
+    assert plan.prefill.bias is not None
+    assert example.prefill.mean_u is not None and example.prefill.mean_v is not None
+    for layer, kind in ((1, 0), (2, 1)):
+        error = example.prefill.mean_v[layer, kind] - 0.75 * example.prefill.mean_u[layer, kind]
+        np.testing.assert_allclose(plan.prefill.bias[layer, kind], error, rtol=1e-6)
+        assert plan.prefill.scale[layer, kind] == 0.75
+    with pytest.raises(CompensationError, match="calibrate again"):
+        without_vectors(example).plan(2, "affine")
+
+
+# --- modes and the online stage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["prefill", "e2e"])
+def test_the_fixed_set_holds_in_both_phases(example: Profile, mode: Any) -> None:
+    plan = example.plan(3, "paper", mode=mode)
+    assert plan.prefill == plan.decode and plan.mode == mode
+    assert (plan.decode.scale[plan.decode.skip] == 1.5).all(), "from prefill, where the set is first used"
+
+
+def test_decode_mode_runs_the_full_model_in_prefill(example: Profile) -> None:
+    plan = example.plan(3, "paper", mode="decode")
+    assert plan.prefill == SkipSet.none(3) and plan.mode == "decode"
+    np.testing.assert_array_equal(plan.decode.skip, example.plan(3).prefill.skip)
+    assert (plan.decode.scale[plan.decode.skip] == 1.2).all(), "from decode"
+
+
+def test_sublayers_are_ranked_by_prefill_in_every_mode() -> None:
+    other = statistics([[0.9, 0.1], [0.1, 0.1]], vectors=True)
+    known = profile([[0.1, 0.1], [0.1, 0.9]], decode=other)
+    for mode in ("prefill", "decode", "e2e"):
+        assert known.plan(1, mode=mode).decode.ffn == (1,)
+
+
+def test_the_online_threshold_is_the_nth_largest_similarity(example: Profile) -> None:
+    for n, threshold in ((1, 0.99), (2, 0.99), (3, 0.9), (4, 0.7), (5, 0.5)):
+        for mode in ("decode", "e2e"):
+            assert example.plan(n, "paper", mode=mode).online == OnlineStage(20, threshold, "paper")
+
+
+def test_the_online_stage_can_be_set_or_left_out(example: Profile) -> None:
+    assert example.plan(3, online=False).online is None
+    assert example.plan(3, mode="prefill").online is None
+    assert example.plan(0).online is None, "nothing is to be skipped"
+    assert example.plan(0, threshold=0.8).online == OnlineStage(20, 0.8, "median")
+    assert example.plan(3, "none", window=7, threshold=0.25).online == OnlineStage(7, 0.25, "none")
+    with pytest.raises(PlanError, match="window"):
+        example.plan(3, window=0)
 
 
 @pytest.mark.parametrize("n_skip", [-1, 6, 2.5, "two"])
@@ -100,10 +180,120 @@ def test_an_impossible_budget_is_refused_and_the_maximum_told(example: Profile, 
 
 
 def test_unknown_names_are_refused_and_the_known_told(example: Profile) -> None:
-    with pytest.raises(CompensationError, match=r"'best'.*paper, none, median"):
+    with pytest.raises(CompensationError, match=r"'best'.*none, paper, median, affine"):
         example.plan(1, compensation="best")
     with pytest.raises(PlanError, match=r"'best'.*adaskip"):
         example.plan(1, strategy="best")
+    with pytest.raises(PlanError, match=r"'best'.*prefill, decode, e2e"):
+        example.plan(1, mode="best")  # type: ignore[arg-type]
+
+
+# --- speed-ups --------------------------------------------------------------------------------------------------------
+
+
+class FakeCost:
+    """Attention costs its context, an FFN its layer's number plus one, the rest 2; [n_layer, 2] in all."""
+
+    def seconds(self, skip: Any, context: int, phase: str) -> float:
+        skip = np.zeros((3, 2), bool) if skip is None else skip
+        each = np.stack([np.full(3, context / 100), np.arange(1.0, 4.0)], axis=1)
+        return float((each * ~skip).sum() + 2) * (1 if phase == "prefill" else 0.01)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"fake": [1.5, 2]}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FakeCost)
+
+
+@pytest.fixture
+def costed() -> Profile:
+    return profile([[0.97, 0.9], [0.93, 0.8], [0.9, 0.95]], cost=FakeCost())
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("context", [10, 100, 1000])
+@pytest.mark.parametrize("speedup", [1, 1.1, 1.25, 1.5, 2.5])
+@pytest.mark.parametrize("ranking", ["efficiency", "similarity"])
+def test_a_speed_up_is_reached_with_nothing_to_spare(
+    costed: Profile, ranking: Any, speedup: float, context: int, phase: Any
+) -> None:
+    cost = FakeCost()
+    goal = cost.seconds(None, context, phase) / speedup
+    skip = costed.plan(speedup=speedup, context=context, phase=phase, ranking=ranking).decode.skip
+    assert cost.seconds(skip, context, phase) <= goal
+    if ranking == "similarity":  # the paper's ranking, cut off as early as it suffices
+        n = int(skip.sum())
+        np.testing.assert_array_equal(skip, costed.plan(n).decode.skip)
+        assert n == 0 or cost.seconds(costed.plan(n - 1).decode.skip, context, phase) > goal
+    else:  # no sublayer of it is skipped for nothing
+        for sublayer in np.argwhere(skip):
+            less = skip.copy()
+            less[tuple(sublayer)] = False
+            assert cost.seconds(less, context, phase) > goal
+
+
+def test_a_cheap_attention_is_not_skipped_for_nothing_but_a_dear_one_is(costed: Profile) -> None:
+    # The similarest sublayer is the attention of layer 0: of 2% of the time at 10 tokens, of 26% at 1,000.
+    assert costed.plan(speedup=1.3, context=10).attention == ()
+    assert costed.plan(speedup=1.3, context=10, ranking="similarity").attention == (0,)
+    assert costed.plan(speedup=1.3, context=1000).attention == (0,)
+
+
+def test_the_choice_loses_little_more_than_the_best_of_all(costed: Profile) -> None:
+    lost = 1 - costed.similarity
+    for speedup in (1.1, 1.25, 1.5, 2):
+        goal = FakeCost().seconds(None, 100, "prefill") / speedup
+        best = np.inf
+        for n in range(7):
+            for chosen in combinations(range(6), n):
+                skip = np.isin(np.arange(6), chosen).reshape(3, 2)
+                if FakeCost().seconds(skip, 100, "prefill") <= goal:
+                    best = min(best, lost[skip].sum())
+        assert lost[costed.plan(speedup=speedup, context=100).prefill.skip].sum() <= 1.5 * best
+
+
+def test_a_baseline_skips_layers_until_the_speed_up_is_reached(costed: Profile) -> None:
+    # At 100 tokens layers cost 2, 3 and 4 of 11 s.
+    assert costed.plan(strategy="early_exit", speedup=1.5, context=100).ffn == (2,)
+    assert costed.plan(strategy="early_exit", speedup=1.6, context=100).ffn == (1, 2)
+    plan = costed.plan(strategy="skip_decode", speedup=1.6, context=100, mode="decode")
+    assert plan.schedule[-1][1].ffn == (1, 2), "decode is the phase of mode decode; the last set counts"
+
+
+def test_a_speed_up_out_of_reach_tells_how_far_one_can_go(costed: Profile) -> None:
+    for ranking in ("efficiency", "similarity"):
+        with pytest.raises(BudgetError, match=r"6 sublayers .* 2 s instead of 11 s.*at most 5\.50"):
+            costed.plan(speedup=6, context=100, ranking=ranking)
+    assert costed.plan(speedup=5.5, context=100).n_skip == 6
+    with pytest.raises(BudgetError, match="early_exit"):
+        costed.plan(speedup=6, context=100, strategy="early_exit")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speedup": 1.2}, "give context"),
+        ({"speedup": 1.2, "context": 0}, "give context"),
+        ({"speedup": 0.9, "context": 10}, "from 1 on"),
+        ({"speedup": NAN, "context": 10}, "from 1 on"),
+        ({"speedup": 1.2, "context": 10, "n_skip": 3}, "two budgets"),
+        ({"context": 10}, "give speedup too"),
+        ({"phase": "decode"}, "give speedup too"),
+        ({"speedup": 1.2, "context": 10, "phase": "both"}, "'prefill' or 'decode'"),
+        ({"speedup": 1.2, "context": 10, "ranking": "best"}, "'efficiency' or 'similarity'"),
+        ({"speedup": 1.2, "context": 10, "mode": "decode", "phase": "prefill"}, "phase='decode'"),
+        ({"speedup": 1.2, "context": 10, "strategy": "manual", "ffn": [1]}, "leave speedup out"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(costed: Profile, options: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        costed.plan(**options)
+
+
+def test_a_speed_up_needs_a_cost_model(example: Profile) -> None:
+    with pytest.raises(PlanError, match="calibrate again, or give n_skip"):
+        example.plan(speedup=1.2, context=100)
 
 
 # --- the object -------------------------------------------------------------------------------------------------------
@@ -115,30 +305,51 @@ def test_the_arrays_are_read_only_and_tell_what_is_skippable(example: Profile) -
     np.testing.assert_array_equal(example.skippable, [[True, True], [True, False], [True, True]])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"norm_ratio": np.ones((2, 2))},
-        {"median_ratio": np.full((3, 2), np.inf)},
-        {"norm_ratio": np.ones((3, 2))},  # a ratio where there is no similarity
-        {"norm_ratio": np.full((3, 2), NAN)},
-    ],
-)
-def test_impossible_arrays_are_refused(example: Profile, changes: dict[str, Any]) -> None:
-    with pytest.raises(ProfileFormatError, match="calibrate again"):
-        profile(example.similarity, **changes)
+def test_a_profile_is_of_one_model(example: Profile) -> None:
+    with pytest.raises(ProfileFormatError, match="4 layers, the model has 3"):
+        replace(example, decode=statistics(np.ones((4, 2)), vectors=True))
+    with pytest.raises(ProfileFormatError, match=r"lengths differ, 5 in prefill and None in decode.*calibrate again"):
+        replace(example, decode=replace(example.decode, mean_u=None, mean_v=None))
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_profile_survives_its_file(example: Profile, tmp_path: Path) -> None:
+def test_a_profile_survives_its_files(example: Profile, tmp_path: Path) -> None:
     example.save(tmp_path / "p.json")
     loaded = Profile.load(str(tmp_path / "p.json"))
     assert loaded == example
     np.testing.assert_array_equal(loaded.similarity, example.similarity)
+    np.testing.assert_array_equal(loaded.decode.mean_v, example.decode.mean_v)
     assert loaded.plan(3) == example.plan(3)
+    assert sorted(os.listdir(tmp_path)) == ["p.json", "p.npz"]
+
+
+def test_a_profile_without_vectors_has_one_file(example: Profile, tmp_path: Path) -> None:
+    bare = without_vectors(example)
+    bare.save(tmp_path / "p.json")
+    assert Profile.load(tmp_path / "p.json") == bare != example
     assert os.listdir(tmp_path) == ["p.json"]
+
+
+def test_a_cost_model_is_part_of_the_file(costed: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(profile_file, "_cost_model", lambda data: seen.append(data) or FakeCost())
+    costed.save(tmp_path / "p.json")
+    assert Profile.load(tmp_path / "p.json") == costed
+    assert seen == [{"fake": [1.5, 2]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "sidecar"), [("p.json", "p.npz"), ("m.adaskip.json", "m.adaskip.npz"), ("p", "p.npz")]
+)
+def test_the_vectors_lie_beside_the_profile(example: Profile, tmp_path: Path, name: str, sidecar: str) -> None:
+    example.save(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == sorted([name, sidecar])
+    vectors = np.load(tmp_path / sidecar)
+    assert {key: (vectors[key].dtype, vectors[key].shape) for key in vectors.files} == {
+        f"{phase}_mean_{name}": (np.float32, (3, 2, 5)) for phase in ("prefill", "decode") for name in "uv"
+    }
 
 
 def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Profile, tmp_path: Path) -> None:
@@ -148,36 +359,47 @@ def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Pr
         raise AssertionError(constant)
 
     data = json.loads((tmp_path / "p.json").read_text(), parse_constant=refuse)
-    assert (data["format"], data["version"]) == ("adaskip-profile", 1)
+    assert (data["format"], data["version"]) == ("adaskip-profile", 2)
     assert data["prefill"]["similarity"] == [[0.5, 0.9], [0.99, None], [0.7, 0.99]]
+    assert data["prefill"]["layer_similarity"] == [pytest.approx(0.7), None, pytest.approx(0.845)]
+    assert data["decode"]["norm_ratio"] == [[1.2, 1.2], [1.2, None], [1.2, 1.2]]
     assert data["calibration"]["corpus"] == "some text [with brackets], two pages"
+    assert data["vectors"].pop("file") == "p.npz" and len(data["vectors"].pop("sha256")) == 64
     assert data == example.to_dict()
 
 
-@pytest.mark.parametrize("fail", ["os.replace", "os.fsync", "json.dumps"])
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("fail", ["os.replace", "os.fsync", "json.dumps", "second os.replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(
-    example: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: str, error: BaseException
+def test_a_failed_save_keeps_the_old_files_and_leaves_no_others(
+    example: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: str, error: BaseException, old: bool
 ) -> None:
     path = tmp_path / "p.json"
-    path.write_text("old")
+    before = profile([[0.1, 0.2], [0.3, 0.4]])
+    if old:
+        before.save(path)
+    calls, real = [], os.replace
 
-    def broken(*args: object, **kwargs: object) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        if fail.startswith("second") and len(calls) != 2:
+            return real(*args)
         raise error
 
-    monkeypatch.setattr(fail, broken)
+    monkeypatch.setattr(fail.removeprefix("second "), broken)
     with pytest.raises(type(error)):
         example.save(path)
     monkeypatch.undo()
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["p.json"]
+    assert sorted(os.listdir(tmp_path)) == (["p.json", "p.npz"] if old else [])
+    assert not old or Profile.load(path) == before
 
 
 def test_a_save_follows_a_link_and_replaces_no_device(example: Profile, tmp_path: Path) -> None:
     link = tmp_path / "link.json"
     link.symlink_to(tmp_path / "real.json")
     example.save(link)
-    assert link.is_symlink() and Profile.load(tmp_path / "real.json") == example
+    assert link.is_symlink() and Profile.load(tmp_path / "real.json") == Profile.load(link) == example
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "real.json", "real.npz"]
     with pytest.raises(OSError, match="not a regular file"):
         example.save(tmp_path)
 
@@ -208,12 +430,82 @@ def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> Non
         Profile.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
 def test_another_format_version_is_refused(example: Profile, tmp_path: Path, version: Any) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps({**example.to_dict(), "version": version}))
-    with pytest.raises(ProfileVersionError, match=r"format version .* reads 1"):
+    with pytest.raises(ProfileVersionError, match=r"format version .* reads 2"):
         Profile.load(path)
+
+
+# --- the vectors' file ------------------------------------------------------------------------------------------------
+
+
+def test_missing_vectors_are_named_with_the_way_out(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    (tmp_path / "p.npz").unlink()
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*p\.npz', is missing.*put it back.*or calibrate again"):
+        Profile.load(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "a bit flipped", "another profile's"])
+def test_vectors_that_are_not_those_of_the_profile_are_refused(example: Profile, tmp_path: Path, damage: str) -> None:
+    example.save(tmp_path / "p.json")
+    path = tmp_path / "p.npz"
+    content = bytearray(path.read_bytes())
+    if damage == "a bit flipped":
+        content[len(content) // 2] ^= 1
+    elif damage == "another profile's":
+        profile([[0.5, 0.9]]).save(tmp_path / "q.json")
+        content = bytearray((tmp_path / "q.npz").read_bytes())
+    path.write_bytes(content[: {"truncated": -1, "empty": 0}.get(damage)])
+    with pytest.raises(
+        ProfileFormatError, match=r"p\.json.*p\.npz', is truncated or of another profile.*calibrate again"
+    ):
+        Profile.load(tmp_path / "p.json")
+
+
+def test_a_renamed_profile_still_finds_its_vectors(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    (tmp_path / "p.json").rename(tmp_path / "other.json")
+    assert Profile.load(tmp_path / "other.json") == example
+
+
+@pytest.mark.parametrize("name", ["../p.npz", "/etc/passwd", "..", "", 5, None])
+def test_the_vectors_are_read_from_beside_the_profile_only(example: Profile, tmp_path: Path, name: Any) -> None:
+    example.save(tmp_path / "p.json")
+    data = json.loads((tmp_path / "p.json").read_text())
+    data["vectors"]["file"] = name
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(ProfileFormatError, match="beside the profile"):
+        Profile.load(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"prefill_mean_u": np.zeros((3, 2, 5), np.float32)},
+        {f"{phase}_mean_{name}": np.zeros((3, 2, 4), np.float32) for phase in ("prefill", "decode") for name in "uv"},
+        {f"{phase}_mean_{name}": np.zeros((3, 2, 5)) for phase in ("prefill", "decode") for name in "uv"},
+        {f"{phase}_mean_{name}": np.array([{}]) for phase in ("prefill", "decode") for name in "uv"},
+        None,
+    ],
+)
+def test_vectors_of_a_wrong_shape_or_kind_are_refused(example: Profile, tmp_path: Path, arrays: Any) -> None:
+    example.save(tmp_path / "p.json")
+    path = tmp_path / "p.npz"
+    if arrays is None:
+        path.write_bytes(b"no archive")
+    else:
+        np.savez(path, **arrays)
+    data = json.loads((tmp_path / "p.json").read_text())
+    data["vectors"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(ProfileFormatError, match=r"p\.npz.*calibrate again"):
+        Profile.load(tmp_path / "p.json")
+
+
+# --- the fields -------------------------------------------------------------------------------------------------------
 
 
 def drop(*keys: str) -> Callable[[Any], None]:
@@ -240,7 +532,15 @@ def put(value: Any, *keys: Any) -> Callable[[Any], None]:
         drop("model"),
         drop("calibration"),
         drop("prefill"),
+        drop("decode"),
+        drop("vectors"),
+        drop("vectors", "sha256"),
+        drop("cost"),
         drop("prefill", "median_ratio"),
+        drop("decode", "n_tokens"),
+        put(0.5, "decode", "layer_similarity"),
+        put([[0.5, 0.5]] * 3, "decode", "layer_similarity"),
+        put([], "vectors"),
         drop("model", "n_layer"),
         drop("calibration", "n_tokens"),
         put(None, "model"),
@@ -262,9 +562,10 @@ def put(value: Any, *keys: Any) -> Callable[[Any], None]:
 def test_a_profile_with_a_field_missing_or_malformed_is_refused(
     example: Profile, tmp_path: Path, change: Callable[[Any], None]
 ) -> None:
-    data = example.to_dict()
-    change(data)
     path = tmp_path / "p.json"
+    example.save(path)
+    data = json.loads(path.read_text())
+    change(data)
     path.write_text(json.dumps(data))
     with pytest.raises(ProfileFormatError, match=r"p\.json.*calibrate again"):
         Profile.load(path)

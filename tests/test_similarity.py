@@ -1,9 +1,18 @@
 """adaskip_cpp.similarity: figures of one request, against float64 computations on whole matrices."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+from conftest import OpenModel, TinyModel
+from reference import ReferenceModel, ReferenceRun
 
+from adaskip_cpp.errors import ProfileFormatError
 from adaskip_cpp.similarity import RequestStatistics
+from adaskip_cpp.statistics import PhaseStatistics
 
 N_LAYER, N_TOKENS, N_EMBD = 3, 41, 16
 
@@ -17,16 +26,24 @@ def streams() -> tuple[np.ndarray, np.ndarray]:
     return u, u + 0.3 * rng.normal(size=u.shape)
 
 
-def reduce(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    dot, u_sq, v_sq = (np.einsum("lktd,lktd->lkt", a, b) for a, b in ((u, v), (u, u), (v, v)))
-    return dot.astype(np.float32), u_sq.astype(np.float32), v_sq.astype(np.float32)
+def reduce(u: np.ndarray, v: np.ndarray, vectors: bool = True) -> SimpleNamespace:
+    """One ubatch of statistics, [n_layer, 2, n_tokens, n_embd] reduced as the evaluator does."""
+    dot, u_sq, v_sq = (np.einsum("lktd,lktd->lkt", a, b).astype(np.float32) for a, b in ((u, v), (u, u), (v, v)))
+    layer_dot = np.einsum("ltd,ltd->lt", u[:, 0], v[:, 1]).astype(np.float32)
+    sums = [(a.sum(axis=2)).astype(np.float32) if vectors else None for a in (u, v)]
+    return SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, layer_dot=layer_dot, sum_u=sums[0], sum_v=sums[1])
+
+
+def constant(dot: np.ndarray, u_sq: np.ndarray, v_sq: np.ndarray) -> SimpleNamespace:
+    """A ubatch of one layer, without vectors."""
+    return SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, layer_dot=dot[:, 0], sum_u=None, sum_v=None)
 
 
 def accumulate(u: np.ndarray, v: np.ndarray, pieces: list[int]) -> RequestStatistics:
     statistics = RequestStatistics(N_LAYER)
     start = 0
     for n in pieces:
-        statistics.add(*reduce(u[:, :, start : start + n], v[:, :, start : start + n]))
+        statistics.add(reduce(u[:, :, start : start + n], v[:, :, start : start + n]))
         start += n
     assert start == N_TOKENS
     return statistics
@@ -43,6 +60,11 @@ def test_figures_are_those_of_the_whole_request(streams: tuple[np.ndarray, np.nd
     ]
     np.testing.assert_allclose(result.norm_ratio, frobenius, rtol=1e-6)
     np.testing.assert_allclose(result.median_ratio, np.median(norm_v / norm_u, axis=2), rtol=1e-6)
+    # A layer's input is its attention's, its output its FFN's.
+    layer_cosine = (u[:, 0] * v[:, 1]).sum(axis=2) / (norm_u[:, 0] * norm_v[:, 1])
+    np.testing.assert_allclose(result.layer_similarity, layer_cosine.mean(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(result.mean_u, u.mean(axis=2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result.mean_v, v.mean(axis=2), rtol=1e-5, atol=1e-5)
     assert result.n_tokens == N_TOKENS
     assert result.similarity.dtype == result.norm_ratio.dtype == result.median_ratio.dtype == np.float64
 
@@ -53,19 +75,33 @@ def test_they_do_not_depend_on_how_it_is_split(streams: tuple[np.ndarray, np.nda
     np.testing.assert_allclose(split.similarity, whole.similarity, rtol=1e-12)
     np.testing.assert_allclose(split.norm_ratio, whole.norm_ratio, rtol=1e-12)
     np.testing.assert_array_equal(split.median_ratio, whole.median_ratio)
+    np.testing.assert_allclose(split.layer_similarity, whole.layer_similarity, rtol=1e-12)
+    np.testing.assert_allclose(split.mean_u, whole.mean_u, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(split.mean_v, whole.mean_v, rtol=1e-5, atol=1e-4)
 
 
 def test_what_was_not_observed_is_nan(streams: tuple[np.ndarray, np.ndarray]) -> None:
-    dot, u_sq, v_sq = reduce(*streams)
-    for array in (dot, u_sq, v_sq):
+    batch = reduce(*streams)
+    for array in (batch.dot, batch.u_sq, batch.v_sq, batch.sum_u, batch.sum_v):
         array[1, 0] = np.nan
     statistics = RequestStatistics(N_LAYER)
-    statistics.add(dot, u_sq, v_sq)
+    statistics.add(batch)
     result = statistics.result()
     expected = np.zeros((N_LAYER, 2), bool)
     expected[1, 0] = True
     for array in (result.similarity, result.norm_ratio, result.median_ratio):
         np.testing.assert_array_equal(np.isnan(array), expected)
+    np.testing.assert_array_equal(np.isnan(result.layer_similarity), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(result.mean_u).all(axis=2), expected)
+
+
+def test_without_sums_there_are_no_mean_vectors(streams: tuple[np.ndarray, np.ndarray]) -> None:
+    u, v = streams
+    statistics = RequestStatistics(N_LAYER)
+    statistics.add(reduce(u, v))
+    assert statistics.result().mean_u is not None
+    statistics.add(reduce(u, v, vectors=False))
+    assert statistics.result().mean_u is statistics.result().mean_v is None
 
 
 def test_nothing_fed_is_nothing_observed() -> None:
@@ -76,7 +112,7 @@ def test_nothing_fed_is_nothing_observed() -> None:
 def test_a_token_of_zero_norm_counts_as_unlike_and_has_no_ratio() -> None:
     dot = np.array([1.0, 0.0, 1.0], np.float32) * np.ones((1, 2, 1), np.float32)
     statistics = RequestStatistics(1)
-    statistics.add(dot, dot, 4 * dot)
+    statistics.add(constant(dot, dot, 4 * dot))
     result = statistics.result()
     np.testing.assert_allclose(result.similarity, (0.5 + 0 + 0.5) / 3)
     np.testing.assert_allclose(result.norm_ratio, 2)
@@ -87,7 +123,7 @@ def test_a_sublayer_that_is_zero_throughout_is_not_observed() -> None:
     zero, one = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 3), np.float32)
     for u_sq, v_sq in ((zero, one), (one, zero)):
         statistics = RequestStatistics(1)
-        statistics.add(zero, u_sq, v_sq)
+        statistics.add(constant(zero, u_sq, v_sq))
         result = statistics.result()
         assert np.isnan([result.similarity, result.norm_ratio, result.median_ratio]).all()
 
@@ -95,12 +131,82 @@ def test_a_sublayer_that_is_zero_throughout_is_not_observed() -> None:
 def test_huge_norms_do_not_overflow() -> None:
     huge = np.full((1, 2, 3), 1e30, np.float32)
     statistics = RequestStatistics(1)
-    statistics.add(huge, huge, huge)
+    statistics.add(constant(huge, huge, huge))
     np.testing.assert_allclose(statistics.result().similarity, 1, rtol=1e-6)
 
 
-def test_wrong_shapes_are_refused() -> None:
-    good = np.ones((N_LAYER, 2, 5), np.float32)
-    for bad in (good[:2], good[:, :1], good[..., :4], good[..., None]):
-        with pytest.raises(ValueError, match="expected three arrays"):
-            RequestStatistics(N_LAYER).add(good, good, bad)
+def test_wrong_shapes_are_refused(streams: tuple[np.ndarray, np.ndarray]) -> None:
+    good = reduce(*streams)
+    v_sq, layer_dot, sum_v = good.v_sq, good.layer_dot, good.sum_v
+    for bad, message in (
+        *(
+            ({"v_sq": array}, "expected three arrays")
+            for array in (v_sq[:2], v_sq[:, :1], v_sq[..., :4], v_sq[..., None])
+        ),
+        *(({"layer_dot": array}, "expected layer_dot") for array in (layer_dot[:2], layer_dot[:, :4])),
+        *(({"sum_v": array}, "expected vectors") for array in (sum_v[:2], sum_v[..., :4], sum_v[..., 0])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RequestStatistics(N_LAYER).add(SimpleNamespace(**{**vars(good), **bad}))
+
+
+def test_each_request_weighs_the_same_whatever_its_length(streams: tuple[np.ndarray, np.ndarray]) -> None:
+    u, v = streams
+    results = []
+    for stop in (3, N_TOKENS):
+        statistics = RequestStatistics(N_LAYER)
+        statistics.add(reduce(u[:, :, :stop], v[:, :, :stop]))
+        results.append(statistics.result())
+    mean = PhaseStatistics.mean(results)
+    for name in ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean_u", "mean_v"):
+        np.testing.assert_allclose(
+            getattr(mean, name), (getattr(results[0], name) + getattr(results[1], name)) / 2, rtol=1e-6
+        )
+    assert mean.n_tokens == 3 + N_TOKENS
+    assert PhaseStatistics.mean([results[0], replace(results[1], mean_u=None, mean_v=None)]).mean_u is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_ratio": np.ones((2, 2))},
+        {"layer_similarity": np.ones((3, 2))},
+        {"layer_similarity": np.full(3, np.inf)},
+        {"median_ratio": np.full((3, 2), np.inf)},
+        {"norm_ratio": np.full((3, 2), np.nan)},
+        {"similarity": np.ones(3)},
+        {"mean_u": None},
+        {"mean_v": np.ones((3, 2, 5), np.float32)},
+        {"mean_v": np.full((3, 2, N_EMBD), np.nan, np.float32)},
+    ],
+)
+def test_impossible_statistics_are_refused(streams: tuple[np.ndarray, np.ndarray], changes: dict[str, Any]) -> None:
+    statistics = accumulate(*streams, [N_TOKENS]).result()
+    with pytest.raises(ProfileFormatError, match="calibrate again"):
+        replace(statistics, **changes)
+
+
+def test_statistics_are_equal_by_value_and_read_only(streams: tuple[np.ndarray, np.ndarray]) -> None:
+    statistics = accumulate(*streams, [N_TOKENS]).result()
+    assert statistics == accumulate(*streams, [N_TOKENS]).result()
+    assert statistics != replace(statistics, mean_u=None, mean_v=None)
+    assert statistics != replace(statistics, layer_similarity=statistics.layer_similarity / 2)
+    with pytest.raises(ValueError, match="read-only"):
+        statistics.mean_u[0, 0, 0] = 1  # type: ignore[index]
+
+
+def test_layers_and_mean_vectors_equal_a_numpy_forward_pass(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    """The whole way from the graph to the figures, in ubatches of 16, against whole matrices of the reference."""
+    trace = ReferenceRun(ReferenceModel(tiny())).eval(tokens(50))
+    assert trace.layer_dot is not None and trace.sum_u is not None and trace.sum_v is not None
+    llm = open_model(tiny(), n_batch=32, n_ubatch=16)
+    statistics = RequestStatistics(llm.n_layer)
+    with llm.collect_statistics(statistics.add, vectors=True):
+        llm.eval(tokens(50))
+    result = statistics.result()
+    layer_cosine = trace.layer_dot / np.sqrt(trace.u_sq[:, 0] * trace.v_sq[:, 1])
+    np.testing.assert_allclose(result.layer_similarity, layer_cosine.mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(result.mean_u, trace.sum_u / 50, atol=1e-5 * np.abs(trace.sum_u).max())
+    np.testing.assert_allclose(result.mean_v, trace.sum_v / 50, atol=1e-5 * np.abs(trace.sum_v).max())

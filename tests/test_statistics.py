@@ -1,5 +1,6 @@
 """Statistics computed inside llama.cpp against NumPy passes that share no code with them."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from reference_parallel import eval_parallel
 from stock import EXACT, Job, eval_logits, run_stock
 from tiny_families import N_EMBD, SKIPPABLE
 from tiny_models import write_model
+
+from adaskip_cpp import SkipPlan
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
@@ -25,23 +28,30 @@ SPLITS = {
 }
 
 
-def collect(llm: Any, tokens: list[int], size: int | None = None) -> Trace:
+def collect(llm: Any, tokens: list[int], size: int | None = None, *, vectors: bool = False) -> Trace:
     """Evaluate a request in pieces of ``size`` tokens and put its ubatches together by position."""
     n_layer, size = llm.n_layer, size or len(tokens)
     sums, seen = np.full((3, n_layer, 2, len(tokens)), np.nan), []
+    layer_dot, totals = np.full((n_layer, len(tokens)), np.nan), np.zeros((2, n_layer, 2, N_EMBD))
 
     def sink(batch: Any) -> None:
         for index, values in enumerate((batch.dot, batch.u_sq, batch.v_sq)):
             assert values.shape == (n_layer, 2, len(batch.positions)) and values.dtype == np.float32
             sums[index][:, :, batch.positions] = values
+        assert batch.layer_dot.shape == (n_layer, len(batch.positions)) and batch.layer_dot.dtype == np.float32
+        layer_dot[:, batch.positions] = batch.layer_dot
+        assert (batch.sum_u is None) == (batch.sum_v is None) == (not vectors)
+        if vectors:
+            assert batch.sum_u.shape == (n_layer, 2, N_EMBD) and batch.sum_u.dtype == np.float32
+            totals[:] += batch.sum_u, batch.sum_v
         seen.extend(batch.positions.tolist())
 
     llm.reset()
-    with llm.collect_statistics(sink):
+    with llm.collect_statistics(sink, vectors=vectors):
         for start in range(0, len(tokens), size):
             llm.eval(tokens[start : start + size])
     assert seen == list(range(len(tokens))), "each token is delivered exactly once, in order"
-    return Trace(np.empty((0, 0)), *sums)
+    return Trace(np.empty((0, 0)), *sums, layer_dot, *(totals if vectors else (None, None)))
 
 
 def assert_equal(actual: Trace, expected: Trace, tolerance: float) -> None:
@@ -100,10 +110,13 @@ def test_collecting_statistics_changes_no_bit_of_the_logits(
 ) -> None:
     options, pieces = {"n_ctx": 128, "logits_all": True, **EXACT}, [tokens(40)[:36], *([t] for t in tokens(40)[36:])]
     (expected,) = run_stock([Job(str(tiny(name)), pieces, options)])
-    llm, seen = open_model(tiny(name)), []
-    llm._adaskip.start_statistics(lambda batch: seen.extend(batch.positions.tolist()), keep_logits=True)
-    np.testing.assert_array_equal(eval_logits(llm, pieces), expected)
-    assert seen == list(range(40))
+    for vectors in (False, True):
+        llm, seen = open_model(tiny(name)), []
+        with llm.collect_statistics(
+            lambda batch, seen=seen: seen.extend(batch.positions), keep_logits=True, vectors=vectors
+        ):
+            np.testing.assert_array_equal(eval_logits(llm, pieces), expected)
+        assert seen == list(range(40))
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
@@ -116,6 +129,110 @@ def test_a_sublayer_that_adds_nothing_has_similarity_one_and_ratio_one(
     np.testing.assert_allclose(trace.dot[1, 1], trace.u_sq[1, 1], rtol=1e-5)
     np.testing.assert_allclose(trace.v_sq[1, 1], trace.u_sq[1, 1], rtol=1e-5)
     assert (np.abs(trace.dot[1, 0] / trace.u_sq[1, 0] - 1) > 1e-3).any(), "the attention beside it does add"
+
+
+# -- vectors and whole layers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_sums_of_inputs_and_outputs_equal_the_reference(
+    split: str, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    # Sums of 40 tokens in float32: 1e-6 of their largest value is measured.
+    size, options = SPLITS[split]
+    actual = collect(open_model(tiny(), **options), tokens(40), size, vectors=True)
+    expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40))
+    np.testing.assert_allclose(actual.sum_u, expected.sum_u, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(actual.sum_v, expected.sum_v, rtol=0, atol=1e-4)
+    assert np.abs(expected.sum_u).max() > 10
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_layers_input_times_its_output_equals_the_reference(
+    split: str, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    size, options = SPLITS[split]
+    actual = collect(open_model(tiny(), **options), tokens(40), size)
+    expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40))
+    np.testing.assert_allclose(actual.layer_dot, expected.layer_dot, rtol=1e-5, atol=1e-4)
+
+
+def test_parallel_layers_have_them_too(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    # The sum of a sublayer's outputs is that of the next one's inputs; a layer's input and output obey Cauchy-Schwarz
+    # with the norms of the NumPy pass.
+    trace = collect(open_model(tiny("gptneox-parallel")), tokens(40), vectors=True)
+    expected = eval_parallel(tiny("gptneox-parallel"), tokens(40))
+    np.testing.assert_allclose(
+        trace.sum_v.reshape(-1, N_EMBD)[:-1], trace.sum_u.reshape(-1, N_EMBD)[1:], rtol=1e-4, atol=1e-4
+    )
+    assert (trace.layer_dot**2 <= 1.001 * expected.u_sq[:, 0] * expected.v_sq[:, 1]).all()
+
+
+def test_a_skipped_sublayer_is_not_observed(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    llm, seen = open_model(tiny()), []
+    llm.set_plan(SkipPlan.manual(3, attention=[1], ffn=[2]))
+    with llm.collect_statistics(seen.append, vectors=True):
+        llm.eval(tokens(20))
+    (batch,) = seen
+    skipped = np.zeros((3, 2), bool)
+    skipped[1, 0] = skipped[2, 1] = True
+    for values in (batch.dot, batch.u_sq, batch.v_sq, batch.sum_u, batch.sum_v):
+        assert np.isnan(values).all(axis=-1).tolist() == skipped.tolist()
+        assert np.isnan(values).any(axis=-1).tolist() == skipped.tolist()
+    assert np.isnan(batch.layer_dot).all(axis=-1).tolist() == [False, True, True]
+
+
+# -- decode ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logits_all", [True, False])
+def test_generated_tokens_are_observed_one_by_one_as_decode(
+    logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    # The last generated token is not evaluated. Each of them is an output, so the last layer's FFN sees it as well.
+    llm, plain, seen = open_model(tiny(), logits_all=logits_all), open_model(tiny(), logits_all=logits_all), []
+    with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
+        generated = list(itertools.islice(llm.generate(tokens(20), temp=0.0), 9))
+    assert generated == list(itertools.islice(plain.generate(tokens(20), temp=0.0), 9)), "the logits are untouched"
+    assert [batch.phase for batch in seen] == ["prefill"] + ["decode"] * 8
+    assert [batch.positions.tolist() for batch in seen[1:]] == [[position] for position in range(20, 28)]
+    run = ReferenceRun(ReferenceModel(tiny()))
+    run.eval(tokens(20))
+    for batch, token in zip(seen[1:], generated[:-1], strict=True):
+        expected = run.eval([token])
+        for part in ("dot", "u_sq", "v_sq", "layer_dot", "sum_u", "sum_v"):
+            np.testing.assert_allclose(getattr(batch, part), getattr(expected, part), rtol=1e-4, atol=1e-4)
+
+
+def test_with_logits_the_last_ffn_and_the_last_layer_are_observed_on_output_tokens_only(
+    tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    # Without logits_all, llama.cpp runs the last FFN for the prompt's last token only.
+    llm, seen = open_model(tiny(), logits_all=False), []
+    with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
+        llm.eval(tokens(20))
+    (batch,), expected = seen, ReferenceRun(ReferenceModel(tiny())).eval(tokens(20))
+    observed = ~np.isnan(batch.dot)
+    assert observed[:2].all()
+    assert not observed[2, 1, :-1].any() and observed[2, 1, -1]
+    np.testing.assert_allclose(batch.dot[observed], expected.dot[observed], rtol=1e-4, atol=1e-4)
+    assert np.isnan(batch.layer_dot[2]).tolist() == [True] * 19 + [False]
+    np.testing.assert_allclose(batch.layer_dot[2, -1], expected.layer_dot[2, -1], rtol=1e-4)
+    last = ReferenceRun(ReferenceModel(tiny()))
+    last.eval(tokens(20)[:-1])
+    np.testing.assert_allclose(batch.sum_u[2, 1], last.eval(tokens(20)[-1:]).sum_u[2, 1], rtol=1e-4, atol=1e-4)
+
+
+def test_without_output_tokens_the_last_ffn_is_not_observed(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    # One call of llama_decode in three ubatches, of which only the last has an output. Reductions of no rows at all
+    # must not be computed: ggml divides by their number.
+    llm, seen = open_model(tiny(), logits_all=False, n_batch=32, n_ubatch=8), []
+    with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
+        llm.eval(tokens(20))
+    assert [len(batch.positions) for batch in seen] == [8, 8, 4]
+    for batch in seen[:-1]:
+        assert np.isnan(batch.dot[2, 1]).all()
+        assert np.isnan(batch.sum_u[2, 1]).all() and np.isnan(batch.sum_v[2, 1]).all()
 
 
 def test_an_error_in_the_sink_reaches_the_caller_and_the_model_works_afterwards(

