@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -15,6 +13,7 @@ from . import corpus
 from .errors import NativeError, RequestError
 from .model import context_size
 from .profile import Profile
+from .progress import RequestProgress, fraction_progress
 from .similarity import RequestStatistics
 from .statistics import PhaseStatistics
 
@@ -27,9 +26,6 @@ __all__ = ["Request", "calibrate"]
 
 Request: TypeAlias = "str | Sequence[SupportsIndex]"
 """A text, or token ids."""
-
-_SHOW_AFTER_S = 2.0
-"""Work that is expected to take longer than this gets a progress display."""
 
 
 def calibrate(
@@ -83,13 +79,13 @@ def calibrate(
     decode: list[PhaseStatistics] = []
     lengths = [len(tokens) + n_decode for tokens in token_lists]
     with _full_model(llm):
-        with _Progress(lengths, progress) as shown:
+        with RequestProgress(lengths, progress) as shown:
             for tokens in token_lists:
                 llm.reset()
                 prefill.append(_prefill(llm, tokens, shown.advance))
                 decode.append(_decode(llm, tokens, n_decode, shown.advance))
                 shown.finish_request()
-        cost_model = _measure_cost(llm) if cost else None
+        cost_model = _measure_cost(llm, progress) if cost else None
 
     return Profile(
         prefill=PhaseStatistics.mean(prefill),
@@ -182,10 +178,11 @@ def _decode(llm: AdaSkipLlama, tokens: list[int], n_decode: int, advance: Callab
     return _complete(statistics, n_decode)
 
 
-def _measure_cost(llm: AdaSkipLlama) -> CostModel:
+def _measure_cost(llm: AdaSkipLlama, progress: bool | None) -> CostModel:
     from .cost import measure_cost
 
-    return measure_cost(llm)
+    with fraction_progress("Timing sublayers", progress) as on_progress:
+        return measure_cost(llm, on_progress=on_progress)
 
 
 def _complete(statistics: RequestStatistics, n_tokens: int) -> PhaseStatistics:
@@ -201,60 +198,3 @@ def _package_version() -> str:
         return metadata.version("adaskip-cpp")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-class _Progress:
-    """A progress bar on stderr that appears once the work is known to take long."""
-
-    def __init__(self, lengths: list[int], show: bool | None) -> None:
-        self._total = sum(lengths)
-        self._n_requests = len(lengths)
-        self._finished = 0
-        self._done = 0
-        self._start = time.monotonic()
-        self._show = sys.stderr.isatty() if show is None else show
-        self._always = show is True
-        self._stack = contextlib.ExitStack()
-        self._update: Callable[[], None] | None = None
-
-    def __enter__(self) -> _Progress:
-        if self._always:
-            self._open()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def advance(self, n_tokens: int) -> None:
-        """Count tokens that have been seen."""
-        self._done += n_tokens
-        if self._show and self._update is None:
-            expected = (time.monotonic() - self._start) * self._total / self._done
-            if expected > _SHOW_AFTER_S:
-                self._open()
-        if self._update is not None:
-            self._update()
-
-    def finish_request(self) -> None:
-        """Count a request that is complete."""
-        self._finished += 1
-        if self._update is not None:
-            self._update()
-
-    def _open(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        bar = self._stack.enter_context(
-            Progress(
-                TextColumn("Calibrating"),
-                BarColumn(bar_width=30),
-                TextColumn("{task.fields[requests]}/{task.fields[n_requests]} requests, {task.completed:,} tokens"),
-                TimeRemainingColumn(),
-                console=console,
-                transient=console.is_terminal,  # elsewhere rich prints the last state, once
-            )
-        )
-        task = bar.add_task("", total=self._total, requests=self._finished, n_requests=self._n_requests)
-        self._update = lambda: bar.update(task, completed=self._done, requests=self._finished)

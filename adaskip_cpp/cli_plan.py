@@ -76,9 +76,9 @@ def plan(profile_path: str, choice: PlanChoice | None, context: int, as_json: bo
 
 def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
     """One row per sublayer, by rank; those that cannot be skipped last."""
-    from .speedup import seconds_saved
+    from .selection import seconds_saved
 
-    saved = None if profile.cost is None else seconds_saved(profile.cost, profile.n_layer, context, phase)
+    saved = None if profile.cost is None else seconds_saved(profile.cost, context, phase)
     skips = {"prefill": chosen.prefill, "decode": chosen.schedule[-1][1] if chosen.schedule else chosen.decode}
     rows = []
     for rank, (layer, kind) in enumerate(_ranked(profile.similarity), start=1):

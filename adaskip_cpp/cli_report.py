@@ -44,7 +44,7 @@ def kv_memory(llm: AdaSkipLlama) -> KVMemory:
     """Return how much KV memory a model has, and how much it would have without a plan."""
     import llama_cpp
 
-    n_elided = len(llm._adaskip.elided_kv())
+    n_elided = len(llm.elided_kv)
     n_kept = llm.n_layer - n_elided
     architecture = llm.metadata.get("general.architecture", "")
     heads = llm.metadata.get(f"{architecture}.attention.head_count_kv", "1")

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from .cost_fit import Group, Sample, fit
-from .cost_model import CELLS, CostModel, CostSettings, PhaseCost
+from .cost_model import CELLS, CostModel, PhaseCost
+from .cost_settings import CostSettings
 from .errors import RequestError
 from .model import context_size
 from .plan import SkipPlan
@@ -125,7 +122,7 @@ class _Measurement:
         for group in groups:
             if group.kind == 0:
                 limits[list(group.layers)] = group.limit
-        return CostModel(_settings(self.llm), prefill, decode, limits, self.deepest), error + error_decode
+        return CostModel(CostSettings.of(self.llm), prefill, decode, limits, self.deepest), error + error_decode
 
     # -- one round: every plan once, so that a slow moment of the machine hits all alike ----------------------------
 
@@ -315,58 +312,3 @@ def _synchronize(llm: AdaSkipLlama) -> None:
     import llama_cpp
 
     llama_cpp.llama_synchronize(llm.ctx)
-
-
-def _settings(llm: AdaSkipLlama) -> CostSettings:
-    parameters: Any = llm.context_params
-    n_gpu_layers = int(llm.model_params.n_gpu_layers)
-    return CostSettings(
-        cpu=_cpu(),
-        devices=_devices(),
-        n_gpu_layers=-1 if n_gpu_layers >= 0x7FFFFFFF else n_gpu_layers,  # llama_cpp.Llama's stand-in for -1
-        n_threads=int(parameters.n_threads),
-        n_threads_batch=int(parameters.n_threads_batch),
-        n_batch=int(llm.n_batch),
-        n_ubatch=int(parameters.n_ubatch),
-        flash_attention=int(parameters.flash_attn_type) == 1,
-        type_k=_type_name(int(parameters.type_k)),
-        type_v=_type_name(int(parameters.type_v)),
-        swa_full=bool(parameters.swa_full),
-        llama_cpp_python=metadata.version("llama-cpp-python"),
-    )
-
-
-def _type_name(number: int) -> str:
-    from gguf import GGMLQuantizationType
-
-    return str(GGMLQuantizationType(number).name)
-
-
-def _cpu() -> str:
-    try:
-        if sys.platform == "linux":
-            with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    if line.startswith("model name"):
-                        return line.partition(":")[2].strip()
-        elif sys.platform == "darwin":
-            command = ("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _devices() -> tuple[str, ...]:
-    """Names of ggml's devices."""
-    import ctypes
-
-    from llama_cpp._ggml import libggml
-
-    try:
-        count, get, name = (getattr(libggml, f"ggml_backend_dev_{each}") for each in ("count", "get", "description"))
-    except AttributeError:
-        return ()
-    count.restype, get.restype, name.restype = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
-    get.argtypes, name.argtypes = (ctypes.c_size_t,), (ctypes.c_void_p,)
-    return tuple((name(get(i)) or b"").decode("utf-8", "replace") for i in range(count()))

@@ -4,74 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from .cost_settings import CostSettings
 from .errors import PlanError, ProfileFormatError
 from .plan import SkipPlan, SkipSet
 
-__all__ = ["CELLS", "CostModel", "CostSettings", "PhaseCost"]
+__all__ = ["CELLS", "CostModel", "PhaseCost"]
 
 CELLS = 256
 """Attention reads KV cells in blocks of this many, filled or not: ``llama_kv_cache::get_n_kv`` pads to it."""
-
-
-@dataclass(frozen=True)
-class CostSettings:
-    """The machine and the settings that times were measured with; with others they are worth nothing.
-
-    Attributes:
-        cpu: name of the processor.
-        devices: names of ggml's devices, as ``("CPU",)``.
-        n_gpu_layers: layers offloaded to them.
-        n_threads, n_threads_batch: CPU threads in decode and in prefill.
-        n_batch, n_ubatch: tokens in a batch, and in what is computed at once.
-        flash_attention: whether attention is computed as one operation.
-        type_k, type_v: ggml types of the KV cache, as ``"F16"``.
-        swa_full: whether sliding-window layers have KV for the whole context.
-        llama_cpp_python: its version.
-    """
-
-    cpu: str
-    devices: tuple[str, ...]
-    n_gpu_layers: int
-    n_threads: int
-    n_threads_batch: int
-    n_batch: int
-    n_ubatch: int
-    flash_attention: bool
-    type_k: str
-    type_v: str
-    swa_full: bool
-    llama_cpp_python: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "devices": list(self.devices)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CostSettings:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            KeyError: a field is missing.
-            ValueError: a field is of another type.
-        """
-        kinds: dict[str, type] = {"str": str, "int": int, "bool": bool}
-        values: dict[str, Any] = {}
-        for each in fields(cls):
-            value = data[each.name]
-            if each.name == "devices":
-                if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-                    raise ValueError("'devices' is not a list of names")
-                value = tuple(value)
-            elif type(value) is not kinds[str(each.type)]:
-                raise ValueError(f"{each.name!r} is {value!r}, not of type {each.type}")
-            values[each.name] = value
-        return cls(**values)
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,6 +150,11 @@ class AdaSkipLlama(llama_cpp.Llama):
         """Bytes of KV cache (and recurrent state), all devices together."""
         return self.counters.kv_bytes
 
+    @property
+    def elided_kv(self) -> tuple[int, ...]:
+        """Layers whose attention has no KV, because the model was opened with a plan that skips them."""
+        return self._adaskip.elided_kv()
+
     # -- the plan ------------------------------------------------------------------------------------------------
 
     @property
@@ -335,7 +340,7 @@ class AdaSkipLlama(llama_cpp.Llama):
             super().save_state(),
             fingerprint=self.model_info.fingerprint,
             kv_runs=self._adaskip.kv_runs(),
-            elided_kv=self._adaskip.elided_kv(),
+            elided_kv=self.elided_kv,
         )
 
     def load_state(self, state: LlamaState) -> None:
@@ -347,7 +352,7 @@ class AdaSkipLlama(llama_cpp.Llama):
         """
         if isinstance(state, AdaSkipState) and state.fingerprint != self.model_info.fingerprint:
             raise StateError("the state was saved from another model; load it into the model that it was saved from.")
-        if (state.elided_kv if isinstance(state, AdaSkipState) else ()) != self._adaskip.elided_kv():
+        if (state.elided_kv if isinstance(state, AdaSkipState) else ()) != self.elided_kv:
             raise StateError(
                 "the state was saved with KV for other layers; load it into a model that was opened with the same "
                 "plan=, or without one where this was."

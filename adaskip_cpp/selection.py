@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -79,18 +80,61 @@ def choose(
             f"that can be skipped it is predicted to take {least:.4g} s instead of {full:.4g} s, {reachable:.2f} times "
             f"faster, and {speedup:g} times would take {goal:.4g} s; ask for at most {reachable:.2f}"
         )
-    saved, lost = seconds_saved(cost, context, phase), 1.0 - similarity
-    price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may & (saved > 0))
-    layer, kind = np.indices(lost.shape)
-    # lexsort's last key is the first criterion; ties as in the paper's ranking: attention first, then the lower layer.
-    order = np.lexsort((layer.ravel(), kind.ravel(), (price if ranking == "efficiency" else lost).ravel()))
-    skip = np.zeros(lost.size, np.bool_)
-    for index in order[may.ravel()[order]]:
-        if cost.seconds(skip.reshape(lost.shape), context, phase) <= goal:
-            break
-        skip[index] = True
+    lost = 1.0 - similarity
+
+    def reached(skip: npt.NDArray[np.bool_]) -> bool:
+        return cost.seconds(skip, context, phase) <= goal
+
     if ranking == "efficiency":
-        for index in sorted(np.flatnonzero(skip), key=lambda each: -lost.flat[each]):
-            skip[index] = False
-            skip[index] = cost.seconds(skip.reshape(lost.shape), context, phase) > goal
-    return skip.reshape(lost.shape)
+        return _cover(lost, seconds_saved(cost, context, phase), may, reached)
+    layer, kind = np.indices(lost.shape)
+    # lexsort's last key is the first criterion; ties as in the paper: attention first, then the lower layer.
+    order = np.lexsort((layer.ravel(), kind.ravel(), lost.ravel()))
+    skip = np.zeros(lost.shape, np.bool_)
+    for index in order[may.ravel()[order]]:
+        if reached(skip):
+            break
+        skip.flat[index] = True
+    return skip
+
+
+def _cover(
+    lost: npt.NDArray[np.float64],
+    saved: npt.NDArray[np.float64],
+    may: npt.NDArray[np.bool_],
+    reached: Callable[[npt.NDArray[np.bool_]], bool],
+) -> npt.NDArray[np.bool_]:
+    """Choose a set that reaches the goal and loses little: the greedy rule of covering knapsacks.
+
+    Sublayers are taken by the least lost per second saved. Before each of them, the set could also be completed by any
+    single one that reaches the goal, and the best of all such sets is kept. At last what is not needed after all is put
+    back, the greatest loss first.
+    """
+    price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may & (saved > 0))
+    best: npt.NDArray[np.bool_] | None = None
+
+    def offer(candidate: npt.NDArray[np.bool_]) -> None:
+        nonlocal best
+        if reached(candidate) and (best is None or lost[candidate].sum() < lost[best].sum()):
+            best = candidate.copy()
+
+    skip = np.zeros(lost.shape, np.bool_)
+    for index in [None, *np.argsort(price, axis=None, kind="stable").tolist()]:
+        if index is not None:
+            if not may.flat[index]:
+                continue
+            skip.flat[index] = True
+        offer(skip)
+        if reached(skip):
+            break
+        for other in sorted(np.flatnonzero(may & ~skip), key=lambda each: lost.flat[each]):
+            completed = skip.copy()
+            completed.flat[other] = True
+            if reached(completed):
+                offer(completed)
+                break
+    assert best is not None  # all together reach it, which the caller has checked
+    for index in sorted(np.flatnonzero(best), key=lambda each: -lost.flat[each]):
+        best.flat[index] = False
+        best.flat[index] = not reached(best)
+    return best

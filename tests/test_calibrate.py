@@ -207,7 +207,7 @@ def test_progress_is_shown_on_a_terminal_if_it_takes_long(
 ) -> None:
     stderr = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(sys.modules[adaskip_cpp.calibrate.__module__], "_SHOW_AFTER_S", -1.0 if slow else 1e9)
+    monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", -1.0 if slow else 1e9)
     calibrate(llm, ["hello", "world"], progress=progress)
     assert ("Calibrating" in stderr.getvalue()) is shown
 

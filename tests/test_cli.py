@@ -286,6 +286,8 @@ def test_plan_ranks_every_sublayer(run: Run, profile_path: Path) -> None:
 class FlatCost:
     """A cost model by hand: an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms."""
 
+    n_layer = 3
+
     def seconds(self, skip: Any, context: int, phase: str) -> float:
         run = np.ones((3, 2)) if skip is None else ~skip
         return float(1e-3 * (1 + 2 * run[:, 0].sum() + run[:, 1].sum()))

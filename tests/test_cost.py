@@ -12,7 +12,8 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from adaskip_cpp import SkipPlan, cost
-from adaskip_cpp.cost_model import CostModel, CostSettings, PhaseCost
+from adaskip_cpp.cost_model import CostModel, PhaseCost
+from adaskip_cpp.cost_settings import CostSettings
 from adaskip_cpp.errors import ModelFileError, PlanError, ProfileFormatError, RequestError
 from adaskip_cpp.plan import SkipSet
 from adaskip_cpp.shapes import same_shape, tensor_shapes

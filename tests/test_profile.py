@@ -194,6 +194,8 @@ def test_unknown_names_are_refused_and_the_known_told(example: Profile) -> None:
 class FakeCost:
     """Attention costs its context, an FFN its layer's number plus one, the rest 2; [n_layer, 2] in all."""
 
+    n_layer = 3
+
     def seconds(self, skip: Any, context: int, phase: str) -> float:
         skip = np.zeros((3, 2), bool) if skip is None else skip
         each = np.stack([np.full(3, context / 100), np.arange(1.0, 4.0)], axis=1)

