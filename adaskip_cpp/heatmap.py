@@ -60,7 +60,7 @@ def print_heatmap(
     legend.append(f"IO similarity {low:.3f} ")
     for step in np.linspace(0, 1, 10):
         _append_cell(legend, float(step), False, console.color_system is not None)
-    legend.append(f" {high:.3f}, by rank" if console.color_system else f" {high:.3f}, by rank")
+    legend.append(f" {high:.3f}, by rank")
     if skip is not None:
         legend.append("   x skipped")
     console.print(legend)
