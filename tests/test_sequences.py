@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import ReferenceModel, ReferenceRun, relative_error
-from tiny_models import N_LAYER, N_VOCAB
+from tiny_families import N_LAYER, N_VOCAB
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.plan import SkipSet
