@@ -116,7 +116,9 @@ class _Measurement:
     def _fit(self, limit: float) -> tuple[CostModel, float]:
         groups = [replace(group, limit=limit if group in self._sliding else math.inf) for group in self.groups]
         n_layer, grows = self.llm.n_layer, not all(sublayer.skippable for sublayer in self.llm.sublayers)
-        prefill, error = fit(self.samples["prefill"], groups, n_layer, self.n_tokens, rest_grows=grows)
+        prefill, error = fit(
+            self.samples["prefill"], self._prefill_groups(groups), n_layer, self.n_tokens, rest_grows=grows
+        )
         decode, error_decode = fit(self.samples["decode"], groups, n_layer, 1, rest_grows=grows)
         limits = np.full(n_layer, math.inf)
         for group in groups:
@@ -131,7 +133,7 @@ class _Measurement:
         self._ubatch()
         for runs in self._mixed():
             self._decode(runs)
-        for group in self.groups:
+        for group in self._prefill_groups():
             if group.kind == 1:
                 self._prepare(self._only(group, group.layers))
                 self._ubatch()
@@ -165,6 +167,17 @@ class _Measurement:
         """Whether so many ubatches, with tokens decoded behind each, still fit into the context."""
         needed = n_ubatches * (self.n_tokens + self._n_decode + 1)
         return self.llm.n_tokens + needed <= self._size
+
+    def _prefill_groups(self, groups: Sequence[Group] | None = None) -> list[Group]:
+        """The groups in prefill, where llama.cpp runs the last layer's FFN for output tokens only: hardly any."""
+        last = self.llm.n_layer - 1
+        result = []
+        for group in self.groups if groups is None else groups:
+            if group.kind == 1 and last in group.layers and len(group.layers) > 1:
+                result += [replace(group, layers=group.layers[:-1]), replace(group, layers=(last,))]
+            else:
+                result.append(group)
+        return result
 
     def _mixed(self) -> list[npt.NDArray[np.bool_]]:
         """The full model, half of each group left out, and halves of several: where real plans are.

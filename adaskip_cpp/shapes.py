@@ -24,7 +24,10 @@ Shape = tuple[str, tuple[int, ...], int]
 
 
 def same_shape(llm: AdaSkipLlama) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Group the sublayers that can be skipped by their graph nodes and their tensors.
+    """Group the sublayers that can be skipped by their tensors.
+
+    Graph nodes tell nothing more (the last layer has one that selects the output tokens), and a group of one sublayer
+    is hard to time; they are all there is for layers whose tensors are in another file.
 
     Returns:
         Per group its column (0 attention, 1 FFN) and its layers, ascending; attention first.
@@ -37,8 +40,9 @@ def same_shape(llm: AdaSkipLlama) -> tuple[tuple[int, tuple[int, ...]], ...]:
     for sublayer in llm.sublayers:
         if sublayer.skippable:
             kind = ("attention", "ffn").index(sublayer.kind)
+            known = sublayer.layer in tensors
             own = (shape for shape in tensors.get(sublayer.layer, ()) if ("ffn" in shape[0]) == (KINDS[kind] == "FFN"))
-            groups[kind, sublayer.nodes, tuple(sorted(own))].append(sublayer.layer)
+            groups[kind, 0 if known else sublayer.nodes, tuple(sorted(own))].append(sublayer.layer)
     return tuple(sorted((kind, tuple(layers)) for (kind, _, _), layers in groups.items()))
 
 

@@ -57,6 +57,7 @@ class TimedLlama:
         self.plan: SkipPlan | None = None
         self.n_tokens, self.n_evaluated = 0, 0
         self.fail_after: int | None = None
+        self.last_ffn_for_outputs_only = False
         self._rng = np.random.default_rng(0)
         self._holes = np.zeros(self.n_layer, bool)
 
@@ -86,7 +87,10 @@ class TimedLlama:
         self._holes |= skip[:, 0]
         self.n_tokens += len(tokens)
         assert self.n_tokens <= len(self.input_ids) and 0 <= min(tokens) <= max(tokens) < 100
-        seconds = self.token_seconds(skip, self.n_tokens) * len(tokens)
+        outputs_only = self.last_ffn_for_outputs_only and len(tokens) > 1 and not skip[-1, 1]
+        seconds = self.token_seconds(skip, self.n_tokens) * len(tokens) - outputs_only * self.base[-1, 1] * (
+            len(tokens) - 1
+        )
         seconds *= max(1 + self.noise * self._rng.normal(), 0.2) * (
             3 if self._rng.random() < 0.05 and self.noise else 1
         )
@@ -159,8 +163,18 @@ def test_layers_of_another_shape_have_their_own_cost_and_equal_ones_share_theirs
     llm = timed([8] * 4 + [16] * 8, base, growth)
     found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
     ffn = found.prefill.base[:, 1] / 512
-    assert len(set(ffn[:4])) == len(set(ffn[4:])) == len(set(found.decode.base[:, 0])) == 1
+    assert len(set(ffn[:4])) == len(set(ffn[4:-1])) == len(set(found.decode.base[4:, 1])) == 1
+    assert len(set(found.decode.base[:, 0])) == len(set(found.prefill.base[:, 0])) == 1
     assert ffn[0] == pytest.approx(3e-4, rel=1e-3) and 6e-4 < ffn[4] < 7e-4
+
+
+def test_in_prefill_the_last_ffn_costs_what_the_output_tokens_cost(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed([8] * 12, base, growth)
+    llm.last_ffn_for_outputs_only = True
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.prefill.base[:, 1], [3e-4 * 512] * 11 + [3e-4], rtol=1e-6)
+    np.testing.assert_allclose(found.decode.base[:, 1], 3e-4, rtol=1e-6)
 
 
 def test_layers_with_a_window_are_found_and_stop_growing(timed: Callable[..., TimedLlama]) -> None:
@@ -276,11 +290,17 @@ def test_a_file_that_is_gone_or_cut_off_is_refused(tmp_path: Path, tiny: Callabl
             tensor_shapes(str(path))
 
 
-def test_sublayers_of_other_nodes_or_tensors_are_other_groups(timed: Callable[..., TimedLlama]) -> None:
+def test_sublayers_of_other_tensors_are_other_groups(timed: Callable[..., TimedLlama]) -> None:
     llm = timed([8, 8, 16, 8], *uniform(4, 1e-4, 3e-4, 0))
     llm.sublayers[0].nodes = 10
     llm.sublayers[3].skippable = False  # FFN of layer 1
-    assert same_shape(llm) == ((0, (0,)), (0, (1, 2, 3)), (1, (0, 3)), (1, (2,)))  # type: ignore[arg-type]
+    assert same_shape(llm) == ((0, (0, 1, 2, 3)), (1, (0, 3)), (1, (2,)))  # type: ignore[arg-type]
+
+
+def test_layers_whose_tensors_are_in_another_file_differ_by_their_nodes(timed: Callable[..., TimedLlama]) -> None:
+    llm = timed([8, 8], *uniform(4, 1e-4, 3e-4, 0))
+    llm.sublayers[4].nodes = 10
+    assert same_shape(llm) == ((0, (0, 1)), (0, (2,)), (0, (3,)), (1, (0, 1)), (1, (2, 3)))  # type: ignore[arg-type]
 
 
 # --- prediction -----------------------------------------------------------------------------------------------------
