@@ -7,7 +7,7 @@ its sublayers. Per context and phase, a plan is made for each speed-up (no onlin
 through ``generate``: prefill is the time to the first token of a prompt, decode that of the median token after it.
 
 The full model and the plans run in turn, the full model at both ends of every round, the plans in the other order every
-second time. A ratio is that of the medians over all rounds. Prints Markdown. On 2 slow cores the defaults take nearly 6
+second time. A ratio is that of the medians over all rounds. Prints Markdown. On 2 slow cores the defaults take 5
 minutes. Nothing else may run meanwhile: the load of the machine is printed with the figures, for that reason.
 """
 
