@@ -112,32 +112,28 @@ ggml_cgraph * adaskip_context::graph_pass(
     running.clear();
     behind.clear();
 
-    graph_key_last = key();
+    const graph_key key_new = key();
+    n_key_changes += !(key_new == graph_key_last);
+    graph_key_last = key_new;
     graph_is_new   = true;
 
     counters.n_nodes_full = ggml_graph_n_nodes(gf);
     counters.n_nodes      = counters.n_nodes_full;
 
+    if (n_key_changes == 0 && kv_elided.empty()) {
+        return gf; // nothing was ever skipped or observed here: the graphs are llama.cpp's own
+    }
+
     const auto & model    = lctx.get_model();
     const bool   has_plan = !active_plan().empty();
+    const bool   has_stat = graph_key_last.statistics != 0;
 
     // where there is a decoder, plans and statistics are about its layers
     const bool is_encoder =
             gtype == LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
 
-    const bool has_stat = graph_key_last.statistics != 0;
-
-    if ((!has_plan && !has_stat && kv_elided.empty()) || is_encoder) {
-        return gf;
-    }
-
-    const auto n_layer  = (uint32_t) llama_model_n_layer(&model);
-    const auto roots    = adaskip_graph_roots(gf);
-    const auto topology = adaskip_topology_find(gf, res.t_embd ? res.t_embd : res.t_logits, (int) n_layer, kv_elided);
-    if (!check(topology)) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
-        return nullptr;
-    }
+    const auto n_layer = (uint32_t) llama_model_n_layer(&model);
+    const auto roots   = adaskip_graph_roots(gf);
 
     const ggml_init_params params = {
         /*.mem_size   =*/ggml_tensor_overhead() * adaskip_graph_max_nodes(n_layer),
@@ -146,23 +142,29 @@ ggml_cgraph * adaskip_context::graph_pass(
     };
     ctx.reset(ggml_init(params));
 
-    if (has_plan) {
-        skip_sublayers(topology, gf);
-    }
-    if (has_stat) {
-        add_statistics(topology);
-    }
-
+    adaskip_topology    topology;
     const ggml_tensor * dropped = nullptr;
-    if (statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
-        // nobody reads the outputs: more rows than the batch asked for
-        dropped      = res.t_logits;
-        res.t_logits = nullptr;
-        res.t_embd   = nullptr;
+
+    if ((has_plan || has_stat || !kv_elided.empty()) && !is_encoder) {
+        topology = adaskip_topology_find(gf, res.t_embd ? res.t_embd : res.t_logits, (int) n_layer, kv_elided);
+        if (!check(topology)) {
+            LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
+            return nullptr;
+        }
+        if (has_plan) {
+            skip_sublayers(topology, gf);
+        }
+        if (has_stat) {
+            add_statistics(topology);
+        }
+        if (statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
+            // nobody reads the outputs: more rows than the batch asked for
+            dropped      = res.t_logits;
+            res.t_logits = nullptr;
+            res.t_embd   = nullptr;
+        }
     }
     rebuild(topology, gf, roots, dropped);
-
-    counters.n_nodes = ggml_graph_n_nodes(gf);
 
     return gf;
 }

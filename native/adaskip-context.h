@@ -185,6 +185,7 @@ private:
     int           reduce(ggml_tensor * a, ggml_tensor * b, ggml_tensor * node);
     int           sum_over_tokens(ggml_tensor * t, ggml_tensor * node);
     int           add_reduction(ggml_tensor * t, ggml_tensor * node);
+    void          add_marker(ggml_cgraph * gf, int64_t n_values);
     ggml_tensor * resolve(ggml_tensor * t) const;
     void          read_replaced(ggml_tensor * node) const;
 
@@ -208,7 +209,8 @@ private:
     //
 
     graph_key graph_key_last;
-    bool      graph_is_new = false;
+    int64_t   n_key_changes = 0; // graphs before and after a change have different shapes
+    bool      graph_is_new  = false;
 
     ggml_context_ptr ctx; // the tensors that the pass added
 

@@ -218,11 +218,21 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
     }
 }
 
+// A node that is allocated and not computed. ggml_gallocr keeps its allocation plan, which goes by the position of a
+// node or leaf in the graph, while the number of both stays the same and no node needs more memory than it was planned
+// for. llama.cpp's graphs of one model have one shape, so that suffices; ours change it with the plan, and two that
+// differ may well have equally many nodes. A first node that needs more memory after every such change makes ggml plan
+// anew.
+void adaskip_context::add_marker(ggml_cgraph * gf, int64_t n_values) {
+    ggml_build_forward_order(gf, ggml_arange(ctx.get(), 0.0f, (float) n_values, 1.0f));
+}
+
 // Lists the live nodes again, in the order in which llama.cpp had them. Dead are the nodes that only a skipped branch
 // needs, and the stores of a skipped attention.
 void adaskip_context::rebuild(const adaskip_topology & topology, ggml_cgraph * gf,
         const std::vector<ggml_tensor *> & roots, const ggml_tensor * dropped) {
-    const auto & skip = active_plan().skip;
+    static const std::vector<uint8_t> nothing;
+    const auto &                      skip = topology.layers.empty() ? nothing : active_plan().skip;
 
     std::vector<ggml_tensor *> nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
 
@@ -264,6 +274,7 @@ void adaskip_context::rebuild(const adaskip_topology & topology, ggml_cgraph * g
     }
 
     ggml_graph_clear(gf);
+    add_marker(gf, n_key_changes + 1);
 
     // ggml_build_forward_order leaves GGML_TENSOR_FLAG_COMPUTE as it is, also on branches that upstream has deselected
     for (auto * node : nodes) {
@@ -282,5 +293,12 @@ void adaskip_context::rebuild(const adaskip_topology & topology, ggml_cgraph * g
                 ggml_build_forward_order(gf, src);
             }
         }
+    }
+
+    counters.n_nodes = ggml_graph_n_nodes(gf) - 1;
+
+    // the plan that llama.cpp reserves for its own graph has room for everything, the first marker included
+    if (ggml_graph_n_nodes(gf) == counters.n_nodes_full) {
+        add_marker(gf, 1);
     }
 }

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from stock import EXACT
+from tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import (
@@ -472,3 +473,24 @@ def test_a_pickled_model_keeps_its_plan(tiny: Tiny, open_model: Open) -> None:
         each.eval([1, 5, 6])
     np.testing.assert_array_equal(logits(llm), logits(copy))
     copy.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon"])
+@pytest.mark.parametrize("kind", ["attention", "ffn"])
+def test_plans_of_one_size_do_not_share_memory_layouts(
+    kind: str, name: str, tmp_path: Path, open_model: Open, tokens: Tokens
+) -> None:
+    # ggml keeps its allocation plan while a graph has as many nodes and leaves as the one before, which is the case for
+    # these plans: each runs one sublayer, a different one. The oracle is a model that has seen no other plan.
+    path = write_model(tmp_path / "model.gguf", name, n_layer=8)
+    llm = open_model(path)
+    others = {"attention": [], "ffn": range(8), kind: range(8)}
+    for layer in (*range(8), 3, 0, 7):
+        plan = SkipPlan.manual(8, **{**others, kind: [each for each in range(8) if each != layer]})
+        fresh = open_model(path)
+        for each in (llm, fresh):
+            each.set_plan(plan)
+            each.reset()
+            each.eval(tokens(20))
+            each.eval([7])
+        np.testing.assert_array_equal(logits(llm), logits(fresh))
