@@ -41,13 +41,12 @@ def reach(
         BudgetError: ``speedup`` is out of reach; the message says how far one can go.
         PlanError: an argument is unknown or impossible, or the profile has no cost model.
     """
-    get_strategy(strategy)
+    make = get_strategy(strategy)
     phase = ("decode" if options.mode == "decode" else "prefill") if phase is None else phase
     cost, context = _check(profile, strategy, speedup, context, phase, ranking, options)
     if strategy == "adaskip":
         skip = choose(profile.similarity, cost, speedup, context, phase, ranking)
         return compensated_plan(profile, skip, options, strategy)
-    make = get_strategy(strategy)
     goal = cost.seconds(None, context, phase) / speedup
     most = np.zeros((profile.n_layer, 2), np.bool_)
     for n_skip in range(2 * profile.n_layer + 1):
