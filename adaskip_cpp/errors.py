@@ -8,6 +8,7 @@ __all__ = [
     "AdaSkipError",
     "BudgetError",
     "CompensationError",
+    "DataError",
     "ElidedKVError",
     "ImportOrderError",
     "LibraryError",
@@ -16,6 +17,7 @@ __all__ = [
     "ModelFileError",
     "NativeError",
     "NotSkippableError",
+    "PackageMissingError",
     "PlanError",
     "ProfileError",
     "ProfileFormatError",
@@ -98,6 +100,14 @@ class ProfileMismatchError(ProfileError):
 
 class RequestError(AdaSkipError, ValueError):
     """A request is empty, or longer than the model's context."""
+
+
+class DataError(AdaSkipError, ValueError):
+    """A text, a file of tasks or a setting of a measurement cannot be used."""
+
+
+class PackageMissingError(AdaSkipError, ImportError):
+    """An optional package is not installed."""
 
 
 class StateError(AdaSkipError, ValueError):

@@ -221,9 +221,16 @@ def test_no_paragraph_is_on_two_pages() -> None:
 
 
 def test_an_excluded_page_is_not_in_the_text() -> None:
-    page = corpus.pages()["debugger"]
+    page = corpus.pages()["exceptions"]
     assert page in corpus.text()
-    assert page not in corpus.text(exclude=["debugger"])
+    assert page not in corpus.text(exclude=["exceptions"])
+
+
+def test_calibration_leaves_out_the_pages_that_it_is_judged_on() -> None:
+    held_out = corpus.held_out()
+    assert len(held_out) > 5
+    assert not any(page in corpus.text() for page in held_out.values())
+    assert corpus.text(exclude=()) == corpus.SEPARATOR.join(corpus.pages().values())
 
 
 def test_a_text_is_cut_into_requests_of_equal_length_spread_over_it(llm: Any) -> None:
