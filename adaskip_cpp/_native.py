@@ -36,6 +36,7 @@ Kind: TypeAlias = Literal["attention", "ffn"]
 
 KIND_NAMES: tuple[Kind, Kind] = ("attention", "ffn")
 _PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+Activations: TypeAlias = "list[list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None]]"
 OnlineScale: TypeAlias = Literal["none", "paper", "median"]
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _NO_STALE_POSITION = 2**31 - 1
@@ -72,6 +73,8 @@ class StatisticsBatch:
         sum_u, sum_v: float32 [n_layer, 2, n_embd]: sums of u and v over the tokens; None if they were not asked for.
         positions: int32 [n_tokens].
         phase: "prefill" or "decode".
+        activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], None where a sublayer does not see every token;
+            valid until the sink returns. None if they were not asked for.
     """
 
     dot: npt.NDArray[np.float32]
@@ -82,6 +85,7 @@ class StatisticsBatch:
     sum_v: npt.NDArray[np.float32] | None
     positions: npt.NDArray[np.int32]
     phase: Phase
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ class NativePlan(Protocol):
         skip: bool [n_layer, 2].
         scale: float64 [n_layer, 2], positive where skipped.
         bias: float32 [n_layer, 2, n_embd], or None.
+        down: float32 [n_layer, 2, rank, n_embd], or None.
+        up: float32 [n_layer, 2, n_embd, rank], or None.
     """
 
     @property
@@ -119,6 +125,10 @@ class NativePlan(Protocol):
     def scale(self) -> npt.NDArray[np.float64]: ...
     @property
     def bias(self) -> npt.NDArray[np.float32] | None: ...
+    @property
+    def down(self) -> npt.NDArray[np.float32] | None: ...
+    @property
+    def up(self) -> npt.NDArray[np.float32] | None: ...
 
 
 @dataclass(frozen=True)
@@ -231,12 +241,17 @@ class NativeContext:
         target.n_layer = len(skip)
         target.skip = _ffi.from_buffer("uint8_t[]", skip)
         target.scale = _ffi.from_buffer("float[]", scale)
-        if plan.bias is None:
-            return [skip, scale]
-        bias = np.ascontiguousarray(plan.bias, dtype=np.float32)
-        target.n_embd = bias.shape[2]
-        target.bias = _ffi.from_buffer("float[]", bias)
-        return [skip, scale, bias]
+        owner = [skip, scale]
+        for name in ("bias", "down", "up"):
+            values = getattr(plan, name)
+            if values is not None:
+                owner.append(np.ascontiguousarray(values, dtype=np.float32))
+                setattr(target, name, _ffi.from_buffer("float[]", owner[-1]))
+        if plan.bias is not None:
+            target.n_embd = plan.bias.shape[2]
+        if plan.down is not None:
+            target.n_rank, target.n_embd = plan.down.shape[2:]
+        return owner
 
     def check_plan(self, plan: NativePlan | None) -> None:
         """Raises what :meth:`set_plan` would, and changes nothing."""
@@ -303,7 +318,12 @@ class NativeContext:
         )
 
     def start_statistics(
-        self, sink: Callable[[StatisticsBatch], None], *, keep_logits: bool = False, vectors: bool = False
+        self,
+        sink: Callable[[StatisticsBatch], None],
+        *,
+        keep_logits: bool = False,
+        vectors: bool = False,
+        activations: bool = False,
     ) -> None:
         """Hands the statistics of every ubatch to ``sink``, until :meth:`stop_statistics`.
 
@@ -320,6 +340,19 @@ class NativeContext:
             buffer = _ffi.buffer(address, int(np.prod(shape)) * 4)
             return np.array(np.frombuffer(buffer, np.float32).reshape(shape))
 
+        def rows(address: Any, n_tokens: int, n_embd: int) -> npt.NDArray[np.float32]:
+            return np.frombuffer(_ffi.buffer(address, n_tokens * n_embd * 4), np.float32).reshape(n_tokens, n_embd)
+
+        def pairs(addresses: Any, n_layer: int, *shape: int) -> Activations:
+            at = [addresses[i] for i in range(4 * n_layer)]
+            return [
+                [
+                    (rows(at[i], *shape), rows(at[i + 1], *shape)) if at[i] and at[i + 1] else None
+                    for i in (4 * il, 4 * il + 2)
+                ]
+                for il in range(n_layer)
+            ]
+
         def deliver(statistics: Any, user_data: Any) -> None:
             if self._error is not None:
                 return
@@ -335,12 +368,16 @@ class NativeContext:
                 sum_v=None if sums is None else sums[:, :, 1],
                 positions=np.frombuffer(_ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy(),
                 phase=_PHASES[statistics.phase],
+                activations=pairs(statistics.activations, n_layer, n_tokens, n_embd)
+                if statistics.activations
+                else None,
             )
             sink(batch)
 
         flags = _lib.ADASKIP_STATISTICS_ON
         flags |= 0 if keep_logits else _lib.ADASKIP_STATISTICS_ALL_TOKENS
         flags |= _lib.ADASKIP_STATISTICS_VECTORS if vectors else 0
+        flags |= _lib.ADASKIP_STATISTICS_ACTIVATIONS if activations else 0
         callback = _ffi.callback("adaskip_statistics_callback", deliver, onerror=keep)
         self._check(_lib.adaskip_set_statistics(self._ctx, flags, callback, _ffi.NULL))
         self._callback = callback

@@ -9,8 +9,12 @@ from datetime import datetime, timezone
 from importlib import metadata
 from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
 
+import numpy as np
+
 from . import corpus
+from ._native import KIND_NAMES
 from .errors import NativeError, RequestError
+from .linear import DEFAULT_RANK, LinearFit, LinearMaps, moments_bytes
 from .model import context_size
 from .profile import Profile
 from .progress import RequestProgress, fraction_progress
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "calibrate"]
 
+_MOMENTS_BYTES = 2 << 30
+
 Request: TypeAlias = "str | Sequence[SupportsIndex]"
 """A text, or token ids."""
 
@@ -35,6 +41,7 @@ def calibrate(
     n_requests: int = 20,
     n_tokens: int = 512,
     n_decode: int = 32,
+    rank: int = DEFAULT_RANK,
     cost: bool = True,
     progress: bool | None = None,
     description: str | None = None,
@@ -53,6 +60,9 @@ def calibrate(
         n_requests: requests to cut from the built-in pages, ignored if ``requests`` is given; the authors use 20.
         n_tokens: tokens in each of those, ignored likewise.
         n_decode: tokens to decode after each request, at least 1.
+        rank: of the linear maps that are fitted for compensation ``"linear"``, see :mod:`adaskip_cpp.linear`; 0 for
+            none. The moments of all sublayers take ``16 * n_layer * n_embd ** 2`` bytes; beyond 2 GiB they are gathered
+            in several passes over the requests.
         cost: whether to measure what each sublayer costs on this machine, which ``Profile.plan(speedup=...)`` needs.
         progress: True shows progress on stderr, False does not; None does where stderr is a terminal and it will take
             more than 2 s.
@@ -71,20 +81,25 @@ def calibrate(
         raise RequestError("requests is one text, not several; pass a list of texts or of token-id lists")
     else:
         token_lists = [_tokens(llm, request, index) for index, request in enumerate(requests)]
-    _check(llm, token_lists, n_decode)
+    _check(llm, token_lists, n_decode, rank)
     if description is None:
         description = corpus.DESCRIPTION if requests is None else "requests given by the caller"
 
     prefill: list[PhaseStatistics] = []
     decode: list[PhaseStatistics] = []
+    fits = _fits(llm) if rank else []
+    maps = None
     lengths = [len(tokens) + n_decode for tokens in token_lists]
+    lengths += [len(tokens) for tokens in token_lists] * max(len(fits) - 1, 0)
     with _full_model(llm):
         with RequestProgress(lengths, progress) as shown:
             for tokens in token_lists:
                 llm.reset()
-                prefill.append(_prefill(llm, tokens, shown.advance))
+                prefill.append(_prefill(llm, tokens, shown.advance, fits[0] if fits else None))
                 decode.append(_decode(llm, tokens, n_decode, shown.advance))
                 shown.finish_request()
+            if rank:
+                maps = _fit(llm, fits, token_lists, rank, shown)
         cost_model = _measure_cost(llm, progress) if cost else None
 
     return Profile(
@@ -97,6 +112,7 @@ def calibrate(
         package_version=_package_version(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         cost=cost_model,
+        maps=maps,
     )
 
 
@@ -112,7 +128,9 @@ def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
         ) from error
 
 
-def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int) -> None:
+def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int, rank: int) -> None:
+    if not isinstance(rank, int) or not 0 <= rank <= 4096:
+        raise RequestError(f"the rank of the linear maps is {rank!r}; use a whole number from 0 (none) to 4096")
     if not isinstance(n_decode, int) or n_decode < 1:
         raise RequestError(f"n_decode is {n_decode!r}; decode at least 1 token per request")
     if not token_lists:
@@ -148,16 +166,48 @@ def _full_model(llm: AdaSkipLlama) -> Iterator[None]:
         llm.set_plan(plan)
 
 
-def _prefill(llm: AdaSkipLlama, tokens: list[int], advance: Callable[[int], None]) -> PhaseStatistics:
+def _prefill(
+    llm: AdaSkipLlama, tokens: list[int], advance: Callable[[int], None], fit: LinearFit | None
+) -> PhaseStatistics:
     statistics = RequestStatistics(llm.n_layer)
 
     def sink(batch: StatisticsBatch) -> None:
         statistics.add(batch)
+        if fit is not None and batch.activations is not None:
+            fit.add(batch.activations, batch.positions)
         advance(batch.dot.shape[2])
 
-    with llm.collect_statistics(sink, vectors=True):
+    with llm.collect_statistics(sink, vectors=True, activations=fit is not None):
         llm.eval(tokens)
     return _complete(statistics, len(tokens))
+
+
+def _fits(llm: AdaSkipLlama) -> list[LinearFit]:
+    """One fit per pass over the requests, each of as many sublayers as its moments have memory for."""
+    skippable = [(s.layer, KIND_NAMES.index(s.kind)) for s in llm.sublayers if s.skippable]
+    n_fit = max(_MOMENTS_BYTES // moments_bytes(llm.n_embd()), 1)
+    return [LinearFit(skippable[start : start + n_fit]) for start in range(0, len(skippable), n_fit)]
+
+
+def _fit(
+    llm: AdaSkipLlama, fits: list[LinearFit], token_lists: list[list[int]], rank: int, shown: RequestProgress
+) -> LinearMaps | None:
+    """Fit the maps; the first pass over the requests has been made."""
+    n_embd = llm.n_embd()
+    rank = min(rank, n_embd)
+    down = np.full((llm.n_layer, 2, rank, n_embd), np.nan, np.float32)
+    up = np.full((llm.n_layer, 2, n_embd, rank), np.nan, np.float32)
+    bias = np.full((llm.n_layer, 2, n_embd), np.nan, np.float32)
+    for index, fit in enumerate(fits):
+        for tokens in token_lists if index else ():
+            llm.reset()
+            _prefill(llm, tokens, shown.advance, fit)
+            shown.finish_request()
+        for where, fitted in fit.fit(rank).items():
+            down[where], up[where], bias[where] = fitted
+        fit.clear()
+    # Requests of one token each have nothing to fit on.
+    return None if np.isnan(bias).all() else LinearMaps(down, up, bias)
 
 
 def _decode(llm: AdaSkipLlama, tokens: list[int], n_decode: int, advance: Callable[[int], None]) -> PhaseStatistics:

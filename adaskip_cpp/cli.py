@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import click
 
+from .cli_bench import bench
 from .cli_calibrate import calibrate
 from .cli_chat import chat
 from .cli_demo import demo
+from .cli_evaluate import evaluate
 from .cli_generate import generate
 from .cli_inspect import inspect
 from .cli_plan import plan
+from .cli_plot import plot
+from .cli_tune import tune
 from .terminal import Verbs
 
 __all__ = ["main"]
@@ -26,12 +30,13 @@ __all__ = ["main"]
 def main(context: click.Context) -> None:
     """Skip the least important sublayers of a GGUF model in llama.cpp.
 
-    `calibrate` learns from a model which of its attention and FFN blocks change their input least; `plan` shows what
-    would be skipped; `generate` and `chat` run without it. `demo` shows all on a small model.
+    `tune` finds the fastest plan that keeps a promise about quality, for `generate` and `chat` to use. Step by step:
+    `calibrate` learns which attention and FFN blocks change their input least, `plan` and `plot` show it, `bench`
+    measures the speed and `evaluate` the quality. `demo` shows all on a small model.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (demo, inspect, calibrate, plan, generate, chat):
+for command in (demo, inspect, tune, generate, chat, calibrate, plan, plot, bench, evaluate):
     main.add_command(command)

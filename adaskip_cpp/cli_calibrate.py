@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .errors import ProfileError
+from .linear import DEFAULT_RANK
 from .terminal import console, json_option, load_model, model_options, read_text
 
 if TYPE_CHECKING:
@@ -45,6 +46,13 @@ _CTX_TIMED = 8192
     show_default=True,
     help="Tokens to decode after each request.",
 )
+@click.option(
+    "--rank",
+    type=click.IntRange(0, 4096),
+    default=DEFAULT_RANK,
+    show_default=True,
+    help="Rank of the linear maps that stand in for skipped sublayers; 0 for none.",
+)
 @click.option("--no-cost", is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
 @model_options
 @json_option
@@ -55,6 +63,7 @@ def calibrate(
     requests: int,
     tokens: int,
     n_decode: int,
+    rank: int,
     no_cost: bool,
     threads: int | None,
     gpu_layers: int,
@@ -75,7 +84,12 @@ def calibrate(
     n_ctx = tokens + n_decode if no_cost else max(tokens + n_decode, _CTX_TIMED)
     llm = load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)
     profile = run(
-        llm, corpus.cut(llm, text, requests, tokens), n_decode=n_decode, cost=not no_cost, description=description
+        llm,
+        corpus.cut(llm, text, requests, tokens),
+        n_decode=n_decode,
+        rank=rank,
+        cost=not no_cost,
+        description=description,
     )
     profile.save(output)
     if as_json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_planning import PlanChoice, plan_options
+from .cli_planning import PlanChoice, choose, plan_options, profile_options
 from .cli_report import skipped_counts
 from .errors import AdaSkipError, RequestError
 from .model import context_size
@@ -39,7 +39,7 @@ of the plan and 3 FFNs that this answer added."""
     epilog="\b\nExample:\n  adaskip-cpp chat model.gguf --profile model.adaskip.json --skip 8",
 )
 @click.argument("model")
-@click.option("--profile", "profile_path", metavar="PROFILE", help="Profile of this model, written by `calibrate`.")
+@profile_options
 @plan_options
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest answer.")
@@ -50,6 +50,7 @@ of the plan and 3 FFNs that this answer added."""
 def chat(
     model: str,
     profile_path: str | None,
+    full: bool,
     choice: PlanChoice | None,
     system: str | None,
     max_tokens: int,
@@ -62,18 +63,13 @@ def chat(
     """Chat with MODEL, a GGUF file with a chat template; /help lists the commands.
 
     What the model has read stays in memory, so that each turn reads the new message only. Piped input is one message a
-    line. A speed-up is predicted for a conversation that fills half of --ctx.
+    line. A speed-up is predicted for a conversation that fills half of --ctx. The plan is that of the options; without
+    any, the one that `adaskip-cpp tune` put into the profile.
     """
     from .generation import has_chat_template
-    from .profile import Profile
 
-    if choice is not None and profile_path is None:
-        raise click.UsageError(
-            "what to skip needs --profile; write one with `adaskip-cpp calibrate`", click.get_current_context()
-        )
-    profile = Profile.load(profile_path) if profile_path is not None else None
-    choice = choice or PlanChoice()
-    plan = choice.plan(profile, max(ctx // 2, 1)) if profile is not None else None
+    chosen = choose(model, profile_path, choice, full)
+    plan = chosen.plan(max(ctx // 2, 1))
     llm = load_model(model, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers)
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
@@ -82,7 +78,10 @@ def chat(
     if seed is not None:
         llm.set_seed(seed)
     conversation = Conversation(llm, system, max_tokens=max_tokens, temperature=temp)
-    _talk(conversation, _Commands(conversation, profile, choice, console(stderr=True)))
+    err = console(stderr=True)
+    if chosen.note:
+        err.print(chosen.note, style="dim", markup=False)
+    _talk(conversation, _Commands(conversation, chosen.profile, chosen.choice or PlanChoice(), err))
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_planning import PlanChoice, plan_options
+from .cli_planning import PlanChoice, choose, plan_options, profile_options
 from .cli_report import kv_memory, skipped_lines, speed_lines
 from .terminal import console, load_model, model_options, read_text
 
@@ -25,7 +25,7 @@ __all__ = ["generate"]
 @click.argument("model")
 @click.option("-p", "--prompt", help="The prompt.")
 @click.option("-f", "--file", metavar="FILE", help="Read the prompt from a file, - for stdin.")
-@click.option("--profile", "profile_path", metavar="PROFILE", help="Profile of this model, written by `calibrate`.")
+@profile_options
 @plan_options
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
 @click.option("--ctx", type=click.IntRange(min=8), default=8192, show_default=True, help="Context in tokens.")
@@ -42,6 +42,7 @@ def generate(
     prompt: str | None,
     file: str | None,
     profile_path: str | None,
+    full: bool,
     choice: PlanChoice | None,
     max_tokens: int,
     ctx: int,
@@ -53,28 +54,24 @@ def generate(
 ) -> None:
     """Answer a prompt with MODEL, a GGUF file. The text goes to stdout, the speed to stderr.
 
-    With --profile, the sublayers that matter least are skipped, and no KV memory is kept for attentions that never run.
+    With a profile, the sublayers that matter least are skipped, and no KV memory is kept for attentions that never run.
+    The plan is that of the options; without any, the one that `adaskip-cpp tune` put into the profile.
     """
     from .generation import Generation
-    from .profile import Profile
 
     if (prompt is None) == (file is None):
         raise click.UsageError("give a prompt either with -p or with -f", click.get_current_context())
-    if choice is not None and profile_path is None:
-        raise click.UsageError(
-            "what to skip needs --profile; write one with `adaskip-cpp calibrate`", click.get_current_context()
-        )
+    chosen = choose(model, profile_path, choice, full)
     text = prompt if prompt is not None else read_text(str(file))
 
-    plan = None
-    if profile_path is not None:
-        profile, choice = Profile.load(profile_path), choice or PlanChoice()
-        length = 0
-        if choice.speedup is not None:
-            # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
-            with closing(load_model(model, n_ctx=256, threads=threads, gpu_layers=0)) as tokenizer:
-                length = len(_tokens(tokenizer, text, chat))
-        plan = choice.plan(profile, max(length, 1))
+    length = 0
+    if chosen.choice is not None and chosen.choice.speedup is not None:
+        # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
+        with closing(load_model(model, n_ctx=256, threads=threads, gpu_layers=0)) as tokenizer:
+            length = len(_tokens(tokenizer, text, chat))
+    plan = chosen.plan(max(length, 1))
+    if chosen.note:
+        console(stderr=True).print(chosen.note, style="dim", markup=False)
 
     llm = load_model(model, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
     if seed is not None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .auto import check_model, profile_path
 from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from .errors import AdaSkipError
 from .plan import MODES, Mode, SkipPlan
 from .strategies import DEFAULT_N_SKIP, STRATEGIES
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from .profile import Profile
     from .speedup import Phase
 
-__all__ = ["PlanChoice", "plan_options"]
+__all__ = ["Chosen", "PlanChoice", "choose", "plan_options", "profile_options"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -84,6 +87,99 @@ def plan_options(command: _Command) -> _Command:
     for option in reversed(_OPTIONS.values()):
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
+
+
+def profile_options(command: _Command) -> _Command:
+    """Add the options that say where a plan comes from: ``profile_path`` and ``full``, for :func:`choose`."""
+    command = click.option("--full", is_flag=True, help="Run the whole model, whatever profile lies beside it.")(
+        command
+    )
+    return click.option(
+        "--profile",
+        "profile_path",
+        metavar="PROFILE",
+        help="Profile of this model, written by `calibrate` or `tune`.  [default: the one beside MODEL, X.adaskip.json "
+        "for X.gguf, if there is one]",
+    )(command)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Where the plan comes from.
+
+    Attributes:
+        profile: the profile, or None without one.
+        choice: what makes the plan from it; None for the tuned plan of the profile, or the whole model without one.
+        note: what to tell the user of a profile that was not asked for; "" for nothing.
+    """
+
+    profile: Profile | None
+    choice: PlanChoice | None
+    note: str = ""
+
+    def plan(self, context: int) -> SkipPlan | None:
+        """Make the plan; None for the whole model.
+
+        Args:
+            context: tokens of the prompt that a speed-up is predicted for.
+
+        Raises:
+            AdaSkipError: the profile cannot give such a plan.
+        """
+        if self.profile is None:
+            return None
+        if self.choice is not None:
+            return self.choice.plan(self.profile, context)
+        tuned = self.profile.tuned
+        return None if tuned is None or tuned.n_skip == 0 else tuned.plan(self.profile)
+
+
+def choose(model: str, profile_path_: str | None, choice: PlanChoice | None, full: bool) -> Chosen:
+    """Find the profile to use and what to make of it.
+
+    A profile that is named, or without one the one beside the model, gives the plan that is asked for; if none is, its
+    tuned plan, and without that one the default plan of a profile that is named, and none of one that is not.
+
+    Raises:
+        ProfileError: the profile cannot be read, or is of another model.
+        click.UsageError: the options contradict each other, or there is no profile.
+    """
+    from .profile import Profile
+
+    if full:
+        if profile_path_ is not None or choice is not None:
+            raise click.UsageError("--full skips nothing; leave out what to skip", click.get_current_context())
+        return Chosen(None, None)
+    if profile_path_ is not None:
+        profile = Profile.load(profile_path_)
+        check_model(profile, model, profile_path_)
+        return Chosen(profile, choice if choice or profile.tuned else PlanChoice())
+    beside = profile_path(model)
+    if not os.path.exists(beside):
+        if choice is not None:
+            raise click.UsageError(
+                "what to skip needs --profile; write one with `adaskip-cpp calibrate`", click.get_current_context()
+            )
+        return Chosen(None, None)
+    try:
+        profile = Profile.load(beside)
+        check_model(profile, model, beside)
+    except AdaSkipError as error:
+        if choice is not None:
+            raise
+        return Chosen(None, None, f"The whole model runs: {error}")
+    if choice is not None:
+        return Chosen(profile, choice, f"The profile is {beside}.")
+    if profile.tuned is None:
+        return Chosen(profile, None)
+    return Chosen(
+        profile,
+        None,
+        f"{profile.tuned.n_skip} of {2 * profile.n_layer} sublayers are skipped, as tuned for {profile.tuned.promise}: "
+        f"{os.path.basename(beside)}; --full runs the whole model."
+        if profile.tuned.n_skip
+        else f"The whole model runs, as tuned for {profile.tuned.promise}: {os.path.basename(beside)}.",
+    )
 
 
 def _choice(given: dict[str, Any]) -> PlanChoice | None:

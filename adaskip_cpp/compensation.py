@@ -1,17 +1,24 @@
-"""Ways to compensate a skipped sublayer: what ``s`` and ``b`` are in ``v := s * u + b``, in every phase.
+"""Ways to compensate a skipped sublayer: what stands in for it, in every phase.
 
-=========  ==============================================  =======================  ====================
-name       s                                               b                        FFNs added online
-=========  ==============================================  =======================  ====================
-none       1                                               0                        1
-paper      ``||V||_F / ||U||_F``, the norm ratio           0                        the window's own ratio
-median     median per token of ``|v| / |u|``               0                        the window's own median
-affine     as ``median``                                   mean of ``v - s * u``    the window's own median
-=========  ==============================================  =======================  ====================
+=========  ==============================================  ======================================
+name       v :=                                            FFNs added online
+=========  ==============================================  ======================================
+none       ``u``                                           ``u``
+paper      ``s * u``, s the norm ratio                     the same, s being the window's own
+           ``||V||_F / ||U||_F``
+median     ``s * u``, s the median per token of            the same, s being the window's own
+           ``|v| / |u|``
+affine     ``s * u + b``, s as in ``median``, b the mean   as ``median``
+           of ``v - s * u``
+linear     ``u + up (down u) + b``, see                    as ``median``
+           :mod:`adaskip_cpp.linear`
+=========  ==============================================  ======================================
 
 The paper's ratio is dominated by tokens of huge norm, as the first one of many models, and scales all others by it.
-``affine`` also replaces the mean of what the sublayer would have added; the online stage learns no vectors, so that an
-FFN it adds gets the scale alone. ``benchmarks/compensation.py`` compares them on held-out text.
+``affine`` also replaces the mean of what the sublayer would have added, ``linear`` what a linear map of low rank can
+tell of it. A profile that was calibrated with rank 0 has no maps; there ``linear`` is ``affine``. The online stage
+learns no vectors, so that an FFN it adds gets a scale alone. ``benchmarks/compensation.py`` compares all of them on
+held-out text.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CompensationError
+from .linear import LinearMaps
 from .plan import OnlineScale, SkipSet
 from .statistics import PhaseStatistics
 
@@ -38,19 +46,30 @@ class Compensation:
         scale: from a phase's statistics to ``s``, float64 ``[n_layer, 2]``.
         bias: from the statistics and ``s`` to ``b``, float32 ``[n_layer, 2, n_embd]``; None for no bias.
         online: what the online stage uses for the FFNs that it adds.
+        uses_maps: whether it is a linear map, and not ``s`` and ``b``.
     """
 
     name: str
     scale: Callable[[PhaseStatistics], npt.NDArray[np.float64]]
     bias: Callable[[PhaseStatistics, npt.NDArray[np.float64]], npt.NDArray[np.float32]] | None
     online: OnlineScale
+    uses_maps: bool = False
 
-    def skip_set(self, skip: npt.NDArray[np.bool_], statistics: PhaseStatistics) -> SkipSet:
+    def skip_set(
+        self, skip: npt.NDArray[np.bool_], statistics: PhaseStatistics, maps: LinearMaps | None = None
+    ) -> SkipSet:
         """Return the set that skips ``skip``, bool ``[n_layer, 2]``, compensated from the statistics of one phase.
 
+        Args:
+            skip: the sublayers to skip.
+            statistics: of the phase.
+            maps: linear maps, for a compensation that uses them.
+
         Raises:
-            CompensationError: the statistics lack what this compensation needs, for a sublayer that is skipped.
+            CompensationError: the statistics or maps lack what this compensation needs, for a sublayer that is skipped.
         """
+        if self.uses_maps and maps is not None and skip.any():
+            return SkipSet(skip, np.ones(skip.shape), maps.bias, maps.down, maps.up)
         scale = self.scale(statistics)
         bias = self.bias(statistics, scale) if self.bias is not None and skip.any() else None
         return SkipSet(skip, scale, bias)
@@ -73,10 +92,11 @@ COMPENSATIONS: dict[str, Compensation] = {
         Compensation("paper", lambda statistics: statistics.norm_ratio, None, "paper"),
         Compensation("median", lambda statistics: statistics.median_ratio, None, "median"),
         Compensation("affine", lambda statistics: statistics.median_ratio, _mean_error, "median"),
+        Compensation("linear", lambda statistics: statistics.median_ratio, _mean_error, "median", uses_maps=True),
     )
 }
 
-DEFAULT_COMPENSATION = "affine"
+DEFAULT_COMPENSATION = "linear"
 
 
 def get_compensation(name: str) -> Compensation:

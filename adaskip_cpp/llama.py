@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import llama_cpp
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
 from ._native import Counters, KVRun, NativeContext, Phase, StatisticsBatch, Sublayer, elide_kv
+from .auto import auto_plan
 from .errors import ModelFileError, NativeError, PlanError, ProfileMismatchError, StateError
 from .model import ModelInfo, check_gguf, fingerprint
 from .plan import SkipPlan
@@ -76,17 +77,23 @@ class AdaSkipLlama(llama_cpp.Llama):
 
     Args:
         model_path: a GGUF file.
-        plan: as for :meth:`set_plan`. No KV is allocated for the layers whose attention it skips in both phases; such a
-            model only takes plans that skip them too, and cannot run as a whole.
+        plan: as for :meth:`set_plan`, or ``"auto"`` for the plan that `adaskip-cpp tune` wrote beside the model, to
+            ``X.adaskip.json`` for ``X.gguf``. No KV is allocated for the layers whose attention it skips in both
+            phases; such a model only takes plans that skip them too, and cannot run as a whole.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
 
     Raises:
         ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
-        PlanError: see :meth:`set_plan`.
+        PlanError: see :meth:`set_plan`; or ``"auto"``, and the profile holds no tuned plan.
+        ProfileError: ``"auto"``, and the profile is missing, cannot be read or is of another model.
     """
 
-    def __init__(self, model_path: str, *, plan: SkipPlan | None = None, **kwargs: Any) -> None:
+    def __init__(self, model_path: str, *, plan: SkipPlan | Literal["auto"] | None = None, **kwargs: Any) -> None:
         check_gguf(model_path)
+        if isinstance(plan, str):
+            if plan != "auto":
+                raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
+            plan = auto_plan(model_path)
         self._plan: SkipPlan | None = None
         self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"
@@ -201,9 +208,10 @@ class AdaSkipLlama(llama_cpp.Llama):
                 "make a plan from this model's profile."
             )
         for skip_set in (plan.prefill, plan.decode, *(each for _, each in plan.schedule)):
-            if skip_set.bias is not None and skip_set.bias.shape[2] != self.n_embd():
+            n_embd = skip_set.n_embd
+            if n_embd is not None and n_embd != self.n_embd():
                 raise PlanError(
-                    f"the plan's vectors have {skip_set.bias.shape[2]} values, {self.model_path!r} has {self.n_embd()} "
+                    f"the plan's vectors have {n_embd} values, {self.model_path!r} has {self.n_embd()} "
                     "per token; make a plan from this model's profile."
                 )
         if plan.model is not None and plan.model != self.model_info:
@@ -306,7 +314,12 @@ class AdaSkipLlama(llama_cpp.Llama):
 
     @contextmanager
     def collect_statistics(
-        self, sink: Callable[[StatisticsBatch], None], *, keep_logits: bool = False, vectors: bool = False
+        self,
+        sink: Callable[[StatisticsBatch], None],
+        *,
+        keep_logits: bool = False,
+        vectors: bool = False,
+        activations: bool = False,
     ) -> Iterator[None]:
         """Hand the statistics of every evaluated ubatch to ``sink`` while the context is open.
 
@@ -318,6 +331,7 @@ class AdaSkipLlama(llama_cpp.Llama):
             keep_logits: compute logits as ever, so that :meth:`generate` works; then the last layer's FFN is observed
                 for output tokens only, as llama.cpp runs it.
             vectors: also sum every sublayer's input and output over the tokens.
+            activations: also hand these inputs and outputs themselves, ``8 * n_layer * n_embd`` bytes per token.
 
         Raises:
             StateError: statistics are being collected already.
@@ -325,7 +339,7 @@ class AdaSkipLlama(llama_cpp.Llama):
         native = self._adaskip
         if native.collects_statistics:
             raise StateError("statistics are being collected already; leave the other collect_statistics() first.")
-        native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors)
+        native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors, activations=activations)
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .distribution import losses
 from .errors import RequestError
 from .model import context_size
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from .llama import AdaSkipLlama
 
 __all__ = ["mean_loss", "token_losses"]
-
-_ROWS = 64
-"""Rows of logits turned to float64 at once: 25 MB for a vocabulary of 49,000."""
 
 
 def token_losses(llm: AdaSkipLlama, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -41,20 +39,12 @@ def token_losses(llm: AdaSkipLlama, tokens: Sequence[int]) -> npt.NDArray[np.flo
         raise RequestError(
             f"cannot compute the loss of {len(tokens)} tokens; pass from 2 to {context_size(llm)} (the model's n_ctx)"
         )
-    losses = np.empty(len(tokens) - 1)
     llm.reset()
     try:
         llm.eval(list(tokens))
-        for start in range(0, len(losses), _ROWS):
-            stop = min(start + _ROWS, len(losses))
-            logits = np.asarray(llm.scores[start:stop], dtype=np.float64)
-            target = np.asarray(tokens[start + 1 : stop + 1])
-            highest = logits.max(axis=1)
-            total = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-            losses[start:stop] = total - logits[np.arange(stop - start), target]
+        return losses(llm.scores[: len(tokens) - 1], tokens[1:])
     finally:
         llm.reset()
-    return losses
 
 
 def mean_loss(llm: AdaSkipLlama, tokens: Sequence[int]) -> float:

@@ -13,7 +13,7 @@ the n-th largest mean similarity of that stage. So do all modes here, with the p
 authors' released code resets that threshold to 1.0 at every request, which leaves its online stage without effect; the
 text is followed here.) The paper does not say which phase the compensation of a set used in decode only is measured
 in: here it is the phase in which the set is first used, so that it comes from decode in mode ``decode``, and from
-prefill in the other two.
+prefill in the other two. Linear maps are fitted on prefill alone, where there are tokens enough.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def compensated_plan(profile: Profile, skip: npt.NDArray[np.bool_], options: Pla
     """
     compensation = get_compensation(options.compensation)
     if options.mode == "decode":
-        prefill, decode = SkipSet.none(profile.n_layer), compensation.skip_set(skip, profile.decode)
+        prefill, decode = SkipSet.none(profile.n_layer), compensation.skip_set(skip, profile.decode, profile.maps)
     else:
-        prefill = decode = compensation.skip_set(skip, profile.prefill)
+        prefill = decode = compensation.skip_set(skip, profile.prefill, profile.maps)
     threshold = options.threshold if options.threshold is not None else _offline_threshold(profile, int(skip.sum()))
     online = None
     if options.online and options.mode != "prefill" and threshold is not None:
@@ -96,7 +96,7 @@ def compensated_plan(profile: Profile, skip: npt.NDArray[np.bool_], options: Pla
         online=online,
         model=profile.model,
         strategy=strategy,
-        compensation=compensation.name,
+        compensation="affine" if compensation.uses_maps and profile.maps is None else compensation.name,
         mode=options.mode,
     )
 

@@ -43,27 +43,33 @@ def sublayer_name(layer: int, kind: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SkipSet:
-    """The sublayers skipped in one phase: ``v := s * u + b`` stands in for each.
+    """The sublayers skipped in one phase: ``v := s * u + b + up (down u)`` stands in for each.
 
     Attributes:
         skip: bool ``[n_layer, 2]``, columns attention and FFN; read-only.
         scale: float64 ``[n_layer, 2]``, the scale ``s`` where skipped, 1.0 elsewhere; read-only.
         bias: float32 ``[n_layer, 2, n_embd]``, the vector ``b`` where skipped, 0 elsewhere; read-only. None for no
             vectors at all.
+        down: float32 ``[n_layer, 2, rank, n_embd]``, likewise; None for no map of low rank.
+        up: float32 ``[n_layer, 2, n_embd, rank]``, likewise.
 
     Raises:
-        PlanError: the arrays' shapes are not ``[n_layer, 2]``, or ``[n_layer, 2, n_embd]`` for the bias.
-        CompensationError: a skipped sublayer's scale is not finite or not positive, or its bias not finite.
+        PlanError: the arrays' shapes are not those above.
+        CompensationError: a skipped sublayer's scale is not finite or not positive, or its bias or map not finite.
     """
 
     skip: npt.NDArray[np.bool_]
     scale: npt.NDArray[np.float64]
     bias: npt.NDArray[np.float32] | None = None
+    down: npt.NDArray[np.float32] | None = None
+    up: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         skip = np.array(self.skip, dtype=np.bool_)
         scale = np.array(self.scale, dtype=np.float64)
-        bias = None if self.bias is None else np.array(self.bias, dtype=np.float32)
+        bias, down, up = (
+            None if array is None else np.array(array, dtype=np.float32) for array in (self.bias, self.down, self.up)
+        )
         if skip.ndim != 2 or skip.shape[0] < 1 or skip.shape[1] != 2 or scale.shape != skip.shape:
             raise PlanError(
                 f"skip flags and compensation need the shape [n_layer, 2], not {skip.shape} and {scale.shape}; "
@@ -73,6 +79,8 @@ class SkipSet:
             raise PlanError(
                 f"the bias needs the shape [{skip.shape[0]}, 2, n_embd], not {bias.shape}; give one vector per sublayer"
             )
+        if down is not None or up is not None:
+            _check_map(skip, bias, down, up)
         for layer, kind in np.argwhere(skip):
             if not (np.isfinite(scale[layer, kind]) and scale[layer, kind] > 0):
                 raise CompensationError(
@@ -84,11 +92,17 @@ class SkipSet:
                     f"the bias of {sublayer_name(layer, kind)} is not finite; "
                     'calibrate again, or use compensation="median"'
                 )
+            if not all(array is None or np.isfinite(array[layer, kind]).all() for array in (down, up)):
+                raise CompensationError(
+                    f"the linear map of {sublayer_name(layer, kind)} is not finite; "
+                    'calibrate again, or use compensation="affine"'
+                )
         scale[~skip] = 1.0
-        if bias is not None:
-            bias[~skip] = 0.0
-        for name, array in (("skip", skip), ("scale", scale), ("bias", bias)):
+        arrays = {"skip": skip, "scale": scale, "bias": bias, "down": down, "up": up}
+        for name, array in arrays.items():
             if array is not None:
+                if name in ("bias", "down", "up"):
+                    array[~skip] = 0.0
                 array.flags.writeable = False
             object.__setattr__(self, name, array)
 
@@ -117,15 +131,20 @@ class SkipSet:
         """Layers whose FFN is skipped, ascending."""
         return tuple(int(layer) for layer in np.flatnonzero(self.skip[:, 1]))
 
+    @property
+    def n_embd(self) -> int | None:
+        """Length of the vectors; None without vectors."""
+        arrays = [array for array in (self.bias, self.down) if array is not None]
+        return int(arrays[0].shape[-1]) if arrays else None
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SkipSet):
             return NotImplemented
-        if (self.bias is None) != (other.bias is None):
-            return False
-        return (
-            np.array_equal(self.skip, other.skip)
-            and np.array_equal(self.scale, other.scale)
-            and (self.bias is None or other.bias is None or np.array_equal(self.bias, other.bias))
+        mine, theirs = (
+            [getattr(each, name) for name in ("skip", "scale", "bias", "down", "up")] for each in (self, other)
+        )
+        return all(
+            a is b if a is None or b is None else np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True)
         )
 
     def __hash__(self) -> int:
@@ -139,12 +158,30 @@ class SkipSet:
 
         def row(layer: int, kind: int) -> dict[str, Any]:
             norm = 0.0 if self.bias is None else float(np.linalg.norm(self.bias[layer, kind].astype(np.float64)))
-            return {"layer": layer, "scale": float(self.scale[layer, kind]), "bias_norm": norm}
+            result = {"layer": layer, "scale": float(self.scale[layer, kind]), "bias_norm": norm}
+            return result if self.down is None else {**result, "rank": int(self.down.shape[2])}
 
         return {
             name: [row(layer, kind) for layer in layers]
             for kind, (name, layers) in enumerate((("attention", self.attention), ("ffn", self.ffn)))
         }
+
+
+def _check_map(
+    skip: npt.NDArray[np.bool_],
+    bias: npt.NDArray[np.float32] | None,
+    down: npt.NDArray[np.float32] | None,
+    up: npt.NDArray[np.float32] | None,
+) -> None:
+    fits = down is not None and up is not None and down.ndim == up.ndim == 4 and down.shape[:2] == skip.shape
+    if fits and down is not None and up is not None:
+        fits = up.shape == (*skip.shape, down.shape[3], down.shape[2]) and min(down.shape) > 0
+        fits = fits and (bias is None or bias.shape[2] == down.shape[3])
+    if not fits:
+        raise PlanError(
+            f"linear maps need the shapes [{skip.shape[0]}, 2, rank, n_embd] and [{skip.shape[0]}, 2, n_embd, rank], "
+            f"not {getattr(down, 'shape', None)} and {getattr(up, 'shape', None)}; give both, one map per sublayer"
+        )
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ import numpy.typing as npt
 from . import profile_file
 from .compensation import DEFAULT_COMPENSATION
 from .errors import PlanError, ProfileFormatError
+from .linear import LinearMaps
 from .model import ModelInfo
 from .modes import PlanOptions
 from .plan import Mode, SkipPlan
 from .speedup import Phase, Ranking, reach
 from .statistics import PhaseStatistics
 from .strategies import get_strategy
+from .tuned import TunedPlan
 
 if TYPE_CHECKING:
     from .cost import CostModel
@@ -40,9 +42,12 @@ class Profile:
         package_version: version of adaskip-cpp that calibrated it.
         created: UTC time of calibration, ISO 8601.
         cost: what each sublayer costs on the machine that calibrated, or None.
+        maps: linear maps that stand in for sublayers, or None.
+        tuned: the plan that `adaskip-cpp tune` found, or None.
 
     Raises:
-        ProfileFormatError: the statistics are not of this model's number of layers.
+        ProfileFormatError: the statistics are not of this model's number of layers, or the tuned plan cannot be made
+            from them.
     """
 
     prefill: PhaseStatistics
@@ -54,6 +59,8 @@ class Profile:
     package_version: str = ""
     created: str = ""
     cost: CostModel | None = None
+    maps: LinearMaps | None = None
+    tuned: TunedPlan | None = None
 
     def __post_init__(self) -> None:
         for phase in (self.prefill, self.decode):
@@ -66,6 +73,13 @@ class Profile:
                 f"the vectors' lengths differ, {self.prefill.n_embd} in prefill and {self.decode.n_embd} in decode; "
                 "calibrate again"
             )
+        if self.maps is not None and (self.maps.n_layer, self.maps.n_embd) != (self.n_layer, self.prefill.n_embd):
+            raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
+        if self.tuned is not None:
+            try:
+                self.tuned.plan(self)
+            except PlanError as error:
+                raise ProfileFormatError(f"the tuned plan cannot be used: {error}") from error
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -121,8 +135,8 @@ class Profile:
 
         Args:
             n_skip: number of sublayers to skip; 12 if neither this nor ``speedup`` is given.
-            compensation: what stands in for a skipped sublayer: ``"affine"``, ``"median"``, ``"paper"`` or ``"none"``,
-                see :mod:`adaskip_cpp.compensation`. The baselines have none.
+            compensation: what stands in for a skipped sublayer: ``"linear"``, ``"affine"``, ``"median"``,
+                ``"paper"`` or ``"none"``, see :mod:`adaskip_cpp.compensation`. The baselines have none.
             mode: ``"prefill"``, ``"decode"`` or ``"e2e"``, see :mod:`adaskip_cpp.modes`.
             strategy: how to choose: ``"adaskip"``, ``"early_exit"``, ``"skip_decode"``, ``"unified_skipping"`` or
                 ``"manual"``, see :mod:`adaskip_cpp.strategies`.
@@ -155,6 +169,16 @@ class Profile:
         if n_skip is not None:
             raise PlanError("n_skip and speedup are two budgets; give one of them")
         return reach(self, strategy, speedup, context, phase, ranking, options)
+
+    def tuned_plan(self) -> SkipPlan:
+        """Return the plan that `adaskip-cpp tune` found; one that skips nothing where the model is best left whole.
+
+        Raises:
+            PlanError: the profile holds none.
+        """
+        if self.tuned is None:
+            raise PlanError("the profile holds no tuned plan; run `adaskip-cpp tune MODEL`")
+        return self.tuned.plan(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: what :meth:`save` writes, without the vectors."""

@@ -21,8 +21,10 @@ import numpy.typing as npt
 
 from .errors import ProfileFormatError, ProfileMissingError, ProfileVersionError
 from .files import write_atomically
+from .linear import LinearMaps
 from .model import ModelInfo
 from .statistics import FIGURES, VECTORS, PhaseStatistics
+from .tuned import TunedPlan
 
 if TYPE_CHECKING:
     from .cost import CostModel
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT_VERSION", "load", "save", "sidecar_name", "to_dict"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _FORMAT = "adaskip-profile"
 _PHASES = ("prefill", "decode")
+_MAPS = ("down", "up", "bias")
 _WORDS = ("corpus", "package_version", "created")
 
 _Vectors = Mapping[str, npt.NDArray[np.float32]]
@@ -57,7 +60,10 @@ def to_dict(profile: Profile) -> dict[str, Any]:
         },
         **{phase: _statistics_to_dict(getattr(profile, phase)) for phase in _PHASES},
         "cost": None if profile.cost is None else profile.cost.to_dict(),
-        "vectors": None if profile.prefill.n_embd is None else {"n_embd": profile.prefill.n_embd},
+        "tuned": None if profile.tuned is None else profile.tuned.to_dict(),
+        "vectors": None
+        if profile.prefill.n_embd is None
+        else {"n_embd": profile.prefill.n_embd, "rank": 0 if profile.maps is None else profile.maps.rank},
     }
 
 
@@ -140,6 +146,8 @@ def _from_dict(data: Any, folder: str) -> Profile:
             n_tokens=_count(calibration, "n_tokens"),
             model=model,
             cost=None if data["cost"] is None else _cost_model(data["cost"]),
+            maps=_maps(data["vectors"], vectors),
+            tuned=None if data["tuned"] is None else TunedPlan.from_dict(data["tuned"]),
             **{name: str(calibration.get(name, "")) for name in _WORDS},  # type: ignore[arg-type]
         )
     except ProfileFormatError:
@@ -182,8 +190,25 @@ def _statistics_from_dict(data: Mapping[str, Any], phase: str, vectors: _Vectors
 def _pack(profile: Profile) -> bytes:
     buffer = io.BytesIO()
     arrays = {f"{phase}_{name}": getattr(getattr(profile, phase), name) for phase in _PHASES for name in VECTORS}
+    if profile.maps is not None:
+        arrays |= {f"maps_{name}": getattr(profile.maps, name) for name in _MAPS}
     np.savez(buffer, **arrays)
     return buffer.getvalue()
+
+
+def _maps(entry: Any, vectors: _Vectors | None) -> LinearMaps | None:
+    """Return the linear maps; their shapes are checked by the class."""
+    if vectors is None or entry["rank"] == 0:
+        return None
+    missing = [name for name in _MAPS if f"maps_{name}" not in vectors]
+    if missing:
+        raise ProfileFormatError(f"the file of its vectors lacks the linear maps' {missing[0]!r}; calibrate again")
+    maps = LinearMaps(**{name: vectors[f"maps_{name}"] for name in _MAPS})
+    if maps.rank != entry["rank"]:
+        raise ProfileFormatError(
+            f"the linear maps have rank {maps.rank}, the profile says {entry['rank']!r}; calibrate again"
+        )
+    return maps
 
 
 def _read_vectors(entry: Mapping[str, Any], folder: str) -> _Vectors:

@@ -106,7 +106,10 @@ static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
     if (plan && (!plan->skip || !plan->scale)) {
         return fail(ADASKIP_ERROR_ARGUMENT, "the plan has no arrays");
     }
-    if (plan && plan->bias && plan->n_embd != n_embd) {
+    if (plan && (!plan->down != !plan->up || (plan->down && plan->n_rank < 1))) {
+        return fail(ADASKIP_ERROR_ARGUMENT, "the plan has one half of a low-rank map, or one without a rank");
+    }
+    if (plan && (plan->bias || plan->down) && plan->n_embd != n_embd) {
         return fail(ADASKIP_ERROR_ARGUMENT,
                 format("the plan's vectors have %d values, the model %d", plan->n_embd, n_embd));
     }
@@ -134,10 +137,13 @@ static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
             return fail(ADASKIP_ERROR_COMPENSATION,
                     format("layer %d: the scale of the %s is %g, not a positive number", i / 2, kind, plan->scale[i]));
         }
-        const float * bias = plan->bias ? plan->bias + (size_t) i * n_embd : nullptr;
-        if (bias && !std::all_of(bias, bias + n_embd, [](float x) { return std::isfinite(x); })) {
+        const auto is_finite = [i](const float * data, size_t n) {
+            return !data || std::all_of(data + i * n, data + (i + 1) * n, [](float x) { return std::isfinite(x); });
+        };
+        const size_t n_map = plan->down ? (size_t) plan->n_rank * n_embd : 0;
+        if (!is_finite(plan->bias, n_embd) || !is_finite(plan->down, n_map) || !is_finite(plan->up, n_map)) {
             return fail(ADASKIP_ERROR_COMPENSATION,
-                    format("layer %d: the vector of the %s has a value that is not finite", i / 2, kind));
+                    format("layer %d: the compensation of the %s has a value that is not finite", i / 2, kind));
         }
     }
     return ADASKIP_OK;
@@ -163,7 +169,11 @@ static adaskip_context::plan make_plan(const llama_context & ctx, const adaskip_
         }
     }
     if (plan->bias) {
-        res.bias = adaskip_vectors_init(ctx.get_model(), res.skip, plan->bias, plan->n_embd);
+        res.bias = adaskip_vectors_init(ctx.get_model(), res.skip, plan->bias, plan->n_embd, 1);
+    }
+    if (plan->down) {
+        res.down = adaskip_vectors_init(ctx.get_model(), res.skip, plan->down, plan->n_embd, plan->n_rank);
+        res.up   = adaskip_vectors_init(ctx.get_model(), res.skip, plan->up, plan->n_rank, plan->n_embd);
     }
     return res;
 }
@@ -330,7 +340,8 @@ int32_t adaskip_set_phase(llama_context * ctx, int32_t phase) {
 int32_t adaskip_set_statistics(
         llama_context * ctx, int32_t flags, adaskip_statistics_callback callback, void * user_data) {
     return guarded(ctx, [&]() -> int32_t {
-        const int32_t known = ADASKIP_STATISTICS_ON | ADASKIP_STATISTICS_ALL_TOKENS | ADASKIP_STATISTICS_VECTORS;
+        const int32_t known = ADASKIP_STATISTICS_ON | ADASKIP_STATISTICS_ALL_TOKENS | ADASKIP_STATISTICS_VECTORS |
+                              ADASKIP_STATISTICS_ACTIVATIONS;
         if ((flags & ~known) != 0 || (flags != 0 && !(flags & ADASKIP_STATISTICS_ON))) {
             return fail(ADASKIP_ERROR_ARGUMENT, format("unknown statistics flags %d", flags));
         }

@@ -182,14 +182,15 @@ void adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatc
     }
     if (statistics_flags != 0 && !read.values.empty()) {
         const adaskip_statistics statistics = {
-            /*.n_layer   =*/(int32_t) observations.size(),
-            /*.n_tokens  =*/(int32_t) ubatch.n_tokens,
-            /*.n_embd    =*/(int32_t) llama_model_n_embd(&lctx.get_model()),
-            /*.phase     =*/phase,
-            /*.positions =*/ubatch.pos,
-            /*.values    =*/read.values.data(),
-            /*.layer_dot =*/read.layer_dot.data(),
-            /*.sums      =*/read.sums.empty() ? nullptr : read.sums.data(),
+            /*.n_layer     =*/(int32_t) observations.size(),
+            /*.n_tokens    =*/(int32_t) ubatch.n_tokens,
+            /*.n_embd      =*/(int32_t) llama_model_n_embd(&lctx.get_model()),
+            /*.phase       =*/phase,
+            /*.positions   =*/ubatch.pos,
+            /*.values      =*/read.values.data(),
+            /*.layer_dot   =*/read.layer_dot.data(),
+            /*.sums        =*/read.sums.empty() ? nullptr : read.sums.data(),
+            /*.activations =*/read.activations.empty() ? nullptr : read.activations.data(),
         };
         statistics_callback(&statistics, statistics_user_data);
     }
@@ -212,7 +213,8 @@ adaskip_context::statistics_values adaskip_context::read_statistics(
     const size_t n_embd   = llama_model_n_embd(&lctx.get_model());
     const float  nan      = std::numeric_limits<float>::quiet_NaN();
 
-    std::vector<std::vector<float>> data(reductions.size());
+    auto & data = res.data;
+    data.resize(reductions.size());
     for (size_t i = 0; i < reductions.size(); ++i) {
         data[i].resize(ggml_nelements(reductions[i]));
         if (!data[i].empty()) {
@@ -244,6 +246,9 @@ adaskip_context::statistics_values adaskip_context::read_statistics(
             std::copy(data[i].begin(), data[i].end(), dst.begin() + begin);
         }
     };
+    const auto put_copy = [&](int i) {
+        res.activations.push_back(i >= 0 && data[i].size() == n_tokens * n_embd ? data[i].data() : nullptr);
+    };
     for (const auto & layer : observations) {
         for (const auto & observation : layer) {
             put_rows(res.values, observation.dot);
@@ -252,6 +257,10 @@ adaskip_context::statistics_values adaskip_context::read_statistics(
             if (statistics_flags & ADASKIP_STATISTICS_VECTORS) {
                 put_sum(res.sums, observation.sum_u);
                 put_sum(res.sums, observation.sum_v);
+            }
+            if (statistics_flags & ADASKIP_STATISTICS_ACTIVATIONS) {
+                put_copy(observation.u);
+                put_copy(observation.v);
             }
         }
     }
@@ -283,8 +292,10 @@ const adaskip_context::plan & adaskip_context::get_plan_of_request() const {
 }
 
 static bool plan_equals(const adaskip_context::plan & a, const adaskip_context::plan & b) {
-    const bool same_bias = a.bias == b.bias || (a.bias && b.bias && a.bias->data == b.bias->data);
-    return a.skip == b.skip && a.scale == b.scale && same_bias;
+    const auto same = [](const adaskip_vectors_ptr & x, const adaskip_vectors_ptr & y) {
+        return x == y || (x && y && x->data == y->data);
+    };
+    return a.skip == b.skip && a.scale == b.scale && same(a.bias, b.bias) && same(a.down, b.down) && same(a.up, b.up);
 }
 
 void adaskip_context::set_steps(int32_t i_phase, std::vector<step> steps) {
@@ -299,6 +310,8 @@ void adaskip_context::set_steps(int32_t i_phase, std::vector<step> steps) {
                 if (&other != &cur && other.value.id != 0 && plan_equals(other.value, cur.value)) {
                     cur.value.id   = other.value.id;
                     cur.value.bias = other.value.bias;
+                    cur.value.down = other.value.down;
+                    cur.value.up   = other.value.up;
                 }
             }
         }

@@ -32,17 +32,19 @@ int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool
 // room for the nodes that the pass adds to a graph, see llama_context::graph_max_nodes
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
 
-// The bias vectors of a plan, each in a buffer on its layer's own device.
+// One array per skipped sublayer of a plan, each in a buffer on its layer's own device.
 struct adaskip_vectors {
     std::vector<ggml_tensor *>           tensors; // [n_layer][2], null where there is none
-    std::vector<float>                   data;    // [n_layer][2][n_embd], 0 where there is none
+    std::vector<float>                   data;    // [n_layer][2][ne0*ne1], 0 where there is none
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 };
 
-// uploads data[n_layer][2][n_embd] where skip is 1; throws if a device has no room
-std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
-        const llama_model & model, const std::vector<uint8_t> & skip, const float * data, int64_t n_embd);
+using adaskip_vectors_ptr = std::shared_ptr<adaskip_vectors>;
+
+// uploads data[n_layer][2][ne1][ne0] where skip is 1; throws if a device has no room
+adaskip_vectors_ptr adaskip_vectors_init(
+        const llama_model & model, const std::vector<uint8_t> & skip, const float * data, int64_t ne0, int64_t ne1);
 
 // The part of a llama_context that skips sublayers and collects statistics. Its hooks are called around the computation
 // of each ubatch; with no plan and no statistics they leave the graph as llama.cpp built it.
@@ -53,7 +55,9 @@ public:
         std::vector<float>     scale;     // [n_layer][2]
         adaskip_kv::layer_mask attention; // [n_layer], attentions that are skipped
 
-        std::shared_ptr<adaskip_vectors> bias; // null for none
+        adaskip_vectors_ptr bias; // null for none
+        adaskip_vectors_ptr down; // likewise, [n_embd, n_rank] each
+        adaskip_vectors_ptr up;   // [n_rank, n_embd] each
 
         uint64_t id = 0; // what a graph was built under; 0 for the empty plan
 
@@ -154,6 +158,8 @@ private:
         int v_sq  = -1;
         int sum_u = -1;
         int sum_v = -1;
+        int u     = -1;
+        int v     = -1;
     };
 
     // statistics of one ubatch, laid out as in adaskip_statistics
@@ -161,6 +167,9 @@ private:
         std::vector<float> values;
         std::vector<float> layer_dot;
         std::vector<float> sums;
+
+        std::vector<std::vector<float>> data; // of the reductions, as they came from the devices
+        std::vector<const float *>      activations;
     };
 
     graph_key    key() const;
@@ -184,6 +193,7 @@ private:
 
     int           reduce(ggml_tensor * a, ggml_tensor * b, ggml_tensor * node);
     int           sum_over_tokens(ggml_tensor * t, ggml_tensor * node);
+    int           copy_of(ggml_tensor * t, ggml_tensor * node);
     int           add_reduction(ggml_tensor * t, ggml_tensor * node);
     void          add_marker(ggml_cgraph * gf, int64_t n_values);
     ggml_tensor * resolve(ggml_tensor * t) const;
@@ -218,7 +228,7 @@ private:
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>
             behind; // node -> nodes to compute right behind it
 
-    std::vector<ggml_tensor *> reductions; // F32, n_rows or n_embd values each
+    std::vector<ggml_tensor *> reductions; // F32, n_rows or n_embd values each, or both in a copy
     // input and output of the sublayers that run where others of their junction are skipped
     std::unordered_map<const ggml_tensor *, std::pair<ggml_tensor *, ggml_tensor *>> running; // by the branch
 

@@ -7,9 +7,9 @@
 
 #include <algorithm>
 
-// per sublayer at most: three reductions, two reshapes, two copies to make them possible, two additions, a scale, and
-// three nodes for a sum over tokens; and the same again for the layer as a whole
-static constexpr uint32_t ADASKIP_NODES_PER_SUBLAYER = 20;
+// per sublayer at most: three reductions, two reshapes, two copies to make them possible, three additions, a scale, two
+// products, three nodes for a sum over tokens and two copies of activations; and as much again for the whole layer
+static constexpr uint32_t ADASKIP_NODES_PER_SUBLAYER = 24;
 
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer) {
     return 2 * n_layer * ADASKIP_NODES_PER_SUBLAYER + ADASKIP_NODES_PER_SUBLAYER;
@@ -67,15 +67,28 @@ void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgr
                 cur                = sum;
                 continue;
             }
-            const float scale = plan.scale[2 * term.il + term.kind];
+            const size_t i     = 2 * term.il + term.kind;
+            const float  scale = plan.scale[i];
+
+            // FFNs that the online stage added have a scale alone
+            ggml_tensor * const bias = plan.bias ? plan.bias->tensors[i] : nullptr;
+            ggml_tensor * const down = plan.down ? plan.down->tensors[i] : nullptr;
+
+            if ((scale != 1.0f || down) && !ggml_is_contiguous(cur)) {
+                cur = ggml_cont(ctx.get(), cur);
+            }
+            ggml_tensor * product = nullptr;
+            if (down) {
+                product = ggml_mul_mat(ctx.get(), plan.up->tensors[i], ggml_mul_mat(ctx.get(), down, cur));
+            }
             if (scale != 1.0f) {
-                if (!ggml_is_contiguous(cur)) {
-                    cur = ggml_cont(ctx.get(), cur);
-                }
                 cur = ggml_scale(ctx.get(), cur, scale);
             }
-            if (plan.bias && plan.bias->tensors[2 * term.il + term.kind]) {
-                cur = ggml_add(ctx.get(), cur, plan.bias->tensors[2 * term.il + term.kind]);
+            if (bias) {
+                cur = ggml_add(ctx.get(), cur, bias);
+            }
+            if (product) {
+                cur = ggml_add(ctx.get(), cur, product);
             }
         }
         if (cur != junction.residual) {
@@ -145,6 +158,10 @@ int adaskip_context::sum_over_tokens(ggml_tensor * t, ggml_tensor * node) {
     return add_reduction(ggml_sum_rows(ctx.get(), ggml_cont(ctx.get(), ggml_transpose(ctx.get(), t))), node);
 }
 
+int adaskip_context::copy_of(ggml_tensor * t, ggml_tensor * node) {
+    return add_reduction(ggml_cont(ctx.get(), t), node);
+}
+
 int adaskip_context::add_reduction(ggml_tensor * t, ggml_tensor * node) {
     ggml_set_output(t);
     behind[node].push_back(t);
@@ -155,6 +172,7 @@ int adaskip_context::add_reduction(ggml_tensor * t, ggml_tensor * node) {
 void adaskip_context::add_statistics(const adaskip_topology & topology) {
     const bool ffn_only = graph_key_last.statistics & ADASKIP_STATISTICS_ONLINE;
     const bool vectors  = graph_key_last.statistics & ADASKIP_STATISTICS_VECTORS;
+    const bool copies   = graph_key_last.statistics & ADASKIP_STATISTICS_ACTIVATIONS;
 
     const size_t n_layer = topology.layers.size();
     observations.assign(n_layer, {});
@@ -163,6 +181,7 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
     // the output of one sublayer is the input of the next
     std::unordered_map<const ggml_tensor *, int> squares;
     std::unordered_map<const ggml_tensor *, int> sums;
+    std::unordered_map<const ggml_tensor *, int> copied;
     const auto                                   square = [&](ggml_tensor * t, ggml_tensor * node) {
         const auto it = squares.find(t);
         return it != squares.end() ? it->second : squares[t] = reduce(t, t, node);
@@ -170,6 +189,11 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
     const auto sum = [&](ggml_tensor * t, ggml_tensor * node) {
         const auto it = sums.find(t);
         return it != sums.end() ? it->second : sums[t] = sum_over_tokens(t, node);
+    };
+
+    const auto copy = [&](ggml_tensor * t, ggml_tensor * node) {
+        const auto it = copied.find(t);
+        return it != copied.end() ? it->second : copied[t] = copy_of(t, node);
     };
 
     std::vector<ggml_tensor *> layer_inputs(n_layer, nullptr);
@@ -204,6 +228,10 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
                 if (vectors) {
                     dst.sum_u = sum(u, out);
                     dst.sum_v = sum(v, out);
+                }
+                if (copies) {
+                    dst.u = copy(u, out);
+                    dst.v = copy(v, out);
                 }
             }
             if (known && !ffn_only) {

@@ -6,11 +6,12 @@
 #include <map>
 #include <stdexcept>
 
-std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
-        const llama_model & model, const std::vector<uint8_t> & skip, const float * data, int64_t n_embd) {
-    auto res = std::make_shared<adaskip_vectors>();
+adaskip_vectors_ptr adaskip_vectors_init(
+        const llama_model & model, const std::vector<uint8_t> & skip, const float * data, int64_t ne0, int64_t ne1) {
+    const size_t n   = ne0 * ne1;
+    auto         res = std::make_shared<adaskip_vectors>();
     res->tensors.assign(skip.size(), nullptr);
-    res->data.assign(skip.size() * n_embd, 0.0f);
+    res->data.assign(skip.size() * n, 0.0f);
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
     for (size_t i = 0; i < skip.size(); ++i) {
@@ -28,7 +29,7 @@ std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
             ctx = ggml_init(params);
             res->ctxs.emplace_back(ctx);
         }
-        res->tensors[i] = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_embd);
+        res->tensors[i] = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, ne0, ne1);
     }
     for (const auto & [buft, ctx] : ctx_map) {
         ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
@@ -39,8 +40,8 @@ std::shared_ptr<adaskip_vectors> adaskip_vectors_init(
     }
     for (size_t i = 0; i < skip.size(); ++i) {
         if (res->tensors[i]) {
-            std::copy(data + i * n_embd, data + (i + 1) * n_embd, res->data.begin() + i * n_embd);
-            ggml_backend_tensor_set(res->tensors[i], data + i * n_embd, 0, n_embd * sizeof(float));
+            std::copy(data + i * n, data + (i + 1) * n, res->data.begin() + i * n);
+            ggml_backend_tensor_set(res->tensors[i], data + i * n, 0, n * sizeof(float));
         }
     }
     return res;

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 2
+#define ADASKIP_ABI_VERSION 3
 
 struct llama_context;
 
@@ -54,6 +54,8 @@ enum adaskip_statistics_flags {
     ADASKIP_STATISTICS_ALL_TOKENS = 2,
     // Sums over the tokens of every sublayer's input and output, for mean error vectors.
     ADASKIP_STATISTICS_VECTORS = 4,
+    // Every sublayer's input and output themselves. Many bytes: for fitting what stands in for a sublayer.
+    ADASKIP_STATISTICS_ACTIVATIONS = 8,
 };
 
 // one sublayer of the model, as found in its compute graph
@@ -65,13 +67,16 @@ struct adaskip_sublayer {
     char    reason[160]; // why it is not skippable, empty when it is
 };
 
-// which sublayers to skip, and what stands in for each: v := scale * u + bias
+// which sublayers to skip, and what stands in for each: v := scale * u + bias + up * (down * u)
 struct adaskip_plan {
     int32_t         n_layer; // must equal the model's
-    int32_t         n_embd;  // must equal the model's where bias is not NULL
+    int32_t         n_embd;  // must equal the model's where bias or down is not NULL
+    int32_t         n_rank;  // > 0 where down is not NULL
     const uint8_t * skip;    // [n_layer][2], 0 or 1
     const float *   scale;   // [n_layer][2], read where skip is 1; > 0; a scale of 1 costs nothing
     const float *   bias;    // [n_layer][2][n_embd], read where skip is 1; finite; NULL for none
+    const float *   down;    // [n_layer][2][n_rank][n_embd], likewise
+    const float *   up;      // [n_layer][2][n_embd][n_rank], likewise; NULL where down is
 };
 
 // Online importance learning: in decode, the first `window` tokens of a request observe the FFNs that run; then every
@@ -107,6 +112,10 @@ struct adaskip_statistics {
     const float *   values;    // [n_layer][2][3][n_tokens]: dot(u, v), |u|^2, |v|^2
     const float *   layer_dot; // [n_layer][n_tokens]: dot of the layer's input and its output
     const float *   sums;      // [n_layer][2][2][n_embd]: sum of u, sum of v; NULL without ADASKIP_STATISTICS_VECTORS
+
+    // [n_layer][2][2], each [n_tokens][n_embd]: u and v; NULL where a sublayer does not see every token of the ubatch;
+    // NULL itself without ADASKIP_STATISTICS_ACTIVATIONS
+    const float * const * activations;
 };
 
 typedef void (*adaskip_statistics_callback)(const struct adaskip_statistics * statistics, void * user_data);

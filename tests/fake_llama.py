@@ -15,6 +15,7 @@ from adaskip_cpp.plan import SkipPlan
 __all__ = ["FakeLlama"]
 
 N_VOCAB = 300
+N_EMBD = 4
 BOS = 1
 
 
@@ -52,6 +53,17 @@ class FakeLlama:
     def n_vocab(self) -> int:
         return N_VOCAB
 
+    def n_embd(self) -> int:
+        return N_EMBD
+
+    @property
+    def sublayers(self) -> list[Any]:
+        return [
+            SimpleNamespace(layer=layer, kind=name, skippable=(layer, kind) not in self._unobserved)
+            for layer in range(self.n_layer)
+            for kind, name in enumerate(("attention", "ffn"))
+        ]
+
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return [BOS] * add_bos + [byte + 2 for byte in text]
 
@@ -63,18 +75,23 @@ class FakeLlama:
 
     @contextlib.contextmanager
     def collect_statistics(
-        self, sink: Callable[[Any], None], *, keep_logits: bool = False, vectors: bool = False
+        self,
+        sink: Callable[[Any], None],
+        *,
+        keep_logits: bool = False,
+        vectors: bool = False,
+        activations: bool = False,
     ) -> Iterator[None]:
         self._sink, self.collecting = sink, True
-        self._options = {"keep_logits": keep_logits, "vectors": vectors}
+        self._options = {"keep_logits": keep_logits, "vectors": vectors, "activations": activations}
         try:
             yield
         finally:
             self._sink, self.collecting = None, False
 
     def streams(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """u and v of every sublayer, float64 [n_layer, 2, n_tokens, 4]."""
-        values = [np.random.default_rng(token).normal(size=(self.n_layer, 2, 2, 4)) for token in tokens]
+        """u and v of every sublayer, float64 [n_layer, 2, n_tokens, N_EMBD]."""
+        values = [np.random.default_rng(token).normal(size=(self.n_layer, 2, 2, N_EMBD)) for token in tokens]
         u, error = np.moveaxis(np.stack(values, axis=2), 3, 0)
         return u, u + error * np.linspace(0.1, 1, self.n_layer)[:, None, None, None]
 
@@ -108,6 +125,9 @@ class FakeLlama:
                 u, v = self.streams(piece)
                 dot, u_sq, v_sq = ((a * b).sum(axis=3).astype(np.float32) for a, b in ((u, v), (u, u), (v, v)))
                 sum_u, sum_v = ((a.sum(axis=2)).astype(np.float32) for a in (u, v))
+                positions = np.arange(self.n_tokens - len(piece), self.n_tokens, dtype=np.int32)
+                pairs = [[(u[at].astype(np.float32), v[at].astype(np.float32)) for at in ((layer, 0), (layer, 1))]
+                         for layer in range(self.n_layer)]  # fmt: skip
                 for layer, kind in self._unobserved:
                     for array in (dot, u_sq, v_sq, sum_u, sum_v):
                         array[layer, kind] = np.nan
@@ -120,5 +140,7 @@ class FakeLlama:
                         sum_u=sum_u if self._options["vectors"] else None,
                         sum_v=sum_v if self._options["vectors"] else None,
                         phase=phase,
+                        positions=positions,
+                        activations=pairs if self._options["activations"] else None,
                     )
                 )

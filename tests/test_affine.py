@@ -184,7 +184,7 @@ def test_vectors_let_the_graph_be_reused_on_every_token_and_nothing_is_copied(
 def test_the_plan_owns_its_vectors(tiny: Tiny, tokens: Tokens, open_model: Open, reference: ReferenceModel) -> None:
     # What the caller does to its array afterwards does not matter.
     chosen = random_set(2)
-    native = SimpleNamespace(skip=chosen.skip, scale=chosen.scale, bias=np.array(chosen.bias))
+    native = SimpleNamespace(skip=chosen.skip, scale=chosen.scale, bias=np.array(chosen.bias), down=None, up=None)
     llm = open_model(tiny())
     llm._adaskip.set_plan("prefill", native)
     llm._adaskip.set_plan("decode", native)
@@ -234,7 +234,9 @@ def test_a_vector_that_is_not_finite_is_refused_and_the_plan_in_force_stays(
     bad[layer, kind, 5] = value
     for phase in ("prefill", "decode"):
         with pytest.raises(CompensationError, match="not finite"):
-            llm._adaskip.set_plan(phase, SimpleNamespace(skip=chosen.skip, scale=chosen.scale, bias=bad))
+            llm._adaskip.set_plan(
+                phase, SimpleNamespace(skip=chosen.skip, scale=chosen.scale, bias=bad, down=None, up=None)
+            )
     expected = ReferenceRun(reference).eval(tokens(40), chosen.skip, chosen.scale, chosen.bias).logits
     assert relative_error(eval_logits(llm, [tokens(40)]), expected) < TOLERANCE
 
@@ -243,7 +245,9 @@ def test_values_of_sublayers_that_run_are_not_read(tiny: Tiny, tokens: Tokens, o
     bias = vectors()
     bias[0] = np.nan
     llm = open_model(tiny())
-    llm._adaskip.set_plan("prefill", SimpleNamespace(skip=only((1, 1)), scale=np.ones((N_LAYER, 2)), bias=bias))
+    llm._adaskip.set_plan(
+        "prefill", SimpleNamespace(skip=only((1, 1)), scale=np.ones((N_LAYER, 2)), bias=bias, down=None, up=None)
+    )
     llm.eval(tokens(5))
     assert np.isfinite(llm.scores[:5]).all()
 
@@ -255,7 +259,11 @@ def test_vectors_of_another_length_are_refused(n_embd: int, tiny: Tiny, tokens: 
         llm._adaskip.set_plan(
             "prefill",
             SimpleNamespace(
-                skip=only((1, 1)), scale=np.ones((N_LAYER, 2)), bias=np.zeros((N_LAYER, 2, n_embd), np.float32)
+                skip=only((1, 1)),
+                scale=np.ones((N_LAYER, 2)),
+                bias=np.zeros((N_LAYER, 2, n_embd), np.float32),
+                down=None,
+                up=None,
             ),
         )
     llm.eval(tokens(5))

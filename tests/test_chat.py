@@ -1,6 +1,7 @@
 """The chat: what it prints, what it keeps, and that no mistake of the user ends it."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 from tiny_families import N_EMBD
 
 from adaskip_cpp import Profile
+from adaskip_cpp.auto import profile_path
 from adaskip_cpp.cli import main
 from adaskip_cpp.cli_chat import Conversation
 from adaskip_cpp.errors import RequestError
 from adaskip_cpp.generation import Generation
+from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model import ModelInfo, fingerprint
 from adaskip_cpp.statistics import PhaseStatistics
+from adaskip_cpp.tuned import Promise, TunedPlan
 
 Chat = Callable[..., Result]
 
@@ -180,3 +184,20 @@ def test_a_template_that_refuses_the_system_text_names_the_option(model: Path, o
     conversation = Conversation(llm, "be brief", max_tokens=4, temperature=0.0)
     with pytest.raises(RequestError, match="--system"):
         conversation.ask("hello")
+
+
+def test_a_tuned_plan_beside_the_model_is_used_and_told(model: Path, profile: Path) -> None:
+    tuned = TunedPlan((2,), (0,), Promise("max_loss", 0.5), Interval(0, 0, 0, 2), Interval(1, 1, 1, 2), 2, 20)
+    beside = Path(profile_path(model))
+    try:
+        replace(Profile.load(profile), tuned=tuned).save(beside)
+        words = ["chat", str(model), "--temp", "0", "--max-tokens", "6"]
+        result = CliRunner().invoke(main, words, input="hello\n/plan\n/skip 1\n", prog_name="adaskip-cpp")
+        assert statuses(result)[0].count("skipped 2 prefill, 2 decode") == 1
+        assert "2 of 6 sublayers are skipped, as tuned for" in " ".join(result.stderr.split())
+        assert "strategy tuned" in result.stderr and "(1 sublayers skipped in prefill" in result.stderr
+        full = CliRunner().invoke(main, [*words, "--full"], input="hello\n", prog_name="adaskip-cpp")
+        assert "skipped" not in statuses(full)[0]
+    finally:
+        beside.unlink(missing_ok=True)
+        beside.with_name("chat.adaskip.npz").unlink(missing_ok=True)

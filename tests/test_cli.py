@@ -62,7 +62,7 @@ def line(result: Result, code: int = 1) -> str:
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["demo", "inspect", "calibrate", "plan", "generate", "chat"])
+@pytest.mark.parametrize("verb", ["demo", "inspect", "calibrate", "plan", "generate", "chat", "tune", "plot"])
 def test_every_verb_has_help_with_an_example(run: Run, verb: str) -> None:
     result = run(verb, "--help")
     assert result.exit_code == 0

@@ -100,12 +100,13 @@ def test_what_was_not_observed_cannot_be_compensated(streams: Any) -> None:
         COMPENSATIONS["median"].skip_set(EVERY, statistics)
 
 
-def test_the_online_stage_has_no_vectors_so_that_affine_is_the_median_there() -> None:
+def test_the_online_stage_has_no_vectors_so_that_affine_and_linear_are_the_median_there() -> None:
     assert {name: each.online for name, each in COMPENSATIONS.items()} == {
         "none": "none",
         "paper": "paper",
         "median": "median",
         "affine": "median",
+        "linear": "median",
     }
 
 

@@ -113,7 +113,7 @@ BAD_CALLS = {
     "elided KV into too little": lambda ctx: _lib.adaskip_get_elided_kv(ctx, _ffi.new("uint8_t[2]"), 2),
     "elided KV of no layers": lambda ctx: _lib.adaskip_elide_kv(_ffi.new("uint8_t[3]"), 0),
     "elided KV of negative layers": lambda ctx: _lib.adaskip_elide_kv(_ffi.NULL, -1),
-    "unknown statistics": lambda ctx: _lib.adaskip_set_statistics(ctx, ON | 8, ignore, _ffi.NULL),
+    "unknown statistics": lambda ctx: _lib.adaskip_set_statistics(ctx, ON | 16, ignore, _ffi.NULL),
     "negative statistics": lambda ctx: _lib.adaskip_set_statistics(ctx, -1, ignore, _ffi.NULL),
     "flags of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(ctx, VECTORS, ignore, _ffi.NULL),
     "all tokens of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(
@@ -198,7 +198,7 @@ def test_what_was_learned_may_be_asked_for_in_part(ctx: Any, llm: Any) -> None:
 
 
 def test_the_library_is_of_the_version_of_its_header() -> None:
-    assert _lib.adaskip_abi_version() == _lib.ADASKIP_ABI_VERSION == 2
+    assert _lib.adaskip_abi_version() == _lib.ADASKIP_ABI_VERSION == 3
 
 
 def test_another_threads_mask_of_elided_kv_is_not_ours(
@@ -219,7 +219,9 @@ def test_plans_are_objects_with_skip_scale_and_bias(llm: Any) -> None:
     # Any integer or float dtype and any order in memory will do.
     skip = np.asfortranarray([[0, 0], [1, 1], [0, 0]], dtype=np.int64)
     bias = np.zeros((3, 2, 64), np.float64)
-    llm._adaskip.set_plan("prefill", SimpleNamespace(skip=skip, scale=np.ones((3, 2), np.float32), bias=bias))
+    llm._adaskip.set_plan(
+        "prefill", SimpleNamespace(skip=skip, scale=np.ones((3, 2), np.float32), bias=bias, down=None, up=None)
+    )
     llm.eval([1, 5, 6])
     assert llm.counters.nodes < llm.counters.nodes_full
 

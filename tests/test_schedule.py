@@ -187,7 +187,7 @@ BAD: dict[str, tuple[tuple[int, Any], ...]] = {
     "an attention that runs again": ((0, B), (4, A)),
     "an attention that runs again later": ((0, A), (2, B), (4, A)),
     "another number of layers": ((0, A), (2, SkipSet.none(4))),
-    "a scale of nothing": ((0, A), (2, SimpleNamespace(skip=B.skip, scale=B.scale * 0, bias=None))),
+    "a scale of nothing": ((0, A), (2, SimpleNamespace(skip=B.skip, scale=B.scale * 0, bias=None, down=None, up=None))),
 }
 
 

@@ -1,0 +1,83 @@
+"""Times one request on any ``llama_cpp.Llama``.
+
+This module imports nothing of the package: stock llama-cpp-python is timed by the same code, loaded by its path, in a
+process that never sees our libllama.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+__all__ = ["N_SETTLE", "RequestTime", "in_turn", "time_request"]
+
+N_SETTLE = 2
+"""Tokens at the beginning of decode that are not counted: the first builds the phase's graph, the second reuses it
+while caches are still cold."""
+
+
+@dataclass(frozen=True)
+class RequestTime:
+    """How long one request took.
+
+    Attributes:
+        first_token_s: seconds from the call to the first token, of a prompt of which nothing was cached.
+        token_s: seconds of each token behind it, in order.
+    """
+
+    first_token_s: float
+    token_s: tuple[float, ...]
+
+    def per_token_s(self, n_settle: int = N_SETTLE) -> float:
+        """Median seconds per token behind the first ``n_settle``; of the last one if there are no more; NaN of none."""
+        if not self.token_s:
+            return math.nan
+        return statistics.median(self.token_s[min(n_settle, len(self.token_s) - 1) :])
+
+
+def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
+    """Time a prompt and the tokens that follow it, chosen greedily, on past the end of the text.
+
+    Whatever the model has cached is forgotten first, and what it caches here stays. Sampling reads the logits, so a GPU
+    has finished whenever the clock is read.
+
+    Args:
+        llm: a ``llama_cpp.Llama``, stock or ours; ``len(prompt) + n_decode`` tokens must fit into its context.
+        prompt: token ids, at least one.
+        n_decode: tokens to time behind the first one.
+    """
+    tokens = list(prompt)
+    llm.reset()
+    collects = gc.isenabled()
+    gc.disable()  # a collection would land on one token of one contender
+    try:
+        steps = llm.generate(tokens, temp=0.0)
+        start = perf_counter()
+        next(steps)
+        last = perf_counter()
+        first_token_s = last - start
+        token_s = []
+        for _ in range(n_decode):
+            next(steps)
+            now = perf_counter()
+            token_s.append(now - last)
+            last = now
+        steps.close()
+    finally:
+        if collects:
+            gc.enable()
+    return RequestTime(first_token_s, tuple(token_s))
+
+
+def in_turn(n: int, n_round: int) -> list[int]:
+    """Return the order of ``n`` contenders in a round, counted from 0: reversed in every second one.
+
+    A machine that grows slower within a round then hits the first as often as the last.
+    """
+    order = list(range(n))
+    return order[::-1] if n_round % 2 else order

@@ -1,0 +1,402 @@
+"""The benchmark's arithmetic on synthetic times with known ratios, and its processes on a tiny model."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adaskip_cpp import SkipPlan, bench_process
+from adaskip_cpp.bench import Bench, BenchProgress, BenchSettings, fit_contexts
+from adaskip_cpp.bench_process import Usage, Worker
+from adaskip_cpp.bench_table import FULL, STOCK, BenchTimes, Parts, Row, table, verdict
+from adaskip_cpp.errors import DataError, NativeError, PlanError
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.plan import OnlineStage, SkipSet
+from adaskip_cpp.timing import RequestTime
+
+# --- from times to a table --------------------------------------------------------------------------------------------
+
+
+def measured(
+    prompt_s: dict[str, float], n_rounds: int = 20, noise: float = 0.0, seed: int = 0, **options: Any
+) -> BenchTimes:
+    """Runs at one context of 512, of which decode takes a hundredth per token; all share the noise of their round."""
+    rng = np.random.default_rng(seed)
+    common = np.exp(rng.normal(0, 0.3, n_rounds))
+    times = {}
+    for name, seconds in prompt_s.items():
+        own = seconds * common * np.exp(rng.normal(0, noise, n_rounds))
+        times[name, 512] = [RequestTime(s, (9.0, 9.0, s / 100, s / 100)) for s in own.tolist()]
+    names = [name for name in prompt_s if not name.startswith("only") and name != "rest"]
+    return BenchTimes(names, times, **options)
+
+
+def row(rows: list[Row], contender: str, phase: str = "prefill", context: int = 512) -> Row:
+    (only,) = [each for each in rows if (each.contender, each.phase, each.context) == (contender, phase, context)]
+    return only
+
+
+def test_without_noise_the_ratios_are_exact_in_both_phases() -> None:
+    rows = table(measured({STOCK: 2.0, FULL: 2.0, "plan": 1.6}))
+    for phase in ("prefill", "decode"):
+        against = row(rows, "plan", phase).against
+        assert against[STOCK].value == against[FULL].value == pytest.approx(1.25)
+        assert row(rows, FULL, phase).against[STOCK].value == pytest.approx(1.0)
+    assert set(row(rows, FULL).against) == {STOCK} and set(row(rows, STOCK).against) == {FULL}
+
+
+def test_no_difference_is_called_real_where_there_is_none() -> None:
+    false_alarms = 0
+    for seed in range(100):
+        rows = table(measured({STOCK: 1.0, FULL: 1.0}, n_rounds=12, noise=0.05, seed=seed))
+        false_alarms += row(rows, FULL).against[STOCK].excludes()
+    assert false_alarms <= 10  # 5 of 100 are expected; more than 10 come once in 100 times
+
+
+def test_3_percent_are_found_with_2_percent_of_noise_in_20_rounds() -> None:
+    found = 0
+    for seed in range(60):
+        rows = table(measured({FULL: 1.03, "plan": 1.0}, noise=0.02, seed=seed))
+        found += row(rows, "plan").against[FULL].low > 1
+    assert found >= 57
+
+
+def test_medians_and_quartiles_are_those_of_the_runs() -> None:
+    times = BenchTimes([FULL], {(FULL, 64): [RequestTime(s, (1.0, 1.0, s)) for s in (5.0, 1.0, 2.0, 4.0, 3.0)]})
+    found = row(table(times), FULL, context=64)
+    assert (found.low_s, found.median_s, found.high_s, found.n_rounds) == (2.0, 3.0, 4.0, 5)
+
+
+def test_the_ideal_is_the_full_time_over_what_the_skipped_sublayers_leave_of_it() -> None:
+    # The skipped sublayers alone take 0.9 - 0.4 = 0.5 of 2.0 s: ideal 2 / 1.5. The plan takes 1.6: 1.5 / 1.6 of it.
+    parts = {"plan": Parts("only", "only", "rest")}
+    rows = table(measured({FULL: 2.0, "plan": 1.6, "only": 0.9, "rest": 0.4}, parts=parts))
+    for phase in ("prefill", "decode"):
+        found = row(rows, "plan", phase)
+        assert found.ideal is not None and found.of_ideal is not None
+        assert found.ideal.value == pytest.approx(2 / 1.5)
+        assert found.of_ideal.value == pytest.approx(1.5 / 1.6)
+    assert row(rows, FULL).ideal is None
+
+
+def test_with_noise_the_share_of_the_ideal_is_still_found() -> None:
+    parts = {"plan": Parts("only", None, "rest")}
+    rows = table(
+        measured({FULL: 2.0, "plan": 1.5, "only": 0.9, "rest": 0.4}, n_rounds=60, noise=0.02, seed=3, parts=parts)
+    )
+    share = row(rows, "plan").of_ideal
+    assert share is not None and share.low < 1 < share.high and share.high - share.low < 0.03
+    assert row(rows, "plan", "decode").ideal is None
+
+
+def test_parts_that_take_longer_than_the_whole_give_no_ideal() -> None:
+    parts = {"plan": Parts("only", "only", "rest")}
+    rows = table(measured({FULL: 1.0, "plan": 0.9, "only": 1.8, "rest": 0.1}, parts=parts))
+    assert row(rows, "plan").ideal is None and row(rows, "plan").of_ideal is None
+
+
+def test_an_interrupted_round_does_not_count() -> None:
+    times = measured({STOCK: 2.0, FULL: 2.0, "plan": 1.0}, n_rounds=3)
+    times.times[STOCK, 512].append(RequestTime(99.0, (99.0,) * 4))
+    times.times[FULL, 2048] = [RequestTime(1.0, (1.0,))]
+    rows = table(times)
+    assert {each.context for each in rows} == {512} and {each.n_rounds for each in rows} == {3}
+    assert row(rows, STOCK).high_s < 99
+
+
+def test_what_no_round_completed_gives_no_rows() -> None:
+    assert table(BenchTimes([STOCK, FULL])) == []
+    assert table(BenchTimes([STOCK, FULL], {(STOCK, 64): [RequestTime(1.0, (1.0,))]})) == []
+
+
+def test_tokens_that_the_online_stage_observes_do_not_count() -> None:
+    run = RequestTime(1.0, (9.0, 9.0, 2.0, 2.0, 2.0, 1.0, 1.0))
+    times = {(name, 64): [run, run] for name in (FULL, "plan")}
+    rows = table(BenchTimes([FULL, "plan"], times, settle={"plan": 5}))
+    assert row(rows, "plan", "decode", 64).median_s == 1.0 and row(rows, FULL, "decode", 64).median_s == 2.0
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        (Interval(1.42, 1.39, 1.45, 12), "1.42 x as fast (1.39 to 1.45)"),
+        (Interval(1.01, 0.98, 1.03, 12), "no real difference (0.980 to 1.030)"),
+        (Interval(1.3, 0.9, 1.8, 3), "no real difference (0.90 to 1.80)"),
+        (Interval(0.994, 0.991, 0.997, 60), "0.994 x as fast (0.991 to 0.997)"),
+        (Interval(1.4, float("nan"), float("nan"), 1), "1.40 x as fast, measured once"),
+    ],
+)
+def test_the_verdict_calls_a_difference_real_only_if_its_interval_leaves_1_out(interval: Interval, words: str) -> None:
+    assert verdict(interval) == words
+
+
+def test_a_row_is_plain_json() -> None:
+    (first, *_) = table(measured({FULL: 2.0, "plan": 1.0}, n_rounds=1))
+    data = json.loads(json.dumps(first.to_dict(), allow_nan=False))
+    assert data["speed_against"] == {}
+    data = json.loads(json.dumps(row(table(measured({FULL: 2.0, "plan": 1.0}, n_rounds=1)), "plan").to_dict()))
+    assert data["speed_against"][FULL]["low"] is None and not data["speed_against"][FULL]["real"]
+
+
+# --- contexts ---------------------------------------------------------------------------------------------------------
+
+
+def test_contexts_asked_for_are_measured_as_they_are() -> None:
+    assert fit_contexts([2048, 512, 512], 8192, 32) == ((512, 2048), "")
+
+
+def test_default_contexts_are_cut_to_the_model_with_room_for_decode() -> None:
+    contexts, note = fit_contexts(None, 8192, 32)
+    assert contexts == (512, 2048, 8160)
+    assert "8,160" in note and "8,192" in note
+    assert fit_contexts(None, 1024, 24)[0] == (512, 1000)
+    assert fit_contexts(None, 131072, 32) == ((512, 2048, 8192), "")
+    assert fit_contexts(None, 0, 32) == ((512, 2048, 8192), "")
+
+
+def test_a_context_asked_for_that_only_lacks_room_for_decode_is_cut() -> None:
+    contexts, note = fit_contexts([64, 8192], 8192, 32)
+    assert contexts == (64, 8160) and note
+
+
+def test_a_context_beyond_the_model_is_refused() -> None:
+    with pytest.raises(DataError, match="9,000 tokens is beyond the model's 8,192"):
+        fit_contexts([9000], 8192, 32)
+
+
+def test_a_model_too_small_for_the_decoding_is_refused() -> None:
+    with pytest.raises(DataError, match="decode-tokens"):
+        fit_contexts(None, 16, 32)
+
+
+# --- the run, with workers that are no processes ----------------------------------------------------------------------
+
+
+class FakeWorker:
+    """A contender that takes 1 ms per prompt token, on a list of all that is asked."""
+
+    asked: list[tuple[Any, ...]] = []  # noqa: RUF012
+    fail: Callable[[int], None] = staticmethod(lambda n_asked: None)
+
+    def __init__(self, name: str, side: str) -> None:
+        self.name, self.side, self.usage = name, side, Usage(1)
+
+    def __enter__(self) -> "FakeWorker":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.asked.append(("close", self.name))
+
+    def open(self, model: str, options: dict[str, Any], plan: Path | None = None) -> dict[str, Any]:
+        self.asked.append(
+            ("open", self.name, self.side, options, None if plan is None else pickle.loads(plan.read_bytes()))
+        )
+        return {"settings": {}}
+
+    def time(self, prompt: list[int], n_decode: int, plan: Path | None = None) -> RequestTime:
+        self.fail(len(self.asked))
+        loaded = None if plan is None else pickle.loads(plan.read_bytes())
+        self.asked.append(("time", self.name, len(prompt), n_decode, loaded))
+        return RequestTime(len(prompt) / 1000, (0.01,) * n_decode)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeWorker]]:
+    """``bench.Worker``, replaced."""
+    monkeypatch.setattr("adaskip_cpp.bench.Worker", FakeWorker)
+    monkeypatch.setattr("adaskip_cpp.bench._PAUSE_S", 0.0)
+    monkeypatch.setattr(FakeWorker, "asked", [])
+    yield FakeWorker
+
+
+SETTINGS = BenchSettings("m.gguf", (8, 16), 2, 4, 1)
+PLAN = SkipPlan.manual(3, attention=[1], ffn=[2])
+
+
+def test_rounds_are_outermost_and_every_second_one_is_reversed(fake: type[FakeWorker]) -> None:
+    result = Bench(SETTINGS, {"plan": PLAN}, [1, 2, 3]).run()
+    names = [call[1:3] for call in fake.asked if call[0] == "time"][6:]  # behind two warm-ups of each
+    turn = [STOCK, FULL, "plan"]
+    assert names == [(name, n) for order in (turn, turn[::-1]) for n in (8, 16) for name in order]
+    assert result.complete and result.error is None and len(table(result.times)) == 12
+
+
+def test_each_contender_has_its_process_and_only_plans_are_opened_with_one(fake: type[FakeWorker]) -> None:
+    Bench(SETTINGS, {"plan": PLAN}, [1]).run()
+    opened = [call for call in fake.asked if call[0] == "open"]
+    assert [(name, side, plan) for _, name, side, _, plan in opened] == [
+        (STOCK, "stock", None),
+        (FULL, "ours", None),
+        ("plan", "ours", PLAN),
+    ]
+    assert all(options["n_ctx"] == 16 + 4 for _, _, _, options, _ in opened)
+    assert {call[1] for call in fake.asked if call[0] == "close"} == {STOCK, FULL, "plan"}
+
+
+def test_stock_can_be_left_out(fake: type[FakeWorker]) -> None:
+    result = Bench(SETTINGS, {}, [1], stock=False).run()
+    assert list(result.times.contenders) == [FULL] and {call[1] for call in fake.asked} == {FULL}
+
+
+def test_the_ideal_is_measured_by_a_model_that_runs_only_what_the_plan_skips_and_one_that_runs_nothing(
+    fake: type[FakeWorker],
+) -> None:
+    skippable = np.ones((3, 2), bool)
+    skippable[0, 0] = False
+    result = Bench(SETTINGS, {"plan": PLAN}, [1], skippable=skippable).run()
+    plans = [call[4] for call in fake.asked if call[0] == "time" and call[1] == "the ideal"][:4:2]
+    only, rest = (plan.prefill.skip.tolist() for plan in plans)
+    assert only == [[False, True], [False, True], [True, False]]
+    assert rest == [[False, True], [True, True], [True, True]]
+    assert row(table(result.times), "plan", context=8).ideal is not None
+
+
+def test_plans_that_skip_the_same_sublayers_share_the_run_of_their_ideal(fake: type[FakeWorker]) -> None:
+    scaled = SkipPlan.manual(3, attention=[1], ffn=[2], scale=1.1)
+    result = Bench(SETTINGS, {"a": PLAN, "b": scaled}, [1], skippable=np.ones((3, 2), bool)).run()
+    assert result.times.parts["a"] == result.times.parts["b"]
+
+
+def test_a_decode_set_that_changes_has_no_ideal(fake: type[FakeWorker]) -> None:
+    online = SkipPlan(PLAN.prefill, PLAN.decode, online=OnlineStage(2))
+    later = SkipSet(np.array([[0, 0], [1, 1], [0, 1]], bool), np.ones((3, 2)))
+    growing = SkipPlan(PLAN.prefill, PLAN.decode, schedule=((0, PLAN.decode), (3, later)))
+    result = Bench(SETTINGS, {"a": online, "b": growing}, [1], skippable=np.ones((3, 2), bool)).run()
+    assert [parts.decode for parts in result.times.parts.values()] == [None, None]
+    assert all(parts.prefill is not None for parts in result.times.parts.values())
+    assert result.times.settle["a"] == 4
+
+
+def test_a_plan_for_decode_alone_has_an_ideal_there_alone(fake: type[FakeWorker]) -> None:
+    plan = SkipPlan.manual(3, attention=[1], phase="decode")
+    result = Bench(SETTINGS, {"a": plan}, [1], skippable=np.ones((3, 2), bool)).run()
+    assert result.times.parts["a"].prefill is None and result.times.parts["a"].decode is not None
+
+
+def test_a_plan_that_skips_nothing_has_no_ideal_and_costs_no_runs(fake: type[FakeWorker]) -> None:
+    result = Bench(SETTINGS, {"a": SkipPlan.manual(3)}, [1], skippable=np.ones((3, 2), bool)).run()
+    assert result.times.parts == {} and len(table(result.times)) == 12
+    assert "the ideal" not in {call[1] for call in fake.asked}
+
+
+def test_ctrl_c_leaves_what_was_measured(fake: type[FakeWorker], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(n_asked: int) -> None:
+        if n_asked == 2 + 4 + 4 + 1:  # two opened, two warm-ups of each, one round, and one run of the next
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake, "fail", staticmethod(interrupt))
+    result = Bench(SETTINGS, {}, [1]).run()
+    assert not result.complete and result.error is None
+    assert {each.n_rounds for each in table(result.times)} == {1} and len(table(result.times)) == 8
+    assert [call for call in fake.asked if call[0] == "close"]
+
+
+def test_a_contender_that_dies_leaves_what_was_measured_too(
+    fake: type[FakeWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(n_asked: int) -> None:
+        if n_asked == 2 + 4 + 4:
+            raise NativeError("dead; use less")
+
+    monkeypatch.setattr(fake, "fail", staticmethod(die))
+    result = Bench(SETTINGS, {}, [1]).run()
+    assert str(result.error) == "dead; use less" and len(table(result.times)) == 8
+    assert json.loads(json.dumps(result.to_dict()))["error"] == "dead; use less"
+
+
+def test_the_time_left_is_that_of_the_runs_left(fake: type[FakeWorker]) -> None:
+    told: list[BenchProgress] = []
+    Bench(SETTINGS, {}, [1], stock=False, on_progress=told.append).run()
+    runs = [each for each in told if each.left_s == each.left_s]
+    # Of one contender: 8 and 16 ms, and 4 tokens of 10 ms behind each, twice.
+    assert [each.left_s for each in runs] == pytest.approx([0.208, 0.160, 0.104, 0.056])
+    assert [each.fraction for each in runs] == pytest.approx([0, 48 / 208, 104 / 208, 152 / 208])
+
+
+def test_a_prompt_longer_than_the_text_repeats_it(fake: type[FakeWorker]) -> None:
+    bench = Bench(SETTINGS, {}, [1, 2, 3])
+    assert bench._prompt(8) == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
+# --- real processes, a tiny model -------------------------------------------------------------------------------------
+
+OPTIONS = {"n_ctx": 64, "n_threads": 1, "n_threads_batch": 1}
+
+
+def test_stock_runs_on_its_own_library_and_ours_on_ours(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adaskip_cpp import _library
+
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(_library.path().parent))
+    for side, ours in (("stock", False), ("ours", True)):
+        with Worker(side, side) as worker:  # type: ignore[arg-type]
+            library = worker.open(str(tiny()), OPTIONS)["library"]
+            assert os.path.samefile(library, _library.path()) == ours
+            assert len(worker.time([1, 5, 6], 3).token_s) == 3
+            usage = worker.usage
+            assert usage.peak_bytes and usage.kv_bytes and usage.nodes and usage.graphs_reused is not None
+            assert (usage.graphs_built is not None) == ours
+
+
+def test_under_a_plan_it_has_less_kv_and_fewer_nodes(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "plan").write_bytes(pickle.dumps(PLAN))
+    usages = []
+    for plan in (None, tmp_path / "plan"):
+        with Worker("w", "ours") as worker:
+            worker.open(str(tiny()), OPTIONS, plan)
+            worker.time([1, 5, 6], 2)
+            usages.append(worker.usage)
+    full, skipped = usages
+    assert skipped.nodes_full == full.nodes == full.nodes_full and skipped.nodes < full.nodes
+    assert skipped.kv_bytes * 3 == full.kv_bytes * 2
+
+
+def test_an_error_of_ours_keeps_its_class(tmp_path: Path, tiny: Any) -> None:
+    (tmp_path / "plan").write_bytes(pickle.dumps(SkipPlan.manual(5, attention=[1])))
+    with Worker("w", "ours") as worker, pytest.raises(PlanError, match="the plan is for 5 layers"):
+        worker.open(str(tiny()), OPTIONS, tmp_path / "plan")
+
+
+def test_a_worker_that_dies_is_one_line_with_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_process, "_START", "import sys; print('no memory left', file=sys.stderr); sys.exit(3)")
+    with Worker("adaskip 12", "ours") as worker, pytest.raises(NativeError) as caught:
+        worker.open("m.gguf", {})
+    assert "'adaskip 12' ended with code 3" in str(caught.value) and "no memory left" in str(caught.value)
+    assert "--contexts" in str(caught.value)
+
+
+def test_a_model_that_stock_cannot_load_is_told_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(40))
+    with Worker(STOCK, "stock") as worker, pytest.raises(NativeError, match="'stock' failed"):
+        worker.open(str(tmp_path / "m.gguf"), OPTIONS)
+
+
+def test_workers_end_when_their_parent_is_killed(tiny: Any) -> None:
+    code = (
+        "import sys, time\nfrom adaskip_cpp.bench_process import Worker\n"
+        "w = Worker('w', 'ours')\nw.open(sys.argv[1], {'n_ctx': 64})\n"
+        "print(w._process.pid, flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tiny())], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/status").exists() and "zombie" in Path(f"/proc/{pid}/status").read_text():
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the worker is still there")

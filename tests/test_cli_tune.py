@@ -1,0 +1,432 @@
+"""``adaskip-cpp tune``: on a model of which two sublayers do nothing, so that the best plan is known."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import adaskip_cpp
+import adaskip_cpp.tune
+from adaskip_cpp import Profile, SkipPlan, corpus, loss
+from adaskip_cpp.auto import profile_path
+from adaskip_cpp.cli import main
+from adaskip_cpp.cost_model import CostModel, PhaseCost
+from adaskip_cpp.cost_settings import CostSettings
+from adaskip_cpp.errors import DataError, RequestError
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.plan import MODES
+from adaskip_cpp.text_quality import TextQuality
+from adaskip_cpp.timing import RequestTime
+from adaskip_cpp.tune import hold_out, measure_speed
+from adaskip_cpp.tuned import SpeedUp
+
+IDLE = ((0, "attention"), (2, "ffn"))
+"""The sublayers that add nothing to the residual stream."""
+
+WORDS = ["the", "of", "to", "an", "in", "error", "there", "other", "one", "ten"]
+
+
+def text(seed: int, n_words: int = 400) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, n_words).tolist())
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, its profile, and two texts."""
+    folder = tmp_path_factory.mktemp("tune")
+    shutil.copy(tiny(zero=IDLE), folder / "m.gguf")
+    for i in range(2):
+        (folder / f"{i}.txt").write_text(text(i))
+    llm = adaskip_cpp.AdaSkipLlama(str(folder / "m.gguf"), n_ctx=64, verbose=False)
+    requests = [[1, *range(3 + i, 30 + i)] for i in range(4)]
+    adaskip_cpp.calibrate(llm, requests, n_decode=4, cost=False).save(folder / "p.json")
+    llm.close()
+    return folder
+
+
+@pytest.fixture
+def tune(folder: Path, tmp_path: Path) -> Callable[..., Result]:
+    """``tune(...)``: the verb on a copy of that model, quick: short texts, one of them to search, one to check."""
+    for name in os.listdir(folder):
+        shutil.copy(folder / name, tmp_path)
+
+    def run(*args: object, exchange: int = 4) -> Result:
+        words = [
+            *("tune", tmp_path / "m.gguf", "--profile", tmp_path / "p.json"),
+            *("--text", tmp_path / "0.txt", "--text", tmp_path / "1.txt", "--texts", 4, "--tokens", 24),
+            *("--context", 16, "--answer", 4, "--exchange", exchange, *args),
+        ]
+        return CliRunner().invoke(main, [str(word) for word in words], prog_name="adaskip-cpp")
+
+    return run
+
+
+def tuned(path: Path) -> Any:
+    return Profile.load(profile_path(path / "m.gguf")).tuned
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_where_nothing_may_be_lost_it_skips_what_does_nothing(
+    tune: Callable[..., Result], tmp_path: Path, mode: str
+) -> None:
+    result = tune("--max-loss", 1e-5, "--mode", mode)
+    assert result.exit_code == 0, result.output
+    found = tuned(tmp_path)
+    assert (found.attention, found.ffn, found.mode) == ((0,), (2,), mode)
+    assert abs(found.loss.value) < 1e-5 and found.agreement.value == 1.0
+    assert "an added loss of at most 1e-05 nats per token" in result.stdout and "2 of 6 sublayers" in result.stdout
+    assert "at most" in result.stderr and "Ctrl-C" in result.stderr
+
+
+def test_agreement_is_kept_on_text_judged_anew(tune: Callable[..., Result], tmp_path: Path) -> None:
+    assert tune("--min-agreement", 0.2, exchange=8).exit_code == 0
+    found = tuned(tmp_path)
+    assert found.n_skip >= 2
+    llm = adaskip_cpp.AdaSkipLlama(str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    texts = {f"{i}.txt": (tmp_path / f"{i}.txt").read_text() for i in range(2)}
+    choices: list[list[np.ndarray]] = []
+    for plan in (None, Profile.load(profile_path(tmp_path / "m.gguf")).tuned_plan()):
+        llm.set_plan(plan)
+        choices.append([])
+        for item in hold_out(llm, texts, 4, 24).check:
+            llm.reset()
+            llm.eval(list(item.tokens))
+            choices[-1].append(llm.scores[:23].argmax(axis=1))
+    llm.close()
+    agreement = float((np.array(choices[0]) == np.array(choices[1])).mean())
+    assert agreement == pytest.approx(found.agreement.value) and agreement >= found.agreement.low >= 0.2
+
+
+def test_a_loss_is_kept_on_text_judged_anew_by_the_model_opened_with_auto(
+    tune: Callable[..., Result], tmp_path: Path
+) -> None:
+    assert tune("--max-loss", 0.5).exit_code == 0
+    found = tuned(tmp_path)
+    texts = {f"{i}.txt": (tmp_path / f"{i}.txt").read_text() for i in range(2)}
+    means = []
+    for plan in (None, "auto"):
+        llm = adaskip_cpp.AdaSkipLlama(str(tmp_path / "m.gguf"), plan=plan, n_ctx=64, logits_all=True, verbose=False)
+        means.append([loss.mean_loss(llm, item.tokens) for item in hold_out(llm, texts, 4, 24).check])
+        llm.close()
+    added = float(np.mean(np.array(means[1]) - means[0]))
+    assert added == pytest.approx(found.loss.value, abs=1e-4) and added <= found.loss.high <= 0.5
+
+
+def test_where_no_skipping_keeps_the_promise_the_model_is_left_whole(
+    tiny: Any, tune: Callable[..., Result], tmp_path: Path
+) -> None:
+    profile = Profile.load(tmp_path / "p.json")
+    shutil.copy(tiny(), tmp_path / "m.gguf")  # every sublayer does something
+    llm = adaskip_cpp.AdaSkipLlama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False)
+    profile = adaskip_cpp.calibrate(llm, [[1, *range(3, 40)]], n_decode=4, cost=False)
+    llm.close()
+    profile.save(tmp_path / "p.json")
+    result = tune("--min-agreement", 1)
+    assert result.exit_code == 0, result.output
+    assert "No skipping keeps this promise" in result.stdout
+    assert tuned(tmp_path).n_skip == 0 and tuned(tmp_path).speedups == ()
+
+
+def test_json_says_what_is_stored(tune: Callable[..., Result], tmp_path: Path) -> None:
+    data = json.loads(tune("--max-loss", 1e-5, "--json").stdout)
+    assert data.pop("path") == profile_path(tmp_path / "m.gguf")
+    assert data == tuned(tmp_path).to_dict()
+    assert [each["of"] for each in data["speedups"]] == ["first token", "decode", "request"]
+    assert data["settings"]["searched_on"] == "0.txt, first half, 1.txt, first half"
+    assert data["settings"]["checked_on"] == "0.txt, second half, 1.txt, second half"
+
+
+def test_the_output_can_be_elsewhere(tune: Callable[..., Result], tmp_path: Path) -> None:
+    result = tune("--max-loss", 1e-5, "-o", tmp_path / "other.json")
+    assert result.exit_code == 0 and Profile.load(tmp_path / "other.json").tuned is not None
+    assert not Path(profile_path(tmp_path / "m.gguf")).exists()
+    assert "--profile" in result.stdout
+
+
+@pytest.mark.parametrize("when", [1, 3, 5])
+def test_ctrl_c_leaves_all_files_as_they_were(
+    tune: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = []
+    real = TextQuality._evaluate
+
+    def interrupted(self: TextQuality, plan: SkipPlan | None) -> Any:
+        calls.append(plan)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+        return real(self, plan)
+
+    monkeypatch.setattr(TextQuality, "_evaluate", interrupted)
+    result = tune("--max-loss", 0.5)
+    assert len(calls) == when and result.exit_code == 130 and "interrupted" in result.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_speedup_needs_a_cost_model(tune: Callable[..., Result]) -> None:
+    result = tune("--speedup", 1.2)
+    assert result.exit_code == 1 and "no cost model" in result.stderr
+
+
+@pytest.fixture
+def costed(tune: Callable[..., Result], tmp_path: Path) -> Callable[..., Result]:
+    """``tune``, with a profile that says how long sublayers take: FFNs three times as long as attentions."""
+    cost = PhaseCost(1, 2.0, 0.0, np.tile([1.0, 3.0], (3, 1)), np.zeros(3))
+    settings = CostSettings("a CPU", ("CPU",), 0, 2, 4, 512, 512, True, "F16", "F16", True, "0.3.36")
+    model = CostModel(settings, replace(cost, n_tokens=16), cost, np.full(3, math.inf), 16)
+    replace(Profile.load(tmp_path / "p.json"), cost=model).save(tmp_path / "p.json")
+    return tune
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, factor: float) -> list[int]:
+    """Let a plan be measured as ``factor`` times its predicted speed; returns what was measured, by sublayers."""
+    asked = []
+
+    def measure(llm: Any, plan: SkipPlan, prompt: list[int], n_answer: int, **_: Any) -> tuple[SpeedUp, ...]:
+        asked.append(plan.n_skip)
+        saved = len(plan.prefill.attention) + 3 * len(plan.prefill.ffn)
+        assert len(prompt) == 16 and n_answer == 4
+        return (SpeedUp("request", 16, 4, Interval(factor * 14 / (14 - saved), 1.0, 9.0, 5)),)
+
+    monkeypatch.setattr(adaskip_cpp.tune, "measure_speed", measure)
+    return asked
+
+
+def test_a_speedup_is_reached_with_what_harms_least(
+    costed: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = measured(monkeypatch, 1.0)
+    result = costed("--speedup", 14 / 11)
+    assert result.exit_code == 0, result.output
+    profile = Profile.load(profile_path(tmp_path / "m.gguf"))
+    found = profile.tuned
+    assert found is not None and (found.attention, len(found.ffn)) == ((), 1) and asked == [1]
+    texts = {f"{i}.txt": (tmp_path / f"{i}.txt").read_text() for i in range(2)}
+    llm = adaskip_cpp.AdaSkipLlama(str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    means = []
+    for layer in range(3):
+        llm.set_plan(replace(found, ffn=(layer,)).plan(profile))
+        means.append(np.mean([loss.mean_loss(llm, item.tokens) for item in hold_out(llm, texts, 4, 24).search]))
+    llm.close()
+    assert found.ffn == (int(np.argmin(means)),)
+
+
+def test_a_speedup_that_is_predicted_but_not_measured_is_aimed_at_anew(
+    costed: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = measured(monkeypatch, 0.9)
+    assert costed("--speedup", 14 / 11).exit_code == 0
+    assert len(asked) == 2 and tuned(tmp_path).speedups[0].ratio.value >= 14 / 11
+
+
+def test_a_speedup_that_is_never_measured_is_told(
+    costed: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(monkeypatch, 0.1)
+    result = costed("--speedup", 14 / 11)
+    assert result.exit_code == 0 and "predicted but not measured" in result.stdout
+
+
+def test_a_speedup_out_of_reach_says_how_far_one_can_go(costed: Callable[..., Result], tmp_path: Path) -> None:
+    result = costed("--speedup", 8)  # without any sublayer 2 of 14 remain
+    assert result.exit_code == 1 and "ask for at most 7.00" in result.stderr
+    assert not Path(profile_path(tmp_path / "m.gguf")).exists()
+
+
+def test_with_costs_the_plan_that_saves_more_is_found(costed: Callable[..., Result], tmp_path: Path) -> None:
+    assert costed("--max-loss", 1e-5).exit_code == 0
+    assert (tuned(tmp_path).attention, tuned(tmp_path).ffn) == ((0,), (2,))
+
+
+def test_speed_is_measured_in_turn_and_without_the_first_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Model:
+        plan: Any = None
+        order: ClassVar[list[Any]] = []
+
+        def set_plan(self, plan: Any) -> None:
+            self.plan = plan
+
+        def reset(self) -> None: ...
+
+    def time_request(llm: Model, prompt: Any, n_decode: int) -> RequestTime:
+        llm.order.append(llm.plan)
+        first = len(llm.order) <= 2
+        speed = 1 if llm.plan is None else 2
+        return RequestTime(99.0 if first else 8.0 / speed, (1.0 / speed,) * n_decode)
+
+    monkeypatch.setattr(adaskip_cpp.tune, "time_request", time_request)
+    plan = SkipPlan.manual(3, ffn=[1])
+    first, decode, request = measure_speed(Model(), plan, [1] * 7, 4, n_rounds=4)  # type: ignore[arg-type]
+    assert Model.order == [None, plan, None, plan, plan, None, None, plan, plan, None]
+    assert [each.of for each in (first, decode, request)] == ["first token", "decode", "request"]
+    assert all(each.ratio.value == pytest.approx(2.0) and each.ratio.n == 4 for each in (first, decode, request))
+    assert (request.context, request.n_decode) == (7, 4)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_real_model_is_calibrated_and_tuned_with_the_built_in_text(smollm2_path: Path, tmp_path: Path) -> None:
+    words = ["tune", smollm2_path, "--min-agreement", 0.6, "-o", tmp_path / "p.json", "--texts", 3, "--tokens", 64,
+             "--context", 128, "--answer", 8, "--exchange", 2, "--json"]  # fmt: skip
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    found = Profile.load(tmp_path / "p.json").tuned
+    assert found is not None and found.n_skip > 0 and found.agreement.low >= 0.6
+    assert json.loads(result.stdout)["settings"]["calibrated_on"].startswith("pages of pydoc_data")
+    pages = {*found.settings["searched_on"].split(", "), *found.settings["checked_on"].split(", ")}  # type: ignore[union-attr]
+    assert pages <= set(corpus.HELD_OUT)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give one of --max-loss"),
+        (["--max-loss", 1, "--speedup", 1.1], "give one of --max-loss"),
+        (["--max-loss", 1, "--data", "x.txt"], "leave out --profile"),
+        (["--max-loss", -1], "--max-loss"),
+    ],
+)
+def test_options_that_contradict_each_other_are_a_usage_error(
+    tune: Callable[..., Result], args: list[object], message: str
+) -> None:
+    result = tune(*args)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--text", "nope.txt"], "nope.txt"),
+        (["--texts", 400], "more text"),
+        (["--tokens", 5000], "text"),
+        (["-o", "/nowhere/p.json"], "no folder '/nowhere'"),
+    ],
+)
+def test_what_cannot_be_judged_or_written_is_told_before_the_work(
+    tune: Callable[..., Result], args: list[object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(TextQuality, "_evaluate", refuse)
+    result = tune("--max-loss", 1, *args)
+    assert result.exit_code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
+    tune: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    result = tune("--max-loss", 1)
+    assert result.exit_code == 1 and "cannot write the profile" in result.stderr and "-o FILE" in result.stderr
+
+
+def test_a_profile_of_another_model_is_refused(tune: Callable[..., Result], tiny: Any, tmp_path: Path) -> None:
+    shutil.copy(tiny(), tmp_path / "m.gguf")
+    result = tune("--max-loss", 1)
+    assert result.exit_code == 1 and "another model" in result.stderr
+
+
+def test_text_that_taught_may_not_judge(folder: Path, tmp_path: Path) -> None:
+    words = ["tune", folder / "m.gguf", "--max-loss", 1, "--data", folder / "0.txt", "--text", folder / "0.txt",
+             "-o", tmp_path / "p.json"]  # fmt: skip
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 1 and "cannot both teach and judge" in result.stderr
+
+
+# --- the two parts of the held-out text -------------------------------------------------------------------------------
+
+
+class Bytes:
+    """A byte is a token; BOS is 256."""
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        return [256] * add_bos + list(text)
+
+
+def test_search_and_check_share_no_text() -> None:
+    texts = {name: name * 300 for name in "abcde"}
+    held_out = hold_out(Bytes(), texts, 4, 50)
+    assert len(held_out.search) == len(held_out.check) == 4
+    assert not set(held_out.search_names) & set(held_out.check_names)
+    seen = [{token for item in part for token in item.tokens[1:]} for part in (held_out.search, held_out.check)]
+    assert not seen[0] & seen[1]
+
+
+def test_of_few_texts_each_is_cut_in_half() -> None:
+    held_out = hold_out(Bytes(), {"a": "x" * 300 + "y" * 300}, 3, 50)
+    assert {token for item in held_out.search for token in item.tokens} == {256, ord("x")}
+    assert {token for item in held_out.check for token in item.tokens} == {256, ord("y")}
+
+
+def test_too_little_text_says_how_much_there_is() -> None:
+    with pytest.raises(DataError, match=r"half.*gives 2 items of 50 tokens, not the 9"):
+        hold_out(Bytes(), {"a": "x" * 200}, 9, 50)
+
+
+# --- what a plan costs on texts ---------------------------------------------------------------------------------------
+
+
+def test_loss_and_agreement_are_those_of_the_logits(tiny: Any, tokens: Any, open_model: Any) -> None:
+    llm = open_model(tiny())
+    texts = [tokens(20, seed) for seed in range(3)]
+    plan = SkipPlan.manual(llm.n_layer, attention=[1], ffn=[0])
+    scores = TextQuality(llm, texts).scores(plan)
+    for i, each in enumerate(texts):
+        losses, best = [], []
+        for which in (None, plan):
+            llm.set_plan(which)
+            losses.append(loss.token_losses(llm, each))
+            llm.eval(each)
+            best.append(llm.scores[:19].argmax(axis=1))
+            llm.reset()
+        assert scores.loss[i] == pytest.approx((losses[1] - losses[0]).mean(), abs=1e-9)
+        assert scores.agreement[i] == (best[0] == best[1]).mean()
+
+
+def test_in_decode_mode_the_full_model_reads_the_first_half(tiny: Any, tokens: Any, open_model: Any) -> None:
+    llm = open_model(tiny())
+    texts = [tokens(20, seed) for seed in range(2)]
+    plan = SkipPlan.manual(llm.n_layer, attention=[1], ffn=[0], phase="decode")
+    quality = TextQuality(llm, texts, "decode")
+    scores = quality.scores(plan)
+    assert quality.n_tokens == 18
+    for i, each in enumerate(texts):
+        logits = []
+        for which in (None, plan):
+            llm.set_plan(which)
+            llm.reset()
+            given = iter(each[10:])
+            rows = []
+            for _ in llm.generate(each[:10], temp=0.0, logits_processor=None, stopping_criteria=None, reset=True):
+                rows.append(llm.scores[llm.n_tokens - 1].copy())
+                break
+            llm._evaluate("decode", list(given))
+            rows += list(llm.scores[10:20])
+            logits.append(np.array(rows))
+        own, full = (rows[1:10].astype(float) for rows in (logits[1], logits[0]))
+        target = each[11:20]
+        log_p = [rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)) for rows in (own, full)]
+        added = (log_p[1] - log_p[0])[np.arange(9), target].mean()
+        assert scores.loss[i] == pytest.approx(added, abs=1e-6)
+        assert scores.agreement[i] == (own.argmax(axis=1) == full.argmax(axis=1)).mean()
+
+
+def test_one_text_or_logits_of_the_last_token_alone_are_refused(tiny: Any, tokens: Any, open_model: Any) -> None:
+    llm = open_model(tiny())
+    with pytest.raises(DataError, match="at least 2"):
+        TextQuality(llm, [tokens(20)])
+    with pytest.raises(RequestError, match="from 4 to 128"):
+        TextQuality(llm, [tokens(20), tokens(129)])
+    with pytest.raises(RequestError, match="logits_all"):
+        TextQuality(open_model(tiny(), logits_all=False), [tokens(20)] * 2)

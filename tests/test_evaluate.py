@@ -1,0 +1,377 @@
+"""The run of an evaluation: figures against an independent NumPy pass, and a run that ends and goes on anywhere."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import OpenModel, TinyModel
+from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, relative_error
+from stock import EXACT
+from tiny_families import N_LAYER
+
+import adaskip_cpp
+from adaskip_cpp import SkipPlan, evaluate
+from adaskip_cpp.contenders import FULL, Contender
+from adaskip_cpp.errors import DataError
+from adaskip_cpp.evaluate import Work, run
+from adaskip_cpp.evaluation_requests import PromptCache, forced_logits
+from adaskip_cpp.evaluation_results import evaluation_results, to_json
+from adaskip_cpp.evaluation_store import Store
+from adaskip_cpp.plan import OnlineStage, SkipSet
+from adaskip_cpp.tasks import QuestionItem, TextItem
+from adaskip_cpp.timing import RequestTime
+
+Tokens = Callable[..., list[int]]
+N_CONTINUATION = 9
+FIGURES = ("loss", "kl", "agreement")
+
+BOTH = SkipPlan.manual(N_LAYER, attention=[1], ffn=[2], scale=1.1)
+DECODE = SkipPlan.manual(N_LAYER, attention=[0], ffn=[1], scale=0.9, phase="decode")
+SCHEDULE = SkipPlan(
+    SkipSet.none(N_LAYER),
+    DECODE.decode,
+    schedule=((0, DECODE.decode), (4, SkipPlan.manual(N_LAYER, attention=[0, 2], ffn=[1]).decode)),
+)
+ONLINE = replace(BOTH, online=OnlineStage(window=4, threshold=-1.0, scale="paper"))
+
+
+def contender(name: str, mode: Any, plan: SkipPlan) -> Contender:
+    return Contender(name, "adaskip", "2", mode, "median", plan)
+
+
+CONTENDERS = (
+    FULL,
+    contender("prefill", "prefill", BOTH),
+    contender("decode", "decode", DECODE),
+    contender("schedule", "decode", SCHEDULE),
+    contender("online", "e2e", ONLINE),
+)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: TinyModel) -> ReferenceModel:
+    return ReferenceModel(tiny())
+
+
+@pytest.fixture
+def items(tokens: Tokens) -> list[TextItem]:
+    return [TextItem(f"text/{seed}", "text", tuple(tokens(30, seed))) for seed in (1, 2)]
+
+
+@pytest.fixture
+def question(tokens: Tokens) -> QuestionItem:
+    return QuestionItem("question", "passkey", tuple(tokens(20, 5)), ("7",), 6, "contains", length=20, depth=0.5)
+
+
+class Models:
+    """Opens the tiny model, and counts how many are open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.asked, self.opened = path, [], []
+
+    def __call__(self, n_ctx: int, logits_all: bool) -> Any:
+        assert not self.still_open
+        self.asked.append((n_ctx, logits_all))
+        llm = adaskip_cpp.AdaSkipLlama(str(self.path), n_ctx=n_ctx, logits_all=logits_all, verbose=False, **EXACT)
+        self.opened.append(llm)
+        return llm
+
+    @property
+    def still_open(self) -> list[Any]:
+        return [llm for llm in self.opened if llm._model.model is not None]
+
+
+@pytest.fixture
+def models(tiny: TinyModel) -> Iterator[Models]:
+    opener = Models(tiny())
+    yield opener
+    for llm in opener.still_open:
+        llm.close()
+
+
+@pytest.fixture(autouse=True)
+def times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that depend on the plan alone."""
+
+    def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
+        n_skip = 0 if llm.plan is None else llm.plan.decode.n_skip
+        return RequestTime(1.0 / (1 + n_skip), tuple(0.1 / (1 + n_skip) for _ in range(n_decode)))
+
+    monkeypatch.setattr(evaluate, "time_request", time_request)
+
+
+def measured(work: Work, models: Models, folder: Path) -> dict[Any, dict[str, Any]]:
+    with Store(folder, {}) as store:
+        run(work, store, models)
+        return dict(store.records)
+
+
+# --- an independent computation of the same ---------------------------------------------------------------------------
+
+
+def prompt_logits(model: ReferenceModel, tokens: Sequence[int], skip: SkipSet | None) -> np.ndarray:
+    chosen = {} if skip is None else {"skip": skip.skip, "scale": skip.scale}
+    return ReferenceRun(model).eval(tokens, **chosen).logits
+
+
+def decoded_logits(model: ReferenceModel, tokens: Sequence[int], split: int, plan: SkipPlan | None) -> np.ndarray:
+    """Logits before every token from ``split`` on: the first from the prompt, all others decoded one by one."""
+    pass_ = ReferenceRun(model)
+    if plan is None:
+        return pass_.eval(tokens).logits[split - 1 : -1]
+    pieces = [pass_.eval(tokens[:split], plan.prefill.skip, plan.prefill.scale).logits[-1:]]
+    online = None
+    if plan.online is not None:
+        stage = plan.online
+        online = OnlineReference(stage.window, stage.threshold, stage.scale, plan.decode.skip, plan.decode.scale)
+    for number, token in enumerate(tokens[split:-1]):
+        if online is not None:
+            trace: Trace = pass_.eval([token], online.skip, online.factor)
+            online.observe(trace)
+        else:
+            sets = plan.schedule or ((0, plan.decode),)
+            now = next(each for start, each in reversed(sets) if start <= number)
+            trace = pass_.eval([token], now.skip, now.scale)
+        pieces.append(trace.logits)
+    return np.concatenate(pieces)
+
+
+def figures(full: np.ndarray, other: np.ndarray, targets: Sequence[int]) -> dict[str, float]:
+    p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (full, other))
+    return {
+        "loss": float(-np.log(q[np.arange(len(targets)), targets]).mean()),
+        "kl": float((p * np.log(p / q)).sum(axis=1).mean()),
+        "agreement": float((p.argmax(axis=1) == q.argmax(axis=1)).mean()),
+    }
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_loss_divergence_and_agreement_of_prompts_are_those_of_a_numpy_pass(
+    models: Models, items: list[TextItem], reference: ReferenceModel, tmp_path: Path
+) -> None:
+    records = measured(Work(CONTENDERS[:2], items, n_continuation=N_CONTINUATION), models, tmp_path)
+    for item in items:
+        full = prompt_logits(reference, item.tokens, None)[:-1]
+        for each in CONTENDERS[:2]:
+            other = full if each.plan is None else prompt_logits(reference, item.tokens, each.plan.prefill)[:-1]
+            expected = figures(full, other, item.tokens[1:])
+            record = records[item.id, each.name, "prompt"]
+            assert {name: record[name] for name in FIGURES} == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("number", range(2, len(CONTENDERS)), ids=lambda number: CONTENDERS[number].name)
+def test_those_of_decoded_tokens_are_too_with_schedule_and_online_stage(
+    models: Models, items: list[TextItem], reference: ReferenceModel, tmp_path: Path, number: int
+) -> None:
+    each = CONTENDERS[number]
+    records = measured(Work((FULL, each), items, n_continuation=N_CONTINUATION), models, tmp_path)
+    for item in items:
+        split = len(item.tokens) - N_CONTINUATION - 1
+        targets = item.tokens[split + 1 :]
+        assert len(targets) == N_CONTINUATION
+        full = decoded_logits(reference, item.tokens, split, None)[1:]
+        other = decoded_logits(reference, item.tokens, split, each.plan)[1:]
+        for name, expected in (("full", figures(full, full, targets)), (each.name, figures(full, other, targets))):
+            record = records[item.id, name, "continuation"]
+            assert {label: record[label] for label in FIGURES} == pytest.approx(expected, abs=2e-5)
+
+
+def test_the_full_model_neither_diverges_from_itself_nor_disagrees(
+    models: Models, items: list[TextItem], tmp_path: Path
+) -> None:
+    records = measured(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), models, tmp_path)
+    for item in items:
+        for measure in ("prompt", "continuation"):
+            record = records[item.id, "full", measure]
+            assert (record["kl"], record["agreement"]) == (0.0, 1.0)
+        assert records[item.id, "full", "continuation"]["rouge_l"] == 1.0
+
+
+def test_forced_tokens_get_the_logits_of_the_same_text_read_as_a_prompt(
+    open_model: OpenModel, tiny: TinyModel, tokens: Tokens
+) -> None:
+    llm, text = open_model(tiny()), tokens(40)
+    llm.eval(text)
+    expected = llm.scores[24:39].copy()
+    llm.reset()
+    assert relative_error(forced_logits(llm, text[:25], text[25:]), expected) < 5e-6
+
+
+def test_forced_tokens_are_not_those_that_the_model_would_choose(
+    open_model: OpenModel, tiny: TinyModel, tokens: Tokens
+) -> None:
+    llm, text = open_model(tiny()), tokens(20)
+    logits = forced_logits(llm, text[:10], text[10:])
+    assert not np.array_equal(logits.argmax(axis=1), text[10:])
+    assert llm.input_ids[10:19].tolist() == text[10:19]
+
+
+def test_ctrl_c_inside_the_sampler_is_not_lost(open_model: OpenModel, tiny: TinyModel, tokens: Tokens) -> None:
+    class Targets(list):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 2:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        forced_logits(open_model(tiny()), tokens(10), Targets(tokens(5)))
+
+
+def test_an_answer_is_greedy_and_is_scored(
+    models: Models, question: QuestionItem, reference: ReferenceModel, tmp_path: Path
+) -> None:
+    pass_ = ReferenceRun(reference)
+    logits, chosen = pass_.eval(question.prompt).logits[-1], []
+    while len(chosen) < question.max_tokens:
+        chosen.append(int(logits.argmax()))
+        logits = pass_.eval(chosen[-1:]).logits[-1]
+    records = measured(Work((FULL, CONTENDERS[1]), questions=[question]), models, tmp_path / "a")
+    text = records["question", "full", "answer"]["text"]
+    assert text == models.opened[-1].detokenize(chosen).decode("utf-8", "replace")
+    assert records["question", "full", "answer"]["score"] == question.score(text)
+
+
+def test_an_answer_of_which_one_line_counts_ends_with_it(models: Models, tmp_path: Path, tokens: Tokens) -> None:
+    item = QuestionItem("q", "trec", tuple(tokens(12, 3)), ("a",), 60, "classification", ("a",), first_line=True)
+    text = measured(Work((FULL,), questions=[item]), models, tmp_path / "a")["q", "full", "answer"]["text"]
+    whole = measured(Work((FULL,), questions=[replace(item, first_line=False)]), models, tmp_path / "b")
+    assert whole["q", "full", "answer"]["text"].startswith(text)
+    assert "\n" not in text.lstrip("\n")[:-1]
+
+
+def test_contenders_that_read_a_prompt_alike_share_its_kv_and_others_do_not(
+    open_model: OpenModel, tiny: TinyModel, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, prompt, evaluated = open_model(tiny()), tuple(tokens(12)), []
+    whole = llm.eval
+    monkeypatch.setattr(llm, "eval", lambda tokens: (evaluated.append(len(tokens)), whole(tokens)))
+    cache = PromptCache(llm)
+    for each in (None, DECODE, BOTH, ONLINE, None):
+        forced_logits(cache.take(prompt, each), prompt, [5])
+    assert evaluated == [11, 1, 1, 11, 1, 1, 11, 1]
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+
+def test_every_expected_result_is_there_at_the_end(
+    models: Models, items: list[TextItem], question: QuestionItem, tmp_path: Path, tokens: Tokens
+) -> None:
+    work = Work(CONTENDERS, items, [question], N_CONTINUATION, tokens(8), 3)
+    records = measured(work, models, tmp_path)
+    assert set(records) == set(work.results())
+    # 3 rounds; 2 texts by 5 contenders, and read as a prompt by 2; a question to 5
+    assert len(records) == 3 + 2 * 5 + 2 * 2 + 5
+
+
+def test_one_model_is_open_at_a_time_and_none_at_the_end(
+    models: Models, items: list[TextItem], question: QuestionItem, tmp_path: Path
+) -> None:
+    measured(Work(CONTENDERS, items, [question], N_CONTINUATION), models, tmp_path)
+    assert models.asked == [(30, False), (30, True)]
+    assert not models.still_open
+
+
+def test_a_model_with_all_logits_is_not_opened_where_no_prompt_is_measured(
+    models: Models, items: list[TextItem], tmp_path: Path
+) -> None:
+    measured(Work((FULL, CONTENDERS[2]), items, n_continuation=N_CONTINUATION), models, tmp_path)
+    assert [logits_all for _, logits_all in models.asked] == [False]
+
+
+def test_progress_goes_up_to_one(models: Models, items: list[TextItem], tmp_path: Path) -> None:
+    seen: list[float] = []
+    with Store(tmp_path, {}) as store:
+        run(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), store, models, seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == pytest.approx(1.0)
+
+
+def test_a_metric_that_cannot_score_is_told_before_a_model_is_opened(models: Models, tmp_path: Path) -> None:
+    item = QuestionItem("q", "t", (1, 2), ("a",), 4, "no such metric")
+    with Store(tmp_path, {}) as store, pytest.raises(DataError, match="no such metric"):
+        run(Work((FULL,), questions=[item]), store, models)
+    assert models.asked == []
+
+
+def test_two_items_of_one_name_are_refused(items: list[TextItem]) -> None:
+    with pytest.raises(DataError, match="two items are named 'text/1'"):
+        Work((FULL,), [items[0], items[0]], n_continuation=N_CONTINUATION)
+
+
+def test_a_text_that_is_all_continuation_is_refused(items: list[TextItem]) -> None:
+    Work((FULL,), items, n_continuation=28)
+    with pytest.raises(DataError, match="an item of 30 tokens has no prompt before a continuation of 29"):
+        Work((FULL,), items, n_continuation=29)
+
+
+def test_settings_change_with_whatever_changes_a_result(items: list[TextItem], question: QuestionItem) -> None:
+    def settings(**changes: Any) -> Any:
+        arguments = {"contenders": CONTENDERS, "texts": items, "questions": [question], "n_continuation": 9}
+        return Work(**{**arguments, "speed_prompt": (1, 2), **changes}).to_settings()
+
+    other = replace(CONTENDERS[1], plan=SkipPlan.manual(N_LAYER, attention=[1], ffn=[2], scale=1.2))
+    changed = [
+        settings(contenders=(FULL, other, *CONTENDERS[2:])),
+        settings(texts=[replace(items[0], tokens=items[1].tokens), items[1]]),
+        settings(questions=[replace(question, answers=("8",))]),
+        settings(n_continuation=8),
+        settings(speed_prompt=(1, 3)),
+        settings(n_rounds=9),
+    ]
+    assert settings() == settings()
+    assert all(each != settings() for each in changed)
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(
+    tiny: TinyModel, models: Models, items: list[TextItem], question: QuestionItem, tmp_path: Path, tokens: Tokens
+) -> None:
+    work = Work(CONTENDERS, items[:1], [question], 5, tokens(8), 2)
+    measured(work, models, tmp_path / "whole")
+    lines = (tmp_path / "whole" / "items.jsonl").read_bytes().splitlines(keepends=True)
+    with Store(tmp_path / "whole", {}) as store:
+        expected = to_json(evaluation_results(work, store.records, {}))
+    for n_done in range(len(lines) + 1):
+        folder = tmp_path / str(n_done)
+        with Store(folder, {}):
+            pass
+        torn = lines[n_done][:-7] if n_done < len(lines) else b""
+        (folder / "items.jsonl").write_bytes(b"".join(lines[:n_done]) + torn)
+        with Store(folder, {}) as store:
+            run(work, store, models)
+            assert to_json(evaluation_results(work, store.records, {})) == expected, n_done
+
+
+def test_after_an_interrupt_all_results_so_far_are_there_and_no_model_is_open(
+    models: Models, items: list[TextItem], tmp_path: Path
+) -> None:
+    work, seen = Work(CONTENDERS, items, n_continuation=N_CONTINUATION), []
+
+    def interrupt(fraction: float) -> None:
+        seen.append(fraction)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    with Store(tmp_path, {}) as store, pytest.raises(KeyboardInterrupt):
+        run(work, store, models, interrupt)
+    assert not models.still_open
+    with Store(tmp_path, {}) as store:
+        assert len(store.records) == 4
+        run(work, store, models)
+        assert set(store.records) == set(work.results())
+
+
+def test_nothing_is_run_where_nothing_lacks(models: Models, items: list[TextItem], tmp_path: Path) -> None:
+    work = Work(CONTENDERS, items, n_continuation=N_CONTINUATION)
+    measured(work, models, tmp_path)
+    n_opened = len(models.asked)
+    measured(work, models, tmp_path)
+    assert len(models.asked) == n_opened

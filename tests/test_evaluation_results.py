@@ -1,0 +1,270 @@
+"""Figures of an evaluation from made-up results of single items, computed by hand."""
+
+import json
+import math
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from adaskip_cpp.contenders import FULL, Contender
+from adaskip_cpp.evaluate import Work
+from adaskip_cpp.evaluation_results import evaluation_results, to_json
+from adaskip_cpp.evaluation_rows import contender_label, headline, look_key
+from adaskip_cpp.evaluation_tables import summary, tables, to_markdown
+from adaskip_cpp.tasks import QuestionItem, TextItem
+
+PLAN = SkipPlan.manual(3, attention=[1])
+ADASKIP = Contender("adaskip-1-prefill-affine", "adaskip", "1", "prefill", "affine", PLAN)
+EXIT = Contender("early_exit-2-e2e", "early_exit", "2", "e2e", "none", SkipPlan.manual(3, attention=[2], ffn=[2]))
+NAMES = (FULL.name, ADASKIP.name, EXIT.name)
+TEXTS = [TextItem(f"t{i}", "text", (1,) * 20) for i in range(3)]
+ABOUT = {"title": "T", "about": "A", "notes": [], "configuration": {}, "command": "c"}
+
+
+def question(name: str, task: str = "passkey", length: int = 100, depth: float | None = 0.5) -> QuestionItem:
+    return QuestionItem(name, task, (1, 2), ("a",), 4, "contains", length=length, depth=depth)
+
+
+def records(measure: str, **by_contender: list[dict[str, Any]]) -> dict[Any, Any]:
+    """One record per item: ``full=[...]``, ``adaskip=[...]``, ``early_exit=[...]``."""
+    names = {name.split("-")[0]: name for name in NAMES}
+    return {
+        (f"t{i}", names[name], measure): values for name, each in by_contender.items() for i, values in enumerate(each)
+    }
+
+
+def losses(*values: float, **more: list[float]) -> list[dict[str, float]]:
+    return [{"loss": value, **{name: each[i] for name, each in more.items()}} for i, value in enumerate(values)]
+
+
+def results(
+    found: dict[Any, Any], questions: list[QuestionItem] | None = None, texts: list[TextItem] = TEXTS
+) -> dict[str, Any]:
+    work = Work((FULL, ADASKIP, EXIT), texts, questions or [], 10, (1, 2), 2)
+    return json.loads(to_json(evaluation_results(work, found, ABOUT)))
+
+
+def row(found: dict[str, Any], strategy: str) -> dict[str, Any]:
+    return next(each for each in found["contenders"] if each["strategy"] == strategy)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_mean_over_items_with_its_standard_error() -> None:
+    found = results(records("prompt", full=losses(1.0, 2.0, 6.0)))
+    # deviations -2, -1, 3: variance 14 / 2, error sqrt(7 / 3)
+    expected = {"mean": 3.0, "error": pytest.approx(math.sqrt(7 / 3)), "n": 3}
+    assert row(found, "full")["text"]["prompt"]["all"]["loss"] == expected
+
+
+def test_added_loss_is_paired_so_that_easy_and_hard_items_do_not_widen_it() -> None:
+    found = results(records("prompt", full=losses(1.0, 5.0, 9.0), adaskip=losses(1.5, 5.4, 9.6)))
+    added = row(found, "adaskip")["text"]["prompt"]["all"]["added_loss"]
+    assert added["mean"] == pytest.approx(0.5)
+    assert added["error"] == pytest.approx(0.1 / math.sqrt(3))
+
+
+def test_added_loss_is_over_the_items_that_both_have() -> None:
+    found = results(records("prompt", full=losses(1.0, 2.0), adaskip=losses(2.0, 4.0, 100.0)))
+    assert row(found, "adaskip")["text"]["prompt"]["all"]["added_loss"] == {"mean": 1.5, "error": 0.5, "n": 2}
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss_and_its_error_follows() -> None:
+    found = results(records("prompt", full=losses(2.0, 2.5, 3.0)))
+    perplexity = row(found, "full")["text"]["prompt"]["all"]["perplexity"]
+    error = 0.5 / math.sqrt(3)
+    assert perplexity["mean"] == pytest.approx(math.exp(2.5))
+    assert perplexity["error"] == pytest.approx((math.exp(2.5 + 1e-6 * error) - math.exp(2.5)) / 1e-6, rel=1e-4)
+
+
+def test_one_item_has_no_standard_error() -> None:
+    found = results(records("prompt", full=losses(2.0)))
+    assert row(found, "full")["text"]["prompt"]["all"]["loss"] == {"mean": 2.0, "error": None, "n": 1}
+
+
+def test_a_loss_that_is_no_number_leaves_no_mean_instead_of_a_better_one() -> None:
+    bad = [{"loss": None, "kl": None, "agreement": 0.0}]
+    found = results(records("prompt", full=losses(1.0, 1.0), adaskip=losses(2.0, kl=[1.0]) + bad))
+    figures = row(found, "adaskip")["text"]["prompt"]["all"]
+    assert "loss" not in figures and "added_loss" not in figures and "kl" not in figures
+    assert figures["agreement"]["mean"] == 0.0
+
+
+def test_prompts_and_decoded_tokens_are_kept_apart_and_rouge_l_is_of_continuations() -> None:
+    found = results(
+        {
+            **records("prompt", full=losses(1.0), adaskip=losses(1.5)),
+            **records(
+                "continuation", full=losses(3.0, rouge_l=[1.0]), adaskip=[{"rouge_l": 0.25}], early_exit=losses(4.0)
+            ),
+        }
+    )
+    assert row(found, "adaskip")["text"]["prompt"]["all"]["added_loss"]["mean"] == 0.5
+    assert row(found, "adaskip")["text"]["decode"] is None
+    assert row(found, "adaskip")["text"]["rouge_l"]["all"]["mean"] == 0.25
+    assert row(found, "early_exit")["text"]["decode"]["all"]["added_loss"]["mean"] == 1.0
+
+
+def test_kinds_of_text_are_told_apart_where_there_are_several() -> None:
+    texts = [TextItem("t0", "pages", (1,) * 20), TextItem("t1", "sources", (1,) * 20)]
+    found = results(records("prompt", full=losses(1.0, 3.0), adaskip=losses(2.0, 5.0)), texts=texts)
+    figures = row(found, "adaskip")["text"]["prompt"]
+    assert {kind: each["added_loss"]["mean"] for kind, each in figures.items()} == {
+        "all": 1.5,
+        "pages": 1.0,
+        "sources": 2.0,
+    }
+    table = next(each for each in tables(found) if each.title == "By kind of text")
+    assert table.header == ("contender", "mode", "pages", "sources")
+    assert table.rows[0] == ("AdaSkip affine, 1", "prefill", "+1.000", "+2.000")
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def rounds(*times: dict[str, tuple[float, list[float]]]) -> dict[Any, Any]:
+    names = {name.split("-")[0]: name for name in NAMES}
+    return {
+        (f"round/{i}", "*", "speed"): {
+            "times": {names[name]: {"first_token_s": first, "token_s": rest} for name, (first, rest) in each.items()}
+        }
+        for i, each in enumerate(times)
+    }
+
+
+def test_speed_ups_are_ratios_within_a_round() -> None:
+    slow = {"full": (2.0, [9.0, 9.0, 0.2, 0.4]), "adaskip": (1.0, [5.0, 5.0, 0.1, 0.1])}
+    twice = {name: (2 * first, [2 * each for each in rest]) for name, (first, rest) in slow.items()}
+    speed = row(results(rounds(slow, twice)), "adaskip")["speed"]
+    assert speed["first_token"]["speedup"]["value"] == pytest.approx(2.0)
+    assert speed["first_token"]["seconds"]["mean"] == pytest.approx(1.5)
+    # the mean of the tokens behind the first two, which build the graph
+    assert speed["per_token"]["speedup"]["value"] == pytest.approx(0.3 / 0.1)
+    assert speed["request"]["speedup"]["value"] == pytest.approx(20.6 / 11.2)
+
+
+def test_speed_ups_of_noisy_rounds_have_an_interval() -> None:
+    noise = [NormalDist().inv_cdf((i + 0.5) / 12) * 0.02 for i in range(12)]
+    times = [{"full": (1.25 + each, [0.1] * 3), "adaskip": (1.0, [0.1] * 3)} for each in noise]
+    speedup = row(results(rounds(*times)), "adaskip")["speed"]["first_token"]["speedup"]
+    assert speedup["low"] < 1.25 < speedup["high"]
+    assert speedup["high"] - speedup["low"] < 0.06
+    assert speedup["n"] == 12
+
+
+def test_without_timing_there_is_no_speed() -> None:
+    assert row(results({}), "adaskip")["speed"] is None
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_by_task_and_differences_paired() -> None:
+    items = [question("t0"), question("t1"), question("t2", "copy")]
+    found = records(
+        "answer", full=[{"score": 1.0}, {"score": 0.5}, {"score": 0.2}], adaskip=[{"score": 0.5}, {"score": 0.5}]
+    )
+    scores = row(results(found, items, texts=[]), "adaskip")["questions"]
+    assert list(scores) == ["passkey"]
+    assert scores["passkey"]["score"] == {"mean": 0.5, "error": 0.0, "n": 2}
+    assert scores["passkey"]["difference"] == {"mean": -0.25, "error": pytest.approx(0.25), "n": 2}
+
+
+def test_scores_are_told_by_length_and_depth_where_these_were_chosen() -> None:
+    items = [question("t0", depth=0.1), question("t1", depth=0.9), question("t2", length=50, depth=0.9)]
+    found = records("answer", full=[{"score": 1.0}, {"score": 0.0}, {"score": 0.5}])
+    cells = row(results(found, items, texts=[]), "full")["questions"]["passkey"]["cells"]
+    assert [(cell["length"], cell["depth"], cell["score"]["mean"]) for cell in cells] == [
+        (50, 0.9, 0.5),
+        (100, 0.1, 1.0),
+        (100, 0.9, 0.0),
+    ]
+
+
+def test_published_questions_of_all_lengths_have_no_such_table() -> None:
+    items = [question(f"t{i}", "qasper", length=1000 + i, depth=None) for i in range(20)]
+    found = records("answer", full=[{"score": 1.0}] * 20)
+    assert row(results(found, items, texts=[]), "full")["questions"]["qasper"]["cells"] == []
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some() -> dict[str, Any]:
+    both = {"rouge_l": [1.0, 1.0, 1.0], "kl": [0.0] * 3, "agreement": [1.0] * 3}
+    return results(
+        {
+            **records(
+                "prompt",
+                full=losses(1.0, 2.0, 3.0, kl=[0.0] * 3, agreement=[1.0] * 3),
+                adaskip=losses(1.5, 2.4, 3.6, kl=[0.1, 0.2, 0.3], agreement=[0.9, 0.8, 0.7]),
+            ),
+            **records(
+                "continuation",
+                full=losses(1.0, 2.0, 3.0, **both),
+                adaskip=[{"rouge_l": 0.5}] * 3,
+                early_exit=losses(9.0, 9.0, 9.0, rouge_l=[0.0] * 3, kl=[6.0] * 3, agreement=[0.0] * 3),
+            ),
+            **rounds(*[{name.split("-")[0]: (1.0 + i, [0.1] * 4) for i, name in enumerate(NAMES)}] * 2),
+        }
+    )
+
+
+def test_a_modes_table_begins_with_the_full_model_and_says_what_its_figures_are_of(some: dict[str, Any]) -> None:
+    table = tables(some)[0]
+    assert table.title == "Mode prefill"
+    assert "of prompts" in table.text and "3 items" in table.text
+    assert table.rows[0][0] == "full model"
+    line = dict(zip(table.header, table.rows[1], strict=True))
+    assert line["contender"] == "AdaSkip, 1"
+    assert line["skipped"] == "1"
+    assert line["first token, times as fast"] == "0.50 (0.50–0.50)"
+    assert line["loss, nats"] == "2.500 ± 0.608"
+    assert line["added loss"] == "+0.500 ± 0.058"
+    assert line["agreement, %"] == "80.0 ± 5.8"
+    assert line["Rouge-L"] == "0.500 ± 0.000"
+
+
+def test_modes_without_a_contender_have_no_table(some: dict[str, Any]) -> None:
+    assert [table.title for table in tables(some)] == ["Mode prefill", "Mode end-to-end"]
+    assert [title for title, _, _ in summary(some)] == ["mode prefill", "mode end-to-end"]
+
+
+def test_markdown_has_a_line_per_contender(some: dict[str, Any]) -> None:
+    lines = to_markdown(tables(some)[0]).splitlines()
+    assert lines[0] == "## Mode prefill"
+    assert [line.count("|") for line in lines[4:]] == [12] * 4
+
+
+def test_the_headline_says_speed_and_loss_of_the_best_strategy_of_each_mode(some: dict[str, Any]) -> None:
+    assert headline(some)[0] == (
+        "Prefill: AdaSkip (affine) makes the first token 0.50 times as fast and adds 0.50 nats of loss per token."
+    )
+    assert len(headline(some)) == 2
+
+
+def test_unfinished_results_count_what_is_there(some: dict[str, Any]) -> None:
+    # of texts 3 x 3 continuations and 3 x 2 prompts, of rounds 2
+    assert (some["n_done"], some["n_results"]) == (17, 17)
+    assert results({})["n_done"] == 0
+    assert headline(results({})) == []
+
+
+def test_a_contender_is_named_by_strategy_budget_and_compensation() -> None:
+    asked = {"strategy": "adaskip", "budget": "1.2x", "compensation": "paper"}
+    assert contender_label(asked) == "AdaSkip paper, 1.2 x asked"
+    assert contender_label({**asked, "budget": "12"}, several=False) == "AdaSkip, 12"
+    assert contender_label({"strategy": "early_exit", "budget": "6", "compensation": "none"}) == "Early Exit, 6"
+
+
+def test_compensations_that_are_compared_look_different() -> None:
+    looks = [look_key({"strategy": "adaskip", "compensation": name}) for name in (DEFAULT_COMPENSATION, "paper")]
+    assert looks == ["adaskip", "paper"]
+    names = [name for name in COMPENSATIONS if name not in (DEFAULT_COMPENSATION, "paper")]
+    assert look_key({"strategy": "adaskip", "compensation": names[-1]}) not in looks
+    assert look_key({"strategy": "early_exit", "compensation": "none"}) == "early_exit"

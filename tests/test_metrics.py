@@ -1,0 +1,245 @@
+"""Metrics: cases counted by hand, and second libraries where there are any."""
+
+import builtins
+import sys
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adaskip_cpp import metrics
+from adaskip_cpp.errors import DataError, PackageMissingError
+from adaskip_cpp.longbench import DATASETS
+
+
+def lcs(a: str | list[str], b: str | list[str]) -> int:
+    """Length of the longest common subsequence, by the textbook's table."""
+    table = np.zeros((len(a) + 1, len(b) + 1), int)
+    for i, j in product(range(len(a)), range(len(b))):
+        table[i + 1, j + 1] = table[i, j] + 1 if a[i] == b[j] else max(table[i, j + 1], table[i + 1, j])
+    return int(table[-1, -1])
+
+
+def f_measure(common: int, n_prediction: int, n_answer: int) -> float:
+    return 2 * common / (n_prediction + n_answer)
+
+
+# --- question answering -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("Paris", "Paris", 1.0),
+        ("The answer is: PARIS!", "paris", 2 * (1 / 3) * 1 / (1 / 3 + 1)),  # answer, is, paris
+        ("a cat and a dog", "the dog", 2 * (1 / 3) * 1 / (1 / 3 + 1)),  # cat, and, dog
+        ("no no yes", "no no no", 2 / 3),  # two in common, each of three
+        ("O'Brien-Smith", "obriensmith", 1.0),
+        ("theatre", "atre", 0.0),  # only whole words are articles
+        ("London", "Paris", 0.0),
+        ("", "Paris", 0.0),
+        ("the", "a", 0.0),
+    ],
+)
+def test_qa_f1_counts_words_in_common(prediction: str, answer: str, expected: float) -> None:
+    assert metrics.qa_f1(prediction, answer) == pytest.approx(expected)
+
+
+def test_qa_f1_zh_counts_segmented_words_in_common() -> None:
+    assert metrics.qa_f1_zh("北京。", "北京") == 1.0
+    assert metrics.qa_f1_zh("「北京」，上海！", "上海") == pytest.approx(f_measure(1, 2, 1))
+    # LongBench's list of punctuation has the closing bracket only.
+    assert metrics.qa_f1_zh("《上海》", "上海") == pytest.approx(f_measure(1, 2, 1))
+    assert metrics.qa_f1_zh("广州", "上海") == 0.0
+    assert metrics.qa_f1_zh("，", "上海") == 0.0
+
+
+# --- Rouge-L ----------------------------------------------------------------------------------------------------------
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
+    # police ... the gunman: 3 of 4 words on both sides
+    assert metrics.rouge_l("police kill the gunman", "police killed the gunman") == pytest.approx(3 / 4, abs=1e-6)
+    assert metrics.rouge_l("the gunman kill police", "police killed the gunman") == pytest.approx(2 / 4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("prediction", "answer"), [("", "words"), ("words", ""), (".", "words"), ("", "")])
+def test_rouge_l_is_0_where_the_package_fails(prediction: str, answer: str) -> None:
+    assert metrics.rouge_l(prediction, answer) == 0.0
+
+
+def test_rouge_l_zh_compares_segmented_words() -> None:
+    assert metrics.rouge_l_zh("北京 上海", "北京 广州") == pytest.approx(1 / 2, abs=1e-6)
+
+
+def distinct_words(seed: int) -> tuple[str, str]:
+    """Two sentences without repeated words or punctuation, where all definitions of Rouge-L agree."""
+    rng = np.random.default_rng(seed)
+    words = [f"w{i}" for i in range(30)]
+    first, second = (" ".join(rng.permutation(words)[: rng.integers(5, 25)]) for _ in range(2))
+    return first, second
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_both_rouges_agree_with_each_other_and_the_textbook(seed: int) -> None:
+    first, second = distinct_words(seed)
+    a, b = first.split(), second.split()
+    expected = f_measure(lcs(a, b), len(a), len(b))
+    assert metrics.rouge_l(first, second) == pytest.approx(expected, abs=1e-6)
+    assert metrics.continuation_rouge_l(first, second) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_continuation_is_compared_by_lower_case_words_without_stemming() -> None:
+    assert metrics.continuation_rouge_l("The cat, sat.", "the CAT sat") == 1.0
+    assert metrics.continuation_rouge_l("the cats sat", "the cat sat") == pytest.approx(2 / 3)
+    assert metrics.continuation_rouge_l("one two", "") == 0.0
+
+
+def test_a_continuation_in_any_script_has_words() -> None:
+    assert metrics.continuation_rouge_l("北京上海", "北京广州") == pytest.approx(1 / 2)
+    assert metrics.continuation_rouge_l("!!", "!!") == 1.0
+    assert metrics.continuation_rouge_l("!!", "??") == 0.0
+
+
+def test_a_continuation_has_the_words_of_rouge_score() -> None:
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    a, b = 'def f(x2):\n    return "x_2" + 10', "def f(y2): return 'x 2' + 11"
+    expected = rouge_scorer.RougeScorer(["rougeL"]).score(a, b)["rougeL"].fmeasure
+    assert 0 < expected < 1
+    assert metrics.continuation_rouge_l(a, b) == pytest.approx(expected)
+
+
+# --- classification, retrieval, count ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "classes", "expected"),
+    [
+        ("It is Sport", "Sport", ["Sport", "Music"], 1.0),
+        ("Sport or Music", "Sport", ["Sport", "Music"], 1 / 2),
+        ("Music", "Sport", ["Sport", "Music"], 0.0),
+        ("none", "Sport", ["Sport", "Music"], 0.0),
+        ("Individual person", "Individual person", ["Individual", "Individual person"], 1.0),
+        # A longer name than the right one counts as named.
+        ("Individual person", "Individual", ["Individual", "Individual person"], 1 / 2),
+        # Behind a removed name, one is passed over: "b" stays, so two are named.
+        ("abc", "abc", ["a", "b", "abc"], 1 / 2),
+        # A class named twice counts twice.
+        ("Sport", "Sport", ["Sport", "Sport"], 1 / 2),
+    ],
+)
+def test_classification_is_shared_among_the_classes_named(
+    prediction: str, answer: str, classes: list[str], expected: float
+) -> None:
+    assert metrics.classification(prediction, answer, classes) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [("Paragraph 7", 1.0), ("7", 1.0), ("Paragraph 7, or 8, or 7", 2 / 3), ("17", 0.0), ("none", 0.0), ("07", 0.0)],
+)
+def test_retrieval_is_the_share_of_numbers_that_are_right(prediction: str, expected: float) -> None:
+    assert metrics.retrieval(prediction, "Paragraph 7") == pytest.approx(expected)
+    assert metrics.retrieval_zh(prediction, "段落7") == pytest.approx(expected)
+    assert metrics.count(prediction, "7") == pytest.approx(expected)
+
+
+def test_a_retrieval_answer_without_a_paragraph_is_refused() -> None:
+    for metric in (metrics.retrieval, metrics.retrieval_zh):
+        with pytest.raises(DataError, match="names no paragraph"):
+            metric("7", "7")
+
+
+def test_contains_wants_the_whole_word() -> None:
+    assert metrics.contains("It is 12345.", "12345") == 1.0
+    assert metrics.contains("123456", "12345") == metrics.contains("", "12345") == 0.0
+    assert metrics.contains("a (b) c", "(b)") == 1.0
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "line"),
+    [
+        ("return x", "return x"),
+        ("\n\nreturn x\nmore", "return x"),
+        ("```python\n# why\n// what\nreturn x", "return x"),
+        (" \nreturn x", " "),
+        ("# only a comment", ""),
+        ("", ""),
+    ],
+)
+def test_code_similarity_looks_at_the_first_line_of_code(prediction: str, line: str) -> None:
+    answer = "    return x + 1"
+    expected = round(100 * 2 * lcs(line, answer) / (len(line) + len(answer))) / 100
+    assert metrics.code_similarity(prediction, answer) == pytest.approx(expected)
+
+
+def test_code_similarity_is_that_of_thefuzz() -> None:
+    fuzz = pytest.importorskip("thefuzz.fuzz")
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        a, b = ("".join(rng.choice(list("ab (x)"), rng.integers(1, 30))) for _ in range(2))
+        assert metrics.code_similarity(a, b) == pytest.approx(fuzz.ratio(a, b) / 100, abs=1e-12)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_right_answer_counts() -> None:
+    assert metrics.score("qa_f1", "red cat", ["dog", "a red cat", "cat"]) == 1.0
+    assert metrics.score("qa_f1", "red cat", []) == 0.0
+
+
+def test_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(DataError, match=r"no metric 'bleu'; use one of qa_f1, "):
+        metrics.score("bleu", "a", ["a"])
+
+
+def test_the_first_line_is_that_behind_blank_ones() -> None:
+    assert metrics.first_line("\n\nSport\nType: Music") == "Sport"
+    assert metrics.first_line(" \nSport") == " "
+    assert metrics.first_line("") == ""
+
+
+def test_every_dataset_has_a_metric() -> None:
+    assert len(DATASETS) == 21
+    assert set(DATASETS.values()) <= metrics.METRICS.keys()
+
+
+@pytest.mark.parametrize("metric", metrics.METRICS)
+def test_a_right_answer_scores_1_and_nothing_scores_0(metric: str) -> None:
+    answer = {"retrieval": "Paragraph 3", "retrieval_zh": "段落3", "count": "3"}.get(metric, "words")
+    assert metrics.score(metric, answer, [answer], [answer]) == pytest.approx(1.0, abs=1e-6)
+    assert metrics.score(metric, "", [answer], [answer]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("jieba", lambda: metrics.qa_f1_zh("a", "a")),
+        ("jieba", lambda: metrics.rouge_l_zh("a", "a")),
+        ("rouge", lambda: metrics.rouge_l("a", "a")),
+        ("rapidfuzz", lambda: metrics.code_similarity("a", "a")),
+        ("rouge_score", lambda: metrics.continuation_rouge_l("a", "b")),
+    ],
+)
+def test_a_missing_package_is_named_with_the_way_to_get_it(
+    package: str, call: Callable[[], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_ = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return import_(name, *args, **kwargs)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(PackageMissingError, match=rf'{package}.*pip install "adaskip-cpp\[evaluate\]"'):
+        call()

@@ -1,0 +1,74 @@
+"""adaskip_cpp.plots: files that are the same every time, and pictures that stand in a page of any colour."""
+
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adaskip_cpp import plots
+from adaskip_cpp.errors import PackageMissingError
+
+pytest.importorskip("matplotlib")
+
+
+def picture() -> Any:
+    fig, axes = plots.figure(width_in=4, height_in=2)
+    for name, look in plots.STRATEGY.items():
+        axes.plot(np.arange(3), np.arange(3), label=name, **look.line)
+    axes.set_xlabel("layer")
+    plots.title(axes, "a & b")
+    plots.legend(axes)
+    return fig
+
+
+def test_a_picture_is_saved_as_png_and_svg_with_200_dots_per_inch(tmp_path: Path) -> None:
+    png, svg = plots.save(picture(), tmp_path / "new", "p")
+    assert (png.name, svg.name) == ("p.png", "p.svg")
+    content = png.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")) == (800, 400)
+    assert ET.fromstring(svg.read_text()).tag.endswith("svg")
+
+
+def test_the_same_picture_gives_the_same_bytes(tmp_path: Path) -> None:
+    first = [path.read_bytes() for path in plots.save(picture(), tmp_path / "a", "p")]
+    second = [path.read_bytes() for path in plots.save(picture(), tmp_path / "b", "p")]
+    assert first == second
+
+
+def test_a_saved_svg_needs_no_font_and_stands_on_white(tmp_path: Path) -> None:
+    svg = plots.save(picture(), tmp_path, "p")[1].read_text()
+    assert "<text" not in svg and "font-family" not in svg
+    assert "fill: #ffffff" in svg
+
+
+def test_an_inline_svg_takes_text_colour_and_type_of_its_page() -> None:
+    svg = plots.to_svg(picture(), name='quality "against" speed')
+    root = ET.fromstring(svg)
+    assert root.get("aria-label") == 'quality "against" speed' and root.get("role") == "img"
+    assert "currentColor" in svg and plots.INK not in svg and "#000000" not in svg and "#ffffff" not in svg
+    assert "<text" in svg and "a &amp; b" in svg
+    assert set(re.findall(r"font-family: ([^;\"]*)", svg)) == {"inherit"}
+
+
+def test_inline_svgs_of_one_page_share_no_identifiers() -> None:
+    first, other = plots.figure(width_in=3)[0], picture()
+    ids = [set(re.findall(r'\bid="([^"]*)"', plots.to_svg(fig))) for fig in (first, other)]
+    assert ids[0] and ids[1] and not ids[0] & ids[1]
+    svg = plots.to_svg(other)
+    assert set(re.findall(r'(?:url\(|href=")#([^")]*)', svg)) <= ids[1]
+
+
+def test_looks_differ_in_colour_and_in_marker() -> None:
+    for table in (list(plots.KIND.values()), list(plots.PHASE.values()), list(plots.STRATEGY.values()), plots.OTHERS):
+        assert len({look.colour for look in table}) == len({look.marker for look in table}) == len(table)
+
+
+def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert not plots.has_matplotlib()
+    with pytest.raises(PackageMissingError, match=r'pip install "adaskip-cpp\[plot\]"'):
+        plots.figure()

@@ -1,0 +1,141 @@
+"""The report: one page that is well-formed, loads nothing, and says what the results say."""
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from adaskip_cpp import plots
+from adaskip_cpp.report import Picture, html_report, markdown_report
+
+VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
+LOADS = {"src", "href", "xlink:href", "srcset", "poster", "data", "action", "background"}
+
+
+class Page(HTMLParser):
+    """Checks nesting, and collects what a browser would load."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == [], f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._see(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._see(tag, attrs)
+
+    def _see(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in LOADS and value and not value.startswith("#")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def contender(strategy: str, mode: str | None, loss: float) -> dict[str, Any]:
+    figure = {"mean": loss, "error": 0.1, "n": 4}
+    figures = {"loss": figure, "added_loss": figure, "kl": figure, "agreement": {"mean": 0.5, "error": 0.1, "n": 4}}
+    interval = {"value": 1.25, "low": 1.2, "high": 1.3, "n": 5}
+    speed = {name: {"speedup": interval, "seconds": figure} for name in ("first_token", "per_token", "request")}
+    return {
+        "name": f"{strategy}-{mode}",
+        "strategy": strategy,
+        "budget": "12",
+        "mode": mode,
+        "compensation": "affine" if strategy == "adaskip" else "none",
+        "n_skip_prefill": 12,
+        "n_skip_decode": 12,
+        "online": False,
+        "speed": speed,
+        "text": {"prompt": {"all": figures}, "decode": {"all": figures}, "rouge_l": {"all": figure}},
+        "questions": {"passkey": {"score": figure, "difference": figure, "cells": []}},
+    }
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    return {
+        "title": "<b>model</b> & co.",
+        "about": "2 plans",
+        "notes": [],
+        "n_done": 5,
+        "n_results": 5,
+        "configuration": {"Text": "a < b", "Machine": "c"},
+        "command": "adaskip-cpp evaluate 'a & b.gguf'",
+        "contenders": [
+            contender("full", None, 2.0),
+            contender("adaskip", "prefill", 0.5),
+            contender("early_exit", "prefill", 5.0),
+        ],
+    }
+
+
+def test_the_page_is_well_formed_and_what_it_quotes_is_escaped(results: dict[str, Any]) -> None:
+    page = Page(html_report(results))
+    assert "<b>model</b> & co." in page.text
+    assert "b" not in page.tags
+    assert "a < b" in page.text
+    assert "adaskip-cpp evaluate 'a & b.gguf'" in page.text
+
+
+def test_the_page_loads_nothing(results: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    from adaskip_cpp.evaluation_plots import quality_pictures
+
+    pictures = [
+        Picture(name, "caption", plots.to_svg(figure, name=name)) for name, figure in quality_pictures(results).items()
+    ]
+    assert pictures
+    html = html_report(results, first=pictures, scores=pictures, last=pictures)
+    page = Page(html)
+    assert page.tags.count("svg") == 3 * len(pictures)
+    assert page.loads == []
+    assert not {"script", "link", "iframe", "object", "embed", "img"} & set(page.tags)
+    assert "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?([^)]*)", html))
+
+
+def test_it_has_a_style_for_light_and_dark_and_for_narrow_windows(results: dict[str, Any]) -> None:
+    html = html_report(results)
+    assert "prefers-color-scheme: dark" in html
+    assert 'name="viewport"' in html
+    assert html.count("<table>") == html.count('class="scroll"')
+
+
+def test_tables_say_what_results_say(results: dict[str, Any]) -> None:
+    page = Page(html_report(results))
+    assert "1.25 (1.20–1.30)" in page.text
+    assert "+0.500 ± 0.100" in page.text
+    assert "Early Exit, 12" in page.text
+    assert "AdaSkip (affine) makes the first token 1.25 times as fast" in page.text
+
+
+def test_results_that_are_not_finished_say_so(results: dict[str, Any]) -> None:
+    results["n_done"] = 3
+    results["notes"] = ["early_exit-6 is left out"]
+    for text in (Page(html_report(results)).text, markdown_report(results)):
+        assert "not finished: 3 of 5 results" in text
+        assert "early_exit-6 is left out" in text
+
+
+def test_markdown_has_the_same_tables_and_the_pictures_beside_it(results: dict[str, Any]) -> None:
+    text = markdown_report(results, ["quality.png"])
+    assert "![quality](quality.png)" in text
+    assert "## Mode prefill" in text
+    assert "## Questions" in text
+    assert "```sh\nadaskip-cpp evaluate 'a & b.gguf'\n```" in text

@@ -1,0 +1,77 @@
+"""Timing one request: what is called, in what order, and which tokens count."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaskip_cpp import timing
+from adaskip_cpp.timing import RequestTime, in_turn, time_request
+
+
+class Clocked:
+    """A model of which the first token takes 5 s and every other one its number in ms, on a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        self.calls: list[Any] = []
+        monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
+
+    def reset(self) -> None:
+        self.calls.append("reset")
+
+    def generate(self, tokens: list[int], *, temp: float) -> Iterator[int]:
+        self.calls.append(("generate", tokens, temp))
+        self.now += 5.0
+        yield 2
+        for i in range(1, 1000):
+            self.now += i / 1000
+            yield 2  # the end of the text, which does not end it
+
+
+def test_the_first_token_and_each_behind_it_are_timed_on_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = Clocked(monkeypatch)
+    result = time_request(llm, (1, 5, 6), 4)
+    assert llm.calls == ["reset", ("generate", [1, 5, 6], 0.0)]
+    assert result.first_token_s == pytest.approx(5.0)
+    assert result.token_s == pytest.approx((0.001, 0.002, 0.003, 0.004))
+
+
+def test_the_prompt_alone_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = time_request(Clocked(monkeypatch), [1], 0)
+    assert result.token_s == () and math.isnan(result.per_token_s())
+
+
+def test_the_time_per_token_is_the_median_behind_the_first_two() -> None:
+    assert RequestTime(1.0, (9.0, 8.0, 1.0, 2.0, 4.0)).per_token_s() == 2.0
+    assert RequestTime(1.0, (9.0, 8.0, 1.0, 2.0, 4.0)).per_token_s(3) == 3.0
+
+
+def test_of_too_few_tokens_the_last_one_counts() -> None:
+    assert RequestTime(1.0, (9.0, 3.0)).per_token_s() == 3.0
+
+
+def test_every_second_round_is_reversed() -> None:
+    assert [in_turn(3, n_round) for n_round in range(3)] == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
+
+
+def test_a_real_model_is_evaluated_anew_every_time(open_model: Any, tiny: Any, tokens: Any) -> None:
+    llm = open_model(tiny(), logits_all=False)
+    for _ in range(2):
+        result = time_request(llm, tokens(20), 5)
+        assert len(result.token_s) == 5 and min(result.token_s) > 0
+        assert llm.n_tokens == 25  # the prompt and five tokens, each evaluated for the next one
+
+
+def test_it_can_be_loaded_without_the_package() -> None:
+    code = (
+        "import runpy, sys\n"
+        f"space = runpy.run_path({str(Path(timing.__file__))!r})\n"
+        "print(space['in_turn'](2, 1), 'adaskip_cpp' in sys.modules, 'llama_cpp' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[1,", "0]", "False", "False"]
