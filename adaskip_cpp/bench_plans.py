@@ -29,6 +29,7 @@ class WantedPlans:
         mode: of all plans.
         compensation: of all plans; the baselines have none.
         tuned: whether the profile's tuned plan is one, as it is.
+        both: pairs of such lists; each is a plan that skips these attentions and these FFNs.
     """
 
     strategies: tuple[str, ...]
@@ -39,11 +40,12 @@ class WantedPlans:
     mode: Mode
     compensation: str
     tuned: bool = False
+    both: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def any(self) -> bool:
         """Whether there are any."""
-        return bool(self.skips or self.speedups or self.attention or self.ffn or self.tuned)
+        return bool(self.skips or self.speedups or self.attention or self.ffn or self.both or self.tuned)
 
     @property
     def needs_profile(self) -> bool:
@@ -91,4 +93,7 @@ class WantedPlans:
         for layers in self.ffn:
             options = PlanOptions(mode=self.mode, compensation=self.compensation, ffn=layers)
             add(f"{len(set(layers))} FFN", manual(source, None, options))
+        for attention, ffn in self.both:
+            options = PlanOptions(mode=self.mode, compensation=self.compensation, attention=attention, ffn=ffn)
+            add(f"{len(set(attention))} attention, {len(set(ffn))} FFN", manual(source, None, options))
         return plans

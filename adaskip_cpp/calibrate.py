@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from . import corpus
 from ._native import KIND_NAMES
@@ -99,7 +100,8 @@ def calibrate(
                 decode.append(_decode(llm, tokens, n_decode, shown.advance))
                 shown.finish_request()
             if rank:
-                maps = _fit(llm, fits, token_lists, rank, shown)
+                scale = PhaseStatistics.mean(prefill).median_ratio
+                maps = _fit(llm, fits, token_lists, rank, scale, shown)
         cost_model = _measure_cost(llm, progress) if cost else None
 
     return Profile(
@@ -190,7 +192,12 @@ def _fits(llm: AdaSkipLlama) -> list[LinearFit]:
 
 
 def _fit(
-    llm: AdaSkipLlama, fits: list[LinearFit], token_lists: list[list[int]], rank: int, shown: RequestProgress
+    llm: AdaSkipLlama,
+    fits: list[LinearFit],
+    token_lists: list[list[int]],
+    rank: int,
+    scale: npt.NDArray[np.float64],
+    shown: RequestProgress,
 ) -> LinearMaps | None:
     """Fit the maps; the first pass over the requests has been made."""
     n_embd = llm.n_embd()
@@ -203,7 +210,7 @@ def _fit(
             llm.reset()
             _prefill(llm, tokens, shown.advance, fit)
             shown.finish_request()
-        for where, fitted in fit.fit(rank).items():
+        for where, fitted in fit.fit(rank, scale).items():
             down[where], up[where], bias[where] = fitted
         fit.clear()
     # Requests of one token each have nothing to fit on.

@@ -59,13 +59,29 @@ def _strategy(name: str) -> str:
     return name.strip()
 
 
-def _layers(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+def _layers_of(text: str) -> tuple[int, ...]:
     def layers(part: str) -> range:
         first, _, last = part.partition("-")
         return range(int(first), int(last or first) + 1)
 
+    return tuple(itertools.chain(*map(layers, text.split(","))))
+
+
+def _both(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
     try:
-        lists = tuple(tuple(itertools.chain(*map(layers, value.split(",")))) for value in values)
+        pairs = [tuple(map(_layers_of, value.split("/"))) for value in values]
+    except ValueError:
+        pairs = [()]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise click.BadParameter(f"{', '.join(map(repr, values))} is not two lists of layers such as 1,5-7/8,9")
+    return tuple((pair[0], pair[1]) for pair in pairs)
+
+
+def _layers(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    try:
+        lists = tuple(map(_layers_of, values))
     except ValueError:
         lists = ((),)
     if not all(lists):
@@ -123,6 +139,13 @@ def _layers(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option(
     "--ffn", multiple=True, metavar="LAYERS", callback=_layers, help="A plan that skips just these FFNs; likewise."
 )
+@click.option(
+    "--both",
+    multiple=True,
+    metavar="LAYERS/LAYERS",
+    callback=_both,
+    help="A plan that skips these attentions and these FFNs; likewise.",
+)
 @click.option("--tuned", is_flag=True, help="The plan that `tune` put into the profile.")
 @click.option(
     "--mode",
@@ -162,6 +185,7 @@ def bench(
     speedups: tuple[float, ...] | None,
     attention: tuple[tuple[int, ...], ...],
     ffn: tuple[tuple[int, ...], ...],
+    both: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
     tuned: bool,
     mode: Mode,
     compensation: str,
@@ -189,7 +213,7 @@ def bench(
     if strategies and not skips and not speedups:
         skips = (DEFAULT_N_SKIP,)
     wanted = WantedPlans(
-        strategies or ("adaskip",), skips or (), speedups or (), attention, ffn, mode, compensation, tuned
+        strategies or ("adaskip",), skips or (), speedups or (), attention, ffn, mode, compensation, tuned, both
     )
     if plot_to is not None:
         from .plots import figure

@@ -10,8 +10,8 @@ median     ``s * u``, s the median per token of            the same, s being the
            ``|v| / |u|``
 affine     ``s * u + b``, s as in ``median``, b the mean   as ``median``
            of ``v - s * u``
-linear     ``u + up (down u) + b``, see                    as ``median``
-           :mod:`adaskip_cpp.linear`
+linear     ``s * u + up (down u) + b``, s as in            as ``median``
+           ``median``, see :mod:`adaskip_cpp.linear`
 =========  ==============================================  ======================================
 
 The paper's ratio is dominated by tokens of huge norm, as the first one of many models, and scales all others by it.
@@ -62,14 +62,14 @@ class Compensation:
 
         Args:
             skip: the sublayers to skip.
-            statistics: of the phase.
+            statistics: of the phase; with maps of the one that they were fitted in.
             maps: linear maps, for a compensation that uses them.
 
         Raises:
             CompensationError: the statistics or maps lack what this compensation needs, for a sublayer that is skipped.
         """
         if self.uses_maps and maps is not None and skip.any():
-            return SkipSet(skip, np.ones(skip.shape), maps.bias, maps.down, maps.up)
+            return SkipSet(skip, self.scale(statistics), maps.bias, maps.down, maps.up)
         scale = self.scale(statistics)
         bias = self.bias(statistics, scale) if self.bias is not None and skip.any() else None
         return SkipSet(skip, scale, bias)

@@ -1,12 +1,12 @@
-"""Linear maps that stand in for sublayers: ``v := u + up (down u) + b``, of low rank, fitted on calibration tokens.
+"""Linear maps that stand in for sublayers: ``v := s u + up (down u) + b``, of low rank, fitted on calibration tokens.
 
 Much of what a sublayer adds to the stream is a linear function of its input: on SmolLM2-135M a map of rank 32 explains
 about half of the variance of what attentions add. It costs ``2 * rank * n_embd`` multiplications per token, a few
 hundredths of what the sublayer itself costs.
 
-The fit is reduced-rank ridge regression of ``v - u`` on ``u`` (Izenman 1975), in closed form from the moments of both.
-The first token of a request is left out: in many models its norm is tens of times that of the others, and would decide
-the fit alone.
+s is the median ratio of norms, as in the compensation ``affine``. The rest, ``v - s u``, is fitted by reduced-rank
+ridge regression on ``u`` (Izenman 1975), in closed form from the moments of both. The first token of a request is left
+out: in many models its norm is tens of times that of the others, and would decide the fit alone.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ RIDGE = 1e-3
 """Added to the input's covariance, as a share of its mean variance: it keeps directions that few tokens show out."""
 
 Moments = npt.NDArray[np.float32]
+Vector = npt.NDArray[np.float32]
 _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Martinsson and Tropp 2011)
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMaps:
-    """One map per sublayer: ``v := u + up (down u) + bias``. Arrays are read-only, and NaN where nothing was fitted.
+    """One map per sublayer: ``v := s u + up (down u) + bias``. Arrays are read-only, and NaN where nothing was fitted.
 
     Attributes:
         down: float32 ``[n_layer, 2, rank, n_embd]``.
@@ -50,7 +51,7 @@ class LinearMaps:
     def __post_init__(self) -> None:
         shape = np.shape(self.bias)
         rank = np.shape(self.down)[2] if np.ndim(self.down) == 4 else 0
-        if len(shape) != 3 or shape[1] != 2 or rank < 1:
+        if len(shape) != 3 or shape[1] != 2 or 0 in (*shape, rank):
             raise ProfileFormatError("the linear maps have an impossible shape; calibrate again")
         if np.shape(self.down) != (*shape[:2], rank, shape[2]) or np.shape(self.up) != (*shape, rank):
             raise ProfileFormatError("the linear maps' shapes do not fit each other; calibrate again")
@@ -99,13 +100,33 @@ def moments_bytes(n_embd: int) -> int:
 
 @dataclass
 class _Sums:
-    """Sums over tokens: of u, of d = v - u, of u uᵀ and of d uᵀ."""
+    """Sums over tokens: of u, of d = v - u, of u uᵀ and of d uᵀ, all of what is left of both behind ``mean``.
 
+    ``mean`` is that of the first ubatch. In many models some values of the stream are much larger than they vary, and
+    without it float32 would lose the variance in the squares.
+    """
+
+    mean: tuple[Vector, Vector]
+    u: npt.NDArray[np.float64]
+    d: npt.NDArray[np.float64]
+    uu: Moments
+    du: Moments
     n: int = 0
-    u: npt.NDArray[np.float64] | float = 0.0
-    d: npt.NDArray[np.float64] | float = 0.0
-    uu: Moments | None = None
-    du: Moments | None = None
+
+    @classmethod
+    def around(cls, u: npt.NDArray[np.float32], d: npt.NDArray[np.float32]) -> _Sums:
+        n_embd = u.shape[1]
+        mean = u.mean(axis=0, dtype=np.float64), d.mean(axis=0, dtype=np.float64)
+        vectors, matrices = np.zeros((2, n_embd)), [np.zeros((n_embd, n_embd), np.float32) for _ in range(2)]
+        return cls((mean[0].astype(np.float32), mean[1].astype(np.float32)), *vectors, *matrices)
+
+    def add(self, u: npt.NDArray[np.float32], d: npt.NDArray[np.float32]) -> None:
+        u, d = u - self.mean[0], d - self.mean[1]
+        self.n += len(u)
+        self.u += u.sum(axis=0, dtype=np.float64)
+        self.d += d.sum(axis=0, dtype=np.float64)
+        self.uu += u.T @ u
+        self.du += d.T @ u
 
 
 @dataclass
@@ -126,6 +147,8 @@ class LinearFit:
     ) -> None:
         """Add the tokens of one ubatch, without the first of a request.
 
+        A sublayer that was not observed, or has a value that is not finite, is left out of this ubatch.
+
         Args:
             activations: ``[n_layer][2]``: u and v, float32 ``[n_tokens, n_embd]``, or None.
             positions: int32 ``[n_tokens]``.
@@ -135,51 +158,63 @@ class LinearFit:
             pair = activations[layer][kind]
             if pair is None or later.size == 0:
                 continue
-            u, d = pair[0][later], (pair[1] - pair[0])[later]
-            if not (np.isfinite(u).all() and np.isfinite(d).all()):
+            u, v = pair[0][later], pair[1][later]
+            if not (np.isfinite(u).all() and np.isfinite(v).all()):
                 continue
-            sums = self._sums.setdefault((layer, kind), _Sums())
-            sums.n += len(u)
-            sums.u = sums.u + u.sum(axis=0, dtype=np.float64)
-            sums.d = sums.d + d.sum(axis=0, dtype=np.float64)
-            uu, du = u.T @ u, d.T @ u
-            if sums.uu is None or sums.du is None:
-                sums.uu, sums.du = uu, du
-            else:
-                sums.uu += uu
-                sums.du += du
+            d = v - u
+            if (layer, kind) not in self._sums:
+                self._sums[layer, kind] = _Sums.around(u, d)
+            self._sums[layer, kind].add(u, d)
 
-    def fit(self, rank: int) -> dict[tuple[int, int], tuple[Moments, Moments, Moments]]:
+    def fit(
+        self, rank: int, scale: npt.NDArray[np.float64] | None = None
+    ) -> dict[tuple[int, int], tuple[Moments, Moments, Moments]]:
         """Return down ``[rank, n_embd]``, up ``[n_embd, rank]`` and bias ``[n_embd]`` of each sublayer with tokens.
 
-        A rank beyond ``n_embd`` counts as ``n_embd``.
+        Args:
+            rank: of the maps; beyond ``n_embd`` it counts as ``n_embd``.
+            scale: s of each sublayer, float64 ``[n_layer, 2]``; None for 1.
         """
-        return {where: _fit(sums, rank) for where, sums in self._sums.items()}
+        return {
+            where: _fit(sums, rank, 1.0 if scale is None else float(scale[where])) for where, sums in self._sums.items()
+        }
 
     def clear(self) -> None:
         """Give the memory of the moments back."""
         self._sums.clear()
 
 
-def _fit(sums: _Sums, rank: int) -> tuple[Moments, Moments, Moments]:
-    assert sums.uu is not None and sums.du is not None
-    mean_u, mean_d = np.asarray(sums.u) / sums.n, np.asarray(sums.d) / sums.n
-    covariance = sums.uu.astype(np.float64) / sums.n - np.outer(mean_u, mean_u)
-    cross = sums.du.astype(np.float64) / sums.n - np.outer(mean_d, mean_u)
+def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Moments, Moments, Moments]:
+    rest_u, rest_d = sums.u / sums.n, sums.d / sums.n
+    mean_u, mean_d = sums.mean[0] + rest_u, sums.mean[1] + rest_d
+    covariance = sums.uu.astype(np.float64) / sums.n - np.outer(rest_u, rest_u)
+    cross = sums.du.astype(np.float64) / sums.n - np.outer(rest_d, rest_u)
+    # From d = v - u to what the scale leaves: v - s u = d - (s - 1) u.
+    mean_d = mean_d - (scale - 1) * mean_u
+    cross -= (scale - 1) * covariance
     n_embd = len(mean_u)
+    rank = min(rank, n_embd)
     variance = float(np.trace(covariance)) / n_embd
-    if not variance > 0:  # one token, or all alike: there is nothing to regress on
-        empty = np.zeros((min(rank, n_embd), n_embd), np.float32)
-        return empty, empty.T.copy(), mean_d.astype(np.float32)
-    root = np.linalg.cholesky(covariance + RIDGE * variance * np.eye(n_embd))
+    if not (0 < variance < np.inf and np.isfinite(cross).all()):  # one token, or all alike: nothing to regress on
+        return np.zeros((rank, n_embd), np.float32), np.zeros((n_embd, rank), np.float32), mean_d.astype(np.float32)
+    root = _root(covariance, RIDGE * variance)
     # The best map of full rank is cross covariance⁻¹ = whitened root⁻¹; its error is that of `whitened` in the norm
     # of whitened inputs, so the best of lower rank keeps the largest singular values of `whitened`.
     whitened = np.linalg.solve(root, cross.T).T
-    left, singular, right = _truncated_svd(whitened, min(rank, n_embd))
+    left, singular, right = _truncated_svd(whitened, rank)
     up = left * singular
     down = np.linalg.solve(root.T, right.T).T
     bias = mean_d - up @ (down @ mean_u)
     return down.astype(np.float32), up.astype(np.float32), bias.astype(np.float32)
+
+
+def _root(covariance: npt.NDArray[np.float64], ridge: float) -> npt.NDArray[np.float64]:
+    """Return L of ``covariance + ridge I = L Lᵀ``."""
+    while True:
+        try:
+            return np.asarray(np.linalg.cholesky(covariance + ridge * np.eye(len(covariance))), np.float64)
+        except np.linalg.LinAlgError:
+            ridge *= 10  # moments in float32 may miss being a covariance by more than the ridge
 
 
 def _truncated_svd(

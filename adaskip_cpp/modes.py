@@ -83,7 +83,9 @@ def compensated_plan(profile: Profile, skip: npt.NDArray[np.bool_], options: Pla
     """
     compensation = get_compensation(options.compensation)
     if options.mode == "decode":
-        prefill, decode = SkipSet.none(profile.n_layer), compensation.skip_set(skip, profile.decode, profile.maps)
+        uses_maps = compensation.uses_maps and profile.maps is not None
+        statistics = profile.prefill if uses_maps else profile.decode
+        prefill, decode = SkipSet.none(profile.n_layer), compensation.skip_set(skip, statistics, profile.maps)
     else:
         prefill = decode = compensation.skip_set(skip, profile.prefill, profile.maps)
     threshold = options.threshold if options.threshold is not None else _offline_threshold(profile, int(skip.sum()))

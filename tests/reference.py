@@ -47,6 +47,7 @@ class Trace:
         v_sq: |v|^2, likewise.
         layer_dot: a layer's input times its output, float64 [n_layer, n_tokens]; None where it is not computed.
         sum_u, sum_v: sums of u and of v over the tokens, float64 [n_layer, 2, n_embd]; likewise.
+        u, v: a sublayer's input and output, [n_layer, 2, n_tokens, n_embd]; likewise.
     """
 
     logits: Array
@@ -56,15 +57,17 @@ class Trace:
     layer_dot: npt.NDArray[np.float64] | None = None
     sum_u: npt.NDArray[np.float64] | None = None
     sum_v: npt.NDArray[np.float64] | None = None
+    u: Array | None = None
+    v: Array | None = None
 
     @staticmethod
     def concatenate(traces: Sequence["Trace"]) -> "Trace":
-        """Join the figures per token of consecutive pieces along the token axis; without the layers and the sums."""
+        """Join the logits and the figures per sublayer of consecutive pieces along the token axis; nothing else."""
         joined = [np.concatenate([getattr(t, name) for t in traces], axis=-1) for name in ("dot", "u_sq", "v_sq")]
         return Trace(np.concatenate([t.logits for t in traces]), *joined)
 
     def first(self, n: int) -> "Trace":
-        """The figures per token of the first ``n`` tokens; without the layers and the sums."""
+        """The figures per token of the first ``n`` tokens; without the layers, the sums and the streams."""
         return Trace(self.logits[:n], self.dot[..., :n], self.u_sq[..., :n], self.v_sq[..., :n])
 
 
@@ -123,14 +126,19 @@ class ReferenceRun:
         skip: npt.ArrayLike | None = None,
         scale: npt.ArrayLike | None = None,
         bias: npt.ArrayLike | None = None,
+        down: npt.ArrayLike | None = None,
+        up: npt.ArrayLike | None = None,
     ) -> Trace:
         """Append tokens to the context.
 
         Args:
             tokens: Token ids.
-            skip: bool [n_layer, 2]; a skipped sublayer's output is ``scale * input + bias``; it writes no K and V.
+            skip: bool [n_layer, 2]; a skipped sublayer's output is ``scale * input + bias + up (down input)``; it
+                writes no K and V.
             scale: float [n_layer, 2]; 1 when None.
             bias: float [n_layer, 2, n_embd]; 0 when None.
+            down: float [n_layer, 2, rank, n_embd]; 0 when None.
+            up: float [n_layer, 2, n_embd, rank]; given with ``down``.
 
         Raises:
             KvHoleError: If an attention runs that was skipped at an earlier position.
@@ -141,6 +149,7 @@ class ReferenceRun:
         vector = np.zeros((model.n_layer, 2, model.n_embd)) if bias is None else np.asarray(bias, np.float64)
         sums = np.zeros((3, model.n_layer, 2, len(tokens)))
         layer_dot, totals = np.zeros((model.n_layer, len(tokens))), np.zeros((2, model.n_layer, 2, model.n_embd))
+        streams = np.zeros((2, model.n_layer, 2, len(tokens), model.n_embd), model.dtype)
         x = model.weights["token_embd.weight"][np.asarray(tokens)]
         for layer in range(model.n_layer):
             layer_input = x
@@ -148,14 +157,18 @@ class ReferenceRun:
                 u = x
                 if skipped[layer, kind]:
                     x = u * model.dtype.type(factor[layer, kind]) + vector[layer, kind].astype(model.dtype)
+                    if down is not None and up is not None:
+                        inner = u @ np.asarray(down)[layer, kind].T.astype(model.dtype)
+                        x = x + inner @ np.asarray(up)[layer, kind].T.astype(model.dtype)
                 else:
                     x = u + branch(u, layer)
                 for index, (a, b) in enumerate(((u, x), (u, u), (x, x))):
                     sums[index, layer, kind] = np.sum(a * b, axis=-1, dtype=np.float64)
                 totals[:, layer, kind] = u.sum(axis=0), x.sum(axis=0)
+                streams[:, layer, kind] = u, x
             layer_dot[layer] = np.sum(layer_input * x, axis=-1, dtype=np.float64)
         self.n_past += len(tokens)
-        return Trace(model.norm(x, "output_norm") @ model.output.T, *sums, layer_dot, *totals)
+        return Trace(model.norm(x, "output_norm") @ model.output.T, *sums, layer_dot, *totals, *streams)
 
     def rewind(self, n_past: int) -> None:
         """Forget every position from ``n_past`` on."""

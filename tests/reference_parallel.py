@@ -23,8 +23,10 @@ def eval_parallel(
     skip: npt.ArrayLike | None = None,
     scale: npt.ArrayLike | None = None,
     bias: npt.ArrayLike | None = None,
+    down: npt.ArrayLike | None = None,
+    up: npt.ArrayLike | None = None,
 ) -> Trace:
-    """Evaluate tokens in a fresh context, in float64; skip, scale and bias as for ``ReferenceRun.eval``."""
+    """Evaluate tokens in a fresh context, in float64; skip and what stands in as for ``ReferenceRun.eval``."""
     reader = GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
     weights = {t.name: np.asarray(t.data, np.float64) for t in reader.tensors}
@@ -67,13 +69,17 @@ def eval_parallel(
         return linear(gelu, f"blk.{layer}.ffn_down")
 
     sums = np.zeros((3, n_layer, 2, len(tokens)))
+    streams = np.zeros((2, n_layer, 2, len(tokens), weights["token_embd.weight"].shape[1]))
     x = weights["token_embd.weight"][np.asarray(tokens)]
     for layer in range(n_layer):
         stream = x
         for kind, branch in enumerate((attention, ffn)):
             u = stream
             stands_in = factor[layer, kind] * u + vector[layer, kind]
+            if down is not None and up is not None:
+                stands_in = stands_in + u @ np.asarray(down)[layer, kind].T @ np.asarray(up)[layer, kind].T
             stream = stands_in if skipped[layer, kind] else u + branch(x, layer)
+            streams[:, layer, kind] = u, stream
             sums[:, layer, kind] = [(a * b).sum(axis=-1) for a, b in ((u, stream), (u, u), (stream, stream))]
         x = stream
-    return Trace(norm(x, "output_norm") @ weights["output.weight"].T, *sums)
+    return Trace(norm(x, "output_norm") @ weights["output.weight"].T, *sums, u=streams[0], v=streams[1])

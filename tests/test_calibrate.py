@@ -14,6 +14,7 @@ from reference import ReferenceModel, ReferenceRun, Trace, mean_similarity, medi
 import adaskip_cpp
 from adaskip_cpp import SkipPlan, corpus
 from adaskip_cpp.errors import NativeError, RequestError
+from adaskip_cpp.linear import DEFAULT_RANK, RIDGE, moments_bytes
 from adaskip_cpp.loss import mean_loss, token_losses
 
 PLAN = SkipPlan.manual(3, ffn=[1])
@@ -190,6 +191,108 @@ def test_statistics_that_miss_tokens_are_noticed(llm: Any, monkeypatch: pytest.M
     monkeypatch.setattr(llm, "eval", lambda tokens, *phase: FakeLlama.eval(llm, tokens[1:], *phase))
     with pytest.raises(NativeError, match="2 of a request's 3 tokens"):
         calibrate(llm, [[5, 6, 7]])
+
+
+# --- linear maps ------------------------------------------------------------------------------------------------------
+
+
+def ridge(u: np.ndarray, v: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of v - scale u on u, float64 [n_tokens, n_embd], in closed form: its matrix and its constant."""
+    centred, d = u - u.mean(axis=0), v - scale * u
+    penalty = RIDGE * centred.var(axis=0).mean() * len(u) * np.eye(u.shape[1])
+    matrix = np.linalg.solve(centred.T @ centred + penalty, centred.T @ (d - d.mean(axis=0))).T
+    return matrix, d.mean(axis=0) - matrix @ u.mean(axis=0)
+
+
+def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray, tolerance: float) -> None:
+    """The maps, of full rank, are ridge regressions of v - median_ratio u on u, [n_layer, 2, n_tokens, n_embd]."""
+    maps = profile.maps
+    assert maps is not None and maps.rank == u.shape[3] and maps.fitted.all()
+    for layer, kind in np.ndindex(u.shape[:2]):
+        matrix, constant = ridge(u[layer, kind], v[layer, kind], profile.median_ratio[layer, kind])
+        expected = u[layer, kind] @ matrix.T + constant
+        actual = u[layer, kind] @ maps.down[layer, kind].T @ maps.up[layer, kind].T + maps.bias[layer, kind]
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def test_maps_are_fitted_on_all_prompts_without_their_first_tokens(llm: Any) -> None:
+    requests = [[5, 6, 7], list(range(8, 30)), [31], list(range(40, 60))]
+    u, v = llm.streams([token for request in requests for token in request[1:]])
+    assert_ridge(calibrate(llm, requests), u, v, 1e-4)
+
+
+def test_maps_of_a_model_equal_regressions_on_a_numpy_forward_pass(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    prompts, traces = [tokens(100, seed) for seed in (1, 2)], []
+    profile = calibrate(open_model(tiny(), n_ubatch=32), prompts, rank=64)
+    for prompt in prompts:
+        traces.append(ReferenceRun(ReferenceModel(tiny())).eval(prompt))
+    u, v = (np.concatenate([getattr(trace, name)[:, :, 1:] for trace in traces], axis=2) for name in "uv")
+    assert_ridge(profile, u, v, 1e-3)
+
+
+def test_the_rank_is_at_most_the_length_of_the_stream(llm: Any) -> None:
+    for rank, expected in ((1, 1), (3, 3), (4, 4), (DEFAULT_RANK, 4)):
+        maps = calibrate(llm, [list(range(5, 40))], rank=rank).maps
+        assert maps is not None and (maps.n_layer, maps.rank, maps.n_embd) == (3, expected, 4)
+    assert calibrate(llm, [list(range(5, 40))], rank=1).plan(2).prefill.down.shape == (3, 2, 1, 4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("n_fit", [0, 1, 2, 4, 5])
+def test_where_the_moments_take_too_much_memory_there_are_several_passes(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, n_fit: int
+) -> None:
+    # Six sublayers; there is always room for one.
+    requests = [list(range(5, 30)), list(range(20, 50))]
+    expected = calibrate(llm, requests).maps
+    n_evaluated = len(llm.evaluated)
+    llm.evaluated.clear()
+    monkeypatch.setattr(sys.modules["adaskip_cpp.calibrate"], "_MOMENTS_BYTES", n_fit * moments_bytes(4))
+    assert calibrate(llm, requests).maps == expected
+    n_passes = -(-6 // max(n_fit, 1))
+    assert [piece for _, piece in llm.evaluated[n_evaluated:]] == requests * (n_passes - 1)
+    assert llm.plan is None and llm.n_tokens == 0 and not llm.collecting
+
+
+def test_an_interruption_of_a_later_pass_leaves_the_model_as_it_was(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["adaskip_cpp.calibrate"], "_MOMENTS_BYTES", 0)
+    llm.set_plan(PLAN)
+    llm.fail_after = (2 + N_DECODE + 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(llm, ["hello"])
+    assert llm.plan is PLAN and llm.n_tokens == 0 and not llm.collecting
+
+
+def test_with_rank_0_there_are_no_maps_and_linear_is_affine(llm: Any) -> None:
+    requests = [list(range(5, 30))]
+    bare, fitted = calibrate(llm, requests, rank=0), calibrate(llm, requests)
+    assert bare.maps is None and fitted.maps is not None
+    assert bare.prefill == fitted.prefill and bare.decode == fitted.decode
+    assert bare.plan(3, "linear") == bare.plan(3, "affine") == bare.plan(3)
+    assert (bare.plan(3).compensation, fitted.plan(3).compensation) == ("affine", "linear")
+
+
+def test_requests_of_one_token_leave_nothing_to_fit(llm: Any) -> None:
+    profile = calibrate(llm, [[5], [6]])
+    assert profile.maps is None and profile.plan(2).compensation == "affine"
+
+
+def test_a_sublayer_that_is_not_skippable_has_no_map() -> None:
+    profile = calibrate(FakeLlama(unobserved=[(1, 0)]), [list(range(5, 30))])  # type: ignore[arg-type]
+    assert profile.maps is not None
+    assert np.argwhere(~profile.maps.fitted).tolist() == [[1, 0]]
+    assert profile.plan(5).compensation == "linear"
+
+
+@pytest.mark.parametrize("rank", [-1, 4097, 1.5, "32", None])
+def test_a_rank_that_is_none_is_refused_before_anything_runs(llm: Any, rank: Any) -> None:
+    with pytest.raises(RequestError, match=r"rank.*from 0 \(none\) to 4096"):
+        calibrate(llm, ["good"], rank=rank)
+    assert llm.evaluated == []
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):

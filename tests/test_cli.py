@@ -121,6 +121,8 @@ def test_a_model_that_is_none_is_an_error_of_one_line(run: Run, tmp_path: Path, 
         (["generate", "m.gguf", "-p", "a", "--compensation", "best"], "--compensation"),
         (["calibrate", "m.gguf"], "--output"),
         (["calibrate", "m.gguf", "-o", "p", "--tokens", "1"], "--tokens"),
+        (["calibrate", "m.gguf", "-o", "p", "--rank", "-1"], "--rank"),
+        (["calibrate", "m.gguf", "-o", "p", "--rank", "4097"], "--rank"),
     ],
 )
 def test_a_usage_error_is_one_line_and_names_the_help(run: Run, args: list[str], message: str) -> None:
@@ -224,6 +226,20 @@ def test_calibrate_writes_a_profile_that_generate_takes(run: Run, tiny: Any, tmp
     assert result.exit_code == 0, result.output
     assert "skipped: 2 of 6 sublayers in prefill" in result.stderr
     assert "tokens/s" in result.stderr and "tokens/s" not in result.stdout
+
+
+@pytest.mark.parametrize(("rank", "compensation"), [(3, "linear"), (0, "affine")])
+def test_the_rank_of_the_maps_decides_what_a_plan_compensates_with(
+    run: Run, tiny: Any, tmp_path: Path, rank: int, compensation: str
+) -> None:
+    output, data = tmp_path / "out.json", tmp_path / "text.txt"
+    data.write_text("the quick brown fox " * 40)
+    args = ["calibrate", tiny(), "--data", data, "--requests", 2, "--tokens", 20, "-o", output, "--no-cost"]
+    assert run(*args, "--rank", rank).exit_code == 0
+    maps = Profile.load(output).maps
+    assert (0 if maps is None else maps.rank) == rank
+    assert json.loads(run("plan", output, "--skip", 2, "--json").stdout)["plan"]["compensation"] == compensation
+    assert run("generate", tiny(), "-p", "hello", "--profile", output, "--skip", 2, "--max-tokens", 5).exit_code == 0
 
 
 def test_text_may_come_from_stdin(run: Run, tiny: Any, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from adaskip_cpp.compensation import COMPENSATIONS, DEFAULT_COMPENSATION, get_compensation
 from adaskip_cpp.errors import CompensationError
+from adaskip_cpp.linear import LinearFit, LinearMaps
+from adaskip_cpp.plan import SkipSet
 from adaskip_cpp.statistics import PhaseStatistics
 
 N_LAYER, N_TOKENS, N_EMBD = 3, 200, 8
@@ -90,6 +92,81 @@ def test_affine_needs_vectors_and_says_what_does_not(streams: Any) -> None:
     assert COMPENSATIONS["affine"].skip_set(EVERY & False, statistics).n_skip == 0
 
 
+def maps(rank: int = 2) -> LinearMaps:
+    rng = np.random.default_rng(5)
+    shapes = (N_LAYER, 2, rank, N_EMBD), (N_LAYER, 2, N_EMBD, rank), (N_LAYER, 2, N_EMBD)
+    return LinearMaps(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+
+
+def test_linear_is_the_median_the_map_and_its_bias(streams: Any) -> None:
+    skip, fitted, statistics = EVERY.copy(), maps(), measure(*streams)
+    skip[0, 1] = False
+    chosen = COMPENSATIONS["linear"].skip_set(skip, statistics, fitted)
+    np.testing.assert_array_equal(chosen.scale, np.where(skip, statistics.median_ratio, 1))
+    for name in ("bias", "down", "up"):
+        array = getattr(chosen, name)
+        np.testing.assert_array_equal(array[skip], getattr(fitted, name)[skip])
+        assert not array[0, 1].any()
+
+
+def test_linear_needs_no_vectors_of_the_statistics_but_its_maps(streams: Any) -> None:
+    statistics = replace(measure(*streams), mean_u=None, mean_v=None)
+    assert COMPENSATIONS["linear"].skip_set(EVERY, statistics, maps()).down is not None
+    with pytest.raises(CompensationError, match="calibrate again"):
+        COMPENSATIONS["linear"].skip_set(EVERY, statistics)
+
+
+def test_without_maps_linear_is_affine(streams: Any) -> None:
+    chosen, statistics = COMPENSATIONS["linear"].skip_set(EVERY, measure(*streams)), measure(*streams)
+    assert chosen == COMPENSATIONS["affine"].skip_set(EVERY, statistics)
+    assert chosen.bias is not None and chosen.down is chosen.up is None
+
+
+@pytest.mark.parametrize("name", ["none", "paper", "median", "affine"])
+def test_the_others_do_not_use_the_maps(streams: Any, name: str) -> None:
+    statistics = measure(*streams)
+    assert COMPENSATIONS[name].skip_set(EVERY, statistics, maps()) == COMPENSATIONS[name].skip_set(EVERY, statistics)
+
+
+def test_skipping_nothing_takes_no_maps(streams: Any) -> None:
+    assert COMPENSATIONS["linear"].skip_set(EVERY & False, measure(*streams), maps()) == SkipSet.none(N_LAYER)
+
+
+def test_a_sublayer_without_a_map_cannot_be_skipped_with_one(streams: Any) -> None:
+    parts = {name: np.array(getattr(maps(), name)) for name in ("down", "up", "bias")}
+    for array in parts.values():
+        array[2, 1] = np.nan
+    skip = EVERY.copy()
+    with pytest.raises(CompensationError, match=r"FFN of layer 2.*calibrate again"):
+        COMPENSATIONS["linear"].skip_set(skip, measure(*streams), LinearMaps(**parts))
+    skip[2, 1] = False
+    assert COMPENSATIONS["linear"].skip_set(skip, measure(*streams), LinearMaps(**parts)).n_skip == 5
+
+
+def test_linear_is_the_default_and_leaves_less_error_than_affine_where_an_output_depends_on_its_input() -> None:
+    rng = np.random.default_rng(0)
+    u = rng.normal(size=(N_LAYER, 2, N_TOKENS, N_EMBD))
+    matrix = rng.normal(size=(N_EMBD, 1)) @ rng.normal(size=(1, N_EMBD))
+    v = u + u @ matrix.T + 1 + 0.1 * rng.normal(size=u.shape)
+    fit = LinearFit([(layer, kind) for layer in range(N_LAYER) for kind in (0, 1)])
+    pairs = [[(u[at].astype(np.float32), v[at].astype(np.float32)) for at in ((i, 0), (i, 1))] for i in range(N_LAYER)]
+    fit.add(pairs, np.arange(1, N_TOKENS + 1, dtype=np.int32))
+    fitted = fit.fit(1, measure(u, v).median_ratio)
+    parts = (np.stack([fitted[at][i] for at in np.ndindex(N_LAYER, 2)]) for i in range(3))
+    linear_maps = LinearMaps(*(part.reshape(N_LAYER, 2, *part.shape[1:]) for part in parts))
+    errors = {}
+    for name in ("affine", "linear"):
+        chosen = COMPENSATIONS[name].skip_set(EVERY, measure(u, v), linear_maps)
+        assert chosen.bias is not None
+        out = chosen.scale[..., None, None] * u + chosen.bias[:, :, None]
+        if chosen.down is not None and chosen.up is not None:
+            out = out + np.einsum("lkte,lkre,lkfr->lktf", u, chosen.down, chosen.up)
+        errors[name] = ((out - v) ** 2).sum(axis=(2, 3))
+    # Not near zero, although v - u is of rank 1: behind a scale s there is (1 - s) u as well, which is of full rank.
+    assert (errors["linear"] < errors["affine"]).all()
+    assert DEFAULT_COMPENSATION == "linear"
+
+
 def test_what_was_not_observed_cannot_be_compensated(streams: Any) -> None:
     figures = {}
     for name in ("similarity", "norm_ratio", "median_ratio"):
@@ -112,6 +189,6 @@ def test_the_online_stage_has_no_vectors_so_that_affine_and_linear_are_the_media
 
 @pytest.mark.parametrize("name", ["best", None, []])
 def test_an_unknown_name_is_refused_and_the_known_told(name: Any) -> None:
-    with pytest.raises(CompensationError, match="none, paper, median, affine"):
+    with pytest.raises(CompensationError, match="none, paper, median, affine, linear"):
         get_compensation(name)
     assert get_compensation(DEFAULT_COMPENSATION).name == DEFAULT_COMPENSATION

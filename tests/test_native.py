@@ -15,7 +15,7 @@ from adaskip_cpp._native import KVRun, _ffi, _lib, elide_kv
 
 OK, ARGUMENT = 0, -1
 NOT_SKIPPABLE, COMPENSATION, KV_ELIDED = -2, -3, -5
-ON, ALL_TOKENS, VECTORS = 1, 2, 4
+ON, ALL_TOKENS, VECTORS, ACTIVATIONS = 1, 2, 4, 8
 
 
 @pytest.fixture
@@ -26,6 +26,9 @@ def llm(tiny: Callable[..., Path], open_model: Callable[..., Any]) -> Any:
 @pytest.fixture
 def ctx(llm: Any) -> Any:
     return _ffi.cast("struct llama_context *", llm.ctx)
+
+
+NOTHING, FFN_1, ATTENTION_1 = [0] * 6, [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]
 
 
 def plan(skip: Any, scale: Any, n_layer: int = 3) -> tuple[Any, Any]:
@@ -43,6 +46,17 @@ def vectors(values: Any, n_embd: int = 64, skip: Any = (0, 0, 1, 1, 0, 0)) -> tu
     return result, (arrays, data)
 
 
+def maps(
+    n_rank: int = 2, n_embd: int = 64, down: bool = True, up: bool = True, value: float = 0.0, skip: Any = FFN_1
+) -> tuple[Any, Any]:
+    """A plan with low-rank maps that are ``value`` everywhere."""
+    result, arrays = plan(skip, [1] * 6)
+    data = _ffi.new("float[]", [value] * (6 * abs(n_rank * n_embd) or 1))
+    result.n_embd, result.n_rank = n_embd, n_rank
+    result.down, result.up = data if down else _ffi.NULL, data if up else _ffi.NULL
+    return result, (arrays, data)
+
+
 def schedule(ctx: Any, starts: Any, *skips: Any, n: int | None = None) -> int:
     """Calls adaskip_set_decode_schedule with plans of these flags."""
     parts = [plan(skip, [1] * len(skip), len(skip) // 2) for skip in skips]
@@ -54,9 +68,6 @@ def schedule(ctx: Any, starts: Any, *skips: Any, n: int | None = None) -> int:
 def online(ctx: Any, window: int, threshold: float, scale: int) -> int:
     params = _ffi.new("struct adaskip_online_params *", {"window": window, "threshold": threshold, "scale": scale})
     return int(_lib.adaskip_set_online(ctx, params))
-
-
-NOTHING, FFN_1, ATTENTION_1 = [0] * 6, [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]
 
 
 def message() -> str:
@@ -86,6 +97,12 @@ BAD_CALLS = {
     "a plan with shorter vectors": lambda ctx: _lib.adaskip_set_plan(ctx, 0, vectors([0.0] * 63, 63)[0]),
     "a plan with vectors of no length": lambda ctx: _lib.adaskip_check_plan(ctx, vectors([0.0], 0)[0]),
     "a plan with vectors of negative length": lambda ctx: _lib.adaskip_check_plan(ctx, vectors([0.0], -64)[0]),
+    "a map without its second half": lambda ctx: _lib.adaskip_set_plan(ctx, 0, maps(up=False)[0]),
+    "a map without its first half": lambda ctx: _lib.adaskip_set_plan(ctx, 0, maps(down=False)[0]),
+    "a map of rank 0": lambda ctx: _lib.adaskip_set_plan(ctx, 0, maps(0)[0]),
+    "a map of negative rank": lambda ctx: _lib.adaskip_check_plan(ctx, maps(-2)[0]),
+    "a map of shorter vectors": lambda ctx: _lib.adaskip_set_plan(ctx, 0, maps(2, 63)[0]),
+    "a map of vectors of no length": lambda ctx: _lib.adaskip_check_plan(ctx, maps(2, 0)[0]),
     "a schedule of no context": lambda ctx: schedule(_ffi.NULL, [0], NOTHING),
     "a schedule without starts": lambda ctx: schedule(ctx, None, NOTHING),
     "a schedule without plans": lambda ctx: schedule(ctx, [0], n=1),
@@ -116,6 +133,9 @@ BAD_CALLS = {
     "unknown statistics": lambda ctx: _lib.adaskip_set_statistics(ctx, ON | 16, ignore, _ffi.NULL),
     "negative statistics": lambda ctx: _lib.adaskip_set_statistics(ctx, -1, ignore, _ffi.NULL),
     "flags of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(ctx, VECTORS, ignore, _ffi.NULL),
+    "activations of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(
+        ctx, ACTIVATIONS, ignore, _ffi.NULL
+    ),
     "all tokens of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(
         ctx, ALL_TOKENS, ignore, _ffi.NULL
     ),
@@ -161,6 +181,21 @@ def test_a_vector_that_is_not_finite_is_refused(value: float, ctx: Any) -> None:
     assert _lib.adaskip_set_plan(ctx, 0, bad) == COMPENSATION
     assert "layer 1" in message()
     good, _arrays = vectors([0.0] * 63 + [value], skip=NOTHING)  # not read where nothing is skipped
+    assert _lib.adaskip_set_plan(ctx, 0, good) == OK
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_map_that_is_not_finite_is_refused(value: float, ctx: Any) -> None:
+    bad, _arrays = maps(value=value)
+    assert _lib.adaskip_set_plan(ctx, 0, bad) == COMPENSATION
+    assert "layer 1" in message()
+    good, _arrays = maps(value=value, skip=NOTHING)  # not read where nothing is skipped
+    assert _lib.adaskip_set_plan(ctx, 0, good) == OK
+
+
+def test_without_maps_the_rank_is_not_read(ctx: Any) -> None:
+    good, _arrays = plan(FFN_1, [1] * 6)
+    good.n_rank = -5
     assert _lib.adaskip_set_plan(ctx, 0, good) == OK
 
 

@@ -104,6 +104,84 @@ def test_a_bias_that_is_not_finite_is_refused_where_it_is_used() -> None:
     assert skip_set(bias=np.full((4, 2, 3), np.nan)) == skip_set(bias=np.zeros((4, 2, 3)))
 
 
+def linear_set(*sublayers: tuple[int, int], rank: int = 2, n_embd: int = 3, **changes: Any) -> SkipSet:
+    """A set with maps of ones."""
+    parts = {"down": np.ones((4, 2, rank, n_embd)), "up": np.ones((4, 2, n_embd, rank)), **changes}
+    chosen = skip_set(*sublayers)
+    return SkipSet(chosen.skip, chosen.scale, **parts)
+
+
+def test_a_map_is_zero_where_nothing_is_skipped_and_is_a_read_only_copy() -> None:
+    down, up = np.ones((4, 2, 2, 3)), np.ones((4, 2, 3, 2))
+    chosen = linear_set((1, 1), down=down, up=up)
+    down[:] = up[:] = 7
+    for array in (chosen.down, chosen.up):
+        assert array is not None and array.dtype == np.float32
+        assert (array[1, 1] == 1).all() and array.sum() == 6
+        with pytest.raises(ValueError, match="read-only"):
+            array[1, 1] = 2
+
+
+def test_the_length_of_the_vectors_is_that_of_the_bias_or_the_map() -> None:
+    assert skip_set((1, 1)).n_embd is None
+    assert skip_set((1, 1), bias=np.ones((4, 2, 3))).n_embd == 3
+    assert linear_set((1, 1), n_embd=5).n_embd == linear_set((1, 1), n_embd=5, bias=np.ones((4, 2, 5))).n_embd == 5
+
+
+@pytest.mark.parametrize("name", ["down", "up"])
+def test_sets_with_another_map_differ(name: str) -> None:
+    one, other = linear_set((1, 0)), linear_set((1, 0))
+    assert one == other and hash(one) == hash(other)
+    changed = np.array(getattr(one, name))
+    changed[1, 0, 0, 0] = 2
+    assert linear_set((1, 0), **{name: changed}) != one
+    changed = np.array(getattr(one, name))
+    changed[2, 1] = 2
+    assert linear_set((1, 0), **{name: changed}) == one, "the other sublayer's is not used"
+    assert one != skip_set((1, 0)) != one
+    assert one != linear_set((1, 0), bias=np.zeros((4, 2, 3)))
+    assert linear_set((1, 0), rank=1) != one
+    assert SkipPlan(one, one) == SkipPlan(other, other) != SkipPlan(skip_set((1, 0)), skip_set((1, 0)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"down": None},
+        {"up": None},
+        {"down": np.ones((4, 2, 3))},
+        {"up": np.ones((4, 2, 3))},
+        {"down": np.ones((4, 2, 3, 2))},
+        {"down": np.ones((5, 2, 2, 3))},
+        {"up": np.ones((5, 2, 3, 2))},
+        {"up": np.ones((4, 2, 4, 2))},
+        {"up": np.ones((4, 2, 3, 1))},
+        {"down": np.ones((4, 2, 0, 3)), "up": np.ones((4, 2, 3, 0))},
+        {"down": np.ones((4, 2, 2, 0)), "up": np.ones((4, 2, 0, 2))},
+        {"bias": np.ones((4, 2, 4))},
+    ],
+    ids=lambda changes: ", ".join(f"{k} {None if v is None else v.shape}" for k, v in changes.items()),
+)
+def test_a_map_of_a_wrong_shape_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=r"\[4, 2, rank, n_embd\] and \[4, 2, n_embd, rank\].*give both"):
+        linear_set((1, 0), **changes)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["down", "up"])
+def test_a_map_that_is_not_finite_is_refused_where_it_is_used(name: str, value: float) -> None:
+    bad = {name: np.full((4, 2, 3, 3), value)}
+    with pytest.raises(CompensationError, match=r"linear map of attention of layer 1.*affine"):
+        linear_set((1, 0), rank=3, **bad)
+    assert linear_set(rank=3, **bad) == linear_set(rank=3)
+
+
+def test_a_set_with_maps_describes_itself_with_their_rank() -> None:
+    plain, mapped = skip_set((1, 0), (2, 1)).to_dict(), linear_set((1, 0), (2, 1), rank=7).to_dict()
+    for kind in ("attention", "ffn"):
+        assert mapped[kind] == [{**row, "rank": 7} for row in plain[kind]]
+
+
 def test_a_manual_plan_skips_in_both_phases() -> None:
     plan = SkipPlan.manual(4, attention=[2, 0], ffn=np.array([3]))
     assert (plan.attention, plan.ffn, plan.n_skip) == ((0, 2), (3,), 3)

