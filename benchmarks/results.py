@@ -1,0 +1,96 @@
+"""Repeat the figures of docs/benchmarks.md and docs/results.md on this machine.
+
+    python benchmarks/results.py [-o FOLDER] [STEP ...]
+
+Runs the command line on the packaged models (pip install "adaskip-cpp[dev]"), each command printed before it runs:
+
+- speed: `bench`, the overhead without a plan and plans of 12 sublayers against the ideal.
+- quality: `evaluate`, AdaSkip with linear maps and in the paper's exact mode, and the three baselines, at a tenth, a
+  fifth and a quarter of the sublayers, on pages held out from calibration and on Python sources, text of another kind.
+- long: time to the first token and passkeys found, SmolLM2 at 6,000 tokens and Gemma 3 at 16,000.
+
+All steps take about two hours on 2 slow cores; nothing else may run meanwhile. Quality goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from adaskip_cpp import Profile
+
+STEPS = ("speed", "quality", "long")
+ROUNDS = {"smollm2": 40, "gemma3": 25}
+LONG = {"smollm2": 6000, "gemma3": 16000}
+
+
+def packaged_models(folder: Path) -> dict[str, Path]:
+    """Return the models of the tests; the second one is joined from its parts once, in ``folder``."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from models import gemma3, smollm2
+
+    return {"smollm2": smollm2(), "gemma3": gemma3(folder)}
+
+
+def run(*arguments: object) -> None:
+    """Run a command of the command line, which is printed."""
+    command = ["adaskip-cpp", *map(str, arguments)]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    subprocess.run([str(Path(sys.executable).with_name("adaskip-cpp")), *command[1:]], check=True)
+
+
+def layers(profile: Profile, kind: int, n: int) -> list[int]:
+    """The layers of the ``n`` most similar sublayers of one kind, ascending."""
+    order = np.argsort(-np.nan_to_num(profile.similarity[:, kind], nan=-1), kind="stable")
+    return sorted(order[:n].tolist())
+
+
+def speed(name: str, model: Path, profile: Path) -> None:
+    """The overhead without a plan; attention-only, FFN-only and mixed plans of 12 sublayers against the ideal."""
+    run("bench", model, "--contexts", 512, "--repeats", ROUNDS[name])
+    loaded = Profile.load(profile)
+    attention, ffn = (",".join(map(str, layers(loaded, kind, 12))) for kind in (0, 1))
+    both = "/".join(",".join(map(str, layers(loaded, kind, 6))) for kind in (0, 1))
+    options = ("--attention", attention, "--ffn", ffn, "--both", both, "--contexts", 512, "--repeats", 15)
+    run("bench", model, "--profile", profile, *options)
+
+
+def quality(name: str, model: Path, profile: Path) -> None:
+    """Strategies at a tenth, a fifth and a quarter of the sublayers."""
+    texts = ("--builtin", "pages", "--builtin", "sources", "--mode", "prefill")
+    options = ("--compensation", "linear,paper", "--speed-context", 1024)
+    run("evaluate", model, "--profile", profile, *texts, *options, "-o", profile.parent / f"{name}-quality")
+
+
+def long(name: str, model: Path, profile: Path) -> None:
+    """A long prompt: its time, and whether what stands in it is found."""
+    run("bench", model, "--profile", profile, "--contexts", LONG[name], "--skip", 6, "--repeats", 3, "--no-ideal")
+    tasks = ("--synthetic", "passkey", "--lengths", LONG[name], "--depths", "0.2,0.5,0.8", "--per", 2, "--texts", 0)
+    options = ("--strategy", "adaskip", "--skip", 6, "--mode", "prefill", "--rounds", 0)
+    run("evaluate", model, "--profile", profile, *options, *tasks, "-o", profile.parent / f"{name}-long")
+
+
+def main() -> None:
+    """Run the steps asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"{', '.join(STEPS)}; all by default")
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/results"))
+    args = parser.parse_args()
+    if unknown := set(args.steps) - set(STEPS):
+        parser.error(f"there is no step {', '.join(sorted(unknown))}; use {', '.join(STEPS)}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, model in packaged_models(args.output).items():
+        profile = args.output / f"{name}.json"
+        if not profile.exists():
+            run("calibrate", model, "-o", profile, "--no-cost")
+        for step in args.steps or STEPS:
+            {"speed": speed, "quality": quality, "long": long}[step](name, model, profile)
+
+
+if __name__ == "__main__":
+    main()
