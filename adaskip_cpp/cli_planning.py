@@ -241,7 +241,8 @@ _OPTIONS = {
         "--compensation",
         type=click.Choice(list(COMPENSATIONS)),
         help="What stands in for a skipped sublayer: its input (none), that times the paper's norm ratio or the median "
-        f"ratio, or the latter plus a mean error vector (affine).  [default: {DEFAULT_COMPENSATION}]",
+        "ratio, the latter plus a mean error vector (affine), or plus a linear map of low rank (linear).  "
+        f"[default: {DEFAULT_COMPENSATION}]",
     ),
     "online": click.option("--no-online", "online", flag_value=False, default=None, help="Add no FFNs in decode."),
 }

@@ -406,7 +406,9 @@ def test_it_measures_a_tiny_model_end_to_end(run: Run, tiny: Any, profile_path: 
 @pytest.mark.slow
 def test_a_real_ctrl_c_prints_what_was_measured(tiny: Any) -> None:
     code = (
-        "import sys, adaskip_cpp\nfrom adaskip_cpp.terminal import Verbs\nfrom adaskip_cpp.cli_bench import bench\n"
+        # A shell that runs the tests in the background has them ignore the signal.
+        "import signal, sys, adaskip_cpp\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from adaskip_cpp.terminal import Verbs\nfrom adaskip_cpp.cli_bench import bench\n"
         "Verbs(name='adaskip-cpp', commands={'bench': bench}).main(sys.argv[1:])"
     )
     args = ["bench", str(tiny()), "--contexts", "8", "--repeats", "1000000", "--threads", "1"]
@@ -418,7 +420,10 @@ def test_a_real_ctrl_c_prints_what_was_measured(tiny: Any) -> None:
         assert process.poll() is None
     time.sleep(3)  # some rounds
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Time to first token, prompt of 8 tokens" in out, err
     assert err.splitlines()[-1] == "Error: interrupted"
