@@ -9,8 +9,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The installation is editable: only what goes into libllama, or names a dependency, makes it stale.
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*.* native/*.cpp native/*.h patches/*) native patches
 # Building without isolation, in .venv, keeps include paths and so the compiled objects between builds. The build
-# requirements are the strings of pyproject.toml's first table.
-BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja
+# requirements are the strings of pyproject.toml's first table; jieba, which has no wheel, is built with setuptools.
+BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja \
+  "setuptools>=70.1"
 
 .PHONY: demo test test-fast lint format clean
 .DELETE_ON_ERROR:
