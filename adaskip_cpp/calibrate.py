@@ -204,17 +204,16 @@ def _fit(
     rank = min(rank, n_embd)
     down = np.full((llm.n_layer, 2, rank, n_embd), np.nan, np.float32)
     up = np.full((llm.n_layer, 2, n_embd, rank), np.nan, np.float32)
-    bias = np.full((llm.n_layer, 2, n_embd), np.nan, np.float32)
     for index, fit in enumerate(fits):
         for tokens in token_lists if index else ():
             llm.reset()
             _prefill(llm, tokens, shown.advance, fit)
             shown.finish_request()
         for where, fitted in fit.fit(rank, scale).items():
-            down[where], up[where], bias[where] = fitted
+            down[where], up[where] = fitted
         fit.clear()
     # Requests of one token each have nothing to fit on.
-    return None if np.isnan(bias).all() else LinearMaps(down, up, bias)
+    return None if np.isnan(up).all() else LinearMaps(down, up)
 
 
 def _decode(llm: AdaSkipLlama, tokens: list[int], n_decode: int, advance: Callable[[int], None]) -> PhaseStatistics:

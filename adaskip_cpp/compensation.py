@@ -10,8 +10,8 @@ median     ``s * u``, s the median per token of            the same, s being the
            ``|v| / |u|``
 affine     ``s * u + b``, s as in ``median``, b the mean   as ``median``
            of ``v - s * u``
-linear     ``s * u + up (down u) + b``, s as in            as ``median``
-           ``median``, see :mod:`adaskip_cpp.linear`
+linear     ``s * u + up (down u)``, s as in ``median``,    as ``median``
+           see :mod:`adaskip_cpp.linear`
 =========  ==============================================  ======================================
 
 The paper's ratio is dominated by tokens of huge norm, as the first one of many models, and scales all others by it.
@@ -44,9 +44,10 @@ class Compensation:
     Attributes:
         name: its name in the API and on the command line.
         scale: from a phase's statistics to ``s``, float64 ``[n_layer, 2]``.
-        bias: from the statistics and ``s`` to ``b``, float32 ``[n_layer, 2, n_embd]``; None for no bias.
+        bias: from the statistics and ``s`` to ``b``, float32 ``[n_layer, 2, n_embd]``; None for no bias. Maps, where
+            they are used, come without.
         online: what the online stage uses for the FFNs that it adds.
-        uses_maps: whether it is a linear map, and not ``s`` and ``b``.
+        uses_maps: whether ``s`` and a linear map stand in where there are maps, and not ``s`` and ``b``.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Compensation:
             CompensationError: the statistics or maps lack what this compensation needs, for a sublayer that is skipped.
         """
         if self.uses_maps and maps is not None and skip.any():
-            return SkipSet(skip, self.scale(statistics), maps.bias, maps.down, maps.up)
+            return SkipSet(skip, self.scale(statistics), None, maps.down, maps.up)
         scale = self.scale(statistics)
         bias = self.bias(statistics, scale) if self.bias is not None and skip.any() else None
         return SkipSet(skip, scale, bias)

@@ -1,12 +1,14 @@
-"""Linear maps that stand in for sublayers: ``v := s u + up (down u) + b``, of low rank, fitted on calibration tokens.
+"""Linear maps that stand in for sublayers: ``v := s u + up (down u)``, of low rank, fitted on calibration tokens.
 
 Much of what a sublayer adds to the stream is a linear function of its input: on SmolLM2-135M a map of rank 32 explains
 about half of the variance of what attentions add. It costs ``2 * rank * n_embd`` multiplications per token, a few
 hundredths of what the sublayer itself costs.
 
 s is the median ratio of norms, as in the compensation ``affine``. The rest, ``v - s u``, is fitted by reduced-rank
-ridge regression on ``u`` (Izenman 1975), in closed form from the moments of both. The first token of a request is left
-out: in many models its norm is tens of times that of the others, and would decide the fit alone.
+ridge regression on ``u`` (Izenman 1975), in closed form from the second moments of both. They are not centred: the mean
+of a stream is far from zero, so that its direction serves as the constant, and on unseen text that does better than a
+bias of its own. The first token of a request is left out: in many models its norm is tens of times that of the others,
+and would decide the fit alone.
 """
 
 from __future__ import annotations
@@ -24,41 +26,37 @@ __all__ = ["DEFAULT_RANK", "LinearFit", "LinearMaps", "moments_bytes"]
 DEFAULT_RANK = 32
 
 RIDGE = 1e-3
-"""Added to the input's covariance, as a share of its mean variance: it keeps directions that few tokens show out."""
+"""Added to the input's second moments, as a share of its mean variance: it keeps out directions of few tokens."""
 
-Moments = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
 _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Martinsson and Tropp 2011)
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMaps:
-    """One map per sublayer: ``v := s u + up (down u) + bias``. Arrays are read-only, and NaN where nothing was fitted.
+    """One map per sublayer: ``v := s u + up (down u)``. Arrays are read-only, and NaN where nothing was fitted.
 
     Attributes:
         down: float32 ``[n_layer, 2, rank, n_embd]``.
         up: float32 ``[n_layer, 2, n_embd, rank]``.
-        bias: float32 ``[n_layer, 2, n_embd]``.
 
     Raises:
-        ProfileFormatError: the shapes do not fit each other.
+        ProfileFormatError: the shapes do not fit each other, or a map has values that are not finite.
     """
 
     down: npt.NDArray[np.float32]
     up: npt.NDArray[np.float32]
-    bias: npt.NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        shape = np.shape(self.bias)
-        rank = np.shape(self.down)[2] if np.ndim(self.down) == 4 else 0
-        if len(shape) != 3 or shape[1] != 2 or 0 in (*shape, rank):
+        shape = np.shape(self.up)
+        if len(shape) != 4 or shape[1] != 2 or 0 in shape:
             raise ProfileFormatError("the linear maps have an impossible shape; calibrate again")
-        if np.shape(self.down) != (*shape[:2], rank, shape[2]) or np.shape(self.up) != (*shape, rank):
+        if np.shape(self.down) != (*shape[:2], shape[3], shape[2]):
             raise ProfileFormatError("the linear maps' shapes do not fit each other; calibrate again")
-        fitted = ~np.isnan(self.bias).any(axis=2)
-        for name in ("down", "up", "bias"):
+        for name in ("down", "up"):
             array = np.array(getattr(self, name), np.float32)
-            if not np.isfinite(array[fitted]).all():
+            if not np.isfinite(array[self.fitted]).all():
                 raise ProfileFormatError("the linear maps have values that calibration cannot give; calibrate again")
             array.flags.writeable = False
             object.__setattr__(self, name, array)
@@ -66,31 +64,29 @@ class LinearMaps:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LinearMaps):
             return NotImplemented
-        return all(
-            np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True) for name in ("down", "up", "bias")
-        )
+        return all(np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True) for name in ("down", "up"))
 
     __hash__ = None  # type: ignore[assignment]
 
     @property
     def n_layer(self) -> int:
         """Number of layers of the model."""
-        return int(self.bias.shape[0])
+        return int(self.up.shape[0])
 
     @property
     def n_embd(self) -> int:
         """Length of the stream's vectors."""
-        return int(self.bias.shape[2])
+        return int(self.up.shape[2])
 
     @property
     def rank(self) -> int:
         """Rank of every map."""
-        return int(self.down.shape[2])
+        return int(self.up.shape[3])
 
     @property
     def fitted(self) -> npt.NDArray[np.bool_]:
         """bool ``[n_layer, 2]``: the sublayers that have a map."""
-        return np.asarray(~np.isnan(self.bias).any(axis=2))
+        return np.asarray(~np.isnan(self.up).any(axis=(2, 3)))
 
 
 def moments_bytes(n_embd: int) -> int:
@@ -109,8 +105,8 @@ class _Sums:
     mean: tuple[Vector, Vector]
     u: npt.NDArray[np.float64]
     d: npt.NDArray[np.float64]
-    uu: Moments
-    du: Moments
+    uu: Matrix
+    du: Matrix
     n: int = 0
 
     @classmethod
@@ -168,15 +164,16 @@ class LinearFit:
 
     def fit(
         self, rank: int, scale: npt.NDArray[np.float64] | None = None
-    ) -> dict[tuple[int, int], tuple[Moments, Moments, Moments]]:
-        """Return down ``[rank, n_embd]``, up ``[n_embd, rank]`` and bias ``[n_embd]`` of each sublayer with tokens.
+    ) -> dict[tuple[int, int], tuple[Matrix, Matrix]]:
+        """Return down ``[rank, n_embd]`` and up ``[n_embd, rank]``, float32, of each sublayer with tokens and a scale.
 
         Args:
             rank: of the maps; beyond ``n_embd`` it counts as ``n_embd``.
-            scale: s of each sublayer, float64 ``[n_layer, 2]``; None for 1.
+            scale: s of each sublayer, float64 ``[n_layer, 2]``, NaN where it is not known; None for 1.
         """
+        scales = {where: 1.0 if scale is None else float(scale[where]) for where in self._sums}
         return {
-            where: _fit(sums, rank, 1.0 if scale is None else float(scale[where])) for where, sums in self._sums.items()
+            where: _fit(sums, rank, scales[where]) for where, sums in self._sums.items() if np.isfinite(scales[where])
         }
 
     def clear(self) -> None:
@@ -184,37 +181,36 @@ class LinearFit:
         self._sums.clear()
 
 
-def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Moments, Moments, Moments]:
+def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Matrix, Matrix]:
     rest_u, rest_d = sums.u / sums.n, sums.d / sums.n
     mean_u, mean_d = sums.mean[0] + rest_u, sums.mean[1] + rest_d
-    covariance = sums.uu.astype(np.float64) / sums.n - np.outer(rest_u, rest_u)
-    cross = sums.du.astype(np.float64) / sums.n - np.outer(rest_d, rest_u)
-    # From d = v - u to what the scale leaves: v - s u = d - (s - 1) u.
-    mean_d = mean_d - (scale - 1) * mean_u
-    cross -= (scale - 1) * covariance
     n_embd = len(mean_u)
     rank = min(rank, n_embd)
-    variance = float(np.trace(covariance)) / n_embd
+    second = sums.uu.astype(np.float64) / sums.n - np.outer(rest_u, rest_u)  # the covariance so far
+    variance = float(np.trace(second)) / n_embd
+    second += np.outer(mean_u, mean_u)
+    cross = sums.du.astype(np.float64) / sums.n - np.outer(rest_d, rest_u)
+    cross += np.outer(mean_d, mean_u)
+    cross -= (scale - 1) * second  # from d = v - u to what the scale leaves: v - s u = d - (s - 1) u
     if not (0 < variance < np.inf and np.isfinite(cross).all()):  # one token, or all alike: nothing to regress on
-        return np.zeros((rank, n_embd), np.float32), np.zeros((n_embd, rank), np.float32), mean_d.astype(np.float32)
-    root = _root(covariance, RIDGE * variance)
-    # The best map of full rank is cross covariance⁻¹ = whitened root⁻¹; its error is that of `whitened` in the norm
-    # of whitened inputs, so the best of lower rank keeps the largest singular values of `whitened`.
+        return np.zeros((rank, n_embd), np.float32), np.zeros((n_embd, rank), np.float32)
+    root = _root(second, RIDGE * variance)
+    # The best map of full rank is cross second⁻¹ = whitened root⁻¹; its error is that of `whitened` in the norm of
+    # whitened inputs, so the best of lower rank keeps the largest singular values of `whitened`.
     whitened = np.linalg.solve(root, cross.T).T
     left, singular, right = _truncated_svd(whitened, rank)
     up = left * singular
     down = np.linalg.solve(root.T, right.T).T
-    bias = mean_d - up @ (down @ mean_u)
-    return down.astype(np.float32), up.astype(np.float32), bias.astype(np.float32)
+    return down.astype(np.float32), up.astype(np.float32)
 
 
-def _root(covariance: npt.NDArray[np.float64], ridge: float) -> npt.NDArray[np.float64]:
-    """Return L of ``covariance + ridge I = L Lᵀ``."""
+def _root(second: npt.NDArray[np.float64], ridge: float) -> npt.NDArray[np.float64]:
+    """Return L of ``second + ridge I = L Lᵀ``."""
     while True:
         try:
-            return np.asarray(np.linalg.cholesky(covariance + ridge * np.eye(len(covariance))), np.float64)
+            return np.asarray(np.linalg.cholesky(second + ridge * np.eye(len(second))), np.float64)
         except np.linalg.LinAlgError:
-            ridge *= 10  # moments in float32 may miss being a covariance by more than the ridge
+            ridge *= 10  # sums in float32 may miss being second moments by more than the ridge
 
 
 def _truncated_svd(

@@ -48,8 +48,7 @@ class SkipSet:
     Attributes:
         skip: bool ``[n_layer, 2]``, columns attention and FFN; read-only.
         scale: float64 ``[n_layer, 2]``, the scale ``s`` where skipped, 1.0 elsewhere; read-only.
-        bias: float32 ``[n_layer, 2, n_embd]``, the vector ``b`` where skipped, 0 elsewhere; read-only. None for no
-            vectors at all.
+        bias: float32 ``[n_layer, 2, n_embd]``, the vector ``b`` where skipped, 0 elsewhere; read-only. None for none.
         down: float32 ``[n_layer, 2, rank, n_embd]``, likewise; None for no map of low rank.
         up: float32 ``[n_layer, 2, n_embd, rank]``, likewise.
 

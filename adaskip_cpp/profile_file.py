@@ -1,7 +1,8 @@
 """Profile files: JSON for what people read, and the vectors in one binary file beside it.
 
 ``X.json`` holds the statistics, with null for NaN. ``X.npz`` (NumPy's format, float32) holds the mean vectors of both
-phases; its name and SHA-256 are in the JSON. Move or copy the two together. A profile without vectors is JSON alone.
+phases and the linear maps; its name and SHA-256 are in the JSON. Move or copy the two together. A profile without
+vectors is JSON alone.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT_VERSION", "load", "save", "sidecar_name", "to_dict"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _FORMAT = "adaskip-profile"
 _PHASES = ("prefill", "decode")
-_MAPS = ("down", "up", "bias")
+_MAPS = ("down", "up")
 _WORDS = ("corpus", "package_version", "created")
 
 _Vectors = Mapping[str, npt.NDArray[np.float32]]

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <numeric>
 
 // the mask of adaskip_elide_kv, for contexts that this thread creates
 static thread_local std::vector<bool> kv_elided_next;
@@ -111,6 +113,7 @@ ggml_cgraph * adaskip_context::graph_pass(
     replaced.clear();
     running.clear();
     behind.clear();
+    overwritten.clear();
 
     const graph_key key_new = key();
     n_key_changes += !(key_new == graph_key_last);
@@ -155,7 +158,7 @@ ggml_cgraph * adaskip_context::graph_pass(
             skip_sublayers(topology, gf);
         }
         if (has_stat) {
-            add_statistics(topology);
+            add_statistics(topology, gf);
         }
         if (statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
             // nobody reads the outputs: more rows than the batch asked for
@@ -202,6 +205,29 @@ void adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatc
     }
 }
 
+// a·b of every row; in as many sums as a compiler puts into registers
+static std::vector<float> dot_rows(const std::vector<float> & a, const std::vector<float> & b, size_t n_rows) {
+    constexpr size_t   n_lanes = 16;
+    const size_t       n       = a.size() / n_rows;
+    std::vector<float> res(n_rows);
+    for (size_t row = 0; row < n_rows; ++row) {
+        const float * x              = a.data() + row * n;
+        const float * y              = b.data() + row * n;
+        float         lanes[n_lanes] = {};
+        size_t        i              = 0;
+        for (; i + n_lanes <= n; i += n_lanes) {
+            for (size_t k = 0; k < n_lanes; ++k) {
+                lanes[k] += x[i + k] * y[i + k];
+            }
+        }
+        for (; i < n; ++i) {
+            lanes[0] += x[i] * y[i];
+        }
+        res[row] = std::accumulate(lanes, lanes + n_lanes, 0.0f);
+    }
+    return res;
+}
+
 // empty where the graph has no statistics
 adaskip_context::statistics_values adaskip_context::read_statistics(
         const llama_context & lctx, const llama_ubatch & ubatch) {
@@ -232,40 +258,53 @@ adaskip_context::statistics_values adaskip_context::read_statistics(
             outputs.push_back(i);
         }
     }
-    const auto put_rows = [&](std::vector<float> & dst, int i) {
+    const auto put_rows = [&](std::vector<float> & dst, const float * rows, size_t n_rows) {
         const size_t begin = dst.size();
         dst.resize(begin + n_tokens, nan);
-        for (size_t k = 0; i >= 0 && k < data[i].size(); ++k) {
-            dst[begin + (data[i].size() == n_tokens ? k : outputs.at(k))] = data[i][k];
+        for (size_t k = 0; k < n_rows; ++k) {
+            dst[begin + (n_rows == n_tokens ? k : outputs.at(k))] = rows[k];
+        }
+    };
+    std::map<std::pair<int, int>, std::vector<float>> products; // of the host
+    const auto                                        put_dot = [&](std::vector<float> & dst, const dot_product & p) {
+        if (p.u >= 0) {
+            auto & rows = products[{ p.u, p.v }];
+            if (rows.empty()) {
+                rows = dot_rows(data[p.u], data[p.v], ggml_nrows(reductions[p.u]));
+            }
+            put_rows(dst, rows.data(), rows.size());
+        } else {
+            put_rows(dst, p.reduced >= 0 ? data[p.reduced].data() : nullptr,
+                    p.reduced >= 0 ? data[p.reduced].size() : 0);
         }
     };
     const auto put_sum = [&](std::vector<float> & dst, int i) {
         const size_t begin = dst.size();
-        dst.resize(begin + n_embd, nan);
-        if (i >= 0) {
-            std::copy(data[i].begin(), data[i].end(), dst.begin() + begin);
+        dst.resize(begin + n_embd, i >= 0 ? 0.0f : nan);
+        for (size_t k = 0; i >= 0 && k < data[i].size(); ++k) {
+            dst[begin + k % n_embd] += data[i][k]; // a sum already, or few rows
         }
     };
-    const auto put_copy = [&](int i) {
+    const auto put_values = [&](int i) {
         res.activations.push_back(i >= 0 && data[i].size() == n_tokens * n_embd ? data[i].data() : nullptr);
     };
     for (const auto & layer : observations) {
         for (const auto & observation : layer) {
-            put_rows(res.values, observation.dot);
-            put_rows(res.values, observation.u_sq);
-            put_rows(res.values, observation.v_sq);
+            put_dot(res.values, observation.dot);
+            put_dot(res.values, observation.u_sq);
+            put_dot(res.values, observation.v_sq);
             if (statistics_flags & ADASKIP_STATISTICS_VECTORS) {
                 put_sum(res.sums, observation.sum_u);
                 put_sum(res.sums, observation.sum_v);
             }
             if (statistics_flags & ADASKIP_STATISTICS_ACTIVATIONS) {
-                put_copy(observation.u);
-                put_copy(observation.v);
+                put_values(observation.u);
+                put_values(observation.v);
             }
         }
     }
-    for (const int i : layer_dots) {
-        put_rows(res.layer_dot, i);
+    for (const auto & layer_dot : layer_dots) {
+        put_dot(res.layer_dot, layer_dot);
     }
     return res;
 }

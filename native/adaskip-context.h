@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 struct llama_context;
@@ -28,6 +29,9 @@ void adaskip_elide_kv_next(std::vector<bool> elided);
 // the layer whose KV stands in for that of layer il in a cache of the layers that pass the filter, -1 if il has its
 // own. The graph is built as if il had KV, and the pass then takes its attention out.
 int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool(int32_t)> & filter, int32_t il);
+
+// ubatches of at most so many tokens have their statistics reduced by the host
+static constexpr int64_t ADASKIP_MAX_TOKENS_ON_HOST = 8;
 
 // room for the nodes that the pass adds to a graph, see llama_context::graph_max_nodes
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
@@ -151,12 +155,21 @@ private:
         }
     };
 
-    // where the reductions of one sublayer are in `reductions`, -1 if it is not observed
+    // u·v of every row, reduced on the device or, from the values of both, on the host; indices of `reductions`, -1 for
+    // none
+    struct dot_product {
+        int reduced = -1;
+        int u       = -1;
+        int v       = -1;
+    };
+
+    // where the figures of one sublayer are in `reductions`, -1 if it is not observed
     struct observation {
-        int dot   = -1;
-        int u_sq  = -1;
-        int v_sq  = -1;
-        int sum_u = -1;
+        dot_product dot;
+        dot_product u_sq;
+        dot_product v_sq;
+
+        int sum_u = -1; // the sum over tokens, or the values of few
         int sum_v = -1;
         int u     = -1;
         int v     = -1;
@@ -184,7 +197,8 @@ private:
 
     bool check(const adaskip_topology & topology);
     void skip_sublayers(const adaskip_topology & topology, ggml_cgraph * gf);
-    void add_statistics(const adaskip_topology & topology);
+    void add_statistics(const adaskip_topology & topology, ggml_cgraph * gf);
+    void find_overwritten(ggml_cgraph * gf);
     void rebuild(const adaskip_topology & topology, ggml_cgraph * gf, const std::vector<ggml_tensor *> & roots,
             const ggml_tensor * dropped);
 
@@ -193,7 +207,7 @@ private:
 
     int           reduce(ggml_tensor * a, ggml_tensor * b, ggml_tensor * node);
     int           sum_over_tokens(ggml_tensor * t, ggml_tensor * node);
-    int           copy_of(ggml_tensor * t, ggml_tensor * node);
+    int           values_of(ggml_tensor * t, ggml_tensor * node);
     int           add_reduction(ggml_tensor * t, ggml_tensor * node);
     void          add_marker(ggml_cgraph * gf, int64_t n_values);
     ggml_tensor * resolve(ggml_tensor * t) const;
@@ -222,16 +236,20 @@ private:
     int64_t   n_key_changes = 0; // graphs before and after a change have different shapes
     bool      graph_is_new  = false;
 
+    bool reduced_on_device = true; // the statistics of the last graph that had any
+
     ggml_context_ptr ctx; // the tensors that the pass added
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // node -> what its consumers read instead
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>
             behind; // node -> nodes to compute right behind it
 
-    std::vector<ggml_tensor *> reductions; // F32, n_rows or n_embd values each, or both in a copy
+    std::vector<ggml_tensor *> reductions; // F32, n_rows or n_embd values each, or all values of a stream
+
+    std::unordered_set<const ggml_tensor *> overwritten;
     // input and output of the sublayers that run where others of their junction are skipped
     std::unordered_map<const ggml_tensor *, std::pair<ggml_tensor *, ggml_tensor *>> running; // by the branch
 
     std::vector<std::array<observation, 2>> observations; // [n_layer][2]
-    std::vector<int>                        layer_dots;   // [n_layer], as in observation
+    std::vector<dot_product>                layer_dots;   // [n_layer]
 };

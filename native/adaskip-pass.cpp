@@ -155,14 +155,25 @@ int adaskip_context::reduce(ggml_tensor * a, ggml_tensor * b, ggml_tensor * node
 }
 
 int adaskip_context::sum_over_tokens(ggml_tensor * t, ggml_tensor * node) {
-    if (ggml_nrows(t) == 1) {
-        return copy_of(t, node); // decode: one operation instead of three
-    }
     return add_reduction(ggml_sum_rows(ctx.get(), ggml_cont(ctx.get(), ggml_transpose(ctx.get(), t))), node);
 }
 
-int adaskip_context::copy_of(ggml_tensor * t, ggml_tensor * node) {
-    return add_reduction(ggml_cont(ctx.get(), t), node);
+// as an output of the graph a tensor keeps its memory, so that the stream itself is read where nothing overwrites it
+int adaskip_context::values_of(ggml_tensor * t, ggml_tensor * node) {
+    const bool as_is = ggml_is_contiguous(t) && !t->view_src && overwritten.count(t) == 0;
+    return add_reduction(as_is ? t : ggml_cont(ctx.get(), t), node);
+}
+
+// tensors that a node other than a view of them writes to
+void adaskip_context::find_overwritten(ggml_cgraph * gf) {
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+        const bool is_view = node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE ||
+                             node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
+        if (node->view_src && !is_view) {
+            overwritten.insert(node->view_src);
+        }
+    }
 }
 
 int adaskip_context::add_reduction(ggml_tensor * t, ggml_tensor * node) {
@@ -172,31 +183,44 @@ int adaskip_context::add_reduction(ggml_tensor * t, ggml_tensor * node) {
     return (int) reductions.size() - 1;
 }
 
-void adaskip_context::add_statistics(const adaskip_topology & topology) {
+void adaskip_context::add_statistics(const adaskip_topology & topology, ggml_cgraph * gf) {
     const bool ffn_only = graph_key_last.statistics & ADASKIP_STATISTICS_ONLINE;
     const bool vectors  = graph_key_last.statistics & ADASKIP_STATISTICS_VECTORS;
     const bool copies   = graph_key_last.statistics & ADASKIP_STATISTICS_ACTIVATIONS;
 
     const size_t n_layer = topology.layers.size();
     observations.assign(n_layer, {});
-    layer_dots.assign(n_layer, -1);
+    layer_dots.assign(n_layer, {});
+    if (topology.junctions.empty()) {
+        return;
+    }
+    find_overwritten(gf);
+
+    // few tokens are reduced by the host, as copying them costs less than so many small operations
+    const bool on_device = ggml_nrows(topology.junctions.front().residual) > ADASKIP_MAX_TOKENS_ON_HOST;
+    n_key_changes += on_device != reduced_on_device;
+    reduced_on_device = on_device;
 
     // the output of one sublayer is the input of the next
-    std::unordered_map<const ggml_tensor *, int> squares;
-    std::unordered_map<const ggml_tensor *, int> sums;
-    std::unordered_map<const ggml_tensor *, int> copied;
-    const auto                                   square = [&](ggml_tensor * t, ggml_tensor * node) {
-        const auto it = squares.find(t);
-        return it != squares.end() ? it->second : squares[t] = reduce(t, t, node);
+    using memo = std::unordered_map<const ggml_tensor *, int>;
+    memo       squares, sums, values;
+    const auto once = [](memo & known, ggml_tensor * t, const auto & f) {
+        const auto it = known.find(t);
+        return it != known.end() ? it->second : known[t] = f();
+    };
+    const auto dot = [&](ggml_tensor * u, ggml_tensor * v, ggml_tensor * node) {
+        dot_product res;
+        if (on_device) {
+            res.reduced = u == v ? once(squares, u, [&] { return reduce(u, u, node); }) : reduce(u, v, node);
+        } else {
+            res.u = once(values, u, [&] { return values_of(u, node); });
+            res.v = once(values, v, [&] { return values_of(v, node); });
+        }
+        return res;
     };
     const auto sum = [&](ggml_tensor * t, ggml_tensor * node) {
-        const auto it = sums.find(t);
-        return it != sums.end() ? it->second : sums[t] = sum_over_tokens(t, node);
-    };
-
-    const auto copy = [&](ggml_tensor * t, ggml_tensor * node) {
-        const auto it = copied.find(t);
-        return it != copied.end() ? it->second : copied[t] = copy_of(t, node);
+        return on_device ? once(sums, t, [&] { return sum_over_tokens(t, node); })
+                         : once(values, t, [&] { return values_of(t, node); });
     };
 
     std::vector<ggml_tensor *> layer_inputs(n_layer, nullptr);
@@ -225,23 +249,23 @@ void adaskip_context::add_statistics(const adaskip_topology & topology) {
                     term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && topology.layers[term.il][term.kind].skippable();
             if (known && !(ffn_only && term.kind != ADASKIP_TERM_FFN)) {
                 auto & dst = observations[term.il][term.kind];
-                dst.dot    = reduce(u, v, out);
-                dst.u_sq   = square(u, out);
-                dst.v_sq   = square(v, out);
+                dst.dot    = dot(u, v, out);
+                dst.u_sq   = dot(u, u, out);
+                dst.v_sq   = dot(v, v, out);
                 if (vectors) {
                     dst.sum_u = sum(u, out);
                     dst.sum_v = sum(v, out);
                 }
                 if (copies) {
-                    dst.u = copy(u, out);
-                    dst.v = copy(v, out);
+                    dst.u = once(values, u, [&] { return values_of(u, out); });
+                    dst.v = once(values, v, [&] { return values_of(v, out); });
                 }
             }
             if (known && !ffn_only) {
                 if (term.kind == ADASKIP_TERM_ATTENTION) {
                     layer_inputs[term.il] = u;
                 } else if (layer_inputs[term.il] && ggml_are_same_shape(layer_inputs[term.il], v)) {
-                    layer_dots[term.il] = reduce(layer_inputs[term.il], v, out);
+                    layer_dots[term.il] = dot(layer_inputs[term.il], v, out);
                 }
             }
             u = v;

@@ -77,12 +77,13 @@ def tuned(path: Path) -> Any:
 def test_where_nothing_may_be_lost_it_skips_what_does_nothing(
     tune: Callable[..., Result], tmp_path: Path, mode: str
 ) -> None:
-    result = tune("--max-loss", 1e-5, "--mode", mode)
+    # By agreement: a model of random weights may by chance lose less on a text with more of it skipped.
+    result = tune("--min-agreement", 1, "--mode", mode)
     assert result.exit_code == 0, result.output
     found = tuned(tmp_path)
     assert (found.attention, found.ffn, found.mode) == ((0,), (2,), mode)
     assert abs(found.loss.value) < 1e-5 and found.agreement.value == 1.0
-    assert "an added loss of at most 1e-05 nats per token" in result.stdout and "2 of 6 sublayers" in result.stdout
+    assert "choice for at least 100% of the tokens" in result.stdout and "2 of 6 sublayers" in result.stdout
     assert "at most" in result.stderr and "Ctrl-C" in result.stderr
 
 
@@ -108,7 +109,8 @@ def test_agreement_is_kept_on_text_judged_anew(tune: Callable[..., Result], tmp_
 def test_a_loss_is_kept_on_text_judged_anew_by_the_model_opened_with_auto(
     tune: Callable[..., Result], tmp_path: Path
 ) -> None:
-    assert tune("--max-loss", 0.5).exit_code == 0
+    result = tune("--max-loss", 0.5)
+    assert result.exit_code == 0 and "an added loss of at most 0.5 nats per token" in result.stdout
     found = tuned(tmp_path)
     texts = {f"{i}.txt": (tmp_path / f"{i}.txt").read_text() for i in range(2)}
     means = []
@@ -242,7 +244,7 @@ def test_a_speedup_out_of_reach_says_how_far_one_can_go(costed: Callable[..., Re
 
 
 def test_with_costs_the_plan_that_saves_more_is_found(costed: Callable[..., Result], tmp_path: Path) -> None:
-    assert costed("--max-loss", 1e-5).exit_code == 0
+    assert costed("--min-agreement", 1).exit_code == 0
     assert (tuned(tmp_path).attention, tuned(tmp_path).ffn) == ((0,), (2,))
 
 

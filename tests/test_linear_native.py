@@ -1,4 +1,4 @@
-"""Linear maps as compensation, v := s * u + b + up (down u), against NumPy passes, and the activations to fit them on.
+"""Linear maps as compensation, with a bias and without, against NumPy passes, and the activations to fit them on.
 
 Tolerances: those of test_skip.py for the NumPy float64 pass; what a map adds is about half as large as the residual
 stream, so a wrong, missing, transposed or misplaced one changes the logits by more than 0.1.
@@ -51,12 +51,15 @@ def only(*sublayers: tuple[int, int], n_layer: int = N_LAYER) -> npt.NDArray[np.
     return skip
 
 
-def linear_set(skip: npt.NDArray[np.bool_], seed: int = 0, scale: Any = 1.0, rank: int = RANK) -> SkipSet:
+def linear_set(
+    skip: npt.NDArray[np.bool_], seed: int = 0, scale: Any = 1.0, rank: int = RANK, bias: bool = True
+) -> SkipSet:
     parts = maps(seed, len(skip), rank)
-    return SkipSet(skip, np.broadcast_to(scale, skip.shape), parts["bias"], parts["down"], parts["up"])
+    vectors = parts["bias"] if bias else None
+    return SkipSet(skip, np.broadcast_to(scale, skip.shape), vectors, parts["down"], parts["up"])
 
 
-def random_set(seed: int, without: npt.NDArray[np.bool_] | None = None) -> SkipSet:
+def random_set(seed: int, without: npt.NDArray[np.bool_] | None = None, bias: bool = True) -> SkipSet:
     """Each sublayer with probability 0.4, maps of rank 1 to 8, scales of 1 or not; always those in ``without`` too."""
     rng = np.random.default_rng(seed)
     skip = rng.random((N_LAYER, 2)) < 0.4
@@ -64,7 +67,7 @@ def random_set(seed: int, without: npt.NDArray[np.bool_] | None = None) -> SkipS
     if without is not None:
         skip |= without
     scale = np.where(rng.random(skip.shape) < 0.5, 1.0, rng.uniform(0.5, 1.5, skip.shape))
-    return linear_set(skip, seed, scale, int(rng.integers(1, 9)))
+    return linear_set(skip, seed, scale, int(rng.integers(1, 9)), bias)
 
 
 def arguments(chosen: SkipSet) -> tuple[Any, ...]:
@@ -83,12 +86,20 @@ def native(chosen: SkipSet, **changes: Any) -> SimpleNamespace:
 # -- the result ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 @pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)
 def test_each_sublayer_can_be_replaced_by_a_map(
-    layer: int, kind: int, scale: float, tiny: Tiny, tokens: Tokens, open_model: Open, reference: ReferenceModel
+    layer: int,
+    kind: int,
+    scale: float,
+    bias: bool,
+    tiny: Tiny,
+    tokens: Tokens,
+    open_model: Open,
+    reference: ReferenceModel,
 ) -> None:
-    chosen = linear_set(only((layer, kind)), scale=scale)
+    chosen = linear_set(only((layer, kind)), scale=scale, bias=bias)
     llm = open_model(tiny())
     llm.set_plan(same(chosen))
     expected = ReferenceRun(reference).eval(tokens(40), *arguments(chosen)).logits
@@ -101,15 +112,6 @@ def test_each_sublayer_can_be_replaced_by_a_map(
 @pytest.mark.parametrize("rank", [1, 2, 31, N_EMBD, 2 * N_EMBD])
 def test_any_rank_will_do(rank: int, tiny: Tiny, tokens: Tokens, open_model: Open, reference: ReferenceModel) -> None:
     chosen = linear_set(only((0, 1), (2, 0)), rank=rank)
-    llm = open_model(tiny())
-    llm.set_plan(same(chosen))
-    expected = ReferenceRun(reference).eval(tokens(40), *arguments(chosen)).logits
-    assert relative_error(eval_logits(llm, [tokens(40)]), expected) < TOLERANCE
-
-
-def test_a_map_needs_no_vector(tiny: Tiny, tokens: Tokens, open_model: Open, reference: ReferenceModel) -> None:
-    parts = maps()
-    chosen = SkipSet(only((1, 1)), np.full((N_LAYER, 2), 0.8), None, parts["down"], parts["up"])
     llm = open_model(tiny())
     llm.set_plan(same(chosen))
     expected = ReferenceRun(reference).eval(tokens(40), *arguments(chosen)).logits
@@ -133,8 +135,8 @@ def test_a_prompt_in_pieces_gives_the_same_logits(
 def test_prefill_and_decode_have_maps_of_their_own(
     seed: int, tiny: Tiny, tokens: Tokens, open_model: Open, reference: ReferenceModel
 ) -> None:
-    prefill = random_set(seed)
-    decode = random_set(seed + 100, without=prefill.skip)
+    prefill = random_set(seed, bias=seed % 2 == 0)
+    decode = random_set(seed + 100, without=prefill.skip, bias=seed % 4 < 2)
     llm, run = open_model(tiny()), ReferenceRun(reference)
     llm.set_plan(SkipPlan(prefill, decode))
     generated = list(itertools.islice(llm.generate(tokens(20), temp=0.0), 10))

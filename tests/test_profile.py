@@ -74,7 +74,7 @@ def without_vectors(original: Profile) -> Profile:
 def maps(n_layer: int = 3, rank: int = 2, n_embd: int = 5) -> LinearMaps:
     """Random maps of all sublayers but one, the FFN of layer 1."""
     rng = np.random.default_rng(rank)
-    shapes = (n_layer, 2, rank, n_embd), (n_layer, 2, n_embd, rank), (n_layer, 2, n_embd)
+    shapes = (n_layer, 2, rank, n_embd), (n_layer, 2, n_embd, rank)
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     for array in arrays:
         array[1, 1] = NAN
@@ -153,7 +153,8 @@ def test_linear_takes_the_maps_of_the_profile_in_every_mode(mapped: Profile) -> 
         plan = mapped.plan(3, mode=mode)
         assert plan.compensation == "linear"
         assert (plan.decode.scale[plan.decode.skip] == 0.75).all(), "of prefill, where the maps were fitted"
-        for name in ("down", "up", "bias"):
+        assert plan.decode.bias is None
+        for name in ("down", "up"):
             skipped = getattr(plan.decode, name)[plan.decode.skip]
             np.testing.assert_array_equal(skipped, getattr(mapped.maps, name)[plan.decode.skip])
         assert plan.prefill == (SkipSet.none(3) if mode == "decode" else plan.decode)
@@ -392,7 +393,6 @@ def test_linear_maps_survive_the_files(example: Profile, tmp_path: Path, rank: i
     assert {key: (arrays[key].dtype, arrays[key].shape) for key in arrays.files if key.startswith("maps")} == {
         "maps_down": (np.float32, (3, 2, rank, 5)),
         "maps_up": (np.float32, (3, 2, 5, rank)),
-        "maps_bias": (np.float32, (3, 2, 5)),
     }
 
 
@@ -429,7 +429,7 @@ def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Pr
         raise AssertionError(constant)
 
     data = json.loads((tmp_path / "p.json").read_text(), parse_constant=refuse)
-    assert (data["format"], data["version"]) == ("adaskip-profile", 3)
+    assert (data["format"], data["version"]) == ("adaskip-profile", 4)
     assert data["prefill"]["similarity"] == [[0.5, 0.9], [0.99, None], [0.7, 0.99]]
     assert data["prefill"]["layer_similarity"] == [pytest.approx(0.7), None, pytest.approx(0.845)]
     assert data["decode"]["norm_ratio"] == [[1.2, 1.2], [1.2, None], [1.2, 1.2]]
@@ -500,11 +500,11 @@ def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> Non
         Profile.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, 4, "3", None, [3]])
+@pytest.mark.parametrize("version", [0, 3, 5, "4", None, [4]])
 def test_another_format_version_is_refused(example: Profile, tmp_path: Path, version: Any) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps({**example.to_dict(), "version": version}))
-    with pytest.raises(ProfileVersionError, match=r"format version .* reads 3"):
+    with pytest.raises(ProfileVersionError, match=r"format version .* reads 4"):
         Profile.load(path)
 
 
@@ -591,20 +591,18 @@ def rewrite(path: Path, changes: dict[str, Any]) -> None:
     [
         {"maps_down": None},
         {"maps_up": None},
-        {"maps_bias": None},
-        {"maps_down": None, "maps_up": None, "maps_bias": None},
+        {"maps_down": None, "maps_up": None},
         {"maps_down": np.zeros((3, 2, 3, 5), np.float32)},
         {"maps_up": np.zeros((3, 2, 2, 5), np.float32)},
-        {"maps_bias": np.zeros((3, 2), np.float32)},
-        {"maps_bias": np.zeros(0, np.float32)},
+        {"maps_down": np.zeros((3, 2), np.float32)},
+        {"maps_up": np.zeros(0, np.float32)},
         {"maps_up": np.float32(1)},
-        {f"maps_{name}": getattr(maps(rank=3), name) for name in ("down", "up", "bias")},
-        {f"maps_{name}": getattr(maps(n_layer=2), name) for name in ("down", "up", "bias")},
-        {f"maps_{name}": getattr(maps(n_embd=4), name) for name in ("down", "up", "bias")},
+        {f"maps_{name}": getattr(maps(rank=3), name) for name in ("down", "up")},
+        {f"maps_{name}": getattr(maps(n_layer=2), name) for name in ("down", "up")},
+        {f"maps_{name}": getattr(maps(n_embd=4), name) for name in ("down", "up")},
         {"maps_down": np.full((3, 2, 2, 5), NAN, np.float32)},
         {"maps_up": np.full((3, 2, 5, 2), np.inf, np.float32)},
-        {"maps_bias": np.full((3, 2, 5), np.inf, np.float32)},
-        {"maps_bias": np.full((3, 2, 5), "x")},
+        {"maps_up": np.full((3, 2, 5, 2), "x")},
     ],
     ids=lambda changes: ", ".join(f"{k} {None if v is None else v.shape}" for k, v in changes.items()),
 )
