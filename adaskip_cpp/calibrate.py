@@ -15,7 +15,7 @@ import numpy.typing as npt
 from . import corpus
 from ._native import KIND_NAMES
 from .errors import NativeError, RequestError
-from .linear import DEFAULT_RANK, LinearFit, LinearMaps, moments_bytes
+from .linear import DEFAULT_RANK, LinearFit, LinearMaps, map_scale, moments_bytes
 from .model import context_size
 from .profile import Profile
 from .progress import RequestProgress, fraction_progress
@@ -100,7 +100,7 @@ def calibrate(
                 decode.append(_decode(llm, tokens, n_decode, shown.advance))
                 shown.finish_request()
             if rank:
-                scale = PhaseStatistics.mean(prefill).median_ratio
+                scale = map_scale(PhaseStatistics.mean(prefill).median_ratio)
                 maps = _fit(llm, fits, token_lists, rank, scale, shown)
         cost_model = _measure_cost(llm, progress) if cost else None
 

@@ -10,8 +10,9 @@ median     ``s * u``, s the median per token of            the same, s being the
            ``|v| / |u|``
 affine     ``s * u + b``, s as in ``median``, b the mean   as ``median``
            of ``v - s * u``
-linear     ``s * u + up (down u)``, s as in ``median``,    as ``median``
-           see :mod:`adaskip_cpp.linear`
+linear     ``s * u + up (down u)``, s near the square      as ``median``
+           root of that in ``median``, see
+           :mod:`adaskip_cpp.linear`
 =========  ==============================================  ======================================
 
 The paper's ratio is dominated by tokens of huge norm, as the first one of many models, and scales all others by it.
@@ -30,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CompensationError
-from .linear import LinearMaps
+from .linear import LinearMaps, map_scale
 from .plan import OnlineScale, SkipSet
 from .statistics import PhaseStatistics
 
@@ -47,7 +48,7 @@ class Compensation:
         bias: from the statistics and ``s`` to ``b``, float32 ``[n_layer, 2, n_embd]``; None for no bias. Maps, where
             they are used, come without.
         online: what the online stage uses for the FFNs that it adds.
-        uses_maps: whether ``s`` and a linear map stand in where there are maps, and not ``s`` and ``b``.
+        uses_maps: whether linear maps with their own ``s`` stand in where there are maps, and not ``s`` and ``b``.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Compensation:
             CompensationError: the statistics or maps lack what this compensation needs, for a sublayer that is skipped.
         """
         if self.uses_maps and maps is not None and skip.any():
-            return SkipSet(skip, self.scale(statistics), None, maps.down, maps.up)
+            return SkipSet(skip, map_scale(statistics.median_ratio), None, maps.down, maps.up)
         scale = self.scale(statistics)
         bias = self.bias(statistics, scale) if self.bias is not None and skip.any() else None
         return SkipSet(skip, scale, bias)

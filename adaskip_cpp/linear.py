@@ -4,7 +4,7 @@ Much of what a sublayer adds to the stream is a linear function of its input: on
 about half of the variance of what attentions add. It costs ``2 * rank * n_embd`` multiplications per token, a few
 hundredths of what the sublayer itself costs.
 
-s is the median ratio of norms, as in the compensation ``affine``. The rest, ``v - s u``, is fitted by reduced-rank
+s is the square root of the median ratio of norms, see :func:`map_scale`. The rest, ``v - s u``, is fitted by reduced-rank
 ridge regression on ``u`` (Izenman 1975), in closed form from the second moments of both. They are not centred: the mean
 of a stream is far from zero, so that its direction serves as the constant, and on unseen text that does better than a
 bias of its own. The first token of a request is left out: in many models its norm is tens of times that of the others,
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .errors import ProfileFormatError
 
-__all__ = ["DEFAULT_RANK", "LinearFit", "LinearMaps", "moments_bytes"]
+__all__ = ["DEFAULT_RANK", "LinearFit", "LinearMaps", "map_scale", "moments_bytes"]
 
 DEFAULT_RANK = 32
 
@@ -30,6 +30,7 @@ RIDGE = 1e-3
 
 Matrix = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float32]
+_NEAR_ONE = 0.02
 _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Martinsson and Tropp 2011)
 
 
@@ -87,6 +88,19 @@ class LinearMaps:
     def fitted(self) -> npt.NDArray[np.bool_]:
         """bool ``[n_layer, 2]``: the sublayers that have a map."""
         return np.asarray(~np.isnan(self.up).any(axis=(2, 3)))
+
+
+def map_scale(median_ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return s, which stands in for a sublayer where its map is blind, from the median ratio of norms, of any shape.
+
+    The median ratio keeps the stream's norm where few sublayers are skipped, but every further one stretches what the
+    map has no direction for once more, so that with many of them s = 1 loses less. Its square root is near the better
+    of both: SmolLM2 adds 0.214, 0.218 and 0.239 nats per token on Python sources with the median ratio, its square root
+    and 1 at 6 of 60 sublayers, 0.569, 0.554 and 0.610 at 12, and 0.973, 0.885 and 0.897 at 15. Within 2% of 1 it is 1,
+    which loses nothing and saves a pass over the stream.
+    """
+    root = np.sqrt(median_ratio)
+    return np.where(np.abs(root - 1) <= _NEAR_ONE, 1.0, root)
 
 
 def moments_bytes(n_embd: int) -> int:

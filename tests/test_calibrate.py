@@ -14,7 +14,7 @@ from reference import ReferenceModel, ReferenceRun, Trace, mean_similarity, medi
 import adaskip_cpp
 from adaskip_cpp import SkipPlan, corpus
 from adaskip_cpp.errors import NativeError, RequestError
-from adaskip_cpp.linear import DEFAULT_RANK, RIDGE, moments_bytes
+from adaskip_cpp.linear import DEFAULT_RANK, RIDGE, map_scale, moments_bytes
 from adaskip_cpp.loss import mean_loss, token_losses
 
 PLAN = SkipPlan.manual(3, ffn=[1])
@@ -203,11 +203,13 @@ def ridge(u: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
 
 
 def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray, tolerance: float) -> None:
-    """The maps, of full rank, are ridge regressions of v - median_ratio u on u, [n_layer, 2, n_tokens, n_embd]."""
+    """The maps, of full rank, are ridge regressions of v - s u on u, [n_layer, 2, n_tokens, n_embd]."""
     maps = profile.maps
     assert maps is not None and maps.rank == u.shape[3] and maps.fitted.all()
     for layer, kind in np.ndindex(u.shape[:2]):
-        expected = u[layer, kind] @ ridge(u[layer, kind], v[layer, kind], profile.median_ratio[layer, kind]).T
+        expected = (
+            u[layer, kind] @ ridge(u[layer, kind], v[layer, kind], map_scale(profile.median_ratio)[layer, kind]).T
+        )
         actual = u[layer, kind] @ maps.down[layer, kind].T @ maps.up[layer, kind].T
         np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 

@@ -8,7 +8,7 @@ import pytest
 
 from adaskip_cpp.compensation import COMPENSATIONS, DEFAULT_COMPENSATION, get_compensation
 from adaskip_cpp.errors import CompensationError
-from adaskip_cpp.linear import LinearFit, LinearMaps
+from adaskip_cpp.linear import LinearFit, LinearMaps, map_scale
 from adaskip_cpp.plan import SkipSet
 from adaskip_cpp.statistics import PhaseStatistics
 
@@ -102,7 +102,7 @@ def test_linear_is_the_median_and_the_map_without_a_bias(streams: Any) -> None:
     skip, fitted, statistics = EVERY.copy(), maps(), measure(*streams)
     skip[0, 1] = False
     chosen = COMPENSATIONS["linear"].skip_set(skip, statistics, fitted)
-    np.testing.assert_array_equal(chosen.scale, np.where(skip, statistics.median_ratio, 1))
+    np.testing.assert_array_equal(chosen.scale, np.where(skip, map_scale(statistics.median_ratio), 1))
     assert chosen.bias is None
     for name in ("down", "up"):
         array = getattr(chosen, name)
@@ -152,7 +152,7 @@ def test_linear_is_the_default_and_leaves_less_error_than_affine_where_an_output
     fit = LinearFit([(layer, kind) for layer in range(N_LAYER) for kind in (0, 1)])
     pairs = [[(u[at].astype(np.float32), v[at].astype(np.float32)) for at in ((i, 0), (i, 1))] for i in range(N_LAYER)]
     fit.add(pairs, np.arange(1, N_TOKENS + 1, dtype=np.int32))
-    fitted = fit.fit(1, measure(u, v).median_ratio)
+    fitted = fit.fit(1, map_scale(measure(u, v).median_ratio))
     parts = (np.stack([fitted[at][i] for at in np.ndindex(N_LAYER, 2)]) for i in range(2))
     linear_maps = LinearMaps(*(part.reshape(N_LAYER, 2, *part.shape[1:]) for part in parts))
     errors = {}

@@ -10,7 +10,7 @@ import pytest
 
 from adaskip_cpp import linear
 from adaskip_cpp.errors import ProfileFormatError
-from adaskip_cpp.linear import DEFAULT_RANK, RIDGE, LinearFit, LinearMaps, moments_bytes
+from adaskip_cpp.linear import DEFAULT_RANK, RIDGE, LinearFit, LinearMaps, map_scale, moments_bytes
 
 N_EMBD, N_TOKENS = 24, 400
 Array = npt.NDArray[np.floating[Any]]
@@ -324,3 +324,8 @@ def test_a_map_with_a_value_that_is_not_finite_is_refused(value: float, name: st
 
 def test_the_default_rank_is_far_below_the_length_of_any_models_stream() -> None:
     assert 1 <= DEFAULT_RANK <= 64
+
+
+def test_the_scale_is_the_square_root_of_the_median_ratio_and_one_within_two_percent() -> None:
+    ratio = np.array([[1.21, 0.81], [1.04, 1.05], [0.97, np.nan]])
+    np.testing.assert_allclose(map_scale(ratio), [[1.1, 0.9], [1, 1.05**0.5], [1, np.nan]], rtol=1e-12)
