@@ -122,7 +122,8 @@ def write_results(work: Work, store: Store, about: Mapping[str, Any], profile: P
             files += _saved(plots.save(figure, folder, name))
             title = _TITLES.get(name, name.replace("score-", "Score of "))
             caption = _CAPTIONS.get(name, "The mean score of the task's questions; high is better.")
-            first.append(Picture(title, caption, plots.to_svg(figure, name=title), wide=True))
+            wide = figure.get_figwidth() > 1.5 * figure.get_figheight()
+            first.append(Picture(title, caption, plots.to_svg(figure, name=title), wide))
         for name, figure in score_maps(results).items():
             files += _saved(plots.save(figure, folder, name))
             caption = f"Score of {name.removeprefix('map-')} by length and depth."

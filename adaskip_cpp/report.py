@@ -26,7 +26,7 @@ class Picture:
         title: its heading, "" for none.
         caption: what it shows and how to read it.
         svg: an ``<svg>`` element without references to anything outside.
-        wide: as wide as the page; else as large as it was drawn.
+        wide: of several panels side by side, which a narrow page scrolls; else it shrinks with the page.
     """
 
     title: str
