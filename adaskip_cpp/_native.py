@@ -5,6 +5,7 @@ Nothing here knows what a plan or a profile is for; :mod:`adaskip_cpp.llama` is 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -337,8 +338,8 @@ class NativeContext:
                 self._error = value
 
         def array(address: Any, *shape: int) -> npt.NDArray[np.float32]:
-            buffer = _ffi.buffer(address, int(np.prod(shape)) * 4)
-            return np.array(np.frombuffer(buffer, np.float32).reshape(shape))
+            buffer = _ffi.buffer(address, math.prod(shape) * 4)
+            return np.array(np.frombuffer(buffer, np.float32)).reshape(shape)
 
         def rows(address: Any, n_tokens: int, n_embd: int) -> npt.NDArray[np.float32]:
             return np.frombuffer(_ffi.buffer(address, n_tokens * n_embd * 4), np.float32).reshape(n_tokens, n_embd)
