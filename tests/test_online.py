@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from reference import OnlineReference, ReferenceModel, ReferenceRun, relative_error
+from tiny_families import N_EMBD
 from tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
@@ -254,7 +255,7 @@ def test_behind_the_window_no_statistics_are_left_in_the_graph(path: Path, token
     assert llm.counters.nodes == by_hand.counters.nodes < observing.nodes
 
 
-def test_during_the_window_three_floats_per_observed_ffn_leave_the_device_and_then_none(
+def test_during_the_window_the_input_and_output_of_each_observed_ffn_leave_the_device_and_then_nothing(
     path: Path, tokens: Tokens, open_model: Open
 ) -> None:
     llm = open_model(path)
@@ -264,7 +265,7 @@ def test_during_the_window_three_floats_per_observed_ffn_leave_the_device_and_th
         before = llm.counters.statistics_bytes
         next(steps)
         copied.append(llm.counters.statistics_bytes - before)
-    assert copied == [0] + [4 * 3 * 4] * WINDOW + [0] * (N_TOKENS - 1 - WINDOW)
+    assert copied == [0] + [4 * 2 * 4 * N_EMBD] * WINDOW + [0] * (N_TOKENS - 1 - WINDOW)
 
 
 def test_a_plan_without_an_online_stage_collects_nothing(path: Path, tokens: Tokens, open_model: Open) -> None:
