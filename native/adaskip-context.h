@@ -246,7 +246,8 @@ private:
 
     std::vector<ggml_tensor *> reductions; // F32, n_rows or n_embd values each, or all values of a stream
 
-    std::unordered_set<const ggml_tensor *> overwritten;
+    std::unordered_set<const ggml_tensor *> overwritten; // tensors that a later node writes to in place
+
     // input and output of the sublayers that run where others of their junction are skipped
     std::unordered_map<const ggml_tensor *, std::pair<ggml_tensor *, ggml_tensor *>> running; // by the branch
 
