@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from .cost import CostModel
     from .llama import AdaSkipLlama
 
-__all__ = ["Request", "calibrate"]
+__all__ = ["MAX_DECODED", "Request", "calibrate"]
+
+MAX_DECODED = 20
+"""Requests that are continued in decode, spread evenly over all; as many as the authors use."""
 
 _MOMENTS_BYTES = 2 << 30
 
@@ -39,8 +42,8 @@ def calibrate(
     llm: AdaSkipLlama,
     requests: Iterable[Request] | None = None,
     *,
-    n_requests: int = 20,
-    n_tokens: int = 512,
+    n_requests: int = corpus.N_REQUESTS,
+    n_tokens: int = corpus.N_TOKENS,
     n_decode: int = 32,
     rank: int = DEFAULT_RANK,
     cost: bool = True,
@@ -49,18 +52,18 @@ def calibrate(
 ) -> Profile:
     """Learn a profile from calibration requests: the paper's offline importance learning, and the same of decode.
 
-    Every request runs in prefill through the full model, which then generates ``n_decode`` tokens greedily, past an end
-    of text too. What :class:`adaskip_cpp.statistics.PhaseStatistics` holds is computed over all tokens of one phase of
-    a request and then averaged over the requests. The model's plan is set aside meanwhile and put back at the end, also
-    after an error or Ctrl-C; its KV cache is dropped.
+    Every request runs in prefill through the full model, which continues :data:`MAX_DECODED` of them by ``n_decode``
+    tokens, greedily and past an end of text too. What :class:`adaskip_cpp.statistics.PhaseStatistics` holds is computed
+    over all tokens of one phase of a request and then averaged over the requests. The model's plan is set aside
+    meanwhile and put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
 
     Args:
         llm: the model.
         requests: texts or lists of token ids, all of them used. None: pages of ``pydoc_data.topics``, the language
             reference that every Python carries; text like your own gives a better profile.
-        n_requests: requests to cut from the built-in pages, ignored if ``requests`` is given; the authors use 20.
+        n_requests: requests to cut from the built-in pages, ignored if ``requests`` is given.
         n_tokens: tokens in each of those, ignored likewise.
-        n_decode: tokens to decode after each request, at least 1.
+        n_decode: tokens to decode after a request, at least 1.
         rank: of the linear maps that are fitted for compensation ``"linear"``, see :mod:`adaskip_cpp.linear`; 0 for
             none. The moments of all sublayers take ``16 * n_layer * n_embd ** 2`` bytes; beyond 2 GiB they are gathered
             in several passes over the requests.
@@ -90,14 +93,17 @@ def calibrate(
     decode: list[PhaseStatistics] = []
     fits = _fits(llm) if rank else []
     maps = None
-    lengths = [len(tokens) + n_decode for tokens in token_lists]
+    n_decoded = min(len(token_lists), MAX_DECODED)
+    decodes = {index * len(token_lists) // n_decoded for index in range(n_decoded)}
+    lengths = [len(tokens) + n_decode * (index in decodes) for index, tokens in enumerate(token_lists)]
     lengths += [len(tokens) for tokens in token_lists] * max(len(fits) - 1, 0)
     with _full_model(llm):
         with RequestProgress(lengths, progress) as shown:
-            for tokens in token_lists:
+            for index, tokens in enumerate(token_lists):
                 llm.reset()
                 prefill.append(_prefill(llm, tokens, shown.advance, fits[0] if fits else None))
-                decode.append(_decode(llm, tokens, n_decode, shown.advance))
+                if index in decodes:
+                    decode.append(_decode(llm, tokens, n_decode, shown.advance))
                 shown.finish_request()
             if rank:
                 scale = map_scale(PhaseStatistics.mean(prefill).median_ratio)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .corpus import N_REQUESTS, N_TOKENS
 from .errors import ProfileError
 from .linear import DEFAULT_RANK
 from .terminal import console, json_option, load_model, model_options, read_text
@@ -36,15 +37,19 @@ _CTX_TIMED = 8192
     help="UTF-8 text to calibrate on, - for stdin; may be repeated. Text like yours works best.  "
     "[default: pages of pydoc_data.topics, Python's language reference]",
 )
-@click.option("--requests", type=click.IntRange(min=1), default=20, show_default=True, help="Requests to cut from it.")
-@click.option("--tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each request.")
+@click.option(
+    "--requests", type=click.IntRange(min=1), default=N_REQUESTS, show_default=True, help="Requests to cut from it."
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=N_TOKENS, show_default=True, help="Tokens in each request."
+)
 @click.option(
     "--decode-tokens",
     "n_decode",
     type=click.IntRange(min=1),
     default=32,
     show_default=True,
-    help="Tokens to decode after each request.",
+    help="Tokens to decode after a request, of 20 requests at most.",
 )
 @click.option(
     "--rank",
@@ -71,10 +76,11 @@ def calibrate(
 ) -> None:
     """Learn which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
 
-    The text is cut into requests, spread evenly over it, which run through the full model; each is then continued by
-    some tokens. At the end the sublayers are timed on this machine.
+    The text is cut into requests, spread evenly over it, which run through the full model; some are continued by a few
+    tokens. At the end the sublayers are timed on this machine.
     """
     from . import corpus
+    from .calibrate import MAX_DECODED
     from .calibrate import calibrate as run
 
     _check_output(output)
@@ -95,10 +101,11 @@ def calibrate(
     if as_json:
         click.echo(json.dumps({"path": output, **profile.to_dict()}, indent=1))
     else:
-        _print(profile, output, requests, n_decode, time.monotonic() - start)
+        n_decoded = min(profile.n_requests, MAX_DECODED) * n_decode
+        _print(profile, output, requests, n_decoded, time.monotonic() - start)
 
 
-def _print(profile: Profile, output: str, n_asked: int, n_decode: int, elapsed_s: float) -> None:
+def _print(profile: Profile, output: str, n_asked: int, n_decoded: int, elapsed_s: float) -> None:
     from .heatmap import print_heatmap
     from .profile_file import sidecar_name
 
@@ -108,7 +115,7 @@ def _print(profile: Profile, output: str, n_asked: int, n_decode: int, elapsed_s
     short = f", all that fit of the {n_asked} asked for" if profile.n_requests < n_asked else ""
     out.print(f"Calibrated on {profile.n_requests} requests{short}: {profile.n_tokens:,} tokens of {profile.corpus}.")
     out.print(
-        f"{profile.n_requests * n_decode:,} tokens were decoded"
+        f"{n_decoded:,} tokens were decoded"
         + (", and the sublayers timed on this machine." if profile.cost is not None else ". No sublayer was timed.")
     )
     out.print(f"{profile.skippable.sum()} of {2 * profile.n_layer} sublayers can be skipped.")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from .cli_planning import PlanChoice, plan_options
 from .cli_report import layer_list
+from .cli_tune_report import print_promise
 from .terminal import console, json_option
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 def plan(profile_path: str, choice: PlanChoice | None, context: int, as_json: bool) -> None:
     """Show the plan that PROFILE gives with these options: every sublayer's rank, and what is skipped.
 
+    Without any, it is the plan that `tune` put into the profile, if it did.
+
     In the table, "rank" is the sublayer's place by IO similarity, "ms" the milliseconds that skipping it alone is
     predicted to save in the phase of --phase, for a whole prompt or for one token. p and d mark what is skipped in
     prefill and decode, "scale" what its input is scaled by.
@@ -49,9 +52,10 @@ def plan(profile_path: str, choice: PlanChoice | None, context: int, as_json: bo
     from .profile import Profile
 
     profile = Profile.load(profile_path)
+    tuned = profile.tuned if choice is None else None
     choice = choice or PlanChoice()
-    chosen = choice.plan(profile, context)
-    phase = choice.phase or ("decode" if choice.mode == "decode" else "prefill")
+    chosen = choice.plan(profile, context) if tuned is None else tuned.plan(profile)
+    phase = choice.phase or ("decode" if chosen.mode == "decode" else "prefill")
     rows, totals = _rows(profile, chosen, context, phase), _totals(profile, chosen, context)
     if as_json:
         click.echo(
@@ -69,6 +73,8 @@ def plan(profile_path: str, choice: PlanChoice | None, context: int, as_json: bo
         )
     else:
         out = console()
+        if tuned is not None:
+            print_promise(out, tuned)
         print_plan(out, profile, chosen)
         _print_rows(out, rows, phase)
         _print_totals(out, totals, context)

@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["tune"]
 
-_N_REQUESTS, _N_CALIBRATED, _N_DECODE_CALIBRATED = 20, 512, 32
-"""How `calibrate` calibrates by default: requests, and tokens of their prompts and answers."""
-
 _CTX_TIMED = 8192
 """Context of the model whose sublayers are timed, as in `calibrate`."""
 _N_ROUNDS = 5
@@ -243,9 +240,9 @@ class _Run:
         text = "\n\n".join(read_text(file) for file in files) if files else corpus.text()
         description = ", ".join(os.path.basename(file) for file in files) if files else corpus.DESCRIPTION
         with self.open(_CTX_TIMED) as llm:
-            requests = corpus.cut(llm, text, _N_REQUESTS, _N_CALIBRATED)
+            requests = corpus.cut(llm, text, corpus.N_REQUESTS, corpus.N_TOKENS)
             self.err.print(f"Calibrating on {len(requests)} requests of {description}.", style="dim")
-            return calibrate(llm, requests, n_decode=_N_DECODE_CALIBRATED, description=description)
+            return calibrate(llm, requests, description=description)
 
     def speed(self, tuner: Tuner, found: Judged, texts: Mapping[str, str]) -> tuple[SpeedUp, ...]:
         """Measure a plan in a context of its own."""

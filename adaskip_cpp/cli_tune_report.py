@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .profile import Profile
     from .tuned import TunedPlan
 
-__all__ = ["minutes", "print_tuned"]
+__all__ = ["minutes", "print_promise", "print_tuned"]
 
 
 def print_tuned(out: Console, profile: Profile, path: str, *, beside: bool) -> None:
@@ -43,6 +43,18 @@ def print_tuned(out: Console, profile: Profile, path: str, *, beside: bool) -> N
     if tuned.n_skip:
         use = '`generate`, `chat` and AdaSkipLlama(plan="auto") use it.' if beside else f"Use it with --profile {path}."
         out.print(use, soft_wrap=True, markup=False)
+
+
+def print_promise(out: Console, tuned: TunedPlan) -> None:
+    """Print in a line or two what a tuned plan promised and what was measured."""
+    out.print(f"Tuned for {tuned.promise}.")
+    if tuned.n_skip:
+        speed = (
+            f"; {tuned.speedups[-1].of} {_figure(tuned.speedups[-1].ratio, '.2f')} x as fast" if tuned.speedups else ""
+        )
+        out.print(
+            f"Measured: added loss {_figure(tuned.loss, '.3f')}, agreement {_figure(tuned.agreement, '.3f')}{speed}.\n"
+        )
 
 
 def _print_measured(out: Console, tuned: TunedPlan) -> None:

@@ -7,7 +7,18 @@ from typing import Protocol
 
 from .errors import RequestError
 
-__all__ = ["DESCRIPTION", "HELD_OUT", "SEPARATOR", "Tokenizer", "cut", "held_out", "pages", "text"]
+__all__ = [
+    "DESCRIPTION",
+    "HELD_OUT",
+    "N_REQUESTS",
+    "N_TOKENS",
+    "SEPARATOR",
+    "Tokenizer",
+    "cut",
+    "held_out",
+    "pages",
+    "text",
+]
 
 DESCRIPTION = "pages of pydoc_data.topics (Python's language reference)"
 
@@ -23,6 +34,10 @@ HELD_OUT = (
     "typesmapping",
 )
 """Pages that calibration leaves out unless told otherwise, a third of the text: what it learns is judged on them."""
+
+N_REQUESTS, N_TOKENS = 80, 512
+"""What calibration cuts a text into by default. 20 requests, as the authors use, do for statistics and not for linear
+maps: with 80, SmolLM2 loses 8% less at 6 of 60 sublayers, 13% at 12 and 16% at 15, on text of another kind."""
 
 SEPARATOR = "\n\n\n"
 """What stands between two pages of a text."""

@@ -21,6 +21,8 @@ from .plan import MODES
 
 __all__ = ["Table", "summary", "tables", "to_markdown"]
 
+_MOST_QUESTION_COLUMNS = 3
+
 MODE_TEXT = {
     "prefill": "The same sublayers are skipped in both phases. Loss, KL divergence and agreement are of prompts.",
     "decode": "The full model reads the prompt; the plan and its online stage work on the tokens behind it. Loss, KL "
@@ -72,23 +74,43 @@ def to_markdown(table: Table) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """Return a short table for each mode, narrow enough for a terminal: title, header and rows."""
+    """Return a short table for each mode, narrow enough for a terminal: title, header and rows.
+
+    Questions have a column each, of their mean score; more than three have one together, the mean over the tasks.
+    """
     found: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = []
     for mode in MODES:
-        mine = [row for row in results["contenders"] if row["mode"] == mode]
-        rows: list[tuple[str, ...]] = [
-            (
-                contender_label(row),
-                _interval(speedup(row)),
-                _figure(added_loss(row), 3, sign=True),
-                _figure(text_figures(row, mode).get("agreement"), 1, scale=100),
-            )
-            for row in sorted(mine, key=_by_speed)
-        ]
-        if rows:
-            header = ("", f"{SPEED_NAMES[SPEEDS[mode]]}, x as fast", "added loss", "agreement, %")
-            found.append((f"mode {MODE_NAMES[mode]}", header, rows))
+        full = [row for row in results["contenders"] if row["mode"] is None]
+        mine = sorted((row for row in results["contenders"] if row["mode"] == mode), key=_by_speed)
+        if not mine:
+            continue
+        columns: dict[str, list[str]] = {
+            f"{SPEED_NAMES[SPEEDS[mode]]}, x as fast": [_interval(speedup(row)) for row in mine],
+            "added loss": [_figure(added_loss(row), 3, sign=True) for row in mine],
+            "agreement, %": [_figure(text_figures(row, mode).get("agreement"), 1, scale=100) for row in mine],
+        }
+        questions = _question_columns([*full, *mine])
+        if questions:  # a score says little without that of the full model
+            mine = [*full, *mine]
+            columns = {name: [*["-"] * len(full), *cells] for name, cells in columns.items()} | questions
+        columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+        cells = list(zip(map(contender_label, mine), *columns.values(), strict=True))
+        found.append((f"mode {MODE_NAMES[mode]}", ("", *columns), cells))
     return found
+
+
+def _question_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    scores = {
+        task: [(row["questions"].get(task) or {}).get("score") for row in rows]
+        for task in dict.fromkeys(task for row in rows for task in row["questions"])
+    }
+    if len(scores) <= _MOST_QUESTION_COLUMNS:
+        return {f"{task}, %": [_figure(score, 1, scale=100) for score in each] for task, each in scores.items()}
+    means = []
+    for each in zip(*scores.values(), strict=True):
+        known = [score["mean"] for score in each if score is not None]
+        means.append(f"{100 * sum(known) / len(known):.1f}" if len(known) == len(each) else "-")
+    return {f"mean of {len(scores)} tasks, %": means}
 
 
 def _by_speed(row: Row) -> float:

