@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bench_table import FULL, PHASES, STOCK, BenchTimes, Row, verdict
 from .cli_report import megabytes
+from .cores import BUSY, load_average
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from .llama import AdaSkipLlama
 
 __all__ = ["configuration", "plot", "print_report", "seconds"]
-
-_BUSY = 0.5
-"""Load average, in CPUs, from which a machine counts as busy."""
 
 _TITLES = {"prefill": "Time to first token", "decode": "Time per token"}
 
@@ -37,7 +35,7 @@ def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
         quantisation = LlamaFileType(int(file_type)).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
         quantisation = "unknown"
-    load = os.getloadavg()[0]
+    load = load_average()
     return {
         "model": llm.metadata.get("general.name") or os.path.basename(llm.model_path),
         "file": os.path.basename(llm.model_path),
@@ -51,7 +49,7 @@ def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()}",
         "load_average": round(load, 2),
-        "busy": load > _BUSY,
+        "busy": load > BUSY,
     }
 
 

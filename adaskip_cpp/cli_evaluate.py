@@ -180,6 +180,7 @@ def evaluate(
     Every strategy is run with every budget in every mode. Results are kept one by one in FOLDER: after Ctrl-C or a
     crash the same command goes on. At the end FOLDER has report.html, results.json, results.md and the pictures.
     """
+    from .cores import BUSY, load_average
     from .evaluate import run
     from .evaluation_items import EvaluationOptions, prepare
     from .evaluation_output import configuration, write_results
@@ -191,11 +192,14 @@ def evaluate(
     if options.longbench and not (options.longbench_prompts and options.longbench_lengths):
         raise click.UsageError("--longbench needs --longbench-prompts and --longbench-lengths", context)
     profile = Profile.load(profile_path)
+    load = load_average()
 
     def open_model(n_ctx: int, logits_all: bool) -> AdaSkipLlama:
         return load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
 
     work, notes, words, settings = prepare(model, profile, options, open_model)
+    if work.speed_prompt and load > BUSY:
+        notes.append(f"The load average was {load:.1f} at the beginning: other programs may disturb the speeds.")
     command = shlex.join(["adaskip-cpp", "evaluate", *context.meta["adaskip_cpp.arguments"]])
     facts = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command}
     err = console(stderr=True)

@@ -1,4 +1,4 @@
-"""How many threads to compute with."""
+"""How many threads to compute with, and whether the machine is free to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["physical_cores"]
+__all__ = ["BUSY", "load_average", "physical_cores"]
+
+BUSY = 0.5
+"""Load average, in CPUs, from which a machine counts as busy: other programs disturb what is timed."""
+
+
+def load_average() -> float:
+    """Return the load average of the last minute, in CPUs."""
+    return os.getloadavg()[0]
 
 
 def physical_cores() -> int:

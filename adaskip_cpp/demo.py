@@ -32,6 +32,8 @@ N_ANSWER = 64
 _PROMPT_PAGE = "import"
 _LOSS_PAGES = ("debugger", "string-methods", "typesmapping")
 _N_LOSS = 512
+_N_REQUESTS = 20
+"""A quarter of what `calibrate` takes: half a minute, and the linear maps lose a fifth more."""
 _N_DECODE = 16
 """Tokens decoded after each calibration request: few, as the plan shown takes its statistics from the prompts."""
 
@@ -145,9 +147,9 @@ def run(
     Raises:
         AdaSkipError: the model cannot be loaded or so many sublayers cannot be skipped.
     """
-    on_stage("Calibrating on 8 requests of 512 tokens of Python's language reference")
+    on_stage(f"Calibrating on {_N_REQUESTS} requests of 512 tokens of Python's language reference")
     llm = load_model(model, n_ctx=N_PROMPT + N_ANSWER, threads=threads, gpu_layers=gpu_layers)
-    requests = corpus.cut(llm, corpus.text(), 8, 512)
+    requests = corpus.cut(llm, corpus.text(), _N_REQUESTS, 512)
     profile = calibrate(llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=corpus.DESCRIPTION)
     plan = choose(profile)
     on_plan(profile, plan)

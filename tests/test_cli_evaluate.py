@@ -144,6 +144,18 @@ def test_the_report_says_how_to_repeat_it(run: Run, tmp_path: Path, text: Path) 
     assert "--strategy adaskip" in page.split("<pre>")[1]
 
 
+def test_a_busy_machine_is_noted_where_speeds_are_measured(
+    run: Run, results: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = ("--skip", 2, "--mode", "prefill", "--strategy", "adaskip")
+    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0, 0))
+    assert "The load average was 2.5" in run(*once).stderr
+    assert any("disturb the speeds" in note for note in results()["notes"])
+    assert "load average" not in run(*once, "--rounds", 0).stderr
+    monkeypatch.setattr("os.getloadavg", lambda: (0.05, 0, 0))
+    assert "load average" not in run(*once).stderr
+
+
 def test_budgets_that_a_strategy_cannot_reach_are_left_out_with_a_note(run: Run, results: Any, tmp_path: Path) -> None:
     result = run("--skip", "2,5", "--mode", "prefill", "--rounds", 0)
     assert result.exit_code == 0, result.output
