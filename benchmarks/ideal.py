@@ -1,0 +1,96 @@
+"""How much of what skipping can bring a plan brings: its speed against the ideal, measured in one process.
+
+    python benchmarks/ideal.py MODEL.gguf PROFILE [--context 512] [--rounds 12]
+
+Plans of 12 sublayers, the most similar attentions, FFNs and 6 of each, with linear maps and without any compensation.
+The ideal is the full model's time over that time less the time of the skipped sublayers, measured by themselves: a run
+in which only they are computed, less one in which nothing that can be skipped is. All take turns in one context.
+
+`adaskip-cpp bench` gives each contender a process of its own, as users have it. What one process differs from the next
+by, as in where its memory lies, stays the same in all rounds, so that its intervals do not cover it; a few percent were
+seen. Here it cancels out. Run it on an idle machine; about 3 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import version
+
+import numpy as np
+from results import layers
+
+from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan, corpus
+from adaskip_cpp.bench_table import FULL, PHASES, BenchTimes, Parts, table
+from adaskip_cpp.cores import physical_cores
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.timing import in_turn, time_request
+
+N_DECODE, N_SKIP = 32, 12
+REST = "nothing"
+COMPENSATIONS = ("linear", "none")
+
+
+def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, Parts]]:
+    """The plans of all runs by name, and what the ideal of each contender is made from."""
+    every = [np.flatnonzero(profile.skippable[:, kind]).tolist() for kind in (0, 1)]
+    kinds = {
+        f"{N_SKIP} attention": (layers(profile, 0, N_SKIP), []),
+        f"{N_SKIP} FFN": ([], layers(profile, 1, N_SKIP)),
+        f"{N_SKIP // 2} of each": (layers(profile, 0, N_SKIP // 2), layers(profile, 1, N_SKIP // 2)),
+    }
+    plans: dict[str, SkipPlan | None] = {FULL: None}
+    parts = {}
+    for name, (attention, ffn) in kinds.items():
+        for each in COMPENSATIONS:
+            plans[f"{name}, {each}"] = profile.plan(
+                compensation=each, mode="prefill", strategy="manual", attention=attention, ffn=ffn
+            )
+            parts[f"{name}, {each}"] = Parts(f"only {name}", f"only {name}", REST)
+        others = [
+            [layer for layer in every[kind] if layer not in skipped] for kind, skipped in enumerate((attention, ffn))
+        ]
+        plans[f"only {name}"] = SkipPlan.manual(profile.n_layer, attention=others[0], ffn=others[1])
+    plans[REST] = SkipPlan.manual(profile.n_layer, attention=every[0], ffn=every[1])
+    return plans, parts
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("profile")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=12)
+    args = parser.parse_args()
+    n_threads = physical_cores()
+    n_ctx = args.context + N_DECODE + 1
+    llm = AdaSkipLlama(args.model, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
+    plans, parts = make_plans(Profile.load(args.profile))
+    prompt = corpus.cut(llm, corpus.text(()), 1, args.context)[0]
+    times = BenchTimes([FULL, *parts], parts=parts)
+    names = list(plans)
+    for n_round in range(-1, args.rounds):
+        for index in in_turn(len(names), max(n_round, 0)):
+            llm.set_plan(plans[names[index]])
+            result = time_request(llm, prompt, N_DECODE)
+            if n_round >= 0:  # the first round warms up
+                times.times.setdefault((names[index], args.context), []).append(result)
+
+    def figure(interval: Interval | None, form: str) -> str:
+        if interval is None:
+            return "-"
+        return f"{interval.value:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+
+    print(llm.model_path)
+    print(f"{n_threads} threads, llama-cpp-python {version('llama-cpp-python')}, {args.rounds} rounds in turn\n")
+    print("| plan, compensation | phase | speed | ideal | of ideal |\n|---|---|---|---|---|")
+    rows = {(row.contender, row.phase): row for row in table(times)}
+    for name in parts:
+        for phase in PHASES:
+            row = rows[name, phase]
+            cells = figure(row.against[FULL], ".3f"), figure(row.ideal, ".3f"), figure(row.of_ideal, ".1%")
+            print(f"| {name} | {phase} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
