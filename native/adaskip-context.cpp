@@ -206,13 +206,12 @@ void adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatc
 }
 
 // a·b of every row; in as many sums as a compiler puts into registers
-static std::vector<float> dot_rows(const std::vector<float> & a, const std::vector<float> & b, size_t n_rows) {
+static std::vector<float> dot_rows(const float * a, const float * b, size_t n_rows, size_t n) {
     constexpr size_t   n_lanes = 16;
-    const size_t       n       = a.size() / n_rows;
     std::vector<float> res(n_rows);
     for (size_t row = 0; row < n_rows; ++row) {
-        const float * x              = a.data() + row * n;
-        const float * y              = b.data() + row * n;
+        const float * x              = a + row * n;
+        const float * y              = b + row * n;
         float         lanes[n_lanes] = {};
         size_t        i              = 0;
         for (; i + n_lanes <= n; i += n_lanes) {
@@ -228,6 +227,37 @@ static std::vector<float> dot_rows(const std::vector<float> & a, const std::vect
     return res;
 }
 
+static std::vector<float> sum_rows(const float * a, size_t n_rows, size_t n) {
+    std::vector<float> res(n);
+    for (size_t row = 0; row < n_rows; ++row) {
+        for (size_t k = 0; k < n; ++k) {
+            res[k] += a[row * n + k];
+        }
+    }
+    return res;
+}
+
+// The values of the reductions of the last graph, which live until the next one is computed. Those in the host's memory
+// are read where they are.
+std::vector<const float *> adaskip_context::read_reductions(const llama_context & lctx) {
+    std::vector<const float *> res(reductions.size());
+    device_copies.resize(reductions.size());
+    for (size_t i = 0; i < reductions.size(); ++i) {
+        const size_t n_values = ggml_nelements(reductions[i]);
+        if (n_values == 0 || ggml_backend_buffer_is_host(reductions[i]->buffer)) {
+            res[i] = (const float *) reductions[i]->data;
+            continue;
+        }
+        device_copies[i].resize(n_values);
+        res[i] = device_copies[i].data();
+
+        ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(lctx.get_sched(), reductions[i]);
+        ggml_backend_tensor_get_async(backend, reductions[i], device_copies[i].data(), 0, n_values * sizeof(float));
+    }
+    ggml_backend_sched_synchronize(lctx.get_sched());
+    return res;
+}
+
 // empty where the graph has no statistics
 adaskip_context::statistics_values adaskip_context::read_statistics(
         const llama_context & lctx, const llama_ubatch & ubatch) {
@@ -238,19 +268,11 @@ adaskip_context::statistics_values adaskip_context::read_statistics(
     const size_t n_tokens = ubatch.n_tokens;
     const size_t n_embd   = llama_model_n_embd(&lctx.get_model());
     const float  nan      = std::numeric_limits<float>::quiet_NaN();
-
-    auto & data = res.data;
-    data.resize(reductions.size());
-    for (size_t i = 0; i < reductions.size(); ++i) {
-        data[i].resize(ggml_nelements(reductions[i]));
-        if (!data[i].empty()) {
-            const size_t   n_bytes = data[i].size() * sizeof(float);
-            ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(lctx.get_sched(), reductions[i]);
-            ggml_backend_tensor_get_async(backend, reductions[i], data[i].data(), 0, n_bytes);
-            counters.n_bytes_statistics += n_bytes;
-        }
+    const auto   data     = read_reductions(lctx);
+    const auto   size     = [&](int i) { return (size_t) ggml_nelements(reductions[i]); };
+    for (size_t i = 0; i < data.size(); ++i) {
+        counters.n_bytes_statistics += size((int) i) * sizeof(float);
     }
-    ggml_backend_sched_synchronize(lctx.get_sched());
 
     std::vector<size_t> outputs; // tokens of the rows that are left behind llama.cpp's gather
     for (size_t i = 0; i < n_tokens; ++i) {
@@ -270,23 +292,27 @@ adaskip_context::statistics_values adaskip_context::read_statistics(
         if (p.u >= 0) {
             auto & rows = products[{ p.u, p.v }];
             if (rows.empty()) {
-                rows = dot_rows(data[p.u], data[p.v], ggml_nrows(reductions[p.u]));
+                rows = dot_rows(data[p.u], data[p.v], ggml_nrows(reductions[p.u]), n_embd);
             }
             put_rows(dst, rows.data(), rows.size());
         } else {
-            put_rows(dst, p.reduced >= 0 ? data[p.reduced].data() : nullptr,
-                    p.reduced >= 0 ? data[p.reduced].size() : 0);
+            put_rows(dst, p.reduced >= 0 ? data[p.reduced] : nullptr, p.reduced >= 0 ? size(p.reduced) : 0);
         }
     };
-    const auto put_sum = [&](std::vector<float> & dst, int i) {
-        const size_t begin = dst.size();
-        dst.resize(begin + n_embd, i >= 0 ? 0.0f : nan);
-        for (size_t k = 0; i >= 0 && k < data[i].size(); ++k) {
-            dst[begin + k % n_embd] += data[i][k]; // a sum already, or few rows
+    std::map<int, std::vector<float>> sums; // by reduction: one sublayer's output is the next one's input
+    const auto                        put_sum = [&](std::vector<float> & dst, int i) {
+        if (i < 0) {
+            dst.resize(dst.size() + n_embd, nan);
+            return;
         }
+        auto & sum = sums[i];
+        if (sum.empty()) {
+            sum = sum_rows(data[i], size(i) / n_embd, n_embd);
+        }
+        dst.insert(dst.end(), sum.begin(), sum.end());
     };
     const auto put_values = [&](int i) {
-        res.activations.push_back(i >= 0 && data[i].size() == n_tokens * n_embd ? data[i].data() : nullptr);
+        res.activations.push_back(i >= 0 && size(i) == n_tokens * n_embd ? data[i] : nullptr);
     };
     for (const auto & layer : observations) {
         for (const auto & observation : layer) {
@@ -382,4 +408,5 @@ void adaskip_context::set_statistics(int32_t flags, adaskip_statistics_callback 
     statistics_flags     = flags;
     statistics_callback  = callback;
     statistics_user_data = user_data;
+    device_copies.clear();
 }

@@ -181,8 +181,7 @@ private:
         std::vector<float> layer_dot;
         std::vector<float> sums;
 
-        std::vector<std::vector<float>> data; // of the reductions, as they came from the devices
-        std::vector<const float *>      activations;
+        std::vector<const float *> activations;
     };
 
     graph_key    key() const;
@@ -192,6 +191,8 @@ private:
     void         finish_online();
 
     void set_steps(int32_t phase, std::vector<step> steps);
+
+    std::vector<const float *> read_reductions(const llama_context & lctx);
 
     statistics_values read_statistics(const llama_context & lctx, const llama_ubatch & ubatch);
 
@@ -244,7 +245,8 @@ private:
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>
             behind; // node -> nodes to compute right behind it
 
-    std::vector<ggml_tensor *> reductions; // F32, n_rows or n_embd values each, or all values of a stream
+    std::vector<ggml_tensor *>      reductions;    // F32, n_rows or n_embd values each, or all values of a stream
+    std::vector<std::vector<float>> device_copies; // of the reductions that are not in the host's memory
 
     std::unordered_set<const ggml_tensor *> overwritten; // tensors that a later node writes to in place
 

@@ -219,8 +219,8 @@ void adaskip_context::add_statistics(const adaskip_topology & topology, ggml_cgr
         return res;
     };
     const auto sum = [&](ggml_tensor * t, ggml_tensor * node) {
-        return on_device ? once(sums, t, [&] { return sum_over_tokens(t, node); })
-                         : once(values, t, [&] { return values_of(t, node); });
+        return on_device && !copies ? once(sums, t, [&] { return sum_over_tokens(t, node); })
+                                    : once(values, t, [&] { return values_of(t, node); });
     };
 
     std::vector<ggml_tensor *> layer_inputs(n_layer, nullptr);

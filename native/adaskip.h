@@ -126,7 +126,7 @@ struct adaskip_counters {
     int64_t n_graphs_built; // since the context was created
     int64_t n_graphs_reused;
     int64_t n_bytes_kv;         // buffers of the context's memory (KV cache, recurrent state), all devices together
-    int64_t n_bytes_statistics; // bytes of statistics copied from the devices since the context was created
+    int64_t n_bytes_statistics; // bytes of statistics that the host read since the context was created
 };
 
 int32_t      adaskip_abi_version(void);
