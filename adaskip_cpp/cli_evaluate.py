@@ -198,15 +198,16 @@ def evaluate(
         return load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
 
     work, notes, words, settings = prepare(model, profile, options, open_model)
-    if work.speed_prompt and load > BUSY:
-        notes.append(f"The load average was {load:.1f} at the beginning: other programs may disturb the speeds.")
     command = shlex.join(["adaskip-cpp", "evaluate", *context.meta["adaskip_cpp.arguments"]])
-    facts = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command}
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     err = console(stderr=True)
-    for note in notes:
-        err.print(note, style="yellow", soft_wrap=True)
     interrupted = False
-    with Store(output, settings, facts) as store:
+    with Store(output, settings, {"started": started, "command": command, "load_average": load}) as store:
+        load = store.facts.get("load_average", load)
+        if work.speed_prompt and load > BUSY:
+            notes.append(f"The load average was {load:.1f} at the beginning: other programs may disturb the speeds.")
+        for note in notes:
+            err.print(note, style="yellow", soft_wrap=True)
         if store.set_aside is not None:
             err.print(f"The settings have changed; earlier results are kept in {store.set_aside}", soft_wrap=True)
         n_all, n_done = len(list(work.results())), sum(key in store.records for key in work.results())

@@ -153,7 +153,8 @@ def test_a_busy_machine_is_noted_where_speeds_are_measured(
     assert any("disturb the speeds" in note for note in results()["notes"])
     assert "load average" not in run(*once, "--rounds", 0).stderr
     monkeypatch.setattr("os.getloadavg", lambda: (0.05, 0, 0))
-    assert "load average" not in run(*once).stderr
+    assert "The load average was 2.5" in run(*once).stderr, "the speeds of then are still those shown"
+    assert "load average" not in run("--skip", 1, *once[2:]).stderr
 
 
 def test_budgets_that_a_strategy_cannot_reach_are_left_out_with_a_note(run: Run, results: Any, tmp_path: Path) -> None:
