@@ -1,7 +1,13 @@
-"""The benchmark's run: every contender in a process of its own, all of them in turn, round after round."""
+"""The benchmark's run: every contender in a process of its own, all of them in turn, round after round.
+
+Each round has new processes. Two of the same program differ in speed by a few percent for as long as they live, by
+where their memory happens to lie; were they kept, the rounds would repeat that difference instead of averaging it out,
+and intervals would be too narrow.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import statistics
@@ -28,9 +34,11 @@ DEFAULT_CONTEXTS = (512, 2048, 8192)
 
 _PAUSE_S = 0.03
 """Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
+_N_WARM_UP = 512
+"""Most tokens that a new process reads before it is timed: one ubatch touches the weights and what it computes in."""
 _N_SETTLE_ONLINE = 2
 """Tokens behind the online stage's window that do not count: they build the graph of the set that it chose."""
-_REST = "nothing that can be skipped"
+_IDEAL, _REST = "the ideal", "nothing that can be skipped"
 
 _Skip: TypeAlias = "npt.NDArray[np.bool_]"
 
@@ -92,7 +100,7 @@ class BenchResult:
         settings: what was run.
         plans: by contender.
         times: of all runs.
-        usage: by contender, at the end.
+        usage: by contender, of its last process at the end of a request.
         nodes_prefill: by contender, nodes of the graph that reads a prompt; None where the library does not tell.
         machine: of ours with no plan, a :class:`adaskip_cpp.cost_settings.CostSettings` as a dictionary.
         complete: whether all rounds were run.
@@ -194,7 +202,10 @@ class Bench:
         self._on_progress = on_progress or (lambda progress: None)
         self._complements: dict[str, _Skip] = {}
         self._runs: list[_Run] = []
+        self._plan_paths: dict[str, Path] = {}
+        self._workers: dict[str, Worker] = {}
         self._warm: dict[str, RequestTime] = {}
+        self._start_s = 0.0
         times = BenchTimes(
             [*([STOCK] if stock else []), FULL, *plans],
             parts={} if skippable is None or not plans else self._add_parts(plans, skippable),
@@ -209,18 +220,22 @@ class Bench:
             AdaSkipError: a contender failed before the first round.
             KeyboardInterrupt: before the first round.
         """
-        with ExitStack() as stack:
-            self._open(stack)
-            self._warm_up()
+        with tempfile.TemporaryDirectory(prefix="adaskip-bench-") as folder:
+            self._write_plans(Path(folder))
             try:
                 for n_round in range(self._settings.n_rounds):
-                    for context in self._settings.contexts:
-                        for index in in_turn(len(self._runs), n_round):
-                            self._time(self._runs[index], context, n_round)
+                    with ExitStack() as stack:
+                        self._start(stack, n_round)
+                        for context in self._settings.contexts:
+                            for index in in_turn(len(self._runs), n_round):
+                                self._time(self._runs[index], context, n_round)
                 self.result.complete = True
             except KeyboardInterrupt:
-                pass
+                if not self._warm:
+                    raise
             except AdaSkipError as error:
+                if not self._warm:
+                    raise
                 self.result.error = error
         return self.result
 
@@ -251,46 +266,53 @@ class Bench:
 
     # -- the contenders -----------------------------------------------------------------------------------------------
 
-    def _open(self, stack: ExitStack) -> None:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adaskip-bench-")))
+    def _write_plans(self, folder: Path) -> None:
+        number = itertools.count()
 
         def write(plan: SkipPlan) -> Path:
-            path = folder / f"{len(list(folder.iterdir()))}.pickle"
+            path = folder / f"{next(number)}.pickle"
             path.write_bytes(pickle.dumps(plan))
             return path
 
-        def start(name: str, plan: SkipPlan | None = None) -> Worker:
-            self._on_progress(BenchProgress(f"loading {name}", 0.0, math.nan))
+        self._plan_paths = {name: write(plan) for name, plan in self.result.plans.items()}
+        self._runs = [_Run(name, name) for name in self.result.times.contenders]
+        for name, skip in self._complements.items():
+            attention, ffn = (np.flatnonzero(skip[:, kind]).tolist() for kind in (0, 1))
+            self._runs.append(_Run(name, _IDEAL, write(SkipPlan.manual(len(skip), attention=attention, ffn=ffn))))
+
+    def _start(self, stack: ExitStack, n_round: int) -> None:
+        """Start all processes and warm them up."""
+        start = time.perf_counter()
+        for name in dict.fromkeys(run.process for run in self._runs):
+            if n_round == 0:
+                self._on_progress(BenchProgress(f"loading {name}", 0.0, math.nan))
             worker = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
-            path = None if plan is None else write(plan)
-            reply = worker.open(self._settings.model, self._settings.options, path)
+            reply = worker.open(self._settings.model, self._settings.options, self._plan_paths.get(name))
             if name == FULL:
                 self.result.machine = reply["settings"]
-            return worker
-
-        for name in self.result.times.contenders:
-            self._runs.append(_Run(name, start(name, self.result.plans.get(name))))
-        if self._complements:
-            worker = start("the ideal")
-            for name, skip in self._complements.items():
-                path = write(SkipPlan.manual(len(skip), *(np.flatnonzero(skip[:, kind]).tolist() for kind in (0, 1))))
-                self._runs.append(_Run(name, worker, path))
-
-    def _warm_up(self) -> None:
-        context = self._settings.contexts[0]
+            self._workers[name] = worker
+        prompt = self._prompt(min(self._settings.contexts[0], _N_WARM_UP))
+        warm = {}
         for run in self._runs:
-            self._on_progress(BenchProgress(f"warming up: {run.name}", 0.0, math.nan))
-            run.worker.time(self._prompt(context), 0, run.plan)
-            self.result.nodes_prefill[run.name] = run.worker.usage.nodes
-            self._warm[run.name] = run.worker.time(self._prompt(context), self._settings.n_decode, run.plan)
+            worker = self._workers[run.process]
+            if n_round == 0:
+                self._on_progress(BenchProgress(f"warming up: {run.name}", 0.0, math.nan))
+                worker.time(prompt, 0, run.plan)
+                self.result.nodes_prefill[run.name] = worker.usage.nodes
+                warm[run.name] = worker.time(prompt, self._settings.n_decode, run.plan)
+            else:
+                worker.time(prompt, N_SETTLE, run.plan)
+        self._warm = self._warm or warm
+        self._start_s = time.perf_counter() - start
 
     def _time(self, run: _Run, context: int, n_round: int) -> None:
         self._tell(run, context, n_round)
         time.sleep(_PAUSE_S)
-        result = run.worker.time(self._prompt(context), self._settings.n_decode, run.plan)
+        worker = self._workers[run.process]
+        result = worker.time(self._prompt(context), self._settings.n_decode, run.plan)
         self.result.times.times.setdefault((run.name, context), []).append(result)
         if run.plan is None:
-            self.result.usage[run.name] = run.worker.usage
+            self.result.usage[run.name] = worker.usage
 
     def _prompt(self, context: int) -> list[int]:
         return (self._tokens * -(-context // len(self._tokens)))[:context]
@@ -299,7 +321,7 @@ class Bench:
 
     def _tell(self, run: _Run, context: int, n_round: int) -> None:
         times = self.result.times.times
-        done, total = 0.0, 0.0
+        done, total = (n * self._start_s for n in (n_round + 1, self._settings.n_rounds))
         for each in self._runs:
             for other in self._settings.contexts:
                 expected = self._expected(each.name, other) + _PAUSE_S
@@ -314,15 +336,15 @@ class Bench:
         if known:
             return statistics.median(each.first_token_s + sum(each.token_s) for each in known)
         warm = self._warm[name]
-        return warm.first_token_s * context / self._settings.contexts[0] + sum(warm.token_s)
+        return warm.first_token_s * context / min(self._settings.contexts[0], _N_WARM_UP) + sum(warm.token_s)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What takes its turn in a round; with a plan it is one of the ideal's."""
+    """What takes its turn in a round, in the process of that name; with a plan it is one of the ideal's."""
 
     name: str
-    worker: Worker
+    process: str
     plan: Path | None = None
 
 

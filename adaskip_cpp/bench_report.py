@@ -162,7 +162,7 @@ def _print_configuration(out: Console, result: BenchResult, about: dict[str, Any
             f"compensation {plan.compensation}"
         )
     lines.append(
-        f"Every contender in a process of its own, in turn, the order reversed every second round; "
+        "Every contender in a process of its own, a new one each round, in turn, in reverse every second round; "
         f"{settings.n_decode} tokens decoded behind each prompt; load average before {about['load_average']:.2f}."
     )
     out.print("\n".join(lines), style="dim", soft_wrap=True)

@@ -201,9 +201,9 @@ def bench(
 ) -> None:
     """Measure the time to the first token and per token of MODEL, a GGUF file.
 
-    Stock llama-cpp-python, ours with no plan and ours with each plan take turns, each in a process of its own. Ratios
-    are of pairs in the same round, with a 95% interval; where it contains 1, there is no real difference. Ctrl-C prints
-    what was measured so far. Run it on an idle machine.
+    Stock llama-cpp-python, ours with no plan and ours with each plan take turns, each in a process of its own, a new
+    one each round. Ratios are of pairs in the same round, with a 95% interval; where it contains 1, there is no real
+    difference. Ctrl-C prints what was measured so far. Run it on an idle machine.
     """
     from . import bench_report
     from .bench import Bench, BenchSettings
