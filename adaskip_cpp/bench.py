@@ -331,12 +331,25 @@ class Bench:
         self._on_progress(BenchProgress(doing, done / total, total - done))
 
     def _expected(self, name: str, context: int) -> float:
-        """Seconds of a run: as those before it, or as long a warm-up's prompt times the context."""
+        """Seconds of a run: as those before it, or as others at this context took against what was expected of them."""
         known = self.result.times.times.get((name, context))
         if known:
-            return statistics.median(each.first_token_s + sum(each.token_s) for each in known)
+            return _median_s(known)
+        others = [
+            _median_s(runs) / self._from_warm_up(other, context)
+            for (other, n), runs in self.result.times.times.items()
+            if n == context
+        ]
+        return self._from_warm_up(name, context) * (statistics.median(others) if others else 1.0)
+
+    def _from_warm_up(self, name: str, context: int) -> float:
+        """As long a warm-up's prompt times the context, which is too short where attention takes most of the time."""
         warm = self._warm[name]
         return warm.first_token_s * context / min(self._settings.contexts[0], _N_WARM_UP) + sum(warm.token_s)
+
+
+def _median_s(runs: Sequence[RequestTime]) -> float:
+    return statistics.median(run.first_token_s + sum(run.token_s) for run in runs)
 
 
 @dataclass(frozen=True)

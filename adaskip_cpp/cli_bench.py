@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ __all__ = ["bench"]
 
 _N_REQUESTS, _N_TOKENS, _N_DECODE = 6, 512, 16
 """Calibration without a profile: enough for a plan to be timed, not for one to be used."""
+_LINES_S = 60.0
+"""Between two lines of progress where stderr is no terminal."""
 
 
 def _list(kind: Callable[[str], Any], example: str, least: float = 1) -> Callable[..., Any]:
@@ -223,7 +226,8 @@ def bench(
     subject = _prepare(model, profile_path, wanted, contexts, n_decode, threads, gpu_layers, err.print)
     if subject.about["busy"]:
         err.print(
-            f"Warning: the load average is {subject.about['load_average']}; other programs disturb the times.",
+            f"Warning: the load average is {subject.about['load_average']}; unless that comes from what you ran just "
+            "before, other programs disturb the times.",
             style="yellow",
         )
     settings = BenchSettings(
@@ -348,15 +352,20 @@ def _n_ctx_train(llm: AdaSkipLlama) -> int:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[BenchProgress], None]]:
-    """Yield what shows progress on stderr: a bar on a terminal, elsewhere a line once there is an estimate."""
+    """Yield what shows progress on stderr: a bar on a terminal, elsewhere a line a minute once there is an estimate."""
     if not sys.stderr.isatty():
-        told = False
+        told = -math.inf
 
         def tell(progress: BenchProgress) -> None:
             nonlocal told
-            if not told and not math.isnan(progress.left_s):
-                told = True
-                click.echo(f"Measuring for about {_minutes(progress.left_s)}; Ctrl-C prints what is known.", err=True)
+            now = time.monotonic()
+            if now - told >= _LINES_S and not math.isnan(progress.left_s):
+                left = _minutes(progress.left_s)
+                if math.isfinite(told):
+                    click.echo(f"{progress.fraction:.0%} done, about {left} left", err=True)
+                else:
+                    click.echo(f"Measuring for about {left}; Ctrl-C prints what is known.", err=True)
+                told = now
 
         yield tell
         return

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +12,7 @@ import click
 
 from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from .plan import MODES
+from .progress import told_progress
 from .strategies import STRATEGIES
 from .terminal import console, json_option, load_model, model_options
 
@@ -27,9 +25,6 @@ _T = TypeVar("_T")
 
 _SYNTHETIC = ("passkey", "multikey", "classify", "copy")
 """As in :data:`adaskip_cpp.synthetic.TASKS`, which is not imported for the help alone."""
-
-_LINES_S = 60.0
-"""Seconds between two lines of progress where stderr is no terminal."""
 
 
 class _Command(click.Command):
@@ -205,7 +200,10 @@ def evaluate(
     with Store(output, settings, {"started": started, "command": command, "load_average": load}) as store:
         load = store.facts.get("load_average", load)
         if work.speed_prompt and load > BUSY:
-            notes.append(f"The load average was {load:.1f} at the beginning: other programs may disturb the speeds.")
+            notes.append(
+                f"The load average was {load:.1f} at the beginning: unless that came from what you ran before, other "
+                "programs disturb the speeds."
+            )
         for note in notes:
             err.print(note, style="yellow", soft_wrap=True)
         if store.set_aside is not None:
@@ -224,7 +222,7 @@ def evaluate(
             "settings": settings,
         }
         try:
-            with _progress() as on_progress:
+            with told_progress("Evaluating") as on_progress:
                 run(work, store, open_model, on_progress)
         except KeyboardInterrupt:
             interrupted = True
@@ -238,28 +236,6 @@ def evaluate(
     if interrupted:
         err.print(f"Interrupted; nothing is lost. The same command goes on:\n  {command}", soft_wrap=True)
         context.exit(130)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[float], None] | None]:
-    """A bar on a terminal, elsewhere a line a minute; both with an estimate."""
-    from .progress import fraction_progress
-
-    if sys.stderr.isatty():
-        with fraction_progress("Evaluating", True) as on_progress:
-            yield on_progress
-        return
-    start = last = time.monotonic()
-
-    def line(fraction: float) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _LINES_S and fraction > 0:
-            last = now
-            left = (now - start) * (1 - fraction) / fraction
-            click.echo(f"{fraction:.0%} done, about {max(round(left / 60), 1)} min left", err=True)
-
-    yield line
 
 
 def _print(results: Mapping[str, Any], output: str) -> None:

@@ -19,7 +19,7 @@ from .cli_tune_report import minutes, print_tuned
 from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from .errors import BudgetError, DataError, ProfileError
 from .plan import MODES, Mode
-from .progress import fraction_progress
+from .progress import told_progress
 from .terminal import console, json_option, load_model, model_options, read_text
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class _Run:
 
         with (
             self.open(tuner.context + tuner.n_answer + 1) as llm,
-            fraction_progress("Measuring the speed", None) as on_progress,
+            told_progress("Measuring the speed") as on_progress,
         ):
             words = llm.tokenize("\n\n".join(texts.values()).encode("utf-8", "replace"))
             prompt = (words * (tuner.context // len(words) + 1))[: tuner.context]
@@ -291,7 +291,7 @@ class _Evaluations:
     def shown(self, label: str, n_evaluations: int, n_tokens: int | None = None) -> Iterator[None]:
         """Show a bar for so many evaluations."""
         self._tokens, self._total = 0, n_evaluations * (n_tokens or self._per_evaluation)
-        with fraction_progress(label, None) as self._on_progress:
+        with told_progress(label) as self._on_progress:
             yield
         self._on_progress = None
 

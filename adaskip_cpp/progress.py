@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-__all__ = ["RequestProgress", "fraction_progress"]
+__all__ = ["RequestProgress", "fraction_progress", "told_progress"]
 
 _SHOW_AFTER_S = 2.0
 """Work that is expected to take longer than this gets a progress display."""
+_LINES_S = 60.0
+"""Between two lines of progress where there is no terminal."""
 
 
 @contextlib.contextmanager
@@ -32,6 +34,27 @@ def fraction_progress(label: str, show: bool | None) -> Iterator[Callable[[float
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda fraction: bar.update(task, completed=fraction)
+
+
+@contextlib.contextmanager
+def told_progress(label: str) -> Iterator[Callable[[float], None]]:
+    """Yield a function that takes the fraction of the work done; not a terminal, stderr gets a line a minute."""
+    if sys.stderr.isatty():
+        with fraction_progress(label, True) as on_progress:
+            assert on_progress is not None
+            yield on_progress
+        return
+    start = last = time.monotonic()
+
+    def line(fraction: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _LINES_S and 0 < fraction < 1:
+            last = now
+            left = max(round((now - start) * (1 - fraction) / fraction / 60), 1)
+            print(f"{label}: {fraction:.0%} done, about {left} min left", file=sys.stderr, flush=True)
+
+    yield line
 
 
 class RequestProgress:
