@@ -168,12 +168,13 @@ static adaskip_context::plan make_plan(const llama_context & ctx, const adaskip_
             }
         }
     }
+    const auto & model = ctx.get_model();
     if (plan->bias) {
-        res.bias = adaskip_vectors_init(ctx.get_model(), res.skip, plan->bias, plan->n_embd, 1);
+        res.bias = adaskip_vectors_init(model, res.skip, plan->bias, plan->n_embd, 1, false);
     }
     if (plan->down) {
-        res.down = adaskip_vectors_init(ctx.get_model(), res.skip, plan->down, plan->n_embd, plan->n_rank);
-        res.up   = adaskip_vectors_init(ctx.get_model(), res.skip, plan->up, plan->n_rank, plan->n_embd);
+        res.down = adaskip_vectors_init(model, res.skip, plan->down, plan->n_embd, plan->n_rank, true);
+        res.up   = adaskip_vectors_init(model, res.skip, plan->up, plan->n_rank, plan->n_embd, true);
     }
     return res;
 }

@@ -39,16 +39,17 @@ uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
 // One array per skipped sublayer of a plan, each in a buffer on its layer's own device.
 struct adaskip_vectors {
     std::vector<ggml_tensor *>           tensors; // [n_layer][2], null where there is none
-    std::vector<float>                   data;    // [n_layer][2][ne0*ne1], 0 where there is none
+    std::vector<float>                   data;    // [ne1][ne0] of each tensor there is
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 };
 
 using adaskip_vectors_ptr = std::shared_ptr<adaskip_vectors>;
 
-// uploads data[n_layer][2][ne1][ne0] where skip is 1; throws if a device has no room
-adaskip_vectors_ptr adaskip_vectors_init(
-        const llama_model & model, const std::vector<uint8_t> & skip, const float * data, int64_t ne0, int64_t ne1);
+// uploads data[n_layer][2][ne1][ne0] where skip is 1, maps in BF16 where that is faster and the model's own weights are
+// no F32 either; throws if a device has no room
+adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::vector<uint8_t> & skip,
+        const float * data, int64_t ne0, int64_t ne1, bool is_map);
 
 // The part of a llama_context that skips sublayers and collects statistics. Its hooks are called around the computation
 // of each ubatch; with no plan and no statistics they leave the graph as llama.cpp built it.

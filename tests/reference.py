@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-from gguf.quants import dequantize
+from gguf.quants import dequantize, quantize
 
 __all__ = [
     "KvHoleError",
@@ -270,8 +270,13 @@ def relative_error(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:
     return float(np.max(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)))
 
 
-def write_f32(source: str | Path, target: str | Path) -> Path:
-    """Copy a GGUF model with every tensor dequantised to F32, so that llama.cpp computes on exactly our weights."""
+def write_f32(
+    source: str | Path, target: str | Path, matrices: GGMLQuantizationType = GGMLQuantizationType.F32
+) -> Path:
+    """Copy a GGUF model with every tensor dequantised to F32, so that llama.cpp computes on exactly our weights.
+
+    With ``matrices`` those of two dimensions get this type instead.
+    """
     reader = GGUFReader(source)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -282,7 +287,8 @@ def write_f32(source: str | Path, target: str | Path) -> Path:
             value = 0  # LLAMA_FTYPE_ALL_F32
         writer.add_key_value(name, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, _dequantise(tensor))
+        kind = matrices if len(tensor.shape) == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(tensor.name, quantize(_dequantise(tensor), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

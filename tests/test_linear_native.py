@@ -5,6 +5,7 @@ stream, so a wrong, missing, transposed or misplaced one changes the logits by m
 """
 
 import itertools
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from reference import OnlineReference, ReferenceModel, ReferenceRun, relative_error
+from gguf import GGMLQuantizationType
+from reference import OnlineReference, ReferenceModel, ReferenceRun, relative_error, write_f32
 from reference_parallel import eval_parallel
 from stock import EXACT, Job, eval_logits, run_stock
 from tiny_families import FAMILIES, N_EMBD, N_LAYER, SKIPPABLE
@@ -195,6 +197,35 @@ def test_on_every_architecture_a_skipped_layer_maps_each_input_as_by_hand(
             mapped = stream @ chosen.down[1, kind].T @ chosen.up[1, kind].T
             stream = scale[1, kind] * stream + chosen.bias[1, kind] + mapped
         np.testing.assert_allclose(batch[2][0][0], stream, rtol=1e-4, atol=1e-4)
+
+
+def bf16(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+@pytest.mark.parametrize("type_", [GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0], ids=lambda t: t.name)
+@pytest.mark.parametrize("n_tokens", [1, 30])
+def test_where_weights_are_smaller_than_f32_an_x86_processor_computes_maps_in_bf16(
+    n_tokens: int, type_: GGMLQuantizationType, tiny: Tiny, tokens: Tokens, open_model: Open, tmp_path: Path
+) -> None:
+    # Both factors of each product are rounded; the sums are ours up to their order, which may round `down u` elsewhere.
+    chosen = linear_set(only((1, 0), (1, 1)), 3, bias=False)
+    llm, seen = open_model(write_f32(tiny(), tmp_path / "small.gguf", type_)), []
+    llm.set_plan(same(chosen))
+    with llm.collect_statistics(lambda batch: seen.append(copied(batch)), activations=True):
+        llm.eval(tokens(n_tokens))
+    rounded = bf16 if platform.machine().lower() in ("x86_64", "amd64") else lambda x: x.astype(np.float64)
+    assert chosen.down is not None and chosen.up is not None
+    for batch in seen:
+        stream = exact = batch[0][1][1].astype(np.float64)
+        for kind in (0, 1):
+            down, up = chosen.down[1, kind].T, chosen.up[1, kind].T
+            stream = stream + rounded(rounded(stream) @ rounded(down)) @ rounded(up)
+            exact = exact + exact @ down @ up
+        assert relative_error(batch[2][0][0], stream) < 1e-3
+        assert relative_error(stream, exact) < 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe", "falcon"])
