@@ -6,9 +6,9 @@ Plans of 12 sublayers, the most similar attentions, FFNs and 6 of each, with lin
 The ideal is the full model's time over that time less the time of the skipped sublayers, measured by themselves: a run
 in which only they are computed, less one in which nothing that can be skipped is. All take turns in one context.
 
-`adaskip-cpp bench` gives each contender a process of its own, as users have it. What one process differs from the next
-by, as in where its memory lies, stays the same in all rounds, so that its intervals do not cover it; a few percent were
-seen. Here it cancels out. Run it on an idle machine; about 3 minutes on 2 cores.
+`adaskip-cpp bench` gives each contender a process of its own, as users have it, and new ones each round, as two
+processes of the same program differ by a few percent. Here that cancels out. Run it on an idle machine; about 3 minutes
+on 2 cores.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import numpy as np
 from adaskip_cpp import Profile
 
 STEPS = ("speed", "quality", "long")
-ROUNDS = {"smollm2": 40, "gemma3": 25}
+ROUNDS = {"smollm2": 40, "gemma3": 60}
 LONG = {"smollm2": 6000, "gemma3": 16000}
 
 
@@ -56,7 +56,7 @@ def speed(name: str, model: Path, profile: Path) -> None:
     loaded = Profile.load(profile)
     attention, ffn = (",".join(map(str, layers(loaded, kind, 12))) for kind in (0, 1))
     both = "/".join(",".join(map(str, layers(loaded, kind, 6))) for kind in (0, 1))
-    options = ("--attention", attention, "--ffn", ffn, "--both", both, "--contexts", 512, "--repeats", 15)
+    options = ("--attention", attention, "--ffn", ffn, "--both", both, "--contexts", 512, "--repeats", 20)
     run("bench", model, "--profile", profile, *options)
 
 
