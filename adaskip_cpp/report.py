@@ -92,7 +92,7 @@ def markdown_report(results: Mapping[str, Any], pictures: Sequence[str] = ()) ->
     """
     parts = [f"# {results['title']}\n", f"{results['about']}\n"]
     parts += [f"{sentence}\n" for sentence in headline(results)]
-    parts += [f"- {note}" for note in _all_notes(results)]
+    parts += ["".join(f"- {note}\n" for note in _all_notes(results))]
     parts += [f"![{name.rsplit('.', 1)[0]}]({name})\n" for name in pictures]
     parts += [to_markdown(table) for table in tables(results)]
     parts.append("## Configuration\n")
