@@ -98,7 +98,7 @@ class Counters:
         nodes: nodes of the last graph as it was computed.
         graphs_built, graphs_reused: since the context was created.
         kv_bytes: size of the context's memory (KV cache, recurrent state), all devices together.
-        statistics_bytes: bytes of statistics copied from the devices since the context was created.
+        statistics_bytes: bytes of statistics that the host read since the context was created.
     """
 
     nodes_full: int

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from .bench_plans import WantedPlans
 from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from .errors import ProfileMissingError
 from .plan import MODES, Mode
+from .progress import told_progress
 from .strategies import DEFAULT_N_SKIP, STRATEGIES
 from .terminal import console, json_option, load_model, model_options
 
@@ -35,8 +35,6 @@ __all__ = ["bench"]
 
 _N_REQUESTS, _N_TOKENS, _N_DECODE = 6, 512, 16
 """Calibration without a profile: enough for a plan to be timed, not for one to be used."""
-_LINES_S = 60.0
-"""Between two lines of progress where stderr is no terminal."""
 
 
 def _list(kind: Callable[[str], Any], example: str, least: float = 1) -> Callable[..., Any]:
@@ -354,20 +352,18 @@ def _n_ctx_train(llm: AdaSkipLlama) -> int:
 def _progress() -> Iterator[Callable[[BenchProgress], None]]:
     """Yield what shows progress on stderr: a bar on a terminal, elsewhere a line a minute once there is an estimate."""
     if not sys.stderr.isatty():
-        told = -math.inf
+        with told_progress("Measuring") as line:
+            told = False
 
-        def tell(progress: BenchProgress) -> None:
-            nonlocal told
-            now = time.monotonic()
-            if now - told >= _LINES_S and not math.isnan(progress.left_s):
-                left = _minutes(progress.left_s)
-                if math.isfinite(told):
-                    click.echo(f"{progress.fraction:.0%} done, about {left} left", err=True)
-                else:
+            def tell(progress: BenchProgress) -> None:
+                nonlocal told
+                if not told and not math.isnan(progress.left_s):
+                    told = True
+                    left = _minutes(progress.left_s)
                     click.echo(f"Measuring for about {left}; Ctrl-C prints what is known.", err=True)
-                told = now
+                line(progress.fraction)
 
-        yield tell
+            yield tell
         return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 

@@ -5,7 +5,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from reference import write_f32
+from reference import write_dequantised
 
 __all__ = ["ModelMissingError", "gemma3", "smollm2", "smollm2_f32"]
 
@@ -27,7 +27,7 @@ def smollm2_f32(cache: Path) -> Path:
     target = cache / "SmolLM2-135M-Instruct.F32.gguf"
     if not target.exists():
         partial = cache / f"{target.name}.{os.getpid()}"
-        write_f32(smollm2(), partial)
+        write_dequantised(smollm2(), partial)
         partial.replace(target)
     return target
 

@@ -25,7 +25,7 @@ __all__ = [
     "median_ratio",
     "norm_ratio",
     "relative_error",
-    "write_f32",
+    "write_dequantised",
 ]
 
 Array = npt.NDArray[np.floating[Any]]
@@ -270,10 +270,10 @@ def relative_error(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:
     return float(np.max(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)))
 
 
-def write_f32(
+def write_dequantised(
     source: str | Path, target: str | Path, matrices: GGMLQuantizationType = GGMLQuantizationType.F32
 ) -> Path:
-    """Copy a GGUF model with every tensor dequantised to F32, so that llama.cpp computes on exactly our weights.
+    """Copy a GGUF model, dequantised to F32, so that llama.cpp computes on exactly our weights.
 
     With ``matrices`` those of two dimensions get this type instead.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType
-from reference import OnlineReference, ReferenceModel, ReferenceRun, relative_error, write_f32
+from reference import OnlineReference, ReferenceModel, ReferenceRun, relative_error, write_dequantised
 from reference_parallel import eval_parallel
 from stock import EXACT, Job, eval_logits, run_stock
 from tiny_families import FAMILIES, N_EMBD, N_LAYER, SKIPPABLE
@@ -212,7 +212,7 @@ def test_where_weights_are_smaller_than_f32_an_x86_processor_computes_maps_in_bf
 ) -> None:
     # Both factors of each product are rounded; the sums are ours up to their order, which may round `down u` elsewhere.
     chosen = linear_set(only((1, 0), (1, 1)), 3, bias=False)
-    llm, seen = open_model(write_f32(tiny(), tmp_path / "small.gguf", type_)), []
+    llm, seen = open_model(write_dequantised(tiny(), tmp_path / "small.gguf", type_)), []
     llm.set_plan(same(chosen))
     with llm.collect_statistics(lambda batch: seen.append(copied(batch)), activations=True):
         llm.eval(tokens(n_tokens))
