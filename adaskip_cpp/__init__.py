@@ -5,12 +5,11 @@ Importing this package puts its own libllama under llama-cpp-python, so it must 
 
 from importlib.metadata import version as _version
 
-from . import _library  # noqa: F401  (first: what follows imports llama_cpp)
-from .calibrate import calibrate
+from .calibration.calibrate import calibrate
+from .engine.llama import AdaSkipLlama
 from .errors import AdaSkipError
-from .llama import AdaSkipLlama
-from .plan import SkipPlan
-from .profile import Profile
+from .model.plan import SkipPlan
+from .planning.profile import Profile
 
 __all__ = ["AdaSkipError", "AdaSkipLlama", "Profile", "SkipPlan", "__version__", "calibrate"]
 

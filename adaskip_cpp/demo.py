@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import corpus
-from .calibrate import calibrate
+from .calibration.calibrate import calibrate
+from .cli.terminal import load_model
+from .engine.generation import Generation, chat_tokens
 from .errors import ModelFileError
-from .generation import Generation, chat_tokens
-from .loss import token_losses
-from .plan import SkipPlan
-from .profile import Profile
-from .terminal import load_model
+from .measuring import corpus
+from .measuring.loss import token_losses
+from .model.plan import SkipPlan
+from .planning.profile import Profile
 
 if TYPE_CHECKING:
-    from .llama import AdaSkipLlama
+    from .engine.llama import AdaSkipLlama
 
 __all__ = ["DemoResult", "Side", "packaged_model", "run"]
 

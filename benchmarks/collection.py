@@ -19,11 +19,12 @@ from collections import defaultdict
 from importlib.metadata import version
 from typing import Any
 
-from adaskip_cpp import AdaSkipLlama, corpus
-from adaskip_cpp.cores import physical_cores
+from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.intervals import ratio_interval
-from adaskip_cpp.timing import in_turn
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.cores import physical_cores
+from adaskip_cpp.measuring.timing import in_turn
 
 N_DECODE, N_SETTLE = 24, 2
 SIDES: dict[str, dict[str, bool] | None] = {

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from adaskip_cpp import AdaSkipLlama, calibrate, corpus
-from adaskip_cpp.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from adaskip_cpp.loss import token_losses
+from adaskip_cpp import AdaSkipLlama, calibrate
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.loss import token_losses
+from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
 PAGES = ("debugger", "string-methods", "typesmapping")
 N_DECODE = 32

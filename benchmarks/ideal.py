@@ -19,11 +19,12 @@ from importlib.metadata import version
 import numpy as np
 from results import layers
 
-from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan, corpus
-from adaskip_cpp.bench_table import FULL, PHASES, BenchTimes, Parts, table
-from adaskip_cpp.cores import physical_cores
+from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
+from adaskip_cpp.bench.table import FULL, PHASES, BenchTimes, Parts, table
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.timing import in_turn, time_request
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.cores import physical_cores
+from adaskip_cpp.measuring.timing import in_turn, time_request
 
 N_DECODE, N_SKIP = 32, 12
 REST = "nothing"

@@ -18,9 +18,10 @@ from importlib.metadata import version
 import numpy as np
 import numpy.typing as npt
 
-from adaskip_cpp import AdaSkipLlama, SkipPlan, calibrate, corpus
-from adaskip_cpp.cores import physical_cores
+from adaskip_cpp import AdaSkipLlama, SkipPlan, calibrate
 from adaskip_cpp.demo import packaged_model
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.cores import physical_cores
 
 N_SKIP, WINDOW, N_AFTER = 12, 20, 20
 

@@ -34,12 +34,13 @@ import numpy as np
 import numpy.typing as npt
 from peer_worker import save_plan
 
-from adaskip_cpp import AdaSkipLlama, SkipPlan, calibrate, corpus
-from adaskip_cpp.cores import physical_cores
-from adaskip_cpp.cost_settings import CostSettings
+from adaskip_cpp import AdaSkipLlama, SkipPlan, calibrate
 from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.intervals import Interval, ratio_interval
-from adaskip_cpp.timing import RequestTime, in_turn
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.cores import physical_cores
+from adaskip_cpp.measuring.timing import RequestTime, in_turn
+from adaskip_cpp.model.cost_settings import CostSettings
 
 OURS, THEIRS = "adaskip-cpp", "transformers"
 N_CHECK, N_CHECK_DECODE = 64, 8

@@ -75,7 +75,7 @@ class Ours:
 
     def __init__(self, model: str, plan: str | None, n_ctx: int, n_threads: int, options: dict[str, Any]) -> None:
         from adaskip_cpp import AdaSkipLlama, SkipPlan
-        from adaskip_cpp.plan import SkipSet
+        from adaskip_cpp.model.plan import SkipSet
 
         self.every = bool(options.get("logits_all"))
         sets = {phase: SkipSet(**arrays) for phase, arrays in load_plan(plan).items()}
@@ -113,7 +113,7 @@ class Ours:
 
     def time(self, prompt: list[int], n_decode: int) -> tuple[float, list[float]]:
         """Time one request."""
-        from adaskip_cpp.timing import time_request
+        from adaskip_cpp.measuring.timing import time_request
 
         result = time_request(self.llm, prompt, n_decode)
         return result.first_token_s, list(result.token_s)

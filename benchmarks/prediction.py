@@ -21,10 +21,11 @@ import time
 from collections import defaultdict
 from contextlib import closing
 
-from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan, calibrate, corpus
-from adaskip_cpp.cores import physical_cores
+from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan, calibrate
 from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.errors import BudgetError
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.cores import physical_cores
 
 PHASES = ("prefill", "decode")
 N_DECODE, N_SETTLE = 24, 2

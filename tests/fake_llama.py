@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from adaskip_cpp.model import ModelInfo
-from adaskip_cpp.plan import SkipPlan
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.plan import SkipPlan
 
 __all__ = ["FakeLlama"]
 
@@ -49,6 +49,10 @@ class FakeLlama:
 
     def n_ctx(self) -> int:
         return -(-len(self.input_ids) // 256) * 256
+
+    @property
+    def context_size(self) -> int:
+        return len(self.input_ids)
 
     def n_vocab(self) -> int:
         return N_VOCAB

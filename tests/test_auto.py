@@ -16,13 +16,13 @@ from tiny_families import N_EMBD
 
 import adaskip_cpp
 from adaskip_cpp import Profile
-from adaskip_cpp.auto import profile_path
-from adaskip_cpp.cli import main
+from adaskip_cpp.cli.main import main
+from adaskip_cpp.engine.auto import profile_path
 from adaskip_cpp.errors import PlanError, ProfileFormatError, ProfileMismatchError, ProfileMissingError
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model import ModelInfo, fingerprint
-from adaskip_cpp.statistics import PhaseStatistics
-from adaskip_cpp.tuned import Promise, SpeedUp, TunedPlan
+from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.model.tuned import Promise, SpeedUp, TunedPlan
 
 NAN = float("nan")
 

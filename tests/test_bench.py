@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp import SkipPlan, bench_process
-from adaskip_cpp.bench import Bench, BenchProgress, BenchSettings, fit_contexts
-from adaskip_cpp.bench_process import Usage, Worker
-from adaskip_cpp.bench_table import FULL, STOCK, BenchTimes, Parts, Row, table, verdict
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.bench import process as bench_process
+from adaskip_cpp.bench.bench import Bench, BenchProgress, BenchSettings, fit_contexts
+from adaskip_cpp.bench.process import Usage, Worker
+from adaskip_cpp.bench.table import FULL, STOCK, BenchTimes, Parts, Row, table, verdict
 from adaskip_cpp.errors import DataError, NativeError, PlanError
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.plan import OnlineStage, SkipSet
-from adaskip_cpp.timing import RequestTime
+from adaskip_cpp.measuring.timing import RequestTime
+from adaskip_cpp.model.plan import OnlineStage, SkipSet
 
 # --- from times to a table --------------------------------------------------------------------------------------------
 
@@ -212,8 +213,8 @@ class FakeWorker:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeWorker]]:
     """``bench.Worker``, replaced."""
-    monkeypatch.setattr("adaskip_cpp.bench.Worker", FakeWorker)
-    monkeypatch.setattr("adaskip_cpp.bench._PAUSE_S", 0.0)
+    monkeypatch.setattr("adaskip_cpp.bench.bench.Worker", FakeWorker)
+    monkeypatch.setattr("adaskip_cpp.bench.bench._PAUSE_S", 0.0)
     monkeypatch.setattr(FakeWorker, "asked", [])
     yield FakeWorker
 
@@ -347,7 +348,7 @@ OPTIONS = {"n_ctx": 64, "n_threads": 1, "n_threads_batch": 1}
 
 
 def test_stock_runs_on_its_own_library_and_ours_on_ours(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adaskip_cpp import _library
+    from adaskip_cpp.engine import library as _library
 
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(_library.path().parent))
     for side, ours in (("stock", False), ("ours", True)):
@@ -395,7 +396,7 @@ def test_a_model_that_stock_cannot_load_is_told_with_its_reason(tmp_path: Path) 
 
 def test_workers_end_when_their_parent_is_killed(tiny: Any) -> None:
     code = (
-        "import sys, time\nfrom adaskip_cpp.bench_process import Worker\n"
+        "import sys, time\nfrom adaskip_cpp.bench.process import Worker\n"
         "w = Worker('w', 'ours')\nw.open(sys.argv[1], {'n_ctx': 64})\n"
         "print(w._process.pid, flush=True)\ntime.sleep(60)"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import llama_sources
 import pytest
 
-from adaskip_cpp import _library
+from adaskip_cpp.engine import library as _library
 
 ROOT = Path(__file__).parent.parent
 PIN = ROOT / "cmake" / "llama-cpp-python.txt"

@@ -13,10 +13,12 @@ from fake_llama import BOS, FakeLlama
 from reference import ReferenceModel, ReferenceRun, Trace, mean_similarity, median_ratio, norm_ratio
 
 import adaskip_cpp
-from adaskip_cpp import SkipPlan, corpus
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, moments_bytes
 from adaskip_cpp.errors import NativeError, RequestError
-from adaskip_cpp.linear import DEFAULT_RANK, RIDGE, map_scale, moments_bytes
-from adaskip_cpp.loss import mean_loss, token_losses
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.loss import mean_loss, token_losses
+from adaskip_cpp.model.maps import map_scale
 
 PLAN = SkipPlan.manual(3, ffn=[1])
 N_DECODE = 4
@@ -260,7 +262,7 @@ def test_where_the_moments_take_too_much_memory_there_are_several_passes(
     expected = calibrate(llm, requests).maps
     n_evaluated = len(llm.evaluated)
     llm.evaluated.clear()
-    monkeypatch.setattr(sys.modules["adaskip_cpp.calibrate"], "_MOMENTS_BYTES", n_fit * moments_bytes(4))
+    monkeypatch.setattr(sys.modules["adaskip_cpp.calibration.calibrate"], "_MOMENTS_BYTES", n_fit * moments_bytes(4))
     assert calibrate(llm, requests).maps == expected
     n_passes = -(-6 // max(n_fit, 1))
     assert [piece for _, piece in llm.evaluated[n_evaluated:]] == requests * (n_passes - 1)
@@ -268,7 +270,7 @@ def test_where_the_moments_take_too_much_memory_there_are_several_passes(
 
 
 def test_an_interruption_of_a_later_pass_leaves_the_model_as_it_was(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["adaskip_cpp.calibrate"], "_MOMENTS_BYTES", 0)
+    monkeypatch.setattr(sys.modules["adaskip_cpp.calibration.calibrate"], "_MOMENTS_BYTES", 0)
     llm.set_plan(PLAN)
     llm.fail_after = (2 + N_DECODE + 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):

@@ -13,15 +13,15 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 from tiny_families import N_EMBD
 
 from adaskip_cpp import Profile
-from adaskip_cpp.auto import profile_path
-from adaskip_cpp.cli import main
-from adaskip_cpp.cli_chat import Conversation
+from adaskip_cpp.cli.chat import Conversation
+from adaskip_cpp.cli.main import main
+from adaskip_cpp.engine.auto import profile_path
+from adaskip_cpp.engine.generation import Generation
 from adaskip_cpp.errors import RequestError
-from adaskip_cpp.generation import Generation
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model import ModelInfo, fingerprint
-from adaskip_cpp.statistics import PhaseStatistics
-from adaskip_cpp.tuned import Promise, TunedPlan
+from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.model.tuned import Promise, TunedPlan
 
 Chat = Callable[..., Result]
 

@@ -16,16 +16,17 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from tiny_families import N_EMBD
 
-from adaskip_cpp import Profile, demo, terminal
-from adaskip_cpp.cli import main
-from adaskip_cpp.cli_report import layer_list, megabytes, skipped_counts, skipped_lines
-from adaskip_cpp.cores import physical_cores
-from adaskip_cpp.generation import Generation
-from adaskip_cpp.heatmap import print_heatmap
+from adaskip_cpp import Profile, demo
+from adaskip_cpp.cli import terminal
+from adaskip_cpp.cli.main import main
+from adaskip_cpp.cli.report import layer_list, megabytes, skipped_counts, skipped_lines
+from adaskip_cpp.engine.generation import Generation
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model import ModelInfo, fingerprint
-from adaskip_cpp.statistics import PhaseStatistics
-from adaskip_cpp.tuned import Promise, TunedPlan
+from adaskip_cpp.measuring.cores import physical_cores
+from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.model.tuned import Promise, TunedPlan
+from adaskip_cpp.pictures.heatmap import print_heatmap
 
 Run = Callable[..., Result]
 
@@ -80,7 +81,7 @@ def test_without_a_verb_it_lists_them(run: Run) -> None:
 
 def test_help_imports_neither_rich_nor_gguf() -> None:
     code = (
-        "import sys\nfrom adaskip_cpp.cli import main\ntry: main(['--help'])\n"
+        "import sys\nfrom adaskip_cpp.cli.main import main\ntry: main(['--help'])\n"
         "except SystemExit: pass\nprint([m for m in ('rich', 'gguf') if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,19 +15,21 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny_families import N_EMBD
 
-from adaskip_cpp import Profile, cli_bench, plots
-from adaskip_cpp.bench import Bench, BenchResult
-from adaskip_cpp.bench_process import Usage
-from adaskip_cpp.bench_report import seconds
-from adaskip_cpp.bench_table import FULL, STOCK
-from adaskip_cpp.cli_bench import bench
+from adaskip_cpp import Profile
+from adaskip_cpp.bench.bench import Bench, BenchResult
+from adaskip_cpp.bench.process import Usage
+from adaskip_cpp.bench.report import seconds
+from adaskip_cpp.bench.table import FULL, STOCK
+from adaskip_cpp.cli import bench as cli_bench
+from adaskip_cpp.cli.bench import bench
+from adaskip_cpp.cli.terminal import Verbs
 from adaskip_cpp.errors import NativeError, PackageMissingError
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model import ModelInfo, fingerprint
-from adaskip_cpp.statistics import PhaseStatistics
-from adaskip_cpp.terminal import Verbs
-from adaskip_cpp.timing import RequestTime
-from adaskip_cpp.tuned import Promise, TunedPlan
+from adaskip_cpp.measuring.timing import RequestTime
+from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.model.tuned import Promise, TunedPlan
+from adaskip_cpp.pictures import plots
 
 Run = Callable[..., Result]
 
@@ -408,7 +410,7 @@ def test_a_real_ctrl_c_prints_what_was_measured(tiny: Any) -> None:
     code = (
         # A shell that runs the tests in the background has them ignore the signal.
         "import signal, sys, adaskip_cpp\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from adaskip_cpp.terminal import Verbs\nfrom adaskip_cpp.cli_bench import bench\n"
+        "from adaskip_cpp.cli.terminal import Verbs\nfrom adaskip_cpp.cli.bench import bench\n"
         "Verbs(name='adaskip-cpp', commands={'bench': bench}).main(sys.argv[1:])"
     )
     args = ["bench", str(tiny()), "--contexts", "8", "--repeats", "1000000", "--threads", "1"]

@@ -10,12 +10,13 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny_families import N_CTX_TRAIN, N_EMBD
 
-from adaskip_cpp import Profile, evaluate
-from adaskip_cpp.cli_evaluate import evaluate as command
-from adaskip_cpp.compensation import DEFAULT_COMPENSATION
-from adaskip_cpp.model import ModelInfo, fingerprint
-from adaskip_cpp.statistics import PhaseStatistics
-from adaskip_cpp.terminal import Verbs
+from adaskip_cpp import Profile
+from adaskip_cpp.cli.evaluate import evaluate as command
+from adaskip_cpp.cli.terminal import Verbs
+from adaskip_cpp.evaluation import evaluate
+from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.planning.compensation import DEFAULT_COMPENSATION
 
 Run = Callable[..., Result]
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog lies there and sleeps. " * 20
@@ -169,7 +170,7 @@ def test_budgets_that_a_strategy_cannot_reach_are_left_out_with_a_note(run: Run,
 def test_pictures_are_left_out_where_matplotlib_is_missing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adaskip_cpp.plots.has_matplotlib", lambda: False)
+    monkeypatch.setattr("adaskip_cpp.pictures.plots.has_matplotlib", lambda: False)
     assert run("--skip", 2, "--mode", "prefill", "--strategy", "adaskip").exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, ".lock"}
     assert "pip install" in (tmp_path / "out" / "report.html").read_text()

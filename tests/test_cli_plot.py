@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from adaskip_cpp import Profile, SkipPlan, profile_plots
-from adaskip_cpp.cli import main
-from adaskip_cpp.model import ModelInfo
-from adaskip_cpp.statistics import PhaseStatistics
+from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp.cli.main import main
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.pictures import profile_plots
 
 pytest.importorskip("matplotlib")
 

@@ -14,19 +14,20 @@ import pytest
 from click.testing import CliRunner, Result
 
 import adaskip_cpp
-import adaskip_cpp.tune
-from adaskip_cpp import Profile, SkipPlan, corpus, loss
-from adaskip_cpp.auto import profile_path
-from adaskip_cpp.cli import main
-from adaskip_cpp.cost_model import CostModel, PhaseCost
-from adaskip_cpp.cost_settings import CostSettings
+import adaskip_cpp.tuning.tuner
+from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp.cli.main import main
+from adaskip_cpp.engine.auto import profile_path
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.plan import MODES
-from adaskip_cpp.text_quality import TextQuality
-from adaskip_cpp.timing import RequestTime
-from adaskip_cpp.tune import hold_out, measure_speed
-from adaskip_cpp.tuned import SpeedUp
+from adaskip_cpp.measuring import corpus, loss
+from adaskip_cpp.measuring.text_quality import TextQuality
+from adaskip_cpp.measuring.timing import RequestTime
+from adaskip_cpp.model.cost_model import CostModel, PhaseCost
+from adaskip_cpp.model.cost_settings import CostSettings
+from adaskip_cpp.model.plan import MODES
+from adaskip_cpp.model.tuned import SpeedUp
+from adaskip_cpp.tuning.tuner import hold_out, measure_speed
 
 IDLE = ((0, "attention"), (2, "ffn"))
 """The sublayers that add nothing to the residual stream."""
@@ -198,7 +199,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, factor: float) -> list[int]:
         assert len(prompt) == 16 and n_answer == 4
         return (SpeedUp("request", 16, 4, Interval(factor * 14 / (14 - saved), 1.0, 9.0, 5)),)
 
-    monkeypatch.setattr(adaskip_cpp.tune, "measure_speed", measure)
+    monkeypatch.setattr(adaskip_cpp.tuning.tuner, "measure_speed", measure)
     return asked
 
 
@@ -266,7 +267,7 @@ def test_speed_is_measured_in_turn_and_without_the_first_requests(
         speed = 1 if llm.plan is None else 2
         return RequestTime(99.0 if first else 8.0 / speed, (1.0 / speed,) * n_decode)
 
-    monkeypatch.setattr(adaskip_cpp.tune, "time_request", time_request)
+    monkeypatch.setattr(adaskip_cpp.tuning.tuner, "time_request", time_request)
     plan = SkipPlan.manual(3, ffn=[1])
     first, decode, request = measure_speed(Model(), plan, [1] * 7, 4, n_rounds=4)  # type: ignore[arg-type]
     assert Model.order == [None, plan, None, plan, plan, None, None, plan, plan, None]

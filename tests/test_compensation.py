@@ -1,4 +1,4 @@
-"""adaskip_cpp.compensation: what stands in for a skipped sublayer."""
+"""adaskip_cpp.planning.compensation: what stands in for a skipped sublayer."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp.compensation import COMPENSATIONS, DEFAULT_COMPENSATION, get_compensation
+from adaskip_cpp.calibration.linear import LinearFit
 from adaskip_cpp.errors import CompensationError
-from adaskip_cpp.linear import LinearFit, LinearMaps, map_scale
-from adaskip_cpp.plan import SkipSet
-from adaskip_cpp.statistics import PhaseStatistics
+from adaskip_cpp.model.maps import LinearMaps, map_scale
+from adaskip_cpp.model.plan import SkipSet
+from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION, get_compensation
 
 N_LAYER, N_TOKENS, N_EMBD = 3, 200, 8
 

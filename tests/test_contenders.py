@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from adaskip_cpp import Profile
-from adaskip_cpp.contenders import FULL, contenders, content_hash, default_budgets, default_strategies
 from adaskip_cpp.errors import DataError, PlanError
-from adaskip_cpp.model import ModelInfo
-from adaskip_cpp.statistics import PhaseStatistics
+from adaskip_cpp.evaluation.contenders import FULL, contenders, content_hash, default_budgets, default_strategies
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.statistics import PhaseStatistics
 
 N_LAYER = 20
 

@@ -1,4 +1,4 @@
-"""adaskip_cpp.cost: measured on a model of known cost, whose evaluations advance a clock of their own."""
+"""adaskip_cpp.calibration.cost: measured on a model of known cost, whose evaluations advance a clock of their own."""
 
 import json
 import math
@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from adaskip_cpp import SkipPlan, cost
-from adaskip_cpp.cost_model import CostModel, PhaseCost
-from adaskip_cpp.cost_settings import CostSettings
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.calibration import cost
+from adaskip_cpp.calibration.shapes import same_shape, tensor_shapes
 from adaskip_cpp.errors import ModelFileError, PlanError, ProfileFormatError, RequestError
-from adaskip_cpp.plan import SkipSet
-from adaskip_cpp.shapes import same_shape, tensor_shapes
+from adaskip_cpp.model.cost_model import CostModel, PhaseCost
+from adaskip_cpp.model.cost_settings import CostSettings
+from adaskip_cpp.model.plan import SkipSet
 
 SETTINGS = CostSettings("a CPU", ("CPU",), 0, 2, 4, 512, 512, True, "F16", "Q8_0", True, "0.3.36")
 

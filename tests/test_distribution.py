@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from adaskip_cpp.distribution import compare, losses
 from adaskip_cpp.errors import DataError
+from adaskip_cpp.measuring.distribution import compare, losses
 
 # Two positions over three tokens. Probabilities 1/4, 1/4, 1/2 and 1/2, 1/4, 1/4 for the full model, 1/3 each and
 # 2/3, 1/6, 1/6 for the other; logits are logarithms of these, each row shifted by a constant of its own.

@@ -19,8 +19,8 @@ from tiny_families import FAMILIES, N_LAYER, SKIPPABLE
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError, ProfileMismatchError, StateError
-from adaskip_cpp.model import ModelInfo
-from adaskip_cpp.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.plan import OnlineStage, SkipSet
 
 F32, F16, Q8_0 = 0, 1, 8
 BYTES_OF_32 = {F32: 128, F16: 64, Q8_0: 34}  # Q8_0: a scale in F16 and 32 bytes
@@ -271,7 +271,7 @@ def test_the_bare_context_refuses_to_run_an_elided_attention(tiny: Tiny, tokens:
     # Whoever makes a context without AdaSkipLlama gets an error of llama_decode, not another layer's KV.
     import llama_cpp
 
-    from adaskip_cpp._native import elide_kv
+    from adaskip_cpp.engine.native import elide_kv
 
     with elide_kv(np.array([False, True, False])):
         llm = llama_cpp.Llama(str(tiny()), n_ctx=128, verbose=False, **EXACT)

@@ -13,16 +13,17 @@ from stock import EXACT
 from tiny_families import N_LAYER
 
 import adaskip_cpp
-from adaskip_cpp import SkipPlan, evaluate
-from adaskip_cpp.contenders import FULL, Contender
+from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.evaluate import Work, run
-from adaskip_cpp.evaluation_requests import PromptCache, forced_logits
-from adaskip_cpp.evaluation_results import evaluation_results, to_json
-from adaskip_cpp.evaluation_store import Store
-from adaskip_cpp.plan import OnlineStage, SkipSet
-from adaskip_cpp.tasks import QuestionItem, TextItem
-from adaskip_cpp.timing import RequestTime
+from adaskip_cpp.evaluation import evaluate
+from adaskip_cpp.evaluation.contenders import FULL, Contender
+from adaskip_cpp.evaluation.evaluate import Work, run
+from adaskip_cpp.evaluation.requests import PromptCache, forced_logits
+from adaskip_cpp.evaluation.results import evaluation_results, to_json
+from adaskip_cpp.evaluation.store import Store
+from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
+from adaskip_cpp.measuring.timing import RequestTime
+from adaskip_cpp.model.plan import OnlineStage, SkipSet
 
 Tokens = Callable[..., list[int]]
 N_CONTINUATION = 9

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from adaskip_cpp.contenders import FULL, Contender
-from adaskip_cpp.evaluate import Work
-from adaskip_cpp.evaluation_results import evaluation_results, to_json
-from adaskip_cpp.evaluation_rows import contender_label, headline, look_key
-from adaskip_cpp.evaluation_tables import summary, tables, to_markdown
-from adaskip_cpp.tasks import QuestionItem, TextItem
+from adaskip_cpp.evaluation.contenders import FULL, Contender
+from adaskip_cpp.evaluation.evaluate import Work
+from adaskip_cpp.evaluation.results import evaluation_results, to_json
+from adaskip_cpp.evaluation.rows import contender_label, headline, look_key
+from adaskip_cpp.evaluation.tables import summary, tables, to_markdown
+from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
+from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
 PLAN = SkipPlan.manual(3, attention=[1])
 ADASKIP = Contender("adaskip-1-prefill-affine", "adaskip", "1", "prefill", "affine", PLAN)

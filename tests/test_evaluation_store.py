@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.evaluation_store import Store, settings_hash
+from adaskip_cpp.evaluation.store import Store, settings_hash
 
 SETTINGS = {"model": "abc", "n": 3, "items": ["a", "b"]}
 OTHER = {**SETTINGS, "n": 4}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import adaskip_cpp
-from adaskip_cpp import _library
+from adaskip_cpp.engine import library as _library
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
 

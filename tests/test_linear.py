@@ -1,4 +1,4 @@
-"""adaskip_cpp.linear: fitting the maps, against closed forms and decompositions of the whole data in float64."""
+"""adaskip_cpp.calibration.linear: fitting the maps, against closed forms and float64 decompositions."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from adaskip_cpp import linear
+from adaskip_cpp.calibration import linear
+from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, LinearFit, moments_bytes
 from adaskip_cpp.errors import ProfileFormatError
-from adaskip_cpp.linear import DEFAULT_RANK, RIDGE, LinearFit, LinearMaps, map_scale, moments_bytes
+from adaskip_cpp.model.maps import LinearMaps, map_scale
 
 N_EMBD, N_TOKENS = 24, 400
 Array = npt.NDArray[np.floating[Any]]

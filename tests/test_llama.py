@@ -21,8 +21,8 @@ from adaskip_cpp.errors import (
     StateError,
     SublayerRangeError,
 )
-from adaskip_cpp.model import ModelInfo
-from adaskip_cpp.plan import SkipSet
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.plan import SkipSet
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]

@@ -9,8 +9,8 @@ import pytest
 from fake_llama import BOS, FakeLlama
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.longbench import DATASETS, longbench_items
-from adaskip_cpp.tasks import QuestionItem
+from adaskip_cpp.measuring.longbench import DATASETS, longbench_items
+from adaskip_cpp.measuring.tasks import QuestionItem
 
 
 class ByteLlama(FakeLlama):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp import metrics
 from adaskip_cpp.errors import DataError, PackageMissingError
-from adaskip_cpp.longbench import DATASETS
+from adaskip_cpp.measuring import metrics
+from adaskip_cpp.measuring.longbench import DATASETS
 
 
 def lcs(a: str | list[str], b: str | list[str]) -> int:

@@ -1,4 +1,4 @@
-"""adaskip_cpp.model: which model a file is."""
+"""adaskip_cpp.model.identity: which model a file is."""
 
 import time
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adaskip_cpp.errors import ModelFileError
-from adaskip_cpp.model import ModelInfo, check_gguf, fingerprint
+from adaskip_cpp.model.identity import ModelInfo, check_gguf, fingerprint
 
 MIB = 1 << 20
 

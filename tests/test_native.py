@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp._native import KVRun, _ffi, _lib, elide_kv
+from adaskip_cpp.engine.native import KVRun, _ffi, _lib, elide_kv
 
 OK, ARGUMENT = 0, -1
 NOT_SKIPPABLE, COMPENSATION, KV_ELIDED = -2, -3, -5

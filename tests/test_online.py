@@ -19,7 +19,7 @@ from tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import NativeError
-from adaskip_cpp.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage, SkipSet
 
 N_LAYER = 5
 WINDOW = 6

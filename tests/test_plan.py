@@ -1,4 +1,4 @@
-"""adaskip_cpp.plan: skip sets and plans."""
+"""adaskip_cpp.model.plan: skip sets and plans."""
 
 import json
 from typing import Any
@@ -8,8 +8,8 @@ import pytest
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import CompensationError, PlanError, SublayerRangeError
-from adaskip_cpp.model import ModelInfo
-from adaskip_cpp.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.plan import OnlineStage, SkipSet
 
 MODEL = ModelInfo("0" * 64, "llama", 4)
 

@@ -1,4 +1,4 @@
-"""adaskip_cpp.plots: files that are the same every time, and pictures that stand in a page of any colour."""
+"""adaskip_cpp.pictures.plots: files that are the same every time, and pictures that stand in a page of any colour."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp import plots
 from adaskip_cpp.errors import PackageMissingError
+from adaskip_cpp.pictures import plots
 
 pytest.importorskip("matplotlib")
 

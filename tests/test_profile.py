@@ -1,4 +1,4 @@
-"""adaskip_cpp.profile: planning in every mode and for a speed-up, and the files."""
+"""adaskip_cpp.planning.profile: planning in every mode and for a speed-up, and the files."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_cpp import Profile, profile_file
+from adaskip_cpp import Profile
 from adaskip_cpp.errors import (
     BudgetError,
     CompensationError,
@@ -24,10 +24,11 @@ from adaskip_cpp.errors import (
     ProfileMissingError,
     ProfileVersionError,
 )
-from adaskip_cpp.linear import LinearMaps
-from adaskip_cpp.model import ModelInfo
-from adaskip_cpp.plan import OnlineStage, SkipSet
-from adaskip_cpp.statistics import PhaseStatistics
+from adaskip_cpp.model import profile_file
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.maps import LinearMaps
+from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.statistics import PhaseStatistics
 
 NAN = float("nan")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from adaskip_cpp import plots
-from adaskip_cpp.report import Picture, html_report, markdown_report
+from adaskip_cpp.evaluation.report import Picture, html_report, markdown_report
+from adaskip_cpp.pictures import plots
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
 LOADS = {"src", "href", "xlink:href", "srcset", "poster", "data", "action", "background"}
@@ -95,7 +95,7 @@ def test_the_page_is_well_formed_and_what_it_quotes_is_escaped(results: dict[str
 
 def test_the_page_loads_nothing(results: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
-    from adaskip_cpp.evaluation_plots import quality_pictures
+    from adaskip_cpp.evaluation.plots import quality_pictures
 
     pictures = [
         Picture(name, "caption", plots.to_svg(figure, name=name)) for name, figure in quality_pictures(results).items()

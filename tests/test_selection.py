@@ -1,4 +1,4 @@
-"""adaskip_cpp.selection: skip sets for a speed-up, on cost models written by hand."""
+"""adaskip_cpp.planning.selection: skip sets for a speed-up, on cost models written by hand."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 from test_cost import cost_model
 
 from adaskip_cpp.errors import BudgetError, PlanError
-from adaskip_cpp.selection import choose, seconds_saved
+from adaskip_cpp.planning.selection import choose, seconds_saved
 
 # Seconds for a prompt of 256 tokens, one ubatch of 256 cells: 1 for the rest, then attention (1, 2, 4), FFN (2, 2, 2).
 COST = cost_model(fixed=1.0, attention=[1, 2, 4], ffn=[2, 2, 2], size=256)

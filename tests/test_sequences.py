@@ -24,7 +24,7 @@ from stock import EXACT
 from tiny_families import N_EMBD, N_LAYER, N_VOCAB
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
-from adaskip_cpp.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage, SkipSet
 
 TOLERANCE = {False: 1e-5, True: 1e-2}  # with and without flash attention
 N_CTX = 512

@@ -1,4 +1,4 @@
-"""adaskip_cpp.similarity: figures of one request, against float64 computations on whole matrices."""
+"""adaskip_cpp.calibration.similarity: figures of one request, against float64 computations on whole matrices."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +10,9 @@ import pytest
 from conftest import OpenModel, TinyModel
 from reference import ReferenceModel, ReferenceRun
 
+from adaskip_cpp.calibration.similarity import RequestStatistics
 from adaskip_cpp.errors import ProfileFormatError
-from adaskip_cpp.similarity import RequestStatistics
-from adaskip_cpp.statistics import PhaseStatistics
+from adaskip_cpp.model.statistics import PhaseStatistics
 
 N_LAYER, N_TOKENS, N_EMBD = 3, 41, 16
 

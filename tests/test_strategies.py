@@ -1,4 +1,4 @@
-"""adaskip_cpp.strategies: which sublayers each chooses, against a second formulation of each definition."""
+"""adaskip_cpp.planning.strategies: which sublayers each chooses, against a second formulation of each definition."""
 
 from fractions import Fraction
 from math import ceil
@@ -10,9 +10,9 @@ from test_profile import NAN, profile
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError, SublayerRangeError
-from adaskip_cpp.modes import PlanOptions
-from adaskip_cpp.plan import MODES, SkipSet
-from adaskip_cpp.strategies import STRATEGIES, adaskip, early_exit, manual, skip_decode, unified_skipping
+from adaskip_cpp.model.plan import MODES, SkipSet
+from adaskip_cpp.planning.modes import PlanOptions
+from adaskip_cpp.planning.strategies import STRATEGIES, adaskip, early_exit, manual, skip_decode, unified_skipping
 
 SIZES = [12, 18, 24, 30, 32]
 BUDGETS = [(n_layer, k) for n_layer in SIZES for k in range(n_layer + 1)]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from fake_llama import FakeLlama
 
-from adaskip_cpp import corpus
 from adaskip_cpp.errors import DataError, RequestError
-from adaskip_cpp.synthetic import TASKS, synthetic_items
-from adaskip_cpp.tasks import QuestionItem
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.synthetic import TASKS, synthetic_items
+from adaskip_cpp.measuring.tasks import QuestionItem
 
 TEXT = " ".join(f"{word}{i}" for i in range(1500) for word in ("lorem", "ipsum", "dolor"))
 

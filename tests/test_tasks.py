@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from fake_llama import BOS, FakeLlama
 
-from adaskip_cpp import corpus, tasks
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.tasks import QuestionItem, python_sources, read_texts, text_items
+from adaskip_cpp.measuring import corpus, tasks
+from adaskip_cpp.measuring.tasks import QuestionItem, python_sources, read_texts, text_items
 
 
 @pytest.fixture

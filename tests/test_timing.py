@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from adaskip_cpp import timing
-from adaskip_cpp.timing import RequestTime, in_turn, time_request
+from adaskip_cpp.measuring import timing
+from adaskip_cpp.measuring.timing import RequestTime, in_turn, time_request
 
 
 class Clocked:

@@ -1,4 +1,4 @@
-"""adaskip_cpp.tuning: the search, on invented harms and times whose best answer is known."""
+"""adaskip_cpp.tuning.search: the search, on invented harms and times whose best answer is known."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp.tuning import Judge, back_off, fastest_within, least_harm, n_bisections, rank
+from adaskip_cpp.tuning.search import Judge, back_off, fastest_within, least_harm, n_bisections, rank
 
 N_LAYER = 8
 N = 2 * N_LAYER

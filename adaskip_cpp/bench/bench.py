@@ -1,0 +1,368 @@
+"""The benchmark's run: every contender in a process of its own, all of them in turn, round after round.
+
+Each round has new processes. Two of the same program differ in speed by a few percent for as long as they live, by
+where their memory happens to lie; were they kept, the rounds would repeat that difference instead of averaging it out,
+and intervals would be too narrow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import AdaSkipError, DataError
+from ..measuring.timing import N_SETTLE, RequestTime, in_turn
+from ..model.plan import SkipPlan, SkipSet
+from .process import Usage, Worker
+from .table import FULL, STOCK, BenchTimes, Parts
+
+__all__ = ["DEFAULT_CONTEXTS", "Bench", "BenchProgress", "BenchResult", "BenchSettings", "fit_contexts"]
+
+DEFAULT_CONTEXTS = (512, 2048, 8192)
+
+_PAUSE_S = 0.03
+"""Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
+_N_WARM_UP = 512
+"""Most tokens that a new process reads before it is timed: one ubatch touches the weights and what it computes in."""
+_N_SETTLE_ONLINE = 2
+"""Tokens behind the online stage's window that do not count: they build the graph of the set that it chose."""
+_IDEAL, _REST = "the ideal", "nothing that can be skipped"
+
+_Skip: TypeAlias = "npt.NDArray[np.bool_]"
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is run, the same for every contender.
+
+    Attributes:
+        model: GGUF file.
+        contexts: tokens of the prompts.
+        n_rounds: how often each contender runs at each context.
+        n_decode: tokens timed behind the first one.
+        n_threads: CPU threads, in prefill and decode.
+        n_gpu_layers: layers on a GPU, -1 for all.
+        flash_attention: whether attention is computed as one operation.
+    """
+
+    model: str
+    contexts: tuple[int, ...]
+    n_rounds: int
+    n_decode: int
+    n_threads: int
+    n_gpu_layers: int = -1
+    flash_attention: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments for ``llama_cpp.Llama``."""
+        return {
+            "n_ctx": max(self.contexts) + self.n_decode,
+            "n_threads": self.n_threads,
+            "n_threads_batch": self.n_threads,
+            "n_gpu_layers": self.n_gpu_layers,
+            "flash_attn": self.flash_attention,
+        }
+
+
+@dataclass(frozen=True)
+class BenchProgress:
+    """Where a benchmark stands.
+
+    Attributes:
+        doing: what runs now, in words.
+        fraction: share of the expected time that has passed, 0 to 1.
+        left_s: expected seconds left; NaN before there is anything to tell it from.
+    """
+
+    doing: str
+    fraction: float
+    left_s: float
+
+
+@dataclass
+class BenchResult:
+    """What was measured.
+
+    Attributes:
+        settings: what was run.
+        plans: by contender.
+        times: of all runs.
+        usage: by contender, of its last process at the end of a request.
+        nodes_prefill: by contender, nodes of the graph that reads a prompt; None where the library does not tell.
+        machine: of ours with no plan, a :class:`adaskip_cpp.model.cost_settings.CostSettings` as a dictionary.
+        complete: whether all rounds were run.
+        error: what ended it before; None if that was Ctrl-C.
+    """
+
+    settings: BenchSettings
+    plans: Mapping[str, SkipPlan]
+    times: BenchTimes
+    usage: dict[str, Usage] = field(default_factory=dict)
+    nodes_prefill: dict[str, int | None] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    error: AdaSkipError | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, raw times included."""
+        return {
+            "settings": {**asdict(self.settings), "contexts": list(self.settings.contexts)},
+            "machine": self.machine,
+            "complete": self.complete,
+            "error": None if self.error is None else str(self.error),
+            "contenders": [
+                {
+                    "name": name,
+                    "plan": self.plans[name].to_dict() if name in self.plans else None,
+                    "nodes_prefill": self.nodes_prefill.get(name),
+                    **(asdict(self.usage[name]) if name in self.usage else {}),
+                }
+                for name in self.times.contenders
+            ],
+            "times": [
+                {
+                    "run": name,
+                    "context": context,
+                    "first_token_s": [run.first_token_s for run in runs],
+                    "token_s": [list(run.token_s) for run in runs],
+                }
+                for (name, context), runs in self.times.times.items()
+            ],
+        }
+
+
+def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -> tuple[tuple[int, ...], str]:
+    """Return the contexts to measure, ascending, and a line that says what was changed, "" if nothing.
+
+    Args:
+        asked: tokens of the prompts; None for :data:`DEFAULT_CONTEXTS` as far as the model allows.
+        n_ctx_train: the model's context, 0 if it has none.
+        n_decode: tokens that must fit in behind the prompt.
+
+    Raises:
+        DataError: a context asked for is beyond the model's, or leaves no room at all.
+    """
+    wanted = sorted(set(DEFAULT_CONTEXTS if asked is None else asked))
+    limit = n_ctx_train - n_decode if n_ctx_train else wanted[-1]
+    if wanted[0] < 1 or limit < 1:
+        raise DataError(
+            f"no prompt of {wanted[0]} tokens with {n_decode} decoded behind it fits into the model's context of "
+            f"{n_ctx_train:,}; use --contexts of 1 or more and fewer --decode-tokens"
+        )
+    if asked is not None and n_ctx_train and wanted[-1] > n_ctx_train:
+        raise DataError(
+            f"a context of {wanted[-1]:,} tokens is beyond the model's {n_ctx_train:,}; use smaller --contexts"
+        )
+    fitting = sorted({min(context, limit) for context in wanted})
+    if fitting == wanted:
+        return tuple(fitting), ""
+    listed = ", ".join(f"{context:,}" for context in fitting)
+    return tuple(fitting), (
+        f"Contexts are {listed}: the model's {n_ctx_train:,} tokens also hold the {n_decode} that are decoded."
+    )
+
+
+class Bench:
+    """A benchmark that is about to run.
+
+    Args:
+        settings: what to run.
+        plans: by the name of the contender that runs under it.
+        tokens: text for the prompts; repeated where a context is longer.
+        skippable: bool ``[n_layer, 2]``; with it the ideal ratio of each plan is measured too. None leaves that out.
+        stock: whether stock llama-cpp-python is a contender.
+        on_progress: called before every run.
+    """
+
+    def __init__(
+        self,
+        settings: BenchSettings,
+        plans: Mapping[str, SkipPlan],
+        tokens: Sequence[int],
+        *,
+        skippable: _Skip | None = None,
+        stock: bool = True,
+        on_progress: Callable[[BenchProgress], None] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._tokens = list(tokens)
+        self._on_progress = on_progress or (lambda progress: None)
+        self._complements: dict[str, _Skip] = {}
+        self._runs: list[_Run] = []
+        self._plan_paths: dict[str, Path] = {}
+        self._workers: dict[str, Worker] = {}
+        self._warm: dict[str, RequestTime] = {}
+        self._start_s = 0.0
+        times = BenchTimes(
+            [*([STOCK] if stock else []), FULL, *plans],
+            parts={} if skippable is None or not plans else self._add_parts(plans, skippable),
+            settle={name: _settle(plan, settings.n_decode) for name, plan in plans.items()},
+        )
+        self.result = BenchResult(settings, dict(plans), times)
+
+    def run(self) -> BenchResult:
+        """Run it to the end, to Ctrl-C or to the death of a contender; the result is what was measured by then.
+
+        Raises:
+            AdaSkipError: a contender failed before the first round.
+            KeyboardInterrupt: before the first round.
+        """
+        with tempfile.TemporaryDirectory(prefix="adaskip-bench-") as folder:
+            self._write_plans(Path(folder))
+            try:
+                for n_round in range(self._settings.n_rounds):
+                    with ExitStack() as stack:
+                        self._start(stack, n_round)
+                        for context in self._settings.contexts:
+                            for index in in_turn(len(self._runs), n_round):
+                                self._time(self._runs[index], context, n_round)
+                self.result.complete = True
+            except KeyboardInterrupt:
+                if not self._warm:
+                    raise
+            except AdaSkipError as error:
+                if not self._warm:
+                    raise
+                self.result.error = error
+        return self.result
+
+    # -- the plans of the ideal ---------------------------------------------------------------------------------------
+
+    def _add_parts(self, plans: Mapping[str, SkipPlan], skippable: _Skip) -> dict[str, Parts]:
+        def part(skip_set: SkipSet, name: str) -> str | None:
+            if skip_set.n_skip == 0:
+                return None
+            runs = skippable & ~skip_set.skip
+            for known, skip in self._complements.items():
+                if np.array_equal(runs, skip):
+                    return known
+            self._complements[f"only what {name!r} skips"] = runs
+            return f"only what {name!r} skips"
+
+        parts = {}
+        for name, plan in plans.items():
+            prefill = part(plan.prefill, name)
+            changes = bool(plan.schedule) or plan.online is not None
+            same = plan.prefill.n_skip == 0 or np.array_equal(plan.prefill.skip, plan.decode.skip)
+            decode = None if changes else part(plan.decode, name if same else f"{name} in decode")
+            if prefill is not None or decode is not None:
+                parts[name] = Parts(prefill, decode, _REST)
+        if parts:
+            self._complements[_REST] = skippable
+        return parts
+
+    # -- the contenders -----------------------------------------------------------------------------------------------
+
+    def _write_plans(self, folder: Path) -> None:
+        number = itertools.count()
+
+        def write(plan: SkipPlan) -> Path:
+            path = folder / f"{next(number)}.pickle"
+            path.write_bytes(pickle.dumps(plan))
+            return path
+
+        self._plan_paths = {name: write(plan) for name, plan in self.result.plans.items()}
+        self._runs = [_Run(name, name) for name in self.result.times.contenders]
+        for name, skip in self._complements.items():
+            attention, ffn = (np.flatnonzero(skip[:, kind]).tolist() for kind in (0, 1))
+            self._runs.append(_Run(name, _IDEAL, write(SkipPlan.manual(len(skip), attention=attention, ffn=ffn))))
+
+    def _start(self, stack: ExitStack, n_round: int) -> None:
+        """Start all processes and warm them up."""
+        start = time.perf_counter()
+        for name in dict.fromkeys(run.process for run in self._runs):
+            if n_round == 0:
+                self._on_progress(BenchProgress(f"loading {name}", 0.0, math.nan))
+            worker = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
+            reply = worker.open(self._settings.model, self._settings.options, self._plan_paths.get(name))
+            if name == FULL:
+                self.result.machine = reply["settings"]
+            self._workers[name] = worker
+        prompt = self._prompt(min(self._settings.contexts[0], _N_WARM_UP))
+        warm = {}
+        for run in self._runs:
+            worker = self._workers[run.process]
+            if n_round == 0:
+                self._on_progress(BenchProgress(f"warming up: {run.name}", 0.0, math.nan))
+                worker.time(prompt, 0, run.plan)
+                self.result.nodes_prefill[run.name] = worker.usage.nodes
+                warm[run.name] = worker.time(prompt, self._settings.n_decode, run.plan)
+            else:
+                worker.time(prompt, N_SETTLE, run.plan)
+        self._warm = self._warm or warm
+        self._start_s = time.perf_counter() - start
+
+    def _time(self, run: _Run, context: int, n_round: int) -> None:
+        self._tell(run, context, n_round)
+        time.sleep(_PAUSE_S)
+        worker = self._workers[run.process]
+        result = worker.time(self._prompt(context), self._settings.n_decode, run.plan)
+        self.result.times.times.setdefault((run.name, context), []).append(result)
+        if run.plan is None:
+            self.result.usage[run.name] = worker.usage
+
+    def _prompt(self, context: int) -> list[int]:
+        return (self._tokens * -(-context // len(self._tokens)))[:context]
+
+    # -- how long it takes --------------------------------------------------------------------------------------------
+
+    def _tell(self, run: _Run, context: int, n_round: int) -> None:
+        times = self.result.times.times
+        done, total = (n * self._start_s for n in (n_round + 1, self._settings.n_rounds))
+        for each in self._runs:
+            for other in self._settings.contexts:
+                expected = self._expected(each.name, other) + _PAUSE_S
+                done += len(times.get((each.name, other), ())) * expected
+                total += self._settings.n_rounds * expected
+        doing = f"round {n_round + 1} of {self._settings.n_rounds}, {context:,} tokens: {run.name}"
+        self._on_progress(BenchProgress(doing, done / total, total - done))
+
+    def _expected(self, name: str, context: int) -> float:
+        """Seconds of a run: as those before it, or as others at this context took against what was expected of them."""
+        known = self.result.times.times.get((name, context))
+        if known:
+            return _median_s(known)
+        others = [
+            _median_s(runs) / self._from_warm_up(other, context)
+            for (other, n), runs in self.result.times.times.items()
+            if n == context
+        ]
+        return self._from_warm_up(name, context) * (statistics.median(others) if others else 1.0)
+
+    def _from_warm_up(self, name: str, context: int) -> float:
+        """As long a warm-up's prompt times the context, which is too short where attention takes most of the time."""
+        warm = self._warm[name]
+        return warm.first_token_s * context / min(self._settings.contexts[0], _N_WARM_UP) + sum(warm.token_s)
+
+
+def _median_s(runs: Sequence[RequestTime]) -> float:
+    return statistics.median(run.first_token_s + sum(run.token_s) for run in runs)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What takes its turn in a round, in the process of that name; with a plan it is one of the ideal's."""
+
+    name: str
+    process: str
+    plan: Path | None = None
+
+
+def _settle(plan: SkipPlan, n_decode: int) -> int:
+    """Tokens of decode that do not count: with an online stage those that it observes, so that its choice is timed."""
+    if plan.online is None or n_decode <= plan.online.window:
+        return N_SETTLE
+    return plan.online.window + _N_SETTLE_ONLINE

@@ -1,0 +1,167 @@
+"""The other end of :mod:`adaskip_cpp.bench.worker`: starts a contender's process and talks to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import errors
+from ..errors import AdaSkipError, NativeError
+from ..measuring.timing import RequestTime
+
+__all__ = ["Side", "Usage", "Worker"]
+
+Side = Literal["stock", "ours"]
+
+# The path is set before anything is imported, so that the worker finds the packages that this process has, whatever
+# the working directory holds.
+_START = (
+    "import sys; sys.path[:] = sys.argv.pop(1).split({separator!r}); "
+    "import runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a contender takes; None where its library does not tell.
+
+    Attributes:
+        peak_bytes: largest resident memory of the process, weights included as far as they were read.
+        kv_bytes: size of the KV cache.
+        nodes_full: nodes of the last graph as llama.cpp built it.
+        nodes: nodes of the last graph as it was computed.
+        graphs_built, graphs_reused: since the model was loaded.
+    """
+
+    peak_bytes: int | None = None
+    kv_bytes: int | None = None
+    nodes_full: int | None = None
+    nodes: int | None = None
+    graphs_built: int | None = None
+    graphs_reused: int | None = None
+
+
+class Worker:
+    """A contender's process, idle unless it is asked something; a context manager that ends it.
+
+    Args:
+        name: what messages call it.
+        side: whose libllama it runs on.
+
+    Attributes:
+        usage: what it had taken at the end of the last request.
+    """
+
+    def __init__(self, name: str, side: Side) -> None:
+        self.name = name
+        self.usage = Usage()
+        self._side = side
+        self._sizes: dict[str, int] = {}
+        # A file and not a pipe: nobody reads it while the worker runs.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
+        environment = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
+        path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        worker = str(Path(__file__).with_name("worker.py"))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START.format(separator=os.pathsep), path, worker, side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environment,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # the terminal's Ctrl-C is not for it
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+    def open(self, model: str, options: dict[str, Any], plan: Path | None = None) -> dict[str, Any]:
+        """Load a model.
+
+        Args:
+            model: GGUF file.
+            options: for ``llama_cpp.Llama``.
+            plan: file of a pickled plan to open it with; ours alone.
+
+        Returns:
+            ``library``, the path of its libllama, and of ours ``settings``, a :class:`CostSettings` as a dictionary.
+        """
+        reply = self._ask(do="open", model=model, options=options, plan=None if plan is None else str(plan))
+        if self._side == "stock":
+            self._sizes = _sizes(self._read_log())
+        return reply
+
+    def time(self, prompt: Sequence[int], n_decode: int, plan: Path | None = None) -> RequestTime:
+        """Time a request, see :func:`adaskip_cpp.measuring.timing.time_request`; a plan is put in force before."""
+        reply = self._ask(do="time", prompt=list(prompt), n_decode=n_decode, plan=None if plan is None else str(plan))
+        self.usage = Usage(**{**self._sizes, **reply["usage"]})
+        return RequestTime(reply["first_token_s"], tuple(reply["token_s"]))
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            raise NativeError(
+                f"the process of {self.name!r} ended with code {code} ({self._last_words()}); if memory is short, use "
+                "smaller --contexts"
+            )
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            kind = getattr(errors, reply["class"], None)
+            if isinstance(kind, type) and issubclass(kind, AdaSkipError):
+                raise kind(reply["error"])
+            raise NativeError(
+                f"{self.name!r} failed ({reply['class']}: {reply['error']}; {self._last_words()}); "
+                "check the model with `adaskip-cpp inspect`"
+            )
+        return reply
+
+    def _read_log(self) -> str:
+        self._log.seek(0)
+        log = self._log.read().decode("utf-8", "replace")
+        self._log.seek(0, os.SEEK_END)
+        return log
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self._read_log().splitlines() if line.strip()]
+        return f"its last words: {lines[-1]}" if lines else "it said nothing"
+
+
+def _sizes(log: str) -> dict[str, int]:
+    """What stock llama.cpp tells in its log alone."""
+    sizes: dict[str, int] = {}
+    kv = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log)
+    if kv:
+        sizes["kv_bytes"] = round(sum(map(float, kv)) * 2**20)
+    nodes = re.findall(r"graph: nodes = (\d+)", log)
+    if nodes:
+        sizes["nodes_full"] = sizes["nodes"] = int(nodes[-1])
+    return sizes

@@ -1,0 +1,179 @@
+"""From the times of a benchmark to its table: medians, ratios pair by pair, and how near the ideal they come.
+
+Nothing here runs a model: the same functions serve measured times and the synthetic ones of the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from ..intervals import Interval, ratio_interval
+from ..measuring.timing import N_SETTLE, RequestTime
+
+__all__ = ["FULL", "PHASES", "STOCK", "BenchTimes", "Parts", "Phase", "Row", "table", "verdict"]
+
+Phase: TypeAlias = Literal["prefill", "decode"]
+PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+"""Prefill stands for the time to the first token, decode for the time per token behind it."""
+
+STOCK = "stock"
+FULL = "no plan"
+"""The two contenders that others are compared with: stock llama-cpp-python, and ours with no plan."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which runs tell the time of a plan's skipped sublayers: one in which only they run, less one in which none does.
+
+    A few sublayers by themselves may fit into a cache that the whole model does not fit into. Then they take less time
+    alone than among the others, and skipping them brings more than this ideal: more than 100% of it.
+
+    Attributes:
+        prefill: name of the run with only the sublayers that the plan skips in prefill; None where it skips none.
+        decode: likewise; None also where its decode set changes within a request.
+        rest: name of the run in which nothing that can be skipped runs.
+    """
+
+    prefill: str | None
+    decode: str | None
+    rest: str
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all its runs."""
+        return {name for name in (self.prefill, self.decode, self.rest) if name is not None}
+
+
+@dataclass
+class BenchTimes:
+    """The times of all runs.
+
+    Attributes:
+        contenders: their names in the order of the table.
+        times: by name and tokens of context, one request per round, in order. Names may be those of :class:`Parts`.
+        parts: by contender; empty if the ideal was not measured.
+        settle: by contender, tokens at the beginning of decode that do not count; :data:`timing.N_SETTLE` by default.
+    """
+
+    contenders: Sequence[str]
+    times: dict[tuple[str, int], list[RequestTime]] = field(default_factory=dict)
+    parts: Mapping[str, Parts] = field(default_factory=dict)
+    settle: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def contexts(self) -> list[int]:
+        """Tokens of context measured, ascending."""
+        return sorted({context for _, context in self.times})
+
+    def n_rounds(self, context: int) -> int:
+        """Rounds that are complete: every run was made in them."""
+        names = {*self.contenders, *(name for parts in self.parts.values() for name in parts.names)}
+        return min((len(self.times.get((name, context), ())) for name in names), default=0)
+
+    def seconds(self, name: str, context: int, phase: Phase) -> list[float]:
+        """Seconds to the first token, or per token, of the complete rounds."""
+        runs = self.times.get((name, context), [])[: self.n_rounds(context)]
+        if phase == "prefill":
+            return [run.first_token_s for run in runs]
+        return [run.per_token_s(self.settle.get(name, N_SETTLE)) for run in runs]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one context in one phase.
+
+    Attributes:
+        contender: its name.
+        context: tokens of the prompt.
+        phase: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token behind it.
+        n_rounds: rounds that it rests on.
+        median_s, low_s, high_s: median and quartiles, seconds.
+        against: how many times as fast it is as :data:`STOCK` and as :data:`FULL`, where these were measured; pair by
+            pair, see :func:`intervals.ratio_interval`.
+        ideal: how many times as fast as :data:`FULL` it would be if it took no more than the full model's time less
+            that of the skipped sublayers, measured separately: ``full / (full - skipped)``; None if not measured.
+        of_ideal: what was measured against :data:`FULL`, divided by the ideal; 1 is all that skipping can bring.
+    """
+
+    contender: str
+    context: int
+    phase: Phase
+    n_rounds: int
+    median_s: float
+    low_s: float
+    high_s: float
+    against: Mapping[str, Interval]
+    ideal: Interval | None = None
+    of_ideal: Interval | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "contender": self.contender,
+            "context": self.context,
+            "phase": self.phase,
+            "n_rounds": self.n_rounds,
+            "median_s": self.median_s,
+            "low_s": self.low_s,
+            "high_s": self.high_s,
+            "speed_against": {
+                name: {**interval.to_dict(), "real": interval.excludes(), "verdict": verdict(interval)}
+                for name, interval in self.against.items()
+            },
+            "ideal": None if self.ideal is None else self.ideal.to_dict(),
+            "of_ideal": None if self.of_ideal is None else self.of_ideal.to_dict(),
+        }
+
+
+def table(measured: BenchTimes) -> list[Row]:
+    """Return the rows of all contexts with a complete round, by phase, context and contender."""
+    rows = []
+    for phase in PHASES:
+        for context in measured.contexts:
+            for name in measured.contenders:
+                row = _row(measured, name, context, phase)
+                if row is not None:
+                    rows.append(row)
+    return rows
+
+
+def verdict(interval: Interval) -> str:
+    """Say in words what a ratio of speeds proves: how many times as fast, or that there is no real difference."""
+    if not math.isfinite(interval.low) or not math.isfinite(interval.high):
+        return f"{interval.value:.2f} x as fast, measured once"
+    digits = 3 if abs(interval.value - 1) < 0.1 else 2
+    ends = f"({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+    return f"{interval.value:.{digits}f} x as fast {ends}" if interval.excludes() else f"no real difference {ends}"
+
+
+def _row(measured: BenchTimes, name: str, context: int, phase: Phase) -> Row | None:
+    own = measured.seconds(name, context, phase)
+    if not own or not all(map(math.isfinite, own)):
+        return None
+    low, median, high = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
+    against = {}
+    for reference in (STOCK, FULL):
+        theirs = measured.seconds(reference, context, phase)
+        if reference != name and theirs:
+            against[reference] = ratio_interval(theirs, own)
+    ideal, of_ideal = _ideal(measured, name, context, phase, own)
+    return Row(name, context, phase, len(own), median, low, high, against, ideal, of_ideal)
+
+
+def _ideal(
+    measured: BenchTimes, name: str, context: int, phase: Phase, own: list[float]
+) -> tuple[Interval | None, Interval | None]:
+    parts = measured.parts.get(name)
+    part = None if parts is None else getattr(parts, phase)
+    if parts is None or part is None:
+        return None, None
+    full, only, rest = (np.array(measured.seconds(each, context, phase)) for each in (FULL, part, parts.rest))
+    least = full - (only - rest)
+    if len(least) == 0 or not (least > 0).all():  # on so noisy a machine there is no ideal
+        return None, None
+    return ratio_interval(full, least), ratio_interval(least, own)

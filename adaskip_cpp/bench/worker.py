@@ -1,0 +1,129 @@
+"""One contender of a benchmark: a process that holds a model and times requests when it is told to.
+
+Run by its path, never as a module of the package: it imports adaskip_cpp only where ours is asked for, so that stock
+llama-cpp-python runs on its own libllama. Requests and replies are JSON, one a line, on stdin and stdout; whatever else
+writes to stdout goes to stderr. The process ends where stdin does, in the middle of a request too: with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickle
+import queue
+import resource
+import runpy
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+__all__: list[str] = []
+
+_TIMING = runpy.run_path(str(Path(__file__).parents[1] / "measuring" / "timing.py"), run_name="timing")
+
+
+class _Contender:
+    """A model, stock or ours."""
+
+    def __init__(self, side: str) -> None:
+        self._ours = side == "ours"
+        self._llm: Any = None
+
+    def open(self, model: str, options: dict[str, Any], plan: str | None = None) -> dict[str, Any]:
+        """Load the model; a plan is the path of a pickled one."""
+        kind: Any
+        if self._ours:
+            from adaskip_cpp import AdaSkipLlama as kind
+
+            if plan is not None:
+                options = {**options, "plan": _load(plan)}
+        else:
+            from llama_cpp import Llama as kind
+
+            _check_stock()
+        import llama_cpp
+        from llama_cpp import _logger
+
+        # llama.cpp tells its sizes, and why it cannot load a model, in its log alone.
+        self._llm = kind(model, verbose=True, **options)
+        self._llm.verbose = False
+        _logger.set_verbose(False)
+        reply: dict[str, Any] = {"library": str(llama_cpp.llama_cpp._lib._name)}
+        if self._ours:
+            from adaskip_cpp.model.cost_settings import CostSettings
+
+            reply["settings"] = CostSettings.of(self._llm).to_dict()
+        return reply
+
+    def time(self, prompt: list[int], n_decode: int, plan: str | None = None) -> dict[str, Any]:
+        """Time a request; a plan is put in force first."""
+        if plan is not None:
+            self._llm.set_plan(_load(plan))
+        result = _TIMING["time_request"](self._llm, prompt, n_decode)
+        return {"first_token_s": result.first_token_s, "token_s": result.token_s, "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        """Memory and graphs, up to now, as far as the library tells."""
+        import llama_cpp
+
+        reused = int(llama_cpp.llama_perf_context(self._llm.ctx).n_reused)
+        usage: dict[str, Any] = {"peak_bytes": _peak_bytes(), "graphs_reused": max(reused, 0)}
+        if self._ours:
+            counters = self._llm.counters
+            for name in ("kv_bytes", "nodes_full", "nodes", "graphs_built", "graphs_reused"):
+                usage[name] = int(getattr(counters, name))
+        return usage
+
+
+def _load(path: str) -> Any:
+    return pickle.loads(Path(path).read_bytes())  # written by the parent into a folder of its own
+
+
+def _check_stock() -> None:
+    import llama_cpp
+
+    library = Path(llama_cpp.llama_cpp._lib._name).resolve()
+    if "adaskip_cpp" in sys.modules or Path(llama_cpp.__file__).resolve().parent not in library.parents:
+        raise RuntimeError(f"this process runs on {library}, not on the libllama of llama-cpp-python")
+
+
+def _peak_bytes() -> int:
+    try:
+        # Linux keeps ru_maxrss across exec, so it may be the parent's; this is of the program alone.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _read(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
+    for line in sys.stdin:
+        requests.put(json.loads(line))
+    os._exit(0)
+
+
+def main(side: str) -> None:
+    """Serve requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(requests,), daemon=True).start()
+    contender = _Contender(side)
+    while True:
+        request = requests.get()
+        try:
+            reply = getattr(contender, request.pop("do"))(**request)
+        except Exception as error:
+            reply = {"error": str(error), "class": type(error).__name__}
+        ctypes.CDLL(None).fflush(None)  # what llama.cpp has to say is then in the log before the reply is read
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

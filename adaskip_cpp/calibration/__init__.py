@@ -1,0 +1,4 @@
+"""Runs a model and learns a profile from it: similarity, linear maps, and what each sublayer costs.
+
+Imports ``measuring``, ``planning``, ``engine`` and ``model``.
+"""

@@ -1,0 +1,262 @@
+"""Calibration: run requests through the full model and learn how much each sublayer changes its input."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..engine.native import KIND_NAMES
+from ..errors import NativeError, RequestError
+from ..measuring import corpus
+from ..model.maps import LinearMaps, map_scale
+from ..model.statistics import PhaseStatistics
+from ..planning.profile import Profile
+from ..progress import RequestProgress, fraction_progress
+from .linear import DEFAULT_RANK, LinearFit, moments_bytes
+from .similarity import RequestStatistics
+
+if TYPE_CHECKING:
+    from ..engine.llama import AdaSkipLlama
+    from ..engine.native import StatisticsBatch
+    from .cost import CostModel
+
+__all__ = ["MAX_DECODED", "Request", "calibrate"]
+
+MAX_DECODED = 20
+"""Requests that are continued in decode, spread evenly over all; as many as the authors use."""
+
+_MOMENTS_BYTES = 2 << 30
+
+Request: TypeAlias = "str | Sequence[SupportsIndex]"
+"""A text, or token ids."""
+
+
+def calibrate(
+    llm: AdaSkipLlama,
+    requests: Iterable[Request] | None = None,
+    *,
+    n_requests: int = corpus.N_REQUESTS,
+    n_tokens: int = corpus.N_TOKENS,
+    n_decode: int = 32,
+    rank: int = DEFAULT_RANK,
+    cost: bool = True,
+    progress: bool | None = None,
+    description: str | None = None,
+) -> Profile:
+    """Learn a profile from calibration requests: the paper's offline importance learning, and the same of decode.
+
+    Every request runs in prefill through the full model, which continues :data:`MAX_DECODED` of them by ``n_decode``
+    tokens, greedily and past an end of text too. What :class:`adaskip_cpp.model.statistics.PhaseStatistics` holds is
+    computed over all tokens of one phase of a request and then averaged over the requests. The model's plan is set
+    aside meanwhile and put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
+
+    Args:
+        llm: the model.
+        requests: texts or lists of token ids, all of them used. None: pages of ``pydoc_data.topics``, the language
+            reference that every Python carries; text like your own gives a better profile.
+        n_requests: requests to cut from the built-in pages, ignored if ``requests`` is given.
+        n_tokens: tokens in each of those, ignored likewise.
+        n_decode: tokens to decode after a request, at least 1.
+        rank: of the linear maps that are fitted for compensation ``"linear"``, see
+            :mod:`adaskip_cpp.calibration.linear`; 0 for none. The moments of all sublayers take ``16 * n_layer * n_embd
+            ** 2`` bytes; beyond 2 GiB they are gathered in several passes over the requests.
+        cost: whether to measure what each sublayer costs on this machine, which ``Profile.plan(speedup=...)`` needs.
+        progress: True shows progress on stderr, False does not; None does where stderr is a terminal and it will take
+            more than 2 s.
+        description: what text this is, in words, stored in the profile.
+
+    Returns:
+        The profile; ``n_tokens`` and ``n_requests`` say how much text it saw.
+
+    Raises:
+        RequestError: there are no requests, or one is empty, leaves the model's context no room for ``n_decode``
+            tokens, or has token ids that are not in the vocabulary. All are checked before the first one runs.
+    """
+    if requests is None:
+        token_lists = corpus.cut(llm, corpus.text(), n_requests, n_tokens)
+    elif isinstance(requests, str | bytes):
+        raise RequestError("requests is one text, not several; pass a list of texts or of token-id lists")
+    else:
+        token_lists = [_tokens(llm, request, index) for index, request in enumerate(requests)]
+    _check(llm, token_lists, n_decode, rank)
+    if description is None:
+        description = corpus.DESCRIPTION if requests is None else "requests given by the caller"
+
+    prefill: list[PhaseStatistics] = []
+    decode: list[PhaseStatistics] = []
+    fits = _fits(llm) if rank else []
+    maps = None
+    n_decoded = min(len(token_lists), MAX_DECODED)
+    decodes = {index * len(token_lists) // n_decoded for index in range(n_decoded)}
+    lengths = [len(tokens) + n_decode * (index in decodes) for index, tokens in enumerate(token_lists)]
+    lengths += [len(tokens) for tokens in token_lists] * max(len(fits) - 1, 0)
+    with _full_model(llm):
+        with RequestProgress(lengths, progress) as shown:
+            for index, tokens in enumerate(token_lists):
+                llm.reset()
+                prefill.append(_prefill(llm, tokens, shown.advance, fits[0] if fits else None))
+                if index in decodes:
+                    decode.append(_decode(llm, tokens, n_decode, shown.advance))
+                shown.finish_request()
+            if rank:
+                scale = map_scale(PhaseStatistics.mean(prefill).median_ratio)
+                maps = _fit(llm, fits, token_lists, rank, scale, shown)
+        cost_model = _measure_cost(llm, progress) if cost else None
+
+    return Profile(
+        prefill=PhaseStatistics.mean(prefill),
+        decode=PhaseStatistics.mean(decode),
+        n_requests=len(prefill),
+        n_tokens=sum(len(tokens) for tokens in token_lists),
+        model=llm.model_info,
+        corpus=description,
+        package_version=_package_version(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        cost=cost_model,
+        maps=maps,
+    )
+
+
+def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
+    if isinstance(request, str):
+        # An empty text still has the token that begins a sequence.
+        return llm.tokenize(request.encode("utf-8", "replace"), add_bos=True, special=False) if request else []
+    try:
+        return [operator.index(token) for token in request]
+    except TypeError as error:
+        raise RequestError(
+            f"request {index} is neither a text nor a list of token ids; pass str or whole numbers"
+        ) from error
+
+
+def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int, rank: int) -> None:
+    if not isinstance(rank, int) or not 0 <= rank <= 4096:
+        raise RequestError(f"the rank of the linear maps is {rank!r}; use a whole number from 0 (none) to 4096")
+    if not isinstance(n_decode, int) or n_decode < 1:
+        raise RequestError(f"n_decode is {n_decode!r}; decode at least 1 token per request")
+    if not token_lists:
+        raise RequestError("there are no requests; pass at least one, or None for the built-in text")
+    n_ctx, n_vocab = llm.context_size, llm.n_vocab()
+    for index, tokens in enumerate(token_lists):
+        if not tokens:
+            raise RequestError(f"request {index} is empty; leave it out")
+        if len(tokens) + n_decode > n_ctx:
+            raise RequestError(
+                f"request {index} has {len(tokens)} tokens and {n_decode} to decode, the model's context {n_ctx}; "
+                "shorten it or load the model with a larger n_ctx"
+            )
+        wrong = next((token for token in tokens if not 0 <= token < n_vocab), None)
+        if wrong is not None:
+            raise RequestError(
+                f"request {index} has the token id {wrong}, which is not in the vocabulary; "
+                f"use ids from 0 to {n_vocab - 1}"
+            )
+
+
+@contextlib.contextmanager
+def _full_model(llm: AdaSkipLlama) -> Iterator[None]:
+    """Take the plan and the draft model off, and put them back whatever happens; leave no KV of the requests behind."""
+    plan, draft_model = llm.plan, llm.draft_model
+    llm.set_plan(None)
+    llm.draft_model = None
+    try:
+        yield
+    finally:
+        llm.draft_model = draft_model
+        llm.reset()
+        llm.set_plan(plan)
+
+
+def _prefill(
+    llm: AdaSkipLlama, tokens: list[int], advance: Callable[[int], None], fit: LinearFit | None
+) -> PhaseStatistics:
+    statistics = RequestStatistics(llm.n_layer)
+
+    def sink(batch: StatisticsBatch) -> None:
+        statistics.add(batch)
+        if fit is not None and batch.activations is not None:
+            fit.add(batch.activations, batch.positions)
+        advance(batch.dot.shape[2])
+
+    with llm.collect_statistics(sink, vectors=True, activations=fit is not None):
+        llm.eval(tokens)
+    return _complete(statistics, len(tokens))
+
+
+def _fits(llm: AdaSkipLlama) -> list[LinearFit]:
+    """One fit per pass over the requests, each of as many sublayers as its moments have memory for."""
+    skippable = [(s.layer, KIND_NAMES.index(s.kind)) for s in llm.sublayers if s.skippable]
+    n_fit = max(_MOMENTS_BYTES // moments_bytes(llm.n_embd()), 1)
+    return [LinearFit(skippable[start : start + n_fit]) for start in range(0, len(skippable), n_fit)]
+
+
+def _fit(
+    llm: AdaSkipLlama,
+    fits: list[LinearFit],
+    token_lists: list[list[int]],
+    rank: int,
+    scale: npt.NDArray[np.float64],
+    shown: RequestProgress,
+) -> LinearMaps | None:
+    """Fit the maps; the first pass over the requests has been made."""
+    n_embd = llm.n_embd()
+    rank = min(rank, n_embd)
+    down = np.full((llm.n_layer, 2, rank, n_embd), np.nan, np.float32)
+    up = np.full((llm.n_layer, 2, n_embd, rank), np.nan, np.float32)
+    for index, fit in enumerate(fits):
+        for tokens in token_lists if index else ():
+            llm.reset()
+            _prefill(llm, tokens, shown.advance, fit)
+            shown.finish_request()
+        for where, fitted in fit.fit(rank, scale).items():
+            down[where], up[where] = fitted
+        fit.clear()
+    # Requests of one token each have nothing to fit on.
+    return None if np.isnan(up).all() else LinearMaps(down, up)
+
+
+def _decode(llm: AdaSkipLlama, tokens: list[int], n_decode: int, advance: Callable[[int], None]) -> PhaseStatistics:
+    """Generate behind a prompt that is in the cache."""
+    statistics = RequestStatistics(llm.n_layer)
+
+    def sink(batch: StatisticsBatch) -> None:
+        if batch.phase == "decode":  # the last token of the prompt is evaluated again, for its logits
+            statistics.add(batch)
+            advance(batch.dot.shape[2])
+
+    with (
+        llm.collect_statistics(sink, keep_logits=True, vectors=True),
+        contextlib.closing(llm.generate(tokens, temp=0.0)) as generated,
+    ):
+        for _ in range(n_decode + 1):  # the first one is sampled from the prompt's logits
+            next(generated)
+    return _complete(statistics, n_decode)
+
+
+def _measure_cost(llm: AdaSkipLlama, progress: bool | None) -> CostModel:
+    from .cost import measure_cost
+
+    with fraction_progress("Timing sublayers", progress) as on_progress:
+        return measure_cost(llm, on_progress=on_progress)
+
+
+def _complete(statistics: RequestStatistics, n_tokens: int) -> PhaseStatistics:
+    if statistics.n_tokens != n_tokens:
+        raise NativeError(
+            f"statistics cover {statistics.n_tokens} of a request's {n_tokens} tokens; please report this as a bug"
+        )
+    return statistics.result()
+
+
+def _package_version() -> str:
+    try:
+        return metadata.version("adaskip-cpp")
+    except metadata.PackageNotFoundError:
+        return "unknown"

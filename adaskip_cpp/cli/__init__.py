@@ -1,0 +1,4 @@
+"""The command line, ``adaskip-cpp``: one module per verb, which reads options, calls and prints.
+
+Imports everything; nothing imports it.
+"""

@@ -1,0 +1,135 @@
+"""``adaskip-cpp calibrate``: learn a model's profile and write it to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from ..calibration.linear import DEFAULT_RANK
+from ..errors import ProfileError
+from ..measuring.corpus import N_REQUESTS, N_TOKENS
+from .terminal import console, json_option, load_model, model_options, read_text
+
+if TYPE_CHECKING:
+    from ..planning.profile import Profile
+
+__all__ = ["calibrate"]
+
+_CTX_TIMED = 8192
+"""Context of a model whose sublayers are timed: that of `generate`, so that long prompts are predicted from times."""
+
+
+@click.command(
+    short_help="Learn a model's profile.",
+    epilog="\b\nExample:\n  adaskip-cpp calibrate model.gguf --data notes.txt -o model.adaskip.json",
+)
+@click.argument("model")
+@click.option("-o", "--output", required=True, metavar="PROFILE", help="Profile file to write.")
+@click.option(
+    "--data",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    help="UTF-8 text to calibrate on, - for stdin; may be repeated. Text like yours works best.  "
+    "[default: pages of pydoc_data.topics, Python's language reference]",
+)
+@click.option(
+    "--requests", type=click.IntRange(min=1), default=N_REQUESTS, show_default=True, help="Requests to cut from it."
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=N_TOKENS, show_default=True, help="Tokens in each request."
+)
+@click.option(
+    "--decode-tokens",
+    "n_decode",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Tokens to decode after a request, of 20 requests at most.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(0, 4096),
+    default=DEFAULT_RANK,
+    show_default=True,
+    help="Rank of the linear maps that stand in for skipped sublayers; 0 for none.",
+)
+@click.option("--no-cost", is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
+@model_options
+@json_option
+def calibrate(
+    model: str,
+    output: str,
+    files: tuple[str, ...],
+    requests: int,
+    tokens: int,
+    n_decode: int,
+    rank: int,
+    no_cost: bool,
+    threads: int | None,
+    gpu_layers: int,
+    as_json: bool,
+) -> None:
+    """Learn which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
+
+    The text is cut into requests, spread evenly over it, which run through the full model; some are continued by a few
+    tokens. At the end the sublayers are timed on this machine.
+    """
+    from ..calibration.calibrate import MAX_DECODED
+    from ..calibration.calibrate import calibrate as run
+    from ..measuring import corpus
+
+    _check_output(output)
+    start = time.monotonic()
+    text = "\n\n".join(read_text(file) for file in files) if files else corpus.text()
+    description = ", ".join(os.path.basename(file) for file in files) if files else corpus.DESCRIPTION
+    n_ctx = tokens + n_decode if no_cost else max(tokens + n_decode, _CTX_TIMED)
+    llm = load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)
+    profile = run(
+        llm,
+        corpus.cut(llm, text, requests, tokens),
+        n_decode=n_decode,
+        rank=rank,
+        cost=not no_cost,
+        description=description,
+    )
+    profile.save(output)
+    if as_json:
+        click.echo(json.dumps({"path": output, **profile.to_dict()}, indent=1))
+    else:
+        n_decoded = min(profile.n_requests, MAX_DECODED) * n_decode
+        _print(profile, output, requests, n_decoded, time.monotonic() - start)
+
+
+def _print(profile: Profile, output: str, n_asked: int, n_decoded: int, elapsed_s: float) -> None:
+    from ..model.profile_file import sidecar_name
+    from ..pictures.heatmap import print_heatmap
+
+    out = console()
+    print_heatmap(out, profile.similarity)
+    out.print()
+    short = f", all that fit of the {n_asked} asked for" if profile.n_requests < n_asked else ""
+    out.print(f"Calibrated on {profile.n_requests} requests{short}: {profile.n_tokens:,} tokens of {profile.corpus}.")
+    out.print(
+        f"{n_decoded:,} tokens were decoded"
+        + (", and the sublayers timed on this machine." if profile.cost is not None else ". No sublayer was timed.")
+    )
+    out.print(f"{profile.skippable.sum()} of {2 * profile.n_layer} sublayers can be skipped.")
+    vectors = ""
+    if profile.prefill.n_embd is not None:
+        vectors = f", its vectors to {os.path.join(os.path.dirname(output), sidecar_name(output))}; keep them together"
+    out.print(f"Profile written to {output}{vectors}", soft_wrap=True)
+    out.print(f"It took {elapsed_s:.0f} s. Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)
+
+
+def _check_output(path: str) -> None:
+    """Refuse a file that cannot be written before minutes of work, not after."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise ProfileError(f"there is no folder {folder!r}; create it or choose another place for the profile")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise ProfileError(f"cannot write a profile to {path!r}; choose another file")

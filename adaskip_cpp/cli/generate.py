@@ -1,0 +1,101 @@
+"""``adaskip-cpp generate``: answer a prompt, with or without skipping."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import click
+
+from .planning import PlanChoice, choose, plan_options, profile_options
+from .report import kv_memory, skipped_lines, speed_lines
+from .terminal import console, load_model, model_options, read_text
+
+if TYPE_CHECKING:
+    from ..engine.llama import AdaSkipLlama
+
+__all__ = ["generate"]
+
+
+@click.command(
+    short_help="Answer a prompt, with or without skipping.",
+    epilog="\b\nExample:\n  adaskip-cpp generate model.gguf -f question.txt --profile model.adaskip.json --skip 12",
+)
+@click.argument("model")
+@click.option("-p", "--prompt", help="The prompt.")
+@click.option("-f", "--file", metavar="FILE", help="Read the prompt from a file, - for stdin.")
+@profile_options
+@plan_options
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--ctx", type=click.IntRange(min=8), default=8192, show_default=True, help="Context in tokens.")
+@click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: always the likeliest.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 2), default=None, help="Seed of sampling.  [default: random]")
+@click.option(
+    "--chat/--raw",
+    default=None,
+    help="Wrap the prompt in the model's chat template, or continue it as it is.  [default: --chat if there is one]",
+)
+@model_options
+def generate(
+    model: str,
+    prompt: str | None,
+    file: str | None,
+    profile_path: str | None,
+    full: bool,
+    choice: PlanChoice | None,
+    max_tokens: int,
+    ctx: int,
+    temp: float,
+    seed: int | None,
+    chat: bool | None,
+    threads: int | None,
+    gpu_layers: int,
+) -> None:
+    """Answer a prompt with MODEL, a GGUF file. The text goes to stdout, the speed to stderr.
+
+    With a profile, the sublayers that matter least are skipped, and no KV memory is kept for attentions that never run.
+    The plan is that of the options; without any, the one that `adaskip-cpp tune` put into the profile.
+    """
+    from ..engine.generation import Generation
+
+    if (prompt is None) == (file is None):
+        raise click.UsageError("give a prompt either with -p or with -f", click.get_current_context())
+    chosen = choose(model, profile_path, choice, full)
+    text = prompt if prompt is not None else read_text(str(file))
+
+    length = 0
+    if chosen.choice is not None and chosen.choice.speedup is not None:
+        # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
+        with closing(load_model(model, n_ctx=256, threads=threads, gpu_layers=0)) as tokenizer:
+            length = len(_tokens(tokenizer, text, chat))
+    plan = chosen.plan(max(length, 1))
+    if chosen.note:
+        console(stderr=True).print(chosen.note, style="dim", markup=False)
+
+    llm = load_model(model, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
+    if seed is not None:
+        llm.set_seed(seed)
+    answer = Generation(llm, _tokens(llm, text, chat), max_tokens=max_tokens, temperature=temp)
+    for piece in answer:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if answer.timing is None:
+        return
+    lines = [*speed_lines(answer.timing), *skipped_lines(llm, answer.timing.n_generated)]
+    lines.append(f"KV:      {kv_memory(llm)}")
+    if answer.timing.end == "context":
+        lines.append("the answer stops where the context is full; --ctx gives more room")
+    console(stderr=True).print("\n".join(lines), style="dim")
+
+
+def _tokens(llm: AdaSkipLlama, text: str, chat: bool | None) -> list[int]:
+    from ..engine.generation import chat_tokens, has_chat_template
+
+    if not text:  # which would still have the tokens of the template around it
+        return []
+    if has_chat_template(llm) if chat is None else chat:
+        return chat_tokens(llm, [("user", text)])
+    return llm.tokenize(text.encode(), special=True)

@@ -1,0 +1,89 @@
+"""``adaskip-cpp inspect``: what a model is made of, and what can be skipped in it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .terminal import console, json_option, load_model, model_options
+
+if TYPE_CHECKING:
+    from ..engine.llama import AdaSkipLlama
+    from ..engine.native import Sublayer
+
+__all__ = ["inspect"]
+
+
+@click.command(
+    short_help="Show what can be skipped in a model.", epilog="\b\nExample:\n  adaskip-cpp inspect model.gguf"
+)
+@click.argument("model")
+@model_options
+@json_option
+def inspect(model: str, threads: int | None, gpu_layers: int, as_json: bool) -> None:
+    """Show the sublayers of MODEL, a GGUF file: which can be skipped, and why others cannot.
+
+    "nodes" is how many nodes of llama.cpp's compute graph a skip removes. Layers alike share a line.
+    """
+    llm = load_model(model, n_ctx=512, threads=threads, gpu_layers=gpu_layers)
+    facts = _facts(llm, model)
+    if as_json:
+        rows = [
+            {"layer": row.layer, "kind": row.kind, "skippable": row.skippable, "reason": row.reason, "nodes": row.nodes}
+            for row in llm.sublayers
+        ]
+        click.echo(json.dumps({**facts, "sublayers": rows}, indent=1))
+    else:
+        _print(facts, list(llm.sublayers))
+
+
+def _facts(llm: AdaSkipLlama, path: str) -> dict[str, Any]:
+    return {
+        "file": path,
+        "name": llm.metadata.get("general.name", ""),
+        "architecture": llm.model_info.architecture,
+        "n_layer": llm.n_layer,
+        "n_embd": llm.n_embd(),
+        "n_ctx_train": llm._model.n_ctx_train(),
+        "n_params": llm._model.n_params(),
+        "n_bytes": llm._model.size(),
+        "fingerprint": llm.model_info.fingerprint,
+        "n_skippable": sum(row.skippable for row in llm.sublayers),
+    }
+
+
+def _print(facts: dict[str, Any], sublayers: list[Sublayer]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    out = console()
+    title = f"{facts['name']}  " if facts["name"] else ""
+    out.print(
+        f"[bold]{title}[/]{facts['architecture']}, {facts['n_layer']} layers, {_count(facts['n_params'])} parameters"
+    )
+    out.print(
+        f"width {facts['n_embd']:,}, trained on contexts of {facts['n_ctx_train']:,} tokens, "
+        f"{facts['n_bytes'] / 1e6:,.0f} MB of weights"
+    )
+    out.print(f"fingerprint {facts['fingerprint'][:16]}")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("layers", "attention", "FFN"):
+        table.add_column(name)
+    cells = {(row.layer, row.kind): _cell(row) for row in sublayers}
+    rows = [(cells.get((layer, "attention"), ""), cells.get((layer, "ffn"), "")) for layer in range(facts["n_layer"])]
+    for alike, group in itertools.groupby(range(len(rows)), key=rows.__getitem__):
+        layers = list(group)
+        table.add_row(str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", *alike)
+    out.print(table)
+    out.print(f"{facts['n_skippable']} of {2 * facts['n_layer']} sublayers can be skipped.")
+
+
+def _cell(row: Sublayer) -> str:
+    return f"[green]yes[/], {row.nodes} nodes" if row.skippable else f"[yellow]no[/]: {row.reason}"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.1f} billion" if n >= 1e9 else f"{n / 1e6:,.0f} million"

@@ -1,0 +1,42 @@
+"""The command line, ``adaskip-cpp``: one verb per module, dispatched here."""
+
+from __future__ import annotations
+
+import click
+
+from .bench import bench
+from .calibrate import calibrate
+from .chat import chat
+from .demo import demo
+from .evaluate import evaluate
+from .generate import generate
+from .inspect import inspect
+from .plan import plan
+from .plot import plot
+from .terminal import Verbs
+from .tune import tune
+
+__all__ = ["main"]
+
+
+@click.group(
+    cls=Verbs,
+    invoke_without_command=True,
+    epilog="\b\nExample:\n  adaskip-cpp demo",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="adaskip-cpp", message="%(prog)s %(version)s")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Skip the least important sublayers of a GGUF model in llama.cpp.
+
+    `tune` finds the fastest plan that keeps a promise about quality, for `generate` and `chat` to use. Step by step:
+    `calibrate` learns which attention and FFN blocks change their input least, `plan` and `plot` show it, `bench`
+    measures the speed and `evaluate` the quality. `demo` shows all on a small model.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for command in (demo, inspect, tune, generate, chat, calibrate, plan, plot, bench, evaluate):
+    main.add_command(command)

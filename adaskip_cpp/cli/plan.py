@@ -1,0 +1,192 @@
+"""``adaskip-cpp plan``: what a profile says to skip, why, and what that is predicted to bring."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from .planning import PlanChoice, plan_options
+from .report import layer_list
+from .terminal import console, json_option
+from .tune_report import print_promise
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..model.plan import SkipPlan
+    from ..planning.profile import Profile
+
+__all__ = ["plan", "print_plan"]
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@click.command(
+    short_help="Show what would be skipped, and what that brings.",
+    epilog="\b\nExample:\n  adaskip-cpp plan model.adaskip.json --speedup 1.25 --context 4096",
+)
+@click.argument("profile_path", metavar="PROFILE")
+@plan_options
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Prompt length to predict for.",
+)
+@json_option
+def plan(profile_path: str, choice: PlanChoice | None, context: int, as_json: bool) -> None:
+    """Show the plan that PROFILE gives with these options: every sublayer's rank, and what is skipped.
+
+    Without any, it is the plan that `tune` put into the profile, if it did.
+
+    In the table, "rank" is the sublayer's place by IO similarity, "ms" the milliseconds that skipping it alone is
+    predicted to save in the phase of --phase, for a whole prompt or for one token. p and d mark what is skipped in
+    prefill and decode, "scale" what its input is scaled by.
+    """
+    from ..planning.profile import Profile
+
+    profile = Profile.load(profile_path)
+    tuned = profile.tuned if choice is None else None
+    choice = choice or PlanChoice()
+    chosen = choice.plan(profile, context) if tuned is None else tuned.plan(profile)
+    phase = choice.phase or ("decode" if chosen.mode == "decode" else "prefill")
+    rows, totals = _rows(profile, chosen, context, phase), _totals(profile, chosen, context)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "profile": profile_path,
+                    "context": context,
+                    "phase": phase,
+                    **totals,
+                    "sublayers": rows,
+                    "plan": chosen.to_dict(),
+                },
+                indent=1,
+            )
+        )
+    else:
+        out = console()
+        if tuned is not None:
+            print_promise(out, tuned)
+        print_plan(out, profile, chosen)
+        _print_rows(out, rows, phase)
+        _print_totals(out, totals, context)
+
+
+def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
+    """One row per sublayer, by rank; those that cannot be skipped last."""
+    from ..planning.selection import seconds_saved
+
+    saved = None if profile.cost is None else seconds_saved(profile.cost, context, phase)
+    skips = {"prefill": chosen.prefill, "decode": chosen.schedule[-1][1] if chosen.schedule else chosen.decode}
+    rows = []
+    for rank, (layer, kind) in enumerate(_ranked(profile.similarity), start=1):
+        similarity = profile.similarity[layer, kind]
+        known = not np.isnan(similarity)
+        skipped = [name for name in PHASES if skips[name].skip[layer, kind]]
+        rows.append(
+            {
+                "rank": rank if known else None,
+                "layer": layer,
+                "kind": ("attention", "ffn")[kind],
+                "similarity": float(similarity) if known else None,
+                "saved_ms": None if saved is None else float(saved[layer, kind] * 1e3),
+                "skipped": skipped,
+                "scale": float(skips[skipped[0]].scale[layer, kind]) if skipped else None,
+            }
+        )
+    return rows
+
+
+def _ranked(similarity: npt.NDArray[np.float64]) -> list[tuple[int, int]]:
+    """All sublayers, the most similar first; ties: attention before FFN, then the lower layer."""
+    return sorted(
+        np.ndindex(*similarity.shape),
+        key=lambda at: (np.isnan(similarity[at]), -np.nan_to_num(similarity[at]), at[1], at[0]),
+    )
+
+
+def _totals(profile: Profile, chosen: SkipPlan, context: int) -> dict[str, Any]:
+    cost = profile.cost
+    return {
+        "predicted_speedup": None
+        if cost is None
+        else {name: float(cost.speedup(chosen, context, name)) for name in PHASES},
+        "layers_without_kv": list(chosen.prefill.attention),
+    }
+
+
+def print_plan(out: Console, profile: Profile, chosen: SkipPlan) -> None:
+    """Print a plan in words and as two rows of cells."""
+    from ..pictures.heatmap import print_heatmap
+
+    prefill, decode = chosen.prefill, chosen.decode
+    out.print(
+        f"[bold]{prefill.n_skip} of {2 * chosen.n_layer} sublayers skipped in prefill, {decode.n_skip} in decode[/]: "
+        f"strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}\n"
+    )
+    print_heatmap(out, profile.similarity, prefill.skip | decode.skip)
+    alike = np.array_equal(prefill.skip, decode.skip)
+    for name, each in (("", decode),) if alike else ((" in prefill", prefill), (" in decode", decode)):
+        out.print(f"\nattention skipped{name} in layers: {layer_list(each.attention)}")
+        out.print(f"FFN skipped{name} in layers: {layer_list(each.ffn)}")
+    for start, each in chosen.schedule[1:]:
+        out.print(f"from token {start} of an answer: {each.n_skip} skipped")
+    if chosen.online is not None:
+        out.print(
+            f"online: after {chosen.online.window} tokens of an answer, each other FFN whose similarity in them is at "
+            f"least {chosen.online.threshold:.4f} is skipped too"
+        )
+
+
+def _print_rows(out: Console, rows: list[dict[str, Any]], phase: Phase) -> None:
+    """One line per layer, attention beside FFN."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("\nlayer", justify="right")
+    timed = any(row["saved_ms"] is not None for row in rows)
+    for name in ("attention", "FFN"):
+        for column in (f"{name}\nrank", "simi-\nlarity", *(["\nms"] if timed else []), "\nskip", "\nscale"):
+            table.add_column(column, justify="right")
+    cells = {(row["layer"], row["kind"]): _cells(row, timed) for row in rows}
+    for layer in range(len(rows) // 2):
+        table.add_row(str(layer), *cells[layer, "attention"], *cells[layer, "ffn"])
+    out.print(table)
+    if timed:
+        out.print(f"ms: to be saved in {phase}, predicted from times of the machine that calibrated", style="dim")
+
+
+def _cells(row: dict[str, Any], timed: bool) -> list[str]:
+    if row["rank"] is None:
+        return ["-", "-", *(["-"] if timed else []), "", ""]
+    skip = "".join(name[0] for name in row["skipped"])
+    cells = [str(row["rank"]), f"{row['similarity']:.4f}"]
+    if timed:
+        cells.append(f"{row['saved_ms']:.1f}" if row["saved_ms"] >= 10 else f"{row['saved_ms']:.2f}")
+    cells += [skip, f"{row['scale']:.3f}" if row["scale"] is not None else ""]
+    return [f"[bold]{cell}[/]" if cell and skip else cell for cell in cells]
+
+
+def _print_totals(out: Console, totals: dict[str, Any], context: int) -> None:
+    speedup, elided = totals["predicted_speedup"], totals["layers_without_kv"]
+    if speedup is None:
+        out.print("No speed-up is predicted: the profile was calibrated with --no-cost.")
+    else:
+        out.print(
+            f"Predicted at {context:,} tokens: prefill {speedup['prefill']:.2f} x, decode {speedup['decode']:.2f} x "
+            "as fast."
+        )
+    out.print(
+        f"No KV memory is needed for {len(elided)} layer{'' if len(elided) == 1 else 's'}: {layer_list(tuple(elided))}."
+        if elided
+        else "KV memory is needed for all layers: no attention is skipped in both phases."
+    )

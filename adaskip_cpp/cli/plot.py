@@ -1,0 +1,105 @@
+"""``adaskip-cpp plot``: the paper's figures from profiles, as pictures or on the terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from .planning import PlanChoice, plan_options
+from .terminal import console
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from rich.console import Console
+
+    from ..model.plan import SkipPlan
+    from ..planning.profile import Profile
+
+__all__ = ["plot"]
+
+
+@click.command(
+    short_help="Draw a profile.",
+    epilog="\b\nExample:\n  adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures",
+)
+@click.argument("paths", metavar="PROFILE...", nargs=-1, required=True)
+@click.option("-o", "--output", metavar="DIR", help="Folder for the pictures; made where it is missing.")
+@plan_options
+@click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True,
+              help="Prompt length that --speedup is predicted for.")  # fmt: skip
+@click.option("--terminal", is_flag=True, help="Print them instead; so it is where matplotlib is missing.")
+def plot(paths: tuple[str, ...], output: str | None, choice: PlanChoice | None, context: int, terminal: bool) -> None:
+    """Draw PROFILE: the IO similarity of layers, of attention and FFN, of both in prefill and decode, and a plan.
+
+    Writes layers, sublayers and phases, and plan for each profile, as PNG and SVG. Several profiles share the pictures.
+    The plan is that of the options, without any the tuned plan of the profile if it has one.
+    """
+    from ..pictures import plots
+    from ..planning.profile import Profile
+
+    profiles = dict(zip(_names(paths), map(Profile.load, paths), strict=True))
+    plans = {name: _plan(profile, choice, context) for name, profile in profiles.items()}
+    missing = not plots.has_matplotlib()
+    if terminal or missing:
+        _print(console(), profiles, plans)
+        if missing and not terminal:
+            console(stderr=True).print(
+                'For pictures install matplotlib: pip install "adaskip-cpp[plot]"', style="dim", markup=False
+            )
+        return
+    if output is None:
+        raise click.UsageError("give a folder for the pictures with -o, or --terminal", click.get_current_context())
+    for path in _draw(profiles, plans, output):
+        click.echo(path)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Short names of the profiles, whole paths where those are alike."""
+    short = [os.path.basename(path).removesuffix(".json").removesuffix(".adaskip") for path in paths]
+    names = short if len(set(short)) == len(short) else [path.removesuffix(".json") for path in paths]
+    if len(set(names)) < len(names):
+        raise click.UsageError("a profile is named twice", click.get_current_context())
+    return names
+
+
+def _plan(profile: Profile, choice: PlanChoice | None, context: int) -> SkipPlan:
+    if choice is None and profile.tuned is not None:
+        return profile.tuned_plan()
+    return (choice or PlanChoice()).plan(profile, context)
+
+
+def _draw(profiles: dict[str, Profile], plans: dict[str, SkipPlan], folder: str) -> list[str]:
+    from ..pictures import plots, profile_plots
+
+    figures = {
+        "layers": profile_plots.layers(profiles),
+        "sublayers": profile_plots.sublayers(profiles),
+        "phases": profile_plots.phases(profiles),
+    }
+    for i, (name, plan) in enumerate(plans.items()):
+        figures["plan" if len(plans) == 1 else f"plan-{i + 1}"] = profile_plots.plan_strip(name, plan)
+    return [str(path) for name, fig in figures.items() for path in plots.save(fig, folder, name)]
+
+
+def _print(out: Console, profiles: dict[str, Profile], plans: dict[str, SkipPlan]) -> None:
+    from ..pictures.heatmap import print_heatmap
+    from ..pictures.sparkline import print_series
+
+    series: dict[str, Callable[[Profile], npt.NDArray[np.float64]]] = {
+        "whole layers, prefill": lambda profile: profile.prefill.layer_similarity,
+        "attention, prefill": lambda profile: profile.prefill.similarity[:, 0],
+        "attention, decode": lambda profile: profile.decode.similarity[:, 0],
+        "FFN, prefill": lambda profile: profile.prefill.similarity[:, 1],
+        "FFN, decode": lambda profile: profile.decode.similarity[:, 1],
+    }
+    for name, profile in profiles.items():
+        out.print(f"[bold]{name}[/]: IO similarity by layer, and the plan\n")
+        print_series(out, {title: of(profile) for title, of in series.items()})
+        out.print()
+        plan = plans[name]
+        print_heatmap(out, profile.similarity, plan.prefill.skip | plan.decode.skip)
+        out.print()

@@ -1,0 +1,185 @@
+"""What the verbs of the command line share: one-line errors, the options of a model, loading one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from ..errors import AdaSkipError, LibraryError, ModelFileError, PlanError, ProfileError, RequestError
+from ..files import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..engine.llama import AdaSkipLlama
+    from ..model.plan import SkipPlan
+
+__all__ = [
+    "Verbs",
+    "console",
+    "json_option",
+    "load_model",
+    "model_options",
+    "read_text",
+    "recorder",
+    "save_svg",
+]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Verbs(click.Group):
+    """A group of commands that tells the user's errors in one line on stderr, without a traceback."""
+
+    def main(  # type: ignore[override]  # click overloads it by the value of standalone_mode
+        self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
+        """Run the command line; see ``click.BaseCommand.main``."""
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **extra)
+        try:
+            with _terminated_as_interrupted():
+                code = super().main(args, standalone_mode=False, **extra)
+        except click.UsageError as error:
+            help_ = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+            _fail(error.format_message() + help_, error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except click.Abort:
+            _fail("interrupted", 130)
+        except OSError as error:
+            _fail(f"{error.filename!r}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
+        except (AdaSkipError, MemoryError) as error:
+            _fail(str(error) or "out of memory; use a smaller --ctx", 1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM, which `timeout` and service managers send, as Ctrl-C: what was measured is told."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a rich console. Colour only on a terminal, and not with NO_COLOR."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def recorder() -> Console:
+    """Return a console that shows nothing and keeps what is printed, in colour, for :func:`save_svg`."""
+    from rich.console import Console
+
+    return Console(
+        file=io.StringIO(), highlight=False, record=True, width=80, force_terminal=True, color_system="truecolor"
+    )
+
+
+def save_svg(recording: Console, path: str, title: str) -> None:
+    """Write what a recording console has printed as an SVG, atomically and without references to the network.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    svg = recording.export_svg(title=title)
+    write_atomically(path, re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
+
+
+def json_option(command: _Command) -> _Command:
+    """Add ``--json``, passed as ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")(command)
+
+
+def model_options(command: _Command) -> _Command:
+    """Add the options that say how to run a model: ``threads`` and ``gpu_layers``."""
+    command = click.option(
+        "--gpu-layers",
+        type=click.IntRange(min=-1),
+        default=-1,
+        show_default=True,
+        help="Layers to run on a GPU, if llama-cpp-python was built for one; -1 for all.",
+    )(command)
+    return click.option(
+        "--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all physical cores]"
+    )(command)
+
+
+def load_model(
+    path: str,
+    *,
+    n_ctx: int,
+    threads: int | None,
+    gpu_layers: int,
+    logits_all: bool = False,
+    plan: SkipPlan | None = None,
+) -> AdaSkipLlama:
+    """Load a model quietly; with a plan, without KV for what it never runs.
+
+    Raises:
+        ModelFileError: it is missing, not GGUF, or llama.cpp cannot load it; with llama.cpp's reason.
+        PlanError: the plan is none for this model.
+    """
+    from ..engine.llama import AdaSkipLlama
+    from ..measuring.cores import physical_cores
+    from ..model.identity import check_gguf
+
+    check_gguf(path)
+    n_threads = threads or physical_cores()
+    log = io.StringIO()
+    try:
+        # llama.cpp's log goes through Python's sys.stderr and would put a page before the one line of an error.
+        with contextlib.redirect_stderr(log):
+            return AdaSkipLlama(
+                os.fspath(path),
+                n_ctx=n_ctx,
+                n_threads=n_threads,
+                n_threads_batch=n_threads,
+                n_gpu_layers=gpu_layers,
+                logits_all=logits_all,
+                plan=plan,
+                verbose=False,
+            )
+    except (LibraryError, PlanError, ProfileError):
+        raise
+    except (ValueError, RuntimeError) as error:
+        lines = [line for line in log.getvalue().splitlines() if line.strip()]
+        reason = lines[0].strip() if lines else str(error)
+        raise ModelFileError(
+            f"llama.cpp cannot load {path!r} ({reason}); check that the file is complete and its architecture supported"
+        ) from error
+
+
+def read_text(file: str) -> str:
+    """Read a UTF-8 text file, ``-`` for stdin.
+
+    Raises:
+        RequestError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        with click.open_file(file, encoding="utf-8") as stream:
+            return str(stream.read())
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{file!r} is not UTF-8 text ({error.reason}); convert it first") from error

@@ -1,0 +1,155 @@
+"""One answer, streamed as text and timed: what the command line and the demo run."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from .llama import AdaSkipLlama
+
+__all__ = ["Generation", "Message", "Timing", "chat_tokens", "has_chat_template"]
+
+Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"
+"""Who says what in a chat."""
+
+_TEMPLATE = "tokenizer.chat_template"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long an answer took.
+
+    Attributes:
+        n_prompt: tokens of the prompt.
+        n_evaluated: those of them that were evaluated; the others were cached from an earlier request.
+        n_generated: tokens generated, the one that ends the answer included.
+        first_token_s: seconds from the call until the first token was known.
+        decode_s: seconds for the ``n_generated - 1`` tokens after it.
+        end: why it ended: the model ended it, ``max_tokens``, the context is full, or the reader stopped reading.
+    """
+
+    n_prompt: int
+    n_evaluated: int
+    n_generated: int
+    first_token_s: float
+    decode_s: float
+    end: Literal["model", "length", "context", "stopped"]
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Prompt tokens evaluated per second."""
+        return self.n_evaluated / self.first_token_s
+
+    @property
+    def token_s(self) -> float | None:
+        """Seconds per token after the first one; None if there was none."""
+        return self.decode_s / (self.n_generated - 1) if self.n_generated > 1 else None
+
+
+class Generation:
+    """An answer to a prompt. Iterate over it for its text, once.
+
+    ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated.
+
+    Args:
+        llm: the model, with the plan to use. What it has cached of the prompt is used again.
+        prompt: token ids of the prompt.
+        max_tokens: tokens to generate at most; also limited by the context.
+        temperature: 0 takes the most likely token each time.
+
+    Raises:
+        RequestError: the prompt is empty or leaves no room in the context, or ``max_tokens`` is below 1.
+    """
+
+    def __init__(self, llm: AdaSkipLlama, prompt: list[int], *, max_tokens: int, temperature: float = 0.0) -> None:
+        if not prompt:
+            raise RequestError("the prompt is empty; write something to answer")
+        if max_tokens < 1:
+            raise RequestError(f"cannot generate {max_tokens} tokens; use at least 1")
+        n_ctx = llm.context_size
+        if len(prompt) >= n_ctx:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, the context {n_ctx}; "
+                "shorten the prompt or use a larger context (--ctx)"
+            )
+        self._llm = llm
+        self._prompt = prompt
+        self._max_tokens = min(max_tokens, n_ctx - len(prompt))
+        self._limit: Literal["length", "context"] = "length" if max_tokens <= n_ctx - len(prompt) else "context"
+        self._temperature = temperature
+        self.timing: Timing | None = None
+
+    def __iter__(self) -> Generator[str, None, None]:
+        import llama_cpp
+
+        vocab = self._llm._model.vocab
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        n_before, was_empty = _n_evaluated(self._llm), self._llm.n_tokens == 0
+        n_evaluated = len(self._prompt)
+        first = last = start = time.perf_counter()
+        n_generated = 0
+        end: Literal["model", "length", "context", "stopped"] = "stopped"
+        tokens = self._llm.generate(self._prompt, temp=self._temperature)
+        try:
+            for token in tokens:
+                last = time.perf_counter()
+                if n_generated == 0:
+                    first = last
+                    if not was_empty:
+                        n_evaluated = min(max(_n_evaluated(self._llm) - n_before, 1), len(self._prompt))
+                n_generated += 1
+                if llama_cpp.llama_vocab_is_eog(vocab, token):
+                    end = "model"
+                    break
+                # A token may end within a character; the decoder holds its bytes back until the rest is there.
+                if text := decoder.decode(self._llm.detokenize([token])):
+                    yield text
+                if n_generated == self._max_tokens:
+                    end = self._limit
+                    break
+        finally:
+            tokens.close()
+            if n_generated > 0:
+                self.timing = Timing(len(self._prompt), n_evaluated, n_generated, first - start, last - first, end)
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+
+def _n_evaluated(llm: AdaSkipLlama) -> int:
+    """Tokens evaluated by llama.cpp's own count; a count of none it reports as 1."""
+    import llama_cpp
+
+    count = llama_cpp.llama_perf_context(llm.ctx)
+    return int(count.n_p_eval + count.n_eval)
+
+
+def has_chat_template(llm: AdaSkipLlama) -> bool:
+    """Whether the model file carries a chat template."""
+    return bool(llm.metadata.get(_TEMPLATE))
+
+
+def chat_tokens(llm: AdaSkipLlama, messages: Sequence[Message]) -> list[int]:
+    """Return the token ids of a conversation in the model's own chat template, up to where the answer begins.
+
+    Raises:
+        RequestError: the model file has no chat template, or it fails on these messages.
+    """
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    if not has_chat_template(llm):
+        raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
+    bos, eos = (llm._model.token_get_text(token) if token != -1 else "" for token in (llm.token_bos(), llm.token_eos()))
+    turns: list[dict[str, str]] = [{"role": role, "content": content} for role, content in messages]
+    try:
+        formatter = Jinja2ChatFormatter(llm.metadata[_TEMPLATE], eos_token=eos, bos_token=bos)
+        prompt = formatter(messages=turns).prompt  # type: ignore[arg-type]  # its messages are a union of TypedDicts
+    except Exception as error:  # a template is a program out of the model file, and can fail in any way
+        way_out = "do without --system" if messages[0][0] == "system" else "use `adaskip-cpp generate --raw`"
+        raise RequestError(f"the model's chat template failed ({error}); {way_out}") from error
+    return llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=False, special=True)

@@ -1,0 +1,150 @@
+"""Puts our libllama under llama-cpp-python; importing this module is what does it.
+
+llama-cpp-python opens the libllama that ``LLAMA_CPP_LIB_PATH`` names when ``llama_cpp`` is first imported. Its whole
+API, the server and multimodal included, then runs on ours, with the ggml and the backends that it brought itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ImportOrderError, LibraryError, LibraryMissingError, LibraryVersionError
+
+__all__ = ["BuildInfo", "build_info", "header", "path"]
+
+_REINSTALL = "pip install --force-reinstall --no-deps adaskip-cpp"
+_VARIABLE = "LLAMA_CPP_LIB_PATH"
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What libllama was built from.
+
+    Attributes:
+        llama_cpp_python: version of llama-cpp-python whose sdist holds the sources, and which must be installed.
+        sdist_sha256: SHA-256 (hex) of that sdist.
+        llama_cpp: version of llama.cpp in it.
+        ggml: version of ggml that libllama was linked to.
+    """
+
+    llama_cpp_python: str
+    sdist_sha256: str
+    llama_cpp: str
+    ggml: str
+
+
+def path() -> Path:
+    """Absolute path of our libllama.
+
+    Raises:
+        LibraryMissingError: this installation has none.
+    """
+    return _find(f"lib/libllama{_SUFFIX}")
+
+
+def header() -> Path:
+    """Absolute path of adaskip.h, the C ABI of our part of libllama.
+
+    Raises:
+        LibraryMissingError: this installation has none.
+    """
+    return _find("include/adaskip.h")
+
+
+def build_info() -> BuildInfo:
+    """What our libllama was built from.
+
+    Raises:
+        LibraryMissingError: this installation's record of it is missing or malformed.
+    """
+    record = _find("lib/build.json")
+    try:
+        return BuildInfo(**json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise LibraryMissingError(f"{record} is damaged ({error}); run '{_REINSTALL}'.") from error
+
+
+def _find(relative: str) -> Path:
+    # An editable installation has two folders: the sources, and the one in site-packages with what was built.
+    folders = [Path(folder).resolve() for folder in sys.modules["adaskip_cpp"].__path__]
+    for folder in folders:
+        if (folder / relative).is_file():
+            return folder / relative
+    raise LibraryMissingError(
+        f"adaskip_cpp in {folders[0]} has no {relative}; run '{_REINSTALL}', or in a source checkout "
+        "'pip install -e .', and start Python outside the checkout if another installation is meant."
+    )
+
+
+def _check_version(built_from: str) -> None:
+    wanted = f"run 'pip install llama-cpp-python=={built_from}'"
+    try:
+        installed = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        raise LibraryVersionError(f"llama-cpp-python is not installed; {wanted}.") from None
+    if installed.partition("+")[0] != built_from:  # what follows + names the backend, such as cu124
+        raise LibraryVersionError(
+            f"llama-cpp-python {installed} is installed, but adaskip_cpp's libllama was built from {built_from}; "
+            f"{wanted}, or an adaskip-cpp release built from {installed}."
+        )
+
+
+def _loaded() -> str | None:
+    """Path of the libllama that ``llama_cpp`` runs on in this process, None if it was not imported yet."""
+    module = sys.modules.get("llama_cpp.llama_cpp")
+    return None if module is None else str(getattr(getattr(module, "_lib", None), "_name", "an unknown libllama"))
+
+
+def _is_same(first: str, second: Path) -> bool:
+    return os.path.exists(first) and os.path.samefile(first, second)
+
+
+def _preload_ggml() -> None:
+    # Our RUNPATH finds ggml where llama_cpp is our neighbour. It is not with a user's or a system's site-packages
+    # beside a virtual environment's; a ggml that is loaded already is found in any case, by its SONAME.
+    spec = importlib.util.find_spec("llama_cpp")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        library = Path(folder, "lib", f"libggml{_SUFFIX}")
+        if library.is_file():
+            ctypes.CDLL(str(library))
+
+
+def _load() -> None:
+    library = path()
+    _check_version(build_info().llama_cpp_python)
+    loaded = _loaded()
+    if loaded is None:
+        previous = os.environ.get(_VARIABLE)
+        os.environ[_VARIABLE] = str(library.parent)
+        try:
+            _preload_ggml()
+            importlib.import_module("llama_cpp")
+        except (OSError, RuntimeError) as error:
+            raise LibraryError(
+                f"llama_cpp cannot be imported on {library}: {error}; reinstall both: "
+                f"'pip install --force-reinstall llama-cpp-python=={build_info().llama_cpp_python} adaskip-cpp'."
+            ) from error
+        finally:
+            # Only this import is meant, not the programs that this process starts.
+            if previous is None:
+                del os.environ[_VARIABLE]
+            else:
+                os.environ[_VARIABLE] = previous
+        loaded = _loaded()
+    if loaded is None or not _is_same(loaded, library):
+        raise ImportOrderError(
+            f"llama_cpp was imported before adaskip_cpp and runs on {loaded}; import adaskip_cpp first, before "
+            "llama_cpp and whatever imports it, in a new Python process."
+        )
+
+
+_load()

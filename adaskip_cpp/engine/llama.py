@@ -1,0 +1,407 @@
+"""``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama import LlamaState
+
+from ..errors import ModelFileError, NativeError, PlanError, ProfileMismatchError, StateError
+from ..model.identity import ModelInfo, check_gguf, fingerprint
+from ..model.plan import SkipPlan
+from .auto import auto_plan
+from .native import Counters, KVRun, NativeContext, Phase, StatisticsBatch, Sublayer, elide_kv
+
+__all__ = ["AdaSkipLlama", "AdaSkipState", "Counters", "OnlineResult", "StatisticsBatch", "Sublayer"]
+
+
+@dataclass(frozen=True)
+class OnlineResult:
+    """What the online stage learned in one request.
+
+    Attributes:
+        window: tokens that it observes.
+        n_tokens: tokens that it has observed, fewer than the window in a short request.
+        similarity: float64 [n_layer], mean IO similarity of each FFN over them, NaN where not observed.
+        norm_ratio: float64 [n_layer], ||V||_F / ||U||_F over them, likewise.
+        scale: float64 [n_layer], what stands in for each FFN if it is added, likewise.
+        threshold: FFNs of at least this similarity are skipped.
+        ffn: layers whose FFN was added to the decode set, () while the window is not full.
+    """
+
+    window: int
+    n_tokens: int
+    similarity: npt.NDArray[np.float64]
+    norm_ratio: npt.NDArray[np.float64]
+    scale: npt.NDArray[np.float64]
+    threshold: float
+    ffn: tuple[int, ...]
+
+
+class AdaSkipState(LlamaState):
+    """A saved state that knows which model it is of, and which attentions did not run for its positions.
+
+    Attributes:
+        fingerprint: of the model file.
+        kv_runs: the positions that lack KV, see :class:`adaskip_cpp.engine.native.KVRun`.
+        elided_kv: layers whose attention has no KV at all.
+    """
+
+    fingerprint: str
+    kv_runs: tuple[KVRun, ...]
+    elided_kv: tuple[int, ...]
+
+    @classmethod
+    def of(cls, state: LlamaState, **ours: Any) -> AdaSkipState:
+        """The same state, with what only we know."""
+        result = cls.__new__(cls)
+        result.__dict__.update(vars(state), **ours)
+        return result
+
+
+class AdaSkipLlama(llama_cpp.Llama):
+    """A model that can leave sublayers out.
+
+    Without a plan it is ``llama_cpp.Llama``, bit for bit. With one, the prompt given to a call runs under the plan's
+    prefill set and what the call generates under its decode set.
+
+    A skipped attention writes no KV. Before anything is evaluated, cached positions that lack an attention which is to
+    run now are evaluated again, so a plan may be changed at any time; what is still valid is kept.
+
+    Args:
+        model_path: a GGUF file.
+        plan: as for :meth:`set_plan`, or ``"auto"`` for the plan that `adaskip-cpp tune` wrote beside the model, to
+            ``X.adaskip.json`` for ``X.gguf``. No KV is allocated for the layers whose attention it skips in both
+            phases; such a model only takes plans that skip them too, and cannot run as a whole.
+        **kwargs: everything that ``llama_cpp.Llama`` takes.
+
+    Raises:
+        ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
+        PlanError: see :meth:`set_plan`; or ``"auto"``, and the profile holds no tuned plan.
+        ProfileError: ``"auto"``, and the profile is missing, cannot be read or is of another model.
+    """
+
+    def __init__(self, model_path: str, *, plan: SkipPlan | Literal["auto"] | None = None, **kwargs: Any) -> None:
+        check_gguf(model_path)
+        if isinstance(plan, str):
+            if plan != "auto":
+                raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
+            plan = auto_plan(model_path)
+        self._plan: SkipPlan | None = None
+        self._plan_opened = plan  # decides the KV layout
+        self._phase: Phase = "prefill"
+        # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
+        elided = None if plan is None else plan.prefill.skip[:, 0]
+        try:
+            with elide_kv(elided):
+                super().__init__(model_path, **kwargs)
+        except ValueError as error:
+            if "Failed to" not in str(error):  # llama_cpp.Llama's words for what llama.cpp could not load
+                raise
+            raise ModelFileError(
+                f"llama.cpp cannot open {model_path!r} ({error}); check that the file is complete, that the memory "
+                "suffices for n_ctx, and pass verbose=True to see llama.cpp's own messages."
+            ) from error
+        if plan is not None:
+            try:
+                self.set_plan(plan)
+            except BaseException:
+                self.close()
+                raise
+
+    @cached_property
+    def _adaskip(self) -> NativeContext:
+        if self.ctx is None:
+            raise NativeError("the model is closed; open it again.")
+        return NativeContext(int(self.ctx))
+
+    def close(self) -> None:
+        """Free the model; using it afterwards is an error."""
+        self.__dict__.pop("_adaskip", None)
+        if hasattr(self, "_stack"):  # absent where the constructor refused its arguments
+            super().close()
+
+    # -- what the model is ---------------------------------------------------------------------------------------
+
+    @property
+    def context_size(self) -> int:
+        """Tokens that the context holds.
+
+        llama.cpp rounds ``n_ctx`` up to a multiple of 256 and ``n_ctx()`` tells that, but ``llama_cpp.Llama`` allocates
+        its own record of tokens for the ``n_ctx`` asked for.
+        """
+        return min(self.n_ctx(), len(self.input_ids))
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers; the model has twice as many sublayers."""
+        return self._adaskip.n_layer
+
+    @cached_property
+    def model_info(self) -> ModelInfo:
+        """Fingerprint, architecture and number of layers: what a profile or plan must match."""
+        return ModelInfo(
+            fingerprint(self.model_path), self.metadata.get("general.architecture", "unknown"), self.n_layer
+        )
+
+    @cached_property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """One row per sublayer, layer by layer, attention before FFN: what can be skipped, and why not."""
+        return self._adaskip.sublayers()
+
+    @property
+    def counters(self) -> Counters:
+        """Graph nodes, graphs built and reused, bytes of KV."""
+        return self._adaskip.counters()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache (and recurrent state), all devices together."""
+        return self.counters.kv_bytes
+
+    @property
+    def elided_kv(self) -> tuple[int, ...]:
+        """Layers whose attention has no KV, because the model was opened with a plan that skips them."""
+        return self._adaskip.elided_kv()
+
+    # -- the plan ------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> SkipPlan | None:
+        """The plan in force, None if the whole model runs."""
+        return self._plan
+
+    def set_plan(self, plan: SkipPlan | None) -> None:
+        """Skip what ``plan`` says from the next evaluation on; None runs the whole model again.
+
+        Raises:
+            ProfileMismatchError: the plan was made for another model.
+            PlanError: the plan is for another number of layers, or names what cannot be skipped
+                (:class:`NotSkippableError`). The plan in force stays.
+        """
+        if plan is not None and not isinstance(plan, SkipPlan):
+            raise PlanError(f"expected a SkipPlan or None, not {type(plan).__name__}; see Profile.plan() and SkipPlan.")
+        if plan == self._plan:
+            return
+        native = self._adaskip
+        if plan is None:
+            native.check_plan(None)
+            native.set_plan("prefill", None)
+            native.set_plan("decode", None)
+        else:
+            self._check_model(plan)
+            schedule = plan.schedule or ((0, plan.decode),)
+            for skip_set in (plan.prefill, *(each for _, each in schedule)):
+                native.check_plan(skip_set)
+            native.set_plan("prefill", plan.prefill)
+            native.set_decode_schedule(schedule)
+        if plan is None or plan.online is None:
+            native.clear_online()
+        else:
+            native.set_online(plan.online.window, plan.online.threshold, plan.online.scale)
+        self._plan = plan
+        # The logits at hand are those of the old plan: an equal prompt must be evaluated again before sampling.
+        self._requires_eval = True
+
+    def _check_model(self, plan: SkipPlan) -> None:
+        if plan.n_layer != self.n_layer:
+            raise PlanError(
+                f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; "
+                "make a plan from this model's profile."
+            )
+        for skip_set in (plan.prefill, plan.decode, *(each for _, each in plan.schedule)):
+            n_embd = skip_set.n_embd
+            if n_embd is not None and n_embd != self.n_embd():
+                raise PlanError(
+                    f"the plan's vectors have {n_embd} values, {self.model_path!r} has {self.n_embd()} "
+                    "per token; make a plan from this model's profile."
+                )
+        if plan.model is not None and plan.model != self.model_info:
+            raise ProfileMismatchError(
+                f"the plan was made for another model ({plan.model.architecture}, fingerprint "
+                f"{plan.model.fingerprint[:12]}) than {self.model_path!r} ({self.model_info.architecture}, "
+                f"{self.model_info.fingerprint[:12]}); calibrate this model and make a plan from its profile."
+            )
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all tokens, as ``llama_cpp.Llama.reset``."""
+        super().reset()  # type: ignore[no-untyped-call]
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens behind those that are cached: as a prompt, unless :meth:`generate` is generating.
+
+        Raises:
+            StateError: cached positions must be evaluated again but are no text (an image); call :meth:`reset`.
+        """
+        if not tokens:
+            return
+        native, phase = self._adaskip, self._phase
+        if native.kv_valid(phase, self.n_tokens) < self.n_tokens:
+            # Prefill runs at least the attentions of decode, so it may reach further back.
+            self._evaluate("prefill", self._rewind(native.kv_valid("prefill", self.n_tokens)))
+        self._evaluate(phase, list(tokens))
+
+    def _evaluate(self, phase: Phase, tokens: list[int]) -> None:
+        native = self._adaskip
+        native.set_phase(phase)
+        # If this fails, the logits at hand are not those of the cached tokens.
+        self._requires_eval = True
+        try:
+            # One batch at a time, so that Ctrl-C inside a statistics sink ends the evaluation there.
+            for start in range(0, len(tokens), self.n_batch):
+                super().eval(tokens[start : start + self.n_batch])
+                native.raise_pending()
+        finally:
+            native.set_phase("prefill")  # for whoever decodes on the context without us
+        self._requires_eval = native.drops_logits
+
+    def _rewind(self, n_valid: int) -> list[int]:
+        """Forget the cached tokens from the first stale one on, and return them."""
+        is_swa = llama_cpp.llama_model_n_swa(self.model) > 0 and not self.context_params.swa_full
+        if is_swa or self._is_recurrent or self._is_hybrid:
+            n_valid = 0  # what such a memory dropped or folded into its state cannot be rewound to
+        tokens = self.input_ids[n_valid : self.n_tokens].tolist()
+        if min(tokens) < 0:
+            raise StateError("the cached prompt holds an image, which the new plan must see again; call reset() first.")
+        if n_valid == 0:
+            self.reset()
+        self.n_tokens = n_valid
+        return list(tokens)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """Generate tokens: the prompt runs as prefill, every step after it as decode, drafts included.
+
+        Arguments and results are those of ``llama_cpp.Llama.generate``.
+        """
+        if self._adaskip.drops_logits:
+            raise StateError(
+                "no logits are computed while statistics of all tokens are collected; leave collect_statistics() "
+                "first, or open it with keep_logits=True."
+            )
+        self._adaskip.begin_request()
+        with closing(super().generate(tokens, *args, **kwargs)) as steps:
+            phase: Phase = "prefill"
+            sent: Sequence[int] | None = None
+            while True:
+                # Set for this step alone: between two steps the caller may evaluate or generate something else.
+                self._phase = phase
+                try:
+                    token = steps.send(sent)
+                except StopIteration:
+                    return
+                finally:
+                    self._phase = "prefill"
+                phase = "decode"
+                sent = yield token
+
+    @property
+    def online(self) -> OnlineResult | None:
+        """What the online stage learned in the last request; None where the plan has none."""
+        if self._plan is None or self._plan.online is None:
+            return None
+        learned, stage = self._adaskip.online(), self._plan.online
+        return OnlineResult(
+            stage.window,
+            learned.n_tokens,
+            learned.similarity,
+            learned.norm_ratio,
+            learned.scale,
+            stage.threshold,
+            learned.ffn,
+        )
+
+    # -- statistics ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def collect_statistics(
+        self,
+        sink: Callable[[StatisticsBatch], None],
+        *,
+        keep_logits: bool = False,
+        vectors: bool = False,
+        activations: bool = False,
+    ) -> Iterator[None]:
+        """Hand the statistics of every evaluated ubatch to ``sink`` while the context is open.
+
+        Every sublayer that runs is observed for every token, and no logits are computed meanwhile: use :meth:`eval`.
+        What ``sink`` raises ends the evaluation and is raised from it.
+
+        Args:
+            sink: called once per ubatch.
+            keep_logits: compute logits as ever, so that :meth:`generate` works; then the last layer's FFN is observed
+                for output tokens only, as llama.cpp runs it.
+            vectors: also sum every sublayer's input and output over the tokens.
+            activations: also hand these inputs and outputs themselves, ``8 * n_layer * n_embd`` bytes per token.
+
+        Raises:
+            StateError: statistics are being collected already.
+        """
+        native = self._adaskip
+        if native.collects_statistics:
+            raise StateError("statistics are being collected already; leave the other collect_statistics() first.")
+        native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors, activations=activations)
+        try:
+            yield
+        finally:
+            native.stop_statistics()
+            self._requires_eval = True
+
+    # -- saved states --------------------------------------------------------------------------------------------
+
+    def save_state(self) -> AdaSkipState:
+        """As ``llama_cpp.Llama.save_state``, with the record of what the KV lacks."""
+        return AdaSkipState.of(
+            super().save_state(),
+            fingerprint=self.model_info.fingerprint,
+            kv_runs=self._adaskip.kv_runs(),
+            elided_kv=self.elided_kv,
+        )
+
+    def load_state(self, state: LlamaState) -> None:
+        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` counts as that of the whole model.
+
+        Raises:
+            StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,
+                unless llama.cpp itself refuses the state: then the cache is empty.
+        """
+        if isinstance(state, AdaSkipState) and state.fingerprint != self.model_info.fingerprint:
+            raise StateError("the state was saved from another model; load it into the model that it was saved from.")
+        if (state.elided_kv if isinstance(state, AdaSkipState) else ()) != self.elided_kv:
+            raise StateError(
+                "the state was saved with KV for other layers; load it into a model that was opened with the same "
+                "plan=, or without one where this was."
+            )
+        if state.input_ids.shape != self.input_ids.shape or state.scores.shape != self.scores[: state.n_tokens].shape:
+            raise StateError(
+                "the state was saved with another n_ctx, n_batch or logits_all; open the model with the same settings."
+            )
+        try:
+            super().load_state(state)
+        except RuntimeError as error:
+            self._ctx.kv_cache_clear()
+            self.reset()
+            self._adaskip.set_kv_runs(())
+            raise StateError(
+                f"llama.cpp refused the state ({error}); the cache is empty now, evaluate the prompt again."
+            ) from error
+        self._adaskip.set_kv_runs(state.kv_runs if isinstance(state, AdaSkipState) else ())
+
+    # -- pickling ------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "plan": self._plan_opened, "plan_in_force": self._plan}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        plan = state.pop("plan_in_force")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.set_plan(plan)

@@ -1,0 +1,262 @@
+"""Runs an evaluation: every contender on every item, each result stored as soon as it is there.
+
+Three measures of quality, and one of speed:
+
+- ``prompt``: an item of text is one prompt; the loss of its tokens, and the KL divergence from the full model. For the
+  mode ``prefill``.
+- ``continuation``: the last tokens of an item are decoded one by one behind the rest of it. They are forced, whatever
+  the model finds likeliest, so that both models continue the same text while phases, schedules and the online stage
+  are those of any request; the same figures. For the modes ``decode`` and ``e2e``. Then the contender continues the
+  same prompt by itself, which is compared with what the full model wrote (Rouge-L); for every mode.
+- ``answer``: the greedy answer to a question, and its score.
+- ``speed``: first token and tokens behind it, all contenders in turn, round by round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from ..measuring.distribution import Logits
+from ..measuring.metrics import continuation_rouge_l
+from ..measuring.tasks import QuestionItem, TextItem
+from ..measuring.timing import in_turn, time_request
+from .contenders import FULL, Contender, content_hash
+from .requests import PromptCache, figures, forced_logits, greedy_text, prompt_logits
+from .store import Key, Store
+
+if TYPE_CHECKING:
+    from ..engine.llama import AdaSkipLlama
+
+__all__ = ["ANSWER", "CONTINUATION", "EVERYONE", "PROMPT", "SPEED", "OpenModel", "Work", "run"]
+
+OpenModel = Callable[[int, bool], "AdaSkipLlama"]
+"""Opens the model with a context of so many tokens, and with the logits of all of them or of the last one only."""
+
+PROMPT, CONTINUATION, ANSWER, SPEED = "prompt", "continuation", "answer", "speed"
+EVERYONE = "*"
+"""Stands for the contender where a result is of all of them: a round of timing."""
+
+_DECODE_WEIGHT = 4
+"""What decoding a token costs, in tokens of a prompt; for the estimate of what is left."""
+_WARM_UP = 32, 4
+"""Tokens of the prompt and tokens decoded before a contender is timed."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be measured.
+
+    Attributes:
+        contenders: the full model first.
+        texts: items of text.
+        questions: items with answers.
+        n_continuation: tokens at the end of a text that are decoded, and tokens decoded for a measurement of speed.
+        speed_prompt: token ids that speed is measured on; () for no measurement.
+        n_rounds: how often it is measured.
+
+    Raises:
+        DataError: items share a name, or a text leaves no prompt before its continuation.
+    """
+
+    contenders: Sequence[Contender]
+    texts: Sequence[TextItem] = ()
+    questions: Sequence[QuestionItem] = ()
+    n_continuation: int = 64
+    speed_prompt: Sequence[int] = ()
+    n_rounds: int = 5
+
+    def __post_init__(self) -> None:
+        ids = [*(text.id for text in self.texts), *(question.id for question in self.questions)]
+        twice = next((each for each in ids if ids.count(each) > 1), None)
+        if twice is not None:
+            raise DataError(f"two items are named {twice!r}; give each file once")
+        short = next((item for item in self.texts if len(item.tokens) < self.n_continuation + 2), None)
+        if short is not None:
+            raise DataError(
+                f"an item of {len(short.tokens)} tokens has no prompt before a continuation of "
+                f"{self.n_continuation}; ask for at least {self.n_continuation + 2} tokens (--tokens), or for a "
+                "shorter continuation (--continuation)"
+            )
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that the longest request needs."""
+        speed = len(self.speed_prompt) + self.n_continuation + 1 if self.speed_prompt else 0
+        needed = [len(item.tokens) for item in self.texts]
+        return max([speed, *needed, *(len(item.prompt) + item.max_tokens + 1 for item in self.questions)], default=0)
+
+    def results(self) -> Iterator[Key]:
+        """All results that there will be, in no particular order."""
+        if self.speed_prompt:
+            yield from ((f"round/{i}", EVERYONE, SPEED) for i in range(self.n_rounds))
+        for text in self.texts:
+            yield from ((text.id, each.name, CONTINUATION) for each in self.contenders)
+            yield from ((text.id, each.name, PROMPT) for each in self.read_as_prompt())
+        for question in self.questions:
+            yield from ((question.id, each.name, ANSWER) for each in self.contenders)
+
+    def read_as_prompt(self) -> list[Contender]:
+        """The contenders whose loss is that of a prompt, the full model first; [] if there is no other."""
+        found = [each for each in self.contenders if each.mode in (None, "prefill")]
+        return found if len(found) > 1 else []
+
+    def to_settings(self) -> dict[str, Any]:
+        """Return plain JSON values that change whenever a result could."""
+        items = [[item.id, item.task, item.tokens] for item in self.texts]
+        questions = [list(vars(item).values()) for item in self.questions]
+        return {
+            "contenders": {each.name: content_hash(each.plan) for each in self.contenders},
+            "texts": {"n": len(items), "sha256": _sha256(items)},
+            "questions": {"n": len(questions), "sha256": _sha256(questions)},
+            "continuation": self.n_continuation,
+            "speed": {
+                "context": len(self.speed_prompt),
+                "sha256": _sha256(list(self.speed_prompt)),
+                "rounds": self.n_rounds,
+            },
+        }
+
+
+def run(work: Work, store: Store, open_model: OpenModel, on_progress: Callable[[float], None] | None = None) -> None:
+    """Measure what the store lacks.
+
+    Args:
+        work: what is to be measured.
+        store: where results are kept; open.
+        open_model: called up to twice; one model is open at a time.
+        on_progress: called with the fraction that is done of what was lacking.
+
+    Raises:
+        DataError: a metric cannot score an item.
+        PackageMissingError: a metric needs a package that is not installed.
+    """
+    continuation_rouge_l("", "")  # before any work: are the packages there?
+    for question in work.questions:
+        question.score("")
+    progress = _Progress(work, store, on_progress)
+    if any(progress.lacks(measure) for measure in (SPEED, CONTINUATION, ANSWER)):
+        with _closed(open_model(work.n_ctx, False)) as llm:
+            _speed(work, store, llm, progress)
+            cache = PromptCache(llm)
+            for text in work.texts:
+                _continue(text, work, store, cache, progress)
+            for question in work.questions:
+                _answer(question, work, store, cache, progress)
+    if progress.lacks(PROMPT):
+        # All logits of a prompt are as large as its tokens times the vocabulary, so this context is no larger.
+        with _closed(open_model(max(len(item.tokens) for item in work.texts), True)) as llm:
+            for text in work.texts:
+                _read(text, work, store, llm, progress)
+
+
+@contextlib.contextmanager
+def _closed(llm: AdaSkipLlama) -> Iterator[AdaSkipLlama]:
+    """Close a model at the end, without llama.cpp's remark that its graphs took other memory than the full model's."""
+    try:
+        yield llm
+    finally:
+        with contextlib.redirect_stderr(io.StringIO()):
+            llm.close()
+
+
+class _Progress:
+    """How much of what was lacking is done, by the tokens it takes."""
+
+    def __init__(self, work: Work, store: Store, on_progress: Callable[[float], None] | None) -> None:
+        lengths: dict[str, float] = {}
+        for i in range(work.n_rounds):
+            each = len(work.speed_prompt) + _DECODE_WEIGHT * work.n_continuation
+            lengths[f"round/{i}"] = len(work.contenders) * each
+        for text in work.texts:
+            lengths[text.id] = len(text.tokens) + _DECODE_WEIGHT * work.n_continuation
+        for question in work.questions:
+            lengths[question.id] = len(question.prompt) + _DECODE_WEIGHT * question.max_tokens / 2
+        self._lacking = {key: lengths[key[0]] for key in work.results() if key not in store.records}
+        self._total = self._left = sum(self._lacking.values())
+        self._on_progress = on_progress
+
+    def lacks(self, measure: str) -> bool:
+        return any(key[2] == measure for key in self._lacking)
+
+    def done(self, key: Key) -> None:
+        self._left -= self._lacking.pop(key, 0.0)
+        if self._on_progress is not None and self._total:
+            self._on_progress(1.0 - max(self._left, 0.0) / self._total)
+
+
+def _in_order(contenders: Sequence[Contender]) -> list[Contender]:
+    """The full model first, as the others are compared with it, and those that read a prompt as it does behind it."""
+    return sorted(contenders, key=lambda each: each is not FULL and each.mode != "decode")
+
+
+def _speed(work: Work, store: Store, llm: AdaSkipLlama, progress: _Progress) -> None:
+    if not progress.lacks(SPEED):
+        return
+    for contender in work.contenders:
+        llm.set_plan(contender.plan)
+        time_request(llm, work.speed_prompt[: _WARM_UP[0]], min(_WARM_UP[1], work.n_continuation))
+    for i in range(work.n_rounds):
+        key = f"round/{i}", EVERYONE, SPEED
+        if key in store.records:
+            continue
+        times: dict[str, Any] = {}
+        for index in in_turn(len(work.contenders), i):
+            contender = work.contenders[index]
+            llm.set_plan(contender.plan)
+            taken = time_request(llm, work.speed_prompt, work.n_continuation)
+            times[contender.name] = {"first_token_s": taken.first_token_s, "token_s": list(taken.token_s)}
+        store.append(*key, {"times": times})
+        progress.done(key)
+
+
+def _continue(item: TextItem, work: Work, store: Store, cache: PromptCache, progress: _Progress) -> None:
+    lacking = [each for each in work.contenders if (item.id, each.name, CONTINUATION) not in store.records]
+    # One more token than is measured: the first one behind a prompt is predicted by prefill.
+    split = len(item.tokens) - work.n_continuation - 1
+    prompt, targets = item.tokens[:split], item.tokens[split:]
+    decodes = any(each.mode in ("decode", "e2e") for each in work.contenders)
+    full: Logits | None = None
+    if decodes and any(each is FULL or each.mode != "prefill" for each in lacking):
+        full = forced_logits(cache.take(prompt, None), prompt, targets)[1:]
+    for contender in _in_order(lacking):
+        values: dict[str, Any] = {}
+        llm = cache.take(prompt, contender.plan)
+        if full is not None and contender.mode != "prefill":
+            logits = full if contender is FULL else forced_logits(llm, prompt, targets)[1:]
+            values = figures(full, logits, targets[1:])
+        text = greedy_text(llm, prompt, work.n_continuation, first_line=False)
+        reference = text if contender is FULL else store.records[item.id, FULL.name, CONTINUATION]["text"]
+        values |= {"rouge_l": continuation_rouge_l(reference, text), "text": text}
+        store.append(item.id, contender.name, CONTINUATION, values)
+        progress.done((item.id, contender.name, CONTINUATION))
+
+
+def _answer(item: QuestionItem, work: Work, store: Store, cache: PromptCache, progress: _Progress) -> None:
+    lacking = [each for each in work.contenders if (item.id, each.name, ANSWER) not in store.records]
+    for contender in _in_order(lacking):
+        llm = cache.take(item.prompt, contender.plan)
+        text = greedy_text(llm, item.prompt, item.max_tokens, first_line=item.first_line)
+        store.append(item.id, contender.name, ANSWER, {"score": item.score(text), "text": text})
+        progress.done((item.id, contender.name, ANSWER))
+
+
+def _read(item: TextItem, work: Work, store: Store, llm: AdaSkipLlama, progress: _Progress) -> None:
+    full: Logits | None = None
+    lacking = [each for each in work.read_as_prompt() if (item.id, each.name, PROMPT) not in store.records]
+    for contender in lacking:
+        if full is None:
+            full = prompt_logits(llm, None, item.tokens).copy()
+        logits = full if contender is FULL else prompt_logits(llm, contender.plan, item.tokens)
+        store.append(item.id, contender.name, PROMPT, figures(full, logits, item.tokens[1:]))
+        progress.done((item.id, contender.name, PROMPT))
+
+
+def _sha256(values: Sequence[Any] | Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

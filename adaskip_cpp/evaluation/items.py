@@ -1,0 +1,222 @@
+"""What an evaluation is asked for, made into plans and items; all that cannot be measured is refused here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..engine.generation import chat_tokens, has_chat_template
+from ..errors import DataError, ProfileMismatchError
+from ..measuring import corpus
+from ..measuring.longbench import longbench_items
+from ..measuring.synthetic import synthetic_items
+from ..measuring.tasks import QuestionItem, TextItem, python_sources, read_texts, text_items
+from ..model.plan import MODES, Mode
+from ..planning.compensation import DEFAULT_COMPENSATION
+from .contenders import contenders
+from .evaluate import OpenModel, Work
+from .output import evaluation_settings
+
+if TYPE_CHECKING:
+    from ..engine.llama import AdaSkipLlama
+    from ..planning.profile import Profile
+
+__all__ = ["EvaluationOptions", "prepare"]
+
+_SPEED_CONTEXT = 1024
+_LONGBENCH_CTX = 8192
+_ANSWER = 64
+"""Tokens that the answer of a synthetic task takes at most."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is asked for, under the names of the command line's options.
+
+    Attributes:
+        strategies, skip, speedups, modes, compensations: see :func:`adaskip_cpp.evaluation.contenders.contenders`.
+        text_files: UTF-8 text.
+        builtin: ``"pages"`` that calibration leaves out, ``"sources"`` of Python; () for the former if there are no
+            files.
+        n_texts, n_tokens: items of each kind of text, and tokens in each.
+        n_continuation: see :class:`adaskip_cpp.evaluation.evaluate.Work`.
+        longbench, longbench_prompts, longbench_lengths: LongBench's files.
+        longbench_items: the first so many of each dataset; None for all.
+        synthetic, lengths, depths, n_per, seed: see :func:`adaskip_cpp.measuring.synthetic.synthetic_items`.
+        chat: whether questions go through the model's chat template; None for LongBench's if there is one.
+        ctx: context in tokens; None for what is needed.
+        speed_context: tokens of the prompt that is timed; None for 1024 or what fits.
+        n_rounds: timings of each; 0 for none.
+    """
+
+    strategies: tuple[str, ...]
+    skip: tuple[int, ...]
+    speedups: tuple[float, ...]
+    modes: tuple[Mode, ...]
+    compensations: tuple[str, ...]
+    text_files: tuple[str, ...]
+    builtin: tuple[str, ...]
+    n_texts: int
+    n_tokens: int
+    n_continuation: int
+    longbench: tuple[str, ...]
+    longbench_prompts: str | None
+    longbench_lengths: str | None
+    longbench_items: int | None
+    synthetic: tuple[str, ...]
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    n_per: int
+    seed: int
+    chat: bool | None
+    ctx: int | None
+    speed_context: int | None
+    n_rounds: int
+
+
+def prepare(
+    model: str, profile: Profile, options: EvaluationOptions, open_model: OpenModel
+) -> tuple[Work, list[str], dict[str, str], dict[str, Any]]:
+    """Make plans and items, and refuse whatever cannot be measured before anything is.
+
+    Returns:
+        The work, notes for the user, words about the items, and the settings.
+    """
+    with closing(open_model(256, False)) as llm:
+        if profile.model != llm.model_info:
+            raise ProfileMismatchError(
+                f"the profile is of another model ({profile.model.architecture}, fingerprint "
+                f"{profile.model.fingerprint[:12]}) than {model!r} ({llm.model_info.architecture}, "
+                f"{llm.model_info.fingerprint[:12]}); calibrate this model"
+            )
+        n_most = int(llm._model.n_ctx_train())
+    limit = min(options.ctx or n_most, n_most)
+    if options.ctx is not None and options.ctx > n_most:
+        raise DataError(f"the model is made for contexts of {n_most} tokens, not {options.ctx}; use a smaller --ctx")
+    speed_context = _speed_context(options, limit)
+    needed = {
+        "the items of text (--tokens)": options.n_tokens if options.n_texts else 0,
+        "the measurement of speed (--speed-context)": speed_context + options.n_continuation + 1
+        if speed_context
+        else 0,
+        "the synthetic tasks (--lengths)": max(options.lengths) + _ANSWER if options.synthetic else 0,
+    }
+    for what, n in needed.items():
+        if n > limit:
+            raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
+    n_ctx = options.ctx or max([*needed.values(), min(_LONGBENCH_CTX, n_most) if options.longbench else 8])
+    plans, notes = contenders(
+        profile,
+        strategies=options.strategies,
+        n_skip=options.skip,
+        speedups=options.speedups,
+        modes=options.modes or MODES,
+        compensations=options.compensations or (DEFAULT_COMPENSATION,),
+        context=speed_context or _SPEED_CONTEXT,
+    )
+    with closing(open_model(n_ctx, False)) as llm:
+        texts, questions, speed_prompt, words = _items(llm, options, n_ctx, speed_context)
+        work = Work(plans, texts, questions, options.n_continuation, speed_prompt, options.n_rounds)
+        if not list(work.results()):
+            raise DataError("there is nothing to measure; ask for texts, questions or rounds of timing")
+        return work, notes, words, evaluation_settings(llm, profile, work)
+
+
+def _speed_context(options: EvaluationOptions, limit: int) -> int:
+    if options.n_rounds == 0:
+        return 0
+    return options.speed_context or max(min(_SPEED_CONTEXT, limit - options.n_continuation - 1), 2)
+
+
+def _items(
+    llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int, speed_context: int
+) -> tuple[list[TextItem], list[QuestionItem], tuple[int, ...], dict[str, str]]:
+    kinds: dict[str, tuple[Mapping[str, str], str]] = {}
+    if options.text_files:
+        found = read_texts(options.text_files)
+        kinds["text"] = found, ", ".join(found)
+    for name in options.builtin or (() if kinds else ("pages",)):
+        kinds[name] = _BUILTIN[name]()
+    whole = corpus.SEPARATOR.join(text for sources, _ in kinds.values() for text in sources.values())
+    words: dict[str, str] = {}
+    texts: list[TextItem] = []
+    if options.n_texts:
+        for name, (sources, _) in kinds.items():
+            texts += text_items(
+                llm,
+                sources,
+                n_items=options.n_texts,
+                n_tokens=options.n_tokens,
+                task=name,
+                drop_short=name != "text",
+            )
+        words["Text"] = (
+            f"{options.n_texts} items of {options.n_tokens} tokens of "
+            + " and as many of ".join(named for _, named in kinds.values())
+            + f"; the last {options.n_continuation} are decoded in the modes decode and end-to-end"
+        )
+    questions: list[QuestionItem] = []
+    if options.synthetic:
+        questions += _synthetic(llm, whole, options)
+        words["Synthetic tasks"] = (
+            f"{', '.join(options.synthetic)}: {options.n_per} of each length ({_numbers(options.lengths)} tokens) and "
+            f"depth ({_numbers(options.depths)}), seed {options.seed}, from the same text"
+        )
+    if options.longbench:
+        questions += _longbench(llm, options, n_ctx)
+        words["LongBench"] = f"{', '.join(map(os.path.basename, options.longbench))}, in {n_ctx:,} tokens"
+    prompt: tuple[int, ...] = ()
+    if speed_context:
+        tokens = llm.tokenize(whole.encode("utf-8", "replace"), special=False)
+        prompt = tuple((tokens * (speed_context // len(tokens) + 1))[:speed_context])
+    return texts, questions, prompt, words
+
+
+_BUILTIN: dict[str, Callable[[], tuple[Mapping[str, str], str]]] = {
+    "pages": lambda: (corpus.held_out(), f"{corpus.DESCRIPTION}, of those that calibration leaves out"),
+    "sources": lambda: (python_sources(), "sources of Python's standard library"),
+}
+"""Built-in text by name: text by title, and what it is."""
+
+
+def _synthetic(llm: AdaSkipLlama, text: str, options: EvaluationOptions) -> list[QuestionItem]:
+    return synthetic_items(
+        llm,
+        text,
+        tasks=options.synthetic,
+        lengths=options.lengths,
+        depths=options.depths,
+        n_per=options.n_per,
+        seed=options.seed,
+        wrap=_wrap(llm, bool(options.chat)),  # its prompts are written to be continued
+    )
+
+
+def _longbench(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> list[QuestionItem]:
+    items = longbench_items(
+        llm,
+        options.longbench,
+        prompts=str(options.longbench_prompts),
+        lengths=str(options.longbench_lengths),
+        n_ctx=n_ctx - 1,
+        wrap=_wrap(llm, has_chat_template(llm) if options.chat is None else options.chat),
+    )
+    if options.longbench_items is None:
+        return items
+    taken: dict[str, list[QuestionItem]] = {}
+    for item in items:
+        taken.setdefault(item.task, []).append(item)
+    return [item for each in taken.values() for item in each[: options.longbench_items]]
+
+
+def _wrap(llm: AdaSkipLlama, chat: bool) -> Callable[[str], list[int]]:
+    if chat:
+        return lambda prompt: chat_tokens(llm, [("user", prompt)])
+    return lambda prompt: llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=True, special=False)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,115 @@
+"""The requests that an evaluation makes of a model: read a prompt, decode given tokens behind it, or its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import NativeError
+from ..measuring.distribution import Logits, compare, losses
+
+if TYPE_CHECKING:
+    from ..engine.llama import AdaSkipLlama
+    from ..model.plan import SkipPlan, SkipSet
+
+__all__ = ["PromptCache", "figures", "forced_logits", "greedy_text", "prompt_logits"]
+
+
+class PromptCache:
+    """Runs contenders on one prompt after the other; those that read it the same way share its KV.
+
+    The last token of a prompt is always evaluated alone, whether the rest was cached or not, so that a result does not
+    depend on what ran before it.
+    """
+
+    def __init__(self, llm: AdaSkipLlama) -> None:
+        self.llm = llm
+        self._cached: tuple[tuple[int, ...], SkipSet | None] | None = None
+
+    def take(self, prompt: tuple[int, ...], plan: SkipPlan | None) -> AdaSkipLlama:
+        """Put a plan in force, and all of a prompt but its last token into the cache, and return the model."""
+        skipped = None if plan is None or plan.prefill.n_skip == 0 else plan.prefill
+        self.llm.set_plan(plan)
+        if self._cached != (prompt, skipped):
+            self._cached = None
+            self.llm.reset()
+            self.llm.eval(prompt[:-1])
+            self._cached = prompt, skipped
+        return self.llm
+
+
+def prompt_logits(llm: AdaSkipLlama, plan: SkipPlan | None, tokens: tuple[int, ...]) -> Logits:
+    """Logits at all positions but the last, valid until the next evaluation."""
+    llm.set_plan(plan)
+    llm.reset()
+    llm.eval(tokens)
+    return llm.scores[: len(tokens) - 1]
+
+
+def forced_logits(llm: AdaSkipLlama, prompt: Sequence[int], targets: Sequence[int]) -> Logits:
+    """Generate behind a prompt, where each token taken is the next target, and return the logits before each.
+
+    The logits of the first target are those of prefill, all others those of decode.
+
+    Args:
+        llm: the model, with the plan to use.
+        prompt: token ids.
+        targets: token ids, at least one.
+
+    Returns:
+        float32 ``[len(targets), n_vocab]``.
+    """
+    from llama_cpp import LogitsProcessorList
+
+    rows = np.empty((len(targets), llm.n_vocab()), np.float32)
+    failed: list[BaseException] = []
+    position = 0
+
+    def force(_: Any, scores: Any) -> Any:
+        # ctypes swallows what is raised in a callback, Ctrl-C included.
+        try:
+            rows[position] = scores
+            forced = np.full_like(scores, -np.inf)
+            forced[targets[position]] = 0.0
+            return forced
+        except BaseException as error:
+            failed.append(error)
+            return scores
+
+    with closing(llm.generate(prompt, temp=0.0, logits_processor=LogitsProcessorList([force]))) as steps:
+        for target in targets:
+            token = next(steps)
+            if failed:
+                raise failed[0]
+            if token != target:
+                raise NativeError(f"the model took token {token} instead of {target}; run the evaluation again")
+            position += 1
+    return rows
+
+
+def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, first_line: bool) -> str:
+    """Return a greedy continuation, up to the end of its first line of text if no more is looked at."""
+    from ..engine.generation import Generation
+
+    text = ""
+    with closing(iter(Generation(llm, list(prompt), max_tokens=max_tokens))) as pieces:
+        for piece in pieces:
+            text += piece
+            if first_line and "\n" in text.lstrip("\n"):
+                break
+    return text
+
+
+def figures(full: Logits, logits: Logits, targets: Sequence[int]) -> dict[str, float | None]:
+    """Means over the tokens of an item; None for what is not finite."""
+    divergence = compare(full, logits)
+    means = {
+        "loss": float(losses(logits, targets).mean()),
+        "kl": float(divergence.kl.mean()),
+        "agreement": float(divergence.agree.mean()),
+    }
+    return {name: value if math.isfinite(value) else None for name, value in means.items()}

@@ -1,0 +1,4 @@
+"""How speed and quality are measured: timing, texts and tasks, scores.
+
+Imports ``engine`` and ``model``.
+"""

@@ -1,0 +1,238 @@
+"""How good an answer is, 0 to 1: the metrics of LongBench, and Rouge-L between two continuations.
+
+LongBench (Bai et al., ACL 2024, arXiv 2308.14508) publishes its scoring as code; a metric here gives the figure that
+code gives, with its quirks, so that scores can be set beside published ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from ..errors import DataError, PackageMissingError
+
+__all__ = [
+    "METRICS",
+    "classification",
+    "code_similarity",
+    "contains",
+    "continuation_rouge_l",
+    "count",
+    "first_line",
+    "qa_f1",
+    "qa_f1_zh",
+    "retrieval",
+    "retrieval_zh",
+    "rouge_l",
+    "rouge_l_zh",
+    "score",
+]
+
+_ZH_PUNCTUATION = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"
+    "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
+"""What LongBench strips from Chinese words, beside ASCII punctuation."""
+
+
+def score(metric: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] = ()) -> float:
+    """Return the best score of a prediction over the right answers; 0 if there are none.
+
+    Args:
+        metric: a name in :data:`METRICS`.
+        prediction: what the model wrote.
+        answers: the right answers.
+        all_classes: names that a classification chooses from.
+
+    Raises:
+        DataError: there is no such metric.
+        PackageMissingError: the metric needs a package that is not installed.
+    """
+    if metric not in METRICS:
+        raise DataError(f"there is no metric {metric!r}; use one of {', '.join(METRICS)}")
+    return max((METRICS[metric](prediction, answer, all_classes) for answer in answers), default=0.0)
+
+
+def first_line(prediction: str) -> str:
+    """Return the first line of an answer, blank lines before it left out: all that some datasets' scores look at."""
+    return prediction.lstrip("\n").split("\n")[0]
+
+
+def qa_f1(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return the F1 of words in common; case, punctuation and articles do not count."""
+    return _f1(_words(prediction), _words(answer))
+
+
+def qa_f1_zh(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return the F1 of Chinese words in common, as jieba segments them; case and punctuation do not count.
+
+    Raises:
+        PackageMissingError: jieba is not installed.
+    """
+    jieba = _jieba()
+    words = [[_plain_zh(word) for word in jieba.cut(text, cut_all=False)] for text in (prediction, answer)]
+    return _f1(*([word for word in side if word] for side in words))
+
+
+def rouge_l(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return the F-measure of Rouge-L as the package ``rouge`` computes it; 0 where it cannot, as for an empty text.
+
+    Raises:
+        PackageMissingError: rouge is not installed.
+    """
+    rouge = _package("rouge")
+    try:
+        return float(rouge.Rouge(metrics=["rouge-l"]).get_scores([prediction], [answer], avg=True)["rouge-l"]["f"])
+    except Exception:  # LongBench scores whatever the package fails on as 0
+        return 0.0
+
+
+def rouge_l_zh(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return :func:`rouge_l` of Chinese text, its words told apart by jieba.
+
+    Raises:
+        PackageMissingError: jieba or rouge is not installed.
+    """
+    jieba = _jieba()
+    return rouge_l(*(" ".join(jieba.cut(text, cut_all=False)) for text in (prediction, answer)))
+
+
+def classification(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return 1 / (classes named by the prediction) if the right one is among them, else 0.
+
+    A class whose name is a part of the right one's does not count.
+    """
+    named = [name for name in all_classes if name in prediction]
+    # LongBench removes from the list that it walks, which passes over the class behind a removed one. Kept.
+    for name in named:
+        if name in answer and name != answer:
+            named.remove(name)
+    return 1.0 / len(named) if answer in named else 0.0
+
+
+def retrieval(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return the share of numbers in the prediction that are the answer's, which reads "Paragraph 7".
+
+    Raises:
+        DataError: the answer names no paragraph.
+    """
+    return _share_of_numbers(prediction, _paragraph(r"Paragraph (\d+)", answer))
+
+
+def retrieval_zh(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return the share of numbers in the prediction that are the answer's, which reads "段落7".
+
+    Raises:
+        DataError: the answer names no paragraph.
+    """
+    return _share_of_numbers(prediction, _paragraph(r"段落(\d+)", answer))
+
+
+def count(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return the share of numbers in the prediction that are the answer."""
+    return _share_of_numbers(prediction, answer)
+
+
+def code_similarity(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return the similarity of the prediction's first line of code to the right line, in whole percent.
+
+    A line with a backtick, ``#`` or ``//`` is taken for a comment or a fence. The similarity is twice the length of the
+    longest common subsequence of characters over the length of both.
+
+    Raises:
+        PackageMissingError: rapidfuzz is not installed.
+    """
+    fuzz = _package("rapidfuzz.fuzz")
+    lines = prediction.lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    return float(round(fuzz.ratio(line, answer)) / 100)
+
+
+def contains(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return 1 if the answer stands in the prediction as a word of its own, else 0."""
+    return float(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prediction) is not None)
+
+
+def continuation_rouge_l(reference: str, candidate: str) -> float:
+    """Return the F-measure of Rouge-L of a continuation against the full model's, by the package ``rouge-score``.
+
+    Words are those of the package's own default, runs of ASCII letters and digits in lower case, unstemmed; any other
+    letter is a word by itself, where the package sees none. Equal texts score 1, also without words.
+
+    Raises:
+        PackageMissingError: rouge-score is not installed.
+    """
+    scorer = _package("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
+    if reference == candidate:
+        return 1.0
+    return float(scorer.score(reference, candidate)["rougeL"].fmeasure)
+
+
+METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
+    "qa_f1": qa_f1,
+    "qa_f1_zh": qa_f1_zh,
+    "rouge_l": rouge_l,
+    "rouge_l_zh": rouge_l_zh,
+    "classification": classification,
+    "retrieval": retrieval,
+    "retrieval_zh": retrieval_zh,
+    "count": count,
+    "code_similarity": code_similarity,
+    "contains": contains,
+}
+"""Every metric by name: functions of a prediction, a right answer and all classes."""
+
+
+class _Words:
+    """A tokenizer for rouge-score."""
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        return re.findall(r"[a-z0-9]+|[^\W_]", text.lower())
+
+
+def _words(text: str) -> list[str]:
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _plain_zh(word: str) -> str:
+    kept = (char for char in word.lower() if char not in string.punctuation and char not in _ZH_PUNCTUATION)
+    return "".join("".join(kept).split())
+
+
+def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
+    n_same = (Counter(prediction) & Counter(answer)).total() if prediction and answer else 0
+    return 2 * n_same / (len(prediction) + len(answer)) if n_same else 0.0
+
+
+def _share_of_numbers(text: str, number: str) -> float:
+    numbers = re.findall(r"\d+", text)
+    return numbers.count(number) / len(numbers) if numbers else 0.0
+
+
+def _paragraph(pattern: str, answer: str) -> str:
+    match = re.search(pattern, answer)
+    if match is None:
+        raise DataError(f"the answer {answer!r} names no paragraph; check that the file is the published one")
+    return match.group(1)
+
+
+def _jieba() -> Any:
+    jieba = _package("jieba")
+    jieba.setLogLevel(30)  # it tells on stderr, at level debug, that it loads its dictionary
+    return jieba
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PackageMissingError(
+            f'this metric needs {error.name or name!r}, which is not installed: run pip install "adaskip-cpp[evaluate]"'
+        ) from error

@@ -1,0 +1,292 @@
+"""Long-context tasks made from any text, seeded: find a key or one of several, classify by examples, copy a passage."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING
+
+from ..errors import DataError, RequestError
+from .tasks import QuestionItem
+
+if TYPE_CHECKING:
+    from ..engine.llama import AdaSkipLlama
+
+__all__ = ["TASKS", "synthetic_items"]
+
+TASKS = ("passkey", "multikey", "classify", "copy")
+"""Names of the tasks.
+
+- ``passkey``: one sentence with a number of five digits stands in the text; the prompt ends by asking for it.
+- ``multikey``: as before with four keys, each of a name, of which one is asked for; the others lie anywhere.
+- ``classify``: words of the text in four ways of writing (lower case, upper case, joined by ``_``, as their numbers of
+  letters), each with a label; which label means which is drawn anew for each item and known from the examples only.
+- ``copy``: a passage in the text is marked; the prompt ends where its repetition begins.
+"""
+
+_N_KEYS = 4
+_KEY_TOKENS = 20
+"""Enough for a chat model that repeats the sentence, with a token per digit."""
+_NAMES = ("Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Greta", "Henry")
+_LABELS = ("red", "blue", "green", "yellow")
+_SNIPPET = 5
+"""Words to classify at once."""
+_PASSAGE = 48
+"""Tokens of a passage to copy."""
+_CUE = 4
+"""Words of it that the prompt ends with, or half of them if they are few."""
+
+
+def synthetic_items(
+    llm: AdaSkipLlama,
+    text: str,
+    *,
+    tasks: Sequence[str] = TASKS,
+    lengths: Sequence[int] = (1024,),
+    depths: Sequence[float] = (0.1, 0.5, 0.9),
+    n_per: int = 4,
+    seed: int = 0,
+    wrap: Callable[[str], Sequence[int]] | None = None,
+) -> list[QuestionItem]:
+    """Make questions about prompts of given lengths: ``n_per`` for each task, length and depth.
+
+    The prompts end as a text that a base model would go on with, such as "The pass key is", so that models without
+    training for chat can be asked too. Raw is also the better form for small chat models: SmolLM2-135M-Instruct found
+    the pass key in 9 of 9 raw prompts of 1,000 tokens and 6 of 6 of 2,000, in its chat template in none of 4 of 1,000.
+
+    Items are equal in every run that has the same model, text and arguments; those of an index come before those of the
+    next, so that the first few are of every kind.
+
+    Args:
+        llm: the model whose tokens are counted.
+        text: what hides the answers; at least as long as the longest prompt.
+        tasks: names out of :data:`TASKS`.
+        lengths: tokens of a prompt. It has at most as many, and only a few less.
+        depths: where in the text the answer lies, 0 for the beginning to 1 for the end. ``classify`` has no depth.
+        n_per: items per task, length and depth.
+        seed: chooses text, keys, labels and passages.
+        wrap: turns a prompt into tokens, as by the model's chat template; raw text if None.
+
+    Raises:
+        DataError: a task is unknown, a number out of range, the text too short or a length too small for the task.
+        RequestError: the model's context is too small for a prompt and its answer.
+    """
+    _check(tasks, lengths, depths, n_per)
+    tokens = llm.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=False)
+    if len(tokens) < max(lengths) + _PASSAGE:
+        raise DataError(
+            f"the text has {len(tokens)} tokens, a prompt of {max(lengths)} needs {max(lengths) + _PASSAGE}; "
+            "give a longer text or ask for shorter prompts"
+        )
+    wrap = wrap or (lambda prompt: llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=True, special=False))
+    source = _Source(llm, tokens, text)
+    items = []
+    for index, task, length in product(range(n_per), dict.fromkeys(tasks), dict.fromkeys(lengths)):
+        for depth in (None,) if task == "classify" else dict.fromkeys(depths):
+            identity = f"{task}/{length}/{'any' if depth is None else f'{depth:g}'}/{index}/{seed}"
+            # Seeded by text: Python hashes it with SHA-512, the same everywhere.
+            puzzle = _MAKE[task](source, random.Random(identity), length, depth or 0.0)
+            items.append(
+                QuestionItem(
+                    id=identity,
+                    task=task,
+                    prompt=tuple(_fill(puzzle, length, wrap, task)),
+                    answers=(puzzle.answer,),
+                    max_tokens=puzzle.max_tokens,
+                    metric=puzzle.metric,
+                    all_classes=puzzle.all_classes,
+                    length=length,
+                    depth=depth,
+                    first_line=puzzle.first_line,
+                )
+            )
+    n_most = max(item.length + item.max_tokens for item in items)
+    if n_most > llm.context_size:
+        raise RequestError(
+            f"prompt and answer need {n_most} tokens, the context has {llm.context_size}; "
+            "use a larger context (--ctx) or shorter prompts"
+        )
+    return items
+
+
+def _check(tasks: Sequence[str], lengths: Sequence[int], depths: Sequence[float], n_per: int) -> None:
+    for task in tasks:
+        if task not in TASKS:
+            raise DataError(f"there is no task {task!r}; use {', '.join(TASKS)}")
+    if not tasks or not lengths or not depths or n_per < 1:
+        raise DataError("nothing to make; ask for at least one task, length, depth and item")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise DataError(f"there is no depth {depth:g}; use 0 (the beginning) to 1 (the end)")
+
+
+@dataclass(frozen=True)
+class _Puzzle:
+    """A prompt of any length, and its answer.
+
+    Attributes:
+        write: the prompt's text with n tokens of filling.
+    """
+
+    write: Callable[[int], str]
+    answer: str
+    max_tokens: int
+    metric: str = "contains"
+    all_classes: tuple[str, ...] = ()
+    first_line: bool = False
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The text that everything is made from."""
+
+    llm: AdaSkipLlama
+    tokens: Sequence[int]
+    text: str
+
+    @cached_property
+    def words(self) -> list[str]:
+        """Words of two letters or more, in scripts that have upper and lower case."""
+        return [word for word in re.findall(r"[^\W\d_]{2,}", self.text) if word.lower() != word.upper()]
+
+    def piece(self, start: int, n: int) -> str:
+        return self.llm.detokenize(list(self.tokens[start : start + n])).decode("utf-8", "ignore") if n > 0 else ""
+
+    def place(self, rng: random.Random, n: int) -> int:
+        """Where n tokens of text may begin."""
+        return _below(rng, len(self.tokens) - n + 1)
+
+    def key(self, rng: random.Random, taken: Sequence[str] = ()) -> str:
+        """A number that is not in the text."""
+        while True:
+            key = str(10000 + _below(rng, 90000))
+            if key not in self.text and key not in taken:
+                return key
+
+
+def _below(rng: random.Random, n: int) -> int:
+    """A number below n. Of all of a generator's methods, Python promises the same figures for random() only."""
+    return int(rng.random() * n)
+
+
+def _draw(rng: random.Random, values: Sequence[str], n: int) -> list[str]:
+    rest = list(values)
+    return [rest.pop(_below(rng, len(rest))) for _ in range(n)]
+
+
+def _fill(puzzle: _Puzzle, length: int, wrap: Callable[[str], Sequence[int]], task: str) -> Sequence[int]:
+    """The prompt with as much filling as makes it ``length`` tokens, or a few less."""
+    best = wrap(puzzle.write(0))
+    if len(best) > length:
+        raise DataError(f"a prompt of {task!r} has at least {len(best)} tokens; ask for longer ones than {length}")
+    low, high, n = 0, length, length - len(best)
+    while low < high and len(best) < length:
+        if not low < n <= high:
+            n = (low + high + 1) // 2
+        prompt = wrap(puzzle.write(n))
+        excess = len(prompt) - length
+        if excess > 0:
+            high = n - 1
+        else:
+            low, best = n, max(best, prompt, key=len)
+        n -= excess  # right at once where a token of filling adds one to the prompt
+    return best
+
+
+def _hide(source: _Source, start: int, needles: Sequence[tuple[float, str]]) -> Callable[[int], str]:
+    """Write the text from a token on, with sentences at given depths."""
+
+    def write(n: int) -> str:
+        parts, begin = [], 0
+        for depth, needle in sorted(needles):
+            end = round(depth * n)
+            parts += [source.piece(start + begin, end - begin), f"\n\n{needle}\n\n"]
+            begin = end
+        return "".join([*parts, source.piece(start + begin, n - begin)]).lstrip("\n")
+
+    return write
+
+
+def _passkey(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
+    key = source.key(rng)
+    needle = f"The pass key is {key}. Remember it. {key} is the pass key."
+    write = _hide(source, source.place(rng, length), [(depth, needle)])
+    return _Puzzle(lambda n: f"{write(n)}\n\nThe pass key is", key, max_tokens=_KEY_TOKENS)
+
+
+def _multikey(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
+    names = _draw(rng, _NAMES, _N_KEYS)
+    keys: list[str] = []
+    for _ in names:
+        keys.append(source.key(rng, keys))
+    depths = [depth, *(rng.random() for _ in names[1:])]
+    needles = [
+        (depth, f"The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}.")
+        for depth, name, key in zip(depths, names, keys, strict=True)
+    ]
+    write = _hide(source, source.place(rng, length), needles)
+    return _Puzzle(lambda n: f"{write(n)}\n\nThe pass key of {names[0]} is", keys[0], max_tokens=_KEY_TOKENS)
+
+
+def _copy(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
+    # The passage comes from behind the filling, so that it is in one place only. Its first word may be cut; the next
+    # few are given, so that a model need only go on.
+    start = source.place(rng, length + _PASSAGE)
+    words = source.piece(start + length, _PASSAGE).split()[1:]
+    if len(words) < 2:
+        raise DataError("the text has no words to copy with spaces between them; leave out the task 'copy'")
+    n_cue = min(_CUE, len(words) // 2)
+    cue, rest = " ".join(words[:n_cue]), " ".join(words[n_cue:])
+    write = _hide(source, start, [(depth, f"This is the passage to copy: {cue} {rest}")])
+    n_rest = len(source.llm.tokenize(f" {rest}".encode(), add_bos=False, special=False))
+    return _Puzzle(
+        lambda n: f"{write(n)}\n\nThis is the passage to copy: {cue}", rest, max_tokens=max(n_rest, 1), metric="qa_f1"
+    )
+
+
+_WRITING: tuple[Callable[[Sequence[str]], str], ...] = (
+    lambda words: " ".join(words).lower(),
+    lambda words: " ".join(words).upper(),
+    lambda words: "_".join(words).lower(),
+    lambda words: " ".join(str(len(word)) for word in words),
+)
+
+
+def _classify(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
+    words = source.words
+    labels = _draw(rng, _LABELS, len(_WRITING))
+    if len(words) < 2 * len(_WRITING) * _SNIPPET:
+        raise DataError("the text has too few words in a script with upper case; leave out the task 'classify'")
+    n_examples = length // _SNIPPET + len(_WRITING)  # more than fit
+    kinds: list[int] = []
+    while len(kinds) < n_examples:  # each way of writing as often as the others
+        kinds += map(int, _draw(rng, "0123", len(_WRITING)))
+    start, asked = _below(rng, len(words)), _below(rng, len(_WRITING))
+
+    def snippet(index: int, n: int, kind: int) -> str:
+        begin = start + index * _SNIPPET
+        return _WRITING[kind]([words[i % len(words)] for i in range(begin, begin + n)])
+
+    def write(n: int) -> str:
+        n += len(_WRITING) * _SNIPPET  # each way of writing is shown once at least
+        examples = [
+            f"Text: {snippet(i, min(_SNIPPET, n - i * _SNIPPET), kinds[i])}\nLabel: {labels[kinds[i]]}\n\n"
+            for i in range(-(-n // _SNIPPET))
+        ]
+        return f"{''.join(examples)}Text: {snippet(n_examples, _SNIPPET, asked)}\nLabel:"
+
+    return _Puzzle(
+        write, labels[asked], max_tokens=4, metric="classification", all_classes=tuple(labels), first_line=True
+    )
+
+
+_MAKE: dict[str, Callable[[_Source, random.Random, int, float], _Puzzle]] = {
+    "passkey": _passkey,
+    "multikey": _multikey,
+    "classify": _classify,
+    "copy": _copy,
+}

@@ -1,0 +1,203 @@
+"""What a measurement of quality is made on: items of text, questions with answers, and the texts they come from."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..errors import DataError
+from . import metrics
+from .corpus import Tokenizer, cut
+
+__all__ = ["PYTHON_SOURCES", "QuestionItem", "TextItem", "python_sources", "read_texts", "text_items"]
+
+PYTHON_SOURCES = (
+    "_pydecimal",
+    "argparse",
+    "configparser",
+    "difflib",
+    "doctest",
+    "fractions",
+    "imaplib",
+    "ipaddress",
+    "mailbox",
+    "optparse",
+    "pickle",
+    "random",
+    "shutil",
+    "smtplib",
+    "statistics",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "textwrap",
+    "threading",
+)
+"""Modules of the standard library, single files of 4,000 to 60,000 tokens that are in every supported Python."""
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """A piece of text: for loss, KL divergence, agreement and continuations.
+
+    Attributes:
+        id: names the item among all others of a measurement.
+        task: the kind of text, for example ``"text"``.
+        tokens: token ids, the one that begins a sequence included where the model has one.
+    """
+
+    id: str
+    task: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QuestionItem:
+    """A prompt whose answer can be scored.
+
+    Attributes:
+        id: names the item among all others of a measurement.
+        task: the kind of question: a LongBench dataset, ``"passkey"``, ...
+        prompt: token ids, all that is to be evaluated before the answer begins.
+        answers: right answers; the best match counts.
+        max_tokens: tokens to generate at most.
+        metric: a name in :data:`adaskip_cpp.measuring.metrics.METRICS`.
+        all_classes: names that a classification chooses from.
+        length: how long the prompt is: tokens asked for (synthetic tasks), words as published (LongBench).
+        depth: where in the prompt the answer lies, 0 for its beginning to 1 for its end; None if not in one place.
+        first_line: the score looks at the answer's first line only, so that generation may stop behind it.
+    """
+
+    id: str
+    task: str
+    prompt: tuple[int, ...]
+    answers: tuple[str, ...]
+    max_tokens: int
+    metric: str
+    all_classes: tuple[str, ...] = ()
+    length: int = 0
+    depth: float | None = None
+    first_line: bool = False
+
+    def score(self, prediction: str) -> float:
+        """Return how good an answer is, 0 to 1: the best over the right answers.
+
+        Raises:
+            DataError: there is no such metric.
+            PackageMissingError: the metric needs a package that is not installed.
+        """
+        if self.first_line:
+            prediction = metrics.first_line(prediction)
+        return metrics.score(self.metric, prediction, self.answers, self.all_classes)
+
+
+def text_items(
+    tokenizer: Tokenizer,
+    texts: Mapping[str, str],
+    *,
+    n_items: int,
+    n_tokens: int,
+    task: str = "text",
+    drop_short: bool = False,
+) -> list[TextItem]:
+    """Cut texts into items of equal length that do not overlap, spread evenly over each text.
+
+    The items are dealt out over the texts in turn, so that the first few of them come from as many texts.
+
+    Args:
+        tokenizer: the model whose tokens are counted.
+        texts: texts by name.
+        n_items: items wanted, over all texts together.
+        n_tokens: tokens per item, the one that begins a sequence included where the model has one.
+        task: what to call them.
+        drop_short: leave out texts that are too short for one item, instead of refusing them.
+
+    Raises:
+        DataError: a text is shorter than one item, all of them are too short for so many, or a count is out of range.
+    """
+    if n_items < 1 or n_tokens < 2:
+        raise DataError(f"cannot make {n_items} items of {n_tokens} tokens; ask for at least 1 item of 2 tokens")
+    n_bos = len(tokenizer.tokenize(b"", add_bos=True, special=False)[:1])
+    room: dict[str, int] = {}
+    for name, text in texts.items():
+        n_text = len(tokenizer.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=False))
+        fit = n_text // (n_tokens - n_bos)
+        if fit > 0:
+            room[name] = fit
+        elif not drop_short:
+            raise DataError(
+                f"text {name!r} has {n_text} tokens, fewer than the {n_tokens} of one item; "
+                "ask for shorter items or give a longer text"
+            )
+    if sum(room.values()) < n_items:
+        raise DataError(
+            f"the text gives {sum(room.values())} items of {n_tokens} tokens, not the {n_items} asked for; "
+            "ask for fewer or shorter items or give more text"
+        )
+    taken = _deal(room, n_items)
+    by_text = [
+        [TextItem(f"{task}/{name}/{n_tokens}/{i}", task, tuple(tokens)) for i, tokens in enumerate(requests)]
+        for name, requests in ((name, cut(tokenizer, texts[name], n, n_tokens)) for name, n in taken.items() if n)
+    ]
+    return [items[i] for i in range(max(map(len, by_text))) for items in by_text if i < len(items)]
+
+
+def _deal(room: Mapping[str, int], n: int) -> dict[str, int]:
+    """How many of n items each text gives: one after the other in turn, none more than it has room for."""
+    taken = dict.fromkeys(room, 0)
+    while n > 0:
+        for name in room:
+            if n > 0 and taken[name] < room[name]:
+                taken[name] += 1
+                n -= 1
+    return taken
+
+
+def read_texts(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+    """Read UTF-8 text files, by name.
+
+    Files of the same name in different folders are told apart by their whole path.
+
+    Raises:
+        DataError: a file cannot be read, is not UTF-8 or has nothing in it.
+    """
+    paths = [os.fspath(file) for file in files]
+    names = [os.path.basename(path) for path in paths]
+    texts = {}
+    for path, name in zip(paths, names, strict=True):
+        try:
+            with open(path, encoding="utf-8") as stream:
+                text = stream.read()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path!r} is not UTF-8 text ({error.reason}); convert it first") from error
+        except OSError as error:
+            raise DataError(f"cannot read {path!r} ({error.strerror}); check the path") from error
+        if not text.strip():
+            raise DataError(f"{path!r} is empty; give a text of at least a few hundred words")
+        texts[name if names.count(name) == 1 else path] = text
+    return texts
+
+
+def python_sources() -> dict[str, str]:
+    """Return source files of Python's standard library, by module: text of another kind than calibration's prose.
+
+    Those of :data:`PYTHON_SOURCES` that this Python has; they differ a little from one Python release to the next.
+
+    Raises:
+        DataError: this Python was installed without any of them.
+    """
+    folder = sysconfig.get_path("stdlib")
+    sources = {}
+    for name in PYTHON_SOURCES:
+        try:
+            with open(os.path.join(folder, f"{name}.py"), encoding="utf-8") as stream:
+                text = stream.read()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if text.strip():
+            sources[name] = text
+    if not sources:
+        raise DataError(f"this Python has no sources in {folder!r}; give text of your own (--text FILE)")
+    return sources

@@ -1,0 +1,132 @@
+"""What a plan costs on texts, against the full model: added loss and agreement, one figure of each per text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError, RequestError
+from ..model.plan import Mode, SkipPlan
+from .distribution import losses
+
+if TYPE_CHECKING:
+    from ..engine.llama import AdaSkipLlama
+
+__all__ = ["TextQuality", "TextScores"]
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """What a plan costs on each text.
+
+    Attributes:
+        loss: float64 [n], mean over its tokens of the loss that the plan adds, in nats.
+        agreement: float64 [n], share of its tokens for which the plan finds the same token most likely.
+    """
+
+    loss: npt.NDArray[np.float64]
+    agreement: npt.NDArray[np.float64]
+
+
+class TextQuality:
+    """Compares plans with the full model, which is evaluated once, when it is first needed.
+
+    A text is evaluated as one prompt. In mode ``"decode"`` its first half is, by the full model, and the rest as tokens
+    of an answer would be; only these are judged then.
+
+    The model's plan is set and left as it was last compared; its KV cache is dropped.
+
+    Args:
+        llm: a model loaded with ``logits_all=True``.
+        texts: token ids of each text.
+        mode: ``"decode"``, or another mode.
+        advance: called with the number of tokens after each text.
+
+    Raises:
+        DataError: there are fewer than two texts, of which no interval can be told.
+        RequestError: the model keeps the last token's logits only, or a text is too short or too long for its context.
+    """
+
+    def __init__(
+        self,
+        llm: AdaSkipLlama,
+        texts: Sequence[Sequence[int]],
+        mode: Mode = "e2e",
+        *,
+        advance: Callable[[int], None] = lambda n_tokens: None,
+    ) -> None:
+        if not llm._logits_all:
+            raise RequestError("the model keeps only the last token's logits; load it with logits_all=True")
+        if len(texts) < 2:
+            raise DataError(f"{len(texts)} texts have no interval; give at least 2, or shorter ones")
+        n_ctx = llm.context_size
+        for tokens in texts:
+            if not 4 <= len(tokens) <= n_ctx:
+                raise RequestError(
+                    f"cannot judge a text of {len(tokens)} tokens; use from 4 to {n_ctx} (the model's context)"
+                )
+        self._llm, self._texts, self._mode, self._advance = llm, texts, mode, advance
+        self._last: tuple[SkipPlan, TextScores] | None = None
+        self._full: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]] | None = None
+
+    @property
+    def n_texts(self) -> int:
+        """Texts."""
+        return len(self._texts)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that are judged, all texts together."""
+        return sum(len(tokens) - self._begin(tokens) for tokens in self._texts)
+
+    def evaluate_full(self) -> None:
+        """Evaluate the full model now, unless that has been done."""
+        if self._full is None:
+            self._full = self._evaluate(None)
+
+    def scores(self, plan: SkipPlan) -> TextScores:
+        """Compare a plan with the full model; the last plan is not evaluated again. No online stage comes into it.
+
+        Raises:
+            PlanError: the model does not take the plan.
+        """
+        if self._last is not None and self._last[0] == plan:
+            return self._last[1]
+        self.evaluate_full()
+        assert self._full is not None
+        pairs = list(zip(self._full, self._evaluate(plan), strict=True))
+        scores = TextScores(
+            np.array([float((own - full).mean()) for (full, _), (own, _) in pairs]),
+            np.array([float((full == own).mean()) for (_, full), (_, own) in pairs]),
+        )
+        self._last = plan, scores
+        return scores
+
+    def _begin(self, tokens: Sequence[int]) -> int:
+        """The first token that is judged."""
+        return len(tokens) // 2 + 1 if self._mode == "decode" else 1
+
+    def _evaluate(self, plan: SkipPlan | None) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]]:
+        """Per text the loss of each judged token, and the token that was most likely in its place."""
+        llm = self._llm
+        llm.set_plan(plan)
+        results = []
+        try:
+            for tokens in self._texts:
+                begin, end = self._begin(tokens), len(tokens)
+                llm.reset()
+                if self._mode == "decode":
+                    llm.eval(tokens[: begin - 1])
+                    llm._evaluate("decode", list(tokens[begin - 1 :]))
+                else:
+                    llm.eval(tokens)
+                logits = llm.scores[begin - 1 : end - 1]
+                results.append((losses(logits, tokens[begin:]), logits.argmax(axis=1)))
+                self._advance(len(tokens))
+        finally:
+            llm.reset()
+        return results

@@ -1,0 +1,232 @@
+"""The cost model: predicts how long a phase takes with some sublayers skipped, on the machine that was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import PlanError, ProfileFormatError
+from .cost_settings import CostSettings
+from .plan import SkipPlan, SkipSet
+
+__all__ = ["CELLS", "CostModel", "PhaseCost"]
+
+CELLS = 256
+"""Attention reads KV cells in blocks of this many, filled or not: ``llama_kv_cache::get_n_kv`` pads to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class PhaseCost:
+    """What a ubatch of ``n_tokens`` tokens costs, in seconds. The arrays are float64, finite, not negative, read-only.
+
+    Attributes:
+        n_tokens: tokens in the ubatch: 1 in decode.
+        fixed: embedding, output head, overhead of the graph and every sublayer that cannot be skipped.
+        fixed_growth: of those, per KV cell that is read.
+        base: ``[n_layer, 2]``, columns attention and FFN: each sublayer without what grows with the context; 0 where it
+            cannot be skipped.
+        growth: ``[n_layer]``: each attention, per KV cell that it reads.
+
+    Raises:
+        ProfileFormatError: a shape or value is impossible.
+    """
+
+    n_tokens: int
+    fixed: float
+    fixed_growth: float
+    base: npt.NDArray[np.float64]
+    growth: npt.NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        base, growth = np.array(self.base, np.float64), np.array(self.growth, np.float64)
+        if base.ndim != 2 or base.shape != (len(base), 2) or len(base) < 1 or growth.shape != (len(base),):
+            raise ProfileFormatError(
+                f"the cost model has the shapes {base.shape} and {growth.shape}, not [n_layer, 2] and [n_layer]; "
+                "calibrate again"
+            )
+        times = np.array([self.fixed, self.fixed_growth, *base.ravel(), *growth])
+        if self.n_tokens < 1 or not np.isfinite(times).all() or (times < 0).any():
+            raise ProfileFormatError("the cost model has a time that is no time; calibrate again")
+        for name, array in (("base", base), ("growth", growth)):
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+
+    def seconds(self, runs: npt.NDArray[np.bool_], cells: npt.NDArray[np.float64], n_cells: float) -> float:
+        """Predict one ubatch.
+
+        Args:
+            runs: bool ``[n_layer, 2]``, the sublayers that run.
+            cells: float64 ``[n_layer]``, KV cells that each attention reads.
+            n_cells: KV cells that an attention without a window reads.
+        """
+        sublayers = self.base.copy()
+        sublayers[:, 0] += self.growth * cells
+        return float(self.fixed + self.fixed_growth * n_cells + sublayers[runs].sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {each.name: np.asarray(getattr(self, each.name)).tolist() for each in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PhaseCost:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: a field is missing or malformed.
+            ProfileFormatError: a shape or value is impossible.
+        """
+        if type(data["n_tokens"]) is not int:
+            raise ValueError(f"'n_tokens' is {data['n_tokens']!r}, not a whole number")
+        base, growth = _array(data["base"]), _array(data["growth"])
+        return cls(data["n_tokens"], _number(data["fixed"]), _number(data["fixed_growth"]), base, growth)
+
+
+@dataclass(frozen=True, eq=False)
+class CostModel:
+    """Predicted times of one model on one machine, see docs/cost-model.md.
+
+    Attributes:
+        settings: machine and settings that it was measured with.
+        prefill: cost of a ubatch of ``n_ubatch`` tokens of a prompt.
+        decode: cost of one token.
+        limit: float64 ``[n_layer]``, KV cells beyond which an attention stops growing; infinite without a window.
+        deepest: longest context that was measured, in tokens; times beyond it are extrapolated.
+
+    Raises:
+        ProfileFormatError: a shape or value is impossible.
+    """
+
+    settings: CostSettings
+    prefill: PhaseCost
+    decode: PhaseCost
+    limit: npt.NDArray[np.float64]
+    deepest: int
+
+    def __post_init__(self) -> None:
+        limit = np.array(self.limit, np.float64)
+        if self.prefill.base.shape != self.decode.base.shape or limit.shape != (len(self.prefill.base),):
+            raise ProfileFormatError("the cost model's phases differ in the number of layers; calibrate again")
+        if not (limit > 0).all() or self.decode.n_tokens != 1:  # NaN is not > 0 either
+            raise ProfileFormatError("the cost model has an impossible window or ubatch; calibrate again")
+        limit.flags.writeable = False
+        object.__setattr__(self, "limit", limit)
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_dict() == other.to_dict() if isinstance(other, CostModel) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"CostModel(n_layer={self.n_layer}, cpu={self.settings.cpu!r}, deepest={self.deepest})"
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers of the model."""
+        return len(self.limit)
+
+    def seconds(
+        self, skip: SkipSet | npt.NDArray[np.bool_] | None, context: int, phase: Literal["prefill", "decode"]
+    ) -> float:
+        """Predict how long a phase takes.
+
+        A prompt is computed ``n_ubatch`` tokens at a time. The cost of its last, shorter ubatch is interpolated between
+        those of one token and of a whole ubatch.
+
+        Args:
+            skip: the sublayers skipped, a set or bool ``[n_layer, 2]``; None for the full model.
+            context: prefill: tokens of the prompt; decode: tokens before the one that is decoded.
+            phase: ``"prefill"`` or ``"decode"``.
+
+        Returns:
+            Seconds for the whole prompt, or for one token.
+
+        Raises:
+            PlanError: an argument is impossible.
+        """
+        if not context >= (1 if phase == "prefill" else 0):
+            raise PlanError(f"the context is {context!r} tokens; give the length of the prompt, 1 or more")
+        flags = np.zeros((self.n_layer, 2), np.bool_) if skip is None else skip
+        flags = flags.skip if isinstance(flags, SkipSet) else np.asarray(flags, np.bool_)
+        if flags.shape != (self.n_layer, 2):
+            raise PlanError(
+                f"the skip set has the shape {flags.shape}, the cost model is for [{self.n_layer}, 2]; "
+                "use the profile of this model"
+            )
+        if phase == "decode":
+            return self._ubatch(~flags, 1, context + 1)
+        if phase != "prefill":
+            raise PlanError(f"unknown phase {phase!r}; use 'prefill' or 'decode'")
+        size = self.prefill.n_tokens
+        return sum(self._ubatch(~flags, min(size, context - start), min(start + size, context))
+                   for start in range(0, context, size))  # fmt: skip
+
+    def speedup(self, plan: SkipPlan, context: int, phase: Literal["prefill", "decode"]) -> float:
+        """Predict how many times faster than the full model a plan makes a phase.
+
+        What an online stage adds is not known before and does not count; a schedule counts with its last set.
+
+        Raises:
+            PlanError: an argument is impossible, or the plan is for another number of layers.
+        """
+        chosen = plan.prefill if phase == "prefill" else plan.schedule[-1][1] if plan.schedule else plan.decode
+        return self.seconds(None, context, phase) / self.seconds(chosen, context, phase)
+
+    def _ubatch(self, runs: npt.NDArray[np.bool_], n_tokens: int, end: int) -> float:
+        """Seconds for ``n_tokens`` tokens, the last of which is the ``end``-th of its sequence."""
+        n_cells = math.ceil(end / CELLS) * CELLS
+        cells = np.minimum(n_cells, self.limit)
+        size = self.prefill.n_tokens
+        one = 0.0 if n_tokens == size > 1 else self.decode.seconds(runs, cells, n_cells)
+        if n_tokens == 1:
+            return one
+        whole = self.prefill.seconds(runs, cells, n_cells)
+        return one + (whole - one) * (n_tokens - 1) / (size - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, with null for a limit that does not exist."""
+        return {
+            "settings": self.settings.to_dict(),
+            "prefill": self.prefill.to_dict(),
+            "decode": self.decode.to_dict(),
+            "limit": [None if math.isinf(cells) else cells for cells in self.limit.tolist()],
+            "deepest": self.deepest,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ProfileFormatError: a field is missing or malformed.
+        """
+        try:
+            if type(data["deepest"]) is not int:
+                raise ValueError(f"'deepest' is {data['deepest']!r}, not a whole number")
+            return cls(
+                CostSettings.from_dict(data["settings"]),
+                PhaseCost.from_dict(data["prefill"]),
+                PhaseCost.from_dict(data["decode"]),
+                np.array([math.inf if cells is None else _number(cells) for cells in data["limit"]]),
+                data["deepest"],
+            )
+        except KeyError as error:
+            raise ProfileFormatError(f"the cost model lacks {error}; calibrate again") from error
+        except ProfileFormatError:
+            raise
+        except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
+            raise ProfileFormatError(f"the cost model is malformed ({error}); calibrate again") from error
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
+
+
+def _array(values: Any) -> npt.NDArray[np.float64]:
+    return np.array([[_number(v) for v in each] if isinstance(each, list) else _number(each) for each in values])

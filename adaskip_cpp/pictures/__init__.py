@@ -1,0 +1,4 @@
+"""Heat maps, curves and strips, in the terminal and as files.
+
+Imports ``model``.
+"""

@@ -1,0 +1,250 @@
+"""matplotlib in one place, and the look of every picture of this project.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; each comes with a marker and a line style of its
+own, so that a picture can also be read in grey. Pictures are made without pyplot: no display, no global state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PackageMissingError
+from ..files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "GRID",
+    "INK",
+    "KIND",
+    "LEGEND_PT",
+    "OTHERS",
+    "PHASE",
+    "STRATEGY",
+    "TEXT_PT",
+    "Look",
+    "figure",
+    "has_matplotlib",
+    "legend",
+    "panels",
+    "save",
+    "title",
+    "to_svg",
+]
+
+INK = "#1b1b1d"
+"""Text, axes and what is drawn in black. :func:`to_svg` turns it into the text colour of the page around it."""
+
+GRID = "#9a9a9a"
+"""Grid lines, drawn thin: to be seen on white and on black."""
+
+TEXT_PT = 9.0
+LEGEND_PT = 8.0
+
+_DPI = 200
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series looks: ``axes.plot(x, y, **look.line)``.
+
+    Attributes:
+        colour: as matplotlib takes it.
+        marker: likewise.
+        style: line style, likewise.
+    """
+
+    colour: str
+    marker: str
+    style: str | tuple[float, tuple[float, ...]]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Arguments for ``axes.plot`` and ``axes.errorbar``."""
+        return {**self.points, "linestyle": self.style, "linewidth": 1.4}
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """Arguments for points without a line between them; also for ``axes.errorbar``."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "markersize": 4.5 if self.marker not in "*P" else 6.0,
+            "markeredgewidth": 0.0 if self.marker not in "x+" else 1.4,
+            "linestyle": "none",
+        }
+
+
+_DASHES, _DOTS = (0.0, (4.0, 1.6)), (0.0, (1.2, 1.4))
+_DASH_DOT, _LONG = (0.0, (5.0, 1.4, 1.2, 1.4)), (0.0, (7.0, 2.0))
+
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+SKY, PURPLE = "#56B4E9", "#CC79A7"
+
+KIND = {
+    "attention": Look(BLUE, "o", "-"),
+    "FFN": Look(VERMILION, "s", _DASHES),
+    "layer": Look(GREEN, "D", "-"),
+}
+"""The two kinds of sublayer, and whole layers."""
+
+PHASE = {"prefill": Look(BLUE, "o", "-"), "decode": Look(ORANGE, "^", _DASHES)}
+
+STRATEGY = {
+    "full": Look(INK, "*", "-"),
+    "adaskip": Look(BLUE, "o", "-"),
+    "paper": Look(SKY, "P", _LONG),
+    "manual": Look(GREEN, "D", _DASH_DOT),
+    "early_exit": Look(VERMILION, "s", _DASHES),
+    "skip_decode": Look(PURPLE, "v", _DOTS),
+    "unified_skipping": Look(ORANGE, "^", _DASH_DOT),
+}
+"""Strategies by their names in :data:`adaskip_cpp.planning.strategies.STRATEGIES`; ``full`` is the whole model,
+``paper`` AdaSkip in the paper's exact mode."""
+
+OTHERS: Sequence[Look] = (
+    Look(BLUE, "o", "-"),
+    Look(VERMILION, "s", _DASHES),
+    Look(GREEN, "D", _DASH_DOT),
+    Look(ORANGE, "^", _DOTS),
+    Look(PURPLE, "v", _LONG),
+    Look(SKY, "P", _DASH_DOT),
+    Look(INK, "X", "-"),
+)
+"""For series without a name of their own (models, plans): the i-th gets ``OTHERS[i % len(OTHERS)]``."""
+
+
+def has_matplotlib() -> bool:
+    """Whether pictures can be drawn here."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def figure(*, width_in: float = 6.5, height_in: float = 3.4) -> tuple[Figure, Axes]:
+    """Return an empty picture with one pair of axes.
+
+    Args:
+        width_in: inches; 6.5 is the width of a page's text, and text then is 9 points.
+        height_in: inches.
+
+    Raises:
+        PackageMissingError: matplotlib is not installed.
+    """
+    fig, (axes,) = panels(1, 1, width_in=width_in, height_in=height_in)
+    return fig, axes
+
+
+def panels(
+    n_rows: int, n_columns: int, *, width_in: float = 6.5, height_in: float = 3.4, **share: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return an empty picture with several pairs of axes, row by row.
+
+    Args:
+        n_rows: rows of axes.
+        n_columns: axes in a row.
+        width_in: inches, of the whole picture.
+        height_in: inches, of the whole picture.
+        **share: for ``Figure.subplots``: ``sharex``, ``sharey``, ``height_ratios``, ``width_ratios``.
+
+    Raises:
+        PackageMissingError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PackageMissingError('pictures need matplotlib; pip install "adaskip-cpp[plot]"') from None
+    fig = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
+    grid = fig.subplots(n_rows, n_columns, squeeze=False, **share)
+    every = list(grid.flat)
+    for axes in every:
+        axes.set_facecolor("none")
+        axes.grid(True, color=GRID, linewidth=0.4, alpha=0.45)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(INK)
+            spine.set_linewidth(0.8)
+        for which in ("both", "minor"):
+            axes.tick_params(which=which, color=INK, labelcolor=INK, labelsize=TEXT_PT - 0.5, width=0.8, length=3)
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set_color(INK)
+            label.set_fontsize(TEXT_PT)
+    return fig, every
+
+
+def legend(axes: Axes, **options: Any) -> None:
+    """Draw the legend of the labelled series, without a frame; options as for ``axes.legend``."""
+    options = {"frameon": False, "fontsize": LEGEND_PT, "labelcolor": INK, "handlelength": 3.0, **options}
+    axes.legend(**options)
+
+
+def title(axes: Axes, text: str) -> None:
+    """Write a title above a pair of axes; ``axes.set_title`` would take matplotlib's own size and black."""
+    axes.set_title(text, fontsize=TEXT_PT + 1, color=INK, loc="left")
+
+
+def save(fig: Figure, folder: str | os.PathLike[str], name: str) -> list[Path]:
+    """Write a picture as ``name.png`` (200 dpi) and ``name.svg``, on white, and return their paths.
+
+    The same picture gives the same bytes with the same release of matplotlib. Text in the SVG is drawn as outlines.
+
+    Args:
+        fig: from :func:`figure`.
+        folder: made where it is missing.
+        name: of the files, without an ending.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    os.makedirs(folder, exist_ok=True)
+    contents = {"png": _render(fig, "png"), "svg": _render(fig, "svg", fonttype="path")}
+    paths = [Path(folder, f"{name}.{form}") for form in contents]
+    for path, content in zip(paths, contents.values(), strict=True):
+        write_atomically(path, content)
+    return paths
+
+
+def to_svg(fig: Figure, *, name: str = "") -> str:
+    """Return a picture as an ``<svg>`` element to put into a page of HTML.
+
+    It has no background, and what is drawn in :data:`INK` takes the page's text colour, so that it reads on light and
+    on dark. Text stays text, in the page's type. Identifiers are its own, so that several pictures may stand in a page.
+
+    Args:
+        fig: from :func:`figure`.
+        name: what the picture shows, for those who cannot see it.
+    """
+    svg = _render(fig, "svg", fonttype="none").decode("utf-8")
+    svg = svg[svg.index("<svg") :].rstrip()
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    prefix = "p" + hashlib.sha256(svg.encode()).hexdigest()[:8] + "-"
+    svg = re.sub(r'(\bid="|url\(#|href="#)', lambda found: found[1] + prefix, svg)
+    svg = re.sub(f"{INK}|#000000", "currentColor", svg, flags=re.IGNORECASE)
+    svg = re.sub(r'font-family:[^;"]*', "font-family: inherit", svg)
+    label = f'role="img" aria-label="{escape(name, quote=True)}" ' if name else ""
+    return svg.replace("<svg ", f'<svg fill="currentColor" {label}', 1)  # matplotlib leaves black out
+
+
+def _render(fig: Figure, form: str, fonttype: str = "path") -> bytes:
+    import matplotlib
+
+    content = io.BytesIO()
+    settings: Any = {"svg.hashsalt": "adaskip-cpp", "svg.fonttype": fonttype}
+    metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
+    face = "none" if form == "svg" and fonttype == "none" else "white"
+    with matplotlib.rc_context(settings):
+        fig.savefig(content, format=form, dpi=_DPI, metadata=metadata, facecolor=face)
+    return content.getvalue()

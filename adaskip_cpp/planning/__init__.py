@@ -1,0 +1,4 @@
+"""From what calibration learned and what is wanted to a plan: strategies, modes, compensation, budgets, speed-ups.
+
+Imports ``model``.
+"""

@@ -1,0 +1,205 @@
+"""A profile: what calibration learned about the sublayers of one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import PlanError, ProfileFormatError
+from ..model import profile_file
+from ..model.identity import ModelInfo
+from ..model.maps import LinearMaps
+from ..model.plan import Mode, SkipPlan
+from ..model.statistics import PhaseStatistics
+from ..model.tuned import TunedPlan
+from .compensation import DEFAULT_COMPENSATION
+from .modes import PlanOptions
+from .speedup import Phase, Ranking, reach
+from .strategies import get_strategy
+
+if TYPE_CHECKING:
+    from ..calibration.cost import CostModel
+
+__all__ = ["Profile"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Statistics of one model's sublayers, averaged over calibration requests.
+
+    Attributes:
+        prefill: statistics of the prompts.
+        decode: statistics of the tokens generated after them.
+        n_requests: calibration requests.
+        n_tokens: their tokens, all together.
+        model: the model that was calibrated.
+        corpus: what text it was calibrated on, in words.
+        package_version: version of adaskip-cpp that calibrated it.
+        created: UTC time of calibration, ISO 8601.
+        cost: what each sublayer costs on the machine that calibrated, or None.
+        maps: linear maps that stand in for sublayers, or None.
+        tuned: the plan that `adaskip-cpp tune` found, or None.
+
+    Raises:
+        ProfileFormatError: the statistics are not of this model's number of layers, or the tuned plan cannot be made
+            from them.
+    """
+
+    prefill: PhaseStatistics
+    decode: PhaseStatistics
+    n_requests: int
+    n_tokens: int
+    model: ModelInfo
+    corpus: str = ""
+    package_version: str = ""
+    created: str = ""
+    cost: CostModel | None = None
+    maps: LinearMaps | None = None
+    tuned: TunedPlan | None = None
+
+    def __post_init__(self) -> None:
+        for phase in (self.prefill, self.decode):
+            if phase.n_layer != self.model.n_layer:
+                raise ProfileFormatError(
+                    f"'similarity' is of {phase.n_layer} layers, the model has {self.model.n_layer}; calibrate again"
+                )
+        if self.prefill.n_embd != self.decode.n_embd:
+            raise ProfileFormatError(
+                f"the vectors' lengths differ, {self.prefill.n_embd} in prefill and {self.decode.n_embd} in decode; "
+                "calibrate again"
+            )
+        if self.maps is not None and (self.maps.n_layer, self.maps.n_embd) != (self.n_layer, self.prefill.n_embd):
+            raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
+        if self.tuned is not None:
+            try:
+                self.tuned.plan(self)
+            except PlanError as error:
+                raise ProfileFormatError(f"the tuned plan cannot be used: {error}") from error
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return (
+            f"Profile(architecture={self.model.architecture!r}, n_layer={self.n_layer}, "
+            f"n_requests={self.n_requests}, n_tokens={self.n_tokens}, fingerprint={self.model.fingerprint[:12]!r})"
+        )
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers of the model."""
+        return self.model.n_layer
+
+    @property
+    def similarity(self) -> npt.NDArray[np.float64]:
+        """float64 ``[n_layer, 2]``: mean IO similarity in prefill, what sublayers are ranked by."""
+        return self.prefill.similarity
+
+    @property
+    def norm_ratio(self) -> npt.NDArray[np.float64]:
+        """float64 ``[n_layer, 2]``: mean of ``||V||_F / ||U||_F`` in prefill, the paper's compensation."""
+        return self.prefill.norm_ratio
+
+    @property
+    def median_ratio(self) -> npt.NDArray[np.float64]:
+        """float64 ``[n_layer, 2]``: mean of the median per-token ``|v| / |u|`` in prefill."""
+        return self.prefill.median_ratio
+
+    @property
+    def skippable(self) -> npt.NDArray[np.bool_]:
+        """bool ``[n_layer, 2]``: the sublayers that were observed and so can be skipped."""
+        return ~np.isnan(self.similarity)
+
+    def plan(
+        self,
+        n_skip: int | None = None,
+        compensation: str = DEFAULT_COMPENSATION,
+        *,
+        mode: Mode = "e2e",
+        strategy: str = "adaskip",
+        speedup: float | None = None,
+        context: int | None = None,
+        phase: Phase | None = None,
+        ranking: Ranking = "efficiency",
+        online: bool = True,
+        window: int = 20,
+        threshold: float | None = None,
+        attention: Sequence[int] = (),
+        ffn: Sequence[int] = (),
+    ) -> SkipPlan:
+        """Choose sublayers to skip.
+
+        Args:
+            n_skip: number of sublayers to skip; 12 if neither this nor ``speedup`` is given.
+            compensation: what stands in for a skipped sublayer: ``"linear"``, ``"affine"``, ``"median"``,
+                ``"paper"`` or ``"none"``, see :mod:`adaskip_cpp.planning.compensation`. The baselines have none.
+            mode: ``"prefill"``, ``"decode"`` or ``"e2e"``, see :mod:`adaskip_cpp.planning.modes`.
+            strategy: how to choose: ``"adaskip"``, ``"early_exit"``, ``"skip_decode"``, ``"unified_skipping"`` or
+                ``"manual"``, see :mod:`adaskip_cpp.planning.strategies`.
+            speedup: instead of ``n_skip``: skip as much as is predicted to make ``phase`` this many times faster than
+                the full model, on the machine that calibrated.
+            context: for ``speedup``: tokens of the prompt, or before the token that is decoded.
+            phase: for ``speedup``: the phase to speed up. None: decode in mode ``"decode"``, else prefill.
+            ranking: for ``speedup``: ``"efficiency"`` chooses by similarity lost per second saved, ``"similarity"`` by
+                the paper's ranking. Strategies other than ``"adaskip"`` have their own order.
+            online: whether requests add FFNs in decode, see :class:`adaskip_cpp.model.plan.OnlineStage`. Strategy
+                ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only.
+            window: decoded tokens that the online stage observes.
+            threshold: smallest similarity of an FFN that it adds; None for the n-th largest of this profile, n being
+                the number of sublayers skipped.
+            attention: for strategy ``"manual"``: layers whose attention is skipped.
+            ffn: for strategy ``"manual"``: layers whose FFN is skipped.
+
+        Raises:
+            BudgetError: ``n_skip`` is negative or more than can be skipped, or ``speedup`` is out of reach.
+            CompensationError: ``compensation`` is unknown, or the profile lacks what it needs.
+            PlanError: another argument is unknown or impossible, or does not go with the others.
+        """
+        options = PlanOptions(mode, compensation, online, window, threshold, tuple(attention), tuple(ffn))
+        if (attention or ffn) and strategy != "manual":
+            raise PlanError(f"strategy {strategy!r} chooses layers itself; use strategy='manual' to list them")
+        if speedup is None:
+            if context is not None or phase is not None:
+                raise PlanError("context and phase say where a speed-up is wanted; give speedup too, or leave them out")
+            return get_strategy(strategy)(self, n_skip, options)
+        if n_skip is not None:
+            raise PlanError("n_skip and speedup are two budgets; give one of them")
+        return reach(self, strategy, speedup, context, phase, ranking, options)
+
+    def tuned_plan(self) -> SkipPlan:
+        """Return the plan that `adaskip-cpp tune` found; one that skips nothing where the model is best left whole.
+
+        Raises:
+            PlanError: the profile holds none.
+        """
+        if self.tuned is None:
+            raise PlanError("the profile holds no tuned plan; run `adaskip-cpp tune MODEL`")
+        return self.tuned.plan(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: what :meth:`save` writes, without the vectors."""
+        return profile_file.to_dict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile as JSON, its vectors to a file ``.npz`` beside it.
+
+        Raises:
+            OSError: a file cannot be written; what was there before is still there.
+        """
+        profile_file.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Read a profile file.
+
+        Raises:
+            ProfileMissingError: there is no such file; also a ``FileNotFoundError``.
+            ProfileFormatError: the file or its vectors are missing, truncated, malformed, or do not belong together.
+            ProfileVersionError: written in a format version that this release does not read.
+            OSError: the file cannot be read.
+        """
+        return profile_file.load(path)

@@ -1,0 +1,278 @@
+"""The search for a plan that keeps a promise: bisection over ranked sublayers, then local exchange.
+
+Nothing here knows a model. What a skip set does to the quality is a function from the set to one figure per text, its
+*harm*: added loss, or the share of tokens that the full model would have chosen otherwise. What it brings is a function
+from the set to the seconds of a request. Both are called as seldom as possible; what is known is not asked again.
+
+Held to is the upper end of the 95% interval of the mean harm over the texts, not the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..intervals import Interval, mean_interval
+
+__all__ = ["Harm", "Judge", "Judged", "Seconds", "back_off", "fastest_within", "least_harm", "n_bisections", "rank"]
+
+SkipFlags: TypeAlias = npt.NDArray[np.bool_]
+"""bool ``[n_layer, 2]``, columns attention and FFN."""
+
+Harm: TypeAlias = Callable[[SkipFlags], Sequence[float] | npt.NDArray[np.float64]]
+"""From a skip set to its harm on each text, at least two of them."""
+
+Seconds: TypeAlias = Callable[[SkipFlags], float]
+"""From a skip set to what a request takes under it, or anything that falls as it does."""
+
+_NEAR = 4
+"""Exchange looks at so many of the sublayers next to the boundary of the ranking, on either side: one that is ranked
+far beyond it hardly ever helps, and each costs an evaluation."""
+
+_SAME = 1e-3
+"""Times that differ by less than this share count as equal: they are sums of the same measured parts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A skip set, what it takes and what it harms.
+
+    Attributes:
+        skip: bool ``[n_layer, 2]``.
+        seconds: of a request.
+        harm: mean over the texts, and its 95% interval.
+    """
+
+    skip: SkipFlags
+    seconds: float
+    harm: Interval
+
+    @property
+    def n_skip(self) -> int:
+        """Number of sublayers skipped."""
+        return int(self.skip.sum())
+
+    def keeps(self, limit: float) -> bool:
+        """Whether the harm is at most ``limit``, by the upper end of its interval; never so if it is not a number."""
+        return self.harm.high <= limit
+
+
+class Judge:
+    """Judges skip sets, each once. The empty set harms nothing, which is not measured.
+
+    Args:
+        harm: what a set does to the quality.
+        seconds: what a request takes under it.
+        on_evaluation: called after every call of ``harm``.
+    """
+
+    def __init__(self, harm: Harm, seconds: Seconds, on_evaluation: Callable[[], None] | None = None) -> None:
+        self._harm, self._seconds, self._on_evaluation = harm, seconds, on_evaluation
+        self._known: dict[bytes, Judged] = {}
+        self.n_evaluations = 0
+
+    def __call__(self, skip: SkipFlags) -> Judged:
+        """Judge a set."""
+        key = skip.tobytes()
+        if key not in self._known:
+            if skip.any():
+                values = np.asarray(self._harm(skip), np.float64)
+                # An infinite loss has no interval, and is as little kept as one that is not a number.
+                harm = mean_interval(values) if np.isfinite(values).all() else _unknown(len(values))
+                self.n_evaluations += 1
+                if self._on_evaluation is not None:
+                    self._on_evaluation()
+            else:
+                harm = Interval(0.0, 0.0, 0.0, 0)
+            self._known[key] = Judged(skip.copy(), self.seconds(skip), harm)
+        return self._known[key]
+
+    def is_known(self, skip: SkipFlags) -> bool:
+        """Whether judging a set costs nothing."""
+        return not skip.any() or skip.tobytes() in self._known
+
+    def seconds(self, skip: SkipFlags) -> float:
+        """What a request takes under a set."""
+        return float(self._seconds(skip))
+
+
+def _unknown(n: int) -> Interval:
+    return Interval(math.nan, math.nan, math.nan, n)
+
+
+def rank(similarity: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) -> list[int]:
+    """Return the sublayers in the order in which to skip them: by the least similarity lost per second saved.
+
+    Ties as in the paper's ranking: attention before FFN, then the lower layer. Where all save the same this is the
+    paper's ranking.
+
+    Args:
+        similarity: mean IO similarity, float64 ``[n_layer, 2]``, NaN where a sublayer cannot be skipped.
+        saved: seconds that skipping each one alone saves, of the same shape.
+
+    Returns:
+        Indices into the flattened arrays, without what cannot be skipped or saves nothing.
+    """
+    may = ~np.isnan(similarity) & (saved > 0)
+    price = np.divide(1.0 - similarity, saved, out=np.full(similarity.shape, np.inf), where=may)
+    layer, kind = np.indices(similarity.shape)
+    order = np.lexsort((layer.ravel(), kind.ravel(), price.ravel()))
+    return [int(index) for index in order if may.flat[index]]
+
+
+def n_bisections(n_ranked: int) -> int:
+    """Return how many evaluations bisection over a ranking takes at most."""
+    return math.ceil(math.log2(n_ranked + 1))
+
+
+def fastest_within(judge: Judge, order: Sequence[int], n_layer: int, limit: float, *, n_exchange: int = 16) -> Judged:
+    """Find the set that takes the least time among those whose harm keeps within ``limit``.
+
+    Bisection finds how many of the first in the ranking may be skipped. Exchange then adds single sublayers and swaps
+    skipped with other ones, as long as that takes less time, or no more and harms less, and keeps the limit.
+
+    Args:
+        judge: what a set takes and harms.
+        order: the ranking, see :func:`rank`.
+        n_layer: layers of the model.
+        limit: largest harm.
+        n_exchange: evaluations that exchange may use.
+
+    Returns:
+        The set found; the empty one if no other keeps the limit.
+    """
+    low, high = 0, len(order) + 1  # the first `low` keep the limit, the first `high` do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if judge(_first(order, middle, n_layer)).keeps(limit):
+            low = middle
+        else:
+            high = middle
+    found = judge(_first(order, low, n_layer))
+
+    def better(candidate: Judged, present: Judged) -> bool:
+        if not candidate.keeps(limit):
+            return False
+        if candidate.seconds < present.seconds * (1 - _SAME):
+            return True
+        return candidate.harm.value < present.harm.value
+
+    def moves(present: Judged) -> Iterator[SkipFlags]:
+        for skip in (*_extended(order, present.skip), *_swapped(order, present.skip)):
+            if judge.seconds(skip) <= present.seconds * (1 + _SAME):
+                yield skip
+
+    return _exchange(judge, found, moves, better, n_exchange)
+
+
+def least_harm(judge: Judge, order: Sequence[int], n_layer: int, goal: float, *, n_exchange: int = 16) -> Judged | None:
+    """Find the set of the least mean harm among those under which a request takes at most ``goal`` seconds.
+
+    The first of the ranking are taken until the time is reached, and what is then not needed is put back, the last in
+    the ranking first. Exchange follows, as in :func:`fastest_within`.
+
+    Returns:
+        The set found; None if all sublayers of the ranking together do not reach the time.
+    """
+    n = next((n for n in range(len(order) + 1) if judge.seconds(_first(order, n, n_layer)) <= goal), None)
+    if n is None:
+        return None
+    skip = _first(order, n, n_layer)
+    for index in reversed(order[:n]):
+        skip.flat[index] = False
+        skip.flat[index] = judge.seconds(skip) > goal
+
+    def better(candidate: Judged, present: Judged) -> bool:
+        return candidate.harm.value < present.harm.value or math.isnan(present.harm.value)
+
+    def moves(present: Judged) -> Iterator[SkipFlags]:
+        for skip in (*_reduced(order, present.skip), *_swapped(order, present.skip)):
+            if judge.seconds(skip) <= goal:
+                yield skip
+
+    return _exchange(judge, judge(skip), moves, better, n_exchange)
+
+
+def back_off(judge: Judge, order: Sequence[int], skip: SkipFlags, limit: float) -> Judged:
+    """Put skipped sublayers back, the last in the ranking first, until the harm keeps within ``limit``.
+
+    Args:
+        judge: judges by text that the search did not see.
+        order: the ranking.
+        skip: what the search found.
+        limit: largest harm.
+
+    Returns:
+        The set that keeps it; the empty one if no other does.
+    """
+    skip = skip.copy()
+    chosen = [index for index in order if skip.flat[index]]
+    while not (judged := judge(skip)).keeps(limit) and chosen:
+        skip.flat[chosen.pop()] = False
+    return judged
+
+
+def _first(order: Sequence[int], n: int, n_layer: int) -> SkipFlags:
+    skip = np.zeros((n_layer, 2), np.bool_)
+    for index in order[:n]:
+        skip.flat[index] = True
+    return skip
+
+
+def _exchange(
+    judge: Judge,
+    found: Judged,
+    moves: Callable[[Judged], Iterator[SkipFlags]],
+    better: Callable[[Judged, Judged], bool],
+    n_evaluations: int,
+) -> Judged:
+    """Take one move after another that is better, until none is or the evaluations are used up."""
+    stop = judge.n_evaluations + n_evaluations
+    while True:
+        for skip in moves(found):
+            if not judge.is_known(skip) and judge.n_evaluations >= stop:
+                return found
+            candidate = judge(skip)
+            if better(candidate, found):
+                found = candidate
+                break
+        else:
+            return found
+
+
+def _near(order: Sequence[int], skip: SkipFlags) -> tuple[list[int], list[int]]:
+    """The last skipped sublayers of the ranking, last first, and the first other ones."""
+    chosen = [index for index in reversed(order) if skip.flat[index]]
+    others = [index for index in order if not skip.flat[index]]
+    return chosen[:_NEAR], others[:_NEAR]
+
+
+def _extended(order: Sequence[int], skip: SkipFlags) -> Iterator[SkipFlags]:
+    for index in _near(order, skip)[1]:
+        yield _changed(skip, index)
+
+
+def _reduced(order: Sequence[int], skip: SkipFlags) -> Iterator[SkipFlags]:
+    for index in _near(order, skip)[0]:
+        yield _changed(skip, index)
+
+
+def _swapped(order: Sequence[int], skip: SkipFlags) -> Iterator[SkipFlags]:
+    """Yield sets with one sublayer swapped, those near the boundary of the ranking first."""
+    chosen, others = _near(order, skip)
+    for distance in range(len(chosen) + len(others) - 1):
+        for i, out in enumerate(chosen):
+            if 0 <= distance - i < len(others):
+                yield _changed(skip, out, others[distance - i])
+
+
+def _changed(skip: SkipFlags, *indices: int) -> SkipFlags:
+    changed: SkipFlags = skip.copy()
+    for index in indices:
+        changed.flat[index] = not changed.flat[index]
+    return changed
