@@ -62,7 +62,8 @@ class TimedLlama:
         self._rng = np.random.default_rng(0)
         self._holes = np.zeros(self.n_layer, bool)
 
-    def n_ctx(self) -> int:
+    @property
+    def context_size(self) -> int:
         return len(self.input_ids)
 
     def n_vocab(self) -> int:
