@@ -20,7 +20,7 @@ import numpy as np
 from results import layers
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
-from adaskip_cpp.bench.table import FULL, PHASES, BenchTimes, Parts, table
+from adaskip_cpp.bench.table import NO_PLAN, PHASES, BenchTimes, Parts, table
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
@@ -39,7 +39,7 @@ def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, 
         f"{N_SKIP} FFN": ([], layers(profile, 1, N_SKIP)),
         f"{N_SKIP // 2} of each": (layers(profile, 0, N_SKIP // 2), layers(profile, 1, N_SKIP // 2)),
     }
-    plans: dict[str, SkipPlan | None] = {FULL: None}
+    plans: dict[str, SkipPlan | None] = {NO_PLAN: None}
     parts = {}
     for name, (attention, ffn) in kinds.items():
         for each in COMPENSATIONS:
@@ -68,7 +68,7 @@ def main() -> None:
     llm = AdaSkipLlama(args.model, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
     plans, parts = make_plans(Profile.load(args.profile))
     prompt = corpus.cut(llm, corpus.text(()), 1, args.context)[0]
-    times = BenchTimes([FULL, *parts], parts=parts)
+    times = BenchTimes([NO_PLAN, *parts], parts=parts)
     names = list(plans)
     for n_round in range(-1, args.rounds):
         for index in in_turn(len(names), max(n_round, 0)):
@@ -89,7 +89,7 @@ def main() -> None:
     for name in parts:
         for phase in PHASES:
             row = rows[name, phase]
-            cells = figure(row.against[FULL], ".3f"), figure(row.ideal, ".3f"), figure(row.of_ideal, ".1%")
+            cells = figure(row.against[NO_PLAN], ".3f"), figure(row.ideal, ".3f"), figure(row.of_ideal, ".1%")
             print(f"| {name} | {phase} | {' | '.join(cells)} |")
 
 

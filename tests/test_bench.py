@@ -16,9 +16,10 @@ import pytest
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.bench import process as bench_process
-from adaskip_cpp.bench.bench import Bench, BenchProgress, BenchSettings, fit_contexts
+from adaskip_cpp.bench.bench import Bench, BenchProgress, BenchSettings
 from adaskip_cpp.bench.process import Usage, Worker
-from adaskip_cpp.bench.table import FULL, STOCK, BenchTimes, Parts, Row, table, verdict
+from adaskip_cpp.bench.subject import fit_contexts
+from adaskip_cpp.bench.table import NO_PLAN, STOCK, BenchTimes, Parts, Row, table, verdict
 from adaskip_cpp.errors import DataError, NativeError, PlanError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.timing import RequestTime
@@ -47,52 +48,52 @@ def row(rows: list[Row], contender: str, phase: str = "prefill", context: int = 
 
 
 def test_without_noise_the_ratios_are_exact_in_both_phases() -> None:
-    rows = table(measured({STOCK: 2.0, FULL: 2.0, "plan": 1.6}))
+    rows = table(measured({STOCK: 2.0, NO_PLAN: 2.0, "plan": 1.6}))
     for phase in ("prefill", "decode"):
         against = row(rows, "plan", phase).against
-        assert against[STOCK].value == against[FULL].value == pytest.approx(1.25)
-        assert row(rows, FULL, phase).against[STOCK].value == pytest.approx(1.0)
-    assert set(row(rows, FULL).against) == {STOCK} and set(row(rows, STOCK).against) == {FULL}
+        assert against[STOCK].value == against[NO_PLAN].value == pytest.approx(1.25)
+        assert row(rows, NO_PLAN, phase).against[STOCK].value == pytest.approx(1.0)
+    assert set(row(rows, NO_PLAN).against) == {STOCK} and set(row(rows, STOCK).against) == {NO_PLAN}
 
 
 def test_no_difference_is_called_real_where_there_is_none() -> None:
     false_alarms = 0
     for seed in range(100):
-        rows = table(measured({STOCK: 1.0, FULL: 1.0}, n_rounds=12, noise=0.05, seed=seed))
-        false_alarms += row(rows, FULL).against[STOCK].excludes()
+        rows = table(measured({STOCK: 1.0, NO_PLAN: 1.0}, n_rounds=12, noise=0.05, seed=seed))
+        false_alarms += row(rows, NO_PLAN).against[STOCK].excludes()
     assert false_alarms <= 10  # 5 of 100 are expected; more than 10 come once in 100 times
 
 
 def test_3_percent_are_found_with_2_percent_of_noise_in_20_rounds() -> None:
     found = 0
     for seed in range(60):
-        rows = table(measured({FULL: 1.03, "plan": 1.0}, noise=0.02, seed=seed))
-        found += row(rows, "plan").against[FULL].low > 1
+        rows = table(measured({NO_PLAN: 1.03, "plan": 1.0}, noise=0.02, seed=seed))
+        found += row(rows, "plan").against[NO_PLAN].low > 1
     assert found >= 57
 
 
 def test_medians_and_quartiles_are_those_of_the_runs() -> None:
-    times = BenchTimes([FULL], {(FULL, 64): [RequestTime(s, (1.0, 1.0, s)) for s in (5.0, 1.0, 2.0, 4.0, 3.0)]})
-    found = row(table(times), FULL, context=64)
+    times = BenchTimes([NO_PLAN], {(NO_PLAN, 64): [RequestTime(s, (1.0, 1.0, s)) for s in (5.0, 1.0, 2.0, 4.0, 3.0)]})
+    found = row(table(times), NO_PLAN, context=64)
     assert (found.low_s, found.median_s, found.high_s, found.n_rounds) == (2.0, 3.0, 4.0, 5)
 
 
 def test_the_ideal_is_the_full_time_over_what_the_skipped_sublayers_leave_of_it() -> None:
     # The skipped sublayers alone take 0.9 - 0.4 = 0.5 of 2.0 s: ideal 2 / 1.5. The plan takes 1.6: 1.5 / 1.6 of it.
     parts = {"plan": Parts("only", "only", "rest")}
-    rows = table(measured({FULL: 2.0, "plan": 1.6, "only": 0.9, "rest": 0.4}, parts=parts))
+    rows = table(measured({NO_PLAN: 2.0, "plan": 1.6, "only": 0.9, "rest": 0.4}, parts=parts))
     for phase in ("prefill", "decode"):
         found = row(rows, "plan", phase)
         assert found.ideal is not None and found.of_ideal is not None
         assert found.ideal.value == pytest.approx(2 / 1.5)
         assert found.of_ideal.value == pytest.approx(1.5 / 1.6)
-    assert row(rows, FULL).ideal is None
+    assert row(rows, NO_PLAN).ideal is None
 
 
 def test_with_noise_the_share_of_the_ideal_is_still_found() -> None:
     parts = {"plan": Parts("only", None, "rest")}
     rows = table(
-        measured({FULL: 2.0, "plan": 1.5, "only": 0.9, "rest": 0.4}, n_rounds=60, noise=0.02, seed=3, parts=parts)
+        measured({NO_PLAN: 2.0, "plan": 1.5, "only": 0.9, "rest": 0.4}, n_rounds=60, noise=0.02, seed=3, parts=parts)
     )
     share = row(rows, "plan").of_ideal
     assert share is not None and share.low < 1 < share.high and share.high - share.low < 0.03
@@ -101,29 +102,29 @@ def test_with_noise_the_share_of_the_ideal_is_still_found() -> None:
 
 def test_parts_that_take_longer_than_the_whole_give_no_ideal() -> None:
     parts = {"plan": Parts("only", "only", "rest")}
-    rows = table(measured({FULL: 1.0, "plan": 0.9, "only": 1.8, "rest": 0.1}, parts=parts))
+    rows = table(measured({NO_PLAN: 1.0, "plan": 0.9, "only": 1.8, "rest": 0.1}, parts=parts))
     assert row(rows, "plan").ideal is None and row(rows, "plan").of_ideal is None
 
 
 def test_an_interrupted_round_does_not_count() -> None:
-    times = measured({STOCK: 2.0, FULL: 2.0, "plan": 1.0}, n_rounds=3)
+    times = measured({STOCK: 2.0, NO_PLAN: 2.0, "plan": 1.0}, n_rounds=3)
     times.times[STOCK, 512].append(RequestTime(99.0, (99.0,) * 4))
-    times.times[FULL, 2048] = [RequestTime(1.0, (1.0,))]
+    times.times[NO_PLAN, 2048] = [RequestTime(1.0, (1.0,))]
     rows = table(times)
     assert {each.context for each in rows} == {512} and {each.n_rounds for each in rows} == {3}
     assert row(rows, STOCK).high_s < 99
 
 
 def test_what_no_round_completed_gives_no_rows() -> None:
-    assert table(BenchTimes([STOCK, FULL])) == []
-    assert table(BenchTimes([STOCK, FULL], {(STOCK, 64): [RequestTime(1.0, (1.0,))]})) == []
+    assert table(BenchTimes([STOCK, NO_PLAN])) == []
+    assert table(BenchTimes([STOCK, NO_PLAN], {(STOCK, 64): [RequestTime(1.0, (1.0,))]})) == []
 
 
 def test_tokens_that_the_online_stage_observes_do_not_count() -> None:
     run = RequestTime(1.0, (9.0, 9.0, 2.0, 2.0, 2.0, 1.0, 1.0))
-    times = {(name, 64): [run, run] for name in (FULL, "plan")}
-    rows = table(BenchTimes([FULL, "plan"], times, settle={"plan": 5}))
-    assert row(rows, "plan", "decode", 64).median_s == 1.0 and row(rows, FULL, "decode", 64).median_s == 2.0
+    times = {(name, 64): [run, run] for name in (NO_PLAN, "plan")}
+    rows = table(BenchTimes([NO_PLAN, "plan"], times, settle={"plan": 5}))
+    assert row(rows, "plan", "decode", 64).median_s == 1.0 and row(rows, NO_PLAN, "decode", 64).median_s == 2.0
 
 
 @pytest.mark.parametrize(
@@ -141,11 +142,11 @@ def test_the_verdict_calls_a_difference_real_only_if_its_interval_leaves_1_out(i
 
 
 def test_a_row_is_plain_json() -> None:
-    (first, *_) = table(measured({FULL: 2.0, "plan": 1.0}, n_rounds=1))
+    (first, *_) = table(measured({NO_PLAN: 2.0, "plan": 1.0}, n_rounds=1))
     data = json.loads(json.dumps(first.to_dict(), allow_nan=False))
     assert data["speed_against"] == {}
-    data = json.loads(json.dumps(row(table(measured({FULL: 2.0, "plan": 1.0}, n_rounds=1)), "plan").to_dict()))
-    assert data["speed_against"][FULL]["low"] is None and not data["speed_against"][FULL]["real"]
+    data = json.loads(json.dumps(row(table(measured({NO_PLAN: 2.0, "plan": 1.0}, n_rounds=1)), "plan").to_dict()))
+    assert data["speed_against"][NO_PLAN]["low"] is None and not data["speed_against"][NO_PLAN]["real"]
 
 
 # --- contexts ---------------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ PLAN = SkipPlan.manual(3, attention=[1], ffn=[2])
 def test_rounds_are_outermost_and_every_second_one_is_reversed(fake: type[FakeWorker]) -> None:
     result = Bench(SETTINGS, {"plan": PLAN}, [1, 2, 3]).run()
     names = [call[1:3] for call in fake.asked if call[0] == "time" and call[3] == 4][3:]  # behind a warm-up of each
-    turn = [STOCK, FULL, "plan"]
+    turn = [STOCK, NO_PLAN, "plan"]
     assert names == [(name, n) for order in (turn, turn[::-1]) for n in (8, 16) for name in order]
     assert result.complete and result.error is None and len(table(result.times)) == 12
 
@@ -234,10 +235,10 @@ def test_rounds_are_outermost_and_every_second_one_is_reversed(fake: type[FakeWo
 def test_each_contender_has_its_process_and_only_plans_are_opened_with_one(fake: type[FakeWorker]) -> None:
     Bench(SETTINGS, {"plan": PLAN}, [1]).run()
     opened = [call for call in fake.asked if call[0] == "open"]
-    once = [(STOCK, "stock", None), (FULL, "ours", None), ("plan", "ours", PLAN)]
+    once = [(STOCK, "stock", None), (NO_PLAN, "ours", None), ("plan", "ours", PLAN)]
     assert [(name, side, plan) for _, name, side, _, plan in opened] == once * SETTINGS.n_rounds
     assert all(options["n_ctx"] == 16 + 4 for _, _, _, options, _ in opened)
-    assert {call[1] for call in fake.asked if call[0] == "close"} == {STOCK, FULL, "plan"}
+    assert {call[1] for call in fake.asked if call[0] == "close"} == {STOCK, NO_PLAN, "plan"}
 
 
 def test_each_round_has_new_processes_which_are_warmed_up(fake: type[FakeWorker]) -> None:
@@ -258,7 +259,7 @@ def test_warming_up_for_long_prompts_reads_one_ubatch(fake: type[FakeWorker]) ->
 
 def test_stock_can_be_left_out(fake: type[FakeWorker]) -> None:
     result = Bench(SETTINGS, {}, [1], stock=False).run()
-    assert list(result.times.contenders) == [FULL] and {call[1] for call in fake.asked} == {FULL}
+    assert list(result.times.contenders) == [NO_PLAN] and {call[1] for call in fake.asked} == {NO_PLAN}
 
 
 def test_the_ideal_is_measured_by_a_model_that_runs_only_what_the_plan_skips_and_one_that_runs_nothing(

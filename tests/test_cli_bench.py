@@ -18,10 +18,10 @@ from tiny_families import N_EMBD
 from adaskip_cpp import Profile
 from adaskip_cpp.bench.bench import Bench, BenchResult
 from adaskip_cpp.bench.process import Usage
-from adaskip_cpp.bench.report import seconds
-from adaskip_cpp.bench.table import FULL, STOCK
+from adaskip_cpp.bench.table import NO_PLAN, STOCK
 from adaskip_cpp.cli import bench as cli_bench
 from adaskip_cpp.cli.bench import bench
+from adaskip_cpp.cli.bench_report import seconds
 from adaskip_cpp.cli.terminal import Verbs
 from adaskip_cpp.errors import NativeError, PackageMissingError
 from adaskip_cpp.intervals import Interval
@@ -65,7 +65,7 @@ def measures(monkeypatch: pytest.MonkeyPatch) -> list[Bench]:
         result = self.result
         for context in result.settings.contexts:
             for name in {*result.times.contenders, *self._complements}:
-                first = {STOCK: 2.0, FULL: 2.0, "nothing that can be skipped": 0.1}.get(name, 1.6)
+                first = {STOCK: 2.0, NO_PLAN: 2.0, "nothing that can be skipped": 0.1}.get(name, 1.6)
                 first = 0.6 if name.startswith("only what") else first
                 runs = [RequestTime(first, (first / 100,) * result.settings.n_decode)] * result.settings.n_rounds
                 result.times.times[name, context] = runs
@@ -163,7 +163,7 @@ def test_a_missing_matplotlib_is_told_before_anything_is_measured(
 def test_without_plans_stock_and_ours_are_compared(run: Run, tiny: Any, measures: list[Bench]) -> None:
     assert run(tiny(), "--contexts", "8,16").exit_code == 0
     (asked,) = measures
-    assert list(asked.result.times.contenders) == [STOCK, FULL] and asked.result.settings.contexts == (8, 16)
+    assert list(asked.result.times.contenders) == [STOCK, NO_PLAN] and asked.result.settings.contexts == (8, 16)
 
 
 def test_every_budget_is_a_plan_of_every_strategy(
@@ -265,7 +265,7 @@ def test_what_is_run_is_what_the_options_say(run: Run, tiny: Any, measures: list
     assert run(tiny(), "--contexts", 16, *args).exit_code == 0
     settings = measures[0].result.settings
     assert (settings.n_rounds, settings.n_decode, settings.n_threads, settings.n_gpu_layers) == (3, 5, 2, 7)
-    assert settings.flash_attention and list(measures[0].result.times.contenders) == [FULL]
+    assert settings.flash_attention and list(measures[0].result.times.contenders) == [NO_PLAN]
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -309,12 +309,12 @@ def test_json_has_the_rows_and_every_single_time(
     result = run(tiny(), "--profile", profile_path, *args)
     data = json.loads(result.stdout)
     assert data["complete"] and data["configuration"]["llama_cpp_python"] == "0.3.36"
-    assert [contender["name"] for contender in data["contenders"]] == [STOCK, FULL, "adaskip 2"]
+    assert [contender["name"] for contender in data["contenders"]] == [STOCK, NO_PLAN, "adaskip 2"]
     assert data["contenders"][2]["plan"]["prefill"]["ffn"][0]["layer"] == 2
     times = {each["run"]: each for each in data["times"]}
     assert times["adaskip 2"]["first_token_s"] == [1.6, 1.6] and len(times[STOCK]["token_s"][1]) == 3
     row = next(row for row in data["rows"] if row["contender"] == "adaskip 2" and row["phase"] == "decode")
-    assert row["speed_against"][FULL]["real"] and row["of_ideal"]["value"] == pytest.approx(1.5 / 1.6)
+    assert row["speed_against"][NO_PLAN]["real"] and row["of_ideal"]["value"] == pytest.approx(1.5 / 1.6)
 
 
 def test_after_ctrl_c_it_prints_what_there_is_and_exits_with_130(

@@ -22,15 +22,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import AdaSkipError, DataError
+from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn
 from ..model.plan import SkipPlan, SkipSet
 from .process import Usage, Worker
-from .table import FULL, STOCK, BenchTimes, Parts
+from .table import NO_PLAN, STOCK, BenchTimes, Parts
 
-__all__ = ["DEFAULT_CONTEXTS", "Bench", "BenchProgress", "BenchResult", "BenchSettings", "fit_contexts"]
-
-DEFAULT_CONTEXTS = (512, 2048, 8192)
+__all__ = ["Bench", "BenchProgress", "BenchResult", "BenchSettings"]
 
 _PAUSE_S = 0.03
 """Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
@@ -144,37 +142,6 @@ class BenchResult:
         }
 
 
-def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -> tuple[tuple[int, ...], str]:
-    """Return the contexts to measure, ascending, and a line that says what was changed, "" if nothing.
-
-    Args:
-        asked: tokens of the prompts; None for :data:`DEFAULT_CONTEXTS` as far as the model allows.
-        n_ctx_train: the model's context, 0 if it has none.
-        n_decode: tokens that must fit in behind the prompt.
-
-    Raises:
-        DataError: a context asked for is beyond the model's, or leaves no room at all.
-    """
-    wanted = sorted(set(DEFAULT_CONTEXTS if asked is None else asked))
-    limit = n_ctx_train - n_decode if n_ctx_train else wanted[-1]
-    if wanted[0] < 1 or limit < 1:
-        raise DataError(
-            f"no prompt of {wanted[0]} tokens with {n_decode} decoded behind it fits into the model's context of "
-            f"{n_ctx_train:,}; use --contexts of 1 or more and fewer --decode-tokens"
-        )
-    if asked is not None and n_ctx_train and wanted[-1] > n_ctx_train:
-        raise DataError(
-            f"a context of {wanted[-1]:,} tokens is beyond the model's {n_ctx_train:,}; use smaller --contexts"
-        )
-    fitting = sorted({min(context, limit) for context in wanted})
-    if fitting == wanted:
-        return tuple(fitting), ""
-    listed = ", ".join(f"{context:,}" for context in fitting)
-    return tuple(fitting), (
-        f"Contexts are {listed}: the model's {n_ctx_train:,} tokens also hold the {n_decode} that are decoded."
-    )
-
-
 class Bench:
     """A benchmark that is about to run.
 
@@ -207,7 +174,7 @@ class Bench:
         self._warm: dict[str, RequestTime] = {}
         self._start_s = 0.0
         times = BenchTimes(
-            [*([STOCK] if stock else []), FULL, *plans],
+            [*([STOCK] if stock else []), NO_PLAN, *plans],
             parts={} if skippable is None or not plans else self._add_parts(plans, skippable),
             settle={name: _settle(plan, settings.n_decode) for name, plan in plans.items()},
         )
@@ -288,7 +255,7 @@ class Bench:
                 self._on_progress(BenchProgress(f"loading {name}", 0.0, math.nan))
             worker = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
             reply = worker.open(self._settings.model, self._settings.options, self._plan_paths.get(name))
-            if name == FULL:
+            if name == NO_PLAN:
                 self.result.machine = reply["settings"]
             self._workers[name] = worker
         prompt = self._prompt(min(self._settings.contexts[0], _N_WARM_UP))

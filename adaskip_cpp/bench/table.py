@@ -15,14 +15,14 @@ import numpy as np
 from ..intervals import Interval, ratio_interval
 from ..measuring.timing import N_SETTLE, RequestTime
 
-__all__ = ["FULL", "PHASES", "STOCK", "BenchTimes", "Parts", "Phase", "Row", "table", "verdict"]
+__all__ = ["NO_PLAN", "PHASES", "STOCK", "BenchTimes", "Parts", "Phase", "Row", "table", "verdict"]
 
 Phase: TypeAlias = Literal["prefill", "decode"]
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 """Prefill stands for the time to the first token, decode for the time per token behind it."""
 
 STOCK = "stock"
-FULL = "no plan"
+NO_PLAN = "no plan"
 """The two contenders that others are compared with: stock llama-cpp-python, and ours with no plan."""
 
 
@@ -93,11 +93,11 @@ class Row:
         phase: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token behind it.
         n_rounds: rounds that it rests on.
         median_s, low_s, high_s: median and quartiles, seconds.
-        against: how many times as fast it is as :data:`STOCK` and as :data:`FULL`, where these were measured; pair by
-            pair, see :func:`intervals.ratio_interval`.
-        ideal: how many times as fast as :data:`FULL` it would be if it took no more than the full model's time less
+        against: how many times as fast it is as :data:`STOCK` and as :data:`NO_PLAN`, where these were measured; pair
+            by pair, see :func:`intervals.ratio_interval`.
+        ideal: how many times as fast as :data:`NO_PLAN` it would be if it took no more than the full model's time less
             that of the skipped sublayers, measured separately: ``full / (full - skipped)``; None if not measured.
-        of_ideal: what was measured against :data:`FULL`, divided by the ideal; 1 is all that skipping can bring.
+        of_ideal: what was measured against :data:`NO_PLAN`, divided by the ideal; 1 is all that skipping can bring.
     """
 
     contender: str
@@ -157,7 +157,7 @@ def _row(measured: BenchTimes, name: str, context: int, phase: Phase) -> Row | N
         return None
     low, median, high = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
     against = {}
-    for reference in (STOCK, FULL):
+    for reference in (STOCK, NO_PLAN):
         theirs = measured.seconds(reference, context, phase)
         if reference != name and theirs:
             against[reference] = ratio_interval(theirs, own)
@@ -172,7 +172,7 @@ def _ideal(
     part = None if parts is None else getattr(parts, phase)
     if parts is None or part is None:
         return None, None
-    full, only, rest = (np.array(measured.seconds(each, context, phase)) for each in (FULL, part, parts.rest))
+    full, only, rest = (np.array(measured.seconds(each, context, phase)) for each in (NO_PLAN, part, parts.rest))
     least = full - (only - rest)
     if len(least) == 0 or not (least > 0).all():  # on so noisy a machine there is no ideal
         return None, None

@@ -206,10 +206,11 @@ def bench(
     one each round. Ratios are of pairs in the same round, with a 95% interval; where it contains 1, there is no real
     difference. Ctrl-C prints what was measured so far. Run it on an idle machine.
     """
-    from ..bench import report as bench_report
     from ..bench.bench import Bench, BenchSettings
+    from ..bench.plots import plot
     from ..bench.table import table
     from ..measuring.cores import physical_cores
+    from .bench_report import print_report
 
     if strategies and not skips and not speedups:
         skips = (DEFAULT_N_SKIP,)
@@ -245,9 +246,9 @@ def bench(
         data = {"configuration": subject.about, **result.to_dict(), "rows": [row.to_dict() for row in rows]}
         click.echo(json.dumps(data, indent=1, allow_nan=False))
     else:
-        bench_report.print_report(console(), result, rows, subject.about)
+        print_report(console(), result, rows, subject.about)
     if plot_to is not None and rows:
-        for path in bench_report.plot(rows, result.times, plot_to):
+        for path in plot(rows, result.times, plot_to):
             err.print(f"Drawn: {path}", style="dim", soft_wrap=True)
     _end(result)
 
@@ -284,8 +285,7 @@ def _prepare(
     """Open the model, read or learn its profile, make the plans, and close it again."""
     import numpy as np
 
-    from ..bench.bench import fit_contexts
-    from ..bench.report import configuration
+    from ..bench.subject import configuration, fit_contexts
     from ..calibration.calibrate import calibrate
     from ..measuring import corpus
     from ..model.identity import check_gguf

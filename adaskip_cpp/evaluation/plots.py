@@ -96,16 +96,7 @@ def quality_against_speed(
         every[0].set_ylim(-0.03, 1.05)
     every[0].set_ylabel(label)
     n_columns = 4 if len(names) > 1 else 2
-    fig.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=n_columns,
-        frameon=False,
-        fontsize=plots.LEGEND_PT,
-        labelcolor=plots.INK,
-        handlelength=3.0,
-    )
+    plots.legend(fig, handles=list(handles.values()), labels=list(handles), loc="outside lower center", ncols=n_columns)
     return fig
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "figure",
     "has_matplotlib",
     "legend",
+    "other",
     "panels",
     "save",
     "title",
@@ -121,7 +122,12 @@ OTHERS: Sequence[Look] = (
     Look(SKY, "P", _DASH_DOT),
     Look(INK, "X", "-"),
 )
-"""For series without a name of their own (models, plans): the i-th gets ``OTHERS[i % len(OTHERS)]``."""
+"""For series without a name of their own (models, plans), see :func:`other`."""
+
+
+def other(i: int) -> Look:
+    """Return the look of the i-th series without a name of its own."""
+    return OTHERS[i % len(OTHERS)]
 
 
 def has_matplotlib() -> bool:
@@ -185,10 +191,9 @@ def panels(
     return fig, every
 
 
-def legend(axes: Axes, **options: Any) -> None:
-    """Draw the legend of the labelled series, without a frame; options as for ``axes.legend``."""
-    options = {"frameon": False, "fontsize": LEGEND_PT, "labelcolor": INK, "handlelength": 3.0, **options}
-    axes.legend(**options)
+def legend(of: Axes | Figure, **options: Any) -> None:
+    """Draw the legend of the labelled series, without a frame; options as for ``axes.legend`` or ``fig.legend``."""
+    of.legend(**{"frameon": False, "fontsize": LEGEND_PT, "labelcolor": INK, "handlelength": 3.0, **options})
 
 
 def title(axes: Axes, text: str) -> None:

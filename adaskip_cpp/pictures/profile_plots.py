@@ -43,7 +43,7 @@ def layers(profiles: Mapping[str, Profile]) -> Figure:
     """
     fig, axes = plots.figure()
     for i, (name, profile) in enumerate(profiles.items()):
-        look = plots.KIND["layer"] if len(profiles) == 1 else plots.OTHERS[i % len(plots.OTHERS)]
+        look = plots.KIND["layer"] if len(profiles) == 1 else plots.other(i)
         axes.plot(_x(profiles, profile), profile.prefill.layer_similarity, label=name, **look.line)
     _label(axes, profiles, "IO similarity of whole layers")
     _scale(axes)
@@ -78,7 +78,7 @@ def sublayers(profiles: Mapping[str, Profile]) -> Figure:
     fig, both = plots.panels(1, 2, height_in=3.2, sharey=True)
     for column, (axes, kind) in enumerate(zip(both, KINDS, strict=True)):
         for i, (name, profile) in enumerate(profiles.items()):
-            look = plots.OTHERS[i % len(plots.OTHERS)]
+            look = plots.other(i)
             axes.plot(_x(profiles, profile), profile.similarity[:, column], label=name, **look.line)
         _label(axes, profiles, "IO similarity" if column == 0 else "")
         plots.title(axes, kind)

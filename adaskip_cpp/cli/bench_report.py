@@ -1,0 +1,131 @@
+"""What a benchmark found, in the terminal: its tables, and the configuration that they hold for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..bench.plots import TITLES
+from ..bench.table import NO_PLAN, PHASES, STOCK, Row, verdict
+from .report import megabytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..bench.bench import BenchResult
+    from ..intervals import Interval
+
+__all__ = ["print_report", "seconds"]
+
+
+def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: dict[str, Any]) -> None:
+    """Print the tables and the configuration."""
+    if not out.is_terminal:
+        out.width = max(out.width, 100)
+    if not rows:
+        out.print("No round was complete; nothing is known.")
+    for phase in PHASES:
+        of_phase = [row for row in rows if row.phase == phase]
+        for context in sorted({row.context for row in of_phase}):
+            _print_phase(out, [row for row in of_phase if row.context == context])
+    if result.usage:
+        _print_usage(out, result)
+    _print_configuration(out, result, about)
+
+
+def _print_phase(out: Console, rows: Sequence[Row]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    references = [name for name in (STOCK, NO_PLAN) if any(name in row.against for row in rows)]
+    with_ideal = any(row.of_ideal is not None for row in rows)
+    first = rows[0]
+    n_rounds = f"{first.n_rounds} round{'s' if first.n_rounds > 1 else ''}"
+    title = f"{TITLES[first.phase]}, prompt of {first.context:,} tokens, {n_rounds}"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("median\n(quartiles)", justify="right", no_wrap=True)
+    for name in references:
+        table.add_column(f"against {name}\n(95% interval)", no_wrap=True)
+    if with_ideal:
+        table.add_column("ideal", justify="right")
+        table.add_column("of the ideal\n(95% interval)", justify="right", no_wrap=True)
+    for row in rows:
+        cells = [row.contender, f"{seconds(row.median_s)}\n({_range(row.low_s, row.high_s)})"]
+        cells += [_two_lines(verdict(row.against[name])) if name in row.against else "" for name in references]
+        if with_ideal:
+            cells.append("" if row.ideal is None else f"{row.ideal.value:.2f} x")
+            cells.append("" if row.of_ideal is None else _percent(row.of_ideal))
+        table.add_row(*cells)
+    out.print(table)
+
+
+def _range(low: float, high: float) -> str:
+    first, last = seconds(low).split(), seconds(high).split()
+    return f"{first[0]} to {' '.join(last)}" if first[1] == last[1] else f"{' '.join(first)} to {' '.join(last)}"
+
+
+def _two_lines(text: str) -> str:
+    return text.replace(" (", "\n(").replace(", ", ",\n")  # the words stay together, the interval goes below
+
+
+def _percent(interval: Interval) -> str:
+    ends = f"\n({interval.low * 100:.1f} to {interval.high:.1%})" if math.isfinite(interval.low) else ""
+    return f"{interval.value:.1%}{ends}"
+
+
+def _print_usage(out: Console, result: BenchResult) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Memory and graphs", title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for name in ("peak memory", "KV", "nodes, prefill", "nodes, decode", "graphs built", "reused"):
+        table.add_column(name, justify="right")
+    for name in result.times.contenders:
+        usage = result.usage.get(name)
+        if usage is not None:
+            sizes = [None if size is None else megabytes(size) for size in (usage.peak_bytes, usage.kv_bytes)]
+            counts = (result.nodes_prefill.get(name), usage.nodes, usage.graphs_built, usage.graphs_reused)
+            cells = sizes + [None if count is None else f"{count:,}" for count in counts]
+            table.add_row(name, *(cell or "not told" for cell in cells))
+    out.print(table)
+
+
+def _print_configuration(out: Console, result: BenchResult, about: dict[str, Any]) -> None:
+    settings, machine = result.settings, result.machine
+    lines = [
+        f"{about['model']} ({about['architecture']}, {about['n_layer']} layers, {about['quantisation']}, "
+        f"{megabytes(about['file_bytes'])})",
+    ]
+    if machine:
+        n_threads = f"{settings.n_threads} thread{'s' if settings.n_threads > 1 else ''}"
+        devices = [device for device in machine["devices"] if device != machine["cpu"]]
+        layers = {-1: "all", 0: "no"}.get(machine["n_gpu_layers"], str(machine["n_gpu_layers"]))
+        offloaded = f", {layers} layers offloaded to: {', '.join(devices)}" if devices else ", no other device"
+        lines += [
+            f"{machine['cpu']}, {n_threads}{offloaded}",
+            f"batch {machine['n_batch']}, ubatch {machine['n_ubatch']}, flash attention "
+            f"{'on' if machine['flash_attention'] else 'off'}, KV {machine['type_k']}/{machine['type_v']}",
+        ]
+    lines.append(
+        f"adaskip-cpp {about['adaskip_cpp']}, llama-cpp-python {about['llama_cpp_python']}, "
+        f"Python {about['python']}, {about['os']}"
+    )
+    for name, plan in result.plans.items():
+        lines.append(
+            f"{name}: {plan.prefill.n_skip} of {2 * plan.n_layer} sublayers skipped in prefill "
+            f"({len(plan.prefill.attention)} attention, {len(plan.prefill.ffn)} FFN), {plan.decode.n_skip} in decode; "
+            f"compensation {plan.compensation}"
+        )
+    lines.append(
+        "Every contender in a process of its own, a new one each round, in turn, in reverse every second round; "
+        f"{settings.n_decode} tokens decoded behind each prompt; load average before {about['load_average']:.2f}."
+    )
+    out.print("\n".join(lines), style="dim", soft_wrap=True)
+
+
+def seconds(value: float) -> str:
+    """``12.3 ms`` or ``1.23 s``, to three digits."""
+    return f"{value:.3g} s" if value >= 100 else f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
