@@ -150,9 +150,9 @@ static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
 }
 
 // the plan must have passed check_plan
-static adaskip_context::plan make_plan(const llama_context & ctx, const adaskip_plan * plan) {
-    adaskip_context::plan res;
-    const int32_t         n = plan ? 2 * plan->n_layer : 0;
+static adaskip_skip_set make_plan(const llama_context & ctx, const adaskip_plan * plan) {
+    adaskip_skip_set res;
+    const int32_t    n = plan ? 2 * plan->n_layer : 0;
     if (!plan || !std::any_of(plan->skip, plan->skip + n, [](uint8_t s) { return s != 0; })) {
         return res;
     }
@@ -266,7 +266,6 @@ int32_t adaskip_set_online(llama_context * ctx, const adaskip_online_params * pa
             return fail(ADASKIP_ERROR_ARGUMENT, format("unknown online scale %d", params->scale));
         }
         ctx->adaskip.set_online(params);
-        ctx->adaskip.begin_request();
         return ADASKIP_OK;
     });
 }
@@ -277,21 +276,22 @@ int32_t adaskip_get_online(const llama_context * ctx, adaskip_online_state * sta
             return fail(ADASKIP_ERROR_ARGUMENT, "the state is null");
         }
         const auto & online = ctx->adaskip.get_online();
-        state->n_tokens     = online.n_tokens;
-        state->done         = online.done;
+        state->n_tokens     = online.get_n_tokens();
+        state->done         = online.is_done();
         const auto & before = ctx->adaskip.get_plan_of_request();
+        const auto & after  = ctx->adaskip.get_plan(ADASKIP_PHASE_DECODE);
         for (int32_t il = 0; il < n_layer_of(*ctx); ++il) {
             if (state->similarity) {
                 state->similarity[il] = online.similarity(il);
             }
             if (state->norm_ratio) {
-                state->norm_ratio[il] = online.scale(il, ADASKIP_ONLINE_SCALE_NORM);
+                state->norm_ratio[il] = online.norm_ratio(il);
             }
             if (state->scale) {
-                state->scale[il] = online.scale(il, ctx->adaskip.online_scale());
+                state->scale[il] = online.scale(il);
             }
             if (state->added) {
-                state->added[il] = online.value.skips(il, ADASKIP_FFN) && !before.skips(il, ADASKIP_FFN);
+                state->added[il] = after.skips(il, ADASKIP_FFN) && !before.skips(il, ADASKIP_FFN);
             }
         }
         return ADASKIP_OK;

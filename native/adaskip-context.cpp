@@ -1,17 +1,13 @@
 #include "adaskip-context.h"
 
-#include "adaskip-topology.h"
+#include "adaskip-pass.h"
 
-#include "ggml-backend.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
-#include <map>
-#include <numeric>
 
 // the mask of adaskip_elide_kv, for contexts that this thread creates
 static thread_local std::vector<bool> kv_elided_next;
@@ -92,6 +88,10 @@ llm_graph_params adaskip_context::graph_params(llm_graph_params params) const {
     return params;
 }
 
+bool adaskip_context::observes_online() const {
+    return online.observes() && phase == ADASKIP_PHASE_DECODE;
+}
+
 adaskip_context::graph_key adaskip_context::key() const {
     return { active_plan().id,
         statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE };
@@ -107,13 +107,7 @@ ggml_cgraph * adaskip_context::graph_pass(
         return nullptr;
     }
 
-    reductions.clear();
-    observations.clear();
-    layer_dots.clear();
-    replaced.clear();
-    running.clear();
-    behind.clear();
-    overwritten.clear();
+    observer.clear();
 
     const graph_key key_new = key();
     n_key_changes += !(key_new == graph_key_last);
@@ -128,15 +122,14 @@ ggml_cgraph * adaskip_context::graph_pass(
     }
 
     const auto & model    = lctx.get_model();
-    const bool   has_plan = !active_plan().empty();
     const bool   has_stat = graph_key_last.statistics != 0;
 
     // where there is a decoder, plans and statistics are about its layers
     const bool is_encoder =
             gtype == LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
+    const bool is_plain = active_plan().empty() && !has_stat && kv_elided.empty();
 
     const auto n_layer = (uint32_t) llama_model_n_layer(&model);
-    const auto roots   = adaskip_graph_roots(gf);
 
     const ggml_init_params params = {
         /*.mem_size   =*/ggml_tensor_overhead() * adaskip_graph_max_nodes(n_layer),
@@ -145,29 +138,29 @@ ggml_cgraph * adaskip_context::graph_pass(
     };
     ctx.reset(ggml_init(params));
 
-    adaskip_topology    topology;
-    const ggml_tensor * dropped = nullptr;
+    ggml_tensor * const end = is_encoder || is_plain ? nullptr : res.t_embd ? res.t_embd : res.t_logits;
 
-    if ((has_plan || has_stat || !kv_elided.empty()) && !is_encoder) {
-        topology = adaskip_topology_find(gf, res.t_embd ? res.t_embd : res.t_logits, (int) n_layer, kv_elided);
-        if (!check(topology)) {
-            LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
-            return nullptr;
-        }
-        if (has_plan) {
-            skip_sublayers(topology, gf);
-        }
-        if (has_stat) {
-            add_statistics(topology, gf);
-        }
-        if (statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
-            // nobody reads the outputs: more rows than the batch asked for
-            dropped      = res.t_logits;
-            res.t_logits = nullptr;
-            res.t_embd   = nullptr;
-        }
+    adaskip_pass pass(ctx.get(), gf, end, (int) n_layer, active_plan(), kv_elided);
+
+    error = pass.check();
+    if (!error.empty()) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
+        return nullptr;
     }
-    rebuild(topology, gf, roots, dropped);
+    pass.skip_sublayers();
+
+    if (end && has_stat) {
+        const bool on_device = observer.reduces_on_device();
+        observer.add_to(pass, graph_key_last.statistics);
+        n_key_changes += observer.reduces_on_device() != on_device;
+    }
+    if (end && statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
+        // nobody reads the outputs: more rows than the batch asked for
+        pass.drop(res.t_logits);
+        res.t_logits = nullptr;
+        res.t_embd   = nullptr;
+    }
+    counters.n_nodes = pass.rebuild(n_key_changes + 1);
 
     return gf;
 }
@@ -179,13 +172,14 @@ void adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatc
 
     const bool observes = observes_online();
 
-    const auto read = read_statistics(lctx, ubatch);
+    const auto read = observer.read(lctx, ubatch);
+    counters.n_bytes_statistics += observer.n_bytes();
     if (observes) {
-        accumulate(read.values, ubatch.n_tokens);
+        online.accumulate(read.values, ubatch.n_tokens);
     }
     if (statistics_flags != 0 && !read.values.empty()) {
         const adaskip_statistics statistics = {
-            /*.n_layer     =*/(int32_t) observations.size(),
+            /*.n_layer     =*/llama_model_n_layer(&lctx.get_model()),
             /*.n_tokens    =*/(int32_t) ubatch.n_tokens,
             /*.n_embd      =*/(int32_t) llama_model_n_embd(&lctx.get_model()),
             /*.phase       =*/phase,
@@ -200,153 +194,26 @@ void adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatc
     if (phase == ADASKIP_PHASE_DECODE) {
         n_decoded += (int32_t) ubatch.n_tokens;
     }
-    if (observes && online.n_tokens >= online_params.window) {
-        finish_online();
-    }
-}
-
-// a·b of every row; in as many sums as a compiler puts into registers
-static std::vector<float> dot_rows(const float * a, const float * b, size_t n_rows, size_t n) {
-    constexpr size_t   n_lanes = 16;
-    std::vector<float> res(n_rows);
-    for (size_t row = 0; row < n_rows; ++row) {
-        const float * x              = a + row * n;
-        const float * y              = b + row * n;
-        float         lanes[n_lanes] = {};
-        size_t        i              = 0;
-        for (; i + n_lanes <= n; i += n_lanes) {
-            for (size_t k = 0; k < n_lanes; ++k) {
-                lanes[k] += x[i + k] * y[i + k];
-            }
-        }
-        for (; i < n; ++i) {
-            lanes[0] += x[i] * y[i];
-        }
-        res[row] = std::accumulate(lanes, lanes + n_lanes, 0.0f);
-    }
-    return res;
-}
-
-static std::vector<float> sum_rows(const float * a, size_t n_rows, size_t n) {
-    std::vector<float> res(n);
-    for (size_t row = 0; row < n_rows; ++row) {
-        for (size_t k = 0; k < n; ++k) {
-            res[k] += a[row * n + k];
+    if (observes && online.is_full()) {
+        online_set = online.finish(active_plan());
+        if (!online_set.empty()) {
+            online_set.id = plan_id_next++;
         }
     }
-    return res;
-}
-
-// The values of the reductions of the last graph, which live until the next one is computed. Those in the host's memory
-// are read where they are.
-std::vector<const float *> adaskip_context::read_reductions(const llama_context & lctx) {
-    std::vector<const float *> res(reductions.size());
-    device_copies.resize(reductions.size());
-    for (size_t i = 0; i < reductions.size(); ++i) {
-        const size_t n_values = ggml_nelements(reductions[i]);
-        if (n_values == 0 || ggml_backend_buffer_is_host(reductions[i]->buffer)) {
-            res[i] = (const float *) reductions[i]->data;
-            continue;
-        }
-        device_copies[i].resize(n_values);
-        res[i] = device_copies[i].data();
-
-        ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(lctx.get_sched(), reductions[i]);
-        ggml_backend_tensor_get_async(backend, reductions[i], device_copies[i].data(), 0, n_values * sizeof(float));
-    }
-    ggml_backend_sched_synchronize(lctx.get_sched());
-    return res;
-}
-
-// empty where the graph has no statistics
-adaskip_context::statistics_values adaskip_context::read_statistics(
-        const llama_context & lctx, const llama_ubatch & ubatch) {
-    statistics_values res;
-    if (reductions.empty()) {
-        return res;
-    }
-    const size_t n_tokens = ubatch.n_tokens;
-    const size_t n_embd   = llama_model_n_embd(&lctx.get_model());
-    const float  nan      = std::numeric_limits<float>::quiet_NaN();
-    const auto   data     = read_reductions(lctx);
-    const auto   size     = [&](int i) { return (size_t) ggml_nelements(reductions[i]); };
-    for (size_t i = 0; i < data.size(); ++i) {
-        counters.n_bytes_statistics += size((int) i) * sizeof(float);
-    }
-
-    std::vector<size_t> outputs; // tokens of the rows that are left behind llama.cpp's gather
-    for (size_t i = 0; i < n_tokens; ++i) {
-        if (ubatch.output[i]) {
-            outputs.push_back(i);
-        }
-    }
-    const auto put_rows = [&](std::vector<float> & dst, const float * rows, size_t n_rows) {
-        const size_t begin = dst.size();
-        dst.resize(begin + n_tokens, nan);
-        for (size_t k = 0; k < n_rows; ++k) {
-            dst[begin + (n_rows == n_tokens ? k : outputs.at(k))] = rows[k];
-        }
-    };
-    std::map<std::pair<int, int>, std::vector<float>> products; // of the host
-    const auto                                        put_dot = [&](std::vector<float> & dst, const dot_product & p) {
-        if (p.u >= 0) {
-            auto & rows = products[{ p.u, p.v }];
-            if (rows.empty()) {
-                rows = dot_rows(data[p.u], data[p.v], ggml_nrows(reductions[p.u]), n_embd);
-            }
-            put_rows(dst, rows.data(), rows.size());
-        } else {
-            put_rows(dst, p.reduced >= 0 ? data[p.reduced] : nullptr, p.reduced >= 0 ? size(p.reduced) : 0);
-        }
-    };
-    std::map<int, std::vector<float>> sums; // by reduction: one sublayer's output is the next one's input
-    const auto                        put_sum = [&](std::vector<float> & dst, int i) {
-        if (i < 0) {
-            dst.resize(dst.size() + n_embd, nan);
-            return;
-        }
-        auto & sum = sums[i];
-        if (sum.empty()) {
-            sum = sum_rows(data[i], size(i) / n_embd, n_embd);
-        }
-        dst.insert(dst.end(), sum.begin(), sum.end());
-    };
-    const auto put_values = [&](int i) {
-        res.activations.push_back(i >= 0 && size(i) == n_tokens * n_embd ? data[i] : nullptr);
-    };
-    for (const auto & layer : observations) {
-        for (const auto & observation : layer) {
-            put_dot(res.values, observation.dot);
-            put_dot(res.values, observation.u_sq);
-            put_dot(res.values, observation.v_sq);
-            if (statistics_flags & ADASKIP_STATISTICS_VECTORS) {
-                put_sum(res.sums, observation.sum_u);
-                put_sum(res.sums, observation.sum_v);
-            }
-            if (statistics_flags & ADASKIP_STATISTICS_ACTIVATIONS) {
-                put_values(observation.u);
-                put_values(observation.v);
-            }
-        }
-    }
-    for (const auto & layer_dot : layer_dots) {
-        put_dot(res.layer_dot, layer_dot);
-    }
-    return res;
 }
 
 //
 // settings
 //
 
-const adaskip_context::plan & adaskip_context::get_plan(int32_t i_phase) const {
+const adaskip_skip_set & adaskip_context::get_plan(int32_t i_phase) const {
     if (i_phase == ADASKIP_PHASE_PREFILL) {
         return plans[ADASKIP_PHASE_PREFILL].front().value;
     }
-    return online.value.empty() ? get_plan_of_request() : online.value;
+    return online_set.empty() ? get_plan_of_request() : online_set;
 }
 
-const adaskip_context::plan & adaskip_context::get_plan_of_request() const {
+const adaskip_skip_set & adaskip_context::get_plan_of_request() const {
     const auto & steps = plans[ADASKIP_PHASE_DECODE];
 
     size_t i = 0;
@@ -356,7 +223,7 @@ const adaskip_context::plan & adaskip_context::get_plan_of_request() const {
     return steps[i].value;
 }
 
-static bool plan_equals(const adaskip_context::plan & a, const adaskip_context::plan & b) {
+static bool plan_equals(const adaskip_skip_set & a, const adaskip_skip_set & b) {
     const auto same = [](const adaskip_vectors_ptr & x, const adaskip_vectors_ptr & y) {
         return x == y || (x && y && x->data == y->data);
     };
@@ -388,16 +255,31 @@ void adaskip_context::set_steps(int32_t i_phase, std::vector<step> steps) {
 
     // what the online stage chose belongs to the plan that is gone
     if (i_phase == ADASKIP_PHASE_DECODE) {
-        online = {};
+        reset_online();
     }
 }
 
-void adaskip_context::set_plan(int32_t i_phase, plan value) {
+void adaskip_context::set_plan(int32_t i_phase, adaskip_skip_set value) {
     set_steps(i_phase, { { 0, std::move(value) } });
 }
 
 void adaskip_context::set_decode_schedule(std::vector<step> steps) {
     set_steps(ADASKIP_PHASE_DECODE, std::move(steps));
+}
+
+void adaskip_context::set_online(const adaskip_online_params * params) {
+    online.set_params(params);
+    begin_request();
+}
+
+void adaskip_context::begin_request() {
+    n_decoded = 0;
+    reset_online();
+}
+
+void adaskip_context::reset_online() {
+    online.reset();
+    online_set = {};
 }
 
 void adaskip_context::set_phase(int32_t value) {
@@ -408,5 +290,5 @@ void adaskip_context::set_statistics(int32_t flags, adaskip_statistics_callback 
     statistics_flags     = flags;
     statistics_callback  = callback;
     statistics_user_data = user_data;
-    device_copies.clear();
+    observer.free_copies();
 }

@@ -1,11 +1,13 @@
-// The graph pass: takes the skipped sublayers out of a graph and adds the reductions that the statistics need.
+// The graph pass: takes the skipped sublayers out of a graph, and lists again what is still alive.
+
+#include "adaskip-pass.h"
 
 #include "adaskip-context.h"
-#include "adaskip-topology.h"
 
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <unordered_set>
 
 // per sublayer at most: three reductions, two reshapes, two copies to make them possible, three additions, a scale, two
 // products, three nodes for a sum over tokens and two copies of activations; and as much again for the whole layer
@@ -22,35 +24,52 @@ static void node_become(ggml_tensor * node, const ggml_tensor * src) {
     std::copy(std::begin(src->src), std::end(src->src), std::begin(node->src));
 }
 
-bool adaskip_context::check(const adaskip_topology & topology) {
-    const auto & plan = active_plan();
+adaskip_pass::adaskip_pass(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * end, int n_layer,
+        const adaskip_skip_set & set, const std::vector<bool> & elided)
+    : ctx(ctx), gf(gf), topology(end ? adaskip_topology_find(gf, end, n_layer, elided) : adaskip_topology{}), set(set),
+      elided(elided), nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf)),
+      roots(adaskip_graph_roots(gf)) {}
+
+std::string adaskip_pass::check() const {
     for (size_t i = 0; i < 2 * topology.layers.size(); ++i) {
         const int    il   = (int) i / 2;
         const int    kind = (int) i % 2;
         const auto & loc  = topology.layers[il][kind];
-        if (plan.skips(il, kind) && !loc.skippable()) {
-            error = format("layer %d: the %s cannot be skipped: %s", il,
-                    kind == ADASKIP_ATTENTION ? "attention" : "FFN", loc.reason.c_str());
-            return false;
+        if (set.skips(il, kind) && !loc.skippable()) {
+            return format("layer %d: the %s cannot be skipped: %s", il, kind == ADASKIP_ATTENTION ? "attention" : "FFN",
+                    loc.reason.c_str());
         }
-        if (kind == ADASKIP_ATTENTION && il < (int) kv_elided.size() && kv_elided[il] && !plan.skips(il, kind)) {
-            error = format("layer %d: the attention would run, but this context has no KV for it", il);
-            return false;
+        if (kind == ADASKIP_ATTENTION && il < (int) elided.size() && elided[il] && !set.skips(il, kind)) {
+            return format("layer %d: the attention would run, but this context has no KV for it", il);
         }
     }
-    return true;
+    return "";
 }
 
-ggml_tensor * adaskip_context::resolve(ggml_tensor * t) const {
+ggml_tensor * adaskip_pass::resolve(ggml_tensor * t) const {
     for (auto it = replaced.find(t); it != replaced.end(); it = replaced.find(t)) {
         t = it->second;
     }
     return t;
 }
 
-void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgraph * gf) {
-    const auto & plan = active_plan();
+std::pair<ggml_tensor *, ggml_tensor *> adaskip_pass::input_output(const adaskip_term & term) const {
+    const auto it = running.find(term.node);
+    if (it == running.end()) {
+        return { nullptr, nullptr };
+    }
+    return { resolve(it->second.first), it->second.second };
+}
 
+void adaskip_pass::add_output(ggml_tensor * node, ggml_tensor * t) {
+    ggml_set_output(t);
+    behind[node].push_back(t);
+}
+
+void adaskip_pass::skip_sublayers() {
+    if (set.empty()) {
+        return;
+    }
     for (const auto & junction : topology.junctions) {
         if (!is_skipped(junction)) {
             continue;
@@ -62,33 +81,33 @@ void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgr
 
         for (const auto & term : junction.terms) {
             if (!is_skipped(term)) {
-                ggml_tensor * sum  = ggml_add(ctx.get(), term.node, cur);
+                ggml_tensor * sum  = ggml_add(ctx, term.node, cur);
                 running[term.node] = { cur, sum };
                 cur                = sum;
                 continue;
             }
             const size_t i     = 2 * term.il + term.kind;
-            const float  scale = plan.scale[i];
+            const float  scale = set.scale[i];
 
             // FFNs that the online stage added have a scale alone
-            ggml_tensor * const bias = plan.bias ? plan.bias->tensors[i] : nullptr;
-            ggml_tensor * const down = plan.down ? plan.down->tensors[i] : nullptr;
+            ggml_tensor * const bias = set.bias ? set.bias->tensors[i] : nullptr;
+            ggml_tensor * const down = set.down ? set.down->tensors[i] : nullptr;
 
             if ((scale != 1.0f || down) && !ggml_is_contiguous(cur)) {
-                cur = ggml_cont(ctx.get(), cur);
+                cur = ggml_cont(ctx, cur);
             }
             ggml_tensor * product = nullptr;
             if (down) {
-                product = ggml_mul_mat(ctx.get(), plan.up->tensors[i], ggml_mul_mat(ctx.get(), down, cur));
+                product = ggml_mul_mat(ctx, set.up->tensors[i], ggml_mul_mat(ctx, down, cur));
             }
             if (scale != 1.0f) {
-                cur = ggml_scale(ctx.get(), cur, scale);
+                cur = ggml_scale(ctx, cur, scale);
             }
             if (bias) {
-                cur = ggml_add(ctx.get(), cur, bias);
+                cur = ggml_add(ctx, cur, bias);
             }
             if (product) {
-                cur = ggml_add(ctx.get(), cur, product);
+                cur = ggml_add(ctx, cur, product);
             }
         }
         if (cur != junction.residual) {
@@ -100,21 +119,21 @@ void adaskip_context::skip_sublayers(const adaskip_topology & topology, ggml_cgr
                 }
             }
         } else if (out->flags & GGML_TENSOR_FLAG_OUTPUT) {
-            node_become(out, ggml_scale(ctx.get(), cur, 1.0f)); // somebody reads this very tensor
+            node_become(out, ggml_scale(ctx, cur, 1.0f)); // somebody reads this very tensor
         } else {
             replaced[out] = cur;
         }
     }
 
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        read_replaced(ggml_graph_node(gf, i));
+    for (auto * node : nodes) {
+        read_replaced(node);
     }
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         read_replaced(t);
     }
 }
 
-void adaskip_context::read_replaced(ggml_tensor * node) const {
+void adaskip_pass::read_replaced(ggml_tensor * node) const {
     for (auto & src : node->src) {
         src = src ? resolve(src) : nullptr;
     }
@@ -127,150 +146,13 @@ void adaskip_context::read_replaced(ggml_tensor * node) const {
     }
 }
 
-bool adaskip_context::is_skipped(const adaskip_term & term) const {
-    return term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && active_plan().skips(term.il, term.kind);
+bool adaskip_pass::is_skipped(const adaskip_term & term) const {
+    return term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && set.skips(term.il, term.kind);
 }
 
-bool adaskip_context::is_skipped(const adaskip_junction & junction) const {
+bool adaskip_pass::is_skipped(const adaskip_junction & junction) const {
     return std::any_of(
             junction.terms.begin(), junction.terms.end(), [&](const adaskip_term & t) { return is_skipped(t); });
-}
-
-// sum over a row of a*b, for every row: a product of matrices with one row each, one pass over memory and one op that
-// every backend has
-int adaskip_context::reduce(ggml_tensor * a, ggml_tensor * b, ggml_tensor * node) {
-    const auto as_rows = [&](ggml_tensor * t) {
-        if (!ggml_is_contiguous(t)) {
-            t = ggml_cont(ctx.get(), t);
-        }
-        return ggml_reshape_3d(ctx.get(), t, t->ne[0], 1, ggml_nrows(t));
-    };
-    ggml_tensor * a_rows = as_rows(a);
-    ggml_tensor * b_rows = a == b ? a_rows : as_rows(b);
-    ggml_tensor * res    = ggml_mul_mat(ctx.get(), a_rows, b_rows);
-
-    ggml_prec_set_acc(res, GGML_PREC_F32);
-
-    return add_reduction(res, node);
-}
-
-int adaskip_context::sum_over_tokens(ggml_tensor * t, ggml_tensor * node) {
-    return add_reduction(ggml_sum_rows(ctx.get(), ggml_cont(ctx.get(), ggml_transpose(ctx.get(), t))), node);
-}
-
-// as an output of the graph a tensor keeps its memory, so that the stream itself is read where nothing overwrites it
-int adaskip_context::values_of(ggml_tensor * t, ggml_tensor * node) {
-    const bool as_is = ggml_is_contiguous(t) && !t->view_src && overwritten.count(t) == 0;
-    return add_reduction(as_is ? t : ggml_cont(ctx.get(), t), node);
-}
-
-// tensors that a node other than a view of them writes to
-void adaskip_context::find_overwritten(ggml_cgraph * gf) {
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        const ggml_tensor * node = ggml_graph_node(gf, i);
-        const bool is_view = node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE ||
-                             node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
-        if (node->view_src && !is_view) {
-            overwritten.insert(node->view_src);
-        }
-    }
-}
-
-int adaskip_context::add_reduction(ggml_tensor * t, ggml_tensor * node) {
-    ggml_set_output(t);
-    behind[node].push_back(t);
-    reductions.push_back(t);
-    return (int) reductions.size() - 1;
-}
-
-void adaskip_context::add_statistics(const adaskip_topology & topology, ggml_cgraph * gf) {
-    const bool ffn_only = graph_key_last.statistics & ADASKIP_STATISTICS_ONLINE;
-    const bool vectors  = graph_key_last.statistics & ADASKIP_STATISTICS_VECTORS;
-    const bool copies   = graph_key_last.statistics & ADASKIP_STATISTICS_ACTIVATIONS;
-
-    const size_t n_layer = topology.layers.size();
-    observations.assign(n_layer, {});
-    layer_dots.assign(n_layer, {});
-    if (topology.junctions.empty()) {
-        return;
-    }
-    find_overwritten(gf);
-
-    // few tokens are reduced by the host, as copying them costs less than so many small operations
-    const bool on_device = ggml_nrows(topology.junctions.front().residual) > ADASKIP_MAX_TOKENS_ON_HOST;
-    n_key_changes += on_device != reduced_on_device;
-    reduced_on_device = on_device;
-
-    // the output of one sublayer is the input of the next
-    using memo = std::unordered_map<const ggml_tensor *, int>;
-    memo       squares, sums, values;
-    const auto once = [](memo & known, ggml_tensor * t, const auto & f) {
-        const auto it = known.find(t);
-        return it != known.end() ? it->second : known[t] = f();
-    };
-    const auto dot = [&](ggml_tensor * u, ggml_tensor * v, ggml_tensor * node) {
-        dot_product res;
-        if (on_device) {
-            res.reduced = u == v ? once(squares, u, [&] { return reduce(u, u, node); }) : reduce(u, v, node);
-        } else {
-            res.u = once(values, u, [&] { return values_of(u, node); });
-            res.v = once(values, v, [&] { return values_of(v, node); });
-        }
-        return res;
-    };
-    const auto sum = [&](ggml_tensor * t, ggml_tensor * node) {
-        return on_device && !copies ? once(sums, t, [&] { return sum_over_tokens(t, node); })
-                                    : once(values, t, [&] { return values_of(t, node); });
-    };
-
-    std::vector<ggml_tensor *> layer_inputs(n_layer, nullptr);
-
-    for (const auto & junction : topology.junctions) {
-        ggml_tensor * const out = junction.out;
-        if (ggml_is_empty(out)) {
-            continue; // no token of this ubatch is an output, and the last layer runs on those only
-        }
-        ggml_tensor * u = resolve(junction.residual);
-        for (size_t it = 0; it < junction.terms.size(); ++it) {
-            const auto & term = junction.terms[it];
-            if (is_skipped(term)) {
-                continue;
-            }
-            ggml_tensor * v  = out;
-            const auto    io = running.find(term.node);
-            if (io != running.end()) {
-                u = resolve(io->second.first);
-                v = io->second.second;
-            } else if (it + 1 < junction.terms.size()) {
-                v = ggml_add(ctx.get(), term.node, u);
-            }
-
-            const bool known =
-                    term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && topology.layers[term.il][term.kind].skippable();
-            if (known && !(ffn_only && term.kind != ADASKIP_TERM_FFN)) {
-                auto & dst = observations[term.il][term.kind];
-                dst.dot    = dot(u, v, out);
-                dst.u_sq   = dot(u, u, out);
-                dst.v_sq   = dot(v, v, out);
-                if (vectors) {
-                    dst.sum_u = sum(u, out);
-                    dst.sum_v = sum(v, out);
-                }
-                if (copies) {
-                    dst.u = once(values, u, [&] { return values_of(u, out); });
-                    dst.v = once(values, v, [&] { return values_of(v, out); });
-                }
-            }
-            if (known && !ffn_only) {
-                if (term.kind == ADASKIP_TERM_ATTENTION) {
-                    layer_inputs[term.il] = u;
-                } else if (layer_inputs[term.il] && ggml_are_same_shape(layer_inputs[term.il], v)) {
-                    layer_dots[term.il] = dot(layer_inputs[term.il], v, out);
-                }
-            }
-            u = v;
-        }
-    }
 }
 
 // A node that is allocated and not computed. ggml_gallocr keeps its allocation plan, which goes by the position of a
@@ -278,25 +160,18 @@ void adaskip_context::add_statistics(const adaskip_topology & topology, ggml_cgr
 // for. llama.cpp's graphs of one model have one shape, so that suffices; ours change it with the plan, and two that
 // differ may well have equally many nodes. A first node that needs more memory after every such change makes ggml plan
 // anew.
-void adaskip_context::add_marker(ggml_cgraph * gf, int64_t n_values) {
-    ggml_build_forward_order(gf, ggml_arange(ctx.get(), 0.0f, (float) n_values, 1.0f));
+void adaskip_pass::add_marker(int64_t n_values) {
+    ggml_build_forward_order(gf, ggml_arange(ctx, 0.0f, (float) n_values, 1.0f));
 }
 
-// Lists the live nodes again, in the order in which llama.cpp had them. Dead are the nodes that only a skipped branch
-// needs, and the stores of a skipped attention.
-void adaskip_context::rebuild(const adaskip_topology & topology, ggml_cgraph * gf,
-        const std::vector<ggml_tensor *> & roots, const ggml_tensor * dropped) {
-    static const std::vector<uint8_t> nothing;
-    const auto &                      skip = topology.layers.empty() ? nothing : active_plan().skip;
-
-    std::vector<ggml_tensor *> nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
-
+// Dead are the nodes that only a skipped branch needs, and the stores of a skipped attention.
+int adaskip_pass::rebuild(int64_t n_marker) {
     std::unordered_set<const ggml_tensor *> dead_roots = { dropped };
-    for (size_t i = 0; i < skip.size(); ++i) {
-        if (skip[i]) {
-            const auto & loc  = topology.layers[i / 2][i % 2];
-            const auto & term = topology.junctions[loc.i_junction].terms[loc.i_term];
-            dead_roots.insert(term.stores.begin(), term.stores.end());
+    for (const auto & junction : topology.junctions) {
+        for (const auto & term : junction.terms) {
+            if (is_skipped(term)) {
+                dead_roots.insert(term.stores.begin(), term.stores.end());
+            }
         }
     }
 
@@ -324,12 +199,12 @@ void adaskip_context::rebuild(const adaskip_topology & topology, ggml_cgraph * g
         }
     }
 
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         t->flags |= t->op != GGML_OP_NONE ? GGML_TENSOR_FLAG_COMPUTE : 0;
     }
 
     ggml_graph_clear(gf);
-    add_marker(gf, n_key_changes + 1);
+    add_marker(n_marker);
 
     // ggml_build_forward_order leaves GGML_TENSOR_FLAG_COMPUTE as it is, also on branches that upstream has deselected
     for (auto * node : nodes) {
@@ -350,10 +225,11 @@ void adaskip_context::rebuild(const adaskip_topology & topology, ggml_cgraph * g
         }
     }
 
-    counters.n_nodes = ggml_graph_n_nodes(gf) - 1;
+    const int n_nodes = ggml_graph_n_nodes(gf) - 1;
 
     // the plan that llama.cpp reserves for its own graph has room for everything, the first marker included
-    if (ggml_graph_n_nodes(gf) == counters.n_nodes_full) {
-        add_marker(gf, 1);
+    if (n_nodes + 1 == (int) nodes.size()) {
+        add_marker(1);
     }
+    return n_nodes;
 }

@@ -1,4 +1,4 @@
-#include "adaskip-context.h"
+#include "adaskip-plan.h"
 
 #include "llama-model.h"
 

@@ -1,0 +1,53 @@
+#pragma once
+
+#include "adaskip.h"
+#include "adaskip-plan.h"
+
+#include <cstdint>
+#include <vector>
+
+// Online importance learning in decode: observes the FFNs that run for the first tokens of a request, then adds those
+// that change little to the skip set.
+class adaskip_online {
+public:
+    // turns the stage on, or off with null
+    void set_params(const adaskip_online_params * params);
+
+    // forgets what was observed, for the next request
+    void reset();
+
+    bool observes() const { return enabled && !done; }
+
+    // values: [n_layer][2][3][n_tokens], as adaskip_statistics hands them out
+    void accumulate(const std::vector<float> & values, int64_t n_tokens);
+
+    // once the window is full: the skip set in force with the FFNs that are added to it, empty if none is
+    bool             is_full() const { return n_tokens >= params.window; }
+    adaskip_skip_set finish(adaskip_skip_set value);
+
+    int32_t get_n_tokens() const { return n_tokens; }
+    bool    is_done() const { return done; }
+
+    // NaN where not observed
+    double similarity(int il) const;
+    double norm_ratio(int il) const;
+    double scale(int il) const;
+
+private:
+    bool observed(int il) const { return il < (int) ratios.size() && !ratios[il].empty(); }
+
+    bool                  enabled = false;
+    adaskip_online_params params  = {};
+
+    //
+    // this request
+    //
+
+    bool    done     = false;
+    int32_t n_tokens = 0;
+
+    std::vector<double>             sum_similarity; // [n_layer], over the observed tokens
+    std::vector<double>             sum_u_sq;
+    std::vector<double>             sum_v_sq;
+    std::vector<std::vector<float>> ratios; // [n_layer][n_tokens], empty where not observed
+};
