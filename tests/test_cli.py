@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,18 @@ def line(result: Result, code: int = 1) -> str:
 def test_every_verb_has_help_with_an_example(run: Run, verb: str) -> None:
     result = run(verb, "--help")
     assert result.exit_code == 0
-    assert f"Example:\n    adaskip-cpp {verb}" in result.stdout
+    assert re.search(f"Example:\n +adaskip-cpp {verb}", result.stdout)
+
+
+def test_help_begins_with_the_options_that_matter_and_groups_the_others(run: Run) -> None:
+    sections = re.split(r"^(\S.*):\n", run("calibrate", "--help").stdout, flags=re.MULTILINE)
+    groups = {
+        heading: re.findall(r"--[a-z-]+", text) for heading, text in zip(sections[1::2], sections[2::2], strict=True)
+    }
+    assert list(groups) == ["Example", "Options", "What is learned", "Running the model", "Output"]
+    assert groups["Options"] == ["--output", "--data", "--help"]
+    assert groups["Running the model"] == ["--threads", "--gpu-layers"]
+    assert groups["Output"] == ["--json"]
 
 
 def test_without_a_verb_it_lists_them(run: Run) -> None:

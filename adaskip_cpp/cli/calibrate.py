@@ -12,7 +12,7 @@ import click
 from ..calibration.linear import DEFAULT_RANK
 from ..errors import ProfileError
 from ..measuring.corpus import N_REQUESTS, N_TOKENS
-from .terminal import console, json_option, load_model, model_options, read_text
+from .terminal import console, json_option, load_model, model_options, option, read_text, verb
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
@@ -22,14 +22,13 @@ __all__ = ["calibrate"]
 _CTX_TIMED = 8192
 """Context of a model whose sublayers are timed: that of `generate`, so that long prompts are predicted from times."""
 
+_LEARNING = "What is learned"
 
-@click.command(
-    short_help="Learn a model's profile.",
-    epilog="\b\nExample:\n  adaskip-cpp calibrate model.gguf --data notes.txt -o model.adaskip.json",
-)
+
+@verb("Learn a model's profile.", example="adaskip-cpp calibrate model.gguf --data notes.txt -o model.adaskip.json")
 @click.argument("model")
-@click.option("-o", "--output", required=True, metavar="PROFILE", help="Profile file to write.")
-@click.option(
+@option("-o", "--output", required=True, metavar="PROFILE", help="Profile file to write.")
+@option(
     "--data",
     "files",
     multiple=True,
@@ -37,28 +36,40 @@ _CTX_TIMED = 8192
     help="UTF-8 text to calibrate on, - for stdin; may be repeated. Text like yours works best.  "
     "[default: pages of pydoc_data.topics, Python's language reference]",
 )
-@click.option(
-    "--requests", type=click.IntRange(min=1), default=N_REQUESTS, show_default=True, help="Requests to cut from it."
+@option(
+    "--requests",
+    group=_LEARNING,
+    type=click.IntRange(min=1),
+    default=N_REQUESTS,
+    show_default=True,
+    help="Requests to cut from it.",
 )
-@click.option(
-    "--tokens", type=click.IntRange(min=2), default=N_TOKENS, show_default=True, help="Tokens in each request."
+@option(
+    "--tokens",
+    group=_LEARNING,
+    type=click.IntRange(min=2),
+    default=N_TOKENS,
+    show_default=True,
+    help="Tokens in each request.",
 )
-@click.option(
+@option(
     "--decode-tokens",
     "n_decode",
+    group=_LEARNING,
     type=click.IntRange(min=1),
     default=32,
     show_default=True,
     help="Tokens to decode after a request, of 20 requests at most.",
 )
-@click.option(
+@option(
     "--rank",
+    group=_LEARNING,
     type=click.IntRange(0, 4096),
     default=DEFAULT_RANK,
     show_default=True,
     help="Rank of the linear maps that stand in for skipped sublayers; 0 for none.",
 )
-@click.option("--no-cost", is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
+@option("--no-cost", group=_LEARNING, is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
 @model_options
 @json_option
 def calibrate(

@@ -13,7 +13,7 @@ import click
 from ..errors import AdaSkipError, RequestError
 from .planning import PlanChoice, choose, plan_options, profile_options
 from .report import skipped_counts
-from .terminal import console, load_model, model_options
+from .terminal import RUNNING, console, load_model, model_options, option, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,18 +33,31 @@ In the line below an answer, /s is tokens per second, and 12+3 is 12 sublayers
 of the plan and 3 FFNs that this answer added."""
 
 
-@click.command(
-    short_help="Chat with a model, with or without skipping.",
-    epilog="\b\nExample:\n  adaskip-cpp chat model.gguf --profile model.adaskip.json --skip 8",
+@verb(
+    "Chat with a model, with or without skipping.",
+    example="adaskip-cpp chat model.gguf\nadaskip-cpp chat model.gguf --profile model.adaskip.json --skip 8",
 )
 @click.argument("model")
 @profile_options
 @plan_options
-@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest answer.")
-@click.option("--ctx", type=click.IntRange(min=8), default=8192, show_default=True, help="Context in tokens.")
-@click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: always the likeliest.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 2), default=None, help="Seed of sampling.  [default: random]")
+@option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@option("--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest answer.")
+@option("--ctx", group=RUNNING, type=click.IntRange(min=8), default=8192, show_default=True, help="Context in tokens.")
+@option(
+    "--temp",
+    group=RUNNING,
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    help="0: always the likeliest.",
+)
+@option(
+    "--seed",
+    group=RUNNING,
+    type=click.IntRange(0, 2**32 - 2),
+    default=None,
+    help="Seed of sampling.  [default: random]",
+)
 @model_options
 def chat(
     model: str,

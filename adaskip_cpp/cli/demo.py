@@ -11,7 +11,7 @@ import click
 
 from .planning import PlanChoice, plan_options
 from .report import layer_list, megabytes
-from .terminal import console, json_option, model_options, recorder, save_svg
+from .terminal import OUTPUT, console, json_option, model_options, option, recorder, save_svg, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 
-@click.command(short_help="Show the whole idea on a small model.", epilog="\b\nExample:\n  adaskip-cpp demo --skip 6")
-@click.option(
-    "--model", metavar="MODEL", help="Another GGUF file with a chat template.  [default: packaged SmolLM2-135M]"
-)
+@verb("Show the whole idea on a small model.", example="adaskip-cpp demo --skip 6")
+@option("--model", metavar="MODEL", help="Another GGUF file with a chat template.  [default: packaged SmolLM2-135M]")
 @plan_options
 @model_options
-@click.option("--svg", type=click.Path(dir_okay=False), help="Also save what is shown as a picture.")
+@option("--svg", group=OUTPUT, type=click.Path(dir_okay=False), help="Also save what is shown as a picture.")
 @json_option
 def demo(
     model: str | None,

@@ -10,7 +10,7 @@ import click
 
 from .planning import PlanChoice, choose, plan_options, profile_options
 from .report import kv_memory, skipped_lines, speed_lines
-from .terminal import console, load_model, model_options, read_text
+from .terminal import RUNNING, console, load_model, model_options, option, read_text, verb
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -18,21 +18,36 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 
-@click.command(
-    short_help="Answer a prompt, with or without skipping.",
-    epilog="\b\nExample:\n  adaskip-cpp generate model.gguf -f question.txt --profile model.adaskip.json --skip 12",
+@verb(
+    "Answer a prompt, with or without skipping.",
+    example="adaskip-cpp generate model.gguf -f question.txt\n"
+    "adaskip-cpp generate model.gguf -f question.txt --profile model.adaskip.json --skip 12",
 )
 @click.argument("model")
-@click.option("-p", "--prompt", help="The prompt.")
-@click.option("-f", "--file", metavar="FILE", help="Read the prompt from a file, - for stdin.")
+@option("-p", "--prompt", help="The prompt.")
+@option("-f", "--file", metavar="FILE", help="Read the prompt from a file, - for stdin.")
 @profile_options
 @plan_options
-@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
-@click.option("--ctx", type=click.IntRange(min=8), default=8192, show_default=True, help="Context in tokens.")
-@click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: always the likeliest.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 2), default=None, help="Seed of sampling.  [default: random]")
-@click.option(
+@option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@option("--ctx", group=RUNNING, type=click.IntRange(min=8), default=8192, show_default=True, help="Context in tokens.")
+@option(
+    "--temp",
+    group=RUNNING,
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    help="0: always the likeliest.",
+)
+@option(
+    "--seed",
+    group=RUNNING,
+    type=click.IntRange(0, 2**32 - 2),
+    default=None,
+    help="Seed of sampling.  [default: random]",
+)
+@option(
     "--chat/--raw",
+    group=RUNNING,
     default=None,
     help="Wrap the prompt in the model's chat template, or continue it as it is.  [default: --chat if there is one]",
 )

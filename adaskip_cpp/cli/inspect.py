@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .terminal import console, json_option, load_model, model_options
+from .terminal import console, json_option, load_model, model_options, verb
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["inspect"]
 
 
-@click.command(
-    short_help="Show what can be skipped in a model.", epilog="\b\nExample:\n  adaskip-cpp inspect model.gguf"
-)
+@verb("Show what can be skipped in a model.", example="adaskip-cpp inspect model.gguf")
 @click.argument("model")
 @model_options
 @json_option

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: one-line errors, the options of a model, loading one."""
+"""What the verbs of the command line share: help in groups, one-line errors, the options of a model, loading one."""
 
 from __future__ import annotations
 
@@ -24,17 +24,69 @@ if TYPE_CHECKING:
     from ..model.plan import SkipPlan
 
 __all__ = [
+    "CHOOSING",
+    "OUTPUT",
+    "RUNNING",
     "Verbs",
     "console",
     "json_option",
     "load_model",
     "model_options",
+    "option",
     "read_text",
     "recorder",
     "save_svg",
+    "verb",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+CHOOSING, RUNNING, OUTPUT = "Choosing what is skipped", "Running the model", "Output"
+"""Headings of groups of options."""
+
+
+class _Option(click.Option):
+    """An option that knows the heading it stands under. A number is N or X, where click says INTEGER RANGE."""
+
+    def __init__(self, *args: Any, group: str, **settings: Any) -> None:
+        self.group = group
+        super().__init__(*args, **settings)
+        self.metavar = self.metavar or {click.IntRange: "N", click.FloatRange: "X"}.get(type(self.type))
+
+
+class _Verb(click.Command):
+    """A command whose help has an example above its options, and these in groups, in order of appearance."""
+
+    def __init__(self, *args: Any, example: str, **settings: Any) -> None:
+        self.example = example
+        super().__init__(*args, **settings)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example and the groups; those without a heading come first, as "Options"."""
+        with formatter.section("Example"):
+            formatter.write_text(f"\b\n{self.example}")
+        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)) is not None:
+                groups.setdefault(getattr(parameter, "group", "Options"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def verb(short_help: str, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function a command of the command line.
+
+    Args:
+        short_help: what the list of commands says of it.
+        example: a command line, or several, for its help.
+    """
+    return click.command(cls=_Verb, short_help=short_help, example=example)
+
+
+def option(*names: str, group: str = "Options", **settings: Any) -> Callable[[_Command], _Command]:
+    """Add an option, as ``click.option``, under a heading of the help; without one among the few that matter most."""
+    return click.option(*names, cls=_Option, group=group, **settings)
 
 
 class Verbs(click.Group):
@@ -109,20 +161,21 @@ def save_svg(recording: Console, path: str, title: str) -> None:
 
 def json_option(command: _Command) -> _Command:
     """Add ``--json``, passed as ``as_json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")(command)
+    return option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead.")(command)
 
 
 def model_options(command: _Command) -> _Command:
     """Add the options that say how to run a model: ``threads`` and ``gpu_layers``."""
-    command = click.option(
+    command = option(
         "--gpu-layers",
+        group=RUNNING,
         type=click.IntRange(min=-1),
         default=-1,
         show_default=True,
         help="Layers to run on a GPU, if llama-cpp-python was built for one; -1 for all.",
     )(command)
-    return click.option(
-        "--threads", type=click.IntRange(min=1), default=None, help="CPU threads.  [default: all physical cores]"
+    return option(
+        "--threads", group=RUNNING, type=click.IntRange(min=1), help="CPU threads.  [default: all physical cores]"
     )(command)
 
 
