@@ -264,8 +264,8 @@ def test_what_cannot_be_measured_is_one_line_before_anything_is(
     ("arguments", "words"),
     [
         (["--skip", "6;12"], "'6;12' is not a list such as 6,12,15"),
-        (["--compensation", "best"], "'best' is not one of none, paper, median, affine"),
-        (["--synthetic", "chess"], "'chess' is not one of passkey"),
+        (["--compensation", "best"], "'best' is not a list of: none, paper, median, affine"),
+        (["--synthetic", "chess"], "'chess' is not a list of: passkey"),
         (["--longbench", "a.jsonl"], "--longbench needs --longbench-prompts and --longbench-lengths"),
     ],
 )
@@ -275,4 +275,4 @@ def test_malformed_options_are_one_line(run: Run, arguments: list[str], words: s
 
 def test_the_help_has_an_example() -> None:
     result = CliRunner().invoke(Verbs(commands={"evaluate": command}), ["evaluate", "--help"])
-    assert "Example:\n    adaskip-cpp evaluate model.gguf" in result.stdout
+    assert "Example:\n  adaskip-cpp evaluate model.gguf" in result.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from ..model.plan import MODES, Mode
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.strategies import DEFAULT_N_SKIP, STRATEGIES
 from ..progress import told_progress
+from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
 from .terminal import console, json_option, load_model, model_options
 
 if TYPE_CHECKING:
@@ -36,58 +36,7 @@ __all__ = ["bench"]
 _N_REQUESTS, _N_TOKENS, _N_DECODE = 6, 512, 16
 """Calibration without a profile: enough for a plan to be timed, not for one to be used."""
 
-
-def _list(kind: Callable[[str], Any], example: str, least: float = 1) -> Callable[..., Any]:
-    """A callback that reads a list with commas."""
-
-    def read(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
-        if value is None:
-            return None
-        try:
-            items = tuple(kind(item) for item in value.split(","))
-        except ValueError:
-            items = ()
-        if not items or not all(isinstance(item, str) or least <= item < float("inf") for item in items):
-            raise click.BadParameter(f"{value!r} is not a list such as {example}")
-        return items
-
-    return read
-
-
-def _strategy(name: str) -> str:
-    if name.strip() not in STRATEGIES or name.strip() == "manual":
-        raise ValueError(name)
-    return name.strip()
-
-
-def _layers_of(text: str) -> tuple[int, ...]:
-    def layers(part: str) -> range:
-        first, _, last = part.partition("-")
-        return range(int(first), int(last or first) + 1)
-
-    return tuple(itertools.chain(*map(layers, text.split(","))))
-
-
-def _both(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    try:
-        pairs = [tuple(map(_layers_of, value.split("/"))) for value in values]
-    except ValueError:
-        pairs = [()]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise click.BadParameter(f"{', '.join(map(repr, values))} is not two lists of layers such as 1,5-7/8,9")
-    return tuple((pair[0], pair[1]) for pair in pairs)
-
-
-def _layers(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    try:
-        lists = tuple(map(_layers_of, values))
-    except ValueError:
-        lists = ((),)
-    if not all(lists):
-        raise click.BadParameter(f"{', '.join(map(repr, values))} is not a list of layers such as 1,5-7")
-    return lists
+_STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 
 
 @click.command(
@@ -105,14 +54,14 @@ def _layers(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option(
     "--contexts",
     metavar="LIST",
-    callback=_list(int, "512,2048"),
+    type=numbers(int, "512,2048"),
     help="Tokens of the prompts.  [default: 512,2048,8192, cut to what the model allows]",
 )
 @click.option(
     "--skip",
     "skips",
     metavar="LIST",
-    callback=_list(int, "6,12"),
+    type=numbers(int, "6,12"),
     help=f"Plans that skip so many sublayers, as 6,12,15.  [default with --strategy, or with a --profile that is not "
     f"tuned: {DEFAULT_N_SKIP}]",
 )
@@ -120,31 +69,31 @@ def _layers(context: click.Context, parameter: click.Parameter, values: tuple[st
     "--strategy",
     "strategies",
     metavar="LIST",
-    callback=_list(_strategy, "adaskip,early_exit"),
-    help=f"How they choose: {', '.join(name for name in STRATEGIES if name != 'manual')}.  [default: adaskip]",
+    type=names(_STRATEGIES),
+    help=f"How they choose: {', '.join(_STRATEGIES)}.  [default: adaskip]",
 )
 @click.option(
     "--speedup",
     "speedups",
     metavar="LIST",
-    callback=_list(float, "1.2,1.4"),
+    type=numbers(float, "1.2,1.4"),
     help="Plans predicted to be so many times as fast at the longest context, as 1.2,1.4.",
 )
 @click.option(
     "--attention",
     multiple=True,
     metavar="LAYERS",
-    callback=_layers,
+    type=LAYERS,
     help="A plan that skips just these attentions, as 1,5-7; may be repeated.",
 )
 @click.option(
-    "--ffn", multiple=True, metavar="LAYERS", callback=_layers, help="A plan that skips just these FFNs; likewise."
+    "--ffn", multiple=True, metavar="LAYERS", type=LAYERS, help="A plan that skips just these FFNs; likewise."
 )
 @click.option(
     "--both",
     multiple=True,
     metavar="LAYERS/LAYERS",
-    callback=_both,
+    type=LAYERS_OF_BOTH,
     help="A plan that skips these attentions and these FFNs; likewise.",
 )
 @click.option("--tuned", is_flag=True, help="The plan that `tune` put into the profile.")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,156 +14,144 @@ from ..model.plan import MODES
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
-from .terminal import console, json_option, load_model, model_options
+from .lists import names, numbers
+from .terminal import CHOOSING, RUNNING, console, json_option, load_model, model_options, option, verb
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
 
 __all__ = ["evaluate"]
 
-_T = TypeVar("_T")
+_TEXT, _QUESTIONS, _SPEED = "Items of text", "Questions", "Speed"
+"""Headings of groups of options."""
 
 _SYNTHETIC = ("passkey", "multikey", "classify", "copy")
 """As in :data:`adaskip_cpp.measuring.synthetic.TASKS`, which is not imported for the help alone."""
 
 
-class _Command(click.Command):
-    """Keeps the arguments, so that the report can say how to repeat it."""
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        context.meta["adaskip_cpp.arguments"] = list(args)
-        return super().parse_args(context, args)
-
-
-def _listed(convert: Callable[[str], _T], example: str) -> Callable[..., tuple[_T, ...]]:
-    """Read a list with commas."""
-
-    def read(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[_T, ...]:
-        try:
-            return tuple(dict.fromkeys(convert(part.strip()) for part in value.split(","))) if value else ()
-        except ValueError:
-            raise click.BadParameter(f"{value!r} is not a list such as {example}") from None
-
-    return read
-
-
-def _name(allowed: Sequence[str]) -> Callable[[str], str]:
-    def convert(name: str) -> str:
-        if name not in allowed:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(allowed)}")
-        return name
-
-    return convert
-
-
-@click.command(
-    cls=_Command,
-    short_help="Measure what skipping costs in quality, at measured speed.",
-    epilog="\b\nExample:\n  adaskip-cpp evaluate model.gguf --profile model.adaskip.json --skip 6,12 -o results",
+@verb(
+    "Measure what skipping costs in quality, at measured speed.",
+    example="adaskip-cpp evaluate model.gguf --profile model.adaskip.json --skip 6,12 -o results",
 )
 @click.argument("model")
-@click.option("--profile", "profile_path", required=True, metavar="PROFILE", help="Profile of this model.")
-@click.option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the results; a second run goes on.")
-@click.option(
-    "--strategy",
-    "strategies",
-    multiple=True,
-    type=click.Choice([name for name in STRATEGIES if name != "manual"]),
-    help="A strategy; may be repeated.  [default: all]",
-)
-@click.option(
+@option("--profile", "profile_path", required=True, metavar="PROFILE", help="Profile of this model.")
+@option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the results; a second run goes on.")
+@option(
     "--skip",
-    callback=_listed(int, "6,12,15"),
+    type=numbers(int, "6,12,15"),
     metavar="N,...",
     help="Sublayers to skip.  [default: a tenth, a fifth and a quarter of them]",
 )
-@click.option(
-    "--speedup", "speedups", callback=_listed(float, "1.2,1.4"), metavar="X,...", help="Also: predicted speed-ups."
-)
-@click.option(
-    "--mode", "modes", multiple=True, type=click.Choice(MODES), help="A mode; may be repeated.  [default: all]"
-)
-@click.option(
-    "--compensation",
-    "compensations",
-    callback=_listed(_name(list(COMPENSATIONS)), "affine,paper"),
-    metavar="NAME,...",
-    help=f"Compensations of strategy adaskip: {', '.join(COMPENSATIONS)}.  [default: {DEFAULT_COMPENSATION}]",
-)
-@click.option(
+@option(
     "--text",
     "text_files",
     multiple=True,
     metavar="FILE",
     help="UTF-8 text; may be repeated.  [default: --builtin pages]",
 )
-@click.option(
+@option(
+    "--strategy",
+    "strategies",
+    group=CHOOSING,
+    multiple=True,
+    type=click.Choice([name for name in STRATEGIES if name != "manual"]),
+    help="A strategy; may be repeated.  [default: all]",
+)
+@option(
+    "--speedup",
+    "speedups",
+    group=CHOOSING,
+    type=numbers(float, "1.2,1.4"),
+    metavar="X,...",
+    help="Also: predicted speed-ups.",
+)
+@option(
+    "--mode",
+    "modes",
+    group=CHOOSING,
+    multiple=True,
+    type=click.Choice(MODES),
+    help="A mode; may be repeated.  [default: all]",
+)
+@option(
+    "--compensation",
+    "compensations",
+    group=CHOOSING,
+    type=names(list(COMPENSATIONS)),
+    metavar="NAME,...",
+    help=f"Compensations of strategy adaskip: {', '.join(COMPENSATIONS)}.  [default: {DEFAULT_COMPENSATION}]",
+)
+@option(
     "--builtin",
+    group=_TEXT,
     multiple=True,
     type=click.Choice(["pages", "sources"]),
     help="Pages of pydoc_data.topics that calibration leaves out, or sources of Python's standard library, which are "
     "text of another kind; may be repeated.",
 )
-@click.option(
-    "--texts", "n_texts", type=click.IntRange(min=0), default=8, show_default=True, help="Items of each text kind."
-)
-@click.option(
-    "--tokens", "n_tokens", type=click.IntRange(min=4), default=512, show_default=True, help="Tokens in each."
-)
-@click.option(
+@option("--texts", "n_texts", group=_TEXT, type=click.IntRange(min=0), default=8, help="Items of each text kind.")
+@option("--tokens", "n_tokens", group=_TEXT, type=click.IntRange(min=4), default=512, help="Tokens in each.")
+@option(
     "--continuation",
     "n_continuation",
+    group=_TEXT,
     type=click.IntRange(min=2),
     default=64,
-    show_default=True,
     help="Tokens at the end of each that are decoded, and in a timed request.",
 )
-@click.option("--longbench", multiple=True, metavar="FILE", help="A LongBench file (JSONL); may be repeated.")
-@click.option("--longbench-prompts", metavar="JSON", help="LongBench's dataset2prompt.json.")
-@click.option("--longbench-lengths", metavar="JSON", help="LongBench's dataset2maxlen.json.")
-@click.option("--longbench-items", type=click.IntRange(min=1), help="Take the first so many of each dataset.")
-@click.option(
+@option(
     "--synthetic",
-    callback=_listed(_name(_SYNTHETIC), "passkey,copy"),
+    group=_QUESTIONS,
+    type=names(_SYNTHETIC),
     metavar="TASK,...",
     help=f"Long-context tasks made from the text: {', '.join(_SYNTHETIC)}.",
 )
-@click.option(
+@option(
     "--lengths",
-    callback=_listed(int, "1000,2000"),
+    group=_QUESTIONS,
+    type=numbers(int, "1000,2000"),
     default="1000,2000",
-    show_default=True,
     metavar="N,...",
     help="Tokens of their prompts.",
 )
-@click.option(
+@option(
     "--depths",
-    callback=_listed(float, "0.1,0.5"),
+    group=_QUESTIONS,
+    type=numbers(float, "0.1,0.5", least=0),
     default="0.1,0.5,0.9",
-    show_default=True,
     metavar="X,...",
     help="Where in the prompt the answer lies, 0 to 1.",
 )
-@click.option(
-    "--per", "n_per", type=click.IntRange(min=1), default=4, show_default=True, help="Questions of each kind."
+@option("--per", "n_per", group=_QUESTIONS, type=click.IntRange(min=1), default=4, help="Questions of each kind.")
+@option("--seed", group=_QUESTIONS, type=int, default=0, help="Seed of these tasks.")
+@option(
+    "--longbench", group=_QUESTIONS, multiple=True, metavar="FILE", help="A LongBench file (JSONL); may be repeated."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of these tasks.")
-@click.option(
+@option("--longbench-prompts", group=_QUESTIONS, metavar="JSON", help="LongBench's dataset2prompt.json.")
+@option("--longbench-lengths", group=_QUESTIONS, metavar="JSON", help="LongBench's dataset2maxlen.json.")
+@option(
+    "--longbench-items", group=_QUESTIONS, type=click.IntRange(min=1), help="Take the first so many of each dataset."
+)
+@option(
     "--chat/--raw",
+    group=_QUESTIONS,
     default=None,
     help="Wrap questions in the model's chat template, or not.  [default: LongBench's if there is one]",
 )
-@click.option("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: what is needed; LongBench 8192]")
-@click.option(
-    "--speed-context", type=click.IntRange(min=2), help="Prompt to time.  [default: 1024, or what the model allows]"
+@option(
+    "--rounds", "n_rounds", group=_SPEED, type=click.IntRange(min=0), default=5, help="Timings of each; 0 for none."
 )
-@click.option(
-    "--rounds",
-    "n_rounds",
-    type=click.IntRange(min=0),
-    default=5,
-    show_default=True,
-    help="Timings of each; 0 for none.",
+@option(
+    "--speed-context",
+    group=_SPEED,
+    type=click.IntRange(min=2),
+    help="Prompt to time.  [default: 1024, or what the model allows]",
+)
+@option(
+    "--ctx",
+    group=RUNNING,
+    type=click.IntRange(min=8),
+    help="Context in tokens.  [default: what is needed; LongBench 8192]",
 )
 @model_options
 @json_option
@@ -193,7 +181,7 @@ def evaluate(
         return load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
 
     work, notes, words, settings = prepare(model, profile, options, open_model)
-    command = shlex.join(["adaskip-cpp", "evaluate", *context.meta["adaskip_cpp.arguments"]])
+    command = shlex.join(["adaskip-cpp", "evaluate", *context.meta["arguments"]])
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     err = console(stderr=True)
     interrupted = False

@@ -15,6 +15,7 @@ from ..errors import AdaSkipError
 from ..model.plan import MODES, Mode, SkipPlan
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.strategies import DEFAULT_N_SKIP, STRATEGIES
+from .lists import LAYERS
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
@@ -201,15 +202,6 @@ def _choice(given: dict[str, Any]) -> PlanChoice | None:
     return PlanChoice(**chosen)
 
 
-def _layers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        return tuple(int(layer) for layer in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of layers such as 1,5,7") from None
-
-
 _OPTIONS = {
     "n_skip": click.option(
         "--skip", "n_skip", type=click.IntRange(min=0), help=f"Sublayers to skip.  [default: {DEFAULT_N_SKIP}]"
@@ -234,9 +226,9 @@ _OPTIONS = {
         "--strategy", type=click.Choice(list(STRATEGIES)), help="How to choose sublayers.  [default: adaskip]"
     ),
     "attention": click.option(
-        "--attention", metavar="LAYERS", callback=_layers, help="Skip just these attentions, as 1,5,7, and --ffn."
+        "--attention", metavar="LAYERS", type=LAYERS, help="Skip just these attentions, as 1,5-7, and --ffn."
     ),
-    "ffn": click.option("--ffn", metavar="LAYERS", callback=_layers, help="Skip just these FFNs, and --attention."),
+    "ffn": click.option("--ffn", metavar="LAYERS", type=LAYERS, help="Skip just these FFNs, and --attention."),
     "compensation": click.option(
         "--compensation",
         type=click.Choice(list(COMPENSATIONS)),

@@ -61,6 +61,11 @@ class _Verb(click.Command):
         self.example = example
         super().__init__(*args, **settings)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments in ``ctx.meta["arguments"]``, for who tells how to repeat the command."""
+        ctx.meta["arguments"] = list(args)
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the example and the groups; those without a heading come first, as "Options"."""
         with formatter.section("Example"):
@@ -85,8 +90,11 @@ def verb(short_help: str, *, example: str) -> Callable[[Callable[..., Any]], cli
 
 
 def option(*names: str, group: str = "Options", **settings: Any) -> Callable[[_Command], _Command]:
-    """Add an option, as ``click.option``, under a heading of the help; without one among the few that matter most."""
-    return click.option(*names, cls=_Option, group=group, **settings)
+    """Add an option, as ``click.option``, under a heading of the help; without one among the few that matter most.
+
+    The help shows its default.
+    """
+    return click.option(*names, cls=_Option, group=group, **{"show_default": True, **settings})
 
 
 class Verbs(click.Group):
@@ -171,7 +179,6 @@ def model_options(command: _Command) -> _Command:
         group=RUNNING,
         type=click.IntRange(min=-1),
         default=-1,
-        show_default=True,
         help="Layers to run on a GPU, if llama-cpp-python was built for one; -1 for all.",
     )(command)
     return option(

@@ -111,8 +111,8 @@ def prepare(
     plans, notes = contenders(
         profile,
         strategies=options.strategies,
-        n_skip=options.skip,
-        speedups=options.speedups,
+        n_skip=options.skip or (),
+        speedups=options.speedups or (),
         modes=options.modes or MODES,
         compensations=options.compensations or (DEFAULT_COMPENSATION,),
         context=speed_context or _SPEED_CONTEXT,

@@ -1,0 +1,93 @@
+"""Options whose value is a list with commas: numbers, names, layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import click
+
+__all__ = ["LAYERS", "LAYERS_OF_BOTH", "names", "numbers"]
+
+
+_MOST_LAYERS = 9999
+"""More than any model has: a slip of the finger makes no list that fills the memory."""
+
+
+class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
+    """A tuple of what stands between commas, each once.
+
+    Args:
+        read: reads one part, perhaps as several values.
+        says: what a malformed value is not, with an example.
+    """
+
+    name = "list"
+
+    def __init__(self, read: Callable[[str], Iterable[Any]], says: str) -> None:
+        self.read, self.says = read, says
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """Read a list; a tuple, as of a default, is returned as it is."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return self.parse(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not {self.says}", param, ctx)
+
+    def parse(self, text: str) -> tuple[Any, ...]:
+        """Read a list.
+
+        Raises:
+            ValueError: it is malformed or empty.
+        """
+        found = tuple(dict.fromkeys(each for part in text.split(",") for each in self.read(part.strip())))
+        if not found:
+            raise ValueError(text)
+        return found
+
+
+class _Two(_List):
+    """Two lists with a slash between them."""
+
+    def parse(self, text: str) -> tuple[Any, ...]:
+        first, second = map(super().parse, text.split("/"))
+        return first, second
+
+
+def numbers(kind: type[int] | type[float], example: str, *, least: float = 1) -> _List:
+    """Return the type of an option that lists numbers, as ``6,12``; each is finite and at least ``least``."""
+
+    def read(part: str) -> tuple[float]:
+        number = kind(part)
+        if not least <= number < float("inf"):
+            raise ValueError(part)
+        return (number,)
+
+    return _List(read, f"a list such as {example}")
+
+
+def names(allowed: Sequence[str]) -> _List:
+    """Return the type of an option that lists some of a few names."""
+
+    def read(part: str) -> tuple[str]:
+        if part not in allowed:
+            raise ValueError(part)
+        return (part,)
+
+    return _List(read, f"a list of: {', '.join(allowed)}")
+
+
+def _layers(part: str) -> range:
+    first, _, last = part.partition("-")
+    if int(last or first) > _MOST_LAYERS:
+        raise ValueError(part)
+    return range(int(first), int(last or first) + 1)
+
+
+LAYERS = _List(_layers, "a list of layers such as 1,5-7")
+"""Layers, as ``1,5-7``."""
+
+LAYERS_OF_BOTH = _Two(_layers, "two lists of layers such as 1,5-7/8,9")
+"""Layers whose attention, and layers whose FFN is meant, as ``1,5-7/8,9``."""
