@@ -2,6 +2,7 @@
 
 #include "adaskip.h"
 
+#include "adaskip-error.h"
 #include "adaskip-topology.h"
 
 #include "llama-context.h"
@@ -11,7 +12,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <exception>
 #include <limits>
 #include <stdexcept>
 
@@ -28,13 +28,9 @@ template <typename F> static int32_t guarded(const llama_context * ctx, F && f) 
     if (!ctx) {
         return fail(ADASKIP_ERROR_ARGUMENT, "the context is null");
     }
-    try {
-        return f();
-    } catch (const std::exception & e) {
-        return fail(ADASKIP_ERROR_INTERNAL, e.what());
-    } catch (...) {
-        return fail(ADASKIP_ERROR_INTERNAL, "unknown exception");
-    }
+    int32_t res     = ADASKIP_OK;
+    auto    failure = adaskip_try([&] { res = f(); });
+    return failure.code == ADASKIP_OK ? res : fail(failure.code, std::move(failure.message));
 }
 
 static bool is_phase(int32_t phase) {
@@ -351,6 +347,13 @@ int32_t adaskip_set_statistics(
         }
         ctx->adaskip.set_statistics(flags, callback, user_data);
         return ADASKIP_OK;
+    });
+}
+
+int32_t adaskip_take_failure(llama_context * ctx) {
+    return guarded(ctx, [&]() -> int32_t {
+        auto failure = ctx->adaskip.take_failure();
+        return failure.code == ADASKIP_OK ? ADASKIP_OK : fail(failure.code, std::move(failure.message));
     });
 }
 

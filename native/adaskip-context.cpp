@@ -45,9 +45,19 @@ adaskip_context::adaskip_context() : kv_elided(kv_elided_next) {
 // hooks
 //
 
-bool adaskip_context::begin(const llama_context & lctx, const llama_ubatch & ubatch) {
-    error.clear();
+template <typename F> bool adaskip_context::hook(const char * name, F && f) {
+    failure = adaskip_try(f);
+    if (failure.code != ADASKIP_OK) {
+        LLAMA_LOG_ERROR("%s: %s\n", name, failure.message.c_str());
+    }
+    return failure.code == ADASKIP_OK;
+}
 
+bool adaskip_context::begin(const llama_context & lctx, const llama_ubatch & ubatch) {
+    return hook(__func__, [&] { record(lctx, ubatch); });
+}
+
+void adaskip_context::record(const llama_context & lctx, const llama_ubatch & ubatch) {
     const auto & mask = active_plan().attention;
 
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
@@ -63,11 +73,9 @@ bool adaskip_context::begin(const llama_context & lctx, const llama_ubatch & uba
         }
         const llama_pos pos_stale = kv.first_stale(seq_id, mask, pos_min);
         if (pos_stale < pos_min) {
-            error = format("position %d of sequence %d has no KV for an attention that the plan runs; "
-                           "decode the sequence again from that position",
-                    pos_stale, seq_id);
-            LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
-            return false;
+            throw adaskip_exception(ADASKIP_ERROR_KV_STALE,
+                    format("position %d of sequence %d has no KV for an attention that the plan runs", pos_stale,
+                            seq_id));
         }
     }
     if (lctx.get_memory()) {
@@ -77,7 +85,6 @@ bool adaskip_context::begin(const llama_context & lctx, const llama_ubatch & uba
             }
         }
     }
-    return true;
 }
 
 llm_graph_params adaskip_context::graph_params(llm_graph_params params) const {
@@ -106,7 +113,11 @@ ggml_cgraph * adaskip_context::graph_pass(
     if (!gf) {
         return nullptr;
     }
+    return hook(__func__, [&] { rewrite(lctx, gf, res, gtype); }) ? gf : nullptr;
+}
 
+void adaskip_context::rewrite(
+        const llama_context & lctx, ggml_cgraph * gf, llm_graph_result & res, llm_graph_type gtype) {
     observer.clear();
 
     const graph_key key_new = key();
@@ -118,7 +129,7 @@ ggml_cgraph * adaskip_context::graph_pass(
     counters.n_nodes      = counters.n_nodes_full;
 
     if (n_key_changes == 0 && kv_elided.empty()) {
-        return gf; // nothing was ever skipped or observed here: the graphs are llama.cpp's own
+        return; // nothing was ever skipped or observed here: the graphs are llama.cpp's own
     }
 
     const auto & model    = lctx.get_model();
@@ -142,11 +153,7 @@ ggml_cgraph * adaskip_context::graph_pass(
 
     adaskip_pass pass(ctx.get(), gf, end, (int) n_layer, active_plan(), kv_elided);
 
-    error = pass.check();
-    if (!error.empty()) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
-        return nullptr;
-    }
+    pass.check();
     pass.skip_sublayers();
 
     if (end && has_stat) {
@@ -161,11 +168,13 @@ ggml_cgraph * adaskip_context::graph_pass(
         res.t_embd   = nullptr;
     }
     counters.n_nodes = pass.rebuild(n_key_changes + 1);
-
-    return gf;
 }
 
-void adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatch) {
+bool adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatch) {
+    return hook(__func__, [&] { observe(lctx, ubatch); });
+}
+
+void adaskip_context::observe(const llama_context & lctx, const llama_ubatch & ubatch) {
     counters.n_graphs_built += graph_is_new;
     counters.n_graphs_reused += !graph_is_new;
     graph_is_new = false;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "adaskip.h"
+#include "adaskip-error.h"
 #include "adaskip-kv.h"
 #include "adaskip-online.h"
 #include "adaskip-plan.h"
@@ -11,7 +12,7 @@
 
 #include <array>
 #include <functional>
-#include <string>
+#include <utility>
 #include <vector>
 
 // for contexts that this thread creates: [n_layer], true where an attention gets no KV
@@ -37,7 +38,7 @@ public:
     adaskip_context();
 
     //
-    // hooks of llama_context::process_ubatch
+    // hooks of llama_context::process_ubatch; what one throws ends as a failed ubatch
     //
 
     // refuses a ubatch that would read KV which was never written, else records what its positions will lack
@@ -53,8 +54,8 @@ public:
     ggml_cgraph * graph_pass(
             const llama_context & lctx, ggml_cgraph * gf, llm_graph_result & res, llm_graph_type gtype);
 
-    // hands out the statistics of the ubatch that was just computed
-    void end(const llama_context & lctx, const llama_ubatch & ubatch);
+    // hands out the statistics of the ubatch that was just computed; false on failure
+    bool end(const llama_context & lctx, const llama_ubatch & ubatch);
 
     //
     // settings
@@ -83,9 +84,18 @@ public:
 
     std::vector<adaskip_sublayer> sublayers; // [n_layer][2], empty until somebody asks
 
-    std::string error; // why the last hook failed
+    // why a hook failed since this was last asked
+    adaskip_failure take_failure() { return std::exchange(failure, {}); }
 
 private:
+    template <typename F> bool hook(const char * name, F && f);
+
+    void record(const llama_context & lctx, const llama_ubatch & ubatch);
+    void rewrite(const llama_context & lctx, ggml_cgraph * gf, llm_graph_result & res, llm_graph_type gtype);
+    void observe(const llama_context & lctx, const llama_ubatch & ubatch);
+
+    adaskip_failure failure;
+
     // the settings that a graph depends on
     struct graph_key {
         uint64_t plan_id    = 0;

@@ -3,6 +3,7 @@
 #include "adaskip-pass.h"
 
 #include "adaskip-context.h"
+#include "adaskip-error.h"
 
 #include "llama-impl.h"
 
@@ -30,20 +31,21 @@ adaskip_pass::adaskip_pass(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * e
       elided(elided), nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf)),
       roots(adaskip_graph_roots(gf)) {}
 
-std::string adaskip_pass::check() const {
+void adaskip_pass::check() const {
     for (size_t i = 0; i < 2 * topology.layers.size(); ++i) {
         const int    il   = (int) i / 2;
         const int    kind = (int) i % 2;
         const auto & loc  = topology.layers[il][kind];
         if (set.skips(il, kind) && !loc.skippable()) {
-            return format("layer %d: the %s cannot be skipped: %s", il, kind == ADASKIP_ATTENTION ? "attention" : "FFN",
-                    loc.reason.c_str());
+            throw adaskip_exception(ADASKIP_ERROR_NOT_SKIPPABLE,
+                    format("layer %d: the %s cannot be skipped: %s", il,
+                            kind == ADASKIP_ATTENTION ? "attention" : "FFN", loc.reason.c_str()));
         }
         if (kind == ADASKIP_ATTENTION && il < (int) elided.size() && elided[il] && !set.skips(il, kind)) {
-            return format("layer %d: the attention would run, but this context has no KV for it", il);
+            throw adaskip_exception(ADASKIP_ERROR_KV_ELIDED,
+                    format("layer %d: the attention would run, but this context has no KV for it", il));
         }
     }
-    return "";
 }
 
 ggml_tensor * adaskip_pass::resolve(ggml_tensor * t) const {

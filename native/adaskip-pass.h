@@ -5,7 +5,6 @@
 
 #include "ggml.h"
 
-#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -18,8 +17,8 @@ public:
     adaskip_pass(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * end, int n_layer, const adaskip_skip_set & set,
             const std::vector<bool> & elided);
 
-    // why this graph cannot be computed under the skip set, empty if it can
-    std::string check() const;
+    // throws if this graph cannot be computed under the skip set
+    void check() const;
 
     void skip_sublayers();
 

@@ -1,10 +1,12 @@
 #include "adaskip-plan.h"
 
+#include "adaskip-error.h"
+
+#include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <map>
-#include <stdexcept>
 
 // Every decoded token reads all maps. BF16 halves that, and unlike F16 and Q8_0 it has room for a stream whose channels
 // differ by many orders of magnitude. ggml computes it fast on x86, and not on every other processor.
@@ -52,7 +54,8 @@ adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::v
     for (const auto & [buft, ctx] : ctx_map) {
         ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
         if (!buf) {
-            throw std::runtime_error("failed to allocate the plan's vectors");
+            throw adaskip_exception(ADASKIP_ERROR_MEMORY,
+                    format("%s has no room for the plan's vectors", ggml_backend_buft_name(buft)));
         }
         res->bufs.emplace_back(buf);
     }

@@ -32,6 +32,8 @@ enum adaskip_error {
     ADASKIP_ERROR_COMPENSATION  = -3, // a scale is not finite or not positive
     ADASKIP_ERROR_INTERNAL      = -4, // llama.cpp failed or threw
     ADASKIP_ERROR_KV_ELIDED     = -5, // the plan runs an attention for which this context has no KV
+    ADASKIP_ERROR_KV_STALE      = -6, // the plan runs an attention that an earlier position lacks
+    ADASKIP_ERROR_MEMORY        = -7, // the host or a device has no room
 };
 
 // what the tokens of the next llama_decode calls are
@@ -171,6 +173,10 @@ int32_t adaskip_get_elided_kv(const struct llama_context * ctx, uint8_t * elided
 // flags: enum adaskip_statistics_flags, with ADASKIP_STATISTICS_ON; or 0 to stop, then callback may be NULL
 int32_t adaskip_set_statistics(
         struct llama_context * ctx, int32_t flags, adaskip_statistics_callback callback, void * user_data);
+
+// The ADASKIP_ERROR_* for which a llama_decode or llama_encode failed since the last call of this function, else
+// ADASKIP_OK: then llama.cpp itself failed, if anything did.
+int32_t adaskip_take_failure(struct llama_context * ctx);
 
 int32_t adaskip_get_counters(const struct llama_context * ctx, struct adaskip_counters * out);
 

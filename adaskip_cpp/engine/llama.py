@@ -258,7 +258,10 @@ class AdaSkipLlama(llama_cpp.Llama):
         try:
             # One batch at a time, so that Ctrl-C inside a statistics sink ends the evaluation there.
             for start in range(0, len(tokens), self.n_batch):
-                super().eval(tokens[start : start + self.n_batch])
+                try:
+                    super().eval(tokens[start : start + self.n_batch])
+                except RuntimeError as error:
+                    native.raise_failure(error)
                 native.raise_pending()
         finally:
             native.set_phase("prefill")  # for whoever decodes on the context without us

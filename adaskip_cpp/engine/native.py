@@ -10,13 +10,21 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from cffi import FFI
 
-from ..errors import CompensationError, ElidedKVError, LibraryVersionError, NativeError, NotSkippableError
+from ..errors import (
+    AdaSkipError,
+    CompensationError,
+    ElidedKVError,
+    LibraryVersionError,
+    NativeError,
+    NotSkippableError,
+    StateError,
+)
 from . import library as _library
 
 __all__ = [
@@ -221,7 +229,22 @@ class NativeContext:
             raise CompensationError(f"{message}; give finite numbers, and scales above 0 (1 for no compensation).")
         if code == _lib.ADASKIP_ERROR_KV_ELIDED:
             raise ElidedKVError(f"{message}; open the model without plan=, then set_plan() takes any plan.")
+        if code == _lib.ADASKIP_ERROR_KV_STALE:
+            raise StateError(f"{message}; evaluate the tokens from there on again, or call reset().")
+        if code == _lib.ADASKIP_ERROR_MEMORY:
+            raise NativeError(f"{message}; free memory, or use a smaller n_ctx, n_ubatch or rank of the maps.")
         raise NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
+
+    def raise_failure(self, error: RuntimeError) -> NoReturn:
+        """Raises why the ``llama_decode`` that ended in ``error`` failed: our reason, or that llama.cpp has one."""
+        try:
+            self._check(_lib.adaskip_take_failure(self._ctx))
+        except AdaSkipError as ours:
+            raise ours from error
+        raise NativeError(
+            f"llama.cpp failed: {error}; check that the tokens fit into n_ctx and into memory, or open the model with "
+            "verbose=True to see llama.cpp's own messages."
+        ) from error
 
     def sublayers(self) -> tuple[Sublayer, ...]:
         """All sublayers, layer by layer, attention before FFN."""

@@ -1,0 +1,37 @@
+#pragma once
+
+#include "adaskip.h"
+
+#include <cstdint>
+#include <exception>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+// ends a call with one of enum adaskip_error
+struct adaskip_exception : std::runtime_error {
+    adaskip_exception(int32_t code, const std::string & message) : std::runtime_error(message), code(code) {}
+
+    int32_t code;
+};
+
+struct adaskip_failure {
+    int32_t     code = ADASKIP_OK;
+    std::string message;
+};
+
+// runs f and tells what it threw
+template <typename F> adaskip_failure adaskip_try(F && f) {
+    try {
+        f();
+        return {};
+    } catch (const adaskip_exception & e) {
+        return { e.code, e.what() };
+    } catch (const std::bad_alloc &) {
+        return { ADASKIP_ERROR_MEMORY, "out of memory" };
+    } catch (const std::exception & e) {
+        return { ADASKIP_ERROR_INTERNAL, e.what() };
+    } catch (...) {
+        return { ADASKIP_ERROR_INTERNAL, "unknown exception" };
+    }
+}
