@@ -52,7 +52,7 @@ def compare(path: Path) -> None:
         n_skip = int(share * 2 * profile.n_layer)
         row = []
         for name in COMPENSATIONS:
-            llm.set_plan(profile.plan(n_skip, name, mode="prefill"))
+            llm.set_plan(profile.plan(n_skip, compensation=name, mode="prefill"))
             row.append(loss() - full)
         cells = [f"**{added:.3f}**" if added == min(row) else f"{added:.3f}" for added in row]
         print(f"| | {n_skip} of {2 * profile.n_layer} | {' | '.join(cells)} |", flush=True)

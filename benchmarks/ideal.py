@@ -20,11 +20,12 @@ import numpy as np
 from results import layers
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
-from adaskip_cpp.bench.table import NO_PLAN, PHASES, BenchTimes, Parts, table
+from adaskip_cpp.bench.table import NO_PLAN, BenchTimes, Parts, table
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import in_turn, time_request
+from adaskip_cpp.model.plan import PHASES
 
 N_DECODE, N_SKIP = 32, 12
 REST = "nothing"

@@ -360,8 +360,11 @@ def main() -> None:
         print(f"{cpu}, {physical_cores()} threads, load {os.getloadavg()[0]:.1f}.")
         print(f"{model.name} in both engines, greedy decoding, logits of the last token only.")
         print("transformers in inference mode, in a bare loop instead of generate(); ours in batches of 512 tokens.")
-        print(f"Skipped, {plan.n_skip} of {2 * plan.n_layer} sublayers: attention of layers {list(plan.attention)},")
-        print(f"FFN of layers {list(plan.ffn)}; compensation {plan.compensation}, no online stage.\n")
+        skipped = plan.prefill
+        print(
+            f"Skipped, {skipped.n_skip} of {2 * plan.n_layer} sublayers: attention of layers {list(skipped.attention)},"
+        )
+        print(f"FFN of layers {list(skipped.ffn)}; compensation {plan.compensation}, no online stage.\n")
         print(
             "| logits | tokens | largest difference | largest relative error | same best token |\n|---|---|---|---|---|"
         )

@@ -26,8 +26,8 @@ from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.errors import BudgetError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
+from adaskip_cpp.model.plan import PHASES
 
-PHASES = ("prefill", "decode")
 N_DECODE, N_SETTLE = 24, 2
 """Tokens timed per burst, behind some whose graph is new."""
 N_BURSTS = 3

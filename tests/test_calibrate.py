@@ -283,7 +283,7 @@ def test_with_rank_0_there_are_no_maps_and_linear_is_affine(llm: Any) -> None:
     bare, fitted = calibrate(llm, requests, rank=0), calibrate(llm, requests)
     assert bare.maps is None and fitted.maps is not None
     assert bare.prefill == fitted.prefill and bare.decode == fitted.decode
-    assert bare.plan(3, "linear") == bare.plan(3, "affine") == bare.plan(3)
+    assert bare.plan(3, compensation="linear") == bare.plan(3, compensation="affine") == bare.plan(3)
     assert (bare.plan(3).compensation, fitted.plan(3).compensation) == ("affine", "linear")
 
 

@@ -172,7 +172,7 @@ def test_every_budget_is_a_plan_of_every_strategy(
     args = ("--profile", profile_path, "--skip", "1,2", "--strategy", "adaskip,early_exit", "--contexts", 16)
     assert run(tiny(), *args).exit_code == 0
     plans = measures[0].result.plans
-    assert {name: plan.n_skip for name, plan in plans.items()} == {
+    assert {name: plan.prefill.n_skip for name, plan in plans.items()} == {
         "adaskip 1": 1,
         "adaskip 2": 2,
         "early_exit 1": 0,
@@ -199,7 +199,7 @@ def test_lists_of_layers_are_plans_of_their_own(run: Run, tiny: Any, profile_pat
     )
     assert run(tiny(), *args).exit_code == 0
     plans = measures[0].result.plans
-    assert {name: (plan.attention, plan.ffn) for name, plan in plans.items()} == {
+    assert {name: (plan.prefill.attention, plan.prefill.ffn) for name, plan in plans.items()} == {
         "2 attention": ((0, 1), ()),
         "2 FFN": ((), (0, 2)),
         "2 FFN (2)": ((), (1, 2)),
@@ -223,7 +223,7 @@ def tuned_path(profile_path: Path) -> Path:
 
 def test_a_tuned_profile_alone_asks_for_its_plan(run: Run, tiny: Any, tuned_path: Path, measures: list[Bench]) -> None:
     assert run(tiny(), "--profile", tuned_path, "--contexts", 16).exit_code == 0
-    assert {name: plan.ffn for name, plan in measures[0].result.plans.items()} == {"tuned": (1,)}
+    assert {name: plan.prefill.ffn for name, plan in measures[0].result.plans.items()} == {"tuned": (1,)}
 
 
 def test_the_profile_beside_the_model_is_used_where_plans_need_one(
@@ -257,7 +257,7 @@ def test_without_a_profile_it_says_that_it_calibrates(
     monkeypatch.setattr(cli_bench, "_N_DECODE", 2)
     result = run(tiny(), "--skip", "2", "--contexts", 16)
     assert result.exit_code == 0 and "No --profile: calibrating on 6 requests of 24 tokens" in result.stderr
-    assert measures[0].result.plans["adaskip 2"].n_skip == 2
+    assert measures[0].result.plans["adaskip 2"].prefill.n_skip == 2
 
 
 def test_what_is_run_is_what_the_options_say(run: Run, tiny: Any, measures: list[Bench]) -> None:

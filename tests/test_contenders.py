@@ -46,7 +46,7 @@ def test_by_default_all_strategies_but_that_by_hand_run_in_all_modes(profile: Pr
 def test_a_plan_is_that_of_the_profile(profile: Profile) -> None:
     found, _ = contenders(profile, strategies=["adaskip"], n_skip=[4], modes=["e2e"], compensations=["paper"])
     assert [each.name for each in found] == ["full", "adaskip-4-e2e-paper"]
-    assert found[1].plan == profile.plan(4, "paper")
+    assert found[1].plan == profile.plan(4, compensation="paper")
 
 
 def test_every_compensation_is_of_the_strategy_that_has_one(profile: Profile) -> None:
@@ -90,7 +90,7 @@ def test_the_hash_of_a_plan_is_of_all_that_it_does(profile: Profile) -> None:
         None,
         profile.plan(4),
         profile.plan(5),
-        profile.plan(4, "paper"),
+        profile.plan(4, compensation="paper"),
         profile.plan(4, mode="prefill"),
         profile.plan(4, mode="decode"),
         profile.plan(4, window=9),

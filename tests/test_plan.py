@@ -184,7 +184,7 @@ def test_a_set_with_maps_describes_itself_with_their_rank() -> None:
 
 def test_a_manual_plan_skips_in_both_phases() -> None:
     plan = SkipPlan.manual(4, attention=[2, 0], ffn=np.array([3]))
-    assert (plan.attention, plan.ffn, plan.n_skip) == ((0, 2), (3,), 3)
+    assert (plan.prefill.attention, plan.prefill.ffn, plan.prefill.n_skip) == ((0, 2), (3,), 3)
     assert plan.prefill == plan.decode
     assert (plan.model, plan.strategy, plan.compensation, plan.mode) == (None, "manual", "none", "manual")
     assert (plan.schedule, plan.online) == ((), None)
@@ -192,7 +192,7 @@ def test_a_manual_plan_skips_in_both_phases() -> None:
 
 def test_a_manual_plan_can_leave_prefill_whole() -> None:
     plan = SkipPlan.manual(4, attention=[1], ffn=[1], phase="decode")
-    assert plan.prefill.n_skip == plan.n_skip == 0
+    assert plan.prefill.n_skip == 0
     assert plan.decode.n_skip == 2
 
 
@@ -244,6 +244,13 @@ def test_a_schedule_grows_from_the_decode_set() -> None:
     plan = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)))
     assert plan.schedule[1] == (7, LARGE)
     assert plan != SkipPlan(SMALL, SMALL)
+
+
+def test_the_set_in_force_is_that_of_the_schedule_and_a_phase_ends_with_the_last() -> None:
+    plan = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)))
+    assert [plan.decode_after(n) for n in (0, 6, 7, 100)] == [SMALL, SMALL, LARGE, LARGE]
+    assert (plan.skipped("prefill"), plan.skipped("decode")) == (SMALL, LARGE)
+    assert SkipPlan(SMALL, LARGE).skipped("decode") == SkipPlan(SMALL, LARGE).decode_after(9) == LARGE
 
 
 @pytest.mark.parametrize(

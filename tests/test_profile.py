@@ -29,6 +29,7 @@ from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.maps import LinearMaps
 from adaskip_cpp.model.plan import OnlineStage, SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.planning.request import PlanRequest
 
 NAN = float("nan")
 
@@ -97,14 +98,14 @@ def example() -> Profile:
 
 def test_the_most_similar_sublayers_of_both_kinds_are_skipped_first(example: Profile) -> None:
     plan = example.plan(3)
-    assert (plan.attention, plan.ffn) == ((1,), (0, 2))
+    assert (plan.prefill.attention, plan.prefill.ffn) == ((1,), (0, 2))
     assert plan.prefill == plan.decode
     assert (plan.model, plan.strategy, plan.compensation) == (example.model, "adaskip", "affine")
 
 
 def test_ties_go_to_attention_and_then_to_the_lower_layer() -> None:
     tied = profile(np.full((3, 2), 0.9))
-    chosen = [(tied.plan(n).attention, tied.plan(n).ffn) for n in range(7)]
+    chosen = [(tied.plan(n).prefill.attention, tied.plan(n).prefill.ffn) for n in range(7)]
     attention = [(), (0,), (0, 1), (0, 1, 2)]
     assert chosen == [(a, ()) for a in attention] + [((0, 1, 2), f) for f in attention[1:]]
 
@@ -120,12 +121,12 @@ def test_the_choice_is_a_stable_sort(similarity: list[tuple[float, float]], data
     n = data.draw(st.integers(0, len(ranked)))
     plan = profile(similarity).plan(n)
     expected = {(layer, kind) for _, kind, layer in ranked[:n]}
-    assert {(layer, 0) for layer in plan.attention} | {(layer, 1) for layer in plan.ffn} == expected
+    assert {(layer, 0) for layer in plan.prefill.attention} | {(layer, 1) for layer in plan.prefill.ffn} == expected
 
 
 def test_twelve_sublayers_end_to_end_with_the_best_compensation_by_default() -> None:
     plan = profile(np.full((8, 2), 0.9)).plan()
-    assert (plan.n_skip, plan.compensation, plan.mode) == (12, "affine", "e2e")
+    assert (plan.prefill.n_skip, plan.compensation, plan.mode) == (12, "affine", "e2e")
 
 
 @pytest.mark.parametrize(("name", "scale"), [("paper", 1.5), ("none", 1.0), ("median", 0.75)])
@@ -137,7 +138,7 @@ def test_compensation(example: Profile, name: str, scale: float) -> None:
 
 
 def test_affine_adds_the_mean_error_behind_the_median(example: Profile) -> None:
-    plan = example.plan(2, "affine")
+    plan = example.plan(2, compensation="affine")
     assert plan.prefill.bias is not None
     assert example.prefill.mean_u is not None and example.prefill.mean_v is not None
     for layer, kind in ((1, 0), (2, 1)):
@@ -145,7 +146,7 @@ def test_affine_adds_the_mean_error_behind_the_median(example: Profile) -> None:
         np.testing.assert_allclose(plan.prefill.bias[layer, kind], error, rtol=1e-6)
         assert plan.prefill.scale[layer, kind] == 0.75
     with pytest.raises(CompensationError, match="calibrate again"):
-        without_vectors(example).plan(2, "affine")
+        without_vectors(example).plan(2, compensation="affine")
 
 
 def test_linear_takes_the_maps_of_the_profile_in_every_mode(mapped: Profile) -> None:
@@ -163,8 +164,8 @@ def test_linear_takes_the_maps_of_the_profile_in_every_mode(mapped: Profile) -> 
 
 
 def test_without_maps_linear_is_affine_by_name_too(example: Profile) -> None:
-    assert example.plan(3, "linear") == example.plan(3, "affine")
-    assert example.plan(3, "linear").compensation == "affine"
+    assert example.plan(3, compensation="linear") == example.plan(3, compensation="affine")
+    assert example.plan(3, compensation="linear").compensation == "affine"
 
 
 # --- modes and the online stage ---------------------------------------------------------------------------------------
@@ -172,13 +173,13 @@ def test_without_maps_linear_is_affine_by_name_too(example: Profile) -> None:
 
 @pytest.mark.parametrize("mode", ["prefill", "e2e"])
 def test_the_fixed_set_holds_in_both_phases(example: Profile, mode: Any) -> None:
-    plan = example.plan(3, "paper", mode=mode)
+    plan = example.plan(3, compensation="paper", mode=mode)
     assert plan.prefill == plan.decode and plan.mode == mode
     assert (plan.decode.scale[plan.decode.skip] == 1.5).all(), "from prefill, where the set is first used"
 
 
 def test_decode_mode_runs_the_full_model_in_prefill(example: Profile) -> None:
-    plan = example.plan(3, "paper", mode="decode")
+    plan = example.plan(3, compensation="paper", mode="decode")
     assert plan.prefill == SkipSet.none(3) and plan.mode == "decode"
     np.testing.assert_array_equal(plan.decode.skip, example.plan(3).prefill.skip)
     assert (plan.decode.scale[plan.decode.skip] == 1.2).all(), "from decode"
@@ -194,7 +195,7 @@ def test_sublayers_are_ranked_by_prefill_in_every_mode() -> None:
 def test_the_online_threshold_is_the_nth_largest_similarity(example: Profile) -> None:
     for n, threshold in ((1, 0.99), (2, 0.99), (3, 0.9), (4, 0.7), (5, 0.5)):
         for mode in ("decode", "e2e"):
-            assert example.plan(n, "paper", mode=mode).online == OnlineStage(20, threshold, "paper")
+            assert example.plan(n, compensation="paper", mode=mode).online == OnlineStage(20, threshold, "paper")
 
 
 def test_the_online_stage_can_be_set_or_left_out(example: Profile) -> None:
@@ -202,7 +203,7 @@ def test_the_online_stage_can_be_set_or_left_out(example: Profile) -> None:
     assert example.plan(3, mode="prefill").online is None
     assert example.plan(0).online is None, "nothing is to be skipped"
     assert example.plan(0, threshold=0.8).online == OnlineStage(20, 0.8, "median")
-    assert example.plan(3, "none", window=7, threshold=0.25).online == OnlineStage(7, 0.25, "none")
+    assert example.plan(3, compensation="none", window=7, threshold=0.25).online == OnlineStage(7, 0.25, "none")
     with pytest.raises(PlanError, match="window"):
         example.plan(3, window=0)
 
@@ -211,8 +212,8 @@ def test_the_online_stage_can_be_set_or_left_out(example: Profile) -> None:
 def test_an_impossible_budget_is_refused_and_the_maximum_told(example: Profile, n_skip: Any) -> None:
     with pytest.raises(BudgetError, match="0 to 5"):
         example.plan(n_skip)
-    assert example.plan(5).n_skip == 5
-    assert example.plan(np.int64(0)).n_skip == 0
+    assert example.plan(5).prefill.n_skip == 5
+    assert example.plan(np.int64(0)).prefill.n_skip == 0
 
 
 def test_unknown_names_are_refused_and_the_known_told(example: Profile) -> None:
@@ -273,9 +274,9 @@ def test_a_speed_up_is_reached_with_nothing_to_spare(
 
 def test_a_cheap_attention_is_not_skipped_for_nothing_but_a_dear_one_is(costed: Profile) -> None:
     # The similarest sublayer is the attention of layer 0: of 2% of the time at 10 tokens, of 26% at 1,000.
-    assert costed.plan(speedup=1.3, context=10).attention == ()
-    assert costed.plan(speedup=1.3, context=10, ranking="similarity").attention == (0,)
-    assert costed.plan(speedup=1.3, context=1000).attention == (0,)
+    assert costed.plan(speedup=1.3, context=10).prefill.attention == ()
+    assert costed.plan(speedup=1.3, context=10, ranking="similarity").prefill.attention == (0,)
+    assert costed.plan(speedup=1.3, context=1000).prefill.attention == (0,)
 
 
 def test_the_choice_loses_little_more_than_the_best_of_all(costed: Profile) -> None:
@@ -293,17 +294,17 @@ def test_the_choice_loses_little_more_than_the_best_of_all(costed: Profile) -> N
 
 def test_a_baseline_skips_layers_until_the_speed_up_is_reached(costed: Profile) -> None:
     # At 100 tokens layers cost 2, 3 and 4 of 11 s.
-    assert costed.plan(strategy="early_exit", speedup=1.5, context=100).ffn == (2,)
-    assert costed.plan(strategy="early_exit", speedup=1.6, context=100).ffn == (1, 2)
+    assert costed.plan(strategy="early_exit", speedup=1.5, context=100).prefill.ffn == (2,)
+    assert costed.plan(strategy="early_exit", speedup=1.6, context=100).prefill.ffn == (1, 2)
     plan = costed.plan(strategy="skip_decode", speedup=1.6, context=100, mode="decode")
-    assert plan.schedule[-1][1].ffn == (1, 2), "decode is the phase of mode decode; the last set counts"
+    assert plan.skipped("decode").ffn == (1, 2), "decode is the phase of mode decode; the last set counts"
 
 
 def test_a_speed_up_out_of_reach_tells_how_far_one_can_go(costed: Profile) -> None:
     for ranking in ("efficiency", "similarity"):
         with pytest.raises(BudgetError, match=r"6 sublayers .* 2 s instead of 11 s.*at most 5\.50"):
             costed.plan(speedup=6, context=100, ranking=ranking)
-    assert costed.plan(speedup=5.5, context=100).n_skip == 6
+    assert costed.plan(speedup=5.5, context=100).prefill.n_skip == 6
     with pytest.raises(BudgetError, match="early_exit"):
         costed.plan(speedup=6, context=100, strategy="early_exit")
 
@@ -327,6 +328,26 @@ def test_a_speed_up_out_of_reach_tells_how_far_one_can_go(costed: Profile) -> No
 def test_arguments_that_do_not_go_together_are_refused(costed: Profile, options: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         costed.plan(**options)
+
+
+def test_a_request_says_it_all_and_names_itself_for_tables(costed: Profile) -> None:
+    request = PlanRequest(2, mode="decode", compensation="paper")
+    assert costed.plan(request) == costed.plan(2, mode="decode", compensation="paper")
+    assert costed.plan(request, mode="e2e") == costed.plan(2, compensation="paper")
+    assert (
+        PlanRequest(speedup=1.3).at(10)
+        == PlanRequest(speedup=1.3, context=10)
+        == PlanRequest(speedup=1.3, context=10).at(99)
+    )
+    assert PlanRequest(2).at(10) == PlanRequest(2)
+    by_hand = PlanRequest(strategy="manual", attention=[1, 2], ffn=(0,))  # type: ignore[arg-type]
+    requests = (PlanRequest(), PlanRequest(7), PlanRequest(speedup=1.25, strategy="early_exit"), by_hand)
+    assert [each.name for each in requests] == ["adaskip 12", "adaskip 7", "early_exit 1.25 x", "2 attention, 1 FFN"]
+
+
+def test_a_name_that_no_request_has_is_refused_with_those_that_it_has(example: Profile) -> None:
+    with pytest.raises(PlanError, match=r"no 'skip'; use some of: n_skip, speedup, .*, ffn"):
+        example.plan(skip=3)
 
 
 def test_a_speed_up_needs_a_cost_model(example: Profile) -> None:

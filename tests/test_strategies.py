@@ -11,12 +11,11 @@ from test_profile import NAN, profile
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError, SublayerRangeError
 from adaskip_cpp.model.plan import MODES, SkipSet
-from adaskip_cpp.planning.modes import PlanOptions
+from adaskip_cpp.planning.request import PlanRequest
 from adaskip_cpp.planning.strategies import STRATEGIES, adaskip, early_exit, manual, skip_decode, unified_skipping
 
 SIZES = [12, 18, 24, 30, 32]
 BUDGETS = [(n_layer, k) for n_layer in SIZES for k in range(n_layer + 1)]
-PREFILL = PlanOptions(mode="prefill")
 
 
 def layers(skip_set: SkipSet) -> list[int]:
@@ -35,7 +34,7 @@ def test_the_registry_has_the_papers_strategy_the_baselines_and_lists() -> None:
 
 @pytest.mark.parametrize(("n_layer", "k"), BUDGETS)
 def test_early_exit_skips_the_last_layers(n_layer: int, k: int) -> None:
-    plan = early_exit(n_layer, 2 * k)
+    plan = early_exit(n_layer, PlanRequest(2 * k))
     # Popped from the top of the stack.
     stack, popped = list(range(n_layer)), []
     for _ in range(k):
@@ -45,7 +44,7 @@ def test_early_exit_skips_the_last_layers(n_layer: int, k: int) -> None:
 
 @pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k <= n_layer // 2])
 def test_unified_skipping_skips_one_layer_of_every_stretch(n_layer: int, k: int) -> None:
-    plan = unified_skipping(n_layer, 2 * k)
+    plan = unified_skipping(n_layer, PlanRequest(2 * k))
     # The second layer of every stretch of n_layer // k layers, the last stretch perhaps cut short.
     expected = []
     if k:
@@ -58,19 +57,21 @@ def test_unified_skipping_skips_one_layer_of_every_stretch(n_layer: int, k: int)
 @pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k > n_layer // 2])
 def test_unified_skipping_is_not_defined_for_more_than_half_of_the_layers(n_layer: int, k: int) -> None:
     with pytest.raises(BudgetError, match=rf"at most half of the {n_layer} layers"):
-        unified_skipping(n_layer, 2 * k)
+        unified_skipping(n_layer, PlanRequest(2 * k))
 
 
 def test_unified_skipping_by_hand() -> None:
-    assert layers(unified_skipping(32, 16).prefill) == [1, 5, 9, 13, 17, 21, 25, 29]
-    assert layers(unified_skipping(30, 12).prefill) == [1, 6, 11, 16, 21, 26]
-    assert layers(unified_skipping(32, 20).prefill) == [1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31], "11 for a k of 10"
-    assert layers(unified_skipping(18, 18).prefill) == [1, 3, 5, 7, 9, 11, 13, 15, 17]
+    assert layers(unified_skipping(32, PlanRequest(16)).prefill) == [1, 5, 9, 13, 17, 21, 25, 29]
+    assert layers(unified_skipping(30, PlanRequest(12)).prefill) == [1, 6, 11, 16, 21, 26]
+    assert layers(unified_skipping(32, PlanRequest(20)).prefill) == [1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31], (
+        "11 for a k of 10"
+    )
+    assert layers(unified_skipping(18, PlanRequest(18)).prefill) == [1, 3, 5, 7, 9, 11, 13, 15, 17]
 
 
 @pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k < n_layer])
 def test_skip_decode_skips_the_first_layers_but_one_in_the_papers_prefill_experiments(n_layer: int, k: int) -> None:
-    plan = skip_decode(n_layer, 2 * k, PREFILL)
+    plan = skip_decode(n_layer, PlanRequest(2 * k, mode="prefill"))
     assert layers(plan.prefill) == layers(plan.decode) == list(range(n_layer))[1 : 1 + k]
     assert plan.schedule == ()
 
@@ -78,8 +79,8 @@ def test_skip_decode_skips_the_first_layers_but_one_in_the_papers_prefill_experi
 @pytest.mark.parametrize("mode", ["e2e", "decode"])
 @pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k < n_layer])
 def test_skip_decode_skips_more_layers_the_more_tokens_are_decoded(n_layer: int, k: int, mode: Any) -> None:
-    plan = skip_decode(n_layer, 2 * k, PlanOptions(mode=mode))
-    schedule = plan.schedule or ((0, plan.decode),)
+    plan = skip_decode(n_layer, PlanRequest(2 * k, mode=mode))
+    schedule = plan.decode_sets
     starts = [start for start, _ in schedule]
     for t in range(600):
         m = min(k, ceil(Fraction(t, 512) * (k - 1)) + 1)
@@ -91,15 +92,15 @@ def test_skip_decode_skips_more_layers_the_more_tokens_are_decoded(n_layer: int,
 
 def test_skip_decode_by_hand() -> None:
     # k = 3: m = 1 at t = 0, 2 for 1 <= t <= 256, 3 from 257 on.
-    plan = skip_decode(12, 6)
+    plan = skip_decode(12, PlanRequest(6))
     assert [(start, layers(each)) for start, each in plan.schedule] == [(0, [1]), (1, [1, 2]), (257, [1, 2, 3])]
-    assert skip_decode(12, 2).schedule == () and layers(skip_decode(12, 2).decode) == [1]
+    assert skip_decode(12, PlanRequest(2)).schedule == () and layers(skip_decode(12, PlanRequest(2)).decode) == [1]
 
 
 def test_skip_decode_never_skips_layer_0() -> None:
-    assert skip_decode(12, 22).n_layer == 12
+    assert skip_decode(12, PlanRequest(22)).n_layer == 12
     with pytest.raises(BudgetError, match="0 to 22"):
-        skip_decode(12, 24)
+        skip_decode(12, PlanRequest(24))
 
 
 # --- modes and budgets ------------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def test_skip_decode_never_skips_layer_0() -> None:
 @pytest.mark.parametrize("strategy", [early_exit, unified_skipping])
 def test_baselines_leave_the_prompt_to_the_full_model_in_decode_mode(strategy: Any) -> None:
     for mode in MODES:
-        plan = strategy(12, 6, PlanOptions(mode=mode))
+        plan = strategy(12, PlanRequest(6, mode=mode))
         assert plan.prefill == (SkipSet.none(12) if mode == "decode" else plan.decode)
         assert (plan.decode.n_skip, plan.mode, plan.online) == (6, mode, None)
 
@@ -116,7 +117,7 @@ def test_baselines_leave_the_prompt_to_the_full_model_in_decode_mode(strategy: A
 @pytest.mark.parametrize("strategy", [early_exit, skip_decode, unified_skipping])
 def test_a_baseline_takes_a_profile_or_a_number_of_layers(strategy: Any) -> None:
     known = profile(np.full((12, 2), 0.9))
-    from_profile, from_number = strategy(known, 6), strategy(12, 6)
+    from_profile, from_number = strategy(known, PlanRequest(6)), strategy(12, PlanRequest(6))
     assert from_profile.model == known.model and from_number.model is None
     assert (from_profile.prefill, from_profile.schedule) == (from_number.prefill, from_number.schedule)
     assert from_profile.compensation == from_number.compensation == "none"
@@ -126,37 +127,37 @@ def test_a_baseline_takes_a_profile_or_a_number_of_layers(strategy: Any) -> None
 
 @pytest.mark.parametrize("strategy", [early_exit, skip_decode, unified_skipping])
 def test_the_odd_sublayer_of_a_budget_is_left_over(strategy: Any) -> None:
-    assert strategy(12, 7, PREFILL) == strategy(12, 6, PREFILL)
-    assert strategy(12, 1, PREFILL).n_skip == 0
-    assert strategy(30, None, PREFILL).n_skip == 12
+    assert strategy(12, PlanRequest(7)) == strategy(12, PlanRequest(6))
+    assert strategy(12, PlanRequest(1)).prefill.n_skip == 0
+    assert strategy(30, PlanRequest(mode="prefill")).prefill.n_skip == 12
 
 
 @pytest.mark.parametrize("strategy", [adaskip, early_exit, skip_decode, unified_skipping])
 @pytest.mark.parametrize("n_skip", [-1, 25, 2.5, "two"])
 def test_an_impossible_budget_is_refused_and_the_maximum_told(strategy: Any, n_skip: Any) -> None:
     with pytest.raises(BudgetError, match=r"use a.* number from 0 to (10|13|22|24)$"):
-        strategy(profile(np.full((12, 2), 0.9)), n_skip)
+        strategy(profile(np.full((12, 2), 0.9)), PlanRequest(n_skip))
 
 
 @pytest.mark.parametrize("strategy", [early_exit, skip_decode, unified_skipping, manual])
 def test_a_sublayer_that_cannot_be_skipped_is_named(strategy: Any) -> None:
     similarity = np.full((4, 2), 0.9)
     similarity[1, 0] = similarity[3, 1] = NAN
-    options = PlanOptions(mode="prefill", attention=(1,), ffn=(3,))
-    budget = None if strategy is manual else 4
+    by_hand = strategy is manual
+    request = PlanRequest(strategy="manual", attention=(1,), ffn=(3,)) if by_hand else PlanRequest(4, mode="prefill")
     with pytest.raises(NotSkippableError, match=r"attention of layer 1|FFN of layer 3"):
-        strategy(profile(similarity), budget, options)
+        strategy(profile(similarity), request)
 
 
 def test_the_papers_strategy_needs_a_profile() -> None:
     with pytest.raises(PlanError, match="calibrate"):
-        adaskip(12, 4)
+        adaskip(12, PlanRequest(4))
 
 
 @pytest.mark.parametrize("n_layer", [0, -3])
 def test_a_model_without_layers_is_refused(n_layer: int) -> None:
     with pytest.raises(PlanError, match="n_layer"):
-        early_exit(n_layer, 0)
+        early_exit(n_layer, PlanRequest(0))
 
 
 # --- lists of layers --------------------------------------------------------------------------------------------------
@@ -165,14 +166,14 @@ def test_a_model_without_layers_is_refused(n_layer: int) -> None:
 def test_listed_layers_are_skipped_with_the_profiles_compensation() -> None:
     known = profile(np.full((4, 2), 0.9))
     plan = known.plan(strategy="manual", attention=[2], ffn=[0, 2], compensation="paper")
-    assert (plan.attention, plan.ffn, plan.strategy, plan.online) == ((2,), (0, 2), "manual", None)
+    assert (plan.prefill.attention, plan.prefill.ffn, plan.strategy, plan.online) == ((2,), (0, 2), "manual", None)
     assert (plan.prefill.scale[plan.prefill.skip] == 1.5).all()
     online = known.plan(strategy="manual", ffn=[0], compensation="paper", threshold=0.5).online
     assert online is not None and online.threshold == 0.5
 
 
 def test_without_a_profile_listed_layers_are_not_compensated() -> None:
-    plan = manual(4, options=PlanOptions(mode="decode", attention=(2,)))
+    plan = manual(4, PlanRequest(mode="decode", strategy="manual", attention=(2,)))
     assert (plan.prefill.n_skip, plan.decode.attention, plan.compensation) == (0, (2,), "none")
     assert SkipPlan.manual(4, attention=[2]).decode == plan.decode
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..model.plan import Mode, SkipPlan
-from ..planning.modes import PlanOptions
-from ..planning.strategies import manual
+from ..planning.request import PlanRequest
+from ..planning.strategies import make_plan
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
-    from ..planning.speedup import Phase
 
 __all__ = ["WantedPlans"]
 
@@ -69,31 +68,19 @@ class WantedPlans:
             n = sum(known == name or known.startswith(f"{name} (") for known in plans)
             plans[f"{name} ({n + 1})" if n else name] = plan
 
-        if not isinstance(source, int):
-            if self.tuned:
-                add("tuned", source.tuned_plan())
-            phase: Phase = "decode" if self.mode == "decode" else "prefill"
-            for strategy in self.strategies:
-                for n in self.skips:
-                    add(f"{strategy} {n}", source.plan(n, self.compensation, mode=self.mode, strategy=strategy))
-                for ratio in self.speedups:
-                    plan = source.plan(
-                        None,
-                        self.compensation,
-                        mode=self.mode,
-                        strategy=strategy,
-                        speedup=ratio,
-                        context=context,
-                        phase=phase,
-                    )
-                    add(f"{strategy} {ratio:g} x", plan)
-        for layers in self.attention:
-            options = PlanOptions(mode=self.mode, compensation=self.compensation, attention=layers)
-            add(f"{len(set(layers))} attention", manual(source, None, options))
-        for layers in self.ffn:
-            options = PlanOptions(mode=self.mode, compensation=self.compensation, ffn=layers)
-            add(f"{len(set(layers))} FFN", manual(source, None, options))
-        for attention, ffn in self.both:
-            options = PlanOptions(mode=self.mode, compensation=self.compensation, attention=attention, ffn=ffn)
-            add(f"{len(set(attention))} attention, {len(set(ffn))} FFN", manual(source, None, options))
+        if self.tuned and not isinstance(source, int):
+            add("tuned", source.tuned_plan())
+        for request in self.requests():
+            add(request.name, make_plan(source, request.at(context)))
         return plans
+
+    def requests(self) -> list[PlanRequest]:
+        """Return what they are, but for the tuned plan."""
+        alike = PlanRequest(mode=self.mode, compensation=self.compensation)
+        found = []
+        for strategy in self.strategies:
+            found += [replace(alike, strategy=strategy, n_skip=n) for n in self.skips]
+            found += [replace(alike, strategy=strategy, speedup=ratio) for ratio in self.speedups]
+        lists = [(layers, ()) for layers in self.attention] + [((), layers) for layers in self.ffn] + [*self.both]
+        found += [replace(alike, strategy="manual", attention=attention, ffn=ffn) for attention, ffn in lists]
+        return found

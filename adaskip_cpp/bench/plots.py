@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..model.plan import PHASES
 from ..pictures import plots
-from .table import NO_PLAN, PHASES, STOCK, BenchTimes, Row
+from .table import NO_PLAN, STOCK, BenchTimes, Row
 
 __all__ = ["TITLES", "plot"]
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from ..intervals import Interval, ratio_interval
 from ..measuring.timing import N_SETTLE, RequestTime
+from ..model.plan import PHASES, Phase
 
-__all__ = ["NO_PLAN", "PHASES", "STOCK", "BenchTimes", "Parts", "Phase", "Row", "table", "verdict"]
+__all__ = ["NO_PLAN", "STOCK", "BenchTimes", "Parts", "Row", "table", "verdict"]
 
-Phase: TypeAlias = Literal["prefill", "decode"]
-PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 """Prefill stands for the time to the first token, decode for the time per token behind it."""
 
 STOCK = "stock"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.native import KIND_NAMES
 from ..errors import NativeError, RequestError
 from ..measuring import corpus
 from ..model.maps import LinearMaps, map_scale
+from ..model.plan import KINDS
 from ..model.statistics import PhaseStatistics
 from ..planning.profile import Profile
 from ..progress import RequestProgress, fraction_progress
@@ -192,7 +192,7 @@ def _prefill(
 
 def _fits(llm: AdaSkipLlama) -> list[LinearFit]:
     """One fit per pass over the requests, each of as many sublayers as its moments have memory for."""
-    skippable = [(s.layer, KIND_NAMES.index(s.kind)) for s in llm.sublayers if s.skippable]
+    skippable = [(s.layer, KINDS.index(s.kind)) for s in llm.sublayers if s.skippable]
     n_fit = max(_MOMENTS_BYTES // moments_bytes(llm.n_embd()), 1)
     return [LinearFit(skippable[start : start + n_fit]) for start in range(0, len(skippable), n_fit)]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..errors import RequestError
 from ..model.cost_model import CELLS, CostModel, PhaseCost
 from ..model.cost_settings import CostSettings
-from ..model.plan import SkipPlan
+from ..model.plan import Phase, SkipPlan
 from .cost_fit import Group, Sample, fit
 from .shapes import same_shape
 
@@ -75,7 +75,7 @@ class _Measurement:
         self.llm = llm
         self.seconds = seconds
         self.groups = [Group(kind, layers) for kind, layers in same_shape(llm)]
-        self.samples: dict[Literal["prefill", "decode"], list[Sample]] = {"prefill": [], "decode": []}
+        self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
         self.deepest = 0
         self._on_progress = on_progress
         self._size = llm.context_size

@@ -39,9 +39,10 @@ def same_shape(llm: AdaSkipLlama) -> tuple[tuple[int, tuple[int, ...]], ...]:
     groups: defaultdict[tuple[int, int, tuple[Shape, ...]], list[int]] = defaultdict(list)
     for sublayer in llm.sublayers:
         if sublayer.skippable:
-            kind = ("attention", "ffn").index(sublayer.kind)
+            kind = KINDS.index(sublayer.kind)
             known = sublayer.layer in tensors
-            own = (shape for shape in tensors.get(sublayer.layer, ()) if ("ffn" in shape[0]) == (KINDS[kind] == "FFN"))
+            is_ffn = sublayer.kind == "ffn"
+            own = (shape for shape in tensors.get(sublayer.layer, ()) if ("ffn" in shape[0]) == is_ffn)
             groups[kind, 0 if known else sublayer.nodes, tuple(sorted(own))].append(sublayer.layer)
     return tuple(sorted((kind, tuple(layers)) for (kind, _, _), layers in groups.items()))
 

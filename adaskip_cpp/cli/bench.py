@@ -17,7 +17,8 @@ from ..bench.plans import WantedPlans
 from ..errors import ProfileMissingError
 from ..model.plan import MODES, Mode
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from ..planning.strategies import DEFAULT_N_SKIP, STRATEGIES
+from ..planning.request import DEFAULT_N_SKIP
+from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
 from .terminal import console, json_option, load_model, model_options

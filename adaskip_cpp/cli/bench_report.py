@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..bench.plots import TITLES
-from ..bench.table import NO_PLAN, PHASES, STOCK, Row, verdict
+from ..bench.table import NO_PLAN, STOCK, Row, verdict
+from ..model.plan import PHASES
 from .report import megabytes
 
 if TYPE_CHECKING:

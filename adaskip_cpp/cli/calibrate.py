@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..calibration.linear import DEFAULT_RANK
-from ..errors import ProfileError
 from ..measuring.corpus import N_REQUESTS, N_TOKENS
-from .terminal import console, json_option, load_model, model_options, option, read_text, verb
+from .terminal import check_output, console, json_option, load_model, model_options, option, read_text, verb
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
@@ -94,7 +93,7 @@ def calibrate(
     from ..calibration.calibrate import calibrate as run
     from ..measuring import corpus
 
-    _check_output(output)
+    check_output(output)
     start = time.monotonic()
     text = "\n\n".join(read_text(file) for file in files) if files else corpus.text()
     description = ", ".join(os.path.basename(file) for file in files) if files else corpus.DESCRIPTION
@@ -135,12 +134,3 @@ def _print(profile: Profile, output: str, n_asked: int, n_decoded: int, elapsed_
         vectors = f", its vectors to {os.path.join(os.path.dirname(output), sidecar_name(output))}; keep them together"
     out.print(f"Profile written to {output}{vectors}", soft_wrap=True)
     out.print(f"It took {elapsed_s:.0f} s. Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)
-
-
-def _check_output(path: str) -> None:
-    """Refuse a file that cannot be written before minutes of work, not after."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise ProfileError(f"there is no folder {folder!r}; create it or choose another place for the profile")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ProfileError(f"cannot write a profile to {path!r}; choose another file")

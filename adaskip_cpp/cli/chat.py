@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import AdaSkipError, RequestError
-from .planning import PlanChoice, choose, plan_options, profile_options
+from ..planning.request import PlanRequest
+from ..planning.strategies import make_plan
+from .planning import choose, plan_options, profile_options
 from .report import skipped_counts
 from .terminal import RUNNING, console, load_model, model_options, option, verb
 
@@ -63,7 +65,7 @@ def chat(
     model: str,
     profile_path: str | None,
     full: bool,
-    choice: PlanChoice | None,
+    request: PlanRequest | None,
     system: str | None,
     max_tokens: int,
     ctx: int,
@@ -80,7 +82,7 @@ def chat(
     """
     from ..engine.generation import has_chat_template
 
-    chosen = choose(model, profile_path, choice, full)
+    chosen = choose(model, profile_path, request, full)
     plan = chosen.plan(max(ctx // 2, 1))
     llm = load_model(model, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers)
     if not has_chat_template(llm):
@@ -93,7 +95,7 @@ def chat(
     err = console(stderr=True)
     if chosen.note:
         err.print(chosen.note, style="dim", markup=False)
-    _talk(conversation, _Commands(conversation, chosen.profile, chosen.choice or PlanChoice(), err))
+    _talk(conversation, _Commands(conversation, chosen.profile, chosen.request or PlanRequest(), err))
 
 
 @dataclass
@@ -227,7 +229,7 @@ class _Commands:
 
     conversation: Conversation
     profile: Profile | None
-    choice: PlanChoice
+    request: PlanRequest
     err: Console
 
     def banner(self) -> str:
@@ -277,16 +279,16 @@ class _Commands:
             self.err.print("/skip takes a number of sublayers, as /skip 8.")
             return
         try:
-            strategy = "adaskip" if self.choice.strategy == "manual" else self.choice.strategy
-            choice = replace(
-                self.choice, n_skip=n_skip, speedup=None, phase=None, strategy=strategy, attention=(), ffn=()
+            strategy = "adaskip" if self.request.strategy == "manual" else self.request.strategy
+            request = replace(
+                self.request, n_skip=n_skip, speedup=None, phase=None, strategy=strategy, attention=(), ffn=()
             )
-            plan = choice.plan(self.profile, self.conversation.llm.context_size)
+            plan = make_plan(self.profile, request)
             self.conversation.llm.set_plan(plan)
         except AdaSkipError as error:
             self.complain(error)
             return
-        self.choice = choice
+        self.request = request
         self.err.print(
             f"({plan.prefill.n_skip} sublayers skipped in prefill, {plan.decode.n_skip} in decode; the conversation is "
             "read again where needed)",

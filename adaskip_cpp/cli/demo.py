@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .planning import PlanChoice, plan_options
+from ..planning.request import PlanRequest
+from ..planning.strategies import make_plan
+from .planning import plan_options
 from .report import layer_list, megabytes
 from .terminal import OUTPUT, console, json_option, model_options, option, recorder, save_svg, verb
 
@@ -31,7 +33,7 @@ __all__ = ["demo"]
 @json_option
 def demo(
     model: str | None,
-    choice: PlanChoice | None,
+    request: PlanRequest | None,
     threads: int | None,
     gpu_layers: int,
     svg: str | None,
@@ -42,9 +44,9 @@ def demo(
     Calibrates on pages of Python's language reference, then answers a question about another page, with and without the
     plan in turn.
     """
-    from ..demo import N_PROMPT, packaged_model, run
+    from ..demo import packaged_model, run
 
-    chosen = choice or PlanChoice()
+    chosen = request or PlanRequest()
     if chosen.speedup is not None:
         raise click.UsageError("the demo times no sublayers; give --skip instead", click.get_current_context())
     out, err = console(), console(stderr=True)
@@ -65,7 +67,7 @@ def demo(
 
         result = run(
             path,
-            choose=lambda profile: chosen.plan(profile, N_PROMPT),
+            choose=lambda profile: make_plan(profile, chosen),
             threads=threads,
             gpu_layers=gpu_layers,
             on_stage=on_stage,
@@ -103,7 +105,7 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     full, skipped = result.full, result.skipped
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for name in ("full model", f"{result.plan.n_skip} skipped", "ratio"):
+    for name in ("full model", f"{result.plan.prefill.n_skip} skipped", "ratio"):
         table.add_column(name, justify="right")
     first = statistics.median(full.first_token_s), statistics.median(skipped.first_token_s)
     table.add_row(
@@ -144,7 +146,7 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
 
     answers = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
     answers.add_column("answer of the full model", ratio=1)
-    answers.add_column(f"answer with {result.plan.n_skip} sublayers skipped", ratio=1)
+    answers.add_column(f"answer with {result.plan.prefill.n_skip} sublayers skipped", ratio=1)
     # Without its line breaks: a list of short items would fill the screen.
     answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in (full, skipped)))
     out.print(answers)
@@ -153,7 +155,7 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
         f"answers take the likeliest token, {N_ANSWER} at most. The demo took {elapsed_s:.0f} s.",
         style="dim",
     )
-    if (fewer := result.plan.n_skip // 2) > 0:
+    if (fewer := result.plan.prefill.n_skip // 2) > 0:
         out.print(
             f"Skipping fewer costs less quality and saves less time: adaskip-cpp demo --skip {fewer}", style="dim"
         )

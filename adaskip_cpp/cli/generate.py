@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .planning import PlanChoice, choose, plan_options, profile_options
+from ..planning.request import PlanRequest
+from .planning import choose, plan_options, profile_options
 from .report import kv_memory, skipped_lines, speed_lines
 from .terminal import RUNNING, console, load_model, model_options, option, read_text, verb
 
@@ -58,7 +59,7 @@ def generate(
     file: str | None,
     profile_path: str | None,
     full: bool,
-    choice: PlanChoice | None,
+    request: PlanRequest | None,
     max_tokens: int,
     ctx: int,
     temp: float,
@@ -76,11 +77,11 @@ def generate(
 
     if (prompt is None) == (file is None):
         raise click.UsageError("give a prompt either with -p or with -f", click.get_current_context())
-    chosen = choose(model, profile_path, choice, full)
+    chosen = choose(model, profile_path, request, full)
     text = prompt if prompt is not None else read_text(str(file))
 
     length = 0
-    if chosen.choice is not None and chosen.choice.speedup is not None:
+    if chosen.request is not None and chosen.request.speedup is not None:
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
         with closing(load_model(model, n_ctx=256, threads=threads, gpu_layers=0)) as tokenizer:
             length = len(_tokens(tokenizer, text, chat))

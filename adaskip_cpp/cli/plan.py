@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 
-from .planning import PlanChoice, plan_options
+from ..model.plan import KINDS, PHASES, Phase, ranked
+from ..planning.request import PlanRequest
+from ..planning.strategies import make_plan
+from .planning import plan_options
 from .report import layer_list
 from .terminal import console, json_option
 from .tune_report import print_promise
@@ -21,9 +24,6 @@ if TYPE_CHECKING:
     from ..planning.profile import Profile
 
 __all__ = ["plan", "print_plan"]
-
-Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @click.command(
@@ -40,7 +40,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
     help="Prompt length to predict for.",
 )
 @json_option
-def plan(profile_path: str, choice: PlanChoice | None, context: int, as_json: bool) -> None:
+def plan(profile_path: str, request: PlanRequest | None, context: int, as_json: bool) -> None:
     """Show the plan that PROFILE gives with these options: every sublayer's rank, and what is skipped.
 
     Without any, it is the plan that `tune` put into the profile, if it did.
@@ -52,10 +52,12 @@ def plan(profile_path: str, choice: PlanChoice | None, context: int, as_json: bo
     from ..planning.profile import Profile
 
     profile = Profile.load(profile_path)
-    tuned = profile.tuned if choice is None else None
-    choice = choice or PlanChoice()
-    chosen = choice.plan(profile, context) if tuned is None else tuned.plan(profile)
-    phase = choice.phase or ("decode" if chosen.mode == "decode" else "prefill")
+    tuned = profile.tuned if request is None else None
+    request = request or PlanRequest(mode=tuned.mode if tuned else "e2e")
+    phase = request.faster_phase
+    if request.speedup is None:
+        request = replace(request, phase=None)  # which says here what times to show
+    chosen = make_plan(profile, request.at(context)) if tuned is None else tuned.plan(profile)
     rows, totals = _rows(profile, chosen, context, phase), _totals(profile, chosen, context)
     if as_json:
         click.echo(
@@ -82,12 +84,13 @@ def plan(profile_path: str, choice: PlanChoice | None, context: int, as_json: bo
 
 def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
     """One row per sublayer, by rank; those that cannot be skipped last."""
-    from ..planning.selection import seconds_saved
+    from ..planning.speedup import seconds_saved
 
     saved = None if profile.cost is None else seconds_saved(profile.cost, context, phase)
-    skips = {"prefill": chosen.prefill, "decode": chosen.schedule[-1][1] if chosen.schedule else chosen.decode}
+    skips = {phase: chosen.skipped(phase) for phase in PHASES}
     rows = []
-    for rank, (layer, kind) in enumerate(_ranked(profile.similarity), start=1):
+    for rank, index in enumerate(ranked(-profile.similarity), start=1):
+        layer, kind = divmod(index, 2)
         similarity = profile.similarity[layer, kind]
         known = not np.isnan(similarity)
         skipped = [name for name in PHASES if skips[name].skip[layer, kind]]
@@ -95,7 +98,7 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
             {
                 "rank": rank if known else None,
                 "layer": layer,
-                "kind": ("attention", "ffn")[kind],
+                "kind": KINDS[kind],
                 "similarity": float(similarity) if known else None,
                 "saved_ms": None if saved is None else float(saved[layer, kind] * 1e3),
                 "skipped": skipped,
@@ -103,14 +106,6 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
             }
         )
     return rows
-
-
-def _ranked(similarity: npt.NDArray[np.float64]) -> list[tuple[int, int]]:
-    """All sublayers, the most similar first; ties: attention before FFN, then the lower layer."""
-    return sorted(
-        np.ndindex(*similarity.shape),
-        key=lambda at: (np.isnan(similarity[at]), -np.nan_to_num(similarity[at]), at[1], at[0]),
-    )
 
 
 def _totals(profile: Profile, chosen: SkipPlan, context: int) -> dict[str, Any]:

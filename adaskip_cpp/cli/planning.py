@@ -12,79 +12,29 @@ import click
 
 from ..engine.auto import check_model, profile_path
 from ..errors import AdaSkipError
-from ..model.plan import MODES, Mode, SkipPlan
+from ..model.plan import MODES, PHASES, SkipPlan
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from ..planning.strategies import DEFAULT_N_SKIP, STRATEGIES
+from ..planning.request import DEFAULT_N_SKIP, PlanRequest
+from ..planning.strategies import STRATEGIES, make_plan
 from .lists import LAYERS
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
-    from ..planning.speedup import Phase
 
-__all__ = ["Chosen", "PlanChoice", "choose", "plan_options", "profile_options"]
+__all__ = ["Chosen", "choose", "plan_options", "profile_options"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class PlanChoice:
-    """What the options of the command line say about the plan; the defaults are those of no option at all.
-
-    Attributes:
-        n_skip: sublayers to skip; None for the default, or with a speed-up.
-        speedup: predicted speed-up asked for; None for a number of sublayers.
-        phase: the phase that the speed-up is asked of; None for the one that the mode speeds up first.
-        mode: ``"prefill"``, ``"decode"`` or ``"e2e"``.
-        strategy: name of a strategy, ``"manual"`` for the layers below.
-        attention: layers whose attention is skipped, of strategy ``"manual"``.
-        ffn: layers whose FFN is skipped, likewise.
-        compensation: name of a compensation.
-        online: whether FFNs are added in decode.
-    """
-
-    n_skip: int | None = None
-    speedup: float | None = None
-    phase: Phase | None = None
-    mode: Mode = "e2e"
-    strategy: str = "adaskip"
-    attention: tuple[int, ...] = ()
-    ffn: tuple[int, ...] = ()
-    compensation: str = DEFAULT_COMPENSATION
-    online: bool = True
-
-    def plan(self, profile: Profile, context: int) -> SkipPlan:
-        """Make the plan.
-
-        Args:
-            profile: of the model.
-            context: tokens of the prompt that a speed-up is predicted for.
-
-        Raises:
-            AdaSkipError: the profile cannot give such a plan.
-        """
-        return profile.plan(
-            self.n_skip,
-            self.compensation,
-            mode=self.mode,
-            strategy=self.strategy,
-            speedup=self.speedup,
-            context=None if self.speedup is None else context,
-            phase=None if self.speedup is None else self.phase,
-            online=self.online,
-            attention=self.attention,
-            ffn=self.ffn,
-        )
-
-
 def plan_options(command: _Command) -> _Command:
-    """Add the options that choose a plan, passed as ``choice``, a :class:`PlanChoice`; None if none was given."""
+    """Add the options that choose a plan, passed as ``request``; None if none was given."""
 
     @functools.wraps(command)
-    def with_choice(*args: Any, **values: Any) -> Any:
+    def with_request(*args: Any, **values: Any) -> Any:
         given = {name: values.pop(name) for name in _OPTIONS}
-        return command(*args, choice=_choice(given), **values)
+        return command(*args, request=_request(given), **values)
 
-    decorated: Any = with_choice
+    decorated: Any = with_request
     for option in reversed(_OPTIONS.values()):
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
@@ -110,12 +60,12 @@ class Chosen:
 
     Attributes:
         profile: the profile, or None without one.
-        choice: what makes the plan from it; None for the tuned plan of the profile, or the whole model without one.
+        request: what makes the plan from it; None for the tuned plan of the profile, or the whole model without one.
         note: what to tell the user of a profile that was not asked for; "" for nothing.
     """
 
     profile: Profile | None
-    choice: PlanChoice | None
+    request: PlanRequest | None
     note: str = ""
 
     def plan(self, context: int) -> SkipPlan | None:
@@ -129,13 +79,13 @@ class Chosen:
         """
         if self.profile is None:
             return None
-        if self.choice is not None:
-            return self.choice.plan(self.profile, context)
+        if self.request is not None:
+            return make_plan(self.profile, self.request.at(context))
         tuned = self.profile.tuned
         return None if tuned is None or tuned.n_skip == 0 else tuned.plan(self.profile)
 
 
-def choose(model: str, profile_path_: str | None, choice: PlanChoice | None, full: bool) -> Chosen:
+def choose(model: str, profile_path_: str | None, request: PlanRequest | None, full: bool) -> Chosen:
     """Find the profile to use and what to make of it.
 
     A profile that is named, or without one the one beside the model, gives the plan that is asked for; if none is, its
@@ -148,16 +98,16 @@ def choose(model: str, profile_path_: str | None, choice: PlanChoice | None, ful
     from ..planning.profile import Profile
 
     if full:
-        if profile_path_ is not None or choice is not None:
+        if profile_path_ is not None or request is not None:
             raise click.UsageError("--full skips nothing; leave out what to skip", click.get_current_context())
         return Chosen(None, None)
     if profile_path_ is not None:
         profile = Profile.load(profile_path_)
         check_model(profile, model, profile_path_)
-        return Chosen(profile, choice if choice or profile.tuned else PlanChoice())
+        return Chosen(profile, request if request or profile.tuned else PlanRequest())
     beside = profile_path(model)
     if not os.path.exists(beside):
-        if choice is not None:
+        if request is not None:
             raise click.UsageError(
                 "what to skip needs --profile; write one with `adaskip-cpp calibrate`", click.get_current_context()
             )
@@ -166,11 +116,11 @@ def choose(model: str, profile_path_: str | None, choice: PlanChoice | None, ful
         profile = Profile.load(beside)
         check_model(profile, model, beside)
     except AdaSkipError as error:
-        if choice is not None:
+        if request is not None:
             raise
         return Chosen(None, None, f"The whole model runs: {error}")
-    if choice is not None:
-        return Chosen(profile, choice, f"The profile is {beside}.")
+    if request is not None:
+        return Chosen(profile, request, f"The profile is {beside}.")
     if profile.tuned is None:
         return Chosen(profile, None)
     return Chosen(
@@ -183,7 +133,7 @@ def choose(model: str, profile_path_: str | None, choice: PlanChoice | None, ful
     )
 
 
-def _choice(given: dict[str, Any]) -> PlanChoice | None:
+def _request(given: dict[str, Any]) -> PlanRequest | None:
     chosen = {name: value for name, value in given.items() if value is not None}
     if not chosen:
         return None
@@ -199,7 +149,7 @@ def _choice(given: dict[str, Any]) -> PlanChoice | None:
         raise click.UsageError("--strategy manual needs --attention or --ffn", context)
     if by_hand:
         chosen["strategy"] = "manual"
-    return PlanChoice(**chosen)
+    return PlanRequest(**chosen)
 
 
 _OPTIONS = {
@@ -213,7 +163,7 @@ _OPTIONS = {
     ),
     "phase": click.option(
         "--phase",
-        type=click.Choice(["prefill", "decode"]),
+        type=click.Choice(PHASES),
         help="The phase that --speedup is about.  [default: prefill, with --mode decode decode]",
     ),
     "mode": click.option(

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .planning import PlanChoice, plan_options
+from ..planning.request import PlanRequest
+from ..planning.strategies import make_plan
+from .planning import plan_options
 from .terminal import console
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ __all__ = ["plot"]
 @click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True,
               help="Prompt length that --speedup is predicted for.")  # fmt: skip
 @click.option("--terminal", is_flag=True, help="Print them instead; so it is where matplotlib is missing.")
-def plot(paths: tuple[str, ...], output: str | None, choice: PlanChoice | None, context: int, terminal: bool) -> None:
+def plot(paths: tuple[str, ...], output: str | None, request: PlanRequest | None, context: int, terminal: bool) -> None:
     """Draw PROFILE: the IO similarity of layers, of attention and FFN, of both in prefill and decode, and a plan.
 
     Writes layers, sublayers and phases, and plan for each profile, as PNG and SVG. Several profiles share the pictures.
@@ -42,7 +44,7 @@ def plot(paths: tuple[str, ...], output: str | None, choice: PlanChoice | None, 
     from ..planning.profile import Profile
 
     profiles = dict(zip(_names(paths), map(Profile.load, paths), strict=True))
-    plans = {name: _plan(profile, choice, context) for name, profile in profiles.items()}
+    plans = {name: _plan(profile, request, context) for name, profile in profiles.items()}
     missing = not plots.has_matplotlib()
     if terminal or missing:
         _print(console(), profiles, plans)
@@ -66,10 +68,10 @@ def _names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _plan(profile: Profile, choice: PlanChoice | None, context: int) -> SkipPlan:
-    if choice is None and profile.tuned is not None:
+def _plan(profile: Profile, request: PlanRequest | None, context: int) -> SkipPlan:
+    if request is None and profile.tuned is not None:
         return profile.tuned_plan()
-    return (choice or PlanChoice()).plan(profile, context)
+    return make_plan(profile, (request or PlanRequest()).at(context))
 
 
 def _draw(profiles: dict[str, Profile], plans: dict[str, SkipPlan], folder: str) -> list[str]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..engine.generation import Timing
     from ..engine.llama import AdaSkipLlama
-    from ..model.plan import SkipPlan, SkipSet
 
 __all__ = ["KVMemory", "kv_memory", "layer_list", "megabytes", "skipped_counts", "skipped_lines", "speed_lines"]
 
@@ -101,12 +100,7 @@ def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
     if llm.plan is None:
         return 0, 0, 0
     learned = llm.online
-    return llm.plan.prefill.n_skip, decode_set(llm.plan, n_decoded).n_skip, len(learned.ffn) if learned else 0
-
-
-def decode_set(plan: SkipPlan, n_decoded: int) -> SkipSet:
-    """The plan's decode set after so many tokens."""
-    return [each for start, each in plan.schedule or ((0, plan.decode),) if start <= n_decoded][-1]
+    return llm.plan.prefill.n_skip, llm.plan.decode_after(n_decoded).n_skip, len(learned.ffn) if learned else 0
 
 
 def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
@@ -116,7 +110,7 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
         return []
     prefill, decode, added = skipped_counts(llm, n_decoded)
     n_sublayers = 2 * plan.n_layer
-    now = decode_set(plan, n_decoded)
+    now = plan.decode_after(n_decoded)
     lines = [
         f"skipped: {prefill} of {n_sublayers} sublayers in prefill "
         f"({len(plan.prefill.attention)} attention, {len(plan.prefill.ffn)} FFN)",

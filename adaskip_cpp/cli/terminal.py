@@ -28,6 +28,7 @@ __all__ = [
     "OUTPUT",
     "RUNNING",
     "Verbs",
+    "check_output",
     "console",
     "json_option",
     "load_model",
@@ -243,3 +244,16 @@ def read_text(file: str) -> str:
             return str(stream.read())
     except UnicodeDecodeError as error:
         raise RequestError(f"{file!r} is not UTF-8 text ({error.reason}); convert it first") from error
+
+
+def check_output(path: str) -> None:
+    """Refuse a file that cannot be written before minutes of work, not after.
+
+    Raises:
+        ProfileError: it cannot.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise ProfileError(f"there is no folder {folder!r}; create it or choose another place with -o FILE")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise ProfileError(f"cannot write {path!r}; choose another place with -o FILE")

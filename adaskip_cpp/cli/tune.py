@@ -15,11 +15,11 @@ import click
 import numpy as np
 
 from ..engine.auto import check_model, profile_path
-from ..errors import BudgetError, DataError, ProfileError
+from ..errors import BudgetError, DataError
 from ..model.plan import MODES, Mode
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..progress import told_progress
-from .terminal import console, json_option, load_model, model_options, read_text
+from .terminal import check_output, console, json_option, load_model, model_options, read_text
 from .tune_report import minutes, print_tuned
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def tune(
     if existing is not None and files:
         raise click.UsageError("--data is what to calibrate on; leave out --profile", click.get_current_context())
     target = output or profile_path(model)
-    _check_output(target)
+    check_output(target)
     _check_apart(files, text_files)
     texts = read_texts(text_files) if text_files else corpus.held_out()
     err = console(stderr=True)
@@ -294,15 +294,6 @@ class _Evaluations:
         with told_progress(label) as self._on_progress:
             yield
         self._on_progress = None
-
-
-def _check_output(path: str) -> None:
-    """Refuse a file that cannot be written before minutes of work, not after."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise ProfileError(f"there is no folder {folder!r}; create it or choose another place with -o FILE")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ProfileError(f"cannot write the profile to {path!r}; choose another place with -o FILE")
 
 
 def _check_apart(files: Sequence[str], text_files: Sequence[str]) -> None:

@@ -15,9 +15,9 @@ from llama_cpp.llama import LlamaState
 
 from ..errors import ModelFileError, NativeError, PlanError, ProfileMismatchError, StateError
 from ..model.identity import ModelInfo, check_gguf, fingerprint
-from ..model.plan import SkipPlan
+from ..model.plan import Phase, SkipPlan
 from .auto import auto_plan
-from .native import Counters, KVRun, NativeContext, Phase, StatisticsBatch, Sublayer, elide_kv
+from .native import Counters, KVRun, NativeContext, StatisticsBatch, Sublayer, elide_kv
 
 __all__ = ["AdaSkipLlama", "AdaSkipState", "Counters", "OnlineResult", "StatisticsBatch", "Sublayer"]
 
@@ -197,11 +197,10 @@ class AdaSkipLlama(llama_cpp.Llama):
             native.set_plan("decode", None)
         else:
             self._check_model(plan)
-            schedule = plan.schedule or ((0, plan.decode),)
-            for skip_set in (plan.prefill, *(each for _, each in schedule)):
+            for skip_set in (plan.prefill, *(each for _, each in plan.decode_sets)):
                 native.check_plan(skip_set)
             native.set_plan("prefill", plan.prefill)
-            native.set_decode_schedule(schedule)
+            native.set_decode_schedule(plan.decode_sets)
         if plan is None or plan.online is None:
             native.clear_online()
         else:

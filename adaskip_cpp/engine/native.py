@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,28 +25,21 @@ from ..errors import (
     NotSkippableError,
     StateError,
 )
+from ..model.plan import KINDS, PHASES, Kind, OnlineScale, Phase
 from . import library as _library
 
 __all__ = [
-    "KIND_NAMES",
     "Counters",
     "KVRun",
     "NativeContext",
     "NativeOnline",
     "NativePlan",
-    "Phase",
     "StatisticsBatch",
     "Sublayer",
     "elide_kv",
 ]
 
-Phase: TypeAlias = Literal["prefill", "decode"]
-Kind: TypeAlias = Literal["attention", "ffn"]
-
-KIND_NAMES: tuple[Kind, Kind] = ("attention", "ffn")
-_PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 Activations: TypeAlias = "list[list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None]]"
-OnlineScale: TypeAlias = Literal["none", "paper", "median"]
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _NO_STALE_POSITION = 2**31 - 1
 
@@ -252,9 +245,7 @@ class NativeContext:
         rows = _ffi.new("struct adaskip_sublayer[]", n)
         self._check(_lib.adaskip_sublayers(self._ctx, rows, n))
         return tuple(
-            Sublayer(
-                row.layer, KIND_NAMES[row.kind], bool(row.skippable), _ffi.string(row.reason).decode(), row.n_nodes
-            )
+            Sublayer(row.layer, KINDS[row.kind], bool(row.skippable), _ffi.string(row.reason).decode(), row.n_nodes)
             for row in rows
         )
 
@@ -287,7 +278,7 @@ class NativeContext:
         """Sets what to skip in a phase; None clears it."""
         target = _ffi.NULL if plan is None else _ffi.new("struct adaskip_plan *")
         _owner = plan and self._fill(target, plan)
-        self._check(_lib.adaskip_set_plan(self._ctx, _PHASES.index(phase), target))
+        self._check(_lib.adaskip_set_plan(self._ctx, PHASES.index(phase), target))
 
     def set_decode_schedule(self, schedule: Sequence[tuple[int, NativePlan]]) -> None:
         """Sets what to skip in decode by the tokens decoded so far in the request: (first token, plan), ascending."""
@@ -331,7 +322,7 @@ class NativeContext:
 
     def set_phase(self, phase: Phase) -> None:
         """Says what the tokens of the next ``llama_decode`` calls are."""
-        self._check(_lib.adaskip_set_phase(self._ctx, _PHASES.index(phase)))
+        self._check(_lib.adaskip_set_phase(self._ctx, PHASES.index(phase)))
 
     def counters(self) -> Counters:
         """The counters of this context."""
@@ -391,7 +382,7 @@ class NativeContext:
                 sum_u=None if sums is None else sums[:, :, 0],
                 sum_v=None if sums is None else sums[:, :, 1],
                 positions=np.frombuffer(_ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy(),
-                phase=_PHASES[statistics.phase],
+                phase=PHASES[statistics.phase],
                 activations=pairs(statistics.activations, n_layer, n_tokens, n_embd)
                 if statistics.activations
                 else None,
@@ -433,7 +424,7 @@ class NativeContext:
     def kv_valid(self, phase: Phase, n: int, seq_id: int = 0) -> int:
         """How many of the first ``n`` positions the plan of this phase may read: n, or the first one that lacks KV."""
         position = _ffi.new("int32_t *", _NO_STALE_POSITION)
-        self._check(_lib.adaskip_kv_first_stale(self._ctx, seq_id, _PHASES.index(phase), position))
+        self._check(_lib.adaskip_kv_first_stale(self._ctx, seq_id, PHASES.index(phase), position))
         return min(n, int(position[0]))
 
     def kv_runs(self, seq_id: int = 0) -> tuple[KVRun, ...]:

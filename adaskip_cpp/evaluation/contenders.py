@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from ..errors import BudgetError, CompensationError, DataError, NotSkippableError
 from ..model.plan import MODES, Mode, SkipPlan
 from ..planning.compensation import DEFAULT_COMPENSATION
-from ..planning.strategies import STRATEGIES
+from ..planning.request import PlanRequest
+from ..planning.strategies import STRATEGIES, make_plan
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
@@ -48,7 +49,6 @@ class Contender:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: what was asked for, and how many sublayers are skipped in each phase."""
         plan = self.plan
-        last = None if plan is None else plan.schedule[-1][1] if plan.schedule else plan.decode
         return {
             "name": self.name,
             "strategy": self.strategy,
@@ -56,7 +56,7 @@ class Contender:
             "mode": self.mode,
             "compensation": self.compensation,
             "n_skip_prefill": 0 if plan is None else plan.prefill.n_skip,
-            "n_skip_decode": 0 if last is None else last.n_skip,
+            "n_skip_decode": 0 if plan is None else plan.skipped("decode").n_skip,
             "online": plan is not None and plan.online is not None,
         }
 
@@ -105,18 +105,20 @@ def contenders(
     """
     if not n_skip and not speedups:
         n_skip = default_budgets(profile.n_layer)
-    budgets: list[tuple[str, dict[str, Any]]] = [(str(n), {"n_skip": n}) for n in n_skip]
-    budgets += [(f"{speedup:g}x", {"speedup": speedup, "context": context}) for speedup in speedups]
+    budgets = [(str(n), PlanRequest(n)) for n in n_skip]
+    budgets += [(f"{speedup:g}x", PlanRequest(speedup=speedup, context=context)) for speedup in speedups]
     found, notes = [FULL], []
     for strategy in strategies or default_strategies():
         named: Iterable[str] = compensations if strategy == _COMPENSATED else ("none",)
         for compensation in named:
-            for budget, arguments in budgets:
+            for budget, request in budgets:
                 for mode in modes:
                     parts = (strategy, budget, mode, *((compensation,) if strategy == _COMPENSATED else ()))
                     name = "-".join(parts)
                     try:
-                        plan = profile.plan(compensation=compensation, mode=mode, strategy=strategy, **arguments)
+                        plan = make_plan(
+                            profile, replace(request, compensation=compensation, mode=mode, strategy=strategy)
+                        )
                     except (BudgetError, NotSkippableError, CompensationError) as error:
                         notes.append(f"{name} is left out: {error}")
                         continue

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
 from .cost_settings import CostSettings
-from .plan import SkipPlan, SkipSet
+from .plan import Phase, SkipPlan, SkipSet
 
 __all__ = ["CELLS", "CostModel", "PhaseCost"]
 
@@ -129,9 +129,7 @@ class CostModel:
         """Number of layers of the model."""
         return len(self.limit)
 
-    def seconds(
-        self, skip: SkipSet | npt.NDArray[np.bool_] | None, context: int, phase: Literal["prefill", "decode"]
-    ) -> float:
+    def seconds(self, skip: SkipSet | npt.NDArray[np.bool_] | None, context: int, phase: Phase) -> float:
         """Predict how long a phase takes.
 
         A prompt is computed ``n_ubatch`` tokens at a time. The cost of its last, shorter ubatch is interpolated between
@@ -165,7 +163,7 @@ class CostModel:
         return sum(self._ubatch(~flags, min(size, context - start), min(start + size, context))
                    for start in range(0, context, size))  # fmt: skip
 
-    def speedup(self, plan: SkipPlan, context: int, phase: Literal["prefill", "decode"]) -> float:
+    def speedup(self, plan: SkipPlan, context: int, phase: Phase) -> float:
         """Predict how many times faster than the full model a plan makes a phase.
 
         What an online stage adds is not known before and does not count; a schedule counts with its last set.
@@ -173,8 +171,7 @@ class CostModel:
         Raises:
             PlanError: an argument is impossible, or the plan is for another number of layers.
         """
-        chosen = plan.prefill if phase == "prefill" else plan.schedule[-1][1] if plan.schedule else plan.decode
-        return self.seconds(None, context, phase) / self.seconds(chosen, context, phase)
+        return self.seconds(None, context, phase) / self.seconds(plan.skipped(phase), context, phase)
 
     def _ubatch(self, runs: npt.NDArray[np.bool_], n_tokens: int, end: int) -> float:
         """Seconds for ``n_tokens`` tokens, the last of which is the ``end``-th of its sequence."""

@@ -16,18 +16,30 @@ from .identity import ModelInfo
 
 __all__ = [
     "KINDS",
+    "KIND_NAMES",
     "MODES",
+    "PHASES",
+    "Kind",
     "Mode",
     "OnlineScale",
     "OnlineStage",
+    "Phase",
     "SkipPlan",
     "SkipSet",
     "mark_layers",
+    "ranked",
     "sublayer_name",
 ]
 
-KINDS = ("attention", "FFN")
+Kind: TypeAlias = Literal["attention", "ffn"]
+KINDS: tuple[Kind, Kind] = ("attention", "ffn")
 """The kinds of sublayer, in the order of the columns of every ``[n_layer, 2]`` array."""
+
+KIND_NAMES = ("attention", "FFN")
+"""What people call them, in that order."""
+
+Phase: TypeAlias = Literal["prefill", "decode"]
+PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 
 Mode: TypeAlias = Literal["prefill", "decode", "e2e"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -38,7 +50,7 @@ OnlineScale: TypeAlias = Literal["none", "paper", "median"]
 
 def sublayer_name(layer: int, kind: int) -> str:
     """Name a sublayer for a message: ``attention of layer 3``."""
-    return f"{KINDS[kind]} of layer {layer}"
+    return f"{KIND_NAMES[kind]} of layer {layer}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,19 +363,17 @@ class SkipPlan:
         return self.prefill.n_layer
 
     @property
-    def attention(self) -> tuple[int, ...]:
-        """Layers whose attention is skipped in prefill, ascending."""
-        return self.prefill.attention
+    def decode_sets(self) -> tuple[tuple[int, SkipSet], ...]:
+        """The schedule, or ``((0, decode),)`` where there is none."""
+        return self.schedule or ((0, self.decode),)
 
-    @property
-    def ffn(self) -> tuple[int, ...]:
-        """Layers whose FFN is skipped in prefill, ascending."""
-        return self.prefill.ffn
+    def decode_after(self, n_decoded: int) -> SkipSet:
+        """Return the decode set in force after so many tokens of an answer."""
+        return next(each for start, each in reversed(self.decode_sets) if start <= n_decoded)
 
-    @property
-    def n_skip(self) -> int:
-        """Number of sublayers skipped in prefill."""
-        return self.prefill.n_skip
+    def skipped(self, phase: Phase) -> SkipSet:
+        """Return the set of a phase: of decode the last one, which a schedule ends with."""
+        return self.prefill if phase == "prefill" else self.decode_sets[-1][1]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that describe the plan, without its vectors; a plan is made again from a profile."""
@@ -395,3 +405,15 @@ def mark_layers(skip: npt.NDArray[np.bool_], kind: int, layers: Iterable[Support
                 f"the model has no {sublayer_name(index, kind)}; use layers from 0 to {n_layer - 1}"
             )
         skip[index, kind] = True
+
+
+def ranked(values: npt.NDArray[np.float64]) -> list[int]:
+    """Return the sublayers in the order of a figure, the smallest first, as indices into the flattened array.
+
+    Ties as in the paper: attention before FFN, then the lower layer; NaN comes last.
+
+    Args:
+        values: float64 ``[n_layer, 2]``.
+    """
+    layer, kind = np.indices(values.shape)
+    return [int(index) for index in np.lexsort((layer.ravel(), kind.ravel(), values.ravel()))]  # last key first

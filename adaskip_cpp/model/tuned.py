@@ -13,7 +13,8 @@ import numpy as np
 from ..errors import NotSkippableError, PlanError, ProfileFormatError
 from ..intervals import Interval
 from ..planning.compensation import DEFAULT_COMPENSATION
-from ..planning.modes import PlanOptions, compensated_plan
+from ..planning.modes import compensated_plan
+from ..planning.request import PlanRequest
 from .plan import Mode, SkipPlan, mark_layers, sublayer_name
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class TunedPlan:
                 raise ProfileFormatError(f"the tuned plan's {name} {layers} are not ascending layers; {_WAYS_OUT}")
             object.__setattr__(self, name, layers)
         try:
-            PlanOptions(self.mode, self.compensation)
+            PlanRequest(mode=self.mode, compensation=self.compensation)
         except PlanError as error:
             raise ProfileFormatError(f"the tuned plan cannot be used: {error}") from error
         object.__setattr__(self, "speedups", tuple(self.speedups))
@@ -145,8 +146,8 @@ class TunedPlan:
         names = [sublayer_name(layer, kind) for layer, kind in np.argwhere(skip & ~profile.skippable)]
         if names:
             raise NotSkippableError(f"this model cannot skip {', '.join(names)}; {_WAYS_OUT}")
-        options = PlanOptions(self.mode, self.compensation, online=self.online)
-        return compensated_plan(profile, skip, options, "tuned")
+        request = PlanRequest(mode=self.mode, compensation=self.compensation, online=self.online)
+        return compensated_plan(profile, skip, request, "tuned")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..model.plan import KINDS
+from ..model.plan import KIND_NAMES, PHASES
 from . import plots
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["layers", "phases", "plan_strip", "sublayers"]
 
-_PHASES = ("prefill", "decode")
 
 _CLOSEST = 1e-4
 """Similarities nearer to 1 than this are drawn here."""
@@ -68,7 +67,7 @@ def sublayers(profiles: Mapping[str, Profile]) -> Figure:
     if len(profiles) == 1:
         ((name, profile),) = profiles.items()
         fig, axes = plots.figure()
-        for column, kind in enumerate(KINDS):
+        for column, kind in enumerate(KIND_NAMES):
             axes.plot(_x(profiles, profile), profile.similarity[:, column], label=kind, **plots.KIND[kind].line)
         _label(axes, profiles, "IO similarity")
         _scale(axes)
@@ -76,7 +75,7 @@ def sublayers(profiles: Mapping[str, Profile]) -> Figure:
         plots.legend(axes, loc="lower center")
         return fig
     fig, both = plots.panels(1, 2, height_in=3.2, sharey=True)
-    for column, (axes, kind) in enumerate(zip(both, KINDS, strict=True)):
+    for column, (axes, kind) in enumerate(zip(both, KIND_NAMES, strict=True)):
         for i, (name, profile) in enumerate(profiles.items()):
             look = plots.other(i)
             axes.plot(_x(profiles, profile), profile.similarity[:, column], label=name, **look.line)
@@ -99,9 +98,9 @@ def phases(profiles: Mapping[str, Profile]) -> Figure:
     height = 0.5 + 2.5 * len(profiles)
     fig, every = plots.panels(len(profiles), 2, height_in=height, sharey="row")
     for row, (name, profile) in enumerate(profiles.items()):
-        for column, kind in enumerate(KINDS):
+        for column, kind in enumerate(KIND_NAMES):
             axes = every[2 * row + column]
-            for phase in _PHASES:
+            for phase in PHASES:
                 similarity = getattr(profile, phase).similarity[:, column]
                 axes.plot(np.arange(profile.n_layer), similarity, label=phase, **plots.PHASE[phase].line)
             _label(axes, {name: profile}, "IO similarity" if column == 0 else "")
@@ -129,14 +128,14 @@ def plan_strip(name: str, plan: SkipPlan) -> Figure:
     fig, axes = plots.figure(height_in=1.5)
     from matplotlib.patches import Patch, Rectangle
 
-    decode = plan.schedule[-1][1] if plan.schedule else plan.decode
+    decode = plan.skipped("decode")
     axes.grid(False)
-    axes.set(xlim=(-0.6, plan.n_layer - 0.4), ylim=(2.05, -0.05), yticks=(0.5, 1.5), yticklabels=KINDS)
+    axes.set(xlim=(-0.6, plan.n_layer - 0.4), ylim=(2.05, -0.05), yticks=(0.5, 1.5), yticklabels=KIND_NAMES)
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0)
     for layer, column in np.ndindex(plan.n_layer, 2):
-        colour = plots.KIND[KINDS[column]].colour
+        colour = plots.KIND[KIND_NAMES[column]].colour
         in_prefill, in_decode = plan.prefill.skip[layer, column], decode.skip[layer, column]
         axes.add_patch(
             Rectangle(
@@ -163,7 +162,7 @@ def plan_strip(name: str, plan: SkipPlan) -> Figure:
 
 
 def _counts(plan: SkipPlan) -> str:
-    decode = plan.schedule[-1][1] if plan.schedule else plan.decode
+    decode = plan.skipped("decode")
     if plan.prefill.n_skip == decode.n_skip:
         return str(decode.n_skip)
     return f"{plan.prefill.n_skip} (decode {decode.n_skip})"

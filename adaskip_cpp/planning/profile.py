@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,11 @@ from ..errors import PlanError, ProfileFormatError
 from ..model import profile_file
 from ..model.identity import ModelInfo
 from ..model.maps import LinearMaps
-from ..model.plan import Mode, SkipPlan
+from ..model.plan import SkipPlan
 from ..model.statistics import PhaseStatistics
 from ..model.tuned import TunedPlan
-from .compensation import DEFAULT_COMPENSATION
-from .modes import PlanOptions
-from .speedup import Phase, Ranking, reach
-from .strategies import get_strategy
+from .request import PlanRequest
+from .strategies import make_plan
 
 if TYPE_CHECKING:
     from ..calibration.cost import CostModel
@@ -114,61 +111,20 @@ class Profile:
         """bool ``[n_layer, 2]``: the sublayers that were observed and so can be skipped."""
         return ~np.isnan(self.similarity)
 
-    def plan(
-        self,
-        n_skip: int | None = None,
-        compensation: str = DEFAULT_COMPENSATION,
-        *,
-        mode: Mode = "e2e",
-        strategy: str = "adaskip",
-        speedup: float | None = None,
-        context: int | None = None,
-        phase: Phase | None = None,
-        ranking: Ranking = "efficiency",
-        online: bool = True,
-        window: int = 20,
-        threshold: float | None = None,
-        attention: Sequence[int] = (),
-        ffn: Sequence[int] = (),
-    ) -> SkipPlan:
+    def plan(self, n_skip: int | PlanRequest | None = None, **request: Any) -> SkipPlan:
         """Choose sublayers to skip.
 
         Args:
-            n_skip: number of sublayers to skip; 12 if neither this nor ``speedup`` is given.
-            compensation: what stands in for a skipped sublayer: ``"linear"``, ``"affine"``, ``"median"``,
-                ``"paper"`` or ``"none"``, see :mod:`adaskip_cpp.planning.compensation`. The baselines have none.
-            mode: ``"prefill"``, ``"decode"`` or ``"e2e"``, see :mod:`adaskip_cpp.planning.modes`.
-            strategy: how to choose: ``"adaskip"``, ``"early_exit"``, ``"skip_decode"``, ``"unified_skipping"`` or
-                ``"manual"``, see :mod:`adaskip_cpp.planning.strategies`.
-            speedup: instead of ``n_skip``: skip as much as is predicted to make ``phase`` this many times faster than
-                the full model, on the machine that calibrated.
-            context: for ``speedup``: tokens of the prompt, or before the token that is decoded.
-            phase: for ``speedup``: the phase to speed up. None: decode in mode ``"decode"``, else prefill.
-            ranking: for ``speedup``: ``"efficiency"`` chooses by similarity lost per second saved, ``"similarity"`` by
-                the paper's ranking. Strategies other than ``"adaskip"`` have their own order.
-            online: whether requests add FFNs in decode, see :class:`adaskip_cpp.model.plan.OnlineStage`. Strategy
-                ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only.
-            window: decoded tokens that the online stage observes.
-            threshold: smallest similarity of an FFN that it adds; None for the n-th largest of this profile, n being
-                the number of sublayers skipped.
-            attention: for strategy ``"manual"``: layers whose attention is skipped.
-            ffn: for strategy ``"manual"``: layers whose FFN is skipped.
+            n_skip: number of sublayers to skip; 12 if neither this nor ``speedup`` is given. Or a whole request.
+            **request: what else is wanted, by the names of :class:`adaskip_cpp.planning.request.PlanRequest`: for
+                example ``speedup=1.25, context=4096``, ``mode="decode"`` or ``strategy="early_exit"``.
 
         Raises:
             BudgetError: ``n_skip`` is negative or more than can be skipped, or ``speedup`` is out of reach.
             CompensationError: ``compensation`` is unknown, or the profile lacks what it needs.
             PlanError: another argument is unknown or impossible, or does not go with the others.
         """
-        options = PlanOptions(mode, compensation, online, window, threshold, tuple(attention), tuple(ffn))
-        if (attention or ffn) and strategy != "manual":
-            raise PlanError(f"strategy {strategy!r} chooses layers itself; use strategy='manual' to list them")
-        if speedup is None:
-            if context is not None or phase is not None:
-                raise PlanError("context and phase say where a speed-up is wanted; give speedup too, or leave them out")
-            return get_strategy(strategy)(self, n_skip, options)
-        if n_skip is not None:
-            raise PlanError("n_skip and speedup are two budgets; give one of them")
-        return reach(self, strategy, speedup, context, phase, ranking, options)
+        return make_plan(self, PlanRequest.of(n_skip, **request))
 
     def tuned_plan(self) -> SkipPlan:
         """Return the plan that `adaskip-cpp tune` found; one that skips nothing where the model is best left whole.

@@ -1,92 +1,196 @@
-"""From a wanted speed-up to a plan: how much must be skipped, by the cost model of a profile."""
+"""What a wanted speed-up takes: the cheapest set of sublayers, or the smallest budget of a strategy.
+
+A cost model predicts the times. An online stage makes decode faster still; a schedule counts with its last set.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
-from ..model.plan import SkipPlan
-from .modes import PlanOptions, compensated_plan
-from .selection import choose
-from .strategies import get_strategy
+from ..model.cost_model import CostModel
+from ..model.plan import Phase, SkipPlan, ranked
+from .request import PlanRequest, Ranking
 
 if TYPE_CHECKING:
-    from ..calibration.cost import CostModel
     from .profile import Profile
 
-__all__ = ["Phase", "Ranking", "reach"]
-
-Phase: TypeAlias = Literal["prefill", "decode"]
-Ranking: TypeAlias = Literal["efficiency", "similarity"]
+__all__ = ["Goal", "cheapest_set", "seconds_saved", "smallest_budget"]
 
 
-def reach(
-    profile: Profile,
-    strategy: str,
-    speedup: float,
-    context: int | None,
-    phase: Phase | None,
-    ranking: Ranking,
-    options: PlanOptions,
-) -> SkipPlan:
-    """Return a plan whose fixed skip set is predicted to make a phase ``speedup`` times faster, see ``Profile.plan``.
+@dataclass(frozen=True)
+class Goal:
+    """A phase that shall be predicted to take ``1 / speedup`` of the full model's time.
 
-    An online stage makes decode faster still; a schedule counts with its last set.
+    Attributes:
+        cost: the cost model.
+        speedup: 1 or more.
+        context: prefill: tokens of the prompt; decode: tokens before the one that is decoded.
+        phase: the phase to speed up.
 
     Raises:
-        BudgetError: ``speedup`` is out of reach; the message says how far one can go.
-        PlanError: an argument is unknown or impossible, or the profile has no cost model.
+        PlanError: ``context`` or ``phase`` is impossible.
     """
-    make = get_strategy(strategy)
-    phase = ("decode" if options.mode == "decode" else "prefill") if phase is None else phase
-    cost, context = _check(profile, strategy, speedup, context, phase, ranking, options)
-    if strategy == "adaskip":
-        skip = choose(profile.similarity, cost, speedup, context, phase, ranking)
-        return compensated_plan(profile, skip, options, strategy)
-    goal = cost.seconds(None, context, phase) / speedup
-    most = np.zeros((profile.n_layer, 2), np.bool_)
-    for n_skip in range(2 * profile.n_layer + 1):
+
+    cost: CostModel
+    speedup: float
+    context: int
+    phase: Phase
+
+    @classmethod
+    def of(cls, profile: Profile | int, request: PlanRequest) -> Goal:
+        """Return the goal of a request that has a speed-up.
+
+        Raises:
+            PlanError: there is no cost model, or the request has no context.
+        """
+        if isinstance(profile, int) or profile.cost is None:
+            raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
+        if request.context is None or request.speedup is None:
+            raise PlanError("a speed-up depends on the length of the context; give context, in tokens")
+        return cls(profile.cost, request.speedup, int(request.context), request.faster_phase)
+
+    def seconds(self, skip: npt.NDArray[np.bool_] | None) -> float:
+        """Predict the phase with some sublayers skipped, bool ``[n_layer, 2]``; None for the full model."""
+        return self.cost.seconds(skip, self.context, self.phase)
+
+    @cached_property
+    def most_seconds(self) -> float:
+        """What the phase may take."""
+        return self.seconds(None) / self.speedup
+
+    def reached(self, skip: npt.NDArray[np.bool_]) -> bool:
+        """Whether skipping these sublayers suffices."""
+        return self.seconds(skip) <= self.most_seconds
+
+    def out_of_reach(self, most: npt.NDArray[np.bool_], strategy: str = "adaskip") -> BudgetError:
+        """Return the error that says how far one can go, with ``most`` skipped."""
+        full, least = self.seconds(None), self.seconds(most)
+        reachable = math.floor(full / least * 100) / 100
+        return BudgetError(
+            f"{strategy} cannot make {self.phase} {self.speedup:g} times faster at {self.context} tokens: with all "
+            f"{most.sum()} sublayers skipped that it can skip, it is predicted to take {least:.4g} s instead of "
+            f"{full:.4g} s, {reachable:.2f} times faster, and {self.speedup:g} times would take "
+            f"{self.most_seconds:.4g} s; ask for a speed-up of at most {reachable:.2f}"
+        )
+
+
+def smallest_budget(
+    make: Callable[[Profile | int, PlanRequest], SkipPlan], source: Profile | int, request: PlanRequest
+) -> SkipPlan:
+    """Return the plan of the smallest number of sublayers that makes a phase as much faster as a request asks.
+
+    Args:
+        make: from a request for a number of sublayers to a plan.
+        source: profile of the model.
+        request: has a speed-up.
+
+    Raises:
+        BudgetError: the speed-up is out of reach.
+        PlanError: the profile has no cost model, or the request no context.
+    """
+    goal = Goal.of(source, request)
+    most = np.zeros((goal.cost.n_layer, 2), np.bool_)
+    for n_skip in range(2 * goal.cost.n_layer + 1):
         try:
-            plan = make(profile, n_skip, options)
+            plan = make(source, replace(request, n_skip=n_skip, speedup=None, context=None, phase=None))
         except BudgetError:
             break
-        most = _skipped(plan, phase)
-        if cost.seconds(most, context, phase) <= goal:
+        most = plan.skipped(goal.phase).skip
+        if goal.reached(most):
             return plan
-    full, least = cost.seconds(None, context, phase), cost.seconds(most, context, phase)
-    reachable = math.floor(full / least * 100) / 100
-    raise BudgetError(
-        f"{strategy} cannot make {phase} {speedup:g} times faster at {context} tokens: with all {most.sum()} sublayers "
-        f"skipped that it can skip, it is predicted to take {least:.4g} s instead of {full:.4g} s, {reachable:.2f} "
-        f"times faster, and {speedup:g} times would take {goal:.4g} s; ask for a speed-up of at most {reachable:.2f}"
-    )
+    raise goal.out_of_reach(most, request.strategy)
 
 
-def _check(
-    profile: Profile, strategy: str, speedup: Any, context: Any, phase: Any, ranking: Any, options: PlanOptions
-) -> tuple[CostModel, int]:
-    if profile.cost is None:
-        raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
-    if strategy == "manual":
-        raise PlanError("strategy 'manual' skips what is listed, whatever the speed-up; leave speedup out")
-    if not (isinstance(speedup, int | float) and math.isfinite(speedup) and speedup >= 1):
-        raise PlanError(f"the speed-up is {speedup!r}; use a number from 1 on, such as 1.25")
-    if not (isinstance(context, int | np.integer) and context >= 1):
-        raise PlanError(f"a speed-up depends on the length of the context; give context, in tokens, not {context!r}")
-    if phase not in get_args(Phase):
-        raise PlanError(f"unknown phase {phase!r}; use 'prefill' or 'decode'")
-    if ranking not in get_args(Ranking):
-        raise PlanError(f"unknown ranking {ranking!r}; use 'efficiency' or 'similarity'")
-    if options.mode == "decode" and phase == "prefill":
-        raise PlanError("mode 'decode' runs the full model in prefill; use phase='decode' or another mode")
-    return profile.cost, int(context)
+def seconds_saved(cost: CostModel, context: int, phase: Phase) -> npt.NDArray[np.float64]:
+    """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``.
+
+    Raises:
+        PlanError: ``context`` or ``phase`` is impossible.
+    """
+    full = cost.seconds(None, context, phase)
+    saved = np.zeros((cost.n_layer, 2))
+    for where in np.ndindex(*saved.shape):
+        skip = np.zeros(saved.shape, np.bool_)
+        skip[where] = True
+        saved[where] = max(full - cost.seconds(skip, context, phase), 0.0)
+    return saved
 
 
-def _skipped(plan: SkipPlan, phase: Phase) -> npt.NDArray[np.bool_]:
-    if phase == "prefill":
-        return plan.prefill.skip
-    return plan.schedule[-1][1].skip if plan.schedule else plan.decode.skip
+def cheapest_set(
+    similarity: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "efficiency"
+) -> npt.NDArray[np.bool_]:
+    """Choose the sublayers that reach a goal and cost the least similarity.
+
+    Args:
+        similarity: mean IO similarity, float64 ``[n_layer, 2]``, NaN where a sublayer cannot be skipped.
+        goal: what is to be reached.
+        ranking: ``"efficiency"`` takes sublayers by the least ``(1 - similarity) / seconds saved``, and then puts back
+            those that are not needed after all, the greatest loss first; ``"similarity"`` takes them by the paper's
+            ranking until the time is reached.
+
+    Returns:
+        bool ``[n_layer, 2]``.
+
+    Raises:
+        BudgetError: the goal is out of reach.
+        PlanError: the shapes do not fit each other.
+    """
+    may = ~np.isnan(similarity)
+    if similarity.shape != (goal.cost.n_layer, 2):
+        raise PlanError(
+            f"similarity has the shape {similarity.shape}, the cost model is for [{goal.cost.n_layer}, 2]; "
+            "use the profile of this model"
+        )
+    if not goal.reached(may):
+        raise goal.out_of_reach(may)
+    if ranking == "efficiency":
+        return _cover(1.0 - similarity, may, goal)
+    skip = np.zeros(may.shape, np.bool_)
+    for index in ranked(1.0 - similarity):
+        if goal.reached(skip):
+            break
+        skip.flat[index] = True
+    return skip
+
+
+def _cover(lost: npt.NDArray[np.float64], may: npt.NDArray[np.bool_], goal: Goal) -> npt.NDArray[np.bool_]:
+    """Choose a set that reaches the goal and loses little: the greedy rule of covering knapsacks.
+
+    Sublayers are taken by the least lost per second saved. Before each of them, the set could also be completed by any
+    single one that reaches the goal, and the best of all such sets is kept. At last what is not needed after all is put
+    back, the greatest loss first.
+    """
+    saved = seconds_saved(goal.cost, goal.context, goal.phase)
+    price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may & (saved > 0))
+    best = may
+
+    def offer(candidate: npt.NDArray[np.bool_]) -> None:
+        nonlocal best
+        if goal.reached(candidate) and lost[candidate].sum() < lost[best].sum():
+            best = candidate.copy()
+
+    skip = np.zeros(lost.shape, np.bool_)
+    for index in ranked(price):
+        if goal.reached(skip):
+            break
+        for other in sorted(np.flatnonzero(may & ~skip), key=lambda each: lost.flat[each]):
+            completed = skip.copy()
+            completed.flat[other] = True
+            if goal.reached(completed):
+                offer(completed)
+                break
+        skip.flat[index] = may.flat[index]
+    offer(skip)
+    kept: npt.NDArray[np.bool_] = best.copy()
+    for index in np.flatnonzero(kept)[np.argsort(-lost[kept], kind="stable")]:
+        kept.flat[index] = False
+        kept.flat[index] = not goal.reached(kept)
+    return kept

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..intervals import Interval, mean_interval
+from ..model.plan import ranked
 
 __all__ = ["Harm", "Judge", "Judged", "Seconds", "back_off", "fastest_within", "least_harm", "n_bisections", "rank"]
 
@@ -120,9 +121,7 @@ def rank(similarity: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) ->
     """
     may = ~np.isnan(similarity) & (saved > 0)
     price = np.divide(1.0 - similarity, saved, out=np.full(similarity.shape, np.inf), where=may)
-    layer, kind = np.indices(similarity.shape)
-    order = np.lexsort((layer.ravel(), kind.ravel(), price.ravel()))
-    return [int(index) for index in order if may.flat[index]]
+    return [index for index in ranked(price) if may.flat[index]]
 
 
 def n_bisections(n_ranked: int) -> int:

@@ -18,7 +18,8 @@ from ..measuring.timing import in_turn, time_request
 from ..model.plan import Mode, SkipPlan
 from ..model.tuned import Promise, SpeedUp, TunedPlan
 from ..planning.compensation import DEFAULT_COMPENSATION
-from ..planning.modes import PlanOptions, compensated_plan
+from ..planning.modes import compensated_plan
+from ..planning.request import PlanRequest
 from .search import Judge, Judged, Seconds, back_off, fastest_within, least_harm, n_bisections, rank
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Tuner:
             raise PlanError("the profile has no cost model to reach a speed-up by; calibrate again without --no-cost")
         self.profile, self.promise, self.held_out = profile, promise, held_out
         self.context, self.n_answer, self.n_exchange = context, n_answer, n_exchange
-        self._options = PlanOptions(mode, compensation, online=online)
+        self._request = PlanRequest(mode=mode, compensation=compensation, online=online)
         self._plan(profile.skippable)  # refuses a compensation that the profile lacks vectors for
         self._seconds = request_seconds(profile, mode, context, n_answer)
         self._search, self._check = (
@@ -237,9 +238,9 @@ class Tuner:
             n_texts=self._check.n_texts if skip.any() else 0,
             n_tokens=self._check.n_tokens if skip.any() else 0,
             speedups=tuple(speedups),
-            compensation=self._options.compensation,
-            mode=self._options.mode,
-            online=self._options.online,
+            compensation=self._request.compensation,
+            mode=self._request.mode,
+            online=self._request.online,
             settings=settings,
         )
 
@@ -248,7 +249,7 @@ class Tuner:
         return 1.0 - scores.agreement if self.promise.kind == "min_agreement" else scores.loss
 
     def _plan(self, skip: npt.NDArray[np.bool_]) -> SkipPlan:
-        return compensated_plan(self.profile, skip, self._options, "tuned")
+        return compensated_plan(self.profile, skip, self._request, "tuned")
 
     def _saved(self) -> npt.NDArray[np.float64]:
         """Seconds of a request that each sublayer alone saves, float64 ``[n_layer, 2]``."""

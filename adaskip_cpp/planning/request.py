@@ -1,0 +1,131 @@
+"""What plan is wanted: one description for Python, the command line, bench, evaluate and tune."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from ..errors import BudgetError, PlanError
+from ..model.plan import KIND_NAMES, MODES, PHASES, Mode, OnlineStage, Phase
+from .compensation import DEFAULT_COMPENSATION, get_compensation
+
+__all__ = ["DEFAULT_N_SKIP", "PlanRequest", "Ranking"]
+
+Ranking: TypeAlias = Literal["efficiency", "similarity"]
+
+DEFAULT_N_SKIP = 12
+"""Sublayers skipped unless a budget is given."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What plan is wanted; the defaults are those of no option at all. A strategy makes the plan of it.
+
+    Attributes:
+        n_skip: number of sublayers to skip; None for :data:`DEFAULT_N_SKIP`, or with a speed-up or listed layers.
+        speedup: instead of ``n_skip``: skip as much as is predicted to make ``phase`` this many times faster than the
+            full model, on the machine that calibrated.
+        context: for ``speedup``: tokens of the prompt, or before the token that is decoded. It may be left to
+            :meth:`at`.
+        phase: for ``speedup``: the phase to speed up. None: decode in mode ``"decode"``, else prefill.
+        ranking: for ``speedup``: ``"efficiency"`` chooses by similarity lost per second saved, ``"similarity"`` by the
+            paper's ranking. Strategies other than ``"adaskip"`` have their own order.
+        mode: ``"prefill"``, ``"decode"`` or ``"e2e"``, see :mod:`adaskip_cpp.planning.modes`.
+        strategy: how to choose: ``"adaskip"``, ``"early_exit"``, ``"skip_decode"``, ``"unified_skipping"`` or
+            ``"manual"``, see :mod:`adaskip_cpp.planning.strategies`.
+        compensation: what stands in for a skipped sublayer: ``"linear"``, ``"affine"``, ``"median"``, ``"paper"`` or
+            ``"none"``, see :mod:`adaskip_cpp.planning.compensation`. The baselines have none.
+        online: whether requests add FFNs in decode, see :class:`adaskip_cpp.model.plan.OnlineStage`. Strategy
+            ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only.
+        window: decoded tokens that the online stage observes.
+        threshold: smallest similarity of an FFN that it adds; None for the n-th largest of the profile, n being the
+            number of sublayers skipped.
+        attention: for strategy ``"manual"``: layers whose attention is skipped.
+        ffn: for strategy ``"manual"``: layers whose FFN is skipped.
+
+    Raises:
+        BudgetError: there are two budgets, or the speed-up is no number from 1 on.
+        CompensationError: the compensation is unknown.
+        PlanError: another value is unknown or impossible, or does not go with the others.
+    """
+
+    n_skip: int | None = None
+    _: KW_ONLY
+    speedup: float | None = None
+    context: int | None = None
+    phase: Phase | None = None
+    ranking: Ranking = "efficiency"
+    mode: Mode = "e2e"
+    strategy: str = "adaskip"
+    compensation: str = DEFAULT_COMPENSATION
+    online: bool = True
+    window: int = 20
+    threshold: float | None = None
+    attention: tuple[int, ...] = ()
+    ffn: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", tuple(self.attention))
+        object.__setattr__(self, "ffn", tuple(self.ffn))
+        if self.mode not in MODES:
+            raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
+        get_compensation(self.compensation)
+        OnlineStage(self.window, 1.0 if self.threshold is None else self.threshold)
+        if (self.attention or self.ffn) and self.strategy != "manual":
+            raise PlanError(f"strategy {self.strategy!r} chooses layers itself; use strategy='manual' to list them")
+        if self.phase not in (*PHASES, None):
+            raise PlanError(f"unknown phase {self.phase!r}; use 'prefill' or 'decode'")
+        if self.ranking not in get_args(Ranking):
+            raise PlanError(f"unknown ranking {self.ranking!r}; use 'efficiency' or 'similarity'")
+        if self.context is not None and not (isinstance(self.context, int | np.integer) and self.context >= 1):
+            raise PlanError(
+                f"a speed-up depends on the length of the context; give context, in tokens, not {self.context!r}"
+            )
+        if self.speedup is not None:
+            self._check_speedup()
+
+    def _check_speedup(self) -> None:
+        number = isinstance(self.speedup, int | float) and not isinstance(self.speedup, bool)
+        if not (number and 1 <= float(self.speedup or 0) < math.inf):
+            raise BudgetError(f"the speed-up is {self.speedup!r}; use a number from 1 on, such as 1.25")
+        if self.n_skip is not None:
+            raise BudgetError("n_skip and speedup are two budgets; give one of them")
+        if self.strategy == "manual":
+            raise PlanError("strategy 'manual' skips what is listed, whatever the speed-up; leave speedup out")
+        if self.mode == "decode" and self.phase == "prefill":
+            raise PlanError("mode 'decode' runs the full model in prefill; use phase='decode' or another mode")
+
+    @classmethod
+    def of(cls, request: PlanRequest | int | None, **values: Any) -> PlanRequest:
+        """Return a request from a number of sublayers to skip, or from another request, and values by name.
+
+        Raises:
+            PlanError: a name is unknown, or see the class.
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in names]
+        if unknown:
+            raise PlanError(f"a plan has no {unknown[0]!r}; use some of: {', '.join(names)}")
+        return replace(request, **values) if isinstance(request, cls) else cls(request, **values)  # type: ignore[arg-type]
+
+    @property
+    def faster_phase(self) -> Phase:
+        """The phase that a speed-up is asked of."""
+        return self.phase or ("decode" if self.mode == "decode" else "prefill")
+
+    @property
+    def name(self) -> str:
+        """What tables call it: ``adaskip 12``, ``early_exit 1.2 x``, ``3 attention, 2 FFN``."""
+        if self.strategy == "manual":
+            listed = zip((self.attention, self.ffn), KIND_NAMES, strict=True)
+            return ", ".join(f"{len(set(layers))} {kind}" for layers, kind in listed if layers) or "nothing"
+        if self.speedup is not None:
+            return f"{self.strategy} {self.speedup:g} x"
+        return f"{self.strategy} {DEFAULT_N_SKIP if self.n_skip is None else self.n_skip}"
+
+    def at(self, context: int) -> PlanRequest:
+        """Return the request for a context of so many tokens; as it is if it asks for no speed-up or has a context."""
+        return self if self.speedup is None or self.context is not None else replace(self, context=context)
