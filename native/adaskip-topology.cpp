@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <set>
 
 // a stream that needs more than this many nested additions per junction is no transformer
 static constexpr int ADASKIP_MAX_EXPANSIONS = 8;
@@ -71,12 +72,13 @@ struct branch_info {
 
 struct finder {
     ggml_cgraph * gf;
+    int           n_layer;
 
     std::unordered_map<const ggml_tensor *, int>                        index;  // position in the graph
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> stores; // memory tensor -> its SET_ROWS
     std::unordered_set<const ggml_tensor *> written; // memory tensors written in any other way
 
-    explicit finder(ggml_cgraph * gf) : gf(gf) {
+    finder(ggml_cgraph * gf, int n_layer) : gf(gf), n_layer(n_layer) {
         const int n_nodes = ggml_graph_n_nodes(gf);
         for (int i = 0; i < n_nodes; ++i) {
             index[ggml_graph_node(gf, i)] = i;
@@ -223,7 +225,10 @@ struct finder {
         res.kind = info.recurrent || info.n_attention > 1 ? ADASKIP_TERM_OTHER
                    : info.n_attention == 1                ? ADASKIP_TERM_ATTENTION
                                                           : ADASKIP_TERM_FFN;
-        res.il   = layer_of(info);
+
+        const auto layers = layers_of(info);
+        res.il            = layers.empty() ? -1 : *layers.rbegin();
+        res.shared        = layers.size() > 1;
         for (auto * leaf : info.leafs) {
             const auto it = stores.find(leaf);
             if (it == stores.end() || std::find(res.caches.begin(), res.caches.end(), leaf) != res.caches.end()) {
@@ -232,7 +237,7 @@ struct finder {
             res.caches.push_back(leaf);
             for (auto * store : it->second) {
                 // a layer whose KV is elided is built on the cache of another one, which has stores of its own
-                if (layer_of(branch(store, residual)) == res.il) {
+                if (layers_of(branch(store, residual)) == std::set<int>{ res.il }) {
                     res.stores.push_back(store);
                 }
             }
@@ -240,16 +245,14 @@ struct finder {
         return res;
     }
 
-    // the layer of the weights that a branch uses, -1 if there is none or more than one
-    static int layer_of(const branch_info & info) {
-        int res = -1;
+    // The layers whose weights a branch uses. Blocks that predict further tokens have numbers behind the model's
+    // layers.
+    std::set<int> layers_of(const branch_info & info) const {
+        std::set<int> res;
         for (const auto * leaf : info.leafs) {
             const int il = layer_of_weight(leaf);
-            if (il >= 0 && il != res) {
-                if (res >= 0) {
-                    return -1;
-                }
-                res = il;
+            if (il >= 0 && il < n_layer) {
+                res.insert(il);
             }
         }
         return res;
@@ -332,7 +335,7 @@ void locate(
 
         for (size_t it = 0; it < junction.terms.size(); ++it) {
             const auto & term = junction.terms[it];
-            if (term.il < 0 || term.il >= n_layer) {
+            if (term.il < 0) {
                 continue;
             }
             if (term.kind == ADASKIP_TERM_OTHER) {
@@ -346,7 +349,7 @@ void locate(
             }
             loc.i_junction = (int) ij;
             loc.i_term     = (int) it;
-            loc.reason     = reason;
+            loc.reason     = term.shared ? "it uses weights of another layer" : reason;
             for (const auto * cache : term.caches) {
                 if (loc.reason.empty() && n_readers[cache] > 1) {
                     loc.reason = "its KV is shared with another layer";
@@ -375,7 +378,7 @@ adaskip_topology adaskip_topology_find(
     adaskip_topology res;
     res.layers.resize(n_layer);
 
-    const finder f(gf);
+    const finder f(gf, n_layer);
 
     std::string stopped;
     for (ggml_tensor * cur = end; cur && !f.is_leaf(cur);) {

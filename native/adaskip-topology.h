@@ -19,7 +19,9 @@ struct adaskip_term {
     ggml_tensor * node = nullptr;
 
     adaskip_term_kind kind = ADASKIP_TERM_OTHER;
-    int               il   = -1; // layer of the weights it uses, -1 if they belong to none or to several
+    int               il   = -1; // the last layer of the model whose weights it uses, -1 if there is none
+
+    bool shared = false; // whether it uses weights of other layers too
 
     std::vector<ggml_tensor *> caches; // memory tensors that it reads
     std::vector<ggml_tensor *> stores; // nodes that write them and that nothing else consumes

@@ -29,7 +29,7 @@ _OUTPUT = {
 
 def write_model(
     path: str | Path,
-    name: str = "llama",
+    name: str | Family = "llama",
     *,
     seed: int = 0,
     n_layer: int | None = None,
@@ -39,7 +39,7 @@ def write_model(
 
     Args:
         path: Where to write the GGUF file.
-        name: A key of FAMILIES.
+        name: A key of FAMILIES, or a family of its own.
         seed: Seed of the weights; together with a tensor's name it fixes that tensor.
         n_layer: Number of layers; the family's own number when None.
         zero: (layer, "attention" or "ffn") of every sublayer that shall add nothing to the residual stream.
@@ -47,7 +47,7 @@ def write_model(
     Returns:
         ``path``.
     """
-    family = FAMILIES[name]
+    family = FAMILIES[name] if isinstance(name, str) else name
     layers = n_layer or family.n_layer
     shapes = dict(family.tensors(layers))
     silenced = set()
