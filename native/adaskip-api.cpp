@@ -183,6 +183,11 @@ const char * adaskip_last_error(void) {
     return last_error.c_str();
 }
 
+size_t adaskip_ggml_tensor_overhead(void) {
+    constexpr size_t size_object = 4 * sizeof(void *); // struct ggml_object, which ggml.h does not show
+    return size_object + sizeof(ggml_tensor);
+}
+
 int32_t adaskip_n_layer(const llama_context * ctx) {
     return guarded(ctx, [&] { return n_layer_of(*ctx); });
 }

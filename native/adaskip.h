@@ -134,6 +134,9 @@ struct adaskip_counters {
 int32_t      adaskip_abi_version(void);
 const char * adaskip_last_error(void);
 
+// ggml_tensor_overhead() of the ggml that this library was compiled for; with another one, tensors have another layout
+size_t adaskip_ggml_tensor_overhead(void);
+
 // number of layers, or an ADASKIP_ERROR_*
 int32_t adaskip_n_layer(const struct llama_context * ctx);
 

@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import adaskip_cpp
 from adaskip_cpp.engine import library as _library
+from adaskip_cpp.engine import native as _native
+from adaskip_cpp.errors import LibraryVersionError
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
 
@@ -155,3 +159,22 @@ def test_all_import_failures_are_import_errors() -> None:
 
 def test_header_is_installed() -> None:
     assert _library.header().read_text().count("adaskip_") > 0
+
+
+@pytest.mark.parametrize(
+    ("differs", "wanted"),
+    [
+        ({"ADASKIP_ABI_VERSION": 99}, "different builds; run 'pip install --force-reinstall --no-deps adaskip-cpp'"),
+        (
+            {"ggml_tensor_overhead": lambda: 500},
+            r"tensors of 500 bytes.*built for \d+; run 'pip install .* adaskip-cpp'",
+        ),
+    ],
+)
+def test_a_library_of_another_layout_is_refused_when_it_is_loaded(differs: dict[str, Any], wanted: str) -> None:
+    names = ("ADASKIP_ABI_VERSION", "adaskip_abi_version", "ggml_tensor_overhead", "adaskip_ggml_tensor_overhead")
+    lib = SimpleNamespace(**{name: getattr(_native._lib, name) for name in names})
+    _native._check_build(lib)
+    vars(lib).update(differs)
+    with pytest.raises(LibraryVersionError, match=wanted):
+        _native._check_build(lib)
