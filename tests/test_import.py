@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +151,41 @@ def test_unloadable_library_is_said(copy: Path) -> None:
     message = error(BY_PATH + "import adaskip_cpp", copy.parent)
     assert message.startswith("adaskip_cpp.errors.LibraryError: llama_cpp cannot be imported on")
     assert "pip install --force-reinstall" in message
+
+
+# The script that pip writes for the command `adaskip-cpp`, as far as an import can tell.
+SCRIPT = "import sys; sys.argv[0] = '/usr/bin/adaskip-cpp'\nfrom adaskip_cpp.cli.main import main\nsys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda package: (package / "lib" / _library.path().name).unlink(), _library.path().name),
+        (lambda package: (package / "lib" / _library.path().name).write_bytes(b"not a library"), "cannot be imported"),
+        (lambda package: distribution(package.parent, "0.3.1"), "llama-cpp-python 0.3.1 is installed"),
+        (
+            lambda package: (package.parent / "cffi.py").write_text(
+                "raise ModuleNotFoundError('No module named cffi', name='cffi')"
+            ),
+            "cffi",
+        ),
+    ],
+    ids=["missing library", "broken library", "other llama-cpp-python", "missing package"],
+)
+def test_the_command_says_in_one_line_that_its_installation_is_broken(
+    copy: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    damage(copy)
+    result = run(BY_PATH + SCRIPT, copy.parent, PYTHONPATH=str(copy.parent))
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ") and said in line and "pip install" in line
+
+
+def test_the_command_shows_where_a_mistake_of_ours_is(copy: Path) -> None:
+    (copy / "errors.py").write_text("from . import nothing_of_this_name\n")
+    result = run(BY_PATH + SCRIPT, copy.parent)
+    assert result.returncode == 1 and result.stderr.startswith("Traceback")
 
 
 def test_all_import_failures_are_import_errors() -> None:
