@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -17,7 +18,7 @@ from adaskip_cpp.cli.chat import Conversation
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.engine.auto import profile_path
 from adaskip_cpp.engine.generation import Generation
-from adaskip_cpp.errors import RequestError
+from adaskip_cpp.errors import PlanError, RequestError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
 from adaskip_cpp.model.statistics import PhaseStatistics
@@ -176,6 +177,41 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(chat: Chat, monkeypatch: pyt
     assert result.exit_code == 0, result.output
     assert result.stdout == "begun\nbegun\n"
     assert result.stderr.count("(stopped)") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [None, PlanError("the plan is none; make another"), MemoryError()], ids=["llama.cpp's", "ours", "memory"]
+)
+def test_an_answer_that_fails_is_told_and_the_chat_goes_on(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    expected = chat("hello").stdout
+    decode, calls = llama_cpp.llama_decode, 0
+
+    def failing(context: Any, batch: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            return decode(context, batch)
+        if error is not None:
+            raise error
+        return -3
+
+    monkeypatch.setattr("llama_cpp.llama_cpp.llama_decode", failing)
+    result = chat("a longer message, which fails", "hello")
+    assert len(statuses(result)) == 1
+    (told,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert ("llama_decode returned -3" if error is None else str(error) or "out of memory") in told
+    assert result.stdout.endswith(expected), "the message that failed is forgotten"
+
+
+def test_a_mistake_of_ours_ends_the_chat_and_shows_where_it_is(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(self: Generation) -> Iterator[str]:
+        raise RuntimeError("a mistake of ours")
+        yield
+
+    monkeypatch.setattr(Generation, "__iter__", mistaken)
+    assert isinstance(chat("hello").exception, RuntimeError)
 
 
 def test_a_template_that_refuses_the_system_text_names_the_option(model: Path, open_model: Any) -> None:

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from tiny_families import N_EMBD
 
-from adaskip_cpp import Profile, demo
+from adaskip_cpp import AdaSkipLlama, Profile, demo
 from adaskip_cpp.cli import terminal
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.cli.report import layer_list, megabytes, skipped_counts, skipped_lines
@@ -111,7 +111,7 @@ def test_a_model_that_is_none_is_an_error_of_one_line(run: Run, tmp_path: Path, 
     assert "no model file" in line(run(verb, tmp_path / "nope.gguf", *rest))
     assert "not a GGUF" in line(run(verb, tmp_path / "text.gguf", *rest))
     assert "folder" in line(run(verb, tmp_path, *rest))
-    assert "cannot load" in line(run(verb, tmp_path / "broken.gguf", *rest))
+    assert "cannot open" in line(run(verb, tmp_path / "broken.gguf", *rest))
     assert not (tmp_path / "p.json").exists()
 
 
@@ -192,6 +192,38 @@ def test_an_empty_or_too_long_prompt_is_an_error_of_one_line(run: Run, tiny: Any
     assert "empty" in line(run("generate", tiny(), "-p", "", "--raw"))
     assert "--ctx" in line(run("generate", tiny(), "-p", "hello " * 300, "--raw", "--ctx", 64))
     assert "chat template" in line(run("generate", tiny(), "-p", "hello", "--chat"))
+
+
+def test_what_llama_cpp_refuses_is_an_error_of_one_line(
+    run: Run, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for code in (-3, -2, 1):  # a failed computation, no memory, no room in the KV cache
+        monkeypatch.setattr("llama_cpp.llama_cpp.llama_decode", lambda context, batch, code=code: code)
+        assert f"returned {code}" in line(run("generate", tiny(), "-p", "hello"))
+        assert f"returned {code}" in line(run("calibrate", tiny(), "--no-cost", "-o", tmp_path / "p.json"))
+
+
+def test_numbers_that_llama_cpp_would_die_of_are_usage_errors(run: Run, tiny: Any) -> None:
+    for name, value in (("--ctx", 2**40), ("--threads", 100_000)):
+        assert name in line(run("generate", tiny(), "-p", "hello", name, value), code=2)
+
+
+def test_why_llama_cpp_cannot_load_a_model_is_told(run: Run, tiny: Any, tmp_path: Path) -> None:
+    content = tiny().read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
+    (tmp_path / "other.gguf").write_bytes(content.replace(b"llama", b"lxxma"))
+    assert "corrupted or incomplete" in line(run("inspect", tmp_path / "cut.gguf"))
+    assert "unknown model architecture: 'lxxma'" in line(run("inspect", tmp_path / "other.gguf"))
+
+
+def test_a_mistake_of_ours_shows_where_it_is(run: Run, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(self: Generation) -> Iterator[str]:
+        raise RuntimeError("a mistake of ours")
+        yield
+
+    monkeypatch.setattr(Generation, "__iter__", mistaken)
+    result = run("generate", tiny(), "-p", "hello")
+    assert isinstance(result.exception, RuntimeError) and "Error:" not in result.stderr
 
 
 def test_an_interrupted_command_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +392,25 @@ def test_a_speedup_takes_as_many_sublayers_as_it_needs(
     data = json.loads(run("plan", profile_path, "--speedup", 1.25, "--json").stdout)
     assert data["predicted_speedup"]["prefill"] >= 1.25
     assert "at most" in line(run("plan", profile_path, "--speedup", 11))
+
+
+def test_a_speedup_for_a_prompt_loads_the_weights_once(
+    run: Run, tiny: Any, profile_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = replace(Profile.load(profile_path), cost=FlatCost())
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    opened, init = [], AdaSkipLlama.__init__
+
+    def spy(self: AdaSkipLlama, *args: Any, **options: Any) -> None:
+        opened.append(options)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(AdaSkipLlama, "__init__", spy)
+    result = run("generate", tiny(), "-p", "hello", "--profile", profile_path, "--speedup", 1.25, "--max-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert [options["vocab_only"] for options in opened] == [True, False]
+    # By hand: attention 2 saves 2 of 10 ms.
+    assert "skipped: 1 of 6 sublayers in prefill" in result.stderr and "none for 1 layer:" in result.stderr
 
 
 def test_plan_shows_phases_apart_where_they_differ(run: Run, profile_path: Path) -> None:

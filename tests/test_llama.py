@@ -1,5 +1,6 @@
 """AdaSkipLlama: phases, changes of plan, graph reuse, saved states, and every refusal leaving the model usable."""
 
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_a_generator_that_ends_early_leaves_the_phase_at_prefill(
         del steps
     llm.eval([7])
     assert llm.counters.nodes == llm.counters.nodes_full
+
+
+def test_tokens_may_be_an_array(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
+    # As stock: llama_cpp.Llama takes any sequence of numbers.
+    llm, other = open_model(tiny()), open_model(tiny())
+    llm.eval(np.array(tokens(9), np.int32))
+    llm.eval(np.array([], np.int64))
+    other.eval(tokens(9))
+    np.testing.assert_array_equal(logits(llm), logits(other))
+    array, plain = (list(itertools.islice(each.generate(given, temp=0), 4)) for each, given in (
+        (llm, np.array(tokens(9, seed=1))), (other, tokens(9, seed=1))))  # fmt: skip
+    assert array == plain
 
 
 # -- plans and graphs ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import choose, plan_options, profile_options
 from .report import skipped_counts
-from .terminal import RUNNING, console, load_model, model_options, option, verb
+from .terminal import CONTEXT, RUNNING, console, load_model, model_options, option, users_error, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,7 @@ of the plan and 3 FFNs that this answer added."""
 @plan_options
 @option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @option("--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest answer.")
-@option("--ctx", group=RUNNING, type=click.IntRange(min=8), default=8192, show_default=True, help="Context in tokens.")
+@option("--ctx", group=RUNNING, type=CONTEXT, default=8192, help="Context in tokens.")
 @option(
     "--temp",
     group=RUNNING,
@@ -155,8 +155,9 @@ def _talk(conversation: Conversation, commands: _Commands) -> None:
             continue
         try:
             _answer(conversation, text, commands.err)
-        except RequestError as error:
-            commands.complain(error)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) or not commands.complain(error):
+                raise
 
 
 def _messages() -> Iterator[str]:
@@ -238,9 +239,12 @@ class _Commands:
         skips = "the full model" if plan is None else f"{plan.prefill.n_skip} of {2 * plan.n_layer} sublayers skipped"
         return f"Chatting with {skips}. /help lists the commands, Ctrl-D leaves."
 
-    def complain(self, error: AdaSkipError) -> None:
-        """Tell an error and go on."""
-        self.err.print(f"Error: {' '.join(str(error).split())}", markup=False)
+    def complain(self, error: Exception) -> bool:
+        """Tell an error that a user can cause; False for a mistake of ours."""
+        line = users_error(error)
+        if line is not None:
+            self.err.print(f"Error: {' '.join(line.split())}", markup=False, soft_wrap=True)
+        return line is not None
 
     def run(self, line: str) -> bool:
         """Do what a command says; False if it ends the chat."""

@@ -11,7 +11,7 @@ import click
 from ..planning.request import PlanRequest
 from .planning import choose, plan_options, profile_options
 from .report import kv_memory, skipped_lines, speed_lines
-from .terminal import RUNNING, console, load_model, model_options, option, read_text, verb
+from .terminal import CONTEXT, RUNNING, console, load_model, model_options, option, read_text, verb
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -30,7 +30,7 @@ __all__ = ["generate"]
 @profile_options
 @plan_options
 @option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
-@option("--ctx", group=RUNNING, type=click.IntRange(min=8), default=8192, show_default=True, help="Context in tokens.")
+@option("--ctx", group=RUNNING, type=CONTEXT, default=8192, help="Context in tokens.")
 @option(
     "--temp",
     group=RUNNING,
@@ -83,7 +83,7 @@ def generate(
     length = 0
     if chosen.request is not None and chosen.request.speedup is not None:
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
-        with closing(load_model(model, n_ctx=256, threads=threads, gpu_layers=0)) as tokenizer:
+        with closing(load_model(model, n_ctx=256, threads=1, gpu_layers=0, vocab_only=True)) as tokenizer:
             length = len(_tokens(tokenizer, text, chat))
     plan = chosen.plan(max(length, 1))
     if chosen.note:

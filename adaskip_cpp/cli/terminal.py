@@ -9,12 +9,13 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from ..errors import AdaSkipError, LibraryError, ModelFileError, PlanError, ProfileError, RequestError
+from ..errors import AdaSkipError, RequestError
 from ..files import write_atomically
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHOOSING",
+    "CONTEXT",
     "OUTPUT",
     "RUNNING",
     "Verbs",
@@ -37,6 +39,7 @@ __all__ = [
     "read_text",
     "recorder",
     "save_svg",
+    "users_error",
     "verb",
 ]
 
@@ -44,6 +47,9 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 CHOOSING, RUNNING, OUTPUT = "Choosing what is skipped", "Running the model", "Output"
 """Headings of groups of options."""
+
+CONTEXT = click.IntRange(8, 2**31 - 1)
+"""The type of ``--ctx``, in tokens; llama.cpp takes no more bits."""
 
 
 class _Option(click.Option):
@@ -117,11 +123,29 @@ class Verbs(click.Group):
             _fail(error.format_message(), error.exit_code)
         except click.Abort:
             _fail("interrupted", 130)
-        except OSError as error:
-            _fail(f"{error.filename!r}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
-        except (AdaSkipError, MemoryError) as error:
-            _fail(str(error) or "out of memory; use a smaller --ctx", 1)
+        except BrokenPipeError:  # nobody reads on, as behind `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if (line := users_error(error)) is None:
+                raise
+            _fail(line, 1)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def users_error(error: Exception) -> str | None:
+    """What to tell of an error that a user can cause; None for a mistake of ours, whose traceback is wanted."""
+    if isinstance(error, AdaSkipError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; use a smaller --ctx"
+    if isinstance(error, OSError):
+        return f"{error.filename!r}: {error.strerror}" if error.filename and error.strerror else str(error)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    # llama-cpp-python raises these for whatever llama.cpp refuses; not all of them pass through AdaSkipLlama.eval.
+    if isinstance(error, RuntimeError) and frame.f_globals.get("__name__", "").startswith("llama_cpp."):
+        return f"llama.cpp failed: {error}; try a smaller --ctx or --gpu-layers 0"
+    return None
 
 
 @contextlib.contextmanager
@@ -183,7 +207,7 @@ def model_options(command: _Command) -> _Command:
         help="Layers to run on a GPU, if llama-cpp-python was built for one; -1 for all.",
     )(command)
     return option(
-        "--threads", group=RUNNING, type=click.IntRange(min=1), help="CPU threads.  [default: all physical cores]"
+        "--threads", group=RUNNING, type=click.IntRange(1, 512), help="CPU threads.  [default: all physical cores]"
     )(command)
 
 
@@ -194,9 +218,10 @@ def load_model(
     threads: int | None,
     gpu_layers: int,
     logits_all: bool = False,
+    vocab_only: bool = False,
     plan: SkipPlan | None = None,
 ) -> AdaSkipLlama:
-    """Load a model quietly; with a plan, without KV for what it never runs.
+    """Load a model quietly; with a plan, without KV for what it never runs; or nothing but its vocabulary.
 
     Raises:
         ModelFileError: it is missing, not GGUF, or llama.cpp cannot load it; with llama.cpp's reason.
@@ -204,32 +229,20 @@ def load_model(
     """
     from ..engine.llama import AdaSkipLlama
     from ..measuring.cores import physical_cores
-    from ..model.identity import check_gguf
 
-    check_gguf(path)
     n_threads = threads or physical_cores()
-    log = io.StringIO()
-    try:
-        # llama.cpp's log goes through Python's sys.stderr and would put a page before the one line of an error.
-        with contextlib.redirect_stderr(log):
-            return AdaSkipLlama(
-                os.fspath(path),
-                n_ctx=n_ctx,
-                n_threads=n_threads,
-                n_threads_batch=n_threads,
-                n_gpu_layers=gpu_layers,
-                logits_all=logits_all,
-                plan=plan,
-                verbose=False,
-            )
-    except (LibraryError, PlanError, ProfileError):
-        raise
-    except (ValueError, RuntimeError) as error:
-        lines = [line for line in log.getvalue().splitlines() if line.strip()]
-        reason = lines[0].strip() if lines else str(error)
-        raise ModelFileError(
-            f"llama.cpp cannot load {path!r} ({reason}); check that the file is complete and its architecture supported"
-        ) from error
+    with contextlib.redirect_stderr(io.StringIO()):  # llama.cpp's warnings would stand before the answer
+        return AdaSkipLlama(
+            os.fspath(path),
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            n_threads_batch=n_threads,
+            n_gpu_layers=gpu_layers,
+            logits_all=logits_all,
+            vocab_only=vocab_only,
+            plan=plan,
+            verbose=False,
+        )
 
 
 def read_text(file: str) -> str:

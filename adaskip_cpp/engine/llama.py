@@ -17,6 +17,7 @@ from ..errors import ModelFileError, NativeError, PlanError, ProfileMismatchErro
 from ..model.identity import ModelInfo, check_gguf, fingerprint
 from ..model.plan import Phase, SkipPlan
 from .auto import auto_plan
+from .log import errors_logged
 from .native import Counters, KVRun, NativeContext, StatisticsBatch, Sublayer, elide_kv
 
 __all__ = ["AdaSkipLlama", "AdaSkipState", "Counters", "OnlineResult", "StatisticsBatch", "Sublayer"]
@@ -100,14 +101,14 @@ class AdaSkipLlama(llama_cpp.Llama):
         # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
         elided = None if plan is None else plan.prefill.skip[:, 0]
         try:
-            with elide_kv(elided):
+            with elide_kv(elided), errors_logged() as reasons:
                 super().__init__(model_path, **kwargs)
         except ValueError as error:
             if "Failed to" not in str(error):  # llama_cpp.Llama's words for what llama.cpp could not load
                 raise
             raise ModelFileError(
-                f"llama.cpp cannot open {model_path!r} ({error}); check that the file is complete, that the memory "
-                "suffices for n_ctx, and pass verbose=True to see llama.cpp's own messages."
+                f"llama.cpp cannot open {model_path!r} ({reasons[0] if reasons else error}); check that the file is "
+                "complete, its architecture supported, and the memory large enough for its context (n_ctx, --ctx)."
             ) from error
         if plan is not None:
             try:
@@ -241,7 +242,7 @@ class AdaSkipLlama(llama_cpp.Llama):
         Raises:
             StateError: cached positions must be evaluated again but are no text (an image); call :meth:`reset`.
         """
-        if not tokens:
+        if len(tokens) == 0:  # an array has no truth value
             return
         native, phase = self._adaskip, self._phase
         if native.kv_valid(phase, self.n_tokens) < self.n_tokens:
