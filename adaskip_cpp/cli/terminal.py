@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from ..errors import AdaSkipError, RequestError
+from ..errors import AdaSkipError, ProfileError, RequestError
 from ..files import write_atomically
 
 if TYPE_CHECKING:
