@@ -1,10 +1,9 @@
-"""``adaskip-cpp bench``: its options, what it prints, and that nothing measured is lost."""
+"""``adaskip-cpp bench``: its options, what it measures and prints on a tiny model, that nothing measured is lost."""
 
+import io
 import json
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,82 +12,61 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 from tiny_families import N_EMBD
 
-from adaskip_cpp import Profile
-from adaskip_cpp.bench.bench import Bench, BenchResult
-from adaskip_cpp.bench.process import Usage
-from adaskip_cpp.bench.table import NO_PLAN, STOCK
-from adaskip_cpp.cli import bench as cli_bench
+from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp.bench import bench as bench_run
+from adaskip_cpp.bench import subject
+from adaskip_cpp.bench.bench import BenchResult, BenchSettings
+from adaskip_cpp.bench.plots import plot
+from adaskip_cpp.bench.process import Usage, Worker
+from adaskip_cpp.bench.table import NO_PLAN, STOCK, BenchTimes, Parts, table
 from adaskip_cpp.cli.bench import bench
-from adaskip_cpp.cli.bench_report import seconds
+from adaskip_cpp.cli.bench_report import print_report, seconds
 from adaskip_cpp.cli.terminal import Verbs
-from adaskip_cpp.errors import NativeError, PackageMissingError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.model.tuned import Promise, TunedPlan
-from adaskip_cpp.pictures import plots
 
-Run = Callable[..., Result]
+ONCE = ("--contexts", 16, "--repeats", 1, "--decode-tokens", 2, "--threads", 1, "--no-ideal")
+QUICK = (*ONCE, "--no-stock", "--json")
 
 
-@pytest.fixture
-def run() -> Run:
-    """``run(...)``: the result of ``adaskip-cpp bench ...``, in this process."""
+def run(*args: object) -> Result:
+    """The result of ``adaskip-cpp bench ...``, in this process."""
     main = Verbs(name="adaskip-cpp", commands={"bench": bench})
-
-    def invoke(*args: object) -> Result:
-        return CliRunner().invoke(main, ["bench", *map(str, args)], prog_name="adaskip-cpp")
-
-    return invoke
+    return CliRunner().invoke(main, ["bench", *map(str, args)], prog_name="adaskip-cpp")
 
 
-@pytest.fixture
-def profile_path(tiny: Any, tmp_path: Path) -> Path:
+def plans(result: Result) -> dict[str, dict[str, Any]]:
+    """The plans that were measured, by name, from the JSON output."""
+    assert result.exit_code == 0, result.stderr
+    contenders = json.loads(result.stdout)["contenders"]
+    return {each["name"]: each["plan"] for each in contenders if each["plan"] is not None}
+
+
+def skipped(plan: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Layers whose attention, and layers whose FFN a plan skips in prefill."""
+    attention, ffn = ([each["layer"] for each in plan["prefill"][kind]] for kind in ("attention", "ffn"))
+    return attention, ffn
+
+
+@pytest.fixture(scope="module")
+def profile_path(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A profile of the tiny model, which ranks its last layer first."""
     ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
     similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
     statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), zeros, zeros, 10)
-    Profile(statistics, statistics, 1, 10, ModelInfo(fingerprint(tiny()), "llama", 3)).save(tmp_path / "p.json")
-    return tmp_path / "p.json"
-
-
-@pytest.fixture
-def measures(monkeypatch: pytest.MonkeyPatch) -> list[Bench]:
-    """Runs that take no time: stock and no plan 2 s, plans 1 s, of an ideal of 2 / 1.5; the benchmarks asked for."""
-    asked: list[Bench] = []
-
-    def measure(self: Bench) -> BenchResult:
-        asked.append(self)
-        result = self.result
-        for context in result.settings.contexts:
-            for name in {*result.times.contenders, *self._complements}:
-                first = {STOCK: 2.0, NO_PLAN: 2.0, "nothing that can be skipped": 0.1}.get(name, 1.6)
-                first = 0.6 if name.startswith("only what") else first
-                runs = [RequestTime(first, (first / 100,) * result.settings.n_decode)] * result.settings.n_rounds
-                result.times.times[name, context] = runs
-        result.usage = {name: Usage(10**8, 10**6, 100, 90, None, 7) for name in result.times.contenders}
-        result.machine = {
-            "cpu": "a processor",
-            "devices": ["a processor", "a GPU"],
-            "n_gpu_layers": -1,
-            "n_batch": 512,
-            "n_ubatch": 512,
-            "flash_attention": False,
-            "type_k": "F16",
-            "type_v": "F16",
-        }
-        result.complete = True
-        return result
-
-    monkeypatch.setattr(Bench, "run", measure)
-    return asked
+    path = tmp_path_factory.mktemp("profile") / "p.json"
+    Profile(statistics, statistics, 1, 10, ModelInfo(fingerprint(tiny()), "llama", 3)).save(path)
+    return path
 
 
 def line(result: Result, code: int = 1) -> str:
-    """The one line of a user's error."""
+    """The one line of a user's error, before anything is measured."""
     assert result.exit_code == code, result.output
     assert result.stdout == ""
     (only,) = result.stderr.splitlines()
@@ -99,9 +77,9 @@ def line(result: Result, code: int = 1) -> str:
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_it_has_help_with_an_example(run: Run) -> None:
+def test_it_has_help_with_an_example() -> None:
     result = run("--help")
-    assert result.exit_code == 0 and "Example:\n    adaskip-cpp bench" in result.stdout
+    assert result.exit_code == 0 and "Example:\n  adaskip-cpp bench" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -124,158 +102,241 @@ def test_it_has_help_with_an_example(run: Run) -> None:
         (["m", "--compensation", "magic"], "affine"),
     ],
 )
-def test_bad_arguments_are_one_line_and_exit_with_2(run: Run, args: list[str], message: str) -> None:
+def test_bad_arguments_are_one_line_and_exit_with_2(args: list[str], message: str) -> None:
     assert message in line(run(*args), 2)
 
 
-def test_a_missing_model_or_profile_is_one_line(run: Run, tiny: Any, tmp_path: Path) -> None:
+def test_a_missing_model_or_profile_is_one_line(tiny: Any, tmp_path: Path) -> None:
     assert "no model file" in line(run(tmp_path / "nope.gguf"))
     assert "nope.json" in line(run(tiny(), "--profile", tmp_path / "nope.json"))
 
 
-def test_a_context_beyond_the_model_is_one_line(run: Run, tiny: Any, measures: list[Bench]) -> None:
+def test_a_context_beyond_the_model_is_one_line(tiny: Any) -> None:
     assert "beyond the model's" in line(run(tiny(), "--contexts", 10**6))
-    assert measures == []
 
 
-def test_a_profile_of_another_model_is_one_line(run: Run, tiny: Any, profile_path: Path, measures: list[Bench]) -> None:
+def test_a_profile_of_another_model_is_one_line(tiny: Any, profile_path: Path) -> None:
     assert "another model" in line(run(tiny(seed=1), "--profile", profile_path, "--skip", 2, "--contexts", 16))
 
 
-def test_layers_that_do_not_exist_are_one_line(run: Run, tiny: Any, profile_path: Path, measures: list[Bench]) -> None:
+def test_layers_that_do_not_exist_are_one_line(tiny: Any, profile_path: Path) -> None:
     assert "layer 9" in line(run(tiny(), "--profile", profile_path, "--ffn", 9, "--contexts", 16))
 
 
-def test_a_missing_matplotlib_is_told_before_anything_is_measured(
-    run: Run, tiny: Any, measures: list[Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(**options: Any) -> Any:
-        raise PackageMissingError('pictures need matplotlib; pip install "adaskip-cpp[plot]"')
-
-    monkeypatch.setattr(plots, "figure", missing)
+def test_a_missing_matplotlib_is_told_before_anything_is_measured(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install" in line(run(tiny(), "--plot", "x", "--contexts", 16))
-    assert measures == []
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_without_plans_stock_and_ours_are_compared(run: Run, tiny: Any, measures: list[Bench]) -> None:
-    assert run(tiny(), "--contexts", "8,16").exit_code == 0
-    (asked,) = measures
-    assert list(asked.result.times.contenders) == [STOCK, NO_PLAN] and asked.result.settings.contexts == (8, 16)
-
-
-def test_every_budget_is_a_plan_of_every_strategy(
-    run: Run, tiny: Any, profile_path: Path, measures: list[Bench]
+def test_every_budget_is_a_plan_of_every_strategy_and_every_list_of_layers_one_of_its_own(
+    tiny: Any, profile_path: Path
 ) -> None:
-    args = ("--profile", profile_path, "--skip", "1,2", "--strategy", "adaskip,early_exit", "--contexts", 16)
-    assert run(tiny(), *args).exit_code == 0
-    plans = measures[0].result.plans
-    assert {name: plan.prefill.n_skip for name, plan in plans.items()} == {
-        "adaskip 1": 1,
-        "adaskip 2": 2,
-        "early_exit 1": 0,
-        "early_exit 2": 2,
+    budgets = ("--skip", "1,2", "--strategy", "adaskip,early_exit")
+    lists = ("--attention", "0-1", "--ffn", "0,2", "--ffn", "1-2", "--both", "2/0-1")
+    found = plans(run(tiny(), "--profile", profile_path, *budgets, *lists, *QUICK))
+    assert {name: skipped(plan) for name, plan in found.items()} == {
+        "adaskip 1": ([], [2]),
+        "adaskip 2": ([2], [2]),
+        "early_exit 1": ([], []),  # whole layers
+        "early_exit 2": ([2], [2]),
+        "2 attention": ([0, 1], []),
+        "2 FFN": ([], [0, 2]),
+        "2 FFN (2)": ([], [1, 2]),
+        "1 attention, 2 FFN": ([2], [0, 1]),
     }
-    assert all(plan.mode == "prefill" and plan.online is None for plan in plans.values())
-    assert plans["adaskip 1"].prefill.bias is not None
+    assert all(plan["mode"] == "prefill" and plan["online"] is None for plan in found.values())
+    assert found["adaskip 1"]["prefill"]["ffn"][0]["scale"] == 2.0  # the median ratio
 
 
-def test_lists_of_layers_are_plans_of_their_own(run: Run, tiny: Any, profile_path: Path, measures: list[Bench]) -> None:
-    args = (
-        "--profile",
-        profile_path,
-        "--attention",
-        "0-1",
-        "--ffn",
-        "0,2",
-        "--ffn",
-        "1-2",
-        "--both",
-        "2/0-1",
-        "--contexts",
-        16,
-    )
-    assert run(tiny(), *args).exit_code == 0
-    plans = measures[0].result.plans
-    assert {name: (plan.prefill.attention, plan.prefill.ffn) for name, plan in plans.items()} == {
-        "2 attention": ((0, 1), ()),
-        "2 FFN": ((), (0, 2)),
-        "2 FFN (2)": ((), (1, 2)),
-        "1 attention, 2 FFN": ((2,), (0, 1)),
-    }
-
-
-def test_a_profile_alone_asks_for_the_default_number(run: Run, tiny: Any, profile_path: Path) -> None:
+def test_a_profile_alone_asks_for_the_default_number(tiny: Any, profile_path: Path) -> None:
     # Of this model's 6 sublayers 12 cannot be skipped.
     assert "cannot skip 12" in line(run(tiny(), "--profile", profile_path, "--contexts", 16))
 
 
 @pytest.fixture
-def tuned_path(profile_path: Path) -> Path:
+def tuned_path(profile_path: Path, tmp_path: Path) -> Path:
     """The same profile with a tuned plan, which skips the FFN of layer 1."""
     loss, agreement = Interval(0.01, 0.0, 0.02, 9), Interval(0.97, 0.96, 0.98, 9)
     tuned = TunedPlan((), (1,), Promise("max_loss", 0.05), loss, agreement, n_texts=9, n_tokens=900)
-    replace(Profile.load(profile_path), tuned=tuned).save(profile_path)
-    return profile_path
+    replace(Profile.load(profile_path), tuned=tuned).save(tmp_path / "tuned.json")
+    return tmp_path / "tuned.json"
 
 
-def test_a_tuned_profile_alone_asks_for_its_plan(run: Run, tiny: Any, tuned_path: Path, measures: list[Bench]) -> None:
-    assert run(tiny(), "--profile", tuned_path, "--contexts", 16).exit_code == 0
-    assert {name: plan.prefill.ffn for name, plan in measures[0].result.plans.items()} == {"tuned": (1,)}
+def test_a_tuned_profile_alone_asks_for_its_plan(tiny: Any, tuned_path: Path) -> None:
+    found = plans(run(tiny(), "--profile", tuned_path, *QUICK))
+    assert {name: skipped(plan) for name, plan in found.items()} == {"tuned": ([], [1])}
 
 
-def test_the_profile_beside_the_model_is_used_where_plans_need_one(
-    run: Run, tiny: Any, tuned_path: Path, measures: list[Bench], tmp_path: Path
-) -> None:
+def test_the_profile_beside_the_model_is_used_where_plans_need_one(tiny: Any, tuned_path: Path, tmp_path: Path) -> None:
     model = tmp_path / "m.gguf"
     model.write_bytes(tiny().read_bytes())
     Profile.load(tuned_path).save(tmp_path / "m.adaskip.json")
-    result = run(model, "--contexts", 16, "--tuned", "--skip", 1)
-    assert result.exit_code == 0 and "The profile is" in result.stderr and "calibrating" not in result.stderr
-    assert list(measures[0].result.plans) == ["tuned", "adaskip 1"]
-    assert run(model, "--contexts", 16).exit_code == 0
-    assert measures[1].result.plans == {}
+    result = run(model, "--tuned", "--skip", 1, *QUICK)
+    assert list(plans(result)) == ["tuned", "adaskip 1"]
+    assert "The profile is" in result.stderr and "calibrating" not in result.stderr
+    assert plans(run(model, *QUICK)) == {}
 
 
-def test_a_tuned_plan_that_is_not_there_is_one_line(run: Run, tiny: Any, profile_path: Path) -> None:
+def test_a_tuned_plan_that_is_not_there_is_one_line(tiny: Any, profile_path: Path) -> None:
     assert "adaskip-cpp tune" in line(run(tiny(), "--tuned", "--contexts", 16))
     assert "adaskip-cpp tune" in line(run(tiny(), "--tuned", "--profile", profile_path, "--contexts", 16))
 
 
-def test_layers_without_compensation_need_no_profile(run: Run, tiny: Any, measures: list[Bench]) -> None:
-    result = run(tiny(), "--ffn", "1", "--compensation", "none", "--contexts", 16)
-    assert result.exit_code == 0 and "calibrating" not in result.stderr
-    assert measures[0].result.plans["1 FFN"].compensation == "none"
+def test_layers_without_compensation_need_no_profile(tiny: Any) -> None:
+    result = run(tiny(), "--ffn", "1", "--compensation", "none", *QUICK)
+    assert plans(result)["1 FFN"]["compensation"] == "none" and "calibrating" not in result.stderr
 
 
-def test_without_a_profile_it_says_that_it_calibrates(
-    run: Run, tiny: Any, measures: list[Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli_bench, "_N_TOKENS", 24)
-    monkeypatch.setattr(cli_bench, "_N_DECODE", 2)
-    result = run(tiny(), "--skip", "2", "--contexts", 16)
-    assert result.exit_code == 0 and "No --profile: calibrating on 6 requests of 24 tokens" in result.stderr
-    assert measures[0].result.plans["adaskip 2"].prefill.n_skip == 2
-
-
-def test_what_is_run_is_what_the_options_say(run: Run, tiny: Any, measures: list[Bench]) -> None:
-    args = ("--repeats", 3, "--decode-tokens", 5, "--threads", 2, "--gpu-layers", 7, "--flash-attn", "--no-stock")
-    assert run(tiny(), "--contexts", 16, *args).exit_code == 0
-    settings = measures[0].result.settings
-    assert (settings.n_rounds, settings.n_decode, settings.n_threads, settings.n_gpu_layers) == (3, 5, 2, 7)
-    assert settings.flash_attention and list(measures[0].result.times.contenders) == [NO_PLAN]
+def test_without_a_profile_it_says_that_it_calibrates(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "N_TOKENS", 24)
+    monkeypatch.setattr(subject, "N_DECODE", 2)
+    result = run(tiny(), "--skip", "2", *QUICK)
+    attention, ffn = skipped(plans(result)["adaskip 2"])
+    assert len(attention) + len(ffn) == 2 and "No --profile: calibrating on 6 requests of 24 tokens" in result.stderr
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def test_it_prints_ratios_the_ideal_memory_and_the_configuration(
-    run: Run, tiny: Any, profile_path: Path, measures: list[Bench]
+def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    size = ("--contexts", "8,16", "--repeats", 2, "--decode-tokens", 4, "--threads", 1, "--flash-attn")
+    output = ("--json", "--plot", f"{tmp_path}/pictures/")
+    result = run(tiny(), "--profile", profile_path, "--skip", 2, *size, *output)
+    assert result.exit_code == 0, result.stderr
+    assert {path.name for path in (tmp_path / "pictures").glob("*.png")} == {"bench-times.png", "bench-ratios.png"}
+    data = json.loads(result.stdout)
+    assert data["complete"] and data["configuration"]["llama_cpp_python"] == "0.3.36"
+    assert data["machine"]["n_threads"] == 1 and data["machine"]["flash_attention"]
+    assert [contender["name"] for contender in data["contenders"]] == [STOCK, NO_PLAN, "adaskip 2"]
+    assert all(contender["peak_bytes"] > 10**7 for contender in data["contenders"])
+    rows = [(row["contender"], row["context"], row["phase"], row["n_rounds"]) for row in data["rows"]]
+    assert sorted(rows) == sorted(
+        (name, n, phase, 2)
+        for name in (STOCK, NO_PLAN, "adaskip 2")
+        for n in (8, 16)
+        for phase in ("prefill", "decode")
+    )
+    assert {each["run"] for each in data["times"]} > {STOCK, NO_PLAN, "adaskip 2"}  # and what the ideal is made of
+    assert all(len(each["first_token_s"]) == 2 and len(each["token_s"][1]) == 4 for each in data["times"])
+    assert set(data["rows"][-1]["speed_against"][NO_PLAN]) == {"value", "low", "high", "n", "real", "verdict"}
+
+
+def test_without_plans_stock_and_ours_are_compared_and_a_busy_machine_is_warned_of(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = run(tiny(), "--profile", profile_path, "--skip", 2, "--contexts", 16)
-    assert result.exit_code == 0
+    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0, 0))
+    result = run(tiny(), *ONCE)
+    assert result.exit_code == 0 and "Warning: the load average is 2.5" in result.stderr
+    for words in ("Time to first token, prompt of 16 tokens, 1 round", "measured once", "stock", "no plan", "F16/F16"):
+        assert words in result.stdout
+    assert "ideal" not in result.stdout and "nan" not in result.stdout
+    monkeypatch.setattr("os.getloadavg", lambda: (0.05, 0, 0))
+    assert "Warning" not in run(tiny(), *QUICK).stderr
+
+
+Second = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def second_round(monkeypatch: pytest.MonkeyPatch) -> Second:
+    """``second_round(f)``: call ``f`` when the second round begins."""
+
+    def at(call: Callable[[], object]) -> None:
+        def in_turn(n: int, n_round: int) -> list[int]:
+            if n_round == 1:
+                call()
+            return list(range(n))
+
+        monkeypatch.setattr(bench_run, "in_turn", in_turn)
+
+    return at
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_after_ctrl_c_or_sigterm_it_prints_what_there_is_and_exits_with_130(
+    tiny: Any, second_round: Second, number: signal.Signals
+) -> None:
+    second_round(lambda: signal.raise_signal(number))
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = run(tiny(), *ONCE, "--no-stock", "--repeats", 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.exit_code == 130 and "prompt of 16 tokens, 1 round" in " ".join(result.stdout.split())
+    assert result.stderr.splitlines()[-1] == "Error: interrupted"
+
+
+def test_after_a_contender_died_it_prints_what_there_is_and_the_reason(
+    tiny: Any, second_round: Second, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Worker] = []
+
+    class Known(Worker):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            started.append(self)
+
+    monkeypatch.setattr(bench_run, "Worker", Known)
+    second_round(lambda: started[-1]._process.kill())
+    result = run(tiny(), *QUICK, "--repeats", 3)
+    assert result.exit_code == 1
+    data = json.loads(result.stdout)
+    assert not data["complete"] and {row["n_rounds"] for row in data["rows"]} == {1}
+    assert "the process of 'no plan' ended with code -9" in data["error"]
+    assert data["error"] in result.stderr.splitlines()[-1]
+
+
+# --- what is printed and drawn of times that are known ----------------------------------------------------------------
+
+
+def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (16,)) -> BenchResult:
+    """Stock and no plan take 2 s, a plan 1.6 s, of an ideal of 2 / 1.5; a hundredth of it per token."""
+    seconds_of = {STOCK: 2.0, NO_PLAN: 2.0, "adaskip 2": 1.6, "only": 0.6, "rest": 0.1}
+    times = BenchTimes([STOCK, NO_PLAN, "adaskip 2"], parts={"adaskip 2": Parts("only", "only", "rest")})
+    for context in contexts:
+        for name, s in seconds_of.items():
+            times.times[name, context] = [RequestTime(s, (s / 100,) * n_decode)] * n_rounds
+    result = BenchResult(
+        BenchSettings("m.gguf", contexts, n_rounds, n_decode, 1), {"adaskip 2": SkipPlan.manual(3, [2], [2])}, times
+    )
+    result.usage = {name: Usage(10**8, 10**6, 100, 90, None, 7) for name in times.contenders}
+    result.machine = {
+        "cpu": "a processor",
+        "devices": ["a processor", "a GPU"],
+        "n_gpu_layers": -1,
+        "n_batch": 512,
+        "n_ubatch": 512,
+        "flash_attention": False,
+        "type_k": "F16",
+        "type_v": "F16",
+    }
+    return result
+
+
+ABOUT = {
+    "model": "tiny",
+    "architecture": "llama",
+    "n_layer": 3,
+    "quantisation": "F32",
+    "file_bytes": 10**6,
+    "adaskip_cpp": "0.1.0",
+    "llama_cpp_python": "0.3.36",
+    "python": "3.11",
+    "os": "Linux",
+    "load_average": 0.1,
+}
+
+
+def test_it_prints_ratios_the_ideal_memory_and_the_configuration() -> None:
+    out = Console(file=io.StringIO(), highlight=False)
+    result = known()
+    print_report(out, result, table(result.times), ABOUT)
+    printed = out.file.getvalue()  # type: ignore[attr-defined]
     for words in (
         "Time to first token, prompt of 16 tokens, 12 rounds",
         "Time per token, prompt of 16 tokens",
@@ -292,93 +353,17 @@ def test_it_prints_ratios_the_ideal_memory_and_the_configuration(
         "2 of 6 sublayers skipped in prefill",
         "load average",
     ):
-        assert words in result.stdout, words
-
-
-def test_without_the_ideal_nothing_is_said_of_it(
-    run: Run, tiny: Any, profile_path: Path, measures: list[Bench]
-) -> None:
-    result = run(tiny(), "--profile", profile_path, "--skip", 2, "--contexts", 16, "--no-ideal")
-    assert result.exit_code == 0 and "ideal" not in result.stdout
-
-
-def test_json_has_the_rows_and_every_single_time(
-    run: Run, tiny: Any, profile_path: Path, measures: list[Bench]
-) -> None:
-    args = ("--skip", 2, "--contexts", 16, "--repeats", 2, "--decode-tokens", 3, "--json")
-    result = run(tiny(), "--profile", profile_path, *args)
-    data = json.loads(result.stdout)
-    assert data["complete"] and data["configuration"]["llama_cpp_python"] == "0.3.36"
-    assert [contender["name"] for contender in data["contenders"]] == [STOCK, NO_PLAN, "adaskip 2"]
-    assert data["contenders"][2]["plan"]["prefill"]["ffn"][0]["layer"] == 2
-    times = {each["run"]: each for each in data["times"]}
-    assert times["adaskip 2"]["first_token_s"] == [1.6, 1.6] and len(times[STOCK]["token_s"][1]) == 3
-    row = next(row for row in data["rows"] if row["contender"] == "adaskip 2" and row["phase"] == "decode")
-    assert row["speed_against"][NO_PLAN]["real"] and row["of_ideal"]["value"] == pytest.approx(1.5 / 1.6)
-
-
-def test_after_ctrl_c_it_prints_what_there_is_and_exits_with_130(
-    run: Run, tiny: Any, measures: list[Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = Bench.run
-
-    def interrupted(self: Bench) -> BenchResult:
-        result = whole(self)
-        result.complete = False
-        return result
-
-    monkeypatch.setattr(Bench, "run", interrupted)
-    result = run(tiny(), "--contexts", 16)
-    assert result.exit_code == 130 and "prompt of 16 tokens" in result.stdout
-    assert "Error: interrupted" in result.stderr
-
-
-def test_after_a_contender_died_it_prints_what_there_is_and_the_reason(
-    run: Run, tiny: Any, measures: list[Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = Bench.run
-
-    def died(self: Bench) -> BenchResult:
-        result = whole(self)
-        result.complete, result.error = False, NativeError("the process of 'stock' ended; use less")
-        return result
-
-    monkeypatch.setattr(Bench, "run", died)
-    result = run(tiny(), "--contexts", 16)
-    assert result.exit_code == 1 and "prompt of 16 tokens" in result.stdout
-    assert "the process of 'stock' ended" in result.stderr.splitlines()[-1]
-
-
-def test_a_busy_machine_is_warned_of(
-    run: Run, tiny: Any, measures: list[Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0, 0))
-    assert "Warning: the load average is 2.5" in run(tiny(), "--contexts", 16).stderr
-    monkeypatch.setattr("os.getloadavg", lambda: (0.05, 0, 0))
-    assert "Warning" not in run(tiny(), "--contexts", 16).stderr
+        assert words in printed, words
 
 
 @pytest.mark.parametrize(("target", "stem"), [("pictures/", "pictures/bench"), ("pictures/mine.png", "pictures/mine")])
-def test_it_draws_times_and_ratios(
-    run: Run, tiny: Any, profile_path: Path, measures: list[Bench], tmp_path: Path, target: str, stem: str
-) -> None:
+def test_it_draws_times_and_ratios_also_of_one_round_and_one_token(tmp_path: Path, target: str, stem: str) -> None:
     pytest.importorskip("matplotlib")
-    args = ("--profile", profile_path, "--skip", "1,2", "--contexts", "8,16", "--plot", f"{tmp_path}/{target}")
-    assert run(tiny(), *args).exit_code == 0
+    result = known(1, 1, (8, 16))
+    plot(table(result.times), result.times, f"{tmp_path}/{target}")
     for name in (f"{stem}-times", f"{stem}-ratios"):
         assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
-
-
-def test_one_round_and_one_decoded_token_are_shown_and_drawn_without_intervals(
-    run: Run, tiny: Any, profile_path: Path, measures: list[Bench], tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    args = ("--skip", 2, "--contexts", 16, "--repeats", 1, "--decode-tokens", 1, "--plot", tmp_path)
-    result = run(tiny(), "--profile", profile_path, *args)
-    assert result.exit_code == 0, result.output
-    assert "measured once" in result.stdout and "nan" not in result.stdout
-    assert (tmp_path / "bench-ratios.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -386,46 +371,3 @@ def test_one_round_and_one_decoded_token_are_shown_and_drawn_without_intervals(
 )
 def test_times_are_told_to_three_digits(value: float, words: str) -> None:
     assert seconds(value) == words
-
-
-# --- the whole of it --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_it_measures_a_tiny_model_end_to_end(run: Run, tiny: Any, profile_path: Path) -> None:
-    args = ("--skip", "2", "--contexts", "8,16", "--repeats", 3, "--decode-tokens", 4, "--threads", 1, "--json")
-    result = run(tiny(), "--profile", profile_path, *args)
-    assert result.exit_code == 0, result.stderr
-    data = json.loads(result.stdout)
-    assert len(data["rows"]) == 3 * 2 * 2 and all(row["n_rounds"] == 3 for row in data["rows"])
-    stock, full, skipped = data["contenders"]
-    assert full["kv_bytes"] * 2 == skipped["kv_bytes"] * 3 and stock["nodes"] == full["nodes"] > skipped["nodes"]
-    assert full["graphs_reused"] == stock["graphs_reused"] > 0
-    assert min(each for contender in data["contenders"] for each in [contender["peak_bytes"]]) > 10**7
-    assert data["machine"]["n_threads"] == 1 and data["machine"]["type_k"] == "F16"
-
-
-@pytest.mark.slow
-def test_a_real_ctrl_c_prints_what_was_measured(tiny: Any) -> None:
-    code = (
-        # A shell that runs the tests in the background has them ignore the signal.
-        "import signal, sys, adaskip_cpp\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from adaskip_cpp.cli.terminal import Verbs\nfrom adaskip_cpp.cli.bench import bench\n"
-        "Verbs(name='adaskip-cpp', commands={'bench': bench}).main(sys.argv[1:])"
-    )
-    args = ["bench", str(tiny()), "--contexts", "8", "--repeats", "1000000", "--threads", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    while "Measuring for about" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(3)  # some rounds
-    process.send_signal(signal.SIGINT)
-    try:
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "Time to first token, prompt of 8 tokens" in out, err
-    assert err.splitlines()[-1] == "Error: interrupted"

@@ -7,16 +7,12 @@ and intervals would be too narrow.
 
 from __future__ import annotations
 
-import itertools
 import math
-import pickle
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,7 +24,7 @@ from ..model.plan import SkipPlan, SkipSet
 from .process import Usage, Worker
 from .table import NO_PLAN, STOCK, BenchTimes, Parts
 
-__all__ = ["Bench", "BenchProgress", "BenchResult", "BenchSettings"]
+__all__ = ["Bench", "BenchResult", "BenchSettings", "Progress"]
 
 _PAUSE_S = 0.03
 """Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
@@ -39,6 +35,9 @@ _N_SETTLE_ONLINE = 2
 _IDEAL, _REST = "the ideal", "nothing that can be skipped"
 
 _Skip: TypeAlias = "npt.NDArray[np.bool_]"
+Progress: TypeAlias = Callable[[str, float, float], None]
+"""Takes what runs now, in words; the share of the expected time that has passed, 0 to 1; and the expected seconds left,
+NaN before there is anything to tell it from."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,6 @@ class BenchSettings:
         }
 
 
-@dataclass(frozen=True)
-class BenchProgress:
-    """Where a benchmark stands.
-
-    Attributes:
-        doing: what runs now, in words.
-        fraction: share of the expected time that has passed, 0 to 1.
-        left_s: expected seconds left; NaN before there is anything to tell it from.
-    """
-
-    doing: str
-    fraction: float
-    left_s: float
-
-
 @dataclass
 class BenchResult:
     """What was measured.
@@ -115,9 +99,9 @@ class BenchResult:
     error: AdaSkipError | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, raw times included."""
+        """Return what msgspec writes as JSON, raw times included."""
         return {
-            "settings": {**asdict(self.settings), "contexts": list(self.settings.contexts)},
+            "settings": self.settings,
             "machine": self.machine,
             "complete": self.complete,
             "error": None if self.error is None else str(self.error),
@@ -135,11 +119,20 @@ class BenchResult:
                     "run": name,
                     "context": context,
                     "first_token_s": [run.first_token_s for run in runs],
-                    "token_s": [list(run.token_s) for run in runs],
+                    "token_s": [run.token_s for run in runs],
                 }
                 for (name, context), runs in self.times.times.items()
             ],
         }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What takes its turn in a round, in the process of that name; with a plan it is one of the ideal's."""
+
+    name: str
+    process: str
+    plan: SkipPlan | None = None
 
 
 class Bench:
@@ -162,23 +155,21 @@ class Bench:
         *,
         skippable: _Skip | None = None,
         stock: bool = True,
-        on_progress: Callable[[BenchProgress], None] | None = None,
+        on_progress: Progress = lambda doing, fraction, left_s: None,
     ) -> None:
         self._settings = settings
-        self._tokens = list(tokens)
-        self._on_progress = on_progress or (lambda progress: None)
-        self._complements: dict[str, _Skip] = {}
-        self._runs: list[_Run] = []
-        self._plan_paths: dict[str, Path] = {}
+        self._on_progress = on_progress
         self._workers: dict[str, Worker] = {}
         self._warm: dict[str, RequestTime] = {}
         self._start_s = 0.0
-        times = BenchTimes(
-            [*([STOCK] if stock else []), NO_PLAN, *plans],
-            parts={} if skippable is None or not plans else self._add_parts(plans, skippable),
-            settle={name: _settle(plan, settings.n_decode) for name, plan in plans.items()},
-        )
-        self.result = BenchResult(settings, dict(plans), times)
+        contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
+        parts, ideal = ({}, {}) if skippable is None else _ideal(plans, skippable)
+        settle = {name: _settle(plan, settings.n_decode) for name, plan in plans.items()}
+        self._runs = [_Run(name, name) for name in contenders]
+        self._runs += [_Run(name, _IDEAL, plan) for name, plan in ideal.items()]
+        longest = max(settings.contexts)
+        self._tokens = (list(tokens) * -(-longest // len(tokens)))[:longest]
+        self.result = BenchResult(settings, dict(plans), BenchTimes(contenders, parts=parts, settle=settle))
 
     def run(self) -> BenchResult:
         """Run it to the end, to Ctrl-C or to the death of a contender; the result is what was measured by then.
@@ -187,83 +178,38 @@ class Bench:
             AdaSkipError: a contender failed before the first round.
             KeyboardInterrupt: before the first round.
         """
-        with tempfile.TemporaryDirectory(prefix="adaskip-bench-") as folder:
-            self._write_plans(Path(folder))
-            try:
-                for n_round in range(self._settings.n_rounds):
-                    with ExitStack() as stack:
-                        self._start(stack, n_round)
-                        for context in self._settings.contexts:
-                            for index in in_turn(len(self._runs), n_round):
-                                self._time(self._runs[index], context, n_round)
-                self.result.complete = True
-            except KeyboardInterrupt:
-                if not self._warm:
-                    raise
-            except AdaSkipError as error:
-                if not self._warm:
-                    raise
-                self.result.error = error
+        try:
+            for n_round in range(self._settings.n_rounds):
+                with ExitStack() as stack:
+                    self._start(stack, n_round)
+                    for context in self._settings.contexts:
+                        for index in in_turn(len(self._runs), n_round):
+                            self._time(self._runs[index], context, n_round)
+            self.result.complete = True
+        except (KeyboardInterrupt, AdaSkipError) as error:
+            if not self._warm:
+                raise
+            self.result.error = error if isinstance(error, AdaSkipError) else None
         return self.result
-
-    # -- the plans of the ideal ---------------------------------------------------------------------------------------
-
-    def _add_parts(self, plans: Mapping[str, SkipPlan], skippable: _Skip) -> dict[str, Parts]:
-        def part(skip_set: SkipSet, name: str) -> str | None:
-            if skip_set.n_skip == 0:
-                return None
-            runs = skippable & ~skip_set.skip
-            for known, skip in self._complements.items():
-                if np.array_equal(runs, skip):
-                    return known
-            self._complements[f"only what {name!r} skips"] = runs
-            return f"only what {name!r} skips"
-
-        parts = {}
-        for name, plan in plans.items():
-            prefill = part(plan.prefill, name)
-            changes = bool(plan.schedule) or plan.online is not None
-            same = plan.prefill.n_skip == 0 or np.array_equal(plan.prefill.skip, plan.decode.skip)
-            decode = None if changes else part(plan.decode, name if same else f"{name} in decode")
-            if prefill is not None or decode is not None:
-                parts[name] = Parts(prefill, decode, _REST)
-        if parts:
-            self._complements[_REST] = skippable
-        return parts
-
-    # -- the contenders -----------------------------------------------------------------------------------------------
-
-    def _write_plans(self, folder: Path) -> None:
-        number = itertools.count()
-
-        def write(plan: SkipPlan) -> Path:
-            path = folder / f"{next(number)}.pickle"
-            path.write_bytes(pickle.dumps(plan))
-            return path
-
-        self._plan_paths = {name: write(plan) for name, plan in self.result.plans.items()}
-        self._runs = [_Run(name, name) for name in self.result.times.contenders]
-        for name, skip in self._complements.items():
-            attention, ffn = (np.flatnonzero(skip[:, kind]).tolist() for kind in (0, 1))
-            self._runs.append(_Run(name, _IDEAL, write(SkipPlan.manual(len(skip), attention=attention, ffn=ffn))))
 
     def _start(self, stack: ExitStack, n_round: int) -> None:
         """Start all processes and warm them up."""
         start = time.perf_counter()
         for name in dict.fromkeys(run.process for run in self._runs):
             if n_round == 0:
-                self._on_progress(BenchProgress(f"loading {name}", 0.0, math.nan))
+                self._on_progress(f"loading {name}", 0.0, math.nan)
             worker = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
-            reply = worker.open(self._settings.model, self._settings.options, self._plan_paths.get(name))
+            plan = {"plan": self.result.plans[name]} if name in self.result.plans else {}
+            reply = worker.open(self._settings.model, {**self._settings.options, **plan})
             if name == NO_PLAN:
                 self.result.machine = reply["settings"]
             self._workers[name] = worker
-        prompt = self._prompt(min(self._settings.contexts[0], _N_WARM_UP))
+        prompt = self._tokens[: self._n_warm_up]
         warm = {}
         for run in self._runs:
             worker = self._workers[run.process]
             if n_round == 0:
-                self._on_progress(BenchProgress(f"warming up: {run.name}", 0.0, math.nan))
+                self._on_progress(f"warming up: {run.name}", 0.0, math.nan)
                 worker.time(prompt, 0, run.plan)
                 self.result.nodes_prefill[run.name] = worker.usage.nodes
                 warm[run.name] = worker.time(prompt, self._settings.n_decode, run.plan)
@@ -276,13 +222,10 @@ class Bench:
         self._tell(run, context, n_round)
         time.sleep(_PAUSE_S)
         worker = self._workers[run.process]
-        result = worker.time(self._prompt(context), self._settings.n_decode, run.plan)
+        result = worker.time(self._tokens[:context], self._settings.n_decode, run.plan)
         self.result.times.times.setdefault((run.name, context), []).append(result)
         if run.plan is None:
             self.result.usage[run.name] = worker.usage
-
-    def _prompt(self, context: int) -> list[int]:
-        return (self._tokens * -(-context // len(self._tokens)))[:context]
 
     # -- how long it takes --------------------------------------------------------------------------------------------
 
@@ -295,37 +238,28 @@ class Bench:
                 done += len(times.get((each.name, other), ())) * expected
                 total += self._settings.n_rounds * expected
         doing = f"round {n_round + 1} of {self._settings.n_rounds}, {context:,} tokens: {run.name}"
-        self._on_progress(BenchProgress(doing, done / total, total - done))
+        self._on_progress(doing, done / total, total - done)
 
     def _expected(self, name: str, context: int) -> float:
         """Seconds of a run: as those before it, or as others at this context took against what was expected of them."""
-        known = self.result.times.times.get((name, context))
-        if known:
+        times = self.result.times.times
+        if known := times.get((name, context)):
             return _median_s(known)
-        others = [
-            _median_s(runs) / self._from_warm_up(other, context)
-            for (other, n), runs in self.result.times.times.items()
-            if n == context
-        ]
+        others = [_median_s(runs) / self._from_warm_up(*run) for run, runs in times.items() if run[1] == context]
         return self._from_warm_up(name, context) * (statistics.median(others) if others else 1.0)
 
     def _from_warm_up(self, name: str, context: int) -> float:
         """As long a warm-up's prompt times the context, which is too short where attention takes most of the time."""
         warm = self._warm[name]
-        return warm.first_token_s * context / min(self._settings.contexts[0], _N_WARM_UP) + sum(warm.token_s)
+        return warm.first_token_s * context / self._n_warm_up + sum(warm.token_s)
+
+    @property
+    def _n_warm_up(self) -> int:
+        return min(self._settings.contexts[0], _N_WARM_UP)
 
 
 def _median_s(runs: Sequence[RequestTime]) -> float:
     return statistics.median(run.first_token_s + sum(run.token_s) for run in runs)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What takes its turn in a round, in the process of that name; with a plan it is one of the ideal's."""
-
-    name: str
-    process: str
-    plan: Path | None = None
 
 
 def _settle(plan: SkipPlan, n_decode: int) -> int:
@@ -333,3 +267,26 @@ def _settle(plan: SkipPlan, n_decode: int) -> int:
     if plan.online is None or n_decode <= plan.online.window:
         return N_SETTLE
     return plan.online.window + _N_SETTLE_ONLINE
+
+
+def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[dict[str, Parts], dict[str, SkipPlan]]:
+    """Return what the ideal of each plan is made from, and the plans of those runs by their names."""
+    runs: dict[bytes, tuple[str, _Skip]] = {}
+
+    def part(skip_set: SkipSet, name: str) -> str | None:
+        skip = skippable & ~skip_set.skip
+        return runs.setdefault(skip.tobytes(), (f"only what {name!r} skips", skip))[0] if skip_set.n_skip else None
+
+    parts = {}
+    for name, plan in plans.items():
+        prefill = part(plan.prefill, name)
+        changes = bool(plan.schedule) or plan.online is not None
+        decode = None if changes else part(plan.decode, f"{name} in decode" if prefill else name)
+        if prefill is not None or decode is not None:
+            parts[name] = Parts(prefill, decode, _REST)
+    if parts:
+        runs[b""] = _REST, skippable
+    return parts, {
+        name: SkipPlan.manual(len(skip), *(np.flatnonzero(column).tolist() for column in skip.T))
+        for name, skip in runs.values()
+    }

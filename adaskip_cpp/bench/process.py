@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from .. import errors
 from ..errors import AdaSkipError, NativeError
 from ..measuring.timing import RequestTime
+from ..model.plan import SkipPlan
 
 __all__ = ["Side", "Usage", "Worker"]
 
@@ -25,7 +25,7 @@ Side = Literal["stock", "ours"]
 # The path is set before anything is imported, so that the worker finds the packages that this process has, whatever
 # the working directory holds.
 _START = (
-    "import sys; sys.path[:] = sys.argv.pop(1).split({separator!r}); "
+    f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); "
     "import runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
@@ -51,7 +51,7 @@ class Usage:
 
 
 class Worker:
-    """A contender's process, idle unless it is asked something; a context manager that ends it.
+    """A contender's process, idle unless it is asked something; a context manager that ends it, whatever it does.
 
     Args:
         name: what messages call it.
@@ -67,73 +67,60 @@ class Worker:
         self._side = side
         self._sizes: dict[str, int] = {}
         # A file and not a pipe: nobody reads it while the worker runs.
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
-        environment = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
+        self._pipe, theirs = multiprocessing.Pipe()
         path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
         worker = str(Path(__file__).with_name("worker.py"))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START.format(separator=os.pathsep), path, worker, side],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environment,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,  # the terminal's Ctrl-C is not for it
-        )
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, path, worker, side, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=[theirs.fileno()],
+                env={key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"},
+                start_new_session=True,  # the terminal's Ctrl-C is not for it
+            )
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the process, whatever it is doing."""
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
+        self._pipe.close()
+        self._log.close()
 
-    def open(self, model: str, options: dict[str, Any], plan: Path | None = None) -> dict[str, Any]:
+    def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
         """Load a model.
 
         Args:
             model: GGUF file.
-            options: for ``llama_cpp.Llama``.
-            plan: file of a pickled plan to open it with; ours alone.
+            options: for ``llama_cpp.Llama``, or of ours for ``AdaSkipLlama``.
 
         Returns:
             ``library``, the path of its libllama, and of ours ``settings``, a :class:`CostSettings` as a dictionary.
         """
-        reply = self._ask(do="open", model=model, options=options, plan=None if plan is None else str(plan))
+        reply = self._ask("open", model, options)
         if self._side == "stock":
             self._sizes = _sizes(self._read_log())
         return reply
 
-    def time(self, prompt: Sequence[int], n_decode: int, plan: Path | None = None) -> RequestTime:
+    def time(self, prompt: Sequence[int], n_decode: int, plan: SkipPlan | None = None) -> RequestTime:
         """Time a request, see :func:`adaskip_cpp.measuring.timing.time_request`; a plan is put in force before."""
-        reply = self._ask(do="time", prompt=list(prompt), n_decode=n_decode, plan=None if plan is None else str(plan))
+        reply = self._ask("time", list(prompt), n_decode, plan)
         self.usage = Usage(**{**self._sizes, **reply["usage"]})
-        return RequestTime(reply["first_token_s"], tuple(reply["token_s"]))
+        return RequestTime(reply["first_token_s"], reply["token_s"])
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+    def _ask(self, method: str, *arguments: Any) -> dict[str, Any]:
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = self._process.wait()
+            self._pipe.send((method, arguments))
+            reply: dict[str, Any] = self._pipe.recv()
+        except (EOFError, OSError):
             raise NativeError(
-                f"the process of {self.name!r} ended with code {code} ({self._last_words()}); if memory is short, use "
-                "smaller --contexts"
-            )
-        reply: dict[str, Any] = json.loads(line)
+                f"the process of {self.name!r} ended with code {self._process.wait()} ({self._last_words()}); if "
+                "memory is short, use smaller --contexts"
+            ) from None
         if "error" in reply:
             kind = getattr(errors, reply["class"], None)
             if isinstance(kind, type) and issubclass(kind, AdaSkipError):
@@ -145,10 +132,7 @@ class Worker:
         return reply
 
     def _read_log(self) -> str:
-        self._log.seek(0)
-        log = self._log.read().decode("utf-8", "replace")
-        self._log.seek(0, os.SEEK_END)
-        return log
+        return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode("utf-8", "replace")
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._read_log().splitlines() if line.strip()]
@@ -158,10 +142,8 @@ class Worker:
 def _sizes(log: str) -> dict[str, int]:
     """What stock llama.cpp tells in its log alone."""
     sizes: dict[str, int] = {}
-    kv = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log)
-    if kv:
+    if kv := re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log):
         sizes["kv_bytes"] = round(sum(map(float, kv)) * 2**20)
-    nodes = re.findall(r"graph: nodes = (\d+)", log)
-    if nodes:
+    if nodes := re.findall(r"graph: nodes = (\d+)", log):
         sizes["nodes_full"] = sizes["nodes"] = int(nodes[-1])
     return sizes

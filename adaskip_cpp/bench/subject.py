@@ -1,22 +1,44 @@
-"""What must be known of a model before it is measured."""
+"""What must be known of a model before it is measured, and the plans that it is measured with."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
+from ..calibration.calibrate import calibrate
 from ..errors import DataError
+from ..measuring import corpus
 from ..measuring.cores import BUSY, load_average
+from ..planning.strategies import make_plan
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
+    from ..model.plan import SkipPlan
+    from ..planning.profile import Profile
+    from ..planning.request import PlanRequest
 
-__all__ = ["DEFAULT_CONTEXTS", "configuration", "fit_contexts"]
+__all__ = [
+    "DEFAULT_CONTEXTS",
+    "N_DECODE",
+    "N_REQUESTS",
+    "N_TOKENS",
+    "brief_profile",
+    "configuration",
+    "fit_contexts",
+    "make_plans",
+    "material",
+]
 
 DEFAULT_CONTEXTS = (512, 2048, 8192)
+
+N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
+"""Of a brief calibration: enough for a plan to be timed, not for one to be used."""
 
 
 def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
@@ -75,3 +97,39 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
     return tuple(fitting), (
         f"Contexts are {listed}: the model's {n_ctx_train:,} tokens also hold the {n_decode} that are decoded."
     )
+
+
+def brief_profile(llm: AdaSkipLlama, *, cost: bool) -> Profile:
+    """Calibrate on a few requests, with the time of the sublayers if a speed-up is asked for."""
+    requests = corpus.cut(llm, corpus.text(), N_REQUESTS, N_TOKENS)
+    return calibrate(llm, requests, n_decode=N_DECODE, cost=cost)
+
+
+def make_plans(source: Profile | int, requests: Iterable[PlanRequest], context: int) -> dict[str, SkipPlan]:
+    """Make plans, by the names that tables call them.
+
+    Args:
+        source: the model's profile, or its number of layers if they are lists of layers without compensation.
+        requests: what plans are wanted.
+        context: tokens of the prompt that speed-ups are predicted for.
+
+    Raises:
+        AdaSkipError: the profile cannot give such a plan.
+    """
+    plans: dict[str, SkipPlan] = {}
+    for request in requests:
+        n = sum(name.partition(" (")[0] == request.name for name in plans)
+        plans[f"{request.name} ({n + 1})" if n else request.name] = make_plan(source, request.at(context))
+    return plans
+
+
+def material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], npt.NDArray[np.bool_]]:
+    """Return text for the prompts, and which sublayers the model can skip, bool ``[n_layer, 2]``.
+
+    Raises:
+        AdaSkipError: a plan skips what it cannot.
+    """
+    for plan in plans:
+        llm.set_plan(plan)
+    tokens = corpus.cut(llm, corpus.text(()), 1, max(n_tokens, 2))[0]
+    return tokens, np.array([sublayer.skippable for sublayer in llm.sublayers]).reshape(-1, 2)

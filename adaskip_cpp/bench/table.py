@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import to_builtins
 
 from ..intervals import Interval, ratio_interval
 from ..measuring.timing import N_SETTLE, RequestTime
@@ -111,22 +112,12 @@ class Row:
     of_ideal: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {
-            "contender": self.contender,
-            "context": self.context,
-            "phase": self.phase,
-            "n_rounds": self.n_rounds,
-            "median_s": self.median_s,
-            "low_s": self.low_s,
-            "high_s": self.high_s,
-            "speed_against": {
-                name: {**interval.to_dict(), "real": interval.excludes(), "verdict": verdict(interval)}
-                for name, interval in self.against.items()
-            },
-            "ideal": None if self.ideal is None else self.ideal.to_dict(),
-            "of_ideal": None if self.of_ideal is None else self.of_ideal.to_dict(),
-        }
+        """Return what msgspec writes as JSON."""
+        data: dict[str, Any] = to_builtins(self)
+        against = data.pop("against")
+        for name, each in self.against.items():
+            against[name] |= {"real": each.excludes(), "verdict": verdict(each)}
+        return {**data, "speed_against": against}
 
 
 def table(measured: BenchTimes) -> list[Row]:

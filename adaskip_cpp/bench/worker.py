@@ -1,14 +1,13 @@
 """One contender of a benchmark: a process that holds a model and times requests when it is told to.
 
 Run by its path, never as a module of the package: it imports adaskip_cpp only where ours is asked for, so that stock
-llama-cpp-python runs on its own libllama. Requests and replies are JSON, one a line, on stdin and stdout; whatever else
-writes to stdout goes to stderr. The process ends where stdin does, in the middle of a request too: with its parent.
+llama-cpp-python runs on its own libllama. Requests and replies are pickled, on a pipe that the parent has made. The
+process ends where the pipe does, in the middle of a request too: with its parent.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import pickle
 import queue
@@ -17,6 +16,7 @@ import runpy
 import signal
 import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,11 @@ class _Contender:
         self._ours = side == "ours"
         self._llm: Any = None
 
-    def open(self, model: str, options: dict[str, Any], plan: str | None = None) -> dict[str, Any]:
-        """Load the model; a plan is the path of a pickled one."""
+    def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Load the model."""
         kind: Any
         if self._ours:
             from adaskip_cpp import AdaSkipLlama as kind
-
-            if plan is not None:
-                options = {**options, "plan": _load(plan)}
         else:
             from llama_cpp import Llama as kind
 
@@ -58,28 +55,24 @@ class _Contender:
             reply["settings"] = CostSettings.of(self._llm).to_dict()
         return reply
 
-    def time(self, prompt: list[int], n_decode: int, plan: str | None = None) -> dict[str, Any]:
+    def time(self, prompt: list[int], n_decode: int, plan: Any) -> dict[str, Any]:
         """Time a request; a plan is put in force first."""
         if plan is not None:
-            self._llm.set_plan(_load(plan))
+            self._llm.set_plan(plan)
         result = _TIMING["time_request"](self._llm, prompt, n_decode)
         return {"first_token_s": result.first_token_s, "token_s": result.token_s, "usage": self._usage()}
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> dict[str, int]:
         """Memory and graphs, up to now, as far as the library tells."""
         import llama_cpp
 
         reused = int(llama_cpp.llama_perf_context(self._llm.ctx).n_reused)
-        usage: dict[str, Any] = {"peak_bytes": _peak_bytes(), "graphs_reused": max(reused, 0)}
+        usage = {"peak_bytes": _peak_bytes(), "graphs_reused": max(reused, 0)}
         if self._ours:
             counters = self._llm.counters
             for name in ("kv_bytes", "nodes_full", "nodes", "graphs_built", "graphs_reused"):
                 usage[name] = int(getattr(counters, name))
         return usage
-
-
-def _load(path: str) -> Any:
-    return pickle.loads(Path(path).read_bytes())  # written by the parent into a folder of its own
 
 
 def _check_stock() -> None:
@@ -101,29 +94,30 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _read(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
-    for line in sys.stdin:
-        requests.put(json.loads(line))
-    os._exit(0)
+def _read(parent: Connection, requests: queue.SimpleQueue[bytes]) -> None:
+    try:
+        while True:
+            requests.put(parent.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(0)
 
 
-def main(side: str) -> None:
-    """Serve requests until stdin ends."""
+def main(side: str, pipe: int) -> None:
+    """Serve requests, names of methods with their arguments, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(requests,), daemon=True).start()
-    contender = _Contender(side)
+    parent, contender = Connection(pipe), _Contender(side)
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(parent, requests), daemon=True).start()
     while True:
         request = requests.get()
         try:
-            reply = getattr(contender, request.pop("do"))(**request)
+            method, arguments = pickle.loads(request)
+            reply = getattr(contender, method)(*arguments)
         except Exception as error:
             reply = {"error": str(error), "class": type(error).__name__}
         ctypes.CDLL(None).fflush(None)  # what llama.cpp has to say is then in the log before the reply is read
-        print(json.dumps(reply), file=replies, flush=True)
+        parent.send(reply)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

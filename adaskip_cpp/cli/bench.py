@@ -3,62 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
-from ..bench.plans import WantedPlans
 from ..errors import ProfileMissingError
 from ..model.plan import MODES, Mode
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from ..planning.request import DEFAULT_N_SKIP
+from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
-from .terminal import console, json_option, load_model, model_options
+from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, load_model, model_options, option, verb
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from ..bench.bench import BenchProgress, BenchResult
-    from ..engine.llama import AdaSkipLlama
-    from ..model.plan import SkipPlan
+    from ..bench.bench import Progress
     from ..planning.profile import Profile
 
 __all__ = ["bench"]
 
-_N_REQUESTS, _N_TOKENS, _N_DECODE = 6, 512, 16
-"""Calibration without a profile: enough for a plan to be timed, not for one to be used."""
-
+_MEASURED = "What is measured"
 _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 
 
-@click.command(
-    short_help="Measure the speed, against stock llama-cpp-python.",
-    epilog="\b\nExample:\n  adaskip-cpp bench model.gguf --profile model.adaskip.json --skip 6,12 --contexts 512,2048",
+@verb(
+    "Measure the speed, against stock llama-cpp-python.",
+    example="adaskip-cpp bench model.gguf --profile model.adaskip.json --skip 6,12 --contexts 512,2048",
 )
 @click.argument("model")
-@click.option(
+@option(
     "--profile",
     "profile_path",
     metavar="PROFILE",
     help="Profile of the model, for the plans.  [default: the one beside MODEL, X.adaskip.json for X.gguf; without one "
     "the model is calibrated briefly]",
 )
-@click.option(
-    "--contexts",
-    metavar="LIST",
-    type=numbers(int, "512,2048"),
-    help="Tokens of the prompts.  [default: 512,2048,8192, cut to what the model allows]",
-)
-@click.option(
+@option(
     "--skip",
     "skips",
     metavar="LIST",
@@ -66,66 +51,87 @@ _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
     help=f"Plans that skip so many sublayers, as 6,12,15.  [default with --strategy, or with a --profile that is not "
     f"tuned: {DEFAULT_N_SKIP}]",
 )
-@click.option(
+@option(
+    "--contexts",
+    metavar="LIST",
+    type=numbers(int, "512,2048"),
+    help="Tokens of the prompts.  [default: 512,2048,8192, cut to what the model allows]",
+)
+@option("--repeats", type=click.IntRange(min=1), default=12, help="Rounds.")
+@option(
     "--strategy",
     "strategies",
+    group=CHOOSING,
     metavar="LIST",
     type=names(_STRATEGIES),
     help=f"How they choose: {', '.join(_STRATEGIES)}.  [default: adaskip]",
 )
-@click.option(
+@option(
     "--speedup",
     "speedups",
+    group=CHOOSING,
     metavar="LIST",
     type=numbers(float, "1.2,1.4"),
     help="Plans predicted to be so many times as fast at the longest context, as 1.2,1.4.",
 )
-@click.option(
+@option(
     "--attention",
+    group=CHOOSING,
     multiple=True,
     metavar="LAYERS",
     type=LAYERS,
     help="A plan that skips just these attentions, as 1,5-7; may be repeated.",
 )
-@click.option(
-    "--ffn", multiple=True, metavar="LAYERS", type=LAYERS, help="A plan that skips just these FFNs; likewise."
+@option(
+    "--ffn",
+    group=CHOOSING,
+    multiple=True,
+    metavar="LAYERS",
+    type=LAYERS,
+    help="A plan that skips just these FFNs; likewise.",
 )
-@click.option(
+@option(
     "--both",
+    group=CHOOSING,
     multiple=True,
     metavar="LAYERS/LAYERS",
     type=LAYERS_OF_BOTH,
     help="A plan that skips these attentions and these FFNs; likewise.",
 )
-@click.option("--tuned", is_flag=True, help="The plan that `tune` put into the profile.")
-@click.option(
+@option("--tuned", group=CHOOSING, is_flag=True, help="The plan that `tune` put into the profile.")
+@option(
     "--mode",
+    group=CHOOSING,
     type=click.Choice(MODES),
     default="prefill",
-    show_default=True,
     help="As for generate. prefill skips the same sublayers in both phases, e2e adds FFNs after 20 tokens.",
 )
-@click.option(
+@option(
     "--compensation",
+    group=CHOOSING,
     type=click.Choice(list(COMPENSATIONS)),
     default=DEFAULT_COMPENSATION,
-    show_default=True,
     help="What stands in for a skipped sublayer.",
 )
-@click.option("--repeats", type=click.IntRange(min=1), default=12, show_default=True, help="Rounds.")
-@click.option(
+@option(
     "--decode-tokens",
     "n_decode",
+    group=_MEASURED,
     type=click.IntRange(min=1),
     default=32,
-    show_default=True,
     help="Tokens to time behind each prompt.",
 )
-@click.option("--flash-attn", is_flag=True, help="Compute attention as one operation, in all contenders.")
-@click.option("--no-stock", is_flag=True, help="Leave stock llama-cpp-python out.")
-@click.option("--no-ideal", is_flag=True, help="Do not time the skipped sublayers by themselves.")
-@click.option("--plot", "plot_to", metavar="PATH", help="Draw PNG and SVG: a folder, or how their names begin.")
+@option("--no-stock", group=_MEASURED, is_flag=True, help="Leave stock llama-cpp-python out.")
+@option("--no-ideal", group=_MEASURED, is_flag=True, help="Do not time the skipped sublayers by themselves.")
+@option("--flash-attn", group=RUNNING, is_flag=True, help="Compute attention as one operation, in all contenders.")
 @model_options
+@option(
+    "--plot",
+    "plot_to",
+    group=OUTPUT,
+    metavar="PATH",
+    help="Draw PNG and SVG: a folder, or how their names begin.",
+)
 @json_option
 def bench(
     model: str,
@@ -156,180 +162,127 @@ def bench(
     one each round. Ratios are of pairs in the same round, with a 95% interval; where it contains 1, there is no real
     difference. Ctrl-C prints what was measured so far. Run it on an idle machine.
     """
+    import msgspec
+
     from ..bench.bench import Bench, BenchSettings
     from ..bench.plots import plot
+    from ..bench.subject import (
+        N_DECODE,
+        N_REQUESTS,
+        N_TOKENS,
+        brief_profile,
+        configuration,
+        fit_contexts,
+        make_plans,
+        material,
+    )
     from ..bench.table import table
     from ..measuring.cores import physical_cores
     from .bench_report import print_report
 
-    if strategies and not skips and not speedups:
-        skips = (DEFAULT_N_SKIP,)
-    wanted = WantedPlans(
-        strategies or ("adaskip",), skips or (), speedups or (), attention, ffn, mode, compensation, tuned, both
-    )
     if plot_to is not None:
         from ..pictures.plots import figure
 
         figure()  # a missing matplotlib is told now, and not after the measurement
     err = console(stderr=True)
-    subject = _prepare(model, profile_path, wanted, contexts, n_decode, threads, gpu_layers, err.print)
-    if subject.about["busy"]:
+    alike = PlanRequest(mode=mode, compensation=compensation)
+    if strategies and not skips and not speedups:
+        skips = (DEFAULT_N_SKIP,)
+    budgets = [{"n_skip": n} for n in skips or ()] + [{"speedup": ratio} for ratio in speedups or ()]
+    requests = [replace(alike, strategy=name, **each) for name in strategies or ("adaskip",) for each in budgets]
+    lists = [(layers, ()) for layers in attention] + [((), layers) for layers in ffn] + [*both]
+    requests += [replace(alike, strategy="manual", attention=first, ffn=second) for first, second in lists]
+    learns = tuned or any(each.strategy != "manual" or each.compensation != "none" for each in requests)
+    profile = _profile(model, profile_path, learns, tuned)
+    if profile is not None and not requests and not tuned:
+        tuned, requests = profile.tuned is not None, [] if profile.tuned else [replace(alike, n_skip=DEFAULT_N_SKIP)]
+    calibrates = learns and profile is None
+
+    n_ctx = max([N_TOKENS + N_DECODE, *((contexts or (2048,)) if calibrates and speedups else ())])
+    with contextlib.closing(load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)) as llm:
+        about = configuration(llm)
+        fitting, note = fit_contexts(contexts, llm.n_ctx_train, n_decode)
+        if note:
+            err.print(note)
+        if calibrates:
+            timing = ", and timing the sublayers." if speedups else "."
+            err.print(f"No --profile: calibrating on {N_REQUESTS} requests of {N_TOKENS} tokens{timing}")
+            profile = brief_profile(llm, cost=bool(speedups))
+        plans = {"tuned": profile.tuned_plan()} if tuned and profile is not None else {}
+        plans |= make_plans(profile or llm.n_layer, requests, fitting[-1])
+        tokens, skippable = material(llm, plans.values(), fitting[-1])
+    if about["busy"]:
         err.print(
-            f"Warning: the load average is {subject.about['load_average']}; unless that comes from what you ran just "
-            "before, other programs disturb the times.",
+            f"Warning: the load average is {about['load_average']}; unless that comes from what you ran just before, "
+            "other programs disturb the times.",
             style="yellow",
         )
-    settings = BenchSettings(
-        model, subject.contexts, repeats, n_decode, threads or physical_cores(), gpu_layers, flash_attn
-    )
+    settings = BenchSettings(model, fitting, repeats, n_decode, threads or physical_cores(), gpu_layers, flash_attn)
+    ideal = None if no_ideal else skippable
     with _progress() as show:
-        result = Bench(
-            settings,
-            subject.plans,
-            subject.tokens,
-            skippable=None if no_ideal else subject.skippable,
-            stock=not no_stock,
-            on_progress=show,
-        ).run()
+        result = Bench(settings, plans, tokens, skippable=ideal, stock=not no_stock, on_progress=show).run()
     rows = table(result.times)
     if as_json:
-        data = {"configuration": subject.about, **result.to_dict(), "rows": [row.to_dict() for row in rows]}
-        click.echo(json.dumps(data, indent=1, allow_nan=False))
+        data = {"configuration": about, **result.to_dict(), "rows": [row.to_dict() for row in rows]}
+        click.echo(msgspec.json.format(msgspec.json.encode(data), indent=1))
     else:
-        print_report(console(), result, rows, subject.about)
+        print_report(console(), result, rows, about)
     if plot_to is not None and rows:
         for path in plot(rows, result.times, plot_to):
             err.print(f"Drawn: {path}", style="dim", soft_wrap=True)
-    _end(result)
-
-
-def _end(result: BenchResult) -> None:
-    """Say why it ended early."""
     if result.error is not None:
         raise result.error
     if not result.complete:
         raise click.Abort
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What must be known of the model before it is measured."""
-
-    about: dict[str, Any]
-    contexts: tuple[int, ...]
-    tokens: list[int]
-    skippable: npt.NDArray[np.bool_]
-    plans: dict[str, SkipPlan]
-
-
-def _prepare(
-    model: str,
-    profile_path: str | None,
-    wanted: WantedPlans,
-    contexts: Sequence[int] | None,
-    n_decode: int,
-    threads: int | None,
-    gpu_layers: int,
-    say: Callable[[str], None],
-) -> _Subject:
-    """Open the model, read or learn its profile, make the plans, and close it again."""
-    import numpy as np
-
-    from ..bench.subject import configuration, fit_contexts
-    from ..calibration.calibrate import calibrate
-    from ..measuring import corpus
-    from ..model.identity import check_gguf
-
-    check_gguf(model)
-    profile = _profile(model, profile_path, wanted, say)
-    if profile is not None and not wanted.any:
-        wanted = replace(wanted, tuned=True) if profile.tuned else replace(wanted, skips=(DEFAULT_N_SKIP,))
-    calibrates = wanted.needs_profile and profile is None
-    n_ctx = _N_TOKENS + _N_DECODE
-    if calibrates and wanted.speedups:
-        n_ctx = max(n_ctx, *(contexts or (2048,)))
-    llm = load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)
-    try:
-        about = configuration(llm)
-        fitting, note = fit_contexts(contexts, _n_ctx_train(llm), n_decode)
-        if note:
-            say(note)
-        if calibrates:
-            say(
-                f"No --profile: calibrating on {_N_REQUESTS} requests of {_N_TOKENS} tokens"
-                + (", and timing the sublayers." if wanted.speedups else ".")
-            )
-            requests = corpus.cut(llm, corpus.text(), _N_REQUESTS, min(_N_TOKENS, n_ctx - _N_DECODE))
-            profile = calibrate(llm, requests, n_decode=_N_DECODE, cost=bool(wanted.speedups))
-        plans = wanted.make(llm.n_layer if profile is None else profile, fitting[-1]) if wanted.any else {}
-        for plan in plans.values():
-            llm.set_plan(plan)  # what this model cannot skip is told here
-        tokens = corpus.cut(llm, corpus.text(()), 1, max(fitting[-1], 2))[0]
-        skippable = np.array([sublayer.skippable for sublayer in llm.sublayers]).reshape(-1, 2)
-    finally:
-        llm.close()
-    return _Subject(about, fitting, tokens, skippable, plans)
-
-
-def _profile(model: str, path: str | None, wanted: WantedPlans, say: Callable[[str], None]) -> Profile | None:
+def _profile(model: str, path: str | None, learns: bool, tuned: bool) -> Profile | None:
     """Read the profile that is named, or where plans need one that beside the model; None if there is none."""
     from ..engine import auto
+    from ..model.identity import check_gguf
     from ..planning.profile import Profile
 
+    check_gguf(model)
     if path is None:
         path = auto.profile_path(model)
-        if not wanted.needs_profile or not os.path.exists(path):
-            if wanted.tuned:
+        if not learns or not os.path.exists(path):
+            if tuned:
                 raise ProfileMissingError(
                     f"there is no profile {path!r} beside the model; run `adaskip-cpp tune {model}`"
                 )
             return None
-        say(f"The profile is {path}.")
+        console(stderr=True).print(f"The profile is {path}.")
     profile = Profile.load(path)
     auto.check_model(profile, model, path)
     return profile
 
 
-def _n_ctx_train(llm: AdaSkipLlama) -> int:
-    architecture = llm.metadata.get("general.architecture", "")
-    try:
-        return int(llm.metadata.get(f"{architecture}.context_length", 0))
-    except ValueError:
-        return 0
-
-
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[BenchProgress], None]]:
+def _progress() -> Iterator[Progress]:
     """Yield what shows progress on stderr: a bar on a terminal, elsewhere a line a minute once there is an estimate."""
     if not sys.stderr.isatty():
         with told_progress("Measuring") as line:
             told = False
 
-            def tell(progress: BenchProgress) -> None:
+            def tell(doing: str, fraction: float, left_s: float) -> None:
                 nonlocal told
-                if not told and not math.isnan(progress.left_s):
+                if not told and not math.isnan(left_s):
                     told = True
-                    left = _minutes(progress.left_s)
-                    click.echo(f"Measuring for about {left}; Ctrl-C prints what is known.", err=True)
-                line(progress.fraction)
+                    click.echo(f"Measuring for about {_minutes(left_s)}; Ctrl-C prints what is known.", err=True)
+                line(fraction)
 
             yield tell
         return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    columns = (
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[left]}"),
-        TextColumn("{task.description}"),
-    )
+    columns = BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.fields[left]}{task.description}")
     # Drawn before every run and never during one: a bar that moves would take time from what is measured.
     with Progress(*columns, console=console(stderr=True), transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=1.0, left="")
 
-        def update(progress: BenchProgress) -> None:
-            left = "" if math.isnan(progress.left_s) else f"{_minutes(progress.left_s)} left"
-            bar.update(task, completed=progress.fraction, description=progress.doing, left=left, refresh=True)
+        def update(doing: str, fraction: float, left_s: float) -> None:
+            left = "" if math.isnan(left_s) else f"{_minutes(left_s)} left "
+            bar.update(task, completed=fraction, description=doing, left=left, refresh=True)
 
         yield update
 

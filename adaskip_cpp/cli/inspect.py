@@ -45,7 +45,7 @@ def _facts(llm: AdaSkipLlama, path: str) -> dict[str, Any]:
         "architecture": llm.model_info.architecture,
         "n_layer": llm.n_layer,
         "n_embd": llm.n_embd(),
-        "n_ctx_train": llm._model.n_ctx_train(),
+        "n_ctx_train": llm.n_ctx_train,
         "n_params": llm._model.n_params(),
         "n_bytes": llm._model.size(),
         "fingerprint": llm.model_info.fingerprint,

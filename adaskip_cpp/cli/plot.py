@@ -88,8 +88,7 @@ def _draw(profiles: dict[str, Profile], plans: dict[str, SkipPlan], folder: str)
 
 
 def _print(out: Console, profiles: dict[str, Profile], plans: dict[str, SkipPlan]) -> None:
-    from ..pictures.heatmap import print_heatmap
-    from ..pictures.sparkline import print_series
+    from ..pictures.heatmap import print_heatmap, print_series
 
     series: dict[str, Callable[[Profile], npt.NDArray[np.float64]]] = {
         "whole layers, prefill": lambda profile: profile.prefill.layer_similarity,

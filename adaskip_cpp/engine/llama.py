@@ -141,6 +141,11 @@ class AdaSkipLlama(llama_cpp.Llama):
         return min(self.n_ctx(), len(self.input_ids))
 
     @property
+    def n_ctx_train(self) -> int:
+        """Tokens of context that the model was trained on, 0 where its file does not say."""
+        return int(llama_cpp.llama_model_n_ctx_train(self.model))
+
+    @property
     def n_layer(self) -> int:
         """Number of layers; the model has twice as many sublayers."""
         return self._adaskip.n_layer

@@ -92,7 +92,7 @@ def prepare(
                 f"{profile.model.fingerprint[:12]}) than {model!r} ({llm.model_info.architecture}, "
                 f"{llm.model_info.fingerprint[:12]}); calibrate this model"
             )
-        n_most = int(llm._model.n_ctx_train())
+        n_most = llm.n_ctx_train
     limit = min(options.ctx or n_most, n_most)
     if options.ctx is not None and options.ctx > n_most:
         raise DataError(f"the model is made for contexts of {n_most} tokens, not {options.ctx}; use a smaller --ctx")

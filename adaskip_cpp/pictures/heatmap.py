@@ -1,7 +1,11 @@
-"""A heat map of all sublayers for the terminal: two rows, attention and FFN, one cell per layer."""
+"""Similarities in the terminal: a heat map of all sublayers, and lines of block characters, one scale for all.
+
+Both show steps of rank among all values, as a few sublayers change the stream a lot and the others little.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +14,12 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["print_heatmap"]
+__all__ = ["print_heatmap", "print_series"]
 
 _ROWS = ("attention", "FFN")
 _LABEL_WIDTH = 11
+_CELL = 2
+_BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "01234567"
 
 # From little to much similarity: dark violet, blue, teal, green, yellow; readable with common colour blindness.
 _ANCHORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
@@ -22,7 +28,7 @@ _ANCHORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), 
 def print_heatmap(
     console: Console, similarity: npt.NDArray[np.float64], skip: npt.NDArray[np.bool_] | None = None
 ) -> None:
-    """Print the IO similarity of every sublayer, with a legend.
+    """Print the IO similarity of every sublayer, two rows of one cell per layer, with a legend.
 
     On a terminal a cell is a colour, elsewhere a digit from 0 (least similar) to 9; ``x`` marks a skipped sublayer and
     ``-`` one that cannot be skipped.
@@ -34,49 +40,62 @@ def print_heatmap(
     """
     from rich.text import Text
 
-    n_layer = similarity.shape[0]
-    observed = similarity[~np.isnan(similarity)]
-    if observed.size == 0:
+    known = np.sort(similarity[~np.isnan(similarity)])
+    if known.size == 0:
         console.print("No sublayer of this model can be skipped.")
         return
-    low, high = float(observed.min()), float(observed.max())
-    # A few sublayers change the stream a lot, the others little: steps of rank show more than steps of value.
-    level = np.full(similarity.shape, np.nan)
-    level[~np.isnan(similarity)] = np.searchsorted(np.sort(observed), observed) / max(observed.size - 1, 1)
+    level = np.where(np.isnan(similarity), np.nan, np.searchsorted(known, similarity) / max(known.size - 1, 1))
+    marked = np.zeros(similarity.shape, np.bool_) if skip is None else skip
+    colour = console.color_system is not None
 
-    cell = 2
-    per_line = max((console.width - _LABEL_WIDTH) // cell, 1)
+    n_layer, per_line = len(similarity), max((console.width - _LABEL_WIDTH) // _CELL, 1)
     for start in range(0, n_layer, per_line):
         layers = range(start, min(start + per_line, n_layer))
-        header = "".join(f"{layer:<{5 * cell}}" for layer in layers if layer % 5 == start % 5)
-        console.print(Text("layer".ljust(_LABEL_WIDTH) + header[: len(layers) * cell + 2].rstrip(), style="dim"))
+        header = "".join(f"{layer:<{5 * _CELL}}" for layer in layers[::5])
+        console.print(Text("layer".ljust(_LABEL_WIDTH) + header[: len(layers) * _CELL + 2].rstrip(), style="dim"))
         for kind, name in enumerate(_ROWS):
-            line = Text(name.ljust(_LABEL_WIDTH), end="\n", no_wrap=True)
-            for layer in layers:
-                marked = skip is not None and bool(skip[layer, kind])
-                _append_cell(line, float(level[layer, kind]), marked, console.color_system is not None)
-            console.print(line)
-    legend = Text(" " * _LABEL_WIDTH)
-    legend.append(f"IO similarity {low:.3f} ")
-    for step in np.linspace(0, 1, 10):
-        _append_cell(legend, float(step), False, console.color_system is not None)
-    legend.append(f" {high:.3f}, by rank")
-    if skip is not None:
-        legend.append("   x skipped")
-    console.print(legend)
+            cells = (_cell(level[layer, kind], marked[layer, kind], colour) for layer in layers)
+            console.print(Text.assemble(name.ljust(_LABEL_WIDTH), *cells, no_wrap=True))
+    console.print(
+        Text.assemble(
+            f"{'':{_LABEL_WIDTH}}IO similarity {known[0]:.3f} ",
+            *(_cell(step, False, colour) for step in np.linspace(0, 1, 10)),
+            f" {known[-1]:.3f}, by rank" + ("" if skip is None else "   x skipped"),
+        )
+    )
 
 
-def _append_cell(line: object, level: float, marked: bool, colour: bool) -> None:
+def _cell(level: float, marked: bool, colour: bool) -> tuple[str, str]:
+    """Return a cell's text and style."""
+    if np.isnan(level):
+        return "- ", "dim"
+    if not colour:
+        return f"{min(int(level * 10), 9)}{'x' if marked else ' '}", ""
+    place = np.linspace(0, 1, len(_ANCHORS))
+    rgb = ",".join(str(int(np.interp(level, place, channel))) for channel in _ANCHORS.T)
+    return "x " if marked else "  ", f"bold {'black' if level > 0.5 else 'white'} on rgb({rgb})"
+
+
+def print_series(out: Console, series: Mapping[str, npt.NDArray[np.float64]]) -> None:
+    """Print a row of blocks for each series, one per value, with its lowest and its highest value.
+
+    Where the terminal's encoding has no blocks, digits from 0 to 7 stand for them; ``-`` is what has no value.
+
+    Args:
+        out: where to print.
+        series: float64 ``[n]`` by name, NaN for no value.
+    """
     from rich.text import Text
 
-    assert isinstance(line, Text)
-    if np.isnan(level):
-        line.append("- ", style="dim")
-    elif not colour:
-        line.append(f"{min(int(level * 10), 9)}{'x' if marked else ' '}")
-    else:
-        red, green, blue = (
-            int(np.interp(level, np.linspace(0, 1, len(_ANCHORS)), _ANCHORS[:, channel])) for channel in range(3)
-        )
-        ink = "black" if level > 0.5 else "white"
-        line.append("x " if marked else "  ", style=f"bold {ink} on rgb({red},{green},{blue})")
+    known = np.sort(np.concatenate([values[~np.isnan(values)] for values in series.values()]))
+    blocks = _BLOCKS if (out.encoding or "").lower().startswith("utf") else _PLAIN
+    width = max(map(len, series)) + 2
+    per_line = max(out.width - width - 16, 8)
+    for name, values in series.items():
+        step = np.minimum(np.searchsorted(known, values) * len(blocks) // max(len(known), 1), len(blocks) - 1)
+        cells = "".join(np.where(np.isnan(values), "-", np.array(list(blocks))[step]))
+        ends = "" if np.isnan(values).all() else f" {np.nanmin(values):.3f} to {np.nanmax(values):.3f}"
+        for start in range(0, len(cells), per_line):
+            label = "" if start else name
+            end = ends if start + per_line >= len(cells) else ""
+            out.print(Text(label.ljust(width) + cells[start : start + per_line] + end, no_wrap=True))

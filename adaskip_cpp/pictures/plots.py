@@ -57,13 +57,7 @@ _DPI = 200
 
 @dataclass(frozen=True)
 class Look:
-    """How one series looks: ``axes.plot(x, y, **look.line)``.
-
-    Attributes:
-        colour: as matplotlib takes it.
-        marker: likewise.
-        style: line style, likewise.
-    """
+    """How one series looks, in matplotlib's terms: ``axes.plot(x, y, **look.line)``."""
 
     colour: str
     marker: str
@@ -139,17 +133,9 @@ def has_matplotlib() -> bool:
     return True
 
 
-def figure(*, width_in: float = 6.5, height_in: float = 3.4) -> tuple[Figure, Axes]:
-    """Return an empty picture with one pair of axes.
-
-    Args:
-        width_in: inches; 6.5 is the width of a page's text, and text then is 9 points.
-        height_in: inches.
-
-    Raises:
-        PackageMissingError: matplotlib is not installed.
-    """
-    fig, (axes,) = panels(1, 1, width_in=width_in, height_in=height_in)
+def figure(**size: float) -> tuple[Figure, Axes]:
+    """Return an empty picture with one pair of axes; see :func:`panels`."""
+    fig, (axes,) = panels(1, 1, **size)
     return fig, axes
 
 
@@ -159,10 +145,8 @@ def panels(
     """Return an empty picture with several pairs of axes, row by row.
 
     Args:
-        n_rows: rows of axes.
-        n_columns: axes in a row.
-        width_in: inches, of the whole picture.
-        height_in: inches, of the whole picture.
+        n_rows, n_columns: of axes.
+        width_in, height_in: inches; 6.5 is the width of a page's text, and text then is 9 points.
         **share: for ``Figure.subplots``: ``sharex``, ``sharey``, ``height_ratios``, ``width_ratios``.
 
     Raises:
@@ -173,8 +157,7 @@ def panels(
     except ImportError:
         raise PackageMissingError('pictures need matplotlib; pip install "adaskip-cpp[plot]"') from None
     fig = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
-    grid = fig.subplots(n_rows, n_columns, squeeze=False, **share)
-    every = list(grid.flat)
+    every = list(fig.subplots(n_rows, n_columns, squeeze=False, **share).flat)
     for axes in every:
         axes.set_facecolor("none")
         axes.grid(True, color=GRID, linewidth=0.4, alpha=0.45)
@@ -207,7 +190,7 @@ def save(fig: Figure, folder: str | os.PathLike[str], name: str) -> list[Path]:
     The same picture gives the same bytes with the same release of matplotlib. Text in the SVG is drawn as outlines.
 
     Args:
-        fig: from :func:`figure`.
+        fig: the picture.
         folder: made where it is missing.
         name: of the files, without an ending.
 
@@ -215,11 +198,10 @@ def save(fig: Figure, folder: str | os.PathLike[str], name: str) -> list[Path]:
         OSError: a file cannot be written.
     """
     os.makedirs(folder, exist_ok=True)
-    contents = {"png": _render(fig, "png"), "svg": _render(fig, "svg", fonttype="path")}
-    paths = [Path(folder, f"{name}.{form}") for form in contents]
-    for path, content in zip(paths, contents.values(), strict=True):
+    contents = {Path(folder, f"{name}.{form}"): _render(fig, form) for form in ("png", "svg")}
+    for path, content in contents.items():
         write_atomically(path, content)
-    return paths
+    return [*contents]
 
 
 def to_svg(fig: Figure, *, name: str = "") -> str:
@@ -229,7 +211,7 @@ def to_svg(fig: Figure, *, name: str = "") -> str:
     on dark. Text stays text, in the page's type. Identifiers are its own, so that several pictures may stand in a page.
 
     Args:
-        fig: from :func:`figure`.
+        fig: the picture.
         name: what the picture shows, for those who cannot see it.
     """
     svg = _render(fig, "svg", fonttype="none").decode("utf-8")

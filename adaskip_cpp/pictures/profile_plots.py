@@ -7,13 +7,13 @@ as a few sublayers change the stream a lot, and those that can be skipped differ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..model.plan import KIND_NAMES, PHASES
+from ..model.plan import KIND_NAMES
 from . import plots
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ..planning.profile import Profile
 
 __all__ = ["layers", "phases", "plan_strip", "sublayers"]
-
 
 _CLOSEST = 1e-4
 """Similarities nearer to 1 than this are drawn here."""
@@ -41,71 +40,49 @@ def layers(profiles: Mapping[str, Profile]) -> Figure:
         PackageMissingError: matplotlib is not installed.
     """
     fig, axes = plots.figure()
-    for i, (name, profile) in enumerate(profiles.items()):
-        look = plots.KIND["layer"] if len(profiles) == 1 else plots.other(i)
-        axes.plot(_x(profiles, profile), profile.prefill.layer_similarity, label=name, **look.line)
-    _label(axes, profiles, "IO similarity of whole layers")
-    _scale(axes)
-    if len(profiles) > 1:
-        plots.legend(axes, loc="lower center")
+    series = {name: profile.prefill.layer_similarity for name, profile in profiles.items()}
+    if len(profiles) == 1:
+        _draw(axes, series, [plots.KIND["layer"]], "IO similarity of whole layers", *profiles)
     else:
-        plots.title(axes, next(iter(profiles)))
+        _draw(axes, series, plots.OTHERS, "IO similarity of whole layers")
+        plots.legend(axes, loc="lower center")
+    _scale(axes)
     return fig
 
 
 def sublayers(profiles: Mapping[str, Profile]) -> Figure:
-    """Draw the IO similarity of attention and FFN by layer in prefill, the paper's Fig. 3.
+    """Draw the IO similarity of attention and FFN by layer in prefill, the paper's Fig. 3; arguments as above.
 
     One profile gives one pair of axes with both; several give one pair of axes for each kind.
-
-    Args:
-        profiles: profiles by the name to show; at least one.
-
-    Raises:
-        PackageMissingError: matplotlib is not installed.
     """
     if len(profiles) == 1:
         ((name, profile),) = profiles.items()
-        fig, axes = plots.figure()
+        fig, both = plots.panels(1, 1)
+        looks = [plots.KIND[kind] for kind in KIND_NAMES]
+        _draw(both[0], dict(zip(KIND_NAMES, profile.similarity.T, strict=True)), looks, "IO similarity", name)
+    else:
+        fig, both = plots.panels(1, 2, height_in=3.2, sharey=True)
         for column, kind in enumerate(KIND_NAMES):
-            axes.plot(_x(profiles, profile), profile.similarity[:, column], label=kind, **plots.KIND[kind].line)
-        _label(axes, profiles, "IO similarity")
-        _scale(axes)
-        plots.title(axes, name)
-        plots.legend(axes, loc="lower center")
-        return fig
-    fig, both = plots.panels(1, 2, height_in=3.2, sharey=True)
-    for column, (axes, kind) in enumerate(zip(both, KIND_NAMES, strict=True)):
-        for i, (name, profile) in enumerate(profiles.items()):
-            look = plots.other(i)
-            axes.plot(_x(profiles, profile), profile.similarity[:, column], label=name, **look.line)
-        _label(axes, profiles, "IO similarity" if column == 0 else "")
-        plots.title(axes, kind)
+            series = {name: profile.similarity[:, column] for name, profile in profiles.items()}
+            _draw(both[column], series, plots.OTHERS, "" if column else "IO similarity", kind)
     _scale(*both)
-    plots.legend(both[1], loc="lower center")
+    plots.legend(both[-1], loc="lower center")
     return fig
 
 
 def phases(profiles: Mapping[str, Profile]) -> Figure:
     """Draw the IO similarity of attention and FFN in prefill and in decode, the paper's Fig. 4, a row per profile.
 
-    Args:
-        profiles: profiles by the name to show; at least one.
-
-    Raises:
-        PackageMissingError: matplotlib is not installed.
+    Arguments as above.
     """
-    height = 0.5 + 2.5 * len(profiles)
-    fig, every = plots.panels(len(profiles), 2, height_in=height, sharey="row")
+    fig, every = plots.panels(len(profiles), 2, height_in=0.5 + 2.5 * len(profiles), sharey="row")
     for row, (name, profile) in enumerate(profiles.items()):
+        both = every[2 * row : 2 * row + 2]
         for column, kind in enumerate(KIND_NAMES):
-            axes = every[2 * row + column]
-            for phase in PHASES:
-                similarity = getattr(profile, phase).similarity[:, column]
-                axes.plot(np.arange(profile.n_layer), similarity, label=phase, **plots.PHASE[phase].line)
-            _label(axes, {name: profile}, "IO similarity" if column == 0 else "")
-            plots.title(axes, kind if len(profiles) == 1 else f"{name}: {kind}")
-        _scale(*every[2 * row : 2 * row + 2])
+            series = {phase: getattr(profile, phase).similarity[:, column] for phase in plots.PHASE}
+            title = kind if len(profiles) == 1 else f"{name}: {kind}"
+            _draw(both[column], series, [*plots.PHASE.values()], "" if column else "IO similarity", title)
+        _scale(*both)
     plots.legend(every[1], loc="lower center")
     if len(profiles) == 1:
         fig.suptitle(next(iter(profiles)), fontsize=plots.TEXT_PT + 1, color=plots.INK, x=0.02, ha="left")
@@ -137,22 +114,19 @@ def plan_strip(name: str, plan: SkipPlan) -> Figure:
     for layer, column in np.ndindex(plan.n_layer, 2):
         colour = plots.KIND[KIND_NAMES[column]].colour
         in_prefill, in_decode = plan.prefill.skip[layer, column], decode.skip[layer, column]
-        axes.add_patch(
-            Rectangle(
-                (layer - 0.42, column + 0.1),
-                0.84,
-                0.8,
-                facecolor=colour if in_prefill else "none",
-                edgecolor=colour if in_decode else plots.GRID,
-                hatch="/////" if in_decode and not in_prefill else None,
-                linewidth=0.9 if in_decode else 0.6,
-            )
-        )
+        look: dict[str, Any] = {
+            "facecolor": colour if in_prefill else "none",
+            "edgecolor": colour if in_decode else plots.GRID,
+        }
+        hatch, width = "/////" if in_decode and not in_prefill else None, 0.9 if in_decode else 0.6
+        axes.add_patch(Rectangle((layer - 0.42, column + 0.1), 0.84, 0.8, hatch=hatch, linewidth=width, **look))
     axes.set_xticks(_ticks(plan.n_layer))
     axes.set_xlabel("layer")
     online = ", and FFNs that each answer adds" if plan.online is not None else ""
-    plots.title(axes, f"{name}: {_counts(plan)} of {2 * plan.n_layer} sublayers skipped{online}")
-    if plan.prefill.n_skip != decode.n_skip:
+    n_prefill, n_decode = plan.prefill.n_skip, decode.n_skip
+    counts = f"{n_decode}" if n_prefill == n_decode else f"{n_prefill} (decode {n_decode})"
+    plots.title(axes, f"{name}: {counts} of {2 * plan.n_layer} sublayers skipped{online}")
+    if n_prefill != n_decode:
         cells = [
             Patch(facecolor=plots.GRID, edgecolor=plots.GRID, label="skipped in prefill and decode"),
             Patch(facecolor="none", edgecolor=plots.GRID, hatch="/////", label="in decode only"),
@@ -161,30 +135,20 @@ def plan_strip(name: str, plan: SkipPlan) -> Figure:
     return fig
 
 
-def _counts(plan: SkipPlan) -> str:
-    decode = plan.skipped("decode")
-    if plan.prefill.n_skip == decode.n_skip:
-        return str(decode.n_skip)
-    return f"{plan.prefill.n_skip} (decode {decode.n_skip})"
-
-
-def _x(profiles: Mapping[str, Profile], profile: Profile) -> npt.NDArray[np.float64]:
-    x = np.arange(profile.n_layer, dtype=np.float64)
-    return x if _alike(profiles) else x / max(profile.n_layer - 1, 1)
-
-
-def _alike(profiles: Mapping[str, Profile]) -> bool:
-    return len({profile.n_layer for profile in profiles.values()}) == 1
-
-
-def _label(axes: Axes, profiles: Mapping[str, Profile], y: str) -> None:
-    if _alike(profiles):
-        n_layer = next(iter(profiles.values())).n_layer
-        axes.set_xticks(_ticks(n_layer))
-        axes.set_xlabel("layer")
-    else:
-        axes.set_xlabel("depth: layer / last layer")
+def _draw(
+    axes: Axes, series: Mapping[str, npt.NDArray[np.float64]], looks: Sequence[plots.Look], y: str, title: str = ""
+) -> None:
+    """Draw similarities by layer, or by depth where the series differ in length."""
+    alike = len({len(values) for values in series.values()}) == 1
+    for i, (name, values) in enumerate(series.items()):
+        x = np.arange(len(values)) / (1 if alike else max(len(values) - 1, 1))
+        axes.plot(x, values, label=name, **looks[i % len(looks)].line)
+    if alike:
+        axes.set_xticks(_ticks(len(values)))
+    axes.set_xlabel("layer" if alike else "depth: layer / last layer")
     axes.set_ylabel(y)
+    if title:
+        plots.title(axes, title)
 
 
 def _scale(*row: Axes) -> None:
