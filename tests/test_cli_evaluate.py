@@ -234,7 +234,7 @@ def test_a_missing_profile_is_one_line(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_profile_of_another_model_is_refused(run: Run, tiny: Any, tmp_path: Path) -> None:
-    assert "the profile is of another model" in line(run(model=tiny(seed=1)))
+    assert "the profile was made for another model" in line(run(model=tiny(seed=1)))
     assert not (tmp_path / "out").exists()
 
 

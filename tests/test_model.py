@@ -1,12 +1,17 @@
 """adaskip_cpp.model.identity: which model a file is."""
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_models import write_lora, write_model
 
-from adaskip_cpp.errors import ModelFileError
-from adaskip_cpp.model.identity import ModelInfo, check_gguf, fingerprint
+from adaskip_cpp import AdaSkipLlama, SkipPlan
+from adaskip_cpp.errors import ModelFileError, ProfileMismatchError, StateError
+from adaskip_cpp.model.identity import check_gguf, fingerprint
 
 MIB = 1 << 20
 
@@ -100,8 +105,92 @@ def test_check_gguf_tells_what_a_file_is_not(tmp_path: Path) -> None:
     check_gguf(text)
 
 
-def test_model_info_survives_json() -> None:
-    info = ModelInfo("ab" * 32, "llama", 30)
-    assert ModelInfo.from_dict(info.to_dict()) == info
-    with pytest.raises(ValueError, match="n_layer"):
-        ModelInfo.from_dict({**info.to_dict(), "n_layer": "30"})
+# --- models in several files, adapters, overrides ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> list[Path]:
+    first = write_model(tmp_path / "m.gguf", split=10)
+    files = sorted(tmp_path.glob("m-*.gguf"))
+    assert files[0] == first and len(files) > 2
+    return files
+
+
+def test_every_file_of_a_model_in_several_counts(split: list[Path]) -> None:
+    seen = {fingerprint(split[0])}
+    for file in split:
+        poke(file, file.stat().st_size - 1)
+        seen.add(fingerprint(split[0]))
+    assert len(seen) == 1 + len(split)
+
+
+def test_a_file_of_a_model_in_several_that_is_missing_or_none_is_named(split: list[Path]) -> None:
+    split[1].write_bytes(b"no model at all")
+    with pytest.raises(ModelFileError, match=r"m-00002-of-.*is not a GGUF file"):
+        check_gguf(split[0])
+    split[1].unlink()
+    for function in (check_gguf, fingerprint):
+        with pytest.raises(ModelFileError, match=r"m-00002-of-.*check the path"):
+            function(split[0])
+
+
+def plan_of(llm: AdaSkipLlama) -> SkipPlan:
+    return replace(SkipPlan.manual(3, ffn=[1]), model=llm.model_info)
+
+
+def test_a_plan_does_not_fit_another_last_file(split: list[Path], open_model: Callable[..., AdaSkipLlama]) -> None:
+    plan = plan_of(open_model(split[0]))
+    open_model(split[0]).set_plan(plan)
+    poke(split[-1], split[-1].stat().st_size - 1)
+    with pytest.raises(ProfileMismatchError, match="another model"):
+        open_model(split[0]).set_plan(plan)
+
+
+def test_a_plan_fits_only_the_adapter_and_scale_that_it_was_made_with(
+    tiny: Callable[..., Path], tmp_path: Path, open_model: Callable[..., AdaSkipLlama]
+) -> None:
+    lora, other = (str(write_lora(tmp_path / f"{seed}.gguf", seed=seed)) for seed in (0, 1))
+    ways: list[dict[str, Any]] = [
+        {},
+        {"lora_path": lora},
+        {"lora_path": lora, "lora_scale": 0.5},
+        {"lora_path": other},
+    ]
+    models = [open_model(tiny(), **way) for way in ways]
+    for i, made_for in enumerate(models):
+        for j, llm in enumerate(models):
+            if i == j:
+                llm.set_plan(plan_of(made_for))
+            else:
+                with pytest.raises(ProfileMismatchError, match=r"LoRA adapter is .*, here it is .*; calibrate"):
+                    llm.set_plan(plan_of(made_for))
+    with pytest.raises(ProfileMismatchError, match=rf"here it is {fingerprint(lora)[:12]} at scale 0\.5;"):
+        models[2].set_plan(plan_of(models[0]))
+
+
+def test_a_plan_fits_only_the_overrides_that_it_was_made_with(
+    tiny: Callable[..., Path], open_model: Callable[..., AdaSkipLlama]
+) -> None:
+    epsilon = "llama.attention.layer_norm_rms_epsilon"
+    plain, a, b = (
+        open_model(tiny(), kv_overrides=each) for each in (None, {epsilon: 1e-3}, {epsilon: 1e-2, "general.name": "x"})
+    )
+    with pytest.raises(ProfileMismatchError, match=rf"kv_overrides is none, here it is {epsilon}=0\.001;"):
+        a.set_plan(plan_of(plain))
+    with pytest.raises(ProfileMismatchError, match=r"epsilon=0\.001, here it is general\.name='x', llama\.attention"):
+        b.set_plan(plan_of(a))
+    with pytest.raises(ProfileMismatchError, match="kv_overrides"):
+        plain.set_plan(plan_of(a))
+    a.set_plan(plan_of(a))
+
+
+def test_a_saved_state_fits_only_the_adapter_that_it_was_computed_with(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    open_model: Callable[..., AdaSkipLlama],
+    tokens: Callable[..., list[int]],
+) -> None:
+    plain, adapted = open_model(tiny()), open_model(tiny(), lora_path=str(write_lora(tmp_path / "lora.gguf")))
+    adapted.eval(tokens(8))
+    with pytest.raises(StateError, match="LoRA adapter"):
+        plain.load_state(adapted.save_state())

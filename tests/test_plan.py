@@ -314,7 +314,14 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
         "compensation": "affine",
         "mode": "e2e",
         "n_layer": 4,
-        "model": {"fingerprint": "0" * 64, "architecture": "llama", "n_layer": 4},
+        "model": {
+            "fingerprint": "0" * 64,
+            "architecture": "llama",
+            "n_layer": 4,
+            "lora": "",
+            "lora_scale": 0.0,
+            "overrides": "",
+        },
         "prefill": {"attention": [], "ffn": [{"layer": 0, "scale": 1.0, "bias_norm": 0.0}]},
         "decode": {
             "attention": [{"layer": 2, "scale": 0.5, "bias_norm": 5.0}],

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from gguf import GGUFWriter, TokenType
 from tiny_families import FAMILIES, N_CTX_TRAIN, N_EMBD, N_FF, N_HEAD, N_VOCAB, Family
 
-__all__ = ["write_model"]
+__all__ = ["write_lora", "write_model"]
 
 Kind = str  # "attention" or "ffn"
 
@@ -34,6 +34,7 @@ def write_model(
     seed: int = 0,
     n_layer: int | None = None,
     zero: Collection[tuple[int, Kind]] = (),
+    split: int = 0,
 ) -> Path:
     """Write a tiny random model.
 
@@ -43,9 +44,10 @@ def write_model(
         seed: Seed of the weights; together with a tensor's name it fixes that tensor.
         n_layer: Number of layers; the family's own number when None.
         zero: (layer, "attention" or "ffn") of every sublayer that shall add nothing to the residual stream.
+        split: Tensors in a file, for a model in several.
 
     Returns:
-        ``path``.
+        ``path``; of a model in several files the first one.
     """
     family = FAMILIES[name] if isinstance(name, str) else name
     layers = n_layer or family.n_layer
@@ -56,12 +58,31 @@ def write_model(
         if not names:
             raise ValueError(f"{name} has no {kind} in layer {layer}")
         silenced |= names
-    writer = GGUFWriter(path, family.architecture)
+    writer = GGUFWriter(path, family.architecture, split_max_tensors=split)
     _write_metadata(writer, family, layers)
     _write_tokenizer(writer)
     for tensor, shape in shapes.items():
         values = _values(tensor, shape, seed)
         writer.add_tensor(tensor, np.zeros_like(values) if tensor in silenced else values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return min(Path(path).parent.glob(f"{Path(path).stem}-00001-of-*.gguf")) if split else Path(path)
+
+
+def write_lora(path: str | Path, *, seed: int = 0, rank: int = 2) -> Path:
+    """Write a LoRA adapter for the output projection of every attention of a llama that :func:`write_model` writes."""
+    rng = np.random.default_rng(seed)
+    writer = GGUFWriter(path, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    for tensor, shape in FAMILIES["llama"].tensors(FAMILIES["llama"].n_layer):
+        if tensor.endswith("attn_output.weight"):
+            n_out, n_in = shape
+            writer.add_tensor(f"{tensor}.lora_a", rng.standard_normal((rank, n_in)).astype(np.float32))
+            writer.add_tensor(f"{tensor}.lora_b", rng.standard_normal((n_out, rank)).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

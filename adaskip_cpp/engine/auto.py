@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import PlanError, ProfileMismatchError, ProfileMissingError
-from ..model.identity import fingerprint
+from ..errors import PlanError, ProfileMissingError
+from ..model.identity import ModelInfo, fingerprint
 
 if TYPE_CHECKING:
     from ..model.plan import SkipPlan
@@ -33,13 +33,8 @@ def check_model(profile: Profile, model: str | os.PathLike[str], name: str) -> N
         ProfileMismatchError: it is of another model.
         ModelFileError: the model cannot be read.
     """
-    found = fingerprint(model)
-    if profile.model.fingerprint != found:
-        raise ProfileMismatchError(
-            f"{name!r} was made for another model ({profile.model.architecture}, fingerprint "
-            f"{profile.model.fingerprint[:12]}) than {os.fspath(model)!r} ({found[:12]}); "
-            f"run `adaskip-cpp tune {os.fspath(model)}`"
-        )
+    found = ModelInfo(fingerprint(model), profile.model.architecture, profile.model.n_layer)
+    profile.model.check(found, repr(name), model, f"run `adaskip-cpp tune {os.fspath(model)}`")
 
 
 def auto_plan(model: str | os.PathLike[str]) -> SkipPlan | None:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
-from ..errors import ModelFileError, NativeError, PlanError, ProfileMismatchError, StateError
-from ..model.identity import ModelInfo, check_gguf, fingerprint
+from ..errors import ModelFileError, NativeError, PlanError, StateError
+from ..model.identity import ModelInfo, check_gguf, fingerprint, override_words
 from ..model.plan import Phase, SkipPlan
 from .auto import auto_plan
 from .log import errors_logged
@@ -50,12 +50,12 @@ class AdaSkipState(LlamaState):
     """A saved state that knows which model it is of, and which attentions did not run for its positions.
 
     Attributes:
-        fingerprint: of the model file.
+        model: what it was saved from.
         kv_runs: the positions that lack KV, see :class:`adaskip_cpp.engine.native.KVRun`.
         elided_kv: layers whose attention has no KV at all.
     """
 
-    fingerprint: str
+    model: ModelInfo
     kv_runs: tuple[KVRun, ...]
     elided_kv: tuple[int, ...]
 
@@ -152,9 +152,14 @@ class AdaSkipLlama(llama_cpp.Llama):
 
     @cached_property
     def model_info(self) -> ModelInfo:
-        """Fingerprint, architecture and number of layers: what a profile or plan must match."""
+        """Its files, LoRA adapter and overrides: what a profile or plan must match."""
         return ModelInfo(
-            fingerprint(self.model_path), self.metadata.get("general.architecture", "unknown"), self.n_layer
+            fingerprint(self.model_path),
+            self.metadata.get("general.architecture", "unknown"),
+            self.n_layer,
+            fingerprint(self.lora_path) if self.lora_path else "",
+            float(self.lora_scale) if self.lora_path else 0.0,
+            override_words(self.kv_overrides),
         )
 
     @cached_property
@@ -228,12 +233,8 @@ class AdaSkipLlama(llama_cpp.Llama):
                     f"the plan's vectors have {n_embd} values, {self.model_path!r} has {self.n_embd()} "
                     "per token; make a plan from this model's profile."
                 )
-        if plan.model is not None and plan.model != self.model_info:
-            raise ProfileMismatchError(
-                f"the plan was made for another model ({plan.model.architecture}, fingerprint "
-                f"{plan.model.fingerprint[:12]}) than {self.model_path!r} ({self.model_info.architecture}, "
-                f"{self.model_info.fingerprint[:12]}); calibrate this model and make a plan from its profile."
-            )
+        if plan.model is not None:
+            plan.model.check(self.model_info, "the plan", self.model_path)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -369,7 +370,7 @@ class AdaSkipLlama(llama_cpp.Llama):
         """As ``llama_cpp.Llama.save_state``, with the record of what the KV lacks."""
         return AdaSkipState.of(
             super().save_state(),
-            fingerprint=self.model_info.fingerprint,
+            model=self.model_info,
             kv_runs=self._adaskip.kv_runs(),
             elided_kv=self.elided_kv,
         )
@@ -381,8 +382,12 @@ class AdaSkipLlama(llama_cpp.Llama):
             StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,
                 unless llama.cpp itself refuses the state: then the cache is empty.
         """
-        if isinstance(state, AdaSkipState) and state.fingerprint != self.model_info.fingerprint:
-            raise StateError("the state was saved from another model; load it into the model that it was saved from.")
+        differences = state.model.differences(self.model_info) if isinstance(state, AdaSkipState) else []
+        if differences:
+            raise StateError(
+                f"the state was saved from another model: {'; '.join(differences)}; load it into the model that it was "
+                "saved from."
+            )
         if (state.elided_kv if isinstance(state, AdaSkipState) else ()) != self.elided_kv:
             raise StateError(
                 "the state was saved with KV for other layers; load it into a model that was opened with the same "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..engine.generation import chat_tokens, has_chat_template
-from ..errors import DataError, ProfileMismatchError
+from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.longbench import longbench_items
 from ..measuring.synthetic import synthetic_items
@@ -86,12 +86,7 @@ def prepare(
         The work, notes for the user, words about the items, and the settings.
     """
     with closing(open_model(256, False)) as llm:
-        if profile.model != llm.model_info:
-            raise ProfileMismatchError(
-                f"the profile is of another model ({profile.model.architecture}, fingerprint "
-                f"{profile.model.fingerprint[:12]}) than {model!r} ({llm.model_info.architecture}, "
-                f"{llm.model_info.fingerprint[:12]}); calibrate this model"
-            )
+        profile.model.check(llm.model_info, "the profile", model)
         n_most = llm.n_ctx_train
     limit = min(options.ctx or n_most, n_most)
     if options.ctx is not None and options.ctx > n_most:

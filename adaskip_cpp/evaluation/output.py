@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ def evaluation_settings(llm: AdaSkipLlama, profile: Profile, work: Work) -> dict
 
     machine = CostSettings.of(llm).to_dict()
     return {
-        "model": llm.model_info.to_dict(),
+        "model": asdict(llm.model_info),
         "profile": content_hash(profile),
         **work.to_settings(),
         # Batch sizes follow the context, which follows the work.

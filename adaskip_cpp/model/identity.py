@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..errors import ModelFileError
+from ..errors import ModelFileError, ProfileMismatchError
 
-__all__ = ["ModelInfo", "check_gguf", "fingerprint"]
+__all__ = ["ModelInfo", "check_gguf", "fingerprint", "override_words"]
 
 _MIB = 1 << 20
 _BLOCK = 64 << 10
@@ -19,51 +19,105 @@ _N_BLOCKS = 64
 
 _GGUF_MAGIC = b"GGUF"
 
+_SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf", re.DOTALL)
+"""llama.cpp's name of a file of a model in several, ``llama_split_path``."""
+
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Identity of a model file.
+    """Identity of a model as it is loaded.
 
     Attributes:
         fingerprint: SHA-256 in hexadecimal, see :func:`fingerprint`.
         architecture: the GGUF's ``general.architecture``, for example ``"llama"``.
         n_layer: number of transformer layers; a model has twice as many sublayers.
+        lora: fingerprint of its LoRA adapter, "" for none.
+        lora_scale: what the adapter is scaled by, 0 for none.
+        overrides: its ``kv_overrides``, see :func:`override_words`.
+
+    Raises:
+        ValueError: there is no layer.
     """
 
     fingerprint: str
     architecture: str
     n_layer: int
+    lora: str = ""
+    lora_scale: float = 0.0
+    overrides: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"fingerprint": self.fingerprint, "architecture": self.architecture, "n_layer": self.n_layer}
+    def __post_init__(self) -> None:
+        if self.n_layer < 1:
+            raise ValueError("a model has at least one layer")
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ModelInfo:
-        """Read what :meth:`to_dict` wrote.
+    def check(
+        self,
+        loaded: ModelInfo,
+        what: str,
+        name: str | os.PathLike[str],
+        way_out: str = "calibrate the model as it is loaded here, or load it as it was calibrated",
+    ) -> None:
+        """Refuse what was made for this model where another one is loaded.
+
+        Args:
+            loaded: the one that is loaded.
+            what: what was made, as ``the plan``.
+            name: file of the model that is loaded.
+            way_out: what to do.
 
         Raises:
-            ValueError: a field is missing or of the wrong type.
+            ProfileMismatchError: they differ; the message says in what.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError("'model' is not an object")
-        for name, kind in (("fingerprint", str), ("architecture", str), ("n_layer", int)):
-            if not isinstance(data.get(name), kind) or isinstance(data.get(name), bool):
-                raise ValueError(f"'model' lacks a valid '{name}'")
-        if data["n_layer"] < 1:
-            raise ValueError("'model' has an 'n_layer' below 1")
-        return cls(data["fingerprint"], data["architecture"], data["n_layer"])
+        differences = self.differences(loaded)
+        if differences:
+            raise ProfileMismatchError(
+                f"{what} was made for another model than {os.fspath(name)!r}: {'; '.join(differences)}; {way_out}"
+            )
+
+    def differences(self, loaded: ModelInfo) -> list[str]:
+        """Say in what this model differs from one that is loaded, part by part."""
+        pairs = zip(self._parts(), loaded._parts(), strict=True)
+        return [f"its {mine[0]} is {mine[1]}, here it is {other[1]}" for mine, other in pairs if mine != other]
+
+    def _parts(self) -> tuple[tuple[str, str, str], ...]:
+        """Each part's name, what to call it, and what else must be equal."""
+        adapter = f"{self.lora[:12]} at scale {self.lora_scale!r}" if self.lora else "none"
+        file = f"{self.architecture} of {self.n_layer} layers, fingerprint {self.fingerprint[:12]}"
+        return (
+            ("file", file, self.fingerprint),
+            ("LoRA adapter", adapter, self.lora),
+            ("kv_overrides", self.overrides or "none", ""),
+        )
+
+
+def override_words(overrides: Mapping[str, object] | None) -> str:
+    """Return ``kv_overrides`` as one text that is the same for the same ones: ``a=1, b='x'``."""
+    return ", ".join(f"{name}={value!r}" for name, value in sorted((overrides or {}).items()))
+
+
+def model_files(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return all files of a model: ``X-00001-of-00003.gguf`` and the two others, or the one."""
+    split = _SPLIT.fullmatch(os.fspath(path))
+    if split is None:
+        return (os.fspath(path),)
+    return tuple(f"{split[1]}-{i + 1:05}-of-{split[2]}.gguf" for i in range(int(split[2])))
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """Hash enough of a model file to tell it from any other, in milliseconds for any size.
+    """Hash enough of a model's files to tell it from any other, in milliseconds for any size.
 
-    The hash covers the file's size, its first and last MiB and 64 blocks of 64 KiB spread evenly over it: header and
-    vocabulary, some of nearly every tensor, and the end. A file of up to 6 MiB is hashed whole.
+    The hash of a file covers its size, its first and last MiB and 64 blocks of 64 KiB spread evenly over it: header and
+    vocabulary, some of nearly every tensor, and the end. A file of up to 6 MiB is hashed whole. For a model in several
+    files it is the hash of their hashes.
 
     Raises:
-        ModelFileError: the file is missing or cannot be read.
+        ModelFileError: a file is missing or cannot be read.
     """
+    digests = [_digest(file) for file in model_files(path)]
+    return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
+
+
+def _digest(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -78,27 +132,28 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
                 file.seek(size - _MIB)
                 digest.update(file.read(_MIB))
     except OSError as error:
-        raise ModelFileError(
-            f"cannot read the model {os.fspath(path)!r}: {error.strerror or error}; check the path"
-        ) from error
-    return digest.hexdigest()
+        raise ModelFileError(f"cannot read the model {path!r}: {error.strerror or error}; check the path") from error
+    return digest.digest()
 
 
 def check_gguf(path: str | os.PathLike[str]) -> None:
     """Refuse what is certainly not a GGUF file, before llama.cpp tries to load it.
 
     Raises:
-        ModelFileError: missing, unreadable, a folder, empty, or without the GGUF magic number.
+        ModelFileError: missing, unreadable, a folder, empty, or without the GGUF magic number; so may be any file of a
+            model in several.
     """
-    name = os.fspath(path)
-    if not os.path.exists(name):
-        raise ModelFileError(f"there is no model file {name!r}; check the path")
-    if Path(name).is_dir():
-        raise ModelFileError(f"{name!r} is a folder; name the .gguf file in it")
-    try:
-        with open(name, "rb") as file:
-            magic = file.read(len(_GGUF_MAGIC))
-    except OSError as error:
-        raise ModelFileError(f"cannot read the model {name!r}: {error.strerror or error}; check the path") from error
-    if magic != _GGUF_MAGIC:
-        raise ModelFileError(f"{name!r} is not a GGUF file; download a .gguf or convert the model to GGUF")
+    for name in model_files(path):
+        if not os.path.exists(name):
+            raise ModelFileError(f"there is no model file {name!r}; check the path")
+        if Path(name).is_dir():
+            raise ModelFileError(f"{name!r} is a folder; name the .gguf file in it")
+        try:
+            with open(name, "rb") as file:
+                magic = file.read(len(_GGUF_MAGIC))
+        except OSError as error:
+            raise ModelFileError(
+                f"cannot read the model {name!r}: {error.strerror or error}; check the path"
+            ) from error
+        if magic != _GGUF_MAGIC:
+            raise ModelFileError(f"{name!r} is not a GGUF file; download a .gguf or convert the model to GGUF")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
 import numpy as np
@@ -382,7 +382,7 @@ class SkipPlan:
             "compensation": self.compensation,
             "mode": self.mode,
             "n_layer": self.n_layer,
-            "model": None if self.model is None else self.model.to_dict(),
+            "model": None if self.model is None else asdict(self.model),
             "prefill": self.prefill.to_dict(),
             "decode": self.decode.to_dict(),
             "schedule": [{"start": start, **each.to_dict()} for start, each in self.schedule],

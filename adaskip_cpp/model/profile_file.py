@@ -15,8 +15,10 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -53,7 +55,7 @@ def to_dict(profile: Profile) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "version": FORMAT_VERSION,
-        "model": profile.model.to_dict(),
+        "model": asdict(profile.model),
         "calibration": {
             "n_requests": profile.n_requests,
             "n_tokens": profile.n_tokens,
@@ -138,7 +140,7 @@ def _from_dict(data: Any, folder: str) -> Profile:
             "calibrate again or install the release that wrote it"
         )
     try:
-        model = ModelInfo.from_dict(data["model"])
+        model = msgspec.convert(data["model"], ModelInfo)
         vectors = None if data["vectors"] is None else _read_vectors(data["vectors"], folder)
         calibration = data["calibration"]
         return Profile(
