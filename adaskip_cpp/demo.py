@@ -17,7 +17,7 @@ from .cli.terminal import load_model
 from .engine.generation import Generation, chat_tokens
 from .errors import ModelFileError
 from .measuring import corpus
-from .measuring.loss import token_losses
+from .measuring.distribution import token_losses
 from .model.plan import SkipPlan
 from .planning.profile import Profile
 

@@ -1,4 +1,4 @@
-"""Atomic writes of files."""
+"""Text files read, and files written atomically."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ import contextlib
 import os
 import secrets
 
-__all__ = ["write_atomically"]
+from .errors import DataError
+
+__all__ = ["read_text", "write_atomically"]
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        DataError: it cannot be read or is not UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{os.fspath(path)!r} is not UTF-8 text ({error.reason}); convert it first") from error
+    except OSError as error:
+        raise DataError(f"cannot read {os.fspath(path)!r} ({error.strerror}); check the path") from error
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:

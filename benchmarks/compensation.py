@@ -17,7 +17,7 @@ import numpy as np
 
 from adaskip_cpp import AdaSkipLlama, calibrate
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.loss import token_losses
+from adaskip_cpp.measuring.distribution import token_losses
 from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
 PAGES = ("debugger", "string-methods", "typesmapping")

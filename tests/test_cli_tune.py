@@ -20,7 +20,8 @@ from adaskip_cpp.cli.main import main
 from adaskip_cpp.engine.auto import profile_path
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.measuring import corpus, loss
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.distribution import token_losses
 from adaskip_cpp.measuring.text_quality import TextQuality
 from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.cost_model import CostModel, PhaseCost
@@ -117,7 +118,7 @@ def test_a_loss_is_kept_on_text_judged_anew_by_the_model_opened_with_auto(
     means = []
     for plan in (None, "auto"):
         llm = adaskip_cpp.AdaSkipLlama(str(tmp_path / "m.gguf"), plan=plan, n_ctx=64, logits_all=True, verbose=False)
-        means.append([loss.mean_loss(llm, item.tokens) for item in hold_out(llm, texts, 4, 24).check])
+        means.append([token_losses(llm, item.tokens).mean() for item in hold_out(llm, texts, 4, 24).check])
         llm.close()
     added = float(np.mean(np.array(means[1]) - means[0]))
     assert added == pytest.approx(found.loss.value, abs=1e-4) and added <= found.loss.high <= 0.5
@@ -217,7 +218,7 @@ def test_a_speedup_is_reached_with_what_harms_least(
     means = []
     for layer in range(3):
         llm.set_plan(replace(found, ffn=(layer,)).plan(profile))
-        means.append(np.mean([loss.mean_loss(llm, item.tokens) for item in hold_out(llm, texts, 4, 24).search]))
+        means.append(np.mean([token_losses(llm, item.tokens).mean() for item in hold_out(llm, texts, 4, 24).search]))
     llm.close()
     assert found.ffn == (int(np.argmin(means)),)
 
@@ -389,7 +390,7 @@ def test_loss_and_agreement_are_those_of_the_logits(tiny: Any, tokens: Any, open
         losses, best = [], []
         for which in (None, plan):
             llm.set_plan(which)
-            losses.append(loss.token_losses(llm, each))
+            losses.append(token_losses(llm, each))
             llm.eval(each)
             best.append(llm.scores[:19].argmax(axis=1))
             llm.reset()

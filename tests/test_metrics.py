@@ -142,14 +142,13 @@ def test_classification_is_shared_among_the_classes_named(
 )
 def test_retrieval_is_the_share_of_numbers_that_are_right(prediction: str, expected: float) -> None:
     assert metrics.retrieval(prediction, "Paragraph 7") == pytest.approx(expected)
-    assert metrics.retrieval_zh(prediction, "段落7") == pytest.approx(expected)
+    assert metrics.retrieval(prediction, "段落7") == pytest.approx(expected)
     assert metrics.count(prediction, "7") == pytest.approx(expected)
 
 
 def test_a_retrieval_answer_without_a_paragraph_is_refused() -> None:
-    for metric in (metrics.retrieval, metrics.retrieval_zh):
-        with pytest.raises(DataError, match="names no paragraph"):
-            metric("7", "7")
+    with pytest.raises(DataError, match="names no paragraph"):
+        metrics.retrieval("7", "7")
 
 
 def test_contains_wants_the_whole_word() -> None:
@@ -212,7 +211,7 @@ def test_every_dataset_has_a_metric() -> None:
 
 @pytest.mark.parametrize("metric", metrics.METRICS)
 def test_a_right_answer_scores_1_and_nothing_scores_0(metric: str) -> None:
-    answer = {"retrieval": "Paragraph 3", "retrieval_zh": "段落3", "count": "3"}.get(metric, "words")
+    answer = {"retrieval": "Paragraph 3", "count": "3"}.get(metric, "words")
     assert metrics.score(metric, answer, [answer], [answer]) == pytest.approx(1.0, abs=1e-6)
     assert metrics.score(metric, "", [answer], [answer]) == 0.0
 

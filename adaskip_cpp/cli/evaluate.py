@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..measuring.synthetic import TASKS
 from ..model.plan import MODES
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.strategies import STRATEGIES
@@ -24,9 +25,6 @@ __all__ = ["evaluate"]
 
 _TEXT, _QUESTIONS, _SPEED = "Items of text", "Questions", "Speed"
 """Headings of groups of options."""
-
-_SYNTHETIC = ("passkey", "multikey", "classify", "copy")
-"""As in :data:`adaskip_cpp.measuring.synthetic.TASKS`, which is not imported for the help alone."""
 
 
 @verb(
@@ -102,9 +100,9 @@ _SYNTHETIC = ("passkey", "multikey", "classify", "copy")
 @option(
     "--synthetic",
     group=_QUESTIONS,
-    type=names(_SYNTHETIC),
+    type=names(TASKS),
     metavar="TASK,...",
-    help=f"Long-context tasks made from the text: {', '.join(_SYNTHETIC)}.",
+    help=f"Long-context tasks made from the text: {', '.join(TASKS)}.",
 )
 @option(
     "--lengths",

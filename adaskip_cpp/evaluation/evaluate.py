@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from ..measuring.distribution import Logits
+from ..measuring.distribution import Logits, prompt_logits
 from ..measuring.metrics import continuation_rouge_l
 from ..measuring.tasks import QuestionItem, TextItem
 from ..measuring.timing import in_turn, time_request
 from .contenders import FULL, Contender, content_hash
-from .requests import PromptCache, figures, forced_logits, greedy_text, prompt_logits
+from .requests import PromptCache, figures, forced_logits, greedy_text
 from .store import Key, Store
 
 if TYPE_CHECKING:
@@ -252,8 +252,10 @@ def _read(item: TextItem, work: Work, store: Store, llm: AdaSkipLlama, progress:
     lacking = [each for each in work.read_as_prompt() if (item.id, each.name, PROMPT) not in store.records]
     for contender in lacking:
         if full is None:
-            full = prompt_logits(llm, None, item.tokens).copy()
-        logits = full if contender is FULL else prompt_logits(llm, contender.plan, item.tokens)
+            llm.set_plan(None)
+            full = prompt_logits(llm, item.tokens).copy()
+        llm.set_plan(contender.plan)
+        logits = full if contender is FULL else prompt_logits(llm, item.tokens)
         store.append(item.id, contender.name, PROMPT, figures(full, logits, item.tokens[1:]))
         progress.done((item.id, contender.name, PROMPT))
 

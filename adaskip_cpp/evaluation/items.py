@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.longbench import longbench_items
 from ..measuring.synthetic import synthetic_items
-from ..measuring.tasks import QuestionItem, TextItem, python_sources, read_texts, text_items
+from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, raw_wrap, read_texts, text_items
 from ..model.plan import MODES, Mode
 from ..planning.compensation import DEFAULT_COMPENSATION
 from .contenders import contenders
@@ -165,7 +165,7 @@ def _items(
         words["LongBench"] = f"{', '.join(map(os.path.basename, options.longbench))}, in {n_ctx:,} tokens"
     prompt: tuple[int, ...] = ()
     if speed_context:
-        tokens = llm.tokenize(whole.encode("utf-8", "replace"), special=False)
+        tokens = corpus.tokens_of(llm, whole, bos=True)
         prompt = tuple((tokens * (speed_context // len(tokens) + 1))[:speed_context])
     return texts, questions, prompt, words
 
@@ -207,10 +207,8 @@ def _longbench(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> lis
     return [item for each in taken.values() for item in each[: options.longbench_items]]
 
 
-def _wrap(llm: AdaSkipLlama, chat: bool) -> Callable[[str], list[int]]:
-    if chat:
-        return lambda prompt: chat_tokens(llm, [("user", prompt)])
-    return lambda prompt: llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=True, special=False)
+def _wrap(llm: AdaSkipLlama, chat: bool) -> Wrap:
+    return (lambda prompt: chat_tokens(llm, [("user", prompt)])) if chat else raw_wrap(llm)
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..model.plan import SkipPlan, SkipSet
 
-__all__ = ["PromptCache", "figures", "forced_logits", "greedy_text", "prompt_logits"]
+__all__ = ["PromptCache", "figures", "forced_logits", "greedy_text"]
 
 
 class PromptCache:
@@ -40,14 +40,6 @@ class PromptCache:
             self.llm.eval(prompt[:-1])
             self._cached = prompt, skipped
         return self.llm
-
-
-def prompt_logits(llm: AdaSkipLlama, plan: SkipPlan | None, tokens: tuple[int, ...]) -> Logits:
-    """Logits at all positions but the last, valid until the next evaluation."""
-    llm.set_plan(plan)
-    llm.reset()
-    llm.eval(tokens)
-    return llm.scores[: len(tokens) - 1]
 
 
 def forced_logits(llm: AdaSkipLlama, prompt: Sequence[int], targets: Sequence[int]) -> Logits:

@@ -18,6 +18,7 @@ __all__ = [
     "held_out",
     "pages",
     "text",
+    "tokens_of",
 ]
 
 DESCRIPTION = "pages of pydoc_data.topics (Python's language reference)"
@@ -95,6 +96,11 @@ def text(exclude: Collection[str] = HELD_OUT) -> str:
     return SEPARATOR.join(page for name, page in pages().items() if name not in exclude)
 
 
+def tokens_of(tokenizer: Tokenizer, text: str, *, bos: bool = False) -> list[int]:
+    """Return the token ids of a text as it stands, behind the one that begins a sequence if ``bos``."""
+    return tokenizer.tokenize(text.encode("utf-8", "replace"), add_bos=bos, special=False)
+
+
 def cut(tokenizer: Tokenizer, text: str, n_requests: int, n_tokens: int) -> list[list[int]]:
     """Cut a text into requests, spread evenly over it and not overlapping.
 
@@ -110,8 +116,7 @@ def cut(tokenizer: Tokenizer, text: str, n_requests: int, n_tokens: int) -> list
     """
     if n_requests < 1 or n_tokens < 2:
         raise RequestError(f"cannot cut {n_requests} requests of {n_tokens} tokens; use at least 1 request of 2 tokens")
-    bos = tokenizer.tokenize(b"", add_bos=True, special=False)[:1]
-    tokens = tokenizer.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=False)
+    bos, tokens = tokens_of(tokenizer, "", bos=True)[:1], tokens_of(tokenizer, text)
     if not tokens:
         raise RequestError("the calibration text is empty; give a text of at least a few hundred words")
     length = n_tokens - len(bos)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
+from ..errors import DataError, RequestError
 
-__all__ = ["Divergence", "compare", "losses"]
+if TYPE_CHECKING:
+    from ..engine.llama import AdaSkipLlama
+
+__all__ = ["Divergence", "Logits", "compare", "losses", "prompt_logits", "token_losses"]
 
 _ROWS = 64
 """Rows of logits turned to float64 at once: 25 MB for a vocabulary of 49,000."""
@@ -29,6 +33,43 @@ class Divergence:
 
     kl: npt.NDArray[np.float64]
     agree: npt.NDArray[np.bool_]
+
+
+def prompt_logits(llm: AdaSkipLlama, tokens: Sequence[int]) -> Logits:
+    """Return the logits behind each token of a text but the last, read as one prompt under the present plan.
+
+    Whatever the model has cached is forgotten first, and what it caches here stays.
+
+    Args:
+        llm: a model loaded with ``logits_all=True``.
+        tokens: at least 2 and at most ``llm.context_size`` token ids.
+
+    Returns:
+        float32 ``[len(tokens) - 1, n_vocab]``, valid until the next evaluation.
+
+    Raises:
+        RequestError: too few or too many tokens, or the model keeps the last token's logits only.
+    """
+    if not llm._logits_all:
+        raise RequestError("the model keeps only the last token's logits; load it with logits_all=True")
+    if not 2 <= len(tokens) <= llm.context_size:
+        raise RequestError(
+            f"cannot judge a text of {len(tokens)} tokens; use from 2 to {llm.context_size} (the model's context)"
+        )
+    llm.reset()
+    llm.eval(list(tokens))
+    return llm.scores[: len(tokens) - 1]
+
+
+def token_losses(llm: AdaSkipLlama, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Return the :func:`losses` of a text's tokens but the first, float64 ``[len(tokens) - 1]``, in nats.
+
+    The text is evaluated as by :func:`prompt_logits`, which tells the arguments and errors; the KV cache is dropped.
+    """
+    try:
+        return losses(prompt_logits(llm, tokens), tokens[1:])
+    finally:
+        llm.reset()
 
 
 def losses(logits: Logits, targets: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import msgspec
 
 from ..errors import DataError
-from .tasks import QuestionItem
+from ..files import read_text
+from .corpus import tokens_of
+from .tasks import QuestionItem, Wrap, raw_wrap
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -34,7 +38,7 @@ DATASETS = {
     "lsht": "classification",
     "passage_count": "count",
     "passage_retrieval_en": "retrieval",
-    "passage_retrieval_zh": "retrieval_zh",
+    "passage_retrieval_zh": "retrieval",
     "lcc": "code_similarity",
     "repobench-p": "code_similarity",
 }
@@ -45,6 +49,7 @@ _NO_CHAT = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"
 """Few-shot prompts and code, which LongBench has completed as they stand."""
 
 _Path: TypeAlias = "str | os.PathLike[str]"
+_Length: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 
 
 def longbench_items(
@@ -54,7 +59,7 @@ def longbench_items(
     prompts: _Path,
     lengths: _Path,
     n_ctx: int,
-    wrap: Callable[[str], Sequence[int]],
+    wrap: Wrap,
 ) -> list[QuestionItem]:
     """Read LongBench's items as questions to a model, one file after the other. Blank lines are passed over.
 
@@ -76,30 +81,28 @@ def longbench_items(
             no template or length; the context has no room for a prompt.
         PackageMissingError: a dataset's metric needs a package that is not installed.
     """
-    templates = _by_dataset(prompts, "a prompt template", str)
-    max_tokens = _by_dataset(lengths, "a length", int)
+    templates, max_tokens = _table(prompts, str, "a template"), _table(lengths, _Length, "a length")
     items = []
-    for record, identity, where in _records(files):
-        dataset = record["dataset"]
-        base = dataset.removesuffix("_e")
-        template = _lookup(templates, dataset, prompts, where)
-        limit = _lookup(max_tokens, dataset, lengths, where)
+    for fields, line, identity, where in _lines(files):
+        base = line.dataset.removesuffix("_e")
+        template = _of_dataset(templates, line.dataset, prompts, where)
+        limit = _of_dataset(max_tokens, line.dataset, lengths, where)
         try:
-            prompt = template.format(**record)
+            prompt = template.format(**fields)
         except (LookupError, AttributeError, ValueError) as error:
             raise DataError(
-                f"{os.fspath(prompts)!r}: the template of {dataset!r} cannot be filled in from {where} "
+                f"{os.fspath(prompts)!r}: the template of {line.dataset!r} cannot be filled in from {where} "
                 f"({type(error).__name__}: {error}); it may name the line's fields, as {{context}} and {{input}}"
             ) from error
         item = QuestionItem(
             id=identity,
-            task=dataset,
-            prompt=tuple(_fit(llm, prompt, n_ctx - limit, _raw(llm) if base in _NO_CHAT else wrap, where)),
-            answers=tuple(record["answers"]),
+            task=line.dataset,
+            prompt=tuple(_fit(llm, prompt, n_ctx - limit, raw_wrap(llm) if base in _NO_CHAT else wrap, where)),
+            answers=line.answers,
             max_tokens=limit,
             metric=DATASETS[base],
-            all_classes=tuple(record["all_classes"] or ()),
-            length=record["length"] or 0,
+            all_classes=line.all_classes or (),
+            length=line.length or 0,
             first_line=base in _FIRST_LINE,
         )
         try:
@@ -110,37 +113,63 @@ def longbench_items(
     return items
 
 
-def _records(files: Iterable[_Path]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Every line's object, an id of its own, and where it stands."""
+@dataclass(frozen=True)
+class _Line:
+    """What is used of a line."""
+
+    input: str
+    context: str
+    dataset: str
+    answers: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    all_classes: tuple[str, ...] | None = None
+    length: int | None = None
+
+
+def _lines(files: Iterable[_Path]) -> Iterator[tuple[dict[str, Any], _Line, str, str]]:
+    """Every line's fields, the same checked, an id of its own, and where it stands."""
     seen: set[str] = set()
-    stems: set[str] = set()
     for file in files:
         stem = os.path.splitext(os.path.basename(file))[0]
-        if stem in stems:
+        if stem in seen:
             raise DataError(f"{os.fspath(file)!r}: a file of this name was read before; name every file once")
-        stems.add(stem)
-        for number, line in enumerate(_lines(file), 1):
-            if not line.strip():
+        seen.add(stem)
+        for number, text in enumerate(read_text(file).split("\n"), 1):  # not splitlines(): JSON may hold U+2028
+            if not text.strip():
                 continue
             where = f"{os.fspath(file)!r}, line {number}"
-            record = _record(line, where)
-            identity = f"longbench/{stem}/{record.get('_id') or number}"
+            fields, line = _line(text, where)
+            identity = f"longbench/{stem}/{fields.get('_id') or number}"
             if identity in seen:
                 identity = f"{identity}/{number}"
             seen.add(identity)
-            yield record, identity, where
+            yield fields, line, identity, where
 
 
-def _raw(llm: AdaSkipLlama) -> Callable[[str], Sequence[int]]:
-    return lambda prompt: llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=True, special=False)
+def _line(text: str, where: str) -> tuple[dict[str, Any], _Line]:
+    try:
+        fields = msgspec.json.decode(text, type=dict[str, Any])
+        line = msgspec.convert(fields, _Line)
+    except msgspec.ValidationError as error:
+        raise DataError(
+            f"{where} is no item of LongBench ({error}); its lines have input, context, dataset (text), "
+            "answers and all_classes (lists of texts)"
+        ) from error
+    except msgspec.DecodeError as error:
+        raise DataError(f"{where} is not JSON ({error}); download the file again or mend the line") from error
+    base = line.dataset.removesuffix("_e")
+    if base not in DATASETS:
+        raise DataError(f"{where}: there is no dataset {line.dataset!r}; LongBench has {', '.join(DATASETS)}")
+    if DATASETS[base] == "classification" and not line.all_classes:
+        raise DataError(f"{where} has no 'all_classes', which {base!r} needs; add the names to choose from")
+    return fields, line
 
 
-def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Callable[[str], Sequence[int]], where: str) -> Sequence[int]:
+def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> Sequence[int]:
     """Wrap a prompt, its middle cut out if the result would be longer than ``room`` tokens."""
     tokens = wrap(prompt)
     if len(tokens) <= room:
         return tokens
-    plain = llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=False, special=False)
+    plain = tokens_of(llm, prompt)
     half = (room - len(wrap(""))) // 2
     while half > 0:
         tokens = wrap("".join(llm.detokenize(part).decode("utf-8", "ignore") for part in (plain[:half], plain[-half:])))
@@ -150,63 +179,16 @@ def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Callable[[str], Sequen
     raise DataError(f"{where}: the context leaves {max(room, 0)} tokens for a prompt; use a larger context (--ctx)")
 
 
-def _lines(file: _Path) -> list[str]:
+def _table(path: _Path, kind: Any, what: str) -> dict[str, Any]:
     try:
-        with open(file, encoding="utf-8") as stream:
-            return stream.read().split("\n")  # not splitlines(): JSON strings may hold U+2028 unescaped
-    except UnicodeDecodeError as error:
-        raise DataError(f"{os.fspath(file)!r} is not UTF-8 text ({error.reason}); convert it first") from error
-    except OSError as error:
-        raise DataError(f"cannot read {os.fspath(file)!r} ({error.strerror}); check the path") from error
+        return msgspec.json.decode(read_text(path), type=dict[str, kind])
+    except msgspec.DecodeError as error:
+        raise DataError(
+            f"{os.fspath(path)!r} does not give {what} by dataset ({error}); use LongBench's own file"
+        ) from error
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
-    """Check one line. The fields that are used have the right types in what is returned."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); download the file again or mend the line") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is not a JSON object; each line must be one item of LongBench")
-    record = {"all_classes": None, "length": None, **record}
-    valid = {
-        "input": isinstance(record.get("input"), str),
-        "context": isinstance(record.get("context"), str),
-        "dataset": isinstance(record.get("dataset"), str),
-        "answers": _are_strings(record.get("answers")) and len(record["answers"]) > 0,
-        "all_classes": record["all_classes"] is None or _are_strings(record["all_classes"]),
-        "length": record["length"] is None or isinstance(record["length"], int),
-    }
-    for field in valid:
-        if not valid[field]:
-            raise DataError(
-                f"{where} has no valid {field!r}; LongBench's lines have input, context, dataset (text), "
-                "answers and all_classes (lists of texts)"
-            )
-    dataset = record["dataset"].removesuffix("_e")
-    if dataset not in DATASETS:
-        raise DataError(f"{where}: there is no dataset {record['dataset']!r}; LongBench has {', '.join(DATASETS)}")
-    if DATASETS[dataset] == "classification" and not record["all_classes"]:
-        raise DataError(f"{where} has no 'all_classes', which {dataset!r} needs; add the names to choose from")
-    return record
-
-
-def _are_strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(element, str) for element in value)
-
-
-def _by_dataset(path: _Path, what: str, kind: type) -> dict[str, Any]:
-    try:
-        table = json.loads("\n".join(_lines(path)))
-    except ValueError as error:
-        raise DataError(f"{os.fspath(path)!r} is not JSON ({error}); use LongBench's own file") from error
-    fits = isinstance(table, dict) and all(type(value) is kind for value in table.values())
-    if not fits or (kind is int and any(value < 1 for value in table.values())):
-        raise DataError(f"{os.fspath(path)!r} does not give {what} by dataset; use LongBench's own file")
-    return dict(table)
-
-
-def _lookup(table: Mapping[str, Any], dataset: str, path: _Path, where: str) -> Any:
+def _of_dataset(table: Mapping[str, Any], dataset: str, path: _Path, where: str) -> Any:
     for name in (dataset, dataset.removesuffix("_e")):
         if name in table:
             return table[name]

@@ -1,7 +1,8 @@
 """How good an answer is, 0 to 1: the metrics of LongBench, and Rouge-L between two continuations.
 
 LongBench (Bai et al., ACL 2024, arXiv 2308.14508) publishes its scoring as code; a metric here gives the figure that
-code gives, with its quirks, so that scores can be set beside published ones.
+code gives, with its quirks, so that scores can be set beside published ones. Each takes a prediction, a right answer
+and all classes, and raises PackageMissingError where it needs a package that is not installed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ..errors import DataError, PackageMissingError
@@ -27,7 +28,6 @@ __all__ = [
     "qa_f1",
     "qa_f1_zh",
     "retrieval",
-    "retrieval_zh",
     "rouge_l",
     "rouge_l_zh",
     "score",
@@ -69,22 +69,14 @@ def qa_f1(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> floa
 
 
 def qa_f1_zh(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return the F1 of Chinese words in common, as jieba segments them; case and punctuation do not count.
-
-    Raises:
-        PackageMissingError: jieba is not installed.
-    """
+    """Return the F1 of Chinese words in common, as jieba segments them; case and punctuation do not count."""
     jieba = _jieba()
     words = [[_plain_zh(word) for word in jieba.cut(text, cut_all=False)] for text in (prediction, answer)]
     return _f1(*([word for word in side if word] for side in words))
 
 
 def rouge_l(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return the F-measure of Rouge-L as the package ``rouge`` computes it; 0 where it cannot, as for an empty text.
-
-    Raises:
-        PackageMissingError: rouge is not installed.
-    """
+    """Return the F-measure of Rouge-L as the package ``rouge`` computes it; 0 where it cannot, as for an empty text."""
     rouge = _package("rouge")
     try:
         return float(rouge.Rouge(metrics=["rouge-l"]).get_scores([prediction], [answer], avg=True)["rouge-l"]["f"])
@@ -93,11 +85,7 @@ def rouge_l(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> fl
 
 
 def rouge_l_zh(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return :func:`rouge_l` of Chinese text, its words told apart by jieba.
-
-    Raises:
-        PackageMissingError: jieba or rouge is not installed.
-    """
+    """Return :func:`rouge_l` of Chinese text, its words told apart by jieba."""
     jieba = _jieba()
     return rouge_l(*(" ".join(jieba.cut(text, cut_all=False)) for text in (prediction, answer)))
 
@@ -116,26 +104,21 @@ def classification(prediction: str, answer: str, all_classes: Sequence[str] = ()
 
 
 def retrieval(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return the share of numbers in the prediction that are the answer's, which reads "Paragraph 7".
+    """Return the share of numbers in the prediction that are the answer's, which reads "Paragraph 7" or "段落7".
 
     Raises:
         DataError: the answer names no paragraph.
     """
-    return _share_of_numbers(prediction, _paragraph(r"Paragraph (\d+)", answer))
-
-
-def retrieval_zh(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return the share of numbers in the prediction that are the answer's, which reads "段落7".
-
-    Raises:
-        DataError: the answer names no paragraph.
-    """
-    return _share_of_numbers(prediction, _paragraph(r"段落(\d+)", answer))
+    match = re.search(r"(?:Paragraph |段落)(\d+)", answer)
+    if match is None:
+        raise DataError(f"the answer {answer!r} names no paragraph; check that the file is the published one")
+    return count(prediction, match[1])
 
 
 def count(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
     """Return the share of numbers in the prediction that are the answer."""
-    return _share_of_numbers(prediction, answer)
+    numbers = re.findall(r"\d+", prediction)
+    return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
 def code_similarity(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
@@ -143,9 +126,6 @@ def code_similarity(prediction: str, answer: str, all_classes: Sequence[str] = (
 
     A line with a backtick, ``#`` or ``//`` is taken for a comment or a fence. The similarity is twice the length of the
     longest common subsequence of characters over the length of both.
-
-    Raises:
-        PackageMissingError: rapidfuzz is not installed.
     """
     fuzz = _package("rapidfuzz.fuzz")
     lines = prediction.lstrip("\n").split("\n")
@@ -163,37 +143,19 @@ def continuation_rouge_l(reference: str, candidate: str) -> float:
 
     Words are those of the package's own default, runs of ASCII letters and digits in lower case, unstemmed; any other
     letter is a word by itself, where the package sees none. Equal texts score 1, also without words.
-
-    Raises:
-        PackageMissingError: rouge-score is not installed.
     """
-    scorer = _package("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
+    words = SimpleNamespace(tokenize=lambda text: re.findall(r"[a-z0-9]+|[^\W_]", text.lower()))
+    scorer = _package("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=words)
     if reference == candidate:
         return 1.0
     return float(scorer.score(reference, candidate)["rougeL"].fmeasure)
 
 
 METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
-    "qa_f1": qa_f1,
-    "qa_f1_zh": qa_f1_zh,
-    "rouge_l": rouge_l,
-    "rouge_l_zh": rouge_l_zh,
-    "classification": classification,
-    "retrieval": retrieval,
-    "retrieval_zh": retrieval_zh,
-    "count": count,
-    "code_similarity": code_similarity,
-    "contains": contains,
+    each.__name__: each
+    for each in (qa_f1, qa_f1_zh, rouge_l, rouge_l_zh, classification, retrieval, count, code_similarity, contains)
 }
 """Every metric by name: functions of a prediction, a right answer and all classes."""
-
-
-class _Words:
-    """A tokenizer for rouge-score."""
-
-    @staticmethod
-    def tokenize(text: str) -> list[str]:
-        return re.findall(r"[a-z0-9]+|[^\W_]", text.lower())
 
 
 def _words(text: str) -> list[str]:
@@ -207,20 +169,8 @@ def _plain_zh(word: str) -> str:
 
 
 def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
-    n_same = (Counter(prediction) & Counter(answer)).total() if prediction and answer else 0
+    n_same = (Counter(prediction) & Counter(answer)).total()
     return 2 * n_same / (len(prediction) + len(answer)) if n_same else 0.0
-
-
-def _share_of_numbers(text: str, number: str) -> float:
-    numbers = re.findall(r"\d+", text)
-    return numbers.count(number) / len(numbers) if numbers else 0.0
-
-
-def _paragraph(pattern: str, answer: str) -> str:
-    match = re.search(pattern, answer)
-    if match is None:
-        raise DataError(f"the answer {answer!r} names no paragraph; check that the file is the published one")
-    return match.group(1)
 
 
 def _jieba() -> Any:

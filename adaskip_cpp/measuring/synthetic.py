@@ -11,7 +11,8 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, RequestError
-from .tasks import QuestionItem
+from .corpus import tokens_of
+from .tasks import QuestionItem, Wrap, raw_wrap
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -50,7 +51,7 @@ def synthetic_items(
     depths: Sequence[float] = (0.1, 0.5, 0.9),
     n_per: int = 4,
     seed: int = 0,
-    wrap: Callable[[str], Sequence[int]] | None = None,
+    wrap: Wrap | None = None,
 ) -> list[QuestionItem]:
     """Make questions about prompts of given lengths: ``n_per`` for each task, length and depth.
 
@@ -76,13 +77,13 @@ def synthetic_items(
         RequestError: the model's context is too small for a prompt and its answer.
     """
     _check(tasks, lengths, depths, n_per)
-    tokens = llm.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=False)
+    tokens = tokens_of(llm, text)
     if len(tokens) < max(lengths) + _PASSAGE:
         raise DataError(
             f"the text has {len(tokens)} tokens, a prompt of {max(lengths)} needs {max(lengths) + _PASSAGE}; "
             "give a longer text or ask for shorter prompts"
         )
-    wrap = wrap or (lambda prompt: llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=True, special=False))
+    wrap = wrap or raw_wrap(llm)
     source = _Source(llm, tokens, text)
     items = []
     for index, task, length in product(range(n_per), dict.fromkeys(tasks), dict.fromkeys(lengths)):
@@ -178,7 +179,7 @@ def _draw(rng: random.Random, values: Sequence[str], n: int) -> list[str]:
     return [rest.pop(_below(rng, len(rest))) for _ in range(n)]
 
 
-def _fill(puzzle: _Puzzle, length: int, wrap: Callable[[str], Sequence[int]], task: str) -> Sequence[int]:
+def _fill(puzzle: _Puzzle, length: int, wrap: Wrap, task: str) -> Sequence[int]:
     """The prompt with as much filling as makes it ``length`` tokens, or a few less."""
     best = wrap(puzzle.write(0))
     if len(best) > length:
@@ -242,7 +243,7 @@ def _copy(source: _Source, rng: random.Random, length: int, depth: float) -> _Pu
     n_cue = min(_CUE, len(words) // 2)
     cue, rest = " ".join(words[:n_cue]), " ".join(words[n_cue:])
     write = _hide(source, start, [(depth, f"This is the passage to copy: {cue} {rest}")])
-    n_rest = len(source.llm.tokenize(f" {rest}".encode(), add_bos=False, special=False))
+    n_rest = len(tokens_of(source.llm, f" {rest}"))
     return _Puzzle(
         lambda n: f"{write(n)}\n\nThis is the passage to copy: {cue}", rest, max_tokens=max(n_rest, 1), metric="qa_f1"
     )

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ..errors import DataError
+from ..files import read_text
 from . import metrics
-from .corpus import Tokenizer, cut
+from .corpus import Tokenizer, cut, tokens_of
 
-__all__ = ["PYTHON_SOURCES", "QuestionItem", "TextItem", "python_sources", "read_texts", "text_items"]
+__all__ = [
+    "PYTHON_SOURCES",
+    "QuestionItem",
+    "TextItem",
+    "Wrap",
+    "python_sources",
+    "raw_wrap",
+    "read_texts",
+    "text_items",
+]
+
+Wrap: TypeAlias = Callable[[str], Sequence[int]]
+"""Turns a prompt into tokens, as by a model's chat template."""
 
 PYTHON_SOURCES = (
     "_pydecimal",
@@ -119,14 +135,12 @@ def text_items(
     """
     if n_items < 1 or n_tokens < 2:
         raise DataError(f"cannot make {n_items} items of {n_tokens} tokens; ask for at least 1 item of 2 tokens")
-    n_bos = len(tokenizer.tokenize(b"", add_bos=True, special=False)[:1])
+    n_bos = len(tokens_of(tokenizer, "", bos=True)[:1])
     room: dict[str, int] = {}
     for name, text in texts.items():
-        n_text = len(tokenizer.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=False))
-        fit = n_text // (n_tokens - n_bos)
-        if fit > 0:
-            room[name] = fit
-        elif not drop_short:
+        n_text = len(tokens_of(tokenizer, text))
+        room[name] = n_text // (n_tokens - n_bos)
+        if room[name] == 0 and not drop_short:
             raise DataError(
                 f"text {name!r} has {n_text} tokens, fewer than the {n_tokens} of one item; "
                 "ask for shorter items or give a longer text"
@@ -136,23 +150,16 @@ def text_items(
             f"the text gives {sum(room.values())} items of {n_tokens} tokens, not the {n_items} asked for; "
             "ask for fewer or shorter items or give more text"
         )
-    taken = _deal(room, n_items)
-    by_text = [
-        [TextItem(f"{task}/{name}/{n_tokens}/{i}", task, tuple(tokens)) for i, tokens in enumerate(requests)]
-        for name, requests in ((name, cut(tokenizer, texts[name], n, n_tokens)) for name, n in taken.items() if n)
-    ]
-    return [items[i] for i in range(max(map(len, by_text))) for items in by_text if i < len(items)]
+    # The texts in turn, each as often as it has room.
+    turns = sorted((i, order, name) for order, (name, n) in enumerate(room.items()) for i in range(n))[:n_items]
+    taken = Counter(name for _, _, name in turns)
+    requests = {name: cut(tokenizer, texts[name], n, n_tokens) for name, n in taken.items()}
+    return [TextItem(f"{task}/{name}/{n_tokens}/{i}", task, tuple(requests[name][i])) for i, _, name in turns]
 
 
-def _deal(room: Mapping[str, int], n: int) -> dict[str, int]:
-    """How many of n items each text gives: one after the other in turn, none more than it has room for."""
-    taken = dict.fromkeys(room, 0)
-    while n > 0:
-        for name in room:
-            if n > 0 and taken[name] < room[name]:
-                taken[name] += 1
-                n -= 1
-    return taken
+def raw_wrap(tokenizer: Tokenizer) -> Wrap:
+    """Return what turns a prompt into tokens as it stands, behind the one that begins a sequence."""
+    return lambda prompt: tokens_of(tokenizer, prompt, bos=True)
 
 
 def read_texts(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
@@ -167,13 +174,7 @@ def read_texts(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
     names = [os.path.basename(path) for path in paths]
     texts = {}
     for path, name in zip(paths, names, strict=True):
-        try:
-            with open(path, encoding="utf-8") as stream:
-                text = stream.read()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path!r} is not UTF-8 text ({error.reason}); convert it first") from error
-        except OSError as error:
-            raise DataError(f"cannot read {path!r} ({error.strerror}); check the path") from error
+        text = read_text(path)
         if not text.strip():
             raise DataError(f"{path!r} is empty; give a text of at least a few hundred words")
         texts[name if names.count(name) == 1 else path] = text
@@ -191,13 +192,10 @@ def python_sources() -> dict[str, str]:
     folder = sysconfig.get_path("stdlib")
     sources = {}
     for name in PYTHON_SOURCES:
-        try:
-            with open(os.path.join(folder, f"{name}.py"), encoding="utf-8") as stream:
-                text = stream.read()
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text.strip():
-            sources[name] = text
+        with contextlib.suppress(DataError):
+            text = read_text(os.path.join(folder, f"{name}.py"))
+            if text.strip():
+                sources[name] = text
     if not sources:
         raise DataError(f"this Python has no sources in {folder!r}; give text of your own (--text FILE)")
     return sources
