@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <map>
 #include <stdexcept>
 
 static thread_local std::string last_error;
@@ -73,18 +74,24 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
     const auto   topology = adaskip_topology_find(
             gf, gf_res->t_embd ? gf_res->t_embd : gf_res->t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided);
 
-    std::vector<uint8_t> skip(2 * topology.layers.size(), 0);
-    for (size_t i = 0; i < skip.size(); ++i) {
+    const auto & hparams = ctx.get_model().hparams;
+
+    std::map<std::pair<int32_t, std::string>, int32_t> shapes; // by the window and what the rest of a sublayer is
+    for (int32_t i = 0; i < 2 * (int32_t) topology.layers.size(); ++i) {
         const auto & loc = topology.layers[i / 2][i % 2];
 
         adaskip_sublayer sublayer = {};
-        sublayer.layer            = (int32_t) i / 2;
-        sublayer.kind             = (int32_t) i % 2;
+        sublayer.layer            = i / 2;
+        sublayer.kind             = i % 2;
         sublayer.skippable        = loc.skippable();
-        if (loc.skippable()) {
-            skip[i]          = 1;
-            sublayer.n_nodes = topology.count_dead(gf, skip);
-            skip[i]          = 0;
+        sublayer.shape            = -1;
+        if (sublayer.kind == ADASKIP_ATTENTION && hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(i / 2)) {
+            sublayer.window = (int32_t) hparams.n_swa;
+        }
+        if (loc.i_junction >= 0) {
+            const auto & term = topology.junctions[loc.i_junction].terms[loc.i_term];
+            sublayer.shape =
+                    shapes.try_emplace({ sublayer.window, term.shape() }, (int32_t) shapes.size()).first->second;
         }
         snprintf(sublayer.reason, sizeof(sublayer.reason), "%s", loc.reason.c_str());
         res.push_back(sublayer);

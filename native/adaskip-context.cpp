@@ -175,6 +175,7 @@ bool adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatc
 }
 
 void adaskip_context::observe(const llama_context & lctx, const llama_ubatch & ubatch) {
+    counters.n_splits = ggml_backend_sched_get_n_splits(lctx.get_sched());
     counters.n_graphs_built += graph_is_new;
     counters.n_graphs_reused += !graph_is_new;
     graph_is_new = false;

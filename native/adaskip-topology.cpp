@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <set>
 
 // a stream that needs more than this many nested additions per junction is no transformer
@@ -12,13 +13,38 @@ static const char * kind_name(int kind) {
     return kind == ADASKIP_TERM_ATTENTION ? "attention" : "FFN";
 }
 
-// layer of a weight by its GGUF name: "blk.7.ffn_up.weight", "dec.blk.7.attn_q.weight"
-static int layer_of_weight(const ggml_tensor * t) {
+// layer of a weight by its GGUF name, "blk.7.ffn_up.weight" or "dec.blk.7.attn_q.weight", -1 if it has none; `rest` is
+// what follows
+static int layer_of_weight(const ggml_tensor * t, const char ** rest = nullptr) {
     int il = -1;
-    if (sscanf(t->name, "blk.%d.", &il) == 1 || sscanf(t->name, "dec.blk.%d.", &il) == 1) {
-        return il;
+    int n  = 0;
+    if (sscanf(t->name, "blk.%d.%n", &il, &n) != 1 && sscanf(t->name, "dec.blk.%d.%n", &il, &n) != 1) {
+        return -1;
     }
-    return -1;
+    if (rest) {
+        *rest = t->name + n;
+    }
+    return il;
+}
+
+std::string adaskip_term::shape() const {
+    const auto describe = [](const char * name, const ggml_tensor * t, int n_dims) {
+        std::string res = std::string(name) + " " + ggml_type_name(t->type);
+        for (int i = 0; i < n_dims; ++i) {
+            res += " " + std::to_string(t->ne[i]);
+        }
+        return res + "\n";
+    };
+    std::set<std::string> parts;
+    for (const auto * t : weights) {
+        const char * name = "";
+        layer_of_weight(t, &name);
+        parts.insert(describe(name, t, GGML_MAX_DIMS));
+    }
+    for (const auto * t : caches) {
+        parts.insert(describe("cache", t, 1)); // its cells are for the window, or for the whole context
+    }
+    return std::accumulate(parts.begin(), parts.end(), std::string());
 }
 
 static bool is_recurrent_op(ggml_op op) {
@@ -230,6 +256,9 @@ struct finder {
         res.il            = layers.empty() ? -1 : *layers.rbegin();
         res.shared        = layers.size() > 1;
         for (auto * leaf : info.leafs) {
+            if (layer_of_weight(leaf) >= 0) {
+                res.weights.push_back(leaf);
+            }
             const auto it = stores.find(leaf);
             if (it == stores.end() || std::find(res.caches.begin(), res.caches.end(), leaf) != res.caches.end()) {
                 continue;
@@ -402,60 +431,4 @@ adaskip_topology adaskip_topology_find(
 
     locate(f, res, stopped, elided);
     return res;
-}
-
-int adaskip_topology::count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & skip) const {
-    // what a junction still needs: its residual and the terms that run
-    std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> needs;
-    std::unordered_set<const ggml_tensor *>                             gone;
-    for (size_t i = 0; i < skip.size(); ++i) {
-        const auto & loc = layers[i / 2][i % 2];
-        if (!skip[i] || !loc.skippable()) {
-            continue;
-        }
-        const auto & junction = junctions[loc.i_junction];
-        gone.insert(junction.terms[loc.i_term].stores.begin(), junction.terms[loc.i_term].stores.end());
-
-        auto & srcs = needs[junction.out];
-        srcs.assign(1, junction.residual);
-        for (size_t it = 0; it < junction.terms.size(); ++it) {
-            const auto & term = junction.terms[it];
-            if (!(term.il >= 0 && skip[2 * term.il + term.kind])) {
-                srcs.push_back(term.node);
-            }
-        }
-    }
-
-    std::unordered_set<const ggml_tensor *> live;
-    std::vector<ggml_tensor *>              todo;
-    for (auto * root : adaskip_graph_roots(gf)) {
-        if (gone.count(root) == 0) {
-            todo.push_back(root);
-        }
-    }
-    int n_replaced = 0;
-    while (!todo.empty()) {
-        ggml_tensor * t = todo.back();
-        todo.pop_back();
-        if (!live.insert(t).second) {
-            continue;
-        }
-        const auto it = needs.find(t);
-        if (it != needs.end()) {
-            n_replaced += it->second.size() == 1; // nothing is added any more: the residual takes its place
-            todo.insert(todo.end(), it->second.begin(), it->second.end());
-            continue;
-        }
-        for (auto * src : t->src) {
-            if (src) {
-                todo.push_back(src);
-            }
-        }
-    }
-
-    int n_dead = n_replaced;
-    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        n_dead += live.count(ggml_graph_node(gf, i)) == 0;
-    }
-    return n_dead;
 }

@@ -23,8 +23,12 @@ struct adaskip_term {
 
     bool shared = false; // whether it uses weights of other layers too
 
-    std::vector<ggml_tensor *> caches; // memory tensors that it reads
-    std::vector<ggml_tensor *> stores; // nodes that write them and that nothing else consumes
+    std::vector<ggml_tensor *> weights; // of its layer
+    std::vector<ggml_tensor *> caches;  // memory tensors that it reads
+    std::vector<ggml_tensor *> stores;  // nodes that write them and that nothing else consumes
+
+    // names, types and sizes of the weights and of what the caches hold per token
+    std::string shape() const;
 };
 
 // One node where the residual stream is added to: out = residual + terms. There are two terms where attention and FFN
@@ -49,9 +53,6 @@ struct adaskip_location {
 struct adaskip_topology {
     std::vector<adaskip_junction>                junctions; // in the order in which they are computed
     std::vector<std::array<adaskip_location, 2>> layers;    // [n_layer][attention, FFN]
-
-    // nodes of the original graph that are not needed any more with these sublayers skipped (skip: [n_layer][2])
-    int count_dead(ggml_cgraph * gf, const std::vector<uint8_t> & skip) const;
 };
 
 // `end` is a node behind the last layer, such as the result of the final norm. Layers in `elided` have no KV of their

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 3
+#define ADASKIP_ABI_VERSION 4
 
 struct llama_context;
 
@@ -63,9 +63,10 @@ enum adaskip_statistics_flags {
 // one sublayer of the model, as found in its compute graph
 struct adaskip_sublayer {
     int32_t layer;
-    int32_t kind;        // enum adaskip_kind
-    int32_t skippable;   // 0 or 1
-    int32_t n_nodes;     // graph nodes that disappear when this sublayer alone is skipped with scale 1
+    int32_t kind;      // enum adaskip_kind
+    int32_t skippable; // 0 or 1
+    int32_t shape;  // equal for sublayers of equal weights, cache and window, which take equally long; -1 if not found
+    int32_t window; // tokens that an attention looks back at, 0 for all
     char    reason[160]; // why it is not skippable, empty when it is
 };
 
@@ -125,6 +126,7 @@ typedef void (*adaskip_statistics_callback)(const struct adaskip_statistics * st
 struct adaskip_counters {
     int64_t n_nodes_full;   // nodes of the last graph as llama.cpp built it
     int64_t n_nodes;        // nodes of the last graph as it was computed
+    int64_t n_splits;       // parts of it that run on one device each
     int64_t n_graphs_built; // since the context was created
     int64_t n_graphs_reused;
     int64_t n_bytes_kv;         // buffers of the context's memory (KV cache, recurrent state), all devices together

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFWriter
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration import cost
-from adaskip_cpp.calibration.shapes import same_shape, tensor_shapes
-from adaskip_cpp.errors import ModelFileError, PlanError, ProfileFormatError, RequestError
+from adaskip_cpp.errors import PlanError, ProfileFormatError, RequestError
 from adaskip_cpp.model.cost_model import CostModel, PhaseCost
 from adaskip_cpp.model.cost_settings import CostSettings
 from adaskip_cpp.model.plan import SkipSet
@@ -40,20 +38,32 @@ class TimedLlama:
         noise: relative standard deviation of the times; one in twenty also takes three times as long.
     """
 
-    def __init__(self, path: Path, base: Any, growth: Any, limit: Any = math.inf, size: int = 512, n_ctx: int = 8192):
-        self.model_path = str(path)
+    def __init__(
+        self,
+        shapes: list[int],
+        base: Any,
+        growth: Any,
+        *,
+        windows: Any = 0,
+        limit: Any = math.inf,
+        size: int = 512,
+        n_ctx: int = 8192,
+        swa_full: bool = False,
+    ) -> None:
         self.base, self.growth = np.array(base, float), np.array(growth, float)
         self.limit, self.fixed = np.broadcast_to(np.array(limit, float), self.growth.shape), 2e-4
         self.n_layer, self.n_batch, self.noise, self.now = len(self.base), size, 0.0, 0.0
         self.input_ids = np.zeros(n_ctx, np.intc)
         self.context_params = SimpleNamespace(
-            n_ubatch=size, n_threads=2, n_threads_batch=2, flash_attn_type=0, type_k=1, type_v=1, swa_full=False
+            n_ubatch=size, n_threads=2, n_threads_batch=2, flash_attn_type=0, type_k=1, type_v=1, swa_full=swa_full
         )
         self.model_params = SimpleNamespace(n_gpu_layers=0x7FFFFFFF)
         self.sublayers = tuple(
-            SimpleNamespace(layer=layer, kind=kind, skippable=True, nodes=9)
-            for layer in range(self.n_layer)
-            for kind in ("attention", "ffn")
+            SimpleNamespace(layer=layer, kind=kind, skippable=True, shape=shape, window=window)
+            for layer, (size_of_ffn, slides) in enumerate(
+                zip(shapes, np.broadcast_to(windows, self.n_layer), strict=True)
+            )
+            for kind, shape, window in (("attention", int(slides), int(slides)), ("ffn", 10_000 + size_of_ffn, 0))
         )
         self.plan: SkipPlan | None = None
         self.n_tokens, self.n_evaluated = 0, 0
@@ -81,10 +91,16 @@ class TimedLlama:
         return float(self.fixed + np.where(skip, 0.0, self.base + np.stack([self.growth * cells, 0 * cells], 1)).sum())
 
     def eval(self, tokens: list[int]) -> None:
+        self._eval(tokens, self.plan.prefill if self.plan else SkipSet.none(self.n_layer))
+
+    def eval_decode(self, tokens: list[int]) -> None:
+        self._eval(tokens, self.plan.decode if self.plan else SkipSet.none(self.n_layer))
+
+    def _eval(self, tokens: list[int], chosen: SkipSet) -> None:
         self.n_evaluated += 1
         if self.n_evaluated == self.fail_after:
             raise KeyboardInterrupt
-        skip = np.zeros((self.n_layer, 2), bool) if self.plan is None else self.plan.prefill.skip
+        skip = chosen.skip
         assert not (self._holes & ~skip[:, 0]).any(), "reads KV that was never written"
         self._holes |= skip[:, 0]
         self.n_tokens += len(tokens)
@@ -100,24 +116,13 @@ class TimedLlama:
 
 
 @pytest.fixture
-def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TimedLlama]]:
-    """``timed(shapes, base, growth, window=0, ...)``: a TimedLlama whose layers have FFNs of the given sizes."""
+def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TimedLlama]]:
+    """``timed(shapes, base, growth, ...)``: a TimedLlama whose layers have FFNs of the given sizes."""
 
-    def make(shapes: list[int], base: Any, growth: Any, window: int = 0, **options: Any) -> TimedLlama:
-        path = tmp_path / "model.gguf"
-        writer = GGUFWriter(path, "llama")
-        writer.add_token_list(["a", "b"])
-        for layer, size in enumerate(shapes):
-            writer.add_tensor(f"blk.{layer}.attn_q.weight", np.zeros((4, 4), np.float32))
-            writer.add_tensor(f"blk.{layer}.ffn_up.weight", np.zeros((size, 4), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        llm = TimedLlama(path, base, growth, **options)
+    def make(*arguments: Any, **options: Any) -> TimedLlama:
+        llm = TimedLlama(*arguments, **options)
         monkeypatch.setattr(cost, "perf_counter", lambda: llm.now)
         monkeypatch.setattr(cost, "_synchronize", lambda llm: None)
-        monkeypatch.setattr(cost, "_window", lambda llm: window)
         return llm
 
     yield make
@@ -179,10 +184,12 @@ def test_in_prefill_the_last_ffn_costs_what_the_output_tokens_cost(timed: Callab
     np.testing.assert_allclose(found.decode.base[:, 1], 3e-4, rtol=1e-6)
 
 
-def test_layers_with_a_window_are_found_and_stop_growing(timed: Callable[..., TimedLlama]) -> None:
+@pytest.mark.parametrize("swa_full", [False, True])
+def test_layers_with_a_window_stop_growing(swa_full: bool, timed: Callable[..., TimedLlama]) -> None:
     base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
-    limit = np.where(np.arange(12) % 6 == 5, math.inf, 1024)  # Gemma 3's pattern; 512 + a ubatch of 512
-    llm = timed([8] * 12, base, growth, window=512, limit=limit)
+    windows = np.where(np.arange(12) % 6 == 5, 0, 512)  # Gemma 3's pattern
+    limit = np.where(windows, 1024, math.inf)  # the window and a ubatch of 512
+    llm = timed([8] * 12, base, growth, windows=windows, limit=limit, swa_full=swa_full)
     found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
     np.testing.assert_array_equal(found.limit, limit)
     np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
@@ -192,9 +199,16 @@ def test_layers_with_a_window_are_found_and_stop_growing(timed: Callable[..., Ti
     assert at[0] < at[1] and at[1] == pytest.approx(at[2]) == pytest.approx(at[3])
 
 
+def test_windows_whose_kv_is_kept_and_read_whole_are_no_limit(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    found = cost.measure_cost(timed([8] * 12, base, growth, windows=512, swa_full=True), seconds=100)  # type: ignore[arg-type]
+    assert np.isinf(found.limit).all()
+    np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
+
+
 def test_a_window_wider_than_the_context_makes_no_difference(timed: Callable[..., TimedLlama]) -> None:
     base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
-    found = cost.measure_cost(timed([8] * 12, base, growth, window=4096, n_ctx=2048), seconds=30)  # type: ignore[arg-type]
+    found = cost.measure_cost(timed([8] * 12, base, growth, windows=4096, n_ctx=2048), seconds=30)  # type: ignore[arg-type]
     assert np.isinf(found.limit).all()
     np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
 
@@ -268,41 +282,6 @@ def test_impossible_arguments_are_refused_before_anything_runs(timed: Callable[.
     with pytest.raises(RequestError, match=r"too small.*n_ctx="):
         cost.measure_cost(llm)
     assert llm.n_evaluated == 0
-
-
-# --- shapes ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_header_is_read_as_gguf_reads_it(tiny: Callable[..., Path]) -> None:
-    path = tiny("gemma3")
-    expected: dict[int, set[Any]] = {}
-    for tensor in GGUFReader(path).tensors:
-        if tensor.name.startswith("blk."):
-            _, layer, name = tensor.name.split(".", 2)
-            shape = (name, tuple(int(n) for n in tensor.shape), int(tensor.tensor_type))
-            expected.setdefault(int(layer), set()).add(shape)
-    assert {layer: set(shapes) for layer, shapes in tensor_shapes(str(path)).items()} == expected
-
-
-def test_a_file_that_is_gone_or_cut_off_is_refused(tmp_path: Path, tiny: Callable[..., Path]) -> None:
-    cut = tmp_path / "cut.gguf"
-    cut.write_bytes(tiny("llama").read_bytes()[:200])
-    for path in (cut, tmp_path / "gone.gguf"):
-        with pytest.raises(ModelFileError, match="check"):
-            tensor_shapes(str(path))
-
-
-def test_sublayers_of_other_tensors_are_other_groups(timed: Callable[..., TimedLlama]) -> None:
-    llm = timed([8, 8, 16, 8], *uniform(4, 1e-4, 3e-4, 0))
-    llm.sublayers[0].nodes = 10
-    llm.sublayers[3].skippable = False  # FFN of layer 1
-    assert same_shape(llm) == ((0, (0, 1, 2, 3)), (1, (0, 3)), (1, (2,)))  # type: ignore[arg-type]
-
-
-def test_layers_whose_tensors_are_in_another_file_differ_by_their_nodes(timed: Callable[..., TimedLlama]) -> None:
-    llm = timed([8, 8], *uniform(4, 1e-4, 3e-4, 0))
-    llm.sublayers[4].nodes = 10
-    assert same_shape(llm) == ((0, (0, 1)), (0, (2,)), (0, (3,)), (1, (0, 1)), (1, (2, 3)))  # type: ignore[arg-type]
 
 
 # --- prediction -----------------------------------------------------------------------------------------------------

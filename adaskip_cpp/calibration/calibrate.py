@@ -25,7 +25,7 @@ from .similarity import RequestStatistics
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..engine.native import StatisticsBatch
-    from .cost import CostModel
+    from ..model.cost_model import CostModel
 
 __all__ = ["MAX_DECODED", "Request", "calibrate"]
 

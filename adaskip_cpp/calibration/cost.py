@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,16 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RequestError
-from ..model.cost_model import CELLS, CostModel, PhaseCost
+from ..model.cost_model import CELLS, CostModel
 from ..model.cost_settings import CostSettings
-from ..model.plan import Phase, SkipPlan
+from ..model.plan import KINDS, Phase, SkipPlan
 from .cost_fit import Group, Sample, fit
-from .shapes import same_shape
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
 
-__all__ = ["CostModel", "CostSettings", "PhaseCost", "measure_cost"]
+__all__ = ["measure_cost"]
 
 _CONTEXTS = (512, 2048, 6144)
 _MAX_ROUNDS = 12
@@ -31,8 +31,6 @@ _N_DECODE = 12
 """Tokens timed per plan and round, behind one that builds the plan's graph and is not counted."""
 _SUBSET = 10
 """Growth with the context is measured on one in so many attentions, so that deep contexts take a tenth of the time."""
-_SLIDES = 1.3
-"""Layers of one shape count as different where the slowest attention takes so many times as long as the fastest."""
 
 
 def measure_cost(
@@ -52,8 +50,7 @@ def measure_cost(
         contexts: at how many tokens of context to time attentions; None for 512, 2048 and 6144, as far as the model's
             context and the time allow.
         seconds: time to spend. Rounds of measurements are repeated in it, 12 at most; the first one is completed in any
-            case, with at most half of the time for deep contexts. A model with sliding windows takes up to as long
-            again, to find the layers that have one.
+            case, with at most half of the time for deep contexts.
         on_progress: called with the fraction of the time that has passed.
 
     Raises:
@@ -67,14 +64,15 @@ def measure_cost(
 
 
 class _Measurement:
-    """The rounds of one measurement, all in the prefill phase: what a token costs depends on its plan alone."""
+    """The rounds of one measurement: a plan's prefill set for whole ubatches, its decode set for single tokens."""
 
     def __init__(
         self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], None] | None
     ) -> None:
         self.llm = llm
         self.seconds = seconds
-        self.groups = [Group(kind, layers) for kind, layers in same_shape(llm)]
+        self.groups = _groups(llm)
+        self._rest_grows = not all(sublayer.skippable for sublayer in llm.sublayers)  # then follow it into the depth
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
         self.deepest = 0
         self._on_progress = on_progress
@@ -95,30 +93,22 @@ class _Measurement:
     def run(self) -> CostModel:
         """Measure and fit."""
         self._prepare(self._nothing(True))
-        self._eval(self._tokens)  # pages in the weights, fills caches, wakes up threads; not counted
-        self._eval(self._tokens[:1])
-        window = _window(self.llm)
-        if window:
-            self._split_sliding(window)
-        self.samples = {"prefill": [], "decode": []}
-        self.deepest = 0
+        self._eval("prefill", self._tokens)  # pages in the weights, fills caches, wakes up threads; not counted
+        self._eval("decode", self._tokens[:1])
         self._start = perf_counter()
         n_rounds, elapsed = 0, 0.0
         while n_rounds == 0 or (n_rounds < _MAX_ROUNDS and elapsed * (n_rounds + 1) / n_rounds <= self.seconds):
             self._round()
             n_rounds, elapsed = n_rounds + 1, perf_counter() - self._start
-        limits = [math.inf]
-        if window:
-            limits.append(self._window_cells(window))  # not so with swa_full: then the fit decides
-        return min((self._fit(limit) for limit in limits), key=lambda fitted: fitted[1])[0]
+        fits = [self._fit(self.groups)]
+        if self.llm.context_params.swa_full:  # windows have all cells then, and not every backend passes over them
+            fits.append(self._fit([replace(group, limit=math.inf) for group in self.groups]))
+        return min(fits, key=lambda fitted: fitted[1])[0]
 
-    def _fit(self, limit: float) -> tuple[CostModel, float]:
-        groups = [replace(group, limit=limit if group in self._sliding else math.inf) for group in self.groups]
-        n_layer, grows = self.llm.n_layer, not all(sublayer.skippable for sublayer in self.llm.sublayers)
-        prefill, error = fit(
-            self.samples["prefill"], self._prefill_groups(groups), n_layer, self.n_tokens, rest_grows=grows
-        )
-        decode, error_decode = fit(self.samples["decode"], groups, n_layer, 1, rest_grows=grows)
+    def _fit(self, groups: Sequence[Group]) -> tuple[CostModel, float]:
+        n_layer, in_prefill = self.llm.n_layer, self._prefill_groups(groups)
+        prefill, error = fit(self.samples["prefill"], in_prefill, n_layer, self.n_tokens, rest_grows=self._rest_grows)
+        decode, error_decode = fit(self.samples["decode"], groups, n_layer, 1, rest_grows=self._rest_grows)
         limits = np.full(n_layer, math.inf)
         for group in groups:
             if group.kind == 0:
@@ -128,16 +118,17 @@ class _Measurement:
     # -- one round: every plan once, so that a slow moment of the machine hits all alike ----------------------------
 
     def _round(self) -> None:
-        self._prepare(self._nothing(True))
+        everything = self._nothing(True)
+        self._prepare(everything)
         self._ubatch()
         for runs in self._mixed():
-            self._decode(runs)
-        for group in self._prefill_groups():
+            self._set_plan(everything, runs)
+            self._decode()
+        for group in self._prefill_groups(self.groups):
             if group.kind == 1:
                 self._prepare(self._only(group, group.layers))
                 self._ubatch()
-        # Where some sublayers cannot be skipped the rest has to be followed into the depth.
-        depth = 1 if all(sublayer.skippable for sublayer in self.llm.sublayers) else len(self._contexts)
+        depth = len(self._contexts) if self._rest_grows else 1
         self._deepen(self._nothing(False), self._contexts[:depth], None)
         for index, group in enumerate(self.groups):
             if group.kind == 0:
@@ -149,7 +140,9 @@ class _Measurement:
         """Time ubatch after ubatch; with an ``offset`` also, at each context, tokens for which all FFNs run as well."""
         n_deep = sum(group.kind == 0 for group in self.groups)
         end = perf_counter() + self.seconds / (2 * max(n_deep, 1))
-        self._prepare(runs)
+        with_ffn = runs.copy()
+        with_ffn[:, 1] = True
+        self._prepare(runs, with_ffn)
         remaining = list(contexts)
         while remaining and self._has_room(1):
             self._ubatch()
@@ -157,21 +150,18 @@ class _Measurement:
             if self.llm.n_tokens >= remaining[0] or is_last:
                 remaining = [] if is_last else [context for context in remaining if context > self.llm.n_tokens]
                 if offset is not None:
-                    with_ffn = runs.copy()
-                    with_ffn[:, 1] = True
-                    self._decode(with_ffn, offset)
-                    self._set_plan(runs)
+                    self._decode(offset)
 
     def _has_room(self, n_ubatches: int) -> bool:
         """Whether so many ubatches, with tokens decoded behind each, still fit into the context."""
         needed = n_ubatches * (self.n_tokens + self._n_decode + 1)
         return self.llm.n_tokens + needed <= self._size
 
-    def _prefill_groups(self, groups: Sequence[Group] | None = None) -> list[Group]:
+    def _prefill_groups(self, groups: Sequence[Group]) -> list[Group]:
         """The groups in prefill, where llama.cpp runs the last layer's FFN for output tokens only: hardly any."""
         last = self.llm.n_layer - 1
         result = []
-        for group in self.groups if groups is None else groups:
+        for group in groups:
             if group.kind == 1 and last in group.layers and len(group.layers) > 1:
                 result += [replace(group, layers=group.layers[:-1]), replace(group, layers=(last,))]
             else:
@@ -179,10 +169,7 @@ class _Measurement:
         return result
 
     def _mixed(self) -> list[npt.NDArray[np.bool_]]:
-        """The full model, half of each group left out, and halves of several: where real plans are.
-
-        In this order one cache serves all: no plan runs an attention that an earlier one left out.
-        """
+        """The full model, half of each group left out, and halves of several: where real plans are."""
         attention = [group for group in self.groups if group.kind == 0]
         ffn = [group for group in self.groups if group.kind == 1]
         result = []
@@ -199,47 +186,6 @@ class _Measurement:
                     result.append(halved)
         return result
 
-    # -- sliding windows --------------------------------------------------------------------------------------------
-
-    _sliding: tuple[Group, ...] = ()
-
-    def _split_sliding(self, window: int) -> None:
-        """Find the layers with a window: which ones these are is known inside llama.cpp only, but they are faster."""
-        depth = 2 * self._window_cells(window)
-        if depth + self.n_tokens > self._size:
-            return  # in such a context a window saves little
-        self._prepare(self._nothing(False))
-        rest = min(self._eval(self._tokens) for _ in range(3))
-        groups: list[Group] = []
-        sliding: list[Group] = []
-        for group in self.groups:
-            times = self._alone(group, depth, rest) if group.kind == 0 and len(group.layers) > 1 else np.ones(1)
-            slow = times > math.sqrt(times.min() * times.max())
-            if times.max() < _SLIDES * times.min():
-                groups.append(group)
-            else:
-                halves = [Group(0, tuple(np.array(group.layers)[which].tolist())) for which in (slow, ~slow)]
-                groups += halves
-                sliding.append(halves[1])
-        self.groups, self._sliding = groups, tuple(sliding)
-
-    def _alone(self, group: Group, depth: int, rest: float) -> npt.NDArray[np.float64]:
-        """Seconds of each attention of a group for a ubatch behind ``depth``; all the same where it would take long."""
-        start = perf_counter()
-        times: list[float] = []
-        for layer in group.layers:
-            self._prepare(self._only(group, (layer,)))
-            while self.llm.n_tokens < depth - self.n_tokens:
-                self._eval(self._tokens)
-            times.append(max(min(self._eval(self._tokens) for _ in range(2)) - rest, 1e-9))
-            if (perf_counter() - start) * len(group.layers) > self.seconds * len(times):
-                return np.ones(1)
-        return np.array(times)
-
-    def _window_cells(self, window: int) -> int:
-        """KV cells of a layer with a window, as ``llama_kv_cache_iswa`` sizes its cache."""
-        return math.ceil((window + self.n_tokens) / CELLS) * CELLS
-
     # -- the model --------------------------------------------------------------------------------------------------
 
     def _nothing(self, runs: bool) -> npt.NDArray[np.bool_]:
@@ -254,35 +200,50 @@ class _Measurement:
         flags[list(layers), group.kind] = True
         return flags
 
-    def _set_plan(self, runs: npt.NDArray[np.bool_]) -> None:
-        self._runs = runs
-        attention, ffn = (np.flatnonzero(~runs[:, kind]).tolist() for kind in (0, 1))
-        self.llm.set_plan(SkipPlan.manual(self.llm.n_layer, attention, ffn))
+    def _set_plan(self, prefill: npt.NDArray[np.bool_], decode: npt.NDArray[np.bool_]) -> None:
+        self._runs: dict[Phase, npt.NDArray[np.bool_]] = {"prefill": prefill, "decode": decode}
+        skipped = ([np.flatnonzero(~runs[:, kind]).tolist() for kind in (0, 1)] for runs in (prefill, decode))
+        self.llm.set_plan(SkipPlan(*(SkipPlan.manual(self.llm.n_layer, *layers).prefill for layers in skipped)))
 
-    def _prepare(self, runs: npt.NDArray[np.bool_]) -> None:
+    def _prepare(self, prefill: npt.NDArray[np.bool_], decode: npt.NDArray[np.bool_] | None = None) -> None:
         self.llm.reset()
-        self._set_plan(runs)
+        self._set_plan(prefill, prefill if decode is None else decode)
 
     def _ubatch(self) -> None:
-        time = self._eval(self._tokens)
-        self.samples["prefill"].append(Sample(self._runs, self.llm.n_tokens, time))
+        self._sample("prefill", self._eval("prefill", self._tokens))
 
-    def _decode(self, runs: npt.NDArray[np.bool_], offset: str = "") -> None:
-        self._set_plan(runs)
-        self._eval(self._tokens[:1])
+    def _decode(self, offset: str = "") -> None:
+        self._eval("decode", self._tokens[:1])
         for _ in range(self._n_decode):
-            time = self._eval(self._tokens[:1])
-            self.samples["decode"].append(Sample(runs, self.llm.n_tokens, time, offset))
+            self._sample("decode", self._eval("decode", self._tokens[:1]), offset)
 
-    def _eval(self, tokens: list[int]) -> float:
+    def _sample(self, phase: Phase, seconds: float, offset: str = "") -> None:
+        self.samples[phase].append(Sample(self._runs[phase], self.llm.n_tokens, seconds, offset))
+
+    def _eval(self, phase: Phase, tokens: list[int]) -> float:
         start = perf_counter()
-        self.llm.eval(tokens)
+        (self.llm.eval if phase == "prefill" else self.llm.eval_decode)(tokens)
         _synchronize(self.llm)
         end = perf_counter()
         self.deepest = max(self.deepest, self.llm.n_tokens)
         if self._on_progress is not None:
             self._on_progress(min((end - self._start) / self.seconds, 1.0))
         return end - start
+
+
+def _groups(llm: AdaSkipLlama) -> list[Group]:
+    """The sublayers that can be skipped, those of one shape together; attention first."""
+    shapes: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for sublayer in llm.sublayers:
+        if sublayer.skippable:
+            shapes[KINDS.index(sublayer.kind), sublayer.shape, sublayer.window].append(sublayer.layer)
+    return [Group(kind, tuple(layers), _limit(llm, window)) for (kind, _, window), layers in sorted(shapes.items())]
+
+
+def _limit(llm: AdaSkipLlama, window: int) -> float:
+    """KV cells of an attention with a window, as ``llama_kv_cache_iswa`` sizes its cache; infinite without one."""
+    cells = math.ceil((window + min(int(llm.context_params.n_ubatch), llm.n_batch)) / CELLS) * CELLS
+    return cells if window and cells < llm.context_size else math.inf
 
 
 def _contexts(llm: AdaSkipLlama, contexts: Sequence[SupportsIndex] | None) -> tuple[int, ...]:
@@ -310,13 +271,6 @@ def _set_aside(llm: AdaSkipLlama) -> Iterator[None]:
     finally:
         llm.reset()
         llm.set_plan(plan)
-
-
-def _window(llm: AdaSkipLlama) -> int:
-    """Tokens in the sliding window of the layers that have one, 0 if none has."""
-    import llama_cpp
-
-    return int(llama_cpp.llama_model_n_swa(llm.model))
 
 
 def _synchronize(llm: AdaSkipLlama) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,15 +25,12 @@ __all__ = ["inspect"]
 def inspect(model: str, threads: int | None, gpu_layers: int, as_json: bool) -> None:
     """Show the sublayers of MODEL, a GGUF file: which can be skipped, and why others cannot.
 
-    "nodes" is how many nodes of llama.cpp's compute graph a skip removes. Layers alike share a line.
+    Layers alike share a line. A window is how many tokens an attention looks back at, where that is not all.
     """
     llm = load_model(model, n_ctx=512, threads=threads, gpu_layers=gpu_layers)
     facts = _facts(llm, model)
     if as_json:
-        rows = [
-            {"layer": row.layer, "kind": row.kind, "skippable": row.skippable, "reason": row.reason, "nodes": row.nodes}
-            for row in llm.sublayers
-        ]
+        rows = [asdict(row) for row in llm.sublayers]
         click.echo(json.dumps({**facts, "sublayers": rows}, indent=1))
     else:
         _print(facts, list(llm.sublayers))
@@ -70,8 +68,7 @@ def _print(facts: dict[str, Any], sublayers: list[Sublayer]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("layers", "attention", "FFN"):
         table.add_column(name)
-    cells = {(row.layer, row.kind): _cell(row) for row in sublayers}
-    rows = [(cells.get((layer, "attention"), ""), cells.get((layer, "ffn"), "")) for layer in range(facts["n_layer"])]
+    rows = [(_cell(attention), _cell(ffn)) for attention, ffn in zip(sublayers[::2], sublayers[1::2], strict=True)]
     for alike, group in itertools.groupby(range(len(rows)), key=rows.__getitem__):
         layers = list(group)
         table.add_row(str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", *alike)
@@ -80,7 +77,8 @@ def _print(facts: dict[str, Any], sublayers: list[Sublayer]) -> None:
 
 
 def _cell(row: Sublayer) -> str:
-    return f"[green]yes[/], {row.nodes} nodes" if row.skippable else f"[yellow]no[/]: {row.reason}"
+    window = f", window of {row.window:,}" if row.window else ""
+    return f"[green]yes[/]{window}" if row.skippable else f"[yellow]no[/]: {row.reason}"
 
 
 def _count(n: int) -> str:

@@ -53,14 +53,16 @@ class Sublayer:
         kind: "attention" or "ffn".
         skippable: whether a plan may name it.
         reason: why not, "" if it is skippable.
-        nodes: graph nodes that disappear when this sublayer alone is skipped without compensation.
+        shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
+        window: tokens that an attention looks back at, 0 for all.
     """
 
     layer: int
     kind: Kind
     skippable: bool
     reason: str
-    nodes: int
+    shape: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Counters:
     Attributes:
         nodes_full: nodes of the last graph as llama.cpp built it.
         nodes: nodes of the last graph as it was computed.
+        splits: parts of it that run on one device each.
         graphs_built, graphs_reused: since the context was created.
         kv_bytes: size of the context's memory (KV cache, recurrent state), all devices together.
         statistics_bytes: bytes of statistics that the host read since the context was created.
@@ -104,6 +107,7 @@ class Counters:
 
     nodes_full: int
     nodes: int
+    splits: int
     graphs_built: int
     graphs_reused: int
     kv_bytes: int
@@ -258,7 +262,9 @@ class NativeContext:
         rows = _ffi.new("struct adaskip_sublayer[]", n)
         self._check(_lib.adaskip_sublayers(self._ctx, rows, n))
         return tuple(
-            Sublayer(row.layer, KINDS[row.kind], bool(row.skippable), _ffi.string(row.reason).decode(), row.n_nodes)
+            Sublayer(
+                row.layer, KINDS[row.kind], bool(row.skippable), _ffi.string(row.reason).decode(), row.shape, row.window
+            )
             for row in rows
         )
 
@@ -342,7 +348,13 @@ class NativeContext:
         c = _ffi.new("struct adaskip_counters *")
         self._check(_lib.adaskip_get_counters(self._ctx, c))
         return Counters(
-            c.n_nodes_full, c.n_nodes, c.n_graphs_built, c.n_graphs_reused, c.n_bytes_kv, c.n_bytes_statistics
+            c.n_nodes_full,
+            c.n_nodes,
+            c.n_splits,
+            c.n_graphs_built,
+            c.n_graphs_reused,
+            c.n_bytes_kv,
+            c.n_bytes_statistics,
         )
 
     def start_statistics(

@@ -30,8 +30,8 @@ from .statistics import FIGURES, VECTORS, PhaseStatistics
 from .tuned import TunedPlan
 
 if TYPE_CHECKING:
-    from ..calibration.cost import CostModel
     from ..planning.profile import Profile
+    from .cost_model import CostModel
 
 __all__ = ["FORMAT_VERSION", "load", "save", "sidecar_name", "to_dict"]
 
@@ -162,7 +162,7 @@ def _from_dict(data: Any, folder: str) -> Profile:
 
 
 def _cost_model(data: Mapping[str, Any]) -> CostModel:
-    from ..calibration.cost import CostModel
+    from .cost_model import CostModel
 
     return CostModel.from_dict(data)
 

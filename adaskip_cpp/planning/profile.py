@@ -20,7 +20,7 @@ from .request import PlanRequest
 from .strategies import make_plan
 
 if TYPE_CHECKING:
-    from ..calibration.cost import CostModel
+    from ..model.cost_model import CostModel
 
 __all__ = ["Profile"]
 
