@@ -42,7 +42,7 @@ class FakeLlama:
         self.collecting = False
         self.evaluated: list[tuple[SkipPlan | None, list[int]]] = []
         self.fail_after: tuple[int, BaseException] | None = None
-        self._logits_all = True
+        self.logits_all = True
         self._unobserved = unobserved
         self._sink: Callable[[Any], None] | None = None
         self._options: dict[str, bool] = {}

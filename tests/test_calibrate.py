@@ -384,6 +384,6 @@ def test_a_loss_that_cannot_be_computed_is_refused(llm: Any) -> None:
     for tokens in ([], [1], [1] * 65):
         with pytest.raises(RequestError, match="2 to 64"):
             token_losses(llm, tokens)
-    llm._logits_all = False
+    llm.logits_all = False
     with pytest.raises(RequestError, match="logits_all=True"):
         token_losses(llm, [1, 2])

@@ -415,7 +415,7 @@ def test_in_decode_mode_the_full_model_reads_the_first_half(tiny: Any, tokens: A
             for _ in llm.generate(each[:10], temp=0.0, logits_processor=None, stopping_criteria=None, reset=True):
                 rows.append(llm.scores[llm.n_tokens - 1].copy())
                 break
-            llm._evaluate("decode", list(given))
+            llm.eval_decode(list(given))
             rows += list(llm.scores[10:20])
             logits.append(np.array(rows))
         own, full = (rows[1:10].astype(float) for rows in (logits[1], logits[0]))

@@ -98,6 +98,25 @@ def test_evaluating_between_two_steps_is_a_prompt(tiny: Tiny, open_model: Open, 
     assert llm.counters.nodes == llm.counters.nodes_full
 
 
+def test_tokens_of_an_answer_can_be_given(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
+    given, generating = open_model(tiny()), open_model(tiny())
+    for each in (given, generating):
+        each.set_plan(DECODE_ONLY)
+    steps = generating.generate(tokens(9), temp=0)
+    answer = [next(steps) for _ in range(4)]
+    given.begin_request()
+    given.eval(tokens(9))
+    given.eval_decode(answer[:3])
+    np.testing.assert_array_equal(given.scores[:12], generating.scores[:12])
+
+
+def test_an_array_of_tokens_is_a_prompt(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
+    llm, other = open_model(tiny()), open_model(tiny())
+    llm.eval(np.array(tokens(9), np.intc))
+    other.eval(tokens(9))
+    np.testing.assert_array_equal(logits(llm), logits(other))
+
+
 @pytest.mark.parametrize("end", ["close", "throw", "drop"])
 def test_a_generator_that_ends_early_leaves_the_phase_at_prefill(
     end: str, tiny: Tiny, open_model: Open, tokens: Tokens

@@ -44,8 +44,8 @@ def _facts(llm: AdaSkipLlama, path: str) -> dict[str, Any]:
         "n_layer": llm.n_layer,
         "n_embd": llm.n_embd(),
         "n_ctx_train": llm.n_ctx_train,
-        "n_params": llm._model.n_params(),
-        "n_bytes": llm._model.size(),
+        "n_params": llm.n_params,
+        "n_bytes": llm.weight_bytes,
         "fingerprint": llm.model_info.fingerprint,
         "n_skippable": sum(row.skippable for row in llm.sublayers),
     }

@@ -49,7 +49,7 @@ def kv_memory(llm: AdaSkipLlama) -> KVMemory:
     heads = llm.metadata.get(f"{architecture}.attention.head_count_kv", "1")
     # With a sliding window, a recurrent state or heads that differ by layer, the layers' shares are not equal.
     alike = llama_cpp.llama_model_n_swa(llm.model) == 0 and heads.isdigit()
-    alike = alike and not (llm._is_recurrent or llm._is_hybrid)
+    alike = alike and not llm.has_state
     full = llm.kv_bytes // n_kept * llm.n_layer if alike and n_kept else None
     return KVMemory(llm.kv_bytes, full, n_elided)
 

@@ -86,9 +86,6 @@ class Generation:
         self.timing: Timing | None = None
 
     def __iter__(self) -> Generator[str, None, None]:
-        import llama_cpp
-
-        vocab = self._llm._model.vocab
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         n_before, was_empty = _n_evaluated(self._llm), self._llm.n_tokens == 0
         n_evaluated = len(self._prompt)
@@ -104,7 +101,7 @@ class Generation:
                     if not was_empty:
                         n_evaluated = min(max(_n_evaluated(self._llm) - n_before, 1), len(self._prompt))
                 n_generated += 1
-                if llama_cpp.llama_vocab_is_eog(vocab, token):
+                if self._llm.is_eog(token):
                     end = "model"
                     break
                 # A token may end within a character; the decoder holds its bytes back until the rest is there.
@@ -144,7 +141,7 @@ def chat_tokens(llm: AdaSkipLlama, messages: Sequence[Message]) -> list[int]:
 
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
-    bos, eos = (llm._model.token_get_text(token) if token != -1 else "" for token in (llm.token_bos(), llm.token_eos()))
+    bos, eos = (llm.token_text(token) if token != -1 else "" for token in (llm.token_bos(), llm.token_eos()))
     turns: list[dict[str, str]] = [{"role": role, "content": content} for role, content in messages]
     try:
         formatter = Jinja2ChatFormatter(llm.metadata[_TEMPLATE], eos_token=eos, bos_token=bos)

@@ -150,6 +150,34 @@ class AdaSkipLlama(llama_cpp.Llama):
         """Number of layers; the model has twice as many sublayers."""
         return self._adaskip.n_layer
 
+    @property
+    def n_params(self) -> int:
+        """Parameters of the model."""
+        return int(self._model.n_params())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights."""
+        return int(self._model.size())
+
+    @property
+    def has_state(self) -> bool:
+        """Whether layers keep a state that stands for all tokens so far, beside KV or instead of it."""
+        return bool(self._is_recurrent or self._is_hybrid)
+
+    @property
+    def logits_all(self) -> bool:
+        """Whether ``scores`` has a row for every evaluated token; else it has the last one's alone."""
+        return bool(self._logits_all)
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the model ends what it generates with this token."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+
+    def token_text(self, token: int) -> str:
+        """A token as the model's vocabulary writes it."""
+        return str(self._model.token_get_text(token))
+
     @cached_property
     def model_info(self) -> ModelInfo:
         """Its files, LoRA adapter and overrides: what a profile or plan must match."""
@@ -248,13 +276,31 @@ class AdaSkipLlama(llama_cpp.Llama):
         Raises:
             StateError: cached positions must be evaluated again but are no text (an image); call :meth:`reset`.
         """
-        if len(tokens) == 0:  # an array has no truth value
+        self._eval(self._phase, [int(token) for token in tokens])
+
+    def eval_decode(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens behind those that are cached, as those of an answer, as :meth:`generate` does.
+
+        They belong to the request that :meth:`begin_request` or :meth:`generate` began last, and count in its online
+        stage and schedule.
+
+        Raises:
+            StateError: as :meth:`eval`.
+        """
+        self._eval("decode", [int(token) for token in tokens])
+
+    def begin_request(self) -> None:
+        """Begin a request: no token of its answer is decoded yet, and the online stage starts again."""
+        self._adaskip.begin_request()
+
+    def _eval(self, phase: Phase, tokens: list[int]) -> None:
+        if not tokens:
             return
-        native, phase = self._adaskip, self._phase
+        native = self._adaskip
         if native.kv_valid(phase, self.n_tokens) < self.n_tokens:
             # Prefill runs at least the attentions of decode, so it may reach further back.
             self._evaluate("prefill", self._rewind(native.kv_valid("prefill", self.n_tokens)))
-        self._evaluate(phase, list(tokens))
+        self._evaluate(phase, tokens)
 
     def _evaluate(self, phase: Phase, tokens: list[int]) -> None:
         native = self._adaskip
@@ -296,7 +342,7 @@ class AdaSkipLlama(llama_cpp.Llama):
                 "no logits are computed while statistics of all tokens are collected; leave collect_statistics() "
                 "first, or open it with keep_logits=True."
             )
-        self._adaskip.begin_request()
+        self.begin_request()
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
             phase: Phase = "prefill"
             sent: Sequence[int] | None = None

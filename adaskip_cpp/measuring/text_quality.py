@@ -59,7 +59,7 @@ class TextQuality:
         *,
         advance: Callable[[int], None] = lambda n_tokens: None,
     ) -> None:
-        if not llm._logits_all:
+        if not llm.logits_all:
             raise RequestError("the model keeps only the last token's logits; load it with logits_all=True")
         if len(texts) < 2:
             raise DataError(f"{len(texts)} texts have no interval; give at least 2, or shorter ones")
@@ -121,7 +121,7 @@ class TextQuality:
                 llm.reset()
                 if self._mode == "decode":
                     llm.eval(tokens[: begin - 1])
-                    llm._evaluate("decode", list(tokens[begin - 1 :]))
+                    llm.eval_decode(tokens[begin - 1 :])
                 else:
                     llm.eval(tokens)
                 logits = llm.scores[begin - 1 : end - 1]
