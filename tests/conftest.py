@@ -1,11 +1,16 @@
-"""Fixtures: tiny models written on demand, the two real models, and models opened for one test."""
+"""Fixtures: tiny models written on demand, the two real models, models opened for one test, and drawn sequences."""
 
+import random
+import time
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis.stateful import run_state_machine_as_test
 from models import ModelMissingError, gemma3, smollm2, smollm2_f32
 from stock import EXACT
 from tiny_families import FAMILIES, N_VOCAB
@@ -88,3 +93,44 @@ def _or_skip(locate: Callable[[], Path]) -> Path:
         return locate()
     except ModelMissingError as error:
         pytest.skip(str(error))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sequences", "sequences of calls that Hypothesis draws anew in every run")
+    group.addoption("--sequences-seed", type=int, help="draw those of this seed first")
+    group.addoption("--sequences-seconds", type=float, default=12, help="of the processor per test (default: 12)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.sequences_seed is None:
+        config.option.sequences_seed = random.randrange(2**32)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"sequences: --sequences-seed={config.option.sequences_seed}"
+
+
+@pytest.fixture
+def explore(pytestconfig: pytest.Config) -> Callable[[Callable[[], Any]], None]:
+    """``explore(machine)``: run this state machine on drawn sequences until the time for it is over."""
+
+    def run(machine: Callable[[], Any]) -> None:
+        seed, end = pytestconfig.option.sequences_seed, time.process_time() + pytestconfig.option.sequences_seconds
+        options = hypothesis.settings(
+            max_examples=10,
+            stateful_step_count=20,
+            deadline=None,
+            database=None,
+            print_blob=True,
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        while time.process_time() < end:
+            try:
+                run_state_machine_as_test(hypothesis.seed(seed)(partial(machine)), settings=options)  # type: ignore[no-untyped-call]
+            except BaseException:
+                print(f"pytest --sequences-seed={seed} draws this sequence again")
+                raise
+            seed += 1
+
+    return run

@@ -1,8 +1,9 @@
-"""A NumPy forward pass of the llama architecture, with sublayers skipped: the oracle of the native evaluator.
+"""A NumPy forward pass of llama and Gemma 3, with sublayers skipped: the oracle of the native evaluator.
 
-Written from the equations (RMS norm, rotary embedding on consecutive pairs, grouped-query attention, SwiGLU), not from
-any code under test. ``ReferenceModel`` holds the weights, ``ReferenceRun`` one context: its KV grows with each
-``eval``, so that a prompt in pieces and token by token is the same computation as in one piece.
+Written from the equations (RMS norm, rotary embedding, grouped-query attention, SwiGLU; for Gemma 3 norms behind the
+sublayers and on queries and keys, GEGLU, sliding windows), not from any code under test. ``ReferenceModel`` holds the
+weights, ``ReferenceRun`` one sequence: its KV grows with each ``eval``, so that a prompt in pieces and token by token is
+the same computation as in one piece. Keys are kept as they are before the rotary embedding, so that positions can move.
 """
 
 from collections.abc import Sequence
@@ -66,29 +67,50 @@ class Trace:
         joined = [np.concatenate([getattr(t, name) for t in traces], axis=-1) for name in ("dot", "u_sq", "v_sq")]
         return Trace(np.concatenate([t.logits for t in traces]), *joined)
 
+    def at(self, index: int) -> "Trace":
+        """The logits and the figures of one token alone."""
+        part = slice(index, index + 1)
+        return Trace(self.logits[part], self.dot[..., part], self.u_sq[..., part], self.v_sq[..., part])
+
     def first(self, n: int) -> "Trace":
         """The figures per token of the first ``n`` tokens; without the layers, the sums and the streams."""
         return Trace(self.logits[:n], self.dot[..., :n], self.u_sq[..., :n], self.v_sq[..., :n])
 
 
 class ReferenceModel:
-    """The weights and hyperparameters of a GGUF file of the llama architecture, dequantised to ``dtype``."""
+    """The weights and hyperparameters of a GGUF file of one of these architectures, dequantised to ``dtype``."""
 
     def __init__(self, path: str | Path, dtype: npt.DTypeLike = np.float64) -> None:
         reader = GGUFReader(path)
         values = {name: field.contents() for name, field in reader.fields.items()}
-        if values["general.architecture"] != "llama" or any(t.name.startswith("rope") for t in reader.tensors):
-            raise ValueError(f"{path}: only the plain llama architecture is computed here")
+        name = values["general.architecture"]
+        if name not in ("llama", "gemma3") or any(t.name.startswith("rope") for t in reader.tensors):
+            raise ValueError(f"{path}: only plain llama and Gemma 3 are computed here")
+
+        def value(key: str, default: Any = None) -> Any:
+            return values.get(f"{name}.{key}", default)
+
+        self.is_gemma = name == "gemma3"
         self.dtype: Any = np.dtype(dtype)
-        self.n_layer = int(values["llama.block_count"])
-        self.n_embd = int(values["llama.embedding_length"])
-        self.n_head = int(values["llama.attention.head_count"])
-        self.n_head_kv = int(values.get("llama.attention.head_count_kv", self.n_head))
-        self.head_dim = int(values.get("llama.attention.key_length", self.n_embd // self.n_head))
-        self.epsilon = float(values["llama.attention.layer_norm_rms_epsilon"])
-        self.rope_base = float(values.get("llama.rope.freq_base", 10000.0))
+        self.n_layer = int(value("block_count"))
+        self.n_embd = int(value("embedding_length"))
+        self.n_head = int(value("attention.head_count"))
+        self.n_head_kv = int(value("attention.head_count_kv", self.n_head))
+        self.head_dim = int(value("attention.key_length", self.n_embd // self.n_head))
+        self.epsilon = float(value("attention.layer_norm_rms_epsilon"))
+        # Of every ``pattern`` layers the last one sees everything.
+        pattern = int(value("attention.sliding_window_pattern", 1))
+        slides = [layer % pattern < pattern - 1 for layer in range(self.n_layer)]
+        self.window = [value("attention.sliding_window") if each else None for each in slides]
+        base = float(value("rope.freq_base", 10000.0))
+        self.rope_base = [float(value("rope.freq_base_swa", base)) if each else base for each in slides]
         self.weights = {t.name: _dequantise(t).astype(self.dtype) for t in reader.tensors}
         self.output = self.weights.get("output.weight", self.weights["token_embd.weight"])
+
+    def embed(self, tokens: Sequence[int]) -> Array:
+        """The stream's first values; Gemma multiplies them by sqrt(n_embd)."""
+        rows: Array = self.weights["token_embd.weight"][np.asarray(tokens)]
+        return rows * self.dtype.type(np.sqrt(self.n_embd)) if self.is_gemma else rows
 
     def linear(self, x: Array, layer: int, name: str) -> Array:
         """Multiply by a layer's projection and add its bias, if it has one."""
@@ -101,24 +123,48 @@ class ReferenceModel:
         size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.dtype.type(self.epsilon))
         return np.asarray(x / size * self.weights[f"{name}.weight"])
 
-    def rotate(self, x: Array, positions: npt.NDArray[np.int64]) -> Array:
-        """Rotary embedding of the pairs (2i, 2i+1) of each head by the angle position * base^(-2i/head_dim)."""
-        frequency = self.rope_base ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+    def rotate(self, x: Array, layer: int, positions: npt.NDArray[np.int64]) -> Array:
+        """Rotary embedding of pairs of each head by the angle position * base^(-2i/head_dim).
+
+        The i-th pair is (2i, 2i+1), Gemma's (i, i + head_dim/2).
+        """
+        frequency = self.rope_base[layer] ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
         angle = positions[:, None, None] * frequency
         cos, sin = np.cos(angle).astype(self.dtype), np.sin(angle).astype(self.dtype)
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+        pairs = (*x.shape[:-1], 2, -1) if self.is_gemma else (*x.shape[:-1], -1, 2)
+        axis = -2 if self.is_gemma else -1
+        first, second = np.moveaxis(x.reshape(pairs), axis, 0)
+        return np.stack([first * cos - second * sin, first * sin + second * cos], axis=axis).reshape(x.shape)
+
+    def activate(self, x: Array) -> Array:
+        """SiLU; Gemma's GELU is llama.cpp's table, which is exact for values in F16 and rounds to F16."""
+        if not self.is_gemma:
+            return np.asarray(x / (1 + np.exp(-x)))
+        x = x.astype(np.float16).astype(np.float64)
+        gelu = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * x * (1 + 0.044715 * x * x)))
+        return gelu.astype(np.float16).astype(self.dtype)
 
 
 class ReferenceRun:
-    """One context of a reference model: the K and V of every position that each attention has seen."""
+    """One sequence of a reference model: the K and V of every position that each attention has seen."""
 
     def __init__(self, model: ReferenceModel) -> None:
         self.model = model
-        self.n_past = 0
+        self.positions = np.zeros(0, np.int64)
         empty = np.zeros((0, model.n_head_kv, model.head_dim), model.dtype)
-        self._keys = [empty] * model.n_layer
+        self._keys = [empty] * model.n_layer  # before the rotary embedding; NaN where the attention did not run
         self._values = [empty] * model.n_layer
+
+    @property
+    def n_past(self) -> int:
+        """Number of tokens in the sequence."""
+        return len(self.positions)
+
+    def copy(self) -> "ReferenceRun":
+        """The same sequence, from here on independent of this one."""
+        other = ReferenceRun(self.model)
+        other.positions, other._keys, other._values = self.positions.copy(), list(self._keys), list(self._values)
+        return other
 
     def eval(
         self,
@@ -129,7 +175,7 @@ class ReferenceRun:
         down: npt.ArrayLike | None = None,
         up: npt.ArrayLike | None = None,
     ) -> Trace:
-        """Append tokens to the context.
+        """Append tokens to the sequence, at the positions behind its last one.
 
         Args:
             tokens: Token ids.
@@ -150,57 +196,76 @@ class ReferenceRun:
         sums = np.zeros((3, model.n_layer, 2, len(tokens)))
         layer_dot, totals = np.zeros((model.n_layer, len(tokens))), np.zeros((2, model.n_layer, 2, model.n_embd))
         streams = np.zeros((2, model.n_layer, 2, len(tokens), model.n_embd), model.dtype)
-        x = model.weights["token_embd.weight"][np.asarray(tokens)]
+        start = self.positions.max(initial=-1) + 1
+        self.positions = np.concatenate([self.positions, np.arange(start, start + len(tokens))])
+        nothing = np.full((len(tokens), model.n_head_kv, model.head_dim), np.nan, model.dtype)
+        x = model.embed(tokens)
         for layer in range(model.n_layer):
             layer_input = x
             for kind, branch in ((ATTENTION, self._attention), (FFN, self._ffn)):
                 u = x
-                if skipped[layer, kind]:
+                if not skipped[layer, kind]:
+                    x = u + branch(u, layer)
+                else:
+                    if kind == ATTENTION:
+                        self._store(layer, nothing, nothing)
                     x = u * model.dtype.type(factor[layer, kind]) + vector[layer, kind].astype(model.dtype)
                     if down is not None and up is not None:
                         inner = u @ np.asarray(down)[layer, kind].T.astype(model.dtype)
                         x = x + inner @ np.asarray(up)[layer, kind].T.astype(model.dtype)
-                else:
-                    x = u + branch(u, layer)
                 for index, (a, b) in enumerate(((u, x), (u, u), (x, x))):
                     sums[index, layer, kind] = np.sum(a * b, axis=-1, dtype=np.float64)
                 totals[:, layer, kind] = u.sum(axis=0), x.sum(axis=0)
                 streams[:, layer, kind] = u, x
             layer_dot[layer] = np.sum(layer_input * x, axis=-1, dtype=np.float64)
-        self.n_past += len(tokens)
         return Trace(model.norm(x, "output_norm") @ model.output.T, *sums, layer_dot, *totals, *streams)
 
     def rewind(self, n_past: int) -> None:
-        """Forget every position from ``n_past`` on."""
-        self.n_past = n_past
-        self._keys = [part[:n_past] for part in self._keys]
-        self._values = [part[:n_past] for part in self._values]
+        """Forget every token from the ``n_past``-th on."""
+        self.keep(np.arange(self.n_past) < n_past)
+
+    def keep(self, chosen: npt.NDArray[np.bool_]) -> None:
+        """Forget every token but those in ``chosen``, bool [n_past]."""
+        self.positions = self.positions[chosen]
+        self._keys = [part[chosen] for part in self._keys]
+        self._values = [part[chosen] for part in self._values]
+
+    def _store(self, layer: int, keys: Array, values: Array) -> None:
+        self._keys[layer] = np.concatenate([self._keys[layer], keys])
+        self._values[layer] = np.concatenate([self._values[layer], values])
 
     def _attention(self, x: Array, layer: int) -> Array:
         model, n = self.model, len(x)
-        if len(self._keys[layer]) != self.n_past:
-            raise KvHoleError(f"attention of layer {layer} has {len(self._keys[layer])} of {self.n_past} positions")
-        positions = np.arange(self.n_past, self.n_past + n)
+        if np.isnan(self._keys[layer]).any():
+            raise KvHoleError(f"attention of layer {layer} did not run for all of {self.n_past - n} positions")
         h = model.norm(x, f"blk.{layer}.attn_norm")
         q = model.linear(h, layer, "attn_q").reshape(n, model.n_head, model.head_dim)
         k = model.linear(h, layer, "attn_k").reshape(n, model.n_head_kv, model.head_dim)
-        v = model.linear(h, layer, "attn_v").reshape(n, model.n_head_kv, model.head_dim)
-        self._keys[layer] = keys = np.concatenate([self._keys[layer], model.rotate(k, positions)])
-        self._values[layer] = values = np.concatenate([self._values[layer], v])
-        q = model.rotate(q, positions).transpose(1, 0, 2)
+        if model.is_gemma:
+            q, k = model.norm(q, f"blk.{layer}.attn_q_norm"), model.norm(k, f"blk.{layer}.attn_k_norm")
+        self._store(layer, k, model.linear(h, layer, "attn_v").reshape(k.shape))
+        own = self.positions[-n:]
+        q = model.rotate(q, layer, own).transpose(1, 0, 2)
         group = model.n_head // model.n_head_kv
-        keys, values = (np.repeat(part.transpose(1, 0, 2), group, axis=0) for part in (keys, values))
+        keys, values = (
+            np.repeat(part.transpose(1, 0, 2), group, axis=0)
+            for part in (model.rotate(self._keys[layer], layer, self.positions), self._values[layer])
+        )
         scores = q @ keys.transpose(0, 2, 1) / model.dtype.type(np.sqrt(model.head_dim))
-        scores = np.where(np.arange(self.n_past + n) > positions[:, None], -np.inf, scores)
+        distance = own[:, None] - self.positions
+        window = model.window[layer]
+        scores = np.where((distance < 0) | (distance >= (window or np.inf)), -np.inf, scores)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        return model.linear((weights @ values).transpose(1, 0, 2).reshape(n, -1), layer, "attn_output")
+        y = model.linear((weights @ values).transpose(1, 0, 2).reshape(n, -1), layer, "attn_output")
+        return model.norm(y, f"blk.{layer}.post_attention_norm") if model.is_gemma else y
 
     def _ffn(self, x: Array, layer: int) -> Array:
         model = self.model
         h = model.norm(x, f"blk.{layer}.ffn_norm")
-        gate = model.linear(h, layer, "ffn_gate")
-        return model.linear(gate / (1 + np.exp(-gate)) * model.linear(h, layer, "ffn_up"), layer, "ffn_down")
+        gate = model.activate(model.linear(h, layer, "ffn_gate"))
+        y = model.linear(gate * model.linear(h, layer, "ffn_up"), layer, "ffn_down")
+        return model.norm(y, f"blk.{layer}.post_ffw_norm") if model.is_gemma else y
 
 
 class OnlineReference:

@@ -1,0 +1,164 @@
+"""What a model's cache must hold after any sequence of calls, and what it must compute from it.
+
+The oracle keeps, per position, its token and the set that it was computed under, and applies the documented rule. A
+cached position may be read if no attention that is to run now was skipped there; else it and everything behind it is
+evaluated again, as prompt. The reference, which refuses to read a position without K and V, evaluates that history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+from drawn_plans import NOTHING
+from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.model.plan import SkipSet
+
+__all__ = ["Cell", "Cells", "History", "common_prefix"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cached position: its token, and what it was computed under."""
+
+    token: int
+    skip_set: SkipSet
+
+
+class Cells:
+    """The reference's sequence for a history, evaluated no further than asked for."""
+
+    def __init__(self, model: ReferenceModel) -> None:
+        self._run = ReferenceRun(model)
+        self._done: list[Cell] = []
+        self._traces: list[Trace] = []
+
+    def trace(self, cells: Sequence[Cell], index: int) -> Trace:
+        """The trace of one position of this history."""
+        common = common_prefix(self._done, cells)
+        if common < len(self._done):
+            self._run.rewind(common)
+            del self._done[common:], self._traces[common:]
+        while len(self._done) < len(cells):
+            start = len(self._done)
+            each = cells[start].skip_set
+            end = next((i for i in range(start, len(cells)) if cells[i].skip_set != each), len(cells))
+            tokens = [cell.token for cell in cells[start:end]]
+            trace = self._run.eval(tokens, each.skip, each.scale, each.bias, each.down, each.up)
+            self._traces += [trace.at(i) for i in range(len(tokens))]
+            self._done += cells[start:end]
+        return self._traces[index]
+
+
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items two sequences have in common from their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@dataclass
+class History:
+    """What the cache must hold, and what the next decoded token must run under.
+
+    Attributes:
+        reference: what computes it.
+        n_ubatch: tokens that are evaluated at once; a schedule and the online stage change the set between two such.
+        draft: proposes tokens behind those cached and the last one generated.
+    """
+
+    reference: Cells
+    n_ubatch: int
+    draft: Callable[[list[int]], list[int]] = lambda tokens: []
+    cells: list[Cell] = field(default_factory=list)
+    plan: SkipPlan = NOTHING
+    logits_are_current: bool = False
+    n_decoded: int = 0
+    stage: OnlineReference | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The cached tokens."""
+        return [cell.token for cell in self.cells]
+
+    def set_plan(self, plan: SkipPlan) -> None:
+        """Another plan; an equal one changes nothing."""
+        if plan != self.plan:
+            self.plan, self.logits_are_current = plan, False
+            self.begin_request()
+
+    def begin_request(self) -> None:
+        """No token of this request is decoded yet."""
+        online, fixed = self.plan.online, self.plan.decode
+        self.n_decoded, self.stage = 0, None
+        if online is not None:
+            self.stage = OnlineReference(online.window, online.threshold, online.scale, fixed.skip, fixed.scale)
+
+    def decode_set(self) -> SkipSet:
+        """What the next decoded token runs under."""
+        fixed = self.plan.decode
+        if self.stage is not None:
+            return SkipSet(self.stage.skip, self.stage.factor, fixed.bias, fixed.down, fixed.up)
+        return [each for start, each in self.plan.schedule or ((0, fixed),) if start <= self.n_decoded][-1]
+
+    def eval(self, tokens: list[int]) -> None:
+        """Evaluate tokens of a prompt."""
+        self._read_again(self.plan.prefill)
+        self._append(tokens, self.plan.prefill)
+
+    def _read_again(self, skip_set: SkipSet) -> None:
+        """Evaluate again what ``skip_set`` cannot read."""
+        if self._n_readable(skip_set) < len(self.cells):
+            tokens = self.tokens[self._n_readable(self.plan.prefill) :]
+            del self.cells[-len(tokens) :]
+            self._append(tokens, self.plan.prefill)
+
+    def _append(self, tokens: list[int], skip_set: SkipSet) -> None:
+        self.cells += [Cell(token, skip_set) for token in tokens]
+        self.logits_are_current = True
+
+    def _n_readable(self, skip_set: SkipSet) -> int:
+        for position, cell in enumerate(self.cells):
+            if set(cell.skip_set.attention) - set(skip_set.attention):
+                return position
+        return len(self.cells)
+
+    def prompt(self, tokens: list[int]) -> None:
+        """A new request: llama-cpp-python keeps the common prefix, and evaluates at least one token."""
+        self.begin_request()
+        common = common_prefix(self.tokens, tokens)
+        if common == len(tokens):
+            if len(self.cells) == len(tokens) and self.logits_are_current:
+                return
+            common -= 1
+        del self.cells[common:]
+        self.eval(tokens[common:])
+
+    def decode(self, tokens: list[int]) -> None:
+        """Evaluate a generated token and a draft of those behind it."""
+        self._read_again(self.decode_set())
+        for start in range(0, len(tokens), self.n_ubatch):
+            piece = tokens[start : start + self.n_ubatch]
+            self._append(piece, self.decode_set())
+            self.n_decoded += len(piece)
+            if self.stage is not None:
+                for index in range(-len(piece), 0):
+                    self.stage.observe(self.trace(index))
+
+    def generate(self, prompt: list[int]) -> Generator[int, int, None]:
+        """Answer a prompt: yields the position whose logits the next token is sampled from, and is sent that token."""
+        self.prompt(prompt)
+        index = len(self.cells) - 1
+        while True:
+            token = -1
+            while index < len(self.cells):
+                token = yield index
+                index += 1
+                if index < len(self.cells) and self.cells[index].token != token:  # not as the draft has it
+                    del self.cells[index:]
+                    self.logits_are_current = False
+            self.decode([token, *self.draft([*self.tokens, token])])
+
+    def trace(self, index: int = -1) -> Trace:
+        """What the reference computes for one of the cached positions."""
+        return self.reference.trace(self.cells, index)
