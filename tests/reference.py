@@ -2,8 +2,9 @@
 
 Written from the equations (RMS norm, rotary embedding, grouped-query attention, SwiGLU; for Gemma 3 norms behind the
 sublayers and on queries and keys, GEGLU, sliding windows), not from any code under test. ``ReferenceModel`` holds the
-weights, ``ReferenceRun`` one sequence: its KV grows with each ``eval``, so that a prompt in pieces and token by token is
-the same computation as in one piece. Keys are kept as they are before the rotary embedding, so that positions can move.
+weights, ``ReferenceRun`` one sequence: its KV grows with each ``eval``, so that a prompt in pieces and token by token
+is the same computation as in one piece. Keys are kept as they are before the rotary embedding, so that positions can
+move.
 """
 
 from collections.abc import Sequence
@@ -106,6 +107,7 @@ class ReferenceModel:
         self.rope_base = [float(value("rope.freq_base_swa", base)) if each else base for each in slides]
         self.weights = {t.name: _dequantise(t).astype(self.dtype) for t in reader.tensors}
         self.output = self.weights.get("output.weight", self.weights["token_embd.weight"])
+        self.control = np.zeros((self.n_layer, self.n_embd))  # is added to the stream behind each layer
 
     def embed(self, tokens: Sequence[int]) -> Array:
         """The stream's first values; Gemma multiplies them by sqrt(n_embd)."""
@@ -218,6 +220,7 @@ class ReferenceRun:
                 totals[:, layer, kind] = u.sum(axis=0), x.sum(axis=0)
                 streams[:, layer, kind] = u, x
             layer_dot[layer] = np.sum(layer_input * x, axis=-1, dtype=np.float64)
+            x = x + model.control[layer].astype(model.dtype)
         return Trace(model.norm(x, "output_norm") @ model.output.T, *sums, layer_dot, *totals, *streams)
 
     def rewind(self, n_past: int) -> None:

@@ -16,7 +16,12 @@ from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.plan import SkipSet
 
-__all__ = ["Cell", "Cells", "History", "common_prefix"]
+__all__ = ["Cell", "Cells", "History", "common_prefix", "is_readable"]
+
+
+def is_readable(computed_under: SkipSet, plan: SkipPlan, skip_set: SkipSet) -> bool:
+    """Whether a set of a plan may read a position that was computed under some set."""
+    return set(computed_under.attention) <= set(skip_set.attention)
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class History:
 
     def _n_readable(self, skip_set: SkipSet) -> int:
         for position, cell in enumerate(self.cells):
-            if set(cell.skip_set.attention) - set(skip_set.attention):
+            if not is_readable(cell.skip_set, self.plan, skip_set):
                 return position
         return len(self.cells)
 

@@ -25,24 +25,27 @@ EXACT: dict[str, Any] = {"type_k": 0, "type_v": 0, "flash_attn": False, "n_threa
 
 @dataclass(frozen=True)
 class Job:
-    """One model and the pieces of tokens to evaluate, one after the other, in one context.
+    """One model and the pieces of tokens to evaluate, one after the other, in one context; or texts to embed at once.
 
     Attributes:
         model: GGUF file.
         pieces: Token ids per call of ``Llama.eval``.
         options: Keyword arguments of ``llama_cpp.Llama``.
+        texts: For ``Llama.embed``, instead of pieces.
     """
 
     model: str
     pieces: list[list[int]]
     options: dict[str, Any] = field(default_factory=dict)
+    texts: list[str] | None = None
 
 
-def run_stock(jobs: Sequence[Job]) -> list[npt.NDArray[np.float32]]:
+def run_stock(jobs: Sequence[Job]) -> list[npt.NDArray[Any]]:
     """Evaluate all jobs in one fresh process.
 
     Returns:
-        Per job the logits, float32 [n_tokens, n_vocab] with ``logits_all``, else [n_pieces, n_vocab].
+        Per job the logits, float32 [n_tokens, n_vocab] with ``logits_all``, else [n_pieces, n_vocab]; or the embeddings
+        of its texts, [n_texts, n_embd].
 
     Raises:
         RuntimeError: If the process fails; the message ends with its error output.
@@ -81,7 +84,8 @@ def main(request: str, folder: str) -> None:
         raise SystemExit(f"not the stock library: {library}")
     for index, job in enumerate(json.loads(Path(request).read_text())):
         llm = llama_cpp.Llama(job["model"], verbose=False, **job["options"])
-        np.save(Path(folder, f"{index}.npy"), eval_logits(llm, job["pieces"]))
+        values = eval_logits(llm, job["pieces"]) if job["texts"] is None else np.array(llm.embed(job["texts"]))
+        np.save(Path(folder, f"{index}.npy"), values)
         llm.close()
 
 

@@ -27,7 +27,6 @@ from tiny_families import N_LAYER, N_VOCAB
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import ElidedKVError
-from adaskip_cpp.model.plan import SkipSet
 
 N_CTX = 512
 

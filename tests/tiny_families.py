@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FAMILIES", "N_CTX_TRAIN", "N_EMBD", "N_FF", "N_HEAD", "N_VOCAB", "PARTLY", "SKIPPABLE", "Family"]
+__all__ = [
+    "ENCODERS",
+    "FAMILIES",
+    "N_CTX_TRAIN",
+    "N_EMBD",
+    "N_FF",
+    "N_HEAD",
+    "N_VOCAB",
+    "PARTLY",
+    "SKIPPABLE",
+    "Family",
+]
 
 N_EMBD = 64
 N_HEAD = 4
@@ -40,6 +51,10 @@ class Family:
         mixer: Layers whose first sublayer is not attention: layer -> "ssm" or "conv".
         parallel: Whether attention and FFN both read the layer's input.
         n_layer: Number of layers.
+        block: What the names of a layer's tensors begin with.
+        attn_output: Name of the projection that ends an attention.
+        output_norm: Name of the last norm; "" for none.
+        extra: Further tensors, name -> NumPy shape.
     """
 
     architecture: str
@@ -57,22 +72,25 @@ class Family:
     mixer: dict[int, str] = field(default_factory=dict)
     parallel: bool = False
     n_layer: int = N_LAYER
+    block: str = "blk"
+    attn_output: str = "attn_output"
+    output_norm: str = "output_norm"
+    extra: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def tensors(self, n_layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield every tensor's name and its NumPy shape (the reverse of ggml's)."""
         yield "token_embd.weight", (N_VOCAB, N_EMBD)
-        yield from self._norm("token_embd_norm" if self.architecture == "lfm2" else "output_norm", N_EMBD)
+        yield from self._norm(self.output_norm, N_EMBD)
         if not self.tied:
             yield "output.weight", (N_VOCAB, N_EMBD)
-        if self.architecture == "gemma4":
-            yield "rope_freqs.weight", (self.head_dim // 2,)
+        yield from self.extra.items()
         if per_layer := self.metadata.get("embedding_length_per_layer_input"):
             yield "per_layer_token_embd.weight", (N_VOCAB, per_layer * n_layer)
             yield "per_layer_model_proj.weight", (per_layer * n_layer, N_EMBD)
             yield "per_layer_proj_norm.weight", (per_layer,)
         for layer in range(n_layer):
             for name, shape in self._layer(layer):
-                yield f"blk.{layer}.{name}", shape
+                yield f"{self.block}.{layer}.{name}", shape
 
     def _norm(self, name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{name}.weight", (size,)
@@ -113,7 +131,7 @@ class Family:
             per_head = self.qk_norm == "head"
             yield from self._norm("attn_q_norm", self.head_dim if per_head else n_q)
             yield from self._norm("attn_k_norm", self.head_dim if per_head else n_kv)
-        yield from self._linear("attn_output", n_q, N_EMBD, self.biases)
+        yield from self._linear(self.attn_output, n_q, N_EMBD, self.biases)
 
     def _ssm(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         inner, state, rank, conv = (
@@ -158,6 +176,7 @@ _GEMMA4 = {
     "attention.value_length_swa": 16,
     "embedding_length_per_layer_input": 0,
 }
+_GEMMA4_ROPE = {"rope_freqs.weight": (8,)}  # half a head
 
 # Families in which every sublayer can be skipped.
 SKIPPABLE: dict[str, Family] = {
@@ -232,10 +251,13 @@ PARTLY: dict[str, Family] = {
         "lfm2",
         qk_norm="head",
         tied=True,
+        output_norm="token_embd_norm",
         mixer={0: "conv", 2: "conv"},
         metadata={"shortconv.l_cache": 3},
     ),
-    "gemma4": Family("gemma4", tied=True, after=_SANDWICH, qk_norm="head", n_layer=4, metadata=_GEMMA4),
+    "gemma4": Family(
+        "gemma4", tied=True, after=_SANDWICH, qk_norm="head", n_layer=4, metadata=_GEMMA4, extra=_GEMMA4_ROPE
+    ),
     "gemma4-per-layer": Family(
         "gemma4",
         tied=True,
@@ -243,6 +265,35 @@ PARTLY: dict[str, Family] = {
         qk_norm="head",
         n_layer=4,
         metadata={**_GEMMA4, "embedding_length_per_layer_input": 8},
+        extra=_GEMMA4_ROPE,
+    ),
+}
+
+# Models that read a text at once and give embeddings; they have no KV.
+ENCODERS: dict[str, Family] = {
+    "bert": Family(
+        "bert",
+        n_kv=N_HEAD,
+        norm="layer",
+        qkv="bias",
+        ffn="plain",
+        biases=True,
+        tied=True,
+        before=(),
+        after=("attn_output_norm", "layer_output_norm"),
+        output_norm="token_embd_norm",
+        extra={"token_types.weight": (2, N_EMBD), "position_embd.weight": (N_CTX_TRAIN, N_EMBD)},
+        metadata={"attention.causal": False, "pooling_type": 1, "tokenizer.ggml.token_type_count": 2},
+    ),
+    "t5encoder": Family(
+        "t5encoder",
+        n_kv=N_HEAD,
+        tied=True,
+        block="enc.blk",
+        attn_output="attn_o",
+        output_norm="enc.output_norm",
+        extra={"enc.blk.0.attn_rel_b.weight": (32, N_HEAD)},
+        metadata={"attention.relative_buckets_count": 32, "pooling_type": 1},
     ),
 }
 

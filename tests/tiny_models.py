@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFWriter, TokenType
-from tiny_families import FAMILIES, N_CTX_TRAIN, N_EMBD, N_FF, N_HEAD, N_VOCAB, Family
+from tiny_families import ENCODERS, FAMILIES, N_CTX_TRAIN, N_EMBD, N_FF, N_HEAD, N_VOCAB, Family
 
 __all__ = ["write_lora", "write_model"]
 
@@ -22,7 +22,7 @@ WORDS = ("▁the", "▁a", "▁of", "▁to", "th", "he", "▁t", "▁", "in", "e
 N_BYTE_TOKENS = N_VOCAB - len(WORDS)  # three special tokens and all bytes
 # The projections that end a sublayer, with their biases. Behind them stands at most an RMS norm, and rms_norm(0) = 0.
 _OUTPUT = {
-    "attention": ("attn_output", "ssm_out", "shortconv.out_proj"),
+    "attention": ("attn_output", "attn_o", "ssm_out", "shortconv.out_proj"),
     "ffn": ("ffn_down", "ffn_down_exps"),
 }
 
@@ -40,7 +40,7 @@ def write_model(
 
     Args:
         path: Where to write the GGUF file.
-        name: A key of FAMILIES, or a family of its own.
+        name: A key of FAMILIES or ENCODERS, or a family of its own.
         seed: Seed of the weights; together with a tensor's name it fixes that tensor.
         n_layer: Number of layers; the family's own number when None.
         zero: (layer, "attention" or "ffn") of every sublayer that shall add nothing to the residual stream.
@@ -49,12 +49,14 @@ def write_model(
     Returns:
         ``path``; of a model in several files the first one.
     """
-    family = FAMILIES[name] if isinstance(name, str) else name
+    family = {**FAMILIES, **ENCODERS}[name] if isinstance(name, str) else name
     layers = n_layer or family.n_layer
     shapes = dict(family.tensors(layers))
     silenced = set()
     for layer, kind in zero:
-        names = {f"blk.{layer}.{stem}.{part}" for stem in _OUTPUT[kind] for part in ("weight", "bias")} & shapes.keys()
+        names = {
+            f"{family.block}.{layer}.{stem}.{part}" for stem in _OUTPUT[kind] for part in ("weight", "bias")
+        } & shapes.keys()
         if not names:
             raise ValueError(f"{name} has no {kind} in layer {layer}")
         silenced |= names
@@ -71,18 +73,18 @@ def write_model(
     return min(Path(path).parent.glob(f"{Path(path).stem}-00001-of-*.gguf")) if split else Path(path)
 
 
-def write_lora(path: str | Path, *, seed: int = 0, rank: int = 2) -> Path:
-    """Write a LoRA adapter for the output projection of every attention of a llama that :func:`write_model` writes."""
+def write_lora(path: str | Path, *, seed: int = 0, rank: int = 2, alpha: float = 2.0) -> Path:
+    """Write a LoRA adapter for every projection of every layer of a llama that :func:`write_model` writes."""
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(rank))
+    writer.add_float32("adapter.lora.alpha", alpha)
     for tensor, shape in FAMILIES["llama"].tensors(FAMILIES["llama"].n_layer):
-        if tensor.endswith("attn_output.weight"):
+        if tensor.startswith("blk.") and len(shape) == 2:
             n_out, n_in = shape
-            writer.add_tensor(f"{tensor}.lora_a", rng.standard_normal((rank, n_in)).astype(np.float32))
-            writer.add_tensor(f"{tensor}.lora_b", rng.standard_normal((n_out, rank)).astype(np.float32))
+            writer.add_tensor(f"{tensor}.lora_a", rng.normal(0, 0.2, (rank, n_in)).astype(np.float32))
+            writer.add_tensor(f"{tensor}.lora_b", rng.normal(0, 0.2, (n_out, rank)).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -131,7 +133,7 @@ def _write_metadata(writer: GGUFWriter, family: Family, n_layer: int) -> None:
     }
     writer.add_name("tiny")
     for key, value in metadata.items():
-        full = f"{family.architecture}.{key}"
+        full = key if key.startswith("tokenizer.") else f"{family.architecture}.{key}"
         match value:
             case bool():
                 writer.add_bool(full, value)
