@@ -57,6 +57,8 @@ adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::v
             throw adaskip_exception(ADASKIP_ERROR_MEMORY,
                     format("%s has no room for the plan's vectors", ggml_backend_buft_name(buft)));
         }
+        // the scheduler then computes with them where they are
+        ggml_backend_buffer_set_usage(buf, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
         res->bufs.emplace_back(buf);
     }
     std::vector<uint8_t> values(n * sizeof(float));

@@ -280,6 +280,18 @@ def test_a_map_is_three_nodes(layer: int, kind: int, tiny: Tiny, tokens: Tokens,
     assert [n - nodes[0] for n in nodes] == [0, 3, 4]
 
 
+def test_a_plan_with_maps_adds_no_split(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    # A split is a part of the graph that runs on one device; maps are on the device of their layer, whichever it is.
+    llm, splits = open_model(tiny()), []
+    for plan in (None, same(random_set(1))):
+        llm.reset()
+        llm.set_plan(plan)
+        for n in (40, 1):
+            llm.eval(tokens(n))
+            splits.append(llm.counters.splits)
+    assert min(splits) > 0 and splits[2:] == splits[:2]
+
+
 def test_maps_let_the_graph_be_reused_on_every_token_and_nothing_is_copied(
     tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
