@@ -6,14 +6,14 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .calibration.calibrate import calibrate
-from .cli.terminal import load_model
 from .engine.generation import Generation, chat_tokens
 from .errors import ModelFileError
 from .measuring import corpus
@@ -24,7 +24,7 @@ from .planning.profile import Profile
 if TYPE_CHECKING:
     from .engine.llama import AdaSkipLlama
 
-__all__ = ["DemoResult", "Side", "packaged_model", "run"]
+__all__ = ["DemoResult", "OpenModel", "Side", "packaged_model", "run"]
 
 N_PROMPT = 2000
 N_ANSWER = 64
@@ -42,38 +42,45 @@ _COMPARE_S = 70.0
 _MAX_PAIRS = 7
 
 
+class OpenModel(Protocol):
+    """Opens the demo's model, a GGUF file with a chat template, for a context of so many tokens."""
+
+    def __call__(self, n_ctx: int, *, plan: SkipPlan | None = None, logits_all: bool = False) -> AdaSkipLlama: ...
+
+
 @dataclass
 class Side:
     """One side of the comparison, with or without the plan.
 
     Attributes:
-        first_token_s: seconds to the first token, of each run.
-        token_s: seconds per token after it, of each run.
+        kv_bytes: bytes of KV memory.
+        first_token_s_runs: seconds to the first token, of each run.
+        token_s_runs: seconds per token after it, of each run.
         answer: the text, the same in every run.
         online_ffn: layers whose FFN the answer added to the plan.
-        kv_bytes: bytes of KV memory.
         loss: nats per token on held-out text.
     """
 
-    first_token_s: list[float] = field(default_factory=list)
-    token_s: list[float] = field(default_factory=list)
+    kv_bytes: int
+    first_token_s_runs: list[float] = field(default_factory=list)
+    token_s_runs: list[float] = field(default_factory=list)
     answer: str = ""
     online_ffn: tuple[int, ...] = ()
-    kv_bytes: int = 0
     loss: float = float("nan")
+
+    @property
+    def first_token_s(self) -> float:
+        """Median of the runs."""
+        return statistics.median(self.first_token_s_runs)
+
+    @property
+    def token_s(self) -> float | None:
+        """Median of the runs; None if no answer had a second token."""
+        return statistics.median(self.token_s_runs) if self.token_s_runs else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, medians first."""
-        return {
-            "first_token_s": statistics.median(self.first_token_s),
-            "token_s": statistics.median(self.token_s) if self.token_s else None,
-            "loss": self.loss,
-            "kv_bytes": self.kv_bytes,
-            "online_ffn": list(self.online_ffn),
-            "answer": self.answer,
-            "first_token_s_runs": self.first_token_s,
-            "token_s_runs": self.token_s,
-        }
+        return {"first_token_s": self.first_token_s, "token_s": self.token_s, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,8 @@ class DemoResult:
             "n_prompt": self.n_prompt,
             "n_loss": self.n_loss,
             "n_threads": self.n_threads,
-            "n_runs": len(self.full.first_token_s),
-            "plan": self.plan.to_dict(),
-            "full": self.full.to_dict(),
-            "skipped": self.skipped.to_dict(),
-            "profile": self.profile.to_dict(),
+            "n_runs": len(self.full.first_token_s_runs),
+            **{name: getattr(self, name).to_dict() for name in ("plan", "full", "skipped", "profile")},
         }
 
 
@@ -126,21 +130,17 @@ def packaged_model() -> str:
 
 
 def run(
-    model: str,
+    open_model: OpenModel,
     *,
     choose: Callable[[Profile], SkipPlan],
-    threads: int | None,
-    gpu_layers: int,
     on_stage: Callable[[str], None],
     on_plan: Callable[[Profile, SkipPlan], None],
 ) -> DemoResult:
     """Run the demo.
 
     Args:
-        model: path of a GGUF file with a chat template.
+        open_model: opens the model; what it opens is closed again.
         choose: makes the plan.
-        threads: CPU threads; None for all physical cores.
-        gpu_layers: layers to run on a GPU, -1 for all.
         on_stage: called with a line that says what begins.
         on_plan: called once the plan is known.
 
@@ -148,29 +148,28 @@ def run(
         AdaSkipError: the model cannot be loaded or so many sublayers cannot be skipped.
     """
     on_stage(f"Calibrating on {_N_REQUESTS} requests of 512 tokens of Python's language reference")
-    llm = load_model(model, n_ctx=N_PROMPT + N_ANSWER, threads=threads, gpu_layers=gpu_layers)
-    requests = corpus.cut(llm, corpus.text(), _N_REQUESTS, 512)
-    profile = calibrate(llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=corpus.DESCRIPTION)
-    plan = choose(profile)
-    on_plan(profile, plan)
-
-    # A second model beside the first, as only one opened with the plan saves its KV memory.
-    skipping = load_model(model, n_ctx=N_PROMPT + N_ANSWER, threads=threads, gpu_layers=gpu_layers, plan=plan)
-    full, skipped = Side(kv_bytes=llm.kv_bytes), Side(kv_bytes=skipping.kv_bytes)
-    prompt = _prompt(llm)
-    _compare(prompt, ((llm, full), (skipping, skipped)), on_stage)
-    n_threads = llm.n_threads
-    llm.close()
-    skipping.close()
+    with closing(open_model(N_PROMPT + N_ANSWER)) as llm:
+        requests = corpus.cut(llm, corpus.text(), _N_REQUESTS, 512)
+        profile = calibrate(
+            llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=corpus.DESCRIPTION
+        )
+        plan = choose(profile)
+        on_plan(profile, plan)
+        prompt, n_threads = _prompt(llm), llm.n_threads
+        # A second model beside the first, as only one opened with the plan saves its KV memory.
+        with closing(open_model(N_PROMPT + N_ANSWER, plan=plan)) as skipping:
+            full, skipped = Side(llm.kv_bytes), Side(skipping.kv_bytes)
+            _compare(prompt, ((llm, full), (skipping, skipped)), on_stage)
 
     on_stage(f"Loss on {len(_LOSS_PAGES)} x {_N_LOSS} tokens of other pages, unseen in calibration")
-    llm = load_model(model, n_ctx=_N_LOSS, threads=threads, gpu_layers=gpu_layers, logits_all=True)
     pages = corpus.pages()
-    texts = [corpus.cut(llm, pages[name], 1, _N_LOSS)[0] for name in _LOSS_PAGES if name in pages]
-    for side_plan, side in ((None, full), (plan, skipped)):
-        llm.set_plan(side_plan)
-        side.loss = float(np.concatenate([token_losses(llm, tokens) for tokens in texts]).mean())
-    llm.close()
+    with closing(open_model(_N_LOSS, logits_all=True)) as llm:
+        texts = [corpus.cut(llm, pages[name], 1, _N_LOSS)[0] for name in _LOSS_PAGES if name in pages]
+        # A text is evaluated as a prompt. Where prompts run whole, it is the set of decode that is judged.
+        judged = plan if plan.prefill.n_skip else SkipPlan(plan.skipped("decode"), plan.skipped("decode"))
+        for side_plan, side in ((None, full), (judged, skipped)):
+            llm.set_plan(side_plan)
+            side.loss = float(np.concatenate([token_losses(llm, tokens) for tokens in texts]).mean())
     return DemoResult(profile, plan, full, skipped, len(prompt), sum(map(len, texts)), n_threads)
 
 
@@ -208,7 +207,7 @@ def _compare(
             side.answer = "".join(generation).strip()
             side.online_ffn = llm.online.ffn if llm.online is not None else ()
             assert generation.timing is not None
-            side.first_token_s.append(generation.timing.first_token_s)
+            side.first_token_s_runs.append(generation.timing.first_token_s)
             if generation.timing.token_s is not None:
-                side.token_s.append(generation.timing.token_s)
+                side.token_s_runs.append(generation.timing.token_s)
         pair += 1

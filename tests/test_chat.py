@@ -9,9 +9,8 @@ import llama_cpp
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
-from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from tiny_families import N_EMBD
+from tiny_models import add_chat_template
 
 from adaskip_cpp import Profile
 from adaskip_cpp.cli.chat import Conversation
@@ -26,19 +25,11 @@ from adaskip_cpp.model.tuned import Promise, TunedPlan
 
 Chat = Callable[..., Result]
 
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
-)
-
 
 @pytest.fixture(scope="module")
 def model(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny llama model with a chat template."""
-    path = tmp_path_factory.mktemp("chat") / "chat.gguf"
-    writer = GGUFWriter(path, "llama")
-    template = MetadataDetails(GGUFValueType.STRING, TEMPLATE)
-    copy_with_new_metadata(GGUFReader(tiny()), writer, {"tokenizer.chat_template": template}, [])
-    return path
+    return add_chat_template(tiny(), tmp_path_factory.mktemp("chat") / "chat.gguf")
 
 
 @pytest.fixture

@@ -248,11 +248,6 @@ def test_being_terminated_is_an_interrupt(run: Run, monkeypatch: pytest.MonkeyPa
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_demo_without_its_model_tells_how_to_get_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert 'pip install "adaskip-cpp[demo]"' in line(run("demo"))
-
-
 # --- verbs on a tiny model --------------------------------------------------------------------------------------------
 
 
@@ -510,31 +505,3 @@ def test_colours_are_only_for_terminals() -> None:
 
 def test_there_is_a_core_to_run_on() -> None:
     assert 1 <= physical_cores() <= (os.cpu_count() or 1)
-
-
-# --- on the real model ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.model
-def test_the_demo_finds_its_model(smollm2_path: Path) -> None:
-    assert demo.packaged_model() == str(smollm2_path)
-
-
-@pytest.mark.model
-@pytest.mark.slow
-def test_the_demo_measures_both_sides(smollm2_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_MAX_PAIRS", 1)
-    monkeypatch.setattr(demo, "N_ANSWER", 8)
-    result = run("demo", "--json")
-    assert result.exit_code == 0, result.output
-    data = json.loads(result.stdout)
-    assert data["plan"]["strategy"] == "adaskip"
-    assert sum(len(data["plan"]["prefill"][kind]) for kind in ("attention", "ffn")) == 12
-    assert 1990 <= data["n_prompt"] <= 2000
-    assert data["profile"]["calibration"]["n_tokens"] == 20 * 512
-    for side in ("full", "skipped"):
-        assert data[side]["first_token_s"] > data[side]["token_s"] > 0
-    assert 2 < data["full"]["loss"] < data["skipped"]["loss"] < 5
-    n_attention = len(data["plan"]["prefill"]["attention"])
-    assert n_attention > 0
-    assert data["skipped"]["kv_bytes"] * 30 == data["full"]["kv_bytes"] * (30 - n_attention)

@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, TokenType
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from tiny_families import ENCODERS, FAMILIES, N_CTX_TRAIN, N_EMBD, N_FF, N_HEAD, N_VOCAB, Family
 
-__all__ = ["write_lora", "write_model"]
+__all__ = ["TEMPLATE", "add_chat_template", "write_lora", "write_model"]
 
 Kind = str  # "attention" or "ffn"
 
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+)
 WORDS = ("▁the", "▁a", "▁of", "▁to", "th", "he", "▁t", "▁", "in", "er", "an", "re", "on")
 N_BYTE_TOKENS = N_VOCAB - len(WORDS)  # three special tokens and all bytes
 # The projections that end a sublayer, with their biases. Behind them stands at most an RMS norm, and rms_norm(0) = 0.
@@ -90,6 +94,14 @@ def write_lora(path: str | Path, *, seed: int = 0, rank: int = 2, alpha: float =
     writer.write_tensors_to_file()
     writer.close()
     return Path(path)
+
+
+def add_chat_template(source: Path, target: Path) -> Path:
+    """Write a copy of a model that has a chat template, ``TEMPLATE``."""
+    writer = GGUFWriter(target, "llama")
+    template = MetadataDetails(GGUFValueType.STRING, TEMPLATE)
+    copy_with_new_metadata(GGUFReader(source), writer, {"tokenizer.chat_template": template}, [])
+    return target
 
 
 def _values(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:

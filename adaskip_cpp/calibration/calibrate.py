@@ -18,14 +18,14 @@ from ..model.maps import LinearMaps, map_scale
 from ..model.plan import KINDS
 from ..model.statistics import PhaseStatistics
 from ..planning.profile import Profile
-from ..progress import RequestProgress, fraction_progress
+from ..progress import progress_bar
+from .cost import measure_cost
 from .linear import DEFAULT_RANK, LinearFit, moments_bytes
 from .similarity import RequestStatistics
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..engine.native import StatisticsBatch
-    from ..model.cost_model import CostModel
 
 __all__ = ["MAX_DECODED", "Request", "calibrate"]
 
@@ -92,29 +92,36 @@ def calibrate(
     prefill: list[PhaseStatistics] = []
     decode: list[PhaseStatistics] = []
     fits = _fits(llm) if rank else []
-    maps = None
+    maps = cost_model = None
     n_decoded = min(len(token_lists), MAX_DECODED)
     decodes = {index * len(token_lists) // n_decoded for index in range(n_decoded)}
-    lengths = [len(tokens) + n_decode * (index in decodes) for index, tokens in enumerate(token_lists)]
-    lengths += [len(tokens) for tokens in token_lists] * max(len(fits) - 1, 0)
+    n_text = sum(map(len, token_lists))
+    n_seen, n_expected = 0, n_text * max(len(fits), 1) + n_decode * n_decoded
     with _full_model(llm):
-        with RequestProgress(lengths, progress) as shown:
+        with progress_bar("Calibrating", progress) as on_progress:
+
+            def advance(n_tokens: int) -> None:
+                nonlocal n_seen
+                n_seen += n_tokens
+                words = f"{len(prefill)}/{len(token_lists)} requests, {n_seen:,} tokens"
+                on_progress(n_seen / n_expected, words)
+
             for index, tokens in enumerate(token_lists):
-                llm.reset()
-                prefill.append(_prefill(llm, tokens, shown.advance, fits[0] if fits else None))
+                prefill.append(_prefill(llm, tokens, advance, fits[0] if fits else None))
                 if index in decodes:
-                    decode.append(_decode(llm, tokens, n_decode, shown.advance))
-                shown.finish_request()
+                    decode.append(_decode(llm, tokens, n_decode, advance))
             if rank:
                 scale = map_scale(PhaseStatistics.mean(prefill).median_ratio)
-                maps = _fit(llm, fits, token_lists, rank, scale, shown)
-        cost_model = _measure_cost(llm, progress) if cost else None
+                maps = _fit(llm, fits, token_lists, rank, scale, advance)
+        if cost:
+            with progress_bar("Timing sublayers", progress) as on_progress:
+                cost_model = measure_cost(llm, on_progress=on_progress)
 
     return Profile(
         prefill=PhaseStatistics.mean(prefill),
         decode=PhaseStatistics.mean(decode),
         n_requests=len(prefill),
-        n_tokens=sum(len(tokens) for tokens in token_lists),
+        n_tokens=n_text,
         model=llm.model_info,
         corpus=description,
         package_version=_package_version(),
@@ -185,6 +192,7 @@ def _prefill(
             fit.add(batch.activations, batch.positions)
         advance(batch.dot.shape[2])
 
+    llm.reset()
     with llm.collect_statistics(sink, vectors=True, activations=fit is not None):
         llm.eval(tokens)
     return _complete(statistics, len(tokens))
@@ -203,7 +211,7 @@ def _fit(
     token_lists: list[list[int]],
     rank: int,
     scale: npt.NDArray[np.float64],
-    shown: RequestProgress,
+    advance: Callable[[int], None],
 ) -> LinearMaps | None:
     """Fit the maps; the first pass over the requests has been made."""
     n_embd = llm.n_embd()
@@ -212,9 +220,7 @@ def _fit(
     up = np.full((llm.n_layer, 2, n_embd, rank), np.nan, np.float32)
     for index, fit in enumerate(fits):
         for tokens in token_lists if index else ():
-            llm.reset()
-            _prefill(llm, tokens, shown.advance, fit)
-            shown.finish_request()
+            _prefill(llm, tokens, advance, fit)
         for where, fitted in fit.fit(rank, scale).items():
             down[where], up[where] = fitted
         fit.clear()
@@ -238,13 +244,6 @@ def _decode(llm: AdaSkipLlama, tokens: list[int], n_decode: int, advance: Callab
         for _ in range(n_decode + 1):  # the first one is sampled from the prompt's logits
             next(generated)
     return _complete(statistics, n_decode)
-
-
-def _measure_cost(llm: AdaSkipLlama, progress: bool | None) -> CostModel:
-    from .cost import measure_cost
-
-    with fraction_progress("Timing sublayers", progress) as on_progress:
-        return measure_cost(llm, on_progress=on_progress)
 
 
 def _complete(statistics: RequestStatistics, n_tokens: int) -> PhaseStatistics:

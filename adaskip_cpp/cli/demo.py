@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -13,7 +13,7 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
 from .report import layer_list, megabytes
-from .terminal import OUTPUT, console, json_option, model_options, option, recorder, save_svg, verb
+from .terminal import OUTPUT, console, json_option, load_model, model_options, option, recorder, save_svg, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,34 +53,22 @@ def demo(
     start = time.monotonic()
     path = model or packaged_model()
 
-    def on_plan(profile: Profile, plan: SkipPlan) -> None:
-        if not as_json:
-            _print_plan(out, profile, plan)
-
     with err.status("Loading the model") as status:
-
-        def on_stage(text: str) -> None:
-            if err.is_terminal:
-                status.update(text)
-            else:
-                err.print(text, style="dim")
-
         result = run(
-            path,
+            partial(load_model, path, threads=threads, gpu_layers=gpu_layers),
             choose=lambda profile: make_plan(profile, chosen),
-            threads=threads,
-            gpu_layers=gpu_layers,
-            on_stage=on_stage,
-            on_plan=on_plan,
+            on_stage=status.update if err.is_terminal else lambda text: err.print(text, style="dim"),
+            on_plan=lambda profile, plan: None if as_json else _print_plan(out, profile, plan),
         )
+    elapsed_s = time.monotonic() - start
     if as_json:
         click.echo(json.dumps({"model": path, **result.to_dict()}, indent=1))
     else:
-        _print_result(out, result, time.monotonic() - start)
+        _print_result(out, result, elapsed_s)
     if svg is not None:
         picture = recorder()
         _print_plan(picture, result.profile, result.plan)
-        _print_result(picture, result, time.monotonic() - start)
+        _print_result(picture, result, elapsed_s)
         save_svg(picture, svg, "adaskip-cpp demo")
 
 
@@ -103,39 +91,26 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     from ..demo import N_ANSWER, N_PROMPT
 
     full, skipped = result.full, result.skipped
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for name in ("full model", f"{result.plan.prefill.n_skip} skipped", "ratio"):
+    in_prefill = result.plan.prefill.n_skip
+    n_skip, where = (in_prefill, "") if in_prefill else (result.plan.skipped("decode").n_skip, " in decode")
+    table = Table("", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("full model", f"{n_skip} skipped{where}", "ratio"):
         table.add_column(name, justify="right")
-    first = statistics.median(full.first_token_s), statistics.median(skipped.first_token_s)
-    table.add_row(
-        f"first token, {result.n_prompt:,}-token prompt",
-        f"{first[0]:.2f} s",
-        f"{first[1]:.2f} s",
-        f"[bold]{first[0] / first[1]:.2f} x as fast[/]",
-    )
+
+    times = [(f"first token, {result.n_prompt:,}-token prompt", full.first_token_s, skipped.first_token_s, 1.0, "s", 2)]
     if full.token_s and skipped.token_s:
-        each = statistics.median(full.token_s), statistics.median(skipped.token_s)
-        table.add_row(
-            "each token after it",
-            f"{each[0] * 1e3:.1f} ms",
-            f"{each[1] * 1e3:.1f} ms",
-            f"[bold]{each[0] / each[1]:.2f} x as fast[/]",
-        )
+        times.append(("each token after it", full.token_s, skipped.token_s, 1e3, "ms", 1))
+    for name, whole, less, factor, unit, digits in times:
+        shown = (f"{seconds * factor:.{digits}f} {unit}" for seconds in (whole, less))
+        table.add_row(name, *shown, f"[bold]{whole / less:.2f} x as fast[/]")
     if full.kv_bytes:
         saved = 1 - skipped.kv_bytes / full.kv_bytes
-        table.add_row(
-            f"KV memory for {N_PROMPT + N_ANSWER:,} tokens",
-            megabytes(full.kv_bytes),
-            megabytes(skipped.kv_bytes),
-            f"[bold]{saved:.0%} saved[/]" if saved > 0 else "none saved",
-        )
-    table.add_row(
-        f"loss on {result.n_loss:,} unseen tokens",
-        f"{full.loss:.3f} nats",
-        f"{skipped.loss:.3f} nats",
-        f"{skipped.loss - full.loss:+.3f} nats",
-    )
+        kept = megabytes(full.kv_bytes), megabytes(skipped.kv_bytes)
+        name = f"KV memory for {N_PROMPT + N_ANSWER:,} tokens"
+        table.add_row(name, *kept, f"[bold]{saved:.0%} saved[/]" if saved > 0 else "none saved")
+    losses = full.loss, skipped.loss
+    added_loss = f"{losses[1] - losses[0]:+.3f} nats"
+    table.add_row(f"loss on {result.n_loss:,} unseen tokens", *(f"{loss:.3f} nats" for loss in losses), added_loss)
     out.print(table)
     if result.plan.online is not None:
         added = skipped.online_ffn
@@ -146,20 +121,19 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
 
     answers = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
     answers.add_column("answer of the full model", ratio=1)
-    answers.add_column(f"answer with {result.plan.prefill.n_skip} sublayers skipped", ratio=1)
+    answers.add_column(f"answer with {n_skip} sublayers skipped{where}", ratio=1)
     # Without its line breaks: a list of short items would fill the screen.
     answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in (full, skipped)))
     out.print(answers)
+    n = len(full.first_token_s_runs)
     out.print(
-        f"Times are {_runs(len(full.first_token_s))} on {result.n_threads} CPU threads; "
-        f"answers take the likeliest token, {N_ANSWER} at most. The demo took {elapsed_s:.0f} s.",
+        f"Times are {f'medians of {n} runs each, in turn,' if n > 1 else 'of one run each'} on {result.n_threads} CPU "
+        f"threads; answers take the likeliest token, {N_ANSWER} at most. The demo took {elapsed_s:.0f} s.",
         style="dim",
     )
-    if (fewer := result.plan.prefill.n_skip // 2) > 0:
+    if n_skip >= 2:
+        mode = " --mode decode" if where else ""
         out.print(
-            f"Skipping fewer costs less quality and saves less time: adaskip-cpp demo --skip {fewer}", style="dim"
+            f"Skipping fewer costs less quality and saves less time: adaskip-cpp demo{mode} --skip {n_skip // 2}",
+            style="dim",
         )
-
-
-def _runs(n: int) -> str:
-    return f"medians of {n} runs each, in turn," if n > 1 else "of one run each"

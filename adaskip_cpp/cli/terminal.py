@@ -213,8 +213,8 @@ def model_options(command: _Command) -> _Command:
 
 def load_model(
     path: str,
-    *,
     n_ctx: int,
+    *,
     threads: int | None,
     gpu_layers: int,
     logits_all: bool = False,
