@@ -50,7 +50,7 @@ def prompt_logits(llm: AdaSkipLlama, tokens: Sequence[int]) -> Logits:
     Raises:
         RequestError: too few or too many tokens, or the model keeps the last token's logits only.
     """
-    if not llm._logits_all:
+    if not llm.logits_all:
         raise RequestError("the model keeps only the last token's logits; load it with logits_all=True")
     if not 2 <= len(tokens) <= llm.context_size:
         raise RequestError(
