@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections import defaultdict
@@ -74,7 +75,6 @@ class _Measurement:
         self.groups = _groups(llm)
         self._rest_grows = not all(sublayer.skippable for sublayer in llm.sublayers)  # then follow it into the depth
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
-        self.deepest = 0
         self._on_progress = on_progress
         self._size = llm.context_size
         self._n_decode = max(min(_N_DECODE, self._size // (2 * len(self._mixed()) + 2) - 1), 1)
@@ -86,15 +86,14 @@ class _Measurement:
                 f"load the model with n_ctx={max(4 * self._reserve, 2 * CELLS)} or more"
             )
         self._contexts = contexts
-        rng = np.random.default_rng(0)
-        self._tokens: list[int] = rng.integers(0, llm.n_vocab(), size=self.n_tokens).tolist()
+        self._tokens: list[int] = np.random.default_rng(0).integers(0, llm.n_vocab(), size=self.n_tokens).tolist()
         self._start = perf_counter()
 
     def run(self) -> CostModel:
         """Measure and fit."""
-        self._prepare(self._nothing(True))
-        self._eval("prefill", self._tokens)  # pages in the weights, fills caches, wakes up threads; not counted
-        self._eval("decode", self._tokens[:1])
+        self._prepare(self._all(True))
+        self._eval("prefill", self.n_tokens, counts=False)  # pages in the weights, fills caches, wakes up threads
+        self._eval("decode", 1, counts=False)
         self._start = perf_counter()
         n_rounds, elapsed = 0, 0.0
         while n_rounds == 0 or (n_rounds < _MAX_ROUNDS and elapsed * (n_rounds + 1) / n_rounds <= self.seconds):
@@ -113,12 +112,13 @@ class _Measurement:
         for group in groups:
             if group.kind == 0:
                 limits[list(group.layers)] = group.limit
-        return CostModel(CostSettings.of(self.llm), prefill, decode, limits, self.deepest), error + error_decode
+        deepest = max(sample.end for samples in self.samples.values() for sample in samples)
+        return CostModel(CostSettings.of(self.llm), prefill, decode, limits, deepest), error + error_decode
 
     # -- one round: every plan once, so that a slow moment of the machine hits all alike ----------------------------
 
     def _round(self) -> None:
-        everything = self._nothing(True)
+        everything = self._all(True)
         self._prepare(everything)
         self._ubatch()
         for runs in self._mixed():
@@ -129,7 +129,7 @@ class _Measurement:
                 self._prepare(self._only(group, group.layers))
                 self._ubatch()
         depth = len(self._contexts) if self._rest_grows else 1
-        self._deepen(self._nothing(False), self._contexts[:depth], None)
+        self._deepen(self._all(False), self._contexts[:depth], None)
         for index, group in enumerate(self.groups):
             if group.kind == 0:
                 step = math.ceil(len(group.layers) / math.ceil(len(group.layers) / _SUBSET))
@@ -138,11 +138,8 @@ class _Measurement:
 
     def _deepen(self, runs: npt.NDArray[np.bool_], contexts: Sequence[int], offset: str | None) -> None:
         """Time ubatch after ubatch; with an ``offset`` also, at each context, tokens for which all FFNs run as well."""
-        n_deep = sum(group.kind == 0 for group in self.groups)
-        end = perf_counter() + self.seconds / (2 * max(n_deep, 1))
-        with_ffn = runs.copy()
-        with_ffn[:, 1] = True
-        self._prepare(runs, with_ffn)
+        end = perf_counter() + self.seconds / (2 * max(sum(group.kind == 0 for group in self.groups), 1))
+        self._prepare(runs, runs | np.array([False, True]))
         remaining = list(contexts)
         while remaining and self._has_room(1):
             self._ubatch()
@@ -154,8 +151,7 @@ class _Measurement:
 
     def _has_room(self, n_ubatches: int) -> bool:
         """Whether so many ubatches, with tokens decoded behind each, still fit into the context."""
-        needed = n_ubatches * (self.n_tokens + self._n_decode + 1)
-        return self.llm.n_tokens + needed <= self._size
+        return self.llm.n_tokens + n_ubatches * (self.n_tokens + self._n_decode + 1) <= self._size
 
     def _prefill_groups(self, groups: Sequence[Group]) -> list[Group]:
         """The groups in prefill, where llama.cpp runs the last layer's FFN for output tokens only: hardly any."""
@@ -169,26 +165,24 @@ class _Measurement:
         return result
 
     def _mixed(self) -> list[npt.NDArray[np.bool_]]:
-        """The full model, half of each group left out, and halves of several: where real plans are."""
-        attention = [group for group in self.groups if group.kind == 0]
-        ffn = [group for group in self.groups if group.kind == 1]
-        result = []
-        runs = self._nothing(True)
-        for step in range(len(attention) + 1):
-            if step > 0:
-                runs = runs.copy()
-                runs[list(attention[step - 1].layers[::2]), 0] = False
-            result.append(runs)
-            if step in (0, len(attention)):
-                for group in ffn:
-                    halved = runs.copy()
-                    halved[list(group.layers[::2]), 1] = False
-                    result.append(halved)
-        return result
+        """The full model, half of each group left out, and halves of several: where real plans are.
+
+        In this order no plan runs an attention that an earlier one left out.
+        """
+
+        def halved(runs: npt.NDArray[np.bool_], group: Group) -> npt.NDArray[np.bool_]:
+            fewer: npt.NDArray[np.bool_] = runs.copy()
+            fewer[list(group.layers[::2]), group.kind] = False
+            return fewer
+
+        attention, ffn = ([group for group in self.groups if group.kind == kind] for kind in (0, 1))
+        result = list(itertools.accumulate(attention, halved, initial=self._all(True)))
+        result += [halved(runs, group) for runs in result[:: max(len(attention), 1)] for group in ffn]
+        return sorted(result, key=lambda runs: -int(runs[:, 0].sum()))
 
     # -- the model --------------------------------------------------------------------------------------------------
 
-    def _nothing(self, runs: bool) -> npt.NDArray[np.bool_]:
+    def _all(self, runs: bool) -> npt.NDArray[np.bool_]:
         """All sublayers that can be skipped run, or none of them; the others always do."""
         flags = np.ones((self.llm.n_layer, 2), np.bool_)
         for group in self.groups:
@@ -196,7 +190,7 @@ class _Measurement:
         return flags
 
     def _only(self, group: Group, layers: Sequence[int]) -> npt.NDArray[np.bool_]:
-        flags = self._nothing(False)
+        flags = self._all(False)
         flags[list(layers), group.kind] = True
         return flags
 
@@ -210,25 +204,21 @@ class _Measurement:
         self._set_plan(prefill, prefill if decode is None else decode)
 
     def _ubatch(self) -> None:
-        self._sample("prefill", self._eval("prefill", self._tokens))
+        self._eval("prefill", self.n_tokens)
 
     def _decode(self, offset: str = "") -> None:
-        self._eval("decode", self._tokens[:1])
-        for _ in range(self._n_decode):
-            self._sample("decode", self._eval("decode", self._tokens[:1]), offset)
+        for i in range(self._n_decode + 1):
+            self._eval("decode", 1, offset, counts=i > 0)
 
-    def _sample(self, phase: Phase, seconds: float, offset: str = "") -> None:
-        self.samples[phase].append(Sample(self._runs[phase], self.llm.n_tokens, seconds, offset))
-
-    def _eval(self, phase: Phase, tokens: list[int]) -> float:
+    def _eval(self, phase: Phase, n_tokens: int, offset: str = "", *, counts: bool = True) -> None:
         start = perf_counter()
-        (self.llm.eval if phase == "prefill" else self.llm.eval_decode)(tokens)
+        (self.llm.eval if phase == "prefill" else self.llm.eval_decode)(self._tokens[:n_tokens])
         _synchronize(self.llm)
         end = perf_counter()
-        self.deepest = max(self.deepest, self.llm.n_tokens)
+        if counts:
+            self.samples[phase].append(Sample(self._runs[phase], self.llm.n_tokens, end - start, offset))
         if self._on_progress is not None:
             self._on_progress(min((end - self._start) / self.seconds, 1.0))
-        return end - start
 
 
 def _groups(llm: AdaSkipLlama) -> list[Group]:
