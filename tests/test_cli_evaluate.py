@@ -47,7 +47,20 @@ def run(tiny: Any, profile_path: Path, text: Path, tmp_path: Path) -> Run:
 
     def invoke(*args: object, model: Path | None = None, profile: Path = profile_path) -> Result:
         fixed = ["evaluate", model or tiny(), "--profile", profile, "-o", tmp_path / "out", "--text", text]
-        small = ["--texts", 2, "--tokens", 24, "--continuation", 6, "--rounds", 2, "--speed-context", 16]
+        small = [
+            "--threads",
+            1,
+            "--texts",
+            2,
+            "--tokens",
+            24,
+            "--continuation",
+            6,
+            "--rounds",
+            2,
+            "--speed-context",
+            16,
+        ]
         verbs = Verbs(commands={"evaluate": command})
         return CliRunner().invoke(verbs, [str(arg) for arg in (*fixed, *small, *args)], prog_name="adaskip-cpp")
 
@@ -151,7 +164,7 @@ def test_a_busy_machine_is_noted_where_speeds_are_measured(
     once = ("--skip", 2, "--mode", "prefill", "--strategy", "adaskip")
     monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0, 0))
     assert "The load average was 2.5" in run(*once).stderr
-    assert any("disturb the speeds" in note for note in results()["notes"])
+    assert any("disturb the speeds" in note for note in results()["about"]["notes"])
     assert "load average" not in run(*once, "--rounds", 0).stderr
     monkeypatch.setattr("os.getloadavg", lambda: (0.05, 0, 0))
     assert "The load average was 2.5" in run(*once).stderr, "the speeds of then are still those shown"
@@ -161,7 +174,7 @@ def test_a_busy_machine_is_noted_where_speeds_are_measured(
 def test_budgets_that_a_strategy_cannot_reach_are_left_out_with_a_note(run: Run, results: Any, tmp_path: Path) -> None:
     result = run("--skip", "2,5", "--mode", "prefill", "--rounds", 0)
     assert result.exit_code == 0, result.output
-    notes = results()["notes"]
+    notes = results()["about"]["notes"]
     assert any(note.startswith("skip_decode-5-prefill is left out: cannot skip 5") for note in notes)
     assert all(note[:30] in result.stderr for note in notes)
     assert "skip_decode-5-prefill is left out" in (tmp_path / "out" / "report.html").read_text()

@@ -9,9 +9,11 @@ import pytest
 
 from adaskip_cpp import Profile
 from adaskip_cpp.errors import DataError, PlanError
-from adaskip_cpp.evaluation.contenders import FULL, contenders, content_hash, default_budgets, default_strategies
+from adaskip_cpp.evaluation.contenders import FULL, Contender, contenders, every_request
+from adaskip_cpp.evaluation.store import content_hash
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.planning.request import PlanRequest
 
 N_LAYER = 20
 
@@ -25,32 +27,40 @@ def profile() -> Profile:
     return Profile(prefill, prefill, 1, 10, ModelInfo("ab" * 32, "llama", N_LAYER))
 
 
-def names(profile: Profile, **options: Any) -> list[str]:
-    return [each.name for each in contenders(profile, **options)[0]]
+def found(profile: Profile, **lists: Any) -> tuple[list[Contender], list[str]]:
+    return contenders(profile, every_request(N_LAYER, **lists))
 
 
-def test_default_budgets_are_a_tenth_a_fifth_and_a_quarter_of_the_sublayers() -> None:
-    assert default_budgets(30) == (6, 12, 15)
-    assert default_budgets(18) == (3, 7, 9)
-    assert default_budgets(1) == (1,)
+def names(profile: Profile, **lists: Any) -> list[str]:
+    return [each.name for each in found(profile, **lists)[0]]
+
+
+@pytest.mark.parametrize(("n_layer", "budgets"), [(30, [6, 12, 15]), (18, [3, 7, 9]), (1, [1])])
+def test_default_budgets_are_a_tenth_a_fifth_and_a_quarter_of_the_sublayers(n_layer: int, budgets: list[int]) -> None:
+    requests = every_request(n_layer, strategies=["adaskip"], modes=["e2e"])
+    assert [request.n_skip for request in requests] == budgets
+    assert [request.speedup for request in every_request(n_layer, speedups=[1.2], modes=["e2e"])] == [1.2] * 4
 
 
 def test_by_default_all_strategies_but_that_by_hand_run_in_all_modes(profile: Profile) -> None:
-    assert default_strategies() == ("adaskip", "early_exit", "skip_decode", "unified_skipping")
-    found, notes = contenders(profile)
-    assert found[0] is FULL
-    assert len(found) == 1 + 4 * 3 * 3
+    requests = every_request(N_LAYER)
+    assert list(dict.fromkeys(request.strategy for request in requests)) == [
+        "adaskip", "early_exit", "skip_decode", "unified_skipping",
+    ]  # fmt: skip
+    every, notes = contenders(profile, requests)
+    assert every[0] is FULL
+    assert len(every) == 1 + 4 * 3 * 3
     assert notes == []
 
 
 def test_a_plan_is_that_of_the_profile(profile: Profile) -> None:
-    found, _ = contenders(profile, strategies=["adaskip"], n_skip=[4], modes=["e2e"], compensations=["paper"])
-    assert [each.name for each in found] == ["full", "adaskip-4-e2e-paper"]
-    assert found[1].plan == profile.plan(4, compensation="paper")
+    every, _ = found(profile, strategies=["adaskip"], n_skips=[4], modes=["e2e"], compensations=["paper"])
+    assert [each.name for each in every] == ["full", "adaskip-4-e2e-paper"]
+    assert every[1].plan == profile.plan(4, compensation="paper")
 
 
 def test_every_compensation_is_of_the_strategy_that_has_one(profile: Profile) -> None:
-    assert names(profile, n_skip=[4], modes=["prefill"], compensations=["affine", "paper"]) == [
+    assert names(profile, n_skips=[4], modes=["prefill"], compensations=["affine", "paper"]) == [
         "full",
         "adaskip-4-prefill-affine",
         "adaskip-4-prefill-paper",
@@ -61,28 +71,28 @@ def test_every_compensation_is_of_the_strategy_that_has_one(profile: Profile) ->
 
 
 def test_a_budget_out_of_a_strategys_reach_is_a_note(profile: Profile) -> None:
-    found, notes = contenders(profile, n_skip=[30], modes=["prefill"])
-    assert "unified_skipping-30-prefill" not in [each.name for each in found]
+    every, notes = found(profile, n_skips=[30], modes=["prefill"])
+    assert "unified_skipping-30-prefill" not in [each.name for each in every]
     (note,) = notes
     assert note.startswith("unified_skipping-30-prefill is left out: cannot skip 30 sublayers")
 
 
 def test_budgets_that_skip_the_same_are_measured_once(profile: Profile) -> None:
-    found, notes = contenders(profile, strategies=["early_exit"], n_skip=[6, 7], modes=["prefill"])
-    assert [each.name for each in found] == ["full", "early_exit-6-prefill"]
+    every, notes = found(profile, strategies=["early_exit"], n_skips=[6, 7], modes=["prefill"])
+    assert [each.name for each in every] == ["full", "early_exit-6-prefill"]
     assert notes == ["early_exit-7-prefill is left out: it skips the same as early_exit-6-prefill"]
 
 
 def test_nothing_but_the_full_model_is_an_error_with_the_reasons(profile: Profile) -> None:
     with pytest.raises(DataError, match=r"nothing to compare.*early_exit-1-prefill.*the same as full"):
-        contenders(profile, strategies=["early_exit"], n_skip=[1], modes=["prefill"])
+        found(profile, strategies=["early_exit"], n_skips=[1], modes=["prefill"])
 
 
 def test_an_unknown_strategy_or_a_speed_up_without_times_is_an_error(profile: Profile) -> None:
     with pytest.raises(PlanError, match="unknown strategy"):
-        contenders(profile, strategies=["best"])
+        found(profile, strategies=["best"])
     with pytest.raises(PlanError, match="no cost model"):
-        contenders(profile, speedups=[1.2])
+        contenders(profile, [PlanRequest(speedup=1.2, context=64)])
 
 
 def test_the_hash_of_a_plan_is_of_all_that_it_does(profile: Profile) -> None:
@@ -108,8 +118,9 @@ def test_the_hash_of_a_profile_is_of_its_arrays_too(profile: Profile, tmp_path: 
     assert content_hash(other) != content_hash(profile)
 
 
-def test_the_row_of_a_contender_says_what_it_skips_in_each_phase(profile: Profile) -> None:
-    found, _ = contenders(profile, strategies=["skip_decode"], n_skip=[8], modes=["decode"])
-    row = found[1].to_dict()
-    assert (row["n_skip_prefill"], row["n_skip_decode"]) == (0, 8)
-    assert found[0].to_dict()["mode"] is None
+def test_a_tuned_plan_comes_last_if_its_mode_is_asked_for_and_it_is_none_of_the_others(profile: Profile) -> None:
+    requests = every_request(N_LAYER, strategies=["adaskip"], n_skips=[4], modes=["prefill"])
+    tuned = profile.plan(7, mode="prefill")
+    assert [each.name for each in contenders(profile, requests, tuned)[0]][2:] == ["tuned"]
+    for other in (profile.plan(7, mode="e2e"), profile.plan(4, mode="prefill")):
+        assert [each.name for each in contenders(profile, requests, other)[0]][2:] == []

@@ -18,15 +18,17 @@ from adaskip_cpp.errors import DataError
 from adaskip_cpp.evaluation import evaluate
 from adaskip_cpp.evaluation.contenders import FULL, Contender
 from adaskip_cpp.evaluation.evaluate import Work, run
+from adaskip_cpp.evaluation.figures import evaluation_results
 from adaskip_cpp.evaluation.requests import PromptCache, forced_logits
-from adaskip_cpp.evaluation.results import evaluation_results, to_json
-from adaskip_cpp.evaluation.store import Store
+from adaskip_cpp.evaluation.results import About
+from adaskip_cpp.evaluation.store import Record, Store
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
 from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.plan import OnlineStage, SkipSet
 
 Tokens = Callable[..., list[int]]
 N_CONTINUATION = 9
+ABOUT = About("m", "T", "A", {}, "c", {})
 FIGURES = ("loss", "kl", "agreement")
 
 BOTH = SkipPlan.manual(N_LAYER, attention=[1], ffn=[2], scale=1.1)
@@ -104,7 +106,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "time_request", time_request)
 
 
-def measured(work: Work, models: Models, folder: Path) -> dict[Any, dict[str, Any]]:
+def measured(work: Work, models: Models, folder: Path) -> dict[Any, Record]:
     with Store(folder, {}) as store:
         run(work, store, models)
         return dict(store.records)
@@ -161,7 +163,7 @@ def test_loss_divergence_and_agreement_of_prompts_are_those_of_a_numpy_pass(
         for each in CONTENDERS[:2]:
             other = full if each.plan is None else prompt_logits(reference, item.tokens, each.plan.prefill)[:-1]
             expected = figures(full, other, item.tokens[1:])
-            record = records[item.id, each.name, "prompt"]
+            record = records[item.id, each.name, "prompt"].values
             assert {name: record[name] for name in FIGURES} == pytest.approx(expected, abs=2e-5)
 
 
@@ -178,7 +180,7 @@ def test_those_of_decoded_tokens_are_too_with_schedule_and_online_stage(
         full = decoded_logits(reference, item.tokens, split, None)[1:]
         other = decoded_logits(reference, item.tokens, split, each.plan)[1:]
         for name, expected in (("full", figures(full, full, targets)), (each.name, figures(full, other, targets))):
-            record = records[item.id, name, "continuation"]
+            record = records[item.id, name, "continuation"].values
             assert {label: record[label] for label in FIGURES} == pytest.approx(expected, abs=2e-5)
 
 
@@ -188,9 +190,9 @@ def test_the_full_model_neither_diverges_from_itself_nor_disagrees(
     records = measured(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), models, tmp_path)
     for item in items:
         for measure in ("prompt", "continuation"):
-            record = records[item.id, "full", measure]
+            record = records[item.id, "full", measure].values
             assert (record["kl"], record["agreement"]) == (0.0, 1.0)
-        assert records[item.id, "full", "continuation"]["rouge_l"] == 1.0
+        assert records[item.id, "full", "continuation"].values["rouge_l"] == 1.0
 
 
 def test_forced_tokens_get_the_logits_of_the_same_text_read_as_a_prompt(
@@ -232,16 +234,16 @@ def test_an_answer_is_greedy_and_is_scored(
         chosen.append(int(logits.argmax()))
         logits = pass_.eval(chosen[-1:]).logits[-1]
     records = measured(Work((FULL, CONTENDERS[1]), questions=[question]), models, tmp_path / "a")
-    text = records["question", "full", "answer"]["text"]
+    text = records["question", "full", "answer"].text
     assert text == models.opened[-1].detokenize(chosen).decode("utf-8", "replace")
-    assert records["question", "full", "answer"]["score"] == question.score(text)
+    assert records["question", "full", "answer"].values["score"] == question.score(text)
 
 
 def test_an_answer_of_which_one_line_counts_ends_with_it(models: Models, tmp_path: Path, tokens: Tokens) -> None:
     item = QuestionItem("q", "trec", tuple(tokens(12, 3)), ("a",), 60, "classification", ("a",), first_line=True)
-    text = measured(Work((FULL,), questions=[item]), models, tmp_path / "a")["q", "full", "answer"]["text"]
+    text = measured(Work((FULL,), questions=[item]), models, tmp_path / "a")["q", "full", "answer"].text
     whole = measured(Work((FULL,), questions=[replace(item, first_line=False)]), models, tmp_path / "b")
-    assert whole["q", "full", "answer"]["text"].startswith(text)
+    assert whole["q", "full", "answer"].text.startswith(text)
     assert "\n" not in text.lstrip("\n")[:-1]
 
 
@@ -339,7 +341,7 @@ def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(
     measured(work, models, tmp_path / "whole")
     lines = (tmp_path / "whole" / "items.jsonl").read_bytes().splitlines(keepends=True)
     with Store(tmp_path / "whole", {}) as store:
-        expected = to_json(evaluation_results(work, store.records, {}))
+        expected = evaluation_results(work, store.records, ABOUT).to_json()
     for n_done in range(len(lines) + 1):
         folder = tmp_path / str(n_done)
         with Store(folder, {}):
@@ -348,7 +350,7 @@ def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(
         (folder / "items.jsonl").write_bytes(b"".join(lines[:n_done]) + torn)
         with Store(folder, {}) as store:
             run(work, store, models)
-            assert to_json(evaluation_results(work, store.records, {})) == expected, n_done
+            assert evaluation_results(work, store.records, ABOUT).to_json() == expected, n_done
 
 
 def test_after_an_interrupt_all_results_so_far_are_there_and_no_model_is_open(

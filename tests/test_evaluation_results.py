@@ -2,18 +2,23 @@
 
 import json
 import math
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Any
 
+import msgspec
 import pytest
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.evaluation.contenders import FULL, Contender
 from adaskip_cpp.evaluation.evaluate import Work
-from adaskip_cpp.evaluation.results import evaluation_results, to_json
-from adaskip_cpp.evaluation.rows import contender_label, headline, look_key
-from adaskip_cpp.evaluation.tables import summary, tables, to_markdown
+from adaskip_cpp.evaluation.figures import evaluation_results
+from adaskip_cpp.evaluation.report import markdown_report
+from adaskip_cpp.evaluation.results import About, Figure, Results, Row, TaskScores
+from adaskip_cpp.evaluation.store import Record
+from adaskip_cpp.evaluation.tables import summary, tables
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
+from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
 PLAN = SkipPlan.manual(3, attention=[1])
@@ -21,7 +26,7 @@ ADASKIP = Contender("adaskip-1-prefill-affine", "adaskip", "1", "prefill", "affi
 EXIT = Contender("early_exit-2-e2e", "early_exit", "2", "e2e", "none", SkipPlan.manual(3, attention=[2], ffn=[2]))
 NAMES = (FULL.name, ADASKIP.name, EXIT.name)
 TEXTS = [TextItem(f"t{i}", "text", (1,) * 20) for i in range(3)]
-ABOUT = {"title": "T", "about": "A", "notes": [], "configuration": {}, "command": "c"}
+ABOUT = About("m", "T", "A", {}, "c", {})
 
 
 def question(name: str, task: str = "passkey", length: int = 100, depth: float | None = 0.5) -> QuestionItem:
@@ -32,7 +37,9 @@ def records(measure: str, **by_contender: list[dict[str, Any]]) -> dict[Any, Any
     """One record per item: ``full=[...]``, ``adaskip=[...]``, ``early_exit=[...]``."""
     names = {name.split("-")[0]: name for name in NAMES}
     return {
-        (f"t{i}", names[name], measure): values for name, each in by_contender.items() for i, values in enumerate(each)
+        (f"t{i}", names[name], measure): Record(f"t{i}", names[name], measure, values)
+        for name, each in by_contender.items()
+        for i, values in enumerate(each)
     }
 
 
@@ -42,13 +49,14 @@ def losses(*values: float, **more: list[float]) -> list[dict[str, float]]:
 
 def results(
     found: dict[Any, Any], questions: list[QuestionItem] | None = None, texts: list[TextItem] = TEXTS
-) -> dict[str, Any]:
+) -> Results:
     work = Work((FULL, ADASKIP, EXIT), texts, questions or [], 10, (1, 2), 2)
-    return json.loads(to_json(evaluation_results(work, found, ABOUT)))
+    return evaluation_results(work, found, ABOUT)
 
 
-def row(found: dict[str, Any], strategy: str) -> dict[str, Any]:
-    return next(each for each in found["contenders"] if each["strategy"] == strategy)
+def row(found: Results, strategy: str) -> dict[str, Any]:
+    """A contender as it stands in results.json."""
+    return next(each for each in json.loads(found.to_json())["contenders"] if each["strategy"] == strategy)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -104,9 +112,9 @@ def test_prompts_and_decoded_tokens_are_kept_apart_and_rouge_l_is_of_continuatio
         }
     )
     assert row(found, "adaskip")["text"]["prompt"]["all"]["added_loss"]["mean"] == 0.5
-    assert row(found, "adaskip")["text"]["decode"] is None
-    assert row(found, "adaskip")["text"]["rouge_l"]["all"]["mean"] == 0.25
-    assert row(found, "early_exit")["text"]["decode"]["all"]["added_loss"]["mean"] == 1.0
+    assert list(row(found, "adaskip")["text"]["continuation"]["all"]) == ["rouge_l"]
+    assert row(found, "adaskip")["text"]["continuation"]["all"]["rouge_l"]["mean"] == 0.25
+    assert row(found, "early_exit")["text"]["continuation"]["all"]["added_loss"]["mean"] == 1.0
 
 
 def test_kinds_of_text_are_told_apart_where_there_are_several() -> None:
@@ -123,15 +131,21 @@ def test_kinds_of_text_are_told_apart_where_there_are_several() -> None:
     assert table.rows[0] == ("AdaSkip affine, 1", "prefill", "+1.000", "+2.000")
 
 
+AS_FAST = {"full": (1.0, [0.1] * 4), "adaskip": (1.0, [0.1] * 4)}
+
+
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
 def rounds(*times: dict[str, tuple[float, list[float]]]) -> dict[Any, Any]:
     names = {name.split("-")[0]: name for name in NAMES}
     return {
-        (f"round/{i}", "*", "speed"): {
-            "times": {names[name]: {"first_token_s": first, "token_s": rest} for name, (first, rest) in each.items()}
-        }
+        (f"round/{i}", "*", "speed"): Record(
+            f"round/{i}",
+            "*",
+            "speed",
+            times={names[name]: RequestTime(first, tuple(rest)) for name, (first, rest) in each.items()},
+        )
         for i, each in enumerate(times)
     }
 
@@ -157,7 +171,7 @@ def test_speed_ups_of_noisy_rounds_have_an_interval() -> None:
 
 
 def test_without_timing_there_is_no_speed() -> None:
-    assert row(results({}), "adaskip")["speed"] is None
+    assert row(results({}), "adaskip")["speed"] == {}
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -195,7 +209,7 @@ def test_published_questions_of_all_lengths_have_no_such_table() -> None:
 
 
 @pytest.fixture
-def some() -> dict[str, Any]:
+def some() -> Results:
     both = {"rouge_l": [1.0, 1.0, 1.0], "kl": [0.0] * 3, "agreement": [1.0] * 3}
     return results(
         {
@@ -215,7 +229,7 @@ def some() -> dict[str, Any]:
     )
 
 
-def test_a_modes_table_begins_with_the_full_model_and_says_what_its_figures_are_of(some: dict[str, Any]) -> None:
+def test_a_modes_table_begins_with_the_full_model_and_says_what_its_figures_are_of(some: Results) -> None:
     table = tables(some)[0]
     assert table.title == "Mode prefill"
     assert "of prompts" in table.text and "3 items" in table.text
@@ -230,63 +244,83 @@ def test_a_modes_table_begins_with_the_full_model_and_says_what_its_figures_are_
     assert line["Rouge-L"] == "0.500 ± 0.000"
 
 
-def test_modes_without_a_contender_have_no_table(some: dict[str, Any]) -> None:
+def test_modes_without_a_contender_have_no_table(some: Results) -> None:
     assert [table.title for table in tables(some)] == ["Mode prefill", "Mode end-to-end"]
-    assert [title for title, _, _ in summary(some)] == ["mode prefill", "mode end-to-end"]
+    assert [table.title for table in summary(some)] == ["mode prefill", "mode end-to-end"]
 
 
-def questions(*tasks: str) -> dict[str, Any]:
+def questions(*tasks: str) -> Results:
     """Results of questions alone, untimed: the full model answers all, the others half of them."""
     found = results({})
-    for row in found["contenders"]:
-        mean = 1.0 if row["mode"] is None else 0.5
-        row["questions"] = {task: {"score": {"mean": mean, "error": 0.1, "n": 4}, "cells": []} for task in tasks}
-    return found
+    rows = tuple(
+        replace(row, questions={task: TaskScores(Figure(0.5 if row.mode else 1.0, 0.1, 4)) for task in tasks})
+        for row in found.contenders
+    )
+    return replace(found, contenders=rows)
 
 
 def test_a_summary_of_questions_alone_has_their_scores_and_no_empty_columns() -> None:
-    title, header, rows = summary(questions("passkey", "copy"))[0]
-    assert (title, header) == ("mode prefill", ("", "passkey, %", "copy, %"))
-    assert rows[0] == ("full model", "100.0 ± 10.0", "100.0 ± 10.0")
-    assert rows[1][1:] == ("50.0 ± 10.0", "50.0 ± 10.0")
+    table = summary(questions("passkey", "copy"))[0]
+    assert (table.title, table.header[1:]) == ("mode prefill", ("passkey, %", "copy, %"))
+    assert table.rows[0] == ("full model", "100.0 ± 10.0", "100.0 ± 10.0")
+    assert table.rows[1][1:] == ("50.0 ± 10.0", "50.0 ± 10.0")
 
 
 def test_a_summary_of_many_tasks_has_their_mean() -> None:
-    _, header, rows = summary(questions("a", "b", "c", "d"))[0]
-    assert header == ("", "mean of 4 tasks, %")
-    assert [cells[1] for cells in rows[:2]] == ["100.0", "50.0"]
+    table = summary(questions("a", "b", "c", "d"))[0]
+    assert table.header[1:] == ("mean of 4 tasks, %",)
+    assert [cells[1] for cells in table.rows[:2]] == ["100.0", "50.0"]
 
 
-def test_markdown_has_a_line_per_contender(some: dict[str, Any]) -> None:
-    lines = to_markdown(tables(some)[0]).splitlines()
-    assert lines[0] == "## Mode prefill"
-    assert [line.count("|") for line in lines[4:]] == [12] * 4
+def test_markdown_has_a_line_per_contender(some: Results) -> None:
+    lines = markdown_report(some).splitlines()
+    lines = lines[lines.index("## Mode prefill") :]
+    assert [line.count("|") for line in lines[4:9]] == [12] * 4 + [0]
 
 
-def test_the_headline_says_speed_and_loss_of_the_best_strategy_of_each_mode(some: dict[str, Any]) -> None:
-    assert headline(some)[0] == (
+def test_the_headline_says_speed_and_loss_of_the_best_strategy_of_each_mode(some: Results) -> None:
+    assert some.headline[0] == (
         "Prefill: AdaSkip (affine) makes the first token 0.50 times as fast and adds 0.50 nats of loss per token."
     )
-    assert len(headline(some)) == 2
+    assert len(some.headline) == 2
 
 
-def test_unfinished_results_count_what_is_there(some: dict[str, Any]) -> None:
+def test_the_headline_names_the_next_best_strategy_too() -> None:
+    exit = Contender("early_exit-2-prefill", "early_exit", "2", "prefill", "none", PLAN)
+    found = {**records("prompt", full=losses(1.0), adaskip=losses(2.0)), **rounds(AS_FAST)}
+    for key, record in records("prompt", early_exit=losses(4.0)).items():
+        found[key[0], exit.name, key[2]] = record
+    times = found["round/0", "*", "speed"].times
+    times[exit.name] = RequestTime(0.5, times[FULL.name].token_s)
+    work = Work((FULL, ADASKIP, exit), TEXTS, [], 10, (1, 2), 1)
+    (sentence,) = evaluation_results(work, found, ABOUT).headline
+    assert sentence.endswith("and adds 1.00 nats of loss per token. Next is Early Exit: 2.00 times, 3.00 nats.")
+
+
+def test_unfinished_results_count_what_is_there(some: Results) -> None:
     # of texts 3 x 3 continuations and 3 x 2 prompts, of rounds 2
-    assert (some["n_done"], some["n_results"]) == (17, 17)
-    assert results({})["n_done"] == 0
-    assert headline(results({})) == []
+    assert (some.n_done, some.n_results) == (17, 17)
+    assert results({}).n_done == 0
+    assert results({}).headline == []
+
+
+def named(strategy: str, budget: str, compensation: str) -> Row:
+    return Row("name", strategy, budget, "prefill", compensation)
 
 
 def test_a_contender_is_named_by_strategy_budget_and_compensation() -> None:
-    asked = {"strategy": "adaskip", "budget": "1.2x", "compensation": "paper"}
-    assert contender_label(asked) == "AdaSkip paper, 1.2 x asked"
-    assert contender_label({**asked, "budget": "12"}, several=False) == "AdaSkip, 12"
-    assert contender_label({"strategy": "early_exit", "budget": "6", "compensation": "none"}) == "Early Exit, 6"
+    assert named("adaskip", "1.2x", "paper").label() == "AdaSkip paper, 1.2 x asked"
+    assert named("adaskip", "12", "paper").label(several=False) == "AdaSkip, 12"
+    assert named("early_exit", "6", "none").label() == "Early Exit, 6"
 
 
 def test_compensations_that_are_compared_look_different() -> None:
-    looks = [look_key({"strategy": "adaskip", "compensation": name}) for name in (DEFAULT_COMPENSATION, "paper")]
+    looks = [named("adaskip", "6", name).look for name in (DEFAULT_COMPENSATION, "paper")]
     assert looks == ["adaskip", "paper"]
     names = [name for name in COMPENSATIONS if name not in (DEFAULT_COMPENSATION, "paper")]
-    assert look_key({"strategy": "adaskip", "compensation": names[-1]}) not in looks
-    assert look_key({"strategy": "early_exit", "compensation": "none"}) == "early_exit"
+    assert named("adaskip", "6", names[-1]).look not in looks
+    assert named("early_exit", "6", "none").look == "early_exit"
+
+
+def test_what_stands_in_results_json_is_the_whole_result(some: Results) -> None:
+    assert msgspec.json.decode(some.to_json(), type=Results) == some

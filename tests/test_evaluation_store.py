@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.evaluation.store import Store, settings_hash
+from adaskip_cpp.evaluation.store import Record, Store, content_hash
 
 SETTINGS = {"model": "abc", "n": 3, "items": ["a", "b"]}
 OTHER = {**SETTINGS, "n": 4}
@@ -15,21 +15,21 @@ OTHER = {**SETTINGS, "n": 4}
 def fill(folder: Path, settings: dict = SETTINGS, n: int = 3) -> Path:
     with Store(folder, settings) as store:
         for i in range(n):
-            store.append(f"item {i}", "full", "prompt", {"loss": i / 3})
+            store.append(Record(f"item {i}", "full", "prompt", {"loss": i / 3}))
     return folder / "items.jsonl"
 
 
 def test_a_result_is_one_line_of_json(tmp_path: Path) -> None:
     lines = fill(tmp_path).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"item": f"item {i}", "contender": "full", "measure": "prompt", "loss": i / 3} for i in range(3)
+        {"item": f"item {i}", "contender": "full", "measure": "prompt", "values": {"loss": i / 3}} for i in range(3)
     ]
 
 
 def test_a_result_is_on_disk_before_the_store_is_closed(tmp_path: Path) -> None:
     with Store(tmp_path, SETTINGS) as store:
-        store.append("a", "full", "prompt", {"loss": 1.0})
-        assert (tmp_path / "items.jsonl").read_text().endswith('"loss": 1.0}\n')
+        store.append(Record("a", "full", "prompt", {"loss": 1.0}))
+        assert (tmp_path / "items.jsonl").read_text().endswith('{"loss":1.0}}\n')
 
 
 def test_equal_settings_take_the_results_up_again(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_equal_settings_take_the_results_up_again(tmp_path: Path) -> None:
     with Store(tmp_path, dict(reversed(SETTINGS.items()))) as store:
         assert store.set_aside is None
         assert [key[0] for key in store.records] == ["item 0", "item 1", "item 2"]
-        assert store.records["item 2", "full", "prompt"]["loss"] == 2 / 3
+        assert store.records["item 2", "full", "prompt"].values == {"loss": 2 / 3}
 
 
 @pytest.mark.parametrize("n_lost", [1, 2, 20, 60])
@@ -47,7 +47,7 @@ def test_what_a_crash_left_of_the_last_line_is_dropped_and_written_over(tmp_path
     path.write_bytes(whole[:-n_lost])
     with Store(tmp_path, SETTINGS) as store:
         assert [key[0] for key in store.records] == ["item 0", "item 1"]
-        store.append("item 2", "full", "prompt", {"loss": 2 / 3})
+        store.append(Record("item 2", "full", "prompt", {"loss": 2 / 3}))
     assert path.read_bytes() == whole
 
 
@@ -63,7 +63,7 @@ def test_other_settings_begin_anew_and_keep_the_old_results_under_their_hash(tmp
     old = fill(tmp_path).read_bytes()
     with Store(tmp_path, OTHER) as store:
         assert store.records == {}
-        assert store.set_aside == tmp_path / f"items-{settings_hash(SETTINGS)[:12]}.jsonl"
+        assert store.set_aside == tmp_path / f"items-{content_hash(SETTINGS)[:12]}.jsonl"
         assert store.set_aside.read_bytes() == old
     assert json.loads((tmp_path / "settings.json").read_text())["settings"] == OTHER
 
@@ -79,7 +79,7 @@ def test_settings_that_come_back_find_their_results(tmp_path: Path) -> None:
 
 def test_facts_are_those_of_the_beginning_and_do_not_count_as_settings(tmp_path: Path) -> None:
     with Store(tmp_path, SETTINGS, {"started": "today"}) as store:
-        store.append("a", "full", "prompt", {})
+        store.append(Record("a", "full", "prompt"))
     with Store(tmp_path, SETTINGS, {"started": "tomorrow"}) as store:
         assert len(store.records) == 1
         assert store.facts == {"started": "today"}
@@ -105,7 +105,9 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
-    with Store(tmp_path, SETTINGS) as store, pytest.raises(ValueError):
-        store.append("a", "full", "prompt", {"loss": float("nan")})
-    assert (tmp_path / "items.jsonl").read_bytes() == b""
+def test_what_is_no_number_is_null_on_disk(tmp_path: Path) -> None:
+    with Store(tmp_path, SETTINGS) as store:
+        store.append(Record("a", "full", "prompt", {"loss": float("nan")}))
+    assert json.loads((tmp_path / "items.jsonl").read_text())["values"] == {"loss": None}
+    with Store(tmp_path, SETTINGS) as store:
+        assert store.records["a", "full", "prompt"].values == {"loss": None}

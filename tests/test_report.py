@@ -1,12 +1,15 @@
 """The report: one page that is well-formed, loads nothing, and says what the results say."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
 from adaskip_cpp.evaluation.report import Picture, html_report, markdown_report
+from adaskip_cpp.evaluation.results import SPEED_NAMES, About, Figure, Results, Row, Speed, TaskScores
+from adaskip_cpp.intervals import Interval
 from adaskip_cpp.pictures import plots
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
@@ -47,45 +50,37 @@ class Page(HTMLParser):
         self.text += data
 
 
-def contender(strategy: str, mode: str | None, loss: float) -> dict[str, Any]:
-    figure = {"mean": loss, "error": 0.1, "n": 4}
-    figures = {"loss": figure, "added_loss": figure, "kl": figure, "agreement": {"mean": 0.5, "error": 0.1, "n": 4}}
-    interval = {"value": 1.25, "low": 1.2, "high": 1.3, "n": 5}
-    speed = {name: {"speedup": interval, "seconds": figure} for name in ("first_token", "per_token", "request")}
-    return {
-        "name": f"{strategy}-{mode}",
-        "strategy": strategy,
-        "budget": "12",
-        "mode": mode,
-        "compensation": "affine" if strategy == "adaskip" else "none",
-        "n_skip_prefill": 12,
-        "n_skip_decode": 12,
-        "online": False,
-        "speed": speed,
-        "text": {"prompt": {"all": figures}, "decode": {"all": figures}, "rouge_l": {"all": figure}},
-        "questions": {"passkey": {"score": figure, "difference": figure, "cells": []}},
-    }
+def contender(strategy: str, mode: Any, loss: float) -> Row:
+    figure, share = Figure(loss, 0.1, 4), Figure(0.5, 0.1, 4)
+    figures = {"loss": figure, "added_loss": figure, "kl": figure, "agreement": share, "rouge_l": figure}
+    return Row(
+        name=f"{strategy}-{mode}",
+        strategy=strategy,
+        budget="12",
+        mode=mode,
+        compensation="affine" if strategy == "adaskip" else "none",
+        n_skip_prefill=12,
+        n_skip_decode=12,
+        speed={name: Speed(Interval(1.25, 1.2, 1.3, 5), figure) for name in SPEED_NAMES},
+        text={"prompt": {"all": figures}, "continuation": {"all": figures}},
+        questions={"passkey": TaskScores(figure, figure)},
+    )
 
 
 @pytest.fixture
-def results() -> dict[str, Any]:
-    return {
-        "title": "<b>model</b> & co.",
-        "about": "2 plans",
-        "notes": [],
-        "n_done": 5,
-        "n_results": 5,
-        "configuration": {"Text": "a < b", "Machine": "c"},
-        "command": "adaskip-cpp evaluate 'a & b.gguf'",
-        "contenders": [
-            contender("full", None, 2.0),
-            contender("adaskip", "prefill", 0.5),
-            contender("early_exit", "prefill", 5.0),
-        ],
-    }
+def results() -> Results:
+    rows = contender("full", None, 2.0), contender("adaskip", "prefill", 0.5), contender("early_exit", "prefill", 5.0)
+    configuration = {"Text": "a < b", "Machine": "c"}
+    about = About("m", "<b>model</b> & co.", "2 plans", configuration, "adaskip-cpp evaluate 'a & b.gguf'", {})
+    return Results(5, 5, about, rows)
 
 
-def test_the_page_is_well_formed_and_what_it_quotes_is_escaped(results: dict[str, Any]) -> None:
+def unfinished(results: Results) -> Results:
+    about = replace(results.about, notes=("early_exit-6 is left out",))
+    return replace(results, n_done=3, about=about)
+
+
+def test_the_page_is_well_formed_and_what_it_quotes_is_escaped(results: Results) -> None:
     page = Page(html_report(results))
     assert "<b>model</b> & co." in page.text
     assert "b" not in page.tags
@@ -93,7 +88,7 @@ def test_the_page_is_well_formed_and_what_it_quotes_is_escaped(results: dict[str
     assert "adaskip-cpp evaluate 'a & b.gguf'" in page.text
 
 
-def test_the_page_loads_nothing(results: dict[str, Any]) -> None:
+def test_the_page_loads_nothing(results: Results) -> None:
     pytest.importorskip("matplotlib")
     from adaskip_cpp.evaluation.plots import quality_pictures
 
@@ -101,7 +96,7 @@ def test_the_page_loads_nothing(results: dict[str, Any]) -> None:
         Picture(name, "caption", plots.to_svg(figure, name=name)) for name, figure in quality_pictures(results).items()
     ]
     assert pictures
-    html = html_report(results, first=pictures, scores=pictures, last=pictures)
+    html = html_report(results, quality=pictures, scores=pictures, similarity=pictures)
     page = Page(html)
     assert page.tags.count("svg") == 3 * len(pictures)
     assert page.loads == []
@@ -110,14 +105,14 @@ def test_the_page_loads_nothing(results: dict[str, Any]) -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?([^)]*)", html))
 
 
-def test_it_has_a_style_for_light_and_dark_and_for_narrow_windows(results: dict[str, Any]) -> None:
+def test_it_has_a_style_for_light_and_dark_and_for_narrow_windows(results: Results) -> None:
     html = html_report(results)
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
     assert html.count("<table>") == html.count('class="scroll"')
 
 
-def test_tables_say_what_results_say(results: dict[str, Any]) -> None:
+def test_tables_say_what_results_say(results: Results) -> None:
     page = Page(html_report(results))
     assert "1.25 (1.20–1.30)" in page.text
     assert "+0.500 ± 0.100" in page.text
@@ -125,17 +120,15 @@ def test_tables_say_what_results_say(results: dict[str, Any]) -> None:
     assert "AdaSkip (affine) makes the first token 1.25 times as fast" in page.text
 
 
-def test_results_that_are_not_finished_say_so(results: dict[str, Any]) -> None:
-    results["n_done"] = 3
-    results["notes"] = ["early_exit-6 is left out"]
+def test_results_that_are_not_finished_say_so(results: Results) -> None:
+    results = unfinished(results)
     for text in (Page(html_report(results)).text, markdown_report(results)):
         assert "not finished: 3 of 5 results" in text
         assert "early_exit-6 is left out" in text
 
 
-def test_markdown_has_the_same_tables_and_the_pictures_beside_it(results: dict[str, Any]) -> None:
-    results["notes"] = ["early_exit-6 is left out"]
-    text = markdown_report(results, ["quality.png"])
+def test_markdown_has_the_same_tables_and_the_pictures_beside_it(results: Results) -> None:
+    text = markdown_report(unfinished(results), ["quality.png"])
     assert "- early_exit-6 is left out\n\n![quality](quality.png)" in text, "a picture is no part of a list"
     assert "## Mode prefill" in text
     assert "## Questions" in text

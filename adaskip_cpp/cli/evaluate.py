@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ from .terminal import CHOOSING, RUNNING, console, json_option, load_model, model
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
+    from ..evaluation.results import Results
+    from ..model.plan import Mode
 
 __all__ = ["evaluate"]
 
@@ -154,37 +155,62 @@ _TEXT, _QUESTIONS, _SPEED = "Items of text", "Questions", "Speed"
 @model_options
 @json_option
 def evaluate(
-    model: str, profile_path: str, output: str, threads: int | None, gpu_layers: int, as_json: bool, **values: Any
+    model: str,
+    profile_path: str,
+    output: str,
+    strategies: tuple[str, ...],
+    skip: tuple[int, ...] | None,
+    speedups: tuple[float, ...] | None,
+    modes: tuple[Mode, ...],
+    compensations: tuple[str, ...] | None,
+    threads: int | None,
+    gpu_layers: int,
+    as_json: bool,
+    **measured: Any,
 ) -> None:
     """Compare plans with the whole MODEL: loss, agreement, continuations and answers, against measured speed.
 
     Every strategy is run with every budget in every mode. Results are kept one by one in FOLDER: after Ctrl-C or a
     crash the same command goes on. At the end FOLDER has report.html, results.json, results.md and the pictures.
     """
+    from ..evaluation.contenders import every_request
     from ..evaluation.evaluate import run
+    from ..evaluation.figures import evaluation_results
     from ..evaluation.items import EvaluationOptions, prepare
     from ..evaluation.output import configuration, write_results
+    from ..evaluation.results import About
     from ..evaluation.store import Store
     from ..measuring.cores import BUSY, load_average
     from ..planning.profile import Profile
 
     context = click.get_current_context()
-    options = EvaluationOptions(**values)
-    if options.longbench and not (options.longbench_prompts and options.longbench_lengths):
+    if measured["longbench"] and not (measured["longbench_prompts"] and measured["longbench_lengths"]):
         raise click.UsageError("--longbench needs --longbench-prompts and --longbench-lengths", context)
     profile = Profile.load(profile_path)
-    load = load_average()
+    plans = every_request(
+        profile.n_layer,
+        strategies=strategies,
+        n_skips=skip or (),
+        speedups=speedups or (),
+        modes=modes,
+        compensations=compensations or (),
+    )
+    options = EvaluationOptions(plans, **measured)
 
     def open_model(n_ctx: int, logits_all: bool) -> AdaSkipLlama:
         return load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
 
     work, notes, words, settings = prepare(model, profile, options, open_model)
     command = shlex.join(["adaskip-cpp", "evaluate", *context.meta["arguments"]])
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "load_average": load_average(),
+    }
     err = console(stderr=True)
     interrupted = False
-    with Store(output, settings, {"started": started, "command": command, "load_average": load}) as store:
-        load = store.facts.get("load_average", load)
+    with Store(output, settings, facts) as store:
+        load = store.facts["load_average"]
         if work.speed_prompt and load > BUSY:
             notes.append(
                 f"The load average was {load:.1f} at the beginning: unless that came from what you ran before, other "
@@ -194,29 +220,28 @@ def evaluate(
             err.print(note, style="yellow", soft_wrap=True)
         if store.set_aside is not None:
             err.print(f"The settings have changed; earlier results are kept in {store.set_aside}", soft_wrap=True)
-        n_all, n_done = len(list(work.results())), sum(key in store.records for key in work.results())
+        n_done = sum(key in store.records for key in work.results())
         if n_done:
-            err.print(f"{n_done} of {n_all} results are there already.")
-        begun = str(store.facts.get("started", "?"))[:16].replace("T", " ") + " UTC"
-        about = {
-            "model": os.path.basename(model).removesuffix(".gguf"),
-            "title": f"{os.path.basename(model)}: what skipping costs and brings",
-            "about": f"{len(work.contenders) - 1} plans against the full model, begun {begun}.",
-            "notes": notes,
-            "configuration": configuration(model, profile, work, settings, words),
-            "command": command,
-            "settings": settings,
-        }
+            err.print(f"{n_done} of {len(work.results())} results are there already.")
+        begun = store.facts["started"][:16].replace("T", " ")
+        about = About(
+            model=os.path.basename(model).removesuffix(".gguf"),
+            title=f"{os.path.basename(model)}: what skipping costs and brings",
+            summary=f"{len(work.contenders) - 1} plans against the full model, begun {begun} UTC.",
+            configuration=configuration(model, profile, work, settings, words),
+            command=command,
+            settings=settings,
+            notes=tuple(notes),
+        )
         try:
             with told_progress("Evaluating") as on_progress:
                 run(work, store, open_model, on_progress)
         except KeyboardInterrupt:
             interrupted = True
-        results = write_results(work, store, about, profile)
+        results = evaluation_results(work, store.records, about)
+        write_results(results, store.folder, profile)
     if as_json:
-        from ..evaluation.results import to_json
-
-        click.echo(to_json(results), nl=False)
+        click.echo(results.to_json(), nl=False)
     else:
         _print(results, output)
     if interrupted:
@@ -224,22 +249,21 @@ def evaluate(
         context.exit(130)
 
 
-def _print(results: Mapping[str, Any], output: str) -> None:
+def _print(results: Results, output: str) -> None:
     """The headline, a short table for each mode, and where the rest is."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from ..evaluation.rows import headline
     from ..evaluation.tables import summary
 
     out = console()
-    for title, header, rows in summary(results):
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
-        for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i == 0 else "right")
-        for row in rows:
+    for each in summary(results):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=each.title, title_justify="left", title_style="bold")
+        for i, name in enumerate(each.header):
+            table.add_column(name if i else "", justify="right" if i else "left")
+        for row in each.rows:
             table.add_row(*row)
         out.print(table)
-    for sentence in headline(results):
+    for sentence in results.headline:
         out.print(sentence)
     out.print(f"\nWritten to {os.path.join(output, 'report.html')}, with all else beside it.", soft_wrap=True)

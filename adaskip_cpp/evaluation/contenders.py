@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..errors import BudgetError, CompensationError, DataError, NotSkippableError
 from ..model.plan import MODES, Mode, SkipPlan
@@ -18,7 +15,7 @@ from ..planning.strategies import STRATEGIES, make_plan
 if TYPE_CHECKING:
     from ..planning.profile import Profile
 
-__all__ = ["FULL", "Contender", "contenders", "content_hash", "default_budgets", "default_strategies"]
+__all__ = ["FULL", "Contender", "contenders", "every_request"]
 
 _COMPENSATED = "adaskip"
 """The strategy that has a compensation; the baselines have none."""
@@ -46,95 +43,76 @@ class Contender:
     compensation: str
     plan: SkipPlan | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: what was asked for, and how many sublayers are skipped in each phase."""
-        plan = self.plan
-        return {
-            "name": self.name,
-            "strategy": self.strategy,
-            "budget": self.budget,
-            "mode": self.mode,
-            "compensation": self.compensation,
-            "n_skip_prefill": 0 if plan is None else plan.prefill.n_skip,
-            "n_skip_decode": 0 if plan is None else plan.skipped("decode").n_skip,
-            "online": plan is not None and plan.online is not None,
-        }
-
 
 FULL = Contender("full", "full", "0", None, "none", None)
 """The whole model, which all others are measured against."""
 
 
-def default_strategies() -> tuple[str, ...]:
-    """Return the names of all strategies that choose for themselves."""
-    return tuple(name for name in STRATEGIES if name != "manual")
+def every_request(
+    n_layer: int,
+    *,
+    strategies: Sequence[str] = (),
+    n_skips: Sequence[int] = (),
+    speedups: Sequence[float] = (),
+    modes: Sequence[Mode] = (),
+    compensations: Sequence[str] = (),
+) -> tuple[PlanRequest, ...]:
+    """Return a request for every strategy, then compensation, then budget, then mode.
 
-
-def default_budgets(n_layer: int) -> tuple[int, ...]:
-    """Return a tenth, a fifth and a quarter of the sublayers of a model, at least 1."""
-    return tuple(sorted({max(int(share * 2 * n_layer), 1) for share in _SHARES}))
+    Args:
+        n_layer: of the model.
+        strategies: names; () for all that choose for themselves.
+        n_skips: budgets, numbers of sublayers; () for a tenth, a fifth and a quarter, unless there are speed-ups.
+        speedups: budgets, predicted speed-ups.
+        modes: () for all.
+        compensations: names, for the strategy that has one; () for the default.
+    """
+    if not n_skips and not speedups:
+        n_skips = sorted({max(int(share * 2 * n_layer), 1) for share in _SHARES})
+    budgets = [*(PlanRequest(n) for n in n_skips), *(PlanRequest(speedup=speedup) for speedup in speedups)]
+    return tuple(
+        replace(budget, strategy=strategy, compensation=compensation, mode=mode)
+        for strategy in strategies or [name for name in STRATEGIES if name != "manual"]
+        for compensation in ((compensations or [DEFAULT_COMPENSATION]) if strategy == _COMPENSATED else ["none"])
+        for budget in budgets
+        for mode in modes or MODES
+    )
 
 
 def contenders(
-    profile: Profile,
-    *,
-    strategies: Sequence[str] = (),
-    n_skip: Sequence[int] = (),
-    speedups: Sequence[float] = (),
-    modes: Sequence[Mode] = MODES,
-    compensations: Sequence[str] = (DEFAULT_COMPENSATION,),
-    context: int = 1024,
+    profile: Profile, requests: Sequence[PlanRequest], tuned: SkipPlan | None = None
 ) -> tuple[list[Contender], list[str]]:
     """Return the full model and every plan that the profile gives, and a note on each that it does not.
 
-    A plan that skips the same as another one of its strategy, or nothing, is left out too. The order is that of the
-    arguments: strategy, then compensation, then budget, then mode. A tuned plan that the profile holds comes last.
+    A plan that skips the same as another one of its strategy, or nothing, is left out too.
 
     Args:
         profile: of the model.
-        strategies: names; () for all that choose for themselves.
-        n_skip: numbers of sublayers; () for :func:`default_budgets`, unless there are speed-ups.
-        speedups: predicted speed-ups.
-        modes: the paper's modes.
-        compensations: names, for the strategy that has one.
-        context: tokens of the prompt that speed-ups are predicted for.
+        requests: the plans that are wanted, in this order; a speed-up with its context.
+        tuned: a plan that was found by `tune`, which comes last if its mode is one of theirs.
 
     Raises:
         DataError: there is no plan but the full model.
-        PlanError: an argument is unknown, or the profile has no cost model to predict speed-ups.
+        PlanError: a strategy is unknown, or the profile has no cost model to predict speed-ups.
     """
-    if not n_skip and not speedups:
-        n_skip = default_budgets(profile.n_layer)
-    budgets = [(str(n), PlanRequest(n)) for n in n_skip]
-    budgets += [(f"{speedup:g}x", PlanRequest(speedup=speedup, context=context)) for speedup in speedups]
     found, notes = [FULL], []
-    for strategy in strategies or default_strategies():
-        named: Iterable[str] = compensations if strategy == _COMPENSATED else ("none",)
-        for compensation in named:
-            for budget, request in budgets:
-                for mode in modes:
-                    parts = (strategy, budget, mode, *((compensation,) if strategy == _COMPENSATED else ()))
-                    name = "-".join(parts)
-                    try:
-                        plan = make_plan(
-                            profile, replace(request, compensation=compensation, mode=mode, strategy=strategy)
-                        )
-                    except (BudgetError, NotSkippableError, CompensationError) as error:
-                        notes.append(f"{name} is left out: {error}")
-                        continue
-                    rivals = (each for each in found if each is FULL or each.strategy == strategy)
-                    twin = next((each.name for each in rivals if _alike(each.plan, plan)), None)
-                    if twin is not None:
-                        notes.append(f"{name} is left out: it skips the same as {twin}")
-                    else:
-                        found.append(Contender(name, strategy, budget, mode, compensation, plan))
-    tuned = profile.tuned_plan() if profile.tuned is not None else None
-    if (
-        tuned is not None
-        and tuned.mode != "manual"
-        and tuned.mode in modes
-        and not any(_alike(each.plan, tuned) for each in found)
-    ):
+    for request in requests:
+        strategy, compensation = request.strategy, request.compensation
+        budget = f"{request.speedup:g}x" if request.speedup is not None else str(request.n_skip)
+        name = "-".join([strategy, budget, request.mode, *([compensation] if strategy == _COMPENSATED else [])])
+        try:
+            plan = make_plan(profile, request)
+        except (BudgetError, NotSkippableError, CompensationError) as error:
+            notes.append(f"{name} is left out: {error}")
+            continue
+        rivals = (each for each in found if each is FULL or each.strategy == strategy)
+        twin = next((each.name for each in rivals if _alike(each.plan, plan)), None)
+        if twin is not None:
+            notes.append(f"{name} is left out: it skips the same as {twin}")
+        else:
+            found.append(Contender(name, strategy, budget, request.mode, compensation, plan))
+    wanted = tuned is not None and tuned.mode in {request.mode for request in requests}
+    if tuned is not None and tuned.mode != "manual" and wanted and not any(_alike(each.plan, tuned) for each in found):
         found.append(Contender("tuned", "tuned", "tuned", tuned.mode, tuned.compensation, tuned))
     if len(found) == 1:
         raise DataError(
@@ -147,30 +125,3 @@ def _alike(a: SkipPlan | None, b: SkipPlan) -> bool:
     if a is None:
         return b.prefill.n_skip == b.decode.n_skip == 0 and not b.schedule and b.online is None
     return (a.mode, a.prefill, a.decode, a.schedule, a.online) == (b.mode, b.prefill, b.decode, b.schedule, b.online)
-
-
-def content_hash(value: Any) -> str:
-    """Return the SHA-256 of a plan or a profile, in hexadecimal: of all that it holds, arrays included.
-
-    Args:
-        value: dataclasses, arrays, tuples, lists, dictionaries and plain values, nested as they like.
-    """
-    digest = hashlib.sha256()
-
-    def add(part: Any) -> None:
-        digest.update(type(part).__name__.encode())
-        if isinstance(part, np.ndarray):
-            digest.update(f"{part.dtype}{part.shape}".encode() + part.tobytes())
-        elif is_dataclass(part):
-            add({field.name: getattr(part, field.name) for field in fields(part)})
-        elif isinstance(part, Mapping):
-            add(sorted(part.items()))
-        elif isinstance(part, tuple | list):
-            digest.update(str(len(part)).encode())
-            for each in part:
-                add(each)
-        else:
-            digest.update(f"{part!r};".encode())
-
-    add(value)
-    return digest.hexdigest()

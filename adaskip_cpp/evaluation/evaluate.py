@@ -15,10 +15,8 @@ Three measures of quality, and one of speed:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +25,9 @@ from ..measuring.distribution import Logits, prompt_logits
 from ..measuring.metrics import continuation_rouge_l
 from ..measuring.tasks import QuestionItem, TextItem
 from ..measuring.timing import in_turn, time_request
-from .contenders import FULL, Contender, content_hash
+from .contenders import FULL, Contender
 from .requests import PromptCache, figures, forced_logits, greedy_text
-from .store import Key, Store
+from .store import Key, Record, Store, content_hash
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -92,15 +90,21 @@ class Work:
         needed = [len(item.tokens) for item in self.texts]
         return max([speed, *needed, *(len(item.prompt) + item.max_tokens + 1 for item in self.questions)], default=0)
 
-    def results(self) -> Iterator[Key]:
-        """All results that there will be, in no particular order."""
+    def results(self) -> dict[Key, float]:
+        """All results that there will be, and about what each takes, in tokens of a prompt."""
+        n_decoded = _DECODE_WEIGHT * self.n_continuation
+        found: dict[Key, float] = {}
         if self.speed_prompt:
-            yield from ((f"round/{i}", EVERYONE, SPEED) for i in range(self.n_rounds))
+            cost: float = len(self.contenders) * (len(self.speed_prompt) + n_decoded)
+            found |= {(f"round/{i}", EVERYONE, SPEED): cost for i in range(self.n_rounds)}
         for text in self.texts:
-            yield from ((text.id, each.name, CONTINUATION) for each in self.contenders)
-            yield from ((text.id, each.name, PROMPT) for each in self.read_as_prompt())
+            cost = len(text.tokens) + n_decoded
+            found |= {(text.id, each.name, CONTINUATION): cost for each in self.contenders}
+            found |= {(text.id, each.name, PROMPT): cost for each in self.read_as_prompt()}
         for question in self.questions:
-            yield from ((question.id, each.name, ANSWER) for each in self.contenders)
+            cost = len(question.prompt) + _DECODE_WEIGHT * question.max_tokens / 2
+            found |= {(question.id, each.name, ANSWER): cost for each in self.contenders}
+        return found
 
     def read_as_prompt(self) -> list[Contender]:
         """The contenders whose loss is that of a prompt, the full model first; [] if there is no other."""
@@ -109,16 +113,14 @@ class Work:
 
     def to_settings(self) -> dict[str, Any]:
         """Return plain JSON values that change whenever a result could."""
-        items = [[item.id, item.task, item.tokens] for item in self.texts]
-        questions = [list(vars(item).values()) for item in self.questions]
         return {
             "contenders": {each.name: content_hash(each.plan) for each in self.contenders},
-            "texts": {"n": len(items), "sha256": _sha256(items)},
-            "questions": {"n": len(questions), "sha256": _sha256(questions)},
+            "texts": {"n": len(self.texts), "sha256": content_hash(self.texts)},
+            "questions": {"n": len(self.questions), "sha256": content_hash(self.questions)},
             "continuation": self.n_continuation,
             "speed": {
                 "context": len(self.speed_prompt),
-                "sha256": _sha256(list(self.speed_prompt)),
+                "sha256": content_hash(self.speed_prompt),
                 "rounds": self.n_rounds,
             },
         }
@@ -140,20 +142,20 @@ def run(work: Work, store: Store, open_model: OpenModel, on_progress: Callable[[
     continuation_rouge_l("", "")  # before any work: are the packages there?
     for question in work.questions:
         question.score("")
-    progress = _Progress(work, store, on_progress)
-    if any(progress.lacks(measure) for measure in (SPEED, CONTINUATION, ANSWER)):
+    rest = _Rest(work, store, on_progress)
+    if rest.lacks(SPEED, CONTINUATION, ANSWER):
         with _closed(open_model(work.n_ctx, False)) as llm:
-            _speed(work, store, llm, progress)
+            rest.time(llm)
             cache = PromptCache(llm)
             for text in work.texts:
-                _continue(text, work, store, cache, progress)
+                rest.go_on(text, cache)
             for question in work.questions:
-                _answer(question, work, store, cache, progress)
-    if progress.lacks(PROMPT):
+                rest.answer(question, cache)
+    if rest.lacks(PROMPT):
         # All logits of a prompt are as large as its tokens times the vocabulary, so this context is no larger.
         with _closed(open_model(max(len(item.tokens) for item in work.texts), True)) as llm:
             for text in work.texts:
-                _read(text, work, store, llm, progress)
+                rest.read(text, llm)
 
 
 @contextlib.contextmanager
@@ -166,99 +168,79 @@ def _closed(llm: AdaSkipLlama) -> Iterator[AdaSkipLlama]:
             llm.close()
 
 
-class _Progress:
-    """How much of what was lacking is done, by the tokens it takes."""
+class _Rest:
+    """What the store lacks, measured and put into it."""
 
     def __init__(self, work: Work, store: Store, on_progress: Callable[[float], None] | None) -> None:
-        lengths: dict[str, float] = {}
-        for i in range(work.n_rounds):
-            each = len(work.speed_prompt) + _DECODE_WEIGHT * work.n_continuation
-            lengths[f"round/{i}"] = len(work.contenders) * each
-        for text in work.texts:
-            lengths[text.id] = len(text.tokens) + _DECODE_WEIGHT * work.n_continuation
-        for question in work.questions:
-            lengths[question.id] = len(question.prompt) + _DECODE_WEIGHT * question.max_tokens / 2
-        self._lacking = {key: lengths[key[0]] for key in work.results() if key not in store.records}
-        self._total = self._left = sum(self._lacking.values())
-        self._on_progress = on_progress
+        self._work, self._store, self._on_progress = work, store, on_progress
+        self._left = {key: cost for key, cost in work.results().items() if key not in store.records}
+        self._total = sum(self._left.values())
 
-    def lacks(self, measure: str) -> bool:
-        return any(key[2] == measure for key in self._lacking)
+    def lacks(self, *measures: str) -> bool:
+        return any(measure in measures for _, _, measure in self._left)
 
-    def done(self, key: Key) -> None:
-        self._left -= self._lacking.pop(key, 0.0)
-        if self._on_progress is not None and self._total:
-            self._on_progress(1.0 - max(self._left, 0.0) / self._total)
-
-
-def _in_order(contenders: Sequence[Contender]) -> list[Contender]:
-    """The full model first, as the others are compared with it, and those that read a prompt as it does behind it."""
-    return sorted(contenders, key=lambda each: each is not FULL and each.mode != "decode")
-
-
-def _speed(work: Work, store: Store, llm: AdaSkipLlama, progress: _Progress) -> None:
-    if not progress.lacks(SPEED):
-        return
-    for contender in work.contenders:
-        llm.set_plan(contender.plan)
-        time_request(llm, work.speed_prompt[: _WARM_UP[0]], min(_WARM_UP[1], work.n_continuation))
-    for i in range(work.n_rounds):
-        key = f"round/{i}", EVERYONE, SPEED
-        if key in store.records:
-            continue
-        times: dict[str, Any] = {}
-        for index in in_turn(len(work.contenders), i):
-            contender = work.contenders[index]
+    def time(self, llm: AdaSkipLlama) -> None:
+        if not self.lacks(SPEED):
+            return
+        work = self._work
+        for contender in work.contenders:
             llm.set_plan(contender.plan)
-            taken = time_request(llm, work.speed_prompt, work.n_continuation)
-            times[contender.name] = {"first_token_s": taken.first_token_s, "token_s": list(taken.token_s)}
-        store.append(*key, {"times": times})
-        progress.done(key)
+            time_request(llm, work.speed_prompt[: _WARM_UP[0]], min(_WARM_UP[1], work.n_continuation))
+        for i in range(work.n_rounds):
+            item = f"round/{i}"
+            if (item, EVERYONE, SPEED) not in self._left:
+                continue
+            times = {}
+            for index in in_turn(len(work.contenders), i):
+                contender = work.contenders[index]
+                llm.set_plan(contender.plan)
+                times[contender.name] = time_request(llm, work.speed_prompt, work.n_continuation)
+            self._keep(Record(item, EVERYONE, SPEED, times=times))
 
+    def go_on(self, item: TextItem, cache: PromptCache) -> None:
+        """Decode the end of a text, forced, and what the contender itself would write there."""
+        lacking = self._lacking(item.id, CONTINUATION)
+        # One more token than is measured: the first one behind a prompt is predicted by prefill.
+        split = len(item.tokens) - self._work.n_continuation - 1
+        prompt, targets = item.tokens[:split], item.tokens[split:]
+        decodes = any(each.mode in ("decode", "e2e") for each in self._work.contenders)
+        full: Logits | None = None
+        if decodes and any(each.mode != "prefill" for each in lacking):
+            full = forced_logits(cache.take(prompt, None), prompt, targets)[1:]
+        for contender in lacking:
+            values: dict[str, float | None] = {}
+            llm = cache.take(prompt, contender.plan)
+            if full is not None and contender.mode != "prefill":
+                logits = full if contender is FULL else forced_logits(llm, prompt, targets)[1:]
+                values = figures(full, logits, targets[1:])
+            text = greedy_text(llm, prompt, self._work.n_continuation, first_line=False)
+            reference = text if contender is FULL else self._store.records[item.id, FULL.name, CONTINUATION].text
+            values["rouge_l"] = continuation_rouge_l(reference, text)
+            self._keep(Record(item.id, contender.name, CONTINUATION, values, text))
 
-def _continue(item: TextItem, work: Work, store: Store, cache: PromptCache, progress: _Progress) -> None:
-    lacking = [each for each in work.contenders if (item.id, each.name, CONTINUATION) not in store.records]
-    # One more token than is measured: the first one behind a prompt is predicted by prefill.
-    split = len(item.tokens) - work.n_continuation - 1
-    prompt, targets = item.tokens[:split], item.tokens[split:]
-    decodes = any(each.mode in ("decode", "e2e") for each in work.contenders)
-    full: Logits | None = None
-    if decodes and any(each is FULL or each.mode != "prefill" for each in lacking):
-        full = forced_logits(cache.take(prompt, None), prompt, targets)[1:]
-    for contender in _in_order(lacking):
-        values: dict[str, Any] = {}
-        llm = cache.take(prompt, contender.plan)
-        if full is not None and contender.mode != "prefill":
-            logits = full if contender is FULL else forced_logits(llm, prompt, targets)[1:]
-            values = figures(full, logits, targets[1:])
-        text = greedy_text(llm, prompt, work.n_continuation, first_line=False)
-        reference = text if contender is FULL else store.records[item.id, FULL.name, CONTINUATION]["text"]
-        values |= {"rouge_l": continuation_rouge_l(reference, text), "text": text}
-        store.append(item.id, contender.name, CONTINUATION, values)
-        progress.done((item.id, contender.name, CONTINUATION))
+    def answer(self, item: QuestionItem, cache: PromptCache) -> None:
+        for contender in self._lacking(item.id, ANSWER):
+            llm = cache.take(item.prompt, contender.plan)
+            text = greedy_text(llm, item.prompt, item.max_tokens, first_line=item.first_line)
+            self._keep(Record(item.id, contender.name, ANSWER, {"score": item.score(text)}, text))
 
+    def read(self, item: TextItem, llm: AdaSkipLlama) -> None:
+        full: Logits | None = None
+        for contender in self._lacking(item.id, PROMPT):
+            if full is None:
+                llm.set_plan(None)
+                full = prompt_logits(llm, item.tokens).copy()
+            llm.set_plan(contender.plan)
+            logits = full if contender is FULL else prompt_logits(llm, item.tokens)
+            self._keep(Record(item.id, contender.name, PROMPT, figures(full, logits, item.tokens[1:])))
 
-def _answer(item: QuestionItem, work: Work, store: Store, cache: PromptCache, progress: _Progress) -> None:
-    lacking = [each for each in work.contenders if (item.id, each.name, ANSWER) not in store.records]
-    for contender in _in_order(lacking):
-        llm = cache.take(item.prompt, contender.plan)
-        text = greedy_text(llm, item.prompt, item.max_tokens, first_line=item.first_line)
-        store.append(item.id, contender.name, ANSWER, {"score": item.score(text), "text": text})
-        progress.done((item.id, contender.name, ANSWER))
+    def _lacking(self, item: str, measure: str) -> list[Contender]:
+        """The full model first, as others are compared with it, then those that read a prompt as it does."""
+        found = [each for each in self._work.contenders if (item, each.name, measure) in self._left]
+        return sorted(found, key=lambda each: each is not FULL and each.mode != "decode")
 
-
-def _read(item: TextItem, work: Work, store: Store, llm: AdaSkipLlama, progress: _Progress) -> None:
-    full: Logits | None = None
-    lacking = [each for each in work.read_as_prompt() if (item.id, each.name, PROMPT) not in store.records]
-    for contender in lacking:
-        if full is None:
-            llm.set_plan(None)
-            full = prompt_logits(llm, item.tokens).copy()
-        llm.set_plan(contender.plan)
-        logits = full if contender is FULL else prompt_logits(llm, item.tokens)
-        store.append(item.id, contender.name, PROMPT, figures(full, logits, item.tokens[1:]))
-        progress.done((item.id, contender.name, PROMPT))
-
-
-def _sha256(values: Sequence[Any] | Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    def _keep(self, record: Record) -> None:
+        self._store.append(record)
+        del self._left[record.key]
+        if self._on_progress is not None:
+            self._on_progress(1.0 - sum(self._left.values()) / self._total)

@@ -14,8 +14,7 @@ from ..measuring import corpus
 from ..measuring.longbench import longbench_items
 from ..measuring.synthetic import synthetic_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, raw_wrap, read_texts, text_items
-from ..model.plan import MODES, Mode
-from ..planning.compensation import DEFAULT_COMPENSATION
+from ..planning.request import PlanRequest
 from .contenders import contenders
 from .evaluate import OpenModel, Work
 from .output import evaluation_settings
@@ -37,7 +36,7 @@ class EvaluationOptions:
     """What is asked for, under the names of the command line's options.
 
     Attributes:
-        strategies, skip, speedups, modes, compensations: see :func:`adaskip_cpp.evaluation.contenders.contenders`.
+        plans: the plans to compare; speed-ups without a context are for the prompt that is timed.
         text_files: UTF-8 text.
         builtin: ``"pages"`` that calibration leaves out, ``"sources"`` of Python; () for the former if there are no
             files.
@@ -52,29 +51,25 @@ class EvaluationOptions:
         n_rounds: timings of each; 0 for none.
     """
 
-    strategies: tuple[str, ...]
-    skip: tuple[int, ...]
-    speedups: tuple[float, ...]
-    modes: tuple[Mode, ...]
-    compensations: tuple[str, ...]
-    text_files: tuple[str, ...]
-    builtin: tuple[str, ...]
-    n_texts: int
-    n_tokens: int
-    n_continuation: int
-    longbench: tuple[str, ...]
-    longbench_prompts: str | None
-    longbench_lengths: str | None
-    longbench_items: int | None
-    synthetic: tuple[str, ...]
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    n_per: int
-    seed: int
-    chat: bool | None
-    ctx: int | None
-    speed_context: int | None
-    n_rounds: int
+    plans: tuple[PlanRequest, ...]
+    text_files: tuple[str, ...] = ()
+    builtin: tuple[str, ...] = ()
+    n_texts: int = 8
+    n_tokens: int = 512
+    n_continuation: int = 64
+    longbench: tuple[str, ...] = ()
+    longbench_prompts: str | None = None
+    longbench_lengths: str | None = None
+    longbench_items: int | None = None
+    synthetic: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = (1000, 2000)
+    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    n_per: int = 4
+    seed: int = 0
+    chat: bool | None = None
+    ctx: int | None = None
+    speed_context: int | None = None
+    n_rounds: int = 5
 
 
 def prepare(
@@ -103,19 +98,12 @@ def prepare(
         if n > limit:
             raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
     n_ctx = options.ctx or max([*needed.values(), min(_LONGBENCH_CTX, n_most) if options.longbench else 8])
-    plans, notes = contenders(
-        profile,
-        strategies=options.strategies,
-        n_skip=options.skip or (),
-        speedups=options.speedups or (),
-        modes=options.modes or MODES,
-        compensations=options.compensations or (DEFAULT_COMPENSATION,),
-        context=speed_context or _SPEED_CONTEXT,
-    )
+    requests = [request.at(speed_context or _SPEED_CONTEXT) for request in options.plans]
+    plans, notes = contenders(profile, requests, profile.tuned_plan() if profile.tuned is not None else None)
     with closing(open_model(n_ctx, False)) as llm:
         texts, questions, speed_prompt, words = _items(llm, options, n_ctx, speed_context)
         work = Work(plans, texts, questions, options.n_continuation, speed_prompt, options.n_rounds)
-        if not list(work.results()):
+        if not work.results():
             raise DataError("there is nothing to measure; ask for texts, questions or rounds of timing")
         return work, notes, words, evaluation_settings(llm, profile, work)
 

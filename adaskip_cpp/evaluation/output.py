@@ -5,33 +5,37 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
 from ..pictures import plots
-from .contenders import content_hash
 from .report import Picture, html_report, markdown_report
-from .results import evaluation_results, to_json
+from .store import content_hash
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
     from ..engine.llama import AdaSkipLlama
     from ..planning.profile import Profile
     from .evaluate import Work
-    from .store import Store
+    from .results import Results
 
 __all__ = ["configuration", "evaluation_settings", "write_results"]
 
-_CAPTIONS = {
-    "quality": "Each point is a plan, the number beside it what it was asked to skip; right is faster, low is closer "
-    "to the full model, the star. Read it at equal speed. Bars: 95% intervals of the speed-up, standard errors of the "
-    "loss. The vertical axis is logarithmic above 0.1.",
-    "agreement": "How often the most likely next token is the full model's; high is better.",
-    "rouge-l": "How much of the full model's own continuation a plan's shares; high is better.",
+_QUALITY = {
+    "quality": (
+        "Added loss",
+        "Each point is a plan, the number beside it what it was asked to skip; right is faster, low is closer to the "
+        "full model, the star. Read it at equal speed. Bars: 95% intervals of the speed-up, standard errors of the "
+        "loss. The vertical axis is logarithmic above 0.1.",
+    ),
+    "agreement": ("Agreement", "How often the most likely next token is the full model's; high is better."),
+    "rouge-l": ("Continuations", "How much of the full model's own continuation a plan's shares; high is better."),
 }
-_TITLES = {"quality": "Added loss", "agreement": "Agreement", "rouge-l": "Continuations"}
+"""Title and caption of pictures by file name."""
 
 
 def evaluation_settings(llm: AdaSkipLlama, profile: Profile, work: Work) -> dict[str, Any]:
@@ -92,69 +96,54 @@ def configuration(
     }
 
 
-def write_results(work: Work, store: Store, about: Mapping[str, Any], profile: Profile) -> dict[str, Any]:
-    """Write all files of the results into the store's folder, also of an unfinished evaluation.
+def write_results(results: Results, folder: Path, profile: Profile) -> None:
+    """Write all files of the results, also of an unfinished evaluation.
 
-    Without matplotlib there are no pictures, which the results say.
+    Without matplotlib there are no pictures, which the reports say.
 
     Args:
-        work: what was to be measured.
-        store: what has been.
-        about: ``model`` (its name), ``title``, ``about``, ``configuration``, ``command``, ``notes``.
+        results: what was found.
+        folder: where to.
         profile: for the pictures of similarity.
-
-    Returns:
-        What stands in ``results.json``.
 
     Raises:
         OSError: a file cannot be written.
     """
-    results = evaluation_results(work, store.records, about)
-    folder = store.folder
-    write_atomically(folder / "results.json", to_json(results))
-    first: list[Picture] = []
-    scores: list[Picture] = []
-    last: list[Picture] = []
+    write_atomically(folder / "results.json", results.to_json())
+    pictures: dict[str, list[Picture]] = {}
     files: list[str] = []
     if plots.has_matplotlib():
-        from .plots import quality_pictures, score_maps
-
-        for name, figure in quality_pictures(results).items():
-            files += _saved(plots.save(figure, folder, name))
-            title = _TITLES.get(name, name.replace("score-", "Score of "))
-            caption = _CAPTIONS.get(name, "The mean score of the task's questions; high is better.")
-            wide = figure.get_figwidth() > 1.5 * figure.get_figheight()
-            first.append(Picture(title, caption, plots.to_svg(figure, name=title), wide))
-        for name, figure in score_maps(results).items():
-            files += _saved(plots.save(figure, folder, name))
-            caption = f"Score of {name.removeprefix('map-')} by length and depth."
-            scores.append(Picture("", caption, plots.to_svg(figure, name=caption)))
-        last, more = _similarity(results["model"], profile, folder)
-        files += more
+        for name, (section, drawing, picture) in _drawings(results, profile).items():
+            files += [path.name for path in plots.save(drawing, folder, name) if path.suffix == ".png"]
+            svg = plots.to_svg(drawing, name=picture.title or picture.caption)
+            pictures.setdefault(section, []).append(replace(picture, svg=svg))
     else:
-        results = {**results, "notes": [*results["notes"], 'There are no pictures: pip install "adaskip-cpp[plot]"']}
+        notes = (*results.about.notes, 'There are no pictures: pip install "adaskip-cpp[plot]"')
+        results = replace(results, about=replace(results.about, notes=notes))
     write_atomically(folder / "results.md", markdown_report(results, files))
-    write_atomically(folder / "report.html", html_report(results, first=first, scores=scores, last=last))
-    return results
+    write_atomically(folder / "report.html", html_report(results, **pictures))
 
 
-def _saved(paths: list[Path]) -> list[str]:
-    return [path.name for path in paths if path.suffix == ".png"]
-
-
-def _similarity(name: str, profile: Profile, folder: Path) -> tuple[list[Picture], list[str]]:
-    """The paper's figures of a profile: pictures for the page, and names of files."""
+def _drawings(results: Results, profile: Profile) -> dict[str, tuple[str, Drawing, Picture]]:
+    """By file name: the section of the page, the drawing, and what is said about it."""
     from ..pictures import profile_plots
+    from .plots import quality_pictures, score_maps
 
-    of_one = {name: profile}
-    figures = {
-        "similarity-layers": (profile_plots.layers(of_one), "Whole layers in prefill."),
-        "similarity-sublayers": (profile_plots.sublayers(of_one), "Attention and FFN by layer, in prefill."),
-        "similarity-phases": (profile_plots.phases(of_one), "Attention and FFN in prefill and in decode."),
-    }
-    pictures, files = [], []
-    for file, (figure, caption) in figures.items():
-        files += _saved(plots.save(figure, folder, file))
+    found: dict[str, tuple[str, Drawing, Picture]] = {}
+    for name, drawing in quality_pictures(results).items():
+        title, caption = _QUALITY.get(
+            name, (name.replace("score-", "Score of "), "The mean score of the task's questions; high is better.")
+        )
+        wide = drawing.get_figwidth() > 1.5 * drawing.get_figheight()
+        found[name] = "quality", drawing, Picture(title, caption, wide=wide)
+    for name, drawing in score_maps(results).items():
+        found[name] = "scores", drawing, Picture("", f"Score of {name.removeprefix('map-')} by length and depth.")
+    of_one = {results.about.model: profile}
+    for name, draw, caption in (
+        ("similarity-layers", profile_plots.layers, "Whole layers in prefill."),
+        ("similarity-sublayers", profile_plots.sublayers, "Attention and FFN by layer, in prefill."),
+        ("similarity-phases", profile_plots.phases, "Attention and FFN in prefill and in decode."),
+    ):
         text = f"{caption} The nearer to 1, the less a block changes what passes through it."
-        pictures.append(Picture("", text, plots.to_svg(figure, name=caption)))
-    return pictures, files
+        found[name] = "similarity", draw(of_one), Picture("", text)
+    return found

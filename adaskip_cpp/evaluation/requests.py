@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -97,11 +96,10 @@ def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, fi
 
 
 def figures(full: Logits, logits: Logits, targets: Sequence[int]) -> dict[str, float | None]:
-    """Means over the tokens of an item; None for what is not finite."""
+    """Means over the tokens of an item, against the full model's logits."""
     divergence = compare(full, logits)
-    means = {
+    return {
         "loss": float(losses(logits, targets).mean()),
         "kl": float(divergence.kl.mean()),
         "agreement": float(divergence.agree.mean()),
     }
-    return {name: value if math.isfinite(value) else None for name, value in means.items()}

@@ -1,206 +1,252 @@
-"""From the results of single items to figures with standard errors: what ``results.json`` holds."""
+"""What an evaluation found: the one result behind results.json, the tables, the pictures and the reports."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..intervals import mean_error, ratio_interval
-from ..measuring.timing import N_SETTLE
-from .contenders import FULL, Contender
-from .evaluate import ANSWER, CONTINUATION, EVERYONE, PROMPT, SPEED, Work
+import msgspec
 
-if TYPE_CHECKING:
-    from ..measuring.tasks import QuestionItem
-    from .store import Key
+from ..intervals import Interval
+from ..model.plan import MODES, Mode
+from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
-__all__ = ["FORMAT_VERSION", "SPEEDS", "evaluation_results", "to_json"]
-
-FORMAT_VERSION = 1
+__all__ = [
+    "MODE_NAMES",
+    "SPEEDS",
+    "SPEED_NAMES",
+    "About",
+    "Cell",
+    "Figure",
+    "Results",
+    "Row",
+    "Speed",
+    "TaskScores",
+]
 
 SPEEDS = {"prefill": "first_token", "decode": "per_token", "e2e": "request"}
 """By mode, the speed-up that quality is read against: of what the mode makes faster."""
 
-_N_LENGTHS = 8
-"""Lengths of a task's questions, at most, for a table by length."""
-
-Records = Mapping["Key", Mapping[str, Any]]
-Figure = dict[str, Any]
-
-
-def evaluation_results(work: Work, records: Records, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all figures, as plain JSON values.
-
-    A figure is ``{"mean", "error", "n"}``: the mean over ``n`` items and its standard error, null for a single item.
-    What is compared with the full model is compared item by item, on the items that both have. A speed-up is
-    ``{"value", "low", "high", "n"}`` with a 95% interval over ``n`` rounds.
-
-    Args:
-        work: what was to be measured.
-        records: what has been, by item, contender and measure; may be incomplete.
-        about: what else is to stand in the results: model, profile, settings, notes.
-    """
-    expected = list(work.results())
-    rows = []
-    for contender in work.contenders:
-        row = contender.to_dict()
-        row["speed"] = _speed(contender.name, records)
-        row["text"] = _text(contender, work, records)
-        row["questions"] = _questions(contender.name, work, records)
-        rows.append(row)
-    return {
-        "format": "adaskip-evaluation",
-        "version": FORMAT_VERSION,
-        "n_done": sum(key in records for key in expected),
-        "n_results": len(expected),
-        **about,
-        "contenders": rows,
-    }
-
-
-def to_json(results: Mapping[str, Any]) -> str:
-    """Return the text of ``results.json``."""
-    return json.dumps(results, indent=1, allow_nan=False) + "\n"
-
-
-# -- speed -----------------------------------------------------------------------------------------------------------
-
-
-def _speed(name: str, records: Records) -> dict[str, Any] | None:
-    """Speed-ups against the full model, round by round; None if nothing was timed."""
-    rounds = [record["times"] for key, record in sorted(records.items()) if key[1:] == (EVERYONE, SPEED)]
-    rounds = [times for times in rounds if name in times and FULL.name in times]
-    if not rounds:
-        return None
-    result: dict[str, Any] = {}
-    for label, seconds in _SECONDS.items():
-        own, full = [seconds(times[name]) for times in rounds], [seconds(times[FULL.name]) for times in rounds]
-        mean, error = mean_error(own)
-        result[label] = {
-            "speedup": ratio_interval(full, own).to_dict(),
-            "seconds": {"mean": mean, "error": _finite(error), "n": len(own)},
-        }
-    return result
-
-
-def _per_token(time: Mapping[str, Any]) -> float:
-    """Mean, not median: a request under an online stage or a schedule is slow at first and fast later."""
-    return fmean(time["token_s"][min(N_SETTLE, len(time["token_s"]) - 1) :])
-
-
-def _request(time: Mapping[str, Any]) -> float:
-    return float(time["first_token_s"] + math.fsum(time["token_s"]))
-
-
-_SECONDS: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "first_token": lambda time: float(time["first_token_s"]),
-    "per_token": _per_token,
-    "request": _request,
+SPEED_NAMES = {"first_token": "first token", "per_token": "later tokens", "request": "whole request"}
+MODE_NAMES = {"prefill": "prefill", "decode": "decode", "e2e": "end-to-end"}
+_STRATEGY_NAMES = {
+    "full": "full model",
+    "adaskip": "AdaSkip",
+    "early_exit": "Early Exit",
+    "skip_decode": "SkipDecode",
+    "unified_skipping": "Unified Skipping",
+    "tuned": "tuned plan",
 }
+"""Strategies as a reader knows them."""
 
 
-# -- text ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Figure:
+    """A mean over ``n`` items and its standard error, NaN of a single item."""
+
+    mean: float
+    error: float
+    n: int
 
 
-def _text(contender: Contender, work: Work, records: Records) -> dict[str, Any]:
-    """Figures of the text items, by measure and then by kind of text, ``"all"`` for all together.
+@dataclass(frozen=True)
+class Speed:
+    """How many times as fast as the full model, over rounds in which both ran; and seconds."""
 
-    ``prompt`` holds what was read as a prompt, ``decode`` what was decoded; Rouge-L is of continuations in any case.
+    speedup: Interval
+    seconds: Figure
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Scores of the questions of one length, in tokens, and one depth, None without one."""
+
+    length: int
+    depth: float | None
+    score: Figure
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of one task's questions.
+
+    Attributes:
+        score: 0 to 1.
+        difference: from the full model's, item by item; None if it has none.
+        cells: by length and depth, where the task has several of either that were chosen.
     """
-    groups: dict[str, list[str]] = {"all": [item.id for item in work.texts]}
-    for task in dict.fromkeys(item.task for item in work.texts):
-        groups[task] = [item.id for item in work.texts if item.task == task]
-    if len(groups) == 2:  # one kind of text
-        groups = {"all": groups["all"]}
-    result: dict[str, Any] = {}
-    for name, measure in (("prompt", PROMPT), ("decode", CONTINUATION)):
-        figures = {group: _text_figures(ids, contender.name, measure, records) for group, ids in groups.items()}
-        result[name] = {group: each for group, each in figures.items() if each} or None
-    result["rouge_l"] = {
-        group: figure
-        for group, ids in groups.items()
-        if (figure := _mean(_values(ids, contender.name, CONTINUATION, "rouge_l", records).values()))
-    } or None
-    return result
+
+    score: Figure
+    difference: Figure | None = None
+    cells: tuple[Cell, ...] = ()
 
 
-def _text_figures(ids: Sequence[str], name: str, measure: str, records: Records) -> dict[str, Figure]:
-    losses = _values(ids, name, measure, "loss", records)
-    full = _values(ids, FULL.name, measure, "loss", records)
-    figures = {
-        "loss": _mean(losses.values()),
-        "perplexity": _perplexity(losses.values()),
-        "added_loss": _mean(losses[each] - full[each] for each in losses if each in full),
-        "kl": _mean(_values(ids, name, measure, "kl", records).values()),
-        "agreement": _mean(_values(ids, name, measure, "agreement", records).values()),
-    }
-    return {label: figure for label, figure in figures.items() if figure is not None}
+@dataclass(frozen=True)
+class Row:
+    """A contender and its figures.
+
+    Attributes:
+        name, strategy, budget, mode, compensation: see :class:`adaskip_cpp.evaluation.contenders.Contender`.
+        n_skip_prefill, n_skip_decode: sublayers skipped in each phase.
+        online: whether requests add FFNs in decode.
+        speed: by the names of :data:`SPEED_NAMES`; {} if nothing was timed.
+        text: figures of text by measure (``"prompt"`` of what was read as a prompt, ``"continuation"`` of what was
+            decoded), by kind of text (``"all"`` for all together) and by name: ``loss`` and ``added_loss`` in nats per
+            token, ``perplexity``, ``kl`` in nats per token, ``agreement``, ``rouge_l`` with the full model's text.
+            Without what was not measured, or came out as no number for an item.
+        questions: scores by task.
+    """
+
+    name: str
+    strategy: str
+    budget: str
+    mode: Mode | None
+    compensation: str
+    n_skip_prefill: int = 0
+    n_skip_decode: int = 0
+    online: bool = False
+    speed: dict[str, Speed] = field(default_factory=dict)
+    text: dict[str, dict[str, dict[str, Figure]]] = field(default_factory=dict)
+    questions: dict[str, TaskScores] = field(default_factory=dict)
+
+    @property
+    def mode_name(self) -> str:
+        """The mode for people; "" for the full model."""
+        return MODE_NAMES.get(self.mode or "", "")
+
+    @property
+    def strategy_name(self) -> str:
+        """The strategy for people."""
+        return _STRATEGY_NAMES.get(self.strategy, self.strategy)
+
+    def label(self, *, several: bool = True) -> str:
+        """Name the contender for people: ``AdaSkip affine, 12``, or ``AdaSkip affine, 1.2 x asked``.
+
+        Args:
+            several: whether contenders differ in compensation, so that it must be said.
+        """
+        if self.strategy in ("full", "tuned"):
+            return self.strategy_name
+        says = f" {self.compensation}" if several and self.compensation != "none" else ""
+        asked = f"{self.budget[:-1]} x asked" if self.budget.endswith("x") else self.budget
+        return f"{self.strategy_name}{says}, {asked}"
+
+    def series(self, says: str) -> str:
+        """Name it without its budget; ``says`` is the form of the compensation, as ``", {}"``."""
+        return self.strategy_name + (says.format(self.compensation) if self.compensation != "none" else "")
+
+    @property
+    def look(self) -> str:
+        """How it looks: a key in :data:`adaskip_cpp.pictures.plots.STRATEGY`, or ``"other"``."""
+        if self.strategy != "adaskip" or self.compensation == DEFAULT_COMPENSATION:
+            return self.strategy
+        others = [name for name in COMPENSATIONS if name not in (DEFAULT_COMPENSATION, "paper")]
+        return {"paper": "paper", others[-1]: "manual"}.get(self.compensation, "other")
+
+    @property
+    def speedup(self) -> Interval | None:
+        """The measured speed-up that its quality is read against; None if it was not timed."""
+        return self.speed[SPEEDS[self.mode]].speedup if self.mode and self.speed else None
+
+    def figure(self, name: str, *, mode: str | None = None, kind: str = "all") -> Figure | None:
+        """A figure of text in a mode, its own if None: of prompts in mode ``prefill``, else of decoded tokens."""
+        prompts = (mode or self.mode) == "prefill" and name != "rouge_l"
+        return self.text.get("prompt" if prompts else "continuation", {}).get(kind, {}).get(name)
+
+    def score(self, task: str) -> Figure | None:
+        """The score of a task's questions."""
+        return self.questions[task].score if task in self.questions else None
 
 
-def _perplexity(losses: Iterable[float]) -> Figure | None:
-    """exp of the mean loss; its standard error is that of the loss times itself, as the exponential is that steep."""
-    figure = _mean(losses)
-    if figure is None or figure["mean"] > 700:  # where exp overflows
-        return None
-    value = math.exp(figure["mean"])
-    return {"mean": value, "error": None if figure["error"] is None else value * figure["error"], "n": figure["n"]}
+@dataclass(frozen=True)
+class About:
+    """What was measured with what.
+
+    Attributes:
+        model: the model's name.
+        title: of the report.
+        summary: a line under it.
+        configuration: for people, by name.
+        command: how to repeat it.
+        settings: on which the results depend, plain JSON values.
+        notes: what the reader must know.
+    """
+
+    model: str
+    title: str
+    summary: str
+    configuration: Mapping[str, str]
+    command: str
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
-# -- questions -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Results:
+    """All figures, of an unfinished evaluation too.
+
+    Attributes:
+        n_done, n_results: single results that there are, and that there will be.
+        about: what was measured with what.
+        contenders: the full model first.
+    """
+
+    n_done: int
+    n_results: int
+    about: About
+    contenders: tuple[Row, ...]
+    format: str = "adaskip-evaluation"
+    version: int = 2
+
+    def to_json(self) -> bytes:
+        """Return the content of ``results.json``; what is no number is null."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+    @property
+    def full(self) -> Row:
+        """The full model."""
+        return self.contenders[0]
+
+    def of_mode(self, mode: str) -> list[Row]:
+        """The contenders in a mode, the slowest first: at equal speed, not at equal count, quality can be compared."""
+        mine = [row for row in self.contenders if row.mode == mode]
+        return sorted(mine, key=lambda row: 0.0 if row.speedup is None else row.speedup.value)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks of which questions were asked."""
+        return list(dict.fromkeys(task for row in self.contenders for task in row.questions))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the reader must know, above all that this is not finished."""
+        unfinished = f"This is not finished: {self.n_done} of {self.n_results} results are there. Run it again."
+        return [*([unfinished] if self.n_done < self.n_results else []), *self.about.notes]
+
+    @property
+    def headline(self) -> list[str]:
+        """What came out in a sentence for each mode: the strategy that loses least, and the next best one."""
+        return [each for mode in MODES if (each := self._sentence(mode))]
+
+    def _sentence(self, mode: Mode) -> str:
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in self.of_mode(mode):
+            loss, speed = row.figure("added_loss"), row.speedup
+            if loss is not None and speed is not None:
+                series.setdefault(row.series(" ({})"), []).append((speed.value, loss.mean))
+        best = sorted(series, key=lambda name: min(loss for _, loss in series[name]))[:2]
+        ranges = [[_range(values) for values in zip(*series[name], strict=True)] for name in best]
+        sentences = [
+            f"{MODE_NAMES[mode].capitalize()}: {{}} makes the {SPEED_NAMES[SPEEDS[mode]]} {{}} times as fast and adds "
+            "{} nats of loss per token.",
+            "Next is {}: {} times, {} nats.",
+        ]
+        return " ".join(
+            sentence.format(name, *each) for sentence, name, each in zip(sentences, best, ranges, strict=False)
+        )
 
 
-def _questions(name: str, work: Work, records: Records) -> dict[str, Any]:
-    """Scores by task; by length and depth as well where a task has several of either."""
-    result: dict[str, Any] = {}
-    for task in dict.fromkeys(item.task for item in work.questions):
-        items = [item for item in work.questions if item.task == task]
-        ids = [item.id for item in items]
-        scores = _values(ids, name, ANSWER, "score", records)
-        full = _values(ids, FULL.name, ANSWER, "score", records)
-        if not scores:
-            continue
-        result[task] = {
-            "score": _mean(scores.values()),
-            "difference": _mean(scores[each] - full[each] for each in scores if each in full),
-            "cells": _cells(items, scores),
-        }
-    return result
-
-
-def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Scores by length and depth, where these were chosen; published questions are of as many lengths as there are."""
-    by_cell: dict[tuple[int, float | None], list[float]] = {}
-    for item in items:
-        if item.id in scores:
-            by_cell.setdefault((item.length, item.depth), []).append(scores[item.id])
-    if len(by_cell) < 2 or len({length for length, _ in by_cell}) > _N_LENGTHS:
-        return []
-    order = sorted(by_cell, key=lambda cell: (cell[0], -1.0 if cell[1] is None else cell[1]))
-    return [{"length": cell[0], "depth": cell[1], "score": _mean(by_cell[cell])} for cell in order]
-
-
-# -- means -----------------------------------------------------------------------------------------------------------
-
-
-def _values(ids: Sequence[str], name: str, measure: str, label: str, records: Records) -> dict[str, float]:
-    """Values by item, NaN for what came out as no number, without what was not measured."""
-    found = ((each, records.get((each, name, measure), {})) for each in ids)
-    return {
-        each: math.nan if record[label] is None else float(record[label]) for each, record in found if label in record
-    }
-
-
-def _mean(values: Iterable[float]) -> Figure | None:
-    """None if there is no value, or if one is no number: a mean without it would hide the worst."""
-    numbers = list(values)
-    if not numbers or not all(map(math.isfinite, numbers)):
-        return None
-    mean, error = mean_error(numbers)
-    return {"mean": mean, "error": _finite(error), "n": len(numbers)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"

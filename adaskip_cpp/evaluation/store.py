@@ -9,34 +9,75 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
+
+import msgspec
+import numpy as np
 
 from ..errors import DataError
 from ..files import write_atomically
+from ..measuring.timing import RequestTime
 
-__all__ = ["Key", "Store", "settings_hash"]
+__all__ = ["Key", "Record", "Store", "content_hash"]
 
-Key = tuple[str, str, str]
+Key: TypeAlias = tuple[str, str, str]
 """Item, contender and measure: what a result is of."""
 
-_KEY = ("item", "contender", "measure")
-_ITEMS, _SETTINGS = "items.jsonl", "settings.json"
+_FILES = _ITEMS, _SETTINGS = "items.jsonl", "settings.json"
 _N_HASH = 12
 """Digits of a hash in a file's name."""
 
 
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of settings, in hexadecimal, whatever the order of their keys.
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One result, a line of ``items.jsonl`` without what is empty.
+
+    Attributes:
+        item, contender, measure: what it is of.
+        values: figures by name; NaN, on disk null, for what came out as no number.
+        text: what the model wrote.
+        times: of a round of timing, by contender.
+    """
+
+    item: str
+    contender: str
+    measure: str
+    values: dict[str, float | None] = {}  # msgspec copies it
+    text: str = ""
+    times: dict[str, RequestTime] = {}
+
+    @property
+    def key(self) -> Key:
+        """What it is of."""
+        return self.item, self.contender, self.measure
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The content of ``settings.json``."""
+
+    hash: str
+    facts: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def content_hash(value: Any) -> str:
+    """Return the SHA-256, in hexadecimal, of all that something holds, arrays included, whatever the order of its keys.
 
     Args:
-        settings: plain JSON values.
+        value: dataclasses, arrays, tuples, lists, dictionaries and plain values, nested as they like.
     """
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+    def encode(other: Any) -> Any:
+        if isinstance(other, np.ndarray):
+            return [str(other.dtype), other.shape, hashlib.sha256(other.tobytes()).hexdigest()]
+        return dict(other)  # a read-only view of a dictionary
+
+    return hashlib.sha256(msgspec.json.encode(value, enc_hook=encode, order="sorted")).hexdigest()
 
 
 class Store:
@@ -45,6 +86,7 @@ class Store:
     Attributes:
         folder: where they are.
         records: what is known, by item, contender and measure; read and appended.
+        facts: what was kept beside the settings when these results were begun.
         set_aside: the file into which results of other settings were moved, or None.
 
     Args:
@@ -61,133 +103,100 @@ class Store:
         self, folder: str | os.PathLike[str], settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None
     ) -> None:
         self.folder = Path(folder)
-        self.records: dict[Key, dict[str, Any]] = {}
+        self.records: dict[Key, Record] = {}
+        self.facts = dict(facts or {})
         self.set_aside: Path | None = None
-        self._hash = settings_hash(settings)
         self._settings = dict(settings)
-        self._facts = dict(facts or {})
-        self._lock: IO[str] | None = None
+        self._open = contextlib.ExitStack()
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Store:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder / ".lock")
-        try:
+        with contextlib.ExitStack() as opened:
+            _lock(opened.enter_context(open(self.folder / ".lock", "w", encoding="utf-8")))
             self._take_up()
-            path = self.folder / _ITEMS
-            content = path.read_bytes() if path.exists() else b""
-            records, n_good = _parse(content, path)
-            self.records = {_key(record): record for record in records}
-            self._file = open(path, "ab")
-            self._file.truncate(n_good)
-        except BaseException:
-            self._close()
-            raise
+            self._file = opened.enter_context(open(self.folder / _ITEMS, "a+b"))
+            self._file.seek(0)
+            content = self._file.read()
+            end = content.rfind(b"\n") + 1  # what a crash left of the last line does not count
+            self._file.truncate(end)
+            self.records = {record.key: record for record in _parse(content[:end], self.folder / _ITEMS)}
+            self._open = opened.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        self._file = None
+        self._open.close()
 
-    def append(self, item: str, contender: str, measure: str, values: Mapping[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Add a result; when this returns, it is on the disk.
 
         Raises:
             OSError: it cannot be written.
-            ValueError: a value is not a finite number, a text, or a list or object of these.
         """
         if self._file is None:
             raise ValueError("the store is closed; use it in a with statement")
-        record = {"item": item, "contender": contender, "measure": measure, **values}
-        self._file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+        self._file.write(msgspec.json.encode(record) + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.records[item, contender, measure] = record
+        self.records[record.key] = record
 
     def _take_up(self) -> None:
-        """Put results of other settings aside, and write the settings if these are new here."""
-        current = self.folder / _SETTINGS
-        old = _read_hash(current)
-        if old == self._hash:
-            return
-        if old is not None or (self.folder / _ITEMS).exists():
-            for name in (_ITEMS, _SETTINGS):
-                if (self.folder / name).exists():
-                    target = self.folder / _named(name, old or "unknown")
-                    os.replace(self.folder / name, target)
-                    if name == _ITEMS:
-                        self.set_aside = target
-        earlier = [self.folder / _named(name, self._hash) for name in (_ITEMS, _SETTINGS)]
-        if _read_hash(earlier[1]) == self._hash:
-            for path, name in zip(earlier, (_ITEMS, _SETTINGS), strict=True):
-                with contextlib.suppress(FileNotFoundError):
-                    os.replace(path, self.folder / name)
-            return
-        content = {"hash": self._hash, **self._facts, "settings": self._settings}
-        write_atomically(current, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        """Put results of other settings aside, and take up those of these settings, or write the settings."""
+        mine = _Header(content_hash(self._settings), self.facts, self._settings)
+        found = self._read_header(_SETTINGS)
+        if found is None or found.hash != mine.hash:
+            aside = [_aside(name, found.hash if found else "unknown") for name in _FILES]
+            if (self.folder / _ITEMS).exists():
+                self.set_aside = self.folder / aside[0]
+            self._move(_FILES, aside)
+            earlier = [_aside(name, mine.hash) for name in _FILES]
+            found = self._read_header(earlier[1])
+            if found is not None and found.hash == mine.hash:
+                self._move(earlier, _FILES)
+            else:
+                found = mine
+                write_atomically(self.folder / _SETTINGS, msgspec.json.format(msgspec.json.encode(mine), indent=1))
+        self.facts = found.facts
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What was kept beside the settings when these results were begun."""
-        with open(self.folder / _SETTINGS, encoding="utf-8") as file:
-            content = json.load(file)
-        return {name: value for name, value in content.items() if name not in ("hash", "settings")}
+    def _move(self, names: Sequence[str], targets: Sequence[str]) -> None:
+        for name, target in zip(names, targets, strict=True):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.folder / name, self.folder / target)
 
-    def _close(self) -> None:
-        for file in (self._file, self._lock):
-            if file is not None:
-                file.close()
-        self._file = self._lock = None
+    def _read_header(self, name: str) -> _Header | None:
+        """None if there is no such file, or if it is damaged."""
+        try:
+            return msgspec.json.decode((self.folder / name).read_bytes(), type=_Header)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
 
 
-def _locked(path: Path) -> IO[str]:
-    """Open a file that no other process has open this way."""
-    import fcntl
-
-    file = open(path, "w", encoding="utf-8")  # noqa: SIM115  # closed with the store
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise DataError(
-            f"another evaluation is writing into {os.fspath(path.parent)!r}; wait for it or choose another folder"
-        ) from error
-    return file
-
-
-def _named(name: str, digest: str) -> str:
+def _aside(name: str, digest: str) -> str:
     stem, ending = name.rsplit(".", 1)
     return f"{stem}-{digest[:_N_HASH]}.{ending}"
 
 
-def _read_hash(path: Path) -> str | None:
-    """The hash in a file of settings; None if there is no such file, ``"unknown"`` if it is damaged."""
+def _lock(file: IO[str]) -> None:
+    """Refuse a file that another process has locked this way."""
+    import fcntl
+
     try:
-        with open(path, encoding="utf-8") as file:
-            return str(json.load(file)["hash"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        return "unknown"
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        folder = os.path.dirname(file.name)
+        raise DataError(
+            f"another evaluation is writing into {folder!r}; wait for it or choose another folder"
+        ) from error
 
 
-def _parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the results, and the bytes they take: what a crash left of the last line does not count."""
-    end = content.rfind(b"\n") + 1
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(content[:end].splitlines(), start=1):
+def _parse(content: bytes, path: Path) -> Iterator[Record]:
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
-            record = json.loads(line)
-            _key(record)
-        except (ValueError, KeyError, TypeError) as error:
+            yield msgspec.json.decode(line, type=Record)
+        except msgspec.DecodeError as error:
             raise DataError(
                 f"line {number} of {os.fspath(path)!r} is no result ({error}); remove it, or choose another folder"
             ) from error
-        records.append(record)
-    return records, end
-
-
-def _key(record: Mapping[str, Any]) -> Key:
-    item, contender, measure = (str(record[name]) for name in _KEY)
-    return item, contender, measure
