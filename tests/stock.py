@@ -1,15 +1,19 @@
 """Run the stock llama-cpp-python, with its own libllama, in a process that never imports adaskip_cpp.
 
-The functions at the top are the only ones meant for tests. Run as a program, this file is the other process.
+The functions at the top are the only ones meant for tests. Run as a program, this file is the other process, of which
+there is one for all tests: it reads a list of jobs per line and leaves their results as files.
 """
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +45,37 @@ class Job:
 
 
 def run_stock(jobs: Sequence[Job]) -> list[npt.NDArray[Any]]:
-    """Evaluate all jobs in one fresh process.
+    """Run all jobs in the other process.
 
     Returns:
         Per job the logits, float32 [n_tokens, n_vocab] with ``logits_all``, else [n_pieces, n_vocab]; or the embeddings
         of its texts, [n_texts, n_embd].
 
     Raises:
-        RuntimeError: If the process fails; the message ends with its error output.
+        RuntimeError: If a job fails; the message is its traceback.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
+    process = _process()
+    assert process.stdin is not None and process.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
-        request = Path(folder, "jobs.json")
-        request.write_text(json.dumps([asdict(job) for job in jobs]))
-        process = subprocess.run(
-            [sys.executable, __file__, str(request), folder], env=environment, capture_output=True, text=True
-        )
-        if process.returncode != 0:
-            raise RuntimeError(f"stock llama-cpp-python exited with {process.returncode}:\n{process.stderr[-4000:]}")
+        process.stdin.write(json.dumps({"jobs": [asdict(job) for job in jobs], "folder": folder}) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            _process.cache_clear()
+            raise RuntimeError(f"stock llama-cpp-python exited with {process.wait()}")
+        if error := json.loads(answer)["error"]:
+            raise RuntimeError(f"stock llama-cpp-python failed:\n{error}")
         return [np.load(Path(folder, f"{index}.npy")) for index in range(len(jobs))]
+
+
+@cache
+def _process() -> "subprocess.Popen[str]":
+    environment = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
+    process = subprocess.Popen(
+        [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(process.kill)
+    return process
 
 
 def eval_logits(llm: Any, pieces: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
@@ -75,19 +91,28 @@ def eval_logits(llm: Any, pieces: Sequence[Sequence[int]]) -> npt.NDArray[np.flo
     return np.array(llm.scores[: llm.n_tokens]) if llm._logits_all else np.array(last)
 
 
-def main(request: str, folder: str) -> None:
-    """Evaluate the jobs in ``request`` and leave one npy file per job in ``folder``."""
+def main() -> None:
+    """Run the jobs of every line of stdin, and answer each with a line."""
     import llama_cpp
 
     library = Path(llama_cpp.llama_cpp._lib._name).resolve()
     if "adaskip_cpp" in sys.modules or Path(llama_cpp.__file__).resolve().parent not in library.parents:
         raise SystemExit(f"not the stock library: {library}")
-    for index, job in enumerate(json.loads(Path(request).read_text())):
-        llm = llama_cpp.Llama(job["model"], verbose=False, **job["options"])
-        values = eval_logits(llm, job["pieces"]) if job["texts"] is None else np.array(llm.embed(job["texts"]))
-        np.save(Path(folder, f"{index}.npy"), values)
-        llm.close()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed is no answer
+    for line in sys.stdin:
+        request, error = json.loads(line), None
+        try:
+            for index, job in enumerate(request["jobs"]):
+                llm = llama_cpp.Llama(job["model"], verbose=False, **job["options"])
+                values = eval_logits(llm, job["pieces"]) if job["texts"] is None else np.array(llm.embed(job["texts"]))
+                np.save(Path(request["folder"], f"{index}.npy"), values)
+                llm.close()
+        except Exception:
+            error = traceback.format_exc()
+        answers.write(json.dumps({"error": error}) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
