@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
+from ..calibration.calibrate import calibrate as run
 from ..calibration.linear import DEFAULT_RANK
-from ..measuring.corpus import N_REQUESTS, N_TOKENS
+from ..measuring import corpus
 from .terminal import check_output, console, json_option, load_model, model_options, option, read_text, verb
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "calibration_text"]
 
 _CTX_TIMED = 8192
 """Context of a model whose sublayers are timed: that of `generate`, so that long prompts are predicted from times."""
@@ -38,26 +40,17 @@ _LEARNING = "What is learned"
 @option(
     "--requests",
     group=_LEARNING,
-    type=click.IntRange(min=1),
-    default=N_REQUESTS,
-    show_default=True,
-    help="Requests to cut from it.",
+    type=click.IntRange(1),
+    default=corpus.N_REQUESTS,
+    help="Requests to cut from the text.",
 )
-@option(
-    "--tokens",
-    group=_LEARNING,
-    type=click.IntRange(min=2),
-    default=N_TOKENS,
-    show_default=True,
-    help="Tokens in each request.",
-)
+@option("--tokens", group=_LEARNING, type=click.IntRange(2), default=corpus.N_TOKENS, help="Tokens in each request.")
 @option(
     "--decode-tokens",
     "n_decode",
     group=_LEARNING,
-    type=click.IntRange(min=1),
+    type=click.IntRange(1),
     default=32,
-    show_default=True,
     help="Tokens to decode after a request, of 20 requests at most.",
 )
 @option(
@@ -65,7 +58,6 @@ _LEARNING = "What is learned"
     group=_LEARNING,
     type=click.IntRange(0, 4096),
     default=DEFAULT_RANK,
-    show_default=True,
     help="Rank of the linear maps that stand in for skipped sublayers; 0 for none.",
 )
 @option("--no-cost", group=_LEARNING, is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
@@ -89,16 +81,11 @@ def calibrate(
     The text is cut into requests, spread evenly over it, which run through the full model; some are continued by a few
     tokens. At the end the sublayers are timed on this machine.
     """
-    from ..calibration.calibrate import MAX_DECODED
-    from ..calibration.calibrate import calibrate as run
-    from ..measuring import corpus
-
     check_output(output)
     start = time.monotonic()
-    text = "\n\n".join(read_text(file) for file in files) if files else corpus.text()
-    description = ", ".join(os.path.basename(file) for file in files) if files else corpus.DESCRIPTION
+    text, description = calibration_text(files)
     n_ctx = tokens + n_decode if no_cost else max(tokens + n_decode, _CTX_TIMED)
-    llm = load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)
+    llm = load_model(model, n_ctx, threads=threads, gpu_layers=gpu_layers)
     profile = run(
         llm,
         corpus.cut(llm, text, requests, tokens),
@@ -111,11 +98,17 @@ def calibrate(
     if as_json:
         click.echo(json.dumps({"path": output, **profile.to_dict()}, indent=1))
     else:
-        n_decoded = min(profile.n_requests, MAX_DECODED) * n_decode
-        _print(profile, output, requests, n_decoded, time.monotonic() - start)
+        _print(profile, output, requests, time.monotonic() - start)
 
 
-def _print(profile: Profile, output: str, n_asked: int, n_decoded: int, elapsed_s: float) -> None:
+def calibration_text(files: Sequence[str]) -> tuple[str, str]:
+    """Return the text to calibrate on and what it is, in words; of no files the built-in pages."""
+    if not files:
+        return corpus.text(), corpus.DESCRIPTION
+    return "\n\n".join(read_text(file) for file in files), ", ".join(os.path.basename(file) for file in files)
+
+
+def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> None:
     from ..model.profile_file import sidecar_name
     from ..pictures.heatmap import print_heatmap
 
@@ -125,12 +118,11 @@ def _print(profile: Profile, output: str, n_asked: int, n_decoded: int, elapsed_
     short = f", all that fit of the {n_asked} asked for" if profile.n_requests < n_asked else ""
     out.print(f"Calibrated on {profile.n_requests} requests{short}: {profile.n_tokens:,} tokens of {profile.corpus}.")
     out.print(
-        f"{n_decoded:,} tokens were decoded"
+        f"{profile.decode.n_tokens:,} tokens were decoded"
         + (", and the sublayers timed on this machine." if profile.cost is not None else ". No sublayer was timed.")
     )
     out.print(f"{profile.skippable.sum()} of {2 * profile.n_layer} sublayers can be skipped.")
-    vectors = ""
-    if profile.prefill.n_embd is not None:
-        vectors = f", its vectors to {os.path.join(os.path.dirname(output), sidecar_name(output))}; keep them together"
-    out.print(f"Profile written to {output}{vectors}", soft_wrap=True)
+    vectors = os.path.join(os.path.dirname(output), sidecar_name(output))
+    beside = f", its vectors to {vectors}; keep them together" if profile.prefill.n_embd is not None else ""
+    out.print(f"Profile written to {output}{beside}", soft_wrap=True)
     out.print(f"It took {elapsed_s:.0f} s. Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)

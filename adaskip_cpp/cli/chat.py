@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import AdaSkipError, RequestError
+from ..errors import RequestError
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import choose, plan_options, profile_options
-from .report import skipped_counts
-from .terminal import CONTEXT, RUNNING, console, load_model, model_options, option, users_error, verb
+from .report import n_skipped, skipped_counts
+from .terminal import answer_options, console, load_model, option, users_error, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,24 +43,7 @@ of the plan and 3 FFNs that this answer added."""
 @profile_options
 @plan_options
 @option("--system", metavar="TEXT", help="What the model is told before the conversation.")
-@option("--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest answer.")
-@option("--ctx", group=RUNNING, type=CONTEXT, default=8192, help="Context in tokens.")
-@option(
-    "--temp",
-    group=RUNNING,
-    type=click.FloatRange(min=0),
-    default=0.8,
-    show_default=True,
-    help="0: always the likeliest.",
-)
-@option(
-    "--seed",
-    group=RUNNING,
-    type=click.IntRange(0, 2**32 - 2),
-    default=None,
-    help="Seed of sampling.  [default: random]",
-)
-@model_options
+@answer_options(max_tokens=1024)
 def chat(
     model: str,
     profile_path: str | None,
@@ -84,18 +67,17 @@ def chat(
 
     chosen = choose(model, profile_path, request, full)
     plan = chosen.plan(max(ctx // 2, 1))
-    llm = load_model(model, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers)
+    llm = load_model(model, ctx, threads=threads, gpu_layers=gpu_layers)
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
-    # With KV for all layers, so that /skip can choose other ones.
-    llm.set_plan(plan)
+    llm.set_plan(plan)  # and not opened with it: there is KV for all layers, so that /skip can choose other ones
     if seed is not None:
         llm.set_seed(seed)
-    conversation = Conversation(llm, system, max_tokens=max_tokens, temperature=temp)
     err = console(stderr=True)
     if chosen.note:
         err.print(chosen.note, style="dim", markup=False)
-    _talk(conversation, _Commands(conversation, chosen.profile, chosen.request or PlanRequest(), err))
+    conversation = Conversation(llm, system, max_tokens=max_tokens, temperature=temp)
+    _Talk(conversation, chosen.profile, chosen.request or PlanRequest(), err).run()
 
 
 @dataclass
@@ -145,19 +127,118 @@ class Conversation:
         self.messages += [("user", text), ("assistant", answer)]
 
 
-def _talk(conversation: Conversation, commands: _Commands) -> None:
-    if sys.stdin.isatty():
-        commands.err.print(commands.banner(), style="dim")
-    for text in _messages():
-        if text.startswith("/"):
-            if not commands.run(text):
-                return
-            continue
-        try:
-            _answer(conversation, text, commands.err)
-        except Exception as error:
-            if isinstance(error, BrokenPipeError) or not commands.complain(error):
+@dataclass
+class _Talk:
+    """What is typed, and what is told of it on stderr; answers alone go to stdout.
+
+    Attributes:
+        conversation: with its model and the plan in force.
+        profile: what /skip makes a plan from; None without one.
+        request: the plan that was asked for last.
+        err: stderr.
+    """
+
+    conversation: Conversation
+    profile: Profile | None
+    request: PlanRequest
+    err: Console
+
+    def run(self) -> None:
+        """Answer what is typed or piped until its end, or /quit."""
+        llm = self.conversation.llm
+        if sys.stdin.isatty():
+            n_skip, where = n_skipped(llm.plan)
+            skips = f"{n_skip} of {2 * llm.n_layer} sublayers skipped{where}" if n_skip else "the full model"
+            self.tell(f"Chatting with {skips}. /help lists the commands, Ctrl-D leaves.")
+        for text in _messages():
+            try:
+                if not text.startswith("/"):
+                    self.answer(text)
+                elif not self.command(*text.split()):
+                    return
+            except BrokenPipeError:
                 raise
+            except Exception as error:
+                if (line := users_error(error)) is None:
+                    raise
+                self.err.print(f"Error: {' '.join(line.split())}", markup=False, soft_wrap=True)
+
+    def tell(self, text: str) -> None:
+        """Say something that is no answer."""
+        self.err.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def answer(self, text: str) -> None:
+        """Stream the answer and tell its figures; Ctrl-C ends the answer and keeps what there is of it."""
+        generation = self.conversation.ask(text)
+        said: list[str] = []
+        stopped = False
+        try:
+            with closing(iter(generation)) as pieces:
+                for piece in pieces:
+                    said.append(piece)
+                    click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            stopped = True
+        click.echo()
+        if said or not stopped:
+            self.conversation.answered(text, "".join(said))
+        if stopped:
+            self.tell("(stopped)" if said else "(stopped; the message is forgotten)")
+        elif not said:
+            self.tell("(the model ended its answer at once)")
+        if generation.timing is not None:
+            self.tell(_status(self.conversation.llm, generation.timing))
+            if generation.timing.end == "context":
+                self.tell("(the context is full; /reset begins a new conversation)")
+
+    def command(self, name: str, *arguments: str) -> bool:
+        """Do what a command says; False if it ends the chat."""
+        if name in ("/quit", "/exit"):
+            return False
+        if name == "/reset":
+            self.conversation.reset()
+            self.tell("(a new conversation)")
+        elif name == "/plan":
+            self.show_plan()
+        elif name == "/skip":
+            self.skip(*arguments)
+        else:
+            if name != "/help":
+                self.err.print(f"There is no command {name}.", markup=False)
+            self.tell(_HELP)
+        return True
+
+    def show_plan(self) -> None:
+        """Print the plan in force."""
+        from .plan import print_plan
+
+        plan = self.conversation.llm.plan
+        if self.profile is None or plan is None:
+            self.err.print("Nothing is skipped; start the chat with --profile to skip sublayers.")
+        else:
+            print_plan(self.err, self.profile, plan)
+
+    def skip(self, *arguments: str) -> None:
+        """Skip another number of sublayers from now on."""
+        if self.profile is None:
+            self.err.print("/skip needs a profile; start the chat with --profile.")
+            return
+        try:
+            (n_skip,) = map(int, arguments)
+        except ValueError:
+            self.err.print("/skip takes a number of sublayers, as /skip 8.")
+            return
+        strategy = "adaskip" if self.request.strategy == "manual" else self.request.strategy
+        request = replace(
+            self.request, n_skip=n_skip, speedup=None, phase=None, strategy=strategy, attention=(), ffn=()
+        )
+        plan = make_plan(self.profile, request)
+        self.conversation.llm.set_plan(plan)
+        self.request = request
+        self.tell(
+            f"({plan.prefill.n_skip} sublayers skipped in prefill, {plan.decode.n_skip} in decode; the conversation is "
+            "read again where needed)"
+        )
 
 
 def _messages() -> Iterator[str]:
@@ -184,33 +265,6 @@ def _messages() -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(conversation: Conversation, text: str, err: Console) -> None:
-    """Stream the answer to stdout and its figures to stderr; Ctrl-C ends the answer and keeps what there is of it."""
-    generation = conversation.ask(text)
-    said: list[str] = []
-    stopped = False
-    try:
-        with closing(iter(generation)) as pieces:
-            for piece in pieces:
-                said.append(piece)
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        stopped = True
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    if not said and not stopped:
-        err.print("(the model ended its answer at once)", style="dim")
-    if said or not stopped:
-        conversation.answered(text, "".join(said))
-    if stopped:
-        err.print("(stopped)" if said else "(stopped; the message is forgotten)", style="dim")
-    if generation.timing is not None:
-        err.print(_status(conversation.llm, generation.timing), style="dim", soft_wrap=True)
-        if generation.timing.end == "context":
-            err.print("(the context is full; /reset begins a new conversation)", style="dim")
-
-
 def _status(llm: AdaSkipLlama, timing: Timing) -> str:
     """One line of at most 80 columns for contexts of five digits."""
     parts = [f"prompt {timing.prompt_tokens_per_s:,.0f}/s"]
@@ -222,79 +276,3 @@ def _status(llm: AdaSkipLlama, timing: Timing) -> str:
         parts.append(f"skipped {prefill} prefill, {decode}{f'+{added}' if llm.plan.online else ''} decode")
     parts.append(f"context {timing.n_prompt + timing.n_generated}/{llm.context_size}")
     return "  ".join(parts)
-
-
-@dataclass
-class _Commands:
-    """What a line that begins with / does."""
-
-    conversation: Conversation
-    profile: Profile | None
-    request: PlanRequest
-    err: Console
-
-    def banner(self) -> str:
-        """What stands above the first message."""
-        plan = self.conversation.llm.plan
-        skips = "the full model" if plan is None else f"{plan.prefill.n_skip} of {2 * plan.n_layer} sublayers skipped"
-        return f"Chatting with {skips}. /help lists the commands, Ctrl-D leaves."
-
-    def complain(self, error: Exception) -> bool:
-        """Tell an error that a user can cause; False for a mistake of ours."""
-        line = users_error(error)
-        if line is not None:
-            self.err.print(f"Error: {' '.join(line.split())}", markup=False, soft_wrap=True)
-        return line is not None
-
-    def run(self, line: str) -> bool:
-        """Do what a command says; False if it ends the chat."""
-        name, *arguments = line.split()
-        if name in ("/quit", "/exit"):
-            return False
-        if name == "/reset":
-            self.conversation.reset()
-            self.err.print("(a new conversation)", style="dim")
-        elif name == "/plan":
-            self._show_plan()
-        elif name == "/skip":
-            self._skip(arguments)
-        else:
-            if name != "/help":
-                self.err.print(f"There is no command {name}.", markup=False)
-            self.err.print(_HELP, style="dim", markup=False)
-        return True
-
-    def _show_plan(self) -> None:
-        from .plan import print_plan
-
-        plan = self.conversation.llm.plan
-        if self.profile is None or plan is None:
-            self.err.print("Nothing is skipped; start the chat with --profile to skip sublayers.")
-        else:
-            print_plan(self.err, self.profile, plan)
-
-    def _skip(self, arguments: list[str]) -> None:
-        if self.profile is None:
-            self.err.print("/skip needs a profile; start the chat with --profile.")
-            return
-        try:
-            (n_skip,) = map(int, arguments)
-        except ValueError:
-            self.err.print("/skip takes a number of sublayers, as /skip 8.")
-            return
-        try:
-            strategy = "adaskip" if self.request.strategy == "manual" else self.request.strategy
-            request = replace(
-                self.request, n_skip=n_skip, speedup=None, phase=None, strategy=strategy, attention=(), ffn=()
-            )
-            plan = make_plan(self.profile, request)
-            self.conversation.llm.set_plan(plan)
-        except AdaSkipError as error:
-            self.complain(error)
-            return
-        self.request = request
-        self.err.print(
-            f"({plan.prefill.n_skip} sublayers skipped in prefill, {plan.decode.n_skip} in decode; the conversation is "
-            "read again where needed)",
-            style="dim",
-        )

@@ -12,7 +12,7 @@ import click
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
-from .report import layer_list, megabytes
+from .report import layer_list, megabytes, n_skipped
 from .terminal import OUTPUT, console, json_option, load_model, model_options, option, recorder, save_svg, verb
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     from ..demo import N_ANSWER, N_PROMPT
 
     full, skipped = result.full, result.skipped
-    in_prefill = result.plan.prefill.n_skip
-    n_skip, where = (in_prefill, "") if in_prefill else (result.plan.skipped("decode").n_skip, " in decode")
+    n_skip, where = n_skipped(result.plan)
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("full model", f"{n_skip} skipped{where}", "ratio"):
         table.add_column(name, justify="right")

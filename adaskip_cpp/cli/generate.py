@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -10,8 +9,8 @@ import click
 
 from ..planning.request import PlanRequest
 from .planning import choose, plan_options, profile_options
-from .report import kv_memory, skipped_lines, speed_lines
-from .terminal import CONTEXT, RUNNING, console, load_model, model_options, option, read_text, verb
+from .report import kv_line, skipped_lines, speed_lines
+from .terminal import RUNNING, answer_options, console, load_model, option, read_text, verb
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -29,30 +28,13 @@ __all__ = ["generate"]
 @option("-f", "--file", metavar="FILE", help="Read the prompt from a file, - for stdin.")
 @profile_options
 @plan_options
-@option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
-@option("--ctx", group=RUNNING, type=CONTEXT, default=8192, help="Context in tokens.")
-@option(
-    "--temp",
-    group=RUNNING,
-    type=click.FloatRange(min=0),
-    default=0.8,
-    show_default=True,
-    help="0: always the likeliest.",
-)
-@option(
-    "--seed",
-    group=RUNNING,
-    type=click.IntRange(0, 2**32 - 2),
-    default=None,
-    help="Seed of sampling.  [default: random]",
-)
 @option(
     "--chat/--raw",
     group=RUNNING,
     default=None,
     help="Wrap the prompt in the model's chat template, or continue it as it is.  [default: --chat if there is one]",
 )
-@model_options
+@answer_options(max_tokens=256)
 def generate(
     model: str,
     prompt: str | None,
@@ -80,28 +62,25 @@ def generate(
     chosen = choose(model, profile_path, request, full)
     text = prompt if prompt is not None else read_text(str(file))
 
-    length = 0
+    length = 1
     if chosen.request is not None and chosen.request.speedup is not None:
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
-        with closing(load_model(model, n_ctx=256, threads=1, gpu_layers=0, vocab_only=True)) as tokenizer:
-            length = len(_tokens(tokenizer, text, chat))
-    plan = chosen.plan(max(length, 1))
+        with closing(load_model(model, 256, threads=1, gpu_layers=0, vocab_only=True)) as tokenizer:
+            length = max(len(_tokens(tokenizer, text, chat)), 1)
+    plan = chosen.plan(length)
     if chosen.note:
         console(stderr=True).print(chosen.note, style="dim", markup=False)
 
-    llm = load_model(model, n_ctx=ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
+    llm = load_model(model, ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
     if seed is not None:
         llm.set_seed(seed)
     answer = Generation(llm, _tokens(llm, text, chat), max_tokens=max_tokens, temperature=temp)
     for piece in answer:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        click.echo(piece, nl=False)
+    click.echo()
     if answer.timing is None:
         return
-    lines = [*speed_lines(answer.timing), *skipped_lines(llm, answer.timing.n_generated)]
-    lines.append(f"KV:      {kv_memory(llm)}")
+    lines = [*speed_lines(answer.timing), *skipped_lines(llm, answer.timing.n_generated), kv_line(llm)]
     if answer.timing.end == "context":
         lines.append("the answer stops where the context is full; --ctx gives more room")
     console(stderr=True).print("\n".join(lines), style="dim")

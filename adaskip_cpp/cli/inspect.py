@@ -12,7 +12,6 @@ import click
 from .terminal import console, json_option, load_model, model_options, verb
 
 if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
     from ..engine.native import Sublayer
 
 __all__ = ["inspect"]
@@ -27,18 +26,9 @@ def inspect(model: str, threads: int | None, gpu_layers: int, as_json: bool) -> 
 
     Layers alike share a line. A window is how many tokens an attention looks back at, where that is not all.
     """
-    llm = load_model(model, n_ctx=512, threads=threads, gpu_layers=gpu_layers)
-    facts = _facts(llm, model)
-    if as_json:
-        rows = [asdict(row) for row in llm.sublayers]
-        click.echo(json.dumps({**facts, "sublayers": rows}, indent=1))
-    else:
-        _print(facts, list(llm.sublayers))
-
-
-def _facts(llm: AdaSkipLlama, path: str) -> dict[str, Any]:
-    return {
-        "file": path,
+    llm = load_model(model, 512, threads=threads, gpu_layers=gpu_layers)
+    facts: dict[str, Any] = {
+        "file": model,
         "name": llm.metadata.get("general.name", ""),
         "architecture": llm.model_info.architecture,
         "n_layer": llm.n_layer,
@@ -49,25 +39,27 @@ def _facts(llm: AdaSkipLlama, path: str) -> dict[str, Any]:
         "fingerprint": llm.model_info.fingerprint,
         "n_skippable": sum(row.skippable for row in llm.sublayers),
     }
+    if not as_json:
+        _print(facts, llm.sublayers)
+        return
+    click.echo(json.dumps({**facts, "sublayers": [asdict(row) for row in llm.sublayers]}, indent=1))
 
 
-def _print(facts: dict[str, Any], sublayers: list[Sublayer]) -> None:
+def _print(facts: dict[str, Any], sublayers: tuple[Sublayer, ...]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     out = console()
+    n = facts["n_params"]
+    parameters = f"{n / 1e9:.1f} billion" if n >= 1e9 else f"{n / 1e6:,.0f} million"
     title = f"{facts['name']}  " if facts["name"] else ""
-    out.print(
-        f"[bold]{title}[/]{facts['architecture']}, {facts['n_layer']} layers, {_count(facts['n_params'])} parameters"
-    )
+    out.print(f"[bold]{title}[/]{facts['architecture']}, {facts['n_layer']} layers, {parameters} parameters")
     out.print(
         f"width {facts['n_embd']:,}, trained on contexts of {facts['n_ctx_train']:,} tokens, "
         f"{facts['n_bytes'] / 1e6:,.0f} MB of weights"
     )
     out.print(f"fingerprint {facts['fingerprint'][:16]}")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("layers", "attention", "FFN"):
-        table.add_column(name)
+    table = Table("layers", "attention", "FFN", box=SIMPLE_HEAD, pad_edge=False)
     rows = [(_cell(attention), _cell(ffn)) for attention, ffn in zip(sublayers[::2], sublayers[1::2], strict=True)]
     for alike, group in itertools.groupby(range(len(rows)), key=rows.__getitem__):
         layers = list(group)
@@ -79,7 +71,3 @@ def _print(facts: dict[str, Any], sublayers: list[Sublayer]) -> None:
 def _cell(row: Sublayer) -> str:
     window = f", window of {row.window:,}" if row.window else ""
     return f"[green]yes[/]{window}" if row.skippable else f"[yellow]no[/]: {row.reason}"
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e9:.1f} billion" if n >= 1e9 else f"{n / 1e6:,.0f} million"

@@ -2,56 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..engine.generation import Timing
     from ..engine.llama import AdaSkipLlama
+    from ..model.plan import SkipPlan
 
-__all__ = ["KVMemory", "kv_memory", "layer_list", "megabytes", "skipped_counts", "skipped_lines", "speed_lines"]
-
-
-@dataclass(frozen=True)
-class KVMemory:
-    """KV memory of a loaded model.
-
-    Attributes:
-        n_bytes: bytes allocated.
-        n_bytes_full: bytes with KV for every layer; None where the layers' shares differ.
-        n_elided: layers without KV.
-    """
-
-    n_bytes: int
-    n_bytes_full: int | None
-    n_elided: int
-
-    def __str__(self) -> str:
-        if self.n_elided == 0:
-            return megabytes(self.n_bytes)
-        without = f"none for {self.n_elided} layer{'s' if self.n_elided > 1 else ''}"
-        if self.n_bytes_full is None:
-            return f"{megabytes(self.n_bytes)}, {without}"
-        saved = self.n_bytes_full - self.n_bytes
-        return (
-            f"{megabytes(self.n_bytes)} of {megabytes(self.n_bytes_full)}, {without}: "
-            f"{megabytes(saved)} ({saved / self.n_bytes_full:.0%}) saved"
-        )
+__all__ = ["kv_line", "layer_list", "megabytes", "n_skipped", "skipped_counts", "skipped_lines", "speed_lines"]
 
 
-def kv_memory(llm: AdaSkipLlama) -> KVMemory:
-    """Return how much KV memory a model has, and how much it would have without a plan."""
+def kv_line(llm: AdaSkipLlama) -> str:
+    """How much KV memory a model has, and how much less that is than without a plan."""
     import llama_cpp
 
     n_elided = len(llm.elided_kv)
-    n_kept = llm.n_layer - n_elided
-    architecture = llm.metadata.get("general.architecture", "")
-    heads = llm.metadata.get(f"{architecture}.attention.head_count_kv", "1")
+    line = f"KV:      {megabytes(llm.kv_bytes)}"
+    if n_elided == 0:
+        return line
+    without = f"none for {n_elided} layer{'s' if n_elided > 1 else ''}"
+    heads = llm.metadata.get(f"{llm.model_info.architecture}.attention.head_count_kv", "1")
     # With a sliding window, a recurrent state or heads that differ by layer, the layers' shares are not equal.
-    alike = llama_cpp.llama_model_n_swa(llm.model) == 0 and heads.isdigit()
-    alike = alike and not llm.has_state
-    full = llm.kv_bytes // n_kept * llm.n_layer if alike and n_kept else None
-    return KVMemory(llm.kv_bytes, full, n_elided)
+    if llama_cpp.llama_model_n_swa(llm.model) or llm.has_state or not heads.isdigit() or n_elided == llm.n_layer:
+        return f"{line}, {without}"
+    full = llm.kv_bytes // (llm.n_layer - n_elided) * llm.n_layer
+    saved = full - llm.kv_bytes
+    return f"{line} of {megabytes(full)}, {without}: {megabytes(saved)} ({saved / full:.0%}) saved"
 
 
 def megabytes(n_bytes: float) -> str:
@@ -61,16 +39,10 @@ def megabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes < 1e8 else f"{n_bytes / 1e6:,.0f} MB"
 
 
-def layer_list(layers: tuple[int, ...]) -> str:
+def layer_list(layers: Sequence[int]) -> str:
     """``1, 5-7``, or ``none``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    words = (f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-    return ", ".join(words) or "none"
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) or "none"
 
 
 def speed_lines(timing: Timing) -> list[str]:
@@ -87,18 +59,24 @@ def speed_lines(timing: Timing) -> list[str]:
     return lines
 
 
+def n_skipped(plan: SkipPlan | None) -> tuple[int, str]:
+    """How many sublayers a plan skips, and where if not everywhere: ``(12, "")`` or ``(12, " in decode")``."""
+    if plan is None or plan.prefill.n_skip:
+        return 0 if plan is None else plan.prefill.n_skip, ""
+    return plan.skipped("decode").n_skip, " in decode"
+
+
 def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
     """Sublayers skipped in the last request.
 
     Args:
-        llm: the model.
+        llm: the model, with a plan.
         n_decoded: tokens that the request decoded.
 
     Returns:
         In prefill, in decode by the plan, and FFNs that the online stage added to those.
     """
-    if llm.plan is None:
-        return 0, 0, 0
+    assert llm.plan is not None
     learned = llm.online
     return llm.plan.prefill.n_skip, llm.plan.decode_after(n_decoded).n_skip, len(learned.ffn) if learned else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -30,6 +31,7 @@ __all__ = [
     "OUTPUT",
     "RUNNING",
     "Verbs",
+    "answer_options",
     "check_output",
     "console",
     "json_option",
@@ -209,6 +211,22 @@ def model_options(command: _Command) -> _Command:
     return option(
         "--threads", group=RUNNING, type=click.IntRange(1, 512), help="CPU threads.  [default: all physical cores]"
     )(command)
+
+
+def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
+    """Add the options that say how to answer: ``max_tokens``, ``ctx``, ``temp``, ``seed``, and :func:`model_options`.
+
+    Args:
+        max_tokens: the default of the longest answer.
+    """
+    options = (
+        option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Longest answer."),
+        option("--ctx", group=RUNNING, type=CONTEXT, default=8192, help="Context in tokens."),
+        option("--temp", group=RUNNING, type=click.FloatRange(0), default=0.8, help="0: always the likeliest."),
+        option("--seed", group=RUNNING, type=click.IntRange(0, 2**32 - 2), help="Seed of sampling.  [default: random]"),
+        model_options,
+    )
+    return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(options), command)
 
 
 def load_model(
