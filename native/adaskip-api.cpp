@@ -15,6 +15,7 @@
 #include <limits>
 #include <map>
 #include <stdexcept>
+#include <type_traits>
 
 static thread_local std::string last_error;
 
@@ -23,14 +24,24 @@ static int32_t fail(int32_t code, std::string message) {
     return code;
 }
 
-// runs f, which returns a code, and turns what it throws into one
+static void require(bool condition, const std::string & message) {
+    if (!condition) {
+        throw adaskip_exception(ADASKIP_ERROR_ARGUMENT, message);
+    }
+}
+
+// runs f, which returns a code or nothing, and turns what it throws into one
 template <typename F> static int32_t guarded(const llama_context * ctx, F && f) {
     last_error.clear();
-    if (!ctx) {
-        return fail(ADASKIP_ERROR_ARGUMENT, "the context is null");
-    }
     int32_t res     = ADASKIP_OK;
-    auto    failure = adaskip_try([&] { res = f(); });
+    auto    failure = adaskip_try([&] {
+        require(ctx, "the context is null");
+        if constexpr (std::is_void_v<decltype(f())>) {
+            f();
+        } else {
+            res = f();
+        }
+    });
     return failure.code == ADASKIP_OK ? res : fail(failure.code, std::move(failure.message));
 }
 
@@ -200,14 +211,11 @@ int32_t adaskip_n_layer(const llama_context * ctx) {
 }
 
 int32_t adaskip_sublayers(llama_context * ctx, adaskip_sublayer * out, int32_t n_out) {
-    return guarded(ctx, [&]() -> int32_t {
+    return guarded(ctx, [&] {
         const int32_t n = 2 * n_layer_of(*ctx);
-        if (!out || n_out != n) {
-            return fail(ADASKIP_ERROR_ARGUMENT, format("expected room for %d sublayers, got %d", n, n_out));
-        }
+        require(out && n_out == n, format("expected room for %d sublayers, got %d", n, n_out));
         const auto & sublayers = sublayers_of(*ctx);
         std::copy(sublayers.begin(), sublayers.end(), out);
-        return ADASKIP_OK;
     });
 }
 
@@ -279,10 +287,8 @@ int32_t adaskip_set_online(llama_context * ctx, const adaskip_online_params * pa
 }
 
 int32_t adaskip_get_online(const llama_context * ctx, adaskip_online_state * state) {
-    return guarded(ctx, [&]() -> int32_t {
-        if (!state) {
-            return fail(ADASKIP_ERROR_ARGUMENT, "the state is null");
-        }
+    return guarded(ctx, [&] {
+        require(state, "the state is null");
         const auto & online = ctx->adaskip.get_online();
         state->n_tokens     = online.get_n_tokens();
         state->done         = online.is_done();
@@ -302,15 +308,11 @@ int32_t adaskip_get_online(const llama_context * ctx, adaskip_online_state * sta
                 state->added[il] = after.skips(il, ADASKIP_FFN) && !before.skips(il, ADASKIP_FFN);
             }
         }
-        return ADASKIP_OK;
     });
 }
 
 int32_t adaskip_begin_request(llama_context * ctx) {
-    return guarded(ctx, [&]() -> int32_t {
-        ctx->adaskip.begin_request();
-        return ADASKIP_OK;
-    });
+    return guarded(ctx, [&] { ctx->adaskip.begin_request(); });
 }
 
 int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer) {
@@ -323,57 +325,47 @@ int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer) {
 }
 
 int32_t adaskip_get_elided_kv(const llama_context * ctx, uint8_t * elided, int32_t n_layer) {
-    return guarded(ctx, [&]() -> int32_t {
-        if (!elided || n_layer != n_layer_of(*ctx)) {
-            return fail(
-                    ADASKIP_ERROR_ARGUMENT, format("expected room for %d layers, got %d", n_layer_of(*ctx), n_layer));
-        }
+    return guarded(ctx, [&] {
+        require(elided && n_layer == n_layer_of(*ctx),
+                format("expected room for %d layers, got %d", n_layer_of(*ctx), n_layer));
         const auto & mask = ctx->adaskip.kv_elided;
         for (int32_t il = 0; il < n_layer; ++il) {
             elided[il] = il < (int32_t) mask.size() && mask[il];
         }
-        return ADASKIP_OK;
     });
 }
 
 int32_t adaskip_set_phase(llama_context * ctx, int32_t phase) {
-    return guarded(ctx, [&]() -> int32_t {
-        if (!is_phase(phase)) {
-            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown phase %d", phase));
-        }
+    return guarded(ctx, [&] {
+        require(is_phase(phase), format("unknown phase %d", phase));
         ctx->adaskip.set_phase(phase);
-        return ADASKIP_OK;
     });
 }
 
 int32_t adaskip_set_statistics(
         llama_context * ctx, int32_t flags, adaskip_statistics_callback callback, void * user_data) {
-    return guarded(ctx, [&]() -> int32_t {
+    return guarded(ctx, [&] {
         const int32_t known = ADASKIP_STATISTICS_ON | ADASKIP_STATISTICS_ALL_TOKENS | ADASKIP_STATISTICS_VECTORS |
                               ADASKIP_STATISTICS_ACTIVATIONS;
-        if ((flags & ~known) != 0 || (flags != 0 && !(flags & ADASKIP_STATISTICS_ON))) {
-            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown statistics flags %d", flags));
-        }
-        if (flags != 0 && !callback) {
-            return fail(ADASKIP_ERROR_ARGUMENT, "statistics need a callback");
-        }
+        require((flags & ~known) == 0 && (flags == 0 || (flags & ADASKIP_STATISTICS_ON)),
+                format("unknown statistics flags %d", flags));
+        require(flags == 0 || callback, "statistics need a callback");
         ctx->adaskip.set_statistics(flags, callback, user_data);
-        return ADASKIP_OK;
     });
 }
 
 int32_t adaskip_take_failure(llama_context * ctx) {
-    return guarded(ctx, [&]() -> int32_t {
+    return guarded(ctx, [&] {
         auto failure = ctx->adaskip.take_failure();
-        return failure.code == ADASKIP_OK ? ADASKIP_OK : fail(failure.code, std::move(failure.message));
+        if (failure.code != ADASKIP_OK) {
+            throw adaskip_exception(failure.code, failure.message);
+        }
     });
 }
 
 int32_t adaskip_get_counters(const llama_context * ctx, adaskip_counters * out) {
-    return guarded(ctx, [&]() -> int32_t {
-        if (!out) {
-            return fail(ADASKIP_ERROR_ARGUMENT, "the counters are null");
-        }
+    return guarded(ctx, [&] {
+        require(out, "the counters are null");
         *out            = ctx->adaskip.counters;
         out->n_bytes_kv = 0;
         if (ctx->get_memory()) {
@@ -382,7 +374,6 @@ int32_t adaskip_get_counters(const llama_context * ctx, adaskip_counters * out) 
                 out->n_bytes_kv += (int64_t) size;
             }
         }
-        return ADASKIP_OK;
     });
 }
 

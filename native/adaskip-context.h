@@ -84,7 +84,17 @@ public:
 
     std::vector<adaskip_sublayer> sublayers; // [n_layer][2], empty until somebody asks
 
-    // why a hook failed since this was last asked
+    // runs llama_context::encode or decode, and makes what they throw an error
+    template <typename F> int32_t guard(F && f) {
+        int32_t ret    = -3;
+        auto    caught = adaskip_try([&] { ret = f(); });
+        if (caught.code != ADASKIP_OK) {
+            failure = std::move(caught);
+        }
+        return ret;
+    }
+
+    // why that failed since this was last asked
     adaskip_failure take_failure() { return std::exchange(failure, {}); }
 
 private:

@@ -112,6 +112,11 @@ with llm.collect_statistics(lambda batch: sizes.append(batch.dot.shape)):
     llm.eval(tokens)
 assert sizes == [(64, 2, 256)] * 3
 llm.set_plan(plan)
+
+long = AdaSkipLlama(sys.argv[1], n_ctx=2048, n_batch=2048, n_threads=1, n_threads_batch=1, verbose=False)
+in_no_memory(long.eval, tokens * 8)  # llama.cpp's own copy of the batch
+assert long.n_tokens == 0
+long.eval(tokens * 8)
 """
 
 
