@@ -5,9 +5,10 @@ Nothing here runs a model: the same functions serve measured times and the synth
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,6 @@ from ..measuring.timing import N_SETTLE, RequestTime
 from ..model.plan import PHASES, Phase
 
 __all__ = ["NO_PLAN", "STOCK", "BenchTimes", "Parts", "Row", "table", "verdict"]
-
-"""Prefill stands for the time to the first token, decode for the time per token behind it."""
 
 STOCK = "stock"
 NO_PLAN = "no plan"
@@ -43,11 +42,6 @@ class Parts:
     decode: str | None
     rest: str
 
-    @property
-    def names(self) -> set[str]:
-        """Names of all its runs."""
-        return {name for name in (self.prefill, self.decode, self.rest) if name is not None}
-
 
 @dataclass
 class BenchTimes:
@@ -65,15 +59,10 @@ class BenchTimes:
     parts: Mapping[str, Parts] = field(default_factory=dict)
     settle: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def contexts(self) -> list[int]:
-        """Tokens of context measured, ascending."""
-        return sorted({context for _, context in self.times})
-
     def n_rounds(self, context: int) -> int:
         """Rounds that are complete: every run was made in them."""
-        names = {*self.contenders, *(name for parts in self.parts.values() for name in parts.names)}
-        return min((len(self.times.get((name, context), ())) for name in names), default=0)
+        parts = {name for each in self.parts.values() for name in astuple(each) if name is not None}
+        return min((len(self.times.get((name, context), ())) for name in {*self.contenders, *parts}), default=0)
 
     def seconds(self, name: str, context: int, phase: Phase) -> list[float]:
         """Seconds to the first token, or per token, of the complete rounds."""
@@ -122,14 +111,8 @@ class Row:
 
 def table(measured: BenchTimes) -> list[Row]:
     """Return the rows of all contexts with a complete round, by phase, context and contender."""
-    rows = []
-    for phase in PHASES:
-        for context in measured.contexts:
-            for name in measured.contenders:
-                row = _row(measured, name, context, phase)
-                if row is not None:
-                    rows.append(row)
-    return rows
+    keys = itertools.product(PHASES, sorted({context for _, context in measured.times}), measured.contenders)
+    return [row for phase, context, name in keys if (row := _row(measured, name, context, phase)) is not None]
 
 
 def verdict(interval: Interval) -> str:
@@ -146,11 +129,8 @@ def _row(measured: BenchTimes, name: str, context: int, phase: Phase) -> Row | N
     if not own or not all(map(math.isfinite, own)):
         return None
     low, median, high = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
-    against = {}
-    for reference in (STOCK, NO_PLAN):
-        theirs = measured.seconds(reference, context, phase)
-        if reference != name and theirs:
-            against[reference] = ratio_interval(theirs, own)
+    others = {other: measured.seconds(other, context, phase) for other in (STOCK, NO_PLAN) if other != name}
+    against = {other: ratio_interval(theirs, own) for other, theirs in others.items() if theirs}
     ideal, of_ideal = _ideal(measured, name, context, phase, own)
     return Row(name, context, phase, len(own), median, low, high, against, ideal, of_ideal)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import sys
@@ -262,12 +263,10 @@ def _progress() -> Iterator[Progress]:
     """Yield what shows progress on stderr: a bar on a terminal, elsewhere a line a minute once there is an estimate."""
     if not sys.stderr.isatty():
         with told_progress("Measuring") as line:
-            told = False
+            estimates = itertools.count()
 
             def tell(doing: str, fraction: float, left_s: float) -> None:
-                nonlocal told
-                if not told and not math.isnan(left_s):
-                    told = True
+                if not math.isnan(left_s) and next(estimates) == 0:
                     click.echo(f"Measuring for about {_minutes(left_s)}; Ctrl-C prints what is known.", err=True)
                 line(fraction)
 

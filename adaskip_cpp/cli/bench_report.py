@@ -12,7 +12,8 @@ from ..model.plan import PHASES
 from .report import megabytes
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, JustifyMethod
+    from rich.table import Table
 
     from ..bench.bench import BenchResult
     from ..intervals import Interval
@@ -35,23 +36,25 @@ def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: 
     _print_configuration(out, result, about)
 
 
-def _print_phase(out: Console, rows: Sequence[Row]) -> None:
+def _table(title: str, *columns: tuple[str, JustifyMethod]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    references = [name for name in (STOCK, NO_PLAN) if any(name in row.against for row in rows)]
-    with_ideal = any(row.of_ideal is not None for row in rows)
-    first = rows[0]
-    n_rounds = f"{first.n_rounds} round{'s' if first.n_rounds > 1 else ''}"
-    title = f"{TITLES[first.phase]}, prompt of {first.context:,} tokens, {n_rounds}"
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
-    table.add_column("median\n(quartiles)", justify="right", no_wrap=True)
-    for name in references:
-        table.add_column(f"against {name}\n(95% interval)", no_wrap=True)
-    if with_ideal:
-        table.add_column("ideal", justify="right")
-        table.add_column("of the ideal\n(95% interval)", justify="right", no_wrap=True)
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap="\n" in name)
+    return table
+
+
+def _print_phase(out: Console, rows: Sequence[Row]) -> None:
+    references = [name for name in (STOCK, NO_PLAN) if any(name in row.against for row in rows)]
+    with_ideal = any(row.of_ideal is not None for row in rows)
+    columns: list[tuple[str, JustifyMethod]] = [("median\n(quartiles)", "right")]
+    columns += [(f"against {name}\n(95% interval)", "left") for name in references]
+    columns += [("ideal", "right"), ("of the ideal\n(95% interval)", "right")] if with_ideal else []
+    n_rounds = f"{rows[0].n_rounds} round{'s' if rows[0].n_rounds > 1 else ''}"
+    table = _table(f"{TITLES[rows[0].phase]}, prompt of {rows[0].context:,} tokens, {n_rounds}", *columns)
     for row in rows:
         cells = [row.contender, f"{seconds(row.median_s)}\n({_range(row.low_s, row.high_s)})"]
         cells += [_two_lines(verdict(row.against[name])) if name in row.against else "" for name in references]
@@ -77,20 +80,13 @@ def _percent(interval: Interval) -> str:
 
 
 def _print_usage(out: Console, result: BenchResult) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Memory and graphs", title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    for name in ("peak memory", "KV", "nodes, prefill", "nodes, decode", "graphs built", "reused"):
-        table.add_column(name, justify="right")
-    for name in result.times.contenders:
-        usage = result.usage.get(name)
-        if usage is not None:
-            sizes = [None if size is None else megabytes(size) for size in (usage.peak_bytes, usage.kv_bytes)]
-            counts = (result.nodes_prefill.get(name), usage.nodes, usage.graphs_built, usage.graphs_reused)
-            cells = sizes + [None if count is None else f"{count:,}" for count in counts]
-            table.add_row(name, *(cell or "not told" for cell in cells))
+    names = ("peak memory", "KV", "nodes, prefill", "nodes, decode", "graphs built", "reused")
+    table = _table("Memory and graphs", *((name, "right") for name in names))
+    for name, usage in result.usage.items():
+        sizes = [size and megabytes(size) for size in (usage.peak_bytes, usage.kv_bytes)]
+        counts = (result.nodes_prefill.get(name), usage.nodes, usage.graphs_built, usage.graphs_reused)
+        cells = sizes + [None if count is None else f"{count:,}" for count in counts]
+        table.add_row(name, *(cell or "not told" for cell in cells))
     out.print(table)
 
 
