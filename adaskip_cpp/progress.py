@@ -23,12 +23,13 @@ class OnProgress(Protocol):
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, show: bool | None = None) -> Iterator[OnProgress]:
+def progress_bar(label: str, show: bool | None = None, *, still: bool = False) -> Iterator[OnProgress]:
     """Yield what moves a progress bar.
 
     Args:
         label: what is being done.
         show: True shows it at once, False never; None does on a terminal, once it is known to take more than 2 s.
+        still: draw it when it is moved and never else, as what is measured meanwhile would pay for that.
     """
     start = time.monotonic()
     update: Callable[..., None] | None = None
@@ -41,11 +42,15 @@ def progress_bar(label: str, show: bool | None = None) -> Iterator[OnProgress]:
             console = Console(stderr=True)
             columns = TextColumn(label), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.description}")
             # Elsewhere than on a terminal rich prints the last state, once.
-            bar = stack.enter_context(
-                Progress(*columns, TimeRemainingColumn(), console=console, transient=console.is_terminal)
+            bar = Progress(
+                *columns,
+                TimeRemainingColumn(),
+                console=console,
+                transient=console.is_terminal,
+                auto_refresh=not still,
             )
-            task = bar.add_task("", total=1.0)
-            return lambda fraction, words: bar.update(task, completed=fraction, description=words)
+            task = stack.enter_context(bar).add_task("", total=1.0)
+            return lambda fraction, words: bar.update(task, completed=fraction, description=words, refresh=still)
 
         def on_progress(fraction: float, words: str = "") -> None:
             nonlocal update
@@ -61,10 +66,10 @@ def progress_bar(label: str, show: bool | None = None) -> Iterator[OnProgress]:
 
 
 @contextlib.contextmanager
-def told_progress(label: str) -> Iterator[OnProgress]:
+def told_progress(label: str, *, still: bool = False) -> Iterator[OnProgress]:
     """Yield what moves a progress bar; where there is no terminal, stderr gets a line a minute."""
     if sys.stderr.isatty():
-        with progress_bar(label, show=True) as on_progress:
+        with progress_bar(label, show=True, still=still) as on_progress:
             yield on_progress
         return
     start = last = time.monotonic()

@@ -7,6 +7,7 @@ and intervals would be too narrow.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -208,13 +209,13 @@ class Bench:
         warm = {}
         for run in self._runs:
             worker = self._workers[run.process]
-            if n_round == 0:
-                self._on_progress(f"warming up: {run.name}", 0.0, math.nan)
-                worker.time(prompt, 0, run.plan)
-                self.result.nodes_prefill[run.name] = worker.usage.nodes
-                warm[run.name] = worker.time(prompt, self._settings.n_decode, run.plan)
-            else:
+            if n_round > 0:
                 worker.time(prompt, N_SETTLE, run.plan)
+                continue
+            self._on_progress(f"warming up: {run.name}", 0.0, math.nan)
+            worker.time(prompt, 0, run.plan)
+            self.result.nodes_prefill[run.name] = worker.usage.nodes
+            warm[run.name] = worker.time(prompt, self._settings.n_decode, run.plan)
         self._warm = self._warm or warm
         self._start_s = time.perf_counter() - start
 
@@ -232,11 +233,10 @@ class Bench:
     def _tell(self, run: _Run, context: int, n_round: int) -> None:
         times = self.result.times.times
         done, total = (n * self._start_s for n in (n_round + 1, self._settings.n_rounds))
-        for each in self._runs:
-            for other in self._settings.contexts:
-                expected = self._expected(each.name, other) + _PAUSE_S
-                done += len(times.get((each.name, other), ())) * expected
-                total += self._settings.n_rounds * expected
+        for key in itertools.product((each.name for each in self._runs), self._settings.contexts):
+            expected = self._expected(*key) + _PAUSE_S
+            done += len(times.get(key, ())) * expected
+            total += self._settings.n_rounds * expected
         doing = f"round {n_round + 1} of {self._settings.n_rounds}, {context:,} tokens: {run.name}"
         self._on_progress(doing, done / total, total - done)
 

@@ -18,9 +18,7 @@ from ..errors import AdaSkipError, NativeError
 from ..measuring.timing import RequestTime
 from ..model.plan import SkipPlan
 
-__all__ = ["Side", "Usage", "Worker"]
-
-Side = Literal["stock", "ours"]
+__all__ = ["Usage", "Worker"]
 
 # The path is set before anything is imported, so that the worker finds the packages that this process has, whatever
 # the working directory holds.
@@ -61,7 +59,7 @@ class Worker:
         usage: what it had taken at the end of the last request.
     """
 
-    def __init__(self, name: str, side: Side) -> None:
+    def __init__(self, name: str, side: Literal["stock", "ours"]) -> None:
         self.name = name
         self.usage = Usage()
         self._side = side

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..calibration.calibrate import calibrate
 from ..errors import DataError
 from ..measuring import corpus
-from ..measuring.cores import BUSY, load_average
+from ..measuring.cores import BUSY
 from ..planning.strategies import make_plan
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
         quantisation = LlamaFileType(int(file_type)).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
         quantisation = "unknown"
-    load = load_average()
+    load = os.getloadavg()[0]
     return {
         "model": llm.metadata.get("general.name") or os.path.basename(llm.model_path),
         "file": os.path.basename(llm.model_path),

@@ -260,31 +260,14 @@ def _profile(model: str, path: str | None, learns: bool, tuned: bool) -> Profile
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
-    """Yield what shows progress on stderr: a bar on a terminal, elsewhere a line a minute once there is an estimate."""
-    if not sys.stderr.isatty():
-        with told_progress("Measuring") as line:
-            estimates = itertools.count()
+    """Yield what shows progress on stderr; where that is no terminal, the first estimate gets a line of its own."""
+    estimates = itertools.count()
+    with told_progress("Measuring", still=True) as show:
 
-            def tell(doing: str, fraction: float, left_s: float) -> None:
-                if not math.isnan(left_s) and next(estimates) == 0:
-                    click.echo(f"Measuring for about {_minutes(left_s)}; Ctrl-C prints what is known.", err=True)
-                line(fraction)
+        def tell(doing: str, fraction: float, left_s: float) -> None:
+            if not sys.stderr.isatty() and not math.isnan(left_s) and next(estimates) == 0:
+                left = f"{left_s:.0f} s" if left_s < 90 else f"{left_s / 60:.0f} min"
+                click.echo(f"Measuring for about {left}; Ctrl-C prints what is known.", err=True)
+            show(fraction, doing)
 
-            yield tell
-        return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    columns = BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.fields[left]}{task.description}")
-    # Drawn before every run and never during one: a bar that moves would take time from what is measured.
-    with Progress(*columns, console=console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("", total=1.0, left="")
-
-        def update(doing: str, fraction: float, left_s: float) -> None:
-            left = "" if math.isnan(left_s) else f"{_minutes(left_s)} left "
-            bar.update(task, completed=fraction, description=doing, left=left, refresh=True)
-
-        yield update
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        yield tell

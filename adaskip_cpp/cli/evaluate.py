@@ -180,7 +180,7 @@ def evaluate(
     from ..evaluation.output import configuration, write_results
     from ..evaluation.results import About
     from ..evaluation.store import Store
-    from ..measuring.cores import BUSY, load_average
+    from ..measuring.cores import BUSY
     from ..planning.profile import Profile
 
     context = click.get_current_context()
@@ -205,7 +205,7 @@ def evaluate(
     facts = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "load_average": load_average(),
+        "load_average": os.getloadavg()[0],
     }
     err = console(stderr=True)
     interrupted = False

@@ -7,15 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["BUSY", "load_average", "physical_cores"]
+__all__ = ["BUSY", "physical_cores"]
 
 BUSY = 0.5
-"""Load average, in CPUs, from which a machine counts as busy: other programs disturb what is timed."""
-
-
-def load_average() -> float:
-    """Return the load average of the last minute, in CPUs."""
-    return os.getloadavg()[0]
+"""Load average of a minute, in CPUs, from which a machine counts as busy: other programs disturb what is timed."""
 
 
 def physical_cores() -> int:
@@ -26,9 +21,7 @@ def physical_cores() -> int:
     """
     if sys.platform == "linux":
         return _linux()
-    if sys.platform == "darwin":
-        return _darwin()
-    return max((os.cpu_count() or 2) // 2, 1)
+    return (_darwin() if sys.platform == "darwin" else None) or max((os.cpu_count() or 2) // 2, 1)
 
 
 def _linux() -> int:
@@ -51,11 +44,10 @@ def _cgroup_quota() -> int | None:
         return None
 
 
-def _darwin() -> int:
-    libc = ctypes.CDLL(None)
+def _darwin() -> int | None:
+    libc, count = ctypes.CDLL(None), ctypes.c_int(0)
     for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):
-        count = ctypes.c_int(0)
         size = ctypes.c_size_t(ctypes.sizeof(count))
         if libc.sysctlbyname(name, ctypes.byref(count), ctypes.byref(size), None, 0) == 0 and count.value > 0:
             return count.value
-    return max((os.cpu_count() or 2) // 2, 1)
+    return None
