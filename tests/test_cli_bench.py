@@ -267,7 +267,7 @@ def test_after_ctrl_c_or_sigterm_it_prints_what_there_is_and_exits_with_130(
         result = run(tiny(), *ONCE, "--no-stock", "--repeats", 3)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert result.exit_code == 130 and "prompt of 16 tokens, 1 round" in " ".join(result.stdout.split())
+    assert result.exit_code == 130 and "prompt of 16 tokens, 1 round" in result.stdout
     assert result.stderr.splitlines()[-1] == "Error: interrupted"
 
 

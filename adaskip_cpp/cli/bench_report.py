@@ -36,11 +36,12 @@ def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: 
     _print_configuration(out, result, about)
 
 
-def _table(title: str, *columns: tuple[str, JustifyMethod]) -> Table:
+def _table(out: Console, title: str, *columns: tuple[str, JustifyMethod]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    out.print(title, style="bold")  # rich would wrap a table's own title to the width of the table
     table.add_column("", no_wrap=True)
     for name, justify in columns:
         table.add_column(name, justify=justify, no_wrap="\n" in name)
@@ -54,7 +55,7 @@ def _print_phase(out: Console, rows: Sequence[Row]) -> None:
     columns += [(f"against {name}\n(95% interval)", "left") for name in references]
     columns += [("ideal", "right"), ("of the ideal\n(95% interval)", "right")] if with_ideal else []
     n_rounds = f"{rows[0].n_rounds} round{'s' if rows[0].n_rounds > 1 else ''}"
-    table = _table(f"{TITLES[rows[0].phase]}, prompt of {rows[0].context:,} tokens, {n_rounds}", *columns)
+    table = _table(out, f"{TITLES[rows[0].phase]}, prompt of {rows[0].context:,} tokens, {n_rounds}", *columns)
     for row in rows:
         cells = [row.contender, f"{seconds(row.median_s)}\n({_range(row.low_s, row.high_s)})"]
         cells += [_two_lines(verdict(row.against[name])) if name in row.against else "" for name in references]
@@ -81,7 +82,7 @@ def _percent(interval: Interval) -> str:
 
 def _print_usage(out: Console, result: BenchResult) -> None:
     names = ("peak memory", "KV", "nodes, prefill", "nodes, decode", "graphs built", "reused")
-    table = _table("Memory and graphs", *((name, "right") for name in names))
+    table = _table(out, "Memory and graphs", *((name, "right") for name in names))
     for name, usage in result.usage.items():
         sizes = [size and megabytes(size) for size in (usage.peak_bytes, usage.kv_bytes)]
         counts = (result.nodes_prefill.get(name), usage.nodes, usage.graphs_built, usage.graphs_reused)
