@@ -266,6 +266,13 @@ def test_a_summary_of_questions_alone_has_their_scores_and_no_empty_columns() ->
     assert table.rows[1][1:] == ("50.0 ± 10.0", "50.0 ± 10.0")
 
 
+def test_a_summary_says_nothing_of_the_full_model_but_its_scores(some: Results) -> None:
+    scores = tuple(replace(row, questions={"passkey": TaskScores(Figure(1.0, 0.1, 4))}) for row in some.contenders)
+    table = summary(replace(some, contenders=scores))[0]
+    assert table.header[2:] == ("added loss", "agreement, %", "passkey, %")
+    assert table.rows[0] == ("full model", "-", "-", "-", "100.0 ± 10.0")
+
+
 def test_a_summary_of_many_tasks_has_their_mean() -> None:
     table = summary(questions("a", "b", "c", "d"))[0]
     assert table.header[1:] == ("mean of 4 tasks, %",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from datetime import datetime, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,12 +21,13 @@ from .terminal import CHOOSING, RUNNING, console, json_option, load_model, model
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..evaluation.results import Results
-    from ..model.plan import Mode
 
 __all__ = ["evaluate"]
 
-_TEXT, _QUESTIONS, _SPEED = "Items of text", "Questions", "Speed"
-"""Headings of groups of options."""
+_AGAIN = "; may be repeated"
+_choosing, _running = partial(option, group=CHOOSING), partial(option, group=RUNNING)
+_text, _question = partial(option, group="Items of text"), partial(option, group="Questions")
+_speed = partial(option, group="Speed")
 
 
 @verb(
@@ -37,136 +39,78 @@ _TEXT, _QUESTIONS, _SPEED = "Items of text", "Questions", "Speed"
 @option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the results; a second run goes on.")
 @option(
     "--skip",
+    "n_skips",
     type=numbers(int, "6,12,15"),
-    metavar="N,...",
     help="Sublayers to skip.  [default: a tenth, a fifth and a quarter of them]",
 )
-@option(
-    "--text",
-    "text_files",
-    multiple=True,
-    metavar="FILE",
-    help="UTF-8 text; may be repeated.  [default: --builtin pages]",
-)
-@option(
+@option("--text", "text_files", multiple=True, metavar="FILE", help=f"UTF-8 text{_AGAIN}.  [default: --builtin pages]")
+@_choosing(
     "--strategy",
     "strategies",
-    group=CHOOSING,
     multiple=True,
     type=click.Choice([name for name in STRATEGIES if name != "manual"]),
-    help="A strategy; may be repeated.  [default: all]",
+    help=f"A strategy{_AGAIN}.  [default: all]",
 )
-@option(
-    "--speedup",
-    "speedups",
-    group=CHOOSING,
-    type=numbers(float, "1.2,1.4"),
-    metavar="X,...",
-    help="Also: predicted speed-ups.",
-)
-@option(
-    "--mode",
-    "modes",
-    group=CHOOSING,
-    multiple=True,
-    type=click.Choice(MODES),
-    help="A mode; may be repeated.  [default: all]",
-)
-@option(
+@_choosing("--speedup", "speedups", type=numbers(float, "1.2,1.4"), help="Also: predicted speed-ups.")
+@_choosing("--mode", "modes", multiple=True, type=click.Choice(MODES), help=f"A mode{_AGAIN}.  [default: all]")
+@_choosing(
     "--compensation",
     "compensations",
-    group=CHOOSING,
     type=names(list(COMPENSATIONS)),
-    metavar="NAME,...",
     help=f"Compensations of strategy adaskip: {', '.join(COMPENSATIONS)}.  [default: {DEFAULT_COMPENSATION}]",
 )
-@option(
+@_text(
     "--builtin",
-    group=_TEXT,
     multiple=True,
     type=click.Choice(["pages", "sources"]),
     help="Pages of pydoc_data.topics that calibration leaves out, or sources of Python's standard library, which are "
-    "text of another kind; may be repeated.",
+    f"text of another kind{_AGAIN}.",
 )
-@option("--texts", "n_texts", group=_TEXT, type=click.IntRange(min=0), default=8, help="Items of each text kind.")
-@option("--tokens", "n_tokens", group=_TEXT, type=click.IntRange(min=4), default=512, help="Tokens in each.")
-@option(
+@_text("--texts", "n_texts", type=click.IntRange(min=0), default=8, help="Items of each text kind.")
+@_text("--tokens", "n_tokens", type=click.IntRange(min=4), default=512, help="Tokens in each.")
+@_text(
     "--continuation",
     "n_continuation",
-    group=_TEXT,
     type=click.IntRange(min=2),
     default=64,
     help="Tokens at the end of each that are decoded, and in a timed request.",
 )
-@option(
-    "--synthetic",
-    group=_QUESTIONS,
-    type=names(TASKS),
-    metavar="TASK,...",
-    help=f"Long-context tasks made from the text: {', '.join(TASKS)}.",
-)
-@option(
-    "--lengths",
-    group=_QUESTIONS,
-    type=numbers(int, "1000,2000"),
-    default="1000,2000",
-    metavar="N,...",
-    help="Tokens of their prompts.",
-)
-@option(
+@_question("--synthetic", type=names(TASKS), help=f"Long-context tasks made from the text: {', '.join(TASKS)}.")
+@_question("--lengths", type=numbers(int, "1000,2000"), default="1000,2000", help="Tokens of their prompts.")
+@_question(
     "--depths",
-    group=_QUESTIONS,
     type=numbers(float, "0.1,0.5", least=0),
     default="0.1,0.5,0.9",
-    metavar="X,...",
     help="Where in the prompt the answer lies, 0 to 1.",
 )
-@option("--per", "n_per", group=_QUESTIONS, type=click.IntRange(min=1), default=4, help="Questions of each kind.")
-@option("--seed", group=_QUESTIONS, type=int, default=0, help="Seed of these tasks.")
-@option(
-    "--longbench", group=_QUESTIONS, multiple=True, metavar="FILE", help="A LongBench file (JSONL); may be repeated."
-)
-@option("--longbench-prompts", group=_QUESTIONS, metavar="JSON", help="LongBench's dataset2prompt.json.")
-@option("--longbench-lengths", group=_QUESTIONS, metavar="JSON", help="LongBench's dataset2maxlen.json.")
-@option(
-    "--longbench-items", group=_QUESTIONS, type=click.IntRange(min=1), help="Take the first so many of each dataset."
-)
-@option(
+@_question("--per", "n_per", type=click.IntRange(min=1), default=4, help="Questions of each kind.")
+@_question("--seed", type=int, default=0, help="Seed of these tasks.")
+@_question("--longbench", multiple=True, metavar="FILE", help=f"A LongBench file (JSONL){_AGAIN}.")
+@_question("--longbench-prompts", metavar="JSON", help="LongBench's dataset2prompt.json.")
+@_question("--longbench-lengths", metavar="JSON", help="LongBench's dataset2maxlen.json.")
+@_question("--longbench-items", type=click.IntRange(min=1), help="Take the first so many of each dataset.")
+@_question(
     "--chat/--raw",
-    group=_QUESTIONS,
     default=None,
     help="Wrap questions in the model's chat template, or not.  [default: LongBench's if there is one]",
 )
-@option(
-    "--rounds", "n_rounds", group=_SPEED, type=click.IntRange(min=0), default=5, help="Timings of each; 0 for none."
-)
-@option(
+@_speed("--rounds", "n_rounds", type=click.IntRange(min=0), default=5, help="Timings of each; 0 for none.")
+@_speed(
     "--speed-context",
-    group=_SPEED,
     type=click.IntRange(min=2),
     help="Prompt to time.  [default: 1024, or what the model allows]",
 )
-@option(
-    "--ctx",
-    group=RUNNING,
-    type=click.IntRange(min=8),
-    help="Context in tokens.  [default: what is needed; LongBench 8192]",
-)
+@_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: what is needed; LongBench 8192]")
 @model_options
 @json_option
 def evaluate(
     model: str,
     profile_path: str,
     output: str,
-    strategies: tuple[str, ...],
-    skip: tuple[int, ...] | None,
-    speedups: tuple[float, ...] | None,
-    modes: tuple[Mode, ...],
-    compensations: tuple[str, ...] | None,
     threads: int | None,
     gpu_layers: int,
     as_json: bool,
-    **measured: Any,
+    **values: Any,
 ) -> None:
     """Compare plans with the whole MODEL: loss, agreement, continuations and answers, against measured speed.
 
@@ -184,18 +128,11 @@ def evaluate(
     from ..planning.profile import Profile
 
     context = click.get_current_context()
-    if measured["longbench"] and not (measured["longbench_prompts"] and measured["longbench_lengths"]):
+    if values["longbench"] and not (values["longbench_prompts"] and values["longbench_lengths"]):
         raise click.UsageError("--longbench needs --longbench-prompts and --longbench-lengths", context)
     profile = Profile.load(profile_path)
-    plans = every_request(
-        profile.n_layer,
-        strategies=strategies,
-        n_skips=skip or (),
-        speedups=speedups or (),
-        modes=modes,
-        compensations=compensations or (),
-    )
-    options = EvaluationOptions(plans, **measured)
+    lists = {name: values.pop(name) for name in ("strategies", "n_skips", "speedups", "modes", "compensations")}
+    options = EvaluationOptions(every_request(profile.n_layer, **lists), **values)
 
     def open_model(n_ctx: int, logits_all: bool) -> AdaSkipLlama:
         return load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)

@@ -20,12 +20,13 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest
     Args:
         read: reads one part, perhaps as several values.
         says: what a malformed value is not, with an example.
+        metavar: what the help shows for a value.
     """
 
     name = "list"
 
-    def __init__(self, read: Callable[[str], Iterable[Any]], says: str) -> None:
-        self.read, self.says = read, says
+    def __init__(self, read: Callable[[str], Iterable[Any]], says: str, metavar: str) -> None:
+        self.read, self.says, self.metavar = read, says, metavar
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         """Read a list; a tuple, as of a default, is returned as it is."""
@@ -65,7 +66,7 @@ def numbers(kind: type[int] | type[float], example: str, *, least: float = 1) ->
             raise ValueError(part)
         return (number,)
 
-    return _List(read, f"a list such as {example}")
+    return _List(read, f"a list such as {example}", "N,..." if kind is int else "X,...")
 
 
 def names(allowed: Sequence[str]) -> _List:
@@ -76,7 +77,7 @@ def names(allowed: Sequence[str]) -> _List:
             raise ValueError(part)
         return (part,)
 
-    return _List(read, f"a list of: {', '.join(allowed)}")
+    return _List(read, f"a list of: {', '.join(allowed)}", "NAME,...")
 
 
 def _layers(part: str) -> range:
@@ -86,8 +87,8 @@ def _layers(part: str) -> range:
     return range(int(first), int(last or first) + 1)
 
 
-LAYERS = _List(_layers, "a list of layers such as 1,5-7")
+LAYERS = _List(_layers, "a list of layers such as 1,5-7", "LAYERS")
 """Layers, as ``1,5-7``."""
 
-LAYERS_OF_BOTH = _Two(_layers, "two lists of layers such as 1,5-7/8,9")
+LAYERS_OF_BOTH = _Two(_layers, "two lists of layers such as 1,5-7/8,9", "LAYERS/LAYERS")
 """Layers whose attention, and layers whose FFN is meant, as ``1,5-7/8,9``."""

@@ -60,7 +60,8 @@ class _Option(click.Option):
     def __init__(self, *args: Any, group: str, **settings: Any) -> None:
         self.group = group
         super().__init__(*args, **settings)
-        self.metavar = self.metavar or {click.IntRange: "N", click.FloatRange: "X"}.get(type(self.type))
+        usual = {click.IntRange: "N", click.FloatRange: "X"}
+        self.metavar = self.metavar or usual.get(type(self.type)) or getattr(self.type, "metavar", None)
 
 
 class _Verb(click.Command):

@@ -51,25 +51,25 @@ FULL = Contender("full", "full", "0", None, "none", None)
 def every_request(
     n_layer: int,
     *,
-    strategies: Sequence[str] = (),
-    n_skips: Sequence[int] = (),
-    speedups: Sequence[float] = (),
-    modes: Sequence[Mode] = (),
-    compensations: Sequence[str] = (),
+    strategies: Sequence[str] | None = None,
+    n_skips: Sequence[int] | None = None,
+    speedups: Sequence[float] | None = None,
+    modes: Sequence[Mode] | None = None,
+    compensations: Sequence[str] | None = None,
 ) -> tuple[PlanRequest, ...]:
     """Return a request for every strategy, then compensation, then budget, then mode.
 
     Args:
         n_layer: of the model.
-        strategies: names; () for all that choose for themselves.
-        n_skips: budgets, numbers of sublayers; () for a tenth, a fifth and a quarter, unless there are speed-ups.
+        strategies: names; None or empty for all that choose for themselves.
+        n_skips: budgets, numbers of sublayers; None for a tenth, a fifth and a quarter, unless there are speed-ups.
         speedups: budgets, predicted speed-ups.
-        modes: () for all.
-        compensations: names, for the strategy that has one; () for the default.
+        modes: None or empty for all.
+        compensations: names, for the strategy that has one; None for the default.
     """
     if not n_skips and not speedups:
         n_skips = sorted({max(int(share * 2 * n_layer), 1) for share in _SHARES})
-    budgets = [*(PlanRequest(n) for n in n_skips), *(PlanRequest(speedup=speedup) for speedup in speedups)]
+    budgets = [*(PlanRequest(n) for n in n_skips or ()), *(PlanRequest(speedup=each) for each in speedups or ())]
     return tuple(
         replace(budget, strategy=strategy, compensation=compensation, mode=mode)
         for strategy in strategies or [name for name in STRATEGIES if name != "manual"]

@@ -83,8 +83,8 @@ def summary(results: Results) -> list[Table]:
             continue
         columns: _Columns = {
             f"{SPEED_NAMES[SPEEDS[mode]]}, x as fast": lambda row: _interval(row.speedup),
-            "added loss": lambda row: _figure(row.figure("added_loss"), 3, sign=True),
-            "agreement, %": lambda row: _percent(row.figure("agreement")),
+            "added loss": _of_plan(lambda row: _figure(row.figure("added_loss"), 3, sign=True), "-"),
+            "agreement, %": _of_plan(lambda row: _percent(row.figure("agreement")), "-"),
         }
         if results.tasks:  # a score says little without that of the full model
             mine = [results.full, *mine]
@@ -111,7 +111,7 @@ def _mode_table(results: Results, mode: str) -> Table:
     several = len({row.compensation for row in mine if row.compensation != "none"}) > 1
     losses = [loss for row in rows if (loss := row.figure("loss", mode=mode)) is not None]
     columns: _Columns = {
-        "skipped": _skipped,
+        "skipped": _of_plan(_skipped),
         **{f"{name}, times as fast": partial(_speed, speed) for speed, name in SPEED_NAMES.items()},
         "loss, nats": lambda row: _figure(row.figure("loss", mode=mode), 3),
         "added loss": _of_plan(lambda row: _figure(row.figure("added_loss"), 3, sign=True)),
@@ -181,9 +181,9 @@ def _cell_table(results: Results, task: str) -> Table:
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def _of_plan(say: Callable[[Row], str]) -> Callable[[Row], str]:
+def _of_plan(say: Callable[[Row], str], full: str = "") -> Callable[[Row], str]:
     """Say nothing of the full model, which has nothing to be compared with."""
-    return lambda row: "" if row.mode is None else say(row)
+    return lambda row: full if row.mode is None else say(row)
 
 
 def _mode(row: Row) -> str:
@@ -191,8 +191,6 @@ def _mode(row: Row) -> str:
 
 
 def _skipped(row: Row) -> str:
-    if row.mode is None:
-        return ""
     both = dict.fromkeys((row.n_skip_prefill, row.n_skip_decode))
     return " / ".join(map(str, both))
 
