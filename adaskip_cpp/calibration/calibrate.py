@@ -10,7 +10,6 @@ from importlib import metadata
 from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import NativeError, RequestError
 from ..measuring import corpus
@@ -20,12 +19,13 @@ from ..model.statistics import PhaseStatistics
 from ..planning.profile import Profile
 from ..progress import progress_bar
 from .cost import measure_cost
-from .linear import DEFAULT_RANK, LinearFit, moments_bytes
+from .linear import DEFAULT_RANK, LinearFit, Matrix, moments_bytes
 from .similarity import RequestStatistics
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..engine.native import StatisticsBatch
+    from ..model.plan import Phase
 
 __all__ = ["MAX_DECODED", "Request", "calibrate"]
 
@@ -91,50 +91,54 @@ def calibrate(
 
     prefill: list[PhaseStatistics] = []
     decode: list[PhaseStatistics] = []
-    fits = _fits(llm) if rank else []
-    maps = cost_model = None
+    # One fit per pass over the requests, each of as many sublayers as its moments have memory for.
+    skippable = [(row.layer, KINDS.index(row.kind)) for row in llm.sublayers if row.skippable and rank]
+    n_fit = max(_MOMENTS_BYTES // moments_bytes(llm.n_embd()), 1)
+    fits = [LinearFit(skippable[start : start + n_fit]) for start in range(0, len(skippable), n_fit)]
     n_decoded = min(len(token_lists), MAX_DECODED)
     decodes = {index * len(token_lists) // n_decoded for index in range(n_decoded)}
     n_text = sum(map(len, token_lists))
     n_seen, n_expected = 0, n_text * max(len(fits), 1) + n_decode * n_decoded
+
+    def advance(n_tokens: int) -> None:
+        nonlocal n_seen
+        n_seen += n_tokens
+        on_progress(n_seen / n_expected, f"{len(prefill)}/{len(token_lists)} requests, {n_seen:,} tokens")
+
     with _full_model(llm):
         with progress_bar("Calibrating", progress) as on_progress:
-
-            def advance(n_tokens: int) -> None:
-                nonlocal n_seen
-                n_seen += n_tokens
-                words = f"{len(prefill)}/{len(token_lists)} requests, {n_seen:,} tokens"
-                on_progress(n_seen / n_expected, words)
-
             for index, tokens in enumerate(token_lists):
                 prefill.append(_prefill(llm, tokens, advance, fits[0] if fits else None))
                 if index in decodes:
                     decode.append(_decode(llm, tokens, n_decode, advance))
-            if rank:
-                scale = map_scale(PhaseStatistics.mean(prefill).median_ratio)
-                maps = _fit(llm, fits, token_lists, rank, scale, advance)
-        if cost:
-            with progress_bar("Timing sublayers", progress) as on_progress:
-                cost_model = measure_cost(llm, on_progress=on_progress)
+            mean = PhaseStatistics.mean(prefill)
+            fitted: dict[tuple[int, int], tuple[Matrix, Matrix]] = {}
+            for index, fit in enumerate(fits):
+                for tokens in token_lists if index else ():  # the first pass has been made
+                    _prefill(llm, tokens, advance, fit)
+                fitted |= fit.fit(rank, map_scale(mean.median_ratio))
+                fit.clear()
+        with progress_bar("Timing sublayers", progress) as on_time:
+            cost_model = measure_cost(llm, on_progress=on_time) if cost else None
 
     return Profile(
-        prefill=PhaseStatistics.mean(prefill),
+        prefill=mean,
         decode=PhaseStatistics.mean(decode),
         n_requests=len(prefill),
         n_tokens=n_text,
         model=llm.model_info,
         corpus=description,
-        package_version=_package_version(),
+        package_version=metadata.version("adaskip-cpp"),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         cost=cost_model,
-        maps=maps,
+        maps=_maps(llm, fitted),
     )
 
 
 def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
     if isinstance(request, str):
         # An empty text still has the token that begins a sequence.
-        return llm.tokenize(request.encode("utf-8", "replace"), add_bos=True, special=False) if request else []
+        return corpus.tokens_of(llm, request, bos=True) if request else []
     try:
         return [operator.index(token) for token in request]
     except TypeError as error:
@@ -184,78 +188,53 @@ def _full_model(llm: AdaSkipLlama) -> Iterator[None]:
 def _prefill(
     llm: AdaSkipLlama, tokens: list[int], advance: Callable[[int], None], fit: LinearFit | None
 ) -> PhaseStatistics:
+    llm.reset()
+    with _observed(llm, "prefill", len(tokens), advance, fit) as statistics:
+        llm.eval(tokens)
+    return statistics.result()
+
+
+def _decode(llm: AdaSkipLlama, tokens: list[int], n_decode: int, advance: Callable[[int], None]) -> PhaseStatistics:
+    """Generate behind a prompt that is in the cache; its last token is evaluated again, for its logits."""
+    with (
+        _observed(llm, "decode", n_decode, advance) as statistics,
+        contextlib.closing(llm.generate(tokens, temp=0.0)) as generated,
+    ):
+        for _ in range(n_decode + 1):  # the first one is sampled from the prompt's logits
+            next(generated)
+    return statistics.result()
+
+
+@contextlib.contextmanager
+def _observed(
+    llm: AdaSkipLlama, phase: Phase, n_tokens: int, advance: Callable[[int], None], fit: LinearFit | None = None
+) -> Iterator[RequestStatistics]:
+    """Yield the statistics of the tokens evaluated meanwhile in a phase, which must be ``n_tokens``."""
     statistics = RequestStatistics(llm.n_layer)
 
     def sink(batch: StatisticsBatch) -> None:
+        if batch.phase != phase:
+            return
         statistics.add(batch)
         if fit is not None and batch.activations is not None:
             fit.add(batch.activations, batch.positions)
         advance(batch.dot.shape[2])
 
-    llm.reset()
-    with llm.collect_statistics(sink, vectors=True, activations=fit is not None):
-        llm.eval(tokens)
-    return _complete(statistics, len(tokens))
-
-
-def _fits(llm: AdaSkipLlama) -> list[LinearFit]:
-    """One fit per pass over the requests, each of as many sublayers as its moments have memory for."""
-    skippable = [(s.layer, KINDS.index(s.kind)) for s in llm.sublayers if s.skippable]
-    n_fit = max(_MOMENTS_BYTES // moments_bytes(llm.n_embd()), 1)
-    return [LinearFit(skippable[start : start + n_fit]) for start in range(0, len(skippable), n_fit)]
-
-
-def _fit(
-    llm: AdaSkipLlama,
-    fits: list[LinearFit],
-    token_lists: list[list[int]],
-    rank: int,
-    scale: npt.NDArray[np.float64],
-    advance: Callable[[int], None],
-) -> LinearMaps | None:
-    """Fit the maps; the first pass over the requests has been made."""
-    n_embd = llm.n_embd()
-    rank = min(rank, n_embd)
-    down = np.full((llm.n_layer, 2, rank, n_embd), np.nan, np.float32)
-    up = np.full((llm.n_layer, 2, n_embd, rank), np.nan, np.float32)
-    for index, fit in enumerate(fits):
-        for tokens in token_lists if index else ():
-            _prefill(llm, tokens, advance, fit)
-        for where, fitted in fit.fit(rank, scale).items():
-            down[where], up[where] = fitted
-        fit.clear()
-    # Requests of one token each have nothing to fit on.
-    return None if np.isnan(up).all() else LinearMaps(down, up)
-
-
-def _decode(llm: AdaSkipLlama, tokens: list[int], n_decode: int, advance: Callable[[int], None]) -> PhaseStatistics:
-    """Generate behind a prompt that is in the cache."""
-    statistics = RequestStatistics(llm.n_layer)
-
-    def sink(batch: StatisticsBatch) -> None:
-        if batch.phase == "decode":  # the last token of the prompt is evaluated again, for its logits
-            statistics.add(batch)
-            advance(batch.dot.shape[2])
-
-    with (
-        llm.collect_statistics(sink, keep_logits=True, vectors=True),
-        contextlib.closing(llm.generate(tokens, temp=0.0)) as generated,
-    ):
-        for _ in range(n_decode + 1):  # the first one is sampled from the prompt's logits
-            next(generated)
-    return _complete(statistics, n_decode)
-
-
-def _complete(statistics: RequestStatistics, n_tokens: int) -> PhaseStatistics:
+    with llm.collect_statistics(sink, keep_logits=phase == "decode", vectors=True, activations=fit is not None):
+        yield statistics
     if statistics.n_tokens != n_tokens:
         raise NativeError(
             f"statistics cover {statistics.n_tokens} of a request's {n_tokens} tokens; please report this as a bug"
         )
-    return statistics.result()
 
 
-def _package_version() -> str:
-    try:
-        return metadata.version("adaskip-cpp")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+def _maps(llm: AdaSkipLlama, fitted: dict[tuple[int, int], tuple[Matrix, Matrix]]) -> LinearMaps | None:
+    """Return the maps as arrays, NaN where there is none; None where requests of one token left nothing to fit on."""
+    if not fitted:
+        return None
+    rank, n_embd = next(iter(fitted.values()))[0].shape
+    down = np.full((llm.n_layer, 2, rank, n_embd), np.nan, np.float32)
+    up = np.full((llm.n_layer, 2, n_embd, rank), np.nan, np.float32)
+    for where, pair in fitted.items():
+        down[where], up[where] = pair
+    return LinearMaps(down, up)
