@@ -115,14 +115,11 @@ class Work:
         """Return plain JSON values that change whenever a result could."""
         return {
             "contenders": {each.name: content_hash(each.plan) for each in self.contenders},
-            "texts": {"n": len(self.texts), "sha256": content_hash(self.texts)},
-            "questions": {"n": len(self.questions), "sha256": content_hash(self.questions)},
+            "texts": content_hash(self.texts),
+            "questions": content_hash(self.questions),
             "continuation": self.n_continuation,
-            "speed": {
-                "context": len(self.speed_prompt),
-                "sha256": content_hash(self.speed_prompt),
-                "rounds": self.n_rounds,
-            },
+            "speed_prompt": content_hash(self.speed_prompt),
+            "rounds": self.n_rounds,
         }
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..model.plan import MODES
 from ..pictures import plots
-from .results import MODE_NAMES, SPEEDS, Figure, Results, Row
+from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, Figure, Results, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from ..intervals import Interval
 
 __all__ = ["quality_pictures", "score_maps"]
-
-_SPEED_LABELS = {
-    "first_token": "first token, times as fast",
-    "per_token": "later tokens, times as fast",
-    "request": "whole request, times as fast",
-}
 
 
 @dataclass(frozen=True)
@@ -44,8 +38,7 @@ class _Quality:
     symlog: bool = False
 
 
-@dataclass(frozen=True)
-class _Point:
+class _Point(NamedTuple):
     """A contender in the picture."""
 
     row: Row
@@ -71,17 +64,13 @@ def quality_pictures(results: Results) -> dict[str, Drawing]:
     }
     for task in results.tasks:
         if (score := results.full.score(task)) is not None:
-            kinds[f"score-{task}"] = _Quality(f"score, {task}", score.mean, partial(_score, task))
+            kinds[f"score-{task}"] = _Quality(f"score, {task}", score.mean, methodcaller("score", task))
     drawn = {}
     for name, quality in kinds.items():
         panels = {mode: points for mode in MODES if (points := _points(results.of_mode(mode), quality))}
         if panels:
             drawn[name] = _quality_against_speed(panels, quality)
     return drawn
-
-
-def _score(task: str, row: Row) -> Figure | None:
-    return row.score(task)
 
 
 def _points(rows: Sequence[Row], quality: _Quality) -> list[_Point]:
@@ -109,20 +98,15 @@ def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality) -
         for series in dict.fromkeys(point.row.series(", {}") for point in points):
             handles.setdefault(series, _draw(axes, [each for each in points if each.row.series(", {}") == series]))
         plots.title(axes, MODE_NAMES[mode])
-        axes.set_xlabel(_SPEED_LABELS[SPEEDS[mode]])
+        axes.set_xlabel(f"{SPEED_NAMES[SPEEDS[mode]]}, times as fast")
     qualities = [point.quality.mean for points in panels.values() for point in points]
     if quality.symlog:
         every[0].set_ylim(bottom=min([-0.02, *qualities]))
     elif all(0 <= each <= 1 for each in qualities):
         every[0].set_ylim(-0.03, 1.05)
     every[0].set_ylabel(quality.label)
-    plots.legend(
-        fig,
-        handles=list(handles.values()),
-        labels=list(handles),
-        loc="outside lower center",
-        ncols=4 if n > 1 else 2,
-    )
+    n_columns = 4 if n > 1 else 2
+    plots.legend(fig, handles=list(handles.values()), labels=list(handles), loc="outside lower center", ncols=n_columns)
     return fig
 
 
@@ -133,26 +117,12 @@ def _draw(axes: Axes, line: Sequence[_Point]) -> Any:
         [point.speed.value - point.speed.low for point in line],
         [point.speed.high - point.speed.value for point in line],
     )
-    axes.errorbar(
-        x,
-        y,
-        xerr=spread,
-        yerr=[point.quality.error for point in line],
-        fmt="none",
-        ecolor=look.colour,
-        elinewidth=0.7,
-        alpha=0.6,
-    )
+    errors = [point.quality.error for point in line]
+    axes.errorbar(x, y, errors, spread, fmt="none", ecolor=look.colour, elinewidth=0.7, alpha=0.6)
     (handle,) = axes.plot(x, y, **look.line)
+    beside: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 3), "fontsize": plots.TEXT_PT - 2.5}
     for point, at in zip(line, zip(x, y, strict=True), strict=True):
-        axes.annotate(
-            point.row.budget,
-            at,
-            textcoords="offset points",
-            xytext=(4, 3),
-            fontsize=plots.TEXT_PT - 2.5,
-            color=look.colour,
-        )
+        axes.annotate(point.row.budget, at, color=look.colour, **beside)
     return handle
 
 

@@ -115,11 +115,6 @@ class Row:
         """The mode for people; "" for the full model."""
         return MODE_NAMES.get(self.mode or "", "")
 
-    @property
-    def strategy_name(self) -> str:
-        """The strategy for people."""
-        return _STRATEGY_NAMES.get(self.strategy, self.strategy)
-
     def label(self, *, several: bool = True) -> str:
         """Name the contender for people: ``AdaSkip affine, 12``, or ``AdaSkip affine, 1.2 x asked``.
 
@@ -127,14 +122,14 @@ class Row:
             several: whether contenders differ in compensation, so that it must be said.
         """
         if self.strategy in ("full", "tuned"):
-            return self.strategy_name
-        says = f" {self.compensation}" if several and self.compensation != "none" else ""
+            return _STRATEGY_NAMES[self.strategy]
         asked = f"{self.budget[:-1]} x asked" if self.budget.endswith("x") else self.budget
-        return f"{self.strategy_name}{says}, {asked}"
+        return f"{self.series(' {}' if several else '')}, {asked}"
 
     def series(self, says: str) -> str:
         """Name it without its budget; ``says`` is the form of the compensation, as ``", {}"``."""
-        return self.strategy_name + (says.format(self.compensation) if self.compensation != "none" else "")
+        name = _STRATEGY_NAMES.get(self.strategy, self.strategy)
+        return name + (says.format(self.compensation) if self.compensation != "none" else "")
 
     @property
     def look(self) -> str:

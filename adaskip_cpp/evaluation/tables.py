@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -30,6 +31,8 @@ _MODE_TEXT = {
 _Columns: TypeAlias = Mapping[str, Callable[[Row], str]]
 """What a column says of a row, by its heading."""
 
+_MODE: _Columns = {"mode": attrgetter("mode_name")}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -53,13 +56,7 @@ class Table:
 
 
 def _table(
-    title: str,
-    text: str,
-    rows: Sequence[Row],
-    columns: _Columns,
-    *,
-    several: bool = True,
-    folded: bool = False,
+    title: str, text: str, rows: Sequence[Row], columns: _Columns, *, several: bool = True, folded: bool = False
 ) -> Table:
     cells = tuple((row.label(several=several), *(say(row) for say in columns.values())) for row in rows)
     return Table(title, text, ("contender", *columns), cells, tuple(row.look for row in rows), folded)
@@ -135,7 +132,7 @@ def _kind_tables(results: Results) -> list[Table]:
     def added(kind: str, row: Row) -> str:
         return _figure(row.figure("added_loss", kind=kind), 3, sign=True)
 
-    columns: _Columns = {"mode": _mode, **{kind: partial(added, kind) for kind in kinds}}
+    columns: _Columns = {**_MODE, **{kind: partial(added, kind) for kind in kinds}}
     text = "Added loss against the full model in nats per token, mean ± standard error over items."
     return [_table("By kind of text", text, results.contenders[1:], columns)]
 
@@ -148,7 +145,7 @@ def _question_tables(results: Results) -> list[Table]:
     if not n:
         return []
     columns: _Columns = {
-        "mode": _mode,
+        **_MODE,
         "times as fast": lambda row: "1" if row.mode is None else _interval(row.speedup),
         **{f"{task} ({n[task]})": partial(_score, task) for task in n},
     }
@@ -175,7 +172,7 @@ def _cell_table(results: Results, task: str) -> Table:
     }
     text = "Scores in percent by the prompt's length in tokens, and by where in it the answer lies."
     title, rows = f"{task}, by length and depth", results.contenders if cells else ()
-    return _table(title, text, rows, {"mode": _mode, **columns}, folded=True)
+    return _table(title, text, rows, {**_MODE, **columns}, folded=True)
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -184,10 +181,6 @@ def _cell_table(results: Results, task: str) -> Table:
 def _of_plan(say: Callable[[Row], str], full: str = "") -> Callable[[Row], str]:
     """Say nothing of the full model, which has nothing to be compared with."""
     return lambda row: full if row.mode is None else say(row)
-
-
-def _mode(row: Row) -> str:
-    return row.mode_name
 
 
 def _skipped(row: Row) -> str:
