@@ -27,8 +27,7 @@ def plot(rows: Sequence[Row], times: BenchTimes, target: str) -> list[Path]:
     """Draw times and ratios, and return the files written: PNG and SVG of each.
 
     Args:
-        rows: of :func:`adaskip_cpp.bench.table.table`.
-        times: what they come from.
+        rows: the table of ``times``.
         target: a folder, or a path whose last part begins the files' names.
 
     Raises:

@@ -126,13 +126,7 @@ _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 @option("--no-ideal", group=_MEASURED, is_flag=True, help="Do not time the skipped sublayers by themselves.")
 @option("--flash-attn", group=RUNNING, is_flag=True, help="Compute attention as one operation, in all contenders.")
 @model_options
-@option(
-    "--plot",
-    "plot_to",
-    group=OUTPUT,
-    metavar="PATH",
-    help="Draw PNG and SVG: a folder, or how their names begin.",
-)
+@option("--plot", "plot_to", group=OUTPUT, metavar="PATH", help="Draw PNG and SVG: a folder, or how their names begin.")
 @json_option
 def bench(
     model: str,

@@ -3,6 +3,8 @@
 Several profiles in one picture compare models; where their numbers of layers differ, the x axis is the depth,
 layer / (number of layers - 1). The scale of similarity grows finer towards 1 (it is that of ``log(1 - similarity)``),
 as a few sublayers change the stream a lot, and those that can be skipped differ in the third decimal.
+
+Every function takes profiles by the name to show, at least one, and raises PackageMissingError without matplotlib.
 """
 
 from __future__ import annotations
@@ -31,14 +33,7 @@ _TICKS = (-1, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 
 
 def layers(profiles: Mapping[str, Profile]) -> Figure:
-    """Draw the IO similarity of whole layers in prefill, the paper's Fig. 2.
-
-    Args:
-        profiles: profiles by the name to show; at least one.
-
-    Raises:
-        PackageMissingError: matplotlib is not installed.
-    """
+    """Draw the IO similarity of whole layers in prefill, the paper's Fig. 2."""
     fig, axes = plots.figure()
     series = {name: profile.prefill.layer_similarity for name, profile in profiles.items()}
     if len(profiles) == 1:
@@ -51,7 +46,7 @@ def layers(profiles: Mapping[str, Profile]) -> Figure:
 
 
 def sublayers(profiles: Mapping[str, Profile]) -> Figure:
-    """Draw the IO similarity of attention and FFN by layer in prefill, the paper's Fig. 3; arguments as above.
+    """Draw the IO similarity of attention and FFN by layer in prefill, the paper's Fig. 3.
 
     One profile gives one pair of axes with both; several give one pair of axes for each kind.
     """
@@ -71,10 +66,7 @@ def sublayers(profiles: Mapping[str, Profile]) -> Figure:
 
 
 def phases(profiles: Mapping[str, Profile]) -> Figure:
-    """Draw the IO similarity of attention and FFN in prefill and in decode, the paper's Fig. 4, a row per profile.
-
-    Arguments as above.
-    """
+    """Draw the IO similarity of attention and FFN in prefill and in decode, the paper's Fig. 4, a row per profile."""
     fig, every = plots.panels(len(profiles), 2, height_in=0.5 + 2.5 * len(profiles), sharey="row")
     for row, (name, profile) in enumerate(profiles.items()):
         both = every[2 * row : 2 * row + 2]
@@ -90,17 +82,10 @@ def phases(profiles: Mapping[str, Profile]) -> Figure:
 
 
 def plan_strip(name: str, plan: SkipPlan) -> Figure:
-    """Draw a plan as two rows of cells, attention and FFN, one cell per layer.
+    """Draw a plan as two rows of cells, attention and FFN, one cell per layer, with a name above it.
 
     Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty. A schedule shows its last
     set.
-
-    Args:
-        name: what to write above it.
-        plan: the plan.
-
-    Raises:
-        PackageMissingError: matplotlib is not installed.
     """
     fig, axes = plots.figure(height_in=1.5)
     from matplotlib.patches import Patch, Rectangle
