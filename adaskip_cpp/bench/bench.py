@@ -127,15 +127,6 @@ class BenchResult:
         }
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What takes its turn in a round, in the process of that name; with a plan it is one of the ideal's."""
-
-    name: str
-    process: str
-    plan: SkipPlan | None = None
-
-
 class Bench:
     """A benchmark that is about to run.
 
@@ -166,8 +157,8 @@ class Bench:
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
         parts, ideal = ({}, {}) if skippable is None else _ideal(plans, skippable)
         settle = {name: _settle(plan, settings.n_decode) for name, plan in plans.items()}
-        self._runs = [_Run(name, name) for name in contenders]
-        self._runs += [_Run(name, _IDEAL, plan) for name, plan in ideal.items()]
+        # What takes its turn in a round. The contenders have processes of their own; the runs with a plan share one.
+        self._runs: dict[str, SkipPlan | None] = {**dict.fromkeys(contenders), **ideal}
         longest = max(settings.contexts)
         self._tokens = (list(tokens) * -(-longest // len(tokens)))[:longest]
         self.result = BenchResult(settings, dict(plans), BenchTimes(contenders, parts=parts, settle=settle))
@@ -185,7 +176,7 @@ class Bench:
                     self._start(stack, n_round)
                     for context in self._settings.contexts:
                         for index in in_turn(len(self._runs), n_round):
-                            self._time(self._runs[index], context, n_round)
+                            self._time([*self._runs][index], context, n_round)
             self.result.complete = True
         except (KeyboardInterrupt, AdaSkipError) as error:
             if not self._warm:
@@ -196,48 +187,51 @@ class Bench:
     def _start(self, stack: ExitStack, n_round: int) -> None:
         """Start all processes and warm them up."""
         start = time.perf_counter()
-        for name in dict.fromkeys(run.process for run in self._runs):
+        for name in dict.fromkeys(map(self._process, self._runs)):
             if n_round == 0:
                 self._on_progress(f"loading {name}", 0.0, math.nan)
             worker = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
-            plan = {"plan": self.result.plans[name]} if name in self.result.plans else {}
-            reply = worker.open(self._settings.model, {**self._settings.options, **plan})
+            ours = {"plan": self.result.plans[name]} if name in self.result.plans else {}
+            reply = worker.open(self._settings.model, {**self._settings.options, **ours})
             if name == NO_PLAN:
                 self.result.machine = reply["settings"]
             self._workers[name] = worker
         prompt = self._tokens[: self._n_warm_up]
         warm = {}
-        for run in self._runs:
-            worker = self._workers[run.process]
+        for name, plan in self._runs.items():
+            worker = self._workers[self._process(name)]
             if n_round > 0:
-                worker.time(prompt, N_SETTLE, run.plan)
+                worker.time(prompt, N_SETTLE, plan)
                 continue
-            self._on_progress(f"warming up: {run.name}", 0.0, math.nan)
-            worker.time(prompt, 0, run.plan)
-            self.result.nodes_prefill[run.name] = worker.usage.nodes
-            warm[run.name] = worker.time(prompt, self._settings.n_decode, run.plan)
+            self._on_progress(f"warming up: {name}", 0.0, math.nan)
+            worker.time(prompt, 0, plan)
+            self.result.nodes_prefill[name] = worker.usage.nodes
+            warm[name] = worker.time(prompt, self._settings.n_decode, plan)
         self._warm = self._warm or warm
         self._start_s = time.perf_counter() - start
 
-    def _time(self, run: _Run, context: int, n_round: int) -> None:
-        self._tell(run, context, n_round)
+    def _time(self, name: str, context: int, n_round: int) -> None:
+        self._tell(name, context, n_round)
         time.sleep(_PAUSE_S)
-        worker = self._workers[run.process]
-        result = worker.time(self._tokens[:context], self._settings.n_decode, run.plan)
-        self.result.times.times.setdefault((run.name, context), []).append(result)
-        if run.plan is None:
-            self.result.usage[run.name] = worker.usage
+        worker, plan = self._workers[self._process(name)], self._runs[name]
+        result = worker.time(self._tokens[:context], self._settings.n_decode, plan)
+        self.result.times.times.setdefault((name, context), []).append(result)
+        if plan is None:
+            self.result.usage[name] = worker.usage
+
+    def _process(self, name: str) -> str:
+        return name if self._runs[name] is None else _IDEAL
 
     # -- how long it takes --------------------------------------------------------------------------------------------
 
-    def _tell(self, run: _Run, context: int, n_round: int) -> None:
+    def _tell(self, name: str, context: int, n_round: int) -> None:
         times = self.result.times.times
         done, total = (n * self._start_s for n in (n_round + 1, self._settings.n_rounds))
-        for key in itertools.product((each.name for each in self._runs), self._settings.contexts):
+        for key in itertools.product(self._runs, self._settings.contexts):
             expected = self._expected(*key) + _PAUSE_S
             done += len(times.get(key, ())) * expected
             total += self._settings.n_rounds * expected
-        doing = f"round {n_round + 1} of {self._settings.n_rounds}, {context:,} tokens: {run.name}"
+        doing = f"round {n_round + 1} of {self._settings.n_rounds}, {context:,} tokens: {name}"
         self._on_progress(doing, done / total, total - done)
 
     def _expected(self, name: str, context: int) -> float:

@@ -26,14 +26,13 @@ _TIMING = runpy.run_path(str(Path(__file__).parents[1] / "measuring" / "timing.p
 
 
 class _Contender:
-    """A model, stock or ours."""
+    """A model, stock or ours; what it is asked by :class:`adaskip_cpp.bench.process.Worker`."""
 
     def __init__(self, side: str) -> None:
         self._ours = side == "ours"
         self._llm: Any = None
 
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Load the model."""
         kind: Any
         if self._ours:
             from adaskip_cpp import AdaSkipLlama as kind
@@ -56,7 +55,6 @@ class _Contender:
         return reply
 
     def time(self, prompt: list[int], n_decode: int, plan: Any) -> dict[str, Any]:
-        """Time a request; a plan is put in force first."""
         if plan is not None:
             self._llm.set_plan(plan)
         result = _TIMING["time_request"](self._llm, prompt, n_decode)
