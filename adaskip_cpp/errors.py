@@ -19,6 +19,7 @@ __all__ = [
     "NotSkippableError",
     "PackageMissingError",
     "PlanError",
+    "PlanFileError",
     "ProfileError",
     "ProfileFormatError",
     "ProfileMismatchError",
@@ -76,6 +77,10 @@ class CompensationError(PlanError):
 
 class BudgetError(PlanError):
     """The number of sublayers to skip is negative or more than can be skipped."""
+
+
+class PlanFileError(PlanError):
+    """A plan file is missing, truncated, malformed, or of another version."""
 
 
 class ProfileError(AdaSkipError, ValueError):

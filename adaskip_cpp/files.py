@@ -1,14 +1,18 @@
-"""Text files read, and files written atomically."""
+"""Text files read, JSON that people read, and files written atomically."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+from typing import Any
+
+import msgspec
 
 from .errors import DataError
 
-__all__ = ["read_text", "write_atomically"]
+__all__ = ["json_text", "read_text", "write_atomically", "write_pair"]
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -24,6 +28,17 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise DataError(f"{os.fspath(path)!r} is not UTF-8 text ({error.reason}); convert it first") from error
     except OSError as error:
         raise DataError(f"cannot read {os.fspath(path)!r} ({error.strerror}); check the path") from error
+
+
+def json_text(data: Any) -> str:
+    """Return JSON that people read: indented, with lists of plain values on one line, and null for NaN.
+
+    Args:
+        data: dataclasses, dictionaries, lists, tuples and plain values, nested as they like.
+    """
+    text = msgspec.json.format(msgspec.json.encode(data), indent=1).decode() + "\n"
+    # A list of plain values has no brackets inside, and JSON has no line breaks in strings.
+    return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda row: "[" + re.sub(r",\s+", ", ", row[1]) + "]", text)
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -46,4 +61,25 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        raise
+
+
+def write_pair(path: str | os.PathLike[str], text: str, beside: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file and the one beside it that it names; after a failure the old ones are still there, and no others.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    old = None
+    with contextlib.suppress(FileNotFoundError), open(beside, "rb") as file:
+        old = file.read()
+    write_atomically(beside, content)
+    try:
+        write_atomically(path, text)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if old is None:
+                os.unlink(beside)
+            else:
+                write_atomically(beside, old)
         raise

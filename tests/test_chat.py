@@ -1,7 +1,6 @@
 """The chat: what it prints, what it keeps, and that no mistake of the user ends it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ from tiny_models import add_chat_template
 from adaskip_cpp import Profile
 from adaskip_cpp.cli.chat import Conversation
 from adaskip_cpp.cli.main import main
-from adaskip_cpp.engine.auto import profile_path
 from adaskip_cpp.engine.generation import Generation
 from adaskip_cpp.errors import PlanError, RequestError
-from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.beside import plan_path, profile_path
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.statistics import PhaseStatistics
-from adaskip_cpp.model.tuned import Promise, TunedPlan
 
 Chat = Callable[..., Result]
 
@@ -213,18 +211,21 @@ def test_a_template_that_refuses_the_system_text_names_the_option(model: Path, o
         conversation.ask("hello")
 
 
-def test_a_tuned_plan_beside_the_model_is_used_and_told(model: Path, profile: Path) -> None:
-    tuned = TunedPlan((2,), (0,), Promise("max_loss", 0.5), Interval(0, 0, 0, 2), Interval(1, 1, 1, 2), 2, 20)
-    beside = Path(profile_path(model))
+def test_a_plan_beside_the_model_is_used_and_told_and_its_profile_once_it_is_needed(model: Path, profile: Path) -> None:
+    files = [Path(plan_path(model)), Path(profile_path(model)), Path(profile_path(model)).with_suffix(".npz")]
     try:
-        replace(Profile.load(profile), tuned=tuned).save(beside)
+        plan = Profile.load(profile).plan(strategy="manual", attention=(2,), ffn=(0,), compensation="median")
+        save_plan(files[0], plan)
         words = ["chat", str(model), "--temp", "0", "--max-tokens", "6"]
         result = CliRunner().invoke(main, words, input="hello\n/plan\n/skip 1\n", prog_name="adaskip-cpp")
         assert statuses(result)[0].count("skipped 2 prefill, 2 decode") == 1
-        assert "2 of 6 sublayers are skipped, as tuned for" in " ".join(result.stderr.split())
-        assert "strategy tuned" in result.stderr and "(1 sublayers skipped in prefill" in result.stderr
+        assert "2 of 6 sublayers are skipped: chat.adaskip-plan.json" in " ".join(result.stderr.split())
+        assert "strategy manual" in result.stderr and "/skip needs a profile" in result.stderr
+        Profile.load(profile).save(files[1])
+        result = CliRunner().invoke(main, words, input="/skip 1\n", prog_name="adaskip-cpp")
+        assert "(1 sublayers skipped in prefill" in result.stderr
         full = CliRunner().invoke(main, [*words, "--full"], input="hello\n", prog_name="adaskip-cpp")
         assert "skipped" not in statuses(full)[0]
     finally:
-        beside.unlink(missing_ok=True)
-        beside.with_name("chat.adaskip.npz").unlink(missing_ok=True)
+        for file in files:
+            file.unlink(missing_ok=True)

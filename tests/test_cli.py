@@ -22,11 +22,9 @@ from adaskip_cpp.cli import terminal
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.cli.report import layer_list, megabytes, skipped_counts, skipped_lines
 from adaskip_cpp.engine.generation import Generation
-from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
 from adaskip_cpp.model.statistics import PhaseStatistics
-from adaskip_cpp.model.tuned import Promise, TunedPlan
 from adaskip_cpp.pictures.heatmap import print_heatmap
 
 Run = Callable[..., Result]
@@ -416,31 +414,6 @@ def test_plan_shows_phases_apart_where_they_differ(run: Run, profile_path: Path)
     assert "attention skipped in decode in layers: 2" in text
     assert "KV memory is needed for all layers" in text
     assert "after 20 tokens of an answer" in text
-
-
-def test_plan_shows_the_tuned_plan_unless_another_is_asked_for(run: Run, profile_path: Path, tmp_path: Path) -> None:
-    tuned = TunedPlan(
-        attention=(),
-        ffn=(0,),
-        promise=Promise("max_loss", 0.05),
-        loss=Interval(0.031, 0.025, 0.037, 8),
-        agreement=Interval(0.93, 0.91, 0.95, 8),
-        n_texts=8,
-        n_tokens=4096,
-        compensation="median",
-        mode="decode",
-    )
-    path = tmp_path / "tuned.json"
-    replace(Profile.load(profile_path), tuned=tuned).save(path)
-    text = run("plan", path).stdout
-    assert "Tuned for an added loss of at most 0.05 nats per token." in text
-    assert "added loss 0.031 (0.025 to 0.037), agreement 0.930 (0.910 to 0.950)." in text
-    assert "0 of 6 sublayers skipped in prefill, 1 in decode" in text and "strategy tuned" in text
-    data = json.loads(run("plan", path, "--json").stdout)
-    assert data["phase"] == "decode"
-    assert [row["layer"] for row in data["sublayers"] if row["skipped"]] == [0]
-    asked = run("plan", path, "--skip", 2).stdout
-    assert "2 of 6 sublayers skipped in prefill" in asked and "Tuned" not in asked
 
 
 def test_plan_shows_a_schedule(run: Run, profile_path: Path) -> None:

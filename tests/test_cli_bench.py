@@ -5,7 +5,6 @@ import json
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from adaskip_cpp.bench.table import NO_PLAN, STOCK, BenchTimes, Parts, table
 from adaskip_cpp.cli.bench import bench
 from adaskip_cpp.cli.bench_report import print_report, seconds
 from adaskip_cpp.cli.terminal import Verbs
-from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.timing import RequestTime
+from adaskip_cpp.model.beside import plan_path
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.statistics import PhaseStatistics
-from adaskip_cpp.model.tuned import Promise, TunedPlan
 
 ONCE = ("--contexts", 16, "--repeats", 1, "--decode-tokens", 2, "--threads", 1, "--no-ideal")
 QUICK = (*ONCE, "--no-stock", "--json")
@@ -157,32 +156,29 @@ def test_a_profile_alone_asks_for_the_default_number(tiny: Any, profile_path: Pa
 
 
 @pytest.fixture
-def tuned_path(profile_path: Path, tmp_path: Path) -> Path:
-    """The same profile with a tuned plan, which skips the FFN of layer 1."""
-    loss, agreement = Interval(0.01, 0.0, 0.02, 9), Interval(0.97, 0.96, 0.98, 9)
-    tuned = TunedPlan((), (1,), Promise("max_loss", 0.05), loss, agreement, n_texts=9, n_tokens=900)
-    replace(Profile.load(profile_path), tuned=tuned).save(tmp_path / "tuned.json")
-    return tmp_path / "tuned.json"
+def tuned_model(tiny: Any, profile_path: Path, tmp_path: Path) -> Path:
+    """A model with a profile and a plan beside it, which skips the FFN of layer 1."""
+    model = tmp_path / "m.gguf"
+    model.write_bytes(tiny().read_bytes())
+    Profile.load(profile_path).save(tmp_path / "m.adaskip.json")
+    save_plan(plan_path(model), SkipPlan.manual(3, ffn=[1]))
+    return model
 
 
-def test_a_tuned_profile_alone_asks_for_its_plan(tiny: Any, tuned_path: Path) -> None:
-    found = plans(run(tiny(), "--profile", tuned_path, *QUICK))
+def test_the_tuned_plan_is_the_one_beside_the_model(tuned_model: Path) -> None:
+    found = plans(run(tuned_model, "--tuned", *QUICK))
     assert {name: skipped(plan) for name, plan in found.items()} == {"tuned": ([], [1])}
 
 
-def test_the_profile_beside_the_model_is_used_where_plans_need_one(tiny: Any, tuned_path: Path, tmp_path: Path) -> None:
-    model = tmp_path / "m.gguf"
-    model.write_bytes(tiny().read_bytes())
-    Profile.load(tuned_path).save(tmp_path / "m.adaskip.json")
-    result = run(model, "--tuned", "--skip", 1, *QUICK)
+def test_the_profile_beside_the_model_is_used_where_plans_need_one(tuned_model: Path) -> None:
+    result = run(tuned_model, "--tuned", "--skip", 1, *QUICK)
     assert list(plans(result)) == ["tuned", "adaskip 1"]
     assert "The profile is" in result.stderr and "calibrating" not in result.stderr
-    assert plans(run(model, *QUICK)) == {}
+    assert plans(run(tuned_model, *QUICK)) == {}
 
 
-def test_a_tuned_plan_that_is_not_there_is_one_line(tiny: Any, profile_path: Path) -> None:
+def test_a_tuned_plan_that_is_not_there_is_one_line(tiny: Any) -> None:
     assert "adaskip-cpp tune" in line(run(tiny(), "--tuned", "--contexts", 16))
-    assert "adaskip-cpp tune" in line(run(tiny(), "--tuned", "--profile", profile_path, "--contexts", 16))
 
 
 def test_layers_without_compensation_need_no_profile(tiny: Any) -> None:

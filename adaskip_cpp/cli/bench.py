@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import ProfileMissingError
+from ..model.beside import profile_path
+from ..model.identity import check_gguf
 from ..model.plan import MODES, Mode
+from ..model.plan_file import plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
+from .planning import load_profile
 from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, load_model, model_options, option, verb
 
 if TYPE_CHECKING:
@@ -49,8 +52,7 @@ _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
     "skips",
     metavar="LIST",
     type=numbers(int, "6,12"),
-    help=f"Plans that skip so many sublayers, as 6,12,15.  [default with --strategy, or with a --profile that is not "
-    f"tuned: {DEFAULT_N_SKIP}]",
+    help=f"Plans that skip so many sublayers, as 6,12,15.  [default with --strategy or --profile: {DEFAULT_N_SKIP}]",
 )
 @option(
     "--contexts",
@@ -99,7 +101,7 @@ _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
     type=LAYERS_OF_BOTH,
     help="A plan that skips these attentions and these FFNs; likewise.",
 )
-@option("--tuned", group=CHOOSING, is_flag=True, help="The plan that `tune` put into the profile.")
+@option("--tuned", group=CHOOSING, is_flag=True, help="The plan that `tune` wrote beside MODEL.")
 @option(
     "--mode",
     group=CHOOSING,
@@ -187,10 +189,12 @@ def bench(
     requests = [replace(alike, strategy=name, **each) for name in strategies or ("adaskip",) for each in budgets]
     lists = [(layers, ()) for layers in attention] + [((), layers) for layers in ffn] + [*both]
     requests += [replace(alike, strategy="manual", attention=first, ffn=second) for first, second in lists]
-    learns = tuned or any(each.strategy != "manual" or each.compensation != "none" for each in requests)
-    profile = _profile(model, profile_path, learns, tuned)
+    learns = any(each.strategy != "manual" or each.compensation != "none" for each in requests)
+    check_gguf(model)
+    plans = {"tuned": plan_beside(model).plan} if tuned else {}
+    profile = _profile(model, profile_path, learns)
     if profile is not None and not requests and not tuned:
-        tuned, requests = profile.tuned is not None, [] if profile.tuned else [replace(alike, n_skip=DEFAULT_N_SKIP)]
+        requests = [replace(alike, n_skip=DEFAULT_N_SKIP)]
     calibrates = learns and profile is None
 
     n_ctx = max([N_TOKENS + N_DECODE, *((contexts or (2048,)) if calibrates and speedups else ())])
@@ -203,7 +207,6 @@ def bench(
             timing = ", and timing the sublayers." if speedups else "."
             err.print(f"No --profile: calibrating on {N_REQUESTS} requests of {N_TOKENS} tokens{timing}")
             profile = brief_profile(llm, cost=bool(speedups))
-        plans = {"tuned": profile.tuned_plan()} if tuned and profile is not None else {}
         plans |= make_plans(profile or llm.n_layer, requests, fitting[-1])
         tokens, skippable = material(llm, plans.values(), fitting[-1])
     if about["busy"]:
@@ -231,25 +234,13 @@ def bench(
         raise click.Abort
 
 
-def _profile(model: str, path: str | None, learns: bool, tuned: bool) -> Profile | None:
+def _profile(model: str, path: str | None, learns: bool) -> Profile | None:
     """Read the profile that is named, or where plans need one that beside the model; None if there is none."""
-    from ..engine import auto
-    from ..model.identity import check_gguf
-    from ..planning.profile import Profile
-
-    check_gguf(model)
-    if path is None:
-        path = auto.profile_path(model)
-        if not learns or not os.path.exists(path):
-            if tuned:
-                raise ProfileMissingError(
-                    f"there is no profile {path!r} beside the model; run `adaskip-cpp tune {model}`"
-                )
-            return None
-        console(stderr=True).print(f"The profile is {path}.")
-    profile = Profile.load(path)
-    auto.check_model(profile, model, path)
-    return profile
+    beside = profile_path(model)
+    if path is None and learns and os.path.exists(beside):
+        console(stderr=True).print(f"The profile is {beside}.")
+        path = beside
+    return None if path is None else load_profile(model, path)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import RequestError
+from ..model.beside import profile_path
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
-from .planning import choose, plan_options, profile_options
+from .planning import choose, load_profile, plan_options, profile_options
 from .report import n_skipped, skipped_counts
 from .terminal import answer_options, console, load_model, option, users_error, verb
 
@@ -29,7 +31,7 @@ __all__ = ["chat"]
 _HELP = """\
 /reset   begin a new conversation
 /plan    show what is skipped
-/skip N  skip N sublayers from now on (with --profile)
+/skip N  skip N sublayers from now on (with a profile)
 /quit    leave; Ctrl-D does too, Ctrl-C stops an answer
 In the line below an answer, /s is tokens per second, and 12+3 is 12 sublayers
 of the plan and 3 FFNs that this answer added."""
@@ -47,6 +49,7 @@ of the plan and 3 FFNs that this answer added."""
 def chat(
     model: str,
     profile_path: str | None,
+    plan_file: str | None,
     full: bool,
     request: PlanRequest | None,
     system: str | None,
@@ -60,12 +63,12 @@ def chat(
     """Chat with MODEL, a GGUF file with a chat template; /help lists the commands.
 
     What the model has read stays in memory, so that each turn reads the new message only. Piped input is one message a
-    line. A speed-up is predicted for a conversation that fills half of --ctx. The plan is that of the options; without
-    any, the one that `adaskip-cpp tune` put into the profile.
+    line. A speed-up is predicted for a conversation that fills half of --ctx. Without any option that says what to
+    skip, the plan is the one that `adaskip-cpp tune` wrote beside MODEL.
     """
     from ..engine.generation import has_chat_template
 
-    chosen = choose(model, profile_path, request, full)
+    chosen = choose(model, profile_path, plan_file, request, full)
     plan = chosen.plan(max(ctx // 2, 1))
     llm = load_model(model, ctx, threads=threads, gpu_layers=gpu_layers)
     if not has_chat_template(llm):
@@ -77,7 +80,7 @@ def chat(
     if chosen.note:
         err.print(chosen.note, style="dim", markup=False)
     conversation = Conversation(llm, system, max_tokens=max_tokens, temperature=temp)
-    _Talk(conversation, chosen.profile, chosen.request or PlanRequest(), err).run()
+    _Talk(conversation, model, chosen.profile, chosen.request or PlanRequest(), err).run()
 
 
 @dataclass
@@ -133,12 +136,14 @@ class _Talk:
 
     Attributes:
         conversation: with its model and the plan in force.
-        profile: what /skip makes a plan from; None without one.
+        model: the model's file, whose profile is beside it.
+        profile: what /skip makes a plan from; None for that one, where it is needed.
         request: the plan that was asked for last.
         err: stderr.
     """
 
     conversation: Conversation
+    model: str
     profile: Profile | None
     request: PlanRequest
     err: Console
@@ -213,14 +218,15 @@ class _Talk:
         from .plan import print_plan
 
         plan = self.conversation.llm.plan
-        if self.profile is None or plan is None:
+        if plan is None:
             self.err.print("Nothing is skipped; start the chat with --profile to skip sublayers.")
         else:
-            print_plan(self.err, self.profile, plan)
+            print_plan(self.err, plan, None if self.profile is None else self.profile.similarity)
 
     def skip(self, *arguments: str) -> None:
         """Skip another number of sublayers from now on."""
-        if self.profile is None:
+        beside = profile_path(self.model)
+        if self.profile is None and not os.path.exists(beside):
             self.err.print("/skip needs a profile; start the chat with --profile.")
             return
         try:
@@ -232,6 +238,7 @@ class _Talk:
         request = replace(
             self.request, n_skip=n_skip, speedup=None, phase=None, strategy=strategy, attention=(), ffn=()
         )
+        self.profile = self.profile or load_profile(self.model, beside)
         plan = make_plan(self.profile, request)
         self.conversation.llm.set_plan(plan)
         self.request = request

@@ -79,7 +79,7 @@ def _print_plan(out: Console, profile: Profile, plan: SkipPlan) -> None:
         f"[bold]Learned[/] from {profile.n_tokens:,} tokens in {profile.n_requests} requests how much each of the "
         f"{2 * profile.n_layer} sublayers changes its input.\n"
     )
-    print_plan(out, profile, plan)
+    print_plan(out, plan, profile.similarity)
     out.print()
 
 

@@ -40,6 +40,7 @@ def generate(
     prompt: str | None,
     file: str | None,
     profile_path: str | None,
+    plan_file: str | None,
     full: bool,
     request: PlanRequest | None,
     max_tokens: int,
@@ -52,14 +53,14 @@ def generate(
 ) -> None:
     """Answer a prompt with MODEL, a GGUF file. The text goes to stdout, the speed to stderr.
 
-    With a profile, the sublayers that matter least are skipped, and no KV memory is kept for attentions that never run.
-    The plan is that of the options; without any, the one that `adaskip-cpp tune` put into the profile.
+    With a plan, the sublayers that matter least are skipped, and no KV memory is kept for attentions that never run.
+    Without any option that says what to skip, the plan is the one that `adaskip-cpp tune` wrote beside MODEL.
     """
     from ..engine.generation import Generation
 
     if (prompt is None) == (file is None):
         raise click.UsageError("give a prompt either with -p or with -f", click.get_current_context())
-    chosen = choose(model, profile_path, request, full)
+    chosen = choose(model, profile_path, plan_file, request, full)
     text = prompt if prompt is not None else read_text(str(file))
 
     length = 1

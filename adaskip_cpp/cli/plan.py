@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from ..files import json_text
 from ..model.plan import KINDS, PHASES, Phase, ranked
+from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
 from .report import layer_list
-from .terminal import console, json_option
+from .terminal import OUTPUT, check_output, console, json_option, option
 from .tune_report import print_promise
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from rich.console import Console
 
     from ..model.plan import SkipPlan
@@ -39,11 +42,13 @@ __all__ = ["plan", "print_plan"]
     show_default=True,
     help="Prompt length to predict for.",
 )
+@option("-o", "--output", metavar="PLAN", group=OUTPUT, help="Write the plan to a file too, for --plan of other verbs.")
 @json_option
-def plan(profile_path: str, request: PlanRequest | None, context: int, as_json: bool) -> None:
+def plan(profile_path: str, request: PlanRequest | None, context: int, output: str | None, as_json: bool) -> None:
     """Show the plan that PROFILE gives with these options: every sublayer's rank, and what is skipped.
 
-    Without any, it is the plan that `tune` put into the profile, if it did.
+    PROFILE may be a plan file instead, written by `tune` or with -o: then it is shown what that skips, and what was
+    promised and measured.
 
     In the table, "rank" is the sublayer's place by IO similarity, "ms" the milliseconds that skipping it alone is
     predicted to save in the phase of --phase, for a whole prompt or for one token. p and d mark what is skipped in
@@ -51,13 +56,24 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, as_json: 
     """
     from ..planning.profile import Profile
 
+    out = console()
+    if is_plan_file(profile_path):
+        if request is not None or output is not None:
+            raise click.UsageError(
+                "a plan file is shown as it is; leave out other options", click.get_current_context()
+            )
+        _show_plan_file(out, load_plan(profile_path), profile_path, as_json)
+        return
+    if output is not None:
+        check_output(output)
     profile = Profile.load(profile_path)
-    tuned = profile.tuned if request is None else None
-    request = request or PlanRequest(mode=tuned.mode if tuned else "e2e")
+    request = request or PlanRequest()
     phase = request.faster_phase
     if request.speedup is None:
         request = replace(request, phase=None)  # which says here what times to show
-    chosen = make_plan(profile, request.at(context)) if tuned is None else tuned.plan(profile)
+    chosen = make_plan(profile, request.at(context))
+    if output is not None:
+        save_plan(output, chosen)
     rows, totals = _rows(profile, chosen, context, phase), _totals(profile, chosen, context)
     if as_json:
         click.echo(
@@ -73,13 +89,24 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, as_json: 
                 indent=1,
             )
         )
-    else:
-        out = console()
-        if tuned is not None:
-            print_promise(out, tuned)
-        print_plan(out, profile, chosen)
-        _print_rows(out, rows, phase)
-        _print_totals(out, totals, context)
+        return
+    print_plan(out, chosen, profile.similarity)
+    _print_rows(out, rows, phase)
+    _print_totals(out, totals, context)
+    if output is not None:
+        out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True, markup=False)
+
+
+def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> None:
+    plan, tuning = found.plan, found.tuning
+    if as_json:
+        click.echo(json_text({"file": path, "plan": plan.to_dict(), "tuning": tuning}), nl=False)
+        return
+    if tuning is not None:
+        print_promise(out, tuning)
+    print_plan(out, plan)
+    out.print()
+    _print_elided(out, plan.prefill.attention)
 
 
 def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
@@ -118,16 +145,18 @@ def _totals(profile: Profile, chosen: SkipPlan, context: int) -> dict[str, Any]:
     }
 
 
-def print_plan(out: Console, profile: Profile, chosen: SkipPlan) -> None:
-    """Print a plan in words and as two rows of cells."""
+def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float64] | None = None) -> None:
+    """Print a plan in words, and with the similarities of a profile as two rows of cells."""
     from ..pictures.heatmap import print_heatmap
 
     prefill, decode = chosen.prefill, chosen.decode
     out.print(
         f"[bold]{prefill.n_skip} of {2 * chosen.n_layer} sublayers skipped in prefill, {decode.n_skip} in decode[/]: "
-        f"strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}\n"
+        f"strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
     )
-    print_heatmap(out, profile.similarity, prefill.skip | decode.skip)
+    if similarity is not None:
+        out.print()
+        print_heatmap(out, similarity, prefill.skip | decode.skip)
     alike = np.array_equal(prefill.skip, decode.skip)
     for name, each in (("", decode),) if alike else ((" in prefill", prefill), (" in decode", decode)):
         out.print(f"\nattention skipped{name} in layers: {layer_list(each.attention)}")
@@ -180,8 +209,12 @@ def _print_totals(out: Console, totals: dict[str, Any], context: int) -> None:
             f"Predicted at {context:,} tokens: prefill {speedup['prefill']:.2f} x, decode {speedup['decode']:.2f} x "
             "as fast."
         )
+    _print_elided(out, tuple(elided))
+
+
+def _print_elided(out: Console, elided: tuple[int, ...]) -> None:
     out.print(
-        f"No KV memory is needed for {len(elided)} layer{'' if len(elided) == 1 else 's'}: {layer_list(tuple(elided))}."
+        f"No KV memory is needed for {len(elided)} layer{'' if len(elided) == 1 else 's'}: {layer_list(elided)}."
         if elided
         else "KV memory is needed for all layers: no attention is skipped in both phases."
     )

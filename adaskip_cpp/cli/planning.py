@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..engine.auto import check_model, profile_path
 from ..errors import AdaSkipError
+from ..model.beside import check_model, plan_path, profile_path
 from ..model.plan import MODES, PHASES, SkipPlan
+from ..model.plan_file import load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES, make_plan
 from .lists import LAYERS
+from .report import n_skipped
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
 
-__all__ = ["Chosen", "choose", "plan_options", "profile_options"]
+__all__ = ["Chosen", "choose", "load_profile", "plan_file_option", "plan_options", "profile_options"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -41,16 +43,26 @@ def plan_options(command: _Command) -> _Command:
 
 
 def profile_options(command: _Command) -> _Command:
-    """Add the options that say where a plan comes from: ``profile_path`` and ``full``, for :func:`choose`."""
-    command = click.option("--full", is_flag=True, help="Run the whole model, whatever profile lies beside it.")(
-        command
-    )
+    """Add the options that say where a plan comes from: ``profile_path``, ``plan_file`` and ``full``."""
+    command = click.option("--full", is_flag=True, help="Run the whole model, whatever plan lies beside it.")(command)
+    command = plan_file_option(command)
     return click.option(
         "--profile",
         "profile_path",
         metavar="PROFILE",
-        help="Profile of this model, written by `calibrate` or `tune`.  [default: the one beside MODEL, X.adaskip.json "
-        "for X.gguf, if there is one]",
+        help="Profile of this model, written by `calibrate`, to make a plan from.  [default where the options say what "
+        "to skip: the one beside MODEL, X.adaskip.json for X.gguf]",
+    )(command)
+
+
+def plan_file_option(command: _Command) -> _Command:
+    """Add ``--plan``, passed as ``plan_file``."""
+    return click.option(
+        "--plan",
+        "plan_file",
+        metavar="PLAN",
+        help="A plan to use as it is, written by `tune` or `plan -o`.  [default: the one beside MODEL, "
+        "X.adaskip-plan.json for X.gguf, if there is one]",
     )(command)
 
 
@@ -59,13 +71,15 @@ class Chosen:
     """Where the plan comes from.
 
     Attributes:
-        profile: the profile, or None without one.
-        request: what makes the plan from it; None for the tuned plan of the profile, or the whole model without one.
-        note: what to tell the user of a profile that was not asked for; "" for nothing.
+        profile: the profile, or None where none was needed.
+        request: what makes the plan from it.
+        saved: without a request: the plan of a plan file; None for the whole model.
+        note: what to tell the user of a file that was not asked for; "" for nothing.
     """
 
-    profile: Profile | None
-    request: PlanRequest | None
+    profile: Profile | None = None
+    request: PlanRequest | None = None
+    saved: SkipPlan | None = None
     note: str = ""
 
     def plan(self, context: int) -> SkipPlan | None:
@@ -77,59 +91,74 @@ class Chosen:
         Raises:
             AdaSkipError: the profile cannot give such a plan.
         """
-        if self.profile is None:
-            return None
-        if self.request is not None:
+        if self.profile is not None and self.request is not None:
             return make_plan(self.profile, self.request.at(context))
-        tuned = self.profile.tuned
-        return None if tuned is None or tuned.n_skip == 0 else tuned.plan(self.profile)
+        return self.saved if self.saved is not None and n_skipped(self.saved)[0] else None
 
 
-def choose(model: str, profile_path_: str | None, request: PlanRequest | None, full: bool) -> Chosen:
-    """Find the profile to use and what to make of it.
+def choose(
+    model: str, profile_path_: str | None, plan_file: str | None, request: PlanRequest | None, full: bool
+) -> Chosen:
+    """Find out what plan is asked for.
 
-    A profile that is named, or without one the one beside the model, gives the plan that is asked for; if none is, its
-    tuned plan, and without that one the default plan of a profile that is named, and none of one that is not.
+    That is the plan file named; or what a profile gives that is named, or where it is said what to skip the one beside
+    the model; or else the plan file beside the model, or the whole model without one.
 
     Raises:
-        ProfileError: the profile cannot be read, or is of another model.
+        AdaSkipError: a file that was asked for cannot be read, or is of another model.
         click.UsageError: the options contradict each other, or there is no profile.
     """
-    from ..planning.profile import Profile
-
+    if full and (profile_path_ is not None or plan_file is not None or request is not None):
+        raise click.UsageError("--full skips nothing; leave out what to skip", click.get_current_context())
+    if plan_file is not None and (profile_path_ is not None or request is not None):
+        raise click.UsageError("--plan is a whole plan; leave out what else to skip", click.get_current_context())
     if full:
-        if profile_path_ is not None or request is not None:
-            raise click.UsageError("--full skips nothing; leave out what to skip", click.get_current_context())
-        return Chosen(None, None)
+        return Chosen()
+    if plan_file is not None:
+        saved = load_plan(plan_file).plan
+        if saved.model is not None:
+            check_model(saved.model, model, plan_file)
+        return Chosen(saved=saved)
     if profile_path_ is not None:
-        profile = Profile.load(profile_path_)
-        check_model(profile, model, profile_path_)
-        return Chosen(profile, request if request or profile.tuned else PlanRequest())
-    beside = profile_path(model)
-    if not os.path.exists(beside):
-        if request is not None:
+        return Chosen(load_profile(model, profile_path_), request or PlanRequest())
+    if request is not None:
+        beside = profile_path(model)
+        if not os.path.exists(beside):
             raise click.UsageError(
                 "what to skip needs --profile; write one with `adaskip-cpp calibrate`", click.get_current_context()
             )
-        return Chosen(None, None)
+        return Chosen(load_profile(model, beside), request, note=f"The profile is {beside}.")
+    if not os.path.exists(plan_path(model)):
+        return Chosen()
     try:
-        profile = Profile.load(beside)
-        check_model(profile, model, beside)
+        return _beside(model)
     except AdaSkipError as error:
-        if request is not None:
-            raise
-        return Chosen(None, None, f"The whole model runs: {error}")
-    if request is not None:
-        return Chosen(profile, request, f"The profile is {beside}.")
-    if profile.tuned is None:
-        return Chosen(profile, None)
+        return Chosen(note=f"The whole model runs: {error}")
+
+
+def load_profile(model: str, path: str) -> Profile:
+    """Read a profile of a model.
+
+    Raises:
+        ProfileError: it cannot be read, or is of another model.
+    """
+    from ..planning.profile import Profile
+
+    profile = Profile.load(path)
+    check_model(profile.model, model, path)
+    return profile
+
+
+def _beside(model: str) -> Chosen:
+    """The plan file beside the model, which nobody asked for."""
+    found = plan_beside(model)
+    tuned = f", as tuned for {found.tuning.promise}" if found.tuning is not None else ""
+    n, name = n_skipped(found.plan)[0], os.path.basename(plan_path(model))
     return Chosen(
-        profile,
-        None,
-        f"{profile.tuned.n_skip} of {2 * profile.n_layer} sublayers are skipped, as tuned for {profile.tuned.promise}: "
-        f"{os.path.basename(beside)}; --full runs the whole model."
-        if profile.tuned.n_skip
-        else f"The whole model runs, as tuned for {profile.tuned.promise}: {os.path.basename(beside)}.",
+        saved=found.plan,
+        note=f"{n} of {2 * found.plan.n_layer} sublayers are skipped{tuned}: {name}; --full runs the whole model."
+        if n
+        else f"The whole model runs{tuned}: {name}.",
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..model.plan_file import load_plan
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
@@ -30,21 +31,35 @@ __all__ = ["plot"]
 )
 @click.argument("paths", metavar="PROFILE...", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="DIR", help="Folder for the pictures; made where it is missing.")
+@click.option("--plan", "plan_file", metavar="PLAN", help="A plan file to draw, of the one PROFILE.")
 @plan_options
 @click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True,
               help="Prompt length that --speedup is predicted for.")  # fmt: skip
 @click.option("--terminal", is_flag=True, help="Print them instead; so it is where matplotlib is missing.")
-def plot(paths: tuple[str, ...], output: str | None, request: PlanRequest | None, context: int, terminal: bool) -> None:
+def plot(
+    paths: tuple[str, ...],
+    output: str | None,
+    plan_file: str | None,
+    request: PlanRequest | None,
+    context: int,
+    terminal: bool,
+) -> None:
     """Draw PROFILE: the IO similarity of layers, of attention and FFN, of both in prefill and decode, and a plan.
 
     Writes layers, sublayers and phases, and plan for each profile, as PNG and SVG. Several profiles share the pictures.
-    The plan is that of the options, without any the tuned plan of the profile if it has one.
+    The plan is that of the options, or of --plan.
     """
     from ..pictures import plots
     from ..planning.profile import Profile
 
     profiles = dict(zip(_names(paths), map(Profile.load, paths), strict=True))
-    plans = {name: _plan(profile, request, context) for name, profile in profiles.items()}
+    if plan_file is not None:
+        if request is not None or len(profiles) > 1:
+            raise click.UsageError("--plan is a whole plan, of one profile", click.get_current_context())
+        plans = dict.fromkeys(profiles, load_plan(plan_file).plan)
+    else:
+        wanted = (request or PlanRequest()).at(context)
+        plans = {name: make_plan(profile, wanted) for name, profile in profiles.items()}
     missing = not plots.has_matplotlib()
     if terminal or missing:
         _print(console(), profiles, plans)
@@ -66,12 +81,6 @@ def _names(paths: Sequence[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise click.UsageError("a profile is named twice", click.get_current_context())
     return names
-
-
-def _plan(profile: Profile, request: PlanRequest | None, context: int) -> SkipPlan:
-    if request is None and profile.tuned is not None:
-        return profile.tuned_plan()
-    return make_plan(profile, (request or PlanRequest()).at(context))
 
 
 def _draw(profiles: dict[str, Profile], plans: dict[str, SkipPlan], folder: str) -> list[str]:

@@ -1,82 +1,96 @@
-"""``adaskip-cpp tune``: find the fastest plan that keeps a promise, and write the profile with that plan in it."""
+"""``adaskip-cpp tune``: find the fastest plan that keeps a promise, and write the plan file."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
-import numpy as np
 
-from ..engine.auto import check_model, profile_path
-from ..errors import BudgetError, DataError
+from ..errors import DataError
+from ..files import json_text
+from ..model.beside import plan_path, profile_path
 from ..model.plan import MODES, Mode
+from ..model.plan_file import save_plan
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from ..planning.request import PlanRequest
 from ..progress import told_progress
-from .terminal import check_output, console, json_option, load_model, model_options, read_text
-from .tune_report import minutes, print_tuned
+from .planning import load_profile
+from .terminal import (
+    CHOOSING,
+    OUTPUT,
+    check_output,
+    console,
+    json_option,
+    load_model,
+    model_options,
+    option,
+    read_text,
+    verb,
+)
+from .tune_report import minutes, print_found
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engine.llama import AdaSkipLlama
-    from ..model.tuned import Promise, SpeedUp
+    from ..model.plan import SkipPlan
+    from ..model.promise import Promise, SpeedUp
     from ..planning.profile import Profile
-    from ..tuning.search import Judged
-    from ..tuning.tuner import HeldOut, Tuner
+    from ..tuning.tuner import Tuner
 
 __all__ = ["tune"]
+
+_SEARCHING = "Searching"
 
 _CTX_TIMED = 8192
 """Context of the model whose sublayers are timed, as in `calibrate`."""
 _N_ROUNDS = 5
-_N_AIMS = 3
-"""A speed-up that was predicted but not measured is aimed at anew, higher, so many times at most."""
 
 
-@click.command(
-    short_help="Find the fastest plan that keeps a promise.",
-    epilog="\b\nExample:\n  adaskip-cpp tune model.gguf --max-loss 0.05 --data notes.txt --text letters.txt",
+@verb(
+    "Find the fastest plan that keeps a promise.",
+    example="adaskip-cpp tune model.gguf --max-loss 0.05 --data notes.txt --text letters.txt",
 )
 @click.argument("model")
-@click.option("--max-loss", type=click.FloatRange(min=0), help="Promise: nats per token that are lost at most.")
-@click.option(
+@option("--max-loss", type=click.FloatRange(min=0), help="Promise: nats per token that are lost at most.")
+@option(
     "--min-agreement",
     type=click.FloatRange(0, 1),
     help="Promise: share of the tokens that the full model would choose too, such as 0.95.",
 )
-@click.option("--speedup", type=click.FloatRange(min=1), help="Promise: times as fast; what loses least is searched.")
-@click.option("-o", "--output", metavar="PROFILE", help="Profile to write.  [default: beside MODEL, *.adaskip.json]")
-@click.option("--profile", "existing", metavar="PROFILE", help="A profile of MODEL to begin with; do not calibrate.")
-@click.option("--data", "files", multiple=True, metavar="FILE", help="Text to calibrate on; may be repeated.")
-@click.option(
+@option("--speedup", type=click.FloatRange(min=1), help="Promise: times as fast; what loses least is searched.")
+@option("--data", "files", multiple=True, metavar="FILE", help="Text to calibrate on; may be repeated.")
+@option(
     "--text",
     "text_files",
     multiple=True,
     metavar="FILE",
     help="Other text, to judge by; may be repeated.  [default: pages that calibration leaves out]",
 )
-@click.option("--texts", "n_texts", type=click.IntRange(min=2), default=16, show_default=True,
-              help="Pieces of it that the search judges by; as many again check the result.")  # fmt: skip
-@click.option("--tokens", "n_tokens", type=click.IntRange(min=4), default=512, show_default=True,
-              help="Tokens of each piece.")  # fmt: skip
-@click.option("--mode", type=click.Choice(MODES), default="e2e", show_default=True,
-              help="decode: skip nothing while a prompt is read.")  # fmt: skip
-@click.option("--compensation", type=click.Choice(list(COMPENSATIONS)), default=DEFAULT_COMPENSATION, show_default=True,
-              help="What stands in for a skipped sublayer.")  # fmt: skip
-@click.option("--online", is_flag=True, help="Let answers add FFNs in decode. The promise does not cover them.")
-@click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True,
-              help="Prompt length to be fast at.")  # fmt: skip
-@click.option("--answer", "n_answer", type=click.IntRange(min=1), default=128, show_default=True,
-              help="Answer length to be fast at.")  # fmt: skip
-@click.option("--exchange", "n_exchange", type=click.IntRange(min=0), default=16, show_default=True,
-              help="Evaluations spent on swapping sublayers.")  # fmt: skip
+@option("--mode", group=CHOOSING, type=click.Choice(MODES), default="e2e",
+        help="decode: skip nothing while a prompt is read.")  # fmt: skip
+@option("--compensation", group=CHOOSING, type=click.Choice(list(COMPENSATIONS)), default=DEFAULT_COMPENSATION,
+        help="What stands in for a skipped sublayer.")  # fmt: skip
+@option("--online", group=CHOOSING, is_flag=True,
+        help="Let answers add FFNs in decode; the promise covers them with --mode decode only.")  # fmt: skip
+@option("--context", group=CHOOSING, type=click.IntRange(min=1), default=2048, help="Prompt length to be fast at.")
+@option("--answer", "n_answer", group=CHOOSING, type=click.IntRange(min=1), default=128,
+        help="Answer length to be fast at.")  # fmt: skip
+@option("--profile", "existing", group=_SEARCHING, metavar="PROFILE",
+        help="A profile of MODEL to begin with; do not calibrate.")  # fmt: skip
+@option("--texts", "n_texts", group=_SEARCHING, type=click.IntRange(min=2), default=16,
+        help="Pieces of text to search by; as many again confirm what was found, and as many report it.")  # fmt: skip
+@option("--tokens", "n_tokens", group=_SEARCHING, type=click.IntRange(min=4), default=512, help="Tokens of each piece.")
+@option("--exchange", "n_exchange", group=_SEARCHING, type=click.IntRange(min=0), default=16,
+        help="Evaluations spent on swapping sublayers.")  # fmt: skip
+@option("-o", "--output", group=OUTPUT, metavar="PLAN",
+        help="Plan file to write.  [default: beside MODEL, *.adaskip-plan.json]")  # fmt: skip
 @model_options
 @json_option
 def tune(
@@ -100,51 +114,61 @@ def tune(
     gpu_layers: int,
     as_json: bool,
 ) -> None:
-    """Find the fastest plan for MODEL, a GGUF file, that keeps one promise, and write a profile with it.
+    """Find the fastest plan for MODEL, a GGUF file, that keeps one promise, and write it to a plan file.
 
-    Calibrates, searches on text that calibration did not see, and checks what it found on yet other text. A promise
-    counts as kept by the 95% interval of the mean over the pieces of text; a speed-up by its measured value.
-    `generate`, `chat` and AdaSkipLlama(plan="auto") use the plan of a profile that lies beside its model.
+    Calibrates, searches on text that calibration did not see, confirms what it found on other text, and reports what
+    it costs on yet other text, which decided nothing. A promise is held on the second text, by the 95% interval of the
+    mean over its pieces; a speed-up by its measured value. `generate`, `chat` and AdaSkipLlama(plan="auto") use the
+    plan file that lies beside its model.
     """
     from ..measuring import corpus
     from ..measuring.tasks import read_texts
-    from ..tuning.tuner import Tuner, hold_out
+    from ..tuning.hold_out import hold_out
+    from ..tuning.tuner import Tuner
 
     start = time.monotonic()
     promise = _promise(max_loss, min_agreement, speedup)
     if existing is not None and files:
         raise click.UsageError("--data is what to calibrate on; leave out --profile", click.get_current_context())
-    target = output or profile_path(model)
+    target = output or plan_path(model)
     check_output(target)
     _check_apart(files, text_files)
     texts = read_texts(text_files) if text_files else corpus.held_out()
     err = console(stderr=True)
     run = _Run(model, threads, gpu_layers, err)
 
-    profile = run.load(existing) if existing is not None else run.calibrate(files)
+    profile = load_profile(model, existing) if existing is not None else run.calibrate(files)
     with run.open(n_tokens, logits_all=True) as llm:
         held_out = hold_out(llm, texts, n_texts, n_tokens)
         progress = _Evaluations(err)
+        request = PlanRequest(mode=mode, compensation=compensation, online=online)
         tuner = Tuner(
-            llm, profile, promise, held_out,
-            mode=mode, compensation=compensation, online=online,
+            llm, profile, promise, held_out, request,
             context=context, n_answer=n_answer, n_exchange=n_exchange, advance=progress.advance,
         )  # fmt: skip
         progress.announce(tuner)
-        found, speedups = _reach(tuner, run, progress, texts) if speedup else _keep(tuner, run, progress, texts)
-        with progress.shown("Checking", 2):
-            tuned = tuner.result(found.skip, speedups, _settings(profile, held_out, n_tokens))
-    profile = replace(profile, tuned=tuned)
-    profile.save(target)
+        settings = {"calibrated_on": profile.corpus, "cpu": None if profile.cost is None else profile.cost.settings.cpu}
+        found = tuner.tune(lambda plan: run.speed(tuner, plan, texts), stage=progress.shown, settings=settings)
+    if existing is None:
+        profile.save(_profile_beside(target))
+    save_plan(target, found.plan, found.tuning)
     if as_json:
-        click.echo(json.dumps({"path": target, **tuned.to_dict()}, indent=1))
-    else:
-        print_tuned(console(), profile, target, beside=target == profile_path(model))
-        console().print(f"It took {time.monotonic() - start:.0f} s.", style="dim")
+        click.echo(json_text({"path": target, "plan": found.plan.to_dict(), "tuning": found.tuning}), nl=False)
+        return
+    out = console()
+    print_found(out, found, profile.similarity)
+    out.print(f"\nPlan written to {target}.", soft_wrap=True, markup=False)
+    if existing is None:
+        out.print(f"Profile written to {_profile_beside(target)}.", soft_wrap=True, markup=False)
+    if found.plan.skipped("decode").n_skip:
+        beside = target == plan_path(model)
+        use = '`generate`, `chat` and AdaSkipLlama(plan="auto") use it.' if beside else f"Use it with --plan {target}."
+        out.print(use, soft_wrap=True, markup=False)
+    out.print(f"It took {time.monotonic() - start:.0f} s.", style="dim")
 
 
 def _promise(max_loss: float | None, min_agreement: float | None, speedup: float | None) -> Promise:
-    from ..model.tuned import Promise
+    from ..model.promise import Promise
 
     given = {"max_loss": max_loss, "min_agreement": min_agreement, "speedup": speedup}
     promises = [Promise(kind, value) for kind, value in given.items() if value is not None]  # type: ignore[arg-type]
@@ -153,55 +177,9 @@ def _promise(max_loss: float | None, min_agreement: float | None, speedup: float
     return promises[0]
 
 
-def _keep(
-    tuner: Tuner, run: _Run, progress: _Evaluations, texts: Mapping[str, str]
-) -> tuple[Judged, tuple[SpeedUp, ...]]:
-    """The fastest plan that keeps the quality promised."""
-    with progress.shown("Searching", tuner.most_evaluations):
-        found = tuner.find()
-    if found.n_skip:
-        with progress.shown("Checking", 2):
-            found = tuner.confirm(found.skip)
-    return found, run.speed(tuner, found, texts) if found.n_skip else ()
-
-
-def _reach(
-    tuner: Tuner, run: _Run, progress: _Evaluations, texts: Mapping[str, str]
-) -> tuple[Judged, tuple[SpeedUp, ...]]:
-    """The plan of the least loss that is as fast as promised, as measured; as near as prediction leads where it is not.
-
-    Raises:
-        BudgetError: even the prediction does not reach it.
-    """
-    found: Judged | None = None
-    speedups: tuple[SpeedUp, ...] = ()
-    aim = tuner.promise.value
-    for _ in range(_N_AIMS):
-        try:
-            with progress.shown("Searching", tuner.most_evaluations):
-                again = tuner.find(aim)
-        except BudgetError:
-            if found is None:
-                raise
-            break
-        if found is not None and np.array_equal(again.skip, found.skip):
-            break
-        found, speedups = again, run.speed(tuner, again, texts) if again.n_skip else ()
-        if not speedups or speedups[-1].ratio.value >= tuner.promise.value:
-            break
-        aim *= 1.005 * tuner.promise.value / speedups[-1].ratio.value
-    assert found is not None
-    return found, speedups
-
-
-def _settings(profile: Profile, held_out: HeldOut, n_tokens: int) -> dict[str, str | int | float | None]:
-    return {
-        "calibrated_on": profile.corpus,
-        "searched_on": ", ".join(held_out.search_names),
-        "checked_on": ", ".join(held_out.check_names),
-        "tokens_per_text": n_tokens,
-        "cpu": None if profile.cost is None else profile.cost.settings.cpu,
-    }
+def _profile_beside(target: str) -> str:
+    """Where the profile of a calibration goes: ``X.adaskip.json`` for ``X.adaskip-plan.json`` and ``X.json``."""
+    return profile_path(target.removesuffix(".json").removesuffix(".adaskip-plan"))
 
 
 @dataclass(frozen=True)
@@ -226,13 +204,6 @@ class _Run:
             with redirect_stderr(io.StringIO()):
                 llm.close()
 
-    def load(self, path: str) -> Profile:
-        from ..planning.profile import Profile
-
-        profile = Profile.load(path)
-        check_model(profile, self.model, path)
-        return profile
-
     def calibrate(self, files: Sequence[str]) -> Profile:
         from ..calibration.calibrate import calibrate
         from ..measuring import corpus
@@ -244,9 +215,9 @@ class _Run:
             self.err.print(f"Calibrating on {len(requests)} requests of {description}.", style="dim")
             return calibrate(llm, requests, description=description)
 
-    def speed(self, tuner: Tuner, found: Judged, texts: Mapping[str, str]) -> tuple[SpeedUp, ...]:
+    def speed(self, tuner: Tuner, plan: SkipPlan, texts: Mapping[str, str]) -> tuple[SpeedUp, ...]:
         """Measure a plan in a context of its own."""
-        from ..tuning.tuner import measure_speed
+        from ..tuning.speed import measure_speed
 
         with (
             self.open(tuner.context + tuner.n_answer + 1) as llm,
@@ -254,7 +225,6 @@ class _Run:
         ):
             words = llm.tokenize("\n\n".join(texts.values()).encode("utf-8", "replace"))
             prompt = (words * (tuner.context // len(words) + 1))[: tuner.context]
-            plan = tuner.plan(found.skip)
             return measure_speed(llm, plan, prompt, tuner.n_answer, n_rounds=_N_ROUNDS, on_progress=on_progress)
 
 
@@ -282,7 +252,7 @@ class _Evaluations:
         n = tuner.most_evaluations
         self._err.print(
             f"The search evaluates at most {n} plans on {tuner.n_tokens:,} tokens of held-out text. One "
-            f"took {each:.2g} s, so that is up to {minutes(n * each)}; the check takes {minutes(2 * each)} or more. "
+            f"took {each:.2g} s, so that is up to {minutes(n * each)}; what follows takes {minutes(4 * each)} or more. "
             "Ctrl-C leaves all files as they are.",
             style="dim",
         )

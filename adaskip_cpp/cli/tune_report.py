@@ -1,4 +1,4 @@
-"""What ``adaskip-cpp tune`` says at the end: what was promised, what was measured, and on how much text."""
+"""What is said of a tuned plan: what was promised, what was measured, on how much text, and whether that keeps it."""
 
 from __future__ import annotations
 
@@ -7,78 +7,100 @@ from typing import TYPE_CHECKING
 from .report import layer_list
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from rich.console import Console
 
     from ..intervals import Interval
-    from ..model.tuned import TunedPlan
-    from ..planning.profile import Profile
+    from ..model.plan_file import PlanFile
+    from ..model.promise import Tuning
 
-__all__ = ["minutes", "print_promise", "print_tuned"]
+__all__ = ["minutes", "print_found", "print_promise"]
 
 
-def print_tuned(out: Console, profile: Profile, path: str, *, beside: bool) -> None:
-    """Print a tuned plan.
+def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float64]) -> None:
+    """Print what tuning found.
 
     Args:
         out: where to print.
-        profile: a profile that holds one.
-        path: its file.
-        beside: whether that is where generation looks for it.
+        found: a plan with its tuning.
+        similarity: IO similarity of the profile, float64 ``[n_layer, 2]``.
     """
     from ..pictures.heatmap import print_heatmap
 
-    tuned = profile.tuned
-    assert tuned is not None
-    out.print(f"Promised: {tuned.promise}.")
-    if tuned.n_skip == 0:
+    skipped, tuning = found.plan.skipped("decode"), found.tuning
+    assert tuning is not None
+    out.print(f"Promised: {tuning.promise}.")
+    if skipped.n_skip == 0:
         out.print("[bold]No skipping keeps this promise, so the model is left whole.[/]")
-    else:
-        out.print(f"[bold]{tuned.n_skip} of {2 * profile.n_layer} sublayers are skipped[/], mode {tuned.mode}:\n")
-        plan = profile.tuned_plan()
-        print_heatmap(out, profile.similarity, plan.decode.skip)
-        out.print(f"\nattention skipped in layers: {layer_list(tuned.attention)}")
-        out.print(f"FFN skipped in layers: {layer_list(tuned.ffn)}\n")
-        _print_measured(out, tuned)
-    out.print(f"\nProfile written to {path}.", soft_wrap=True)
-    if tuned.n_skip:
-        use = '`generate`, `chat` and AdaSkipLlama(plan="auto") use it.' if beside else f"Use it with --profile {path}."
-        out.print(use, soft_wrap=True, markup=False)
-
-
-def print_promise(out: Console, tuned: TunedPlan) -> None:
-    """Print in a line or two what a tuned plan promised and what was measured."""
-    out.print(f"Tuned for {tuned.promise}.")
-    if tuned.n_skip:
-        speed = (
-            f"; {tuned.speedups[-1].of} {_figure(tuned.speedups[-1].ratio, '.2f')} x as fast" if tuned.speedups else ""
-        )
-        out.print(
-            f"Measured: added loss {_figure(tuned.loss, '.3f')}, agreement {_figure(tuned.agreement, '.3f')}{speed}.\n"
-        )
-
-
-def _print_measured(out: Console, tuned: TunedPlan) -> None:
-    settings = tuned.settings
-    out.print(
-        f"Measured on {tuned.n_texts} texts of {settings.get('tokens_per_text')} tokens that neither calibration nor "
-        f"the search saw ({settings.get('checked_on')}), mean and 95% interval:"
-    )
-    out.print(f"  added loss   {_figure(tuned.loss, '.3f')} nats per token")
-    out.print(f"  agreement    {_figure(tuned.agreement, '.3f')} of the full model's choices")
-    out.print(f"The search judged by other text: {settings.get('searched_on')}.")
-    if tuned.online:
+        return
+    out.print(f"[bold]{skipped.n_skip} of {2 * skipped.n_layer} sublayers are skipped[/], mode {found.plan.mode}:\n")
+    print_heatmap(out, similarity, skipped.skip)
+    out.print(f"\nattention skipped in layers: {layer_list(skipped.attention)}")
+    out.print(f"FFN skipped in layers: {layer_list(skipped.ffn)}\n")
+    _print_measured(out, tuning)
+    if found.plan.online is not None and found.plan.mode != "decode":
         out.print("FFNs that answers add online are not covered by these figures.")
-    if tuned.speedups:
-        at = tuned.speedups[0]
+    _print_speed(out, tuning)
+    _print_kept(out, tuning)
+
+
+def print_promise(out: Console, tuning: Tuning) -> None:
+    """Print in a few lines what a tuned plan promised and what was measured."""
+    out.print(f"Tuned for {tuning.promise}.")
+    if tuning.n_texts:
+        speed = "".join(f"; {each.of} {_figure(each.ratio, '.2f')} x as fast" for each in tuning.speedups[-1:])
         out.print(
-            f"Speed with a prompt of {at.context:,} tokens and {at.n_decode:,} tokens behind it, "
-            f"{at.ratio.n} requests of either model in turn:"
+            f"Measured: added loss {_figure(tuning.loss, '.3f')}, agreement {_figure(tuning.agreement, '.3f')}{speed}."
         )
-        for each in tuned.speedups:
-            real = "" if each.ratio.excludes(1.0) else "; no difference that is sure"
-            out.print(f"  {each.of:12} {_figure(each.ratio, '.2f')} times as fast{real}")
-        if tuned.promise.kind == "speedup" and at.ratio.n and tuned.speedups[-1].ratio.value < tuned.promise.value:
+        _print_kept(out, tuning)
+    out.print()
+
+
+def _print_measured(out: Console, tuning: Tuning) -> None:
+    settings = tuning.settings
+    decided = "that decided nothing" if tuning.unbiased else "that calibration and the search did not see"
+    out.print(
+        f"Measured on {tuning.n_texts} texts of {settings.get('tokens_per_text')} tokens {decided} "
+        f"({settings.get('reported_on')}), mean and 95% interval:"
+    )
+    out.print(f"  added loss   {_figure(tuning.loss, '.3f')} nats per token")
+    out.print(f"  agreement    {_figure(tuning.agreement, '.3f')} of the full model's choices")
+    confirmed = "" if tuning.promise.kind == "speedup" else f"; the promise was held on: {settings.get('confirmed_on')}"
+    out.print(f"The search judged by other text: {settings.get('searched_on')}{confirmed}.")
+
+
+def _print_speed(out: Console, tuning: Tuning) -> None:
+    if not tuning.speedups:
+        return
+    at = tuning.speedups[0]
+    out.print(
+        f"Speed with a prompt of {at.context:,} tokens and {at.n_decode:,} tokens behind it, "
+        f"{at.ratio.n} requests of either model in turn:"
+    )
+    for each in tuning.speedups:
+        real = "" if each.ratio.excludes(1.0) else "; no difference that is sure"
+        out.print(f"  {each.of:12} {_figure(each.ratio, '.2f')} times as fast{real}")
+
+
+def _print_kept(out: Console, tuning: Tuning) -> None:
+    """Say plainly where the figures do not keep the promise, and where they are not to be trusted."""
+    if not tuning.unbiased:
+        out.print(
+            "[bold]There was too little text for a part that decides nothing[/]: sublayers were put back until these "
+            "very texts kept the promise, so expect worse on others. Give more text (--text), or ask for fewer or "
+            "shorter pieces (--texts, --tokens)."
+        )
+    if tuning.promise.kind == "speedup":
+        if tuning.kept == "no":
             out.print("The promised speed-up was predicted but not measured; is the machine busy?")
+    elif tuning.kept == "no":
+        out.print(
+            "[bold]The promise is not kept on this text[/], though it was on the text before; promise less, or tune "
+            "with more text (--texts)."
+        )
+    elif tuning.kept == "on average":
+        out.print("On this text the promise is kept on average; its interval reaches beyond it.")
 
 
 def _figure(interval: Interval, form: str) -> str:

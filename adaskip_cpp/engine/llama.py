@@ -15,8 +15,8 @@ from llama_cpp.llama import LlamaState
 
 from ..errors import ModelFileError, NativeError, PlanError, StateError
 from ..model.identity import ModelInfo, check_gguf, fingerprint, override_words
-from ..model.plan import Phase, SkipPlan
-from .auto import auto_plan
+from ..model.plan import PHASES, Phase, SkipPlan
+from ..model.plan_file import plan_beside
 from .log import errors_logged
 from .native import Counters, KVRun, NativeContext, StatisticsBatch, Sublayer, elide_kv
 
@@ -79,14 +79,15 @@ class AdaSkipLlama(llama_cpp.Llama):
     Args:
         model_path: a GGUF file.
         plan: as for :meth:`set_plan`, or ``"auto"`` for the plan that `adaskip-cpp tune` wrote beside the model, to
-            ``X.adaskip.json`` for ``X.gguf``. No KV is allocated for the layers whose attention it skips in both
+            ``X.adaskip-plan.json`` for ``X.gguf``. No KV is allocated for the layers whose attention it skips in both
             phases; such a model only takes plans that skip them too, and cannot run as a whole.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
 
     Raises:
         ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
-        PlanError: see :meth:`set_plan`; or ``"auto"``, and the profile holds no tuned plan.
-        ProfileError: ``"auto"``, and the profile is missing, cannot be read or is of another model.
+        PlanError: see :meth:`set_plan`.
+        PlanFileError: ``"auto"``, and the plan is missing or cannot be used.
+        ProfileMismatchError: the plan is of another model.
     """
 
     def __init__(self, model_path: str, *, plan: SkipPlan | Literal["auto"] | None = None, **kwargs: Any) -> None:
@@ -94,7 +95,9 @@ class AdaSkipLlama(llama_cpp.Llama):
         if isinstance(plan, str):
             if plan != "auto":
                 raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
-            plan = auto_plan(model_path)
+            plan = plan_beside(model_path).plan
+            if not any(plan.skipped(phase).n_skip for phase in PHASES):
+                plan = None  # tuning found that the model is best left whole
         self._plan: SkipPlan | None = None
         self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"

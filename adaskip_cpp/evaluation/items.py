@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..engine.generation import chat_tokens, has_chat_template
-from ..errors import DataError
+from ..errors import AdaSkipError, DataError
 from ..measuring import corpus
 from ..measuring.longbench import longbench_items
 from ..measuring.synthetic import synthetic_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, raw_wrap, read_texts, text_items
+from ..model.beside import plan_path
+from ..model.plan import SkipPlan
+from ..model.plan_file import plan_beside
 from ..planning.request import PlanRequest
 from .contenders import contenders
 from .evaluate import OpenModel, Work
@@ -99,13 +102,25 @@ def prepare(
             raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
     n_ctx = options.ctx or max([*needed.values(), min(_LONGBENCH_CTX, n_most) if options.longbench else 8])
     requests = [request.at(speed_context or _SPEED_CONTEXT) for request in options.plans]
-    plans, notes = contenders(profile, requests, profile.tuned_plan() if profile.tuned is not None else None)
+    tuned, untold = _tuned(model)
+    plans, notes = contenders(profile, requests, tuned)
+    notes += untold
     with closing(open_model(n_ctx, False)) as llm:
         texts, questions, speed_prompt, words = _items(llm, options, n_ctx, speed_context)
         work = Work(plans, texts, questions, options.n_continuation, speed_prompt, options.n_rounds)
         if not work.results():
             raise DataError("there is nothing to measure; ask for texts, questions or rounds of timing")
         return work, notes, words, evaluation_settings(llm, profile, work)
+
+
+def _tuned(model: str) -> tuple[SkipPlan | None, list[str]]:
+    """The tuned plan beside the model if there is one, and why it is left out if it cannot be used."""
+    if not os.path.exists(plan_path(model)):
+        return None, []
+    try:
+        return plan_beside(model).plan, []
+    except AdaSkipError as error:
+        return None, [f"the tuned plan is left out: {error}"]
 
 
 def _speed_context(options: EvaluationOptions, limit: int) -> int:

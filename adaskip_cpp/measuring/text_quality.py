@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
 
 __all__ = ["TextQuality", "TextScores"]
+
+_Judged: TypeAlias = tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class TextScores:
 class TextQuality:
     """Compares plans with the full model, which is evaluated once, when it is first needed.
 
-    A text is evaluated as one prompt. In mode ``"decode"`` its first half is, by the full model, and the rest as tokens
-    of an answer would be; only these are judged then.
+    A text is evaluated as one prompt. In mode ``"decode"`` it is a request of its own: its first half is the prompt,
+    which the full model reads, and the rest is evaluated as the tokens of an answer are, with the plan's online stage
+    and schedule; only these are judged then.
 
     The model's plan is set and left as it was last compared; its KV cache is dropped.
 
@@ -69,9 +73,11 @@ class TextQuality:
                 raise RequestError(
                     f"cannot judge a text of {len(tokens)} tokens; use from 4 to {n_ctx} (the model's context)"
                 )
-        self._llm, self._texts, self._mode, self._advance = llm, texts, mode, advance
+        self._llm, self._mode, self._advance = llm, mode, advance
+        # Each text with the first of its tokens that is judged.
+        self._texts = [(tokens, len(tokens) // 2 + 1 if mode == "decode" else 1) for tokens in texts]
         self._last: tuple[SkipPlan, TextScores] | None = None
-        self._full: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]] | None = None
+        self._full: list[_Judged] | None = None
 
     @property
     def n_texts(self) -> int:
@@ -81,15 +87,14 @@ class TextQuality:
     @property
     def n_tokens(self) -> int:
         """Tokens that are judged, all texts together."""
-        return sum(len(tokens) - self._begin(tokens) for tokens in self._texts)
+        return sum(len(tokens) - begin for tokens, begin in self._texts)
 
     def evaluate_full(self) -> None:
         """Evaluate the full model now, unless that has been done."""
-        if self._full is None:
-            self._full = self._evaluate(None)
+        self._full = self._full or self._evaluate(None)
 
     def scores(self, plan: SkipPlan) -> TextScores:
-        """Compare a plan with the full model; the last plan is not evaluated again. No online stage comes into it.
+        """Compare a plan with the full model; the last plan is not evaluated again.
 
         Raises:
             PlanError: the model does not take the plan.
@@ -97,8 +102,7 @@ class TextQuality:
         if self._last is not None and self._last[0] == plan:
             return self._last[1]
         self.evaluate_full()
-        assert self._full is not None
-        pairs = list(zip(self._full, self._evaluate(plan), strict=True))
+        pairs = list(zip(self._full or (), self._evaluate(plan), strict=True))
         scores = TextScores(
             np.array([float((own - full).mean()) for (full, _), (own, _) in pairs]),
             np.array([float((full == own).mean()) for (_, full), (_, own) in pairs]),
@@ -106,27 +110,33 @@ class TextQuality:
         self._last = plan, scores
         return scores
 
-    def _begin(self, tokens: Sequence[int]) -> int:
-        """The first token that is judged."""
-        return len(tokens) // 2 + 1 if self._mode == "decode" else 1
-
-    def _evaluate(self, plan: SkipPlan | None) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]]:
+    def _evaluate(self, plan: SkipPlan | None) -> list[_Judged]:
         """Per text the loss of each judged token, and the token that was most likely in its place."""
         llm = self._llm
         llm.set_plan(plan)
         results = []
         try:
-            for tokens in self._texts:
-                begin, end = self._begin(tokens), len(tokens)
+            for tokens, begin in self._texts:
                 llm.reset()
                 if self._mode == "decode":
+                    llm.begin_request()
                     llm.eval(tokens[: begin - 1])
-                    llm.eval_decode(tokens[begin - 1 :])
+                    for piece in _answer(tokens[begin - 1 :], plan):
+                        llm.eval_decode(piece)
                 else:
                     llm.eval(tokens)
-                logits = llm.scores[begin - 1 : end - 1]
+                logits = llm.scores[begin - 1 : len(tokens) - 1]
                 results.append((losses(logits, tokens[begin:]), logits.argmax(axis=1)))
                 self._advance(len(tokens))
         finally:
             llm.reset()
         return results
+
+
+def _answer(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[int]]:
+    """Cut an answer where the set that is skipped may change: within one batch it cannot."""
+    ends = [] if plan is None else [start for start, _ in plan.schedule]
+    if plan is not None and plan.online is not None:
+        ends.append(plan.online.window)
+    for begin, end in itertools.pairwise(sorted({0, len(tokens), *(end for end in ends if end < len(tokens))})):
+        yield tokens[begin:end]

@@ -27,7 +27,6 @@ from ..files import write_atomically
 from .identity import ModelInfo
 from .maps import LinearMaps
 from .statistics import FIGURES, VECTORS, PhaseStatistics
-from .tuned import TunedPlan
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT_VERSION", "load", "save", "sidecar_name", "to_dict"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _FORMAT = "adaskip-profile"
 _PHASES = ("prefill", "decode")
 _MAPS = ("down", "up")
@@ -63,7 +62,6 @@ def to_dict(profile: Profile) -> dict[str, Any]:
         },
         **{phase: _statistics_to_dict(getattr(profile, phase)) for phase in _PHASES},
         "cost": None if profile.cost is None else profile.cost.to_dict(),
-        "tuned": None if profile.tuned is None else profile.tuned.to_dict(),
         "vectors": None
         if profile.prefill.n_embd is None
         else {"n_embd": profile.prefill.n_embd, "rank": 0 if profile.maps is None else profile.maps.rank},
@@ -150,7 +148,6 @@ def _from_dict(data: Any, folder: str) -> Profile:
             model=model,
             cost=None if data["cost"] is None else _cost_model(data["cost"]),
             maps=_maps(data["vectors"], vectors),
-            tuned=None if data["tuned"] is None else TunedPlan.from_dict(data["tuned"]),
             **{name: str(calibration.get(name, "")) for name in _WORDS},  # type: ignore[arg-type]
         )
     except ProfileFormatError:

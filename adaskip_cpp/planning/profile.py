@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import PlanError, ProfileFormatError
+from ..errors import ProfileFormatError
 from ..model import profile_file
 from ..model.identity import ModelInfo
 from ..model.maps import LinearMaps
 from ..model.plan import SkipPlan
 from ..model.statistics import PhaseStatistics
-from ..model.tuned import TunedPlan
 from .request import PlanRequest
 from .strategies import make_plan
 
@@ -40,11 +39,9 @@ class Profile:
         created: UTC time of calibration, ISO 8601.
         cost: what each sublayer costs on the machine that calibrated, or None.
         maps: linear maps that stand in for sublayers, or None.
-        tuned: the plan that `adaskip-cpp tune` found, or None.
 
     Raises:
-        ProfileFormatError: the statistics are not of this model's number of layers, or the tuned plan cannot be made
-            from them.
+        ProfileFormatError: the statistics are not of this model's number of layers.
     """
 
     prefill: PhaseStatistics
@@ -57,7 +54,6 @@ class Profile:
     created: str = ""
     cost: CostModel | None = None
     maps: LinearMaps | None = None
-    tuned: TunedPlan | None = None
 
     def __post_init__(self) -> None:
         for phase in (self.prefill, self.decode):
@@ -72,11 +68,6 @@ class Profile:
             )
         if self.maps is not None and (self.maps.n_layer, self.maps.n_embd) != (self.n_layer, self.prefill.n_embd):
             raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
-        if self.tuned is not None:
-            try:
-                self.tuned.plan(self)
-            except PlanError as error:
-                raise ProfileFormatError(f"the tuned plan cannot be used: {error}") from error
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -125,16 +116,6 @@ class Profile:
             PlanError: another argument is unknown or impossible, or does not go with the others.
         """
         return make_plan(self, PlanRequest.of(n_skip, **request))
-
-    def tuned_plan(self) -> SkipPlan:
-        """Return the plan that `adaskip-cpp tune` found; one that skips nothing where the model is best left whole.
-
-        Raises:
-            PlanError: the profile holds none.
-        """
-        if self.tuned is None:
-            raise PlanError("the profile holds no tuned plan; run `adaskip-cpp tune MODEL`")
-        return self.tuned.plan(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: what :meth:`save` writes, without the vectors."""

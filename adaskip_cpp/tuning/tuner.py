@@ -1,105 +1,42 @@
-"""Tunes a model: finds the fastest plan that keeps a promise on held-out text, and measures what it brings."""
+"""Finds the fastest plan of a model that keeps a promise, by text that calibration did not see."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BudgetError, DataError, PlanError
-from ..intervals import Interval, mean_interval, ratio_interval
-from ..measuring.tasks import TextItem, text_items
+from ..errors import BudgetError, PlanError
+from ..intervals import Interval, mean_interval
 from ..measuring.text_quality import TextQuality
-from ..measuring.timing import in_turn, time_request
-from ..model.plan import Mode, SkipPlan
-from ..model.tuned import Promise, SpeedUp, TunedPlan
-from ..planning.compensation import DEFAULT_COMPENSATION
+from ..model.plan import SkipPlan
+from ..model.plan_file import PlanFile
+from ..model.promise import Promise, SpeedUp, Tuning
 from ..planning.modes import compensated_plan
 from ..planning.request import PlanRequest
-from .search import Judge, Judged, Seconds, back_off, fastest_within, least_harm, n_bisections, rank
+from .hold_out import HeldOut
+from .search import Judge, Judged, back_off, fastest_within, least_harm, n_bisections, rank
+from .speed import request_seconds
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
-    from ..measuring.corpus import Tokenizer
     from ..planning.profile import Profile
 
-__all__ = ["HeldOut", "Tuner", "hold_out", "measure_speed", "request_seconds"]
+__all__ = ["Measure", "Stage", "Tuner"]
 
-_FEW_TEXTS = 4
-"""From so many texts on, each goes to one side whole; of fewer, each is cut in half."""
+Measure: TypeAlias = Callable[[SkipPlan], tuple[SpeedUp, ...]]
+"""Measures the speed of a plan; what it returns last is of a whole request."""
 
+Stage: TypeAlias = Callable[[str, int], AbstractContextManager[None]]
+"""Entered for each stage, with its name and the number of evaluations that it takes at most."""
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Text that calibration did not see, in two parts.
-
-    Attributes:
-        search: what the search judges plans by.
-        check: what the plan that it finds is judged by at last; no part of it is in ``search``.
-        search_names, check_names: the texts that these come from.
-    """
-
-    search: tuple[TextItem, ...]
-    check: tuple[TextItem, ...]
-    search_names: tuple[str, ...]
-    check_names: tuple[str, ...]
-
-
-def hold_out(tokenizer: Tokenizer, texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
-    """Cut texts into two parts of as many items each.
-
-    Args:
-        tokenizer: the model whose tokens are counted.
-        texts: texts by name.
-        n_texts: items in either part, at least 2.
-        n_tokens: tokens of each item.
-
-    Raises:
-        DataError: there is too little text, or a number is too small.
-    """
-    if n_texts < 2 or n_tokens < 4:
-        raise DataError(f"cannot judge by {n_texts} texts of {n_tokens} tokens; use at least 2 texts of 4 tokens")
-    parts: tuple[dict[str, str], dict[str, str]] = ({}, {})
-    if len(texts) >= _FEW_TEXTS:
-        for name in sorted(texts, key=lambda name: (-len(texts[name]), name)):
-            min(parts, key=lambda part: sum(map(len, part.values())))[name] = texts[name]
-    else:
-        for name, text in texts.items():
-            middle = len(text) // 2
-            parts[0][f"{name}, first half"], parts[1][f"{name}, second half"] = text[:middle], text[middle:]
-    try:
-        items = [text_items(tokenizer, part, n_items=n_texts, n_tokens=n_tokens, drop_short=True) for part in parts]
-    except DataError as error:
-        raise DataError(f"of either half of the held-out text: {error}") from error
-    names = [tuple(sorted({"/".join(item.id.split("/")[1:-2]) for item in part})) for part in items]
-    return HeldOut(tuple(items[0]), tuple(items[1]), names[0], names[1])
-
-
-def request_seconds(profile: Profile, mode: Mode, context: int, n_answer: int) -> Seconds:
-    """Return what predicts the seconds of a request under a skip set: a prompt and the tokens after it.
-
-    Without a cost model in the profile it is the number of sublayers that run.
-
-    Args:
-        profile: of the model.
-        mode: in ``"decode"`` the full model reads the prompt.
-        context: tokens of the prompt.
-        n_answer: tokens of the answer behind the first one.
-    """
-    cost = profile.cost
-    if cost is None:
-        return lambda skip: float(skip.size - skip.sum())
-    prompt = cost.seconds(None, context, "prefill")
-
-    def seconds(skip: npt.NDArray[np.bool_]) -> float:
-        first = prompt if mode == "decode" else cost.seconds(skip, context, "prefill")
-        return first + n_answer * cost.seconds(skip, context, "decode")
-
-    return seconds
+_N_AIMS = 3
+"""A speed-up that was predicted but not measured is aimed at anew, higher, so many times at most."""
 
 
 class Tuner:
@@ -110,9 +47,8 @@ class Tuner:
         profile: of this model.
         promise: what to keep.
         held_out: text to judge by.
-        mode: mode of the plan.
-        compensation: name of its compensation.
-        online: whether it has an online stage, which the promise does not cover.
+        request: the plan's mode, compensation and online stage. In mode ``"decode"`` texts are judged with the FFNs
+            that they add online; in the others the promise does not cover these.
         context: tokens of the prompt for which the plan shall be fast.
         n_answer: tokens of the answer behind the first one.
         n_exchange: evaluations that local exchange may use.
@@ -121,7 +57,7 @@ class Tuner:
     Raises:
         DataError, RequestError: the texts cannot be judged, see
             :class:`adaskip_cpp.measuring.text_quality.TextQuality`.
-        CompensationError: the compensation is unknown or the profile lacks what it needs.
+        CompensationError: the profile lacks what the compensation needs.
         PlanError: a speed-up is promised and the profile has no cost model.
     """
 
@@ -131,10 +67,8 @@ class Tuner:
         profile: Profile,
         promise: Promise,
         held_out: HeldOut,
+        request: PlanRequest,
         *,
-        mode: Mode = "e2e",
-        compensation: str = DEFAULT_COMPENSATION,
-        online: bool = False,
         context: int = 2048,
         n_answer: int = 128,
         n_exchange: int = 16,
@@ -142,27 +76,18 @@ class Tuner:
     ) -> None:
         if promise.kind == "speedup" and profile.cost is None:
             raise PlanError("the profile has no cost model to reach a speed-up by; calibrate again without --no-cost")
-        self.profile, self.promise, self.held_out = profile, promise, held_out
+        self.profile, self.promise, self.held_out, self.request = profile, promise, held_out, request
         self.context, self.n_answer, self.n_exchange = context, n_answer, n_exchange
-        self._request = PlanRequest(mode=mode, compensation=compensation, online=online)
-        self._plan(profile.skippable)  # refuses a compensation that the profile lacks vectors for
-        self._seconds = request_seconds(profile, mode, context, n_answer)
-        self._search, self._check = (
-            TextQuality(llm, [item.tokens for item in part], mode, advance=advance)
-            for part in (held_out.search, held_out.check)
-        )
-        self.judge = Judge(lambda skip: self._harm(self._search, skip), self._seconds)
-        self.check_judge = Judge(lambda skip: self._harm(self._check, skip), self._seconds)
-        self.order = rank(profile.similarity, self._saved())
+        self.plan(profile.skippable)  # refuses a compensation that the profile lacks vectors for
+        self._seconds = request_seconds(profile, request.mode, context, n_answer)
 
-    @property
-    def limit(self) -> float:
-        """Largest harm that keeps the promise; infinite for a speed-up."""
-        return {
-            "max_loss": self.promise.value,
-            "min_agreement": 1.0 - self.promise.value,
-            "speedup": math.inf,
-        }[self.promise.kind]
+        def quality(part: str) -> TextQuality:
+            texts = [item.tokens for item in getattr(held_out, part)]
+            return TextQuality(llm, texts, request.mode, advance=advance)
+
+        self._search, self._confirm = quality("search"), quality("confirm")
+        self._report = quality("report") if held_out.report else self._confirm
+        self.order = rank(profile.similarity, self._saved())
 
     @property
     def n_tokens(self) -> int:
@@ -171,28 +96,93 @@ class Tuner:
 
     @property
     def most_evaluations(self) -> int:
-        """How many evaluations :meth:`find` takes at most."""
+        """How many evaluations a search takes at most."""
         return self.n_exchange + (1 if self.promise.kind == "speedup" else n_bisections(len(self.order)))
 
     def evaluate_full(self) -> None:
         """Evaluate the full model on the search's text: what an evaluation takes at most."""
         self._search.evaluate_full()
 
-    def find(self, speedup: float | None = None) -> Judged:
-        """Search, on the search's text.
+    def tune(
+        self,
+        measure: Measure,
+        *,
+        stage: Stage = lambda label, n_evaluations: contextlib.nullcontext(),
+        settings: Mapping[str, str | int | float | None] | None = None,
+    ) -> PlanFile:
+        """Search, confirm, measure the speed, and report.
 
         Args:
-            speedup: for a promised speed-up, the predicted one to aim at; None for the promised one.
+            measure: measures the speed of a plan that skips something.
+            stage: told of each stage.
+            settings: more to tell of how the plan was found.
 
         Raises:
-            BudgetError: a speed-up is out of reach.
+            BudgetError: a promised speed-up is out of reach, as predicted.
+            PlanError: the loss under the plan is not finite.
         """
-        n_layer = self.profile.n_layer
-        if self.promise.kind != "speedup":
-            return fastest_within(self.judge, self.order, n_layer, self.limit, n_exchange=self.n_exchange)
-        speedup = self.promise.value if speedup is None else speedup
-        full = self._seconds(np.zeros((n_layer, 2), np.bool_))
-        found = least_harm(self.judge, self.order, n_layer, full / speedup, n_exchange=self.n_exchange)
+        found, speedups = (self._reach if self.promise.kind == "speedup" else self._keep)(measure, stage)
+        with stage("Reporting", 2):
+            loss, agreement, n_texts, n_tokens = self._figures(found.skip)
+        return PlanFile(
+            self.plan(found.skip),
+            Tuning(
+                self.promise,
+                loss,
+                agreement,
+                n_texts,
+                n_tokens,
+                # For a speed-up nothing is put back, so that the second part decides nothing.
+                unbiased=bool(self.held_out.report) or self.promise.kind == "speedup",
+                speedups=speedups,
+                settings={
+                    **(settings or {}),
+                    **self.held_out.names(),
+                    "tokens_per_text": len(self.held_out.search[0].tokens),
+                },
+            ),
+        )
+
+    def plan(self, skip: npt.NDArray[np.bool_]) -> SkipPlan:
+        """Make the plan of a skip set, with its online stage."""
+        return compensated_plan(self.profile, skip, self.request, "tuned")
+
+    def _keep(self, measure: Measure, stage: Stage) -> tuple[Judged, tuple[SpeedUp, ...]]:
+        """The fastest plan that keeps the quality promised, also on text that the search did not see."""
+        limit = 1.0 - self.promise.value if self.promise.kind == "min_agreement" else self.promise.value
+        with stage("Searching", self.most_evaluations):
+            judge = self._judge(self._search)
+            found = fastest_within(judge, self.order, self.profile.n_layer, limit, n_exchange=self.n_exchange)
+        if found.n_skip:
+            with stage("Confirming", 2):
+                found = back_off(self._judge(self._confirm), self.order, found.skip, limit)
+        return found, measure(self.plan(found.skip)) if found.n_skip else ()
+
+    def _reach(self, measure: Measure, stage: Stage) -> tuple[Judged, tuple[SpeedUp, ...]]:
+        """The plan of the least loss that is as fast as promised, as measured; else as near as prediction leads."""
+        judge, aim = self._judge(self._search), self.promise.value
+        found: Judged | None = None
+        speedups: tuple[SpeedUp, ...] = ()
+        for _ in range(_N_AIMS):
+            try:
+                with stage("Searching", self.most_evaluations):
+                    again = self._least_harm(judge, aim)
+            except BudgetError:
+                if found is None:
+                    raise
+                break
+            if found is not None and np.array_equal(again.skip, found.skip):
+                break
+            found, speedups = again, measure(self.plan(again.skip)) if again.n_skip else ()
+            if not speedups or speedups[-1].ratio.value >= self.promise.value:
+                break
+            aim *= 1.005 * self.promise.value / speedups[-1].ratio.value
+        assert found is not None
+        return found, speedups
+
+    def _least_harm(self, judge: Judge, speedup: float) -> Judged:
+        full = self._seconds(np.zeros((self.profile.n_layer, 2), np.bool_))
+        found = least_harm(judge, self.order, self.profile.n_layer, full / speedup, n_exchange=self.n_exchange)
         if found is None:
             reachable = math.floor(100 * full / self._seconds(self.profile.skippable)) / 100
             raise BudgetError(
@@ -202,54 +192,21 @@ class Tuner:
             )
         return found
 
-    def confirm(self, skip: npt.NDArray[np.bool_]) -> Judged:
-        """Judge a set by the text that the search did not see, and put sublayers back until the promise is kept."""
-        return back_off(self.check_judge, self.order, skip, self.limit)
+    def _judge(self, quality: TextQuality) -> Judge:
+        def harm(skip: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+            scores = quality.scores(self.plan(skip))
+            return 1.0 - scores.agreement if self.promise.kind == "min_agreement" else scores.loss
 
-    def plan(self, skip: npt.NDArray[np.bool_]) -> SkipPlan:
-        """Make the plan of a skip set, with its online stage."""
-        return self._plan(skip)
+        return Judge(harm, self._seconds)
 
-    def result(
-        self, skip: npt.NDArray[np.bool_], speedups: Sequence[SpeedUp], settings: Mapping[str, str | int | float | None]
-    ) -> TunedPlan:
-        """Return what is stored in the profile.
-
-        Args:
-            skip: bool ``[n_layer, 2]``.
-            speedups: measured.
-            settings: how it was found.
-
-        Raises:
-            PlanError: the loss under the plan is not finite.
-        """
-        loss, agreement = Interval(0.0, 0.0, 0.0, 0), Interval(1.0, 1.0, 1.0, 0)
-        if skip.any():
-            scores = self._check.scores(self._plan(skip))
-            if not np.isfinite(scores.loss).all():
-                raise PlanError("the plan that was found has no finite loss; ask for less")
-            loss, agreement = mean_interval(scores.loss), mean_interval(scores.agreement)
-        return TunedPlan(
-            attention=tuple(np.flatnonzero(skip[:, 0]).tolist()),
-            ffn=tuple(np.flatnonzero(skip[:, 1]).tolist()),
-            promise=self.promise,
-            loss=loss,
-            agreement=agreement,
-            n_texts=self._check.n_texts if skip.any() else 0,
-            n_tokens=self._check.n_tokens if skip.any() else 0,
-            speedups=tuple(speedups),
-            compensation=self._request.compensation,
-            mode=self._request.mode,
-            online=self._request.online,
-            settings=settings,
-        )
-
-    def _harm(self, quality: TextQuality, skip: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-        scores = quality.scores(self._plan(skip))
-        return 1.0 - scores.agreement if self.promise.kind == "min_agreement" else scores.loss
-
-    def _plan(self, skip: npt.NDArray[np.bool_]) -> SkipPlan:
-        return compensated_plan(self.profile, skip, self._request, "tuned")
+    def _figures(self, skip: npt.NDArray[np.bool_]) -> tuple[Interval, Interval, int, int]:
+        """Loss and agreement, and of how many texts and tokens."""
+        if not skip.any():
+            return Interval(0.0, 0.0, 0.0, 0), Interval(1.0, 1.0, 1.0, 0), 0, 0
+        scores = self._report.scores(self.plan(skip))
+        if not np.isfinite(scores.loss).all():
+            raise PlanError("the plan that was found has no finite loss; ask for less")
+        return mean_interval(scores.loss), mean_interval(scores.agreement), self._report.n_texts, self._report.n_tokens
 
     def _saved(self) -> npt.NDArray[np.float64]:
         """Seconds of a request that each sublayer alone saves, float64 ``[n_layer, 2]``."""
@@ -261,46 +218,3 @@ class Tuner:
             saved[where] = full - self._seconds(skip)
             skip[where] = False
         return saved
-
-
-def measure_speed(
-    llm: AdaSkipLlama,
-    plan: SkipPlan,
-    prompt: Sequence[int],
-    n_answer: int,
-    *,
-    n_rounds: int = 5,
-    on_progress: Callable[[float], None] | None = None,
-) -> tuple[SpeedUp, ...]:
-    """Time requests of the full model and of a plan in turn, after one of each that is not counted.
-
-    Args:
-        llm: the model; its context holds the prompt and the answer. Its plan is changed.
-        plan: the plan.
-        prompt: token ids.
-        n_answer: tokens of the answer behind the first one, at least 1.
-        n_rounds: requests of either.
-        on_progress: called with the fraction of the work done.
-
-    Returns:
-        How many times as fast the plan reaches the first token, decodes, and answers the whole request.
-    """
-    contenders = (None, plan)
-    first: tuple[list[float], list[float]] = ([], [])
-    decode: tuple[list[float], list[float]] = ([], [])
-    whole: tuple[list[float], list[float]] = ([], [])
-    for n_round in range(-1, n_rounds):
-        for which in in_turn(2, max(n_round, 0)):
-            llm.set_plan(contenders[which])
-            time = time_request(llm, prompt, n_answer)
-            if n_round >= 0:
-                first[which].append(time.first_token_s)
-                decode[which].append(time.per_token_s())
-                whole[which].append(time.first_token_s + sum(time.token_s))
-            if on_progress is not None:
-                on_progress((2 * n_round + 3) / (2 * n_rounds + 2))
-    llm.reset()
-    return tuple(
-        SpeedUp(of, len(prompt), n_answer, ratio_interval(*times))  # type: ignore[arg-type]  # the names are literals
-        for of, times in (("first token", first), ("decode", decode), ("request", whole))
-    )

@@ -1,0 +1,280 @@
+"""Plan files: JSON for what people read, and the vectors of the skipped sublayers in one binary file beside it.
+
+``X.json`` says what is skipped, for which model, and for a plan that `adaskip-cpp tune` found what was promised and
+measured. ``X.bin`` is nothing but numbers, float32 of little endian: for each of the JSON's ``sets`` in turn its
+biases, then its maps' ``down``, then their ``up``, each for its attentions and then its FFNs as listed. The JSON says
+how many that are, and their SHA-256. Move or copy the two together; a plan without vectors is JSON alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import PlanFileError
+from ..files import json_text, write_atomically, write_pair
+from .beside import check_model, plan_path
+from .identity import ModelInfo
+from .plan import Mode, OnlineStage, SkipPlan, SkipSet, mark_layers
+from .promise import Tuning
+
+__all__ = ["PlanFile", "is_plan_file", "load_plan", "plan_beside", "save_plan"]
+
+FORMAT_VERSION = 1
+_FORMAT = "adaskip-plan"
+_AGAIN = "write it again with `adaskip-cpp tune` or `adaskip-cpp plan -o`"
+
+_MOST_JSON = 16 << 20
+_MOST_MEMORY = 16 << 30
+"""More bytes than any plan's JSON has, and than any plan's arrays take once they have a row for every sublayer."""
+
+_Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+_Layers = Annotated[int, msgspec.Meta(ge=1, le=9999)]
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """What a plan file holds.
+
+    Attributes:
+        plan: the plan.
+        tuning: how `adaskip-cpp tune` found it; None for a plan from elsewhere.
+    """
+
+    plan: SkipPlan
+    tuning: Tuning | None = None
+
+
+@dataclass(frozen=True)
+class _Set:
+    """A skip set in the JSON; ``scale`` is that of the attentions, then of the FFNs."""
+
+    attention: tuple[int, ...]
+    ffn: tuple[int, ...]
+    scale: tuple[float, ...]
+    n_embd: _Size = 0
+    bias: bool = False
+    rank: _Size = 0
+
+    @classmethod
+    def of(cls, value: SkipSet) -> _Set:
+        scale = value.scale.T[value.skip.T].tolist()
+        if not value.n_skip or value.n_embd is None:
+            return cls(value.attention, value.ffn, scale)
+        rank = 0 if value.down is None else value.down.shape[2]
+        return cls(value.attention, value.ffn, scale, value.n_embd, value.bias is not None, rank)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape that each array has for a sublayer."""
+        shapes: dict[str, tuple[int, ...]] = {"bias": (self.n_embd,)} if self.bias else {}
+        return shapes | ({"down": (self.rank, self.n_embd), "up": (self.n_embd, self.rank)} if self.rank else {})
+
+    def n_values(self, n_sublayers: int) -> int:
+        """Numbers in its arrays."""
+        return n_sublayers * sum(map(math.prod, self.shapes().values()))
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """The JSON. Phases and the schedule refer to ``sets`` by their number, from 0 on."""
+
+    format: str
+    version: int
+    model: ModelInfo | None
+    n_layer: _Layers
+    strategy: str
+    compensation: str
+    mode: Mode | Literal["manual"]
+    prefill: int
+    decode: int
+    schedule: tuple[tuple[int, int], ...]
+    online: OnlineStage | None
+    sets: tuple[_Set, ...]
+    vectors: _Vectors | None
+    tuning: Tuning | None
+
+
+def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | None = None) -> None:
+    """Write a plan as JSON, its vectors to a file ``.bin`` beside it.
+
+    Raises:
+        OSError: a file cannot be written; what was there before is still there.
+    """
+    sets: list[SkipSet] = []
+    for each in (plan.prefill, *(each for _, each in plan.decode_sets)):
+        if each not in sets:
+            sets.append(each)
+    parts = [
+        getattr(each, name).swapaxes(0, 1)[each.skip.T].astype("<f4").tobytes()
+        for each in sets
+        for name in _Set.of(each).shapes()
+    ]
+    target = os.path.realpath(path)
+    binary = (target[: -len(".json")] if target.lower().endswith(".json") else target) + ".bin"
+    content = b"".join(parts)
+    data = _File(
+        _FORMAT,
+        FORMAT_VERSION,
+        plan.model,
+        plan.n_layer,
+        plan.strategy,
+        plan.compensation,
+        plan.mode,
+        sets.index(plan.prefill),
+        sets.index(plan.decode),
+        tuple((start, sets.index(each)) for start, each in plan.schedule),
+        plan.online,
+        tuple(map(_Set.of, sets)),
+        _Vectors(os.path.basename(binary), hashlib.sha256(content).hexdigest()) if content else None,
+        tuning,
+    )
+    if content:
+        write_pair(target, json_text(data), binary, content)
+    else:
+        write_atomically(target, json_text(data))
+
+
+def load_plan(path: str | os.PathLike[str]) -> PlanFile:
+    """Read a plan file.
+
+    Raises:
+        PlanFileError: a file is missing, truncated, malformed, of another format or version, or the two do not belong
+            together.
+        OSError: a file cannot be read.
+    """
+    name = os.fspath(path)
+    try:
+        data = msgspec.json.decode(_read(name, _MOST_JSON))
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise ValueError("this is no plan file")
+        if data.get("version") != FORMAT_VERSION:
+            raise ValueError(f"it has format version {data.get('version')!r}, this release reads {FORMAT_VERSION}")
+        file = msgspec.convert(_nan_for_null(data), _File)
+        return PlanFile(_plan(file, os.path.dirname(os.path.realpath(name))), file.tuning)
+    except FileNotFoundError as error:
+        if error.filename != name:
+            what = f"{name!r} cannot be used: the file of its vectors, {error.filename!r}, is missing; put it beside it"
+            raise PlanFileError(f"{what}, or {_AGAIN}") from None
+        raise PlanFileError(
+            f"there is no plan file {name!r}; write one with `adaskip-cpp tune` or `adaskip-cpp plan -o`"
+        ) from None
+    except (ValueError, RecursionError) as error:  # among them all of msgspec's and our own
+        raise PlanFileError(f"{name!r} cannot be used: {error}; {_AGAIN}") from error
+
+
+def is_plan_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as plan files do; False for one that is not there."""
+    try:
+        with open(path, "rb") as file:
+            return f'"format": "{_FORMAT}"'.encode() in file.read(256)
+    except OSError:
+        return False
+
+
+def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
+    """Read the plan file beside a model.
+
+    Raises:
+        PlanFileError: it is missing or cannot be used.
+        ProfileMismatchError: it is of another model.
+    """
+    name = plan_path(model)
+    if not os.path.exists(name):
+        raise PlanFileError(f"there is no plan {name!r} beside the model; run `adaskip-cpp tune {os.fspath(model)}`")
+    found = load_plan(name)
+    if found.plan.model is not None:
+        check_model(found.plan.model, model, name)
+    return found
+
+
+def _plan(file: _File, folder: str) -> SkipPlan:
+    values = _values(file, folder)
+    sets = []
+    for each in file.sets:
+        skip_set, values = _skip_set(each, file.n_layer, values)
+        sets.append(skip_set)
+    if not all(0 <= index < len(sets) for index in (file.prefill, file.decode, *(index for _, index in file.schedule))):
+        raise ValueError(f"it refers to a set that is not among its {len(sets)}")
+    return SkipPlan(
+        sets[file.prefill],
+        sets[file.decode],
+        schedule=tuple((start, sets[index]) for start, index in file.schedule),
+        online=file.online,
+        model=file.model,
+        strategy=file.strategy,
+        compensation=file.compensation,
+        mode=file.mode,
+    )
+
+
+def _values(file: _File, folder: str) -> npt.NDArray[np.float32]:
+    """Read the binary file; nothing but what the JSON names, counts and hashes is accepted."""
+    n_bytes = 4 * sum(each.n_values(len(each.attention) + len(each.ffn)) for each in file.sets)
+    if 4 * sum(each.n_values(2 * file.n_layer) for each in file.sets) > _MOST_MEMORY:
+        raise ValueError("it is of a larger model than any")
+    if file.vectors is None:
+        if n_bytes:
+            raise ValueError("it names no file of its vectors")
+        return np.zeros(0, np.float32)
+    name = file.vectors.file
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file beside it")
+    path = os.path.join(folder, name)
+    content = _read(path, n_bytes)
+    if len(content) != n_bytes or hashlib.sha256(content).hexdigest() != file.vectors.sha256:
+        raise ValueError(f"the file of its vectors, {path!r}, is truncated or of another plan")
+    return np.frombuffer(content, "<f4").astype(np.float32)
+
+
+def _skip_set(stored: _Set, n_layer: int, values: npt.NDArray[np.float32]) -> tuple[SkipSet, npt.NDArray[np.float32]]:
+    """Return a set, whose arrays come first in ``values``, and the rest of these."""
+    skip = np.zeros((n_layer, 2), np.bool_)
+    mark_layers(skip, 0, stored.attention)
+    mark_layers(skip, 1, stored.ffn)
+    rows = (*stored.attention, *stored.ffn), (0,) * len(stored.attention) + (1,) * len(stored.ffn)
+    n = len(rows[0])
+    if skip.sum() != n or len(stored.scale) != n:
+        raise ValueError(f"{skip.sum()} sublayers are listed {n} times, with {len(stored.scale)} scales")
+    if bool(stored.shapes()) != bool(stored.n_embd and n):
+        raise ValueError("a set has vectors without a length, or a length without vectors")
+    scale = np.ones(skip.shape)
+    scale[rows] = stored.scale
+    arrays = {}
+    for name, shape in stored.shapes().items():
+        size = n * math.prod(shape)
+        arrays[name] = np.zeros((n_layer, 2, *shape), np.float32)
+        arrays[name][rows] = values[:size].reshape(n, *shape)
+        values = values[size:]
+    return SkipSet(skip, scale, **arrays), values
+
+
+def _read(path: str, n_most: int) -> bytes:
+    """Read a file that shall have at most so many bytes."""
+    with open(path, "rb") as file:
+        content = file.read(n_most + 1)
+    if len(content) > n_most:
+        raise ValueError(f"{path!r} has more than {n_most:,} bytes")
+    return content
+
+
+def _nan_for_null(data: Any) -> Any:
+    """JSON has no NaN: the ends of an interval that one measurement has not are null there."""
+    if isinstance(data, dict):
+        ends = ("low", "high")
+        return {
+            name: math.nan if value is None and name in ends else _nan_for_null(value) for name, value in data.items()
+        }
+    return [_nan_for_null(value) for value in data] if isinstance(data, list) else data

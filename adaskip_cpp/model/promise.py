@@ -1,0 +1,103 @@
+"""What a tuned plan was asked to keep, and what was measured of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
+
+from ..errors import PlanError
+from ..intervals import Interval
+
+__all__ = ["Promise", "PromiseKind", "SpeedUp", "Tuning"]
+
+PromiseKind: TypeAlias = Literal["max_loss", "min_agreement", "speedup"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a plan was asked to keep.
+
+    Attributes:
+        kind: ``"max_loss"``: at most ``value`` nats per token more than the full model loses. ``"min_agreement"``: at
+            least this share of the tokens is predicted as the full model predicts it. ``"speedup"``: a request is
+            answered at least ``value`` times as fast.
+        value: 0 or more; from 0 to 1; 1 or more.
+
+    Raises:
+        PlanError: the kind is unknown or the value impossible.
+    """
+
+    kind: PromiseKind
+    value: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(PromiseKind):
+            raise PlanError(f"unknown promise {self.kind!r}; use one of: {', '.join(get_args(PromiseKind))}")
+        low, high = {"max_loss": (0, math.inf), "min_agreement": (0, 1), "speedup": (1, math.inf)}[self.kind]
+        if not (math.isfinite(self.value) and low <= self.value <= high):
+            top = f"to {high}" if math.isfinite(high) else "on"
+            raise PlanError(f"cannot promise {self.kind} {self.value!r}; use a number from {low} {top}")
+
+    def __str__(self) -> str:
+        if self.kind == "max_loss":
+            return f"an added loss of at most {self.value:g} nats per token"
+        if self.kind == "min_agreement":
+            return f"the full model's choice for at least {100 * self.value:g}% of the tokens"
+        return f"requests answered at least {self.value:g} times as fast"
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times as fast as the full model a plan was measured to be.
+
+    Attributes:
+        of: ``"first token"``, ``"decode"`` (a token after it) or ``"request"``, both together.
+        context: tokens of the prompt.
+        n_decode: tokens of the answer behind the first one.
+        ratio: full model's time over the plan's, pair by pair.
+    """
+
+    of: Literal["first token", "decode", "request"]
+    context: int
+    n_decode: int
+    ratio: Interval
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a plan was found by `adaskip-cpp tune`: what was promised, and what was measured.
+
+    Attributes:
+        promise: what was asked.
+        loss: nats per token that the plan adds, mean over the texts.
+        agreement: share of tokens for which it finds the same token most likely as the full model, likewise.
+        n_texts, n_tokens: how much text that is.
+        unbiased: whether none of that text had a part in choosing the plan. False where there was too little of it:
+            sublayers were put back until this very text kept the promise, so other text will do worse.
+        speedups: measured, full model and plan in turn.
+        settings: how it was found, for people to read.
+    """
+
+    promise: Promise
+    loss: Interval
+    agreement: Interval
+    n_texts: int
+    n_tokens: int
+    unbiased: bool
+    speedups: tuple[SpeedUp, ...] = ()
+    settings: dict[str, str | int | float | None] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> Literal["yes", "on average", "no"]:
+        """Whether what was measured keeps the promise: with its whole interval, by its value only, or not at all."""
+        if self.promise.kind == "speedup":
+            figures = [(each.ratio.value, each.ratio.low) for each in self.speedups[-1:]]
+        elif self.promise.kind == "min_agreement":
+            figures = [(self.agreement.value, self.agreement.low)]
+        else:
+            figures = [(-self.loss.value, -self.loss.high)]
+        least = -self.promise.value if self.promise.kind == "max_loss" else self.promise.value
+        if not all(value >= least for value, _ in figures):
+            return "no"
+        return "yes" if all(end >= least for _, end in figures) else "on average"

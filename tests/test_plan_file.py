@@ -1,0 +1,439 @@
+"""Plan files: what is stored, what is refused, and who uses the one beside a model without being told."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from stock import EXACT
+from tiny_families import N_EMBD
+
+import adaskip_cpp
+from adaskip_cpp import Profile, SkipPlan, files
+from adaskip_cpp.cli.main import main
+from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.beside import plan_path, profile_path
+from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan_file import load_plan, save_plan
+from adaskip_cpp.model.promise import Promise, SpeedUp, Tuning
+from adaskip_cpp.model.statistics import PhaseStatistics
+
+NAN = float("nan")
+OTHER_MODEL = ModelInfo("ab" * 32, "llama", 3)
+RANK = 2
+
+TUNING = Tuning(
+    promise=Promise("max_loss", 0.25),
+    loss=Interval(0.125, 0.0625, 0.25, 8),
+    agreement=Interval(0.75, 0.5, 0.875, 8),
+    n_texts=8,
+    n_tokens=800,
+    unbiased=True,
+    speedups=(SpeedUp("request", 2048, 128, Interval(1.25, 1.125, 1.5, 5)),),
+    settings={"reported_on": "some text", "tokens_per_text": 100, "share": 0.5, "cpu": None},
+)
+
+
+def skip_set(attention: tuple[int, ...] = (2,), ffn: tuple[int, ...] = (0, 1), **arrays: Any) -> SkipSet:
+    """A set whose scale, and vectors where asked for, are numbers of no pattern."""
+    rng = np.random.default_rng(0)
+    plan = SkipPlan.manual(3, attention, ffn, rng.uniform(0.5, 1.5, (3, 2)))
+    drawn = {name: rng.normal(size=(3, 2, *shape)).astype(np.float32) for name, shape in arrays.items()}
+    return replace(plan.prefill, **drawn)
+
+
+BIAS = {"bias": (N_EMBD,)}
+MAPS = {"down": (RANK, N_EMBD), "up": (N_EMBD, RANK)}
+
+
+def make(model: Path | None = None, **changes: Any) -> SkipPlan:
+    """A plan of maps, for that model or for one that is nowhere."""
+    chosen = skip_set(**MAPS)
+    info = OTHER_MODEL if model is None else replace(OTHER_MODEL, fingerprint=fingerprint(model))
+    values = {"model": info, "strategy": "tuned", "compensation": "linear", "mode": "e2e", **changes}
+    return SkipPlan(chosen, chosen, **values)
+
+
+@pytest.fixture
+def model(tiny: Any, tmp_path: Path) -> Path:
+    """A copy of the tiny llama model in a folder of its own."""
+    return Path(shutil.copy(tiny(), tmp_path / "model.Q4.gguf"))
+
+
+@pytest.fixture
+def open_auto() -> Any:
+    """``open_auto(path, plan="auto")``: the model opened with that plan, closed after the test."""
+    opened = []
+
+    def open_(path: Path, plan: Any = "auto") -> Any:
+        opened.append(adaskip_cpp.AdaSkipLlama(str(path), n_ctx=64, logits_all=True, plan=plan, verbose=False, **EXACT))
+        return opened[-1]
+
+    yield open_
+    for llm in opened:
+        llm.close()
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+NONE = SkipSet.none(3)
+GROWN = skip_set(attention=(1, 2), **MAPS)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        make(),
+        SkipPlan.manual(3),
+        SkipPlan.manual(3, attention=[1], ffn=[0, 2], scale=0.9),
+        SkipPlan(skip_set(**BIAS), skip_set(**BIAS)),
+        SkipPlan(skip_set(**BIAS, **MAPS), skip_set((0, 1, 2), (), **MAPS)),
+        SkipPlan(NONE, skip_set(**BIAS), mode="decode", online=OnlineStage(7, 0.75, "median")),
+        SkipPlan(NONE, skip_set(**MAPS), schedule=((0, skip_set(**MAPS)), (9, GROWN))),
+    ],
+    ids=["tuned", "nothing", "scales", "biases", "both", "decode and online", "schedule"],
+)
+def test_every_plan_comes_back_as_it_was(plan: SkipPlan, tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", plan)
+    found = load_plan(tmp_path / "p.json")
+    assert found.plan == plan and found.tuning is None
+
+
+@pytest.mark.parametrize("low", [1.125, NAN])
+def test_what_was_promised_and_measured_comes_back_as_it_was(low: float, tmp_path: Path) -> None:
+    speedup = replace(TUNING.speedups[0], ratio=Interval(1.25, low, 1.5, 5))
+    save_plan(tmp_path / "p.json", make(), replace(TUNING, speedups=(speedup,)))
+    assert repr(load_plan(tmp_path / "p.json").tuning) == repr(replace(TUNING, speedups=(speedup,)))
+
+
+def test_only_the_skipped_sublayers_take_room(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make())
+    assert (tmp_path / "p.bin").stat().st_size == 3 * 2 * RANK * N_EMBD * 4  # of three sublayers, in both phases alike
+
+
+def test_the_vectors_lie_as_the_format_says(tmp_path: Path) -> None:
+    chosen = skip_set((2,), (0,), **BIAS, **MAPS)
+    save_plan(tmp_path / "p.json", SkipPlan(chosen, chosen))
+    assert chosen.bias is not None and chosen.down is not None and chosen.up is not None
+    parts = [array[where].ravel() for array in (chosen.bias, chosen.down, chosen.up) for where in ((2, 0), (0, 1))]
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "p.bin", "<f4"), np.concatenate(parts))
+
+
+def test_the_json_says_on_a_line_each_what_is_skipped(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make(), TUNING)
+    lines = [line.strip() for line in (tmp_path / "p.json").read_text().splitlines()]
+    assert '"attention": [2],' in lines and '"ffn": [0, 1],' in lines and '"kind": "max_loss",' in lines
+
+
+def test_a_plan_without_vectors_is_one_file(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", SkipPlan.manual(3, ffn=[1]))
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+
+
+def test_after_a_failure_the_old_files_are_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_plan(tmp_path / "p.json", make())
+    real, written = files.write_atomically, []
+
+    def fail_once(path: Any, content: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise OSError("disk full")
+        real(path, content)
+
+    monkeypatch.setattr(files, "write_atomically", fail_once)
+    other = skip_set((1,), (), **MAPS)
+    with pytest.raises(OSError, match="disk full"):
+        save_plan(tmp_path / "p.json", SkipPlan(other, other))
+    assert load_plan(tmp_path / "p.json").plan == make()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def put(data: dict[str, Any], path: str, value: Any) -> None:
+    *folders, name = path.split(".")
+    part: Any = data
+    for folder in folders:
+        part = part[int(folder) if folder.isdigit() else folder]
+    if value is LOST:
+        del part[name]
+    else:
+        part[name] = value
+
+
+LOST = object()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((name, LOST) for name in ("format", "version", "model", "n_layer", "prefill", "sets", "vectors", "tuning")),
+        ("format", "adaskip-profile"),
+        ("version", 99),
+        ("n_layer", 0),
+        ("n_layer", 10**9),
+        ("n_layer", 4),
+        ("model.n_layer", 0),
+        ("model.fingerprint", 7),
+        ("mode", "both"),
+        ("prefill", 1),
+        ("decode", -1),
+        ("schedule", [[0, 3]]),
+        ("schedule", [[4, 0]]),
+        ("online", {"window": 0, "threshold": 0.5, "scale": "paper"}),
+        ("sets", []),
+        ("sets.0.attention", [3]),
+        ("sets.0.attention", [-1]),
+        ("sets.0.attention", [True]),
+        ("sets.0.attention", [0.0]),
+        ("sets.0.ffn", [1, 1]),
+        ("sets.0.ffn", [0]),
+        ("sets.0.ffn", {"0": 1}),
+        ("sets.0.scale", [1.0, 1.0]),
+        ("sets.0.scale", [1.0, 1.0, -1.0]),
+        ("sets.0.rank", 3),
+        ("sets.0.rank", 0),
+        ("sets.0.rank", -1),
+        ("sets.0.rank", 1 << 20),
+        ("sets.0.n_embd", 0),
+        ("sets.0.n_embd", 1 << 30),
+        ("sets.0.bias", True),
+        ("vectors", None),
+        ("vectors.file", "../p.bin"),
+        ("vectors.file", ""),
+        ("vectors.file", "a\0b"),
+        ("vectors.sha256", "00"),
+        ("tuning.promise.kind", "beauty"),
+        ("tuning.promise.kind", []),
+        ("tuning.promise.value", -0.1),
+        ("tuning.promise.value", "0.1"),
+        ("tuning.promise.value", None),
+        ("tuning.promise.value", True),
+        ("tuning.loss", None),
+        ("tuning.loss.value", None),
+        ("tuning.loss.low", "0"),
+        ("tuning.agreement.n", LOST),
+        ("tuning.n_tokens", 1.5),
+        ("tuning.speedups", [{"of": "waiting", "context": 1, "n_decode": 1, "ratio": {}}]),
+        ("tuning.speedups", [3]),
+        ("tuning.settings", {"a": [1]}),
+    ],
+)
+def test_a_malformed_file_is_one_clear_line(path: str, value: Any, tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make(), TUNING)
+    data = json.loads((tmp_path / "p.json").read_text())
+    put(data, path, value)
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(PlanFileError, match=r"p\.json' cannot be used: .*; write it again with `adaskip-cpp tune`"):
+        load_plan(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 1e999}', b"[" * 100_000, b"\x80\x04N.", b"PK\x03\x04"],
+)
+def test_what_is_no_plan_file_is_one_clear_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(content)
+    with pytest.raises(PlanFileError, match=r"p\.json' cannot be used: .*; write it again"):
+        load_plan(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("change", [lambda old: old[:-1], lambda old: old + b"\0", lambda old: b"\0" * len(old)])
+def test_vectors_of_another_plan_are_refused(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make())
+    binary = tmp_path / "p.bin"
+    binary.write_bytes(change(binary.read_bytes()))
+    with pytest.raises(PlanFileError, match=r"p\.bin.*; write it again"):
+        load_plan(tmp_path / "p.json")
+
+
+def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make())
+    data = json.loads((tmp_path / "p.json").read_text())
+    content = np.full((tmp_path / "p.bin").stat().st_size // 4, NAN, "<f4").tobytes()
+    data["vectors"]["sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "p.bin").write_bytes(content)
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(PlanFileError, match="not finite"):
+        load_plan(tmp_path / "p.json")
+
+
+def test_missing_files_say_which(tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match=r"no plan file .*p\.json.*`adaskip-cpp tune`"):
+        load_plan(tmp_path / "p.json")
+    save_plan(tmp_path / "p.json", make())
+    (tmp_path / "p.bin").unlink()
+    with pytest.raises(PlanFileError, match=r"p\.bin', is missing"):
+        load_plan(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("max_loss", -1), ("max_loss", NAN), ("min_agreement", 1.1), ("speedup", 0.9), ("fun", 1)]
+)
+def test_an_impossible_promise_is_refused(kind: Any, value: float) -> None:
+    with pytest.raises(PlanError, match="use"):
+        Promise(kind, value)
+
+
+@pytest.mark.parametrize(
+    ("promise", "kept"),
+    [
+        (Promise("max_loss", 0.25), "yes"),
+        (Promise("max_loss", 0.2), "on average"),
+        (Promise("max_loss", 0.1), "no"),
+        (Promise("min_agreement", 0.5), "yes"),
+        (Promise("min_agreement", 0.7), "on average"),
+        (Promise("min_agreement", 0.8), "no"),
+        (Promise("speedup", 1.1), "yes"),
+        (Promise("speedup", 1.2), "on average"),
+        (Promise("speedup", 1.3), "no"),
+    ],
+)
+def test_a_promise_is_kept_by_the_interval_by_the_value_or_not(promise: Promise, kept: str) -> None:
+    assert replace(TUNING, promise=promise).kept == kept
+
+
+# --- AdaSkipLlama(plan="auto") ----------------------------------------------------------------------------------------
+
+
+def test_auto_uses_the_plan_beside_the_model(model: Path, open_auto: Any) -> None:
+    save_plan(plan_path(model), make(model), TUNING)
+    assert Path(plan_path(model)).name == "model.Q4.adaskip-plan.json"
+    llm, by_hand = open_auto(model), open_auto(model, make(model))
+    assert llm.plan == make(model) and llm.elided_kv == (2,)
+    for each in (llm, by_hand):
+        each.eval([1, 5, 6, 7])
+    np.testing.assert_array_equal(llm.scores[:4], by_hand.scores[:4])
+
+
+def test_auto_reads_nothing_but_the_plan(model: Path, open_auto: Any) -> None:
+    save_plan(plan_path(model), make(model))
+    Path(profile_path(model)).write_text("this is no profile")
+    assert open_auto(model).plan == make(model)
+
+
+def test_auto_runs_the_whole_model_where_tuning_left_it_whole(model: Path, open_auto: Any) -> None:
+    save_plan(plan_path(model), SkipPlan(NONE, NONE, model=make(model).model))
+    assert open_auto(model).plan is None
+
+
+def test_auto_without_a_plan_says_what_to_run(model: Path, open_auto: Any) -> None:
+    with pytest.raises(PlanFileError, match=r"model\.Q4\.adaskip-plan\.json.*`adaskip-cpp tune .*model\.Q4\.gguf`"):
+        open_auto(model)
+
+
+def test_auto_refuses_the_plan_of_another_model(model: Path, open_auto: Any) -> None:
+    save_plan(plan_path(model), make())
+    with pytest.raises(ProfileMismatchError, match=r"another model.*tune"):
+        open_auto(model)
+
+
+def test_another_word_than_auto_is_refused(model: Path, open_auto: Any) -> None:
+    with pytest.raises(PlanError, match='"auto"'):
+        open_auto(model, "fast")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], prog_name="adaskip-cpp")
+
+
+def said(result: Result) -> str:
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def profile(model: Path) -> Path:
+    """A profile of that model, which lies beside it."""
+    rng = np.random.default_rng(0)
+    similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
+    ones, vectors = np.ones((3, 2)), rng.normal(size=(2, 3, 2, N_EMBD)).astype(np.float32)
+    statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), *vectors, 10)
+    info = replace(OTHER_MODEL, fingerprint=fingerprint(model))
+    Profile(statistics, statistics, 1, 10, info).save(profile_path(model))
+    return Path(profile_path(model))
+
+
+@pytest.fixture
+def generate(model: Path) -> Callable[..., Result]:
+    """``generate(...)``: the verb on that model, with a short answer."""
+    words = ["generate", model, "-p", "the end", "--raw", "--ctx", 64, "--max-tokens", 4, "--temp", 0]
+    return lambda *args: run(*words, *args)
+
+
+def test_generate_uses_the_plan_beside_the_model_and_says_so(generate: Any, model: Path, tmp_path: Path) -> None:
+    whole = generate()
+    assert whole.exit_code == 0 and "skipped" not in whole.stderr
+    save_plan(plan_path(model), make(model), TUNING)
+    save_plan(tmp_path / "other.json", make(model))
+    tuned = generate()
+    assert tuned.exit_code == 0, tuned.output
+    assert "3 of 6 sublayers are skipped, as tuned for an added loss" in said(tuned)
+    assert "model.Q4.adaskip-plan.json; --full runs" in said(tuned)
+    named = generate("--plan", tmp_path / "other.json")
+    assert named.stdout == tuned.stdout and "as tuned" not in named.stderr
+
+
+def test_full_runs_the_whole_model(generate: Any, model: Path) -> None:
+    whole = generate()
+    save_plan(plan_path(model), make(model))
+    full = generate("--full")
+    assert full.exit_code == 0 and full.stdout == whole.stdout and "skipped" not in full.stderr
+    assert generate("--full", "--skip", 2).exit_code == generate("--full", "--plan", plan_path(model)).exit_code == 2
+    assert generate("--plan", plan_path(model), "--skip", 2).exit_code == 2
+
+
+def test_what_to_skip_is_taken_from_the_profile_beside_the_model(generate: Any, profile: Path, model: Path) -> None:
+    save_plan(plan_path(model), make(model))
+    result = generate("--skip", 2, "--no-online")
+    assert result.exit_code == 0 and "2 of 6" in said(result)
+    profile.unlink()
+    assert generate("--skip", 2).exit_code == 2
+
+
+def test_a_profile_beside_the_model_alone_skips_nothing(generate: Any, profile: Path) -> None:
+    assert "skipped" not in generate().stderr
+
+
+def test_a_plan_beside_the_model_that_cannot_be_used_is_told_and_not_used(generate: Any, model: Path) -> None:
+    whole = generate()
+    save_plan(plan_path(model), make())
+    result = generate()
+    assert result.exit_code == 0 and result.stdout == whole.stdout
+    assert "The whole model runs" in result.stderr and "another model" in said(result)
+
+
+def test_a_named_plan_of_another_model_is_refused(generate: Any, tmp_path: Path) -> None:
+    save_plan(tmp_path / "other.json", make())
+    result = generate("--plan", tmp_path / "other.json")
+    assert result.exit_code == 1 and "another model" in result.stderr and result.stdout == ""
+
+
+def test_plan_writes_a_plan_that_generate_takes(generate: Any, profile: Path, tmp_path: Path) -> None:
+    written = run("plan", profile, "--skip", 2, "--no-online", "-o", tmp_path / "two.json")
+    assert written.exit_code == 0 and "two.json" in written.stdout
+    assert load_plan(tmp_path / "two.json").plan == Profile.load(profile).plan(2, online=False)
+    assert generate("--plan", tmp_path / "two.json").stdout == generate("--skip", 2, "--no-online").stdout
+
+
+def test_plan_shows_a_plan_file(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make(), replace(TUNING, promise=Promise("max_loss", 0.1)))
+    result = run("plan", tmp_path / "p.json")
+    assert result.exit_code == 0 and "3 of 6 sublayers skipped in prefill, 3 in decode" in result.stdout
+    text = " ".join(result.stdout.split())
+    assert "Tuned for an added loss of at most 0.1 nats per token." in text
+    assert "added loss 0.125 (0.062 to 0.250), agreement 0.750 (0.500 to 0.875); request 1.25" in text
+    assert "promise is not kept" in text and "No KV memory is needed for 1 layer" in text
+    data = json.loads(run("plan", tmp_path / "p.json", "--json").stdout)
+    assert data["plan"]["strategy"] == "tuned" and data["tuning"]["n_texts"] == 8
+    assert run("plan", tmp_path / "p.json", "--skip", 2).exit_code == 2
