@@ -21,7 +21,7 @@ from adaskip_cpp.evaluation.evaluate import Work, run
 from adaskip_cpp.evaluation.figures import evaluation_results
 from adaskip_cpp.evaluation.requests import PromptCache, forced_logits
 from adaskip_cpp.evaluation.results import About
-from adaskip_cpp.evaluation.store import Record, Store
+from adaskip_cpp.evaluation.store import Record, open_store
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
 from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.plan import OnlineStage, SkipSet
@@ -107,7 +107,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(work: Work, models: Models, folder: Path) -> dict[Any, Record]:
-    with Store(folder, {}) as store:
+    with open_store(folder, {}) as store:
         run(work, store, models)
         return dict(store.records)
 
@@ -214,17 +214,6 @@ def test_forced_tokens_are_not_those_that_the_model_would_choose(
     assert llm.input_ids[10:19].tolist() == text[10:19]
 
 
-def test_ctrl_c_inside_the_sampler_is_not_lost(open_model: OpenModel, tiny: TinyModel, tokens: Tokens) -> None:
-    class Targets(list):
-        def __getitem__(self, index: Any) -> Any:
-            if index == 2:
-                raise KeyboardInterrupt
-            return super().__getitem__(index)
-
-    with pytest.raises(KeyboardInterrupt):
-        forced_logits(open_model(tiny()), tokens(10), Targets(tokens(5)))
-
-
 def test_an_answer_is_greedy_and_is_scored(
     models: Models, question: QuestionItem, reference: ReferenceModel, tmp_path: Path
 ) -> None:
@@ -289,7 +278,7 @@ def test_a_model_with_all_logits_is_not_opened_where_no_prompt_is_measured(
 
 def test_progress_goes_up_to_one(models: Models, items: list[TextItem], tmp_path: Path) -> None:
     seen: list[float] = []
-    with Store(tmp_path, {}) as store:
+    with open_store(tmp_path, {}) as store:
         run(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), store, models, seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(1.0)
@@ -297,7 +286,7 @@ def test_progress_goes_up_to_one(models: Models, items: list[TextItem], tmp_path
 
 def test_a_metric_that_cannot_score_is_told_before_a_model_is_opened(models: Models, tmp_path: Path) -> None:
     item = QuestionItem("q", "t", (1, 2), ("a",), 4, "no such metric")
-    with Store(tmp_path, {}) as store, pytest.raises(DataError, match="no such metric"):
+    with open_store(tmp_path, {}) as store, pytest.raises(DataError, match="no such metric"):
         run(Work((FULL,), questions=[item]), store, models)
     assert models.asked == []
 
@@ -340,15 +329,15 @@ def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(
     work = Work(CONTENDERS, items[:1], [question], 5, tokens(8), 2)
     measured(work, models, tmp_path / "whole")
     lines = (tmp_path / "whole" / "items.jsonl").read_bytes().splitlines(keepends=True)
-    with Store(tmp_path / "whole", {}) as store:
+    with open_store(tmp_path / "whole", {}) as store:
         expected = evaluation_results(work, store.records, ABOUT).to_json()
     for n_done in range(len(lines) + 1):
         folder = tmp_path / str(n_done)
-        with Store(folder, {}):
+        with open_store(folder, {}):
             pass
         torn = lines[n_done][:-7] if n_done < len(lines) else b""
         (folder / "items.jsonl").write_bytes(b"".join(lines[:n_done]) + torn)
-        with Store(folder, {}) as store:
+        with open_store(folder, {}) as store:
             run(work, store, models)
             assert evaluation_results(work, store.records, ABOUT).to_json() == expected, n_done
 
@@ -363,10 +352,10 @@ def test_after_an_interrupt_all_results_so_far_are_there_and_no_model_is_open(
         if len(seen) == 4:
             raise KeyboardInterrupt
 
-    with Store(tmp_path, {}) as store, pytest.raises(KeyboardInterrupt):
+    with open_store(tmp_path, {}) as store, pytest.raises(KeyboardInterrupt):
         run(work, store, models, interrupt)
     assert not models.still_open
-    with Store(tmp_path, {}) as store:
+    with open_store(tmp_path, {}) as store:
         assert len(store.records) == 4
         run(work, store, models)
         assert set(store.records) == set(work.results())

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.evaluation.store import Record, Store, content_hash
+from adaskip_cpp.evaluation.store import Record, content_hash, open_store
 
 SETTINGS = {"model": "abc", "n": 3, "items": ["a", "b"]}
 OTHER = {**SETTINGS, "n": 4}
 
 
 def fill(folder: Path, settings: dict = SETTINGS, n: int = 3) -> Path:
-    with Store(folder, settings) as store:
+    with open_store(folder, settings) as store:
         for i in range(n):
             store.append(Record(f"item {i}", "full", "prompt", {"loss": i / 3}))
     return folder / "items.jsonl"
@@ -27,14 +27,14 @@ def test_a_result_is_one_line_of_json(tmp_path: Path) -> None:
 
 
 def test_a_result_is_on_disk_before_the_store_is_closed(tmp_path: Path) -> None:
-    with Store(tmp_path, SETTINGS) as store:
+    with open_store(tmp_path, SETTINGS) as store:
         store.append(Record("a", "full", "prompt", {"loss": 1.0}))
         assert (tmp_path / "items.jsonl").read_text().endswith('{"loss":1.0}}\n')
 
 
 def test_equal_settings_take_the_results_up_again(tmp_path: Path) -> None:
     fill(tmp_path)
-    with Store(tmp_path, dict(reversed(SETTINGS.items()))) as store:
+    with open_store(tmp_path, dict(reversed(SETTINGS.items()))) as store:
         assert store.set_aside is None
         assert [key[0] for key in store.records] == ["item 0", "item 1", "item 2"]
         assert store.records["item 2", "full", "prompt"].values == {"loss": 2 / 3}
@@ -45,7 +45,7 @@ def test_what_a_crash_left_of_the_last_line_is_dropped_and_written_over(tmp_path
     path = fill(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-n_lost])
-    with Store(tmp_path, SETTINGS) as store:
+    with open_store(tmp_path, SETTINGS) as store:
         assert [key[0] for key in store.records] == ["item 0", "item 1"]
         store.append(Record("item 2", "full", "prompt", {"loss": 2 / 3}))
     assert path.read_bytes() == whole
@@ -55,13 +55,13 @@ def test_a_malformed_line_elsewhere_is_told_by_its_number(tmp_path: Path) -> Non
     path = fill(tmp_path)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-5], lines[2], ""]))
-    with pytest.raises(DataError, match=r"line 2 of .*items\.jsonl"), Store(tmp_path, SETTINGS):
+    with pytest.raises(DataError, match=r"line 2 of .*items\.jsonl"), open_store(tmp_path, SETTINGS):
         pass
 
 
 def test_other_settings_begin_anew_and_keep_the_old_results_under_their_hash(tmp_path: Path) -> None:
     old = fill(tmp_path).read_bytes()
-    with Store(tmp_path, OTHER) as store:
+    with open_store(tmp_path, OTHER) as store:
         assert store.records == {}
         assert store.set_aside == tmp_path / f"items-{content_hash(SETTINGS)[:12]}.jsonl"
         assert store.set_aside.read_bytes() == old
@@ -71,16 +71,16 @@ def test_other_settings_begin_anew_and_keep_the_old_results_under_their_hash(tmp
 def test_settings_that_come_back_find_their_results(tmp_path: Path) -> None:
     fill(tmp_path)
     fill(tmp_path, OTHER, n=1)
-    with Store(tmp_path, SETTINGS) as store:
+    with open_store(tmp_path, SETTINGS) as store:
         assert len(store.records) == 3
-    with Store(tmp_path, OTHER) as store:
+    with open_store(tmp_path, OTHER) as store:
         assert len(store.records) == 1
 
 
 def test_facts_are_those_of_the_beginning_and_do_not_count_as_settings(tmp_path: Path) -> None:
-    with Store(tmp_path, SETTINGS, {"started": "today"}) as store:
+    with open_store(tmp_path, SETTINGS, {"started": "today"}) as store:
         store.append(Record("a", "full", "prompt"))
-    with Store(tmp_path, SETTINGS, {"started": "tomorrow"}) as store:
+    with open_store(tmp_path, SETTINGS, {"started": "tomorrow"}) as store:
         assert len(store.records) == 1
         assert store.facts == {"started": "today"}
 
@@ -88,7 +88,7 @@ def test_facts_are_those_of_the_beginning_and_do_not_count_as_settings(tmp_path:
 def test_results_without_settings_are_put_aside(tmp_path: Path) -> None:
     path = fill(tmp_path)
     (tmp_path / "settings.json").write_text("{")
-    with Store(tmp_path, SETTINGS) as store:
+    with open_store(tmp_path, SETTINGS) as store:
         assert store.records == {}
         assert store.set_aside == tmp_path / "items-unknown.jsonl"
     assert path.read_bytes() == b""
@@ -96,18 +96,18 @@ def test_results_without_settings_are_put_aside(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
     with (
-        Store(tmp_path, SETTINGS),
+        open_store(tmp_path, SETTINGS),
         pytest.raises(DataError, match="another evaluation is writing"),
-        Store(tmp_path, SETTINGS),
+        open_store(tmp_path, SETTINGS),
     ):
         pass
-    with Store(tmp_path, SETTINGS):
+    with open_store(tmp_path, SETTINGS):
         pass
 
 
 def test_what_is_no_number_is_null_on_disk(tmp_path: Path) -> None:
-    with Store(tmp_path, SETTINGS) as store:
+    with open_store(tmp_path, SETTINGS) as store:
         store.append(Record("a", "full", "prompt", {"loss": float("nan")}))
     assert json.loads((tmp_path / "items.jsonl").read_text())["values"] == {"loss": None}
-    with Store(tmp_path, SETTINGS) as store:
+    with open_store(tmp_path, SETTINGS) as store:
         assert store.records["a", "full", "prompt"].values == {"loss": None}

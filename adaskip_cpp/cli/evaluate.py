@@ -123,7 +123,7 @@ def evaluate(
     from ..evaluation.items import EvaluationOptions, prepare
     from ..evaluation.output import configuration, write_results
     from ..evaluation.results import About
-    from ..evaluation.store import Store
+    from ..evaluation.store import open_store
     from ..measuring.cores import BUSY
     from ..planning.profile import Profile
 
@@ -146,7 +146,7 @@ def evaluate(
     }
     err = console(stderr=True)
     interrupted = False
-    with Store(output, settings, facts) as store:
+    with open_store(output, settings, facts) as store:
         load = store.facts["load_average"]
         if work.speed_prompt and load > BUSY:
             notes.append(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import NativeError
 from ..measuring.distribution import Logits, compare, losses
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class PromptCache:
 
 
 def forced_logits(llm: AdaSkipLlama, prompt: Sequence[int], targets: Sequence[int]) -> Logits:
-    """Generate behind a prompt, where each token taken is the next target, and return the logits before each.
+    """Begin a request, decode given tokens behind its prompt, one by one, and return the logits before each.
 
     The logits of the first target are those of prefill, all others those of decode.
 
@@ -54,31 +53,15 @@ def forced_logits(llm: AdaSkipLlama, prompt: Sequence[int], targets: Sequence[in
     Returns:
         float32 ``[len(targets), n_vocab]``.
     """
-    from llama_cpp import LogitsProcessorList
+    import llama_cpp
 
     rows = np.empty((len(targets), llm.n_vocab()), np.float32)
-    failed: list[BaseException] = []
-    position = 0
-
-    def force(_: Any, scores: Any) -> Any:
-        # ctypes swallows what is raised in a callback, Ctrl-C included.
-        try:
-            rows[position] = scores
-            forced = np.full_like(scores, -np.inf)
-            forced[targets[position]] = 0.0
-            return forced
-        except BaseException as error:
-            failed.append(error)
-            return scores
-
-    with closing(llm.generate(prompt, temp=0.0, logits_processor=LogitsProcessorList([force]))) as steps:
-        for target in targets:
-            token = next(steps)
-            if failed:
-                raise failed[0]
-            if token != target:
-                raise NativeError(f"the model took token {token} instead of {target}; run the evaluation again")
-            position += 1
+    with closing(llm.generate(prompt, temp=0.0)) as steps:
+        next(steps)
+    for i, row in enumerate(rows):
+        if i:
+            llm.eval_decode(targets[i - 1 : i])
+        row[:] = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), row.shape)
     return rows
 
 

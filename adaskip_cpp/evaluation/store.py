@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, TypeAlias
 
 import msgspec
@@ -23,12 +22,12 @@ from ..errors import DataError
 from ..files import write_atomically
 from ..measuring.timing import RequestTime
 
-__all__ = ["Key", "Record", "Store", "content_hash"]
+__all__ = ["Key", "Record", "Store", "content_hash", "open_store"]
 
 Key: TypeAlias = tuple[str, str, str]
 """Item, contender and measure: what a result is of."""
 
-_FILES = _ITEMS, _SETTINGS = "items.jsonl", "settings.json"
+_ITEMS, _SETTINGS = "items.jsonl", "settings.json"
 _N_HASH = 12
 """Digits of a hash in a file's name."""
 
@@ -80,14 +79,41 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(value, enc_hook=encode, order="sorted")).hexdigest()
 
 
+@dataclass
 class Store:
-    """The results in a folder; a context manager that keeps other runs out of it.
+    """The results in a folder, from :func:`open_store`.
 
     Attributes:
         folder: where they are.
         records: what is known, by item, contender and measure; read and appended.
         facts: what was kept beside the settings when these results were begun.
         set_aside: the file into which results of other settings were moved, or None.
+        file: the open file of results.
+    """
+
+    folder: Path
+    records: dict[Key, Record]
+    facts: dict[str, Any]
+    set_aside: Path | None
+    file: IO[bytes]
+
+    def append(self, record: Record) -> None:
+        """Add a result; when this returns, it is on the disk.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.file.write(msgspec.json.encode(record) + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.records[record.key] = record
+
+
+@contextlib.contextmanager
+def open_store(
+    folder: str | os.PathLike[str], settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+) -> Iterator[Store]:
+    """Take up the results in a folder, and keep other runs out of it.
 
     Args:
         folder: made where it is missing.
@@ -98,85 +124,55 @@ class Store:
         DataError: another run is using the folder, or a line of its results is malformed.
         OSError: the folder cannot be written.
     """
-
-    def __init__(
-        self, folder: str | os.PathLike[str], settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None
-    ) -> None:
-        self.folder = Path(folder)
-        self.records: dict[Key, Record] = {}
-        self.facts = dict(facts or {})
-        self.set_aside: Path | None = None
-        self._settings = dict(settings)
-        self._open = contextlib.ExitStack()
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> Store:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as opened:
-            _lock(opened.enter_context(open(self.folder / ".lock", "w", encoding="utf-8")))
-            self._take_up()
-            self._file = opened.enter_context(open(self.folder / _ITEMS, "a+b"))
-            self._file.seek(0)
-            content = self._file.read()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+        _lock(lock)
+        header, set_aside = _take_up(folder, _Header(content_hash(settings), {**(facts or {})}, {**settings}))
+        with open(folder / _ITEMS, "a+b") as file:
+            file.seek(0)
+            content = file.read()
             end = content.rfind(b"\n") + 1  # what a crash left of the last line does not count
-            self._file.truncate(end)
-            self.records = {record.key: record for record in _parse(content[:end], self.folder / _ITEMS)}
-            self._open = opened.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file = None
-        self._open.close()
-
-    def append(self, record: Record) -> None:
-        """Add a result; when this returns, it is on the disk.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        if self._file is None:
-            raise ValueError("the store is closed; use it in a with statement")
-        self._file.write(msgspec.json.encode(record) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.records[record.key] = record
-
-    def _take_up(self) -> None:
-        """Put results of other settings aside, and take up those of these settings, or write the settings."""
-        mine = _Header(content_hash(self._settings), self.facts, self._settings)
-        found = self._read_header(_SETTINGS)
-        if found is None or found.hash != mine.hash:
-            aside = [_aside(name, found.hash if found else "unknown") for name in _FILES]
-            if (self.folder / _ITEMS).exists():
-                self.set_aside = self.folder / aside[0]
-            self._move(_FILES, aside)
-            earlier = [_aside(name, mine.hash) for name in _FILES]
-            found = self._read_header(earlier[1])
-            if found is not None and found.hash == mine.hash:
-                self._move(earlier, _FILES)
-            else:
-                found = mine
-                write_atomically(self.folder / _SETTINGS, msgspec.json.format(msgspec.json.encode(mine), indent=1))
-        self.facts = found.facts
-
-    def _move(self, names: Sequence[str], targets: Sequence[str]) -> None:
-        for name, target in zip(names, targets, strict=True):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(self.folder / name, self.folder / target)
-
-    def _read_header(self, name: str) -> _Header | None:
-        """None if there is no such file, or if it is damaged."""
-        try:
-            return msgspec.json.decode((self.folder / name).read_bytes(), type=_Header)
-        except (FileNotFoundError, msgspec.DecodeError):
-            return None
+            file.truncate(end)
+            records = {record.key: record for record in _parse(content[:end], folder / _ITEMS)}
+            yield Store(folder, records, header.facts, set_aside, file)
 
 
-def _aside(name: str, digest: str) -> str:
-    stem, ending = name.rsplit(".", 1)
-    return f"{stem}-{digest[:_N_HASH]}.{ending}"
+def _take_up(folder: Path, mine: _Header) -> tuple[_Header, Path | None]:
+    """Put results of other settings aside, and take up those of these settings, or write the settings."""
+    here = [folder / name for name in (_ITEMS, _SETTINGS)]
+    found = _read_header(here[1])
+    if found is not None and found.hash == mine.hash:
+        return found, None
+    aside, earlier = (
+        [_aside(path, digest) for path in here] for digest in (found.hash if found else "unknown", mine.hash)
+    )
+    set_aside = aside[0] if here[0].exists() else None
+    _move(here, aside)
+    found = _read_header(earlier[1])
+    if found is not None and found.hash == mine.hash:
+        _move(earlier, here)
+        return found, set_aside
+    write_atomically(here[1], msgspec.json.format(msgspec.json.encode(mine), indent=1))
+    return mine, set_aside
+
+
+def _move(paths: Sequence[Path], targets: Sequence[Path]) -> None:
+    for path, target in zip(paths, targets, strict=True):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, target)
+
+
+def _read_header(path: Path) -> _Header | None:
+    """None if there is no such file, or if it is damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Header)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def _aside(path: Path, digest: str) -> Path:
+    return path.with_name(f"{path.stem}-{digest[:_N_HASH]}{path.suffix}")
 
 
 def _lock(file: IO[str]) -> None:
