@@ -10,10 +10,10 @@ each of three other pages. Sublayers are chosen by the paper's rule, a tenth, a 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
+from results import packaged_models
 
 from adaskip_cpp import AdaSkipLlama, calibrate
 from adaskip_cpp.measuring import corpus
@@ -23,17 +23,6 @@ from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATIO
 PAGES = ("debugger", "string-methods", "typesmapping")
 N_DECODE = 32
 SHARES = (1 / 10, 1 / 5, 1 / 4)
-
-
-def packaged_models() -> list[Path]:
-    """Return the models of the tests; the second one is joined from its parts once, in a folder of its own."""
-    root = Path(__file__).resolve().parent.parent
-    sys.path.insert(0, str(root / "tests"))
-    from models import gemma3, smollm2
-
-    cache = root / "build" / "models"
-    cache.mkdir(parents=True, exist_ok=True)
-    return [smollm2(), gemma3(cache)]
 
 
 def compare(path: Path) -> None:
@@ -62,7 +51,7 @@ def compare(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL.gguf")
-    models = parser.parse_args().models or packaged_models()
+    models = parser.parse_args().models or packaged_models().values()
     print(f"Added loss in nats per token; the default compensation is {DEFAULT_COMPENSATION}.\n")
     print(f"| model | sublayers skipped | {' | '.join(COMPENSATIONS)} |")
     print("|---|---|" + "---|" * len(COMPENSATIONS), flush=True)

@@ -29,12 +29,15 @@ ROUNDS = {"smollm2": 40, "gemma3": 60}
 LONG = {"smollm2": 6000, "gemma3": 16000}
 
 
-def packaged_models(folder: Path) -> dict[str, Path]:
-    """Return the models of the tests; the second one is joined from its parts once, in ``folder``."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+def packaged_models() -> dict[str, Path]:
+    """Return the models of the tests; the second one is joined from its parts once."""
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root / "tests"))
     from models import gemma3, smollm2
 
-    return {"smollm2": smollm2(), "gemma3": gemma3(folder)}
+    cache = root / "build" / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    return {"smollm2": smollm2(), "gemma3": gemma3(cache)}
 
 
 def run(*arguments: object) -> None:
@@ -84,7 +87,7 @@ def main() -> None:
     if unknown := set(args.steps) - set(STEPS):
         parser.error(f"there is no step {', '.join(sorted(unknown))}; use {', '.join(STEPS)}")
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, model in packaged_models(args.output).items():
+    for name, model in packaged_models().items():
         profile = args.output / f"{name}.json"
         if not profile.exists():
             run("calibrate", model, "-o", profile, "--no-cost")
