@@ -166,8 +166,7 @@ def panels(
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(INK)
             spine.set_linewidth(0.8)
-        for which in ("both", "minor"):
-            axes.tick_params(which=which, color=INK, labelcolor=INK, labelsize=TEXT_PT - 0.5, width=0.8, length=3)
+        axes.tick_params(which="both", color=INK, labelcolor=INK, labelsize=TEXT_PT - 0.5, width=0.8, length=3)
         for label in (axes.xaxis.label, axes.yaxis.label):
             label.set_color(INK)
             label.set_fontsize(TEXT_PT)
