@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from command_line import line
 from rich.console import Console
 from tiny_families import N_EMBD
 
@@ -51,15 +52,6 @@ def profile_path(tiny: Any, tmp_path: Path) -> Path:
     statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(n_layer), zeros, zeros, 10)
     Profile(statistics, statistics, 1, 10, ModelInfo(fingerprint(tiny()), "llama", n_layer)).save(path)
     return path
-
-
-def line(result: Result, code: int = 1) -> str:
-    """The one line of a user's error."""
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    (only,) = result.stderr.splitlines()
-    assert only.startswith("Error: ")
-    return only
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

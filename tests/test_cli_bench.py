@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from command_line import line
 from rich.console import Console
 from tiny_families import N_EMBD
 
@@ -62,15 +63,6 @@ def profile_path(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("profile") / "p.json"
     Profile(statistics, statistics, 1, 10, ModelInfo(fingerprint(tiny()), "llama", 3)).save(path)
     return path
-
-
-def line(result: Result, code: int = 1) -> str:
-    """The one line of a user's error, before anything is measured."""
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    (only,) = result.stderr.splitlines()
-    assert only.startswith("Error: ")
-    return only
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

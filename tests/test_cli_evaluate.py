@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from command_line import line
 from tiny_families import N_CTX_TRAIN, N_EMBD
 
 from adaskip_cpp import Profile
@@ -70,15 +71,6 @@ def run(tiny: Any, profile_path: Path, text: Path, tmp_path: Path) -> Run:
 @pytest.fixture
 def results(tmp_path: Path) -> Callable[[], Any]:
     return lambda: json.loads((tmp_path / "out" / "results.json").read_text())
-
-
-def line(result: Result, code: int = 1) -> str:
-    """The one line of a user's error."""
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    (only,) = result.stderr.splitlines()
-    assert only.startswith("Error: ")
-    return only
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
