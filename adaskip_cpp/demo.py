@@ -149,13 +149,13 @@ def run(
     """
     on_stage(f"Calibrating on {_N_REQUESTS} requests of 512 tokens of Python's language reference")
     with closing(open_model(N_PROMPT + N_ANSWER)) as llm:
+        prompt, n_threads = _prompt(llm), llm.n_threads
         requests = corpus.cut(llm, corpus.text(), _N_REQUESTS, 512)
         profile = calibrate(
             llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=corpus.DESCRIPTION
         )
         plan = choose(profile)
         on_plan(profile, plan)
-        prompt, n_threads = _prompt(llm), llm.n_threads
         # A second model beside the first, as only one opened with the plan saves its KV memory.
         with closing(open_model(N_PROMPT + N_ANSWER, plan=plan)) as skipping:
             full, skipped = Side(llm.kv_bytes), Side(skipping.kv_bytes)

@@ -184,6 +184,11 @@ def test_an_empty_or_too_long_prompt_is_an_error_of_one_line(run: Run, tiny: Any
     assert "chat template" in line(run("generate", tiny(), "-p", "hello", "--chat"))
 
 
+def test_a_prompt_that_is_no_unicode_is_read_as_far_as_it_is(run: Run, tiny: Any) -> None:
+    # Bytes that are no UTF-8 reach Python's arguments as lone surrogates.
+    assert run("generate", tiny(), "-p", "hello \udcff", "--max-tokens", 2).exit_code == 0
+
+
 def test_what_llama_cpp_refuses_is_an_error_of_one_line(
     run: Run, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

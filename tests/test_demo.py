@@ -53,6 +53,14 @@ def test_skipping_in_decode_alone_is_said_and_judged(short: Path) -> None:
     assert "adaskip-cpp demo --mode decode --skip 1" in result.stdout
 
 
+def test_what_would_fail_at_the_end_fails_at_once(short: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "calibrate", lambda *args, **options: pytest.fail("it has begun to calibrate"))
+    result = run("--model", short, "--svg", short.parent / "nope" / "demo.svg")
+    assert result.exit_code == 1 and "no folder" in result.stderr and "--svg FILE" in result.stderr
+    result = run("--model", tiny())
+    assert result.exit_code == 1 and "no chat template" in result.stderr
+
+
 def test_without_its_model_it_tells_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = run()

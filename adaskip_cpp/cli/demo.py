@@ -13,7 +13,18 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
 from .report import layer_list, megabytes, n_skipped
-from .terminal import OUTPUT, console, json_option, load_model, model_options, option, recorder, save_svg, verb
+from .terminal import (
+    OUTPUT,
+    check_output,
+    console,
+    json_option,
+    load_model,
+    model_options,
+    option,
+    recorder,
+    save_svg,
+    verb,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +40,7 @@ __all__ = ["demo"]
 @option("--model", metavar="MODEL", help="Another GGUF file with a chat template.  [default: packaged SmolLM2-135M]")
 @plan_options
 @model_options
-@option("--svg", group=OUTPUT, type=click.Path(dir_okay=False), help="Also save what is shown as a picture.")
+@option("--svg", group=OUTPUT, metavar="FILE", help="Also save what is shown as a picture.")
 @json_option
 def demo(
     model: str | None,
@@ -49,6 +60,8 @@ def demo(
     chosen = request or PlanRequest()
     if chosen.speedup is not None:
         raise click.UsageError("the demo times no sublayers; give --skip instead", click.get_current_context())
+    if svg is not None:
+        check_output(svg, "--svg")
     out, err = console(), console(stderr=True)
     start = time.monotonic()
     path = model or packaged_model()

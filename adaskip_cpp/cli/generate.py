@@ -94,4 +94,4 @@ def _tokens(llm: AdaSkipLlama, text: str, chat: bool | None) -> list[int]:
         return []
     if has_chat_template(llm) if chat is None else chat:
         return chat_tokens(llm, [("user", text)])
-    return llm.tokenize(text.encode(), special=True)
+    return llm.tokenize(text.encode("utf-8", "replace"), special=True)

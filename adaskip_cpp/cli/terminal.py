@@ -278,14 +278,18 @@ def read_text(file: str) -> str:
         raise RequestError(f"{file!r} is not UTF-8 text ({error.reason}); convert it first") from error
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, option: str = "-o") -> None:
     """Refuse a file that cannot be written before minutes of work, not after.
+
+    Args:
+        path: the file.
+        option: that names it.
 
     Raises:
         ProfileError: it cannot.
     """
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise ProfileError(f"there is no folder {folder!r}; create it or choose another place with -o FILE")
+        raise ProfileError(f"there is no folder {folder!r}; create it or choose another place with {option} FILE")
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ProfileError(f"cannot write {path!r}; choose another place with -o FILE")
+        raise ProfileError(f"cannot write {path!r}; choose another place with {option} FILE")
