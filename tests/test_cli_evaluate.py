@@ -1,7 +1,9 @@
 """``adaskip-cpp evaluate``: a folder of results, a second run that goes on, one line for what cannot be measured."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from click.testing import CliRunner, Result
 from command_line import line
 from tiny_families import N_CTX_TRAIN, N_EMBD
 
-from adaskip_cpp import Profile
+from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.cli.evaluate import evaluate as command
 from adaskip_cpp.cli.terminal import Verbs
 from adaskip_cpp.evaluation import evaluate
+from adaskip_cpp.model.beside import plan_path
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.planning.compensation import DEFAULT_COMPENSATION
 
@@ -225,6 +229,26 @@ def test_a_changed_setting_begins_anew_and_says_where_the_old_results_are(run: R
     assert "The settings have changed; earlier results are kept in" in result.stderr
     (kept,) = (tmp_path / "out").glob("items-*.jsonl")
     assert kept.name in result.stderr.replace("\n", "")
+
+
+def test_a_plan_file_is_compared_too_that_beside_the_model_unless_another_is_named(
+    run: Run, tiny: Any, tmp_path: Path, results: Any
+) -> None:
+    model = Path(shutil.copy(tiny(), tmp_path / "m.gguf"))
+    info = ModelInfo(fingerprint(model), "llama", 3)
+    for path, layer in ((plan_path(model), 1), (tmp_path / "other.json", 2)):
+        save_plan(path, replace(SkipPlan.manual(3, ffn=[layer]), mode="prefill", model=info, compensation="none"))
+    arguments = ("--skip", 2, "--strategy", "early_exit", "--mode", "prefill", "--texts", 0, "--rounds", 1)
+    for more in ((), ("--plan", tmp_path / "other.json")):
+        assert run(*arguments, *more, model=model).exit_code == 0
+        assert [each["name"] for each in results()["contenders"]] == ["full", "early_exit-2-prefill", "tuned"]
+    hashes = [
+        json.loads(path.read_text())["settings"]["contenders"]["tuned"] for path in (tmp_path / "out").glob("settings*")
+    ]
+    assert len(set(hashes)) == 2
+    Path(plan_path(model)).write_text("{")
+    assert "the tuned plan is left out" in run(*arguments, model=model).stderr
+    assert "there is no plan file" in line(run(*arguments, "--plan", tmp_path / "none.json", model=model))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

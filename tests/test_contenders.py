@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp import Profile
+from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.errors import DataError, PlanError
 from adaskip_cpp.evaluation.contenders import FULL, Contender, contenders, every_request
 from adaskip_cpp.evaluation.store import content_hash
@@ -118,9 +118,15 @@ def test_the_hash_of_a_profile_is_of_its_arrays_too(profile: Profile, tmp_path: 
     assert content_hash(other) != content_hash(profile)
 
 
-def test_a_tuned_plan_comes_last_if_its_mode_is_asked_for_and_it_is_none_of_the_others(profile: Profile) -> None:
+def test_a_saved_plan_comes_last_unless_it_is_one_of_the_others_or_of_no_mode(profile: Profile) -> None:
     requests = every_request(N_LAYER, strategies=["adaskip"], n_skips=[4], modes=["prefill"])
-    tuned = profile.plan(7, mode="prefill")
-    assert [each.name for each in contenders(profile, requests, tuned)[0]][2:] == ["tuned"]
-    for other in (profile.plan(7, mode="e2e"), profile.plan(4, mode="prefill")):
-        assert [each.name for each in contenders(profile, requests, other)[0]][2:] == []
+    every, notes = contenders(profile, requests, profile.plan(7, mode="e2e"))
+    assert [each.name for each in every][2:] == ["tuned"]
+    assert notes == []
+    for plan, why in (
+        (profile.plan(4, mode="prefill"), "it skips the same as adaskip-4-prefill-linear"),
+        (SkipPlan.manual(N_LAYER, ffn=[1]), "its layers were listed, for no mode"),
+    ):
+        every, notes = contenders(profile, requests, plan)
+        assert len(every) == 2
+        assert notes == [f"the tuned plan is left out: {why}"]

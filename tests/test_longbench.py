@@ -58,10 +58,10 @@ class Files:
     def lines(self, *records: Any, name: str = "data.jsonl") -> Path:
         return self.write(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
-    def read(self, *paths: Path, n_ctx: int = 512) -> list[QuestionItem]:
+    def read(self, *paths: Path, n_ctx: int = 512, **options: Any) -> list[QuestionItem]:
         prompts = self.write("dataset2prompt.json", json.dumps(self.prompts))
         lengths = self.write("dataset2maxlen.json", json.dumps(self.lengths))
-        return longbench_items(LLM, paths, prompts=prompts, lengths=lengths, n_ctx=n_ctx, wrap=chat)
+        return longbench_items(LLM, paths, prompts=prompts, lengths=lengths, n_ctx=n_ctx, wrap=chat, **options)
 
 
 @pytest.fixture
@@ -103,6 +103,13 @@ def test_blank_lines_are_passed_over_and_counted(files: Files) -> None:
 def test_items_of_the_same_id_are_told_apart(files: Files) -> None:
     items = files.read(files.lines(record(), record(), record(_id=None), record(_id=None)))
     assert len({item.id for item in items}) == 4
+
+
+def test_the_first_few_of_each_dataset_may_be_taken(files: Files) -> None:
+    lines = [record(name, _id=f"{name} {i}") for i in range(3) for name in ("hotpotqa", "musique")]
+    items = files.read(files.lines(*lines, name="all.jsonl"), n_each=2)
+    names = [item.id.removeprefix("longbench/all/") for item in items]
+    assert names == ["hotpotqa 0", "musique 0", "hotpotqa 1", "musique 1"]
 
 
 def test_longbench_e_is_read_with_the_settings_of_its_dataset(files: Files) -> None:

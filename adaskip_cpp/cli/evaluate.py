@@ -16,6 +16,7 @@ from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import names, numbers
+from .planning import plan_file_option
 from .terminal import CHOOSING, RUNNING, console, json_option, load_model, model_options, option, verb
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ _speed = partial(option, group="Speed")
     type=click.Choice([name for name in STRATEGIES if name != "manual"]),
     help=f"A strategy{_AGAIN}.  [default: all]",
 )
+@plan_file_option
 @_choosing("--speedup", "speedups", type=numbers(float, "1.2,1.4"), help="Also: predicted speed-ups.")
 @_choosing("--mode", "modes", multiple=True, type=click.Choice(MODES), help=f"A mode{_AGAIN}.  [default: all]")
 @_choosing(

@@ -80,7 +80,7 @@ def every_request(
 
 
 def contenders(
-    profile: Profile, requests: Sequence[PlanRequest], tuned: SkipPlan | None = None
+    profile: Profile, requests: Sequence[PlanRequest], saved: SkipPlan | None = None
 ) -> tuple[list[Contender], list[str]]:
     """Return the full model and every plan that the profile gives, and a note on each that it does not.
 
@@ -89,7 +89,7 @@ def contenders(
     Args:
         profile: of the model.
         requests: the plans that are wanted, in this order; a speed-up with its context.
-        tuned: a plan that was found by `tune`, which comes last if its mode is one of theirs.
+        saved: a plan as `tune` finds it, which comes last.
 
     Raises:
         DataError: there is no plan but the full model.
@@ -111,9 +111,13 @@ def contenders(
             notes.append(f"{name} is left out: it skips the same as {twin}")
         else:
             found.append(Contender(name, strategy, budget, request.mode, compensation, plan))
-    wanted = tuned is not None and tuned.mode in {request.mode for request in requests}
-    if tuned is not None and tuned.mode != "manual" and wanted and not any(_alike(each.plan, tuned) for each in found):
-        found.append(Contender("tuned", "tuned", "tuned", tuned.mode, tuned.compensation, tuned))
+    if saved is not None:
+        twin = next((each.name for each in found if _alike(each.plan, saved)), None)
+        if saved.mode == "manual" or twin is not None:
+            why = "its layers were listed, for no mode" if twin is None else f"it skips the same as {twin}"
+            notes.append(f"the tuned plan is left out: {why}")
+        else:
+            found.append(Contender("tuned", "tuned", "tuned", saved.mode, saved.compensation, saved))
     if len(found) == 1:
         raise DataError(
             f"there is nothing to compare with the full model ({'; '.join(notes)}); choose other budgets (--skip)"

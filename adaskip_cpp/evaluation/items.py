@@ -14,9 +14,9 @@ from ..measuring import corpus
 from ..measuring.longbench import longbench_items
 from ..measuring.synthetic import synthetic_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, raw_wrap, read_texts, text_items
-from ..model.beside import plan_path
+from ..model.beside import check_model, plan_path
 from ..model.plan import SkipPlan
-from ..model.plan_file import plan_beside
+from ..model.plan_file import load_plan, plan_beside
 from ..planning.request import PlanRequest
 from .contenders import contenders
 from .evaluate import OpenModel, Work
@@ -40,6 +40,8 @@ class EvaluationOptions:
 
     Attributes:
         plans: the plans to compare; speed-ups without a context are for the prompt that is timed.
+        plan_file: a plan to compare with them, as `tune` writes it; None for that beside the model, if it is there and
+            of one of their modes.
         text_files: UTF-8 text.
         builtin: ``"pages"`` that calibration leaves out, ``"sources"`` of Python; () for the former if there are no
             files.
@@ -55,6 +57,7 @@ class EvaluationOptions:
     """
 
     plans: tuple[PlanRequest, ...]
+    plan_file: str | None = None
     text_files: tuple[str, ...] = ()
     builtin: tuple[str, ...] = ()
     n_texts: int = 8
@@ -89,12 +92,12 @@ def prepare(
     limit = min(options.ctx or n_most, n_most)
     if options.ctx is not None and options.ctx > n_most:
         raise DataError(f"the model is made for contexts of {n_most} tokens, not {options.ctx}; use a smaller --ctx")
-    speed_context = _speed_context(options, limit)
+    speed_context = 0
+    if options.n_rounds:
+        speed_context = options.speed_context or max(min(_SPEED_CONTEXT, limit - options.n_continuation - 1), 2)
     needed = {
         "the items of text (--tokens)": options.n_tokens if options.n_texts else 0,
-        "the measurement of speed (--speed-context)": speed_context + options.n_continuation + 1
-        if speed_context
-        else 0,
+        "the measurement of speed (--speed-context)": options.n_rounds and speed_context + options.n_continuation + 1,
         "the synthetic tasks (--lengths)": max(options.lengths) + _ANSWER if options.synthetic else 0,
     }
     for what, n in needed.items():
@@ -102,8 +105,8 @@ def prepare(
             raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
     n_ctx = options.ctx or max([*needed.values(), min(_LONGBENCH_CTX, n_most) if options.longbench else 8])
     requests = [request.at(speed_context or _SPEED_CONTEXT) for request in options.plans]
-    tuned, untold = _tuned(model)
-    plans, notes = contenders(profile, requests, tuned)
+    saved, untold = _saved(model, options)
+    plans, notes = contenders(profile, requests, saved)
     notes += untold
     with closing(open_model(n_ctx, False)) as llm:
         texts, questions, speed_prompt, words = _items(llm, options, n_ctx, speed_context)
@@ -113,20 +116,20 @@ def prepare(
         return work, notes, words, evaluation_settings(llm, profile, work)
 
 
-def _tuned(model: str) -> tuple[SkipPlan | None, list[str]]:
-    """The tuned plan beside the model if there is one, and why it is left out if it cannot be used."""
+def _saved(model: str, options: EvaluationOptions) -> tuple[SkipPlan | None, list[str]]:
+    """The plan of a plan file if there is one, and why that beside the model is left out if it cannot be used."""
+    if options.plan_file is not None:
+        plan = load_plan(options.plan_file).plan
+        if plan.model is not None:
+            check_model(plan.model, model, options.plan_file)
+        return plan, []
     if not os.path.exists(plan_path(model)):
         return None, []
     try:
-        return plan_beside(model).plan, []
+        plan = plan_beside(model).plan
     except AdaSkipError as error:
         return None, [f"the tuned plan is left out: {error}"]
-
-
-def _speed_context(options: EvaluationOptions, limit: int) -> int:
-    if options.n_rounds == 0:
-        return 0
-    return options.speed_context or max(min(_SPEED_CONTEXT, limit - options.n_continuation - 1), 2)
+    return (plan if plan.mode in {request.mode for request in options.plans} else None), []
 
 
 def _items(
@@ -158,13 +161,30 @@ def _items(
         )
     questions: list[QuestionItem] = []
     if options.synthetic:
-        questions += _synthetic(llm, whole, options)
+        questions += synthetic_items(
+            llm,
+            whole,
+            tasks=options.synthetic,
+            lengths=options.lengths,
+            depths=options.depths,
+            n_per=options.n_per,
+            seed=options.seed,
+            wrap=_wrap(llm, bool(options.chat)),  # its prompts are written to be continued
+        )
         words["Synthetic tasks"] = (
             f"{', '.join(options.synthetic)}: {options.n_per} of each length ({_numbers(options.lengths)} tokens) and "
             f"depth ({_numbers(options.depths)}), seed {options.seed}, from the same text"
         )
     if options.longbench:
-        questions += _longbench(llm, options, n_ctx)
+        questions += longbench_items(
+            llm,
+            options.longbench,
+            prompts=str(options.longbench_prompts),
+            lengths=str(options.longbench_lengths),
+            n_ctx=n_ctx - 1,
+            n_each=options.longbench_items,
+            wrap=_wrap(llm, has_chat_template(llm) if options.chat is None else options.chat),
+        )
         words["LongBench"] = f"{', '.join(map(os.path.basename, options.longbench))}, in {n_ctx:,} tokens"
     prompt: tuple[int, ...] = ()
     if speed_context:
@@ -178,36 +198,6 @@ _BUILTIN: dict[str, Callable[[], tuple[Mapping[str, str], str]]] = {
     "sources": lambda: (python_sources(), "sources of Python's standard library"),
 }
 """Built-in text by name: text by title, and what it is."""
-
-
-def _synthetic(llm: AdaSkipLlama, text: str, options: EvaluationOptions) -> list[QuestionItem]:
-    return synthetic_items(
-        llm,
-        text,
-        tasks=options.synthetic,
-        lengths=options.lengths,
-        depths=options.depths,
-        n_per=options.n_per,
-        seed=options.seed,
-        wrap=_wrap(llm, bool(options.chat)),  # its prompts are written to be continued
-    )
-
-
-def _longbench(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> list[QuestionItem]:
-    items = longbench_items(
-        llm,
-        options.longbench,
-        prompts=str(options.longbench_prompts),
-        lengths=str(options.longbench_lengths),
-        n_ctx=n_ctx - 1,
-        wrap=_wrap(llm, has_chat_template(llm) if options.chat is None else options.chat),
-    )
-    if options.longbench_items is None:
-        return items
-    taken: dict[str, list[QuestionItem]] = {}
-    for item in items:
-        taken.setdefault(item.task, []).append(item)
-    return [item for each in taken.values() for item in each[: options.longbench_items]]
 
 
 def _wrap(llm: AdaSkipLlama, chat: bool) -> Wrap:

@@ -60,6 +60,7 @@ def longbench_items(
     lengths: _Path,
     n_ctx: int,
     wrap: Wrap,
+    n_each: int | None = None,
 ) -> list[QuestionItem]:
     """Read LongBench's items as questions to a model, one file after the other. Blank lines are passed over.
 
@@ -75,6 +76,7 @@ def longbench_items(
         n_ctx: tokens of prompt and answer together.
         wrap: turns a prompt into tokens, by the model's chat template or raw. Not used for the datasets that LongBench
             gives to chat models as plain text too: those of few-shot prompts and code.
+        n_each: take the first so many of each dataset; None for all.
 
     Raises:
         DataError: a file cannot be read; a line is not such an object, with file and line; a dataset is unknown or has
@@ -82,8 +84,10 @@ def longbench_items(
         PackageMissingError: a dataset's metric needs a package that is not installed.
     """
     templates, max_tokens = _table(prompts, str, "a template"), _table(lengths, _Length, "a length")
-    items = []
+    items: list[QuestionItem] = []
     for fields, line, identity, where in _lines(files):
+        if sum(item.task == line.dataset for item in items) == n_each:
+            continue
         base = line.dataset.removesuffix("_e")
         template = _of_dataset(templates, line.dataset, prompts, where)
         limit = _of_dataset(max_tokens, line.dataset, lengths, where)
