@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -56,11 +56,6 @@ class Interval:
     def excludes(self, x: float = 1.0) -> bool:
         """Whether the interval does not contain ``x``, so that the difference from it is real; False without ends."""
         return self.low > x or self.high < x
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; what is not a number is None."""
-        value, low, high = (x if math.isfinite(x) else None for x in (self.value, self.low, self.high))
-        return {"value": value, "low": low, "high": high, "n": self.n}
 
 
 def ratio_interval(a: _Values, b: _Values, *, seed: int = 0) -> Interval:

@@ -105,7 +105,7 @@ def test_the_same_times_give_the_same_interval() -> None:
 def test_one_pair_has_no_interval_and_proves_nothing() -> None:
     interval = ratio_interval([2.0], [1.0])
     assert interval.value == pytest.approx(2.0) and math.isnan(interval.low) and not interval.excludes()
-    assert interval.to_dict() == {"value": pytest.approx(2.0), "low": None, "high": None, "n": 1}
+    assert interval.n == 1 and math.isnan(interval.high)
 
 
 @pytest.mark.parametrize(

@@ -23,19 +23,9 @@ if TYPE_CHECKING:
     from ..planning.profile import Profile
     from ..planning.request import PlanRequest
 
-__all__ = [
-    "DEFAULT_CONTEXTS",
-    "N_DECODE",
-    "N_REQUESTS",
-    "N_TOKENS",
-    "brief_profile",
-    "configuration",
-    "fit_contexts",
-    "make_plans",
-    "material",
-]
+__all__ = ["brief_profile", "configuration", "fit_contexts", "make_plans", "material"]
 
-DEFAULT_CONTEXTS = (512, 2048, 8192)
+_DEFAULT_CONTEXTS = (512, 2048, 8192)
 
 N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
 """Of a brief calibration: enough for a plan to be timed, not for one to be used."""
@@ -72,14 +62,14 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
     """Return the contexts to measure, ascending, and a line that says what was changed, "" if nothing.
 
     Args:
-        asked: tokens of the prompts; None for :data:`DEFAULT_CONTEXTS` as far as the model allows.
+        asked: tokens of the prompts; None for 512, 2,048 and 8,192 as far as the model allows.
         n_ctx_train: the model's context, 0 if it has none.
         n_decode: tokens that must fit in behind the prompt.
 
     Raises:
         DataError: a context asked for is beyond the model's, or leaves no room at all.
     """
-    wanted = sorted(set(DEFAULT_CONTEXTS if asked is None else asked))
+    wanted = sorted(set(_DEFAULT_CONTEXTS if asked is None else asked))
     limit = n_ctx_train - n_decode if n_ctx_train else wanted[-1]
     if wanted[0] < 1 or limit < 1:
         raise DataError(

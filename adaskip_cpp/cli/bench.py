@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..files import json_text
 from ..model.beside import profile_path
 from ..model.identity import check_gguf
 from ..model.plan import MODES, Mode
@@ -159,20 +160,9 @@ def bench(
     one each round. Ratios are of pairs in the same round, with a 95% interval; where it contains 1, there is no real
     difference. Ctrl-C prints what was measured so far. Run it on an idle machine.
     """
-    import msgspec
-
+    from ..bench import subject
     from ..bench.bench import Bench, BenchSettings
     from ..bench.plots import plot
-    from ..bench.subject import (
-        N_DECODE,
-        N_REQUESTS,
-        N_TOKENS,
-        brief_profile,
-        configuration,
-        fit_contexts,
-        make_plans,
-        material,
-    )
     from ..bench.table import table
     from ..measuring.cores import physical_cores
     from .bench_report import print_report
@@ -197,18 +187,20 @@ def bench(
         requests = [replace(alike, n_skip=DEFAULT_N_SKIP)]
     calibrates = learns and profile is None
 
-    n_ctx = max([N_TOKENS + N_DECODE, *((contexts or (2048,)) if calibrates and speedups else ())])
+    n_ctx = max([subject.N_TOKENS + subject.N_DECODE, *((contexts or (2048,)) if calibrates and speedups else ())])
     with contextlib.closing(load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)) as llm:
-        about = configuration(llm)
-        fitting, note = fit_contexts(contexts, llm.n_ctx_train, n_decode)
+        about = subject.configuration(llm)
+        fitting, note = subject.fit_contexts(contexts, llm.n_ctx_train, n_decode)
         if note:
             err.print(note)
         if calibrates:
             timing = ", and timing the sublayers." if speedups else "."
-            err.print(f"No --profile: calibrating on {N_REQUESTS} requests of {N_TOKENS} tokens{timing}")
-            profile = brief_profile(llm, cost=bool(speedups))
-        plans |= make_plans(profile or llm.n_layer, requests, fitting[-1])
-        tokens, skippable = material(llm, plans.values(), fitting[-1])
+            err.print(
+                f"No --profile: calibrating on {subject.N_REQUESTS} requests of {subject.N_TOKENS} tokens{timing}"
+            )
+            profile = subject.brief_profile(llm, cost=bool(speedups))
+        plans |= subject.make_plans(profile or llm.n_layer, requests, fitting[-1])
+        tokens, skippable = subject.material(llm, plans.values(), fitting[-1])
     if about["busy"]:
         err.print(
             f"Warning: the load average is {about['load_average']}; unless that comes from what you ran just before, "
@@ -222,7 +214,7 @@ def bench(
     rows = table(result.times)
     if as_json:
         data = {"configuration": about, **result.to_dict(), "rows": [row.to_dict() for row in rows]}
-        click.echo(msgspec.json.format(msgspec.json.encode(data), indent=1))
+        click.echo(json_text(data), nl=False)
     else:
         print_report(console(), result, rows, about)
     if plot_to is not None and rows:
