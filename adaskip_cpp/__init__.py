@@ -12,6 +12,7 @@ try:
     from .calibration.calibrate import calibrate
     from .engine.llama import AdaSkipLlama
     from .model.plan import SkipPlan
+    from .model.plan_file import load_plan, save_plan
     from .planning.profile import Profile
 except (LibraryError, ModuleNotFoundError) as _error:
     # The script `adaskip-cpp` imports this package before any code of the command line could tell it in one line.
@@ -20,6 +21,15 @@ except (LibraryError, ModuleNotFoundError) as _error:
     _way_out = "" if isinstance(_error, LibraryError) else "; run 'pip install --force-reinstall adaskip-cpp'"
     _sys.exit(f"Error: {_error}{_way_out}")
 
-__all__ = ["AdaSkipError", "AdaSkipLlama", "Profile", "SkipPlan", "__version__", "calibrate"]
+__all__ = [
+    "AdaSkipError",
+    "AdaSkipLlama",
+    "Profile",
+    "SkipPlan",
+    "__version__",
+    "calibrate",
+    "load_plan",
+    "save_plan",
+]
 
 __version__: str = _version("adaskip-cpp")

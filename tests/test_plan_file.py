@@ -158,6 +158,9 @@ def test_after_a_failure_the_old_files_are_still_there(tmp_path: Path, monkeypat
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
+LOST = object()
+
+
 def put(data: dict[str, Any], path: str, value: Any) -> None:
     *folders, name = path.split(".")
     part: Any = data
@@ -167,9 +170,6 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
         del part[name]
     else:
         part[name] = value
-
-
-LOST = object()
 
 
 @pytest.mark.parametrize(
@@ -199,18 +199,22 @@ LOST = object()
         ("sets.0.ffn", {"0": 1}),
         ("sets.0.scale", [1.0, 1.0]),
         ("sets.0.scale", [1.0, 1.0, -1.0]),
-        ("sets.0.rank", 3),
-        ("sets.0.rank", 0),
-        ("sets.0.rank", -1),
-        ("sets.0.rank", 1 << 20),
-        ("sets.0.n_embd", 0),
-        ("sets.0.n_embd", 1 << 30),
-        ("sets.0.bias", True),
+        ("sets.0.arrays", {}),
+        ("sets.0.arrays", {"sideways": [4]}),
+        ("sets.0.arrays.up", LOST),
+        ("sets.0.arrays.up", [N_EMBD * RANK]),
+        ("sets.0.arrays.up", [RANK, N_EMBD]),
+        ("sets.0.arrays.up", [N_EMBD, 0]),
+        ("sets.0.arrays.up", [N_EMBD, -RANK]),
+        ("sets.0.arrays.up", [N_EMBD, 1 << 19]),
+        ("sets.0.arrays.up", [N_EMBD, 1 << 30]),
+        ("sets.0.arrays.bias", [N_EMBD]),
+        ("sets", [{"attention": [], "ffn": [], "scale": [], "arrays": {"bias": [N_EMBD]}}]),
         ("vectors", None),
-        ("vectors.file", "../p.bin"),
-        ("vectors.file", ""),
-        ("vectors.file", "a\0b"),
-        ("vectors.sha256", "00"),
+        ("vectors", "../p.bin"),
+        ("vectors", ""),
+        ("vectors", "a\0b"),
+        ("sha256", "00"),
         ("tuning.promise.kind", "beauty"),
         ("tuning.promise.kind", []),
         ("tuning.promise.value", -0.1),
@@ -259,7 +263,7 @@ def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     save_plan(tmp_path / "p.json", make())
     data = json.loads((tmp_path / "p.json").read_text())
     content = np.full((tmp_path / "p.bin").stat().st_size // 4, NAN, "<f4").tobytes()
-    data["vectors"]["sha256"] = hashlib.sha256(content).hexdigest()
+    data["sha256"] = hashlib.sha256(content).hexdigest()
     (tmp_path / "p.bin").write_bytes(content)
     (tmp_path / "p.json").write_text(json.dumps(data))
     with pytest.raises(PlanFileError, match="not finite"):
@@ -431,8 +435,9 @@ def test_plan_shows_a_plan_file(tmp_path: Path) -> None:
     result = run("plan", tmp_path / "p.json")
     assert result.exit_code == 0 and "3 of 6 sublayers skipped in prefill, 3 in decode" in result.stdout
     text = " ".join(result.stdout.split())
-    assert "Tuned for an added loss of at most 0.1 nats per token." in text
-    assert "added loss 0.125 (0.062 to 0.250), agreement 0.750 (0.500 to 0.875); request 1.25" in text
+    assert "Promised: an added loss of at most 0.1 nats per token." in text
+    assert "added loss 0.125 (0.062 to 0.250)" in text and "agreement 0.750 (0.500 to 0.875)" in text
+    assert "request 1.25 (1.12 to 1.50) times as fast" in text
     assert "promise is not kept" in text and "No KV memory is needed for 1 layer" in text
     data = json.loads(run("plan", tmp_path / "p.json", "--json").stdout)
     assert data["plan"]["strategy"] == "tuned" and data["tuning"]["n_texts"] == 8

@@ -104,6 +104,8 @@ def tune(monkeypatch: pytest.MonkeyPatch, promise: Promise, parts: tuple[str, ..
 class Cost:
     """Every sublayer that runs takes a second of a prompt."""
 
+    n_layer = N_LAYER
+
     def seconds(self, skip: Any, context: int, phase: str) -> float:
         return 16.0 - (0 if skip is None else skip.sum()) if phase == "prefill" else 0.0
 

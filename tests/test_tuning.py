@@ -149,13 +149,6 @@ def test_exchange_evaluates_no_more_than_it_may_and_nothing_twice(n_exchange: in
     assert len(seen) == len(set(seen)) == judge.n_evaluations <= n_bisections(N) + n_exchange
 
 
-def test_the_search_tells_of_every_evaluation() -> None:
-    told: list[int] = []
-    judge = Judge(additive([1.0] * N), count, on_evaluation=lambda: told.append(1))
-    fastest_within(judge, ORDER, N_LAYER, 3.5)
-    assert len(told) == judge.n_evaluations > 0
-
-
 # --- a time to reach --------------------------------------------------------------------------------------------------
 
 

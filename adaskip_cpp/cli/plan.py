@@ -17,7 +17,7 @@ from ..planning.strategies import make_plan
 from .planning import plan_options
 from .report import layer_list
 from .terminal import OUTPUT, check_output, console, json_option, option
-from .tune_report import print_promise
+from .tune_report import print_tuning
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -102,11 +102,12 @@ def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> 
     if as_json:
         click.echo(json_text({"file": path, "plan": plan.to_dict(), "tuning": tuning}), nl=False)
         return
-    if tuning is not None:
-        print_promise(out, tuning)
     print_plan(out, plan)
     out.print()
     _print_elided(out, plan.prefill.attention)
+    if tuning is not None:
+        out.print()
+        print_tuning(out, tuning)
 
 
 def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -20,6 +20,7 @@ from ..model.plan_file import save_plan
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import PlanRequest
 from ..progress import told_progress
+from .calibrate import calibration_text
 from .planning import load_profile
 from .terminal import (
     CHOOSING,
@@ -30,7 +31,6 @@ from .terminal import (
     load_model,
     model_options,
     option,
-    read_text,
     verb,
 )
 from .tune_report import minutes, print_found
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..model.plan import SkipPlan
     from ..model.promise import Promise, SpeedUp
-    from ..planning.profile import Profile
     from ..tuning.tuner import Tuner
 
 __all__ = ["tune"]
@@ -121,8 +120,10 @@ def tune(
     mean over its pieces; a speed-up by its measured value. `generate`, `chat` and AdaSkipLlama(plan="auto") use the
     plan file that lies beside its model.
     """
+    from ..calibration.calibrate import calibrate
     from ..measuring import corpus
     from ..measuring.tasks import read_texts
+    from ..tuning import speed
     from ..tuning.hold_out import hold_out
     from ..tuning.tuner import Tuner
 
@@ -135,20 +136,32 @@ def tune(
     _check_apart(files, text_files)
     texts = read_texts(text_files) if text_files else corpus.held_out()
     err = console(stderr=True)
-    run = _Run(model, threads, gpu_layers, err)
+    opened = partial(_opened, model, threads, gpu_layers)
 
-    profile = load_profile(model, existing) if existing is not None else run.calibrate(files)
-    with run.open(n_tokens, logits_all=True) as llm:
-        held_out = hold_out(llm, texts, n_texts, n_tokens)
-        progress = _Evaluations(err)
-        request = PlanRequest(mode=mode, compensation=compensation, online=online)
+    if existing is not None:
+        profile = load_profile(model, existing)
+    else:
+        text, description = calibration_text(files)
+        with opened(_CTX_TIMED) as llm:
+            requests = corpus.cut(llm, text, corpus.N_REQUESTS, corpus.N_TOKENS)
+            err.print(f"Calibrating on {len(requests)} requests of {description}.", style="dim")
+            profile = calibrate(llm, requests, description=description)
+
+    def measure(plan: SkipPlan) -> tuple[SpeedUp, ...]:
+        with opened(context + n_answer + 1) as llm, told_progress("Measuring the speed") as on_progress:
+            words = llm.tokenize("\n\n".join(texts.values()).encode("utf-8", "replace"))
+            prompt = (words * (context // len(words) + 1))[:context]
+            return speed.measure_speed(llm, plan, prompt, n_answer, n_rounds=_N_ROUNDS, on_progress=on_progress)
+
+    with opened(n_tokens, logits_all=True) as llm:
         tuner = Tuner(
-            llm, profile, promise, held_out, request,
-            context=context, n_answer=n_answer, n_exchange=n_exchange, advance=progress.advance,
+            llm, profile, promise, hold_out(llm, texts, n_texts, n_tokens),
+            PlanRequest(mode=mode, compensation=compensation, online=online),
+            context=context, n_answer=n_answer, n_exchange=n_exchange, stage=told_progress,
         )  # fmt: skip
-        progress.announce(tuner)
-        settings = {"calibrated_on": profile.corpus, "cpu": None if profile.cost is None else profile.cost.settings.cpu}
-        found = tuner.tune(lambda plan: run.speed(tuner, plan, texts), stage=progress.shown, settings=settings)
+        _announce(tuner, err)
+        cpu = None if profile.cost is None else profile.cost.settings.cpu
+        found = tuner.tune(measure, {"calibrated_on": profile.corpus, "cpu": cpu})
     if existing is None:
         profile.save(_profile_beside(target))
     save_plan(target, found.plan, found.tuning)
@@ -182,88 +195,31 @@ def _profile_beside(target: str) -> str:
     return profile_path(target.removesuffix(".json").removesuffix(".adaskip-plan"))
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The model's file and how to open it."""
-
-    model: str
-    threads: int | None
-    gpu_layers: int
-    err: Console
-
-    @contextmanager
-    def open(self, n_ctx: int, *, logits_all: bool = False) -> Iterator[AdaSkipLlama]:
-        """Load the model, and free it when done."""
-        llm = load_model(
-            self.model, n_ctx=n_ctx, threads=self.threads, gpu_layers=self.gpu_layers, logits_all=logits_all
-        )
-        try:
-            yield llm
-        finally:
-            # llama.cpp tells an error where a plan made its buffers larger than it had planned; it is none.
-            with redirect_stderr(io.StringIO()):
-                llm.close()
-
-    def calibrate(self, files: Sequence[str]) -> Profile:
-        from ..calibration.calibrate import calibrate
-        from ..measuring import corpus
-
-        text = "\n\n".join(read_text(file) for file in files) if files else corpus.text()
-        description = ", ".join(os.path.basename(file) for file in files) if files else corpus.DESCRIPTION
-        with self.open(_CTX_TIMED) as llm:
-            requests = corpus.cut(llm, text, corpus.N_REQUESTS, corpus.N_TOKENS)
-            self.err.print(f"Calibrating on {len(requests)} requests of {description}.", style="dim")
-            return calibrate(llm, requests, description=description)
-
-    def speed(self, tuner: Tuner, plan: SkipPlan, texts: Mapping[str, str]) -> tuple[SpeedUp, ...]:
-        """Measure a plan in a context of its own."""
-        from ..tuning.speed import measure_speed
-
-        with (
-            self.open(tuner.context + tuner.n_answer + 1) as llm,
-            told_progress("Measuring the speed") as on_progress,
-        ):
-            words = llm.tokenize("\n\n".join(texts.values()).encode("utf-8", "replace"))
-            prompt = (words * (tuner.context // len(words) + 1))[: tuner.context]
-            return measure_speed(llm, plan, prompt, tuner.n_answer, n_rounds=_N_ROUNDS, on_progress=on_progress)
+@contextmanager
+def _opened(
+    model: str, threads: int | None, gpu_layers: int, n_ctx: int, *, logits_all: bool = False
+) -> Iterator[AdaSkipLlama]:
+    """Load the model, and free it when done."""
+    llm = load_model(model, n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
+    try:
+        yield llm
+    finally:
+        # llama.cpp tells an error where a plan made its buffers larger than it had planned; it is none.
+        with redirect_stderr(io.StringIO()):
+            llm.close()
 
 
-class _Evaluations:
-    """Says what evaluations will cost, and shows how far they are."""
-
-    def __init__(self, err: Console) -> None:
-        self._err = err
-        self._tokens = self._per_evaluation = 0
-        self._on_progress: Callable[[float], None] | None = None
-        self._total = 1
-
-    def advance(self, n_tokens: int) -> None:
-        self._tokens += n_tokens
-        if self._on_progress is not None:
-            self._on_progress(min(self._tokens / self._total, 1.0))
-
-    def announce(self, tuner: Tuner) -> None:
-        """Evaluate the full model, and tell from that what the search costs."""
-        start = time.monotonic()
-        with self.shown("Evaluating the full model", 1, tuner.n_tokens):
-            tuner.evaluate_full()
-        each = time.monotonic() - start
-        self._per_evaluation = tuner.n_tokens
-        n = tuner.most_evaluations
-        self._err.print(
-            f"The search evaluates at most {n} plans on {tuner.n_tokens:,} tokens of held-out text. One "
-            f"took {each:.2g} s, so that is up to {minutes(n * each)}; what follows takes {minutes(4 * each)} or more. "
-            "Ctrl-C leaves all files as they are.",
-            style="dim",
-        )
-
-    @contextmanager
-    def shown(self, label: str, n_evaluations: int, n_tokens: int | None = None) -> Iterator[None]:
-        """Show a bar for so many evaluations."""
-        self._tokens, self._total = 0, n_evaluations * (n_tokens or self._per_evaluation)
-        with told_progress(label) as self._on_progress:
-            yield
-        self._on_progress = None
+def _announce(tuner: Tuner, err: Console) -> None:
+    """Evaluate the full model, and tell from that what the search costs."""
+    start = time.monotonic()
+    tuner.evaluate_full()
+    each, n = time.monotonic() - start, tuner.most_evaluations
+    err.print(
+        f"The search evaluates at most {n} plans on {tuner.n_tokens:,} tokens of held-out text. One took {each:.2g} s, "
+        f"so that is up to {minutes(n * each)}; what follows takes {minutes(4 * each)} or more. Ctrl-C leaves all "
+        "files as they are.",
+        style="dim",
+    )
 
 
 def _check_apart(files: Sequence[str], text_files: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..model.plan_file import PlanFile
     from ..model.promise import Tuning
 
-__all__ = ["minutes", "print_found", "print_promise"]
+__all__ = ["minutes", "print_found", "print_tuning"]
 
 
 def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float64]) -> None:
@@ -30,35 +30,25 @@ def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float6
 
     skipped, tuning = found.plan.skipped("decode"), found.tuning
     assert tuning is not None
-    out.print(f"Promised: {tuning.promise}.")
-    if skipped.n_skip == 0:
-        out.print("[bold]No skipping keeps this promise, so the model is left whole.[/]")
-        return
-    out.print(f"[bold]{skipped.n_skip} of {2 * skipped.n_layer} sublayers are skipped[/], mode {found.plan.mode}:\n")
-    print_heatmap(out, similarity, skipped.skip)
-    out.print(f"\nattention skipped in layers: {layer_list(skipped.attention)}")
-    out.print(f"FFN skipped in layers: {layer_list(skipped.ffn)}\n")
-    _print_measured(out, tuning)
+    if skipped.n_skip:
+        out.print(
+            f"[bold]{skipped.n_skip} of {2 * skipped.n_layer} sublayers are skipped[/], mode {found.plan.mode}:\n"
+        )
+        print_heatmap(out, similarity, skipped.skip)
+        out.print(f"\nattention skipped in layers: {layer_list(skipped.attention)}")
+        out.print(f"FFN skipped in layers: {layer_list(skipped.ffn)}\n")
+    print_tuning(out, tuning)
     if found.plan.online is not None and found.plan.mode != "decode":
         out.print("FFNs that answers add online are not covered by these figures.")
-    _print_speed(out, tuning)
-    _print_kept(out, tuning)
 
 
-def print_promise(out: Console, tuning: Tuning) -> None:
-    """Print in a few lines what a tuned plan promised and what was measured."""
-    out.print(f"Tuned for {tuning.promise}.")
-    if tuning.n_texts:
-        speed = "".join(f"; {each.of} {_figure(each.ratio, '.2f')} x as fast" for each in tuning.speedups[-1:])
-        out.print(
-            f"Measured: added loss {_figure(tuning.loss, '.3f')}, agreement {_figure(tuning.agreement, '.3f')}{speed}."
-        )
-        _print_kept(out, tuning)
-    out.print()
-
-
-def _print_measured(out: Console, tuning: Tuning) -> None:
-    settings = tuning.settings
+def print_tuning(out: Console, tuning: Tuning) -> None:
+    """Print what a tuned plan promised and what was measured; plainly where that does not keep it."""
+    out.print(f"Promised: {tuning.promise}.")
+    if tuning.n_texts == 0:
+        out.print("[bold]No skipping keeps this promise, so the model is left whole.[/]")
+        return
+    settings, is_speed = tuning.settings, tuning.promise.kind == "speedup"
     decided = "that decided nothing" if tuning.unbiased else "that calibration and the search did not see"
     out.print(
         f"Measured on {tuning.n_texts} texts of {settings.get('tokens_per_text')} tokens {decided} "
@@ -66,41 +56,31 @@ def _print_measured(out: Console, tuning: Tuning) -> None:
     )
     out.print(f"  added loss   {_figure(tuning.loss, '.3f')} nats per token")
     out.print(f"  agreement    {_figure(tuning.agreement, '.3f')} of the full model's choices")
-    confirmed = "" if tuning.promise.kind == "speedup" else f"; the promise was held on: {settings.get('confirmed_on')}"
+    confirmed = "" if is_speed else f"; the promise was held on: {settings.get('confirmed_on')}"
     out.print(f"The search judged by other text: {settings.get('searched_on')}{confirmed}.")
-
-
-def _print_speed(out: Console, tuning: Tuning) -> None:
-    if not tuning.speedups:
-        return
-    at = tuning.speedups[0]
-    out.print(
-        f"Speed with a prompt of {at.context:,} tokens and {at.n_decode:,} tokens behind it, "
-        f"{at.ratio.n} requests of either model in turn:"
-    )
-    for each in tuning.speedups:
-        real = "" if each.ratio.excludes(1.0) else "; no difference that is sure"
-        out.print(f"  {each.of:12} {_figure(each.ratio, '.2f')} times as fast{real}")
-
-
-def _print_kept(out: Console, tuning: Tuning) -> None:
-    """Say plainly where the figures do not keep the promise, and where they are not to be trusted."""
     if not tuning.unbiased:
         out.print(
             "[bold]There was too little text for a part that decides nothing[/]: sublayers were put back until these "
             "very texts kept the promise, so expect worse on others. Give more text (--text), or ask for fewer or "
             "shorter pieces (--texts, --tokens)."
         )
-    if tuning.promise.kind == "speedup":
-        if tuning.kept == "no":
-            out.print("The promised speed-up was predicted but not measured; is the machine busy?")
-    elif tuning.kept == "no":
+    elif not is_speed and tuning.kept == "no":
         out.print(
             "[bold]The promise is not kept on this text[/], though it was on the text before; promise less, or tune "
             "with more text (--texts)."
         )
-    elif tuning.kept == "on average":
+    elif not is_speed and tuning.kept == "on average":
         out.print("On this text the promise is kept on average; its interval reaches beyond it.")
+    for each in tuning.speedups:
+        if each is tuning.speedups[0]:
+            out.print(
+                f"Speed with a prompt of {each.context:,} tokens and {each.n_decode:,} tokens behind it, "
+                f"{each.ratio.n} requests of either model in turn:"
+            )
+        real = "" if each.ratio.excludes(1.0) else "; no difference that is sure"
+        out.print(f"  {each.of:12} {_figure(each.ratio, '.2f')} times as fast{real}")
+    if is_speed and tuning.kept == "no":
+        out.print("The promised speed-up was predicted but not measured; is the machine busy?")
 
 
 def _figure(interval: Interval, form: str) -> str:

@@ -1,14 +1,15 @@
 """Plan files: JSON for what people read, and the vectors of the skipped sublayers in one binary file beside it.
 
 ``X.json`` says what is skipped, for which model, and for a plan that `adaskip-cpp tune` found what was promised and
-measured. ``X.bin`` is nothing but numbers, float32 of little endian: for each of the JSON's ``sets`` in turn its
-biases, then its maps' ``down``, then their ``up``, each for its attentions and then its FFNs as listed. The JSON says
-how many that are, and their SHA-256. Move or copy the two together; a plan without vectors is JSON alone.
+measured. ``X.bin`` is nothing but numbers, float32 of little endian: for each of the JSON's ``sets`` in turn, for each
+of its ``arrays`` as listed, one part of that shape per attention and then per FFN, as listed. Its SHA-256 is in the
+JSON. Move or copy the two together; a plan without vectors is JSON alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import PlanFileError
 from ..files import json_text, write_atomically, write_pair
@@ -32,11 +32,11 @@ _FORMAT = "adaskip-plan"
 _AGAIN = "write it again with `adaskip-cpp tune` or `adaskip-cpp plan -o`"
 
 _MOST_JSON = 16 << 20
-_MOST_MEMORY = 16 << 30
+_MOST_MEMORY = 4 << 30
 """More bytes than any plan's JSON has, and than any plan's arrays take once they have a row for every sublayer."""
 
-_Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=9999)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -54,42 +54,27 @@ class PlanFile:
 
 @dataclass(frozen=True)
 class _Set:
-    """A skip set in the JSON; ``scale`` is that of the attentions, then of the FFNs."""
+    """A skip set in the JSON; ``scale`` is of the attentions, then of the FFNs, ``arrays`` the shapes per sublayer."""
 
     attention: tuple[int, ...]
     ffn: tuple[int, ...]
     scale: tuple[float, ...]
-    n_embd: _Size = 0
-    bias: bool = False
-    rank: _Size = 0
+    arrays: dict[Literal["bias", "down", "up"], tuple[_Size, ...]]
 
     @classmethod
     def of(cls, value: SkipSet) -> _Set:
-        scale = value.scale.T[value.skip.T].tolist()
-        if not value.n_skip or value.n_embd is None:
-            return cls(value.attention, value.ffn, scale)
-        rank = 0 if value.down is None else value.down.shape[2]
-        return cls(value.attention, value.ffn, scale, value.n_embd, value.bias is not None, rank)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape that each array has for a sublayer."""
-        shapes: dict[str, tuple[int, ...]] = {"bias": (self.n_embd,)} if self.bias else {}
-        return shapes | ({"down": (self.rank, self.n_embd), "up": (self.n_embd, self.rank)} if self.rank else {})
+        arrays = {name: getattr(value, name) for name in ("bias", "down", "up")}
+        shapes = {name: array.shape[2:] for name, array in arrays.items() if array is not None and value.n_skip}
+        return cls(value.attention, value.ffn, value.scale.T[value.skip.T].tolist(), shapes)  # type: ignore[arg-type]
 
     def n_values(self, n_sublayers: int) -> int:
-        """Numbers in its arrays."""
-        return n_sublayers * sum(map(math.prod, self.shapes().values()))
-
-
-@dataclass(frozen=True)
-class _Vectors:
-    file: str
-    sha256: str
+        """Numbers in the arrays of so many sublayers."""
+        return n_sublayers * sum(map(math.prod, self.arrays.values()))
 
 
 @dataclass(frozen=True)
 class _File:
-    """The JSON. Phases and the schedule refer to ``sets`` by their number, from 0 on."""
+    """The JSON. Phases and the schedule refer to ``sets`` by number, from 0 on; ``vectors`` is the file beside it."""
 
     format: str
     version: int
@@ -103,7 +88,8 @@ class _File:
     schedule: tuple[tuple[int, int], ...]
     online: OnlineStage | None
     sets: tuple[_Set, ...]
-    vectors: _Vectors | None
+    vectors: str | None
+    sha256: str | None
     tuning: Tuning | None
 
 
@@ -120,7 +106,7 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | Non
     parts = [
         getattr(each, name).swapaxes(0, 1)[each.skip.T].astype("<f4").tobytes()
         for each in sets
-        for name in _Set.of(each).shapes()
+        for name in _Set.of(each).arrays
     ]
     target = os.path.realpath(path)
     binary = (target[: -len(".json")] if target.lower().endswith(".json") else target) + ".bin"
@@ -138,7 +124,8 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | Non
         tuple((start, sets.index(each)) for start, each in plan.schedule),
         plan.online,
         tuple(map(_Set.of, sets)),
-        _Vectors(os.path.basename(binary), hashlib.sha256(content).hexdigest()) if content else None,
+        os.path.basename(binary) if content else None,
+        hashlib.sha256(content).hexdigest() if content else None,
         tuning,
     )
     if content:
@@ -202,10 +189,7 @@ def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
 
 def _plan(file: _File, folder: str) -> SkipPlan:
     values = _values(file, folder)
-    sets = []
-    for each in file.sets:
-        skip_set, values = _skip_set(each, file.n_layer, values)
-        sets.append(skip_set)
+    sets = [_skip_set(each, file.n_layer, values) for each in file.sets]
     if not all(0 <= index < len(sets) for index in (file.prefill, file.decode, *(index for _, index in file.schedule))):
         raise ValueError(f"it refers to a set that is not among its {len(sets)}")
     return SkipPlan(
@@ -220,7 +204,7 @@ def _plan(file: _File, folder: str) -> SkipPlan:
     )
 
 
-def _values(file: _File, folder: str) -> npt.NDArray[np.float32]:
+def _values(file: _File, folder: str) -> io.BytesIO:
     """Read the binary file; nothing but what the JSON names, counts and hashes is accepted."""
     n_bytes = 4 * sum(each.n_values(len(each.attention) + len(each.ffn)) for each in file.sets)
     if 4 * sum(each.n_values(2 * file.n_layer) for each in file.sets) > _MOST_MEMORY:
@@ -228,37 +212,34 @@ def _values(file: _File, folder: str) -> npt.NDArray[np.float32]:
     if file.vectors is None:
         if n_bytes:
             raise ValueError("it names no file of its vectors")
-        return np.zeros(0, np.float32)
-    name = file.vectors.file
+        return io.BytesIO()
+    name = file.vectors
     if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file beside it")
     path = os.path.join(folder, name)
     content = _read(path, n_bytes)
-    if len(content) != n_bytes or hashlib.sha256(content).hexdigest() != file.vectors.sha256:
+    if len(content) != n_bytes or hashlib.sha256(content).hexdigest() != file.sha256:
         raise ValueError(f"the file of its vectors, {path!r}, is truncated or of another plan")
-    return np.frombuffer(content, "<f4").astype(np.float32)
+    return io.BytesIO(content)
 
 
-def _skip_set(stored: _Set, n_layer: int, values: npt.NDArray[np.float32]) -> tuple[SkipSet, npt.NDArray[np.float32]]:
-    """Return a set, whose arrays come first in ``values``, and the rest of these."""
-    skip = np.zeros((n_layer, 2), np.bool_)
+def _skip_set(stored: _Set, n_layer: int, values: io.BytesIO) -> SkipSet:
+    """Return a set, whose numbers come next in ``values``."""
+    skip, scale = np.zeros((n_layer, 2), np.bool_), np.ones((n_layer, 2))
     mark_layers(skip, 0, stored.attention)
     mark_layers(skip, 1, stored.ffn)
     rows = (*stored.attention, *stored.ffn), (0,) * len(stored.attention) + (1,) * len(stored.ffn)
     n = len(rows[0])
     if skip.sum() != n or len(stored.scale) != n:
         raise ValueError(f"{skip.sum()} sublayers are listed {n} times, with {len(stored.scale)} scales")
-    if bool(stored.shapes()) != bool(stored.n_embd and n):
-        raise ValueError("a set has vectors without a length, or a length without vectors")
-    scale = np.ones(skip.shape)
+    if stored.arrays and not n:
+        raise ValueError("a set has arrays of no sublayer")
     scale[rows] = stored.scale
     arrays = {}
-    for name, shape in stored.shapes().items():
-        size = n * math.prod(shape)
+    for name, shape in stored.arrays.items():
         arrays[name] = np.zeros((n_layer, 2, *shape), np.float32)
-        arrays[name][rows] = values[:size].reshape(n, *shape)
-        values = values[size:]
-    return SkipSet(skip, scale, **arrays), values
+        arrays[name][rows] = np.frombuffer(values.read(4 * n * math.prod(shape)), "<f4").reshape(n, *shape)
+    return SkipSet(skip, scale, **arrays)
 
 
 def _read(path: str, n_most: int) -> bytes:

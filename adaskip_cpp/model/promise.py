@@ -91,13 +91,11 @@ class Tuning:
     @property
     def kept(self) -> Literal["yes", "on average", "no"]:
         """Whether what was measured keeps the promise: with its whole interval, by its value only, or not at all."""
-        if self.promise.kind == "speedup":
-            figures = [(each.ratio.value, each.ratio.low) for each in self.speedups[-1:]]
-        elif self.promise.kind == "min_agreement":
-            figures = [(self.agreement.value, self.agreement.low)]
+        if self.promise.kind == "max_loss":
+            figures = [self.promise.value - x for x in (self.loss.value, self.loss.high)]
         else:
-            figures = [(-self.loss.value, -self.loss.high)]
-        least = -self.promise.value if self.promise.kind == "max_loss" else self.promise.value
-        if not all(value >= least for value, _ in figures):
-            return "no"
-        return "yes" if all(end >= least for _, end in figures) else "on average"
+            whole = Interval(1.0, 1.0, 1.0, 0)  # nothing is skipped, so nothing was timed
+            speed = self.speedups[-1].ratio if self.speedups else whole
+            figure = self.agreement if self.promise.kind == "min_agreement" else speed
+            figures = [x - self.promise.value for x in (figure.value, figure.low)]
+        return "no" if not figures[0] >= 0 else "yes" if figures[1] >= 0 else "on average"

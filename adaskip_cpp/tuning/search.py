@@ -9,6 +9,7 @@ Held to is the upper end of the 95% interval of the mean harm over the texts, no
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,11 +70,10 @@ class Judge:
     Args:
         harm: what a set does to the quality.
         seconds: what a request takes under it.
-        on_evaluation: called after every call of ``harm``.
     """
 
-    def __init__(self, harm: Harm, seconds: Seconds, on_evaluation: Callable[[], None] | None = None) -> None:
-        self._harm, self._seconds, self._on_evaluation = harm, seconds, on_evaluation
+    def __init__(self, harm: Harm, seconds: Seconds) -> None:
+        self._harm, self.seconds = harm, seconds
         self._known: dict[bytes, Judged] = {}
         self.n_evaluations = 0
 
@@ -81,29 +81,19 @@ class Judge:
         """Judge a set."""
         key = skip.tobytes()
         if key not in self._known:
+            harm = Interval(0.0, 0.0, 0.0, 0)
             if skip.any():
+                self.n_evaluations += 1
                 values = np.asarray(self._harm(skip), np.float64)
                 # An infinite loss has no interval, and is as little kept as one that is not a number.
-                harm = mean_interval(values) if np.isfinite(values).all() else _unknown(len(values))
-                self.n_evaluations += 1
-                if self._on_evaluation is not None:
-                    self._on_evaluation()
-            else:
-                harm = Interval(0.0, 0.0, 0.0, 0)
+                finite = np.isfinite(values).all()
+                harm = mean_interval(values) if finite else Interval(math.nan, math.nan, math.nan, len(values))
             self._known[key] = Judged(skip.copy(), self.seconds(skip), harm)
         return self._known[key]
 
     def is_known(self, skip: SkipFlags) -> bool:
         """Whether judging a set costs nothing."""
         return not skip.any() or skip.tobytes() in self._known
-
-    def seconds(self, skip: SkipFlags) -> float:
-        """What a request takes under a set."""
-        return float(self._seconds(skip))
-
-
-def _unknown(n: int) -> Interval:
-    return Interval(math.nan, math.nan, math.nan, n)
 
 
 def rank(similarity: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) -> list[int]:
@@ -126,7 +116,7 @@ def rank(similarity: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) ->
 
 def n_bisections(n_ranked: int) -> int:
     """Return how many evaluations bisection over a ranking takes at most."""
-    return math.ceil(math.log2(n_ranked + 1))
+    return n_ranked.bit_length()
 
 
 def fastest_within(judge: Judge, order: Sequence[int], n_layer: int, limit: float, *, n_exchange: int = 16) -> Judged:
@@ -155,16 +145,12 @@ def fastest_within(judge: Judge, order: Sequence[int], n_layer: int, limit: floa
     found = judge(_first(order, low, n_layer))
 
     def better(candidate: Judged, present: Judged) -> bool:
-        if not candidate.keeps(limit):
-            return False
-        if candidate.seconds < present.seconds * (1 - _SAME):
-            return True
-        return candidate.harm.value < present.harm.value
+        faster = candidate.seconds < present.seconds * (1 - _SAME)
+        return candidate.keeps(limit) and (faster or candidate.harm.value < present.harm.value)
 
     def moves(present: Judged) -> Iterator[SkipFlags]:
-        for skip in (*_extended(order, present.skip), *_swapped(order, present.skip)):
-            if judge.seconds(skip) <= present.seconds * (1 + _SAME):
-                yield skip
+        most = present.seconds * (1 + _SAME)
+        return (skip for skip in _moves(order, present.skip, add=True) if judge.seconds(skip) <= most)
 
     return _exchange(judge, found, moves, better, n_exchange)
 
@@ -190,9 +176,7 @@ def least_harm(judge: Judge, order: Sequence[int], n_layer: int, goal: float, *,
         return candidate.harm.value < present.harm.value or math.isnan(present.harm.value)
 
     def moves(present: Judged) -> Iterator[SkipFlags]:
-        for skip in (*_reduced(order, present.skip), *_swapped(order, present.skip)):
-            if judge.seconds(skip) <= goal:
-                yield skip
+        return (skip for skip in _moves(order, present.skip, add=False) if judge.seconds(skip) <= goal)
 
     return _exchange(judge, judge(skip), moves, better, n_exchange)
 
@@ -244,34 +228,13 @@ def _exchange(
             return found
 
 
-def _near(order: Sequence[int], skip: SkipFlags) -> tuple[list[int], list[int]]:
-    """The last skipped sublayers of the ranking, last first, and the first other ones."""
-    chosen = [index for index in reversed(order) if skip.flat[index]]
-    others = [index for index in order if not skip.flat[index]]
-    return chosen[:_NEAR], others[:_NEAR]
-
-
-def _extended(order: Sequence[int], skip: SkipFlags) -> Iterator[SkipFlags]:
-    for index in _near(order, skip)[1]:
-        yield _changed(skip, index)
-
-
-def _reduced(order: Sequence[int], skip: SkipFlags) -> Iterator[SkipFlags]:
-    for index in _near(order, skip)[0]:
-        yield _changed(skip, index)
-
-
-def _swapped(order: Sequence[int], skip: SkipFlags) -> Iterator[SkipFlags]:
-    """Yield sets with one sublayer swapped, those near the boundary of the ranking first."""
-    chosen, others = _near(order, skip)
-    for distance in range(len(chosen) + len(others) - 1):
-        for i, out in enumerate(chosen):
-            if 0 <= distance - i < len(others):
-                yield _changed(skip, out, others[distance - i])
-
-
-def _changed(skip: SkipFlags, *indices: int) -> SkipFlags:
-    changed: SkipFlags = skip.copy()
-    for index in indices:
-        changed.flat[index] = not changed.flat[index]
-    return changed
+def _moves(order: Sequence[int], skip: SkipFlags, *, add: bool) -> Iterator[SkipFlags]:
+    """Yield sets with one sublayer more or one less, then those with one swapped, near the ranking's boundary first."""
+    chosen = [index for index in reversed(order) if skip.flat[index]][:_NEAR]
+    others = [index for index in order if not skip.flat[index]][:_NEAR]
+    pairs = itertools.product(enumerate(chosen), enumerate(others))
+    swaps = sorted(pairs, key=lambda pair: pair[0][0] + pair[1][0])
+    for indices in [*([index] for index in (others if add else chosen)), *([out, in_] for (_, out), (_, in_) in swaps)]:
+        changed = skip.copy()
+        changed.flat[indices] = ~changed.flat[indices]
+        yield changed

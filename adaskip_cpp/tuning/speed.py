@@ -1,46 +1,19 @@
-"""How fast plans are: as predicted, for the search, and as measured in the end."""
+"""Measures how many times as fast a plan is as the full model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from ..intervals import Interval, ratio_interval
 from ..measuring.timing import RequestTime, in_turn, time_request
-from ..model.plan import Mode, SkipPlan
+from ..model.plan import SkipPlan
 from ..model.promise import SpeedUp
-from .search import Seconds
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
-    from ..planning.profile import Profile
 
-__all__ = ["measure_speed", "request_seconds"]
-
-
-def request_seconds(profile: Profile, mode: Mode, context: int, n_answer: int) -> Seconds:
-    """Return what predicts the seconds of a request under a skip set: a prompt and the tokens after it.
-
-    Without a cost model in the profile it is the number of sublayers that run.
-
-    Args:
-        profile: of the model.
-        mode: in ``"decode"`` the full model reads the prompt.
-        context: tokens of the prompt.
-        n_answer: tokens of the answer behind the first one.
-    """
-    cost = profile.cost
-    if cost is None:
-        return lambda skip: float(skip.size - skip.sum())
-
-    def seconds(skip: npt.NDArray[np.bool_]) -> float:
-        first = cost.seconds(None if mode == "decode" else skip, context, "prefill")
-        return first + n_answer * cost.seconds(skip, context, "decode")
-
-    return seconds
+__all__ = ["measure_speed"]
 
 
 def measure_speed(

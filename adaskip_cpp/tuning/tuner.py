@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -14,14 +13,14 @@ import numpy.typing as npt
 from ..errors import BudgetError, PlanError
 from ..intervals import Interval, mean_interval
 from ..measuring.text_quality import TextQuality
-from ..model.plan import SkipPlan
+from ..model.plan import PHASES, SkipPlan
 from ..model.plan_file import PlanFile
 from ..model.promise import Promise, SpeedUp, Tuning
 from ..planning.modes import compensated_plan
 from ..planning.request import PlanRequest
+from ..planning.speedup import seconds_saved
 from .hold_out import HeldOut
 from .search import Judge, Judged, back_off, fastest_within, least_harm, n_bisections, rank
-from .speed import request_seconds
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -32,8 +31,13 @@ __all__ = ["Measure", "Stage", "Tuner"]
 Measure: TypeAlias = Callable[[SkipPlan], tuple[SpeedUp, ...]]
 """Measures the speed of a plan; what it returns last is of a whole request."""
 
-Stage: TypeAlias = Callable[[str, int], AbstractContextManager[None]]
-"""Entered for each stage, with its name and the number of evaluations that it takes at most."""
+Stage: TypeAlias = Callable[[str], AbstractContextManager[Callable[[float], object]]]
+"""Entered for each stage with its name; what it yields is called with the fraction that is done."""
+
+
+def _untold(label: str) -> AbstractContextManager[Callable[[float], object]]:
+    return nullcontext(lambda fraction: None)
+
 
 _N_AIMS = 3
 """A speed-up that was predicted but not measured is aimed at anew, higher, so many times at most."""
@@ -52,7 +56,7 @@ class Tuner:
         context: tokens of the prompt for which the plan shall be fast.
         n_answer: tokens of the answer behind the first one.
         n_exchange: evaluations that local exchange may use.
-        advance: called with the number of tokens after each text that is evaluated.
+        stage: entered for each stage with its name; what it yields is called with the fraction that is done.
 
     Raises:
         DataError, RequestError: the texts cannot be judged, see
@@ -72,22 +76,22 @@ class Tuner:
         context: int = 2048,
         n_answer: int = 128,
         n_exchange: int = 16,
-        advance: Callable[[int], None] = lambda n_tokens: None,
+        stage: Stage = _untold,
     ) -> None:
         if promise.kind == "speedup" and profile.cost is None:
             raise PlanError("the profile has no cost model to reach a speed-up by; calibrate again without --no-cost")
         self.profile, self.promise, self.held_out, self.request = profile, promise, held_out, request
-        self.context, self.n_answer, self.n_exchange = context, n_answer, n_exchange
+        self.context, self.n_answer, self.n_exchange, self._stage = context, n_answer, n_exchange, stage
         self.plan(profile.skippable)  # refuses a compensation that the profile lacks vectors for
-        self._seconds = request_seconds(profile, request.mode, context, n_answer)
+        self._full, self._saved = self._predicted()
 
         def quality(part: str) -> TextQuality:
             texts = [item.tokens for item in getattr(held_out, part)]
-            return TextQuality(llm, texts, request.mode, advance=advance)
+            return TextQuality(llm, texts, request.mode, advance=self._advance)
 
         self._search, self._confirm = quality("search"), quality("confirm")
         self._report = quality("report") if held_out.report else self._confirm
-        self.order = rank(profile.similarity, self._saved())
+        self.order = rank(profile.similarity, self._saved)
 
     @property
     def n_tokens(self) -> int:
@@ -101,28 +105,26 @@ class Tuner:
 
     def evaluate_full(self) -> None:
         """Evaluate the full model on the search's text: what an evaluation takes at most."""
-        self._search.evaluate_full()
+        with self._shown("Evaluating the full model", 1):
+            self._search.evaluate_full()
 
     def tune(
         self,
         measure: Measure,
-        *,
-        stage: Stage = lambda label, n_evaluations: contextlib.nullcontext(),
         settings: Mapping[str, str | int | float | None] | None = None,
     ) -> PlanFile:
         """Search, confirm, measure the speed, and report.
 
         Args:
             measure: measures the speed of a plan that skips something.
-            stage: told of each stage.
             settings: more to tell of how the plan was found.
 
         Raises:
             BudgetError: a promised speed-up is out of reach, as predicted.
             PlanError: the loss under the plan is not finite.
         """
-        found, speedups = (self._reach if self.promise.kind == "speedup" else self._keep)(measure, stage)
-        with stage("Reporting", 2):
+        found, speedups = (self._reach if self.promise.kind == "speedup" else self._keep)(measure)
+        with self._shown("Reporting", 2):
             loss, agreement, n_texts, n_tokens = self._figures(found.skip)
         return PlanFile(
             self.plan(found.skip),
@@ -147,25 +149,25 @@ class Tuner:
         """Make the plan of a skip set, with its online stage."""
         return compensated_plan(self.profile, skip, self.request, "tuned")
 
-    def _keep(self, measure: Measure, stage: Stage) -> tuple[Judged, tuple[SpeedUp, ...]]:
+    def _keep(self, measure: Measure) -> tuple[Judged, tuple[SpeedUp, ...]]:
         """The fastest plan that keeps the quality promised, also on text that the search did not see."""
         limit = 1.0 - self.promise.value if self.promise.kind == "min_agreement" else self.promise.value
-        with stage("Searching", self.most_evaluations):
+        with self._shown("Searching", self.most_evaluations):
             judge = self._judge(self._search)
             found = fastest_within(judge, self.order, self.profile.n_layer, limit, n_exchange=self.n_exchange)
         if found.n_skip:
-            with stage("Confirming", 2):
+            with self._shown("Confirming", 2):
                 found = back_off(self._judge(self._confirm), self.order, found.skip, limit)
         return found, measure(self.plan(found.skip)) if found.n_skip else ()
 
-    def _reach(self, measure: Measure, stage: Stage) -> tuple[Judged, tuple[SpeedUp, ...]]:
+    def _reach(self, measure: Measure) -> tuple[Judged, tuple[SpeedUp, ...]]:
         """The plan of the least loss that is as fast as promised, as measured; else as near as prediction leads."""
         judge, aim = self._judge(self._search), self.promise.value
         found: Judged | None = None
         speedups: tuple[SpeedUp, ...] = ()
         for _ in range(_N_AIMS):
             try:
-                with stage("Searching", self.most_evaluations):
+                with self._shown("Searching", self.most_evaluations):
                     again = self._least_harm(judge, aim)
             except BudgetError:
                 if found is None:
@@ -181,16 +183,43 @@ class Tuner:
         return found, speedups
 
     def _least_harm(self, judge: Judge, speedup: float) -> Judged:
-        full = self._seconds(np.zeros((self.profile.n_layer, 2), np.bool_))
-        found = least_harm(judge, self.order, self.profile.n_layer, full / speedup, n_exchange=self.n_exchange)
+        goal = self._full / speedup
+        found = least_harm(judge, self.order, self.profile.n_layer, goal, n_exchange=self.n_exchange)
         if found is None:
-            reachable = math.floor(100 * full / self._seconds(self.profile.skippable)) / 100
+            reachable = math.floor(100 * self._full / self._seconds(self.profile.skippable)) / 100
             raise BudgetError(
                 f"a prompt of {self.context} tokens and {self.n_answer} tokens of an answer cannot take "
                 f"1/{speedup:g} of the time: skipping all that can be skipped is predicted to make it {reachable:.2f} "
                 f"times as fast; ask for at most {reachable:.2f}"
             )
         return found
+
+    @contextmanager
+    def _shown(self, label: str, n_evaluations: int) -> Iterator[None]:
+        self._done, self._total = 0, n_evaluations * self.n_tokens
+        with self._stage(label) as self._on_progress:
+            yield
+
+    def _advance(self, n_tokens: int) -> None:
+        self._done += n_tokens
+        self._on_progress(min(self._done / self._total, 1.0))
+
+    def _predicted(self) -> tuple[float, npt.NDArray[np.float64]]:
+        """Seconds of a request of the full model, and what each sublayer saves of them, which adds up.
+
+        Without a cost model in the profile it is the number of sublayers that run.
+        """
+        cost, saved = self.profile.cost, np.ones((self.profile.n_layer, 2))
+        if cost is None:
+            return float(saved.size), saved
+        saved = self.n_answer * seconds_saved(cost, self.context, "decode")
+        if self.request.mode != "decode":
+            saved += seconds_saved(cost, self.context, "prefill")
+        full = (cost.seconds(None, self.context, phase) for phase in PHASES)
+        return float(np.dot((1, self.n_answer), tuple(full))), saved
+
+    def _seconds(self, skip: npt.NDArray[np.bool_]) -> float:
+        return float(self._full - self._saved[skip].sum())
 
     def _judge(self, quality: TextQuality) -> Judge:
         def harm(skip: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
@@ -207,14 +236,3 @@ class Tuner:
         if not np.isfinite(scores.loss).all():
             raise PlanError("the plan that was found has no finite loss; ask for less")
         return mean_interval(scores.loss), mean_interval(scores.agreement), self._report.n_texts, self._report.n_tokens
-
-    def _saved(self) -> npt.NDArray[np.float64]:
-        """Seconds of a request that each sublayer alone saves, float64 ``[n_layer, 2]``."""
-        saved = np.zeros((self.profile.n_layer, 2))
-        skip = np.zeros(saved.shape, np.bool_)
-        full = self._seconds(skip)
-        for where in np.ndindex(*saved.shape):
-            skip[where] = True
-            saved[where] = full - self._seconds(skip)
-            skip[where] = False
-        return saved
