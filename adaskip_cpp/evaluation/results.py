@@ -6,24 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
+from ..files import json_text
 from ..intervals import Interval
 from ..model.plan import MODES, Mode
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
-__all__ = [
-    "MODE_NAMES",
-    "SPEEDS",
-    "SPEED_NAMES",
-    "About",
-    "Cell",
-    "Figure",
-    "Results",
-    "Row",
-    "Speed",
-    "TaskScores",
-]
+__all__ = ["MODE_NAMES", "SPEEDS", "SPEED_NAMES", "About", "Cell", "Figure", "Results", "Row", "Speed", "TaskScores"]
 
 SPEEDS = {"prefill": "first_token", "decode": "per_token", "e2e": "request"}
 """By mode, the speed-up that quality is read against: of what the mode makes faster."""
@@ -194,9 +182,9 @@ class Results:
     format: str = "adaskip-evaluation"
     version: int = 2
 
-    def to_json(self) -> bytes:
+    def to_json(self) -> str:
         """Return the content of ``results.json``; what is no number is null."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        return json_text(self)
 
     @property
     def full(self) -> Row:

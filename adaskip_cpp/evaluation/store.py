@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import json_text, write_atomically
 from ..measuring.timing import RequestTime
 
 __all__ = ["Key", "Record", "Store", "content_hash", "open_store"]
@@ -153,7 +153,7 @@ def _take_up(folder: Path, mine: _Header) -> tuple[_Header, Path | None]:
     if found is not None and found.hash == mine.hash:
         _move(earlier, here)
         return found, set_aside
-    write_atomically(here[1], msgspec.json.format(msgspec.json.encode(mine), indent=1))
+    write_atomically(here[1], json_text(mine))
     return mine, set_aside
 
 

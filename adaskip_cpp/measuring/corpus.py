@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 __all__ = [
     "DESCRIPTION",
@@ -13,7 +16,6 @@ __all__ = [
     "N_REQUESTS",
     "N_TOKENS",
     "SEPARATOR",
-    "Tokenizer",
     "cut",
     "held_out",
     "pages",
@@ -42,14 +44,6 @@ maps: with 80, SmolLM2 loses 8% less at 6 of 60 sublayers, 13% at 12 and 16% at 
 
 SEPARATOR = "\n\n\n"
 """What stands between two pages of a text."""
-
-
-class Tokenizer(Protocol):
-    """The part of ``llama_cpp.Llama`` that turns text into tokens."""
-
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Return the token ids of UTF-8 text."""
-        ...
 
 
 def pages() -> dict[str, str]:
@@ -96,12 +90,12 @@ def text(exclude: Collection[str] = HELD_OUT) -> str:
     return SEPARATOR.join(page for name, page in pages().items() if name not in exclude)
 
 
-def tokens_of(tokenizer: Tokenizer, text: str, *, bos: bool = False) -> list[int]:
+def tokens_of(tokenizer: Llama, text: str, *, bos: bool = False) -> list[int]:
     """Return the token ids of a text as it stands, behind the one that begins a sequence if ``bos``."""
     return tokenizer.tokenize(text.encode("utf-8", "replace"), add_bos=bos, special=False)
 
 
-def cut(tokenizer: Tokenizer, text: str, n_requests: int, n_tokens: int) -> list[list[int]]:
+def cut(tokenizer: Llama, text: str, n_requests: int, n_tokens: int) -> list[list[int]]:
     """Cut a text into requests, spread evenly over it and not overlapping.
 
     Args:

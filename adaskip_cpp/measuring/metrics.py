@@ -17,21 +17,7 @@ from typing import Any
 
 from ..errors import DataError, PackageMissingError
 
-__all__ = [
-    "METRICS",
-    "classification",
-    "code_similarity",
-    "contains",
-    "continuation_rouge_l",
-    "count",
-    "first_line",
-    "qa_f1",
-    "qa_f1_zh",
-    "retrieval",
-    "rouge_l",
-    "rouge_l_zh",
-    "score",
-]
+__all__ = ["METRICS", "continuation_rouge_l", "first_line", "score"]
 
 _ZH_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"

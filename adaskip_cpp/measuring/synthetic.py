@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, RequestError
 from .corpus import tokens_of
@@ -91,20 +91,8 @@ def synthetic_items(
             identity = f"{task}/{length}/{'any' if depth is None else f'{depth:g}'}/{index}/{seed}"
             # Seeded by text: Python hashes it with SHA-512, the same everywhere.
             puzzle = _MAKE[task](source, random.Random(identity), length, depth or 0.0)
-            items.append(
-                QuestionItem(
-                    id=identity,
-                    task=task,
-                    prompt=tuple(_fill(puzzle, length, wrap, task)),
-                    answers=(puzzle.answer,),
-                    max_tokens=puzzle.max_tokens,
-                    metric=puzzle.metric,
-                    all_classes=puzzle.all_classes,
-                    length=length,
-                    depth=depth,
-                    first_line=puzzle.first_line,
-                )
-            )
+            prompt = tuple(_fill(puzzle.write, length, wrap, task))
+            items.append(replace(puzzle.question, id=identity, task=task, prompt=prompt, length=length, depth=depth))
     n_most = max(item.length + item.max_tokens for item in items)
     if n_most > llm.context_size:
         raise RequestError(
@@ -127,18 +115,14 @@ def _check(tasks: Sequence[str], lengths: Sequence[int], depths: Sequence[float]
 
 @dataclass(frozen=True)
 class _Puzzle:
-    """A prompt of any length, and its answer.
-
-    Attributes:
-        write: the prompt's text with n tokens of filling.
-    """
+    """A prompt's text with n tokens of filling, and how its answer is scored."""
 
     write: Callable[[int], str]
-    answer: str
-    max_tokens: int
-    metric: str = "contains"
-    all_classes: tuple[str, ...] = ()
-    first_line: bool = False
+    question: QuestionItem
+
+    @classmethod
+    def of(cls, write: Callable[[int], str], answer: str, n_tokens: int, metric: str, **more: Any) -> _Puzzle:
+        return cls(write, QuestionItem("", "", (), (answer,), n_tokens, metric, **more))
 
 
 @dataclass(frozen=True)
@@ -179,16 +163,16 @@ def _draw(rng: random.Random, values: Sequence[str], n: int) -> list[str]:
     return [rest.pop(_below(rng, len(rest))) for _ in range(n)]
 
 
-def _fill(puzzle: _Puzzle, length: int, wrap: Wrap, task: str) -> Sequence[int]:
+def _fill(write: Callable[[int], str], length: int, wrap: Wrap, task: str) -> Sequence[int]:
     """The prompt with as much filling as makes it ``length`` tokens, or a few less."""
-    best = wrap(puzzle.write(0))
+    best = wrap(write(0))
     if len(best) > length:
         raise DataError(f"a prompt of {task!r} has at least {len(best)} tokens; ask for longer ones than {length}")
     low, high, n = 0, length, length - len(best)
     while low < high and len(best) < length:
         if not low < n <= high:
             n = (low + high + 1) // 2
-        prompt = wrap(puzzle.write(n))
+        prompt = wrap(write(n))
         excess = len(prompt) - length
         if excess > 0:
             high = n - 1
@@ -216,7 +200,7 @@ def _passkey(source: _Source, rng: random.Random, length: int, depth: float) -> 
     key = source.key(rng)
     needle = f"The pass key is {key}. Remember it. {key} is the pass key."
     write = _hide(source, source.place(rng, length), [(depth, needle)])
-    return _Puzzle(lambda n: f"{write(n)}\n\nThe pass key is", key, max_tokens=_KEY_TOKENS)
+    return _Puzzle.of(lambda n: f"{write(n)}\n\nThe pass key is", key, _KEY_TOKENS, "contains")
 
 
 def _multikey(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
@@ -230,7 +214,7 @@ def _multikey(source: _Source, rng: random.Random, length: int, depth: float) ->
         for depth, name, key in zip(depths, names, keys, strict=True)
     ]
     write = _hide(source, source.place(rng, length), needles)
-    return _Puzzle(lambda n: f"{write(n)}\n\nThe pass key of {names[0]} is", keys[0], max_tokens=_KEY_TOKENS)
+    return _Puzzle.of(lambda n: f"{write(n)}\n\nThe pass key of {names[0]} is", keys[0], _KEY_TOKENS, "contains")
 
 
 def _copy(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
@@ -244,9 +228,7 @@ def _copy(source: _Source, rng: random.Random, length: int, depth: float) -> _Pu
     cue, rest = " ".join(words[:n_cue]), " ".join(words[n_cue:])
     write = _hide(source, start, [(depth, f"This is the passage to copy: {cue} {rest}")])
     n_rest = len(tokens_of(source.llm, f" {rest}"))
-    return _Puzzle(
-        lambda n: f"{write(n)}\n\nThis is the passage to copy: {cue}", rest, max_tokens=max(n_rest, 1), metric="qa_f1"
-    )
+    return _Puzzle.of(lambda n: f"{write(n)}\n\nThis is the passage to copy: {cue}", rest, max(n_rest, 1), "qa_f1")
 
 
 _WRITING: tuple[Callable[[Sequence[str]], str], ...] = (
@@ -280,9 +262,7 @@ def _classify(source: _Source, rng: random.Random, length: int, depth: float) ->
         ]
         return f"{''.join(examples)}Text: {snippet(n_examples, _SNIPPET, asked)}\nLabel:"
 
-    return _Puzzle(
-        write, labels[asked], max_tokens=4, metric="classification", all_classes=tuple(labels), first_line=True
-    )
+    return _Puzzle.of(write, labels[asked], 4, "classification", all_classes=tuple(labels), first_line=True)
 
 
 _MAKE: dict[str, Callable[[_Source, random.Random, int, float], _Puzzle]] = {

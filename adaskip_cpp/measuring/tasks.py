@@ -8,12 +8,15 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import DataError
 from ..files import read_text
 from . import metrics
-from .corpus import Tokenizer, cut, tokens_of
+from .corpus import cut, tokens_of
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 __all__ = [
     "PYTHON_SOURCES",
@@ -110,7 +113,7 @@ class QuestionItem:
 
 
 def text_items(
-    tokenizer: Tokenizer,
+    tokenizer: Llama,
     texts: Mapping[str, str],
     *,
     n_items: int,
@@ -157,7 +160,7 @@ def text_items(
     return [TextItem(f"{task}/{name}/{n_tokens}/{i}", task, tuple(requests[name][i])) for i, _, name in turns]
 
 
-def raw_wrap(tokenizer: Tokenizer) -> Wrap:
+def raw_wrap(tokenizer: Llama) -> Wrap:
     """Return what turns a prompt into tokens as it stands, behind the one that begins a sequence."""
     return lambda prompt: tokens_of(tokenizer, prompt, bos=True)
 

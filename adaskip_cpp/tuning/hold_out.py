@@ -14,7 +14,7 @@ from ..errors import DataError
 from ..measuring.tasks import TextItem, text_items
 
 if TYPE_CHECKING:
-    from ..measuring.corpus import Tokenizer
+    from llama_cpp import Llama
 
 __all__ = ["HeldOut", "hold_out"]
 
@@ -39,7 +39,7 @@ class HeldOut:
         return {word: ", ".join(_names(part)) for word, part in parts.items()}
 
 
-def hold_out(tokenizer: Tokenizer, texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
+def hold_out(tokenizer: Llama, texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
     """Cut texts into three parts of as many items each, or into two where there is too little for three.
 
     Args:
