@@ -54,25 +54,33 @@ def profile_path(tiny: Any, tmp_path: Path) -> Path:
     return path
 
 
+def groups(run: Run, verb: str) -> dict[str, list[str]]:
+    """The sections of a verb's help behind its text, and the options that each lists."""
+    sections = re.split(r"^(\S.*):\n", run(verb, "--help").stdout, flags=re.MULTILINE)
+    pairs = zip(sections[1::2], sections[2::2], strict=True)
+    return {heading: re.findall(r"^  (?:-\w, )?(--[a-z-]+)", text, re.MULTILINE) for heading, text in pairs}
+
+
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["demo", "inspect", "calibrate", "plan", "generate", "chat", "tune", "plot"])
+@pytest.mark.parametrize("verb", main.commands)
 def test_every_verb_has_help_with_an_example(run: Run, verb: str) -> None:
     result = run(verb, "--help")
     assert result.exit_code == 0
     assert re.search(f"Example:\n +adaskip-cpp {verb}", result.stdout)
 
 
-def test_help_begins_with_the_options_that_matter_and_groups_the_others(run: Run) -> None:
-    sections = re.split(r"^(\S.*):\n", run("calibrate", "--help").stdout, flags=re.MULTILINE)
-    groups = {
-        heading: re.findall(r"--[a-z-]+", text) for heading, text in zip(sections[1::2], sections[2::2], strict=True)
-    }
-    assert list(groups) == ["Example", "Options", "What is learned", "Running the model", "Output"]
-    assert groups["Options"] == ["--output", "--data", "--help"]
-    assert groups["Running the model"] == ["--threads", "--gpu-layers"]
-    assert groups["Output"] == ["--json"]
+@pytest.mark.parametrize("verb", main.commands)
+def test_help_begins_with_the_few_options_that_matter(run: Run, verb: str) -> None:
+    assert 1 <= len(groups(run, verb)["Options"]) <= 8
+
+
+def test_help_groups_the_other_options(run: Run) -> None:
+    shown = groups(run, "calibrate")
+    assert list(shown) == ["Example", "Options", "What is learned", "Running the model", "Output"]
+    assert shown["Running the model"] == ["--threads", "--gpu-layers"]
+    assert shown["Output"] == ["--json"]
 
 
 def test_without_a_verb_it_lists_them(run: Run) -> None:

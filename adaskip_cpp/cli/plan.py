@@ -16,7 +16,7 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
 from .report import layer_list
-from .terminal import OUTPUT, check_output, console, json_option, option
+from .terminal import OUTPUT, check_output, console, json_option, option, verb
 from .tune_report import print_tuning
 
 if TYPE_CHECKING:
@@ -29,19 +29,14 @@ if TYPE_CHECKING:
 __all__ = ["plan", "print_plan"]
 
 
-@click.command(
-    short_help="Show what would be skipped, and what that brings.",
-    epilog="\b\nExample:\n  adaskip-cpp plan model.adaskip.json --speedup 1.25 --context 4096",
+@verb(
+    "Show what would be skipped, and what that brings.",
+    example="adaskip-cpp plan model.adaskip.json --speedup 1.25 --context 4096\n"
+    "adaskip-cpp plan model.adaskip.json --skip 12 -o model.adaskip-plan.json",
 )
 @click.argument("profile_path", metavar="PROFILE")
 @plan_options
-@click.option(
-    "--context",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    help="Prompt length to predict for.",
-)
+@option("--context", type=click.IntRange(min=1), default=2048, help="Prompt length to predict for.")
 @option("-o", "--output", metavar="PLAN", group=OUTPUT, help="Write the plan to a file too, for --plan of other verbs.")
 @json_option
 def plan(profile_path: str, request: PlanRequest | None, context: int, output: str | None, as_json: bool) -> None:

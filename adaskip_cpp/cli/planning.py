@@ -19,6 +19,7 @@ from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES, make_plan
 from .lists import LAYERS
 from .report import n_skipped
+from .terminal import CHOOSING, option
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
@@ -37,16 +38,18 @@ def plan_options(command: _Command) -> _Command:
         return command(*args, request=_request(given), **values)
 
     decorated: Any = with_request
-    for option in reversed(_OPTIONS.values()):
-        decorated = option(decorated)
+    for add in reversed(_OPTIONS.values()):
+        decorated = add(decorated)
     return decorated  # type: ignore[no-any-return]
 
 
 def profile_options(command: _Command) -> _Command:
     """Add the options that say where a plan comes from: ``profile_path``, ``plan_file`` and ``full``."""
-    command = click.option("--full", is_flag=True, help="Run the whole model, whatever plan lies beside it.")(command)
+    command = option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it.")(
+        command
+    )
     command = plan_file_option(command)
-    return click.option(
+    return option(
         "--profile",
         "profile_path",
         metavar="PROFILE",
@@ -57,9 +60,10 @@ def profile_options(command: _Command) -> _Command:
 
 def plan_file_option(command: _Command) -> _Command:
     """Add ``--plan``, passed as ``plan_file``."""
-    return click.option(
+    return option(
         "--plan",
         "plan_file",
+        group=CHOOSING,
         metavar="PLAN",
         help="A plan to use as it is, written by `tune` or `plan -o`.  [default: the one beside MODEL, "
         "X.adaskip-plan.json for X.gguf, if there is one]",
@@ -182,39 +186,53 @@ def _request(given: dict[str, Any]) -> PlanRequest | None:
 
 
 _OPTIONS = {
-    "n_skip": click.option(
+    "n_skip": option(
         "--skip", "n_skip", type=click.IntRange(min=0), help=f"Sublayers to skip.  [default: {DEFAULT_N_SKIP}]"
     ),
-    "speedup": click.option(
+    "speedup": option(
         "--speedup",
         type=click.FloatRange(min=1),
         help="Instead: skip as much as this speed-up takes, as predicted for the machine that calibrated.",
     ),
-    "phase": click.option(
+    "phase": option(
         "--phase",
+        group=CHOOSING,
         type=click.Choice(PHASES),
         help="The phase that --speedup is about.  [default: prefill, with --mode decode decode]",
     ),
-    "mode": click.option(
+    "mode": option(
         "--mode",
+        group=CHOOSING,
         type=click.Choice(MODES),
         help="prefill: the same sublayers in both phases. decode: none while the prompt is read. e2e: as prefill, and "
         "each answer adds FFNs after its first 20 tokens.  [default: e2e]",
     ),
-    "strategy": click.option(
-        "--strategy", type=click.Choice(list(STRATEGIES)), help="How to choose sublayers.  [default: adaskip]"
+    "strategy": option(
+        "--strategy",
+        group=CHOOSING,
+        type=click.Choice(list(STRATEGIES)),
+        help="How to choose sublayers.  [default: adaskip]",
     ),
-    "attention": click.option(
-        "--attention", metavar="LAYERS", type=LAYERS, help="Skip just these attentions, as 1,5-7, and --ffn."
+    "attention": option(
+        "--attention",
+        group=CHOOSING,
+        metavar="LAYERS",
+        type=LAYERS,
+        help="Skip just these attentions, as 1,5-7, and --ffn.",
     ),
-    "ffn": click.option("--ffn", metavar="LAYERS", type=LAYERS, help="Skip just these FFNs, and --attention."),
-    "compensation": click.option(
+    "ffn": option(
+        "--ffn", group=CHOOSING, metavar="LAYERS", type=LAYERS, help="Skip just these FFNs, and --attention."
+    ),
+    "compensation": option(
         "--compensation",
+        group=CHOOSING,
         type=click.Choice(list(COMPENSATIONS)),
         help="What stands in for a skipped sublayer: its input (none), that times the paper's norm ratio or the median "
         "ratio, the latter plus a mean error vector (affine), or plus a linear map of low rank (linear).  "
         f"[default: {DEFAULT_COMPENSATION}]",
     ),
-    "online": click.option("--no-online", "online", flag_value=False, default=None, help="Add no FFNs in decode."),
+    "online": option(
+        "--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Add no FFNs in decode."
+    ),
 }
 """The options by the parameter that each sets, in the order of the help; all are None where not given."""

@@ -12,7 +12,7 @@ from ..model.plan_file import load_plan
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
-from .terminal import console
+from .terminal import CHOOSING, OUTPUT, console, option, verb
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,17 +25,19 @@ if TYPE_CHECKING:
 __all__ = ["plot"]
 
 
-@click.command(
-    short_help="Draw a profile.",
-    epilog="\b\nExample:\n  adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures",
-)
+@verb("Draw a profile.", example="adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures")
 @click.argument("paths", metavar="PROFILE...", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="DIR", help="Folder for the pictures; made where it is missing.")
-@click.option("--plan", "plan_file", metavar="PLAN", help="A plan file to draw, of the one PROFILE.")
+@option("-o", "--output", metavar="DIR", help="Folder for the pictures; made where it is missing.")
+@option("--plan", "plan_file", group=CHOOSING, metavar="PLAN", help="A plan file to draw, of the one PROFILE.")
 @plan_options
-@click.option("--context", type=click.IntRange(min=1), default=2048, show_default=True,
-              help="Prompt length that --speedup is predicted for.")  # fmt: skip
-@click.option("--terminal", is_flag=True, help="Print them instead; so it is where matplotlib is missing.")
+@option(
+    "--context",
+    group=CHOOSING,
+    type=click.IntRange(min=1),
+    default=2048,
+    help="Prompt length that --speedup is predicted for.",
+)
+@option("--terminal", group=OUTPUT, is_flag=True, help="Print them instead; so it is where matplotlib is missing.")
 def plot(
     paths: tuple[str, ...],
     output: str | None,
