@@ -36,11 +36,11 @@ from peer_worker import save_plan
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan, calibrate
 from adaskip_cpp.demo import packaged_model
+from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.intervals import Interval, ratio_interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import RequestTime, in_turn
-from adaskip_cpp.model.cost_settings import CostSettings
 
 OURS, THEIRS = "adaskip-cpp", "transformers"
 N_CHECK, N_CHECK_DECODE = 64, 8
@@ -176,7 +176,7 @@ def short_calibration(model: Path, n_skip: int, n_requests: int, longest: int) -
     requests = corpus.cut(llm, corpus.text(), n_requests, 512)
     plan = calibrate(llm, requests, cost=False, progress=False).plan(n_skip, online=False)
     prompt = corpus.cut(llm, corpus.SEPARATOR.join(corpus.held_out().values()), 1, longest)[0]
-    cpu = CostSettings.of(llm).cpu
+    cpu = cost_settings(llm).cpu
     llm.close()
     return plan, prompt, cpu
 

@@ -75,7 +75,7 @@ class Ours:
 
     def __init__(self, model: str, plan: str | None, n_ctx: int, n_threads: int, options: dict[str, Any]) -> None:
         from adaskip_cpp import AdaSkipLlama, SkipPlan
-        from adaskip_cpp.model.plan import SkipSet
+        from adaskip_cpp.model.skip_set import SkipSet
 
         self.every = bool(options.get("logits_all"))
         sets = {phase: SkipSet(**arrays) for phase, arrays in load_plan(plan).items()}

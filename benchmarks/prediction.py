@@ -20,6 +20,7 @@ import statistics
 import time
 from collections import defaultdict
 from contextlib import closing
+from dataclasses import asdict
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan, calibrate
 from adaskip_cpp.demo import packaged_model
@@ -134,7 +135,7 @@ def main() -> None:
     profile = calibrate(llm, n_requests=4, n_tokens=256, n_decode=16, progress=False)
     calibrated = time.monotonic() - start
     assert profile.cost is not None
-    settings = ", ".join(f"{name} {value}" for name, value in profile.cost.settings.to_dict().items())
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(profile.cost.settings).items())
     print(
         f"{os.path.basename(llm.model_path)}: {settings}. Calibrated in {calibrated:.0f} s. Load before: {load:.2f}.\n"
     )

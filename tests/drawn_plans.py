@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
 
 __all__ = ["NOTHING", "plans", "skip_sets"]
 

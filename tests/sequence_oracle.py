@@ -14,7 +14,7 @@ from drawn_plans import NOTHING
 from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.model.plan import SkipSet
+from adaskip_cpp.model.skip_set import SkipSet
 
 __all__ = ["Cell", "Cells", "History", "common_prefix", "is_readable"]
 

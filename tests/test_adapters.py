@@ -20,7 +20,7 @@ from tiny_families import N_EMBD, N_LAYER
 from tiny_models import write_lora
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.model.plan import SkipSet
+from adaskip_cpp.model.skip_set import SkipSet
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]

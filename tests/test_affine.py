@@ -20,7 +20,8 @@ from tiny_families import FAMILIES, N_EMBD, N_LAYER, SKIPPABLE
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import CompensationError, NativeError
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
 
 TOLERANCE = 5e-6
 SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in (0, 1)]

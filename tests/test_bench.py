@@ -22,7 +22,8 @@ from adaskip_cpp.bench.table import NO_PLAN, STOCK, BenchTimes, Parts, Row, tabl
 from adaskip_cpp.errors import DataError, NativeError, PlanError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.timing import RequestTime
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
 
 # --- from times to a table --------------------------------------------------------------------------------------------
 

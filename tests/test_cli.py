@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from command_line import line
 from rich.console import Console
+from test_cost import cost_model
 from tiny_families import N_EMBD
 
 from adaskip_cpp import AdaSkipLlama, Profile, demo
@@ -358,21 +359,12 @@ def test_plan_ranks_every_sublayer(run: Run, profile_path: Path) -> None:
     assert data["plan"]["online"]["threshold"] == pytest.approx(0.99 - 0.49 / 5)
 
 
-class FlatCost:
-    """A cost model by hand: an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms."""
-
-    n_layer = 3
-
-    def seconds(self, skip: Any, context: int, phase: str) -> float:
-        run = np.ones((3, 2)) if skip is None else ~skip
-        return float(1e-3 * (1 + 2 * run[:, 0].sum() + run[:, 1].sum()))
-
-    def speedup(self, plan: Any, context: int, phase: str) -> float:
-        return self.seconds(None, context, phase) / self.seconds(getattr(plan, phase).skip, context, phase)
+# Decoding a token, an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms.
+COST = cost_model(0.1, [0.2] * 3, [0.1] * 3)
 
 
 def test_plan_tells_what_skipping_saves(run: Run, profile_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = replace(Profile.load(profile_path), cost=FlatCost())
+    profile = replace(Profile.load(profile_path), cost=COST)
     monkeypatch.setattr(Profile, "load", lambda path: profile)
     args = ["plan", profile_path, "--skip", 2, "--mode", "decode"]
     data = json.loads(run(*args, "--json").stdout)
@@ -386,7 +378,7 @@ def test_plan_tells_what_skipping_saves(run: Run, profile_path: Path, monkeypatc
 def test_a_speedup_takes_as_many_sublayers_as_it_needs(
     run: Run, profile_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    profile = replace(Profile.load(profile_path), cost=FlatCost())
+    profile = replace(Profile.load(profile_path), cost=COST)
     monkeypatch.setattr(Profile, "load", lambda path: profile)
     data = json.loads(run("plan", profile_path, "--speedup", 1.25, "--json").stdout)
     assert data["predicted_speedup"]["prefill"] >= 1.25
@@ -396,7 +388,7 @@ def test_a_speedup_takes_as_many_sublayers_as_it_needs(
 def test_a_speedup_for_a_prompt_loads_the_weights_once(
     run: Run, tiny: Any, profile_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    profile = replace(Profile.load(profile_path), cost=FlatCost())
+    profile = replace(Profile.load(profile_path), cost=COST)
     monkeypatch.setattr(Profile, "load", lambda path: profile)
     opened, init = [], AdaSkipLlama.__init__
 

@@ -9,7 +9,7 @@ import pytest
 from adaskip_cpp.calibration.linear import LinearFit
 from adaskip_cpp.errors import CompensationError
 from adaskip_cpp.model.maps import LinearMaps, map_scale
-from adaskip_cpp.model.plan import SkipSet
+from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION, get_compensation
 

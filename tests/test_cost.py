@@ -12,10 +12,11 @@ import pytest
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration import cost
-from adaskip_cpp.errors import PlanError, ProfileFormatError, RequestError
+from adaskip_cpp.errors import PlanError, RequestError
+from adaskip_cpp.model.arrays import from_plain, to_plain
 from adaskip_cpp.model.cost_model import CostModel, PhaseCost
 from adaskip_cpp.model.cost_settings import CostSettings
-from adaskip_cpp.model.plan import SkipSet
+from adaskip_cpp.model.skip_set import SkipSet
 
 SETTINGS = CostSettings("a CPU", ("CPU",), 0, 2, 4, 512, 512, True, "F16", "Q8_0", True, "0.3.36")
 
@@ -333,7 +334,7 @@ def test_impossible_predictions_are_refused() -> None:
 
 def test_a_cost_model_survives_json() -> None:
     model = cost_model(0.1, [1 / 3, 2], [3, 4], limit=[math.inf, 1024], growth=[1e-7, 0])
-    read = CostModel.from_dict(json.loads(json.dumps(model.to_dict(), allow_nan=False)))
+    read = from_plain(json.loads(json.dumps(to_plain(model), allow_nan=False)), CostModel)
     assert read == model and read.settings == SETTINGS
     assert read.seconds(None, 3000, "prefill") == model.seconds(None, 3000, "prefill")
     assert read != cost_model(0.2, [1 / 3, 2], [3, 4], limit=[math.inf, 1024], growth=[1e-7, 0])
@@ -357,21 +358,22 @@ def test_a_cost_model_survives_json() -> None:
         (("decode", "growth"), 7),
         (("decode", "n_tokens"), 2),
         (("limit",), [None]),
+        (("limit",), [-1.0, None]),
         (("limit",), [0.0, None]),
         (("deepest",), "deep"),
     ],
 )
 def test_a_damaged_cost_model_is_refused(path: tuple[str, ...], value: Any) -> None:
-    data = cost_model(0.1, [1, 2], [3, 4]).to_dict()
+    data = to_plain(cost_model(0.1, [1, 2], [3, 4]))
     inner: Any = data
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
-    with pytest.raises(ProfileFormatError, match="calibrate again"):
-        CostModel.from_dict(data)
+    with pytest.raises(ValueError, match=rf"{path[0]}|the cost model.*; calibrate again"):
+        from_plain(data, CostModel)
     del inner[path[-1]]
-    with pytest.raises(ProfileFormatError, match=f"lacks '{path[-1]}'; calibrate again"):
-        CostModel.from_dict(data)
+    with pytest.raises(ValueError, match=f"missing required field `{path[-1]}`"):
+        from_plain(data, CostModel)
 
 
 # --- a real model ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from tiny_families import FAMILIES, N_LAYER, SKIPPABLE
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError, ProfileMismatchError, StateError
 from adaskip_cpp.model.identity import ModelInfo
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
 
 F32, F16, Q8_0 = 0, 1, 8
 BYTES_OF_32 = {F32: 128, F16: 64, Q8_0: 34}  # Q8_0: a scale in F16 and 32 bytes

@@ -24,7 +24,8 @@ from adaskip_cpp.evaluation.results import About
 from adaskip_cpp.evaluation.store import Record, open_store
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
 from adaskip_cpp.measuring.timing import RequestTime
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
 
 Tokens = Callable[..., list[int]]
 N_CONTINUATION = 9

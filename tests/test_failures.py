@@ -78,7 +78,7 @@ import numpy as np
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import NativeError
-from adaskip_cpp.model.plan import SkipSet
+from adaskip_cpp.model.skip_set import SkipSet
 
 llm = AdaSkipLlama(sys.argv[1], n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
 tokens = [1, *[5] * 255]

@@ -23,7 +23,7 @@ from adaskip_cpp.errors import (
     SublayerRangeError,
 )
 from adaskip_cpp.model.identity import ModelInfo
-from adaskip_cpp.model.plan import SkipSet
+from adaskip_cpp.model.skip_set import SkipSet
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]

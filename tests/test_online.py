@@ -19,7 +19,8 @@ from tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import NativeError
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
 
 N_LAYER = 5
 WINDOW = 6

@@ -9,7 +9,8 @@ import pytest
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import CompensationError, PlanError, SublayerRangeError
 from adaskip_cpp.model.identity import ModelInfo
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
 
 MODEL = ModelInfo("0" * 64, "llama", 4)
 

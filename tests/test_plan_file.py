@@ -21,9 +21,10 @@ from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model.beside import plan_path, profile_path
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.plan_file import load_plan, save_plan
 from adaskip_cpp.model.promise import Promise, SpeedUp, Tuning
+from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics
 
 NAN = float("nan")
@@ -211,10 +212,10 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
         ("sets.0.arrays.bias", [N_EMBD]),
         ("sets", [{"attention": [], "ffn": [], "scale": [], "arrays": {"bias": [N_EMBD]}}]),
         ("vectors", None),
-        ("vectors", "../p.bin"),
-        ("vectors", ""),
-        ("vectors", "a\0b"),
-        ("sha256", "00"),
+        ("vectors.file", "../p.bin"),
+        ("vectors.file", ""),
+        ("vectors.file", "a\0b"),
+        ("vectors.sha256", "00"),
         ("tuning.promise.kind", "beauty"),
         ("tuning.promise.kind", []),
         ("tuning.promise.value", -0.1),
@@ -263,7 +264,7 @@ def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     save_plan(tmp_path / "p.json", make())
     data = json.loads((tmp_path / "p.json").read_text())
     content = np.full((tmp_path / "p.bin").stat().st_size // 4, NAN, "<f4").tobytes()
-    data["sha256"] = hashlib.sha256(content).hexdigest()
+    data["vectors"]["sha256"] = hashlib.sha256(content).hexdigest()
     (tmp_path / "p.bin").write_bytes(content)
     (tmp_path / "p.json").write_text(json.dumps(data))
     with pytest.raises(PlanFileError, match="not finite"):

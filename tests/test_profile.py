@@ -1,8 +1,11 @@
 """adaskip_cpp.planning.profile: planning in every mode and for a speed-up, and the files."""
 
 import hashlib
+import io
 import json
+import math
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -11,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cost import cost_model
 
 from adaskip_cpp import Profile
 from adaskip_cpp.errors import (
@@ -24,10 +28,10 @@ from adaskip_cpp.errors import (
     ProfileMissingError,
     ProfileVersionError,
 )
-from adaskip_cpp.model import profile_file
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.maps import LinearMaps
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.planning.request import PlanRequest
 
@@ -424,12 +428,17 @@ def test_a_profile_without_maps_has_rank_0(example: Profile, tmp_path: Path) -> 
     assert Profile.load(tmp_path / "p.json").maps is None
 
 
-def test_a_cost_model_is_part_of_the_file(costed: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(profile_file, "_cost_model", lambda data: seen.append(data) or FakeCost())
+def test_a_cost_model_is_part_of_the_file(example: Profile, tmp_path: Path) -> None:
+    costed = replace(example, cost=cost_model(1 / 3, [1, 2, 3], [4, 5, 6], limit=[math.inf, 1024, math.inf]))
     costed.save(tmp_path / "p.json")
-    assert Profile.load(tmp_path / "p.json") == costed
-    assert seen == [{"fake": [1.5, 2]}]
+    loaded = Profile.load(tmp_path / "p.json")
+    assert loaded == costed != example
+    assert json.loads((tmp_path / "p.json").read_text())["cost"]["limit"] == [None, 1024.0, None]
+
+
+def test_a_cost_model_is_of_the_profiles_model(example: Profile) -> None:
+    with pytest.raises(ProfileFormatError, match="the cost model is of 2 layers, the model has 3; calibrate again"):
+        replace(example, cost=cost_model(0.1, [1, 2], [3, 4]))
 
 
 @pytest.mark.parametrize(
@@ -461,7 +470,7 @@ def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Pr
 
 
 @pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize("fail", ["os.replace", "os.fsync", "json.dumps", "second os.replace"])
+@pytest.mark.parametrize("fail", ["os.replace", "os.fsync", "numpy.savez", "second os.replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failed_save_keeps_the_old_files_and_leaves_no_others(
     example: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: str, error: BaseException, old: bool
@@ -518,7 +527,7 @@ def test_a_file_truncated_anywhere_is_refused(example: Profile, tmp_path: Path) 
 def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "p.json"
     path.write_bytes(content)
-    with pytest.raises(ProfileFormatError, match=r"p\.json.*adaskip-cpp calibrate"):
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*; calibrate again"):
         Profile.load(path)
 
 
@@ -536,7 +545,7 @@ def test_another_format_version_is_refused(example: Profile, tmp_path: Path, ver
 def test_missing_vectors_are_named_with_the_way_out(example: Profile, tmp_path: Path) -> None:
     example.save(tmp_path / "p.json")
     (tmp_path / "p.npz").unlink()
-    with pytest.raises(ProfileFormatError, match=r"p\.json.*p\.npz', is missing.*put it back.*or calibrate again"):
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*p\.npz', is missing; put it back.*; calibrate again"):
         Profile.load(tmp_path / "p.json")
 
 
@@ -552,7 +561,8 @@ def test_vectors_that_are_not_those_of_the_profile_are_refused(example: Profile,
         content = bytearray((tmp_path / "q.npz").read_bytes())
     path.write_bytes(content[: {"truncated": -1, "empty": 0}.get(damage)])
     with pytest.raises(
-        ProfileFormatError, match=r"p\.json.*p\.npz', is truncated or of another profile.*calibrate again"
+        ProfileFormatError,
+        match=r"p\.json.*p\.npz', (is truncated or of another one.*|has more than .*); calibrate again",
     ):
         Profile.load(tmp_path / "p.json")
 
@@ -569,7 +579,7 @@ def test_the_vectors_are_read_from_beside_the_profile_only(example: Profile, tmp
     data = json.loads((tmp_path / "p.json").read_text())
     data["vectors"]["file"] = name
     (tmp_path / "p.json").write_text(json.dumps(data))
-    with pytest.raises(ProfileFormatError, match="beside the profile"):
+    with pytest.raises(ProfileFormatError, match=r"beside it|vectors\.file"):
         Profile.load(tmp_path / "p.json")
 
 
@@ -642,8 +652,202 @@ def test_a_rank_that_is_not_that_of_the_maps_is_refused(mapped: Profile, tmp_pat
     data = json.loads(path.read_text())
     data["vectors"]["rank"] = rank
     path.write_text(json.dumps(data))
-    with pytest.raises(ProfileFormatError, match=r"p\.json.*rank.*calibrate again"):
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*(rank|maps_down).*calibrate again"):
         Profile.load(path)
+
+
+# --- files from elsewhere ---------------------------------------------------------------------------------------------
+
+
+def pack(
+    path: Path, entries: dict[str, bytes], damage: Callable[[bytearray], None] = lambda _: None, **how: Any
+) -> None:
+    """Write the vectors' file of a profile anew from its entries' bytes, and its hash."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", **how) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    content = bytearray(buffer.getvalue())
+    damage(content)
+    path.with_suffix(".npz").write_bytes(content)
+    data = json.loads(path.read_text())
+    data["vectors"]["sha256"] = hashlib.sha256(content).hexdigest()
+    path.write_text(json.dumps(data))
+
+
+def npy(array: Any, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.asarray(array), **how)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def entries(example: Profile, tmp_path: Path) -> dict[str, bytes]:
+    """What the vectors' file of a saved profile holds."""
+    example.save(tmp_path / "p.json")
+    with zipfile.ZipFile(tmp_path / "p.npz") as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ProfileFormatError, match=r"p\.json' cannot be used: .*; calibrate again$") as caught:
+        Profile.load(path)
+    return str(caught.value)
+
+
+def test_vectors_may_be_compressed(example: Profile, entries: dict[str, bytes], tmp_path: Path) -> None:
+    pack(tmp_path / "p.json", entries, compression=zipfile.ZIP_DEFLATED)
+    assert Profile.load(tmp_path / "p.json") == example
+
+
+def set_everywhere(signature: bytes, offset: int, value: int) -> Callable[[bytearray], None]:
+    """Change a byte in every record of a zip file that begins with a signature."""
+
+    def damage(content: bytearray) -> None:
+        start = -1
+        while (start := content.find(signature, start + 1)) >= 0:
+            content[start + offset] = value
+
+    return damage
+
+
+def encrypt(content: bytearray) -> None:
+    set_everywhere(b"PK\1\2", 8, 1)(content)
+    set_everywhere(b"PK\3\4", 6, 1)(content)
+
+
+def unknown_compression(content: bytearray) -> None:
+    set_everywhere(b"PK\1\2", 10, 97)(content)
+    set_everywhere(b"PK\3\4", 8, 97)(content)
+
+
+def bad_stream(content: bytearray) -> None:
+    start = content.find(b"PK\3\4") + 30 + len("prefill_mean_u.npy")
+    content[start : start + 20] = b"\xff" * 20
+
+
+@pytest.mark.parametrize("damage", [encrypt, unknown_compression, bad_stream])
+def test_an_archive_that_cannot_be_unpacked_is_refused(
+    entries: dict[str, bytes], tmp_path: Path, damage: Callable[[bytearray], None]
+) -> None:
+    pack(tmp_path / "p.json", entries, damage, compression=zipfile.ZIP_DEFLATED)
+    assert "p.npz', is malformed" in refused(tmp_path / "p.json")
+
+
+def test_other_compressions_are_refused_unread(entries: dict[str, bytes], tmp_path: Path) -> None:
+    pack(tmp_path / "p.json", entries, compression=zipfile.ZIP_LZMA)
+    assert "compressed in an unknown way" in refused(tmp_path / "p.json")
+
+
+def test_a_bomb_is_refused_by_the_size_that_it_says_and_read_no_further_where_it_lies(
+    entries: dict[str, bytes], tmp_path: Path
+) -> None:
+    bomb = {**entries, "prefill_mean_u.npy": entries["prefill_mean_u.npy"] + bytes(1 << 22)}
+    pack(tmp_path / "p.json", bomb, compression=zipfile.ZIP_DEFLATED)
+    assert "has 4,194,552 bytes, not 120 and a header" in refused(tmp_path / "p.json")
+
+    def lie(content: bytearray) -> None:
+        for signature, offset in ((b"PK\1\2", 24), (b"PK\3\4", 22)):
+            start = content.find(signature)
+            content[start + offset : start + offset + 4] = (200).to_bytes(4, "little")
+
+    pack(tmp_path / "p.json", bomb, lie, compression=zipfile.ZIP_DEFLATED)
+    refused(tmp_path / "p.json")
+
+
+class Armed:
+    """Pickled, it is a call; unpickled, the call is made."""
+
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("unpickled",))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(np.array([Armed()] * 30, object).reshape(3, 2, 5)),
+        npy(np.zeros((3, 2, 5), np.float32), version=(2, 0)),
+        npy(np.asfortranarray(np.zeros((3, 2, 5), np.float32))),
+        npy(np.zeros((3, 2, 5), np.int32)),
+        npy(np.zeros((30,), np.float32)),
+        npy(np.zeros((3, 2, 5), np.float32))[:-4],
+        npy(np.zeros((3, 2, 5), np.float32)).replace(b"(3, 2, 5)", b"(9**9**9)"),
+        npy(np.zeros((3, 2, 5), np.float32)).replace(b"(3, 2, 5), ", b"(((((((((("),
+        b"",
+        b"\x93NUMPY" + bytes(200),
+    ],
+    ids=range(10),
+)
+def test_an_array_that_is_none_of_the_profile_is_refused(
+    entries: dict[str, bytes], tmp_path: Path, content: bytes
+) -> None:
+    pack(tmp_path / "p.json", {**entries, "decode_mean_v.npy": content})
+    assert "p.npz', is malformed" in refused(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("name", ["n_embd", "rank"])
+@pytest.mark.parametrize("size", [10**6, 2**24, 2**62, 10**30, 0, -1, 1.5, True])
+def test_absurd_sizes_are_refused_before_memory_is_taken(mapped: Profile, tmp_path: Path, name: str, size: Any) -> None:
+    mapped.save(tmp_path / "p.json")
+    data = json.loads((tmp_path / "p.json").read_text())
+    data["vectors"][name] = size
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    if (name, size) == ("rank", 0):
+        assert Profile.load(tmp_path / "p.json").maps is None
+    else:
+        refused(tmp_path / "p.json")
+    data["vectors"]["n_embd"] = data["vectors"]["rank"] = 1 << 24
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    refused(tmp_path / "p.json")
+
+
+def test_a_device_is_refused(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    (tmp_path / "p.npz").unlink()
+    (tmp_path / "p.npz").symlink_to(os.devnull)
+    assert "not a regular file" in refused(tmp_path / "p.json")
+
+
+def test_a_json_file_longer_than_any_is_refused(
+    example: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example.save(tmp_path / "p.json")
+    monkeypatch.setattr("adaskip_cpp.model.stored.MOST_JSON", 1000)
+    assert "has more than 1,000 bytes" in refused(tmp_path / "p.json")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, bytes]:
+    """A profile with all that one can have, and the bytes of its two files."""
+    path = tmp_path_factory.mktemp("fuzzed") / "p.json"
+    costs = cost_model(0.1, [1, 2, 3], [4, 5, 6])
+    profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], cost=costs, maps=maps()).save(path)
+    return path, path.read_bytes(), path.with_suffix(".npz").read_bytes()
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(of_vectors=st.booleans(), changes=CHANGES, cut=st.none() | st.integers(0, 1 << 16), known=st.booleans())
+def test_damaged_files_end_in_our_errors_or_not_at_all(
+    saved: tuple[Path, bytes, bytes], of_vectors: bool, changes: list[Any], cut: int | None, known: bool
+) -> None:
+    path, text, binary = saved
+    content = bytearray(binary if of_vectors else text)
+    for at, part in changes:
+        at %= len(content)
+        content[at : at + len(part)] = part
+    content = content[:cut]
+    if of_vectors and known:  # whoever makes such a file knows how to hash it
+        digests = (hashlib.sha256(each).hexdigest().encode() for each in (binary, content))
+        text = text.replace(*digests)
+    path.write_bytes(text if of_vectors else content)
+    path.with_suffix(".npz").write_bytes(content if of_vectors else binary)
+    try:
+        Profile.load(path)
+    except ProfileError as error:
+        assert "calibrate again" in str(error)
 
 
 # --- the fields -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tiny_families import N_LAYER
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import NativeError
-from adaskip_cpp.model.plan import SkipSet
+from adaskip_cpp.model.skip_set import SkipSet
 
 TOLERANCE = 5e-6
 N_TOKENS = 14

@@ -16,7 +16,7 @@ from reference import ReferenceModel, ReferenceRun, relative_error
 from stock import EXACT, Job, eval_logits, run_stock
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.model.plan import SkipSet
+from adaskip_cpp.model.skip_set import SkipSet
 
 TOLERANCE = 5e-6
 N_LAYER = 3

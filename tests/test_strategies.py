@@ -10,7 +10,8 @@ from test_profile import NAN, profile
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError, SublayerRangeError
-from adaskip_cpp.model.plan import MODES, SkipSet
+from adaskip_cpp.model.plan import MODES
+from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.planning.request import PlanRequest
 from adaskip_cpp.planning.strategies import STRATEGIES, adaskip, early_exit, manual, skip_decode, unified_skipping
 

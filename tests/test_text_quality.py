@@ -13,7 +13,8 @@ from tiny_models import write_model
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.measuring.text_quality import TextQuality
-from adaskip_cpp.model.plan import OnlineStage, SkipSet
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
 
 N_LAYER = 5
 FIXED = SkipPlan.manual(N_LAYER, attention=[1], ffn=[2], scale=0.9).prefill

@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn
-from ..model.plan import SkipPlan, SkipSet
+from ..model.plan import SkipPlan
+from ..model.skip_set import SkipSet
 from .process import Usage, Worker
 from .table import NO_PLAN, STOCK, BenchTimes, Parts
 

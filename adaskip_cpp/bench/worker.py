@@ -8,6 +8,7 @@ process ends where the pipe does, in the middle of a request too: with its paren
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import pickle
 import queue
@@ -49,9 +50,9 @@ class _Contender:
         _logger.set_verbose(False)
         reply: dict[str, Any] = {"library": str(llama_cpp.llama_cpp._lib._name)}
         if self._ours:
-            from adaskip_cpp.model.cost_settings import CostSettings
+            from adaskip_cpp.engine.settings import cost_settings
 
-            reply["settings"] = CostSettings.of(self._llm).to_dict()
+            reply["settings"] = dataclasses.asdict(cost_settings(self._llm))
         return reply
 
     def time(self, prompt: list[int], n_decode: int, plan: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import NativeError, RequestError
 from ..measuring import corpus
 from ..model.maps import LinearMaps, map_scale
-from ..model.plan import KINDS
+from ..model.skip_set import KINDS
 from ..model.statistics import PhaseStatistics
 from ..planning.profile import Profile
 from ..progress import progress_bar

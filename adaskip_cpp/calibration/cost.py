@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.settings import cost_settings
 from ..errors import RequestError
 from ..model.cost_model import CELLS, CostModel
-from ..model.cost_settings import CostSettings
-from ..model.plan import KINDS, Phase, SkipPlan
+from ..model.plan import Phase, SkipPlan
+from ..model.skip_set import KINDS
 from .cost_fit import Group, Sample, fit
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class _Measurement:
             if group.kind == 0:
                 limits[list(group.layers)] = group.limit
         deepest = max(sample.end for samples in self.samples.values() for sample in samples)
-        return CostModel(CostSettings.of(self.llm), prefill, decode, limits, deepest), error + error_decode
+        return CostModel(cost_settings(self.llm), prefill, decode, limits, deepest), error + error_decode
 
     # -- one round: every plan once, so that a slow moment of the machine hits all alike ----------------------------
 

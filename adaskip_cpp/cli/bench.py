@@ -23,7 +23,7 @@ from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
-from .planning import load_profile
+from .planning import load_profile, print_cost_note
 from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, load_model, model_options, option, verb
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ def bench(
     from ..bench.bench import Bench, BenchSettings
     from ..bench.plots import plot
     from ..bench.table import table
+    from ..engine.settings import cost_settings
     from ..measuring.cores import physical_cores
     from .bench_report import print_report
 
@@ -200,6 +201,8 @@ def bench(
             )
             profile = subject.brief_profile(llm, cost=bool(speedups))
         plans |= subject.make_plans(profile or llm.n_layer, requests, fitting[-1])
+        if speedups:
+            print_cost_note(err, profile, replace(cost_settings(llm), flash_attention=flash_attn))
         tokens, skippable = subject.material(llm, plans.values(), fitting[-1])
     if about["busy"]:
         err.print(

@@ -6,13 +6,17 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from ..calibration.calibrate import calibrate as run
+from ..calibration.cost import measure_cost
 from ..calibration.linear import DEFAULT_RANK
 from ..measuring import corpus
+from ..progress import told_progress
+from .planning import load_profile
 from .terminal import check_output, console, json_option, load_model, model_options, option, read_text, verb
 
 if TYPE_CHECKING:
@@ -60,6 +64,12 @@ _LEARNING = "What is learned"
     default=DEFAULT_RANK,
     help="Rank of the linear maps that stand in for skipped sublayers; 0 for none.",
 )
+@option(
+    "--cost-only",
+    group=_LEARNING,
+    is_flag=True,
+    help="Time the sublayers anew, on this machine and with these settings, and keep all else of PROFILE.",
+)
 @option("--no-cost", group=_LEARNING, is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
 @model_options
 @json_option
@@ -72,6 +82,7 @@ def calibrate(
     n_decode: int,
     rank: int,
     no_cost: bool,
+    cost_only: bool,
     threads: int | None,
     gpu_layers: int,
     as_json: bool,
@@ -83,6 +94,22 @@ def calibrate(
     """
     check_output(output)
     start = time.monotonic()
+    if cost_only:
+        if no_cost or files:
+            raise click.UsageError(
+                "--cost-only learns nothing else; leave out --data and --no-cost", click.get_current_context()
+            )
+        profile = load_profile(model, output)
+        llm = load_model(model, _CTX_TIMED, threads=threads, gpu_layers=gpu_layers)
+        with told_progress("Timing the sublayers") as on_progress:
+            profile = replace(profile, cost=measure_cost(llm, on_progress=on_progress))
+        profile.save(output)
+        if as_json:
+            click.echo(json.dumps({"path": output, **profile.to_dict()}, indent=1))
+        else:
+            elapsed = f"The sublayers were timed anew in {time.monotonic() - start:.0f} s"
+            console().print(f"{elapsed}; all else in {output} is as it was.", soft_wrap=True, markup=False)
+        return
     text, description = calibration_text(files)
     n_ctx = tokens + n_decode if no_cost else max(tokens + n_decode, _CTX_TIMED)
     llm = load_model(model, n_ctx, threads=threads, gpu_layers=gpu_layers)
@@ -109,7 +136,7 @@ def calibration_text(files: Sequence[str]) -> tuple[str, str]:
 
 
 def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> None:
-    from ..model.profile_file import sidecar_name
+    from ..model.profile_file import vectors_path
     from ..pictures.heatmap import print_heatmap
 
     out = console()
@@ -122,7 +149,8 @@ def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> Non
         + (", and the sublayers timed on this machine." if profile.cost is not None else ". No sublayer was timed.")
     )
     out.print(f"{profile.skippable.sum()} of {2 * profile.n_layer} sublayers can be skipped.")
-    vectors = os.path.join(os.path.dirname(output), sidecar_name(output))
-    beside = f", its vectors to {vectors}; keep them together" if profile.prefill.n_embd is not None else ""
+    beside = (
+        f", its vectors to {vectors_path(output)}; keep them together" if profile.prefill.n_embd is not None else ""
+    )
     out.print(f"Profile written to {output}{beside}", soft_wrap=True)
     out.print(f"It took {elapsed_s:.0f} s. Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)

@@ -15,7 +15,7 @@ from ..errors import RequestError
 from ..model.beside import profile_path
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
-from .planning import choose, load_profile, plan_options, profile_options
+from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
 from .report import n_skipped, skipped_counts
 from .terminal import answer_options, console, load_model, option, users_error, verb
 
@@ -67,8 +67,9 @@ def chat(
     skip, the plan is the one that `adaskip-cpp tune` wrote beside MODEL.
     """
     from ..engine.generation import has_chat_template
+    from ..engine.settings import cost_settings
 
-    chosen = choose(model, profile_path, plan_file, request, full)
+    chosen = find_plan_source(model, profile_path, plan_file, request, full)
     plan = chosen.plan(max(ctx // 2, 1))
     llm = load_model(model, ctx, threads=threads, gpu_layers=gpu_layers)
     if not has_chat_template(llm):
@@ -79,6 +80,8 @@ def chat(
     err = console(stderr=True)
     if chosen.note:
         err.print(chosen.note, style="dim", markup=False)
+    if chosen.asks_speedup:
+        print_cost_note(err, chosen.profile, cost_settings(llm))
     conversation = Conversation(llm, system, max_tokens=max_tokens, temperature=temp)
     _Talk(conversation, model, chosen.profile, chosen.request or PlanRequest(), err).run()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..planning.request import PlanRequest
-from .planning import choose, plan_options, profile_options
+from .planning import find_plan_source, plan_options, print_cost_note, profile_options
 from .report import kv_line, skipped_lines, speed_lines
 from .terminal import RUNNING, answer_options, console, load_model, option, read_text, verb
 
@@ -57,14 +57,15 @@ def generate(
     Without any option that says what to skip, the plan is the one that `adaskip-cpp tune` wrote beside MODEL.
     """
     from ..engine.generation import Generation
+    from ..engine.settings import cost_settings
 
     if (prompt is None) == (file is None):
         raise click.UsageError("give a prompt either with -p or with -f", click.get_current_context())
-    chosen = choose(model, profile_path, plan_file, request, full)
+    chosen = find_plan_source(model, profile_path, plan_file, request, full)
     text = prompt if prompt is not None else read_text(str(file))
 
     length = 1
-    if chosen.request is not None and chosen.request.speedup is not None:
+    if chosen.asks_speedup:
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
         with closing(load_model(model, 256, threads=1, gpu_layers=0, vocab_only=True)) as tokenizer:
             length = max(len(_tokens(tokenizer, text, chat)), 1)
@@ -73,6 +74,8 @@ def generate(
         console(stderr=True).print(chosen.note, style="dim", markup=False)
 
     llm = load_model(model, ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
+    if chosen.asks_speedup:
+        print_cost_note(console(stderr=True), chosen.profile, cost_settings(llm))
     if seed is not None:
         llm.set_seed(seed)
     answer = Generation(llm, _tokens(llm, text, chat), max_tokens=max_tokens, temperature=temp)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
 from ..files import json_text
-from ..model.plan import KINDS, PHASES, Phase, ranked
+from ..model.plan import PHASES, Phase
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
+from ..model.skip_set import KINDS, ranked
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from rich.console import Console
 
+    from ..model.cost_model import CostModel
     from ..model.plan import SkipPlan
     from ..planning.profile import Profile
 
@@ -86,7 +88,10 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
         )
         return
     print_plan(out, chosen, profile.similarity)
-    _print_rows(out, rows, phase)
+    _print_rows(out, rows)
+    if profile.cost is not None:
+        words = _settings_words(profile.cost)
+        out.print(f"ms: to be saved in {phase}, predicted from times of {words}", style="dim", markup=False)
     _print_totals(out, totals, context)
     if output is not None:
         out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True, markup=False)
@@ -137,6 +142,7 @@ def _totals(profile: Profile, chosen: SkipPlan, context: int) -> dict[str, Any]:
         "predicted_speedup": None
         if cost is None
         else {name: float(cost.speedup(chosen, context, name)) for name in PHASES},
+        "times": None if cost is None else {**asdict(cost.settings), "deepest": cost.deepest},
         "layers_without_kv": list(chosen.prefill.attention),
     }
 
@@ -166,7 +172,7 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float6
         )
 
 
-def _print_rows(out: Console, rows: list[dict[str, Any]], phase: Phase) -> None:
+def _print_rows(out: Console, rows: list[dict[str, Any]]) -> None:
     """One line per layer, attention beside FFN."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -181,8 +187,18 @@ def _print_rows(out: Console, rows: list[dict[str, Any]], phase: Phase) -> None:
     for layer in range(len(rows) // 2):
         table.add_row(str(layer), *cells[layer, "attention"], *cells[layer, "ffn"])
     out.print(table)
-    if timed:
-        out.print(f"ms: to be saved in {phase}, predicted from times of the machine that calibrated", style="dim")
+
+
+def _settings_words(cost: CostModel) -> str:
+    """Where a cost model's times come from."""
+    settings = cost.settings
+    threads = sorted({settings.n_threads, settings.n_threads_batch})
+    devices = "" if settings.devices in ((), ("CPU",), (settings.cpu,)) else f" with {', '.join(settings.devices)}"
+    return (
+        f"{settings.cpu}{devices}, {' and '.join(map(str, threads))} threads, ubatches of {settings.n_ubatch}, KV in "
+        f"{settings.type_k} and {settings.type_v}{', flash attention' if settings.flash_attention else ''}, up to "
+        f"{cost.deepest:,} tokens"
+    )
 
 
 def _cells(row: dict[str, Any], timed: bool) -> list[str]:

@@ -22,9 +22,20 @@ from .report import n_skipped
 from .terminal import CHOOSING, option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..model.cost_settings import CostSettings
     from ..planning.profile import Profile
 
-__all__ = ["Chosen", "choose", "load_profile", "plan_file_option", "plan_options", "profile_options"]
+__all__ = [
+    "PlanSource",
+    "find_plan_source",
+    "load_profile",
+    "plan_file_option",
+    "plan_options",
+    "print_cost_note",
+    "profile_options",
+]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -71,7 +82,7 @@ def plan_file_option(command: _Command) -> _Command:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class PlanSource:
     """Where the plan comes from.
 
     Attributes:
@@ -85,6 +96,11 @@ class Chosen:
     request: PlanRequest | None = None
     saved: SkipPlan | None = None
     note: str = ""
+
+    @property
+    def asks_speedup(self) -> bool:
+        """Whether a speed-up is asked for, which depends on the prompt and on the times of the profile."""
+        return self.request is not None and self.request.speedup is not None
 
     def plan(self, context: int) -> SkipPlan | None:
         """Make the plan; None for the whole model.
@@ -100,9 +116,9 @@ class Chosen:
         return self.saved if self.saved is not None and n_skipped(self.saved)[0] else None
 
 
-def choose(
+def find_plan_source(
     model: str, profile_path_: str | None, plan_file: str | None, request: PlanRequest | None, full: bool
-) -> Chosen:
+) -> PlanSource:
     """Find out what plan is asked for.
 
     That is the plan file named; or what a profile gives that is named, or where it is said what to skip the one beside
@@ -117,27 +133,27 @@ def choose(
     if plan_file is not None and (profile_path_ is not None or request is not None):
         raise click.UsageError("--plan is a whole plan; leave out what else to skip", click.get_current_context())
     if full:
-        return Chosen()
+        return PlanSource()
     if plan_file is not None:
         saved = load_plan(plan_file).plan
         if saved.model is not None:
             check_model(saved.model, model, plan_file)
-        return Chosen(saved=saved)
+        return PlanSource(saved=saved)
     if profile_path_ is not None:
-        return Chosen(load_profile(model, profile_path_), request or PlanRequest())
+        return PlanSource(load_profile(model, profile_path_), request or PlanRequest())
     if request is not None:
         beside = profile_path(model)
         if not os.path.exists(beside):
             raise click.UsageError(
                 "what to skip needs --profile; write one with `adaskip-cpp calibrate`", click.get_current_context()
             )
-        return Chosen(load_profile(model, beside), request, note=f"The profile is {beside}.")
+        return PlanSource(load_profile(model, beside), request, note=f"The profile is {beside}.")
     if not os.path.exists(plan_path(model)):
-        return Chosen()
+        return PlanSource()
     try:
         return _beside(model)
     except AdaSkipError as error:
-        return Chosen(note=f"The whole model runs: {error}")
+        return PlanSource(note=f"The whole model runs: {error}")
 
 
 def load_profile(model: str, path: str) -> Profile:
@@ -153,12 +169,19 @@ def load_profile(model: str, path: str) -> Profile:
     return profile
 
 
-def _beside(model: str) -> Chosen:
+def print_cost_note(err: Console, profile: Profile | None, here: CostSettings) -> None:
+    """Say so where a profile's times, which a speed-up is predicted from, are of other settings than those here."""
+    note = "" if profile is None or profile.cost is None else profile.cost.settings.note(here)
+    if note:
+        err.print(note, style="yellow", markup=False, soft_wrap=True)
+
+
+def _beside(model: str) -> PlanSource:
     """The plan file beside the model, which nobody asked for."""
     found = plan_beside(model)
     tuned = f", as tuned for {found.tuning.promise}" if found.tuning is not None else ""
     n, name = n_skipped(found.plan)[0], os.path.basename(plan_path(model))
-    return Chosen(
+    return PlanSource(
         saved=found.plan,
         note=f"{n} of {2 * found.plan.n_layer} sublayers are skipped{tuned}: {name}; --full runs the whole model."
         if n

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import PlanRequest
 from ..progress import told_progress
 from .calibrate import calibration_text
-from .planning import load_profile
+from .planning import load_profile, print_cost_note
 from .terminal import (
     CHOOSING,
     OUTPUT,
@@ -121,6 +122,7 @@ def tune(
     plan file that lies beside its model.
     """
     from ..calibration.calibrate import calibrate
+    from ..engine.settings import cost_settings
     from ..measuring import corpus
     from ..measuring.tasks import read_texts
     from ..tuning import speed
@@ -159,6 +161,10 @@ def tune(
             PlanRequest(mode=mode, compensation=compensation, online=online),
             context=context, n_answer=n_answer, n_exchange=n_exchange, stage=told_progress,
         )  # fmt: skip
+        if profile.cost is not None:
+            known = profile.cost.settings
+            here = replace(cost_settings(llm), n_batch=known.n_batch, n_ubatch=known.n_ubatch)  # a text is a batch
+            print_cost_note(err, profile, here)
         _announce(tuner, err)
         cpu = None if profile.cost is None else profile.cost.settings.cpu
         found = tuner.tune(measure, {"calibrated_on": profile.corpus, "cpu": cpu})

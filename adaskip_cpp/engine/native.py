@@ -25,7 +25,8 @@ from ..errors import (
     NotSkippableError,
     StateError,
 )
-from ..model.plan import KINDS, PHASES, Kind, OnlineScale, Phase
+from ..model.plan import PHASES, OnlineScale, Phase
+from ..model.skip_set import KINDS, Kind
 from . import library as _library
 
 __all__ = [

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..engine.generation import chat_tokens, has_chat_template
+from ..engine.settings import cost_settings
 from ..errors import AdaSkipError, DataError
 from ..measuring import corpus
 from ..measuring.longbench import longbench_items
@@ -109,6 +110,8 @@ def prepare(
     plans, notes = contenders(profile, requests, saved)
     notes += untold
     with closing(open_model(n_ctx, False)) as llm:
+        if profile.cost is not None and any(request.speedup is not None for request in requests):
+            notes += filter(None, [profile.cost.settings.note(cost_settings(llm))])
         texts, questions, speed_prompt, words = _items(llm, options, n_ctx, speed_context)
         work = Work(plans, texts, questions, options.n_continuation, speed_prompt, options.n_rounds)
         if not work.results():

@@ -46,9 +46,9 @@ def evaluation_settings(llm: AdaSkipLlama, profile: Profile, work: Work) -> dict
         profile: that the plans come from.
         work: what is to be measured.
     """
-    from ..model.cost_settings import CostSettings
+    from ..engine.settings import cost_settings
 
-    machine = CostSettings.of(llm).to_dict()
+    machine = asdict(cost_settings(llm))
     return {
         "model": asdict(llm.model_info),
         "profile": content_hash(profile),

@@ -12,7 +12,8 @@ from ..measuring.distribution import Logits, compare, losses
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
-    from ..model.plan import SkipPlan, SkipSet
+    from ..model.plan import SkipPlan
+    from ..model.skip_set import SkipSet
 
 __all__ = ["PromptCache", "figures", "forced_logits", "greedy_text"]
 

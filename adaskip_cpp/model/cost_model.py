@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
+from .arrays import ByContent, freeze
 from .cost_settings import CostSettings
-from .plan import Phase, SkipPlan, SkipSet
+from .plan import Phase, SkipPlan
+from .skip_set import SkipSet
 
 __all__ = ["CELLS", "CostModel", "PhaseCost"]
 
@@ -21,7 +21,7 @@ CELLS = 256
 
 
 @dataclass(frozen=True, eq=False)
-class PhaseCost:
+class PhaseCost(ByContent):
     """What a ubatch of ``n_tokens`` tokens costs, in seconds. The arrays are float64, finite, not negative, read-only.
 
     Attributes:
@@ -52,9 +52,7 @@ class PhaseCost:
         times = np.array([self.fixed, self.fixed_growth, *base.ravel(), *growth])
         if self.n_tokens < 1 or not np.isfinite(times).all() or (times < 0).any():
             raise ProfileFormatError("the cost model has a time that is no time; calibrate again")
-        for name, array in (("base", base), ("growth", growth)):
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
+        freeze(self, base=base, growth=growth)
 
     def seconds(self, runs: npt.NDArray[np.bool_], cells: npt.NDArray[np.float64], n_cells: float) -> float:
         """Predict one ubatch.
@@ -68,33 +66,17 @@ class PhaseCost:
         sublayers[:, 0] += self.growth * cells
         return float(self.fixed + self.fixed_growth * n_cells + sublayers[runs].sum())
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {each.name: np.asarray(getattr(self, each.name)).tolist() for each in fields(self)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PhaseCost:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            KeyError, TypeError, ValueError: a field is missing or malformed.
-            ProfileFormatError: a shape or value is impossible.
-        """
-        if type(data["n_tokens"]) is not int:
-            raise ValueError(f"'n_tokens' is {data['n_tokens']!r}, not a whole number")
-        base, growth = _array(data["base"]), _array(data["growth"])
-        return cls(data["n_tokens"], _number(data["fixed"]), _number(data["fixed_growth"]), base, growth)
-
 
 @dataclass(frozen=True, eq=False)
-class CostModel:
+class CostModel(ByContent):
     """Predicted times of one model on one machine, see docs/cost-model.md.
 
     Attributes:
         settings: machine and settings that it was measured with.
         prefill: cost of a ubatch of ``n_ubatch`` tokens of a prompt.
         decode: cost of one token.
-        limit: float64 ``[n_layer]``, KV cells beyond which an attention stops growing; infinite without a window.
+        limit: float64 ``[n_layer]``, KV cells beyond which an attention stops growing; infinite without a window, where
+            NaN, as JSON's null is read, may be given too.
         deepest: longest context that was measured, in tokens; times beyond it are extrapolated.
 
     Raises:
@@ -109,17 +91,12 @@ class CostModel:
 
     def __post_init__(self) -> None:
         limit = np.array(self.limit, np.float64)
+        limit[np.isnan(limit)] = np.inf
         if self.prefill.base.shape != self.decode.base.shape or limit.shape != (len(self.prefill.base),):
             raise ProfileFormatError("the cost model's phases differ in the number of layers; calibrate again")
-        if not (limit > 0).all() or self.decode.n_tokens != 1:  # NaN is not > 0 either
+        if not (limit > 0).all() or self.decode.n_tokens != 1:
             raise ProfileFormatError("the cost model has an impossible window or ubatch; calibrate again")
-        limit.flags.writeable = False
-        object.__setattr__(self, "limit", limit)
-
-    def __eq__(self, other: object) -> bool:
-        return self.to_dict() == other.to_dict() if isinstance(other, CostModel) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]
+        freeze(self, limit=limit)
 
     def __repr__(self) -> str:
         return f"CostModel(n_layer={self.n_layer}, cpu={self.settings.cpu!r}, deepest={self.deepest})"
@@ -183,47 +160,3 @@ class CostModel:
             return one
         whole = self.prefill.seconds(runs, cells, n_cells)
         return one + (whole - one) * (n_tokens - 1) / (size - 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, with null for a limit that does not exist."""
-        return {
-            "settings": self.settings.to_dict(),
-            "prefill": self.prefill.to_dict(),
-            "decode": self.decode.to_dict(),
-            "limit": [None if math.isinf(cells) else cells for cells in self.limit.tolist()],
-            "deepest": self.deepest,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CostModel:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            ProfileFormatError: a field is missing or malformed.
-        """
-        try:
-            if type(data["deepest"]) is not int:
-                raise ValueError(f"'deepest' is {data['deepest']!r}, not a whole number")
-            return cls(
-                CostSettings.from_dict(data["settings"]),
-                PhaseCost.from_dict(data["prefill"]),
-                PhaseCost.from_dict(data["decode"]),
-                np.array([math.inf if cells is None else _number(cells) for cells in data["limit"]]),
-                data["deepest"],
-            )
-        except KeyError as error:
-            raise ProfileFormatError(f"the cost model lacks {error}; calibrate again") from error
-        except ProfileFormatError:
-            raise
-        except (AttributeError, IndexError, OverflowError, TypeError, ValueError) as error:
-            raise ProfileFormatError(f"the cost model is malformed ({error}); calibrate again") from error
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value!r} is not a number")
-    return float(value)
-
-
-def _array(values: Any) -> npt.NDArray[np.float64]:
-    return np.array([[_number(v) for v in each] if isinstance(each, list) else _number(each) for each in values])

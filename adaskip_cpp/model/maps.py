@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ProfileFormatError
+from .arrays import ByContent, freeze
 
 __all__ = ["LinearMaps", "map_scale"]
 
@@ -19,7 +20,7 @@ _NEAR_ONE = 0.02
 
 
 @dataclass(frozen=True, eq=False)
-class LinearMaps:
+class LinearMaps(ByContent):
     """One map per sublayer: ``v := s u + up (down u)``. Arrays are read-only, and NaN where nothing was fitted.
 
     Attributes:
@@ -43,15 +44,7 @@ class LinearMaps:
             array = np.array(getattr(self, name), np.float32)
             if not np.isfinite(array[self.fitted]).all():
                 raise ProfileFormatError("the linear maps have values that calibration cannot give; calibrate again")
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, LinearMaps):
-            return NotImplemented
-        return all(np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True) for name in ("down", "up"))
-
-    __hash__ = None  # type: ignore[assignment]
+            freeze(self, **{name: array})
 
     @property
     def n_layer(self) -> int:

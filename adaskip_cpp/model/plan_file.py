@@ -8,7 +8,6 @@ JSON. Move or copy the two together; a plan without vectors is JSON alone.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
@@ -22,8 +21,10 @@ from ..errors import PlanFileError
 from ..files import json_text, write_atomically, write_pair
 from .beside import check_model, plan_path
 from .identity import ModelInfo
-from .plan import Mode, OnlineStage, SkipPlan, SkipSet, mark_layers
+from .plan import Mode, OnlineStage, SkipPlan
 from .promise import Tuning
+from .skip_set import SkipSet, mark_layers
+from .stored import VectorsFile, file_beside, read_json
 
 __all__ = ["PlanFile", "is_plan_file", "load_plan", "plan_beside", "save_plan"]
 
@@ -31,9 +32,8 @@ FORMAT_VERSION = 1
 _FORMAT = "adaskip-plan"
 _AGAIN = "write it again with `adaskip-cpp tune` or `adaskip-cpp plan -o`"
 
-_MOST_JSON = 16 << 20
 _MOST_MEMORY = 4 << 30
-"""More bytes than any plan's JSON has, and than any plan's arrays take once they have a row for every sublayer."""
+"""More bytes than any plan's arrays take once they have a row for every sublayer."""
 
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=9999)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
@@ -88,8 +88,7 @@ class _File:
     schedule: tuple[tuple[int, int], ...]
     online: OnlineStage | None
     sets: tuple[_Set, ...]
-    vectors: str | None
-    sha256: str | None
+    vectors: VectorsFile | None
     tuning: Tuning | None
 
 
@@ -109,8 +108,7 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | Non
         for name in _Set.of(each).arrays
     ]
     target = os.path.realpath(path)
-    binary = (target[: -len(".json")] if target.lower().endswith(".json") else target) + ".bin"
-    content = b"".join(parts)
+    binary, content = file_beside(target, ".bin"), b"".join(parts)
     data = _File(
         _FORMAT,
         FORMAT_VERSION,
@@ -124,8 +122,7 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | Non
         tuple((start, sets.index(each)) for start, each in plan.schedule),
         plan.online,
         tuple(map(_Set.of, sets)),
-        os.path.basename(binary) if content else None,
-        hashlib.sha256(content).hexdigest() if content else None,
+        VectorsFile.of(binary, content) if content else None,
         tuning,
     )
     if content:
@@ -144,21 +141,18 @@ def load_plan(path: str | os.PathLike[str]) -> PlanFile:
     """
     name = os.fspath(path)
     try:
-        data = msgspec.json.decode(_read(name, _MOST_JSON))
+        data = read_json(name)
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError("this is no plan file")
         if data.get("version") != FORMAT_VERSION:
             raise ValueError(f"it has format version {data.get('version')!r}, this release reads {FORMAT_VERSION}")
         file = msgspec.convert(_nan_for_null(data), _File)
         return PlanFile(_plan(file, os.path.dirname(os.path.realpath(name))), file.tuning)
-    except FileNotFoundError as error:
-        if error.filename != name:
-            what = f"{name!r} cannot be used: the file of its vectors, {error.filename!r}, is missing; put it beside it"
-            raise PlanFileError(f"{what}, or {_AGAIN}") from None
+    except FileNotFoundError:
         raise PlanFileError(
             f"there is no plan file {name!r}; write one with `adaskip-cpp tune` or `adaskip-cpp plan -o`"
         ) from None
-    except (ValueError, RecursionError) as error:  # among them all of msgspec's and our own
+    except ValueError as error:  # among them all of msgspec's and our own
         raise PlanFileError(f"{name!r} cannot be used: {error}; {_AGAIN}") from error
 
 
@@ -213,13 +207,9 @@ def _values(file: _File, folder: str) -> io.BytesIO:
         if n_bytes:
             raise ValueError("it names no file of its vectors")
         return io.BytesIO()
-    name = file.vectors
-    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-        raise ValueError(f"{name!r} is not the name of a file beside it")
-    path = os.path.join(folder, name)
-    content = _read(path, n_bytes)
-    if len(content) != n_bytes or hashlib.sha256(content).hexdigest() != file.sha256:
-        raise ValueError(f"the file of its vectors, {path!r}, is truncated or of another plan")
+    content = file.vectors.read(folder, n_bytes)
+    if len(content) != n_bytes:
+        raise ValueError(f"the file of its vectors, {file.vectors.file!r}, is of another plan")
     return io.BytesIO(content)
 
 
@@ -240,15 +230,6 @@ def _skip_set(stored: _Set, n_layer: int, values: io.BytesIO) -> SkipSet:
         arrays[name] = np.zeros((n_layer, 2, *shape), np.float32)
         arrays[name][rows] = np.frombuffer(values.read(4 * n * math.prod(shape)), "<f4").reshape(n, *shape)
     return SkipSet(skip, scale, **arrays)
-
-
-def _read(path: str, n_most: int) -> bytes:
-    """Read a file that shall have at most so many bytes."""
-    with open(path, "rb") as file:
-        content = file.read(n_most + 1)
-    if len(content) > n_most:
-        raise ValueError(f"{path!r} has more than {n_most:,} bytes")
-    return content
 
 
 def _nan_for_null(data: Any) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ProfileFormatError
+from .arrays import ByContent, freeze
 
 __all__ = ["FIGURES", "VECTORS", "PhaseStatistics"]
 
@@ -17,7 +18,7 @@ VECTORS = ("mean_u", "mean_v")
 
 
 @dataclass(frozen=True, eq=False)
-class PhaseStatistics:
+class PhaseStatistics(ByContent):
     """Statistics of one phase, of one request or averaged over requests.
 
     ``u`` and ``v`` are a sublayer's input and output, both with the residual. Columns are attention and FFN. Arrays are
@@ -57,7 +58,7 @@ class PhaseStatistics:
             inconsistent = name != "layer_similarity" and (np.isnan(array) == observed).any()
             if np.isinf(array).any() or inconsistent:
                 raise ProfileFormatError(f"{name!r} has values that calibration cannot give; calibrate again")
-            self._freeze(name, array)
+            freeze(self, **{name: array})
         if (self.mean_u is None) != (self.mean_v is None):
             raise ProfileFormatError("one of 'mean_u' and 'mean_v' is missing; calibrate again")
         n_embd = None if self.mean_u is None else np.shape(self.mean_u)[-1]
@@ -69,22 +70,7 @@ class PhaseStatistics:
                 )
             if not np.isfinite(vectors[observed]).all():
                 raise ProfileFormatError(f"{name!r} has values that calibration cannot give; calibrate again")
-            self._freeze(name, vectors)
-
-    def _freeze(self, name: str, array: npt.NDArray[np.floating]) -> None:
-        array.flags.writeable = False
-        object.__setattr__(self, name, array)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, PhaseStatistics):
-            return NotImplemented
-        mine, theirs = ([getattr(each, name) for name in (*FIGURES, *VECTORS)] for each in (self, other))
-        return self.n_tokens == other.n_tokens and all(
-            a is b if a is None or b is None else np.array_equal(a, b, equal_nan=True)
-            for a, b in zip(mine, theirs, strict=True)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+            freeze(self, **{name: vectors})
 
     @property
     def n_layer(self) -> int:

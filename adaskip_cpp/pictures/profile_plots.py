@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..model.plan import KIND_NAMES
+from ..model.skip_set import KIND_NAMES
 from . import plots
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ import numpy.typing as npt
 
 from ..errors import CompensationError
 from ..model.maps import LinearMaps, map_scale
-from ..model.plan import OnlineScale, SkipSet
+from ..model.plan import OnlineScale
+from ..model.skip_set import SkipSet
 from ..model.statistics import PhaseStatistics
 
 __all__ = ["COMPENSATIONS", "DEFAULT_COMPENSATION", "Compensation", "get_compensation"]

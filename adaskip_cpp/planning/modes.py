@@ -18,22 +18,21 @@ prefill in the other two. Linear maps are fitted on prefill alone, where there a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
-from ..model.plan import OnlineStage, SkipPlan, SkipSet
+from ..model.plan import OnlineStage, SkipPlan
+from ..model.profile import ProfileData
+from ..model.skip_set import SkipSet
 from .compensation import get_compensation
 from .request import PlanRequest
-
-if TYPE_CHECKING:
-    from .profile import Profile
 
 __all__ = ["compensated_plan"]
 
 
-def compensated_plan(profile: Profile, skip: npt.NDArray[np.bool_], request: PlanRequest, strategy: str) -> SkipPlan:
+def compensated_plan(
+    profile: ProfileData, skip: npt.NDArray[np.bool_], request: PlanRequest, strategy: str
+) -> SkipPlan:
     """Make the plan of a fixed skip set.
 
     Args:
@@ -67,7 +66,7 @@ def compensated_plan(profile: Profile, skip: npt.NDArray[np.bool_], request: Pla
     )
 
 
-def _offline_threshold(profile: Profile, n_skip: int) -> float | None:
+def _offline_threshold(profile: ProfileData, n_skip: int) -> float | None:
     """Return the n-th largest mean similarity of prefill; None for n = 0, which has none: nothing is to be skipped."""
     if n_skip == 0:
         return None

@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from ..errors import BudgetError, PlanError
-from ..model.plan import KIND_NAMES, MODES, PHASES, Mode, OnlineStage, Phase
+from ..model.plan import MODES, PHASES, Mode, OnlineStage, Phase
+from ..model.skip_set import KIND_NAMES
 from .compensation import DEFAULT_COMPENSATION, get_compensation
 
 __all__ = ["DEFAULT_N_SKIP", "PlanRequest", "Ranking"]

@@ -9,18 +9,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
 from ..model.cost_model import CostModel
-from ..model.plan import Phase, SkipPlan, ranked
+from ..model.plan import Phase, SkipPlan
+from ..model.profile import ProfileData
+from ..model.skip_set import ranked
 from .request import PlanRequest, Ranking
-
-if TYPE_CHECKING:
-    from .profile import Profile
 
 __all__ = ["Goal", "cheapest_set", "seconds_saved", "smallest_budget"]
 
@@ -45,7 +43,7 @@ class Goal:
     phase: Phase
 
     @classmethod
-    def of(cls, profile: Profile | int, request: PlanRequest) -> Goal:
+    def of(cls, profile: ProfileData | int, request: PlanRequest) -> Goal:
         """Return the goal of a request that has a speed-up.
 
         Raises:
@@ -83,7 +81,7 @@ class Goal:
 
 
 def smallest_budget(
-    make: Callable[[Profile | int, PlanRequest], SkipPlan], source: Profile | int, request: PlanRequest
+    make: Callable[[ProfileData | int, PlanRequest], SkipPlan], source: ProfileData | int, request: PlanRequest
 ) -> SkipPlan:
     """Return the plan of the smallest number of sublayers that makes a phase as much faster as a request asks.
 

@@ -10,22 +10,21 @@ The baselines skip whole layers and compensate nothing (``v := u``). Of a budget
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial, wraps
-from typing import TYPE_CHECKING, TypeAlias
+from functools import wraps
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import BudgetError, NotSkippableError, PlanError
-from ..model.plan import SkipPlan, SkipSet, mark_layers, ranked, sublayer_name
+from ..model.plan import SkipPlan
+from ..model.profile import ProfileData
+from ..model.skip_set import SkipSet, mark_layers, ranked, sublayer_name
 from .modes import compensated_plan
 from .request import DEFAULT_N_SKIP, PlanRequest
 from .speedup import Goal, cheapest_set, smallest_budget
-
-if TYPE_CHECKING:
-    from .profile import Profile
 
 __all__ = [
     "LONGEST_GENERATION",
@@ -40,7 +39,7 @@ __all__ = [
     "unified_skipping",
 ]
 
-Strategy: TypeAlias = "Callable[[Profile | int, PlanRequest], SkipPlan]"
+Strategy: TypeAlias = Callable[[ProfileData | int, PlanRequest], SkipPlan]
 """From a profile or a number of layers and a request to a plan."""
 
 LONGEST_GENERATION = 512
@@ -55,17 +54,32 @@ def strategy(function: Strategy) -> Strategy:
     return function
 
 
-def baseline(function: Strategy) -> Strategy:
-    """Register one that knows budgets of sublayers alone: for a speed-up it gets the smallest that reaches it."""
+def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]]) -> Strategy:
+    """Register a strategy that skips whole layers and knows budgets of sublayers alone.
 
-    @wraps(function)
-    def with_speedup(source: Profile | int, request: PlanRequest) -> SkipPlan:
-        return (function if request.speedup is None else partial(smallest_budget, function))(source, request)
+    Args:
+        choose: from a number of layers and a request for a number of sublayers to the layers skipped, by the number of
+            tokens decoded from which on they are, beginning with 0. For a speed-up it is asked for one budget after
+            another, until one reaches it.
+    """
+
+    def plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
+        n_layer = _n_layer(source)
+        sets = []
+        for start, layers in choose(n_layer, request).items():
+            skip = np.zeros((n_layer, 2), np.bool_)
+            skip[list(layers)] = True
+            sets.append((start, skip))
+        return _uncompensated(source, sets, request, choose.__name__)
+
+    @wraps(choose)
+    def with_speedup(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
+        return plan(source, request) if request.speedup is None else smallest_budget(plan, source, request)
 
     return strategy(with_speedup)
 
 
-def make_plan(source: Profile | int, request: PlanRequest) -> SkipPlan:
+def make_plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     """Make the plan that is wanted.
 
     Args:
@@ -85,7 +99,7 @@ def make_plan(source: Profile | int, request: PlanRequest) -> SkipPlan:
 
 
 @strategy
-def adaskip(source: Profile | int, request: PlanRequest) -> SkipPlan:
+def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     """The paper's offline rule: all sublayers ranked together by mean IO similarity in prefill, the first n skipped.
 
     Ties: attention before FFN, then the lower layer first. Sublayers without a similarity are never chosen. For a
@@ -109,20 +123,19 @@ def adaskip(source: Profile | int, request: PlanRequest) -> SkipPlan:
 
 
 @baseline
-def early_exit(source: Profile | int, request: PlanRequest) -> SkipPlan:
+def early_exit(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """Early Exit: the last k layers.
 
     Raises:
         BudgetError: ``n_skip`` is negative or more than the model has.
         NotSkippableError: a sublayer of these layers cannot be skipped.
     """
-    n_layer = _n_layer(source)
     k = _budget(request, 2 * n_layer, f"the model has {2 * n_layer} sublayers") // 2
-    return _whole_layers(source, range(n_layer - k, n_layer), request, "early_exit")
+    return {0: range(n_layer - k, n_layer)}
 
 
 @baseline
-def skip_decode(source: Profile | int, request: PlanRequest) -> SkipPlan:
+def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """SkipDecode: layers 1 to m, where m grows by ``min(k, ceil(t / T * (k - 1)) + 1)`` to k.
 
     t is the number of tokens decoded so far in the request, T is :data:`LONGEST_GENERATION`. In mode ``prefill`` m is k
@@ -133,24 +146,18 @@ def skip_decode(source: Profile | int, request: PlanRequest) -> SkipPlan:
         BudgetError: ``n_skip`` is negative or more than layers 1 to ``n_layer - 1`` have.
         NotSkippableError: a sublayer of these layers cannot be skipped.
     """
-    n_layer = _n_layer(source)
     limit = 2 * (n_layer - 1)
     k = _budget(request, limit, f"SkipDecode never skips layer 0, which leaves {limit} sublayers") // 2
     if request.mode == "prefill" or k == 0:
-        return _whole_layers(source, range(1, k + 1), request, "skip_decode")
+        return {0: range(1, k + 1)}
     starts: dict[int, int] = {}
     for t in range(LONGEST_GENERATION + 1):
-        m = min(k, -(-t * (k - 1) // LONGEST_GENERATION) + 1)
-        starts.setdefault(m, t)
-    sets = [(t, _layer_set(source, range(1, m + 1))) for m, t in starts.items()]
-    decode = sets[0][1]
-    prefill = decode if request.mode == "e2e" else SkipSet.none(n_layer)
-    schedule = tuple(sets) if len(sets) > 1 else ()
-    return _baseline(source, prefill, decode, request, "skip_decode", schedule)
+        starts.setdefault(min(k, -(-t * (k - 1) // LONGEST_GENERATION) + 1), t)
+    return {t: range(1, m + 1) for m, t in starts.items()}
 
 
 @baseline
-def unified_skipping(source: Profile | int, request: PlanRequest) -> SkipPlan:
+def unified_skipping(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """Unified Skipping: layers i with ``i mod (n_layer // k) == 1``, which can be a few more than k.
 
     The rule is degenerate where ``n_layer // k`` is 1, that is for more than half of the layers: no i has a remainder
@@ -160,17 +167,15 @@ def unified_skipping(source: Profile | int, request: PlanRequest) -> SkipPlan:
         BudgetError: ``n_skip`` is negative or more than half of the model's layers.
         NotSkippableError: a sublayer of these layers cannot be skipped.
     """
-    n_layer = _n_layer(source)
     limit = 2 * (n_layer // 2)
     reason = f"Unified Skipping is defined for at most half of the {n_layer} layers, {limit} sublayers"
     # The layer that an odd budget leaves over is no reason to refuse it.
     k = _budget(request, limit + 1, reason) // 2
-    step = n_layer // k if k else n_layer + 1
-    return _whole_layers(source, [i for i in range(n_layer) if k and i % step == 1], request, "unified_skipping")
+    return {0: [i for i in range(n_layer) if k and i % (n_layer // k) == 1]}
 
 
 @strategy
-def manual(source: Profile | int, request: PlanRequest) -> SkipPlan:
+def manual(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     """The sublayers listed in the request, compensated from the profile; not at all if there is only ``n_layer``.
 
     They are skipped as the mode says, without an online stage unless it has a threshold.
@@ -181,22 +186,21 @@ def manual(source: Profile | int, request: PlanRequest) -> SkipPlan:
         NotSkippableError: a sublayer cannot be skipped.
         CompensationError: the profile lacks what the compensation needs.
     """
-    n_layer = _n_layer(source)
-    skip = np.zeros((n_layer, 2), np.bool_)
+    skip = np.zeros((_n_layer(source), 2), np.bool_)
     mark_layers(skip, 0, request.attention)
     mark_layers(skip, 1, request.ffn)
     if request.n_skip not in (None, skip.sum()):
         raise BudgetError(
             f"{skip.sum()} sublayers are listed, not {request.n_skip}; leave n_skip out with strategy 'manual'"
         )
-    _check_skippable(source, skip)
     if isinstance(source, int):
-        return _uncompensated(source, skip, request, "manual")
-    plan = compensated_plan(source, skip, request, "manual")
-    return plan if request.threshold is not None else replace(plan, online=None)
+        return _uncompensated(source, [(0, skip)], request, "manual")
+    _check_skippable(source, skip)
+    request = replace(request, online=request.online and request.threshold is not None)
+    return compensated_plan(source, skip, request, "manual")
 
 
-def _n_layer(source: Profile | int) -> int:
+def _n_layer(source: ProfileData | int) -> int:
     n_layer = source if isinstance(source, int) else source.n_layer
     if n_layer < 1:
         raise PlanError(f"the number of layers is {n_layer}; pass the model's, llm.n_layer")
@@ -214,47 +218,27 @@ def _budget(request: PlanRequest, n_max: int, reason: str) -> int:
     return budget
 
 
-def _check_skippable(source: Profile | int, skip: npt.NDArray[np.bool_]) -> None:
-    if isinstance(source, int):
+def _check_skippable(source: ProfileData | int, skip: npt.NDArray[np.bool_]) -> None:
+    if isinstance(source, int) or source.skippable[skip].all():
         return
-    names = [sublayer_name(layer, kind) for layer, kind in np.argwhere(skip & ~source.skippable)]
-    if names:
-        raise NotSkippableError(
-            f"this model cannot skip {', '.join(names)}; choose another budget or strategy 'adaskip', "
-            "which leaves them out"
-        )
+    names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(skip & ~source.skippable))
+    raise NotSkippableError(
+        f"this model cannot skip {names}; choose another budget or strategy 'adaskip', which leaves them out"
+    )
 
 
-def _layer_set(source: Profile | int, layers: Iterable[int]) -> SkipSet:
-    skip = np.zeros((_n_layer(source), 2), np.bool_)
-    skip[list(layers)] = True
-    _check_skippable(source, skip)
-    return SkipSet(skip, np.ones(skip.shape))
-
-
-def _whole_layers(source: Profile | int, layers: Iterable[int], request: PlanRequest, name: str) -> SkipPlan:
-    """Skip these layers as the mode says."""
-    return _uncompensated(source, _layer_set(source, layers).skip, request, name)
-
-
-def _uncompensated(source: Profile | int, skip: npt.NDArray[np.bool_], request: PlanRequest, name: str) -> SkipPlan:
-    chosen = SkipSet(skip, np.ones(skip.shape))
-    prefill = SkipSet.none(chosen.n_layer) if request.mode == "decode" else chosen
-    return _baseline(source, prefill, chosen, request, name)
-
-
-def _baseline(
-    source: Profile | int,
-    prefill: SkipSet,
-    decode: SkipSet,
-    request: PlanRequest,
-    name: str,
-    schedule: tuple[tuple[int, SkipSet], ...] = (),
+def _uncompensated(
+    source: ProfileData | int, skips: Sequence[tuple[int, npt.NDArray[np.bool_]]], request: PlanRequest, name: str
 ) -> SkipPlan:
+    """Make a plan of what is skipped from so many decoded tokens on, as its mode says."""
+    for _, skip in skips:
+        _check_skippable(source, skip)
+    sets = tuple((start, SkipSet(skip, np.ones(skip.shape))) for start, skip in skips)
+    decode = sets[0][1]
     return SkipPlan(
-        prefill,
+        SkipSet.none(decode.n_layer) if request.mode == "decode" else decode,
         decode,
-        schedule=schedule,
+        schedule=sets if len(sets) > 1 else (),
         model=None if isinstance(source, int) else source.model,
         strategy=name,
         compensation="none",

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..intervals import Interval, mean_interval
-from ..model.plan import ranked
+from ..model.skip_set import ranked
 
 __all__ = ["Harm", "Judge", "Judged", "Seconds", "back_off", "fastest_within", "least_harm", "n_bisections", "rank"]
 

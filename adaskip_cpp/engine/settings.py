@@ -1,0 +1,69 @@
+"""Reads off a loaded model what machine and settings it runs with."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+from ..model.cost_settings import CostSettings
+from .llama import AdaSkipLlama
+
+__all__ = ["cost_settings"]
+
+
+def cost_settings(llm: AdaSkipLlama) -> CostSettings:
+    """Return the machine and the settings that the times of a loaded model depend on."""
+    parameters: Any = llm.context_params
+    n_gpu_layers = int(llm.model_params.n_gpu_layers)
+    return CostSettings(
+        cpu=_cpu(),
+        devices=_devices(),
+        n_gpu_layers=-1 if n_gpu_layers >= 0x7FFFFFFF else n_gpu_layers,  # llama_cpp.Llama's stand-in for -1
+        n_threads=int(parameters.n_threads),
+        n_threads_batch=int(parameters.n_threads_batch),
+        n_batch=int(llm.n_batch),
+        n_ubatch=int(parameters.n_ubatch),
+        flash_attention=int(parameters.flash_attn_type) == 1,
+        type_k=_type_name(int(parameters.type_k)),
+        type_v=_type_name(int(parameters.type_v)),
+        swa_full=bool(parameters.swa_full),
+        llama_cpp_python=metadata.version("llama-cpp-python"),
+    )
+
+
+def _type_name(number: int) -> str:
+    from gguf import GGMLQuantizationType
+
+    return str(GGMLQuantizationType(number).name)
+
+
+def _cpu() -> str:
+    try:
+        if sys.platform == "linux":
+            with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    if line.startswith("model name"):
+                        return line.partition(":")[2].strip()
+        elif sys.platform == "darwin":
+            command = ("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _devices() -> tuple[str, ...]:
+    """Names of ggml's devices."""
+    from llama_cpp._ggml import libggml
+
+    try:
+        count, get, name = (getattr(libggml, f"ggml_backend_dev_{each}") for each in ("count", "get", "description"))
+    except AttributeError:
+        return ()
+    count.restype, get.restype, name.restype = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
+    get.argtypes, name.argtypes = (ctypes.c_size_t,), (ctypes.c_void_p,)
+    return tuple((name(get(i)) or b"").decode("utf-8", "replace") for i in range(count()))
