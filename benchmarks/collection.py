@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import statistics
-import time
 from collections import defaultdict
 from importlib.metadata import version
 from typing import Any
@@ -24,9 +22,9 @@ from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.intervals import ratio_interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
-from adaskip_cpp.measuring.timing import in_turn
+from adaskip_cpp.measuring.timing import N_SETTLE, in_turn, time_request
 
-N_DECODE, N_SETTLE = 24, 2
+N_DECODE = 24
 SIDES: dict[str, dict[str, bool] | None] = {
     "off": None,
     "similarity": {},
@@ -41,14 +39,8 @@ def run(llm: AdaSkipLlama, prompt: list[int], side: dict[str, bool] | None) -> t
     if side is not None:
         collecting = llm.collect_statistics(lambda batch: None, keep_logits=True, **side)
     with collecting:
-        llm.reset()
-        times = [time.perf_counter()]
-        with contextlib.closing(llm.generate(prompt, temp=0.0)) as tokens:
-            for _ in range(1 + N_SETTLE + N_DECODE):
-                next(tokens)
-                times.append(time.perf_counter())
-    steps = [after - before for before, after in itertools.pairwise(times)]
-    return steps[0], statistics.median(steps[1 + N_SETTLE :])
+        result = time_request(llm, prompt, N_SETTLE + N_DECODE)
+    return result.first_token_s, result.per_token_s()
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ Then each engine's settings compete, and the best ones are timed: per prompt len
 request (the prompt and the tokens after it). Every contender is a process of its own. They run in turn, in the other
 order every second round, after a warm-up. A ratio is taken between the times of the same round, with a 95% interval.
 Our Q4_1 file, what users run, is timed beside them. Prints Markdown; progress goes to standard error. Run it on an idle
-machine; about half an hour on 2 cores, a third of it torch.compile.
+machine; about half an hour on 2 cores, a third of it torch.compile. (A long file, as it is one protocol.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One contender of peer.py in a process of its own: a model in one engine, whole or with a plan, driven by JSON lines.
 
 A process each, so that no engine's thread pool or allocator disturbs another's. The first line on standard input
-describes the contender, every later one is a request; each is answered by one line on standard output.
+describes the contender, every later one is a request; each is answered by one line on standard output. (A long file,
+as both engines must stand side by side to be seen to do the same.)
 """
 
 from __future__ import annotations

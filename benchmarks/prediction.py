@@ -27,6 +27,7 @@ from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.errors import BudgetError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
+from adaskip_cpp.measuring.timing import time_request
 from adaskip_cpp.model.plan import PHASES
 
 N_DECODE, N_SETTLE = 24, 2
@@ -38,11 +39,7 @@ HEAD = "| phase | context | asked for | sublayers skipped | full model | with th
 def prefill_seconds(llm: AdaSkipLlama, prompt: list[int], plan: SkipPlan | None) -> float:
     """Seconds to the first token of a prompt of which nothing is cached."""
     llm.set_plan(plan)
-    llm.reset()
-    start = time.perf_counter()
-    with closing(llm.generate(prompt, temp=0.0)) as tokens:
-        next(tokens)
-    return time.perf_counter() - start
+    return time_request(llm, prompt, 0).first_token_s
 
 
 def decode_seconds(llm: AdaSkipLlama, prompt: list[int], plan: SkipPlan | None) -> float:

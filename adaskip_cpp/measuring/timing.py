@@ -7,6 +7,7 @@ process that never sees our libllama.
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -57,20 +58,15 @@ def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
     gc.disable()  # a collection would land on one token of one contender
     try:
         steps = llm.generate(tokens, temp=0.0)
-        start = perf_counter()
-        next(steps)
-        last = perf_counter()
-        first_token_s = last - start
-        token_s = []
-        for _ in range(n_decode):
+        ticks = [perf_counter()]
+        for _ in range(1 + n_decode):
             next(steps)
-            now = perf_counter()
-            token_s.append(now - last)
-            last = now
+            ticks.append(perf_counter())
         steps.close()
     finally:
         if collects:
             gc.enable()
+    first_token_s, *token_s = (after - before for before, after in itertools.pairwise(ticks))
     return RequestTime(first_token_s, tuple(token_s))
 
 
