@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..measuring.distribution import Logits, compare, losses
+from ..measuring.distribution import Logits, kl_divergences, losses
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -81,9 +81,8 @@ def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, fi
 
 def figures(full: Logits, logits: Logits, targets: Sequence[int]) -> dict[str, float | None]:
     """Means over the tokens of an item, against the full model's logits."""
-    divergence = compare(full, logits)
     return {
         "loss": float(losses(logits, targets).mean()),
-        "kl": float(divergence.kl.mean()),
-        "agreement": float(divergence.agree.mean()),
+        "kl": float(kl_divergences(full, logits).mean()),
+        "agreement": float((full.argmax(axis=1) == logits.argmax(axis=1)).mean()),
     }

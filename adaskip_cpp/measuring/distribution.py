@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,25 +13,12 @@ from ..errors import DataError, RequestError
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
 
-__all__ = ["Divergence", "Logits", "compare", "losses", "prompt_logits", "token_losses"]
+__all__ = ["Logits", "kl_divergences", "losses", "prompt_logits", "token_losses"]
 
 _ROWS = 64
 """Rows of logits turned to float64 at once: 25 MB for a vocabulary of 49,000."""
 
 Logits = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How one model's next-token distributions differ from the full model's, at each of n positions.
-
-    Attributes:
-        kl: float64 [n], KL(full || other) in nats: what the other model's beliefs cost where the full model is right.
-        agree: bool [n], whether both find the same token most likely.
-    """
-
-    kl: npt.NDArray[np.float64]
-    agree: npt.NDArray[np.bool_]
 
 
 def prompt_logits(llm: AdaSkipLlama, tokens: Sequence[int]) -> Logits:
@@ -94,12 +80,12 @@ def losses(logits: Logits, targets: Sequence[int] | npt.NDArray[np.integer]) -> 
     return result
 
 
-def compare(full: Logits, other: Logits) -> Divergence:
-    """Compare a model's logits with the full model's at the same positions of the same text.
+def kl_divergences(full: Logits, other: Logits) -> npt.NDArray[np.float64]:
+    """Return KL(full || other) at each position, float64 [n], in nats: what other beliefs cost where the full is right.
 
     Args:
-        full: the full model's, float32 [n, n_vocab]; a token that cannot follow may have minus infinity.
-        other: the other model's, of the same shape.
+        full: the full model's logits, float32 [n, n_vocab]; a token that cannot follow may have minus infinity.
+        other: another model's at the same positions of the same text, of the same shape.
 
     Raises:
         DataError: the shapes differ.
@@ -109,14 +95,13 @@ def compare(full: Logits, other: Logits) -> Divergence:
             f"logits {list(other.shape)} cannot be compared with the full model's {list(full.shape)}; "
             "evaluate both on the same tokens"
         )
-    kl, agree = np.empty(len(full)), np.empty(len(full), bool)
+    result = np.empty(len(full))
     for rows in _chunks(len(full)):
         log_p, log_q = _log_softmax(full[rows]), _log_softmax(other[rows])
         p = np.exp(log_p)
         with np.errstate(invalid="ignore"):  # -inf - -inf, where p is 0 and nothing is to be added
-            kl[rows] = np.where(p > 0, p * (log_p - log_q), 0.0).sum(axis=1)
-        agree[rows] = full[rows].argmax(axis=1) == other[rows].argmax(axis=1)
-    return Divergence(np.maximum(kl, 0.0), agree)  # rounding can leave -1e-17 where the two are equal
+            result[rows] = np.where(p > 0, p * (log_p - log_q), 0.0).sum(axis=1)
+    return np.maximum(result, 0.0)  # rounding can leave -1e-17 where the two are equal
 
 
 def _chunks(n: int) -> Iterator[slice]:
