@@ -1,7 +1,7 @@
 """Measures quality against speed, item by item, and reports it.
 
-``items`` makes plans and items of what is asked for, ``contenders`` the plans; ``evaluate`` measures them by ``requests``
-and keeps each result in the ``store``; ``figures`` makes of these the one ``results`` that stand behind every output:
+``items`` makes plans (``contenders``) and items of what is asked for; ``evaluate`` measures them by ``requests`` and
+keeps each result in the ``store``; ``figures`` makes of these the one ``results`` that stand behind every output:
 ``tables``, ``plots``, ``report`` and ``output``.
 
 Imports ``pictures`` and what lies below it.
