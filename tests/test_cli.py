@@ -337,7 +337,7 @@ def test_ffns_added_online_are_counted(run: Run, tiny: Any, profile_path: Path) 
     profile = Profile.load(profile_path)
     plan = profile.plan(strategy="manual", attention=[0], threshold=-1.0)
     assert plan.online is not None and plan.online.threshold == -1.0
-    llm = terminal.load_model(str(tiny()), n_ctx=64, threads=1, gpu_layers=0, plan=plan)
+    llm = terminal.open_quietly(str(tiny()), n_ctx=64, threads=1, gpu_layers=0, plan=plan)
     answer = Generation(llm, llm.tokenize(b"hello"), max_tokens=30)
     list(answer)
     assert answer.timing is not None

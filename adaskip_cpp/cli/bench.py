@@ -24,7 +24,7 @@ from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
 from .planning import load_profile, print_cost_note
-from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, load_model, model_options, option, verb
+from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, model_options, open_quietly, option, verb
 
 if TYPE_CHECKING:
     from ..bench.bench import Progress
@@ -189,7 +189,7 @@ def bench(
     calibrates = learns and profile is None
 
     n_ctx = max([subject.N_TOKENS + subject.N_DECODE, *((contexts or (2048,)) if calibrates and speedups else ())])
-    with contextlib.closing(load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)) as llm:
+    with contextlib.closing(open_quietly(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)) as llm:
         about = subject.configuration(llm)
         fitting, note = subject.fit_contexts(contexts, llm.n_ctx_train, n_decode)
         if note:

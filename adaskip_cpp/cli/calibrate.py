@@ -17,7 +17,7 @@ from ..calibration.linear import DEFAULT_RANK
 from ..measuring import corpus
 from ..progress import told_progress
 from .planning import load_profile
-from .terminal import check_output, console, json_option, load_model, model_options, option, read_text, verb
+from .terminal import check_output, console, json_option, model_options, open_quietly, option, read_text, verb
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
@@ -100,7 +100,7 @@ def calibrate(
                 "--cost-only learns nothing else; leave out --data and --no-cost", click.get_current_context()
             )
         profile = load_profile(model, output)
-        llm = load_model(model, _CTX_TIMED, threads=threads, gpu_layers=gpu_layers)
+        llm = open_quietly(model, _CTX_TIMED, threads=threads, gpu_layers=gpu_layers)
         with told_progress("Timing the sublayers") as on_progress:
             profile = replace(profile, cost=measure_cost(llm, on_progress=on_progress))
         profile.save(output)
@@ -112,7 +112,7 @@ def calibrate(
         return
     text, description = calibration_text(files)
     n_ctx = tokens + n_decode if no_cost else max(tokens + n_decode, _CTX_TIMED)
-    llm = load_model(model, n_ctx, threads=threads, gpu_layers=gpu_layers)
+    llm = open_quietly(model, n_ctx, threads=threads, gpu_layers=gpu_layers)
     profile = run(
         llm,
         corpus.cut(llm, text, requests, tokens),

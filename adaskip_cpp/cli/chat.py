@@ -17,7 +17,7 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
 from .report import n_skipped, skipped_counts
-from .terminal import answer_options, console, load_model, option, users_error, verb
+from .terminal import answer_options, console, open_quietly, option, users_error, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +71,7 @@ def chat(
 
     chosen = find_plan_source(model, profile_path, plan_file, request, full)
     plan = chosen.plan(max(ctx // 2, 1))
-    llm = load_model(model, ctx, threads=threads, gpu_layers=gpu_layers)
+    llm = open_quietly(model, ctx, threads=threads, gpu_layers=gpu_layers)
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
     llm.set_plan(plan)  # and not opened with it: there is KV for all layers, so that /skip can choose other ones

@@ -18,10 +18,9 @@ from .terminal import (
     check_output,
     console,
     json_option,
-    load_model,
     model_options,
+    open_quietly,
     option,
-    recorder,
     save_svg,
     verb,
 )
@@ -68,7 +67,7 @@ def demo(
 
     with err.status("Loading the model") as status:
         result = run(
-            partial(load_model, path, threads=threads, gpu_layers=gpu_layers),
+            partial(open_quietly, path, threads=threads, gpu_layers=gpu_layers),
             choose=lambda profile: make_plan(profile, chosen),
             on_stage=status.update if err.is_terminal else lambda text: err.print(text, style="dim"),
             on_plan=lambda profile, plan: None if as_json else _print_plan(out, profile, plan),
@@ -78,11 +77,13 @@ def demo(
         click.echo(json.dumps({"model": path, **result.to_dict()}, indent=1))
     else:
         _print_result(out, result, elapsed_s)
-    if svg is not None:
-        picture = recorder()
+
+    def show(picture: Console) -> None:
         _print_plan(picture, result.profile, result.plan)
         _print_result(picture, result, elapsed_s)
-        save_svg(picture, svg, "adaskip-cpp demo")
+
+    if svg is not None:
+        save_svg(svg, "adaskip-cpp demo", show)
 
 
 def _print_plan(out: Console, profile: Profile, plan: SkipPlan) -> None:

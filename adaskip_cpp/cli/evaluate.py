@@ -17,7 +17,7 @@ from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import names, numbers
 from .planning import plan_file_option
-from .terminal import CHOOSING, RUNNING, console, json_option, load_model, model_options, option, verb
+from .terminal import CHOOSING, RUNNING, console, json_option, model_options, open_quietly, option, verb
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -137,7 +137,7 @@ def evaluate(
     options = EvaluationOptions(every_request(profile.n_layer, **lists), **values)
 
     def open_model(n_ctx: int, logits_all: bool) -> AdaSkipLlama:
-        return load_model(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
+        return open_quietly(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
 
     work, notes, words, settings = prepare(model, profile, options, open_model)
     command = shlex.join(["adaskip-cpp", "evaluate", *context.meta["arguments"]])

@@ -10,7 +10,7 @@ import click
 from ..planning.request import PlanRequest
 from .planning import find_plan_source, plan_options, print_cost_note, profile_options
 from .report import kv_line, skipped_lines, speed_lines
-from .terminal import RUNNING, answer_options, console, load_model, option, read_text, verb
+from .terminal import RUNNING, answer_options, console, open_quietly, option, read_text, verb
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -67,13 +67,13 @@ def generate(
     length = 1
     if chosen.asks_speedup:
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
-        with closing(load_model(model, 256, threads=1, gpu_layers=0, vocab_only=True)) as tokenizer:
+        with closing(open_quietly(model, 256, threads=1, gpu_layers=0, vocab_only=True)) as tokenizer:
             length = max(len(_tokens(tokenizer, text, chat)), 1)
     plan = chosen.plan(length)
     if chosen.note:
         console(stderr=True).print(chosen.note, style="dim", markup=False)
 
-    llm = load_model(model, ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
+    llm = open_quietly(model, ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
     if chosen.asks_speedup:
         print_cost_note(console(stderr=True), chosen.profile, cost_settings(llm))
     if seed is not None:

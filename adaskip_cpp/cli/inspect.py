@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .terminal import console, json_option, load_model, model_options, verb
+from .terminal import console, json_option, model_options, open_quietly, verb
 
 if TYPE_CHECKING:
     from ..engine.native import Sublayer
@@ -26,7 +26,7 @@ def inspect(model: str, threads: int | None, gpu_layers: int, as_json: bool) -> 
 
     Layers alike share a line. A window is how many tokens an attention looks back at, where that is not all.
     """
-    llm = load_model(model, 512, threads=threads, gpu_layers=gpu_layers)
+    llm = open_quietly(model, 512, threads=threads, gpu_layers=gpu_layers)
     facts: dict[str, Any] = {
         "file": model,
         "name": llm.metadata.get("general.name", ""),

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHOOSING",
-    "CONTEXT",
     "OUTPUT",
     "RUNNING",
     "Verbs",
@@ -35,11 +34,10 @@ __all__ = [
     "check_output",
     "console",
     "json_option",
-    "load_model",
     "model_options",
+    "open_quietly",
     "option",
     "read_text",
-    "recorder",
     "save_svg",
     "users_error",
     "verb",
@@ -49,9 +47,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 CHOOSING, RUNNING, OUTPUT = "Choosing what is skipped", "Running the model", "Output"
 """Headings of groups of options."""
-
-CONTEXT = click.IntRange(8, 2**31 - 1)
-"""The type of ``--ctx``, in tokens; llama.cpp takes no more bits."""
 
 
 class _Option(click.Option):
@@ -176,23 +171,18 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
-def recorder() -> Console:
-    """Return a console that shows nothing and keeps what is printed, in colour, for :func:`save_svg`."""
-    from rich.console import Console
-
-    return Console(
-        file=io.StringIO(), highlight=False, record=True, width=80, force_terminal=True, color_system="truecolor"
-    )
-
-
-def save_svg(recording: Console, path: str, title: str) -> None:
-    """Write what a recording console has printed as an SVG, atomically and without references to the network.
+def save_svg(path: str, title: str, show: Callable[[Console], None]) -> None:
+    """Write what ``show`` prints on a console as an SVG, atomically and without references to the network.
 
     Raises:
         OSError: it cannot be written.
     """
-    svg = recording.export_svg(title=title)
-    write_atomically(path, re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
+    from rich.console import Console
+
+    unseen = io.StringIO()
+    out = Console(file=unseen, highlight=False, record=True, width=80, force_terminal=True, color_system="truecolor")
+    show(out)
+    write_atomically(path, re.sub(r"@font-face \{.*?\}\s*", "", out.export_svg(title=title), flags=re.DOTALL))
 
 
 def json_option(command: _Command) -> _Command:
@@ -222,7 +212,7 @@ def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
     """
     options = (
         option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Longest answer."),
-        option("--ctx", group=RUNNING, type=CONTEXT, default=8192, help="Context in tokens."),
+        option("--ctx", group=RUNNING, type=click.IntRange(8, 2**31 - 1), default=8192, help="Context in tokens."),
         option("--temp", group=RUNNING, type=click.FloatRange(0), default=0.8, help="0: always the likeliest."),
         option("--seed", group=RUNNING, type=click.IntRange(0, 2**32 - 2), help="Seed of sampling.  [default: random]"),
         model_options,
@@ -230,7 +220,7 @@ def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
     return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(options), command)
 
 
-def load_model(
+def open_quietly(
     path: str,
     n_ctx: int,
     *,

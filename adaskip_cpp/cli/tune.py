@@ -29,8 +29,8 @@ from .terminal import (
     check_output,
     console,
     json_option,
-    load_model,
     model_options,
+    open_quietly,
     option,
     verb,
 )
@@ -206,7 +206,7 @@ def _opened(
     model: str, threads: int | None, gpu_layers: int, n_ctx: int, *, logits_all: bool = False
 ) -> Iterator[AdaSkipLlama]:
     """Load the model, and free it when done."""
-    llm = load_model(model, n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
+    llm = open_quietly(model, n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
     try:
         yield llm
     finally:
