@@ -29,7 +29,6 @@ RIDGE = 1e-3
 """Added to the input's second moments, as a share of its mean variance: it keeps out directions of few tokens."""
 
 Matrix = npt.NDArray[np.float32]
-Vector = npt.NDArray[np.float32]
 _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Martinsson and Tropp 2011)
 
 
@@ -38,7 +37,6 @@ def moments_bytes(n_embd: int) -> int:
     return 2 * n_embd * n_embd * 4
 
 
-@dataclass
 class _Sums:
     """Sums over tokens: of u, of d = v - u, of u uᵀ and of d uᵀ, all of what is left of both behind ``mean``.
 
@@ -46,19 +44,12 @@ class _Sums:
     without it float32 would lose the variance in the squares.
     """
 
-    mean: tuple[Vector, Vector]
-    u: npt.NDArray[np.float64]
-    d: npt.NDArray[np.float64]
-    uu: Matrix
-    du: Matrix
-    n: int = 0
-
-    @classmethod
-    def around(cls, u: npt.NDArray[np.float32], d: npt.NDArray[np.float32]) -> _Sums:
+    def __init__(self, u: npt.NDArray[np.float32], d: npt.NDArray[np.float32]) -> None:
         n_embd = u.shape[1]
-        mean = u.mean(axis=0, dtype=np.float64), d.mean(axis=0, dtype=np.float64)
-        vectors, matrices = np.zeros((2, n_embd)), [np.zeros((n_embd, n_embd), np.float32) for _ in range(2)]
-        return cls((mean[0].astype(np.float32), mean[1].astype(np.float32)), *vectors, *matrices)
+        self.n = 0
+        self.mean = [first.mean(axis=0, dtype=np.float64).astype(np.float32) for first in (u, d)]
+        self.u, self.d = np.zeros((2, n_embd))
+        self.uu, self.du = (np.zeros((n_embd, n_embd), np.float32) for _ in range(2))
 
     def add(self, u: npt.NDArray[np.float32], d: npt.NDArray[np.float32]) -> None:
         u, d = u - self.mean[0], d - self.mean[1]
@@ -103,7 +94,7 @@ class LinearFit:
                 continue
             d = v - u
             if (layer, kind) not in self._sums:
-                self._sums[layer, kind] = _Sums.around(u, d)
+                self._sums[layer, kind] = _Sums(u, d)
             self._sums[layer, kind].add(u, d)
 
     def fit(

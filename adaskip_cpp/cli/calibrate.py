@@ -92,40 +92,32 @@ def calibrate(
     The text is cut into requests, spread evenly over it, which run through the full model; some are continued by a few
     tokens. At the end the sublayers are timed on this machine.
     """
+    if cost_only and (no_cost or files):
+        raise click.UsageError(
+            "--cost-only learns nothing else; leave out --data and --no-cost", click.get_current_context()
+        )
     check_output(output)
     start = time.monotonic()
+    n_ctx = max(tokens + n_decode, 0 if no_cost else _CTX_TIMED)
     if cost_only:
-        if no_cost or files:
-            raise click.UsageError(
-                "--cost-only learns nothing else; leave out --data and --no-cost", click.get_current_context()
-            )
         profile = load_profile(model, output)
         llm = open_quietly(model, _CTX_TIMED, threads=threads, gpu_layers=gpu_layers)
         with told_progress("Timing the sublayers") as on_progress:
             profile = replace(profile, cost=measure_cost(llm, on_progress=on_progress))
-        profile.save(output)
-        if as_json:
-            click.echo(json.dumps({"path": output, **profile.to_dict()}, indent=1))
-        else:
-            elapsed = f"The sublayers were timed anew in {time.monotonic() - start:.0f} s"
-            console().print(f"{elapsed}; all else in {output} is as it was.", soft_wrap=True, markup=False)
-        return
-    text, description = calibration_text(files)
-    n_ctx = tokens + n_decode if no_cost else max(tokens + n_decode, _CTX_TIMED)
-    llm = open_quietly(model, n_ctx, threads=threads, gpu_layers=gpu_layers)
-    profile = run(
-        llm,
-        corpus.cut(llm, text, requests, tokens),
-        n_decode=n_decode,
-        rank=rank,
-        cost=not no_cost,
-        description=description,
-    )
+    else:
+        text, description = calibration_text(files)
+        llm = open_quietly(model, n_ctx, threads=threads, gpu_layers=gpu_layers)
+        cut = corpus.cut(llm, text, requests, tokens)
+        profile = run(llm, cut, n_decode=n_decode, rank=rank, cost=not no_cost, description=description)
     profile.save(output)
+    elapsed_s = time.monotonic() - start
     if as_json:
         click.echo(json.dumps({"path": output, **profile.to_dict()}, indent=1))
+    elif cost_only:
+        told = f"The sublayers were timed anew in {elapsed_s:.0f} s; all else in {output} is as it was."
+        console().print(told, soft_wrap=True, markup=False)
     else:
-        _print(profile, output, requests, time.monotonic() - start)
+        _print(profile, output, requests, elapsed_s)
 
 
 def calibration_text(files: Sequence[str]) -> tuple[str, str]:
