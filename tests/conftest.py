@@ -1,5 +1,6 @@
 """Fixtures: tiny models written on demand, the two real models, models opened for one test, and drawn sequences."""
 
+import os
 import random
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -20,6 +21,13 @@ import adaskip_cpp
 
 TinyModel = Callable[..., Path]
 OpenModel = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def one_core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models run on one thread: two wait for each other many times longer than they compute."""
+    if hasattr(os, "sched_getaffinity") and request.node.get_closest_marker("model") is None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +105,7 @@ def _or_skip(locate: Callable[[], Path]) -> Path:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sequences", "sequences of calls that Hypothesis draws anew in every run")
     group.addoption("--sequences-seed", type=int, help="draw those of this seed first")
-    group.addoption("--sequences-seconds", type=float, default=12, help="of the processor per test (default: 12)")
+    group.addoption("--sequences-seconds", type=float, default=10, help="of the processor per test (default: 10)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
