@@ -21,6 +21,7 @@ from adaskip_cpp.model.beside import plan_path
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.pictures import plots
 from adaskip_cpp.planning.compensation import DEFAULT_COMPENSATION
 
 Run = Callable[..., Result]
@@ -47,25 +48,20 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tiny: Any, profile_path: Path, text: Path, tmp_path: Path) -> Run:
-    """``run("--skip", 2, ...)``: the command on the tiny model and a short text, into the folder ``out``."""
+def run(tiny: Any, profile_path: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """``run("--skip", 2, ...)``: the command on the tiny model and a short text, into the folder ``out``.
 
-    def invoke(*args: object, model: Path | None = None, profile: Path = profile_path) -> Result:
+    As if matplotlib were not there, unless ``pictures``: drawing takes longer than all else.
+    """
+    found = plots.has_matplotlib()
+
+    def invoke(
+        *args: object, model: Path | None = None, profile: Path = profile_path, pictures: bool = False
+    ) -> Result:
+        monkeypatch.setattr(plots, "has_matplotlib", lambda: found and pictures)
         fixed = ["evaluate", model or tiny(), "--profile", profile, "-o", tmp_path / "out", "--text", text]
-        small = [
-            "--threads",
-            1,
-            "--texts",
-            2,
-            "--tokens",
-            24,
-            "--continuation",
-            6,
-            "--rounds",
-            2,
-            "--speed-context",
-            16,
-        ]
+        small = ["--threads", 1, "--texts", 2, "--tokens", 24, "--continuation", 6]
+        small += ["--rounds", 2, "--speed-context", 16]
         verbs = Verbs(commands={"evaluate": command})
         return CliRunner().invoke(verbs, [str(arg) for arg in (*fixed, *small, *args)], prog_name="adaskip-cpp")
 
@@ -81,7 +77,7 @@ def results(tmp_path: Path) -> Callable[[], Any]:
 
 
 def test_the_folder_has_results_tables_report_and_pictures(run: Run, tmp_path: Path, results: Any) -> None:
-    result = run("--skip", "2", "--mode", "prefill", "--mode", "e2e")
+    result = run("--skip", "2", "--mode", "prefill", "--mode", "e2e", pictures=True)
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= FILES
@@ -176,10 +172,7 @@ def test_budgets_that_a_strategy_cannot_reach_are_left_out_with_a_note(run: Run,
     assert "skip_decode-5-prefill is left out" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_pictures_are_left_out_where_matplotlib_is_missing(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("adaskip_cpp.pictures.plots.has_matplotlib", lambda: False)
+def test_pictures_are_left_out_where_matplotlib_is_missing(run: Run, tmp_path: Path) -> None:
     assert run("--skip", 2, "--mode", "prefill", "--strategy", "adaskip").exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*FILES, ".lock"}
     assert "pip install" in (tmp_path / "out" / "report.html").read_text()
