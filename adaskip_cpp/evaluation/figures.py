@@ -64,9 +64,6 @@ def _row(contender: Contender, work: Work, records: Records) -> Row:
     )
 
 
-# -- speed -----------------------------------------------------------------------------------------------------------
-
-
 def _speed(name: str, records: Records) -> dict[str, Speed]:
     """Speed-ups against the full model, round by round; {} if nothing was timed."""
     rounds = [record.times for key, record in sorted(records.items()) if key[1:] == (EVERYONE, SPEED)]
@@ -93,23 +90,17 @@ def _seconds(time: RequestTime) -> dict[str, float]:
     }
 
 
-# -- text ------------------------------------------------------------------------------------------------------------
-
-
 def _text(name: str, work: Work, records: Records) -> dict[str, dict[str, dict[str, Figure]]]:
     """Figures by measure, kind of text and name."""
-    kinds = {"all": work.texts}
-    if len({item.task for item in work.texts}) > 1:
-        kinds |= {
-            kind: [item for item in work.texts if item.task == kind] for kind in {item.task: 0 for item in work.texts}
-        }
-    found: dict[str, dict[str, dict[str, Figure]]] = {}
-    for measure in (PROMPT, CONTINUATION):
-        for kind, items in kinds.items():
-            figures = _figures([item.id for item in items], name, measure, records)
-            if figures:
-                found.setdefault(measure, {})[kind] = figures
-    return found
+    kinds: dict[str, list[str]] = {}
+    for item in work.texts:
+        kinds.setdefault(item.task, []).append(item.id)
+    kinds = {"all": [item.id for item in work.texts], **(kinds if len(kinds) > 1 else {})}
+    found = {
+        measure: {kind: each for kind, ids in kinds.items() if (each := _figures(ids, name, measure, records))}
+        for measure in (PROMPT, CONTINUATION)
+    }
+    return {measure: each for measure, each in found.items() if each}
 
 
 def _figures(ids: Sequence[str], name: str, measure: str, records: Records) -> dict[str, Figure]:
@@ -123,9 +114,6 @@ def _figures(ids: Sequence[str], name: str, measure: str, records: Records) -> d
         # The error of an exponential is that of its exponent times itself, as it is that steep.
         figures["perplexity"] = Figure(math.exp(loss.mean), math.exp(loss.mean) * loss.error, loss.n)
     return figures
-
-
-# -- questions -------------------------------------------------------------------------------------------------------
 
 
 def _questions(name: str, work: Work, records: Records) -> dict[str, TaskScores]:
@@ -152,9 +140,6 @@ def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[
     order = sorted(by_cell, key=lambda cell: (cell[0], -1.0 if cell[1] is None else cell[1]))
     means = ((cell, _mean(by_cell[cell])) for cell in order)
     return tuple(Cell(*cell, score) for cell, score in means if score is not None)
-
-
-# -- means -----------------------------------------------------------------------------------------------------------
 
 
 def _values(ids: Sequence[str], name: str, measure: str, records: Records) -> dict[str, dict[str, float]]:

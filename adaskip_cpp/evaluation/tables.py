@@ -175,9 +175,6 @@ def _cell_table(results: Results, task: str) -> Table:
     return _table(title, text, rows, {**_MODE, **columns}, folded=True)
 
 
-# --- cells ------------------------------------------------------------------------------------------------------------
-
-
 def _of_plan(say: Callable[[Row], str], full: str = "") -> Callable[[Row], str]:
     """Say nothing of the full model, which has nothing to be compared with."""
     return lambda row: full if row.mode is None else say(row)
