@@ -54,6 +54,9 @@ class ProfileData:
                 raise ProfileFormatError(
                     f"{name} is of {part.n_layer} layers, the model has {self.model.n_layer}; calibrate again"
                 )
+        counts = (self.n_requests, self.n_tokens, self.prefill.n_tokens, self.decode.n_tokens)
+        if min(counts) < 1:
+            raise ProfileFormatError(f"it has counts of requests or tokens below 1, {counts}; calibrate again")
         if self.prefill.n_embd != self.decode.n_embd:
             raise ProfileFormatError(
                 f"the vectors' lengths differ, {self.prefill.n_embd} in prefill and {self.decode.n_embd} in decode; "

@@ -11,8 +11,7 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -22,67 +21,30 @@ import numpy.typing as npt
 from ..errors import ProfileFormatError, ProfileMissingError, ProfileVersionError
 from ..files import json_text, write_atomically, write_pair
 from .arrays import from_plain, to_plain
-from .cost_model import CostModel
-from .identity import ModelInfo
 from .maps import LinearMaps
 from .plan import PHASES
 from .profile import ProfileData
-from .statistics import FIGURES, VECTORS, PhaseStatistics
+from .statistics import VECTORS
 from .stored import VectorsFile, file_beside, read_json
 
 __all__ = ["FORMAT_VERSION", "load", "save", "to_dict", "vectors_path"]
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _FORMAT = "adaskip-profile"
 _MAPS = ("down", "up")
 _HEADER = 4096
 """More bytes than what stands around one array in the binary file."""
 
 _Profile = TypeVar("_Profile", bound=ProfileData)
-_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 60)]
-_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-_Rank = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 _Arrays = dict[str, npt.NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    n_requests: _Count
-    n_tokens: _Count
-    corpus: str
-    package_version: str
-    created: str
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """Of one phase, without its vectors; see :class:`PhaseStatistics`."""
-
-    n_tokens: _Count
-    similarity: npt.NDArray[np.float64]
-    norm_ratio: npt.NDArray[np.float64]
-    median_ratio: npt.NDArray[np.float64]
-    layer_similarity: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class _Vectors(VectorsFile):
     """The binary file, and what decides the shapes of its arrays."""
 
-    n_embd: _Size
-    rank: _Rank
-
-
-@dataclass(frozen=True)
-class _File:
-    format: str
-    version: int
-    model: ModelInfo
-    calibration: _Calibration
-    prefill: _Statistics
-    decode: _Statistics
-    cost: CostModel | None
-    vectors: _Vectors | None
+    n_embd: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 
 
 def vectors_path(path: str | os.PathLike[str]) -> str:
@@ -92,28 +54,12 @@ def vectors_path(path: str | os.PathLike[str]) -> str:
 
 def to_dict(profile: ProfileData) -> dict[str, Any]:
     """Return plain JSON values: the file format, without the name and hash of the vectors' file."""
-    data = to_plain(_file(profile, VectorsFile("", "")))
-    if data["vectors"] is not None:
-        del data["vectors"]["file"], data["vectors"]["sha256"]
-    return data  # type: ignore[no-any-return]
-
-
-def _file(profile: ProfileData, file: VectorsFile) -> _File:
+    data = {"format": _FORMAT, "version": FORMAT_VERSION, **to_plain(_with_arrays(profile, {}))}
+    for part, names in ((data, ("maps",)), *((data[phase], VECTORS) for phase in PHASES)):
+        for name in names:
+            del part[name]
     n_embd, rank = profile.prefill.n_embd, 0 if profile.maps is None else profile.maps.rank
-    prefill, decode = (
-        _Statistics(each.n_tokens, *(getattr(each, name) for name in FIGURES))
-        for each in (profile.prefill, profile.decode)
-    )
-    return _File(
-        _FORMAT,
-        FORMAT_VERSION,
-        profile.model,
-        _Calibration(profile.n_requests, profile.n_tokens, profile.corpus, profile.package_version, profile.created),
-        prefill,
-        decode,
-        profile.cost,
-        None if n_embd is None else _Vectors(file.file, file.sha256, n_embd, rank),
-    )
+    return {**data, "vectors": None if n_embd is None else {"n_embd": n_embd, "rank": rank}}
 
 
 def save(profile: ProfileData, path: str | os.PathLike[str]) -> None:
@@ -122,20 +68,21 @@ def save(profile: ProfileData, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    target = os.path.realpath(path)
-    if profile.prefill.n_embd is None:
-        write_atomically(target, json_text(to_dict(profile)))
+    target, data = os.path.realpath(path), to_dict(profile)
+    if data["vectors"] is None:
+        write_atomically(target, json_text(data))
         return
-    buffer = io.BytesIO()
     arrays = {f"{phase}_{name}": getattr(getattr(profile, phase), name) for phase in PHASES for name in VECTORS}
     if profile.maps is not None:
         arrays |= {f"maps_{name}": getattr(profile.maps, name) for name in _MAPS}
+    buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     binary, content = vectors_path(target), buffer.getvalue()
-    write_pair(target, json_text(to_plain(_file(profile, VectorsFile.of(binary, content)))), binary, content)
+    data["vectors"] |= to_plain(VectorsFile.of(binary, content))
+    write_pair(target, json_text(data), binary, content)
 
 
-def load(path: str | os.PathLike[str], kind: Callable[..., _Profile]) -> _Profile:
+def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
     """Read a profile; see :meth:`adaskip_cpp.Profile.load`.
 
     Args:
@@ -158,43 +105,46 @@ def load(path: str | os.PathLike[str], kind: Callable[..., _Profile]) -> _Profil
                 f"{name!r} has format version {data.get('version')!r}, this release reads {FORMAT_VERSION}; calibrate "
                 "again or install the release that wrote it"
             )
-        file = from_plain(data, _File)
-        arrays = _read_vectors(file, os.path.dirname(os.path.realpath(name)))
-        prefill, decode = (
-            PhaseStatistics(**vars(each), mean_u=arrays.get(f"{phase}_mean_u"), mean_v=arrays.get(f"{phase}_mean_v"))
-            for phase, each in zip(PHASES, (file.prefill, file.decode), strict=True)
-        )
-        maps = LinearMaps(arrays["maps_down"], arrays["maps_up"]) if "maps_up" in arrays else None
-        return kind(prefill, decode, **vars(file.calibration), model=file.model, cost=file.cost, maps=maps)
+        profile, vectors = from_plain(data, kind), from_plain(data["vectors"], _Vectors | None)  # type: ignore[arg-type]
+        folder = os.path.dirname(os.path.realpath(name))
+        return _with_arrays(profile, {} if vectors is None else _read_vectors(vectors, profile.n_layer, folder))
     except FileNotFoundError:
         raise ProfileMissingError(
             f"there is no profile {name!r}; write one with `adaskip-cpp calibrate MODEL -o {name}`"
         ) from None
     except ProfileVersionError:
         raise
+    except KeyError as error:
+        raise ProfileFormatError(f"{name!r} cannot be used: it lacks {error}; calibrate again") from error
     except ValueError as error:  # among them all of msgspec's and our own
         words = str(error)
         way_out = "" if words.endswith("calibrate again") else "; calibrate again"
         raise ProfileFormatError(f"{name!r} cannot be used: {words}{way_out}") from error
 
 
-def _read_vectors(file: _File, folder: str) -> _Arrays:
+def _with_arrays(profile: _Profile, arrays: _Arrays) -> _Profile:
+    """Return the profile with the vectors and maps of its binary file, and with no others."""
+    prefill, decode = (
+        replace(getattr(profile, phase), **{name: arrays.get(f"{phase}_{name}") for name in VECTORS})
+        for phase in PHASES
+    )
+    maps = LinearMaps(*(arrays[f"maps_{name}"] for name in _MAPS)) if "maps_up" in arrays else None
+    return replace(profile, prefill=prefill, decode=decode, maps=maps)
+
+
+def _read_vectors(vectors: _Vectors, n_layer: int, folder: str) -> _Arrays:
     """Read the binary file: arrays of the names and shapes that the JSON makes of it, and nothing else."""
-    if file.vectors is None:
-        return {}
-    n_layer, n_embd, rank = file.model.n_layer, file.vectors.n_embd, file.vectors.rank
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{phase}_{name}": (n_layer, 2, n_embd) for phase in PHASES for name in VECTORS
-    }
+    n_embd, rank = vectors.n_embd, vectors.rank
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes |= {f"{phase}_{name}": (n_layer, 2, n_embd) for phase in PHASES for name in VECTORS}
     if rank:
         shapes |= {"maps_down": (n_layer, 2, rank, n_embd), "maps_up": (n_layer, 2, n_embd, rank)}
-    most = sum(4 * math.prod(shape) + _HEADER for shape in shapes.values())
-    content = file.vectors.read(folder, most)
+    content = vectors.read(folder, sum(4 * math.prod(shape) + _HEADER for shape in shapes.values()))
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return {name: _read_array(archive, f"{name}.npy", shape) for name, shape in shapes.items()}
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds for what is damaged or encrypted
-        raise ValueError(f"the file of its vectors, {file.vectors.file!r}, is malformed ({error})") from error
+        raise ValueError(f"the file of its vectors, {vectors.file!r}, is malformed ({error})") from error
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
