@@ -53,8 +53,8 @@ static int32_t n_layer_of(const llama_context & ctx) {
     return llama_model_n_layer(&ctx.get_model());
 }
 
-// a graph of a few tokens, built only to be looked at
-static ggml_cgraph * build_sample_graph(llama_context & ctx) {
+// the topology of a graph of a few tokens, built only to be looked at
+static adaskip_topology sample_topology(llama_context & ctx) {
     ctx.synchronize();
     ctx.sched_reserve();
 
@@ -65,28 +65,31 @@ static ggml_cgraph * build_sample_graph(llama_context & ctx) {
             throw std::runtime_error("failed to initialize the memory module");
         }
     }
-    const uint32_t n_seqs   = ctx.n_seq_max();
-    const uint32_t n_tokens = 2 * n_seqs;
+    adaskip_topology res;
+    ctx.adaskip.look = [&](ggml_cgraph * gf, const llm_graph_result & gf_res) {
+        res = adaskip_topology_find(
+                gf, gf_res.t_embd ? gf_res.t_embd : gf_res.t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided);
+    };
+    const uint32_t n_seqs = ctx.n_seq_max();
+    const auto     failure =
+            adaskip_try([&] { ctx.graph_reserve(2 * n_seqs, n_seqs, n_seqs, mctx.get(), /*split_only =*/true); });
 
-    return ctx.graph_reserve(n_tokens, n_seqs, n_seqs, mctx.get(), /*split_only =*/true);
+    ctx.adaskip.look = nullptr;
+    if (failure.code != ADASKIP_OK) {
+        throw adaskip_exception(failure.code, failure.message);
+    }
+    return res;
 }
 
 // what can be skipped does not change over the life of a context, and the graph pass checks again
 static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
-    auto & res = ctx.adaskip.sublayers;
-    if (!res.empty()) {
-        return res;
+    if (!ctx.adaskip.sublayers.empty()) {
+        return ctx.adaskip.sublayers;
     }
-    ggml_cgraph * gf = build_sample_graph(ctx);
-    if (!gf) {
-        throw std::runtime_error("failed to build a graph");
-    }
-    const auto * gf_res   = ctx.get_gf_res_reserve();
-    const auto   topology = adaskip_topology_find(
-            gf, gf_res->t_embd ? gf_res->t_embd : gf_res->t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided);
+    const auto   topology = sample_topology(ctx);
+    const auto & hparams  = ctx.get_model().hparams;
 
-    const auto & hparams = ctx.get_model().hparams;
-
+    std::vector<adaskip_sublayer>                      res;
     std::map<std::pair<int32_t, std::string>, int32_t> shapes; // by the window and what the rest of a sublayer is
     for (int32_t i = 0; i < 2 * (int32_t) topology.layers.size(); ++i) {
         const auto & loc = topology.layers[i / 2][i % 2];
@@ -107,7 +110,7 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
         snprintf(sublayer.reason, sizeof(sublayer.reason), "%s", loc.reason.c_str());
         res.push_back(sublayer);
     }
-    return res;
+    return ctx.adaskip.sublayers = std::move(res);
 }
 
 static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {

@@ -94,6 +94,16 @@ public:
         return ret;
     }
 
+    // A graph that llama_context::graph_reserve has built. Once the scheduler has cut it where devices meet, a node
+    // reads copies there, and the residual stream ends.
+    void look_at(ggml_cgraph * gf, const llm_graph_result & res) const {
+        if (look) {
+            look(gf, res);
+        }
+    }
+
+    std::function<void(ggml_cgraph * gf, const llm_graph_result & res)> look; // null but for who wants to see a graph
+
     // why that failed since this was last asked
     adaskip_failure take_failure() { return std::exchange(failure, {}); }
 

@@ -283,7 +283,7 @@ def test_a_map_is_three_nodes(layer: int, kind: int, tiny: Tiny, tokens: Tokens,
 
 def test_a_plan_with_maps_adds_no_split(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     # A split is a part of the graph that runs on one device; maps are on the device of their layer, whichever it is.
-    llm, splits = open_model(tiny()), []
+    llm, splits = open_model(tiny(), n_gpu_layers=2), []
     for plan in (None, same(random_set(1))):
         llm.reset()
         llm.set_plan(plan)

@@ -70,3 +70,9 @@ def test_layers_of_other_sizes_have_other_shapes(tmp_path: Path, open_model: Ope
 def test_what_is_not_found_has_no_shape(tiny: Tiny, open_model: Open) -> None:
     rows = open_model(tiny("jamba")).sublayers  # layers 0 and 2 have no attention
     assert [row.shape >= 0 for row in rows[::2]] == [False, True, False]
+
+
+def test_all_are_found_where_devices_share_a_model(tiny: Tiny, open_model: Open) -> None:
+    # On a build with one device this is the model as ever. With two the scheduler cuts the graph where they meet.
+    rows = open_model(tiny(), n_gpu_layers=2).sublayers
+    assert rows == open_model(tiny()).sublayers and all(row.skippable for row in rows)
