@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp.tuning.search import Judge, back_off, fastest_within, least_harm, n_bisections, rank
+from adaskip_cpp.tuning.search import Judge, back_off, fastest_within, least_harm, rank
 
 N_LAYER = 8
 N = 2 * N_LAYER
@@ -47,26 +47,26 @@ def chosen(judged: Any) -> list[int]:
 
 @pytest.mark.parametrize("n", range(N + 1))
 def test_bisection_finds_how_many_of_the_ranking_keep_the_limit(n: int) -> None:
-    judge = Judge(additive([1.0] * N), count)
-    found = fastest_within(judge, ORDER, N_LAYER, n + 0.5, n_exchange=0)
+    judge = Judge(N_LAYER, additive([1.0] * N), count)
+    found = fastest_within(judge, ORDER, n + 0.5, n_exchange=0)
     assert chosen(found) == ORDER[:n]
-    assert judge.n_evaluations <= n_bisections(N) == 5
+    assert judge.n_evaluations <= N.bit_length() == 5
 
 
 def test_where_every_sublayer_harms_too_much_nothing_is_skipped() -> None:
-    judge = Judge(additive([1.0] * N), count)
-    found = fastest_within(judge, ORDER, N_LAYER, 0.5)
+    judge = Judge(N_LAYER, additive([1.0] * N), count)
+    found = fastest_within(judge, ORDER, 0.5)
     assert not found.skip.any() and (found.harm.value, found.harm.high) == (0.0, 0.0)
 
 
 def test_where_nothing_harms_all_is_skipped() -> None:
-    judge = Judge(additive([0.0] * N), count)
-    assert chosen(fastest_within(judge, ORDER, N_LAYER, 0.0)) == ORDER
+    judge = Judge(N_LAYER, additive([0.0] * N), count)
+    assert chosen(fastest_within(judge, ORDER, 0.0)) == ORDER
 
 
 def test_the_limit_is_kept_by_the_interval_and_not_by_the_mean() -> None:
-    calm = fastest_within(Judge(additive([1.0] * N), count), ORDER, N_LAYER, 6.0)
-    noisy = fastest_within(Judge(additive([1.0] * N, noise=0.5), count), ORDER, N_LAYER, 6.0)
+    calm = fastest_within(Judge(N_LAYER, additive([1.0] * N), count), ORDER, 6.0)
+    noisy = fastest_within(Judge(N_LAYER, additive([1.0] * N, noise=0.5), count), ORDER, 6.0)
     assert len(chosen(calm)) == 6
     # Five have a mean of 5, but of 8 texts between 2.5 and 7.5 its interval reaches beyond 6.
     assert len(chosen(noisy)) == 4 and noisy.harm.value == pytest.approx(4.0)
@@ -78,7 +78,7 @@ def test_a_harm_that_is_no_number_keeps_nothing(value: float) -> None:
     def harm(skip: np.ndarray) -> Sequence[float]:
         return [0.0, value if skip.sum() > 3 else 0.0, 0.0]
 
-    assert len(chosen(fastest_within(Judge(harm, count), ORDER, N_LAYER, 1.0))) == 3
+    assert len(chosen(fastest_within(Judge(N_LAYER, harm, count), ORDER, 1.0))) == 3
 
 
 def test_where_the_harm_does_not_rise_with_the_number_the_result_still_keeps_the_limit() -> None:
@@ -88,7 +88,7 @@ def test_where_the_harm_does_not_rise_with_the_number_the_result_still_keeps_the
     def harm(skip: np.ndarray) -> Sequence[float]:
         return [table[int(skip.sum())]] * 4
 
-    found = fastest_within(Judge(harm, count), ORDER, N_LAYER, 1.0)
+    found = fastest_within(Judge(N_LAYER, harm, count), ORDER, 1.0)
     assert found.n_skip == 0 or table[found.n_skip] <= 1.0
 
 
@@ -98,17 +98,17 @@ def test_where_the_harm_does_not_rise_with_the_number_the_result_still_keeps_the
 def test_exchange_passes_over_one_that_is_ranked_too_high() -> None:
     cost = [1.0] * N
     cost[3] = 50.0
-    judge = Judge(additive(cost), count)
-    found = fastest_within(judge, ORDER, N_LAYER, 6.5, n_exchange=16)
+    judge = Judge(N_LAYER, additive(cost), count)
+    found = fastest_within(judge, ORDER, 6.5, n_exchange=16)
     assert chosen(found) == [0, 1, 2, 4, 5, 6]
 
 
 def test_exchange_swaps_for_one_that_harms_less_and_then_has_room_for_more() -> None:
     cost = [1.0, 1.0, 1.0, 3.0, 0.5, 2.4, *[9.0] * (N - 6)]
-    judge = Judge(additive(cost), count)
+    judge = Judge(N_LAYER, additive(cost), count)
     # The first three keep 3.4, and no other one fits beside them but the fifth; the fourth harms most of all near it.
-    assert chosen(fastest_within(judge, ORDER, N_LAYER, 3.4, n_exchange=0)) == [0, 1, 2]
-    assert chosen(fastest_within(judge, ORDER, N_LAYER, 3.5, n_exchange=16)) == [0, 1, 2, 4]
+    assert chosen(fastest_within(judge, ORDER, 3.4, n_exchange=0)) == [0, 1, 2]
+    assert chosen(fastest_within(judge, ORDER, 3.5, n_exchange=16)) == [0, 1, 2, 4]
 
 
 @pytest.mark.parametrize("limit", [1.0, 2.0, 3.0])
@@ -120,7 +120,7 @@ def test_on_small_problems_exchange_comes_near_the_best_of_all_sets(limit: float
     def harm(skip: np.ndarray) -> Sequence[float]:
         return [float(cost[skip.ravel()].sum())] * 4
 
-    found = fastest_within(Judge(harm, count), list(range(6)), 3, limit, n_exchange=60)
+    found = fastest_within(Judge(3, harm, count), list(range(6)), limit, n_exchange=60)
     assert best - 1 <= found.n_skip <= best
 
 
@@ -129,8 +129,8 @@ def test_a_swap_that_saves_more_time_is_taken() -> None:
         return 100.0 - skip[:, 0].sum() - 3.0 * skip[:, 1].sum()
 
     cost = [1.0, 5.0, 1.0, 1.2] + [9.0] * (N - 4)
-    judge = Judge(additive(cost), seconds)
-    found = fastest_within(judge, [0, 2, 3, 1, *range(4, N)], N_LAYER, 2.3, n_exchange=16)
+    judge = Judge(N_LAYER, additive(cost), seconds)
+    found = fastest_within(judge, [0, 2, 3, 1, *range(4, N)], 2.3, n_exchange=16)
     assert chosen(found) in ([0, 3], [2, 3])
     assert found.seconds == 96.0
 
@@ -144,17 +144,17 @@ def test_exchange_evaluates_no_more_than_it_may_and_nothing_twice(n_exchange: in
         seen.append(skip.tobytes())
         return inner(skip)
 
-    judge = Judge(harm, count)
-    fastest_within(judge, ORDER, N_LAYER, 2.0, n_exchange=n_exchange)
-    assert len(seen) == len(set(seen)) == judge.n_evaluations <= n_bisections(N) + n_exchange
+    judge = Judge(N_LAYER, harm, count)
+    fastest_within(judge, ORDER, 2.0, n_exchange=n_exchange)
+    assert len(seen) == len(set(seen)) == judge.n_evaluations <= N.bit_length() + n_exchange
 
 
 # --- a time to reach --------------------------------------------------------------------------------------------------
 
 
 def test_a_time_is_reached_with_the_first_of_the_ranking() -> None:
-    judge = Judge(additive(list(range(1, N + 1))), count)
-    found = least_harm(judge, ORDER, N_LAYER, N - 5.0)
+    judge = Judge(N_LAYER, additive(list(range(1, N + 1))), count)
+    found = least_harm(judge, ORDER, N - 5.0)
     assert found is not None and chosen(found) == [0, 1, 2, 3, 4]
 
 
@@ -162,19 +162,19 @@ def test_what_is_not_needed_for_the_time_is_put_back() -> None:
     def seconds(skip: np.ndarray) -> float:
         return 20.0 - (np.array([1, 1, 10, *[1] * (N - 3)]) * skip.ravel()).sum()
 
-    found = least_harm(Judge(additive([1.0] * N), seconds), ORDER, N_LAYER, 10.0)
+    found = least_harm(Judge(N_LAYER, additive([1.0] * N), seconds), ORDER, 10.0)
     assert found is not None and chosen(found) == [2]
 
 
 def test_a_swap_that_harms_less_at_the_same_time_is_taken() -> None:
     cost = [1.0, 1.0, 8.0, 0.5, *[9.0] * (N - 4)]
-    found = least_harm(Judge(additive(cost), count), ORDER, N_LAYER, N - 3.0)
+    found = least_harm(Judge(N_LAYER, additive(cost), count), ORDER, N - 3.0)
     assert found is not None and chosen(found) == [0, 1, 3]
 
 
 def test_a_time_out_of_reach_has_no_set() -> None:
-    judge = Judge(additive([0.0] * N), count)
-    assert least_harm(judge, ORDER[:4], N_LAYER, N - 5.0) is None
+    judge = Judge(N_LAYER, additive([0.0] * N), count)
+    assert least_harm(judge, ORDER[:4], N - 5.0) is None
     assert judge.n_evaluations == 0
 
 
@@ -182,14 +182,14 @@ def test_a_time_out_of_reach_has_no_set() -> None:
 
 
 def test_what_fails_on_other_text_is_put_back_one_by_one_last_of_the_ranking_first() -> None:
-    judge = Judge(additive([1.0] * N), count)
+    judge = Judge(N_LAYER, additive([1.0] * N), count)
     kept = back_off(judge, [5, 3, 1, 0], flags(0, 1, 3, 5), 2.5)
     assert chosen(kept) == [3, 5]
     assert judge.n_evaluations == 3
 
 
 def test_what_holds_on_other_text_is_left_as_it_is() -> None:
-    judge = Judge(additive([1.0] * N), count)
+    judge = Judge(N_LAYER, additive([1.0] * N), count)
     skip = flags(0, 1)
     assert chosen(back_off(judge, ORDER, skip, 2.0)) == [0, 1]
     assert judge.n_evaluations == 1
@@ -197,7 +197,7 @@ def test_what_holds_on_other_text_is_left_as_it_is() -> None:
 
 def test_where_nothing_holds_on_other_text_the_model_is_left_whole() -> None:
     skip = flags(0, 1)
-    assert not back_off(Judge(additive([1.0] * N), count), ORDER, skip, 0.5).skip.any()
+    assert not back_off(Judge(N_LAYER, additive([1.0] * N), count), ORDER, skip, 0.5).skip.any()
     assert skip.sum() == 2  # what was handed in is not changed
 
 

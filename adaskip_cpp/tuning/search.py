@@ -21,16 +21,10 @@ import numpy.typing as npt
 from ..intervals import Interval, mean_interval
 from ..model.skip_set import ranked
 
-__all__ = ["Harm", "Judge", "Judged", "Seconds", "back_off", "fastest_within", "least_harm", "n_bisections", "rank"]
+__all__ = ["Judge", "Judged", "back_off", "fastest_within", "least_harm", "rank"]
 
 SkipFlags: TypeAlias = npt.NDArray[np.bool_]
 """bool ``[n_layer, 2]``, columns attention and FFN."""
-
-Harm: TypeAlias = Callable[[SkipFlags], Sequence[float] | npt.NDArray[np.float64]]
-"""From a skip set to its harm on each text, at least two of them."""
-
-Seconds: TypeAlias = Callable[[SkipFlags], float]
-"""From a skip set to what a request takes under it, or anything that falls as it does."""
 
 _NEAR = 4
 """Exchange looks at so many of the sublayers next to the boundary of the ranking, on either side: one that is ranked
@@ -68,32 +62,42 @@ class Judge:
     """Judges skip sets, each once. The empty set harms nothing, which is not measured.
 
     Args:
-        harm: what a set does to the quality.
-        seconds: what a request takes under it.
+        n_layer: layers of the model.
+        harm: from a skip set to its harm on each text, at least two of them.
+        seconds: from a skip set to what a request takes under it, or anything that falls as it does.
     """
 
-    def __init__(self, harm: Harm, seconds: Seconds) -> None:
-        self._harm, self.seconds = harm, seconds
-        self._known: dict[bytes, Judged] = {}
+    def __init__(
+        self,
+        n_layer: int,
+        harm: Callable[[SkipFlags], Sequence[float] | npt.NDArray[np.float64]],
+        seconds: Callable[[SkipFlags], float],
+    ) -> None:
+        self.n_layer, self._harm, self.seconds = n_layer, harm, seconds
+        nothing = self.first((), 0)
+        self._known = {nothing.tobytes(): Judged(nothing, seconds(nothing), Interval(0.0, 0.0, 0.0, 0))}
         self.n_evaluations = 0
 
     def __call__(self, skip: SkipFlags) -> Judged:
         """Judge a set."""
-        key = skip.tobytes()
-        if key not in self._known:
-            harm = Interval(0.0, 0.0, 0.0, 0)
-            if skip.any():
-                self.n_evaluations += 1
-                values = np.asarray(self._harm(skip), np.float64)
-                # An infinite loss has no interval, and is as little kept as one that is not a number.
-                finite = np.isfinite(values).all()
-                harm = mean_interval(values) if finite else Interval(math.nan, math.nan, math.nan, len(values))
-            self._known[key] = Judged(skip.copy(), self.seconds(skip), harm)
-        return self._known[key]
+        if not self.is_known(skip):
+            self.n_evaluations += 1
+            values = np.asarray(self._harm(skip), np.float64)
+            # An infinite loss has no interval, and is as little kept as one that is not a number.
+            finite = np.isfinite(values).all()
+            harm = mean_interval(values) if finite else Interval(math.nan, math.nan, math.nan, len(values))
+            self._known[skip.tobytes()] = Judged(skip.copy(), self.seconds(skip), harm)
+        return self._known[skip.tobytes()]
 
     def is_known(self, skip: SkipFlags) -> bool:
         """Whether judging a set costs nothing."""
-        return not skip.any() or skip.tobytes() in self._known
+        return skip.tobytes() in self._known
+
+    def first(self, order: Sequence[int], n: int) -> SkipFlags:
+        """Return the set of the first ``n`` of a ranking."""
+        skip = np.zeros((self.n_layer, 2), np.bool_)
+        skip.flat[list(order[:n])] = True
+        return skip
 
 
 def rank(similarity: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) -> list[int]:
@@ -114,12 +118,7 @@ def rank(similarity: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) ->
     return [index for index in ranked(price) if may.flat[index]]
 
 
-def n_bisections(n_ranked: int) -> int:
-    """Return how many evaluations bisection over a ranking takes at most."""
-    return n_ranked.bit_length()
-
-
-def fastest_within(judge: Judge, order: Sequence[int], n_layer: int, limit: float, *, n_exchange: int = 16) -> Judged:
+def fastest_within(judge: Judge, order: Sequence[int], limit: float, *, n_exchange: int = 16) -> Judged:
     """Find the set that takes the least time among those whose harm keeps within ``limit``.
 
     Bisection finds how many of the first in the ranking may be skipped. Exchange then adds single sublayers and swaps
@@ -128,7 +127,6 @@ def fastest_within(judge: Judge, order: Sequence[int], n_layer: int, limit: floa
     Args:
         judge: what a set takes and harms.
         order: the ranking, see :func:`rank`.
-        n_layer: layers of the model.
         limit: largest harm.
         n_exchange: evaluations that exchange may use.
 
@@ -138,11 +136,11 @@ def fastest_within(judge: Judge, order: Sequence[int], n_layer: int, limit: floa
     low, high = 0, len(order) + 1  # the first `low` keep the limit, the first `high` do not
     while high - low > 1:
         middle = (low + high) // 2
-        if judge(_first(order, middle, n_layer)).keeps(limit):
+        if judge(judge.first(order, middle)).keeps(limit):
             low = middle
         else:
             high = middle
-    found = judge(_first(order, low, n_layer))
+    found = judge(judge.first(order, low))
 
     def better(candidate: Judged, present: Judged) -> bool:
         faster = candidate.seconds < present.seconds * (1 - _SAME)
@@ -155,7 +153,7 @@ def fastest_within(judge: Judge, order: Sequence[int], n_layer: int, limit: floa
     return _exchange(judge, found, moves, better, n_exchange)
 
 
-def least_harm(judge: Judge, order: Sequence[int], n_layer: int, goal: float, *, n_exchange: int = 16) -> Judged | None:
+def least_harm(judge: Judge, order: Sequence[int], goal: float, *, n_exchange: int = 16) -> Judged | None:
     """Find the set of the least mean harm among those under which a request takes at most ``goal`` seconds.
 
     The first of the ranking are taken until the time is reached, and what is then not needed is put back, the last in
@@ -164,10 +162,10 @@ def least_harm(judge: Judge, order: Sequence[int], n_layer: int, goal: float, *,
     Returns:
         The set found; None if all sublayers of the ranking together do not reach the time.
     """
-    n = next((n for n in range(len(order) + 1) if judge.seconds(_first(order, n, n_layer)) <= goal), None)
+    n = next((n for n in range(len(order) + 1) if judge.seconds(judge.first(order, n)) <= goal), None)
     if n is None:
         return None
-    skip = _first(order, n, n_layer)
+    skip = judge.first(order, n)
     for index in reversed(order[:n]):
         skip.flat[index] = False
         skip.flat[index] = judge.seconds(skip) > goal
@@ -198,13 +196,6 @@ def back_off(judge: Judge, order: Sequence[int], skip: SkipFlags, limit: float) 
     while not (judged := judge(skip)).keeps(limit) and chosen:
         skip.flat[chosen.pop()] = False
     return judged
-
-
-def _first(order: Sequence[int], n: int, n_layer: int) -> SkipFlags:
-    skip = np.zeros((n_layer, 2), np.bool_)
-    for index in order[:n]:
-        skip.flat[index] = True
-    return skip
 
 
 def _exchange(

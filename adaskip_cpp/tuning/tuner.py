@@ -20,7 +20,7 @@ from ..planning.modes import compensated_plan
 from ..planning.request import PlanRequest
 from ..planning.speedup import seconds_saved
 from .hold_out import HeldOut
-from .search import Judge, Judged, back_off, fastest_within, least_harm, n_bisections, rank
+from .search import Judge, Judged, back_off, fastest_within, least_harm, rank
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -33,11 +33,6 @@ Measure: TypeAlias = Callable[[SkipPlan], tuple[SpeedUp, ...]]
 
 Stage: TypeAlias = Callable[[str], AbstractContextManager[Callable[[float], object]]]
 """Entered for each stage with its name; what it yields is called with the fraction that is done."""
-
-
-def _untold(label: str) -> AbstractContextManager[Callable[[float], object]]:
-    return nullcontext(lambda fraction: None)
-
 
 _N_AIMS = 3
 """A speed-up that was predicted but not measured is aimed at anew, higher, so many times at most."""
@@ -76,7 +71,7 @@ class Tuner:
         context: int = 2048,
         n_answer: int = 128,
         n_exchange: int = 16,
-        stage: Stage = _untold,
+        stage: Stage = lambda label: nullcontext(lambda fraction: None),
     ) -> None:
         if promise.kind == "speedup" and profile.cost is None:
             raise PlanError("the profile has no cost model to reach a speed-up by; calibrate again without --no-cost")
@@ -101,18 +96,14 @@ class Tuner:
     @property
     def most_evaluations(self) -> int:
         """How many evaluations a search takes at most."""
-        return self.n_exchange + (1 if self.promise.kind == "speedup" else n_bisections(len(self.order)))
+        return self.n_exchange + (1 if self.promise.kind == "speedup" else len(self.order).bit_length())  # of bisection
 
     def evaluate_full(self) -> None:
         """Evaluate the full model on the search's text: what an evaluation takes at most."""
         with self._shown("Evaluating the full model", 1):
             self._search.evaluate_full()
 
-    def tune(
-        self,
-        measure: Measure,
-        settings: Mapping[str, str | int | float | None] | None = None,
-    ) -> PlanFile:
+    def tune(self, measure: Measure, settings: Mapping[str, str | int | float | None] | None = None) -> PlanFile:
         """Search, confirm, measure the speed, and report.
 
         Args:
@@ -125,25 +116,11 @@ class Tuner:
         """
         found, speedups = (self._reach if self.promise.kind == "speedup" else self._keep)(measure)
         with self._shown("Reporting", 2):
-            loss, agreement, n_texts, n_tokens = self._figures(found.skip)
-        return PlanFile(
-            self.plan(found.skip),
-            Tuning(
-                self.promise,
-                loss,
-                agreement,
-                n_texts,
-                n_tokens,
-                # For a speed-up nothing is put back, so that the second part decides nothing.
-                unbiased=bool(self.held_out.report) or self.promise.kind == "speedup",
-                speedups=speedups,
-                settings={
-                    **(settings or {}),
-                    **self.held_out.names(),
-                    "tokens_per_text": len(self.held_out.search[0].tokens),
-                },
-            ),
-        )
+            figures = self._figures(found.skip)
+        # For a speed-up nothing is put back, so that the second part decides nothing.
+        unbiased = bool(self.held_out.report) or self.promise.kind == "speedup"
+        told = {**(settings or {}), **self.held_out.names(), "tokens_per_text": len(self.held_out.search[0].tokens)}
+        return PlanFile(self.plan(found.skip), Tuning(self.promise, *figures, unbiased, speedups, told))
 
     def plan(self, skip: npt.NDArray[np.bool_]) -> SkipPlan:
         """Make the plan of a skip set, with its online stage."""
@@ -154,7 +131,7 @@ class Tuner:
         limit = 1.0 - self.promise.value if self.promise.kind == "min_agreement" else self.promise.value
         with self._shown("Searching", self.most_evaluations):
             judge = self._judge(self._search)
-            found = fastest_within(judge, self.order, self.profile.n_layer, limit, n_exchange=self.n_exchange)
+            found = fastest_within(judge, self.order, limit, n_exchange=self.n_exchange)
         if found.n_skip:
             with self._shown("Confirming", 2):
                 found = back_off(self._judge(self._confirm), self.order, found.skip, limit)
@@ -184,7 +161,7 @@ class Tuner:
 
     def _least_harm(self, judge: Judge, speedup: float) -> Judged:
         goal = self._full / speedup
-        found = least_harm(judge, self.order, self.profile.n_layer, goal, n_exchange=self.n_exchange)
+        found = least_harm(judge, self.order, goal, n_exchange=self.n_exchange)
         if found is None:
             reachable = math.floor(100 * self._full / self._seconds(self.profile.skippable)) / 100
             raise BudgetError(
@@ -226,7 +203,7 @@ class Tuner:
             scores = quality.scores(self.plan(skip))
             return 1.0 - scores.agreement if self.promise.kind == "min_agreement" else scores.loss
 
-        return Judge(harm, self._seconds)
+        return Judge(self.profile.n_layer, harm, self._seconds)
 
     def _figures(self, skip: npt.NDArray[np.bool_]) -> tuple[Interval, Interval, int, int]:
         """Loss and agreement, and of how many texts and tokens."""
