@@ -159,6 +159,17 @@ def test_json_says_what_is_stored(tune: Callable[..., Result], tmp_path: Path) -
         assert tuning(tmp_path).settings[part] == f"0.txt, part {i + 1} of 3, 1.txt, part {i + 1} of 3"
 
 
+@pytest.mark.parametrize("n_texts", [30, 40])
+def test_too_little_text_for_a_third_part_is_told_and_stored(
+    tune: Callable[..., Result], tmp_path: Path, n_texts: int
+) -> None:
+    result = tune("--min-agreement", 1, "--texts", n_texts, exchange=0)
+    assert result.exit_code == 0, result.output
+    few = n_texts == 40
+    assert tuning(tmp_path).unbiased is not few
+    assert ("too little text for a part that decides nothing" in " ".join(result.stdout.split())) is few
+
+
 def test_the_output_can_be_elsewhere(tune: Callable[..., Result], tmp_path: Path) -> None:
     result = tune("--max-loss", 1e-5, "-o", tmp_path / "other.json")
     assert result.exit_code == 0 and load_plan(tmp_path / "other.json").tuning is not None
