@@ -113,89 +113,6 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
     return ctx.adaskip.sublayers = std::move(res);
 }
 
-static int32_t check_plan(llama_context & ctx, const adaskip_plan * plan) {
-    const int32_t n_layer = n_layer_of(ctx);
-    const int32_t n_embd  = llama_model_n_embd(&ctx.get_model());
-
-    if (plan && plan->n_layer != n_layer) {
-        return fail(ADASKIP_ERROR_ARGUMENT, format("the plan has %d layers, the model %d", plan->n_layer, n_layer));
-    }
-    if (plan && (!plan->skip || !plan->scale)) {
-        return fail(ADASKIP_ERROR_ARGUMENT, "the plan has no arrays");
-    }
-    if (plan && (!plan->down != !plan->up || (plan->down && plan->n_rank < 1))) {
-        return fail(ADASKIP_ERROR_ARGUMENT, "the plan has one half of a low-rank map, or one without a rank");
-    }
-    if (plan && (plan->bias || plan->down) && plan->n_embd != n_embd) {
-        return fail(ADASKIP_ERROR_ARGUMENT,
-                format("the plan's vectors have %d values, the model %d", plan->n_embd, n_embd));
-    }
-    const auto & elided = ctx.adaskip.kv_elided;
-    for (int32_t il = 0; il < std::min(n_layer, (int32_t) elided.size()); ++il) {
-        if (elided[il] && !(plan && plan->skip[2 * il + ADASKIP_ATTENTION])) {
-            return fail(ADASKIP_ERROR_KV_ELIDED,
-                    format("layer %d: the attention would run, but the model was opened without KV for it", il));
-        }
-    }
-    if (!plan) {
-        return ADASKIP_OK;
-    }
-    const auto & sublayers = sublayers_of(ctx);
-    for (int32_t i = 0; i < 2 * n_layer; ++i) {
-        if (!plan->skip[i]) {
-            continue;
-        }
-        const char * kind = i % 2 == ADASKIP_ATTENTION ? "attention" : "FFN";
-        if (!sublayers[i].skippable) {
-            return fail(ADASKIP_ERROR_NOT_SKIPPABLE,
-                    format("layer %d: the %s cannot be skipped: %s", i / 2, kind, sublayers[i].reason));
-        }
-        if (!std::isfinite(plan->scale[i]) || plan->scale[i] <= 0.0f) {
-            return fail(ADASKIP_ERROR_COMPENSATION,
-                    format("layer %d: the scale of the %s is %g, not a positive number", i / 2, kind, plan->scale[i]));
-        }
-        const auto is_finite = [i](const float * data, size_t n) {
-            return !data || std::all_of(data + i * n, data + (i + 1) * n, [](float x) { return std::isfinite(x); });
-        };
-        const size_t n_map = plan->down ? (size_t) plan->n_rank * n_embd : 0;
-        if (!is_finite(plan->bias, n_embd) || !is_finite(plan->down, n_map) || !is_finite(plan->up, n_map)) {
-            return fail(ADASKIP_ERROR_COMPENSATION,
-                    format("layer %d: the compensation of the %s has a value that is not finite", i / 2, kind));
-        }
-    }
-    return ADASKIP_OK;
-}
-
-// the plan must have passed check_plan
-static adaskip_skip_set make_plan(const llama_context & ctx, const adaskip_plan * plan) {
-    adaskip_skip_set res;
-    const int32_t    n = plan ? 2 * plan->n_layer : 0;
-    if (!plan || !std::any_of(plan->skip, plan->skip + n, [](uint8_t s) { return s != 0; })) {
-        return res;
-    }
-    res.skip.assign(n, 0);
-    res.scale.assign(n, 1.0f);
-    res.attention.assign(plan->n_layer, false);
-    for (int32_t i = 0; i < n; ++i) {
-        if (plan->skip[i]) {
-            res.skip[i]  = 1;
-            res.scale[i] = plan->scale[i];
-            if (i % 2 == ADASKIP_ATTENTION) {
-                res.attention[i / 2] = true;
-            }
-        }
-    }
-    const auto & model = ctx.get_model();
-    if (plan->bias) {
-        res.bias = adaskip_vectors_init(model, res.skip, plan->bias, plan->n_embd, 1, false);
-    }
-    if (plan->down) {
-        res.down = adaskip_vectors_init(model, res.skip, plan->down, plan->n_embd, plan->n_rank, true);
-        res.up   = adaskip_vectors_init(model, res.skip, plan->up, plan->n_rank, plan->n_embd, true);
-    }
-    return res;
-}
-
 int32_t adaskip_abi_version(void) {
     return ADASKIP_ABI_VERSION;
 }
@@ -222,69 +139,30 @@ int32_t adaskip_sublayers(llama_context * ctx, adaskip_sublayer * out, int32_t n
     });
 }
 
-int32_t adaskip_check_plan(llama_context * ctx, const adaskip_plan * plan) {
-    return guarded(ctx, [&] { return check_plan(*ctx, plan); });
-}
-
-int32_t adaskip_set_plan(llama_context * ctx, int32_t phase, const adaskip_plan * plan) {
+int32_t adaskip_set_plan(llama_context * ctx, const adaskip_plan * plan) {
     return guarded(ctx, [&]() -> int32_t {
-        if (!is_phase(phase)) {
-            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown phase %d", phase));
+        if (ctx->n_seq_max() > 1 && plan && (plan->online || plan->n_decode > 1)) {
+            return fail(ADASKIP_ERROR_SEQUENCES,
+                    format("the plan has %s, which counts the tokens of one request, but the context is for %u "
+                           "sequences",
+                            plan->online ? "an online stage" : "a schedule", ctx->n_seq_max()));
         }
-        const int32_t code = check_plan(*ctx, plan);
-        if (code != ADASKIP_OK) {
-            return code;
-        }
-        auto value = make_plan(*ctx, plan);
+        const auto & adaskip   = ctx->adaskip;
+        const auto & sublayers = plan ? sublayers_of(*ctx) : adaskip.sublayers;
+
+        auto sets = adaskip_plan_init(ctx->get_model(), sublayers, adaskip.kv_elided, plan, adaskip.get_plan());
         ctx->synchronize(); // the last graph may still read the vectors of the plan that goes
-        ctx->adaskip.set_plan(phase, std::move(value));
+        ctx->adaskip.set_plan(std::move(sets));
         return ADASKIP_OK;
     });
 }
 
-int32_t adaskip_set_decode_schedule(
-        llama_context * ctx, const int32_t * starts, const adaskip_plan * plans, int32_t n) {
+int32_t adaskip_get_plan_tag(const llama_context * ctx, uint64_t * tag) {
     return guarded(ctx, [&]() -> int32_t {
-        if (!starts || !plans || n < 1 || starts[0] != 0) {
-            return fail(ADASKIP_ERROR_ARGUMENT, "a schedule needs at least one plan, the first from token 0 on");
+        if (!tag) {
+            return fail(ADASKIP_ERROR_ARGUMENT, "the tag is null");
         }
-        std::vector<adaskip_context::step> steps;
-        for (int32_t i = 0; i < n; ++i) {
-            const int32_t code = check_plan(*ctx, &plans[i]);
-            if (code != ADASKIP_OK) {
-                return code;
-            }
-            if (i > 0 && starts[i] <= starts[i - 1]) {
-                return fail(ADASKIP_ERROR_ARGUMENT, "the plans of a schedule are not in ascending order");
-            }
-            for (int32_t il = 0; i > 0 && il < plans[i].n_layer; ++il) {
-                if (plans[i - 1].skip[2 * il] && !plans[i].skip[2 * il]) {
-                    return fail(ADASKIP_ERROR_ARGUMENT,
-                            format("layer %d: the schedule runs an attention again that it skipped before", il));
-                }
-            }
-        }
-        for (int32_t i = 0; i < n; ++i) {
-            steps.push_back({ starts[i], make_plan(*ctx, &plans[i]) });
-        }
-        ctx->synchronize();
-        ctx->adaskip.set_decode_schedule(std::move(steps));
-        return ADASKIP_OK;
-    });
-}
-
-int32_t adaskip_set_online(llama_context * ctx, const adaskip_online_params * params) {
-    return guarded(ctx, [&]() -> int32_t {
-        if (params && params->window < 1) {
-            return fail(ADASKIP_ERROR_ARGUMENT, format("the window is %d tokens, not at least 1", params->window));
-        }
-        if (params && !std::isfinite(params->threshold)) {
-            return fail(ADASKIP_ERROR_ARGUMENT, "the threshold is not a finite number");
-        }
-        if (params && (params->scale < ADASKIP_ONLINE_SCALE_NONE || params->scale > ADASKIP_ONLINE_SCALE_MEDIAN)) {
-            return fail(ADASKIP_ERROR_ARGUMENT, format("unknown online scale %d", params->scale));
-        }
-        ctx->adaskip.set_online(params);
+        *tag = ctx->adaskip.get_plan().tag;
         return ADASKIP_OK;
     });
 }
@@ -295,8 +173,8 @@ int32_t adaskip_get_online(const llama_context * ctx, adaskip_online_state * sta
         const auto & online = ctx->adaskip.get_online();
         state->n_tokens     = online.get_n_tokens();
         state->done         = online.is_done();
-        const auto & before = ctx->adaskip.get_plan_of_request();
-        const auto & after  = ctx->adaskip.get_plan(ADASKIP_PHASE_DECODE);
+        const auto & before = ctx->adaskip.get_set_of_request();
+        const auto & after  = ctx->adaskip.get_set(ADASKIP_PHASE_DECODE);
         for (int32_t il = 0; il < n_layer_of(*ctx); ++il) {
             if (state->similarity) {
                 state->similarity[il] = online.similarity(il);
@@ -385,45 +263,11 @@ int32_t adaskip_kv_first_stale(const llama_context * ctx, int32_t seq_id, int32_
         if (!is_phase(phase) || !pos) {
             return fail(ADASKIP_ERROR_ARGUMENT, !pos ? "the position is null" : format("unknown phase %d", phase));
         }
-        const auto & mask = ctx->adaskip.get_plan(phase).attention;
-        *pos              = ctx->adaskip.kv.first_stale(seq_id, mask, std::numeric_limits<llama_pos>::max());
-        return ADASKIP_OK;
-    });
-}
-
-int32_t adaskip_kv_get_runs(
-        const llama_context * ctx, int32_t seq_id, int32_t * starts, uint8_t * skipped, int32_t n_max) {
-    return guarded(ctx, [&]() -> int32_t {
-        if (n_max < 0 || (n_max > 0 && (!starts || !skipped))) {
-            return fail(ADASKIP_ERROR_ARGUMENT, "the arrays are null");
+        if (seq_id < 0 || seq_id >= (int32_t) ctx->n_seq_max()) {
+            return fail(
+                    ADASKIP_ERROR_ARGUMENT, format("no sequence %d, the context is for %u", seq_id, ctx->n_seq_max()));
         }
-        const auto   runs    = ctx->adaskip.kv.get_runs(seq_id);
-        const size_t n_layer = n_layer_of(*ctx);
-        for (size_t i = 0; i < std::min(runs.size(), (size_t) n_max); ++i) {
-            starts[i] = runs[i].start;
-            for (size_t il = 0; il < n_layer; ++il) {
-                skipped[i * n_layer + il] = il < runs[i].skipped.size() && runs[i].skipped[il];
-            }
-        }
-        return (int32_t) runs.size();
-    });
-}
-
-int32_t adaskip_kv_set_runs(
-        llama_context * ctx, int32_t seq_id, const int32_t * starts, const uint8_t * skipped, int32_t n) {
-    return guarded(ctx, [&]() -> int32_t {
-        if (n < 0 || (n > 0 && (!starts || !skipped))) {
-            return fail(ADASKIP_ERROR_ARGUMENT, "the arrays are null");
-        }
-        const size_t                 n_layer = n_layer_of(*ctx);
-        std::vector<adaskip_kv::run> runs;
-        for (int32_t i = 0; i < n; ++i) {
-            if (starts[i] < 0 || (i > 0 && starts[i] <= starts[i - 1])) {
-                return fail(ADASKIP_ERROR_ARGUMENT, "the runs are not in ascending order");
-            }
-            runs.push_back({ starts[i], adaskip_kv::layer_mask(skipped + i * n_layer, skipped + (i + 1) * n_layer) });
-        }
-        ctx->adaskip.kv.set_runs(seq_id, runs);
+        *pos = ctx->adaskip.first_stale(seq_id, phase);
         return ADASKIP_OK;
     });
 }

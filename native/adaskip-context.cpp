@@ -35,11 +35,7 @@ int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool
     return il_first == il ? -1 : il_first;
 }
 
-adaskip_context::adaskip_context() : kv_elided(kv_elided_next) {
-    for (auto & steps : plans) {
-        steps.push_back({ 0, {} });
-    }
-}
+adaskip_context::adaskip_context() : kv_elided(kv_elided_next) {}
 
 //
 // hooks
@@ -53,38 +49,27 @@ template <typename F> bool adaskip_context::hook(const char * name, F && f) {
     return failure.code == ADASKIP_OK;
 }
 
-bool adaskip_context::begin(const llama_context & lctx, const llama_ubatch & ubatch) {
-    return hook(__func__, [&] { record(lctx, ubatch); });
+bool adaskip_context::begin(const llama_ubatch & ubatch) {
+    return hook(__func__, [&] { check(ubatch); });
 }
 
-void adaskip_context::record(const llama_context & lctx, const llama_ubatch & ubatch) {
-    const auto & mask = active_plan().attention;
-
+void adaskip_context::check(const llama_ubatch & ubatch) {
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-        const llama_seq_id seq_id = ubatch.seq_id_unq[s];
+        const llama_seq_id seq_id    = ubatch.seq_id_unq[s];
+        const llama_pos    pos_stale = first_stale(seq_id, phase);
+        if (pos_stale < std::numeric_limits<llama_pos>::max()) {
+            throw adaskip_exception(ADASKIP_ERROR_KV_STALE, format("position %d of sequence %d was computed under "
+                                                                   "another plan, or lacks the KV of an attention "
+                                                                   "that runs now",
+                                                                    pos_stale, seq_id));
+        }
+    }
+    kv->set_id = active_set().set_id;
+}
 
-        llama_pos pos_min = std::numeric_limits<llama_pos>::max();
-        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
-                if (ubatch.seq_id[i][j] == seq_id) {
-                    pos_min = std::min(pos_min, ubatch.pos[i]);
-                }
-            }
-        }
-        const llama_pos pos_stale = kv.first_stale(seq_id, mask, pos_min);
-        if (pos_stale < pos_min) {
-            throw adaskip_exception(ADASKIP_ERROR_KV_STALE,
-                    format("position %d of sequence %d has no KV for an attention that the plan runs", pos_stale,
-                            seq_id));
-        }
-    }
-    if (lctx.get_memory()) {
-        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
-                kv.record(ubatch.seq_id[i][j], ubatch.pos[i], mask);
-            }
-        }
-    }
+llama_pos adaskip_context::first_stale(llama_seq_id seq_id, int32_t i_phase) const {
+    const auto & skipped = get_set(i_phase).attention;
+    return kv->first_unreadable(seq_id, [&](uint64_t set_id) { return plan.is_readable(set_id, skipped); });
 }
 
 llm_graph_params adaskip_context::graph_params(llm_graph_params params) const {
@@ -100,7 +85,7 @@ bool adaskip_context::observes_online() const {
 }
 
 adaskip_context::graph_key adaskip_context::key() const {
-    return { active_plan().id,
+    return { active_set().graph_id,
         statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE };
 }
 
@@ -138,7 +123,7 @@ void adaskip_context::rewrite(
     // where there is a decoder, plans and statistics are about its layers
     const bool is_encoder =
             gtype == LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
-    const bool is_plain = active_plan().empty() && !has_stat && kv_elided.empty();
+    const bool is_plain = active_set().empty() && !has_stat && kv_elided.empty();
 
     const auto n_layer = (uint32_t) llama_model_n_layer(&model);
 
@@ -151,7 +136,7 @@ void adaskip_context::rewrite(
 
     ggml_tensor * const end = is_encoder || is_plain ? nullptr : res.t_embd ? res.t_embd : res.t_logits;
 
-    adaskip_pass pass(ctx.get(), gf, end, (int) n_layer, active_plan(), kv_elided);
+    adaskip_pass pass(ctx.get(), gf, end, (int) n_layer, active_set(), kv_elided);
 
     pass.check();
     pass.skip_sublayers();
@@ -205,9 +190,9 @@ void adaskip_context::observe(const llama_context & lctx, const llama_ubatch & u
         n_decoded += (int32_t) ubatch.n_tokens;
     }
     if (observes && online.is_full()) {
-        online_set = online.finish(active_plan());
+        online_set = online.finish(active_set());
         if (!online_set.empty()) {
-            online_set.id = plan_id_next++;
+            online_set.graph_id = adaskip_new_graph_id();
         }
     }
 }
@@ -216,69 +201,26 @@ void adaskip_context::observe(const llama_context & lctx, const llama_ubatch & u
 // settings
 //
 
-const adaskip_skip_set & adaskip_context::get_plan(int32_t i_phase) const {
+const adaskip_skip_set & adaskip_context::get_set(int32_t i_phase) const {
     if (i_phase == ADASKIP_PHASE_PREFILL) {
-        return plans[ADASKIP_PHASE_PREFILL].front().value;
+        return plan.prefill;
     }
-    return online_set.empty() ? get_plan_of_request() : online_set;
+    return online_set.empty() ? get_set_of_request() : online_set;
 }
 
-const adaskip_skip_set & adaskip_context::get_plan_of_request() const {
-    const auto & steps = plans[ADASKIP_PHASE_DECODE];
+const adaskip_skip_set & adaskip_context::get_set_of_request() const {
+    const auto & steps = plan.decode;
 
     size_t i = 0;
     while (i + 1 < steps.size() && steps[i + 1].start <= n_decoded) {
         ++i;
     }
-    return steps[i].value;
+    return steps[i].set;
 }
 
-static bool plan_equals(const adaskip_skip_set & a, const adaskip_skip_set & b) {
-    const auto same = [](const adaskip_vectors_ptr & x, const adaskip_vectors_ptr & y) {
-        return x == y || (x && y && x->data == y->data);
-    };
-    return a.skip == b.skip && a.scale == b.scale && same(a.bias, b.bias) && same(a.down, b.down) && same(a.up, b.up);
-}
-
-void adaskip_context::set_steps(int32_t i_phase, std::vector<step> steps) {
-    for (auto & cur : steps) {
-        cur.value.id = 0;
-        if (cur.value.empty()) {
-            continue;
-        }
-        // equal plans share their graphs and their vectors
-        for (const auto * others : { &plans[0], &plans[1], &steps }) {
-            for (const auto & other : *others) {
-                if (&other != &cur && other.value.id != 0 && plan_equals(other.value, cur.value)) {
-                    cur.value.id   = other.value.id;
-                    cur.value.bias = other.value.bias;
-                    cur.value.down = other.value.down;
-                    cur.value.up   = other.value.up;
-                }
-            }
-        }
-        if (cur.value.id == 0) {
-            cur.value.id = plan_id_next++;
-        }
-    }
-    plans[i_phase] = std::move(steps);
-
-    // what the online stage chose belongs to the plan that is gone
-    if (i_phase == ADASKIP_PHASE_DECODE) {
-        reset_online();
-    }
-}
-
-void adaskip_context::set_plan(int32_t i_phase, adaskip_skip_set value) {
-    set_steps(i_phase, { { 0, std::move(value) } });
-}
-
-void adaskip_context::set_decode_schedule(std::vector<step> steps) {
-    set_steps(ADASKIP_PHASE_DECODE, std::move(steps));
-}
-
-void adaskip_context::set_online(const adaskip_online_params * params) {
-    online.set_params(params);
+void adaskip_context::set_plan(adaskip_plan_sets value) {
+    plan = std::move(value);
+    online.set_params(plan.online);
     begin_request();
 }
 

@@ -10,7 +10,6 @@
 #include "ggml-cpp.h"
 #include "llama-graph.h"
 
-#include <array>
 #include <functional>
 #include <utility>
 #include <vector>
@@ -29,20 +28,14 @@ uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
 // of each ubatch; with no plan and no statistics they leave the graph as llama.cpp built it.
 class adaskip_context {
 public:
-    // holds from the start-th decoded token of a request on
-    struct step {
-        int32_t          start;
-        adaskip_skip_set value;
-    };
-
     adaskip_context();
 
     //
     // hooks of llama_context::process_ubatch; what one throws ends as a failed ubatch
     //
 
-    // refuses a ubatch that would read KV which was never written, else records what its positions will lack
-    bool begin(const llama_context & lctx, const llama_ubatch & ubatch);
+    // refuses a ubatch that would read what it may not, else tells the memory what its positions are computed under
+    bool begin(const llama_ubatch & ubatch);
 
     // the parameters to build the graph with
     llm_graph_params graph_params(llm_graph_params params) const;
@@ -61,18 +54,21 @@ public:
     // settings
     //
 
-    void set_plan(int32_t phase, adaskip_skip_set value);
-    void set_decode_schedule(std::vector<step> steps);
-    void set_online(const adaskip_online_params * params);
+    void set_plan(adaskip_plan_sets value);
     void set_phase(int32_t value);
     void begin_request();
     void set_statistics(int32_t flags, adaskip_statistics_callback callback, void * user_data);
 
-    // the plan under which the next token of this phase runs
-    const adaskip_skip_set & get_plan(int32_t phase) const;
+    const adaskip_plan_sets & get_plan() const { return plan; }
 
-    // the decode plan of this request, without what the online stage added
-    const adaskip_skip_set & get_plan_of_request() const;
+    // the set under which the next token of this phase runs
+    const adaskip_skip_set & get_set(int32_t phase) const;
+
+    // the decode set of this request, without what the online stage added
+    const adaskip_skip_set & get_set_of_request() const;
+
+    // the first position of the sequence that may not be read in this phase, INT32_MAX where there is none
+    llama_pos first_stale(llama_seq_id seq_id, int32_t phase) const;
 
     const adaskip_online & get_online() const { return online; }
 
@@ -80,7 +76,6 @@ public:
     const std::vector<bool> kv_elided;
 
     adaskip_counters counters = {};
-    adaskip_kv       kv;
 
     std::vector<adaskip_sublayer> sublayers; // [n_layer][2], empty until somebody asks
 
@@ -110,7 +105,7 @@ public:
 private:
     template <typename F> bool hook(const char * name, F && f);
 
-    void record(const llama_context & lctx, const llama_ubatch & ubatch);
+    void check(const llama_ubatch & ubatch);
     void rewrite(const llama_context & lctx, ggml_cgraph * gf, llm_graph_result & res, llm_graph_type gtype);
     void observe(const llama_context & lctx, const llama_ubatch & ubatch);
 
@@ -118,22 +113,23 @@ private:
 
     // the settings that a graph depends on
     struct graph_key {
-        uint64_t plan_id    = 0;
+        uint64_t graph_id   = 0;
         int32_t  statistics = 0;
 
         bool operator==(const graph_key & other) const {
-            return plan_id == other.plan_id && statistics == other.statistics;
+            return graph_id == other.graph_id && statistics == other.statistics;
         }
     };
 
     graph_key key() const;
     bool      observes_online() const;
     void      reset_online();
-    void      set_steps(int32_t phase, std::vector<step> steps);
 
-    const adaskip_skip_set & active_plan() const { return get_plan(phase); }
+    const adaskip_skip_set & active_set() const { return get_set(phase); }
 
-    std::array<std::vector<step>, 2> plans; // by phase, never empty; prefill has one step
+    const adaskip_kv_ptr kv = adaskip_kv_create();
+
+    adaskip_plan_sets plan;
 
     int32_t phase     = ADASKIP_PHASE_PREFILL;
     int32_t n_decoded = 0; // tokens decoded in this request
@@ -144,8 +140,6 @@ private:
     int32_t                     statistics_flags     = 0;
     adaskip_statistics_callback statistics_callback  = nullptr;
     void *                      statistics_user_data = nullptr;
-
-    uint64_t plan_id_next = 1;
 
     //
     // the last graph that the pass rewrote

@@ -1,90 +1,120 @@
 #include "adaskip-kv.h"
 
-#include <algorithm>
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-recurrent.h"
 
-static bool mask_is_empty(const adaskip_kv::layer_mask & mask) {
-    return std::find(mask.begin(), mask.end(), true) == mask.end();
+#include <algorithm>
+#include <limits>
+
+//
+// adaskip_cell_counts
+//
+
+void adaskip_cell_counts::add(llama_seq_id seq_id, uint64_t set_id) {
+    if (set_id != 0) {
+        ++counts[{ seq_id, set_id }];
+    }
 }
 
-// positions computed with `have` can serve a plan with `need` if nothing was skipped that the plan runs
-static bool mask_is_subset(const adaskip_kv::layer_mask & have, const adaskip_kv::layer_mask & need) {
-    for (size_t il = 0; il < have.size(); ++il) {
-        if (have[il] && !(il < need.size() && need[il])) {
+void adaskip_cell_counts::remove(llama_seq_id seq_id, uint64_t set_id) {
+    const auto it = counts.find({ seq_id, set_id });
+    if (it != counts.end() && --it->second == 0) {
+        counts.erase(it);
+    }
+}
+
+bool adaskip_cell_counts::all_of(llama_seq_id seq_id, const std::function<bool(uint64_t)> & f) const {
+    for (auto it = counts.lower_bound({ seq_id, 0 }); it != counts.end() && it->first.first == seq_id; ++it) {
+        if (!f(it->first.second)) {
             return false;
         }
     }
     return true;
 }
 
-uint32_t adaskip_kv::intern(const layer_mask & skipped) {
-    if (mask_is_empty(skipped)) {
-        return 0;
-    }
-    const auto it = std::find(masks.begin(), masks.end(), skipped);
-    if (it != masks.end()) {
-        return (uint32_t) (it - masks.begin());
-    }
-    masks.push_back(skipped);
-    return (uint32_t) (masks.size() - 1);
-}
+//
+// adaskip_kv
+//
 
-void adaskip_kv::record(llama_seq_id seq_id, llama_pos pos, const layer_mask & skipped) {
-    const uint32_t id = intern(skipped);
+llama_pos adaskip_kv::first_unreadable(llama_seq_id seq_id, const std::function<bool(uint64_t)> & is_readable) const {
+    llama_pos res = std::numeric_limits<llama_pos>::max();
 
-    auto & runs = runs_by_seq[seq_id];
-
-    auto           next   = runs.upper_bound(pos);
-    const uint32_t id_old = next == runs.begin() ? 0 : std::prev(next)->second;
-    if (id_old == id) {
-        return;
-    }
-
-    // split the run that holds pos, unless pos is its last position
-    if (next == runs.end() || next->first != pos + 1) {
-        next = runs.emplace(pos + 1, id_old).first;
-    }
-    if (next->second == id) {
-        runs.erase(next);
-    }
-
-    auto           cur     = runs.insert_or_assign(pos, id).first;
-    const uint32_t id_prev = cur == runs.begin() ? 0 : std::prev(cur)->second;
-    if (id_prev == id) {
-        runs.erase(cur);
-    }
-}
-
-llama_pos adaskip_kv::first_stale(llama_seq_id seq_id, const layer_mask & skipped, llama_pos end) const {
-    const auto it = runs_by_seq.find(seq_id);
-    if (it == runs_by_seq.end()) {
-        return end;
-    }
-    for (const auto & [start, id] : it->second) {
-        if (start >= end) {
-            break;
+    for (const auto * cache : caches) {
+        const auto & cells = cache->get_cells(seq_id);
+        if (cells.set_counts().all_of(seq_id, is_readable)) {
+            continue;
         }
-        if (!mask_is_subset(masks[id], skipped)) {
-            return start;
+        for (const auto & [pos, i] : cells.seq_pos_get(seq_id)) {
+            if (!is_readable(cells.ext_get(i).set_id)) {
+                res = std::min(res, pos);
+                break;
+            }
         }
     }
-    return end;
-}
-
-std::vector<adaskip_kv::run> adaskip_kv::get_runs(llama_seq_id seq_id) const {
-    std::vector<run> res;
-    const auto       it = runs_by_seq.find(seq_id);
-    if (it != runs_by_seq.end()) {
-        for (const auto & [start, id] : it->second) {
-            res.push_back({ start, masks[id] });
+    for (const auto * state : states) {
+        const int32_t tail = seq_id < (llama_seq_id) state->size ? state->cells[seq_id].tail : -1;
+        if (tail >= 0) {
+            const auto & set_ids = state->cells[tail].set_ids;
+            res                  = std::all_of(set_ids.begin(), set_ids.end(), is_readable) ? res : 0;
         }
     }
     return res;
 }
 
-void adaskip_kv::set_runs(llama_seq_id seq_id, const std::vector<run> & runs) {
-    auto & dst = runs_by_seq[seq_id];
-    dst.clear();
-    for (const auto & r : runs) {
-        dst[r.start] = intern(r.skipped);
+static thread_local std::weak_ptr<adaskip_kv> kv_of_next_memory;
+
+adaskip_kv_ptr adaskip_kv_create() {
+    auto res          = std::make_shared<adaskip_kv>();
+    kv_of_next_memory = res;
+    return res;
+}
+
+static adaskip_kv_ptr kv_of_this_memory() {
+    auto res = kv_of_next_memory.lock();
+    return res ? res : std::make_shared<adaskip_kv>();
+}
+
+adaskip_kv_ptr adaskip_kv_join(const llama_kv_cache * cache) {
+    auto res = kv_of_this_memory();
+    res->caches.push_back(cache);
+    return res;
+}
+
+adaskip_kv_ptr adaskip_kv_join(const llama_memory_recurrent * state) {
+    auto res = kv_of_this_memory();
+    res->states.push_back(state);
+    return res;
+}
+
+//
+// saved states
+//
+
+void adaskip_write_n_seq_id(llama_io_write_i & io, uint32_t n_seq_id, uint64_t set_id) {
+    adaskip_write_n_seq_id(io, n_seq_id, set_id == 0 ? std::set<uint64_t>{} : std::set<uint64_t>{ set_id });
+}
+
+void adaskip_write_n_seq_id(llama_io_write_i & io, uint32_t n_seq_id, const std::set<uint64_t> & set_ids) {
+    n_seq_id |= (uint32_t) set_ids.size() << 16;
+    io.write(&n_seq_id, sizeof(n_seq_id));
+    for (const uint64_t set_id : set_ids) {
+        io.write(&set_id, sizeof(set_id));
     }
+}
+
+std::set<uint64_t> adaskip_read_set_ids(llama_io_read_i & io, uint32_t & n_seq_id) {
+    std::set<uint64_t> res;
+    for (uint32_t n = n_seq_id >> 16; n > 0; --n) {
+        uint64_t set_id;
+        io.read(&set_id, sizeof(set_id));
+        res.insert(set_id);
+    }
+    n_seq_id &= 0xffff;
+    return res;
+}
+
+uint64_t adaskip_read_set_id(llama_io_read_i & io, uint32_t & n_seq_id) {
+    const auto set_ids = adaskip_read_set_ids(io, n_seq_id);
+    return set_ids.empty() ? 0 : *set_ids.begin();
 }

@@ -3,36 +3,63 @@
 #include "llama.h"
 
 #include <cstdint>
+#include <functional>
 #include <map>
+#include <memory>
+#include <set>
+#include <utility>
 #include <vector>
 
-// Which attention sublayers did not run, for every position of every sequence.
+class llama_io_read_i;
+class llama_io_write_i;
+class llama_kv_cache;
+class llama_memory_recurrent;
+
+// Which positions of a context's memory may be read.
 //
-// An attention that was skipped for a position wrote no KV there, so a plan may use that position only if it skips that
-// attention too. Positions that were never recorded count as complete: before any plan is set, everything ran.
-class adaskip_kv {
+// Every KV cell keeps the id of the skip set that it was computed under, and every recurrent state the ids of all sets
+// that its positions were; llama.cpp carries them along where sequences are copied, shifted, moved and saved. An id is
+// made of the contents of its set alone (see adaskip_skip_set), so it means the same in every context and process, and
+// 0 is the whole model.
+
+// How many cells of each sequence were computed under each skip set but the whole model: it tells without a look at the
+// cells which sets a sequence reads.
+class adaskip_cell_counts {
 public:
-    using layer_mask = std::vector<bool>; // [n_layer], true where the attention was skipped
+    void add(llama_seq_id seq_id, uint64_t set_id);
+    void remove(llama_seq_id seq_id, uint64_t set_id);
+    void clear() { counts.clear(); }
 
-    struct run {
-        llama_pos  start;
-        layer_mask skipped;
-    };
-
-    void record(llama_seq_id seq_id, llama_pos pos, const layer_mask & skipped);
-
-    // first position in [0, end) that lacks an attention which a plan with this mask runs, or `end`
-    llama_pos first_stale(llama_seq_id seq_id, const layer_mask & skipped, llama_pos end) const;
-
-    std::vector<run> get_runs(llama_seq_id seq_id) const;
-    void             set_runs(llama_seq_id seq_id, const std::vector<run> & runs);
+    bool all_of(llama_seq_id seq_id, const std::function<bool(uint64_t)> & f) const;
 
 private:
-    uint32_t intern(const layer_mask & skipped);
-
-    // mask 0 is "nothing skipped"; the empty mask means the same
-    std::vector<layer_mask> masks = { {} };
-
-    // start of run -> mask; every sequence begins with an implicit run of mask 0
-    std::map<llama_seq_id, std::map<llama_pos, uint32_t>> runs_by_seq;
+    std::map<std::pair<llama_seq_id, uint64_t>, uint32_t> counts;
 };
+
+// The memory of one context: every KV cache and every recurrent memory in it, of whatever kind the whole is.
+struct adaskip_kv {
+    uint64_t set_id = 0; // of what is computed next
+
+    std::vector<const llama_kv_cache *>         caches;
+    std::vector<const llama_memory_recurrent *> states;
+
+    // the first position of the sequence whose set does not satisfy f, INT32_MAX where there is none; 0 if it went into
+    // a recurrent state, which cannot be rewound
+    llama_pos first_unreadable(llama_seq_id seq_id, const std::function<bool(uint64_t)> & is_readable) const;
+};
+
+using adaskip_kv_ptr = std::shared_ptr<adaskip_kv>;
+
+// the record of a context that this thread begins to create, and how its memory takes part in it
+adaskip_kv_ptr adaskip_kv_create();
+adaskip_kv_ptr adaskip_kv_join(const llama_kv_cache * cache);
+adaskip_kv_ptr adaskip_kv_join(const llama_memory_recurrent * state);
+
+// Saved states: a cell's number of sequences, with the number of its ids in the upper half, then these ids. What no
+// plan touched is saved as llama.cpp does, which refuses all else.
+void adaskip_write_n_seq_id(llama_io_write_i & io, uint32_t n_seq_id, uint64_t set_id);
+void adaskip_write_n_seq_id(llama_io_write_i & io, uint32_t n_seq_id, const std::set<uint64_t> & set_ids);
+
+// the ids behind n_seq_id, which was just read and becomes the number of sequences alone
+std::set<uint64_t> adaskip_read_set_ids(llama_io_read_i & io, uint32_t & n_seq_id);
+uint64_t           adaskip_read_set_id(llama_io_read_i & io, uint32_t & n_seq_id);

@@ -32,9 +32,9 @@ double adaskip_online::scale(int il) const {
     }
 }
 
-void adaskip_online::set_params(const adaskip_online_params * value) {
-    enabled = value != nullptr;
-    params  = value ? *value : adaskip_online_params{};
+void adaskip_online::set_params(const std::optional<adaskip_online_params> & value) {
+    enabled = value.has_value();
+    params  = value.value_or(adaskip_online_params{});
 }
 
 void adaskip_online::reset() {
@@ -73,7 +73,8 @@ void adaskip_online::accumulate(const std::vector<float> & values, int64_t n_tok
 }
 
 adaskip_skip_set adaskip_online::finish(adaskip_skip_set value) {
-    done = true;
+    done         = true;
+    value.set_id = adaskip_online_set_id(value.set_id, params);
 
     const size_t n_layer = ratios.size();
     bool         any     = false;

@@ -4,6 +4,7 @@
 #include "adaskip-plan.h"
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 // Online importance learning in decode: observes the FFNs that run for the first tokens of a request, then adds those
@@ -11,7 +12,7 @@
 class adaskip_online {
 public:
     // turns the stage on, or off with null
-    void set_params(const adaskip_online_params * params);
+    void set_params(const std::optional<adaskip_online_params> & params);
 
     // forgets what was observed, for the next request
     void reset();
@@ -21,7 +22,8 @@ public:
     // values: [n_layer][2][3][n_tokens], as adaskip_statistics hands them out
     void accumulate(const std::vector<float> & values, int64_t n_tokens);
 
-    // once the window is full: the skip set in force with the FFNs that are added to it, empty if none is
+    // once the window is full: the skip set in force with the FFNs that are added to it, with no graph id yet; empty if
+    // none is
     bool             is_full() const { return n_tokens >= params.window; }
     adaskip_skip_set finish(adaskip_skip_set value);
 

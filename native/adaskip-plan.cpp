@@ -6,6 +6,9 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
 #include <map>
 
 // Every decoded token reads all maps. BF16 halves that, and unlike F16 and Q8_0 it has room for a stream whose channels
@@ -64,9 +67,249 @@ adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::v
     std::vector<uint8_t> values(n * sizeof(float));
     for (size_t i = 0; i < skip.size(); ++i) {
         if (ggml_tensor * t = res->tensors[i]) {
-            res->data.insert(res->data.end(), data + i * n, data + (i + 1) * n);
             ggml_quantize_chunk(t->type, data + i * n, values.data(), 0, ne1, ne0, nullptr);
             ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
+        }
+    }
+    return res;
+}
+
+//
+// ids
+//
+
+// FNV-1a in words
+class adaskip_hash {
+public:
+    template <typename T> void add(const T * data, size_t n) {
+        static_assert(sizeof(T) % sizeof(uint32_t) == 0);
+        for (size_t i = 0; i < n * sizeof(T) / sizeof(uint32_t); ++i) {
+            uint32_t word;
+            std::memcpy(&word, (const char *) data + i * sizeof(word), sizeof(word));
+            value = (value ^ word) * 0x100000001b3ULL;
+            value ^= value >> 32;
+        }
+    }
+    uint64_t id() const { return value | 1ULL << 31; }
+
+private:
+    uint64_t value = 0xcbf29ce484222325ULL;
+};
+
+static uint64_t make_set_id(const adaskip_set & set) {
+    adaskip_hash hash;
+    const size_t n_map = set.down ? (size_t) set.n_rank * set.n_embd : 0;
+    for (uint32_t i = 0; i < 2 * (uint32_t) set.n_layer; ++i) {
+        if (!set.skip[i]) {
+            continue;
+        }
+        const uint32_t parts[] = { i, set.bias != nullptr, (uint32_t) n_map };
+        hash.add(parts, 3);
+        hash.add(set.scale + i, 1);
+        if (set.bias) {
+            hash.add(set.bias + i * set.n_embd, set.n_embd);
+        }
+        if (set.down) {
+            hash.add(set.down + i * n_map, n_map);
+            hash.add(set.up + i * n_map, n_map);
+        }
+    }
+    return hash.id();
+}
+
+uint64_t adaskip_online_set_id(uint64_t set_id, const adaskip_online_params & params) {
+    adaskip_hash hash;
+    hash.add(&set_id, 1);
+    hash.add(&params.window, 1);
+    hash.add(&params.scale, 1);
+    hash.add(&params.threshold, 1);
+    return hash.id();
+}
+
+uint64_t adaskip_new_graph_id() {
+    static std::atomic<uint64_t> n_ids = 0;
+    return ++n_ids;
+}
+
+bool adaskip_plan_sets::is_readable(uint64_t set_id, const std::vector<bool> & skipped) const {
+    if (set_id == 0) {
+        return true;
+    }
+    const auto it = attentions.find(set_id);
+    if (it == attentions.end()) {
+        return false;
+    }
+    for (size_t il = 0; il < it->second.size(); ++il) {
+        if (it->second[il] && !(il < skipped.size() && skipped[il])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+//
+// plans
+//
+
+template <typename... Args> [[noreturn]] static void refuse(int32_t code, const char * fmt, Args... args) {
+    throw adaskip_exception(code, format(fmt, args...));
+}
+
+// set may be null (run everything)
+static void check_set(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
+        const std::vector<bool> & elided, const adaskip_set * set) {
+    const int32_t n_layer = llama_model_n_layer(&model);
+    const int32_t n_embd  = llama_model_n_embd(&model);
+
+    if (set && set->n_layer != n_layer) {
+        refuse(ADASKIP_ERROR_ARGUMENT, "the plan has %d layers, the model %d", set->n_layer, n_layer);
+    }
+    if (set && (!set->skip || !set->scale)) {
+        refuse(ADASKIP_ERROR_ARGUMENT, "the plan has no arrays");
+    }
+    if (set && (!set->down != !set->up || (set->down && set->n_rank < 1))) {
+        refuse(ADASKIP_ERROR_ARGUMENT, "the plan has one half of a low-rank map, or one without a rank");
+    }
+    if (set && (set->bias || set->down) && set->n_embd != n_embd) {
+        refuse(ADASKIP_ERROR_ARGUMENT, "the plan's vectors have %d values, the model %d", set->n_embd, n_embd);
+    }
+    for (int32_t il = 0; il < std::min(n_layer, (int32_t) elided.size()); ++il) {
+        if (elided[il] && !(set && set->skip[2 * il + ADASKIP_ATTENTION])) {
+            refuse(ADASKIP_ERROR_KV_ELIDED,
+                    "layer %d: the attention would run, but the model was opened without KV for it", il);
+        }
+    }
+    for (int32_t i = 0; set && i < 2 * n_layer; ++i) {
+        if (!set->skip[i]) {
+            continue;
+        }
+        const char * kind = i % 2 == ADASKIP_ATTENTION ? "attention" : "FFN";
+        if (!sublayers[i].skippable) {
+            refuse(ADASKIP_ERROR_NOT_SKIPPABLE, "layer %d: the %s cannot be skipped: %s", i / 2, kind,
+                    sublayers[i].reason);
+        }
+        if (!std::isfinite(set->scale[i]) || set->scale[i] <= 0.0f) {
+            refuse(ADASKIP_ERROR_COMPENSATION, "layer %d: the scale of the %s is %g, not a positive number", i / 2,
+                    kind, set->scale[i]);
+        }
+        const auto is_finite = [i](const float * data, size_t n) {
+            return !data || std::all_of(data + i * n, data + (i + 1) * n, [](float x) { return std::isfinite(x); });
+        };
+        const size_t n_map = set->down ? (size_t) set->n_rank * n_embd : 0;
+        if (!is_finite(set->bias, n_embd) || !is_finite(set->down, n_map) || !is_finite(set->up, n_map)) {
+            refuse(ADASKIP_ERROR_COMPENSATION, "layer %d: the compensation of the %s has a value that is not finite",
+                    i / 2, kind);
+        }
+    }
+}
+
+// the steps of decode and the online stage
+static void check_decode(const adaskip_plan & plan) {
+    if (plan.n_decode < 0 || (plan.n_decode > 0 && !plan.decode)) {
+        refuse(ADASKIP_ERROR_ARGUMENT, "the plan has %d sets for decode", plan.n_decode);
+    }
+    for (int32_t i = 0; i < plan.n_decode; ++i) {
+        if (i == 0 ? plan.decode[i].start != 0 : plan.decode[i].start <= plan.decode[i - 1].start) {
+            refuse(ADASKIP_ERROR_ARGUMENT, "the sets of a schedule are not in ascending order from token 0 on");
+        }
+        for (int32_t il = 0; i > 0 && il < plan.decode[i].set.n_layer; ++il) {
+            if (plan.decode[i - 1].set.skip[2 * il] && !plan.decode[i].set.skip[2 * il]) {
+                refuse(ADASKIP_ERROR_ARGUMENT, "layer %d: the schedule runs an attention again that it skipped before",
+                        il);
+            }
+        }
+    }
+    if (const auto * online = plan.online) {
+        if (online->window < 1) {
+            refuse(ADASKIP_ERROR_ARGUMENT, "the window is %d tokens, not at least 1", online->window);
+        }
+        if (!std::isfinite(online->threshold)) {
+            refuse(ADASKIP_ERROR_ARGUMENT, "the threshold is not a finite number");
+        }
+        if (online->scale < ADASKIP_ONLINE_SCALE_NONE || online->scale > ADASKIP_ONLINE_SCALE_MEDIAN) {
+            refuse(ADASKIP_ERROR_ARGUMENT, "unknown online scale %d", online->scale);
+        }
+    }
+}
+
+// uploads the set, unless one of the same id is there
+static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * set,
+        const std::map<uint64_t, const adaskip_skip_set *> & known) {
+    adaskip_skip_set res;
+    const int32_t    n = set ? 2 * set->n_layer : 0;
+    if (!set || std::all_of(set->skip, set->skip + n, [](uint8_t s) { return s == 0; })) {
+        return res;
+    }
+    res.set_id    = make_set_id(*set);
+    const auto it = known.find(res.set_id);
+    if (it != known.end()) {
+        return *it->second;
+    }
+    res.graph_id = adaskip_new_graph_id();
+    res.skip.assign(n, 0);
+    res.scale.assign(n, 1.0f);
+    res.attention.assign(set->n_layer, false);
+    for (int32_t i = 0; i < n; ++i) {
+        if (set->skip[i]) {
+            res.skip[i]  = 1;
+            res.scale[i] = set->scale[i];
+            if (i % 2 == ADASKIP_ATTENTION) {
+                res.attention[i / 2] = true;
+            }
+        }
+    }
+    if (set->bias) {
+        res.bias = adaskip_vectors_init(model, res.skip, set->bias, set->n_embd, 1, false);
+    }
+    if (set->down) {
+        res.down = adaskip_vectors_init(model, res.skip, set->down, set->n_embd, set->n_rank, true);
+        res.up   = adaskip_vectors_init(model, res.skip, set->up, set->n_rank, set->n_embd, true);
+    }
+    return res;
+}
+
+adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
+        const std::vector<bool> & elided, const adaskip_plan * plan, const adaskip_plan_sets & in_force) {
+    static const adaskip_plan whole = {};
+    if (!plan) {
+        plan = &whole;
+    }
+    std::vector<const adaskip_set *> decode;
+    for (int32_t i = 0; plan->decode && i < plan->n_decode; ++i) {
+        decode.push_back(&plan->decode[i].set);
+    }
+    if (decode.empty()) {
+        decode.push_back(nullptr);
+    }
+    check_set(model, sublayers, elided, plan->prefill);
+    for (const auto * set : decode) {
+        check_set(model, sublayers, elided, set);
+    }
+    check_decode(*plan);
+
+    std::map<uint64_t, const adaskip_skip_set *> known = { { in_force.prefill.set_id, &in_force.prefill } };
+    for (const auto & step : in_force.decode) {
+        known.insert({ step.set.set_id, &step.set });
+    }
+
+    adaskip_plan_sets res;
+    res.tag     = plan->tag;
+    res.prefill = make_set(model, plan->prefill, known);
+    res.decode.clear();
+    res.decode.reserve(decode.size());
+    known[res.prefill.set_id] = &res.prefill;
+    for (size_t i = 0; i < decode.size(); ++i) {
+        res.decode.push_back({ plan->n_decode > 0 ? plan->decode[i].start : 0, make_set(model, decode[i], known) });
+        known[res.decode[i].set.set_id] = &res.decode[i].set;
+    }
+    res.attentions[res.prefill.set_id] = res.prefill.attention;
+    if (plan->online) {
+        res.online = *plan->online;
+    }
+    for (const auto & step : res.decode) {
+        res.attentions[step.set.set_id] = step.set.attention;
+        if (res.online) {
+            res.attentions[adaskip_online_set_id(step.set.set_id, *res.online)] = step.set.attention;
         }
     }
     return res;

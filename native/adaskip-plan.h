@@ -1,11 +1,13 @@
 #pragma once
 
-#include "adaskip-kv.h"
+#include "adaskip.h"
 
 #include "ggml-cpp.h"
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <optional>
 #include <vector>
 
 struct llama_model;
@@ -13,7 +15,6 @@ struct llama_model;
 // One array per skipped sublayer of a plan, each in a buffer on its layer's own device.
 struct adaskip_vectors {
     std::vector<ggml_tensor *>           tensors; // [n_layer][2], null where there is none
-    std::vector<float>                   data;    // [ne1][ne0] of each tensor there is
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 };
@@ -25,18 +26,54 @@ using adaskip_vectors_ptr = std::shared_ptr<adaskip_vectors>;
 adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::vector<uint8_t> & skip,
         const float * data, int64_t ne0, int64_t ne1, bool is_map);
 
-// The sublayers that are skipped at once, and what stands in for each: an adaskip_plan with its vectors uploaded.
+// An adaskip_set with its vectors uploaded.
 struct adaskip_skip_set {
-    std::vector<uint8_t>   skip;      // [n_layer][2], empty: run everything
-    std::vector<float>     scale;     // [n_layer][2]
-    adaskip_kv::layer_mask attention; // [n_layer], attentions that are skipped
+    std::vector<uint8_t> skip;      // [n_layer][2], empty: run everything
+    std::vector<float>   scale;     // [n_layer][2]
+    std::vector<bool>    attention; // [n_layer], attentions that are skipped
 
     adaskip_vectors_ptr bias; // null for none
     adaskip_vectors_ptr down; // likewise, [n_embd, n_rank] each
     adaskip_vectors_ptr up;   // [n_rank, n_embd] each
 
-    uint64_t id = 0; // what a graph was built under; 0 for the empty set
+    // What the positions computed under it are known by: a hash of what is skipped and what stands in for it, 0 where
+    // nothing is skipped. Bit 31 is set in all others, see adaskip_write_n_seq_id.
+    uint64_t set_id = 0;
+
+    uint64_t graph_id = 0; // what a graph was built under; 0 for the empty set
 
     bool empty() const { return skip.empty(); }
     bool skips(int il, int kind) const { return !skip.empty() && skip[2 * il + kind]; }
 };
+
+uint64_t adaskip_new_graph_id();
+
+// the id of whatever an online stage makes of a set
+uint64_t adaskip_online_set_id(uint64_t set_id, const adaskip_online_params & params);
+
+// An adaskip_plan as a context keeps it.
+struct adaskip_plan_sets {
+    // holds from the start-th decoded token of a request on
+    struct step {
+        int32_t          start;
+        adaskip_skip_set set;
+    };
+
+    uint64_t                             tag = 0;
+    adaskip_skip_set                     prefill;
+    std::vector<step>                    decode = { { 0, {} } }; // never empty
+    std::optional<adaskip_online_params> online;
+
+    // by id, which attentions each of these sets skips, and those that the online stage makes of them
+    std::map<uint64_t, std::vector<bool>> attentions;
+
+    // Whether a position that was computed under some set may be read where these attentions are skipped: the set is
+    // the whole model or of this plan, and ran every attention that runs now.
+    bool is_readable(uint64_t set_id, const std::vector<bool> & skipped) const;
+};
+
+// What this model needs to run a plan: checks it, and uploads what is not among the sets of the plan in force; plan may
+// be null. Throws, and changes nothing.
+//   sublayers: [n_layer][2], not read where plan is null; elided: [n_layer] or empty
+adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
+        const std::vector<bool> & elided, const adaskip_plan * plan, const adaskip_plan_sets & in_force);

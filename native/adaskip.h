@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 4
+#define ADASKIP_ABI_VERSION 5
 
 struct llama_context;
 
@@ -32,8 +32,9 @@ enum adaskip_error {
     ADASKIP_ERROR_COMPENSATION  = -3, // a scale is not finite or not positive
     ADASKIP_ERROR_INTERNAL      = -4, // llama.cpp failed or threw
     ADASKIP_ERROR_KV_ELIDED     = -5, // the plan runs an attention for which this context has no KV
-    ADASKIP_ERROR_KV_STALE      = -6, // the plan runs an attention that an earlier position lacks
+    ADASKIP_ERROR_KV_STALE      = -6, // the plan may not read an earlier position
     ADASKIP_ERROR_MEMORY        = -7, // the host or a device has no room
+    ADASKIP_ERROR_SEQUENCES     = -8, // the plan counts tokens of one request, the context holds several sequences
 };
 
 // what the tokens of the next llama_decode calls are
@@ -71,7 +72,7 @@ struct adaskip_sublayer {
 };
 
 // which sublayers to skip, and what stands in for each: v := scale * u + bias + up * (down * u)
-struct adaskip_plan {
+struct adaskip_set {
     int32_t         n_layer; // must equal the model's
     int32_t         n_embd;  // must equal the model's where bias or down is not NULL
     int32_t         n_rank;  // > 0 where down is not NULL
@@ -94,6 +95,24 @@ struct adaskip_online_params {
     int32_t window;    // tokens, >= 1
     int32_t scale;     // enum adaskip_online_scale
     double  threshold; // finite; skipped if mean similarity >= threshold
+};
+
+// a set that holds from the start-th decoded token of a request on
+struct adaskip_step {
+    int32_t            start;
+    struct adaskip_set set;
+};
+
+// what to skip in each phase
+struct adaskip_plan {
+    uint64_t                   tag;     // what adaskip_get_plan_tag() tells while this plan is in force
+    const struct adaskip_set * prefill; // NULL: run everything
+
+    // starts[0] must be 0, starts ascend, and each set skips every attention that the one before it skips
+    const struct adaskip_step * decode;   // [n_decode]
+    int32_t                     n_decode; // 0: run everything
+
+    const struct adaskip_online_params * online; // NULL for none
 };
 
 struct adaskip_online_state {
@@ -145,19 +164,12 @@ int32_t adaskip_n_layer(const struct llama_context * ctx);
 // fills out[2*n_layer]; builds one graph to look at, so the next llama_decode rebuilds its own
 int32_t adaskip_sublayers(struct llama_context * ctx, struct adaskip_sublayer * out, int32_t n_out);
 
-// whether this plan could be set; plan may be NULL (run everything)
-int32_t adaskip_check_plan(struct llama_context * ctx, const struct adaskip_plan * plan);
+// Sets a copy of the plan, all of it or, on an error, nothing; NULL runs the whole model, with tag 0. Begins a request.
+// A context of several sequences takes no schedule and no online stage, which count the tokens of one request.
+int32_t adaskip_set_plan(struct llama_context * ctx, const struct adaskip_plan * plan);
 
-// sets a copy of the plan for one phase, or clears it with NULL
-int32_t adaskip_set_plan(struct llama_context * ctx, int32_t phase, const struct adaskip_plan * plan);
-
-// Sets the plans of decode by the number of tokens decoded so far in the request: plans[i] holds from starts[i] on.
-// starts[0] must be 0, starts ascend, and each plan skips every attention that the one before it skips.
-int32_t adaskip_set_decode_schedule(
-        struct llama_context * ctx, const int32_t * starts, const struct adaskip_plan * plans, int32_t n);
-
-// turns the online stage on, or off with NULL; takes effect with the next request
-int32_t adaskip_set_online(struct llama_context * ctx, const struct adaskip_online_params * params);
+// the tag of the plan in force
+int32_t adaskip_get_plan_tag(const struct llama_context * ctx, uint64_t * tag);
 
 // what the online stage has learned in this request
 int32_t adaskip_get_online(const struct llama_context * ctx, struct adaskip_online_state * state);
@@ -185,22 +197,13 @@ int32_t adaskip_take_failure(struct llama_context * ctx);
 
 int32_t adaskip_get_counters(const struct llama_context * ctx, struct adaskip_counters * out);
 
-// A skipped attention writes no KV for its tokens. The context remembers, per position, which attentions did not run,
-// and llama_decode fails (returns < 0, nothing computed) when the plan in force runs an attention that an earlier
-// position of the same sequence lacks. These functions are for whoever rewinds or restores sequences.
+// A position may be read if it was computed by the whole model, or under a set that the plan in force uses (what its
+// online stage made included), and if no attention that is to run now was skipped there. llama.cpp's memory keeps for
+// every position what it was computed under, also where sequences are copied, shifted and saved, and llama_decode fails
+// (returns < 0, nothing computed) where it would read any other.
 
-// first position of the sequence that lacks an attention which the plan of this phase runs; INT32_MAX when there is
-// none
+// first position of the sequence that the plan in force may not read in this phase; INT32_MAX when there is none
 int32_t adaskip_kv_first_stale(const struct llama_context * ctx, int32_t seq_id, int32_t phase, int32_t * pos);
-
-// The record as runs of positions: run i starts at starts[i], ends where the next begins, and skipped[i][n_layer] says
-// which attentions did not run. Returns the number of runs (call with n_max 0 to learn it) or an ADASKIP_ERROR_*.
-int32_t adaskip_kv_get_runs(
-        const struct llama_context * ctx, int32_t seq_id, int32_t * starts, uint8_t * skipped, int32_t n_max);
-
-// replaces the record of the sequence; n 0 says that every attention ran for every position
-int32_t adaskip_kv_set_runs(
-        struct llama_context * ctx, int32_t seq_id, const int32_t * starts, const uint8_t * skipped, int32_t n);
 
 #ifdef __cplusplus
 }

@@ -1,8 +1,10 @@
 """What a model's cache must hold after any sequence of calls, and what it must compute from it.
 
 The oracle keeps, per position, its token and the set that it was computed under, and applies the documented rule. A
-cached position may be read if no attention that is to run now was skipped there; else it and everything behind it is
-evaluated again, as prompt. The reference, which refuses to read a position without K and V, evaluates that history.
+cached position may be read if it was computed by the whole model, under a set of the plan in force, or under what that
+plan's online stage made of one, and if no attention that is to run now was skipped there; else it and everything behind
+it is evaluated again, as prompt. The reference, which refuses to read a position without K and V, evaluates that
+history.
 """
 
 from __future__ import annotations
@@ -14,22 +16,28 @@ from drawn_plans import NOTHING
 from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace
 
 from adaskip_cpp import SkipPlan
+from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 __all__ = ["Cell", "Cells", "History", "common_prefix", "is_readable"]
 
 
-def is_readable(computed_under: SkipSet, plan: SkipPlan, skip_set: SkipSet) -> bool:
-    """Whether a set of a plan may read a position that was computed under some set."""
-    return set(computed_under.attention) <= set(skip_set.attention)
-
-
 @dataclass(frozen=True)
 class Cell:
-    """One cached position: its token, and what it was computed under."""
+    """One cached position: its token, what it was computed under, and if an online stage made that, of what and how."""
 
     token: int
     skip_set: SkipSet
+    made_of: tuple[SkipSet, OnlineStage] | None = None
+
+
+def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet) -> bool:
+    """Whether a set of a plan may read a cached position."""
+    if not set(cell.skip_set.attention) <= set(skip_set.attention):
+        return False
+    if cell.made_of is not None:
+        return cell.made_of == (plan.decode, plan.online)
+    return cell.skip_set.n_skip == 0 or cell.skip_set in (plan.prefill, *(each for _, each in plan.decode_sets))
 
 
 class Cells:
@@ -118,13 +126,13 @@ class History:
             del self.cells[-len(tokens) :]
             self._append(tokens, self.plan.prefill)
 
-    def _append(self, tokens: list[int], skip_set: SkipSet) -> None:
-        self.cells += [Cell(token, skip_set) for token in tokens]
+    def _append(self, tokens: list[int], skip_set: SkipSet, made_of: tuple[SkipSet, OnlineStage] | None = None) -> None:
+        self.cells += [Cell(token, skip_set, made_of) for token in tokens]
         self.logits_are_current = True
 
     def _n_readable(self, skip_set: SkipSet) -> int:
         for position, cell in enumerate(self.cells):
-            if not is_readable(cell.skip_set, self.plan, skip_set):
+            if not is_readable(cell, self.plan, skip_set):
                 return position
         return len(self.cells)
 
@@ -144,7 +152,8 @@ class History:
         self._read_again(self.decode_set())
         for start in range(0, len(tokens), self.n_ubatch):
             piece = tokens[start : start + self.n_ubatch]
-            self._append(piece, self.decode_set())
+            made_of = (self.plan.decode, self.plan.online) if self.stage is not None and self.stage.ffn else None
+            self._append(piece, self.decode_set(), made_of)
             self.n_decoded += len(piece)
             if self.stage is not None:
                 for index in range(-len(piece), 0):

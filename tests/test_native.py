@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from bare_plan import bare_plan
 
-from adaskip_cpp import SkipPlan
-from adaskip_cpp.engine.native import KVRun, _ffi, _lib, elide_kv
+from adaskip_cpp.engine.native import _ffi, _lib, elide_kv
 
 OK, ARGUMENT = 0, -1
 NOT_SKIPPABLE, COMPENSATION, KV_ELIDED = -2, -3, -5
@@ -31,16 +30,16 @@ def ctx(llm: Any) -> Any:
 NOTHING, FFN_1, ATTENTION_1 = [0] * 6, [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]
 
 
-def plan(skip: Any, scale: Any, n_layer: int = 3) -> tuple[Any, Any]:
+def skip_set(skip: Any, scale: Any, n_layer: int = 3) -> tuple[Any, Any]:
     arrays = _ffi.new("uint8_t[]", list(skip)), _ffi.new("float[]", list(scale))
-    result = _ffi.new("struct adaskip_plan *")
+    result = _ffi.new("struct adaskip_set *")
     result.n_layer, result.skip, result.scale = n_layer, *arrays
     return result, arrays
 
 
 def vectors(values: Any, n_embd: int = 64, skip: Any = (0, 0, 1, 1, 0, 0)) -> tuple[Any, Any]:
-    """A plan that skips layer 1, with the same vector values everywhere."""
-    result, arrays = plan(skip, [1] * 6)
+    """A set that skips layer 1, with the same vector values everywhere."""
+    result, arrays = skip_set(skip, [1] * 6)
     data = _ffi.new("float[]", list(values) * 6)
     result.n_embd, result.bias = n_embd, data
     return result, (arrays, data)
@@ -49,25 +48,42 @@ def vectors(values: Any, n_embd: int = 64, skip: Any = (0, 0, 1, 1, 0, 0)) -> tu
 def maps(
     n_rank: int = 2, n_embd: int = 64, down: bool = True, up: bool = True, value: float = 0.0, skip: Any = FFN_1
 ) -> tuple[Any, Any]:
-    """A plan with low-rank maps that are ``value`` everywhere."""
-    result, arrays = plan(skip, [1] * 6)
+    """A set with low-rank maps that are ``value`` everywhere."""
+    result, arrays = skip_set(skip, [1] * 6)
     data = _ffi.new("float[]", [value] * (6 * abs(n_rank * n_embd) or 1))
     result.n_embd, result.n_rank = n_embd, n_rank
     result.down, result.up = data if down else _ffi.NULL, data if up else _ffi.NULL
     return result, (arrays, data)
 
 
+def prefill(ctx: Any, chosen: Any) -> int:
+    """Sets a plan with this set in prefill alone."""
+    return int(_lib.adaskip_set_plan(ctx, _ffi.new("struct adaskip_plan *", {"prefill": chosen})))
+
+
+def decode(ctx: Any, chosen: Any) -> int:
+    """Sets a plan with this set in both phases."""
+    steps = _ffi.new("struct adaskip_step[]", [(0, chosen[0])])
+    return int(
+        _lib.adaskip_set_plan(
+            ctx, _ffi.new("struct adaskip_plan *", {"prefill": chosen, "decode": steps, "n_decode": 1})
+        )
+    )
+
+
 def schedule(ctx: Any, starts: Any, *skips: Any, n: int | None = None) -> int:
-    """Calls adaskip_set_decode_schedule with plans of these flags."""
-    parts = [plan(skip, [1] * len(skip), len(skip) // 2) for skip in skips]
-    plans = _ffi.new("struct adaskip_plan[]", [part[0][0] for part in parts]) if parts else _ffi.NULL
-    times = _ffi.new("int32_t[]", list(starts)) if starts is not None else _ffi.NULL
-    return int(_lib.adaskip_set_decode_schedule(ctx, times, plans, len(parts) if n is None else n))
+    """Sets a plan with sets of these flags in decode, and the first in prefill."""
+    parts = [skip_set(skip, [1] * len(skip), len(skip) // 2) for skip in skips]
+    plan = _ffi.new("struct adaskip_plan *", {"n_decode": len(parts) if n is None else n})
+    if parts:
+        steps = _ffi.new("struct adaskip_step[]", [(start, part[0][0]) for start, part in zip(starts, parts)])  # noqa: B905
+        plan.decode, plan.prefill = steps, parts[0][0]
+    return int(_lib.adaskip_set_plan(ctx, plan))
 
 
 def online(ctx: Any, window: int, threshold: float, scale: int) -> int:
     params = _ffi.new("struct adaskip_online_params *", {"window": window, "threshold": threshold, "scale": scale})
-    return int(_lib.adaskip_set_online(ctx, params))
+    return int(_lib.adaskip_set_plan(ctx, _ffi.new("struct adaskip_plan *", {"online": params})))
 
 
 def message() -> str:
@@ -81,39 +97,34 @@ def ignore(statistics: Any, user_data: Any) -> None:
 
 BAD_CALLS = {
     "no context": lambda ctx: _lib.adaskip_n_layer(_ffi.NULL),
-    "no context for a plan": lambda ctx: _lib.adaskip_set_plan(_ffi.NULL, 0, _ffi.NULL),
+    "no context for a plan": lambda ctx: _lib.adaskip_set_plan(_ffi.NULL, _ffi.NULL),
     "no context for counters": lambda ctx: _lib.adaskip_get_counters(_ffi.NULL, _ffi.new("struct adaskip_counters *")),
     "no counters": lambda ctx: _lib.adaskip_get_counters(ctx, _ffi.NULL),
     "an unknown phase": lambda ctx: _lib.adaskip_set_phase(ctx, 2),
     "a negative phase": lambda ctx: _lib.adaskip_set_phase(ctx, -1),
-    "a plan for an unknown phase": lambda ctx: _lib.adaskip_set_plan(ctx, 7, _ffi.NULL),
-    "a plan of another length": lambda ctx: _lib.adaskip_set_plan(ctx, 0, plan([0] * 8, [1] * 8, 4)[0]),
-    "a plan of negative length": lambda ctx: _lib.adaskip_check_plan(ctx, plan([0] * 6, [1] * 6, -3)[0]),
-    "a plan without arrays": lambda ctx: _lib.adaskip_check_plan(
-        ctx, _ffi.new("struct adaskip_plan *", {"n_layer": 3})
-    ),
+    "a plan of another length": lambda ctx: prefill(ctx, skip_set([0] * 8, [1] * 8, 4)[0]),
+    "a plan of negative length": lambda ctx: decode(ctx, skip_set([0] * 6, [1] * 6, -3)[0]),
+    "a plan without arrays": lambda ctx: prefill(ctx, _ffi.new("struct adaskip_set *", {"n_layer": 3})),
+    "a plan's tag into nothing": lambda ctx: _lib.adaskip_get_plan_tag(ctx, _ffi.NULL),
     "sublayers into nothing": lambda ctx: _lib.adaskip_sublayers(ctx, _ffi.NULL, 6),
     "sublayers into too little": lambda ctx: _lib.adaskip_sublayers(ctx, _ffi.new("struct adaskip_sublayer[5]"), 5),
-    "a plan with shorter vectors": lambda ctx: _lib.adaskip_set_plan(ctx, 0, vectors([0.0] * 63, 63)[0]),
-    "a plan with vectors of no length": lambda ctx: _lib.adaskip_check_plan(ctx, vectors([0.0], 0)[0]),
-    "a plan with vectors of negative length": lambda ctx: _lib.adaskip_check_plan(ctx, vectors([0.0], -64)[0]),
-    "a map without its second half": lambda ctx: _lib.adaskip_set_plan(ctx, 0, maps(up=False)[0]),
-    "a map without its first half": lambda ctx: _lib.adaskip_set_plan(ctx, 0, maps(down=False)[0]),
-    "a map of rank 0": lambda ctx: _lib.adaskip_set_plan(ctx, 0, maps(0)[0]),
-    "a map of negative rank": lambda ctx: _lib.adaskip_check_plan(ctx, maps(-2)[0]),
-    "a map of shorter vectors": lambda ctx: _lib.adaskip_set_plan(ctx, 0, maps(2, 63)[0]),
-    "a map of vectors of no length": lambda ctx: _lib.adaskip_check_plan(ctx, maps(2, 0)[0]),
+    "a plan with shorter vectors": lambda ctx: prefill(ctx, vectors([0.0] * 63, 63)[0]),
+    "a plan with vectors of no length": lambda ctx: decode(ctx, vectors([0.0], 0)[0]),
+    "a plan with vectors of negative length": lambda ctx: decode(ctx, vectors([0.0], -64)[0]),
+    "a map without its second half": lambda ctx: prefill(ctx, maps(up=False)[0]),
+    "a map without its first half": lambda ctx: prefill(ctx, maps(down=False)[0]),
+    "a map of rank 0": lambda ctx: prefill(ctx, maps(0)[0]),
+    "a map of negative rank": lambda ctx: decode(ctx, maps(-2)[0]),
+    "a map of shorter vectors": lambda ctx: prefill(ctx, maps(2, 63)[0]),
+    "a map of vectors of no length": lambda ctx: decode(ctx, maps(2, 0)[0]),
     "a schedule of no context": lambda ctx: schedule(_ffi.NULL, [0], NOTHING),
-    "a schedule without starts": lambda ctx: schedule(ctx, None, NOTHING),
-    "a schedule without plans": lambda ctx: schedule(ctx, [0], n=1),
-    "an empty schedule": lambda ctx: schedule(ctx, [0], NOTHING, n=0),
+    "a schedule without sets": lambda ctx: schedule(ctx, [0], n=1),
     "a schedule of negative length": lambda ctx: schedule(ctx, [0], NOTHING, n=-1),
     "a schedule that does not start at 0": lambda ctx: schedule(ctx, [1], NOTHING),
     "a schedule that descends": lambda ctx: schedule(ctx, [0, 5, 4], NOTHING, FFN_1, FFN_1),
     "a schedule with two sets at once": lambda ctx: schedule(ctx, [0, 0], NOTHING, FFN_1),
     "a schedule that runs an attention again": lambda ctx: schedule(ctx, [0, 4], ATTENTION_1, FFN_1),
     "a schedule of another length": lambda ctx: schedule(ctx, [0, 4], NOTHING, [0] * 8),
-    "an online stage of no context": lambda ctx: _lib.adaskip_set_online(_ffi.NULL, _ffi.NULL),
     "an online stage without a window": lambda ctx: online(ctx, 0, 0.5, 1),
     "an online stage with a negative window": lambda ctx: online(ctx, -20, 0.5, 1),
     "an online threshold that is no number": lambda ctx: online(ctx, 20, float("nan"), 1),
@@ -142,14 +153,8 @@ BAD_CALLS = {
     "statistics for nobody": lambda ctx: _lib.adaskip_set_statistics(ctx, 1, _ffi.NULL, _ffi.NULL),
     "stale KV of an unknown phase": lambda ctx: _lib.adaskip_kv_first_stale(ctx, 0, 5, _ffi.new("int32_t *")),
     "stale KV into nothing": lambda ctx: _lib.adaskip_kv_first_stale(ctx, 0, 0, _ffi.NULL),
-    "runs into nothing": lambda ctx: _lib.adaskip_kv_get_runs(ctx, 0, _ffi.NULL, _ffi.NULL, 4),
-    "a negative number of runs": lambda ctx: _lib.adaskip_kv_set_runs(ctx, 0, _ffi.NULL, _ffi.NULL, -1),
-    "runs out of order": lambda ctx: _lib.adaskip_kv_set_runs(
-        ctx, 0, _ffi.new("int32_t[]", [5, 5]), _ffi.new("uint8_t[6]"), 2
-    ),
-    "a run at a negative position": lambda ctx: _lib.adaskip_kv_set_runs(
-        ctx, 0, _ffi.new("int32_t[]", [-1]), _ffi.new("uint8_t[3]"), 1
-    ),
+    "stale KV of no sequence": lambda ctx: _lib.adaskip_kv_first_stale(ctx, -1, 0, _ffi.new("int32_t *")),
+    "stale KV of a sequence too many": lambda ctx: _lib.adaskip_kv_first_stale(ctx, 1, 0, _ffi.new("int32_t *")),
 }
 
 
@@ -162,41 +167,41 @@ def test_a_bad_argument_is_an_error_with_a_message(call: Callable[[Any], int], c
 
 
 def test_a_layer_without_attention_is_refused(ctx: Any) -> None:
-    bad, _arrays = plan([1, 0, 0, 0, 0, 0], [1] * 6)
-    assert _lib.adaskip_set_plan(ctx, 0, bad) == NOT_SKIPPABLE
+    bad, _arrays = skip_set([1, 0, 0, 0, 0, 0], [1] * 6)
+    assert prefill(ctx, bad) == NOT_SKIPPABLE
     assert "layer 0: the attention cannot be skipped" in message()
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_is_no_positive_number_is_refused(scale: float, ctx: Any) -> None:
-    bad, _arrays = plan([0, 0, 0, 1, 0, 0], [1, 1, 1, scale, 1, 1])
-    assert _lib.adaskip_set_plan(ctx, 1, bad) == COMPENSATION
-    good, _arrays = plan([0, 0, 0, 1, 0, 0], [scale, 1, 1, 2, 1, 1])  # not read where nothing is skipped
-    assert _lib.adaskip_set_plan(ctx, 1, good) == OK
+    bad, _arrays = skip_set([0, 0, 0, 1, 0, 0], [1, 1, 1, scale, 1, 1])
+    assert decode(ctx, bad) == COMPENSATION
+    good, _arrays = skip_set([0, 0, 0, 1, 0, 0], [scale, 1, 1, 2, 1, 1])  # not read where nothing is skipped
+    assert decode(ctx, good) == OK
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_vector_that_is_not_finite_is_refused(value: float, ctx: Any) -> None:
     bad, _arrays = vectors([0.0] * 63 + [value])
-    assert _lib.adaskip_set_plan(ctx, 0, bad) == COMPENSATION
+    assert prefill(ctx, bad) == COMPENSATION
     assert "layer 1" in message()
     good, _arrays = vectors([0.0] * 63 + [value], skip=NOTHING)  # not read where nothing is skipped
-    assert _lib.adaskip_set_plan(ctx, 0, good) == OK
+    assert prefill(ctx, good) == OK
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_map_that_is_not_finite_is_refused(value: float, ctx: Any) -> None:
     bad, _arrays = maps(value=value)
-    assert _lib.adaskip_set_plan(ctx, 0, bad) == COMPENSATION
+    assert prefill(ctx, bad) == COMPENSATION
     assert "layer 1" in message()
     good, _arrays = maps(value=value, skip=NOTHING)  # not read where nothing is skipped
-    assert _lib.adaskip_set_plan(ctx, 0, good) == OK
+    assert prefill(ctx, good) == OK
 
 
 def test_without_maps_the_rank_is_not_read(ctx: Any) -> None:
-    good, _arrays = plan(FFN_1, [1] * 6)
+    good, _arrays = skip_set(FFN_1, [1] * 6)
     good.n_rank = -5
-    assert _lib.adaskip_set_plan(ctx, 0, good) == OK
+    assert prefill(ctx, good) == OK
 
 
 def test_a_schedule_checks_every_one_of_its_plans(ctx: Any) -> None:
@@ -211,12 +216,12 @@ def test_a_plan_that_runs_an_attention_without_kv_is_refused(
         llm = open_model(tiny())
     ctx = _ffi.cast("struct llama_context *", llm.ctx)
     elided = _ffi.new("uint8_t[3]")
-    (runs_it, _a), (skips_it, _b) = plan(FFN_1, [1] * 6), plan(ATTENTION_1, [1] * 6)
+    (runs_it, _a), (skips_it, _b) = skip_set(FFN_1, [1] * 6), skip_set(ATTENTION_1, [1] * 6)
     assert _lib.adaskip_get_elided_kv(ctx, elided, 3) == OK and list(elided) == [0, 1, 0]
-    for call in (_lib.adaskip_check_plan, lambda *args: _lib.adaskip_set_plan(args[0], 1, args[1])):
-        assert call(ctx, _ffi.NULL) == KV_ELIDED
-        assert call(ctx, runs_it) == KV_ELIDED
-        assert call(ctx, skips_it) == OK
+    assert _lib.adaskip_set_plan(ctx, _ffi.NULL) == KV_ELIDED
+    assert prefill(ctx, skips_it) == KV_ELIDED, "decode would run it"
+    assert decode(ctx, runs_it) == KV_ELIDED
+    assert decode(ctx, skips_it) == OK
     assert schedule(ctx, [0, 3], ATTENTION_1, ATTENTION_1) == OK
     assert schedule(ctx, [0], FFN_1) == KV_ELIDED
 
@@ -229,11 +234,11 @@ def test_what_was_learned_may_be_asked_for_in_part(ctx: Any, llm: Any) -> None:
     state.similarity = similarity
     assert _lib.adaskip_get_online(ctx, state) == OK
     assert np.isnan(list(similarity)).all()
-    assert _lib.adaskip_set_online(ctx, _ffi.NULL) == OK
+    assert _lib.adaskip_set_plan(ctx, _ffi.NULL) == OK
 
 
 def test_the_library_is_of_the_version_of_its_header() -> None:
-    assert _lib.adaskip_abi_version() == _lib.ADASKIP_ABI_VERSION == 4
+    assert _lib.adaskip_abi_version() == _lib.ADASKIP_ABI_VERSION == 5
 
 
 def test_another_threads_mask_of_elided_kv_is_not_ours(
@@ -254,52 +259,7 @@ def test_plans_are_objects_with_skip_scale_and_bias(llm: Any) -> None:
     # Any integer or float dtype and any order in memory will do.
     skip = np.asfortranarray([[0, 0], [1, 1], [0, 0]], dtype=np.int64)
     bias = np.zeros((3, 2, 64), np.float64)
-    llm._adaskip.set_plan(
-        "prefill", SimpleNamespace(skip=skip, scale=np.ones((3, 2), np.float32), bias=bias, down=None, up=None)
-    )
+    chosen = SimpleNamespace(skip=skip, scale=np.ones((3, 2), np.float32), bias=bias, down=None, up=None)
+    llm._adaskip.set_plan(bare_plan(chosen), 1)
     llm.eval([1, 5, 6])
     assert llm.counters.nodes < llm.counters.nodes_full
-
-
-def test_the_record_of_skipped_attention_round_trips(llm: Any) -> None:
-    native = llm._adaskip
-    runs = (KVRun(3, (1,)), KVRun(7, ()), KVRun(9, (0, 2)))
-    native.set_kv_runs(runs)
-    assert native.kv_runs() == runs
-    assert native.kv_valid("prefill", 100) == 3
-    assert native.kv_valid("prefill", 2) == 2
-    native.set_kv_runs(())
-    assert native.kv_valid("prefill", 100) == 100
-
-
-def test_the_record_agrees_with_an_array(
-    tiny: Callable[..., Path], open_model: Callable[..., Any], tokens: Callable[..., list[int]]
-) -> None:
-    # Overlapping batches under random sets, against one cell per position.
-    llm = open_model(tiny())
-    native = llm._adaskip
-    rng = np.random.default_rng(0)
-    cells: list[tuple[int, ...]] = [()] * 64
-    n_refused = 0
-    for _ in range(200):
-        start, n = int(rng.integers(0, 40)), int(rng.integers(1, 12))
-        attention = [layer for layer in range(3) if rng.random() < 0.4]
-        plan = SkipPlan.manual(3, attention=attention)
-        native.set_plan("prefill", plan.prefill)
-        stale = [i for i, cell in enumerate(cells[:start]) if set(cell) - set(attention)]
-        assert native.kv_valid("prefill", start) == (stale[0] if stale else start)
-        llm._ctx.kv_cache_clear()
-        llm._batch.set_batch(batch=tokens(n), n_past=start, logits_all=False)
-        if stale:
-            n_refused += 1
-            with pytest.raises(RuntimeError):
-                llm._ctx.decode(llm._batch)
-            continue
-        llm._ctx.decode(llm._batch)
-        cells[start : start + n] = [tuple(attention)] * n
-        runs = native.kv_runs()
-        for position, cell in enumerate(cells):
-            covering = [run.skipped for run in runs if run.start <= position]
-            assert (covering[-1] if covering else ()) == cell
-        assert all(first.skipped != second.skipped for first, second in pairwise(runs))
-    assert 20 < n_refused < 180

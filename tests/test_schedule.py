@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bare_plan import bare_plan
 from reference import ReferenceModel, ReferenceRun, relative_error
 from tiny_families import N_LAYER
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.errors import NativeError
+from adaskip_cpp.errors import CompensationError, NativeError
 from adaskip_cpp.model.skip_set import SkipSet
 
 TOLERANCE = 5e-6
@@ -179,7 +180,6 @@ def test_a_draft_runs_under_the_set_of_its_first_token_and_counts_all_of_them(
 
 A, B = SETS[0], SETS[2]
 BAD: dict[str, tuple[tuple[int, Any], ...]] = {
-    "no set": (),
     "none from token 0 on": ((1, A),),
     "a negative start": ((-1, A),),
     "descending": ((0, A), (5, A), (3, A)),
@@ -197,8 +197,8 @@ def test_a_wrong_schedule_is_refused_and_the_one_in_force_stays(
 ) -> None:
     llm = open_model(tiny())
     llm.set_plan(plan_of(THRICE))
-    with pytest.raises((NativeError, ValueError)):
-        llm._adaskip.set_decode_schedule(schedule)
+    with pytest.raises((NativeError, CompensationError)):
+        llm._adaskip.set_plan(bare_plan(A, *schedule), 2)
     generated = generate(llm, tokens(20))
     expected = expected_logits(reference, THRICE, tokens(20), generated)
     assert relative_error(llm.scores[: llm.n_tokens], expected) < TOLERANCE

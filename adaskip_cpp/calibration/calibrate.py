@@ -24,7 +24,7 @@ from .similarity import RequestStatistics
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
-    from ..engine.native import StatisticsBatch
+    from ..engine.records import StatisticsBatch
     from ..model.plan import Phase
 
 __all__ = ["MAX_DECODED", "Request", "calibrate"]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..model.statistics import PhaseStatistics
 
 if TYPE_CHECKING:
-    from ..engine.native import StatisticsBatch
+    from ..engine.records import StatisticsBatch
 
 __all__ = ["RequestStatistics"]
 

@@ -12,7 +12,7 @@ import click
 from .terminal import console, json_option, model_options, open_quietly, verb
 
 if TYPE_CHECKING:
-    from ..engine.native import Sublayer
+    from ..engine.records import Sublayer
 
 __all__ = ["inspect"]
 

@@ -4,67 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import llama_cpp
-import numpy as np
-import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
-from ..errors import ModelFileError, NativeError, PlanError, StateError
+from ..errors import AdaSkipError, ModelFileError, NativeError, PlanError, StateError
 from ..model.identity import ModelInfo, check_gguf, fingerprint, override_words
 from ..model.plan import PHASES, Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .log import errors_logged
-from .native import Counters, KVRun, NativeContext, StatisticsBatch, Sublayer, elide_kv
+from .native import NativeContext, elide_kv
+from .records import Counters, OnlineResult, StatisticsBatch, Sublayer
+from .state import AdaSkipState, check_state
 
-__all__ = ["AdaSkipLlama", "AdaSkipState", "Counters", "OnlineResult", "StatisticsBatch", "Sublayer"]
-
-
-@dataclass(frozen=True)
-class OnlineResult:
-    """What the online stage learned in one request.
-
-    Attributes:
-        window: tokens that it observes.
-        n_tokens: tokens that it has observed, fewer than the window in a short request.
-        similarity: float64 [n_layer], mean IO similarity of each FFN over them, NaN where not observed.
-        norm_ratio: float64 [n_layer], ||V||_F / ||U||_F over them, likewise.
-        scale: float64 [n_layer], what stands in for each FFN if it is added, likewise.
-        threshold: FFNs of at least this similarity are skipped.
-        ffn: layers whose FFN was added to the decode set, () while the window is not full.
-    """
-
-    window: int
-    n_tokens: int
-    similarity: npt.NDArray[np.float64]
-    norm_ratio: npt.NDArray[np.float64]
-    scale: npt.NDArray[np.float64]
-    threshold: float
-    ffn: tuple[int, ...]
-
-
-class AdaSkipState(LlamaState):
-    """A saved state that knows which model it is of, and which attentions did not run for its positions.
-
-    Attributes:
-        model: what it was saved from.
-        kv_runs: the positions that lack KV, see :class:`adaskip_cpp.engine.native.KVRun`.
-        elided_kv: layers whose attention has no KV at all.
-    """
-
-    model: ModelInfo
-    kv_runs: tuple[KVRun, ...]
-    elided_kv: tuple[int, ...]
-
-    @classmethod
-    def of(cls, state: LlamaState, **ours: Any) -> AdaSkipState:
-        """The same state, with what only we know."""
-        result = cls.__new__(cls)
-        result.__dict__.update(vars(state), **ours)
-        return result
+__all__ = ["AdaSkipLlama"]
 
 
 class AdaSkipLlama(llama_cpp.Llama):
@@ -73,8 +28,9 @@ class AdaSkipLlama(llama_cpp.Llama):
     Without a plan it is ``llama_cpp.Llama``, bit for bit. With one, the prompt given to a call runs under the plan's
     prefill set and what the call generates under its decode set.
 
-    A skipped attention writes no KV. Before anything is evaluated, cached positions that lack an attention which is to
-    run now are evaluated again, so a plan may be changed at any time; what is still valid is kept.
+    A cached position is read again where it was computed by the whole model, or under a set that the plan in force
+    uses, and where no attention was skipped that is to run now. Before anything is evaluated, the positions from the
+    first other one on are evaluated again, so a plan may be changed at any time.
 
     Args:
         model_path: a GGUF file.
@@ -98,7 +54,7 @@ class AdaSkipLlama(llama_cpp.Llama):
             plan = plan_beside(model_path).plan
             if not any(plan.skipped(phase).n_skip for phase in PHASES):
                 plan = None  # tuning found that the model is best left whole
-        self._plan: SkipPlan | None = None
+        self._plans: dict[int, SkipPlan | None] = {0: None}  # by tag; native knows which one is in force
         self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"
         # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
@@ -218,38 +174,36 @@ class AdaSkipLlama(llama_cpp.Llama):
     @property
     def plan(self) -> SkipPlan | None:
         """The plan in force, None if the whole model runs."""
-        return self._plan
+        return self._plans[self._adaskip.plan_tag()]
 
     def set_plan(self, plan: SkipPlan | None) -> None:
         """Skip what ``plan`` says from the next evaluation on; None runs the whole model again.
 
         Raises:
             ProfileMismatchError: the plan was made for another model.
-            PlanError: the plan is for another number of layers, or names what cannot be skipped
-                (:class:`NotSkippableError`). The plan in force stays.
+            PlanError: the plan is for another number of layers, names what cannot be skipped
+                (:class:`NotSkippableError`), or counts tokens in a context of several sequences. The plan in force
+                stays.
         """
         if plan is not None and not isinstance(plan, SkipPlan):
             raise PlanError(f"expected a SkipPlan or None, not {type(plan).__name__}; see Profile.plan() and SkipPlan.")
-        if plan == self._plan:
+        current = self.plan
+        if plan == current:
             return
-        native = self._adaskip
-        if plan is None:
-            native.check_plan(None)
-            native.set_plan("prefill", None)
-            native.set_plan("decode", None)
-        else:
+        if plan is not None:
             self._check_model(plan)
-            for skip_set in (plan.prefill, *(each for _, each in plan.decode_sets)):
-                native.check_plan(skip_set)
-            native.set_plan("prefill", plan.prefill)
-            native.set_decode_schedule(plan.decode_sets)
-        if plan is None or plan.online is None:
-            native.clear_online()
-        else:
-            native.set_online(plan.online.window, plan.online.threshold, plan.online.scale)
-        self._plan = plan
+        old = self._adaskip.plan_tag()
+        tag = 0 if plan is None else old + 1
+        # Both plans are known while one native call changes from one to the other: Ctrl-C may land right behind it.
+        self._plans = {0: None, old: current, tag: plan}
         # The logits at hand are those of the old plan: an equal prompt must be evaluated again before sampling.
-        self._requires_eval = True
+        requires_eval, self._requires_eval = self._requires_eval, True
+        try:
+            self._adaskip.set_plan(plan, tag)
+        except AdaSkipError:  # refused, and nothing has changed
+            self._requires_eval = requires_eval
+            raise
+        self._plans = {0: None, tag: plan}
 
     def _check_model(self, plan: SkipPlan) -> None:
         if plan.n_layer != self.n_layer:
@@ -302,7 +256,11 @@ class AdaSkipLlama(llama_cpp.Llama):
         native = self._adaskip
         if native.kv_valid(phase, self.n_tokens) < self.n_tokens:
             # Prefill runs at least the attentions of decode, so it may reach further back.
-            self._evaluate("prefill", self._rewind(native.kv_valid("prefill", self.n_tokens)))
+            stale = self._rewind(native.kv_valid("prefill", self.n_tokens))
+            if phase == "prefill":
+                tokens = stale + tokens
+            else:
+                self._evaluate("prefill", stale)
         self._evaluate(phase, tokens)
 
     def _evaluate(self, phase: Phase, tokens: list[int]) -> None:
@@ -324,8 +282,9 @@ class AdaSkipLlama(llama_cpp.Llama):
 
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
-        is_swa = llama_cpp.llama_model_n_swa(self.model) > 0 and not self.context_params.swa_full
-        if is_swa or self._is_recurrent or self._is_hybrid:
+        n_swa = 0 if self.context_params.swa_full else llama_cpp.llama_model_n_swa(self.model)
+        n_dropped = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self.ctx), 0) if n_swa else 0
+        if self.has_state or n_dropped > max(0, n_valid - n_swa - 1):
             n_valid = 0  # what such a memory dropped or folded into its state cannot be rewound to
         tokens = self.input_ids[n_valid : self.n_tokens].tolist()
         if min(tokens) < 0:
@@ -364,18 +323,8 @@ class AdaSkipLlama(llama_cpp.Llama):
     @property
     def online(self) -> OnlineResult | None:
         """What the online stage learned in the last request; None where the plan has none."""
-        if self._plan is None or self._plan.online is None:
-            return None
-        learned, stage = self._adaskip.online(), self._plan.online
-        return OnlineResult(
-            stage.window,
-            learned.n_tokens,
-            learned.similarity,
-            learned.norm_ratio,
-            learned.scale,
-            stage.threshold,
-            learned.ffn,
-        )
+        plan = self.plan
+        return None if plan is None or plan.online is None else self._adaskip.online(plan.online)
 
     # -- statistics ----------------------------------------------------------------------------------------------
 
@@ -416,52 +365,31 @@ class AdaSkipLlama(llama_cpp.Llama):
     # -- saved states --------------------------------------------------------------------------------------------
 
     def save_state(self) -> AdaSkipState:
-        """As ``llama_cpp.Llama.save_state``, with the record of what the KV lacks."""
-        return AdaSkipState.of(
-            super().save_state(),
-            model=self.model_info,
-            kv_runs=self._adaskip.kv_runs(),
-            elided_kv=self.elided_kv,
-        )
+        """As ``llama_cpp.Llama.save_state``; the state knows the model, and what its positions were computed under."""
+        return AdaSkipState.of(super().save_state(), model=self.model_info, elided_kv=self.elided_kv)
 
     def load_state(self, state: LlamaState) -> None:
-        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` counts as that of the whole model.
+        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` is one of the whole model.
 
         Raises:
             StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,
                 unless llama.cpp itself refuses the state: then the cache is empty.
         """
-        differences = state.model.differences(self.model_info) if isinstance(state, AdaSkipState) else []
-        if differences:
-            raise StateError(
-                f"the state was saved from another model: {'; '.join(differences)}; load it into the model that it was "
-                "saved from."
-            )
-        if (state.elided_kv if isinstance(state, AdaSkipState) else ()) != self.elided_kv:
-            raise StateError(
-                "the state was saved with KV for other layers; load it into a model that was opened with the same "
-                "plan=, or without one where this was."
-            )
-        if state.input_ids.shape != self.input_ids.shape or state.scores.shape != self.scores[: state.n_tokens].shape:
-            raise StateError(
-                "the state was saved with another n_ctx, n_batch or logits_all; open the model with the same settings."
-            )
+        check_state(state, self)
         try:
             super().load_state(state)
         except RuntimeError as error:
             self._ctx.kv_cache_clear()
             self.reset()
-            self._adaskip.set_kv_runs(())
             raise StateError(
                 f"llama.cpp refused the state ({error}); the cache is empty now, evaluate the prompt again."
             ) from error
-        self._adaskip.set_kv_runs(state.kv_runs if isinstance(state, AdaSkipState) else ())
 
     # -- pickling ------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "plan": self._plan_opened, "plan_in_force": self._plan}
+        return {**state, "plan": self._plan_opened, "plan_in_force": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         plan = state.pop("plan_in_force")

@@ -1,16 +1,15 @@
 """The thin cffi layer over native/adaskip.h: types in, arrays out, error codes turned into exceptions.
 
-Nothing here knows what a plan or a profile is for; :mod:`adaskip_cpp.engine.llama` is what people use.
+:mod:`adaskip_cpp.engine.llama` is what people use.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol, TypeAlias
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -23,147 +22,25 @@ from ..errors import (
     LibraryVersionError,
     NativeError,
     NotSkippableError,
+    PlanError,
     StateError,
 )
-from ..model.plan import PHASES, OnlineScale, Phase
-from ..model.skip_set import KINDS, Kind
+from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
+from ..model.skip_set import KINDS, SkipSet
 from . import library as _library
+from .records import Activations, Counters, OnlineResult, StatisticsBatch, Sublayer
 
-__all__ = [
-    "Counters",
-    "KVRun",
-    "NativeContext",
-    "NativeOnline",
-    "NativePlan",
-    "StatisticsBatch",
-    "Sublayer",
-    "elide_kv",
-]
+__all__ = ["NativeContext", "elide_kv"]
 
-Activations: TypeAlias = "list[list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None]]"
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
-_NO_STALE_POSITION = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """One sublayer of a model, as found in its compute graph.
-
-    Attributes:
-        layer: index from 0.
-        kind: "attention" or "ffn".
-        skippable: whether a plan may name it.
-        reason: why not, "" if it is skippable.
-        shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
-        window: tokens that an attention looks back at, 0 for all.
-    """
-
-    layer: int
-    kind: Kind
-    skippable: bool
-    reason: str
-    shape: int
-    window: int
-
-
-@dataclass(frozen=True)
-class StatisticsBatch:
-    """Per-token reductions of one ubatch, u and v being a sublayer's input and output, both with the residual.
-
-    All are NaN where a sublayer or layer was not observed.
-
-    Attributes:
-        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|².
-        layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output.
-        sum_u, sum_v: float32 [n_layer, 2, n_embd]: sums of u and v over the tokens; None if they were not asked for.
-        positions: int32 [n_tokens].
-        phase: "prefill" or "decode".
-        activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], None where a sublayer does not see every token;
-            valid until the sink returns. None if they were not asked for.
-    """
-
-    dot: npt.NDArray[np.float32]
-    u_sq: npt.NDArray[np.float32]
-    v_sq: npt.NDArray[np.float32]
-    layer_dot: npt.NDArray[np.float32]
-    sum_u: npt.NDArray[np.float32] | None
-    sum_v: npt.NDArray[np.float32] | None
-    positions: npt.NDArray[np.int32]
-    phase: Phase
-    activations: Activations | None = None
-
-
-@dataclass(frozen=True)
-class Counters:
-    """What can be counted exactly about a context.
-
-    Attributes:
-        nodes_full: nodes of the last graph as llama.cpp built it.
-        nodes: nodes of the last graph as it was computed.
-        splits: parts of it that run on one device each.
-        graphs_built, graphs_reused: since the context was created.
-        kv_bytes: size of the context's memory (KV cache, recurrent state), all devices together.
-        statistics_bytes: bytes of statistics that the host read since the context was created.
-    """
-
-    nodes_full: int
-    nodes: int
-    splits: int
-    graphs_built: int
-    graphs_reused: int
-    kv_bytes: int
-    statistics_bytes: int
-
-
-class NativePlan(Protocol):
-    """What a plan for one phase must have.
-
-    Attributes:
-        skip: bool [n_layer, 2].
-        scale: float64 [n_layer, 2], positive where skipped.
-        bias: float32 [n_layer, 2, n_embd], or None.
-        down: float32 [n_layer, 2, rank, n_embd], or None.
-        up: float32 [n_layer, 2, n_embd, rank], or None.
-    """
-
-    @property
-    def skip(self) -> npt.NDArray[np.bool_]: ...
-    @property
-    def scale(self) -> npt.NDArray[np.float64]: ...
-    @property
-    def bias(self) -> npt.NDArray[np.float32] | None: ...
-    @property
-    def down(self) -> npt.NDArray[np.float32] | None: ...
-    @property
-    def up(self) -> npt.NDArray[np.float32] | None: ...
-
-
-@dataclass(frozen=True)
-class NativeOnline:
-    """What the online stage has learned in this request.
-
-    Attributes:
-        n_tokens: tokens observed so far.
-        done: whether the FFNs were chosen.
-        similarity, norm_ratio, scale: float64 [n_layer], NaN where an FFN was not observed; the scale is what stands in
-            for an FFN that is added.
-        ffn: layers whose FFN was added.
-    """
-
-    n_tokens: int
-    done: bool
-    similarity: npt.NDArray[np.float64]
-    norm_ratio: npt.NDArray[np.float64]
-    scale: npt.NDArray[np.float64]
-    ffn: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class KVRun:
-    """Positions from ``start`` to the start of the next run, and the attentions that did not run for them."""
-
-    start: int
-    skipped: tuple[int, ...]
+_WAYS_OUT = {
+    "NOT_SKIPPABLE": (NotSkippableError, "leave it out of the plan ('adaskip-cpp inspect' lists what can be)."),
+    "COMPENSATION": (CompensationError, "give finite numbers, and scales above 0 (1 for no compensation)."),
+    "KV_ELIDED": (ElidedKVError, "open the model without plan=, then set_plan() takes any plan."),
+    "KV_STALE": (StateError, "evaluate the tokens from there on again, or call reset()."),
+    "MEMORY": (NativeError, "free memory, or use a smaller n_ctx, n_ubatch or rank of the maps."),
+    "SEQUENCES": (PlanError, "leave it out of the plan, or open the model without embedding=True."),
+}
 
 
 def _declarations(header: str) -> str:
@@ -234,16 +111,9 @@ class NativeContext:
         if code >= 0:
             return code
         message = _ffi.string(_lib.adaskip_last_error()).decode("utf-8", "replace")
-        if code == _lib.ADASKIP_ERROR_NOT_SKIPPABLE:
-            raise NotSkippableError(f"{message}; leave it out of the plan ('adaskip-cpp inspect' lists what can be).")
-        if code == _lib.ADASKIP_ERROR_COMPENSATION:
-            raise CompensationError(f"{message}; give finite numbers, and scales above 0 (1 for no compensation).")
-        if code == _lib.ADASKIP_ERROR_KV_ELIDED:
-            raise ElidedKVError(f"{message}; open the model without plan=, then set_plan() takes any plan.")
-        if code == _lib.ADASKIP_ERROR_KV_STALE:
-            raise StateError(f"{message}; evaluate the tokens from there on again, or call reset().")
-        if code == _lib.ADASKIP_ERROR_MEMORY:
-            raise NativeError(f"{message}; free memory, or use a smaller n_ctx, n_ubatch or rank of the maps.")
+        for name, (error, way_out) in _WAYS_OUT.items():
+            if code == getattr(_lib, f"ADASKIP_ERROR_{name}"):
+                raise error(f"{message}; {way_out}")
         raise NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
 
     def raise_failure(self, error: RuntimeError) -> NoReturn:
@@ -269,56 +139,37 @@ class NativeContext:
             for row in rows
         )
 
-    def _fill(self, target: Any, plan: NativePlan) -> list[Any]:
-        """Point an adaskip_plan at the arrays of ``plan``; returns what must live as long."""
-        skip = np.ascontiguousarray(plan.skip, dtype=np.uint8)
-        scale = np.ascontiguousarray(plan.scale, dtype=np.float32)
-        target.n_layer = len(skip)
-        target.skip = _ffi.from_buffer("uint8_t[]", skip)
-        target.scale = _ffi.from_buffer("float[]", scale)
-        owner = [skip, scale]
-        for name in ("bias", "down", "up"):
-            values = getattr(plan, name)
-            if values is not None:
-                owner.append(np.ascontiguousarray(values, dtype=np.float32))
-                setattr(target, name, _ffi.from_buffer("float[]", owner[-1]))
-        if plan.bias is not None:
-            target.n_embd = plan.bias.shape[2]
-        if plan.down is not None:
-            target.n_rank, target.n_embd = plan.down.shape[2:]
-        return owner
+    def set_plan(self, plan: SkipPlan | None, tag: int) -> None:
+        """Sets all that is to be skipped, or on an error nothing; :meth:`plan_tag` tells which plan is in force.
 
-    def check_plan(self, plan: NativePlan | None) -> None:
-        """Raises what :meth:`set_plan` would, and changes nothing."""
-        target = _ffi.NULL if plan is None else _ffi.new("struct adaskip_plan *")
-        _owner = plan and self._fill(target, plan)
-        self._check(_lib.adaskip_check_plan(self._ctx, target))
+        Args:
+            plan: None runs the whole model.
+            tag: of the plan, above 0; None has the tag 0.
+        """
+        if plan is None:
+            self._check(_lib.adaskip_set_plan(self._ctx, _ffi.NULL))
+            return
+        target, prefill = _ffi.new("struct adaskip_plan *"), _ffi.new("struct adaskip_set *")
+        decode = _ffi.new("struct adaskip_step[]", len(plan.decode_sets))
+        owners = [_fill(prefill, plan.prefill)]
+        for step, (start, skip_set) in zip(decode, plan.decode_sets, strict=True):
+            step.start = start
+            owners.append(_fill(step.set, skip_set))
+        target.tag, target.prefill, target.decode, target.n_decode = tag, prefill, decode, len(decode)
+        if plan.online is not None:
+            target.online = online = _ffi.new("struct adaskip_online_params *")
+            online.window, online.threshold = plan.online.window, plan.online.threshold
+            online.scale = _ONLINE_SCALES.index(plan.online.scale)
+        self._check(_lib.adaskip_set_plan(self._ctx, target))
 
-    def set_plan(self, phase: Phase, plan: NativePlan | None) -> None:
-        """Sets what to skip in a phase; None clears it."""
-        target = _ffi.NULL if plan is None else _ffi.new("struct adaskip_plan *")
-        _owner = plan and self._fill(target, plan)
-        self._check(_lib.adaskip_set_plan(self._ctx, PHASES.index(phase), target))
+    def plan_tag(self) -> int:
+        """The tag of the plan in force."""
+        tag = _ffi.new("uint64_t *")
+        self._check(_lib.adaskip_get_plan_tag(self._ctx, tag))
+        return int(tag[0])
 
-    def set_decode_schedule(self, schedule: Sequence[tuple[int, NativePlan]]) -> None:
-        """Sets what to skip in decode by the tokens decoded so far in the request: (first token, plan), ascending."""
-        plans = _ffi.new("struct adaskip_plan[]", len(schedule))
-        _owner = [self._fill(target, plan) for target, (_, plan) in zip(plans, schedule, strict=True)]
-        starts = _ffi.new("int32_t[]", [start for start, _ in schedule])
-        self._check(_lib.adaskip_set_decode_schedule(self._ctx, starts, plans, len(schedule)))
-
-    def set_online(self, window: int, threshold: float, scale: OnlineScale) -> None:
-        """Turns the online stage on for the requests to come."""
-        params = _ffi.new("struct adaskip_online_params *")
-        params.window, params.threshold, params.scale = window, threshold, _ONLINE_SCALES.index(scale)
-        self._check(_lib.adaskip_set_online(self._ctx, params))
-
-    def clear_online(self) -> None:
-        """Turns the online stage off."""
-        self._check(_lib.adaskip_set_online(self._ctx, _ffi.NULL))
-
-    def online(self) -> NativeOnline:
-        """What the online stage has learned in this request."""
+    def online(self, stage: OnlineStage) -> OnlineResult:
+        """What the online stage of the plan in force has learned in this request."""
         similarity, norm_ratio, scale = np.empty((3, self.n_layer))
         added = np.zeros(self.n_layer, np.uint8)
         state = _ffi.new("struct adaskip_online_state *")
@@ -327,8 +178,9 @@ class NativeContext:
         state.scale = _ffi.from_buffer("double[]", scale)
         state.added = _ffi.from_buffer("uint8_t[]", added)
         self._check(_lib.adaskip_get_online(self._ctx, state))
-        ffn = tuple(int(layer) for layer in np.flatnonzero(added))
-        return NativeOnline(state.n_tokens, bool(state.done), similarity, norm_ratio, scale, ffn)
+        return OnlineResult(
+            stage.window, state.n_tokens, similarity, norm_ratio, scale, stage.threshold, _layers(added)
+        )
 
     def begin_request(self) -> None:
         """No token of the next request is decoded yet; its online stage starts from the plans that were set."""
@@ -338,7 +190,7 @@ class NativeContext:
         """Layers whose attention has no KV in this context."""
         elided = np.zeros(self.n_layer, np.uint8)
         self._check(_lib.adaskip_get_elided_kv(self._ctx, _ffi.from_buffer("uint8_t[]", elided), self.n_layer))
-        return tuple(int(layer) for layer in np.flatnonzero(elided))
+        return _layers(elided)
 
     def set_phase(self, phase: Phase) -> None:
         """Says what the tokens of the next ``llama_decode`` calls are."""
@@ -377,43 +229,9 @@ class NativeContext:
             if self._error is None:
                 self._error = value
 
-        def array(address: Any, *shape: int) -> npt.NDArray[np.float32]:
-            buffer = _ffi.buffer(address, math.prod(shape) * 4)
-            return np.array(np.frombuffer(buffer, np.float32)).reshape(shape)
-
-        def rows(address: Any, n_tokens: int, n_embd: int) -> npt.NDArray[np.float32]:
-            return np.frombuffer(_ffi.buffer(address, n_tokens * n_embd * 4), np.float32).reshape(n_tokens, n_embd)
-
-        def pairs(addresses: Any, n_layer: int, *shape: int) -> Activations:
-            at = [addresses[i] for i in range(4 * n_layer)]
-            return [
-                [
-                    (rows(at[i], *shape), rows(at[i + 1], *shape)) if at[i] and at[i + 1] else None
-                    for i in (4 * il, 4 * il + 2)
-                ]
-                for il in range(n_layer)
-            ]
-
         def deliver(statistics: Any, user_data: Any) -> None:
-            if self._error is not None:
-                return
-            n_layer, n_tokens, n_embd = statistics.n_layer, statistics.n_tokens, statistics.n_embd
-            values = array(statistics.values, n_layer, 2, 3, n_tokens)
-            sums = array(statistics.sums, n_layer, 2, 2, n_embd) if statistics.sums else None
-            batch = StatisticsBatch(
-                dot=values[:, :, 0],
-                u_sq=values[:, :, 1],
-                v_sq=values[:, :, 2],
-                layer_dot=array(statistics.layer_dot, n_layer, n_tokens),
-                sum_u=None if sums is None else sums[:, :, 0],
-                sum_v=None if sums is None else sums[:, :, 1],
-                positions=np.frombuffer(_ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy(),
-                phase=PHASES[statistics.phase],
-                activations=pairs(statistics.activations, n_layer, n_tokens, n_embd)
-                if statistics.activations
-                else None,
-            )
-            sink(batch)
+            if self._error is None:
+                sink(_batch(statistics))
 
         flags = _lib.ADASKIP_STATISTICS_ON
         flags |= 0 if keep_logits else _lib.ADASKIP_STATISTICS_ALL_TOKENS
@@ -448,38 +266,64 @@ class NativeContext:
             raise error
 
     def kv_valid(self, phase: Phase, n: int, seq_id: int = 0) -> int:
-        """How many of the first ``n`` positions the plan of this phase may read: n, or the first one that lacks KV."""
-        position = _ffi.new("int32_t *", _NO_STALE_POSITION)
+        """How many of the first ``n`` positions may be read in this phase: n, or the first one that may not."""
+        position = _ffi.new("int32_t *")
         self._check(_lib.adaskip_kv_first_stale(self._ctx, seq_id, PHASES.index(phase), position))
         return min(n, int(position[0]))
 
-    def kv_runs(self, seq_id: int = 0) -> tuple[KVRun, ...]:
-        """The record of which attentions did not run, for :meth:`set_kv_runs`."""
-        n = self._check(_lib.adaskip_kv_get_runs(self._ctx, seq_id, _ffi.NULL, _ffi.NULL, 0))
-        starts = np.zeros(n, np.int32)
-        skipped = np.zeros((n, self.n_layer), np.uint8)
-        self._check(
-            _lib.adaskip_kv_get_runs(
-                self._ctx, seq_id, _ffi.from_buffer("int32_t[]", starts), _ffi.from_buffer("uint8_t[]", skipped), n
-            )
-        )
-        return tuple(
-            KVRun(int(start), tuple(int(i) for i in np.flatnonzero(row)))
-            for start, row in zip(starts, skipped, strict=True)
-        )
 
-    def set_kv_runs(self, runs: tuple[KVRun, ...], seq_id: int = 0) -> None:
-        """Replaces the record; () says that every attention ran for every position."""
-        starts = np.array([run.start for run in runs], np.int32)
-        skipped = np.zeros((len(runs), self.n_layer), np.uint8)
-        for row, run in zip(skipped, runs, strict=True):
-            row[list(run.skipped)] = 1
-        self._check(
-            _lib.adaskip_kv_set_runs(
-                self._ctx,
-                seq_id,
-                _ffi.from_buffer("int32_t[]", starts),
-                _ffi.from_buffer("uint8_t[]", skipped),
-                len(runs),
-            )
-        )
+def _layers(flags: npt.NDArray[np.uint8]) -> tuple[int, ...]:
+    return tuple(int(layer) for layer in np.flatnonzero(flags))
+
+
+def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
+    """Point an adaskip_set at the arrays of ``skip_set``; returns what must live as long."""
+    owners: list[npt.NDArray[Any]] = []
+
+    def pointer(values: npt.ArrayLike, c_type: str) -> Any:
+        owners.append(np.ascontiguousarray(values, np.uint8 if c_type == "uint8_t" else np.float32))
+        return _ffi.from_buffer(f"{c_type}[]", owners[-1])
+
+    target.n_layer = len(skip_set.skip)
+    target.skip, target.scale = pointer(skip_set.skip, "uint8_t"), pointer(skip_set.scale, "float")
+    for name in ("bias", "down", "up"):
+        values = getattr(skip_set, name)
+        if values is not None:
+            setattr(target, name, pointer(values, "float"))
+    if skip_set.bias is not None:
+        target.n_embd = skip_set.bias.shape[2]
+    if skip_set.down is not None:
+        target.n_rank, target.n_embd = skip_set.down.shape[2:]
+    return owners
+
+
+def _array(address: Any, *shape: int) -> npt.NDArray[np.float32]:
+    """The floats at an address, for as long as they live there."""
+    return np.frombuffer(_ffi.buffer(address, math.prod(shape) * 4), np.float32).reshape(shape)
+
+
+def _batch(statistics: Any) -> StatisticsBatch:
+    """A copy of what native hands out, but for the activations."""
+    n_layer, n_tokens, n_embd = statistics.n_layer, statistics.n_tokens, statistics.n_embd
+    values = _array(statistics.values, n_layer, 2, 3, n_tokens).copy()
+    sums = _array(statistics.sums, n_layer, 2, 2, n_embd).copy() if statistics.sums else None
+    activations: Activations | None = None
+    if at := statistics.activations:
+        activations = [
+            [
+                (_array(at[i], n_tokens, n_embd), _array(at[i + 1], n_tokens, n_embd)) if at[i] and at[i + 1] else None
+                for i in (4 * layer, 4 * layer + 2)
+            ]
+            for layer in range(n_layer)
+        ]
+    return StatisticsBatch(
+        dot=values[:, :, 0],
+        u_sq=values[:, :, 1],
+        v_sq=values[:, :, 2],
+        layer_dot=_array(statistics.layer_dot, n_layer, n_tokens).copy(),
+        sum_u=None if sums is None else sums[:, :, 0],
+        sum_v=None if sums is None else sums[:, :, 1],
+        positions=np.frombuffer(_ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy(),
+        phase=PHASES[statistics.phase],
+        activations=activations,
+    )

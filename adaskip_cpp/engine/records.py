@@ -1,0 +1,109 @@
+"""What a model tells of itself: its sublayers, counters, statistics, and what its online stage learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..model.plan import Phase
+from ..model.skip_set import Kind
+
+__all__ = ["Activations", "Counters", "OnlineResult", "StatisticsBatch", "Sublayer"]
+
+Activations: TypeAlias = "list[list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None]]"
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One sublayer of a model, as found in its compute graph.
+
+    Attributes:
+        layer: index from 0.
+        kind: "attention" or "ffn".
+        skippable: whether a plan may name it.
+        reason: why not, "" if it is skippable.
+        shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
+        window: tokens that an attention looks back at, 0 for all.
+    """
+
+    layer: int
+    kind: Kind
+    skippable: bool
+    reason: str
+    shape: int
+    window: int
+
+
+@dataclass(frozen=True)
+class StatisticsBatch:
+    """Per-token reductions of one ubatch, u and v being a sublayer's input and output, both with the residual.
+
+    All are NaN where a sublayer or layer was not observed.
+
+    Attributes:
+        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|².
+        layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output.
+        sum_u, sum_v: float32 [n_layer, 2, n_embd]: sums of u and v over the tokens; None if they were not asked for.
+        positions: int32 [n_tokens].
+        phase: "prefill" or "decode".
+        activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], None where a sublayer does not see every token;
+            valid until the sink returns. None if they were not asked for.
+    """
+
+    dot: npt.NDArray[np.float32]
+    u_sq: npt.NDArray[np.float32]
+    v_sq: npt.NDArray[np.float32]
+    layer_dot: npt.NDArray[np.float32]
+    sum_u: npt.NDArray[np.float32] | None
+    sum_v: npt.NDArray[np.float32] | None
+    positions: npt.NDArray[np.int32]
+    phase: Phase
+    activations: Activations | None = None
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What can be counted exactly about a context.
+
+    Attributes:
+        nodes_full: nodes of the last graph as llama.cpp built it.
+        nodes: nodes of the last graph as it was computed.
+        splits: parts of it that run on one device each.
+        graphs_built, graphs_reused: since the context was created.
+        kv_bytes: size of the context's memory (KV cache, recurrent state), all devices together.
+        statistics_bytes: bytes of statistics that the host read since the context was created.
+    """
+
+    nodes_full: int
+    nodes: int
+    splits: int
+    graphs_built: int
+    graphs_reused: int
+    kv_bytes: int
+    statistics_bytes: int
+
+
+@dataclass(frozen=True)
+class OnlineResult:
+    """What the online stage learned in one request.
+
+    Attributes:
+        window: tokens that it observes.
+        n_tokens: tokens that it has observed, fewer than the window in a short request.
+        similarity: float64 [n_layer], mean IO similarity of each FFN over them, NaN where not observed.
+        norm_ratio: float64 [n_layer], ||V||_F / ||U||_F over them, likewise.
+        scale: float64 [n_layer], what stands in for each FFN if it is added, likewise.
+        threshold: FFNs of at least this similarity are skipped.
+        ffn: layers whose FFN was added to the decode set, () while the window is not full.
+    """
+
+    window: int
+    n_tokens: int
+    similarity: npt.NDArray[np.float64]
+    norm_ratio: npt.NDArray[np.float64]
+    scale: npt.NDArray[np.float64]
+    threshold: float
+    ffn: tuple[int, ...]

@@ -1,0 +1,57 @@
+"""Saved states that know what they were saved from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llama_cpp.llama import LlamaState
+
+from ..errors import StateError
+from ..model.identity import ModelInfo
+
+if TYPE_CHECKING:
+    from .llama import AdaSkipLlama
+
+__all__ = ["AdaSkipState", "check_state"]
+
+
+class AdaSkipState(LlamaState):
+    """A saved state that knows which model it is of. What its positions were computed under is in llama.cpp's own part.
+
+    Attributes:
+        model: what it was saved from.
+        elided_kv: layers whose attention has no KV at all.
+    """
+
+    model: ModelInfo
+    elided_kv: tuple[int, ...]
+
+    @classmethod
+    def of(cls, state: LlamaState, **ours: Any) -> AdaSkipState:
+        """The same state, with what only we know."""
+        result = cls.__new__(cls)
+        result.__dict__.update(vars(state), **ours)
+        return result
+
+
+def check_state(state: LlamaState, llm: AdaSkipLlama) -> None:
+    """Refuse a state that is of another model, other context settings or another KV layout than ``llm``.
+
+    Raises:
+        StateError: it is.
+    """
+    differences = state.model.differences(llm.model_info) if isinstance(state, AdaSkipState) else []
+    if differences:
+        raise StateError(
+            f"the state was saved from another model: {'; '.join(differences)}; load it into the model that it was "
+            "saved from."
+        )
+    if (state.elided_kv if isinstance(state, AdaSkipState) else ()) != llm.elided_kv:
+        raise StateError(
+            "the state was saved with KV for other layers; load it into a model that was opened with the same plan=, "
+            "or without one where this was."
+        )
+    if state.input_ids.shape != llm.input_ids.shape or state.scores.shape != llm.scores[: state.n_tokens].shape:
+        raise StateError(
+            "the state was saved with another n_ctx, n_batch or logits_all; open the model with the same settings."
+        )
