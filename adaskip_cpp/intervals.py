@@ -25,28 +25,20 @@ import numpy.typing as npt
 
 from .errors import DataError
 
-__all__ = ["Interval", "mean_error", "mean_interval", "ratio_interval"]
-
+_Array: TypeAlias = "npt.NDArray[np.float64]"
 _Values: TypeAlias = "Sequence[float] | npt.NDArray[np.float64]"
 
 _N_DRAWS = 2000
 _TRIM = 0.2
 """Share of the log ratios dropped at either end: one disturbed run in ten leaves the result alone, and where none is
 disturbed the mean of the rest is sharper than the median."""
-_LEVEL = 0.975
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t of that level with 1 to 10 degrees of freedom."""
+"""Quantile of Student's t at 97.5% with 1 to 10 degrees of freedom."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95% interval.
-
-    Attributes:
-        value: the estimate.
-        low, high: ends of the interval; NaN where there are fewer than 2 measurements.
-        n: measurements that it rests on.
-    """
+    """An estimate, its 95% interval (NaN from fewer than 2 measurements), and the number of measurements."""
 
     value: float
     low: float
@@ -61,15 +53,8 @@ class Interval:
 def ratio_interval(a: _Values, b: _Values, *, seed: int = 0) -> Interval:
     """Return the ratio ``a / b``, pair by pair: a slow moment that hits both sides of a pair cancels out.
 
-    The value is the mean of the log ratios without the fifth at either end, as a ratio again. ``ratio_interval(b, a)``
-    is its reciprocal.
-
-    Args:
-        a, b: positive measurements [n], ``a[i]`` and ``b[i]`` of the same round.
-        seed: of the bootstrap.
-
-    Raises:
-        DataError: the sides differ in length, are empty, or hold anything but positive finite numbers.
+    ``a[i]`` and ``b[i]``, positive, are of the same round. The value is the mean of the log ratios without the fifth at
+    either end, as a ratio again. ``ratio_interval(b, a)`` is its reciprocal.
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.ndim != 1 or first.shape != second.shape or len(first) == 0:
@@ -84,53 +69,37 @@ def ratio_interval(a: _Values, b: _Values, *, seed: int = 0) -> Interval:
 
 
 def mean_error(values: _Values) -> tuple[float, float]:
-    """Return the mean of independent values and its standard error, NaN of fewer than 2 values.
-
-    Raises:
-        DataError: there are no values.
-    """
-    x = _values(values)
+    """Return the mean of independent values and its standard error, NaN of fewer than 2 values."""
+    x = _items(values)
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
 def mean_interval(values: _Values, *, seed: int = 0) -> Interval:
-    """Return the mean of independent values and its interval.
+    """Return the mean of independent values, one per item (items, not tokens, are independent), and its interval.
 
     It cannot know what it has not seen: of five right answers out of five the interval is 1 to 1, and of values with a
     long tail it is too narrow until there are about 60. So say the number of items beside it.
-
-    Args:
-        values: one per item [n]; items, not tokens, are what is independent.
-        seed: of the bootstrap.
-
-    Raises:
-        DataError: there are no values.
     """
-    return _interval(_values(values), lambda x: np.asarray(x.mean(axis=-1)), seed)
+    return _interval(_items(values), lambda x: np.asarray(x.mean(axis=-1)), seed)
 
 
-def _values(values: _Values) -> npt.NDArray[np.float64]:
+def _items(values: _Values) -> _Array:
     x = np.asarray(values, np.float64)
     if x.ndim != 1 or len(x) == 0:
         raise DataError(f"there is no mean of values of the shape {x.shape}; give at least one item")
     return x
 
 
-def _trimmed_mean(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Mean over the last axis without the lowest and the highest fifth."""
-    n = x.shape[-1]
-    k = int(_TRIM * n)
-    return np.asarray(np.sort(x, axis=-1)[..., k : n - k].mean(axis=-1))
+def _trimmed_mean(x: _Array) -> _Array:
+    k = int(_TRIM * x.shape[-1])
+    return np.asarray(np.sort(x, axis=-1)[..., k : x.shape[-1] - k].mean(axis=-1))
 
 
-def _interval(
-    x: npt.NDArray[np.float64], estimate: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]], seed: int
-) -> Interval:
+def _interval(x: _Array, estimate: Callable[[_Array], _Array], seed: int) -> Interval:
     n, value = len(x), float(estimate(x))
     if n < 2:
         return Interval(value, math.nan, math.nan, n)
-    rng = np.random.default_rng(seed)
-    draws = estimate(x[rng.integers(0, n, (_N_DRAWS, n))])
+    draws = estimate(x[np.random.default_rng(seed).integers(0, n, (_N_DRAWS, n))])
     widening = _student_t(n - 1) * math.sqrt(n / (n - 1))
     half = widening * float(draws.std())
     tail = NormalDist().cdf(-widening)
@@ -142,7 +111,5 @@ def _student_t(df: int) -> float:
     """Quantile of Student's t at 97.5%: tables, then the expansion of Abramowitz and Stegun, 26.7.5."""
     if df <= len(_T):
         return _T[df - 1]
-    z = NormalDist().inv_cdf(_LEVEL)
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + g1 / df + g2 / df**2
+    z = NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / 4 / df + (5 * z**5 + 16 * z**3 + 3 * z) / 96 / df**2

@@ -7,8 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["BUSY", "physical_cores"]
-
 BUSY = 0.5
 """Load average of a minute, in CPUs, from which a machine counts as busy: other programs disturb what is timed."""
 
@@ -25,23 +23,17 @@ def physical_cores() -> int:
 
 
 def _linux() -> int:
-    allowed = os.sched_getaffinity(0)
     cores = set()
-    for cpu in allowed:
+    for cpu in os.sched_getaffinity(0):
         try:
             cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
             cores.add(str(cpu))
-    return max(min(len(cores), _cgroup_quota() or len(cores)), 1)
-
-
-def _cgroup_quota() -> int | None:
-    """Return a container's limit in whole CPUs, rounded up; None without one."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else -(-int(quota) // int(period))
-    except (OSError, ValueError):
-        return None
+    try:  # a container's limit, rounded up to whole CPUs
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return min(len(cores), -(-quota // period))
+    except (OSError, ValueError):  # no container, or "max": no limit
+        return len(cores)
 
 
 def _darwin() -> int | None:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-__all__ = ["N_SETTLE", "RequestTime", "in_turn", "time_request"]
-
 N_SETTLE = 2
 """Tokens at the beginning of decode that are not counted: the first builds the phase's graph, the second reuses it
 while caches are still cold."""
@@ -24,12 +22,7 @@ while caches are still cold."""
 
 @dataclass(frozen=True)
 class RequestTime:
-    """How long one request took.
-
-    Attributes:
-        first_token_s: seconds from the call to the first token, of a prompt of which nothing was cached.
-        token_s: seconds of each token behind it, in order.
-    """
+    """Seconds from the call to the first token, of a prompt of which nothing was cached, and of each one behind it."""
 
     first_token_s: float
     token_s: tuple[float, ...]
@@ -42,15 +35,10 @@ class RequestTime:
 
 
 def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
-    """Time a prompt and the tokens that follow it, chosen greedily, on past the end of the text.
+    """Time a prompt and the ``n_decode`` tokens behind the first, chosen greedily, on past the end of the text.
 
-    Whatever the model has cached is forgotten first, and what it caches here stays. Sampling reads the logits, so a GPU
-    has finished whenever the clock is read.
-
-    Args:
-        llm: a ``llama_cpp.Llama``, stock or ours; ``len(prompt) + n_decode`` tokens must fit into its context.
-        prompt: token ids, at least one.
-        n_decode: tokens to time behind the first one.
+    Whatever the model, stock or ours, has cached is forgotten first, and what it caches here stays. Sampling reads the
+    logits, so a GPU has finished whenever the clock is read.
     """
     tokens = list(prompt)
     llm.reset()
@@ -75,5 +63,4 @@ def in_turn(n: int, n_round: int) -> list[int]:
 
     A machine that grows slower within a round then hits the first as often as the last.
     """
-    order = list(range(n))
-    return order[::-1] if n_round % 2 else order
+    return list(range(n))[:: -1 if n_round % 2 else 1]

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..model.skip_set import KIND_NAMES
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["print_heatmap", "print_series"]
-
-_ROWS = ("attention", "FFN")
 _LABEL_WIDTH = 11
 _CELL = 2
 _BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "01234567"
@@ -28,15 +27,10 @@ _ANCHORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), 
 def print_heatmap(
     console: Console, similarity: npt.NDArray[np.float64], skip: npt.NDArray[np.bool_] | None = None
 ) -> None:
-    """Print the IO similarity of every sublayer, two rows of one cell per layer, with a legend.
+    """Print the IO similarity ``[n_layer, 2]`` of every sublayer, two rows of one cell per layer, with a legend.
 
-    On a terminal a cell is a colour, elsewhere a digit from 0 (least similar) to 9; ``x`` marks a skipped sublayer and
-    ``-`` one that cannot be skipped.
-
-    Args:
-        console: where to print; its width decides how many layers stand on a line.
-        similarity: float64 ``[n_layer, 2]``, NaN where not skippable.
-        skip: bool ``[n_layer, 2]``, the sublayers to mark.
+    On a terminal a cell is a colour, elsewhere a digit from 0 (least similar) to 9; ``x`` marks a sublayer of ``skip``,
+    ``-`` one that cannot be skipped, whose similarity is NaN.
     """
     from rich.text import Text
 
@@ -53,7 +47,7 @@ def print_heatmap(
         layers = range(start, min(start + per_line, n_layer))
         header = "".join(f"{layer:<{5 * _CELL}}" for layer in layers[::5])
         console.print(Text("layer".ljust(_LABEL_WIDTH) + header[: len(layers) * _CELL + 2].rstrip(), style="dim"))
-        for kind, name in enumerate(_ROWS):
+        for kind, name in enumerate(KIND_NAMES):
             cells = (_cell(level[layer, kind], marked[layer, kind], colour) for layer in layers)
             console.print(Text.assemble(name.ljust(_LABEL_WIDTH), *cells, no_wrap=True))
     console.print(
@@ -66,7 +60,6 @@ def print_heatmap(
 
 
 def _cell(level: float, marked: bool, colour: bool) -> tuple[str, str]:
-    """Return a cell's text and style."""
     if np.isnan(level):
         return "- ", "dim"
     if not colour:
@@ -79,11 +72,7 @@ def _cell(level: float, marked: bool, colour: bool) -> tuple[str, str]:
 def print_series(out: Console, series: Mapping[str, npt.NDArray[np.float64]]) -> None:
     """Print a row of blocks for each series, one per value, with its lowest and its highest value.
 
-    Where the terminal's encoding has no blocks, digits from 0 to 7 stand for them; ``-`` is what has no value.
-
-    Args:
-        out: where to print.
-        series: float64 ``[n]`` by name, NaN for no value.
+    Where the terminal's encoding has no blocks, digits from 0 to 7 stand for them; ``-`` is what has no value, NaN.
     """
     from rich.text import Text
 

@@ -10,8 +10,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,41 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "GRID",
-    "INK",
-    "KIND",
-    "LEGEND_PT",
-    "OTHERS",
-    "PHASE",
-    "STRATEGY",
-    "TEXT_PT",
-    "Look",
-    "figure",
-    "has_matplotlib",
-    "legend",
-    "other",
-    "panels",
-    "save",
-    "title",
-    "to_svg",
-]
-
 INK = "#1b1b1d"
 """Text, axes and what is drawn in black. :func:`to_svg` turns it into the text colour of the page around it."""
 
-GRID = "#9a9a9a"
-"""Grid lines, drawn thin: to be seen on white and on black."""
-
+GRID = "#9a9a9a"  # drawn thin: to be seen on white and on black
 TEXT_PT = 9.0
-LEGEND_PT = 8.0
-
-_DPI = 200
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one series looks, in matplotlib's terms: ``axes.plot(x, y, **look.line)``."""
+    """How one series looks, for ``axes.plot`` and ``axes.errorbar``: ``axes.plot(x, y, **look.line)``."""
 
     colour: str
     marker: str
@@ -65,55 +39,43 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Arguments for ``axes.plot`` and ``axes.errorbar``."""
         return {**self.points, "linestyle": self.style, "linewidth": 1.4}
 
     @property
     def points(self) -> dict[str, Any]:
-        """Arguments for points without a line between them; also for ``axes.errorbar``."""
-        return {
-            "color": self.colour,
-            "marker": self.marker,
-            "markersize": 4.5 if self.marker not in "*P" else 6.0,
-            "markeredgewidth": 0.0 if self.marker not in "x+" else 1.4,
-            "linestyle": "none",
-        }
+        """Without a line between them."""
+        size = 6.0 if self.marker in "*P" else 4.5
+        look = {"color": self.colour, "marker": self.marker, "markersize": size, "markeredgewidth": 0.0}
+        return {**look, "linestyle": "none"}
 
 
 _DASHES, _DOTS = (0.0, (4.0, 1.6)), (0.0, (1.2, 1.4))
 _DASH_DOT, _LONG = (0.0, (5.0, 1.4, 1.2, 1.4)), (0.0, (7.0, 2.0))
 
-BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-SKY, PURPLE = "#56B4E9", "#CC79A7"
+_BLUE, _VERMILION = Look("#0072B2", "o", "-"), Look("#D55E00", "s", _DASHES)
+_GREEN, _PURPLE = Look("#009E73", "D", _DASH_DOT), Look("#CC79A7", "v", _DOTS)
+_ORANGE, _SKY = Look("#E69F00", "^", _DASH_DOT), Look("#56B4E9", "P", _LONG)
 
-KIND = {
-    "attention": Look(BLUE, "o", "-"),
-    "FFN": Look(VERMILION, "s", _DASHES),
-    "layer": Look(GREEN, "D", "-"),
-}
-"""The two kinds of sublayer, and whole layers."""
-
-PHASE = {"prefill": Look(BLUE, "o", "-"), "decode": Look(ORANGE, "^", _DASHES)}
-
+KIND = {"attention": _BLUE, "FFN": _VERMILION, "layer": replace(_GREEN, style="-")}
+PHASE = {"prefill": _BLUE, "decode": replace(_ORANGE, style=_DASHES)}
 STRATEGY = {
     "full": Look(INK, "*", "-"),
-    "adaskip": Look(BLUE, "o", "-"),
-    "paper": Look(SKY, "P", _LONG),
-    "manual": Look(GREEN, "D", _DASH_DOT),
-    "early_exit": Look(VERMILION, "s", _DASHES),
-    "skip_decode": Look(PURPLE, "v", _DOTS),
-    "unified_skipping": Look(ORANGE, "^", _DASH_DOT),
+    "adaskip": _BLUE,
+    "paper": _SKY,
+    "manual": _GREEN,
+    "early_exit": _VERMILION,
+    "skip_decode": _PURPLE,
+    "unified_skipping": _ORANGE,
 }
 """Strategies by their names in :data:`adaskip_cpp.planning.strategies.STRATEGIES`; ``full`` is the whole model,
 ``paper`` AdaSkip in the paper's exact mode."""
-
-OTHERS: Sequence[Look] = (
-    Look(BLUE, "o", "-"),
-    Look(VERMILION, "s", _DASHES),
-    Look(GREEN, "D", _DASH_DOT),
-    Look(ORANGE, "^", _DOTS),
-    Look(PURPLE, "v", _LONG),
-    Look(SKY, "P", _DASH_DOT),
+OTHERS = (
+    _BLUE,
+    _VERMILION,
+    _GREEN,
+    replace(_ORANGE, style=_DOTS),
+    replace(_PURPLE, style=_LONG),
+    replace(_SKY, style=_DASH_DOT),
     Look(INK, "X", "-"),
 )
 """For series without a name of their own (models, plans), see :func:`other`."""
@@ -142,15 +104,9 @@ def figure(**size: float) -> tuple[Figure, Axes]:
 def panels(
     n_rows: int, n_columns: int, *, width_in: float = 6.5, height_in: float = 3.4, **share: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return an empty picture with several pairs of axes, row by row.
+    """Return an empty picture with several pairs of axes, row by row; ``share`` is for ``Figure.subplots``.
 
-    Args:
-        n_rows, n_columns: of axes.
-        width_in, height_in: inches; 6.5 is the width of a page's text, and text then is 9 points.
-        **share: for ``Figure.subplots``: ``sharex``, ``sharey``, ``height_ratios``, ``width_ratios``.
-
-    Raises:
-        PackageMissingError: matplotlib is not installed.
+    6.5 inches are the width of a page's text, and text then is 9 points.
     """
     try:
         from matplotlib.figure import Figure
@@ -175,7 +131,7 @@ def panels(
 
 def legend(of: Axes | Figure, **options: Any) -> None:
     """Draw the legend of the labelled series, without a frame; options as for ``axes.legend`` or ``fig.legend``."""
-    of.legend(**{"frameon": False, "fontsize": LEGEND_PT, "labelcolor": INK, "handlelength": 3.0, **options})
+    of.legend(**{"frameon": False, "fontsize": 8.0, "labelcolor": INK, "handlelength": 3.0, **options})
 
 
 def title(axes: Axes, text: str) -> None:
@@ -184,17 +140,9 @@ def title(axes: Axes, text: str) -> None:
 
 
 def save(fig: Figure, folder: str | os.PathLike[str], name: str) -> list[Path]:
-    """Write a picture as ``name.png`` (200 dpi) and ``name.svg``, on white, and return their paths.
+    """Write a picture as ``name.png`` (200 dpi) and ``name.svg``, on white, into a folder that is made where missing.
 
     The same picture gives the same bytes with the same release of matplotlib. Text in the SVG is drawn as outlines.
-
-    Args:
-        fig: the picture.
-        folder: made where it is missing.
-        name: of the files, without an ending.
-
-    Raises:
-        OSError: a file cannot be written.
     """
     os.makedirs(folder, exist_ok=True)
     contents = {Path(folder, f"{name}.{form}"): _render(fig, form) for form in ("png", "svg")}
@@ -204,14 +152,10 @@ def save(fig: Figure, folder: str | os.PathLike[str], name: str) -> list[Path]:
 
 
 def to_svg(fig: Figure, *, name: str = "") -> str:
-    """Return a picture as an ``<svg>`` element to put into a page of HTML.
+    """Return a picture as an ``<svg>`` element to put into a page of HTML; ``name`` is for those who cannot see it.
 
     It has no background, and what is drawn in :data:`INK` takes the page's text colour, so that it reads on light and
     on dark. Text stays text, in the page's type. Identifiers are its own, so that several pictures may stand in a page.
-
-    Args:
-        fig: the picture.
-        name: what the picture shows, for those who cannot see it.
     """
     svg = _render(fig, "svg", fonttype="none").decode("utf-8")
     svg = svg[svg.index("<svg") :].rstrip()
@@ -228,9 +172,8 @@ def _render(fig: Figure, form: str, fonttype: str = "path") -> bytes:
     import matplotlib
 
     content = io.BytesIO()
-    settings: Any = {"svg.hashsalt": "adaskip-cpp", "svg.fonttype": fonttype}
     metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
-    face = "none" if form == "svg" and fonttype == "none" else "white"
-    with matplotlib.rc_context(settings):
-        fig.savefig(content, format=form, dpi=_DPI, metadata=metadata, facecolor=face)
+    face = "none" if fonttype == "none" else "white"
+    with matplotlib.rc_context({"svg.hashsalt": "adaskip-cpp", "svg.fonttype": fonttype}):
+        fig.savefig(content, format=form, dpi=200, metadata=metadata, facecolor=face)
     return content.getvalue()

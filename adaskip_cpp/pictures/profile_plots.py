@@ -10,7 +10,7 @@ Every function takes profiles by the name to show, at least one, and raises Pack
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
     from ..model.plan import SkipPlan
     from ..planning.profile import Profile
 
-__all__ = ["layers", "phases", "plan_strip", "sublayers"]
-
-_CLOSEST = 1e-4
-"""Similarities nearer to 1 than this are drawn here."""
+_CLOSEST = 1e-4  # similarities nearer to 1 are drawn here
 _TICKS = (-1, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+_HATCH = "/////"
 
 
 def layers(profiles: Mapping[str, Profile]) -> Figure:
@@ -77,15 +75,14 @@ def phases(profiles: Mapping[str, Profile]) -> Figure:
         _scale(*both)
     plots.legend(every[1], loc="lower center")
     if len(profiles) == 1:
-        fig.suptitle(next(iter(profiles)), fontsize=plots.TEXT_PT + 1, color=plots.INK, x=0.02, ha="left")
+        fig.suptitle(*profiles, fontsize=plots.TEXT_PT + 1, color=plots.INK, x=0.02, ha="left")
     return fig
 
 
 def plan_strip(name: str, plan: SkipPlan) -> Figure:
-    """Draw a plan as two rows of cells, attention and FFN, one cell per layer, with a name above it.
+    """Draw a plan as two rows of cells, attention and FFN, one cell per layer; a schedule shows its last set.
 
-    Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty. A schedule shows its last
-    set.
+    Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty.
     """
     fig, axes = plots.figure(height_in=1.5)
     from matplotlib.patches import Patch, Rectangle
@@ -98,13 +95,12 @@ def plan_strip(name: str, plan: SkipPlan) -> Figure:
     axes.tick_params(length=0)
     for layer, column in np.ndindex(plan.n_layer, 2):
         colour = plots.KIND[KIND_NAMES[column]].colour
-        in_prefill, in_decode = plan.prefill.skip[layer, column], decode.skip[layer, column]
-        look: dict[str, Any] = {
-            "facecolor": colour if in_prefill else "none",
-            "edgecolor": colour if in_decode else plots.GRID,
-        }
-        hatch, width = "/////" if in_decode and not in_prefill else None, 0.9 if in_decode else 0.6
-        axes.add_patch(Rectangle((layer - 0.42, column + 0.1), 0.84, 0.8, hatch=hatch, linewidth=width, **look))
+        cell = Rectangle((layer - 0.42, column + 0.1), 0.84, 0.8, facecolor="none", edgecolor=plots.GRID, linewidth=0.6)
+        if plan.prefill.skip[layer, column]:
+            cell.set_facecolor(colour)
+        if decode.skip[layer, column]:
+            cell.set(edgecolor=colour, linewidth=0.9, hatch=None if plan.prefill.skip[layer, column] else _HATCH)
+        axes.add_patch(cell)
     axes.set_xticks(_ticks(plan.n_layer))
     axes.set_xlabel("layer")
     online = ", and FFNs that each answer adds" if plan.online is not None else ""
@@ -114,7 +110,7 @@ def plan_strip(name: str, plan: SkipPlan) -> Figure:
     if n_prefill != n_decode:
         cells = [
             Patch(facecolor=plots.GRID, edgecolor=plots.GRID, label="skipped in prefill and decode"),
-            Patch(facecolor="none", edgecolor=plots.GRID, hatch="/////", label="in decode only"),
+            Patch(facecolor="none", edgecolor=plots.GRID, hatch=_HATCH, label="in decode only"),
         ]
         plots.legend(axes, handles=cells, loc="upper left", bbox_to_anchor=(0, -0.35), ncols=2, handlelength=1.5)
     return fig
