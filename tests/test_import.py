@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import adaskip_cpp
+from adaskip_cpp.engine import binding as _binding
 from adaskip_cpp.engine import library as _library
-from adaskip_cpp.engine import native as _native
 from adaskip_cpp.errors import LibraryVersionError
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
@@ -209,8 +209,8 @@ def test_header_is_installed() -> None:
 )
 def test_a_library_of_another_layout_is_refused_when_it_is_loaded(differs: dict[str, Any], wanted: str) -> None:
     names = ("ADASKIP_ABI_VERSION", "adaskip_abi_version", "ggml_tensor_overhead", "adaskip_ggml_tensor_overhead")
-    lib = SimpleNamespace(**{name: getattr(_native._lib, name) for name in names})
-    _native._check_build(lib)
+    lib = SimpleNamespace(**{name: getattr(_binding.lib, name) for name in names})
+    _binding.check_build(lib)
     vars(lib).update(differs)
     with pytest.raises(LibraryVersionError, match=wanted):
-        _native._check_build(lib)
+        _binding.check_build(lib)

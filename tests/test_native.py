@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from bare_plan import bare_plan
 
-from adaskip_cpp.engine.native import _ffi, _lib, elide_kv
+from adaskip_cpp.engine.binding import ffi, lib
+from adaskip_cpp.engine.native import elide_kv
 
 OK, ARGUMENT = 0, -1
 NOT_SKIPPABLE, COMPENSATION, KV_ELIDED = -2, -3, -5
@@ -24,15 +25,15 @@ def llm(tiny: Callable[..., Path], open_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def ctx(llm: Any) -> Any:
-    return _ffi.cast("struct llama_context *", llm.ctx)
+    return ffi.cast("struct llama_context *", llm.ctx)
 
 
 NOTHING, FFN_1, ATTENTION_1 = [0] * 6, [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]
 
 
 def skip_set(skip: Any, scale: Any, n_layer: int = 3) -> tuple[Any, Any]:
-    arrays = _ffi.new("uint8_t[]", list(skip)), _ffi.new("float[]", list(scale))
-    result = _ffi.new("struct adaskip_set *")
+    arrays = ffi.new("uint8_t[]", list(skip)), ffi.new("float[]", list(scale))
+    result = ffi.new("struct adaskip_set *")
     result.n_layer, result.skip, result.scale = n_layer, *arrays
     return result, arrays
 
@@ -40,7 +41,7 @@ def skip_set(skip: Any, scale: Any, n_layer: int = 3) -> tuple[Any, Any]:
 def vectors(values: Any, n_embd: int = 64, skip: Any = (0, 0, 1, 1, 0, 0)) -> tuple[Any, Any]:
     """A set that skips layer 1, with the same vector values everywhere."""
     result, arrays = skip_set(skip, [1] * 6)
-    data = _ffi.new("float[]", list(values) * 6)
+    data = ffi.new("float[]", list(values) * 6)
     result.n_embd, result.bias = n_embd, data
     return result, (arrays, data)
 
@@ -50,64 +51,62 @@ def maps(
 ) -> tuple[Any, Any]:
     """A set with low-rank maps that are ``value`` everywhere."""
     result, arrays = skip_set(skip, [1] * 6)
-    data = _ffi.new("float[]", [value] * (6 * abs(n_rank * n_embd) or 1))
+    data = ffi.new("float[]", [value] * (6 * abs(n_rank * n_embd) or 1))
     result.n_embd, result.n_rank = n_embd, n_rank
-    result.down, result.up = data if down else _ffi.NULL, data if up else _ffi.NULL
+    result.down, result.up = data if down else ffi.NULL, data if up else ffi.NULL
     return result, (arrays, data)
 
 
 def prefill(ctx: Any, chosen: Any) -> int:
     """Sets a plan with this set in prefill alone."""
-    return int(_lib.adaskip_set_plan(ctx, _ffi.new("struct adaskip_plan *", {"prefill": chosen})))
+    return int(lib.adaskip_set_plan(ctx, ffi.new("struct adaskip_plan *", {"prefill": chosen})))
 
 
 def decode(ctx: Any, chosen: Any) -> int:
     """Sets a plan with this set in both phases."""
-    steps = _ffi.new("struct adaskip_step[]", [(0, chosen[0])])
+    steps = ffi.new("struct adaskip_step[]", [(0, chosen[0])])
     return int(
-        _lib.adaskip_set_plan(
-            ctx, _ffi.new("struct adaskip_plan *", {"prefill": chosen, "decode": steps, "n_decode": 1})
-        )
+        lib.adaskip_set_plan(ctx, ffi.new("struct adaskip_plan *", {"prefill": chosen, "decode": steps, "n_decode": 1}))
     )
 
 
 def schedule(ctx: Any, starts: Any, *skips: Any, n: int | None = None) -> int:
     """Sets a plan with sets of these flags in decode, and the first in prefill."""
     parts = [skip_set(skip, [1] * len(skip), len(skip) // 2) for skip in skips]
-    plan = _ffi.new("struct adaskip_plan *", {"n_decode": len(parts) if n is None else n})
+    plan = ffi.new("struct adaskip_plan *", {"n_decode": len(parts) if n is None else n})
     if parts:
-        steps = _ffi.new("struct adaskip_step[]", [(start, part[0][0]) for start, part in zip(starts, parts)])  # noqa: B905
+        steps = ffi.new("struct adaskip_step[]", [(start, part[0][0]) for start, part in zip(starts, parts)])  # noqa: B905
         plan.decode, plan.prefill = steps, parts[0][0]
-    return int(_lib.adaskip_set_plan(ctx, plan))
+    return int(lib.adaskip_set_plan(ctx, plan))
 
 
 def online(ctx: Any, window: int, threshold: float, scale: int) -> int:
-    params = _ffi.new("struct adaskip_online_params *", {"window": window, "threshold": threshold, "scale": scale})
-    return int(_lib.adaskip_set_plan(ctx, _ffi.new("struct adaskip_plan *", {"online": params})))
+    params = ffi.new("struct adaskip_online_params *", {"window": window, "threshold": threshold, "scale": scale})
+    return int(lib.adaskip_set_plan(ctx, ffi.new("struct adaskip_plan *", {"online": params})))
 
 
 def message() -> str:
-    return str(_ffi.string(_lib.adaskip_last_error()).decode())
+    return str(ffi.string(lib.adaskip_last_error()).decode())
 
 
-@_ffi.callback("adaskip_statistics_callback")  # type: ignore[untyped-decorator]
+@ffi.callback("adaskip_statistics_callback")  # type: ignore[untyped-decorator]
 def ignore(statistics: Any, user_data: Any) -> None:
     pass
 
 
 BAD_CALLS = {
-    "no context": lambda ctx: _lib.adaskip_n_layer(_ffi.NULL),
-    "no context for a plan": lambda ctx: _lib.adaskip_set_plan(_ffi.NULL, _ffi.NULL),
-    "no context for counters": lambda ctx: _lib.adaskip_get_counters(_ffi.NULL, _ffi.new("struct adaskip_counters *")),
-    "no counters": lambda ctx: _lib.adaskip_get_counters(ctx, _ffi.NULL),
-    "an unknown phase": lambda ctx: _lib.adaskip_set_phase(ctx, 2),
-    "a negative phase": lambda ctx: _lib.adaskip_set_phase(ctx, -1),
+    "no context": lambda ctx: lib.adaskip_n_layer(ffi.NULL),
+    "no context for a plan": lambda ctx: lib.adaskip_set_plan(ffi.NULL, ffi.NULL),
+    "no context for counters": lambda ctx: lib.adaskip_get_counters(ffi.NULL, ffi.new("struct adaskip_counters *")),
+    "no counters": lambda ctx: lib.adaskip_get_counters(ctx, ffi.NULL),
+    "an unknown phase": lambda ctx: lib.adaskip_set_phase(ctx, 2),
+    "a negative phase": lambda ctx: lib.adaskip_set_phase(ctx, -1),
     "a plan of another length": lambda ctx: prefill(ctx, skip_set([0] * 8, [1] * 8, 4)[0]),
     "a plan of negative length": lambda ctx: decode(ctx, skip_set([0] * 6, [1] * 6, -3)[0]),
-    "a plan without arrays": lambda ctx: prefill(ctx, _ffi.new("struct adaskip_set *", {"n_layer": 3})),
-    "a plan's tag into nothing": lambda ctx: _lib.adaskip_get_plan_tag(ctx, _ffi.NULL),
-    "sublayers into nothing": lambda ctx: _lib.adaskip_sublayers(ctx, _ffi.NULL, 6),
-    "sublayers into too little": lambda ctx: _lib.adaskip_sublayers(ctx, _ffi.new("struct adaskip_sublayer[5]"), 5),
+    "a plan without arrays": lambda ctx: prefill(ctx, ffi.new("struct adaskip_set *", {"n_layer": 3})),
+    "a plan's tag into nothing": lambda ctx: lib.adaskip_get_plan_tag(ctx, ffi.NULL),
+    "sublayers into nothing": lambda ctx: lib.adaskip_sublayers(ctx, ffi.NULL, 6),
+    "sublayers into too little": lambda ctx: lib.adaskip_sublayers(ctx, ffi.new("struct adaskip_sublayer[5]"), 5),
     "a plan with shorter vectors": lambda ctx: prefill(ctx, vectors([0.0] * 63, 63)[0]),
     "a plan with vectors of no length": lambda ctx: decode(ctx, vectors([0.0], 0)[0]),
     "a plan with vectors of negative length": lambda ctx: decode(ctx, vectors([0.0], -64)[0]),
@@ -117,7 +116,7 @@ BAD_CALLS = {
     "a map of negative rank": lambda ctx: decode(ctx, maps(-2)[0]),
     "a map of shorter vectors": lambda ctx: prefill(ctx, maps(2, 63)[0]),
     "a map of vectors of no length": lambda ctx: decode(ctx, maps(2, 0)[0]),
-    "a schedule of no context": lambda ctx: schedule(_ffi.NULL, [0], NOTHING),
+    "a schedule of no context": lambda ctx: schedule(ffi.NULL, [0], NOTHING),
     "a schedule without sets": lambda ctx: schedule(ctx, [0], n=1),
     "a schedule of negative length": lambda ctx: schedule(ctx, [0], NOTHING, n=-1),
     "a schedule that does not start at 0": lambda ctx: schedule(ctx, [1], NOTHING),
@@ -131,30 +130,28 @@ BAD_CALLS = {
     "an online threshold without end": lambda ctx: online(ctx, 20, float("inf"), 1),
     "an unknown online scale": lambda ctx: online(ctx, 20, 0.5, 3),
     "a negative online scale": lambda ctx: online(ctx, 20, 0.5, -1),
-    "what was learned of no context": lambda ctx: _lib.adaskip_get_online(
-        _ffi.NULL, _ffi.new("struct adaskip_online_state *")
+    "what was learned of no context": lambda ctx: lib.adaskip_get_online(
+        ffi.NULL, ffi.new("struct adaskip_online_state *")
     ),
-    "what was learned into nothing": lambda ctx: _lib.adaskip_get_online(ctx, _ffi.NULL),
-    "a request of no context": lambda ctx: _lib.adaskip_begin_request(_ffi.NULL),
-    "elided KV of no context": lambda ctx: _lib.adaskip_get_elided_kv(_ffi.NULL, _ffi.new("uint8_t[3]"), 3),
-    "elided KV into nothing": lambda ctx: _lib.adaskip_get_elided_kv(ctx, _ffi.NULL, 3),
-    "elided KV into too little": lambda ctx: _lib.adaskip_get_elided_kv(ctx, _ffi.new("uint8_t[2]"), 2),
-    "elided KV of no layers": lambda ctx: _lib.adaskip_elide_kv(_ffi.new("uint8_t[3]"), 0),
-    "elided KV of negative layers": lambda ctx: _lib.adaskip_elide_kv(_ffi.NULL, -1),
-    "unknown statistics": lambda ctx: _lib.adaskip_set_statistics(ctx, ON | 16, ignore, _ffi.NULL),
-    "negative statistics": lambda ctx: _lib.adaskip_set_statistics(ctx, -1, ignore, _ffi.NULL),
-    "flags of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(ctx, VECTORS, ignore, _ffi.NULL),
-    "activations of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(
-        ctx, ACTIVATIONS, ignore, _ffi.NULL
+    "what was learned into nothing": lambda ctx: lib.adaskip_get_online(ctx, ffi.NULL),
+    "a request of no context": lambda ctx: lib.adaskip_begin_request(ffi.NULL),
+    "elided KV of no context": lambda ctx: lib.adaskip_get_elided_kv(ffi.NULL, ffi.new("uint8_t[3]"), 3),
+    "elided KV into nothing": lambda ctx: lib.adaskip_get_elided_kv(ctx, ffi.NULL, 3),
+    "elided KV into too little": lambda ctx: lib.adaskip_get_elided_kv(ctx, ffi.new("uint8_t[2]"), 2),
+    "elided KV of no layers": lambda ctx: lib.adaskip_elide_kv(ffi.new("uint8_t[3]"), 0),
+    "elided KV of negative layers": lambda ctx: lib.adaskip_elide_kv(ffi.NULL, -1),
+    "unknown statistics": lambda ctx: lib.adaskip_set_statistics(ctx, ON | 16, ignore, ffi.NULL),
+    "negative statistics": lambda ctx: lib.adaskip_set_statistics(ctx, -1, ignore, ffi.NULL),
+    "flags of statistics that are off": lambda ctx: lib.adaskip_set_statistics(ctx, VECTORS, ignore, ffi.NULL),
+    "activations of statistics that are off": lambda ctx: lib.adaskip_set_statistics(
+        ctx, ACTIVATIONS, ignore, ffi.NULL
     ),
-    "all tokens of statistics that are off": lambda ctx: _lib.adaskip_set_statistics(
-        ctx, ALL_TOKENS, ignore, _ffi.NULL
-    ),
-    "statistics for nobody": lambda ctx: _lib.adaskip_set_statistics(ctx, 1, _ffi.NULL, _ffi.NULL),
-    "stale KV of an unknown phase": lambda ctx: _lib.adaskip_kv_first_stale(ctx, 0, 5, _ffi.new("int32_t *")),
-    "stale KV into nothing": lambda ctx: _lib.adaskip_kv_first_stale(ctx, 0, 0, _ffi.NULL),
-    "stale KV of no sequence": lambda ctx: _lib.adaskip_kv_first_stale(ctx, -1, 0, _ffi.new("int32_t *")),
-    "stale KV of a sequence too many": lambda ctx: _lib.adaskip_kv_first_stale(ctx, 1, 0, _ffi.new("int32_t *")),
+    "all tokens of statistics that are off": lambda ctx: lib.adaskip_set_statistics(ctx, ALL_TOKENS, ignore, ffi.NULL),
+    "statistics for nobody": lambda ctx: lib.adaskip_set_statistics(ctx, 1, ffi.NULL, ffi.NULL),
+    "stale KV of an unknown phase": lambda ctx: lib.adaskip_kv_first_stale(ctx, 0, 5, ffi.new("int32_t *")),
+    "stale KV into nothing": lambda ctx: lib.adaskip_kv_first_stale(ctx, 0, 0, ffi.NULL),
+    "stale KV of no sequence": lambda ctx: lib.adaskip_kv_first_stale(ctx, -1, 0, ffi.new("int32_t *")),
+    "stale KV of a sequence too many": lambda ctx: lib.adaskip_kv_first_stale(ctx, 1, 0, ffi.new("int32_t *")),
 }
 
 
@@ -162,7 +159,7 @@ BAD_CALLS = {
 def test_a_bad_argument_is_an_error_with_a_message(call: Callable[[Any], int], ctx: Any, llm: Any) -> None:
     assert call(ctx) == ARGUMENT
     assert message()
-    assert _lib.adaskip_n_layer(ctx) == 3 and message() == ""
+    assert lib.adaskip_n_layer(ctx) == 3 and message() == ""
     llm.eval([1, 5, 6])
 
 
@@ -214,11 +211,11 @@ def test_a_plan_that_runs_an_attention_without_kv_is_refused(
 ) -> None:
     with elide_kv(np.array([False, True, False])):
         llm = open_model(tiny())
-    ctx = _ffi.cast("struct llama_context *", llm.ctx)
-    elided = _ffi.new("uint8_t[3]")
+    ctx = ffi.cast("struct llama_context *", llm.ctx)
+    elided = ffi.new("uint8_t[3]")
     (runs_it, _a), (skips_it, _b) = skip_set(FFN_1, [1] * 6), skip_set(ATTENTION_1, [1] * 6)
-    assert _lib.adaskip_get_elided_kv(ctx, elided, 3) == OK and list(elided) == [0, 1, 0]
-    assert _lib.adaskip_set_plan(ctx, _ffi.NULL) == KV_ELIDED
+    assert lib.adaskip_get_elided_kv(ctx, elided, 3) == OK and list(elided) == [0, 1, 0]
+    assert lib.adaskip_set_plan(ctx, ffi.NULL) == KV_ELIDED
     assert prefill(ctx, skips_it) == KV_ELIDED, "decode would run it"
     assert decode(ctx, runs_it) == KV_ELIDED
     assert decode(ctx, skips_it) == OK
@@ -227,18 +224,18 @@ def test_a_plan_that_runs_an_attention_without_kv_is_refused(
 
 
 def test_what_was_learned_may_be_asked_for_in_part(ctx: Any, llm: Any) -> None:
-    state = _ffi.new("struct adaskip_online_state *")
-    similarity = _ffi.new("double[3]")
+    state = ffi.new("struct adaskip_online_state *")
+    similarity = ffi.new("double[3]")
     assert online(ctx, 5, 0.5, 1) == OK
-    assert _lib.adaskip_get_online(ctx, state) == OK and (state.n_tokens, state.done) == (0, 0)
+    assert lib.adaskip_get_online(ctx, state) == OK and (state.n_tokens, state.done) == (0, 0)
     state.similarity = similarity
-    assert _lib.adaskip_get_online(ctx, state) == OK
+    assert lib.adaskip_get_online(ctx, state) == OK
     assert np.isnan(list(similarity)).all()
-    assert _lib.adaskip_set_plan(ctx, _ffi.NULL) == OK
+    assert lib.adaskip_set_plan(ctx, ffi.NULL) == OK
 
 
 def test_the_library_is_of_the_version_of_its_header() -> None:
-    assert _lib.adaskip_abi_version() == _lib.ADASKIP_ABI_VERSION == 5
+    assert lib.adaskip_abi_version() == lib.ADASKIP_ABI_VERSION == 5
 
 
 def test_another_threads_mask_of_elided_kv_is_not_ours(

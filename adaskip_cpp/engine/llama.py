@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import cached_property
 from typing import Any, Literal
 
 import llama_cpp
 from llama_cpp.llama import LlamaState
 
-from ..errors import AdaSkipError, ModelFileError, NativeError, PlanError, StateError
-from ..model.identity import ModelInfo, check_gguf, fingerprint, override_words
+from ..errors import AdaSkipError, ModelFileError, PlanError, StateError
+from ..model.identity import check_gguf
 from ..model.plan import PHASES, Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .log import errors_logged
-from .native import NativeContext, elide_kv
-from .records import Counters, OnlineResult, StatisticsBatch, Sublayer
+from .native import elide_kv
+from .native_llama import NativeLlama
+from .records import OnlineResult, StatisticsBatch
 from .state import AdaSkipState, check_state
 
 __all__ = ["AdaSkipLlama"]
 
 
-class AdaSkipLlama(llama_cpp.Llama):
+class AdaSkipLlama(NativeLlama):
     """A model that can leave sublayers out.
 
     Without a plan it is ``llama_cpp.Llama``, bit for bit. With one, the prompt given to a call runs under the plan's
@@ -76,99 +76,6 @@ class AdaSkipLlama(llama_cpp.Llama):
                 self.close()
                 raise
 
-    @cached_property
-    def _adaskip(self) -> NativeContext:
-        if self.ctx is None:
-            raise NativeError("the model is closed; open it again.")
-        return NativeContext(int(self.ctx))
-
-    def close(self) -> None:
-        """Free the model; using it afterwards is an error."""
-        self.__dict__.pop("_adaskip", None)
-        if hasattr(self, "_stack"):  # absent where the constructor refused its arguments
-            super().close()
-
-    # -- what the model is ---------------------------------------------------------------------------------------
-
-    @property
-    def context_size(self) -> int:
-        """Tokens that the context holds.
-
-        llama.cpp rounds ``n_ctx`` up to a multiple of 256 and ``n_ctx()`` tells that, but ``llama_cpp.Llama`` allocates
-        its own record of tokens for the ``n_ctx`` asked for.
-        """
-        return min(self.n_ctx(), len(self.input_ids))
-
-    @property
-    def n_ctx_train(self) -> int:
-        """Tokens of context that the model was trained on, 0 where its file does not say."""
-        return int(llama_cpp.llama_model_n_ctx_train(self.model))
-
-    @property
-    def n_layer(self) -> int:
-        """Number of layers; the model has twice as many sublayers."""
-        return self._adaskip.n_layer
-
-    @property
-    def n_params(self) -> int:
-        """Parameters of the model."""
-        return int(self._model.n_params())
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the model's weights."""
-        return int(self._model.size())
-
-    @property
-    def has_state(self) -> bool:
-        """Whether layers keep a state that stands for all tokens so far, beside KV or instead of it."""
-        return bool(self._is_recurrent or self._is_hybrid)
-
-    @property
-    def logits_all(self) -> bool:
-        """Whether ``scores`` has a row for every evaluated token; else it has the last one's alone."""
-        return bool(self._logits_all)
-
-    def is_eog(self, token: int) -> bool:
-        """Whether the model ends what it generates with this token."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
-
-    def token_text(self, token: int) -> str:
-        """A token as the model's vocabulary writes it."""
-        return str(self._model.token_get_text(token))
-
-    @cached_property
-    def model_info(self) -> ModelInfo:
-        """Its files, LoRA adapter and overrides: what a profile or plan must match."""
-        return ModelInfo(
-            fingerprint(self.model_path),
-            self.metadata.get("general.architecture", "unknown"),
-            self.n_layer,
-            fingerprint(self.lora_path) if self.lora_path else "",
-            float(self.lora_scale) if self.lora_path else 0.0,
-            override_words(self.kv_overrides),
-        )
-
-    @cached_property
-    def sublayers(self) -> tuple[Sublayer, ...]:
-        """One row per sublayer, layer by layer, attention before FFN: what can be skipped, and why not."""
-        return self._adaskip.sublayers()
-
-    @property
-    def counters(self) -> Counters:
-        """Graph nodes, graphs built and reused, bytes of KV."""
-        return self._adaskip.counters()
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of KV cache (and recurrent state), all devices together."""
-        return self.counters.kv_bytes
-
-    @property
-    def elided_kv(self) -> tuple[int, ...]:
-        """Layers whose attention has no KV, because the model was opened with a plan that skips them."""
-        return self._adaskip.elided_kv()
-
     # -- the plan ------------------------------------------------------------------------------------------------
 
     @property
@@ -187,19 +94,18 @@ class AdaSkipLlama(llama_cpp.Llama):
         """
         if plan is not None and not isinstance(plan, SkipPlan):
             raise PlanError(f"expected a SkipPlan or None, not {type(plan).__name__}; see Profile.plan() and SkipPlan.")
-        current = self.plan
+        native, current = self._adaskip, self.plan
         if plan == current:
             return
         if plan is not None:
             self._check_model(plan)
-        old = self._adaskip.plan_tag()
-        tag = 0 if plan is None else old + 1
+        tag = 0 if plan is None else native.plan_tag() + 1
         # Both plans are known while one native call changes from one to the other: Ctrl-C may land right behind it.
-        self._plans = {0: None, old: current, tag: plan}
+        self._plans = {0: None, native.plan_tag(): current, tag: plan}
         # The logits at hand are those of the old plan: an equal prompt must be evaluated again before sampling.
         requires_eval, self._requires_eval = self._requires_eval, True
         try:
-            self._adaskip.set_plan(plan, tag)
+            native.set_plan(plan, tag)
         except AdaSkipError:  # refused, and nothing has changed
             self._requires_eval = requires_eval
             raise
@@ -211,7 +117,7 @@ class AdaSkipLlama(llama_cpp.Llama):
                 f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; "
                 "make a plan from this model's profile."
             )
-        for skip_set in (plan.prefill, plan.decode, *(each for _, each in plan.schedule)):
+        for skip_set in (plan.prefill, *(each for _, each in plan.decode_sets)):
             n_embd = skip_set.n_embd
             if n_embd is not None and n_embd != self.n_embd():
                 raise PlanError(
@@ -245,10 +151,6 @@ class AdaSkipLlama(llama_cpp.Llama):
             StateError: as :meth:`eval`.
         """
         self._eval("decode", [int(token) for token in tokens])
-
-    def begin_request(self) -> None:
-        """Begin a request: no token of its answer is decoded yet, and the online stage starts again."""
-        self._adaskip.begin_request()
 
     def _eval(self, phase: Phase, tokens: list[int]) -> None:
         if not tokens:

@@ -6,20 +6,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from cffi import FFI
 
 from ..errors import (
     AdaSkipError,
     CompensationError,
     ElidedKVError,
-    LibraryVersionError,
     NativeError,
     NotSkippableError,
     PlanError,
@@ -27,7 +24,7 @@ from ..errors import (
 )
 from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
-from . import library as _library
+from .binding import ffi, lib
 from .records import Activations, Counters, OnlineResult, StatisticsBatch, Sublayer
 
 __all__ = ["NativeContext", "elide_kv"]
@@ -43,51 +40,16 @@ _WAYS_OUT = {
 }
 
 
-def _declarations(header: str) -> str:
-    """The C declarations of adaskip.h: all of it but what only the C++ compiler and the preprocessor read."""
-    header = re.sub(r"^#ifdef __cplusplus$.*?^#endif$", "", header, flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"^#(?!define ADASKIP_ABI_VERSION).*$", "", header, flags=re.MULTILINE)
-
-
-def _open() -> tuple[FFI, Any]:
-    ffi = FFI()
-    ffi.cdef(_declarations(_library.header().read_text(encoding="utf-8")))
-    ffi.cdef("size_t ggml_tensor_overhead(void);")
-    # llama_cpp has opened this very file; the loader hands out the same library again.
-    lib = ffi.dlopen(str(_library.path()))
-    _check_build(lib)
-    return ffi, lib
-
-
-def _check_build(lib: Any) -> None:
-    """Refuses a libllama that is not of this header, or that runs on a ggml with other structures than its own."""
-    if lib.adaskip_abi_version() != lib.ADASKIP_ABI_VERSION:
-        raise LibraryVersionError(
-            f"{_library.path()} and {_library.header()} are of different builds; "
-            "run 'pip install --force-reinstall --no-deps adaskip-cpp'."
-        )
-    if lib.ggml_tensor_overhead() != lib.adaskip_ggml_tensor_overhead():
-        version = _library.build_info().llama_cpp_python
-        raise LibraryVersionError(
-            f"the ggml in this process has tensors of {lib.ggml_tensor_overhead()} bytes, {_library.path()} was built "
-            f"for {lib.adaskip_ggml_tensor_overhead()}; run 'pip install --force-reinstall --no-deps "
-            f"llama-cpp-python=={version} adaskip-cpp', and see that LD_LIBRARY_PATH names no other ggml."
-        )
-
-
-_ffi, _lib = _open()
-
-
 @contextmanager
 def elide_kv(skipped: npt.NDArray[np.bool_] | None) -> Iterator[None]:
     """Contexts created inside have no KV for the attentions in ``skipped``, bool [n_layer]; None changes nothing."""
     if skipped is not None:
         flags = np.ascontiguousarray(skipped, dtype=np.uint8)
-        _lib.adaskip_elide_kv(_ffi.from_buffer("uint8_t[]", flags), len(flags))
+        lib.adaskip_elide_kv(ffi.from_buffer("uint8_t[]", flags), len(flags))
     try:
         yield
     finally:
-        _lib.adaskip_elide_kv(_ffi.NULL, 0)
+        lib.adaskip_elide_kv(ffi.NULL, 0)
 
 
 class NativeContext:
@@ -101,25 +63,25 @@ class NativeContext:
     """
 
     def __init__(self, address: int) -> None:
-        self._ctx = _ffi.cast("struct llama_context *", address)
+        self._ctx = ffi.cast("struct llama_context *", address)
         self._callback: Any = None
         self._drops_logits = False
         self._error: BaseException | None = None
-        self.n_layer: int = self._check(_lib.adaskip_n_layer(self._ctx))
+        self.n_layer: int = self._check(lib.adaskip_n_layer(self._ctx))
 
     def _check(self, code: int) -> int:
         if code >= 0:
             return code
-        message = _ffi.string(_lib.adaskip_last_error()).decode("utf-8", "replace")
+        message = ffi.string(lib.adaskip_last_error()).decode("utf-8", "replace")
         for name, (error, way_out) in _WAYS_OUT.items():
-            if code == getattr(_lib, f"ADASKIP_ERROR_{name}"):
+            if code == getattr(lib, f"ADASKIP_ERROR_{name}"):
                 raise error(f"{message}; {way_out}")
         raise NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
 
     def raise_failure(self, error: RuntimeError) -> NoReturn:
         """Raises why the ``llama_decode`` that ended in ``error`` failed: our reason, or that llama.cpp has one."""
         try:
-            self._check(_lib.adaskip_take_failure(self._ctx))
+            self._check(lib.adaskip_take_failure(self._ctx))
         except AdaSkipError as ours:
             raise ours from error
         raise NativeError(
@@ -130,11 +92,11 @@ class NativeContext:
     def sublayers(self) -> tuple[Sublayer, ...]:
         """All sublayers, layer by layer, attention before FFN."""
         n = 2 * self.n_layer
-        rows = _ffi.new("struct adaskip_sublayer[]", n)
-        self._check(_lib.adaskip_sublayers(self._ctx, rows, n))
+        rows = ffi.new("struct adaskip_sublayer[]", n)
+        self._check(lib.adaskip_sublayers(self._ctx, rows, n))
         return tuple(
             Sublayer(
-                row.layer, KINDS[row.kind], bool(row.skippable), _ffi.string(row.reason).decode(), row.shape, row.window
+                row.layer, KINDS[row.kind], bool(row.skippable), ffi.string(row.reason).decode(), row.shape, row.window
             )
             for row in rows
         )
@@ -147,59 +109,59 @@ class NativeContext:
             tag: of the plan, above 0; None has the tag 0.
         """
         if plan is None:
-            self._check(_lib.adaskip_set_plan(self._ctx, _ffi.NULL))
+            self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL))
             return
-        target, prefill = _ffi.new("struct adaskip_plan *"), _ffi.new("struct adaskip_set *")
-        decode = _ffi.new("struct adaskip_step[]", len(plan.decode_sets))
+        target, prefill = ffi.new("struct adaskip_plan *"), ffi.new("struct adaskip_set *")
+        decode = ffi.new("struct adaskip_step[]", len(plan.decode_sets))
         owners = [_fill(prefill, plan.prefill)]
         for step, (start, skip_set) in zip(decode, plan.decode_sets, strict=True):
             step.start = start
             owners.append(_fill(step.set, skip_set))
         target.tag, target.prefill, target.decode, target.n_decode = tag, prefill, decode, len(decode)
         if plan.online is not None:
-            target.online = online = _ffi.new("struct adaskip_online_params *")
+            target.online = online = ffi.new("struct adaskip_online_params *")
             online.window, online.threshold = plan.online.window, plan.online.threshold
             online.scale = _ONLINE_SCALES.index(plan.online.scale)
-        self._check(_lib.adaskip_set_plan(self._ctx, target))
+        self._check(lib.adaskip_set_plan(self._ctx, target))
 
     def plan_tag(self) -> int:
         """The tag of the plan in force."""
-        tag = _ffi.new("uint64_t *")
-        self._check(_lib.adaskip_get_plan_tag(self._ctx, tag))
+        tag = ffi.new("uint64_t *")
+        self._check(lib.adaskip_get_plan_tag(self._ctx, tag))
         return int(tag[0])
 
     def online(self, stage: OnlineStage) -> OnlineResult:
         """What the online stage of the plan in force has learned in this request."""
         similarity, norm_ratio, scale = np.empty((3, self.n_layer))
         added = np.zeros(self.n_layer, np.uint8)
-        state = _ffi.new("struct adaskip_online_state *")
-        state.similarity = _ffi.from_buffer("double[]", similarity)
-        state.norm_ratio = _ffi.from_buffer("double[]", norm_ratio)
-        state.scale = _ffi.from_buffer("double[]", scale)
-        state.added = _ffi.from_buffer("uint8_t[]", added)
-        self._check(_lib.adaskip_get_online(self._ctx, state))
+        state = ffi.new("struct adaskip_online_state *")
+        state.similarity = ffi.from_buffer("double[]", similarity)
+        state.norm_ratio = ffi.from_buffer("double[]", norm_ratio)
+        state.scale = ffi.from_buffer("double[]", scale)
+        state.added = ffi.from_buffer("uint8_t[]", added)
+        self._check(lib.adaskip_get_online(self._ctx, state))
         return OnlineResult(
             stage.window, state.n_tokens, similarity, norm_ratio, scale, stage.threshold, _layers(added)
         )
 
     def begin_request(self) -> None:
         """No token of the next request is decoded yet; its online stage starts from the plans that were set."""
-        self._check(_lib.adaskip_begin_request(self._ctx))
+        self._check(lib.adaskip_begin_request(self._ctx))
 
     def elided_kv(self) -> tuple[int, ...]:
         """Layers whose attention has no KV in this context."""
         elided = np.zeros(self.n_layer, np.uint8)
-        self._check(_lib.adaskip_get_elided_kv(self._ctx, _ffi.from_buffer("uint8_t[]", elided), self.n_layer))
+        self._check(lib.adaskip_get_elided_kv(self._ctx, ffi.from_buffer("uint8_t[]", elided), self.n_layer))
         return _layers(elided)
 
     def set_phase(self, phase: Phase) -> None:
         """Says what the tokens of the next ``llama_decode`` calls are."""
-        self._check(_lib.adaskip_set_phase(self._ctx, PHASES.index(phase)))
+        self._check(lib.adaskip_set_phase(self._ctx, PHASES.index(phase)))
 
     def counters(self) -> Counters:
         """The counters of this context."""
-        c = _ffi.new("struct adaskip_counters *")
-        self._check(_lib.adaskip_get_counters(self._ctx, c))
+        c = ffi.new("struct adaskip_counters *")
+        self._check(lib.adaskip_get_counters(self._ctx, c))
         return Counters(
             c.n_nodes_full,
             c.n_nodes,
@@ -233,19 +195,19 @@ class NativeContext:
             if self._error is None:
                 sink(_batch(statistics))
 
-        flags = _lib.ADASKIP_STATISTICS_ON
-        flags |= 0 if keep_logits else _lib.ADASKIP_STATISTICS_ALL_TOKENS
-        flags |= _lib.ADASKIP_STATISTICS_VECTORS if vectors else 0
-        flags |= _lib.ADASKIP_STATISTICS_ACTIVATIONS if activations else 0
-        callback = _ffi.callback("adaskip_statistics_callback", deliver, onerror=keep)
-        self._check(_lib.adaskip_set_statistics(self._ctx, flags, callback, _ffi.NULL))
+        flags = lib.ADASKIP_STATISTICS_ON
+        flags |= 0 if keep_logits else lib.ADASKIP_STATISTICS_ALL_TOKENS
+        flags |= lib.ADASKIP_STATISTICS_VECTORS if vectors else 0
+        flags |= lib.ADASKIP_STATISTICS_ACTIVATIONS if activations else 0
+        callback = ffi.callback("adaskip_statistics_callback", deliver, onerror=keep)
+        self._check(lib.adaskip_set_statistics(self._ctx, flags, callback, ffi.NULL))
         self._callback = callback
         self._drops_logits = not keep_logits
         self._error = None
 
     def stop_statistics(self) -> None:
         """Takes the statistics out of the next graph."""
-        self._check(_lib.adaskip_set_statistics(self._ctx, 0, _ffi.NULL, _ffi.NULL))
+        self._check(lib.adaskip_set_statistics(self._ctx, 0, ffi.NULL, ffi.NULL))
         self._callback = None
         self._drops_logits = False
 
@@ -267,8 +229,8 @@ class NativeContext:
 
     def kv_valid(self, phase: Phase, n: int, seq_id: int = 0) -> int:
         """How many of the first ``n`` positions may be read in this phase: n, or the first one that may not."""
-        position = _ffi.new("int32_t *")
-        self._check(_lib.adaskip_kv_first_stale(self._ctx, seq_id, PHASES.index(phase), position))
+        position = ffi.new("int32_t *")
+        self._check(lib.adaskip_kv_first_stale(self._ctx, seq_id, PHASES.index(phase), position))
         return min(n, int(position[0]))
 
 
@@ -282,7 +244,7 @@ def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
 
     def pointer(values: npt.ArrayLike, c_type: str) -> Any:
         owners.append(np.ascontiguousarray(values, np.uint8 if c_type == "uint8_t" else np.float32))
-        return _ffi.from_buffer(f"{c_type}[]", owners[-1])
+        return ffi.from_buffer(f"{c_type}[]", owners[-1])
 
     target.n_layer = len(skip_set.skip)
     target.skip, target.scale = pointer(skip_set.skip, "uint8_t"), pointer(skip_set.scale, "float")
@@ -299,7 +261,7 @@ def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
 
 def _array(address: Any, *shape: int) -> npt.NDArray[np.float32]:
     """The floats at an address, for as long as they live there."""
-    return np.frombuffer(_ffi.buffer(address, math.prod(shape) * 4), np.float32).reshape(shape)
+    return np.frombuffer(ffi.buffer(address, math.prod(shape) * 4), np.float32).reshape(shape)
 
 
 def _batch(statistics: Any) -> StatisticsBatch:
@@ -323,7 +285,7 @@ def _batch(statistics: Any) -> StatisticsBatch:
         layer_dot=_array(statistics.layer_dot, n_layer, n_tokens).copy(),
         sum_u=None if sums is None else sums[:, :, 0],
         sum_v=None if sums is None else sums[:, :, 1],
-        positions=np.frombuffer(_ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy(),
+        positions=np.frombuffer(ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy(),
         phase=PHASES[statistics.phase],
         activations=activations,
     )

@@ -1,0 +1,48 @@
+"""Our libllama opened through cffi, with the declarations of native/adaskip.h as they are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from cffi import FFI
+
+from ..errors import LibraryVersionError
+from . import library as _library
+
+__all__ = ["check_build", "ffi", "lib"]
+
+
+def _declarations(header: str) -> str:
+    """The C declarations of adaskip.h: all of it but what only the C++ compiler and the preprocessor read."""
+    header = re.sub(r"^#ifdef __cplusplus$.*?^#endif$", "", header, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^#(?!define ADASKIP_ABI_VERSION).*$", "", header, flags=re.MULTILINE)
+
+
+def _open() -> tuple[FFI, Any]:
+    ffi = FFI()
+    ffi.cdef(_declarations(_library.header().read_text(encoding="utf-8")))
+    ffi.cdef("size_t ggml_tensor_overhead(void);")
+    # llama_cpp has opened this very file; the loader hands out the same library again.
+    lib = ffi.dlopen(str(_library.path()))
+    check_build(lib)
+    return ffi, lib
+
+
+def check_build(lib: Any) -> None:
+    """Refuses a libllama that is not of this header, or that runs on a ggml with other structures than its own."""
+    if lib.adaskip_abi_version() != lib.ADASKIP_ABI_VERSION:
+        raise LibraryVersionError(
+            f"{_library.path()} and {_library.header()} are of different builds; "
+            "run 'pip install --force-reinstall --no-deps adaskip-cpp'."
+        )
+    if lib.ggml_tensor_overhead() != lib.adaskip_ggml_tensor_overhead():
+        version = _library.build_info().llama_cpp_python
+        raise LibraryVersionError(
+            f"the ggml in this process has tensors of {lib.ggml_tensor_overhead()} bytes, {_library.path()} was built "
+            f"for {lib.adaskip_ggml_tensor_overhead()}; run 'pip install --force-reinstall --no-deps "
+            f"llama-cpp-python=={version} adaskip-cpp', and see that LD_LIBRARY_PATH names no other ggml."
+        )
+
+
+ffi, lib = _open()

@@ -1,0 +1,113 @@
+"""``llama_cpp.Llama`` with its native side, and what both tell of the model."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import llama_cpp
+
+from ..errors import NativeError
+from ..model.identity import ModelInfo, fingerprint, override_words
+from .native import NativeContext
+from .records import Counters, Sublayer
+
+__all__ = ["NativeLlama"]
+
+
+class NativeLlama(llama_cpp.Llama):
+    """What :class:`~adaskip_cpp.engine.llama.AdaSkipLlama` is built on: a model that tells what it is."""
+
+    @cached_property
+    def _adaskip(self) -> NativeContext:
+        if self.ctx is None:
+            raise NativeError("the model is closed; open it again.")
+        return NativeContext(int(self.ctx))
+
+    def close(self) -> None:
+        """Free the model; using it afterwards is an error."""
+        self.__dict__.pop("_adaskip", None)
+        if hasattr(self, "_stack"):  # absent where the constructor refused its arguments
+            super().close()
+
+    @property
+    def context_size(self) -> int:
+        """Tokens that the context holds.
+
+        llama.cpp rounds ``n_ctx`` up to a multiple of 256 and ``n_ctx()`` tells that, but ``llama_cpp.Llama`` allocates
+        its own record of tokens for the ``n_ctx`` asked for.
+        """
+        return min(self.n_ctx(), len(self.input_ids))
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens of context that the model was trained on, 0 where its file does not say."""
+        return int(llama_cpp.llama_model_n_ctx_train(self.model))
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers; the model has twice as many sublayers."""
+        return self._adaskip.n_layer
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the model."""
+        return int(self._model.n_params())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's weights."""
+        return int(self._model.size())
+
+    @property
+    def has_state(self) -> bool:
+        """Whether layers keep a state that stands for all tokens so far, beside KV or instead of it."""
+        return bool(self._is_recurrent or self._is_hybrid)
+
+    @property
+    def logits_all(self) -> bool:
+        """Whether ``scores`` has a row for every evaluated token; else it has the last one's alone."""
+        return bool(self._logits_all)
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the model ends what it generates with this token."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+
+    def token_text(self, token: int) -> str:
+        """A token as the model's vocabulary writes it."""
+        return str(self._model.token_get_text(token))
+
+    @cached_property
+    def model_info(self) -> ModelInfo:
+        """Its files, LoRA adapter and overrides: what a profile or plan must match."""
+        return ModelInfo(
+            fingerprint(self.model_path),
+            self.metadata.get("general.architecture", "unknown"),
+            self.n_layer,
+            fingerprint(self.lora_path) if self.lora_path else "",
+            float(self.lora_scale) if self.lora_path else 0.0,
+            override_words(self.kv_overrides),
+        )
+
+    @cached_property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """One row per sublayer, layer by layer, attention before FFN: what can be skipped, and why not."""
+        return self._adaskip.sublayers()
+
+    @property
+    def counters(self) -> Counters:
+        """Graph nodes, graphs built and reused, bytes of KV."""
+        return self._adaskip.counters()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache (and recurrent state), all devices together."""
+        return self.counters.kv_bytes
+
+    @property
+    def elided_kv(self) -> tuple[int, ...]:
+        """Layers whose attention has no KV, because the model was opened with a plan that skips them."""
+        return self._adaskip.elided_kv()
+
+    def begin_request(self) -> None:
+        """Begin a request: no token of its answer is decoded yet, and the online stage starts again."""
+        self._adaskip.begin_request()
