@@ -80,7 +80,7 @@ def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]]) -> 
 
 
 def make_plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
-    """Make the plan that is wanted.
+    """Make the plan that is wanted. What every strategy raises is told here.
 
     Args:
         source: the model's profile; its number of layers for a strategy that needs no more.
@@ -89,6 +89,8 @@ def make_plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     Raises:
         BudgetError: ``n_skip`` is negative or more than can be skipped, or the speed-up is out of reach.
         CompensationError: the profile lacks what the compensation needs.
+        SublayerRangeError: a layer that is listed does not exist.
+        NotSkippableError: a sublayer of the layers chosen cannot be skipped.
         PlanError: the strategy is unknown, or lacks a profile, a cost model or a context.
     """
     if request.speedup is None and not (request.context is None and request.phase is None):
@@ -104,11 +106,6 @@ def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
 
     Ties: attention before FFN, then the lower layer first. Sublayers without a similarity are never chosen. For a
     speed-up the set is that of :func:`adaskip_cpp.planning.speedup.cheapest_set`.
-
-    Raises:
-        BudgetError: ``n_skip`` is negative or more than can be skipped, or the speed-up is out of reach.
-        CompensationError: the profile lacks what the compensation needs.
-        PlanError: ``source`` is no profile, or lacks a cost model.
     """
     if isinstance(source, int):
         raise PlanError("strategy 'adaskip' ranks sublayers by their similarity; give it a profile, from calibrate()")
@@ -124,12 +121,7 @@ def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
 
 @baseline
 def early_exit(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
-    """Early Exit: the last k layers.
-
-    Raises:
-        BudgetError: ``n_skip`` is negative or more than the model has.
-        NotSkippableError: a sublayer of these layers cannot be skipped.
-    """
+    """Early Exit: the last k layers."""
     k = _budget(request, 2 * n_layer, f"the model has {2 * n_layer} sublayers") // 2
     return {0: range(n_layer - k, n_layer)}
 
@@ -141,10 +133,6 @@ def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     t is the number of tokens decoded so far in the request, T is :data:`LONGEST_GENERATION`. In mode ``prefill`` m is k
     throughout, as in the paper's prefill experiments. In mode ``e2e`` a prompt is read at t = 0, with m = 1: were it
     read with m = k, decode could not begin with fewer layers, as their attentions would have no KV of the prompt.
-
-    Raises:
-        BudgetError: ``n_skip`` is negative or more than layers 1 to ``n_layer - 1`` have.
-        NotSkippableError: a sublayer of these layers cannot be skipped.
     """
     limit = 2 * (n_layer - 1)
     k = _budget(request, limit, f"SkipDecode never skips layer 0, which leaves {limit} sublayers") // 2
@@ -162,10 +150,6 @@ def unified_skipping(n_layer: int, request: PlanRequest) -> dict[int, Sequence[i
 
     The rule is degenerate where ``n_layer // k`` is 1, that is for more than half of the layers: no i has a remainder
     of 1. Such a budget is refused.
-
-    Raises:
-        BudgetError: ``n_skip`` is negative or more than half of the model's layers.
-        NotSkippableError: a sublayer of these layers cannot be skipped.
     """
     limit = 2 * (n_layer // 2)
     reason = f"Unified Skipping is defined for at most half of the {n_layer} layers, {limit} sublayers"
@@ -179,12 +163,6 @@ def manual(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     """The sublayers listed in the request, compensated from the profile; not at all if there is only ``n_layer``.
 
     They are skipped as the mode says, without an online stage unless it has a threshold.
-
-    Raises:
-        BudgetError: ``n_skip`` is given and is not the number of sublayers listed.
-        SublayerRangeError: a layer does not exist.
-        NotSkippableError: a sublayer cannot be skipped.
-        CompensationError: the profile lacks what the compensation needs.
     """
     skip = np.zeros((_n_layer(source), 2), np.bool_)
     mark_layers(skip, 0, request.attention)
