@@ -26,8 +26,6 @@ from ..model.skip_set import SkipSet
 from .process import Usage, Worker
 from .table import NO_PLAN, STOCK, BenchTimes, Parts
 
-__all__ = ["Bench", "BenchResult", "BenchSettings", "Progress"]
-
 _PAUSE_S = 0.03
 """Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
 _N_WARM_UP = 512
@@ -44,17 +42,7 @@ NaN before there is anything to tell it from."""
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is run, the same for every contender.
-
-    Attributes:
-        model: GGUF file.
-        contexts: tokens of the prompts.
-        n_rounds: how often each contender runs at each context.
-        n_decode: tokens timed behind the first one.
-        n_threads: CPU threads, in prefill and decode.
-        n_gpu_layers: layers on a GPU, -1 for all.
-        flash_attention: whether attention is computed as one operation.
-    """
+    """What is run, the same for every contender: each context ``n_rounds`` times, ``n_decode`` tokens timed behind."""
 
     model: str
     contexts: tuple[int, ...]
@@ -78,14 +66,11 @@ class BenchSettings:
 
 @dataclass
 class BenchResult:
-    """What was measured.
+    """What was measured; all dictionaries but ``machine`` are by contender.
 
     Attributes:
-        settings: what was run.
-        plans: by contender.
-        times: of all runs.
-        usage: by contender, of its last process at the end of a request.
-        nodes_prefill: by contender, nodes of the graph that reads a prompt; None where the library does not tell.
+        usage: of its last process at the end of a request.
+        nodes_prefill: nodes of the graph that reads a prompt; None where the library does not tell.
         machine: of ours with no plan, a :class:`adaskip_cpp.model.cost_settings.CostSettings` as a dictionary.
         complete: whether all rounds were run.
         error: what ended it before; None if that was Ctrl-C.
@@ -135,7 +120,7 @@ class Bench:
         settings: what to run.
         plans: by the name of the contender that runs under it.
         tokens: text for the prompts; repeated where a context is longer.
-        skippable: bool ``[n_layer, 2]``; with it the ideal ratio of each plan is measured too. None leaves that out.
+        skippable: bool ``[n_layer, 2]``; with it the ideal ratio of each plan is measured too.
         stock: whether stock llama-cpp-python is a contender.
         on_progress: called before every run.
     """
@@ -154,22 +139,20 @@ class Bench:
         self._on_progress = on_progress
         self._workers: dict[str, Worker] = {}
         self._warm: dict[str, RequestTime] = {}
+        self._n_warm_up = min(settings.contexts[0], _N_WARM_UP)
         self._start_s = 0.0
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
         parts, ideal = ({}, {}) if skippable is None else _ideal(plans, skippable)
         settle = {name: _settle(plan, settings.n_decode) for name, plan in plans.items()}
         # What takes its turn in a round. The contenders have processes of their own; the runs with a plan share one.
         self._runs: dict[str, SkipPlan | None] = {**dict.fromkeys(contenders), **ideal}
-        longest = max(settings.contexts)
-        self._tokens = (list(tokens) * -(-longest // len(tokens)))[:longest]
+        self._tokens = list(itertools.islice(itertools.cycle(tokens), max(settings.contexts)))
         self.result = BenchResult(settings, dict(plans), BenchTimes(contenders, parts=parts, settle=settle))
 
     def run(self) -> BenchResult:
         """Run it to the end, to Ctrl-C or to the death of a contender; the result is what was measured by then.
 
-        Raises:
-            AdaSkipError: a contender failed before the first round.
-            KeyboardInterrupt: before the first round.
+        Before the first round both are raised.
         """
         try:
             for n_round in range(self._settings.n_rounds):
@@ -223,16 +206,14 @@ class Bench:
     def _process(self, name: str) -> str:
         return name if self._runs[name] is None else _IDEAL
 
-    # -- how long it takes --------------------------------------------------------------------------------------------
-
     def _tell(self, name: str, context: int, n_round: int) -> None:
-        times = self.result.times.times
-        done, total = (n * self._start_s for n in (n_round + 1, self._settings.n_rounds))
+        times, n_rounds = self.result.times.times, self._settings.n_rounds
+        done, total = (n_round + 1) * self._start_s, n_rounds * self._start_s
         for key in itertools.product(self._runs, self._settings.contexts):
             expected = self._expected(*key) + _PAUSE_S
             done += len(times.get(key, ())) * expected
-            total += self._settings.n_rounds * expected
-        doing = f"round {n_round + 1} of {self._settings.n_rounds}, {context:,} tokens: {name}"
+            total += n_rounds * expected
+        doing = f"round {n_round + 1} of {n_rounds}, {context:,} tokens: {name}"
         self._on_progress(doing, done / total, total - done)
 
     def _expected(self, name: str, context: int) -> float:
@@ -247,10 +228,6 @@ class Bench:
         """As long a warm-up's prompt times the context, which is too short where attention takes most of the time."""
         warm = self._warm[name]
         return warm.first_token_s * context / self._n_warm_up + sum(warm.token_s)
-
-    @property
-    def _n_warm_up(self) -> int:
-        return min(self._settings.contexts[0], _N_WARM_UP)
 
 
 def _median_s(runs: Sequence[RequestTime]) -> float:

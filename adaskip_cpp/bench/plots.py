@@ -17,22 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["TITLES", "plot"]
-
 TITLES = {"prefill": "Time to first token", "decode": "Time per token"}
-_ENDS = ("low", "median", "high")
 
 
 def plot(rows: Sequence[Row], times: BenchTimes, target: str) -> list[Path]:
     """Draw times and ratios, and return the files written: PNG and SVG of each.
 
-    Args:
-        rows: the table of ``times``.
-        target: a folder, or a path whose last part begins the files' names.
-
-    Raises:
-        PackageMissingError: matplotlib is not installed.
-        OSError: a file cannot be written.
+    The target is a folder, or a path whose last part begins the files' names.
     """
     folder, stem = os.path.split(target)
     if not stem or os.path.isdir(target):
@@ -50,7 +41,7 @@ def _draw_times(rows: Sequence[Row], times: BenchTimes) -> Figure:
     for axis, phase, unit, scale in zip(axes, PHASES, ("seconds", "milliseconds"), (1, 1e3), strict=True):
         for index, name in enumerate(times.contenders):
             own = [row for row in rows if row.phase == phase and row.contender == name]
-            low, middle, high = (scale * np.array([getattr(row, f"{end}_s") for row in own]) for end in _ENDS)
+            low, middle, high = scale * np.array([(row.low_s, row.median_s, row.high_s) for row in own]).T
             spread = [middle - low, high - middle]
             look = plots.other(index).line
             axis.errorbar([row.context for row in own], middle, yerr=spread, label=name, capsize=2, **look)

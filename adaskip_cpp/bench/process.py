@@ -18,8 +18,6 @@ from ..errors import AdaSkipError, NativeError
 from ..measuring.timing import RequestTime
 from ..model.plan import SkipPlan
 
-__all__ = ["Usage", "Worker"]
-
 # The path is set before anything is imported, so that the worker finds the packages that this process has, whatever
 # the working directory holds.
 _START = (
@@ -35,8 +33,7 @@ class Usage:
     Attributes:
         peak_bytes: largest resident memory of the process, weights included as far as they were read.
         kv_bytes: size of the KV cache.
-        nodes_full: nodes of the last graph as llama.cpp built it.
-        nodes: nodes of the last graph as it was computed.
+        nodes_full, nodes: of the last graph as llama.cpp built it, and as it was computed.
         graphs_built, graphs_reused: since the model was loaded.
     """
 
@@ -51,12 +48,7 @@ class Usage:
 class Worker:
     """A contender's process, idle unless it is asked something; a context manager that ends it, whatever it does.
 
-    Args:
-        name: what messages call it.
-        side: whose libllama it runs on.
-
-    Attributes:
-        usage: what it had taken at the end of the last request.
+    Messages call it by its name; ``side`` says whose libllama it runs on; ``usage`` is as of the last request.
     """
 
     def __init__(self, name: str, side: Literal["stock", "ours"]) -> None:
@@ -67,7 +59,7 @@ class Worker:
         # A file and not a pipe: nobody reads it while the worker runs.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
         self._pipe, theirs = multiprocessing.Pipe()
-        path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        path = os.pathsep.join(map(os.path.abspath, sys.path))
         worker = str(Path(__file__).with_name("worker.py"))
         with theirs:
             self._process = subprocess.Popen(
@@ -90,14 +82,9 @@ class Worker:
         self._log.close()
 
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Load a model.
+        """Load a model with options for ``llama_cpp.Llama``, or of ours for ``AdaSkipLlama``.
 
-        Args:
-            model: GGUF file.
-            options: for ``llama_cpp.Llama``, or of ours for ``AdaSkipLlama``.
-
-        Returns:
-            ``library``, the path of its libllama, and of ours ``settings``, a :class:`CostSettings` as a dictionary.
+        Returns ``library``, the path of its libllama, and of ours ``settings``, a :class:`CostSettings` as a dict.
         """
         reply = self._ask("open", model, options)
         if self._side == "stock":
@@ -133,8 +120,8 @@ class Worker:
         return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode("utf-8", "replace")
 
     def _last_words(self) -> str:
-        lines = [line.strip() for line in self._read_log().splitlines() if line.strip()]
-        return f"its last words: {lines[-1]}" if lines else "it said nothing"
+        lines = self._read_log().strip().splitlines()
+        return f"its last words: {lines[-1].strip()}" if lines else "it said nothing"
 
 
 def _sizes(log: str) -> dict[str, int]:

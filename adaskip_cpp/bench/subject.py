@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from ..planning.profile import Profile
     from ..planning.request import PlanRequest
 
-__all__ = ["brief_profile", "configuration", "fit_contexts", "make_plans", "material"]
-
 _DEFAULT_CONTEXTS = (512, 2048, 8192)
-
 N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
 """Of a brief calibration: enough for a plan to be timed, not for one to be used."""
 
@@ -35,9 +32,9 @@ def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
     """Return what the times depend on and a loaded model tells, as plain JSON values."""
     from gguf import LlamaFileType
 
-    file_type = llm.metadata.get("general.file_type", "")
     try:
-        quantisation = LlamaFileType(int(file_type)).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        file_type = LlamaFileType(int(llm.metadata.get("general.file_type", "")))
+        quantisation = file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
         quantisation = "unknown"
     load = os.getloadavg()[0]
@@ -61,13 +58,7 @@ def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
 def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -> tuple[tuple[int, ...], str]:
     """Return the contexts to measure, ascending, and a line that says what was changed, "" if nothing.
 
-    Args:
-        asked: tokens of the prompts; None for 512, 2,048 and 8,192 as far as the model allows.
-        n_ctx_train: the model's context, 0 if it has none.
-        n_decode: tokens that must fit in behind the prompt.
-
-    Raises:
-        DataError: a context asked for is beyond the model's, or leaves no room at all.
+    Without ``asked`` these are 512, 2,048 and 8,192 as far as the model allows, whose own context is 0 if it has none.
     """
     wanted = sorted(set(_DEFAULT_CONTEXTS if asked is None else asked))
     limit = n_ctx_train - n_decode if n_ctx_train else wanted[-1]
@@ -81,30 +72,20 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
             f"a context of {wanted[-1]:,} tokens is beyond the model's {n_ctx_train:,}; use smaller --contexts"
         )
     fitting = sorted({min(context, limit) for context in wanted})
-    if fitting == wanted:
-        return tuple(fitting), ""
     listed = ", ".join(f"{context:,}" for context in fitting)
-    return tuple(fitting), (
-        f"Contexts are {listed}: the model's {n_ctx_train:,} tokens also hold the {n_decode} that are decoded."
-    )
+    note = f"Contexts are {listed}: the model's {n_ctx_train:,} tokens also hold the {n_decode} that are decoded."
+    return tuple(fitting), "" if fitting == wanted else note
 
 
 def brief_profile(llm: AdaSkipLlama, *, cost: bool) -> Profile:
     """Calibrate on a few requests, with the time of the sublayers if a speed-up is asked for."""
-    requests = corpus.cut(llm, corpus.text(), N_REQUESTS, N_TOKENS)
-    return calibrate(llm, requests, n_decode=N_DECODE, cost=cost)
+    return calibrate(llm, corpus.cut(llm, corpus.text(), N_REQUESTS, N_TOKENS), n_decode=N_DECODE, cost=cost)
 
 
 def make_plans(source: Profile | int, requests: Iterable[PlanRequest], context: int) -> dict[str, SkipPlan]:
-    """Make plans, by the names that tables call them.
+    """Make plans, by the names that tables call them; speed-ups are predicted for a prompt of ``context`` tokens.
 
-    Args:
-        source: the model's profile, or its number of layers if they are lists of layers without compensation.
-        requests: what plans are wanted.
-        context: tokens of the prompt that speed-ups are predicted for.
-
-    Raises:
-        AdaSkipError: the profile cannot give such a plan.
+    The source is the model's profile, or its number of layers if they are lists of layers without compensation.
     """
     plans: dict[str, SkipPlan] = {}
     for request in requests:
@@ -116,8 +97,7 @@ def make_plans(source: Profile | int, requests: Iterable[PlanRequest], context: 
 def material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], npt.NDArray[np.bool_]]:
     """Return text for the prompts, and which sublayers the model can skip, bool ``[n_layer, 2]``.
 
-    Raises:
-        AdaSkipError: a plan skips what it cannot.
+    A plan that skips another one is an error.
     """
     for plan in plans:
         llm.set_plan(plan)

@@ -18,8 +18,6 @@ from ..intervals import Interval, ratio_interval
 from ..measuring.timing import N_SETTLE, RequestTime
 from ..model.plan import PHASES, Phase
 
-__all__ = ["NO_PLAN", "STOCK", "BenchTimes", "Parts", "Row", "table", "verdict"]
-
 STOCK = "stock"
 NO_PLAN = "no plan"
 """The two contenders that others are compared with: stock llama-cpp-python, and ours with no plan."""
@@ -33,8 +31,8 @@ class Parts:
     alone than among the others, and skipping them brings more than this ideal: more than 100% of it.
 
     Attributes:
-        prefill: name of the run with only the sublayers that the plan skips in prefill; None where it skips none.
-        decode: likewise; None also where its decode set changes within a request.
+        prefill, decode: name of the run with only the sublayers that the plan skips in that phase; None where it skips
+            none, and where its decode set changes within a request.
         rest: name of the run in which nothing that can be skipped runs.
     """
 
@@ -49,7 +47,7 @@ class BenchTimes:
 
     Attributes:
         contenders: their names in the order of the table.
-        times: by name and tokens of context, one request per round, in order. Names may be those of :class:`Parts`.
+        times: by name, also those of :class:`Parts`, and tokens of context: one request per round, in order.
         parts: by contender; empty if the ideal was not measured.
         settle: by contender, tokens at the beginning of decode that do not count; :data:`timing.N_SETTLE` by default.
     """
@@ -59,14 +57,11 @@ class BenchTimes:
     parts: Mapping[str, Parts] = field(default_factory=dict)
     settle: Mapping[str, int] = field(default_factory=dict)
 
-    def n_rounds(self, context: int) -> int:
-        """Rounds that are complete: every run was made in them."""
-        parts = {name for each in self.parts.values() for name in astuple(each) if name is not None}
-        return min((len(self.times.get((name, context), ())) for name in {*self.contenders, *parts}), default=0)
-
     def seconds(self, name: str, context: int, phase: Phase) -> list[float]:
-        """Seconds to the first token, or per token, of the complete rounds."""
-        runs = self.times.get((name, context), [])[: self.n_rounds(context)]
+        """Seconds to the first token, or per token, of the complete rounds: those in which every run was made."""
+        parts = {part for parts in self.parts.values() for part in astuple(parts) if part is not None}
+        n_rounds = min(len(self.times.get((each, context), ())) for each in {*self.contenders, *parts})
+        runs = self.times.get((name, context), [])[:n_rounds]
         if phase == "prefill":
             return [run.first_token_s for run in runs]
         return [run.per_token_s(self.settle.get(name, N_SETTLE)) for run in runs]
@@ -77,11 +72,8 @@ class Row:
     """One contender at one context in one phase.
 
     Attributes:
-        contender: its name.
-        context: tokens of the prompt.
         phase: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token behind it.
-        n_rounds: rounds that it rests on.
-        median_s, low_s, high_s: median and quartiles, seconds.
+        median_s, low_s, high_s: median and quartiles.
         against: how many times as fast it is as :data:`STOCK` and as :data:`NO_PLAN`, where these were measured; pair
             by pair, see :func:`intervals.ratio_interval`.
         ideal: how many times as fast as :data:`NO_PLAN` it would be if it took no more than the full model's time less
@@ -111,8 +103,18 @@ class Row:
 
 def table(measured: BenchTimes) -> list[Row]:
     """Return the rows of all contexts with a complete round, by phase, context and contender."""
-    keys = itertools.product(PHASES, sorted({context for _, context in measured.times}), measured.contenders)
-    return [row for phase, context, name in keys if (row := _row(measured, name, context, phase)) is not None]
+    contexts = sorted({context for _, context in measured.times})
+    rows = []
+    for phase, context, name in itertools.product(PHASES, contexts, measured.contenders):
+        own = measured.seconds(name, context, phase)
+        if not own or not all(map(math.isfinite, own)):
+            continue
+        low, median, high = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
+        others = {other: measured.seconds(other, context, phase) for other in (STOCK, NO_PLAN) if other != name}
+        against = {other: ratio_interval(theirs, own) for other, theirs in others.items() if theirs}
+        ideal = _ideal(measured, name, context, phase, own)
+        rows.append(Row(name, context, phase, len(own), median, low, high, against, *ideal))
+    return rows
 
 
 def verdict(interval: Interval) -> str:
@@ -124,26 +126,11 @@ def verdict(interval: Interval) -> str:
     return f"{interval.value:.{digits}f} x as fast {ends}" if interval.excludes() else f"no real difference {ends}"
 
 
-def _row(measured: BenchTimes, name: str, context: int, phase: Phase) -> Row | None:
-    own = measured.seconds(name, context, phase)
-    if not own or not all(map(math.isfinite, own)):
-        return None
-    low, median, high = np.quantile(own, (0.25, 0.5, 0.75)).tolist()
-    others = {other: measured.seconds(other, context, phase) for other in (STOCK, NO_PLAN) if other != name}
-    against = {other: ratio_interval(theirs, own) for other, theirs in others.items() if theirs}
-    ideal, of_ideal = _ideal(measured, name, context, phase, own)
-    return Row(name, context, phase, len(own), median, low, high, against, ideal, of_ideal)
-
-
-def _ideal(
-    measured: BenchTimes, name: str, context: int, phase: Phase, own: list[float]
-) -> tuple[Interval | None, Interval | None]:
+def _ideal(measured: BenchTimes, name: str, context: int, phase: Phase, own: list[float]) -> tuple[Interval, ...]:
+    """The ideal and the share of it; nothing where there is none, or the machine is so noisy that none can be told."""
     parts = measured.parts.get(name)
-    part = None if parts is None else getattr(parts, phase)
-    if parts is None or part is None:
-        return None, None
+    if parts is None or (part := getattr(parts, phase)) is None:
+        return ()
     full, only, rest = (np.array(measured.seconds(each, context, phase)) for each in (NO_PLAN, part, parts.rest))
     least = full - (only - rest)
-    if len(least) == 0 or not (least > 0).all():  # on so noisy a machine there is no ideal
-        return None, None
-    return ratio_interval(full, least), ratio_interval(least, own)
+    return (ratio_interval(full, least), ratio_interval(least, own)) if len(least) and (least > 0).all() else ()

@@ -21,8 +21,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__: list[str] = []
-
 _TIMING = runpy.run_path(str(Path(__file__).parents[1] / "measuring" / "timing.py"), run_name="timing")
 
 
@@ -39,47 +37,39 @@ class _Contender:
             from adaskip_cpp import AdaSkipLlama as kind
         else:
             from llama_cpp import Llama as kind
-
-            _check_stock()
         import llama_cpp
         from llama_cpp import _logger
 
+        library = Path(llama_cpp.llama_cpp._lib._name).resolve()
+        stock = "adaskip_cpp" not in sys.modules and Path(llama_cpp.__file__).resolve().parent in library.parents
+        if not self._ours and not stock:
+            raise RuntimeError(f"this process runs on {library}, not on the libllama of llama-cpp-python")
         # llama.cpp tells its sizes, and why it cannot load a model, in its log alone.
         self._llm = kind(model, verbose=True, **options)
         self._llm.verbose = False
         _logger.set_verbose(False)
-        reply: dict[str, Any] = {"library": str(llama_cpp.llama_cpp._lib._name)}
-        if self._ours:
-            from adaskip_cpp.engine.settings import cost_settings
+        if not self._ours:
+            return {"library": str(library)}
+        from adaskip_cpp.engine.settings import cost_settings
 
-            reply["settings"] = dataclasses.asdict(cost_settings(self._llm))
-        return reply
+        return {"library": str(library), "settings": dataclasses.asdict(cost_settings(self._llm))}
 
     def time(self, prompt: list[int], n_decode: int, plan: Any) -> dict[str, Any]:
         if plan is not None:
             self._llm.set_plan(plan)
         result = _TIMING["time_request"](self._llm, prompt, n_decode)
-        return {"first_token_s": result.first_token_s, "token_s": result.token_s, "usage": self._usage()}
+        return {**dataclasses.asdict(result), "usage": self._usage()}
 
     def _usage(self) -> dict[str, int]:
         """Memory and graphs, up to now, as far as the library tells."""
         import llama_cpp
 
-        reused = int(llama_cpp.llama_perf_context(self._llm.ctx).n_reused)
-        usage = {"peak_bytes": _peak_bytes(), "graphs_reused": max(reused, 0)}
-        if self._ours:
-            counters = self._llm.counters
-            for name in ("kv_bytes", "nodes_full", "nodes", "graphs_built", "graphs_reused"):
-                usage[name] = int(getattr(counters, name))
-        return usage
-
-
-def _check_stock() -> None:
-    import llama_cpp
-
-    library = Path(llama_cpp.llama_cpp._lib._name).resolve()
-    if "adaskip_cpp" in sys.modules or Path(llama_cpp.__file__).resolve().parent not in library.parents:
-        raise RuntimeError(f"this process runs on {library}, not on the libllama of llama-cpp-python")
+        usage = {"peak_bytes": _peak_bytes()}
+        if not self._ours:
+            return {**usage, "graphs_reused": max(int(llama_cpp.llama_perf_context(self._llm.ctx).n_reused), 0)}
+        counters = self._llm.counters
+        names = ("kv_bytes", "nodes_full", "nodes", "graphs_built", "graphs_reused")
+        return usage | {name: int(getattr(counters, name)) for name in names}
 
 
 def _peak_bytes() -> int:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -28,12 +29,11 @@ from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, model_opt
 
 if TYPE_CHECKING:
     from ..bench.bench import Progress
-    from ..planning.profile import Profile
 
-__all__ = ["bench"]
-
-_MEASURED = "What is measured"
 _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
+_chosen = partial(option, group=CHOOSING)
+_chosen_layers = partial(option, group=CHOOSING, multiple=True)
+_measured = partial(option, group="What is measured")
 
 
 @verb(
@@ -43,7 +43,6 @@ _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 @click.argument("model")
 @option(
     "--profile",
-    "profile_path",
     metavar="PROFILE",
     help="Profile of the model, for the plans.  [default: the one beside MODEL, X.adaskip.json for X.gguf; without one "
     "the model is calibrated briefly]",
@@ -62,78 +61,46 @@ _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
     help="Tokens of the prompts.  [default: 512,2048,8192, cut to what the model allows]",
 )
 @option("--repeats", type=click.IntRange(min=1), default=12, help="Rounds.")
-@option(
+@_chosen(
     "--strategy",
     "strategies",
-    group=CHOOSING,
     metavar="LIST",
     type=names(_STRATEGIES),
     help=f"How they choose: {', '.join(_STRATEGIES)}.  [default: adaskip]",
 )
-@option(
+@_chosen(
     "--speedup",
     "speedups",
-    group=CHOOSING,
     metavar="LIST",
     type=numbers(float, "1.2,1.4"),
     help="Plans predicted to be so many times as fast at the longest context, as 1.2,1.4.",
 )
-@option(
-    "--attention",
-    group=CHOOSING,
-    multiple=True,
-    metavar="LAYERS",
-    type=LAYERS,
-    help="A plan that skips just these attentions, as 1,5-7; may be repeated.",
-)
-@option(
-    "--ffn",
-    group=CHOOSING,
-    multiple=True,
-    metavar="LAYERS",
-    type=LAYERS,
-    help="A plan that skips just these FFNs; likewise.",
-)
-@option(
-    "--both",
-    group=CHOOSING,
-    multiple=True,
-    metavar="LAYERS/LAYERS",
-    type=LAYERS_OF_BOTH,
-    help="A plan that skips these attentions and these FFNs; likewise.",
-)
-@option("--tuned", group=CHOOSING, is_flag=True, help="The plan that `tune` wrote beside MODEL.")
-@option(
+@_chosen_layers("--attention", type=LAYERS, help="A plan that skips just these attentions, as 1,5-7; may be repeated.")
+@_chosen_layers("--ffn", type=LAYERS, help="A plan that skips just these FFNs; likewise.")
+@_chosen_layers("--both", type=LAYERS_OF_BOTH, help="A plan that skips these attentions and these FFNs; likewise.")
+@_chosen("--tuned", is_flag=True, help="The plan that `tune` wrote beside MODEL.")
+@_chosen(
     "--mode",
-    group=CHOOSING,
     type=click.Choice(MODES),
     default="prefill",
     help="As for generate. prefill skips the same sublayers in both phases, e2e adds FFNs after 20 tokens.",
 )
-@option(
+@_chosen(
     "--compensation",
-    group=CHOOSING,
     type=click.Choice(list(COMPENSATIONS)),
     default=DEFAULT_COMPENSATION,
     help="What stands in for a skipped sublayer.",
 )
-@option(
-    "--decode-tokens",
-    "n_decode",
-    group=_MEASURED,
-    type=click.IntRange(min=1),
-    default=32,
-    help="Tokens to time behind each prompt.",
-)
-@option("--no-stock", group=_MEASURED, is_flag=True, help="Leave stock llama-cpp-python out.")
-@option("--no-ideal", group=_MEASURED, is_flag=True, help="Do not time the skipped sublayers by themselves.")
+@_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to time behind each prompt.")
+@_measured("--no-stock", is_flag=True, help="Leave stock llama-cpp-python out.")
+@_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers by themselves.")
 @option("--flash-attn", group=RUNNING, is_flag=True, help="Compute attention as one operation, in all contenders.")
 @model_options
 @option("--plot", "plot_to", group=OUTPUT, metavar="PATH", help="Draw PNG and SVG: a folder, or how their names begin.")
 @json_option
 def bench(
     model: str,
-    profile_path: str | None,
+    profile: str | None,
     contexts: tuple[int, ...] | None,
     skips: tuple[int, ...] | None,
     strategies: tuple[str, ...] | None,
@@ -145,7 +112,7 @@ def bench(
     mode: Mode,
     compensation: str,
     repeats: int,
-    n_decode: int,
+    decode_tokens: int,
     flash_attn: bool,
     no_stock: bool,
     no_ideal: bool,
@@ -166,12 +133,11 @@ def bench(
     from ..bench.table import table
     from ..engine.settings import cost_settings
     from ..measuring.cores import physical_cores
+    from ..pictures import plots
     from .bench_report import print_report
 
     if plot_to is not None:
-        from ..pictures.plots import figure
-
-        figure()  # a missing matplotlib is told now, and not after the measurement
+        plots.figure()  # a missing matplotlib is told now, and not after the measurement
     err = console(stderr=True)
     alike = PlanRequest(mode=mode, compensation=compensation)
     if strategies and not skips and not speedups:
@@ -183,15 +149,18 @@ def bench(
     learns = any(each.strategy != "manual" or each.compensation != "none" for each in requests)
     check_gguf(model)
     plans = {"tuned": plan_beside(model).plan} if tuned else {}
-    profile = _profile(model, profile_path, learns)
-    if profile is not None and not requests and not tuned:
+    if profile is None and learns and os.path.exists(profile_path(model)):
+        profile = profile_path(model)
+        err.print(f"The profile is {profile}.")
+    source = None if profile is None else load_profile(model, profile)
+    if source is not None and not requests and not tuned:
         requests = [replace(alike, n_skip=DEFAULT_N_SKIP)]
-    calibrates = learns and profile is None
+    calibrates = learns and source is None
 
     n_ctx = max([subject.N_TOKENS + subject.N_DECODE, *((contexts or (2048,)) if calibrates and speedups else ())])
     with contextlib.closing(open_quietly(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)) as llm:
         about = subject.configuration(llm)
-        fitting, note = subject.fit_contexts(contexts, llm.n_ctx_train, n_decode)
+        fitting, note = subject.fit_contexts(contexts, llm.n_ctx_train, decode_tokens)
         if note:
             err.print(note)
         if calibrates:
@@ -199,10 +168,10 @@ def bench(
             err.print(
                 f"No --profile: calibrating on {subject.N_REQUESTS} requests of {subject.N_TOKENS} tokens{timing}"
             )
-            profile = subject.brief_profile(llm, cost=bool(speedups))
-        plans |= subject.make_plans(profile or llm.n_layer, requests, fitting[-1])
+            source = subject.brief_profile(llm, cost=bool(speedups))
+        plans |= subject.make_plans(source or llm.n_layer, requests, fitting[-1])
         if speedups:
-            print_cost_note(err, profile, replace(cost_settings(llm), flash_attention=flash_attn))
+            print_cost_note(err, source, replace(cost_settings(llm), flash_attention=flash_attn))
         tokens, skippable = subject.material(llm, plans.values(), fitting[-1])
     if about["busy"]:
         err.print(
@@ -210,7 +179,8 @@ def bench(
             "other programs disturb the times.",
             style="yellow",
         )
-    settings = BenchSettings(model, fitting, repeats, n_decode, threads or physical_cores(), gpu_layers, flash_attn)
+    n_threads = threads or physical_cores()
+    settings = BenchSettings(model, fitting, repeats, decode_tokens, n_threads, gpu_layers, flash_attn)
     ideal = None if no_ideal else skippable
     with _progress() as show:
         result = Bench(settings, plans, tokens, skippable=ideal, stock=not no_stock, on_progress=show).run()
@@ -227,15 +197,6 @@ def bench(
         raise result.error
     if not result.complete:
         raise click.Abort
-
-
-def _profile(model: str, path: str | None, learns: bool) -> Profile | None:
-    """Read the profile that is named, or where plans need one that beside the model; None if there is none."""
-    beside = profile_path(model)
-    if path is None and learns and os.path.exists(beside):
-        console(stderr=True).print(f"The profile is {beside}.")
-        path = beside
-    return None if path is None else load_profile(model, path)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..bench.bench import BenchResult
     from ..intervals import Interval
 
-__all__ = ["print_report", "seconds"]
-
 
 def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: dict[str, Any]) -> None:
     """Print the tables and the configuration."""
