@@ -138,8 +138,10 @@ def users_error(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller --ctx"
     if isinstance(error, OSError):
-        told = f"{error.filename!r}: {error.strerror}" if error.filename and error.strerror else str(error)
-        return f"{told}; check the path, its permissions and the space left"
+        if error.strerror is None:  # one of ours, which says what to do
+            return str(error)
+        file = f"{error.filename!r}: " if error.filename else ""
+        return f"{file}{error.strerror}; check the path, its permissions and the space left"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     # llama-cpp-python raises these for whatever llama.cpp refuses; not all of them pass through AdaSkipLlama.eval.
     if isinstance(error, RuntimeError) and frame.f_globals.get("__name__", "").startswith("llama_cpp."):
