@@ -283,7 +283,8 @@ def test_a_map_is_three_nodes(layer: int, kind: int, tiny: Tiny, tokens: Tokens,
 
 
 def test_a_plan_with_maps_adds_no_split(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    # A split is a part of the graph that runs on one device; maps are on the device of their layer, whichever it is.
+    # A split is a part of the graph that runs on one device; maps are on that of their layer, whichever it is. For 32
+    # tokens and more llama.cpp computes on the GPU with weights of the CPU too, at several splits per layer.
     llm, splits = open_model(tiny(), n_gpu_layers=2), []
     for plan in (None, same(random_set(1))):
         llm.reset()
@@ -291,7 +292,8 @@ def test_a_plan_with_maps_adds_no_split(tiny: Tiny, tokens: Tokens, open_model: 
         for n in (40, 1):
             llm.eval(tokens(n))
             splits.append(llm.counters.splits)
-    assert min(splits) > 0 and splits[2:] == splits[:2]
+    whole, planned = splits[:2], splits[2:]
+    assert 0 < planned[0] <= whole[0] and planned[1] == whole[1]
 
 
 def test_maps_let_the_graph_be_reused_on_every_token_and_nothing_is_copied(
