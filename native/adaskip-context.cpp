@@ -127,16 +127,11 @@ void adaskip_context::rewrite(
 
     const auto n_layer = (uint32_t) llama_model_n_layer(&model);
 
-    const ggml_init_params params = {
-        /*.mem_size   =*/ggml_tensor_overhead() * adaskip_graph_max_nodes(n_layer),
-        /*.mem_buffer =*/nullptr,
-        /*.no_alloc   =*/true,
-    };
-    ctx.reset(ggml_init(params));
+    tensors = std::make_unique<adaskip_tensors>(adaskip_graph_max_nodes(n_layer));
 
     ggml_tensor * const end = is_encoder || is_plain ? nullptr : res.t_embd ? res.t_embd : res.t_logits;
 
-    adaskip_pass pass(ctx.get(), gf, end, (int) n_layer, active_set(), kv_elided);
+    adaskip_pass pass(tensors->ctx.get(), gf, end, (int) n_layer, active_set(), kv_elided);
 
     pass.check();
     pass.skip_sublayers();

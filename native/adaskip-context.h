@@ -7,10 +7,10 @@
 #include "adaskip-plan.h"
 #include "adaskip-statistics.h"
 
-#include "ggml-cpp.h"
 #include "llama-graph.h"
 
 #include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -149,7 +149,7 @@ private:
     int64_t   n_key_changes = 0; // graphs before and after a change have different shapes
     bool      graph_is_new  = false;
 
-    ggml_context_ptr ctx; // the tensors that the pass added
+    std::unique_ptr<adaskip_tensors> tensors; // those that the pass added
 
     adaskip_observer observer;
 };

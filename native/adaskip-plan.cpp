@@ -30,6 +30,10 @@ static ggml_type map_type(const llama_model & model, ggml_backend_buffer_type_t 
     return GGML_TYPE_F32;
 }
 
+adaskip_tensors::adaskip_tensors(size_t n) : mem(new uint8_t[n * ggml_tensor_overhead()]) {
+    ctx.reset(ggml_init({ n * ggml_tensor_overhead(), mem.get(), /*.no_alloc =*/true }));
+}
+
 adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::vector<uint8_t> & skip,
         const float * data, int64_t ne0, int64_t ne1, bool is_map) {
     const size_t n   = ne0 * ne1;
@@ -44,13 +48,7 @@ adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::v
         ggml_backend_buffer_type_t buft = model.select_buft((int) i / 2);
         auto &                     ctx  = ctx_map[buft];
         if (!ctx) {
-            const ggml_init_params params = {
-                /*.mem_size   =*/skip.size() * ggml_tensor_overhead(),
-                /*.mem_buffer =*/nullptr,
-                /*.no_alloc   =*/true,
-            };
-            ctx = ggml_init(params);
-            res->ctxs.emplace_back(ctx);
+            ctx = res->ctxs.emplace_back(skip.size()).ctx.get();
         }
         res->tensors[i] = ggml_new_tensor_2d(ctx, is_map ? map_type(model, buft) : GGML_TYPE_F32, ne0, ne1);
     }

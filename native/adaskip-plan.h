@@ -3,6 +3,7 @@
 #include "adaskip.h"
 
 #include "ggml-cpp.h"
+#include "ggml.h"
 
 #include <cstdint>
 #include <map>
@@ -12,10 +13,18 @@
 
 struct llama_model;
 
+// Room for the metadata of n tensors. ggml would end the process where it finds no memory for them; this throws.
+struct adaskip_tensors {
+    explicit adaskip_tensors(size_t n);
+
+    std::unique_ptr<uint8_t[]> mem;
+    ggml_context_ptr           ctx;
+};
+
 // One array per skipped sublayer of a plan, each in a buffer on its layer's own device.
 struct adaskip_vectors {
     std::vector<ggml_tensor *>           tensors; // [n_layer][2], null where there is none
-    std::vector<ggml_context_ptr>        ctxs;
+    std::vector<adaskip_tensors>         ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;
 };
 
