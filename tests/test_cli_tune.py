@@ -274,7 +274,7 @@ def test_with_costs_the_plan_that_saves_more_is_found(costed: Callable[..., Resu
 @pytest.mark.model
 @pytest.mark.slow
 def test_a_real_model_is_calibrated_and_tuned_with_the_built_in_text(smollm2_path: Path, tmp_path: Path) -> None:
-    words = ["tune", smollm2_path, "--min-agreement", 0.6, "-o", tmp_path / "p.json", "--texts", 3, "--tokens", 64,
+    words = ["tune", smollm2_path, "--min-agreement", 0.6, "-o", tmp_path / "p.json", "--texts", 8, "--tokens", 64,
              "--context", 128, "--answer", 8, "--exchange", 2, "--json"]  # fmt: skip
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 0, result.output
