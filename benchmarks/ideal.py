@@ -20,19 +20,18 @@ import numpy as np
 from results import layers
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
-from adaskip_cpp.bench.table import NO_PLAN, BenchTimes, Parts, table
+from adaskip_cpp.bench.table import NO_PLAN, REST, BenchTimes, table
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import in_turn, time_request
-from adaskip_cpp.model.plan import PHASES
+from adaskip_cpp.model.plan import PHASES, Phase
 
 N_DECODE, N_SKIP = 32, 12
-REST = "nothing"
 COMPENSATIONS = ("linear", "none")
 
 
-def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, Parts]]:
+def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, dict[Phase, str]]]:
     """The plans of all runs by name, and what the ideal of each contender is made from."""
     every = [np.flatnonzero(profile.skippable[:, kind]).tolist() for kind in (0, 1)]
     kinds = {
@@ -41,13 +40,13 @@ def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, 
         f"{N_SKIP // 2} of each": (layers(profile, 0, N_SKIP // 2), layers(profile, 1, N_SKIP // 2)),
     }
     plans: dict[str, SkipPlan | None] = {NO_PLAN: None}
-    parts = {}
+    parts: dict[str, dict[Phase, str]] = {}
     for name, (attention, ffn) in kinds.items():
         for each in COMPENSATIONS:
             plans[f"{name}, {each}"] = profile.plan(
                 compensation=each, mode="prefill", strategy="manual", attention=attention, ffn=ffn
             )
-            parts[f"{name}, {each}"] = Parts(f"only {name}", f"only {name}", REST)
+            parts[f"{name}, {each}"] = {"prefill": f"only {name}", "decode": f"only {name}"}
         others = [
             [layer for layer in every[kind] if layer not in skipped] for kind, skipped in enumerate((attention, ffn))
         ]

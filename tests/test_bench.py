@@ -18,7 +18,7 @@ from adaskip_cpp.bench import bench
 from adaskip_cpp.bench.bench import Bench, BenchResult, BenchSettings
 from adaskip_cpp.bench.process import Usage, Worker
 from adaskip_cpp.bench.subject import fit_contexts
-from adaskip_cpp.bench.table import NO_PLAN, STOCK, BenchTimes, Parts, Row, table, verdict
+from adaskip_cpp.bench.table import NO_PLAN, REST, STOCK, BenchTimes, Row, table, verdict
 from adaskip_cpp.errors import DataError, NativeError, PlanError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.timing import RequestTime
@@ -38,7 +38,7 @@ def measured(
     for name, seconds in prompt_s.items():
         own = seconds * common * np.exp(rng.normal(0, noise, n_rounds))
         times[name, 512] = [RequestTime(s, (9.0, 9.0, s / 100, s / 100)) for s in own.tolist()]
-    names = [name for name in prompt_s if not name.startswith("only") and name != "rest"]
+    names = [name for name in prompt_s if not name.startswith("only") and name != REST]
     return BenchTimes(names, times, **options)
 
 
@@ -80,8 +80,8 @@ def test_medians_and_quartiles_are_those_of_the_runs() -> None:
 
 def test_the_ideal_is_the_full_time_over_what_the_skipped_sublayers_leave_of_it() -> None:
     # The skipped sublayers alone take 0.9 - 0.4 = 0.5 of 2.0 s: ideal 2 / 1.5. The plan takes 1.6: 1.5 / 1.6 of it.
-    parts = {"plan": Parts("only", "only", "rest")}
-    rows = table(measured({NO_PLAN: 2.0, "plan": 1.6, "only": 0.9, "rest": 0.4}, parts=parts))
+    parts = {"plan": {"prefill": "only", "decode": "only"}}
+    rows = table(measured({NO_PLAN: 2.0, "plan": 1.6, "only": 0.9, REST: 0.4}, parts=parts))
     for phase in ("prefill", "decode"):
         found = row(rows, "plan", phase)
         assert found.ideal is not None and found.of_ideal is not None
@@ -91,9 +91,9 @@ def test_the_ideal_is_the_full_time_over_what_the_skipped_sublayers_leave_of_it(
 
 
 def test_with_noise_the_share_of_the_ideal_is_still_found() -> None:
-    parts = {"plan": Parts("only", None, "rest")}
+    parts = {"plan": {"prefill": "only"}}
     rows = table(
-        measured({NO_PLAN: 2.0, "plan": 1.5, "only": 0.9, "rest": 0.4}, n_rounds=60, noise=0.02, seed=3, parts=parts)
+        measured({NO_PLAN: 2.0, "plan": 1.5, "only": 0.9, REST: 0.4}, n_rounds=60, noise=0.02, seed=3, parts=parts)
     )
     share = row(rows, "plan").of_ideal
     assert share is not None and share.low < 1 < share.high and share.high - share.low < 0.03
@@ -101,8 +101,8 @@ def test_with_noise_the_share_of_the_ideal_is_still_found() -> None:
 
 
 def test_parts_that_take_longer_than_the_whole_give_no_ideal() -> None:
-    parts = {"plan": Parts("only", "only", "rest")}
-    rows = table(measured({NO_PLAN: 1.0, "plan": 0.9, "only": 1.8, "rest": 0.1}, parts=parts))
+    parts = {"plan": {"prefill": "only", "decode": "only"}}
+    rows = table(measured({NO_PLAN: 1.0, "plan": 0.9, "only": 1.8, REST: 0.1}, parts=parts))
     assert row(rows, "plan").ideal is None and row(rows, "plan").of_ideal is None
 
 
@@ -276,14 +276,13 @@ def test_a_decode_set_that_changes_has_no_ideal() -> None:
     later = SkipSet(np.array([[0, 0], [1, 1], [0, 1]], bool), np.ones((3, 2)))
     growing = SkipPlan(PLAN.prefill, PLAN.decode, schedule=((0, PLAN.decode), (3, later)))
     times = bench_of({"a": online, "b": growing})
-    assert [parts.decode for parts in times.parts.values()] == [None, None]
-    assert all(parts.prefill is not None for parts in times.parts.values())
+    assert [[*parts] for parts in times.parts.values()] == [["prefill"], ["prefill"]]
     assert times.settle["a"] == 4
 
 
 def test_a_plan_for_decode_alone_has_an_ideal_there_alone() -> None:
     parts = bench_of({"a": SkipPlan.manual(3, attention=[1], phase="decode")}).parts["a"]
-    assert parts.prefill is None and parts.decode is not None
+    assert [*parts] == ["decode"]
 
 
 def test_a_plan_that_skips_nothing_has_no_ideal() -> None:

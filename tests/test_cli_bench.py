@@ -21,7 +21,7 @@ from adaskip_cpp.bench import subject
 from adaskip_cpp.bench.bench import BenchResult, BenchSettings
 from adaskip_cpp.bench.plots import plot
 from adaskip_cpp.bench.process import Usage, Worker
-from adaskip_cpp.bench.table import NO_PLAN, STOCK, BenchTimes, Parts, table
+from adaskip_cpp.bench.table import NO_PLAN, REST, STOCK, BenchTimes, table
 from adaskip_cpp.cli.bench import bench
 from adaskip_cpp.cli.bench_report import print_report, seconds
 from adaskip_cpp.cli.terminal import Verbs
@@ -284,8 +284,8 @@ def test_after_a_contender_died_it_prints_what_there_is_and_the_reason(
 
 def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (16,)) -> BenchResult:
     """Stock and no plan take 2 s, a plan 1.6 s, of an ideal of 2 / 1.5; a hundredth of it per token."""
-    seconds_of = {STOCK: 2.0, NO_PLAN: 2.0, "adaskip 2": 1.6, "only": 0.6, "rest": 0.1}
-    times = BenchTimes([STOCK, NO_PLAN, "adaskip 2"], parts={"adaskip 2": Parts("only", "only", "rest")})
+    seconds_of = {STOCK: 2.0, NO_PLAN: 2.0, "adaskip 2": 1.6, "only": 0.6, REST: 0.1}
+    times = BenchTimes([STOCK, NO_PLAN, "adaskip 2"], parts={"adaskip 2": {"prefill": "only", "decode": "only"}})
     for context in contexts:
         for name, s in seconds_of.items():
             times.times[name, context] = [RequestTime(s, (s / 100,) * n_decode)] * n_rounds

@@ -21,18 +21,16 @@ import numpy.typing as npt
 
 from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn
-from ..model.plan import SkipPlan
+from ..model.plan import Phase, SkipPlan
 from ..model.skip_set import SkipSet
 from .process import Usage, Worker
-from .table import NO_PLAN, STOCK, BenchTimes, Parts
+from .table import NO_PLAN, REST, STOCK, BenchTimes
 
 _PAUSE_S = 0.03
 """Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
 _N_WARM_UP = 512
 """Most tokens that a new process reads before it is timed: one ubatch touches the weights and what it computes in."""
-_N_SETTLE_ONLINE = 2
-"""Tokens behind the online stage's window that do not count: they build the graph of the set that it chose."""
-_IDEAL, _REST = "the ideal", "nothing that can be skipped"
+_IDEAL = "the ideal"
 
 _Skip: TypeAlias = "npt.NDArray[np.bool_]"
 Progress: TypeAlias = Callable[[str, float, float], None]
@@ -114,15 +112,10 @@ class BenchResult:
 
 
 class Bench:
-    """A benchmark that is about to run.
+    """A benchmark that is about to run, of plans by the names of their contenders, with or without stock.
 
-    Args:
-        settings: what to run.
-        plans: by the name of the contender that runs under it.
-        tokens: text for the prompts; repeated where a context is longer.
-        skippable: bool ``[n_layer, 2]``; with it the ideal ratio of each plan is measured too.
-        stock: whether stock llama-cpp-python is a contender.
-        on_progress: called before every run.
+    Tokens for the prompts are repeated where a context is longer. With ``skippable``, bool ``[n_layer, 2]``, the ideal
+    ratio of each plan is measured too.
     """
 
     def __init__(
@@ -217,47 +210,50 @@ class Bench:
         self._on_progress(doing, done / total, total - done)
 
     def _expected(self, name: str, context: int) -> float:
-        """Seconds of a run: as those before it, or as others at this context took against what was expected of them."""
-        times = self.result.times.times
-        if known := times.get((name, context)):
-            return _median_s(known)
-        others = [_median_s(runs) / self._from_warm_up(*run) for run, runs in times.items() if run[1] == context]
-        return self._from_warm_up(name, context) * (statistics.median(others) if others else 1.0)
+        """Seconds of a run: as those before it, or as others at this context took against what was expected of them.
 
-    def _from_warm_up(self, name: str, context: int) -> float:
-        """As long a warm-up's prompt times the context, which is too short where attention takes most of the time."""
-        warm = self._warm[name]
-        return warm.first_token_s * context / self._n_warm_up + sum(warm.token_s)
+        That is a warm-up's prompt times the context, which is too short where attention takes most of the time.
+        """
+        times = self.result.times.times.items()
+        known = {run: statistics.median(map(_total_s, runs)) for (run, n), runs in times if n == context}
+        if name in known:
+            return known[name]
+        warm = {
+            run: each.first_token_s * context / self._n_warm_up + sum(each.token_s) for run, each in self._warm.items()
+        }
+        return warm[name] * statistics.median([known[run] / warm[run] for run in known] or [1.0])
 
 
-def _median_s(runs: Sequence[RequestTime]) -> float:
-    return statistics.median(run.first_token_s + sum(run.token_s) for run in runs)
+def _total_s(run: RequestTime) -> float:
+    return run.first_token_s + sum(run.token_s)
 
 
 def _settle(plan: SkipPlan, n_decode: int) -> int:
     """Tokens of decode that do not count: with an online stage those that it observes, so that its choice is timed."""
     if plan.online is None or n_decode <= plan.online.window:
         return N_SETTLE
-    return plan.online.window + _N_SETTLE_ONLINE
+    return plan.online.window + N_SETTLE  # as behind the prompt, for the graph of the set that it chose
 
 
-def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[dict[str, Parts], dict[str, SkipPlan]]:
+def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[dict[str, dict[Phase, str]], dict[str, SkipPlan]]:
     """Return what the ideal of each plan is made from, and the plans of those runs by their names."""
     runs: dict[bytes, tuple[str, _Skip]] = {}
 
-    def part(skip_set: SkipSet, name: str) -> str | None:
+    def part(skip_set: SkipSet, name: str) -> str:
         skip = skippable & ~skip_set.skip
-        return runs.setdefault(skip.tobytes(), (f"only what {name!r} skips", skip))[0] if skip_set.n_skip else None
+        return runs.setdefault(skip.tobytes(), (f"only what {name!r} skips", skip))[0]
 
-    parts = {}
+    parts: dict[str, dict[Phase, str]] = {}
     for name, plan in plans.items():
-        prefill = part(plan.prefill, name)
-        changes = bool(plan.schedule) or plan.online is not None
-        decode = None if changes else part(plan.decode, f"{name} in decode" if prefill else name)
-        if prefill is not None or decode is not None:
-            parts[name] = Parts(prefill, decode, _REST)
+        own: dict[Phase, str] = {}
+        if plan.prefill.n_skip:
+            own["prefill"] = part(plan.prefill, name)
+        if plan.decode.n_skip and not plan.schedule and plan.online is None:  # else the set changes within a request
+            own["decode"] = part(plan.decode, f"{name} in decode" if own else name)
+        if own:
+            parts[name] = own
     if parts:
-        runs[b""] = _REST, skippable
+        runs[b""] = REST, skippable
     return parts, {
         name: SkipPlan.manual(len(skip), *(np.flatnonzero(column).tolist() for column in skip.T))
         for name, skip in runs.values()

@@ -30,11 +30,8 @@ _START = (
 class Usage:
     """What a contender takes; None where its library does not tell.
 
-    Attributes:
-        peak_bytes: largest resident memory of the process, weights included as far as they were read.
-        kv_bytes: size of the KV cache.
-        nodes_full, nodes: of the last graph as llama.cpp built it, and as it was computed.
-        graphs_built, graphs_reused: since the model was loaded.
+    ``peak_bytes`` is resident memory, weights included as far as they were read. Nodes are those of the last graph, as
+    llama.cpp built it (full) and as it was computed; graphs are counted since the model was loaded.
     """
 
     peak_bytes: int | None = None
@@ -54,7 +51,6 @@ class Worker:
     def __init__(self, name: str, side: Literal["stock", "ours"]) -> None:
         self.name = name
         self.usage = Usage()
-        self._side = side
         self._sizes: dict[str, int] = {}
         # A file and not a pipe: nobody reads it while the worker runs.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
@@ -87,8 +83,7 @@ class Worker:
         Returns ``library``, the path of its libllama, and of ours ``settings``, a :class:`CostSettings` as a dict.
         """
         reply = self._ask("open", model, options)
-        if self._side == "stock":
-            self._sizes = _sizes(self._read_log())
+        self._sizes = _sizes(self._read_log())
         return reply
 
     def time(self, prompt: Sequence[int], n_decode: int, plan: SkipPlan | None = None) -> RequestTime:
@@ -125,7 +120,7 @@ class Worker:
 
 
 def _sizes(log: str) -> dict[str, int]:
-    """What stock llama.cpp tells in its log alone."""
+    """What stock llama.cpp tells in its log alone; ours counts it."""
     sizes: dict[str, int] = {}
     if kv := re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log):
         sizes["kv_bytes"] = round(sum(map(float, kv)) * 2**20)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,48 +18,35 @@ from ..intervals import Interval, ratio_interval
 from ..measuring.timing import N_SETTLE, RequestTime
 from ..model.plan import PHASES, Phase
 
-STOCK = "stock"
-NO_PLAN = "no plan"
+STOCK, NO_PLAN = "stock", "no plan"
 """The two contenders that others are compared with: stock llama-cpp-python, and ours with no plan."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Which runs tell the time of a plan's skipped sublayers: one in which only they run, less one in which none does.
-
-    A few sublayers by themselves may fit into a cache that the whole model does not fit into. Then they take less time
-    alone than among the others, and skipping them brings more than this ideal: more than 100% of it.
-
-    Attributes:
-        prefill, decode: name of the run with only the sublayers that the plan skips in that phase; None where it skips
-            none, and where its decode set changes within a request.
-        rest: name of the run in which nothing that can be skipped runs.
-    """
-
-    prefill: str | None
-    decode: str | None
-    rest: str
+REST = "nothing that can be skipped"
+"""The run of just what no plan can skip."""
 
 
 @dataclass
 class BenchTimes:
     """The times of all runs.
 
+    The time of a plan's skipped sublayers is that of a run in which only they run, less that of :data:`REST`. A few
+    sublayers by themselves may fit into a cache that the whole model does not fit into. Then they take less time alone
+    than among the others, and skipping them brings more than this ideal: more than 100% of it.
+
     Attributes:
         contenders: their names in the order of the table.
-        times: by name, also those of :class:`Parts`, and tokens of context: one request per round, in order.
-        parts: by contender; empty if the ideal was not measured.
+        times: by name of the run and tokens of context: one request per round, in order.
+        parts: by contender and phase, the run of only what it skips there; empty if the ideal was not measured.
         settle: by contender, tokens at the beginning of decode that do not count; :data:`timing.N_SETTLE` by default.
     """
 
     contenders: Sequence[str]
     times: dict[tuple[str, int], list[RequestTime]] = field(default_factory=dict)
-    parts: Mapping[str, Parts] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[Phase, str]] = field(default_factory=dict)
     settle: Mapping[str, int] = field(default_factory=dict)
 
     def seconds(self, name: str, context: int, phase: Phase) -> list[float]:
         """Seconds to the first token, or per token, of the complete rounds: those in which every run was made."""
-        parts = {part for parts in self.parts.values() for part in astuple(parts) if part is not None}
+        parts = {part for parts in self.parts.values() for part in (REST, *parts.values())}
         n_rounds = min(len(self.times.get((each, context), ())) for each in {*self.contenders, *parts})
         runs = self.times.get((name, context), [])[:n_rounds]
         if phase == "prefill":
@@ -73,7 +60,7 @@ class Row:
 
     Attributes:
         phase: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token behind it.
-        median_s, low_s, high_s: median and quartiles.
+        low_s, high_s: quartiles.
         against: how many times as fast it is as :data:`STOCK` and as :data:`NO_PLAN`, where these were measured; pair
             by pair, see :func:`intervals.ratio_interval`.
         ideal: how many times as fast as :data:`NO_PLAN` it would be if it took no more than the full model's time less
@@ -128,9 +115,9 @@ def verdict(interval: Interval) -> str:
 
 def _ideal(measured: BenchTimes, name: str, context: int, phase: Phase, own: list[float]) -> tuple[Interval, ...]:
     """The ideal and the share of it; nothing where there is none, or the machine is so noisy that none can be told."""
-    parts = measured.parts.get(name)
-    if parts is None or (part := getattr(parts, phase)) is None:
+    part = measured.parts.get(name, {}).get(phase)
+    if part is None:
         return ()
-    full, only, rest = (np.array(measured.seconds(each, context, phase)) for each in (NO_PLAN, part, parts.rest))
+    full, only, rest = (np.array(measured.seconds(each, context, phase)) for each in (NO_PLAN, part, REST))
     least = full - (only - rest)
     return (ratio_interval(full, least), ratio_interval(least, own)) if len(least) and (least > 0).all() else ()

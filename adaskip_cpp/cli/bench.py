@@ -7,17 +7,16 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..files import json_text
 from ..model.beside import profile_path
 from ..model.identity import check_gguf
-from ..model.plan import MODES, Mode
+from ..model.plan import MODES
 from ..model.plan_file import plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
@@ -29,6 +28,7 @@ from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, model_opt
 
 if TYPE_CHECKING:
     from ..bench.bench import Progress
+    from ..progress import OnProgress
 
 _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 _chosen = partial(option, group=CHOOSING)
@@ -49,29 +49,22 @@ _measured = partial(option, group="What is measured")
 )
 @option(
     "--skip",
-    "skips",
-    metavar="LIST",
     type=numbers(int, "6,12"),
     help=f"Plans that skip so many sublayers, as 6,12,15.  [default with --strategy or --profile: {DEFAULT_N_SKIP}]",
 )
 @option(
     "--contexts",
-    metavar="LIST",
     type=numbers(int, "512,2048"),
     help="Tokens of the prompts.  [default: 512,2048,8192, cut to what the model allows]",
 )
 @option("--repeats", type=click.IntRange(min=1), default=12, help="Rounds.")
 @_chosen(
     "--strategy",
-    "strategies",
-    metavar="LIST",
     type=names(_STRATEGIES),
     help=f"How they choose: {', '.join(_STRATEGIES)}.  [default: adaskip]",
 )
 @_chosen(
     "--speedup",
-    "speedups",
-    metavar="LIST",
     type=numbers(float, "1.2,1.4"),
     help="Plans predicted to be so many times as fast at the longest context, as 1.2,1.4.",
 )
@@ -102,15 +95,7 @@ def bench(
     model: str,
     profile: str | None,
     contexts: tuple[int, ...] | None,
-    skips: tuple[int, ...] | None,
-    strategies: tuple[str, ...] | None,
-    speedups: tuple[float, ...] | None,
-    attention: tuple[tuple[int, ...], ...],
-    ffn: tuple[tuple[int, ...], ...],
-    both: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
     tuned: bool,
-    mode: Mode,
-    compensation: str,
     repeats: int,
     decode_tokens: int,
     flash_attn: bool,
@@ -120,6 +105,7 @@ def bench(
     threads: int | None,
     gpu_layers: int,
     as_json: bool,
+    **choice: Any,
 ) -> None:
     """Measure the time to the first token and per token of MODEL, a GGUF file.
 
@@ -139,13 +125,7 @@ def bench(
     if plot_to is not None:
         plots.figure()  # a missing matplotlib is told now, and not after the measurement
     err = console(stderr=True)
-    alike = PlanRequest(mode=mode, compensation=compensation)
-    if strategies and not skips and not speedups:
-        skips = (DEFAULT_N_SKIP,)
-    budgets = [{"n_skip": n} for n in skips or ()] + [{"speedup": ratio} for ratio in speedups or ()]
-    requests = [replace(alike, strategy=name, **each) for name in strategies or ("adaskip",) for each in budgets]
-    lists = [(layers, ()) for layers in attention] + [((), layers) for layers in ffn] + [*both]
-    requests += [replace(alike, strategy="manual", attention=first, ffn=second) for first, second in lists]
+    requests = _requests(choice)
     learns = any(each.strategy != "manual" or each.compensation != "none" for each in requests)
     check_gguf(model)
     plans = {"tuned": plan_beside(model).plan} if tuned else {}
@@ -154,23 +134,24 @@ def bench(
         err.print(f"The profile is {profile}.")
     source = None if profile is None else load_profile(model, profile)
     if source is not None and not requests and not tuned:
-        requests = [replace(alike, n_skip=DEFAULT_N_SKIP)]
+        requests = _requests({**choice, "skip": (DEFAULT_N_SKIP,)})
     calibrates = learns and source is None
+    predicts = any(each.speedup is not None for each in requests)
 
-    n_ctx = max([subject.N_TOKENS + subject.N_DECODE, *((contexts or (2048,)) if calibrates and speedups else ())])
+    n_ctx = max([subject.N_TOKENS + subject.N_DECODE, *((contexts or (2048,)) if calibrates and predicts else ())])
     with contextlib.closing(open_quietly(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)) as llm:
         about = subject.configuration(llm)
         fitting, note = subject.fit_contexts(contexts, llm.n_ctx_train, decode_tokens)
         if note:
             err.print(note)
         if calibrates:
-            timing = ", and timing the sublayers." if speedups else "."
+            timing = ", and timing the sublayers." if predicts else "."
             err.print(
                 f"No --profile: calibrating on {subject.N_REQUESTS} requests of {subject.N_TOKENS} tokens{timing}"
             )
-            source = subject.brief_profile(llm, cost=bool(speedups))
+            source = subject.brief_profile(llm, cost=predicts)
         plans |= subject.make_plans(source or llm.n_layer, requests, fitting[-1])
-        if speedups:
+        if predicts:
             print_cost_note(err, source, replace(cost_settings(llm), flash_attention=flash_attn))
         tokens, skippable = subject.material(llm, plans.values(), fitting[-1])
     if about["busy"]:
@@ -182,8 +163,9 @@ def bench(
     n_threads = threads or physical_cores()
     settings = BenchSettings(model, fitting, repeats, decode_tokens, n_threads, gpu_layers, flash_attn)
     ideal = None if no_ideal else skippable
-    with _progress() as show:
-        result = Bench(settings, plans, tokens, skippable=ideal, stock=not no_stock, on_progress=show).run()
+    with told_progress("Measuring", still=True) as show:
+        tell = _with_estimate(show)
+        result = Bench(settings, plans, tokens, skippable=ideal, stock=not no_stock, on_progress=tell).run()
     rows = table(result.times)
     if as_json:
         data = {"configuration": about, **result.to_dict(), "rows": [row.to_dict() for row in rows]}
@@ -199,16 +181,26 @@ def bench(
         raise click.Abort
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """Yield what shows progress on stderr; where that is no terminal, the first estimate gets a line of its own."""
+def _requests(choice: dict[str, Any]) -> list[PlanRequest]:
+    """Every budget by every strategy, and every list of layers."""
+    budgets = [{"n_skip": n} for n in choice["skip"] or ()] + [{"speedup": ratio} for ratio in choice["speedup"] or ()]
+    if choice["strategy"] and not budgets:
+        budgets = [{"n_skip": DEFAULT_N_SKIP}]
+    wanted = [{"strategy": name, **budget} for name in choice["strategy"] or ("adaskip",) for budget in budgets]
+    lists = [(layers, ()) for layers in choice["attention"]] + [((), layers) for layers in choice["ffn"]]
+    lists += choice["both"]
+    wanted += [{"strategy": "manual", "attention": first, "ffn": second} for first, second in lists]
+    return [PlanRequest(mode=choice["mode"], compensation=choice["compensation"], **each) for each in wanted]
+
+
+def _with_estimate(show: OnProgress) -> Progress:
+    """Show progress; where stderr is no terminal, the first estimate gets a line of its own."""
     estimates = itertools.count()
-    with told_progress("Measuring", still=True) as show:
 
-        def tell(doing: str, fraction: float, left_s: float) -> None:
-            if not sys.stderr.isatty() and not math.isnan(left_s) and next(estimates) == 0:
-                left = f"{left_s:.0f} s" if left_s < 90 else f"{left_s / 60:.0f} min"
-                click.echo(f"Measuring for about {left}; Ctrl-C prints what is known.", err=True)
-            show(fraction, doing)
+    def tell(doing: str, fraction: float, left_s: float) -> None:
+        if not sys.stderr.isatty() and not math.isnan(left_s) and next(estimates) == 0:
+            left = f"{left_s:.0f} s" if left_s < 90 else f"{left_s / 60:.0f} min"
+            click.echo(f"Measuring for about {left}; Ctrl-C prints what is known.", err=True)
+        show(fraction, doing)
 
-        yield tell
+    return tell

@@ -56,7 +56,8 @@ def _print_phase(out: Console, rows: Sequence[Row]) -> None:
     table = _table(out, f"{TITLES[rows[0].phase]}, prompt of {rows[0].context:,} tokens, {n_rounds}", *columns)
     for row in rows:
         cells = [row.contender, f"{seconds(row.median_s)}\n({_range(row.low_s, row.high_s)})"]
-        cells += [_two_lines(verdict(row.against[name])) if name in row.against else "" for name in references]
+        verdicts = [verdict(row.against[name]) if name in row.against else "" for name in references]
+        cells += [words.replace(" (", "\n(").replace(", ", ",\n") for words in verdicts]  # the interval goes below
         if with_ideal:
             cells.append("" if row.ideal is None else f"{row.ideal.value:.2f} x")
             cells.append("" if row.of_ideal is None else _percent(row.of_ideal))
@@ -67,10 +68,6 @@ def _print_phase(out: Console, rows: Sequence[Row]) -> None:
 def _range(low: float, high: float) -> str:
     first, last = seconds(low).split(), seconds(high).split()
     return f"{first[0]} to {' '.join(last)}" if first[1] == last[1] else f"{' '.join(first)} to {' '.join(last)}"
-
-
-def _two_lines(text: str) -> str:
-    return text.replace(" (", "\n(").replace(", ", ",\n")  # the words stay together, the interval goes below
 
 
 def _percent(interval: Interval) -> str:
@@ -92,13 +89,13 @@ def _print_usage(out: Console, result: BenchResult) -> None:
 def _print_configuration(out: Console, result: BenchResult, about: dict[str, Any]) -> None:
     settings, machine = result.settings, result.machine
     lines = [
-        f"{about['model']} ({about['architecture']}, {about['n_layer']} layers, {about['quantisation']}, "
-        f"{megabytes(about['file_bytes'])})",
+        "{model} ({architecture}, {n_layer} layers, {quantisation}, ".format(**about)
+        + f"{megabytes(about['file_bytes'])})"
     ]
     if machine:
         n_threads = f"{settings.n_threads} thread{'s' if settings.n_threads > 1 else ''}"
         devices = [device for device in machine["devices"] if device != machine["cpu"]]
-        layers = {-1: "all", 0: "no"}.get(machine["n_gpu_layers"], str(machine["n_gpu_layers"]))
+        layers = {-1: "all", 0: "no"}.get(machine["n_gpu_layers"], machine["n_gpu_layers"])
         offloaded = f", {layers} layers offloaded to: {', '.join(devices)}" if devices else ", no other device"
         lines += [
             f"{machine['cpu']}, {n_threads}{offloaded}",
@@ -106,15 +103,14 @@ def _print_configuration(out: Console, result: BenchResult, about: dict[str, Any
             f"{'on' if machine['flash_attention'] else 'off'}, KV {machine['type_k']}/{machine['type_v']}",
         ]
     lines.append(
-        f"adaskip-cpp {about['adaskip_cpp']}, llama-cpp-python {about['llama_cpp_python']}, "
-        f"Python {about['python']}, {about['os']}"
+        "adaskip-cpp {adaskip_cpp}, llama-cpp-python {llama_cpp_python}, Python {python}, {os}".format(**about)
     )
-    for name, plan in result.plans.items():
-        lines.append(
-            f"{name}: {plan.prefill.n_skip} of {2 * plan.n_layer} sublayers skipped in prefill "
-            f"({len(plan.prefill.attention)} attention, {len(plan.prefill.ffn)} FFN), {plan.decode.n_skip} in decode; "
-            f"compensation {plan.compensation}"
-        )
+    lines += [
+        f"{name}: {plan.prefill.n_skip} of {2 * plan.n_layer} sublayers skipped in prefill "
+        f"({len(plan.prefill.attention)} attention, {len(plan.prefill.ffn)} FFN), {plan.decode.n_skip} in decode; "
+        f"compensation {plan.compensation}"
+        for name, plan in result.plans.items()
+    ]
     lines.append(
         "Every contender in a process of its own, a new one each round, in turn, in reverse every second round; "
         f"{settings.n_decode} tokens decoded behind each prompt; load average before {about['load_average']:.2f}."
