@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from adaskip_cpp.evaluation.report import Picture, html_report, markdown_report
+from adaskip_cpp.evaluation.report import html_report, markdown_report
 from adaskip_cpp.evaluation.results import SPEED_NAMES, About, Figure, Results, Row, Speed, TaskScores
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.pictures import plots
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
 LOADS = {"src", "href", "xlink:href", "srcset", "poster", "data", "action", "background"}
@@ -81,7 +80,7 @@ def unfinished(results: Results) -> Results:
 
 
 def test_the_page_is_well_formed_and_what_it_quotes_is_escaped(results: Results) -> None:
-    page = Page(html_report(results))
+    page = Page(html_report(results, {}))
     assert "<b>model</b> & co." in page.text
     assert "b" not in page.tags
     assert "a < b" in page.text
@@ -92,13 +91,12 @@ def test_the_page_loads_nothing(results: Results) -> None:
     pytest.importorskip("matplotlib")
     from adaskip_cpp.evaluation.plots import quality_pictures
 
-    pictures = [
-        Picture(name, "caption", plots.to_svg(figure, name=name)) for name, figure in quality_pictures(results).items()
-    ]
-    assert pictures
-    html = html_report(results, quality=pictures, scores=pictures, similarity=pictures)
+    drawn = quality_pictures(results)
+    assert drawn
+    alike = {"similarity-layers": drawn["quality"]}
+    html = html_report(results, {"quality": drawn, "scores": drawn, "similarity": alike})
     page = Page(html)
-    assert page.tags.count("svg") == 3 * len(pictures)
+    assert page.tags.count("svg") == 2 * len(drawn) + 1
     assert page.loads == []
     assert not {"script", "link", "iframe", "object", "embed", "img"} & set(page.tags)
     assert "@import" not in html
@@ -106,14 +104,14 @@ def test_the_page_loads_nothing(results: Results) -> None:
 
 
 def test_it_has_a_style_for_light_and_dark_and_for_narrow_windows(results: Results) -> None:
-    html = html_report(results)
+    html = html_report(results, {})
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
     assert html.count("<table>") == html.count('class="scroll"')
 
 
 def test_tables_say_what_results_say(results: Results) -> None:
-    page = Page(html_report(results))
+    page = Page(html_report(results, {}))
     assert "1.25 (1.20–1.30)" in page.text
     assert "+0.500 ± 0.100" in page.text
     assert "Early Exit, 12" in page.text
@@ -122,7 +120,7 @@ def test_tables_say_what_results_say(results: Results) -> None:
 
 def test_results_that_are_not_finished_say_so(results: Results) -> None:
     results = unfinished(results)
-    for text in (Page(html_report(results)).text, markdown_report(results)):
+    for text in (Page(html_report(results, {})).text, markdown_report(results)):
         assert "not finished: 3 of 5 results" in text
         assert "early_exit-6 is left out" in text
 

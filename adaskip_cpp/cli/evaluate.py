@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..evaluation.results import Results
 
-__all__ = ["evaluate"]
-
 _AGAIN = "; may be repeated"
 _choosing, _running = partial(option, group=CHOOSING), partial(option, group=RUNNING)
 _text, _question = partial(option, group="Items of text"), partial(option, group="Questions")
@@ -37,7 +35,9 @@ _speed = partial(option, group="Speed")
 )
 @click.argument("model")
 @option("--profile", "profile_path", required=True, metavar="PROFILE", help="Profile of this model.")
-@option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the results; a second run goes on.")
+@option(
+    "-o", "--output", "folder", required=True, metavar="FOLDER", help="Folder of the results; a second run goes on."
+)
 @option(
     "--skip",
     "n_skips",
@@ -98,34 +98,21 @@ _speed = partial(option, group="Speed")
 )
 @_speed("--rounds", "n_rounds", type=click.IntRange(min=0), default=5, help="Timings of each; 0 for none.")
 @_speed(
-    "--speed-context",
-    type=click.IntRange(min=2),
-    help="Prompt to time.  [default: 1024, or what the model allows]",
+    "--speed-context", type=click.IntRange(min=2), help="Prompt to time.  [default: 1024, or what the model allows]"
 )
 @_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: what is needed; LongBench 8192]")
 @model_options
 @json_option
 def evaluate(
-    model: str,
-    profile_path: str,
-    output: str,
-    threads: int | None,
-    gpu_layers: int,
-    as_json: bool,
-    **values: Any,
+    model: str, profile_path: str, folder: str, threads: int | None, gpu_layers: int, as_json: bool, **values: Any
 ) -> None:
     """Compare plans with the whole MODEL: loss, agreement, continuations and answers, against measured speed.
 
     Every strategy is run with every budget in every mode. Results are kept one by one in FOLDER: after Ctrl-C or a
     crash the same command goes on. At the end FOLDER has report.html, results.json, results.md and the pictures.
     """
-    from ..evaluation.contenders import every_request
+    from ..evaluation import conditions, contenders, figures, items, report, results, store
     from ..evaluation.evaluate import run
-    from ..evaluation.figures import evaluation_results
-    from ..evaluation.items import EvaluationOptions, prepare
-    from ..evaluation.output import configuration, write_results
-    from ..evaluation.results import About
-    from ..evaluation.store import open_store
     from ..measuring.cores import BUSY
     from ..planning.profile import Profile
 
@@ -134,22 +121,19 @@ def evaluate(
         raise click.UsageError("--longbench needs --longbench-prompts and --longbench-lengths", context)
     profile = Profile.load(profile_path)
     lists = {name: values.pop(name) for name in ("strategies", "n_skips", "speedups", "modes", "compensations")}
-    options = EvaluationOptions(every_request(profile.n_layer, **lists), **values)
+    options = items.EvaluationOptions(contenders.every_request(profile.n_layer, **lists), **values)
 
     def open_model(n_ctx: int, logits_all: bool) -> AdaSkipLlama:
         return open_quietly(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
 
-    work, notes, words, settings = prepare(model, profile, options, open_model)
+    work, notes, words, settings = items.prepare(model, profile, options, open_model)
     command = shlex.join(["adaskip-cpp", "evaluate", *context.meta["arguments"]])
-    facts = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "load_average": os.getloadavg()[0],
-    }
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = {"started": started, "command": command, "load_average": os.getloadavg()[0]}
     err = console(stderr=True)
     interrupted = False
-    with open_store(output, settings, facts) as store:
-        load = store.facts["load_average"]
+    with store.open_store(folder, settings, facts) as kept:
+        load = kept.facts["load_average"]
         if work.speed_prompt and load > BUSY:
             notes.append(
                 f"The load average was {load:.1f} at the beginning: unless that came from what you ran before, other "
@@ -157,38 +141,38 @@ def evaluate(
             )
         for note in notes:
             err.print(note, style="yellow", soft_wrap=True)
-        if store.set_aside is not None:
-            err.print(f"The settings have changed; earlier results are kept in {store.set_aside}", soft_wrap=True)
-        n_done = sum(key in store.records for key in work.results())
+        if kept.set_aside is not None:
+            err.print(f"The settings have changed; earlier results are kept in {kept.set_aside}", soft_wrap=True)
+        n_done = sum(key in kept.records for key in work.results())
         if n_done:
             err.print(f"{n_done} of {len(work.results())} results are there already.")
-        begun = store.facts["started"][:16].replace("T", " ")
-        about = About(
-            model=os.path.basename(model).removesuffix(".gguf"),
-            title=f"{os.path.basename(model)}: what skipping costs and brings",
+        name, begun = os.path.basename(model), kept.facts["started"][:16].replace("T", " ")
+        about = results.About(
+            model=name.removesuffix(".gguf"),
+            title=f"{name}: what skipping costs and brings",
             summary=f"{len(work.contenders) - 1} plans against the full model, begun {begun} UTC.",
-            configuration=configuration(model, profile, work, settings, words),
+            configuration=conditions.configuration(model, profile, work, settings, words),
             command=command,
             settings=settings,
             notes=tuple(notes),
         )
         try:
             with told_progress("Evaluating") as on_progress:
-                run(work, store, open_model, on_progress)
+                run(work, kept, open_model, on_progress)
         except KeyboardInterrupt:
             interrupted = True
-        results = evaluation_results(work, store.records, about)
-        write_results(results, store.folder, profile)
+        found = figures.evaluation_results(work, kept.records, about)
+        report.write_results(found, kept.folder, profile)
     if as_json:
-        click.echo(results.to_json(), nl=False)
+        click.echo(found.to_json(), nl=False)
     else:
-        _print(results, output)
+        _print(found, folder)
     if interrupted:
         err.print(f"Interrupted; nothing is lost. The same command goes on:\n  {command}", soft_wrap=True)
         context.exit(130)
 
 
-def _print(results: Results, output: str) -> None:
+def _print(results: Results, folder: str) -> None:
     """The headline, a short table for each mode, and where the rest is."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -197,12 +181,12 @@ def _print(results: Results, output: str) -> None:
 
     out = console()
     for each in summary(results):
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=each.title, title_justify="left", title_style="bold")
-        for i, name in enumerate(each.header):
-            table.add_column(name if i else "", justify="right" if i else "left")
+        table = Table("", box=SIMPLE_HEAD, pad_edge=False, title=each.title, title_justify="left", title_style="bold")
+        for name in each.header[1:]:
+            table.add_column(name, justify="right")
         for row in each.rows:
             table.add_row(*row)
         out.print(table)
     for sentence in results.headline:
         out.print(sentence)
-    out.print(f"\nWritten to {os.path.join(output, 'report.html')}, with all else beside it.", soft_wrap=True)
+    out.print(f"\nWritten to {os.path.join(folder, 'report.html')}, with all else beside it.", soft_wrap=True)

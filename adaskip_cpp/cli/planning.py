@@ -135,10 +135,7 @@ def find_plan_source(
     if full:
         return PlanSource()
     if plan_file is not None:
-        saved = load_plan(plan_file).plan
-        if saved.model is not None:
-            check_model(saved.model, model, plan_file)
-        return PlanSource(saved=saved)
+        return PlanSource(saved=load_plan(plan_file, model=model).plan)
     if profile_path_ is not None:
         return PlanSource(load_profile(model, profile_path_), request or PlanRequest())
     if request is not None:

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from ..errors import BudgetError, CompensationError, DataError, NotSkippableError
 from ..model.plan import MODES, Mode, SkipPlan
 from ..planning.compensation import DEFAULT_COMPENSATION
+from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import STRATEGIES, make_plan
-
-if TYPE_CHECKING:
-    from ..planning.profile import Profile
-
-__all__ = ["FULL", "Contender", "contenders", "every_request"]
+from .results import Named
 
 _COMPENSATED = "adaskip"
 """The strategy that has a compensation; the baselines have none."""
 
-_SHARES = (1 / 10, 1 / 5, 1 / 4)
-
 
 @dataclass(frozen=True)
-class Contender:
-    """One way to run the model.
+class Contender(Named):
+    """One way to run the model; without a plan it is the whole model."""
 
-    Attributes:
-        name: tells it from the others, ``"adaskip-12-e2e-affine"``.
-        strategy: name of the strategy, ``"full"`` for the whole model.
-        budget: what was asked for: ``"12"`` sublayers, or a speed-up of ``"1.2x"``.
-        mode: one of :data:`adaskip_cpp.model.plan.MODES`; None for the whole model.
-        compensation: its name, ``"none"`` for strategies that compensate nothing.
-        plan: None for the whole model.
-    """
-
-    name: str
-    strategy: str
-    budget: str
-    mode: Mode | None
-    compensation: str
     plan: SkipPlan | None
 
 
@@ -57,18 +37,12 @@ def every_request(
     modes: Sequence[Mode] | None = None,
     compensations: Sequence[str] | None = None,
 ) -> tuple[PlanRequest, ...]:
-    """Return a request for every strategy, then compensation, then budget, then mode.
+    """Return a request for every strategy, then compensation, then budget, then mode; of what is not given, for all.
 
-    Args:
-        n_layer: of the model.
-        strategies: names; None or empty for all that choose for themselves.
-        n_skips: budgets, numbers of sublayers; None for a tenth, a fifth and a quarter, unless there are speed-ups.
-        speedups: budgets, predicted speed-ups.
-        modes: None or empty for all.
-        compensations: names, for the strategy that has one; None for the default.
+    Without budgets they are a tenth, a fifth and a quarter of the sublayers, without compensations the default.
     """
     if not n_skips and not speedups:
-        n_skips = sorted({max(int(share * 2 * n_layer), 1) for share in _SHARES})
+        n_skips = sorted({max(2 * n_layer // parts, 1) for parts in (10, 5, 4)})
     budgets = [*(PlanRequest(n) for n in n_skips or ()), *(PlanRequest(speedup=each) for each in speedups or ())]
     return tuple(
         replace(budget, strategy=strategy, compensation=compensation, mode=mode)
@@ -80,16 +54,12 @@ def every_request(
 
 
 def contenders(
-    profile: Profile, requests: Sequence[PlanRequest], saved: SkipPlan | None = None
+    profile: Profile, requests: Iterable[PlanRequest], saved: SkipPlan | None = None
 ) -> tuple[list[Contender], list[str]]:
     """Return the full model and every plan that the profile gives, and a note on each that it does not.
 
-    A plan that skips the same as another one of its strategy, or nothing, is left out too.
-
-    Args:
-        profile: of the model.
-        requests: the plans that are wanted, in this order; a speed-up with its context.
-        saved: a plan as `tune` finds it, which comes last.
+    A plan that skips the same as another one of its strategy, or nothing, is left out too. ``saved`` is a plan as
+    `tune` finds it, which comes last.
 
     Raises:
         DataError: there is no plan but the full model.
@@ -105,17 +75,15 @@ def contenders(
         except (BudgetError, NotSkippableError, CompensationError) as error:
             notes.append(f"{name} is left out: {error}")
             continue
-        rivals = (each for each in found if each is FULL or each.strategy == strategy)
-        twin = next((each.name for each in rivals if _alike(each.plan, plan)), None)
-        if twin is not None:
+        if (twin := _twin(plan, (each for each in found if each.strategy in ("full", strategy)))) is not None:
             notes.append(f"{name} is left out: it skips the same as {twin}")
         else:
             found.append(Contender(name, strategy, budget, request.mode, compensation, plan))
     if saved is not None:
-        twin = next((each.name for each in found if _alike(each.plan, saved)), None)
-        if saved.mode == "manual" or twin is not None:
-            why = "its layers were listed, for no mode" if twin is None else f"it skips the same as {twin}"
-            notes.append(f"the tuned plan is left out: {why}")
+        if (twin := _twin(saved, found)) is not None:
+            notes.append(f"the tuned plan is left out: it skips the same as {twin}")
+        elif saved.mode == "manual":
+            notes.append("the tuned plan is left out: its layers were listed, for no mode")
         else:
             found.append(Contender("tuned", "tuned", "tuned", saved.mode, saved.compensation, saved))
     if len(found) == 1:
@@ -125,7 +93,12 @@ def contenders(
     return found, notes
 
 
-def _alike(a: SkipPlan | None, b: SkipPlan) -> bool:
-    if a is None:
-        return b.prefill.n_skip == b.decode.n_skip == 0 and not b.schedule and b.online is None
-    return (a.mode, a.prefill, a.decode, a.schedule, a.online) == (b.mode, b.prefill, b.decode, b.schedule, b.online)
+def _twin(plan: SkipPlan, found: Iterable[Contender]) -> str | None:
+    """The name of the contender that skips the same."""
+
+    def skips(plan: SkipPlan) -> tuple[object, ...]:
+        return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online
+
+    nothing = plan.prefill.n_skip == plan.decode.n_skip == 0 and not plan.schedule and plan.online is None
+    alike = (each.name for each in found if (nothing if each.plan is None else skips(each.plan) == skips(plan)))
+    return next(alike, None)

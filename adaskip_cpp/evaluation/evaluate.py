@@ -18,8 +18,9 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..measuring.distribution import Logits, prompt_logits
 from ..measuring.metrics import continuation_rouge_l
@@ -29,12 +30,7 @@ from .contenders import FULL, Contender
 from .requests import PromptCache, figures, forced_logits, greedy_text
 from .store import Key, Record, Store, content_hash
 
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
-
-__all__ = ["ANSWER", "CONTINUATION", "EVERYONE", "PROMPT", "SPEED", "OpenModel", "Work", "run"]
-
-OpenModel = Callable[[int, bool], "AdaSkipLlama"]
+OpenModel = Callable[[int, bool], AdaSkipLlama]
 """Opens the model with a context of so many tokens, and with the logits of all of them or of the last one only."""
 
 PROMPT, CONTINUATION, ANSWER, SPEED = "prompt", "continuation", "answer", "speed"
@@ -53,8 +49,6 @@ class Work:
 
     Attributes:
         contenders: the full model first.
-        texts: items of text.
-        questions: items with answers.
         n_continuation: tokens at the end of a text that are decoded, and tokens decoded for a measurement of speed.
         speed_prompt: token ids that speed is measured on; () for no measurement.
         n_rounds: how often it is measured.
@@ -75,12 +69,11 @@ class Work:
         twice = next((each for each in ids if ids.count(each) > 1), None)
         if twice is not None:
             raise DataError(f"two items are named {twice!r}; give each file once")
-        short = next((item for item in self.texts if len(item.tokens) < self.n_continuation + 2), None)
-        if short is not None:
+        least, n = self.n_continuation + 2, min((len(item.tokens) for item in self.texts), default=None)
+        if n is not None and n < least:
             raise DataError(
-                f"an item of {len(short.tokens)} tokens has no prompt before a continuation of "
-                f"{self.n_continuation}; ask for at least {self.n_continuation + 2} tokens (--tokens), or for a "
-                "shorter continuation (--continuation)"
+                f"an item of {n} tokens has no prompt before a continuation of {self.n_continuation}; ask for at least "
+                f"{least} tokens (--tokens), or for a shorter continuation (--continuation)"
             )
 
     @property
@@ -88,7 +81,7 @@ class Work:
         """Tokens that the longest request needs."""
         speed = len(self.speed_prompt) + self.n_continuation + 1 if self.speed_prompt else 0
         needed = [len(item.tokens) for item in self.texts]
-        return max([speed, *needed, *(len(item.prompt) + item.max_tokens + 1 for item in self.questions)], default=0)
+        return max([speed, *needed, *(len(item.prompt) + item.max_tokens + 1 for item in self.questions)])
 
     def results(self) -> dict[Key, float]:
         """All results that there will be, and about what each takes, in tokens of a prompt."""
@@ -97,19 +90,16 @@ class Work:
         if self.speed_prompt:
             cost: float = len(self.contenders) * (len(self.speed_prompt) + n_decoded)
             found |= {(f"round/{i}", EVERYONE, SPEED): cost for i in range(self.n_rounds)}
+        # The loss of a prompt is that of the mode prefill, and of the full model where there is something to compare.
+        read = [each for each in self.contenders if each.mode in (None, "prefill")]
         for text in self.texts:
             cost = len(text.tokens) + n_decoded
             found |= {(text.id, each.name, CONTINUATION): cost for each in self.contenders}
-            found |= {(text.id, each.name, PROMPT): cost for each in self.read_as_prompt()}
+            found |= {(text.id, each.name, PROMPT): cost for each in read if len(read) > 1}
         for question in self.questions:
             cost = len(question.prompt) + _DECODE_WEIGHT * question.max_tokens / 2
             found |= {(question.id, each.name, ANSWER): cost for each in self.contenders}
         return found
-
-    def read_as_prompt(self) -> list[Contender]:
-        """The contenders whose loss is that of a prompt, the full model first; [] if there is no other."""
-        found = [each for each in self.contenders if each.mode in (None, "prefill")]
-        return found if len(found) > 1 else []
 
     def to_settings(self) -> dict[str, Any]:
         """Return plain JSON values that change whenever a result could."""
@@ -124,13 +114,9 @@ class Work:
 
 
 def run(work: Work, store: Store, open_model: OpenModel, on_progress: Callable[[float], None] | None = None) -> None:
-    """Measure what the store lacks.
+    """Measure what an open store lacks.
 
-    Args:
-        work: what is to be measured.
-        store: where results are kept; open.
-        open_model: called up to twice; one model is open at a time.
-        on_progress: called with the fraction that is done of what was lacking.
+    The model is opened up to twice, one at a time. Progress is the fraction that is done of what was lacking.
 
     Raises:
         DataError: a metric cannot score an item.
@@ -142,7 +128,8 @@ def run(work: Work, store: Store, open_model: OpenModel, on_progress: Callable[[
     rest = _Rest(work, store, on_progress)
     if rest.lacks(SPEED, CONTINUATION, ANSWER):
         with _closed(open_model(work.n_ctx, False)) as llm:
-            rest.time(llm)
+            if rest.lacks(SPEED):
+                rest.time(llm)
             cache = PromptCache(llm)
             for text in work.texts:
                 rest.go_on(text, cache)
@@ -177,22 +164,18 @@ class _Rest:
         return any(measure in measures for _, _, measure in self._left)
 
     def time(self, llm: AdaSkipLlama) -> None:
-        if not self.lacks(SPEED):
-            return
         work = self._work
         for contender in work.contenders:
             llm.set_plan(contender.plan)
             time_request(llm, work.speed_prompt[: _WARM_UP[0]], min(_WARM_UP[1], work.n_continuation))
         for i in range(work.n_rounds):
-            item = f"round/{i}"
-            if (item, EVERYONE, SPEED) not in self._left:
-                continue
-            times = {}
-            for index in in_turn(len(work.contenders), i):
-                contender = work.contenders[index]
-                llm.set_plan(contender.plan)
-                times[contender.name] = time_request(llm, work.speed_prompt, work.n_continuation)
-            self._keep(Record(item, EVERYONE, SPEED, times=times))
+            if (f"round/{i}", EVERYONE, SPEED) in self._left:
+                times = {}
+                for index in in_turn(len(work.contenders), i):
+                    contender = work.contenders[index]
+                    llm.set_plan(contender.plan)
+                    times[contender.name] = time_request(llm, work.speed_prompt, work.n_continuation)
+                self._keep(Record(f"round/{i}", EVERYONE, SPEED, times=times))
 
     def go_on(self, item: TextItem, cache: PromptCache) -> None:
         """Decode the end of a text, forced, and what the contender itself would write there."""
@@ -210,7 +193,7 @@ class _Rest:
             if full is not None and contender.mode != "prefill":
                 logits = full if contender is FULL else forced_logits(llm, prompt, targets)[1:]
                 values = figures(full, logits, targets[1:])
-            text = greedy_text(llm, prompt, self._work.n_continuation, first_line=False)
+            text = greedy_text(llm, prompt, self._work.n_continuation)
             reference = text if contender is FULL else self._store.records[item.id, FULL.name, CONTINUATION].text
             values["rouge_l"] = continuation_rouge_l(reference, text)
             self._keep(Record(item.id, contender.name, CONTINUATION, values, text))

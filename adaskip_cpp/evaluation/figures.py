@@ -4,76 +4,106 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from statistics import fmean
-from typing import TYPE_CHECKING, TypeAlias
 
 from ..intervals import mean_error, ratio_interval
-from ..measuring.timing import N_SETTLE
+from ..measuring.tasks import QuestionItem
+from ..measuring.timing import N_SETTLE, RequestTime
 from .contenders import FULL, Contender
-from .evaluate import ANSWER, CONTINUATION, EVERYONE, PROMPT, SPEED
-from .results import About, Cell, Figure, Results, Row, Speed, TaskScores
-
-if TYPE_CHECKING:
-    from ..measuring.tasks import QuestionItem
-    from ..measuring.timing import RequestTime
-    from .evaluate import Work
-    from .store import Key, Record
-
-__all__ = ["evaluation_results"]
+from .evaluate import ANSWER, CONTINUATION, EVERYONE, PROMPT, SPEED, Work
+from .results import About, Cell, Figure, Named, Results, Row, Speed, TaskScores
+from .store import Key, Record
 
 _N_LENGTHS = 8
 """Lengths of a task's questions, at most, for a table by length."""
 
-Records: TypeAlias = "Mapping[Key, Record]"
 
-
-def evaluation_results(work: Work, records: Records, about: About) -> Results:
-    """Return all figures.
+def evaluation_results(work: Work, records: Mapping[Key, Record], about: About) -> Results:
+    """Return all figures of what has been measured, which may be incomplete.
 
     What is compared with the full model is compared item by item, on the items that both have. A speed-up has a 95%
     interval over rounds.
-
-    Args:
-        work: what was to be measured.
-        records: what has been, by item, contender and measure; may be incomplete.
-        about: what was measured with what.
     """
     expected = list(work.results())
-    return Results(
-        n_done=sum(key in records for key in expected),
-        n_results=len(expected),
-        about=about,
-        contenders=tuple(_row(contender, work, records) for contender in work.contenders),
-    )
+    rows = tuple(_Measured(contender, work, records).row() for contender in work.contenders)
+    return Results(sum(key in records for key in expected), len(expected), about, rows)
 
 
-def _row(contender: Contender, work: Work, records: Records) -> Row:
-    plan = contender.plan
-    return Row(
-        name=contender.name,
-        strategy=contender.strategy,
-        budget=contender.budget,
-        mode=contender.mode,
-        compensation=contender.compensation,
-        n_skip_prefill=0 if plan is None else plan.prefill.n_skip,
-        n_skip_decode=0 if plan is None else plan.skipped("decode").n_skip,
-        online=plan is not None and plan.online is not None,
-        speed=_speed(contender.name, records),
-        text=_text(contender.name, work, records),
-        questions=_questions(contender.name, work, records),
-    )
+class _Measured:
+    """What has been measured of a contender."""
 
+    def __init__(self, contender: Contender, work: Work, records: Mapping[Key, Record]) -> None:
+        self._contender, self._work, self._records = contender, work, records
 
-def _speed(name: str, records: Records) -> dict[str, Speed]:
-    """Speed-ups against the full model, round by round; {} if nothing was timed."""
-    rounds = [record.times for key, record in sorted(records.items()) if key[1:] == (EVERYONE, SPEED)]
-    rounds = [times for times in rounds if {name, FULL.name} <= times.keys()]
-    own, full = ([_seconds(times[each]) for times in rounds] for each in (name, FULL.name))
-    found: dict[str, Speed] = {}
-    for label in own[0] if own else ():
-        seconds, of_full = [each[label] for each in own], [each[label] for each in full]
-        found[label] = Speed(ratio_interval(of_full, seconds), Figure(*mean_error(seconds), len(seconds)))
-    return found
+    def row(self) -> Row:
+        contender, plan = self._contender, self._contender.plan
+        return Row(
+            **{each.name: getattr(contender, each.name) for each in fields(Named)},
+            n_skip_prefill=0 if plan is None else plan.prefill.n_skip,
+            n_skip_decode=0 if plan is None else plan.skipped("decode").n_skip,
+            online=plan is not None and plan.online is not None,
+            speed=self._speed(),
+            text=self._text(),
+            questions=self._questions(),
+        )
+
+    def _speed(self) -> dict[str, Speed]:
+        """Speed-ups against the full model, round by round; {} if nothing was timed."""
+        name = self._contender.name
+        rounds = [record.times for key, record in sorted(self._records.items()) if key[1:] == (EVERYONE, SPEED)]
+        pairs = [
+            (_seconds(times[FULL.name]), _seconds(times[name])) for times in rounds if {name, FULL.name} <= times.keys()
+        ]
+        found = {}
+        for label in pairs[0][0] if pairs else ():
+            full, own = zip(*((full[label], own[label]) for full, own in pairs), strict=True)
+            found[label] = Speed(ratio_interval(full, own), Figure(*mean_error(own), len(own)))
+        return found
+
+    def _text(self) -> dict[str, dict[str, dict[str, Figure]]]:
+        """Figures by measure, kind of text and name."""
+        kinds: dict[str, list[str]] = {"all": []}
+        for item in self._work.texts:
+            kinds["all"].append(item.id)
+            kinds.setdefault(item.task, []).append(item.id)
+        if len(kinds) == 2:  # one kind is all
+            del kinds[self._work.texts[0].task]
+        found = {
+            measure: {kind: each for kind, ids in kinds.items() if (each := self._figures(ids, measure))}
+            for measure in (PROMPT, CONTINUATION)
+        }
+        return {measure: each for measure, each in found.items() if each}
+
+    def _figures(self, ids: Sequence[str], measure: str) -> dict[str, Figure]:
+        own, full = self._values(ids, measure), self._values(ids, measure, FULL.name)
+        if "loss" in own:
+            own["added_loss"] = _differences(own["loss"], full.get("loss", {}))
+        figures = {label: figure for label, each in own.items() if (figure := _mean(each.values())) is not None}
+        loss = figures.get("loss")
+        if loss is not None and loss.mean < 700:  # where exp overflows
+            # The error of an exponential is that of its exponent times itself, as it is that steep.
+            figures["perplexity"] = Figure(math.exp(loss.mean), math.exp(loss.mean) * loss.error, loss.n)
+        return figures
+
+    def _questions(self) -> dict[str, TaskScores]:
+        found = {}
+        for task in dict.fromkeys(item.task for item in self._work.questions):
+            items = [item for item in self._work.questions if item.task == task]
+            ids = [item.id for item in items]
+            own, full = (self._values(ids, ANSWER, name).get("score", {}) for name in (None, FULL.name))
+            if (score := _mean(own.values())) is not None:
+                found[task] = TaskScores(score, _mean(_differences(own, full).values()), _cells(items, own))
+        return found
+
+    def _values(self, ids: Sequence[str], measure: str, name: str | None = None) -> dict[str, dict[str, float]]:
+        """Values by label and item, NaN for what came out as no number, without what was not measured."""
+        found: dict[str, dict[str, float]] = {}
+        for each in ids:
+            record = self._records.get((each, name or self._contender.name, measure))
+            for label, value in record.values.items() if record else ():
+                found.setdefault(label, {})[each] = math.nan if value is None else value
+        return found
 
 
 def _seconds(time: RequestTime) -> dict[str, float]:
@@ -90,45 +120,6 @@ def _seconds(time: RequestTime) -> dict[str, float]:
     }
 
 
-def _text(name: str, work: Work, records: Records) -> dict[str, dict[str, dict[str, Figure]]]:
-    """Figures by measure, kind of text and name."""
-    kinds: dict[str, list[str]] = {}
-    for item in work.texts:
-        kinds.setdefault(item.task, []).append(item.id)
-    kinds = {"all": [item.id for item in work.texts], **(kinds if len(kinds) > 1 else {})}
-    found = {
-        measure: {kind: each for kind, ids in kinds.items() if (each := _figures(ids, name, measure, records))}
-        for measure in (PROMPT, CONTINUATION)
-    }
-    return {measure: each for measure, each in found.items() if each}
-
-
-def _figures(ids: Sequence[str], name: str, measure: str, records: Records) -> dict[str, Figure]:
-    values = _values(ids, name, measure, records)
-    if "loss" in values:
-        full = _values(ids, FULL.name, measure, records).get("loss", {})
-        values["added_loss"] = {each: loss - full[each] for each, loss in values["loss"].items() if each in full}
-    figures = {label: figure for label, each in values.items() if (figure := _mean(each.values())) is not None}
-    loss = figures.get("loss")
-    if loss is not None and loss.mean < 700:  # where exp overflows
-        # The error of an exponential is that of its exponent times itself, as it is that steep.
-        figures["perplexity"] = Figure(math.exp(loss.mean), math.exp(loss.mean) * loss.error, loss.n)
-    return figures
-
-
-def _questions(name: str, work: Work, records: Records) -> dict[str, TaskScores]:
-    found: dict[str, TaskScores] = {}
-    for task in dict.fromkeys(item.task for item in work.questions):
-        items = [item for item in work.questions if item.task == task]
-        ids = [item.id for item in items]
-        scores, full = (_values(ids, each, ANSWER, records).get("score", {}) for each in (name, FULL.name))
-        score = _mean(scores.values())
-        if score is not None:
-            difference = _mean(scores[each] - full[each] for each in scores if each in full)
-            found[task] = TaskScores(score, difference, _cells(items, scores))
-    return found
-
-
 def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[Cell, ...]:
     """Scores by length and depth, where these were chosen; published questions are of as many lengths as there are."""
     by_cell: dict[tuple[int, float | None], list[float]] = {}
@@ -138,18 +129,12 @@ def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[
     if len(by_cell) < 2 or len({length for length, _ in by_cell}) > _N_LENGTHS:
         return ()
     order = sorted(by_cell, key=lambda cell: (cell[0], -1.0 if cell[1] is None else cell[1]))
-    means = ((cell, _mean(by_cell[cell])) for cell in order)
-    return tuple(Cell(*cell, score) for cell, score in means if score is not None)
+    return tuple(Cell(*cell, score) for cell in order if (score := _mean(by_cell[cell])) is not None)
 
 
-def _values(ids: Sequence[str], name: str, measure: str, records: Records) -> dict[str, dict[str, float]]:
-    """Values by label and item, NaN for what came out as no number, without what was not measured."""
-    found: dict[str, dict[str, float]] = {}
-    for each in ids:
-        record = records.get((each, name, measure))
-        for label, value in record.values.items() if record else ():
-            found.setdefault(label, {})[each] = math.nan if value is None else value
-    return found
+def _differences(own: Mapping[str, float], full: Mapping[str, float]) -> dict[str, float]:
+    """By item, of those that both have."""
+    return {item: value - full[item] for item, value in own.items() if item in full}
 
 
 def _mean(values: Iterable[float]) -> Figure | None:

@@ -6,28 +6,24 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..engine.generation import chat_tokens, has_chat_template
+from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import AdaSkipError, DataError
 from ..measuring import corpus
 from ..measuring.longbench import longbench_items
 from ..measuring.synthetic import synthetic_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, raw_wrap, read_texts, text_items
-from ..model.beside import check_model, plan_path
+from ..model.beside import plan_path
 from ..model.plan import SkipPlan
 from ..model.plan_file import load_plan, plan_beside
+from ..planning.profile import Profile
 from ..planning.request import PlanRequest
+from .conditions import evaluation_settings
 from .contenders import contenders
 from .evaluate import OpenModel, Work
-from .output import evaluation_settings
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
-    from ..planning.profile import Profile
-
-__all__ = ["EvaluationOptions", "prepare"]
 
 _SPEED_CONTEXT = 1024
 _LONGBENCH_CTX = 8192
@@ -37,46 +33,35 @@ _ANSWER = 64
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is asked for, under the names of the command line's options.
+    """What is asked for, under the names of the command line's options, which say what each is.
 
     Attributes:
         plans: the plans to compare; speed-ups without a context are for the prompt that is timed.
         plan_file: a plan to compare with them, as `tune` writes it; None for that beside the model, if it is there and
             of one of their modes.
-        text_files: UTF-8 text.
-        builtin: ``"pages"`` that calibration leaves out, ``"sources"`` of Python; () for the former if there are no
-            files.
-        n_texts, n_tokens: items of each kind of text, and tokens in each.
-        n_continuation: see :class:`adaskip_cpp.evaluation.evaluate.Work`.
-        longbench, longbench_prompts, longbench_lengths: LongBench's files.
-        longbench_items: the first so many of each dataset; None for all.
-        synthetic, lengths, depths, n_per, seed: see :func:`adaskip_cpp.measuring.synthetic.synthetic_items`.
-        chat: whether questions go through the model's chat template; None for LongBench's if there is one.
-        ctx: context in tokens; None for what is needed.
-        speed_context: tokens of the prompt that is timed; None for 1024 or what fits.
-        n_rounds: timings of each; 0 for none.
+        longbench_items, chat, ctx, speed_context: None for the defaults that the help tells.
     """
 
     plans: tuple[PlanRequest, ...]
-    plan_file: str | None = None
-    text_files: tuple[str, ...] = ()
-    builtin: tuple[str, ...] = ()
-    n_texts: int = 8
-    n_tokens: int = 512
-    n_continuation: int = 64
-    longbench: tuple[str, ...] = ()
-    longbench_prompts: str | None = None
-    longbench_lengths: str | None = None
-    longbench_items: int | None = None
-    synthetic: tuple[str, ...] = ()
-    lengths: tuple[int, ...] = (1000, 2000)
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    n_per: int = 4
-    seed: int = 0
-    chat: bool | None = None
-    ctx: int | None = None
-    speed_context: int | None = None
-    n_rounds: int = 5
+    plan_file: str | None
+    text_files: tuple[str, ...]
+    builtin: tuple[str, ...]
+    n_texts: int
+    n_tokens: int
+    n_continuation: int
+    longbench: tuple[str, ...]
+    longbench_prompts: str | None
+    longbench_lengths: str | None
+    longbench_items: int | None
+    synthetic: tuple[str, ...] | None
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    n_per: int
+    seed: int
+    chat: bool | None
+    ctx: int | None
+    speed_context: int | None
+    n_rounds: int
 
 
 def prepare(
@@ -84,8 +69,7 @@ def prepare(
 ) -> tuple[Work, list[str], dict[str, str], dict[str, Any]]:
     """Make plans and items, and refuse whatever cannot be measured before anything is.
 
-    Returns:
-        The work, notes for the user, words about the items, and the settings.
+    Returns the work, notes for the user, words about the items, and the settings.
     """
     with closing(open_model(256, False)) as llm:
         profile.model.check(llm.model_info, "the profile", model)
@@ -122,10 +106,7 @@ def prepare(
 def _saved(model: str, options: EvaluationOptions) -> tuple[SkipPlan | None, list[str]]:
     """The plan of a plan file if there is one, and why that beside the model is left out if it cannot be used."""
     if options.plan_file is not None:
-        plan = load_plan(options.plan_file).plan
-        if plan.model is not None:
-            check_model(plan.model, model, options.plan_file)
-        return plan, []
+        return load_plan(options.plan_file, model=model).plan, []
     if not os.path.exists(plan_path(model)):
         return None, []
     try:
@@ -147,20 +128,13 @@ def _items(
     whole = corpus.SEPARATOR.join(text for sources, _ in kinds.values() for text in sources.values())
     words: dict[str, str] = {}
     texts: list[TextItem] = []
-    if options.n_texts:
+    n_texts, n_tokens = options.n_texts, options.n_tokens
+    if n_texts:
         for name, (sources, _) in kinds.items():
-            texts += text_items(
-                llm,
-                sources,
-                n_items=options.n_texts,
-                n_tokens=options.n_tokens,
-                task=name,
-                drop_short=name != "text",
-            )
+            texts += text_items(llm, sources, n_items=n_texts, n_tokens=n_tokens, task=name, drop_short=name != "text")
         words["Text"] = (
-            f"{options.n_texts} items of {options.n_tokens} tokens of "
-            + " and as many of ".join(named for _, named in kinds.values())
-            + f"; the last {options.n_continuation} are decoded in the modes decode and end-to-end"
+            f"{n_texts} items of {n_tokens} tokens of {' and as many of '.join(named for _, named in kinds.values())}; "
+            f"the last {options.n_continuation} are decoded in the modes decode and end-to-end"
         )
     questions: list[QuestionItem] = []
     if options.synthetic:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import methodcaller
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..intervals import Interval
 from ..model.plan import MODES
 from ..pictures import plots
 from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, Figure, Results, Row
@@ -16,26 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
-    from ..intervals import Interval
 
-__all__ = ["quality_pictures", "score_maps"]
-
-
-@dataclass(frozen=True)
-class _Quality:
-    """A measure of quality.
-
-    Attributes:
-        label: of the vertical axis.
-        full: the full model's.
-        of: the figure of a row; None if it has none.
-        symlog: the axis is logarithmic away from 0, as losses differ by a factor of a hundred.
-    """
+class _Quality(NamedTuple):
+    """A measure of quality: the label of its axis, the full model's, and that of a row, None if it has none."""
 
     label: str
     full: float
     of: Callable[[Row], Figure | None]
-    symlog: bool = False
 
 
 class _Point(NamedTuple):
@@ -51,25 +38,24 @@ def quality_pictures(results: Results) -> dict[str, Drawing]:
 
     ``quality`` is the added loss, the picture of this project; ``agreement``, ``rouge-l`` and ``score-<task>`` show the
     other measures in the same way.
-
-    Raises:
-        PackageMissingError: matplotlib is not installed.
     """
     kinds = {
-        "quality": _Quality(
-            "added loss, nats per token (lower is better)", 0.0, lambda row: row.figure("added_loss"), True
-        ),
-        "agreement": _Quality("agreement with the full model", 1.0, lambda row: row.figure("agreement")),
-        "rouge-l": _Quality("Rouge-L with the full model's text", 1.0, lambda row: row.figure("rouge_l")),
+        name: _Quality(label, full, lambda row, figure=figure: row.figure(figure))  # type: ignore[misc]
+        for name, label, full, figure in (
+            ("quality", "added loss, nats per token (lower is better)", 0.0, "added_loss"),
+            ("agreement", "agreement with the full model", 1.0, "agreement"),
+            ("rouge-l", "Rouge-L with the full model's text", 1.0, "rouge_l"),
+        )
     }
     for task in results.tasks:
         if (score := results.full.score(task)) is not None:
-            kinds[f"score-{task}"] = _Quality(f"score, {task}", score.mean, methodcaller("score", task))
+            kinds[f"score-{task}"] = _Quality(f"score, {task}", score.mean, partial(Row.score, task=task))
     drawn = {}
     for name, quality in kinds.items():
         panels = {mode: points for mode in MODES if (points := _points(results.of_mode(mode), quality))}
         if panels:
-            drawn[name] = _quality_against_speed(panels, quality)
+            # Losses differ by a factor of a hundred.
+            drawn[name] = _quality_against_speed(panels, quality, symlog=name == "quality")
     return drawn
 
 
@@ -79,13 +65,13 @@ def _points(rows: Sequence[Row], quality: _Quality) -> list[_Point]:
     return [_Point(row, speed, figure) for row, speed, figure in found if speed is not None and figure is not None]
 
 
-def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality) -> Drawing:
+def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality, *, symlog: bool) -> Drawing:
     """Draw quality over measured speed: one pair of axes per mode, one line per strategy and compensation."""
     n = len(panels)
     fig, every = plots.panels(1, n, width_in=3.3 * n + 0.4, height_in=3.6, sharey=True)
     handles: dict[str, Any] = {}
     for axes, (mode, points) in zip(every, panels.items(), strict=True):
-        if quality.symlog:
+        if symlog:
             axes.set_yscale("symlog", linthresh=0.1)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         speeds = [1.0, *(point.speed.value for point in points)]
@@ -100,7 +86,7 @@ def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality) -
         plots.title(axes, MODE_NAMES[mode])
         axes.set_xlabel(f"{SPEED_NAMES[SPEEDS[mode]]}, times as fast")
     qualities = [point.quality.mean for points in panels.values() for point in points]
-    if quality.symlog:
+    if symlog:
         every[0].set_ylim(bottom=min([-0.02, *qualities]))
     elif all(0 <= each <= 1 for each in qualities):
         every[0].set_ylim(-0.03, 1.05)
@@ -113,10 +99,7 @@ def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality) -
 def _draw(axes: Axes, line: Sequence[_Point]) -> Any:
     look = plots.STRATEGY.get(line[0].row.look, plots.OTHERS[-1])
     x, y = [point.speed.value for point in line], [point.quality.mean for point in line]
-    spread = (
-        [point.speed.value - point.speed.low for point in line],
-        [point.speed.high - point.speed.value for point in line],
-    )
+    spread = list(zip(*((each.value - each.low, each.high - each.value) for _, each, _ in line), strict=True))
     errors = [point.quality.error for point in line]
     axes.errorbar(x, y, errors, spread, fmt="none", ecolor=look.colour, elinewidth=0.7, alpha=0.6)
     (handle,) = axes.plot(x, y, **look.line)
@@ -127,11 +110,7 @@ def _draw(axes: Axes, line: Sequence[_Point]) -> Any:
 
 
 def score_maps(results: Results) -> dict[str, Drawing]:
-    """Return a map of scores by length and depth for each task that was asked at several, by file name.
-
-    Raises:
-        PackageMissingError: matplotlib is not installed.
-    """
+    """Return a map of scores by length and depth for each task that was asked at several, by file name."""
     drawn = {}
     for task in results.tasks:
         rows = [row for row in results.contenders if task in row.questions and row.questions[task].cells]
@@ -156,8 +135,7 @@ def _map(task: str, rows: Sequence[Row]) -> Drawing:
     axes.set_xticks(range(len(cells)), labels)
     axes.set_yticks(range(len(rows)), [row.label() + (f", {row.mode_name}" if row.mode else "") for row in rows])
     axes.tick_params(labelsize=plots.TEXT_PT - 2.5, length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     deep = any(depth is not None for _, depth in cells)
     axes.set_xlabel("tokens of the prompt, depth of the answer" if deep else "tokens of the prompt")
     plots.title(axes, f"{task}: score")

@@ -1,62 +1,54 @@
-"""The report of an evaluation: Markdown, and one HTML file that needs nothing else, neither files nor the network."""
+"""The files of an evaluation: results.json, results.md, pictures, and report.html, which needs no other file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from ..pictures import plots
+from ..files import write_atomically
+from ..pictures import plots, profile_plots
+from ..planning.profile import Profile
+from .plots import quality_pictures, score_maps
 from .results import Results
 from .tables import tables
 
-__all__ = ["Picture", "html_report", "markdown_report"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture in the report.
+def write_results(results: Results, folder: Path, profile: Profile) -> None:
+    """Write all files of the results, also of an unfinished evaluation; the profile is for pictures of similarity.
 
-    Attributes:
-        title: its heading, "" for none.
-        caption: what it shows and how to read it.
-        svg: an ``<svg>`` element without references to anything outside.
-        wide: of several panels side by side, which a narrow page scrolls; else it shrinks with the page.
+    Without matplotlib there are no pictures, which the reports say.
     """
+    write_atomically(folder / "results.json", results.to_json())
+    pictures: dict[str, dict[str, Drawing]] = {}
+    if plots.has_matplotlib():
+        similarity = profile_plots.layers, profile_plots.sublayers, profile_plots.phases
+        pictures = {
+            "quality": quality_pictures(results),
+            "scores": score_maps(results),
+            "similarity": {f"similarity-{draw.__name__}": draw({results.about.model: profile}) for draw in similarity},
+        }
+    else:
+        notes = (*results.about.notes, 'There are no pictures: pip install "adaskip-cpp[plot]"')
+        results = replace(results, about=replace(results.about, notes=notes))
+    files = [plots.save(drawing, folder, name)[0].name for each in pictures.values() for name, drawing in each.items()]
+    write_atomically(folder / "results.md", markdown_report(results, files))
+    write_atomically(folder / "report.html", html_report(results, pictures))
 
-    title: str
-    caption: str
-    svg: str = ""
-    wide: bool = False
 
-
-def html_report(
-    results: Results,
-    *,
-    quality: Sequence[Picture] = (),
-    scores: Sequence[Picture] = (),
-    similarity: Sequence[Picture] = (),
-) -> str:
-    """Return the page.
-
-    Args:
-        results: what was found.
-        quality: pictures above the tables, of quality against speed.
-        scores: pictures behind the tables, of questions.
-        similarity: pictures behind those, of the profile.
-    """
-    return _rendered("report.html", results, quality=quality, scores=scores, similarity=similarity, colour=_colour)
+def html_report(results: Results, pictures: Mapping[str, Mapping[str, Drawing]]) -> str:
+    """Return the page: pictures of ``quality`` above the tables, of ``scores`` and ``similarity`` behind them."""
+    return _rendered("report.html", results, pictures=pictures, svg=plots.to_svg, colour=_colour)
 
 
 def markdown_report(results: Results, pictures: Sequence[str] = ()) -> str:
-    """Return the same as Markdown.
-
-    Args:
-        results: what was found.
-        pictures: names of picture files beside it.
-    """
+    """Return the same as Markdown, with the picture files named, which are beside it."""
     return _rendered("report.md", results, pictures=pictures)
 
 

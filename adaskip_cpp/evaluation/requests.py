@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
 
+import llama_cpp
 import numpy as np
 
+from ..engine.generation import Generation
+from ..engine.llama import AdaSkipLlama
 from ..measuring.distribution import Logits, kl_divergences, losses
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
-    from ..model.plan import SkipPlan
-    from ..model.skip_set import SkipSet
-
-__all__ = ["PromptCache", "figures", "forced_logits", "greedy_text"]
+from ..model.plan import SkipPlan
+from ..model.skip_set import SkipSet
 
 
 class PromptCache:
@@ -26,36 +23,26 @@ class PromptCache:
     """
 
     def __init__(self, llm: AdaSkipLlama) -> None:
-        self.llm = llm
+        self._llm = llm
         self._cached: tuple[tuple[int, ...], SkipSet | None] | None = None
 
     def take(self, prompt: tuple[int, ...], plan: SkipPlan | None) -> AdaSkipLlama:
         """Put a plan in force, and all of a prompt but its last token into the cache, and return the model."""
         skipped = None if plan is None or plan.prefill.n_skip == 0 else plan.prefill
-        self.llm.set_plan(plan)
+        self._llm.set_plan(plan)
         if self._cached != (prompt, skipped):
             self._cached = None
-            self.llm.reset()
-            self.llm.eval(prompt[:-1])
+            self._llm.reset()
+            self._llm.eval(prompt[:-1])
             self._cached = prompt, skipped
-        return self.llm
+        return self._llm
 
 
 def forced_logits(llm: AdaSkipLlama, prompt: Sequence[int], targets: Sequence[int]) -> Logits:
     """Begin a request, decode given tokens behind its prompt, one by one, and return the logits before each.
 
-    The logits of the first target are those of prefill, all others those of decode.
-
-    Args:
-        llm: the model, with the plan to use.
-        prompt: token ids.
-        targets: token ids, at least one.
-
-    Returns:
-        float32 ``[len(targets), n_vocab]``.
+    The logits of the first target are those of prefill, all others those of decode: float32 [len(targets), n_vocab].
     """
-    import llama_cpp
-
     rows = np.empty((len(targets), llm.n_vocab()), np.float32)
     with closing(llm.generate(prompt, temp=0.0)) as steps:
         next(steps)
@@ -66,10 +53,8 @@ def forced_logits(llm: AdaSkipLlama, prompt: Sequence[int], targets: Sequence[in
     return rows
 
 
-def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, first_line: bool) -> str:
+def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, first_line: bool = False) -> str:
     """Return a greedy continuation, up to the end of its first line of text if no more is looked at."""
-    from ..engine.generation import Generation
-
     text = ""
     with closing(iter(Generation(llm, list(prompt), max_tokens=max_tokens))) as pieces:
         for piece in pieces:

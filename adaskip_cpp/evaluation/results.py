@@ -11,8 +11,6 @@ from ..intervals import Interval
 from ..model.plan import MODES, Mode
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
-__all__ = ["MODE_NAMES", "SPEEDS", "SPEED_NAMES", "About", "Cell", "Figure", "Results", "Row", "Speed", "TaskScores"]
-
 SPEEDS = {"prefill": "first_token", "decode": "per_token", "e2e": "request"}
 """By mode, the speed-up that quality is read against: of what the mode makes faster."""
 
@@ -26,7 +24,6 @@ _STRATEGY_NAMES = {
     "unified_skipping": "Unified Skipping",
     "tuned": "tuned plan",
 }
-"""Strategies as a reader knows them."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of one task's questions.
+    """Scores of one task's questions, 0 to 1.
 
     Attributes:
-        score: 0 to 1.
         difference: from the full model's, item by item; None if it has none.
         cells: by length and depth, where the task has several of either that were chosen.
     """
@@ -71,19 +67,12 @@ class TaskScores:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A contender and its figures.
+class Named:
+    """What a contender is known by; ``mode`` is None for the whole model.
 
     Attributes:
-        name, strategy, budget, mode, compensation: see :class:`adaskip_cpp.evaluation.contenders.Contender`.
-        n_skip_prefill, n_skip_decode: sublayers skipped in each phase.
-        online: whether requests add FFNs in decode.
-        speed: by the names of :data:`SPEED_NAMES`; {} if nothing was timed.
-        text: figures of text by measure (``"prompt"`` of what was read as a prompt, ``"continuation"`` of what was
-            decoded), by kind of text (``"all"`` for all together) and by name: ``loss`` and ``added_loss`` in nats per
-            token, ``perplexity``, ``kl`` in nats per token, ``agreement``, ``rouge_l`` with the full model's text.
-            Without what was not measured, or came out as no number for an item.
-        questions: scores by task.
+        name: tells it from the others, ``"adaskip-12-e2e-affine"``.
+        budget: what was asked for: ``"12"`` sublayers, or a speed-up of ``"1.2x"``.
     """
 
     name: str
@@ -91,12 +80,6 @@ class Row:
     budget: str
     mode: Mode | None
     compensation: str
-    n_skip_prefill: int = 0
-    n_skip_decode: int = 0
-    online: bool = False
-    speed: dict[str, Speed] = field(default_factory=dict)
-    text: dict[str, dict[str, dict[str, Figure]]] = field(default_factory=dict)
-    questions: dict[str, TaskScores] = field(default_factory=dict)
 
     @property
     def mode_name(self) -> str:
@@ -104,11 +87,7 @@ class Row:
         return MODE_NAMES.get(self.mode or "", "")
 
     def label(self, *, several: bool = True) -> str:
-        """Name the contender for people: ``AdaSkip affine, 12``, or ``AdaSkip affine, 1.2 x asked``.
-
-        Args:
-            several: whether contenders differ in compensation, so that it must be said.
-        """
+        """Name it for people, ``AdaSkip affine, 1.2 x asked``; without its compensation unless there are several."""
         if self.strategy in ("full", "tuned"):
             return _STRATEGY_NAMES[self.strategy]
         asked = f"{self.budget[:-1]} x asked" if self.budget.endswith("x") else self.budget
@@ -127,6 +106,29 @@ class Row:
         others = [name for name in COMPENSATIONS if name not in (DEFAULT_COMPENSATION, "paper")]
         return {"paper": "paper", others[-1]: "manual"}.get(self.compensation, "other")
 
+
+@dataclass(frozen=True)
+class Row(Named):
+    """A contender and its figures.
+
+    Attributes:
+        n_skip_prefill, n_skip_decode: sublayers skipped in each phase.
+        online: whether requests add FFNs in decode.
+        speed: by the names of :data:`SPEED_NAMES`; {} if nothing was timed.
+        text: figures of text by measure (``"prompt"`` of what was read as a prompt, ``"continuation"`` of what was
+            decoded), by kind of text (``"all"`` for all together) and by name: ``loss`` and ``added_loss`` in nats per
+            token, ``perplexity``, ``kl`` in nats per token, ``agreement``, ``rouge_l`` with the full model's text.
+            Without what was not measured, or came out as no number for an item.
+        questions: scores by task.
+    """
+
+    n_skip_prefill: int = 0
+    n_skip_decode: int = 0
+    online: bool = False
+    speed: dict[str, Speed] = field(default_factory=dict)
+    text: dict[str, dict[str, dict[str, Figure]]] = field(default_factory=dict)
+    questions: dict[str, TaskScores] = field(default_factory=dict)
+
     @property
     def speedup(self) -> Interval | None:
         """The measured speed-up that its quality is read against; None if it was not timed."""
@@ -144,17 +146,7 @@ class Row:
 
 @dataclass(frozen=True)
 class About:
-    """What was measured with what.
-
-    Attributes:
-        model: the model's name.
-        title: of the report.
-        summary: a line under it.
-        configuration: for people, by name.
-        command: how to repeat it.
-        settings: on which the results depend, plain JSON values.
-        notes: what the reader must know.
-    """
+    """What was measured with what: for people by name, how to repeat it, and plain JSON values it all depends on."""
 
     model: str
     title: str
@@ -171,7 +163,6 @@ class Results:
 
     Attributes:
         n_done, n_results: single results that there are, and that there will be.
-        about: what was measured with what.
         contenders: the full model first.
     """
 
@@ -218,15 +209,15 @@ class Results:
             loss, speed = row.figure("added_loss"), row.speedup
             if loss is not None and speed is not None:
                 series.setdefault(row.series(" ({})"), []).append((speed.value, loss.mean))
-        best = sorted(series, key=lambda name: min(loss for _, loss in series[name]))[:2]
-        ranges = [[_range(values) for values in zip(*series[name], strict=True)] for name in best]
-        sentences = [
+        best = sorted(series, key=lambda name: min(loss for _, loss in series[name]))
+        sentences = (
             f"{MODE_NAMES[mode].capitalize()}: {{}} makes the {SPEED_NAMES[SPEEDS[mode]]} {{}} times as fast and adds "
             "{} nats of loss per token.",
             "Next is {}: {} times, {} nats.",
-        ]
+        )
         return " ".join(
-            sentence.format(name, *each) for sentence, name, each in zip(sentences, best, ranges, strict=False)
+            sentence.format(name, *map(_range, zip(*series[name], strict=True)))
+            for sentence, name in zip(sentences, best, strict=False)
         )
 
 

@@ -8,6 +8,7 @@ those settings come back.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +23,10 @@ from ..errors import DataError
 from ..files import json_text, write_atomically
 from ..measuring.timing import RequestTime
 
-__all__ = ["Key", "Record", "Store", "content_hash", "open_store"]
-
 Key: TypeAlias = tuple[str, str, str]
 """Item, contender and measure: what a result is of."""
 
 _ITEMS, _SETTINGS = "items.jsonl", "settings.json"
-_N_HASH = 12
-"""Digits of a hash in a file's name."""
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -67,8 +64,7 @@ class _Header:
 def content_hash(value: Any) -> str:
     """Return the SHA-256, in hexadecimal, of all that something holds, arrays included, whatever the order of its keys.
 
-    Args:
-        value: dataclasses, arrays, tuples, lists, dictionaries and plain values, nested as they like.
+    It may hold dataclasses, arrays, tuples, lists, dictionaries and plain values, nested as they like.
     """
 
     def encode(other: Any) -> Any:
@@ -84,8 +80,7 @@ class Store:
     """The results in a folder, from :func:`open_store`.
 
     Attributes:
-        folder: where they are.
-        records: what is known, by item, contender and measure; read and appended.
+        records: what is known; read and appended.
         facts: what was kept beside the settings when these results were begun.
         set_aside: the file into which results of other settings were moved, or None.
         file: the open file of results.
@@ -98,11 +93,7 @@ class Store:
     file: IO[bytes]
 
     def append(self, record: Record) -> None:
-        """Add a result; when this returns, it is on the disk.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Add a result; when this returns, it is on the disk."""
         self.file.write(msgspec.json.encode(record) + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -113,12 +104,10 @@ class Store:
 def open_store(
     folder: str | os.PathLike[str], settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None
 ) -> Iterator[Store]:
-    """Take up the results in a folder, and keep other runs out of it.
+    """Take up the results in a folder, which is made where it is missing, and keep other runs out of it.
 
-    Args:
-        folder: made where it is missing.
-        settings: what is measured, and how: results belong together if these are equal. Plain JSON values.
-        facts: kept beside the settings for the reader, without being compared.
+    Results belong together if the settings are equal, which are plain JSON values; the facts are kept beside them for
+    the reader, without being compared.
 
     Raises:
         DataError: another run is using the folder, or a line of its results is malformed.
@@ -127,7 +116,12 @@ def open_store(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
-        _lock(lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"another evaluation is writing into {os.fspath(folder)!r}; wait for it or choose another folder"
+            ) from error
         header, set_aside = _take_up(folder, _Header(content_hash(settings), {**(facts or {})}, {**settings}))
         with open(folder / _ITEMS, "a+b") as file:
             file.seek(0)
@@ -140,17 +134,18 @@ def open_store(
 
 def _take_up(folder: Path, mine: _Header) -> tuple[_Header, Path | None]:
     """Put results of other settings aside, and take up those of these settings, or write the settings."""
-    here = [folder / name for name in (_ITEMS, _SETTINGS)]
+    here = folder / _ITEMS, folder / _SETTINGS
     found = _read_header(here[1])
-    if found is not None and found.hash == mine.hash:
+    if found.hash == mine.hash:
         return found, None
     aside, earlier = (
-        [_aside(path, digest) for path in here] for digest in (found.hash if found else "unknown", mine.hash)
+        [path.with_name(f"{path.stem}-{digest[:12]}{path.suffix}") for path in here]
+        for digest in (found.hash, mine.hash)
     )
     set_aside = aside[0] if here[0].exists() else None
     _move(here, aside)
     found = _read_header(earlier[1])
-    if found is not None and found.hash == mine.hash:
+    if found.hash == mine.hash:
         _move(earlier, here)
         return found, set_aside
     write_atomically(here[1], json_text(mine))
@@ -163,29 +158,12 @@ def _move(paths: Sequence[Path], targets: Sequence[Path]) -> None:
             os.replace(path, target)
 
 
-def _read_header(path: Path) -> _Header | None:
-    """None if there is no such file, or if it is damaged."""
+def _read_header(path: Path) -> _Header:
+    """That of unknown settings if there is no such file, or if it is damaged."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Header)
     except (FileNotFoundError, msgspec.DecodeError):
-        return None
-
-
-def _aside(path: Path, digest: str) -> Path:
-    return path.with_name(f"{path.stem}-{digest[:_N_HASH]}{path.suffix}")
-
-
-def _lock(file: IO[str]) -> None:
-    """Refuse a file that another process has locked this way."""
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        folder = os.path.dirname(file.name)
-        raise DataError(
-            f"another evaluation is writing into {folder!r}; wait for it or choose another folder"
-        ) from error
+        return _Header("unknown", {}, {})
 
 
 def _parse(content: bytes, path: Path) -> Iterator[Record]:

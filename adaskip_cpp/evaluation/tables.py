@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from statistics import fmean
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
+from ..intervals import Interval
 from ..model.plan import MODES
 from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, Figure, Results, Row
-
-if TYPE_CHECKING:
-    from ..intervals import Interval
-
-__all__ = ["Table", "summary", "tables"]
 
 _MOST_QUESTION_COLUMNS = 3
 
@@ -39,10 +35,7 @@ class Table:
     """A table; the first column is text, all others are figures.
 
     Attributes:
-        title: what it shows.
         text: what a reader must know, in a sentence or two.
-        header: names of the columns.
-        rows: cells, as text.
         marks: per row, its :attr:`Row.look`.
         folded: for those who want it; shown elsewhere in another form.
     """
@@ -80,8 +73,8 @@ def summary(results: Results) -> list[Table]:
             continue
         columns: _Columns = {
             f"{SPEED_NAMES[SPEEDS[mode]]}, x as fast": lambda row: _interval(row.speedup),
-            "added loss": _of_plan(lambda row: _figure(row.figure("added_loss"), 3, sign=True), "-"),
-            "agreement, %": _of_plan(lambda row: _percent(row.figure("agreement")), "-"),
+            "added loss": _of_plan("added_loss", 3, full="-", sign=True),
+            "agreement, %": _of_plan("agreement", 1, full="-", scale=100),
         }
         if results.tasks:  # a score says little without that of the full model
             mine = [results.full, *mine]
@@ -103,38 +96,32 @@ def _question_columns(tasks: Sequence[str]) -> _Columns:
 
 
 def _mode_table(results: Results, mode: str) -> Table:
-    mine = results.of_mode(mode)
-    rows = [results.full, *mine]
-    several = len({row.compensation for row in mine if row.compensation != "none"}) > 1
-    losses = [loss for row in rows if (loss := row.figure("loss", mode=mode)) is not None]
+    rows = [results.full, *results.of_mode(mode)]
+    several = len({row.compensation for row in rows if row.compensation != "none"}) > 1
     columns: _Columns = {
-        "skipped": _of_plan(_skipped),
+        "skipped": lambda row: (
+            " / ".join(map(str, dict.fromkeys((row.n_skip_prefill, row.n_skip_decode)))) if row.mode else ""
+        ),
         **{f"{name}, times as fast": partial(_speed, speed) for speed, name in SPEED_NAMES.items()},
         "loss, nats": lambda row: _figure(row.figure("loss", mode=mode), 3),
-        "added loss": _of_plan(lambda row: _figure(row.figure("added_loss"), 3, sign=True)),
+        "added loss": _of_plan("added_loss", 3, sign=True),
         "perplexity": lambda row: _perplexity(row.figure("perplexity", mode=mode)),
-        "KL, nats": _of_plan(lambda row: _figure(row.figure("kl"), 3)),
-        "agreement, %": _of_plan(lambda row: _percent(row.figure("agreement"))),
-        "Rouge-L": _of_plan(lambda row: _figure(row.figure("rouge_l"), 3)),
+        "KL, nats": _of_plan("kl", 3),
+        "agreement, %": _of_plan("agreement", 1, scale=100),
+        "Rouge-L": _of_plan("rouge_l", 3),
     }
-    n = losses[0].n if losses else 0
+    n = next((loss.n for row in rows if (loss := row.figure("loss", mode=mode)) is not None), 0)
     text = f"{_MODE_TEXT[mode]} By measured speed; {n} items, mean ± standard error over items."
     return _table(f"Mode {MODE_NAMES[mode]}", text, rows, columns, several=several)
 
 
 def _kind_tables(results: Results) -> list[Table]:
     """Added loss by kind of text, where there are several."""
-    texts = [text for row in results.contenders for text in row.text.values()]
-    kinds = [kind for kind in dict.fromkeys(kind for text in texts for kind in text) if kind != "all"]
-    if not kinds:
-        return []
-
-    def added(kind: str, row: Row) -> str:
-        return _figure(row.figure("added_loss", kind=kind), 3, sign=True)
-
-    columns: _Columns = {**_MODE, **{kind: partial(added, kind) for kind in kinds}}
+    kinds = dict.fromkeys(kind for row in results.contenders for text in row.text.values() for kind in text)
+    columns: _Columns = {kind: _of_plan("added_loss", 3, sign=True, kind=kind) for kind in kinds if kind != "all"}
     text = "Added loss against the full model in nats per token, mean ± standard error over items."
-    return [_table("By kind of text", text, results.contenders[1:], columns)]
+    rows = results.contenders[1:]
+    return [_table("By kind of text", text, rows, {**_MODE, **columns})] if columns else []
 
 
 def _question_tables(results: Results) -> list[Table]:
@@ -166,7 +153,7 @@ def _cell_table(results: Results, task: str) -> Table:
         return _figure(by_row.get(row.name, {}).get(cell), 0, scale=100, error=False)
 
     cells = dict.fromkeys(cell for cells in by_row.values() for cell in cells)
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: _Columns = {
         f"{length:,}" + ("" if depth is None else f" at {depth:.0%}"): partial(score, (length, depth))
         for length, depth in cells
     }
@@ -175,14 +162,9 @@ def _cell_table(results: Results, task: str) -> Table:
     return _table(title, text, rows, {**_MODE, **columns}, folded=True)
 
 
-def _of_plan(say: Callable[[Row], str], full: str = "") -> Callable[[Row], str]:
-    """Say nothing of the full model, which has nothing to be compared with."""
-    return lambda row: full if row.mode is None else say(row)
-
-
-def _skipped(row: Row) -> str:
-    both = dict.fromkeys((row.n_skip_prefill, row.n_skip_decode))
-    return " / ".join(map(str, both))
+def _of_plan(name: str, digits: int, *, full: str = "", kind: str = "all", **form: Any) -> Callable[[Row], str]:
+    """Say a figure of text, but ``full`` of the full model, which has nothing to be compared with."""
+    return lambda row: full if row.mode is None else _figure(row.figure(name, kind=kind), digits, **form)
 
 
 def _speed(name: str, row: Row) -> str:
@@ -192,11 +174,7 @@ def _speed(name: str, row: Row) -> str:
 
 
 def _score(task: str, row: Row) -> str:
-    return _percent(row.score(task))
-
-
-def _percent(figure: Figure | None) -> str:
-    return _figure(figure, 1, scale=100)
+    return _figure(row.score(task), 1, scale=100)
 
 
 def _figure(figure: Figure | None, digits: int, *, scale: float = 1.0, sign: bool = False, error: bool = True) -> str:

@@ -10,19 +10,6 @@ from ..errors import RequestError
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-__all__ = [
-    "DESCRIPTION",
-    "HELD_OUT",
-    "N_REQUESTS",
-    "N_TOKENS",
-    "SEPARATOR",
-    "cut",
-    "held_out",
-    "pages",
-    "text",
-    "tokens_of",
-]
-
 DESCRIPTION = "pages of pydoc_data.topics (Python's language reference)"
 
 HELD_OUT = (
@@ -60,33 +47,22 @@ def pages() -> dict[str, str]:
     except ImportError as error:
         raise RequestError("this Python lacks pydoc_data.topics; pass requests of your own (--data FILE)") from error
     seen: set[str] = set()
-    kept: dict[str, str] = {}
+    kept = {}
     for name in sorted(topics, key=lambda name: (len(topics[name]), name)):
-        paragraphs = []
-        for paragraph in topics[name].split("\n\n"):
-            if paragraph.strip() and paragraph not in seen:
-                seen.add(paragraph)
-                paragraphs.append(paragraph)
+        paragraphs = [each for each in dict.fromkeys(topics[name].split("\n\n")) if each.strip() and each not in seen]
+        seen.update(paragraphs)
         if paragraphs:
             kept[name] = "\n\n".join(paragraphs)
     return dict(sorted(kept.items()))
 
 
 def held_out() -> dict[str, str]:
-    """Return the pages of :data:`HELD_OUT` that this Python has, by name.
-
-    Raises:
-        RequestError: this Python was installed without the module.
-    """
+    """Return the pages of :data:`HELD_OUT` that this Python has, by name."""
     return {name: page for name, page in pages().items() if name in HELD_OUT}
 
 
 def text(exclude: Collection[str] = HELD_OUT) -> str:
-    """Return the pages as one text, without those named in ``exclude``.
-
-    Raises:
-        RequestError: this Python was installed without the module.
-    """
+    """Return the pages as one text, without those named in ``exclude``."""
     return SEPARATOR.join(page for name, page in pages().items() if name not in exclude)
 
 
@@ -96,14 +72,10 @@ def tokens_of(tokenizer: Llama, text: str, *, bos: bool = False) -> list[int]:
 
 
 def cut(tokenizer: Llama, text: str, n_requests: int, n_tokens: int) -> list[list[int]]:
-    """Cut a text into requests, spread evenly over it and not overlapping.
+    """Cut a text into requests of so many tokens, BOS included, spread evenly over it and not overlapping.
 
-    Args:
-        tokenizer: the model whose tokens are counted.
-        text: any text.
-        n_requests: requests wanted; fewer are returned if the text is too short for so many.
-        n_tokens: tokens per request, the token that begins a sequence included where the model has one. A text shorter
-            than one request gives one request of what there is.
+    Fewer are returned if the text is too short for so many; one shorter than a request gives one request of what there
+    is.
 
     Raises:
         RequestError: the text is empty or a count is below 1.

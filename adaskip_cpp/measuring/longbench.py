@@ -17,30 +17,19 @@ from .tasks import QuestionItem, Wrap, raw_wrap
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
 
-__all__ = ["DATASETS", "longbench_items"]
-
 DATASETS = {
-    "narrativeqa": "qa_f1",
-    "qasper": "qa_f1",
-    "multifieldqa_en": "qa_f1",
-    "multifieldqa_zh": "qa_f1_zh",
-    "hotpotqa": "qa_f1",
-    "2wikimqa": "qa_f1",
-    "musique": "qa_f1",
-    "dureader": "rouge_l_zh",
-    "gov_report": "rouge_l",
-    "qmsum": "rouge_l",
-    "multi_news": "rouge_l",
-    "vcsum": "rouge_l_zh",
-    "trec": "classification",
-    "triviaqa": "qa_f1",
-    "samsum": "rouge_l",
-    "lsht": "classification",
-    "passage_count": "count",
-    "passage_retrieval_en": "retrieval",
-    "passage_retrieval_zh": "retrieval",
-    "lcc": "code_similarity",
-    "repobench-p": "code_similarity",
+    dataset: metric
+    for metric, datasets in (
+        ("qa_f1", "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique triviaqa"),
+        ("qa_f1_zh", "multifieldqa_zh"),
+        ("rouge_l", "gov_report qmsum multi_news samsum"),
+        ("rouge_l_zh", "dureader vcsum"),
+        ("classification", "trec lsht"),
+        ("count", "passage_count"),
+        ("retrieval", "passage_retrieval_en passage_retrieval_zh"),
+        ("code_similarity", "lcc repobench-p"),
+    )
+    for dataset in datasets.split()
 }
 """Metric by dataset. LongBench-E's names end in ``_e`` and are scored alike."""
 
@@ -68,14 +57,13 @@ def longbench_items(
     fits are decoded, joined, and tokenised again.
 
     Args:
-        llm: the model whose tokens are counted.
         files: JSON Lines, each line an object with ``input``, ``context``, ``answers``, ``all_classes``, ``dataset``,
             and perhaps ``length`` and ``_id``.
         prompts: LongBench's ``dataset2prompt.json``: a template with ``{context}`` and ``{input}`` by dataset.
         lengths: LongBench's ``dataset2maxlen.json``: tokens to generate by dataset.
         n_ctx: tokens of prompt and answer together.
-        wrap: turns a prompt into tokens, by the model's chat template or raw. Not used for the datasets that LongBench
-            gives to chat models as plain text too: those of few-shot prompts and code.
+        wrap: by the model's chat template or raw. Not used for the datasets that LongBench gives to chat models as
+            plain text too: those of few-shot prompts and code.
         n_each: take the first so many of each dataset; None for all.
 
     Raises:
@@ -143,8 +131,7 @@ def _lines(files: Iterable[_Path]) -> Iterator[tuple[dict[str, Any], _Line, str,
             where = f"{os.fspath(file)!r}, line {number}"
             fields, line = _line(text, where)
             identity = f"longbench/{stem}/{fields.get('_id') or number}"
-            if identity in seen:
-                identity = f"{identity}/{number}"
+            identity += f"/{number}" if identity in seen else ""
             seen.add(identity)
             yield fields, line, identity, where
 

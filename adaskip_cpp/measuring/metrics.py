@@ -17,8 +17,6 @@ from typing import Any
 
 from ..errors import DataError, PackageMissingError
 
-__all__ = ["METRICS", "continuation_rouge_l", "first_line", "score"]
-
 _ZH_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"
     "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
@@ -27,13 +25,7 @@ _ZH_PUNCTUATION = (
 
 
 def score(metric: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] = ()) -> float:
-    """Return the best score of a prediction over the right answers; 0 if there are none.
-
-    Args:
-        metric: a name in :data:`METRICS`.
-        prediction: what the model wrote.
-        answers: the right answers.
-        all_classes: names that a classification chooses from.
+    """Return the best score of a prediction over the right answers, by a name in :data:`METRICS`; 0 without answers.
 
     Raises:
         DataError: there is no such metric.
@@ -56,9 +48,7 @@ def qa_f1(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> floa
 
 def qa_f1_zh(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
     """Return the F1 of Chinese words in common, as jieba segments them; case and punctuation do not count."""
-    jieba = _jieba()
-    words = [[_plain_zh(word) for word in jieba.cut(text, cut_all=False)] for text in (prediction, answer)]
-    return _f1(*([word for word in side if word] for side in words))
+    return _f1(_words_zh(prediction), _words_zh(answer))
 
 
 def rouge_l(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
@@ -144,14 +134,17 @@ METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
 """Every metric by name: functions of a prediction, a right answer and all classes."""
 
 
+def _plain(text: str, punctuation: str = string.punctuation) -> str:
+    return text.lower().translate(str.maketrans("", "", punctuation))
+
+
 def _words(text: str) -> list[str]:
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+    return re.sub(r"\b(a|an|the)\b", " ", _plain(text)).split()
 
 
-def _plain_zh(word: str) -> str:
-    kept = (char for char in word.lower() if char not in string.punctuation and char not in _ZH_PUNCTUATION)
-    return "".join("".join(kept).split())
+def _words_zh(text: str) -> list[str]:
+    words = (_plain(word, string.punctuation + _ZH_PUNCTUATION) for word in _jieba().cut(text, cut_all=False))
+    return [plain for word in words if (plain := "".join(word.split()))]
 
 
 def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DataError, RequestError
 from .corpus import tokens_of
@@ -16,18 +16,6 @@ from .tasks import QuestionItem, Wrap, raw_wrap
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
-
-__all__ = ["TASKS", "synthetic_items"]
-
-TASKS = ("passkey", "multikey", "classify", "copy")
-"""Names of the tasks.
-
-- ``passkey``: one sentence with a number of five digits stands in the text; the prompt ends by asking for it.
-- ``multikey``: as before with four keys, each of a name, of which one is asked for; the others lie anywhere.
-- ``classify``: words of the text in four ways of writing (lower case, upper case, joined by ``_``, as their numbers of
-  letters), each with a label; which label means which is drawn anew for each item and known from the examples only.
-- ``copy``: a passage in the text is marked; the prompt ends where its repetition begins.
-"""
 
 _N_KEYS = 4
 _KEY_TOKENS = 20
@@ -46,7 +34,7 @@ def synthetic_items(
     llm: AdaSkipLlama,
     text: str,
     *,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] | None = None,
     lengths: Sequence[int] = (1024,),
     depths: Sequence[float] = (0.1, 0.5, 0.9),
     n_per: int = 4,
@@ -63,20 +51,25 @@ def synthetic_items(
     next, so that the first few are of every kind.
 
     Args:
-        llm: the model whose tokens are counted.
         text: what hides the answers; at least as long as the longest prompt.
-        tasks: names out of :data:`TASKS`.
+        tasks: names out of :data:`TASKS`; all if None.
         lengths: tokens of a prompt. It has at most as many, and only a few less.
         depths: where in the text the answer lies, 0 for the beginning to 1 for the end. ``classify`` has no depth.
-        n_per: items per task, length and depth.
-        seed: chooses text, keys, labels and passages.
-        wrap: turns a prompt into tokens, as by the model's chat template; raw text if None.
+        wrap: as by the model's chat template; raw text if None.
 
     Raises:
         DataError: a task is unknown, a number out of range, the text too short or a length too small for the task.
         RequestError: the model's context is too small for a prompt and its answer.
     """
-    _check(tasks, lengths, depths, n_per)
+    tasks = TASKS if tasks is None else tasks
+    for task in tasks:
+        if task not in TASKS:
+            raise DataError(f"there is no task {task!r}; use {', '.join(TASKS)}")
+    if not tasks or not lengths or not depths or n_per < 1:
+        raise DataError("nothing to make; ask for at least one task, length, depth and item")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise DataError(f"there is no depth {depth:g}; use 0 (the beginning) to 1 (the end)")
     tokens = tokens_of(llm, text)
     if len(tokens) < max(lengths) + _PASSAGE:
         raise DataError(
@@ -87,12 +80,13 @@ def synthetic_items(
     source = _Source(llm, tokens, text)
     items = []
     for index, task, length in product(range(n_per), dict.fromkeys(tasks), dict.fromkeys(lengths)):
-        for depth in (None,) if task == "classify" else dict.fromkeys(depths):
-            identity = f"{task}/{length}/{'any' if depth is None else f'{depth:g}'}/{index}/{seed}"
+        for at in (None,) if task == "classify" else dict.fromkeys(depths):
+            identity = f"{task}/{length}/{'any' if at is None else f'{at:g}'}/{index}/{seed}"
             # Seeded by text: Python hashes it with SHA-512, the same everywhere.
-            puzzle = _MAKE[task](source, random.Random(identity), length, depth or 0.0)
-            prompt = tuple(_fill(puzzle.write, length, wrap, task))
-            items.append(replace(puzzle.question, id=identity, task=task, prompt=prompt, length=length, depth=depth))
+            made = _MAKE[task](source, random.Random(identity), length, at or 0.0)
+            prompt = tuple(_fill(made.write, length, wrap, task))
+            scored = (made.answer,), made.max_tokens, made.metric, made.labels
+            items.append(QuestionItem(identity, task, prompt, *scored, length, at, first_line=bool(made.labels)))
     n_most = max(item.length + item.max_tokens for item in items)
     if n_most > llm.context_size:
         raise RequestError(
@@ -102,27 +96,14 @@ def synthetic_items(
     return items
 
 
-def _check(tasks: Sequence[str], lengths: Sequence[int], depths: Sequence[float], n_per: int) -> None:
-    for task in tasks:
-        if task not in TASKS:
-            raise DataError(f"there is no task {task!r}; use {', '.join(TASKS)}")
-    if not tasks or not lengths or not depths or n_per < 1:
-        raise DataError("nothing to make; ask for at least one task, length, depth and item")
-    for depth in depths:
-        if not 0 <= depth <= 1:
-            raise DataError(f"there is no depth {depth:g}; use 0 (the beginning) to 1 (the end)")
-
-
-@dataclass(frozen=True)
-class _Puzzle:
+class _Puzzle(NamedTuple):
     """A prompt's text with n tokens of filling, and how its answer is scored."""
 
     write: Callable[[int], str]
-    question: QuestionItem
-
-    @classmethod
-    def of(cls, write: Callable[[int], str], answer: str, n_tokens: int, metric: str, **more: Any) -> _Puzzle:
-        return cls(write, QuestionItem("", "", (), (answer,), n_tokens, metric, **more))
+    answer: str
+    max_tokens: int
+    metric: str
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,25 +177,21 @@ def _hide(source: _Source, start: int, needles: Sequence[tuple[float, str]]) -> 
     return write
 
 
-def _passkey(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
-    key = source.key(rng)
-    needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-    write = _hide(source, source.place(rng, length), [(depth, needle)])
-    return _Puzzle.of(lambda n: f"{write(n)}\n\nThe pass key is", key, _KEY_TOKENS, "contains")
-
-
-def _multikey(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
-    names = _draw(rng, _NAMES, _N_KEYS)
+def _passkey(source: _Source, rng: random.Random, length: int, depth: float, names: Sequence[str] = ("",)) -> _Puzzle:
     keys: list[str] = []
     for _ in names:
         keys.append(source.key(rng, keys))
     depths = [depth, *(rng.random() for _ in names[1:])]
     needles = [
-        (depth, f"The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}.")
+        (depth, f"The pass key{name} is {key}. Remember it. {key} is the pass key{name}.")
         for depth, name, key in zip(depths, names, keys, strict=True)
     ]
     write = _hide(source, source.place(rng, length), needles)
-    return _Puzzle.of(lambda n: f"{write(n)}\n\nThe pass key of {names[0]} is", keys[0], _KEY_TOKENS, "contains")
+    return _Puzzle(lambda n: f"{write(n)}\n\nThe pass key{names[0]} is", keys[0], _KEY_TOKENS, "contains")
+
+
+def _multikey(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
+    return _passkey(source, rng, length, depth, [f" of {name}" for name in _draw(rng, _NAMES, _N_KEYS)])
 
 
 def _copy(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
@@ -228,7 +205,7 @@ def _copy(source: _Source, rng: random.Random, length: int, depth: float) -> _Pu
     cue, rest = " ".join(words[:n_cue]), " ".join(words[n_cue:])
     write = _hide(source, start, [(depth, f"This is the passage to copy: {cue} {rest}")])
     n_rest = len(tokens_of(source.llm, f" {rest}"))
-    return _Puzzle.of(lambda n: f"{write(n)}\n\nThis is the passage to copy: {cue}", rest, max(n_rest, 1), "qa_f1")
+    return _Puzzle(lambda n: f"{write(n)}\n\nThis is the passage to copy: {cue}", rest, max(n_rest, 1), "qa_f1")
 
 
 _WRITING: tuple[Callable[[Sequence[str]], str], ...] = (
@@ -262,7 +239,7 @@ def _classify(source: _Source, rng: random.Random, length: int, depth: float) ->
         ]
         return f"{''.join(examples)}Text: {snippet(n_examples, _SNIPPET, asked)}\nLabel:"
 
-    return _Puzzle.of(write, labels[asked], 4, "classification", all_classes=tuple(labels), first_line=True)
+    return _Puzzle(write, labels[asked], 4, "classification", tuple(labels))
 
 
 _MAKE: dict[str, Callable[[_Source, random.Random, int, float], _Puzzle]] = {
@@ -271,3 +248,13 @@ _MAKE: dict[str, Callable[[_Source, random.Random, int, float], _Puzzle]] = {
     "classify": _classify,
     "copy": _copy,
 }
+
+TASKS = tuple(_MAKE)
+"""Names of the tasks.
+
+- ``passkey``: one sentence with a number of five digits stands in the text; the prompt ends by asking for it.
+- ``multikey``: as before with four keys, each of a name, of which one is asked for; the others lie anywhere.
+- ``classify``: words of the text in four ways of writing (lower case, upper case, joined by ``_``, as their numbers of
+  letters), each with a label; which label means which is drawn anew for each item and known from the examples only.
+- ``copy``: a passage in the text is marked; the prompt ends where its repetition begins.
+"""

@@ -8,6 +8,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import DataError
@@ -18,41 +19,12 @@ from .corpus import cut, tokens_of
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-__all__ = [
-    "PYTHON_SOURCES",
-    "QuestionItem",
-    "TextItem",
-    "Wrap",
-    "python_sources",
-    "raw_wrap",
-    "read_texts",
-    "text_items",
-]
-
 Wrap: TypeAlias = Callable[[str], Sequence[int]]
 """Turns a prompt into tokens, as by a model's chat template."""
 
 PYTHON_SOURCES = (
-    "_pydecimal",
-    "argparse",
-    "configparser",
-    "difflib",
-    "doctest",
-    "fractions",
-    "imaplib",
-    "ipaddress",
-    "mailbox",
-    "optparse",
-    "pickle",
-    "random",
-    "shutil",
-    "smtplib",
-    "statistics",
-    "subprocess",
-    "tarfile",
-    "tempfile",
-    "textwrap",
-    "threading",
+    "_pydecimal argparse configparser difflib doctest fractions imaplib ipaddress mailbox optparse pickle random "
+    "shutil smtplib statistics subprocess tarfile tempfile textwrap threading"
 )
 """Modules of the standard library, single files of 4,000 to 60,000 tokens that are in every supported Python."""
 
@@ -101,12 +73,7 @@ class QuestionItem:
     first_line: bool = False
 
     def score(self, prediction: str) -> float:
-        """Return how good an answer is, 0 to 1: the best over the right answers.
-
-        Raises:
-            DataError: there is no such metric.
-            PackageMissingError: the metric needs a package that is not installed.
-        """
+        """Return how good an answer is, 0 to 1, as :func:`adaskip_cpp.measuring.metrics.score`."""
         if self.first_line:
             prediction = metrics.first_line(prediction)
         return metrics.score(self.metric, prediction, self.answers, self.all_classes)
@@ -121,17 +88,10 @@ def text_items(
     task: str = "text",
     drop_short: bool = False,
 ) -> list[TextItem]:
-    """Cut texts into items of equal length that do not overlap, spread evenly over each text.
+    """Cut texts, given by name, into items of so many tokens that do not overlap, spread evenly over each text.
 
-    The items are dealt out over the texts in turn, so that the first few of them come from as many texts.
-
-    Args:
-        tokenizer: the model whose tokens are counted.
-        texts: texts by name.
-        n_items: items wanted, over all texts together.
-        n_tokens: tokens per item, the one that begins a sequence included where the model has one.
-        task: what to call them.
-        drop_short: leave out texts that are too short for one item, instead of refusing them.
+    The items are dealt out over the texts in turn, so that the first few of them come from as many texts. Texts that
+    are too short for one item are left out if ``drop_short``.
 
     Raises:
         DataError: a text is shorter than one item, all of them are too short for so many, or a count is out of range.
@@ -139,25 +99,25 @@ def text_items(
     if n_items < 1 or n_tokens < 2:
         raise DataError(f"cannot make {n_items} items of {n_tokens} tokens; ask for at least 1 item of 2 tokens")
     n_bos = len(tokens_of(tokenizer, "", bos=True)[:1])
-    room: dict[str, int] = {}
+    turns: list[tuple[int, str]] = []
     for name, text in texts.items():
         n_text = len(tokens_of(tokenizer, text))
-        room[name] = n_text // (n_tokens - n_bos)
-        if room[name] == 0 and not drop_short:
+        room = n_text // (n_tokens - n_bos)
+        if room == 0 and not drop_short:
             raise DataError(
                 f"text {name!r} has {n_text} tokens, fewer than the {n_tokens} of one item; "
                 "ask for shorter items or give a longer text"
             )
-    if sum(room.values()) < n_items:
+        turns += [(turn, name) for turn in range(room)]
+    if len(turns) < n_items:
         raise DataError(
-            f"the text gives {sum(room.values())} items of {n_tokens} tokens, not the {n_items} asked for; "
+            f"the text gives {len(turns)} items of {n_tokens} tokens, not the {n_items} asked for; "
             "ask for fewer or shorter items or give more text"
         )
-    # The texts in turn, each as often as it has room.
-    turns = sorted((i, order, name) for order, (name, n) in enumerate(room.items()) for i in range(n))[:n_items]
-    taken = Counter(name for _, _, name in turns)
+    turns = sorted(turns, key=itemgetter(0))[:n_items]  # the texts of a turn stay in their order
+    taken = Counter(name for _, name in turns)
     requests = {name: cut(tokenizer, texts[name], n, n_tokens) for name, n in taken.items()}
-    return [TextItem(f"{task}/{name}/{n_tokens}/{i}", task, tuple(requests[name][i])) for i, _, name in turns]
+    return [TextItem(f"{task}/{name}/{n_tokens}/{i}", task, tuple(requests[name][i])) for i, name in turns]
 
 
 def raw_wrap(tokenizer: Llama) -> Wrap:
@@ -166,38 +126,35 @@ def raw_wrap(tokenizer: Llama) -> Wrap:
 
 
 def read_texts(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """Read UTF-8 text files, by name.
-
-    Files of the same name in different folders are told apart by their whole path.
+    """Read UTF-8 text files, by name, or by their whole path where several are of one name.
 
     Raises:
         DataError: a file cannot be read, is not UTF-8 or has nothing in it.
     """
     paths = [os.fspath(file) for file in files]
-    names = [os.path.basename(path) for path in paths]
+    n_of = Counter(map(os.path.basename, paths))
     texts = {}
-    for path, name in zip(paths, names, strict=True):
-        text = read_text(path)
+    for path in paths:
+        name, text = os.path.basename(path), read_text(path)
         if not text.strip():
             raise DataError(f"{path!r} is empty; give a text of at least a few hundred words")
-        texts[name if names.count(name) == 1 else path] = text
+        texts[name if n_of[name] == 1 else path] = text
     return texts
 
 
 def python_sources() -> dict[str, str]:
-    """Return source files of Python's standard library, by module: text of another kind than calibration's prose.
+    """Return those of :data:`PYTHON_SOURCES` that this Python has, by module: text of another kind than prose.
 
-    Those of :data:`PYTHON_SOURCES` that this Python has; they differ a little from one Python release to the next.
+    They differ a little from one Python release to the next.
 
     Raises:
         DataError: this Python was installed without any of them.
     """
     folder = sysconfig.get_path("stdlib")
     sources = {}
-    for name in PYTHON_SOURCES:
+    for name in PYTHON_SOURCES.split():
         with contextlib.suppress(DataError):
-            text = read_text(os.path.join(folder, f"{name}.py"))
-            if text.strip():
+            if (text := read_text(os.path.join(folder, f"{name}.py"))).strip():
                 sources[name] = text
     if not sources:
         raise DataError(f"this Python has no sources in {folder!r}; give text of your own (--text FILE)")

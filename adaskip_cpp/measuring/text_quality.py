@@ -5,21 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, RequestError
+from ..errors import DataError
 from ..model.plan import Mode, SkipPlan
-from .distribution import losses
+from .distribution import check_length, check_logits_all, losses
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
-
-__all__ = ["TextQuality", "TextScores"]
-
-_Judged: TypeAlias = tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]
 
 
 @dataclass(frozen=True)
@@ -42,13 +38,8 @@ class TextQuality:
     which the full model reads, and the rest is evaluated as the tokens of an answer are, with the plan's online stage
     and schedule; only these are judged then.
 
-    The model's plan is set and left as it was last compared; its KV cache is dropped.
-
-    Args:
-        llm: a model loaded with ``logits_all=True``.
-        texts: token ids of each text.
-        mode: ``"decode"``, or another mode.
-        advance: called with the number of tokens after each text.
+    The model's plan is set and left as it was last compared; its KV cache is dropped. ``advance`` is called with the
+    number of tokens after each text.
 
     Raises:
         DataError: there are fewer than two texts, of which no interval can be told.
@@ -63,21 +54,16 @@ class TextQuality:
         *,
         advance: Callable[[int], None] = lambda n_tokens: None,
     ) -> None:
-        if not llm.logits_all:
-            raise RequestError("the model keeps only the last token's logits; load it with logits_all=True")
+        check_logits_all(llm)
         if len(texts) < 2:
             raise DataError(f"{len(texts)} texts have no interval; give at least 2, or shorter ones")
-        n_ctx = llm.context_size
         for tokens in texts:
-            if not 4 <= len(tokens) <= n_ctx:
-                raise RequestError(
-                    f"cannot judge a text of {len(tokens)} tokens; use from 4 to {n_ctx} (the model's context)"
-                )
+            check_length(llm, tokens, 4)
         self._llm, self._mode, self._advance = llm, mode, advance
         # Each text with the first of its tokens that is judged.
         self._texts = [(tokens, len(tokens) // 2 + 1 if mode == "decode" else 1) for tokens in texts]
         self._last: tuple[SkipPlan, TextScores] | None = None
-        self._full: list[_Judged] | None = None
+        self._full: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]] = []
 
     @property
     def n_texts(self) -> int:
@@ -91,30 +77,21 @@ class TextQuality:
 
     def evaluate_full(self) -> None:
         """Evaluate the full model now, unless that has been done."""
-        self._full = self._full or self._evaluate(None)
+        self._full = self._full or list(self._evaluate(None))
 
     def scores(self, plan: SkipPlan) -> TextScores:
-        """Compare a plan with the full model; the last plan is not evaluated again.
+        """Compare a plan with the full model; the last plan is not evaluated again."""
+        if self._last is None or self._last[0] != plan:
+            self.evaluate_full()
+            pairs = zip(self._full, self._evaluate(plan), strict=True)
+            found = [((own - full).mean(), (best == full_best).mean()) for (full, full_best), (own, best) in pairs]
+            self._last = plan, TextScores(*np.transpose(found))
+        return self._last[1]
 
-        Raises:
-            PlanError: the model does not take the plan.
-        """
-        if self._last is not None and self._last[0] == plan:
-            return self._last[1]
-        self.evaluate_full()
-        pairs = list(zip(self._full or (), self._evaluate(plan), strict=True))
-        scores = TextScores(
-            np.array([float((own - full).mean()) for (full, _), (own, _) in pairs]),
-            np.array([float((full == own).mean()) for (_, full), (_, own) in pairs]),
-        )
-        self._last = plan, scores
-        return scores
-
-    def _evaluate(self, plan: SkipPlan | None) -> list[_Judged]:
+    def _evaluate(self, plan: SkipPlan | None) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]]:
         """Per text the loss of each judged token, and the token that was most likely in its place."""
         llm = self._llm
         llm.set_plan(plan)
-        results = []
         try:
             for tokens, begin in self._texts:
                 llm.reset()
@@ -126,11 +103,10 @@ class TextQuality:
                 else:
                     llm.eval(tokens)
                 logits = llm.scores[begin - 1 : len(tokens) - 1]
-                results.append((losses(logits, tokens[begin:]), logits.argmax(axis=1)))
+                yield losses(logits, tokens[begin:]), logits.argmax(axis=1)
                 self._advance(len(tokens))
         finally:
             llm.reset()
-        return results
 
 
 def _answer(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[int]]:

@@ -131,12 +131,13 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | Non
         write_atomically(target, json_text(data))
 
 
-def load_plan(path: str | os.PathLike[str]) -> PlanFile:
-    """Read a plan file.
+def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None) -> PlanFile:
+    """Read a plan file, of a model where one is named.
 
     Raises:
         PlanFileError: a file is missing, truncated, malformed, of another format or version, or the two do not belong
             together.
+        ProfileMismatchError: it is of another model.
         OSError: a file cannot be read.
     """
     name = os.fspath(path)
@@ -147,13 +148,16 @@ def load_plan(path: str | os.PathLike[str]) -> PlanFile:
         if data.get("version") != FORMAT_VERSION:
             raise ValueError(f"it has format version {data.get('version')!r}, this release reads {FORMAT_VERSION}")
         file = msgspec.convert(_nan_for_null(data), _File)
-        return PlanFile(_plan(file, os.path.dirname(os.path.realpath(name))), file.tuning)
+        plan = _plan(file, os.path.dirname(os.path.realpath(name)))
     except FileNotFoundError:
         raise PlanFileError(
             f"there is no plan file {name!r}; write one with `adaskip-cpp tune` or `adaskip-cpp plan -o`"
         ) from None
     except ValueError as error:  # among them all of msgspec's and our own
         raise PlanFileError(f"{name!r} cannot be used: {error}; {_AGAIN}") from error
+    if model is not None and plan.model is not None:
+        check_model(plan.model, model, name)
+    return PlanFile(plan, file.tuning)
 
 
 def is_plan_file(path: str | os.PathLike[str]) -> bool:
@@ -175,10 +179,7 @@ def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
     name = plan_path(model)
     if not os.path.exists(name):
         raise PlanFileError(f"there is no plan {name!r} beside the model; run `adaskip-cpp tune {os.fspath(model)}`")
-    found = load_plan(name)
-    if found.plan.model is not None:
-        check_model(found.plan.model, model, name)
-    return found
+    return load_plan(name, model=model)
 
 
 def _plan(file: _File, folder: str) -> SkipPlan:
