@@ -60,10 +60,6 @@ def contenders(
 
     A plan that skips the same as another one of its strategy, or nothing, is left out too. ``saved`` is a plan as
     `tune` finds it, which comes last.
-
-    Raises:
-        DataError: there is no plan but the full model.
-        PlanError: a strategy is unknown, or the profile has no cost model to predict speed-ups.
     """
     found, notes = [FULL], []
     for request in requests:

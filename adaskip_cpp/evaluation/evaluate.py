@@ -52,9 +52,6 @@ class Work:
         n_continuation: tokens at the end of a text that are decoded, and tokens decoded for a measurement of speed.
         speed_prompt: token ids that speed is measured on; () for no measurement.
         n_rounds: how often it is measured.
-
-    Raises:
-        DataError: items share a name, or a text leaves no prompt before its continuation.
     """
 
     contenders: Sequence[Contender]
@@ -117,10 +114,6 @@ def run(work: Work, store: Store, open_model: OpenModel, on_progress: Callable[[
     """Measure what an open store lacks.
 
     The model is opened up to twice, one at a time. Progress is the fraction that is done of what was lacking.
-
-    Raises:
-        DataError: a metric cannot score an item.
-        PackageMissingError: a metric needs a package that is not installed.
     """
     continuation_rouge_l("", "")  # before any work: are the packages there?
     for question in work.questions:

@@ -108,10 +108,6 @@ def open_store(
 
     Results belong together if the settings are equal, which are plain JSON values; the facts are kept beside them for
     the reader, without being compared.
-
-    Raises:
-        DataError: another run is using the folder, or a line of its results is malformed.
-        OSError: the folder cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

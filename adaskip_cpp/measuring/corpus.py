@@ -38,9 +38,6 @@ def pages() -> dict[str, str]:
 
     A quarter of the module is pages that contain other pages. Every paragraph is kept once, in the shortest page that
     has it, so that text of one page never shows up in another: a page left out of calibration is unseen text.
-
-    Raises:
-        RequestError: this Python was installed without the module.
     """
     try:
         from pydoc_data.topics import topics
@@ -76,9 +73,6 @@ def cut(tokenizer: Llama, text: str, n_requests: int, n_tokens: int) -> list[lis
 
     Fewer are returned if the text is too short for so many; one shorter than a request gives one request of what there
     is.
-
-    Raises:
-        RequestError: the text is empty or a count is below 1.
     """
     if n_requests < 1 or n_tokens < 2:
         raise RequestError(f"cannot cut {n_requests} requests of {n_tokens} tokens; use at least 1 request of 2 tokens")

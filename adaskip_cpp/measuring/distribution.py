@@ -38,9 +38,6 @@ def prompt_logits(llm: AdaSkipLlama, tokens: Sequence[int]) -> Logits:
 
     They are float32 [len(tokens) - 1, n_vocab], valid until the next evaluation. Whatever the model has cached is
     forgotten first, and what it caches here stays.
-
-    Raises:
-        RequestError: too few or too many tokens, or the model keeps the last token's logits only.
     """
     check_logits_all(llm)
     check_length(llm, tokens, 2)
@@ -61,9 +58,6 @@ def losses(logits: Logits, targets: Sequence[int] | npt.NDArray[np.integer]) -> 
     """Return the negative log-likelihood of each of n targets, float64 [n], in nats.
 
     The logits are float32 [n, n_vocab]; a token that cannot follow may have minus infinity.
-
-    Raises:
-        DataError: as many logits as targets are needed.
     """
     ids = np.asarray(targets)
     if logits.ndim != 2 or ids.shape != (len(logits),):
@@ -77,9 +71,6 @@ def kl_divergences(full: Logits, other: Logits) -> npt.NDArray[np.float64]:
     """Return KL(full || other) at each position, float64 [n], in nats: what other beliefs cost where the full is right.
 
     Both are float32 [n, n_vocab], at the same positions; a token that cannot follow may have minus infinity.
-
-    Raises:
-        DataError: the shapes differ.
     """
     if full.ndim != 2 or full.shape != other.shape:
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -62,14 +62,8 @@ def longbench_items(
         prompts: LongBench's ``dataset2prompt.json``: a template with ``{context}`` and ``{input}`` by dataset.
         lengths: LongBench's ``dataset2maxlen.json``: tokens to generate by dataset.
         n_ctx: tokens of prompt and answer together.
-        wrap: by the model's chat template or raw. Not used for the datasets that LongBench gives to chat models as
-            plain text too: those of few-shot prompts and code.
+        wrap: not used for few-shot prompts and code, which LongBench gives to chat models as plain text too.
         n_each: take the first so many of each dataset; None for all.
-
-    Raises:
-        DataError: a file cannot be read; a line is not such an object, with file and line; a dataset is unknown or has
-            no template or length; the context has no room for a prompt.
-        PackageMissingError: a dataset's metric needs a package that is not installed.
     """
     templates, max_tokens = _table(prompts, str, "a template"), _table(lengths, _Length, "a length")
     items: list[QuestionItem] = []
@@ -77,10 +71,14 @@ def longbench_items(
         if sum(item.task == line.dataset for item in items) == n_each:
             continue
         base = line.dataset.removesuffix("_e")
-        template = _of_dataset(templates, line.dataset, prompts, where)
-        limit = _of_dataset(max_tokens, line.dataset, lengths, where)
+        for path, table in ((prompts, templates), (lengths, max_tokens)):
+            if line.dataset not in table:
+                raise DataError(
+                    f"{os.fspath(path)!r} has no {line.dataset!r}, which {where} needs; add it or leave that file out"
+                )
+        room = n_ctx - max_tokens[line.dataset]
         try:
-            prompt = template.format(**fields)
+            prompt = templates[line.dataset].format(**fields)
         except (LookupError, AttributeError, ValueError) as error:
             raise DataError(
                 f"{os.fspath(prompts)!r}: the template of {line.dataset!r} cannot be filled in from {where} "
@@ -89,9 +87,9 @@ def longbench_items(
         item = QuestionItem(
             id=identity,
             task=line.dataset,
-            prompt=tuple(_fit(llm, prompt, n_ctx - limit, raw_wrap(llm) if base in _NO_CHAT else wrap, where)),
+            prompt=tuple(_fit(llm, prompt, room, raw_wrap(llm) if base in _NO_CHAT else wrap, where)),
             answers=line.answers,
-            max_tokens=limit,
+            max_tokens=max_tokens[line.dataset],
             metric=DATASETS[base],
             all_classes=line.all_classes or (),
             length=line.length or 0,
@@ -171,16 +169,11 @@ def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> S
 
 
 def _table(path: _Path, kind: Any, what: str) -> dict[str, Any]:
+    """By dataset; what is not there for one of LongBench-E is that of LongBench."""
     try:
-        return msgspec.json.decode(read_text(path), type=dict[str, kind])
+        table = msgspec.json.decode(read_text(path), type=dict[str, kind])
     except msgspec.DecodeError as error:
         raise DataError(
             f"{os.fspath(path)!r} does not give {what} by dataset ({error}); use LongBench's own file"
         ) from error
-
-
-def _of_dataset(table: Mapping[str, Any], dataset: str, path: _Path, where: str) -> Any:
-    for name in (dataset, dataset.removesuffix("_e")):
-        if name in table:
-            return table[name]
-    raise DataError(f"{os.fspath(path)!r} has no {dataset!r}, which {where} needs; add it or leave that file out")
+    return {**{f"{name}_e": value for name, value in table.items()}, **table}

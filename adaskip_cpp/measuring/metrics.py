@@ -25,12 +25,7 @@ _ZH_PUNCTUATION = (
 
 
 def score(metric: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] = ()) -> float:
-    """Return the best score of a prediction over the right answers, by a name in :data:`METRICS`; 0 without answers.
-
-    Raises:
-        DataError: there is no such metric.
-        PackageMissingError: the metric needs a package that is not installed.
-    """
+    """Return the best score of a prediction over the right answers, by a name in :data:`METRICS`; 0 without answers."""
     if metric not in METRICS:
         raise DataError(f"there is no metric {metric!r}; use one of {', '.join(METRICS)}")
     return max((METRICS[metric](prediction, answer, all_classes) for answer in answers), default=0.0)
@@ -80,11 +75,7 @@ def classification(prediction: str, answer: str, all_classes: Sequence[str] = ()
 
 
 def retrieval(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return the share of numbers in the prediction that are the answer's, which reads "Paragraph 7" or "段落7".
-
-    Raises:
-        DataError: the answer names no paragraph.
-    """
+    """Return the share of numbers in the prediction that are the answer's, which reads "Paragraph 7" or "段落7"."""
     match = re.search(r"(?:Paragraph |段落)(\d+)", answer)
     if match is None:
         raise DataError(f"the answer {answer!r} names no paragraph; check that the file is the published one")

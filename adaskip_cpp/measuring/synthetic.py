@@ -18,16 +18,12 @@ if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
 
 _N_KEYS = 4
-_KEY_TOKENS = 20
-"""Enough for a chat model that repeats the sentence, with a token per digit."""
+_KEY_TOKENS = 20  # enough for a chat model that repeats the sentence, with a token per digit
 _NAMES = ("Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Greta", "Henry")
 _LABELS = ("red", "blue", "green", "yellow")
-_SNIPPET = 5
-"""Words to classify at once."""
-_PASSAGE = 48
-"""Tokens of a passage to copy."""
-_CUE = 4
-"""Words of it that the prompt ends with, or half of them if they are few."""
+_SNIPPET = 5  # words to classify at once
+_PASSAGE = 48  # tokens of a passage to copy
+_CUE = 4  # words of it that the prompt ends with, or half of them if they are few
 
 
 def synthetic_items(
@@ -52,14 +48,8 @@ def synthetic_items(
 
     Args:
         text: what hides the answers; at least as long as the longest prompt.
-        tasks: names out of :data:`TASKS`; all if None.
         lengths: tokens of a prompt. It has at most as many, and only a few less.
         depths: where in the text the answer lies, 0 for the beginning to 1 for the end. ``classify`` has no depth.
-        wrap: as by the model's chat template; raw text if None.
-
-    Raises:
-        DataError: a task is unknown, a number out of range, the text too short or a length too small for the task.
-        RequestError: the model's context is too small for a prompt and its answer.
     """
     tasks = TASKS if tasks is None else tasks
     for task in tasks:

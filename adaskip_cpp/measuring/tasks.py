@@ -33,10 +33,7 @@ PYTHON_SOURCES = (
 class TextItem:
     """A piece of text: for loss, KL divergence, agreement and continuations.
 
-    Attributes:
-        id: names the item among all others of a measurement.
-        task: the kind of text, for example ``"text"``.
-        tokens: token ids, the one that begins a sequence included where the model has one.
+    Its id names it among all items of a measurement, its task is the kind of text; BOS is among its tokens.
     """
 
     id: str
@@ -51,9 +48,7 @@ class QuestionItem:
     Attributes:
         id: names the item among all others of a measurement.
         task: the kind of question: a LongBench dataset, ``"passkey"``, ...
-        prompt: token ids, all that is to be evaluated before the answer begins.
         answers: right answers; the best match counts.
-        max_tokens: tokens to generate at most.
         metric: a name in :data:`adaskip_cpp.measuring.metrics.METRICS`.
         all_classes: names that a classification chooses from.
         length: how long the prompt is: tokens asked for (synthetic tasks), words as published (LongBench).
@@ -92,9 +87,6 @@ def text_items(
 
     The items are dealt out over the texts in turn, so that the first few of them come from as many texts. Texts that
     are too short for one item are left out if ``drop_short``.
-
-    Raises:
-        DataError: a text is shorter than one item, all of them are too short for so many, or a count is out of range.
     """
     if n_items < 1 or n_tokens < 2:
         raise DataError(f"cannot make {n_items} items of {n_tokens} tokens; ask for at least 1 item of 2 tokens")
@@ -126,11 +118,7 @@ def raw_wrap(tokenizer: Llama) -> Wrap:
 
 
 def read_texts(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """Read UTF-8 text files, by name, or by their whole path where several are of one name.
-
-    Raises:
-        DataError: a file cannot be read, is not UTF-8 or has nothing in it.
-    """
+    """Read UTF-8 text files, by name, or by their whole path where several are of one name."""
     paths = [os.fspath(file) for file in files]
     n_of = Counter(map(os.path.basename, paths))
     texts = {}
@@ -146,9 +134,6 @@ def python_sources() -> dict[str, str]:
     """Return those of :data:`PYTHON_SOURCES` that this Python has, by module: text of another kind than prose.
 
     They differ a little from one Python release to the next.
-
-    Raises:
-        DataError: this Python was installed without any of them.
     """
     folder = sysconfig.get_path("stdlib")
     sources = {}

@@ -40,10 +40,6 @@ class TextQuality:
 
     The model's plan is set and left as it was last compared; its KV cache is dropped. ``advance`` is called with the
     number of tokens after each text.
-
-    Raises:
-        DataError: there are fewer than two texts, of which no interval can be told.
-        RequestError: the model keeps the last token's logits only, or a text is too short or too long for its context.
     """
 
     def __init__(
@@ -67,7 +63,7 @@ class TextQuality:
 
     @property
     def n_texts(self) -> int:
-        """Texts."""
+        """Texts that are judged."""
         return len(self._texts)
 
     @property
