@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
@@ -23,17 +23,7 @@ from ..planning.request import PlanRequest
 from ..progress import told_progress
 from .calibrate import calibration_text
 from .planning import load_profile, print_cost_note
-from .terminal import (
-    CHOOSING,
-    OUTPUT,
-    check_output,
-    console,
-    json_option,
-    model_options,
-    open_quietly,
-    option,
-    verb,
-)
+from .terminal import CHOOSING, OUTPUT, check_output, console, json_option, model_options, open_quietly, option, verb
 from .tune_report import minutes, print_found
 
 if TYPE_CHECKING:
@@ -44,13 +34,9 @@ if TYPE_CHECKING:
     from ..model.promise import Promise, SpeedUp
     from ..tuning.tuner import Tuner
 
-__all__ = ["tune"]
-
 _SEARCHING = "Searching"
-
 _CTX_TIMED = 8192
 """Context of the model whose sublayers are timed, as in `calibrate`."""
-_N_ROUNDS = 5
 
 
 @verb(
@@ -59,20 +45,12 @@ _N_ROUNDS = 5
 )
 @click.argument("model")
 @option("--max-loss", type=click.FloatRange(min=0), help="Promise: nats per token that are lost at most.")
-@option(
-    "--min-agreement",
-    type=click.FloatRange(0, 1),
-    help="Promise: share of the tokens that the full model would choose too, such as 0.95.",
-)
+@option("--min-agreement", type=click.FloatRange(0, 1),
+        help="Promise: share of the tokens that the full model would choose too, such as 0.95.")  # fmt: skip
 @option("--speedup", type=click.FloatRange(min=1), help="Promise: times as fast; what loses least is searched.")
 @option("--data", "files", multiple=True, metavar="FILE", help="Text to calibrate on; may be repeated.")
-@option(
-    "--text",
-    "text_files",
-    multiple=True,
-    metavar="FILE",
-    help="Other text, to judge by; may be repeated.  [default: pages that calibration leaves out]",
-)
+@option("--text", "text_files", multiple=True, metavar="FILE",
+        help="Other text, to judge by; may be repeated.  [default: pages that calibration leaves out]")  # fmt: skip
 @option("--mode", group=CHOOSING, type=click.Choice(MODES), default="e2e",
         help="decode: skip nothing while a prompt is read.")  # fmt: skip
 @option("--compensation", group=CHOOSING, type=click.Choice(list(COMPENSATIONS)), default=DEFAULT_COMPENSATION,
@@ -135,7 +113,8 @@ def tune(
         raise click.UsageError("--data is what to calibrate on; leave out --profile", click.get_current_context())
     target = output or plan_path(model)
     check_output(target)
-    _check_apart(files, text_files)
+    if both := {*map(os.path.realpath, files)} & {*map(os.path.realpath, text_files)}:
+        raise DataError(f"{min(both)!r} cannot both teach and judge; give different files to --data and --text")
     texts = read_texts(text_files) if text_files else corpus.held_out()
     err = console(stderr=True)
     opened = partial(_opened, model, threads, gpu_layers)
@@ -153,7 +132,7 @@ def tune(
         with opened(context + n_answer + 1) as llm, told_progress("Measuring the speed") as on_progress:
             words = llm.tokenize("\n\n".join(texts.values()).encode("utf-8", "replace"))
             prompt = (words * (context // len(words) + 1))[:context]
-            return speed.measure_speed(llm, plan, prompt, n_answer, n_rounds=_N_ROUNDS, on_progress=on_progress)
+            return speed.measure_speed(llm, plan, prompt, n_answer, on_progress=on_progress)
 
     with opened(n_tokens, logits_all=True) as llm:
         tuner = Tuner(
@@ -161,15 +140,16 @@ def tune(
             PlanRequest(mode=mode, compensation=compensation, online=online),
             context=context, n_answer=n_answer, n_exchange=n_exchange, stage=told_progress,
         )  # fmt: skip
-        if profile.cost is not None:
-            known = profile.cost.settings
+        known = None if profile.cost is None else profile.cost.settings
+        if known is not None:
             here = replace(cost_settings(llm), n_batch=known.n_batch, n_ubatch=known.n_ubatch)  # a text is a batch
             print_cost_note(err, profile, here)
         _announce(tuner, err)
-        cpu = None if profile.cost is None else profile.cost.settings.cpu
-        found = tuner.tune(measure, {"calibrated_on": profile.corpus, "cpu": cpu})
+        found = tuner.tune(measure, {"calibrated_on": profile.corpus, "cpu": known.cpu if known else None})
+    # X.adaskip.json for X.adaskip-plan.json and X.json
+    profile_target = profile_path(target.removesuffix(".json").removesuffix(".adaskip-plan"))
     if existing is None:
-        profile.save(_profile_beside(target))
+        profile.save(profile_target)
     save_plan(target, found.plan, found.tuning)
     if as_json:
         click.echo(json_text({"path": target, "plan": found.plan.to_dict(), "tuning": found.tuning}), nl=False)
@@ -178,7 +158,7 @@ def tune(
     print_found(out, found, profile.similarity)
     out.print(f"\nPlan written to {target}.", soft_wrap=True, markup=False)
     if existing is None:
-        out.print(f"Profile written to {_profile_beside(target)}.", soft_wrap=True, markup=False)
+        out.print(f"Profile written to {profile_target}.", soft_wrap=True, markup=False)
     if found.plan.skipped("decode").n_skip:
         beside = target == plan_path(model)
         use = '`generate`, `chat` and AdaSkipLlama(plan="auto") use it.' if beside else f"Use it with --plan {target}."
@@ -194,11 +174,6 @@ def _promise(max_loss: float | None, min_agreement: float | None, speedup: float
     if len(promises) != 1:
         raise click.UsageError("give one of --max-loss, --min-agreement and --speedup", click.get_current_context())
     return promises[0]
-
-
-def _profile_beside(target: str) -> str:
-    """Where the profile of a calibration goes: ``X.adaskip.json`` for ``X.adaskip-plan.json`` and ``X.json``."""
-    return profile_path(target.removesuffix(".json").removesuffix(".adaskip-plan"))
 
 
 @contextmanager
@@ -217,18 +192,12 @@ def _opened(
 
 def _announce(tuner: Tuner, err: Console) -> None:
     """Evaluate the full model, and tell from that what the search costs."""
-    start = time.monotonic()
+    start, n = time.monotonic(), tuner.most_evaluations
     tuner.evaluate_full()
-    each, n = time.monotonic() - start, tuner.most_evaluations
+    each = time.monotonic() - start
     err.print(
         f"The search evaluates at most {n} plans on {tuner.n_tokens:,} tokens of held-out text. One took {each:.2g} s, "
         f"so that is up to {minutes(n * each)}; what follows takes {minutes(4 * each)} or more. Ctrl-C leaves all "
         "files as they are.",
         style="dim",
     )
-
-
-def _check_apart(files: Sequence[str], text_files: Sequence[str]) -> None:
-    both = {os.path.realpath(file) for file in files} & {os.path.realpath(file) for file in text_files}
-    if both:
-        raise DataError(f"{min(both)!r} cannot both teach and judge; give different files to --data and --text")

@@ -15,25 +15,16 @@ if TYPE_CHECKING:
     from ..model.plan_file import PlanFile
     from ..model.promise import Tuning
 
-__all__ = ["minutes", "print_found", "print_tuning"]
-
 
 def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float64]) -> None:
-    """Print what tuning found.
-
-    Args:
-        out: where to print.
-        found: a plan with its tuning.
-        similarity: IO similarity of the profile, float64 ``[n_layer, 2]``.
-    """
+    """Print what tuning found, on a map of the profile's IO similarity, float64 ``[n_layer, 2]``."""
     from ..pictures.heatmap import print_heatmap
 
     skipped, tuning = found.plan.skipped("decode"), found.tuning
     assert tuning is not None
     if skipped.n_skip:
-        out.print(
-            f"[bold]{skipped.n_skip} of {2 * skipped.n_layer} sublayers are skipped[/], mode {found.plan.mode}:\n"
-        )
+        count = f"{skipped.n_skip} of {2 * skipped.n_layer} sublayers"
+        out.print(f"[bold]{count} are skipped[/], mode {found.plan.mode}:\n")
         print_heatmap(out, similarity, skipped.skip)
         out.print(f"\nattention skipped in layers: {layer_list(skipped.attention)}")
         out.print(f"FFN skipped in layers: {layer_list(skipped.ffn)}\n")
@@ -71,12 +62,12 @@ def print_tuning(out: Console, tuning: Tuning) -> None:
         )
     elif not is_speed and tuning.kept == "on average":
         out.print("On this text the promise is kept on average; its interval reaches beyond it.")
+    for first in tuning.speedups[:1]:
+        out.print(
+            f"Speed with a prompt of {first.context:,} tokens and {first.n_decode:,} tokens behind it, "
+            f"{first.ratio.n} requests of either model in turn:"
+        )
     for each in tuning.speedups:
-        if each is tuning.speedups[0]:
-            out.print(
-                f"Speed with a prompt of {each.context:,} tokens and {each.n_decode:,} tokens behind it, "
-                f"{each.ratio.n} requests of either model in turn:"
-            )
         real = "" if each.ratio.excludes(1.0) else "; no difference that is sure"
         out.print(f"  {each.of:12} {_figure(each.ratio, '.2f')} times as fast{real}")
     if is_speed and tuning.kept == "no":

@@ -6,7 +6,8 @@ reported to cost is measured on a third part, which decided nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,18 +17,10 @@ from ..measuring.tasks import TextItem, text_items
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-__all__ = ["HeldOut", "hold_out"]
-
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text in parts, of which no item is in two.
-
-    Attributes:
-        search: what the search judges plans by.
-        confirm: what the plan found is held to.
-        report: what it is reported to cost; () where there is too little text for a third part.
-    """
+    """Text in parts, of which no item is in two; ``report`` is () where there is too little for a third part."""
 
     search: tuple[TextItem, ...]
     confirm: tuple[TextItem, ...]
@@ -36,17 +29,14 @@ class HeldOut:
     def names(self) -> dict[str, str]:
         """Return the names of each part's texts, with commas between them."""
         parts = {"searched_on": self.search, "confirmed_on": self.confirm, "reported_on": self.report or self.confirm}
-        return {word: ", ".join(_names(part)) for word, part in parts.items()}
+        return {
+            word: ", ".join(sorted({"/".join(item.id.split("/")[1:-2]) for item in part}))
+            for word, part in parts.items()
+        }
 
 
 def hold_out(tokenizer: Llama, texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
-    """Cut texts into three parts of as many items each, or into two where there is too little for three.
-
-    Args:
-        tokenizer: the model whose tokens are counted.
-        texts: texts by name.
-        n_texts: items in each part, at least 2.
-        n_tokens: tokens of each item.
+    """Cut texts, by name, into three parts of ``n_texts`` items each, or into two where there is too little for three.
 
     Raises:
         DataError: there is too little text for two parts, or a number is too small.
@@ -54,15 +44,15 @@ def hold_out(tokenizer: Llama, texts: Mapping[str, str], n_texts: int, n_tokens:
     if n_texts < 2 or n_tokens < 4:
         raise DataError(f"cannot judge by {n_texts} texts of {n_tokens} tokens; use at least 2 texts of 4 tokens")
 
-    def items(part: Mapping[str, str]) -> tuple[TextItem, ...]:
-        return tuple(text_items(tokenizer, part, n_items=n_texts, n_tokens=n_tokens, drop_short=True))
+    def items(n_parts: int) -> HeldOut:
+        parts = _parts(texts, n_parts)
+        cut = (text_items(tokenizer, part, n_items=n_texts, n_tokens=n_tokens, drop_short=True) for part in parts)
+        return HeldOut(*map(tuple, cut))
 
+    with suppress(DataError):
+        return items(3)
     try:
-        return HeldOut(*map(items, _parts(texts, 3)))
-    except DataError:
-        pass
-    try:
-        return HeldOut(*map(items, _parts(texts, 2)))
+        return items(2)
     except DataError as error:
         raise DataError(f"of either half of the held-out text: {error}") from error
 
@@ -78,7 +68,3 @@ def _parts(texts: Mapping[str, str], n: int) -> list[dict[str, str]]:
             for i, part in enumerate(parts):
                 part[f"{name}, part {i + 1} of {n}"] = text[i * len(text) // n : (i + 1) * len(text) // n]
     return parts
-
-
-def _names(items: Sequence[TextItem]) -> list[str]:
-    return sorted({"/".join(item.id.split("/")[1:-2]) for item in items})

@@ -21,10 +21,10 @@ import numpy.typing as npt
 from ..intervals import Interval, mean_interval
 from ..model.skip_set import ranked
 
-__all__ = ["Judge", "Judged", "back_off", "fastest_within", "least_harm", "rank"]
-
 SkipFlags: TypeAlias = npt.NDArray[np.bool_]
 """bool ``[n_layer, 2]``, columns attention and FFN."""
+
+Harm: TypeAlias = Callable[[SkipFlags], Sequence[float] | npt.NDArray[np.float64]]
 
 _NEAR = 4
 """Exchange looks at so many of the sublayers next to the boundary of the ranking, on either side: one that is ranked
@@ -36,22 +36,11 @@ _SAME = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A skip set, what it takes and what it harms.
-
-    Attributes:
-        skip: bool ``[n_layer, 2]``.
-        seconds: of a request.
-        harm: mean over the texts, and its 95% interval.
-    """
+    """A skip set, the seconds of a request under it, and its harm: the mean over the texts with its 95% interval."""
 
     skip: SkipFlags
     seconds: float
     harm: Interval
-
-    @property
-    def n_skip(self) -> int:
-        """Number of sublayers skipped."""
-        return int(self.skip.sum())
 
     def keeps(self, limit: float) -> bool:
         """Whether the harm is at most ``limit``, by the upper end of its interval; never so if it is not a number."""
@@ -59,20 +48,12 @@ class Judged:
 
 
 class Judge:
-    """Judges skip sets, each once. The empty set harms nothing, which is not measured.
+    """Judges skip sets, each once, by their harm on each of two texts or more and by the seconds of a request.
 
-    Args:
-        n_layer: layers of the model.
-        harm: from a skip set to its harm on each text, at least two of them.
-        seconds: from a skip set to what a request takes under it, or anything that falls as it does.
+    The empty set harms nothing, which is not measured.
     """
 
-    def __init__(
-        self,
-        n_layer: int,
-        harm: Callable[[SkipFlags], Sequence[float] | npt.NDArray[np.float64]],
-        seconds: Callable[[SkipFlags], float],
-    ) -> None:
+    def __init__(self, n_layer: int, harm: Harm, seconds: Callable[[SkipFlags], float]) -> None:
         self.n_layer, self._harm, self.seconds = n_layer, harm, seconds
         nothing = self.first((), 0)
         self._known = {nothing.tobytes(): Judged(nothing, seconds(nothing), Interval(0.0, 0.0, 0.0, 0))}
@@ -103,15 +84,10 @@ class Judge:
 def rank(similarity: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) -> list[int]:
     """Return the sublayers in the order in which to skip them: by the least similarity lost per second saved.
 
-    Ties as in the paper's ranking: attention before FFN, then the lower layer. Where all save the same this is the
-    paper's ranking.
-
-    Args:
-        similarity: mean IO similarity, float64 ``[n_layer, 2]``, NaN where a sublayer cannot be skipped.
-        saved: seconds that skipping each one alone saves, of the same shape.
-
-    Returns:
-        Indices into the flattened arrays, without what cannot be skipped or saves nothing.
+    Both are float64 ``[n_layer, 2]``: mean IO similarity, NaN where a sublayer cannot be skipped, and the seconds that
+    skipping each one alone saves. Returned are indices into them, flattened, without what cannot be skipped or saves
+    nothing. Ties as in the paper's ranking, which this is where all save the same: attention before FFN, then the lower
+    layer.
     """
     may = ~np.isnan(similarity) & (saved > 0)
     price = np.divide(1.0 - similarity, saved, out=np.full(similarity.shape, np.inf), where=may)
@@ -119,19 +95,11 @@ def rank(similarity: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) ->
 
 
 def fastest_within(judge: Judge, order: Sequence[int], limit: float, *, n_exchange: int = 16) -> Judged:
-    """Find the set that takes the least time among those whose harm keeps within ``limit``.
+    """Find the set that takes the least time among those whose harm keeps within ``limit``: the empty one at worst.
 
     Bisection finds how many of the first in the ranking may be skipped. Exchange then adds single sublayers and swaps
-    skipped with other ones, as long as that takes less time, or no more and harms less, and keeps the limit.
-
-    Args:
-        judge: what a set takes and harms.
-        order: the ranking, see :func:`rank`.
-        limit: largest harm.
-        n_exchange: evaluations that exchange may use.
-
-    Returns:
-        The set found; the empty one if no other keeps the limit.
+    skipped with other ones, as long as that takes less time, or no more and harms less, and keeps the limit. It may use
+    ``n_exchange`` evaluations.
     """
     low, high = 0, len(order) + 1  # the first `low` keep the limit, the first `high` do not
     while high - low > 1:
@@ -157,10 +125,7 @@ def least_harm(judge: Judge, order: Sequence[int], goal: float, *, n_exchange: i
     """Find the set of the least mean harm among those under which a request takes at most ``goal`` seconds.
 
     The first of the ranking are taken until the time is reached, and what is then not needed is put back, the last in
-    the ranking first. Exchange follows, as in :func:`fastest_within`.
-
-    Returns:
-        The set found; None if all sublayers of the ranking together do not reach the time.
+    the ranking first. Exchange follows, as in :func:`fastest_within`. None if all of it does not reach the time.
     """
     n = next((n for n in range(len(order) + 1) if judge.seconds(judge.first(order, n)) <= goal), None)
     if n is None:
@@ -180,17 +145,7 @@ def least_harm(judge: Judge, order: Sequence[int], goal: float, *, n_exchange: i
 
 
 def back_off(judge: Judge, order: Sequence[int], skip: SkipFlags, limit: float) -> Judged:
-    """Put skipped sublayers back, the last in the ranking first, until the harm keeps within ``limit``.
-
-    Args:
-        judge: judges by text that the search did not see.
-        order: the ranking.
-        skip: what the search found.
-        limit: largest harm.
-
-    Returns:
-        The set that keeps it; the empty one if no other does.
-    """
+    """Put skipped sublayers back, the last in the ranking first, until the harm keeps within ``limit``."""
     skip = skip.copy()
     chosen = [index for index in order if skip.flat[index]]
     while not (judged := judge(skip)).keeps(limit) and chosen:

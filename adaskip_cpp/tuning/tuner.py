@@ -20,19 +20,19 @@ from ..planning.modes import compensated_plan
 from ..planning.request import PlanRequest
 from ..planning.speedup import seconds_saved
 from .hold_out import HeldOut
-from .search import Judge, Judged, back_off, fastest_within, least_harm, rank
+from .search import Judge, SkipFlags, back_off, fastest_within, least_harm, rank
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..planning.profile import Profile
-
-__all__ = ["Measure", "Stage", "Tuner"]
 
 Measure: TypeAlias = Callable[[SkipPlan], tuple[SpeedUp, ...]]
 """Measures the speed of a plan; what it returns last is of a whole request."""
 
 Stage: TypeAlias = Callable[[str], AbstractContextManager[Callable[[float], object]]]
 """Entered for each stage with its name; what it yields is called with the fraction that is done."""
+
+_Found: TypeAlias = tuple[SkipFlags, tuple[SpeedUp, ...]]
 
 _N_AIMS = 3
 """A speed-up that was predicted but not measured is aimed at anew, higher, so many times at most."""
@@ -43,19 +43,13 @@ class Tuner:
 
     Args:
         llm: the model, loaded with ``logits_all=True`` and a context of one text. Its plan is changed.
-        profile: of this model.
-        promise: what to keep.
-        held_out: text to judge by.
         request: the plan's mode, compensation and online stage. In mode ``"decode"`` texts are judged with the FFNs
             that they add online; in the others the promise does not cover these.
-        context: tokens of the prompt for which the plan shall be fast.
-        n_answer: tokens of the answer behind the first one.
+        context, n_answer: tokens of the prompt, and of the answer behind its first one, to be fast at.
         n_exchange: evaluations that local exchange may use.
-        stage: entered for each stage with its name; what it yields is called with the fraction that is done.
 
     Raises:
-        DataError, RequestError: the texts cannot be judged, see
-            :class:`adaskip_cpp.measuring.text_quality.TextQuality`.
+        DataError, RequestError: the texts cannot be judged, see :class:`TextQuality`.
         CompensationError: the profile lacks what the compensation needs.
         PlanError: a speed-up is promised and the profile has no cost model.
     """
@@ -104,69 +98,60 @@ class Tuner:
             self._search.evaluate_full()
 
     def tune(self, measure: Measure, settings: Mapping[str, str | int | float | None] | None = None) -> PlanFile:
-        """Search, confirm, measure the speed, and report.
-
-        Args:
-            measure: measures the speed of a plan that skips something.
-            settings: more to tell of how the plan was found.
+        """Search, confirm, measure the speed of a plan that skips something, and report; ``settings`` are told besides.
 
         Raises:
             BudgetError: a promised speed-up is out of reach, as predicted.
             PlanError: the loss under the plan is not finite.
         """
-        found, speedups = (self._reach if self.promise.kind == "speedup" else self._keep)(measure)
-        with self._shown("Reporting", 2):
-            figures = self._figures(found.skip)
+        skip, speedups = (self._reach if self.promise.kind == "speedup" else self._keep)(measure)
+        plan = self.plan(skip)
+        figures: tuple[Interval, Interval, int, int] = Interval(0.0, 0.0, 0.0, 0), Interval(1.0, 1.0, 1.0, 0), 0, 0
+        if skip.any():
+            with self._shown("Reporting", 2):
+                scores = self._report.scores(plan)
+            if not np.isfinite(scores.loss).all():
+                raise PlanError("the plan that was found has no finite loss; ask for less")
+            n = self._report.n_texts, self._report.n_tokens
+            figures = mean_interval(scores.loss), mean_interval(scores.agreement), *n
         # For a speed-up nothing is put back, so that the second part decides nothing.
         unbiased = bool(self.held_out.report) or self.promise.kind == "speedup"
         told = {**(settings or {}), **self.held_out.names(), "tokens_per_text": len(self.held_out.search[0].tokens)}
-        return PlanFile(self.plan(found.skip), Tuning(self.promise, *figures, unbiased, speedups, told))
+        return PlanFile(plan, Tuning(self.promise, *figures, unbiased, speedups, told))
 
-    def plan(self, skip: npt.NDArray[np.bool_]) -> SkipPlan:
+    def plan(self, skip: SkipFlags) -> SkipPlan:
         """Make the plan of a skip set, with its online stage."""
         return compensated_plan(self.profile, skip, self.request, "tuned")
 
-    def _keep(self, measure: Measure) -> tuple[Judged, tuple[SpeedUp, ...]]:
+    def _keep(self, measure: Measure) -> _Found:
         """The fastest plan that keeps the quality promised, also on text that the search did not see."""
         limit = 1.0 - self.promise.value if self.promise.kind == "min_agreement" else self.promise.value
         with self._shown("Searching", self.most_evaluations):
-            judge = self._judge(self._search)
-            found = fastest_within(judge, self.order, limit, n_exchange=self.n_exchange)
-        if found.n_skip:
+            skip = fastest_within(self._judge(self._search), self.order, limit, n_exchange=self.n_exchange).skip
+        if skip.any():
             with self._shown("Confirming", 2):
-                found = back_off(self._judge(self._confirm), self.order, found.skip, limit)
-        return found, measure(self.plan(found.skip)) if found.n_skip else ()
+                skip = back_off(self._judge(self._confirm), self.order, skip, limit).skip
+        return skip, measure(self.plan(skip)) if skip.any() else ()
 
-    def _reach(self, measure: Measure) -> tuple[Judged, tuple[SpeedUp, ...]]:
+    def _reach(self, measure: Measure) -> _Found:
         """The plan of the least loss that is as fast as promised, as measured; else as near as prediction leads."""
-        judge, aim = self._judge(self._search), self.promise.value
-        found: Judged | None = None
-        speedups: tuple[SpeedUp, ...] = ()
+        judge, aim, promised = self._judge(self._search), self.promise.value, self.promise.value
+        found: _Found | None = None
         for _ in range(_N_AIMS):
-            try:
-                with self._shown("Searching", self.most_evaluations):
-                    again = self._least_harm(judge, aim)
-            except BudgetError:
-                if found is None:
-                    raise
+            with self._shown("Searching", self.most_evaluations):
+                again = least_harm(judge, self.order, self._full / aim, n_exchange=self.n_exchange)
+            if again is None or (found is not None and np.array_equal(again.skip, found[0])):
                 break
-            if found is not None and np.array_equal(again.skip, found.skip):
+            speedups = measure(self.plan(again.skip)) if again.skip.any() else ()
+            found = again.skip, speedups
+            if not speedups or speedups[-1].ratio.value >= promised:
                 break
-            found, speedups = again, measure(self.plan(again.skip)) if again.n_skip else ()
-            if not speedups or speedups[-1].ratio.value >= self.promise.value:
-                break
-            aim *= 1.005 * self.promise.value / speedups[-1].ratio.value
-        assert found is not None
-        return found, speedups
-
-    def _least_harm(self, judge: Judge, speedup: float) -> Judged:
-        goal = self._full / speedup
-        found = least_harm(judge, self.order, goal, n_exchange=self.n_exchange)
+            aim *= 1.005 * promised / speedups[-1].ratio.value
         if found is None:
             reachable = math.floor(100 * self._full / self._seconds(self.profile.skippable)) / 100
             raise BudgetError(
                 f"a prompt of {self.context} tokens and {self.n_answer} tokens of an answer cannot take "
-                f"1/{speedup:g} of the time: skipping all that can be skipped is predicted to make it {reachable:.2f} "
+                f"1/{promised:g} of the time: skipping all that can be skipped is predicted to make it {reachable:.2f} "
                 f"times as fast; ask for at most {reachable:.2f}"
             )
         return found
@@ -195,21 +180,12 @@ class Tuner:
         full = (cost.seconds(None, self.context, phase) for phase in PHASES)
         return float(np.dot((1, self.n_answer), tuple(full))), saved
 
-    def _seconds(self, skip: npt.NDArray[np.bool_]) -> float:
+    def _seconds(self, skip: SkipFlags) -> float:
         return float(self._full - self._saved[skip].sum())
 
     def _judge(self, quality: TextQuality) -> Judge:
-        def harm(skip: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+        def harm(skip: SkipFlags) -> npt.NDArray[np.float64]:
             scores = quality.scores(self.plan(skip))
             return 1.0 - scores.agreement if self.promise.kind == "min_agreement" else scores.loss
 
         return Judge(self.profile.n_layer, harm, self._seconds)
-
-    def _figures(self, skip: npt.NDArray[np.bool_]) -> tuple[Interval, Interval, int, int]:
-        """Loss and agreement, and of how many texts and tokens."""
-        if not skip.any():
-            return Interval(0.0, 0.0, 0.0, 0), Interval(1.0, 1.0, 1.0, 0), 0, 0
-        scores = self._report.scores(self.plan(skip))
-        if not np.isfinite(scores.loss).all():
-            raise PlanError("the plan that was found has no finite loss; ask for less")
-        return mean_interval(scores.loss), mean_interval(scores.agreement), self._report.n_texts, self._report.n_tokens
