@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from drawn_plans import NOTHING
+from hypothesis import reject
 from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace
 
 from adaskip_cpp import SkipPlan
@@ -158,6 +160,8 @@ class History:
             if self.stage is not None:
                 for index in range(-len(piece), 0):
                     self.stage.observe(self.trace(index))
+                if (np.abs(self.stage.similarity - self.stage.threshold) < 1e-5).any():
+                    reject()  # float32 may choose otherwise
 
     def generate(self, prompt: list[int]) -> Generator[int, int, None]:
         """Answer a prompt: yields the position whose logits the next token is sampled from, and is sent that token."""
