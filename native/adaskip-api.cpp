@@ -70,9 +70,13 @@ static adaskip_topology sample_topology(llama_context & ctx) {
         res = adaskip_topology_find(
                 gf, gf_res.t_embd ? gf_res.t_embd : gf_res.t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided);
     };
-    const uint32_t n_seqs = ctx.n_seq_max();
+    const uint32_t n_seqs   = ctx.n_seq_max();
+    const uint32_t n_tokens = 2 * n_seqs;
+
+    // embeddings are pooled over all tokens, which must all be outputs then
+    const uint32_t n_outputs = ctx.get_cparams().embeddings ? n_tokens : n_seqs;
     const auto     failure =
-            adaskip_try([&] { ctx.graph_reserve(2 * n_seqs, n_seqs, n_seqs, mctx.get(), /*split_only =*/true); });
+            adaskip_try([&] { ctx.graph_reserve(n_tokens, n_seqs, n_outputs, mctx.get(), /*split_only =*/true); });
 
     ctx.adaskip.look = nullptr;
     if (failure.code != ADASKIP_OK) {

@@ -218,7 +218,6 @@ class Calls(RuleBasedStateMachine):
                 index = expected.send(token)
         self.saved += [(state, list(self.history.cells)) for state in self.llm.saved]
 
-    @precondition(lambda self: self.kind.family == "llama")
     @rule()
     def use_a_cache(self) -> None:
         self.llm.set_cache(LlamaRAMCache())
@@ -252,7 +251,7 @@ class Calls(RuleBasedStateMachine):
     def save(self) -> None:
         self.saved.append((self.llm.save_state(), list(self.history.cells)))
 
-    @precondition(lambda self: self.saved and self.kind.family == "llama")
+    @precondition(lambda self: self.saved)
     @rule(data=st.data(), through_a_file=st.booleans())
     def load(self, data: st.DataObject, through_a_file: bool) -> None:
         state, cells = data.draw(st.sampled_from(self.saved))

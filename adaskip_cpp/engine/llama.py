@@ -156,7 +156,7 @@ class AdaSkipLlama(NativeLlama):
         if not tokens:
             return
         native = self._adaskip
-        if native.kv_valid(phase, self.n_tokens) < self.n_tokens:
+        if native.kv_valid(phase, self.n_tokens) < self.n_tokens or self._has_lost_window(self.n_tokens):
             # Prefill runs at least the attentions of decode, so it may reach further back.
             stale = self._rewind(native.kv_valid("prefill", self.n_tokens))
             if phase == "prefill":
@@ -184,9 +184,7 @@ class AdaSkipLlama(NativeLlama):
 
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
-        n_swa = 0 if self.context_params.swa_full else llama_cpp.llama_model_n_swa(self.model)
-        n_dropped = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self.ctx), 0) if n_swa else 0
-        if self.has_state or n_dropped > max(0, n_valid - n_swa - 1):
+        if self.has_state or self._has_lost_window(n_valid):
             n_valid = 0  # what such a memory dropped or folded into its state cannot be rewound to
         tokens = self.input_ids[n_valid : self.n_tokens].tolist()
         if min(tokens) < 0:
@@ -195,6 +193,18 @@ class AdaSkipLlama(NativeLlama):
             self.reset()
         self.n_tokens = n_valid
         return list(tokens)
+
+    def _has_lost_window(self, n: int) -> bool:
+        """Whether positions are gone that a sliding window behind the first ``n`` attends to.
+
+        llama.cpp writes over those that the window has left; with ``swa_full`` as well where it looks for room from the
+        cache's start, as behind a loaded state. Stock then reads on without them.
+        """
+        n_swa = llama_cpp.llama_model_n_swa(self.model)
+        if n_swa == 0 or n == 0:
+            return False
+        first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self.ctx), 0)
+        return not 0 <= first <= max(0, n - n_swa + 1)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens: the prompt runs as prefill, every step after it as decode, drafts included.
