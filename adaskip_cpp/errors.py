@@ -4,32 +4,6 @@ Each message ends with what to do next. The classes also derive from the built-i
 would expect (``ImportError``, ``ValueError``, ``RuntimeError``), so existing handlers keep working.
 """
 
-__all__ = [
-    "AdaSkipError",
-    "BudgetError",
-    "CompensationError",
-    "DataError",
-    "ElidedKVError",
-    "ImportOrderError",
-    "LibraryError",
-    "LibraryMissingError",
-    "LibraryVersionError",
-    "ModelFileError",
-    "NativeError",
-    "NotSkippableError",
-    "PackageMissingError",
-    "PlanError",
-    "PlanFileError",
-    "ProfileError",
-    "ProfileFormatError",
-    "ProfileMismatchError",
-    "ProfileMissingError",
-    "ProfileVersionError",
-    "RequestError",
-    "StateError",
-    "SublayerRangeError",
-]
-
 
 class AdaSkipError(Exception):
     """Base class of all errors raised by adaskip_cpp."""

@@ -8,22 +8,17 @@ import re
 import secrets
 from typing import Any
 
+import click
 import msgspec
 
 from .errors import DataError
 
-__all__ = ["json_text", "read_text", "write_atomically", "write_pair"]
-
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 text file.
-
-    Raises:
-        DataError: it cannot be read or is not UTF-8.
-    """
+    """Read a UTF-8 text file, ``-`` for stdin."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        with click.open_file(path, encoding="utf-8") as file:
+            return str(file.read())
     except UnicodeDecodeError as error:
         raise DataError(f"{os.fspath(path)!r} is not UTF-8 text ({error.reason}); convert it first") from error
     except OSError as error:
@@ -31,22 +26,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def json_text(data: Any) -> str:
-    """Return JSON that people read: indented, with lists of plain values on one line, and null for NaN.
-
-    Args:
-        data: dataclasses, dictionaries, lists, tuples and plain values, nested as they like.
-    """
+    """Return JSON that people read: indented, with lists of plain values on one line, and null for NaN."""
     text = msgspec.json.format(msgspec.json.encode(data), indent=1).decode() + "\n"
     # A list of plain values has no brackets inside, and JSON has no line breaks in strings.
     return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda row: "[" + re.sub(r",\s+", ", ", row[1]) + "]", text)
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file; after a failure the old one is still there, and no other.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a file; after a failure the old one is still there, and no other."""
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):
         raise OSError(f"{os.fspath(path)!r} is not a regular file; choose another name")
@@ -65,11 +52,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 
 
 def write_pair(path: str | os.PathLike[str], text: str, beside: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file and the one beside it that it names; after a failure the old ones are still there, and no others.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """Write a file and the one beside it that it names; after a failure the old ones are still there, and no others."""
     old = None
     with contextlib.suppress(FileNotFoundError), open(beside, "rb") as file:
         old = file.read()

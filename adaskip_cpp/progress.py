@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
-
-__all__ = ["progress_bar", "told_progress"]
 
 _SHOW_AFTER_S = 2.0
 """Work that is expected to take longer than this gets a progress display."""
@@ -31,38 +29,33 @@ def progress_bar(label: str, show: bool | None = None, *, still: bool = False) -
         show: True shows it at once, False never; None does on a terminal, once it is known to take more than 2 s.
         still: draw it when it is moved and never else, as what is measured meanwhile would pay for that.
     """
+    if show is False or (show is None and not sys.stderr.isatty()):
+        yield lambda fraction, words="": None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     start = time.monotonic()
-    update: Callable[..., None] | None = None
-    with contextlib.ExitStack() as stack:
+    console = Console(stderr=True)
+    columns = TextColumn(label), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.description}")
+    # Elsewhere than on a terminal rich prints the last state, once.
+    bar = Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=console.is_terminal, auto_refresh=not still
+    )
+    task = bar.add_task("", total=1.0)
 
-        def appear() -> Callable[..., None]:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    def on_progress(fraction: float, words: str = "") -> None:
+        if not bar.live.is_started and fraction > 0 and (time.monotonic() - start) / fraction > _SHOW_AFTER_S:
+            bar.start()
+        bar.update(task, completed=fraction, description=words, refresh=still)
 
-            console = Console(stderr=True)
-            columns = TextColumn(label), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.description}")
-            # Elsewhere than on a terminal rich prints the last state, once.
-            bar = Progress(
-                *columns,
-                TimeRemainingColumn(),
-                console=console,
-                transient=console.is_terminal,
-                auto_refresh=not still,
-            )
-            task = stack.enter_context(bar).add_task("", total=1.0)
-            return lambda fraction, words: bar.update(task, completed=fraction, description=words, refresh=still)
-
-        def on_progress(fraction: float, words: str = "") -> None:
-            nonlocal update
-            expected = (time.monotonic() - start) / fraction if fraction > 0 else 0.0
-            if update is None and show is None and sys.stderr.isatty() and expected > _SHOW_AFTER_S:
-                update = appear()
-            if update is not None:
-                update(fraction, words)
-
-        if show:
-            update = appear()
+    if show:
+        bar.start()
+    try:
         yield on_progress
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 @contextlib.contextmanager

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ..engine.records import StatisticsBatch
     from ..model.plan import Phase
 
-__all__ = ["MAX_DECODED", "Request", "calibrate"]
-
 MAX_DECODED = 20
 """Requests that are continued in decode, spread evenly over all; as many as the authors use."""
 

@@ -25,8 +25,6 @@ from .cost_fit import Group, Sample, fit
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
 
-__all__ = ["measure_cost"]
-
 _CONTEXTS = (512, 2048, 6144)
 _MAX_ROUNDS = 12
 _N_DECODE = 12

@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from ..model.cost_model import CELLS, PhaseCost
 
-__all__ = ["Group", "Sample", "fit"]
-
 _TOLERANCE = 0.05
 """Relative errors beyond this weigh no more than this one (Huber): something else on the machine disturbed that run."""
 _ITERATIONS = 20

@@ -12,8 +12,6 @@ from ..model.statistics import PhaseStatistics
 if TYPE_CHECKING:
     from ..engine.records import StatisticsBatch
 
-__all__ = ["RequestStatistics"]
-
 _EPS = np.float32(1e-8)
 """Smallest product of norms that is divided by, as in ``torch.nn.functional.cosine_similarity``."""
 

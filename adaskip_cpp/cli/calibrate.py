@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -14,20 +15,19 @@ import click
 from ..calibration.calibrate import calibrate as run
 from ..calibration.cost import measure_cost
 from ..calibration.linear import DEFAULT_RANK
+from ..files import read_text
 from ..measuring import corpus
 from ..progress import told_progress
 from .planning import load_profile
-from .terminal import check_output, console, json_option, model_options, open_quietly, option, read_text, verb
+from .terminal import check_output, console, json_option, model_options, open_quietly, option, verb
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile
 
-__all__ = ["calibrate", "calibration_text"]
-
 _CTX_TIMED = 8192
 """Context of a model whose sublayers are timed: that of `generate`, so that long prompts are predicted from times."""
 
-_LEARNING = "What is learned"
+_learning = partial(option, group="What is learned")
 
 
 @verb("Learn a model's profile.", example="adaskip-cpp calibrate model.gguf --data notes.txt -o model.adaskip.json")
@@ -41,36 +41,27 @@ _LEARNING = "What is learned"
     help="UTF-8 text to calibrate on, - for stdin; may be repeated. Text like yours works best.  "
     "[default: pages of pydoc_data.topics, Python's language reference]",
 )
-@option(
-    "--requests",
-    group=_LEARNING,
-    type=click.IntRange(1),
-    default=corpus.N_REQUESTS,
-    help="Requests to cut from the text.",
-)
-@option("--tokens", group=_LEARNING, type=click.IntRange(2), default=corpus.N_TOKENS, help="Tokens in each request.")
-@option(
+@_learning("--requests", type=click.IntRange(1), default=corpus.N_REQUESTS, help="Requests to cut from the text.")
+@_learning("--tokens", type=click.IntRange(2), default=corpus.N_TOKENS, help="Tokens in each request.")
+@_learning(
     "--decode-tokens",
     "n_decode",
-    group=_LEARNING,
     type=click.IntRange(1),
     default=32,
     help="Tokens to decode after a request, of 20 requests at most.",
 )
-@option(
+@_learning(
     "--rank",
-    group=_LEARNING,
     type=click.IntRange(0, 4096),
     default=DEFAULT_RANK,
     help="Rank of the linear maps that stand in for skipped sublayers; 0 for none.",
 )
-@option(
+@_learning(
     "--cost-only",
-    group=_LEARNING,
     is_flag=True,
     help="Time the sublayers anew, on this machine and with these settings, and keep all else of PROFILE.",
 )
-@option("--no-cost", group=_LEARNING, is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
+@_learning("--no-cost", is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
 @model_options
 @json_option
 def calibrate(
@@ -93,12 +84,9 @@ def calibrate(
     tokens. At the end the sublayers are timed on this machine.
     """
     if cost_only and (no_cost or files):
-        raise click.UsageError(
-            "--cost-only learns nothing else; leave out --data and --no-cost", click.get_current_context()
-        )
+        raise click.UsageError("--cost-only learns nothing else; leave out --data and --no-cost")
     check_output(output)
     start = time.monotonic()
-    n_ctx = max(tokens + n_decode, 0 if no_cost else _CTX_TIMED)
     if cost_only:
         profile = load_profile(model, output)
         llm = open_quietly(model, _CTX_TIMED, threads=threads, gpu_layers=gpu_layers)
@@ -106,6 +94,7 @@ def calibrate(
             profile = replace(profile, cost=measure_cost(llm, on_progress=on_progress))
     else:
         text, description = calibration_text(files)
+        n_ctx = max(tokens + n_decode, 0 if no_cost else _CTX_TIMED)
         llm = open_quietly(model, n_ctx, threads=threads, gpu_layers=gpu_layers)
         cut = corpus.cut(llm, text, requests, tokens)
         profile = run(llm, cut, n_decode=n_decode, rank=rank, cost=not no_cost, description=description)
@@ -121,7 +110,7 @@ def calibrate(
 
 
 def calibration_text(files: Sequence[str]) -> tuple[str, str]:
-    """Return the text to calibrate on and what it is, in words; of no files the built-in pages."""
+    """Text to calibrate on and what it is, in words; of no files the built-in pages."""
     if not files:
         return corpus.text(), corpus.DESCRIPTION
     return "\n\n".join(read_text(file) for file in files), ", ".join(os.path.basename(file) for file in files)
@@ -136,13 +125,10 @@ def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> Non
     out.print()
     short = f", all that fit of the {n_asked} asked for" if profile.n_requests < n_asked else ""
     out.print(f"Calibrated on {profile.n_requests} requests{short}: {profile.n_tokens:,} tokens of {profile.corpus}.")
-    out.print(
-        f"{profile.decode.n_tokens:,} tokens were decoded"
-        + (", and the sublayers timed on this machine." if profile.cost is not None else ". No sublayer was timed.")
-    )
+    timed = ". No sublayer was timed." if profile.cost is None else ", and the sublayers timed on this machine."
+    out.print(f"{profile.decode.n_tokens:,} tokens were decoded{timed}")
     out.print(f"{profile.skippable.sum()} of {2 * profile.n_layer} sublayers can be skipped.")
-    beside = (
-        f", its vectors to {vectors_path(output)}; keep them together" if profile.prefill.n_embd is not None else ""
-    )
+    vectors = profile.prefill.n_embd is not None
+    beside = f", its vectors to {vectors_path(output)}; keep them together" if vectors else ""
     out.print(f"Profile written to {output}{beside}", soft_wrap=True)
     out.print(f"It took {elapsed_s:.0f} s. Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)

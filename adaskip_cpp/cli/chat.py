@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..planning.profile import Profile
 
-__all__ = ["chat"]
-
 _HELP = """\
 /reset   begin a new conversation
 /plan    show what is skipped
@@ -88,15 +86,7 @@ def chat(
 
 @dataclass
 class Conversation:
-    """The messages so far, and how to answer the next one.
-
-    Attributes:
-        llm: the model, with the plan to use.
-        system: what it is told before the first message, or None.
-        max_tokens: longest answer.
-        temperature: 0 takes the most likely token each time.
-        messages: what was said.
-    """
+    """The messages so far, and how to answer the next one with the plan that the model has then."""
 
     llm: AdaSkipLlama
     system: str | None
@@ -112,11 +102,7 @@ class Conversation:
         self.messages = [("system", self.system)] if self.system else []
 
     def ask(self, text: str) -> Generation:
-        """Begin the answer to a message; the message is kept when :meth:`answered` is called.
-
-        Raises:
-            RequestError: the context has no room for it, or the chat template fails.
-        """
+        """Begin the answer to a message; the message is kept when :meth:`answered` is called."""
         from ..engine.generation import Generation, chat_tokens
 
         prompt = chat_tokens(self.llm, [*self.messages, ("user", text)])
@@ -137,12 +123,7 @@ class Conversation:
 class _Talk:
     """What is typed, and what is told of it on stderr; answers alone go to stdout.
 
-    Attributes:
-        conversation: with its model and the plan in force.
-        model: the model's file, whose profile is beside it.
-        profile: what /skip makes a plan from; None for that one, where it is needed.
-        request: the plan that was asked for last.
-        err: stderr.
+    ``profile`` is what /skip makes a plan from, None for the one beside the model, and ``request`` what was asked last.
     """
 
     conversation: Conversation
@@ -162,18 +143,20 @@ class _Talk:
             try:
                 if not text.startswith("/"):
                     self.answer(text)
-                elif not self.command(*text.split()):
+                elif text.split()[0] in ("/quit", "/exit"):
                     return
+                else:
+                    self.command(*text.split())
             except BrokenPipeError:
                 raise
             except Exception as error:
                 if (line := users_error(error)) is None:
                     raise
-                self.err.print(f"Error: {' '.join(line.split())}", markup=False, soft_wrap=True)
+                self.tell(f"Error: {' '.join(line.split())}", style="")
 
-    def tell(self, text: str) -> None:
+    def tell(self, text: str, style: str = "dim") -> None:
         """Say something that is no answer."""
-        self.err.print(text, style="dim", markup=False, soft_wrap=True)
+        self.err.print(text, style=style, markup=False, soft_wrap=True)
 
     def answer(self, text: str) -> None:
         """Stream the answer and tell its figures; Ctrl-C ends the answer and keeps what there is of it."""
@@ -199,10 +182,8 @@ class _Talk:
             if generation.timing.end == "context":
                 self.tell("(the context is full; /reset begins a new conversation)")
 
-    def command(self, name: str, *arguments: str) -> bool:
-        """Do what a command says; False if it ends the chat."""
-        if name in ("/quit", "/exit"):
-            return False
+    def command(self, name: str, *arguments: str) -> None:
+        """Do what a command says."""
         if name == "/reset":
             self.conversation.reset()
             self.tell("(a new conversation)")
@@ -212,17 +193,15 @@ class _Talk:
             self.skip(*arguments)
         else:
             if name != "/help":
-                self.err.print(f"There is no command {name}.", markup=False)
+                self.tell(f"There is no command {name}.", style="")
             self.tell(_HELP)
-        return True
 
     def show_plan(self) -> None:
-        """Print the plan in force."""
         from .plan import print_plan
 
         plan = self.conversation.llm.plan
         if plan is None:
-            self.err.print("Nothing is skipped; start the chat with --profile to skip sublayers.")
+            self.tell("Nothing is skipped; start the chat with --profile to skip sublayers.", style="")
         else:
             print_plan(self.err, plan, None if self.profile is None else self.profile.similarity)
 
@@ -230,13 +209,11 @@ class _Talk:
         """Skip another number of sublayers from now on."""
         beside = profile_path(self.model)
         if self.profile is None and not os.path.exists(beside):
-            self.err.print("/skip needs a profile; start the chat with --profile.")
-            return
+            return self.tell("/skip needs a profile; start the chat with --profile.", style="")
         try:
             (n_skip,) = map(int, arguments)
         except ValueError:
-            self.err.print("/skip takes a number of sublayers, as /skip 8.")
-            return
+            return self.tell("/skip takes a number of sublayers, as /skip 8.", style="")
         strategy = "adaskip" if self.request.strategy == "manual" else self.request.strategy
         request = replace(
             self.request, n_skip=n_skip, speedup=None, phase=None, strategy=strategy, attention=(), ffn=()

@@ -10,20 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..planning.request import PlanRequest
-from ..planning.strategies import make_plan
 from .planning import plan_options
 from .report import layer_list, megabytes, n_skipped
-from .terminal import (
-    OUTPUT,
-    check_output,
-    console,
-    json_option,
-    model_options,
-    open_quietly,
-    option,
-    save_svg,
-    verb,
-)
+from .terminal import OUTPUT, check_output, console, json_option, model_options, open_quietly, option, save_svg, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,8 +20,6 @@ if TYPE_CHECKING:
     from ..demo import DemoResult
     from ..model.plan import SkipPlan
     from ..planning.profile import Profile
-
-__all__ = ["demo"]
 
 
 @verb("Show the whole idea on a small model.", example="adaskip-cpp demo --skip 6")
@@ -42,12 +29,7 @@ __all__ = ["demo"]
 @option("--svg", group=OUTPUT, metavar="FILE", help="Also save what is shown as a picture.")
 @json_option
 def demo(
-    model: str | None,
-    request: PlanRequest | None,
-    threads: int | None,
-    gpu_layers: int,
-    svg: str | None,
-    as_json: bool,
+    model: str | None, request: PlanRequest | None, threads: int | None, gpu_layers: int, svg: str | None, as_json: bool
 ) -> None:
     """Let a small model learn which of its sublayers matter least, and answer a long prompt without them.
 
@@ -58,7 +40,7 @@ def demo(
 
     chosen = request or PlanRequest()
     if chosen.speedup is not None:
-        raise click.UsageError("the demo times no sublayers; give --skip instead", click.get_current_context())
+        raise click.UsageError("the demo times no sublayers; give --skip instead")
     if svg is not None:
         check_output(svg, "--svg")
     out, err = console(), console(stderr=True)
@@ -68,7 +50,7 @@ def demo(
     with err.status("Loading the model") as status:
         result = run(
             partial(open_quietly, path, threads=threads, gpu_layers=gpu_layers),
-            choose=lambda profile: make_plan(profile, chosen),
+            chosen,
             on_stage=status.update if err.is_terminal else lambda text: err.print(text, style="dim"),
             on_plan=lambda profile, plan: None if as_json else _print_plan(out, profile, plan),
         )
@@ -77,13 +59,10 @@ def demo(
         click.echo(json.dumps({"model": path, **result.to_dict()}, indent=1))
     else:
         _print_result(out, result, elapsed_s)
-
-    def show(picture: Console) -> None:
-        _print_plan(picture, result.profile, result.plan)
-        _print_result(picture, result, elapsed_s)
-
     if svg is not None:
-        save_svg(svg, "adaskip-cpp demo", show)
+        with save_svg(svg, "adaskip-cpp demo") as picture:
+            _print_plan(picture, result.profile, result.plan)
+            _print_result(picture, result, elapsed_s)
 
 
 def _print_plan(out: Console, profile: Profile, plan: SkipPlan) -> None:
@@ -121,9 +100,8 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
         kept = megabytes(full.kv_bytes), megabytes(skipped.kv_bytes)
         name = f"KV memory for {N_PROMPT + N_ANSWER:,} tokens"
         table.add_row(name, *kept, f"[bold]{saved:.0%} saved[/]" if saved > 0 else "none saved")
-    losses = full.loss, skipped.loss
-    added_loss = f"{losses[1] - losses[0]:+.3f} nats"
-    table.add_row(f"loss on {result.n_loss:,} unseen tokens", *(f"{loss:.3f} nats" for loss in losses), added_loss)
+    losses = f"{full.loss:.3f} nats", f"{skipped.loss:.3f} nats", f"{skipped.loss - full.loss:+.3f} nats"
+    table.add_row(f"loss on {result.n_loss:,} unseen tokens", *losses)
     out.print(table)
     if result.plan.online is not None:
         added = skipped.online_ffn
@@ -147,7 +125,5 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     )
     if n_skip >= 2:
         mode = " --mode decode" if where else ""
-        out.print(
-            f"Skipping fewer costs less quality and saves less time: adaskip-cpp demo{mode} --skip {n_skip // 2}",
-            style="dim",
-        )
+        fewer = f"Skipping fewer costs less quality and saves less time: adaskip-cpp demo{mode} --skip {n_skip // 2}"
+        out.print(fewer, style="dim")

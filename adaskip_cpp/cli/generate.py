@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..files import read_text
 from ..planning.request import PlanRequest
 from .planning import find_plan_source, plan_options, print_cost_note, profile_options
 from .report import kv_line, skipped_lines, speed_lines
-from .terminal import RUNNING, answer_options, console, open_quietly, option, read_text, verb
+from .terminal import RUNNING, answer_options, console, open_quietly, option, verb
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
-
-__all__ = ["generate"]
 
 
 @verb(
@@ -59,10 +58,11 @@ def generate(
     from ..engine.generation import Generation
     from ..engine.settings import cost_settings
 
+    err = console(stderr=True)
     if (prompt is None) == (file is None):
-        raise click.UsageError("give a prompt either with -p or with -f", click.get_current_context())
+        raise click.UsageError("give a prompt either with -p or with -f")
     chosen = find_plan_source(model, profile_path, plan_file, request, full)
-    text = prompt if prompt is not None else read_text(str(file))
+    text = prompt if prompt is not None else read_text(file or "")
 
     length = 1
     if chosen.asks_speedup:
@@ -71,11 +71,11 @@ def generate(
             length = max(len(_tokens(tokenizer, text, chat)), 1)
     plan = chosen.plan(length)
     if chosen.note:
-        console(stderr=True).print(chosen.note, style="dim", markup=False)
+        err.print(chosen.note, style="dim", markup=False)
 
     llm = open_quietly(model, ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
     if chosen.asks_speedup:
-        print_cost_note(console(stderr=True), chosen.profile, cost_settings(llm))
+        print_cost_note(err, chosen.profile, cost_settings(llm))
     if seed is not None:
         llm.set_seed(seed)
     answer = Generation(llm, _tokens(llm, text, chat), max_tokens=max_tokens, temperature=temp)
@@ -87,7 +87,7 @@ def generate(
     lines = [*speed_lines(answer.timing), *skipped_lines(llm, answer.timing.n_generated), kv_line(llm)]
     if answer.timing.end == "context":
         lines.append("the answer stops where the context is full; --ctx gives more room")
-    console(stderr=True).print("\n".join(lines), style="dim")
+    err.print("\n".join(lines), style="dim")
 
 
 def _tokens(llm: AdaSkipLlama, text: str, chat: bool | None) -> list[int]:

@@ -14,8 +14,6 @@ from .terminal import console, json_option, model_options, open_quietly, verb
 if TYPE_CHECKING:
     from ..engine.records import Sublayer
 
-__all__ = ["inspect"]
-
 
 @verb("Show what can be skipped in a model.", example="adaskip-cpp inspect model.gguf")
 @click.argument("model")
@@ -39,10 +37,10 @@ def inspect(model: str, threads: int | None, gpu_layers: int, as_json: bool) -> 
         "fingerprint": llm.model_info.fingerprint,
         "n_skippable": sum(row.skippable for row in llm.sublayers),
     }
-    if not as_json:
+    if as_json:
+        click.echo(json.dumps({**facts, "sublayers": [asdict(row) for row in llm.sublayers]}, indent=1))
+    else:
         _print(facts, llm.sublayers)
-        return
-    click.echo(json.dumps({**facts, "sublayers": [asdict(row) for row in llm.sublayers]}, indent=1))
 
 
 def _print(facts: dict[str, Any], sublayers: tuple[Sublayer, ...]) -> None:

@@ -7,9 +7,6 @@ from typing import Any
 
 import click
 
-__all__ = ["LAYERS", "LAYERS_OF_BOTH", "names", "numbers"]
-
-
 _MOST_LAYERS = 9999
 """More than any model has: a slip of the finger makes no list that fills the memory."""
 
@@ -17,10 +14,7 @@ _MOST_LAYERS = 9999
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
     """A tuple of what stands between commas, each once.
 
-    Args:
-        read: reads one part, perhaps as several values.
-        says: what a malformed value is not, with an example.
-        metavar: what the help shows for a value.
+    ``read`` reads one part, perhaps as several values; ``says`` is what a malformed value is not, with an example.
     """
 
     name = "list"
@@ -30,19 +24,13 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         """Read a list; a tuple, as of a default, is returned as it is."""
-        if isinstance(value, tuple):
-            return value
         try:
-            return self.parse(str(value))
+            return value if isinstance(value, tuple) else self.parse(str(value))
         except ValueError:
             self.fail(f"{value!r} is not {self.says}", param, ctx)
 
     def parse(self, text: str) -> tuple[Any, ...]:
-        """Read a list.
-
-        Raises:
-            ValueError: it is malformed or empty.
-        """
+        """Read a list; a ValueError if it is malformed or empty."""
         found = tuple(dict.fromkeys(each for part in text.split(",") for each in self.read(part.strip())))
         if not found:
             raise ValueError(text)
@@ -71,13 +59,7 @@ def numbers(kind: type[int] | type[float], example: str, *, least: float = 1) ->
 
 def names(allowed: Sequence[str]) -> _List:
     """Return the type of an option that lists some of a few names."""
-
-    def read(part: str) -> tuple[str]:
-        if part not in allowed:
-            raise ValueError(part)
-        return (part,)
-
-    return _List(read, f"a list of: {', '.join(allowed)}", "NAME,...")
+    return _List(lambda part: (allowed[allowed.index(part)],), f"a list of: {', '.join(allowed)}", "NAME,...")
 
 
 def _layers(part: str) -> range:
@@ -88,7 +70,5 @@ def _layers(part: str) -> range:
 
 
 LAYERS = _List(_layers, "a list of layers such as 1,5-7", "LAYERS")
-"""Layers, as ``1,5-7``."""
-
 LAYERS_OF_BOTH = _Two(_layers, "two lists of layers such as 1,5-7/8,9", "LAYERS/LAYERS")
-"""Layers whose attention, and layers whose FFN is meant, as ``1,5-7/8,9``."""
+"""Layers whose attention, and layers whose FFN is meant."""

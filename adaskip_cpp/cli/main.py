@@ -16,8 +16,6 @@ from .plot import plot
 from .terminal import Verbs
 from .tune import tune
 
-__all__ = ["main"]
-
 
 @click.group(
     cls=Verbs,

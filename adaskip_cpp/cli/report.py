@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..model.plan import SkipPlan
 
-__all__ = ["kv_line", "layer_list", "megabytes", "n_skipped", "skipped_counts", "skipped_lines", "speed_lines"]
-
 
 def kv_line(llm: AdaSkipLlama) -> str:
     """How much KV memory a model has, and how much less that is than without a plan."""
@@ -61,24 +59,16 @@ def speed_lines(timing: Timing) -> list[str]:
 
 def n_skipped(plan: SkipPlan | None) -> tuple[int, str]:
     """How many sublayers a plan skips, and where if not everywhere: ``(12, "")`` or ``(12, " in decode")``."""
-    if plan is None or plan.prefill.n_skip:
-        return 0 if plan is None else plan.prefill.n_skip, ""
-    return plan.skipped("decode").n_skip, " in decode"
+    if plan is None:
+        return 0, ""
+    return (plan.prefill.n_skip, "") if plan.prefill.n_skip else (plan.skipped("decode").n_skip, " in decode")
 
 
 def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
-    """Sublayers skipped in the last request.
-
-    Args:
-        llm: the model, with a plan.
-        n_decoded: tokens that the request decoded.
-
-    Returns:
-        In prefill, in decode by the plan, and FFNs that the online stage added to those.
-    """
+    """Sublayers skipped in the last request: in prefill, in decode by the plan, and FFNs added to those online."""
     assert llm.plan is not None
-    learned = llm.online
-    return llm.plan.prefill.n_skip, llm.plan.decode_after(n_decoded).n_skip, len(learned.ffn) if learned else 0
+    added = len(llm.online.ffn) if llm.online else 0
+    return llm.plan.prefill.n_skip, llm.plan.decode_after(n_decoded).n_skip, added
 
 
 def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
@@ -96,12 +86,12 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
         f"({len(now.attention)} attention, {len(now.ffn)} FFN" + (f", {added} FFN added online)" if added else ")"),
     ]
     learned = llm.online
-    if learned is not None:
-        lines.append(
-            f"online:  FFN of layers {layer_list(learned.ffn)} added"
-            if learned.ffn
-            else f"online:  no FFN added: none as similar as {learned.threshold:.4f}"
-            if learned.n_tokens >= learned.window
-            else f"online:  no FFN added: {learned.n_tokens} of {learned.window} tokens observed"
-        )
-    return lines
+    if learned is None:
+        return lines
+    if learned.ffn:
+        found = f"FFN of layers {layer_list(learned.ffn)} added"
+    elif learned.n_tokens >= learned.window:
+        found = f"no FFN added: none as similar as {learned.threshold:.4f}"
+    else:
+        found = f"no FFN added: {learned.n_tokens} of {learned.window} tokens observed"
+    return [*lines, f"online:  {found}"]

@@ -16,32 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from ..errors import AdaSkipError, ProfileError, RequestError
+from ..errors import AdaSkipError, ProfileError
 from ..files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engine.llama import AdaSkipLlama
-    from ..model.plan import SkipPlan
-
-__all__ = [
-    "CHOOSING",
-    "OUTPUT",
-    "RUNNING",
-    "Verbs",
-    "answer_options",
-    "check_output",
-    "console",
-    "json_option",
-    "model_options",
-    "open_quietly",
-    "option",
-    "read_text",
-    "save_svg",
-    "users_error",
-    "verb",
-]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -85,20 +66,12 @@ class _Verb(click.Command):
 
 
 def verb(short_help: str, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function a command of the command line.
-
-    Args:
-        short_help: what the list of commands says of it.
-        example: a command line, or several, for its help.
-    """
+    """Make a function a command; ``short_help`` stands in the list of commands."""
     return click.command(cls=_Verb, short_help=short_help, example=example)
 
 
 def option(*names: str, group: str = "Options", **settings: Any) -> Callable[[_Command], _Command]:
-    """Add an option, as ``click.option``, under a heading of the help; without one among the few that matter most.
-
-    The help shows its default.
-    """
+    """Add an option with its default, under a heading of the help; without one among the few that matter most."""
     return click.option(*names, cls=_Option, group=group, **{"show_default": True, **settings})
 
 
@@ -174,113 +147,62 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
-def save_svg(path: str, title: str, show: Callable[[Console], None]) -> None:
-    """Write what ``show`` prints on a console as an SVG, atomically and without references to the network.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+@contextlib.contextmanager
+def save_svg(path: str, title: str) -> Iterator[Console]:
+    """Yield a console; what is printed on it becomes an SVG without references to the network."""
     from rich.console import Console
 
-    unseen = io.StringIO()
-    out = Console(file=unseen, highlight=False, record=True, width=80, force_terminal=True, color_system="truecolor")
-    show(out)
+    out = Console(
+        file=io.StringIO(), highlight=False, record=True, width=80, force_terminal=True, color_system="truecolor"
+    )
+    yield out
     write_atomically(path, re.sub(r"@font-face \{.*?\}\s*", "", out.export_svg(title=title), flags=re.DOTALL))
 
 
-def json_option(command: _Command) -> _Command:
-    """Add ``--json``, passed as ``as_json``."""
-    return option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead.")(command)
+def _options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
+    """Add several options, in the order of the help."""
+    return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(added), command)
 
 
-def model_options(command: _Command) -> _Command:
-    """Add the options that say how to run a model: ``threads`` and ``gpu_layers``."""
-    command = option(
+json_option = option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead.")
+
+model_options = _options(
+    option("--threads", group=RUNNING, type=click.IntRange(1, 512), help="CPU threads.  [default: all physical cores]"),
+    option(
         "--gpu-layers",
         group=RUNNING,
         type=click.IntRange(min=-1),
         default=-1,
         help="Layers to run on a GPU, if llama-cpp-python was built for one; -1 for all.",
-    )(command)
-    return option(
-        "--threads", group=RUNNING, type=click.IntRange(1, 512), help="CPU threads.  [default: all physical cores]"
-    )(command)
+    ),
+)
 
 
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
-    """Add the options that say how to answer: ``max_tokens``, ``ctx``, ``temp``, ``seed``, and :func:`model_options`.
-
-    Args:
-        max_tokens: the default of the longest answer.
-    """
-    options = (
+    """Add the options that say how to answer, and :data:`model_options`."""
+    return _options(
         option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Longest answer."),
         option("--ctx", group=RUNNING, type=click.IntRange(8, 2**31 - 1), default=8192, help="Context in tokens."),
         option("--temp", group=RUNNING, type=click.FloatRange(0), default=0.8, help="0: always the likeliest."),
         option("--seed", group=RUNNING, type=click.IntRange(0, 2**32 - 2), help="Seed of sampling.  [default: random]"),
         model_options,
     )
-    return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(options), command)
 
 
-def open_quietly(
-    path: str,
-    n_ctx: int,
-    *,
-    threads: int | None,
-    gpu_layers: int,
-    logits_all: bool = False,
-    vocab_only: bool = False,
-    plan: SkipPlan | None = None,
-) -> AdaSkipLlama:
-    """Load a model quietly; with a plan, without KV for what it never runs; or nothing but its vocabulary.
-
-    Raises:
-        ModelFileError: it is missing, not GGUF, or llama.cpp cannot load it; with llama.cpp's reason.
-        PlanError: the plan is none for this model.
-    """
+def open_quietly(path: str, n_ctx: int, *, threads: int | None, gpu_layers: int, **more: Any) -> AdaSkipLlama:
+    """Load a model, without llama.cpp's warnings, which would stand before the answer."""
     from ..engine.llama import AdaSkipLlama
     from ..measuring.cores import physical_cores
 
-    n_threads = threads or physical_cores()
-    with contextlib.redirect_stderr(io.StringIO()):  # llama.cpp's warnings would stand before the answer
+    n = threads or physical_cores()
+    with contextlib.redirect_stderr(io.StringIO()):
         return AdaSkipLlama(
-            os.fspath(path),
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            n_threads_batch=n_threads,
-            n_gpu_layers=gpu_layers,
-            logits_all=logits_all,
-            vocab_only=vocab_only,
-            plan=plan,
-            verbose=False,
+            path, n_ctx=n_ctx, n_threads=n, n_threads_batch=n, n_gpu_layers=gpu_layers, verbose=False, **more
         )
 
 
-def read_text(file: str) -> str:
-    """Read a UTF-8 text file, ``-`` for stdin.
-
-    Raises:
-        RequestError: it is not UTF-8.
-        OSError: it cannot be read.
-    """
-    try:
-        with click.open_file(file, encoding="utf-8") as stream:
-            return str(stream.read())
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{file!r} is not UTF-8 text ({error.reason}); convert it first") from error
-
-
 def check_output(path: str, option: str = "-o") -> None:
-    """Refuse a file that cannot be written before minutes of work, not after.
-
-    Args:
-        path: the file.
-        option: that names it.
-
-    Raises:
-        ProfileError: it cannot.
-    """
+    """Refuse a file that cannot be written before minutes of work, not after."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise ProfileError(f"there is no folder {folder!r}; create it or choose another place with {option} FILE")

@@ -13,8 +13,6 @@ from ..errors import RequestError
 if TYPE_CHECKING:
     from .llama import AdaSkipLlama
 
-__all__ = ["Generation", "Message", "Timing", "chat_tokens", "has_chat_template"]
-
 Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"
 """Who says what in a chat."""
 

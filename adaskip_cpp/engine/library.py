@@ -18,8 +18,6 @@ from pathlib import Path
 
 from ..errors import ImportOrderError, LibraryError, LibraryMissingError, LibraryVersionError
 
-__all__ = ["BuildInfo", "build_info", "header", "path"]
-
 _REINSTALL = "pip install --force-reinstall --no-deps adaskip-cpp"
 _VARIABLE = "LLAMA_CPP_LIB_PATH"
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"

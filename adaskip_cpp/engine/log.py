@@ -10,8 +10,6 @@ from typing import Any
 import llama_cpp
 from llama_cpp._logger import llama_log_callback
 
-__all__ = ["errors_logged"]
-
 _ERROR = 4  # ggml_log_level; llama-cpp-python counts otherwise, and without verbose shows warnings, but no error
 
 

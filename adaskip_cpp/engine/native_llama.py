@@ -11,8 +11,6 @@ from ..model.identity import ModelInfo, fingerprint, override_words
 from .native import NativeContext
 from .records import Counters, Sublayer
 
-__all__ = ["NativeLlama"]
-
 
 class NativeLlama(llama_cpp.Llama):
     """What :class:`~adaskip_cpp.engine.llama.AdaSkipLlama` is built on: a model that tells what it is."""
