@@ -33,6 +33,7 @@ _N_WARM_UP = 512
 _IDEAL = "the ideal"
 
 _Skip: TypeAlias = "npt.NDArray[np.bool_]"
+_Parts: TypeAlias = dict[str, dict[Phase, str]]
 Progress: TypeAlias = Callable[[str, float, float], None]
 """Takes what runs now, in words; the share of the expected time that has passed, 0 to 1; and the expected seconds left,
 NaN before there is anything to tell it from."""
@@ -64,14 +65,10 @@ class BenchSettings:
 
 @dataclass
 class BenchResult:
-    """What was measured; all dictionaries but ``machine`` are by contender.
+    """What was measured, by contender; ``machine`` is the :class:`CostSettings` of ours with no plan, as a dictionary.
 
-    Attributes:
-        usage: of its last process at the end of a request.
-        nodes_prefill: nodes of the graph that reads a prompt; None where the library does not tell.
-        machine: of ours with no plan, a :class:`adaskip_cpp.model.cost_settings.CostSettings` as a dictionary.
-        complete: whether all rounds were run.
-        error: what ended it before; None if that was Ctrl-C.
+    ``usage`` is that of its last process; ``nodes_prefill`` counts the graph that reads a prompt, None where that is
+    not told. ``error`` is what ended it before all rounds were run, None if that was Ctrl-C.
     """
 
     settings: BenchSettings
@@ -133,7 +130,7 @@ class Bench:
         self._workers: dict[str, Worker] = {}
         self._warm: dict[str, RequestTime] = {}
         self._n_warm_up = min(settings.contexts[0], _N_WARM_UP)
-        self._start_s = 0.0
+        self._start_s = 0.0  # what starting the last round's processes took
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
         parts, ideal = ({}, {}) if skippable is None else _ideal(plans, skippable)
         settle = {name: _settle(plan, settings.n_decode) for name, plan in plans.items()}
@@ -143,10 +140,7 @@ class Bench:
         self.result = BenchResult(settings, dict(plans), BenchTimes(contenders, parts=parts, settle=settle))
 
     def run(self) -> BenchResult:
-        """Run it to the end, to Ctrl-C or to the death of a contender; the result is what was measured by then.
-
-        Before the first round both are raised.
-        """
+        """Run it to the end; Ctrl-C or the death of a contender end it too, and are raised before the first round."""
         try:
             for n_round in range(self._settings.n_rounds):
                 with ExitStack() as stack:
@@ -156,7 +150,7 @@ class Bench:
                             self._time([*self._runs][index], context, n_round)
             self.result.complete = True
         except (KeyboardInterrupt, AdaSkipError) as error:
-            if not self._warm:
+            if not self._start_s:
                 raise
             self.result.error = error if isinstance(error, AdaSkipError) else None
         return self.result
@@ -174,7 +168,6 @@ class Bench:
                 self.result.machine = reply["settings"]
             self._workers[name] = worker
         prompt = self._tokens[: self._n_warm_up]
-        warm = {}
         for name, plan in self._runs.items():
             worker = self._workers[self._process(name)]
             if n_round > 0:
@@ -183,8 +176,7 @@ class Bench:
             self._on_progress(f"warming up: {name}", 0.0, math.nan)
             worker.time(prompt, 0, plan)
             self.result.nodes_prefill[name] = worker.usage.nodes
-            warm[name] = worker.time(prompt, self._settings.n_decode, plan)
-        self._warm = self._warm or warm
+            self._warm[name] = worker.time(prompt, self._settings.n_decode, plan)
         self._start_s = time.perf_counter() - start
 
     def _time(self, name: str, context: int, n_round: int) -> None:
@@ -235,7 +227,7 @@ def _settle(plan: SkipPlan, n_decode: int) -> int:
     return plan.online.window + N_SETTLE  # as behind the prompt, for the graph of the set that it chose
 
 
-def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[dict[str, dict[Phase, str]], dict[str, SkipPlan]]:
+def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[_Parts, dict[str, SkipPlan]]:
     """Return what the ideal of each plan is made from, and the plans of those runs by their names."""
     runs: dict[bytes, tuple[str, _Skip]] = {}
 
@@ -243,7 +235,7 @@ def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[dict[str, d
         skip = skippable & ~skip_set.skip
         return runs.setdefault(skip.tobytes(), (f"only what {name!r} skips", skip))[0]
 
-    parts: dict[str, dict[Phase, str]] = {}
+    parts: _Parts = {}
     for name, plan in plans.items():
         own: dict[Phase, str] = {}
         if plan.prefill.n_skip:

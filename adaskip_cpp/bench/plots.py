@@ -46,11 +46,9 @@ def _draw_times(rows: Sequence[Row], times: BenchTimes) -> Figure:
             look = plots.other(index).line
             axis.errorbar([row.context for row in own], middle, yerr=spread, label=name, capsize=2, **look)
         axis.set_xscale("log", base=2)
-        axis.set_xlim(contexts[0] / 1.3, contexts[-1] * 1.3)
+        axis.set(xlim=(contexts[0] / 1.3, contexts[-1] * 1.3), ylim=(0, None), ylabel=unit)
         axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axis.minorticks_off()
-        axis.set_ylim(bottom=0)
-        axis.set_ylabel(unit)
     return _finished(fig, axes)
 
 

@@ -78,10 +78,7 @@ class Worker:
         self._log.close()
 
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Load a model with options for ``llama_cpp.Llama``, or of ours for ``AdaSkipLlama``.
-
-        Returns ``library``, the path of its libllama, and of ours ``settings``, a :class:`CostSettings` as a dict.
-        """
+        """Load a model; return ``library``, the path of its libllama, and of ours ``settings``, a CostSettings."""
         reply = self._ask("open", model, options)
         self._sizes = _sizes(self._read_log())
         return reply

@@ -95,10 +95,7 @@ def make_plans(source: Profile | int, requests: Iterable[PlanRequest], context: 
 
 
 def material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], npt.NDArray[np.bool_]]:
-    """Return text for the prompts, and which sublayers the model can skip, bool ``[n_layer, 2]``.
-
-    A plan that skips another one is an error.
-    """
+    """Return text for prompts, and which sublayers can be skipped, bool ``[n_layer, 2]``; refuse plans of others."""
     for plan in plans:
         llm.set_plan(plan)
     tokens = corpus.cut(llm, corpus.text(()), 1, max(n_tokens, 2))[0]

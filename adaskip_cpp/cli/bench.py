@@ -58,11 +58,7 @@ _measured = partial(option, group="What is measured")
     help="Tokens of the prompts.  [default: 512,2048,8192, cut to what the model allows]",
 )
 @option("--repeats", type=click.IntRange(min=1), default=12, help="Rounds.")
-@_chosen(
-    "--strategy",
-    type=names(_STRATEGIES),
-    help=f"How they choose: {', '.join(_STRATEGIES)}.  [default: adaskip]",
-)
+@_chosen("--strategy", type=names(_STRATEGIES), help=f"How they choose: {', '.join(_STRATEGIES)}.  [default: adaskip]")
 @_chosen(
     "--speedup",
     type=numbers(float, "1.2,1.4"),

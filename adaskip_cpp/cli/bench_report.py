@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..bench.plots import TITLES
 from ..bench.table import NO_PLAN, STOCK, Row, verdict
-from ..model.plan import PHASES
 from .report import megabytes
 
 if TYPE_CHECKING:
-    from rich.console import Console, JustifyMethod
+    from rich.console import Console
     from rich.table import Table
 
     from ..bench.bench import BenchResult
@@ -25,35 +25,32 @@ def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: 
         out.width = max(out.width, 100)
     if not rows:
         out.print("No round was complete; nothing is known.")
-    for phase in PHASES:
-        of_phase = [row for row in rows if row.phase == phase]
-        for context in sorted({row.context for row in of_phase}):
-            _print_phase(out, [row for row in of_phase if row.context == context])
+    for _, of_phase in itertools.groupby(rows, lambda row: (row.phase, row.context)):
+        _print_phase(out, [*of_phase])
     if result.usage:
         _print_usage(out, result)
     _print_configuration(out, result, about)
 
 
-def _table(out: Console, title: str, *columns: tuple[str, JustifyMethod]) -> Table:
+def _table(out: Console, title: str, columns: Sequence[str]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     out.print(title, style="bold")  # rich would wrap a table's own title to the width of the table
     table.add_column("", no_wrap=True)
-    for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap="\n" in name)
+    for name in columns:
+        table.add_column(name, justify="left" if name.startswith("against") else "right", no_wrap="\n" in name)
     return table
 
 
 def _print_phase(out: Console, rows: Sequence[Row]) -> None:
     references = [name for name in (STOCK, NO_PLAN) if any(name in row.against for row in rows)]
     with_ideal = any(row.of_ideal is not None for row in rows)
-    columns: list[tuple[str, JustifyMethod]] = [("median\n(quartiles)", "right")]
-    columns += [(f"against {name}\n(95% interval)", "left") for name in references]
-    columns += [("ideal", "right"), ("of the ideal\n(95% interval)", "right")] if with_ideal else []
+    columns = ["median\n(quartiles)", *(f"against {name}\n(95% interval)" for name in references)]
+    columns += ["ideal", "of the ideal\n(95% interval)"] if with_ideal else []
     n_rounds = f"{rows[0].n_rounds} round{'s' if rows[0].n_rounds > 1 else ''}"
-    table = _table(out, f"{TITLES[rows[0].phase]}, prompt of {rows[0].context:,} tokens, {n_rounds}", *columns)
+    table = _table(out, f"{TITLES[rows[0].phase]}, prompt of {rows[0].context:,} tokens, {n_rounds}", columns)
     for row in rows:
         cells = [row.contender, f"{seconds(row.median_s)}\n({_range(row.low_s, row.high_s)})"]
         verdicts = [verdict(row.against[name]) if name in row.against else "" for name in references]
@@ -76,12 +73,12 @@ def _percent(interval: Interval) -> str:
 
 
 def _print_usage(out: Console, result: BenchResult) -> None:
-    names = ("peak memory", "KV", "nodes, prefill", "nodes, decode", "graphs built", "reused")
-    table = _table(out, "Memory and graphs", *((name, "right") for name in names))
+    columns = ("peak memory", "KV", "nodes, prefill", "nodes, decode", "graphs built", "reused")
+    table = _table(out, "Memory and graphs", columns)
     for name, usage in result.usage.items():
-        sizes = [size and megabytes(size) for size in (usage.peak_bytes, usage.kv_bytes)]
+        cells = [size and megabytes(size) for size in (usage.peak_bytes, usage.kv_bytes)]
         counts = (result.nodes_prefill.get(name), usage.nodes, usage.graphs_built, usage.graphs_reused)
-        cells = sizes + [None if count is None else f"{count:,}" for count in counts]
+        cells += [None if count is None else f"{count:,}" for count in counts]
         table.add_row(name, *(cell or "not told" for cell in cells))
     out.print(table)
 

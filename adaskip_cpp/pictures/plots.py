@@ -115,17 +115,13 @@ def panels(
     fig = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
     every = list(fig.subplots(n_rows, n_columns, squeeze=False, **share).flat)
     for axes in every:
-        axes.set_facecolor("none")
+        axes.set(facecolor="none", axisbelow=True)
         axes.grid(True, color=GRID, linewidth=0.4, alpha=0.45)
-        axes.set_axisbelow(True)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(INK)
-            spine.set_linewidth(0.8)
+        axes.spines[:].set(color=INK, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(which="both", color=INK, labelcolor=INK, labelsize=TEXT_PT - 0.5, width=0.8, length=3)
         for label in (axes.xaxis.label, axes.yaxis.label):
-            label.set_color(INK)
-            label.set_fontsize(TEXT_PT)
+            label.set(color=INK, fontsize=TEXT_PT)
     return fig, every
 
 

@@ -89,9 +89,9 @@ def plan_strip(name: str, plan: SkipPlan) -> Figure:
 
     decode = plan.skipped("decode")
     axes.grid(False)
-    axes.set(xlim=(-0.6, plan.n_layer - 0.4), ylim=(2.05, -0.05), yticks=(0.5, 1.5), yticklabels=KIND_NAMES)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set(xlim=(-0.6, plan.n_layer - 0.4), xticks=_ticks(plan.n_layer), xlabel="layer")
+    axes.set(ylim=(2.05, -0.05), yticks=(0.5, 1.5), yticklabels=KIND_NAMES)
+    axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     for layer, column in np.ndindex(plan.n_layer, 2):
         colour = plots.KIND[KIND_NAMES[column]].colour
@@ -101,8 +101,6 @@ def plan_strip(name: str, plan: SkipPlan) -> Figure:
         if decode.skip[layer, column]:
             cell.set(edgecolor=colour, linewidth=0.9, hatch=None if plan.prefill.skip[layer, column] else _HATCH)
         axes.add_patch(cell)
-    axes.set_xticks(_ticks(plan.n_layer))
-    axes.set_xlabel("layer")
     online = ", and FFNs that each answer adds" if plan.online is not None else ""
     n_prefill, n_decode = plan.prefill.n_skip, decode.n_skip
     counts = f"{n_decode}" if n_prefill == n_decode else f"{n_prefill} (decode {n_decode})"
@@ -126,8 +124,7 @@ def _draw(
         axes.plot(x, values, label=name, **looks[i % len(looks)].line)
     if alike:
         axes.set_xticks(_ticks(len(values)))
-    axes.set_xlabel("layer" if alike else "depth: layer / last layer")
-    axes.set_ylabel(y)
+    axes.set(xlabel="layer" if alike else "depth: layer / last layer", ylabel=y)
     if title:
         plots.title(axes, title)
 
