@@ -212,7 +212,7 @@ def test_a_template_that_refuses_the_system_text_names_the_option(model: Path, o
 
 
 def test_a_plan_beside_the_model_is_used_and_told_and_its_profile_once_it_is_needed(model: Path, profile: Path) -> None:
-    files = [Path(plan_path(model)), Path(profile_path(model)), Path(profile_path(model)).with_suffix(".npz")]
+    files = [Path(plan_path(model)), Path(profile_path(model)), Path(profile_path(model)).with_suffix(".bin")]
     try:
         plan = Profile.load(profile).plan(strategy="manual", attention=(2,), ffn=(0,), compensation="median")
         save_plan(files[0], plan)

@@ -276,7 +276,7 @@ def test_calibrate_writes_a_profile_that_generate_takes(run: Run, tiny: Any, tmp
     assert result.exit_code == 0, result.output
     assert "2 requests: 40 tokens of text.txt" in result.stdout
     assert "10 tokens were decoded" in result.stdout
-    assert str(output) in result.stdout and str(output.with_suffix(".npz")) in result.stdout
+    assert str(output) in result.stdout and str(output.with_suffix(".bin")) in result.stdout
     profile = Profile.load(output)
     assert (profile.n_requests, profile.n_tokens, profile.corpus) == (2, 40, "text.txt")
     assert (profile.decode.n_tokens, profile.prefill.n_embd, profile.cost) == (10, N_EMBD, None)

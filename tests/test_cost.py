@@ -14,8 +14,7 @@ from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration import cost
 from adaskip_cpp.errors import PlanError, RequestError
 from adaskip_cpp.model.arrays import from_plain, to_plain
-from adaskip_cpp.model.cost_model import CostModel, PhaseCost
-from adaskip_cpp.model.cost_settings import CostSettings
+from adaskip_cpp.model.cost_model import CostModel, CostSettings, PhaseCost
 from adaskip_cpp.model.skip_set import SkipSet
 
 SETTINGS = CostSettings("a CPU", ("CPU",), 0, 2, 4, 512, 512, True, "F16", "Q8_0", True, "0.3.36")

@@ -67,7 +67,7 @@ def test_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_shapes_must_agree() -> None:
-    with pytest.raises(PlanError, match="n_layer, 2"):
+    with pytest.raises(PlanError, match=r"'scale' has the shape \(5, 2\), not \[4, 2\]"):
         SkipSet(np.zeros((4, 2), bool), np.ones((5, 2)))
 
 
@@ -164,7 +164,7 @@ def test_sets_with_another_map_differ(name: str) -> None:
     ids=lambda changes: ", ".join(f"{k} {None if v is None else v.shape}" for k, v in changes.items()),
 )
 def test_a_map_of_a_wrong_shape_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(PlanError, match=r"\[4, 2, rank, n_embd\] and \[4, 2, n_embd, rank\].*give both"):
+    with pytest.raises(PlanError, match=r"(up|down|bias).*(not \[4, 2, .*; give one row|; give both)"):
         linear_set((1, 0), **changes)
 
 
@@ -261,8 +261,11 @@ def test_the_set_in_force_is_that_of_the_schedule_and_a_phase_ends_with_the_last
         (((0, LARGE),), "does not begin"),
         (((0, SMALL), (0, LARGE)), "do not ascend"),
         (((0, SMALL), (9, LARGE), (8, LARGE)), "do not ascend"),
-        (((0, SMALL), (3, LARGE), (5, SMALL)), r"at 5 tokens runs the attention of layers \[2\]"),
-        (((0, SMALL), (3, skip_set(n_layer=5))), "for 5 layers, not 4"),
+        (
+            ((0, SMALL), (3, LARGE), (5, SMALL)),
+            r"at 3 tokens skips the attention of layers \[2\], which the schedule.s set at 5 tokens runs",
+        ),
+        (((0, SMALL), (3, skip_set(n_layer=5))), "4 layers but the schedule.s set at 3 tokens for 5"),
     ],
 )
 def test_a_malformed_schedule_is_refused(schedule: Any, message: str) -> None:

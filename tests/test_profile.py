@@ -1,11 +1,9 @@
 """adaskip_cpp.planning.profile: planning in every mode and for a speed-up, and the files."""
 
 import hashlib
-import io
 import json
 import math
 import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -393,7 +391,7 @@ def test_a_profile_survives_its_files(example: Profile, tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.similarity, example.similarity)
     np.testing.assert_array_equal(loaded.decode.mean_v, example.decode.mean_v)
     assert loaded.plan(3) == example.plan(3)
-    assert sorted(os.listdir(tmp_path)) == ["p.json", "p.npz"]
+    assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.json"]
 
 
 def test_a_profile_without_vectors_has_one_file(example: Profile, tmp_path: Path) -> None:
@@ -414,12 +412,11 @@ def test_linear_maps_survive_the_files(example: Profile, tmp_path: Path, rank: i
     assert (
         json.loads((tmp_path / "p.json").read_text())["vectors"]["rank"] == rank == before.to_dict()["vectors"]["rank"]
     )
-    assert sorted(os.listdir(tmp_path)) == ["p.json", "p.npz"]
-    arrays = np.load(tmp_path / "p.npz")
-    assert {key: (arrays[key].dtype, arrays[key].shape) for key in arrays.files if key.startswith("maps")} == {
-        "maps_down": (np.float32, (3, 2, rank, 5)),
-        "maps_up": (np.float32, (3, 2, 5, rank)),
-    }
+    assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.json"]
+    numbers = np.fromfile(tmp_path / "p.bin", "<f4")[4 * 3 * 2 * 5 :]
+    assert before.maps is not None
+    expected = np.concatenate([before.maps.down.ravel(), before.maps.up.ravel()])
+    np.testing.assert_array_equal(numbers, expected)
 
 
 def test_a_profile_without_maps_has_rank_0(example: Profile, tmp_path: Path) -> None:
@@ -442,15 +439,14 @@ def test_a_cost_model_is_of_the_profiles_model(example: Profile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sidecar"), [("p.json", "p.npz"), ("m.adaskip.json", "m.adaskip.npz"), ("p", "p.npz")]
+    ("name", "sidecar"), [("p.json", "p.bin"), ("m.adaskip.json", "m.adaskip.bin"), ("p", "p.bin")]
 )
 def test_the_vectors_lie_beside_the_profile(example: Profile, tmp_path: Path, name: str, sidecar: str) -> None:
     example.save(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == sorted([name, sidecar])
-    vectors = np.load(tmp_path / sidecar)
-    assert {key: (vectors[key].dtype, vectors[key].shape) for key in vectors.files} == {
-        f"{phase}_mean_{name}": (np.float32, (3, 2, 5)) for phase in ("prefill", "decode") for name in "uv"
-    }
+    parts = [getattr(example, phase) for phase in ("prefill", "decode")]
+    expected = [vectors for part in parts for vectors in (part.mean_u, part.mean_v)]
+    np.testing.assert_array_equal(np.fromfile(tmp_path / sidecar, "<f4").reshape(4, 3, 2, 5), expected)
 
 
 def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Profile, tmp_path: Path) -> None:
@@ -460,17 +456,17 @@ def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Pr
         raise AssertionError(constant)
 
     data = json.loads((tmp_path / "p.json").read_text(), parse_constant=refuse)
-    assert (data["format"], data["version"]) == ("adaskip-profile", 6)
+    assert (data["format"], data["version"]) == ("adaskip-profile", 7)
     assert data["prefill"]["similarity"] == [[0.5, 0.9], [0.99, None], [0.7, 0.99]]
     assert data["prefill"]["layer_similarity"] == [pytest.approx(0.7), None, pytest.approx(0.845)]
     assert data["decode"]["norm_ratio"] == [[1.2, 1.2], [1.2, None], [1.2, 1.2]]
     assert data["corpus"] == "some text [with brackets], two pages"
-    assert data["vectors"].pop("file") == "p.npz" and len(data["vectors"].pop("sha256")) == 64
+    assert data["vectors"].pop("file") == "p.bin" and len(data["vectors"].pop("sha256")) == 64
     assert data == example.to_dict()
 
 
 @pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize("fail", ["os.replace", "os.fsync", "numpy.savez", "second os.replace"])
+@pytest.mark.parametrize("fail", ["os.replace", "os.fsync", "second os.replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failed_save_keeps_the_old_files_and_leaves_no_others(
     example: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: str, error: BaseException, old: bool
@@ -491,7 +487,7 @@ def test_a_failed_save_keeps_the_old_files_and_leaves_no_others(
     with pytest.raises(type(error)):
         example.save(path)
     monkeypatch.undo()
-    assert sorted(os.listdir(tmp_path)) == (["p.json", "p.npz"] if old else [])
+    assert sorted(os.listdir(tmp_path)) == (["p.bin", "p.json"] if old else [])
     assert not old or Profile.load(path) == before
 
 
@@ -500,7 +496,7 @@ def test_a_save_follows_a_link_and_replaces_no_device(example: Profile, tmp_path
     link.symlink_to(tmp_path / "real.json")
     example.save(link)
     assert link.is_symlink() and Profile.load(tmp_path / "real.json") == Profile.load(link) == example
-    assert sorted(os.listdir(tmp_path)) == ["link.json", "real.json", "real.npz"]
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "real.bin", "real.json"]
     with pytest.raises(OSError, match="not a regular file"):
         example.save(tmp_path)
 
@@ -531,11 +527,11 @@ def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> Non
         Profile.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 5, 7, "6", None, [6]])
+@pytest.mark.parametrize("version", [0, 6, 8, "7", None, [7]])
 def test_another_format_version_is_refused(example: Profile, tmp_path: Path, version: Any) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps({**example.to_dict(), "version": version}))
-    with pytest.raises(ProfileVersionError, match=r"format version .* reads 6"):
+    with pytest.raises(ProfileVersionError, match=r"format version .* reads 7"):
         Profile.load(path)
 
 
@@ -544,25 +540,25 @@ def test_another_format_version_is_refused(example: Profile, tmp_path: Path, ver
 
 def test_missing_vectors_are_named_with_the_way_out(example: Profile, tmp_path: Path) -> None:
     example.save(tmp_path / "p.json")
-    (tmp_path / "p.npz").unlink()
-    with pytest.raises(ProfileFormatError, match=r"p\.json.*p\.npz', is missing; put it back.*; calibrate again"):
+    (tmp_path / "p.bin").unlink()
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*p\.bin', is missing; put it back.*; calibrate again"):
         Profile.load(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "a bit flipped", "another profile's"])
 def test_vectors_that_are_not_those_of_the_profile_are_refused(example: Profile, tmp_path: Path, damage: str) -> None:
     example.save(tmp_path / "p.json")
-    path = tmp_path / "p.npz"
+    path = tmp_path / "p.bin"
     content = bytearray(path.read_bytes())
     if damage == "a bit flipped":
         content[len(content) // 2] ^= 1
     elif damage == "another profile's":
         profile([[0.5, 0.9]]).save(tmp_path / "q.json")
-        content = bytearray((tmp_path / "q.npz").read_bytes())
+        content = bytearray((tmp_path / "q.bin").read_bytes())
     path.write_bytes(content[: {"truncated": -1, "empty": 0}.get(damage)])
     with pytest.raises(
         ProfileFormatError,
-        match=r"p\.json.*p\.npz', (is truncated or of another one.*|has more than .*); calibrate again",
+        match=r"p\.json.*p\.bin', (is truncated or of another one.*|has more than .*); calibrate again",
     ):
         Profile.load(tmp_path / "p.json")
 
@@ -573,76 +569,46 @@ def test_a_renamed_profile_still_finds_its_vectors(example: Profile, tmp_path: P
     assert Profile.load(tmp_path / "other.json") == example
 
 
-@pytest.mark.parametrize("name", ["../p.npz", "/etc/passwd", "..", "", 5, None])
+@pytest.mark.parametrize("name", ["../p.bin", "/etc/passwd", "..", "", 5, None])
 def test_the_vectors_are_read_from_beside_the_profile_only(example: Profile, tmp_path: Path, name: Any) -> None:
     example.save(tmp_path / "p.json")
     data = json.loads((tmp_path / "p.json").read_text())
     data["vectors"]["file"] = name
     (tmp_path / "p.json").write_text(json.dumps(data))
-    with pytest.raises(ProfileFormatError, match=r"beside it|\$\.file"):
+    with pytest.raises(ProfileFormatError, match=r"beside it|\.file"):
         Profile.load(tmp_path / "p.json")
 
 
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"prefill_mean_u": np.zeros((3, 2, 5), np.float32)},
-        {f"{phase}_mean_{name}": np.zeros((3, 2, 4), np.float32) for phase in ("prefill", "decode") for name in "uv"},
-        {f"{phase}_mean_{name}": np.zeros((3, 2, 5)) for phase in ("prefill", "decode") for name in "uv"},
-        {f"{phase}_mean_{name}": np.array([{}]) for phase in ("prefill", "decode") for name in "uv"},
-        None,
-    ],
-)
-def test_vectors_of_a_wrong_shape_or_kind_are_refused(example: Profile, tmp_path: Path, arrays: Any) -> None:
-    example.save(tmp_path / "p.json")
-    path = tmp_path / "p.npz"
-    if arrays is None:
-        path.write_bytes(b"no archive")
-    else:
-        np.savez(path, **arrays)
-    data = json.loads((tmp_path / "p.json").read_text())
-    data["vectors"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (tmp_path / "p.json").write_text(json.dumps(data))
-    with pytest.raises(ProfileFormatError, match=r"p\.npz.*calibrate again"):
-        Profile.load(tmp_path / "p.json")
-
-
-def rewrite(path: Path, changes: dict[str, Any]) -> None:
-    """Change arrays in the vectors' file of a profile, and its hash with them; None takes one away."""
-    sidecar = path.with_suffix(".npz")
-    with np.load(sidecar) as file:
-        arrays = {**{key: file[key] for key in file.files}, **changes}
-    np.savez(sidecar, **{key: array for key, array in arrays.items() if array is not None})
+def rewrite(path: Path, content: bytes) -> None:
+    """Write the vectors' file of a profile anew, and its hash, as whoever makes such a file knows to."""
+    path.with_suffix(".bin").write_bytes(content)
     data = json.loads(path.read_text())
-    data["vectors"]["sha256"] = hashlib.sha256(sidecar.read_bytes()).hexdigest()
+    data["vectors"]["sha256"] = hashlib.sha256(content).hexdigest()
     path.write_text(json.dumps(data))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"maps_down": None},
-        {"maps_up": None},
-        {"maps_down": None, "maps_up": None},
-        {"maps_down": np.zeros((3, 2, 3, 5), np.float32)},
-        {"maps_up": np.zeros((3, 2, 2, 5), np.float32)},
-        {"maps_down": np.zeros((3, 2), np.float32)},
-        {"maps_up": np.zeros(0, np.float32)},
-        {"maps_up": np.float32(1)},
-        {f"maps_{name}": getattr(maps(rank=3), name) for name in ("down", "up")},
-        {f"maps_{name}": getattr(maps(n_layer=2), name) for name in ("down", "up")},
-        {f"maps_{name}": getattr(maps(n_embd=4), name) for name in ("down", "up")},
-        {"maps_down": np.full((3, 2, 2, 5), NAN, np.float32)},
-        {"maps_up": np.full((3, 2, 5, 2), np.inf, np.float32)},
-        {"maps_up": np.full((3, 2, 5, 2), "x")},
-    ],
-    ids=lambda changes: ", ".join(f"{k} {None if v is None else v.shape}" for k, v in changes.items()),
-)
-def test_maps_that_are_missing_or_malformed_are_refused(mapped: Profile, tmp_path: Path, changes: Any) -> None:
+def refused(path: Path) -> str:
+    with pytest.raises(ProfileFormatError, match=r"p\.json' cannot be used: .*; calibrate again$") as caught:
+        Profile.load(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("change", [-4, -1, 1, 4, -(10**6), 10**6])
+def test_vectors_of_another_length_are_refused(mapped: Profile, tmp_path: Path, change: int) -> None:
     mapped.save(tmp_path / "p.json")
-    rewrite(tmp_path / "p.json", changes)
-    with pytest.raises(ProfileFormatError, match=r"p\.json.*calibrate again"):
-        Profile.load(tmp_path / "p.json")
+    content = (tmp_path / "p.bin").read_bytes()
+    rewrite(tmp_path / "p.json", content[:change] if change < 0 else content + bytes(change))
+    assert "p.bin'" in refused(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("at", [0, 4 * 3 * 2 * 5, -1], ids=["a mean", "a map's down", "a map's up"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_vectors_with_impossible_values_are_refused(mapped: Profile, tmp_path: Path, at: int, value: float) -> None:
+    mapped.save(tmp_path / "p.json")
+    numbers = np.fromfile(tmp_path / "p.bin", "<f4")
+    numbers[at] = value
+    rewrite(tmp_path / "p.json", numbers.tobytes())
+    assert "values that calibration cannot give" in refused(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize("rank", [1, 3, -1, "2", None, 2.5, [2]])
@@ -652,137 +618,11 @@ def test_a_rank_that_is_not_that_of_the_maps_is_refused(mapped: Profile, tmp_pat
     data = json.loads(path.read_text())
     data["vectors"]["rank"] = rank
     path.write_text(json.dumps(data))
-    with pytest.raises(ProfileFormatError, match=r"p\.json.*(rank|maps_down).*calibrate again"):
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*(rank|p\.bin).*calibrate again"):
         Profile.load(path)
 
 
 # --- files from elsewhere ---------------------------------------------------------------------------------------------
-
-
-def pack(
-    path: Path, entries: dict[str, bytes], damage: Callable[[bytearray], None] = lambda _: None, **how: Any
-) -> None:
-    """Write the vectors' file of a profile anew from its entries' bytes, and its hash."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", **how) as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
-    content = bytearray(buffer.getvalue())
-    damage(content)
-    path.with_suffix(".npz").write_bytes(content)
-    data = json.loads(path.read_text())
-    data["vectors"]["sha256"] = hashlib.sha256(content).hexdigest()
-    path.write_text(json.dumps(data))
-
-
-def npy(array: Any, **how: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.asarray(array), **how)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def entries(example: Profile, tmp_path: Path) -> dict[str, bytes]:
-    """What the vectors' file of a saved profile holds."""
-    example.save(tmp_path / "p.json")
-    with zipfile.ZipFile(tmp_path / "p.npz") as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def refused(path: Path) -> str:
-    with pytest.raises(ProfileFormatError, match=r"p\.json' cannot be used: .*; calibrate again$") as caught:
-        Profile.load(path)
-    return str(caught.value)
-
-
-def test_vectors_may_be_compressed(example: Profile, entries: dict[str, bytes], tmp_path: Path) -> None:
-    pack(tmp_path / "p.json", entries, compression=zipfile.ZIP_DEFLATED)
-    assert Profile.load(tmp_path / "p.json") == example
-
-
-def set_everywhere(signature: bytes, offset: int, value: int) -> Callable[[bytearray], None]:
-    """Change a byte in every record of a zip file that begins with a signature."""
-
-    def damage(content: bytearray) -> None:
-        start = -1
-        while (start := content.find(signature, start + 1)) >= 0:
-            content[start + offset] = value
-
-    return damage
-
-
-def encrypt(content: bytearray) -> None:
-    set_everywhere(b"PK\1\2", 8, 1)(content)
-    set_everywhere(b"PK\3\4", 6, 1)(content)
-
-
-def unknown_compression(content: bytearray) -> None:
-    set_everywhere(b"PK\1\2", 10, 97)(content)
-    set_everywhere(b"PK\3\4", 8, 97)(content)
-
-
-def bad_stream(content: bytearray) -> None:
-    start = content.find(b"PK\3\4") + 30 + len("prefill_mean_u.npy")
-    content[start : start + 20] = b"\xff" * 20
-
-
-@pytest.mark.parametrize("damage", [encrypt, unknown_compression, bad_stream])
-def test_an_archive_that_cannot_be_unpacked_is_refused(
-    entries: dict[str, bytes], tmp_path: Path, damage: Callable[[bytearray], None]
-) -> None:
-    pack(tmp_path / "p.json", entries, damage, compression=zipfile.ZIP_DEFLATED)
-    assert "p.npz', is malformed" in refused(tmp_path / "p.json")
-
-
-def test_other_compressions_are_refused_unread(entries: dict[str, bytes], tmp_path: Path) -> None:
-    pack(tmp_path / "p.json", entries, compression=zipfile.ZIP_LZMA)
-    assert "compressed in an unknown way" in refused(tmp_path / "p.json")
-
-
-def test_a_bomb_is_refused_by_the_size_that_it_says_and_read_no_further_where_it_lies(
-    entries: dict[str, bytes], tmp_path: Path
-) -> None:
-    bomb = {**entries, "prefill_mean_u.npy": entries["prefill_mean_u.npy"] + bytes(1 << 22)}
-    pack(tmp_path / "p.json", bomb, compression=zipfile.ZIP_DEFLATED)
-    assert "has 4,194,552 bytes, not 120 and a header" in refused(tmp_path / "p.json")
-
-    def lie(content: bytearray) -> None:
-        for signature, offset in ((b"PK\1\2", 24), (b"PK\3\4", 22)):
-            start = content.find(signature)
-            content[start + offset : start + offset + 4] = (200).to_bytes(4, "little")
-
-    pack(tmp_path / "p.json", bomb, lie, compression=zipfile.ZIP_DEFLATED)
-    refused(tmp_path / "p.json")
-
-
-class Armed:
-    """Pickled, it is a call; unpickled, the call is made."""
-
-    def __reduce__(self) -> Any:
-        return (pytest.fail, ("unpickled",))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        npy(np.array([Armed()] * 30, object).reshape(3, 2, 5)),
-        npy(np.zeros((3, 2, 5), np.float32), version=(2, 0)),
-        npy(np.asfortranarray(np.zeros((3, 2, 5), np.float32))),
-        npy(np.zeros((3, 2, 5), np.int32)),
-        npy(np.zeros((30,), np.float32)),
-        npy(np.zeros((3, 2, 5), np.float32))[:-4],
-        npy(np.zeros((3, 2, 5), np.float32)).replace(b"(3, 2, 5)", b"(9**9**9)"),
-        npy(np.zeros((3, 2, 5), np.float32)).replace(b"(3, 2, 5), ", b"(((((((((("),
-        b"",
-        b"\x93NUMPY" + bytes(200),
-    ],
-    ids=range(10),
-)
-def test_an_array_that_is_none_of_the_profile_is_refused(
-    entries: dict[str, bytes], tmp_path: Path, content: bytes
-) -> None:
-    pack(tmp_path / "p.json", {**entries, "decode_mean_v.npy": content})
-    assert "p.npz', is malformed" in refused(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize("name", ["n_embd", "rank"])
@@ -792,10 +632,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(mapped: Profile, tmp_pa
     data = json.loads((tmp_path / "p.json").read_text())
     data["vectors"][name] = size
     (tmp_path / "p.json").write_text(json.dumps(data))
-    if (name, size) == ("rank", 0):
-        assert Profile.load(tmp_path / "p.json").maps is None
-    else:
-        refused(tmp_path / "p.json")
+    refused(tmp_path / "p.json")
     data["vectors"]["n_embd"] = data["vectors"]["rank"] = 1 << 24
     (tmp_path / "p.json").write_text(json.dumps(data))
     refused(tmp_path / "p.json")
@@ -803,8 +640,8 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(mapped: Profile, tmp_pa
 
 def test_a_device_is_refused(example: Profile, tmp_path: Path) -> None:
     example.save(tmp_path / "p.json")
-    (tmp_path / "p.npz").unlink()
-    (tmp_path / "p.npz").symlink_to(os.devnull)
+    (tmp_path / "p.bin").unlink()
+    (tmp_path / "p.bin").symlink_to(os.devnull)
     assert "not a regular file" in refused(tmp_path / "p.json")
 
 
@@ -822,7 +659,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, bytes]
     path = tmp_path_factory.mktemp("fuzzed") / "p.json"
     costs = cost_model(0.1, [1, 2, 3], [4, 5, 6])
     profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], cost=costs, maps=maps()).save(path)
-    return path, path.read_bytes(), path.with_suffix(".npz").read_bytes()
+    return path, path.read_bytes(), path.with_suffix(".bin").read_bytes()
 
 
 CHANGES = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4)
@@ -843,7 +680,7 @@ def test_damaged_files_end_in_our_errors_or_not_at_all(
         digests = (hashlib.sha256(each).hexdigest().encode() for each in (binary, content))
         text = text.replace(*digests)
     path.write_bytes(text if of_vectors else content)
-    path.with_suffix(".npz").write_bytes(content if of_vectors else binary)
+    path.with_suffix(".bin").write_bytes(content if of_vectors else binary)
     try:
         Profile.load(path)
     except ProfileError as error:

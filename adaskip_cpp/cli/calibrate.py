@@ -117,7 +117,7 @@ def calibration_text(files: Sequence[str]) -> tuple[str, str]:
 
 
 def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> None:
-    from ..model.profile_file import vectors_path
+    from ..model.stored import vectors_path
     from ..pictures.heatmap import print_heatmap
 
     out = console()

@@ -24,7 +24,7 @@ from .terminal import CHOOSING, option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..model.cost_settings import CostSettings
+    from ..model.cost_model import CostSettings
     from ..planning.profile import Profile
 
 __all__ = [

@@ -9,10 +9,8 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from ..model.cost_settings import CostSettings
+from ..model.cost_model import CostSettings
 from .llama import AdaSkipLlama
-
-__all__ = ["cost_settings"]
 
 
 def cost_settings(llm: AdaSkipLlama) -> CostSettings:

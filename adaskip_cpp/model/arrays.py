@@ -1,4 +1,4 @@
-"""What dataclasses of arrays share: read-only copies, equality by content, and plain JSON values and back."""
+"""What dataclasses of arrays share: checked and read-only copies, equality by content, plain JSON values and back."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 import numpy.typing as npt
-
-__all__ = ["ByContent", "freeze", "from_plain", "to_plain"]
 
 _T = TypeVar("_T")
 
@@ -32,6 +30,29 @@ def _same(a: Any, b: Any) -> bool:
     return a is b if a is None or b is None else bool(a == b)
 
 
+def checked(instance: object, error: type[Exception], way_out: str, **shapes: tuple[Any, str]) -> dict[str, Any]:
+    """Return copies of a dataclass's arrays; those that are None stay so.
+
+    Args:
+        instance: the dataclass.
+        error: what is raised for another shape.
+        way_out: the end of its message.
+        **shapes: by field its dtype and its shape, as ``"n_layer 2 n_embd"``: a name is one number, 1 or more,
+            wherever it stands.
+    """
+    sizes, arrays = {"2": 2}, dict[str, Any]()
+    for name, (dtype, words) in shapes.items():
+        value, names = getattr(instance, name), words.split()
+        array = arrays[name] = None if value is None else np.array(value, dtype)
+        if array is None:
+            continue
+        expected = ", ".join(str(sizes.get(each, each)) for each in names)
+        differ = (sizes.setdefault(each, size) != size for each, size in zip(names, array.shape, strict=False))
+        if array.ndim != len(names) or 0 in array.shape or any(differ):
+            raise error(f"{name!r} has the shape {array.shape}, not [{expected}]; {way_out}")
+    return arrays
+
+
 def freeze(instance: object, **arrays: npt.NDArray[Any] | None) -> None:
     """Put arrays into a frozen dataclass, read-only from now on."""
     for name, array in arrays.items():
@@ -46,11 +67,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any, kind: type[_T]) -> _T:
-    """Return a dataclass from plain values.
-
-    Raises:
-        ValueError: a field is missing, of another type or impossible; the message says which.
-    """
+    """Return a dataclass from plain values; a ``ValueError`` says which field is missing, impossible or mistyped."""
     return msgspec.convert(value, kind, dec_hook=_array)
 
 
@@ -62,15 +79,8 @@ def _lists(array: Any) -> Any:
 
 def _array(kind: Any, value: Any) -> npt.NDArray[np.float64]:
     """Read lists of numbers, or lists of such lists, with null for NaN."""
-
-    def number(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise ValueError(f"{value!r} is not a number")
-        return np.nan if value is None else float(value)
-
-    if not isinstance(value, list):
-        raise ValueError("a list of numbers is missing")
     try:
-        return np.array([[number(each) for each in row] if isinstance(row, list) else number(row) for row in value])
-    except OverflowError as error:
+        rows = msgspec.convert(value, list[list[float | None] | float | None])
+        return np.array(rows, np.float64)
+    except (msgspec.ValidationError, OverflowError) as error:  # to a ValueError msgspec adds which field it is
         raise ValueError(str(error)) from error

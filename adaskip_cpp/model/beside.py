@@ -7,8 +7,6 @@ from dataclasses import replace
 
 from .identity import ModelInfo, fingerprint
 
-__all__ = ["check_model", "plan_path", "profile_path"]
-
 
 def profile_path(model: str | os.PathLike[str]) -> str:
     """Return the name of the profile beside a model, whether it is there or not."""
@@ -21,12 +19,7 @@ def plan_path(model: str | os.PathLike[str]) -> str:
 
 
 def check_model(made_for: ModelInfo, model: str | os.PathLike[str], name: str) -> None:
-    """Refuse a profile or plan of another model file, before the model is loaded.
-
-    Args:
-        made_for: the model that it was made for.
-        model: the model's file.
-        name: what to call the profile or plan.
+    """Refuse a profile or plan, called ``name``, of another model file, before the model is loaded.
 
     Raises:
         ProfileMismatchError: it is of another model.

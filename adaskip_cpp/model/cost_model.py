@@ -3,21 +3,64 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
-from .arrays import ByContent, freeze
-from .cost_settings import CostSettings
+from .arrays import ByContent, checked, freeze
 from .plan import Phase, SkipPlan
 from .skip_set import SkipSet
 
-__all__ = ["CELLS", "CostModel", "PhaseCost"]
-
 CELLS = 256
 """Attention reads KV cells in blocks of this many, filled or not: ``llama_kv_cache::get_n_kv`` pads to it."""
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """The machine and the settings that times were measured with; with others they are worth nothing.
+
+    :func:`adaskip_cpp.engine.settings.cost_settings` returns those of a loaded model.
+
+    Attributes:
+        cpu: name of the processor.
+        devices: names of ggml's devices, as ``("CPU",)``.
+        n_gpu_layers: layers offloaded to them.
+        n_threads, n_threads_batch: CPU threads in decode and in prefill.
+        n_batch, n_ubatch: tokens in a batch, and in what is computed at once.
+        flash_attention: whether attention is computed as one operation.
+        type_k, type_v: ggml types of the KV cache, as ``"F16"``.
+        swa_full: whether sliding-window layers have KV for the whole context.
+        llama_cpp_python: its version.
+    """
+
+    cpu: str
+    devices: tuple[str, ...]
+    n_gpu_layers: int
+    n_threads: int
+    n_threads_batch: int
+    n_batch: int
+    n_ubatch: int
+    flash_attention: bool
+    type_k: str
+    type_v: str
+    swa_full: bool
+    llama_cpp_python: str
+
+    def note(self, here: CostSettings) -> str:
+        """Say in one line in what these settings, of a profile's times, differ from those here; "" if in nothing."""
+
+        def word(settings: CostSettings, name: str) -> str:
+            value = getattr(settings, name)
+            return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+        names = [field.name for field in fields(self) if getattr(self, field.name) != getattr(here, field.name)]
+        words = "; ".join(f"{name} {word(self, name)}, here {word(here, name)}" for name in names)
+        return words and (
+            f"The profile's times were measured elsewhere ({words}): a predicted speed-up may be wrong here; measure "
+            "them again with `adaskip-cpp calibrate MODEL --cost-only -o PROFILE`."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,24 +86,17 @@ class PhaseCost(ByContent):
     growth: npt.NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        base, growth = np.array(self.base, np.float64), np.array(self.growth, np.float64)
-        if base.ndim != 2 or base.shape != (len(base), 2) or len(base) < 1 or growth.shape != (len(base),):
-            raise ProfileFormatError(
-                f"the cost model has the shapes {base.shape} and {growth.shape}, not [n_layer, 2] and [n_layer]; "
-                "calibrate again"
-            )
-        times = np.array([self.fixed, self.fixed_growth, *base.ravel(), *growth])
+        shapes = {"base": (np.float64, "n_layer 2"), "growth": (np.float64, "n_layer")}
+        arrays = checked(self, ProfileFormatError, "this is no part of the cost model; calibrate again", **shapes)
+        times = np.array([self.fixed, self.fixed_growth, *arrays["base"].ravel(), *arrays["growth"]])
         if self.n_tokens < 1 or not np.isfinite(times).all() or (times < 0).any():
             raise ProfileFormatError("the cost model has a time that is no time; calibrate again")
-        freeze(self, base=base, growth=growth)
+        freeze(self, **arrays)
 
     def seconds(self, runs: npt.NDArray[np.bool_], cells: npt.NDArray[np.float64], n_cells: float) -> float:
-        """Predict one ubatch.
+        """Predict one ubatch, in which the sublayers ``runs`` run, bool ``[n_layer, 2]``.
 
-        Args:
-            runs: bool ``[n_layer, 2]``, the sublayers that run.
-            cells: float64 ``[n_layer]``, KV cells that each attention reads.
-            n_cells: KV cells that an attention without a window reads.
+        Each attention reads so many of the KV ``cells``, ``[n_layer]``, one without a window ``n_cells``.
         """
         sublayers = self.base.copy()
         sublayers[:, 0] += self.growth * cells
@@ -107,7 +143,7 @@ class CostModel(ByContent):
         return len(self.limit)
 
     def seconds(self, skip: SkipSet | npt.NDArray[np.bool_] | None, context: int, phase: Phase) -> float:
-        """Predict how long a phase takes.
+        """Predict how many seconds a whole prompt or one decoded token takes.
 
         A prompt is computed ``n_ubatch`` tokens at a time. The cost of its last, shorter ubatch is interpolated between
         those of one token and of a whole ubatch.
@@ -117,28 +153,25 @@ class CostModel(ByContent):
             context: prefill: tokens of the prompt; decode: tokens before the one that is decoded.
             phase: ``"prefill"`` or ``"decode"``.
 
-        Returns:
-            Seconds for the whole prompt, or for one token.
-
         Raises:
             PlanError: an argument is impossible.
         """
         if not context >= (1 if phase == "prefill" else 0):
             raise PlanError(f"the context is {context!r} tokens; give the length of the prompt, 1 or more")
-        flags = np.zeros((self.n_layer, 2), np.bool_) if skip is None else skip
-        flags = flags.skip if isinstance(flags, SkipSet) else np.asarray(flags, np.bool_)
-        if flags.shape != (self.n_layer, 2):
+        flags = skip.skip if isinstance(skip, SkipSet) else skip
+        runs = np.ones((self.n_layer, 2), np.bool_) if flags is None else ~np.asarray(flags, np.bool_)
+        if runs.shape != (self.n_layer, 2):
             raise PlanError(
-                f"the skip set has the shape {flags.shape}, the cost model is for [{self.n_layer}, 2]; "
+                f"the skip set has the shape {runs.shape}, the cost model is for [{self.n_layer}, 2]; "
                 "use the profile of this model"
             )
         if phase == "decode":
-            return self._ubatch(~flags, 1, context + 1)
+            return self._ubatch(runs, 1, context + 1)
         if phase != "prefill":
             raise PlanError(f"unknown phase {phase!r}; use 'prefill' or 'decode'")
         size = self.prefill.n_tokens
-        return sum(self._ubatch(~flags, min(size, context - start), min(start + size, context))
-                   for start in range(0, context, size))  # fmt: skip
+        ends = (min(start + size, context) for start in range(0, context, size))
+        return sum(self._ubatch(runs, (end - 1) % size + 1, end) for end in ends)
 
     def speedup(self, plan: SkipPlan, context: int, phase: Phase) -> float:
         """Predict how many times faster than the full model a plan makes a phase.

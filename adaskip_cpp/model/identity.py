@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import IO
 
 from ..errors import ModelFileError, ProfileMismatchError
-
-__all__ = ["ModelInfo", "check_gguf", "fingerprint", "override_words"]
 
 _MIB = 1 << 20
 _BLOCK = 64 << 10
 _N_BLOCKS = 64
-
-_GGUF_MAGIC = b"GGUF"
 
 _SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf", re.DOTALL)
 """llama.cpp's name of a file of a model in several, ``llama_split_path``."""
@@ -57,19 +54,12 @@ class ModelInfo:
         name: str | os.PathLike[str],
         way_out: str = "calibrate the model as it is loaded here, or load it as it was calibrated",
     ) -> None:
-        """Refuse what was made for this model where another one is loaded.
-
-        Args:
-            loaded: the one that is loaded.
-            what: what was made, as ``the plan``.
-            name: file of the model that is loaded.
-            way_out: what to do.
+        """Refuse what was made for this model, as ``the plan``, where another one is loaded, from the file ``name``.
 
         Raises:
             ProfileMismatchError: they differ; the message says in what.
         """
-        differences = self.differences(loaded)
-        if differences:
+        if differences := self.differences(loaded):
             raise ProfileMismatchError(
                 f"{what} was made for another model than {os.fspath(name)!r}: {'; '.join(differences)}; {way_out}"
             )
@@ -117,22 +107,27 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
 
 
-def _digest(path: str) -> bytes:
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[IO[bytes]]:
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256(size.to_bytes(8, "little"))
-            if size <= 2 * _MIB + _N_BLOCKS * _BLOCK:
-                digest.update(file.read())
-            else:
-                digest.update(file.read(_MIB))
-                for i in range(_N_BLOCKS):
-                    file.seek((size - _BLOCK) * (i + 1) // (_N_BLOCKS + 1))
-                    digest.update(file.read(_BLOCK))
-                file.seek(size - _MIB)
-                digest.update(file.read(_MIB))
+            yield file
     except OSError as error:
         raise ModelFileError(f"cannot read the model {path!r}: {error.strerror or error}; check the path") from error
+
+
+def _digest(path: str) -> bytes:
+    with _reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        if size <= 2 * _MIB + _N_BLOCKS * _BLOCK:
+            parts = [(0, size)]
+        else:
+            blocks = [((size - _BLOCK) * (i + 1) // (_N_BLOCKS + 1), _BLOCK) for i in range(_N_BLOCKS)]
+            parts = [(0, _MIB), *blocks, (size - _MIB, _MIB)]
+        for start, length in parts:
+            file.seek(start)
+            digest.update(file.read(length))
     return digest.digest()
 
 
@@ -146,14 +141,8 @@ def check_gguf(path: str | os.PathLike[str]) -> None:
     for name in model_files(path):
         if not os.path.exists(name):
             raise ModelFileError(f"there is no model file {name!r}; check the path")
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             raise ModelFileError(f"{name!r} is a folder; name the .gguf file in it")
-        try:
-            with open(name, "rb") as file:
-                magic = file.read(len(_GGUF_MAGIC))
-        except OSError as error:
-            raise ModelFileError(
-                f"cannot read the model {name!r}: {error.strerror or error}; check the path"
-            ) from error
-        if magic != _GGUF_MAGIC:
-            raise ModelFileError(f"{name!r} is not a GGUF file; download a .gguf or convert the model to GGUF")
+        with _reading(name) as file:
+            if file.read(4) != b"GGUF":
+                raise ModelFileError(f"{name!r} is not a GGUF file; download a .gguf or convert the model to GGUF")

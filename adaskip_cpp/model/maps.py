@@ -12,9 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ProfileFormatError
-from .arrays import ByContent, freeze
-
-__all__ = ["LinearMaps", "map_scale"]
+from .arrays import ByContent, checked, freeze
 
 _NEAR_ONE = 0.02
 
@@ -35,16 +33,11 @@ class LinearMaps(ByContent):
     up: npt.NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        shape = np.shape(self.up)
-        if len(shape) != 4 or shape[1] != 2 or 0 in shape:
-            raise ProfileFormatError("the linear maps have an impossible shape; calibrate again")
-        if np.shape(self.down) != (*shape[:2], shape[3], shape[2]):
-            raise ProfileFormatError("the linear maps' shapes do not fit each other; calibrate again")
-        for name in ("down", "up"):
-            array = np.array(getattr(self, name), np.float32)
-            if not np.isfinite(array[self.fitted]).all():
-                raise ProfileFormatError("the linear maps have values that calibration cannot give; calibrate again")
-            freeze(self, **{name: array})
+        shapes = {"up": (np.float32, "n_layer 2 n_embd rank"), "down": (np.float32, "n_layer 2 rank n_embd")}
+        arrays = checked(self, ProfileFormatError, "these are no linear maps; calibrate again", **shapes)
+        freeze(self, **arrays)
+        if not all(np.isfinite(array[self.fitted]).all() for array in arrays.values()):
+            raise ProfileFormatError("the linear maps have values that calibration cannot give; calibrate again")
 
     @property
     def n_layer(self) -> int:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError
+from .arrays import to_plain
 from .identity import ModelInfo
-from .skip_set import SkipSet, mark_layers
-
-__all__ = [
-    "MODES",
-    "PHASES",
-    "Mode",
-    "OnlineScale",
-    "OnlineStage",
-    "Phase",
-    "SkipPlan",
-]
+from .skip_set import SkipSet, marked
 
 Phase: TypeAlias = Literal["prefill", "decode"]
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
@@ -57,26 +47,14 @@ class OnlineStage:
     scale: OnlineScale = "paper"
 
     def __post_init__(self) -> None:
-        try:
-            window = operator.index(self.window)
-        except TypeError:
-            window = 0
-        if not 1 <= window < 2**31:
+        if not (isinstance(self.window, int | np.integer) and 1 <= self.window < 2**31):
             raise PlanError(f"the online window is {self.window!r}; use a whole number of tokens from 1 on")
-        try:
-            threshold = float(self.threshold)
-        except (TypeError, ValueError):
-            threshold = float("nan")
-        if not np.isfinite(threshold):
+        if not (isinstance(self.threshold, int | float | np.number) and np.isfinite(self.threshold)):
             raise PlanError(f"the online threshold is {self.threshold!r}; use a similarity, a number of at most 1")
         if self.scale not in get_args(OnlineScale):
             raise PlanError(f"unknown online scale {self.scale!r}; use one of: {', '.join(get_args(OnlineScale))}")
-        object.__setattr__(self, "window", window)
-        object.__setattr__(self, "threshold", threshold)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"window": self.window, "threshold": self.threshold, "scale": self.scale}
+        object.__setattr__(self, "window", int(self.window))
+        object.__setattr__(self, "threshold", float(self.threshold))
 
 
 @dataclass(frozen=True)
@@ -113,11 +91,6 @@ class SkipPlan:
     mode: Mode | Literal["manual"] = "manual"
 
     def __post_init__(self) -> None:
-        if self.prefill.n_layer != self.decode.n_layer:
-            raise PlanError(
-                f"prefill is for {self.prefill.n_layer} layers but decode for {self.decode.n_layer}; "
-                "build both for the same model"
-            )
         if self.model is not None and self.model.n_layer != self.n_layer:
             raise PlanError(
                 f"the plan is for {self.n_layer} layers but its model has {self.model.n_layer}; "
@@ -125,35 +98,26 @@ class SkipPlan:
             )
         if self.mode not in (*MODES, "manual"):
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
-        holes = sorted(set(self.prefill.attention) - set(self.decode.attention))
-        if holes:
-            raise PlanError(
-                f"prefill skips the attention of layers {holes}, which decode runs: it would read KV that was never "
-                "written; skip them in decode too"
-            )
         if self.schedule:
-            self._check_schedule()
-
-    def _check_schedule(self) -> None:
-        starts = [start for start, _ in self.schedule]
-        sets = [each for _, each in self.schedule]
-        if self.online is not None:
-            raise PlanError("a plan has a decode schedule or an online stage, not both; leave one out")
-        if starts[0] != 0 or sets[0] != self.decode:
-            raise PlanError("the schedule does not begin with (0, decode); give the decode set first")
-        if any(b <= a for a, b in itertools.pairwise(starts)):
-            raise PlanError(f"the schedule's token counts {starts} do not ascend; sort its sets by token count")
-        for (_, earlier), (start, later) in itertools.pairwise(self.schedule):
-            if later.n_layer != self.n_layer:
+            starts = [start for start, _ in self.schedule]
+            if self.online is not None:
+                raise PlanError("a plan has a decode schedule or an online stage, not both; leave one out")
+            if self.schedule[0] != (0, self.decode):
+                raise PlanError("the schedule does not begin with (0, decode); give the decode set first")
+            if any(b <= a for a, b in itertools.pairwise(starts)):
+                raise PlanError(f"the schedule's token counts {starts} do not ascend; sort its sets by token count")
+        later = [(f"the schedule's set at {start} tokens", each) for start, each in self.schedule[1:]]
+        in_turn = [("prefill", self.prefill), ("decode", self.decode), *later]
+        for (name, earlier), (later_name, later_set) in itertools.pairwise(in_turn):
+            if earlier.n_layer != later_set.n_layer:
                 raise PlanError(
-                    f"the schedule's set at {start} tokens is for {later.n_layer} layers, not {self.n_layer}; "
+                    f"{name} is for {earlier.n_layer} layers but {later_name} for {later_set.n_layer}; "
                     "build all sets for the same model"
                 )
-            holes = sorted(set(earlier.attention) - set(later.attention))
-            if holes:
+            if holes := sorted({*earlier.attention} - {*later_set.attention}):
                 raise PlanError(
-                    f"the schedule's set at {start} tokens runs the attention of layers {holes}, which the set before "
-                    "it skips: it would read KV that was never written; let the sets grow only"
+                    f"{name} skips the attention of layers {holes}, which {later_name} runs: it would read KV that was "
+                    "never written; skip them there too"
                 )
 
     @classmethod
@@ -183,9 +147,7 @@ class SkipPlan:
             raise PlanError(f"n_layer is {n_layer}; pass the model's number of layers, llm.n_layer")
         if phase not in ("both", "decode"):
             raise PlanError(f"unknown phase {phase!r}; use 'both' or 'decode'")
-        skip = np.zeros((n_layer, 2), np.bool_)
-        mark_layers(skip, 0, attention)
-        mark_layers(skip, 1, ffn)
+        skip = marked(n_layer, attention, ffn)
         try:
             values = np.broadcast_to(np.asarray(1.0 if scale is None else scale, np.float64), skip.shape)
         except ValueError as error:
@@ -222,9 +184,9 @@ class SkipPlan:
             "compensation": self.compensation,
             "mode": self.mode,
             "n_layer": self.n_layer,
-            "model": None if self.model is None else asdict(self.model),
+            "model": to_plain(self.model),
             "prefill": self.prefill.to_dict(),
             "decode": self.decode.to_dict(),
             "schedule": [{"start": start, **each.to_dict()} for start, each in self.schedule],
-            "online": None if self.online is None else self.online.to_dict(),
+            "online": to_plain(self.online),
         }

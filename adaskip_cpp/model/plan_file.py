@@ -1,14 +1,12 @@
 """Plan files: JSON for what people read, and the vectors of the skipped sublayers in one binary file beside it.
 
 ``X.json`` says what is skipped, for which model, and for a plan that `adaskip-cpp tune` found what was promised and
-measured. ``X.bin`` is nothing but numbers, float32 of little endian: for each of the JSON's ``sets`` in turn, for each
-of its ``arrays`` as listed, one part of that shape per attention and then per FFN, as listed. Its SHA-256 is in the
-JSON. Move or copy the two together; a plan without vectors is JSON alone.
+measured. ``X.bin`` (see :mod:`adaskip_cpp.model.stored`) holds for each of the JSON's ``sets`` in turn, for each of its
+``arrays`` as listed, one part of that shape per attention and then per FFN, as listed.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from dataclasses import dataclass
@@ -16,21 +14,18 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import PlanFileError
-from ..files import json_text, write_atomically, write_pair
+from . import stored
 from .beside import check_model, plan_path
 from .identity import ModelInfo
 from .plan import Mode, OnlineStage, SkipPlan
 from .promise import Tuning
-from .skip_set import SkipSet, mark_layers
-from .stored import VectorsFile, file_beside, read_json
-
-__all__ = ["PlanFile", "is_plan_file", "load_plan", "plan_beside", "save_plan"]
+from .skip_set import SkipSet, marked
 
 FORMAT_VERSION = 1
 _FORMAT = "adaskip-plan"
-_AGAIN = "write it again with `adaskip-cpp tune` or `adaskip-cpp plan -o`"
 
 _MOST_MEMORY = 4 << 30
 """More bytes than any plan's arrays take once they have a row for every sublayer."""
@@ -61,23 +56,31 @@ class _Set:
     scale: tuple[float, ...]
     arrays: dict[Literal["bias", "down", "up"], tuple[_Size, ...]]
 
-    @classmethod
-    def of(cls, value: SkipSet) -> _Set:
-        arrays = {name: getattr(value, name) for name in ("bias", "down", "up")}
-        shapes = {name: array.shape[2:] for name, array in arrays.items() if array is not None and value.n_skip}
-        return cls(value.attention, value.ffn, value.scale.T[value.skip.T].tolist(), shapes)  # type: ignore[arg-type]
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the arrays in the binary file."""
+        return [(len(self.attention) + len(self.ffn), *shape) for shape in self.arrays.values()]
 
-    def n_values(self, n_sublayers: int) -> int:
-        """Numbers in the arrays of so many sublayers."""
-        return n_sublayers * sum(map(math.prod, self.arrays.values()))
+    def skip_set(self, n_layer: int, arrays: stored.Arrays) -> SkipSet:
+        """Return the set, with its arrays from the binary file."""
+        skip, scale = marked(n_layer, self.attention, self.ffn), np.ones((n_layer, 2))
+        rows = (*self.attention, *self.ffn), (0,) * len(self.attention) + (1,) * len(self.ffn)
+        n = len(rows[0])
+        if skip.sum() != n or len(self.scale) != n:
+            raise ValueError(f"{skip.sum()} sublayers are listed {n} times, with {len(self.scale)} scales")
+        if self.arrays and not n:
+            raise ValueError("a set has arrays of no sublayer")
+        scale[rows] = self.scale
+        parts = {name: np.zeros((n_layer, 2, *shape), np.float32) for name, shape in self.arrays.items()}
+        for part, values in zip(parts.values(), arrays, strict=True):
+            part[rows] = values
+        return SkipSet(skip, scale, **parts)
 
 
 @dataclass(frozen=True)
 class _File:
     """The JSON. Phases and the schedule refer to ``sets`` by number, from 0 on; ``vectors`` is the file beside it."""
 
-    format: str
-    version: int
     model: ModelInfo | None
     n_layer: _Layers
     strategy: str
@@ -88,7 +91,7 @@ class _File:
     schedule: tuple[tuple[int, int], ...]
     online: OnlineStage | None
     sets: tuple[_Set, ...]
-    vectors: VectorsFile | None
+    vectors: stored.VectorsFile | None
     tuning: Tuning | None
 
 
@@ -98,37 +101,28 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | Non
     Raises:
         OSError: a file cannot be written; what was there before is still there.
     """
-    sets: list[SkipSet] = []
-    for each in (plan.prefill, *(each for _, each in plan.decode_sets)):
-        if each not in sets:
-            sets.append(each)
-    parts = [
-        getattr(each, name).swapaxes(0, 1)[each.skip.T].astype("<f4").tobytes()
-        for each in sets
-        for name in _Set.of(each).arrays
-    ]
-    target = os.path.realpath(path)
-    binary, content = file_beside(target, ".bin"), b"".join(parts)
-    data = _File(
-        _FORMAT,
-        FORMAT_VERSION,
-        plan.model,
-        plan.n_layer,
-        plan.strategy,
-        plan.compensation,
-        plan.mode,
-        sets.index(plan.prefill),
-        sets.index(plan.decode),
-        tuple((start, sets.index(each)) for start, each in plan.schedule),
-        plan.online,
-        tuple(map(_Set.of, sets)),
-        VectorsFile.of(binary, content) if content else None,
-        tuning,
-    )
-    if content:
-        write_pair(target, json_text(data), binary, content)
-    else:
-        write_atomically(target, json_text(data))
+    sets = list(dict.fromkeys((plan.prefill, *(each for _, each in plan.decode_sets))))
+    arrays: list[npt.NDArray[np.float32]] = []
+    entries = []
+    for each in sets:
+        parts = {name: getattr(each, name) for name in ("bias", "down", "up") if each.n_skip}
+        rows = {name: part.swapaxes(0, 1)[each.skip.T] for name, part in parts.items() if part is not None}
+        arrays += rows.values()
+        shapes: Any = {name: array.shape[1:] for name, array in rows.items()}
+        entries.append(_Set(each.attention, each.ffn, tuple(each.scale.T[each.skip.T].tolist()), shapes))
+    data = {
+        "format": _FORMAT,
+        "version": FORMAT_VERSION,
+        **vars(plan),
+        "n_layer": plan.n_layer,
+        "prefill": sets.index(plan.prefill),
+        "decode": sets.index(plan.decode),
+        "schedule": [(start, sets.index(each)) for start, each in plan.schedule],
+        "sets": entries,
+        "vectors": None,
+        "tuning": tuning,
+    }
+    stored.save(path, data, arrays)
 
 
 def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None) -> PlanFile:
@@ -141,20 +135,14 @@ def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | N
         OSError: a file cannot be read.
     """
     name = os.fspath(path)
+    way_out = "`adaskip-cpp tune` or `adaskip-cpp plan -o`"
     try:
-        data = read_json(name)
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise ValueError("this is no plan file")
-        if data.get("version") != FORMAT_VERSION:
-            raise ValueError(f"it has format version {data.get('version')!r}, this release reads {FORMAT_VERSION}")
-        file = msgspec.convert(_nan_for_null(data), _File)
-        plan = _plan(file, os.path.dirname(os.path.realpath(name)))
+        file = msgspec.convert(_nan_for_null(stored.load(name, _FORMAT, "plan file", FORMAT_VERSION)), _File)
+        plan = _plan(file, name)
     except FileNotFoundError:
-        raise PlanFileError(
-            f"there is no plan file {name!r}; write one with `adaskip-cpp tune` or `adaskip-cpp plan -o`"
-        ) from None
+        raise PlanFileError(f"there is no plan file {name!r}; write one with {way_out}") from None
     except ValueError as error:  # among them all of msgspec's and our own
-        raise PlanFileError(f"{name!r} cannot be used: {error}; {_AGAIN}") from error
+        raise PlanFileError(f"{name!r} cannot be used: {error}; write it again with {way_out}") from error
     if model is not None and plan.model is not None:
         check_model(plan.model, model, name)
     return PlanFile(plan, file.tuning)
@@ -182,9 +170,14 @@ def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
     return load_plan(name, model=model)
 
 
-def _plan(file: _File, folder: str) -> SkipPlan:
-    values = _values(file, folder)
-    sets = [_skip_set(each, file.n_layer, values) for each in file.sets]
+def _plan(file: _File, path: str) -> SkipPlan:
+    shapes = [shape for each in file.sets for shape in each.shapes]
+    if 8 * file.n_layer * sum(math.prod(shape) for each in file.sets for shape in each.arrays.values()) > _MOST_MEMORY:
+        raise ValueError("it is of a larger model than any")
+    if shapes and file.vectors is None:
+        raise ValueError("it names no file of its vectors")
+    arrays = iter(() if file.vectors is None else file.vectors.read(path, shapes))
+    sets = [each.skip_set(file.n_layer, [next(arrays) for _ in each.arrays]) for each in file.sets]
     if not all(0 <= index < len(sets) for index in (file.prefill, file.decode, *(index for _, index in file.schedule))):
         raise ValueError(f"it refers to a set that is not among its {len(sets)}")
     return SkipPlan(
@@ -197,40 +190,6 @@ def _plan(file: _File, folder: str) -> SkipPlan:
         compensation=file.compensation,
         mode=file.mode,
     )
-
-
-def _values(file: _File, folder: str) -> io.BytesIO:
-    """Read the binary file; nothing but what the JSON names, counts and hashes is accepted."""
-    n_bytes = 4 * sum(each.n_values(len(each.attention) + len(each.ffn)) for each in file.sets)
-    if 4 * sum(each.n_values(2 * file.n_layer) for each in file.sets) > _MOST_MEMORY:
-        raise ValueError("it is of a larger model than any")
-    if file.vectors is None:
-        if n_bytes:
-            raise ValueError("it names no file of its vectors")
-        return io.BytesIO()
-    content = file.vectors.read(folder, n_bytes)
-    if len(content) != n_bytes:
-        raise ValueError(f"the file of its vectors, {file.vectors.file!r}, is of another plan")
-    return io.BytesIO(content)
-
-
-def _skip_set(stored: _Set, n_layer: int, values: io.BytesIO) -> SkipSet:
-    """Return a set, whose numbers come next in ``values``."""
-    skip, scale = np.zeros((n_layer, 2), np.bool_), np.ones((n_layer, 2))
-    mark_layers(skip, 0, stored.attention)
-    mark_layers(skip, 1, stored.ffn)
-    rows = (*stored.attention, *stored.ffn), (0,) * len(stored.attention) + (1,) * len(stored.ffn)
-    n = len(rows[0])
-    if skip.sum() != n or len(stored.scale) != n:
-        raise ValueError(f"{skip.sum()} sublayers are listed {n} times, with {len(stored.scale)} scales")
-    if stored.arrays and not n:
-        raise ValueError("a set has arrays of no sublayer")
-    scale[rows] = stored.scale
-    arrays = {}
-    for name, shape in stored.arrays.items():
-        arrays[name] = np.zeros((n_layer, 2, *shape), np.float32)
-        arrays[name][rows] = np.frombuffer(values.read(4 * n * math.prod(shape)), "<f4").reshape(n, *shape)
-    return SkipSet(skip, scale, **arrays)
 
 
 def _nan_for_null(data: Any) -> Any:

@@ -13,8 +13,6 @@ from .identity import ModelInfo
 from .maps import LinearMaps
 from .statistics import PhaseStatistics
 
-__all__ = ["ProfileData"]
-
 
 @dataclass(frozen=True)
 class ProfileData:
@@ -48,21 +46,26 @@ class ProfileData:
     maps: LinearMaps | None = None
 
     def __post_init__(self) -> None:
-        parts = {"'similarity'": self.prefill, "'similarity' of decode": self.decode, "the cost model": self.cost}
+        parts = {
+            "'similarity'": self.prefill,
+            "'similarity' of decode": self.decode,
+            "the cost model": self.cost,
+            "linear maps": self.maps,
+        }
         for name, part in parts.items():
-            if part is not None and part.n_layer != self.model.n_layer:
+            if part is not None and part.n_layer != self.n_layer:
                 raise ProfileFormatError(
-                    f"{name} is of {part.n_layer} layers, the model has {self.model.n_layer}; calibrate again"
+                    f"{name} is of {part.n_layer} layers, the model has {self.n_layer}; calibrate again"
                 )
         counts = (self.n_requests, self.n_tokens, self.prefill.n_tokens, self.decode.n_tokens)
         if min(counts) < 1:
             raise ProfileFormatError(f"it has counts of requests or tokens below 1, {counts}; calibrate again")
-        if self.prefill.n_embd != self.decode.n_embd:
+        n_embd = self.prefill.n_embd
+        if self.decode.n_embd != n_embd:
             raise ProfileFormatError(
-                f"the vectors' lengths differ, {self.prefill.n_embd} in prefill and {self.decode.n_embd} in decode; "
-                "calibrate again"
+                f"the vectors' lengths differ, {n_embd} in prefill and {self.decode.n_embd} in decode; calibrate again"
             )
-        if self.maps is not None and (self.maps.n_layer, self.maps.n_embd) != (self.n_layer, self.prefill.n_embd):
+        if self.maps is not None and self.maps.n_embd != n_embd:
             raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
 
     __hash__ = None  # type: ignore[assignment]

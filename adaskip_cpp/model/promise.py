@@ -9,8 +9,6 @@ from typing import Literal, TypeAlias, get_args
 from ..errors import PlanError
 from ..intervals import Interval
 
-__all__ = ["Promise", "PromiseKind", "SpeedUp", "Tuning"]
-
 PromiseKind: TypeAlias = Literal["max_loss", "min_agreement", "speedup"]
 
 

@@ -9,12 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ProfileFormatError
-from .arrays import ByContent, freeze
-
-__all__ = ["FIGURES", "VECTORS", "PhaseStatistics"]
+from .arrays import ByContent, checked, freeze
 
 FIGURES = ("similarity", "norm_ratio", "median_ratio", "layer_similarity")
 VECTORS = ("mean_u", "mean_v")
+_SHAPES = {
+    **dict.fromkeys(FIGURES[:3], (np.float64, "n_layer 2")),
+    "layer_similarity": (np.float64, "n_layer"),
+    **dict.fromkeys(VECTORS, (np.float32, "n_layer 2 n_embd")),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +32,7 @@ class PhaseStatistics(ByContent):
         norm_ratio: float64 ``[n_layer, 2]``, ``||V||_F / ||U||_F`` over all tokens, the paper's compensation.
         median_ratio: float64 ``[n_layer, 2]``, median over the tokens of ``|v| / |u|``.
         layer_similarity: float64 ``[n_layer]``, mean over the tokens of the cosine of a whole layer's input and output.
-        mean_u: float32 ``[n_layer, 2, n_embd]``, mean of u over the tokens, or None.
-        mean_v: float32 ``[n_layer, 2, n_embd]``, mean of v over the tokens, or None.
+        mean_u, mean_v: float32 ``[n_layer, 2, n_embd]``, means of u and v over the tokens, or both None.
         n_tokens: tokens seen, all requests together.
 
     Raises:
@@ -46,31 +48,18 @@ class PhaseStatistics(ByContent):
     n_tokens: int = 0
 
     def __post_init__(self) -> None:
-        shape = np.shape(self.similarity)
-        if len(shape) != 2 or shape[0] < 1 or shape[1] != 2:
-            raise ProfileFormatError(f"'similarity' has the shape {shape}, not [n_layer, 2]; calibrate again")
-        observed = ~np.isnan(np.asarray(self.similarity, np.float64))
-        for name in FIGURES:
-            array = np.array(getattr(self, name), dtype=np.float64)
-            expected = shape if name != "layer_similarity" else shape[:1]
-            if array.shape != expected:
-                raise ProfileFormatError(f"{name!r} has the shape {array.shape}, not {list(expected)}; calibrate again")
-            inconsistent = name != "layer_similarity" and (np.isnan(array) == observed).any()
-            if np.isinf(array).any() or inconsistent:
+        arrays = checked(self, ProfileFormatError, "calibrate again", **_SHAPES)
+        observed = ~np.isnan(arrays["similarity"])
+        for name, array in arrays.items():
+            if name in VECTORS:
+                possible = array is None or np.isfinite(array[observed]).all()
+            else:
+                possible = not np.isinf(array).any() and (array.ndim == 1 or (np.isnan(array) != observed).all())
+            if not possible:
                 raise ProfileFormatError(f"{name!r} has values that calibration cannot give; calibrate again")
-            freeze(self, **{name: array})
         if (self.mean_u is None) != (self.mean_v is None):
             raise ProfileFormatError("one of 'mean_u' and 'mean_v' is missing; calibrate again")
-        n_embd = None if self.mean_u is None else np.shape(self.mean_u)[-1]
-        for name in VECTORS if self.mean_u is not None else ():
-            vectors = np.array(getattr(self, name), dtype=np.float32)
-            if vectors.shape != (*shape, n_embd):
-                raise ProfileFormatError(
-                    f"{name!r} has the shape {vectors.shape}, not [{shape[0]}, 2, n_embd]; calibrate again"
-                )
-            if not np.isfinite(vectors[observed]).all():
-                raise ProfileFormatError(f"{name!r} has values that calibration cannot give; calibrate again")
-            freeze(self, **{name: vectors})
+        freeze(self, **arrays)
 
     @property
     def n_layer(self) -> int:

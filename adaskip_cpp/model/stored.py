@@ -1,78 +1,118 @@
-"""What profile files and plan files share: JSON that is checked as it is read, and one file of vectors beside it.
+"""What profile files and plan files share: checked JSON, and the numbers of the vectors in one binary file beside it.
 
-Both may come from elsewhere: nothing is taken on trust, nothing is read beyond what a file may be long, and nothing is
-unpickled. All that is wrong is a ``ValueError``, which the readers turn into errors of their own.
+``X.bin`` beside ``X.json`` is nothing but float32 of little endian, array after array; their shapes follow from the
+JSON, which also has its name and SHA-256. Move or copy the two together; without vectors there is JSON alone.
+
+Both may come from elsewhere: nothing is taken on trust, and nothing is read beyond what a file may be long. All that is
+wrong is a ``ValueError``, which the readers turn into errors of their own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["MOST_JSON", "VectorsFile", "file_beside", "read_bounded", "read_json"]
+from ..files import json_text, write_atomically, write_pair
 
 MOST_JSON = 64 << 20
 """More bytes than the JSON of any profile or plan has."""
 
+Arrays = Sequence[npt.NDArray[np.float32]]
+
+
+class VersionError(ValueError):
+    """A file is of a format version that this release does not read."""
+
 
 @dataclass(frozen=True)
 class VectorsFile:
-    """The file beside a JSON file, as that names it.
-
-    Attributes:
-        file: its name, in the same folder.
-        sha256: of its content, in hexadecimal.
-    """
+    """The file beside a JSON file, as that names it: its name in the same folder, and its SHA-256 in hexadecimal."""
 
     file: str
     sha256: str
 
-    @classmethod
-    def of(cls, path: str, content: bytes) -> VectorsFile:
-        """Return what the JSON says of a file that is to be written."""
-        return cls(os.path.basename(path), hashlib.sha256(content).hexdigest())
+    def read(self, path: str | os.PathLike[str], shapes: Sequence[tuple[int, ...]]) -> Arrays:
+        """Read arrays of these shapes, which shall be all of the file.
 
-    def read(self, folder: str, most: int) -> bytes:
-        """Read the file, which shall have at most so many bytes.
+        Args:
+            path: the JSON file.
+            shapes: of the arrays, in the order in which they were saved.
 
         Raises:
-            ValueError: it is missing, longer, or not the one that the JSON was written with.
+            ValueError: it is missing, or not the one that the JSON was written with.
             OSError: it cannot be read.
         """
         name = self.file
         if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
             raise ValueError(f"{name!r} is not the name of a file beside it")
-        path = os.path.join(folder, name)
+        beside = os.path.join(os.path.dirname(os.path.realpath(path)), name)
+        ends = list(itertools.accumulate(map(math.prod, shapes), initial=0))
         try:
-            content = read_bounded(path, most)
+            content = _read_bounded(beside, 4 * ends[-1])
         except FileNotFoundError:
-            raise ValueError(f"the file of its vectors, {path!r}, is missing; put it back beside it") from None
-        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise ValueError(f"the file of its vectors, {beside!r}, is missing; put it back beside it") from None
+        if hashlib.sha256(content).hexdigest() != self.sha256 or len(content) != 4 * ends[-1]:
             raise ValueError(
-                f"the file of its vectors, {path!r}, is truncated or of another one; put the one that was written with "
-                "it beside it"
+                f"the file of its vectors, {beside!r}, is truncated or of another one; put the one that was written "
+                "with it beside it"
             )
-        return content
+        numbers = np.frombuffer(content, "<f4").astype(np.float32)
+        parts = zip(itertools.pairwise(ends), shapes, strict=True)
+        return [numbers[start:end].reshape(shape) for (start, end), shape in parts]
 
 
-def file_beside(path: str | os.PathLike[str], suffix: str) -> str:
-    """Return the name of the file beside ``X.json`` that holds its vectors, as ``X.npz``, be it there or not."""
+def vectors_path(path: str | os.PathLike[str]) -> str:
+    """Return the name of the file beside ``X.json`` that holds its vectors, ``X.bin``, be it there or not."""
     name = os.fspath(path)
-    return (name[: -len(".json")] if name.lower().endswith(".json") else name) + suffix
+    return (name[: -len(".json")] if name.lower().endswith(".json") else name) + ".bin"
 
 
-def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
-    """Read a file.
+def save(path: str | os.PathLike[str], data: dict[str, Any], arrays: Arrays) -> None:
+    """Write a JSON file and its vectors, whose name and hash join ``data["vectors"]``.
 
     Raises:
-        ValueError: it has more than ``most`` bytes, or is a device.
+        OSError: a file cannot be written; what was there before is still there, and no other file.
+    """
+    target = os.path.realpath(path)
+    if not arrays:
+        write_atomically(target, json_text(data))
+        return
+    content = b"".join(array.astype("<f4").tobytes() for array in arrays)
+    beside = vectors_path(target)
+    names = {"file": os.path.basename(beside), "sha256": hashlib.sha256(content).hexdigest()}
+    write_pair(target, json_text({**data, "vectors": {**(data["vectors"] or {}), **names}}), beside, content)
+
+
+def load(path: str | os.PathLike[str], form: str, what: str, version: int) -> dict[str, Any]:
+    """Read a JSON file of a format and version.
+
+    Raises:
+        VersionError: it is of another version.
+        ValueError: it is not JSON, longer than any, or not ``what``.
         OSError: it cannot be read.
     """
+    try:
+        data = msgspec.json.decode(_read_bounded(path, MOST_JSON))
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(f"it is truncated or is not JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("format") != form:
+        raise ValueError(f"this is no {what}")
+    if data.get("version") != version:
+        raise VersionError(f"it has format version {data.get('version')!r}, this release reads {version}")
+    return data
+
+
+def _read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
     with open(path, "rb") as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
@@ -80,16 +120,3 @@ def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
         if facts.st_size > most:
             raise ValueError(f"{os.fspath(path)!r} has more than {most:,} bytes")
         return file.read(facts.st_size)
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: it is not JSON, or longer than any.
-        OSError: it cannot be read.
-    """
-    try:
-        return msgspec.json.decode(read_bounded(path, MOST_JSON))
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"it is truncated or is not JSON ({error})") from error

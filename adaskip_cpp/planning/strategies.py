@@ -21,23 +21,10 @@ import numpy.typing as npt
 from ..errors import BudgetError, NotSkippableError, PlanError
 from ..model.plan import SkipPlan
 from ..model.profile import ProfileData
-from ..model.skip_set import SkipSet, mark_layers, ranked, sublayer_name
+from ..model.skip_set import SkipSet, marked, ranked, sublayer_name
 from .modes import compensated_plan
 from .request import DEFAULT_N_SKIP, PlanRequest
 from .speedup import Goal, cheapest_set, smallest_budget
-
-__all__ = [
-    "LONGEST_GENERATION",
-    "STRATEGIES",
-    "Strategy",
-    "adaskip",
-    "early_exit",
-    "make_plan",
-    "manual",
-    "skip_decode",
-    "strategy",
-    "unified_skipping",
-]
 
 Strategy: TypeAlias = Callable[[ProfileData | int, PlanRequest], SkipPlan]
 """From a profile or a number of layers and a request to a plan."""
@@ -164,9 +151,7 @@ def manual(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
 
     They are skipped as the mode says, without an online stage unless it has a threshold.
     """
-    skip = np.zeros((_n_layer(source), 2), np.bool_)
-    mark_layers(skip, 0, request.attention)
-    mark_layers(skip, 1, request.ffn)
+    skip = marked(_n_layer(source), request.attention, request.ffn)
     if request.n_skip not in (None, skip.sum()):
         raise BudgetError(
             f"{skip.sum()} sublayers are listed, not {request.n_skip}; leave n_skip out with strategy 'manual'"
