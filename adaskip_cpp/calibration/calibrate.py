@@ -24,7 +24,7 @@ from .similarity import RequestStatistics
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
-    from ..engine.records import StatisticsBatch
+    from ..engine.native_types import StatisticsBatch
     from ..model.plan import Phase
 
 MAX_DECODED = 20

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..model.statistics import PhaseStatistics
 
 if TYPE_CHECKING:
-    from ..engine.records import StatisticsBatch
+    from ..engine.native_types import StatisticsBatch
 
 _EPS = np.float32(1e-8)
 """Smallest product of norms that is divided by, as in ``torch.nn.functional.cosine_similarity``."""

@@ -12,7 +12,7 @@ import click
 from .terminal import console, json_option, model_options, open_quietly, verb
 
 if TYPE_CHECKING:
-    from ..engine.records import Sublayer
+    from ..engine.native_types import Sublayer
 
 
 @verb("Show what can be skipped in a model.", example="adaskip-cpp inspect model.gguf")

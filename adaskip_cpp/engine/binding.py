@@ -10,8 +10,6 @@ from cffi import FFI
 from ..errors import LibraryVersionError
 from . import library as _library
 
-__all__ = ["check_build", "ffi", "lib"]
-
 
 def _declarations(header: str) -> str:
     """The C declarations of adaskip.h: all of it but what only the C++ compiler and the preprocessor read."""
@@ -22,7 +20,12 @@ def _declarations(header: str) -> str:
 def _open() -> tuple[FFI, Any]:
     ffi = FFI()
     ffi.cdef(_declarations(_library.header().read_text(encoding="utf-8")))
-    ffi.cdef("size_t ggml_tensor_overhead(void);")
+    ffi.cdef("""
+        size_t ggml_tensor_overhead(void);
+        size_t ggml_backend_dev_count(void);
+        void * ggml_backend_dev_get(size_t index);
+        const char * ggml_backend_dev_description(void * device);
+    """)
     # llama_cpp has opened this very file; the loader hands out the same library again.
     lib = ffi.dlopen(str(_library.path()))
     check_build(lib)

@@ -15,14 +15,12 @@ from ..model.plan import PHASES, Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .log import errors_logged
 from .native import elide_kv
-from .native_llama import NativeLlama
-from .records import OnlineResult, StatisticsBatch
+from .native_types import OnlineResult, StatisticsBatch
+from .self_describing import SelfDescribingLlama
 from .state import AdaSkipState, check_state
 
-__all__ = ["AdaSkipLlama"]
 
-
-class AdaSkipLlama(NativeLlama):
+class AdaSkipLlama(SelfDescribingLlama):
     """A model that can leave sublayers out.
 
     Without a plan it is ``llama_cpp.Llama``, bit for bit. With one, the prompt given to a call runs under the plan's
@@ -117,9 +115,8 @@ class AdaSkipLlama(NativeLlama):
                 f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; "
                 "make a plan from this model's profile."
             )
-        for skip_set in (plan.prefill, *(each for _, each in plan.decode_sets)):
-            n_embd = skip_set.n_embd
-            if n_embd is not None and n_embd != self.n_embd():
+        for n_embd in (plan.prefill.n_embd, *(each.n_embd for _, each in plan.decode_sets)):
+            if n_embd not in (None, self.n_embd()):
                 raise PlanError(
                     f"the plan's vectors have {n_embd} values, {self.model_path!r} has {self.n_embd()} "
                     "per token; make a plan from this model's profile."

@@ -25,9 +25,7 @@ from ..errors import (
 from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .binding import ffi, lib
-from .records import Activations, Counters, OnlineResult, StatisticsBatch, Sublayer
-
-__all__ = ["NativeContext", "elide_kv"]
+from .native_types import Activations, Counters, OnlineResult, StatisticsBatch, Sublayer
 
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _WAYS_OUT = {
@@ -55,17 +53,14 @@ def elide_kv(skipped: npt.NDArray[np.bool_] | None) -> Iterator[None]:
 class NativeContext:
     """adaskip's side of one ``llama_context``.
 
-    Args:
-        address: of the ``llama_context``, which must outlive this object.
-
-    Raises:
-        NotSkippableError, CompensationError, NativeError: from every method, for the codes of adaskip.h.
+    ``address`` is that of the ``llama_context``, which must outlive this object. Every method raises an error of
+    ``_WAYS_OUT`` or NativeError for the codes of adaskip.h.
     """
 
     def __init__(self, address: int) -> None:
         self._ctx = ffi.cast("struct llama_context *", address)
         self._callback: Any = None
-        self._drops_logits = False
+        self.drops_logits = False  # whether the statistics in force leave the output head out
         self._error: BaseException | None = None
         self.n_layer: int = self._check(lib.adaskip_n_layer(self._ctx))
 
@@ -95,18 +90,14 @@ class NativeContext:
         rows = ffi.new("struct adaskip_sublayer[]", n)
         self._check(lib.adaskip_sublayers(self._ctx, rows, n))
         return tuple(
-            Sublayer(
-                row.layer, KINDS[row.kind], bool(row.skippable), ffi.string(row.reason).decode(), row.shape, row.window
-            )
-            for row in rows
+            Sublayer(r.layer, KINDS[r.kind], bool(r.skippable), ffi.string(r.reason).decode(), r.shape, r.window)
+            for r in rows
         )
 
     def set_plan(self, plan: SkipPlan | None, tag: int) -> None:
         """Sets all that is to be skipped, or on an error nothing; :meth:`plan_tag` tells which plan is in force.
 
-        Args:
-            plan: None runs the whole model.
-            tag: of the plan, above 0; None has the tag 0.
+        A plan's tag is above 0; None, the whole model, has the tag 0.
         """
         if plan is None:
             self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL))
@@ -132,17 +123,14 @@ class NativeContext:
 
     def online(self, stage: OnlineStage) -> OnlineResult:
         """What the online stage of the plan in force has learned in this request."""
-        similarity, norm_ratio, scale = np.empty((3, self.n_layer))
+        similarity, norm_ratio, scale = learned = np.empty((3, self.n_layer))
         added = np.zeros(self.n_layer, np.uint8)
         state = ffi.new("struct adaskip_online_state *")
-        state.similarity = ffi.from_buffer("double[]", similarity)
-        state.norm_ratio = ffi.from_buffer("double[]", norm_ratio)
-        state.scale = ffi.from_buffer("double[]", scale)
+        state.similarity, state.norm_ratio, state.scale = (ffi.from_buffer("double[]", row) for row in learned)
         state.added = ffi.from_buffer("uint8_t[]", added)
         self._check(lib.adaskip_get_online(self._ctx, state))
-        return OnlineResult(
-            stage.window, state.n_tokens, similarity, norm_ratio, scale, stage.threshold, _layers(added)
-        )
+        ffn = _layers(added)
+        return OnlineResult(stage.window, state.n_tokens, similarity, norm_ratio, scale, stage.threshold, ffn)
 
     def begin_request(self) -> None:
         """No token of the next request is decoded yet; its online stage starts from the plans that were set."""
@@ -162,15 +150,8 @@ class NativeContext:
         """The counters of this context."""
         c = ffi.new("struct adaskip_counters *")
         self._check(lib.adaskip_get_counters(self._ctx, c))
-        return Counters(
-            c.n_nodes_full,
-            c.n_nodes,
-            c.n_splits,
-            c.n_graphs_built,
-            c.n_graphs_reused,
-            c.n_bytes_kv,
-            c.n_bytes_statistics,
-        )
+        graphs = c.n_graphs_built, c.n_graphs_reused
+        return Counters(c.n_nodes_full, c.n_nodes, c.n_splits, *graphs, c.n_bytes_kv, c.n_bytes_statistics)
 
     def start_statistics(
         self,
@@ -195,31 +176,21 @@ class NativeContext:
             if self._error is None:
                 sink(_batch(statistics))
 
-        flags = lib.ADASKIP_STATISTICS_ON
-        flags |= 0 if keep_logits else lib.ADASKIP_STATISTICS_ALL_TOKENS
-        flags |= lib.ADASKIP_STATISTICS_VECTORS if vectors else 0
-        flags |= lib.ADASKIP_STATISTICS_ACTIVATIONS if activations else 0
+        wanted = {"ON": True, "ALL_TOKENS": not keep_logits, "VECTORS": vectors, "ACTIVATIONS": activations}
+        flags = sum(getattr(lib, f"ADASKIP_STATISTICS_{name}") for name, on in wanted.items() if on)
         callback = ffi.callback("adaskip_statistics_callback", deliver, onerror=keep)
         self._check(lib.adaskip_set_statistics(self._ctx, flags, callback, ffi.NULL))
-        self._callback = callback
-        self._drops_logits = not keep_logits
-        self._error = None
+        self._callback, self._error, self.drops_logits = callback, None, not keep_logits
 
     def stop_statistics(self) -> None:
         """Takes the statistics out of the next graph."""
         self._check(lib.adaskip_set_statistics(self._ctx, 0, ffi.NULL, ffi.NULL))
-        self._callback = None
-        self._drops_logits = False
+        self._callback, self.drops_logits = None, False
 
     @property
     def collects_statistics(self) -> bool:
         """Whether a sink is set."""
         return self._callback is not None
-
-    @property
-    def drops_logits(self) -> bool:
-        """Whether the statistics in force leave the output head out."""
-        return self._drops_logits
 
     def raise_pending(self) -> None:
         """Raises what the sink raised during the last ``llama_decode``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from ..model.cost_model import CostSettings
+from .binding import ffi, lib
 from .llama import AdaSkipLlama
 
 
@@ -56,12 +56,5 @@ def _cpu() -> str:
 
 def _devices() -> tuple[str, ...]:
     """Names of ggml's devices."""
-    from llama_cpp._ggml import libggml
-
-    try:
-        count, get, name = (getattr(libggml, f"ggml_backend_dev_{each}") for each in ("count", "get", "description"))
-    except AttributeError:
-        return ()
-    count.restype, get.restype, name.restype = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
-    get.argtypes, name.argtypes = (ctypes.c_size_t,), (ctypes.c_void_p,)
-    return tuple((name(get(i)) or b"").decode("utf-8", "replace") for i in range(count()))
+    devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
+    return tuple(ffi.string(lib.ggml_backend_dev_description(each)).decode("utf-8", "replace") for each in devices)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_cpp.llama import LlamaState
 
 from ..errors import StateError
 from ..model.identity import ModelInfo
-
-if TYPE_CHECKING:
-    from .llama import AdaSkipLlama
-
-__all__ = ["AdaSkipState", "check_state"]
+from .self_describing import SelfDescribingLlama
 
 
 class AdaSkipState(LlamaState):
-    """A saved state that knows which model it is of. What its positions were computed under is in llama.cpp's own part.
+    """A saved state that knows which model it is of, and which layers' attentions have no KV at all.
 
-    Attributes:
-        model: what it was saved from.
-        elided_kv: layers whose attention has no KV at all.
+    What its positions were computed under is in llama.cpp's own part.
     """
 
     model: ModelInfo
@@ -34,19 +28,18 @@ class AdaSkipState(LlamaState):
         return result
 
 
-def check_state(state: LlamaState, llm: AdaSkipLlama) -> None:
-    """Refuse a state that is of another model, other context settings or another KV layout than ``llm``.
-
-    Raises:
-        StateError: it is.
-    """
-    differences = state.model.differences(llm.model_info) if isinstance(state, AdaSkipState) else []
+def check_state(state: LlamaState, llm: SelfDescribingLlama) -> None:
+    """Refuse a state that is of another model, other context settings or another KV layout than ``llm``."""
+    elided: tuple[int, ...] = ()
+    differences: list[str] = []
+    if isinstance(state, AdaSkipState):
+        differences, elided = state.model.differences(llm.model_info), state.elided_kv
     if differences:
         raise StateError(
             f"the state was saved from another model: {'; '.join(differences)}; load it into the model that it was "
             "saved from."
         )
-    if (state.elided_kv if isinstance(state, AdaSkipState) else ()) != llm.elided_kv:
+    if elided != llm.elided_kv:
         raise StateError(
             "the state was saved with KV for other layers; load it into a model that was opened with the same plan=, "
             "or without one where this was."

@@ -1,4 +1,4 @@
-"""What a model tells of itself: its sublayers, counters, statistics, and what its online stage learned."""
+"""What the calls of ``native`` return: sublayers, counters, statistics, and what the online stage learned."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import numpy.typing as npt
 from ..model.plan import Phase
 from ..model.skip_set import Kind
 
-__all__ = ["Activations", "Counters", "OnlineResult", "StatisticsBatch", "Sublayer"]
-
 Activations: TypeAlias = "list[list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None]]"
 
 
@@ -21,10 +19,7 @@ class Sublayer:
     """One sublayer of a model, as found in its compute graph.
 
     Attributes:
-        layer: index from 0.
-        kind: "attention" or "ffn".
-        skippable: whether a plan may name it.
-        reason: why not, "" if it is skippable.
+        reason: why a plan may not name it, "" if it is skippable.
         shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
         window: tokens that an attention looks back at, 0 for all.
     """
@@ -48,7 +43,6 @@ class StatisticsBatch:
         layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output.
         sum_u, sum_v: float32 [n_layer, 2, n_embd]: sums of u and v over the tokens; None if they were not asked for.
         positions: int32 [n_tokens].
-        phase: "prefill" or "decode".
         activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], None where a sublayer does not see every token;
             valid until the sink returns. None if they were not asked for.
     """
@@ -66,15 +60,13 @@ class StatisticsBatch:
 
 @dataclass(frozen=True)
 class Counters:
-    """What can be counted exactly about a context.
+    """What can be counted exactly about a context, since it was created.
 
     Attributes:
-        nodes_full: nodes of the last graph as llama.cpp built it.
-        nodes: nodes of the last graph as it was computed.
+        nodes_full, nodes: of the last graph as llama.cpp built it, and as it was computed.
         splits: parts of it that run on one device each.
-        graphs_built, graphs_reused: since the context was created.
         kv_bytes: size of the context's memory (KV cache, recurrent state), all devices together.
-        statistics_bytes: bytes of statistics that the host read since the context was created.
+        statistics_bytes: read by the host.
     """
 
     nodes_full: int
@@ -92,7 +84,7 @@ class OnlineResult:
 
     Attributes:
         window: tokens that it observes.
-        n_tokens: tokens that it has observed, fewer than the window in a short request.
+        n_tokens: that it has observed, fewer than the window in a short request.
         similarity: float64 [n_layer], mean IO similarity of each FFN over them, NaN where not observed.
         norm_ratio: float64 [n_layer], ||V||_F / ||U||_F over them, likewise.
         scale: float64 [n_layer], what stands in for each FFN if it is added, likewise.

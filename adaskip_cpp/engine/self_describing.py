@@ -1,4 +1,4 @@
-"""``llama_cpp.Llama`` with its native side, and what both tell of the model."""
+"""``llama_cpp.Llama`` that tells what it is: its size, sublayers, memory and identity."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import llama_cpp
 from ..errors import NativeError
 from ..model.identity import ModelInfo, fingerprint, override_words
 from .native import NativeContext
-from .records import Counters, Sublayer
+from .native_types import Counters, Sublayer
 
 
-class NativeLlama(llama_cpp.Llama):
-    """What :class:`~adaskip_cpp.engine.llama.AdaSkipLlama` is built on: a model that tells what it is."""
+class SelfDescribingLlama(llama_cpp.Llama):
+    """A model with its native side, and what both tell of it; :class:`AdaSkipLlama` adds the plan."""
 
     @cached_property
     def _adaskip(self) -> NativeContext:
