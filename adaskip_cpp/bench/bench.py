@@ -51,24 +51,13 @@ class BenchSettings:
     n_gpu_layers: int = -1
     flash_attention: bool = False
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Arguments for ``llama_cpp.Llama``."""
-        return {
-            "n_ctx": max(self.contexts) + self.n_decode,
-            "n_threads": self.n_threads,
-            "n_threads_batch": self.n_threads,
-            "n_gpu_layers": self.n_gpu_layers,
-            "flash_attn": self.flash_attention,
-        }
-
 
 @dataclass
 class BenchResult:
     """What was measured, by contender; ``machine`` is the :class:`CostSettings` of ours with no plan, as a dictionary.
 
     ``usage`` is that of its last process; ``nodes_prefill`` counts the graph that reads a prompt, None where that is
-    not told. ``error`` is what ended it before all rounds were run, None if that was Ctrl-C.
+    not told. ``ended_by`` is what ended it before all rounds were run.
     """
 
     settings: BenchSettings
@@ -77,16 +66,15 @@ class BenchResult:
     usage: dict[str, Usage] = field(default_factory=dict)
     nodes_prefill: dict[str, int | None] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
-    complete: bool = False
-    error: AdaSkipError | None = None
+    ended_by: AdaSkipError | KeyboardInterrupt | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what msgspec writes as JSON, raw times included."""
         return {
             "settings": self.settings,
             "machine": self.machine,
-            "complete": self.complete,
-            "error": None if self.error is None else str(self.error),
+            "complete": self.ended_by is None,
+            "error": str(self.ended_by) if isinstance(self.ended_by, AdaSkipError) else None,
             "contenders": [
                 {
                     "name": name,
@@ -127,13 +115,22 @@ class Bench:
     ) -> None:
         self._settings = settings
         self._on_progress = on_progress
+        self._options = {
+            "n_ctx": max(settings.contexts) + settings.n_decode,
+            "n_threads": settings.n_threads,
+            "n_threads_batch": settings.n_threads,
+            "n_gpu_layers": settings.n_gpu_layers,
+            "flash_attn": settings.flash_attention,
+        }
         self._workers: dict[str, Worker] = {}
         self._warm: dict[str, RequestTime] = {}
         self._n_warm_up = min(settings.contexts[0], _N_WARM_UP)
         self._start_s = 0.0  # what starting the last round's processes took
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
         parts, ideal = ({}, {}) if skippable is None else _ideal(plans, skippable)
-        settle = {name: _settle(plan, settings.n_decode) for name, plan in plans.items()}
+        # Tokens that an online stage observes do not count, so that its choice is timed.
+        windows = {name: plan.online.window for name, plan in plans.items() if plan.online is not None}
+        settle = {name: window + N_SETTLE for name, window in windows.items() if window < settings.n_decode}
         # What takes its turn in a round. The contenders have processes of their own; the runs with a plan share one.
         self._runs: dict[str, SkipPlan | None] = {**dict.fromkeys(contenders), **ideal}
         self._tokens = list(itertools.islice(itertools.cycle(tokens), max(settings.contexts)))
@@ -148,11 +145,10 @@ class Bench:
                     for context in self._settings.contexts:
                         for index in in_turn(len(self._runs), n_round):
                             self._time([*self._runs][index], context, n_round)
-            self.result.complete = True
         except (KeyboardInterrupt, AdaSkipError) as error:
             if not self._start_s:
                 raise
-            self.result.error = error if isinstance(error, AdaSkipError) else None
+            self.result.ended_by = error
         return self.result
 
     def _start(self, stack: ExitStack, n_round: int) -> None:
@@ -161,12 +157,11 @@ class Bench:
         for name in dict.fromkeys(map(self._process, self._runs)):
             if n_round == 0:
                 self._on_progress(f"loading {name}", 0.0, math.nan)
-            worker = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
+            worker = self._workers[name] = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
             ours = {"plan": self.result.plans[name]} if name in self.result.plans else {}
-            reply = worker.open(self._settings.model, {**self._settings.options, **ours})
+            reply = worker.open(self._settings.model, {**self._options, **ours})
             if name == NO_PLAN:
                 self.result.machine = reply["settings"]
-            self._workers[name] = worker
         prompt = self._tokens[: self._n_warm_up]
         for name, plan in self._runs.items():
             worker = self._workers[self._process(name)]
@@ -218,13 +213,6 @@ class Bench:
 
 def _total_s(run: RequestTime) -> float:
     return run.first_token_s + sum(run.token_s)
-
-
-def _settle(plan: SkipPlan, n_decode: int) -> int:
-    """Tokens of decode that do not count: with an online stage those that it observes, so that its choice is timed."""
-    if plan.online is None or n_decode <= plan.online.window:
-        return N_SETTLE
-    return plan.online.window + N_SETTLE  # as behind the prompt, for the graph of the set that it chose
 
 
 def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[_Parts, dict[str, SkipPlan]]:

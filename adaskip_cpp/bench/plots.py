@@ -21,10 +21,7 @@ TITLES = {"prefill": "Time to first token", "decode": "Time per token"}
 
 
 def plot(rows: Sequence[Row], times: BenchTimes, target: str) -> list[Path]:
-    """Draw times and ratios, and return the files written: PNG and SVG of each.
-
-    The target is a folder, or a path whose last part begins the files' names.
-    """
+    """Draw times and ratios as PNG and SVG into a folder, or where a path's last part begins their names."""
     folder, stem = os.path.split(target)
     if not stem or os.path.isdir(target):
         folder, stem = target, "bench"
@@ -56,13 +53,12 @@ def _draw_ratios(rows: Sequence[Row], times: BenchTimes) -> Figure:
     reference = STOCK if STOCK in times.contenders else NO_PLAN
     fig, axes = plots.panels(1, 2, height_in=3.2, sharey=True)
     contexts = sorted({row.context for row in rows})
-    compared = [row for row in rows if reference in row.against]
-    names = [name for name in times.contenders if any(name == row.contender for row in compared)]
+    names = [name for name in times.contenders if name != reference]
     for axis, phase in zip(axes, PHASES, strict=True):
         axis.axhline(1.0, color=plots.INK, linewidth=0.8)
         ideal: list[tuple[float, float]] = []
         for index, name in enumerate(names):
-            own = [row for row in compared if row.phase == phase and row.contender == name]
+            own = [row for row in rows if row.phase == phase and row.contender == name]
             x = [contexts.index(row.context) + 0.7 * ((index + 0.5) / len(names) - 0.5) for row in own]
             against = [row.against[reference] for row in own]
             ends = [[max(i.value - i.low, 0) for i in against], [max(i.high - i.value, 0) for i in against]]

@@ -56,10 +56,7 @@ def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
 
 
 def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -> tuple[tuple[int, ...], str]:
-    """Return the contexts to measure, ascending, and a line that says what was changed, "" if nothing.
-
-    Without ``asked`` these are 512, 2,048 and 8,192 as far as the model allows, whose own context is 0 if it has none.
-    """
+    """Return the contexts to measure, ascending, and a line that says what was changed, "" if nothing."""
     wanted = sorted(set(_DEFAULT_CONTEXTS if asked is None else asked))
     limit = n_ctx_train - n_decode if n_ctx_train else wanted[-1]
     if wanted[0] < 1 or limit < 1:
@@ -83,10 +80,7 @@ def brief_profile(llm: AdaSkipLlama, *, cost: bool) -> Profile:
 
 
 def make_plans(source: Profile | int, requests: Iterable[PlanRequest], context: int) -> dict[str, SkipPlan]:
-    """Make plans, by the names that tables call them; speed-ups are predicted for a prompt of ``context`` tokens.
-
-    The source is the model's profile, or its number of layers if they are lists of layers without compensation.
-    """
+    """Make plans, by their names in tables, from a profile; lists of layers need the number of layers only."""
     plans: dict[str, SkipPlan] = {}
     for request in requests:
         n = sum(name.partition(" (")[0] == request.name for name in plans)

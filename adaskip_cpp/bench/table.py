@@ -20,8 +20,7 @@ from ..model.plan import PHASES, Phase
 
 STOCK, NO_PLAN = "stock", "no plan"
 """The two contenders that others are compared with: stock llama-cpp-python, and ours with no plan."""
-REST = "nothing that can be skipped"
-"""The run of just what no plan can skip."""
+REST = "nothing that can be skipped"  # names the run of all else
 
 
 @dataclass
@@ -33,7 +32,6 @@ class BenchTimes:
     than among the others, and skipping them brings more than this ideal: more than 100% of it.
 
     Attributes:
-        contenders: their names in the order of the table.
         times: by name of the run and tokens of context: one request per round, in order.
         parts: by contender and phase, the run of only what it skips there; empty if the ideal was not measured.
         settle: by contender, tokens at the beginning of decode that do not count; :data:`timing.N_SETTLE` by default.

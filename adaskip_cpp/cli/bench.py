@@ -141,10 +141,9 @@ def bench(
         if note:
             err.print(note)
         if calibrates:
-            timing = ", and timing the sublayers." if predicts else "."
-            err.print(
-                f"No --profile: calibrating on {subject.N_REQUESTS} requests of {subject.N_TOKENS} tokens{timing}"
-            )
+            timing = ", and timing the sublayers" if predicts else ""
+            size = f"{subject.N_REQUESTS} requests of {subject.N_TOKENS} tokens"
+            err.print(f"No --profile: calibrating on {size}{timing}.")
             source = subject.brief_profile(llm, cost=predicts)
         plans |= subject.make_plans(source or llm.n_layer, requests, fitting[-1])
         if predicts:
@@ -171,10 +170,8 @@ def bench(
     if plot_to is not None and rows:
         for path in plot(rows, result.times, plot_to):
             err.print(f"Drawn: {path}", style="dim", soft_wrap=True)
-    if result.error is not None:
-        raise result.error
-    if not result.complete:
-        raise click.Abort
+    if result.ended_by is not None:
+        raise result.ended_by
 
 
 def _requests(choice: dict[str, Any]) -> list[PlanRequest]:
