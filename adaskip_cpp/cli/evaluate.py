@@ -35,9 +35,7 @@ _speed = partial(option, group="Speed")
 )
 @click.argument("model")
 @option("--profile", "profile_path", required=True, metavar="PROFILE", help="Profile of this model.")
-@option(
-    "-o", "--output", "folder", required=True, metavar="FOLDER", help="Folder of the results; a second run goes on."
-)
+@option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the results; a second run goes on.")
 @option(
     "--skip",
     "n_skips",
@@ -104,7 +102,7 @@ _speed = partial(option, group="Speed")
 @model_options
 @json_option
 def evaluate(
-    model: str, profile_path: str, folder: str, threads: int | None, gpu_layers: int, as_json: bool, **values: Any
+    model: str, profile_path: str, output: str, threads: int | None, gpu_layers: int, as_json: bool, **values: Any
 ) -> None:
     """Compare plans with the whole MODEL: loss, agreement, continuations and answers, against measured speed.
 
@@ -132,7 +130,7 @@ def evaluate(
     facts = {"started": started, "command": command, "load_average": os.getloadavg()[0]}
     err = console(stderr=True)
     interrupted = False
-    with store.open_store(folder, settings, facts) as kept:
+    with store.open_store(output, settings, facts) as kept:
         load = kept.facts["load_average"]
         if work.speed_prompt and load > BUSY:
             notes.append(
@@ -166,13 +164,13 @@ def evaluate(
     if as_json:
         click.echo(found.to_json(), nl=False)
     else:
-        _print(found, folder)
+        _print(found, output)
     if interrupted:
         err.print(f"Interrupted; nothing is lost. The same command goes on:\n  {command}", soft_wrap=True)
         context.exit(130)
 
 
-def _print(results: Results, folder: str) -> None:
+def _print(results: Results, output: str) -> None:
     """The headline, a short table for each mode, and where the rest is."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -189,4 +187,4 @@ def _print(results: Results, folder: str) -> None:
         out.print(table)
     for sentence in results.headline:
         out.print(sentence)
-    out.print(f"\nWritten to {os.path.join(folder, 'report.html')}, with all else beside it.", soft_wrap=True)
+    out.print(f"\nWritten to {os.path.join(output, 'report.html')}, with all else beside it.", soft_wrap=True)

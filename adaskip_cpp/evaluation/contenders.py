@@ -13,8 +13,7 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import STRATEGIES, make_plan
 from .results import Named
 
-_COMPENSATED = "adaskip"
-"""The strategy that has a compensation; the baselines have none."""
+_COMPENSATED = "adaskip"  # the strategy that has a compensation; the baselines have none
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,8 @@ PROMPT, CONTINUATION, ANSWER, SPEED = "prompt", "continuation", "answer", "speed
 EVERYONE = "*"
 """Stands for the contender where a result is of all of them: a round of timing."""
 
-_DECODE_WEIGHT = 4
-"""What decoding a token costs, in tokens of a prompt; for the estimate of what is left."""
-_WARM_UP = 32, 4
-"""Tokens of the prompt and tokens decoded before a contender is timed."""
+_DECODE_WEIGHT = 4  # what decoding a token costs, in tokens of a prompt; for the estimate of what is left
+_WARM_UP = 32, 4  # tokens of the prompt and tokens decoded before a contender is timed
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class Work:
     Attributes:
         contenders: the full model first.
         n_continuation: tokens at the end of a text that are decoded, and tokens decoded for a measurement of speed.
-        speed_prompt: token ids that speed is measured on; () for no measurement.
-        n_rounds: how often it is measured.
+        speed_prompt: token ids that speed is measured on, ``n_rounds`` times; () for no measurement.
     """
 
     contenders: Sequence[Contender]
@@ -76,9 +73,9 @@ class Work:
     @property
     def n_ctx(self) -> int:
         """Tokens that the longest request needs."""
+        answers = (len(item.prompt) + item.max_tokens + 1 for item in self.questions)
         speed = len(self.speed_prompt) + self.n_continuation + 1 if self.speed_prompt else 0
-        needed = [len(item.tokens) for item in self.texts]
-        return max([speed, *needed, *(len(item.prompt) + item.max_tokens + 1 for item in self.questions)])
+        return max(speed, *answers, *(len(item.tokens) for item in self.texts), 0)
 
     def results(self) -> dict[Key, float]:
         """All results that there will be, and about what each takes, in tokens of a prompt."""
@@ -110,7 +107,9 @@ class Work:
         }
 
 
-def run(work: Work, store: Store, open_model: OpenModel, on_progress: Callable[[float], None] | None = None) -> None:
+def run(
+    work: Work, store: Store, open_model: OpenModel, on_progress: Callable[[float], None] = lambda fraction: None
+) -> None:
     """Measure what an open store lacks.
 
     The model is opened up to twice, one at a time. Progress is the fraction that is done of what was lacking.
@@ -148,7 +147,7 @@ def _closed(llm: AdaSkipLlama) -> Iterator[AdaSkipLlama]:
 class _Rest:
     """What the store lacks, measured and put into it."""
 
-    def __init__(self, work: Work, store: Store, on_progress: Callable[[float], None] | None) -> None:
+    def __init__(self, work: Work, store: Store, on_progress: Callable[[float], None]) -> None:
         self._work, self._store, self._on_progress = work, store, on_progress
         self._left = {key: cost for key, cost in work.results().items() if key not in store.records}
         self._total = sum(self._left.values())
@@ -215,5 +214,4 @@ class _Rest:
     def _keep(self, record: Record) -> None:
         self._store.append(record)
         del self._left[record.key]
-        if self._on_progress is not None:
-            self._on_progress(1.0 - sum(self._left.values()) / self._total)
+        self._on_progress(1.0 - sum(self._left.values()) / self._total)

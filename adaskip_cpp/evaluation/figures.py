@@ -15,8 +15,7 @@ from .evaluate import ANSWER, CONTINUATION, EVERYONE, PROMPT, SPEED, Work
 from .results import About, Cell, Figure, Named, Results, Row, Speed, TaskScores
 from .store import Key, Record
 
-_N_LENGTHS = 8
-"""Lengths of a task's questions, at most, for a table by length."""
+_N_LENGTHS = 8  # lengths of a task's questions, at most, for a table by length
 
 
 def evaluation_results(work: Work, records: Mapping[Key, Record], about: About) -> Results:

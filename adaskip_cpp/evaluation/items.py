@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..engine.generation import chat_tokens, has_chat_template
@@ -15,7 +16,7 @@ from ..errors import AdaSkipError, DataError
 from ..measuring import corpus
 from ..measuring.longbench import longbench_items
 from ..measuring.synthetic import synthetic_items
-from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, raw_wrap, read_texts, text_items
+from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
 from ..model.beside import plan_path
 from ..model.plan import SkipPlan
 from ..model.plan_file import load_plan, plan_beside
@@ -27,8 +28,7 @@ from .evaluate import OpenModel, Work
 
 _SPEED_CONTEXT = 1024
 _LONGBENCH_CTX = 8192
-_ANSWER = 64
-"""Tokens that the answer of a synthetic task takes at most."""
+_ANSWER = 64  # tokens that the answer of a synthetic task takes at most
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ _BUILTIN: dict[str, Callable[[], tuple[Mapping[str, str], str]]] = {
 
 
 def _wrap(llm: AdaSkipLlama, chat: bool) -> Wrap:
-    return (lambda prompt: chat_tokens(llm, [("user", prompt)])) if chat else raw_wrap(llm)
+    return (lambda prompt: chat_tokens(llm, [("user", prompt)])) if chat else partial(corpus.tokens_of, llm, bos=True)
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..intervals import Interval
@@ -26,8 +26,6 @@ class _Quality(NamedTuple):
 
 
 class _Point(NamedTuple):
-    """A contender in the picture."""
-
     row: Row
     speed: Interval
     quality: Figure
@@ -40,16 +38,13 @@ def quality_pictures(results: Results) -> dict[str, Drawing]:
     other measures in the same way.
     """
     kinds = {
-        name: _Quality(label, full, lambda row, figure=figure: row.figure(figure))  # type: ignore[misc]
-        for name, label, full, figure in (
-            ("quality", "added loss, nats per token (lower is better)", 0.0, "added_loss"),
-            ("agreement", "agreement with the full model", 1.0, "agreement"),
-            ("rouge-l", "Rouge-L with the full model's text", 1.0, "rouge_l"),
-        )
+        "quality": _Quality("added loss, nats per token (lower is better)", 0.0, methodcaller("figure", "added_loss")),
+        "agreement": _Quality("agreement with the full model", 1.0, methodcaller("figure", "agreement")),
+        "rouge-l": _Quality("Rouge-L with the full model's text", 1.0, methodcaller("figure", "rouge_l")),
     }
     for task in results.tasks:
         if (score := results.full.score(task)) is not None:
-            kinds[f"score-{task}"] = _Quality(f"score, {task}", score.mean, partial(Row.score, task=task))
+            kinds[f"score-{task}"] = _Quality(f"score, {task}", score.mean, methodcaller("score", task))
     drawn = {}
     for name, quality in kinds.items():
         panels = {mode: points for mode in MODES if (points := _points(results.of_mode(mode), quality))}
@@ -111,18 +106,14 @@ def _draw(axes: Axes, line: Sequence[_Point]) -> Any:
 
 def score_maps(results: Results) -> dict[str, Drawing]:
     """Return a map of scores by length and depth for each task that was asked at several, by file name."""
-    drawn = {}
-    for task in results.tasks:
-        rows = [row for row in results.contenders if task in row.questions and row.questions[task].cells]
-        if rows:
-            drawn[f"map-{task}"] = _map(task, rows)
-    return drawn
+    rows = {task: [row for row in results.contenders if row.cells(task)] for task in results.tasks}
+    return {f"map-{task}": _map(task, each) for task, each in rows.items() if each}
 
 
 def _map(task: str, rows: Sequence[Row]) -> Drawing:
-    scores = [{(cell.length, cell.depth): cell.score.mean for cell in row.questions[task].cells} for row in rows]
+    scores = [row.cells(task) for row in rows]
     cells = list(dict.fromkeys(cell for each in scores for cell in each))
-    values = [[each.get(cell, math.nan) for cell in cells] for each in scores]
+    values = [[each[cell].mean if cell in each else math.nan for cell in cells] for each in scores]
     fig, axes = plots.figure(width_in=2.4 + max(0.45 * len(cells), 2.0), height_in=1.2 + 0.2 * len(rows))
     axes.grid(False)
     axes.imshow(values, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")

@@ -143,6 +143,11 @@ class Row(Named):
         """The score of a task's questions."""
         return self.questions[task].score if task in self.questions else None
 
+    def cells(self, task: str) -> dict[tuple[int, float | None], Figure]:
+        """Scores of a task's questions by length and depth."""
+        cells = self.questions[task].cells if task in self.questions else ()
+        return {(cell.length, cell.depth): cell.score for cell in cells}
+
 
 @dataclass(frozen=True)
 class About:

@@ -99,9 +99,7 @@ def _mode_table(results: Results, mode: str) -> Table:
     rows = [results.full, *results.of_mode(mode)]
     several = len({row.compensation for row in rows if row.compensation != "none"}) > 1
     columns: _Columns = {
-        "skipped": lambda row: (
-            " / ".join(map(str, dict.fromkeys((row.n_skip_prefill, row.n_skip_decode)))) if row.mode else ""
-        ),
+        "skipped": _skipped,
         **{f"{name}, times as fast": partial(_speed, speed) for speed, name in SPEED_NAMES.items()},
         "loss, nats": lambda row: _figure(row.figure("loss", mode=mode), 3),
         "added loss": _of_plan("added_loss", 3, sign=True),
@@ -125,46 +123,40 @@ def _kind_tables(results: Results) -> list[Table]:
 
 
 def _question_tables(results: Results) -> list[Table]:
-    n = {
-        task: max(row.questions[task].score.n for row in results.contenders if task in row.questions)
-        for task in results.tasks
-    }
-    if not n:
+    if not results.tasks:
         return []
+    scores = {task: [score for row in results.contenders if (score := row.score(task))] for task in results.tasks}
     columns: _Columns = {
         **_MODE,
         "times as fast": lambda row: "1" if row.mode is None else _interval(row.speedup),
-        **{f"{task} ({n[task]})": partial(_score, task) for task in n},
+        **{f"{task} ({max(score.n for score in each)})": partial(_score, task) for task, each in scores.items()},
     }
     text = "Scores in percent, mean ± standard error over questions; their number in brackets."
     found = [_table("Questions", text, results.contenders, columns)]
-    return found + [table for task in n if (table := _cell_table(results, task)).rows]
+    return found + [_cell_table(results, task) for task in scores if any(row.cells(task) for row in results.contenders)]
 
 
 def _cell_table(results: Results, task: str) -> Table:
-    """Scores of a task by length and depth."""
-    by_row = {
-        row.name: {(cell.length, cell.depth): cell.score for cell in row.questions[task].cells}
-        for row in results.contenders
-        if task in row.questions
-    }
+    def score(cell: tuple[int, float | None]) -> Callable[[Row], str]:
+        return lambda row: _figure(row.cells(task).get(cell), 0, scale=100, error=False)
 
-    def score(cell: tuple[int, float | None], row: Row) -> str:
-        return _figure(by_row.get(row.name, {}).get(cell), 0, scale=100, error=False)
-
-    cells = dict.fromkeys(cell for cells in by_row.values() for cell in cells)
     columns: _Columns = {
-        f"{length:,}" + ("" if depth is None else f" at {depth:.0%}"): partial(score, (length, depth))
-        for length, depth in cells
+        f"{length:,}" + ("" if depth is None else f" at {depth:.0%}"): score((length, depth))
+        for row in results.contenders
+        for length, depth in row.cells(task)
     }
     text = "Scores in percent by the prompt's length in tokens, and by where in it the answer lies."
-    title, rows = f"{task}, by length and depth", results.contenders if cells else ()
-    return _table(title, text, rows, {**_MODE, **columns}, folded=True)
+    return _table(f"{task}, by length and depth", text, results.contenders, {**_MODE, **columns}, folded=True)
 
 
 def _of_plan(name: str, digits: int, *, full: str = "", kind: str = "all", **form: Any) -> Callable[[Row], str]:
     """Say a figure of text, but ``full`` of the full model, which has nothing to be compared with."""
     return lambda row: full if row.mode is None else _figure(row.figure(name, kind=kind), digits, **form)
+
+
+def _skipped(row: Row) -> str:
+    both = dict.fromkeys((row.n_skip_prefill, row.n_skip_decode))
+    return " / ".join(map(str, both)) if row.mode else ""
 
 
 def _speed(name: str, row: Row) -> str:

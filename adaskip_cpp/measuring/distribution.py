@@ -13,8 +13,7 @@ from ..errors import DataError, RequestError
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
 
-_ROWS = 64
-"""Rows of logits turned to float64 at once: 25 MB for a vocabulary of 49,000."""
+_ROWS = 64  # rows of logits turned to float64 at once: 25 MB for a vocabulary of 49,000
 
 Logits = npt.NDArray[np.float32]
 

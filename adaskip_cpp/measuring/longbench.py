@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from ..errors import DataError
 from ..files import read_text
 from .corpus import tokens_of
-from .tasks import QuestionItem, Wrap, raw_wrap
+from .tasks import QuestionItem, Wrap
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -66,6 +67,7 @@ def longbench_items(
         n_each: take the first so many of each dataset; None for all.
     """
     templates, max_tokens = _table(prompts, str, "a template"), _table(lengths, _Length, "a length")
+    raw = partial(tokens_of, llm, bos=True)
     items: list[QuestionItem] = []
     for fields, line, identity, where in _lines(files):
         if sum(item.task == line.dataset for item in items) == n_each:
@@ -87,7 +89,7 @@ def longbench_items(
         item = QuestionItem(
             id=identity,
             task=line.dataset,
-            prompt=tuple(_fit(llm, prompt, room, raw_wrap(llm) if base in _NO_CHAT else wrap, where)),
+            prompt=tuple(_fit(llm, prompt, room, raw if base in _NO_CHAT else wrap, where)),
             answers=line.answers,
             max_tokens=max_tokens[line.dataset],
             metric=DATASETS[base],

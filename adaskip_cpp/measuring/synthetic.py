@@ -6,13 +6,13 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DataError, RequestError
 from .corpus import tokens_of
-from .tasks import QuestionItem, Wrap, raw_wrap
+from .tasks import QuestionItem, Wrap
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -66,7 +66,7 @@ def synthetic_items(
             f"the text has {len(tokens)} tokens, a prompt of {max(lengths)} needs {max(lengths) + _PASSAGE}; "
             "give a longer text or ask for shorter prompts"
         )
-    wrap = wrap or raw_wrap(llm)
+    wrap = wrap or partial(tokens_of, llm, bos=True)
     source = _Source(llm, tokens, text)
     items = []
     for index, task, length in product(range(n_per), dict.fromkeys(tasks), dict.fromkeys(lengths)):

@@ -112,11 +112,6 @@ def text_items(
     return [TextItem(f"{task}/{name}/{n_tokens}/{i}", task, tuple(requests[name][i])) for i, name in turns]
 
 
-def raw_wrap(tokenizer: Llama) -> Wrap:
-    """Return what turns a prompt into tokens as it stands, behind the one that begins a sequence."""
-    return lambda prompt: tokens_of(tokenizer, prompt, bos=True)
-
-
 def read_texts(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
     """Read UTF-8 text files, by name, or by their whole path where several are of one name."""
     paths = [os.fspath(file) for file in files]
