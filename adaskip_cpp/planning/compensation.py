@@ -24,7 +24,6 @@ held-out text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +35,7 @@ from ..model.plan import OnlineScale
 from ..model.skip_set import SkipSet
 from ..model.statistics import PhaseStatistics
 
-__all__ = ["COMPENSATIONS", "DEFAULT_COMPENSATION", "Compensation", "get_compensation"]
+DEFAULT_COMPENSATION = "linear"
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,14 @@ class Compensation:
     """One way to compensate.
 
     Attributes:
-        name: its name in the API and on the command line.
-        scale: from a phase's statistics to ``s``, float64 ``[n_layer, 2]``.
-        bias: from the statistics and ``s`` to ``b``, float32 ``[n_layer, 2, n_embd]``; None for no bias. Maps, where
-            they are used, come without.
-        online: what the online stage uses for the FFNs that it adds.
+        online: what ``s`` is, and what the online stage uses for the FFNs that it adds.
+        adds_mean: whether ``b`` is added.
         uses_maps: whether linear maps with their own ``s`` stand in where there are maps, and not ``s`` and ``b``.
     """
 
     name: str
-    scale: Callable[[PhaseStatistics], npt.NDArray[np.float64]]
-    bias: Callable[[PhaseStatistics, npt.NDArray[np.float64]], npt.NDArray[np.float32]] | None
     online: OnlineScale
+    adds_mean: bool = False
     uses_maps: bool = False
 
     def skip_set(
@@ -63,52 +58,40 @@ class Compensation:
     ) -> SkipSet:
         """Return the set that skips ``skip``, bool ``[n_layer, 2]``, compensated from the statistics of one phase.
 
-        Args:
-            skip: the sublayers to skip.
-            statistics: of the phase; with maps of the one that they were fitted in.
-            maps: linear maps, for a compensation that uses them.
+        With maps the phase is the one that they were fitted in.
 
         Raises:
             CompensationError: the statistics or maps lack what this compensation needs, for a sublayer that is skipped.
         """
+        ratio = statistics.median_ratio
         if self.uses_maps and maps is not None and skip.any():
-            return SkipSet(skip, map_scale(statistics.median_ratio), None, maps.down, maps.up)
-        scale = self.scale(statistics)
-        bias = self.bias(statistics, scale) if self.bias is not None and skip.any() else None
-        return SkipSet(skip, scale, bias)
-
-
-def _mean_error(statistics: PhaseStatistics, scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """Return the mean over tokens of ``v - s * u``."""
-    if statistics.mean_u is None or statistics.mean_v is None:
-        raise CompensationError(
-            'compensation "affine" needs the vectors of a profile, which this one lacks; calibrate again, '
-            'or use compensation="median"'
-        )
-    return (statistics.mean_v - scale[:, :, None] * statistics.mean_u.astype(np.float64)).astype(np.float32)
+            return SkipSet(skip, map_scale(ratio), None, maps.down, maps.up)
+        scale = {"none": np.ones_like(ratio), "paper": statistics.norm_ratio, "median": ratio}[self.online]
+        if not (self.adds_mean and skip.any()):
+            return SkipSet(skip, scale)
+        if statistics.mean_u is None or statistics.mean_v is None:
+            raise CompensationError(
+                'compensation "affine" needs the vectors of a profile, which this one lacks; calibrate again, '
+                'or use compensation="median"'
+            )
+        error = statistics.mean_v - scale[:, :, None] * statistics.mean_u.astype(np.float64)
+        return SkipSet(skip, scale, error.astype(np.float32))
 
 
 COMPENSATIONS: dict[str, Compensation] = {
     each.name: each
     for each in (
-        Compensation("none", lambda statistics: np.ones_like(statistics.norm_ratio), None, "none"),
-        Compensation("paper", lambda statistics: statistics.norm_ratio, None, "paper"),
-        Compensation("median", lambda statistics: statistics.median_ratio, None, "median"),
-        Compensation("affine", lambda statistics: statistics.median_ratio, _mean_error, "median"),
-        Compensation("linear", lambda statistics: statistics.median_ratio, _mean_error, "median", uses_maps=True),
+        Compensation("none", "none"),
+        Compensation("paper", "paper"),
+        Compensation("median", "median"),
+        Compensation("affine", "median", adds_mean=True),
+        Compensation("linear", "median", adds_mean=True, uses_maps=True),
     )
 }
 
-DEFAULT_COMPENSATION = "linear"
-
 
 def get_compensation(name: str) -> Compensation:
-    """Look a compensation up.
-
-    Raises:
-        CompensationError: there is none of this name.
-    """
-    try:
-        return COMPENSATIONS[name]
-    except (KeyError, TypeError):
-        raise CompensationError(f"unknown compensation {name!r}; use one of: {', '.join(COMPENSATIONS)}") from None
+    """Look a compensation up."""
+    if name not in list(COMPENSATIONS):  # a list takes names that cannot be hashed
+        raise CompensationError(f"unknown compensation {name!r}; use one of: {', '.join(COMPENSATIONS)}")
+    return COMPENSATIONS[name]

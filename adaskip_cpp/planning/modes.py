@@ -27,23 +27,11 @@ from ..model.skip_set import SkipSet
 from .compensation import get_compensation
 from .request import PlanRequest
 
-__all__ = ["compensated_plan"]
-
 
 def compensated_plan(
     profile: ProfileData, skip: npt.NDArray[np.bool_], request: PlanRequest, strategy: str
 ) -> SkipPlan:
-    """Make the plan of a fixed skip set.
-
-    Args:
-        profile: statistics of the model.
-        skip: bool ``[n_layer, 2]``, the fixed skip set.
-        request: its mode, compensation and online stage.
-        strategy: name of the strategy that chose the set.
-
-    Raises:
-        CompensationError: the profile lacks what the compensation needs.
-    """
+    """Make the plan of a fixed skip set, bool ``[n_layer, 2]``, as a request's mode, compensation and stage say."""
     compensation = get_compensation(request.compensation)
     if request.mode == "decode":
         uses_maps = compensation.uses_maps and profile.maps is not None
@@ -51,8 +39,9 @@ def compensated_plan(
         prefill, decode = SkipSet.none(profile.n_layer), compensation.skip_set(skip, statistics, profile.maps)
     else:
         prefill = decode = compensation.skip_set(skip, profile.prefill, profile.maps)
-    threshold = request.threshold if request.threshold is not None else _offline_threshold(profile, int(skip.sum()))
-    online = None
+    threshold, n_skip, online = request.threshold, int(skip.sum()), None
+    if threshold is None and n_skip:  # for n = 0 there is none: nothing is to be skipped
+        threshold = float(np.sort(profile.similarity[profile.skippable])[-n_skip])
     if request.online and request.mode != "prefill" and threshold is not None:
         online = OnlineStage(window=request.window, threshold=threshold, scale=compensation.online)
     return SkipPlan(
@@ -64,11 +53,3 @@ def compensated_plan(
         compensation="affine" if compensation.uses_maps and profile.maps is None else compensation.name,
         mode=request.mode,
     )
-
-
-def _offline_threshold(profile: ProfileData, n_skip: int) -> float | None:
-    """Return the n-th largest mean similarity of prefill; None for n = 0, which has none: nothing is to be skipped."""
-    if n_skip == 0:
-        return None
-    similarity = profile.prefill.similarity
-    return float(np.sort(similarity[~np.isnan(similarity)])[-n_skip])

@@ -11,8 +11,6 @@ from ..model.profile import ProfileData
 from .request import PlanRequest
 from .strategies import make_plan
 
-__all__ = ["Profile"]
-
 
 class Profile(ProfileData):
     """What calibration learned about one model; see :class:`adaskip_cpp.model.profile.ProfileData` for its parts."""

@@ -13,8 +13,6 @@ from ..model.plan import MODES, PHASES, Mode, OnlineStage, Phase
 from ..model.skip_set import KIND_NAMES
 from .compensation import DEFAULT_COMPENSATION, get_compensation
 
-__all__ = ["DEFAULT_N_SKIP", "PlanRequest", "Ranking"]
-
 Ranking: TypeAlias = Literal["efficiency", "similarity"]
 
 DEFAULT_N_SKIP = 12
@@ -34,18 +32,16 @@ class PlanRequest:
         phase: for ``speedup``: the phase to speed up. None: decode in mode ``"decode"``, else prefill.
         ranking: for ``speedup``: ``"efficiency"`` chooses by similarity lost per second saved, ``"similarity"`` by the
             paper's ranking. Strategies other than ``"adaskip"`` have their own order.
-        mode: ``"prefill"``, ``"decode"`` or ``"e2e"``, see :mod:`adaskip_cpp.planning.modes`.
-        strategy: how to choose: ``"adaskip"``, ``"early_exit"``, ``"skip_decode"``, ``"unified_skipping"`` or
-            ``"manual"``, see :mod:`adaskip_cpp.planning.strategies`.
-        compensation: what stands in for a skipped sublayer: ``"linear"``, ``"affine"``, ``"median"``, ``"paper"`` or
-            ``"none"``, see :mod:`adaskip_cpp.planning.compensation`. The baselines have none.
+        mode: one of :mod:`adaskip_cpp.planning.modes`.
+        strategy: how to choose, one of :mod:`adaskip_cpp.planning.strategies`.
+        compensation: what stands in for a skipped sublayer, one of :mod:`adaskip_cpp.planning.compensation`. The
+            baselines have none.
         online: whether requests add FFNs in decode, see :class:`adaskip_cpp.model.plan.OnlineStage`. Strategy
             ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only.
         window: decoded tokens that the online stage observes.
         threshold: smallest similarity of an FFN that it adds; None for the n-th largest of the profile, n being the
             number of sublayers skipped.
-        attention: for strategy ``"manual"``: layers whose attention is skipped.
-        ffn: for strategy ``"manual"``: layers whose FFN is skipped.
+        attention, ffn: for strategy ``"manual"``: layers whose attention, whose FFN is skipped.
 
     Raises:
         BudgetError: there are two budgets, or the speed-up is no number from 1 on.
@@ -85,12 +81,10 @@ class PlanRequest:
             raise PlanError(
                 f"a speed-up depends on the length of the context; give context, in tokens, not {self.context!r}"
             )
-        if self.speedup is not None:
-            self._check_speedup()
-
-    def _check_speedup(self) -> None:
+        if self.speedup is None:
+            return
         number = isinstance(self.speedup, int | float) and not isinstance(self.speedup, bool)
-        if not (number and 1 <= float(self.speedup or 0) < math.inf):
+        if not (number and 1 <= self.speedup < math.inf):
             raise BudgetError(f"the speed-up is {self.speedup!r}; use a number from 1 on, such as 1.25")
         if self.n_skip is not None:
             raise BudgetError("n_skip and speedup are two budgets; give one of them")
@@ -101,14 +95,9 @@ class PlanRequest:
 
     @classmethod
     def of(cls, request: PlanRequest | int | None, **values: Any) -> PlanRequest:
-        """Return a request from a number of sublayers to skip, or from another request, and values by name.
-
-        Raises:
-            PlanError: a name is unknown, or see the class.
-        """
+        """Return a request from a number of sublayers to skip, or from another request, and values by name."""
         names = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in names]
-        if unknown:
+        if unknown := [name for name in values if name not in names]:
             raise PlanError(f"a plan has no {unknown[0]!r}; use some of: {', '.join(names)}")
         return replace(request, **values) if isinstance(request, cls) else cls(request, **values)  # type: ignore[arg-type]
 

@@ -20,22 +20,10 @@ from ..model.profile import ProfileData
 from ..model.skip_set import ranked
 from .request import PlanRequest, Ranking
 
-__all__ = ["Goal", "cheapest_set", "seconds_saved", "smallest_budget"]
-
 
 @dataclass(frozen=True)
 class Goal:
-    """A phase that shall be predicted to take ``1 / speedup`` of the full model's time.
-
-    Attributes:
-        cost: the cost model.
-        speedup: 1 or more.
-        context: prefill: tokens of the prompt; decode: tokens before the one that is decoded.
-        phase: the phase to speed up.
-
-    Raises:
-        PlanError: ``context`` or ``phase`` is impossible.
-    """
+    """A phase that shall be predicted to take ``1 / speedup`` of the full model's time."""
 
     cost: CostModel
     speedup: float
@@ -44,11 +32,7 @@ class Goal:
 
     @classmethod
     def of(cls, profile: ProfileData | int, request: PlanRequest) -> Goal:
-        """Return the goal of a request that has a speed-up.
-
-        Raises:
-            PlanError: there is no cost model, or the request has no context.
-        """
+        """Return the goal of a request that has a speed-up."""
         if isinstance(profile, int) or profile.cost is None:
             raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
         if request.context is None or request.speedup is None:
@@ -83,17 +67,7 @@ class Goal:
 def smallest_budget(
     make: Callable[[ProfileData | int, PlanRequest], SkipPlan], source: ProfileData | int, request: PlanRequest
 ) -> SkipPlan:
-    """Return the plan of the smallest number of sublayers that makes a phase as much faster as a request asks.
-
-    Args:
-        make: from a request for a number of sublayers to a plan.
-        source: profile of the model.
-        request: has a speed-up.
-
-    Raises:
-        BudgetError: the speed-up is out of reach.
-        PlanError: the profile has no cost model, or the request no context.
-    """
+    """Return the plan of the smallest number of sublayers, as ``make`` makes it, that is as fast as a request asks."""
     goal = Goal.of(source, request)
     most = np.zeros((goal.cost.n_layer, 2), np.bool_)
     for n_skip in range(2 * goal.cost.n_layer + 1):
@@ -108,11 +82,7 @@ def smallest_budget(
 
 
 def seconds_saved(cost: CostModel, context: int, phase: Phase) -> npt.NDArray[np.float64]:
-    """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``.
-
-    Raises:
-        PlanError: ``context`` or ``phase`` is impossible.
-    """
+    """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``."""
     full = cost.seconds(None, context, phase)
     saved = np.zeros((cost.n_layer, 2))
     for where in np.ndindex(*saved.shape):
@@ -125,21 +95,14 @@ def seconds_saved(cost: CostModel, context: int, phase: Phase) -> npt.NDArray[np
 def cheapest_set(
     similarity: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "efficiency"
 ) -> npt.NDArray[np.bool_]:
-    """Choose the sublayers that reach a goal and cost the least similarity.
+    """Choose the sublayers, bool ``[n_layer, 2]``, that reach a goal and cost the least similarity.
 
     Args:
-        similarity: mean IO similarity, float64 ``[n_layer, 2]``, NaN where a sublayer cannot be skipped.
+        similarity: float64 ``[n_layer, 2]``; NaN where a sublayer cannot be skipped.
         goal: what is to be reached.
         ranking: ``"efficiency"`` takes sublayers by the least ``(1 - similarity) / seconds saved``, and then puts back
             those that are not needed after all, the greatest loss first; ``"similarity"`` takes them by the paper's
             ranking until the time is reached.
-
-    Returns:
-        bool ``[n_layer, 2]``.
-
-    Raises:
-        BudgetError: the goal is out of reach.
-        PlanError: the shapes do not fit each other.
     """
     may = ~np.isnan(similarity)
     if similarity.shape != (goal.cost.n_layer, 2):

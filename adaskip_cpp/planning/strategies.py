@@ -27,7 +27,6 @@ from .request import DEFAULT_N_SKIP, PlanRequest
 from .speedup import Goal, cheapest_set, smallest_budget
 
 Strategy: TypeAlias = Callable[[ProfileData | int, PlanRequest], SkipPlan]
-"""From a profile or a number of layers and a request to a plan."""
 
 LONGEST_GENERATION = 512
 """SkipDecode's T, decoded tokens after which its whole budget is skipped; the authors of AdaSkip use 512."""
@@ -44,34 +43,25 @@ def strategy(function: Strategy) -> Strategy:
 def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]]) -> Strategy:
     """Register a strategy that skips whole layers and knows budgets of sublayers alone.
 
-    Args:
-        choose: from a number of layers and a request for a number of sublayers to the layers skipped, by the number of
-            tokens decoded from which on they are, beginning with 0. For a speed-up it is asked for one budget after
-            another, until one reaches it.
+    ``choose`` makes of a number of layers and a request for a number of sublayers the layers skipped, by the number of
+    tokens decoded from which on they are, beginning with 0. For a speed-up it is asked for one budget after another,
+    until one reaches it.
     """
 
+    @wraps(choose)
     def plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
+        if request.speedup is not None:
+            return smallest_budget(plan, source, request)
         n_layer = _n_layer(source)
-        sets = []
-        for start, layers in choose(n_layer, request).items():
-            skip = np.zeros((n_layer, 2), np.bool_)
-            skip[list(layers)] = True
-            sets.append((start, skip))
+        chosen = choose(n_layer, request).items()
+        sets = [(start, marked(n_layer, layers, layers)) for start, layers in chosen]
         return _uncompensated(source, sets, request, choose.__name__)
 
-    @wraps(choose)
-    def with_speedup(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
-        return plan(source, request) if request.speedup is None else smallest_budget(plan, source, request)
-
-    return strategy(with_speedup)
+    return strategy(plan)
 
 
 def make_plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
-    """Make the plan that is wanted. What every strategy raises is told here.
-
-    Args:
-        source: the model's profile; its number of layers for a strategy that needs no more.
-        request: what is wanted.
+    """Make the plan that is wanted from the model's profile, or its number of layers where a strategy needs no more.
 
     Raises:
         BudgetError: ``n_skip`` is negative or more than can be skipped, or the speed-up is out of reach.
