@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from ..model.cost_model import CostModel
     from ..model.plan import SkipPlan
     from ..planning.profile import Profile
-
-__all__ = ["plan", "print_plan"]
 
 
 @verb(
@@ -56,9 +53,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     out = console()
     if is_plan_file(profile_path):
         if request is not None or output is not None:
-            raise click.UsageError(
-                "a plan file is shown as it is; leave out other options", click.get_current_context()
-            )
+            raise click.UsageError("a plan file is shown as it is; leave out other options")
         _show_plan_file(out, load_plan(profile_path), profile_path, as_json)
         return
     if output is not None:
@@ -73,26 +68,20 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
         save_plan(output, chosen)
     rows, totals = _rows(profile, chosen, context, phase), _totals(profile, chosen, context)
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "profile": profile_path,
-                    "context": context,
-                    "phase": phase,
-                    **totals,
-                    "sublayers": rows,
-                    "plan": chosen.to_dict(),
-                },
-                indent=1,
-            )
-        )
+        asked = {"profile": profile_path, "context": context, "phase": phase}
+        click.echo(json_text({**asked, **totals, "sublayers": rows, "plan": chosen.to_dict()}), nl=False)
         return
     print_plan(out, chosen, profile.similarity)
     _print_rows(out, rows)
     if profile.cost is not None:
         words = _settings_words(profile.cost)
         out.print(f"ms: to be saved in {phase}, predicted from times of {words}", style="dim", markup=False)
-    _print_totals(out, totals, context)
+    if (speedup := totals["predicted_speedup"]) is None:
+        out.print("No speed-up is predicted: the profile was calibrated with --no-cost.")
+    else:
+        words = ", ".join(f"{name} {speedup[name]:.2f} x" for name in PHASES)
+        out.print(f"Predicted at {context:,} tokens: {words} as fast.")
+    _print_elided(out, chosen.prefill.attention)
     if output is not None:
         out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True, markup=False)
 
@@ -115,22 +104,19 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
     from ..planning.speedup import seconds_saved
 
     saved = None if profile.cost is None else seconds_saved(profile.cost, context, phase)
-    skips = {phase: chosen.skipped(phase) for phase in PHASES}
     rows = []
     for rank, index in enumerate(ranked(-profile.similarity), start=1):
-        layer, kind = divmod(index, 2)
-        similarity = profile.similarity[layer, kind]
-        known = not np.isnan(similarity)
-        skipped = [name for name in PHASES if skips[name].skip[layer, kind]]
+        at = layer, kind = divmod(index, 2)
+        skipped = {name: each for name in PHASES if (each := chosen.skipped(name)).skip[at]}
         rows.append(
             {
-                "rank": rank if known else None,
+                "rank": rank if profile.skippable[at] else None,
                 "layer": layer,
                 "kind": KINDS[kind],
-                "similarity": float(similarity) if known else None,
-                "saved_ms": None if saved is None else float(saved[layer, kind] * 1e3),
-                "skipped": skipped,
-                "scale": float(skips[skipped[0]].scale[layer, kind]) if skipped else None,
+                "similarity": float(profile.similarity[at]) if profile.skippable[at] else None,
+                "saved_ms": None if saved is None else float(saved[at] * 1e3),
+                "skipped": list(skipped),
+                "scale": next((float(each.scale[at]) for each in skipped.values()), None),
             }
         )
     return rows
@@ -139,10 +125,8 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
 def _totals(profile: Profile, chosen: SkipPlan, context: int) -> dict[str, Any]:
     cost = profile.cost
     return {
-        "predicted_speedup": None
-        if cost is None
-        else {name: float(cost.speedup(chosen, context, name)) for name in PHASES},
-        "times": None if cost is None else {**asdict(cost.settings), "deepest": cost.deepest},
+        "predicted_speedup": cost and {name: cost.speedup(chosen, context, name) for name in PHASES},
+        "times": cost and {**asdict(cost.settings), "deepest": cost.deepest},
         "layers_without_kv": list(chosen.prefill.attention),
     }
 
@@ -189,6 +173,16 @@ def _print_rows(out: Console, rows: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
+def _cells(row: dict[str, Any], timed: bool) -> list[str]:
+    if row["rank"] is None:
+        return ["-", "-", *(["-"] if timed else []), "", ""]
+    skip, ms = "".join(name[0] for name in row["skipped"]), row["saved_ms"]
+    times = [f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"] if timed else []
+    scale = "" if row["scale"] is None else f"{row['scale']:.3f}"
+    cells = [str(row["rank"]), f"{row['similarity']:.4f}", *times, skip, scale]
+    return [f"[bold]{cell}[/]" if cell and skip else cell for cell in cells]
+
+
 def _settings_words(cost: CostModel) -> str:
     """Where a cost model's times come from."""
     settings = cost.settings
@@ -199,29 +193,6 @@ def _settings_words(cost: CostModel) -> str:
         f"{settings.type_k} and {settings.type_v}{', flash attention' if settings.flash_attention else ''}, up to "
         f"{cost.deepest:,} tokens"
     )
-
-
-def _cells(row: dict[str, Any], timed: bool) -> list[str]:
-    if row["rank"] is None:
-        return ["-", "-", *(["-"] if timed else []), "", ""]
-    skip = "".join(name[0] for name in row["skipped"])
-    cells = [str(row["rank"]), f"{row['similarity']:.4f}"]
-    if timed:
-        cells.append(f"{row['saved_ms']:.1f}" if row["saved_ms"] >= 10 else f"{row['saved_ms']:.2f}")
-    cells += [skip, f"{row['scale']:.3f}" if row["scale"] is not None else ""]
-    return [f"[bold]{cell}[/]" if cell and skip else cell for cell in cells]
-
-
-def _print_totals(out: Console, totals: dict[str, Any], context: int) -> None:
-    speedup, elided = totals["predicted_speedup"], totals["layers_without_kv"]
-    if speedup is None:
-        out.print("No speed-up is predicted: the profile was calibrated with --no-cost.")
-    else:
-        out.print(
-            f"Predicted at {context:,} tokens: prefill {speedup['prefill']:.2f} x, decode {speedup['decode']:.2f} x "
-            "as fast."
-        )
-    _print_elided(out, tuple(elided))
 
 
 def _print_elided(out: Console, elided: tuple[int, ...]) -> None:

@@ -27,16 +27,6 @@ if TYPE_CHECKING:
     from ..model.cost_model import CostSettings
     from ..planning.profile import Profile
 
-__all__ = [
-    "PlanSource",
-    "find_plan_source",
-    "load_profile",
-    "plan_file_option",
-    "plan_options",
-    "print_cost_note",
-    "profile_options",
-]
-
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -54,42 +44,34 @@ def plan_options(command: _Command) -> _Command:
     return decorated  # type: ignore[no-any-return]
 
 
+plan_file_option = option(
+    "--plan",
+    "plan_file",
+    group=CHOOSING,
+    metavar="PLAN",
+    help="A plan to use as it is, written by `tune` or `plan -o`.  [default: the one beside MODEL, "
+    "X.adaskip-plan.json for X.gguf, if there is one]",
+)
+
+
 def profile_options(command: _Command) -> _Command:
     """Add the options that say where a plan comes from: ``profile_path``, ``plan_file`` and ``full``."""
-    command = option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it.")(
-        command
-    )
-    command = plan_file_option(command)
-    return option(
+    full = option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it.")
+    profile = option(
         "--profile",
         "profile_path",
         metavar="PROFILE",
         help="Profile of this model, written by `calibrate`, to make a plan from.  [default where the options say what "
         "to skip: the one beside MODEL, X.adaskip.json for X.gguf]",
-    )(command)
-
-
-def plan_file_option(command: _Command) -> _Command:
-    """Add ``--plan``, passed as ``plan_file``."""
-    return option(
-        "--plan",
-        "plan_file",
-        group=CHOOSING,
-        metavar="PLAN",
-        help="A plan to use as it is, written by `tune` or `plan -o`.  [default: the one beside MODEL, "
-        "X.adaskip-plan.json for X.gguf, if there is one]",
-    )(command)
+    )
+    return profile(plan_file_option(full(command)))
 
 
 @dataclass(frozen=True)
 class PlanSource:
-    """Where the plan comes from.
+    """Where the plan comes from: a profile and a request, a ``saved`` plan, or none of them for the whole model.
 
-    Attributes:
-        profile: the profile, or None where none was needed.
-        request: what makes the plan from it.
-        saved: without a request: the plan of a plan file; None for the whole model.
-        note: what to tell the user of a file that was not asked for; "" for nothing.
+    ``note`` is what to tell the user of a file that was not asked for.
     """
 
     profile: Profile | None = None
@@ -103,14 +85,7 @@ class PlanSource:
         return self.request is not None and self.request.speedup is not None
 
     def plan(self, context: int) -> SkipPlan | None:
-        """Make the plan; None for the whole model.
-
-        Args:
-            context: tokens of the prompt that a speed-up is predicted for.
-
-        Raises:
-            AdaSkipError: the profile cannot give such a plan.
-        """
+        """Make the plan, for a prompt of so many tokens; None for the whole model."""
         if self.profile is not None and self.request is not None:
             return make_plan(self.profile, self.request.at(context))
         return self.saved if self.saved is not None and n_skipped(self.saved)[0] else None
@@ -123,27 +98,22 @@ def find_plan_source(
 
     That is the plan file named; or what a profile gives that is named, or where it is said what to skip the one beside
     the model; or else the plan file beside the model, or the whole model without one.
-
-    Raises:
-        AdaSkipError: a file that was asked for cannot be read, or is of another model.
-        click.UsageError: the options contradict each other, or there is no profile.
     """
-    if full and (profile_path_ is not None or plan_file is not None or request is not None):
-        raise click.UsageError("--full skips nothing; leave out what to skip", click.get_current_context())
-    if plan_file is not None and (profile_path_ is not None or request is not None):
-        raise click.UsageError("--plan is a whole plan; leave out what else to skip", click.get_current_context())
+    others = [each for each in (profile_path_, request) if each is not None]
     if full:
+        if others or plan_file is not None:
+            raise click.UsageError("--full skips nothing; leave out what to skip")
         return PlanSource()
     if plan_file is not None:
+        if others:
+            raise click.UsageError("--plan is a whole plan; leave out what else to skip")
         return PlanSource(saved=load_plan(plan_file, model=model).plan)
     if profile_path_ is not None:
         return PlanSource(load_profile(model, profile_path_), request or PlanRequest())
     if request is not None:
         beside = profile_path(model)
         if not os.path.exists(beside):
-            raise click.UsageError(
-                "what to skip needs --profile; write one with `adaskip-cpp calibrate`", click.get_current_context()
-            )
+            raise click.UsageError("what to skip needs --profile; write one with `adaskip-cpp calibrate`")
         return PlanSource(load_profile(model, beside), request, note=f"The profile is {beside}.")
     if not os.path.exists(plan_path(model)):
         return PlanSource()
@@ -154,11 +124,7 @@ def find_plan_source(
 
 
 def load_profile(model: str, path: str) -> Profile:
-    """Read a profile of a model.
-
-    Raises:
-        ProfileError: it cannot be read, or is of another model.
-    """
+    """Read a profile of a model."""
     from ..planning.profile import Profile
 
     profile = Profile.load(path)
@@ -178,32 +144,25 @@ def _beside(model: str) -> PlanSource:
     found = plan_beside(model)
     tuned = f", as tuned for {found.tuning.promise}" if found.tuning is not None else ""
     n, name = n_skipped(found.plan)[0], os.path.basename(plan_path(model))
-    return PlanSource(
-        saved=found.plan,
-        note=f"{n} of {2 * found.plan.n_layer} sublayers are skipped{tuned}: {name}; --full runs the whole model."
-        if n
-        else f"The whole model runs{tuned}: {name}.",
-    )
+    skipped = f"{n} of {2 * found.plan.n_layer} sublayers are skipped{tuned}: {name}; --full runs the whole model."
+    return PlanSource(saved=found.plan, note=skipped if n else f"The whole model runs{tuned}: {name}.")
 
 
 def _request(given: dict[str, Any]) -> PlanRequest | None:
     chosen = {name: value for name, value in given.items() if value is not None}
     if not chosen:
         return None
-    context = click.get_current_context()
-    by_hand = "attention" in chosen or "ffn" in chosen
+    by_hand = not chosen.keys().isdisjoint(("attention", "ffn"))
     if "n_skip" in chosen and "speedup" in chosen:
-        raise click.UsageError("give either --skip or --speedup", context)
+        raise click.UsageError("give either --skip or --speedup")
     if by_hand and (chosen.get("strategy", "manual") != "manual" or "n_skip" in chosen or "speedup" in chosen):
-        raise click.UsageError(
-            "--attention and --ffn list what to skip; leave out --skip, --speedup, --strategy", context
-        )
+        raise click.UsageError("--attention and --ffn list what to skip; leave out --skip, --speedup, --strategy")
     if chosen.get("strategy") == "manual" and not by_hand:
-        raise click.UsageError("--strategy manual needs --attention or --ffn", context)
-    if by_hand:
-        chosen["strategy"] = "manual"
-    return PlanRequest(**chosen)
+        raise click.UsageError("--strategy manual needs --attention or --ffn")
+    return PlanRequest(**{**chosen, "strategy": "manual"} if by_hand else chosen)
 
+
+_choosing = functools.partial(option, group=CHOOSING)
 
 _OPTIONS = {
     "n_skip": option(
@@ -214,45 +173,29 @@ _OPTIONS = {
         type=click.FloatRange(min=1),
         help="Instead: skip as much as this speed-up takes, as predicted for the machine that calibrated.",
     ),
-    "phase": option(
+    "phase": _choosing(
         "--phase",
-        group=CHOOSING,
         type=click.Choice(PHASES),
         help="The phase that --speedup is about.  [default: prefill, with --mode decode decode]",
     ),
-    "mode": option(
+    "mode": _choosing(
         "--mode",
-        group=CHOOSING,
         type=click.Choice(MODES),
         help="prefill: the same sublayers in both phases. decode: none while the prompt is read. e2e: as prefill, and "
         "each answer adds FFNs after its first 20 tokens.  [default: e2e]",
     ),
-    "strategy": option(
-        "--strategy",
-        group=CHOOSING,
-        type=click.Choice(list(STRATEGIES)),
-        help="How to choose sublayers.  [default: adaskip]",
+    "strategy": _choosing(
+        "--strategy", type=click.Choice(list(STRATEGIES)), help="How to choose sublayers.  [default: adaskip]"
     ),
-    "attention": option(
-        "--attention",
-        group=CHOOSING,
-        metavar="LAYERS",
-        type=LAYERS,
-        help="Skip just these attentions, as 1,5-7, and --ffn.",
-    ),
-    "ffn": option(
-        "--ffn", group=CHOOSING, metavar="LAYERS", type=LAYERS, help="Skip just these FFNs, and --attention."
-    ),
-    "compensation": option(
+    "attention": _choosing("--attention", type=LAYERS, help="Skip just these attentions, as 1,5-7, and --ffn."),
+    "ffn": _choosing("--ffn", type=LAYERS, help="Skip just these FFNs, and --attention."),
+    "compensation": _choosing(
         "--compensation",
-        group=CHOOSING,
         type=click.Choice(list(COMPENSATIONS)),
         help="What stands in for a skipped sublayer: its input (none), that times the paper's norm ratio or the median "
         "ratio, the latter plus a mean error vector (affine), or plus a linear map of low rank (linear).  "
         f"[default: {DEFAULT_COMPENSATION}]",
     ),
-    "online": option(
-        "--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Add no FFNs in decode."
-    ),
+    "online": _choosing("--no-online", "online", flag_value=False, default=None, help="Add no FFNs in decode."),
 }
 """The options by the parameter that each sets, in the order of the help; all are None where not given."""

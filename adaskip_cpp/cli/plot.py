@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
+from ..model.plan import PHASES
 from ..model.plan_file import load_plan
+from ..model.skip_set import KIND_NAMES
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
 from .terminal import CHOOSING, OUTPUT, console, option, verb
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from rich.console import Console
 
     from ..model.plan import SkipPlan
     from ..planning.profile import Profile
-
-__all__ = ["plot"]
 
 
 @verb("Draw a profile.", example="adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures")
@@ -30,13 +28,7 @@ __all__ = ["plot"]
 @option("-o", "--output", metavar="DIR", help="Folder for the pictures; made where it is missing.")
 @option("--plan", "plan_file", group=CHOOSING, metavar="PLAN", help="A plan file to draw, of the one PROFILE.")
 @plan_options
-@option(
-    "--context",
-    group=CHOOSING,
-    type=click.IntRange(min=1),
-    default=2048,
-    help="Prompt length that --speedup is predicted for.",
-)
+@option("--context", group=CHOOSING, type=click.IntRange(1), default=2048, help="Prompt length for --speedup.")
 @option("--terminal", group=OUTPUT, is_flag=True, help="Print them instead; so it is where matplotlib is missing.")
 def plot(
     paths: tuple[str, ...],
@@ -57,7 +49,7 @@ def plot(
     profiles = dict(zip(_names(paths), map(Profile.load, paths), strict=True))
     if plan_file is not None:
         if request is not None or len(profiles) > 1:
-            raise click.UsageError("--plan is a whole plan, of one profile", click.get_current_context())
+            raise click.UsageError("--plan is a whole plan, of one profile")
         plans = dict.fromkeys(profiles, load_plan(plan_file).plan)
     else:
         wanted = (request or PlanRequest()).at(context)
@@ -71,7 +63,7 @@ def plot(
             )
         return
     if output is None:
-        raise click.UsageError("give a folder for the pictures with -o, or --terminal", click.get_current_context())
+        raise click.UsageError("give a folder for the pictures with -o, or --terminal")
     for path in _draw(profiles, plans, output):
         click.echo(path)
 
@@ -81,37 +73,30 @@ def _names(paths: Sequence[str]) -> list[str]:
     short = [os.path.basename(path).removesuffix(".json").removesuffix(".adaskip") for path in paths]
     names = short if len(set(short)) == len(short) else [path.removesuffix(".json") for path in paths]
     if len(set(names)) < len(names):
-        raise click.UsageError("a profile is named twice", click.get_current_context())
+        raise click.UsageError("a profile is named twice")
     return names
 
 
 def _draw(profiles: dict[str, Profile], plans: dict[str, SkipPlan], folder: str) -> list[str]:
     from ..pictures import plots, profile_plots
 
-    figures = {
-        "layers": profile_plots.layers(profiles),
-        "sublayers": profile_plots.sublayers(profiles),
-        "phases": profile_plots.phases(profiles),
-    }
-    for i, (name, plan) in enumerate(plans.items()):
-        figures["plan" if len(plans) == 1 else f"plan-{i + 1}"] = profile_plots.plan_strip(name, plan)
+    shared = (profile_plots.layers, profile_plots.sublayers, profile_plots.phases)
+    figures = {draw.__name__: draw(profiles) for draw in shared}
+    for i, (name, plan) in enumerate(plans.items(), start=1):
+        figures["plan" if len(plans) == 1 else f"plan-{i}"] = profile_plots.plan_strip(name, plan)
     return [str(path) for name, fig in figures.items() for path in plots.save(fig, folder, name)]
 
 
 def _print(out: Console, profiles: dict[str, Profile], plans: dict[str, SkipPlan]) -> None:
     from ..pictures.heatmap import print_heatmap, print_series
 
-    series: dict[str, Callable[[Profile], npt.NDArray[np.float64]]] = {
-        "whole layers, prefill": lambda profile: profile.prefill.layer_similarity,
-        "attention, prefill": lambda profile: profile.prefill.similarity[:, 0],
-        "attention, decode": lambda profile: profile.decode.similarity[:, 0],
-        "FFN, prefill": lambda profile: profile.prefill.similarity[:, 1],
-        "FFN, decode": lambda profile: profile.decode.similarity[:, 1],
-    }
     for name, profile in profiles.items():
         out.print(f"[bold]{name}[/]: IO similarity by layer, and the plan\n")
-        print_series(out, {title: of(profile) for title, of in series.items()})
+        series = {"whole layers, prefill": profile.prefill.layer_similarity}
+        for column, kind in enumerate(KIND_NAMES):
+            for phase in PHASES:
+                series[f"{kind}, {phase}"] = getattr(profile, phase).similarity[:, column]
+        print_series(out, series)
         out.print()
-        plan = plans[name]
-        print_heatmap(out, profile.similarity, plan.prefill.skip | plan.decode.skip)
+        print_heatmap(out, profile.similarity, plans[name].prefill.skip | plans[name].decode.skip)
         out.print()
