@@ -18,6 +18,7 @@ from ..files import json_text
 from ..model.beside import plan_path, profile_path
 from ..model.plan import MODES, Mode
 from ..model.plan_file import save_plan
+from ..model.promise import Promise
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import PlanRequest
 from ..progress import told_progress
@@ -27,12 +28,9 @@ from .terminal import CHOOSING, OUTPUT, check_output, console, json_option, mode
 from .tune_report import minutes, print_found
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..engine.llama import AdaSkipLlama
     from ..model.plan import SkipPlan
-    from ..model.promise import Promise, SpeedUp
-    from ..tuning.tuner import Tuner
+    from ..model.promise import SpeedUp
 
 _SEARCHING = "Searching"
 _CTX_TIMED = 8192
@@ -108,7 +106,10 @@ def tune(
     from ..tuning.tuner import Tuner
 
     start = time.monotonic()
-    promise = _promise(max_loss, min_agreement, speedup)
+    given = {"max_loss": max_loss, "min_agreement": min_agreement, "speedup": speedup}
+    promises = [Promise(kind, value) for kind, value in given.items() if value is not None]  # type: ignore[arg-type]
+    if len(promises) != 1:
+        raise click.UsageError("give one of --max-loss, --min-agreement and --speedup", click.get_current_context())
     if existing is not None and files:
         raise click.UsageError("--data is what to calibrate on; leave out --profile", click.get_current_context())
     target = output or plan_path(model)
@@ -136,7 +137,7 @@ def tune(
 
     with opened(n_tokens, logits_all=True) as llm:
         tuner = Tuner(
-            llm, profile, promise, hold_out(llm, texts, n_texts, n_tokens),
+            llm, profile, promises[0], hold_out(llm, texts, n_texts, n_tokens),
             PlanRequest(mode=mode, compensation=compensation, online=online),
             context=context, n_answer=n_answer, n_exchange=n_exchange, stage=told_progress,
         )  # fmt: skip
@@ -144,7 +145,15 @@ def tune(
         if known is not None:
             here = replace(cost_settings(llm), n_batch=known.n_batch, n_ubatch=known.n_ubatch)  # a text is a batch
             print_cost_note(err, profile, here)
-        _announce(tuner, err)
+        begun, n = time.monotonic(), tuner.most_evaluations
+        tuner.evaluate_full()
+        each = time.monotonic() - begun
+        err.print(
+            f"The search evaluates at most {n} plans on {tuner.n_tokens:,} tokens of held-out text. One took "
+            f"{each:.2g} s, so that is up to {minutes(n * each)}; what follows takes {minutes(4 * each)} or more. "
+            "Ctrl-C leaves all files as they are.",
+            style="dim",
+        )
         found = tuner.tune(measure, {"calibrated_on": profile.corpus, "cpu": known.cpu if known else None})
     # X.adaskip.json for X.adaskip-plan.json and X.json
     profile_target = profile_path(target.removesuffix(".json").removesuffix(".adaskip-plan"))
@@ -166,16 +175,6 @@ def tune(
     out.print(f"It took {time.monotonic() - start:.0f} s.", style="dim")
 
 
-def _promise(max_loss: float | None, min_agreement: float | None, speedup: float | None) -> Promise:
-    from ..model.promise import Promise
-
-    given = {"max_loss": max_loss, "min_agreement": min_agreement, "speedup": speedup}
-    promises = [Promise(kind, value) for kind, value in given.items() if value is not None]  # type: ignore[arg-type]
-    if len(promises) != 1:
-        raise click.UsageError("give one of --max-loss, --min-agreement and --speedup", click.get_current_context())
-    return promises[0]
-
-
 @contextmanager
 def _opened(
     model: str, threads: int | None, gpu_layers: int, n_ctx: int, *, logits_all: bool = False
@@ -188,16 +187,3 @@ def _opened(
         # llama.cpp tells an error where a plan made its buffers larger than it had planned; it is none.
         with redirect_stderr(io.StringIO()):
             llm.close()
-
-
-def _announce(tuner: Tuner, err: Console) -> None:
-    """Evaluate the full model, and tell from that what the search costs."""
-    start, n = time.monotonic(), tuner.most_evaluations
-    tuner.evaluate_full()
-    each = time.monotonic() - start
-    err.print(
-        f"The search evaluates at most {n} plans on {tuner.n_tokens:,} tokens of held-out text. One took {each:.2g} s, "
-        f"so that is up to {minutes(n * each)}; what follows takes {minutes(4 * each)} or more. Ctrl-C leaves all "
-        "files as they are.",
-        style="dim",
-    )

@@ -17,21 +17,6 @@ def _declarations(header: str) -> str:
     return re.sub(r"^#(?!define ADASKIP_ABI_VERSION).*$", "", header, flags=re.MULTILINE)
 
 
-def _open() -> tuple[FFI, Any]:
-    ffi = FFI()
-    ffi.cdef(_declarations(_library.header().read_text(encoding="utf-8")))
-    ffi.cdef("""
-        size_t ggml_tensor_overhead(void);
-        size_t ggml_backend_dev_count(void);
-        void * ggml_backend_dev_get(size_t index);
-        const char * ggml_backend_dev_description(void * device);
-    """)
-    # llama_cpp has opened this very file; the loader hands out the same library again.
-    lib = ffi.dlopen(str(_library.path()))
-    check_build(lib)
-    return ffi, lib
-
-
 def check_build(lib: Any) -> None:
     """Refuses a libllama that is not of this header, or that runs on a ggml with other structures than its own."""
     if lib.adaskip_abi_version() != lib.ADASKIP_ABI_VERSION:
@@ -48,4 +33,14 @@ def check_build(lib: Any) -> None:
         )
 
 
-ffi, lib = _open()
+ffi = FFI()
+ffi.cdef(_declarations(_library.header().read_text(encoding="utf-8")))
+ffi.cdef("""
+    size_t ggml_tensor_overhead(void);
+    size_t ggml_backend_dev_count(void);
+    void * ggml_backend_dev_get(size_t index);
+    const char * ggml_backend_dev_description(void * device);
+""")
+# llama_cpp has opened this very file; the loader hands out the same library again.
+lib: Any = ffi.dlopen(str(_library.path()))
+check_build(lib)

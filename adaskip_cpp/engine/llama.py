@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Literal
 
-import llama_cpp
 from llama_cpp.llama import LlamaState
 
 from ..errors import AdaSkipError, ModelFileError, PlanError, StateError
@@ -15,7 +14,7 @@ from ..model.plan import PHASES, Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .log import errors_logged
 from .native import elide_kv
-from .native_types import OnlineResult, StatisticsBatch
+from .native_types import OnlineResult, StatisticsSink
 from .self_describing import SelfDescribingLlama
 from .state import AdaSkipState, check_state
 
@@ -153,7 +152,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         if not tokens:
             return
         native = self._adaskip
-        if native.kv_valid(phase, self.n_tokens) < self.n_tokens or self._has_lost_window(self.n_tokens):
+        if native.kv_valid(phase, self.n_tokens) < self.n_tokens or self.has_lost_window(self.n_tokens):
             # Prefill runs at least the attentions of decode, so it may reach further back.
             stale = self._rewind(native.kv_valid("prefill", self.n_tokens))
             if phase == "prefill":
@@ -181,7 +180,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
-        if self.has_state or self._has_lost_window(n_valid):
+        if self.has_state or self.has_lost_window(n_valid):
             n_valid = 0  # what such a memory dropped or folded into its state cannot be rewound to
         tokens = self.input_ids[n_valid : self.n_tokens].tolist()
         if min(tokens) < 0:
@@ -190,18 +189,6 @@ class AdaSkipLlama(SelfDescribingLlama):
             self.reset()
         self.n_tokens = n_valid
         return list(tokens)
-
-    def _has_lost_window(self, n: int) -> bool:
-        """Whether positions are gone that a sliding window behind the first ``n`` attends to.
-
-        llama.cpp writes over those that the window has left; with ``swa_full`` as well where it looks for room from the
-        cache's start, as behind a loaded state. Stock then reads on without them.
-        """
-        n_swa = llama_cpp.llama_model_n_swa(self.model)
-        if n_swa == 0 or n == 0:
-            return False
-        first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self.ctx), 0)
-        return not 0 <= first <= max(0, n - n_swa + 1)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """Generate tokens: the prompt runs as prefill, every step after it as decode, drafts included.
@@ -239,12 +226,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     @contextmanager
     def collect_statistics(
-        self,
-        sink: Callable[[StatisticsBatch], None],
-        *,
-        keep_logits: bool = False,
-        vectors: bool = False,
-        activations: bool = False,
+        self, sink: StatisticsSink, *, keep_logits: bool = False, vectors: bool = False, activations: bool = False
     ) -> Iterator[None]:
         """Hand the statistics of every evaluated ubatch to ``sink`` while the context is open.
 
@@ -252,7 +234,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         What ``sink`` raises ends the evaluation and is raised from it.
 
         Args:
-            sink: called once per ubatch.
+            sink: called once per ubatch with a ``StatisticsBatch``.
             keep_logits: compute logits as ever, so that :meth:`generate` works; then the last layer's FFN is observed
                 for output tokens only, as llama.cpp runs it.
             vectors: also sum every sublayer's input and output over the tokens.
@@ -262,8 +244,6 @@ class AdaSkipLlama(SelfDescribingLlama):
             StateError: statistics are being collected already.
         """
         native = self._adaskip
-        if native.collects_statistics:
-            raise StateError("statistics are being collected already; leave the other collect_statistics() first.")
         native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors, activations=activations)
         try:
             yield

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from ..errors import (
 from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .binding import ffi, lib
-from .native_types import Activations, Counters, OnlineResult, StatisticsBatch, Sublayer
+from .native_types import Activations, Counters, OnlineResult, StatisticsBatch, StatisticsSink, Sublayer
 
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _WAYS_OUT = {
@@ -154,19 +154,15 @@ class NativeContext:
         return Counters(c.n_nodes_full, c.n_nodes, c.n_splits, *graphs, c.n_bytes_kv, c.n_bytes_statistics)
 
     def start_statistics(
-        self,
-        sink: Callable[[StatisticsBatch], None],
-        *,
-        keep_logits: bool = False,
-        vectors: bool = False,
-        activations: bool = False,
+        self, sink: StatisticsSink, *, keep_logits: bool = False, vectors: bool = False, activations: bool = False
     ) -> None:
         """Hands the statistics of every ubatch to ``sink``, until :meth:`stop_statistics`.
 
-        With ``keep_logits`` the logits are bit-identical to those without statistics, and what llama.cpp runs on output
-        tokens only is observed for those; else every token is observed and no logits are computed. What ``sink``
-        raises is kept for :meth:`raise_pending`, since it cannot pass through C.
+        What ``sink`` raises is kept for :meth:`raise_pending`, since it cannot pass through C.
         """
+
+        if self._callback is not None:
+            raise StateError("statistics are being collected already; leave the other collect_statistics() first.")
 
         def keep(kind: Any, value: BaseException, traceback: Any) -> None:
             if self._error is None:
@@ -186,11 +182,6 @@ class NativeContext:
         """Takes the statistics out of the next graph."""
         self._check(lib.adaskip_set_statistics(self._ctx, 0, ffi.NULL, ffi.NULL))
         self._callback, self.drops_logits = None, False
-
-    @property
-    def collects_statistics(self) -> bool:
-        """Whether a sink is set."""
-        return self._callback is not None
 
     def raise_pending(self) -> None:
         """Raises what the sink raised during the last ``llama_decode``."""
@@ -220,8 +211,7 @@ def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
     target.n_layer = len(skip_set.skip)
     target.skip, target.scale = pointer(skip_set.skip, "uint8_t"), pointer(skip_set.scale, "float")
     for name in ("bias", "down", "up"):
-        values = getattr(skip_set, name)
-        if values is not None:
+        if (values := getattr(skip_set, name)) is not None:
             setattr(target, name, pointer(values, "float"))
     if skip_set.bias is not None:
         target.n_embd = skip_set.bias.shape[2]
@@ -238,8 +228,12 @@ def _array(address: Any, *shape: int) -> npt.NDArray[np.float32]:
 def _batch(statistics: Any) -> StatisticsBatch:
     """A copy of what native hands out, but for the activations."""
     n_layer, n_tokens, n_embd = statistics.n_layer, statistics.n_tokens, statistics.n_embd
-    values = _array(statistics.values, n_layer, 2, 3, n_tokens).copy()
-    sums = _array(statistics.sums, n_layer, 2, 2, n_embd).copy() if statistics.sums else None
+    dot, u_sq, v_sq = np.moveaxis(_array(statistics.values, n_layer, 2, 3, n_tokens).copy(), 2, 0)
+    sum_u = sum_v = None
+    if statistics.sums:
+        sum_u, sum_v = np.moveaxis(_array(statistics.sums, n_layer, 2, 2, n_embd).copy(), 2, 0)
+    layer_dot = _array(statistics.layer_dot, n_layer, n_tokens).copy()
+    positions = np.frombuffer(ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy()
     activations: Activations | None = None
     if at := statistics.activations:
         activations = [
@@ -249,14 +243,5 @@ def _batch(statistics: Any) -> StatisticsBatch:
             ]
             for layer in range(n_layer)
         ]
-    return StatisticsBatch(
-        dot=values[:, :, 0],
-        u_sq=values[:, :, 1],
-        v_sq=values[:, :, 2],
-        layer_dot=_array(statistics.layer_dot, n_layer, n_tokens).copy(),
-        sum_u=None if sums is None else sums[:, :, 0],
-        sum_v=None if sums is None else sums[:, :, 1],
-        positions=np.frombuffer(ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy(),
-        phase=PHASES[statistics.phase],
-        activations=activations,
-    )
+    phase = PHASES[statistics.phase]
+    return StatisticsBatch(dot, u_sq, v_sq, layer_dot, sum_u, sum_v, positions, phase, activations)

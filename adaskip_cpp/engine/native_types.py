@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -56,6 +57,9 @@ class StatisticsBatch:
     positions: npt.NDArray[np.int32]
     phase: Phase
     activations: Activations | None = None
+
+
+StatisticsSink: TypeAlias = Callable[[StatisticsBatch], None]
 
 
 @dataclass(frozen=True)

@@ -109,3 +109,15 @@ class SelfDescribingLlama(llama_cpp.Llama):
     def begin_request(self) -> None:
         """Begin a request: no token of its answer is decoded yet, and the online stage starts again."""
         self._adaskip.begin_request()
+
+    def has_lost_window(self, n: int) -> bool:
+        """Whether positions are gone that a sliding window behind the first ``n`` attends to.
+
+        llama.cpp writes over those that the window has left; with ``swa_full`` as well where it looks for room from the
+        cache's start, as behind a loaded state. Stock then reads on without them.
+        """
+        n_swa = llama_cpp.llama_model_n_swa(self.model)
+        if n_swa == 0 or n == 0:
+            return False
+        first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self.ctx), 0)
+        return not 0 <= first <= max(0, n - n_swa + 1)

@@ -15,6 +15,8 @@ from .llama import AdaSkipLlama
 
 def cost_settings(llm: AdaSkipLlama) -> CostSettings:
     """Return the machine and the settings that the times of a loaded model depend on."""
+    from gguf import GGMLQuantizationType
+
     parameters: Any = llm.context_params
     n_gpu_layers = int(llm.model_params.n_gpu_layers)
     return CostSettings(
@@ -26,17 +28,11 @@ def cost_settings(llm: AdaSkipLlama) -> CostSettings:
         n_batch=int(llm.n_batch),
         n_ubatch=int(parameters.n_ubatch),
         flash_attention=int(parameters.flash_attn_type) == 1,
-        type_k=_type_name(int(parameters.type_k)),
-        type_v=_type_name(int(parameters.type_v)),
+        type_k=str(GGMLQuantizationType(parameters.type_k).name),
+        type_v=str(GGMLQuantizationType(parameters.type_v).name),
         swa_full=bool(parameters.swa_full),
         llama_cpp_python=metadata.version("llama-cpp-python"),
     )
-
-
-def _type_name(number: int) -> str:
-    from gguf import GGMLQuantizationType
-
-    return str(GGMLQuantizationType(number).name)
 
 
 def _cpu() -> str:

@@ -9,6 +9,7 @@ Held to is the upper end of the 95% interval of the mean harm over the texts, no
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -101,24 +102,15 @@ def fastest_within(judge: Judge, order: Sequence[int], limit: float, *, n_exchan
     skipped with other ones, as long as that takes less time, or no more and harms less, and keeps the limit. It may use
     ``n_exchange`` evaluations.
     """
-    low, high = 0, len(order) + 1  # the first `low` keep the limit, the first `high` do not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if judge(judge.first(order, middle)).keeps(limit):
-            low = middle
-        else:
-            high = middle
-    found = judge(judge.first(order, low))
+    numbers = range(len(order), -1, -1)  # none, the last of them, keeps any limit
+    n = bisect.bisect_left(numbers[:-1], True, key=lambda n: judge(judge.first(order, n)).keeps(limit))
+    found = judge(judge.first(order, numbers[n]))
 
     def better(candidate: Judged, present: Judged) -> bool:
         faster = candidate.seconds < present.seconds * (1 - _SAME)
         return candidate.keeps(limit) and (faster or candidate.harm.value < present.harm.value)
 
-    def moves(present: Judged) -> Iterator[SkipFlags]:
-        most = present.seconds * (1 + _SAME)
-        return (skip for skip in _moves(order, present.skip, add=True) if judge.seconds(skip) <= most)
-
-    return _exchange(judge, found, moves, better, n_exchange)
+    return _exchange(judge, order, found, n_exchange, better, lambda present: present.seconds * (1 + _SAME), add=True)
 
 
 def least_harm(judge: Judge, order: Sequence[int], goal: float, *, n_exchange: int = 16) -> Judged | None:
@@ -138,10 +130,7 @@ def least_harm(judge: Judge, order: Sequence[int], goal: float, *, n_exchange: i
     def better(candidate: Judged, present: Judged) -> bool:
         return candidate.harm.value < present.harm.value or math.isnan(present.harm.value)
 
-    def moves(present: Judged) -> Iterator[SkipFlags]:
-        return (skip for skip in _moves(order, present.skip, add=False) if judge.seconds(skip) <= goal)
-
-    return _exchange(judge, judge(skip), moves, better, n_exchange)
+    return _exchange(judge, order, judge(skip), n_exchange, better, lambda present: goal, add=False)
 
 
 def back_off(judge: Judge, order: Sequence[int], skip: SkipFlags, limit: float) -> Judged:
@@ -155,19 +144,23 @@ def back_off(judge: Judge, order: Sequence[int], skip: SkipFlags, limit: float) 
 
 def _exchange(
     judge: Judge,
+    order: Sequence[int],
     found: Judged,
-    moves: Callable[[Judged], Iterator[SkipFlags]],
-    better: Callable[[Judged, Judged], bool],
     n_evaluations: int,
+    better: Callable[[Judged, Judged], bool],
+    most_seconds: Callable[[Judged], float],
+    *,
+    add: bool,
 ) -> Judged:
     """Take one move after another that is better, until none is or the evaluations are used up."""
     stop = judge.n_evaluations + n_evaluations
     while True:
-        for skip in moves(found):
+        for skip in _moves(order, found.skip, add=add):
+            if judge.seconds(skip) > most_seconds(found):
+                continue
             if not judge.is_known(skip) and judge.n_evaluations >= stop:
                 return found
-            candidate = judge(skip)
-            if better(candidate, found):
+            if better(candidate := judge(skip), found):
                 found = candidate
                 break
         else:
