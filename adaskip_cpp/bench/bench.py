@@ -205,14 +205,12 @@ class Bench:
         known = {run: statistics.median(map(_total_s, runs)) for (run, n), runs in times if n == context}
         if name in known:
             return known[name]
-        warm = {
-            run: each.first_token_s * context / self._n_warm_up + sum(each.token_s) for run, each in self._warm.items()
-        }
+        warm = {run: _total_s(each, context / self._n_warm_up) for run, each in self._warm.items()}
         return warm[name] * statistics.median([known[run] / warm[run] for run in known] or [1.0])
 
 
-def _total_s(run: RequestTime) -> float:
-    return run.first_token_s + sum(run.token_s)
+def _total_s(run: RequestTime, times_prompt: float = 1.0) -> float:
+    return run.first_token_s * times_prompt + sum(run.token_s)
 
 
 def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[_Parts, dict[str, SkipPlan]]:

@@ -32,11 +32,9 @@ class _Contender:
         self._llm: Any = None
 
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
-        kind: Any
         if self._ours:
-            from adaskip_cpp import AdaSkipLlama as kind
-        else:
-            from llama_cpp import Llama as kind
+            from adaskip_cpp import AdaSkipLlama
+            from adaskip_cpp.engine.settings import cost_settings
         import llama_cpp
         from llama_cpp import _logger
 
@@ -45,14 +43,11 @@ class _Contender:
         if not self._ours and not stock:
             raise RuntimeError(f"this process runs on {library}, not on the libllama of llama-cpp-python")
         # llama.cpp tells its sizes, and why it cannot load a model, in its log alone.
-        self._llm = kind(model, verbose=True, **options)
+        self._llm = (AdaSkipLlama if self._ours else llama_cpp.Llama)(model, verbose=True, **options)
         self._llm.verbose = False
         _logger.set_verbose(False)
-        if not self._ours:
-            return {"library": str(library)}
-        from adaskip_cpp.engine.settings import cost_settings
-
-        return {"library": str(library), "settings": dataclasses.asdict(cost_settings(self._llm))}
+        settings = {"settings": dataclasses.asdict(cost_settings(self._llm))} if self._ours else {}
+        return {"library": str(library), **settings}
 
     def time(self, prompt: list[int], n_decode: int, plan: Any) -> dict[str, Any]:
         if plan is not None:

@@ -46,18 +46,16 @@ def _table(out: Console, title: str, columns: Sequence[str]) -> Table:
 
 def _print_phase(out: Console, rows: Sequence[Row]) -> None:
     references = [name for name in (STOCK, NO_PLAN) if any(name in row.against for row in rows)]
-    with_ideal = any(row.of_ideal is not None for row in rows)
     columns = ["median\n(quartiles)", *(f"against {name}\n(95% interval)" for name in references)]
-    columns += ["ideal", "of the ideal\n(95% interval)"] if with_ideal else []
+    columns += ["ideal", "of the ideal\n(95% interval)"] if any(row.ideal is not None for row in rows) else []
     n_rounds = f"{rows[0].n_rounds} round{'s' if rows[0].n_rounds > 1 else ''}"
     table = _table(out, f"{TITLES[rows[0].phase]}, prompt of {rows[0].context:,} tokens, {n_rounds}", columns)
     for row in rows:
         cells = [row.contender, f"{seconds(row.median_s)}\n({_range(row.low_s, row.high_s)})"]
         verdicts = [verdict(row.against[name]) if name in row.against else "" for name in references]
         cells += [words.replace(" (", "\n(").replace(", ", ",\n") for words in verdicts]  # the interval goes below
-        if with_ideal:
-            cells.append("" if row.ideal is None else f"{row.ideal.value:.2f} x")
-            cells.append("" if row.of_ideal is None else _percent(row.of_ideal))
+        if row.ideal is not None and row.of_ideal is not None:
+            cells += [f"{row.ideal.value:.2f} x", _percent(row.of_ideal)]
         table.add_row(*cells)
     out.print(table)
 

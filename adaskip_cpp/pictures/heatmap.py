@@ -16,8 +16,7 @@ from ..model.skip_set import KIND_NAMES
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LABEL_WIDTH = 11
-_CELL = 2
+_LABEL_WIDTH, _CELL = 11, 2
 _BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "01234567"
 
 # From little to much similarity: dark violet, blue, teal, green, yellow; readable with common colour blindness.
@@ -50,13 +49,9 @@ def print_heatmap(
         for kind, name in enumerate(KIND_NAMES):
             cells = (_cell(level[layer, kind], marked[layer, kind], colour) for layer in layers)
             console.print(Text.assemble(name.ljust(_LABEL_WIDTH), *cells, no_wrap=True))
-    console.print(
-        Text.assemble(
-            f"{'':{_LABEL_WIDTH}}IO similarity {known[0]:.3f} ",
-            *(_cell(step, False, colour) for step in np.linspace(0, 1, 10)),
-            f" {known[-1]:.3f}, by rank" + ("" if skip is None else "   x skipped"),
-        )
-    )
+    scale = (_cell(step, False, colour) for step in np.linspace(0, 1, 10))
+    legend = f" {known[-1]:.3f}, by rank" + ("" if skip is None else "   x skipped")
+    console.print(Text.assemble(f"{'':{_LABEL_WIDTH}}IO similarity {known[0]:.3f} ", *scale, legend))
 
 
 def _cell(level: float, marked: bool, colour: bool) -> tuple[str, str]:

@@ -125,8 +125,7 @@ def _draw(
     if alike:
         axes.set_xticks(_ticks(len(values)))
     axes.set(xlabel="layer" if alike else "depth: layer / last layer", ylabel=y)
-    if title:
-        plots.title(axes, title)
+    plots.title(axes, title)
 
 
 def _scale(*row: Axes) -> None:
