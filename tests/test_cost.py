@@ -53,6 +53,7 @@ class TimedLlama:
         self.base, self.growth = np.array(base, float), np.array(growth, float)
         self.limit, self.fixed = np.broadcast_to(np.array(limit, float), self.growth.shape), 2e-4
         self.n_layer, self.n_batch, self.noise, self.now = len(self.base), size, 0.0, 0.0
+        self.draft_model = None
         self.input_ids = np.zeros(n_ctx, np.intc)
         self.context_params = SimpleNamespace(
             n_ubatch=size, n_threads=2, n_threads_batch=2, flash_attn_type=0, type_k=1, type_v=1, swa_full=swa_full

@@ -18,7 +18,7 @@ from ..model.skip_set import KINDS
 from ..model.statistics import PhaseStatistics
 from ..planning.profile import Profile
 from ..progress import progress_bar
-from .cost import measure_cost
+from .cost import measure_cost, set_aside
 from .linear import DEFAULT_RANK, LinearFit, Matrix, moments_bytes
 from .similarity import RequestStatistics
 
@@ -56,11 +56,9 @@ def calibrate(
     aside meanwhile and put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
 
     Args:
-        llm: the model.
         requests: texts or lists of token ids, all of them used. None: pages of ``pydoc_data.topics``, the language
             reference that every Python carries; text like your own gives a better profile.
-        n_requests: requests to cut from the built-in pages, ignored if ``requests`` is given.
-        n_tokens: tokens in each of those, ignored likewise.
+        n_requests: requests to cut from the built-in pages, of ``n_tokens`` tokens each, if ``requests`` is None.
         n_decode: tokens to decode after a request, at least 1.
         rank: of the linear maps that are fitted for compensation ``"linear"``, see
             :mod:`adaskip_cpp.calibration.linear`; 0 for none. The moments of all sublayers take ``16 * n_layer * n_embd
@@ -69,9 +67,6 @@ def calibrate(
         progress: True shows progress on stderr, False does not; None does where stderr is a terminal and it will take
             more than 2 s.
         description: what text this is, in words, stored in the profile.
-
-    Returns:
-        The profile; ``n_tokens`` and ``n_requests`` say how much text it saw.
 
     Raises:
         RequestError: there are no requests, or one is empty, leaves the model's context no room for ``n_decode``
@@ -103,7 +98,8 @@ def calibrate(
         n_seen += n_tokens
         on_progress(n_seen / n_expected, f"{len(prefill)}/{len(token_lists)} requests, {n_seen:,} tokens")
 
-    with _full_model(llm):
+    with set_aside(llm):
+        llm.set_plan(None)
         with progress_bar("Calibrating", progress) as on_progress:
             for index, tokens in enumerate(token_lists):
                 prefill.append(_prefill(llm, tokens, advance, fits[0] if fits else None))
@@ -135,14 +131,12 @@ def calibrate(
 
 def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
     if isinstance(request, str):
-        # An empty text still has the token that begins a sequence.
-        return corpus.tokens_of(llm, request, bos=True) if request else []
+        return corpus.tokens_of(llm, request, bos=True) if request else []  # else the token that begins a sequence
     try:
         return [operator.index(token) for token in request]
     except TypeError as error:
-        raise RequestError(
-            f"request {index} is neither a text nor a list of token ids; pass str or whole numbers"
-        ) from error
+        message = f"request {index} is neither a text nor a list of token ids; pass str or whole numbers"
+        raise RequestError(message) from error
 
 
 def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int, rank: int) -> None:
@@ -167,20 +161,6 @@ def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int, rank:
                 f"request {index} has the token id {wrong}, which is not in the vocabulary; "
                 f"use ids from 0 to {n_vocab - 1}"
             )
-
-
-@contextlib.contextmanager
-def _full_model(llm: AdaSkipLlama) -> Iterator[None]:
-    """Take the plan and the draft model off, and put them back whatever happens; leave no KV of the requests behind."""
-    plan, draft_model = llm.plan, llm.draft_model
-    llm.set_plan(None)
-    llm.draft_model = None
-    try:
-        yield
-    finally:
-        llm.draft_model = draft_model
-        llm.reset()
-        llm.set_plan(plan)
 
 
 def _prefill(

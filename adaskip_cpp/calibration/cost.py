@@ -13,14 +13,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
-import numpy.typing as npt
 
 from ..engine.settings import cost_settings
 from ..errors import RequestError
 from ..model.cost_model import CELLS, CostModel
 from ..model.plan import Phase, SkipPlan
 from ..model.skip_set import KINDS
-from .cost_fit import Group, Sample, fit
+from .cost_fit import Group, Runs, Sample, fit
 
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
@@ -46,7 +45,6 @@ def measure_cost(
     meanwhile and put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
 
     Args:
-        llm: the model.
         contexts: at how many tokens of context to time attentions; None for 512, 2048 and 6144, as far as the model's
             context and the time allow.
         seconds: time to spend. Rounds of measurements are repeated in it, 12 at most; the first one is completed in any
@@ -59,7 +57,7 @@ def measure_cost(
     if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
         raise RequestError(f"cannot measure for {seconds!r} seconds; use a number above 0, such as 15")
     measurement = _Measurement(llm, _contexts(llm, contexts), float(seconds), on_progress)
-    with _set_aside(llm):
+    with set_aside(llm):
         return measurement.run()
 
 
@@ -135,7 +133,7 @@ class _Measurement:
                 runs = self._only(group, group.layers[::step])
                 self._deepen(runs, self._contexts, f"subset of {index}")
 
-    def _deepen(self, runs: npt.NDArray[np.bool_], contexts: Sequence[int], offset: str | None) -> None:
+    def _deepen(self, runs: Runs, contexts: Sequence[int], offset: str | None) -> None:
         """Time ubatch after ubatch; with an ``offset`` also, at each context, tokens for which all FFNs run as well."""
         end = perf_counter() + self.seconds / (2 * max(sum(group.kind == 0 for group in self.groups), 1))
         self._prepare(runs, runs | np.array([False, True]))
@@ -154,23 +152,22 @@ class _Measurement:
 
     def _prefill_groups(self, groups: Sequence[Group]) -> list[Group]:
         """The groups in prefill, where llama.cpp runs the last layer's FFN for output tokens only: hardly any."""
-        last = self.llm.n_layer - 1
+        last = (self.llm.n_layer - 1,)
         result = []
         for group in groups:
-            if group.kind == 1 and last in group.layers and len(group.layers) > 1:
-                result += [replace(group, layers=group.layers[:-1]), replace(group, layers=(last,))]
-            else:
-                result.append(group)
+            splits = group.kind == 1 and group.layers[-1:] == last != group.layers
+            parts = (group.layers[:-1], last) if splits else (group.layers,)
+            result += [replace(group, layers=part) for part in parts]
         return result
 
-    def _mixed(self) -> list[npt.NDArray[np.bool_]]:
+    def _mixed(self) -> list[Runs]:
         """The full model, half of each group left out, and halves of several: where real plans are.
 
         In this order no plan runs an attention that an earlier one left out.
         """
 
-        def halved(runs: npt.NDArray[np.bool_], group: Group) -> npt.NDArray[np.bool_]:
-            fewer: npt.NDArray[np.bool_] = runs.copy()
+        def halved(runs: Runs, group: Group) -> Runs:
+            fewer: Runs = runs.copy()
             fewer[list(group.layers[::2]), group.kind] = False
             return fewer
 
@@ -181,24 +178,24 @@ class _Measurement:
 
     # -- the model --------------------------------------------------------------------------------------------------
 
-    def _all(self, runs: bool) -> npt.NDArray[np.bool_]:
+    def _all(self, runs: bool) -> Runs:
         """All sublayers that can be skipped run, or none of them; the others always do."""
         flags = np.ones((self.llm.n_layer, 2), np.bool_)
         for group in self.groups:
             flags[list(group.layers), group.kind] = runs
         return flags
 
-    def _only(self, group: Group, layers: Sequence[int]) -> npt.NDArray[np.bool_]:
+    def _only(self, group: Group, layers: Sequence[int]) -> Runs:
         flags = self._all(False)
         flags[list(layers), group.kind] = True
         return flags
 
-    def _set_plan(self, prefill: npt.NDArray[np.bool_], decode: npt.NDArray[np.bool_]) -> None:
-        self._runs: dict[Phase, npt.NDArray[np.bool_]] = {"prefill": prefill, "decode": decode}
+    def _set_plan(self, prefill: Runs, decode: Runs) -> None:
+        self._runs: dict[Phase, Runs] = {"prefill": prefill, "decode": decode}
         skipped = ([np.flatnonzero(~runs[:, kind]).tolist() for kind in (0, 1)] for runs in (prefill, decode))
         self.llm.set_plan(SkipPlan(*(SkipPlan.manual(self.llm.n_layer, *layers).prefill for layers in skipped)))
 
-    def _prepare(self, prefill: npt.NDArray[np.bool_], decode: npt.NDArray[np.bool_] | None = None) -> None:
+    def _prepare(self, prefill: Runs, decode: Runs | None = None) -> None:
         self.llm.reset()
         self._set_plan(prefill, prefill if decode is None else decode)
 
@@ -252,12 +249,14 @@ def _contexts(llm: AdaSkipLlama, contexts: Sequence[SupportsIndex] | None) -> tu
 
 
 @contextmanager
-def _set_aside(llm: AdaSkipLlama) -> Iterator[None]:
-    """Put the plan back whatever happens, and leave no KV behind."""
-    plan = llm.plan
+def set_aside(llm: AdaSkipLlama) -> Iterator[None]:
+    """Take the draft model off, put it and the plan back whatever happens, and leave no KV behind."""
+    plan, draft_model = llm.plan, llm.draft_model
+    llm.draft_model = None
     try:
         yield
     finally:
+        llm.draft_model = draft_model
         llm.reset()
         llm.set_plan(plan)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +17,15 @@ _TOLERANCE = 0.05
 _ITERATIONS = 20
 
 
+Runs: TypeAlias = npt.NDArray[np.bool_]
+"""Which sublayers run, ``[n_layer, 2]``."""
+
+
 @dataclass(frozen=True)
 class Group:
-    """Sublayers that take the same time.
+    """Sublayers that take the same time: all attention (kind 0) or all FFN (1), of ascending layers.
 
-    Attributes:
-        kind: 0 for attention, 1 for FFN.
-        layers: ascending.
-        limit: KV cells beyond which an attention stops growing.
+    ``limit`` is the number of KV cells beyond which an attention stops growing.
     """
 
     kind: int
@@ -33,18 +35,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed ubatch.
+    """One timed ubatch, behind which the cache holds ``end`` tokens.
 
-    Attributes:
-        runs: bool ``[n_layer, 2]``, the sublayers that ran.
-        end: tokens in the cache afterwards.
-        seconds: how long it took.
-        offset: name of a constant of its own that its rest may have, "" for that of the model. Time is not additive
-            far from the full model (what few sublayers read stays in the processor's caches), so such a sample tells
-            how time grows with the context, and not how long the rest takes.
+    ``offset`` names a constant of its own that its rest may have, "" for that of the model: time is not additive far
+    from the full model (what few sublayers read stays in the processor's caches), so such a sample tells how time grows
+    with the context, and not how long the rest takes.
     """
 
-    runs: npt.NDArray[np.bool_]
+    runs: Runs
     end: int
     seconds: float
     offset: str = ""
@@ -53,17 +51,10 @@ class Sample:
 def fit(
     samples: Sequence[Sample], groups: Sequence[Group], n_layer: int, n_tokens: int, *, rest_grows: bool
 ) -> tuple[PhaseCost, float]:
-    """Fit the cost of a ubatch: of each group's sublayers, and of the rest. No cost is below 0.
+    """Fit the cost of a ubatch of ``n_tokens``: of each group's sublayers, and of the rest. No cost is below 0.
 
-    Args:
-        samples: ubatches of ``n_tokens`` tokens.
-        groups: the sublayers that can be skipped.
-        n_layer: number of layers.
-        n_tokens: tokens in a ubatch.
-        rest_grows: whether sublayers that cannot be skipped may make the rest grow with the context.
-
-    Returns:
-        The cost, and the mean absolute relative error of the samples.
+    ``rest_grows``: whether sublayers that cannot be skipped may make the rest grow with the context. Returns the cost,
+    and the mean absolute relative error of the samples.
     """
     cells = np.array([math.ceil(sample.end / CELLS) * CELLS for sample in samples], float)
     count = np.array([[sample.runs[list(g.layers), g.kind].sum() for g in groups] for sample in samples], float)

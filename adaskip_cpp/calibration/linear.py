@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ DEFAULT_RANK = 64
 RIDGE = 1e-3
 """Added to the input's second moments, as a share of its mean variance: it keeps out directions of few tokens."""
 
-Matrix = npt.NDArray[np.float32]
+Matrix: TypeAlias = npt.NDArray[np.float32]
 _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Martinsson and Tropp 2011)
 
 
@@ -42,14 +43,14 @@ class _Sums:
     without it float32 would lose the variance in the squares.
     """
 
-    def __init__(self, u: npt.NDArray[np.float32], d: npt.NDArray[np.float32]) -> None:
+    def __init__(self, u: Matrix, d: Matrix) -> None:
         n_embd = u.shape[1]
         self.n = 0
         self.mean = [first.mean(axis=0, dtype=np.float64).astype(np.float32) for first in (u, d)]
         self.u, self.d = np.zeros((2, n_embd))
         self.uu, self.du = (np.zeros((n_embd, n_embd), np.float32) for _ in range(2))
 
-    def add(self, u: npt.NDArray[np.float32], d: npt.NDArray[np.float32]) -> None:
+    def add(self, u: Matrix, d: Matrix) -> None:
         u, d = u - self.mean[0], d - self.mean[1]
         self.n += len(u)
         self.u += u.sum(axis=0, dtype=np.float64)
@@ -60,27 +61,18 @@ class _Sums:
 
 @dataclass
 class LinearFit:
-    """Gathers the moments of some sublayers' inputs and outputs, and fits their maps.
-
-    Attributes:
-        sublayers: those to fit, as (layer, kind).
-    """
+    """Gathers the moments of the inputs and outputs of some sublayers, (layer, kind) each, and fits their maps."""
 
     sublayers: Sequence[tuple[int, int]]
     _sums: dict[tuple[int, int], _Sums] = field(default_factory=dict)
 
     def add(
-        self,
-        activations: Sequence[Sequence[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None]],
-        positions: npt.NDArray[np.int32],
+        self, activations: Sequence[Sequence[tuple[Matrix, Matrix] | None]], positions: npt.NDArray[np.int32]
     ) -> None:
         """Add the tokens of one ubatch, without the first of a request.
 
-        A sublayer that was not observed, or has a value that is not finite, is left out of this ubatch.
-
-        Args:
-            activations: ``[n_layer][2]``: u and v, float32 ``[n_tokens, n_embd]``, or None.
-            positions: int32 ``[n_tokens]``.
+        ``activations`` are ``[n_layer][2]``: u and v, ``[n_tokens, n_embd]`` each, or None. A sublayer that was not
+        observed, or has a value that is not finite, is left out of this ubatch.
         """
         later = np.flatnonzero(positions > 0)
         for layer, kind in self.sublayers:
@@ -100,14 +92,11 @@ class LinearFit:
     ) -> dict[tuple[int, int], tuple[Matrix, Matrix]]:
         """Return down ``[rank, n_embd]`` and up ``[n_embd, rank]``, float32, of each sublayer with tokens and a scale.
 
-        Args:
-            rank: of the maps; beyond ``n_embd`` it counts as ``n_embd``.
-            scale: s of each sublayer, float64 ``[n_layer, 2]``, NaN where it is not known; None for 1.
+        A rank beyond ``n_embd`` counts as that. ``scale`` is s, ``[n_layer, 2]``, NaN where not known; None for 1.
         """
         scales = {where: 1.0 if scale is None else float(scale[where]) for where in self._sums}
-        return {
-            where: _fit(sums, rank, scales[where]) for where, sums in self._sums.items() if np.isfinite(scales[where])
-        }
+        known = {where: sums for where, sums in self._sums.items() if np.isfinite(scales[where])}
+        return {where: _fit(sums, rank, scales[where]) for where, sums in known.items()}
 
     def clear(self) -> None:
         """Give the memory of the moments back."""

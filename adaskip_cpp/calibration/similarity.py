@@ -17,11 +17,7 @@ _EPS = np.float32(1e-8)
 
 
 class RequestStatistics:
-    """Accumulates one phase of one request, fed in as many batches as the evaluator splits it into.
-
-    Args:
-        n_layer: number of layers of the model.
-    """
+    """Accumulates one phase of one request, fed in as many batches as the evaluator splits it into."""
 
     def __init__(self, n_layer: int) -> None:
         self._shape = (n_layer, 2)
@@ -32,11 +28,7 @@ class RequestStatistics:
         self.n_tokens = 0
 
     def add(self, batch: StatisticsBatch) -> None:
-        """Add a batch.
-
-        Raises:
-            ValueError: the shapes differ from each other or from this model's.
-        """
+        """Add a batch; a ValueError if its shapes differ from each other or from this model's."""
         dot, u_sq, v_sq, sum_u, sum_v = batch.dot, batch.u_sq, batch.v_sq, batch.sum_u, batch.sum_v
         if dot.shape[:2] != self._shape or dot.ndim != 3 or not dot.shape == u_sq.shape == v_sq.shape:
             raise ValueError(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"
 """Who says what in a chat."""
 
+_End: TypeAlias = Literal["model", "length", "context", "stopped"]
 _TEMPLATE = "tokenizer.chat_template"
 
 
@@ -24,8 +25,7 @@ class Timing:
     """How long an answer took.
 
     Attributes:
-        n_prompt: tokens of the prompt.
-        n_evaluated: those of them that were evaluated; the others were cached from an earlier request.
+        n_evaluated: tokens of the prompt that were evaluated; the others were cached from an earlier request.
         n_generated: tokens generated, the one that ends the answer included.
         first_token_s: seconds from the call until the first token was known.
         decode_s: seconds for the ``n_generated - 1`` tokens after it.
@@ -37,11 +37,10 @@ class Timing:
     n_generated: int
     first_token_s: float
     decode_s: float
-    end: Literal["model", "length", "context", "stopped"]
+    end: _End
 
     @property
     def prompt_tokens_per_s(self) -> float:
-        """Prompt tokens evaluated per second."""
         return self.n_evaluated / self.first_token_s
 
     @property
@@ -51,18 +50,10 @@ class Timing:
 
 
 class Generation:
-    """An answer to a prompt. Iterate over it for its text, once.
+    """An answer to a prompt of token ids. Iterate over it for its text, once.
 
-    ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated.
-
-    Args:
-        llm: the model, with the plan to use. What it has cached of the prompt is used again.
-        prompt: token ids of the prompt.
-        max_tokens: tokens to generate at most; also limited by the context.
-        temperature: 0 takes the most likely token each time.
-
-    Raises:
-        RequestError: the prompt is empty or leaves no room in the context, or ``max_tokens`` is below 1.
+    ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated. What the
+    model has cached of the prompt is used again. At temperature 0 the likeliest token is taken each time.
     """
 
     def __init__(self, llm: AdaSkipLlama, prompt: list[int], *, max_tokens: int, temperature: float = 0.0) -> None:
@@ -76,11 +67,9 @@ class Generation:
                 f"the prompt has {len(prompt)} tokens, the context {n_ctx}; "
                 "shorten the prompt or use a larger context (--ctx)"
             )
-        self._llm = llm
-        self._prompt = prompt
+        self._llm, self._prompt, self._temperature = llm, prompt, temperature
         self._max_tokens = min(max_tokens, n_ctx - len(prompt))
-        self._limit: Literal["length", "context"] = "length" if max_tokens <= n_ctx - len(prompt) else "context"
-        self._temperature = temperature
+        self._limit: _End = "length" if max_tokens <= n_ctx - len(prompt) else "context"
         self.timing: Timing | None = None
 
     def __iter__(self) -> Generator[str, None, None]:
@@ -89,7 +78,7 @@ class Generation:
         n_evaluated = len(self._prompt)
         first = last = start = time.perf_counter()
         n_generated = 0
-        end: Literal["model", "length", "context", "stopped"] = "stopped"
+        end: _End = "stopped"
         tokens = self._llm.generate(self._prompt, temp=self._temperature)
         try:
             for token in tokens:
@@ -130,11 +119,7 @@ def has_chat_template(llm: AdaSkipLlama) -> bool:
 
 
 def chat_tokens(llm: AdaSkipLlama, messages: Sequence[Message]) -> list[int]:
-    """Return the token ids of a conversation in the model's own chat template, up to where the answer begins.
-
-    Raises:
-        RequestError: the model file has no chat template, or it fails on these messages.
-    """
+    """Return the token ids of a conversation in the model's own chat template, up to where the answer begins."""
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     if not has_chat_template(llm):

@@ -25,14 +25,7 @@ _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What libllama was built from.
-
-    Attributes:
-        llama_cpp_python: version of llama-cpp-python whose sdist holds the sources, and which must be installed.
-        sdist_sha256: SHA-256 (hex) of that sdist.
-        llama_cpp: version of llama.cpp in it.
-        ggml: version of ggml that libllama was linked to.
-    """
+    """What libllama was built from: the versions of what is in llama-cpp-python's sdist, and of ggml linked to."""
 
     llama_cpp_python: str
     sdist_sha256: str
@@ -41,29 +34,17 @@ class BuildInfo:
 
 
 def path() -> Path:
-    """Absolute path of our libllama.
-
-    Raises:
-        LibraryMissingError: this installation has none.
-    """
+    """Absolute path of our libllama; a LibraryMissingError if this installation has none."""
     return _find(f"lib/libllama{_SUFFIX}")
 
 
 def header() -> Path:
-    """Absolute path of adaskip.h, the C ABI of our part of libllama.
-
-    Raises:
-        LibraryMissingError: this installation has none.
-    """
+    """Absolute path of adaskip.h, the C ABI of our part of libllama."""
     return _find("include/adaskip.h")
 
 
 def build_info() -> BuildInfo:
-    """What our libllama was built from.
-
-    Raises:
-        LibraryMissingError: this installation's record of it is missing or malformed.
-    """
+    """What our libllama was built from."""
     record = _find("lib/build.json")
     try:
         return BuildInfo(**json.loads(record.read_text(encoding="utf-8")))
@@ -102,10 +83,6 @@ def _loaded() -> str | None:
     return None if module is None else str(getattr(getattr(module, "_lib", None), "_name", "an unknown libllama"))
 
 
-def _is_same(first: str, second: Path) -> bool:
-    return os.path.exists(first) and os.path.samefile(first, second)
-
-
 def _preload_ggml() -> None:
     # Our RUNPATH finds ggml where llama_cpp is our neighbour. It is not with a user's or a system's site-packages
     # beside a virtual environment's; a ggml that is loaded already is found in any case, by its SONAME.
@@ -138,7 +115,7 @@ def _load() -> None:
             else:
                 os.environ[_VARIABLE] = previous
         loaded = _loaded()
-    if loaded is None or not _is_same(loaded, library):
+    if loaded is None or not (os.path.exists(loaded) and library.samefile(loaded)):
         raise ImportOrderError(
             f"llama_cpp was imported before adaskip_cpp and runs on {loaded}; import adaskip_cpp first, before "
             "llama_cpp and whatever imports it, in a new Python process."
