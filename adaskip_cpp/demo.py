@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,7 +69,7 @@ class Side:
         return statistics.median(self.token_s_runs) if self.token_s_runs else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"first_token_s": self.first_token_s, "token_s": self.token_s, **asdict(self)}
+        return {"first_token_s": self.first_token_s, "token_s": self.token_s, **vars(self)}
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,8 @@ class DemoResult:
     n_threads: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "n_prompt": self.n_prompt,
-            "n_loss": self.n_loss,
-            "n_threads": self.n_threads,
-            "n_runs": len(self.full.first_token_s_runs),
-            **{name: getattr(self, name).to_dict() for name in ("plan", "full", "skipped", "profile")},
-        }
+        parts = {name: getattr(self, name).to_dict() for name in ("plan", "full", "skipped", "profile")}
+        return {**vars(self), "n_runs": len(self.full.first_token_s_runs), **parts}
 
 
 def packaged_model() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
@@ -25,7 +25,6 @@ from .similarity import RequestStatistics
 if TYPE_CHECKING:
     from ..engine.llama import AdaSkipLlama
     from ..engine.native_types import StatisticsBatch
-    from ..model.plan import Phase
 
 MAX_DECODED = 20
 """Requests that are continued in decode, spread evenly over all; as many as the authors use."""
@@ -102,14 +101,14 @@ def calibrate(
         llm.set_plan(None)
         with progress_bar("Calibrating", progress) as on_progress:
             for index, tokens in enumerate(token_lists):
-                prefill.append(_prefill(llm, tokens, advance, fits[0] if fits else None))
+                prefill.append(_observe(llm, tokens, advance, fit=fits[0] if fits else None))
                 if index in decodes:
-                    decode.append(_decode(llm, tokens, n_decode, advance))
+                    decode.append(_observe(llm, tokens, advance, n_decode=n_decode))
             mean = PhaseStatistics.mean(prefill)
             fitted: dict[tuple[int, int], tuple[Matrix, Matrix]] = {}
             for index, fit in enumerate(fits):
                 for tokens in token_lists if index else ():  # the first pass has been made
-                    _prefill(llm, tokens, advance, fit)
+                    _observe(llm, tokens, advance, fit=fit)
                 fitted |= fit.fit(rank, map_scale(mean.median_ratio))
                 fit.clear()
         with progress_bar("Timing sublayers", progress) as on_time:
@@ -163,47 +162,38 @@ def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int, rank:
             )
 
 
-def _prefill(
-    llm: AdaSkipLlama, tokens: list[int], advance: Callable[[int], None], fit: LinearFit | None
+def _observe(
+    llm: AdaSkipLlama,
+    tokens: list[int],
+    advance: Callable[[int], None],
+    *,
+    fit: LinearFit | None = None,
+    n_decode: int = 0,
 ) -> PhaseStatistics:
-    llm.reset()
-    with _observed(llm, "prefill", len(tokens), advance, fit) as statistics:
-        llm.eval(tokens)
-    return statistics.result()
-
-
-def _decode(llm: AdaSkipLlama, tokens: list[int], n_decode: int, advance: Callable[[int], None]) -> PhaseStatistics:
-    """Generate behind a prompt that is in the cache; its last token is evaluated again, for its logits."""
-    with (
-        _observed(llm, "decode", n_decode, advance) as statistics,
-        contextlib.closing(llm.generate(tokens, temp=0.0)) as generated,
-    ):
-        for _ in range(n_decode + 1):  # the first one is sampled from the prompt's logits
-            next(generated)
-    return statistics.result()
-
-
-@contextlib.contextmanager
-def _observed(
-    llm: AdaSkipLlama, phase: Phase, n_tokens: int, advance: Callable[[int], None], fit: LinearFit | None = None
-) -> Iterator[RequestStatistics]:
-    """Yield the statistics of the tokens evaluated meanwhile in a phase, which must be ``n_tokens``."""
+    """Statistics of a prompt, or of ``n_decode`` tokens generated behind it while it is in the cache."""
     statistics = RequestStatistics(llm.n_layer)
+    phase = "decode" if n_decode else "prefill"
 
     def sink(batch: StatisticsBatch) -> None:
-        if batch.phase != phase:
+        if batch.phase != phase:  # the prompt's last token is evaluated again, for its logits
             return
         statistics.add(batch)
         if fit is not None and batch.activations is not None:
             fit.add(batch.activations, batch.positions)
         advance(batch.dot.shape[2])
 
-    with llm.collect_statistics(sink, keep_logits=phase == "decode", vectors=True, activations=fit is not None):
-        yield statistics
-    if statistics.n_tokens != n_tokens:
-        raise NativeError(
-            f"statistics cover {statistics.n_tokens} of a request's {n_tokens} tokens; please report this as a bug"
-        )
+    with llm.collect_statistics(sink, keep_logits=n_decode > 0, vectors=True, activations=fit is not None):
+        if n_decode:
+            with contextlib.closing(llm.generate(tokens, temp=0.0)) as generated:
+                for _ in range(n_decode + 1):  # the first one is sampled from the prompt's logits
+                    next(generated)
+        else:
+            llm.reset()
+            llm.eval(tokens)
+    seen, expected = statistics.n_tokens, n_decode or len(tokens)
+    if seen != expected:
+        raise NativeError(f"statistics cover {seen} of a request's {expected} tokens; please report this as a bug")
+    return statistics.result()
 
 
 def _maps(llm: AdaSkipLlama, fitted: dict[tuple[int, int], tuple[Matrix, Matrix]]) -> LinearMaps | None:

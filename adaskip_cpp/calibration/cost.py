@@ -117,14 +117,14 @@ class _Measurement:
     def _round(self) -> None:
         everything = self._all(True)
         self._prepare(everything)
-        self._ubatch()
+        self._eval("prefill", self.n_tokens)
         for runs in self._mixed():
             self._set_plan(everything, runs)
             self._decode()
         for group in self._prefill_groups(self.groups):
             if group.kind == 1:
                 self._prepare(self._only(group, group.layers))
-                self._ubatch()
+                self._eval("prefill", self.n_tokens)
         depth = len(self._contexts) if self._rest_grows else 1
         self._deepen(self._all(False), self._contexts[:depth], None)
         for index, group in enumerate(self.groups):
@@ -139,7 +139,7 @@ class _Measurement:
         self._prepare(runs, runs | np.array([False, True]))
         remaining = list(contexts)
         while remaining and self._has_room(1):
-            self._ubatch()
+            self._eval("prefill", self.n_tokens)
             is_last = perf_counter() > end or not self._has_room(2)
             if self.llm.n_tokens >= remaining[0] or is_last:
                 remaining = [] if is_last else [context for context in remaining if context > self.llm.n_tokens]
@@ -198,9 +198,6 @@ class _Measurement:
     def _prepare(self, prefill: Runs, decode: Runs | None = None) -> None:
         self.llm.reset()
         self._set_plan(prefill, prefill if decode is None else decode)
-
-    def _ubatch(self) -> None:
-        self._eval("prefill", self.n_tokens)
 
     def _decode(self, offset: str = "") -> None:
         for i in range(self._n_decode + 1):
