@@ -1,4 +1,4 @@
-"""Text files read, JSON that people read, and files written atomically."""
+"""Text files read, JSON that people read, and files written atomically where they can be."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise DataError(f"{os.fspath(path)!r} is not UTF-8 text ({error.reason}); convert it first") from error
     except OSError as error:
         raise DataError(f"cannot read {os.fspath(path)!r} ({error.strerror}); check the path") from error
+
+
+def check_output(path: str, option: str = "-o") -> None:
+    """Refuse a file that cannot be written before minutes of work, not after."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise DataError(f"there is no folder {folder!r}; create it or choose another place with {option} FILE")
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise DataError(f"cannot write {path!r}; choose another place with {option} FILE")
 
 
 def json_text(data: Any) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from tiny_families import N_EMBD
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.bench import bench as bench_run
 from adaskip_cpp.bench import subject
-from adaskip_cpp.bench.bench import BenchResult, BenchSettings
+from adaskip_cpp.bench.bench import Bench, BenchResult, BenchSettings
 from adaskip_cpp.bench.plots import plot
 from adaskip_cpp.bench.process import Usage, Worker
 from adaskip_cpp.bench.table import NO_PLAN, REST, STOCK, BenchTimes, table
@@ -117,6 +118,15 @@ def test_layers_that_do_not_exist_are_one_line(tiny: Any, profile_path: Path) ->
 def test_a_missing_matplotlib_is_told_before_anything_is_measured(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install" in line(run(tiny(), "--plot", "x", "--contexts", 16))
+
+
+def test_pictures_for_a_folder_that_is_missing_are_refused_before_anything_is_measured(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(Bench, "run", lambda self: pytest.fail("it measures"))
+    error = line(run(tiny(), "--plot", tmp_path / "nope" / "x", "--contexts", 16))
+    assert "no folder" in error and "--plot" in error and os.listdir(tmp_path) == []
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------

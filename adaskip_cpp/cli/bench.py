@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..files import json_text
+from ..files import check_output, json_text
 from ..model.beside import profile_path
 from ..model.identity import check_gguf
 from ..model.plan import MODES
@@ -120,6 +120,8 @@ def bench(
 
     if plot_to is not None:
         plots.figure()  # a missing matplotlib is told now, and not after the measurement
+        if not os.path.isdir(plot_to):
+            check_output(plot_to, "--plot")
     err = console(stderr=True)
     requests = _requests(choice)
     learns = any(each.strategy != "manual" or each.compensation != "none" for each in requests)

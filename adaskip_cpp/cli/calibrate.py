@@ -15,11 +15,11 @@ import click
 from ..calibration.calibrate import calibrate as run
 from ..calibration.cost import measure_cost
 from ..calibration.linear import DEFAULT_RANK
-from ..files import read_text
+from ..files import check_output, read_text
 from ..measuring import corpus
 from ..progress import told_progress
 from .planning import load_profile
-from .terminal import check_output, console, json_option, model_options, open_quietly, option, verb
+from .terminal import console, json_option, model_options, open_quietly, option, verb
 
 if TYPE_CHECKING:
     from ..planning.profile import Profile

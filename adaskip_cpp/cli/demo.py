@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..files import check_output
 from ..planning.request import PlanRequest
 from .planning import plan_options
 from .report import layer_list, megabytes, n_skipped
-from .terminal import OUTPUT, check_output, console, json_option, model_options, open_quietly, option, save_svg, verb
+from .terminal import OUTPUT, console, json_option, model_options, open_quietly, option, save_svg, verb
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from ..files import json_text
+from ..files import check_output, json_text
 from ..model.plan import PHASES, Phase
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KINDS, ranked
@@ -16,7 +16,7 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
 from .report import layer_list
-from .terminal import OUTPUT, check_output, console, json_option, option, verb
+from .terminal import OUTPUT, console, json_option, option, verb
 from .tune_report import print_tuning
 
 if TYPE_CHECKING:

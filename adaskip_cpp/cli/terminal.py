@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from ..errors import AdaSkipError, ProfileError
+from ..errors import AdaSkipError
 from ..files import write_atomically
 
 if TYPE_CHECKING:
@@ -199,12 +199,3 @@ def open_quietly(path: str, n_ctx: int, *, threads: int | None, gpu_layers: int,
         return AdaSkipLlama(
             path, n_ctx=n_ctx, n_threads=n, n_threads_batch=n, n_gpu_layers=gpu_layers, verbose=False, **more
         )
-
-
-def check_output(path: str, option: str = "-o") -> None:
-    """Refuse a file that cannot be written before minutes of work, not after."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise ProfileError(f"there is no folder {folder!r}; create it or choose another place with {option} FILE")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ProfileError(f"cannot write {path!r}; choose another place with {option} FILE")

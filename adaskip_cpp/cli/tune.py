@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import DataError
-from ..files import json_text
+from ..files import check_output, json_text
 from ..model.beside import plan_path, profile_path
 from ..model.plan import MODES, Mode
 from ..model.plan_file import save_plan
@@ -24,7 +24,7 @@ from ..planning.request import PlanRequest
 from ..progress import told_progress
 from .calibrate import calibration_text
 from .planning import load_profile, print_cost_note
-from .terminal import CHOOSING, OUTPUT, check_output, console, json_option, model_options, open_quietly, option, verb
+from .terminal import CHOOSING, OUTPUT, console, json_option, model_options, open_quietly, option, verb
 from .tune_report import minutes, print_found
 
 if TYPE_CHECKING:
