@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,14 +11,21 @@ import numpy.typing as npt
 _T = TypeVar("_T")
 
 
-class ByContent:
-    """Makes dataclasses of one class equal whose fields are: arrays by shape and values, NaN being equal to NaN."""
+class LayerArrays:
+    """A frozen dataclass with arrays, the first of one row per layer.
+
+    Two are equal whose fields are: arrays by shape and values, NaN being equal to NaN.
+    """
+
+    @property
+    def n_layer(self) -> int:
+        """Number of layers of the model."""
+        return next(len(value) for value in vars(self).values() if isinstance(value, np.ndarray))
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type]  # every one of these is a dataclass
-        return all(_same(getattr(self, name), getattr(other, name)) for name in names)
+        return all(map(_same, vars(self).values(), vars(other).values()))
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
-from .arrays import ByContent, checked, freeze
+from .arrays import LayerArrays, checked, freeze
 from .plan import Phase, SkipPlan
 from .skip_set import SkipSet
 
@@ -64,7 +64,7 @@ class CostSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class PhaseCost(ByContent):
+class PhaseCost(LayerArrays):
     """What a ubatch of ``n_tokens`` tokens costs, in seconds. The arrays are float64, finite, not negative, read-only.
 
     Attributes:
@@ -104,7 +104,7 @@ class PhaseCost(ByContent):
 
 
 @dataclass(frozen=True, eq=False)
-class CostModel(ByContent):
+class CostModel(LayerArrays):
     """Predicted times of one model on one machine, see docs/cost-model.md.
 
     Attributes:
@@ -136,11 +136,6 @@ class CostModel(ByContent):
 
     def __repr__(self) -> str:
         return f"CostModel(n_layer={self.n_layer}, cpu={self.settings.cpu!r}, deepest={self.deepest})"
-
-    @property
-    def n_layer(self) -> int:
-        """Number of layers of the model."""
-        return len(self.limit)
 
     def seconds(self, skip: SkipSet | npt.NDArray[np.bool_] | None, context: int, phase: Phase) -> float:
         """Predict how many seconds a whole prompt or one decoded token takes.

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ProfileFormatError
-from .arrays import ByContent, checked, freeze
+from .arrays import LayerArrays, checked, freeze
 
 _NEAR_ONE = 0.02
 
 
 @dataclass(frozen=True, eq=False)
-class LinearMaps(ByContent):
+class LinearMaps(LayerArrays):
     """One map per sublayer: ``v := s u + up (down u)``. Arrays are read-only, and NaN where nothing was fitted.
 
     Attributes:
@@ -38,11 +38,6 @@ class LinearMaps(ByContent):
         freeze(self, **arrays)
         if not all(np.isfinite(array[self.fitted]).all() for array in arrays.values()):
             raise ProfileFormatError("the linear maps have values that calibration cannot give; calibrate again")
-
-    @property
-    def n_layer(self) -> int:
-        """Number of layers of the model."""
-        return int(self.up.shape[0])
 
     @property
     def n_embd(self) -> int:

@@ -72,8 +72,7 @@ class SkipPlan:
             layers.
         strategy: name of the strategy that chose the sublayers, ``"manual"`` for a plan made by hand.
         compensation: name of the compensation, ``"manual"`` if given by hand.
-        mode: ``"prefill"``, ``"decode"`` or ``"e2e"``, see :mod:`adaskip_cpp.planning.modes`;
-            ``"manual"`` for a plan made by hand.
+        mode: one of :data:`MODES`, or ``"manual"`` for a plan made by hand.
 
     Raises:
         PlanError: the sets disagree on the number of layers, an attention runs whose KV would have holes, the schedule
@@ -133,8 +132,7 @@ class SkipPlan:
 
         Args:
             n_layer: number of layers of the model.
-            attention: layers whose attention is skipped, counted from 0.
-            ffn: layers whose FFN is skipped.
+            attention, ffn: layers whose attention, whose FFN is skipped, counted from 0.
             scale: compensation, one number or ``[n_layer, 2]``; 1.0 if None. Only skipped sublayers' values are used.
             phase: ``"both"``, or ``"decode"`` to run the full model in prefill.
 
@@ -148,16 +146,10 @@ class SkipPlan:
         if phase not in ("both", "decode"):
             raise PlanError(f"unknown phase {phase!r}; use 'both' or 'decode'")
         skip = marked(n_layer, attention, ffn)
-        try:
-            values = np.broadcast_to(np.asarray(1.0 if scale is None else scale, np.float64), skip.shape)
-        except ValueError as error:
-            raise PlanError(
-                f"scale does not have the shape [{n_layer}, 2]; give one row per layer, columns attention and FFN"
-            ) from error
-        chosen = SkipSet(skip, values)
-        compensation = "none" if scale is None else "manual"
+        values = np.asarray(1.0 if scale is None else scale, np.float64)
+        chosen = SkipSet(skip, values if values.ndim else np.full(skip.shape, values))
         prefill = chosen if phase == "both" else SkipSet.none(n_layer)
-        return cls(prefill, chosen, compensation=compensation)
+        return cls(prefill, chosen, compensation="none" if scale is None else "manual")
 
     @property
     def n_layer(self) -> int:
@@ -179,14 +171,10 @@ class SkipPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that describe the plan, without its vectors; a plan is made again from a profile."""
+        names = ("strategy", "compensation", "mode", "n_layer", "model", "online")
         return {
-            "strategy": self.strategy,
-            "compensation": self.compensation,
-            "mode": self.mode,
-            "n_layer": self.n_layer,
-            "model": to_plain(self.model),
+            **{name: to_plain(getattr(self, name)) for name in names},
             "prefill": self.prefill.to_dict(),
             "decode": self.decode.to_dict(),
             "schedule": [{"start": start, **each.to_dict()} for start, each in self.schedule],
-            "online": to_plain(self.online),
         }

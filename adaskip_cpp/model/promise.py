@@ -70,11 +70,10 @@ class Tuning:
         promise: what was asked.
         loss: nats per token that the plan adds, mean over the texts.
         agreement: share of tokens for which it finds the same token most likely as the full model, likewise.
-        n_texts, n_tokens: how much text that is.
         unbiased: whether none of that text had a part in choosing the plan. False where there was too little of it:
             sublayers were put back until this very text kept the promise, so other text will do worse.
         speedups: measured, full model and plan in turn.
-        settings: how it was found, for people to read.
+        settings: for people to read.
     """
 
     promise: Promise
@@ -89,11 +88,11 @@ class Tuning:
     @property
     def kept(self) -> Literal["yes", "on average", "no"]:
         """Whether what was measured keeps the promise: with its whole interval, by its value only, or not at all."""
+        wanted = self.promise.value
         if self.promise.kind == "max_loss":
-            figures = [self.promise.value - x for x in (self.loss.value, self.loss.high)]
+            by_value, by_interval = self.loss.value <= wanted, self.loss.high <= wanted
         else:
-            whole = Interval(1.0, 1.0, 1.0, 0)  # nothing is skipped, so nothing was timed
-            speed = self.speedups[-1].ratio if self.speedups else whole
+            speed = self.speedups[-1].ratio if self.speedups else Interval(1.0, 1.0, 1.0, 0)  # nothing was skipped
             figure = self.agreement if self.promise.kind == "min_agreement" else speed
-            figures = [x - self.promise.value for x in (figure.value, figure.low)]
-        return "no" if not figures[0] >= 0 else "yes" if figures[1] >= 0 else "on average"
+            by_value, by_interval = figure.value >= wanted, figure.low >= wanted
+        return "no" if not by_value else "yes" if by_interval else "on average"

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CompensationError, PlanError, SublayerRangeError
-from .arrays import ByContent, checked, freeze
+from .arrays import LayerArrays, checked, freeze
 
 Kind: TypeAlias = Literal["attention", "ffn"]
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")
@@ -35,7 +35,7 @@ def sublayer_name(layer: int, kind: int) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class SkipSet(ByContent):
+class SkipSet(LayerArrays):
     """The sublayers skipped in one phase: ``v := s * u + b + up (down u)`` stands in for each. Arrays are read-only.
 
     Attributes:
@@ -83,11 +83,6 @@ class SkipSet(ByContent):
     def none(cls, n_layer: int) -> SkipSet:
         """Skip nothing in a model of ``n_layer`` layers."""
         return cls(np.zeros((n_layer, 2), np.bool_), np.ones((n_layer, 2)))
-
-    @property
-    def n_layer(self) -> int:
-        """Number of layers of the model."""
-        return int(self.skip.shape[0])
 
     @property
     def n_skip(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ProfileFormatError
-from .arrays import ByContent, checked, freeze
+from .arrays import LayerArrays, checked, freeze
 
 FIGURES = ("similarity", "norm_ratio", "median_ratio", "layer_similarity")
 VECTORS = ("mean_u", "mean_v")
@@ -21,7 +21,7 @@ _SHAPES = {
 
 
 @dataclass(frozen=True, eq=False)
-class PhaseStatistics(ByContent):
+class PhaseStatistics(LayerArrays):
     """Statistics of one phase, of one request or averaged over requests.
 
     ``u`` and ``v`` are a sublayer's input and output, both with the residual. Columns are attention and FFN. Arrays are
@@ -60,11 +60,6 @@ class PhaseStatistics(ByContent):
         if (self.mean_u is None) != (self.mean_v is None):
             raise ProfileFormatError("one of 'mean_u' and 'mean_v' is missing; calibrate again")
         freeze(self, **arrays)
-
-    @property
-    def n_layer(self) -> int:
-        """Number of layers of the model."""
-        return int(self.similarity.shape[0])
 
     @property
     def n_embd(self) -> int | None:

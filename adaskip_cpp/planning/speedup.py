@@ -83,13 +83,9 @@ def smallest_budget(
 
 def seconds_saved(cost: CostModel, context: int, phase: Phase) -> npt.NDArray[np.float64]:
     """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``."""
-    full = cost.seconds(None, context, phase)
-    saved = np.zeros((cost.n_layer, 2))
-    for where in np.ndindex(*saved.shape):
-        skip = np.zeros(saved.shape, np.bool_)
-        skip[where] = True
-        saved[where] = max(full - cost.seconds(skip, context, phase), 0.0)
-    return saved
+    alone = np.eye(2 * cost.n_layer, dtype=np.bool_).reshape(-1, cost.n_layer, 2)
+    seconds = [cost.seconds(skip, context, phase) for skip in alone]
+    return np.maximum(cost.seconds(None, context, phase) - np.reshape(seconds, (-1, 2)), 0.0)
 
 
 def cheapest_set(
@@ -131,13 +127,7 @@ def _cover(lost: npt.NDArray[np.float64], may: npt.NDArray[np.bool_], goal: Goal
     """
     saved = seconds_saved(goal.cost, goal.context, goal.phase)
     price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may & (saved > 0))
-    best = may
-
-    def offer(candidate: npt.NDArray[np.bool_]) -> None:
-        nonlocal best
-        if goal.reached(candidate) and lost[candidate].sum() < lost[best].sum():
-            best = candidate.copy()
-
+    candidates = [may]
     skip = np.zeros(lost.shape, np.bool_)
     for index in ranked(price):
         if goal.reached(skip):
@@ -146,11 +136,12 @@ def _cover(lost: npt.NDArray[np.float64], may: npt.NDArray[np.bool_], goal: Goal
             completed = skip.copy()
             completed.flat[other] = True
             if goal.reached(completed):
-                offer(completed)
+                candidates.append(completed)
                 break
         skip.flat[index] = may.flat[index]
-    offer(skip)
-    kept: npt.NDArray[np.bool_] = best.copy()
+    if goal.reached(skip):
+        candidates.append(skip)
+    kept: npt.NDArray[np.bool_] = min(candidates, key=lambda each: float(lost[each].sum())).copy()
     for index in np.flatnonzero(kept)[np.argsort(-lost[kept], kind="stable")]:
         kept.flat[index] = False
         kept.flat[index] = not goal.reached(kept)
