@@ -52,19 +52,18 @@ class _Contender:
     def time(self, prompt: list[int], n_decode: int, plan: Any) -> dict[str, Any]:
         if plan is not None:
             self._llm.set_plan(plan)
-        result = _TIMING["time_request"](self._llm, prompt, n_decode)
-        return {**dataclasses.asdict(result), "usage": self._usage()}
-
-    def _usage(self) -> dict[str, int]:
-        """Memory and graphs, up to now, as far as the library tells."""
-        import llama_cpp
-
+        result = dataclasses.asdict(_TIMING["time_request"](self._llm, prompt, n_decode))
+        # Memory and graphs, up to now, as far as the library tells.
         usage = {"peak_bytes": _peak_bytes()}
-        if not self._ours:
-            return {**usage, "graphs_reused": max(int(llama_cpp.llama_perf_context(self._llm.ctx).n_reused), 0)}
-        counters = self._llm.counters
-        names = ("kv_bytes", "nodes_full", "nodes", "graphs_built", "graphs_reused")
-        return usage | {name: int(getattr(counters, name)) for name in names}
+        if self._ours:
+            counters = self._llm.counters
+            names = ("kv_bytes", "nodes_full", "nodes", "graphs_built", "graphs_reused")
+            usage |= {name: int(getattr(counters, name)) for name in names}
+        else:
+            import llama_cpp
+
+            usage["graphs_reused"] = max(int(llama_cpp.llama_perf_context(self._llm.ctx).n_reused), 0)
+        return {**result, "usage": usage}
 
 
 def _peak_bytes() -> int:

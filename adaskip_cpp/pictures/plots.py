@@ -67,8 +67,7 @@ STRATEGY = {
     "skip_decode": _PURPLE,
     "unified_skipping": _ORANGE,
 }
-"""Strategies by their names in :data:`adaskip_cpp.planning.strategies.STRATEGIES`; ``full`` is the whole model,
-``paper`` AdaSkip in the paper's exact mode."""
+"""By name of the strategy; ``full`` is the whole model, ``paper`` AdaSkip in the paper's exact mode."""
 OTHERS = (
     _BLUE,
     _VERMILION,
