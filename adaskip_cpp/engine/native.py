@@ -13,15 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import (
-    AdaSkipError,
-    CompensationError,
-    ElidedKVError,
-    NativeError,
-    NotSkippableError,
-    PlanError,
-    StateError,
-)
+from .. import errors
 from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .binding import ffi, lib
@@ -29,12 +21,12 @@ from .native_types import Activations, Counters, OnlineResult, StatisticsBatch, 
 
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _WAYS_OUT = {
-    "NOT_SKIPPABLE": (NotSkippableError, "leave it out of the plan ('adaskip-cpp inspect' lists what can be)."),
-    "COMPENSATION": (CompensationError, "give finite numbers, and scales above 0 (1 for no compensation)."),
-    "KV_ELIDED": (ElidedKVError, "open the model without plan=, then set_plan() takes any plan."),
-    "KV_STALE": (StateError, "evaluate the tokens from there on again, or call reset()."),
-    "MEMORY": (NativeError, "free memory, or use a smaller n_ctx, n_ubatch or rank of the maps."),
-    "SEQUENCES": (PlanError, "leave it out of the plan, or open the model without embedding=True."),
+    "NOT_SKIPPABLE": (errors.NotSkippableError, "leave it out of the plan ('adaskip-cpp inspect' lists what can be)."),
+    "COMPENSATION": (errors.CompensationError, "give finite numbers, and scales above 0 (1 for no compensation)."),
+    "KV_ELIDED": (errors.ElidedKVError, "open the model without plan=, then set_plan() takes any plan."),
+    "KV_STALE": (errors.StateError, "evaluate the tokens from there on again, or call reset()."),
+    "MEMORY": (errors.NativeError, "free memory, or use a smaller n_ctx, n_ubatch or rank of the maps."),
+    "SEQUENCES": (errors.PlanError, "leave it out of the plan, or open the model without embedding=True."),
 }
 
 
@@ -71,15 +63,15 @@ class NativeContext:
         for name, (error, way_out) in _WAYS_OUT.items():
             if code == getattr(lib, f"ADASKIP_ERROR_{name}"):
                 raise error(f"{message}; {way_out}")
-        raise NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
+        raise errors.NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
 
     def raise_failure(self, error: RuntimeError) -> NoReturn:
         """Raises why the ``llama_decode`` that ended in ``error`` failed: our reason, or that llama.cpp has one."""
         try:
             self._check(lib.adaskip_take_failure(self._ctx))
-        except AdaSkipError as ours:
+        except errors.AdaSkipError as ours:
             raise ours from error
-        raise NativeError(
+        raise errors.NativeError(
             f"llama.cpp failed: {error}; check that the tokens fit into n_ctx and into memory, or open the model with "
             "verbose=True to see llama.cpp's own messages."
         ) from error
@@ -160,9 +152,10 @@ class NativeContext:
 
         What ``sink`` raises is kept for :meth:`raise_pending`, since it cannot pass through C.
         """
-
         if self._callback is not None:
-            raise StateError("statistics are being collected already; leave the other collect_statistics() first.")
+            raise errors.StateError(
+                "statistics are being collected already; leave the other collect_statistics() first."
+            )
 
         def keep(kind: Any, value: BaseException, traceback: Any) -> None:
             if self._error is None:
