@@ -7,14 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .calibration.calibrate import calibrate
-from .engine.generation import Generation, chat_tokens
+from .engine.generation import Generation, Timing, chat_tokens
 from .errors import ModelFileError
 from .measuring import corpus
 from .measuring.distribution import token_losses
@@ -53,23 +53,23 @@ class Side:
     """One side of the comparison, with or without the plan; times are in seconds, the loss in nats per token."""
 
     kv_bytes: int
-    first_token_s_runs: list[float] = field(default_factory=list)
-    token_s_runs: list[float] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     answer: str = ""
     online_ffn: tuple[int, ...] = ()
     loss: float = float("nan")
 
     @property
     def first_token_s(self) -> float:
-        return statistics.median(self.first_token_s_runs)
+        return statistics.median(timing.first_token_s for timing in self.timings)
 
     @property
     def token_s(self) -> float | None:
         """Median of the runs; None if no answer had a second token."""
-        return statistics.median(self.token_s_runs) if self.token_s_runs else None
+        runs = [timing.token_s for timing in self.timings if timing.token_s is not None]
+        return statistics.median(runs) if runs else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"first_token_s": self.first_token_s, "token_s": self.token_s, **vars(self)}
+        return {"first_token_s": self.first_token_s, "token_s": self.token_s, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).to_dict() for name in ("plan", "full", "skipped", "profile")}
-        return {**vars(self), "n_runs": len(self.full.first_token_s_runs), **parts}
+        return {**vars(self), "n_runs": len(self.full.timings), **parts}
 
 
 def packaged_model() -> str:
@@ -151,8 +151,7 @@ def _compare(prompt: list[int], sides: Sequence[tuple[AdaSkipLlama, Side]], on_s
     """Answer the prompt on both sides in turn, the order reversed every time, so that a slow moment hits both alike."""
     for llm, _ in sides:  # the first run allocates and warms caches; it does not count
         list(Generation(llm, prompt[:256], max_tokens=2))
-    start = time.monotonic()
-    pair = 0
+    start, pair = time.monotonic(), 0
     # Another pair is expected to take as long as those before it.
     while pair == 0 or (pair < _MAX_PAIRS and (time.monotonic() - start) * (pair + 1) / pair < _COMPARE_S):
         on_stage(f"Answering a prompt of {len(prompt):,} tokens with and without the plan, pair {pair + 1}")
@@ -162,7 +161,5 @@ def _compare(prompt: list[int], sides: Sequence[tuple[AdaSkipLlama, Side]], on_s
             side.answer = "".join(generation).strip()
             side.online_ffn = llm.online.ffn if llm.online is not None else ()
             assert generation.timing is not None
-            side.first_token_s_runs.append(generation.timing.first_token_s)
-            if generation.timing.token_s is not None:
-                side.token_s_runs.append(generation.timing.token_s)
+            side.timings.append(generation.timing)
         pair += 1

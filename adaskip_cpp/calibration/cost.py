@@ -67,12 +67,10 @@ class _Measurement:
     def __init__(
         self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], None] | None
     ) -> None:
-        self.llm = llm
-        self.seconds = seconds
+        self.llm, self.seconds, self._contexts, self._on_progress = llm, seconds, contexts, on_progress
         self.groups = _groups(llm)
         self._rest_grows = not all(sublayer.skippable for sublayer in llm.sublayers)  # then follow it into the depth
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
-        self._on_progress = on_progress
         self._size = llm.context_size
         self._n_decode = max(min(_N_DECODE, self._size // (2 * len(self._mixed()) + 2) - 1), 1)
         self._reserve = (self._n_decode + 1) * max(len(self._mixed()), len(contexts) + 1)
@@ -82,7 +80,6 @@ class _Measurement:
                 f"a context of {self._size} tokens is too small to time {len(self._mixed())} plans in; "
                 f"load the model with n_ctx={max(4 * self._reserve, 2 * CELLS)} or more"
             )
-        self._contexts = contexts
         self._tokens: list[int] = np.random.default_rng(0).integers(0, llm.n_vocab(), size=self.n_tokens).tolist()
         self._start = perf_counter()
 
@@ -112,9 +109,8 @@ class _Measurement:
         deepest = max(sample.end for samples in self.samples.values() for sample in samples)
         return CostModel(cost_settings(self.llm), prefill, decode, limits, deepest), error + error_decode
 
-    # -- one round: every plan once, so that a slow moment of the machine hits all alike ----------------------------
-
     def _round(self) -> None:
+        """Time every plan once, so that a slow moment of the machine hits all alike."""
         everything = self._all(True)
         self._prepare(everything)
         self._eval("prefill", self.n_tokens)
@@ -175,8 +171,6 @@ class _Measurement:
         result = list(itertools.accumulate(attention, halved, initial=self._all(True)))
         result += [halved(runs, group) for runs in result[:: max(len(attention), 1)] for group in ffn]
         return sorted(result, key=lambda runs: -int(runs[:, 0].sum()))
-
-    # -- the model --------------------------------------------------------------------------------------------------
 
     def _all(self, runs: bool) -> Runs:
         """All sublayers that can be skipped run, or none of them; the others always do."""

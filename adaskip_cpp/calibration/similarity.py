@@ -30,17 +30,16 @@ class RequestStatistics:
     def add(self, batch: StatisticsBatch) -> None:
         """Add a batch; a ValueError if its shapes differ from each other or from this model's."""
         dot, u_sq, v_sq, sum_u, sum_v = batch.dot, batch.u_sq, batch.v_sq, batch.sum_u, batch.sum_v
-        if dot.shape[:2] != self._shape or dot.ndim != 3 or not dot.shape == u_sq.shape == v_sq.shape:
-            raise ValueError(
-                f"expected three arrays [{self._shape[0]}, 2, n_tokens], got {dot.shape}, {u_sq.shape}, {v_sq.shape}"
-            )
-        n_tokens = dot.shape[2]
-        if batch.layer_dot.shape != (self._shape[0], n_tokens):
-            raise ValueError(f"expected layer_dot [{self._shape[0]}, {n_tokens}], got {batch.layer_dot.shape}")
+        n_layer, n_tokens = self._shape[0], dot.shape[-1]
+        if not (*self._shape, n_tokens) == dot.shape == u_sq.shape == v_sq.shape:
+            shapes = f"{dot.shape}, {u_sq.shape}, {v_sq.shape}"
+            raise ValueError(f"expected three arrays [{n_layer}, 2, n_tokens], got {shapes}")
+        if batch.layer_dot.shape != (n_layer, n_tokens):
+            raise ValueError(f"expected layer_dot [{n_layer}, {n_tokens}], got {batch.layer_dot.shape}")
         if sum_u is None or sum_v is None:
             self._vectors = None
         elif sum_u.ndim != 3 or sum_u.shape[:2] != self._shape or sum_v.shape != sum_u.shape:
-            raise ValueError(f"expected vectors [{self._shape[0]}, 2, n_embd], got {sum_u.shape}, {sum_v.shape}")
+            raise ValueError(f"expected vectors [{n_layer}, 2, n_embd], got {sum_u.shape}, {sum_v.shape}")
         elif self._vectors is not None:
             self._vectors = self._vectors + np.stack([sum_u, sum_v])
         # Norms before their product: |u|^2 |v|^2 overflows float32 on massive activations.

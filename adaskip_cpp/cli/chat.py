@@ -92,7 +92,7 @@ class Conversation:
     system: str | None
     max_tokens: int
     temperature: float
-    messages: list[Message] = field(default_factory=list)
+    messages: list[Message] = field(init=False)
 
     def __post_init__(self) -> None:
         self.reset()
@@ -184,26 +184,21 @@ class _Talk:
 
     def command(self, name: str, *arguments: str) -> None:
         """Do what a command says."""
+        from .plan import print_plan
+
         if name == "/reset":
             self.conversation.reset()
             self.tell("(a new conversation)")
-        elif name == "/plan":
-            self.show_plan()
         elif name == "/skip":
             self.skip(*arguments)
+        elif name == "/plan" and (plan := self.conversation.llm.plan) is not None:
+            print_plan(self.err, plan, None if self.profile is None else self.profile.similarity)
+        elif name == "/plan":
+            self.tell("Nothing is skipped; start the chat with --profile to skip sublayers.", style="")
         else:
             if name != "/help":
                 self.tell(f"There is no command {name}.", style="")
             self.tell(_HELP)
-
-    def show_plan(self) -> None:
-        from .plan import print_plan
-
-        plan = self.conversation.llm.plan
-        if plan is None:
-            self.tell("Nothing is skipped; start the chat with --profile to skip sublayers.", style="")
-        else:
-            print_plan(self.err, plan, None if self.profile is None else self.profile.similarity)
 
     def skip(self, *arguments: str) -> None:
         """Skip another number of sublayers from now on."""

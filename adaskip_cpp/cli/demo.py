@@ -117,7 +117,7 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     # Without its line breaks: a list of short items would fill the screen.
     answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in (full, skipped)))
     out.print(answers)
-    n, n_threads = len(full.first_token_s_runs), result.n_threads
+    n, n_threads = len(full.timings), result.n_threads
     out.print(
         f"Times are {f'medians of {n} runs each, in turn,' if n > 1 else 'of one run each'} on {n_threads} CPU "
         f"thread{'s' if n_threads > 1 else ''}; answers take the likeliest token, {N_ANSWER} at most. "
