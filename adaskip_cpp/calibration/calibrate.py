@@ -154,12 +154,9 @@ def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int, rank:
                 f"request {index} has {len(tokens)} tokens and {n_decode} to decode, the model's context {n_ctx}; "
                 "shorten it or load the model with a larger n_ctx"
             )
-        wrong = next((token for token in tokens if not 0 <= token < n_vocab), None)
-        if wrong is not None:
-            raise RequestError(
-                f"request {index} has the token id {wrong}, which is not in the vocabulary; "
-                f"use ids from 0 to {n_vocab - 1}"
-            )
+        if wrong := [token for token in tokens if not 0 <= token < n_vocab]:
+            where = f"request {index} has the token id {wrong[0]}, which is not in the vocabulary"
+            raise RequestError(f"{where}; use ids from 0 to {n_vocab - 1}")
 
 
 def _observe(

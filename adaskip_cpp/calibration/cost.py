@@ -56,7 +56,8 @@ def measure_cost(
     """
     if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
         raise RequestError(f"cannot measure for {seconds!r} seconds; use a number above 0, such as 15")
-    measurement = _Measurement(llm, _contexts(llm, contexts), float(seconds), on_progress)
+    advance = on_progress or (lambda fraction: None)
+    measurement = _Measurement(llm, _contexts(llm, contexts), float(seconds), advance)
     with set_aside(llm):
         return measurement.run()
 
@@ -65,7 +66,7 @@ class _Measurement:
     """The rounds of one measurement: a plan's prefill set for whole ubatches, its decode set for single tokens."""
 
     def __init__(
-        self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], None] | None
+        self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], None]
     ) -> None:
         self.llm, self.seconds, self._contexts, self._on_progress = llm, seconds, contexts, on_progress
         self.groups = _groups(llm)
@@ -204,8 +205,7 @@ class _Measurement:
         end = perf_counter()
         if counts:
             self.samples[phase].append(Sample(self._runs[phase], self.llm.n_tokens, end - start, offset))
-        if self._on_progress is not None:
-            self._on_progress(min((end - self._start) / self.seconds, 1.0))
+        self._on_progress(min((end - self._start) / self.seconds, 1.0))
 
 
 def _groups(llm: AdaSkipLlama) -> list[Group]:

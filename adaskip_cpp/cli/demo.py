@@ -106,10 +106,8 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     out.print(table)
     if result.plan.online is not None:
         added = skipped.online_ffn
-        out.print(
-            f"The answer added {len(added)} FFN{'' if len(added) == 1 else 's'} online"
-            + (f": layers {layer_list(added)}." if added else ".")
-        )
+        which = f": layers {layer_list(added)}" if added else ""
+        out.print(f"The answer added {len(added)} FFN{'' if len(added) == 1 else 's'} online{which}.")
 
     answers = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
     answers.add_column("answer of the full model", ratio=1)

@@ -46,14 +46,13 @@ def layer_list(layers: Sequence[int]) -> str:
 def speed_lines(timing: Timing) -> list[str]:
     """How long the prompt and the decoding took, a line each."""
     cached = timing.n_prompt - timing.n_evaluated
-    lines = [
-        f"prompt:  {timing.n_evaluated:,} tokens in {timing.first_token_s:.2f} s, "
-        f"{timing.prompt_tokens_per_s:,.0f} tokens/s" + (f" ({cached:,} cached)" if cached else "")
-    ]
+    prompt = (
+        f"{timing.n_evaluated:,} tokens in {timing.first_token_s:.2f} s, {timing.prompt_tokens_per_s:,.0f} tokens/s"
+    )
+    lines = [f"prompt:  {prompt}" + (f" ({cached:,} cached)" if cached else "")]
     if timing.token_s is not None:
-        lines.append(
-            f"decode:  {timing.n_generated - 1:,} tokens in {timing.decode_s:.2f} s, {1 / timing.token_s:,.1f} tokens/s"
-        )
+        decode = f"{timing.n_generated - 1:,} tokens in {timing.decode_s:.2f} s, {1 / timing.token_s:,.1f} tokens/s"
+        lines.append(f"decode:  {decode}")
     return lines
 
 
@@ -76,14 +75,13 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
     plan = llm.plan
     if plan is None:
         return []
+    of, now = f"of {2 * plan.n_layer}", plan.decode_after(n_decoded)
     prefill, decode, added = skipped_counts(llm, n_decoded)
-    n_sublayers = 2 * plan.n_layer
-    now = plan.decode_after(n_decoded)
+    online = f", {added} FFN added online" if added else ""
     lines = [
-        f"skipped: {prefill} of {n_sublayers} sublayers in prefill "
+        f"skipped: {prefill} {of} sublayers in prefill "
         f"({len(plan.prefill.attention)} attention, {len(plan.prefill.ffn)} FFN)",
-        f"         {decode + added} of {n_sublayers} in decode "
-        f"({len(now.attention)} attention, {len(now.ffn)} FFN" + (f", {added} FFN added online)" if added else ")"),
+        f"         {decode + added} {of} in decode ({len(now.attention)} attention, {len(now.ffn)} FFN{online})",
     ]
     learned = llm.online
     if learned is None:
