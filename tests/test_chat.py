@@ -16,8 +16,7 @@ from adaskip_cpp.cli.chat import Conversation
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.engine.generation import Generation
 from adaskip_cpp.errors import PlanError, RequestError
-from adaskip_cpp.model.beside import plan_path, profile_path
-from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path, profile_path
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.statistics import PhaseStatistics
 

@@ -27,8 +27,7 @@ from adaskip_cpp.cli.bench import bench
 from adaskip_cpp.cli.bench_report import print_report, seconds
 from adaskip_cpp.cli.terminal import Verbs
 from adaskip_cpp.measuring.timing import RequestTime
-from adaskip_cpp.model.beside import plan_path
-from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.statistics import PhaseStatistics
 

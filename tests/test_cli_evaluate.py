@@ -17,8 +17,7 @@ from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.cli.evaluate import evaluate as command
 from adaskip_cpp.cli.terminal import Verbs
 from adaskip_cpp.evaluation import evaluate
-from adaskip_cpp.model.beside import plan_path
-from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.pictures import plots

@@ -21,8 +21,8 @@ from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.distribution import token_losses
 from adaskip_cpp.measuring.text_quality import TextQuality
-from adaskip_cpp.model.beside import plan_path
 from adaskip_cpp.model.cost_model import CostModel, CostSettings, PhaseCost
+from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.plan import MODES
 from adaskip_cpp.model.plan_file import PlanFile, load_plan
 from adaskip_cpp.model.promise import SpeedUp, Tuning

@@ -19,8 +19,7 @@ from adaskip_cpp import Profile, SkipPlan, files
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model.beside import plan_path, profile_path
-from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path, profile_path
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.plan_file import load_plan, save_plan
 from adaskip_cpp.model.promise import Promise, SpeedUp, Tuning

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..files import check_output, json_text
-from ..model.beside import profile_path
-from ..model.identity import check_gguf
+from ..model.identity import check_gguf, profile_path
 from ..model.plan import MODES
 from ..model.plan_file import plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION

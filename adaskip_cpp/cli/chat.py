@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import RequestError
-from ..model.beside import profile_path
+from ..model.identity import profile_path
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import AdaSkipError
-from ..model.beside import check_model, plan_path, profile_path
+from ..model.identity import check_model, plan_path, profile_path
 from ..model.plan import MODES, PHASES, SkipPlan
 from ..model.plan_file import load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION

@@ -15,7 +15,7 @@ import click
 
 from ..errors import DataError
 from ..files import check_output, json_text
-from ..model.beside import plan_path, profile_path
+from ..model.identity import plan_path, profile_path
 from ..model.plan import MODES, Mode
 from ..model.plan_file import save_plan
 from ..model.promise import Promise

@@ -17,7 +17,7 @@ from ..measuring import corpus
 from ..measuring.longbench import longbench_items
 from ..measuring.synthetic import synthetic_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
-from ..model.beside import plan_path
+from ..model.identity import plan_path
 from ..model.plan import SkipPlan
 from ..model.plan_file import load_plan, plan_beside
 from ..planning.profile import Profile

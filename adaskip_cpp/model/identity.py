@@ -1,4 +1,4 @@
-"""Which model a profile or a plan belongs to."""
+"""Which model a profile or a plan belongs to, and what those beside it are called, as ``X.adaskip.json`` of ``X.gguf``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
 from ..errors import ModelFileError, ProfileMismatchError
@@ -146,3 +146,29 @@ def check_gguf(path: str | os.PathLike[str]) -> None:
         with _reading(name) as file:
             if file.read(4) != b"GGUF":
                 raise ModelFileError(f"{name!r} is not a GGUF file; download a .gguf or convert the model to GGUF")
+
+
+def profile_path(model: str | os.PathLike[str]) -> str:
+    """Return the name of the profile beside a model, whether it is there or not."""
+    return _stem(model) + ".adaskip.json"
+
+
+def plan_path(model: str | os.PathLike[str]) -> str:
+    """Return the name of the plan file beside a model, whether it is there or not."""
+    return _stem(model) + ".adaskip-plan.json"
+
+
+def check_model(made_for: ModelInfo, model: str | os.PathLike[str], name: str) -> None:
+    """Refuse a profile or plan, called ``name``, of another model file, before the model is loaded.
+
+    Raises:
+        ProfileMismatchError: it is of another model.
+        ModelFileError: the model cannot be read.
+    """
+    found = replace(made_for, fingerprint=fingerprint(model))
+    made_for.check(found, repr(name), model, f"run `adaskip-cpp tune {os.fspath(model)}`")
+
+
+def _stem(model: str | os.PathLike[str]) -> str:
+    path = os.fspath(model)
+    return path[: -len(".gguf")] if path.lower().endswith(".gguf") else path

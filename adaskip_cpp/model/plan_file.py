@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from ..errors import PlanFileError
 from . import stored
-from .beside import check_model, plan_path
-from .identity import ModelInfo
+from .identity import ModelInfo, check_model, plan_path
 from .plan import Mode, OnlineStage, SkipPlan
 from .promise import Tuning
 from .skip_set import SkipSet, marked

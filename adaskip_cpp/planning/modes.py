@@ -18,38 +18,64 @@ prefill in the other two. Linear maps are fitted on prefill alone, where there a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import NotSkippableError
 from ..model.plan import OnlineStage, SkipPlan
 from ..model.profile import ProfileData
-from ..model.skip_set import SkipSet
+from ..model.skip_set import SkipSet, sublayer_name
 from .compensation import get_compensation
 from .request import PlanRequest
 
 
 def compensated_plan(
-    profile: ProfileData, skip: npt.NDArray[np.bool_], request: PlanRequest, strategy: str
+    source: ProfileData | int,
+    skip: npt.NDArray[np.bool_],
+    request: PlanRequest,
+    strategy: str,
+    later: Iterable[tuple[int, npt.NDArray[np.bool_]]] = (),
 ) -> SkipPlan:
-    """Make the plan of a fixed skip set, bool ``[n_layer, 2]``, as a request's mode, compensation and stage say."""
-    compensation = get_compensation(request.compensation)
-    if request.mode == "decode":
-        uses_maps = compensation.uses_maps and profile.maps is not None
-        statistics = profile.prefill if uses_maps else profile.decode
-        prefill, decode = SkipSet.none(profile.n_layer), compensation.skip_set(skip, statistics, profile.maps)
+    """Make the plan of a fixed skip set, bool ``[n_layer, 2]``, as a request's mode, compensation and stage say.
+
+    In decode ``later`` sets follow it, each from so many decoded tokens on. Of a number of layers, without a profile,
+    nothing is compensated.
+    """
+    skips = ((0, skip), *later)
+    profile, threshold, online = None if isinstance(source, int) else source, request.threshold, None
+    if profile is None:
+        compensation = get_compensation("none")
+        sets = tuple((start, SkipSet(each, np.ones(each.shape))) for start, each in skips)
     else:
-        prefill = decode = compensation.skip_set(skip, profile.prefill, profile.maps)
-    threshold, n_skip, online = request.threshold, int(skip.sum()), None
-    if threshold is None and n_skip:  # for n = 0 there is none: nothing is to be skipped
-        threshold = float(np.sort(profile.similarity[profile.skippable])[-n_skip])
-    if request.online and request.mode != "prefill" and threshold is not None:
-        online = OnlineStage(window=request.window, threshold=threshold, scale=compensation.online)
+        for _, each in skips:
+            _check_skippable(profile, each)
+        compensation = get_compensation(request.compensation)
+        if compensation.uses_maps and profile.maps is None:
+            compensation = get_compensation("affine")
+        from_decode = request.mode == "decode" and not compensation.uses_maps
+        statistics = profile.decode if from_decode else profile.prefill
+        sets = tuple((start, compensation.skip_set(each, statistics, profile.maps)) for start, each in skips)
+        if threshold is None and skip.any():
+            threshold = float(np.sort(profile.similarity[profile.skippable])[-skip.sum()])
+        if request.online and request.mode != "prefill" and threshold is not None:
+            online = OnlineStage(window=request.window, threshold=threshold, scale=compensation.online)
     return SkipPlan(
-        prefill,
-        decode,
+        SkipSet.none(len(skip)) if request.mode == "decode" else sets[0][1],
+        sets[0][1],
+        schedule=sets if len(sets) > 1 else (),
         online=online,
-        model=profile.model,
+        model=None if profile is None else profile.model,
         strategy=strategy,
-        compensation="affine" if compensation.uses_maps and profile.maps is None else compensation.name,
+        compensation=compensation.name,
         mode=request.mode,
     )
+
+
+def _check_skippable(profile: ProfileData, skip: npt.NDArray[np.bool_]) -> None:
+    if not profile.skippable[skip].all():
+        names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(skip & ~profile.skippable))
+        raise NotSkippableError(
+            f"this model cannot skip {names}; choose another budget or strategy 'adaskip', which leaves them out"
+        )

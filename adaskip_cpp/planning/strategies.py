@@ -16,12 +16,11 @@ from functools import wraps
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from ..errors import BudgetError, NotSkippableError, PlanError
+from ..errors import BudgetError, PlanError
 from ..model.plan import SkipPlan
 from ..model.profile import ProfileData
-from ..model.skip_set import SkipSet, marked, ranked, sublayer_name
+from ..model.skip_set import marked, ranked
 from .modes import compensated_plan
 from .request import DEFAULT_N_SKIP, PlanRequest
 from .speedup import Goal, cheapest_set, smallest_budget
@@ -54,8 +53,9 @@ def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]]) -> 
             return smallest_budget(plan, source, request)
         n_layer = _n_layer(source)
         chosen = choose(n_layer, request).items()
-        sets = [(start, marked(n_layer, layers, layers)) for start, layers in chosen]
-        return _uncompensated(source, sets, request, choose.__name__)
+        (_, first), *later = [(start, marked(n_layer, layers, layers)) for start, layers in chosen]
+        request = replace(request, compensation="none", online=False)
+        return compensated_plan(source, first, request, choose.__name__, later)
 
     return strategy(plan)
 
@@ -146,9 +146,6 @@ def manual(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
         raise BudgetError(
             f"{skip.sum()} sublayers are listed, not {request.n_skip}; leave n_skip out with strategy 'manual'"
         )
-    if isinstance(source, int):
-        return _uncompensated(source, [(0, skip)], request, "manual")
-    _check_skippable(source, skip)
     request = replace(request, online=request.online and request.threshold is not None)
     return compensated_plan(source, skip, request, "manual")
 
@@ -169,31 +166,3 @@ def _budget(request: PlanRequest, n_max: int, reason: str) -> int:
     if not 0 <= budget <= n_max:
         raise BudgetError(f"cannot skip {budget} sublayers: {reason}; use a number from 0 to {n_max}")
     return budget
-
-
-def _check_skippable(source: ProfileData | int, skip: npt.NDArray[np.bool_]) -> None:
-    if isinstance(source, int) or source.skippable[skip].all():
-        return
-    names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(skip & ~source.skippable))
-    raise NotSkippableError(
-        f"this model cannot skip {names}; choose another budget or strategy 'adaskip', which leaves them out"
-    )
-
-
-def _uncompensated(
-    source: ProfileData | int, skips: Sequence[tuple[int, npt.NDArray[np.bool_]]], request: PlanRequest, name: str
-) -> SkipPlan:
-    """Make a plan of what is skipped from so many decoded tokens on, as its mode says."""
-    for _, skip in skips:
-        _check_skippable(source, skip)
-    sets = tuple((start, SkipSet(skip, np.ones(skip.shape))) for start, skip in skips)
-    decode = sets[0][1]
-    return SkipPlan(
-        SkipSet.none(decode.n_layer) if request.mode == "decode" else decode,
-        decode,
-        schedule=sets if len(sets) > 1 else (),
-        model=None if isinstance(source, int) else source.model,
-        strategy=name,
-        compensation="none",
-        mode=request.mode,
-    )
