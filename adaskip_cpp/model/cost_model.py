@@ -172,9 +172,6 @@ class CostModel(LayerArrays):
         """Predict how many times faster than the full model a plan makes a phase.
 
         What an online stage adds is not known before and does not count; a schedule counts with its last set.
-
-        Raises:
-            PlanError: an argument is impossible, or the plan is for another number of layers.
         """
         return self.seconds(None, context, phase) / self.seconds(plan.skipped(phase), context, phase)
 

@@ -1,4 +1,4 @@
-"""Which model a profile or a plan belongs to, and what those beside it are called, as ``X.adaskip.json`` of ``X.gguf``."""
+"""Which model a profile or a plan belongs to, and the names of both beside it, as ``X.adaskip.json`` of ``X.gguf``."""
 
 from __future__ import annotations
 
@@ -54,11 +54,7 @@ class ModelInfo:
         name: str | os.PathLike[str],
         way_out: str = "calibrate the model as it is loaded here, or load it as it was calibrated",
     ) -> None:
-        """Refuse what was made for this model, as ``the plan``, where another one is loaded, from the file ``name``.
-
-        Raises:
-            ProfileMismatchError: they differ; the message says in what.
-        """
+        """Refuse what was made for this model, as ``the plan``, where another one is loaded, from the file ``name``."""
         if differences := self.differences(loaded):
             raise ProfileMismatchError(
                 f"{what} was made for another model than {os.fspath(name)!r}: {'; '.join(differences)}; {way_out}"
@@ -87,8 +83,7 @@ def override_words(overrides: Mapping[str, object] | None) -> str:
 
 def model_files(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Return all files of a model: ``X-00001-of-00003.gguf`` and the two others, or the one."""
-    split = _SPLIT.fullmatch(os.fspath(path))
-    if split is None:
+    if (split := _SPLIT.fullmatch(os.fspath(path))) is None:
         return (os.fspath(path),)
     return tuple(f"{split[1]}-{i + 1:05}-of-{split[2]}.gguf" for i in range(int(split[2])))
 
@@ -99,9 +94,6 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     The hash of a file covers its size, its first and last MiB and 64 blocks of 64 KiB spread evenly over it: header and
     vocabulary, some of nearly every tensor, and the end. A file of up to 6 MiB is hashed whole. For a model in several
     files it is the hash of their hashes.
-
-    Raises:
-        ModelFileError: a file is missing or cannot be read.
     """
     digests = [_digest(file) for file in model_files(path)]
     return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
@@ -132,12 +124,7 @@ def _digest(path: str) -> bytes:
 
 
 def check_gguf(path: str | os.PathLike[str]) -> None:
-    """Refuse what is certainly not a GGUF file, before llama.cpp tries to load it.
-
-    Raises:
-        ModelFileError: missing, unreadable, a folder, empty, or without the GGUF magic number; so may be any file of a
-            model in several.
-    """
+    """Refuse what is certainly not a GGUF file, each of a model in several, before llama.cpp tries to load it."""
     for name in model_files(path):
         if not os.path.exists(name):
             raise ModelFileError(f"there is no model file {name!r}; check the path")
@@ -159,12 +146,7 @@ def plan_path(model: str | os.PathLike[str]) -> str:
 
 
 def check_model(made_for: ModelInfo, model: str | os.PathLike[str], name: str) -> None:
-    """Refuse a profile or plan, called ``name``, of another model file, before the model is loaded.
-
-    Raises:
-        ProfileMismatchError: it is of another model.
-        ModelFileError: the model cannot be read.
-    """
+    """Refuse a profile or plan, called ``name``, of another model file, before the model is loaded."""
     found = replace(made_for, fingerprint=fingerprint(model))
     made_for.check(found, repr(name), model, f"run `adaskip-cpp tune {os.fspath(model)}`")
 

@@ -35,12 +35,7 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What a plan file holds.
-
-    Attributes:
-        plan: the plan.
-        tuning: how `adaskip-cpp tune` found it; None for a plan from elsewhere.
-    """
+    """What a plan file holds: a plan, and how `adaskip-cpp tune` found it, None for one from elsewhere."""
 
     plan: SkipPlan
     tuning: Tuning | None = None
@@ -157,12 +152,7 @@ def is_plan_file(path: str | os.PathLike[str]) -> bool:
 
 
 def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
-    """Read the plan file beside a model.
-
-    Raises:
-        PlanFileError: it is missing or cannot be used.
-        ProfileMismatchError: it is of another model.
-    """
+    """Read the plan file beside a model."""
     name = plan_path(model)
     if not os.path.exists(name):
         raise PlanFileError(f"there is no plan {name!r} beside the model; run `adaskip-cpp tune {os.fspath(model)}`")

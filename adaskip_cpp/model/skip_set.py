@@ -113,15 +113,14 @@ class SkipSet(LayerArrays):
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: the skipped sublayers of each kind, the scale of each and the norm of its bias."""
 
+        rank = {} if self.down is None else {"rank": self.down.shape[2]}
+
         def row(layer: int, kind: int) -> dict[str, Any]:
             norm = 0.0 if self.bias is None else float(np.linalg.norm(self.bias[layer, kind].astype(np.float64)))
-            result = {"layer": layer, "scale": float(self.scale[layer, kind]), "bias_norm": norm}
-            return result if self.down is None else {**result, "rank": int(self.down.shape[2])}
+            return {"layer": layer, "scale": float(self.scale[layer, kind]), "bias_norm": norm, **rank}
 
-        return {
-            "attention": [row(layer, 0) for layer in self.attention],
-            "ffn": [row(layer, 1) for layer in self.ffn],
-        }
+        layers = (self.attention, self.ffn)
+        return {name: [row(layer, kind) for layer in layers[kind]] for kind, name in enumerate(KINDS)}
 
 
 _PARTS = (("bias", "bias", "median"), ("down", "linear map", "affine"), ("up", "linear map", "affine"))
@@ -129,11 +128,7 @@ _PARTS = (("bias", "bias", "median"), ("down", "linear map", "affine"), ("up", "
 
 
 def marked(n_layer: int, attention: Iterable[SupportsIndex], ffn: Iterable[SupportsIndex]) -> npt.NDArray[np.bool_]:
-    """Return the flags of listed sublayers, bool ``[n_layer, 2]``.
-
-    Raises:
-        SublayerRangeError: a layer is not in ``range(n_layer)``.
-    """
+    """Return the flags of listed sublayers, bool ``[n_layer, 2]``."""
     skip, layers = np.zeros((n_layer, 2), np.bool_), f"from 0 to {n_layer - 1}"
     for kind, listed in enumerate((attention, ffn)):
         for layer in listed:

@@ -42,16 +42,7 @@ class VectorsFile:
     sha256: str
 
     def read(self, path: str | os.PathLike[str], shapes: Sequence[tuple[int, ...]]) -> Arrays:
-        """Read arrays of these shapes, which shall be all of the file.
-
-        Args:
-            path: the JSON file.
-            shapes: of the arrays, in the order in which they were saved.
-
-        Raises:
-            ValueError: it is missing, or not the one that the JSON was written with.
-            OSError: it cannot be read.
-        """
+        """Read arrays of these shapes, as they were saved, from the file beside ``path``; they shall be all of it."""
         name = self.file
         if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
             raise ValueError(f"{name!r} is not the name of a file beside it")
@@ -78,11 +69,7 @@ def vectors_path(path: str | os.PathLike[str]) -> str:
 
 
 def save(path: str | os.PathLike[str], data: dict[str, Any], arrays: Arrays) -> None:
-    """Write a JSON file and its vectors, whose name and hash join ``data["vectors"]``.
-
-    Raises:
-        OSError: a file cannot be written; what was there before is still there, and no other file.
-    """
+    """Write a JSON file and its vectors, whose name and hash join ``data["vectors"]``."""
     target = os.path.realpath(path)
     if not arrays:
         write_atomically(target, json_text(data))
@@ -94,13 +81,7 @@ def save(path: str | os.PathLike[str], data: dict[str, Any], arrays: Arrays) -> 
 
 
 def load(path: str | os.PathLike[str], form: str, what: str, version: int) -> dict[str, Any]:
-    """Read a JSON file of a format and version.
-
-    Raises:
-        VersionError: it is of another version.
-        ValueError: it is not JSON, longer than any, or not ``what``.
-        OSError: it cannot be read.
-    """
+    """Read a JSON file of a format, in words ``what``, and version."""
     try:
         data = msgspec.json.decode(_read_bounded(path, MOST_JSON))
     except (msgspec.DecodeError, RecursionError) as error:

@@ -59,9 +59,6 @@ class Compensation:
         """Return the set that skips ``skip``, bool ``[n_layer, 2]``, compensated from the statistics of one phase.
 
         With maps the phase is the one that they were fitted in.
-
-        Raises:
-            CompensationError: the statistics or maps lack what this compensation needs, for a sublayer that is skipped.
         """
         ratio = statistics.median_ratio
         if self.uses_maps and maps is not None and skip.any():

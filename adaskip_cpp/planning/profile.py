@@ -26,6 +26,8 @@ class Profile(ProfileData):
         Raises:
             BudgetError: ``n_skip`` is negative or more than can be skipped, or ``speedup`` is out of reach.
             CompensationError: ``compensation`` is unknown, or the profile lacks what it needs.
+            SublayerRangeError: a layer that is listed does not exist.
+            NotSkippableError: a sublayer of the layers chosen cannot be skipped.
             PlanError: another argument is unknown or impossible, or does not go with the others.
         """
         return make_plan(self, PlanRequest.of(n_skip, **request))
@@ -35,7 +37,7 @@ class Profile(ProfileData):
         return profile_file.to_dict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile as JSON, its vectors to a file ``.npz`` beside it.
+        """Write the profile as JSON, its vectors to a file ``.bin`` beside it.
 
         Raises:
             OSError: a file cannot be written; what was there before is still there.

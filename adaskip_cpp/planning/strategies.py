@@ -63,12 +63,7 @@ def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]]) -> 
 def make_plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     """Make the plan that is wanted from the model's profile, or its number of layers where a strategy needs no more.
 
-    Raises:
-        BudgetError: ``n_skip`` is negative or more than can be skipped, or the speed-up is out of reach.
-        CompensationError: the profile lacks what the compensation needs.
-        SublayerRangeError: a layer that is listed does not exist.
-        NotSkippableError: a sublayer of the layers chosen cannot be skipped.
-        PlanError: the strategy is unknown, or lacks a profile, a cost model or a context.
+    Raises what :meth:`adaskip_cpp.Profile.plan` raises.
     """
     if request.speedup is None and not (request.context is None and request.phase is None):
         raise PlanError("context and phase say where a speed-up is wanted; give speedup too, or leave them out")
