@@ -19,7 +19,7 @@ from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES, make_plan
 from .lists import LAYERS
 from .report import n_skipped
-from .terminal import CHOOSING, option
+from .terminal import CHOOSING, option, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,9 +38,7 @@ def plan_options(command: _Command) -> _Command:
         given = {name: values.pop(name) for name in _OPTIONS}
         return command(*args, request=_request(given), **values)
 
-    decorated: Any = with_request
-    for add in reversed(_OPTIONS.values()):
-        decorated = add(decorated)
+    decorated: Any = options(*_OPTIONS.values())(with_request)
     return decorated  # type: ignore[no-any-return]
 
 
@@ -54,17 +52,18 @@ plan_file_option = option(
 )
 
 
-def profile_options(command: _Command) -> _Command:
-    """Add the options that say where a plan comes from: ``profile_path``, ``plan_file`` and ``full``."""
-    full = option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it.")
-    profile = option(
+profile_options = options(
+    option(
         "--profile",
         "profile_path",
         metavar="PROFILE",
         help="Profile of this model, written by `calibrate`, to make a plan from.  [default where the options say what "
         "to skip: the one beside MODEL, X.adaskip.json for X.gguf]",
-    )
-    return profile(plan_file_option(full(command)))
+    ),
+    plan_file_option,
+    option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it."),
+)
+"""What says where a plan comes from."""
 
 
 @dataclass(frozen=True)

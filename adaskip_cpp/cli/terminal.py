@@ -159,14 +159,14 @@ def save_svg(path: str, title: str) -> Iterator[Console]:
     write_atomically(path, re.sub(r"@font-face \{.*?\}\s*", "", out.export_svg(title=title), flags=re.DOTALL))
 
 
-def _options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
+def options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
     """Add several options, in the order of the help."""
     return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(added), command)
 
 
 json_option = option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead.")
 
-model_options = _options(
+model_options = options(
     option("--threads", group=RUNNING, type=click.IntRange(1, 512), help="CPU threads.  [default: all physical cores]"),
     option(
         "--gpu-layers",
@@ -180,7 +180,7 @@ model_options = _options(
 
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
     """Add the options that say how to answer, and :data:`model_options`."""
-    return _options(
+    return options(
         option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Longest answer."),
         option("--ctx", group=RUNNING, type=click.IntRange(8, 2**31 - 1), default=8192, help="Context in tokens."),
         option("--temp", group=RUNNING, type=click.FloatRange(0), default=0.8, help="0: always the likeliest."),

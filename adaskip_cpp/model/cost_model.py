@@ -23,16 +23,8 @@ class CostSettings:
 
     :func:`adaskip_cpp.engine.settings.cost_settings` returns those of a loaded model.
 
-    Attributes:
-        cpu: name of the processor.
-        devices: names of ggml's devices, as ``("CPU",)``.
-        n_gpu_layers: layers offloaded to them.
-        n_threads, n_threads_batch: CPU threads in decode and in prefill.
-        n_batch, n_ubatch: tokens in a batch, and in what is computed at once.
-        flash_attention: whether attention is computed as one operation.
-        type_k, type_v: ggml types of the KV cache, as ``"F16"``.
-        swa_full: whether sliding-window layers have KV for the whole context.
-        llama_cpp_python: its version.
+    The names are llama.cpp's; ``devices`` are those of ggml, as ``("CPU",)``, ``type_k`` and ``type_v`` types of the KV
+    cache, as ``"F16"``, and ``llama_cpp_python`` is its version.
     """
 
     cpu: str
@@ -108,7 +100,6 @@ class CostModel(LayerArrays):
     """Predicted times of one model on one machine, see docs/cost-model.md.
 
     Attributes:
-        settings: machine and settings that it was measured with.
         prefill: cost of a ubatch of ``n_ubatch`` tokens of a prompt.
         decode: cost of one token.
         limit: float64 ``[n_layer]``, KV cells beyond which an attention stops growing; infinite without a window, where

@@ -27,7 +27,6 @@ class ModelInfo:
     Attributes:
         fingerprint: SHA-256 in hexadecimal, see :func:`fingerprint`.
         architecture: the GGUF's ``general.architecture``, for example ``"llama"``.
-        n_layer: number of transformer layers; a model has twice as many sublayers.
         lora: fingerprint of its LoRA adapter, "" for none.
         lora_scale: what the adapter is scaled by, 0 for none.
         overrides: its ``kv_overrides``, see :func:`override_words`.

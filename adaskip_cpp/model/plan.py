@@ -68,11 +68,8 @@ class SkipPlan:
         schedule: decode sets by tokens decoded so far in the request, ``((0, decode), (t1, set1), ...)``, each holding
             from its number on; () if ``decode`` holds throughout. A set skips every attention of the one before it.
         online: the online stage of decode, or None. Excludes a schedule.
-        model: the model that the plan was made for, or None for a plan made by hand, which fits any model of as many
-            layers.
-        strategy: name of the strategy that chose the sublayers, ``"manual"`` for a plan made by hand.
-        compensation: name of the compensation, ``"manual"`` if given by hand.
-        mode: one of :data:`MODES`, or ``"manual"`` for a plan made by hand.
+        model: the model that the plan was made for, or None for any of as many layers.
+        strategy, compensation, mode: their names, ``"manual"`` where they were given by hand.
 
     Raises:
         PlanError: the sets disagree on the number of layers, an attention runs whose KV would have holes, the schedule

@@ -58,16 +58,15 @@ class _Set:
     def skip_set(self, n_layer: int, arrays: stored.Arrays) -> SkipSet:
         """Return the set, with its arrays from the binary file."""
         skip, scale = marked(n_layer, self.attention, self.ffn), np.ones((n_layer, 2))
-        rows = (*self.attention, *self.ffn), (0,) * len(self.attention) + (1,) * len(self.ffn)
-        n = len(rows[0])
-        if skip.sum() != n or len(self.scale) != n:
-            raise ValueError(f"{skip.sum()} sublayers are listed {n} times, with {len(self.scale)} scales")
-        if self.arrays and not n:
+        kinds, layers = np.nonzero(skip.T)
+        if layers.tolist() != [*self.attention, *self.ffn] or len(self.scale) != len(layers):
+            raise ValueError("it does not list each sublayer once, in ascending order, with a scale")
+        if self.arrays and not layers.size:
             raise ValueError("a set has arrays of no sublayer")
-        scale[rows] = self.scale
+        scale[layers, kinds] = self.scale
         parts = {name: np.zeros((n_layer, 2, *shape), np.float32) for name, shape in self.arrays.items()}
         for part, values in zip(parts.values(), arrays, strict=True):
-            part[rows] = values
+            part[layers, kinds] = values
         return SkipSet(skip, scale, **parts)
 
 

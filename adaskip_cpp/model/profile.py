@@ -21,12 +21,9 @@ class ProfileData:
     Attributes:
         prefill: statistics of the prompts.
         decode: statistics of the tokens generated after them.
-        n_requests: calibration requests.
-        n_tokens: their tokens, all together.
-        model: the model that was calibrated.
+        n_requests, n_tokens: calibration requests, and their tokens all together.
         corpus: what text it was calibrated on, in words.
-        package_version: version of adaskip-cpp that calibrated it.
-        created: UTC time of calibration, ISO 8601.
+        package_version, created: of adaskip-cpp that calibrated it, and when, in UTC, ISO 8601.
         cost: what each sublayer costs on the machine that measured it, or None.
         maps: linear maps that stand in for sublayers, or None.
 
@@ -67,8 +64,6 @@ class ProfileData:
             )
         if self.maps is not None and self.maps.n_embd != n_embd:
             raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return (

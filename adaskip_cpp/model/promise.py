@@ -47,13 +47,10 @@ class Promise:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times as fast as the full model a plan was measured to be.
+    """How many times as fast as the full model a plan was measured to be: ``ratio``, of times pair by pair.
 
-    Attributes:
-        of: ``"first token"``, ``"decode"`` (a token after it) or ``"request"``, both together.
-        context: tokens of the prompt.
-        n_decode: tokens of the answer behind the first one.
-        ratio: full model's time over the plan's, pair by pair.
+    The prompt has ``context`` tokens, the answer ``n_decode`` behind its first one. ``"decode"`` is of one such token,
+    ``"request"`` of all together.
     """
 
     of: Literal["first token", "decode", "request"]
@@ -67,12 +64,10 @@ class Tuning:
     """How a plan was found by `adaskip-cpp tune`: what was promised, and what was measured.
 
     Attributes:
-        promise: what was asked.
         loss: nats per token that the plan adds, mean over the texts.
         agreement: share of tokens for which it finds the same token most likely as the full model, likewise.
         unbiased: whether none of that text had a part in choosing the plan. False where there was too little of it:
             sublayers were put back until this very text kept the promise, so other text will do worse.
-        speedups: measured, full model and plan in turn.
         settings: for people to read.
     """
 
