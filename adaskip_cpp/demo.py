@@ -1,7 +1,5 @@
 """The demo's experiment: calibrate, plan, and compare the full model with the plan on the same prompt."""
 
-from __future__ import annotations
-
 import importlib.util
 import statistics
 import time
@@ -9,12 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from .calibration.calibrate import calibrate
 from .engine.generation import Generation, Timing, chat_tokens
+from .engine.llama import AdaSkipLlama
 from .errors import ModelFileError
 from .measuring import corpus
 from .measuring.distribution import token_losses
@@ -22,9 +21,6 @@ from .model.plan import SkipPlan
 from .planning.profile import Profile
 from .planning.request import PlanRequest
 from .planning.strategies import make_plan
-
-if TYPE_CHECKING:
-    from .engine.llama import AdaSkipLlama
 
 N_PROMPT = 2000
 N_ANSWER = 64

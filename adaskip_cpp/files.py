@@ -1,7 +1,5 @@
 """Text files read, JSON that people read, and files written atomically where they can be."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

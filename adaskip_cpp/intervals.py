@@ -12,8 +12,6 @@ Simulated with noise of 3 and 20%, with and without outliers in a tenth of the t
 and 3 to 60 rounds, the interval of a ratio covers the truth in 94% of all experiments or more, mostly in 96 to 98%.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Progress on stderr for whatever takes longer than two seconds."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -1,27 +1,23 @@
 """What must be known of a model before it is measured, and the plans that it is measured with."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..calibration.calibrate import calibrate
+from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.cores import BUSY
+from ..model.plan import SkipPlan
+from ..planning.profile import Profile
+from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
-    from ..model.plan import SkipPlan
-    from ..planning.profile import Profile
-    from ..planning.request import PlanRequest
 
 _DEFAULT_CONTEXTS = (512, 2048, 8192)
 N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16

@@ -3,8 +3,6 @@
 Nothing here runs a model: the same functions serve measured times and the synthetic ones of the tests.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

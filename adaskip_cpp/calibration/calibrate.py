@@ -1,16 +1,16 @@
 """Calibration: run requests through the full model and learn how much each sublayer changes its input."""
 
-from __future__ import annotations
-
 import contextlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
-from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import numpy as np
 
+from ..engine.llama import AdaSkipLlama
+from ..engine.native_types import StatisticsBatch
 from ..errors import NativeError, RequestError
 from ..measuring import corpus
 from ..model.maps import LinearMaps, map_scale
@@ -21,10 +21,6 @@ from ..progress import progress_bar
 from .cost import measure_cost, set_aside
 from .linear import DEFAULT_RANK, LinearFit, Matrix, moments_bytes
 from .similarity import RequestStatistics
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
-    from ..engine.native_types import StatisticsBatch
 
 MAX_DECODED = 20
 """Requests that are continued in decode, spread evenly over all; as many as the authors use."""

@@ -1,7 +1,5 @@
 """Measures the cost model: times ubatches with different sublayers left out, see docs/cost-model.md."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import operator
@@ -10,19 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
+from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import RequestError
 from ..model.cost_model import CELLS, CostModel
 from ..model.plan import Phase, SkipPlan
 from ..model.skip_set import KINDS
 from .cost_fit import Group, Runs, Sample, fit
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
 
 _CONTEXTS = (512, 2048, 6144)
 _MAX_ROUNDS = 12

@@ -1,7 +1,5 @@
 """From timed ubatches to the cost of each sublayer: a robust least-squares fit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ that does better than a bias of its own. The first token of a request is left ou
 times that of the others, and would decide the fit alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias

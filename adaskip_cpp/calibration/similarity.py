@@ -1,16 +1,10 @@
 """IO similarity, norm ratios and mean vectors of one request, from what the native evaluator delivers per ubatch."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.native_types import StatisticsBatch
 from ..model.statistics import PhaseStatistics
-
-if TYPE_CHECKING:
-    from ..engine.native_types import StatisticsBatch
 
 _EPS = np.float32(1e-8)
 """Smallest product of norms that is divided by, as in ``torch.nn.functional.cosine_similarity``."""

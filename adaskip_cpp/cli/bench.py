@@ -1,7 +1,5 @@
 """``adaskip-cpp bench``: how fast a model is with and without plans, against stock llama-cpp-python."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
@@ -9,10 +7,11 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from ..bench.bench import Progress
 from ..files import check_output, json_text
 from ..model.identity import check_gguf, profile_path
 from ..model.plan import MODES
@@ -20,14 +19,10 @@ from ..model.plan_file import plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES
-from ..progress import told_progress
+from ..progress import OnProgress, told_progress
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
 from .planning import load_profile, print_cost_note
 from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, model_options, open_quietly, option, verb
-
-if TYPE_CHECKING:
-    from ..bench.bench import Progress
-    from ..progress import OnProgress
 
 _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 _chosen = partial(option, group=CHOOSING)

@@ -7,16 +7,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..bench.bench import BenchResult
 from ..bench.plots import TITLES
 from ..bench.table import NO_PLAN, STOCK, Row, verdict
+from ..intervals import Interval
 from .report import megabytes
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-    from ..bench.bench import BenchResult
-    from ..intervals import Interval
 
 
 def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: dict[str, Any]) -> None:

@@ -1,14 +1,11 @@
 """``adaskip-cpp calibrate``: learn a model's profile and write it to a file."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import click
 
@@ -17,12 +14,10 @@ from ..calibration.cost import measure_cost
 from ..calibration.linear import DEFAULT_RANK
 from ..files import check_output, read_text
 from ..measuring import corpus
+from ..planning.profile import Profile
 from ..progress import told_progress
 from .planning import load_profile
 from .terminal import console, json_option, model_options, open_quietly, option, verb
-
-if TYPE_CHECKING:
-    from ..planning.profile import Profile
 
 _CTX_TIMED = 8192
 """Context of a model whose sublayers are timed: that of `generate`, so that long prompts are predicted from times."""

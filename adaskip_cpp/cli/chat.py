@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..engine.generation import Generation, Message, Timing
+from ..engine.llama import AdaSkipLlama
 from ..errors import RequestError
 from ..model.identity import profile_path
+from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
@@ -21,10 +24,6 @@ from .terminal import answer_options, console, open_quietly, option, users_error
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ..engine.generation import Generation, Message, Timing
-    from ..engine.llama import AdaSkipLlama
-    from ..planning.profile import Profile
 
 _HELP = """\
 /reset   begin a new conversation

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..demo import DemoResult
 from ..files import check_output
+from ..model.plan import SkipPlan
+from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .planning import plan_options
 from .report import layer_list, megabytes, n_skipped
@@ -17,10 +20,6 @@ from .terminal import OUTPUT, console, json_option, model_options, open_quietly,
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ..demo import DemoResult
-    from ..model.plan import SkipPlan
-    from ..planning.profile import Profile
 
 
 @verb("Show the whole idea on a small model.", example="adaskip-cpp demo --skip 6")

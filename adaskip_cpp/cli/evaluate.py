@@ -1,15 +1,15 @@
 """``adaskip-cpp evaluate``: what every plan costs in quality and brings in speed, as a folder of results."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from datetime import datetime, timezone
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from ..engine.llama import AdaSkipLlama
+from ..evaluation.results import Results
 from ..measuring.synthetic import TASKS
 from ..model.plan import MODES
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
@@ -18,10 +18,6 @@ from ..progress import told_progress
 from .lists import names, numbers
 from .planning import plan_file_option
 from .terminal import CHOOSING, RUNNING, console, json_option, model_options, open_quietly, option, verb
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
-    from ..evaluation.results import Results
 
 _AGAIN = "; may be repeated"
 _choosing, _running = partial(option, group=CHOOSING), partial(option, group=RUNNING)

@@ -1,20 +1,15 @@
 """``adaskip-cpp generate``: answer a prompt, with or without skipping."""
 
-from __future__ import annotations
-
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 import click
 
+from ..engine.llama import AdaSkipLlama
 from ..files import read_text
 from ..planning.request import PlanRequest
 from .planning import find_plan_source, plan_options, print_cost_note, profile_options
 from .report import kv_line, skipped_lines, speed_lines
 from .terminal import RUNNING, answer_options, console, open_quietly, option, verb
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
 
 
 @verb(

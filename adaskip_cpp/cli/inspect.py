@@ -1,18 +1,14 @@
 """``adaskip-cpp inspect``: what a model is made of, and what can be skipped in it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from ..engine.native_types import Sublayer
 from .terminal import console, json_option, model_options, open_quietly, verb
-
-if TYPE_CHECKING:
-    from ..engine.native_types import Sublayer
 
 
 @verb("Show what can be skipped in a model.", example="adaskip-cpp inspect model.gguf")

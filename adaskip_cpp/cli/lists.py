@@ -1,7 +1,5 @@
 """Options whose value is a list with commas: numbers, names, layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

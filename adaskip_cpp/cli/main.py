@@ -1,7 +1,5 @@
 """The command line, ``adaskip-cpp``: one verb per module, dispatched here."""
 
-from __future__ import annotations
-
 import click
 
 from .bench import bench

@@ -1,15 +1,11 @@
 """What a request skipped, how fast it was and what memory it saved, in words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..engine.generation import Timing
-    from ..engine.llama import AdaSkipLlama
-    from ..model.plan import SkipPlan
+from ..engine.generation import Timing
+from ..engine.llama import AdaSkipLlama
+from ..model.plan import SkipPlan
 
 
 def kv_line(llm: AdaSkipLlama) -> str:

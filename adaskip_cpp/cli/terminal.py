@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError
 from ..files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ..engine.llama import AdaSkipLlama
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

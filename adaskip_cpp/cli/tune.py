@@ -1,7 +1,5 @@
 """``adaskip-cpp tune``: find the fastest plan that keeps a promise, and write the plan file."""
 
-from __future__ import annotations
-
 import io
 import os
 import time
@@ -9,16 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import click
 
+from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..files import check_output, json_text
 from ..model.identity import plan_path, profile_path
-from ..model.plan import MODES, Mode
+from ..model.plan import MODES, Mode, SkipPlan
 from ..model.plan_file import save_plan
-from ..model.promise import Promise
+from ..model.promise import Promise, SpeedUp
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import PlanRequest
 from ..progress import told_progress
@@ -26,11 +24,6 @@ from .calibrate import calibration_text
 from .planning import load_profile, print_cost_note
 from .terminal import CHOOSING, OUTPUT, console, json_option, model_options, open_quietly, option, verb
 from .tune_report import minutes, print_found
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
-    from ..model.plan import SkipPlan
-    from ..model.promise import SpeedUp
 
 _SEARCHING = "Searching"
 _CTX_TIMED = 8192

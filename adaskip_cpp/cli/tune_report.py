@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..intervals import Interval
+from ..model.plan_file import PlanFile
+from ..model.promise import Tuning
 from .report import layer_list
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from rich.console import Console
-
-    from ..intervals import Interval
-    from ..model.plan_file import PlanFile
-    from ..model.promise import Tuning
 
 
 def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float64]) -> None:

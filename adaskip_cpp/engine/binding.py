@@ -1,7 +1,5 @@
 """Our libllama opened through cffi, with the declarations of native/adaskip.h as they are."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,17 +1,13 @@
 """One answer, streamed as text and timed: what the command line and the demo run."""
 
-from __future__ import annotations
-
 import codecs
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from ..errors import RequestError
-
-if TYPE_CHECKING:
-    from .llama import AdaSkipLlama
+from .llama import AdaSkipLlama
 
 Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"
 """Who says what in a chat."""

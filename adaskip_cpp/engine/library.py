@@ -4,8 +4,6 @@ llama-cpp-python opens the libllama that ``LLAMA_CPP_LIB_PATH`` names when ``lla
 API, the server and multimodal included, then runs on ours, with the ggml and the backends that it brought itself.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Literal

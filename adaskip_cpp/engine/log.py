@@ -1,7 +1,5 @@
 """Why llama.cpp failed, which it tells in its log alone."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 :mod:`adaskip_cpp.engine.llama` is what people use.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """``llama_cpp.Llama`` that tells what it is: its size, sublayers, memory and identity."""
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import llama_cpp

@@ -1,7 +1,5 @@
 """Reads off a loaded model what machine and settings it runs with."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

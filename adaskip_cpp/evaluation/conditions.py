@@ -1,7 +1,5 @@
 """What was measured with what: the settings on which results depend, and the same for people."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Mapping

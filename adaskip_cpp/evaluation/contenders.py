@@ -1,7 +1,5 @@
 """The contenders of an evaluation: the full model, and a plan for each strategy, budget, mode and compensation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 

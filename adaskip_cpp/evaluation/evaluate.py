@@ -12,8 +12,6 @@ Three measures of quality, and one of speed:
 - ``speed``: first token and tokens behind it, all contenders in turn, round by round.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence

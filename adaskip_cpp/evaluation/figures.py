@@ -1,7 +1,5 @@
 """From the results of single items to figures with standard errors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields

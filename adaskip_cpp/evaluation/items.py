@@ -1,7 +1,5 @@
 """What an evaluation is asked for, made into plans and items; all that cannot be measured is refused here."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing

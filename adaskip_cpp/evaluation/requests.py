@@ -1,7 +1,5 @@
 """The requests that an evaluation makes of a model: read a prompt, decode given tokens behind it, or its own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import closing
 

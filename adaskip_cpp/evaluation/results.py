@@ -1,7 +1,5 @@
 """What an evaluation found: the one result behind results.json, the tables, the pictures and the reports."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ Results of other settings are never mixed in: they are put aside under names wit
 those settings come back.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

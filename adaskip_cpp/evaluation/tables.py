@@ -1,7 +1,5 @@
 """The tables of an evaluation, for Markdown, for HTML and for the terminal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

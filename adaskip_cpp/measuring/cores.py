@@ -1,7 +1,5 @@
 """How many threads to compute with, and whether the machine is free to."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

@@ -1,17 +1,12 @@
 """How a model's next-token distributions compare with the text and with the full model's, token by token."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.llama import AdaSkipLlama
 from ..errors import DataError, RequestError
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
 
 _ROWS = 64  # rows of logits turned to float64 at once: 25 MB for a vocabulary of 49,000
 

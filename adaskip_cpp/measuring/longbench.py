@@ -1,22 +1,18 @@
 """LongBench's tasks, read from the files that it publishes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
+from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..files import read_text
 from .corpus import tokens_of
 from .tasks import QuestionItem, Wrap
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
 
 DATASETS = {
     dataset: metric

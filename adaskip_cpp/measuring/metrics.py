@@ -5,8 +5,6 @@ code gives, with its quirks, so that scores can be set beside published ones. Ea
 and all classes, and raises PackageMissingError where it needs a package that is not installed.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import string

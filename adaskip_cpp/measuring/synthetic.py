@@ -1,21 +1,17 @@
 """Long-context tasks made from any text, seeded: find a key or one of several, classify by examples, copy a passage."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from ..engine.llama import AdaSkipLlama
 from ..errors import DataError, RequestError
 from .corpus import tokens_of
 from .tasks import QuestionItem, Wrap
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
 
 _N_KEYS = 4
 _KEY_TOKENS = 20  # enough for a chat model that repeats the sentence, with a token per digit

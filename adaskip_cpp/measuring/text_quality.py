@@ -1,21 +1,16 @@
 """What a plan costs on texts, against the full model: added loss and agreement, one figure of each per text."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..model.plan import Mode, SkipPlan
 from .distribution import check_length, check_logits_all, losses
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
 
 
 @dataclass(frozen=True)

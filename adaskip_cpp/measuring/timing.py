@@ -4,8 +4,6 @@ This module imports nothing of the package: stock llama-cpp-python is timed by t
 process that never sees our libllama.
 """
 
-from __future__ import annotations
-
 import gc
 import itertools
 import math

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..model.plan import SkipPlan
 from ..model.skip_set import KIND_NAMES
+from ..planning.profile import Profile
 from . import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from ..model.plan import SkipPlan
-    from ..planning.profile import Profile
 
 _CLOSEST = 1e-4  # similarities nearer to 1 are drawn here
 _TICKS = (-1, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)

@@ -7,8 +7,6 @@ from the set to the seconds of a request. Both are called as seldom as possible;
 Held to is the upper end of the 95% interval of the mean harm over the texts, not the mean.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math

@@ -1,17 +1,13 @@
 """Measures how many times as fast a plan is as the full model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from ..engine.llama import AdaSkipLlama
 from ..intervals import ratio_interval
 from ..measuring.timing import RequestTime, in_turn, time_request
 from ..model.plan import SkipPlan
 from ..model.promise import SpeedUp
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
 
 
 def measure_speed(

@@ -1,15 +1,14 @@
 """Finds the fastest plan of a model that keeps a promise, by text that calibration did not see."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.llama import AdaSkipLlama
 from ..errors import BudgetError, PlanError
 from ..intervals import Interval, mean_interval
 from ..measuring.text_quality import TextQuality
@@ -17,14 +16,11 @@ from ..model.plan import PHASES, SkipPlan
 from ..model.plan_file import PlanFile
 from ..model.promise import Promise, SpeedUp, Tuning
 from ..planning.modes import compensated_plan
+from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.speedup import seconds_saved
 from .hold_out import HeldOut
 from .search import Judge, SkipFlags, back_off, fastest_within, least_harm, rank
-
-if TYPE_CHECKING:
-    from ..engine.llama import AdaSkipLlama
-    from ..planning.profile import Profile
 
 Measure: TypeAlias = Callable[[SkipPlan], tuple[SpeedUp, ...]]
 """Measures the speed of a plan; what it returns last is of a whole request."""
