@@ -51,6 +51,13 @@ def test_the_settings_are_those_that_the_model_was_opened_with(tiny: Callable[..
     assert (found.type_k, found.type_v, found.swa_full) == ("F32", "F32", True)
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the kernel tells the processor's name on Linux only")
+def test_the_processor_is_named_as_the_kernel_names_it(tiny: Callable[..., Path], open_model: Open) -> None:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    assert cost_settings(open_model(tiny())).cpu in (names or {"CPU"})
+
+
 def test_a_prompt_answered_at_a_predicted_speed_tells_that_the_times_are_of_elsewhere(
     tiny: Callable[..., Path], elsewhere: Path
 ) -> None:

@@ -37,6 +37,7 @@ ffi.cdef("""
     size_t ggml_tensor_overhead(void);
     size_t ggml_backend_dev_count(void);
     void * ggml_backend_dev_get(size_t index);
+    void * ggml_backend_dev_by_type(int type);
     const char * ggml_backend_dev_description(void * device);
 """)
 # llama_cpp has opened this very file; the loader hands out the same library again.

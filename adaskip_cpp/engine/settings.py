@@ -1,8 +1,6 @@
 """Reads off a loaded model what machine and settings it runs with."""
 
 import platform
-import subprocess
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -17,9 +15,11 @@ def cost_settings(llm: AdaSkipLlama) -> CostSettings:
 
     parameters: Any = llm.context_params
     n_gpu_layers = int(llm.model_params.n_gpu_layers)
+    cpu = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
+    devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
     return CostSettings(
-        cpu=_cpu(),
-        devices=_devices(),
+        cpu=_description(cpu) if cpu else platform.machine(),
+        devices=tuple(map(_description, devices)),
         n_gpu_layers=-1 if n_gpu_layers >= 0x7FFFFFFF else n_gpu_layers,  # llama_cpp.Llama's stand-in for -1
         n_threads=int(parameters.n_threads),
         n_threads_batch=int(parameters.n_threads_batch),
@@ -33,22 +33,5 @@ def cost_settings(llm: AdaSkipLlama) -> CostSettings:
     )
 
 
-def _cpu() -> str:
-    try:
-        if sys.platform == "linux":
-            with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    if line.startswith("model name"):
-                        return line.partition(":")[2].strip()
-        elif sys.platform == "darwin":
-            command = ("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _devices() -> tuple[str, ...]:
-    """Names of ggml's devices."""
-    devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
-    return tuple(ffi.string(lib.ggml_backend_dev_description(each)).decode("utf-8", "replace") for each in devices)
+def _description(device: Any) -> str:
+    return str(ffi.string(lib.ggml_backend_dev_description(device)).decode("utf-8", "replace"))
