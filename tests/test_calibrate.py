@@ -18,7 +18,7 @@ from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, moments_bytes
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.distribution import token_losses
-from adaskip_cpp.model.maps import map_scale
+from adaskip_cpp.model.statistics import map_scale
 
 PLAN = SkipPlan.manual(3, ffn=[1])
 N_DECODE = 4

@@ -8,9 +8,8 @@ import pytest
 
 from adaskip_cpp.calibration.linear import LinearFit
 from adaskip_cpp.errors import CompensationError
-from adaskip_cpp.model.maps import LinearMaps, map_scale
 from adaskip_cpp.model.skip_set import SkipSet
-from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.model.statistics import LinearMaps, PhaseStatistics, map_scale
 from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION, get_compensation
 
 N_LAYER, N_TOKENS, N_EMBD = 3, 200, 8

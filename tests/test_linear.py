@@ -11,7 +11,7 @@ import pytest
 from adaskip_cpp.calibration import linear
 from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, LinearFit, moments_bytes
 from adaskip_cpp.errors import ProfileFormatError
-from adaskip_cpp.model.maps import LinearMaps, map_scale
+from adaskip_cpp.model.statistics import LinearMaps, map_scale
 
 N_EMBD, N_TOKENS = 24, 400
 Array = npt.NDArray[np.floating[Any]]

@@ -27,10 +27,9 @@ from adaskip_cpp.errors import (
     ProfileVersionError,
 )
 from adaskip_cpp.model.identity import ModelInfo
-from adaskip_cpp.model.maps import LinearMaps
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
-from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.model.statistics import LinearMaps, PhaseStatistics
 from adaskip_cpp.planning.request import PlanRequest
 
 NAN = float("nan")

@@ -13,9 +13,8 @@ from ..engine.llama import AdaSkipLlama
 from ..engine.native_types import StatisticsBatch
 from ..errors import NativeError, RequestError
 from ..measuring import corpus
-from ..model.maps import LinearMaps, map_scale
 from ..model.skip_set import KINDS
-from ..model.statistics import PhaseStatistics
+from ..model.statistics import LinearMaps, PhaseStatistics, map_scale
 from ..planning.profile import Profile
 from ..progress import progress_bar
 from .cost import measure_cost, set_aside

@@ -4,7 +4,7 @@ Much of what a sublayer adds to the stream is a linear function of its input: on
 about half of the variance of what attentions add. It costs ``2 * rank * n_embd`` multiplications per token, a few
 hundredths of what the sublayer itself costs.
 
-s is the square root of the median ratio of norms, see :func:`adaskip_cpp.model.maps.map_scale`. The rest, ``v - s u``,
+s is the square root of the median ratio, see :func:`~adaskip_cpp.model.statistics.map_scale`. The rest, ``v - s u``,
 is fitted by reduced-rank ridge regression on ``u`` (Izenman 1975), in closed form from the second moments of both. They
 are not centred: the mean of a stream is far from zero, so that its direction serves as the constant, and on unseen text
 that does better than a bias of its own. The first token of a request is left out: in many models its norm is tens of

@@ -30,10 +30,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CompensationError
-from ..model.maps import LinearMaps, map_scale
 from ..model.plan import OnlineScale
 from ..model.skip_set import SkipSet
-from ..model.statistics import PhaseStatistics
+from ..model.statistics import LinearMaps, PhaseStatistics, map_scale
 
 DEFAULT_COMPENSATION = "linear"
 

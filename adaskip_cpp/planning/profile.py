@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..model import profile_file
 from ..model.plan import SkipPlan
-from ..model.profile import ProfileData
+from ..model.profile import ProfileData, load, save, to_dict
 from .request import PlanRequest
 from .strategies import make_plan
 
@@ -34,7 +33,7 @@ class Profile(ProfileData):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: what :meth:`save` writes, without the vectors."""
-        return profile_file.to_dict(self)
+        return to_dict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON, its vectors to a file ``.bin`` beside it.
@@ -42,7 +41,7 @@ class Profile(ProfileData):
         Raises:
             OSError: a file cannot be written; what was there before is still there.
         """
-        profile_file.save(self, path)
+        save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -54,4 +53,4 @@ class Profile(ProfileData):
             ProfileVersionError: written in a format version that this release does not read.
             OSError: the file cannot be read.
         """
-        return profile_file.load(path, cls)
+        return load(path, cls)
