@@ -66,20 +66,29 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     chosen = make_plan(profile, request.at(context))
     if output is not None:
         save_plan(output, chosen)
-    rows, totals = _rows(profile, chosen, context, phase), _totals(profile, chosen, context)
+    rows, cost = _rows(profile, chosen, context, phase), profile.cost
+    speedup = {} if cost is None else {name: cost.speedup(chosen, context, name) for name in PHASES}
     if as_json:
-        asked = {"profile": profile_path, "context": context, "phase": phase}
-        click.echo(json_text({**asked, **totals, "sublayers": rows, "plan": chosen.to_dict()}), nl=False)
+        told = {
+            "profile": profile_path,
+            "context": context,
+            "phase": phase,
+            "predicted_speedup": speedup or None,
+            "times": cost and {**asdict(cost.settings), "deepest": cost.deepest},
+            "layers_without_kv": chosen.prefill.attention,
+            "sublayers": rows,
+            "plan": chosen.to_dict(),
+        }
+        click.echo(json_text(told), nl=False)
         return
     print_plan(out, chosen, profile.similarity)
     _print_rows(out, rows)
-    if profile.cost is not None:
-        words = _settings_words(profile.cost)
-        out.print(f"ms: to be saved in {phase}, predicted from times of {words}", style="dim", markup=False)
-    if (speedup := totals["predicted_speedup"]) is None:
+    if cost is None:
         out.print("No speed-up is predicted: the profile was calibrated with --no-cost.")
     else:
-        words = ", ".join(f"{name} {speedup[name]:.2f} x" for name in PHASES)
+        words = ", ".join(f"{name} {times:.2f} x" for name, times in speedup.items())
+        times_of = f"ms: to be saved in {phase}, predicted from times of {_settings_words(cost)}"
+        out.print(times_of, style="dim", markup=False)
         out.print(f"Predicted at {context:,} tokens: {words} as fast.")
     _print_elided(out, chosen.prefill.attention)
     if output is not None:
@@ -120,15 +129,6 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
             }
         )
     return rows
-
-
-def _totals(profile: Profile, chosen: SkipPlan, context: int) -> dict[str, Any]:
-    cost = profile.cost
-    return {
-        "predicted_speedup": cost and {name: cost.speedup(chosen, context, name) for name in PHASES},
-        "times": cost and {**asdict(cost.settings), "deepest": cost.deepest},
-        "layers_without_kv": list(chosen.prefill.attention),
-    }
 
 
 def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float64] | None = None) -> None:
