@@ -80,11 +80,14 @@ class History:
         reference: what computes it.
         n_ubatch: tokens that are evaluated at once; a schedule and the online stage change the set between two such.
         draft: proposes tokens behind those cached and the last one generated.
+        restarts: whether the evaluation that comes next begins at the start, for a sliding window has lost positions
+            that it would read; where llama.cpp writes over which ones, it alone knows.
     """
 
     reference: Cells
     n_ubatch: int
     draft: Callable[[list[int]], list[int]] = lambda tokens: []
+    restarts: Callable[[], bool] = lambda: False
     cells: list[Cell] = field(default_factory=list)
     plan: SkipPlan = NOTHING
     logits_are_current: bool = False
@@ -123,9 +126,11 @@ class History:
 
     def _read_again(self, skip_set: SkipSet) -> None:
         """Evaluate again what ``skip_set`` cannot read."""
-        if self._n_readable(skip_set) < len(self.cells):
-            tokens = self.tokens[self._n_readable(self.plan.prefill) :]
-            del self.cells[-len(tokens) :]
+        restarts = self.restarts()
+        if restarts or self._n_readable(skip_set) < len(self.cells):
+            start = 0 if restarts else self._n_readable(self.plan.prefill)
+            tokens = self.tokens[start:]
+            del self.cells[start:]
             self._append(tokens, self.plan.prefill)
 
     def _append(self, tokens: list[int], skip_set: SkipSet, made_of: tuple[SkipSet, OnlineStage] | None = None) -> None:

@@ -5,6 +5,7 @@ relative error; 3.6e-3 with flash attention, which rounds to F16 on the CPU; 9e-
 """
 
 import pickle
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ KINDS = {
 
 
 class WatchedLlama(AdaSkipLlama):
-    """Tells what ``create_completion`` generates, and which saved states it loads and saves.
+    """Tells what ``create_completion`` generates, which saved states it loads and saves, and which evaluations restart.
 
     Of tokens that begin a character it would generate any number, in search of the character's end.
     """
@@ -91,6 +92,20 @@ class WatchedLlama(AdaSkipLlama):
     generated: list[int]
     loaded: list[Any]
     saved: list[Any]
+    restarted: deque[bool]
+    is_evaluating = False
+
+    def _eval(self, phase: Any, tokens: list[int]) -> None:
+        if tokens:
+            self.restarted.append(False)
+            self.is_evaluating = True
+            super()._eval(phase, tokens)
+            self.is_evaluating = False
+
+    def reset(self) -> None:
+        if self.is_evaluating:
+            self.restarted[-1] = True
+        super().reset()
 
     def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
@@ -119,12 +134,13 @@ class Calls(RuleBasedStateMachine):
         options = {"n_ctx": N_CTX, "logits_all": True, "verbose": False, **EXACT, **kind.options}
         drafts = Drafts() if kind.drafts else None
         self.llm = WatchedLlama(str(path), plan=kind.opened_with, draft_model=drafts, **options)
-        self.llm.generated, self.llm.loaded, self.llm.saved = [], [], []
+        self.llm.generated, self.llm.loaded, self.llm.saved, self.llm.restarted = [], [], [], deque()
         self.history = History(Cells(model), options.get("n_ubatch", self.llm.n_batch))
+        if kind.family == "gemma3":
+            self.history.restarts = self.llm.restarted.popleft
         if drafts is not None:
             self.history.draft = lambda ids: drafts(np.array(ids, np.intc)).tolist()
-        if kind.opened_with is not None:
-            self.history.set_plan(kind.opened_with)
+        self.change_plan(kind.opened_with or NOTHING)  # None runs alike, but is another plan: logits would count as old
         self.saved: list[tuple[Any, list[Cell]]] = []
         self.watching: ExitStack | None = None
         self.observed: dict[int, np.ndarray] = {}
@@ -236,7 +252,7 @@ class Calls(RuleBasedStateMachine):
             with pytest.raises(ElidedKVError):
                 self.llm.set_plan(None)
             return
-        # None and a plan that skips nothing run alike; set_plan tells them apart, so the logits count as old.
+        # As above: the logits count as old.
         self.llm.set_plan(None)
         self.history.set_plan(NOTHING)
         self.history.logits_are_current = False
