@@ -11,15 +11,22 @@ from typing import Any
 
 import click
 
-from ..bench.bench import Progress
+from ..bench import subject
+from ..bench.bench import Bench, BenchSettings, Progress
+from ..bench.plots import plot
+from ..bench.table import table
+from ..engine.settings import cost_settings
 from ..files import check_output, json_text
+from ..measuring.cores import physical_cores
 from ..model.identity import check_gguf, profile_path
 from ..model.plan import MODES
 from ..model.plan_file import plan_beside
+from ..pictures import plots
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES
 from ..progress import OnProgress, told_progress
+from .bench_report import print_report
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
 from .planning import load_profile, print_cost_note
 from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, model_options, open_quietly, option, verb
@@ -103,15 +110,6 @@ def bench(
     one each round. Ratios are of pairs in the same round, with a 95% interval; where it contains 1, there is no real
     difference. Ctrl-C prints what was measured so far. Run it on an idle machine.
     """
-    from ..bench import subject
-    from ..bench.bench import Bench, BenchSettings
-    from ..bench.plots import plot
-    from ..bench.table import table
-    from ..engine.settings import cost_settings
-    from ..measuring.cores import physical_cores
-    from ..pictures import plots
-    from .bench_report import print_report
-
     if plot_to is not None:
         plots.figure()  # a missing matplotlib is told now, and not after the measurement
         if not os.path.isdir(plot_to):

@@ -14,6 +14,8 @@ from ..calibration.cost import measure_cost
 from ..calibration.linear import DEFAULT_RANK
 from ..files import check_output, read_text
 from ..measuring import corpus
+from ..model.stored import vectors_path
+from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
 from ..progress import told_progress
 from .planning import load_profile
@@ -112,9 +114,6 @@ def calibration_text(files: Sequence[str]) -> tuple[str, str]:
 
 
 def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> None:
-    from ..model.stored import vectors_path
-    from ..pictures.heatmap import print_heatmap
-
     out = console()
     print_heatmap(out, profile.similarity)
     out.print()

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..engine.generation import Generation, Message, Timing
+from ..engine.generation import Generation, Message, Timing, chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
+from ..engine.settings import cost_settings
 from ..errors import RequestError
 from ..model.identity import profile_path
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
+from .plan import print_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
 from .report import n_skipped, skipped_counts
 from .terminal import answer_options, console, open_quietly, option, users_error, verb
@@ -63,9 +65,6 @@ def chat(
     line. A speed-up is predicted for a conversation that fills half of --ctx. Without any option that says what to
     skip, the plan is the one that `adaskip-cpp tune` wrote beside MODEL.
     """
-    from ..engine.generation import has_chat_template
-    from ..engine.settings import cost_settings
-
     chosen = find_plan_source(model, profile_path, plan_file, request, full)
     plan = chosen.plan(max(ctx // 2, 1))
     llm = open_quietly(model, ctx, threads=threads, gpu_layers=gpu_layers)
@@ -102,8 +101,6 @@ class Conversation:
 
     def ask(self, text: str) -> Generation:
         """Begin the answer to a message; the message is kept when :meth:`answered` is called."""
-        from ..engine.generation import Generation, chat_tokens
-
         prompt = chat_tokens(self.llm, [*self.messages, ("user", text)])
         n_ctx = self.llm.context_size
         if len(prompt) >= n_ctx:
@@ -183,8 +180,6 @@ class _Talk:
 
     def command(self, name: str, *arguments: str) -> None:
         """Do what a command says."""
-        from .plan import print_plan
-
         if name == "/reset":
             self.conversation.reset()
             self.tell("(a new conversation)")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..demo import DemoResult
+from ..demo import N_ANSWER, N_PROMPT, DemoResult, packaged_model, run
 from ..files import check_output
 from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
+from .plan import print_plan
 from .planning import plan_options
 from .report import layer_list, megabytes, n_skipped
 from .terminal import OUTPUT, console, json_option, model_options, open_quietly, option, save_svg, verb
@@ -36,8 +37,6 @@ def demo(
     Calibrates on pages of Python's language reference, then answers a question about another page, with and without the
     plan in turn.
     """
-    from ..demo import packaged_model, run
-
     chosen = request or PlanRequest()
     if chosen.speedup is not None:
         raise click.UsageError("the demo times no sublayers; give --skip instead")
@@ -66,8 +65,6 @@ def demo(
 
 
 def _print_plan(out: Console, profile: Profile, plan: SkipPlan) -> None:
-    from .plan import print_plan
-
     out.print(
         f"[bold]Learned[/] from {profile.n_tokens:,} tokens in {profile.n_requests} requests how much each of the "
         f"{2 * profile.n_layer} sublayers changes its input.\n"
@@ -80,8 +77,6 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
-
-    from ..demo import N_ANSWER, N_PROMPT
 
     full, skipped = result.full, result.skipped
     n_skip, where = n_skipped(result.plan)

@@ -9,10 +9,15 @@ from typing import Any
 import click
 
 from ..engine.llama import AdaSkipLlama
+from ..evaluation import conditions, contenders, figures, items, report, results, store
+from ..evaluation.evaluate import run
 from ..evaluation.results import Results
+from ..evaluation.tables import summary
+from ..measuring.cores import BUSY
 from ..measuring.synthetic import TASKS
 from ..model.plan import MODES
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from ..planning.profile import Profile
 from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import names, numbers
@@ -105,11 +110,6 @@ def evaluate(
     Every strategy is run with every budget in every mode. Results are kept one by one in FOLDER: after Ctrl-C or a
     crash the same command goes on. At the end FOLDER has report.html, results.json, results.md and the pictures.
     """
-    from ..evaluation import conditions, contenders, figures, items, report, results, store
-    from ..evaluation.evaluate import run
-    from ..measuring.cores import BUSY
-    from ..planning.profile import Profile
-
     context = click.get_current_context()
     if values["longbench"] and not (values["longbench_prompts"] and values["longbench_lengths"]):
         raise click.UsageError("--longbench needs --longbench-prompts and --longbench-lengths", context)
@@ -170,8 +170,6 @@ def _print(results: Results, output: str) -> None:
     """The headline, a short table for each mode, and where the rest is."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-
-    from ..evaluation.tables import summary
 
     out = console()
     for each in summary(results):

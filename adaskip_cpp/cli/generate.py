@@ -4,7 +4,9 @@ from contextlib import closing
 
 import click
 
+from ..engine.generation import Generation, chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
+from ..engine.settings import cost_settings
 from ..files import read_text
 from ..planning.request import PlanRequest
 from .planning import find_plan_source, plan_options, print_cost_note, profile_options
@@ -50,9 +52,6 @@ def generate(
     With a plan, the sublayers that matter least are skipped, and no KV memory is kept for attentions that never run.
     Without any option that says what to skip, the plan is the one that `adaskip-cpp tune` wrote beside MODEL.
     """
-    from ..engine.generation import Generation
-    from ..engine.settings import cost_settings
-
     err = console(stderr=True)
     if (prompt is None) == (file is None):
         raise click.UsageError("give a prompt either with -p or with -f")
@@ -86,8 +85,6 @@ def generate(
 
 
 def _tokens(llm: AdaSkipLlama, text: str, chat: bool | None) -> list[int]:
-    from ..engine.generation import chat_tokens, has_chat_template
-
     if not text:  # which would still have the tokens of the template around it
         return []
     if has_chat_template(llm) if chat is None else chat:

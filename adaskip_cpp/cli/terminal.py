@@ -19,6 +19,7 @@ import click
 from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError
 from ..files import write_atomically
+from ..measuring.cores import physical_cores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -190,9 +191,6 @@ def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
 
 def open_quietly(path: str, n_ctx: int, *, threads: int | None, gpu_layers: int, **more: Any) -> AdaSkipLlama:
     """Load a model, without llama.cpp's warnings, which would stand before the answer."""
-    from ..engine.llama import AdaSkipLlama
-    from ..measuring.cores import physical_cores
-
     n = threads or physical_cores()
     with contextlib.redirect_stderr(io.StringIO()):
         return AdaSkipLlama(

@@ -10,9 +10,13 @@ from functools import partial
 
 import click
 
+from ..calibration.calibrate import calibrate
 from ..engine.llama import AdaSkipLlama
+from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..files import check_output, json_text
+from ..measuring import corpus
+from ..measuring.tasks import read_texts
 from ..model.identity import plan_path, profile_path
 from ..model.plan import MODES, Mode, SkipPlan
 from ..model.plan_file import save_plan
@@ -20,6 +24,9 @@ from ..model.promise import Promise, SpeedUp
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import PlanRequest
 from ..progress import told_progress
+from ..tuning import speed
+from ..tuning.hold_out import hold_out
+from ..tuning.tuner import Tuner
 from .calibrate import calibration_text
 from .planning import load_profile, print_cost_note
 from .terminal import CHOOSING, OUTPUT, console, json_option, model_options, open_quietly, option, verb
@@ -90,14 +97,6 @@ def tune(
     mean over its pieces; a speed-up by its measured value. `generate`, `chat` and AdaSkipLlama(plan="auto") use the
     plan file that lies beside its model.
     """
-    from ..calibration.calibrate import calibrate
-    from ..engine.settings import cost_settings
-    from ..measuring import corpus
-    from ..measuring.tasks import read_texts
-    from ..tuning import speed
-    from ..tuning.hold_out import hold_out
-    from ..tuning.tuner import Tuner
-
     start = time.monotonic()
     given = {"max_loss": max_loss, "min_agreement": min_agreement, "speedup": speedup}
     promises = [Promise(kind, value) for kind, value in given.items() if value is not None]  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..intervals import Interval
 from ..model.plan_file import PlanFile
 from ..model.promise import Tuning
+from ..pictures.heatmap import print_heatmap
 from .report import layer_list
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float64]) -> None:
     """Print what tuning found, on a map of the profile's IO similarity, float64 ``[n_layer, 2]``."""
-    from ..pictures.heatmap import print_heatmap
-
     skipped, tuning = found.plan.skipped("decode"), found.tuning
     assert tuning is not None
     if skipped.n_skip:
