@@ -9,10 +9,14 @@ import click
 import numpy as np
 
 from ..files import check_output, json_text
-from ..model.plan import PHASES, Phase
+from ..model.cost_model import CostModel
+from ..model.plan import PHASES, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KINDS, ranked
+from ..pictures.heatmap import print_heatmap
+from ..planning.profile import Profile
 from ..planning.request import PlanRequest
+from ..planning.speedup import seconds_saved
 from ..planning.strategies import make_plan
 from .planning import plan_options
 from .report import layer_list
@@ -22,10 +26,6 @@ from .tune_report import print_tuning
 if TYPE_CHECKING:
     import numpy.typing as npt
     from rich.console import Console
-
-    from ..model.cost_model import CostModel
-    from ..model.plan import SkipPlan
-    from ..planning.profile import Profile
 
 
 @verb(
@@ -48,8 +48,6 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     predicted to save in the phase of --phase, for a whole prompt or for one token. p and d mark what is skipped in
     prefill and decode, "scale" what its input is scaled by.
     """
-    from ..planning.profile import Profile
-
     out = console()
     if is_plan_file(profile_path):
         if request is not None or output is not None:
@@ -110,8 +108,6 @@ def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> 
 
 def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
     """One row per sublayer, by rank; those that cannot be skipped last."""
-    from ..planning.speedup import seconds_saved
-
     saved = None if profile.cost is None else seconds_saved(profile.cost, context, phase)
     rows = []
     for rank, index in enumerate(ranked(-profile.similarity), start=1):
@@ -133,8 +129,6 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
 
 def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float64] | None = None) -> None:
     """Print a plan in words, and with the similarities of a profile as two rows of cells."""
-    from ..pictures.heatmap import print_heatmap
-
     prefill, decode = chosen.prefill, chosen.decode
     out.print(
         f"[bold]{prefill.n_skip} of {2 * chosen.n_layer} sublayers skipped in prefill, {decode.n_skip} in decode[/]: "

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import AdaSkipError
+from ..model.cost_model import CostSettings
 from ..model.identity import check_model, plan_path, profile_path
 from ..model.plan import MODES, PHASES, SkipPlan
 from ..model.plan_file import load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from ..planning.profile import Profile
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES, make_plan
 from .lists import LAYERS
@@ -23,9 +25,6 @@ from .terminal import CHOOSING, option, options
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ..model.cost_model import CostSettings
-    from ..planning.profile import Profile
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -124,8 +123,6 @@ def find_plan_source(
 
 def load_profile(model: str, path: str) -> Profile:
     """Read a profile of a model."""
-    from ..planning.profile import Profile
-
     profile = Profile.load(path)
     check_model(profile.model, model, path)
     return profile

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..model.plan import PHASES
+from ..model.plan import PHASES, SkipPlan
 from ..model.plan_file import load_plan
 from ..model.skip_set import KIND_NAMES
+from ..pictures import plots, profile_plots
+from ..pictures.heatmap import print_heatmap, print_series
+from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
@@ -18,9 +21,6 @@ from .terminal import CHOOSING, OUTPUT, console, option, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ..model.plan import SkipPlan
-    from ..planning.profile import Profile
 
 
 @verb("Draw a profile.", example="adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures")
@@ -43,9 +43,6 @@ def plot(
     Writes layers, sublayers and phases, and plan for each profile, as PNG and SVG. Several profiles share the pictures.
     The plan is that of the options, or of --plan.
     """
-    from ..pictures import plots
-    from ..planning.profile import Profile
-
     profiles = dict(zip(_names(paths), map(Profile.load, paths), strict=True))
     if plan_file is not None:
         if request is not None or len(profiles) > 1:
@@ -78,8 +75,6 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _draw(profiles: dict[str, Profile], plans: dict[str, SkipPlan], folder: str) -> list[str]:
-    from ..pictures import plots, profile_plots
-
     shared = (profile_plots.layers, profile_plots.sublayers, profile_plots.phases)
     figures = {draw.__name__: draw(profiles) for draw in shared}
     for i, (name, plan) in enumerate(plans.items(), start=1):
@@ -88,8 +83,6 @@ def _draw(profiles: dict[str, Profile], plans: dict[str, SkipPlan], folder: str)
 
 
 def _print(out: Console, profiles: dict[str, Profile], plans: dict[str, SkipPlan]) -> None:
-    from ..pictures.heatmap import print_heatmap, print_series
-
     for name, profile in profiles.items():
         out.print(f"[bold]{name}[/]: IO similarity by layer, and the plan\n")
         series = {"whole layers, prefill": profile.prefill.layer_similarity}

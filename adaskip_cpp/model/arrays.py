@@ -1,7 +1,5 @@
 """What dataclasses of arrays share: checked and read-only copies, equality by content, plain JSON values and back."""
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 import msgspec

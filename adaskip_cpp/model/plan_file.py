@@ -5,8 +5,6 @@ measured. ``X.bin`` (see :mod:`adaskip_cpp.model.stored`) holds for each of the 
 ``arrays`` as listed, one part of that shape per attention and then per FFN, as listed.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass

@@ -5,8 +5,6 @@
 maps, first ``down`` ``[n_layer, 2, rank, n_embd]``, then ``up`` ``[n_layer, 2, n_embd, rank]``.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar

@@ -1,7 +1,5 @@
 """What a tuned plan was asked to keep, and what was measured of it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args

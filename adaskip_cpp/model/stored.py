@@ -7,8 +7,6 @@ Both may come from elsewhere: nothing is taken on trust, and nothing is read bey
 wrong is a ``ValueError``, which the readers turn into errors of their own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

@@ -22,8 +22,6 @@ learns no vectors, so that an FFN it adds gets a scale alone. ``benchmarks/compe
 held-out text.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -16,8 +16,6 @@ in: here it is the phase in which the set is first used, so that it comes from d
 prefill in the other two. Linear maps are fitted on prefill alone, where there are tokens enough.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

@@ -7,8 +7,6 @@ The baselines skip whole layers and compensate nothing (``v := u``). Of a budget
 ``k = n // 2`` layers, the odd one being left over, so that one budget serves to compare all strategies.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
