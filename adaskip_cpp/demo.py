@@ -70,8 +70,6 @@ class Side:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured."""
-
     profile: Profile
     plan: SkipPlan
     full: Side

@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
 _SHOW_AFTER_S = 2.0
 """Work that is expected to take longer than this gets a progress display."""
 _LINES_S = 60.0
@@ -30,8 +33,6 @@ def progress_bar(label: str, show: bool | None = None, *, still: bool = False) -
     if show is False or (show is None and not sys.stderr.isatty()):
         yield lambda fraction, words="": None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     start = time.monotonic()
     console = Console(stderr=True)

@@ -69,7 +69,6 @@ class BenchResult:
     ended_by: AdaSkipError | KeyboardInterrupt | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what msgspec writes as JSON, raw times included."""
         return {
             "settings": self.settings,
             "machine": self.machine,
@@ -152,7 +151,6 @@ class Bench:
         return self.result
 
     def _start(self, stack: ExitStack, n_round: int) -> None:
-        """Start all processes and warm them up."""
         start = time.perf_counter()
         for name in dict.fromkeys(map(self._process, self._runs)):
             if n_round == 0:

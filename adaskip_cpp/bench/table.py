@@ -76,7 +76,6 @@ class Row:
     of_ideal: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what msgspec writes as JSON."""
         data: dict[str, Any] = to_builtins(self)
         against = data.pop("against")
         for name, each in self.against.items():
@@ -85,7 +84,6 @@ class Row:
 
 
 def table(measured: BenchTimes) -> list[Row]:
-    """Return the rows of all contexts with a complete round, by phase, context and contender."""
     contexts = sorted({context for _, context in measured.times})
     rows = []
     for phase, context, name in itertools.product(PHASES, contexts, measured.contenders):

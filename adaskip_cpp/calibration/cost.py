@@ -10,6 +10,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import SupportsIndex
 
+import llama_cpp
 import numpy as np
 
 from ..engine.llama import AdaSkipLlama
@@ -81,7 +82,6 @@ class _Measurement:
         self._start = perf_counter()
 
     def run(self) -> CostModel:
-        """Measure and fit."""
         self._prepare(self._all(True))
         self._eval("prefill", self.n_tokens, counts=False)  # pages in the weights, fills caches, wakes up threads
         self._eval("decode", 1, counts=False)
@@ -140,7 +140,6 @@ class _Measurement:
                     self._decode(offset)
 
     def _has_room(self, n_ubatches: int) -> bool:
-        """Whether so many ubatches, with tokens decoded behind each, still fit into the context."""
         return self.llm.n_tokens + n_ubatches * (self.n_tokens + self._n_decode + 1) <= self._size
 
     def _prefill_groups(self, groups: Sequence[Group]) -> list[Group]:
@@ -250,6 +249,4 @@ def set_aside(llm: AdaSkipLlama) -> Iterator[None]:
 
 def _synchronize(llm: AdaSkipLlama) -> None:
     """Wait for the devices: ``llama_decode`` returns before a GPU has finished."""
-    import llama_cpp
-
     llama_cpp.llama_synchronize(llm.ctx)

@@ -30,7 +30,6 @@ _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Mart
 
 
 def moments_bytes(n_embd: int) -> int:
-    """Bytes that :class:`LinearFit` holds per sublayer."""
     return 2 * n_embd * n_embd * 4
 
 
@@ -97,7 +96,6 @@ class LinearFit:
         return {where: _fit(sums, rank, scales[where]) for where, sums in known.items()}
 
     def clear(self) -> None:
-        """Give the memory of the moments back."""
         self._sums.clear()
 
 

@@ -1,11 +1,13 @@
 """What a benchmark found, in the terminal: its tables, and the configuration that they hold for."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from ..bench.bench import BenchResult
 from ..bench.plots import TITLES
@@ -13,13 +15,8 @@ from ..bench.table import NO_PLAN, STOCK, Row, verdict
 from ..intervals import Interval
 from .report import megabytes
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
 
 def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    """Print the tables and the configuration."""
     if not out.is_terminal:
         out.width = max(out.width, 100)
     if not rows:
@@ -32,9 +29,6 @@ def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: 
 
 
 def _table(out: Console, title: str, columns: Sequence[str]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     out.print(title, style="bold")  # rich would wrap a table's own title to the width of the table
     table.add_column("", no_wrap=True)
@@ -113,5 +107,4 @@ def _print_configuration(out: Console, result: BenchResult, about: dict[str, Any
 
 
 def seconds(value: float) -> str:
-    """``12.3 ms`` or ``1.23 s``, to three digits."""
     return f"{value:.3g} s" if value >= 100 else f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -1,15 +1,13 @@
 """``adaskip-cpp chat``: talk to a model, with or without skipping."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
 
 from ..engine.generation import Generation, Message, Timing, chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
@@ -23,9 +21,6 @@ from .plan import print_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
 from .report import n_skipped, skipped_counts
 from .terminal import answer_options, console, open_quietly, option, users_error, verb
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _HELP = """\
 /reset   begin a new conversation
@@ -96,7 +91,6 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system's text."""
         self.messages = [("system", self.system)] if self.system else []
 
     def ask(self, text: str) -> Generation:
@@ -111,7 +105,6 @@ class Conversation:
         return Generation(self.llm, prompt, max_tokens=self.max_tokens, temperature=self.temperature)
 
     def answered(self, text: str, answer: str) -> None:
-        """Keep a message and its answer."""
         self.messages += [("user", text), ("assistant", answer)]
 
 
@@ -129,7 +122,6 @@ class _Talk:
     err: Console
 
     def run(self) -> None:
-        """Answer what is typed or piped until its end, or /quit."""
         llm = self.conversation.llm
         if sys.stdin.isatty():
             n_skip, where = n_skipped(llm.plan)
@@ -151,7 +143,6 @@ class _Talk:
                 self.tell(f"Error: {' '.join(line.split())}", style="")
 
     def tell(self, text: str, style: str = "dim") -> None:
-        """Say something that is no answer."""
         self.err.print(text, style=style, markup=False, soft_wrap=True)
 
     def answer(self, text: str) -> None:
@@ -179,7 +170,6 @@ class _Talk:
                 self.tell("(the context is full; /reset begins a new conversation)")
 
     def command(self, name: str, *arguments: str) -> None:
-        """Do what a command says."""
         if name == "/reset":
             self.conversation.reset()
             self.tell("(a new conversation)")
@@ -195,7 +185,6 @@ class _Talk:
             self.tell(_HELP)
 
     def skip(self, *arguments: str) -> None:
-        """Skip another number of sublayers from now on."""
         beside = profile_path(self.model)
         if self.profile is None and not os.path.exists(beside):
             return self.tell("/skip needs a profile; start the chat with --profile.", style="")

@@ -1,13 +1,14 @@
 """``adaskip-cpp demo``: the whole idea on a small model, in a terminal, in under three minutes."""
 
-from __future__ import annotations
-
 import json
 import time
 from functools import partial
-from typing import TYPE_CHECKING
 
 import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ..demo import N_ANSWER, N_PROMPT, DemoResult, packaged_model, run
 from ..files import check_output
@@ -18,9 +19,6 @@ from .plan import print_plan
 from .planning import plan_options
 from .report import layer_list, megabytes, n_skipped
 from .terminal import OUTPUT, console, json_option, model_options, open_quietly, option, save_svg, verb
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @verb("Show the whole idea on a small model.", example="adaskip-cpp demo --skip 6")
@@ -74,10 +72,6 @@ def _print_plan(out: Console, profile: Profile, plan: SkipPlan) -> None:
 
 
 def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     full, skipped = result.full, result.skipped
     n_skip, where = n_skipped(result.plan)
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from ..engine.llama import AdaSkipLlama
 from ..evaluation import conditions, contenders, figures, items, report, results, store
@@ -167,10 +169,6 @@ def evaluate(
 
 
 def _print(results: Results, output: str) -> None:
-    """The headline, a short table for each mode, and where the rest is."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     out = console()
     for each in summary(results):
         table = Table("", box=SIMPLE_HEAD, pad_edge=False, title=each.title, title_justify="left", title_style="bold")

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from ..engine.native_types import Sublayer
 from .terminal import console, json_option, model_options, open_quietly, verb
@@ -40,9 +42,6 @@ def inspect(model: str, threads: int | None, gpu_layers: int, as_json: bool) -> 
 
 
 def _print(facts: dict[str, Any], sublayers: tuple[Sublayer, ...]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     out = console()
     n = facts["n_params"]
     parameters = f"{n / 1e9:.1f} billion" if n >= 1e9 else f"{n / 1e6:,.0f} million"

@@ -21,14 +21,12 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest
         self.read, self.says, self.metavar = read, says, metavar
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        """Read a list; a tuple, as of a default, is returned as it is."""
         try:
             return value if isinstance(value, tuple) else self.parse(str(value))
         except ValueError:
             self.fail(f"{value!r} is not {self.says}", param, ctx)
 
     def parse(self, text: str) -> tuple[Any, ...]:
-        """Read a list; a ValueError if it is malformed or empty."""
         found = tuple(dict.fromkeys(each for part in text.split(",") for each in self.read(part.strip())))
         if not found:
             raise ValueError(text)
@@ -56,7 +54,6 @@ def numbers(kind: type[int] | type[float], example: str, *, least: float = 1) ->
 
 
 def names(allowed: Sequence[str]) -> _List:
-    """Return the type of an option that lists some of a few names."""
     return _List(lambda part: (allowed[allowed.index(part)],), f"a list of: {', '.join(allowed)}", "NAME,...")
 
 

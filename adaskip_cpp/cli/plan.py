@@ -1,12 +1,14 @@
 """``adaskip-cpp plan``: what a profile says to skip, why, and what that is predicted to bring."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from ..files import check_output, json_text
 from ..model.cost_model import CostModel
@@ -22,10 +24,6 @@ from .planning import plan_options
 from .report import layer_list
 from .terminal import OUTPUT, console, json_option, option, verb
 from .tune_report import print_tuning
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-    from rich.console import Console
 
 
 @verb(
@@ -128,7 +126,6 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
 
 
 def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float64] | None = None) -> None:
-    """Print a plan in words, and with the similarities of a profile as two rows of cells."""
     prefill, decode = chosen.prefill, chosen.decode
     out.print(
         f"[bold]{prefill.n_skip} of {2 * chosen.n_layer} sublayers skipped in prefill, {decode.n_skip} in decode[/]: "
@@ -151,10 +148,6 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float6
 
 
 def _print_rows(out: Console, rows: list[dict[str, Any]]) -> None:
-    """One line per layer, attention beside FFN."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("\nlayer", justify="right")
     timed = any(row["saved_ms"] is not None for row in rows)

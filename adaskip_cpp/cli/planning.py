@@ -1,14 +1,13 @@
 """The options that choose a plan, the same for every verb, and the plan that they choose."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
+from rich.console import Console
 
 from ..errors import AdaSkipError
 from ..model.cost_model import CostSettings
@@ -22,9 +21,6 @@ from ..planning.strategies import STRATEGIES, make_plan
 from .lists import LAYERS
 from .report import n_skipped
 from .terminal import CHOOSING, option, options
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -83,7 +79,6 @@ class PlanSource:
         return self.request is not None and self.request.speedup is not None
 
     def plan(self, context: int) -> SkipPlan | None:
-        """Make the plan, for a prompt of so many tokens; None for the whole model."""
         if self.profile is not None and self.request is not None:
             return make_plan(self.profile, self.request.at(context))
         return self.saved if self.saved is not None and n_skipped(self.saved)[0] else None
@@ -122,7 +117,6 @@ def find_plan_source(
 
 
 def load_profile(model: str, path: str) -> Profile:
-    """Read a profile of a model."""
     profile = Profile.load(path)
     check_model(profile.model, model, path)
     return profile

@@ -1,12 +1,10 @@
 """``adaskip-cpp plot``: the paper's figures from profiles, as pictures or on the terminal."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
 
 from ..model.plan import PHASES, SkipPlan
 from ..model.plan_file import load_plan
@@ -18,9 +16,6 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
 from .terminal import CHOOSING, OUTPUT, console, option, verb
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @verb("Draw a profile.", example="adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures")

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from itertools import groupby
 
+import llama_cpp
+
 from ..engine.generation import Timing
 from ..engine.llama import AdaSkipLlama
 from ..model.plan import SkipPlan
@@ -10,8 +12,6 @@ from ..model.plan import SkipPlan
 
 def kv_line(llm: AdaSkipLlama) -> str:
     """How much KV memory a model has, and how much less that is than without a plan."""
-    import llama_cpp
-
     n_elided = len(llm.elided_kv)
     line = f"KV:      {megabytes(llm.kv_bytes)}"
     if n_elided == 0:
@@ -40,7 +40,6 @@ def layer_list(layers: Sequence[int]) -> str:
 
 
 def speed_lines(timing: Timing) -> list[str]:
-    """How long the prompt and the decoding took, a line each."""
     cached = timing.n_prompt - timing.n_evaluated
     prompt = (
         f"{timing.n_evaluated:,} tokens in {timing.first_token_s:.2f} s, {timing.prompt_tokens_per_s:,.0f} tokens/s"
@@ -67,7 +66,6 @@ def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
 
 
 def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
-    """What the last request skipped in each phase, a line each."""
     plan = llm.plan
     if plan is None:
         return []

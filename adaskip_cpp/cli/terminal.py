@@ -1,7 +1,5 @@
 """What the verbs of the command line share: help in groups, one-line errors, the options of a model, loading one."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io
@@ -12,17 +10,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
+from rich.console import Console
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError
 from ..files import write_atomically
 from ..measuring.cores import physical_cores
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -81,7 +77,6 @@ class Verbs(click.Group):
     def main(  # type: ignore[override]  # click overloads it by the value of standalone_mode
         self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any
     ) -> Any:
-        """Run the command line; see ``click.BaseCommand.main``."""
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
         try:
@@ -141,17 +136,12 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a rich console. Colour only on a terminal, and not with NO_COLOR."""
-    from rich.console import Console
-
     return Console(stderr=stderr, highlight=False)
 
 
 @contextlib.contextmanager
 def save_svg(path: str, title: str) -> Iterator[Console]:
     """Yield a console; what is printed on it becomes an SVG without references to the network."""
-    from rich.console import Console
-
     out = Console(
         file=io.StringIO(), highlight=False, record=True, width=80, force_terminal=True, color_system="truecolor"
     )
@@ -160,7 +150,6 @@ def save_svg(path: str, title: str) -> Iterator[Console]:
 
 
 def options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
-    """Add several options, in the order of the help."""
     return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(added), command)
 
 

@@ -171,7 +171,6 @@ def tune(
 def _opened(
     model: str, threads: int | None, gpu_layers: int, n_ctx: int, *, logits_all: bool = False
 ) -> Iterator[AdaSkipLlama]:
-    """Load the model, and free it when done."""
     llm = open_quietly(model, n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
     try:
         yield llm

@@ -1,8 +1,8 @@
 """What is said of a tuned plan: what was promised, what was measured, on how much text, and whether that keeps it."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
 
 from ..intervals import Interval
 from ..model.plan_file import PlanFile
@@ -10,14 +10,8 @@ from ..model.promise import Tuning
 from ..pictures.heatmap import print_heatmap
 from .report import layer_list
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    from rich.console import Console
-
 
 def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float64]) -> None:
-    """Print what tuning found, on a map of the profile's IO similarity, float64 ``[n_layer, 2]``."""
     skipped, tuning = found.plan.skipped("decode"), found.tuning
     assert tuning is not None
     if skipped.n_skip:
@@ -77,5 +71,4 @@ def _figure(interval: Interval, form: str) -> str:
 
 
 def minutes(seconds: float) -> str:
-    """Say a time in words: ``40 s``, ``12 min``."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -6,6 +6,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import llama_cpp
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
 from ..errors import RequestError
 from .llama import AdaSkipLlama
 
@@ -103,21 +106,16 @@ class Generation:
 
 def _n_evaluated(llm: AdaSkipLlama) -> int:
     """Tokens evaluated by llama.cpp's own count; a count of none it reports as 1."""
-    import llama_cpp
-
     count = llama_cpp.llama_perf_context(llm.ctx)
     return int(count.n_p_eval + count.n_eval)
 
 
 def has_chat_template(llm: AdaSkipLlama) -> bool:
-    """Whether the model file carries a chat template."""
     return bool(llm.metadata.get(_TEMPLATE))
 
 
 def chat_tokens(llm: AdaSkipLlama, messages: Sequence[Message]) -> list[int]:
     """Return the token ids of a conversation in the model's own chat template, up to where the answer begins."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
     bos, eos = (llm.token_text(token) if token != -1 else "" for token in (llm.token_bos(), llm.token_eos()))

@@ -75,7 +75,6 @@ class NativeContext:
         ) from error
 
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """All sublayers, layer by layer, attention before FFN."""
         n = 2 * self.n_layer
         rows = ffi.new("struct adaskip_sublayer[]", n)
         self._check(lib.adaskip_sublayers(self._ctx, rows, n))
@@ -106,7 +105,6 @@ class NativeContext:
         self._check(lib.adaskip_set_plan(self._ctx, target))
 
     def plan_tag(self) -> int:
-        """The tag of the plan in force."""
         tag = ffi.new("uint64_t *")
         self._check(lib.adaskip_get_plan_tag(self._ctx, tag))
         return int(tag[0])
@@ -127,17 +125,14 @@ class NativeContext:
         self._check(lib.adaskip_begin_request(self._ctx))
 
     def elided_kv(self) -> tuple[int, ...]:
-        """Layers whose attention has no KV in this context."""
         elided = np.zeros(self.n_layer, np.uint8)
         self._check(lib.adaskip_get_elided_kv(self._ctx, ffi.from_buffer("uint8_t[]", elided), self.n_layer))
         return _layers(elided)
 
     def set_phase(self, phase: Phase) -> None:
-        """Says what the tokens of the next ``llama_decode`` calls are."""
         self._check(lib.adaskip_set_phase(self._ctx, PHASES.index(phase)))
 
     def counters(self) -> Counters:
-        """The counters of this context."""
         c = ffi.new("struct adaskip_counters *")
         self._check(lib.adaskip_get_counters(self._ctx, c))
         graphs = c.n_graphs_built, c.n_graphs_reused
@@ -170,7 +165,6 @@ class NativeContext:
         self._callback, self._error, self.drops_logits = callback, None, not keep_logits
 
     def stop_statistics(self) -> None:
-        """Takes the statistics out of the next graph."""
         self._check(lib.adaskip_set_statistics(self._ctx, 0, ffi.NULL, ffi.NULL))
         self._callback, self.drops_logits = None, False
 

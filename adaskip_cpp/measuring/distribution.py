@@ -14,7 +14,6 @@ Logits = npt.NDArray[np.float32]
 
 
 def check_logits_all(llm: AdaSkipLlama) -> None:
-    """Refuse a model that keeps the last token's logits only."""
     if not llm.logits_all:
         raise RequestError("the model keeps only the last token's logits; load it with logits_all=True")
 

@@ -103,8 +103,6 @@ def longbench_items(
 
 @dataclass(frozen=True)
 class _Line:
-    """What is used of a line."""
-
     input: str
     context: str
     dataset: str

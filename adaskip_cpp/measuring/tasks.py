@@ -68,7 +68,6 @@ class QuestionItem:
     first_line: bool = False
 
     def score(self, prediction: str) -> float:
-        """Return how good an answer is, 0 to 1, as :func:`adaskip_cpp.measuring.metrics.score`."""
         if self.first_line:
             prediction = metrics.first_line(prediction)
         return metrics.score(self.metric, prediction, self.answers, self.all_classes)

@@ -58,16 +58,13 @@ class TextQuality:
 
     @property
     def n_texts(self) -> int:
-        """Texts that are judged."""
         return len(self._texts)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are judged, all texts together."""
         return sum(len(tokens) - begin for tokens, begin in self._texts)
 
     def evaluate_full(self) -> None:
-        """Evaluate the full model now, unless that has been done."""
         self._full = self._full or list(self._evaluate(None))
 
     def scores(self, plan: SkipPlan) -> TextScores:

@@ -17,7 +17,6 @@ class LayerArrays:
 
     @property
     def n_layer(self) -> int:
-        """Number of layers of the model."""
         return next(len(value) for value in vars(self).values() if isinstance(value, np.ndarray))
 
     def __eq__(self, other: object) -> bool:

@@ -135,12 +135,10 @@ def check_gguf(path: str | os.PathLike[str]) -> None:
 
 
 def profile_path(model: str | os.PathLike[str]) -> str:
-    """Return the name of the profile beside a model, whether it is there or not."""
     return _stem(model) + ".adaskip.json"
 
 
 def plan_path(model: str | os.PathLike[str]) -> str:
-    """Return the name of the plan file beside a model, whether it is there or not."""
     return _stem(model) + ".adaskip-plan.json"
 
 

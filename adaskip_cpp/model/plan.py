@@ -150,7 +150,6 @@ class SkipPlan:
 
     @property
     def n_layer(self) -> int:
-        """Number of layers of the model."""
         return self.prefill.n_layer
 
     @property

@@ -50,11 +50,9 @@ class _Set:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the arrays in the binary file."""
         return [(len(self.attention) + len(self.ffn), *shape) for shape in self.arrays.values()]
 
     def skip_set(self, n_layer: int, arrays: stored.Arrays) -> SkipSet:
-        """Return the set, with its arrays from the binary file."""
         skip, scale = marked(n_layer, self.attention, self.ffn), np.ones((n_layer, 2))
         kinds, layers = np.nonzero(skip.T)
         if layers.tolist() != [*self.attention, *self.ffn] or len(self.scale) != len(layers):
@@ -149,7 +147,6 @@ def is_plan_file(path: str | os.PathLike[str]) -> bool:
 
 
 def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
-    """Read the plan file beside a model."""
     name = plan_path(model)
     if not os.path.exists(name):
         raise PlanFileError(f"there is no plan {name!r} beside the model; run `adaskip-cpp tune {os.fspath(model)}`")

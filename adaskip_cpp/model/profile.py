@@ -85,7 +85,6 @@ class ProfileData:
 
     @property
     def n_layer(self) -> int:
-        """Number of layers of the model."""
         return self.model.n_layer
 
     @property
@@ -126,7 +125,6 @@ class _Beside:
 
 
 def to_dict(profile: ProfileData) -> dict[str, Any]:
-    """Return plain JSON values: the file format, without the name and hash of the vectors' file."""
     data = {"format": _FORMAT, "version": FORMAT_VERSION, **to_plain(_with_arrays(profile, ()))}
     for part, names in ((data, ("maps",)), *((data[phase], VECTORS) for phase in PHASES)):
         for name in names:
@@ -136,14 +134,12 @@ def to_dict(profile: ProfileData) -> dict[str, Any]:
 
 
 def save(profile: ProfileData, path: str | os.PathLike[str]) -> None:
-    """Write a profile; see :meth:`adaskip_cpp.Profile.save`."""
     arrays = [getattr(getattr(profile, phase), name) for phase in PHASES for name in VECTORS]
     arrays += [getattr(profile.maps, name, None) for name in _MAPS]
     stored.save(path, to_dict(profile), [array for array in arrays if array is not None])
 
 
 def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
-    """Read a profile as one of a class; see :meth:`adaskip_cpp.Profile.load`."""
     name = os.fspath(path)
     try:
         data = stored.load(name, _FORMAT, "profile", FORMAT_VERSION)

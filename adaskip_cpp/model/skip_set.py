@@ -86,7 +86,6 @@ class SkipSet(LayerArrays):
 
     @property
     def n_skip(self) -> int:
-        """Number of sublayers skipped."""
         return int(self.skip.sum())
 
     @property

@@ -3,18 +3,14 @@
 Both show steps of rank among all values, as a few sublayers change the stream a lot and the others little.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.text import Text
 
 from ..model.skip_set import KIND_NAMES
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _LABEL_WIDTH, _CELL = 11, 2
 _BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█", "01234567"
@@ -31,8 +27,6 @@ def print_heatmap(
     On a terminal a cell is a colour, elsewhere a digit from 0 (least similar) to 9; ``x`` marks a sublayer of ``skip``,
     ``-`` one that cannot be skipped, whose similarity is NaN.
     """
-    from rich.text import Text
-
     known = np.sort(similarity[~np.isnan(similarity)])
     if known.size == 0:
         console.print("No sublayer of this model can be skipped.")
@@ -69,8 +63,6 @@ def print_series(out: Console, series: Mapping[str, npt.NDArray[np.float64]]) ->
 
     Where the terminal's encoding has no blocks, digits from 0 to 7 stand for them; ``-`` is what has no value, NaN.
     """
-    from rich.text import Text
-
     known = np.sort(np.concatenate([values[~np.isnan(values)] for values in series.values()]))
     blocks = _BLOCKS if (out.encoding or "").lower().startswith("utf") else _PLAIN
     width = max(map(len, series)) + 2

@@ -86,7 +86,6 @@ def other(i: int) -> Look:
 
 
 def has_matplotlib() -> bool:
-    """Whether pictures can be drawn here."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -130,7 +129,6 @@ def legend(of: Axes | Figure, **options: Any) -> None:
 
 
 def title(axes: Axes, text: str) -> None:
-    """Write a title above a pair of axes; ``axes.set_title`` would take matplotlib's own size and black."""
     axes.set_title(text, fontsize=TEXT_PT + 1, color=INK, loc="left")
 
 

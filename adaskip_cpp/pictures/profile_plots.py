@@ -146,5 +146,4 @@ def _finer(similarity: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _ticks(n_layer: int) -> range:
-    """Whole layers, ten or fewer."""
     return range(0, n_layer, next(step for step in (1, 2, 5, 10, 20, 50, n_layer) if n_layer <= 10 * step))

@@ -85,7 +85,6 @@ COMPENSATIONS: dict[str, Compensation] = {
 
 
 def get_compensation(name: str) -> Compensation:
-    """Look a compensation up."""
     if name not in list(COMPENSATIONS):  # a list takes names that cannot be hashed
         raise CompensationError(f"unknown compensation {name!r}; use one of: {', '.join(COMPENSATIONS)}")
     return COMPENSATIONS[name]

@@ -32,7 +32,6 @@ class Profile(ProfileData):
         return make_plan(self, PlanRequest.of(n_skip, **request))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: what :meth:`save` writes, without the vectors."""
         return to_dict(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:

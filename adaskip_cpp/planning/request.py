@@ -103,7 +103,6 @@ class PlanRequest:
 
     @property
     def faster_phase(self) -> Phase:
-        """The phase that a speed-up is asked of."""
         return self.phase or ("decode" if self.mode == "decode" else "prefill")
 
     @property

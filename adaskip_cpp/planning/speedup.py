@@ -45,11 +45,9 @@ class Goal:
 
     @cached_property
     def most_seconds(self) -> float:
-        """What the phase may take."""
         return self.seconds(None) / self.speedup
 
     def reached(self, skip: npt.NDArray[np.bool_]) -> bool:
-        """Whether skipping these sublayers suffices."""
         return self.seconds(skip) <= self.most_seconds
 
     def out_of_reach(self, most: npt.NDArray[np.bool_], strategy: str = "adaskip") -> BudgetError:

@@ -32,7 +32,6 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def strategy(function: Strategy) -> Strategy:
-    """Register a strategy under its function's name."""
     STRATEGIES[function.__name__] = function
     return function
 

@@ -27,7 +27,6 @@ class HeldOut:
     report: tuple[TextItem, ...] = ()
 
     def names(self) -> dict[str, str]:
-        """Return the names of each part's texts, with commas between them."""
         parts = {"searched_on": self.search, "confirmed_on": self.confirm, "reported_on": self.report or self.confirm}
         return {
             word: ", ".join(sorted({"/".join(item.id.split("/")[1:-2]) for item in part}))

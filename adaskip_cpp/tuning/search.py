@@ -59,7 +59,6 @@ class Judge:
         self.n_evaluations = 0
 
     def __call__(self, skip: SkipFlags) -> Judged:
-        """Judge a set."""
         if not self.is_known(skip):
             self.n_evaluations += 1
             values = np.asarray(self._harm(skip), np.float64)
@@ -70,11 +69,9 @@ class Judge:
         return self._known[skip.tobytes()]
 
     def is_known(self, skip: SkipFlags) -> bool:
-        """Whether judging a set costs nothing."""
         return skip.tobytes() in self._known
 
     def first(self, order: Sequence[int], n: int) -> SkipFlags:
-        """Return the set of the first ``n`` of a ranking."""
         skip = np.zeros((self.n_layer, 2), np.bool_)
         skip.flat[list(order[:n])] = True
         return skip

@@ -80,7 +80,6 @@ class Tuner:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that one evaluation takes."""
         return sum(len(item.tokens) for item in self.held_out.search)
 
     @property
@@ -89,7 +88,6 @@ class Tuner:
         return self.n_exchange + (1 if self.promise.kind == "speedup" else len(self.order).bit_length())  # of bisection
 
     def evaluate_full(self) -> None:
-        """Evaluate the full model on the search's text: what an evaluation takes at most."""
         with self._shown("Evaluating the full model", 1):
             self._search.evaluate_full()
 
@@ -116,7 +114,6 @@ class Tuner:
         return PlanFile(plan, Tuning(self.promise, *figures, unbiased, speedups, told))
 
     def plan(self, skip: SkipFlags) -> SkipPlan:
-        """Make the plan of a skip set, with its online stage."""
         return compensated_plan(self.profile, skip, self.request, "tuned")
 
     def _keep(self, measure: Measure) -> _Found:
