@@ -46,8 +46,6 @@ class OpenModel(Protocol):
 
 @dataclass
 class Side:
-    """One side of the comparison, with or without the plan; times are in seconds, the loss in nats per token."""
-
     kv_bytes: int
     timings: list[Timing] = field(default_factory=list)
     answer: str = ""
@@ -127,7 +125,6 @@ def run(
 
 
 def _prompt(llm: AdaSkipLlama) -> list[int]:
-    """Return a question about a page that calibration has not seen, N_PROMPT tokens or hardly fewer."""
     pages = corpus.pages()
     page = pages.get(_PROMPT_PAGE) or max(pages.values(), key=len)
     title, task = "Here is a page of the Python manual:\n\n", "\n\nIn one or two sentences, what is this page about?"

@@ -16,8 +16,6 @@ _LINES_S = 60.0
 
 
 class OnProgress(Protocol):
-    """Takes the fraction of the work done, and how much that is in words."""
-
     def __call__(self, fraction: float, words: str = "") -> None: ...
 
 

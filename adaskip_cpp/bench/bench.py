@@ -212,7 +212,6 @@ def _total_s(run: RequestTime, times_prompt: float = 1.0) -> float:
 
 
 def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[_Parts, dict[str, SkipPlan]]:
-    """Return what the ideal of each plan is made from, and the plans of those runs by their names."""
     runs: dict[bytes, tuple[str, _Skip]] = {}
 
     def part(skip_set: SkipSet, name: str) -> str:

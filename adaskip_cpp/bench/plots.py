@@ -1,7 +1,5 @@
 """The pictures of a benchmark: times by context, and ratios with their intervals."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +30,7 @@ def plot(rows: Sequence[Row], times: BenchTimes, target: str) -> list[Path]:
     return written
 
 
-def _draw_times(rows: Sequence[Row], times: BenchTimes) -> Figure:
+def _draw_times(rows: Sequence[Row], times: BenchTimes) -> "Figure":
     fig, axes = plots.panels(1, 2, height_in=3.2)
     contexts = sorted({row.context for row in rows})
     for axis, phase, unit, scale in zip(axes, PHASES, ("seconds", "milliseconds"), (1, 1e3), strict=True):
@@ -49,7 +47,7 @@ def _draw_times(rows: Sequence[Row], times: BenchTimes) -> Figure:
     return _finished(fig, axes)
 
 
-def _draw_ratios(rows: Sequence[Row], times: BenchTimes) -> Figure:
+def _draw_ratios(rows: Sequence[Row], times: BenchTimes) -> "Figure":
     reference = STOCK if STOCK in times.contenders else NO_PLAN
     fig, axes = plots.panels(1, 2, height_in=3.2, sharey=True)
     contexts = sorted({row.context for row in rows})
@@ -74,7 +72,7 @@ def _draw_ratios(rows: Sequence[Row], times: BenchTimes) -> Figure:
     return _finished(fig, axes)
 
 
-def _finished(fig: Figure, axes: Sequence[Axes]) -> Figure:
+def _finished(fig: "Figure", axes: "Sequence[Axes]") -> "Figure":
     for axis, phase in zip(axes, PHASES, strict=True):
         axis.set_xlabel("tokens of the prompt")
         plots.title(axis, TITLES[phase])

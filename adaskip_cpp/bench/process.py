@@ -1,7 +1,5 @@
 """The other end of :mod:`adaskip_cpp.bench.worker`: starts a contender's process and talks to it."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re
@@ -43,10 +41,7 @@ class Usage:
 
 
 class Worker:
-    """A contender's process, idle unless it is asked something; a context manager that ends it, whatever it does.
-
-    Messages call it by its name; ``side`` says whose libllama it runs on; ``usage`` is as of the last request.
-    """
+    """A contender's process, idle unless it is asked something; a context manager that ends it, whatever it does."""
 
     def __init__(self, name: str, side: Literal["stock", "ours"]) -> None:
         self.name = name
@@ -68,7 +63,7 @@ class Worker:
                 start_new_session=True,  # the terminal's Ctrl-C is not for it
             )
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -117,7 +112,6 @@ class Worker:
 
 
 def _sizes(log: str) -> dict[str, int]:
-    """What stock llama.cpp tells in its log alone; ours counts it."""
     sizes: dict[str, int] = {}
     if kv := re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log):
         sizes["kv_bytes"] = round(sum(map(float, kv)) * 2**20)

@@ -26,7 +26,6 @@ N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
 
 
 def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
-    """Return what the times depend on and a loaded model tells, as plain JSON values."""
     try:
         file_type = LlamaFileType(int(llm.metadata.get("general.file_type", "")))
         quantisation = file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_")

@@ -41,7 +41,6 @@ class BenchTimes:
     settle: Mapping[str, int] = field(default_factory=dict)
 
     def seconds(self, name: str, context: int, phase: Phase) -> list[float]:
-        """Seconds to the first token, or per token, of the complete rounds: those in which every run was made."""
         parts = {part for parts in self.parts.values() for part in (REST, *parts.values())}
         n_rounds = min(len(self.times.get((each, context), ())) for each in {*self.contenders, *parts})
         runs = self.times.get((name, context), [])[:n_rounds]

@@ -86,7 +86,6 @@ def _read(parent: Connection, requests: queue.SimpleQueue[bytes]) -> None:
 
 
 def main(side: str, pipe: int) -> None:
-    """Serve requests, names of methods with their arguments, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     parent, contender = Connection(pipe), _Contender(side)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()

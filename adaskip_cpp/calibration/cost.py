@@ -204,7 +204,6 @@ class _Measurement:
 
 
 def _groups(llm: AdaSkipLlama) -> list[Group]:
-    """The sublayers that can be skipped, those of one shape together; attention first."""
     shapes: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
     for sublayer in llm.sublayers:
         if sublayer.skippable:

@@ -169,7 +169,6 @@ def bench(
 
 
 def _requests(choice: dict[str, Any]) -> list[PlanRequest]:
-    """Every budget by every strategy, and every list of layers."""
     budgets = [{"n_skip": n} for n in choice["skip"] or ()] + [{"speedup": ratio} for ratio in choice["speedup"] or ()]
     if choice["strategy"] and not budgets:
         budgets = [{"n_skip": DEFAULT_N_SKIP}]
@@ -181,7 +180,6 @@ def _requests(choice: dict[str, Any]) -> list[PlanRequest]:
 
 
 def _with_estimate(show: OnProgress) -> Progress:
-    """Show progress; where stderr is no terminal, the first estimate gets a line of its own."""
     estimates = itertools.count()
 
     def tell(doing: str, fraction: float, left_s: float) -> None:

@@ -107,7 +107,6 @@ def calibrate(
 
 
 def calibration_text(files: Sequence[str]) -> tuple[str, str]:
-    """Text to calibrate on and what it is, in words; of no files the built-in pages."""
     if not files:
         return corpus.text(), corpus.DESCRIPTION
     return "\n\n".join(read_text(file) for file in files), ", ".join(os.path.basename(file) for file in files)

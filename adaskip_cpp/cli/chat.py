@@ -110,10 +110,7 @@ class Conversation:
 
 @dataclass
 class _Talk:
-    """What is typed, and what is told of it on stderr; answers alone go to stdout.
-
-    ``profile`` is what /skip makes a plan from, None for the one beside the model, and ``request`` what was asked last.
-    """
+    """What is typed, and what is told of it on stderr; answers alone go to stdout."""
 
     conversation: Conversation
     model: str

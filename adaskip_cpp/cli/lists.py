@@ -10,10 +10,7 @@ _MOST_LAYERS = 9999
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
-    """A tuple of what stands between commas, each once.
-
-    ``read`` reads one part, perhaps as several values; ``says`` is what a malformed value is not, with an example.
-    """
+    """A tuple of what stands between commas, each once."""
 
     name = "list"
 
@@ -34,8 +31,6 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest
 
 
 class _Two(_List):
-    """Two lists with a slash between them."""
-
     def parse(self, text: str) -> tuple[Any, ...]:
         first, second = map(super().parse, text.split("/"))
         return first, second

@@ -105,7 +105,6 @@ def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> 
 
 
 def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
-    """One row per sublayer, by rank; those that cannot be skipped last."""
     saved = None if profile.cost is None else seconds_saved(profile.cost, context, phase)
     rows = []
     for rank, index in enumerate(ranked(-profile.similarity), start=1):
@@ -171,7 +170,6 @@ def _cells(row: dict[str, Any], timed: bool) -> list[str]:
 
 
 def _settings_words(cost: CostModel) -> str:
-    """Where a cost model's times come from."""
     settings = cost.settings
     threads = sorted({settings.n_threads, settings.n_threads_batch})
     devices = "" if settings.devices in ((), ("CPU",), (settings.cpu,)) else f" with {', '.join(settings.devices)}"

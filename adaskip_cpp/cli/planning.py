@@ -26,8 +26,6 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def plan_options(command: _Command) -> _Command:
-    """Add the options that choose a plan, passed as ``request``; None if none was given."""
-
     @functools.wraps(command)
     def with_request(*args: Any, **values: Any) -> Any:
         given = {name: values.pop(name) for name in _OPTIONS}
@@ -63,10 +61,7 @@ profile_options = options(
 
 @dataclass(frozen=True)
 class PlanSource:
-    """Where the plan comes from: a profile and a request, a ``saved`` plan, or none of them for the whole model.
-
-    ``note`` is what to tell the user of a file that was not asked for.
-    """
+    """Where the plan comes from: a profile and a request, a ``saved`` plan, or none of them for the whole model."""
 
     profile: Profile | None = None
     request: PlanRequest | None = None
@@ -130,7 +125,6 @@ def print_cost_note(err: Console, profile: Profile | None, here: CostSettings) -
 
 
 def _beside(model: str) -> PlanSource:
-    """The plan file beside the model, which nobody asked for."""
     found = plan_beside(model)
     tuned = f", as tuned for {found.tuning.promise}" if found.tuning is not None else ""
     n, name = n_skipped(found.plan)[0], os.path.basename(plan_path(model))

@@ -52,7 +52,6 @@ def speed_lines(timing: Timing) -> list[str]:
 
 
 def n_skipped(plan: SkipPlan | None) -> tuple[int, str]:
-    """How many sublayers a plan skips, and where if not everywhere: ``(12, "")`` or ``(12, " in decode")``."""
     if plan is None:
         return 0, ""
     return (plan.prefill.n_skip, "") if plan.prefill.n_skip else (plan.skipped("decode").n_skip, " in decode")

@@ -168,7 +168,6 @@ model_options = options(
 
 
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
-    """Add the options that say how to answer, and :data:`model_options`."""
     return options(
         option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Longest answer."),
         option("--ctx", group=RUNNING, type=click.IntRange(8, 2**31 - 1), default=8192, help="Context in tokens."),

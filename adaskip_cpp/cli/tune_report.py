@@ -26,7 +26,6 @@ def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float6
 
 
 def print_tuning(out: Console, tuning: Tuning) -> None:
-    """Print what a tuned plan promised and what was measured; plainly where that does not keep it."""
     out.print(f"Promised: {tuning.promise}.")
     if tuning.n_texts == 0:
         out.print("[bold]No skipping keeps this promise, so the model is left whole.[/]")

@@ -110,7 +110,6 @@ class NativeContext:
         return int(tag[0])
 
     def online(self, stage: OnlineStage) -> OnlineResult:
-        """What the online stage of the plan in force has learned in this request."""
         similarity, norm_ratio, scale = learned = np.empty((3, self.n_layer))
         added = np.zeros(self.n_layer, np.uint8)
         state = ffi.new("struct adaskip_online_state *")
@@ -121,7 +120,6 @@ class NativeContext:
         return OnlineResult(stage.window, state.n_tokens, similarity, norm_ratio, scale, stage.threshold, ffn)
 
     def begin_request(self) -> None:
-        """No token of the next request is decoded yet; its online stage starts from the plans that were set."""
         self._check(lib.adaskip_begin_request(self._ctx))
 
     def elided_kv(self) -> tuple[int, ...]:
@@ -169,7 +167,6 @@ class NativeContext:
         self._callback, self.drops_logits = None, False
 
     def raise_pending(self) -> None:
-        """Raises what the sink raised during the last ``llama_decode``."""
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -206,7 +203,6 @@ def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
 
 
 def _array(address: Any, *shape: int) -> npt.NDArray[np.float32]:
-    """The floats at an address, for as long as they live there."""
     return np.frombuffer(ffi.buffer(address, math.prod(shape) * 4), np.float32).reshape(shape)
 
 

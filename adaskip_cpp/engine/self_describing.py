@@ -46,12 +46,10 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def n_params(self) -> int:
-        """Parameters of the model."""
         return int(self._model.n_params())
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the model's weights."""
         return int(self._model.size())
 
     @property

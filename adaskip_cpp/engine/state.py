@@ -1,7 +1,5 @@
 """Saved states that know what they were saved from."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from llama_cpp.llama import LlamaState
@@ -21,8 +19,7 @@ class AdaSkipState(LlamaState):
     elided_kv: tuple[int, ...]
 
     @classmethod
-    def of(cls, state: LlamaState, **ours: Any) -> AdaSkipState:
-        """The same state, with what only we know."""
+    def of(cls, state: LlamaState, **ours: Any) -> "AdaSkipState":
         result = cls.__new__(cls)
         result.__dict__.update(vars(state), **ours)
         return result

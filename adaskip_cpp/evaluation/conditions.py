@@ -30,7 +30,6 @@ def evaluation_settings(llm: AdaSkipLlama, profile: Profile, work: Work) -> dict
 def configuration(
     model: str, profile: Profile, work: Work, settings: Mapping[str, Any], words: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return what was measured with what, for people; ``words`` are more lines, about the items."""
     machine, info = settings["machine"], settings["model"]
     layers = machine["n_gpu_layers"]
     lines = {

@@ -87,8 +87,6 @@ def contenders(
 
 
 def _twin(plan: SkipPlan, found: Iterable[Contender]) -> str | None:
-    """The name of the contender that skips the same."""
-
     def skips(plan: SkipPlan) -> tuple[object, ...]:
         return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online
 

@@ -70,7 +70,6 @@ class Work:
 
     @property
     def n_ctx(self) -> int:
-        """Tokens that the longest request needs."""
         answers = (len(item.prompt) + item.max_tokens + 1 for item in self.questions)
         speed = len(self.speed_prompt) + self.n_continuation + 1 if self.speed_prompt else 0
         return max(speed, *answers, *(len(item.tokens) for item in self.texts), 0)
@@ -108,10 +107,7 @@ class Work:
 def run(
     work: Work, store: Store, open_model: OpenModel, on_progress: Callable[[float], None] = lambda fraction: None
 ) -> None:
-    """Measure what an open store lacks.
-
-    The model is opened up to twice, one at a time. Progress is the fraction that is done of what was lacking.
-    """
+    """Measure what an open store lacks."""
     continuation_rouge_l("", "")  # before any work: are the packages there?
     for question in work.questions:
         question.score("")
@@ -143,8 +139,6 @@ def _closed(llm: AdaSkipLlama) -> Iterator[AdaSkipLlama]:
 
 
 class _Rest:
-    """What the store lacks, measured and put into it."""
-
     def __init__(self, work: Work, store: Store, on_progress: Callable[[float], None]) -> None:
         self._work, self._store, self._on_progress = work, store, on_progress
         self._left = {key: cost for key, cost in work.results().items() if key not in store.records}

@@ -28,8 +28,6 @@ def evaluation_results(work: Work, records: Mapping[Key, Record], about: About) 
 
 
 class _Measured:
-    """What has been measured of a contender."""
-
     def __init__(self, contender: Contender, work: Work, records: Mapping[Key, Record]) -> None:
         self._contender, self._work, self._records = contender, work, records
 
@@ -59,7 +57,6 @@ class _Measured:
         return found
 
     def _text(self) -> dict[str, dict[str, dict[str, Figure]]]:
-        """Figures by measure, kind of text and name."""
         kinds: dict[str, list[str]] = {"all": []}
         for item in self._work.texts:
             kinds["all"].append(item.id)
@@ -94,7 +91,6 @@ class _Measured:
         return found
 
     def _values(self, ids: Sequence[str], measure: str, name: str | None = None) -> dict[str, dict[str, float]]:
-        """Values by label and item, NaN for what came out as no number, without what was not measured."""
         found: dict[str, dict[str, float]] = {}
         for each in ids:
             record = self._records.get((each, name or self._contender.name, measure))

@@ -65,10 +65,7 @@ class EvaluationOptions:
 def prepare(
     model: str, profile: Profile, options: EvaluationOptions, open_model: OpenModel
 ) -> tuple[Work, list[str], dict[str, str], dict[str, Any]]:
-    """Make plans and items, and refuse whatever cannot be measured before anything is.
-
-    Returns the work, notes for the user, words about the items, and the settings.
-    """
+    """Make plans and items, and refuse whatever cannot be measured before anything is."""
     with closing(open_model(256, False)) as llm:
         profile.model.check(llm.model_info, "the profile", model)
         n_most = llm.n_ctx_train
@@ -102,7 +99,6 @@ def prepare(
 
 
 def _saved(model: str, options: EvaluationOptions) -> tuple[SkipPlan | None, list[str]]:
-    """The plan of a plan file if there is one, and why that beside the model is left out if it cannot be used."""
     if options.plan_file is not None:
         return load_plan(options.plan_file, model=model).plan, []
     if not os.path.exists(plan_path(model)):

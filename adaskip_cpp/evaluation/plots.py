@@ -1,7 +1,5 @@
 """Pictures of an evaluation: quality against measured speed, and scores by length and depth."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from operator import methodcaller
@@ -31,7 +29,7 @@ class _Point(NamedTuple):
     quality: Figure
 
 
-def quality_pictures(results: Results) -> dict[str, Drawing]:
+def quality_pictures(results: Results) -> "dict[str, Drawing]":
     """Return the pictures of quality against measured speed, by file name; none if nothing was timed.
 
     ``quality`` is the added loss, the picture of this project; ``agreement``, ``rouge-l`` and ``score-<task>`` show the
@@ -55,13 +53,11 @@ def quality_pictures(results: Results) -> dict[str, Drawing]:
 
 
 def _points(rows: Sequence[Row], quality: _Quality) -> list[_Point]:
-    """In the order of speed."""
     found = ((row, row.speedup, quality.of(row)) for row in rows)
     return [_Point(row, speed, figure) for row, speed, figure in found if speed is not None and figure is not None]
 
 
-def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality, *, symlog: bool) -> Drawing:
-    """Draw quality over measured speed: one pair of axes per mode, one line per strategy and compensation."""
+def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality, *, symlog: bool) -> "Drawing":
     n = len(panels)
     fig, every = plots.panels(1, n, width_in=3.3 * n + 0.4, height_in=3.6, sharey=True)
     handles: dict[str, Any] = {}
@@ -91,7 +87,7 @@ def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality, *
     return fig
 
 
-def _draw(axes: Axes, line: Sequence[_Point]) -> Any:
+def _draw(axes: "Axes", line: Sequence[_Point]) -> Any:
     look = plots.STRATEGY.get(line[0].row.look, plots.OTHERS[-1])
     x, y = [point.speed.value for point in line], [point.quality.mean for point in line]
     spread = list(zip(*((each.value - each.low, each.high - each.value) for _, each, _ in line), strict=True))
@@ -104,13 +100,13 @@ def _draw(axes: Axes, line: Sequence[_Point]) -> Any:
     return handle
 
 
-def score_maps(results: Results) -> dict[str, Drawing]:
+def score_maps(results: Results) -> "dict[str, Drawing]":
     """Return a map of scores by length and depth for each task that was asked at several, by file name."""
     rows = {task: [row for row in results.contenders if row.cells(task)] for task in results.tasks}
     return {f"map-{task}": _map(task, each) for task, each in rows.items() if each}
 
 
-def _map(task: str, rows: Sequence[Row]) -> Drawing:
+def _map(task: str, rows: Sequence[Row]) -> "Drawing":
     scores = [row.cells(task) for row in rows]
     cells = list(dict.fromkeys(cell for each in scores for cell in each))
     values = [[each[cell].mean if cell in each else math.nan for cell in cells] for each in scores]

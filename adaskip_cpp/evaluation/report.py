@@ -1,7 +1,5 @@
 """The files of an evaluation: results.json, results.md, pictures, and report.html, which needs no other file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def write_results(results: Results, folder: Path, profile: Profile) -> None:
-    """Write all files of the results, also of an unfinished evaluation; the profile is for pictures of similarity.
-
-    Without matplotlib there are no pictures, which the reports say.
-    """
+    """Write all files of the results, also of an unfinished evaluation; the profile is for pictures of similarity."""
     write_atomically(folder / "results.json", results.to_json())
     pictures: dict[str, dict[str, Drawing]] = {}
     if plots.has_matplotlib():
@@ -42,13 +37,11 @@ def write_results(results: Results, folder: Path, profile: Profile) -> None:
     write_atomically(folder / "report.html", html_report(results, pictures))
 
 
-def html_report(results: Results, pictures: Mapping[str, Mapping[str, Drawing]]) -> str:
-    """Return the page: pictures of ``quality`` above the tables, of ``scores`` and ``similarity`` behind them."""
+def html_report(results: Results, pictures: "Mapping[str, Mapping[str, Drawing]]") -> str:
     return _rendered("report.html", results, pictures=pictures, svg=plots.to_svg, colour=_colour)
 
 
 def markdown_report(results: Results, pictures: Sequence[str] = ()) -> str:
-    """Return the same as Markdown, with the picture files named, which are beside it."""
     return _rendered("report.md", results, pictures=pictures)
 
 

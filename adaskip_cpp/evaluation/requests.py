@@ -63,7 +63,6 @@ def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, fi
 
 
 def figures(full: Logits, logits: Logits, targets: Sequence[int]) -> dict[str, float | None]:
-    """Means over the tokens of an item, against the full model's logits."""
     return {
         "loss": float(losses(logits, targets).mean()),
         "kl": float(kl_divergences(full, logits).mean()),

@@ -81,7 +81,6 @@ class Named:
 
     @property
     def mode_name(self) -> str:
-        """The mode for people; "" for the full model."""
         return MODE_NAMES.get(self.mode or "", "")
 
     def label(self, *, several: bool = True) -> str:
@@ -138,11 +137,9 @@ class Row(Named):
         return self.text.get("prompt" if prompts else "continuation", {}).get(kind, {}).get(name)
 
     def score(self, task: str) -> Figure | None:
-        """The score of a task's questions."""
         return self.questions[task].score if task in self.questions else None
 
     def cells(self, task: str) -> dict[tuple[int, float | None], Figure]:
-        """Scores of a task's questions by length and depth."""
         cells = self.questions[task].cells if task in self.questions else ()
         return {(cell.length, cell.depth): cell.score for cell in cells}
 
@@ -182,7 +179,6 @@ class Results:
 
     @property
     def full(self) -> Row:
-        """The full model."""
         return self.contenders[0]
 
     def of_mode(self, mode: str) -> list[Row]:
@@ -192,7 +188,6 @@ class Results:
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks of which questions were asked."""
         return list(dict.fromkeys(task for row in self.contenders for task in row.questions))
 
     @property

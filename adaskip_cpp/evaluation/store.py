@@ -46,24 +46,18 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def key(self) -> Key:
-        """What it is of."""
         return self.item, self.contender, self.measure
 
 
 @dataclass(frozen=True)
 class _Header:
-    """The content of ``settings.json``."""
-
     hash: str
     facts: dict[str, Any]
     settings: dict[str, Any]
 
 
 def content_hash(value: Any) -> str:
-    """Return the SHA-256, in hexadecimal, of all that something holds, arrays included, whatever the order of its keys.
-
-    It may hold dataclasses, arrays, tuples, lists, dictionaries and plain values, nested as they like.
-    """
+    """Return the SHA-256 in hexadecimal of all that something holds, arrays included, whatever the order of its keys."""
 
     def encode(other: Any) -> Any:
         if isinstance(other, np.ndarray):

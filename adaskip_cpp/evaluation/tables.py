@@ -54,16 +54,12 @@ def _table(
 
 
 def tables(results: Results) -> list[Table]:
-    """Return every table that the results have something for."""
     found = [_mode_table(results, mode) for mode in MODES if results.of_mode(mode)]
     return found + _kind_tables(results) + _question_tables(results)
 
 
 def summary(results: Results) -> list[Table]:
-    """Return a short table for each mode, narrow enough for a terminal, without empty columns.
-
-    Questions have a column each, of their mean score; more than three have one together, the mean over the tasks.
-    """
+    """Return a short table for each mode, narrow enough for a terminal, without empty columns."""
     found = []
     for mode in MODES:
         mine = results.of_mode(mode)
@@ -112,7 +108,6 @@ def _mode_table(results: Results, mode: str) -> Table:
 
 
 def _kind_tables(results: Results) -> list[Table]:
-    """Added loss by kind of text, where there are several."""
     kinds = dict.fromkeys(kind for row in results.contenders for text in row.text.values() for kind in text)
     columns: _Columns = {kind: _of_plan("added_loss", 3, sign=True, kind=kind) for kind in kinds if kind != "all"}
     text = "Added loss against the full model in nats per token, mean ± standard error over items."
@@ -148,7 +143,6 @@ def _cell_table(results: Results, task: str) -> Table:
 
 
 def _of_plan(name: str, digits: int, *, full: str = "", kind: str = "all", **form: Any) -> Callable[[Row], str]:
-    """Say a figure of text, but ``full`` of the full model, which has nothing to be compared with."""
     return lambda row: full if row.mode is None else _figure(row.figure(name, kind=kind), digits, **form)
 
 

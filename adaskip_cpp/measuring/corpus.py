@@ -1,7 +1,5 @@
 """Text to calibrate on: the language reference that every Python carries; how any text is cut into requests."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -59,16 +57,15 @@ def held_out() -> dict[str, str]:
 
 
 def text(exclude: Collection[str] = HELD_OUT) -> str:
-    """Return the pages as one text, without those named in ``exclude``."""
     return SEPARATOR.join(page for name, page in pages().items() if name not in exclude)
 
 
-def tokens_of(tokenizer: Llama, text: str, *, bos: bool = False) -> list[int]:
+def tokens_of(tokenizer: "Llama", text: str, *, bos: bool = False) -> list[int]:
     """Return the token ids of a text as it stands, behind the one that begins a sequence if ``bos``."""
     return tokenizer.tokenize(text.encode("utf-8", "replace"), add_bos=bos, special=False)
 
 
-def cut(tokenizer: Llama, text: str, n_requests: int, n_tokens: int) -> list[list[int]]:
+def cut(tokenizer: "Llama", text: str, n_requests: int, n_tokens: int) -> list[list[int]]:
     """Cut a text into requests of so many tokens, BOS included, spread evenly over it and not overlapping.
 
     Fewer are returned if the text is too short for so many; one shorter than a request gives one request of what there

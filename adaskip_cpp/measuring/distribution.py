@@ -19,7 +19,6 @@ def check_logits_all(llm: AdaSkipLlama) -> None:
 
 
 def check_length(llm: AdaSkipLlama, tokens: Sequence[int], least: int) -> None:
-    """Refuse a text that is too short to be judged or too long for the model's context."""
     if not least <= len(tokens) <= llm.context_size:
         raise RequestError(
             f"cannot judge a text of {len(tokens)} tokens; use from {least} to {llm.context_size} (the model's context)"

@@ -94,22 +94,18 @@ class _Puzzle(NamedTuple):
 
 @dataclass(frozen=True)
 class _Source:
-    """The text that everything is made from."""
-
     llm: AdaSkipLlama
     tokens: Sequence[int]
     text: str
 
     @cached_property
     def words(self) -> list[str]:
-        """Words of two letters or more, in scripts that have upper and lower case."""
         return [word for word in re.findall(r"[^\W\d_]{2,}", self.text) if word.lower() != word.upper()]
 
     def piece(self, start: int, n: int) -> str:
         return self.llm.detokenize(list(self.tokens[start : start + n])).decode("utf-8", "ignore") if n > 0 else ""
 
     def place(self, rng: random.Random, n: int) -> int:
-        """Where n tokens of text may begin."""
         return _below(rng, len(self.tokens) - n + 1)
 
     def key(self, rng: random.Random, taken: Sequence[str] = ()) -> str:

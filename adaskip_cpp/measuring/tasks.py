@@ -1,7 +1,5 @@
 """What a measurement of quality is made on: items of text, questions with answers, and the texts they come from."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sysconfig
@@ -74,7 +72,7 @@ class QuestionItem:
 
 
 def text_items(
-    tokenizer: Llama,
+    tokenizer: "Llama",
     texts: Mapping[str, str],
     *,
     n_items: int,

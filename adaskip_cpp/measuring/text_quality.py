@@ -68,7 +68,6 @@ class TextQuality:
         self._full = self._full or list(self._evaluate(None))
 
     def scores(self, plan: SkipPlan) -> TextScores:
-        """Compare a plan with the full model; the last plan is not evaluated again."""
         if self._last is None or self._last[0] != plan:
             self.evaluate_full()
             pairs = zip(self._full, self._evaluate(plan), strict=True)

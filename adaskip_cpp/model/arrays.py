@@ -57,7 +57,6 @@ def checked(instance: object, error: type[Exception], way_out: str, **shapes: tu
 
 
 def freeze(instance: object, **arrays: npt.NDArray[Any] | None) -> None:
-    """Put arrays into a frozen dataclass, read-only from now on."""
     for name, array in arrays.items():
         if array is not None:
             array.flags.writeable = False

@@ -1,7 +1,5 @@
 """The cost model: predicts how long a phase takes with some sublayers skipped, on the machine that was measured."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 
@@ -40,10 +38,10 @@ class CostSettings:
     swa_full: bool
     llama_cpp_python: str
 
-    def note(self, here: CostSettings) -> str:
+    def note(self, here: "CostSettings") -> str:
         """Say in one line in what these settings, of a profile's times, differ from those here; "" if in nothing."""
 
-        def word(settings: CostSettings, name: str) -> str:
+        def word(settings: "CostSettings", name: str) -> str:
             value = getattr(settings, name)
             return ", ".join(value) if isinstance(value, tuple) else str(value)
 

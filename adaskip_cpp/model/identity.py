@@ -1,7 +1,5 @@
 """Which model a profile or a plan belongs to, and the names of both beside it, as ``X.adaskip.json`` of ``X.gguf``."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -48,7 +46,7 @@ class ModelInfo:
 
     def check(
         self,
-        loaded: ModelInfo,
+        loaded: "ModelInfo",
         what: str,
         name: str | os.PathLike[str],
         way_out: str = "calibrate the model as it is loaded here, or load it as it was calibrated",
@@ -59,7 +57,7 @@ class ModelInfo:
                 f"{what} was made for another model than {os.fspath(name)!r}: {'; '.join(differences)}; {way_out}"
             )
 
-    def differences(self, loaded: ModelInfo) -> list[str]:
+    def differences(self, loaded: "ModelInfo") -> list[str]:
         """Say in what this model differs from one that is loaded, part by part."""
         pairs = zip(self._parts(), loaded._parts(), strict=True)
         return [f"its {mine[0]} is {mine[1]}, here it is {other[1]}" for mine, other in pairs if mine != other]

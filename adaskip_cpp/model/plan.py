@@ -1,7 +1,5 @@
 """Which sublayers to skip in which phase, and with what compensation."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
@@ -124,7 +122,7 @@ class SkipPlan:
         ffn: Iterable[SupportsIndex] = (),
         scale: npt.ArrayLike | None = None,
         phase: Literal["both", "decode"] = "both",
-    ) -> SkipPlan:
+    ) -> "SkipPlan":
         """Build a plan from lists of layers.
 
         Args:

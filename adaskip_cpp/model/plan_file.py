@@ -138,7 +138,6 @@ def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | N
 
 
 def is_plan_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as plan files do; False for one that is not there."""
     try:
         with open(path, "rb") as file:
             return f'"format": "{_FORMAT}"'.encode() in file.read(256)

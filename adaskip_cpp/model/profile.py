@@ -164,7 +164,6 @@ def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
 
 
 def _with_arrays(profile: _Profile, arrays: stored.Arrays) -> _Profile:
-    """Return the profile with the vectors and maps of its binary file, and with no others."""
     rest = iter(arrays)
     parts: dict[str, Any] = {
         phase: replace(getattr(profile, phase), **{name: next(rest, None) for name in VECTORS}) for phase in PHASES

@@ -1,7 +1,5 @@
 """The sublayers of a model: their kinds, their order, and a set of them that is skipped."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -80,7 +78,7 @@ class SkipSet(LayerArrays):
         freeze(self, **arrays)
 
     @classmethod
-    def none(cls, n_layer: int) -> SkipSet:
+    def none(cls, n_layer: int) -> "SkipSet":
         """Skip nothing in a model of ``n_layer`` layers."""
         return cls(np.zeros((n_layer, 2), np.bool_), np.ones((n_layer, 2)))
 
@@ -100,7 +98,6 @@ class SkipSet(LayerArrays):
 
     @property
     def n_embd(self) -> int | None:
-        """Length of the vectors; None without vectors."""
         return next((int(each.shape[-1]) for each in (self.bias, self.down) if each is not None), None)
 
     def __hash__(self) -> int:  # type: ignore[override]

@@ -1,7 +1,5 @@
 """What calibration learns of a model's sublayers: statistics of each phase, and linear maps that stand in for them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,11 +61,10 @@ class PhaseStatistics(LayerArrays):
 
     @property
     def n_embd(self) -> int | None:
-        """Length of the vectors; None without vectors."""
         return None if self.mean_u is None else int(self.mean_u.shape[2])
 
     @classmethod
-    def mean(cls, requests: Sequence[PhaseStatistics]) -> PhaseStatistics:
+    def mean(cls, requests: "Sequence[PhaseStatistics]") -> "PhaseStatistics":
         """Average over requests, each with the same weight whatever its length, as the paper does.
 
         Vectors are kept where every request has them; tokens are summed.
@@ -109,12 +106,10 @@ class LinearMaps(LayerArrays):
 
     @property
     def n_embd(self) -> int:
-        """Length of the stream's vectors."""
         return int(self.up.shape[2])
 
     @property
     def rank(self) -> int:
-        """Rank of every map."""
         return int(self.up.shape[3])
 
     @property

@@ -59,10 +59,7 @@ def _cell(level: float, marked: bool, colour: bool) -> tuple[str, str]:
 
 
 def print_series(out: Console, series: Mapping[str, npt.NDArray[np.float64]]) -> None:
-    """Print a row of blocks for each series, one per value, with its lowest and its highest value.
-
-    Where the terminal's encoding has no blocks, digits from 0 to 7 stand for them; ``-`` is what has no value, NaN.
-    """
+    """Print a row of blocks for each series, one per value, with its lowest and its highest value."""
     known = np.sort(np.concatenate([values[~np.isnan(values)] for values in series.values()]))
     blocks = _BLOCKS if (out.encoding or "").lower().startswith("utf") else _PLAIN
     width = max(map(len, series)) + 2

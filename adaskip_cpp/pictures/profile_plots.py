@@ -7,8 +7,6 @@ as a few sublayers change the stream a lot, and those that can be skipped differ
 Every function takes profiles by the name to show, at least one, and raises PackageMissingError without matplotlib.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,7 +27,7 @@ _TICKS = (-1, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _HATCH = "/////"
 
 
-def layers(profiles: Mapping[str, Profile]) -> Figure:
+def layers(profiles: Mapping[str, Profile]) -> "Figure":
     """Draw the IO similarity of whole layers in prefill, the paper's Fig. 2."""
     fig, axes = plots.figure()
     series = {name: profile.prefill.layer_similarity for name, profile in profiles.items()}
@@ -42,7 +40,7 @@ def layers(profiles: Mapping[str, Profile]) -> Figure:
     return fig
 
 
-def sublayers(profiles: Mapping[str, Profile]) -> Figure:
+def sublayers(profiles: Mapping[str, Profile]) -> "Figure":
     """Draw the IO similarity of attention and FFN by layer in prefill, the paper's Fig. 3.
 
     One profile gives one pair of axes with both; several give one pair of axes for each kind.
@@ -62,7 +60,7 @@ def sublayers(profiles: Mapping[str, Profile]) -> Figure:
     return fig
 
 
-def phases(profiles: Mapping[str, Profile]) -> Figure:
+def phases(profiles: Mapping[str, Profile]) -> "Figure":
     """Draw the IO similarity of attention and FFN in prefill and in decode, the paper's Fig. 4, a row per profile."""
     fig, every = plots.panels(len(profiles), 2, height_in=0.5 + 2.5 * len(profiles), sharey="row")
     for row, (name, profile) in enumerate(profiles.items()):
@@ -78,7 +76,7 @@ def phases(profiles: Mapping[str, Profile]) -> Figure:
     return fig
 
 
-def plan_strip(name: str, plan: SkipPlan) -> Figure:
+def plan_strip(name: str, plan: SkipPlan) -> "Figure":
     """Draw a plan as two rows of cells, attention and FFN, one cell per layer; a schedule shows its last set.
 
     Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty.
@@ -114,7 +112,7 @@ def plan_strip(name: str, plan: SkipPlan) -> Figure:
 
 
 def _draw(
-    axes: Axes, series: Mapping[str, npt.NDArray[np.float64]], looks: Sequence[plots.Look], y: str, title: str = ""
+    axes: "Axes", series: Mapping[str, npt.NDArray[np.float64]], looks: Sequence[plots.Look], y: str, title: str = ""
 ) -> None:
     """Draw similarities by layer, or by depth where the series differ in length."""
     alike = len({len(values) for values in series.values()}) == 1
@@ -127,7 +125,7 @@ def _draw(
     plots.title(axes, title)
 
 
-def _scale(*row: Axes) -> None:
+def _scale(*row: "Axes") -> None:
     """Give axes that share it the scale of similarity, over what is drawn in them."""
     drawn = np.concatenate([np.asarray(line.get_ydata(), np.float64) for axes in row for line in axes.lines])
     low, high = (float(np.nanmin(drawn)), float(np.nanmax(drawn))) if not np.isnan(drawn).all() else (0.0, 1.0)

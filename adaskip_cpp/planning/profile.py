@@ -1,7 +1,5 @@
 """``Profile``: what calibration learned, with the plans that can be made from it, and its file."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -43,7 +41,7 @@ class Profile(ProfileData):
         save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Profile:
+    def load(cls, path: str | os.PathLike[str]) -> "Profile":
         """Read a profile file.
 
         Raises:

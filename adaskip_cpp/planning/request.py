@@ -1,7 +1,5 @@
 """What plan is wanted: one description for Python, the command line, bench, evaluate and tune."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -94,7 +92,7 @@ class PlanRequest:
             raise PlanError("mode 'decode' runs the full model in prefill; use phase='decode' or another mode")
 
     @classmethod
-    def of(cls, request: PlanRequest | int | None, **values: Any) -> PlanRequest:
+    def of(cls, request: "PlanRequest | int | None", **values: Any) -> "PlanRequest":
         """Return a request from a number of sublayers to skip, or from another request, and values by name."""
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in values if name not in names]:
@@ -115,6 +113,6 @@ class PlanRequest:
             return f"{self.strategy} {self.speedup:g} x"
         return f"{self.strategy} {DEFAULT_N_SKIP if self.n_skip is None else self.n_skip}"
 
-    def at(self, context: int) -> PlanRequest:
+    def at(self, context: int) -> "PlanRequest":
         """Return the request for a context of so many tokens; as it is if it asks for no speed-up or has a context."""
         return self if self.speedup is None or self.context is not None else replace(self, context=context)

@@ -3,8 +3,6 @@
 A cost model predicts the times. An online stage makes decode faster still; a schedule counts with its last set.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,8 +29,7 @@ class Goal:
     phase: Phase
 
     @classmethod
-    def of(cls, profile: ProfileData | int, request: PlanRequest) -> Goal:
-        """Return the goal of a request that has a speed-up."""
+    def of(cls, profile: ProfileData | int, request: PlanRequest) -> "Goal":
         if isinstance(profile, int) or profile.cost is None:
             raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
         if request.context is None or request.speedup is None:
@@ -40,7 +37,6 @@ class Goal:
         return cls(profile.cost, request.speedup, int(request.context), request.faster_phase)
 
     def seconds(self, skip: npt.NDArray[np.bool_] | None) -> float:
-        """Predict the phase with some sublayers skipped, bool ``[n_layer, 2]``; None for the full model."""
         return self.cost.seconds(skip, self.context, self.phase)
 
     @cached_property

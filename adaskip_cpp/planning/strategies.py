@@ -58,10 +58,7 @@ def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]]) -> 
 
 
 def make_plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
-    """Make the plan that is wanted from the model's profile, or its number of layers where a strategy needs no more.
-
-    Raises what :meth:`adaskip_cpp.Profile.plan` raises.
-    """
+    """Make the plan that is wanted from the model's profile, or its number of layers where a strategy needs no more."""
     if request.speedup is None and not (request.context is None and request.phase is None):
         raise PlanError("context and phase say where a speed-up is wanted; give speedup too, or leave them out")
     if request.strategy not in STRATEGIES:

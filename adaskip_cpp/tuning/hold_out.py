@@ -4,8 +4,6 @@ A search is kind to its own text, and so is whoever puts sublayers back until a 
 reported to cost is measured on a third part, which decided nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ class HeldOut:
         }
 
 
-def hold_out(tokenizer: Llama, texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
+def hold_out(tokenizer: "Llama", texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
     """Cut texts, by name, into three parts of ``n_texts`` items each, or into two where there is too little for three.
 
     Raises:

@@ -47,10 +47,7 @@ class Judged:
 
 
 class Judge:
-    """Judges skip sets, each once, by their harm on each of two texts or more and by the seconds of a request.
-
-    The empty set harms nothing, which is not measured.
-    """
+    """Judges skip sets, each once, by their harm on each of two texts or more and by the seconds of a request."""
 
     def __init__(self, n_layer: int, harm: Harm, seconds: Callable[[SkipFlags], float]) -> None:
         self.n_layer, self._harm, self.seconds = n_layer, harm, seconds

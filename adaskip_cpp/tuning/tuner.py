@@ -84,7 +84,6 @@ class Tuner:
 
     @property
     def most_evaluations(self) -> int:
-        """How many evaluations a search takes at most."""
         return self.n_exchange + (1 if self.promise.kind == "speedup" else len(self.order).bit_length())  # of bisection
 
     def evaluate_full(self) -> None:
