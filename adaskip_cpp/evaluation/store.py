@@ -57,7 +57,7 @@ class _Header:
 
 
 def content_hash(value: Any) -> str:
-    """Return the SHA-256 in hexadecimal of all that something holds, arrays included, whatever the order of its keys."""
+    """Return the SHA-256 in hexadecimal of all that it holds, arrays included, whatever the order of its keys."""
 
     def encode(other: Any) -> Any:
         if isinstance(other, np.ndarray):
