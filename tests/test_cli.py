@@ -19,7 +19,7 @@ from rich.console import Console
 from test_cost import cost_model
 from tiny_families import N_EMBD
 
-from adaskip_cpp import AdaSkipLlama, Profile, demo
+from adaskip_cpp import AdaSkipLlama, Profile
 from adaskip_cpp.cli import terminal
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.cli.report import layer_list, megabytes, skipped_counts, skipped_lines
@@ -90,10 +90,10 @@ def test_without_a_verb_it_lists_them(run: Run) -> None:
     assert all(verb in result.stdout for verb in ("calibrate", "chat", "demo", "generate", "inspect", "plan"))
 
 
-def test_help_imports_neither_rich_nor_gguf() -> None:
+def test_help_imports_neither_gguf_nor_matplotlib() -> None:
     code = (
         "import sys\nfrom adaskip_cpp.cli.main import main\ntry: main(['--help'])\n"
-        "except SystemExit: pass\nprint([m for m in ('rich', 'gguf') if m in sys.modules], file=sys.stderr)"
+        "except SystemExit: pass\nprint([m for m in ('gguf', 'matplotlib') if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
@@ -234,7 +234,7 @@ def test_an_interrupted_command_says_so(run: Run, monkeypatch: pytest.MonkeyPatc
     def interrupt() -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "packaged_model", interrupt)
+    monkeypatch.setattr("adaskip_cpp.cli.demo.packaged_model", interrupt)
     result = run("demo")
     assert result.exit_code == 130
     assert result.stderr.strip() == "Error: interrupted"
@@ -246,7 +246,7 @@ def test_being_terminated_is_an_interrupt(run: Run, monkeypatch: pytest.MonkeyPa
         return ""
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(demo, "packaged_model", terminate)
+    monkeypatch.setattr("adaskip_cpp.cli.demo.packaged_model", terminate)
     result = run("demo")
     assert (result.exit_code, result.stderr.strip()) == (130, "Error: interrupted")
     assert signal.getsignal(signal.SIGTERM) is before

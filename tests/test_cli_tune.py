@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import adaskip_cpp
 import adaskip_cpp.tuning.speed
-from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp import Profile, SkipPlan, calibrate
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
@@ -272,7 +272,10 @@ def test_with_costs_the_plan_that_saves_more_is_found(costed: Callable[..., Resu
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_a_real_model_is_calibrated_and_tuned_with_the_built_in_text(smollm2_path: Path, tmp_path: Path) -> None:
+def test_a_real_model_is_calibrated_and_tuned_with_the_built_in_text(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(calibrate.__kwdefaults__, "n_requests", 20)  # of 80: a minute and a half less
     words = ["tune", smollm2_path, "--min-agreement", 0.6, "-o", tmp_path / "p.json", "--texts", 8, "--tokens", 64,
              "--context", 128, "--answer", 8, "--exchange", 2, "--json"]  # fmt: skip
     result = CliRunner().invoke(main, [str(word) for word in words])

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import LlamaFileType
 
 from ..calibration.calibrate import calibrate
 from ..engine.llama import AdaSkipLlama
@@ -26,6 +25,8 @@ N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
 
 
 def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
+    from gguf import LlamaFileType
+
     try:
         file_type = LlamaFileType(int(llm.metadata.get("general.file_type", "")))
         quantisation = file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_")

@@ -4,8 +4,6 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from gguf import GGMLQuantizationType
-
 from ..model.cost_model import CostSettings
 from .binding import ffi, lib
 from .llama import AdaSkipLlama
@@ -13,6 +11,8 @@ from .llama import AdaSkipLlama
 
 def cost_settings(llm: AdaSkipLlama) -> CostSettings:
     """Return the machine and the settings that the times of a loaded model depend on."""
+    from gguf import GGMLQuantizationType
+
     parameters: Any = llm.context_params
     n_gpu_layers = int(llm.model_params.n_gpu_layers)
     cpu = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
