@@ -1,3 +1,5 @@
+// Long, as the checks of a plan and the uploading of its vectors go through the same arrays.
+
 #include "adaskip-plan.h"
 
 #include "adaskip-error.h"

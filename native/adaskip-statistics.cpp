@@ -1,3 +1,5 @@
+// Long, as what is put into a graph and how it is read back must be told side by side.
+
 #include "adaskip-statistics.h"
 
 #include "adaskip-pass.h"

@@ -1,3 +1,5 @@
+// Long, as one search follows the stream from the result to the embeddings and needs all that it finds on the way.
+
 #include "adaskip-topology.h"
 
 #include <algorithm>
