@@ -65,9 +65,9 @@ _CTX_TIMED = 8192
 @option("--tokens", "n_tokens", group=_SEARCHING, type=click.IntRange(min=4), default=512, help="Tokens of each piece.")
 @option("--exchange", "n_exchange", group=_SEARCHING, type=click.IntRange(min=0), default=16,
         help="Evaluations spent on swapping sublayers.")  # fmt: skip
+@model_options
 @option("-o", "--output", group=OUTPUT, metavar="PLAN",
         help="Plan file to write.  [default: beside MODEL, *.adaskip-plan.json]")  # fmt: skip
-@model_options
 @json_option
 def tune(
     model: str,
