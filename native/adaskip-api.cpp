@@ -134,6 +134,17 @@ int32_t adaskip_n_layer(const llama_context * ctx) {
     return guarded(ctx, [&] { return n_layer_of(*ctx); });
 }
 
+int32_t adaskip_n_layer_kv(const llama_context * ctx) {
+    return guarded(ctx, [&] {
+        const auto & hparams = ctx->get_model().hparams;
+        int32_t      res     = n_layer_of(*ctx);
+        while (res > 0 && !hparams.has_kv(res - 1)) {
+            --res;
+        }
+        return res;
+    });
+}
+
 int32_t adaskip_sublayers(llama_context * ctx, adaskip_sublayer * out, int32_t n_out) {
     return guarded(ctx, [&] {
         const int32_t n = 2 * n_layer_of(*ctx);

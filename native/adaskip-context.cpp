@@ -72,11 +72,12 @@ llama_pos adaskip_context::first_stale(llama_seq_id seq_id, int32_t i_phase) con
     return kv->first_unreadable(seq_id, [&](uint64_t set_id) { return plan.is_readable(set_id, skipped); });
 }
 
-llm_graph_params adaskip_context::graph_params(llm_graph_params params) const {
+llm_graph_params adaskip_context::graph_params(llm_graph_params params) {
     if (statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
         // the last layer's FFN then runs on every token
         params.n_outputs = params.ubatch.n_tokens;
     }
+    has_outputs = params.n_outputs > 0;
     return params;
 }
 
@@ -86,7 +87,7 @@ bool adaskip_context::observes_online() const {
 
 adaskip_context::graph_key adaskip_context::key() const {
     return { active_set().graph_id,
-        statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE };
+        statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE, has_outputs };
 }
 
 bool adaskip_context::can_reuse() const {
@@ -99,6 +100,27 @@ ggml_cgraph * adaskip_context::graph_pass(
         return nullptr;
     }
     return hook(__func__, [&] { rewrite(lctx, gf, res, gtype); }) ? gf : nullptr;
+}
+
+// Without an output token nobody reads what is computed behind the last store into the memory, except the hidden states
+// that llama_context copies for every token.
+static void drop_outputs(adaskip_pass & pass, const llm_graph_result & res, const llama_cparams & cparams) {
+    for (const auto * t : { res.t_logits, res.t_embd, res.t_embd_pooled, res.t_h_nextn }) {
+        pass.drop(t);
+    }
+    for (const auto * ts : { &res.t_sampled, &res.t_sampled_probs, &res.t_sampled_logits, &res.t_candidates }) {
+        for (const auto * t : *ts) {
+            pass.drop(t);
+        }
+    }
+    if (res.t_h_nextn && cparams.embeddings_nextn && !cparams.embeddings_nextn_masked) {
+        pass.keep(res.t_h_nextn);
+    }
+    for (size_t il = 0; il < cparams.embeddings_layer_inp.size(); ++il) {
+        if (cparams.embeddings_layer_inp[il]) {
+            pass.keep(res.t_layer_inp[il]);
+        }
+    }
 }
 
 void adaskip_context::rewrite(
@@ -146,6 +168,9 @@ void adaskip_context::rewrite(
         pass.drop(res.t_logits);
         res.t_logits = nullptr;
         res.t_embd   = nullptr;
+    }
+    if (!has_outputs) {
+        drop_outputs(pass, res, lctx.get_cparams());
     }
     counters.n_nodes = pass.rebuild(n_key_changes + 1);
 }

@@ -38,7 +38,7 @@ public:
     bool begin(const llama_ubatch & ubatch);
 
     // the parameters to build the graph with
-    llm_graph_params graph_params(llm_graph_params params) const;
+    llm_graph_params graph_params(llm_graph_params params);
 
     // whether the last graph was built under the settings in force
     bool can_reuse() const;
@@ -113,11 +113,12 @@ private:
 
     // the settings that a graph depends on
     struct graph_key {
-        uint64_t graph_id   = 0;
-        int32_t  statistics = 0;
+        uint64_t graph_id    = 0;
+        int32_t  statistics  = 0;
+        bool     has_outputs = true;
 
         bool operator==(const graph_key & other) const {
-            return graph_id == other.graph_id && statistics == other.statistics;
+            return graph_id == other.graph_id && statistics == other.statistics && has_outputs == other.has_outputs;
         }
     };
 
@@ -148,6 +149,7 @@ private:
     graph_key graph_key_last;
     int64_t   n_key_changes = 0; // graphs before and after a change have different shapes
     bool      graph_is_new  = false;
+    bool      has_outputs   = true; // whether anybody reads what the ubatch computes beside its KV
 
     std::unique_ptr<adaskip_tensors> tensors; // those that the pass added
 

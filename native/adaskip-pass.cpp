@@ -168,7 +168,7 @@ void adaskip_pass::add_marker(int64_t n_values) {
 
 // Dead are the nodes that only a skipped branch needs, and the stores of a skipped attention.
 int adaskip_pass::rebuild(int64_t n_marker) {
-    std::unordered_set<const ggml_tensor *> dead_roots = { dropped };
+    std::unordered_set<const ggml_tensor *> dead_roots = dropped;
     for (const auto & junction : topology.junctions) {
         for (const auto & term : junction.terms) {
             if (is_skipped(term)) {
@@ -177,7 +177,7 @@ int adaskip_pass::rebuild(int64_t n_marker) {
         }
     }
 
-    std::vector<ggml_tensor *> todo;
+    std::vector<ggml_tensor *> todo = kept;
     for (auto * root : roots) {
         if (dead_roots.count(root) == 0) {
             todo.push_back(root);

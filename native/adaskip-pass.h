@@ -6,6 +6,7 @@
 #include "ggml.h"
 
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -22,8 +23,11 @@ public:
 
     void skip_sublayers();
 
-    // a result that nobody reads
-    void drop(const ggml_tensor * root) { dropped = root; }
+    // a result that nobody reads, null for none
+    void drop(const ggml_tensor * root) { dropped.insert(root); }
+
+    // a node that somebody reads, although no root may depend on it
+    void keep(ggml_tensor * node) { kept.push_back(node); }
 
     // Lists the live nodes again, in the order in which llama.cpp had them, and returns their number. In front is a
     // node of n_marker values, see add_marker.
@@ -56,9 +60,10 @@ private:
     const adaskip_skip_set &  set;
     const std::vector<bool> & elided;
 
-    const std::vector<ggml_tensor *> nodes; // as llama.cpp built them
-    const std::vector<ggml_tensor *> roots;
-    const ggml_tensor *              dropped = nullptr;
+    const std::vector<ggml_tensor *>        nodes; // as llama.cpp built them
+    const std::vector<ggml_tensor *>        roots;
+    std::unordered_set<const ggml_tensor *> dropped;
+    std::vector<ggml_tensor *>              kept;
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // node -> what its consumers read instead
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 5
+#define ADASKIP_ABI_VERSION 6
 
 struct llama_context;
 
@@ -160,6 +160,9 @@ size_t adaskip_ggml_tensor_overhead(void);
 
 // number of layers, or an ADASKIP_ERROR_*
 int32_t adaskip_n_layer(const struct llama_context * ctx);
+
+// number of layers up to the last one that has KV or a state of its own; those above it read what others wrote
+int32_t adaskip_n_layer_kv(const struct llama_context * ctx);
 
 // fills out[2*n_layer]; builds one graph to look at, so the next llama_decode rebuilds its own
 int32_t adaskip_sublayers(struct llama_context * ctx, struct adaskip_sublayer * out, int32_t n_out);

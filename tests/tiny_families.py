@@ -178,6 +178,27 @@ _GEMMA4 = {
 }
 _GEMMA4_ROPE = {"rope_freqs.weight": (8,)}  # half a head
 
+# Fixed in llama.cpp, as are the 20 layers of Gemma 3n that have KV of their own: the others share it.
+_GEMMA3N_LAYERS, _ALTUP, _LAUREL, _PER_LAYER = 24, 4, 64, 256
+_GEMMA3N: dict[str, tuple[int, ...]] = {
+    "altup_proj.weight": (_ALTUP - 1, N_EMBD, N_EMBD),
+    "altup_unembd_proj.weight": (_ALTUP - 1, N_EMBD, N_EMBD),
+    **{
+        f"blk.{layer}.{name}.weight": shape
+        for layer in range(_GEMMA3N_LAYERS)
+        for name, shape in {
+            "altup_correct_coef": (_ALTUP, _ALTUP),
+            "altup_correct_scale": (N_EMBD,),
+            "altup_predict_coef": (_ALTUP * _ALTUP, _ALTUP),
+            "altup_router": (_ALTUP, N_EMBD),
+            "altup_router_norm": (N_EMBD,),
+            "laurel_l": (_LAUREL, N_EMBD),
+            "laurel_r": (N_EMBD, _LAUREL),
+            "laurel_post_norm": (N_EMBD,),
+        }.items()
+    },
+}
+
 # Families in which every sublayer can be skipped.
 SKIPPABLE: dict[str, Family] = {
     "llama": Family("llama"),
@@ -266,6 +287,15 @@ PARTLY: dict[str, Family] = {
         n_layer=4,
         metadata={**_GEMMA4, "embedding_length_per_layer_input": 8},
         extra=_GEMMA4_ROPE,
+    ),
+    "gemma3n": Family(
+        "gemma3n",
+        tied=True,
+        after=_SANDWICH,
+        qk_norm="head",
+        n_layer=_GEMMA3N_LAYERS,
+        metadata={"attention.sliding_window": 8, "embedding_length_per_layer_input": _PER_LAYER},
+        extra=_GEMMA3N,
     ),
 }
 

@@ -32,6 +32,9 @@ class AdaSkipLlama(SelfDescribingLlama):
         plan: as for :meth:`set_plan`, or ``"auto"`` for the plan that `adaskip-cpp tune` wrote beside the model, to
             ``X.adaskip-plan.json`` for ``X.gguf``. No KV is allocated for the layers whose attention it skips in both
             phases; such a model only takes plans that skip them too, and cannot run as a whole.
+        exact_batches: cut prompts into batches as ``llama_cpp.Llama`` does. Otherwise, in models whose upper layers
+            share KV (Gemma 3n and 4), the last token of a prompt is computed by itself, as those layers then run for no
+            other: logits differ from stock's by the rounding of another batch size.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
 
     Raises:
@@ -41,8 +44,16 @@ class AdaSkipLlama(SelfDescribingLlama):
         ProfileMismatchError: the plan is of another model.
     """
 
-    def __init__(self, model_path: str, *, plan: SkipPlan | Literal["auto"] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        plan: SkipPlan | Literal["auto"] | None = None,
+        exact_batches: bool = False,
+        **kwargs: Any,
+    ) -> None:
         check_gguf(model_path)
+        self._exact_batches = exact_batches
         if isinstance(plan, str):
             if plan != "auto":
                 raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
@@ -166,15 +177,35 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._requires_eval = True
         try:
             # One batch at a time, so that Ctrl-C inside a statistics sink ends the evaluation there.
-            for start in range(0, len(tokens), self.n_batch):
+            for batch, is_read in self._batches(tokens):
                 try:
-                    super().eval(tokens[start : start + self.n_batch])
+                    super().eval(batch) if is_read else self._eval_unread(batch)
                 except RuntimeError as error:
                     native.raise_failure(error)
                 native.raise_pending()
         finally:
             native.set_phase("prefill")  # for whoever decodes on the context without us
         self._requires_eval = native.drops_logits
+
+    def _batches(self, tokens: list[int]) -> list[tuple[list[int], bool]]:
+        """Cut tokens into batches, and say of each whether anybody reads its logits."""
+        size = self.n_batch
+        batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+        if self.logits_all or self.context_params.embeddings:
+            return [(batch, True) for batch in batches]
+        if not self._exact_batches and self._adaskip.n_layer_kv < self.n_layer and len(batches[-1]) > 1:
+            batches[-1:] = [batches[-1][:-1], batches[-1][-1:]]
+        return [(batch, index == len(batches) - 1) for index, batch in enumerate(batches)]
+
+    def _eval_unread(self, tokens: list[int]) -> None:
+        """``llama_cpp.Llama.eval`` of one batch without logits: llama.cpp computes its KV, and what that takes."""
+        start, end = self.n_tokens, self.n_tokens + len(tokens)
+        self._ctx.kv_cache_seq_rm(-1, start, -1)
+        self._batch.set_batch(batch=tokens, n_past=start, logits_all=False)
+        self._batch.batch.logits[len(tokens) - 1] = False
+        self._ctx.decode(self._batch)
+        self.input_ids[start:end] = tokens
+        self.n_tokens = end
 
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
@@ -276,7 +307,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "plan": self._plan_opened, "plan_in_force": self.plan}
+        return {**state, "plan": self._plan_opened, "exact_batches": self._exact_batches, "plan_in_force": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         plan = state.pop("plan_in_force")

@@ -53,6 +53,7 @@ class NativeContext:
         self.drops_logits = False  # whether the statistics in force leave the output head out
         self._error: BaseException | None = None
         self.n_layer: int = self._check(lib.adaskip_n_layer(self._ctx))
+        self.n_layer_kv: int = self._check(lib.adaskip_n_layer_kv(self._ctx))  # up to the last that has KV of its own
 
     def _check(self, code: int) -> int:
         if code >= 0:
