@@ -25,7 +25,7 @@ from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import in_turn, time_request
-from adaskip_cpp.model.plan import PHASES, Phase
+from adaskip_cpp.model.plan import TIMED, Phase
 
 N_DECODE, N_SKIP = 32, 12
 COMPENSATIONS = ("linear", "none")
@@ -87,7 +87,7 @@ def main() -> None:
     print("| plan, compensation | phase | speed | ideal | of ideal |\n|---|---|---|---|---|")
     rows = {(row.contender, row.phase): row for row in table(times)}
     for name in parts:
-        for phase in PHASES:
+        for phase in TIMED:
             row = rows[name, phase]
             cells = figure(row.against[NO_PLAN], ".3f"), figure(row.ideal, ".3f"), figure(row.of_ideal, ".1%")
             print(f"| {name} | {phase} | {' | '.join(cells)} |")

@@ -28,7 +28,7 @@ from adaskip_cpp.errors import BudgetError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import time_request
-from adaskip_cpp.model.plan import PHASES
+from adaskip_cpp.model.plan import TIMED
 
 N_DECODE, N_SETTLE = 24, 2
 """Tokens timed per burst, behind some whose graph is new."""
@@ -67,7 +67,7 @@ def measure(llm: AdaSkipLlama, profile: Profile, context: int, speedups: list[fl
     assert cost is not None
     prompt = corpus.cut(llm, corpus.text(), 1, context)[0]
     errors = []
-    for phase in PHASES:
+    for phase in TIMED:
         mode = "e2e" if phase == "prefill" else "decode"
         asked: list[float] = []
         plans: list[SkipPlan | None] = [None]

@@ -46,7 +46,7 @@ template <typename F> static int32_t guarded(const llama_context * ctx, F && f) 
 }
 
 static bool is_phase(int32_t phase) {
-    return phase == ADASKIP_PHASE_PREFILL || phase == ADASKIP_PHASE_DECODE;
+    return phase >= ADASKIP_PHASE_BULK && phase <= ADASKIP_PHASE_DECODE;
 }
 
 static int32_t n_layer_of(const llama_context & ctx) {
@@ -101,7 +101,8 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
         adaskip_sublayer sublayer = {};
         sublayer.layer            = i / 2;
         sublayer.kind             = i % 2;
-        sublayer.skippable        = loc.skippable();
+        sublayer.skippable        = loc.skippable(false);
+        sublayer.in_bulk          = loc.skippable(true);
         sublayer.shape            = -1;
         if (sublayer.kind == ADASKIP_ATTENTION && hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(i / 2)) {
             sublayer.window = (int32_t) hparams.n_swa;

@@ -222,8 +222,8 @@ void adaskip_context::observe(const llama_context & lctx, const llama_ubatch & u
 //
 
 const adaskip_skip_set & adaskip_context::get_set(int32_t i_phase) const {
-    if (i_phase == ADASKIP_PHASE_PREFILL) {
-        return plan.prefill;
+    if (i_phase != ADASKIP_PHASE_DECODE) {
+        return i_phase == ADASKIP_PHASE_BULK ? plan.bulk : plan.prefill;
     }
     return online_set.empty() ? get_set_of_request() : online_set;
 }

@@ -36,7 +36,7 @@ void adaskip_pass::check() const {
         const int    il   = (int) i / 2;
         const int    kind = (int) i % 2;
         const auto & loc  = topology.layers[il][kind];
-        if (set.skips(il, kind) && !loc.skippable()) {
+        if (set.skips(il, kind) && !loc.skippable(set.keeps_kv)) {
             throw adaskip_exception(ADASKIP_ERROR_NOT_SKIPPABLE,
                     format("layer %d: the %s cannot be skipped: %s", il,
                             kind == ADASKIP_ATTENTION ? "attention" : "FFN", loc.reason.c_str()));
@@ -166,12 +166,12 @@ void adaskip_pass::add_marker(int64_t n_values) {
     ggml_build_forward_order(gf, ggml_arange(ctx, 0.0f, (float) n_values, 1.0f));
 }
 
-// Dead are the nodes that only a skipped branch needs, and the stores of a skipped attention.
+// Dead are the nodes that only a skipped branch needs, and the stores of a skipped attention unless they are kept.
 int adaskip_pass::rebuild(int64_t n_marker) {
     std::unordered_set<const ggml_tensor *> dead_roots = dropped;
     for (const auto & junction : topology.junctions) {
         for (const auto & term : junction.terms) {
-            if (is_skipped(term)) {
+            if (is_skipped(term) && !set.keeps_kv) {
                 dead_roots.insert(term.stores.begin(), term.stores.end());
             }
         }

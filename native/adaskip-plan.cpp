@@ -96,8 +96,12 @@ private:
     uint64_t value = 0xcbf29ce484222325ULL;
 };
 
-static uint64_t make_set_id(const adaskip_set & set) {
+static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv) {
     adaskip_hash hash;
+    if (keeps_kv) {
+        const uint32_t mark = 2 * (uint32_t) set.n_layer; // no sublayer's number
+        hash.add(&mark, 1);
+    }
     const size_t n_map = set.down ? (size_t) set.n_rank * set.n_embd : 0;
     for (uint32_t i = 0; i < 2 * (uint32_t) set.n_layer; ++i) {
         if (!set.skip[i]) {
@@ -135,8 +139,8 @@ bool adaskip_plan_sets::is_readable(uint64_t set_id, const std::vector<bool> & s
     if (set_id == 0) {
         return true;
     }
-    const auto it = attentions.find(set_id);
-    if (it == attentions.end()) {
+    const auto it = holes.find(set_id);
+    if (it == holes.end()) {
         return false;
     }
     for (size_t il = 0; il < it->second.size(); ++il) {
@@ -157,7 +161,7 @@ template <typename... Args> [[noreturn]] static void refuse(int32_t code, const 
 
 // set may be null (run everything)
 static void check_set(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
-        const std::vector<bool> & elided, const adaskip_set * set) {
+        const std::vector<bool> & elided, const adaskip_set * set, bool keeps_kv) {
     const int32_t n_layer = llama_model_n_layer(&model);
     const int32_t n_embd  = llama_model_n_embd(&model);
 
@@ -174,7 +178,7 @@ static void check_set(const llama_model & model, const std::vector<adaskip_subla
         refuse(ADASKIP_ERROR_ARGUMENT, "the plan's vectors have %d values, the model %d", set->n_embd, n_embd);
     }
     for (int32_t il = 0; il < std::min(n_layer, (int32_t) elided.size()); ++il) {
-        if (elided[il] && !(set && set->skip[2 * il + ADASKIP_ATTENTION])) {
+        if (elided[il] && (keeps_kv || !(set && set->skip[2 * il + ADASKIP_ATTENTION]))) {
             refuse(ADASKIP_ERROR_KV_ELIDED,
                     "layer %d: the attention would run, but the model was opened without KV for it", il);
         }
@@ -184,7 +188,7 @@ static void check_set(const llama_model & model, const std::vector<adaskip_subla
             continue;
         }
         const char * kind = i % 2 == ADASKIP_ATTENTION ? "attention" : "FFN";
-        if (!sublayers[i].skippable) {
+        if (!(keeps_kv ? sublayers[i].in_bulk : sublayers[i].skippable)) {
             refuse(ADASKIP_ERROR_NOT_SKIPPABLE, "layer %d: the %s cannot be skipped: %s", i / 2, kind,
                     sublayers[i].reason);
         }
@@ -233,19 +237,20 @@ static void check_decode(const adaskip_plan & plan) {
 }
 
 // uploads the set, unless one of the same id is there
-static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * set,
+static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * set, bool keeps_kv,
         const std::map<uint64_t, const adaskip_skip_set *> & known) {
     adaskip_skip_set res;
     const int32_t    n = set ? 2 * set->n_layer : 0;
     if (!set || std::all_of(set->skip, set->skip + n, [](uint8_t s) { return s == 0; })) {
         return res;
     }
-    res.set_id    = make_set_id(*set);
+    res.set_id    = make_set_id(*set, keeps_kv);
     const auto it = known.find(res.set_id);
     if (it != known.end()) {
         return *it->second;
     }
     res.graph_id = adaskip_new_graph_id();
+    res.keeps_kv = keeps_kv;
     res.skip.assign(n, 0);
     res.scale.assign(n, 1.0f);
     res.attention.assign(set->n_layer, false);
@@ -262,8 +267,14 @@ static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * 
         res.bias = adaskip_vectors_init(model, res.skip, set->bias, set->n_embd, 1, false);
     }
     if (set->down) {
-        res.down = adaskip_vectors_init(model, res.skip, set->down, set->n_embd, set->n_rank, true);
-        res.up   = adaskip_vectors_init(model, res.skip, set->up, set->n_rank, set->n_embd, true);
+        const size_t n_map   = (size_t) set->n_rank * set->n_embd;
+        auto         has_map = res.skip;
+        const auto   is_zero = [](float x) { return x == 0.0f; };
+        for (int32_t i = 0; i < n; ++i) {
+            has_map[i] = has_map[i] && !std::all_of(set->up + i * n_map, set->up + (i + 1) * n_map, is_zero);
+        }
+        res.down = adaskip_vectors_init(model, has_map, set->down, set->n_embd, set->n_rank, true);
+        res.up   = adaskip_vectors_init(model, has_map, set->up, set->n_rank, set->n_embd, true);
     }
     return res;
 }
@@ -281,35 +292,54 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
     if (decode.empty()) {
         decode.push_back(nullptr);
     }
-    check_set(model, sublayers, elided, plan->prefill);
+    if (plan->bulk) {
+        check_set(model, sublayers, elided, plan->bulk, true);
+    }
+    check_set(model, sublayers, elided, plan->prefill, false);
     for (const auto * set : decode) {
-        check_set(model, sublayers, elided, set);
+        check_set(model, sublayers, elided, set, false);
     }
     check_decode(*plan);
 
-    std::map<uint64_t, const adaskip_skip_set *> known = { { in_force.prefill.set_id, &in_force.prefill } };
+    std::map<uint64_t, const adaskip_skip_set *> known;
+    const auto remember = [&](const adaskip_skip_set & set) { known.insert({ set.set_id, &set }); };
+    remember(in_force.bulk);
+    remember(in_force.prefill);
     for (const auto & step : in_force.decode) {
-        known.insert({ step.set.set_id, &step.set });
+        remember(step.set);
     }
 
     adaskip_plan_sets res;
-    res.tag     = plan->tag;
-    res.prefill = make_set(model, plan->prefill, known);
+    res.tag  = plan->tag;
+    res.bulk = make_set(model, plan->bulk, true, known);
+    remember(res.bulk);
+    res.prefill = make_set(model, plan->prefill, false, known);
+    remember(res.prefill);
     res.decode.clear();
     res.decode.reserve(decode.size());
-    known[res.prefill.set_id] = &res.prefill;
     for (size_t i = 0; i < decode.size(); ++i) {
-        res.decode.push_back({ plan->n_decode > 0 ? plan->decode[i].start : 0, make_set(model, decode[i], known) });
-        known[res.decode[i].set.set_id] = &res.decode[i].set;
+        res.decode.push_back(
+                { plan->n_decode > 0 ? plan->decode[i].start : 0, make_set(model, decode[i], false, known) });
+        remember(res.decode[i].set);
     }
-    res.attentions[res.prefill.set_id] = res.prefill.attention;
     if (plan->online) {
         res.online = *plan->online;
     }
+
+    // an attention that reads the KV of another layer writes none, and leaves no hole
+    const auto holes_of = [&](const adaskip_skip_set & set) {
+        auto holes = set.keeps_kv ? std::vector<bool>() : set.attention;
+        for (size_t il = 0; il < holes.size(); ++il) {
+            holes[il] = holes[il] && model.hparams.has_kv((uint32_t) il);
+        }
+        return holes;
+    };
+    res.holes[res.bulk.set_id]    = holes_of(res.bulk);
+    res.holes[res.prefill.set_id] = holes_of(res.prefill);
     for (const auto & step : res.decode) {
-        res.attentions[step.set.set_id] = step.set.attention;
+        res.holes[step.set.set_id] = holes_of(step.set);
         if (res.online) {
-            res.attentions[adaskip_online_set_id(step.set.set_id, *res.online)] = step.set.attention;
+            res.holes[adaskip_online_set_id(step.set.set_id, *res.online)] = holes_of(step.set);
         }
     }
     return res;

@@ -37,9 +37,10 @@ adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::v
 
 // An adaskip_set with its vectors uploaded.
 struct adaskip_skip_set {
-    std::vector<uint8_t> skip;      // [n_layer][2], empty: run everything
-    std::vector<float>   scale;     // [n_layer][2]
-    std::vector<bool>    attention; // [n_layer], attentions that are skipped
+    std::vector<uint8_t> skip;             // [n_layer][2], empty: run everything
+    std::vector<float>   scale;            // [n_layer][2]
+    std::vector<bool>    attention;        // [n_layer], attentions that are skipped
+    bool                 keeps_kv = false; // whether these compute and store their K and V all the same
 
     adaskip_vectors_ptr bias; // null for none
     adaskip_vectors_ptr down; // likewise, [n_embd, n_rank] each
@@ -69,12 +70,13 @@ struct adaskip_plan_sets {
     };
 
     uint64_t                             tag = 0;
+    adaskip_skip_set                     bulk;
     adaskip_skip_set                     prefill;
     std::vector<step>                    decode = { { 0, {} } }; // never empty
     std::optional<adaskip_online_params> online;
 
-    // by id, which attentions each of these sets skips, and those that the online stage makes of them
-    std::map<uint64_t, std::vector<bool>> attentions;
+    // by id, which attentions each of these sets leaves without KV, and those that the online stage makes of them
+    std::map<uint64_t, std::vector<bool>> holes;
 
     // Whether a position that was computed under some set may be read where these attentions are skipped: the set is
     // the whole model or of this plan, and ran every attention that runs now.

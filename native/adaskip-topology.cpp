@@ -382,8 +382,10 @@ void locate(
             loc.i_term     = (int) it;
             loc.reason     = term.shared ? "it uses weights of another layer" : reason;
             for (const auto * cache : term.caches) {
-                if (loc.reason.empty() && n_readers[cache] > 1) {
-                    loc.reason = "its KV is shared with another layer";
+                // one that only reads it writes none itself, and leaves no hole
+                if (loc.reason.empty() && n_readers[cache] > 1 && !term.stores.empty()) {
+                    loc.reason    = "its KV is shared with another layer";
+                    loc.is_shared = true;
                 }
             }
         }

@@ -43,9 +43,10 @@ struct adaskip_junction {
 struct adaskip_location {
     int         i_junction = -1;
     int         i_term     = -1;
-    std::string reason; // why it cannot be skipped, empty if it can
+    std::string reason;            // why it cannot be skipped, empty if it can
+    bool        is_shared = false; // whether that is because other layers read its KV, which is to be kept then
 
-    bool skippable() const { return reason.empty(); }
+    bool skippable(bool keeps_kv) const { return reason.empty() || (keeps_kv && is_shared); }
 };
 
 // The residual stream of a graph. It is found from the structure of the graph and from the names of the weights

@@ -39,8 +39,9 @@ enum adaskip_error {
 
 // what the tokens of the next llama_decode calls are
 enum adaskip_phase {
-    ADASKIP_PHASE_PREFILL = 0, // tokens of a prompt; a context starts here
-    ADASKIP_PHASE_DECODE  = 1, // generated tokens, drafts included
+    ADASKIP_PHASE_BULK    = 0, // tokens of a prompt of which nobody reads more than their K and V
+    ADASKIP_PHASE_PREFILL = 1, // all other tokens of a prompt; a context starts here
+    ADASKIP_PHASE_DECODE  = 2, // generated tokens, drafts included
 };
 
 enum adaskip_kind {
@@ -66,12 +67,14 @@ struct adaskip_sublayer {
     int32_t layer;
     int32_t kind;      // enum adaskip_kind
     int32_t skippable; // 0 or 1
+    int32_t in_bulk;   // 0 or 1: skippable where K and V are kept, as the bulk keeps them
     int32_t shape;  // equal for sublayers of equal weights, cache and window, which take equally long; -1 if not found
     int32_t window; // tokens that an attention looks back at, 0 for all
-    char    reason[160]; // why it is not skippable, empty when it is
+    char    reason[160]; // why it is not skippable in every phase, empty when it is
 };
 
-// which sublayers to skip, and what stands in for each: v := scale * u + bias + up * (down * u)
+// which sublayers to skip, and what stands in for each: v := scale * u + bias + up * (down * u); a map whose `up` is
+// all zeros is none, and costs nothing
 struct adaskip_set {
     int32_t         n_layer; // must equal the model's
     int32_t         n_embd;  // must equal the model's where bias or down is not NULL
@@ -105,7 +108,12 @@ struct adaskip_step {
 
 // what to skip in each phase
 struct adaskip_plan {
-    uint64_t                   tag;     // what adaskip_get_plan_tag() tells while this plan is in force
+    uint64_t tag; // what adaskip_get_plan_tag() tells while this plan is in force
+
+    // Its attentions compute and store their K and V from the stream as it is, so that later tokens may attend to them,
+    // and nothing else. NULL: run everything. Needs a context with KV for every attention.
+    const struct adaskip_set * bulk;
+
     const struct adaskip_set * prefill; // NULL: run everything
 
     // starts[0] must be 0, starts ascend, and each set skips every attention that the one before it skips

@@ -176,6 +176,7 @@ class ReferenceRun:
         bias: npt.ArrayLike | None = None,
         down: npt.ArrayLike | None = None,
         up: npt.ArrayLike | None = None,
+        keeps_kv: bool = False,
     ) -> Trace:
         """Append tokens to the sequence, at the positions behind its last one.
 
@@ -187,6 +188,7 @@ class ReferenceRun:
             bias: float [n_layer, 2, n_embd]; 0 when None.
             down: float [n_layer, 2, rank, n_embd]; 0 when None.
             up: float [n_layer, 2, n_embd, rank]; given with ``down``.
+            keeps_kv: whether a skipped attention writes K and V all the same, of its input as it is.
 
         Raises:
             KvHoleError: If an attention runs that was skipped at an earlier position.
@@ -210,7 +212,7 @@ class ReferenceRun:
                     x = u + branch(u, layer)
                 else:
                     if kind == ATTENTION:
-                        self._store(layer, nothing, nothing)
+                        self._store(layer, *(self._kv(u, layer) if keeps_kv else (nothing, nothing)))
                     x = u * model.dtype.type(factor[layer, kind]) + vector[layer, kind].astype(model.dtype)
                     if down is not None and up is not None:
                         inner = u @ np.asarray(down)[layer, kind].T.astype(model.dtype)
@@ -237,16 +239,22 @@ class ReferenceRun:
         self._keys[layer] = np.concatenate([self._keys[layer], keys])
         self._values[layer] = np.concatenate([self._values[layer], values])
 
+    def _kv(self, x: Array, layer: int) -> tuple[Array, Array]:
+        """K, before the rotary embedding, and V of a layer's input, [n_tokens, n_head_kv, head_dim] each."""
+        model = self.model
+        h = model.norm(x, f"blk.{layer}.attn_norm")
+        k, v = (model.linear(h, layer, f"attn_{name}").reshape(len(x), model.n_head_kv, -1) for name in "kv")
+        return model.norm(k, f"blk.{layer}.attn_k_norm") if model.is_gemma else k, v
+
     def _attention(self, x: Array, layer: int) -> Array:
         model, n = self.model, len(x)
         if np.isnan(self._keys[layer]).any():
             raise KvHoleError(f"attention of layer {layer} did not run for all of {self.n_past - n} positions")
         h = model.norm(x, f"blk.{layer}.attn_norm")
         q = model.linear(h, layer, "attn_q").reshape(n, model.n_head, model.head_dim)
-        k = model.linear(h, layer, "attn_k").reshape(n, model.n_head_kv, model.head_dim)
         if model.is_gemma:
-            q, k = model.norm(q, f"blk.{layer}.attn_q_norm"), model.norm(k, f"blk.{layer}.attn_k_norm")
-        self._store(layer, k, model.linear(h, layer, "attn_v").reshape(k.shape))
+            q = model.norm(q, f"blk.{layer}.attn_q_norm")
+        self._store(layer, *self._kv(x, layer))
         own = self.positions[-n:]
         q = model.rotate(q, layer, own).transpose(1, 0, 2)
         group = model.n_head // model.n_head_kv

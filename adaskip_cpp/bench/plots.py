@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..model.plan import PHASES
+from ..model.plan import TIMED
 from ..pictures import plots
 from .table import NO_PLAN, STOCK, BenchTimes, Row
 
@@ -33,7 +33,7 @@ def plot(rows: Sequence[Row], times: BenchTimes, target: str) -> list[Path]:
 def _draw_times(rows: Sequence[Row], times: BenchTimes) -> "Figure":
     fig, axes = plots.panels(1, 2, height_in=3.2)
     contexts = sorted({row.context for row in rows})
-    for axis, phase, unit, scale in zip(axes, PHASES, ("seconds", "milliseconds"), (1, 1e3), strict=True):
+    for axis, phase, unit, scale in zip(axes, TIMED, ("seconds", "milliseconds"), (1, 1e3), strict=True):
         for index, name in enumerate(times.contenders):
             own = [row for row in rows if row.phase == phase and row.contender == name]
             low, middle, high = scale * np.array([(row.low_s, row.median_s, row.high_s) for row in own]).T
@@ -52,7 +52,7 @@ def _draw_ratios(rows: Sequence[Row], times: BenchTimes) -> "Figure":
     fig, axes = plots.panels(1, 2, height_in=3.2, sharey=True)
     contexts = sorted({row.context for row in rows})
     names = [name for name in times.contenders if name != reference]
-    for axis, phase in zip(axes, PHASES, strict=True):
+    for axis, phase in zip(axes, TIMED, strict=True):
         axis.axhline(1.0, color=plots.INK, linewidth=0.8)
         ideal: list[tuple[float, float]] = []
         for index, name in enumerate(names):
@@ -73,7 +73,7 @@ def _draw_ratios(rows: Sequence[Row], times: BenchTimes) -> "Figure":
 
 
 def _finished(fig: "Figure", axes: "Sequence[Axes]") -> "Figure":
-    for axis, phase in zip(axes, PHASES, strict=True):
+    for axis, phase in zip(axes, TIMED, strict=True):
         axis.set_xlabel("tokens of the prompt")
         plots.title(axis, TITLES[phase])
     # Below the panels: contenders of any number hide no point there.

@@ -14,7 +14,7 @@ from msgspec import to_builtins
 
 from ..intervals import Interval, ratio_interval
 from ..measuring.timing import N_SETTLE, RequestTime
-from ..model.plan import PHASES, Phase
+from ..model.plan import TIMED, Phase
 
 STOCK, NO_PLAN = "stock", "no plan"
 """The two contenders that others are compared with: stock llama-cpp-python, and ours with no plan."""
@@ -85,7 +85,7 @@ class Row:
 def table(measured: BenchTimes) -> list[Row]:
     contexts = sorted({context for _, context in measured.times})
     rows = []
-    for phase, context, name in itertools.product(PHASES, contexts, measured.contenders):
+    for phase, context, name in itertools.product(TIMED, contexts, measured.contenders):
         own = measured.seconds(name, context, phase)
         if not own or not all(map(math.isfinite, own)):
             continue

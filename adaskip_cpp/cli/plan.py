@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..files import check_output, json_text
 from ..model.cost_model import CostModel
-from ..model.plan import PHASES, Phase, SkipPlan
+from ..model.plan import TIMED, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KINDS, ranked
 from ..pictures.heatmap import print_heatmap
@@ -63,7 +63,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     if output is not None:
         save_plan(output, chosen)
     rows, cost = _rows(profile, chosen, context, phase), profile.cost
-    speedup = {} if cost is None else {name: cost.speedup(chosen, context, name) for name in PHASES}
+    speedup = {} if cost is None else {name: cost.speedup(chosen, context, name) for name in TIMED}
     if as_json:
         told = {
             "profile": profile_path,
@@ -109,7 +109,7 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
     rows = []
     for rank, index in enumerate(ranked(-profile.similarity), start=1):
         at = layer, kind = divmod(index, 2)
-        skipped = {name: each for name in PHASES if (each := chosen.skipped(name)).skip[at]}
+        skipped = {name: each for name in TIMED if (each := chosen.skipped(name)).skip[at]}
         rows.append(
             {
                 "rank": rank if profile.skippable[at] else None,

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..errors import AdaSkipError
 from ..model.cost_model import CostSettings
 from ..model.identity import check_model, plan_path, profile_path
-from ..model.plan import MODES, PHASES, SkipPlan
+from ..model.plan import MODES, TIMED, SkipPlan
 from ..model.plan_file import load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.profile import Profile
@@ -159,7 +159,7 @@ _OPTIONS = {
     ),
     "phase": _choosing(
         "--phase",
-        type=click.Choice(PHASES),
+        type=click.Choice(TIMED),
         help="The phase that --speedup is about.  [default: prefill, with --mode decode decode]",
     ),
     "mode": _choosing(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 
-from ..model.plan import PHASES, SkipPlan
+from ..model.plan import TIMED, SkipPlan
 from ..model.plan_file import load_plan
 from ..model.skip_set import KIND_NAMES
 from ..pictures import plots, profile_plots
@@ -82,7 +82,7 @@ def _print(out: Console, profiles: dict[str, Profile], plans: dict[str, SkipPlan
         out.print(f"[bold]{name}[/]: IO similarity by layer, and the plan\n")
         series = {"whole layers, prefill": profile.prefill.layer_similarity}
         for column, kind in enumerate(KIND_NAMES):
-            for phase in PHASES:
+            for phase in TIMED:
                 series[f"{kind}, {phase}"] = getattr(profile, phase).similarity[:, column]
         print_series(out, series)
         out.print()

@@ -8,7 +8,7 @@ from llama_cpp.llama import LlamaState
 
 from ..errors import AdaSkipError, ModelFileError, PlanError, StateError
 from ..model.identity import check_gguf
-from ..model.plan import PHASES, Phase, SkipPlan
+from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .log import errors_logged
 from .native import elide_kv
@@ -16,12 +16,16 @@ from .native_types import OnlineResult, StatisticsSink
 from .self_describing import SelfDescribingLlama
 from .state import AdaSkipState, check_state
 
+_OF_PROMPT: tuple[Phase, ...] = ("bulk", "prefill")
+
 
 class AdaSkipLlama(SelfDescribingLlama):
     """A model that can leave sublayers out.
 
     Without a plan it is ``llama_cpp.Llama``, bit for bit. With one, the prompt given to a call runs under the plan's
-    prefill set and what the call generates under its decode set.
+    prefill set and what the call generates under its decode set. Where the plan has a bulk set, that is what a prompt
+    runs under, but for the first tokens of the sequence and the last of the prompt; see :class:`SkipPlan`. Whoever asks
+    for the logits of a prompt's own tokens (``echo`` with ``logprobs``, embeddings) gets them without a bulk.
 
     A cached position is read again where it was computed by the whole model, or under a set that the plan in force
     uses, and where no attention was skipped that is to run now. Before anything is evaluated, the positions from the
@@ -30,8 +34,9 @@ class AdaSkipLlama(SelfDescribingLlama):
     Args:
         model_path: a GGUF file.
         plan: as for :meth:`set_plan`, or ``"auto"`` for the plan that `adaskip-cpp tune` wrote beside the model, to
-            ``X.adaskip-plan.json`` for ``X.gguf``. No KV is allocated for the layers whose attention it skips in both
-            phases; such a model only takes plans that skip them too, and cannot run as a whole.
+            ``X.adaskip-plan.json`` for ``X.gguf``. No KV is allocated for the layers whose attention it skips in every
+            phase, which none is that a bulk set keeps K and V of; such a model only takes plans that skip them too, and
+            cannot run as a whole.
         exact_batches: cut prompts into batches as ``llama_cpp.Llama`` does. Otherwise, in models whose upper layers
             share KV (Gemma 3n and 4), the last token of a prompt is computed by itself, as those layers then run for no
             other: logits differ from stock's by the rounding of another batch size.
@@ -58,13 +63,14 @@ class AdaSkipLlama(SelfDescribingLlama):
             if plan != "auto":
                 raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
             plan = plan_beside(model_path).plan
-            if not any(plan.skipped(phase).n_skip for phase in PHASES):
+            if not any(each.n_skip for each in plan.sets):
                 plan = None  # tuning found that the model is best left whole
         self._plans: dict[int, SkipPlan | None] = {0: None}  # by tag; native knows which one is in force
         self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"
+        self._reads_prompt = False  # whether the caller wants the logits of a prompt's own tokens
         # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
-        elided = None if plan is None else plan.prefill.skip[:, 0]
+        elided = None if plan is None or plan.bulk is not None else plan.prefill.skip[:, 0]
         try:
             with elide_kv(elided), errors_logged() as reasons:
                 super().__init__(model_path, **kwargs)
@@ -123,7 +129,7 @@ class AdaSkipLlama(SelfDescribingLlama):
                 f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; "
                 "make a plan from this model's profile."
             )
-        for n_embd in (plan.prefill.n_embd, *(each.n_embd for _, each in plan.decode_sets)):
+        for n_embd in (each.n_embd for each in plan.sets):
             if n_embd not in (None, self.n_embd()):
                 raise PlanError(
                     f"the plan's vectors have {n_embd} values, {self.model_path!r} has {self.n_embd()} "
@@ -161,23 +167,39 @@ class AdaSkipLlama(SelfDescribingLlama):
         if not tokens:
             return
         native = self._adaskip
-        if native.kv_valid(phase, self.n_tokens) < self.n_tokens or self.has_lost_window(self.n_tokens):
+        n_valid = min(native.kv_valid(each, self.n_tokens) for each in ((phase,) if phase == "decode" else _OF_PROMPT))
+        if n_valid < self.n_tokens or self.has_lost_window(self.n_tokens):
             # Prefill runs at least the attentions of decode, so it may reach further back.
-            stale = self._rewind(native.kv_valid("prefill", self.n_tokens))
-            if phase == "prefill":
-                tokens = stale + tokens
+            stale = self._rewind(min(native.kv_valid(each, self.n_tokens) for each in _OF_PROMPT))
+            if phase == "decode":
+                self._evaluate_prompt(stale)
             else:
-                self._evaluate("prefill", stale)
-        self._evaluate(phase, tokens)
+                tokens = stale + tokens
+        if phase == "decode":
+            self._evaluate("decode", tokens, is_last=True)
+        else:
+            self._evaluate_prompt(tokens)
 
-    def _evaluate(self, phase: Phase, tokens: list[int]) -> None:
+    def _evaluate_prompt(self, tokens: list[int]) -> None:
+        """Evaluate the tokens of a prompt, those of its bulk under the bulk set."""
+        plan = self.plan
+        begin = end = 0  # of the bulk
+        if plan is not None and plan.bulk is not None and not (self._reads_prompt or self.context_params.embeddings):
+            begin, end = max(plan.head - self.n_tokens, 0), len(tokens) - plan.tail
+        if begin < end:
+            self._evaluate("prefill", tokens[:begin], is_last=False)
+            self._evaluate("bulk", tokens[begin:end], is_last=False)
+            tokens = tokens[end:]
+        self._evaluate("prefill", tokens, is_last=True)
+
+    def _evaluate(self, phase: Phase, tokens: list[int], *, is_last: bool) -> None:
         native = self._adaskip
         native.set_phase(phase)
         # If this fails, the logits at hand are not those of the cached tokens.
         self._requires_eval = True
         try:
             # One batch at a time, so that Ctrl-C inside a statistics sink ends the evaluation there.
-            for batch, is_read in self._batches(tokens):
+            for batch, is_read in self._batches(tokens, is_last=is_last):
                 try:
                     super().eval(batch) if is_read else self._eval_unread(batch)
                 except RuntimeError as error:
@@ -185,14 +207,16 @@ class AdaSkipLlama(SelfDescribingLlama):
                 native.raise_pending()
         finally:
             native.set_phase("prefill")  # for whoever decodes on the context without us
-        self._requires_eval = native.drops_logits
+        self._requires_eval = native.drops_logits or not is_last
 
-    def _batches(self, tokens: list[int]) -> list[tuple[list[int], bool]]:
+    def _batches(self, tokens: list[int], *, is_last: bool) -> list[tuple[list[int], bool]]:
         """Cut tokens into batches, and say of each whether anybody reads its logits."""
         size = self.n_batch
         batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         if self.logits_all or self.context_params.embeddings:
             return [(batch, True) for batch in batches]
+        if not is_last:
+            return [(batch, False) for batch in batches]
         if not self._exact_batches and self._adaskip.n_layer_kv < self.n_layer and len(batches[-1]) > 1:
             batches[-1:] = [batches[-1][:-1], batches[-1][-1:]]
         return [(batch, index == len(batches) - 1) for index, batch in enumerate(batches)]
@@ -230,6 +254,8 @@ class AdaSkipLlama(SelfDescribingLlama):
                 "first, or open it with keep_logits=True."
             )
         self.begin_request()
+        if self._reads_prompt and self.plan is not None and self.plan.bulk is not None:
+            self.reset()  # the bulk of an earlier prompt has no logits that may be read
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
             phase: Phase = "prefill"
             sent: Sequence[int] | None = None
@@ -244,6 +270,22 @@ class AdaSkipLlama(SelfDescribingLlama):
                     self._phase = "prefill"
                 phase = "decode"
                 sent = yield token
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        steps = super()._create_completion(*args, **kwargs)
+        return self._reading(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+
+    def _reading(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """The steps of a completion that tells the log-probabilities of its prompt."""
+        while True:
+            self._reads_prompt = True
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+            finally:
+                self._reads_prompt = False
+            yield step
 
     @property
     def online(self) -> OnlineResult | None:

@@ -80,7 +80,15 @@ class NativeContext:
         rows = ffi.new("struct adaskip_sublayer[]", n)
         self._check(lib.adaskip_sublayers(self._ctx, rows, n))
         return tuple(
-            Sublayer(r.layer, KINDS[r.kind], bool(r.skippable), ffi.string(r.reason).decode(), r.shape, r.window)
+            Sublayer(
+                r.layer,
+                KINDS[r.kind],
+                bool(r.skippable),
+                bool(r.in_bulk),
+                ffi.string(r.reason).decode(),
+                r.shape,
+                r.window,
+            )
             for r in rows
         )
 
@@ -92,9 +100,12 @@ class NativeContext:
         if plan is None:
             self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL))
             return
-        target, prefill = ffi.new("struct adaskip_plan *"), ffi.new("struct adaskip_set *")
+        target, prefill, bulk = (ffi.new(f"struct adaskip_{name} *") for name in ("plan", "set", "set"))
         decode = ffi.new("struct adaskip_step[]", len(plan.decode_sets))
         owners = [_fill(prefill, plan.prefill)]
+        if plan.bulk is not None:
+            owners.append(_fill(bulk, plan.bulk))
+            target.bulk = bulk
         for step, (start, skip_set) in zip(decode, plan.decode_sets, strict=True):
             step.start = start
             owners.append(_fill(step.set, skip_set))

@@ -20,7 +20,8 @@ class Sublayer:
     """One sublayer of a model, as found in its compute graph.
 
     Attributes:
-        reason: why a plan may not name it, "" if it is skippable.
+        in_bulk: whether it can be skipped in the bulk of a prompt, where an attention's K and V are kept.
+        reason: why other phases cannot skip it, "" if it is skippable.
         shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
         window: tokens that an attention looks back at, 0 for all.
     """
@@ -28,6 +29,7 @@ class Sublayer:
     layer: int
     kind: Kind
     skippable: bool
+    in_bulk: bool
     reason: str
     shape: int
     window: int

@@ -13,12 +13,18 @@ from .arrays import to_plain
 from .identity import ModelInfo
 from .skip_set import SkipSet, marked
 
-Phase: TypeAlias = Literal["prefill", "decode"]
-PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+Phase: TypeAlias = Literal["bulk", "prefill", "decode"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""What a token is evaluated as, in the order of enum adaskip_phase."""
 
-Mode: TypeAlias = Literal["prefill", "decode", "e2e"]
+TIMED: tuple[Phase, Phase] = ("prefill", "decode")
+"""What is calibrated and timed: a whole prompt, and each token of an answer."""
+
+Mode: TypeAlias = Literal["prompt", "prefill", "decode", "e2e"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-"""The paper's three modes, see :mod:`adaskip_cpp.planning.modes`."""
+"""The prompt mode and the paper's three, see :mod:`adaskip_cpp.planning.modes`."""
+
+DEFAULT_HEAD, DEFAULT_TAIL = 4, 16
 
 OnlineScale: TypeAlias = Literal["none", "paper", "median"]
 
@@ -59,6 +65,10 @@ class OnlineStage:
 class SkipPlan:
     """What to skip in each phase.
 
+    With a ``bulk`` set, all tokens of a prompt but the first ``head`` of the sequence and the last ``tail`` of the
+    prompt run under it: nobody reads more of them than their K and V, which its skipped attentions compute and store
+    all the same. The others run under ``prefill``. Without it, that is how all of a prompt runs.
+
     Attributes:
         prefill: the set skipped while a prompt is read.
         decode: the set skipped while tokens are generated, from the first one on. It skips every attention that
@@ -66,12 +76,15 @@ class SkipPlan:
         schedule: decode sets by tokens decoded so far in the request, ``((0, decode), (t1, set1), ...)``, each holding
             from its number on; () if ``decode`` holds throughout. A set skips every attention of the one before it.
         online: the online stage of decode, or None. Excludes a schedule.
+        bulk: the set skipped in the bulk of a prompt, or None.
+        head: tokens at the very beginning of a sequence that are no bulk: later ones attend to them most.
+        tail: tokens at the end of a prompt that are no bulk, at least 1.
         model: the model that the plan was made for, or None for any of as many layers.
         strategy, compensation, mode: their names, ``"manual"`` where they were given by hand.
 
     Raises:
         PlanError: the sets disagree on the number of layers, an attention runs whose KV would have holes, the schedule
-            is malformed or meets an online stage, or the mode is unknown.
+            is malformed or meets an online stage, ``head`` or ``tail`` is impossible, or the mode is unknown.
     """
 
     prefill: SkipSet
@@ -79,6 +92,9 @@ class SkipPlan:
     _: KW_ONLY
     schedule: tuple[tuple[int, SkipSet], ...] = ()
     online: OnlineStage | None = None
+    bulk: SkipSet | None = None
+    head: int = DEFAULT_HEAD
+    tail: int = DEFAULT_TAIL
     model: ModelInfo | None = None
     strategy: str = "manual"
     compensation: str = "manual"
@@ -92,6 +108,15 @@ class SkipPlan:
             )
         if self.mode not in (*MODES, "manual"):
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
+        if self.bulk is not None and self.bulk.n_layer != self.n_layer:
+            raise PlanError(
+                f"bulk is for {self.bulk.n_layer} layers but prefill for {self.n_layer}; build all sets for one model"
+            )
+        for name, least, what in (("head", 0, "0"), ("tail", 1, "1, the token whose logits begin the answer")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, int | np.integer) and least <= value < 2**31):
+                raise PlanError(f"the {name} is {value!r}; use a whole number of tokens from {what} on")
+            object.__setattr__(self, name, int(value))
         if self.schedule:
             starts = [start for start, _ in self.schedule]
             if self.online is not None:
@@ -159,15 +184,23 @@ class SkipPlan:
         """Return the decode set in force after so many tokens of an answer."""
         return next(each for start, each in reversed(self.decode_sets) if start <= n_decoded)
 
+    @property
+    def sets(self) -> tuple[SkipSet, ...]:
+        """Every set of the plan: bulk, prefill, and those of decode."""
+        return (*([] if self.bulk is None else [self.bulk]), self.prefill, *(each for _, each in self.decode_sets))
+
     def skipped(self, phase: Phase) -> SkipSet:
         """Return the set of a phase: of decode the last one, which a schedule ends with."""
-        return self.prefill if phase == "prefill" else self.decode_sets[-1][1]
+        if phase == "decode":
+            return self.decode_sets[-1][1]
+        return self.prefill if phase == "prefill" or self.bulk is None else self.bulk
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that describe the plan, without its vectors; a plan is made again from a profile."""
-        names = ("strategy", "compensation", "mode", "n_layer", "model", "online")
+        names = ("strategy", "compensation", "mode", "n_layer", "model", "online", "head", "tail")
         return {
             **{name: to_plain(getattr(self, name)) for name in names},
+            "bulk": None if self.bulk is None else self.bulk.to_dict(),
             "prefill": self.prefill.to_dict(),
             "decode": self.decode.to_dict(),
             "schedule": [{"start": start, **each.to_dict()} for start, each in self.schedule],

@@ -18,7 +18,7 @@ from . import stored
 from .arrays import from_plain, to_plain
 from .cost_model import CostModel
 from .identity import ModelInfo
-from .plan import PHASES
+from .plan import TIMED
 from .statistics import VECTORS, LinearMaps, PhaseStatistics
 
 FORMAT_VERSION = 7
@@ -126,7 +126,7 @@ class _Beside:
 
 def to_dict(profile: ProfileData) -> dict[str, Any]:
     data = {"format": _FORMAT, "version": FORMAT_VERSION, **to_plain(_with_arrays(profile, ()))}
-    for part, names in ((data, ("maps",)), *((data[phase], VECTORS) for phase in PHASES)):
+    for part, names in ((data, ("maps",)), *((data[phase], VECTORS) for phase in TIMED)):
         for name in names:
             del part[name]
     n_embd, rank = profile.prefill.n_embd, 0 if profile.maps is None else profile.maps.rank
@@ -134,7 +134,7 @@ def to_dict(profile: ProfileData) -> dict[str, Any]:
 
 
 def save(profile: ProfileData, path: str | os.PathLike[str]) -> None:
-    arrays = [getattr(getattr(profile, phase), name) for phase in PHASES for name in VECTORS]
+    arrays = [getattr(getattr(profile, phase), name) for phase in TIMED for name in VECTORS]
     arrays += [getattr(profile.maps, name, None) for name in _MAPS]
     stored.save(path, to_dict(profile), [array for array in arrays if array is not None])
 
@@ -147,7 +147,7 @@ def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
         if vectors is None:
             return _with_arrays(profile, ())
         n_layer, n_embd, rank = profile.n_layer, vectors.n_embd, vectors.rank
-        shapes: list[tuple[int, ...]] = [(n_layer, 2, n_embd) for _ in PHASES for _ in VECTORS]
+        shapes: list[tuple[int, ...]] = [(n_layer, 2, n_embd) for _ in TIMED for _ in VECTORS]
         if rank:
             shapes += [(n_layer, 2, rank, n_embd), (n_layer, 2, n_embd, rank)]
         return _with_arrays(profile, vectors.read(name, shapes))
@@ -166,7 +166,7 @@ def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
 def _with_arrays(profile: _Profile, arrays: stored.Arrays) -> _Profile:
     rest = iter(arrays)
     parts: dict[str, Any] = {
-        phase: replace(getattr(profile, phase), **{name: next(rest, None) for name in VECTORS}) for phase in PHASES
+        phase: replace(getattr(profile, phase), **{name: next(rest, None) for name in VECTORS}) for phase in TIMED
     }
     maps = tuple(rest)
     return replace(profile, **parts, maps=LinearMaps(*maps) if maps else None)

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from ..errors import BudgetError, PlanError
-from ..model.plan import MODES, PHASES, Mode, OnlineStage, Phase
+from ..model.plan import MODES, TIMED, Mode, OnlineStage, Phase
 from ..model.skip_set import KIND_NAMES
 from .compensation import DEFAULT_COMPENSATION, get_compensation
 
@@ -71,7 +71,7 @@ class PlanRequest:
         OnlineStage(self.window, 1.0 if self.threshold is None else self.threshold)
         if (self.attention or self.ffn) and self.strategy != "manual":
             raise PlanError(f"strategy {self.strategy!r} chooses layers itself; use strategy='manual' to list them")
-        if self.phase not in (*PHASES, None):
+        if self.phase not in (*TIMED, None):
             raise PlanError(f"unknown phase {self.phase!r}; use 'prefill' or 'decode'")
         if self.ranking not in get_args(Ranking):
             raise PlanError(f"unknown ranking {self.ranking!r}; use 'efficiency' or 'similarity'")

@@ -12,7 +12,7 @@ from ..engine.llama import AdaSkipLlama
 from ..errors import BudgetError, PlanError
 from ..intervals import Interval, mean_interval
 from ..measuring.text_quality import TextQuality
-from ..model.plan import PHASES, SkipPlan
+from ..model.plan import TIMED, SkipPlan
 from ..model.plan_file import PlanFile
 from ..model.promise import Promise, SpeedUp, Tuning
 from ..planning.modes import compensated_plan
@@ -169,7 +169,7 @@ class Tuner:
         saved = self.n_answer * seconds_saved(cost, self.context, "decode")
         if self.request.mode != "decode":
             saved += seconds_saved(cost, self.context, "prefill")
-        full = (cost.seconds(None, self.context, phase) for phase in PHASES)
+        full = (cost.seconds(None, self.context, phase) for phase in TIMED)
         return float(np.dot((1, self.n_answer), tuple(full))), saved
 
     def _seconds(self, skip: SkipFlags) -> float:
