@@ -44,3 +44,42 @@ def test_each_sublayer_skipped_in_the_bulk_is_the_reference(
 
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),))
         assert relative_error(logits, trace.logits[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("logits_all", [False, True])
+def test_a_bulk_can_be_evaluated_in_pieces(
+    logits_all: bool, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
+) -> None:
+    """All of each piece is bulk, and no logits are computed for it; what follows is the reference's."""
+    model = ReferenceModel(tiny())
+    llm = open_model(tiny(), n_batch=16, logits_all=logits_all)
+    prompt, none = tokens(50), SkipSet.none(model.n_layer)
+    bulk = SkipPlan.manual(model.n_layer, [0, 2], [1], scale=0.9).prefill
+    llm.set_plan(SkipPlan(none, none, bulk=bulk, head=4, tail=8))
+    run = ReferenceRun(model)
+    llm.scores[:] = 0
+    for start, end in ((0, 20), (20, 21), (21, 45)):
+        llm.eval_bulk(prompt[start:end])
+        run.eval(prompt[start:end], bulk.skip, bulk.scale, keeps_kv=True)
+        assert llm.n_tokens == end and llm.counters.nodes < llm.counters.nodes_full
+    assert not np.any(llm.scores)
+    llm.eval(prompt[45:])
+    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),))
+    assert relative_error(logits, run.eval(prompt[45:]).logits[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("plan", [None, SkipPlan.manual(3, [1], [2], scale=0.9)])
+def test_a_bulk_without_a_bulk_set_is_prefill(
+    plan: SkipPlan | None,
+    tiny: Callable[..., Path],
+    tokens: Callable[..., list[int]],
+    open_model: Callable[..., Any],
+) -> None:
+    llm, states = open_model(tiny(), n_batch=16, logits_all=False), []
+    for evaluate in (llm.eval, llm.eval_bulk):
+        llm.set_plan(plan)
+        llm.reset()
+        evaluate(tokens(32))
+        llm.eval(tokens(40)[32:])
+        states.append(bytes(llm.save_state().llama_state))
+    assert states[0] == states[1]

@@ -63,7 +63,7 @@ def test_more_dies_the_more_layers_share_kv(
     (full, unread), *_ = decode(llm, tokens(40), reads_all=False)
     per_layer = full / family.n_layer
     assert full - unread > (family.n_layer - n_kv) * per_layer / 2
-    assert llm._adaskip.n_layer_kv == n_kv
+    assert llm.n_layer_kv == n_kv
 
 
 @pytest.mark.parametrize("exact_batches", [True, False])

@@ -163,6 +163,17 @@ class AdaSkipLlama(SelfDescribingLlama):
         """
         self._eval("decode", [int(token) for token in tokens])
 
+    def eval_bulk(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens of a prompt that more of the same prompt follows, behind those that are cached.
+
+        All of them run under the plan's bulk set, without head and tail; where it has none, as prefill. No logits are
+        computed, whatever ``logits_all`` says, and their rows of ``scores`` stay as they are.
+
+        Raises:
+            StateError: as :meth:`eval`.
+        """
+        self._eval("bulk", [int(token) for token in tokens])
+
     def _eval(self, phase: Phase, tokens: list[int]) -> None:
         if not tokens:
             return
@@ -171,12 +182,15 @@ class AdaSkipLlama(SelfDescribingLlama):
         if n_valid < self.n_tokens or self.has_lost_window(self.n_tokens):
             # Prefill runs at least the attentions of decode, so it may reach further back.
             stale = self._rewind(min(native.kv_valid(each, self.n_tokens) for each in _OF_PROMPT))
-            if phase == "decode":
-                self._evaluate_prompt(stale)
-            else:
+            if phase == "prefill":
                 tokens = stale + tokens
+            else:
+                self._evaluate_prompt(stale)
         if phase == "decode":
             self._evaluate("decode", tokens, is_last=True)
+        elif phase == "bulk":
+            has_bulk = self.plan is not None and self.plan.bulk is not None
+            self._evaluate("bulk" if has_bulk else "prefill", tokens, is_last=False, is_read=False)
         else:
             self._evaluate_prompt(tokens)
 
@@ -192,16 +206,16 @@ class AdaSkipLlama(SelfDescribingLlama):
             tokens = tokens[end:]
         self._evaluate("prefill", tokens, is_last=True)
 
-    def _evaluate(self, phase: Phase, tokens: list[int], *, is_last: bool) -> None:
+    def _evaluate(self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True) -> None:
         native = self._adaskip
         native.set_phase(phase)
         # If this fails, the logits at hand are not those of the cached tokens.
         self._requires_eval = True
         try:
             # One batch at a time, so that Ctrl-C inside a statistics sink ends the evaluation there.
-            for batch, is_read in self._batches(tokens, is_last=is_last):
+            for batch, with_logits in self._batches(tokens, is_last=is_last):
                 try:
-                    super().eval(batch) if is_read else self._eval_unread(batch)
+                    super().eval(batch) if with_logits and is_read else self._eval_unread(batch)
                 except RuntimeError as error:
                     native.raise_failure(error)
                 native.raise_pending()
@@ -217,7 +231,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             return [(batch, True) for batch in batches]
         if not is_last:
             return [(batch, False) for batch in batches]
-        if not self._exact_batches and self._adaskip.n_layer_kv < self.n_layer and len(batches[-1]) > 1:
+        if not self._exact_batches and self.n_layer_kv < self.n_layer and len(batches[-1]) > 1:
             batches[-1:] = [batches[-1][:-1], batches[-1][-1:]]
         return [(batch, index == len(batches) - 1) for index, batch in enumerate(batches)]
 

@@ -45,6 +45,11 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return self._adaskip.n_layer
 
     @property
+    def n_layer_kv(self) -> int:
+        """Number of layers up to the last that has KV of its own: all, unless upper layers read that of others."""
+        return self._adaskip.n_layer_kv
+
+    @property
     def n_params(self) -> int:
         return int(self._model.n_params())
 
