@@ -1,6 +1,8 @@
 """adaskip_cpp.model.plan: skip sets and plans."""
 
+import dataclasses
 import json
+import pickle
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ def skip_set(*sublayers: tuple[int, int], n_layer: int = 4, scale: float = 1.0, 
     for layer, kind in sublayers:
         skip[layer, kind] = True
     return SkipSet(skip, np.full((n_layer, 2), scale), bias)
+
+
+SMALL, LARGE = skip_set((1, 0)), skip_set((1, 0), (2, 0))
 
 
 def test_a_set_lists_its_layers_in_order() -> None:
@@ -236,9 +241,55 @@ def test_an_unknown_mode_is_refused() -> None:
         SkipPlan(skip_set(), skip_set(), mode="both")  # type: ignore[arg-type]
 
 
-# --- schedules and the online stage -----------------------------------------------------------------------------------
+# --- the bulk ---------------------------------------------------------------------------------------------------------
 
-SMALL, LARGE = skip_set((1, 0)), skip_set((1, 0), (2, 0))
+
+def test_a_bulk_set_is_one_of_the_plans_sets_and_what_its_phase_skips() -> None:
+    plain, bulk = SkipPlan.manual(4, ffn=[1]), skip_set((3, 0), (3, 1))
+    plan = dataclasses.replace(plain, bulk=bulk)
+    assert plan.sets == (bulk, plain.prefill, plain.decode)
+    assert (plan.skipped("bulk"), plan.skipped("prefill"), plan.skipped("decode")) == plan.sets
+    assert plain.sets == (plain.prefill, plain.decode)
+    assert plain.skipped("bulk") == plain.prefill, "without a bulk set, all of a prompt is prefill"
+
+
+def test_decode_may_run_what_the_bulk_skips() -> None:
+    SkipPlan(skip_set(), skip_set((1, 0)), bulk=skip_set((3, 0), (3, 1)))
+
+
+def test_plans_are_equal_by_their_bulk_head_and_tail() -> None:
+    def plan(**changes: Any) -> SkipPlan:
+        return SkipPlan(skip_set(), skip_set(), **{"bulk": skip_set((3, 0)), "head": 4, "tail": 16, **changes})
+
+    assert plan() == plan(head=np.int64(4)) and hash(plan()) == hash(plan(head=np.int64(4)))
+    for changes in ({"bulk": None}, {"bulk": skip_set((3, 1))}, {"head": 0}, {"tail": 1}):
+        assert plan(**changes) != plan()
+        assert pickle.loads(pickle.dumps(plan(**changes))) == plan(**changes)
+
+
+@pytest.mark.parametrize("name", ["head", "tail"])
+@pytest.mark.parametrize("value", [-1, 1.5, "4", True, None, 2**31])
+def test_an_impossible_head_or_tail_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(PlanError, match=f"the {name} is .*; use a whole number of tokens"):
+        SkipPlan(skip_set(), skip_set(), **{name: value})
+
+
+def test_a_head_may_be_empty_and_a_tail_may_not() -> None:
+    assert SkipPlan(skip_set(), skip_set(), head=0).head == 0
+    with pytest.raises(PlanError, match="from 1 on"):
+        SkipPlan(skip_set(), skip_set(), tail=0)
+
+
+def test_a_bulk_set_is_for_as_many_layers_and_skips_the_attentions_of_prefill() -> None:
+    # The head of a prompt runs as prefill and leaves no KV there, which the bulk would read.
+    with pytest.raises(PlanError, match="prefill is for 4 layers but bulk for 5"):
+        SkipPlan(skip_set(), skip_set(), bulk=skip_set(n_layer=5))
+    with pytest.raises(PlanError, match=r"prefill skips the attention of layers \[1\], which bulk runs"):
+        SkipPlan(SMALL, SMALL, bulk=skip_set((3, 0)))
+    SkipPlan(SMALL, SMALL, bulk=LARGE)
+
+
+# --- schedules and the online stage -----------------------------------------------------------------------------------
 
 
 def test_a_schedule_grows_from_the_decode_set() -> None:
@@ -311,7 +362,7 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
     decode = skip_set((0, 1), (2, 0), scale=0.5, bias=bias)
     plan = SkipPlan(
         skip_set((0, 1)), decode, model=MODEL, strategy="adaskip", compensation="affine", mode="e2e",
-        online=OnlineStage(5, 0.75, "median"),
+        online=OnlineStage(5, 0.75, "median"), bulk=skip_set((3, 0), scale=0.25), head=0, tail=9,
     )  # fmt: skip
     assert json.loads(json.dumps(plan.to_dict())) == {
         "strategy": "adaskip",
@@ -326,6 +377,9 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
             "lora_scale": 0.0,
             "overrides": "",
         },
+        "bulk": {"attention": [{"layer": 3, "scale": 0.25, "bias_norm": 0.0}], "ffn": []},
+        "head": 0,
+        "tail": 9,
         "prefill": {"attention": [], "ffn": [{"layer": 0, "scale": 1.0, "bias_norm": 0.0}]},
         "decode": {
             "attention": [{"layer": 2, "scale": 0.5, "bias_norm": 5.0}],
@@ -335,4 +389,5 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
         "online": {"window": 5, "threshold": 0.75, "scale": "median"},
     }
     grown = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE))).to_dict()
+    assert grown["bulk"] is None
     assert [(row["start"], len(row["attention"])) for row in grown["schedule"]] == [(0, 1), (7, 2)]

@@ -16,8 +16,6 @@ from .native_types import OnlineResult, StatisticsSink
 from .self_describing import SelfDescribingLlama
 from .state import AdaSkipState, check_state
 
-_OF_PROMPT: tuple[Phase, ...] = ("bulk", "prefill")
-
 
 class AdaSkipLlama(SelfDescribingLlama):
     """A model that can leave sublayers out.
@@ -178,10 +176,10 @@ class AdaSkipLlama(SelfDescribingLlama):
         if not tokens:
             return
         native = self._adaskip
-        n_valid = min(native.kv_valid(each, self.n_tokens) for each in ((phase,) if phase == "decode" else _OF_PROMPT))
-        if n_valid < self.n_tokens or self.has_lost_window(self.n_tokens):
-            # Prefill runs at least the attentions of decode, so it may reach further back.
-            stale = self._rewind(min(native.kv_valid(each, self.n_tokens) for each in _OF_PROMPT))
+        # A bulk skips the attentions that prefill skips, and prefill runs those of decode: it may reach further back.
+        reads: Phase = "decode" if phase == "decode" else "prefill"
+        if native.kv_valid(reads, self.n_tokens) < self.n_tokens or self.has_lost_window(self.n_tokens):
+            stale = self._rewind(native.kv_valid("prefill", self.n_tokens))
             if phase == "prefill":
                 tokens = stale + tokens
             else:

@@ -76,7 +76,8 @@ class SkipPlan:
         schedule: decode sets by tokens decoded so far in the request, ``((0, decode), (t1, set1), ...)``, each holding
             from its number on; () if ``decode`` holds throughout. A set skips every attention of the one before it.
         online: the online stage of decode, or None. Excludes a schedule.
-        bulk: the set skipped in the bulk of a prompt, or None.
+        bulk: the set skipped in the bulk of a prompt, or None. It skips every attention that ``prefill`` skips, as the
+            tokens before the bulk have no KV there. Decode is free to run what it skips.
         head: tokens at the very beginning of a sequence that are no bulk: later ones attend to them most.
         tail: tokens at the end of a prompt that are no bulk, at least 1.
         model: the model that the plan was made for, or None for any of as many layers.
@@ -108,14 +109,10 @@ class SkipPlan:
             )
         if self.mode not in (*MODES, "manual"):
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
-        if self.bulk is not None and self.bulk.n_layer != self.n_layer:
-            raise PlanError(
-                f"bulk is for {self.bulk.n_layer} layers but prefill for {self.n_layer}; build all sets for one model"
-            )
-        for name, least, what in (("head", 0, "0"), ("tail", 1, "1, the token whose logits begin the answer")):
+        for name, least in (("head", 0), ("tail", 1)):  # of the last token somebody reads the logits
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, int | np.integer) and least <= value < 2**31):
-                raise PlanError(f"the {name} is {value!r}; use a whole number of tokens from {what} on")
+                raise PlanError(f"the {name} is {value!r}; use a whole number of tokens from {least} on")
             object.__setattr__(self, name, int(value))
         if self.schedule:
             starts = [start for start, _ in self.schedule]
@@ -127,7 +124,10 @@ class SkipPlan:
                 raise PlanError(f"the schedule's token counts {starts} do not ascend; sort its sets by token count")
         later = [(f"the schedule's set at {start} tokens", each) for start, each in self.schedule[1:]]
         in_turn = [("prefill", self.prefill), ("decode", self.decode), *later]
-        for (name, earlier), (later_name, later_set) in itertools.pairwise(in_turn):
+        pairs = list(itertools.pairwise(in_turn))
+        if self.bulk is not None:
+            pairs.append((in_turn[0], ("bulk", self.bulk)))
+        for (name, earlier), (later_name, later_set) in pairs:
             if earlier.n_layer != later_set.n_layer:
                 raise PlanError(
                     f"{name} is for {earlier.n_layer} layers but {later_name} for {later_set.n_layer}; "
