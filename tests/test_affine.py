@@ -187,7 +187,7 @@ def test_the_plan_owns_its_vectors(tiny: Tiny, tokens: Tokens, open_model: Open,
     chosen = random_set(2)
     native = SimpleNamespace(skip=chosen.skip, scale=chosen.scale, bias=np.array(chosen.bias), down=None, up=None)
     llm = open_model(tiny())
-    llm._adaskip.set_plan(bare_plan(native), 1)
+    llm._adaskip.set_plan(bare_plan(native), 0)
     native.bias[:] = np.nan
     expected = ReferenceRun(reference).eval(tokens(40), chosen.skip, chosen.scale, chosen.bias).logits
     assert relative_error(eval_logits(llm, [tokens(40)]), expected) < TOLERANCE
@@ -241,7 +241,7 @@ def test_values_of_sublayers_that_run_are_not_read(tiny: Tiny, tokens: Tokens, o
     bias[0] = np.nan
     llm = open_model(tiny())
     chosen = SimpleNamespace(skip=only((1, 1)), scale=np.ones((N_LAYER, 2)), bias=bias, down=None, up=None)
-    llm._adaskip.set_plan(bare_plan(chosen), 1)
+    llm._adaskip.set_plan(bare_plan(chosen), 0)
     llm.eval(tokens(5))
     assert np.isfinite(llm.scores[:5]).all()
 
@@ -252,7 +252,7 @@ def test_vectors_of_another_length_are_refused(n_embd: int, tiny: Tiny, tokens: 
     with pytest.raises(NativeError, match="vectors have"):
         bias = np.zeros((N_LAYER, 2, n_embd), np.float32)
         chosen = SimpleNamespace(skip=only((1, 1)), scale=np.ones((N_LAYER, 2)), bias=bias, down=None, up=None)
-        llm._adaskip.set_plan(bare_plan(chosen), 1)
+        llm._adaskip.set_plan(bare_plan(chosen), 0)
     llm.eval(tokens(5))
 
 

@@ -329,7 +329,7 @@ def test_the_plan_owns_its_maps(tiny: Tiny, tokens: Tokens, open_model: Open, re
     chosen = random_set(2)
     plan = native(chosen, **{name: np.array(getattr(chosen, name)) for name in ("bias", "down", "up")})
     llm = open_model(tiny())
-    llm._adaskip.set_plan(bare_plan(plan), 1)
+    llm._adaskip.set_plan(bare_plan(plan), 0)
     for array in (plan.bias, plan.down, plan.up):
         array[:] = np.nan
     expected = ReferenceRun(reference).eval(tokens(40), *arguments(chosen)).logits
@@ -342,7 +342,7 @@ def test_maps_of_any_dtype_and_order_in_memory_will_do(
     chosen = random_set(3)
     plan = native(chosen, **{n: np.asfortranarray(getattr(chosen, n), np.float64) for n in ("bias", "down", "up")})
     llm = open_model(tiny())
-    llm._adaskip.set_plan(bare_plan(plan), 1)
+    llm._adaskip.set_plan(bare_plan(plan), 0)
     expected = ReferenceRun(reference).eval(tokens(40), *arguments(chosen)).logits
     assert relative_error(eval_logits(llm, [tokens(40)]), expected) < TOLERANCE
 
@@ -391,7 +391,7 @@ def test_maps_of_sublayers_that_run_are_not_read(
     for array in (plan.bias, plan.down, plan.up):
         array[~chosen.skip] = np.nan
     llm = open_model(tiny())
-    llm._adaskip.set_plan(bare_plan(plan), 1)
+    llm._adaskip.set_plan(bare_plan(plan), 0)
     expected = ReferenceRun(reference).eval(tokens(40), *arguments(chosen)).logits
     assert relative_error(eval_logits(llm, [tokens(40)]), expected) < TOLERANCE
 
@@ -491,10 +491,10 @@ def test_activations_agree_with_the_reductions_on_every_architecture(
     llm, seen = open_model(tiny(name), n_ubatch=16), []
     with llm.collect_statistics(lambda batch: seen.append((batch, copied(batch))), activations=True, vectors=True):
         llm.eval(tokens(40))
-    skippable = {(s.layer, ("attention", "ffn").index(s.kind)) for s in llm.sublayers if s.skippable}
+    observed = {(s.layer, ("attention", "ffn").index(s.kind)) for s in llm.sublayers if s.in_bulk}
     for batch, activations in seen:
         for layer, kind in itertools.product(range(llm.n_layer), (0, 1)):
-            if (layer, kind) not in skippable:
+            if (layer, kind) not in observed:
                 assert activations[layer][kind] is None
                 continue
             u, v = (x.astype(np.float64) for x in activations[layer][kind])

@@ -99,7 +99,7 @@ BAD_CALLS = {
     "no context for a plan": lambda ctx: lib.adaskip_set_plan(ffi.NULL, ffi.NULL),
     "no context for counters": lambda ctx: lib.adaskip_get_counters(ffi.NULL, ffi.new("struct adaskip_counters *")),
     "no counters": lambda ctx: lib.adaskip_get_counters(ctx, ffi.NULL),
-    "an unknown phase": lambda ctx: lib.adaskip_set_phase(ctx, 2),
+    "an unknown phase": lambda ctx: lib.adaskip_set_phase(ctx, 3),
     "a negative phase": lambda ctx: lib.adaskip_set_phase(ctx, -1),
     "a plan of another length": lambda ctx: prefill(ctx, skip_set([0] * 8, [1] * 8, 4)[0]),
     "a plan of negative length": lambda ctx: decode(ctx, skip_set([0] * 6, [1] * 6, -3)[0]),
@@ -257,6 +257,6 @@ def test_plans_are_objects_with_skip_scale_and_bias(llm: Any) -> None:
     skip = np.asfortranarray([[0, 0], [1, 1], [0, 0]], dtype=np.int64)
     bias = np.zeros((3, 2, 64), np.float64)
     chosen = SimpleNamespace(skip=skip, scale=np.ones((3, 2), np.float32), bias=bias, down=None, up=None)
-    llm._adaskip.set_plan(bare_plan(chosen), 1)
+    llm._adaskip.set_plan(bare_plan(chosen), 0)
     llm.eval([1, 5, 6])
     assert llm.counters.nodes < llm.counters.nodes_full

@@ -12,7 +12,13 @@ from tiny_models import write_model
 Tiny = Callable[..., Path]
 Open = Callable[..., Any]
 
-SLIDING = {"gemma2": [8, 0, 8, 0], "gemma3": [8, 0, 8], "gemma4": [8, 0, 8, 0], "gemma4-per-layer": [8, 0, 8, 0]}
+SLIDING = {
+    "gemma2": [8, 0, 8, 0],
+    "gemma3": [8, 0, 8],
+    "gemma3n": [0 if layer % 5 == 4 else 8 for layer in range(24)],
+    "gemma4": [8, 0, 8, 0],
+    "gemma4-per-layer": [8, 0, 8, 0],
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
