@@ -204,9 +204,10 @@ def test_a_speedup_needs_a_cost_model(tune: Callable[..., Result]) -> None:
 @pytest.fixture
 def costed(tune: Callable[..., Result], tmp_path: Path) -> Callable[..., Result]:
     """``tune``, with a profile that says how long sublayers take: FFNs three times as long as attentions."""
-    cost = PhaseCost(1, 2.0, 0.0, np.tile([1.0, 3.0], (3, 1)), np.zeros(3))
+    cost = PhaseCost(1, 2.0, 0.0, np.tile([1.0, 3.0], (3, 1)), np.zeros(3), np.zeros(3))
     settings = CostSettings("a CPU", ("CPU",), 0, 2, 4, 512, 512, True, "F16", "F16", True, "0.3.36")
-    model = CostModel(settings, replace(cost, n_tokens=16), cost, np.full(3, math.inf), 16)
+    prompt = replace(cost, n_tokens=16, fixed=0.0)  # its one ubatch has an output, which costs what a token's rest does
+    model = CostModel(settings, prompt, cost, np.full(3, math.inf), 3, 16)
     replace(Profile.load(tmp_path / "p.json"), cost=model).save(tmp_path / "p.json")
     return tune
 

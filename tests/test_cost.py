@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,17 +25,21 @@ def cost_model(fixed: float, attention: list[float], ffn: list[float], size: int
     """A model whose decode costs a hundredth of a ubatch, and whose attention does not grow."""
     n_layer = len(attention)
     base = np.array([attention, ffn], float).T
-    growth = np.array(changes.pop("growth", np.zeros(n_layer)), float)
-    prefill = PhaseCost(size, fixed, 0.0, base, growth)
-    decode = PhaseCost(1, fixed / 100, 0.0, base / 100, growth / 100)
-    return CostModel(SETTINGS, prefill, decode, changes.pop("limit", np.full(n_layer, math.inf)), 4096)
+    growth, kept = (np.array(changes.pop(name, np.zeros(n_layer)), float) for name in ("growth", "kept"))
+    prefill = PhaseCost(size, fixed, 0.0, base, growth, kept)
+    decode = PhaseCost(1, fixed / 100, 0.0, base / 100, growth / 100, np.zeros(n_layer))
+    limit, n_layer_kv = changes.pop("limit", np.full(n_layer, math.inf)), changes.pop("n_layer_kv", n_layer)
+    return CostModel(SETTINGS, prefill, decode, limit, n_layer_kv, 4096)
 
 
 class TimedLlama:
     """Every evaluation takes as long as known costs say; a plan that runs an attention without KV is an error.
 
+    A ubatch of a prompt has no outputs: the last layer with KV of its own computes K and V alone, those above nothing.
+
     Attributes:
-        base, growth, limit: the truth, seconds per token, and KV cells; a ubatch takes as many times as long.
+        base, growth, kept, limit: the truth, seconds per token, and KV cells; a ubatch takes as many times as long.
+        head: seconds that the output of a decoded token takes.
         noise: relative standard deviation of the times; one in twenty also takes three times as long.
     """
 
@@ -49,10 +54,13 @@ class TimedLlama:
         size: int = 512,
         n_ctx: int = 8192,
         swa_full: bool = False,
+        kept: float = 2e-5,
+        n_layer_kv: int | None = None,
     ) -> None:
         self.base, self.growth = np.array(base, float), np.array(growth, float)
         self.limit, self.fixed = np.broadcast_to(np.array(limit, float), self.growth.shape), 2e-4
         self.n_layer, self.n_batch, self.noise, self.now = len(self.base), size, 0.0, 0.0
+        self.n_layer_kv, self.kept, self.head = n_layer_kv or self.n_layer, kept, 5e-4
         self.draft_model = None
         self.input_ids = np.zeros(n_ctx, np.intc)
         self.context_params = SimpleNamespace(
@@ -60,7 +68,7 @@ class TimedLlama:
         )
         self.model_params = SimpleNamespace(n_gpu_layers=0x7FFFFFFF)
         self.sublayers = tuple(
-            SimpleNamespace(layer=layer, kind=kind, skippable=True, shape=shape, window=window)
+            SimpleNamespace(layer=layer, kind=kind, skippable=True, in_bulk=True, shape=shape, window=window)
             for layer, (size_of_ffn, slides) in enumerate(
                 zip(shapes, np.broadcast_to(windows, self.n_layer), strict=True)
             )
@@ -69,7 +77,6 @@ class TimedLlama:
         self.plan: SkipPlan | None = None
         self.n_tokens, self.n_evaluated = 0, 0
         self.fail_after: int | None = None
-        self.last_ffn_for_outputs_only = False
         self._rng = np.random.default_rng(0)
         self._holes = np.zeros(self.n_layer, bool)
 
@@ -88,28 +95,52 @@ class TimedLlama:
         self._holes[:] = False
 
     def token_seconds(self, skip: np.ndarray, end: int) -> float:
+        """A decoded token, its output included."""
         cells = np.minimum(-(-end // 256) * 256, self.limit)
-        return float(self.fixed + np.where(skip, 0.0, self.base + np.stack([self.growth * cells, 0 * cells], 1)).sum())
+        attention = sum((self.base[:, 0] + self.growth * cells)[~skip[:, 0]])
+        return float(self.fixed + self.head + attention + sum(self.base[~skip[:, 1], 1]))
 
-    def eval(self, tokens: list[int]) -> None:
-        self._eval(tokens, self.plan.prefill if self.plan else SkipSet.none(self.n_layer))
+    def unread_seconds(self, skip: np.ndarray, keeps: bool, end: int) -> float:
+        """A token of a ubatch without outputs, layer by layer."""
+        seconds = self.fixed
+        for layer in range(self.n_layer_kv):
+            cells = min(-(-end // 256) * 256, self.limit[layer])
+            runs, is_last = ~skip[layer], layer == self.n_layer_kv - 1
+            if runs[0] and not is_last:
+                seconds += self.base[layer, 0] + self.growth[layer] * cells
+            elif runs[0] or keeps:
+                seconds += self.kept
+            if runs[1] and not is_last:
+                seconds += self.base[layer, 1]
+        return float(seconds)
+
+    def eval_bulk(self, tokens: list[int]) -> None:
+        plan = self.plan or SkipPlan.manual(self.n_layer)
+        chosen, keeps = plan.skipped("bulk").skip, plan.bulk is not None
+        if not keeps:
+            self._write(tokens, chosen)
+        else:
+            self._write(tokens, np.zeros_like(chosen))
+        self._pass(len(tokens) * self.unread_seconds(chosen, keeps, self.n_tokens))
 
     def eval_decode(self, tokens: list[int]) -> None:
-        self._eval(tokens, self.plan.decode if self.plan else SkipSet.none(self.n_layer))
+        chosen = (self.plan or SkipPlan.manual(self.n_layer)).decode.skip
+        self._write(tokens, chosen)
+        self._pass(len(tokens) * self.token_seconds(chosen, self.n_tokens))
 
-    def _eval(self, tokens: list[int], chosen: SkipSet) -> None:
+    def _write(self, tokens: list[int], skip: np.ndarray) -> None:
         self.n_evaluated += 1
         if self.n_evaluated == self.fail_after:
             raise KeyboardInterrupt
-        skip = chosen.skip
+        for each in self.sublayers:
+            kind = ("attention", "ffn").index(each.kind)
+            assert each.skippable or not skip[each.layer, kind], "skips what only the bulk can"
         assert not (self._holes & ~skip[:, 0]).any(), "reads KV that was never written"
         self._holes |= skip[:, 0]
         self.n_tokens += len(tokens)
         assert self.n_tokens <= len(self.input_ids) and 0 <= min(tokens) <= max(tokens) < 100
-        outputs_only = self.last_ffn_for_outputs_only and len(tokens) > 1 and not skip[-1, 1]
-        seconds = self.token_seconds(skip, self.n_tokens) * len(tokens) - outputs_only * self.base[-1, 1] * (
-            len(tokens) - 1
-        )
+
+    def _pass(self, seconds: float) -> None:
         seconds *= max(1 + self.noise * self._rng.normal(), 0.2) * (
             3 if self._rng.random() < 0.05 and self.noise else 1
         )
@@ -143,7 +174,9 @@ def test_the_fit_recovers_the_truth(timed: Callable[..., TimedLlama]) -> None:
     for phase, n_tokens in ((found.prefill, 512), (found.decode, 1)):
         np.testing.assert_allclose(phase.base, base * n_tokens, rtol=1e-6)
         np.testing.assert_allclose(phase.growth, growth * n_tokens, rtol=1e-6)
-        assert phase.fixed == pytest.approx(2e-4 * n_tokens, rel=1e-6)
+        assert phase.fixed == pytest.approx((2e-4 + 5e-4 * (n_tokens == 1)) * n_tokens, rel=1e-6)
+    np.testing.assert_allclose(found.prefill.kept, 2e-5 * 512, rtol=1e-6)
+    assert found.n_layer_kv == 20 and not found.decode.kept.any()
     assert found.deepest >= 6144 and np.isinf(found.limit).all()
 
 
@@ -171,18 +204,56 @@ def test_layers_of_another_shape_have_their_own_cost_and_equal_ones_share_theirs
     llm = timed([8] * 4 + [16] * 8, base, growth)
     found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
     ffn = found.prefill.base[:, 1] / 512
-    assert len(set(ffn[:4])) == len(set(ffn[4:-1])) == len(set(found.decode.base[4:, 1])) == 1
+    assert len(set(ffn[:4])) == len(set(ffn[4:])) == len(set(found.decode.base[4:, 1])) == 1
     assert len(set(found.decode.base[:, 0])) == len(set(found.prefill.base[:, 0])) == 1
     assert ffn[0] == pytest.approx(3e-4, rel=1e-3) and 6e-4 < ffn[4] < 7e-4
 
 
-def test_in_prefill_the_last_ffn_costs_what_the_output_tokens_cost(timed: Callable[..., TimedLlama]) -> None:
+@pytest.mark.parametrize("shapes", [[8] * 12, [8] * 6 + [16] * 6])
+@pytest.mark.parametrize("kinds_of_attention", [1, 3])
+def test_what_keeping_k_and_v_costs_is_found_for_every_shape(
+    kinds_of_attention: int, shapes: list[int], timed: Callable[..., TimedLlama]
+) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed(shapes, base, growth, windows=4096 + np.arange(12) % kinds_of_attention, n_ctx=4096)
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.prefill.kept, 2e-5 * 512, rtol=1e-6)
+    np.testing.assert_allclose(found.prefill.base, base * 512, rtol=1e-6)
+
+
+def test_a_prompt_with_a_bulk_takes_as_long_as_its_ubatches(timed: Callable[..., TimedLlama]) -> None:
     base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
     llm = timed([8] * 12, base, growth)
-    llm.last_ffn_for_outputs_only = True
     found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
-    np.testing.assert_allclose(found.prefill.base[:, 1], [3e-4 * 512] * 11 + [3e-4], rtol=1e-6)
-    np.testing.assert_allclose(found.decode.base[:, 1], 3e-4, rtol=1e-6)
+    skip, nothing = np.zeros((12, 2), bool), np.zeros((12, 2), bool)
+    skip[7:] = True
+    bulk = [(512, 516), (512, 1028), (512, 1540), (512, 2052), (512, 2564)]
+    expected = sum(n * llm.unread_seconds(skip, True, end) for n, end in bulk)
+    read = 16 * (llm.token_seconds(nothing, 2580) - llm.head - base[-1, 1]) + llm.head + base[-1, 1]
+    expected += 4 * llm.unread_seconds(nothing, False, 4) + read
+    predicted = found.seconds(skip, 4 + 5 * 512 + 16, "bulk", head=4, tail=16)
+    assert predicted == pytest.approx(expected, rel=2e-3)  # of a few tokens one with an output is taken for one without
+
+
+def test_layers_without_kv_of_their_own_cost_what_the_last_token_takes(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed([8] * 12, base, growth, n_layer_kv=5)
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    nothing = np.zeros((12, 2), bool)
+    expected = sum(512 * llm.unread_seconds(nothing, False, end) for end in (512, 1024, 1536))
+    assert found.seconds(None, 1537, "prefill") == pytest.approx(expected + llm.token_seconds(nothing, 1537), rel=1e-6)
+
+
+def test_what_the_bulk_alone_can_skip_is_measured_too(timed: Callable[..., TimedLlama]) -> None:
+    """What keeping K and V costs there is never left out, and so belongs to the rest."""
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed([8] * 12, base, growth, windows=[0] * 10 + [4096] * 2, n_ctx=4096)
+    llm.sublayers[16].skippable = llm.sublayers[18].skippable = False  # attentions of layers 8 and 9
+    found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.prefill.base[:, 0], [1e-4 * 512] * 8 + [8e-5 * 512] * 2 + [1e-4 * 512] * 2)
+    np.testing.assert_allclose(found.prefill.growth, 1e-7 * 512)
+    assert found.prefill.fixed == pytest.approx((2e-4 + 4e-5) * 512) and found.prefill.fixed_growth == 0
+    assert not found.decode.base[8:10, 0].any() and found.decode.base[:8, 0].all()
 
 
 @pytest.mark.parametrize("swa_full", [False, True])
@@ -217,7 +288,7 @@ def test_a_window_wider_than_the_context_makes_no_difference(timed: Callable[...
 def test_what_cannot_be_skipped_belongs_to_the_rest_and_grows_with_it(timed: Callable[..., TimedLlama]) -> None:
     base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
     llm = timed([8] * 12, base, growth)
-    llm.sublayers[0].skippable = False  # attention of layer 0
+    llm.sublayers[0].skippable = llm.sublayers[0].in_bulk = False  # attention of layer 0
     found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
     assert found.prefill.base[0, 0] == found.prefill.growth[0] == 0
     assert found.prefill.fixed == pytest.approx((2e-4 + 1e-4) * 512, rel=1e-6)
@@ -289,21 +360,46 @@ def test_impossible_arguments_are_refused_before_anything_runs(timed: Callable[.
 
 
 def test_a_prompt_is_the_sum_of_its_ubatches() -> None:
-    # Per ubatch of 512: 1 s for the rest, 2 layers of attention 1 s + 1/256 s per cell, FFN 3 s.
-    model = cost_model(1, [1, 1], [3, 3], growth=[1 / 256, 1 / 256])
-    first, second = 1 + 2 * (1 + 2) + 6, 1 + 2 * (1 + 4) + 6
-    assert model.seconds(None, 512, "prefill") == pytest.approx(first)
-    assert model.seconds(None, 1024, "prefill") == pytest.approx(first + second)
+    # Per ubatch of 512: 1 s for the rest, 2 layers of attention 1 s + 1/256 s per cell, FFN 3 s, K and V 0.25 s.
+    model = cost_model(1, [1, 1], [3, 3], growth=[1 / 256, 1 / 256], kept=[0.25, 0.25])
+    # Without an output the last layer has K and V alone; with one its FFN and the rest see one token, a hundredth.
+    unread = 1 + (1 + 2) + 3 + 0.25
+    read, read_second = 1 + 2 * (1 + 2) + 3 + 0.04, 1 + 2 * (1 + 4) + 3 + 0.04
+    assert model.seconds(None, 512, "prefill") == pytest.approx(read)
+    assert model.seconds(None, 1024, "prefill") == pytest.approx(unread + read_second)
     skip = np.array([[True, False], [False, True]])
-    assert model.seconds(skip, 512, "prefill") == pytest.approx(1 + 3 + 3)
-    assert model.seconds(SkipSet(skip, np.ones((2, 2))), 512, "prefill") == pytest.approx(1 + 3 + 3)
+    assert model.seconds(skip, 512, "prefill") == pytest.approx(1 + 3 + 3 + 0.01)
+    assert model.seconds(SkipSet(skip, np.ones((2, 2))), 512, "prefill") == pytest.approx(1 + 3 + 3 + 0.01)
 
 
 def test_the_last_ubatch_lies_between_a_token_and_a_whole_one() -> None:
     model = cost_model(1, [1], [3])
     assert model.seconds(None, 1, "prefill") == pytest.approx(0.05)
-    assert model.seconds(None, 256, "prefill") == pytest.approx(0.05 + 4.95 * 255 / 511)
-    assert model.seconds(None, 513, "prefill") == pytest.approx(5.05)
+    assert model.seconds(None, 256, "prefill") == pytest.approx(0.05 + (2.04 - 0.05) * 255 / 511)
+    assert model.seconds(None, 513, "prefill") == pytest.approx(1 + 0.05)
+
+
+def test_a_prompt_with_a_bulk_is_cut_into_head_pieces_and_tail() -> None:
+    """Ubatches of 8 in pieces of 12: a head of 4, a bulk of 8 + 4, 8 + 4 and 6 tokens, a tail of 5."""
+    model = cost_model(1, [1, 1, 1], [3, 3, 3], size=8, kept=[0.25, 0.5, 0.125])
+    model = replace(model, settings=replace(SETTINGS, n_batch=12))
+    skip = np.array([[False, False], [True, True], [False, False]])
+    head = 0.09 + (1 + 4 + 4 + 0.125 - 0.09) * 3 / 7
+    bulk = 5 * 0.05 + (1 + 4 + 0.5 + 0.125 - 0.05) * (7 + 3 + 7 + 3 + 5) / 7
+    tail = 0.13 + (1 + 3 + 6 + 0.04 - 0.13) * 4 / 7
+    assert model.seconds(skip, 39, "bulk", head=4, tail=5) == pytest.approx(head + bulk + tail)
+    none = SkipSet.none(3)
+    plan = SkipPlan(none, none, bulk=SkipSet(skip, np.ones((3, 2))), head=4, tail=5)
+    assert model.seconds(plan, 39, "prefill") == pytest.approx(head + bulk + tail)
+    assert model.speedup(plan, 39, "prefill") == model.seconds(None, 39, "prefill") / model.seconds(plan, 39, "prefill")
+    assert model.speedup(plan, 39, "decode") == 1
+    assert model.seconds(skip, 9, "bulk", head=4, tail=5) == model.seconds(None, 9, "prefill"), "has no bulk"
+
+
+def test_the_last_token_is_by_itself_where_upper_layers_have_no_kv_of_their_own() -> None:
+    model = cost_model(1, [1, 1, 1], [3, 3, 3], kept=[0.25, 0.25, 0.25], n_layer_kv=2)
+    assert model.seconds(None, 513, "prefill") == pytest.approx(1 + 4 + 0.25 + 0.13)
+    assert model.seconds(None, 1, "prefill") == pytest.approx(0.13)
 
 
 def test_a_token_reads_whole_blocks_of_cells() -> None:
@@ -356,6 +452,10 @@ def test_a_cost_model_survives_json() -> None:
         (("decode", "base"), [[1.0, 2.0]]),
         (("decode", "growth"), [1.0, math.nan]),
         (("decode", "growth"), 7),
+        (("prefill", "kept"), [1.0]),
+        (("prefill", "kept"), [-1.0, 1.0]),
+        (("n_layer_kv",), 0),
+        (("n_layer_kv",), 3),
         (("decode", "n_tokens"), 2),
         (("limit",), [None]),
         (("limit",), [-1.0, None]),

@@ -455,7 +455,7 @@ def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Pr
         raise AssertionError(constant)
 
     data = json.loads((tmp_path / "p.json").read_text(), parse_constant=refuse)
-    assert (data["format"], data["version"]) == ("adaskip-profile", 7)
+    assert (data["format"], data["version"]) == ("adaskip-profile", 8)
     assert data["prefill"]["similarity"] == [[0.5, 0.9], [0.99, None], [0.7, 0.99]]
     assert data["prefill"]["layer_similarity"] == [pytest.approx(0.7), None, pytest.approx(0.845)]
     assert data["decode"]["norm_ratio"] == [[1.2, 1.2], [1.2, None], [1.2, 1.2]]
@@ -526,11 +526,11 @@ def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> Non
         Profile.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 6, 8, "7", None, [7]])
+@pytest.mark.parametrize("version", [0, 7, 9, "8", None, [8]])
 def test_another_format_version_is_refused(example: Profile, tmp_path: Path, version: Any) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps({**example.to_dict(), "version": version}))
-    with pytest.raises(ProfileVersionError, match=r"format version .* reads 7"):
+    with pytest.raises(ProfileVersionError, match=r"format version .* reads 8"):
         Profile.load(path)
 
 

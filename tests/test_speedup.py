@@ -10,13 +10,13 @@ from adaskip_cpp.errors import BudgetError, PlanError
 from adaskip_cpp.planning.request import PlanRequest
 from adaskip_cpp.planning.speedup import Goal, cheapest_set, seconds_saved
 
-# Seconds for a prompt of 256 tokens, one ubatch of 256 cells: 1 for the rest, then attention (1, 2, 4), FFN (2, 2, 2).
-COST = cost_model(fixed=1.0, attention=[1, 2, 4], ffn=[2, 2, 2], size=256)
+# Seconds for a decoded token, a hundredth of a ubatch: 1 for the rest, then attention (1, 2, 4), FFN (2, 2, 2).
+COST = cost_model(fixed=100.0, attention=[100, 200, 400], ffn=[200, 200, 200], size=256)
 FULL = 1 + 7 + 6
 
 
 def goal(speedup: float) -> Goal:
-    return Goal(COST, speedup, 256, "prefill")
+    return Goal(COST, speedup, 256, "decode")
 
 
 def lost(skip: np.ndarray, similarity: np.ndarray) -> float:
@@ -24,7 +24,7 @@ def lost(skip: np.ndarray, similarity: np.ndarray) -> float:
 
 
 def test_what_each_sublayer_saves() -> None:
-    np.testing.assert_allclose(seconds_saved(COST, 256, "prefill"), [[1, 2], [2, 2], [4, 2]])
+    np.testing.assert_allclose(seconds_saved(COST, 256, "decode"), [[1, 2], [2, 2], [4, 2]])
 
 
 def test_the_least_similarity_lost_per_second_goes_first() -> None:

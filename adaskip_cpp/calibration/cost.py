@@ -16,9 +16,9 @@ import numpy as np
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import RequestError
-from ..model.cost_model import CELLS, CostModel
+from ..model.cost_model import CELLS, Computed, CostModel
 from ..model.plan import Phase, SkipPlan
-from ..model.skip_set import KINDS
+from ..model.skip_set import KINDS, SkipSet
 from .cost_fit import Group, Runs, Sample, fit
 
 _CONTEXTS = (512, 2048, 6144)
@@ -60,14 +60,18 @@ def measure_cost(
 
 
 class _Measurement:
-    """The rounds of one measurement: a plan's prefill set for whole ubatches, its decode set for single tokens."""
+    """The rounds of one measurement: whole ubatches without outputs, as all but the last of a prompt are, and tokens.
+
+    A plan's prefill or bulk set is for the former, its decode set for the latter. What is skipped leaves no K and V
+    behind, but where they are ``kept``.
+    """
 
     def __init__(
         self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], None]
     ) -> None:
         self.llm, self.seconds, self._contexts, self._on_progress = llm, seconds, contexts, on_progress
         self.groups = _groups(llm)
-        self._rest_grows = not all(sublayer.skippable for sublayer in llm.sublayers)  # then follow it into the depth
+        self._rest_grows = not all(sublayer.in_bulk for sublayer in llm.sublayers)  # then follow it into the depth
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
         self._size = llm.context_size
         self._n_decode = max(min(_N_DECODE, self._size // (2 * len(self._mixed()) + 2) - 1), 1)
@@ -96,15 +100,17 @@ class _Measurement:
         return min(fits, key=lambda fitted: fitted[1])[0]
 
     def _fit(self, groups: Sequence[Group]) -> tuple[CostModel, float]:
-        n_layer, in_prefill = self.llm.n_layer, self._prefill_groups(groups)
-        prefill, error = fit(self.samples["prefill"], in_prefill, n_layer, self.n_tokens, rest_grows=self._rest_grows)
-        decode, error_decode = fit(self.samples["decode"], groups, n_layer, 1, rest_grows=self._rest_grows)
+        n_layer, in_decode = self.llm.n_layer, [group for group in groups if group.elidable]
+        rest_grows = self._rest_grows or len(in_decode) < len(groups)
+        prefill, error = fit(self.samples["prefill"], groups, n_layer, self.n_tokens, rest_grows=self._rest_grows)
+        decode, error_decode = fit(self.samples["decode"], in_decode, n_layer, 1, rest_grows=rest_grows)
         limits = np.full(n_layer, math.inf)
         for group in groups:
             if group.kind == 0:
                 limits[list(group.layers)] = group.limit
         deepest = max(sample.end for samples in self.samples.values() for sample in samples)
-        return CostModel(cost_settings(self.llm), prefill, decode, limits, deepest), error + error_decode
+        settings, n_layer_kv = cost_settings(self.llm), self.llm.n_layer_kv
+        return CostModel(settings, prefill, decode, limits, n_layer_kv, deepest), error + error_decode
 
     def _round(self) -> None:
         """Time every plan once, so that a slow moment of the machine hits all alike."""
@@ -114,22 +120,27 @@ class _Measurement:
         for runs in self._mixed():
             self._set_plan(everything, runs)
             self._decode()
-        for group in self._prefill_groups(self.groups):
-            if group.kind == 1:
+        for group in self.groups:
+            if group.kind == 1 and self._inner(group):
                 self._prepare(self._only(group, group.layers))
                 self._eval("prefill", self.n_tokens)
+        for runs in self._keeping():
+            self._prepare(runs, kept=True)
+            self._eval("prefill", self.n_tokens)
         depth = len(self._contexts) if self._rest_grows else 1
         self._deepen(self._all(False), self._contexts[:depth], None)
         for index, group in enumerate(self.groups):
             if group.kind == 0:
-                step = math.ceil(len(group.layers) / math.ceil(len(group.layers) / _SUBSET))
-                runs = self._only(group, group.layers[::step])
-                self._deepen(runs, self._contexts, f"subset of {index}")
+                layers = self._inner(group) or group.layers
+                step = math.ceil(len(layers) / math.ceil(len(layers) / _SUBSET))
+                runs = self._only(group, layers[::step])
+                offset = f"subset of {index}" if group.elidable else None
+                self._deepen(runs, self._contexts, offset, kept=not group.elidable)
 
-    def _deepen(self, runs: Runs, contexts: Sequence[int], offset: str | None) -> None:
+    def _deepen(self, runs: Runs, contexts: Sequence[int], offset: str | None, *, kept: bool = False) -> None:
         """Time ubatch after ubatch; with an ``offset`` also, at each context, tokens for which all FFNs run as well."""
         end = perf_counter() + self.seconds / (2 * max(sum(group.kind == 0 for group in self.groups), 1))
-        self._prepare(runs, runs | np.array([False, True]))
+        self._prepare(runs, None if offset is None else runs | np.array([False, True]), kept=kept)
         remaining = list(contexts)
         while remaining and self._has_room(1):
             self._eval("prefill", self.n_tokens)
@@ -142,15 +153,14 @@ class _Measurement:
     def _has_room(self, n_ubatches: int) -> bool:
         return self.llm.n_tokens + n_ubatches * (self.n_tokens + self._n_decode + 1) <= self._size
 
-    def _prefill_groups(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups in prefill, where llama.cpp runs the last layer's FFN for output tokens only: hardly any."""
-        last = (self.llm.n_layer - 1,)
-        result = []
-        for group in groups:
-            splits = group.kind == 1 and group.layers[-1:] == last != group.layers
-            parts = (group.layers[:-1], last) if splits else (group.layers,)
-            result += [replace(group, layers=part) for part in parts]
-        return result
+    def _inner(self, group: Group) -> tuple[int, ...]:
+        """Return the layers of a group whose sublayers run in ubatches without outputs."""
+        return tuple(layer for layer in group.layers if layer < self.llm.n_layer_kv - 1)
+
+    def _keeping(self) -> list[Runs]:
+        """What runs beside K and V that are kept: nothing, so that all are; and each shape of attentions but one."""
+        attentions = sorted((group for group in self.groups if group.kind == 0), key=lambda group: len(group.layers))
+        return [self._all(False, kept=True), *(self._only(each, each.layers, kept=True) for each in attentions[:-1])]
 
     def _mixed(self) -> list[Runs]:
         """The full model, half of each group left out, and halves of several: where real plans are.
@@ -163,31 +173,39 @@ class _Measurement:
             fewer[list(group.layers[::2]), group.kind] = False
             return fewer
 
-        attention, ffn = ([group for group in self.groups if group.kind == kind] for kind in (0, 1))
+        groups = [group for group in self.groups if group.elidable]
+        attention, ffn = ([group for group in groups if group.kind == kind] for kind in (0, 1))
         result = list(itertools.accumulate(attention, halved, initial=self._all(True)))
         result += [halved(runs, group) for runs in result[:: max(len(attention), 1)] for group in ffn]
         return sorted(result, key=lambda runs: -int(runs[:, 0].sum()))
 
-    def _all(self, runs: bool) -> Runs:
+    def _all(self, runs: bool, *, kept: bool = False) -> Runs:
         """All sublayers that can be skipped run, or none of them; the others always do."""
         flags = np.ones((self.llm.n_layer, 2), np.bool_)
         for group in self.groups:
-            flags[list(group.layers), group.kind] = runs
+            flags[list(group.layers), group.kind] = runs or not (group.elidable or kept)
         return flags
 
-    def _only(self, group: Group, layers: Sequence[int]) -> Runs:
-        flags = self._all(False)
+    def _only(self, group: Group, layers: Sequence[int], *, kept: bool = False) -> Runs:
+        flags = self._all(False, kept=kept or not group.elidable)
         flags[list(layers), group.kind] = True
         return flags
 
-    def _set_plan(self, prefill: Runs, decode: Runs) -> None:
-        self._runs: dict[Phase, Runs] = {"prefill": prefill, "decode": decode}
-        skipped = ([np.flatnonzero(~runs[:, kind]).tolist() for kind in (0, 1)] for runs in (prefill, decode))
-        self.llm.set_plan(SkipPlan(*(SkipPlan.manual(self.llm.n_layer, *layers).prefill for layers in skipped)))
+    def _set_plan(self, prefill: Runs, decode: Runs, *, kept: bool = False) -> None:
+        none = np.zeros(self.llm.n_layer, np.bool_)
+        left = Computed(prefill, ~prefill[:, 0] if kept else none).unread(self.llm.n_layer_kv)
+        self._what: dict[Phase, Computed] = {"prefill": left, "decode": Computed(decode, none)}
+        of_prompt, of_decode = (SkipSet(~runs, np.ones(runs.shape)) for runs in (prefill, decode))
+        if kept:
+            self.llm.set_plan(SkipPlan(SkipSet.none(self.llm.n_layer), of_decode, bulk=of_prompt))
+        else:
+            self.llm.set_plan(SkipPlan(of_prompt, of_decode))
 
-    def _prepare(self, prefill: Runs, decode: Runs | None = None) -> None:
+    def _prepare(self, prefill: Runs, decode: Runs | None = None, *, kept: bool = False) -> None:
+        """Set a plan on an empty cache; decode skips what prefill does, or with K and V kept nothing."""
         self.llm.reset()
-        self._set_plan(prefill, prefill if decode is None else decode)
+        as_prefill = self._all(True) if kept else prefill
+        self._set_plan(prefill, as_prefill if decode is None else decode, kept=kept)
 
     def _decode(self, offset: str = "") -> None:
         for i in range(self._n_decode + 1):
@@ -195,20 +213,21 @@ class _Measurement:
 
     def _eval(self, phase: Phase, n_tokens: int, offset: str = "", *, counts: bool = True) -> None:
         start = perf_counter()
-        (self.llm.eval if phase == "prefill" else self.llm.eval_decode)(self._tokens[:n_tokens])
+        (self.llm.eval_bulk if phase == "prefill" else self.llm.eval_decode)(self._tokens[:n_tokens])
         _synchronize(self.llm)
         end = perf_counter()
         if counts:
-            self.samples[phase].append(Sample(self._runs[phase], self.llm.n_tokens, end - start, offset))
+            self.samples[phase].append(Sample(self._what[phase], self.llm.n_tokens, end - start, offset))
         self._on_progress(min((end - self._start) / self.seconds, 1.0))
 
 
 def _groups(llm: AdaSkipLlama) -> list[Group]:
-    shapes: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
-    for sublayer in llm.sublayers:
-        if sublayer.skippable:
-            shapes[KINDS.index(sublayer.kind), sublayer.shape, sublayer.window].append(sublayer.layer)
-    return [Group(kind, tuple(layers), _limit(llm, window)) for (kind, _, window), layers in sorted(shapes.items())]
+    shapes: defaultdict[tuple[int, int, int, bool], list[int]] = defaultdict(list)
+    for each in llm.sublayers:
+        if each.in_bulk:
+            shapes[KINDS.index(each.kind), each.shape, each.window, each.skippable].append(each.layer)
+    found = sorted(shapes.items())
+    return [Group(kind, tuple(layers), _limit(llm, window), elidable) for (kind, _, window, elidable), layers in found]
 
 
 def _limit(llm: AdaSkipLlama, window: int) -> float:

@@ -1,6 +1,5 @@
 """The cost model: predicts how long a phase takes with some sublayers skipped, on the machine that was measured."""
 
-import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
 from .arrays import LayerArrays, checked, freeze
-from .plan import Phase, SkipPlan
+from .plan import DEFAULT_HEAD, DEFAULT_TAIL, PHASES, Phase, SkipPlan
 from .skip_set import SkipSet
 
 CELLS = 256
@@ -59,11 +58,14 @@ class PhaseCost(LayerArrays):
 
     Attributes:
         n_tokens: tokens in the ubatch: 1 in decode.
-        fixed: embedding, output head, overhead of the graph and every sublayer that cannot be skipped.
+        fixed: embedding, overhead of the graph and every sublayer that cannot be skipped; in decode also the output
+            head.
         fixed_growth: of those, per KV cell that is read.
         base: ``[n_layer, 2]``, columns attention and FFN: each sublayer without what grows with the context; 0 where it
             cannot be skipped.
         growth: ``[n_layer]``: each attention, per KV cell that it reads.
+        kept: ``[n_layer]``: each attention that is skipped while its K and V are kept: their norm, projections and
+            stores. 0 in decode, which keeps none.
 
     Raises:
         ProfileFormatError: a shape or value is impossible.
@@ -74,23 +76,46 @@ class PhaseCost(LayerArrays):
     fixed_growth: float
     base: npt.NDArray[np.float64]
     growth: npt.NDArray[np.float64]
+    kept: npt.NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        shapes = {"base": (np.float64, "n_layer 2"), "growth": (np.float64, "n_layer")}
+        shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
         arrays = checked(self, ProfileFormatError, "this is no part of the cost model; calibrate again", **shapes)
-        times = np.array([self.fixed, self.fixed_growth, *arrays["base"].ravel(), *arrays["growth"]])
+        times = np.concatenate([[self.fixed, self.fixed_growth], *(each.ravel() for each in arrays.values())])
         if self.n_tokens < 1 or not np.isfinite(times).all() or (times < 0).any():
             raise ProfileFormatError("the cost model has a time that is no time; calibrate again")
         freeze(self, **arrays)
 
-    def seconds(self, runs: npt.NDArray[np.bool_], cells: npt.NDArray[np.float64], n_cells: float) -> float:
-        """Predict one ubatch, in which the sublayers ``runs`` run, bool ``[n_layer, 2]``.
+    def seconds(
+        self, what: "Computed", cells: npt.NDArray[np.float64], n_cells: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """Predict ubatches in each of which ``what`` is computed, float64 ``[n]``.
 
-        Each attention reads so many of the KV ``cells``, ``[n_layer]``, one without a window ``n_cells``.
+        Each attention reads so many of the KV ``cells``, ``[n, n_layer]``, one without a window ``n_cells``, ``[n]``.
         """
-        sublayers = self.base.copy()
-        sublayers[:, 0] += self.growth * cells
-        return float(self.fixed + self.fixed_growth * n_cells + sublayers[runs].sum())
+        grows = np.where(what.runs[:, 0], self.growth, 0.0)
+        computed = self.base[what.runs].sum() + self.kept[what.kept].sum()
+        return np.asarray(self.fixed + self.fixed_growth * n_cells + cells @ grows + computed)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What is computed in a ubatch.
+
+    ``runs`` are the sublayers that run, bool ``[n_layer, 2]``, ``kept`` of the other attentions those whose K and V are
+    kept, bool ``[n_layer]``.
+    """
+
+    runs: npt.NDArray[np.bool_]
+    kept: npt.NDArray[np.bool_]
+
+    def unread(self, n_layer_kv: int) -> "Computed":
+        """Return what is left of it where nobody reads an output: nothing behind the last layer's K and V."""
+        runs, kept, last = self.runs.copy(), self.kept.copy(), n_layer_kv - 1
+        kept[last] |= runs[last, 0]
+        kept[n_layer_kv:] = False
+        runs[last:] = False
+        return Computed(runs, kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +123,12 @@ class CostModel(LayerArrays):
     """Predicted times of one model on one machine, see docs/cost-model.md.
 
     Attributes:
-        prefill: cost of a ubatch of ``n_ubatch`` tokens of a prompt.
+        prefill: cost of a ubatch of ``n_ubatch`` tokens of a prompt, of which nobody reads an output.
         decode: cost of one token.
         limit: float64 ``[n_layer]``, KV cells beyond which an attention stops growing; infinite without a window, where
             NaN, as JSON's null is read, may be given too.
+        n_layer_kv: number of layers up to the last one that has KV of its own. Of a ubatch without outputs, that one
+            computes its K and V alone, and those above it nothing.
         deepest: longest context that was measured, in tokens; times beyond it are extrapolated.
 
     Raises:
@@ -112,6 +139,7 @@ class CostModel(LayerArrays):
     prefill: PhaseCost
     decode: PhaseCost
     limit: npt.NDArray[np.float64]
+    n_layer_kv: int
     deepest: int
 
     def __post_init__(self) -> None:
@@ -119,29 +147,60 @@ class CostModel(LayerArrays):
         limit[np.isnan(limit)] = np.inf
         if self.prefill.base.shape != self.decode.base.shape or limit.shape != (len(self.prefill.base),):
             raise ProfileFormatError("the cost model's phases differ in the number of layers; calibrate again")
-        if not (limit > 0).all() or self.decode.n_tokens != 1:
-            raise ProfileFormatError("the cost model has an impossible window or ubatch; calibrate again")
+        if not (limit > 0).all() or self.decode.n_tokens != 1 or not 1 <= self.n_layer_kv <= len(limit):
+            raise ProfileFormatError("the cost model has an impossible window, ubatch or layer; calibrate again")
         freeze(self, limit=limit)
 
     def __repr__(self) -> str:
         return f"CostModel(n_layer={self.n_layer}, cpu={self.settings.cpu!r}, deepest={self.deepest})"
 
-    def seconds(self, skip: SkipSet | npt.NDArray[np.bool_] | None, context: int, phase: Phase) -> float:
+    def seconds(
+        self,
+        skip: SkipPlan | SkipSet | npt.NDArray[np.bool_] | None,
+        context: int,
+        phase: Phase,
+        *,
+        head: int = DEFAULT_HEAD,
+        tail: int = DEFAULT_TAIL,
+    ) -> float:
         """Predict how many seconds a whole prompt or one decoded token takes.
 
-        A prompt is computed ``n_ubatch`` tokens at a time. The cost of its last, shorter ubatch is interpolated between
-        those of one token and of a whole ubatch.
+        A prompt is cut as :class:`adaskip_cpp.engine.llama.AdaSkipLlama` cuts it: into head, bulk and tail where there
+        is a bulk, these into pieces of ``n_batch`` tokens, and those into ubatches. The cost of a shorter ubatch is
+        interpolated between those of one token and of a whole ubatch.
 
         Args:
-            skip: the sublayers skipped, a set or bool ``[n_layer, 2]``; None for the full model.
-            context: prefill: tokens of the prompt; decode: tokens before the one that is decoded.
-            phase: ``"prefill"`` or ``"decode"``.
+            skip: the sublayers skipped, a set or bool ``[n_layer, 2]``; None for the full model. Or a plan: what that
+                skips in the phase, and in a prompt with its own bulk, head and tail. What an online stage adds is not
+                known before and does not count; a schedule counts with its last set.
+            context: tokens of the prompt; in decode those before the one that is decoded.
+            phase: ``"prefill"``: the prompt is read with ``skip`` skipped; ``"bulk"``: its bulk alone is, with K and V
+                kept, while the others run whole; or ``"decode"``.
+            head, tail: for phase ``"bulk"``, as in :class:`adaskip_cpp.model.plan.SkipPlan`.
 
         Raises:
             PlanError: an argument is impossible.
         """
-        if not context >= (1 if phase == "prefill" else 0):
+        if not context >= (0 if phase == "decode" else 1):
             raise PlanError(f"the context is {context!r} tokens; give the length of the prompt, 1 or more")
+        if phase not in PHASES:
+            raise PlanError(f"unknown phase {phase!r}; use one of: {', '.join(PHASES)}")
+        if isinstance(skip, SkipPlan):
+            if phase != "decode":
+                bulk = None if skip.bulk is None else self._runs(skip.bulk)
+                return self._prompt(self._runs(skip.prefill), bulk, context, skip.head, skip.tail)
+            skip = skip.skipped("decode")
+        runs = self._runs(skip)
+        if phase == "decode":
+            return self._read(Computed(runs, np.zeros(self.n_layer, np.bool_)), context, context + 1)
+        whole, bulk = (self._runs(None), runs) if phase == "bulk" else (runs, None)
+        return self._prompt(whole, bulk, context, head, tail)
+
+    def speedup(self, plan: SkipPlan, context: int, phase: Phase) -> float:
+        """Predict how many times faster than the full model a plan makes a phase, a prompt with its bulk."""
+        return self.seconds(None, context, phase) / self.seconds(plan, context, phase)
+
+    def _runs(self, skip: SkipSet | npt.NDArray[np.bool_] | None) -> npt.NDArray[np.bool_]:
         flags = skip.skip if isinstance(skip, SkipSet) else skip
         runs = np.ones((self.n_layer, 2), np.bool_) if flags is None else ~np.asarray(flags, np.bool_)
         if runs.shape != (self.n_layer, 2):
@@ -149,28 +208,58 @@ class CostModel(LayerArrays):
                 f"the skip set has the shape {runs.shape}, the cost model is for [{self.n_layer}, 2]; "
                 "use the profile of this model"
             )
-        if phase == "decode":
-            return self._ubatch(runs, 1, context + 1)
-        if phase != "prefill":
-            raise PlanError(f"unknown phase {phase!r}; use 'prefill' or 'decode'")
+        return runs
+
+    def _prompt(
+        self,
+        runs: npt.NDArray[np.bool_],
+        bulk: npt.NDArray[np.bool_] | None,
+        context: int,
+        head: int,
+        tail: int,
+    ) -> float:
+        """Seconds for a prompt whose bulk runs ``bulk``, and all else ``runs``; None where there is no bulk."""
+        whole, seconds, start = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0, 0
+        if bulk is not None and head < context - tail:
+            start = context - tail
+            seconds = self._unread(whole, 0, head) + self._unread(Computed(bulk, ~bulk[:, 0]), head, start)
+        if self.n_layer_kv < self.n_layer:  # then the last token is computed by itself
+            seconds += self._unread(whole, start, context - 1)
+            start = context - 1
+        last, _ = self._cut(start, context)[-1]
+        return seconds + self._unread(whole, start, last) + self._read(whole, last, context)
+
+    def _cut(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Cut positions into ubatches, as pieces of ``n_batch`` tokens are cut: where each begins and ends."""
+        size, piece = self.prefill.n_tokens, self.settings.n_batch
+        pieces = [(begin, min(begin + piece, end)) for begin in range(start, end, piece)]
+        return [(at, min(at + size, stop)) for begin, stop in pieces for at in range(begin, stop, size)]
+
+    def _unread(self, what: Computed, start: int, end: int) -> float:
+        """Seconds for positions of which nobody reads an output."""
+        cut = np.array(self._cut(start, end)).reshape(-1, 2)
+        cells, left = self._cells(cut[:, 1]), what.unread(self.n_layer_kv)
+        one, whole = self.decode.seconds(left, *cells), self.prefill.seconds(left, *cells)
+        return float(self._between(one, whole, cut[:, 1] - cut[:, 0]).sum())
+
+    def _read(self, what: Computed, start: int, end: int) -> float:
+        """Seconds for one ubatch whose last token has an output: it alone takes the last FFN, and the output head."""
+        cells = self._cells(np.array([end]))
+        one = self.decode.seconds(what, *cells)
+        runs = what.runs.copy()
+        runs[-1, 1] = False
+        whole = self.prefill.seconds(Computed(runs, what.kept), *cells)
+        whole += self.decode.fixed + self.decode.base[-1, 1] * what.runs[-1, 1]
+        return float(self._between(one, whole, np.array([end - start]))[0])
+
+    def _cells(self, ends: npt.NDArray[np.int_]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """KV cells that each attention reads and one without a window does, behind so many tokens."""
+        n_cells = np.ceil(ends / CELLS) * CELLS
+        return np.minimum(n_cells[:, None], self.limit), n_cells
+
+    def _between(
+        self, one: npt.NDArray[np.float64], whole: npt.NDArray[np.float64], n_tokens: npt.NDArray[np.int_]
+    ) -> npt.NDArray[np.float64]:
+        """Seconds of ubatches of ``n_tokens``, interpolated between those of one token and of a whole ubatch."""
         size = self.prefill.n_tokens
-        ends = (min(start + size, context) for start in range(0, context, size))
-        return sum(self._ubatch(runs, (end - 1) % size + 1, end) for end in ends)
-
-    def speedup(self, plan: SkipPlan, context: int, phase: Phase) -> float:
-        """Predict how many times faster than the full model a plan makes a phase.
-
-        What an online stage adds is not known before and does not count; a schedule counts with its last set.
-        """
-        return self.seconds(None, context, phase) / self.seconds(plan.skipped(phase), context, phase)
-
-    def _ubatch(self, runs: npt.NDArray[np.bool_], n_tokens: int, end: int) -> float:
-        """Seconds for ``n_tokens`` tokens, the last of which is the ``end``-th of its sequence."""
-        n_cells = math.ceil(end / CELLS) * CELLS
-        cells = np.minimum(n_cells, self.limit)
-        size = self.prefill.n_tokens
-        one = 0.0 if n_tokens == size > 1 else self.decode.seconds(runs, cells, n_cells)
-        if n_tokens == 1:
-            return one
-        whole = self.prefill.seconds(runs, cells, n_cells)
-        return one + (whole - one) * (n_tokens - 1) / (size - 1)
+        return one + (whole - one) * (n_tokens - 1) / max(size - 1, 1)

@@ -21,7 +21,7 @@ from .identity import ModelInfo
 from .plan import TIMED
 from .statistics import VECTORS, LinearMaps, PhaseStatistics
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 _FORMAT = "adaskip-profile"
 _MAPS = ("down", "up")
 
