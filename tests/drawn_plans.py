@@ -1,6 +1,7 @@
 """Hypothesis strategies: skip sets and plans in every form that there is, for models of the tests' tiny size."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -36,11 +37,22 @@ def skip_sets(draw: st.DrawFn, attention: Collection[int] = ()) -> SkipSet:
 def plans(draw: st.DrawFn, thresholds: Sequence[float], attention: Collection[int] = ()) -> SkipPlan:
     """Nothing, or sets of which each skips every attention of the one before, in every form that a plan has.
 
+    Beside any of them the bulk of a prompt may have a set, unless some attentions have no KV that it could keep.
+
     Args:
         draw: from Hypothesis.
         thresholds: of the online stage; () for plans without online stage and schedule.
         attention: layers whose attention is always skipped.
     """
+    plan = draw(_without_bulk(thresholds, attention))
+    if attention or not draw(st.booleans()):
+        return plan
+    bulk = draw(skip_sets(plan.prefill.attention))
+    return replace(plan, bulk=bulk, head=draw(st.integers(0, 4)), tail=draw(st.integers(1, 6)))
+
+
+@st.composite
+def _without_bulk(draw: st.DrawFn, thresholds: Sequence[float], attention: Collection[int]) -> SkipPlan:
     forms = ["nothing"] * (not attention) + ["same", "growing"] + ["decode only"] * (not attention)
     form = draw(st.sampled_from(forms + ["schedule", "online"] * bool(thresholds)))
     if form == "nothing":

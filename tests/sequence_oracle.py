@@ -1,10 +1,11 @@
 """What a model's cache must hold after any sequence of calls, and what it must compute from it.
 
-The oracle keeps, per position, its token and the set that it was computed under, and applies the documented rule. A
+The oracle keeps, per position, its token and the set that it was computed under, and applies the documented rules. A
 cached position may be read if it was computed by the whole model, under a set of the plan in force, or under what that
 plan's online stage made of one, and if no attention that is to run now was skipped there; else it and everything behind
-it is evaluated again, as prompt. The reference, which refuses to read a position without K and V, evaluates that
-history.
+it is evaluated again, as prompt. Of a prompt's new tokens those are its bulk that are neither among the first of the
+sequence nor among the last of the prompt; its set skips no attention in this sense, as K and V are kept. The reference,
+which refuses to read a position without K and V, evaluates that history.
 """
 
 from __future__ import annotations
@@ -26,15 +27,21 @@ __all__ = ["Cell", "Cells", "History", "common_prefix", "is_readable"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One cached position: its token, what it was computed under, and if an online stage made that, of what and how."""
+    """One cached position: its token, what it was computed under, and if an online stage made that, of what and how.
+
+    ``in_bulk`` tells whether the attentions of that set kept K and V.
+    """
 
     token: int
     skip_set: SkipSet
     made_of: tuple[SkipSet, OnlineStage] | None = None
+    in_bulk: bool = False
 
 
 def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet) -> bool:
     """Whether a set of a plan may read a cached position."""
+    if cell.in_bulk:
+        return cell.skip_set.n_skip == 0 or cell.skip_set == plan.bulk
     if not set(cell.skip_set.attention) <= set(skip_set.attention):
         return False
     if cell.made_of is not None:
@@ -58,10 +65,11 @@ class Cells:
             del self._done[common:], self._traces[common:]
         while len(self._done) < len(cells):
             start = len(self._done)
-            each = cells[start].skip_set
-            end = next((i for i in range(start, len(cells)) if cells[i].skip_set != each), len(cells))
+            each, in_bulk = cells[start].skip_set, cells[start].in_bulk
+            under = [(cell.skip_set, cell.in_bulk) == (each, in_bulk) for cell in cells]
+            end = next((i for i in range(start, len(cells)) if not under[i]), len(cells))
             tokens = [cell.token for cell in cells[start:end]]
-            trace = self._run.eval(tokens, each.skip, each.scale, each.bias, each.down, each.up)
+            trace = self._run.eval(tokens, each.skip, each.scale, each.bias, each.down, each.up, keeps_kv=in_bulk)
             self._traces += [trace.at(i) for i in range(len(tokens))]
             self._done += cells[start:end]
         return self._traces[index]
@@ -121,21 +129,34 @@ class History:
 
     def eval(self, tokens: list[int]) -> None:
         """Evaluate tokens of a prompt."""
-        self._read_again(self.plan.prefill)
-        self._append(tokens, self.plan.prefill)
+        self._append_prompt(self._forget_unreadable(self.plan.prefill) + tokens)
 
-    def _read_again(self, skip_set: SkipSet) -> None:
-        """Evaluate again what ``skip_set`` cannot read."""
+    def eval_bulk(self, tokens: list[int]) -> None:
+        """Evaluate tokens of a prompt that is to go on."""
+        self._append_prompt(self._forget_unreadable(self.plan.prefill))
+        bulk = self.plan.bulk
+        self.cells += [Cell(token, bulk or self.plan.prefill, in_bulk=bulk is not None) for token in tokens]
+        self.logits_are_current = False
+
+    def _forget_unreadable(self, skip_set: SkipSet) -> list[int]:
+        """The tokens that are to be evaluated again as ``skip_set`` cannot read them."""
         restarts = self.restarts()
-        if restarts or self._n_readable(skip_set) < len(self.cells):
-            start = 0 if restarts else self._n_readable(self.plan.prefill)
-            tokens = self.tokens[start:]
-            del self.cells[start:]
-            self._append(tokens, self.plan.prefill)
+        if not restarts and self._n_readable(skip_set) == len(self.cells):
+            return []
+        start = 0 if restarts else self._n_readable(self.plan.prefill)
+        tokens = self.tokens[start:]
+        del self.cells[start:]
+        return tokens
 
-    def _append(self, tokens: list[int], skip_set: SkipSet, made_of: tuple[SkipSet, OnlineStage] | None = None) -> None:
-        self.cells += [Cell(token, skip_set, made_of) for token in tokens]
-        self.logits_are_current = True
+    def _append_prompt(self, tokens: list[int]) -> None:
+        plan = self.plan
+        for n_left in range(len(tokens), 0, -1):
+            token = tokens[-n_left]
+            if plan.bulk is not None and len(self.cells) >= plan.head and n_left > plan.tail:
+                self.cells.append(Cell(token, plan.bulk, in_bulk=True))
+            else:
+                self.cells.append(Cell(token, plan.prefill))
+        self.logits_are_current = self.logits_are_current or bool(tokens)
 
     def _n_readable(self, skip_set: SkipSet) -> int:
         for position, cell in enumerate(self.cells):
@@ -156,11 +177,12 @@ class History:
 
     def decode(self, tokens: list[int]) -> None:
         """Evaluate a generated token and a draft of those behind it."""
-        self._read_again(self.decode_set())
+        self._append_prompt(self._forget_unreadable(self.decode_set()))
         for start in range(0, len(tokens), self.n_ubatch):
             piece = tokens[start : start + self.n_ubatch]
             made_of = (self.plan.decode, self.plan.online) if self.stage is not None and self.stage.ffn else None
-            self._append(piece, self.decode_set(), made_of)
+            self.cells += [Cell(token, self.decode_set(), made_of) for token in piece]
+            self.logits_are_current = True
             self.n_decoded += len(piece)
             if self.stage is not None:
                 for index in range(-len(piece), 0):

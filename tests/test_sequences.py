@@ -162,6 +162,12 @@ class Calls(RuleBasedStateMachine):
         self.history.eval(new)
 
     @precondition(has_room)
+    @rule(new=tokens)
+    def evaluate_as_the_bulk_of_a_prompt(self, new: list[int]) -> None:
+        self.llm.eval_bulk(new)
+        self.history.eval_bulk(new)
+
+    @precondition(has_room)
     @rule(new=tokens, begins=st.booleans())
     def evaluate_as_an_answer(self, new: list[int], begins: bool) -> None:
         if begins:

@@ -44,6 +44,7 @@ class SharedCell:
     """One cell of the cache, which several sequences may share."""
 
     skip_set: SkipSet
+    in_bulk: bool = False
 
 
 @dataclass
@@ -103,8 +104,8 @@ class Calls(RuleBasedStateMachine):
         self.plan = data.draw(plans((), self.elided))
         self.llm.set_plan(self.plan)
 
-    @rule(texts=st.dictionaries(sequence, texts, min_size=1), in_turn=st.booleans())
-    def decode(self, texts: dict[int, list[int]], in_turn: bool) -> None:
+    @rule(texts=st.dictionaries(sequence, texts, min_size=1), in_turn=st.booleans(), in_bulk=st.booleans())
+    def decode(self, texts: dict[int, list[int]], in_turn: bool, in_bulk: bool) -> None:
         """One batch of tokens of several sequences, one sequence behind the other or token by token in turn."""
         texts = {i: text for i, text in texts.items() if self.sequences[i].next_position + len(text) < MAX_POSITION}
         starts = {i: self.sequences[i].next_position for i in texts}
@@ -117,10 +118,16 @@ class Calls(RuleBasedStateMachine):
             self.batch.token[at], self.batch.pos[at], self.batch.logits[at] = token, starts[i] + k, True
             self.batch.n_seq_id[at], self.batch.seq_id[at][0] = 1, i
         self.batch.n_tokens = len(rows)
-        result = llama_cpp.llama_decode(self.llm.ctx, self.batch)
         skip_set = self.plan.prefill
+        if in_bulk := in_bulk and self.plan.bulk is not None:
+            skip_set = self.plan.bulk
+            self.llm._adaskip.set_phase("bulk")
+        result = llama_cpp.llama_decode(self.llm.ctx, self.batch)
+        self.llm._adaskip.set_phase("prefill")
         if not all(
-            is_readable(Cell(0, cell.skip_set), self.plan, skip_set) for i in texts for cell in self.sequences[i].cells
+            is_readable(Cell(0, cell.skip_set, in_bulk=cell.in_bulk), self.plan, skip_set)
+            for i in texts
+            for cell in self.sequences[i].cells
         ):
             assert result < 0
             for i, start in starts.items():  # what was computed before the refusal
@@ -129,9 +136,9 @@ class Calls(RuleBasedStateMachine):
         assert result == 0
         for i, text in texts.items():
             expected = self.sequences[i].run.eval(
-                text, skip_set.skip, skip_set.scale, skip_set.bias, skip_set.down, skip_set.up
+                text, skip_set.skip, skip_set.scale, skip_set.bias, skip_set.down, skip_set.up, keeps_kv=in_bulk
             )
-            self.sequences[i].cells += [SharedCell(skip_set) for _ in text]
+            self.sequences[i].cells += [SharedCell(skip_set, in_bulk) for _ in text]
             actual = [self.logits(at) for at, row in enumerate(rows) if row[0] == i]
             assert relative_error(actual, expected.logits) < TOLERANCE
 
@@ -152,7 +159,7 @@ class Calls(RuleBasedStateMachine):
         if self.unified:
             copied.keep(copied.run.positions < end)
         else:
-            copied.cells = [SharedCell(cell.skip_set) for cell in copied.cells]
+            copied.cells = [SharedCell(cell.skip_set, cell.in_bulk) for cell in copied.cells]
 
     @precondition(is_filled)
     @rule(i=sequence)
