@@ -68,7 +68,7 @@ static adaskip_topology sample_topology(llama_context & ctx) {
     adaskip_topology res;
     ctx.adaskip.look = [&](ggml_cgraph * gf, const llm_graph_result & gf_res) {
         res = adaskip_topology_find(
-                gf, gf_res.t_embd ? gf_res.t_embd : gf_res.t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided);
+                gf, gf_res.t_embd ? gf_res.t_embd : gf_res.t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided());
     };
     const uint32_t n_seqs   = ctx.n_seq_max();
     const uint32_t n_tokens = 2 * n_seqs;
@@ -166,7 +166,7 @@ int32_t adaskip_set_plan(llama_context * ctx, const adaskip_plan * plan) {
         const auto & adaskip   = ctx->adaskip;
         const auto & sublayers = plan ? sublayers_of(*ctx) : adaskip.sublayers;
 
-        auto sets = adaskip_plan_init(ctx->get_model(), sublayers, adaskip.kv_elided, plan, adaskip.get_plan());
+        auto sets = adaskip_plan_init(ctx->get_model(), sublayers, adaskip.kv_elided(), plan, adaskip.get_plan());
         ctx->synchronize(); // the last graph may still read the vectors of the plan that goes
         ctx->adaskip.set_plan(std::move(sets));
         return ADASKIP_OK;
@@ -225,7 +225,7 @@ int32_t adaskip_get_elided_kv(const llama_context * ctx, uint8_t * elided, int32
     return guarded(ctx, [&] {
         require(elided && n_layer == n_layer_of(*ctx),
                 format("expected room for %d layers, got %d", n_layer_of(*ctx), n_layer));
-        const auto & mask = ctx->adaskip.kv_elided;
+        const auto & mask = ctx->adaskip.kv_elided();
         for (int32_t il = 0; il < n_layer; ++il) {
             elided[il] = il < (int32_t) mask.size() && mask[il];
         }

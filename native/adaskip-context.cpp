@@ -9,34 +9,6 @@
 #include <algorithm>
 #include <limits>
 
-// the mask of adaskip_elide_kv, for contexts that this thread creates
-static thread_local std::vector<bool> kv_elided_next;
-
-void adaskip_elide_kv_next(std::vector<bool> elided) {
-    kv_elided_next = std::move(elided);
-}
-
-int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool(int32_t)> & filter, int32_t il) {
-    const auto elided = [&](int32_t i) { return i < (int32_t) kv_elided_next.size() && kv_elided_next[i]; };
-    if (!elided(il)) {
-        return -1;
-    }
-    int32_t il_first = il; // where no layer of this shape has KV, the first one keeps it
-    for (int32_t i = 0; i < (int32_t) hparams.n_layer_all; ++i) {
-        if (!hparams.has_kv(i) || (filter && !filter(i)) || hparams.n_embd_k_gqa(i) != hparams.n_embd_k_gqa(il) ||
-                hparams.n_embd_v_gqa(i) != hparams.n_embd_v_gqa(il)) {
-            continue;
-        }
-        if (!elided(i)) {
-            return i;
-        }
-        il_first = std::min(il_first, i);
-    }
-    return il_first == il ? -1 : il_first;
-}
-
-adaskip_context::adaskip_context() : kv_elided(kv_elided_next) {}
-
 //
 // hooks
 //
@@ -135,7 +107,7 @@ void adaskip_context::rewrite(
     counters.n_nodes_full = ggml_graph_n_nodes(gf);
     counters.n_nodes      = counters.n_nodes_full;
 
-    if (n_key_changes == 0 && kv_elided.empty()) {
+    if (n_key_changes == 0 && kv_elided().empty()) {
         return; // nothing was ever skipped or observed here: the graphs are llama.cpp's own
     }
 
@@ -145,7 +117,7 @@ void adaskip_context::rewrite(
     // where there is a decoder, plans and statistics are about its layers
     const bool is_encoder =
             gtype == LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
-    const bool is_plain = active_set().empty() && !has_stat && kv_elided.empty();
+    const bool is_plain = active_set().empty() && !has_stat && kv_elided().empty();
 
     const auto n_layer = (uint32_t) llama_model_n_layer(&model);
 
@@ -153,7 +125,7 @@ void adaskip_context::rewrite(
 
     ggml_tensor * const end = is_encoder || is_plain ? nullptr : res.t_embd ? res.t_embd : res.t_logits;
 
-    adaskip_pass pass(tensors->ctx.get(), gf, end, (int) n_layer, active_set(), kv_elided);
+    adaskip_pass pass(tensors->ctx.get(), gf, end, (int) n_layer, active_set(), kv_elided());
 
     pass.check();
     pass.skip_sublayers();

@@ -14,13 +14,6 @@
 #include <utility>
 #include <vector>
 
-// for contexts that this thread creates: [n_layer], true where an attention gets no KV
-void adaskip_elide_kv_next(std::vector<bool> elided);
-
-// the layer whose KV stands in for that of layer il in a cache of the layers that pass the filter, -1 if il has its
-// own. The graph is built as if il had KV, and the pass then takes its attention out.
-int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool(int32_t)> & filter, int32_t il);
-
 // room for the nodes that the pass adds to a graph, see llama_context::graph_max_nodes
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
 
@@ -28,8 +21,6 @@ uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
 // of each ubatch; with no plan and no statistics they leave the graph as llama.cpp built it.
 class adaskip_context {
 public:
-    adaskip_context();
-
     //
     // hooks of llama_context::process_ubatch; what one throws ends as a failed ubatch
     //
@@ -73,7 +64,7 @@ public:
     const adaskip_online & get_online() const { return online; }
 
     // attentions without KV in this context, [n_layer] or empty
-    const std::vector<bool> kv_elided;
+    const std::vector<bool> & kv_elided() const { return kv->elided; }
 
     adaskip_counters counters = {};
 

@@ -1,5 +1,6 @@
 #include "adaskip-kv.h"
 
+#include "llama-hparams.h"
 #include "llama-io.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-recurrent.h"
@@ -85,6 +86,52 @@ adaskip_kv_ptr adaskip_kv_join(const llama_memory_recurrent * state) {
     auto res = kv_of_this_memory();
     res->states.push_back(state);
     return res;
+}
+
+//
+// elision
+//
+
+// the mask of adaskip_elide_kv, for contexts that this thread creates
+static thread_local std::vector<bool> elided_next;
+
+void adaskip_elide_kv_next(std::vector<bool> elided) {
+    elided_next = std::move(elided);
+}
+
+int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool(int32_t)> & filter,
+        const std::function<int32_t(int32_t)> & reuse, int32_t il) {
+    const auto n_layer   = (int32_t) hparams.n_layer_all;
+    const auto is_elided = [&](int32_t i) {
+        if (i >= (int32_t) elided_next.size() || !elided_next[i]) {
+            return false;
+        }
+        for (int32_t reader = 0; reuse && reader < n_layer; ++reader) {
+            if (reuse(reader) == i) {
+                return false;
+            }
+        }
+        return true;
+    };
+    if (!is_elided(il)) {
+        return -1;
+    }
+    auto & elided = kv_of_this_memory()->elided;
+    elided.resize(n_layer);
+    elided[il] = true;
+
+    int32_t il_first = il; // where no layer of this shape has KV, the first one keeps it
+    for (int32_t i = 0; i < n_layer; ++i) {
+        if (!hparams.has_kv(i) || (filter && !filter(i)) || hparams.n_embd_k_gqa(i) != hparams.n_embd_k_gqa(il) ||
+                hparams.n_embd_v_gqa(i) != hparams.n_embd_v_gqa(il)) {
+            continue;
+        }
+        if (!is_elided(i)) {
+            return i;
+        }
+        il_first = std::min(il_first, i);
+    }
+    return il_first == il ? -1 : il_first;
 }
 
 //

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+struct llama_hparams;
 class llama_io_read_i;
 class llama_io_write_i;
 class llama_kv_cache;
@@ -40,6 +41,8 @@ private:
 struct adaskip_kv {
     uint64_t set_id = 0; // of what is computed next
 
+    std::vector<bool> elided; // [n_layer] or empty: attentions without KV, see adaskip_kv_alias
+
     std::vector<const llama_kv_cache *>         caches;
     std::vector<const llama_memory_recurrent *> states;
 
@@ -54,6 +57,15 @@ using adaskip_kv_ptr = std::shared_ptr<adaskip_kv>;
 adaskip_kv_ptr adaskip_kv_create();
 adaskip_kv_ptr adaskip_kv_join(const llama_kv_cache * cache);
 adaskip_kv_ptr adaskip_kv_join(const llama_memory_recurrent * state);
+
+// for contexts that this thread creates: [n_layer], true where an attention shall get no KV
+void adaskip_elide_kv_next(std::vector<bool> elided);
+
+// The layer whose KV stands in for that of layer il in a cache of the layers that pass the filter, -1 if il has its
+// own. The graph is built as if il had KV, and the pass then takes its attention out. A layer whose KV others reuse
+// keeps it.
+int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool(int32_t)> & filter,
+        const std::function<int32_t(int32_t)> & reuse, int32_t il);
 
 // Saved states: a cell's number of sequences, with the number of its ids in the upper half, then these ids. What no
 // plan touched is saved as llama.cpp does, which refuses all else.

@@ -149,7 +149,7 @@ void adaskip_pass::read_replaced(ggml_tensor * node) const {
 }
 
 bool adaskip_pass::is_skipped(const adaskip_term & term) const {
-    return term.il >= 0 && term.kind != ADASKIP_TERM_OTHER && set.skips(term.il, term.kind);
+    return term.is_sublayer() && set.skips(term.il, term.kind);
 }
 
 bool adaskip_pass::is_skipped(const adaskip_junction & junction) const {

@@ -146,8 +146,7 @@ void adaskip_observer::add_to(adaskip_pass & pass, int32_t flags_new) {
                 v = ggml_add(pass.ctx, term.node, u);
             }
 
-            const bool known = term.il >= 0 && term.kind != ADASKIP_TERM_OTHER &&
-                               topology.layers[term.il][term.kind].skippable(true);
+            const bool known = term.is_sublayer() && topology.layers[term.il][term.kind].skippable(true);
             if (known && !(ffn_only && term.kind != ADASKIP_TERM_FFN)) {
                 auto & dst = observations[term.il][term.kind];
                 dst.dot    = dot(u, v, out);

@@ -46,6 +46,9 @@ std::string adaskip_term::shape() const {
     for (const auto * t : caches) {
         parts.insert(describe("cache", t, 1)); // its cells are for the window, or for the whole context
     }
+    if (!stores.empty()) {
+        parts.insert("stores\n"); // with K and V, that one which reads another layer's does not compute
+    }
     return std::accumulate(parts.begin(), parts.end(), std::string());
 }
 
@@ -94,6 +97,7 @@ struct branch_info {
     std::vector<ggml_tensor *>              leafs;
 
     bool reaches_stream = false; // depends on the residual
+    bool reads_earlier  = false; // depends on what was computed before the residual
     int  n_attention    = 0;
     bool recurrent      = false;
 };
@@ -161,7 +165,11 @@ struct finder {
                 continue;
             }
             // what was computed before the residual is not part of this branch
-            if (index_of(t) < bound || !res.nodes.insert(t).second) {
+            if (index_of(t) < bound) {
+                res.reads_earlier = true;
+                continue;
+            }
+            if (!res.nodes.insert(t).second) {
                 continue;
             }
             res.n_attention += is_attention_op(t);
@@ -205,6 +213,18 @@ struct finder {
         *last             = sum->src[0];
         operands.push_back(sum->src[1]);
         return true;
+    }
+
+    // whether a sum adds slices of one tensor, in which a model keeps several streams (AltUp)
+    bool sums_slices(const ggml_tensor * t) const {
+        for (; is_sum(t); t = t->src[0]) {
+            for (const auto * src : { t->src[0], t->src[1] }) {
+                if (src->op == GGML_OP_VIEW && !is_leaf(src->src[0]) && src->src[0]->ne[2] > src->ne[2]) {
+                    return true;
+                }
+            }
+        }
+        return false;
     }
 
     // the operand that all others depend on is the residual
@@ -253,6 +273,8 @@ struct finder {
         res.kind = info.recurrent || info.n_attention > 1 ? ADASKIP_TERM_OTHER
                    : info.n_attention == 1                ? ADASKIP_TERM_ATTENTION
                                                           : ADASKIP_TERM_FFN;
+
+        res.reads_earlier = info.reads_earlier;
 
         const auto layers = layers_of(info);
         res.il            = layers.empty() ? -1 : *layers.rbegin();
@@ -342,14 +364,40 @@ std::string check_terms(const finder & f, const adaskip_junction & junction) {
     return "";
 }
 
+// Gemma 4 gates what its tokens mean to each layer by the stream, and adds that as an FFN is added. An FFN reads the
+// stream alone, so where one of several does, that is the layer's.
+void mark_mixers(adaskip_topology & topology) {
+    std::vector<std::vector<adaskip_term *>> ffns(topology.layers.size());
+    for (auto & junction : topology.junctions) {
+        for (auto & term : junction.terms) {
+            if (term.il >= 0 && term.kind == ADASKIP_TERM_FFN) {
+                ffns[term.il].push_back(&term);
+            }
+        }
+    }
+    const auto reads_earlier = [](const adaskip_term * term) { return term->reads_earlier; };
+    for (const auto & terms : ffns) {
+        if (std::count_if(terms.begin(), terms.end(), reads_earlier) != (int64_t) terms.size() - 1) {
+            continue;
+        }
+        for (auto * term : terms) {
+            term->kind = term->reads_earlier ? ADASKIP_TERM_MIXER : term->kind;
+        }
+    }
+}
+
 void locate(
         const finder & f, adaskip_topology & topology, const std::string & stopped, const std::vector<bool> & elided) {
     const int n_layer = (int) topology.layers.size();
 
+    // a layer without KV of its own reads that of another one only in this graph, and nobody reads what it would write
+    const auto is_elided = [&](const adaskip_term & term) {
+        return term.il >= 0 && term.il < (int) elided.size() && elided[term.il];
+    };
     std::unordered_map<const ggml_tensor *, int> n_readers;
     for (const auto & junction : topology.junctions) {
         for (const auto & term : junction.terms) {
-            if (term.il >= 0 && term.il < (int) elided.size() && elided[term.il]) {
+            if (is_elided(term)) {
                 continue;
             }
             for (const auto * cache : term.caches) {
@@ -366,11 +414,10 @@ void locate(
 
         for (size_t it = 0; it < junction.terms.size(); ++it) {
             const auto & term = junction.terms[it];
-            if (term.il < 0) {
-                continue;
-            }
-            if (term.kind == ADASKIP_TERM_OTHER) {
-                recurrent[term.il] = true;
+            if (!term.is_sublayer()) {
+                if (term.il >= 0 && term.kind == ADASKIP_TERM_OTHER) {
+                    recurrent[term.il] = true;
+                }
                 continue;
             }
             auto & loc = topology.layers[term.il][term.kind];
@@ -383,7 +430,7 @@ void locate(
             loc.reason     = term.shared ? "it uses weights of another layer" : reason;
             for (const auto * cache : term.caches) {
                 // one that only reads it writes none itself, and leaves no hole
-                if (loc.reason.empty() && n_readers[cache] > 1 && !term.stores.empty()) {
+                if (loc.reason.empty() && n_readers[cache] > 1 && !term.stores.empty() && !is_elided(term)) {
                     loc.reason    = "its KV is shared with another layer";
                     loc.is_shared = true;
                 }
@@ -426,13 +473,15 @@ adaskip_topology adaskip_topology_find(
         }
         ggml_tensor * next = f.pass_through(cur, !res.junctions.empty());
         if (!next && !f.is_source(cur)) {
-            stopped = std::string("the residual stream could not be followed through node ") + cur->name + " (" +
-                      ggml_op_name(cur->op) + ")";
+            stopped = f.sums_slices(cur) ? "the model keeps several residual streams, and each layer mixes all of them"
+                                         : std::string("the residual stream could not be followed through node ") +
+                                                   cur->name + " (" + ggml_op_name(cur->op) + ")";
         }
         cur = next;
     }
     std::reverse(res.junctions.begin(), res.junctions.end());
 
+    mark_mixers(res);
     locate(f, res, stopped, elided);
     return res;
 }

@@ -12,6 +12,7 @@ enum adaskip_term_kind {
     ADASKIP_TERM_ATTENTION = 0, // same values as enum adaskip_kind
     ADASKIP_TERM_FFN       = 1,
     ADASKIP_TERM_OTHER     = 2, // a state-space block, a short convolution, anything with a state that is no KV
+    ADASKIP_TERM_MIXER     = 3, // mixes the stream with what was computed before it, such as per-layer embeddings
 };
 
 // One branch that is added to the residual stream.
@@ -21,13 +22,16 @@ struct adaskip_term {
     adaskip_term_kind kind = ADASKIP_TERM_OTHER;
     int               il   = -1; // the last layer of the model whose weights it uses, -1 if there is none
 
-    bool shared = false; // whether it uses weights of other layers too
+    bool shared        = false; // whether it uses weights of other layers too
+    bool reads_earlier = false; // whether it reads what was computed before its residual and is not that
 
     std::vector<ggml_tensor *> weights; // of its layer
     std::vector<ggml_tensor *> caches;  // memory tensors that it reads
     std::vector<ggml_tensor *> stores;  // nodes that write them and that nothing else consumes
 
-    // names, types and sizes of the weights and of what the caches hold per token
+    bool is_sublayer() const { return il >= 0 && (kind == ADASKIP_TERM_ATTENTION || kind == ADASKIP_TERM_FFN); }
+
+    // names, types and sizes of the weights and of what the caches hold per token, and whether it computes K and V
     std::string shape() const;
 };
 

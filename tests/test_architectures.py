@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llama_cpp import Llama
 from stock import EXACT, Job, eval_logits, run_stock
 from tiny_families import FAMILIES, PARTLY, SKIPPABLE
 from tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import NotSkippableError
+from adaskip_cpp.model.skip_set import SkipSet
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
 Open = Callable[..., Any]
 OPTIONS = {"n_ctx": 128, "logits_all": True, **EXACT}
 
-# Sublayers that cannot be taken out: no attention at all, or K and V that a later layer reads.
+# Sublayers that cannot be taken out in every phase: no attention at all, or K and V that a later layer reads.
 NOT_SKIPPABLE = {
     "mamba": {(layer, kind) for layer in range(3) for kind in ("attention", "ffn")},
     "jamba": {(0, "attention"), (2, "attention")},
@@ -32,6 +34,7 @@ NOT_SKIPPABLE = {
     "gemma4-per-layer": {(0, "attention"), (1, "attention")},
     "gemma3n": {(layer, kind) for layer in range(24) for kind in ("attention", "ffn")},  # mixes four streams
 }
+SHARED_KV = {"gemma4", "gemma4-per-layer"}  # those can be skipped where their K and V are kept
 
 
 def cut(tokens: list[int]) -> list[list[int]]:
@@ -89,6 +92,35 @@ def test_each_sublayer_skipped_equals_stock_on_the_zeroed_model(
     assert not wrong
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_sublayer_skipped_in_the_bulk_leaves_the_memory_of_the_zeroed_model(
+    name: str, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    # What the bulk leaves is seen by the tail, which runs whole: on the memory of the zeroed model, whose K and V
+    # weights are the same, it must give the same logits. Both memories are loaded, which puts their cells in order.
+    bulk, tail = tokens(40)[:30], tokens(40)[30:]
+    llm = open_model(tiny(name), **OPTIONS)
+    whole = open_model(tiny(name), **OPTIONS)
+    rows = [row for row in llm.sublayers if row.in_bulk]
+    assert rows or name in ("mamba", "gemma3n")
+    wrong = {}
+    for row in rows:
+        zeroed = open_model(tiny(name, zero=[(row.layer, row.kind)]), **OPTIONS)
+        zeroed.eval(bulk)
+        Llama.load_state(whole, Llama.save_state(zeroed))
+        whole.eval(tail)
+        none = SkipSet.none(llm.n_layer)
+        chosen = SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]}).prefill
+        llm.set_plan(SkipPlan(none, none, bulk=chosen, head=0, tail=len(tail)))
+        llm.reset()
+        llm.eval_bulk(bulk)
+        Llama.load_state(llm, Llama.save_state(llm))
+        llm.eval(tail)
+        if not np.array_equal(llm.scores[30:40], whole.scores[30:40]):
+            wrong[row.layer, row.kind] = float(np.abs(llm.scores[30:40] - whole.scores[30:40]).max())
+    assert not wrong
+
+
 def nodes(llm: Any, prompt: list[int], plan: SkipPlan | None) -> int:
     """Nodes of the graph that was computed."""
     llm.set_plan(plan)
@@ -131,8 +163,15 @@ def test_sublayers_that_cannot_be_taken_apart_are_named_with_a_reason(name: str,
     rows = open_model(tiny(name)).sublayers
     refused = {(row.layer, row.kind) for row in rows if not row.skippable}
     assert [(row.layer, row.kind) for row in rows] == sublayers(name)
-    assert refused >= NOT_SKIPPABLE[name]
-    assert all(row.reason for row in rows if not row.skippable)
+    assert refused == NOT_SKIPPABLE[name]
+    assert {(row.layer, row.kind) for row in rows if not row.in_bulk} == (set() if name in SHARED_KV else refused)
+    assert all(bool(row.reason) != row.skippable for row in rows)
+
+
+def test_what_keeps_several_streams_says_so(tiny: Tiny, open_model: Open) -> None:
+    assert {row.reason for row in open_model(tiny("gemma3n")).sublayers} == {
+        "the model keeps several residual streams, and each layer mixes all of them"
+    }
 
 
 @pytest.mark.parametrize("name", ["jamba", "lfm2"])

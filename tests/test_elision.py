@@ -7,6 +7,7 @@ and llama.cpp's rules for the number of cells, in ``kv_bytes`` below.
 import itertools
 import pickle
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gguf import GGUFReader
 from reference import ReferenceModel, ReferenceRun, relative_error
 from stock import EXACT
 from tiny_families import FAMILIES, N_LAYER, SKIPPABLE
+from tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError, ProfileMismatchError, StateError
@@ -231,6 +233,52 @@ def test_a_plan_set_later_frees_nothing_and_the_next_model_is_whole(
     assert llm.kv_bytes == kv_bytes(tiny())
     llm.set_plan(None)
     llm.eval(tokens(5))
+
+
+# -- layers that read the KV of others -------------------------------------------------------------------------------
+
+N_SHARING = 8  # layers 6 and 7 read the KV of layers 4 and 5; the even ones slide
+
+
+@pytest.fixture(scope="session")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family = FAMILIES["gemma4-per-layer"]
+    pattern = {"attention.sliding_window_pattern": [layer % 2 == 0 for layer in range(N_SHARING)]}
+    family = replace(family, n_layer=N_SHARING, metadata={**family.metadata, **pattern})
+    return write_model(tmp_path_factory.mktemp("sharing") / "model.gguf", family)
+
+
+@pytest.mark.parametrize("attention", [(7,), (6, 7), (3,), (1, 3), (0, 1, 2, 3, 6, 7)], ids=str)
+def test_a_skipped_reader_of_shared_kv_elides_nothing_and_the_others_their_own(
+    attention: tuple[int, ...], sharing: Path, tokens: Tokens, open_model: Open
+) -> None:
+    plan = plan_without(N_SHARING, attention, ffn=[2])
+    elided, full = open_model(sharing, plan=plan), open_model(sharing)
+    full.set_plan(plan)
+    np.testing.assert_array_equal(evaluate(elided, tokens(30)), evaluate(full, tokens(30)))
+    writers = tuple(layer for layer in attention if layer < 6)
+    assert elided._adaskip.elided_kv() == writers
+    # six layers of 256 cells, K and V of two heads of 16 in F32
+    assert full.kv_bytes == 6 * 256 * 2 * 32 * 4
+    assert elided.kv_bytes == (6 - len(writers)) * 256 * 2 * 32 * 4
+
+
+def test_a_skipped_reader_may_run_again(sharing: Path, tokens: Tokens, open_model: Open) -> None:
+    llm, whole = open_model(sharing, plan=plan_without(N_SHARING, [6, 7])), open_model(sharing)
+    llm.set_plan(None)
+    np.testing.assert_array_equal(evaluate(llm, tokens(30)), evaluate(whole, tokens(30)))
+
+
+@pytest.mark.parametrize("attention", [(5,), (1, 3, 5), (4, 6), (5, 7)], ids=str)
+def test_an_attention_whose_kv_others_read_is_not_elided(attention: tuple[int, ...], sharing: Path) -> None:
+    # Nor where all its readers are skipped: what can be skipped is the same whatever the model is opened with.
+    with pytest.raises(NotSkippableError, match="its KV is shared"):
+        AdaSkipLlama(str(sharing), plan=plan_without(N_SHARING, attention), verbose=False, n_ctx=128, **EXACT)
+
+
+def test_an_attention_whose_kv_the_only_reader_shares_is_not_elided(tiny: Tiny) -> None:
+    with pytest.raises(NotSkippableError, match="its KV is shared"):
+        AdaSkipLlama(str(tiny("gemma4")), plan=plan_without(4, [1]), verbose=False, n_ctx=128, **EXACT)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
