@@ -25,8 +25,12 @@ def eval_parallel(
     bias: npt.ArrayLike | None = None,
     down: npt.ArrayLike | None = None,
     up: npt.ArrayLike | None = None,
+    bulk: slice | None = None,
 ) -> Trace:
-    """Evaluate tokens in a fresh context, in float64; skip and what stands in as for ``ReferenceRun.eval``."""
+    """Evaluate tokens in a fresh context, in float64; skip and what stands in as for ``ReferenceRun.eval``.
+
+    With ``bulk`` only those tokens skip, and their K and V are read by the others.
+    """
     reader = GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
     weights = {t.name: np.asarray(t.data, np.float64) for t in reader.tensors}
@@ -71,6 +75,8 @@ def eval_parallel(
     sums = np.zeros((3, n_layer, 2, len(tokens)))
     streams = np.zeros((2, n_layer, 2, len(tokens), weights["token_embd.weight"].shape[1]))
     x = weights["token_embd.weight"][np.asarray(tokens)]
+    skips = np.zeros((len(tokens), 1), bool)
+    skips[slice(None) if bulk is None else bulk] = True
     for layer in range(n_layer):
         stream = x
         for kind, branch in enumerate((attention, ffn)):
@@ -78,7 +84,7 @@ def eval_parallel(
             stands_in = factor[layer, kind] * u + vector[layer, kind]
             if down is not None and up is not None:
                 stands_in = stands_in + u @ np.asarray(down)[layer, kind].T @ np.asarray(up)[layer, kind].T
-            stream = stands_in if skipped[layer, kind] else u + branch(x, layer)
+            stream = np.where(skips & skipped[layer, kind], stands_in, u + branch(x, layer))
             streams[:, layer, kind] = u, stream
             sums[:, layer, kind] = [(a * b).sum(axis=-1) for a, b in ((u, stream), (u, u), (stream, stream))]
         x = stream

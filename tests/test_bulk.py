@@ -1,85 +1,298 @@
-"""The bulk of a prompt: skipped, with K and V kept. Against the NumPy reference."""
+"""The bulk of a prompt: skipped, with K and V kept; head, tail and answer whole. Against NumPy, and node by node.
+
+Tolerances are those of test_sequences.py: float32 against float64, and with Gemma's GELU a table in F16.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
-from reference import ReferenceModel, ReferenceRun, relative_error
-from tiny_families import N_EMBD
+from reference import ReferenceModel, relative_error
+from reference_parallel import eval_parallel
+from sequence_oracle import Cells, History
+from tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan
+from adaskip_cpp.errors import ElidedKVError, NotSkippableError
+from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
+Tiny = Callable[..., Path]
+Tokens = Callable[..., list[int]]
+Open = Callable[..., Any]
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_each_sublayer_skipped_in_the_bulk_is_the_reference(
-    family: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
+NOTHING = SkipSet.none(N_LAYER)
+RANK = 2
+TOLERANCE = {"llama": 1e-5, "llama-tied": 1e-5, "llama-bias": 1e-5, "gemma3": 1e-3, "gptneox-parallel": 2e-3}
+REFERENCED = ["llama", "llama-tied", "llama-bias", "gemma3"]
+SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in (0, 1)]
+
+
+def chosen(*sublayers: tuple[int, int], seed: int = 0, scale: Any = None, bias: bool = True) -> SkipSet:
+    """A set of these sublayers, each with a scale, a linear map and a vector."""
+    rng, skip = np.random.default_rng(seed), np.zeros((N_LAYER, 2), bool)
+    for layer, kind in sublayers:
+        skip[layer, kind] = True
+    values = rng.uniform(0.7, 1.3, skip.shape) if scale is None else np.full(skip.shape, scale)
+    vector, down, up = (
+        rng.normal(0, size, (*skip.shape, *shape)).astype(np.float32)
+        for size, shape in ((0.3, (N_EMBD,)), (0.1, (RANK, N_EMBD)), (0.5, (N_EMBD, RANK)))
+    )
+    return SkipSet(skip, values, vector if bias else None, down, up)
+
+
+def drawn(seed: int, attention: tuple[int, ...] = ()) -> SkipSet:
+    """Each sublayer with probability a half, these attentions always."""
+    skip = np.random.default_rng(seed).random((N_LAYER, 2)) < 0.5
+    skip[list(attention), 0] = True
+    return chosen(*map(tuple, np.argwhere(skip).tolist()), seed=seed)
+
+
+def plan(bulk: SkipSet, prefill: SkipSet = NOTHING, decode: SkipSet | None = None, **more: Any) -> SkipPlan:
+    return SkipPlan(prefill, prefill if decode is None else decode, bulk=bulk, **{"head": 4, "tail": 8, **more})
+
+
+def history(path: Path, of: SkipPlan) -> History:
+    result = History(Cells(ReferenceModel(path)), n_ubatch=512)
+    result.set_plan(of)
+    return result
+
+
+def error(llm: Any, expected: History, start: int = 0) -> float:
+    """Of the logits of all cached tokens from one on."""
+    rows = [expected.trace(index).logits[0] for index in range(start, llm.n_tokens)]
+    return relative_error(llm.scores[start : llm.n_tokens], np.stack(rows))
+
+
+def phases(llm: Any, call: Callable[[], Any]) -> dict[str, list[int]]:
+    """The positions that a call evaluates, by phase."""
+    seen: dict[str, list[int]] = {}
+    with llm.collect_statistics(
+        lambda batch: seen.setdefault(batch.phase, []).extend(batch.positions.tolist()), keep_logits=True
+    ):
+        call()
+    return seen
+
+
+# -- what is computed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)
+@pytest.mark.parametrize("name", REFERENCED)
+def test_each_sublayer_can_be_skipped_in_the_bulk(
+    name: str, layer: int, kind: int, tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
-    path = tiny(family)
-    model = ReferenceModel(path)
-    rng = np.random.default_rng(0)
-    llm = open_model(path, n_batch=16, logits_all=False)
-    none = SkipSet.none(model.n_layer)
-    for index in range(2 * model.n_layer):
-        skip = np.zeros((model.n_layer, 2), bool)
-        skip.flat[index] = True
-        shape = skip.shape
-        bulk = SkipSet(
-            skip,
-            rng.uniform(0.7, 1.3, shape),
-            None,
-            rng.normal(0, 0.1, (*shape, 2, N_EMBD)).astype(np.float32),
-            rng.normal(0, 0.5, (*shape, N_EMBD, 2)).astype(np.float32),
-        )
-        llm.set_plan(SkipPlan(none, none, bulk=bulk, head=4, tail=8))
-        llm.reset()
-        llm.eval(tokens(50))
-        run = ReferenceRun(model)
-        run.eval(tokens(50)[:4])
-        run.eval(tokens(50)[4:42], bulk.skip, bulk.scale, None, bulk.down, bulk.up, keeps_kv=True)
-        trace = run.eval(tokens(50)[42:])
+    of = plan(chosen((layer, kind)))
+    llm, expected = open_model(tiny(name), n_batch=16), history(tiny(name), of)
+    llm.set_plan(of)
+    for each in (llm, expected):
+        each.eval(tokens(50))
+    for token in (7, 8, 9):
+        llm.eval_decode([token])
+        expected.decode([token])
+    assert error(llm, expected) < TOLERANCE[name]
+    whole = ReferenceModel(tiny(name))
+    without = Cells(whole).trace([replace(cell, skip_set=NOTHING) for cell in expected.cells], -1).logits
+    # Nobody reads what the last layer makes of the bulk; and Gemma's last layer looks back at 8 tokens alone.
+    matters = relative_error(llm.scores[llm.n_tokens - 1][None], without) > 20 * TOLERANCE[name]
+    assert matters == (layer < (1 if name == "gemma3" else 2))
 
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),))
-        assert relative_error(logits, trace.logits[-1]) < 1e-4
+
+@pytest.mark.parametrize("options", [{}, {"n_batch": 7}, {"n_ubatch": 3}, {"swa_full": False}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_sets_in_all_phases_and_any_cut_give_the_reference(
+    seed: int, name: str, options: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    prefill = drawn(seed) if seed else NOTHING
+    of = plan(drawn(10 + seed, prefill.attention), prefill, drawn(20 + seed, prefill.attention), head=seed, tail=5)
+    llm, expected = open_model(tiny(name), **options), history(tiny(name), of)
+    llm.set_plan(of)
+    for start, end in ((0, 1), (1, 17), (17, 22), (22, 60)):  # each has a tail, the second and the last a bulk
+        for each in (llm, expected):
+            each.eval(tokens(60)[start:end])
+    for token in (7, 8, 9):
+        llm.eval_decode([token])
+        expected.decode([token])
+    assert {cell.in_bulk for cell in expected.cells[:16]} == {cell.in_bulk for cell in expected.cells} == {True, False}
+    assert error(llm, expected) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)
+def test_parallel_blocks_are_taken_as_a_chain(
+    layer: int, kind: int, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    bulk = chosen((layer, kind))
+    llm = open_model(tiny("gptneox-parallel"))
+    llm.set_plan(plan(bulk))
+    llm.eval(tokens(50))
+    arguments = bulk.skip, bulk.scale, bulk.bias, bulk.down, bulk.up
+    expected = eval_parallel(tiny("gptneox-parallel"), tokens(50), *arguments, bulk=slice(4, 42)).logits
+    assert relative_error(llm.scores[:50], expected) < TOLERANCE["gptneox-parallel"]
+
+
+def test_an_online_stage_and_a_schedule_go_with_a_bulk(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    small, large = chosen((1, 1)), chosen((1, 1), (2, 0))
+    for more in ({"online": OnlineStage(2, -1.0, "paper")}, {"schedule": ((0, small), (2, large))}):
+        of = plan(chosen((2, 0), (2, 1)), decode=small, **more)
+        llm, expected = open_model(tiny()), history(tiny(), of)
+        llm.set_plan(of)
+        for each in (llm, expected):
+            each.eval(tokens(50))
+        for token in range(7, 12):
+            llm.eval_decode([token])
+            expected.decode([token])
+        assert error(llm, expected) < TOLERANCE["llama"]
+
+
+def test_a_map_whose_half_is_zero_is_no_map(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    full, nodes = chosen((1, 0), (1, 1), bias=False), []
+    up = full.up.copy()
+    up[1, 1] = 0
+    none = SkipSet(full.skip, full.scale, None, np.zeros_like(full.down), np.zeros_like(full.up))
+    llm = open_model(tiny(), logits_all=False)
+    for each in (full, SkipSet(full.skip, full.scale, None, full.down, up), none, SkipSet(full.skip, full.scale)):
+        of = plan(each)
+        llm.set_plan(of)
+        llm.eval_bulk(tokens(20))
+        nodes.append(llm.counters.nodes)
+    assert nodes[0] == nodes[1] + 3 == nodes[2] + 6  # two products and a sum each
+    assert nodes[2] == nodes[3]
+
+
+def test_a_bulk_has_fewer_nodes_and_more_than_where_k_and_v_are_not_kept(
+    tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    """Of attentions but the last layer's, of which K and V are all that is left anyway."""
+    llm = open_model(tiny(), logits_all=False)
+    for attention in ([0], [0, 1]):
+        skipped = SkipPlan.manual(N_LAYER, attention).prefill
+        nodes = []
+        for of in (None, plan(skipped), SkipPlan(skipped, skipped)):
+            llm.set_plan(of)
+            llm.reset()
+            llm.eval_bulk(tokens(20))
+            nodes.append(llm.counters.nodes)
+        whole, kept, dropped = nodes
+        assert whole > kept > dropped
+
+
+# -- which tokens are in the bulk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "head", "tail", "bulk"),
+    [
+        (50, 4, 16, range(4, 34)),
+        (50, 0, 16, range(34)),
+        (50, 0, 1, range(49)),
+        (21, 4, 16, range(4, 5)),
+        (20, 4, 16, ()),
+        (9, 4, 16, ()),
+        (3, 4, 1, ()),
+        (50, 60, 1, ()),
+    ],
+)
+def test_the_bulk_is_what_is_neither_head_nor_tail(
+    n_tokens: int, head: int, tail: int, bulk: Any, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    llm = open_model(tiny(), n_batch=16)
+    llm.set_plan(plan(chosen((1, 1)), head=head, tail=tail))
+    seen = phases(llm, lambda: llm.eval(tokens(n_tokens)))
+    assert seen.pop("bulk", []) == list(bulk)
+    assert seen == {"prefill": [i for i in range(n_tokens) if i not in bulk]}
+
+
+def test_the_head_is_that_of_the_sequence_and_each_call_has_a_tail(
+    tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    llm = open_model(tiny())
+    llm.set_plan(plan(chosen((1, 1))))
+    assert phases(llm, lambda: llm.eval(tokens(3))) == {"prefill": [0, 1, 2]}
+    assert phases(llm, lambda: llm.eval(tokens(20)))["bulk"] == list(range(4, 15))
+    assert phases(llm, lambda: llm.eval(tokens(8))) == {"prefill": list(range(23, 31))}
+    assert phases(llm, lambda: llm.eval(tokens(10))) == {"bulk": [31, 32], "prefill": list(range(33, 41))}
+
+
+def test_a_prompt_has_a_bulk_and_its_answer_none(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    llm = open_model(tiny())
+    llm.set_plan(plan(chosen((1, 1))))
+    seen = phases(llm, lambda: llm.create_completion(tokens(50), max_tokens=5, temperature=0.0))
+    assert seen["bulk"] == list(range(4, 42))
+    assert seen["prefill"] == [*range(4), *range(42, 50)]
+    assert seen["decode"] == list(range(50, 50 + len(seen["decode"])))
+
+
+def test_all_logits_leave_the_same_kv(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    """Position decides, not who asks for logits."""
+    states = []
+    for logits_all in (True, False):
+        llm = open_model(tiny(), n_batch=16, logits_all=logits_all)
+        llm.set_plan(plan(chosen((0, 0), (1, 1), (2, 0))))
+        llm.eval(tokens(50))
+        states.append(bytes(llm.save_state().llama_state))
+    assert states[0] == states[1]
 
 
 @pytest.mark.parametrize("logits_all", [False, True])
-def test_a_bulk_can_be_evaluated_in_pieces(
-    logits_all: bool, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
-) -> None:
-    """All of each piece is bulk, and no logits are computed for it; what follows is the reference's."""
-    model = ReferenceModel(tiny())
-    llm = open_model(tiny(), n_batch=16, logits_all=logits_all)
-    prompt, none = tokens(50), SkipSet.none(model.n_layer)
-    bulk = SkipPlan.manual(model.n_layer, [0, 2], [1], scale=0.9).prefill
-    llm.set_plan(SkipPlan(none, none, bulk=bulk, head=4, tail=8))
-    run = ReferenceRun(model)
+def test_a_bulk_can_be_evaluated_in_pieces(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    """All of each piece is bulk, and no logits are computed for it."""
+    of = plan(chosen((0, 0), (1, 1), (2, 0)))
+    llm, expected = open_model(tiny(), n_batch=16, logits_all=logits_all), history(tiny(), of)
+    llm.set_plan(of)
     llm.scores[:] = 0
     for start, end in ((0, 20), (20, 21), (21, 45)):
-        llm.eval_bulk(prompt[start:end])
-        run.eval(prompt[start:end], bulk.skip, bulk.scale, keeps_kv=True)
+        for each in (llm, expected):
+            each.eval_bulk(tokens(50)[start:end])
         assert llm.n_tokens == end and llm.counters.nodes < llm.counters.nodes_full
     assert not np.any(llm.scores)
-    llm.eval(prompt[45:])
-    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),))
-    assert relative_error(logits, run.eval(prompt[45:]).logits[-1]) < 1e-4
+    for each in (llm, expected):
+        each.eval(tokens(50)[45:])
+    row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    logits = np.ctypeslib.as_array(row, shape=(llm.n_vocab(),))
+    assert relative_error(logits[None], expected.trace().logits) < TOLERANCE["llama"]
 
 
-@pytest.mark.parametrize("plan", [None, SkipPlan.manual(3, [1], [2], scale=0.9)])
+@pytest.mark.parametrize("of", [None, SkipPlan.manual(N_LAYER, [1], [2], scale=0.9)])
 def test_a_bulk_without_a_bulk_set_is_prefill(
-    plan: SkipPlan | None,
-    tiny: Callable[..., Path],
-    tokens: Callable[..., list[int]],
-    open_model: Callable[..., Any],
+    of: SkipPlan | None, tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
     llm, states = open_model(tiny(), n_batch=16, logits_all=False), []
+    llm.set_plan(of)
     for evaluate in (llm.eval, llm.eval_bulk):
-        llm.set_plan(plan)
         llm.reset()
         evaluate(tokens(32))
         llm.eval(tokens(40)[32:])
         states.append(bytes(llm.save_state().llama_state))
     assert states[0] == states[1]
+
+
+# -- what is refused, and what it takes ------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_skipped_is_refused_in_the_bulk_too(tiny: Tiny, open_model: Open) -> None:
+    for name in ("mamba", "jamba", "lfm2"):
+        llm = open_model(tiny(name))
+        for row in llm.sublayers:
+            skipped = SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]}).prefill
+            of = plan(skipped, SkipSet.none(llm.n_layer))
+            if row.in_bulk:
+                llm.set_plan(of)
+                continue
+            with pytest.raises(NotSkippableError, match=f"layer {row.layer}"):
+                llm.set_plan(of)
+
+
+def test_kv_is_kept_for_every_attention_that_a_bulk_skips(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    skipped = SkipPlan.manual(N_LAYER, [1, 2]).prefill
+    whole, elided = open_model(tiny()), open_model(tiny(), plan=SkipPlan(skipped, skipped))
+    llm = open_model(tiny(), plan=plan(skipped, skipped))
+    assert (llm.elided_kv, elided.elided_kv) == ((), (1, 2))
+    assert llm.kv_bytes == whole.kv_bytes > elided.kv_bytes
+    with pytest.raises(ElidedKVError, match="opened without KV"):
+        elided.set_plan(plan(skipped, skipped))
+    elided.eval(tokens(50))
