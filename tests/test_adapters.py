@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from reference import ReferenceModel, ReferenceRun, mean_similarity, norm_ratio, relative_error
+from sequence_oracle import Cells, History
 from stock import EXACT, Job, eval_logits, run_stock
 from test_statistics import collect
 from tiny_families import N_EMBD, N_LAYER
@@ -47,6 +48,15 @@ def plan() -> SkipPlan:
         rng.normal(0, 0.3, (*skip.shape, N_EMBD, 2)).astype(np.float32),
     )
     return SkipPlan(chosen, chosen)
+
+
+def bulk(model: ReferenceModel, tokens: list[int]) -> tuple[SkipPlan, np.ndarray]:
+    """The same sublayers skipped in the bulk alone, and the reference's logits of this prompt."""
+    none = SkipSet.none(N_LAYER)
+    of, history = SkipPlan(none, none, bulk=plan().prefill, head=2, tail=6), History(Cells(model), n_ubatch=512)
+    history.set_plan(of)
+    history.eval(tokens)
+    return of, np.concatenate([history.trace(index).logits for index in range(len(tokens))])
 
 
 def under(plan: SkipPlan, model: ReferenceModel, tokens: list[int]) -> np.ndarray:
@@ -91,6 +101,14 @@ def test_an_adapter_with_a_plan_equals_the_reference_with_merged_weights(
     llm = open_model(tiny(), lora_path=str(adapter), lora_scale=SCALE)
     llm.set_plan(plan())
     assert relative_error(eval_logits(llm, pieces(tokens(40))), under(plan(), merged, tokens(40))) < TOLERANCE
+
+
+def test_k_and_v_that_a_bulk_keeps_are_those_of_the_adapted_model(
+    tiny: Tiny, tokens: Tokens, adapter: Path, merged: ReferenceModel, open_model: Open
+) -> None:
+    of, expected = bulk(merged, tokens(40))
+    llm = open_model(tiny(), lora_path=str(adapter), lora_scale=SCALE, plan=of)
+    assert relative_error(eval_logits(llm, [tokens(40)]), expected) < TOLERANCE
 
 
 def test_every_sublayer_with_an_adapter_can_be_skipped_alone(
@@ -145,6 +163,15 @@ def test_a_control_vector_with_and_without_a_plan_equals_the_reference(
     assert relative_error(eval_logits(llm, pieces(tokens(40))), expected) < TOLERANCE
     llm.set_plan(plan())
     assert relative_error(eval_logits(llm, pieces(tokens(40))), under(plan(), steered, tokens(40))) < TOLERANCE
+
+
+def test_a_control_vector_goes_with_a_bulk(
+    tiny: Tiny, tokens: Tokens, steered: ReferenceModel, open_model: Open
+) -> None:
+    of, expected = bulk(steered, tokens(40))
+    llm = open_model(tiny(), plan=of)
+    steer(llm, steered)
+    assert relative_error(eval_logits(llm, [tokens(40)]), expected) < TOLERANCE
 
 
 def test_every_sublayer_before_a_control_vector_can_be_skipped_alone(

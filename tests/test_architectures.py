@@ -92,20 +92,26 @@ def test_each_sublayer_skipped_equals_stock_on_the_zeroed_model(
     assert not wrong
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+FLASH = {"flash_attn": True}
+Q8_0 = {"type_k": 8, "type_v": 8, **FLASH}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, {}) for name in FAMILIES), ("llama", FLASH), ("gemma3", FLASH), ("qwen3", Q8_0)]
+)
 def test_each_sublayer_skipped_in_the_bulk_leaves_the_memory_of_the_zeroed_model(
-    name: str, tiny: Tiny, tokens: Tokens, open_model: Open
+    name: str, changes: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
     # What the bulk leaves is seen by the tail, which runs whole: on the memory of the zeroed model, whose K and V
     # weights are the same, it must give the same logits. Both memories are loaded, which puts their cells in order.
     bulk, tail = tokens(40)[:30], tokens(40)[30:]
-    llm = open_model(tiny(name), **OPTIONS)
-    whole = open_model(tiny(name), **OPTIONS)
+    options = {**OPTIONS, **changes}
+    llm, whole = open_model(tiny(name), **options), open_model(tiny(name), **options)
     rows = [row for row in llm.sublayers if row.in_bulk]
     assert rows or name in ("mamba", "gemma3n")
     wrong = {}
     for row in rows:
-        zeroed = open_model(tiny(name, zero=[(row.layer, row.kind)]), **OPTIONS)
+        zeroed = open_model(tiny(name, zero=[(row.layer, row.kind)]), **options)
         zeroed.eval(bulk)
         Llama.load_state(whole, Llama.save_state(zeroed))
         whole.eval(tail)

@@ -284,7 +284,8 @@ def test_states_of_the_whole_model_are_stocks_and_others_stock_refuses(
     tiny: Tiny, open_model: Open, tokens: Tokens, tmp_path: Path
 ) -> None:
     names = []
-    for name, plan in (("whole", None), ("skipped", same(FFN))):
+    bulk = SkipPlan(NOTHING, NOTHING, bulk=FFN, tail=1)
+    for name, plan in (("whole", None), ("skipped", same(FFN)), ("bulk", bulk)):
         llm = open_model(tiny())
         llm.set_plan(plan)
         llm.eval(tokens(9))
@@ -293,7 +294,11 @@ def test_states_of_the_whole_model_are_stocks_and_others_stock_refuses(
     environment = {"PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-c", STOCK, str(tiny()), repr(EXACT), repr(tokens(9)), *map(str, names)]
     stock = subprocess.run(command, env=environment, capture_output=True, check=True)
-    assert [line for line in stock.stderr.decode().split("\n") if line in ("reads", "refuses")] == ["reads", "refuses"]
+    assert [line for line in stock.stderr.decode().split("\n") if line in ("reads", "refuses")] == [
+        "reads",
+        "refuses",
+        "refuses",
+    ]
     assert stock.stdout == names[0].read_bytes()
 
 
