@@ -58,9 +58,13 @@ def _print(facts: dict[str, Any], sublayers: tuple[Sublayer, ...]) -> None:
         layers = list(group)
         table.add_row(str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", *alike)
     out.print(table)
-    out.print(f"{facts['n_skippable']} of {2 * facts['n_layer']} sublayers can be skipped.")
+    n_in_bulk = sum(row.in_bulk and not row.skippable for row in sublayers)
+    in_bulk = f", {n_in_bulk} more in the bulk of a prompt" if n_in_bulk else ""
+    out.print(f"{facts['n_skippable']} of {2 * facts['n_layer']} sublayers can be skipped{in_bulk}.")
 
 
 def _cell(row: Sublayer) -> str:
     window = f", window of {row.window:,}" if row.window else ""
-    return f"[green]yes[/]{window}" if row.skippable else f"[yellow]no[/]: {row.reason}"
+    if row.skippable:
+        return f"[green]yes[/]{window}"
+    return f"[yellow]in the bulk alone[/]{window}: {row.reason}" if row.in_bulk else f"[yellow]no[/]: {row.reason}"
