@@ -63,9 +63,10 @@ class FakeLlama:
     @property
     def sublayers(self) -> list[Any]:
         return [
-            SimpleNamespace(layer=layer, kind=name, skippable=(layer, kind) not in self._unobserved)
+            SimpleNamespace(layer=layer, kind=name, skippable=may, in_bulk=may)
             for layer in range(self.n_layer)
             for kind, name in enumerate(("attention", "ffn"))
+            for may in [(layer, kind) not in self._unobserved]
         ]
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:

@@ -45,11 +45,11 @@ def test_default_budgets_are_a_tenth_a_fifth_and_a_quarter_of_the_sublayers(n_la
 def test_by_default_all_strategies_but_that_by_hand_run_in_all_modes(profile: Profile) -> None:
     requests = every_request(N_LAYER)
     assert list(dict.fromkeys(request.strategy for request in requests)) == [
-        "adaskip", "early_exit", "skip_decode", "unified_skipping",
+        "adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping",
     ]  # fmt: skip
     every, notes = contenders(profile, requests)
     assert every[0] is FULL
-    assert len(every) == 1 + 4 * 3 * 3
+    assert len(every) == 1 + 4 * 4 * 3 + 3, "the suffix is Early Exit in all modes but prompt"
     assert notes == []
 
 

@@ -1,19 +1,28 @@
 """adaskip_cpp.planning.strategies: which sublayers each chooses, against a second formulation of each definition."""
 
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil
 from typing import Any
 
 import numpy as np
 import pytest
+from test_cost import cost_model
 from test_profile import NAN, profile
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError, SublayerRangeError
-from adaskip_cpp.model.plan import MODES
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.planning.request import PlanRequest
-from adaskip_cpp.planning.strategies import STRATEGIES, adaskip, early_exit, manual, skip_decode, unified_skipping
+from adaskip_cpp.planning.strategies import (
+    STRATEGIES,
+    adaskip,
+    early_exit,
+    manual,
+    skip_decode,
+    suffix,
+    unified_skipping,
+)
 
 SIZES = [12, 18, 24, 30, 32]
 BUDGETS = [(n_layer, k) for n_layer in SIZES for k in range(n_layer + 1)]
@@ -27,7 +36,7 @@ def layers(skip_set: SkipSet) -> list[int]:
 
 
 def test_the_registry_has_the_papers_strategy_the_baselines_and_lists() -> None:
-    assert list(STRATEGIES) == ["adaskip", "early_exit", "skip_decode", "unified_skipping", "manual"]
+    assert list(STRATEGIES) == ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping", "manual"]
 
 
 # --- the sets ---------------------------------------------------------------------------------------------------------
@@ -109,7 +118,7 @@ def test_skip_decode_never_skips_layer_0() -> None:
 
 @pytest.mark.parametrize("strategy", [early_exit, unified_skipping])
 def test_baselines_leave_the_prompt_to_the_full_model_in_decode_mode(strategy: Any) -> None:
-    for mode in MODES:
+    for mode in ("prefill", "decode", "e2e"):
         plan = strategy(12, PlanRequest(6, mode=mode))
         assert plan.prefill == (SkipSet.none(12) if mode == "decode" else plan.decode)
         assert (plan.decode.n_skip, plan.mode, plan.online) == (6, mode, None)
@@ -159,6 +168,80 @@ def test_the_papers_strategy_needs_a_profile() -> None:
 def test_a_model_without_layers_is_refused(n_layer: int) -> None:
     with pytest.raises(PlanError, match="n_layer"):
         early_exit(n_layer, PlanRequest(0))
+
+
+# --- the prompt mode --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [adaskip, early_exit, suffix, skip_decode, unified_skipping])
+def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
+    known = profile(np.linspace(0.5, 0.99, 24).reshape(12, 2))
+    plan, prefill = strategy(known, PlanRequest(6, mode="prompt")), strategy(known, PlanRequest(6, mode="prefill"))
+    assert plan.bulk == prefill.prefill and plan.bulk.n_skip == 6
+    assert plan.prefill == plan.decode == SkipSet.none(12)
+    assert (plan.mode, plan.schedule, plan.online) == ("prompt", (), None)
+    assert (plan.head, plan.tail) == (4, 16)
+    other = strategy(known, PlanRequest(6, mode="prompt", head=0, tail=1))
+    assert (other.head, other.tail, other.bulk) == (0, 1, plan.bulk)
+
+
+def test_decode_skips_the_most_similar_with_the_ratios_of_decode() -> None:
+    known = profile(np.linspace(0.5, 0.99, 24).reshape(12, 2))
+    plan = known.plan(6, mode="prompt", decode=3, strategy="suffix", compensation="paper")
+    assert plan.bulk is not None and plan.bulk.attention == plan.bulk.ffn == (9, 10, 11)
+    assert (plan.decode.attention, plan.decode.ffn, plan.prefill.n_skip) == ((11,), (10, 11), 0)
+    assert (plan.bulk.scale[plan.bulk.skip] == 1.5).all() and (plan.decode.scale[plan.decode.skip] == 1.2).all()
+    assert plan.online is None, "of a baseline"
+    online = known.plan(6, mode="prompt", decode=3).online
+    assert online is not None and online.threshold == np.sort(known.similarity.ravel())[-3]
+    assert known.plan(6, mode="prompt", decode=3, online=False).online is None
+
+
+def test_the_suffix_is_compensated_where_that_is_asked_for() -> None:
+    known = profile(np.full((12, 2), 0.9))
+    assert known.plan(4, mode="prompt", strategy="suffix").compensation == "none"
+    assert known.plan(4, mode="prompt", strategy="suffix", compensation="paper").compensation == "paper"
+    assert known.plan(4, mode="prompt", strategy="early_exit", compensation="paper").compensation == "none"
+
+
+def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
+    known = replace(profile([[0.9, 0.5], [0.99, 0.6], [0.8, 0.7]]), bulk_only=(1,))
+    assert known.plan(1, mode="prompt").bulk.attention == (1,)  # type: ignore[union-attr]
+    assert known.plan(1, mode="prompt", decode=1).decode.attention == (0,)
+    assert known.plan(1).prefill.attention == (0,) and known.plan(5).prefill.n_skip == 5
+    with pytest.raises(BudgetError, match="0 to 5"):
+        known.plan(6)
+    with pytest.raises(NotSkippableError, match="attention of layer 1"):
+        known.plan(strategy="manual", attention=[1])
+
+
+def test_impossible_requests_of_the_prompt_mode_are_refused() -> None:
+    known = profile(np.full((12, 2), 0.9))
+    for values, words in (
+        ({"decode": -1}, "from 0 on"),
+        ({"decode": 1.5}, "from 0 on"),
+        ({"head": -1}, "from 0 on"),
+        ({"tail": 0}, "from 1 on"),
+        ({"decode": 25}, "0 to 24"),
+        ({"mode": "e2e", "decode": 1}, "leave it out"),
+        ({"speedup": 1.2, "phase": "decode"}, "leave phase out"),
+    ):
+        with pytest.raises((PlanError, BudgetError), match=words):
+            known.plan(**{"mode": "prompt", **values})
+    with pytest.raises(PlanError, match="give a profile"):
+        early_exit(12, PlanRequest(4, mode="prompt", decode=1))
+
+
+@pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])
+def test_a_speed_up_of_the_prompt_mode_is_that_to_the_first_token(strategy: str) -> None:
+    costs = cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12)
+    known = profile(np.linspace(0.5, 0.99, 24).reshape(12, 2), cost=costs)
+    plan = known.plan(mode="prompt", strategy=strategy, speedup=1.25, context=1000, tail=32)
+    assert plan.bulk is not None and plan.tail == 32
+    assert 1.25 <= costs.speedup(plan, 1000, "prefill") < 1.5
+    assert plan.prefill == plan.decode == SkipSet.none(12)
+    with pytest.raises(BudgetError, match=r"cannot make a prompt 50 times faster"):
+        known.plan(mode="prompt", strategy=strategy, speedup=50, context=1000)
 
 
 # --- lists of layers --------------------------------------------------------------------------------------------------

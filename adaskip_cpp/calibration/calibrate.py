@@ -79,7 +79,7 @@ def calibrate(
     prefill: list[PhaseStatistics] = []
     decode: list[PhaseStatistics] = []
     # One fit per pass over the requests, each of as many sublayers as its moments have memory for.
-    skippable = [(row.layer, KINDS.index(row.kind)) for row in llm.sublayers if row.skippable and rank]
+    skippable = [(row.layer, KINDS.index(row.kind)) for row in llm.sublayers if row.in_bulk and rank]
     n_fit = max(_MOMENTS_BYTES // moments_bytes(llm.n_embd()), 1)
     fits = [LinearFit(skippable[start : start + n_fit]) for start in range(0, len(skippable), n_fit)]
     n_decoded = min(len(token_lists), MAX_DECODED)
@@ -120,6 +120,7 @@ def calibrate(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         cost=cost_model,
         maps=_maps(llm, fitted),
+        bulk_only=tuple(row.layer for row in llm.sublayers if row.in_bulk and not row.skippable),
     )
 
 

@@ -78,8 +78,7 @@ _measured = partial(option, group="What is measured")
 @_chosen(
     "--compensation",
     type=click.Choice(list(COMPENSATIONS)),
-    default=DEFAULT_COMPENSATION,
-    help="What stands in for a skipped sublayer.",
+    help=f"What stands in for a skipped sublayer.  [default: {DEFAULT_COMPENSATION}, with --strategy suffix none]",
 )
 @_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to time behind each prompt.")
 @_measured("--no-stock", is_flag=True, help="Leave stock llama-cpp-python out.")

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..errors import AdaSkipError
 from ..model.cost_model import CostSettings
 from ..model.identity import check_model, plan_path, profile_path
-from ..model.plan import MODES, TIMED, SkipPlan
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, MODES, TIMED, SkipPlan
 from ..model.plan_file import load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.profile import Profile
@@ -165,8 +165,22 @@ _OPTIONS = {
     "mode": _choosing(
         "--mode",
         type=click.Choice(MODES),
-        help="prefill: the same sublayers in both phases. decode: none while the prompt is read. e2e: as prefill, and "
-        "each answer adds FFNs after its first 20 tokens.  [default: e2e]",
+        help="prompt: just while nobody reads, in the bulk of a prompt. prefill: the same sublayers in both phases. "
+        "decode: none while the prompt is read. e2e: as prefill, and each answer adds FFNs after its first 20 tokens.  "
+        "[default: e2e]",
+    ),
+    "decode": _choosing(
+        "--decode", type=click.IntRange(min=0), help="With --mode prompt: sublayers to skip in decode.  [default: 0]"
+    ),
+    "head": _choosing(
+        "--head",
+        type=click.IntRange(min=0),
+        help=f"Tokens that begin a prompt and are no bulk.  [default: {DEFAULT_HEAD}]",
+    ),
+    "tail": _choosing(
+        "--tail",
+        type=click.IntRange(min=1),
+        help=f"Tokens that end a prompt and are no bulk.  [default: {DEFAULT_TAIL}]",
     ),
     "strategy": _choosing(
         "--strategy", type=click.Choice(list(STRATEGIES)), help="How to choose sublayers.  [default: adaskip]"
@@ -178,7 +192,7 @@ _OPTIONS = {
         type=click.Choice(list(COMPENSATIONS)),
         help="What stands in for a skipped sublayer: its input (none), that times the paper's norm ratio or the median "
         "ratio, the latter plus a mean error vector (affine), or plus a linear map of low rank (linear).  "
-        f"[default: {DEFAULT_COMPENSATION}]",
+        f"[default: {DEFAULT_COMPENSATION}, with --strategy suffix none]",
     ),
     "online": _choosing("--no-online", "online", flag_value=False, default=None, help="Add no FFNs in decode."),
 }

@@ -47,6 +47,7 @@ def every_request(
         for compensation in ((compensations or [DEFAULT_COMPENSATION]) if strategy == _COMPENSATED else ["none"])
         for budget in budgets
         for mode in modes or MODES
+        if strategies or strategy != "suffix" or mode == "prompt"  # elsewhere it is Early Exit
     )
 
 
@@ -60,7 +61,7 @@ def contenders(
     """
     found, notes = [FULL], []
     for request in requests:
-        strategy, compensation = request.strategy, request.compensation
+        strategy, compensation = request.strategy, request.compensation or DEFAULT_COMPENSATION
         budget = f"{request.speedup:g}x" if request.speedup is not None else str(request.n_skip)
         name = "-".join([strategy, budget, request.mode, *([compensation] if strategy == _COMPENSATED else [])])
         try:
@@ -88,8 +89,8 @@ def contenders(
 
 def _twin(plan: SkipPlan, found: Iterable[Contender]) -> str | None:
     def skips(plan: SkipPlan) -> tuple[object, ...]:
-        return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online
+        return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online, plan.bulk, plan.head, plan.tail
 
-    nothing = plan.prefill.n_skip == plan.decode.n_skip == 0 and not plan.schedule and plan.online is None
+    nothing = not any(each.n_skip for each in plan.sets) and plan.online is None
     alike = (each.name for each in found if (nothing if each.plan is None else skips(each.plan) == skips(plan)))
     return next(alike, None)

@@ -9,15 +9,16 @@ from ..intervals import Interval
 from ..model.plan import MODES, Mode
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
-SPEEDS = {"prefill": "first_token", "decode": "per_token", "e2e": "request"}
+SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_token", "e2e": "request"}
 """By mode, the speed-up that quality is read against: of what the mode makes faster."""
 
 SPEED_NAMES = {"first_token": "first token", "per_token": "later tokens", "request": "whole request"}
-MODE_NAMES = {"prefill": "prefill", "decode": "decode", "e2e": "end-to-end"}
+MODE_NAMES = {"prompt": "prompt", "prefill": "prefill", "decode": "decode", "e2e": "end-to-end"}
 _STRATEGY_NAMES = {
     "full": "full model",
     "adaskip": "AdaSkip",
     "early_exit": "Early Exit",
+    "suffix": "suffix of layers",
     "skip_decode": "SkipDecode",
     "unified_skipping": "Unified Skipping",
     "tuned": "tuned plan",

@@ -19,6 +19,7 @@ from .arrays import from_plain, to_plain
 from .cost_model import CostModel
 from .identity import ModelInfo
 from .plan import TIMED
+from .skip_set import ranked
 from .statistics import VECTORS, LinearMaps, PhaseStatistics
 
 FORMAT_VERSION = 8
@@ -38,6 +39,7 @@ class ProfileData:
         package_version, created: of adaskip-cpp that calibrated it, and when, in UTC, ISO 8601.
         cost: what each sublayer costs on the machine that measured it, or None.
         maps: linear maps that stand in for sublayers, or None.
+        bulk_only: layers whose attention only the bulk of a prompt can skip, as other layers read its KV.
 
     Raises:
         ProfileFormatError: a part is not of this model's number of layers, or of another one's length of vectors.
@@ -53,8 +55,11 @@ class ProfileData:
     created: str = ""
     cost: CostModel | None = None
     maps: LinearMaps | None = None
+    bulk_only: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(0 <= layer < self.n_layer for layer in self.bulk_only):
+            raise ProfileFormatError("'bulk_only' has a layer that the model has not; calibrate again")
         parts = {
             "'similarity'": self.prefill,
             "'similarity' of decode": self.decode,
@@ -103,9 +108,22 @@ class ProfileData:
         return self.prefill.median_ratio
 
     @property
-    def skippable(self) -> npt.NDArray[np.bool_]:
-        """bool ``[n_layer, 2]``: the sublayers that were observed and so can be skipped."""
+    def in_bulk(self) -> npt.NDArray[np.bool_]:
+        """bool ``[n_layer, 2]``: the sublayers that were observed and so can be skipped in the bulk of a prompt."""
         return ~np.isnan(self.similarity)
+
+    @property
+    def skippable(self) -> npt.NDArray[np.bool_]:
+        """bool ``[n_layer, 2]``: those of them that can be skipped in every phase."""
+        may = self.in_bulk
+        may[list(self.bulk_only), 0] = False
+        return may
+
+    def most_similar(self, n: int, may: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return the first ``n`` sublayers of ``may`` by the paper's ranking, both bool ``[n_layer, 2]``."""
+        chosen = np.zeros(may.shape, np.bool_)
+        chosen.flat[ranked(np.where(may, -self.similarity, np.nan))[:n]] = True
+        return chosen
 
 
 _Profile = TypeVar("_Profile", bound=ProfileData)

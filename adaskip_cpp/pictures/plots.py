@@ -62,6 +62,7 @@ STRATEGY = {
     "paper": _SKY,
     "manual": _GREEN,
     "early_exit": _VERMILION,
+    "suffix": replace(_VERMILION, marker="X", style=_LONG),
     "skip_decode": _PURPLE,
     "unified_skipping": _ORANGE,
 }

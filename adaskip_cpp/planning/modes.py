@@ -1,31 +1,37 @@
-"""The paper's three modes: from the sublayers that a strategy chose to what each phase skips.
+"""The modes: from the sublayers that a strategy chose to what each phase skips.
 
-========  ===================  ==============================  ============
-mode      prefill              decode                          online stage
-========  ===================  ==============================  ============
-prefill   fixed skip set       fixed skip set                  no
-decode    the full model       fixed skip set                  in decode
-e2e       fixed skip set       fixed skip set                  in decode
-========  ===================  ==============================  ============
+========  ==============  ===============  ===================  ============
+mode      bulk            prefill          decode               online stage
+========  ==============  ===============  ===================  ============
+prompt    the set chosen  the full model   ``decode`` of them,  where decode
+                                           by similarity        skips any
+prefill   as prefill      the set chosen   the set chosen       no
+decode    as prefill      the full model   the set chosen       in decode
+e2e       as prefill      the set chosen   the set chosen       in decode
+========  ==============  ===============  ===================  ============
 
-The paper learns the fixed skip set offline, from prefill alone, and holds it in both phases; its online threshold is
-the n-th largest mean similarity of that stage. So do all modes here, with the prefill statistics of a profile. (The
-authors' released code resets that threshold to 1.0 at every request, which leaves its online stage without effect; the
-text is followed here.) The paper does not say which phase the compensation of a set used in decode only is measured
-in: here it is the phase in which the set is first used, so that it comes from decode in mode ``decode``, and from
-prefill in the other two. Linear maps are fitted on prefill alone, where there are tokens enough.
+In mode ``prompt`` only those tokens of a prompt skip whose outputs nobody reads, and their skipped attentions keep K
+and V, so that decode may run what it wants: the full model, or all but some sublayers by the paper's ranking.
+
+The other three are the paper's, which learns the fixed skip set offline, from prefill alone, and holds it in both
+phases; its online threshold is the n-th largest mean similarity of that stage. So do all modes here, with the prefill
+statistics of a profile. (The authors' released code resets that threshold to 1.0 at every request, which leaves its
+online stage without effect; the text is followed here.) The paper does not say which phase the compensation of a set
+used in decode only is measured in: here it is the phase in which the set is first used, so that it comes from decode in
+the modes ``prompt`` and ``decode``, and from prefill in the other two. Linear maps are fitted on prefill alone, where
+there are tokens enough.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import NotSkippableError
+from ..errors import BudgetError, NotSkippableError, PlanError
 from ..model.plan import OnlineStage, SkipPlan
 from ..model.profile import ProfileData
 from ..model.skip_set import SkipSet, sublayer_name
-from .compensation import get_compensation
+from .compensation import DEFAULT_COMPENSATION, get_compensation
 from .request import PlanRequest
 
 
@@ -34,36 +40,44 @@ def compensated_plan(
     skip: npt.NDArray[np.bool_],
     request: PlanRequest,
     strategy: str,
-    later: Iterable[tuple[int, npt.NDArray[np.bool_]]] = (),
+    later: Sequence[tuple[int, npt.NDArray[np.bool_]]] = (),
 ) -> SkipPlan:
-    """Make the plan of a fixed skip set, bool ``[n_layer, 2]``, as a request's mode, compensation and stage say.
+    """Make the plan of a chosen skip set, bool ``[n_layer, 2]``, as a request's mode, compensation and stage say.
 
     In decode ``later`` sets follow it, each from so many decoded tokens on. Of a number of layers, without a profile,
     nothing is compensated.
     """
-    skips = ((0, skip), *later)
+    none, in_prompt = SkipSet.none(len(skip)), request.mode == "prompt"
+    of_decode = _of_decode(source, request) if in_prompt else skip
     profile, threshold, online = None if isinstance(source, int) else source, request.threshold, None
-    if profile is None:
-        compensation = get_compensation("none")
-        sets = tuple((start, SkipSet(each, np.ones(each.shape))) for start, each in skips)
-    else:
-        for _, each in skips:
-            _check_skippable(profile, each)
-        compensation = get_compensation(request.compensation)
+    compensation = get_compensation("none" if profile is None else request.compensation or DEFAULT_COMPENSATION)
+    if profile is not None:
+        _check(profile.in_bulk if in_prompt else profile.skippable, skip, *(each for _, each in later))
         if compensation.uses_maps and profile.maps is None:
             compensation = get_compensation("affine")
-        from_decode = request.mode == "decode" and not compensation.uses_maps
-        statistics = profile.decode if from_decode else profile.prefill
-        sets = tuple((start, compensation.skip_set(each, statistics, profile.maps)) for start, each in skips)
-        if threshold is None and skip.any():
-            threshold = float(np.sort(profile.similarity[profile.skippable])[-skip.sum()])
-        if request.online and request.mode != "prefill" and threshold is not None:
+        if threshold is None and of_decode.any():
+            threshold = float(np.sort(profile.similarity[profile.skippable])[-of_decode.sum()])
+        decodes = of_decode.any() if in_prompt else request.mode != "prefill"
+        if request.online and decodes and threshold is not None:
             online = OnlineStage(window=request.window, threshold=threshold, scale=compensation.online)
+
+    def skip_set(each: npt.NDArray[np.bool_], *, first_in_decode: bool) -> SkipSet:
+        if profile is None:
+            return SkipSet(each, np.ones(each.shape))
+        from_decode = first_in_decode and not compensation.uses_maps
+        return compensation.skip_set(each, profile.decode if from_decode else profile.prefill, profile.maps)
+
+    chosen = skip_set(skip, first_in_decode=request.mode == "decode")
+    in_decode = skip_set(of_decode, first_in_decode=True) if in_prompt else chosen
+    sets = ((0, chosen), *((start, skip_set(each, first_in_decode=request.mode == "decode")) for start, each in later))
     return SkipPlan(
-        SkipSet.none(len(skip)) if request.mode == "decode" else sets[0][1],
-        sets[0][1],
+        none if request.mode in ("prompt", "decode") else chosen,
+        in_decode,
         schedule=sets if len(sets) > 1 else (),
         online=online,
+        bulk=chosen if in_prompt else None,
+        head=request.head,
+        tail=request.tail,
         model=None if profile is None else profile.model,
         strategy=strategy,
         compensation=compensation.name,
@@ -71,9 +85,22 @@ def compensated_plan(
     )
 
 
-def _check_skippable(profile: ProfileData, skip: npt.NDArray[np.bool_]) -> None:
-    if not profile.skippable[skip].all():
-        names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(skip & ~profile.skippable))
-        raise NotSkippableError(
-            f"this model cannot skip {names}; choose another budget or strategy 'adaskip', which leaves them out"
-        )
+def _of_decode(source: ProfileData | int, request: PlanRequest) -> npt.NDArray[np.bool_]:
+    """Return what mode ``"prompt"`` skips in decode, bool ``[n_layer, 2]``: the first by the paper's ranking."""
+    if isinstance(source, int):
+        if request.decode:
+            raise PlanError("what decode skips is chosen by similarity; give a profile, from calibrate()")
+        return np.zeros((source, 2), np.bool_)
+    n_max = int(source.skippable.sum())
+    if request.decode > n_max:
+        raise BudgetError(f"decode cannot skip {request.decode} sublayers; use a number from 0 to {n_max}")
+    return source.most_similar(request.decode, source.skippable)
+
+
+def _check(may: npt.NDArray[np.bool_], *skips: npt.NDArray[np.bool_]) -> None:
+    for skip in skips:
+        if not may[skip].all():
+            names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(skip & ~may))
+            raise NotSkippableError(
+                f"this model cannot skip {names}; choose another budget or strategy 'adaskip', which leaves them out"
+            )

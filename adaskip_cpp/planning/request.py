@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from ..errors import BudgetError, PlanError
-from ..model.plan import MODES, TIMED, Mode, OnlineStage, Phase
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, MODES, TIMED, Mode, OnlineStage, Phase
 from ..model.skip_set import KIND_NAMES
 from .compensation import DEFAULT_COMPENSATION, get_compensation
 
@@ -27,15 +27,18 @@ class PlanRequest:
             full model, on the machine that calibrated.
         context: for ``speedup``: tokens of the prompt, or before the token that is decoded. It may be left to
             :meth:`at`.
-        phase: for ``speedup``: the phase to speed up. None: decode in mode ``"decode"``, else prefill.
+        phase: for ``speedup``: the phase to speed up. None: decode in mode ``"decode"``, else prefill: a prompt, up to
+            the first token of its answer.
         ranking: for ``speedup``: ``"efficiency"`` chooses by similarity lost per second saved, ``"similarity"`` by the
             paper's ranking. Strategies other than ``"adaskip"`` have their own order.
-        mode: one of :mod:`adaskip_cpp.planning.modes`.
+        mode: one of :mod:`adaskip_cpp.planning.modes`. All of the above is about the bulk in mode ``"prompt"``.
+        decode: for mode ``"prompt"``: number of sublayers to skip in decode, by the paper's ranking.
+        head, tail: for mode ``"prompt"``: as in :class:`adaskip_cpp.model.plan.SkipPlan`.
         strategy: how to choose, one of :mod:`adaskip_cpp.planning.strategies`.
-        compensation: what stands in for a skipped sublayer, one of :mod:`adaskip_cpp.planning.compensation`. The
-            baselines have none.
+        compensation: what stands in for a skipped sublayer, one of :mod:`adaskip_cpp.planning.compensation`. None: that
+            of the strategy, which is ``"none"`` for ``"suffix"``. The other baselines have none whatever it is.
         online: whether requests add FFNs in decode, see :class:`adaskip_cpp.model.plan.OnlineStage`. Strategy
-            ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only.
+            ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only, and where mode ``"prompt"`` skips in decode.
         window: decoded tokens that the online stage observes.
         threshold: smallest similarity of an FFN that it adds; None for the n-th largest of the profile, n being the
             number of sublayers skipped.
@@ -54,8 +57,11 @@ class PlanRequest:
     phase: Phase | None = None
     ranking: Ranking = "efficiency"
     mode: Mode = "e2e"
+    decode: int = 0
+    head: int = DEFAULT_HEAD
+    tail: int = DEFAULT_TAIL
     strategy: str = "adaskip"
-    compensation: str = DEFAULT_COMPENSATION
+    compensation: str | None = None
     online: bool = True
     window: int = 20
     threshold: float | None = None
@@ -67,7 +73,13 @@ class PlanRequest:
         object.__setattr__(self, "ffn", tuple(self.ffn))
         if self.mode not in MODES:
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
-        get_compensation(self.compensation)
+        for name, least in (("decode", 0), ("head", 0), ("tail", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, int | np.integer) and value >= least):
+                raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
+        if self.decode and self.mode != "prompt":
+            raise PlanError(f"decode is for mode 'prompt'; leave it out, as mode {self.mode!r} says what decode skips")
+        get_compensation(DEFAULT_COMPENSATION if self.compensation is None else self.compensation)
         OnlineStage(self.window, 1.0 if self.threshold is None else self.threshold)
         if (self.attention or self.ffn) and self.strategy != "manual":
             raise PlanError(f"strategy {self.strategy!r} chooses layers itself; use strategy='manual' to list them")
@@ -90,6 +102,8 @@ class PlanRequest:
             raise PlanError("strategy 'manual' skips what is listed, whatever the speed-up; leave speedup out")
         if self.mode == "decode" and self.phase == "prefill":
             raise PlanError("mode 'decode' runs the full model in prefill; use phase='decode' or another mode")
+        if self.mode == "prompt" and self.phase == "decode":
+            raise PlanError("mode 'prompt' makes prompts faster; leave phase out, or use mode='decode'")
 
     @classmethod
     def of(cls, request: "PlanRequest | int | None", **values: Any) -> "PlanRequest":
@@ -101,6 +115,9 @@ class PlanRequest:
 
     @property
     def faster_phase(self) -> Phase:
+        """The phase that a speed-up is about: in mode ``"prompt"`` the bulk, which stands for a prompt that has one."""
+        if self.mode == "prompt":
+            return "bulk"
         return self.phase or ("decode" if self.mode == "decode" else "prefill")
 
     @property

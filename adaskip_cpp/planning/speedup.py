@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
 from ..model.cost_model import CostModel
-from ..model.plan import Phase, SkipPlan
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, Phase, SkipPlan
 from ..model.profile import ProfileData
 from ..model.skip_set import ranked
 from .request import PlanRequest, Ranking
@@ -21,12 +21,17 @@ from .request import PlanRequest, Ranking
 
 @dataclass(frozen=True)
 class Goal:
-    """A phase that shall be predicted to take ``1 / speedup`` of the full model's time."""
+    """A phase that shall be predicted to take ``1 / speedup`` of the full model's time.
+
+    Phase ``"bulk"`` is a whole prompt with that head and tail.
+    """
 
     cost: CostModel
     speedup: float
     context: int
     phase: Phase
+    head: int = DEFAULT_HEAD
+    tail: int = DEFAULT_TAIL
 
     @classmethod
     def of(cls, profile: ProfileData | int, request: PlanRequest) -> "Goal":
@@ -34,10 +39,11 @@ class Goal:
             raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
         if request.context is None or request.speedup is None:
             raise PlanError("a speed-up depends on the length of the context; give context, in tokens")
-        return cls(profile.cost, request.speedup, int(request.context), request.faster_phase)
+        around = request.head, request.tail
+        return cls(profile.cost, request.speedup, int(request.context), request.faster_phase, *around)
 
     def seconds(self, skip: npt.NDArray[np.bool_] | None) -> float:
-        return self.cost.seconds(skip, self.context, self.phase)
+        return self.cost.seconds(skip, self.context, self.phase, head=self.head, tail=self.tail)
 
     @cached_property
     def most_seconds(self) -> float:
@@ -48,10 +54,10 @@ class Goal:
 
     def out_of_reach(self, most: npt.NDArray[np.bool_], strategy: str = "adaskip") -> BudgetError:
         """Return the error that says how far one can go, with ``most`` skipped."""
-        full, least = self.seconds(None), self.seconds(most)
+        full, least, what = self.seconds(None), self.seconds(most), {"bulk": "a prompt"}.get(self.phase, self.phase)
         reachable = math.floor(full / least * 100) / 100
         return BudgetError(
-            f"{strategy} cannot make {self.phase} {self.speedup:g} times faster at {self.context} tokens: with all "
+            f"{strategy} cannot make {what} {self.speedup:g} times faster at {self.context} tokens: with all "
             f"{most.sum()} sublayers skipped that it can skip, it is predicted to take {least:.4g} s instead of "
             f"{full:.4g} s, {reachable:.2f} times faster, and {self.speedup:g} times would take "
             f"{self.most_seconds:.4g} s; ask for a speed-up of at most {reachable:.2f}"

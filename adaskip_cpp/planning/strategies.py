@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import BudgetError, PlanError
 from ..model.plan import SkipPlan
 from ..model.profile import ProfileData
-from ..model.skip_set import marked, ranked
+from ..model.skip_set import marked
 from .modes import compensated_plan
 from .request import DEFAULT_N_SKIP, PlanRequest
 from .speedup import Goal, cheapest_set, smallest_budget
@@ -75,21 +75,34 @@ def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     """
     if isinstance(source, int):
         raise PlanError("strategy 'adaskip' ranks sublayers by their similarity; give it a profile, from calibrate()")
+    may = source.in_bulk if request.mode == "prompt" else source.skippable
     if request.speedup is not None:
-        skip = cheapest_set(source.similarity, Goal.of(source, request), request.ranking)
+        similarity = np.where(may, source.similarity, np.nan)
+        skip = cheapest_set(similarity, Goal.of(source, request), request.ranking)
     else:
-        n_max = int(source.skippable.sum())
+        n_max = int(may.sum())
         budget = _budget(request, n_max, f"{n_max} of this model's {2 * source.n_layer} sublayers can be skipped")
-        skip = np.zeros(source.similarity.shape, np.bool_)
-        skip.flat[ranked(-source.similarity)[:budget]] = True
+        skip = source.most_similar(budget, may)
     return compensated_plan(source, skip, request, "adaskip")
 
 
 @baseline
 def early_exit(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """Early Exit: the last k layers."""
-    k = _budget(request, 2 * n_layer, f"the model has {2 * n_layer} sublayers") // 2
-    return {0: range(n_layer - k, n_layer)}
+    return _last(n_layer, request)
+
+
+@strategy
+def suffix(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
+    """The last k layers, in the bulk of a prompt in mode ``prompt``: the rule of POP (arXiv 2602.03295).
+
+    It compensates nothing unless the request says how, which is then all that ``early_exit`` differs in.
+    """
+    if request.speedup is not None:
+        return smallest_budget(suffix, source, request)
+    (layers,) = _last(_n_layer(source), request).values()
+    request = replace(request, compensation=request.compensation or "none", online=False)
+    return compensated_plan(source, marked(_n_layer(source), layers, layers), request, "suffix")
 
 
 @baseline
@@ -97,12 +110,13 @@ def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """SkipDecode: layers 1 to m, where m grows by ``min(k, ceil(t / T * (k - 1)) + 1)`` to k.
 
     t is the number of tokens decoded so far in the request, T is :data:`LONGEST_GENERATION`. In mode ``prefill`` m is k
-    throughout, as in the paper's prefill experiments. In mode ``e2e`` a prompt is read at t = 0, with m = 1: were it
-    read with m = k, decode could not begin with fewer layers, as their attentions would have no KV of the prompt.
+    throughout, as in the paper's prefill experiments, and in the bulk of mode ``prompt``. In mode ``e2e`` a prompt is
+    read at t = 0, with m = 1: were it read with m = k, decode could not begin with fewer layers, as their attentions
+    would have no KV of the prompt.
     """
     limit = 2 * (n_layer - 1)
     k = _budget(request, limit, f"SkipDecode never skips layer 0, which leaves {limit} sublayers") // 2
-    if request.mode == "prefill" or k == 0:
+    if request.mode in ("prompt", "prefill") or k == 0:
         return {0: range(1, k + 1)}
     starts: dict[int, int] = {}
     for t in range(LONGEST_GENERATION + 1):
@@ -137,6 +151,11 @@ def manual(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
         )
     request = replace(request, online=request.online and request.threshold is not None)
     return compensated_plan(source, skip, request, "manual")
+
+
+def _last(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
+    k = _budget(request, 2 * n_layer, f"the model has {2 * n_layer} sublayers") // 2
+    return {0: range(n_layer - k, n_layer)}
 
 
 def _n_layer(source: ProfileData | int) -> int:

@@ -76,7 +76,7 @@ class Tuner:
 
         self._search, self._confirm = quality("search"), quality("confirm")
         self._report = quality("report") if held_out.report else self._confirm
-        self.order = rank(profile.similarity, self._saved)
+        self.order = rank(np.where(profile.skippable, profile.similarity, np.nan), self._saved)
 
     @property
     def n_tokens(self) -> int:
