@@ -217,8 +217,8 @@ def ridge(u: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
     return np.asarray(np.linalg.solve(u.T @ u + penalty, u.T @ (v - scale * u)).T)
 
 
-def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray, tolerance: float) -> None:
-    """The maps, of full rank, are ridge regressions of v - s u on u, [n_layer, 2, n_tokens, n_embd]."""
+def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray) -> None:
+    """The maps, of full rank, are ridge regressions of v - s u on u, [n_layer, 2, n_tokens, n_embd], but for BF16."""
     maps = profile.maps
     assert maps is not None and maps.rank == u.shape[3] and maps.fitted.all()
     for layer, kind in np.ndindex(u.shape[:2]):
@@ -226,13 +226,13 @@ def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray, tol
             u[layer, kind] @ ridge(u[layer, kind], v[layer, kind], map_scale(profile.median_ratio)[layer, kind]).T
         )
         actual = u[layer, kind] @ maps.down[layer, kind].T @ maps.up[layer, kind].T
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
 
 
 def test_maps_are_fitted_on_all_prompts_without_their_first_tokens(llm: Any) -> None:
     requests = [[5, 6, 7], list(range(8, 30)), [31], list(range(40, 60))]
     u, v = llm.streams([token for request in requests for token in request[1:]])
-    assert_ridge(calibrate(llm, requests), u, v, 1e-4)
+    assert_ridge(calibrate(llm, requests), u, v)
 
 
 def test_maps_of_a_model_equal_regressions_on_a_numpy_forward_pass(
@@ -243,7 +243,7 @@ def test_maps_of_a_model_equal_regressions_on_a_numpy_forward_pass(
     for prompt in prompts:
         traces.append(ReferenceRun(ReferenceModel(tiny())).eval(prompt))
     u, v = (np.concatenate([getattr(trace, name)[:, :, 1:] for trace in traces], axis=2) for name in "uv")
-    assert_ridge(profile, u, v, 1e-3)
+    assert_ridge(profile, u, v)
 
 
 def test_the_rank_is_at_most_the_length_of_the_stream(llm: Any) -> None:

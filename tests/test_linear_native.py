@@ -423,7 +423,7 @@ def test_maps_of_a_wrong_shape_are_refused_and_the_plan_in_force_stays(
 def test_a_plan_with_maps_of_another_length_is_refused_as_a_plan(tiny: Tiny, open_model: Open) -> None:
     # It can be made without a model, so this is the user's mistake and no bug to report.
     llm = open_model(tiny())
-    parts = np.zeros((N_LAYER, 2, 4, 32), np.float32), np.zeros((N_LAYER, 2, 32, 4), np.float32)
+    parts = np.ones((N_LAYER, 2, 4, 32), np.float32), np.ones((N_LAYER, 2, 32, 4), np.float32)
     with pytest.raises(PlanError, match="32 values"):
         llm.set_plan(same(SkipSet(only((1, 1)), np.ones((N_LAYER, 2)), None, *parts)))
     assert llm.plan is None

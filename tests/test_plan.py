@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -391,3 +393,28 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
     grown = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE))).to_dict()
     assert grown["bulk"] is None
     assert [(row["start"], len(row["attention"])) for row in grown["schedule"]] == [(0, 1), (7, 2)]
+
+
+def test_where_up_is_all_zeros_there_is_no_map() -> None:
+    skip = SkipPlan.manual(3, [1], [2]).prefill
+    down, up = np.ones((3, 2, 2, 4), np.float32), np.zeros((3, 2, 4, 2), np.float32)
+    none = dataclasses.replace(skip, down=down, up=up)
+    assert none == skip and not none.mapped.any()
+    up[2, 1, 3, 1] = 1.0
+    one = dataclasses.replace(skip, down=down, up=up)
+    assert np.argwhere(one.mapped).tolist() == [[2, 1]] and one.down is not None
+    assert one.down[2, 1].all() and not one.down[1, 0].any()
+    assert [*one.to_dict()["ffn"][0]] == ["layer", "scale", "bias_norm", "rank"]
+    assert "rank" not in one.to_dict()["attention"][0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much memory is in use")
+def test_maps_take_memory_for_what_is_skipped_alone() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    skip, before = SkipPlan.manual(32, [30, 31], [30, 31]).prefill, resident()
+    down, up = (np.broadcast_to(np.float32(0.5), (32, 2, *shape)) for shape in ((64, 4096), (4096, 64)))
+    chosen = dataclasses.replace(skip, down=down, up=up)
+    assert chosen.down is not None and chosen.down.nbytes == 64 << 20
+    assert resident() - before < 32 << 20, "8 MiB of 128"

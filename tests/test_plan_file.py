@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from stock import EXACT
 from tiny_families import N_EMBD
 
@@ -43,10 +45,12 @@ TUNING = Tuning(
 
 
 def skip_set(attention: tuple[int, ...] = (2,), ffn: tuple[int, ...] = (0, 1), **arrays: Any) -> SkipSet:
-    """A set whose scale, and vectors where asked for, are numbers of no pattern."""
+    """A set whose scale, and vectors where asked for, are numbers of no pattern; those of maps are BF16."""
     rng = np.random.default_rng(0)
     plan = SkipPlan.manual(3, attention, ffn, rng.uniform(0.5, 1.5, (3, 2)))
     drawn = {name: rng.normal(size=(3, 2, *shape)).astype(np.float32) for name, shape in arrays.items()}
+    for name in drawn.keys() & MAPS.keys():
+        drawn[name] = (drawn[name].view(np.uint32) & 0xFFFF0000).view(np.float32)
     return replace(plan.prefill, **drawn)
 
 
@@ -85,6 +89,17 @@ def open_auto() -> Any:
 # --- what is stored ---------------------------------------------------------------------------------------------------
 
 NONE = SkipSet.none(3)
+
+
+def one_map() -> SkipSet:
+    """Two layers skipped whole, and of the second the FFN has a map that stands in for both of its sublayers."""
+    chosen = skip_set((1, 2), (1, 2), **BIAS, **MAPS)
+    assert chosen.down is not None and chosen.up is not None
+    up = np.zeros_like(chosen.up)
+    up[2, 1] = chosen.up[2, 1]
+    return replace(chosen, up=up)
+
+
 GROWN = skip_set(attention=(1, 2), **MAPS)
 
 
@@ -98,8 +113,22 @@ GROWN = skip_set(attention=(1, 2), **MAPS)
         SkipPlan(skip_set(**BIAS, **MAPS), skip_set((0, 1, 2), (), **MAPS)),
         SkipPlan(NONE, skip_set(**BIAS), mode="decode", online=OnlineStage(7, 0.75, "median")),
         SkipPlan(NONE, skip_set(**MAPS), schedule=((0, skip_set(**MAPS)), (9, GROWN))),
+        SkipPlan(NONE, NONE, bulk=skip_set(**MAPS), head=0, tail=32, mode="prompt"),
+        SkipPlan(NONE, skip_set((1,)), bulk=GROWN, online=OnlineStage(7, 0.75, "median"), mode="prompt"),
+        SkipPlan(NONE, NONE, bulk=one_map(), mode="prompt"),
     ],
-    ids=["tuned", "nothing", "scales", "biases", "both", "decode and online", "schedule"],
+    ids=[
+        "tuned",
+        "nothing",
+        "scales",
+        "biases",
+        "both",
+        "decode and online",
+        "schedule",
+        "bulk",
+        "bulk and decode",
+        "one map for several",
+    ],
 )
 def test_every_plan_comes_back_as_it_was(plan: SkipPlan, tmp_path: Path) -> None:
     save_plan(tmp_path / "p.json", plan)
@@ -116,7 +145,13 @@ def test_what_was_promised_and_measured_comes_back_as_it_was(low: float, tmp_pat
 
 def test_only_the_skipped_sublayers_take_room(tmp_path: Path) -> None:
     save_plan(tmp_path / "p.json", make())
-    assert (tmp_path / "p.bin").stat().st_size == 3 * 2 * RANK * N_EMBD * 4  # of three sublayers, in both phases alike
+    assert (tmp_path / "p.bin").stat().st_size == 3 * 2 * RANK * N_EMBD * 2  # of three sublayers, in both phases alike
+
+
+def test_only_the_maps_that_there_are_take_room(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", SkipPlan(NONE, NONE, bulk=one_map()))
+    assert (tmp_path / "p.bin").stat().st_size == 4 * N_EMBD * 4 + 2 * RANK * N_EMBD * 2
+    assert json.loads((tmp_path / "p.json").read_text())["sets"][0]["mapped"] == [3]
 
 
 def test_the_vectors_lie_as_the_format_says(tmp_path: Path) -> None:
@@ -124,7 +159,10 @@ def test_the_vectors_lie_as_the_format_says(tmp_path: Path) -> None:
     save_plan(tmp_path / "p.json", SkipPlan(chosen, chosen))
     assert chosen.bias is not None and chosen.down is not None and chosen.up is not None
     parts = [array[where].ravel() for array in (chosen.bias, chosen.down, chosen.up) for where in ((2, 0), (0, 1))]
-    np.testing.assert_array_equal(np.fromfile(tmp_path / "p.bin", "<f4"), np.concatenate(parts))
+    content, n = (tmp_path / "p.bin").read_bytes(), 2 * N_EMBD * 4
+    np.testing.assert_array_equal(np.frombuffer(content[:n], "<f4"), np.concatenate(parts[:2]))
+    halves = np.frombuffer(content[n:], np.uint8)
+    np.testing.assert_array_equal(dequantize(halves, GGMLQuantizationType.BF16), np.concatenate(parts[2:]))
 
 
 def test_the_json_says_on_a_line_each_what_is_skipped(tmp_path: Path) -> None:
@@ -184,6 +222,10 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
         ("model.n_layer", 0),
         ("model.fingerprint", 7),
         ("mode", "both"),
+        ("bulk", 1),
+        ("bulk", LOST),
+        ("head", -1),
+        ("tail", 0),
         ("prefill", 1),
         ("decode", -1),
         ("schedule", [[0, 3]]),
@@ -209,7 +251,13 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
         ("sets.0.arrays.up", [N_EMBD, 1 << 19]),
         ("sets.0.arrays.up", [N_EMBD, 1 << 30]),
         ("sets.0.arrays.bias", [N_EMBD]),
-        ("sets", [{"attention": [], "ffn": [], "scale": [], "arrays": {"bias": [N_EMBD]}}]),
+        ("sets.0.mapped", LOST),
+        ("sets.0.mapped", []),
+        ("sets.0.mapped", [0, 1]),
+        ("sets.0.mapped", [0, 1, 3]),
+        ("sets.0.mapped", [0, 1, -1]),
+        ("sets.0.mapped", [0, 1, 1]),
+        ("sets", [{"attention": [], "ffn": [], "scale": [], "arrays": {"bias": [N_EMBD]}, "mapped": []}]),
         ("vectors", None),
         ("vectors.file", "../p.bin"),
         ("vectors.file", ""),

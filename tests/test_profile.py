@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cost import cost_model
@@ -412,10 +414,21 @@ def test_linear_maps_survive_the_files(example: Profile, tmp_path: Path, rank: i
         json.loads((tmp_path / "p.json").read_text())["vectors"]["rank"] == rank == before.to_dict()["vectors"]["rank"]
     )
     assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.json"]
-    numbers = np.fromfile(tmp_path / "p.bin", "<f4")[4 * 3 * 2 * 5 :]
     assert before.maps is not None
-    expected = np.concatenate([before.maps.down.ravel(), before.maps.up.ravel()])
-    np.testing.assert_array_equal(numbers, expected)
+    has_map = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
+    expected = [array[at].ravel() for array in (before.maps.down, before.maps.up) for at in has_map]
+    numbers = np.fromfile(tmp_path / "p.bin", np.uint8)[4 * 4 * 3 * 2 * 5 :]
+    np.testing.assert_array_equal(dequantize(numbers, GGMLQuantizationType.BF16), np.concatenate(expected))
+
+
+def test_linear_maps_are_rounded_to_the_nearest_bf16() -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.normal(size=(3, 2, 4, 5)) * 10.0 ** rng.integers(-30, 30, (3, 2, 4, 5))).astype(np.float32)
+    values.flat[:4] = np.float32([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 0])  # ties go to the even one
+    expected = dequantize(quantize(values, GGMLQuantizationType.BF16), GGMLQuantizationType.BF16)
+    found = LinearMaps(values, values.transpose(0, 1, 3, 2))
+    np.testing.assert_array_equal(found.down, expected)
+    np.testing.assert_array_equal(found.up, expected.transpose(0, 1, 3, 2))
 
 
 def test_a_profile_without_maps_has_rank_0(example: Profile, tmp_path: Path) -> None:
@@ -600,13 +613,13 @@ def test_vectors_of_another_length_are_refused(mapped: Profile, tmp_path: Path, 
     assert "p.bin'" in refused(tmp_path / "p.json")
 
 
-@pytest.mark.parametrize("at", [0, 4 * 3 * 2 * 5, -1], ids=["a mean", "a map's down", "a map's up"])
+@pytest.mark.parametrize("at", [0, 2 * 4 * 3 * 2 * 5, -2], ids=["a mean", "a map's down", "a map's up"])
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
 def test_vectors_with_impossible_values_are_refused(mapped: Profile, tmp_path: Path, at: int, value: float) -> None:
     mapped.save(tmp_path / "p.json")
-    numbers = np.fromfile(tmp_path / "p.bin", "<f4")
-    numbers[at] = value
-    rewrite(tmp_path / "p.json", numbers.tobytes())
+    halves = np.fromfile(tmp_path / "p.bin", "<u2")
+    halves[[at, at + 1]] = np.float32([value]).view("<u2")[1]  # of a float32 the upper half is the sign and exponent
+    rewrite(tmp_path / "p.json", halves.tobytes())
     assert "values that calibration cannot give" in refused(tmp_path / "p.json")
 
 
@@ -619,6 +632,16 @@ def test_a_rank_that_is_not_that_of_the_maps_is_refused(mapped: Profile, tmp_pat
     path.write_text(json.dumps(data))
     with pytest.raises(ProfileFormatError, match=r"p\.json.*(rank|p\.bin).*calibrate again"):
         Profile.load(path)
+
+
+@pytest.mark.parametrize("value", [[], [[0, 0]], [[0, 0]] * 5, [[0, 2]] * 5, [[3, 0], [0, 1], [1, 0], [2, 0], [2, 1]]])
+def test_maps_of_other_sublayers_than_there_are_are_refused(mapped: Profile, tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "p.json"
+    mapped.save(path)
+    data = json.loads(path.read_text())
+    data["vectors"]["mapped"] = value
+    path.write_text(json.dumps(data))
+    refused(path)
 
 
 # --- files from elsewhere ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What dataclasses of arrays share: checked and read-only copies, equality by content, plain JSON values and back."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -33,20 +34,22 @@ def _same(a: Any, b: Any) -> bool:
     return a is b if a is None or b is None else bool(a == b)
 
 
-def checked(instance: object, error: type[Exception], way_out: str, **shapes: tuple[Any, str]) -> dict[str, Any]:
-    """Return copies of a dataclass's arrays; those that are None stay so.
+def checked(
+    instance: object, error: type[Exception], way_out: str, shapes: Mapping[str, tuple[Any, str]], *, copy: bool = True
+) -> dict[str, Any]:
+    """Return a dataclass's arrays, copies of them unless ``copy`` is False; those that are None stay so.
 
     Args:
         instance: the dataclass.
         error: what is raised for another shape.
         way_out: the end of its message.
-        **shapes: by field its dtype and its shape, as ``"n_layer 2 n_embd"``: a name is one number, 1 or more,
+        shapes: by field its dtype and its shape, as ``"n_layer 2 n_embd"``: a name is one number, 1 or more,
             wherever it stands.
     """
     sizes, arrays = {"2": 2}, dict[str, Any]()
     for name, (dtype, words) in shapes.items():
         value, names = getattr(instance, name), words.split()
-        array = arrays[name] = None if value is None else np.array(value, dtype)
+        array = arrays[name] = None if value is None else (np.array if copy else np.asarray)(value, dtype)
         if array is None:
             continue
         expected = ", ".join(str(sizes.get(each, each)) for each in names)
@@ -61,6 +64,17 @@ def freeze(instance: object, **arrays: npt.NDArray[Any] | None) -> None:
         if array is not None:
             array.flags.writeable = False
         object.__setattr__(instance, name, array)
+
+
+def to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Return the bits of the nearest BF16, the even one of two: the upper half of a float32, with its whole range."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
+
+
+def from_bf16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def to_plain(value: Any) -> Any:

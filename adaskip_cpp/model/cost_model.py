@@ -80,7 +80,7 @@ class PhaseCost(LayerArrays):
 
     def __post_init__(self) -> None:
         shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
-        arrays = checked(self, ProfileFormatError, "this is no part of the cost model; calibrate again", **shapes)
+        arrays = checked(self, ProfileFormatError, "this is no part of the cost model; calibrate again", shapes)
         times = np.concatenate([[self.fixed, self.fixed_growth], *(each.ravel() for each in arrays.values())])
         if self.n_tokens < 1 or not np.isfinite(times).all() or (times < 0).any():
             raise ProfileFormatError("the cost model has a time that is no time; calibrate again")

@@ -1,8 +1,8 @@
 """Plan files: JSON for what people read, and the vectors of the skipped sublayers in one binary file beside it.
 
 ``X.json`` says what is skipped, for which model, and for a plan that `adaskip-cpp tune` found what was promised and
-measured. ``X.bin`` (see :mod:`adaskip_cpp.model.stored`) holds for each of the JSON's ``sets`` in turn, for each of its
-``arrays`` as listed, one part of that shape per attention and then per FFN, as listed.
+measured. ``X.bin`` (see :mod:`adaskip_cpp.model.stored`) holds the biases of the JSON's ``sets``, one vector per
+attention and then per FFN, as listed, and then of each set ``down`` and ``up`` of those that a map stands in for.
 """
 
 import math
@@ -21,11 +21,9 @@ from .plan import Mode, OnlineStage, SkipPlan
 from .promise import Tuning
 from .skip_set import SkipSet, marked
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FORMAT = "adaskip-plan"
-
-_MOST_MEMORY = 4 << 30
-"""More bytes than any plan's arrays take once they have a row for every sublayer."""
+_MAPS = ("down", "up")
 
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=9999)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
@@ -41,28 +39,49 @@ class PlanFile:
 
 @dataclass(frozen=True)
 class _Set:
-    """A skip set in the JSON; ``scale`` is of the attentions, then of the FFNs, ``arrays`` the shapes per sublayer."""
+    """A skip set in the JSON; ``scale`` is of the attentions, then of the FFNs, ``arrays`` the shapes per sublayer.
+
+    ``mapped`` says which of them, counted from 0 in that order, have a map.
+    """
 
     attention: tuple[int, ...]
     ffn: tuple[int, ...]
     scale: tuple[float, ...]
     arrays: dict[Literal["bias", "down", "up"], tuple[_Size, ...]]
+    mapped: tuple[int, ...]
 
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return [(len(self.attention) + len(self.ffn), *shape) for shape in self.arrays.values()]
+    @classmethod
+    def of(cls, skip_set: SkipSet) -> "tuple[_Set, dict[str, npt.NDArray[np.float32]]]":
+        """Return the set, and its arrays with a row per sublayer that has one."""
+        listed, mapped = skip_set.skip.T, skip_set.mapped.T
+        parts = {"bias": (skip_set.bias, listed), "down": (skip_set.down, mapped), "up": (skip_set.up, mapped)}
+        rows = {name: part.swapaxes(0, 1)[which] for name, (part, which) in parts.items() if part is not None}
+        shapes: Any = {name: array.shape[1:] for name, array in rows.items()}
+        scale, has_map = skip_set.scale.T[listed].tolist(), np.flatnonzero(mapped[listed]).tolist()
+        return cls(skip_set.attention, skip_set.ffn, tuple(scale), shapes, tuple(has_map)), rows
+
+    def shapes(self, *names: str) -> list[tuple[int, ...]]:
+        n = len(self.attention) + len(self.ffn)
+        n_rows = {"bias": n, "down": len(self.mapped), "up": len(self.mapped)}
+        return [(n_rows[name], *shape) for name, shape in sorted(self.arrays.items()) if name in names]
 
     def skip_set(self, n_layer: int, arrays: stored.Arrays) -> SkipSet:
+        """Return the set; its arrays come as those of :meth:`shapes`."""
         skip, scale = marked(n_layer, self.attention, self.ffn), np.ones((n_layer, 2))
         kinds, layers = np.nonzero(skip.T)
         if layers.tolist() != [*self.attention, *self.ffn] or len(self.scale) != len(layers):
             raise ValueError("it does not list each sublayer once, in ascending order, with a scale")
         if self.arrays and not layers.size:
             raise ValueError("a set has arrays of no sublayer")
+        has_maps = not self.arrays.keys().isdisjoint(_MAPS)
+        if has_maps != bool(self.mapped) or [*self.mapped] != sorted({*self.mapped} & {*range(len(layers))}):
+            raise ValueError("it does not say which sublayers have a map")
         scale[layers, kinds] = self.scale
-        parts = {name: np.zeros((n_layer, 2, *shape), np.float32) for name, shape in self.arrays.items()}
-        for part, values in zip(parts.values(), arrays, strict=True):
-            part[layers, kinds] = values
+        parts = {}
+        for (name, shape), values in zip(sorted(self.arrays.items()), arrays, strict=True):
+            rows = list(self.mapped) if name in _MAPS else slice(None)
+            parts[name] = np.zeros((n_layer, 2, *shape), np.float32)
+            parts[name][layers[rows], kinds[rows]] = values
         return SkipSet(skip, scale, **parts)
 
 
@@ -75,6 +94,9 @@ class _File:
     strategy: str
     compensation: str
     mode: Mode | Literal["manual"]
+    head: int
+    tail: int
+    bulk: int | None
     prefill: int
     decode: int
     schedule: tuple[tuple[int, int], ...]
@@ -90,20 +112,14 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | Non
     Raises:
         OSError: a file cannot be written; what was there before is still there.
     """
-    sets = list(dict.fromkeys((plan.prefill, *(each for _, each in plan.decode_sets))))
-    arrays: list[npt.NDArray[np.float32]] = []
-    entries = []
-    for each in sets:
-        parts = {name: getattr(each, name) for name in ("bias", "down", "up") if each.n_skip}
-        rows = {name: part.swapaxes(0, 1)[each.skip.T] for name, part in parts.items() if part is not None}
-        arrays += rows.values()
-        shapes: Any = {name: array.shape[1:] for name, array in rows.items()}
-        entries.append(_Set(each.attention, each.ffn, tuple(each.scale.T[each.skip.T].tolist()), shapes))
+    sets = list(dict.fromkeys(plan.sets))
+    entries, parts = zip(*map(_Set.of, sets), strict=True)
     data = {
         "format": _FORMAT,
         "version": FORMAT_VERSION,
         **vars(plan),
         "n_layer": plan.n_layer,
+        "bulk": None if plan.bulk is None else sets.index(plan.bulk),
         "prefill": sets.index(plan.prefill),
         "decode": sets.index(plan.decode),
         "schedule": [(start, sets.index(each)) for start, each in plan.schedule],
@@ -111,7 +127,8 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | Non
         "vectors": None,
         "tuning": tuning,
     }
-    stored.save(path, data, arrays)
+    arrays = [[part[name] for part in parts for name in names if name in part] for names in (("bias",), _MAPS)]
+    stored.save(path, data, *arrays)
 
 
 def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None) -> PlanFile:
@@ -153,20 +170,31 @@ def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
 
 
 def _plan(file: _File, path: str) -> SkipPlan:
-    shapes = [shape for each in file.sets for shape in each.shapes]
-    if 8 * file.n_layer * sum(math.prod(shape) for each in file.sets for shape in each.arrays.values()) > _MOST_MEMORY:
+    shapes, maps = ([shape for each in file.sets for shape in each.shapes(*names)] for names in (("bias",), _MAPS))
+    if (
+        8 * file.n_layer * sum(math.prod(shape) for each in file.sets for shape in each.arrays.values())
+        > stored.MOST_MEMORY
+    ):
         raise ValueError("it is of a larger model than any")
-    if shapes and file.vectors is None:
+    if (shapes or maps) and file.vectors is None:
         raise ValueError("it names no file of its vectors")
-    arrays = iter(() if file.vectors is None else file.vectors.read(path, shapes))
-    sets = [each.skip_set(file.n_layer, [next(arrays) for _ in each.arrays]) for each in file.sets]
-    if not all(0 <= index < len(sets) for index in (file.prefill, file.decode, *(index for _, index in file.schedule))):
+    found = [] if file.vectors is None else file.vectors.read(path, shapes, maps)
+    biases, halves = iter(found[: len(shapes)]), iter(found[len(shapes) :])
+    sets = [
+        each.skip_set(file.n_layer, [next(halves if name in _MAPS else biases) for name in sorted(each.arrays)])
+        for each in file.sets
+    ]
+    used = (file.prefill, file.decode, *(index for _, index in file.schedule), 0 if file.bulk is None else file.bulk)
+    if not all(0 <= index < len(sets) for index in used):
         raise ValueError(f"it refers to a set that is not among its {len(sets)}")
     return SkipPlan(
         sets[file.prefill],
         sets[file.decode],
         schedule=tuple((start, sets[index]) for start, index in file.schedule),
         online=file.online,
+        bulk=None if file.bulk is None else sets[file.bulk],
+        head=file.head,
+        tail=file.tail,
         model=file.model,
         strategy=file.strategy,
         compensation=file.compensation,

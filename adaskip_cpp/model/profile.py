@@ -1,13 +1,14 @@
 """What calibration learned about the sublayers of one model, and its file: JSON, and the vectors in one beside it.
 
 ``X.json`` is what people read, with null for NaN. ``X.bin`` (see :mod:`adaskip_cpp.model.stored`) holds ``mean_u`` and
-``mean_v`` of prefill, then of decode, each ``[n_layer, 2, n_embd]``, and where the JSON's ``rank`` is not 0 the linear
-maps, first ``down`` ``[n_layer, 2, rank, n_embd]``, then ``up`` ``[n_layer, 2, n_embd, rank]``.
+``mean_v`` of prefill, then of decode, each ``[n_layer, 2, n_embd]``, and the linear maps of the sublayers that the
+JSON's ``mapped`` lists by layer and kind, first ``down`` ``[n, rank, n_embd]``, then ``up`` ``[n, n_embd, rank]``.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -135,6 +136,7 @@ class _Vectors(stored.VectorsFile):
 
     n_embd: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+    mapped: tuple[tuple[int, Literal[0, 1]], ...]
 
 
 @dataclass(frozen=True)
@@ -147,14 +149,16 @@ def to_dict(profile: ProfileData) -> dict[str, Any]:
     for part, names in ((data, ("maps",)), *((data[phase], VECTORS) for phase in TIMED)):
         for name in names:
             del part[name]
-    n_embd, rank = profile.prefill.n_embd, 0 if profile.maps is None else profile.maps.rank
-    return {**data, "vectors": None if n_embd is None else {"n_embd": n_embd, "rank": rank}}
+    n_embd, maps = profile.prefill.n_embd, profile.maps
+    mapped = [] if maps is None else np.argwhere(maps.fitted).tolist()
+    rank = 0 if maps is None else maps.rank
+    return {**data, "vectors": None if n_embd is None else {"n_embd": n_embd, "rank": rank, "mapped": mapped}}
 
 
 def save(profile: ProfileData, path: str | os.PathLike[str]) -> None:
     arrays = [getattr(getattr(profile, phase), name) for phase in TIMED for name in VECTORS]
-    arrays += [getattr(profile.maps, name, None) for name in _MAPS]
-    stored.save(path, to_dict(profile), [array for array in arrays if array is not None])
+    maps = [] if profile.maps is None else [getattr(profile.maps, name)[profile.maps.fitted] for name in _MAPS]
+    stored.save(path, to_dict(profile), [array for array in arrays if array is not None], maps)
 
 
 def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
@@ -164,11 +168,20 @@ def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
         profile, vectors = from_plain(data, kind), from_plain(data, _Beside).vectors
         if vectors is None:
             return _with_arrays(profile, ())
-        n_layer, n_embd, rank = profile.n_layer, vectors.n_embd, vectors.rank
-        shapes: list[tuple[int, ...]] = [(n_layer, 2, n_embd) for _ in TIMED for _ in VECTORS]
-        if rank:
-            shapes += [(n_layer, 2, rank, n_embd), (n_layer, 2, n_embd, rank)]
-        return _with_arrays(profile, vectors.read(name, shapes))
+        n_layer, n_embd, rank, n = profile.n_layer, vectors.n_embd, vectors.rank, len(vectors.mapped)
+        if 16 * n_layer * n_embd * rank > stored.MOST_MEMORY:
+            raise ValueError("it is of a larger model than any")
+        shapes = [(n_layer, 2, n_embd) for _ in TIMED for _ in VECTORS]
+        *means, down, up = vectors.read(name, shapes, [(n, rank, n_embd), (n, n_embd, rank)])
+        if (
+            bool(rank) != bool(n)
+            or len({*vectors.mapped}) < n
+            or not all(0 <= at < n_layer for at, _ in vectors.mapped)
+        ):
+            raise ValueError("it does not say which sublayers have a map")
+        return _with_arrays(
+            profile, [*means, *(_everywhere(each, n_layer, vectors.mapped) for each in (down, up) if n)]
+        )
     except FileNotFoundError:
         raise ProfileMissingError(
             f"there is no profile {name!r}; write one with `adaskip-cpp calibrate MODEL -o {name}`"
@@ -179,6 +192,15 @@ def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
     except ValueError as error:  # among them all of msgspec's and our own
         words = str(error).removesuffix("; calibrate again")
         raise ProfileFormatError(f"{name!r} cannot be used: {words}; calibrate again") from error
+
+
+def _everywhere(
+    rows: npt.NDArray[np.float32], n_layer: int, which: Sequence[tuple[int, int]]
+) -> npt.NDArray[np.float32]:
+    """Return an array of all sublayers with these rows in it, NaN elsewhere."""
+    values = np.full((n_layer, 2, *rows.shape[1:]), np.nan, np.float32)
+    values[tuple(np.transpose(which))] = rows
+    return values
 
 
 def _with_arrays(profile: _Profile, arrays: stored.Arrays) -> _Profile:

@@ -40,7 +40,8 @@ class SkipSet(LayerArrays):
         skip: bool ``[n_layer, 2]``, columns attention and FFN.
         scale: float64 ``[n_layer, 2]``, the scale ``s`` where skipped, 1.0 elsewhere.
         bias: float32 ``[n_layer, 2, n_embd]``, the vector ``b`` where skipped, 0 elsewhere; None for none.
-        down: float32 ``[n_layer, 2, rank, n_embd]``, likewise; None for no map of low rank.
+        down: float32 ``[n_layer, 2, rank, n_embd]``, likewise; None for no map of low rank. Where ``up`` is all zeros
+            there is no map.
         up: float32 ``[n_layer, 2, n_embd, rank]``, likewise.
 
     Raises:
@@ -56,8 +57,8 @@ class SkipSet(LayerArrays):
 
     def __post_init__(self) -> None:
         way_out = "give one row per layer, columns attention and FFN, of a number, a vector or a map per sublayer"
-        arrays = checked(self, PlanError, way_out, **_SHAPES)
-        skip, scale = arrays["skip"], arrays["scale"]
+        arrays = checked(self, PlanError, way_out, _SHAPES, copy=False)
+        skip, scale = arrays["skip"].copy(), arrays["scale"]
         if (self.down is None) != (self.up is None):
             raise PlanError("of linear maps 'down' or 'up' is missing; give both")
         for layer, kind in np.argwhere(skip):
@@ -71,11 +72,9 @@ class SkipSet(LayerArrays):
                     raise CompensationError(
                         f'the {what} of {name} is not finite; calibrate again, or use compensation="{other}"'
                     )
-        scale[~skip] = 1.0
-        for part, _, _ in _PARTS:
-            if arrays[part] is not None:
-                arrays[part][~skip] = 0.0
-        freeze(self, **arrays)
+        mapped = _mapped(skip, arrays["up"])
+        parts = {name: _rows(arrays[name], mapped if name in ("down", "up") else skip) for name, _, _ in _PARTS}
+        freeze(self, skip=skip, scale=np.where(skip, scale, 1.0), **parts)
 
     @classmethod
     def none(cls, n_layer: int) -> "SkipSet":
@@ -100,6 +99,11 @@ class SkipSet(LayerArrays):
     def n_embd(self) -> int | None:
         return next((int(each.shape[-1]) for each in (self.bias, self.down) if each is not None), None)
 
+    @property
+    def mapped(self) -> npt.NDArray[np.bool_]:
+        """bool ``[n_layer, 2]``: the skipped sublayers that a map stands in for."""
+        return _mapped(self.skip, self.up)
+
     def __hash__(self) -> int:  # type: ignore[override]
         return hash((self.skip.shape, self.skip.tobytes(), self.scale.tobytes()))
 
@@ -108,10 +112,10 @@ class SkipSet(LayerArrays):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: the skipped sublayers of each kind, the scale of each and the norm of its bias."""
-
-        rank = {} if self.down is None else {"rank": self.down.shape[2]}
+        mapped = self.mapped
 
         def row(layer: int, kind: int) -> dict[str, Any]:
+            rank = {"rank": self.down.shape[2]} if self.down is not None and mapped[layer, kind] else {}
             norm = 0.0 if self.bias is None else float(np.linalg.norm(self.bias[layer, kind].astype(np.float64)))
             return {"layer": layer, "scale": float(self.scale[layer, kind]), "bias_norm": norm, **rank}
 
@@ -121,6 +125,22 @@ class SkipSet(LayerArrays):
 
 _PARTS = (("bias", "bias", "median"), ("down", "linear map", "affine"), ("up", "linear map", "affine"))
 """What may stand in besides the scale, what to call it, and a compensation that does without."""
+
+
+def _mapped(skip: npt.NDArray[np.bool_], up: npt.NDArray[np.float32] | None) -> npt.NDArray[np.bool_]:
+    mapped = np.zeros_like(skip)
+    for layer, kind in np.argwhere(skip):
+        mapped[layer, kind] = up is not None and up[layer, kind].any()
+    return mapped
+
+
+def _rows(array: npt.NDArray[np.float32] | None, which: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32] | None:
+    """Copy some sublayers' rows into zeros, which take memory where they are written alone; None without any."""
+    if array is None or not which.any():
+        return None
+    rows = np.zeros(array.shape, array.dtype)
+    rows[which] = array[which]
+    return rows
 
 
 def marked(n_layer: int, attention: Iterable[SupportsIndex], ffn: Iterable[SupportsIndex]) -> npt.NDArray[np.bool_]:

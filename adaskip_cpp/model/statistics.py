@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ProfileFormatError
-from .arrays import LayerArrays, checked, freeze
+from .arrays import LayerArrays, checked, freeze, from_bf16, to_bf16
 
 FIGURES = ("similarity", "norm_ratio", "median_ratio", "layer_similarity")
 VECTORS = ("mean_u", "mean_v")
@@ -46,7 +46,7 @@ class PhaseStatistics(LayerArrays):
     n_tokens: int = 0
 
     def __post_init__(self) -> None:
-        arrays = checked(self, ProfileFormatError, "calibrate again", **_SHAPES)
+        arrays = checked(self, ProfileFormatError, "calibrate again", _SHAPES)
         observed = ~np.isnan(arrays["similarity"])
         for name, array in arrays.items():
             if name in VECTORS:
@@ -84,7 +84,7 @@ class PhaseStatistics(LayerArrays):
 class LinearMaps(LayerArrays):
     """One map per sublayer, ``v := s u + up (down u)``, fitted by :mod:`adaskip_cpp.calibration.linear`.
 
-    Arrays are read-only, and NaN where nothing was fitted.
+    Arrays are read-only, rounded to BF16, which is what files hold, and NaN where nothing was fitted.
 
     Attributes:
         down: float32 ``[n_layer, 2, rank, n_embd]``.
@@ -99,9 +99,9 @@ class LinearMaps(LayerArrays):
 
     def __post_init__(self) -> None:
         shapes = {"up": (np.float32, "n_layer 2 n_embd rank"), "down": (np.float32, "n_layer 2 rank n_embd")}
-        arrays = checked(self, ProfileFormatError, "these are no linear maps; calibrate again", **shapes)
-        freeze(self, **arrays)
-        if not all(np.isfinite(array[self.fitted]).all() for array in arrays.values()):
+        arrays = checked(self, ProfileFormatError, "these are no linear maps; calibrate again", shapes, copy=False)
+        freeze(self, **{name: from_bf16(to_bf16(array)) for name, array in arrays.items()})
+        if not all(np.isfinite(array[self.fitted]).all() for array in (self.down, self.up)):
             raise ProfileFormatError("the linear maps have values that calibration cannot give; calibrate again")
 
     @property

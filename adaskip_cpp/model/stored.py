@@ -1,7 +1,8 @@
 """What profile files and plan files share: checked JSON, and the numbers of the vectors in one binary file beside it.
 
-``X.bin`` beside ``X.json`` is nothing but float32 of little endian, array after array; their shapes follow from the
-JSON, which also has its name and SHA-256. Move or copy the two together; without vectors there is JSON alone.
+``X.bin`` beside ``X.json`` is nothing but numbers of little endian, array after array: vectors as float32, and behind
+them linear maps as BF16, as streams differ by more orders of magnitude than F16 has. Their shapes follow from the JSON,
+which also has its name and SHA-256. Move or copy the two together; without vectors there is JSON alone.
 
 Both may come from elsewhere: nothing is taken on trust, and nothing is read beyond what a file may be long. All that is
 wrong is a ``ValueError``, which the readers turn into errors of their own.
@@ -21,9 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..files import json_text, write_atomically, write_pair
+from .arrays import from_bf16, to_bf16
 
 MOST_JSON = 64 << 20
 """More bytes than the JSON of any profile or plan has."""
+
+MOST_MEMORY = 4 << 30
+"""More bytes than the arrays of any profile or plan take once they have a row for every sublayer."""
 
 Arrays = Sequence[npt.NDArray[np.float32]]
 
@@ -39,25 +44,37 @@ class VectorsFile:
     file: str
     sha256: str
 
-    def read(self, path: str | os.PathLike[str], shapes: Sequence[tuple[int, ...]]) -> Arrays:
-        """Read arrays of these shapes, as they were saved, from the file beside ``path``; they shall be all of it."""
+    def read(
+        self, path: str | os.PathLike[str], shapes: Sequence[tuple[int, ...]], maps: Sequence[tuple[int, ...]] = ()
+    ) -> Arrays:
+        """Read vectors and then maps of these shapes, as they were saved, from the file beside ``path``.
+
+        They shall be all of it.
+        """
         name = self.file
         if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
             raise ValueError(f"{name!r} is not the name of a file beside it")
         beside = os.path.join(os.path.dirname(os.path.realpath(path)), name)
-        ends = list(itertools.accumulate(map(math.prod, shapes), initial=0))
+        n_numbers, n_halves = (sum(map(math.prod, each)) for each in (shapes, maps))
+        size = 4 * n_numbers + 2 * n_halves
         try:
-            content = _read_bounded(beside, 4 * ends[-1])
+            content = _read_bounded(beside, size)
         except FileNotFoundError:
             raise ValueError(f"the file of its vectors, {beside!r}, is missing; put it back beside it") from None
-        if hashlib.sha256(content).hexdigest() != self.sha256 or len(content) != 4 * ends[-1]:
+        if hashlib.sha256(content).hexdigest() != self.sha256 or len(content) != size:
             raise ValueError(
                 f"the file of its vectors, {beside!r}, is truncated or of another one; put the one that was written "
                 "with it beside it"
             )
-        numbers = np.frombuffer(content, "<f4").astype(np.float32)
-        parts = zip(itertools.pairwise(ends), shapes, strict=True)
-        return [numbers[start:end].reshape(shape) for (start, end), shape in parts]
+        numbers = np.frombuffer(content, "<f4", n_numbers).astype(np.float32)
+        halves = from_bf16(np.frombuffer(content, "<u2", n_halves, 4 * n_numbers))
+        return [*_parts(numbers, shapes), *_parts(halves, maps)]
+
+
+def _parts(numbers: npt.NDArray[np.float32], shapes: Sequence[tuple[int, ...]]) -> Arrays:
+    ends = itertools.accumulate(map(math.prod, shapes), initial=0)
+    parts = zip(itertools.pairwise(ends), shapes, strict=True)
+    return [numbers[start:end].reshape(shape) for (start, end), shape in parts]
 
 
 def vectors_path(path: str | os.PathLike[str]) -> str:
@@ -66,13 +83,14 @@ def vectors_path(path: str | os.PathLike[str]) -> str:
     return (name[: -len(".json")] if name.lower().endswith(".json") else name) + ".bin"
 
 
-def save(path: str | os.PathLike[str], data: dict[str, Any], arrays: Arrays) -> None:
-    """Write a JSON file and its vectors, whose name and hash join ``data["vectors"]``."""
+def save(path: str | os.PathLike[str], data: dict[str, Any], arrays: Arrays, maps: Arrays = ()) -> None:
+    """Write a JSON file, its vectors and maps, the name and hash of whose file join ``data["vectors"]``."""
     target = os.path.realpath(path)
-    if not arrays:
+    if not arrays and not maps:
         write_atomically(target, json_text(data))
         return
-    content = b"".join(array.astype("<f4").tobytes() for array in arrays)
+    parts = [*(array.astype("<f4") for array in arrays), *(to_bf16(array).astype("<u2") for array in maps)]
+    content = b"".join(part.tobytes() for part in parts)
     beside = vectors_path(target)
     names = {"file": os.path.basename(beside), "sha256": hashlib.sha256(content).hexdigest()}
     write_pair(target, json_text({**data, "vectors": {**(data["vectors"] or {}), **names}}), beside, content)
