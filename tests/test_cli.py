@@ -416,12 +416,50 @@ def test_plan_shows_phases_apart_where_they_differ(run: Run, profile_path: Path)
     assert "after 20 tokens of an answer" in text
 
 
+def test_plan_tells_the_bulk_and_the_time_to_the_first_token(
+    run: Run, profile_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = replace(Profile.load(profile_path), cost=cost_model(1, [1] * 3, [1] * 3, size=64, kept=[0.25] * 3))
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    args = ["plan", profile_path, "--mode", "prompt", "--strategy", "suffix", "--skip", 4, "--decode", 1]
+    args += ["--context", 65 + 64, "--head", 0, "--tail", 1, "-o", tmp_path / "plan.json"]
+    data = json.loads(run(*args, "--json").stdout)
+    # By hand, two ubatches of the bulk and a token: of the whole model 1 + 4 + 0.25 s, of the plan 1 + 2 + 2 * 0.25.
+    whole, plan = 2 * (1 + 4 + 0.25) + 0.07, 2 * (1 + 2 + 0.5) + 0.07
+    assert data["predicted_first_token_s"] == pytest.approx({"full": whole, "plan": plan})
+    assert data["predicted_speedup"] == pytest.approx({"prefill": whole / plan, "decode": 7 / 6})
+    assert (data["phase"], data["layers_without_kv"]) == ("bulk", [])
+    marks = {(row["layer"], row["kind"]): row["skipped"] for row in data["sublayers"] if row["skipped"]}
+    bulk = ["bulk"]
+    assert marks == {(1, "attention"): bulk, (1, "ffn"): bulk, (2, "attention"): bulk, (2, "ffn"): [*bulk, "decode"]}
+    assert (data["plan"]["head"], data["plan"]["tail"]) == (0, 1)
+    text = run(*args).stdout
+    assert "4 of 6 sublayers skipped in the bulk of a prompt, 1 in decode: strategy suffix" in " ".join(text.split())
+    assert "attention skipped in the bulk in layers: 1, 2" in text and "FFN skipped in decode in layers: 2" in text
+    assert "The bulk is all of a prompt but its first 0 tokens and its last 1." in text
+    assert "First token after 7.07 s, without skipping 10.6 s." in text
+    assert "needed for all layers: the bulk of a prompt keeps its K and V" in text
+    assert max(len(each) for each in text.splitlines() if "plan.json" not in each) <= 80
+    shown = run("plan", tmp_path / "plan.json").stdout
+    assert "4 of 6 sublayers skipped in the bulk of a prompt, 1 in decode" in shown and "its last 1." in shown
+
+
+def test_generate_tells_what_the_bulk_skipped(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+    args = ["--mode", "prompt", "--skip", 2, "--head", 0, "--tail", 4]
+    result = run("generate", tiny(), "-p", "hello", "--profile", profile_path, *args, "--max-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert "skipped: 2 of 6 sublayers in the bulk of the prompt" in result.stderr
+    assert run("plan", profile_path, *args, "-o", tmp_path / "plan.json").exit_code == 0
+    again = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
+    assert again.exit_code == 0 and "in the bulk of the prompt" in again.stderr
+
+
 def test_plan_shows_a_schedule(run: Run, profile_path: Path) -> None:
     text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4).stdout
     assert "from token 1 of an answer: 4 skipped" in text
 
 
-@pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "skip_decode", "unified_skipping"])
+@pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])
 def test_every_strategy_can_be_planned_within_80_columns(run: Run, profile_path: Path, strategy: str) -> None:
     result = run("plan", profile_path, "--strategy", strategy, "--skip", 2)
     assert result.exit_code == 0, result.output

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.pictures import profile_plots
 
@@ -96,6 +97,27 @@ def test_the_strip_fills_what_is_skipped_and_hatches_what_only_decode_skips() ->
     decode = SkipPlan.manual(4, attention=[1], ffn=[2], phase="decode")
     (axes,) = profile_plots.plan_strip("a", decode).axes
     assert [(round(p.get_x() + 0.42), int(p.get_y())) for p in axes.patches if p.get_hatch()] == [(1, 0), (2, 1)]
+
+
+def test_the_strip_of_a_bulk_fills_what_that_skips_and_hatches_what_decode_does() -> None:
+    none, bulk = SkipSet.none(4), SkipPlan.manual(4, attention=[2], ffn=[2, 3]).prefill
+    plan = SkipPlan(none, SkipPlan.manual(4, attention=[1], ffn=[3]).prefill, bulk=bulk)
+    (axes,) = profile_plots.plan_strip("a", plan).axes
+    at = {(round(p.get_x() + 0.42), int(p.get_y())): p for p in axes.patches}
+    assert [where for where, p in at.items() if p.get_facecolor()[3] > 0] == [(2, 0), (2, 1), (3, 1)]
+    assert [where for where, p in at.items() if p.get_hatch()] == [(1, 0), (3, 1)]
+    assert axes.get_title(loc="left") == "a: 3 (decode 2) of 8 sublayers skipped"
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["skipped in the bulk", "in decode"]
+
+
+def test_the_bulk_is_drawn_and_marked_in_the_terminal(plot: Callable[..., Result], tmp_path: Path) -> None:
+    args = ("small.adaskip.json", "--mode", "prompt", "--strategy", "suffix", "--skip", 2)
+    drawn = plot(*args, "-o", tmp_path / "out")
+    assert drawn.exit_code == 0 and (tmp_path / "out" / "plan.png").exists(), drawn.output
+    rows = [line for line in plot(*args, "--terminal").stdout.splitlines() if line.startswith(("attention  ", "FFN  "))]
+    assert [row.rstrip().endswith("x") and row.count("x") for row in rows if "to" not in row] == [1, 1]
 
 
 def test_the_terminal_shows_the_same_without_a_folder(plot: Callable[..., Result]) -> None:

@@ -234,7 +234,8 @@ def _status(llm: AdaSkipLlama, timing: Timing) -> str:
         speed = 1 / timing.token_s
         parts.append(f"decode {speed:,.{0 if speed >= 100 else 1}f}/s")
     if llm.plan is not None:
-        prefill, decode, added = skipped_counts(llm, timing.n_generated)
-        parts.append(f"skipped {prefill} prefill, {decode}{f'+{added}' if llm.plan.online else ''} decode")
+        prompt, decode, added = skipped_counts(llm, timing.n_generated)
+        where = "prefill" if llm.plan.bulk is None else "bulk"
+        parts.append(f"skipped {prompt} {where}, {decode}{f'+{added}' if llm.plan.online else ''} decode")
     parts.append(f"context {timing.n_prompt + timing.n_generated}/{llm.context_size}")
     return "  ".join(parts)

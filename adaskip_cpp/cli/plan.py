@@ -14,7 +14,7 @@ from ..files import check_output, json_text
 from ..model.cost_model import CostModel
 from ..model.plan import TIMED, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
-from ..model.skip_set import KINDS, ranked
+from ..model.skip_set import KINDS, SkipSet, ranked
 from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -43,8 +43,8 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     promised and measured.
 
     In the table, "rank" is the sublayer's place by IO similarity, "ms" the milliseconds that skipping it alone is
-    predicted to save in the phase of --phase, for a whole prompt or for one token. p and d mark what is skipped in
-    prefill and decode, "scale" what its input is scaled by.
+    predicted to save in the phase of --phase, for a whole prompt or for one token. b, p and d mark what is skipped in
+    the bulk of a prompt, in prefill and in decode, "scale" what its input is scaled by.
     """
     out = console()
     if is_plan_file(profile_path):
@@ -64,14 +64,20 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
         save_plan(output, chosen)
     rows, cost = _rows(profile, chosen, context, phase), profile.cost
     speedup = {} if cost is None else {name: cost.speedup(chosen, context, name) for name in TIMED}
+    first = (
+        {}
+        if cost is None
+        else {name: cost.seconds(each, context, "prefill") for name, each in (("full", None), ("plan", chosen))}
+    )
     if as_json:
         told = {
             "profile": profile_path,
             "context": context,
             "phase": phase,
             "predicted_speedup": speedup or None,
+            "predicted_first_token_s": first or None,
             "times": cost and {**asdict(cost.settings), "deepest": cost.deepest},
-            "layers_without_kv": chosen.prefill.attention,
+            "layers_without_kv": _elided(chosen),
             "sublayers": rows,
             "plan": chosen.to_dict(),
         }
@@ -83,10 +89,12 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
         out.print("No speed-up is predicted: the profile was calibrated with --no-cost.")
     else:
         words = ", ".join(f"{name} {times:.2f} x" for name, times in speedup.items())
-        times_of = f"ms: to be saved in {phase}, predicted from times of {_settings_words(cost)}"
+        what = "a prompt" if phase == "bulk" else phase
+        times_of = f"ms: to be saved in {what}, predicted from times of {_settings_words(cost)}"
         out.print(times_of, style="dim", markup=False)
         out.print(f"Predicted at {context:,} tokens: {words} as fast.")
-    _print_elided(out, chosen.prefill.attention)
+        out.print(f"First token after {first['plan']:.3g} s, without skipping {first['full']:.3g} s.")
+    _print_elided(out, chosen)
     if output is not None:
         out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True, markup=False)
 
@@ -98,7 +106,7 @@ def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> 
         return
     print_plan(out, plan)
     out.print()
-    _print_elided(out, plan.prefill.attention)
+    _print_elided(out, plan)
     if tuning is not None:
         out.print()
         print_tuning(out, tuning)
@@ -109,13 +117,13 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
     rows = []
     for rank, index in enumerate(ranked(-profile.similarity), start=1):
         at = layer, kind = divmod(index, 2)
-        skipped = {name: each for name in TIMED if (each := chosen.skipped(name)).skip[at]}
+        skipped = {name: each for name, each in _phases(chosen) if each.skip[at]}
         rows.append(
             {
-                "rank": rank if profile.skippable[at] else None,
+                "rank": rank if profile.in_bulk[at] else None,
                 "layer": layer,
                 "kind": KINDS[kind],
-                "similarity": float(profile.similarity[at]) if profile.skippable[at] else None,
+                "similarity": float(profile.similarity[at]) if profile.in_bulk[at] else None,
                 "saved_ms": None if saved is None else float(saved[at] * 1e3),
                 "skipped": list(skipped),
                 "scale": next((float(each.scale[at]) for each in skipped.values()), None),
@@ -124,19 +132,33 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
     return rows
 
 
+def _phases(plan: SkipPlan) -> list[tuple[Phase, SkipSet]]:
+    """The phases that skip something of their own, and what; prefill is told where there is no bulk."""
+    found: list[tuple[Phase, SkipSet]] = [] if plan.bulk is None else [("bulk", plan.bulk)]
+    if plan.bulk is None or plan.prefill.n_skip:
+        found.append(("prefill", plan.prefill))
+    return [*found, ("decode", plan.skipped("decode"))]
+
+
 def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float64] | None = None) -> None:
-    prefill, decode = chosen.prefill, chosen.decode
+    phases = [(name, chosen.decode if name == "decode" else each) for name, each in _phases(chosen)]
+    (name, first), *others = phases
+    where = "the bulk of a prompt" if name == "bulk" else name
+    counts = "".join(f", {each.n_skip} in {name}" for name, each in others)
     out.print(
-        f"[bold]{prefill.n_skip} of {2 * chosen.n_layer} sublayers skipped in prefill, {decode.n_skip} in decode[/]: "
+        f"[bold]{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {where}{counts}[/]: "
         f"strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
     )
     if similarity is not None:
         out.print()
-        print_heatmap(out, similarity, prefill.skip | decode.skip)
-    alike = np.array_equal(prefill.skip, decode.skip)
-    for name, each in (("", decode),) if alike else ((" in prefill", prefill), (" in decode", decode)):
-        out.print(f"\nattention skipped{name} in layers: {layer_list(each.attention)}")
-        out.print(f"FFN skipped{name} in layers: {layer_list(each.ffn)}")
+        print_heatmap(out, similarity, np.any([each.skip for _, each in phases], axis=0))
+    alike = all(np.array_equal(first.skip, each.skip) for _, each in phases)
+    for name, each in phases[-1:] if alike else phases:
+        within = "" if alike else " in the bulk" if name == "bulk" else f" in {name}"
+        out.print(f"\nattention skipped{within} in layers: {layer_list(each.attention)}")
+        out.print(f"FFN skipped{within} in layers: {layer_list(each.ffn)}")
+    if chosen.bulk is not None:
+        out.print(f"\nThe bulk is all of a prompt but its first {chosen.head} tokens and its last {chosen.tail}.")
     for start, each in chosen.schedule[1:]:
         out.print(f"from token {start} of an answer: {each.n_skip} skipped")
     if chosen.online is not None:
@@ -180,9 +202,15 @@ def _settings_words(cost: CostModel) -> str:
     )
 
 
-def _print_elided(out: Console, elided: tuple[int, ...]) -> None:
+def _elided(plan: SkipPlan) -> tuple[int, ...]:
+    return plan.prefill.attention if plan.bulk is None else ()
+
+
+def _print_elided(out: Console, plan: SkipPlan) -> None:
+    elided = _elided(plan)
+    why = "no attention is skipped in both phases" if plan.bulk is None else "the bulk of a prompt keeps its K and V"
     out.print(
         f"No KV memory is needed for {len(elided)} layer{'' if len(elided) == 1 else 's'}: {layer_list(elided)}."
         if elided
-        else "KV memory is needed for all layers: no attention is skipped in both phases."
+        else f"KV memory is needed for all layers: {why}."
     )

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 import click
+import numpy as np
 from rich.console import Console
 
 from ..model.plan import TIMED, SkipPlan
@@ -86,5 +87,5 @@ def _print(out: Console, profiles: dict[str, Profile], plans: dict[str, SkipPlan
                 series[f"{kind}, {phase}"] = getattr(profile, phase).similarity[:, column]
         print_series(out, series)
         out.print()
-        print_heatmap(out, profile.similarity, plans[name].prefill.skip | plans[name].decode.skip)
+        print_heatmap(out, profile.similarity, np.any([each.skip for each in plans[name].sets], axis=0))
         out.print()

@@ -54,14 +54,16 @@ def speed_lines(timing: Timing) -> list[str]:
 def n_skipped(plan: SkipPlan | None) -> tuple[int, str]:
     if plan is None:
         return 0, ""
+    if plan.bulk is not None and plan.bulk.n_skip:
+        return plan.bulk.n_skip, " in the bulk of a prompt"
     return (plan.prefill.n_skip, "") if plan.prefill.n_skip else (plan.skipped("decode").n_skip, " in decode")
 
 
 def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
-    """Sublayers skipped in the last request: in prefill, in decode by the plan, and FFNs added to those online."""
+    """Sublayers skipped in the last request: in a prompt, or its bulk, in decode by the plan, and FFNs added."""
     assert llm.plan is not None
     added = len(llm.online.ffn) if llm.online else 0
-    return llm.plan.prefill.n_skip, llm.plan.decode_after(n_decoded).n_skip, added
+    return llm.plan.skipped("bulk").n_skip, llm.plan.decode_after(n_decoded).n_skip, added
 
 
 def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
@@ -69,11 +71,11 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
     if plan is None:
         return []
     of, now = f"of {2 * plan.n_layer}", plan.decode_after(n_decoded)
-    prefill, decode, added = skipped_counts(llm, n_decoded)
+    prompt, decode, added = skipped_counts(llm, n_decoded)
+    of_prompt, where = plan.skipped("bulk"), "prefill" if plan.bulk is None else "the bulk of the prompt"
     online = f", {added} FFN added online" if added else ""
     lines = [
-        f"skipped: {prefill} {of} sublayers in prefill "
-        f"({len(plan.prefill.attention)} attention, {len(plan.prefill.ffn)} FFN)",
+        f"skipped: {prompt} {of} sublayers in {where} ({len(of_prompt.attention)} attention, {len(of_prompt.ffn)} FFN)",
         f"         {decode + added} {of} in decode ({len(now.attention)} attention, {len(now.ffn)} FFN{online})",
     ]
     learned = llm.online

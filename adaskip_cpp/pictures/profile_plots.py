@@ -79,12 +79,13 @@ def phases(profiles: Mapping[str, Profile]) -> "Figure":
 def plan_strip(name: str, plan: SkipPlan) -> "Figure":
     """Draw a plan as two rows of cells, attention and FFN, one cell per layer; a schedule shows its last set.
 
-    Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty.
+    Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty. Where there is a bulk set,
+    what that skips is filled.
     """
     fig, axes = plots.figure(height_in=1.5)
     from matplotlib.patches import Patch, Rectangle
 
-    decode = plan.skipped("decode")
+    prompt, decode = plan.skipped("bulk"), plan.skipped("decode")
     axes.grid(False)
     axes.set(xlim=(-0.6, plan.n_layer - 0.4), xticks=_ticks(plan.n_layer), xlabel="layer")
     axes.set(ylim=(2.05, -0.05), yticks=(0.5, 1.5), yticklabels=KIND_NAMES)
@@ -93,19 +94,23 @@ def plan_strip(name: str, plan: SkipPlan) -> "Figure":
     for layer, column in np.ndindex(plan.n_layer, 2):
         colour = plots.KIND[KIND_NAMES[column]].colour
         cell = Rectangle((layer - 0.42, column + 0.1), 0.84, 0.8, facecolor="none", edgecolor=plots.GRID, linewidth=0.6)
-        if plan.prefill.skip[layer, column]:
+        if prompt.skip[layer, column]:
             cell.set_facecolor(colour)
         if decode.skip[layer, column]:
-            cell.set(edgecolor=colour, linewidth=0.9, hatch=None if plan.prefill.skip[layer, column] else _HATCH)
+            over = bool(prompt.skip[layer, column]) and plan.bulk is not None
+            hatch = _HATCH if over or not prompt.skip[layer, column] else None
+            cell.set(edgecolor=plots.INK if over else colour, linewidth=0.9, hatch=hatch)
         axes.add_patch(cell)
     online = ", and FFNs that each answer adds" if plan.online is not None else ""
-    n_prefill, n_decode = plan.prefill.n_skip, decode.n_skip
-    counts = f"{n_decode}" if n_prefill == n_decode else f"{n_prefill} (decode {n_decode})"
+    n_prompt, n_decode = prompt.n_skip, decode.n_skip
+    apart = plan.bulk is not None or n_prompt != n_decode
+    counts = f"{n_prompt} (decode {n_decode})" if apart else f"{n_decode}"
     plots.title(axes, f"{name}: {counts} of {2 * plan.n_layer} sublayers skipped{online}")
-    if n_prefill != n_decode:
+    if apart:
+        filled, hatched = ("prefill and decode", "decode only") if plan.bulk is None else ("the bulk", "decode")
         cells = [
-            Patch(facecolor=plots.GRID, edgecolor=plots.GRID, label="skipped in prefill and decode"),
-            Patch(facecolor="none", edgecolor=plots.GRID, hatch=_HATCH, label="in decode only"),
+            Patch(facecolor=plots.GRID, edgecolor=plots.GRID, label=f"skipped in {filled}"),
+            Patch(facecolor="none", edgecolor=plots.GRID, hatch=_HATCH, label=f"in {hatched}"),
         ]
         plots.legend(axes, handles=cells, loc="upper left", bbox_to_anchor=(0, -0.35), ncols=2, handlelength=1.5)
     return fig
