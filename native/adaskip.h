@@ -68,7 +68,8 @@ struct adaskip_sublayer {
     int32_t kind;      // enum adaskip_kind
     int32_t skippable; // 0 or 1
     int32_t in_bulk;   // 0 or 1: skippable where K and V are kept, as the bulk keeps them
-    int32_t shape;  // equal for sublayers of equal weights, cache and window, which take equally long; -1 if not found
+    int32_t shape;  // equal for sublayers of equal weights, cache and window that both compute K and V or both do not,
+                    // which take equally long; -1 if not found
     int32_t window; // tokens that an attention looks back at, 0 for all
     char    reason[160]; // why it is not skippable in every phase, empty when it is
 };
@@ -192,7 +193,8 @@ int32_t adaskip_set_phase(struct llama_context * ctx, int32_t phase);
 
 // Contexts that this thread creates from now on have no KV for the attentions that are 1 in skipped[n_layer]; NULL ends
 // it. Such a context only decodes under plans that skip them. Of layers of one shape, the first keeps its KV if all
-// are 1.
+// are 1. Layers that read the KV of others have none to leave out, and a layer that others read keeps it: for both, 1
+// counts as 0.
 int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer);
 
 // fills elided[n_layer] with 1 where this context has no KV

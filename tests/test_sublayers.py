@@ -73,6 +73,14 @@ def test_layers_of_other_sizes_have_other_shapes(tmp_path: Path, open_model: Ope
     assert not {row.shape for row in rows[::2]} & {row.shape for row in rows[1::2]}
 
 
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-per-layer"])
+def test_attentions_that_read_the_kv_of_others_have_a_shape_of_their_own(
+    name: str, tiny: Tiny, open_model: Open
+) -> None:
+    # Layers 0 and 2 slide, 1 and 3 do not; 2 and 3 compute no K and V, although the file has weights for them.
+    assert len({row.shape for row in open_model(tiny(name)).sublayers[::2]}) == 4
+
+
 def test_what_is_not_found_has_no_shape(tiny: Tiny, open_model: Open) -> None:
     rows = open_model(tiny("jamba")).sublayers  # layers 0 and 2 have no attention
     assert [row.shape >= 0 for row in rows[::2]] == [False, True, False]
