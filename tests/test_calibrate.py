@@ -253,6 +253,22 @@ def test_the_rank_is_at_most_the_length_of_the_stream(llm: Any) -> None:
     assert calibrate(llm, [list(range(5, 40))], rank=1).plan(2).prefill.down.shape == (3, 2, 1, 4)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-per-layer"])
+def test_a_profile_tells_what_the_bulk_alone_can_skip(
+    name: str, tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    llm = open_model(tiny(name))
+    profile = calibrate(llm, [tokens(40)], rank=2, cost=False)
+    rows = [row for row in llm.sublayers if row.in_bulk and not row.skippable]
+    assert rows and [(each, "attention") for each in profile.bulk_only] == [(row.layer, row.kind) for row in rows]
+    assert profile.skippable.ravel().tolist() == [row.skippable for row in llm.sublayers]
+    for mode, may in (("prompt", profile.in_bulk), ("e2e", profile.skippable)):
+        llm.set_plan(profile.plan(int(may.sum()), mode=mode))
+        llm.reset()
+        llm.eval(tokens(40))
+        assert np.isfinite(llm.scores[39]).all()
+
+
 @pytest.mark.parametrize("n_fit", [0, 1, 2, 4, 5])
 def test_where_the_moments_take_too_much_memory_there_are_several_passes(
     llm: Any, monkeypatch: pytest.MonkeyPatch, n_fit: int
