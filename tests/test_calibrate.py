@@ -138,6 +138,20 @@ def test_a_sublayer_that_is_never_observed_is_not_skippable() -> None:
     assert np.argwhere(~profile.skippable).tolist() == [[1, 0]]
 
 
+def test_a_model_that_shares_kv_plans_the_attentions_that_write_it_for_the_bulk_alone(
+    tiny: TinyModel, open_model: OpenModel
+) -> None:
+    llm = open_model(tiny("gemma4-per-layer"))  # layers 2 and 3 read the KV of 0 and 1
+    profile = calibrate(llm, ["the other of the", "in an", "on the other"], rank=2)
+    assert np.argwhere(~profile.skippable).tolist() == [[0, 0], [1, 0]]
+    assert profile.in_bulk.all()
+    for plan in (profile.plan(n_skip=6, mode="prefill"), profile.plan(n_skip=8, mode="prompt")):
+        llm.set_plan(plan)
+        llm.eval(llm.tokenize(b"the other of the" * 3))
+        assert np.isfinite(llm.scores[llm.n_tokens - 1]).all()
+    assert plan.bulk is not None and plan.bulk.skip.all() and not plan.prefill.skip.any()
+
+
 def test_each_request_runs_alone_through_the_full_model(llm: Any) -> None:
     llm.set_plan(PLAN)
     llm.eval([9, 9, 9])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from reference import ReferenceModel, ReferenceRun, relative_error
-from stock import EXACT
+from stock import EXACT, eval_logits
 from tiny_families import FAMILIES, N_LAYER, SKIPPABLE
 from tiny_models import write_model
 
@@ -261,6 +261,18 @@ def test_a_skipped_reader_of_shared_kv_elides_nothing_and_the_others_their_own(
     # six layers of 256 cells, K and V of two heads of 16 in F32
     assert full.kv_bytes == 6 * 256 * 2 * 32 * 4
     assert elided.kv_bytes == (6 - len(writers)) * 256 * 2 * 32 * 4
+
+
+@pytest.mark.parametrize("attention", [(3,), (1, 3, 7)], ids=str)
+def test_so_it_is_in_batches_that_nobody_reads(
+    attention: tuple[int, ...], sharing: Path, tokens: Tokens, open_model: Open
+) -> None:
+    plan, logits = plan_without(N_SHARING, attention), []
+    for options in ({"plan": plan}, {}):
+        llm = open_model(sharing, n_batch=8, logits_all=False, **options)
+        llm.set_plan(plan)
+        logits.append(eval_logits(llm, [tokens(30), [5], [6]]))
+    np.testing.assert_array_equal(*logits)
 
 
 def test_a_skipped_reader_may_run_again(sharing: Path, tokens: Tokens, open_model: Open) -> None:
