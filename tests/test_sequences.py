@@ -76,6 +76,7 @@ KINDS = {
     "batches of 3": Kind(options={"n_batch": 3}),
     "flash attention": Kind(options={"n_batch": 3, "flash_attn": True}, tolerance=1e-2),
     "sliding windows": Kind("gemma3", options={"n_batch": 5}, tolerance=1e-3),
+    "small sliding windows": Kind("gemma3", options={"n_batch": 5, "swa_full": False}, tolerance=1e-3),
     "elided KV": Kind(elided=(1,)),
     "elided sliding windows": Kind("gemma3", tolerance=1e-3, elided=(0,)),
     "drafts": Kind(options={"n_ubatch": 3}, drafts=True),
