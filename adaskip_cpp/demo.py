@@ -98,10 +98,10 @@ def run(
     on_plan: Callable[[Profile, SkipPlan], None],
 ) -> DemoResult:
     """Run the demo; ``on_stage`` is told what begins, and ``on_plan`` the plan once it is known."""
-    on_stage(f"Calibrating on {_N_REQUESTS} requests of 512 tokens of Python's language reference")
+    on_stage(f"Calibrating on {_N_REQUESTS} requests of 512 tokens of Python's manual and library")
     with closing(open_model(N_PROMPT + N_ANSWER)) as llm:
         prompt, n_threads = _prompt(llm), llm.n_threads
-        requests = corpus.cut(llm, corpus.text(), _N_REQUESTS, 512)
+        requests = corpus.requests(llm, _N_REQUESTS, 512)
         profile = calibrate(
             llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=corpus.DESCRIPTION
         )

@@ -8,7 +8,7 @@ import pytest
 from fake_llama import BOS, FakeLlama
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.measuring import corpus, tasks
+from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.tasks import QuestionItem, python_sources, read_texts, text_items
 
 
@@ -140,4 +140,4 @@ def test_an_unknown_metric_is_refused() -> None:
 
 
 def test_all_modules_named_are_single_files() -> None:
-    assert all("." not in name and "/" not in name for name in tasks.PYTHON_SOURCES.split())
+    assert all("." not in name and "/" not in name for name in corpus.SOURCES.split())

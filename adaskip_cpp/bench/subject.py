@@ -71,7 +71,7 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
 
 def brief_profile(llm: AdaSkipLlama, *, cost: bool) -> Profile:
     """Calibrate on a few requests, with the time of the sublayers if a speed-up is asked for."""
-    return calibrate(llm, corpus.cut(llm, corpus.text(), N_REQUESTS, N_TOKENS), n_decode=N_DECODE, cost=cost)
+    return calibrate(llm, corpus.requests(llm, N_REQUESTS, N_TOKENS), n_decode=N_DECODE, cost=cost)
 
 
 def make_plans(source: Profile | int, requests: Iterable[PlanRequest], context: int) -> dict[str, SkipPlan]:

@@ -14,7 +14,7 @@ from ..engine.native_types import StatisticsBatch
 from ..errors import NativeError, RequestError
 from ..measuring import corpus
 from ..model.skip_set import KINDS
-from ..model.statistics import LinearMaps, PhaseStatistics, map_scale
+from ..model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
 from ..planning.profile import Profile
 from ..progress import progress_bar
 from .cost import measure_cost, set_aside
@@ -50,9 +50,9 @@ def calibrate(
     aside meanwhile and put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
 
     Args:
-        requests: texts or lists of token ids, all of them used. None: pages of ``pydoc_data.topics``, the language
-            reference that every Python carries; text like your own gives a better profile.
-        n_requests: requests to cut from the built-in pages, of ``n_tokens`` tokens each, if ``requests`` is None.
+        requests: texts or lists of token ids, all of them used; text like your own gives a better profile. None: those
+            of :func:`adaskip_cpp.measuring.corpus.requests`, from text that every Python carries.
+        n_requests: requests to cut from it, of ``n_tokens`` tokens each, if ``requests`` is None.
         n_decode: tokens to decode after a request, at least 1.
         rank: of the linear maps that are fitted for compensation ``"linear"``, see
             :mod:`adaskip_cpp.calibration.linear`; 0 for none. The moments of all sublayers take ``16 * n_layer * n_embd
@@ -67,7 +67,7 @@ def calibrate(
             tokens, or has token ids that are not in the vocabulary. All are checked before the first one runs.
     """
     if requests is None:
-        token_lists = corpus.cut(llm, corpus.text(), n_requests, n_tokens)
+        token_lists = corpus.requests(llm, n_requests, n_tokens)
     elif isinstance(requests, str | bytes):
         raise RequestError("requests is one text, not several; pass a list of texts or of token-id lists")
     else:
@@ -79,9 +79,9 @@ def calibrate(
     prefill: list[PhaseStatistics] = []
     decode: list[PhaseStatistics] = []
     # One fit per pass over the requests, each of as many sublayers as its moments have memory for.
-    skippable = [(row.layer, KINDS.index(row.kind)) for row in llm.sublayers if row.in_bulk and rank]
+    fitted_to = _to_fit(llm) if rank else []
     n_fit = max(_MOMENTS_BYTES // moments_bytes(llm.n_embd()), 1)
-    fits = [LinearFit(skippable[start : start + n_fit]) for start in range(0, len(skippable), n_fit)]
+    fits = [LinearFit(fitted_to[start : start + n_fit]) for start in range(0, len(fitted_to), n_fit)]
     n_decoded = min(len(token_lists), MAX_DECODED)
     decodes = {index * len(token_lists) // n_decoded for index in range(n_decoded)}
     n_text = sum(map(len, token_lists))
@@ -189,13 +189,20 @@ def _observe(
     return statistics.result()
 
 
+def _to_fit(llm: AdaSkipLlama) -> list[tuple[int, int]]:
+    """What maps are fitted to: sublayers as (layer, kind), and whole layers as (layer, WHOLE)."""
+    found = [(row.layer, KINDS.index(row.kind)) for row in llm.sublayers if row.in_bulk]
+    whole = [(layer, WHOLE) for layer in range(llm.n_layer) if {(layer, 0), (layer, 1)} <= {*found}]
+    return sorted(found + whole)
+
+
 def _maps(llm: AdaSkipLlama, fitted: dict[tuple[int, int], tuple[Matrix, Matrix]]) -> LinearMaps | None:
     """Return the maps as arrays, NaN where there is none; None where requests of one token left nothing to fit on."""
     if not fitted:
         return None
     rank, n_embd = next(iter(fitted.values()))[0].shape
-    down = np.full((llm.n_layer, 2, rank, n_embd), np.nan, np.float32)
-    up = np.full((llm.n_layer, 2, n_embd, rank), np.nan, np.float32)
+    down = np.full((llm.n_layer, 3, rank, n_embd), np.nan, np.float32)
+    up = np.full((llm.n_layer, 3, n_embd, rank), np.nan, np.float32)
     for where, pair in fitted.items():
         down[where], up[where] = pair
     return LinearMaps(down, up)

@@ -4,7 +4,8 @@ Much of what a sublayer adds to the stream is a linear function of its input: on
 about half of the variance of what attentions add. It costs ``2 * rank * n_embd`` multiplications per token, a few
 hundredths of what the sublayer itself costs.
 
-s is the square root of the median ratio, see :func:`~adaskip_cpp.model.statistics.map_scale`. The rest, ``v - s u``,
+A map may also stand in for a whole layer, u being the layer's input and v its output. s is the square root of the
+median ratio, see :func:`~adaskip_cpp.model.statistics.map_scale`, and 1 for a layer. The rest, ``v - s u``,
 is fitted by reduced-rank ridge regression on ``u`` (Izenman 1975), in closed form from the second moments of both. They
 are not centred: the mean of a stream is far from zero, so that its direction serves as the constant, and on unseen text
 that does better than a bias of its own. The first token of a request is left out: in many models its norm is tens of
@@ -17,6 +18,8 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from ..model.statistics import WHOLE
 
 DEFAULT_RANK = 64
 """With ranks 32, 64 and 128, SmolLM2 adds 0.242, 0.219 and 0.215 nats per token on Python sources at 6 of 60 sublayers,
@@ -58,7 +61,10 @@ class _Sums:
 
 @dataclass
 class LinearFit:
-    """Gathers the moments of the inputs and outputs of some sublayers, (layer, kind) each, and fits their maps."""
+    """Gathers the moments of the inputs and outputs of some sublayers, (layer, kind) each, and fits their maps.
+
+    The kind :data:`~adaskip_cpp.model.statistics.WHOLE` is of a whole layer.
+    """
 
     sublayers: Sequence[tuple[int, int]]
     _sums: dict[tuple[int, int], _Sums] = field(default_factory=dict)
@@ -73,10 +79,10 @@ class LinearFit:
         """
         later = np.flatnonzero(positions > 0)
         for layer, kind in self.sublayers:
-            pair = activations[layer][kind]
-            if pair is None or later.size == 0:
+            first, last = activations[layer][0 if kind == WHOLE else kind], activations[layer][min(kind, 1)]
+            if first is None or last is None or later.size == 0:
                 continue
-            u, v = pair[0][later], pair[1][later]
+            u, v = first[0][later], last[1][later]
             if not (np.isfinite(u).all() and np.isfinite(v).all()):
                 continue
             d = v - u
@@ -91,7 +97,7 @@ class LinearFit:
 
         A rank beyond ``n_embd`` counts as that. ``scale`` is s, ``[n_layer, 2]``, NaN where not known; None for 1.
         """
-        scales = {where: 1.0 if scale is None else float(scale[where]) for where in self._sums}
+        scales = {where: 1.0 if scale is None or where[1] == WHOLE else float(scale[where]) for where in self._sums}
         known = {where: sums for where, sums in self._sums.items() if np.isfinite(scales[where])}
         return {where: _fit(sums, rank, scales[where]) for where, sums in known.items()}
 

@@ -12,6 +12,7 @@ import click
 from ..calibration.calibrate import calibrate as run
 from ..calibration.cost import measure_cost
 from ..calibration.linear import DEFAULT_RANK
+from ..engine.llama import AdaSkipLlama
 from ..files import check_output, read_text
 from ..measuring import corpus
 from ..model.stored import vectors_path
@@ -36,7 +37,7 @@ _learning = partial(option, group="What is learned")
     multiple=True,
     metavar="FILE",
     help="UTF-8 text to calibrate on, - for stdin; may be repeated. Text like yours works best.  "
-    "[default: pages of pydoc_data.topics, Python's language reference]",
+    "[default: pages, sources and docstrings of Python's library]",
 )
 @_learning("--requests", type=click.IntRange(1), default=corpus.N_REQUESTS, help="Requests to cut from the text.")
 @_learning("--tokens", type=click.IntRange(2), default=corpus.N_TOKENS, help="Tokens in each request.")
@@ -90,10 +91,9 @@ def calibrate(
         with told_progress("Timing the sublayers") as on_progress:
             profile = replace(profile, cost=measure_cost(llm, on_progress=on_progress))
     else:
-        text, description = calibration_text(files)
         n_ctx = max(tokens + n_decode, 0 if no_cost else _CTX_TIMED)
         llm = open_quietly(model, n_ctx, threads=threads, gpu_layers=gpu_layers)
-        cut = corpus.cut(llm, text, requests, tokens)
+        cut, description = calibration_requests(llm, files, requests, tokens)
         profile = run(llm, cut, n_decode=n_decode, rank=rank, cost=not no_cost, description=description)
     profile.save(output)
     elapsed_s = time.monotonic() - start
@@ -106,10 +106,14 @@ def calibrate(
         _print(profile, output, requests, elapsed_s)
 
 
-def calibration_text(files: Sequence[str]) -> tuple[str, str]:
+def calibration_requests(
+    llm: AdaSkipLlama, files: Sequence[str], n_requests: int = corpus.N_REQUESTS, n_tokens: int = corpus.N_TOKENS
+) -> tuple[list[list[int]], str]:
+    """Cut requests from these files, or from built-in text, and say in words what text it is."""
     if not files:
-        return corpus.text(), corpus.DESCRIPTION
-    return "\n\n".join(read_text(file) for file in files), ", ".join(os.path.basename(file) for file in files)
+        return corpus.requests(llm, n_requests, n_tokens), corpus.DESCRIPTION
+    text = "\n\n".join(read_text(file) for file in files)
+    return corpus.cut(llm, text, n_requests, n_tokens), ", ".join(os.path.basename(file) for file in files)
 
 
 def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> None:

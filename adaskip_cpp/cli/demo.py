@@ -32,7 +32,7 @@ def demo(
 ) -> None:
     """Let a small model learn which of its sublayers matter least, and answer a long prompt without them.
 
-    Calibrates on pages of Python's language reference, then answers a question about another page, with and without the
+    Calibrates on text that every Python carries, then answers a question about another page, with and without the
     plan in turn.
     """
     chosen = request or PlanRequest()

@@ -27,7 +27,7 @@ from ..progress import told_progress
 from ..tuning import speed
 from ..tuning.hold_out import hold_out
 from ..tuning.tuner import Tuner
-from .calibrate import calibration_text
+from .calibrate import calibration_requests
 from .planning import load_profile, print_cost_note
 from .terminal import CHOOSING, OUTPUT, console, json_option, model_options, open_quietly, option, verb
 from .tune_report import minutes, print_found
@@ -115,9 +115,8 @@ def tune(
     if existing is not None:
         profile = load_profile(model, existing)
     else:
-        text, description = calibration_text(files)
         with opened(_CTX_TIMED) as llm:
-            requests = corpus.cut(llm, text, corpus.N_REQUESTS, corpus.N_TOKENS)
+            requests, description = calibration_requests(llm, files)
             err.print(f"Calibrating on {len(requests)} requests of {description}.", style="dim")
             profile = calibrate(llm, requests, description=description)
 

@@ -165,7 +165,7 @@ def _items(
 
 
 _BUILTIN: dict[str, Callable[[], tuple[Mapping[str, str], str]]] = {
-    "pages": lambda: (corpus.held_out(), f"{corpus.DESCRIPTION}, of those that calibration leaves out"),
+    "pages": lambda: (corpus.held_out(), f"{corpus.PAGES}, of those that calibration leaves out"),
     "sources": lambda: (python_sources(), "sources of Python's standard library"),
 }
 """Built-in text by name: text by title, and what it is."""

@@ -12,19 +12,13 @@ from typing import TYPE_CHECKING, TypeAlias
 from ..errors import DataError
 from ..files import read_text
 from . import metrics
-from .corpus import cut, tokens_of
+from .corpus import SOURCES, cut, tokens_of
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
 Wrap: TypeAlias = Callable[[str], Sequence[int]]
 """Turns a prompt into tokens, as by a model's chat template."""
-
-PYTHON_SOURCES = (
-    "_pydecimal argparse configparser difflib doctest fractions imaplib ipaddress mailbox optparse pickle random "
-    "shutil smtplib statistics subprocess tarfile tempfile textwrap threading"
-)
-"""Modules of the standard library, single files of 4,000 to 60,000 tokens that are in every supported Python."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +117,13 @@ def read_texts(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
 
 
 def python_sources() -> dict[str, str]:
-    """Return those of :data:`PYTHON_SOURCES` that this Python has, by module: text of another kind than prose.
+    """Return those of :data:`adaskip_cpp.measuring.corpus.SOURCES` that this Python has, by module.
 
     They differ a little from one Python release to the next.
     """
     folder = sysconfig.get_path("stdlib")
     sources = {}
-    for name in PYTHON_SOURCES.split():
+    for name in SOURCES.split():
         with contextlib.suppress(DataError):
             if (text := read_text(os.path.join(folder, f"{name}.py"))).strip():
                 sources[name] = text

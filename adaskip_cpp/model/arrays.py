@@ -46,7 +46,7 @@ def checked(
         shapes: by field its dtype and its shape, as ``"n_layer 2 n_embd"``: a name is one number, 1 or more,
             wherever it stands.
     """
-    sizes, arrays = {"2": 2}, dict[str, Any]()
+    sizes, arrays = {"2": 2, "3": 3}, dict[str, Any]()
     for name, (dtype, words) in shapes.items():
         value, names = getattr(instance, name), words.split()
         array = arrays[name] = None if value is None else (np.array if copy else np.asarray)(value, dtype)

@@ -1,8 +1,8 @@
 """What calibration learned about the sublayers of one model, and its file: JSON, and the vectors in one beside it.
 
 ``X.json`` is what people read, with null for NaN. ``X.bin`` (see :mod:`adaskip_cpp.model.stored`) holds ``mean_u`` and
-``mean_v`` of prefill, then of decode, each ``[n_layer, 2, n_embd]``, and the linear maps of the sublayers that the
-JSON's ``mapped`` lists by layer and kind, first ``down`` ``[n, rank, n_embd]``, then ``up`` ``[n, n_embd, rank]``.
+``mean_v`` of prefill, then of decode, each ``[n_layer, 2, n_embd]``, and the linear maps of what the JSON's
+``mapped`` lists by layer and column, first ``down`` ``[n, rank, n_embd]``, then ``up`` ``[n, n_embd, rank]``.
 """
 
 import os
@@ -136,7 +136,7 @@ class _Vectors(stored.VectorsFile):
 
     n_embd: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
-    mapped: tuple[tuple[int, Literal[0, 1]], ...]
+    mapped: tuple[tuple[int, Literal[0, 1, 2]], ...]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
         if vectors is None:
             return _with_arrays(profile, ())
         n_layer, n_embd, rank, n = profile.n_layer, vectors.n_embd, vectors.rank, len(vectors.mapped)
-        if 16 * n_layer * n_embd * rank > stored.MOST_MEMORY:
+        if 24 * n_layer * n_embd * rank > stored.MOST_MEMORY:
             raise ValueError("it is of a larger model than any")
         shapes = [(n_layer, 2, n_embd) for _ in TIMED for _ in VECTORS]
         *means, down, up = vectors.read(name, shapes, [(n, rank, n_embd), (n, n_embd, rank)])
@@ -178,7 +178,7 @@ def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
             or len({*vectors.mapped}) < n
             or not all(0 <= at < n_layer for at, _ in vectors.mapped)
         ):
-            raise ValueError("it does not say which sublayers have a map")
+            raise ValueError("it does not say what has a map")
         return _with_arrays(
             profile, [*means, *(_everywhere(each, n_layer, vectors.mapped) for each in (down, up) if n)]
         )
@@ -197,8 +197,8 @@ def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
 def _everywhere(
     rows: npt.NDArray[np.float32], n_layer: int, which: Sequence[tuple[int, int]]
 ) -> npt.NDArray[np.float32]:
-    """Return an array of all sublayers with these rows in it, NaN elsewhere."""
-    values = np.full((n_layer, 2, *rows.shape[1:]), np.nan, np.float32)
+    """Return the array of all maps with these rows in it, NaN elsewhere."""
+    values = np.full((n_layer, 3, *rows.shape[1:]), np.nan, np.float32)
     values[tuple(np.transpose(which))] = rows
     return values
 

@@ -11,6 +11,8 @@ from .arrays import LayerArrays, checked, freeze, from_bf16, to_bf16
 
 FIGURES = ("similarity", "norm_ratio", "median_ratio", "layer_similarity")
 VECTORS = ("mean_u", "mean_v")
+WHOLE = 2
+"""The column of a whole layer, where attention and FFN are columns 0 and 1."""
 _SHAPES = {
     **dict.fromkeys(FIGURES[:3], (np.float64, "n_layer 2")),
     "layer_similarity": (np.float64, "n_layer"),
@@ -82,13 +84,14 @@ class PhaseStatistics(LayerArrays):
 
 @dataclass(frozen=True, eq=False)
 class LinearMaps(LayerArrays):
-    """One map per sublayer, ``v := s u + up (down u)``, fitted by :mod:`adaskip_cpp.calibration.linear`.
+    """Maps ``v := s u + up (down u)``, fitted by :mod:`adaskip_cpp.calibration.linear`: three per layer.
 
+    They stand in for its attention, for its FFN, and, where both are skipped, for the two together (:data:`WHOLE`).
     Arrays are read-only, rounded to BF16, which is what files hold, and NaN where nothing was fitted.
 
     Attributes:
-        down: float32 ``[n_layer, 2, rank, n_embd]``.
-        up: float32 ``[n_layer, 2, n_embd, rank]``.
+        down: float32 ``[n_layer, 3, rank, n_embd]``.
+        up: float32 ``[n_layer, 3, n_embd, rank]``.
 
     Raises:
         ProfileFormatError: the shapes do not fit each other, or a map has values that are not finite.
@@ -98,7 +101,7 @@ class LinearMaps(LayerArrays):
     up: npt.NDArray[np.float32]
 
     def __post_init__(self) -> None:
-        shapes = {"up": (np.float32, "n_layer 2 n_embd rank"), "down": (np.float32, "n_layer 2 rank n_embd")}
+        shapes = {"up": (np.float32, "n_layer 3 n_embd rank"), "down": (np.float32, "n_layer 3 rank n_embd")}
         arrays = checked(self, ProfileFormatError, "these are no linear maps; calibrate again", shapes, copy=False)
         freeze(self, **{name: from_bf16(to_bf16(array)) for name, array in arrays.items()})
         if not all(np.isfinite(array[self.fitted]).all() for array in (self.down, self.up)):
@@ -114,7 +117,7 @@ class LinearMaps(LayerArrays):
 
     @property
     def fitted(self) -> npt.NDArray[np.bool_]:
-        """bool ``[n_layer, 2]``: the sublayers that have a map."""
+        """bool ``[n_layer, 3]``: what has a map."""
         return np.asarray(~np.isnan(self.up).any(axis=(2, 3)))
 
 

@@ -17,7 +17,7 @@ linear     ``s * u + up (down u)``, s near the square      as ``median``
 
 The paper's ratio is dominated by tokens of huge norm, as the first one of many models, and scales all others by it.
 ``affine`` also replaces the mean of what the sublayer would have added, ``linear`` what a linear map of low rank can
-tell of it. A profile that was calibrated with rank 0 has no maps; there ``linear`` is ``affine``. The online stage
+tell of it: one map for both sublayers of a layer, where both are skipped. A profile that was calibrated with rank 0 has no maps; there ``linear`` is ``affine``. The online stage
 learns no vectors, so that an FFN it adds gets a scale alone. ``benchmarks/compensation.py`` compares all of them on
 held-out text.
 """
@@ -30,7 +30,7 @@ import numpy.typing as npt
 from ..errors import CompensationError
 from ..model.plan import OnlineScale
 from ..model.skip_set import SkipSet
-from ..model.statistics import LinearMaps, PhaseStatistics, map_scale
+from ..model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
 
 DEFAULT_COMPENSATION = "linear"
 
@@ -59,7 +59,7 @@ class Compensation:
         """
         ratio = statistics.median_ratio
         if self.uses_maps and maps is not None and skip.any():
-            return SkipSet(skip, map_scale(ratio), None, maps.down, maps.up)
+            return _mapped(skip, map_scale(ratio), maps)
         scale = {"none": np.ones_like(ratio), "paper": statistics.norm_ratio, "median": ratio}[self.online]
         if not (self.adds_mean and skip.any()):
             return SkipSet(skip, scale)
@@ -70,6 +70,16 @@ class Compensation:
             )
         error = statistics.mean_v - scale[:, :, None] * statistics.mean_u.astype(np.float64)
         return SkipSet(skip, scale, error.astype(np.float32))
+
+
+def _mapped(skip: npt.NDArray[np.bool_], scale: npt.NDArray[np.float64], maps: LinearMaps) -> SkipSet:
+    """Where both sublayers of a layer are skipped, the map of the layer stands in for them, as the FFN's."""
+    down, up = maps.down[:, :2].copy(), maps.up[:, :2].copy()
+    whole = skip.all(axis=1) & maps.fitted[:, WHOLE]
+    scale[whole] = 1.0
+    down[whole, 1], up[whole, 1] = maps.down[whole, WHOLE], maps.up[whole, WHOLE]
+    down[whole, 0] = up[whole, 0] = 0.0
+    return SkipSet(skip, scale, None, down, up)
 
 
 COMPENSATIONS: dict[str, Compensation] = {
