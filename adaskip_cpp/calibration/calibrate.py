@@ -3,6 +3,7 @@
 import contextlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import SupportsIndex, TypeAlias
@@ -18,6 +19,7 @@ from ..model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
 from ..planning.profile import Profile
 from ..progress import progress_bar
 from .cost import measure_cost, set_aside
+from .divergence import N_BEHIND, N_PIECES, N_PROMPT, measure_divergence
 from .linear import DEFAULT_RANK, LinearFit, Matrix, moments_bytes
 from .similarity import RequestStatistics
 
@@ -39,6 +41,7 @@ def calibrate(
     n_decode: int = 32,
     rank: int = DEFAULT_RANK,
     cost: bool = True,
+    divergence: bool = True,
     progress: bool | None = None,
     description: str | None = None,
 ) -> Profile:
@@ -58,6 +61,9 @@ def calibrate(
             :mod:`adaskip_cpp.calibration.linear`; 0 for none. The moments of all sublayers take ``16 * n_layer * n_embd
             ** 2`` bytes; beyond 2 GiB they are gathered in several passes over the requests.
         cost: whether to measure what each sublayer costs on this machine, which ``Profile.plan(speedup=...)`` needs.
+        divergence: whether to measure what skipping each sublayer in the bulk of a prompt costs the tokens behind it,
+            which chooses what mode ``"prompt"`` skips. The requests that it is measured on, one in four and three at
+            most, have no part in the maps.
         progress: True shows progress on stderr, False does not; None does where stderr is a terminal and it will take
             more than 2 s.
         description: what text this is, in words, stored in the profile.
@@ -82,6 +88,8 @@ def calibrate(
     fitted_to = _to_fit(llm) if rank else []
     n_fit = max(_MOMENTS_BYTES // moments_bytes(llm.n_embd()), 1)
     fits = [LinearFit(fitted_to[start : start + n_fit]) for start in range(0, len(fitted_to), n_fit)]
+    judging = token_lists[len(token_lists) - min(N_PIECES, len(token_lists) // 4) :] if divergence else []
+    n_fitted = len(token_lists) - len(judging)
     n_decoded = min(len(token_lists), MAX_DECODED)
     decodes = {index * len(token_lists) // n_decoded for index in range(n_decoded)}
     n_text = sum(map(len, token_lists))
@@ -96,20 +104,20 @@ def calibrate(
         llm.set_plan(None)
         with progress_bar("Calibrating", progress) as on_progress:
             for index, tokens in enumerate(token_lists):
-                prefill.append(_observe(llm, tokens, advance, fit=fits[0] if fits else None))
+                prefill.append(_observe(llm, tokens, advance, fit=fits[0] if fits and index < n_fitted else None))
                 if index in decodes:
                     decode.append(_observe(llm, tokens, advance, n_decode=n_decode))
             mean = PhaseStatistics.mean(prefill)
             fitted: dict[tuple[int, int], tuple[Matrix, Matrix]] = {}
             for index, fit in enumerate(fits):
-                for tokens in token_lists if index else ():  # the first pass has been made
+                for tokens in token_lists[:n_fitted] if index else ():  # the first pass has been made
                     _observe(llm, tokens, advance, fit=fit)
                 fitted |= fit.fit(rank, map_scale(mean.median_ratio))
                 fit.clear()
         with progress_bar("Timing sublayers", progress) as on_time:
             cost_model = measure_cost(llm, on_progress=on_time) if cost else None
 
-    return Profile(
+    profile = Profile(
         prefill=mean,
         decode=PhaseStatistics.mean(decode),
         n_requests=len(prefill),
@@ -122,6 +130,11 @@ def calibrate(
         maps=_maps(llm, fitted),
         bulk_only=tuple(row.layer for row in llm.sublayers if row.in_bulk and not row.skippable),
     )
+    pieces = [tokens[: N_PROMPT + N_BEHIND] for tokens in judging if len(tokens) > 1]
+    if pieces:
+        with progress_bar("Skipping each sublayer", progress) as on_skipped:
+            profile = replace(profile, divergence=measure_divergence(llm, profile, pieces, on_progress=on_skipped))
+    return profile
 
 
 def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:

@@ -4,6 +4,8 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
 from ..errors import AdaSkipError, ModelFileError, PlanError, StateError
@@ -161,6 +163,20 @@ class AdaSkipLlama(SelfDescribingLlama):
         """
         self._eval("decode", [int(token) for token in tokens])
 
+    def logits_behind(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Evaluate tokens as :meth:`eval_decode` does, and return the logits behind each, whatever ``logits_all`` says.
+
+        Returns:
+            float32 ``[len(tokens), n_vocab]``.
+
+        Raises:
+            StateError: as :meth:`eval`; or statistics of all tokens are collected, which computes no logits.
+        """
+        self._check_logits()
+        rows: list[npt.NDArray[np.float32]] = []
+        self._eval("decode", [int(token) for token in tokens], rows)
+        return np.concatenate([np.empty((0, self.n_vocab()), np.float32), *rows])
+
     def eval_bulk(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens of a prompt that more of the same prompt follows, behind those that are cached.
 
@@ -172,7 +188,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         """
         self._eval("bulk", [int(token) for token in tokens])
 
-    def _eval(self, phase: Phase, tokens: list[int]) -> None:
+    def _eval(self, phase: Phase, tokens: list[int], rows: list[npt.NDArray[np.float32]] | None = None) -> None:
         if not tokens:
             return
         native = self._adaskip
@@ -185,7 +201,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             else:
                 self._evaluate_prompt(stale)
         if phase == "decode":
-            self._evaluate("decode", tokens, is_last=True)
+            self._evaluate("decode", tokens, is_last=True, rows=rows)
         elif phase == "bulk":
             has_bulk = self.plan is not None and self.plan.bulk is not None
             self._evaluate("bulk" if has_bulk else "prefill", tokens, is_last=False, is_read=False)
@@ -204,7 +220,16 @@ class AdaSkipLlama(SelfDescribingLlama):
             tokens = tokens[end:]
         self._evaluate("prefill", tokens, is_last=True)
 
-    def _evaluate(self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True) -> None:
+    def _evaluate(
+        self,
+        phase: Phase,
+        tokens: list[int],
+        *,
+        is_last: bool,
+        is_read: bool = True,
+        rows: list[npt.NDArray[np.float32]] | None = None,
+    ) -> None:
+        """Evaluate tokens in one phase; ``rows``, if given, gets the logits behind each, a batch at a time."""
         native = self._adaskip
         native.set_phase(phase)
         # If this fails, the logits at hand are not those of the cached tokens.
@@ -213,7 +238,12 @@ class AdaSkipLlama(SelfDescribingLlama):
             # One batch at a time, so that Ctrl-C inside a statistics sink ends the evaluation there.
             for batch, with_logits in self._batches(tokens, is_last=is_last):
                 try:
-                    super().eval(batch) if with_logits and is_read else self._eval_unread(batch)
+                    if rows is not None:
+                        rows.append(self._decode(batch, with_logits=True))
+                    elif with_logits and is_read:
+                        super().eval(batch)
+                    else:
+                        self._decode(batch, with_logits=False)
                 except RuntimeError as error:
                     native.raise_failure(error)
                 native.raise_pending()
@@ -233,15 +263,23 @@ class AdaSkipLlama(SelfDescribingLlama):
             batches[-1:] = [batches[-1][:-1], batches[-1][-1:]]
         return [(batch, index == len(batches) - 1) for index, batch in enumerate(batches)]
 
-    def _eval_unread(self, tokens: list[int]) -> None:
-        """``llama_cpp.Llama.eval`` of one batch without logits: llama.cpp computes its KV, and what that takes."""
+    def _decode(self, tokens: list[int], *, with_logits: bool) -> npt.NDArray[np.float32]:
+        """``llama_cpp.Llama.eval`` of one batch with the logits behind every token, or behind none.
+
+        Without, llama.cpp computes its KV, and what that takes.
+        """
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._ctx.kv_cache_seq_rm(-1, start, -1)
-        self._batch.set_batch(batch=tokens, n_past=start, logits_all=False)
-        self._batch.batch.logits[len(tokens) - 1] = False
+        self._batch.set_batch(batch=tokens, n_past=start, logits_all=with_logits)
+        self._batch.batch.logits[len(tokens) - 1] = with_logits
         self._ctx.decode(self._batch)
         self.input_ids[start:end] = tokens
         self.n_tokens = end
+        shape = len(tokens) if with_logits else 0, self.n_vocab()
+        logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=shape).copy() if with_logits else np.empty(shape)
+        if self.logits_all and with_logits:
+            self.scores[start:end] = logits
+        return np.asarray(logits, np.float32)
 
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
@@ -260,11 +298,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
         Arguments and results are those of ``llama_cpp.Llama.generate``.
         """
-        if self._adaskip.drops_logits:
-            raise StateError(
-                "no logits are computed while statistics of all tokens are collected; leave collect_statistics() "
-                "first, or open it with keep_logits=True."
-            )
+        self._check_logits()
         self.begin_request()
         if self._reads_prompt and self.plan is not None and self.plan.bulk is not None:
             self.reset()  # the bulk of an earlier prompt has no logits that may be read
@@ -282,6 +316,13 @@ class AdaSkipLlama(SelfDescribingLlama):
                     self._phase = "prefill"
                 phase = "decode"
                 sent = yield token
+
+    def _check_logits(self) -> None:
+        if self._adaskip.drops_logits:
+            raise StateError(
+                "no logits are computed while statistics of all tokens are collected; leave collect_statistics() "
+                "first, or open it with keep_logits=True."
+            )
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         steps = super()._create_completion(*args, **kwargs)

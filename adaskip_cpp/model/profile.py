@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..errors import ProfileFormatError, ProfileMissingError, ProfileVersionError
 from . import stored
-from .arrays import from_plain, to_plain
+from .arrays import freeze, from_plain, to_plain
 from .cost_model import CostModel
 from .identity import ModelInfo
 from .plan import TIMED
@@ -40,6 +40,8 @@ class ProfileData:
         package_version, created: of adaskip-cpp that calibrated it, and when, in UTC, ISO 8601.
         cost: what each sublayer costs on the machine that measured it, or None.
         maps: linear maps that stand in for sublayers, or None.
+        divergence: float64 ``[n_layer, 2]``: what skipping each sublayer alone in the bulk of a prompt costs the tokens
+            behind it, see :mod:`adaskip_cpp.calibration.divergence`; None if it was not measured. Read-only.
         bulk_only: layers whose attention only the bulk of a prompt can skip, as other layers read its KV.
 
     Raises:
@@ -56,9 +58,16 @@ class ProfileData:
     created: str = ""
     cost: CostModel | None = None
     maps: LinearMaps | None = None
+    divergence: npt.NDArray[np.float64] | None = None
     bulk_only: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.divergence is not None:
+            divergence = np.array(self.divergence, np.float64)
+            fits = divergence.shape == self.similarity.shape and not (np.isnan(divergence) & self.in_bulk).any()
+            if not fits or (divergence < 0).any() or np.isinf(divergence).any():
+                raise ProfileFormatError("'divergence' is not of this model's sublayers; calibrate again")
+            freeze(self, divergence=divergence)
         if not all(0 <= layer < self.n_layer for layer in self.bulk_only):
             raise ProfileFormatError("'bulk_only' has a layer that the model has not; calibrate again")
         parts = {

@@ -17,9 +17,9 @@ linear     ``s * u + up (down u)``, s near the square      as ``median``
 
 The paper's ratio is dominated by tokens of huge norm, as the first one of many models, and scales all others by it.
 ``affine`` also replaces the mean of what the sublayer would have added, ``linear`` what a linear map of low rank can
-tell of it: one map for both sublayers of a layer, where both are skipped. A profile that was calibrated with rank 0 has no maps; there ``linear`` is ``affine``. The online stage
-learns no vectors, so that an FFN it adds gets a scale alone. ``benchmarks/compensation.py`` compares all of them on
-held-out text.
+tell of it: one map for both sublayers of a layer, where both are skipped. A profile that was calibrated with rank 0 has
+no maps; there ``linear`` is ``affine``. The online stage learns no vectors, so that an FFN it adds gets a scale alone.
+``benchmarks/compensation.py`` compares all of them on held-out text.
 """
 
 from dataclasses import dataclass

@@ -88,30 +88,29 @@ def seconds_saved(cost: CostModel, context: int, phase: Phase) -> npt.NDArray[np
     return np.maximum(cost.seconds(None, context, phase) - np.reshape(seconds, (-1, 2)), 0.0)
 
 
-def cheapest_set(
-    similarity: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "efficiency"
-) -> npt.NDArray[np.bool_]:
-    """Choose the sublayers, bool ``[n_layer, 2]``, that reach a goal and cost the least similarity.
+def cheapest_set(lost: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "efficiency") -> npt.NDArray[np.bool_]:
+    """Choose the sublayers, bool ``[n_layer, 2]``, that reach a goal and lose the least.
 
     Args:
-        similarity: float64 ``[n_layer, 2]``; NaN where a sublayer cannot be skipped.
+        lost: float64 ``[n_layer, 2]``: what skipping each loses, as one less its similarity; NaN where it cannot be
+            skipped.
         goal: what is to be reached.
-        ranking: ``"efficiency"`` takes sublayers by the least ``(1 - similarity) / seconds saved``, and then puts back
-            those that are not needed after all, the greatest loss first; ``"similarity"`` takes them by the paper's
-            ranking until the time is reached.
+        ranking: ``"efficiency"`` takes sublayers by the least lost per second saved, and then puts back those that are
+            not needed after all, the greatest loss first; ``"similarity"`` takes them by the least lost, as the paper's
+            ranking does, until the time is reached.
     """
-    may = ~np.isnan(similarity)
-    if similarity.shape != (goal.cost.n_layer, 2):
+    may = ~np.isnan(lost)
+    if lost.shape != (goal.cost.n_layer, 2):
         raise PlanError(
-            f"similarity has the shape {similarity.shape}, the cost model is for [{goal.cost.n_layer}, 2]; "
+            f"what is lost has the shape {lost.shape}, the cost model is for [{goal.cost.n_layer}, 2]; "
             "use the profile of this model"
         )
     if not goal.reached(may):
         raise goal.out_of_reach(may)
     if ranking == "efficiency":
-        return _cover(1.0 - similarity, may, goal)
+        return _cover(lost, may, goal)
     skip = np.zeros(may.shape, np.bool_)
-    for index in ranked(1.0 - similarity):
+    for index in ranked(lost):
         if goal.reached(skip):
             break
         skip.flat[index] = True

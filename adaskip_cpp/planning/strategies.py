@@ -14,11 +14,12 @@ from functools import wraps
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
 from ..model.plan import SkipPlan
 from ..model.profile import ProfileData
-from ..model.skip_set import marked
+from ..model.skip_set import marked, ranked
 from .modes import compensated_plan
 from .request import DEFAULT_N_SKIP, PlanRequest
 from .speedup import Goal, cheapest_set, smallest_budget
@@ -68,22 +69,38 @@ def make_plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
 
 @strategy
 def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
-    """The paper's offline rule: all sublayers ranked together by mean IO similarity in prefill, the first n skipped.
+    """The sublayers that lose least.
 
-    Ties: attention before FFN, then the lower layer first. Sublayers without a similarity are never chosen. For a
-    speed-up the set is that of :func:`adaskip_cpp.planning.speedup.cheapest_set`.
+    That is the paper's offline rule: all sublayers ranked together by mean IO similarity in prefill, the first n
+    skipped. In mode ``"prompt"`` they are ranked by what skipping each alone in the bulk costs the tokens behind it
+    (:mod:`adaskip_cpp.calibration.divergence`), unless the ranking is ``"similarity"``. Ties: attention before FFN,
+    then the lower layer first. For a speed-up the set is that of :func:`adaskip_cpp.planning.speedup.cheapest_set`.
     """
     if isinstance(source, int):
         raise PlanError("strategy 'adaskip' ranks sublayers by their similarity; give it a profile, from calibrate()")
-    may = source.in_bulk if request.mode == "prompt" else source.skippable
+    lost = _lost(source, request)
     if request.speedup is not None:
-        similarity = np.where(may, source.similarity, np.nan)
-        skip = cheapest_set(similarity, Goal.of(source, request), request.ranking)
+        skip = cheapest_set(lost, Goal.of(source, request), request.ranking)
     else:
-        n_max = int(may.sum())
+        n_max = int((~np.isnan(lost)).sum())
         budget = _budget(request, n_max, f"{n_max} of this model's {2 * source.n_layer} sublayers can be skipped")
-        skip = source.most_similar(budget, may)
+        skip = np.zeros(lost.shape, np.bool_)
+        skip.flat[ranked(lost)[:budget]] = True
     return compensated_plan(source, skip, request, "adaskip")
+
+
+def _lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.float64]:
+    """Return what skipping each sublayer loses, float64 ``[n_layer, 2]``, NaN where it cannot be skipped."""
+    if request.mode != "prompt":
+        return np.where(profile.skippable, 1.0 - profile.similarity, np.nan)
+    if request.ranking == "similarity":
+        return 1.0 - profile.similarity
+    if profile.divergence is None:
+        raise PlanError(
+            "the profile does not tell what skipping in a prompt's bulk costs; calibrate again, on 4 requests or more, "
+            "or use ranking='similarity'"
+        )
+    return profile.divergence
 
 
 @baseline
