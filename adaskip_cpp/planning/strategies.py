@@ -74,7 +74,8 @@ def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     That is the paper's offline rule: all sublayers ranked together by mean IO similarity in prefill, the first n
     skipped. In mode ``"prompt"`` they are ranked by what skipping each alone in the bulk costs the tokens behind it
     (:mod:`adaskip_cpp.calibration.divergence`) times the number of layers above it, unless the ranking is
-    ``"similarity"``. Ties: attention before FFN, then the lower layer first. For a speed-up the set is that of :func:`adaskip_cpp.planning.speedup.cheapest_set`.
+    ``"similarity"``. Ties: attention before FFN, then the lower layer first. For a speed-up the set is that of
+    :func:`adaskip_cpp.planning.speedup.cheapest_set`.
     """
     if isinstance(source, int):
         raise PlanError("strategy 'adaskip' ranks sublayers by their similarity; give it a profile, from calibrate()")
@@ -100,8 +101,8 @@ def _lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.float64]
             "the profile does not tell what skipping in a prompt's bulk costs; calibrate again, on 4 requests or more, "
             "or use ranking='similarity'"
         )
-    # Skipped alone, a sublayer costs more than among others, as its error then passes through layers that run; the lower
-    # it is, the more of those are left. SmolLM2 at 1.4 times the speed diverges by 0.034 so, and by 0.058 without.
+    # An error passes through the layers above that run: the more of them, the less are what sublayers cost alone and
+    # what they cost among others alike. SmolLM2 at 1.4 times the speed diverges by 0.034 so, and by 0.058 without.
     return profile.divergence * np.arange(profile.n_layer)[::-1, None]
 
 
