@@ -25,8 +25,8 @@ N_DECODE = 4
 
 
 def calibrate(llm: Any, *args: Any, **options: Any) -> adaskip_cpp.Profile:
-    """Without timing sublayers, which a model without a library does not have."""
-    return adaskip_cpp.calibrate(llm, *args, **{"n_decode": N_DECODE, "cost": False, **options})
+    """Without timing and skipping sublayers, which a model without a library cannot do."""
+    return adaskip_cpp.calibrate(llm, *args, **{"n_decode": N_DECODE, "cost": False, "divergence": False, **options})
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_model_that_shares_kv_plans_the_attentions_that_write_it_for_the_bulk_
     tiny: TinyModel, open_model: OpenModel
 ) -> None:
     llm = open_model(tiny("gemma4-per-layer"))  # layers 2 and 3 read the KV of 0 and 1
-    profile = calibrate(llm, ["the other of the", "in an", "on the other"], rank=2)
+    profile = calibrate(llm, ["the other of the", "in an", "on the other", "of the"], rank=2, divergence=True)
     assert np.argwhere(~profile.skippable).tolist() == [[0, 0], [1, 0]]
     assert profile.in_bulk.all()
     for plan in (profile.plan(n_skip=6, mode="prefill"), profile.plan(n_skip=8, mode="prompt")):
@@ -272,7 +272,7 @@ def test_a_profile_tells_what_the_bulk_alone_can_skip(
     name: str, tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
 ) -> None:
     llm = open_model(tiny(name))
-    profile = calibrate(llm, [tokens(40)], rank=2, cost=False)
+    profile = calibrate(llm, [tokens(40, seed) for seed in range(4)], rank=2, divergence=True)
     rows = [row for row in llm.sublayers if row.in_bulk and not row.skippable]
     assert rows and [(each, "attention") for each in profile.bulk_only] == [(row.layer, row.kind) for row in rows]
     assert profile.skippable.ravel().tolist() == [row.skippable for row in llm.sublayers]
@@ -287,14 +287,14 @@ def test_a_profile_tells_what_the_bulk_alone_can_skip(
 def test_where_the_moments_take_too_much_memory_there_are_several_passes(
     llm: Any, monkeypatch: pytest.MonkeyPatch, n_fit: int
 ) -> None:
-    # Six sublayers; there is always room for one.
+    # Six sublayers and three layers; there is always room for one.
     requests = [list(range(5, 30)), list(range(20, 50))]
     expected = calibrate(llm, requests).maps
     n_evaluated = len(llm.evaluated)
     llm.evaluated.clear()
     monkeypatch.setattr(sys.modules["adaskip_cpp.calibration.calibrate"], "_MOMENTS_BYTES", n_fit * moments_bytes(4))
     assert calibrate(llm, requests).maps == expected
-    n_passes = -(-6 // max(n_fit, 1))
+    n_passes = -(-9 // max(n_fit, 1))
     assert [piece for _, piece in llm.evaluated[n_evaluated:]] == requests * (n_passes - 1)
     assert llm.plan is None and llm.n_tokens == 0 and not llm.collecting
 
@@ -322,10 +322,10 @@ def test_requests_of_one_token_leave_nothing_to_fit(llm: Any) -> None:
     assert profile.maps is None and profile.plan(2).compensation == "affine"
 
 
-def test_a_sublayer_that_is_not_skippable_has_no_map() -> None:
+def test_a_sublayer_that_is_not_skippable_has_no_map_nor_has_its_layer() -> None:
     profile = calibrate(FakeLlama(unobserved=[(1, 0)]), [list(range(5, 30))])  # type: ignore[arg-type]
     assert profile.maps is not None
-    assert np.argwhere(~profile.maps.fitted).tolist() == [[1, 0]]
+    assert np.argwhere(~profile.maps.fitted).tolist() == [[1, 0], [1, 2]]
     assert profile.plan(5).compensation == "linear"
 
 

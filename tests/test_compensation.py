@@ -1,5 +1,6 @@
 """adaskip_cpp.planning.compensation: what stands in for a skipped sublayer."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from adaskip_cpp.calibration.linear import LinearFit
 from adaskip_cpp.errors import CompensationError
 from adaskip_cpp.model.skip_set import SkipSet
-from adaskip_cpp.model.statistics import LinearMaps, PhaseStatistics, map_scale
+from adaskip_cpp.model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
 from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION, get_compensation
 
 N_LAYER, N_TOKENS, N_EMBD = 3, 200, 8
@@ -92,10 +93,14 @@ def test_affine_needs_vectors_and_says_what_does_not(streams: Any) -> None:
     assert COMPENSATIONS["affine"].skip_set(EVERY & False, statistics).n_skip == 0
 
 
-def maps(rank: int = 2) -> LinearMaps:
+def maps(rank: int = 2, whole: bool = False) -> LinearMaps:
+    """Random maps of all sublayers, and of whole layers if wanted."""
     rng = np.random.default_rng(5)
-    shapes = (N_LAYER, 2, rank, N_EMBD), (N_LAYER, 2, N_EMBD, rank)
-    return LinearMaps(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    shapes = (N_LAYER, 3, rank, N_EMBD), (N_LAYER, 3, N_EMBD, rank)
+    parts = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    for part in parts:
+        part[:, WHOLE] = part[:, WHOLE] if whole else np.nan
+    return LinearMaps(*parts)
 
 
 def test_linear_is_the_median_and_the_map_without_a_bias(streams: Any) -> None:
@@ -106,7 +111,7 @@ def test_linear_is_the_median_and_the_map_without_a_bias(streams: Any) -> None:
     assert chosen.bias is None
     for name in ("down", "up"):
         array = getattr(chosen, name)
-        np.testing.assert_array_equal(array[skip], getattr(fitted, name)[skip])
+        np.testing.assert_array_equal(array[skip], getattr(fitted, name)[:, :2][skip])
         assert not array[0, 1].any()
 
 
@@ -127,6 +132,31 @@ def test_without_maps_linear_is_affine(streams: Any) -> None:
 def test_the_others_do_not_use_the_maps(streams: Any, name: str) -> None:
     statistics = measure(*streams)
     assert COMPENSATIONS[name].skip_set(EVERY, statistics, maps()) == COMPENSATIONS[name].skip_set(EVERY, statistics)
+
+
+def test_of_a_layer_that_is_skipped_whole_the_one_map_of_it_stands_in(streams: Any) -> None:
+    skip, fitted, statistics = EVERY.copy(), maps(whole=True), measure(*streams)
+    skip[0, 1] = skip[1, 0] = False
+    chosen = COMPENSATIONS["linear"].skip_set(skip, statistics, fitted)
+    assert chosen.down is not None and chosen.up is not None and chosen.bias is None
+    scale = map_scale(statistics.median_ratio)
+    np.testing.assert_array_equal(chosen.scale, [[scale[0, 0], 1], [1, scale[1, 1]], [1, 1]])
+    for name in ("down", "up"):
+        found, given = getattr(chosen, name), getattr(fitted, name)
+        for at, expected in (((0, 0), given[0, 0]), ((1, 1), given[1, 1]), ((2, 1), given[2, WHOLE])):
+            np.testing.assert_array_equal(found[at], expected)
+        assert not found[2, 0].any() and not found[0, 1].any() and not found[1, 0].any()
+
+
+def test_a_whole_layer_needs_no_maps_of_its_sublayers(streams: Any) -> None:
+    parts = {name: np.array(getattr(maps(whole=True), name)) for name in ("down", "up")}
+    for array in parts.values():
+        array[2, :2] = np.nan
+    skip, alone = EVERY.copy(), EVERY.copy()
+    alone[2, 1] = False
+    assert COMPENSATIONS["linear"].skip_set(skip, measure(*streams), LinearMaps(**parts)).n_skip == 6
+    with pytest.raises(CompensationError, match=r"attention of layer 2.*calibrate again"):
+        COMPENSATIONS["linear"].skip_set(alone, measure(*streams), LinearMaps(**parts))
 
 
 def test_skipping_nothing_takes_no_maps(streams: Any) -> None:
@@ -153,8 +183,10 @@ def test_linear_is_the_default_and_leaves_less_error_than_affine_where_an_output
     pairs = [[(u[at].astype(np.float32), v[at].astype(np.float32)) for at in ((i, 0), (i, 1))] for i in range(N_LAYER)]
     fit.add(pairs, np.arange(1, N_TOKENS + 1, dtype=np.int32))
     fitted = fit.fit(1, map_scale(measure(u, v).median_ratio))
-    parts = (np.stack([fitted[at][i] for at in np.ndindex(N_LAYER, 2)]) for i in range(2))
-    linear_maps = LinearMaps(*(part.reshape(N_LAYER, 2, *part.shape[1:]) for part in parts))
+    parts = [np.full((N_LAYER, 3, *fitted[0, 0][i].shape), np.nan, np.float32) for i in range(2)]
+    for (at, pair), i in itertools.product(fitted.items(), range(2)):
+        parts[i][at] = pair[i]
+    linear_maps = LinearMaps(*parts)
     errors = {}
     for name in ("affine", "linear"):
         chosen = COMPENSATIONS[name].skip_set(EVERY, measure(u, v), linear_maps)

@@ -76,13 +76,17 @@ def without_vectors(original: Profile) -> Profile:
     return replace(original, prefill=prefill, decode=decode)
 
 
+MAPPED = [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0], [2, 1], [2, 2]]
+"""What :func:`maps` has maps of, (layer, column) each."""
+
+
 def maps(n_layer: int = 3, rank: int = 2, n_embd: int = 5) -> LinearMaps:
-    """Random maps of all sublayers but one, the FFN of layer 1."""
+    """Random maps of all sublayers but one, the FFN of layer 1, and of the layers but this."""
     rng = np.random.default_rng(rank)
-    shapes = (n_layer, 2, rank, n_embd), (n_layer, 2, n_embd, rank)
+    shapes = (n_layer, 3, rank, n_embd), (n_layer, 3, n_embd, rank)
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     for array in arrays:
-        array[1, 1] = NAN
+        array[1, 1:] = NAN
     return LinearMaps(*arrays)
 
 
@@ -161,7 +165,7 @@ def test_linear_takes_the_maps_of_the_profile_in_every_mode(mapped: Profile) -> 
         assert plan.decode.bias is None
         for name in ("down", "up"):
             skipped = getattr(plan.decode, name)[plan.decode.skip]
-            np.testing.assert_array_equal(skipped, getattr(mapped.maps, name)[plan.decode.skip])
+            np.testing.assert_array_equal(skipped, getattr(mapped.maps, name)[:, :2][plan.decode.skip])
         assert plan.prefill == (SkipSet.none(3) if mode == "decode" else plan.decode)
         assert plan.online is None or plan.online.scale == "median"
 
@@ -415,15 +419,14 @@ def test_linear_maps_survive_the_files(example: Profile, tmp_path: Path, rank: i
     )
     assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.json"]
     assert before.maps is not None
-    has_map = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
-    expected = [array[at].ravel() for array in (before.maps.down, before.maps.up) for at in has_map]
+    expected = [array[at, kind].ravel() for array in (before.maps.down, before.maps.up) for at, kind in MAPPED]
     numbers = np.fromfile(tmp_path / "p.bin", np.uint8)[4 * 4 * 3 * 2 * 5 :]
     np.testing.assert_array_equal(dequantize(numbers, GGMLQuantizationType.BF16), np.concatenate(expected))
 
 
 def test_linear_maps_are_rounded_to_the_nearest_bf16() -> None:
     rng = np.random.default_rng(0)
-    values = (rng.normal(size=(3, 2, 4, 5)) * 10.0 ** rng.integers(-30, 30, (3, 2, 4, 5))).astype(np.float32)
+    values = (rng.normal(size=(3, 3, 4, 5)) * 10.0 ** rng.integers(-30, 30, (3, 3, 4, 5))).astype(np.float32)
     values.flat[:4] = np.float32([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 0])  # ties go to the even one
     expected = dequantize(quantize(values, GGMLQuantizationType.BF16), GGMLQuantizationType.BF16)
     found = LinearMaps(values, values.transpose(0, 1, 3, 2))
@@ -634,7 +637,10 @@ def test_a_rank_that_is_not_that_of_the_maps_is_refused(mapped: Profile, tmp_pat
         Profile.load(path)
 
 
-@pytest.mark.parametrize("value", [[], [[0, 0]], [[0, 0]] * 5, [[0, 2]] * 5, [[3, 0], [0, 1], [1, 0], [2, 0], [2, 1]]])
+@pytest.mark.parametrize(
+    "value",
+    [[], [[0, 0]], [[0, 0]] * 7, *([[at, kind], *MAPPED[1:]] for at, kind in ((3, 0), (0, 3), (-1, 0), (0, 1)))],
+)
 def test_maps_of_other_sublayers_than_there_are_are_refused(mapped: Profile, tmp_path: Path, value: Any) -> None:
     path = tmp_path / "p.json"
     mapped.save(path)

@@ -10,7 +10,7 @@ import pytest
 from test_cost import cost_model
 from test_profile import NAN, profile
 
-from adaskip_cpp import SkipPlan
+from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError, SublayerRangeError
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.planning.request import PlanRequest
@@ -26,6 +26,12 @@ from adaskip_cpp.planning.strategies import (
 
 SIZES = [12, 18, 24, 30, 32]
 BUDGETS = [(n_layer, k) for n_layer in SIZES for k in range(n_layer + 1)]
+
+
+def judged(similarity: Any, **changes: Any) -> Profile:
+    """A profile whose divergences, times the layers above, rank sublayers as their similarities do."""
+    lost, above = 1 - np.array(similarity, float), np.arange(len(similarity))[::-1, None]
+    return profile(similarity, divergence=lost / np.maximum(above, 1), **changes)
 
 
 def layers(skip_set: SkipSet) -> list[int]:
@@ -175,7 +181,7 @@ def test_a_model_without_layers_is_refused(n_layer: int) -> None:
 
 @pytest.mark.parametrize("strategy", [adaskip, early_exit, suffix, skip_decode, unified_skipping])
 def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
-    known = profile(np.linspace(0.5, 0.99, 24).reshape(12, 2))
+    known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2))
     plan, prefill = strategy(known, PlanRequest(6, mode="prompt")), strategy(known, PlanRequest(6, mode="prefill"))
     assert plan.bulk == prefill.prefill and plan.bulk.n_skip == 6
     assert plan.prefill == plan.decode == SkipSet.none(12)
@@ -186,7 +192,7 @@ def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
 
 
 def test_decode_skips_the_most_similar_with_the_ratios_of_decode() -> None:
-    known = profile(np.linspace(0.5, 0.99, 24).reshape(12, 2))
+    known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2))
     plan = known.plan(6, mode="prompt", decode=3, strategy="suffix", compensation="paper")
     assert plan.bulk is not None and plan.bulk.attention == plan.bulk.ffn == (9, 10, 11)
     assert (plan.decode.attention, plan.decode.ffn, plan.prefill.n_skip) == ((11,), (10, 11), 0)
@@ -198,7 +204,7 @@ def test_decode_skips_the_most_similar_with_the_ratios_of_decode() -> None:
 
 
 def test_the_suffix_is_compensated_where_that_is_asked_for() -> None:
-    known = profile(np.full((12, 2), 0.9))
+    known = judged(np.full((12, 2), 0.9))
     assert known.plan(4, mode="prompt", strategy="suffix").compensation == "none"
     assert known.plan(4, mode="prompt", strategy="suffix", compensation="paper").compensation == "paper"
     assert known.plan(4, mode="prompt", strategy="early_exit", compensation="paper").compensation == "none"
@@ -206,8 +212,8 @@ def test_the_suffix_is_compensated_where_that_is_asked_for() -> None:
 
 def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
     known = replace(profile([[0.9, 0.5], [0.99, 0.6], [0.8, 0.7]]), bulk_only=(1,))
-    assert known.plan(1, mode="prompt").bulk.attention == (1,)  # type: ignore[union-attr]
-    assert known.plan(1, mode="prompt", decode=1).decode.attention == (0,)
+    assert known.plan(1, mode="prompt", ranking="similarity").bulk.attention == (1,)  # type: ignore[union-attr]
+    assert known.plan(1, mode="prompt", ranking="similarity", decode=1).decode.attention == (0,)
     assert known.plan(1).prefill.attention == (0,) and known.plan(5).prefill.n_skip == 5
     with pytest.raises(BudgetError, match="0 to 5"):
         known.plan(6)
@@ -216,7 +222,7 @@ def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
 
 
 def test_impossible_requests_of_the_prompt_mode_are_refused() -> None:
-    known = profile(np.full((12, 2), 0.9))
+    known = judged(np.full((12, 2), 0.9))
     for values, words in (
         ({"decode": -1}, "from 0 on"),
         ({"decode": 1.5}, "from 0 on"),
@@ -235,7 +241,7 @@ def test_impossible_requests_of_the_prompt_mode_are_refused() -> None:
 @pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])
 def test_a_speed_up_of_the_prompt_mode_is_that_to_the_first_token(strategy: str) -> None:
     costs = cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12)
-    known = profile(np.linspace(0.5, 0.99, 24).reshape(12, 2), cost=costs)
+    known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2), cost=costs)
     plan = known.plan(mode="prompt", strategy=strategy, speedup=1.25, context=1000, tail=32)
     assert plan.bulk is not None and plan.tail == 32
     assert 1.25 <= costs.speedup(plan, 1000, "prefill") < 1.5

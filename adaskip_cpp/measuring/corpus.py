@@ -101,12 +101,17 @@ def _docstrings() -> str:
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    """Those of a module, its classes and functions, one after the other; not of what a function defines."""
     with contextlib.suppress(DataError, SyntaxError, ValueError):
-        for node in ast.walk(ast.parse(read_text(path))):
-            found = ast.get_docstring(node) if isinstance(node, documented) else None
-            if found and len(found) >= _LEAST:
-                yield found
+        nodes: list[ast.AST] = [ast.parse(read_text(path))]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                found = ast.get_docstring(node)
+                if found and len(found) >= _LEAST:
+                    yield found
+                if isinstance(node, ast.Module | ast.ClassDef):
+                    nodes.extend(reversed(node.body))
 
 
 def _library() -> Path:
