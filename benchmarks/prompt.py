@@ -15,7 +15,7 @@ Four contenders at several speed-ups, each chosen by the profile's cost model fo
 
 Quality is that of the 256 tokens behind a prompt, against the whole model, on text that calibration does not take, of
 kinds that every Python or Debian carries: licences, IDLE's manual, sources of the standard library, IDLE's changelog.
-Where no text of a kind is long enough, they are joined, and a kind that still is too short is left out. Pass keys are
+Where no text of a kind is long enough, all of it is joined, and a kind too short even so is left out. Pass keys are
 those of `evaluate`, at five depths. The time to the first token is measured in turn with the whole model's, in one
 process, on one loaded model; nothing else may run meanwhile.
 
@@ -347,11 +347,12 @@ def plot(every: Sequence[dict[str, Any]], path: Path) -> None:
     size = {"width_in": 3.0 * n_columns + 0.5, "height_in": 2.6 * n_rows + 0.5}
     fig, panels = plots.panels(n_rows, n_columns, **size, sharey=True)
     handles: dict[str, Any] = {}
-    lowest = 0.0
+    lowest, highest = 0.0, 0.1
     for axes, data in itertools.zip_longest(panels, every):
         if data is None:
             axes.set_visible(False)
             continue
+        fastest = 1.0
         handles["whole model"] = axes.plot([1.0], [0.0], **plots.STRATEGY["full"].points, zorder=4)[0]
         for contender, look in zip(CONTENDERS, LOOKS, strict=True):
             chosen = [row["plan"] for row in data["chosen"].values() if row["contender"] == contender]
@@ -365,17 +366,20 @@ def plot(every: Sequence[dict[str, Any]], path: Path) -> None:
             bars: dict[str, Any] = {"fmt": "none", "elinewidth": 0.7, "alpha": 0.6}
             axes.errorbar(*at, xerr=ends[0], yerr=ends[1], ecolor=look.colour, **bars)
             handles[contender] = axes.plot(*at, **look.line)[0]
-            lowest = min(lowest, *at[1])
+            lowest, highest, fastest = min(lowest, *at[1]), max(highest, *at[1]), max(fastest, *at[0])
+        axes.set_xlim(0.95, fastest + 0.1)  # by the points: a round that was disturbed makes a bar that dwarfs them
         axes.set_yscale("symlog", linthresh=0.1)
         axes.set_yticks([0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], minor=False)
         axes.set_yticks([], minor=True)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         plots.title(axes, f"{data['name']}, {data['origin']['prompt']:,} tokens")
         axes.set_xlabel("first token, times as fast")
-    panels[0].set_ylim(bottom=lowest - 0.01)
+    panels[0].set_ylim(lowest - 0.01, 1.3 * highest)
     for axes in panels[::n_columns]:
         axes.set_ylabel("added loss, nats per token")
-    plots.legend(fig, handles=list(handles.values()), labels=list(handles), loc="outside lower center", ncols=5)
+    plots.legend(
+        fig, handles=list(handles.values()), labels=list(handles), loc="outside lower center", ncols=2 * n_columns - 1
+    )
     with tempfile.TemporaryDirectory() as folder:
         plots.save(fig, folder, "prompt")
         write_atomically(path, Path(folder, "prompt.svg").read_bytes())

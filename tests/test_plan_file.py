@@ -490,3 +490,19 @@ def test_plan_shows_a_plan_file(tmp_path: Path) -> None:
     data = json.loads(run("plan", tmp_path / "p.json", "--json").stdout)
     assert data["plan"]["strategy"] == "tuned" and data["tuning"]["n_texts"] == 8
     assert run("plan", tmp_path / "p.json", "--skip", 2).exit_code == 2
+
+
+@pytest.mark.parametrize(("kinds", "n_maps"), [((1,), 16), ((0, 1), 32)])
+def test_a_map_in_the_shape_of_a_7b_model_takes_1_mib_in_a_plan_file(
+    tmp_path: Path, kinds: tuple[int, ...], n_maps: int
+) -> None:
+    """16 layers of 32 skipped, a map for each or for each sublayer: rank 64, 4,096 channels, two halves in BF16."""
+    skip, last = np.zeros((32, 2), np.bool_), slice(16, 32)
+    skip[last] = True
+    down, up = np.zeros((32, 2, 64, 4096), np.float32), np.zeros((32, 2, 4096, 64), np.float32)
+    for kind in kinds:
+        down[last, kind] = up[last, kind, :64, :1] = 1.0
+    none = SkipSet.none(32)
+    plan = SkipPlan(none, none, bulk=SkipSet(skip, np.ones((32, 2)), None, down, up), mode="prompt")
+    save_plan(tmp_path / "plan.json", plan)
+    assert (tmp_path / "plan.bin").stat().st_size == n_maps << 20
