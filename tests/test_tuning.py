@@ -38,6 +38,10 @@ def flags(*indices: int) -> np.ndarray:
     return skip
 
 
+def within(judge: Judge, limit: float) -> Callable[[np.ndarray], bool]:
+    return lambda skip: judge(skip).keeps(limit)
+
+
 def chosen(judged: Any) -> list[int]:
     return np.flatnonzero(judged.skip).tolist()
 
@@ -178,27 +182,65 @@ def test_a_time_out_of_reach_has_no_set() -> None:
     assert judge.n_evaluations == 0
 
 
+# --- with a prediction ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [0.02, 0.3, 1.0, 4.0, 50.0])
+@pytest.mark.parametrize("n", [0, 3, 9, N])
+def test_a_prediction_that_is_wrong_by_a_factor_alone_takes_three_evaluations_at_most(n: int, factor: float) -> None:
+    cost = np.arange(1.0, N + 1)
+    judge = Judge(N_LAYER, additive(cost.tolist()), count)
+    predicted = factor * np.concatenate([[0.0], np.cumsum(cost)])
+    found = fastest_within(judge, ORDER, cost[:n].sum() + 0.5, n_exchange=0, predicted=predicted)
+    assert chosen(found) == ORDER[:n] and judge.n_evaluations <= 3
+
+
+def test_a_prediction_of_the_wrong_shape_still_keeps_the_limit_in_few_evaluations() -> None:
+    for seed in range(20):
+        cost = np.random.default_rng(seed).exponential(1.0, N).tolist()
+        judge = Judge(N_LAYER, additive(cost), count)
+        found = fastest_within(judge, ORDER, 6.0, n_exchange=0, predicted=np.linspace(0, 1, N + 1) ** 3)
+        assert found.keeps(6.0) and judge.n_evaluations <= 5
+        best = int(np.searchsorted(np.cumsum(cost), 6.0))
+        assert best - len(chosen(found)) <= 2
+
+
+def test_a_prediction_of_nothing_and_a_harm_that_is_no_number_end_in_what_keeps_the_limit() -> None:
+    def harm(skip: np.ndarray) -> Sequence[float]:
+        return [0.0, NAN if skip.sum() > 3 else 0.0]
+
+    found = fastest_within(Judge(N_LAYER, harm, count), ORDER, 1.0, n_exchange=0, predicted=np.zeros(N + 1))
+    assert len(chosen(found)) == 3
+
+
 # --- the check on other text ------------------------------------------------------------------------------------------
 
 
 def test_what_fails_on_other_text_is_put_back_one_by_one_last_of_the_ranking_first() -> None:
     judge = Judge(N_LAYER, additive([1.0] * N), count)
-    kept = back_off(judge, [5, 3, 1, 0], flags(0, 1, 3, 5), 2.5)
-    assert chosen(kept) == [3, 5]
+    kept = back_off(within(judge, 2.5), [5, 3, 1, 0], flags(0, 1, 3, 5))
+    assert np.flatnonzero(kept).tolist() == [3, 5]
     assert judge.n_evaluations == 3
 
 
 def test_what_holds_on_other_text_is_left_as_it_is() -> None:
     judge = Judge(N_LAYER, additive([1.0] * N), count)
     skip = flags(0, 1)
-    assert chosen(back_off(judge, ORDER, skip, 2.0)) == [0, 1]
+    assert np.flatnonzero(back_off(within(judge, 2.0), ORDER, skip)).tolist() == [0, 1]
     assert judge.n_evaluations == 1
 
 
 def test_where_nothing_holds_on_other_text_the_model_is_left_whole() -> None:
     skip = flags(0, 1)
-    assert not back_off(Judge(N_LAYER, additive([1.0] * N), count), ORDER, skip, 0.5).skip.any()
+    assert not back_off(within(Judge(N_LAYER, additive([1.0] * N), count), 0.5), ORDER, skip).any()
     assert skip.sum() == 2  # what was handed in is not changed
+
+
+def test_where_it_must_be_fast_twice_as_many_are_put_back_each_time() -> None:
+    judge = Judge(N_LAYER, additive([1.0] * N), count)
+    kept = back_off(within(judge, 10.0), ORDER, flags(*ORDER), faster=True)
+    assert np.flatnonzero(kept).tolist() == ORDER[: N - 7]  # of 16 first one, then two, then four
+    assert judge.n_evaluations == 4
 
 
 # --- the ranking ------------------------------------------------------------------------------------------------------
@@ -206,9 +248,9 @@ def test_where_nothing_holds_on_other_text_the_model_is_left_whole() -> None:
 
 def test_equal_times_give_the_papers_ranking_ties_included() -> None:
     similarity = np.array([[0.5, 0.9], [0.9, 0.5], [NAN, 0.7]])
-    assert rank(similarity, np.ones((3, 2))) == [2, 1, 5, 0, 3]
+    assert rank(1.0 - similarity, np.ones((3, 2))) == [2, 1, 5, 0, 3]
 
 
 def test_what_saves_more_comes_first_at_the_same_similarity_and_what_saves_nothing_never() -> None:
-    similarity = np.full((2, 2), 0.9)
-    assert rank(similarity, np.array([[1.0, 2.0], [0.0, 4.0]])) == [3, 1, 0]
+    lost = np.full((2, 2), 0.1)
+    assert rank(lost, np.array([[1.0, 2.0], [0.0, 4.0]])) == [3, 1, 0]

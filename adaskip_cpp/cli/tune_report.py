@@ -12,16 +12,18 @@ from .report import layer_list
 
 
 def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float64]) -> None:
-    skipped, tuning = found.plan.skipped("decode"), found.tuning
+    in_prompt, tuning = found.plan.mode == "prompt", found.tuning
+    skipped = found.plan.skipped("bulk" if in_prompt else "decode")
     assert tuning is not None
     if skipped.n_skip:
         count = f"{skipped.n_skip} of {2 * skipped.n_layer} sublayers"
-        out.print(f"[bold]{count} are skipped[/], mode {found.plan.mode}:\n")
+        where = " in the bulk of prompts" if in_prompt else ""
+        out.print(f"[bold]{count} are skipped{where}[/], mode {found.plan.mode}:\n")
         print_heatmap(out, similarity, skipped.skip)
         out.print(f"\nattention skipped in layers: {layer_list(skipped.attention)}")
         out.print(f"FFN skipped in layers: {layer_list(skipped.ffn)}\n")
     print_tuning(out, tuning)
-    if found.plan.online is not None and found.plan.mode != "decode":
+    if found.plan.online is not None and found.plan.mode not in ("prompt", "decode"):
         out.print("FFNs that answers add online are not covered by these figures.")
 
 
@@ -38,6 +40,12 @@ def print_tuning(out: Console, tuning: Tuning) -> None:
     )
     out.print(f"  added loss   {_figure(tuning.loss, '.3f')} nats per token")
     out.print(f"  agreement    {_figure(tuning.agreement, '.3f')} of the full model's choices")
+    if tuning.divergence is not None:
+        out.print(f"  divergence   {_figure(tuning.divergence, '.3f')} nats per token from the full model")
+    if (keys := tuning.passkeys) is not None:
+        lost = f", [bold]{keys.full - keys.plan} lost[/]" if keys.plan < keys.full else ""
+        out.print(f"Pass keys: the full model finds {keys.full} of {keys.n} in prompts as long, the plan "
+                  f"{keys.plan} of these{lost}.")  # fmt: skip
     confirmed = "" if is_speed else f"; the promise was held on: {settings.get('confirmed_on')}"
     out.print(f"The search judged by other text: {settings.get('searched_on')}{confirmed}.")
     if not tuning.unbiased:
@@ -54,13 +62,15 @@ def print_tuning(out: Console, tuning: Tuning) -> None:
     elif not is_speed and tuning.kept == "on average":
         out.print("On this text the promise is kept on average; its interval reaches beyond it.")
     for first in tuning.speedups[:1]:
+        behind = f" and {first.n_decode:,} tokens behind it" if first.n_decode else ""
         out.print(
-            f"Speed with a prompt of {first.context:,} tokens and {first.n_decode:,} tokens behind it, "
+            f"Speed with a prompt of {first.context:,} tokens{behind}, "
             f"{first.ratio.n} requests of either model in turn:"
         )
     for each in tuning.speedups:
         real = "" if each.ratio.excludes(1.0) else "; no difference that is sure"
-        out.print(f"  {each.of:12} {_figure(each.ratio, '.2f')} times as fast{real}")
+        times = "" if each.seconds is None else f", {each.seconds[1]:.3g} s instead of {each.seconds[0]:.3g} s"
+        out.print(f"  {each.of:12} {_figure(each.ratio, '.2f')} times as fast{times}{real}")
     if is_speed and tuning.kept == "no":
         out.print("The promised speed-up was predicted but not measured; is the machine busy?")
 

@@ -6,7 +6,7 @@ Three measures of quality, and one of speed:
   mode ``prefill``.
 - ``continuation``: the last tokens of an item are decoded one by one behind the rest of it. They are forced, whatever
   the model finds likeliest, so that both models continue the same text while phases, schedules and the online stage
-  are those of any request; the same figures. For the modes ``decode`` and ``e2e``. Then the contender continues the
+  are those of any request; the same figures. For all modes but ``prefill``. Then the contender continues the
   same prompt by itself, which is compared with what the full model wrote (Rouge-L); for every mode.
 - ``answer``: the greedy answer to a question, and its score.
 - ``speed``: first token and tokens behind it, all contenders in turn, round by round.
@@ -167,7 +167,7 @@ class _Rest:
         # One more token than is measured: the first one behind a prompt is predicted by prefill.
         split = len(item.tokens) - self._work.n_continuation - 1
         prompt, targets = item.tokens[:split], item.tokens[split:]
-        decodes = any(each.mode in ("decode", "e2e") for each in self._work.contenders)
+        decodes = any(each.mode in ("prompt", "decode", "e2e") for each in self._work.contenders)
         full: Logits | None = None
         if decodes and any(each.mode != "prefill" for each in lacking):
             full = forced_logits(cache.take(prompt, None), prompt, targets)[1:]

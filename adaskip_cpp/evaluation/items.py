@@ -128,7 +128,7 @@ def _items(
             texts += text_items(llm, sources, n_items=n_texts, n_tokens=n_tokens, task=name, drop_short=name != "text")
         words["Text"] = (
             f"{n_texts} items of {n_tokens} tokens of {' and as many of '.join(named for _, named in kinds.values())}; "
-            f"the last {options.n_continuation} are decoded in the modes decode and end-to-end"
+            f"the last {options.n_continuation} are decoded, in all modes but prefill"
         )
     questions: list[QuestionItem] = []
     if options.synthetic:

@@ -10,29 +10,30 @@ from ..engine.generation import Generation
 from ..engine.llama import AdaSkipLlama
 from ..measuring.distribution import Logits, kl_divergences, losses
 from ..model.plan import SkipPlan
-from ..model.skip_set import SkipSet
 
 
 class PromptCache:
     """Runs contenders on one prompt after the other; those that read it the same way share its KV.
 
     The last token of a prompt is always evaluated alone, whether the rest was cached or not, so that a result does not
-    depend on what ran before it.
+    depend on what ran before it. A bulk ends before the prompt's tail all the same.
     """
 
     def __init__(self, llm: AdaSkipLlama) -> None:
         self._llm = llm
-        self._cached: tuple[tuple[int, ...], SkipSet | None] | None = None
+        self._cached: tuple[object, ...] = ()
 
     def take(self, prompt: tuple[int, ...], plan: SkipPlan | None) -> AdaSkipLlama:
-        """Put a plan in force, and all of a prompt but its last token into the cache, and return the model."""
+        """Put a plan in force, and all of a prompt that an answer reads again into the cache, and return the model."""
         skipped = None if plan is None or plan.prefill.n_skip == 0 else plan.prefill
+        bulk = None if plan is None or plan.bulk is None else (plan.bulk, plan.head, plan.tail)
         self._llm.set_plan(plan)
-        if self._cached != (prompt, skipped):
-            self._cached = None
+        if self._cached != (prompt, skipped, bulk):
+            self._cached = ()
             self._llm.reset()
-            self._llm.eval(prompt[:-1])
-            self._cached = prompt, skipped
+            # The whole prompt, of which `generate` evaluates the last token again, has the bulk that it is used with.
+            self._llm.eval(prompt[:-1] if bulk is None else prompt)
+            self._cached = prompt, skipped, bulk
         return self._llm
 
 

@@ -15,6 +15,8 @@ from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, Figure, Results, Row
 _MOST_QUESTION_COLUMNS = 3
 
 _MODE_TEXT = {
+    "prompt": "Only the bulk of a prompt skips, where nobody reads. Loss, KL divergence and agreement are of the "
+    "tokens behind it.",
     "prefill": "The same sublayers are skipped in both phases. Loss, KL divergence and agreement are of prompts.",
     "decode": "The full model reads the prompt; the plan and its online stage work on the tokens behind it. Loss, KL "
     "divergence and agreement are of those.",

@@ -1,4 +1,4 @@
-"""What a plan costs on texts, against the full model: added loss and agreement, one figure of each per text."""
+"""What a plan costs on texts, against the full model: added loss, agreement and divergence, one of each per text."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,11 @@ import numpy.typing as npt
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..model.plan import Mode, SkipPlan
-from .distribution import check_length, check_logits_all, losses
+from .distribution import Logits, check_length, check_logits_all, kl_divergences, losses
+
+N_BEHIND = 128
+"""Tokens of a text that follow its prompt in mode ``"prompt"``, or a quarter of a text that is shorter than four times
+as many."""
 
 
 @dataclass(frozen=True)
@@ -20,18 +24,22 @@ class TextScores:
     Attributes:
         loss: float64 [n], mean over its tokens of the loss that the plan adds, in nats.
         agreement: float64 [n], share of its tokens for which the plan finds the same token most likely.
+        divergence: float64 [n], mean over its tokens of KL(full model || plan), in nats; None unless asked for.
     """
 
     loss: npt.NDArray[np.float64]
     agreement: npt.NDArray[np.float64]
+    divergence: npt.NDArray[np.float64] | None = None
 
 
 class TextQuality:
     """Compares plans with the full model, which is evaluated once, when it is first needed.
 
-    A text is evaluated as one prompt. In mode ``"decode"`` it is a request of its own: its first half is the prompt,
-    which the full model reads, and the rest is evaluated as the tokens of an answer are, with the plan's online stage
-    and schedule; only these are judged then.
+    In the modes ``"prefill"`` and ``"e2e"`` a text is evaluated as one prompt and judged everywhere, which takes a
+    model that keeps all logits (``logits_all=True``). In the others it is a request of its own: its beginning is the
+    prompt, the rest is evaluated as the tokens of an answer are, and only these are judged, but for the first. In mode
+    ``"prompt"`` they are the last ``n_behind`` tokens, in mode ``"decode"`` half of them, with the plan's online stage
+    and schedule.
 
     The model's plan is set and left as it was last compared; its KV cache is dropped. ``advance`` is called with the
     number of tokens after each text.
@@ -43,18 +51,27 @@ class TextQuality:
         texts: Sequence[Sequence[int]],
         mode: Mode = "e2e",
         *,
+        n_behind: int = N_BEHIND,
         advance: Callable[[int], None] = lambda n_tokens: None,
     ) -> None:
-        check_logits_all(llm)
+        self._answers = mode in ("prompt", "decode")
+        if not self._answers:
+            check_logits_all(llm)
         if len(texts) < 2:
             raise DataError(f"{len(texts)} texts have no interval; give at least 2, or shorter ones")
         for tokens in texts:
             check_length(llm, tokens, 4)
-        self._llm, self._mode, self._advance = llm, mode, advance
-        # Each text with the first of its tokens that is judged.
-        self._texts = [(tokens, len(tokens) // 2 + 1 if mode == "decode" else 1) for tokens in texts]
+        self._llm, self._advance = llm, advance
+
+        def begin(n: int) -> int:
+            """The first token that is judged of n."""
+            if mode == "prompt":
+                return n - max(min(n_behind, n // 4), 2) + 1
+            return n // 2 + 1 if mode == "decode" else 1
+
+        self._texts = [(tokens, begin(len(tokens))) for tokens in texts]
         self._last: tuple[SkipPlan, TextScores] | None = None
-        self._full: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]] = []
+        self._full: list[_Judged] = []
 
     @property
     def n_texts(self) -> int:
@@ -65,35 +82,62 @@ class TextQuality:
         return sum(len(tokens) - begin for tokens, begin in self._texts)
 
     def evaluate_full(self) -> None:
-        self._full = self._full or list(self._evaluate(None))
+        self._full = self._full or [judged for judged, _ in self._evaluate(None)]
 
-    def scores(self, plan: SkipPlan) -> TextScores:
-        if self._last is None or self._last[0] != plan:
-            self.evaluate_full()
-            pairs = zip(self._full, self._evaluate(plan), strict=True)
-            found = [((own - full).mean(), (best == full_best).mean()) for (full, full_best), (own, best) in pairs]
-            self._last = plan, TextScores(*np.transpose(found))
+    def scores(self, plan: SkipPlan, *, divergence: bool = False) -> TextScores:
+        """Return what a plan costs on each text.
+
+        For the divergence the full model is evaluated again, text by text: its logits of all texts together can take
+        gigabytes.
+        """
+        if self._last is None or self._last[0] != plan or (divergence and self._last[1].divergence is None):
+            found = self._side_by_side(plan) if divergence else self._compared(plan)
+            self._last = plan, TextScores(*np.transpose(list(found)))
         return self._last[1]
 
-    def _evaluate(self, plan: SkipPlan | None) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]]:
-        """Per text the loss of each judged token, and the token that was most likely in its place."""
+    def _compared(self, plan: SkipPlan) -> Iterator[tuple[float, ...]]:
+        self.evaluate_full()
+        for full, (own, _) in zip(self._full, self._evaluate(plan), strict=True):
+            yield own.against(full)
+
+    def _side_by_side(self, plan: SkipPlan) -> Iterator[tuple[float, ...]]:
+        for text in self._texts:
+            ((full, full_logits),) = self._evaluate(None, [text])
+            ((own, logits),) = self._evaluate(plan, [text])
+            yield *own.against(full), float(kl_divergences(full_logits, logits).mean())
+
+    def _evaluate(
+        self, plan: SkipPlan | None, texts: "Sequence[tuple[Sequence[int], int]] | None" = None
+    ) -> "Iterator[tuple[_Judged, Logits]]":
+        """Per text what is judged, and the logits that it is judged by, float32 ``[n_judged, n_vocab]``."""
         llm = self._llm
         llm.set_plan(plan)
         try:
-            for tokens, begin in self._texts:
+            for tokens, begin in self._texts if texts is None else texts:
                 llm.reset()
-                if self._mode == "decode":
+                if self._answers:
                     llm.begin_request()
                     llm.eval(tokens[: begin - 1])
-                    for piece in _answer(tokens[begin - 1 :], plan):
-                        llm.eval_decode(piece)
+                    logits = np.concatenate([llm.logits_behind(each) for each in _answer(tokens[begin - 1 : -1], plan)])
                 else:
                     llm.eval(tokens)
-                logits = llm.scores[begin - 1 : len(tokens) - 1]
-                yield losses(logits, tokens[begin:]), logits.argmax(axis=1)
+                    logits = llm.scores[begin - 1 : len(tokens) - 1].copy()
+                yield _Judged(losses(logits, tokens[begin:]), logits.argmax(axis=1)), logits
                 self._advance(len(tokens))
         finally:
             llm.reset()
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The loss of each judged token of a text, and the token that was most likely in its place."""
+
+    losses: npt.NDArray[np.float64]
+    best: npt.NDArray[np.intp]
+
+    def against(self, full: "_Judged") -> tuple[float, float]:
+        """Added loss and agreement."""
+        return float((self.losses - full.losses).mean()), float((self.best == full.best).mean())
 
 
 def _answer(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[int]]:

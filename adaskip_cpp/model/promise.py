@@ -17,7 +17,7 @@ class Promise:
     Attributes:
         kind: ``"max_loss"``: at most ``value`` nats per token more than the full model loses. ``"min_agreement"``: at
             least this share of the tokens is predicted as the full model predicts it. ``"speedup"``: a request is
-            answered at least ``value`` times as fast.
+            answered at least ``value`` times as fast, in mode ``"prompt"`` up to the first token.
         value: 0 or more; from 0 to 1; 1 or more.
 
     Raises:
@@ -40,7 +40,7 @@ class Promise:
             return f"an added loss of at most {self.value:g} nats per token"
         if self.kind == "min_agreement":
             return f"the full model's choice for at least {100 * self.value:g}% of the tokens"
-        return f"requests answered at least {self.value:g} times as fast"
+        return f"at least {self.value:g} times the speed"
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,23 @@ class SpeedUp:
     """How many times as fast as the full model a plan was measured to be: ``ratio``, of times pair by pair.
 
     The prompt has ``context`` tokens, the answer ``n_decode`` behind its first one. ``"decode"`` is of one such token,
-    ``"request"`` of all together.
+    ``"request"`` of all together. ``seconds`` are medians, of the full model and of the plan.
     """
 
     of: Literal["first token", "decode", "request"]
     context: int
     n_decode: int
     ratio: Interval
+    seconds: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Passkeys:
+    """Pass keys hidden in ``n`` prompts: how many the full model finds, and how many of these the plan does."""
+
+    n: int
+    full: int
+    plan: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class Tuning:
         unbiased: whether none of that text had a part in choosing the plan. False where there was too little of it:
             sublayers were put back until this very text kept the promise, so other text will do worse.
         settings: for people to read.
+        divergence: mean over the texts of KL(full model || plan), in nats per token; None if it was not measured.
+        passkeys: what is found in long prompts; None if none was asked for.
     """
 
     promise: Promise
@@ -77,6 +89,8 @@ class Tuning:
     unbiased: bool
     speedups: tuple[SpeedUp, ...] = ()
     settings: dict[str, str | int | float | None] = field(default_factory=dict)
+    divergence: Interval | None = None
+    passkeys: Passkeys | None = None
 
     @property
     def kept(self) -> Literal["yes", "on average", "no"]:

@@ -79,7 +79,7 @@ def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     """
     if isinstance(source, int):
         raise PlanError("strategy 'adaskip' ranks sublayers by their similarity; give it a profile, from calibrate()")
-    lost = _lost(source, request)
+    lost = what_is_lost(source, request)
     if request.speedup is not None:
         skip = cheapest_set(lost, Goal.of(source, request), request.ranking)
     else:
@@ -90,7 +90,7 @@ def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     return compensated_plan(source, skip, request, "adaskip")
 
 
-def _lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.float64]:
+def what_is_lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.float64]:
     """Return what skipping each sublayer loses, float64 ``[n_layer, 2]``, NaN where it cannot be skipped."""
     if request.mode != "prompt":
         return np.where(profile.skippable, 1.0 - profile.similarity, np.nan)

@@ -4,7 +4,7 @@ A search is kind to its own text, and so is whoever puts sublayers back until a 
 reported to cost is measured on a third part, which decided nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,6 +52,22 @@ def hold_out(tokenizer: "Llama", texts: Mapping[str, str], n_texts: int, n_token
         return items(2)
     except DataError as error:
         raise DataError(f"of either half of the held-out text: {error}") from error
+
+
+def hold_out_kinds(tokenizer: "Llama", kinds: Sequence[Mapping[str, str]], n_texts: int, n_tokens: int) -> HeldOut:
+    """As :func:`hold_out`, each part of several kinds of text in equal shares, or of all together if one is too small.
+
+    Raises:
+        DataError: as :func:`hold_out`.
+    """
+    n_each = [len(range(i, n_texts, len(kinds))) for i in range(len(kinds))]
+    if min(n_each) >= 2:
+        with suppress(DataError):
+            held = [hold_out(tokenizer, kind, n, n_tokens) for kind, n in zip(kinds, n_each, strict=True)]
+            if all(each.report for each in held):
+                parts = zip(*((each.search, each.confirm, each.report) for each in held), strict=True)
+                return HeldOut(*(sum(part, ()) for part in parts))
+    return hold_out(tokenizer, {name: text for kind in kinds for name, text in kind.items()}, n_texts, n_tokens)
 
 
 def _parts(texts: Mapping[str, str], n: int) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The search for a plan that keeps a promise: bisection over ranked sublayers, then local exchange.
+"""The search for a plan that keeps a promise: over ranked sublayers by bisection or prediction, then local exchange.
 
 Nothing here knows a model. What a skip set does to the quality is a function from the set to one figure per text, its
 *harm*: added loss, or the share of tokens that the full model would have chosen otherwise. What it brings is a function
@@ -28,6 +28,9 @@ Harm: TypeAlias = Callable[[SkipFlags], Sequence[float] | npt.NDArray[np.float64
 _NEAR = 4
 """Exchange looks at so many of the sublayers next to the boundary of the ranking, on either side: one that is ranked
 far beyond it hardly ever helps, and each costs an evaluation."""
+
+N_PREDICTED = 5
+"""Evaluations that a search by predicted harm takes at most."""
 
 _SAME = 1e-3
 """Times that differ by less than this share count as equal: they are sums of the same measured parts."""
@@ -74,35 +77,71 @@ class Judge:
         return skip
 
 
-def rank(similarity: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) -> list[int]:
-    """Return the sublayers in the order in which to skip them: by the least similarity lost per second saved.
+def rank(lost: npt.NDArray[np.float64], saved: npt.NDArray[np.float64]) -> list[int]:
+    """Return the sublayers in the order in which to skip them: by the least lost per second saved.
 
-    Both are float64 ``[n_layer, 2]``: mean IO similarity, NaN where a sublayer cannot be skipped, and the seconds that
-    skipping each one alone saves. Returned are indices into them, flattened, without what cannot be skipped or saves
-    nothing. Ties as in the paper's ranking, which this is where all save the same: attention before FFN, then the lower
-    layer.
+    Both are float64 ``[n_layer, 2]``: what skipping each one loses, as one less its similarity, NaN where it cannot be
+    skipped, and the seconds that skipping each one alone saves. Returned are indices into them, flattened, without what
+    cannot be skipped or saves nothing. Ties as in the paper's ranking, which this is where all save the same: attention
+    before FFN, then the lower layer.
     """
-    may = ~np.isnan(similarity) & (saved > 0)
-    price = np.divide(1.0 - similarity, saved, out=np.full(similarity.shape, np.inf), where=may)
+    may = ~np.isnan(lost) & (saved > 0)
+    price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may)
     return [index for index in ranked(price) if may.flat[index]]
 
 
-def fastest_within(judge: Judge, order: Sequence[int], limit: float, *, n_exchange: int = 16) -> Judged:
+def fastest_within(
+    judge: Judge,
+    order: Sequence[int],
+    limit: float,
+    *,
+    n_exchange: int = 16,
+    predicted: Sequence[float] | npt.NDArray[np.float64] | None = None,
+) -> Judged:
     """Find the set that takes the least time among those whose harm keeps within ``limit``: the empty one at worst.
 
-    Bisection finds how many of the first in the ranking may be skipped. Exchange then adds single sublayers and swaps
-    skipped with other ones, as long as that takes less time, or no more and harms less, and keeps the limit. It may use
-    ``n_exchange`` evaluations.
+    Bisection finds how many of the first in the ranking may be skipped; or, where the harm of so many is ``predicted``,
+    for each number from 0 on, at most :data:`N_PREDICTED` evaluations do, each where the harm is then expected to reach
+    the limit. Exchange then adds single sublayers and swaps skipped with other ones, as long as that takes less time,
+    or no more and harms less, and keeps the limit. It may use ``n_exchange`` evaluations.
     """
-    numbers = range(len(order), -1, -1)  # none, the last of them, keeps any limit
-    n = bisect.bisect_left(numbers[:-1], True, key=lambda n: judge(judge.first(order, n)).keeps(limit))
-    found = judge(judge.first(order, numbers[n]))
+    if predicted is not None:
+        found = _as_predicted(judge, order, limit, np.asarray(predicted, np.float64))
+    else:
+        numbers = range(len(order), -1, -1)  # none, the last of them, keeps any limit
+        n = bisect.bisect_left(numbers[:-1], True, key=lambda n: judge(judge.first(order, n)).keeps(limit))
+        found = judge(judge.first(order, numbers[n]))
 
     def better(candidate: Judged, present: Judged) -> bool:
         faster = candidate.seconds < present.seconds * (1 - _SAME)
         return candidate.keeps(limit) and (faster or candidate.harm.value < present.harm.value)
 
     return _exchange(judge, order, found, n_exchange, better, lambda present: present.seconds * (1 + _SAME), add=True)
+
+
+def _as_predicted(judge: Judge, order: Sequence[int], limit: float, predicted: npt.NDArray[np.float64]) -> Judged:
+    """The most of the first in the ranking that keep the limit, as far as a few evaluations tell."""
+    low, high, again, same = 0, len(order) + 1, False, 0  # the first keeps the limit, the other is too many
+    factors: dict[int, float] = {}  # by how much the harm of so many differs from what was predicted
+    while high - low > 1 and judge.n_evaluations < N_PREDICTED:
+        known = sorted(factors.items()) or [(0, 1.0)]
+        harm = predicted * np.interp(np.arange(len(predicted)), *zip(*known, strict=True))
+        n = int(np.append(np.flatnonzero(harm > limit), len(harm))[0]) - 1
+        if factors and not low < n < high:
+            # One more or one less at first, as the prediction says; if that is no end, it is not to be trusted.
+            n = (low + high) // 2 if again else n
+            again = True
+        elif abs(same) > 1:  # it errs to one side
+            n = (low + high) // 2
+        n = min(max(n, low + 1), high - 1)
+        judged = judge(judge.first(order, n))
+        low, high = (n, high) if judged.keeps(limit) else (low, n)
+        same = max(same, 0) + 1 if judged.keeps(limit) else min(same, 0) - 1
+        if judged.harm.high > 0 and predicted[n] > 0:  # also false of NaN
+            factors[n] = judged.harm.high / float(predicted[n])
+        else:
+            factors[n] = 0.5 if judged.keeps(limit) else 2.0
+    return judge(judge.first(order, low))
 
 
 def least_harm(judge: Judge, order: Sequence[int], goal: float, *, n_exchange: int = 16) -> Judged | None:
@@ -125,13 +164,20 @@ def least_harm(judge: Judge, order: Sequence[int], goal: float, *, n_exchange: i
     return _exchange(judge, order, judge(skip), n_exchange, better, lambda present: goal, add=False)
 
 
-def back_off(judge: Judge, order: Sequence[int], skip: SkipFlags, limit: float) -> Judged:
-    """Put skipped sublayers back, the last in the ranking first, until the harm keeps within ``limit``."""
-    skip = skip.copy()
+def back_off(
+    keeps: Callable[[SkipFlags], bool], order: Sequence[int], skip: SkipFlags, *, faster: bool = False
+) -> SkipFlags:
+    """Put skipped sublayers back, the last in the ranking first, until the rest ``keeps`` what was promised.
+
+    That is one at a time, or twice as many each time if ``faster``. The empty set is not asked about.
+    """
+    skip, n = skip.copy(), 1
     chosen = [index for index in order if skip.flat[index]]
-    while not (judged := judge(skip)).keeps(limit) and chosen:
-        skip.flat[chosen.pop()] = False
-    return judged
+    while chosen and not keeps(skip):
+        skip.flat[chosen[-n:]] = False
+        del chosen[-n:]
+        n *= 2 if faster else 1
+    return skip
 
 
 def _exchange(

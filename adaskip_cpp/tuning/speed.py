@@ -1,6 +1,7 @@
 """Measures how many times as fast a plan is as the full model."""
 
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Literal
 
 from ..engine.llama import AdaSkipLlama
@@ -21,9 +22,9 @@ def measure_speed(
 ) -> tuple[SpeedUp, ...]:
     """Time ``n_rounds`` requests of the full model and of a plan in turn, after one of each that is not counted.
 
-    The model's context must hold the prompt and ``n_answer`` tokens, at least 1, behind the answer's first one; its
-    plan is changed. Returned is how many times as fast the plan reaches the first token, decodes, and answers the whole
-    request. ``on_progress`` is called with the fraction of the work done.
+    The model's context must hold the prompt and ``n_answer`` tokens behind the answer's first one; its plan is changed.
+    Returned is how many times as fast the plan reaches the first token, decodes, and answers the whole request; the
+    first alone if ``n_answer`` is 0. ``on_progress`` is called with the fraction of the work done.
     """
     times: tuple[list[RequestTime], list[RequestTime]] = ([], [])
     for n_round in range(-1, n_rounds):
@@ -37,10 +38,14 @@ def measure_speed(
     llm.reset()
 
     def faster(of: Literal["first token", "decode", "request"], seconds: Callable[[RequestTime], float]) -> SpeedUp:
-        return SpeedUp(of, len(prompt), n_answer, ratio_interval(*(list(map(seconds, side)) for side in times)))
+        full, own = (list(map(seconds, side)) for side in times)
+        return SpeedUp(of, len(prompt), n_answer, ratio_interval(full, own), (median(full), median(own)))
 
+    first = faster("first token", lambda time: time.first_token_s)
+    if n_answer == 0:
+        return (first,)
     return (
-        faster("first token", lambda time: time.first_token_s),
+        first,
         faster("decode", lambda time: time.per_token_s()),
         faster("request", lambda time: time.first_token_s + sum(time.token_s)),
     )
