@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import adaskip_cpp
+import adaskip_cpp.cli.tune
 import adaskip_cpp.tuning.speed
 from adaskip_cpp import Profile, SkipPlan, calibrate
 from adaskip_cpp.cli.main import main
@@ -26,6 +27,7 @@ from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.plan_file import PlanFile, load_plan
 from adaskip_cpp.model.promise import SpeedUp, Tuning
 from adaskip_cpp.tuning.hold_out import hold_out
+from adaskip_cpp.tuning.passkeys import Retrieval
 
 IDLE = ((0, "attention"), (2, "ffn"))
 """The sublayers that add nothing to the residual stream."""
@@ -57,11 +59,11 @@ def tune(folder: Path, tmp_path: Path) -> Callable[..., Result]:
     for name in os.listdir(folder):
         shutil.copy(folder / name, tmp_path)
 
-    def run(*args: object, exchange: int = 4) -> Result:
+    def run(*args: object, exchange: int = 4, mode: str = "e2e") -> Result:
         words = [
             *("tune", tmp_path / "m.gguf", "--profile", tmp_path / "p.json"),
             *("--text", tmp_path / "0.txt", "--text", tmp_path / "1.txt", "--texts", 4, "--tokens", 24),
-            *("--context", 16, "--answer", 4, "--exchange", exchange, *args),
+            *("--context", 16, "--answer", 4, "--exchange", exchange, "--mode", mode, *args),
         ]
         return CliRunner().invoke(main, [str(word) for word in words], prog_name="adaskip-cpp")
 
@@ -183,11 +185,11 @@ def test_ctrl_c_leaves_all_files_as_they_were(
     calls = []
     real = TextQuality._evaluate
 
-    def interrupted(self: TextQuality, plan: SkipPlan | None) -> Any:
+    def interrupted(self: TextQuality, plan: SkipPlan | None, *texts: Any) -> Any:
         calls.append(plan)
         if len(calls) == when:
             raise KeyboardInterrupt
-        return real(self, plan)
+        return real(self, plan, *texts)
 
     monkeypatch.setattr(TextQuality, "_evaluate", interrupted)
     result = tune("--max-loss", 0.5)
@@ -270,29 +272,140 @@ def test_with_costs_the_plan_that_saves_more_is_found(costed: Callable[..., Resu
     assert skipped(tmp_path) == ((0,), (2,))
 
 
+# --- the prompt mode --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_prompts(tune: Callable[..., Result], tiny: Any, tmp_path: Path) -> Callable[..., Result]:
+    """``tune`` in the mode that is the default, where what prompts may skip was measured."""
+    llm = adaskip_cpp.AdaSkipLlama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False)
+    requests = [[1, *range(3 + i, 40 + i)] for i in range(8)]
+    adaskip_cpp.calibrate(llm, requests, n_decode=4, cost=False).save(tmp_path / "p.json")
+    llm.close()
+
+    def run(*args: object) -> Result:
+        return tune(*args, exchange=0, mode="prompt")
+
+    return run
+
+
+def test_without_a_promise_a_loss_of_two_hundredths_behind_prompts_is_kept(
+    in_prompts: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = in_prompts()
+    assert result.exit_code == 0, result.output
+    found, plan = tuning(tmp_path), tuned(tmp_path).plan
+    assert (found.promise.kind, found.promise.value) == ("max_loss", 0.02)
+    assert plan.mode == "prompt" and plan.bulk is not None and plan.bulk.attention[:1] == (0,)
+    assert plan.prefill.n_skip == plan.decode.n_skip == 0 and plan.bulk.n_skip < 5  # of the last layer nothing is saved
+    assert found.divergence is not None and found.passkeys is None
+    assert [(each.of, each.n_decode) for each in found.speedups] == [("first token", 0)]
+    assert "in the bulk of prompts" in result.stdout and "divergence" in result.stdout
+    assert 'plan="auto"' in result.stdout and "at most 5 plans" in result.stderr
+
+
+def test_the_loss_behind_prompts_is_that_of_the_model_opened_with_auto(
+    in_prompts: Callable[..., Result], tmp_path: Path
+) -> None:
+    assert in_prompts("--max-loss", 0.5).exit_code == 0
+    found = tuning(tmp_path)
+    texts = {f"{i}.txt": (tmp_path / f"{i}.txt").read_text() for i in range(2)}
+    logits: list[list[np.ndarray]] = []
+    for plan in (None, "auto"):
+        llm = adaskip_cpp.AdaSkipLlama(str(tmp_path / "m.gguf"), plan=plan, n_ctx=64, verbose=False)
+        items = [list(item.tokens) for item in hold_out(llm, texts, 4, 24).report]
+        logits.append([])
+        for item in items:
+            llm.reset()
+            llm.eval(item[:18])  # a quarter is judged
+            rows = []
+            for token in item[18:-1]:
+                llm.eval_decode([token])
+                rows.append(np.array(llm._ctx.get_logits()[: llm.n_vocab()], np.float64))
+            logits[-1].append(np.array(rows))
+        llm.close()
+    log_p, log_q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in map(np.array, logits))
+    targets = np.array([item[19:] for item in items])[..., None]
+    added = (np.take_along_axis(log_p, targets, -1) - np.take_along_axis(log_q, targets, -1)).mean()
+    assert found.loss.value == pytest.approx(float(added), abs=1e-4)
+    assert found.divergence is not None
+    assert found.divergence.value == pytest.approx(float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()), abs=1e-4)
+
+
+def test_a_profile_without_divergence_serves_too(tune: Callable[..., Result], tmp_path: Path) -> None:
+    profile = Profile.load(tmp_path / "p.json")
+    replace(profile, divergence=None).save(tmp_path / "p.json")
+    assert tune("--min-agreement", 1, mode="prompt").exit_code == 0
+    assert tuned(tmp_path).plan.mode == "prompt"
+
+
+def test_pass_keys_at_five_depths_are_asked_for_where_prompts_are_long_enough(
+    in_prompts: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float | None, int]] = []
+
+    def finds(self: Retrieval, plan: SkipPlan | None, item: Any) -> bool:
+        n_skip = 0 if plan is None or plan.bulk is None else plan.bulk.n_skip
+        asked.append((item.depth, n_skip))
+        return n_skip < 2
+
+    monkeypatch.setattr(Retrieval, "_finds", finds)
+    args = "--tokens", 200, "--texts", 2, "--max-loss", 10
+    result = in_prompts(*args)
+    assert result.exit_code == 0, result.output
+    assert {depth for depth, _ in asked} == {0.1, 0.3, 0.5, 0.7, 0.9}
+    bulk, keys = tuned(tmp_path).plan.bulk, tuning(tmp_path).passkeys
+    assert bulk is not None and bulk.n_skip == 1 and keys is not None and (keys.n, keys.full, keys.plan) == (5, 5, 5)
+    assert "the plan 5 of these" in result.stdout
+    assert in_prompts(*args, "--allow-lost-passkeys").exit_code == 0
+    bulk, keys = tuned(tmp_path).plan.bulk, tuning(tmp_path).passkeys
+    assert bulk is not None and bulk.n_skip > 1 and keys is not None and (keys.full, keys.plan) == (5, 0)
+
+
+def test_a_model_is_calibrated_and_how_long_it_takes_is_told_before(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(tiny(), tmp_path / "m.gguf")
+    (tmp_path / "0.txt").write_text(text(0, 2000))
+    (tmp_path / "1.txt").write_text(text(1, 2000))
+    monkeypatch.setattr(adaskip_cpp.cli.tune, "_CTX_TIMED", 600)
+    words = ["tune", tmp_path / "m.gguf", "--data", tmp_path / "0.txt", "--text", tmp_path / "1.txt", "--texts", 2,
+             "--tokens", 48, "--context", 32]  # fmt: skip
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert "tokens per second, so calibration will take about" in " ".join(result.stderr.split())
+    assert tuned(tmp_path).plan.mode == "prompt" and Profile.load(tmp_path / "m.adaskip.json").divergence is not None
+
+
 @pytest.mark.model
 @pytest.mark.slow
 def test_a_real_model_is_calibrated_and_tuned_with_the_built_in_text(
     smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(calibrate.__kwdefaults__, "n_requests", 20)  # of 80: a minute and a half less
-    words = ["tune", smollm2_path, "--min-agreement", 0.6, "-o", tmp_path / "p.json", "--texts", 8, "--tokens", 64,
-             "--context", 128, "--answer", 8, "--exchange", 2, "--json"]  # fmt: skip
+    words = ["tune", smollm2_path, "--max-loss", 0.2, "-o", tmp_path / "p.json", "--texts", 4, "--tokens", 320,
+             "--context", 320, "--json"]  # fmt: skip
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     found = load_plan(tmp_path / "p.json")
-    assert found.plan.decode.n_skip > 0 and found.tuning is not None and found.tuning.unbiased
+    assert found.plan.bulk is not None and found.plan.bulk.n_skip > 2 and found.plan.decode.n_skip == 0
+    assert found.tuning is not None and found.tuning.unbiased and found.tuning.divergence is not None
+    assert [each.of for each in found.tuning.speedups] == ["first token"]
+    keys = found.tuning.passkeys
+    assert keys is not None and keys.n == 5 and keys.plan == keys.full
     settings = json.loads(result.stdout)["tuning"]["settings"]
     assert settings["calibrated_on"].startswith("pages of pydoc_data")
     pages = [settings[part].split(", ") for part in ("searched_on", "confirmed_on", "reported_on")]
-    assert len(set().union(*pages)) == sum(map(len, pages)) and set().union(*pages) <= set(corpus.HELD_OUT)
+    assert len(set().union(*pages)) == sum(map(len, pages)) and set().union(*pages) <= {
+        *corpus.HELD_OUT,
+        *corpus.SOURCES.split(),
+    }
     assert Profile.load(tmp_path / "p.adaskip.json").plan(4).prefill.n_skip == 4
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "give one of --max-loss"),
         (["--max-loss", 1, "--speedup", 1.1], "give one of --max-loss"),
         (["--max-loss", 1, "--data", "x.txt"], "leave out --profile"),
         (["--max-loss", -1], "--max-loss"),

@@ -104,6 +104,56 @@ def test_a_schedule_changes_the_set_within_a_text(
         assert scores.loss[i] == pytest.approx(loss, abs=1e-5) and scores.agreement[i] == agreement
 
 
+def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    rows = logits.astype(np.float64)
+    return np.asarray(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))
+
+
+@pytest.mark.parametrize("divergence", [False, True])
+def test_in_prompt_mode_the_tokens_behind_a_bulk_are_judged(
+    path: Path, model: ReferenceModel, texts: Any, open_model: Any, divergence: bool
+) -> None:
+    bulk = SkipPlan.manual(N_LAYER, ffn=[2, 3], scale=0.9).prefill
+    none = SkipSet.none(N_LAYER)
+    plan = SkipPlan(none, none, bulk=bulk, head=2, tail=3)
+    quality = TextQuality(open_model(path, logits_all=False), texts, "prompt", n_behind=6)
+    assert quality.n_tokens == 4 * 5
+    scores = quality.scores(plan, divergence=divergence)
+    assert (scores.divergence is not None) is divergence
+    for i, text in enumerate(texts):  # 18 tokens of a prompt, of which 13 are its bulk
+        run = ReferenceRun(model)
+        run.eval(text[:2])
+        run.eval(text[2:15], bulk.skip, bulk.scale)
+        own = run.eval(text[15:]).logits[3:-1]
+        whole = ReferenceRun(model).eval(text).logits[18:-1]
+        loss, agreement = figures(whole, own, text[19:])
+        assert loss != pytest.approx(0.0, abs=1e-4)
+        assert scores.loss[i] == pytest.approx(loss, abs=1e-5) and scores.agreement[i] == agreement
+        if scores.divergence is not None:
+            log_p, log_q = log_softmax(whole), log_softmax(own)
+            kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
+            assert scores.divergence[i] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+
+
+def test_of_a_short_text_a_quarter_is_judged_behind_its_prompt(path: Path, texts: Any, open_model: Any) -> None:
+    quality = TextQuality(
+        open_model(path, logits_all=False), [text[:n] for text, n in zip(texts, (24, 8, 4), strict=False)], "prompt"
+    )
+    assert quality.n_tokens == 5 + 1 + 1
+
+
+def test_the_full_model_is_evaluated_once_however_many_plans_are_judged(
+    path: Path, texts: Any, open_model: Any
+) -> None:
+    n_read: list[int] = []
+    llm = open_model(path, logits_all=False)
+    quality = TextQuality(llm, texts, "prompt", advance=n_read.append)
+    for layer in (1, 2, 3):
+        none, bulk = SkipSet.none(N_LAYER), SkipPlan.manual(N_LAYER, ffn=[layer]).prefill
+        quality.scores(SkipPlan(none, none, bulk=bulk))
+    assert n_read == [24] * 4 * 4
+
+
 # --- the online stage -------------------------------------------------------------------------------------------------
 
 
@@ -161,3 +211,4 @@ def test_one_text_or_logits_of_the_last_token_alone_are_refused(tiny: Any, token
         TextQuality(llm, [tokens(20), tokens(129)])
     with pytest.raises(RequestError, match="logits_all"):
         TextQuality(open_model(tiny(), logits_all=False), [tokens(20)] * 2)
+    assert TextQuality(open_model(tiny(), logits_all=False), [tokens(20)] * 2, "decode").n_texts == 2

@@ -10,17 +10,18 @@ import pytest
 import adaskip_cpp.tuning.speed
 import adaskip_cpp.tuning.tuner
 from adaskip_cpp import Profile, SkipPlan
-from adaskip_cpp.errors import DataError
+from adaskip_cpp.errors import BudgetError, DataError
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.measuring.tasks import TextItem
+from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
 from adaskip_cpp.measuring.text_quality import TextScores
 from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan_file import PlanFile
-from adaskip_cpp.model.promise import Promise, SpeedUp
+from adaskip_cpp.model.promise import Passkeys, Promise, SpeedUp
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.planning.request import PlanRequest
-from adaskip_cpp.tuning.hold_out import HeldOut, hold_out
+from adaskip_cpp.tuning.hold_out import HeldOut, hold_out, hold_out_kinds
+from adaskip_cpp.tuning.passkeys import Retrieval
 from adaskip_cpp.tuning.speed import measure_speed
 from adaskip_cpp.tuning.tuner import Tuner
 
@@ -62,6 +63,15 @@ def test_too_little_text_says_how_much_there_is() -> None:
         hold_out(Bytes(), {"a": "x" * 200}, 9, 50)
 
 
+def test_each_part_has_as_much_of_every_kind_of_text() -> None:
+    kinds = [{"a": "x" * 900}, {"b": "y" * 900}]
+    held_out = hold_out_kinds(Bytes(), kinds, 5, 50)
+    for part in (held_out.search, held_out.confirm, held_out.report):
+        assert [chr(item.tokens[1]) for item in part] == ["x", "x", "x", "y", "y"]
+    small = hold_out_kinds(Bytes(), [{"a": "x" * 9}, {"b": "y" * 900}], 5, 50)
+    assert letters(small.search) == {"y"} and len(small.report) == 5
+
+
 # --- the tuner, with invented judges ----------------------------------------------------------------------------------
 
 N_LAYER = 8
@@ -78,25 +88,36 @@ class InventedQuality:
         self.part = list(HARM)[texts[0][0]]
         self.n_texts, self.n_tokens = len(texts), 100
 
-    def scores(self, plan: SkipPlan) -> TextScores:
-        self.judged.append((self.part, plan.decode.n_skip))
-        loss = plan.decode.n_skip * HARM[self.part]
-        return TextScores(np.full(self.n_texts, loss), np.full(self.n_texts, 1 - loss))
+    def scores(self, plan: SkipPlan, *, divergence: bool = False) -> TextScores:
+        n = n_skipped(plan)
+        self.judged.append((self.part, n))
+        loss = n * HARM[self.part]
+        kl = np.full(self.n_texts, loss / 2) if divergence else None
+        return TextScores(np.full(self.n_texts, loss), np.full(self.n_texts, 1 - loss), kl)
 
 
-def tune(monkeypatch: pytest.MonkeyPatch, promise: Promise, parts: tuple[str, ...] = tuple(HARM)) -> PlanFile:
+def n_skipped(plan: SkipPlan) -> int:
+    return plan.skipped("decode").n_skip if plan.bulk is None else plan.bulk.n_skip
+
+
+def tune(
+    monkeypatch: pytest.MonkeyPatch, promise: Promise, parts: tuple[str, ...] = tuple(HARM), **more: Any
+) -> PlanFile:
     monkeypatch.setattr(adaskip_cpp.tuning.tuner, "TextQuality", InventedQuality)
     InventedQuality.judged.clear()
     similarity = np.linspace(0.99, 0.5, 2 * N_LAYER).reshape(N_LAYER, 2)
     ones = np.ones((N_LAYER, 2))
     statistics = PhaseStatistics(similarity, ones, ones, np.ones(N_LAYER), n_tokens=10)
-    profile = Profile(statistics, statistics, 1, 10, ModelInfo("ab" * 32, "llama", N_LAYER), cost=Cost())  # type: ignore[arg-type]
+    profile = Profile(
+        statistics, statistics, 1, 10, ModelInfo("ab" * 32, "llama", N_LAYER), cost=Cost(),  # type: ignore[arg-type]
+        divergence=more.pop("divergence", None),
+    )  # fmt: skip
     texts = [tuple(TextItem(f"text/{part}/9/{i}", "text", (n,) * 9) for i in range(4)) for n, part in enumerate(parts)]
-    request = PlanRequest(compensation="none", online=False)
-    tuner = Tuner(None, profile, promise, HeldOut(*texts), request, n_exchange=0)  # type: ignore[arg-type]
+    request = PlanRequest(mode=more.pop("mode", "e2e"), compensation="none", online=False)
+    tuner = Tuner(None, profile, promise, HeldOut(*texts), request, n_exchange=0, **more)  # type: ignore[arg-type]
 
     def measure(plan: SkipPlan) -> tuple[SpeedUp, ...]:
-        return (SpeedUp("request", 9, 9, Interval(16 / (16 - plan.decode.n_skip), 1.0, 9.0, 5)),)
+        return (SpeedUp("request", 9, 9, Interval(16 / (16 - n_skipped(plan)), 1.0, 9.0, 5)),)
 
     return tuner.tune(measure)
 
@@ -107,7 +128,10 @@ class Cost:
     n_layer = N_LAYER
 
     def seconds(self, skip: Any, context: int, phase: str) -> float:
-        return 16.0 - (0 if skip is None else skip.sum()) if phase == "prefill" else 0.0
+        if phase == "decode":
+            return 0.0
+        last = slice(0, -1 if phase == "bulk" else None)  # the last layer of a bulk does not run anyhow
+        return 16.0 - (0 if skip is None else skip[last].sum())
 
 
 def test_what_is_reported_is_of_text_that_decided_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +163,77 @@ def test_where_nothing_keeps_the_promise_nothing_is_measured(monkeypatch: pytest
     found = tune(monkeypatch, Promise("max_loss", 0.005))
     assert found.plan.decode.n_skip == 0 and found.tuning is not None
     assert found.tuning.n_texts == 0 and found.tuning.speedups == () and found.tuning.kept == "yes"
+
+
+# --- in the prompt mode -----------------------------------------------------------------------------------------------
+
+DIVERGENCE = np.full((N_LAYER, 2), 0.01)
+"""Of the first of the ranking together it is what the search's text loses."""
+
+
+def key(n: int) -> QuestionItem:
+    return QuestionItem(f"passkey/{n}", "passkey", (n,) * 20, ("12345",), 8, "contains")
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, most: dict[int, int]) -> list[tuple[int, int]]:
+    """Let key n be found by whatever skips at most ``most[n]`` sublayers; returns what was asked, by what."""
+    asked = []
+
+    def finds(self: Retrieval, plan: SkipPlan | None, item: QuestionItem) -> bool:
+        n_skip = 0 if plan is None else n_skipped(plan)
+        asked.append((item.prompt[0], n_skip))
+        return n_skip <= most[item.prompt[0]]
+
+    monkeypatch.setattr(Retrieval, "_finds", finds)
+    return asked
+
+
+def test_in_prompt_mode_the_bulk_skips_by_divergence_times_the_layers_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tune(monkeypatch, Promise("max_loss", 0.115), mode="prompt", divergence=DIVERGENCE)
+    # 11 are predicted and found for the search's text. The text that confirms allows 5. Of the last layer nothing is
+    # saved, and those below it have the fewest layers above them.
+    assert found.plan.bulk is not None and found.plan.decode.n_skip == found.plan.prefill.n_skip == 0
+    assert (found.plan.bulk.attention, found.plan.bulk.ffn) == ((4, 5, 6), (5, 6))
+    numbers = {part: [n for name, n in InventedQuality.judged if name == part] for part in HARM}
+    assert numbers == {"search": [11, 12], "confirm": [11, 5, 6], "report": [5]}
+    assert found.tuning is not None and found.tuning.divergence is not None and found.tuning.passkeys is None
+    assert found.tuning.divergence.value == pytest.approx(found.tuning.loss.value / 2)
+
+
+def test_without_divergence_the_papers_ranking_and_bisection_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tune(monkeypatch, Promise("max_loss", 0.115), mode="prompt")
+    assert found.plan.bulk is not None and (found.plan.bulk.attention, found.plan.bulk.ffn) == ((0, 1, 2), (0, 1))
+
+
+def test_a_plan_that_loses_a_pass_key_is_backed_off_until_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = asked(monkeypatch, {0: 16, 1: 2, 2: -1})
+    found = tune(
+        monkeypatch,
+        Promise("max_loss", 0.115),
+        mode="prompt",
+        divergence=DIVERGENCE,
+        passkeys=[key(n) for n in range(3)],
+    )
+    assert found.plan.bulk is not None and found.plan.bulk.n_skip == 2
+    assert found.tuning is not None and found.tuning.passkeys == Passkeys(3, 2, 2)
+    # The full model does not find the third, which nobody asks for then; what was lost is asked for first.
+    assert log == [(0, 0), (1, 0), (2, 0), (0, 5), (1, 5), (1, 4), (1, 2), (0, 2)]
+
+
+def test_lost_pass_keys_may_be_allowed_and_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(monkeypatch, {0: 16, 1: 2})
+    found = tune(
+        monkeypatch, Promise("max_loss", 0.115), mode="prompt", divergence=DIVERGENCE, passkeys=[key(0), key(1)],
+        may_lose_passkeys=True,
+    )  # fmt: skip
+    assert found.plan.bulk is not None and found.plan.bulk.n_skip == 5
+    assert found.tuning is not None and found.tuning.passkeys == Passkeys(2, 2, 1)
+
+
+def test_a_speed_up_that_loses_a_pass_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(monkeypatch, {0: 2})
+    with pytest.raises(BudgetError, match="allow-lost-passkeys"):
+        tune(monkeypatch, Promise("speedup", 1.3), mode="prompt", divergence=DIVERGENCE, passkeys=[key(0)])
 
 
 # --- the speed --------------------------------------------------------------------------------------------------------

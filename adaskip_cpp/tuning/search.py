@@ -126,7 +126,7 @@ def _as_predicted(judge: Judge, order: Sequence[int], limit: float, predicted: n
     while high - low > 1 and judge.n_evaluations < N_PREDICTED:
         known = sorted(factors.items()) or [(0, 1.0)]
         harm = predicted * np.interp(np.arange(len(predicted)), *zip(*known, strict=True))
-        n = int(np.append(np.flatnonzero(harm > limit), len(harm))[0]) - 1
+        n = int(np.append(np.flatnonzero(harm > limit * (1 + 1e-9)), len(harm))[0]) - 1
         if factors and not low < n < high:
             # One more or one less at first, as the prediction says; if that is no end, it is not to be trusted.
             n = (low + high) // 2 if again else n

@@ -100,7 +100,7 @@ class Tuner:
     def most_evaluations(self) -> int:
         if self.promise.kind == "speedup":
             return self.n_exchange + 1
-        return self.n_exchange + (len(self.order).bit_length() if self._expected is None else N_PREDICTED)
+        return self.n_exchange + (len(self.order).bit_length() if self._expected(()) is None else N_PREDICTED)
 
     def evaluate_full(self) -> None:
         with self._shown("Evaluating the full model", self.n_tokens):
@@ -138,12 +138,17 @@ class Tuner:
         """The fastest plan that keeps the quality promised, also on text that the search did not see."""
         limit = 1.0 - self.promise.value if self.promise.kind == "min_agreement" else self.promise.value
         with self._shown("Searching", self.most_evaluations * self.n_tokens):
-            judge = self._judge(self._search)
-            skip = fastest_within(judge, self.order, limit, n_exchange=self.n_exchange, predicted=self._expected).skip
+            judge, expected = self._judge(self._search), self._expected(self.order)
+            skip = fastest_within(judge, self.order, limit, n_exchange=self.n_exchange, predicted=expected).skip
         if skip.any():
             with self._shown("Confirming", 2 * self.n_tokens):
-                confirm, faster = self._judge(self._confirm), self._expected is not None
-                skip = back_off(lambda each: confirm(each).keeps(limit), self.order, skip, faster=faster)
+                confirm = self._judge(self._confirm)
+                chosen = [index for index in self.order if skip.flat[index]]
+                if (expected := self._expected(chosen)) is None:
+                    skip = back_off(lambda each: confirm(each).keeps(limit), self.order, skip)
+                else:  # all of it first, then as much as is to be expected from what that harms
+                    expected *= limit / max(float(expected[-1]), 1e-9)
+                    skip = fastest_within(confirm, chosen, limit, n_exchange=0, predicted=expected).skip
         skip, passkeys = self._kept_passkeys(skip)
         return skip, measure(self.plan(skip)) if skip.any() else (), passkeys
 
@@ -219,9 +224,8 @@ class Tuner:
         full = (cost.seconds(None, self.context, phase) for phase in TIMED)
         return float(np.dot((1, self.n_answer), tuple(full))), saved
 
-    @property
-    def _expected(self) -> npt.NDArray[np.float64] | None:
-        """What skipping the first of the ranking is expected to harm, by their number; None where nothing tells.
+    def _expected(self, order: Sequence[int]) -> npt.NDArray[np.float64] | None:
+        """What skipping the first of an order is expected to harm, by their number; None where nothing tells.
 
         Divergences of single sublayers add up to a guess of that of all, which is an added loss. Of SmolLM2 and Gemma
         3, about 0.6 times the square root of that is the share of tokens that come out otherwise.
@@ -229,7 +233,7 @@ class Tuner:
         divergence = self.profile.divergence
         if self.request.mode != "prompt" or divergence is None:
             return None
-        total = np.concatenate([[0.0], np.cumsum(divergence.flat[self.order])])
+        total = np.concatenate([[0.0], np.cumsum(divergence.flat[list(order)])])
         return 0.6 * np.sqrt(total) if self.promise.kind == "min_agreement" else total
 
     def _seconds(self, skip: SkipFlags) -> float:
