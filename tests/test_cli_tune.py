@@ -276,12 +276,8 @@ def test_with_costs_the_plan_that_saves_more_is_found(costed: Callable[..., Resu
 
 
 @pytest.fixture
-def in_prompts(tune: Callable[..., Result], tiny: Any, tmp_path: Path) -> Callable[..., Result]:
-    """``tune`` in the mode that is the default, where what prompts may skip was measured."""
-    llm = adaskip_cpp.AdaSkipLlama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False)
-    requests = [[1, *range(3 + i, 40 + i)] for i in range(8)]
-    adaskip_cpp.calibrate(llm, requests, n_decode=4, cost=False).save(tmp_path / "p.json")
-    llm.close()
+def in_prompts(tune: Callable[..., Result]) -> Callable[..., Result]:
+    """``tune`` in the mode that is the default."""
 
     def run(*args: object) -> Result:
         return tune(*args, exchange=0, mode="prompt")

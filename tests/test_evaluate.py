@@ -46,6 +46,15 @@ def contender(name: str, mode: Any, plan: SkipPlan) -> Contender:
     return Contender(name, "adaskip", "2", mode, "median", plan)
 
 
+PROMPT = SkipPlan(
+    SkipSet.none(N_LAYER),
+    SkipSet.none(N_LAYER),
+    bulk=SkipPlan.manual(N_LAYER, attention=[0], ffn=[1, 2], scale=0.9).prefill,
+    head=2,
+    tail=3,
+)
+
+
 CONTENDERS = (
     FULL,
     contender("prefill", "prefill", BOTH),
@@ -183,6 +192,28 @@ def test_those_of_decoded_tokens_are_too_with_schedule_and_online_stage(
         for name, expected in (("full", figures(full, full, targets)), (each.name, figures(full, other, targets))):
             record = records[item.id, name, "continuation"].values
             assert {label: record[label] for label in FIGURES} == pytest.approx(expected, abs=2e-5)
+
+
+def test_behind_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
+    reference: ReferenceModel, models: Models, items: list[TextItem], tmp_path: Path
+) -> None:
+    contenders = (FULL, contender("prompt", "prompt", PROMPT), contender("prefill", "prefill", BOTH))
+    records = measured(Work(contenders, items, n_continuation=N_CONTINUATION), models, tmp_path)
+    assert PROMPT.bulk is not None
+    for item in items:
+        split = len(item.tokens) - N_CONTINUATION - 1
+        run = ReferenceRun(reference)
+        run.eval(item.tokens[:2])
+        factor = PROMPT.bulk.scale
+        run.eval(item.tokens[2 : split - 3], PROMPT.bulk.skip, factor)
+        run.eval(item.tokens[split - 3 : split])
+        other = run.eval(item.tokens[split:-1]).logits
+        full = prompt_logits(reference, item.tokens, None)[split:-1]
+        values = records[item.id, "prompt", "continuation"].values
+        expected = figures(full, other, item.tokens[split + 1 :])
+        assert expected["kl"] > 1e-3
+        for name in FIGURES:
+            assert values[name] == pytest.approx(expected[name], abs=1e-5)
 
 
 def test_the_full_model_neither_diverges_from_itself_nor_disagrees(
