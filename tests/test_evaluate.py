@@ -205,7 +205,7 @@ def test_behind_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
         run = ReferenceRun(reference)
         run.eval(item.tokens[:2])
         factor = PROMPT.bulk.scale
-        run.eval(item.tokens[2 : split - 3], PROMPT.bulk.skip, factor)
+        run.eval(item.tokens[2 : split - 3], PROMPT.bulk.skip, factor, keeps_kv=True)
         run.eval(item.tokens[split - 3 : split])
         other = run.eval(item.tokens[split:-1]).logits
         full = prompt_logits(reference, item.tokens, None)[split:-1]

@@ -113,7 +113,7 @@ def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def test_in_prompt_mode_the_tokens_behind_a_bulk_are_judged(
     path: Path, model: ReferenceModel, texts: Any, open_model: Any, divergence: bool
 ) -> None:
-    bulk = SkipPlan.manual(N_LAYER, ffn=[2, 3], scale=0.9).prefill
+    bulk = SkipPlan.manual(N_LAYER, attention=[1], ffn=[2, 3], scale=0.9).prefill
     none = SkipSet.none(N_LAYER)
     plan = SkipPlan(none, none, bulk=bulk, head=2, tail=3)
     quality = TextQuality(open_model(path, logits_all=False), texts, "prompt", n_behind=6)
@@ -123,7 +123,7 @@ def test_in_prompt_mode_the_tokens_behind_a_bulk_are_judged(
     for i, text in enumerate(texts):  # 18 tokens of a prompt, of which 13 are its bulk
         run = ReferenceRun(model)
         run.eval(text[:2])
-        run.eval(text[2:15], bulk.skip, bulk.scale)
+        run.eval(text[2:15], bulk.skip, bulk.scale, keeps_kv=True)
         own = run.eval(text[15:]).logits[3:-1]
         whole = ReferenceRun(model).eval(text).logits[18:-1]
         loss, agreement = figures(whole, own, text[19:])
