@@ -124,8 +124,8 @@ def _as_predicted(judge: Judge, order: Sequence[int], limit: float, predicted: n
     low, high, again, same = 0, len(order) + 1, False, 0  # the first keeps the limit, the other is too many
     factors: dict[int, float] = {}  # by how much the harm of so many differs from what was predicted
     while high - low > 1 and judge.n_evaluations < N_PREDICTED:
-        known = sorted(factors.items()) or [(0, 1.0)]
-        harm = predicted * np.interp(np.arange(len(predicted)), *zip(*known, strict=True))
+        known = np.array(sorted(factors.items()) or [(0, 1.0)]).T
+        harm = predicted * np.interp(np.arange(len(predicted)), known[0], known[1])
         n = int(np.append(np.flatnonzero(harm > limit * (1 + 1e-9)), len(harm))[0]) - 1
         if factors and not low < n < high:
             # One more or one less at first, as the prediction says; if that is no end, it is not to be trusted.
