@@ -20,7 +20,7 @@ BOS = 1
 
 
 class FakeLlama:
-    """Bytes are tokens, offset by 2; statistics and logits are functions of the token ids alone.
+    """Bytes are tokens, offset by 2; statistics and logits are functions of the token ids alone, whatever is skipped.
 
     Args:
         n_layer: number of layers.
@@ -114,6 +114,11 @@ class FakeLlama:
             self.eval([token], phase)
             token, phase = self.next_token(token), "decode"
             yield token
+
+    def logits_behind(self, tokens: Sequence[int]) -> np.ndarray:
+        start = self.n_tokens
+        self.eval(tokens, "decode")
+        return self.scores[start : self.n_tokens].copy()
 
     def eval(self, tokens: Sequence[int], phase: str = "prefill") -> None:
         assert self.n_tokens + len(tokens) <= len(self.input_ids)

@@ -3,7 +3,9 @@
 import io
 import itertools
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, moments_bytes
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.distribution import token_losses
+from adaskip_cpp.measuring.tasks import python_sources
 from adaskip_cpp.model.statistics import map_scale
 
 PLAN = SkipPlan.manual(3, ffn=[1])
@@ -232,14 +235,17 @@ def ridge(u: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
 
 
 def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray) -> None:
-    """The maps, of full rank, are ridge regressions of v - s u on u, [n_layer, 2, n_tokens, n_embd], but for BF16."""
+    """The maps, of full rank, are ridge regressions of v - s u on u, [n_layer, 2, n_tokens, n_embd], but for BF16.
+
+    That of a layer has the input of its attention as u, the output of its FFN as v, and s = 1.
+    """
     maps = profile.maps
     assert maps is not None and maps.rank == u.shape[3] and maps.fitted.all()
-    for layer, kind in np.ndindex(u.shape[:2]):
-        expected = (
-            u[layer, kind] @ ridge(u[layer, kind], v[layer, kind], map_scale(profile.median_ratio)[layer, kind]).T
-        )
-        actual = u[layer, kind] @ maps.down[layer, kind].T @ maps.up[layer, kind].T
+    inputs, outputs = np.concatenate([u, u[:, :1]], axis=1), np.concatenate([v, v[:, 1:]], axis=1)
+    scale = np.concatenate([map_scale(profile.median_ratio), np.ones((len(u), 1))], axis=1)
+    for at in np.ndindex(inputs.shape[:2]):
+        expected = inputs[at] @ ridge(inputs[at], outputs[at], scale[at]).T
+        actual = inputs[at] @ maps.down[at].T @ maps.up[at].T
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
 
 
@@ -396,6 +402,77 @@ def test_a_short_text_gives_fewer_or_shorter_requests(llm: Any) -> None:
         corpus.cut(llm, "", 9, 11)
     with pytest.raises(RequestError, match="at least 1 request"):
         corpus.cut(llm, "x", 0, 11)
+
+
+@pytest.fixture(scope="module")
+def built_in() -> list[str]:
+    """Requests of the built-in text as text."""
+    requests = corpus.requests(FakeLlama(), 30, 200)  # type: ignore[arg-type]
+    assert [len(each) for each in requests] == [200] * 30 and {each[0] for each in requests} == {BOS}
+    return [bytes(token - 2 for token in each[1:]).decode("utf-8", "ignore") for each in requests]
+
+
+def test_requests_are_of_each_kind_in_turn(built_in: list[str]) -> None:
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = corpus.SEPARATOR.join(path.read_text("utf-8") for path in sorted(library.glob("*.py")))
+    assert all(each in corpus.text() for each in built_in[::3])
+    assert sum(each in sources for each in built_in[1::3]) >= 9, "all but what is part of two modules"
+    # A docstring is in its module but for how far it is indented; no more than its first part may be in a request.
+    packages = [
+        path for path in library.rglob("*.py") if "test" not in path.parts and "site-packages" not in path.parts
+    ]
+    words = {" ".join(path.read_text("utf-8", "ignore").split()) for path in packages}
+    for each in built_in[2::3]:
+        longest = max(each.split(corpus.SEPARATOR), key=len)
+        assert any(" ".join(longest.split()[1:-1]) in text for text in words), longest
+
+
+def test_requests_have_no_text_that_what_is_learned_is_judged_on(built_in: list[str]) -> None:
+    judged = [*corpus.held_out().values(), *python_sources().values()]
+    for request in built_in:
+        assert not any(request[50:150] in text for text in judged)
+
+
+def test_requests_are_the_same_every_time(llm: Any) -> None:
+    assert corpus.requests(llm, 7, 50) == corpus.requests(FakeLlama(), 7, 50)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_so_many_requests_are_cut_as_are_asked_for(llm: Any, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    for name, letter in (("text", "p"), ("_sources", "s"), ("_docstrings", "d")):
+        monkeypatch.setattr(corpus, name, lambda letter=letter: letter * 100)
+    kinds = [{chr(token - 2) for token in request[1:]} for request in corpus.requests(llm, n, 11)]
+    assert kinds == [{"p"}, {"s"}, {"d"}, {"p"}][:n]
+
+
+def test_a_python_without_sources_gives_pages(llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        monkeypatch.setattr(sysconfig, "get_path", lambda name, folder=folder: str(folder))
+        assert corpus.requests(llm, 9, 40) == corpus.cut(llm, corpus.text(), 9, 40)
+
+
+def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(RequestError, match=r"no text to calibrate on; pass requests of your own \(--data FILE\)"):
+        corpus.requests(llm, 9, 40)
+    (tmp_path / "argparse.py").write_text("left = 'out'")
+    (tmp_path / "bad.py").write_bytes(b"\xff")
+    (tmp_path / "long.py").write_text("x = 1  # " + "long" * 20_000)
+    (tmp_path / "short.py").write_text("short = True")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "wrong.py").write_text("def def")
+    (tmp_path / "json" / "a.py").write_text(f'class A:\n    def f(self):\n        """{"word " * 50}"""\n        "code"')
+    texts = ["".join(chr(token - 2) for token in each[1:]) for each in corpus.requests(llm, 4, 300)]
+    assert texts == ["short = True", ("word " * 50).strip()]
+
+
+@pytest.mark.parametrize(("n_requests", "n_tokens"), [(0, 40), (-1, 40), (3, 1)])
+def test_requests_of_nothing_are_refused(llm: Any, n_requests: int, n_tokens: int) -> None:
+    with pytest.raises(RequestError, match="use at least 1 request of 2 tokens"):
+        corpus.requests(llm, n_requests, n_tokens)
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

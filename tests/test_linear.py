@@ -11,7 +11,7 @@ import pytest
 from adaskip_cpp.calibration import linear
 from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, LinearFit, moments_bytes
 from adaskip_cpp.errors import ProfileFormatError
-from adaskip_cpp.model.statistics import LinearMaps, map_scale
+from adaskip_cpp.model.statistics import WHOLE, LinearMaps, map_scale
 
 N_EMBD, N_TOKENS = 24, 400
 Array = npt.NDArray[np.floating[Any]]
@@ -140,6 +140,33 @@ def test_behind_a_scale_it_fits_what_the_scale_leaves(rank: int, scale: float) -
         down_1, up_1 = fit(u, v - np.float32(scale - 1) * u, rank)
         expected = u @ down_1.T @ up_1.T
     np.testing.assert_allclose(u @ down.T @ up.T, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def whole_layer(u: Array, v: Array, rank: int, scale: float | None = None) -> tuple[Array, Array]:
+    """The map of a whole layer whose attention reads u and whose FFN writes v."""
+    gathered, between = LinearFit([(1, WHOLE)]), stream(9, n=len(u))[0]
+    pairs: Sequence[Any] = [[None, None], [(u, between), (between, v)]]
+    gathered.add(pairs, np.arange(1, len(u) + 1, dtype=np.int32))
+    return gathered.fit(rank, None if scale is None else np.full((2, 2), scale))[1, WHOLE]
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, np.nan])
+def test_the_map_of_a_layer_is_fitted_from_its_input_to_its_output_behind_a_scale_of_1(scale: float | None) -> None:
+    u, v = stream()
+    down, up = whole_layer(u, v, N_EMBD, scale)
+    expected = u @ ridge(u, v).T
+    np.testing.assert_allclose(u @ (up @ down).T, expected, atol=1e-3 * np.abs(expected).max())
+    for actual, wanted in zip(whole_layer(u, v, 3, scale), fit(u, v, 3), strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_layer_of_which_only_one_sublayer_is_seen_has_no_map(missing: int) -> None:
+    gathered = LinearFit([(0, WHOLE), (0, 1 - missing)])
+    pairs: list[Any] = [stream(0), stream(1)]
+    pairs[missing] = None
+    gathered.add([pairs], np.arange(1, N_TOKENS + 1, dtype=np.int32))
+    assert set(gathered.fit(3)) == {(0, 1 - missing)}
 
 
 def test_a_scale_that_was_not_observed_leaves_the_sublayer_without_a_map() -> None:

@@ -448,6 +448,67 @@ def test_a_cost_model_is_part_of_the_file(example: Profile, tmp_path: Path) -> N
     assert json.loads((tmp_path / "p.json").read_text())["cost"]["limit"] == [None, 1024.0, None]
 
 
+DIVERGENCE = [[0.5, 0.25], [0.125, NAN], [0.0, 1e-12]]
+
+
+def test_divergences_are_part_of_the_file(example: Profile, tmp_path: Path) -> None:
+    judged = replace(example, divergence=np.array(DIVERGENCE))
+    judged.save(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text())["divergence"] == [[0.5, 0.25], [0.125, None], [0.0, 1e-12]]
+    loaded = Profile.load(tmp_path / "p.json")
+    np.testing.assert_array_equal(loaded.divergence, DIVERGENCE)
+    assert loaded == judged != example
+    assert loaded != replace(judged, divergence=2 * np.array(DIVERGENCE)) and example != judged
+    assert loaded.plan(2, mode="prompt") == judged.plan(2, mode="prompt")
+    with pytest.raises(ValueError, match="read-only"):
+        loaded.divergence[0] = 1  # type: ignore[index]
+    without_vectors(judged).save(tmp_path / "p.json")
+    np.testing.assert_array_equal(Profile.load(tmp_path / "p.json").divergence, DIVERGENCE)  # type: ignore[arg-type]
+
+
+def test_a_profile_whose_divergences_were_not_measured_has_null(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text())["divergence"] is None
+    assert Profile.load(tmp_path / "p.json").divergence is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.5,
+        [],
+        "much",
+        [[0.5, 0.25], [0.125, None]],
+        [[0.5, 0.25], [0.125, None], [0.0, 0.5], [0.5, 0.5]],
+        [[0.5], [0.5], [0.5]],
+        [[0.5, 0.5], [0.5], [0.5, 0.5]],
+        [0.5, 0.5, 0.5],
+        [[None, 0.25], [0.125, None], [0.0, 0.5]],
+        [[-0.5, 0.25], [0.125, None], [0.0, 0.5]],
+        [["0.5", 0.25], [0.125, None], [0.0, 0.5]],
+        [[10**400, 0.25], [0.125, None], [0.0, 0.5]],
+        {"0": 0.5},
+    ],
+    ids=str,
+)
+def test_divergences_that_cannot_be_are_refused(example: Profile, tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "p.json"
+    example.save(path)
+    data = json.loads(path.read_text())
+    data["divergence"] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*calibrate again"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, -1e-9, NAN])
+def test_divergences_that_no_calibration_gives_are_refused(example: Profile, value: float) -> None:
+    divergence = np.array(DIVERGENCE)
+    divergence[2, 1] = value
+    with pytest.raises(ProfileFormatError, match=r"'divergence'.*calibrate again"):
+        replace(example, divergence=divergence)
+
+
 def test_a_cost_model_is_of_the_profiles_model(example: Profile) -> None:
     with pytest.raises(ProfileFormatError, match="the cost model is of 2 layers, the model has 3; calibrate again"):
         replace(example, cost=cost_model(0.1, [1, 2], [3, 4]))
@@ -686,7 +747,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, bytes]
     """A profile with all that one can have, and the bytes of its two files."""
     path = tmp_path_factory.mktemp("fuzzed") / "p.json"
     costs = cost_model(0.1, [1, 2, 3], [4, 5, 6])
-    profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], cost=costs, maps=maps()).save(path)
+    profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], cost=costs, maps=maps(), divergence=np.array(DIVERGENCE)).save(path)
     return path, path.read_bytes(), path.with_suffix(".bin").read_bytes()
 
 

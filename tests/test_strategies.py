@@ -1,5 +1,6 @@
 """adaskip_cpp.planning.strategies: which sublayers each chooses, against a second formulation of each definition."""
 
+import itertools
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil
@@ -201,6 +202,73 @@ def test_decode_skips_the_most_similar_with_the_ratios_of_decode() -> None:
     online = known.plan(6, mode="prompt", decode=3).online
     assert online is not None and online.threshold == np.sort(known.similarity.ravel())[-3]
     assert known.plan(6, mode="prompt", decode=3, online=False).online is None
+
+
+DIVERGENCE = np.array([[0.5, 0.3], [0.1, 0.9], [0.2, 0.7], [0.8, 0.6]])
+"""Times the layers above: 1.5 and 0.9, 0.2 and 1.8, 0.2 and 0.7, 0 and 0."""
+ORDER = [(3, 0), (3, 1), (1, 0), (2, 0), (2, 1), (0, 1), (0, 0), (1, 1)]
+"""The sublayers by that; ties go to attention, then to the lower layer."""
+
+
+@pytest.mark.parametrize("n_skip", range(9))
+def test_a_prompt_skips_what_costs_least_times_the_layers_above(n_skip: int) -> None:
+    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), divergence=DIVERGENCE)
+    bulk = known.plan(n_skip, mode="prompt").bulk
+    assert bulk is not None
+    assert sorted(map(tuple, np.argwhere(bulk.skip).tolist())) == sorted(ORDER[:n_skip])
+
+
+def test_the_papers_ranking_of_a_prompt_needs_no_divergence() -> None:
+    similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
+    for known in (profile(similarity), profile(similarity, divergence=DIVERGENCE)):
+        plan, paper = known.plan(3, mode="prompt", ranking="similarity"), known.plan(3, mode="prefill")
+        assert plan.bulk == paper.prefill and plan.bulk.attention == (0, 1) and plan.bulk.ffn == (0,)
+
+
+def test_the_other_modes_do_not_ask_what_a_bulk_costs() -> None:
+    similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
+    for mode in ("prefill", "decode", "e2e"):
+        assert profile(similarity, divergence=DIVERGENCE).plan(3, mode=mode) == profile(similarity).plan(3, mode=mode)
+
+
+def test_where_divergences_were_not_measured_it_says_what_to_do() -> None:
+    known = profile(np.full((12, 2), 0.9), cost=cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12))
+    for request in ({"n_skip": 3}, {"speedup": 1.2, "context": 1000}):
+        with pytest.raises(PlanError, match=r"calibrate again, on 4 requests or more, or use ranking='similarity'"):
+            known.plan(mode="prompt", **request)
+        assert known.plan(mode="prompt", ranking="similarity", **request).bulk.n_skip  # type: ignore[union-attr]
+        assert known.plan(mode="prompt", strategy="suffix", **request).bulk.n_skip  # type: ignore[union-attr]
+
+
+def test_for_a_speed_up_a_prompt_loses_least_per_second() -> None:
+    # Every sublayer saves as much, but for attentions what their K and V cost; the last layer's loss is none.
+    costs = cost_model(1, [1] * 4, [1] * 4, size=64, kept=[0.5] * 4)
+    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), divergence=DIVERGENCE, cost=costs)
+    chosen = [known.plan(mode="prompt", speedup=speedup, context=1000).bulk for speedup in (1.1, 1.3, 1.5)]
+    skipped = [{tuple(each) for each in np.argwhere(bulk.skip).tolist()} for bulk in chosen if bulk is not None]
+    lost = DIVERGENCE * np.array([[3], [2], [1], [0]])
+    for bulk, found, speedup in zip(chosen, skipped, (1.1, 1.3, 1.5), strict=True):
+        sets = (set(each) for n in range(9) for each in itertools.combinations(ORDER, n))
+        goal = costs.seconds(None, 1000, "prefill") / speedup
+        assert bulk is not None and found
+
+        def seconds(chosen: set[tuple[int, int]], known: Profile = known) -> float:
+            attention, ffn = (tuple(layer for layer, kind in chosen if kind == each) for each in (0, 1))
+            plan = known.plan(mode="prompt", strategy="manual", attention=attention, ffn=ffn)
+            return costs.seconds(None, 1000, "prefill") / costs.speedup(plan, 1000, "prefill")
+
+        best = min(sum(lost[at] for at in each) for each in sets if seconds(each) <= goal)
+        assert seconds(found) <= goal and sum(lost[at] for at in found) <= 1.5 * best + 1e-12
+
+
+def test_what_no_bulk_can_skip_is_not_chosen() -> None:
+    similarity, divergence = np.full((4, 2), 0.9), DIVERGENCE.copy()
+    similarity[3, 0] = divergence[3, 0] = NAN
+    known = profile(similarity, divergence=divergence)
+    bulk = known.plan(7, mode="prompt").bulk
+    assert bulk is not None and np.argwhere(~bulk.skip).tolist() == [[3, 0]]
+    with pytest.raises(BudgetError, match="0 to 7"):
+        known.plan(8, mode="prompt")
 
 
 def test_the_suffix_is_compensated_where_that_is_asked_for() -> None:

@@ -122,10 +122,19 @@ def requests(tokenizer: "Llama", n_requests: int, n_tokens: int) -> list[list[in
     """Cut so many requests, of so many tokens each, from :data:`DESCRIPTION`: of each kind in turn.
 
     A kind that this Python lacks, as one without sources, is left out.
+
+    Raises:
+        RequestError: as :func:`cut`; or this Python carries none of them.
     """
-    kinds = [kind for kind in (text(), _sources(), _docstrings()) if kind.strip()]
+    kinds = []
+    for read in (text, _sources, _docstrings):
+        with contextlib.suppress(RequestError):
+            kinds.append(read())
+    kinds = [kind for kind in kinds if kind.strip()]
+    if not kinds:
+        raise RequestError("this Python carries no text to calibrate on; pass requests of your own (--data FILE)")
     n_each = [len(range(i, n_requests, len(kinds))) for i in range(len(kinds))]
-    dealt = [cut(tokenizer, kind, n, n_tokens) for kind, n in zip(kinds, n_each, strict=True) if n]
+    dealt = [cut(tokenizer, kind, n, n_tokens) for kind, n in zip(kinds, n_each, strict=True) if n or n_requests < 1]
     turns = max(map(len, dealt))
     return [each[turn] for turn in range(turns) for each in dealt if turn < len(each)]
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..errors import ProfileFormatError, ProfileMissingError, ProfileVersionError
 from . import stored
-from .arrays import freeze, from_plain, to_plain
+from .arrays import LayerArrays, freeze, from_plain, to_plain
 from .cost_model import CostModel
 from .identity import ModelInfo
 from .plan import TIMED
@@ -28,8 +28,8 @@ _FORMAT = "adaskip-profile"
 _MAPS = ("down", "up")
 
 
-@dataclass(frozen=True)
-class ProfileData:
+@dataclass(frozen=True, eq=False)
+class ProfileData(LayerArrays):
     """Statistics of one model's sublayers, averaged over calibration requests: what plans are made from.
 
     Attributes:
