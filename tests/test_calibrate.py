@@ -418,9 +418,7 @@ def test_requests_are_of_each_kind_in_turn(built_in: list[str]) -> None:
     assert all(each in corpus.text() for each in built_in[::3])
     assert sum(each in sources for each in built_in[1::3]) >= 9, "all but what is part of two modules"
     # A docstring is in its module but for how far it is indented; no more than its first part may be in a request.
-    packages = [
-        path for path in library.rglob("*.py") if "test" not in path.parts and "site-packages" not in path.parts
-    ]
+    packages = [path for name in corpus._PACKAGES.split() for path in (library / name).rglob("*.py")]
     words = {" ".join(path.read_text("utf-8", "ignore").split()) for path in packages}
     for each in built_in[2::3]:
         longest = max(each.split(corpus.SEPARATOR), key=len)
@@ -440,7 +438,7 @@ def test_requests_are_the_same_every_time(llm: Any) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_so_many_requests_are_cut_as_are_asked_for(llm: Any, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     for name, letter in (("text", "p"), ("_sources", "s"), ("_docstrings", "d")):
-        monkeypatch.setattr(corpus, name, lambda letter=letter: letter * 100)
+        monkeypatch.setattr(corpus, name, lambda *_, letter=letter: letter * 100)
     kinds = [{chr(token - 2) for token in request[1:]} for request in corpus.requests(llm, n, 11)]
     assert kinds == [{"p"}, {"s"}, {"d"}, {"p"}][:n]
 
@@ -454,19 +452,22 @@ def test_a_python_without_sources_gives_pages(llm: Any, monkeypatch: pytest.Monk
 def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass(
     llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(RequestError, match=r"no text to calibrate on; pass requests of your own \(--data FILE\)"):
         corpus.requests(llm, 9, 40)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "argparse.py").write_text("left = 'out'")
     (tmp_path / "bad.py").write_bytes(b"\xff")
     (tmp_path / "long.py").write_text("x = 1  # " + "long" * 20_000)
     (tmp_path / "short.py").write_text("short = True")
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "wrong.py").write_text("def def")
-    (tmp_path / "json" / "a.py").write_text(f'class A:\n    def f(self):\n        """{"word " * 50}"""\n        "code"')
+    (tmp_path / "json" / "a.py").write_text(
+        f'class A:\n    def f(self):\n        """{" ".join(["word"] * 50)}"""\n        "code"'
+    )
     texts = ["".join(chr(token - 2) for token in each[1:]) for each in corpus.requests(llm, 4, 300)]
-    assert texts == ["short = True", ("word " * 50).strip()]
+    assert texts == ["short = True", " ".join(["word"] * 50)]
 
 
 @pytest.mark.parametrize(("n_requests", "n_tokens"), [(0, 40), (-1, 40), (3, 1)])

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import sysconfig
 from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,21 +81,23 @@ def text(exclude: Collection[str] = HELD_OUT) -> str:
     return SEPARATOR.join(page for name, page in pages().items() if name not in exclude)
 
 
-def _sources() -> str:
+def _sources(library: Path) -> str:
     """Return the modules of the standard library that are single files, without :data:`SOURCES`."""
     held_out, found = {f"{name}.py" for name in SOURCES.split()}, []
-    for path in sorted(_library().glob("*.py")):
+    for path in sorted(library.glob("*.py")):
         with contextlib.suppress(DataError):
             if path.name not in held_out and len(source := read_text(path)) <= _LONGEST:
                 found.append(source)
     return SEPARATOR.join(found)
 
 
-def _docstrings() -> str:
+@cache
+def _docstrings(library: Path) -> str:
+    """Return the docstrings in :data:`_PACKAGES`; found once, as that takes a second."""
     return SEPARATOR.join(
         text
         for package in _PACKAGES.split()
-        for path in sorted((_library() / package).rglob("*.py"))
+        for path in sorted((library / package).rglob("*.py"))
         if "test" not in path.parts
         for text in _docstrings_of(path)
     )
@@ -114,10 +117,6 @@ def _docstrings_of(path: Path) -> Iterator[str]:
                     nodes.extend(reversed(node.body))
 
 
-def _library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
 def requests(tokenizer: "Llama", n_requests: int, n_tokens: int) -> list[list[int]]:
     """Cut so many requests, of so many tokens each, from :data:`DESCRIPTION`: of each kind in turn.
 
@@ -126,10 +125,10 @@ def requests(tokenizer: "Llama", n_requests: int, n_tokens: int) -> list[list[in
     Raises:
         RequestError: as :func:`cut`; or this Python carries none of them.
     """
-    kinds = []
-    for read in (text, _sources, _docstrings):
-        with contextlib.suppress(RequestError):
-            kinds.append(read())
+    library = Path(sysconfig.get_path("stdlib"))
+    kinds = [_sources(library), _docstrings(library)]
+    with contextlib.suppress(RequestError):
+        kinds.insert(0, text())
     kinds = [kind for kind in kinds if kind.strip()]
     if not kinds:
         raise RequestError("this Python carries no text to calibrate on; pass requests of your own (--data FILE)")
