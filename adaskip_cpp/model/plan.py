@@ -25,7 +25,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 """The prompt mode and the paper's three, see :mod:`adaskip_cpp.planning.modes`."""
 
 DEFAULT_HEAD, DEFAULT_TAIL = 4, 64
-"""With the last 10 of its 30 layers skipped in prompts of 1,280 tokens, SmolLM2 diverges by 0.133 nats without a head and
+"""With the last 10 of its 30 layers skipped in prompts of 1,280 tokens, SmolLM2 diverges by 0.133 nats without a head,
 by 0.028 with one of 1, 2 or 4 tokens; by 0.032, 0.028, 0.025, 0.021, 0.019 and 0.016 with tails of 1, 16, 32, 64, 128
 and 256 tokens. Beyond 64 it is cheaper to skip less: see docs/method.md."""
 
