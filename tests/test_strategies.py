@@ -187,7 +187,7 @@ def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
     assert plan.bulk == prefill.prefill and plan.bulk.n_skip == 6
     assert plan.prefill == plan.decode == SkipSet.none(12)
     assert (plan.mode, plan.schedule, plan.online) == ("prompt", (), None)
-    assert (plan.head, plan.tail) == (DEFAULT_HEAD, DEFAULT_TAIL)
+    assert (plan.head, plan.tail) == (4, 64)
     other = strategy(known, PlanRequest(6, mode="prompt", head=0, tail=1))
     assert (other.head, other.tail, other.bulk) == (0, 1, plan.bulk)
 
