@@ -31,7 +31,7 @@ N_DECODE, N_SKIP = 32, 12
 COMPENSATIONS = ("linear", "none")
 
 
-def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, dict[Phase, str]]]:
+def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, dict[Phase, tuple[str, str]]]]:
     """The plans of all runs by name, and what the ideal of each contender is made from."""
     every = [np.flatnonzero(profile.skippable[:, kind]).tolist() for kind in (0, 1)]
     kinds = {
@@ -40,13 +40,13 @@ def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, 
         f"{N_SKIP // 2} of each": (layers(profile, 0, N_SKIP // 2), layers(profile, 1, N_SKIP // 2)),
     }
     plans: dict[str, SkipPlan | None] = {NO_PLAN: None}
-    parts: dict[str, dict[Phase, str]] = {}
+    parts: dict[str, dict[Phase, tuple[str, str]]] = {}
     for name, (attention, ffn) in kinds.items():
         for each in COMPENSATIONS:
             plans[f"{name}, {each}"] = profile.plan(
                 compensation=each, mode="prefill", strategy="manual", attention=attention, ffn=ffn
             )
-            parts[f"{name}, {each}"] = {"prefill": f"only {name}", "decode": f"only {name}"}
+            parts[f"{name}, {each}"] = dict.fromkeys(TIMED, (f"only {name}", REST))
         others = [
             [layer for layer in every[kind] if layer not in skipped] for kind, skipped in enumerate((attention, ffn))
         ]

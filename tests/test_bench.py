@@ -5,7 +5,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def test_medians_and_quartiles_are_those_of_the_runs() -> None:
 
 def test_the_ideal_is_the_full_time_over_what_the_skipped_sublayers_leave_of_it() -> None:
     # The skipped sublayers alone take 0.9 - 0.4 = 0.5 of 2.0 s: ideal 2 / 1.5. The plan takes 1.6: 1.5 / 1.6 of it.
-    parts = {"plan": {"prefill": "only", "decode": "only"}}
+    parts = {"plan": {"prefill": ("only", REST), "decode": ("only", REST)}}
     rows = table(measured({NO_PLAN: 2.0, "plan": 1.6, "only": 0.9, REST: 0.4}, parts=parts))
     for phase in ("prefill", "decode"):
         found = row(rows, "plan", phase)
@@ -91,7 +91,7 @@ def test_the_ideal_is_the_full_time_over_what_the_skipped_sublayers_leave_of_it(
 
 
 def test_with_noise_the_share_of_the_ideal_is_still_found() -> None:
-    parts = {"plan": {"prefill": "only"}}
+    parts = {"plan": {"prefill": ("only", REST)}}
     rows = table(
         measured({NO_PLAN: 2.0, "plan": 1.5, "only": 0.9, REST: 0.4}, n_rounds=60, noise=0.02, seed=3, parts=parts)
     )
@@ -101,7 +101,7 @@ def test_with_noise_the_share_of_the_ideal_is_still_found() -> None:
 
 
 def test_parts_that_take_longer_than_the_whole_give_no_ideal() -> None:
-    parts = {"plan": {"prefill": "only", "decode": "only"}}
+    parts = {"plan": {"prefill": ("only", REST), "decode": ("only", REST)}}
     rows = table(measured({NO_PLAN: 1.0, "plan": 0.9, "only": 1.8, REST: 0.1}, parts=parts))
     assert row(rows, "plan").ideal is None and row(rows, "plan").of_ideal is None
 
@@ -283,6 +283,20 @@ def test_a_decode_set_that_changes_has_no_ideal() -> None:
 def test_a_plan_for_decode_alone_has_an_ideal_there_alone() -> None:
     parts = bench_of({"a": SkipPlan.manual(3, attention=[1], phase="decode")}).parts["a"]
     assert [*parts] == ["decode"]
+
+
+def test_the_ideal_of_a_bulk_keeps_k_and_v_in_what_it_is_made_of() -> None:
+    bulk = replace(SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk"), head=1, tail=2)
+    bench = Bench(BenchSettings("m.gguf", (8, 16), 2, 4, 1), {"a": bulk}, [1], skippable=EVERY)
+    (parts,) = bench.result.times.parts.values()
+    assert [*parts] == ["prefill"]
+    only, rest = (bench._runs[name] for name in parts["prefill"])
+    for plan, skip in ((only, [[True, True], [False, True], [True, False]]), (rest, EVERY.tolist())):
+        assert plan is not None and plan.bulk is not None and plan.bulk.skip.tolist() == skip
+        assert (plan.prefill.n_skip, plan.decode.n_skip, plan.head, plan.tail) == (0, 0, 1, 2)
+    others = bench_of({"a": bulk, "b": replace(bulk, tail=3), "c": PLAN, "d": bulk}).parts
+    assert others["a"] == others["d"]
+    assert len({pair for each in others.values() for pair in each.values()}) == 3, "the cut and K and V differ"
 
 
 def test_a_plan_that_skips_nothing_has_no_ideal() -> None:

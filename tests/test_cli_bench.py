@@ -49,19 +49,21 @@ def plans(result: Result) -> dict[str, dict[str, Any]]:
 
 
 def skipped(plan: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Layers whose attention, and layers whose FFN a plan skips in prefill."""
-    attention, ffn = ([each["layer"] for each in plan["prefill"][kind]] for kind in ("attention", "ffn"))
+    """Layers whose attention, and layers whose FFN a plan skips in a prompt, or its bulk."""
+    of_prompt = plan["bulk"] or plan["prefill"]
+    attention, ffn = ([each["layer"] for each in of_prompt[kind]] for kind in ("attention", "ffn"))
     return attention, ffn
 
 
 @pytest.fixture(scope="module")
 def profile_path(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A profile of the tiny model, which ranks its last layer first."""
+    """A profile of the tiny model, which ranks its last layer first; in a bulk FFN 2, attention 2, FFN 1, and so on."""
     ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
     similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
     statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), zeros, zeros, 10)
     path = tmp_path_factory.mktemp("profile") / "p.json"
-    Profile(statistics, statistics, 1, 10, ModelInfo(fingerprint(tiny()), "llama", 3)).save(path)
+    known = ModelInfo(fingerprint(tiny()), "llama", 3)
+    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity).save(path)
     return path
 
 
@@ -138,7 +140,7 @@ def test_every_budget_is_a_plan_of_every_strategy_and_every_list_of_layers_one_o
     lists = ("--attention", "0-1", "--ffn", "0,2", "--ffn", "1-2", "--both", "2/0-1")
     found = plans(run(tiny(), "--profile", profile_path, *budgets, *lists, *QUICK))
     assert {name: skipped(plan) for name, plan in found.items()} == {
-        "adaskip 1": ([], [2]),
+        "adaskip 1": ([2], []),  # the last layer loses nothing
         "adaskip 2": ([2], [2]),
         "early_exit 1": ([], []),  # whole layers
         "early_exit 2": ([2], [2]),
@@ -147,8 +149,12 @@ def test_every_budget_is_a_plan_of_every_strategy_and_every_list_of_layers_one_o
         "2 FFN (2)": ([], [1, 2]),
         "1 attention, 2 FFN": ([2], [0, 1]),
     }
-    assert all(plan["mode"] == "prefill" and plan["online"] is None for plan in found.values())
-    assert found["adaskip 1"]["prefill"]["ffn"][0]["scale"] == 2.0  # the median ratio
+    for plan in found.values():
+        assert (plan["mode"], plan["online"]) == ("prompt", None)
+        assert not any(plan[phase][kind] for phase in ("prefill", "decode") for kind in ("attention", "ffn"))
+    assert found["adaskip 1"]["bulk"]["attention"][0]["scale"] == 2.0  # the median ratio
+    of_paper = plans(run(tiny(), "--profile", profile_path, "--mode", "prefill", "--skip", 1, *QUICK))["adaskip 1"]
+    assert skipped(of_paper) == ([], [2]) and of_paper["bulk"] is None
 
 
 def test_a_profile_alone_asks_for_the_default_number(tiny: Any, profile_path: Path) -> None:
@@ -294,7 +300,9 @@ def test_after_a_contender_died_it_prints_what_there_is_and_the_reason(
 def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (16,)) -> BenchResult:
     """Stock and no plan take 2 s, a plan 1.6 s, of an ideal of 2 / 1.5; a hundredth of it per token."""
     seconds_of = {STOCK: 2.0, NO_PLAN: 2.0, "adaskip 2": 1.6, "only": 0.6, REST: 0.1}
-    times = BenchTimes([STOCK, NO_PLAN, "adaskip 2"], parts={"adaskip 2": {"prefill": "only", "decode": "only"}})
+    times = BenchTimes(
+        [STOCK, NO_PLAN, "adaskip 2"], parts={"adaskip 2": dict.fromkeys(("prefill", "decode"), ("only", REST))}
+    )
     for context in contexts:
         for name, s in seconds_of.items():
             times.times[name, context] = [RequestTime(s, (s / 100,) * n_decode)] * n_rounds

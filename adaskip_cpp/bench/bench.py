@@ -13,8 +13,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,8 @@ import numpy.typing as npt
 from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn
 from ..model.plan import Phase, SkipPlan
-from ..model.skip_set import SkipSet
 from .process import Usage, Worker
-from .table import NO_PLAN, REST, STOCK, BenchTimes
+from .table import KEPT, NO_PLAN, REST, STOCK, BenchTimes
 
 _PAUSE_S = 0.03
 """Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
@@ -33,7 +32,7 @@ _N_WARM_UP = 512
 _IDEAL = "the ideal"
 
 _Skip: TypeAlias = "npt.NDArray[np.bool_]"
-_Parts: TypeAlias = dict[str, dict[Phase, str]]
+_Parts: TypeAlias = dict[str, dict[Phase, tuple[str, str]]]
 Progress: TypeAlias = Callable[[str, float, float], None]
 """Takes what runs now, in words; the share of the expected time that has passed, 0 to 1; and the expected seconds left,
 NaN before there is anything to tell it from."""
@@ -99,7 +98,7 @@ class Bench:
     """A benchmark that is about to run, of plans by the names of their contenders, with or without stock.
 
     Tokens for the prompts are repeated where a context is longer. With ``skippable``, bool ``[n_layer, 2]``, the ideal
-    ratio of each plan is measured too.
+    ratio of each plan is measured too; ``in_bulk`` is what can be skipped in the bulk of a prompt, if that is more.
     """
 
     def __init__(
@@ -109,6 +108,7 @@ class Bench:
         tokens: Sequence[int],
         *,
         skippable: _Skip | None = None,
+        in_bulk: _Skip | None = None,
         stock: bool = True,
         on_progress: Progress = lambda doing, fraction, left_s: None,
     ) -> None:
@@ -126,7 +126,8 @@ class Bench:
         self._n_warm_up = min(settings.contexts[0], _N_WARM_UP)
         self._start_s = 0.0  # what starting the last round's processes took
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
-        parts, ideal = ({}, {}) if skippable is None else _ideal(plans, skippable)
+        may = skippable, skippable if in_bulk is None else in_bulk
+        parts, ideal = ({}, {}) if may[0] is None or may[1] is None else _ideal(plans, may[0], may[1])
         # Tokens that an online stage observes do not count, so that its choice is timed.
         windows = {name: plan.online.window for name, plan in plans.items() if plan.online is not None}
         settle = {name: window + N_SETTLE for name, window in windows.items() if window < settings.n_decode}
@@ -211,25 +212,37 @@ def _total_s(run: RequestTime, times_prompt: float = 1.0) -> float:
     return run.first_token_s * times_prompt + sum(run.token_s)
 
 
-def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip) -> tuple[_Parts, dict[str, SkipPlan]]:
-    runs: dict[bytes, tuple[str, _Skip]] = {}
+def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip, in_bulk: _Skip) -> tuple[_Parts, dict[str, SkipPlan]]:
+    """Return what runs tell the ideal of each plan, and the plans of these runs, by their names."""
+    names: dict[SkipPlan, str] = {}
 
-    def part(skip_set: SkipSet, name: str) -> str:
-        skip = skippable & ~skip_set.skip
-        return runs.setdefault(skip.tobytes(), (f"only what {name!r} skips", skip))[0]
+    def pair(skip: _Skip, name: str) -> tuple[str, str]:
+        alone, rest = _skipping(skippable & ~skip), _skipping(skippable)
+        return names.setdefault(alone, f"only what {name!r} skips"), names.setdefault(rest, REST)
+
+    def pair_in_bulk(plan: SkipPlan, skip: _Skip, name: str) -> tuple[str, str]:
+        def kept(each: _Skip) -> SkipPlan:
+            return replace(_skipping(each, "bulk"), head=plan.head, tail=plan.tail)
+
+        # Plans that are cut otherwise have a run of their own to be compared with.
+        rest = f"{KEPT}, for {name!r}" if KEPT in names.values() else KEPT
+        alone = names.setdefault(kept(in_bulk & ~skip), f"only what {name!r} skips in the bulk")
+        return alone, names.setdefault(kept(in_bulk), rest)
 
     parts: _Parts = {}
     for name, plan in plans.items():
-        own: dict[Phase, str] = {}
-        if plan.prefill.n_skip:
-            own["prefill"] = part(plan.prefill, name)
+        own: dict[Phase, tuple[str, str]] = {}
+        if plan.prefill.n_skip and plan.bulk is None:
+            own["prefill"] = pair(plan.prefill.skip, name)
+        elif plan.bulk is not None and plan.bulk.n_skip and not plan.prefill.n_skip:
+            own["prefill"] = pair_in_bulk(plan, plan.bulk.skip, name)
         if plan.decode.n_skip and not plan.schedule and plan.online is None:  # else the set changes within a request
-            own["decode"] = part(plan.decode, f"{name} in decode" if own else name)
+            own["decode"] = pair(plan.decode.skip, f"{name} in decode" if own else name)
         if own:
             parts[name] = own
-    if parts:
-        runs[b""] = REST, skippable
-    return parts, {
-        name: SkipPlan.manual(len(skip), *(np.flatnonzero(column).tolist() for column in skip.T))
-        for name, skip in runs.values()
-    }
+    return parts, {name: plan for plan, name in names.items()}
+
+
+def _skipping(skip: _Skip, phase: Literal["both", "bulk"] = "both") -> SkipPlan:
+    attention, ffn = (np.flatnonzero(column).tolist() for column in skip.T)
+    return SkipPlan.manual(len(skip), attention, ffn, phase=phase)

@@ -83,9 +83,15 @@ def make_plans(source: Profile | int, requests: Iterable[PlanRequest], context: 
     return plans
 
 
-def material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], npt.NDArray[np.bool_]]:
-    """Return text for prompts, and which sublayers can be skipped, bool ``[n_layer, 2]``; refuse plans of others."""
+def material(
+    llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int
+) -> tuple[list[int], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Return text for prompts, and which sublayers can be skipped, everywhere and in the bulk; refuse others' plans.
+
+    The latter two are bool ``[n_layer, 2]``.
+    """
     for plan in plans:
         llm.set_plan(plan)
     tokens = corpus.cut(llm, corpus.text(()), 1, max(n_tokens, 2))[0]
-    return tokens, np.array([sublayer.skippable for sublayer in llm.sublayers]).reshape(-1, 2)
+    may = np.array([(sublayer.skippable, sublayer.in_bulk) for sublayer in llm.sublayers])
+    return tokens, may[:, 0].reshape(-1, 2), may[:, 1].reshape(-1, 2)

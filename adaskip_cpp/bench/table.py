@@ -18,30 +18,33 @@ from ..model.plan import TIMED, Phase
 
 STOCK, NO_PLAN = "stock", "no plan"
 """The two contenders that others are compared with: stock llama-cpp-python, and ours with no plan."""
-REST = "nothing that can be skipped"  # names the run of all else
+REST, KEPT = "nothing that can be skipped", "nothing but K and V of what can be skipped"
+"""Names of the runs of all else: of everything, and with K and V kept in the bulk of a prompt."""
 
 
 @dataclass
 class BenchTimes:
     """The times of all runs.
 
-    The time of a plan's skipped sublayers is that of a run in which only they run, less that of :data:`REST`. A few
-    sublayers by themselves may fit into a cache that the whole model does not fit into. Then they take less time alone
-    than among the others, and skipping them brings more than this ideal: more than 100% of it.
+    The time of a plan's skipped sublayers is that of a run in which only they run, less that of :data:`REST`; for a
+    bulk, where K and V are kept in both, less that of :data:`KEPT`. A few sublayers by themselves may fit into a cache
+    that the whole model does not fit into. Then they take less time alone than among the others, and skipping them
+    brings more than this ideal: more than 100% of it.
 
     Attributes:
         times: by name of the run and tokens of context: one request per round, in order.
-        parts: by contender and phase, the run of only what it skips there; empty if the ideal was not measured.
+        parts: by contender and phase, the run of only what it skips there and that of all else; empty if the ideal was
+            not measured.
         settle: by contender, tokens at the beginning of decode that do not count; :data:`timing.N_SETTLE` by default.
     """
 
     contenders: Sequence[str]
     times: dict[tuple[str, int], list[RequestTime]] = field(default_factory=dict)
-    parts: Mapping[str, Mapping[Phase, str]] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[Phase, tuple[str, str]]] = field(default_factory=dict)
     settle: Mapping[str, int] = field(default_factory=dict)
 
     def seconds(self, name: str, context: int, phase: Phase) -> list[float]:
-        parts = {part for parts in self.parts.values() for part in (REST, *parts.values())}
+        parts = {each for parts in self.parts.values() for pair in parts.values() for each in pair}
         n_rounds = min(len(self.times.get((each, context), ())) for each in {*self.contenders, *parts})
         runs = self.times.get((name, context), [])[:n_rounds]
         if phase == "prefill":
@@ -108,9 +111,9 @@ def verdict(interval: Interval) -> str:
 
 def _ideal(measured: BenchTimes, name: str, context: int, phase: Phase, own: list[float]) -> tuple[Interval, ...]:
     """The ideal and the share of it; nothing where there is none, or the machine is so noisy that none can be told."""
-    part = measured.parts.get(name, {}).get(phase)
-    if part is None:
+    pair = measured.parts.get(name, {}).get(phase)
+    if pair is None:
         return ()
-    full, only, rest = (np.array(measured.seconds(each, context, phase)) for each in (NO_PLAN, part, REST))
+    full, only, rest = (np.array(measured.seconds(each, context, phase)) for each in (NO_PLAN, *pair))
     least = full - (only - rest)
     return (ratio_interval(full, least), ratio_interval(least, own)) if len(least) and (least > 0).all() else ()

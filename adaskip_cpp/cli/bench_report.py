@@ -13,6 +13,7 @@ from ..bench.bench import BenchResult
 from ..bench.plots import TITLES
 from ..bench.table import NO_PLAN, STOCK, Row, verdict
 from ..intervals import Interval
+from ..model.plan import SkipPlan
 from .report import megabytes
 
 
@@ -93,17 +94,22 @@ def _print_configuration(out: Console, result: BenchResult, about: dict[str, Any
     lines.append(
         "adaskip-cpp {adaskip_cpp}, llama-cpp-python {llama_cpp_python}, Python {python}, {os}".format(**about)
     )
-    lines += [
-        f"{name}: {plan.prefill.n_skip} of {2 * plan.n_layer} sublayers skipped in prefill "
-        f"({len(plan.prefill.attention)} attention, {len(plan.prefill.ffn)} FFN), {plan.decode.n_skip} in decode; "
-        f"compensation {plan.compensation}"
-        for name, plan in result.plans.items()
-    ]
+    if NO_PLAN in result.times.contenders and STOCK in result.times.contenders:
+        lines.append(f"{NO_PLAN}: the whole model, without what stock computes of a prompt and nobody reads.")
+    lines += [f"{name}: {_skipped(plan)}; compensation {plan.compensation}" for name, plan in result.plans.items()]
     lines.append(
         "Every contender in a process of its own, a new one each round, in turn, in reverse every second round; "
         f"{settings.n_decode} tokens decoded behind each prompt; load average before {about['load_average']:.2f}."
     )
     out.print("\n".join(lines), style="dim", soft_wrap=True)
+
+
+def _skipped(plan: SkipPlan) -> str:
+    of_prompt, where = plan.skipped("bulk"), "prefill" if plan.bulk is None else "the bulk of a prompt"
+    return (
+        f"{of_prompt.n_skip} of {2 * plan.n_layer} sublayers skipped in {where} ({len(of_prompt.attention)} attention, "
+        f"{len(of_prompt.ffn)} FFN), {plan.decode.n_skip} in decode"
+    )
 
 
 def seconds(value: float) -> str:

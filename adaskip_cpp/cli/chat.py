@@ -14,12 +14,13 @@ from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import RequestError
 from ..model.identity import profile_path
+from ..model.promise import Tuning
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .plan import print_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
-from .report import n_skipped, skipped_counts
+from .report import first_token_line, n_skipped, skipped_counts
 from .terminal import answer_options, console, open_quietly, option, users_error, verb
 
 _HELP = """\
@@ -27,7 +28,7 @@ _HELP = """\
 /plan    show what is skipped
 /skip N  skip N sublayers from now on (with a profile)
 /quit    leave; Ctrl-D does too, Ctrl-C stops an answer
-In the line below an answer, /s is tokens per second, and 12+3 is 12 sublayers
+In the lines below an answer, /s is tokens per second, and 12+3 is 12 sublayers
 of the plan and 3 FFNs that this answer added."""
 
 
@@ -74,7 +75,8 @@ def chat(
     if chosen.asks_speedup:
         print_cost_note(err, chosen.profile, cost_settings(llm))
     conversation = Conversation(llm, system, max_tokens=max_tokens, temperature=temp)
-    _Talk(conversation, model, chosen.profile, chosen.request or PlanRequest(), err).run()
+    tuning = None if chosen.file is None else chosen.file.tuning
+    _Talk(conversation, model, chosen.profile, chosen.request or PlanRequest(), tuning, err).run()
 
 
 @dataclass
@@ -116,6 +118,7 @@ class _Talk:
     model: str
     profile: Profile | None
     request: PlanRequest
+    tuning: Tuning | None
     err: Console
 
     def run(self) -> None:
@@ -162,7 +165,9 @@ class _Talk:
         elif not said:
             self.tell("(the model ended its answer at once)")
         if generation.timing is not None:
-            self.tell(_status(self.conversation.llm, generation.timing))
+            llm, cost = self.conversation.llm, None if self.profile is None else self.profile.cost
+            self.tell(first_token_line(generation.timing, llm.plan, cost, self.tuning))
+            self.tell(_status(llm, generation.timing))
             if generation.timing.end == "context":
                 self.tell("(the context is full; /reset begins a new conversation)")
 
@@ -196,10 +201,11 @@ class _Talk:
         self.profile = self.profile or load_profile(self.model, beside)
         plan = make_plan(self.profile, request)
         self.conversation.llm.set_plan(plan)
-        self.request = request
+        self.request, self.tuning = request, None
+        where = "prefill" if plan.bulk is None else "the bulk of a prompt"
         self.tell(
-            f"({plan.prefill.n_skip} sublayers skipped in prefill, {plan.decode.n_skip} in decode; the conversation is "
-            "read again where needed)"
+            f"({plan.skipped('bulk').n_skip} sublayers skipped in {where}, {plan.decode.n_skip} in decode; the "
+            "conversation is read again where needed)"
         )
 
 

@@ -10,7 +10,7 @@ from ..engine.settings import cost_settings
 from ..files import read_text
 from ..planning.request import PlanRequest
 from .planning import find_plan_source, plan_options, print_cost_note, profile_options
-from .report import kv_line, skipped_lines, speed_lines
+from .report import first_token_line, kv_line, skipped_lines, speed_lines
 from .terminal import RUNNING, answer_options, console, open_quietly, option, verb
 
 
@@ -78,7 +78,14 @@ def generate(
     click.echo()
     if answer.timing is None:
         return
-    lines = [*speed_lines(answer.timing), *skipped_lines(llm, answer.timing.n_generated), kv_line(llm)]
+    cost = None if chosen.profile is None else chosen.profile.cost
+    tuning = None if chosen.file is None else chosen.file.tuning
+    lines = [
+        first_token_line(answer.timing, plan, cost, tuning),
+        *speed_lines(answer.timing),
+        *skipped_lines(llm, answer.timing.n_generated),
+        kv_line(llm),
+    ]
     if answer.timing.end == "context":
         lines.append("the answer stops where the context is full; --ctx gives more room")
     err.print("\n".join(lines), style="dim")

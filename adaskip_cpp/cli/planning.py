@@ -13,7 +13,7 @@ from ..errors import AdaSkipError
 from ..model.cost_model import CostSettings
 from ..model.identity import check_model, plan_path, profile_path
 from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, MODES, TIMED, SkipPlan
-from ..model.plan_file import load_plan, plan_beside
+from ..model.plan_file import PlanFile, load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.profile import Profile
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
@@ -61,11 +61,11 @@ profile_options = options(
 
 @dataclass(frozen=True)
 class PlanSource:
-    """Where the plan comes from: a profile and a request, a ``saved`` plan, or none of them for the whole model."""
+    """Where the plan comes from: a profile and a request, a plan file, or none of them for the whole model."""
 
     profile: Profile | None = None
     request: PlanRequest | None = None
-    saved: SkipPlan | None = None
+    file: PlanFile | None = None
     note: str = ""
 
     @property
@@ -76,7 +76,7 @@ class PlanSource:
     def plan(self, context: int) -> SkipPlan | None:
         if self.profile is not None and self.request is not None:
             return make_plan(self.profile, self.request.at(context))
-        return self.saved if self.saved is not None and n_skipped(self.saved)[0] else None
+        return self.file.plan if self.file is not None and n_skipped(self.file.plan)[0] else None
 
 
 def find_plan_source(
@@ -95,7 +95,7 @@ def find_plan_source(
     if plan_file is not None:
         if others:
             raise click.UsageError("--plan is a whole plan; leave out what else to skip")
-        return PlanSource(saved=load_plan(plan_file, model=model).plan)
+        return PlanSource(file=load_plan(plan_file, model=model))
     if profile_path_ is not None:
         return PlanSource(load_profile(model, profile_path_), request or PlanRequest())
     if request is not None:
@@ -129,7 +129,7 @@ def _beside(model: str) -> PlanSource:
     tuned = f", as tuned for {found.tuning.promise}" if found.tuning is not None else ""
     n, name = n_skipped(found.plan)[0], os.path.basename(plan_path(model))
     skipped = f"{n} of {2 * found.plan.n_layer} sublayers are skipped{tuned}: {name}; --full runs the whole model."
-    return PlanSource(saved=found.plan, note=skipped if n else f"The whole model runs{tuned}: {name}.")
+    return PlanSource(file=found, note=skipped if n else f"The whole model runs{tuned}: {name}.")
 
 
 def _request(given: dict[str, Any]) -> PlanRequest | None:
@@ -143,6 +143,8 @@ def _request(given: dict[str, Any]) -> PlanRequest | None:
         raise click.UsageError("--attention and --ffn list what to skip; leave out --skip, --speedup, --strategy")
     if chosen.get("strategy") == "manual" and not by_hand:
         raise click.UsageError("--strategy manual needs --attention or --ffn")
+    if "online" in chosen and chosen.get("mode", "prompt") == "prompt" and not chosen.get("decode"):
+        raise click.UsageError("--no-online is about decode, which runs whole; give --decode or --mode too")
     return PlanRequest(**{**chosen, "strategy": "manual"} if by_hand else chosen)
 
 
@@ -167,7 +169,7 @@ _OPTIONS = {
         type=click.Choice(MODES),
         help="prompt: just while nobody reads, in the bulk of a prompt. prefill: the same sublayers in both phases. "
         "decode: none while the prompt is read. e2e: as prefill, and each answer adds FFNs after its first 20 tokens.  "
-        "[default: e2e]",
+        "[default: prompt]",
     ),
     "decode": _choosing(
         "--decode", type=click.IntRange(min=0), help="With --mode prompt: sublayers to skip in decode.  [default: 0]"

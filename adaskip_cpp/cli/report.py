@@ -7,7 +7,9 @@ import llama_cpp
 
 from ..engine.generation import Timing
 from ..engine.llama import AdaSkipLlama
+from ..model.cost_model import CostModel
 from ..model.plan import SkipPlan
+from ..model.promise import Tuning
 
 
 def kv_line(llm: AdaSkipLlama) -> str:
@@ -49,6 +51,29 @@ def speed_lines(timing: Timing) -> list[str]:
         decode = f"{timing.n_generated - 1:,} tokens in {timing.decode_s:.2f} s, {1 / timing.token_s:,.1f} tokens/s"
         lines.append(f"decode:  {decode}")
     return lines
+
+
+def first_token_line(
+    timing: Timing, plan: SkipPlan | None, cost: CostModel | None = None, tuning: Tuning | None = None
+) -> str:
+    """How long the first token took, and what the plan brought: as a cost model predicts it, or as `tune` measured it.
+
+    The prediction's ratio counts, not its seconds: the machine may be busier, or another one, than the one measured.
+    """
+    line = f"first token after {_seconds(timing.first_token_s)}"
+    if plan is None or not plan.skipped("bulk").n_skip:
+        return line
+    if cost is not None:
+        times = cost.speedup(plan, timing.n_prompt, "prefill", cached=timing.n_prompt - timing.n_evaluated)
+        return f"{line}; {_seconds(timing.first_token_s * times)} without skipping, as predicted"
+    for each in () if tuning is None else tuning.speedups:
+        if each.of == "first token":
+            return f"{line}; the plan was measured {each.ratio.value:.2f} x as fast at {each.context:,} tokens"
+    return line
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
 
 
 def n_skipped(plan: SkipPlan | None) -> tuple[int, str]:

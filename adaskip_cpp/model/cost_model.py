@@ -162,6 +162,7 @@ class CostModel(LayerArrays):
         *,
         head: int = DEFAULT_HEAD,
         tail: int = DEFAULT_TAIL,
+        cached: int = 0,
     ) -> float:
         """Predict how many seconds a whole prompt or one decoded token takes.
 
@@ -177,6 +178,7 @@ class CostModel(LayerArrays):
             phase: ``"prefill"``: the prompt is read with ``skip`` skipped; ``"bulk"``: its bulk alone is, with K and V
                 kept, while the others run whole; or ``"decode"``.
             head, tail: for phase ``"bulk"``, as in :class:`adaskip_cpp.model.plan.SkipPlan`.
+            cached: tokens at the beginning of the prompt that are not read again.
 
         Raises:
             PlanError: an argument is impossible.
@@ -185,20 +187,23 @@ class CostModel(LayerArrays):
             raise PlanError(f"the context is {context!r} tokens; give the length of the prompt, 1 or more")
         if phase not in PHASES:
             raise PlanError(f"unknown phase {phase!r}; use one of: {', '.join(PHASES)}")
+        if phase != "decode" and not 0 <= cached < context:
+            raise PlanError(f"{cached} of {context} tokens are cached; the last one is read in any case")
         if isinstance(skip, SkipPlan):
             if phase != "decode":
                 bulk = None if skip.bulk is None else self._runs(skip.bulk)
-                return self._prompt(self._runs(skip.prefill), bulk, context, skip.head, skip.tail)
+                return self._prompt(self._runs(skip.prefill), bulk, cached, context, skip.head, skip.tail)
             skip = skip.skipped("decode")
         runs = self._runs(skip)
         if phase == "decode":
             return self._read(Computed(runs, np.zeros(self.n_layer, np.bool_)), context, context + 1)
         whole, bulk = (self._runs(None), runs) if phase == "bulk" else (runs, None)
-        return self._prompt(whole, bulk, context, head, tail)
+        return self._prompt(whole, bulk, cached, context, head, tail)
 
-    def speedup(self, plan: SkipPlan, context: int, phase: Phase) -> float:
+    def speedup(self, plan: SkipPlan, context: int, phase: Phase, *, cached: int = 0) -> float:
         """Predict how many times faster than the full model a plan makes a phase, a prompt with its bulk."""
-        return self.seconds(None, context, phase) / self.seconds(plan, context, phase)
+        whole, less = (self.seconds(each, context, phase, cached=cached) for each in (None, plan))
+        return whole / less
 
     def _runs(self, skip: SkipSet | npt.NDArray[np.bool_] | None) -> npt.NDArray[np.bool_]:
         flags = skip.skip if isinstance(skip, SkipSet) else skip
@@ -214,15 +219,17 @@ class CostModel(LayerArrays):
         self,
         runs: npt.NDArray[np.bool_],
         bulk: npt.NDArray[np.bool_] | None,
+        start: int,
         context: int,
         head: int,
         tail: int,
     ) -> float:
-        """Seconds for a prompt whose bulk runs ``bulk``, and all else ``runs``; None where there is no bulk."""
-        whole, seconds, start = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0, 0
-        if bulk is not None and head < context - tail:
+        """Seconds from a position of a prompt on, whose bulk runs ``bulk``, all else ``runs``; None without a bulk."""
+        whole, seconds, begin = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0, max(head, start)
+        if bulk is not None and begin < context - tail:
+            seconds = self._unread(whole, start, begin)
             start = context - tail
-            seconds = self._unread(whole, 0, head) + self._unread(Computed(bulk, ~bulk[:, 0]), head, start)
+            seconds += self._unread(Computed(bulk, ~bulk[:, 0]), begin, start)
         if self.n_layer_kv < self.n_layer:  # then the last token is computed by itself
             seconds += self._unread(whole, start, context - 1)
             start = context - 1

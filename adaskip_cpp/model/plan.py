@@ -149,7 +149,7 @@ class SkipPlan:
         attention: Iterable[SupportsIndex] = (),
         ffn: Iterable[SupportsIndex] = (),
         scale: npt.ArrayLike | None = None,
-        phase: Literal["both", "decode"] = "both",
+        phase: Literal["both", "bulk", "decode"] = "both",
     ) -> "SkipPlan":
         """Build a plan from lists of layers.
 
@@ -157,7 +157,8 @@ class SkipPlan:
             n_layer: number of layers of the model.
             attention, ffn: layers whose attention, whose FFN is skipped, counted from 0.
             scale: compensation, one number or ``[n_layer, 2]``; 1.0 if None. Only skipped sublayers' values are used.
-            phase: ``"both"``, or ``"decode"`` to run the full model in prefill.
+            phase: ``"both"``; ``"decode"`` to run the full model in prefill; or ``"bulk"`` to run it everywhere but in
+                the bulk of a prompt, with the default head and tail.
 
         Raises:
             SublayerRangeError: a layer is not in ``range(n_layer)``.
@@ -166,13 +167,15 @@ class SkipPlan:
         """
         if n_layer < 1:
             raise PlanError(f"n_layer is {n_layer}; pass the model's number of layers, llm.n_layer")
-        if phase not in ("both", "decode"):
-            raise PlanError(f"unknown phase {phase!r}; use 'both' or 'decode'")
+        if phase not in ("both", "bulk", "decode"):
+            raise PlanError(f"unknown phase {phase!r}; use 'both', 'bulk' or 'decode'")
         skip = marked(n_layer, attention, ffn)
         values = np.asarray(1.0 if scale is None else scale, np.float64)
         chosen = SkipSet(skip, values if values.ndim else np.full(skip.shape, values))
-        prefill = chosen if phase == "both" else SkipSet.none(n_layer)
-        return cls(prefill, chosen, compensation="none" if scale is None else "manual")
+        none, name = SkipSet.none(n_layer), "none" if scale is None else "manual"
+        if phase == "bulk":
+            return cls(none, none, bulk=chosen, compensation=name)
+        return cls(chosen if phase == "both" else none, chosen, compensation=name)
 
     @property
     def n_layer(self) -> int:

@@ -18,7 +18,7 @@ class Profile(ProfileData):
         Args:
             n_skip: number of sublayers to skip; 12 if neither this nor ``speedup`` is given. Or a whole request.
             **request: what else is wanted, by the names of :class:`adaskip_cpp.planning.request.PlanRequest`: for
-                example ``speedup=1.25, context=4096``, ``mode="decode"`` or ``strategy="early_exit"``.
+                example ``speedup=1.25, context=4096``, ``mode="e2e"`` or ``strategy="early_exit"``.
 
         Raises:
             BudgetError: ``n_skip`` is negative or more than can be skipped, or ``speedup`` is out of reach.

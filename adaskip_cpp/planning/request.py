@@ -31,7 +31,8 @@ class PlanRequest:
             the first token of its answer.
         ranking: for ``speedup``: ``"efficiency"`` chooses by similarity lost per second saved, ``"similarity"`` by the
             paper's ranking. Strategies other than ``"adaskip"`` have their own order.
-        mode: one of :mod:`adaskip_cpp.planning.modes`. All of the above is about the bulk in mode ``"prompt"``.
+        mode: one of :mod:`adaskip_cpp.planning.modes`: ``"prompt"``, where all of the above is about the bulk, or one
+            of the paper's.
         decode: for mode ``"prompt"``: number of sublayers to skip in decode, by the paper's ranking.
         head, tail: for mode ``"prompt"``: as in :class:`adaskip_cpp.model.plan.SkipPlan`.
         strategy: how to choose, one of :mod:`adaskip_cpp.planning.strategies`.
@@ -56,7 +57,7 @@ class PlanRequest:
     context: int | None = None
     phase: Phase | None = None
     ranking: Ranking = "efficiency"
-    mode: Mode = "e2e"
+    mode: Mode = "prompt"
     decode: int = 0
     head: int = DEFAULT_HEAD
     tail: int = DEFAULT_TAIL
@@ -79,6 +80,10 @@ class PlanRequest:
                 raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
         if self.decode and self.mode != "prompt":
             raise PlanError(f"decode is for mode 'prompt'; leave it out, as mode {self.mode!r} says what decode skips")
+        if self.mode != "prompt" and (self.head, self.tail) != (DEFAULT_HEAD, DEFAULT_TAIL):
+            raise PlanError(f"head and tail are around the bulk of mode 'prompt'; leave them out of mode {self.mode!r}")
+        if self.mode == "prompt" and not self.decode and self.threshold is not None:
+            raise PlanError("threshold is for decode, which mode 'prompt' runs whole; give decode too, or another mode")
         get_compensation(DEFAULT_COMPENSATION if self.compensation is None else self.compensation)
         OnlineStage(self.window, 1.0 if self.threshold is None else self.threshold)
         if (self.attention or self.ffn) and self.strategy != "manual":

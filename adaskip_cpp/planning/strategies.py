@@ -99,7 +99,7 @@ def what_is_lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.f
     if profile.divergence is None:
         raise PlanError(
             "the profile does not tell what skipping in a prompt's bulk costs; calibrate again, on 4 requests or more, "
-            "or use ranking='similarity'"
+            "or use mode='e2e' or ranking='similarity'"
         )
     # An error passes through the layers above that run: the more of them, the less are what sublayers cost alone and
     # what they cost among others alike. SmolLM2 at 1.4 times the speed diverges by 0.034 so, and by 0.058 without.
