@@ -68,8 +68,8 @@ def main() -> None:
     profile = calibrate(llm, requests[:8], cost=False)
     prompt = corpus.cut(llm, corpus.text(), 1, args.context)[0]
 
-    fixed = profile.plan(N_SKIP, online=False)
-    adding = profile.plan(N_SKIP, window=WINDOW)
+    fixed = profile.plan(N_SKIP, mode="e2e", online=False)
+    adding = profile.plan(N_SKIP, mode="e2e", window=WINDOW)
     assert adding.online is not None
     watching = replace(adding, online=replace(adding.online, threshold=2.0))
     plans = {"fixed": fixed, "watching": watching, "adding": adding}

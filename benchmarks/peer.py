@@ -174,7 +174,7 @@ def short_calibration(model: Path, n_skip: int, n_requests: int, longest: int) -
     n_threads = physical_cores()
     llm = AdaSkipLlama(str(model), n_ctx=600, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
     requests = corpus.cut(llm, corpus.text(), n_requests, 512)
-    plan = calibrate(llm, requests, cost=False, progress=False).plan(n_skip, online=False)
+    plan = calibrate(llm, requests, cost=False, divergence=False, progress=False).plan(n_skip, mode="prefill")
     prompt = corpus.cut(llm, corpus.SEPARATOR.join(corpus.held_out().values()), 1, longest)[0]
     cpu = cost_settings(llm).cpu
     llm.close()

@@ -319,20 +319,24 @@ def test_with_rank_0_there_are_no_maps_and_linear_is_affine(llm: Any) -> None:
     bare, fitted = calibrate(llm, requests, rank=0), calibrate(llm, requests)
     assert bare.maps is None and fitted.maps is not None
     assert bare.prefill == fitted.prefill and bare.decode == fitted.decode
-    assert bare.plan(3, compensation="linear") == bare.plan(3, compensation="affine") == bare.plan(3)
-    assert (bare.plan(3).compensation, fitted.plan(3).compensation) == ("affine", "linear")
+    assert (
+        bare.plan(3, compensation="linear", mode="e2e")
+        == bare.plan(3, compensation="affine", mode="e2e")
+        == bare.plan(3, mode="e2e")
+    )
+    assert (bare.plan(3, mode="e2e").compensation, fitted.plan(3, mode="e2e").compensation) == ("affine", "linear")
 
 
 def test_requests_of_one_token_leave_nothing_to_fit(llm: Any) -> None:
     profile = calibrate(llm, [[5], [6]])
-    assert profile.maps is None and profile.plan(2).compensation == "affine"
+    assert profile.maps is None and profile.plan(2, mode="e2e").compensation == "affine"
 
 
 def test_a_sublayer_that_is_not_skippable_has_no_map_nor_has_its_layer() -> None:
     profile = calibrate(FakeLlama(unobserved=[(1, 0)]), [list(range(5, 30))])  # type: ignore[arg-type]
     assert profile.maps is not None
     assert np.argwhere(~profile.maps.fitted).tolist() == [[1, 0], [1, 2]]
-    assert profile.plan(5).compensation == "linear"
+    assert profile.plan(5, mode="e2e").compensation == "linear"
 
 
 @pytest.mark.parametrize("rank", [-1, 4097, 1.5, "32", None])

@@ -1,6 +1,8 @@
 """The chat: what it prints, what it keeps, and that no mistake of the user ends it."""
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from test_cost import cost_model
 from tiny_families import N_EMBD
 from tiny_models import add_chat_template
 
@@ -36,7 +39,8 @@ def profile(model: Path, tmp_path: Path) -> Path:
     ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
     similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
     statistics = PhaseStatistics(similarity, ones, ones, np.ones(3), zeros, zeros, 10)
-    Profile(statistics, statistics, 1, 10, ModelInfo(fingerprint(model), "llama", 3)).save(path)
+    known = ModelInfo(fingerprint(model), "llama", 3)
+    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity).save(path)
     return path
 
 
@@ -99,14 +103,30 @@ def test_the_system_text_and_all_turns_are_in_the_prompt(model: Path, open_model
 
 
 def test_the_status_line_tells_both_phases_and_fits_the_terminal(chat: Chat, profile: Path) -> None:
-    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--no-online"]))
-    assert "skipped 2 prefill, 2 decode" in status and "/8192" in status
+    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2]))
+    assert "skipped 2 bulk, 0 decode" in status and "/8192" in status
+    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--mode", "e2e", "--no-online"]))
+    assert "skipped 2 prefill, 2 decode" in status
     (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--mode", "decode"]))
     assert "skipped 0 prefill, 2+0 decode" in status
     assert len(status) <= 80
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_to_the_first_token_is_told_and_what_it_would_have_been(
+    chat: Chat, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_cost = replace(Profile.load(profile), cost=cost_model(0.1, [1] * 3, [1] * 3, size=64))
+    monkeypatch.setattr(Profile, "load", lambda path: with_cost)
+    first = [text for text in chat("hello").stderr.splitlines() if text.startswith("first token after ")]
+    assert len(first) == 1 and "without" not in first[0]
+    told = chat("hello" * 20, "and?", args=["--profile", profile, "--skip", 2]).stderr
+    first = [text for text in told.splitlines() if text.startswith("first token after ")]
+    assert len(first) == 2 and all(text.endswith(" s without skipping, as predicted") for text in first)
+    taken, whole = (float(each) for each in re.findall(r"[\d.]+(?= s\b)", first[1]))
+    assert taken == whole, "the second message is no more than a tail"
 
 
 def test_quit_leaves_and_reset_forgets(chat: Chat) -> None:
@@ -118,8 +138,8 @@ def test_quit_leaves_and_reset_forgets(chat: Chat) -> None:
 def test_skip_changes_the_plan(chat: Chat, profile: Path) -> None:
     lines = ("hello", "/skip 4", "hello", "/plan")
     result = chat(*lines, args=["--profile", profile, "--skip", 1])
-    assert [f"skipped {n} prefill" in text for n, text in zip((1, 4), statuses(result), strict=True)] == [True, True]
-    assert "4 of 6 sublayers skipped in prefill" in result.stderr
+    assert [f"skipped {n} bulk" in text for n, text in zip((1, 4), statuses(result), strict=True)] == [True, True]
+    assert "4 of 6 sublayers skipped in the bulk of a prompt" in " ".join(result.stderr.split())
 
 
 def test_mistakes_are_told_and_the_chat_goes_on(chat: Chat, profile: Path) -> None:
@@ -213,7 +233,9 @@ def test_a_template_that_refuses_the_system_text_names_the_option(model: Path, o
 def test_a_plan_beside_the_model_is_used_and_told_and_its_profile_once_it_is_needed(model: Path, profile: Path) -> None:
     files = [Path(plan_path(model)), Path(profile_path(model)), Path(profile_path(model)).with_suffix(".bin")]
     try:
-        plan = Profile.load(profile).plan(strategy="manual", attention=(2,), ffn=(0,), compensation="median")
+        plan = Profile.load(profile).plan(
+            strategy="manual", attention=(2,), ffn=(0,), compensation="median", mode="e2e"
+        )
         save_plan(files[0], plan)
         words = ["chat", str(model), "--temp", "0", "--max-tokens", "6"]
         result = CliRunner().invoke(main, words, input="hello\n/plan\n/skip 1\n", prog_name="adaskip-cpp")
@@ -222,7 +244,7 @@ def test_a_plan_beside_the_model_is_used_and_told_and_its_profile_once_it_is_nee
         assert "strategy manual" in result.stderr and "/skip needs a profile" in result.stderr
         Profile.load(profile).save(files[1])
         result = CliRunner().invoke(main, words, input="/skip 1\n", prog_name="adaskip-cpp")
-        assert "(1 sublayers skipped in prefill" in result.stderr
+        assert "(1 sublayers skipped in the bulk of a prompt" in result.stderr
         full = CliRunner().invoke(main, [*words, "--full"], input="hello\n", prog_name="adaskip-cpp")
         assert "skipped" not in statuses(full)[0]
     finally:

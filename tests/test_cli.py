@@ -19,13 +19,16 @@ from rich.console import Console
 from test_cost import cost_model
 from tiny_families import N_EMBD
 
-from adaskip_cpp import AdaSkipLlama, Profile
+from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
 from adaskip_cpp.cli import terminal
 from adaskip_cpp.cli.main import main
-from adaskip_cpp.cli.report import layer_list, megabytes, skipped_counts, skipped_lines
-from adaskip_cpp.engine.generation import Generation
+from adaskip_cpp.cli.report import first_token_line, layer_list, megabytes, skipped_counts, skipped_lines
+from adaskip_cpp.engine.generation import Generation, Timing
+from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.plan import MODES
+from adaskip_cpp.model.promise import Promise, SpeedUp, Tuning
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.pictures.heatmap import print_heatmap
 
@@ -44,7 +47,10 @@ def run() -> Run:
 
 @pytest.fixture
 def profile_path(tiny: Any, tmp_path: Path) -> Path:
-    """A profile of the tiny llama model, which ranks its last layer first: FFN 2, attention 2, FFN 1, and so on."""
+    """A profile of the tiny llama model, which ranks its last layer first: FFN 2, attention 2, FFN 1, and so on.
+
+    In the bulk of a prompt the last layer loses nothing, so that there attention 2 comes before FFN 2.
+    """
     path = tmp_path / "p.json"
     n_layer = 3
     ones = np.ones((n_layer, 2))
@@ -132,7 +138,8 @@ def test_a_model_that_is_none_is_an_error_of_one_line(run: Run, tmp_path: Path, 
         (["plan", "p", "--strategy", "best"], "skip_decode"),
         (["plan", "p", "--attention", "1,two"], "not a list of layers"),
         (["plan", "p", "--speedup", "0.5"], "--speedup"),
-        (["demo", "--speedup", "1.2"], "--skip"),
+        (["plan", "p", "--skip", "3", "--no-online"], "--decode or --mode"),
+        (["demo", "--attention", "1", "--speedup", "1.2"], "--attention and --ffn"),
         (["generate", "m.gguf", "-p", "a", "--temp", "-1"], "--temp"),
         (["generate", "m.gguf", "-p", "a", "--compensation", "best"], "--compensation"),
         (["calibrate", "m.gguf"], "--output"),
@@ -162,6 +169,11 @@ def test_a_budget_beyond_the_model_is_an_error_of_one_line(run: Run, tiny: Any, 
 
 def test_layers_that_are_not_there_are_an_error_of_one_line(run: Run, profile_path: Path) -> None:
     assert "layer 3" in line(run("plan", profile_path, "--attention", "3"))
+
+
+def test_what_is_around_the_bulk_goes_with_its_mode_alone(run: Run, profile_path: Path) -> None:
+    for option in ("--head", "--tail"):
+        assert "mode 'prompt'" in line(run("plan", profile_path, option, 3, "--mode", "e2e"))
 
 
 def test_a_speedup_needs_a_profile_with_times(run: Run, profile_path: Path) -> None:
@@ -274,21 +286,22 @@ def test_inspect_lists_the_sublayers(run: Run, tiny: Any) -> None:
 def test_calibrate_writes_a_profile_that_generate_takes(run: Run, tiny: Any, tmp_path: Path) -> None:
     output, data = tmp_path / "out.json", tmp_path / "text.txt"
     data.write_text("the quick brown fox " * 40)
-    args = ["calibrate", tiny(), "--data", data, "--requests", 2, "--tokens", 20, "-o", output]
+    args = ["calibrate", tiny(), "--data", data, "--requests", 4, "--tokens", 20, "-o", output]
     args += ["--decode-tokens", 5, "--no-cost"]
     result = run(*args)
     assert result.exit_code == 0, result.output
-    assert "2 requests: 40 tokens of text.txt" in result.stdout
-    assert "10 tokens were decoded" in result.stdout
+    assert "4 requests: 80 tokens of text.txt" in result.stdout
+    assert "20 tokens were decoded" in result.stdout
     assert str(output) in result.stdout and str(output.with_suffix(".bin")) in result.stdout
     profile = Profile.load(output)
-    assert (profile.n_requests, profile.n_tokens, profile.corpus) == (2, 40, "text.txt")
-    assert (profile.decode.n_tokens, profile.prefill.n_embd, profile.cost) == (10, N_EMBD, None)
+    assert (profile.n_requests, profile.n_tokens, profile.corpus) == (4, 80, "text.txt")
+    assert (profile.decode.n_tokens, profile.prefill.n_embd, profile.cost) == (20, N_EMBD, None)
     assert json.loads(run(*args, "--json").stdout)["prefill"] == profile.to_dict()["prefill"]
 
     result = run("generate", tiny(), "-p", "hello", "--profile", output, "--skip", 2, "--max-tokens", 5)
     assert result.exit_code == 0, result.output
-    assert "skipped: 2 of 6 sublayers in prefill" in result.stderr
+    assert "skipped: 2 of 6 sublayers in the bulk of the prompt" in result.stderr
+    assert "0 of 6 in decode" in result.stderr
     assert "tokens/s" in result.stderr and "tokens/s" not in result.stdout
 
 
@@ -298,7 +311,7 @@ def test_the_rank_of_the_maps_decides_what_a_plan_compensates_with(
 ) -> None:
     output, data = tmp_path / "out.json", tmp_path / "text.txt"
     data.write_text("the quick brown fox " * 40)
-    args = ["calibrate", tiny(), "--data", data, "--requests", 2, "--tokens", 20, "-o", output, "--no-cost"]
+    args = ["calibrate", tiny(), "--data", data, "--requests", 4, "--tokens", 20, "-o", output, "--no-cost"]
     assert run(*args, "--rank", rank).exit_code == 0
     maps = Profile.load(output).maps
     assert (0 if maps is None else maps.rank) == rank
@@ -321,10 +334,11 @@ def test_the_same_seed_gives_the_same_text(run: Run, tiny: Any) -> None:
 def test_generate_allocates_no_kv_for_attentions_that_never_run(run: Run, tiny: Any, profile_path: Path) -> None:
     args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--profile", profile_path, "--ctx", 256]
     # f16 K and V of 2 heads of 16 for 256 positions: 32,768 bytes a layer.
-    result = run(*args, "--attention", "0,2")
+    result = run(*args, "--attention", "0,2", "--mode", "e2e")
     assert "KV:      33 kB of 98 kB, none for 2 layers: 66 kB (67%) saved" in result.stderr
     assert "KV:      98 kB\n" in run(*args, "--attention", "0,2", "--mode", "decode").stderr
-    assert "KV:      98 kB\n" in run(*args, "--ffn", "0").stderr
+    assert "KV:      98 kB\n" in run(*args, "--ffn", "0", "--mode", "e2e").stderr
+    assert "KV:      98 kB\n" in run(*args, "--attention", "0,2").stderr, "the bulk keeps its K and V"
 
 
 def test_generate_tells_what_each_phase_skipped(run: Run, tiny: Any, profile_path: Path) -> None:
@@ -333,13 +347,13 @@ def test_generate_tells_what_each_phase_skipped(run: Run, tiny: Any, profile_pat
     assert "skipped: 0 of 6 sublayers in prefill" in decode_only
     assert "1 of 6 in decode (0 attention, 1 FFN)" in decode_only
     assert "online" not in decode_only
-    assert "of 20 tokens observed" in run(*args, "--skip", 1).stderr
+    assert "of 20 tokens observed" in run(*args, "--skip", 1, "--mode", "e2e").stderr
 
 
 def test_ffns_added_online_are_counted(run: Run, tiny: Any, profile_path: Path) -> None:
     # The sixth of six similarities, 0.5, is the threshold; nothing but attentions is in the fixed set.
     profile = Profile.load(profile_path)
-    plan = profile.plan(strategy="manual", attention=[0], threshold=-1.0)
+    plan = profile.plan(strategy="manual", attention=[0], threshold=-1.0, mode="e2e")
     assert plan.online is not None and plan.online.threshold == -1.0
     llm = terminal.open_quietly(str(tiny()), n_ctx=64, threads=1, gpu_layers=0, plan=plan)
     answer = Generation(llm, llm.tokenize(b"hello"), max_tokens=30)
@@ -352,7 +366,8 @@ def test_ffns_added_online_are_counted(run: Run, tiny: Any, profile_path: Path) 
 
 
 def test_plan_ranks_every_sublayer(run: Run, profile_path: Path) -> None:
-    data = json.loads(run("plan", profile_path, "--skip", 2, "--compensation", "median", "--json").stdout)
+    args = ("plan", profile_path, "--skip", 2, "--compensation", "median", "--json")
+    data = json.loads(run(*args, "--mode", "e2e").stdout)
     # By hand: the profile's similarity rises from attention of layer 0 to FFN of layer 2.
     order = [(row["layer"], row["kind"]) for row in data["sublayers"]]
     assert order == [(2, "ffn"), (2, "attention"), (1, "ffn"), (1, "attention"), (0, "ffn"), (0, "attention")]
@@ -361,6 +376,9 @@ def test_plan_ranks_every_sublayer(run: Run, profile_path: Path) -> None:
     assert [row["scale"] for row in data["sublayers"]] == [2.0, 2.0, None, None, None, None]
     assert (data["predicted_speedup"], data["layers_without_kv"]) == (None, [2])
     assert data["plan"]["online"]["threshold"] == pytest.approx(0.99 - 0.49 / 5)
+    by_default = json.loads(run(*args).stdout)
+    assert [row["skipped"] for row in by_default["sublayers"]] == [["bulk"]] * 2 + [[]] * 4
+    assert by_default["plan"]["mode"] == "prompt" and by_default["layers_without_kv"] == []
 
 
 # Decoding a token, an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms.
@@ -384,9 +402,10 @@ def test_a_speedup_takes_as_many_sublayers_as_it_needs(
 ) -> None:
     profile = replace(Profile.load(profile_path), cost=COST)
     monkeypatch.setattr(Profile, "load", lambda path: profile)
-    data = json.loads(run("plan", profile_path, "--speedup", 1.25, "--json").stdout)
-    assert data["predicted_speedup"]["prefill"] >= 1.25
-    assert "at most" in line(run("plan", profile_path, "--speedup", 11))
+    for mode in ("prompt", "e2e"):
+        data = json.loads(run("plan", profile_path, "--speedup", 1.25, "--mode", mode, "--json").stdout)
+        assert data["predicted_speedup"]["prefill"] >= 1.25 and data["plan"]["mode"] == mode
+        assert "at most" in line(run("plan", profile_path, "--speedup", 11, "--mode", mode))
 
 
 def test_a_speedup_for_a_prompt_loads_the_weights_once(
@@ -401,7 +420,8 @@ def test_a_speedup_for_a_prompt_loads_the_weights_once(
         init(self, *args, **options)
 
     monkeypatch.setattr(AdaSkipLlama, "__init__", spy)
-    result = run("generate", tiny(), "-p", "hello", "--profile", profile_path, "--speedup", 1.25, "--max-tokens", 2)
+    args = ("-p", "hello", "--profile", profile_path, "--speedup", 1.25, "--max-tokens", 2, "--mode", "e2e")
+    result = run("generate", tiny(), *args)
     assert result.exit_code == 0, result.output
     assert [options.get("vocab_only", False) for options in opened] == [True, False]
     # By hand: attention 2 saves 2 of 10 ms.
@@ -455,17 +475,47 @@ def test_generate_tells_what_the_bulk_skipped(run: Run, tiny: Any, profile_path:
     assert again.exit_code == 0 and "in the bulk of the prompt" in again.stderr
 
 
+def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
+    run: Run, tiny: Any, profile_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By hand: a token of the prompt takes 0.07 s and 0.7 in all; a bulk without its FFNs but the last, which nobody
+    # reads, takes half of it. The prompt is 1 + 64 + 1 tokens, of which the 64 are bulk.
+    timing = Timing(n_prompt=66, n_evaluated=66, n_generated=2, first_token_s=3.0, decode_s=0.1, end="length")
+    monkeypatch.setattr(Generation, "timing", property(lambda self: timing, lambda self, value: None), raising=False)
+    cost = cost_model(0, [1] * 3, [1] * 3, size=64, kept=[0.5] * 3)
+    profile = replace(Profile.load(profile_path), cost=cost)
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    args = ["generate", tiny(), "-p", "hello", "--profile", profile_path, "--ffn", "0,1", "--head", 1, "--tail", 1]
+    told = run(*args, "--max-tokens", 2).stderr
+    # Whole: 1 token that nobody reads, 64 of them at 4.5 s, and one with its output.
+    whole, bulk = 0.045 + 4.5 + 0.06, 0.045 + 2.5 + 0.06
+    assert f"first token after 3.0 s; {3.0 * whole / bulk:.1f} s without skipping, as predicted\n" in told
+    told = run("generate", tiny(), "-p", "hello", "--max-tokens", 2).stderr
+    assert "first token after 3.0 s\n" in told
+
+
+def test_what_tune_measured_is_told_where_there_is_no_prediction() -> None:
+    timing = Timing(n_prompt=66, n_evaluated=66, n_generated=2, first_token_s=0.25, decode_s=0.1, end="length")
+    plan, once = SkipPlan.manual(3, ffn=[1], phase="bulk"), Interval(1.5, 1.4, 1.6, 9)
+    speedups = (SpeedUp("first token", 2048, 16, once), SpeedUp("decode", 2048, 16, Interval(1.0, 1.0, 1.0, 9)))
+    tuning = Tuning(Promise("max_loss", 0.1), once, once, 4, 400, True, speedups)
+    told = first_token_line(timing, plan, tuning=tuning)
+    assert told == "first token after 0.25 s; the plan was measured 1.50 x as fast at 2,048 tokens"
+    assert first_token_line(timing, None, tuning=tuning) == "first token after 0.25 s"
+
+
 def test_plan_shows_a_schedule(run: Run, profile_path: Path) -> None:
-    text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4).stdout
+    text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4, "--mode", "e2e").stdout
     assert "from token 1 of an answer: 4 skipped" in text
 
 
 @pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])
 def test_every_strategy_can_be_planned_within_80_columns(run: Run, profile_path: Path, strategy: str) -> None:
-    result = run("plan", profile_path, "--strategy", strategy, "--skip", 2)
-    assert result.exit_code == 0, result.output
-    assert f"strategy {strategy}" in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 80
+    for mode in MODES:
+        result = run("plan", profile_path, "--strategy", strategy, "--skip", 2, "--mode", mode)
+        assert result.exit_code == 0, result.output
+        assert f"strategy {strategy}, mode {mode}" in " ".join(result.stdout.split())
+        assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_a_list_of_layers_is_short() -> None:

@@ -35,7 +35,8 @@ def profile_path(tiny: Any, tmp_path: Path) -> Path:
     similarity = np.linspace(0.5, 0.99, 2 * n_layer).reshape(n_layer, 2)
     zeros = np.zeros((n_layer, 2, N_EMBD), np.float32)
     statistics = PhaseStatistics(similarity, ones, ones, np.ones(n_layer), zeros, zeros, 10)
-    Profile(statistics, statistics, 1, 10, ModelInfo(fingerprint(tiny()), "llama", n_layer)).save(path)
+    known = ModelInfo(fingerprint(tiny()), "llama", n_layer)
+    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity).save(path)
     return path
 
 

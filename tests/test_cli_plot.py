@@ -25,7 +25,8 @@ def make(n_layer: int, fingerprint: str = "ab") -> Profile:
     def phase() -> PhaseStatistics:
         return PhaseStatistics(rng.uniform(0.3, 1, (n_layer, 2)), ones, ones, rng.uniform(0, 1, n_layer), n_tokens=10)
 
-    return Profile(phase(), phase(), 1, 10, ModelInfo(fingerprint * 32, "llama", n_layer))
+    prefill, known = phase(), ModelInfo(fingerprint * 32, "llama", n_layer)
+    return Profile(prefill, phase(), 1, 10, known, divergence=1 - prefill.similarity)
 
 
 @pytest.fixture

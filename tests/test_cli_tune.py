@@ -239,7 +239,7 @@ def test_a_speedup_is_reached_with_what_harms_least(
     llm = adaskip_cpp.AdaSkipLlama(str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False)
     means = []
     for layer in range(3):
-        llm.set_plan(Profile.load(tmp_path / "p.json").plan(strategy="manual", ffn=(layer,)))
+        llm.set_plan(Profile.load(tmp_path / "p.json").plan(strategy="manual", ffn=(layer,), mode="e2e"))
         means.append(np.mean([token_losses(llm, item.tokens).mean() for item in hold_out(llm, texts, 4, 24).search]))
     llm.close()
     assert ffn == (int(np.argmin(means)),)
@@ -396,7 +396,7 @@ def test_a_real_model_is_calibrated_and_tuned_with_the_built_in_text(
         *corpus.HELD_OUT,
         *corpus.SOURCES.split(),
     }
-    assert Profile.load(tmp_path / "p.adaskip.json").plan(4).prefill.n_skip == 4
+    assert Profile.load(tmp_path / "p.adaskip.json").plan(4, mode="e2e").prefill.n_skip == 4
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ def profile() -> Profile:
     similarity = np.linspace(0.5, 0.99, 2 * N_LAYER).reshape(N_LAYER, 2)
     vectors = np.zeros((N_LAYER, 2, 4), np.float32)
     prefill = PhaseStatistics(similarity, 1.1 * ones, 1.2 * ones, np.ones(N_LAYER), vectors, vectors, 10)
-    return Profile(prefill, prefill, 1, 10, ModelInfo("ab" * 32, "llama", N_LAYER))
+    known = ModelInfo("ab" * 32, "llama", N_LAYER)
+    return Profile(prefill, prefill, 1, 10, known, divergence=1 - similarity)
 
 
 def found(profile: Profile, **lists: Any) -> tuple[list[Contender], list[str]]:
@@ -56,7 +57,7 @@ def test_by_default_all_strategies_but_that_by_hand_run_in_all_modes(profile: Pr
 def test_a_plan_is_that_of_the_profile(profile: Profile) -> None:
     every, _ = found(profile, strategies=["adaskip"], n_skips=[4], modes=["e2e"], compensations=["paper"])
     assert [each.name for each in every] == ["full", "adaskip-4-e2e-paper"]
-    assert every[1].plan == profile.plan(4, compensation="paper")
+    assert every[1].plan == profile.plan(4, compensation="paper", mode="e2e")
 
 
 def test_every_compensation_is_of_the_strategy_that_has_one(profile: Profile) -> None:
@@ -103,7 +104,8 @@ def test_the_hash_of_a_plan_is_of_all_that_it_does(profile: Profile) -> None:
         profile.plan(4, compensation="paper"),
         profile.plan(4, mode="prefill"),
         profile.plan(4, mode="decode"),
-        profile.plan(4, window=9),
+        profile.plan(4, mode="e2e"),
+        profile.plan(4, mode="e2e", window=9),
         profile.plan(4, strategy="skip_decode"),
     ]
     assert len({content_hash(plan) for plan in plans}) == len(plans)

@@ -13,7 +13,7 @@ import pytest
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import CompensationError, PlanError, SublayerRangeError
 from adaskip_cpp.model.identity import ModelInfo
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 MODEL = ModelInfo("0" * 64, "llama", 4)
@@ -199,6 +199,9 @@ def test_a_manual_plan_skips_in_both_phases() -> None:
 
 
 def test_a_manual_plan_can_leave_prefill_whole() -> None:
+    bulk = SkipPlan.manual(4, attention=[1], ffn=[2], phase="bulk")
+    assert bulk.bulk is not None and (bulk.bulk.attention, bulk.bulk.ffn) == ((1,), (2,))
+    assert bulk.prefill.n_skip == bulk.decode.n_skip == 0 and (bulk.head, bulk.tail) == (DEFAULT_HEAD, DEFAULT_TAIL)
     plan = SkipPlan.manual(4, attention=[1], ffn=[1], phase="decode")
     assert plan.prefill.n_skip == 0
     assert plan.decode.n_skip == 2

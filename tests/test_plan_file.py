@@ -412,7 +412,7 @@ def profile(model: Path) -> Path:
     ones, vectors = np.ones((3, 2)), rng.normal(size=(2, 3, 2, N_EMBD)).astype(np.float32)
     statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), *vectors, 10)
     info = replace(OTHER_MODEL, fingerprint=fingerprint(model))
-    Profile(statistics, statistics, 1, 10, info).save(profile_path(model))
+    Profile(statistics, statistics, 1, 10, info, divergence=1 - similarity).save(profile_path(model))
     return Path(profile_path(model))
 
 
@@ -447,7 +447,7 @@ def test_full_runs_the_whole_model(generate: Any, model: Path) -> None:
 
 def test_what_to_skip_is_taken_from_the_profile_beside_the_model(generate: Any, profile: Path, model: Path) -> None:
     save_plan(plan_path(model), make(model))
-    result = generate("--skip", 2, "--no-online")
+    result = generate("--skip", 2, "--mode", "e2e", "--no-online")
     assert result.exit_code == 0 and "2 of 6" in said(result)
     profile.unlink()
     assert generate("--skip", 2).exit_code == 2
@@ -472,10 +472,11 @@ def test_a_named_plan_of_another_model_is_refused(generate: Any, tmp_path: Path)
 
 
 def test_plan_writes_a_plan_that_generate_takes(generate: Any, profile: Path, tmp_path: Path) -> None:
-    written = run("plan", profile, "--skip", 2, "--no-online", "-o", tmp_path / "two.json")
-    assert written.exit_code == 0 and "two.json" in written.stdout
-    assert load_plan(tmp_path / "two.json").plan == Profile.load(profile).plan(2, online=False)
-    assert generate("--plan", tmp_path / "two.json").stdout == generate("--skip", 2, "--no-online").stdout
+    for options, request in (((), {}), (("--mode", "e2e", "--no-online"), {"mode": "e2e", "online": False})):
+        written = run("plan", profile, "--skip", 2, *options, "-o", tmp_path / "two.json")
+        assert written.exit_code == 0 and "two.json" in written.stdout
+        assert load_plan(tmp_path / "two.json").plan == Profile.load(profile).plan(2, **request)
+        assert generate("--plan", tmp_path / "two.json").stdout == generate("--skip", 2, *options).stdout
 
 
 def test_plan_shows_a_plan_file(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def example() -> Profile:
 
 
 def test_the_most_similar_sublayers_of_both_kinds_are_skipped_first(example: Profile) -> None:
-    plan = example.plan(3)
+    plan = example.plan(3, mode="e2e")
     assert (plan.prefill.attention, plan.prefill.ffn) == ((1,), (0, 2))
     assert plan.prefill == plan.decode
     assert (plan.model, plan.strategy, plan.compensation) == (example.model, "adaskip", "affine")
@@ -112,7 +112,7 @@ def test_the_most_similar_sublayers_of_both_kinds_are_skipped_first(example: Pro
 
 def test_ties_go_to_attention_and_then_to_the_lower_layer() -> None:
     tied = profile(np.full((3, 2), 0.9))
-    chosen = [(tied.plan(n).prefill.attention, tied.plan(n).prefill.ffn) for n in range(7)]
+    chosen = [(tied.plan(n, mode="e2e").prefill.attention, tied.plan(n, mode="e2e").prefill.ffn) for n in range(7)]
     attention = [(), (0,), (0, 1), (0, 1, 2)]
     assert chosen == [(a, ()) for a in attention] + [((0, 1, 2), f) for f in attention[1:]]
 
@@ -126,26 +126,26 @@ def test_the_choice_is_a_stable_sort(similarity: list[tuple[float, float]], data
         if value == value
     )
     n = data.draw(st.integers(0, len(ranked)))
-    plan = profile(similarity).plan(n)
+    plan = profile(similarity).plan(n, mode="e2e")
     expected = {(layer, kind) for _, kind, layer in ranked[:n]}
     assert {(layer, 0) for layer in plan.prefill.attention} | {(layer, 1) for layer in plan.prefill.ffn} == expected
 
 
 def test_twelve_sublayers_end_to_end_with_the_best_compensation_by_default() -> None:
-    plan = profile(np.full((8, 2), 0.9)).plan()
+    plan = profile(np.full((8, 2), 0.9)).plan(mode="e2e")
     assert (plan.prefill.n_skip, plan.compensation, plan.mode) == (12, "affine", "e2e")
 
 
 @pytest.mark.parametrize(("name", "scale"), [("paper", 1.5), ("none", 1.0), ("median", 0.75)])
 def test_compensation(example: Profile, name: str, scale: float) -> None:
-    plan = example.plan(2, compensation=name)
+    plan = example.plan(2, compensation=name, mode="e2e")
     assert (plan.prefill.scale[plan.prefill.skip] == scale).all()
     assert plan.compensation == name
     assert plan.prefill.bias is None
 
 
 def test_affine_adds_the_mean_error_behind_the_median(example: Profile) -> None:
-    plan = example.plan(2, compensation="affine")
+    plan = example.plan(2, compensation="affine", mode="e2e")
     assert plan.prefill.bias is not None
     assert example.prefill.mean_u is not None and example.prefill.mean_v is not None
     for layer, kind in ((1, 0), (2, 1)):
@@ -153,7 +153,7 @@ def test_affine_adds_the_mean_error_behind_the_median(example: Profile) -> None:
         np.testing.assert_allclose(plan.prefill.bias[layer, kind], error, rtol=1e-6)
         assert plan.prefill.scale[layer, kind] == 0.75
     with pytest.raises(CompensationError, match="calibrate again"):
-        without_vectors(example).plan(2, compensation="affine")
+        without_vectors(example).plan(2, compensation="affine", mode="e2e")
 
 
 def test_linear_takes_the_maps_of_the_profile_in_every_mode(mapped: Profile) -> None:
@@ -171,8 +171,8 @@ def test_linear_takes_the_maps_of_the_profile_in_every_mode(mapped: Profile) -> 
 
 
 def test_without_maps_linear_is_affine_by_name_too(example: Profile) -> None:
-    assert example.plan(3, compensation="linear") == example.plan(3, compensation="affine")
-    assert example.plan(3, compensation="linear").compensation == "affine"
+    assert example.plan(3, compensation="linear", mode="e2e") == example.plan(3, compensation="affine", mode="e2e")
+    assert example.plan(3, compensation="linear", mode="e2e").compensation == "affine"
 
 
 # --- modes and the online stage ---------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_the_fixed_set_holds_in_both_phases(example: Profile, mode: Any) -> None
 def test_decode_mode_runs_the_full_model_in_prefill(example: Profile) -> None:
     plan = example.plan(3, compensation="paper", mode="decode")
     assert plan.prefill == SkipSet.none(3) and plan.mode == "decode"
-    np.testing.assert_array_equal(plan.decode.skip, example.plan(3).prefill.skip)
+    np.testing.assert_array_equal(plan.decode.skip, example.plan(3, mode="e2e").prefill.skip)
     assert (plan.decode.scale[plan.decode.skip] == 1.2).all(), "from decode"
 
 
@@ -206,28 +206,30 @@ def test_the_online_threshold_is_the_nth_largest_similarity(example: Profile) ->
 
 
 def test_the_online_stage_can_be_set_or_left_out(example: Profile) -> None:
-    assert example.plan(3, online=False).online is None
+    assert example.plan(3, online=False, mode="e2e").online is None
     assert example.plan(3, mode="prefill").online is None
-    assert example.plan(0).online is None, "nothing is to be skipped"
-    assert example.plan(0, threshold=0.8).online == OnlineStage(20, 0.8, "median")
-    assert example.plan(3, compensation="none", window=7, threshold=0.25).online == OnlineStage(7, 0.25, "none")
+    assert example.plan(0, mode="e2e").online is None, "nothing is to be skipped"
+    assert example.plan(0, threshold=0.8, mode="e2e").online == OnlineStage(20, 0.8, "median")
+    assert example.plan(3, compensation="none", window=7, threshold=0.25, mode="e2e").online == OnlineStage(
+        7, 0.25, "none"
+    )
     with pytest.raises(PlanError, match="window"):
-        example.plan(3, window=0)
+        example.plan(3, window=0, mode="e2e")
 
 
 @pytest.mark.parametrize("n_skip", [-1, 6, 2.5, "two"])
 def test_an_impossible_budget_is_refused_and_the_maximum_told(example: Profile, n_skip: Any) -> None:
     with pytest.raises(BudgetError, match="0 to 5"):
-        example.plan(n_skip)
-    assert example.plan(5).prefill.n_skip == 5
-    assert example.plan(np.int64(0)).prefill.n_skip == 0
+        example.plan(n_skip, mode="e2e")
+    assert example.plan(5, mode="e2e").prefill.n_skip == 5
+    assert example.plan(np.int64(0), mode="e2e").prefill.n_skip == 0
 
 
 def test_unknown_names_are_refused_and_the_known_told(example: Profile) -> None:
     with pytest.raises(CompensationError, match=r"'best'.*none, paper, median, affine"):
-        example.plan(1, compensation="best")
+        example.plan(1, compensation="best", mode="e2e")
     with pytest.raises(PlanError, match=r"'best'.*adaskip"):
-        example.plan(1, strategy="best")
+        example.plan(1, strategy="best", mode="e2e")
     with pytest.raises(PlanError, match=r"'best'.*prefill, decode, e2e"):
         example.plan(1, mode="best")  # type: ignore[arg-type]
 
@@ -266,12 +268,12 @@ def test_a_speed_up_is_reached_with_nothing_to_spare(
 ) -> None:
     cost = FakeCost()
     goal = cost.seconds(None, context, phase) / speedup
-    skip = costed.plan(speedup=speedup, context=context, phase=phase, ranking=ranking).decode.skip
+    skip = costed.plan(speedup=speedup, context=context, phase=phase, ranking=ranking, mode="e2e").decode.skip
     assert cost.seconds(skip, context, phase) <= goal
     if ranking == "similarity":  # the paper's ranking, cut off as early as it suffices
         n = int(skip.sum())
-        np.testing.assert_array_equal(skip, costed.plan(n).decode.skip)
-        assert n == 0 or cost.seconds(costed.plan(n - 1).decode.skip, context, phase) > goal
+        np.testing.assert_array_equal(skip, costed.plan(n, mode="e2e").decode.skip)
+        assert n == 0 or cost.seconds(costed.plan(n - 1, mode="e2e").decode.skip, context, phase) > goal
     else:  # no sublayer of it is skipped for nothing
         for sublayer in np.argwhere(skip):
             less = skip.copy()
@@ -281,9 +283,9 @@ def test_a_speed_up_is_reached_with_nothing_to_spare(
 
 def test_a_cheap_attention_is_not_skipped_for_nothing_but_a_dear_one_is(costed: Profile) -> None:
     # The similarest sublayer is the attention of layer 0: of 2% of the time at 10 tokens, of 26% at 1,000.
-    assert costed.plan(speedup=1.3, context=10).prefill.attention == ()
-    assert costed.plan(speedup=1.3, context=10, ranking="similarity").prefill.attention == (0,)
-    assert costed.plan(speedup=1.3, context=1000).prefill.attention == (0,)
+    assert costed.plan(speedup=1.3, context=10, mode="e2e").prefill.attention == ()
+    assert costed.plan(speedup=1.3, context=10, ranking="similarity", mode="e2e").prefill.attention == (0,)
+    assert costed.plan(speedup=1.3, context=1000, mode="e2e").prefill.attention == (0,)
 
 
 def test_the_choice_loses_little_more_than_the_best_of_all(costed: Profile) -> None:
@@ -296,13 +298,13 @@ def test_the_choice_loses_little_more_than_the_best_of_all(costed: Profile) -> N
                 skip = np.isin(np.arange(6), chosen).reshape(3, 2)
                 if FakeCost().seconds(skip, 100, "prefill") <= goal:
                     best = min(best, lost[skip].sum())
-        assert lost[costed.plan(speedup=speedup, context=100).prefill.skip].sum() <= 1.5 * best
+        assert lost[costed.plan(speedup=speedup, context=100, mode="e2e").prefill.skip].sum() <= 1.5 * best
 
 
 def test_a_baseline_skips_layers_until_the_speed_up_is_reached(costed: Profile) -> None:
     # At 100 tokens layers cost 2, 3 and 4 of 11 s.
-    assert costed.plan(strategy="early_exit", speedup=1.5, context=100).prefill.ffn == (2,)
-    assert costed.plan(strategy="early_exit", speedup=1.6, context=100).prefill.ffn == (1, 2)
+    assert costed.plan(strategy="early_exit", speedup=1.5, context=100, mode="e2e").prefill.ffn == (2,)
+    assert costed.plan(strategy="early_exit", speedup=1.6, context=100, mode="e2e").prefill.ffn == (1, 2)
     plan = costed.plan(strategy="skip_decode", speedup=1.6, context=100, mode="decode")
     assert plan.skipped("decode").ffn == (1, 2), "decode is the phase of mode decode; the last set counts"
 
@@ -310,10 +312,10 @@ def test_a_baseline_skips_layers_until_the_speed_up_is_reached(costed: Profile) 
 def test_a_speed_up_out_of_reach_tells_how_far_one_can_go(costed: Profile) -> None:
     for ranking in ("efficiency", "similarity"):
         with pytest.raises(BudgetError, match=r"6 sublayers .* 2 s instead of 11 s.*at most 5\.50"):
-            costed.plan(speedup=6, context=100, ranking=ranking)
-    assert costed.plan(speedup=5.5, context=100).prefill.n_skip == 6
+            costed.plan(speedup=6, context=100, ranking=ranking, mode="e2e")
+    assert costed.plan(speedup=5.5, context=100, mode="e2e").prefill.n_skip == 6
     with pytest.raises(BudgetError, match="early_exit"):
-        costed.plan(speedup=6, context=100, strategy="early_exit")
+        costed.plan(speedup=6, context=100, strategy="early_exit", mode="e2e")
 
 
 @pytest.mark.parametrize(
@@ -334,13 +336,13 @@ def test_a_speed_up_out_of_reach_tells_how_far_one_can_go(costed: Profile) -> No
 )
 def test_arguments_that_do_not_go_together_are_refused(costed: Profile, options: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        costed.plan(**options)
+        costed.plan(**{"mode": "e2e", **options})
 
 
 def test_a_request_says_it_all_and_names_itself_for_tables(costed: Profile) -> None:
     request = PlanRequest(2, mode="decode", compensation="paper")
     assert costed.plan(request) == costed.plan(2, mode="decode", compensation="paper")
-    assert costed.plan(request, mode="e2e") == costed.plan(2, compensation="paper")
+    assert costed.plan(request, mode="e2e") == costed.plan(2, mode="e2e", compensation="paper")
     assert (
         PlanRequest(speedup=1.3).at(10)
         == PlanRequest(speedup=1.3, context=10)
@@ -354,12 +356,12 @@ def test_a_request_says_it_all_and_names_itself_for_tables(costed: Profile) -> N
 
 def test_a_name_that_no_request_has_is_refused_with_those_that_it_has(example: Profile) -> None:
     with pytest.raises(PlanError, match=r"no 'skip'; use some of: n_skip, speedup, .*, ffn"):
-        example.plan(skip=3)
+        example.plan(skip=3, mode="e2e")
 
 
 def test_a_speed_up_needs_a_cost_model(example: Profile) -> None:
     with pytest.raises(PlanError, match="calibrate again, or give n_skip"):
-        example.plan(speedup=1.2, context=100)
+        example.plan(speedup=1.2, context=100, mode="e2e")
 
 
 # --- the object -------------------------------------------------------------------------------------------------------
@@ -395,7 +397,7 @@ def test_a_profile_survives_its_files(example: Profile, tmp_path: Path) -> None:
     assert loaded == example
     np.testing.assert_array_equal(loaded.similarity, example.similarity)
     np.testing.assert_array_equal(loaded.decode.mean_v, example.decode.mean_v)
-    assert loaded.plan(3) == example.plan(3)
+    assert loaded.plan(3, mode="e2e") == example.plan(3, mode="e2e")
     assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.json"]
 
 
@@ -413,7 +415,9 @@ def test_linear_maps_survive_the_files(example: Profile, tmp_path: Path, rank: i
     loaded = Profile.load(tmp_path / "p.json")
     assert loaded == before != example
     assert loaded.maps == before.maps and loaded.maps is not None and loaded.maps.rank == rank
-    assert loaded.plan(4) == before.plan(4) and loaded.plan(4).compensation == "linear"
+    assert (
+        loaded.plan(4, mode="e2e") == before.plan(4, mode="e2e") and loaded.plan(4, mode="e2e").compensation == "linear"
+    )
     assert (
         json.loads((tmp_path / "p.json").read_text())["vectors"]["rank"] == rank == before.to_dict()["vectors"]["rank"]
     )

@@ -51,7 +51,7 @@ def test_the_registry_has_the_papers_strategy_the_baselines_and_lists() -> None:
 
 @pytest.mark.parametrize(("n_layer", "k"), BUDGETS)
 def test_early_exit_skips_the_last_layers(n_layer: int, k: int) -> None:
-    plan = early_exit(n_layer, PlanRequest(2 * k))
+    plan = early_exit(n_layer, PlanRequest(2 * k, mode="e2e"))
     # Popped from the top of the stack.
     stack, popped = list(range(n_layer)), []
     for _ in range(k):
@@ -61,7 +61,7 @@ def test_early_exit_skips_the_last_layers(n_layer: int, k: int) -> None:
 
 @pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k <= n_layer // 2])
 def test_unified_skipping_skips_one_layer_of_every_stretch(n_layer: int, k: int) -> None:
-    plan = unified_skipping(n_layer, PlanRequest(2 * k))
+    plan = unified_skipping(n_layer, PlanRequest(2 * k, mode="e2e"))
     # The second layer of every stretch of n_layer // k layers, the last stretch perhaps cut short.
     expected = []
     if k:
@@ -74,16 +74,26 @@ def test_unified_skipping_skips_one_layer_of_every_stretch(n_layer: int, k: int)
 @pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k > n_layer // 2])
 def test_unified_skipping_is_not_defined_for_more_than_half_of_the_layers(n_layer: int, k: int) -> None:
     with pytest.raises(BudgetError, match=rf"at most half of the {n_layer} layers"):
-        unified_skipping(n_layer, PlanRequest(2 * k))
+        unified_skipping(n_layer, PlanRequest(2 * k, mode="e2e"))
 
 
 def test_unified_skipping_by_hand() -> None:
-    assert layers(unified_skipping(32, PlanRequest(16)).prefill) == [1, 5, 9, 13, 17, 21, 25, 29]
-    assert layers(unified_skipping(30, PlanRequest(12)).prefill) == [1, 6, 11, 16, 21, 26]
-    assert layers(unified_skipping(32, PlanRequest(20)).prefill) == [1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31], (
-        "11 for a k of 10"
-    )
-    assert layers(unified_skipping(18, PlanRequest(18)).prefill) == [1, 3, 5, 7, 9, 11, 13, 15, 17]
+    assert layers(unified_skipping(32, PlanRequest(16, mode="e2e")).prefill) == [1, 5, 9, 13, 17, 21, 25, 29]
+    assert layers(unified_skipping(30, PlanRequest(12, mode="e2e")).prefill) == [1, 6, 11, 16, 21, 26]
+    assert layers(unified_skipping(32, PlanRequest(20, mode="e2e")).prefill) == [
+        1,
+        4,
+        7,
+        10,
+        13,
+        16,
+        19,
+        22,
+        25,
+        28,
+        31,
+    ], "11 for a k of 10"
+    assert layers(unified_skipping(18, PlanRequest(18, mode="e2e")).prefill) == [1, 3, 5, 7, 9, 11, 13, 15, 17]
 
 
 @pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k < n_layer])
@@ -109,15 +119,17 @@ def test_skip_decode_skips_more_layers_the_more_tokens_are_decoded(n_layer: int,
 
 def test_skip_decode_by_hand() -> None:
     # k = 3: m = 1 at t = 0, 2 for 1 <= t <= 256, 3 from 257 on.
-    plan = skip_decode(12, PlanRequest(6))
+    plan = skip_decode(12, PlanRequest(6, mode="e2e"))
     assert [(start, layers(each)) for start, each in plan.schedule] == [(0, [1]), (1, [1, 2]), (257, [1, 2, 3])]
-    assert skip_decode(12, PlanRequest(2)).schedule == () and layers(skip_decode(12, PlanRequest(2)).decode) == [1]
+    assert skip_decode(12, PlanRequest(2, mode="e2e")).schedule == () and layers(
+        skip_decode(12, PlanRequest(2, mode="e2e")).decode
+    ) == [1]
 
 
 def test_skip_decode_never_skips_layer_0() -> None:
-    assert skip_decode(12, PlanRequest(22)).n_layer == 12
+    assert skip_decode(12, PlanRequest(22, mode="e2e")).n_layer == 12
     with pytest.raises(BudgetError, match="0 to 22"):
-        skip_decode(12, PlanRequest(24))
+        skip_decode(12, PlanRequest(24, mode="e2e"))
 
 
 # --- modes and budgets ------------------------------------------------------------------------------------------------
@@ -134,18 +146,18 @@ def test_baselines_leave_the_prompt_to_the_full_model_in_decode_mode(strategy: A
 @pytest.mark.parametrize("strategy", [early_exit, skip_decode, unified_skipping])
 def test_a_baseline_takes_a_profile_or_a_number_of_layers(strategy: Any) -> None:
     known = profile(np.full((12, 2), 0.9))
-    from_profile, from_number = strategy(known, PlanRequest(6)), strategy(12, PlanRequest(6))
+    from_profile, from_number = strategy(known, PlanRequest(6, mode="e2e")), strategy(12, PlanRequest(6, mode="e2e"))
     assert from_profile.model == known.model and from_number.model is None
     assert (from_profile.prefill, from_profile.schedule) == (from_number.prefill, from_number.schedule)
     assert from_profile.compensation == from_number.compensation == "none"
     assert from_profile.strategy == strategy.__name__
-    assert known.plan(6, strategy=strategy.__name__) == from_profile
+    assert known.plan(6, strategy=strategy.__name__, mode="e2e") == from_profile
 
 
 @pytest.mark.parametrize("strategy", [early_exit, skip_decode, unified_skipping])
 def test_the_odd_sublayer_of_a_budget_is_left_over(strategy: Any) -> None:
-    assert strategy(12, PlanRequest(7)) == strategy(12, PlanRequest(6))
-    assert strategy(12, PlanRequest(1)).prefill.n_skip == 0
+    assert strategy(12, PlanRequest(7, mode="e2e")) == strategy(12, PlanRequest(6, mode="e2e"))
+    assert strategy(12, PlanRequest(1, mode="e2e")).prefill.n_skip == 0
     assert strategy(30, PlanRequest(mode="prefill")).prefill.n_skip == 12
 
 
@@ -153,7 +165,7 @@ def test_the_odd_sublayer_of_a_budget_is_left_over(strategy: Any) -> None:
 @pytest.mark.parametrize("n_skip", [-1, 25, 2.5, "two"])
 def test_an_impossible_budget_is_refused_and_the_maximum_told(strategy: Any, n_skip: Any) -> None:
     with pytest.raises(BudgetError, match=r"use a.* number from 0 to (10|13|22|24)$"):
-        strategy(profile(np.full((12, 2), 0.9)), PlanRequest(n_skip))
+        strategy(profile(np.full((12, 2), 0.9)), PlanRequest(n_skip, mode="e2e"))
 
 
 @pytest.mark.parametrize("strategy", [early_exit, skip_decode, unified_skipping, manual])
@@ -161,20 +173,24 @@ def test_a_sublayer_that_cannot_be_skipped_is_named(strategy: Any) -> None:
     similarity = np.full((4, 2), 0.9)
     similarity[1, 0] = similarity[3, 1] = NAN
     by_hand = strategy is manual
-    request = PlanRequest(strategy="manual", attention=(1,), ffn=(3,)) if by_hand else PlanRequest(4, mode="prefill")
+    request = (
+        PlanRequest(strategy="manual", attention=(1,), ffn=(3,), mode="e2e")
+        if by_hand
+        else PlanRequest(4, mode="prefill")
+    )
     with pytest.raises(NotSkippableError, match=r"attention of layer 1|FFN of layer 3"):
         strategy(profile(similarity), request)
 
 
 def test_the_papers_strategy_needs_a_profile() -> None:
     with pytest.raises(PlanError, match="calibrate"):
-        adaskip(12, PlanRequest(4))
+        adaskip(12, PlanRequest(4, mode="e2e"))
 
 
 @pytest.mark.parametrize("n_layer", [0, -3])
 def test_a_model_without_layers_is_refused(n_layer: int) -> None:
     with pytest.raises(PlanError, match="n_layer"):
-        early_exit(n_layer, PlanRequest(0))
+        early_exit(n_layer, PlanRequest(0, mode="e2e"))
 
 
 # --- the prompt mode --------------------------------------------------------------------------------------------------
@@ -282,11 +298,11 @@ def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
     known = replace(profile([[0.9, 0.5], [0.99, 0.6], [0.8, 0.7]]), bulk_only=(1,))
     assert known.plan(1, mode="prompt", ranking="similarity").bulk.attention == (1,)  # type: ignore[union-attr]
     assert known.plan(1, mode="prompt", ranking="similarity", decode=1).decode.attention == (0,)
-    assert known.plan(1).prefill.attention == (0,) and known.plan(5).prefill.n_skip == 5
+    assert known.plan(1, mode="e2e").prefill.attention == (0,) and known.plan(5, mode="e2e").prefill.n_skip == 5
     with pytest.raises(BudgetError, match="0 to 5"):
-        known.plan(6)
+        known.plan(6, mode="e2e")
     with pytest.raises(NotSkippableError, match="attention of layer 1"):
-        known.plan(strategy="manual", attention=[1])
+        known.plan(strategy="manual", attention=[1], mode="e2e")
 
 
 def test_impossible_requests_of_the_prompt_mode_are_refused() -> None:
@@ -298,6 +314,9 @@ def test_impossible_requests_of_the_prompt_mode_are_refused() -> None:
         ({"tail": 0}, "from 1 on"),
         ({"decode": 25}, "0 to 24"),
         ({"mode": "e2e", "decode": 1}, "leave it out"),
+        ({"mode": "e2e", "head": 0}, "leave them out"),
+        ({"mode": "prefill", "tail": 8}, "leave them out"),
+        ({"threshold": 0.9}, "give decode too"),
         ({"speedup": 1.2, "phase": "decode"}, "leave phase out"),
     ):
         with pytest.raises((PlanError, BudgetError), match=words):
@@ -323,10 +342,10 @@ def test_a_speed_up_of_the_prompt_mode_is_that_to_the_first_token(strategy: str)
 
 def test_listed_layers_are_skipped_with_the_profiles_compensation() -> None:
     known = profile(np.full((4, 2), 0.9))
-    plan = known.plan(strategy="manual", attention=[2], ffn=[0, 2], compensation="paper")
+    plan = known.plan(strategy="manual", attention=[2], ffn=[0, 2], compensation="paper", mode="e2e")
     assert (plan.prefill.attention, plan.prefill.ffn, plan.strategy, plan.online) == ((2,), (0, 2), "manual", None)
     assert (plan.prefill.scale[plan.prefill.skip] == 1.5).all()
-    online = known.plan(strategy="manual", ffn=[0], compensation="paper", threshold=0.5).online
+    online = known.plan(strategy="manual", ffn=[0], compensation="paper", threshold=0.5, mode="e2e").online
     assert online is not None and online.threshold == 0.5
 
 
@@ -339,8 +358,8 @@ def test_without_a_profile_listed_layers_are_not_compensated() -> None:
 def test_lists_that_do_not_fit_are_refused() -> None:
     known = profile(np.full((4, 2), 0.9))
     with pytest.raises(SublayerRangeError, match="0 to 3"):
-        known.plan(strategy="manual", ffn=[4])
+        known.plan(strategy="manual", ffn=[4], mode="e2e")
     with pytest.raises(BudgetError, match="1 sublayers are listed, not 3"):
-        known.plan(3, strategy="manual", ffn=[1])
+        known.plan(3, strategy="manual", ffn=[1], mode="e2e")
     with pytest.raises(PlanError, match="strategy='manual'"):
-        known.plan(3, ffn=[1])
+        known.plan(3, ffn=[1], mode="e2e")
