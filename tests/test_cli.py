@@ -424,6 +424,8 @@ def test_a_speedup_for_a_prompt_loads_the_weights_once(
     result = run("generate", tiny(), *args)
     assert result.exit_code == 0, result.output
     assert [options.get("vocab_only", False) for options in opened] == [True, False]
+    again = run("generate", tiny(), *args[:-2])
+    assert again.exit_code == 0 and "in the bulk of the prompt" in again.stderr, "a short prompt is no error"
     # By hand: attention 2 saves 2 of 10 ms.
     assert "skipped: 1 of 6 sublayers in prefill" in result.stderr and "none for 1 layer:" in result.stderr
 
@@ -478,8 +480,6 @@ def test_generate_tells_what_the_bulk_skipped(run: Run, tiny: Any, profile_path:
 def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
     run: Run, tiny: Any, profile_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # By hand: a token of the prompt takes 0.07 s and 0.7 in all; a bulk without its FFNs but the last, which nobody
-    # reads, takes half of it. The prompt is 1 + 64 + 1 tokens, of which the 64 are bulk.
     timing = Timing(n_prompt=66, n_evaluated=66, n_generated=2, first_token_s=3.0, decode_s=0.1, end="length")
     monkeypatch.setattr(Generation, "timing", property(lambda self: timing, lambda self, value: None), raising=False)
     cost = cost_model(0, [1] * 3, [1] * 3, size=64, kept=[0.5] * 3)
@@ -487,8 +487,9 @@ def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
     monkeypatch.setattr(Profile, "load", lambda path: profile)
     args = ["generate", tiny(), "-p", "hello", "--profile", profile_path, "--ffn", "0,1", "--head", 1, "--tail", 1]
     told = run(*args, "--max-tokens", 2).stderr
-    # Whole: 1 token that nobody reads, 64 of them at 4.5 s, and one with its output.
-    whole, bulk = 0.045 + 4.5 + 0.06, 0.045 + 2.5 + 0.06
+    # By hand, of 64 tokens without outputs: two layers and the last one's K and V take 4.5 s, without two FFNs 2.5. The
+    # plan cuts 1 + 64 + 1 tokens, the whole model 64 + 2, of which the two lie between 0.06 s for one and 5.01 for 64.
+    whole, bulk = 4.5 + 0.06 + (5.01 - 0.06) / 63, 0.04 + 2.5 + 0.06
     assert f"first token after 3.0 s; {3.0 * whole / bulk:.1f} s without skipping, as predicted\n" in told
     told = run("generate", tiny(), "-p", "hello", "--max-tokens", 2).stderr
     assert "first token after 3.0 s\n" in told

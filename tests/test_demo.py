@@ -31,7 +31,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_shows_what_was_learned_and_both_sides(short: Path, tmp_path: Path) -> None:
-    result = run("--model", short, "--skip", 2, "--svg", tmp_path / "demo.svg")
+    result = run("--model", short, "--skip", 2, "--mode", "e2e", "--svg", tmp_path / "demo.svg")
     assert result.exit_code == 0, result.output
     assert "in 2 requests how much each of the 6 sublayers changes its input" in result.stdout
     assert re.search(r"full model +2 skipped +ratio", result.stdout)
@@ -39,7 +39,7 @@ def test_it_shows_what_was_learned_and_both_sides(short: Path, tmp_path: Path) -
     assert re.search(
         r"loss on 1,536 unseen tokens +\d+\.\d{3} nats +\d+\.\d{3} nats +[+-]\d+\.\d{3} nats", result.stdout
     )
-    assert "adaskip-cpp demo --skip 1" in result.stdout
+    assert "--skip 1" in result.stdout
     assert "2 skipped" in (tmp_path / "demo.svg").read_text().replace("&#160;", " ")
 
 

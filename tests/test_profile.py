@@ -318,6 +318,13 @@ def test_a_speed_up_out_of_reach_tells_how_far_one_can_go(costed: Profile) -> No
         costed.plan(speedup=6, context=100, strategy="early_exit", mode="e2e")
 
 
+def test_profiles_are_equal_by_content_also_where_they_tell_divergence(example: Profile) -> None:
+    one, other = (replace(example, divergence=np.full((3, 2), value)) for value in (0.1, 0.2))
+    assert one == replace(one, divergence=one.divergence) != other
+    assert example != one and one != example
+    assert replace(one, n_requests=9) != one
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -35,7 +35,7 @@ def demo(
     Calibrates on text that every Python carries, then answers a question about another page, with and without the
     plan in turn.
     """
-    chosen = request or PlanRequest()
+    chosen = request or PlanRequest(mode="e2e")
     if chosen.speedup is not None:
         raise click.UsageError("the demo times no sublayers; give --skip instead")
     if svg is not None:

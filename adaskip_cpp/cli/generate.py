@@ -13,6 +13,9 @@ from .planning import find_plan_source, plan_options, print_cost_note, profile_o
 from .report import first_token_line, kv_line, skipped_lines, speed_lines
 from .terminal import RUNNING, answer_options, console, open_quietly, option, verb
 
+_LEAST_LENGTH = 512
+"""Tokens: a shorter prompt has too little bulk for most speed-ups, and gets the plan of one that has."""
+
 
 @verb(
     "Answer a prompt, with or without skipping.",
@@ -63,6 +66,8 @@ def generate(
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
         with closing(open_quietly(model, 256, threads=1, gpu_layers=0, vocab_only=True)) as tokenizer:
             length = max(len(_tokens(tokenizer, text, chat)), 1)
+        if chosen.request is None or chosen.request.mode == "prompt":
+            length = max(length, _LEAST_LENGTH)
     plan = chosen.plan(length)
     if chosen.note:
         err.print(chosen.note, style="dim", markup=False)
