@@ -250,7 +250,9 @@ def test_the_other_modes_do_not_ask_what_a_bulk_costs() -> None:
 def test_where_divergences_were_not_measured_it_says_what_to_do() -> None:
     known = profile(np.full((12, 2), 0.9), cost=cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12))
     for request in ({"n_skip": 3}, {"speedup": 1.2, "context": 1000}):
-        with pytest.raises(PlanError, match=r"calibrate again, on 4 requests or more, or use mode='e2e' or ranking='similarity'"):
+        with pytest.raises(
+            PlanError, match=r"calibrate again, on 4 requests or more, or use mode='e2e' or ranking='similarity'"
+        ):
             known.plan(mode="prompt", **request)
         assert known.plan(mode="prompt", ranking="similarity", **request).bulk.n_skip  # type: ignore[union-attr]
         assert known.plan(mode="prompt", strategy="suffix", **request).bulk.n_skip  # type: ignore[union-attr]
