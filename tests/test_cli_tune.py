@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 import adaskip_cpp
 import adaskip_cpp.cli.tune
 import adaskip_cpp.tuning.speed
-from adaskip_cpp import Profile, SkipPlan, calibrate
+from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
@@ -378,7 +378,8 @@ def test_a_model_is_calibrated_and_how_long_it_takes_is_told_before(
 def test_a_real_model_is_calibrated_and_tuned_with_the_built_in_text(
     smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(calibrate.__kwdefaults__, "n_requests", 20)  # of 80: a minute and a half less
+    monkeypatch.setattr(adaskip_cpp.cli.tune, "_SLOW", math.inf)  # 16 requests, a minute and a half less
+    monkeypatch.setattr(adaskip_cpp.cli.tune, "_FEW", 16)
     words = ["tune", smollm2_path, "--max-loss", 0.2, "-o", tmp_path / "p.json", "--texts", 4, "--tokens", 320,
              "--context", 320, "--json"]  # fmt: skip
     result = CliRunner().invoke(main, [str(word) for word in words])

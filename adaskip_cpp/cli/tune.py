@@ -151,6 +151,7 @@ def tune(
     else:
         with opened(_CTX_TIMED) as llm:
             requests, description = calibration_requests(llm, files)
+            time_request(llm, requests[0][:32], 0)  # the weights may come from a disk
             per_s = len(requests[0]) / time_request(llm, requests[0], 0).first_token_s
             if per_s < _SLOW:
                 requests, description = calibration_requests(llm, files, _FEW)
