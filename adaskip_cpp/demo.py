@@ -1,56 +1,70 @@
-"""The demo's experiment: calibrate, plan, and compare the full model with the plan on the same prompt."""
+"""The demo's experiment: calibrate, plan, and compare the whole model with the plan, and that with the paper's mode."""
 
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from .calibration.calibrate import calibrate
+from .calibration.cost import measure_cost
+from .calibration.divergence import N_BEHIND, N_PROMPT, measure_divergence
 from .engine.generation import Generation, Timing, chat_tokens
 from .engine.llama import AdaSkipLlama
 from .errors import ModelFileError
 from .measuring import corpus
-from .measuring.distribution import token_losses
+from .measuring.distribution import losses
+from .measuring.synthetic import synthetic_items
+from .measuring.tasks import QuestionItem, python_sources
 from .model.plan import SkipPlan
 from .planning.profile import Profile
 from .planning.request import PlanRequest
 from .planning.strategies import make_plan
 
-N_PROMPT = 2000
+SPEEDUP = 1.4
+"""To the first token, as predicted: what is asked for where nothing else is."""
+N_LENGTH = 2000
+"""Tokens of the prompt that is answered."""
 N_ANSWER = 64
+WHOLE, PROMPT, PAPERS = "whole model", "prompt mode", "the paper's mode"
 
 _PROMPT_PAGE = "import"
-_LOSS_PAGES = ("debugger", "string-methods", "typesmapping")
-_N_LOSS = 512
+_LOSS_PAGES, _LOSS_SOURCES = ("debugger", "string-methods"), ("argparse", "textwrap")
+_N_READ, _N_JUDGED = 512, 128
+"""Tokens of each text that are read as a prompt, and those behind them that are judged."""
+_KEY_DEPTHS, _KEY_LENGTH = (0.3, 0.7), 1000
 _N_REQUESTS = 20
 """A quarter of what `calibrate` takes: half a minute, and the linear maps lose a fifth more."""
 _N_DECODE = 16
 """Tokens decoded after each calibration request: few, as the plan shown takes its statistics from the prompts."""
+_COST_S = 5.0
 
-_COMPARE_S = 70.0
-"""Time for the comparison, so that the whole demo stays under three minutes; at least one pair of runs is made."""
-_MAX_PAIRS = 7
+_COMPARE_S = 36.0
+"""Time for the comparison, so that the whole demo stays under three minutes; at least one round of runs is made."""
+_MAX_ROUNDS = 7
 
 
 class OpenModel(Protocol):
     """Opens the demo's model, a GGUF file with a chat template, for a context of so many tokens."""
 
-    def __call__(self, n_ctx: int, *, plan: SkipPlan | None = None, logits_all: bool = False) -> AdaSkipLlama: ...
+    def __call__(self, n_ctx: int) -> AdaSkipLlama: ...
 
 
 @dataclass
 class Side:
-    kv_bytes: int
+    """One contender; ``predicted`` is how many times as fast as the whole model it comes to the first token."""
+
+    plan: SkipPlan | None = None
+    predicted: float = 1.0
     timings: list[Timing] = field(default_factory=list)
     answer: str = ""
-    online_ffn: tuple[int, ...] = ()
     loss: float = float("nan")
+    n_keys: int = 0
 
     @property
     def first_token_s(self) -> float:
@@ -63,22 +77,37 @@ class Side:
         return statistics.median(runs) if runs else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"first_token_s": self.first_token_s, "token_s": self.token_s, **asdict(self)}
+        plan = None if self.plan is None else self.plan.to_dict()
+        fields = {name: value for name, value in vars(self).items() if name != "timings"}
+        timings = [asdict(timing) for timing in self.timings]
+        return {
+            **fields,
+            "plan": plan,
+            "first_token_s": self.first_token_s,
+            "token_s": self.token_s,
+            "timings": timings,
+        }
 
 
 @dataclass(frozen=True)
 class DemoResult:
+    """What was found, of the contenders by name, the whole model first.
+
+    The loss is in nats per token, the mean over ``n_judged`` tokens behind prompts that calibration has not seen;
+    ``n_keys`` pass keys were hidden in as many prompts.
+    """
+
     profile: Profile
-    plan: SkipPlan
-    full: Side
-    skipped: Side
+    sides: Mapping[str, Side]
     n_prompt: int
-    n_loss: int
+    n_judged: int
+    n_keys: int
     n_threads: int
 
     def to_dict(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name).to_dict() for name in ("plan", "full", "skipped", "profile")}
-        return {**vars(self), "n_runs": len(self.full.timings), **parts}
+        sides = {name: side.to_dict() for name, side in self.sides.items()}
+        n_rounds = len(self.sides[WHOLE].timings)
+        return {**vars(self), "n_rounds": n_rounds, "sides": sides, "profile": self.profile.to_dict()}
 
 
 def packaged_model() -> str:
@@ -95,33 +124,70 @@ def run(
     request: PlanRequest,
     *,
     on_stage: Callable[[str], None],
-    on_plan: Callable[[Profile, SkipPlan], None],
+    on_plans: Callable[[Profile, Mapping[str, Side]], None],
 ) -> DemoResult:
-    """Run the demo; ``on_stage`` is told what begins, and ``on_plan`` the plan once it is known."""
-    on_stage(f"Calibrating on {_N_REQUESTS} requests of 512 tokens of Python's manual and library")
-    with closing(open_model(N_PROMPT + N_ANSWER)) as llm:
-        prompt, n_threads = _prompt(llm), llm.n_threads
-        requests = corpus.requests(llm, _N_REQUESTS, 512)
-        profile = calibrate(
-            llm, requests, n_decode=_N_DECODE, cost=False, progress=False, description=corpus.DESCRIPTION
-        )
-        plan = make_plan(profile, request)
-        on_plan(profile, plan)
-        # A second model beside the first, as only one opened with the plan saves its KV memory.
-        with closing(open_model(N_PROMPT + N_ANSWER, plan=plan)) as skipping:
-            full, skipped = Side(llm.kv_bytes), Side(skipping.kv_bytes)
-            _compare(prompt, ((llm, full), (skipping, skipped)), on_stage)
+    """Run the demo; ``on_stage`` is told what begins, and ``on_plans`` the contenders once they are known.
 
-    on_stage(f"Loss on {len(_LOSS_PAGES)} x {_N_LOSS} tokens of other pages, unseen in calibration")
-    pages = corpus.pages()
-    with closing(open_model(_N_LOSS, logits_all=True)) as llm:
-        texts = [corpus.cut(llm, pages[name], 1, _N_LOSS)[0] for name in _LOSS_PAGES if name in pages]
-        # A text is evaluated as a prompt. Where prompts run whole, it is the set of decode that is judged.
-        judged = plan if plan.prefill.n_skip else SkipPlan(plan.skipped("decode"), plan.skipped("decode"))
-        for side_plan, side in ((None, full), (judged, skipped)):
-            llm.set_plan(side_plan)
-            side.loss = float(np.concatenate([token_losses(llm, tokens) for tokens in texts]).mean())
-    return DemoResult(profile, plan, full, skipped, len(prompt), sum(map(len, texts)), n_threads)
+    In mode ``"prompt"`` one of them is the paper's mode, of the same predicted time to the first token.
+    """
+    with closing(open_model(N_LENGTH + N_ANSWER)) as llm:
+        prompt = _prompt(llm)
+        profile = _learn(llm, on_stage, judges=request.mode == "prompt")
+        sides = _contenders(profile, request, len(prompt))
+        on_plans(profile, sides)
+        _compare(llm, prompt, sides, on_stage)
+
+        texts = _texts(llm)
+        on_stage(f"Loss on {_N_JUDGED} tokens behind each of {len(texts)} prompts unseen in calibration")
+        for side in sides.values():
+            side.loss = float(np.concatenate([_losses_behind(llm, side.plan, tokens) for tokens in texts]).mean())
+        keys = synthetic_items(
+            llm, corpus.text(()), tasks=("passkey",), lengths=(_KEY_LENGTH,), depths=_KEY_DEPTHS, n_per=1
+        )
+        on_stage(f"Looking for {len(keys)} pass keys hidden in {_KEY_LENGTH:,} tokens each")
+        for side in sides.values():
+            llm.set_plan(side.plan)
+            side.n_keys = sum(_finds(llm, key) for key in keys)
+        n_judged = sum(len(tokens) - _begin(tokens) - 1 for tokens in texts)
+        return DemoResult(profile, sides, len(prompt), n_judged, len(keys), llm.n_threads)
+
+
+def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None], *, judges: bool) -> Profile:
+    """Calibrate briefly, and where a prompt's bulk is to skip measure on one piece of text what that costs."""
+    on_stage(f"Calibrating on {_N_REQUESTS} requests of 512 tokens of Python's manual and library")
+    *requests, last = corpus.requests(llm, _N_REQUESTS + 1, 512)
+    profile = calibrate(
+        llm,
+        requests,
+        n_decode=_N_DECODE,
+        cost=False,
+        divergence=False,
+        progress=False,
+        description=corpus.DESCRIPTION,
+    )
+    on_stage("Timing the sublayers")
+    profile = replace(profile, cost=measure_cost(llm, seconds=_COST_S))
+    if not judges:
+        return profile
+    on_stage(f"Skipping each of the {2 * profile.n_layer} sublayers alone in the bulk of a prompt")
+    return replace(profile, divergence=measure_divergence(llm, profile, [last[: N_PROMPT + N_BEHIND]]))
+
+
+def _contenders(profile: Profile, request: PlanRequest, n_prompt: int) -> dict[str, Side]:
+    assert profile.cost is not None
+
+    def side(wanted: PlanRequest) -> Side:
+        assert profile.cost is not None
+        plan = make_plan(profile, wanted.at(n_prompt))
+        return Side(plan, profile.cost.speedup(plan, n_prompt, "prefill"))
+
+    chosen = side(request)
+    if request.mode != "prompt":
+        return {WHOLE: Side(), f"mode {request.mode}": chosen}
+    papers = PlanRequest(
+        speedup=max(chosen.predicted, 1.0), mode="e2e", ranking="similarity", compensation=request.compensation
+    )
+    return {WHOLE: Side(), PROMPT: chosen, PAPERS: side(papers)}
 
 
 def _prompt(llm: AdaSkipLlama) -> list[int]:
@@ -129,28 +195,59 @@ def _prompt(llm: AdaSkipLlama) -> list[int]:
     page = pages.get(_PROMPT_PAGE) or max(pages.values(), key=len)
     title, task = "Here is a page of the Python manual:\n\n", "\n\nIn one or two sentences, what is this page about?"
     page_tokens = llm.tokenize(page.encode(), add_bos=False)
-    length = N_PROMPT - len(chat_tokens(llm, [("user", title + task)]))
+    length = N_LENGTH - len(chat_tokens(llm, [("user", title + task)]))
     while True:
         text = llm.detokenize(page_tokens[:length]).decode("utf-8", "ignore")
         prompt = chat_tokens(llm, [("user", title + text + task)])
-        if len(prompt) <= N_PROMPT:
+        if len(prompt) <= N_LENGTH:
             return prompt
-        length -= len(prompt) - N_PROMPT
+        length -= len(prompt) - N_LENGTH
 
 
-def _compare(prompt: list[int], sides: Sequence[tuple[AdaSkipLlama, Side]], on_stage: Callable[[str], None]) -> None:
-    """Answer the prompt on both sides in turn, the order reversed every time, so that a slow moment hits both alike."""
-    for llm, _ in sides:  # the first run allocates and warms caches; it does not count
+def _compare(llm: AdaSkipLlama, prompt: list[int], sides: Mapping[str, Side], on_stage: Callable[[str], None]) -> None:
+    """Answer the prompt in turn, the order reversed every time, so that a slow moment hits all alike."""
+    for side in sides.values():  # the first run allocates and warms caches; it does not count
+        llm.set_plan(side.plan)
         list(Generation(llm, prompt[:256], max_tokens=2))
-    start, pair = time.monotonic(), 0
-    # Another pair is expected to take as long as those before it.
-    while pair == 0 or (pair < _MAX_PAIRS and (time.monotonic() - start) * (pair + 1) / pair < _COMPARE_S):
-        on_stage(f"Answering a prompt of {len(prompt):,} tokens with and without the plan, pair {pair + 1}")
-        for llm, side in sides if pair % 2 == 0 else sides[::-1]:
-            llm.reset()  # without it the second run would reuse the first one's prompt
+    start, n = time.monotonic(), 0
+    # Another round is expected to take as long as those before it.
+    while n == 0 or (n < _MAX_ROUNDS and (time.monotonic() - start) * (n + 1) / n < _COMPARE_S):
+        on_stage(f"Answering a prompt of {len(prompt):,} tokens with each plan and without, round {n + 1}")
+        for side in [*sides.values()][:: -1 if n % 2 else 1]:
+            llm.set_plan(side.plan)
+            llm.reset()  # without it the next run would reuse the last one's prompt
             generation = Generation(llm, prompt, max_tokens=N_ANSWER)
             side.answer = "".join(generation).strip()
-            side.online_ffn = llm.online.ffn if llm.online is not None else ()
             assert generation.timing is not None
             side.timings.append(generation.timing)
-        pair += 1
+        n += 1
+
+
+def _texts(llm: AdaSkipLlama) -> list[list[int]]:
+    pages, sources = corpus.held_out(), python_sources()
+    texts = [pages[name] for name in _LOSS_PAGES if name in pages]
+    texts += [sources[name] for name in _LOSS_SOURCES if name in sources]
+    return [corpus.cut(llm, text, 1, _N_READ + _N_JUDGED)[0] for text in texts]
+
+
+def _begin(tokens: list[int]) -> int:
+    return max(len(tokens) - _N_JUDGED, 1)
+
+
+def _losses_behind(llm: AdaSkipLlama, plan: SkipPlan | None, tokens: list[int]) -> "np.ndarray[Any, np.dtype[Any]]":
+    """Return the loss of each token behind the prompt but the first, read as an answer is."""
+    begin = _begin(tokens)
+    window = 0 if plan is None or plan.online is None else plan.online.window
+    llm.set_plan(plan)
+    llm.reset()
+    llm.begin_request()
+    llm.eval(tokens[:begin])
+    # An online stage chooses between two evaluations.
+    answer = tokens[begin:-1]
+    logits = [llm.logits_behind(part) for part in (answer[:window], answer[window:])]
+    return losses(np.concatenate(logits), tokens[begin + 1 :])
+
+
+def _finds(llm: AdaSkipLlama, key: QuestionItem) -> bool:
+    llm.reset()
+    return key.score("".join(Generation(llm, list(key.prompt), max_tokens=key.max_tokens))) == 1.0

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from test_cost import cost_model
 from tiny_models import add_chat_template
 
 from adaskip_cpp import demo
@@ -19,9 +20,12 @@ def run(*args: object) -> Result:
 
 @pytest.fixture
 def short(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny model, and a demo that is over in a second on it."""
-    for name, value in {"N_PROMPT": 600, "N_ANSWER": 8, "_N_REQUESTS": 2, "_N_DECODE": 2, "_MAX_PAIRS": 1}.items():
+    """A tiny model, and a demo that is over in seconds on it, by whose word sublayers take alike."""
+    shorter = {"N_LENGTH": 600, "N_ANSWER": 8, "_N_READ": 96, "_N_JUDGED": 24, "_N_REQUESTS": 2, "_N_DECODE": 2}
+    for name, value in {**shorter, "_MAX_ROUNDS": 1, "_KEY_LENGTH": 300}.items():
         monkeypatch.setattr(demo, name, value)
+    costs = cost_model(0.1, [1] * 3, [1] * 3, size=64, kept=[0.1] * 3)
+    monkeypatch.setattr(demo, "measure_cost", lambda llm, *, seconds: costs)
     return add_chat_template(tiny(), tmp_path / "chat.gguf")
 
 
@@ -30,27 +34,38 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
 
 
-def test_it_shows_what_was_learned_and_both_sides(short: Path, tmp_path: Path) -> None:
-    result = run("--model", short, "--skip", 2, "--mode", "e2e", "--svg", tmp_path / "demo.svg")
+def test_it_shows_what_was_learned_and_the_prompt_mode_beside_the_papers(short: Path, tmp_path: Path) -> None:
+    result = run("--model", short, "--skip", 2, "--svg", tmp_path / "demo.svg")
     assert result.exit_code == 0, result.output
-    assert "in 2 requests how much each of the 6 sublayers changes its input" in result.stdout
-    assert re.search(r"full model +2 skipped +ratio", result.stdout)
-    assert "answer with 2 sublayers skipped" in result.stdout
-    assert re.search(
-        r"loss on 1,536 unseen tokens +\d+\.\d{3} nats +\d+\.\d{3} nats +[+-]\d+\.\d{3} nats", result.stdout
-    )
-    assert "--skip 1" in result.stdout
-    assert "2 skipped" in (tmp_path / "demo.svg").read_text().replace("&#160;", " ")
+    shown = result.stdout
+    assert "in 2 requests how much each of the 6 sublayers changes its input" in shown
+    assert re.search(r"2 of 6 sublayers skipped in the bulk of a prompt, 0 in\s+decode", shown)
+    assert re.search(r"Predicted to be as fast: \d sublayers skipped for all tokens", shown)
+    assert re.search(r"whole model +prompt mode +the paper's mode", shown)
+    assert shown.count(" x as fast") == 2
+    # The last token of each text has none behind it, and its first one is predicted by the prompt.
+    assert re.search(r"loss on 92 tokens +\d+\.\d{3} nats +\d+\.\d{3} nats +\d+\.\d{3} nats", shown)
+    assert len(re.findall(r"[012] of 2(?= )", shown.split("pass keys found")[1].splitlines()[0] + " ")) == 3
+    assert all(f"answer, {name}" in " ".join(shown.split()) for name in ("whole model", "prompt mode"))
+    assert "2 of 6 sublayers" in (tmp_path / "demo.svg").read_text().replace("&#160;", " ")
 
 
-def test_skipping_in_decode_alone_is_said_and_judged(short: Path) -> None:
-    result = run("--model", short, "--skip", 2, "--mode", "decode")
-    assert result.exit_code == 0, result.output
-    assert re.search(r"full model +2 skipped in decode +ratio", result.stdout)
-    assert "answer with 2 sublayers skipped in decode" in result.stdout
-    assert not re.search(r"(?m)(?<! of 6 sublayers skipped in prefill)\b0 skipped", result.stdout)
-    assert "nats  +0.000 nats" not in result.stdout, "the loss is that of what decode skips"
-    assert "adaskip-cpp demo --mode decode --skip 1" in result.stdout
+def test_both_modes_are_predicted_to_be_as_fast_as_is_asked_for(short: Path) -> None:
+    data = json.loads(run("--model", short, "--speedup", 1.2, "--json").stdout)
+    assert list(data["sides"]) == ["whole model", "prompt mode", "the paper's mode"]
+    prompt, papers = data["sides"]["prompt mode"], data["sides"]["the paper's mode"]
+    assert 1.2 <= prompt["predicted"] <= papers["predicted"] < 2
+    assert (prompt["plan"]["mode"], papers["plan"]["mode"]) == ("prompt", "e2e")
+    assert papers["plan"]["compensation"] == prompt["plan"]["compensation"] == "linear"
+    assert (data["n_keys"], data["n_judged"], data["n_rounds"]) == (2, 4 * 23, 1)
+
+
+def test_another_mode_is_shown_beside_the_whole_model_and_judged_behind_prompts(short: Path) -> None:
+    data = json.loads(run("--model", short, "--skip", 2, "--mode", "decode", "--json").stdout)
+    assert list(data["sides"]) == ["whole model", "mode decode"]
+    whole, decode = data["sides"].values()
+    assert decode["plan"]["prefill"]["attention"] == decode["plan"]["prefill"]["ffn"] == []
+    assert decode["loss"] != whole["loss"], "the answer is judged, which skips"
 
 
 def test_what_would_fail_at_the_end_fails_at_once(short: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,19 +89,16 @@ def test_it_finds_its_model(smollm2_path: Path) -> None:
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_it_measures_both_sides(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_MAX_PAIRS", 1)
+def test_it_measures_all_sides(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_MAX_ROUNDS", 1)
     monkeypatch.setattr(demo, "N_ANSWER", 8)
     result = run("--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert data["plan"]["strategy"] == "adaskip"
-    assert sum(len(data["plan"]["prefill"][kind]) for kind in ("attention", "ffn")) == 12
-    assert 1990 <= data["n_prompt"] <= 2000
-    assert data["profile"]["n_tokens"] == 20 * 512
-    for side in ("full", "skipped"):
-        assert data[side]["first_token_s"] > data[side]["token_s"] > 0
-    assert 2 < data["full"]["loss"] < data["skipped"]["loss"] < 5
-    n_attention = len(data["plan"]["prefill"]["attention"])
-    assert n_attention > 0
-    assert data["skipped"]["kv_bytes"] * 30 == data["full"]["kv_bytes"] * (30 - n_attention)
+    whole, prompt, papers = data["sides"].values()
+    assert 1990 <= data["n_prompt"] <= 2000 and data["profile"]["n_tokens"] == 20 * 512
+    for side in (whole, prompt, papers):
+        assert side["first_token_s"] > side["token_s"] > 0
+    assert 1.4 <= prompt["predicted"] <= papers["predicted"]
+    assert 1 < whole["loss"] < prompt["loss"] < whole["loss"] + 0.3 < papers["loss"] < 6
+    assert whole["n_keys"] == prompt["n_keys"] == 2

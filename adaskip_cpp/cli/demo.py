@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import click
@@ -10,18 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..demo import N_ANSWER, N_PROMPT, DemoResult, packaged_model, run
+from ..demo import N_ANSWER, PAPERS, SPEEDUP, WHOLE, DemoResult, Side, packaged_model, run
 from ..files import check_output
-from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .plan import print_plan
 from .planning import plan_options
-from .report import layer_list, megabytes, n_skipped
 from .terminal import OUTPUT, console, json_option, model_options, open_quietly, option, save_svg, verb
 
 
-@verb("Show the whole idea on a small model.", example="adaskip-cpp demo --skip 6")
+@verb("Show the whole idea on a small model.", example="adaskip-cpp demo --speedup 1.3")
 @option("--model", metavar="MODEL", help="Another GGUF file with a chat template.  [default: packaged SmolLM2-135M]")
 @plan_options
 @model_options
@@ -30,14 +30,15 @@ from .terminal import OUTPUT, console, json_option, model_options, open_quietly,
 def demo(
     model: str | None, request: PlanRequest | None, threads: int | None, gpu_layers: int, svg: str | None, as_json: bool
 ) -> None:
-    """Let a small model learn which of its sublayers matter least, and answer a long prompt without them.
+    """Let a small model learn which of its sublayers a long prompt can do without, and read one without them.
 
-    Calibrates on text that every Python carries, then answers a question about another page, with and without the
-    plan in turn.
+    Calibrates on text that every Python carries. Then the whole model, the prompt mode and the paper's mode of the same
+    predicted speed answer a question about another page in turn, are judged on the tokens behind unseen prompts, and
+    look for pass keys.
     """
-    chosen = request or PlanRequest(mode="e2e")
-    if chosen.speedup is not None:
-        raise click.UsageError("the demo times no sublayers; give --skip instead")
+    chosen = request or PlanRequest()
+    if chosen.n_skip is None and chosen.speedup is None and chosen.strategy != "manual":
+        chosen = replace(chosen, speedup=SPEEDUP)
     if svg is not None:
         check_output(svg, "--svg")
     out, err = console(), console(stderr=True)
@@ -49,7 +50,7 @@ def demo(
             partial(open_quietly, path, threads=threads, gpu_layers=gpu_layers),
             chosen,
             on_stage=status.update if err.is_terminal else lambda text: err.print(text, style="dim"),
-            on_plan=lambda profile, plan: None if as_json else _print_plan(out, profile, plan),
+            on_plans=lambda profile, sides: None if as_json else _print_plans(out, profile, sides),
         )
     elapsed_s = time.monotonic() - start
     if as_json:
@@ -58,59 +59,71 @@ def demo(
         _print_result(out, result, elapsed_s)
     if svg is not None:
         with save_svg(svg, "adaskip-cpp demo") as picture:
-            _print_plan(picture, result.profile, result.plan)
+            _print_plans(picture, result.profile, result.sides)
             _print_result(picture, result, elapsed_s)
 
 
-def _print_plan(out: Console, profile: Profile, plan: SkipPlan) -> None:
+def _print_plans(out: Console, profile: Profile, sides: Mapping[str, Side]) -> None:
     out.print(
         f"[bold]Learned[/] from {profile.n_tokens:,} tokens in {profile.n_requests} requests how much each of the "
         f"{2 * profile.n_layer} sublayers changes its input.\n"
     )
-    print_plan(out, plan, profile.similarity)
+    chosen = next(side.plan for side in sides.values() if side.plan is not None)
+    print_plan(out, chosen, profile.similarity)
+    if PAPERS in sides:
+        papers = sides[PAPERS]
+        assert papers.plan is not None
+        out.print(
+            f"\nPredicted to be as fast: {papers.plan.prefill.n_skip} sublayers skipped for all tokens, those of the "
+            f"answer too, in {PAPERS} e2e."
+        )
     out.print()
 
 
 def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
-    full, skipped = result.full, result.skipped
-    n_skip, where = n_skipped(result.plan)
+    sides, whole = result.sides, result.sides[WHOLE]
     table = Table("", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("full model", f"{n_skip} skipped{where}", "ratio"):
+    for name in sides:
         table.add_column(name, justify="right")
 
-    times = [(f"first token, {result.n_prompt:,}-token prompt", full.first_token_s, skipped.first_token_s, 1.0, "s", 2)]
-    if full.token_s and skipped.token_s:
-        times.append(("each token after it", full.token_s, skipped.token_s, 1e3, "ms", 1))
-    for name, whole, less, factor, unit, digits in times:
-        shown = (f"{seconds * factor:.{digits}f} {unit}" for seconds in (whole, less))
-        table.add_row(name, *shown, f"[bold]{whole / less:.2f} x as fast[/]")
-    if full.kv_bytes:
-        saved = 1 - skipped.kv_bytes / full.kv_bytes
-        kept = megabytes(full.kv_bytes), megabytes(skipped.kv_bytes)
-        name = f"KV memory for {N_PROMPT + N_ANSWER:,} tokens"
-        table.add_row(name, *kept, f"[bold]{saved:.0%} saved[/]" if saved > 0 else "none saved")
-    losses = f"{full.loss:.3f} nats", f"{skipped.loss:.3f} nats", f"{skipped.loss - full.loss:+.3f} nats"
-    table.add_row(f"loss on {result.n_loss:,} unseen tokens", *losses)
+    def row(name: str, cells: Mapping[str, str]) -> None:
+        table.add_row(name, *cells.values())
+
+    def times(ratio: float) -> str:
+        return f"\n[bold]{ratio:.2f} x as fast[/]"
+
+    faster = {
+        name: "" if side is whole else times(whole.first_token_s / side.first_token_s) for name, side in sides.items()
+    }
+    row(
+        f"first token, {result.n_prompt:,}-token prompt",
+        {name: f"{side.first_token_s:.2f} s{faster[name]}" for name, side in sides.items()},
+    )
+    row(
+        "each token after it",
+        {name: "-" if side.token_s is None else f"{side.token_s * 1e3:.1f} ms" for name, side in sides.items()},
+    )
+    row(
+        f"loss on {result.n_judged:,} tokens\nbehind unseen prompts",
+        {
+            name: f"{side.loss:.3f} nats" + ("" if side is whole else f"\n[bold]{side.loss - whole.loss:+.3f} nats[/]")
+            for name, side in sides.items()
+        },
+    )
+    row("pass keys found", {name: f"{side.n_keys} of {result.n_keys}" for name, side in sides.items()})
     out.print(table)
-    if result.plan.online is not None:
-        added = skipped.online_ffn
-        which = f": layers {layer_list(added)}" if added else ""
-        out.print(f"The answer added {len(added)} FFN{'' if len(added) == 1 else 's'} online{which}.")
 
     answers = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
-    answers.add_column("answer of the full model", ratio=1)
-    answers.add_column(f"answer with {n_skip} sublayers skipped{where}", ratio=1)
+    for name in sides:
+        answers.add_column(f"answer, {name}", ratio=1)
     # Without its line breaks: a list of short items would fill the screen.
-    answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in (full, skipped)))
+    answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in sides.values()))
     out.print(answers)
-    n, n_threads = len(full.timings), result.n_threads
+    n, n_threads = len(whole.timings), result.n_threads
     out.print(
-        f"Times are {f'medians of {n} runs each, in turn,' if n > 1 else 'of one run each'} on {n_threads} CPU "
-        f"thread{'s' if n_threads > 1 else ''}; answers take the likeliest token, {N_ANSWER} at most. "
+        f"Times are {f'medians of {n} runs each, in turn,' if n > 1 else 'of one run each, in turn,'} on {n_threads} "
+        f"CPU thread{'s' if n_threads > 1 else ''}; answers take the likeliest token, {N_ANSWER} at most. "
         f"The demo took {elapsed_s:.0f} s.",
         style="dim",
     )
-    if n_skip >= 2:
-        mode = " --mode decode" if where else ""
-        fewer = f"Skipping fewer costs less quality and saves less time: adaskip-cpp demo{mode} --skip {n_skip // 2}"
-        out.print(fewer, style="dim")
+    out.print("For a model of your own: adaskip-cpp tune model.gguf", style="dim")
