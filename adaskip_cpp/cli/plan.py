@@ -153,7 +153,8 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float6
         out.print()
         print_heatmap(out, similarity, np.any([each.skip for _, each in phases], axis=0))
     alike = all(np.array_equal(first.skip, each.skip) for _, each in phases)
-    for name, each in phases[-1:] if alike else phases:
+    told = [phases[0], *(pair for pair in others if pair[1].n_skip)] if name == "bulk" else phases
+    for name, each in phases[-1:] if alike else told:
         within = "" if alike else " in the bulk" if name == "bulk" else f" in {name}"
         out.print(f"\nattention skipped{within} in layers: {layer_list(each.attention)}")
         out.print(f"FFN skipped{within} in layers: {layer_list(each.ffn)}")
