@@ -7,6 +7,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 //
@@ -144,6 +145,12 @@ void adaskip_context::rewrite(
     if (!has_outputs) {
         drop_outputs(pass, res, lctx.get_cparams());
     }
+    auto sizes = pass.find_live();
+
+    const bool fits = sizes.size() == unread_inputs.size() &&
+                      std::equal(sizes.begin(), sizes.end(), unread_inputs.begin(), std::less_equal<>());
+    n_key_changes += !fits;
+    unread_inputs    = std::move(sizes);
     counters.n_nodes = pass.rebuild(n_key_changes + 1);
 }
 

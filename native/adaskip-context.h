@@ -140,7 +140,10 @@ private:
     graph_key graph_key_last;
     int64_t   n_key_changes = 0; // graphs before and after a change have different shapes
     bool      graph_is_new  = false;
-    bool      has_outputs   = true; // whether anybody reads what the ubatch computes beside its KV
+
+    std::vector<size_t> unread_inputs; // bytes of each input that no node of that graph reads
+
+    bool has_outputs = true; // whether anybody reads what the ubatch computes beside its KV
 
     std::unique_ptr<adaskip_tensors> tensors; // those that the pass added
 

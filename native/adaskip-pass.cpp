@@ -160,14 +160,15 @@ bool adaskip_pass::is_skipped(const adaskip_junction & junction) const {
 // A node that is allocated and not computed. ggml_gallocr keeps its allocation plan, which goes by the position of a
 // node or leaf in the graph, while the number of both stays the same and no node needs more memory than it was planned
 // for. llama.cpp's graphs of one model have one shape, so that suffices; ours change it with the plan, and two that
-// differ may well have equally many nodes. A first node that needs more memory after every such change makes ggml plan
-// anew.
+// differ may well have equally many nodes. It also looks at what nodes read, and not at an input that no node reads any
+// more, such as the mask of attentions that are all skipped, which grows with the context and is written all the same.
+// A first node that needs more memory after every such change makes ggml plan anew.
 void adaskip_pass::add_marker(int64_t n_values) {
     ggml_build_forward_order(gf, ggml_arange(ctx, 0.0f, (float) n_values, 1.0f));
 }
 
 // Dead are the nodes that only a skipped branch needs, and the stores of a skipped attention unless they are kept.
-int adaskip_pass::rebuild(int64_t n_marker) {
+std::vector<size_t> adaskip_pass::find_live() {
     std::unordered_set<const ggml_tensor *> dead_roots = dropped;
     for (const auto & junction : topology.junctions) {
         for (const auto & term : junction.terms) {
@@ -187,7 +188,6 @@ int adaskip_pass::rebuild(int64_t n_marker) {
         todo.insert(todo.end(), added.begin(), added.end());
     }
 
-    std::unordered_set<const ggml_tensor *> live;
     while (!todo.empty()) {
         ggml_tensor * t = todo.back();
         todo.pop_back();
@@ -201,6 +201,19 @@ int adaskip_pass::rebuild(int64_t n_marker) {
         }
     }
 
+    std::vector<size_t>                     res;
+    std::unordered_set<const ggml_tensor *> seen;
+    for (auto * node : nodes) {
+        for (auto * src : node->src) {
+            if (src && (src->flags & GGML_TENSOR_FLAG_INPUT) && live.count(src) == 0 && seen.insert(src).second) {
+                res.push_back(ggml_nbytes(src));
+            }
+        }
+    }
+    return res;
+}
+
+int adaskip_pass::rebuild(int64_t n_marker) {
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         t->flags |= t->op != GGML_OP_NONE ? GGML_TENSOR_FLAG_COMPUTE : 0;
     }

@@ -29,6 +29,9 @@ public:
     // a node that somebody reads, although no root may depend on it
     void keep(ggml_tensor * node) { kept.push_back(node); }
 
+    // Finds the live nodes, and returns the sizes of the inputs that none of them reads, in bytes.
+    std::vector<size_t> find_live();
+
     // Lists the live nodes again, in the order in which llama.cpp had them, and returns their number. In front is a
     // node of n_marker values, see add_marker.
     int rebuild(int64_t n_marker);
@@ -64,6 +67,7 @@ private:
     const std::vector<ggml_tensor *>        roots;
     std::unordered_set<const ggml_tensor *> dropped;
     std::vector<ggml_tensor *>              kept;
+    std::unordered_set<const ggml_tensor *> live;
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // node -> what its consumers read instead
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>

@@ -257,6 +257,24 @@ def test_a_bulk_can_be_evaluated_in_pieces(logits_all: bool, tiny: Tiny, tokens:
     assert relative_error(logits[None], expected.trace().logits) < TOLERANCE["llama"]
 
 
+@pytest.mark.parametrize("family", REFERENCED)
+def test_masks_that_nobody_reads_may_grow_with_the_context(
+    family: str, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    """llama.cpp writes them all the same: of attentions that are all skipped, one for 256 cells, then one for 512.
+
+    No node of the graph grows then, so that ggml kept the memory of the small one, and where K and V go was lost.
+    """
+    of = plan(chosen(*((layer, 0) for layer in range(N_LAYER)), bias=False))
+    llm, expected = open_model(tiny(family), n_ctx=512, n_batch=32, logits_all=False), history(tiny(family), of)
+    for each in (llm, expected):
+        each.set_plan(of)
+        each.eval(tokens(400))
+    row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    logits = np.ctypeslib.as_array(row, shape=(llm.n_vocab(),))
+    assert relative_error(logits[None], expected.trace().logits) < TOLERANCE[family]
+
+
 @pytest.mark.parametrize("of", [None, SkipPlan.manual(N_LAYER, [1], [2], scale=0.9)])
 def test_a_bulk_without_a_bulk_set_is_prefill(
     of: SkipPlan | None, tiny: Tiny, tokens: Tokens, open_model: Open
