@@ -101,26 +101,24 @@ class TimedLlama:
         return float(self.fixed + self.head + attention + sum(self.base[~skip[:, 1], 1]))
 
     def unread_seconds(self, skip: np.ndarray, keeps: bool, end: int) -> float:
-        """A token of a ubatch without outputs, layer by layer."""
-        seconds = self.fixed
-        for layer in range(self.n_layer_kv):
+        """A token of a ubatch without outputs, layer by layer: nothing is computed that no K and V above depend on."""
+        seconds, is_needed = self.fixed, False
+        for layer in reversed(range(self.n_layer_kv)):
             cells = min(-(-end // 256) * 256, self.limit[layer])
-            runs, is_last = ~skip[layer], layer == self.n_layer_kv - 1
-            if runs[0] and not is_last:
+            runs = ~skip[layer]
+            if runs[1] and is_needed:
+                seconds += self.base[layer, 1]
+            if runs[0] and is_needed:
                 seconds += self.base[layer, 0] + self.growth[layer] * cells
             elif runs[0] or keeps:
                 seconds += self.kept
-            if runs[1] and not is_last:
-                seconds += self.base[layer, 1]
+            is_needed = is_needed or runs[0] or keeps
         return float(seconds)
 
     def eval_bulk(self, tokens: list[int]) -> None:
         plan = self.plan or SkipPlan.manual(self.n_layer)
         chosen, keeps = plan.skipped("bulk").skip, plan.bulk is not None
-        if not keeps:
-            self._write(tokens, chosen)
-        else:
-            self._write(tokens, np.zeros_like(chosen))
+        self._write(tokens, chosen, keeps=keeps)
         self._pass(len(tokens) * self.unread_seconds(chosen, keeps, self.n_tokens))
 
     def eval_decode(self, tokens: list[int]) -> None:
@@ -128,15 +126,15 @@ class TimedLlama:
         self._write(tokens, chosen)
         self._pass(len(tokens) * self.token_seconds(chosen, self.n_tokens))
 
-    def _write(self, tokens: list[int], skip: np.ndarray) -> None:
+    def _write(self, tokens: list[int], skip: np.ndarray, *, keeps: bool = False) -> None:
         self.n_evaluated += 1
         if self.n_evaluated == self.fail_after:
             raise KeyboardInterrupt
         for each in self.sublayers:
             kind = ("attention", "ffn").index(each.kind)
-            assert each.skippable or not skip[each.layer, kind], "skips what only the bulk can"
+            assert each.skippable or keeps or not skip[each.layer, kind], "skips what only the bulk can"
         assert not (self._holes & ~skip[:, 0]).any(), "reads KV that was never written"
-        self._holes |= skip[:, 0]
+        self._holes |= skip[:, 0] & (not keeps)
         self.n_tokens += len(tokens)
         assert self.n_tokens <= len(self.input_ids) and 0 <= min(tokens) <= max(tokens) < 100
 

@@ -122,25 +122,35 @@ class _Measurement:
             self._decode()
         for group in self.groups:
             if group.kind == 1 and self._inner(group):
+                # Without any K and V behind them they would not be computed.
+                self._prepare(self._only(group, group.layers, kept=True), kept=True)
+                self._eval("prefill", self.n_tokens)
+        self._prepare(self._all(False, kept=True), kept=True)
+        self._eval("prefill", self.n_tokens)
+        for group in self.groups:
+            if group.kind == 0 and group.elidable:  # against the subsets below, it tells K and V from the rest
                 self._prepare(self._only(group, group.layers))
                 self._eval("prefill", self.n_tokens)
-        for runs in self._keeping():
-            self._prepare(runs, kept=True)
-            self._eval("prefill", self.n_tokens)
         depth = len(self._contexts) if self._rest_grows else 1
-        self._deepen(self._all(False), self._contexts[:depth], None)
+        rest = self._all(False)
+        rest[self.llm.n_layer_kv - 1, 0] = True  # its K and V, on which all that cannot be skipped depends
+        self._prepare(rest)
+        self._deeper(self._contexts[:depth], None)
         for index, group in enumerate(self.groups):
             if group.kind == 0:
                 layers = self._inner(group) or group.layers
                 step = math.ceil(len(layers) / math.ceil(len(layers) / _SUBSET))
-                runs = self._only(group, layers[::step])
-                offset = f"subset of {index}" if group.elidable else None
-                self._deepen(runs, self._contexts, offset, kept=not group.elidable)
+                self._deepen(group, layers[::step], f"subset of {index}" if group.elidable else None)
 
-    def _deepen(self, runs: Runs, contexts: Sequence[int], offset: str | None, *, kept: bool = False) -> None:
-        """Time ubatch after ubatch; with an ``offset`` also, at each context, tokens for which all FFNs run as well."""
+    def _deepen(self, group: Group, layers: Sequence[int], offset: str | None) -> None:
+        """Time some attentions ubatch after ubatch, K and V of the others kept: what is behind the last is not run."""
+        decode = None if offset is None else self._only(group, layers) | np.array([False, True])
+        self._prepare(self._only(group, layers, kept=True), decode, kept=True)
+        self._deeper(self._contexts, offset)
+
+    def _deeper(self, contexts: Sequence[int], offset: str | None) -> None:
+        """Time ubatch after ubatch; with an ``offset`` also, at each context, tokens."""
         end = perf_counter() + self.seconds / (2 * max(sum(group.kind == 0 for group in self.groups), 1))
-        self._prepare(runs, None if offset is None else runs | np.array([False, True]), kept=kept)
         remaining = list(contexts)
         while remaining and self._has_room(1):
             self._eval("prefill", self.n_tokens)
@@ -156,11 +166,6 @@ class _Measurement:
     def _inner(self, group: Group) -> tuple[int, ...]:
         """Return the layers of a group whose sublayers run in ubatches without outputs."""
         return tuple(layer for layer in group.layers if layer < self.llm.n_layer_kv - 1)
-
-    def _keeping(self) -> list[Runs]:
-        """What runs beside K and V that are kept: nothing, so that all are; and each shape of attentions but one."""
-        attentions = sorted((group for group in self.groups if group.kind == 0), key=lambda group: len(group.layers))
-        return [self._all(False, kept=True), *(self._only(each, each.layers, kept=True) for each in attentions[:-1])]
 
     def _mixed(self) -> list[Runs]:
         """The full model, half of each group left out, and halves of several: where real plans are.
@@ -197,7 +202,8 @@ class _Measurement:
         self._what: dict[Phase, Computed] = {"prefill": left, "decode": Computed(decode, none)}
         of_prompt, of_decode = (SkipSet(~runs, np.ones(runs.shape)) for runs in (prefill, decode))
         if kept:
-            self.llm.set_plan(SkipPlan(SkipSet.none(self.llm.n_layer), of_decode, bulk=of_prompt))
+            # Prefill, which does not run, skips what decode does: else the next ubatch reads its tokens again.
+            self.llm.set_plan(SkipPlan(of_decode, of_decode, bulk=of_prompt))
         else:
             self.llm.set_plan(SkipPlan(of_prompt, of_decode))
 

@@ -110,10 +110,12 @@ class Computed:
     kept: npt.NDArray[np.bool_]
 
     def unread(self, n_layer_kv: int) -> "Computed":
-        """Return what is left of it where nobody reads an output: nothing behind the last layer's K and V."""
-        runs, kept, last = self.runs.copy(), self.kept.copy(), n_layer_kv - 1
-        kept[last] |= runs[last, 0]
+        """Return what is left of it where nobody reads an output: nothing behind the last K and V that are stored."""
+        runs, kept = self.runs.copy(), self.kept.copy()
         kept[n_layer_kv:] = False
+        stored = np.flatnonzero((runs[:, 0] | kept)[:n_layer_kv])
+        last = int(stored[-1]) if stored.size else 0
+        kept[last] |= stored.size > 0
         runs[last:] = False
         return Computed(runs, kept)
 
