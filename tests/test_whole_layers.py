@@ -22,6 +22,7 @@ Tokens = Callable[..., list[int]]
 Open = Callable[..., Any]
 
 N_LAYER, RANK, HEAD, TAIL, N_PROMPT = 3, 6, 4, 8, 50
+AROUND: dict[str, dict[str, int]] = {"prompt": {"tail": TAIL}, "prefill": {}}
 CHOSEN: dict[str, Any] = {"attention": (0, 1), "ffn": (1, 2)}
 """Of layer 0 the attention alone, layer 1 whole, of layer 2 the FFN alone."""
 
@@ -69,7 +70,7 @@ def test_a_prompt_under_it_is_that_of_numpy(
     llm, profile = learned(name)
     prompt, model = tokens(N_PROMPT, 9), ReferenceModel(tiny(name))
     for mode, keeps_kv in (("prefill", False), ("prompt", True)):
-        llm.set_plan(profile.plan(strategy="manual", mode=mode, tail=TAIL, **CHOSEN))
+        llm.set_plan(profile.plan(strategy="manual", mode=mode, **AROUND[mode], **CHOSEN))
         llm.reset()
         llm.eval(prompt)
         run, arrays = ReferenceRun(model), standing_in(profile)
@@ -88,7 +89,7 @@ def test_in_parallel_blocks_it_maps_what_both_read(
     llm, profile = learned(name)
     prompt = tokens(N_PROMPT, 9)
     for mode, bulk in (("prefill", None), ("prompt", slice(HEAD, N_PROMPT - TAIL))):
-        llm.set_plan(profile.plan(strategy="manual", mode=mode, tail=TAIL, **CHOSEN))
+        llm.set_plan(profile.plan(strategy="manual", mode=mode, **AROUND[mode], **CHOSEN))
         llm.reset()
         llm.eval(prompt)
         expected = eval_parallel(tiny(name), prompt, **standing_in(profile), bulk=bulk).logits
