@@ -66,8 +66,7 @@ _speed = partial(option, group="Speed")
     "--builtin",
     multiple=True,
     type=click.Choice(["pages", "sources"]),
-    help="Pages of pydoc_data.topics that calibration leaves out, or sources of Python's standard library, which are "
-    f"text of another kind{_AGAIN}.",
+    help=f"Pages of pydoc_data.topics, or sources of Python's standard library, that calibration leaves out{_AGAIN}.",
 )
 @_text("--texts", "n_texts", type=click.IntRange(min=0), default=8, help="Items of each text kind.")
 @_text("--tokens", "n_tokens", type=click.IntRange(min=4), default=512, help="Tokens in each.")
