@@ -698,13 +698,19 @@ def test_vectors_with_impossible_values_are_refused(mapped: Profile, tmp_path: P
     assert "values that calibration cannot give" in refused(tmp_path / "p.json")
 
 
+def with_vectors(profile: Profile, folder: Path, **values: Any) -> Path:
+    """The profile's file, saying something else of its vectors."""
+    path = folder / "p.json"
+    profile.save(path)
+    data = json.loads(path.read_text())
+    data["vectors"] |= values
+    path.write_text(json.dumps(data))
+    return path
+
+
 @pytest.mark.parametrize("rank", [1, 3, -1, "2", None, 2.5, [2]])
 def test_a_rank_that_is_not_that_of_the_maps_is_refused(mapped: Profile, tmp_path: Path, rank: Any) -> None:
-    path = tmp_path / "p.json"
-    mapped.save(path)
-    data = json.loads(path.read_text())
-    data["vectors"]["rank"] = rank
-    path.write_text(json.dumps(data))
+    path = with_vectors(mapped, tmp_path, rank=rank)
     with pytest.raises(ProfileFormatError, match=r"p\.json.*(rank|p\.bin).*calibrate again"):
         Profile.load(path)
 
@@ -714,11 +720,7 @@ def test_a_rank_that_is_not_that_of_the_maps_is_refused(mapped: Profile, tmp_pat
     [[], [[0, 0]], [[0, 0]] * 7, *([[at, kind], *MAPPED[1:]] for at, kind in ((3, 0), (0, 3), (-1, 0), (0, 1)))],
 )
 def test_maps_of_other_sublayers_than_there_are_are_refused(mapped: Profile, tmp_path: Path, value: Any) -> None:
-    path = tmp_path / "p.json"
-    mapped.save(path)
-    data = json.loads(path.read_text())
-    data["vectors"]["mapped"] = value
-    path.write_text(json.dumps(data))
+    path = with_vectors(mapped, tmp_path, mapped=value)
     refused(path)
 
 

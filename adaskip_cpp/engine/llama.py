@@ -34,9 +34,9 @@ class AdaSkipLlama(SelfDescribingLlama):
     Args:
         model_path: a GGUF file.
         plan: as for :meth:`set_plan`, or ``"auto"`` for the plan that `adaskip-cpp tune` wrote beside the model, to
-            ``X.adaskip-plan.json`` for ``X.gguf``. No KV is allocated for the layers whose attention it skips in every
-            phase, which none is that a bulk set keeps K and V of; such a model only takes plans that skip them too, and
-            cannot run as a whole.
+            ``X.adaskip-plan.json`` for ``X.gguf``. Where it has no bulk set, which keeps all K and V, no KV is
+            allocated for the layers whose attention it skips in every phase; such a model only takes plans that skip
+            them too, and cannot run as a whole.
         exact_batches: cut prompts into batches as ``llama_cpp.Llama`` does. Otherwise, in models whose upper layers
             share KV (Gemma 3n and 4), the last token of a prompt is computed by itself, as those layers then run for no
             other: logits differ from stock's by the rounding of another batch size.

@@ -20,7 +20,6 @@ from .arrays import LayerArrays, freeze, from_plain, to_plain
 from .cost_model import CostModel
 from .identity import ModelInfo
 from .plan import TIMED
-from .skip_set import ranked
 from .statistics import VECTORS, LinearMaps, PhaseStatistics
 
 FORMAT_VERSION = 8
@@ -128,12 +127,6 @@ class ProfileData(LayerArrays):
         may = self.in_bulk
         may[list(self.bulk_only), 0] = False
         return may
-
-    def most_similar(self, n: int, may: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Return the first ``n`` sublayers of ``may`` by the paper's ranking, both bool ``[n_layer, 2]``."""
-        chosen = np.zeros(may.shape, np.bool_)
-        chosen.flat[ranked(np.where(may, -self.similarity, np.nan))[:n]] = True
-        return chosen
 
 
 _Profile = TypeVar("_Profile", bound=ProfileData)

@@ -165,3 +165,10 @@ def ranked(values: npt.NDArray[np.float64]) -> list[int]:
     """
     layer, kind = np.indices(values.shape)
     return [int(index) for index in np.lexsort((layer.ravel(), kind.ravel(), values.ravel()))]  # last key first
+
+
+def first_ranked(values: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.bool_]:
+    """Return the flags of the first ``n`` sublayers by a figure, as :func:`ranked` has them; both ``[n_layer, 2]``."""
+    chosen = np.zeros(values.shape, np.bool_)
+    chosen.flat[ranked(values)[:n]] = True
+    return chosen

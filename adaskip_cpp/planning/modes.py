@@ -30,7 +30,7 @@ import numpy.typing as npt
 from ..errors import BudgetError, NotSkippableError, PlanError
 from ..model.plan import OnlineStage, SkipPlan
 from ..model.profile import ProfileData
-from ..model.skip_set import SkipSet, sublayer_name
+from ..model.skip_set import SkipSet, first_ranked, sublayer_name
 from .compensation import DEFAULT_COMPENSATION, get_compensation
 from .request import PlanRequest
 
@@ -94,7 +94,7 @@ def _of_decode(source: ProfileData | int, request: PlanRequest) -> npt.NDArray[n
     n_max = int(source.skippable.sum())
     if request.decode > n_max:
         raise BudgetError(f"decode cannot skip {request.decode} sublayers; use a number from 0 to {n_max}")
-    return source.most_similar(request.decode, source.skippable)
+    return first_ranked(np.where(source.skippable, -source.similarity, np.nan), request.decode)
 
 
 def _check(may: npt.NDArray[np.bool_], *skips: npt.NDArray[np.bool_]) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..errors import BudgetError, PlanError
 from ..model.plan import SkipPlan
 from ..model.profile import ProfileData
-from ..model.skip_set import marked, ranked
+from ..model.skip_set import first_ranked, marked
 from .modes import compensated_plan
 from .request import DEFAULT_N_SKIP, PlanRequest
 from .speedup import Goal, cheapest_set, smallest_budget
@@ -85,8 +85,7 @@ def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     else:
         n_max = int((~np.isnan(lost)).sum())
         budget = _budget(request, n_max, f"{n_max} of this model's {2 * source.n_layer} sublayers can be skipped")
-        skip = np.zeros(lost.shape, np.bool_)
-        skip.flat[ranked(lost)[:budget]] = True
+        skip = first_ranked(lost, budget)
     return compensated_plan(source, skip, request, "adaskip")
 
 
