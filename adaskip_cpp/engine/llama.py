@@ -1,3 +1,4 @@
+# Long, as what is cached, which plan is in force and how the next tokens are cut into phases hang together.
 """``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
 
 from collections.abc import Generator, Iterator, Sequence
