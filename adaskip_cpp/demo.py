@@ -19,8 +19,9 @@ from .engine.llama import AdaSkipLlama
 from .errors import ModelFileError
 from .measuring import corpus
 from .measuring.distribution import losses
-from .measuring.synthetic import synthetic_items
-from .measuring.tasks import QuestionItem, python_sources
+from .measuring.synthetic import finds_answer, synthetic_items
+from .measuring.tasks import python_sources
+from .measuring.text_quality import answer_logits
 from .model.plan import SkipPlan
 from .planning.profile import Profile
 from .planning.request import PlanRequest
@@ -147,7 +148,7 @@ def run(
         on_stage(f"Looking for {len(keys)} pass keys hidden in {_KEY_LENGTH:,} tokens each")
         for side in sides.values():
             llm.set_plan(side.plan)
-            side.n_keys = sum(_finds(llm, key) for key in keys)
+            side.n_keys = sum(finds_answer(llm, key) for key in keys)
         n_judged = sum(len(tokens) - _begin(tokens) - 1 for tokens in texts)
         return DemoResult(profile, sides, len(prompt), n_judged, len(keys), llm.n_threads)
 
@@ -236,18 +237,6 @@ def _begin(tokens: list[int]) -> int:
 
 def _losses_behind(llm: AdaSkipLlama, plan: SkipPlan | None, tokens: list[int]) -> "np.ndarray[Any, np.dtype[Any]]":
     """Return the loss of each token behind the prompt but the first, read as an answer is."""
-    begin = _begin(tokens)
-    window = 0 if plan is None or plan.online is None else plan.online.window
     llm.set_plan(plan)
-    llm.reset()
-    llm.begin_request()
-    llm.eval(tokens[:begin])
-    # An online stage chooses between two evaluations.
-    answer = tokens[begin:-1]
-    logits = [llm.logits_behind(part) for part in (answer[:window], answer[window:])]
-    return losses(np.concatenate(logits), tokens[begin + 1 :])
-
-
-def _finds(llm: AdaSkipLlama, key: QuestionItem) -> bool:
-    llm.reset()
-    return key.score("".join(Generation(llm, list(key.prompt), max_tokens=key.max_tokens))) == 1.0
+    begin = _begin(tokens)
+    return losses(answer_logits(llm, tokens, begin), tokens[begin + 1 :])

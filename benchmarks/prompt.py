@@ -47,7 +47,6 @@ from typing import Any
 import numpy as np
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
-from adaskip_cpp.engine.generation import Generation
 from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import BudgetError, DataError
 from adaskip_cpp.files import json_text, write_atomically
@@ -55,7 +54,7 @@ from adaskip_cpp.intervals import Interval, mean_interval, ratio_interval
 from adaskip_cpp.measuring.cores import BUSY, physical_cores
 from adaskip_cpp.measuring.corpus import SEPARATOR
 from adaskip_cpp.measuring.distribution import kl_divergences, losses
-from adaskip_cpp.measuring.synthetic import synthetic_items
+from adaskip_cpp.measuring.synthetic import finds_answer, synthetic_items
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem, python_sources, text_items
 from adaskip_cpp.measuring.timing import in_turn, time_request
 from adaskip_cpp.pictures import plots
@@ -209,8 +208,7 @@ def measure_passkeys(
             found = record.of("passkeys", plan, {})
             if name not in found and (plan == WHOLE or record.data["passkeys"][WHOLE][name]):
                 llm.set_plan(plans.get(plan))
-                llm.reset()
-                found[name] = item.score("".join(Generation(llm, list(item.prompt), max_tokens=item.max_tokens)))
+                found[name] = float(finds_answer(llm, item))
                 record.save()
         print(f"pass key {index} of {len(items)}, {time.monotonic() - start:.0f} s", flush=True)
 

@@ -114,12 +114,10 @@ class TextQuality:
         llm.set_plan(plan)
         try:
             for tokens, begin in self._texts if texts is None else texts:
-                llm.reset()
                 if self._answers:
-                    llm.begin_request()
-                    llm.eval(tokens[: begin - 1])
-                    logits = np.concatenate([llm.logits_behind(each) for each in _answer(tokens[begin - 1 : -1], plan)])
+                    logits = answer_logits(llm, tokens, begin - 1)
                 else:
+                    llm.reset()
                     llm.eval(tokens)
                     logits = llm.scores[begin - 1 : len(tokens) - 1].copy()
                 yield _Judged(losses(logits, tokens[begin:]), logits.argmax(axis=1)), logits
@@ -138,6 +136,17 @@ class _Judged:
     def against(self, full: "_Judged") -> tuple[float, float]:
         """Added loss and agreement."""
         return float((self.losses - full.losses).mean()), float((self.best == full.best).mean())
+
+
+def answer_logits(llm: AdaSkipLlama, tokens: Sequence[int], begin: int) -> Logits:
+    """Read the first ``begin`` tokens of a text as a prompt and the rest as its answer, under the plan in force.
+
+    Returned are the logits behind each token of the answer but the last, float32.
+    """
+    llm.reset()
+    llm.begin_request()
+    llm.eval(tokens[:begin])
+    return np.concatenate([llm.logits_behind(each) for each in _answer(tokens[begin:-1], llm.plan)])
 
 
 def _answer(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[int]]:

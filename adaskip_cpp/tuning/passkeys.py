@@ -1,11 +1,10 @@
 """Pass keys in long prompts: what a plan may lose before any loss of text tells."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from functools import cached_property
 
-from ..engine.generation import Generation
 from ..engine.llama import AdaSkipLlama
+from ..measuring.synthetic import finds_answer
 from ..measuring.tasks import QuestionItem
 from ..model.plan import SkipPlan
 
@@ -48,15 +47,8 @@ class Retrieval:
 
     def _finds(self, plan: SkipPlan | None, item: QuestionItem) -> bool:
         self._llm.set_plan(plan)
-        self._llm.reset()
-        text = ""
         try:
-            with closing(iter(Generation(self._llm, list(item.prompt), max_tokens=item.max_tokens))) as pieces:
-                for piece in pieces:
-                    text += piece
-                    if item.score(text) == 1.0:
-                        return True
-            return False
+            return finds_answer(self._llm, item)
         finally:
             self._llm.reset()
             self._advance(len(item.prompt))
