@@ -20,7 +20,8 @@ from .cost import set_aside
 
 N_PIECES, N_PROMPT, N_BEHIND = 3, 192, 48
 """Pieces of text, and of each the tokens that are read as a prompt, and those behind them that are judged.
-"""
+
+Of SmolLM2, pieces of 512 and 128 tokens choose almost the same sublayers, and lose as much at 1.4 times the speed."""
 
 
 def measure_divergence(
