@@ -2,7 +2,7 @@
 """What the prompt mode loses at what speed, against the paper's mode and two that lie between: tables and the picture.
 
     adaskip-cpp calibrate MODEL.gguf -o PROFILE
-    python benchmarks/prompt.py measure MODEL.gguf PROFILE --prompt 2048 -o FILE.json [--part quality|passkeys|speed]
+    python benchmarks/prompt.py measure MODEL.gguf PROFILE --prompt 2048 -o FILE.json [--part text|passkeys]
     python benchmarks/prompt.py table FILE.json ...
     python benchmarks/prompt.py plot FILE.json ... [-o docs/prompt.svg]
 
@@ -16,11 +16,11 @@ Four contenders at several speed-ups, each chosen by the profile's cost model fo
 Quality is that of the 256 tokens behind a prompt, against the whole model, on text that calibration does not take, of
 kinds that every Python or Debian carries: licences, IDLE's manual, sources of the standard library, IDLE's changelog.
 Where no text of a kind is long enough, all of it is joined, and a kind too short even so is left out. Pass keys are
-those of `evaluate`, at five depths. The time to the first token is measured in turn with the whole model's, in one
-process, on one loaded model; nothing else may run meanwhile.
+those of `evaluate`, at five depths. The time to the first token is that of the same prompts, in turn with the whole
+model's, in one process, on one loaded model; nothing else may run meanwhile.
 
 What was measured is kept in FILE.json as it comes: the same command goes on where it was stopped. SmolLM2 at 2,048
-tokens takes 10 minutes of quality, 2 of pass keys and 10 of speed on 2 slow cores.
+tokens takes 15 minutes of text and 5 of pass keys on 2 slow cores.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     PAPER: {"mode": "prefill", "ranking": "similarity", "compensation": "paper", "online": False},
 }
 LOOKS = [plots.STRATEGY[name] for name in ("adaskip", "paper", "suffix", "early_exit")]
-PARTS = ("quality", "passkeys", "speed")
+PARTS = ("text", "passkeys")
 N_BEHIND = 256
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 WHOLE = "whole"
@@ -167,35 +167,40 @@ def name_of(item: TextItem | QuestionItem) -> str:
     return f"{item.id} {hashlib.sha256(tokens.tobytes()).hexdigest()[:8]}"
 
 
-def measure_quality(
-    llm: AdaSkipLlama, plans: Mapping[str, SkipPlan], pieces: Sequence[TextItem], record: Record
-) -> None:
-    """Added loss, agreement and divergence of each plan on each piece, means over the tokens behind its prompt."""
-    for index, piece in enumerate(pieces, 1):
-        name, start = name_of(piece), time.monotonic()
-        left = [plan for plan in plans if name not in record.of("quality", plan, {})]
-        if not left:
-            continue
-        targets = np.array(piece.tokens[1 - N_BEHIND :])
+def measure_texts(llm: AdaSkipLlama, plans: Mapping[str, SkipPlan], pieces: Sequence[TextItem], record: Record) -> None:
+    """What each plan does to each piece: seconds to its first token, and means over the tokens behind the prompt.
 
-        def logits(plan: SkipPlan | None, tokens: Sequence[int] = piece.tokens) -> Any:
-            llm.set_plan(plan)
-            llm.reset()
-            llm.eval(tokens[:-N_BEHIND])
-            return llm.logits_behind(tokens[-N_BEHIND:])[:-1]
+    The whole model, which all is compared with, takes its turn among a few plans.
+    """
+    if (load := os.getloadavg()[0]) > BUSY:
+        print(f"the load of this machine is {load:.1f}: other programs disturb what is timed", file=sys.stderr)
 
-        whole = logits(None)
-        loss, best = losses(whole, targets), whole.argmax(axis=1)
-        for plan in left:
-            own = logits(plans[plan])
-            record.of("quality", plan, {})[name] = {
-                "loss": float((losses(own, targets) - loss).mean()),
-                "agreement": float((own.argmax(axis=1) == best).mean()),
-                "kl": float(kl_divergences(whole, own).mean()),
-            }
+    def run(plan: SkipPlan | None, tokens: Sequence[int]) -> tuple[float, Any]:
+        llm.set_plan(plan)
+        time_request(llm, tokens[:N_WARM], 0)
+        seconds = time_request(llm, tokens[:-N_BEHIND], 0).first_token_s
+        return seconds, llm.logits_behind(tokens[-N_BEHIND:])[:-1]
+
+    for index, piece in enumerate(pieces):
+        name, targets = name_of(piece), np.array(piece.tokens[1 - N_BEHIND :])
+        left = [plan for plan in plans if name not in record.of("text", plan, {})]
+        for group in (left[begin : begin + N_GROUP] for begin in range(0, len(left), N_GROUP)):
+            took = {}
+            for turn in in_turn(1 + len(group), index):
+                plan = (WHOLE, *group)[turn]
+                took[plan] = run(plans.get(plan), piece.tokens)
+            whole_s, whole = took.pop(WHOLE)
+            loss, best = losses(whole, targets), whole.argmax(axis=1)
+            for plan, (seconds, own) in took.items():
+                record.of("text", plan, {})[name] = {
+                    "seconds": [seconds, whole_s],
+                    "loss": float((losses(own, targets) - loss).mean()),
+                    "agreement": float((own.argmax(axis=1) == best).mean()),
+                    "kl": float(kl_divergences(whole, own).mean()),
+                }
             record.save()
-        took = time.monotonic() - start
-        print(f"quality {index} of {len(pieces)}, {piece.id}: {len(left)} plans in {took:.0f} s", flush=True)
+            told = ", ".join(f"{seconds:.2f}" for seconds, _ in took.values())
+            print(f"text {index + 1} of {len(pieces)}, {piece.id}: {told} s, whole {whole_s:.2f} s", flush=True)
 
 
 def measure_passkeys(
@@ -211,29 +216,6 @@ def measure_passkeys(
                 found[name] = float(finds_answer(llm, item))
                 record.save()
         print(f"pass key {index} of {len(items)}, {time.monotonic() - start:.0f} s", flush=True)
-
-
-def measure_speed(
-    llm: AdaSkipLlama, plans: Mapping[str, SkipPlan], prompt: Sequence[int], n_rounds: int, record: Record
-) -> None:
-    """Seconds to the first token with each plan and of the whole model, which takes its turn among a few plans."""
-    if (load := os.getloadavg()[0]) > BUSY:
-        print(f"the load of this machine is {load:.1f}: other programs disturb what is timed", file=sys.stderr)
-    names = list(plans)
-    for n_round, begin in itertools.product(range(n_rounds), range(0, len(names), N_GROUP)):
-        group = [name for name in names[begin : begin + N_GROUP] if len(record.of("speed", name, [])) <= n_round]
-        seconds: dict[str, float] = {}
-        for index in in_turn(1 + len(group), n_round) if group else ():
-            name = (WHOLE, *group)[index]
-            llm.set_plan(plans.get(name))
-            time_request(llm, prompt[:N_WARM], 0)
-            seconds[name] = time_request(llm, prompt, 0).first_token_s
-        for name in group:
-            record.of("speed", name, []).append([seconds[name], seconds[WHOLE]])
-        if group:
-            record.save()
-            told = ", ".join(f"{seconds[name]:.2f}" for name in group)
-            print(f"speed, round {n_round + 1} of {n_rounds}: {told} s, whole {seconds[WHOLE]:.2f} s", flush=True)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -265,8 +247,8 @@ def measure(args: argparse.Namespace) -> None:
     record.data["pieces"] = [name_of(piece) for piece in pieces]
     record.save()
     parts = args.part or PARTS
-    if "quality" in parts:
-        measure_quality(llm, plans, pieces, record)
+    if "text" in parts:
+        measure_texts(llm, plans, pieces, record)
     if "passkeys" in parts and args.passkeys:
         texts = unseen_texts()
         prose = SEPARATOR.join(text for kind in texts if kind != "sources" for text in texts[kind].values())
@@ -276,19 +258,18 @@ def measure(args: argparse.Namespace) -> None:
         record.data["keys"] = [name_of(item) for item in items]
         asked = {record.data["chosen"].get(f"{PROMPT_MODE} {speedup:g}", {}).get("plan") for speedup in args.passkeys}
         measure_passkeys(llm, {name: plan for name, plan in plans.items() if name in asked}, items, record)
-    if "speed" in parts:
-        measure_speed(llm, plans, pieces[0].tokens[: args.prompt], args.rounds, record)
     llm.close()
     print(table(record.data))
 
 
 def figures(data: dict[str, Any], plan: str) -> dict[str, Interval]:
-    """Mean quality over the pieces of the last run that a plan was measured on, and its speed."""
-    per_piece = data["quality"].get(plan, {})
+    """Mean quality over the pieces of the last run that a plan was measured on, and its speed on them."""
+    per_piece = data["text"].get(plan, {})
     rows = [per_piece[name] for name in data["pieces"] if name in per_piece]
     found = {name: mean_interval([row[name] for row in rows]) for name in ("loss", "agreement", "kl") if rows}
-    if times := data["speed"].get(plan):
-        found["speed"] = ratio_interval([whole for _, whole in times], [own for own, _ in times])
+    if rows:
+        own, whole = zip(*(row["seconds"] for row in rows), strict=True)
+        found["speed"] = ratio_interval(whole, own)
     return found
 
 
@@ -297,16 +278,15 @@ def table(data: dict[str, Any]) -> str:
     settings, prompt, keys = data["origin"]["settings"], data["origin"]["prompt"], data["passkeys"].get(WHOLE, {})
     kinds = [name.split("/")[0] for name in data["pieces"]]
     texts = ", ".join(f"{kinds.count(kind)} of {kind}" for kind in dict.fromkeys(kinds))
-    whole = [seconds for times in data["speed"].values() for _, seconds in times]
-    rounds = f"{min(map(len, data['speed'].values()))} rounds" if whole else "no rounds yet"
+    whole = [row["seconds"][1] for rows in data["text"].values() for row in rows.values()]
     found = [name for name in data["keys"] if keys.get(name)]
     flash = "flash attention" if settings["flash_attention"] else "no flash attention"
     lines = [
         f"### {data['name']}, {prompt:,} tokens\n",
         f"{settings['cpu']}, {settings['n_threads']} threads, llama-cpp-python {settings['llama_cpp_python']}, "
         f"adaskip-cpp {data['origin']['version']}, n_batch {settings['n_batch']}, n_ubatch {settings['n_ubatch']}, "
-        f"KV {settings['type_k']}, {flash}. {N_BEHIND} tokens behind each of {len(kinds)} prompts ({texts}); {rounds} "
-        f"in turn, whole model {f'{statistics.median(whole):.2f} s' if whole else '-'}; "
+        f"KV {settings['type_k']}, {flash}. {N_BEHIND} tokens behind each of {len(kinds)} prompts ({texts}), each "
+        f"a round in turn; whole model {f'{statistics.median(whole):.2f} s' if whole else '-'}; "
         f"it finds {len(found)} of {len(data['keys'])} pass keys.\n",
         "| | wanted | skipped: attentions, FFNs | time to first token | added loss | agreement | KL | pass keys |",
         "|---|---|---|---|---|---|---|---|",
@@ -398,7 +378,6 @@ def main() -> None:
     each.add_argument("--passkeys", type=float, nargs="*", default=[1.25, 1.4], help="speed-ups of the prompt mode")
     each.add_argument("--keys-per-depth", type=int, default=3)
     each.add_argument("--pieces", type=int, default=2, help="of each kind of text")
-    each.add_argument("--rounds", type=int, default=5)
     each.add_argument("--threads", type=int, help="all physical cores by default")
     each.add_argument("--flash-attn", action="store_true")
     each.add_argument("--name", help="of the model, for the table and the picture")

@@ -87,7 +87,7 @@ def test_help_begins_with_the_few_options_that_matter(run: Run, verb: str) -> No
 def test_help_groups_the_other_options(run: Run) -> None:
     shown = groups(run, "calibrate")
     assert list(shown) == ["Example", "Options", "What is learned", "Running the model", "Output"]
-    assert shown["Running the model"] == ["--threads", "--gpu-layers"]
+    assert shown["Running the model"] == ["--threads", "--gpu-layers", "--flash-attn"]
     assert shown["Output"] == ["--json"]
 
 
@@ -355,7 +355,7 @@ def test_ffns_added_online_are_counted(run: Run, tiny: Any, profile_path: Path) 
     profile = Profile.load(profile_path)
     plan = profile.plan(strategy="manual", attention=[0], threshold=-1.0, mode="e2e")
     assert plan.online is not None and plan.online.threshold == -1.0
-    llm = terminal.open_quietly(str(tiny()), n_ctx=64, threads=1, gpu_layers=0, plan=plan)
+    llm = terminal.open_quietly(str(tiny()), 64, terminal.Running(1, 0, False), plan=plan)
     answer = Generation(llm, llm.tokenize(b"hello"), max_tokens=30)
     list(answer)
     assert answer.timing is not None
@@ -379,6 +379,13 @@ def test_plan_ranks_every_sublayer(run: Run, profile_path: Path) -> None:
     by_default = json.loads(run(*args).stdout)
     assert [row["skipped"] for row in by_default["sublayers"]] == [["bulk"]] * 2 + [[]] * 4
     assert by_default["plan"]["mode"] == "prompt" and by_default["layers_without_kv"] == []
+    # In the bulk the last layer costs nothing, whatever its divergence: its attention comes first.
+    order = [(row["layer"], row["kind"]) for row in by_default["sublayers"]]
+    assert order == [(2, "attention"), (2, "ffn"), (1, "ffn"), (1, "attention"), (0, "ffn"), (0, "attention")]
+    told = [row["divergence"] for row in by_default["sublayers"]]
+    assert told == pytest.approx([0.108, 0.01, 0.206, 0.304, 0.402, 0.5]) and data["sublayers"][0]["divergence"] is None
+    assert "diver-" in run(*args[:-1]).stdout and "108.00" in run(*args[:-1]).stdout
+    assert "simi-" in run(*args[:-1], "--mode", "e2e").stdout
 
 
 # Decoding a token, an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms.

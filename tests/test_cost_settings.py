@@ -73,14 +73,17 @@ def test_times_are_measured_again_and_all_else_is_kept(
 ) -> None:
     before = Profile.load(elsewhere)
     monkeypatch.setattr("adaskip_cpp.cli.calibrate._CTX_TIMED", 512)
-    result = run("calibrate", tiny(), "--cost-only", "--threads", 1, "-o", elsewhere)
+    result = run("calibrate", tiny(), "--cost-only", "--threads", 1, "--flash-attn", "-o", elsewhere)
     assert result.exit_code == 0, result.output
     after = Profile.load(elsewhere)
-    assert after.cost is not None and after.cost.settings.n_threads == 1 and after.cost != before.cost
+    assert after.cost is not None and after.cost != before.cost
+    assert after.cost.settings.n_threads == 1 and after.cost.settings.flash_attention
     assert replace(after, cost=before.cost) == before
-    told = run("generate", tiny(), "-p", "hello", "--max-tokens", 2, "--profile", elsewhere, "--speedup", 1.01,
-               "--threads", 1, "--ctx", 512)  # fmt: skip
+    args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--profile", elsewhere, "--speedup", 1.01,
+            "--threads", 1, "--ctx", 512]  # fmt: skip
+    told = run(*args, "--flash-attn")
     assert told.exit_code == 0 and "measured elsewhere" not in told.stderr
+    assert "measured elsewhere (flash" in run(*args).stderr
 
 
 def test_times_are_measured_for_a_profile_of_the_same_model_only(tiny: Callable[..., Path], elsewhere: Path) -> None:

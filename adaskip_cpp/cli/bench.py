@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import sys
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,6 @@ from ..bench.plots import plot
 from ..bench.table import table
 from ..engine.settings import cost_settings
 from ..files import check_output, json_text
-from ..measuring.cores import physical_cores
 from ..model.identity import check_gguf, profile_path
 from ..model.plan import MODES
 from ..model.plan_file import plan_beside
@@ -29,7 +27,17 @@ from ..progress import OnProgress, told_progress
 from .bench_report import print_report
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
 from .planning import load_profile, print_cost_note
-from .terminal import CHOOSING, OUTPUT, RUNNING, console, json_option, model_options, open_quietly, option, verb
+from .terminal import (
+    CHOOSING,
+    OUTPUT,
+    Running,
+    console,
+    json_option,
+    model_options,
+    open_quietly,
+    option,
+    verb,
+)
 
 _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 _chosen = partial(option, group=CHOOSING)
@@ -83,7 +91,6 @@ _measured = partial(option, group="What is measured")
 @_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to time behind each prompt.")
 @_measured("--no-stock", is_flag=True, help="Leave stock llama-cpp-python out.")
 @_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers by themselves.")
-@option("--flash-attn", group=RUNNING, is_flag=True, help="Compute attention as one operation, in all contenders.")
 @model_options
 @option("--plot", "plot_to", group=OUTPUT, metavar="PATH", help="Draw PNG and SVG: a folder, or how their names begin.")
 @json_option
@@ -94,12 +101,10 @@ def bench(
     tuned: bool,
     repeats: int,
     decode_tokens: int,
-    flash_attn: bool,
     no_stock: bool,
     no_ideal: bool,
     plot_to: str | None,
-    threads: int | None,
-    gpu_layers: int,
+    running: Running,
     as_json: bool,
     **choice: Any,
 ) -> None:
@@ -131,7 +136,7 @@ def bench(
     predicts = any(each.speedup is not None for each in requests)
 
     n_ctx = max([subject.N_TOKENS + subject.N_DECODE, *((contexts or (2048,)) if calibrates and predicts else ())])
-    with contextlib.closing(open_quietly(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers)) as llm:
+    with contextlib.closing(open_quietly(model, n_ctx, running)) as llm:
         about = subject.configuration(llm)
         fitting, note = subject.fit_contexts(contexts, llm.n_ctx_train, decode_tokens)
         if note:
@@ -143,7 +148,7 @@ def bench(
             source = subject.brief_profile(llm, cost=predicts)
         plans |= subject.make_plans(source or llm.n_layer, requests, fitting[-1])
         if predicts:
-            print_cost_note(err, source, replace(cost_settings(llm), flash_attention=flash_attn))
+            print_cost_note(err, source, cost_settings(llm))
         tokens, skippable, in_bulk = subject.material(llm, plans.values(), fitting[-1])
     if about["busy"]:
         err.print(
@@ -151,8 +156,8 @@ def bench(
             "other programs disturb the times.",
             style="yellow",
         )
-    n_threads = threads or physical_cores()
-    settings = BenchSettings(model, fitting, repeats, decode_tokens, n_threads, gpu_layers, flash_attn)
+    running_as = running.n_threads, running.gpu_layers, running.flash_attn
+    settings = BenchSettings(model, fitting, repeats, decode_tokens, *running_as)
     ideal = None if no_ideal else skippable
     with told_progress("Measuring", still=True) as show:
         tell = _with_estimate(show)

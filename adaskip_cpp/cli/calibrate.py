@@ -20,7 +20,7 @@ from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
 from ..progress import told_progress
 from .planning import load_profile
-from .terminal import console, json_option, model_options, open_quietly, option, verb
+from .terminal import Running, console, json_option, model_options, open_quietly, option, verb
 
 _CTX_TIMED = 8192
 """Context of a model whose sublayers are timed: that of `generate`, so that long prompts are predicted from times."""
@@ -72,8 +72,7 @@ def calibrate(
     rank: int,
     no_cost: bool,
     cost_only: bool,
-    threads: int | None,
-    gpu_layers: int,
+    running: Running,
     as_json: bool,
 ) -> None:
     """Learn which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
@@ -87,12 +86,12 @@ def calibrate(
     start = time.monotonic()
     if cost_only:
         profile = load_profile(model, output)
-        llm = open_quietly(model, _CTX_TIMED, threads=threads, gpu_layers=gpu_layers)
+        llm = open_quietly(model, _CTX_TIMED, running)
         with told_progress("Timing the sublayers") as on_progress:
             profile = replace(profile, cost=measure_cost(llm, on_progress=on_progress))
     else:
         n_ctx = max(tokens + n_decode, 0 if no_cost else _CTX_TIMED)
-        llm = open_quietly(model, n_ctx, threads=threads, gpu_layers=gpu_layers)
+        llm = open_quietly(model, n_ctx, running)
         cut, description = calibration_requests(llm, files, requests, tokens)
         profile = run(llm, cut, n_decode=n_decode, rank=rank, cost=not no_cost, description=description)
     profile.save(output)

@@ -21,7 +21,7 @@ from ..planning.strategies import make_plan
 from .plan import print_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
 from .report import first_token_line, n_skipped, skipped_counts
-from .terminal import answer_options, console, open_quietly, option, users_error, verb
+from .terminal import Running, answer_options, console, open_quietly, option, users_error, verb
 
 _HELP = """\
 /reset   begin a new conversation
@@ -52,8 +52,7 @@ def chat(
     ctx: int,
     temp: float,
     seed: int | None,
-    threads: int | None,
-    gpu_layers: int,
+    running: Running,
 ) -> None:
     """Chat with MODEL, a GGUF file with a chat template; /help lists the commands.
 
@@ -63,7 +62,7 @@ def chat(
     """
     chosen = find_plan_source(model, profile_path, plan_file, request, full)
     plan = chosen.plan(max(ctx // 2, 1))
-    llm = open_quietly(model, ctx, threads=threads, gpu_layers=gpu_layers)
+    llm = open_quietly(model, ctx, running)
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
     llm.set_plan(plan)  # and not opened with it: there is KV for all layers, so that /skip can choose other ones

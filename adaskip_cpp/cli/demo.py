@@ -18,7 +18,7 @@ from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .plan import print_plan
 from .planning import plan_options
-from .terminal import OUTPUT, console, json_option, model_options, open_quietly, option, save_svg, verb
+from .terminal import OUTPUT, Running, console, json_option, model_options, open_quietly, option, save_svg, verb
 
 
 @verb("Show the whole idea on a small model.", example="adaskip-cpp demo --speedup 1.3")
@@ -27,9 +27,7 @@ from .terminal import OUTPUT, console, json_option, model_options, open_quietly,
 @model_options
 @option("--svg", group=OUTPUT, metavar="FILE", help="Also save what is shown as a picture.")
 @json_option
-def demo(
-    model: str | None, request: PlanRequest | None, threads: int | None, gpu_layers: int, svg: str | None, as_json: bool
-) -> None:
+def demo(model: str | None, request: PlanRequest | None, running: Running, svg: str | None, as_json: bool) -> None:
     """Let a small model learn which of its sublayers a long prompt can do without, and read one without them.
 
     Calibrates on text that every Python carries. Then the whole model, the prompt mode and the paper's mode of the same
@@ -47,7 +45,7 @@ def demo(
 
     with err.status("Loading the model") as status:
         result = run(
-            partial(open_quietly, path, threads=threads, gpu_layers=gpu_layers),
+            partial(open_quietly, path, running=running),
             chosen,
             on_stage=status.update if err.is_terminal else lambda text: err.print(text, style="dim"),
             on_plans=lambda profile, sides: None if as_json else _print_plans(out, profile, sides),

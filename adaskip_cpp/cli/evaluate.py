@@ -24,7 +24,7 @@ from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import names, numbers
 from .planning import plan_file_option
-from .terminal import CHOOSING, RUNNING, console, json_option, model_options, open_quietly, option, verb
+from .terminal import CHOOSING, RUNNING, Running, console, json_option, model_options, open_quietly, option, verb
 
 _AGAIN = "; may be repeated"
 _choosing, _running = partial(option, group=CHOOSING), partial(option, group=RUNNING)
@@ -103,9 +103,7 @@ _speed = partial(option, group="Speed")
 @_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: what is needed; LongBench 8192]")
 @model_options
 @json_option
-def evaluate(
-    model: str, profile_path: str, output: str, threads: int | None, gpu_layers: int, as_json: bool, **values: Any
-) -> None:
+def evaluate(model: str, profile_path: str, output: str, running: Running, as_json: bool, **values: Any) -> None:
     """Compare plans with the whole MODEL: loss, agreement, continuations and answers, against measured speed.
 
     Every strategy is run with every budget in every mode. Results are kept one by one in FOLDER: after Ctrl-C or a
@@ -119,7 +117,7 @@ def evaluate(
     options = items.EvaluationOptions(contenders.every_request(profile.n_layer, **lists), **values)
 
     def open_model(n_ctx: int, logits_all: bool) -> AdaSkipLlama:
-        return open_quietly(model, n_ctx=n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
+        return open_quietly(model, n_ctx, running, logits_all=logits_all)
 
     work, notes, words, settings = items.prepare(model, profile, options, open_model)
     command = shlex.join(["adaskip-cpp", "evaluate", *context.meta["arguments"]])

@@ -11,7 +11,7 @@ from ..files import read_text
 from ..planning.request import PlanRequest
 from .planning import find_plan_source, plan_options, print_cost_note, profile_options
 from .report import first_token_line, kv_line, skipped_lines, speed_lines
-from .terminal import RUNNING, answer_options, console, open_quietly, option, verb
+from .terminal import RUNNING, Running, answer_options, console, open_quietly, option, verb
 
 _LEAST_LENGTH = 512
 """Tokens: a shorter prompt has too little bulk for most speed-ups, and gets the plan of one that has."""
@@ -47,8 +47,7 @@ def generate(
     temp: float,
     seed: int | None,
     chat: bool | None,
-    threads: int | None,
-    gpu_layers: int,
+    running: Running,
 ) -> None:
     """Answer a prompt with MODEL, a GGUF file. The text goes to stdout, the speed to stderr.
 
@@ -64,7 +63,7 @@ def generate(
     length = 1
     if chosen.asks_speedup:
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
-        with closing(open_quietly(model, 256, threads=1, gpu_layers=0, vocab_only=True)) as tokenizer:
+        with closing(open_quietly(model, 256, Running(1, 0, False), vocab_only=True)) as tokenizer:
             length = max(len(_tokens(tokenizer, text, chat)), 1)
         if chosen.request is None or chosen.request.mode == "prompt":
             length = max(length, _LEAST_LENGTH)
@@ -72,7 +71,7 @@ def generate(
     if chosen.note:
         err.print(chosen.note, style="dim", markup=False)
 
-    llm = open_quietly(model, ctx, threads=threads, gpu_layers=gpu_layers, plan=plan)
+    llm = open_quietly(model, ctx, running, plan=plan)
     if chosen.asks_speedup:
         print_cost_note(err, chosen.profile, cost_settings(llm))
     if seed is not None:

@@ -10,19 +10,19 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..engine.native_types import Sublayer
-from .terminal import console, json_option, model_options, open_quietly, verb
+from .terminal import Running, console, json_option, model_options, open_quietly, verb
 
 
 @verb("Show what can be skipped in a model.", example="adaskip-cpp inspect model.gguf")
 @click.argument("model")
 @model_options
 @json_option
-def inspect(model: str, threads: int | None, gpu_layers: int, as_json: bool) -> None:
+def inspect(model: str, running: Running, as_json: bool) -> None:
     """Show the sublayers of MODEL, a GGUF file: which can be skipped, and why others cannot.
 
     Layers alike share a line. A window is how many tokens an attention looks back at, where that is not all.
     """
-    llm = open_quietly(model, 512, threads=threads, gpu_layers=gpu_layers)
+    llm = open_quietly(model, 512, running)
     facts: dict[str, Any] = {
         "file": model,
         "name": llm.metadata.get("general.name", ""),

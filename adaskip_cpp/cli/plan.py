@@ -19,7 +19,7 @@ from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.speedup import seconds_saved
-from ..planning.strategies import make_plan
+from ..planning.strategies import make_plan, what_is_lost
 from .planning import plan_options
 from .report import layer_list
 from .terminal import OUTPUT, console, json_option, option, verb
@@ -42,9 +42,11 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     PROFILE may be a plan file instead, written by `tune` or with -o: then it is shown what that skips, and what was
     promised and measured.
 
-    In the table, "rank" is the sublayer's place by IO similarity, "ms" the milliseconds that skipping it alone is
-    predicted to save in the phase of --phase, for a whole prompt or for one token. b, p and d mark what is skipped in
-    the bulk of a prompt, in prefill and in decode, "scale" what its input is scaled by.
+    In the table, "divergence" is how far skipping the sublayer alone in the bulk of a prompt moves the tokens behind
+    it, in thousandths of a nat, and "rank" its place by that and the layers above it; in other modes both are by IO
+    similarity. "ms" are the milliseconds that skipping it alone is predicted to save in the phase of --phase, for a
+    whole prompt or for one token. b, p and d mark what is skipped in the bulk of a prompt, in prefill and in decode,
+    "scale" what its input is scaled by.
     """
     out = console()
     if is_plan_file(profile_path):
@@ -62,7 +64,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     chosen = make_plan(profile, request.at(context))
     if output is not None:
         save_plan(output, chosen)
-    rows, cost = _rows(profile, chosen, context, phase), profile.cost
+    rows, cost = _rows(profile, request, chosen, context, phase), profile.cost
     speedup = {} if cost is None else {name: cost.speedup(chosen, context, name) for name in TIMED}
     first = (
         {}
@@ -112,10 +114,12 @@ def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> 
         print_tuning(out, tuning)
 
 
-def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
+def _rows(profile: Profile, request: PlanRequest, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
     saved = None if profile.cost is None else seconds_saved(profile.cost, context, phase)
+    divergence = profile.divergence if request.mode == "prompt" and request.ranking != "similarity" else None
+    lost = -profile.similarity if divergence is None else what_is_lost(profile, request)
     rows = []
-    for rank, index in enumerate(ranked(-profile.similarity), start=1):
+    for rank, index in enumerate(ranked(lost), start=1):
         at = layer, kind = divmod(index, 2)
         skipped = {name: each for name, each in _phases(chosen) if each.skip[at]}
         rows.append(
@@ -124,6 +128,7 @@ def _rows(profile: Profile, chosen: SkipPlan, context: int, phase: Phase) -> lis
                 "layer": layer,
                 "kind": KINDS[kind],
                 "similarity": float(profile.similarity[at]) if profile.in_bulk[at] else None,
+                "divergence": float(divergence[at]) if divergence is not None and profile.in_bulk[at] else None,
                 "saved_ms": None if saved is None else float(saved[at] * 1e3),
                 "skipped": list(skipped),
                 "scale": next((float(each.scale[at]) for each in skipped.values()), None),
@@ -173,8 +178,9 @@ def _print_rows(out: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("\nlayer", justify="right")
     timed = any(row["saved_ms"] is not None for row in rows)
+    measure = "simi-\nlarity" if all(row["divergence"] is None for row in rows) else "diver-\ngence"
     for name in ("attention", "FFN"):
-        for column in (f"{name}\nrank", "simi-\nlarity", *(["\nms"] if timed else []), "\nskip", "\nscale"):
+        for column in (f"{name}\nrank", measure, *(["\nms"] if timed else []), "\nskip", "\nscale"):
             table.add_column(column, justify="right")
     cells = {(row["layer"], row["kind"]): _cells(row, timed) for row in rows}
     for layer in range(len(rows) // 2):
@@ -188,7 +194,9 @@ def _cells(row: dict[str, Any], timed: bool) -> list[str]:
     skip, ms = "".join(name[0] for name in row["skipped"]), row["saved_ms"]
     times = [f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"] if timed else []
     scale = "" if row["scale"] is None else f"{row['scale']:.3f}"
-    cells = [str(row["rank"]), f"{row['similarity']:.4f}", *times, skip, scale]
+    diverges = row["divergence"]
+    measured = f"{row['similarity']:.4f}" if diverges is None else f"{1e3 * diverges:.2f}"
+    cells = [str(row["rank"]), measured, *times, skip, scale]
     return [f"[bold]{cell}[/]" if cell and skip else cell for cell in cells]
 
 

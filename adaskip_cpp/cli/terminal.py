@@ -10,7 +10,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar, cast
 
 import click
 from rich.console import Console
@@ -155,6 +156,24 @@ def options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
 
 json_option = option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead.")
 
+
+@dataclass(frozen=True)
+class Running:
+    """How the command line runs a model: what :data:`model_options` say."""
+
+    n_threads: int
+    gpu_layers: int
+    flash_attn: bool
+
+
+def _with_running(command: _Command) -> _Command:
+    @functools.wraps(command)
+    def run(*args: Any, threads: int | None, gpu_layers: int, flash_attn: bool, **values: Any) -> Any:
+        return command(*args, running=Running(threads or physical_cores(), gpu_layers, flash_attn), **values)
+
+    return cast(_Command, run)
+
+
 model_options = options(
     option("--threads", group=RUNNING, type=click.IntRange(1, 512), help="CPU threads.  [default: all physical cores]"),
     option(
@@ -164,6 +183,8 @@ model_options = options(
         default=-1,
         help="Layers to run on a GPU, if llama-cpp-python was built for one; -1 for all.",
     ),
+    option("--flash-attn", group=RUNNING, is_flag=True, help="Compute attention as one operation, faster when long."),
+    _with_running,
 )
 
 
@@ -177,10 +198,9 @@ def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
     )
 
 
-def open_quietly(path: str, n_ctx: int, *, threads: int | None, gpu_layers: int, **more: Any) -> AdaSkipLlama:
+def open_quietly(path: str, n_ctx: int, running: Running, **more: Any) -> AdaSkipLlama:
     """Load a model, without llama.cpp's warnings, which would stand before the answer."""
-    n = threads or physical_cores()
+    n = running.n_threads
+    settings = {"n_gpu_layers": running.gpu_layers, "flash_attn": running.flash_attn, "verbose": False, **more}
     with contextlib.redirect_stderr(io.StringIO()):
-        return AdaSkipLlama(
-            path, n_ctx=n_ctx, n_threads=n, n_threads_batch=n, n_gpu_layers=gpu_layers, verbose=False, **more
-        )
+        return AdaSkipLlama(path, n_ctx=n_ctx, n_threads=n, n_threads_batch=n, **settings)

@@ -33,7 +33,7 @@ from ..tuning.search import N_PREDICTED
 from ..tuning.tuner import Tuner
 from .calibrate import calibration_requests
 from .planning import load_profile, print_cost_note
-from .terminal import CHOOSING, OUTPUT, console, json_option, model_options, open_quietly, option, verb
+from .terminal import CHOOSING, OUTPUT, Running, console, json_option, model_options, open_quietly, option, verb
 from .tune_report import minutes, print_found
 
 _SEARCHING = "Searching"
@@ -110,8 +110,7 @@ def tune(
     n_answer: int,
     n_exchange: int | None,
     allow_lost_passkeys: bool,
-    threads: int | None,
-    gpu_layers: int,
+    running: Running,
     as_json: bool,
 ) -> None:
     """Find the fastest plan for MODEL, a GGUF file, that keeps one promise, and write it to a plan file.
@@ -144,7 +143,7 @@ def tune(
     kinds = [read_texts(text_files)] if text_files else _unseen()
     whole = corpus.SEPARATOR.join(text for kind in kinds for text in kind.values())
     err = console(stderr=True)
-    opened = partial(_opened, model, threads, gpu_layers)
+    opened = partial(_opened, model, running)
 
     if existing is not None:
         profile = load_profile(model, existing)
@@ -233,10 +232,8 @@ def _passkeys(llm: AdaSkipLlama, text: str, length: int) -> list[QuestionItem]:
 
 
 @contextmanager
-def _opened(
-    model: str, threads: int | None, gpu_layers: int, n_ctx: int, *, logits_all: bool = False
-) -> Iterator[AdaSkipLlama]:
-    llm = open_quietly(model, n_ctx, threads=threads, gpu_layers=gpu_layers, logits_all=logits_all)
+def _opened(model: str, running: Running, n_ctx: int, *, logits_all: bool = False) -> Iterator[AdaSkipLlama]:
+    llm = open_quietly(model, n_ctx, running, logits_all=logits_all)
     try:
         yield llm
     finally:
