@@ -206,12 +206,13 @@ def measure_texts(llm: AdaSkipLlama, plans: Mapping[str, SkipPlan], pieces: Sequ
 def measure_passkeys(
     llm: AdaSkipLlama, plans: Mapping[str, SkipPlan], items: Sequence[QuestionItem], record: Record
 ) -> None:
-    """Whether each plan finds the pass keys that the whole model finds."""
+    """Whether each plan finds each pass key; the whole model is asked for what one of them misses."""
     for index, item in enumerate(items, 1):
         name, start = name_of(item), time.monotonic()
-        for plan in (WHOLE, *plans):
+        for plan in (*plans, WHOLE):
             found = record.of("passkeys", plan, {})
-            if name not in found and (plan == WHOLE or record.data["passkeys"][WHOLE][name]):
+            missed = any(record.of("passkeys", each, {}).get(name) == 0 for each in plans)
+            if name not in found and (plan != WHOLE or missed):
                 llm.set_plan(plans.get(plan))
                 found[name] = float(finds_answer(llm, item))
                 record.save()
@@ -275,37 +276,37 @@ def figures(data: dict[str, Any], plan: str) -> dict[str, Interval]:
 
 def table(data: dict[str, Any]) -> str:
     """The results of one file as Markdown."""
-    settings, prompt, keys = data["origin"]["settings"], data["origin"]["prompt"], data["passkeys"].get(WHOLE, {})
+    settings, prompt, by_whole = data["origin"]["settings"], data["origin"]["prompt"], data["passkeys"].get(WHOLE, {})
     kinds = [name.split("/")[0] for name in data["pieces"]]
     texts = ", ".join(f"{kinds.count(kind)} of {kind}" for kind in dict.fromkeys(kinds))
     whole = [row["seconds"][1] for rows in data["text"].values() for row in rows.values()]
-    found = [name for name in data["keys"] if keys.get(name)]
     flash = "flash attention" if settings["flash_attention"] else "no flash attention"
     lines = [
         f"### {data['name']}, {prompt:,} tokens\n",
         f"{settings['cpu']}, {settings['n_threads']} threads, llama-cpp-python {settings['llama_cpp_python']}, "
         f"adaskip-cpp {data['origin']['version']}, n_batch {settings['n_batch']}, n_ubatch {settings['n_ubatch']}, "
         f"KV {settings['type_k']}, {flash}. {N_BEHIND} tokens behind each of {len(kinds)} prompts ({texts}), each "
-        f"a round in turn; whole model {f'{statistics.median(whole):.2f} s' if whole else '-'}; "
-        f"it finds {len(found)} of {len(data['keys'])} pass keys.\n",
-        "| | wanted | skipped: attentions, FFNs | time to first token | added loss | agreement | KL | pass keys |",
+        f"a round in turn; whole model {f'{statistics.median(whole):.2f} s' if whole else '-'}.\n",
+        "| | predicted | skipped: attentions, FFNs | time to first token | added loss | agreement | KL | pass keys |",
         "|---|---|---|---|---|---|---|---|",
     ]
     order = list(CONTENDERS)
     for row in sorted(data["chosen"].values(), key=lambda row: (order.index(row["contender"]), row["wanted"])):
         plan, values = data["plans"][row["plan"]], figures(data, row["plan"])
         own = data["passkeys"].get(row["plan"], {})
-        n_found = sum(own.get(name, 0) >= 1 for name in found)
-        complete = found and all(name in own for name in found)
+        n_found = sum(own.get(name, 0) >= 1 for name in data["keys"])
+        lost = [name for name in data["keys"] if own.get(name) == 0]
+        complete = data["keys"] and all(name in own for name in data["keys"]) and all(name in by_whole for name in lost)
+        n_lost = sum(by_whole.get(name, 0) >= 1 for name in lost)
         cells = [
             row["contender"],
-            f"{row['wanted']:g}",
+            f"{plan['predicted']:.2f}",
             f"{len(plan['attention'])}, {len(plan['ffn'])}",
             _told(values.get("speed"), 2),
             _told(values.get("loss"), 3),
             _told(values.get("agreement"), 2, ends=False),
             _told(values.get("kl"), 3, ends=False),
-            f"{n_found} of {len(found)}" if complete else "",
+            f"{n_found} of {len(data['keys'])}, {n_lost} lost" if complete else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -109,10 +109,11 @@ def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.asarray(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))
 
 
-@pytest.mark.parametrize("divergence", [False, True])
+@pytest.mark.parametrize(("divergence", "most_kept"), [(False, 1 << 30), (True, 1 << 30), (True, 0)])
 def test_in_prompt_mode_the_tokens_behind_a_bulk_are_judged(
-    path: Path, model: ReferenceModel, texts: Any, open_model: Any, divergence: bool
+    path: Path, model: ReferenceModel, texts: Any, open_model: Any, divergence: bool, most_kept: int, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr("adaskip_cpp.measuring.text_quality._MOST_KEPT", most_kept)
     bulk = SkipPlan.manual(N_LAYER, attention=[1], ffn=[2, 3], scale=0.9).prefill
     none = SkipSet.none(N_LAYER)
     plan = SkipPlan(none, none, bulk=bulk, head=2, tail=3)

@@ -16,6 +16,9 @@ N_BEHIND = 128
 """Tokens of a text that follow its prompt in mode ``"prompt"``, or a quarter of a text that is shorter than four times
 as many."""
 
+_MOST_KEPT = 1 << 30
+"""Bytes of the full model's logits that are kept, for divergences; where there are more, it is evaluated again."""
+
 
 @dataclass(frozen=True)
 class TextScores:
@@ -72,6 +75,8 @@ class TextQuality:
         self._texts = [(tokens, begin(len(tokens))) for tokens in texts]
         self._last: tuple[SkipPlan, TextScores] | None = None
         self._full: list[_Judged] = []
+        self._full_logits: list[Logits] = []
+        self._keeps_logits = 4 * self.n_tokens * llm.n_vocab() <= _MOST_KEPT
 
     @property
     def n_texts(self) -> int:
@@ -82,23 +87,32 @@ class TextQuality:
         return sum(len(tokens) - begin for tokens, begin in self._texts)
 
     def evaluate_full(self) -> None:
-        self._full = self._full or [judged for judged, _ in self._evaluate(None)]
+        if self._full:
+            return
+        full, full_logits = [], []
+        for judged, logits in self._evaluate(None):
+            full.append(judged)
+            if self._keeps_logits:
+                full_logits.append(logits)
+        self._full, self._full_logits = full, full_logits
 
     def scores(self, plan: SkipPlan, *, divergence: bool = False) -> TextScores:
         """Return what a plan costs on each text.
 
-        For the divergence the full model is evaluated again, text by text: its logits of all texts together can take
-        gigabytes.
+        For the divergence the full model is evaluated again, text by text, where its logits of all texts together take
+        more than 1 GiB.
         """
         if self._last is None or self._last[0] != plan or (divergence and self._last[1].divergence is None):
-            found = self._side_by_side(plan) if divergence else self._compared(plan)
+            again = divergence and not self._keeps_logits
+            found = self._side_by_side(plan) if again else self._compared(plan, divergence)
             self._last = plan, TextScores(*np.transpose(list(found)))
         return self._last[1]
 
-    def _compared(self, plan: SkipPlan) -> Iterator[tuple[float, ...]]:
+    def _compared(self, plan: SkipPlan, divergence: bool) -> Iterator[tuple[float, ...]]:
         self.evaluate_full()
-        for full, (own, _) in zip(self._full, self._evaluate(plan), strict=True):
-            yield own.against(full)
+        for index, (own, logits) in enumerate(self._evaluate(plan)):
+            scores = own.against(self._full[index])
+            yield (*scores, float(kl_divergences(self._full_logits[index], logits).mean())) if divergence else scores
 
     def _side_by_side(self, plan: SkipPlan) -> Iterator[tuple[float, ...]]:
         for text in self._texts:

@@ -240,8 +240,16 @@ class Tuner:
         return float(self._full - self._saved[skip].sum())
 
     def _judge(self, quality: TextQuality) -> Judge:
+        of_agreement = self.promise.kind == "min_agreement"
+
         def harm(skip: SkipFlags) -> npt.NDArray[np.float64]:
-            scores = quality.scores(self.plan(skip))
-            return 1.0 - scores.agreement if self.promise.kind == "min_agreement" else scores.loss
+            scores = quality.scores(self.plan(skip), divergence=self.request.mode == "prompt" and not of_agreement)
+            if of_agreement:
+                return 1.0 - scores.agreement
+            if scores.divergence is None:
+                return scores.loss
+            # What a text adds to the loss varies more than what plans differ by. The divergence is what is to be
+            # expected of it, and varies little; where the loss is the greater one all the same, that is what counts.
+            return scores.divergence + max(float(scores.loss.mean() - scores.divergence.mean()), 0.0)
 
         return Judge(self.profile.n_layer, harm, self._seconds)
