@@ -227,7 +227,7 @@ def measure(args: argparse.Namespace) -> None:
     n = args.threads or physical_cores()
     # Behind a prompt come the tokens judged, or an answer to a pass key.
     common: dict[str, Any] = {"n_threads": n, "n_threads_batch": n, "flash_attn": args.flash_attn, "verbose": False}
-    llm = AdaSkipLlama(args.model, n_ctx=args.prompt + N_BEHIND + 8, **common)
+    llm = AdaSkipLlama(args.model, n_ctx=args.prompt + N_BEHIND + 8, n_gpu_layers=-1, **common)
     profile.model.check(llm.model_info, "the profile", args.model)
     settings = cost_settings(llm)
     if note := profile.cost.settings.note(settings):
