@@ -8,7 +8,7 @@
 
 Four contenders at several speed-ups, each chosen by the profile's cost model for a prompt of that length:
 
-- prompt mode: chosen by divergence, in the bulk, with linear maps.
+- prompt mode: chosen by divergence, in the bulk, with linear maps, and with windows.
 - the paper's set in the bulk: chosen by similarity, the rest as before.
 - suffix without maps: the last layers in the bulk, nothing in their place, as POP has it.
 - the paper's mode: chosen by similarity, skipped for every token, with the ratio of norms. No online stage.
@@ -153,11 +153,13 @@ def make_plans(profile: Profile, prompt: int, wanted: Mapping[str, Sequence[floa
                 "ffn": skipped.ffn,
                 "head": plan.head,
                 "tail": plan.tail,
+                "windowed": plan.windowed,
+                "window_size": plan.window_size,
                 "compensation": plan.compensation,
                 "predicted": predicted,
             }
-            n = f"{len(skipped.attention)} attentions, {len(skipped.ffn)} FFNs"
-            print(f"{key} x: {n}, predicted {predicted:.2f} x")
+            n = f"{len(skipped.attention)} attentions and {len(skipped.ffn)} FFNs skipped"
+            print(f"{key} x: {n}, {len(plan.windowed)} windowed to {plan.window_size}, predicted {predicted:.2f} x")
     return plans
 
 
@@ -287,7 +289,8 @@ def table(data: dict[str, Any]) -> str:
         f"adaskip-cpp {data['origin']['version']}, n_batch {settings['n_batch']}, n_ubatch {settings['n_ubatch']}, "
         f"KV {settings['type_k']}, {flash}. {N_BEHIND} tokens behind each of {len(kinds)} prompts ({texts}), each "
         f"a round in turn; whole model {f'{statistics.median(whole):.2f} s' if whole else '-'}.\n",
-        "| | predicted | skipped: attentions, FFNs | time to first token | added loss | agreement | KL | pass keys |",
+        "| | predicted | skipped: attentions, FFNs; windowed | time to first token | added loss | agreement | KL "
+        "| pass keys |",
         "|---|---|---|---|---|---|---|---|",
     ]
     order = list(CONTENDERS)
@@ -301,7 +304,7 @@ def table(data: dict[str, Any]) -> str:
         cells = [
             row["contender"],
             f"{plan['predicted']:.2f}",
-            f"{len(plan['attention'])}, {len(plan['ffn'])}",
+            f"{len(plan['attention'])}, {len(plan['ffn'])}; {len({*plan['windowed']} - {*plan['attention']})}",
             _told(values.get("speed"), 2),
             _told(values.get("loss"), 3),
             _told(values.get("agreement"), 2, ends=False),

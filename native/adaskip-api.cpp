@@ -4,6 +4,7 @@
 
 #include "adaskip-error.h"
 #include "adaskip-topology.h"
+#include "adaskip-window.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -54,7 +55,7 @@ static int32_t n_layer_of(const llama_context & ctx) {
 }
 
 // the topology of a graph of a few tokens, built only to be looked at
-static adaskip_topology sample_topology(llama_context & ctx) {
+static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> & windowable) {
     ctx.synchronize();
     ctx.sched_reserve();
 
@@ -69,6 +70,10 @@ static adaskip_topology sample_topology(llama_context & ctx) {
     ctx.adaskip.look = [&](ggml_cgraph * gf, const llm_graph_result & gf_res) {
         res = adaskip_topology_find(
                 gf, gf_res.t_embd ? gf_res.t_embd : gf_res.t_logits, n_layer_of(ctx), ctx.adaskip.kv_elided());
+        for (const auto & layer : res.layers) {
+            const auto * term = res.term(layer[ADASKIP_ATTENTION]);
+            windowable.push_back(term && adaskip_kv_reads::find(gf, term->attention) && ctx.get_cparams().causal_attn);
+        }
     };
     const uint32_t n_seqs   = ctx.n_seq_max();
     const uint32_t n_tokens = 2 * n_seqs;
@@ -90,8 +95,9 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
     if (!ctx.adaskip.sublayers.empty()) {
         return ctx.adaskip.sublayers;
     }
-    const auto   topology = sample_topology(ctx);
-    const auto & hparams  = ctx.get_model().hparams;
+    std::vector<bool> windowable;
+    const auto        topology = sample_topology(ctx, windowable);
+    const auto &      hparams  = ctx.get_model().hparams;
 
     std::vector<adaskip_sublayer>                      res;
     std::map<std::pair<int32_t, std::string>, int32_t> shapes; // by the window and what the rest of a sublayer is
@@ -107,10 +113,10 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
         if (sublayer.kind == ADASKIP_ATTENTION && hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(i / 2)) {
             sublayer.window = (int32_t) hparams.n_swa;
         }
-        if (loc.i_junction >= 0) {
-            const auto & term = topology.junctions[loc.i_junction].terms[loc.i_term];
+        sublayer.windowable = sublayer.kind == ADASKIP_ATTENTION && sublayer.window == 0 && windowable[i / 2];
+        if (const auto * term = topology.term(loc)) {
             sublayer.shape =
-                    shapes.try_emplace({ sublayer.window, term.shape() }, (int32_t) shapes.size()).first->second;
+                    shapes.try_emplace({ sublayer.window, term->shape() }, (int32_t) shapes.size()).first->second;
         }
         snprintf(sublayer.reason, sizeof(sublayer.reason), "%s", loc.reason.c_str());
         res.push_back(sublayer);

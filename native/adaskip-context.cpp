@@ -27,6 +27,10 @@ bool adaskip_context::begin(const llama_ubatch & ubatch) {
 }
 
 void adaskip_context::check(const llama_ubatch & ubatch) {
+    if (!active_set().windowed.empty() && ubatch.n_seqs_unq > 1) {
+        throw adaskip_exception(ADASKIP_ERROR_SEQUENCES,
+                "the plan has attentions that look back at a window, which read one sequence at a time");
+    }
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
         const llama_seq_id seq_id    = ubatch.seq_id_unq[s];
         const llama_pos    pos_stale = first_stale(seq_id, phase);
@@ -130,6 +134,7 @@ void adaskip_context::rewrite(
 
     pass.check();
     pass.skip_sublayers();
+    pass.narrow_attentions(res, *kv);
 
     if (end && has_stat) {
         const bool on_device = observer.reduces_on_device();

@@ -38,6 +38,17 @@ bool adaskip_cell_counts::all_of(llama_seq_id seq_id, const std::function<bool(u
 // adaskip_kv
 //
 
+const llama_kv_cache * adaskip_kv::cache_of(const ggml_tensor * k) const {
+    for (const auto * cache : caches) {
+        for (const auto & layer : cache->layers) {
+            if (layer.k == k) {
+                return cache;
+            }
+        }
+    }
+    return nullptr;
+}
+
 llama_pos adaskip_kv::first_unreadable(llama_seq_id seq_id, const std::function<bool(uint64_t)> & is_readable) const {
     llama_pos res = std::numeric_limits<llama_pos>::max();
 

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+struct ggml_tensor;
 struct llama_hparams;
 class llama_io_read_i;
 class llama_io_write_i;
@@ -45,6 +46,9 @@ struct adaskip_kv {
 
     std::vector<const llama_kv_cache *>         caches;
     std::vector<const llama_memory_recurrent *> states;
+
+    // the cache that holds this tensor of K, null if there is none
+    const llama_kv_cache * cache_of(const ggml_tensor * k) const;
 
     // the first position of the sequence whose set does not satisfy f, INT32_MAX where there is none; 0 if it went into
     // a recurrent state, which cannot be rewound

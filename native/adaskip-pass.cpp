@@ -15,7 +15,7 @@
 static constexpr uint32_t ADASKIP_NODES_PER_SUBLAYER = 24;
 
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer) {
-    return 2 * n_layer * ADASKIP_NODES_PER_SUBLAYER + ADASKIP_NODES_PER_SUBLAYER;
+    return n_layer * (2 * ADASKIP_NODES_PER_SUBLAYER + adaskip_window::N_TENSORS) + ADASKIP_NODES_PER_SUBLAYER;
 }
 
 // makes a node compute what `src` would, under its own name and flags, so that its consumers need no change
@@ -132,6 +132,22 @@ void adaskip_pass::skip_sublayers() {
     }
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         read_replaced(t);
+    }
+}
+
+void adaskip_pass::narrow_attentions(llm_graph_result & res, const adaskip_kv & kv) {
+    adaskip_window window(ctx, res, kv, set.window, set.n_sinks);
+    for (size_t il = 0; il < topology.layers.size(); ++il) {
+        if (!set.is_windowed((int) il)) {
+            continue;
+        }
+        const auto * term  = topology.term(topology.layers[il][ADASKIP_ATTENTION]);
+        const auto   reads = adaskip_kv_reads::find(gf, term ? term->attention : nullptr);
+        if (!reads) {
+            throw adaskip_exception(ADASKIP_ERROR_NOT_SKIPPABLE,
+                    format("layer %zu: the attention cannot look back at a window in this ubatch", il));
+        }
+        window.narrow(*reads);
     }
 }
 

@@ -2,6 +2,7 @@
 
 #include "adaskip-plan.h"
 #include "adaskip-topology.h"
+#include "adaskip-window.h"
 
 #include "ggml.h"
 
@@ -22,6 +23,9 @@ public:
     void check() const;
 
     void skip_sublayers();
+
+    // lets attentions of the skip set look back at a window
+    void narrow_attentions(llm_graph_result & res, const adaskip_kv & kv);
 
     // a result that nobody reads, null for none
     void drop(const ggml_tensor * root) { dropped.insert(root); }

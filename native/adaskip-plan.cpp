@@ -96,11 +96,28 @@ private:
     uint64_t value = 0xcbf29ce484222325ULL;
 };
 
-static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv) {
+// attentions that look back at a window, of the bulk alone
+struct adaskip_windows {
+    const uint8_t * windowed = nullptr; // [n_layer]
+    int32_t         window   = 0;
+    int32_t         n_sinks  = 0;
+
+    bool has(int32_t il) const { return windowed && windowed[il]; }
+};
+
+static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv, const adaskip_windows & windows) {
     adaskip_hash hash;
     if (keeps_kv) {
         const uint32_t mark = 2 * (uint32_t) set.n_layer; // no sublayer's number
         hash.add(&mark, 1);
+    }
+    for (uint32_t il = 0; il < (uint32_t) set.n_layer; ++il) {
+        if (windows.has((int32_t) il) && !set.skip[2 * il]) {
+            const uint32_t parts[] = { 2 * (uint32_t) set.n_layer + 1, il };
+            hash.add(parts, 2);
+            hash.add(&windows.window, 1);
+            hash.add(&windows.n_sinks, 1);
+        }
     }
     const size_t n_map = set.down ? (size_t) set.n_rank * set.n_embd : 0;
     for (uint32_t i = 0; i < 2 * (uint32_t) set.n_layer; ++i) {
@@ -207,6 +224,21 @@ static void check_set(const llama_model & model, const std::vector<adaskip_subla
     }
 }
 
+static void check_windows(const std::vector<adaskip_sublayer> & sublayers, const adaskip_plan & plan) {
+    if (!plan.windowed) {
+        return;
+    }
+    if (plan.window < 1 || plan.n_sinks < 0) {
+        refuse(ADASKIP_ERROR_ARGUMENT, "the plan has a window of %d tokens and %d sinks", plan.window, plan.n_sinks);
+    }
+    for (int32_t il = 0; il < plan.bulk->n_layer; ++il) {
+        if (plan.windowed[il] && !plan.bulk->skip[2 * il] && !sublayers[2 * il].windowable) {
+            refuse(ADASKIP_ERROR_NOT_SKIPPABLE, "layer %d: the attention cannot look back at a window: %s", il,
+                    sublayers[2 * il].window > 0 ? "it has one of its own" : "it reads its K and V in another way");
+        }
+    }
+}
+
 // the steps of decode and the online stage
 static void check_decode(const adaskip_plan & plan) {
     if (plan.n_decode < 0 || (plan.n_decode > 0 && !plan.decode)) {
@@ -238,13 +270,19 @@ static void check_decode(const adaskip_plan & plan) {
 
 // uploads the set, unless one of the same id is there
 static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * set, bool keeps_kv,
-        const std::map<uint64_t, const adaskip_skip_set *> & known) {
+        const adaskip_windows & windows, const std::map<uint64_t, const adaskip_skip_set *> & known) {
     adaskip_skip_set res;
     const int32_t    n = set ? 2 * set->n_layer : 0;
-    if (!set || std::all_of(set->skip, set->skip + n, [](uint8_t s) { return s == 0; })) {
+
+    std::vector<bool> windowed(n / 2);
+    for (int32_t il = 0; il < n / 2; ++il) {
+        windowed[il] = windows.has(il) && !set->skip[2 * il];
+    }
+    const bool has_window = std::find(windowed.begin(), windowed.end(), true) != windowed.end();
+    if (!set || (std::all_of(set->skip, set->skip + n, [](uint8_t s) { return s == 0; }) && !has_window)) {
         return res;
     }
-    res.set_id    = make_set_id(*set, keeps_kv);
+    res.set_id    = make_set_id(*set, keeps_kv, windows);
     const auto it = known.find(res.set_id);
     if (it != known.end()) {
         return *it->second;
@@ -254,6 +292,11 @@ static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * 
     res.skip.assign(n, 0);
     res.scale.assign(n, 1.0f);
     res.attention.assign(set->n_layer, false);
+    if (has_window) {
+        res.windowed = std::move(windowed);
+        res.window   = windows.window;
+        res.n_sinks  = windows.n_sinks;
+    }
     for (int32_t i = 0; i < n; ++i) {
         if (set->skip[i]) {
             res.skip[i]  = 1;
@@ -294,6 +337,7 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
     }
     if (plan->bulk) {
         check_set(model, sublayers, elided, plan->bulk, true);
+        check_windows(sublayers, *plan);
     }
     check_set(model, sublayers, elided, plan->prefill, false);
     for (const auto * set : decode) {
@@ -311,15 +355,15 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
 
     adaskip_plan_sets res;
     res.tag  = plan->tag;
-    res.bulk = make_set(model, plan->bulk, true, known);
+    res.bulk = make_set(model, plan->bulk, true, { plan->windowed, plan->window, plan->n_sinks }, known);
     remember(res.bulk);
-    res.prefill = make_set(model, plan->prefill, false, known);
+    res.prefill = make_set(model, plan->prefill, false, {}, known);
     remember(res.prefill);
     res.decode.clear();
     res.decode.reserve(decode.size());
     for (size_t i = 0; i < decode.size(); ++i) {
         res.decode.push_back(
-                { plan->n_decode > 0 ? plan->decode[i].start : 0, make_set(model, decode[i], false, known) });
+                { plan->n_decode > 0 ? plan->decode[i].start : 0, make_set(model, decode[i], false, {}, known) });
         remember(res.decode[i].set);
     }
     if (plan->online) {

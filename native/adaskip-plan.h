@@ -41,18 +41,22 @@ struct adaskip_skip_set {
     std::vector<float>   scale;            // [n_layer][2]
     std::vector<bool>    attention;        // [n_layer], attentions that are skipped
     bool                 keeps_kv = false; // whether these compute and store their K and V all the same
+    std::vector<bool>    windowed;         // [n_layer] or empty, attentions that run and look back at a window
+    int32_t              window  = 0;      // its tokens
+    int32_t              n_sinks = 0;      // positions at the beginning of the sequence that these read besides
 
     adaskip_vectors_ptr bias; // null for none
     adaskip_vectors_ptr down; // likewise, [n_embd, n_rank] each
     adaskip_vectors_ptr up;   // [n_rank, n_embd] each
 
     // What the positions computed under it are known by: a hash of what is skipped and what stands in for it, 0 where
-    // nothing is skipped. Bit 31 is set in all others, see adaskip_write_n_seq_id.
+    // the whole model runs. Bit 31 is set in all others, see adaskip_write_n_seq_id.
     uint64_t set_id = 0;
 
     uint64_t graph_id = 0; // what a graph was built under; 0 for the empty set
 
     bool empty() const { return skip.empty(); }
+    bool is_windowed(int il) const { return !windowed.empty() && windowed[il]; }
     bool skips(int il, int kind) const { return !skip.empty() && skip[2 * il + kind]; }
 };
 

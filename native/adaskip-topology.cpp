@@ -100,6 +100,8 @@ struct branch_info {
     bool reads_earlier  = false; // depends on what was computed before the residual
     int  n_attention    = 0;
     bool recurrent      = false;
+
+    ggml_tensor * attention = nullptr; // the last of them that was met
 };
 
 struct finder {
@@ -172,7 +174,10 @@ struct finder {
             if (!res.nodes.insert(t).second) {
                 continue;
             }
-            res.n_attention += is_attention_op(t);
+            if (is_attention_op(t)) {
+                res.attention = t;
+                ++res.n_attention;
+            }
             res.recurrent |= is_recurrent_op(t->op);
             for (auto * src : t->src) {
                 if (src) {
@@ -275,6 +280,7 @@ struct finder {
                                                           : ADASKIP_TERM_FFN;
 
         res.reads_earlier = info.reads_earlier;
+        res.attention     = info.attention;
 
         const auto layers = layers_of(info);
         res.il            = layers.empty() ? -1 : *layers.rbegin();

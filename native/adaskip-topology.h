@@ -25,6 +25,8 @@ struct adaskip_term {
     bool shared        = false; // whether it uses weights of other layers too
     bool reads_earlier = false; // whether it reads what was computed before its residual and is not that
 
+    ggml_tensor * attention = nullptr; // its attention operation, where it has one
+
     std::vector<ggml_tensor *> weights; // of its layer
     std::vector<ggml_tensor *> caches;  // memory tensors that it reads
     std::vector<ggml_tensor *> stores;  // nodes that write them and that nothing else consumes
@@ -58,6 +60,11 @@ struct adaskip_location {
 struct adaskip_topology {
     std::vector<adaskip_junction>                junctions; // in the order in which they are computed
     std::vector<std::array<adaskip_location, 2>> layers;    // [n_layer][attention, FFN]
+
+    // null where it was not found
+    const adaskip_term * term(const adaskip_location & loc) const {
+        return loc.i_junction < 0 ? nullptr : &junctions[loc.i_junction].terms[loc.i_term];
+    }
 };
 
 // `end` is a node behind the last layer, such as the result of the final norm. Layers in `elided` have no KV of their

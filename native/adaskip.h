@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 6
+#define ADASKIP_ABI_VERSION 7
 
 struct llama_context;
 
@@ -71,6 +71,7 @@ struct adaskip_sublayer {
     int32_t shape;  // equal for sublayers of equal weights, cache and window that both compute K and V or both do not,
                     // which take equally long; -1 if not found
     int32_t window; // tokens that an attention looks back at, 0 for all
+    int32_t windowable;  // 0 or 1: an attention that the bulk may let look back at a window
     char    reason[160]; // why it is not skippable in every phase, empty when it is
 };
 
@@ -114,6 +115,13 @@ struct adaskip_plan {
     // Its attentions compute and store their K and V from the stream as it is, so that later tokens may attend to them,
     // and nothing else. NULL: run everything. Needs a context with KV for every attention.
     const struct adaskip_set * bulk;
+
+    // Attentions that run in the bulk and look back at `window` tokens alone, a token itself included, and at positions
+    // below n_sinks. What they store is of the stream that this leaves. NULL for none. A ubatch of the bulk is then of
+    // one sequence. Without `bulk` it is not read.
+    const uint8_t * windowed; // [n_layer], 0 or 1
+    int32_t         window;   // >= 1 where windowed is not NULL
+    int32_t         n_sinks;  // >= 0, likewise
 
     const struct adaskip_set * prefill; // NULL: run everything
 

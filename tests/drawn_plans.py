@@ -34,7 +34,9 @@ def skip_sets(draw: st.DrawFn, attention: Collection[int] = ()) -> SkipSet:
 
 
 @st.composite
-def plans(draw: st.DrawFn, thresholds: Sequence[float], attention: Collection[int] = ()) -> SkipPlan:
+def plans(
+    draw: st.DrawFn, thresholds: Sequence[float], attention: Collection[int] = (), windowable: Sequence[int] = ()
+) -> SkipPlan:
     """Nothing, or sets of which each skips every attention of the one before, in every form that a plan has.
 
     Beside any of them the bulk of a prompt may have a set, unless some attentions have no KV that it could keep.
@@ -43,12 +45,15 @@ def plans(draw: st.DrawFn, thresholds: Sequence[float], attention: Collection[in
         draw: from Hypothesis.
         thresholds: of the online stage; () for plans without online stage and schedule.
         attention: layers whose attention is always skipped.
+        windowable: layers whose attention may look back at a window in the bulk.
     """
     plan = draw(_without_bulk(thresholds, attention))
     if attention or not draw(st.booleans()):
         return plan
     bulk = draw(skip_sets(plan.prefill.attention))
-    return replace(plan, bulk=bulk, head=draw(st.integers(0, 4)), tail=draw(st.integers(1, 6)))
+    windowed = tuple(layer for layer in windowable if draw(st.booleans()))
+    around = {"head": draw(st.integers(0, 4)), "tail": draw(st.integers(1, 6)), "window_size": draw(st.integers(1, 9))}
+    return replace(plan, bulk=bulk, windowed=windowed, **around)
 
 
 @st.composite

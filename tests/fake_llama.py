@@ -63,7 +63,7 @@ class FakeLlama:
     @property
     def sublayers(self) -> list[Any]:
         return [
-            SimpleNamespace(layer=layer, kind=name, skippable=may, in_bulk=may)
+            SimpleNamespace(layer=layer, kind=name, skippable=may, in_bulk=may, windowable=False)
             for layer in range(self.n_layer)
             for kind, name in enumerate(("attention", "ffn"))
             for may in [(layer, kind) not in self._unobserved]

@@ -23,6 +23,7 @@ __all__ = [
     "ReferenceModel",
     "ReferenceRun",
     "Trace",
+    "Windows",
     "mean_similarity",
     "median_ratio",
     "norm_ratio",
@@ -36,6 +37,15 @@ ATTENTION, FFN = 0, 1
 
 class KvHoleError(ValueError):
     """An attention would read a position whose K and V it never wrote."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Attentions of ``layers`` look back at ``size`` tokens, the token's own included, and at the first ``n_sinks``."""
+
+    layers: tuple[int, ...]
+    size: int
+    n_sinks: int
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,7 @@ class ReferenceRun:
         down: npt.ArrayLike | None = None,
         up: npt.ArrayLike | None = None,
         keeps_kv: bool = False,
+        windows: Windows | None = None,
     ) -> Trace:
         """Append tokens to the sequence, at the positions behind its last one.
 
@@ -192,6 +203,7 @@ class ReferenceRun:
             down: float [n_layer, 2, rank, n_embd]; 0 when None.
             up: float [n_layer, 2, n_embd, rank]; given with ``down``.
             keeps_kv: whether a skipped attention writes K and V all the same, of its input as it is.
+            windows: attentions that look back at a window.
 
         Raises:
             KvHoleError: If an attention runs that was skipped at an earlier position.
@@ -206,13 +218,13 @@ class ReferenceRun:
         start = self.positions.max(initial=-1) + 1
         self.positions = np.concatenate([self.positions, np.arange(start, start + len(tokens))])
         nothing = np.full((len(tokens), model.n_head_kv, model.head_dim), np.nan, model.dtype)
-        x = model.embed(tokens)
+        x, windowed = model.embed(tokens), () if windows is None else windows.layers
         for layer in range(model.n_layer):
             layer_input = x
             for kind, branch in ((ATTENTION, self._attention), (FFN, self._ffn)):
                 u = x
                 if not skipped[layer, kind]:
-                    x = u + branch(u, layer)
+                    x = u + branch(u, layer, windows if layer in windowed else None)
                 else:
                     if kind == ATTENTION:
                         self._store(layer, *(self._kv(u, layer) if keeps_kv else (nothing, nothing)))
@@ -249,7 +261,7 @@ class ReferenceRun:
         k, v = (model.linear(h, layer, f"attn_{name}").reshape(len(x), model.n_head_kv, -1) for name in "kv")
         return model.norm(k, f"blk.{layer}.attn_k_norm") if model.is_gemma else k, v
 
-    def _attention(self, x: Array, layer: int) -> Array:
+    def _attention(self, x: Array, layer: int, windows: Windows | None) -> Array:
         model, n = self.model, len(x)
         if np.isnan(self._keys[layer]).any():
             raise KvHoleError(f"attention of layer {layer} did not run for all of {self.n_past - n} positions")
@@ -268,13 +280,16 @@ class ReferenceRun:
         scores = q @ keys.transpose(0, 2, 1) / model.dtype.type(np.sqrt(model.head_dim))
         distance = own[:, None] - self.positions
         window = model.window[layer]
-        scores = np.where((distance < 0) | (distance >= (window or np.inf)), -np.inf, scores)
+        unseen = (distance < 0) | (distance >= (window or np.inf))
+        if windows is not None:
+            unseen |= (distance >= windows.size) & (self.positions >= windows.n_sinks)
+        scores = np.where(unseen, -np.inf, scores)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         y = model.linear((weights @ values).transpose(1, 0, 2).reshape(n, -1), layer, "attn_output")
         return model.norm(y, f"blk.{layer}.post_attention_norm") if model.is_gemma else y
 
-    def _ffn(self, x: Array, layer: int) -> Array:
+    def _ffn(self, x: Array, layer: int, _: Windows | None) -> Array:
         model = self.model
         h = model.norm(x, f"blk.{layer}.ffn_norm")
         gate = model.activate(model.linear(h, layer, "ffn_gate"))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from drawn_plans import NOTHING
 from hypothesis import reject
-from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace
+from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.plan import OnlineStage
@@ -29,19 +29,33 @@ __all__ = ["Cell", "Cells", "History", "common_prefix", "is_readable"]
 class Cell:
     """One cached position: its token, what it was computed under, and if an online stage made that, of what and how.
 
-    ``in_bulk`` tells whether the attentions of that set kept K and V.
+    ``in_bulk`` tells whether the attentions of that set kept K and V, ``windows`` which others looked back at a window.
     """
 
     token: int
     skip_set: SkipSet
     made_of: tuple[SkipSet, OnlineStage] | None = None
     in_bulk: bool = False
+    windows: Windows | None = None
+
+    @classmethod
+    def bulk_of(cls, token: int, plan: SkipPlan) -> Cell:
+        assert plan.bulk is not None
+        return cls(token, plan.bulk, in_bulk=True, windows=windows_of(plan))
+
+
+def windows_of(plan: SkipPlan) -> Windows | None:
+    """The attentions that look back at a window where the bulk of a plan runs them; None for none."""
+    skipped = () if plan.bulk is None else plan.bulk.attention
+    layers = tuple(layer for layer in plan.windowed if layer not in skipped)
+    return Windows(layers, plan.window_size, plan.head) if layers else None
 
 
 def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet) -> bool:
     """Whether a set of a plan may read a cached position."""
     if cell.in_bulk:
-        return cell.skip_set.n_skip == 0 or cell.skip_set == plan.bulk
+        is_whole = cell.skip_set.n_skip == 0 and cell.windows is None
+        return is_whole or (cell.skip_set == plan.bulk and cell.windows == windows_of(plan))
     if not set(cell.skip_set.attention) <= set(skip_set.attention):
         return False
     if cell.made_of is not None:
@@ -65,11 +79,12 @@ class Cells:
             del self._done[common:], self._traces[common:]
         while len(self._done) < len(cells):
             start = len(self._done)
-            each, in_bulk = cells[start].skip_set, cells[start].in_bulk
-            under = [(cell.skip_set, cell.in_bulk) == (each, in_bulk) for cell in cells]
+            each, in_bulk, windows = cells[start].skip_set, cells[start].in_bulk, cells[start].windows
+            under = [(cell.skip_set, cell.in_bulk, cell.windows) == (each, in_bulk, windows) for cell in cells]
             end = next((i for i in range(start, len(cells)) if not under[i]), len(cells))
             tokens = [cell.token for cell in cells[start:end]]
-            trace = self._run.eval(tokens, each.skip, each.scale, each.bias, each.down, each.up, keeps_kv=in_bulk)
+            compensation = each.scale, each.bias, each.down, each.up
+            trace = self._run.eval(tokens, each.skip, *compensation, keeps_kv=in_bulk, windows=windows)
             self._traces += [trace.at(i) for i in range(len(tokens))]
             self._done += cells[start:end]
         return self._traces[index]
@@ -134,8 +149,8 @@ class History:
     def eval_bulk(self, tokens: list[int]) -> None:
         """Evaluate tokens of a prompt that is to go on."""
         self._append_prompt(self._forget_unreadable(self.plan.prefill))
-        bulk = self.plan.bulk
-        self.cells += [Cell(token, bulk or self.plan.prefill, in_bulk=bulk is not None) for token in tokens]
+        plan = self.plan
+        self.cells += [Cell(t, plan.prefill) if plan.bulk is None else Cell.bulk_of(t, plan) for t in tokens]
         self.logits_are_current = False
 
     def _forget_unreadable(self, skip_set: SkipSet) -> list[int]:
@@ -153,7 +168,7 @@ class History:
         for n_left in range(len(tokens), 0, -1):
             token = tokens[-n_left]
             if plan.bulk is not None and len(self.cells) >= plan.head and n_left > plan.tail:
-                self.cells.append(Cell(token, plan.bulk, in_bulk=True))
+                self.cells.append(Cell.bulk_of(token, plan))
             else:
                 self.cells.append(Cell(token, plan.prefill))
         self.logits_are_current = self.logits_are_current or bool(tokens)

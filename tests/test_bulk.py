@@ -17,7 +17,7 @@ from sequence_oracle import Cells, History
 from tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.errors import ElidedKVError, NotSkippableError
+from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
@@ -27,6 +27,7 @@ Open = Callable[..., Any]
 
 NOTHING = SkipSet.none(N_LAYER)
 RANK = 2
+F16 = 1  # GGML_TYPE_F16
 TOLERANCE = {"llama": 1e-5, "llama-tied": 1e-5, "llama-bias": 1e-5, "gemma3": 1e-3, "gptneox-parallel": 2e-3}
 REFERENCED = ["llama", "llama-tied", "llama-bias", "gemma3"]
 SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in (0, 1)]
@@ -120,6 +121,74 @@ def test_any_sets_in_all_phases_and_any_cut_give_the_reference(
         expected.decode([token])
     assert {cell.in_bulk for cell in expected.cells[:16]} == {cell.in_bulk for cell in expected.cells} == {True, False}
     assert error(llm, expected) < TOLERANCE[name]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"n_batch": 7}, {"n_ubatch": 3}, {"flash_attn": True}, {"flash_attn": True, "type_k": F16, "type_v": F16}],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [1, 5, 30])
+@pytest.mark.parametrize("name", REFERENCED)
+def test_attentions_look_back_at_a_window_in_the_bulk(
+    name: str, size: int, options: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    layers = (1,) if name == "gemma3" else (0, 1)  # Gemma's others have windows of their own
+    of = plan(chosen((2, 0), (0, 1)), windowed=layers, window_size=size, tail=5)
+    llm, expected = open_model(tiny(name), **options), history(tiny(name), of)
+    llm.set_plan(of)
+    for start, end in ((0, 30), (30, 90)):
+        for each in (llm, expected):
+            each.eval(tokens(90)[start:end])
+    tolerance = max(TOLERANCE[name], 1e-2 if options.get("flash_attn") else 0.0)  # flash attention rounds to F16
+    assert error(llm, expected) < tolerance
+    without = Cells(ReferenceModel(tiny(name))).trace([replace(cell, windows=None) for cell in expected.cells], -1)
+    if name != "gemma3":  # the sliding layer behind its full one sees 8 tokens alone, all of the tail
+        assert relative_error(llm.scores[llm.n_tokens - 1][None], without.logits) > 2 * tolerance
+
+
+def test_a_window_of_everything_changes_nothing(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    llm = open_model(tiny())
+    logits = []
+    for windowed in ((), (0, 1, 2)):
+        llm.set_plan(plan(NOTHING, windowed=windowed, window_size=90))
+        llm.reset()
+        llm.eval(tokens(90))
+        logits.append(llm.scores[:90].copy())
+    assert relative_error(*logits) < 1e-6  # other products of the same numbers
+
+
+def test_who_has_a_window_already_gets_no_other(tiny: Tiny, open_model: Open) -> None:
+    llm = open_model(tiny("gemma3"))
+    assert [each.windowable for each in llm.sublayers if each.kind == "attention"] == [False, True, False]
+    assert not any(each.windowable for each in llm.sublayers if each.kind == "ffn")
+    with pytest.raises(NotSkippableError, match="layer 0: the attention cannot look back at a window: it has one"):
+        llm.set_plan(plan(NOTHING, windowed=(0,)))
+    assert llm.plan is None
+
+
+def test_windows_read_the_cells_that_they_need_and_no_more(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    """Of 3,000 cells 256 blocks are read; and the graph is as large as ever, whatever the context."""
+    llm = open_model(tiny(), n_ctx=3072, n_batch=256, logits_all=False)
+    llm.set_plan(plan(NOTHING, windowed=(0, 1), window_size=50))
+    n_nodes = []
+    for start in range(0, 3000, 250):
+        llm.eval_bulk((tokens(3000))[start : start + 250])
+        n_nodes.append((llm.counters.nodes, llm.counters.splits))
+    assert len(set(n_nodes[1:])) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"windowed": (3,)}, "the model has no attention of layer 3"),
+        ({"windowed": (0,), "window_size": 0}, "the window size is 0; use a whole number of tokens from 1 on"),
+        ({"windowed": (0,), "bulk": None}, "look back at a window in the bulk of a prompt; give a bulk set too"),
+    ],
+)
+def test_impossible_windows_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        SkipPlan(NOTHING, NOTHING, **{"bulk": NOTHING, **arguments})
 
 
 @pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)

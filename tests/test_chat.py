@@ -240,7 +240,7 @@ def test_a_plan_beside_the_model_is_used_and_told_and_its_profile_once_it_is_nee
         words = ["chat", str(model), "--temp", "0", "--max-tokens", "6"]
         result = CliRunner().invoke(main, words, input="hello\n/plan\n/skip 1\n", prog_name="adaskip-cpp")
         assert statuses(result)[0].count("skipped 2 prefill, 2 decode") == 1
-        assert "2 of 6 sublayers are skipped: chat.adaskip-plan.json" in " ".join(result.stderr.split())
+        assert "2 of 6 sublayers skipped: chat.adaskip-plan.json" in " ".join(result.stderr.split())
         assert "strategy manual" in result.stderr and "/skip needs a profile" in result.stderr
         Profile.load(profile).save(files[1])
         result = CliRunner().invoke(main, words, input="/skip 1\n", prog_name="adaskip-cpp")

@@ -28,6 +28,7 @@ from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
 from adaskip_cpp.model.plan import MODES
+from adaskip_cpp.model.profile import Windows
 from adaskip_cpp.model.promise import Promise, SpeedUp, Tuning
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.pictures.heatmap import print_heatmap
@@ -482,6 +483,28 @@ def test_generate_tells_what_the_bulk_skipped(run: Run, tiny: Any, profile_path:
     assert run("plan", profile_path, *args, "-o", tmp_path / "plan.json").exit_code == 0
     again = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
     assert again.exit_code == 0 and "in the bulk of the prompt" in again.stderr
+
+
+def test_windows_are_chosen_by_hand_and_told(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+    profile = Profile.load(profile_path)
+    replace(profile, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3))).save(profile_path)
+    args = ["--skip", 1, "--windowed", 3, "--window-size", 5, "--head", 0, "--tail", 4]  # one of the three is skipped
+    shown = run("plan", profile_path, *args, "-o", tmp_path / "plan.json").stdout
+    assert "1 of 6 sublayers skipped in the bulk of a prompt" in " ".join(shown.split())
+    assert "attention in the bulk looks back at 5 tokens in layers: 0, 1" in shown
+    assert "looks back at 5 tokens" in run("plan", tmp_path / "plan.json").stdout
+    result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert "(1 attention, 0 FFN), 2 attentions windowed to 5 tokens" in " ".join(result.stderr.split())
+    assert "3 attentions can look back at a window in the bulk." in run("inspect", tiny()).stdout
+
+
+def test_windows_alone_are_a_plan(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+    profile = Profile.load(profile_path)
+    replace(profile, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3))).save(profile_path)
+    assert run("plan", profile_path, "--skip", 0, "--windowed", 1, "-o", tmp_path / "plan.json").exit_code == 0
+    result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
+    assert "1 attention windowed to 252 tokens" in " ".join(result.stderr.split())
 
 
 def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(

@@ -107,6 +107,8 @@ def test_the_hash_of_a_plan_is_of_all_that_it_does(profile: Profile) -> None:
         profile.plan(4, mode="e2e"),
         profile.plan(4, mode="e2e", window=9),
         profile.plan(4, strategy="skip_decode"),
+        replace(profile.plan(4), windowed=(0,)),
+        replace(profile.plan(4), windowed=(0,), window_size=9),
     ]
     assert len({content_hash(plan) for plan in plans}) == len(plans)
     assert content_hash(profile.plan(4)) == content_hash(profile.plan(4))

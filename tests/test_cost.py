@@ -404,6 +404,19 @@ def test_a_prompt_with_a_bulk_is_cut_into_head_pieces_and_tail() -> None:
         model.seconds(plan, 39, "prefill", cached=39)
 
 
+def test_windowed_attentions_stop_growing_in_the_bulk() -> None:
+    costs = cost_model(1, [1, 1], [1, 1], size=256, growth=[0.01, 0.01], kept=[0.5, 0.5])
+    context = 4 + 12 * 256 + 64
+    around = {"windowed": (0, 1), "window_size": 100}  # of layer 1, the last, nobody reads the attention
+    narrow, wide = (costs.seconds(None, context, "bulk", **more) for more in (around, {}))
+    cells = 256 * np.ceil(np.arange(260, context - 63, 256) / 256)
+    assert wide - narrow == pytest.approx(0.01 * np.maximum(cells - 512, 0).sum())
+    none = SkipSet.none(2)
+    plan = SkipPlan(none, none, bulk=none, **around)  # type: ignore[arg-type]
+    assert costs.seconds(plan, context, "prefill") == narrow
+    assert costs.seconds(plan, context, "decode") == costs.seconds(None, context, "decode")
+
+
 def test_the_last_token_is_by_itself_where_upper_layers_have_no_kv_of_their_own() -> None:
     model = cost_model(1, [1, 1, 1], [3, 3, 3], kept=[0.25, 0.25, 0.25], n_layer_kv=2)
     assert model.seconds(None, 513, "prefill") == pytest.approx(1 + 4 + 0.25 + 0.13)

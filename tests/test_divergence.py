@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from fake_llama import FakeLlama
-from reference import ReferenceModel, ReferenceRun
+from reference import ReferenceModel, ReferenceRun, Windows
 
 import adaskip_cpp
 from adaskip_cpp import Profile, SkipPlan
-from adaskip_cpp.calibration.divergence import N_BEHIND, measure_divergence
+from adaskip_cpp.calibration.divergence import N_BEHIND, measure_divergence, measure_windows
 from adaskip_cpp.model.statistics import WHOLE, map_scale
 
 Tiny = Callable[..., Path]
@@ -39,7 +39,17 @@ def behind(model: ReferenceModel, piece: Sequence[int], n: int, skip: Any = None
 
 
 def expected(path: Path, profile: Profile, pieces: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
-    """The mean over all judged tokens of sum p log(p / q), every sublayer alone; with what stands in by the maps."""
+    """The mean over all judged tokens of sum p log(p / q), every sublayer alone; with what stands in by the maps.
+
+    Those in the greater half in the first piece are judged by that alone.
+    """
+    if len(pieces) > 1:
+        first, every = (expected_of_all(path, profile, each) for each in (pieces[:1], pieces))
+        return np.where(first <= np.sort(first, axis=None)[first.size // 2 - 1], every, first)
+    return expected_of_all(path, profile, pieces)
+
+
+def expected_of_all(path: Path, profile: Profile, pieces: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
     model, maps = ReferenceModel(path), profile.maps
     assert maps is not None
     result, scale = np.zeros((model.n_layer, 2)), map_scale(profile.median_ratio)
@@ -70,6 +80,37 @@ def test_each_figure_is_the_mean_divergence_of_the_tokens_behind(
     np.testing.assert_allclose(found, wanted, rtol=2e-2 if name == "gemma3" else 1e-3, atol=1e-6 * wanted.max())
     assert (wanted[:-1] > 0).all()
     assert (found[-1] == 0).all(), "nobody reads what the last layer makes of a bulk, and batches are the same"
+
+
+def test_windows_cost_what_the_reference_says(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    """An eighth of each piece, between a head of 4 and a tail of 64; of no attention, one, two and all."""
+    pieces = [tokens(200, 10), tokens(160, 11)]
+    found = measure_windows(open_model(tiny(), n_ctx=256), pieces)
+    assert found is not None and found.layers == (0, 1, 2)
+    model, wanted = ReferenceModel(tiny()), []
+    for n in range(4):
+        divergences = []
+        for piece in pieces:
+            behind_n, odds = min(48, len(piece) // 4), []
+            for layers in ((), (0, 1, 2)[3 - n :]):
+                run, end = ReferenceRun(model), len(piece) - behind_n
+                run.eval(piece[:4])
+                run.eval(piece[4 : end - 64], windows=Windows(layers, len(piece) // 8, 4))
+                run.eval(piece[end - 64 : end])
+                logits = np.asarray(run.eval(piece[end:]).logits, np.float64)
+                odds.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+            divergences.extend((np.exp(odds[0]) * (odds[0] - odds[1])).sum(axis=1))
+        wanted.append(np.mean(divergences))
+    np.testing.assert_allclose(found.divergence, np.maximum.accumulate(wanted), rtol=2e-3, atol=1e-8)
+    assert found.divergence[1] < found.divergence[3], "nobody reads the last layer's attention in the bulk"
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gemma3", (1,)), ("mamba", None)])
+def test_what_cannot_be_windowed_has_no_part_in_it(
+    name: str, layers: tuple[int, ...] | None, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    found = measure_windows(open_model(tiny(name)), [tokens(60)])
+    assert (None if found is None else found.layers) == layers
 
 
 def test_of_a_long_piece_the_last_48_tokens_are_judged(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import OpenModel, TinyModel
-from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, relative_error
+from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows, relative_error
 from stock import EXACT
 from tiny_families import N_LAYER
 
@@ -52,6 +52,8 @@ PROMPT = SkipPlan(
     bulk=SkipPlan.manual(N_LAYER, attention=[0], ffn=[1, 2], scale=0.9).prefill,
     head=2,
     tail=3,
+    windowed=(1,),
+    window_size=5,
 )
 
 
@@ -205,7 +207,7 @@ def test_behind_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
         run = ReferenceRun(reference)
         run.eval(item.tokens[:2])
         factor = PROMPT.bulk.scale
-        run.eval(item.tokens[2 : split - 3], PROMPT.bulk.skip, factor, keeps_kv=True)
+        run.eval(item.tokens[2 : split - 3], PROMPT.bulk.skip, factor, keeps_kv=True, windows=Windows((1,), 5, 2))
         run.eval(item.tokens[split - 3 : split])
         other = run.eval(item.tokens[split:-1]).logits
         full = prompt_logits(reference, item.tokens, None)[split:-1]

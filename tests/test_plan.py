@@ -268,7 +268,14 @@ def test_plans_are_equal_by_their_bulk_head_and_tail() -> None:
         return SkipPlan(skip_set(), skip_set(), **{"bulk": skip_set((3, 0)), "head": 4, "tail": 16, **changes})
 
     assert plan() == plan(head=np.int64(4)) and hash(plan()) == hash(plan(head=np.int64(4)))
-    for changes in ({"bulk": None}, {"bulk": skip_set((3, 1))}, {"head": 0}, {"tail": 1}):
+    for changes in (
+        {"bulk": None},
+        {"bulk": skip_set((3, 1))},
+        {"head": 0},
+        {"tail": 1},
+        {"windowed": (1,)},
+        {"windowed": (0,)},
+    ):
         assert plan(**changes) != plan()
         assert pickle.loads(pickle.dumps(plan(**changes))) == plan(**changes)
 
@@ -386,6 +393,8 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
         "bulk": {"attention": [{"layer": 3, "scale": 0.25, "bias_norm": 0.0}], "ffn": []},
         "head": 0,
         "tail": 9,
+        "windowed": [],
+        "window_size": None,
         "prefill": {"attention": [], "ffn": [{"layer": 0, "scale": 1.0, "bias_norm": 0.0}]},
         "decode": {
             "attention": [{"layer": 2, "scale": 0.5, "bias_norm": 5.0}],

@@ -116,6 +116,7 @@ GROWN = skip_set(attention=(1, 2), **MAPS)
         SkipPlan(NONE, NONE, bulk=skip_set(**MAPS), head=0, tail=32, mode="prompt"),
         SkipPlan(NONE, skip_set((1,)), bulk=GROWN, online=OnlineStage(7, 0.75, "median"), mode="prompt"),
         SkipPlan(NONE, NONE, bulk=one_map(), mode="prompt"),
+        SkipPlan(NONE, NONE, bulk=NONE, windowed=(0, 2), window_size=764, mode="prompt"),
     ],
     ids=[
         "tuned",
@@ -128,6 +129,7 @@ GROWN = skip_set(attention=(1, 2), **MAPS)
         "bulk",
         "bulk and decode",
         "one map for several",
+        "windows",
     ],
 )
 def test_every_plan_comes_back_as_it_was(plan: SkipPlan, tmp_path: Path) -> None:
@@ -430,7 +432,7 @@ def test_generate_uses_the_plan_beside_the_model_and_says_so(generate: Any, mode
     save_plan(tmp_path / "other.json", make(model))
     tuned = generate()
     assert tuned.exit_code == 0, tuned.output
-    assert "3 of 6 sublayers are skipped, as tuned for an added loss" in said(tuned)
+    assert "3 of 6 sublayers skipped, as tuned for an added loss" in said(tuned)
     assert "model.Q4.adaskip-plan.json; --full runs" in said(tuned)
     named = generate("--plan", tmp_path / "other.json")
     assert named.stdout == tuned.stdout and "as tuned" not in named.stderr

@@ -30,6 +30,7 @@ from adaskip_cpp.errors import (
 )
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.profile import Windows
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import LinearMaps, PhaseStatistics
 from adaskip_cpp.planning.request import PlanRequest
@@ -512,6 +513,40 @@ def test_divergences_that_cannot_be_are_refused(example: Profile, tmp_path: Path
         Profile.load(path)
 
 
+WINDOWS = Windows((0, 2), (0.0, 0.25, 0.5))
+
+
+def test_windows_are_part_of_the_file(example: Profile, tmp_path: Path) -> None:
+    measured = replace(example, windows=WINDOWS)
+    measured.save(tmp_path / "p.json")
+    told = json.loads((tmp_path / "p.json").read_text())["windows"]
+    assert told == {"layers": [0, 2], "divergence": [0.0, 0.25, 0.5]}
+    assert Profile.load(tmp_path / "p.json") == measured != example
+    assert [WINDOWS.last(n) for n in range(3)] == [(), (2,), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"layers": [0, 2], "divergence": [0.0, 0.25]},
+        {"layers": [2, 0], "divergence": [0.0, 0.25, 0.5]},
+        {"layers": [2, 2], "divergence": [0.0, 0.25, 0.5]},
+        {"layers": [0, 3], "divergence": [0.0, 0.25, 0.5]},
+        {"layers": [0, 2], "divergence": [0.0, -0.25, 0.5]},
+        {"layers": [0, 2], "divergence": [0.0, None, 0.5]},
+        {"layers": "all", "divergence": [0.0]},
+        [0, 2],
+    ],
+    ids=str,
+)
+def test_windows_that_cannot_be_are_refused(example: Profile, tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "p.json"
+    example.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "windows": value}))
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*calibrate again"):
+        Profile.load(path)
+
+
 @pytest.mark.parametrize("value", [np.inf, -np.inf, -1e-9, NAN])
 def test_divergences_that_no_calibration_gives_are_refused(example: Profile, value: float) -> None:
     divergence = np.array(DIVERGENCE)
@@ -543,7 +578,7 @@ def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Pr
         raise AssertionError(constant)
 
     data = json.loads((tmp_path / "p.json").read_text(), parse_constant=refuse)
-    assert (data["format"], data["version"]) == ("adaskip-profile", 8)
+    assert (data["format"], data["version"]) == ("adaskip-profile", 9)
     assert data["prefill"]["similarity"] == [[0.5, 0.9], [0.99, None], [0.7, 0.99]]
     assert data["prefill"]["layer_similarity"] == [pytest.approx(0.7), None, pytest.approx(0.845)]
     assert data["decode"]["norm_ratio"] == [[1.2, 1.2], [1.2, None], [1.2, 1.2]]
@@ -614,11 +649,11 @@ def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> Non
         Profile.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 7, 9, "8", None, [8]])
+@pytest.mark.parametrize("version", [0, 8, 10, "9", None, [9]])
 def test_another_format_version_is_refused(example: Profile, tmp_path: Path, version: Any) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps({**example.to_dict(), "version": version}))
-    with pytest.raises(ProfileVersionError, match=r"format version .* reads 8"):
+    with pytest.raises(ProfileVersionError, match=r"format version .* reads 9"):
         Profile.load(path)
 
 

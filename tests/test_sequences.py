@@ -154,7 +154,8 @@ class Calls(RuleBasedStateMachine):
         return len(self.history.cells) < N_CTX - 128
 
     def draw_plan(self, data: st.DataObject) -> SkipPlan:
-        return data.draw(plans(self.kind.thresholds, self.kind.elided))
+        windowable = [1] if self.kind.family == "gemma3" else range(N_LAYER)  # the others have windows of their own
+        return data.draw(plans(self.kind.thresholds, self.kind.elided, windowable))
 
     @precondition(has_room)
     @rule(new=tokens)

@@ -13,6 +13,7 @@ from test_profile import NAN, profile
 
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError, SublayerRangeError
+from adaskip_cpp.model.profile import Windows
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.planning.request import PlanRequest
 from adaskip_cpp.planning.strategies import (
@@ -277,6 +278,49 @@ def test_for_a_speed_up_a_prompt_loses_least_per_second() -> None:
 
         best = min(sum(lost[at] for at in each) for each in sets if seconds(each) <= goal)
         assert seconds(found) <= goal and sum(lost[at] for at in found) <= 1.5 * best + 1e-12
+
+
+def test_for_a_speed_up_attentions_are_windowed_where_that_loses_less() -> None:
+    """Attentions whose time is all growth with the context, which windows save, for nothing or for more than all."""
+    costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
+    similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
+    cheap, dear = (Windows((0, 1, 2, 3), (0.0, *([loss] * 4))) for loss in (0.0, 1e3))
+    request = {"mode": "prompt", "speedup": 1.5, "context": 8000}
+    for windows, n in ((cheap, 3), (dear, 0)):  # three reach it, with nothing skipped
+        known = profile(similarity, divergence=DIVERGENCE, cost=costs, windows=windows)
+        plan = known.plan(**request)
+        assert (len(plan.windowed), plan.window_size) == (n, 1020)
+        assert costs.speedup(plan, 8000, "prefill") >= 1.5
+    assert known.plan(**request, windowed=2, window_size=7).windowed == (2, 3)
+    assert known.plan(**request, ranking="similarity").windowed == () == known.plan(2).windowed
+    assert known.plan(0, windowed=3).windowed == (1, 2, 3)
+    assert profile(similarity, divergence=DIVERGENCE, cost=costs).plan(**request).windowed == ()
+
+
+def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() -> None:
+    costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
+    divergence = np.full((4, 2), NAN)
+    divergence[3] = 1.0
+    similarity = np.where(np.isnan(divergence), NAN, 0.9)
+    known = profile(similarity, divergence=divergence, cost=costs, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3)))
+    with pytest.raises(BudgetError, match="at most"):
+        known.plan(mode="prompt", speedup=1.5, context=8000, windowed=0)
+    assert known.plan(mode="prompt", speedup=1.5, context=8000).windowed
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"windowed": 5}, "4 attentions can look back at a window, not 5; ask for at most 4"),
+        ({"windowed": -1}, "windowed is -1; use a whole number from 0 on"),
+        ({"window_size": 0}, "window_size is 0; use a whole number from 1 on"),
+        ({"windowed": 1, "mode": "e2e"}, "windowed is for the bulk of mode 'prompt'; leave it out of mode 'e2e'"),
+    ],
+)
+def test_impossible_windows_are_refused(request_: dict[str, Any], message: str) -> None:
+    known = profile(np.full((4, 2), 0.9), divergence=DIVERGENCE, windows=Windows((0, 1, 2, 3), (0.0,) * 5))
+    with pytest.raises((BudgetError, PlanError), match=message):
+        known.plan(0, **request_)
 
 
 def test_what_no_bulk_can_skip_is_not_chosen() -> None:

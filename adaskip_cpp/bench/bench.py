@@ -234,7 +234,7 @@ def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip, in_bulk: _Skip) -> t
         own: dict[Phase, tuple[str, str]] = {}
         if plan.prefill.n_skip and plan.bulk is None:
             own["prefill"] = pair(plan.prefill.skip, name)
-        elif plan.bulk is not None and plan.bulk.n_skip and not plan.prefill.n_skip:
+        elif plan.bulk is not None and plan.bulk.n_skip and not (plan.prefill.n_skip or plan.windowed):
             own["prefill"] = pair_in_bulk(plan, plan.bulk.skip, name)
         if plan.decode.n_skip and not plan.schedule and plan.online is None:  # else the set changes within a request
             own["decode"] = pair(plan.decode.skip, f"{name} in decode" if own else name)

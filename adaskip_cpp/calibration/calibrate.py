@@ -19,7 +19,7 @@ from ..model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
 from ..planning.profile import Profile
 from ..progress import progress_bar
 from .cost import measure_cost, set_aside
-from .divergence import N_BEHIND, N_PIECES, N_PROMPT, measure_divergence
+from .divergence import N_BEHIND, N_PIECES, N_PROMPT, measure_divergence, measure_windows
 from .linear import DEFAULT_RANK, LinearFit, Matrix, moments_bytes
 from .similarity import RequestStatistics
 
@@ -134,6 +134,8 @@ def calibrate(
     if pieces:
         with progress_bar("Skipping each sublayer", progress) as on_skipped:
             profile = replace(profile, divergence=measure_divergence(llm, profile, pieces, on_progress=on_skipped))
+        with progress_bar("Narrowing attentions", progress) as on_narrowed:
+            profile = replace(profile, windows=measure_windows(llm, judging, on_progress=on_narrowed))
     return profile
 
 

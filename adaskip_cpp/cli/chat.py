@@ -20,7 +20,7 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .plan import print_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
-from .report import first_token_line, n_skipped, skipped_counts
+from .report import first_token_line, skipped_counts, skipped_words
 from .terminal import Running, answer_options, console, open_quietly, option, users_error, verb
 
 _HELP = """\
@@ -123,8 +123,7 @@ class _Talk:
     def run(self) -> None:
         llm = self.conversation.llm
         if sys.stdin.isatty():
-            n_skip, where = n_skipped(llm.plan)
-            skips = f"{n_skip} of {2 * llm.n_layer} sublayers skipped{where}" if n_skip else "the full model"
+            skips = "the full model" if llm.plan is None or llm.plan.is_whole else skipped_words(llm.plan)
             self.tell(f"Chatting with {skips}. /help lists the commands, Ctrl-D leaves.")
         for text in _messages():
             try:

@@ -61,6 +61,8 @@ def _print(facts: dict[str, Any], sublayers: tuple[Sublayer, ...]) -> None:
     n_in_bulk = sum(row.in_bulk and not row.skippable for row in sublayers)
     in_bulk = f", {n_in_bulk} more in the bulk of a prompt" if n_in_bulk else ""
     out.print(f"{facts['n_skippable']} of {2 * facts['n_layer']} sublayers can be skipped{in_bulk}.")
+    if n_windowable := sum(row.windowable for row in sublayers):
+        out.print(f"{n_windowable} attentions can look back at a window in the bulk.")
 
 
 def _cell(row: Sublayer) -> str:

@@ -19,7 +19,7 @@ from ..planning.profile import Profile
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES, make_plan
 from .lists import LAYERS
-from .report import n_skipped
+from .report import skipped_words
 from .terminal import CHOOSING, option, options
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -76,7 +76,7 @@ class PlanSource:
     def plan(self, context: int) -> SkipPlan | None:
         if self.profile is not None and self.request is not None:
             return make_plan(self.profile, self.request.at(context))
-        return self.file.plan if self.file is not None and n_skipped(self.file.plan)[0] else None
+        return self.file.plan if self.file is not None and not self.file.plan.is_whole else None
 
 
 def find_plan_source(
@@ -127,9 +127,10 @@ def print_cost_note(err: Console, profile: Profile | None, here: CostSettings) -
 def _beside(model: str) -> PlanSource:
     found = plan_beside(model)
     tuned = f", as tuned for {found.tuning.promise}" if found.tuning is not None else ""
-    n, name = n_skipped(found.plan)[0], os.path.basename(plan_path(model))
-    skipped = f"{n} of {2 * found.plan.n_layer} sublayers are skipped{tuned}: {name}; --full runs the whole model."
-    return PlanSource(file=found, note=skipped if n else f"The whole model runs{tuned}: {name}.")
+    name = os.path.basename(plan_path(model))
+    if found.plan.is_whole:
+        return PlanSource(file=found, note=f"The whole model runs{tuned}: {name}.")
+    return PlanSource(file=found, note=f"{skipped_words(found.plan)}{tuned}: {name}; --full runs the whole model.")
 
 
 def _request(given: dict[str, Any]) -> PlanRequest | None:
@@ -183,6 +184,17 @@ _OPTIONS = {
         "--tail",
         type=click.IntRange(min=1),
         help=f"Tokens that end a prompt and are no bulk.  [default: {DEFAULT_TAIL}]",
+    ),
+    "windowed": _choosing(
+        "--windowed",
+        type=click.IntRange(min=0),
+        help="Attentions, the model's last, that look back at a window in the bulk.  [default: what --speedup is best "
+        "reached with, else 0]",
+    ),
+    "window_size": _choosing(
+        "--window-size",
+        type=click.IntRange(min=1),
+        help="Tokens of that window.  [default: an eighth of the prompt]",
     ),
     "strategy": _choosing(
         "--strategy", type=click.Choice(list(STRATEGIES)), help="How to choose sublayers.  [default: adaskip]"

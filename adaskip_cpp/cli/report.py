@@ -61,7 +61,7 @@ def first_token_line(
     The prediction's ratio counts, not its seconds: the machine may be busier, or another one, than the one measured.
     """
     line = f"first token after {_seconds(timing.first_token_s)}"
-    if plan is None or not plan.skipped("bulk").n_skip:
+    if plan is None or not (plan.skipped("bulk").n_skip or plan.windowed):
         return line
     if cost is not None:
         times = cost.speedup(plan, timing.n_prompt, "prefill", cached=timing.n_prompt - timing.n_evaluated)
@@ -76,12 +76,20 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
 
 
-def n_skipped(plan: SkipPlan | None) -> tuple[int, str]:
-    if plan is None:
-        return 0, ""
-    if plan.bulk is not None and plan.bulk.n_skip:
-        return plan.bulk.n_skip, " in the bulk of a prompt"
-    return (plan.prefill.n_skip, "") if plan.prefill.n_skip else (plan.skipped("decode").n_skip, " in decode")
+def skipped_words(plan: SkipPlan) -> str:
+    """Say in a few words what a plan leaves out."""
+    n_skip, where = plan.prefill.n_skip, ""
+    if plan.bulk is not None and plan.bulk.n_skip + len(plan.windowed):
+        n_skip, where = plan.bulk.n_skip, " in the bulk of a prompt"
+    elif not n_skip:
+        n_skip, where = plan.skipped("decode").n_skip, " in decode"
+    return f"{n_skip} of {2 * plan.n_layer} sublayers skipped{window_words(plan, ', ')}{where}"
+
+
+def window_words(plan: SkipPlan, before: str = "") -> str:
+    """Say how many attentions look back at a window; "" for none."""
+    n = len({*plan.windowed} - {*plan.skipped("bulk").attention})
+    return f"{before}{n} attention{'s' * (n > 1)} windowed to {plan.window_size:,} tokens" if n else ""
 
 
 def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
@@ -100,7 +108,8 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
     of_prompt, where = plan.skipped("bulk"), "prefill" if plan.bulk is None else "the bulk of the prompt"
     online = f", {added} FFN added online" if added else ""
     lines = [
-        f"skipped: {prompt} {of} sublayers in {where} ({len(of_prompt.attention)} attention, {len(of_prompt.ffn)} FFN)",
+        f"skipped: {prompt} {of} sublayers in {where} ({len(of_prompt.attention)} attention, {len(of_prompt.ffn)} FFN)"
+        f"{window_words(plan, ', ')}",
         f"         {decode + added} {of} in decode ({len(now.attention)} attention, {len(now.ffn)} FFN{online})",
     ]
     learned = llm.online

@@ -1,6 +1,7 @@
 """``adaskip-cpp tune``: find the fastest plan that keeps a promise, and write the plan file."""
 
 import io
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -44,9 +45,9 @@ _LONG = 1024
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _ANSWER = 32
 """Room for the answer about a pass key, in tokens."""
-_SLOW, _FEW = 400, 40
-"""Below so many tokens of a prompt per second so many calibration requests do, that a 0.5B model takes 10 minutes on 2
-cores. SmolLM2 reads about 700, Qwen2.5 0.5B about 200."""
+_SLOW, _FEW, _FEW_TEXTS = 400, 32, 4
+"""Below so many tokens of a prompt per second so many calibration requests and texts do, that a 0.5B model takes 10
+minutes on 2 cores. SmolLM2 reads about 700, Qwen2.5 0.5B about 200."""
 _LOSS = 0.02
 
 
@@ -82,7 +83,7 @@ _LOSS = 0.02
         help="A profile of MODEL to begin with; do not calibrate.")  # fmt: skip
 @option("--texts", "n_texts", group=_SEARCHING, type=click.IntRange(min=2),
         help="Pieces of text to search by; as many again confirm what was found, and as many report it.  "
-        "[default: 6, in other modes than prompt 16]")  # fmt: skip
+        f"[default: 6, of a slow model {_FEW_TEXTS}, in other modes than prompt 16]")  # fmt: skip
 @option("--tokens", "n_tokens", group=_SEARCHING, type=click.IntRange(min=4),
         help=f"Tokens of each piece.  [default: --context, up to {_LONG:,}, and {N_BEHIND} behind it; in other modes "
         "than prompt 512]")  # fmt: skip
@@ -132,7 +133,6 @@ def tune(
         raise click.UsageError("give one of --max-loss, --min-agreement and --speedup", click.get_current_context())
     promise = promises[0] if promises else Promise("max_loss", _LOSS)
     in_prompt = mode == "prompt"
-    n_texts = n_texts or (6 if in_prompt else 16)
     n_tokens = n_tokens or (min(context, _LONG) + N_BEHIND if in_prompt else 512)
     n_exchange = (0 if in_prompt else 16) if n_exchange is None else n_exchange
     n_timed = 0 if in_prompt else n_answer
@@ -147,16 +147,21 @@ def tune(
     err = console(stderr=True)
     opened = partial(_opened, model, running)
 
+    def texts_for(per_s: float) -> int:
+        return n_texts or (16 if not in_prompt else _FEW_TEXTS if per_s < _SLOW else 6)
+
     if existing is not None:
         profile = load_profile(model, existing)
+        n_texts = texts_for(math.inf if profile.cost is None else 512 / profile.cost.seconds(None, 512, "prefill"))
     else:
         with opened(_CTX_TIMED) as llm:
             requests, description = calibration_requests(llm, files)
             time_request(llm, requests[0][:32], 0)  # the weights may come from a disk
             per_s = len(requests[0]) / time_request(llm, requests[0], 0).first_token_s
+            n_texts = texts_for(per_s)
             if per_s < _SLOW:
                 requests, description = calibration_requests(llm, files, _FEW)
-            n_bulk = 3 * 240 * sum(row.in_bulk for row in llm.sublayers)
+            n_bulk = 2 * 240 * sum(row.in_bulk for row in llm.sublayers) + 3 * 6 * len(requests[-1])
             first = 15 + (1.2 * sum(map(len, requests)) + n_bulk) / per_s
             n_read = n_tokens * n_texts * (6 + N_PREDICTED + n_exchange) + (12 * n_tokens if in_prompt else 0)
             then = (n_read + 8 * context) / per_s
@@ -211,7 +216,7 @@ def tune(
     out.print(f"\nPlan written to {target}.", soft_wrap=True, markup=False)
     if existing is None:
         out.print(f"Profile written to {profile_target}.", soft_wrap=True, markup=False)
-    if any(each.n_skip for each in found.plan.sets):
+    if not found.plan.is_whole:
         beside = target == plan_path(model)
         use = '`generate`, `chat` and AdaSkipLlama(plan="auto") use it.' if beside else f"Use it with --plan {target}."
         out.print(use, soft_wrap=True, markup=False)

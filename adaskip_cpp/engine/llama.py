@@ -64,7 +64,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             if plan != "auto":
                 raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
             plan = plan_beside(model_path).plan
-            if not any(each.n_skip for each in plan.sets):
+            if plan.is_whole:
                 plan = None  # tuning found that the model is best left whole
         self._plans: dict[int, SkipPlan | None] = {0: None}  # by tag; native knows which one is in force
         self._plan_opened = plan  # decides the KV layout

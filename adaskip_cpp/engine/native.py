@@ -88,6 +88,7 @@ class NativeContext:
                 ffi.string(r.reason).decode(),
                 r.shape,
                 r.window,
+                bool(r.windowable),
             )
             for r in rows
         )
@@ -106,6 +107,10 @@ class NativeContext:
         if plan.bulk is not None:
             owners.append(_fill(bulk, plan.bulk))
             target.bulk = bulk
+            if plan.windowed:
+                owners.append([np.isin(np.arange(plan.n_layer), plan.windowed).astype(np.uint8)])
+                target.windowed, target.window = ffi.from_buffer("uint8_t[]", owners[-1][0]), plan.window_size
+                target.n_sinks = plan.head
         for step, (start, skip_set) in zip(decode, plan.decode_sets, strict=True):
             step.start = start
             owners.append(_fill(step.set, skip_set))

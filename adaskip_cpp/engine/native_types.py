@@ -24,6 +24,8 @@ class Sublayer:
         reason: why other phases cannot skip it, "" if it is skippable.
         shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
         window: tokens that an attention looks back at, 0 for all.
+        windowable: whether the bulk may let an attention look back at a window of its own, see
+            :attr:`adaskip_cpp.model.plan.SkipPlan.windowed`.
     """
 
     layer: int
@@ -33,6 +35,7 @@ class Sublayer:
     reason: str
     shape: int
     window: int
+    windowable: bool
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def contenders(
 
 def _twin(plan: SkipPlan, found: Iterable[Contender]) -> str | None:
     def skips(plan: SkipPlan) -> tuple[object, ...]:
-        return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online, plan.bulk, plan.head, plan.tail
+        return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online, plan.around_bulk
 
-    nothing = not any(each.n_skip for each in plan.sets) and plan.online is None
+    nothing = plan.is_whole and plan.online is None
     alike = (each.name for each in found if (nothing if each.plan is None else skips(each.plan) == skips(plan)))
     return next(alike, None)

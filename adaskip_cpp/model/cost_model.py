@@ -1,5 +1,6 @@
 """The cost model: predicts how long a phase takes with some sublayers skipped, on the machine that was measured."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
 from .arrays import LayerArrays, checked, freeze
-from .plan import DEFAULT_HEAD, DEFAULT_TAIL, PHASES, Phase, SkipPlan
+from .plan import DEFAULT_HEAD, DEFAULT_TAIL, DEFAULT_WINDOW, PHASES, Phase, SkipPlan
 from .skip_set import SkipSet
 
 CELLS = 256
@@ -103,11 +104,13 @@ class Computed:
     """What is computed in a ubatch.
 
     ``runs`` are the sublayers that run, bool ``[n_layer, 2]``, ``kept`` of the other attentions those whose K and V are
-    kept, bool ``[n_layer]``.
+    kept, bool ``[n_layer]``, and ``limit`` the KV cells that each reads at most, float64 ``[n_layer]``, None for the
+    model's own.
     """
 
     runs: npt.NDArray[np.bool_]
     kept: npt.NDArray[np.bool_]
+    limit: npt.NDArray[np.float64] | None = None
 
     def unread(self, n_layer_kv: int) -> "Computed":
         """Return what is left of it where nobody reads an output: nothing behind the last K and V that are stored."""
@@ -117,7 +120,7 @@ class Computed:
         last = int(stored[-1]) if stored.size else 0
         kept[last] |= stored.size > 0
         runs[last:] = False
-        return Computed(runs, kept)
+        return Computed(runs, kept, self.limit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +167,8 @@ class CostModel(LayerArrays):
         *,
         head: int = DEFAULT_HEAD,
         tail: int = DEFAULT_TAIL,
+        windowed: Sequence[int] = (),
+        window_size: int = DEFAULT_WINDOW,
         cached: int = 0,
     ) -> float:
         """Predict how many seconds a whole prompt or one decoded token takes.
@@ -174,12 +179,12 @@ class CostModel(LayerArrays):
 
         Args:
             skip: the sublayers skipped, a set or bool ``[n_layer, 2]``; None for the full model. Or a plan: what that
-                skips in the phase, and in a prompt with its own bulk, head and tail. What an online stage adds is not
-                known before and does not count; a schedule counts with its last set.
+                skips in the phase, and in a prompt with its own bulk, head, tail and windows. What an online stage adds
+                is not known before and does not count; a schedule counts with its last set.
             context: tokens of the prompt; in decode those before the one that is decoded.
             phase: ``"prefill"``: the prompt is read with ``skip`` skipped; ``"bulk"``: its bulk alone is, with K and V
                 kept, while the others run whole; or ``"decode"``.
-            head, tail: for phase ``"bulk"``, as in :class:`adaskip_cpp.model.plan.SkipPlan`.
+            head, tail, windowed, window_size: for phase ``"bulk"``, as in :class:`adaskip_cpp.model.plan.SkipPlan`.
             cached: tokens at the beginning of the prompt that are not read again.
 
         Raises:
@@ -193,14 +198,17 @@ class CostModel(LayerArrays):
             raise PlanError(f"{cached} of {context} tokens are cached; the last one is read in any case")
         if isinstance(skip, SkipPlan):
             if phase != "decode":
-                bulk = None if skip.bulk is None else self._runs(skip.bulk)
+                around = skip.head, skip.windowed, skip.window_size
+                bulk = None if skip.bulk is None else self._bulk(self._runs(skip.bulk), *around)
                 return self._prompt(self._runs(skip.prefill), bulk, cached, context, skip.head, skip.tail)
             skip = skip.skipped("decode")
         runs = self._runs(skip)
         if phase == "decode":
             return self._read(Computed(runs, np.zeros(self.n_layer, np.bool_)), context, context + 1)
-        whole, bulk = (self._runs(None), runs) if phase == "bulk" else (runs, None)
-        return self._prompt(whole, bulk, cached, context, head, tail)
+        if phase == "prefill":
+            return self._prompt(runs, None, cached, context, head, tail)
+        bulk = self._bulk(runs, head, windowed, window_size)
+        return self._prompt(self._runs(None), bulk, cached, context, head, tail)
 
     def speedup(self, plan: SkipPlan, context: int, phase: Phase, *, cached: int = 0) -> float:
         """Predict how many times faster than the full model a plan makes a phase, a prompt with its bulk."""
@@ -217,10 +225,16 @@ class CostModel(LayerArrays):
             )
         return runs
 
+    def _bulk(self, runs: npt.NDArray[np.bool_], head: int, windowed: Sequence[int], window_size: int) -> Computed:
+        limit = self.limit.copy()
+        blocks = np.ceil((head + window_size - 1 + self.prefill.n_tokens) / CELLS)
+        limit[list(windowed)] = np.minimum(limit[list(windowed)], blocks * CELLS)
+        return Computed(runs, ~runs[:, 0], limit)
+
     def _prompt(
         self,
         runs: npt.NDArray[np.bool_],
-        bulk: npt.NDArray[np.bool_] | None,
+        bulk: Computed | None,
         start: int,
         context: int,
         head: int,
@@ -231,7 +245,7 @@ class CostModel(LayerArrays):
         if bulk is not None and begin < context - tail:
             seconds = self._unread(whole, start, begin)
             start = context - tail
-            seconds += self._unread(Computed(bulk, ~bulk[:, 0]), begin, start)
+            seconds += self._unread(bulk, begin, start)
         if self.n_layer_kv < self.n_layer:  # then the last token is computed by itself
             seconds += self._unread(whole, start, context - 1)
             start = context - 1
@@ -247,7 +261,7 @@ class CostModel(LayerArrays):
     def _unread(self, what: Computed, start: int, end: int) -> float:
         """Seconds for positions of which nobody reads an output."""
         cut = np.array(self._cut(start, end)).reshape(-1, 2)
-        cells, left = self._cells(cut[:, 1]), what.unread(self.n_layer_kv)
+        cells, left = self._cells(cut[:, 1], what.limit), what.unread(self.n_layer_kv)
         one, whole = self.decode.seconds(left, *cells), self.prefill.seconds(left, *cells)
         return float(self._between(one, whole, cut[:, 1] - cut[:, 0]).sum())
 
@@ -261,10 +275,12 @@ class CostModel(LayerArrays):
         whole += self.decode.fixed + self.decode.base[-1, 1] * what.runs[-1, 1]
         return float(self._between(one, whole, np.array([end - start]))[0])
 
-    def _cells(self, ends: npt.NDArray[np.int_]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def _cells(
+        self, ends: npt.NDArray[np.int_], limit: npt.NDArray[np.float64] | None = None
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """KV cells that each attention reads and one without a window does, behind so many tokens."""
         n_cells = np.ceil(ends / CELLS) * CELLS
-        return np.minimum(n_cells[:, None], self.limit), n_cells
+        return np.minimum(n_cells[:, None], self.limit if limit is None else limit), n_cells
 
     def _between(
         self, one: npt.NDArray[np.float64], whole: npt.NDArray[np.float64], n_tokens: npt.NDArray[np.int_]

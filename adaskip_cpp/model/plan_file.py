@@ -21,7 +21,7 @@ from .plan import Mode, OnlineStage, SkipPlan
 from .promise import Tuning
 from .skip_set import SkipSet, marked
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _FORMAT = "adaskip-plan"
 _MAPS = ("down", "up")
 
@@ -96,6 +96,8 @@ class _File:
     mode: Mode | Literal["manual"]
     head: int
     tail: int
+    windowed: tuple[int, ...]
+    window_size: int
     bulk: int | None
     prefill: int
     decode: int
@@ -195,6 +197,8 @@ def _plan(file: _File, path: str) -> SkipPlan:
         bulk=None if file.bulk is None else sets[file.bulk],
         head=file.head,
         tail=file.tail,
+        windowed=file.windowed,
+        window_size=file.window_size,
         model=file.model,
         strategy=file.strategy,
         compensation=file.compensation,

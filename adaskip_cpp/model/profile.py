@@ -5,6 +5,7 @@
 ``mapped`` lists by layer and column, first ``down`` ``[n, rank, n_embd]``, then ``up`` ``[n, n_embd, rank]``.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +23,35 @@ from .identity import ModelInfo
 from .plan import TIMED
 from .statistics import VECTORS, LinearMaps, PhaseStatistics
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 _FORMAT = "adaskip-profile"
 _MAPS = ("down", "up")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What it costs the tokens behind a prompt that attentions look back at a window in its bulk.
+
+    Attributes:
+        layers: those whose attention can, ascending.
+        divergence: in nats per token, of the last k of these layers together, k from 0 to all of them; see
+            :func:`adaskip_cpp.calibration.divergence.measure_windows`.
+
+    Raises:
+        ProfileFormatError: the two do not go together.
+    """
+
+    layers: tuple[int, ...]
+    divergence: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        finite = all(math.isfinite(each) and each >= 0 for each in self.divergence)
+        if list(self.layers) != sorted({*self.layers}) or len(self.divergence) != len(self.layers) + 1 or not finite:
+            raise ProfileFormatError("'windows' does not tell one divergence per number of layers; calibrate again")
+
+    def last(self, n: int) -> tuple[int, ...]:
+        """Return the last ``n`` of the layers."""
+        return self.layers[len(self.layers) - n :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +68,7 @@ class ProfileData(LayerArrays):
         maps: linear maps that stand in for sublayers, or None.
         divergence: float64 ``[n_layer, 2]``: what skipping each sublayer alone in the bulk of a prompt costs the tokens
             behind it, see :mod:`adaskip_cpp.calibration.divergence`; None if it was not measured. Read-only.
+        windows: what it costs that attentions look back at a window there; None if it was not measured.
         bulk_only: layers whose attention only the bulk of a prompt can skip, as other layers read its KV.
 
     Raises:
@@ -58,6 +86,7 @@ class ProfileData(LayerArrays):
     cost: CostModel | None = None
     maps: LinearMaps | None = None
     divergence: npt.NDArray[np.float64] | None = None
+    windows: Windows | None = None
     bulk_only: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -67,8 +96,10 @@ class ProfileData(LayerArrays):
             if not fits or (divergence < 0).any() or np.isinf(divergence).any():
                 raise ProfileFormatError("'divergence' is not of this model's sublayers; calibrate again")
             freeze(self, divergence=divergence)
-        if not all(0 <= layer < self.n_layer for layer in self.bulk_only):
-            raise ProfileFormatError("'bulk_only' has a layer that the model has not; calibrate again")
+        listed = {"bulk_only": self.bulk_only, "windows": () if self.windows is None else self.windows.layers}
+        for name, layers in listed.items():
+            if not all(0 <= layer < self.n_layer for layer in layers):
+                raise ProfileFormatError(f"{name!r} has a layer that the model has not; calibrate again")
         parts = {
             "'similarity'": self.prefill,
             "'similarity' of decode": self.decode,

@@ -80,9 +80,10 @@ def plan_strip(name: str, plan: SkipPlan) -> "Figure":
     """Draw a plan as two rows of cells, attention and FFN, one cell per layer; a schedule shows its last set.
 
     Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty. Where there is a bulk set,
-    what that skips is filled.
+    what that skips is filled, and attentions that look back at a window are filled lightly.
     """
     fig, axes = plots.figure(height_in=1.5)
+    from matplotlib.colors import to_rgba
     from matplotlib.patches import Patch, Rectangle
 
     prompt, decode = plan.skipped("bulk"), plan.skipped("decode")
@@ -96,6 +97,8 @@ def plan_strip(name: str, plan: SkipPlan) -> "Figure":
         cell = Rectangle((layer - 0.42, column + 0.1), 0.84, 0.8, facecolor="none", edgecolor=plots.GRID, linewidth=0.6)
         if prompt.skip[layer, column]:
             cell.set_facecolor(colour)
+        elif column == 0 and layer in plan.windowed:
+            cell.set_facecolor(to_rgba(colour, 0.3))
         if decode.skip[layer, column]:
             over = bool(prompt.skip[layer, column]) and plan.bulk is not None
             hatch = _HATCH if over or not prompt.skip[layer, column] else None
@@ -112,7 +115,10 @@ def plan_strip(name: str, plan: SkipPlan) -> "Figure":
             Patch(facecolor=plots.GRID, edgecolor=plots.GRID, label=f"skipped in {filled}"),
             Patch(facecolor="none", edgecolor=plots.GRID, hatch=_HATCH, label=f"in {hatched}"),
         ]
-        plots.legend(axes, handles=cells, loc="upper left", bbox_to_anchor=(0, -0.35), ncols=2, handlelength=1.5)
+        if plan.windowed:
+            light = to_rgba(plots.KIND[KIND_NAMES[0]].colour, 0.3)
+            cells.append(Patch(facecolor=light, label=f"window of {plan.window_size:,} tokens"))
+        plots.legend(axes, handles=cells, loc="upper left", bbox_to_anchor=(0, -0.35), ncols=3, handlelength=1.5)
     return fig
 
 

@@ -78,11 +78,29 @@ def compensated_plan(
         bulk=chosen if in_prompt else None,
         head=request.head,
         tail=request.tail,
+        windowed=windowed_layers(source, request) if in_prompt else (),
+        window_size=request.look_back,
         model=None if profile is None else profile.model,
         strategy=strategy,
         compensation=compensation.name,
         mode=request.mode,
     )
+
+
+def windowed_layers(source: ProfileData | int, request: PlanRequest) -> tuple[int, ...]:
+    """Return the layers whose attention looks back at a window in the bulk: as many as a request says, none by default.
+
+    Raises:
+        BudgetError: fewer can.
+    """
+    n = request.windowed or 0
+    if isinstance(source, int):
+        layers = tuple(range(source))
+    else:
+        layers = () if source.windows is None else source.windows.layers
+    if n > len(layers):
+        raise BudgetError(f"{len(layers)} attentions can look back at a window, not {n}; ask for at most {len(layers)}")
+    return layers[len(layers) - n :]
 
 
 def _of_decode(source: ProfileData | int, request: PlanRequest) -> npt.NDArray[np.bool_]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from ..errors import BudgetError, PlanError
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, MODES, TIMED, Mode, OnlineStage, Phase
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, MODES, TIMED, Mode, OnlineStage, Phase, window_size_for
 from ..model.skip_set import KIND_NAMES
 from .compensation import DEFAULT_COMPENSATION, get_compensation
 
@@ -35,6 +35,9 @@ class PlanRequest:
             of the paper's.
         decode: for mode ``"prompt"``: number of sublayers to skip in decode, by the paper's ranking.
         head, tail: for mode ``"prompt"``: as in :class:`adaskip_cpp.model.plan.SkipPlan`.
+        windowed: for mode ``"prompt"``: of how many of the model's last layers the attention, where the bulk runs it,
+            looks back at a window alone. None: as many as reach a speed-up with the least loss, none without one.
+        window_size: tokens to look back at; None for :func:`adaskip_cpp.model.plan.window_size_for` the context.
         strategy: how to choose, one of :mod:`adaskip_cpp.planning.strategies`.
         compensation: what stands in for a skipped sublayer, one of :mod:`adaskip_cpp.planning.compensation`. None: that
             of the strategy, which is ``"none"`` for ``"suffix"``. The other baselines have none whatever it is.
@@ -61,6 +64,8 @@ class PlanRequest:
     decode: int = 0
     head: int = DEFAULT_HEAD
     tail: int = DEFAULT_TAIL
+    windowed: int | None = None
+    window_size: int | None = None
     strategy: str = "adaskip"
     compensation: str | None = None
     online: bool = True
@@ -77,6 +82,14 @@ class PlanRequest:
         for name, least in (("decode", 0), ("head", 0), ("tail", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, int | np.integer) and value >= least):
+                raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
+        for name, least in (("windowed", 0), ("window_size", 1)):
+            value = getattr(self, name)
+            if value is not None and self.mode != "prompt":
+                raise PlanError(f"{name} is for the bulk of mode 'prompt'; leave it out of mode {self.mode!r}")
+            if isinstance(value, bool) or not (
+                value is None or (isinstance(value, int | np.integer) and value >= least)
+            ):
                 raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
         if self.decode and self.mode != "prompt":
             raise PlanError(f"decode is for mode 'prompt'; leave it out, as mode {self.mode!r} says what decode skips")
@@ -134,6 +147,11 @@ class PlanRequest:
         if self.speedup is not None:
             return f"{self.strategy} {self.speedup:g} x"
         return f"{self.strategy} {DEFAULT_N_SKIP if self.n_skip is None else self.n_skip}"
+
+    @property
+    def look_back(self) -> int:
+        """Tokens that windowed attentions look back at."""
+        return window_size_for(self.context or 1) if self.window_size is None else self.window_size
 
     def at(self, context: int) -> "PlanRequest":
         """Return the request for a context of so many tokens; as it is if it asks for no speed-up or has a context."""

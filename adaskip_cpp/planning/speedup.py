@@ -7,15 +7,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
 from ..model.cost_model import CostModel
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, Phase, SkipPlan
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, DEFAULT_WINDOW, Phase, SkipPlan
 from ..model.profile import ProfileData
 from ..model.skip_set import ranked
+from .modes import windowed_layers
 from .request import PlanRequest, Ranking
 
 
@@ -32,6 +34,8 @@ class Goal:
     phase: Phase
     head: int = DEFAULT_HEAD
     tail: int = DEFAULT_TAIL
+    windowed: tuple[int, ...] = ()
+    window_size: int = DEFAULT_WINDOW
 
     @classmethod
     def of(cls, profile: ProfileData | int, request: PlanRequest) -> "Goal":
@@ -39,13 +43,19 @@ class Goal:
             raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
         if request.context is None or request.speedup is None:
             raise PlanError("a speed-up depends on the length of the context; give context, in tokens")
-        around = request.head, request.tail
+        windowed = windowed_layers(profile, request) if request.mode == "prompt" else ()
+        around = request.head, request.tail, windowed, request.look_back
         return cls(profile.cost, request.speedup, int(request.context), request.faster_phase, *around)
 
     def seconds(self, skip: npt.NDArray[np.bool_] | None) -> float:
         """Predict the phase with sublayers skipped; of the full model, which has no bulk to cut off, None."""
         phase = "prefill" if skip is None and self.phase == "bulk" else self.phase
-        return self.cost.seconds(skip, self.context, phase, head=self.head, tail=self.tail)
+        return self.cost.seconds(skip, self.context, phase, **self.around)
+
+    @property
+    def around(self) -> dict[str, Any]:
+        """What else than the skipped sublayers the bulk's time depends on."""
+        return {name: getattr(self, name) for name in ("head", "tail", "windowed", "window_size")}
 
     @cached_property
     def most_seconds(self) -> float:
@@ -83,11 +93,14 @@ def smallest_budget(
     raise goal.out_of_reach(most, request.strategy)
 
 
-def seconds_saved(cost: CostModel, context: int, phase: Phase) -> npt.NDArray[np.float64]:
-    """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``."""
+def seconds_saved(cost: CostModel, context: int, phase: Phase, **around: Any) -> npt.NDArray[np.float64]:
+    """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``.
+
+    ``around`` is as :attr:`Goal.around`.
+    """
     alone = np.eye(2 * cost.n_layer, dtype=np.bool_).reshape(-1, cost.n_layer, 2)
-    seconds = [cost.seconds(skip, context, phase) for skip in alone]
-    return np.maximum(cost.seconds(None, context, phase) - np.reshape(seconds, (-1, 2)), 0.0)
+    seconds = [cost.seconds(skip, context, phase, **around) for skip in alone]
+    return np.maximum(cost.seconds(None, context, phase, **around) - np.reshape(seconds, (-1, 2)), 0.0)
 
 
 def cheapest_set(lost: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "efficiency") -> npt.NDArray[np.bool_]:
@@ -126,7 +139,7 @@ def _cover(lost: npt.NDArray[np.float64], may: npt.NDArray[np.bool_], goal: Goal
     single one that reaches the goal, and the best of all such sets is kept. At last what is not needed after all is put
     back, the greatest loss first.
     """
-    saved = seconds_saved(goal.cost, goal.context, goal.phase)
+    saved = seconds_saved(goal.cost, goal.context, goal.phase, **goal.around)
     price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may & (saved > 0))
     candidates = [may]
     skip = np.zeros(lost.shape, np.bool_)

@@ -75,18 +75,45 @@ def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     skipped. In mode ``"prompt"`` they are ranked by what skipping each alone in the bulk costs the tokens behind it
     (:mod:`adaskip_cpp.calibration.divergence`) times the number of layers above it, unless the ranking is
     ``"similarity"``. Ties: attention before FFN, then the lower layer first. For a speed-up the set is that of
-    :func:`adaskip_cpp.planning.speedup.cheapest_set`.
+    :func:`adaskip_cpp.planning.speedup.cheapest_set`, beside the number of windowed attentions with which all that is
+    lost is least: what each of its sublayers and these attentions cost alone.
     """
     if isinstance(source, int):
         raise PlanError("strategy 'adaskip' ranks sublayers by their similarity; give it a profile, from calibrate()")
     lost = what_is_lost(source, request)
     if request.speedup is not None:
-        skip = cheapest_set(lost, Goal.of(source, request), request.ranking)
+        skip, request = _fastest(source, lost, request)
     else:
         n_max = int((~np.isnan(lost)).sum())
         budget = _budget(request, n_max, f"{n_max} of this model's {2 * source.n_layer} sublayers can be skipped")
         skip = first_ranked(lost, budget)
     return compensated_plan(source, skip, request, "adaskip")
+
+
+def _fastest(
+    profile: ProfileData, lost: npt.NDArray[np.float64], request: PlanRequest
+) -> tuple[npt.NDArray[np.bool_], PlanRequest]:
+    """Choose what reaches a speed-up: the sublayers to skip, and the request with a number of windowed attentions."""
+    windows, divergence = profile.windows, profile.divergence
+    numbers: list[int | None] = [request.windowed]
+    if request.windowed is None:
+        chooses = request.mode == "prompt" and request.ranking == "efficiency" and divergence is not None
+        most = len(windows.layers) if windows is not None and chooses else 0
+        numbers = [*sorted({round(most * i / 5) for i in range(6)})]
+    found, refused = [], None
+    for n in numbers:
+        this = replace(request, windowed=n) if request.mode == "prompt" else request
+        try:
+            skip = cheapest_set(lost, Goal.of(profile, this), request.ranking)
+        except BudgetError as error:
+            refused = error
+            continue
+        total = 0.0 if divergence is None or windows is None else divergence[skip].sum() + windows.divergence[n or 0]
+        found.append((float(total), n, skip, this))
+    if not found and refused is not None:
+        raise refused  # with the most windows, which reach furthest
+    _, _, skip, this = min(found, key=lambda each: each[:2])
+    return skip, this
 
 
 def what_is_lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.float64]:

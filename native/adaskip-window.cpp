@@ -1,0 +1,227 @@
+#include "adaskip-window.h"
+
+#include "adaskip-error.h"
+
+#include "llama-kv-cache.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+// a multiple of what llama_kv_cache::get_n_kv pads to, which all backends compute well with
+static constexpr int64_t ADASKIP_CELLS = 256;
+
+//
+// adaskip_kv_reads
+//
+
+static bool is_view_of_memory(const ggml_tensor * t) {
+    return t->view_src && t->view_src->op == GGML_OP_NONE && !(t->view_src->flags & GGML_TENSOR_FLAG_INPUT) &&
+           t->ne[3] == 1 && t->nb[0] == ggml_type_size(t->type);
+}
+
+// [n_embd_head, n_kv, n_head_kv], of which the heads of a cell lie side by side
+static bool has_rows_of_cells(const ggml_tensor * t) {
+    return t->ne[2] == 1 || t->nb[2] == ggml_row_size(t->type, t->ne[0]);
+}
+
+// flash attention reads a copy in F16 of a cache in F32
+static const ggml_tensor * behind_cast(const ggml_tensor * t) {
+    return t->op == GGML_OP_CPY ? t->src[0] : t;
+}
+
+// the same place in FLASH_ATTN_EXT and SOFT_MAX
+static float max_bias_of(const ggml_tensor * attention) {
+    float res;
+    std::memcpy(&res, attention->op_params + 1, sizeof(res));
+    return res;
+}
+
+std::optional<adaskip_kv_reads> adaskip_kv_reads::find(ggml_cgraph * gf, ggml_tensor * attention) {
+    adaskip_kv_reads res;
+    res.attention = attention;
+    if (!attention || max_bias_of(attention) != 0.0f) {
+        return std::nullopt;
+    }
+    if (attention->op == GGML_OP_FLASH_ATTN_EXT) {
+        if (!attention->src[3]) {
+            return std::nullopt;
+        }
+        res.k = behind_cast(attention->src[1]);
+        res.v = behind_cast(attention->src[2]);
+        return is_view_of_memory(res.k) && has_rows_of_cells(res.k) && is_view_of_memory(res.v) &&
+                               has_rows_of_cells(res.v)
+                       ? std::optional(res)
+                       : std::nullopt;
+    }
+    for (res.kq = attention->src[0]; res.kq->op == GGML_OP_SCALE || res.kq->op == GGML_OP_UNARY;) {
+        res.kq = res.kq->src[0];
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_MUL_MAT && node->src[1] == attention) {
+            res.kqv = node;
+        }
+    }
+    if (res.kq->op != GGML_OP_MUL_MAT || !res.kqv) {
+        return std::nullopt;
+    }
+    res.k = res.kq->src[0];
+    res.v = res.kqv->src[0];
+
+    const bool is_transposed = res.v->ne[2] == 1 || res.v->nb[2] == res.v->nb[1] * res.v->ne[1];
+    return is_view_of_memory(res.k) && has_rows_of_cells(res.k) && is_view_of_memory(res.v) && is_transposed
+                   ? std::optional(res)
+                   : std::nullopt;
+}
+
+//
+// adaskip_window_input
+//
+
+// Which cells an ubatch reads, and which of them each token sees.
+class adaskip_window_input : public llm_graph_input_i {
+public:
+    adaskip_window_input(ggml_context * ctx, const llama_kv_cache * cache, int64_t n_ubatch, int32_t n_window,
+            int32_t n_sinks, bool is_flash)
+        : cache(cache), n_window(n_window), n_sinks(n_sinks) {
+        const int64_t n_cells = GGML_PAD(n_sinks + n_window - 1 + n_ubatch, ADASKIP_CELLS);
+
+        cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_cells);
+        mask  = ggml_new_tensor_2d(ctx, is_flash ? GGML_TYPE_F16 : GGML_TYPE_F32, n_cells, n_ubatch);
+        ggml_set_input(cells);
+        ggml_set_input(mask);
+    }
+
+    void set_input(const llama_ubatch * ubatch) override {
+        if (!cells->buffer || !mask->buffer) {
+            return; // no attention that runs reads it
+        }
+        const auto [first, last] = std::minmax_element(ubatch->pos, ubatch->pos + ubatch->n_tokens);
+        const llama_pos begin    = *first - n_window + 1;
+
+        std::vector<int32_t>   ids;
+        std::vector<llama_pos> positions;
+        const auto &           pairs = cache->get_cells(ubatch->seq_id[0][0]).seq_pos_get(ubatch->seq_id[0][0]);
+        const auto             take  = [&](llama_pos from, llama_pos to) {
+            for (auto it = pairs.lower_bound({ from, 0 }); it != pairs.end() && it->first < to; ++it) {
+                positions.push_back(it->first);
+                ids.push_back((int32_t) it->second);
+            }
+        };
+        take(0, std::min(n_sinks, begin));
+        take(std::max(begin, 0), *last + 1);
+        if ((int64_t) ids.size() > cells->ne[0]) {
+            throw adaskip_exception(ADASKIP_ERROR_INTERNAL, "several KV cells hold one position of a sequence");
+        }
+        ids.resize(cells->ne[0], 0);
+
+        std::vector<float> visible(ggml_nelements(mask), -INFINITY);
+        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+            for (size_t j = 0; j < positions.size(); ++j) {
+                const bool is_near = positions[j] > ubatch->pos[i] - n_window || positions[j] < n_sinks;
+                if (positions[j] <= ubatch->pos[i] && is_near) {
+                    visible[i * mask->ne[0] + j] = 0.0f;
+                }
+            }
+        }
+        ggml_backend_tensor_set(cells, ids.data(), 0, ggml_nbytes(cells));
+        if (mask->type == GGML_TYPE_F32) {
+            ggml_backend_tensor_set(mask, visible.data(), 0, ggml_nbytes(mask));
+            return;
+        }
+        std::vector<ggml_fp16_t> halves(visible.size());
+        ggml_fp32_to_fp16_row(visible.data(), halves.data(), (int64_t) visible.size());
+        ggml_backend_tensor_set(mask, halves.data(), 0, ggml_nbytes(mask));
+    }
+
+    // its tensors depend on the number of tokens alone, which is compared before
+    bool can_reuse(const llm_graph_params &) override { return true; }
+
+    ggml_tensor * cells; // I32 [n_cells]
+    ggml_tensor * mask;  // [n_cells, n_tokens]
+
+private:
+    const llama_kv_cache * const cache;
+    const int32_t                n_window;
+    const int32_t                n_sinks;
+};
+
+//
+// adaskip_window
+//
+
+const adaskip_window_input & adaskip_window::input_of(const adaskip_kv_reads & reads) {
+    const auto * cache = kv.cache_of(reads.k->view_src);
+    if (!cache) {
+        throw adaskip_exception(ADASKIP_ERROR_INTERNAL, "the KV cache of an attention was not found");
+    }
+    auto & input = inputs[{ cache, !reads.kq }];
+    if (!input) {
+        const ggml_tensor * q = reads.kq ? reads.kq->src[1] : reads.attention->src[0];
+
+        auto made = std::make_unique<adaskip_window_input>(ctx, cache, q->ne[1], n_tokens, n_sinks, !reads.kq);
+        input     = made.get();
+        res.add_input(std::move(made));
+    }
+    return *input;
+}
+
+// the rows of some cells, F32 [n_embd_head * n_head_kv, n_cells]
+static ggml_tensor * gather(ggml_context * ctx, const ggml_tensor * view, ggml_tensor * cells) {
+    ggml_tensor * rows =
+            ggml_view_2d(ctx, view->view_src, view->ne[0] * view->ne[2], view->ne[1], view->nb[1], view->view_offs);
+    return ggml_get_rows(ctx, rows, cells);
+}
+
+// the same of a cache that is transposed
+static ggml_tensor * gather_columns(ggml_context * ctx, const ggml_tensor * view, ggml_tensor * cells) {
+    ggml_tensor * columns =
+            ggml_view_2d(ctx, view->view_src, view->ne[0], view->ne[1] * view->ne[2], view->nb[1], view->view_offs);
+    return ggml_get_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, columns)), cells);
+}
+
+// a node that is not yet allocated gets another number of cells
+static void resize(ggml_tensor * t, int64_t n_cells) {
+    t->ne[0] = n_cells;
+    for (int i = 1; i < GGML_MAX_DIMS; ++i) {
+        t->nb[i] = t->nb[i - 1] * t->ne[i - 1];
+    }
+}
+
+void adaskip_window::narrow(const adaskip_kv_reads & reads) {
+    const auto &  input   = input_of(reads);
+    const int64_t n_cells = input.cells->ne[0];
+
+    // [n_embd_head, n_head_kv, n_cells] -> [n_embd_head, n_cells, n_head_kv]
+    const auto heads = [&](ggml_tensor * rows, int64_t n_embd_head) {
+        return ggml_permute(
+                ctx, ggml_reshape_3d(ctx, rows, n_embd_head, rows->ne[0] / n_embd_head, n_cells), 0, 2, 1, 3);
+    };
+    // rows are gathered as F32: back to what the cache holds, or what flash attention reads in its place
+    const auto type_of = [&](const ggml_tensor * view) {
+        const bool is_float = view->type == GGML_TYPE_F32 || view->type == GGML_TYPE_BF16;
+        return reads.kq && is_float ? view->type : GGML_TYPE_F16;
+    };
+    ggml_tensor * k = heads(ggml_cast(ctx, gather(ctx, reads.k, input.cells), type_of(reads.k)), reads.k->ne[0]);
+
+    if (!reads.kq) {
+        reads.attention->src[1] = k;
+        reads.attention->src[2] =
+                heads(ggml_cast(ctx, gather(ctx, reads.v, input.cells), type_of(reads.v)), reads.v->ne[0]);
+        reads.attention->src[3] = input.mask;
+        return;
+    }
+    ggml_tensor * v = heads(gather_columns(ctx, reads.v, input.cells), reads.v->ne[1]);
+
+    reads.kq->src[0]        = k;
+    reads.kqv->src[0]       = ggml_cast(ctx, ggml_permute(ctx, v, 1, 0, 2, 3), type_of(reads.v));
+    reads.attention->src[1] = input.mask;
+    for (ggml_tensor * t = reads.attention; t != reads.kq; t = t->src[0]) {
+        resize(t, n_cells);
+    }
+    resize(reads.kq, n_cells);
+}
