@@ -203,15 +203,18 @@ def test_in_prompt_mode_the_bulk_skips_by_divergence_times_the_layers_above(monk
     assert found.tuning.divergence.value == pytest.approx(found.tuning.loss.value / 2)
 
 
-@pytest.mark.parametrize(("share", "n"), [(1.0, 5), (2.0, 2), (0.5, 5)])
-def test_in_prompt_mode_a_loss_is_judged_by_the_divergence_or_by_its_mean(
-    monkeypatch: pytest.MonkeyPatch, share: float, n: int
+@pytest.mark.parametrize(
+    ("share", "spread", "n"), [(1.0, 20.0, 5), (2.0, 20.0, 2), (0.5, 20.0, 11), (0.5, 0.0, 5), (0.5, 0.1, 7)]
+)
+def test_in_prompt_mode_a_loss_is_judged_by_the_divergence_and_by_what_is_more_beyond_chance(
+    monkeypatch: pytest.MonkeyPatch, share: float, spread: float, n: int
 ) -> None:
     # Of the confirming text a sublayer costs 0.02 nats on average, and 0.42 or -0.38 on one: its interval allows none.
-    monkeypatch.setattr(InventedQuality, "spread", 20.0)
+    monkeypatch.setattr(InventedQuality, "spread", spread)
     monkeypatch.setattr(InventedQuality, "divergence_share", share)
     found = tune(monkeypatch, Promise("max_loss", 0.115), mode="prompt", divergence=DIVERGENCE)
     assert n_skipped(found.plan) == n
+    monkeypatch.setattr(InventedQuality, "spread", 20.0)
     whole = tune(monkeypatch, Promise("max_loss", 0.115), mode="e2e")
     assert n_skipped(whole.plan) == 0
 

@@ -122,9 +122,9 @@ def tune(
     Calibrates, searches on text that calibration did not see, confirms what it found on other text, and reports
     what it costs on yet other text, which decided nothing. A promise is held on the second text, by the 95%
     interval of the mean over its pieces; a speed-up by its measured value. With --mode prompt a loss is judged by
-    the divergence from the full model, which is the loss to be expected and much less a matter of chance, or by the
-    mean loss where that is greater. `generate`, `chat` and AdaSkipLlama(plan="auto") use the plan file that lies
-    beside its model.
+    the divergence from the full model, which is the loss to be expected and much less a matter of chance, and by
+    what the loss is greater than that beyond chance. `generate`, `chat` and AdaSkipLlama(plan="auto") use the plan
+    file that lies beside its model.
     """
     start = time.monotonic()
     given = {"max_loss": max_loss, "min_agreement": min_agreement, "speedup": speedup}

@@ -16,9 +16,10 @@ class Promise:
 
     Attributes:
         kind: ``"max_loss"``: at most ``value`` nats per token more than the full model loses; in mode ``"prompt"`` the
-            search holds the divergence to it, and the loss on average. ``"min_agreement"``: at least this share of the
-            tokens is predicted as the full model predicts it. ``"speedup"``: a request is answered at least ``value``
-            times as fast, in mode ``"prompt"`` up to the first token.
+            search holds the divergence to it, and what the loss is greater than that beyond chance.
+            ``"min_agreement"``: at least this share of the tokens is predicted as the full model predicts it.
+            ``"speedup"``: a request is answered at least ``value`` times as fast, in mode ``"prompt"`` up to the first
+            token.
         value: 0 or more; from 0 to 1; 1 or more.
 
     Raises:

@@ -249,7 +249,10 @@ class Tuner:
             if scores.divergence is None:
                 return scores.loss
             # What a text adds to the loss varies more than what plans differ by. The divergence is what is to be
-            # expected of it, and varies little; where the loss is the greater one all the same, that is what counts.
-            return scores.divergence + max(float(scores.loss.mean() - scores.divergence.mean()), 0.0)
+            # expected of it, and varies little; by how much the loss is greater for certain is added.
+            excess = scores.loss - scores.divergence
+            if not np.isfinite(excess).all():
+                return scores.loss
+            return scores.divergence + max(mean_interval(excess).low, 0.0)
 
         return Judge(self.profile.n_layer, harm, self._seconds)
