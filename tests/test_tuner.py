@@ -1,15 +1,19 @@
 """adaskip_cpp.tuning: the parts of the held-out text, and the tuner with invented judges and times."""
 
+import io
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import adaskip_cpp.tuning.speed
 import adaskip_cpp.tuning.tuner
 from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp.cli.tune_report import print_tuning
 from adaskip_cpp.errors import BudgetError, DataError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
@@ -237,6 +241,21 @@ def test_a_plan_that_loses_a_pass_key_is_backed_off_until_it_does_not(monkeypatc
     assert found.tuning is not None and found.tuning.passkeys == Passkeys(3, 2, 2)
     # The full model does not find the third, which nobody asks for then; what was lost is asked for first.
     assert log == [(0, 0), (1, 0), (2, 0), (0, 5), (1, 5), (1, 4), (1, 2), (0, 2)]
+
+
+def test_where_pass_keys_leave_nothing_to_skip_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(monkeypatch, {0: 0})
+    found = tune(
+        monkeypatch, Promise("max_loss", 0.115), mode="prompt", divergence=DIVERGENCE, passkeys=[key(0)],
+    )  # fmt: skip
+    assert found.plan.is_whole and found.tuning is not None and found.tuning.passkeys == Passkeys(1, 1, 1)
+    told = []
+    for tuning in (found.tuning, replace(found.tuning, passkeys=None)):
+        out = Console(file=io.StringIO(), width=200)
+        print_tuning(out, tuning)
+        told.append(out.file.getvalue())  # type: ignore[attr-defined]
+    assert "loses a pass key that the full model finds" in told[0] and "--allow-lost-passkeys" in told[0]
+    assert "No skipping keeps this promise" in told[1] and "pass key" not in told[1]
 
 
 def test_lost_pass_keys_may_be_allowed_and_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

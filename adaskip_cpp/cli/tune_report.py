@@ -30,7 +30,12 @@ def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float6
 def print_tuning(out: Console, tuning: Tuning) -> None:
     out.print(f"Promised: {tuning.promise}.")
     if tuning.n_texts == 0:
-        out.print("[bold]No skipping keeps this promise, so the model is left whole.[/]")
+        if tuning.passkeys is None:
+            out.print("[bold]No skipping keeps this promise, so the model is left whole.[/]")
+            return
+        # Something kept it until pass keys were asked for.
+        out.print("[bold]What keeps this promise loses a pass key that the full model finds, so that is left whole.[/]")
+        out.print("It may be one that the full model just finds: --allow-lost-passkeys takes the plan all the same.")
         return
     settings, is_speed = tuning.settings, tuning.promise.kind == "speedup"
     decided = "that decided nothing" if tuning.unbiased else "that calibration and the search did not see"
