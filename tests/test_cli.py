@@ -490,7 +490,8 @@ def test_windows_are_chosen_by_hand_and_told(run: Run, tiny: Any, profile_path: 
     replace(profile, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3))).save(profile_path)
     args = ["--skip", 1, "--windowed", 3, "--window-size", 5, "--head", 0, "--tail", 4]  # one of the three is skipped
     shown = run("plan", profile_path, *args, "-o", tmp_path / "plan.json").stdout
-    assert "1 of 6 sublayers skipped in the bulk of a prompt" in " ".join(shown.split())
+    words = "1 of 6 sublayers skipped in the bulk of a prompt, 2 attentions windowed to 5 tokens, 0 in decode"
+    assert words in " ".join(shown.split())
     assert "attention in the bulk looks back at 5 tokens in layers: 0, 1" in shown
     assert "looks back at 5 tokens" in run("plan", tmp_path / "plan.json").stdout
     result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)

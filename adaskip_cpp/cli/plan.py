@@ -21,7 +21,7 @@ from ..planning.request import PlanRequest
 from ..planning.speedup import seconds_saved
 from ..planning.strategies import make_plan, what_is_lost
 from .planning import plan_options
-from .report import layer_list
+from .report import layer_list, window_words
 from .terminal import OUTPUT, console, json_option, option, verb
 from .tune_report import print_tuning
 
@@ -151,7 +151,8 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float6
     where = "the bulk of a prompt" if name == "bulk" else name
     counts = "".join(f", {each.n_skip} in {name}" for name, each in others)
     out.print(
-        f"[bold]{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {where}{counts}[/]: "
+        f"[bold]{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {where}"
+        f"{window_words(chosen, ', ')}{counts}[/]: "
         f"strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
     )
     if similarity is not None:
