@@ -88,7 +88,9 @@ public:
     adaskip_window_input(ggml_context * ctx, const llama_kv_cache * cache, int64_t n_ubatch, int32_t n_window,
             int32_t n_sinks, bool is_flash)
         : cache(cache), n_window(n_window), n_sinks(n_sinks) {
-        const int64_t n_cells = GGML_PAD(n_sinks + n_window - 1 + n_ubatch, ADASKIP_CELLS);
+        // no more than there are: a window or a head may be of any size
+        const int64_t n_seen  = std::min((int64_t) n_sinks + n_window - 1 + n_ubatch, (int64_t) cache->get_size());
+        const int64_t n_cells = GGML_PAD(n_seen, ADASKIP_CELLS);
 
         cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_cells);
         mask  = ggml_new_tensor_2d(ctx, is_flash ? GGML_TYPE_F16 : GGML_TYPE_F32, n_cells, n_ubatch);

@@ -167,15 +167,39 @@ def test_who_has_a_window_already_gets_no_other(tiny: Tiny, open_model: Open) ->
     assert llm.plan is None
 
 
-def test_windows_read_the_cells_that_they_need_and_no_more(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    """Of 3,000 cells 256 blocks are read; and the graph is as large as ever, whatever the context."""
-    llm = open_model(tiny(), n_ctx=3072, n_batch=256, logits_all=False)
-    llm.set_plan(plan(NOTHING, windowed=(0, 1), window_size=50))
-    n_nodes = []
-    for start in range(0, 3000, 250):
-        llm.eval_bulk((tokens(3000))[start : start + 250])
-        n_nodes.append((llm.counters.nodes, llm.counters.splits))
-    assert len(set(n_nodes[1:])) == 1
+@pytest.mark.parametrize(("options", "n_nodes"), [({}, 9), ({"flash_attn": True, "type_k": F16, "type_v": F16}, 6)])
+def test_a_window_adds_so_many_nodes_whatever_the_context_and_no_split(
+    options: dict[str, Any], n_nodes: int, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    """View, gather, cast, reshape, permute of K and V for view and permute; a V that is transposed is turned round."""
+    llm = open_model(tiny(), n_ctx=1024, n_batch=128, logits_all=False, **options)
+    counted = []
+    for windowed in ((2,), (1,), (0, 1)):  # nobody reads the last layer's attention
+        llm.set_plan(plan(chosen((1, 1)), windowed=windowed, window_size=50))
+        llm.reset()
+        seen = set()
+        for start in range(0, 1000, 125):
+            llm.eval_bulk(tokens(1000)[start : start + 125])
+            seen.add((llm.counters.nodes, llm.counters.splits))
+        counted.extend(seen)
+    (nodes, splits), *others = counted
+    assert others == [(nodes + n_nodes, splits), (nodes + 2 * n_nodes, splits)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"window_size": 2**31 - 1}, {"head": 2**31 - 1}, {"window_size": 2**31 - 1, "head": 9}]
+)
+def test_a_window_or_a_head_of_any_size_sees_what_there_is(
+    changes: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    llm, logits = open_model(tiny()), []
+    for windowed in ((), (0, 1)):
+        llm.set_plan(plan(NOTHING, **{"windowed": windowed, "window_size": 1, **changes}))
+        llm.reset()
+        llm.eval_bulk(tokens(90))
+        llm.eval(tokens(9, 1))
+        logits.append(llm.scores[90:99].copy())
+    assert relative_error(*logits) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration import cost
-from adaskip_cpp.errors import PlanError, RequestError
+from adaskip_cpp.errors import PlanError, RequestError, SublayerRangeError
 from adaskip_cpp.model.arrays import from_plain, to_plain
 from adaskip_cpp.model.cost_model import CostModel, CostSettings, PhaseCost
 from adaskip_cpp.model.skip_set import SkipSet
@@ -414,6 +414,8 @@ def test_windowed_attentions_stop_growing_in_the_bulk() -> None:
     none = SkipSet.none(2)
     plan = SkipPlan(none, none, bulk=none, **around)  # type: ignore[arg-type]
     assert costs.seconds(plan, context, "prefill") == narrow
+    with pytest.raises(SublayerRangeError, match="no attention of layer 2"):
+        costs.seconds(None, context, "bulk", windowed=(2,))
     assert costs.seconds(plan, context, "decode") == costs.seconds(None, context, "decode")
 
 

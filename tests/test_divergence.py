@@ -84,13 +84,13 @@ def test_each_figure_is_the_mean_divergence_of_the_tokens_behind(
 
 def test_windows_cost_what_the_reference_says(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     """An eighth of each piece, between a head of 4 and a tail of 64; of no attention, one, two and all."""
-    pieces = [tokens(200, 10), tokens(160, 11)]
-    found = measure_windows(open_model(tiny(), n_ctx=256), pieces)
+    pieces = [tokens(300, 10), tokens(256, 11), tokens(255, 12)]  # the last is too short
+    found = measure_windows(open_model(tiny(), n_ctx=512), pieces)
     assert found is not None and found.layers == (0, 1, 2)
     model, wanted = ReferenceModel(tiny()), []
     for n in range(4):
         divergences = []
-        for piece in pieces:
+        for piece in pieces[:2]:
             behind_n, odds = min(48, len(piece) // 4), []
             for layers in ((), (0, 1, 2)[3 - n :]):
                 run, end = ReferenceRun(model), len(piece) - behind_n
@@ -105,11 +105,16 @@ def test_windows_cost_what_the_reference_says(tiny: Tiny, tokens: Tokens, open_m
     assert found.divergence[1] < found.divergence[3], "nobody reads the last layer's attention in the bulk"
 
 
+def test_short_pieces_do_not_tell_what_windows_cost(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    """All of them is head, tail and what is judged, so that windows would seem to cost nothing."""
+    assert measure_windows(open_model(tiny(), n_ctx=512), [tokens(100), tokens(255)]) is None
+
+
 @pytest.mark.parametrize(("name", "layers"), [("gemma3", (1,)), ("mamba", None)])
 def test_what_cannot_be_windowed_has_no_part_in_it(
     name: str, layers: tuple[int, ...] | None, tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
-    found = measure_windows(open_model(tiny(name)), [tokens(60)])
+    found = measure_windows(open_model(tiny(name), n_ctx=512), [tokens(256)])
     assert (None if found is None else found.layers) == layers
 
 

@@ -308,6 +308,17 @@ def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() ->
     assert known.plan(mode="prompt", speedup=1.5, context=8000).windowed
 
 
+def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None:
+    costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
+    windows = Windows((0, 1, 2, 3), (0.0,) * 5)
+    known = profile(np.full((4, 2), 0.9), divergence=DIVERGENCE, cost=costs, windows=windows)
+    request = PlanRequest(mode="prompt", windowed=2)
+    assert known.plan(replace(request, speedup=1.3, context=8000, strategy="suffix")).window_size == 1020
+    assert known.plan(replace(request, n_skip=1).at(8000)).window_size == 1020
+    assert known.plan(replace(request, n_skip=1, window_size=9).at(8000)).window_size == 9
+    assert known.plan(replace(request, n_skip=1)).window_size == 252
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

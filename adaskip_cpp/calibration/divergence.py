@@ -27,8 +27,9 @@ N_PIECES, N_PROMPT, N_BEHIND = 3, 192, 48
 Of SmolLM2, pieces of 512 and 128 tokens choose almost the same sublayers, and lose as much at 1.4 times the speed."""
 
 
-N_DEPTHS = 5
-"""Numbers of windowed attentions that are measured; what lies between is interpolated."""
+N_DEPTHS, SHORTEST = 5, 256
+"""Numbers of windowed attentions that are measured, what lies between being interpolated, and the tokens of a piece
+that has a bulk of several windows."""
 
 
 def measure_divergence(
@@ -42,8 +43,8 @@ def measure_divergence(
 
     That is the mean Kullback-Leibler divergence, in nats, from the whole model's distributions behind the last tokens
     of each piece, a quarter of them or :data:`N_BEHIND`, which run whole behind the others as their prompt. All are
-    skipped in the first piece, in the others the half that costs less there: no plan takes the rest. The whole model
-    reads the prompt in the same batches: the rounding of others is a divergence of 0.0017 on SmolLM2 by itself,
+    skipped in the first piece, in the others the half that costs less there, as the rest is chosen last. The whole
+    model reads the prompt in the same batches: the rounding of others is a divergence of 0.0017 on SmolLM2 by itself,
     more than what a few sublayers cost. The model's plan is set aside meanwhile; its KV cache is dropped.
     """
     may, divergence = np.argwhere(profile.in_bulk), np.full(profile.in_bulk.shape, np.nan)
@@ -71,13 +72,16 @@ def measure_windows(
     *,
     on_progress: Callable[[float], object] = lambda fraction: None,
 ) -> Windows | None:
-    """Return what it costs that attentions look back at an eighth of a prompt, at several depths; None where none can.
+    """Return what it costs that attentions look back at an eighth of a prompt, at several depths.
+
+    None where none can, or no piece has :data:`SHORTEST` tokens: in a shorter one a window would seem to cost nothing.
 
     It is measured as :func:`measure_divergence` does, in the bulk of each piece as it is. What a window costs goes by
     its share of the prompt, so that short ones tell: with all attentions windowed so, SmolLM2 diverges by 0.015, 0.021,
     0.024 and 0.028 nats at 448, 1,024, 2,048 and 6,000 tokens, Qwen2.5 0.5B by 0.020, 0.020 and, at 8,000, 0.040.
     """
     layers = tuple(row.layer for row in llm.sublayers if row.windowable)
+    pieces = [piece for piece in pieces if len(piece) >= SHORTEST]
     if not layers or not pieces:
         return None
     numbers = sorted({math.ceil(len(layers) * i / N_DEPTHS) for i in range(N_DEPTHS + 1)})

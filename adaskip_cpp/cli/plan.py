@@ -165,8 +165,8 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float6
         out.print(f"\nattention skipped{within} in layers: {layer_list(each.attention)}")
         out.print(f"FFN skipped{within} in layers: {layer_list(each.ffn)}")
     if narrowed := sorted({*chosen.windowed} - {*chosen.skipped("bulk").attention}):
-        print_line = f"\nattention in the bulk looks back at {chosen.window_size:,} tokens in layers: "
-        out.print(print_line + layer_list(narrowed))
+        size = f"{chosen.window_size:,}"
+        out.print(f"\nattention in the bulk looks back at {size} tokens in layers: {layer_list(narrowed)}")
     if chosen.bulk is not None:
         out.print(f"\nThe bulk is all of a prompt but its first {chosen.head} tokens and its last {chosen.tail}.")
     for start, each in chosen.schedule[1:]:

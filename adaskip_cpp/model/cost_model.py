@@ -9,7 +9,7 @@ import numpy.typing as npt
 from ..errors import PlanError, ProfileFormatError
 from .arrays import LayerArrays, checked, freeze
 from .plan import DEFAULT_HEAD, DEFAULT_TAIL, DEFAULT_WINDOW, PHASES, Phase, SkipPlan
-from .skip_set import SkipSet
+from .skip_set import SkipSet, marked
 
 CELLS = 256
 """Attention reads KV cells in blocks of this many, filled or not: ``llama_kv_cache::get_n_kv`` pads to it."""
@@ -226,10 +226,9 @@ class CostModel(LayerArrays):
         return runs
 
     def _bulk(self, runs: npt.NDArray[np.bool_], head: int, windowed: Sequence[int], window_size: int) -> Computed:
-        limit = self.limit.copy()
         blocks = np.ceil((head + window_size - 1 + self.prefill.n_tokens) / CELLS)
-        limit[list(windowed)] = np.minimum(limit[list(windowed)], blocks * CELLS)
-        return Computed(runs, ~runs[:, 0], limit)
+        narrow = marked(self.n_layer, windowed, ())[:, 0]
+        return Computed(runs, ~runs[:, 0], np.where(narrow, np.minimum(self.limit, blocks * CELLS), self.limit))
 
     def _prompt(
         self,

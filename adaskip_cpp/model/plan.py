@@ -143,11 +143,10 @@ class SkipPlan:
                     f"the {name.replace('_', ' ')} is {value!r}; use a whole number of tokens from {least} on"
                 )
             object.__setattr__(self, name, int(value))
+        windowed = np.flatnonzero(marked(self.n_layer, self.windowed, ())[:, 0])
+        object.__setattr__(self, "windowed", tuple(windowed.tolist()))
         if self.windowed and self.bulk is None:
             raise PlanError("attentions look back at a window in the bulk of a prompt; give a bulk set too")
-        object.__setattr__(
-            self, "windowed", tuple(np.flatnonzero(marked(self.n_layer, self.windowed, ())[:, 0]).tolist())
-        )
         if self.schedule:
             starts = [start for start, _ in self.schedule]
             if self.online is not None:

@@ -49,10 +49,6 @@ class Windows:
         if list(self.layers) != sorted({*self.layers}) or len(self.divergence) != len(self.layers) + 1 or not finite:
             raise ProfileFormatError("'windows' does not tell one divergence per number of layers; calibrate again")
 
-    def last(self, n: int) -> tuple[int, ...]:
-        """Return the last ``n`` of the layers."""
-        return self.layers[len(self.layers) - n :]
-
 
 @dataclass(frozen=True, eq=False)
 class ProfileData(LayerArrays):

@@ -37,7 +37,8 @@ class PlanRequest:
         head, tail: for mode ``"prompt"``: as in :class:`adaskip_cpp.model.plan.SkipPlan`.
         windowed: for mode ``"prompt"``: of how many of the model's last layers the attention, where the bulk runs it,
             looks back at a window alone. None: as many as reach a speed-up with the least loss, none without one.
-        window_size: tokens to look back at; None for :func:`adaskip_cpp.model.plan.window_size_for` the context.
+        window_size: tokens to look back at; None for :func:`adaskip_cpp.model.plan.window_size_for` the context, which
+            is a short one where none is given.
         strategy: how to choose, one of :mod:`adaskip_cpp.planning.strategies`.
         compensation: what stands in for a skipped sublayer, one of :mod:`adaskip_cpp.planning.compensation`. None: that
             of the strategy, which is ``"none"`` for ``"suffix"``. The other baselines have none whatever it is.
@@ -154,5 +155,8 @@ class PlanRequest:
         return window_size_for(self.context or 1) if self.window_size is None else self.window_size
 
     def at(self, context: int) -> "PlanRequest":
-        """Return the request for a context of so many tokens; as it is if it asks for no speed-up or has a context."""
-        return self if self.speedup is None or self.context is not None else replace(self, context=context)
+        """Return the request for a context of so many tokens: for a speed-up and windows that have none yet."""
+        if self.context is not None:
+            return self
+        size = window_size_for(context) if self.windowed and self.window_size is None else self.window_size
+        return replace(self, window_size=size, context=None if self.speedup is None else context)

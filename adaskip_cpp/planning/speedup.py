@@ -84,7 +84,8 @@ def smallest_budget(
     most = np.zeros((goal.cost.n_layer, 2), np.bool_)
     for n_skip in range(2 * goal.cost.n_layer + 1):
         try:
-            plan = make(source, replace(request, n_skip=n_skip, speedup=None, context=None, phase=None))
+            of_budget = replace(request, n_skip=n_skip, speedup=None, context=None, phase=None)
+            plan = make(source, replace(of_budget, window_size=goal.window_size) if goal.windowed else of_budget)
         except BudgetError:
             break
         most = plan.skipped(goal.phase).skip

@@ -252,7 +252,7 @@ class Tuner:
             # expected of it, and varies little; by how much the loss is greater for certain is added.
             excess = scores.loss - scores.divergence
             if not np.isfinite(excess).all():
-                return scores.loss
+                return excess  # no plan
             return scores.divergence + max(mean_interval(excess).low, 0.0)
 
         return Judge(self.profile.n_layer, harm, self._seconds)
