@@ -29,7 +29,15 @@ adaskip_pass::adaskip_pass(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * e
         const adaskip_skip_set & set, const std::vector<bool> & elided)
     : ctx(ctx), gf(gf), topology(end ? adaskip_topology_find(gf, end, n_layer, elided) : adaskip_topology{}), set(set),
       elided(elided), nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf)),
-      roots(adaskip_graph_roots(gf)) {}
+      roots(adaskip_graph_roots(gf)) {
+    for (auto * node : nodes) {
+        for (auto * src : node->src) {
+            if (src && src->flags & GGML_TENSOR_FLAG_INPUT) {
+                inputs[node].push_back(src);
+            }
+        }
+    }
+}
 
 void adaskip_pass::check() const {
     for (size_t i = 0; i < 2 * topology.layers.size(); ++i) {
@@ -220,9 +228,9 @@ std::vector<size_t> adaskip_pass::find_live() {
     std::vector<size_t>                     res;
     std::unordered_set<const ggml_tensor *> seen;
     for (auto * node : nodes) {
-        for (auto * src : node->src) {
-            if (src && (src->flags & GGML_TENSOR_FLAG_INPUT) && live.count(src) == 0 && seen.insert(src).second) {
-                res.push_back(ggml_nbytes(src));
+        for (const auto * input : inputs[node]) {
+            if (live.count(input) == 0 && seen.insert(input).second) {
+                res.push_back(ggml_nbytes(input));
             }
         }
     }
@@ -248,11 +256,9 @@ int adaskip_pass::rebuild(int64_t n_marker) {
                 ggml_build_forward_order(gf, added);
             }
         }
-        // llm_graph_result::set_inputs writes every input, so those of dead nodes need memory too
-        for (auto * src : node->src) {
-            if (src && (src->flags & GGML_TENSOR_FLAG_INPUT)) {
-                ggml_build_forward_order(gf, src);
-            }
+        // llm_graph_result::set_inputs writes every input, so those that nobody reads any more need memory too
+        for (auto * input : inputs[node]) {
+            ggml_build_forward_order(gf, input);
         }
     }
 

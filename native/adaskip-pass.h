@@ -67,8 +67,11 @@ private:
     const adaskip_skip_set &  set;
     const std::vector<bool> & elided;
 
-    const std::vector<ggml_tensor *>        nodes; // as llama.cpp built them
-    const std::vector<ggml_tensor *>        roots;
+    const std::vector<ggml_tensor *> nodes; // as llama.cpp built them
+    const std::vector<ggml_tensor *> roots;
+    std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>
+            inputs; // that each of them read as llama.cpp built it
+
     std::unordered_set<const ggml_tensor *> dropped;
     std::vector<ggml_tensor *>              kept;
     std::unordered_set<const ggml_tensor *> live;

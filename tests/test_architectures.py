@@ -6,6 +6,7 @@ bit: adding zero changes no float, and all other operations are the same.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,27 @@ def test_each_sublayer_skipped_equals_stock_on_the_zeroed_model(
 
 FLASH = {"flash_attn": True}
 Q8_0 = {"type_k": 8, "type_v": 8, **FLASH}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, each) for name in FAMILIES for each in ({}, FLASH)), ("qwen3", Q8_0)]
+)
+def test_a_window_of_everything_gathers_the_same_cells(
+    name: str, changes: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    llm = open_model(tiny(name), **{**OPTIONS, **changes}, exact_batches=True)
+    windowed = tuple(row.layer for row in llm.sublayers if row.windowable and row.layer < llm.n_layer_kv - 1)
+    if not windowed:
+        pytest.skip(f"{name} has no attention that could look back at a window and be read")
+    bulk, logits = SkipPlan.manual(llm.n_layer, phase="bulk"), []
+    for layers, size in (((), 1), (windowed, 120), (windowed, 1)):
+        llm.set_plan(replace(bulk, windowed=layers, window_size=size, tail=1))
+        llm.reset()
+        llm.eval(tokens(110))
+        logits.append(llm.scores[llm.n_tokens - 1].copy())
+    wide, narrow = (float(np.linalg.norm(each - logits[0]) / np.linalg.norm(logits[0])) for each in logits[1:])
+    # The same products of the same numbers; but what is gathered of a quantised cache is multiplied in F16.
+    assert wide <= (5e-3 if changes is Q8_0 else 0) and narrow > 5e-2
 
 
 @pytest.mark.parametrize(
