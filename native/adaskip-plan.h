@@ -1,39 +1,14 @@
 #pragma once
 
 #include "adaskip.h"
-
-#include "ggml-cpp.h"
-#include "ggml.h"
+#include "adaskip-vectors.h"
 
 #include <cstdint>
 #include <map>
-#include <memory>
 #include <optional>
 #include <vector>
 
 struct llama_model;
-
-// Room for the metadata of n tensors. ggml would end the process where it finds no memory for them; this throws.
-struct adaskip_tensors {
-    explicit adaskip_tensors(size_t n);
-
-    std::unique_ptr<uint8_t[]> mem;
-    ggml_context_ptr           ctx;
-};
-
-// One array per skipped sublayer of a plan, each in a buffer on its layer's own device.
-struct adaskip_vectors {
-    std::vector<ggml_tensor *>           tensors; // [n_layer][2], null where there is none
-    std::vector<adaskip_tensors>         ctxs;
-    std::vector<ggml_backend_buffer_ptr> bufs;
-};
-
-using adaskip_vectors_ptr = std::shared_ptr<adaskip_vectors>;
-
-// uploads data[n_layer][2][ne1][ne0] where skip is 1, maps in BF16 where that is faster and the model's own weights are
-// no F32 either; throws if a device has no room
-adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::vector<uint8_t> & skip,
-        const float * data, int64_t ne0, int64_t ne1, bool is_map);
 
 // An adaskip_set with its vectors uploaded.
 struct adaskip_skip_set {
