@@ -325,7 +325,7 @@ def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None
         ({"windowed": 5}, "4 attentions can look back at a window, not 5; ask for at most 4"),
         ({"windowed": -1}, "windowed is -1; use a whole number from 0 on"),
         ({"window_size": 0}, "window_size is 0; use a whole number from 1 on"),
-        ({"windowed": 1, "mode": "e2e"}, "windowed is for the bulk of mode 'prompt'; leave it out of mode 'e2e'"),
+        ({"windowed": 1, "mode": "e2e"}, "windows are for the bulk of mode 'prompt'; leave windowed out"),
     ],
 )
 def test_impossible_windows_are_refused(request_: dict[str, Any], message: str) -> None:

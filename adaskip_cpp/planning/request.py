@@ -80,18 +80,14 @@ class PlanRequest:
         object.__setattr__(self, "ffn", tuple(self.ffn))
         if self.mode not in MODES:
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
-        for name, least in (("decode", 0), ("head", 0), ("tail", 1)):
-            value = getattr(self, name)
+        windows = {name: getattr(self, name) for name in ("windowed", "window_size")}
+        given = {name: value for name, value in windows.items() if value is not None}
+        for name, value in {"decode": self.decode, "head": self.head, "tail": self.tail, **given}.items():
+            least = 1 if name in ("tail", "window_size") else 0
             if isinstance(value, bool) or not (isinstance(value, int | np.integer) and value >= least):
                 raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
-        for name, least in (("windowed", 0), ("window_size", 1)):
-            value = getattr(self, name)
-            if value is not None and self.mode != "prompt":
-                raise PlanError(f"{name} is for the bulk of mode 'prompt'; leave it out of mode {self.mode!r}")
-            if isinstance(value, bool) or not (
-                value is None or (isinstance(value, int | np.integer) and value >= least)
-            ):
-                raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
+        if given and self.mode != "prompt":
+            raise PlanError(f"windows are for the bulk of mode 'prompt'; leave {' and '.join(given)} out")
         if self.decode and self.mode != "prompt":
             raise PlanError(f"decode is for mode 'prompt'; leave it out, as mode {self.mode!r} says what decode skips")
         if self.mode != "prompt" and (self.head, self.tail) != (DEFAULT_HEAD, DEFAULT_TAIL):

@@ -29,6 +29,9 @@ Strategy: TypeAlias = Callable[[ProfileData | int, PlanRequest], SkipPlan]
 LONGEST_GENERATION = 512
 """SkipDecode's T, decoded tokens after which its whole budget is skipped; the authors of AdaSkip use 512."""
 
+_N_DEPTHS = 5
+"""Numbers of windowed attentions that are tried for a speed-up, beside none."""
+
 STRATEGIES: dict[str, Strategy] = {}
 
 
@@ -95,20 +98,19 @@ def _fastest(
 ) -> tuple[npt.NDArray[np.bool_], PlanRequest]:
     """Choose what reaches a speed-up: the sublayers to skip, and the request with a number of windowed attentions."""
     windows, divergence = profile.windows, profile.divergence
-    numbers: list[int | None] = [request.windowed]
-    if request.windowed is None:
-        chooses = request.mode == "prompt" and request.ranking == "efficiency" and divergence is not None
-        most = len(windows.layers) if windows is not None and chooses else 0
-        numbers = [*sorted({round(most * i / 5) for i in range(6)})]
+    numbers = {request.windowed or 0}
+    if request.windowed is None and request.mode == "prompt" and request.ranking == "efficiency":
+        most = 0 if windows is None or divergence is None else len(windows.layers)
+        numbers = {round(most * i / _N_DEPTHS) for i in range(_N_DEPTHS + 1)}
     found, refused = [], None
-    for n in numbers:
+    for n in sorted(numbers):
         this = replace(request, windowed=n) if request.mode == "prompt" else request
         try:
             skip = cheapest_set(lost, Goal.of(profile, this), request.ranking)
         except BudgetError as error:
             refused = error
             continue
-        total = 0.0 if divergence is None or windows is None else divergence[skip].sum() + windows.divergence[n or 0]
+        total = 0.0 if divergence is None or windows is None else divergence[skip].sum() + windows.divergence[n]
         found.append((float(total), n, skip, this))
     if not found and refused is not None:
         raise refused  # with the most windows, which reach furthest
