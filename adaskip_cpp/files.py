@@ -1,6 +1,7 @@
-"""Text files read, JSON that people read, and files written atomically where they can be."""
+"""Text files read, JSON that people read, hashes of contents, and files written atomically where they can be."""
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -8,6 +9,7 @@ from typing import Any
 
 import click
 import msgspec
+import numpy as np
 
 from .errors import DataError
 
@@ -37,6 +39,17 @@ def json_text(data: Any) -> str:
     text = msgspec.json.format(msgspec.json.encode(data), indent=1).decode() + "\n"
     # A list of plain values has no brackets inside, and JSON has no line breaks in strings.
     return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda row: "[" + re.sub(r",\s+", ", ", row[1]) + "]", text)
+
+
+def content_hash(value: Any) -> str:
+    """Return the SHA-256 in hexadecimal of all that it holds, arrays included, whatever the order of its keys."""
+
+    def encode(other: Any) -> Any:
+        if isinstance(other, np.ndarray):
+            return [str(other.dtype), other.shape, hashlib.sha256(other.tobytes()).hexdigest()]
+        return dict(other)  # a read-only view of a dictionary
+
+    return hashlib.sha256(msgspec.json.encode(value, enc_hook=encode, order="sorted")).hexdigest()
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -10,7 +10,7 @@ import pytest
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.errors import DataError, PlanError
 from adaskip_cpp.evaluation.contenders import FULL, Contender, contenders, every_request
-from adaskip_cpp.evaluation.store import content_hash
+from adaskip_cpp.files import content_hash
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.planning.request import PlanRequest

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.evaluation.store import Record, content_hash, open_store
+from adaskip_cpp.evaluation.store import Record, open_store
+from adaskip_cpp.files import content_hash
 
 SETTINGS = {"model": "abc", "n": 3, "items": ["a", "b"]}
 OTHER = {**SETTINGS, "n": 4}

@@ -11,6 +11,7 @@ from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .plot import plot
+from .serve import serve
 from .terminal import Verbs
 from .tune import tune
 
@@ -26,7 +27,8 @@ from .tune import tune
 def main(context: click.Context) -> None:
     """Skip the least important sublayers of a GGUF model in llama.cpp.
 
-    `tune` finds the fastest plan that keeps a promise about quality, for `generate` and `chat` to use. Step by step:
+    `tune` finds the fastest plan that keeps a promise about quality, for `generate`, `chat` and
+    `serve` to use. Step by step:
     `calibrate` learns which attention and FFN blocks change their input least, `plan` and `plot` show it, `bench`
     measures the speed and `evaluate` the quality. `demo` shows all on a small model.
     """
@@ -34,5 +36,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (demo, inspect, tune, generate, chat, calibrate, plan, plot, bench, evaluate):
+for command in (demo, inspect, tune, generate, chat, serve, calibrate, plan, plot, bench, evaluate):
     main.add_command(command)

@@ -22,6 +22,7 @@ from ..files import write_atomically
 from ..measuring.cores import physical_cores
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Llama = TypeVar("_Llama", bound=AdaSkipLlama)
 
 CHOOSING, RUNNING, OUTPUT = "Choosing what is skipped", "Running the model", "Output"
 """Headings of groups of options."""
@@ -200,7 +201,12 @@ def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
 
 def open_quietly(path: str, n_ctx: int, running: Running, **more: Any) -> AdaSkipLlama:
     """Load a model, without llama.cpp's warnings, which would stand before the answer."""
+    return quietly(AdaSkipLlama, path, n_ctx, running, **more)
+
+
+def quietly(kind: Callable[..., _Llama], path: str, n_ctx: int, running: Running, **more: Any) -> _Llama:
+    """Load a model of some class as :func:`open_quietly` does."""
     n = running.n_threads
     settings = {"n_gpu_layers": running.gpu_layers, "flash_attn": running.flash_attn, "verbose": False, **more}
     with contextlib.redirect_stderr(io.StringIO()):
-        return AdaSkipLlama(path, n_ctx=n_ctx, n_threads=n, n_threads_batch=n, **settings)
+        return kind(path, n_ctx=n_ctx, n_threads=n, n_threads_batch=n, **settings)

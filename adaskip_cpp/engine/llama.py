@@ -1,15 +1,17 @@
 # Long, as what is cached, which plan is in force and how the next tokens are cut into phases hang together.
 """``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama import LlamaState
+from llama_cpp.llama_grammar import LlamaGrammar
 
-from ..errors import AdaSkipError, ModelFileError, PlanError, StateError
+from ..errors import AdaSkipError, ModelFileError, PlanError, RequestError, StateError
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
@@ -18,6 +20,12 @@ from .native import elide_kv
 from .native_types import OnlineResult, StatisticsSink
 from .self_describing import SelfDescribingLlama
 from .state import AdaSkipState, check_state
+
+
+class Rows(Protocol):
+    """Takes logits behind consecutive tokens, float32 ``[n, n_vocab]``, a batch at a time."""
+
+    def append(self, logits: npt.NDArray[np.float32], /) -> object: ...
 
 
 class AdaSkipLlama(SelfDescribingLlama):
@@ -70,6 +78,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"
         self._reads_prompt = False  # whether the caller wants the logits of a prompt's own tokens
+        self._prompt_rows: Rows | None = None  # where these go, if not to scores
         # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
         elided = None if plan is None or plan.bulk is not None else plan.prefill.skip[:, 0]
         try:
@@ -189,7 +198,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         """
         self._eval("bulk", [int(token) for token in tokens])
 
-    def _eval(self, phase: Phase, tokens: list[int], rows: list[npt.NDArray[np.float32]] | None = None) -> None:
+    def _eval(self, phase: Phase, tokens: list[int], rows: Rows | None = None) -> None:
         if not tokens:
             return
         native = self._adaskip
@@ -219,7 +228,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             self._evaluate("prefill", tokens[:begin], is_last=False)
             self._evaluate("bulk", tokens[begin:end], is_last=False)
             tokens = tokens[end:]
-        self._evaluate("prefill", tokens, is_last=True)
+        self._evaluate("prefill", tokens, is_last=True, rows=self._prompt_rows)
 
     def _evaluate(
         self,
@@ -228,7 +237,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         *,
         is_last: bool,
         is_read: bool = True,
-        rows: list[npt.NDArray[np.float32]] | None = None,
+        rows: Rows | None = None,
     ) -> None:
         """Evaluate tokens in one phase; ``rows``, if given, gets the logits behind each, a batch at a time."""
         native = self._adaskip
@@ -252,7 +261,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             native.set_phase("prefill")  # for whoever decodes on the context without us
         self._requires_eval = native.drops_logits or not is_last
 
-    def _batches(self, tokens: list[int], *, is_last: bool) -> list[tuple[list[int], bool]]:
+    def _batches(self, tokens: list[int], *, is_last: bool) -> Iterable[tuple[list[int], bool]]:
         """Cut tokens into batches, and say of each whether anybody reads its logits."""
         size = self.n_batch
         batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
@@ -298,11 +307,16 @@ class AdaSkipLlama(SelfDescribingLlama):
         """Generate tokens: the prompt runs as prefill, every step after it as decode, drafts included.
 
         Arguments and results are those of ``llama_cpp.Llama.generate``.
+
+        Raises:
+            RequestError: the grammar cannot be parsed.
         """
         self._check_logits()
+        self._check_grammar(kwargs.get("grammar"))
         self.begin_request()
-        if self._reads_prompt and self.plan is not None and self.plan.bulk is not None:
-            self.reset()  # the bulk of an earlier prompt has no logits that may be read
+        has_bulk = self.plan is not None and self.plan.bulk is not None
+        if self._prompt_rows is not None or (self._reads_prompt and has_bulk):
+            self.reset()  # what is cached has no logits that may be read, as the bulk of an earlier prompt
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
             phase: Phase = "prefill"
             sent: Sequence[int] | None = None
@@ -317,6 +331,16 @@ class AdaSkipLlama(SelfDescribingLlama):
                     self._phase = "prefill"
                 phase = "decode"
                 sent = yield token
+
+    def _check_grammar(self, grammar: LlamaGrammar | None) -> None:
+        """Refuse what llama.cpp cannot parse: it would sample by no grammar at all, and crash."""
+        if grammar is None:
+            return
+        text, root = str(grammar._grammar).encode(), str(grammar._root).encode()
+        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text, root)
+        if not sampler:
+            raise RequestError("the grammar cannot be parsed; see llama.cpp's grammars/README.md for what GBNF is")
+        llama_cpp.llama_sampler_free(sampler)
 
     def _check_logits(self) -> None:
         if self._adaskip.drops_logits:

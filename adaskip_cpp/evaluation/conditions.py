@@ -9,9 +9,9 @@ from typing import Any
 
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
+from ..files import content_hash
 from ..planning.profile import Profile
 from .evaluate import Work
-from .store import content_hash
 
 
 def evaluation_settings(llm: AdaSkipLlama, profile: Profile, work: Work) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from typing import Any
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
+from ..files import content_hash
 from ..measuring.distribution import Logits, prompt_logits
 from ..measuring.metrics import continuation_rouge_l
 from ..measuring.tasks import QuestionItem, TextItem
 from ..measuring.timing import in_turn, time_request
 from .contenders import FULL, Contender
 from .requests import PromptCache, figures, forced_logits, greedy_text
-from .store import Key, Record, Store, content_hash
+from .store import Key, Record, Store
 
 OpenModel = Callable[[int, bool], AdaSkipLlama]
 """Opens the model with a context of so many tokens, and with the logits of all of them or of the last one only."""

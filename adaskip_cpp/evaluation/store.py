@@ -7,7 +7,6 @@ those settings come back.
 
 import contextlib
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import msgspec
-import numpy as np
 
 from ..errors import DataError
-from ..files import json_text, write_atomically
+from ..files import content_hash, json_text, write_atomically
 from ..measuring.timing import RequestTime
 
 Key: TypeAlias = tuple[str, str, str]
@@ -54,17 +52,6 @@ class _Header:
     hash: str
     facts: dict[str, Any]
     settings: dict[str, Any]
-
-
-def content_hash(value: Any) -> str:
-    """Return the SHA-256 in hexadecimal of all that it holds, arrays included, whatever the order of its keys."""
-
-    def encode(other: Any) -> Any:
-        if isinstance(other, np.ndarray):
-            return [str(other.dtype), other.shape, hashlib.sha256(other.tobytes()).hexdigest()]
-        return dict(other)  # a read-only view of a dictionary
-
-    return hashlib.sha256(msgspec.json.encode(value, enc_hook=encode, order="sorted")).hexdigest()
 
 
 @dataclass

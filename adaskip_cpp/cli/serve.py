@@ -1,0 +1,124 @@
+"""``adaskip-cpp serve``: answer over HTTP as OpenAI's API does."""
+
+import os
+import re
+from typing import Any
+
+import click
+
+from ..errors import PackageMissingError
+from ..model.identity import plan_path, profile_path
+from .planning import PlanSource, find_plan_source, load_profile
+from .terminal import RUNNING, Running, console, model_options, option, quietly, verb
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+class _Size(click.ParamType[int]):
+    """Bytes, as 500M or 2G."""
+
+    name, metavar = "size", "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", str(value).upper())
+        if not found:
+            self.fail(f"{value!r} is no size; use bytes, or as 500M, 2G", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2]])
+
+
+@verb(
+    "Serve a model over HTTP, as OpenAI's API does.",
+    example="adaskip-cpp serve model.gguf\nadaskip-cpp serve model.gguf --cache-dir ~/.cache/adaskip-cpp --ctx 16384",
+)
+@click.argument("model")
+@option(
+    "--plan",
+    "plan_file",
+    metavar="auto|none|PLAN",
+    default="auto",
+    help="What to skip: what `tune` wrote beside MODEL, nothing, or a plan file. A request can ask for another.",
+)
+@option("--host", default="127.0.0.1", help="Address to listen on.")
+@option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for a free one.")
+@option("--api-key", envvar="ADASKIP_API_KEY", metavar="KEY", help="What clients must send.  [env: ADASKIP_API_KEY]")
+@option("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
+@option(
+    "--cache-dir",
+    metavar="FOLDER",
+    help="Keep what was read there too, so that a restart forgets nothing.  [default: in memory alone]",
+)
+@option("--cache-size", type=_Size(), default="2G", help="Most that is kept, in memory and in the folder each.")
+@option("--ctx", group=RUNNING, type=click.IntRange(256, 2**31 - 1), default=8192, help="Context in tokens.")
+@model_options
+def serve(
+    model: str,
+    plan_file: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    insecure: bool,
+    cache_dir: str | None,
+    cache_size: int,
+    ctx: int,
+    running: Running,
+) -> None:
+    """Serve MODEL, a GGUF file, to every client that speaks OpenAI's API.
+
+    Long prompts are read faster by the plan, and what was read before is not read again.
+    """
+    try:
+        from ..serving.app import make_app
+        from ..serving.llama import ServedLlama
+        from ..serving.plans import Plans
+        from ..serving.prefix_cache import PrefixCache
+        from ..serving.server import is_loopback, listen, run
+    except ImportError as error:
+        raise PackageMissingError(
+            f"serving needs further packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
+        ) from error
+    if not (is_loopback(host) or api_key or insecure):
+        raise click.UsageError(
+            f"{host} can be reached from other machines; give --api-key, or --insecure to let everyone in"
+        )
+    err = console(stderr=True)
+    source = _source(model, plan_file)
+    profile = load_profile(model, profile_path(model)) if os.path.exists(profile_path(model)) else None
+    own = source.plan(ctx)
+    tuning = None if source.file is None else source.file.tuning
+    with listen(host, port) as listener:
+        if source.note:
+            err.print(source.note, style="dim", markup=False)
+        llm = quietly(
+            ServedLlama,
+            model,
+            ctx,
+            running,
+            plans=lambda llm: Plans(own, tuning, profile, llm.context_size),
+            cache=lambda can_rewind: PrefixCache(cache_size, cache_size, cache_dir, can_rewind=can_rewind),
+        )
+        try:
+            hosts = ("127.0.0.1", "localhost", "::1", host) if is_loopback(host) else None
+            app, queue = make_app(llm, api_key=api_key, hosts=hosts)
+            address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+            run(
+                app,
+                queue,
+                listener,
+                on_ready=lambda: err.print(
+                    f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it.", markup=False
+                ),
+            )
+        finally:
+            llm.close()
+
+
+def _source(model: str, plan: str) -> PlanSource:
+    if plan == "none":
+        return PlanSource()
+    found = find_plan_source(model, None, None if plan == "auto" else plan, None, False)
+    if plan == "auto" and found.file is None and not found.note:
+        name = os.path.basename(plan_path(model))
+        return PlanSource(note=f"There is no {name}: the whole model runs; `adaskip-cpp tune {model}` finds a plan.")
+    return found

@@ -1,0 +1,96 @@
+"""llama-cpp-python's server over our model, with the routes that it lacks."""
+
+import time
+from collections.abc import Iterator
+from importlib import metadata, resources
+from typing import Any
+
+import llama_cpp.server.app as stock
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, Response
+from llama_cpp.server.settings import ServerSettings
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from .answer import error_body
+from .llama import ServedLlama
+from .metrics import Metrics
+from .middleware import Gate
+from .queue import FairQueue
+
+MOST_WAITING = 64
+"""Requests that may wait."""
+
+_BYTES_PER_TOKEN = 16
+"""Of a body, for each token of the context: several times what text takes, as JSON and as messages."""
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+class _Proxy:
+    """Takes the place of the stock server's loader of models: there is one, and it is loaded."""
+
+    def __init__(self, llm: ServedLlama) -> None:
+        self._llm = llm
+
+    def __call__(self, model: str | None = None) -> ServedLlama:
+        return self._llm
+
+    def __iter__(self) -> Iterator[str]:
+        yield self._llm.name
+
+
+def make_app(
+    llm: ServedLlama, *, api_key: str | None = None, hosts: tuple[str, ...] | None = None
+) -> tuple[Gate, FairQueue]:
+    """Return the application for a model, and the queue before it.
+
+    Args:
+        llm: answers under its own name, and under any other.
+        api_key, hosts: see :class:`adaskip_cpp.serving.middleware.Gate`.
+    """
+    queue, created = FairQueue(MOST_WAITING), int(time.time())
+    metrics = Metrics(
+        {
+            ("queue_waiting", "Requests that wait."): lambda: len(queue),
+            ("requests_running", "Requests that the model works for, 0 or 1."): lambda: float(queue.is_busy),
+            ("kv_bytes", "Bytes of KV cache."): lambda: llm.kv_bytes,
+            ("prefix_cache_bytes", "Bytes of saved states in memory."): lambda: llm.cached_bytes,
+        }
+    )
+    # The documentation that FastAPI makes loads scripts from other hosts.
+    app = FastAPI(title="adaskip-cpp", version=metadata.version("adaskip-cpp"), docs_url=None, redoc_url=None)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+        return HTMLResponse(text, headers={"content-security-policy": _POLICY, "x-frame-options": "DENY"})
+
+    @app.get("/health")
+    async def health() -> Response:
+        status = 503 if queue.is_closed else 200
+        return Response(b'{"status":"ok"}' if status == 200 else error_body(503, "the server stops"), status, _JSON)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    @app.get("/v1/models")  # the stock one waits for the model, which may be at work for minutes
+    async def models() -> dict[str, Any]:
+        meta = {"n_ctx": llm.context_size, "n_params": llm.n_params, "size": llm.weight_bytes}
+        about = {"id": llm.name, "object": "model", "created": created, "owned_by": "adaskip-cpp", "meta": meta}
+        return {"object": "list", "data": [about]}
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        return Response(error_body(error.status_code, str(error.detail)), error.status_code, _JSON)
+
+    app.include_router(stock.router)
+    # The key is checked in front, in constant time; one request runs at a time, so none shall end another.
+    stock.set_server_settings(ServerSettings(api_key=None, interrupt_requests=False))
+    stock._llama_proxy = _Proxy(llm)  # type: ignore[assignment]  # what set_llama_proxy does with one of its own
+    most_body = max(1 << 20, _BYTES_PER_TOKEN * llm.context_size)
+    return Gate(app, queue, metrics, api_key=api_key, hosts=hosts, most_body=most_body), queue
+
+
+_JSON = {"content-type": "application/json"}

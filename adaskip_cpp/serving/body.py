@@ -1,0 +1,97 @@
+"""What a request's body asks, in the form that llama-cpp-python's server takes, and what is refused."""
+
+from typing import Any, cast
+
+import msgspec
+from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest, CreateEmbeddingRequest
+from pydantic import BaseModel, ValidationError
+
+from ..errors import RequestError
+from .plans import WISHES, check_wish
+from .request import ServedRequest
+
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": CreateChatCompletionRequest,
+    "/v1/completions": CreateCompletionRequest,
+    "/v1/engines/copilot-codex/completions": CreateCompletionRequest,
+    "/v1/embeddings": CreateEmbeddingRequest,
+}
+"""The paths on which the model works, and the stock schema of each."""
+
+
+def read_body(path: str, content: bytes) -> tuple[ServedRequest, dict[str, Any]]:
+    """Read the body of a request that the model works for: the request, and the body in the stock server's form.
+
+    Fields that the stock schema does not know are taken out: ``adaskip`` and ``stream_options``,
+    ``max_completion_tokens``, prompts of token ids, content in parts of text. Fields that are null are left out.
+
+    Raises:
+        RequestError: it is no JSON of this schema, or asks for what this server does not do.
+    """
+    try:
+        body = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON ({error}); send application/json") from error
+    if not isinstance(body, dict):
+        raise RequestError('the body is no JSON object; send one, such as {"messages": [...]}')
+    body = {name: value for name, value in body.items() if value is not None}
+    request = ServedRequest(wish=_wish(body.pop("adaskip", None)))
+    options = body.pop("stream_options", None)
+    request.includes_usage = isinstance(options, dict) and options.get("include_usage") is True
+    if "max_completion_tokens" in body:
+        body.setdefault("max_tokens", body.pop("max_completion_tokens"))
+    for name in ("n", "best_of"):
+        if body.get(name, 1) != 1:
+            raise RequestError(f"{name} is {body[name]!r}; this server gives one choice, leave it out or send 1")
+    if SCHEMAS[path] is not CreateEmbeddingRequest:
+        body.setdefault("repeat_penalty", 1.0)  # as OpenAI's API has none; the stock server's default is 1.1
+    if "messages" in body:
+        body["messages"] = _messages(body["messages"])
+    if isinstance(body.get("prompt"), list):
+        request.prompt_tokens, body["prompt"] = _prompt(body["prompt"])
+    try:
+        SCHEMAS[path].model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise RequestError(f"{where}: {first['msg']}; see docs/server.md") from error
+    return request, body
+
+
+def _wish(asked: Any) -> Any:
+    if asked is None:
+        return "auto"
+    if not isinstance(asked, dict) or list(asked) != ["plan"]:
+        raise RequestError(f'adaskip is {asked!r}; send {{"plan": P}}, where P is one of: {WISHES}')
+    check_wish(asked["plan"])
+    return asked["plan"]
+
+
+def _messages(messages: Any) -> Any:
+    """Take content in parts of text as one text, and the newer name of the system's role for the older one."""
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("messages is empty; send at least one")
+    return [_message(each) if isinstance(each, dict) else each for each in messages]
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise RequestError("content has parts that are no text; this server reads text alone")
+        content = "".join(cast("list[str]", parts))
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
+
+
+def _prompt(prompt: list[Any]) -> tuple[list[int] | None, str]:
+    """Return the one prompt of a list: as token ids, or as text."""
+    if len(prompt) == 1 and isinstance(prompt[0], str):
+        return None, prompt[0]
+    if len(prompt) == 1 and isinstance(prompt[0], list):
+        prompt = prompt[0]
+    if prompt and all(type(token) is int for token in prompt):
+        return prompt, ""
+    raise RequestError("prompt is a list of several; send one prompt per request, a text or a list of token ids")

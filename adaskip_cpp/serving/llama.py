@@ -1,0 +1,266 @@
+"""The model of a server: every call runs under the plan of its request, and goes on from what was read before."""
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama_chat_format import get_chat_completion_handler
+
+from ..engine.llama import AdaSkipLlama, Rows
+from ..errors import RequestError
+from ..files import content_hash
+from ..model.plan import Phase
+from .logprobs import Logprobs
+from .plans import Plans, plan_key
+from .prefix_cache import PrefixCache, n_common
+from .request import ServedRequest, current_request
+
+_WORTH_KEEPING = 32
+"""Tokens: for fewer, no state is saved or loaded; they are read again.
+
+Reading as many takes about as long as copying the state of 4,000 (SmolLM2: 30 ms, 92 MB), in larger models longer."""
+
+
+class ServedLlama(AdaSkipLlama):
+    """An :class:`AdaSkipLlama` that serves one request after another, each one's being :func:`current_request`.
+
+    Before a prompt is read, what the memory holds is kept in the cache if much of it would go, and what the cache holds
+    of this prompt is taken up if that is more. ``logprobs`` need no ``logits_all``: they are made of the logits of one
+    batch after another, so that nothing of ``n_ctx * n_vocab`` is allocated.
+
+    Args:
+        name: of the model in answers; its file's by default.
+        plans: what requests may choose from.
+        cache: makes the cache, given whether a part of a state serves.
+        **kwargs: as for :class:`AdaSkipLlama`.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        name: str = "",
+        *,
+        plans: Callable[["ServedLlama"], Plans],
+        cache: Callable[[bool], PrefixCache],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model_path, **kwargs)
+        self.name = name or os.path.basename(model_path).removesuffix(".gguf")
+        self._plans_of_requests = plans(self)
+        self.set_plan(self._plans_of_requests.own)  # refused now, not by the first request
+        self._cache = cache(not self.has_state)
+        self._working = threading.Lock()
+        self._open_again = {**kwargs, "model_path": model_path, "embedding": True}
+        self._embedder: llama_cpp.Llama | None = None
+        self._logprobs: Logprobs | None = None
+        self._live_key, self._n_kept = "", 0  # of what the memory holds: under which plan, and what the cache has of it
+        parameters = self.context_params
+        settings = {name: getattr(parameters, name) for name in ("type_k", "type_v", "flash_attn_type", "swa_full")}
+        rope = {name: getattr(parameters, name) for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale")}
+        version = metadata.version("llama-cpp-python")
+        self._settings_key = content_hash([asdict(self.model_info), settings, rope, self.n_ctx(), version])
+        named = str(self.chat_format)
+        self._chat: Any = self.chat_handler or self._chat_handlers.get(named) or get_chat_completion_handler(named)
+        self.chat_handler = self._chat_noting_errors
+
+    def close(self) -> None:
+        """Keep what the memory holds in the cache, write that to disk, and free the model."""
+        if getattr(self, "_cache", None) is not None:
+            with self._working:  # a thread may be at its last step
+                self._keep(0)
+                self._cache.close()
+                if self._embedder is not None:
+                    self._embedder.close()
+        super().close()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of saved states in memory."""
+        return self._cache.n_bytes
+
+    # -- one request -------------------------------------------------------------------------------------------------
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As :meth:`AdaSkipLlama.generate`, for the current request."""
+        request, prompt = current_request(), list(tokens)
+        if not prompt:
+            raise RequestError("the prompt is empty; send some text")
+        request.check()
+        request.begun, request.n_prompt = time.perf_counter(), len(prompt)
+        request.plan, request.plan_name = self._plans_of_requests.choose(request.wish, len(prompt))
+        self._take_up(request, np.array(prompt, np.int32))
+        if self._prompt_rows is not None and self._logprobs is not None:
+            self._logprobs.expect(prompt, is_bos=prompt[0] == self.token_bos())
+        with closing(super().generate(prompt, *args, **kwargs)) as steps:
+            for token in steps:
+                is_end = self.is_eog(token)
+                request.token(is_end=is_end)
+                if self._logprobs is not None and not is_end:
+                    row = np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), (self.n_vocab(),))
+                    self._logprobs.add(token, row)
+                yield token
+                request.check()
+
+    def _evaluate(
+        self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None
+    ) -> None:
+        before = self.n_tokens
+        try:
+            super()._evaluate(phase, tokens, is_last=is_last, is_read=is_read, rows=rows)
+        finally:
+            current_request().n_evaluated[phase] += self.n_tokens - before
+
+    def _batches(self, tokens: list[int], *, is_last: bool) -> Iterable[tuple[list[int], bool]]:
+        request = current_request()
+        for batch in super()._batches(tokens, is_last=is_last):
+            request.check()
+            yield batch
+
+    # -- what was read before ----------------------------------------------------------------------------------------
+
+    def _take_up(self, request: ServedRequest, prompt: npt.NDArray[np.int32]) -> None:
+        """Set the request's plan, and have in memory what is known of its prompt."""
+        key = self._key(plan_key(request.plan))
+        found, n_found = self._cache.find({key, self._key("whole")}, prompt)
+        # What another plan skipped cannot be read under this one, so the memory's own share is known once it is set.
+        n_live = n_common(self.input_ids[: self.n_tokens], prompt)
+        if key != self._live_key:
+            self._keep(0)
+            self.set_plan(request.plan)
+            n_live = min(n_live, self._adaskip.kv_valid("prefill", n_live)) if n_live else 0
+        else:
+            self._keep(n_live)
+        self._live_key, self._n_kept = key, min(self._n_kept, n_live)
+        if found is not None and n_found >= n_live + _WORTH_KEEPING:
+            state = self._cache.take(found)
+            if state is not None and self._load(found.tokens, state):
+                self._n_kept = len(found.tokens)
+
+    def _key(self, plan: str) -> str:
+        return f"{self._settings_key}/{plan}"
+
+    def _keep(self, n_stays: int) -> None:
+        """Keep what the memory holds, if much would go where its first tokens alone stay, and the cache lacks it."""
+        n = self.n_tokens
+        if self._live_key and n - max(n_stays, self._n_kept) >= _WORTH_KEEPING and self.input_ids[:n].min() >= 0:
+            size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
+            state = (ctypes.c_uint8 * size)()
+            written = llama_cpp.llama_state_seq_get_data(self.ctx, state, size, 0)
+            if written == size:
+                self._cache.put(self._live_key, self.input_ids[:n], bytes(state))
+                self._n_kept = n
+
+    def _load(self, tokens: npt.NDArray[np.int32], state: bytes) -> bool:
+        """Put a state in the place of what the memory holds; where llama.cpp refuses it, nothing is cached any more."""
+        self._ctx.kv_cache_clear()
+        self.reset()
+        source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if len(tokens) > self.context_size or llama_cpp.llama_state_seq_set_data(self.ctx, source, len(state), 0) == 0:
+            self._ctx.kv_cache_clear()
+            return False
+        self.input_ids[: len(tokens)] = tokens
+        self.n_tokens, self._requires_eval = len(tokens), True
+        return True
+
+    # -- what the stock class lacks ------------------------------------------------------------------------------------
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As the stock one, with log-probabilities without ``logits_all``, prompts of token ids, and 0 tokens."""
+        request = current_request()
+        try:
+            yield from self._completion(request, *args, **kwargs)
+        except Exception as error:
+            request.error = error
+            raise
+
+    def _completion(self, request: ServedRequest, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        n_top, echo = kwargs.pop("logprobs", None), kwargs.pop("echo", False)
+        if request.prompt_tokens is not None:
+            kwargs["prompt"] = self._checked(request.prompt_tokens)
+        kwargs["model"] = self.name  # stock echoes what was asked for, or the path
+        self._check_bias(kwargs.get("logit_bias"))
+        is_empty = kwargs.get("max_tokens") == 0
+        steps = super()._create_completion(*args, **{**kwargs, "max_tokens": 1} if is_empty else kwargs)
+        request.steps, request.working = steps, self._working
+        before = self._prompt_text(kwargs["prompt"]) if echo else ""
+        collected = None if n_top is None else Logprobs(n_top, self._text)
+        n_told, offset = 0, 0 if echo else len(self._prompt_text(kwargs["prompt"]))
+        while True:
+            with self._working:
+                self._logprobs = collected
+                self._reads_prompt = echo and collected is not None
+                self._prompt_rows = collected if self._reads_prompt else None
+                try:
+                    step = next(steps, None)
+                finally:
+                    self._logprobs = self._prompt_rows = None
+                    self._reads_prompt = False
+            if step is None:
+                return
+            choice = step["choices"][0]
+            is_end = choice["finish_reason"] is not None
+            if is_empty:
+                request.n_generated = 0
+                if not is_end:
+                    continue
+                choice["text"] = ""
+            choice["text"], before = before + choice["text"], ""
+            if collected is not None:
+                end = collected.n_prompt if is_empty else len(collected.tokens)
+                if not is_end:
+                    end = collected.covered(n_told, end, len(choice["text"]))
+                choice["logprobs"] = collected.told(n_told, end, offset) if end > n_told else None
+                n_told, offset = end, offset + len(choice["text"])
+            yield step
+
+    def _checked(self, tokens: list[int]) -> list[int]:
+        if not tokens or not 0 <= min(tokens) <= max(tokens) < self.n_vocab():
+            raise RequestError(f"a prompt of token ids has at least one, each from 0 to {self.n_vocab() - 1}")
+        return tokens
+
+    def _check_bias(self, bias: dict[Any, float] | None) -> None:
+        for token in bias or {}:
+            if not (str(token).isdigit() and int(token) < self.n_vocab()):
+                raise RequestError(f"logit_bias names token {token!r}; use ids from 0 to {self.n_vocab() - 1}")
+
+    def _prompt_text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._text(prompt, [])
+
+    def _text(self, tokens: list[int], before: list[int]) -> str:
+        return self.detokenize(tokens, prev_tokens=before or None).decode("utf-8", "ignore")
+
+    def _chat_noting_errors(self, **kwargs: Any) -> Any:
+        """The chat handler; what a template refuses is the request's error."""
+        try:
+            return self._chat(**kwargs)
+        except Exception as error:
+            request = current_request()
+            request.error = request.error or error
+            raise
+
+    def create_embedding(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock one, by a second context of its own: the first request opens it."""
+        try:
+            with self._working:
+                self._embedder = self._embedder or self._open_embedder()
+                return self._embedder.create_embedding(*args, **kwargs)
+        except Exception as error:
+            current_request().error = error
+            raise
+
+    def _open_embedder(self) -> llama_cpp.Llama:
+        """Open the model for embeddings: pooled as its file says, or where that says nothing their mean."""
+        opened = llama_cpp.Llama(**self._open_again)
+        if int(opened.pooling_type()) != llama_cpp.LLAMA_POOLING_TYPE_NONE:
+            return opened
+        opened.close()
+        return llama_cpp.Llama(**self._open_again, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)

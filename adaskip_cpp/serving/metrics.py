@@ -1,0 +1,61 @@
+"""What the server counts, for Prometheus."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .request import ServedRequest
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """Counters of one server.
+
+    Args:
+        gauges: name and meaning of what is read when it is asked for, and how.
+    """
+
+    def __init__(self, gauges: dict[tuple[str, str], Callable[[], float]]) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "adaskip_requests", "Requests answered, by path and status.", ["path", "status"], registry=self._registry
+        )
+        self._tokens = Counter(
+            "adaskip_tokens",
+            "Tokens: read (of prompts), skipping (of those, under a bulk set), reused (of prompts, from the cache), "
+            "generated.",
+            ["kind"],
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            "adaskip_time_to_first_token_seconds",
+            "From a request's arrival to its first token, the queue included.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        for kind in ("read", "skipping", "reused", "generated"):
+            self._tokens.labels(kind)
+        for (name, meaning), read in gauges.items():
+            Gauge(f"adaskip_{name}", meaning, registry=self._registry).set_function(read)
+
+    def answered(self, path: str, status: int) -> None:
+        """Count a request."""
+        self._requests.labels(path, str(status)).inc()
+
+    def ran(self, request: ServedRequest) -> None:
+        """Count what the model did for a request."""
+        counts = {
+            "read": request.n_read,
+            "skipping": request.n_skipping,
+            "reused": request.n_reused,
+            "generated": request.n_generated,
+        }
+        for kind, n in counts.items():
+            self._tokens.labels(kind).inc(n)
+        if request.first:
+            self._first_token.observe(request.first - request.received)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)

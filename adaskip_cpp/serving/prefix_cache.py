@@ -1,0 +1,236 @@
+"""What was read before, and need not be read again: saved states of one model, in memory and on disk.
+
+A file is ``MAGIC``, the length of a JSON header, the header, token ids as int32 of little endian, and llama.cpp's state
+of sequence 0, which knows under which sets its positions were computed. The header has the SHA-256 of all behind it.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError
+from ..files import write_atomically
+
+MAGIC = b"adaskip prefix 1\n"
+_SUFFIX = ".adaskip-prefix"
+_LEFT_OVER = re.compile(rf"\..*{re.escape(_SUFFIX)}\.[0-9a-f]+\.tmp")
+"""What :func:`write_atomically` leaves when the process is killed."""
+_MOST_HEADER = 1 << 16
+
+Tokens = npt.NDArray[np.int32]
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    key: str
+    n_tokens: int
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(eq=False)
+class Entry:
+    """One saved state.
+
+    ``key`` is of all that must be equal for it to be read: the model, its settings, the plan. ``state`` is None where
+    it lies on disk alone, ``path`` where it does not.
+    """
+
+    key: str
+    tokens: Tokens
+    n_bytes: int
+    state: bytes | None = None
+    path: Path | None = None
+    on_disk: bool = field(default=False)
+
+
+def n_common(a: Tokens, b: Tokens) -> int:
+    """Return how many tokens at the beginning are equal."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if different.size else n
+
+
+class PrefixCache:
+    """Saved states, the least recently used of which go first. Not for several threads at once.
+
+    Args:
+        memory, disk: bytes that they may take there, each.
+        folder: where they outlast the process, made where it is missing; None for memory alone. Other processes may use
+            it too.
+        can_rewind: whether a part of a state serves; else all its tokens must begin the prompt.
+
+    Raises:
+        DataError: the folder cannot be used.
+    """
+
+    def __init__(
+        self, memory: int, disk: int = 0, folder: str | os.PathLike[str] | None = None, *, can_rewind: bool = True
+    ) -> None:
+        self.memory, self.disk, self.can_rewind = memory, disk, can_rewind
+        self.folder = None if folder is None else Path(folder)
+        self.entries: list[Entry] = []  # the most recently used last
+        self._writer = ThreadPoolExecutor(1, "prefix-cache")
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._scan(self.folder)
+            except OSError as error:
+                raise DataError(
+                    f"cannot use {str(self.folder)!r} ({error.strerror}); choose another --cache-dir"
+                ) from error
+
+    def find(self, keys: Collection[str], tokens: Tokens) -> tuple[Entry | None, int]:
+        """Return the entry of one of these keys that has most of a prompt's first tokens, and how many; (None, 0)."""
+        best, most = None, 0
+        for entry in self.entries:
+            if entry.key in keys:
+                n = n_common(entry.tokens, tokens)
+                if n > most and (self.can_rewind or n == len(entry.tokens)):
+                    best, most = entry, n
+        return best, most
+
+    def take(self, entry: Entry) -> bytes | None:
+        """Return the state of an entry, which is the most recently used now; None where its file is gone or damaged."""
+        if entry.state is None and entry.path is not None:
+            self._writer.submit(int).result()  # it may be being written
+            entry.state = _read_state(entry.path, entry)
+        if entry.state is None:
+            self._remove(entry)
+            return None
+        self.entries.remove(entry)
+        self.entries.append(entry)
+        if entry.on_disk and entry.path is not None:
+            with contextlib.suppress(OSError):
+                os.utime(entry.path)
+        state = entry.state
+        self._bound_memory(keep=entry)
+        return state
+
+    def put(self, key: str, tokens: Tokens, state: bytes) -> None:
+        """Keep a state; what it has all the tokens of is dropped, as a part of it serves as well."""
+        for other in [each for each in self.entries if each.key == key]:
+            common = n_common(other.tokens, tokens)
+            if common == len(other.tokens) and (self.can_rewind or len(tokens) == common):
+                self._remove(other)
+        entry = Entry(key, tokens.astype(np.int32), len(state), state)
+        self.entries.append(entry)
+        if self.folder is not None and entry.n_bytes <= self.disk:
+            digest = hashlib.sha256(key.encode() + b"\0" + entry.tokens.tobytes()).hexdigest()[:32]
+            entry.path = self.folder / f"{digest}{_SUFFIX}"
+            self._writer.submit(self._write, entry, entry.path, state)
+        self._bound_memory(keep=None)
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._writer.shutdown()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in memory."""
+        return sum(entry.n_bytes for entry in self.entries if entry.state is not None)
+
+    def _bound_memory(self, keep: Entry | None) -> None:
+        """Drop states from memory until they fit; those whose file is not written yet, or never, are forgotten."""
+        for entry in list(self.entries):
+            if self.n_bytes <= self.memory:
+                return
+            if entry.state is not None and entry is not keep:
+                entry.state = None
+                if entry.path is None:
+                    self.entries.remove(entry)
+
+    def _remove(self, entry: Entry) -> None:
+        with contextlib.suppress(ValueError):
+            self.entries.remove(entry)
+        if entry.path is not None:
+            self._writer.submit(_unlink, entry.path)  # behind its own writing
+
+    # -- on disk ---------------------------------------------------------------------------------------------------
+
+    def _write(self, entry: Entry, path: Path, state: bytes) -> None:
+        body = entry.tokens.astype("<i4").tobytes()
+        digest = hashlib.sha256(body)
+        digest.update(state)
+        header = msgspec.json.encode(_Header(entry.key, len(entry.tokens), entry.n_bytes, digest.hexdigest()))
+        try:
+            write_atomically(path, b"".join([MAGIC, len(header).to_bytes(8, "little"), header, body, state]))
+            os.chmod(path, 0o600)
+            entry.on_disk = True
+        except OSError:
+            return  # a full disk: it lives in memory, and is not found after a restart
+        self._bound_disk(path.parent)
+
+    def _bound_disk(self, folder: Path) -> None:
+        files = []
+        for path in folder.glob(f"*{_SUFFIX}"):
+            with contextlib.suppress(OSError):
+                facts = path.stat()
+                files.append((facts.st_mtime_ns, facts.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.disk:
+                return
+            _unlink(path)
+            total -= size
+
+    def _scan(self, folder: Path) -> None:
+        """Take up what is there, the oldest first; what is no whole file of ours is removed."""
+        for path in folder.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):
+                _unlink(path)
+        found = []
+        for path in folder.glob(f"*{_SUFFIX}"):
+            entry = _read_entry(path)
+            if entry is None:
+                _unlink(path)
+            else:
+                found.append((path.stat().st_mtime_ns, entry))
+        self.entries = [entry for _, entry in sorted(found, key=lambda each: each[0])]
+        self._bound_disk(folder)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _read_entry(path: Path) -> Entry | None:
+    """Read all of a file but its state; None where it is no whole file of ours."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                return None
+            n_header = int.from_bytes(file.read(8), "little")
+            header = msgspec.json.decode(file.read(min(n_header, _MOST_HEADER)), type=_Header)
+            rest = os.fstat(file.fileno()).st_size - file.tell()
+            if header.n_tokens < 1 or header.n_bytes < 0 or rest != 4 * header.n_tokens + header.n_bytes:
+                return None
+            tokens = np.frombuffer(file.read(4 * header.n_tokens), "<i4").astype(np.int32)
+    except (OSError, ValueError, OverflowError, msgspec.MsgspecError):
+        return None
+    return Entry(header.key, tokens, header.n_bytes, path=path, on_disk=True)
+
+
+def _read_state(path: Path, entry: Entry) -> bytes | None:
+    """Read the state of an entry; None where the file is gone, or not what its header says."""
+    try:
+        content = path.read_bytes()
+        n_header = int.from_bytes(content[len(MAGIC) : len(MAGIC) + 8], "little")
+        begin = len(MAGIC) + 8 + n_header
+        header = msgspec.json.decode(content[len(MAGIC) + 8 : begin], type=_Header)
+    except (OSError, ValueError, msgspec.MsgspecError):
+        return None
+    body = memoryview(content)[begin:]
+    is_same = header.key == entry.key and header.n_bytes == entry.n_bytes
+    if not is_same or hashlib.sha256(body).hexdigest() != header.sha256:
+        return None
+    return bytes(body[4 * header.n_tokens :])

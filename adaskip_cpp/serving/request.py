@@ -1,0 +1,146 @@
+"""One request on its way through the server: what it asks beside the stock schema, and what became of it."""
+
+import threading
+import time
+from collections import Counter
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..model.plan import Phase, SkipPlan
+
+
+class Gone(Exception):
+    """The client has left, or the server stops: nobody reads the answer on."""
+
+
+@dataclass
+class ServedRequest:
+    """What one request asks, how far it has come, and why it failed. Times are of ``time.perf_counter``, in seconds.
+
+    Attributes:
+        wish: which plan, the request's own ``adaskip.plan``.
+        prompt_tokens: the prompt where it was given as token ids, which the stock schema does not know; else None.
+        includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
+        plan: the plan that ran, None for the whole model; ``plan_name`` is what it is called.
+        n_prompt, n_generated: tokens of the prompt and of the answer.
+        n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
+        begun, first, last: when the model began, when the first token was there, and the last.
+        steps: the generator of its answer; ``working`` is held while it takes a step.
+        has_turn: whether it has waited its turn.
+        error: what the model or the server below raised.
+    """
+
+    wish: Any = "auto"
+    prompt_tokens: list[int] | None = None
+    includes_usage: bool = False
+    plan: SkipPlan | None = None
+    plan_name: str = ""
+    n_prompt: int = 0
+    n_generated: int = 0
+    n_evaluated: Counter[Phase] = field(default_factory=Counter)
+    received: float = field(default_factory=time.perf_counter)
+    begun: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    has_turn: bool = False
+    error: Exception | None = None
+    steps: Any = None
+    working: threading.Lock = field(default_factory=threading.Lock)
+    _gone: threading.Event = field(default_factory=threading.Event)
+
+    def leave(self) -> None:
+        """Stop it at the next batch of its prompt or token of its answer; from any thread."""
+        self._gone.set()
+
+    def close(self) -> None:
+        """End the model's work where it stands, as nobody asks for the next token."""
+        if self.steps is not None:
+            with self.working:
+                self.steps.close()
+
+    def check(self) -> None:
+        """Raise :class:`Gone` where nobody waits for it any more."""
+        if self._gone.is_set():
+            raise Gone
+
+    def token(self, *, is_end: bool) -> None:
+        """Count a token of the answer; the one that ends it takes time, and counts as none."""
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.n_generated += not is_end
+
+    @property
+    def n_read(self) -> int:
+        """Tokens of the prompt that were evaluated, ``n_skipping`` of them in its bulk, under a set that skips."""
+        return self.n_evaluated["prefill"] + self.n_evaluated["bulk"]
+
+    @property
+    def n_reused(self) -> int:
+        return max(self.n_prompt - self.n_read, 0)
+
+    @property
+    def n_skipping(self) -> int:
+        return self.n_evaluated["bulk"]
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """How long it took, under the names of llama.cpp's server (``slot_timings`` in ``server-context.cpp``)."""
+        first = self.first or self.begun
+        prompt, predicted = (1e3 * max(each, 1e-9) for each in (first - self.begun, (self.last or first) - first))
+        n_read, n_decoded = self.n_read, max(self.n_generated - 1, 0)
+        return {
+            "cache_n": self.n_reused,
+            "prompt_n": n_read,
+            "prompt_ms": prompt,
+            "prompt_per_token_ms": prompt / max(n_read, 1),
+            "prompt_per_second": 1e3 * n_read / prompt,
+            "predicted_n": self.n_generated,
+            "predicted_ms": predicted,
+            "predicted_per_token_ms": predicted / max(n_decoded, 1),
+            "predicted_per_second": 1e3 * n_decoded / predicted,
+        }
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens under OpenAI's names."""
+        return {
+            "prompt_tokens": self.n_prompt,
+            "completion_tokens": self.n_generated,
+            "total_tokens": self.n_prompt + self.n_generated,
+            "prompt_tokens_details": {"cached_tokens": self.n_reused},
+        }
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What was skipped, and what of the prompt was read: ``adaskip`` in the answer."""
+        plan = self.plan
+        sets = {} if plan is None else {phase: plan.skipped(phase) for phase in ("bulk", "prefill", "decode")}
+        return {
+            "plan": self.plan_name,
+            "n_layer": None if plan is None else plan.n_layer,
+            "skipped": {
+                phase: {"attention": list(each.attention), "ffn": list(each.ffn)} for phase, each in sets.items()
+            },
+            "windowed": [] if plan is None else list(plan.windowed),
+            "window_size": plan.window_size if plan is not None and plan.windowed else None,
+            "prompt_tokens_read": self.n_read,
+            "prompt_tokens_reused": self.n_reused,
+            "prompt_tokens_skipping": self.n_skipping,
+            "queued_ms": 1e3 * max((self.begun or time.perf_counter()) - self.received, 0.0),
+            "time_to_first_token_ms": 1e3 * max(self.first - self.received, 0.0) if self.first else None,
+        }
+
+
+_CURRENT: ContextVar[ServedRequest | None] = ContextVar("request", default=None)
+"""Starlette carries it into the threads in which the model runs."""
+
+
+def current_request() -> ServedRequest:
+    """The request that this code runs for; outside of any a new one."""
+    return _CURRENT.get() or ServedRequest()
+
+
+def begin(request: ServedRequest) -> None:
+    """Make a request the current one, of this task and all that it starts."""
+    _CURRENT.set(request)

@@ -1,0 +1,72 @@
+"""Listens: a socket, uvicorn, and an end that lets the running answer finish."""
+
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from ..errors import DataError
+from .middleware import LOOPBACK, Gate
+from .queue import FairQueue
+
+GRACE = 30
+"""Seconds that the running answer has when the server is told to stop."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there; port 0 takes a free one.
+
+    Raises:
+        DataError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise DataError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from error
+
+
+def is_loopback(host: str) -> bool:
+    return host in LOOPBACK or host.startswith("127.")
+
+
+class _Server(uvicorn.Server):
+    """Turns those away that wait, as soon as it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, queue: FairQueue) -> None:
+        super().__init__(config)
+        self._queue = queue
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._queue.close()
+        await super().shutdown(sockets)
+
+
+def run(app: Gate, queue: FairQueue, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; the running answer then has :data:`GRACE` seconds to end."""
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
+    )
+    server = _Server(config, queue)
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # it ends streams in mid-word
+    # uvicorn raises the signal that ended it once more when it is done; by then this is who hears it.
+    before = {each: signal.signal(each, _ignore) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        on_ready()
+        server.run(sockets=[listener])
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing."""

@@ -1,0 +1,70 @@
+"""A server in a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+
+_RUN = "from adaskip_cpp.cli.main import main; main()"
+
+
+@dataclass
+class Server:
+    """A running server: its address, and its process."""
+
+    url: str
+    process: subprocess.Popen[str]
+    lines: list[str]
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        """Send JSON, or bytes as they are."""
+        content = {"content": body} if isinstance(body, bytes) else {"json": body}
+        return httpx.post(self.url + path, timeout=60, **content, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **options)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's values."""
+        found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        return sum(map(float, found))
+
+    def stop(self, signal_: int = signal.SIGTERM, timeout: float = 60) -> int:
+        """End it by a signal, and return its exit code."""
+        self.process.send_signal(signal_)
+        return self.process.wait(timeout)
+
+
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[Server]:
+    """Start a server on a free port with one thread; when the context is left it is ended, if it still runs."""
+    command = [sys.executable, "-c", _RUN, "serve", str(model), "--port", "0", "--threads", "1", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines: list[str] = []
+    text = ""
+    for line in process.stderr:
+        lines.append(line)
+        text += line.strip() + " "
+        if found := re.search(r"to look at (http://\S+);", text):
+            break
+    else:
+        raise AssertionError(f"no server: {text}")
+    threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True).start()
+    server = Server(found[1], process, lines)
+    try:
+        yield server
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

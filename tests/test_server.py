@@ -1,0 +1,332 @@
+"""``adaskip-cpp serve`` as its clients see it: a real process, the openai client, and what must be refused."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import openai
+import pytest
+from served import Server, serving
+from tiny_models import add_chat_template, write_model
+
+from adaskip_cpp import AdaSkipLlama, SkipPlan
+from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL
+from adaskip_cpp.model.plan_file import save_plan
+
+LONG = " ".join(f"the an{i} of to" for i in range(60))
+"""Several hundred tokens of the tiny vocabulary."""
+
+CTX = 2048
+
+ENDLESS = {"logit_bias": {"2": -100}, "grammar": "root ::= [a-z ]+", "stream": True}
+"""An answer that no end-of-sequence token ends, of whole characters."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a chat template."""
+    folder = tmp_path_factory.mktemp("served")
+    return add_chat_template(write_model(folder / "bare.gguf"), folder / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def plan(model: Path) -> Path:
+    """A plan for it that skips in the bulk."""
+    path = model.with_name("plan.json")
+    save_plan(path, SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, plan: Path) -> Iterator[Server]:
+    with serving(model, "--plan", str(plan), "--ctx", str(CTX)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as opened:
+        yield opened
+
+
+def ask(server: Server, prompt: str = LONG, **more: Any) -> dict[str, Any]:
+    answer = server.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0, **more})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+# --- the openai client ----------------------------------------------------------------------------------------------
+
+
+def test_the_openai_client_chats(client: openai.OpenAI) -> None:
+    asked: Any = [{"role": "user", "content": "the to"}]
+    no_end = {"2": -100}
+    answer = client.chat.completions.create(
+        model="tiny", messages=asked, max_tokens=5, temperature=0, logit_bias=no_end
+    )
+    assert answer.choices[0].message.content and answer.usage and answer.usage.completion_tokens >= 5
+    assert answer.model == "tiny"
+    parts: Any = [{"role": "developer", "content": [{"type": "text", "text": "the to"}]}]
+    client.chat.completions.create(model="tiny", messages=parts, max_completion_tokens=1)
+    with client.chat.completions.create(
+        model="tiny",
+        messages=asked,
+        max_tokens=5,
+        temperature=0,
+        logit_bias=no_end,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as stream:
+        chunks = list(stream)
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == answer.choices[0].message.content
+    assert chunks[-1].usage and chunks[-1].usage == answer.usage.model_copy(
+        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
+    )
+    assert not chunks[-1].choices
+    last: Any = chunks[-2]
+    assert last.timings["predicted_n"] == answer.usage.completion_tokens and last.adaskip["plan"] == "auto"
+
+
+def test_the_openai_client_completes_lists_and_embeds(client: openai.OpenAI, server: Server) -> None:
+    assert [each.id for each in client.models.list()] == ["tiny"]
+    answer = client.completions.create(
+        model="tiny", prompt="the to", max_tokens=3, temperature=0, logprobs=2, echo=True
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs and logprobs.tokens and logprobs.token_logprobs and answer.choices[0].text.startswith("the to")
+    assert answer.usage and len(logprobs.tokens) == answer.usage.total_tokens - 1 == len(logprobs.token_logprobs)
+    embedding = client.embeddings.create(model="tiny", input="the to", encoding_format="float").data[0].embedding
+    assert len(embedding) > 8 and np.isfinite(embedding).all() and any(embedding)
+
+
+def test_tools_and_json_are_those_of_the_server_below(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "go", "parameters": {"type": "object", "properties": {}}}}
+    asked: Any = [{"role": "user", "content": "the"}]
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=asked,
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "go"}},
+        max_tokens=30,
+    )
+    calls: Any = answer.choices[0].message.tool_calls
+    assert calls and calls[0].function.name == "go"
+    schema: Any = {
+        "type": "json_object",
+        "schema": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]},
+    }
+    answer = client.chat.completions.create(model="tiny", messages=asked, response_format=schema, max_tokens=60)
+    assert json.loads(answer.choices[0].message.content or "")["a"] in (True, False)
+
+
+# --- plans and prefixes ---------------------------------------------------------------------------------------------
+
+
+def test_an_answer_tells_what_was_skipped_read_and_reused(server: Server) -> None:
+    whole = ask(server, f"a {LONG}", adaskip={"plan": "none"})
+    assert whole["adaskip"]["plan"] == "none" and whole["adaskip"]["prompt_tokens_skipping"] == 0
+    n = whole["usage"]["prompt_tokens"]
+    assert whole["timings"]["prompt_n"] + whole["timings"]["cache_n"] == n
+    skipping = ask(server, f"of {LONG}")
+    told = skipping["adaskip"]
+    assert told["plan"] == "auto" and told["skipped"]["bulk"] == {"attention": [1], "ffn": [2]}
+    assert told["skipped"]["prefill"] == told["skipped"]["decode"] == {"attention": [], "ffn": []}
+    n = skipping["usage"]["prompt_tokens"]
+    assert told["prompt_tokens_skipping"] == n - DEFAULT_HEAD - DEFAULT_TAIL
+    again = ask(server, f"of {LONG}")
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == n - 1 == again["timings"]["cache_n"]
+    assert again["choices"][0]["text"] == skipping["choices"][0]["text"]
+
+
+def test_conversations_alternate_and_nothing_is_read_twice(server: Server) -> None:
+    openings = ["the", "re", "er"]
+    for opening in openings:
+        ask(server, f"{opening} {LONG}")
+    for turn in ("on", "he"):
+        for opening in openings:
+            answer = ask(server, f"{opening} {LONG} {turn}")
+            assert answer["adaskip"]["prompt_tokens_read"] < 40
+
+
+def test_an_answer_is_the_librarys(server: Server, model: Path) -> None:
+    """Against AdaSkipLlama in this process: the whole model, the plan, and after other plans and prompts.
+
+    A prompt that the whole model has read is read by it for any plan, so each has its own.
+    """
+    llm = AdaSkipLlama(str(model), n_ctx=CTX, n_threads=1, n_threads_batch=1, verbose=False)
+    plan = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
+    for index, (name, chosen) in enumerate((("none", None), ("auto", plan), ("none", None), ("auto", plan))):
+        llm.set_plan(chosen)
+        llm.reset()
+        expected = llm.create_completion(f"in{index} {LONG}", max_tokens=8, temperature=0)
+        answer = ask(server, f"in{index} {LONG}", max_tokens=8, adaskip={"plan": name})
+        assert answer["choices"][0]["text"] == expected["choices"][0]["text"]
+        ask(server, f"to {LONG}")
+    llm.close()
+
+
+def test_what_was_read_outlasts_a_restart(model: Path, plan: Path, tmp_path: Path) -> None:
+    options = ("--plan", str(plan), "--ctx", str(CTX), "--cache-dir", str(tmp_path / "kept"))
+    with serving(model, *options) as first:
+        before = ask(first)
+        assert first.stop() == 0
+    foreign = tmp_path / "kept" / "0.adaskip-prefix"
+    foreign.write_bytes(b"something else")
+    (torn,) = (path for path in foreign.parent.iterdir() if path != foreign)
+    with serving(model, *options) as second:
+        assert not foreign.exists()
+        after = ask(second)
+        assert after["adaskip"]["prompt_tokens_read"] == 1
+        assert after["choices"][0]["text"] == before["choices"][0]["text"]
+        assert second.stop() == 0
+    (kept,) = foreign.parent.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with serving(model, *options) as third:
+        assert ask(third)["adaskip"]["prompt_tokens_reused"] == 0
+    with serving(model, "--plan", "none", *options[2:]) as other:
+        assert ask(other)["adaskip"]["prompt_tokens_reused"] == 0, "what a plan skipped is not read without it"
+    assert torn
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+BAD: list[tuple[str, Any, int]] = [
+    ("/v1/completions", b"{", 400),
+    ("/v1/completions", b"[1]", 400),
+    ("/v1/completions", b"\xff\xfe", 400),
+    ("/v1/completions", b"[" * 100_000, 400),
+    ("/v1/completions", {"prompt": []}, 400),
+    ("/v1/completions", {"prompt": 3}, 400),
+    ("/v1/completions", {"prompt": ["a", "b"]}, 400),
+    ("/v1/completions", {"prompt": [[1, 10**9]]}, 400),
+    ("/v1/completions", {"prompt": [[1, -1]]}, 400),
+    ("/v1/completions", {"prompt": "the " * 5000}, 400),
+    ("/v1/completions", {"prompt": "the", "n": 2}, 400),
+    ("/v1/completions", {"prompt": "the", "top_p": 2}, 400),
+    ("/v1/completions", {"prompt": "the", "max_tokens": "many"}, 400),
+    ("/v1/completions", {"prompt": "the", "logit_bias": {"100000000": 1}}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": "root ::= (("}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"plan": "fast"}}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"plan": {"speedup": 0}}}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"plan": {"speedup": 2}}}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"plan": "/etc/passwd"}}, 400),
+    ("/v1/chat/completions", {"messages": []}, 400),
+    ("/v1/chat/completions", {"messages": "hello"}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "nobody", "content": "x"}]}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the " * 5000}]}, 400),
+    ("/v1/embeddings", {"input": 7}, 400),
+    ("/v1/nothing", {}, 404),
+    ("/v1/models", {}, 405),
+]
+
+
+@pytest.mark.parametrize("path, body, status", BAD, ids=[f"{path}-{str(body)[:40]}" for path, body, _ in BAD])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_request_gets_an_error_as_openai_words_it(
+    server: Server, path: str, body: Any, status: int, stream: bool
+) -> None:
+    if isinstance(body, dict) and stream:
+        body = {**body, "stream": True}
+    answer = server.post(path, body)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["message"] and error["type"] and "/work" not in error["message"]
+    assert ask(server, "the to")["choices"]
+
+
+def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
+    answer = server.post("/v1/completions", {"prompt": "the " * 500_000})
+    assert answer.status_code == 413 and "bytes" in answer.json()["error"]["message"]
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 65536
+
+    refused = httpx.post(f"{server.url}/v1/completions", content=endless(), timeout=60)
+    assert refused.status_code == 413
+
+
+def test_without_the_key_nothing_is_told(model: Path) -> None:
+    with serving(model, "--plan", "none", "--api-key", "secret") as locked:
+        assert locked.get("/health").status_code == 200 and locked.get("/").status_code == 200
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            answer = locked.get(path)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert locked.post("/v1/completions", {"prompt": "the"}).status_code == 401
+        wrong, right = ({"authorization": f"Bearer {key}"} for key in ("secre", "secret"))
+        assert locked.get("/v1/models", headers=wrong).status_code == 401
+        assert locked.get("/v1/models", headers=right).status_code == 200
+
+
+def test_pages_of_other_sites_cannot_ask(server: Server) -> None:
+    """Neither from their own name, nor by a name of theirs that leads here (DNS rebinding)."""
+    body = {"prompt": "the", "max_tokens": 1}
+    assert server.post("/v1/completions", body, headers={"origin": "https://example.com"}).status_code == 403
+    assert server.post("/v1/completions", body, headers={"host": "example.com"}).status_code == 403
+    assert server.post("/v1/completions", body, headers={"origin": server.url}).status_code == 200
+
+
+# --- many, and those who leave --------------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_ends_its_answer(server: Server) -> None:
+    before = server.metric("adaskip_tokens_total")
+    body = {"prompt": "the to of", "max_tokens": CTX, **ENDLESS}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        next(answer.iter_lines())
+    started = time.monotonic()
+    assert ask(server, "the to")["choices"]
+    assert time.monotonic() - started < 20
+    assert server.metric("adaskip_tokens_total") - before < CTX
+
+
+def test_when_too_many_wait_the_next_is_told_so(server: Server) -> None:
+    answers: list[int] = []
+
+    def one() -> None:
+        answers.append(server.post("/v1/completions", {"prompt": LONG, "max_tokens": 30}).status_code)
+
+    threads = [threading.Thread(target=one) for _ in range(80)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert set(answers) == {200, 429} and 1 <= answers.count(429) <= 15
+    assert server.metric("adaskip_queue_waiting") == 0
+
+
+def test_sigterm_lets_the_running_answer_finish(model: Path) -> None:
+    with serving(model, "--plan", "none", "--ctx", str(CTX)) as ending:
+        body = {"prompt": "the to of", "max_tokens": 300, **ENDLESS}
+        with httpx.stream("POST", f"{ending.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            ending.process.send_signal(signal.SIGTERM)
+            text = list(lines)
+        assert any('"finish_reason": "length"' in line or '"finish_reason":"length"' in line for line in text)
+        assert ending.process.wait(60) == 0
+
+
+def test_prometheus_reads_what_was_counted(server: Server) -> None:
+    ask(server)
+    text = server.get("/metrics").text
+    assert 'adaskip_requests_total{path="/v1/completions",status="200"}' in text
+    for name in ("tokens_total", "time_to_first_token_seconds_bucket", "kv_bytes", "queue_waiting"):
+        assert f"adaskip_{name}" in text
+    assert server.metric("adaskip_kv_bytes") > 0
+
+
+def test_beyond_this_machine_it_asks_for_a_key(model: Path) -> None:
+    with pytest.raises(AssertionError, match="give --api-key, or --insecure"), serving(model, "--host", "0.0.0.0"):
+        pass
+    with serving(model, "--host", "0.0.0.0", "--insecure") as open_to_all:
+        assert open_to_all.get("/health").status_code == 200

@@ -1,0 +1,387 @@
+"""The parts of the server, each by itself: the queue, what was read before, log-probabilities, bodies and plans."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaskip_cpp import AdaSkipLlama, SkipPlan
+from adaskip_cpp.errors import DataError, RequestError
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.promise import Promise, Tuning
+from adaskip_cpp.serving.body import read_body
+from adaskip_cpp.serving.llama import ServedLlama
+from adaskip_cpp.serving.middleware import Gate
+from adaskip_cpp.serving.plans import Plans, plan_key
+from adaskip_cpp.serving.prefix_cache import PrefixCache, n_common
+from adaskip_cpp.serving.queue import Closing, FairQueue, QueueFull
+from adaskip_cpp.serving.request import Gone, ServedRequest, begin
+
+Tiny = Callable[..., Path]
+Tokens = Callable[..., list[int]]
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+def test_clients_have_their_turns_one_by_one() -> None:
+    """Three requests of one client and one of another, all there at once: the other is second."""
+
+    async def scenario() -> list[str]:
+        queue, order = FairQueue(10), []
+
+        async def one(client: str, name: str) -> None:
+            async with queue.turn(client):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(one(*each) for each in (("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"))))
+        assert not queue.is_busy and len(queue) == 0
+        return order
+
+    assert asyncio.run(scenario()) == ["a1", "a2", "b1", "a3"]
+
+
+def test_a_full_queue_refuses_and_a_closed_one_empties() -> None:
+    async def scenario() -> None:
+        queue = FairQueue(1)
+        async with queue.turn("a"):
+            waiting = asyncio.ensure_future(queue.turn("b").__aenter__())
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull):
+                await queue.turn("c").__aenter__()
+            queue.close()
+            with pytest.raises(Closing):
+                await waiting
+        with pytest.raises(Closing):
+            await queue.turn("a").__aenter__()
+
+    asyncio.run(scenario())
+
+
+@given(st.lists(st.sampled_from(["come", "leave", "run"]), max_size=60), st.integers(0, 2**32 - 1))
+def test_nobody_is_forgotten_and_never_two_run(steps: list[str], seed: int) -> None:
+    """Clients come, leave while they wait, and are served, in any order."""
+    rng = np.random.default_rng(seed)
+
+    async def scenario() -> None:
+        queue, running, served = FairQueue(1000), 0, 0
+        tasks: list[asyncio.Task[None]] = []
+        go = asyncio.Event()
+
+        async def one(client: str) -> None:
+            nonlocal running, served
+            async with queue.turn(client):
+                running += 1
+                try:
+                    assert running == 1
+                    await go.wait()
+                    served += 1
+                finally:
+                    running -= 1
+
+        for step in steps:
+            if step == "come":
+                tasks.append(asyncio.ensure_future(one(str(rng.integers(3)))))
+            elif step == "leave" and tasks:
+                tasks[rng.integers(len(tasks))].cancel()
+            else:
+                go.set()
+                await asyncio.sleep(0)
+                go.clear()
+            await asyncio.sleep(0)
+        go.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(each is None or isinstance(each, asyncio.CancelledError) for each in results)
+        assert served <= sum(each is None for each in results) and not queue.is_busy and len(queue) == 0
+
+    asyncio.run(scenario())
+
+
+# --- what was read before ---------------------------------------------------------------------------------------------
+
+
+def test_the_longest_common_beginning_of_the_right_key_is_found() -> None:
+    cache = PrefixCache(100)
+    cache.put("a", ids(1, 2, 3), b"abc")
+    cache.put("a", ids(1, 9, 9, 9), b"a999")
+    cache.put("b", ids(1, 2, 3, 4, 5), b"other")
+    found, n = cache.find({"a"}, ids(1, 2, 3, 4, 5))
+    assert found is not None and (found.state, n) == (b"abc", 3)
+    assert cache.find({"a", "b"}, ids(1, 2, 3, 4, 7))[1] == 4
+    assert cache.find({"c"}, ids(1, 2)) == (None, 0) and cache.find({"a"}, ids(7)) == (None, 0)
+    strict = PrefixCache(100, can_rewind=False)
+    strict.put("a", ids(1, 2, 3), b"abc")
+    assert strict.find({"a"}, ids(1, 2, 4)) == (None, 0) and strict.find({"a"}, ids(1, 2, 3, 4))[1] == 3
+
+
+def test_a_longer_state_takes_the_place_of_its_beginning() -> None:
+    cache = PrefixCache(100)
+    cache.put("a", ids(1, 2), b"x" * 10)
+    cache.put("a", ids(1, 2, 3), b"y" * 10)
+    cache.put("b", ids(1, 2), b"z" * 10)
+    assert [each.state for each in cache.entries] == [b"y" * 10, b"z" * 10]
+
+
+def test_the_least_recently_used_go_first() -> None:
+    cache = PrefixCache(25)
+    for token in (1, 2):
+        cache.put("a", ids(token), bytes([token]) * 10)
+    assert cache.take(cache.find({"a"}, ids(1))[0]) == b"\1" * 10  # type: ignore[arg-type]
+    cache.put("a", ids(3), b"\3" * 10)
+    assert [each.tokens[0] for each in cache.entries] == [1, 3] and cache.n_bytes == 20
+    cache.put("a", ids(4), b"\4" * 26)
+    assert cache.entries == [], "what does not fit is not kept, and leaves no room for others either"
+
+
+def test_files_outlast_the_process_within_their_bounds(tmp_path: Path) -> None:
+    first = PrefixCache(15, 500, tmp_path / "new" / "folder")
+    for token in range(6):
+        first.put("a", ids(token, token), bytes([token]) * 10)
+    first.close()
+    files = sorted((tmp_path / "new" / "folder").iterdir())
+    assert sum(path.stat().st_size for path in files) <= 500 and len(files) < 6
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+    second = PrefixCache(100, 500, tmp_path / "new" / "folder")
+    entry, n = second.find({"a"}, ids(5, 5, 7))
+    assert entry is not None and n == 2 and entry.state is None and second.take(entry) == b"\5" * 10
+    assert second.find({"a"}, ids(0, 0))[1] == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "empty", "header", "gone"])
+def test_a_torn_or_foreign_file_is_ignored_and_removed(tmp_path: Path, damage: str) -> None:
+    cache = PrefixCache(100, 10_000, tmp_path)
+    cache.put("a", ids(1, 2), b"state")
+    cache.close()
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    if damage != "gone":
+        path.write_bytes(
+            {
+                "cut": content[:-1],
+                "flip": content[:-1] + b"!",
+                "foreign": b"hello",
+                "empty": b"",
+                "header": content.replace(b'"n_tokens":2', b'"n_tokens":1'),
+            }[damage]
+        )
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / f".{path.name}.0a.tmp").write_text("left over")
+    cache = PrefixCache(100, 10_000, tmp_path)
+    entry, _ = cache.find({"a"}, ids(1, 2))
+    if entry is not None:
+        if damage == "gone":
+            path.unlink()
+        assert cache.take(entry) is None
+    assert cache.find({"a"}, ids(1, 2)) == (None, 0)
+    cache.close()
+    assert [each.name for each in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_used_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="choose another --cache-dir"):
+        PrefixCache(1, 1, tmp_path / "file")
+
+
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
+def test_common_tokens_are_counted(a: list[int], b: list[int]) -> None:
+    expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert n_common(ids(*a), ids(*b)) == expected
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
+
+
+@pytest.fixture
+def served(tiny: Tiny) -> Any:
+    llm = ServedLlama(
+        str(tiny()),
+        plans=lambda llm: Plans(PLAN, None, None, llm.context_size),
+        cache=lambda can_rewind: PrefixCache(10**8, can_rewind=can_rewind),
+        n_ctx=1024,
+        n_threads=1,
+        n_threads_batch=1,
+        type_k=0,
+        type_v=0,
+        verbose=False,
+    )
+    yield llm
+    llm.close()
+
+
+def run(llm: ServedLlama, prompt: list[int], wish: Any = "auto", n: int = 6) -> tuple[list[int], ServedRequest]:
+    request = ServedRequest(wish=wish)
+    begin(request)
+    steps = llm.generate(prompt, temp=0)
+    answer = [token for token, _ in zip(steps, range(n), strict=False)]
+    steps.close()
+    return answer, request
+
+
+def test_answers_are_those_of_a_model_by_itself(served: ServedLlama, tiny: Tiny, tokens: Tokens) -> None:
+    """Three conversations under two plans, alternating and growing: each as if it had the model for itself.
+
+    Against three of AdaSkipLlama, one each; KV in F32, so that the rounding of other batches cannot decide.
+    """
+    options: Any = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, "verbose": False}
+    talks = {seed: tokens(400, seed) for seed in (1, 2, 3)}
+    wishes = {1: "auto", 2: "none", 3: "auto"}
+    alone = {
+        seed: AdaSkipLlama(str(tiny()), plan=PLAN if wish == "auto" else None, **options)
+        for seed, wish in wishes.items()
+    }
+    n_read = []
+    for turn in range(3):
+        for seed, talk in talks.items():
+            answer, request = run(served, talk, wishes[seed])
+            with closing(alone[seed].generate(talk, temp=0)) as steps:
+                assert answer == [token for token, _ in zip(steps, range(6), strict=False)]
+            n_read.append(request.n_read)
+            talk += answer + tokens(20, 10 * turn + seed)[1:]
+    assert n_read[:3] == [400, 399, 399] and max(n_read[3:]) < 50, "all but the last few tokens are known"
+    for each in alone.values():
+        each.close()
+
+
+def test_what_a_plan_skipped_is_never_read_without_it(served: ServedLlama, tokens: Tokens) -> None:
+    prompt = tokens(500)
+    _, first = run(served, prompt)
+    _, second = run(served, prompt, "none")
+    assert first.n_skipping > 0 and second.n_read >= 500 - 4
+    _, third = run(served, prompt)
+    assert third.n_read == 1, "what the whole model read serves any plan"
+
+
+def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama, tokens: Tokens) -> None:
+    request = ServedRequest()
+    begin(request)
+    steps = served.generate(tokens(100), temp=0)
+    next(steps)
+    request.leave()
+    with pytest.raises(Gone):
+        next(steps)
+    request = ServedRequest()
+    request.leave()
+    begin(request)
+    with pytest.raises(Gone):
+        next(served.generate(tokens(900, 5), temp=0))
+    assert served.n_tokens < 200
+    answer, _ = run(served, tokens(300, 6))
+    assert len(answer) == 6
+
+
+def test_logprobs_are_those_of_the_stock_library(served: ServedLlama, tiny: Tiny) -> None:
+    """Against llama-cpp-python with ``logits_all``: of a prompt and its answer; it tells none of the first token."""
+    options = {"max_tokens": 5, "temperature": 0.0, "logprobs": 3, "echo": True, "logit_bias": {2: -100.0}}
+    stock = AdaSkipLlama(
+        str(tiny()), n_ctx=1024, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, logits_all=True, verbose=False
+    )
+    expected: Any = stock.create_completion("the to of an re", **options)  # type: ignore[arg-type]
+    begin(ServedRequest())
+    found: Any = served.create_completion("the to of an re", **options)  # type: ignore[arg-type]
+    ours, theirs = (each["choices"][0]["logprobs"] for each in (found, expected))
+    assert found["choices"][0]["text"] == expected["choices"][0]["text"] and ours["tokens"] == theirs["tokens"]
+    np.testing.assert_allclose(ours["token_logprobs"][1:], theirs["token_logprobs"][1:], atol=1e-4)
+    assert theirs["token_logprobs"][0] is None and ours["token_logprobs"][0] < 0, "BOS is before it"
+    streamed = ServedRequest(wish="none")
+    begin(streamed)
+    chunks: Any = list(served.create_completion("the to of an re", **options, stream=True))  # type: ignore[arg-type]
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"][0]["logprobs"]]
+    assert [token for part in parts for token in part["tokens"]] == ours["tokens"]
+    assert len(served.scores) == served.n_batch, "no row per position"
+    stock.close()
+
+
+def test_nothing_is_generated_where_nothing_is_wanted(served: ServedLlama) -> None:
+    """Stock takes 0 as no limit."""
+    begin(ServedRequest())
+    answer: Any = served.create_completion("the to", max_tokens=0, echo=True, logprobs=1)
+    assert answer["choices"][0]["text"] == "the to"
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"] - 1
+
+
+def test_a_grammar_that_cannot_be_parsed_is_refused(served: ServedLlama) -> None:
+    from llama_cpp import LlamaGrammar
+
+    begin(ServedRequest())
+    with pytest.raises(RequestError, match="grammar cannot be parsed"):
+        served.create_completion("the", grammar=LlamaGrammar.from_string("root ::= (("))
+
+
+# --- bodies and plans -------------------------------------------------------------------------------------------------
+
+
+def test_a_body_takes_the_stock_servers_form() -> None:
+    request, body = read_body("/v1/completions", b'{"prompt": [[1, 2]], "temperature": null, "stream_options": {}}')
+    assert request.prompt_tokens == [1, 2] and body["prompt"] == "" and "temperature" not in body
+    assert request.wish == "auto" and not request.includes_usage
+    chat = (
+        b'{"messages": [{"role": "developer", "content": [{"type": "text", "text": "a"}]}], "max_completion_tokens": 3}'
+    )
+    _, body = read_body("/v1/chat/completions", chat)
+    assert body["messages"] == [{"role": "system", "content": "a"}] and body["max_tokens"] == 3
+
+
+def test_a_loss_is_kept_by_what_tune_measured() -> None:
+    interval = Interval(0.015, 0.01, 0.02, 4)
+    tuning = Tuning(Promise("max_loss", 0.02), interval, interval, 4, 100, True)
+    plans = Plans(PLAN, tuning, None, 1024)
+    assert plans.choose({"max_loss": 0.02}, 10)[0] is PLAN and "0.015" in plans.choose({"max_loss": 0.02}, 10)[1]
+    assert plans.choose({"max_loss": 0.01}, 10) == (None, "none")
+    assert Plans(PLAN, None, None, 1024).choose({"max_loss": 9}, 10) == (None, "none"), "nothing was measured"
+    assert Plans(None, None, None, 1024).choose("auto", 10) == (None, "none")
+    with pytest.raises(RequestError, match="adaskip-cpp calibrate"):
+        plans.choose({"speedup": 1.5}, 10)
+
+
+def test_a_chat_keeps_its_plan_while_it_grows() -> None:
+    asked = []
+
+    def plan(request: Any) -> SkipPlan:
+        asked.append(request.context)
+        return PLAN
+
+    profile: Any = SimpleNamespace(plan=plan)
+    plans = Plans(None, None, profile, 5000)
+    for n_tokens in (1, 1000, 1024, 1025, 2048, 4097):
+        assert plans.choose({"speedup": 1.5}, n_tokens)[0] is PLAN
+    assert asked == [1024, 2048, 5000]
+
+
+def test_equal_plans_have_one_key() -> None:
+    again = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
+    assert plan_key(again) == plan_key(PLAN) != plan_key(SkipPlan.manual(3, ffn=[2], phase="bulk"))
+    assert plan_key(None) == "whole"
+
+
+def test_a_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    app: Any = None
+    gate = Gate(app, FairQueue(1), SimpleNamespace(answered=lambda *_: None), api_key="k", hosts=None, most_body=1)  # type: ignore[arg-type]
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/v1/models", "method": "GET", "headers": [(b"authorization", b"Bearer x")]}
+        await gate(scope, None, send)  # type: ignore[arg-type]
+
+    asyncio.run(ask())
+    assert compared == [(b"x", b"k")] and sent[0]["status"] == 401
