@@ -7,8 +7,10 @@ from typing import Any
 
 import llama_cpp.server.app as stock
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from llama_cpp.server.settings import ServerSettings
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -25,6 +27,15 @@ _BYTES_PER_TOKEN = 16
 """Of a body, for each token of the context: several times what text takes, as JSON and as messages."""
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+class _Text(BaseModel):
+    prompt: str
+    add_special_tokens: bool = False
+
+
+class _Ids(BaseModel):
+    tokens: list[int]
 
 
 class _Proxy:
@@ -80,6 +91,26 @@ def make_app(
         meta = {"n_ctx": llm.context_size, "n_params": llm.n_params, "size": llm.weight_bytes}
         about = {"id": llm.name, "object": "model", "created": created, "owned_by": "adaskip-cpp", "meta": meta}
         return {"object": "list", "data": [about]}
+
+    # Under the names of vLLM's server, by which lm-evaluation-harness counts the tokens that it asks about.
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, str | None]:
+        bos, eos = (llm.token_text(token) if token >= 0 else None for token in (llm.token_bos(), llm.token_eos()))
+        return {"bos_token": bos, "eos_token": eos, "chat_template": llm.metadata.get("tokenizer.chat_template")}
+
+    @app.post("/tokenize")
+    async def tokenize(body: _Text) -> dict[str, list[int]]:
+        return {"tokens": llm.tokenize(body.prompt.encode(), add_bos=body.add_special_tokens, special=True)}
+
+    @app.post("/detokenize")
+    async def detokenize(body: _Ids) -> dict[str, str]:
+        known = [token for token in body.tokens if 0 <= token < llm.n_vocab()]
+        return {"prompt": llm.detokenize(known, special=True).decode("utf-8", "replace")}
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return Response(error_body(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"), 400, _JSON)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

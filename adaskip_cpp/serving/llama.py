@@ -99,7 +99,8 @@ class ServedLlama(AdaSkipLlama):
         request.plan, request.plan_name = self._plans_of_requests.choose(request.wish, len(prompt))
         self._take_up(request, np.array(prompt, np.int32))
         if self._prompt_rows is not None and self._logprobs is not None:
-            self._logprobs.expect(prompt, is_bos=prompt[0] == self.token_bos())
+            has_bos = request.prompt_tokens is None and prompt[0] == self.token_bos()
+            self._logprobs.expect(prompt, has_bos=has_bos)
         with closing(super().generate(prompt, *args, **kwargs)) as steps:
             for token in steps:
                 is_end = self.is_eog(token)

@@ -36,11 +36,11 @@ class Logprobs:
         self._ahead: list[int] = []
         self.n_prompt = 0  # tokens of the prompt that are told
 
-    def expect(self, tokens: Sequence[int], *, is_bos: bool) -> None:
-        """Announce the prompt, whose logits :meth:`append` gets in order; a BOS before it is not told."""
+    def expect(self, tokens: Sequence[int], *, has_bos: bool) -> None:
+        """Announce the prompt, whose logits :meth:`append` gets in order; a BOS that it did not ask for is not told."""
         self._ahead = [*tokens[1:]]
-        self.n_prompt = len(tokens) - is_bos
-        if not is_bos:  # nothing is before the first token, so it has no probability
+        self.n_prompt = len(tokens) - has_bos
+        if not has_bos:  # nothing is before the first token, so it has no probability
             self.tokens.append(tokens[0])
             self._rows.append(None)
 

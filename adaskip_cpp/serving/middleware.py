@@ -87,8 +87,7 @@ class Gate:
             traceback.print_exception(error, file=sys.stderr)
             await sent.error(*explained(error))
         finally:
-            known = path in SCHEMAS or path in (*OPEN, "/metrics", "/v1/models") or path.startswith("/extras/")
-            self.metrics.answered(path if known else "other", sent.status)
+            self.metrics.answered(path if path in SCHEMAS else "other", sent.status)
 
     def _admit(self, path: str, method: str, headers: Headers) -> None:
         """Refuse who may not ask."""
