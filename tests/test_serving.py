@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llama_cpp import LlamaGrammar
+from starlette.exceptions import HTTPException
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import DataError, RequestError
@@ -267,6 +269,17 @@ def test_what_a_plan_skipped_is_never_read_without_it(served: ServedLlama, token
     assert third.n_read == 1, "what the whole model read serves any plan"
 
 
+def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: ServedLlama, tokens: Tokens) -> None:
+    talk, other = tokens(300, 1), tokens(300, 2)
+    run(served, talk)
+    for _ in range(2):
+        request = ServedRequest(reuses=False)
+        begin(request)
+        assert next(served.generate(other, temp=0)) >= 0 and request.n_read == 300
+    assert run(served, talk)[1].n_read == 1
+    assert {tuple(each.tokens[:300]) for each in served._cache.entries} == {tuple(talk)}
+
+
 def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama, tokens: Tokens) -> None:
     request = ServedRequest()
     begin(request)
@@ -316,11 +329,12 @@ def test_nothing_is_generated_where_nothing_is_wanted(served: ServedLlama) -> No
 
 
 def test_a_grammar_that_cannot_be_parsed_is_refused(served: ServedLlama) -> None:
-    from llama_cpp import LlamaGrammar
-
-    begin(ServedRequest())
-    with pytest.raises(RequestError, match="grammar cannot be parsed"):
-        served.create_completion("the", grammar=LlamaGrammar.from_string("root ::= (("))
+    for grammar, reason in (("root ::= ((", "cannot be parsed"), ("root ::= " + "(" * 100_000, "in one another")):
+        request = ServedRequest()
+        begin(request)
+        with pytest.raises(HTTPException):
+            served.create_completion("the", grammar=LlamaGrammar.from_string(grammar))
+        assert isinstance(request.error, RequestError) and reason in str(request.error)
 
 
 # --- bodies and plans -------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def serve(
     try:
         from ..serving.app import make_app
         from ..serving.llama import ServedLlama
+        from ..serving.middleware import LOOPBACK
         from ..serving.plans import Plans
         from ..serving.prefix_cache import PrefixCache
         from ..serving.server import is_loopback, listen, run
@@ -99,7 +100,7 @@ def serve(
             cache=lambda can_rewind: PrefixCache(cache_size, cache_size, cache_dir, can_rewind=can_rewind),
         )
         try:
-            hosts = ("127.0.0.1", "localhost", "::1", host) if is_loopback(host) else None
+            hosts = (*LOOPBACK, host) if is_loopback(host) and not api_key else None
             app, queue = make_app(llm, api_key=api_key, hosts=hosts)
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
             run(
@@ -107,7 +108,7 @@ def serve(
                 queue,
                 listener,
                 on_ready=lambda: err.print(
-                    f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it.", markup=False
+                    f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it.", markup=False, soft_wrap=True
                 ),
             )
         finally:

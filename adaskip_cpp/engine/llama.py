@@ -21,6 +21,9 @@ from .native_types import OnlineResult, StatisticsSink
 from .self_describing import SelfDescribingLlama
 from .state import AdaSkipState, check_state
 
+_MOST_PARENTHESES = 200
+"""llama.cpp's parser calls itself for each: tens of thousands overflow its stack."""
+
 
 class Rows(Protocol):
     """Takes logits behind consecutive tokens, float32 ``[n, n_vocab]``, a batch at a time."""
@@ -337,6 +340,9 @@ class AdaSkipLlama(SelfDescribingLlama):
         if grammar is None:
             return
         text, root = str(grammar._grammar).encode(), str(grammar._root).encode()
+        depth = np.cumsum([(byte == 0x28) - (byte == 0x29) for byte in text], dtype=np.int64)
+        if depth.max(initial=0) > _MOST_PARENTHESES:
+            raise RequestError(f"the grammar has more than {_MOST_PARENTHESES} parentheses in one another; use rules")
         sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text, root)
         if not sampler:
             raise RequestError("the grammar cannot be parsed; see llama.cpp's grammars/README.md for what GBNF is")

@@ -12,12 +12,14 @@ from fastapi.responses import HTMLResponse, Response
 from llama_cpp.server.settings import ServerSettings
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 
 from .answer import error_body
+from .body import SCHEMAS
 from .llama import ServedLlama
 from .metrics import Metrics
-from .middleware import Gate
+from .middleware import App, Gate
 from .queue import FairQueue
 
 MOST_WAITING = 64
@@ -26,7 +28,16 @@ MOST_WAITING = 64
 _BYTES_PER_TOKEN = 16
 """Of a body, for each token of the context: several times what text takes, as JSON and as messages."""
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+_LOOPBACK_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+"""Pages that may ask without a key: those of this machine."""
+
+_POLICY = "; ".join(
+    [
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:",
+        "form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    ]
+)
+"""What the page may load and do: nothing but what is in it, and ask this server."""
 
 
 class _Text(BaseModel):
@@ -53,7 +64,7 @@ class _Proxy:
 
 def make_app(
     llm: ServedLlama, *, api_key: str | None = None, hosts: tuple[str, ...] | None = None
-) -> tuple[Gate, FairQueue]:
+) -> tuple[App, FairQueue]:
     """Return the application for a model, and the queue before it.
 
     Args:
@@ -75,7 +86,7 @@ def make_app(
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
-        return HTMLResponse(text, headers={"content-security-policy": _POLICY, "x-frame-options": "DENY"})
+        return HTMLResponse(text, headers={"content-security-policy": _POLICY})
 
     @app.get("/health")
     async def health() -> Response:
@@ -104,8 +115,9 @@ def make_app(
 
     @app.post("/detokenize")
     async def detokenize(body: _Ids) -> dict[str, str]:
-        known = [token for token in body.tokens if 0 <= token < llm.n_vocab()]
-        return {"prompt": llm.detokenize(known, special=True).decode("utf-8", "replace")}
+        if unknown := [token for token in body.tokens if not 0 <= token < llm.n_vocab()]:
+            raise HTTPException(400, f"there is no token {unknown[0]}; use ids from 0 to {llm.n_vocab() - 1}")
+        return {"prompt": llm.detokenize(body.tokens, special=True).decode("utf-8", "replace")}
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -116,12 +128,14 @@ def make_app(
     async def refused(request: Request, error: HTTPException) -> Response:
         return Response(error_body(error.status_code, str(error.detail)), error.status_code, _JSON)
 
-    app.include_router(stock.router)
+    app.router.routes += [route for route in stock.router.routes if getattr(route, "path", "") in SCHEMAS]
     # The key is checked in front, in constant time; one request runs at a time, so none shall end another.
     stock.set_server_settings(ServerSettings(api_key=None, interrupt_requests=False))
     stock._llama_proxy = _Proxy(llm)  # type: ignore[assignment]  # what set_llama_proxy does with one of its own
     most_body = max(1 << 20, _BYTES_PER_TOKEN * llm.context_size)
-    return Gate(app, queue, metrics, api_key=api_key, hosts=hosts, most_body=most_body), queue
+    gate = Gate(app, queue, metrics, api_key=api_key, hosts=hosts, most_body=most_body)
+    pages = {"allow_origin_regex": _LOOPBACK_PAGES} if api_key is None else {"allow_origins": ["*"]}
+    return CORSMiddleware(gate, allow_methods=["*"], allow_headers=["*"], **pages), queue
 
 
 _JSON = {"content-type": "application/json"}

@@ -22,8 +22,9 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 def read_body(path: str, content: bytes) -> tuple[ServedRequest, dict[str, Any]]:
     """Read the body of a request that the model works for: the request, and the body in the stock server's form.
 
-    Fields that the stock schema does not know are taken out: ``adaskip`` and ``stream_options``,
-    ``max_completion_tokens``, prompts of token ids, content in parts of text. Fields that are null are left out.
+    Fields that the stock schema does not know are taken out: ``adaskip``, ``stream_options``, ``cache_prompt`` (of
+    llama.cpp's server), ``max_completion_tokens``, prompts of token ids, content in parts of text. Fields that are null
+    are left out.
 
     Raises:
         RequestError: it is no JSON of this schema, or asks for what this server does not do.
@@ -37,6 +38,7 @@ def read_body(path: str, content: bytes) -> tuple[ServedRequest, dict[str, Any]]
     body = {name: value for name, value in body.items() if value is not None}
     request = ServedRequest(wish=_wish(body.pop("adaskip", None)))
     options = body.pop("stream_options", None)
+    request.reuses = body.pop("cache_prompt", True) is not False
     request.includes_usage = isinstance(options, dict) and options.get("include_usage") is True
     if "max_completion_tokens" in body:
         body.setdefault("max_tokens", body.pop("max_completion_tokens"))
@@ -50,7 +52,7 @@ def read_body(path: str, content: bytes) -> tuple[ServedRequest, dict[str, Any]]
     if isinstance(body.get("prompt"), list):
         request.prompt_tokens, body["prompt"] = _prompt(body["prompt"])
     try:
-        SCHEMAS[path].model_validate(body)
+        request.streams = bool(getattr(SCHEMAS[path].model_validate(body), "stream", False))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -14,6 +14,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_chat_format import get_chat_completion_handler
+from starlette.exceptions import HTTPException
 
 from ..engine.llama import AdaSkipLlama, Rows
 from ..errors import RequestError
@@ -28,6 +29,21 @@ _WORTH_KEEPING = 32
 """Tokens: for fewer, no state is saved or loaded; they are read again.
 
 Reading as many takes about as long as copying the state of 4,000 (SmolLM2: 30 ms, 92 MB), in larger models longer."""
+
+
+@contextmanager
+def _noting_errors() -> Iterator[None]:
+    """Keep what goes wrong with the current request, to be told by :class:`adaskip_cpp.serving.middleware.Gate`.
+
+    The stock routes pass an HTTPException on; for others they print a traceback, be it the client's mistake.
+    """
+    try:
+        yield
+    except HTTPException:
+        raise
+    except Exception as error:
+        current_request().error = error
+        raise HTTPException(500) from error
 
 
 class ServedLlama(AdaSkipLlama):
@@ -95,7 +111,7 @@ class ServedLlama(AdaSkipLlama):
         if not prompt:
             raise RequestError("the prompt is empty; send some text")
         request.check()
-        request.begun, request.n_prompt = time.perf_counter(), len(prompt)
+        request.begun, request.n_prompt, request.n_layer = time.perf_counter(), len(prompt), self.n_layer
         request.plan, request.plan_name = self._plans_of_requests.choose(request.wish, len(prompt))
         self._take_up(request, np.array(prompt, np.int32))
         if self._prompt_rows is not None and self._logprobs is not None:
@@ -130,6 +146,12 @@ class ServedLlama(AdaSkipLlama):
 
     def _take_up(self, request: ServedRequest, prompt: npt.NDArray[np.int32]) -> None:
         """Set the request's plan, and have in memory what is known of its prompt."""
+        if not request.reuses:
+            self._keep(0)
+            self.set_plan(request.plan)
+            self.reset()
+            self._live_key = ""  # so it is not kept
+            return
         key = self._key(plan_key(request.plan))
         found, n_found = self._cache.find({key, self._key("whole")}, prompt)
         # What another plan skipped cannot be read under this one, so the memory's own share is known once it is set.
@@ -176,12 +198,8 @@ class ServedLlama(AdaSkipLlama):
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As the stock one, with log-probabilities without ``logits_all``, prompts of token ids, and 0 tokens."""
-        request = current_request()
-        try:
-            yield from self._completion(request, *args, **kwargs)
-        except Exception as error:
-            request.error = error
-            raise
+        with _noting_errors():
+            yield from self._completion(current_request(), *args, **kwargs)
 
     def _completion(self, request: ServedRequest, *args: Any, **kwargs: Any) -> Iterator[Any]:
         n_top, echo = kwargs.pop("logprobs", None), kwargs.pop("echo", False)
@@ -241,22 +259,14 @@ class ServedLlama(AdaSkipLlama):
 
     def _chat_noting_errors(self, **kwargs: Any) -> Any:
         """The chat handler; what a template refuses is the request's error."""
-        try:
+        with _noting_errors():
             return self._chat(**kwargs)
-        except Exception as error:
-            request = current_request()
-            request.error = request.error or error
-            raise
 
     def create_embedding(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock one, by a second context of its own: the first request opens it."""
-        try:
-            with self._working:
-                self._embedder = self._embedder or self._open_embedder()
-                return self._embedder.create_embedding(*args, **kwargs)
-        except Exception as error:
-            current_request().error = error
-            raise
+        with _noting_errors(), self._working:
+            self._embedder = self._embedder or self._open_embedder()
+            return self._embedder.create_embedding(*args, **kwargs)
 
     def _open_embedder(self) -> llama_cpp.Llama:
         """Open the model for embeddings: pooled as its file says, or where that says nothing their mean."""

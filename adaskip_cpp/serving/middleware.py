@@ -76,7 +76,7 @@ class Gate:
                 if path in SCHEMAS:
                     await self._work(scope, content, receive, sent)
                 else:
-                    await self.app(scope, _once(content, receive), sent)
+                    await self.app(_with_json(scope, content), _once(content, receive), sent)
             else:
                 await self.app(scope, receive, sent)
         except _Refused as refused:
@@ -84,8 +84,7 @@ class Gate:
         except RequestError as error:
             await sent.error(*explained(error))
         except Exception as error:
-            traceback.print_exception(error, file=sys.stderr)
-            await sent.error(*explained(error))
+            await sent.error(*_told(error))
         finally:
             self.metrics.answered(path if path in SCHEMAS else "other", sent.status)
 
@@ -156,15 +155,12 @@ class Gate:
         sent: "_Sent",
     ) -> None:
         content = msgspec.json.encode(body)
-        others = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"content-type")]
-        length = [(b"content-length", b"%d" % len(content)), (b"content-type", b"application/json")]
-        inner = {**scope, "headers": others + length}
         try:
             async with self.queue.turn(client):
                 request.has_turn = True
-                sent.shape(request, Stream(request) if body.get("stream") is True else None)
+                sent.shape(request, Stream(request) if request.streams else None)
                 try:
-                    await self.app(inner, _until(content, gone), sent)
+                    await self.app(_with_json(scope, content), _until(content, gone), sent)
                 except Exception as error:
                     request.error = request.error or _innermost(error)
                 finally:
@@ -211,7 +207,7 @@ class _Sent:
         if isinstance(request.error, Gone):
             return
         if request.error is not None or start is None:
-            await self.error(*explained(request.error))
+            await self.error(*_told(request.error))
         elif self._is_begun:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         else:
@@ -244,6 +240,14 @@ class _Sent:
         await self._send({"type": "http.response.body", "body": content})
 
 
+def _told(error: Exception | None) -> tuple[int, str, str | None]:
+    """Explain an error, and where it is the server's print its traceback too."""
+    told = explained(error)
+    if told[0] == 500 and error is not None:
+        traceback.print_exception(error, file=sys.stderr)
+    return told
+
+
 def _innermost(error: BaseException) -> Exception:
     """Return what a group of exceptions, as task groups raise them, is about."""
     while (inner := getattr(error, "exceptions", None)) is not None:
@@ -256,6 +260,13 @@ async def _left(receive: Receive, gone: asyncio.Event) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     gone.set()
+
+
+def _with_json(scope: MutableMapping[str, Any], content: bytes) -> MutableMapping[str, Any]:
+    """Return the scope of a request with this body, whatever kind its client called it."""
+    others = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"content-type")]
+    ours = [(b"content-length", b"%d" % len(content)), (b"content-type", b"application/json")]
+    return {**scope, "headers": others + ours}
 
 
 def _once(content: bytes, receive: Receive) -> Receive:

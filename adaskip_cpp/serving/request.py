@@ -21,8 +21,11 @@ class ServedRequest:
     Attributes:
         wish: which plan, the request's own ``adaskip.plan``.
         prompt_tokens: the prompt where it was given as token ids, which the stock schema does not know; else None.
+        reuses: whether what was read before may be used, and what is read now be kept.
+        streams: whether the answer comes in pieces.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
         plan: the plan that ran, None for the whole model; ``plan_name`` is what it is called.
+        n_layer: layers of the model.
         n_prompt, n_generated: tokens of the prompt and of the answer.
         n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
         begun, first, last: when the model began, when the first token was there, and the last.
@@ -33,9 +36,12 @@ class ServedRequest:
 
     wish: Any = "auto"
     prompt_tokens: list[int] | None = None
+    reuses: bool = True
+    streams: bool = False
     includes_usage: bool = False
     plan: SkipPlan | None = None
     plan_name: str = ""
+    n_layer: int = 0
     n_prompt: int = 0
     n_generated: int = 0
     n_evaluated: Counter[Phase] = field(default_factory=Counter)
@@ -114,16 +120,17 @@ class ServedRequest:
     @property
     def told(self) -> dict[str, Any]:
         """What was skipped, and what of the prompt was read: ``adaskip`` in the answer."""
-        plan = self.plan
-        sets = {} if plan is None else {phase: plan.skipped(phase) for phase in ("bulk", "prefill", "decode")}
+        plan = self.plan or SkipPlan.manual(self.n_layer)
+        phases: tuple[Phase, ...] = ("bulk", "prefill", "decode")
+        sets = {phase: plan.skipped(phase) for phase in phases}
         return {
             "plan": self.plan_name,
-            "n_layer": None if plan is None else plan.n_layer,
+            "n_layer": self.n_layer,
             "skipped": {
                 phase: {"attention": list(each.attention), "ffn": list(each.ffn)} for phase, each in sets.items()
             },
-            "windowed": [] if plan is None else list(plan.windowed),
-            "window_size": plan.window_size if plan is not None and plan.windowed else None,
+            "windowed": list(plan.windowed),
+            "window_size": plan.window_size if plan.windowed else None,
             "prompt_tokens_read": self.n_read,
             "prompt_tokens_reused": self.n_reused,
             "prompt_tokens_skipping": self.n_skipping,

@@ -9,7 +9,7 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 
 from ..errors import DataError
-from .middleware import LOOPBACK, Gate
+from .middleware import LOOPBACK, App
 from .queue import FairQueue
 
 GRACE = 30
@@ -45,7 +45,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run(app: Gate, queue: FairQueue, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
+def run(app: App, queue: FairQueue, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or Ctrl-C; the running answer then has :data:`GRACE` seconds to end."""
 
     config = uvicorn.Config(
