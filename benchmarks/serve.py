@@ -153,9 +153,8 @@ def main() -> None:
     for case in CASES:
         each = [times[name, case] for name in (OURS, STOCK, CACHED)]
         cells = [f"{statistics.median(seconds):.2f}" if seconds else "" for seconds in each]
-        if each[1]:
-            ratio = ratio_interval(each[1], each[0])
-            cells.append(f"{ratio.value:.1f} ({ratio.low:.1f} to {ratio.high:.1f})")
+        ratio = ratio_interval(each[1], each[0]) if each[1] else None
+        cells.append("" if ratio is None else f"{ratio.value:.1f} ({ratio.low:.1f} to {ratio.high:.1f})")
         print(f"| {case} | {' | '.join(cells)} |")
 
 

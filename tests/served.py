@@ -20,9 +20,10 @@ _RUN = "from adaskip_cpp.cli.main import main; main()"
 
 @dataclass
 class Server:
-    """A running server: its address, and its process."""
+    """A running server: its address, its process, and what that wrote to stderr."""
 
     url: str
+    model: Path
     process: subprocess.Popen[str]
     lines: list[str]
 
@@ -61,7 +62,7 @@ def serving(model: Path, *options: str) -> Iterator[Server]:
     else:
         raise AssertionError(f"no server: {text}")
     threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True).start()
-    server = Server(found[1], process, lines)
+    server = Server(found[1], model, process, lines)
     try:
         yield server
     finally:

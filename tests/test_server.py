@@ -239,7 +239,8 @@ def test_a_bad_request_gets_an_error_as_openai_words_it(
     answer = server.post(path, body)
     assert answer.status_code == status
     error = answer.json()["error"]
-    assert error["message"] and error["type"] and "/work" not in error["message"]
+    assert error["message"] and error["type"] and str(server.model.parent) not in error["message"]
+    assert not any("Traceback" in line for line in server.lines), "a client's mistake is none of the server's"
     assert ask(server, "the to")["choices"]
 
 

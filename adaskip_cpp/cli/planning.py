@@ -80,12 +80,19 @@ class PlanSource:
 
 
 def find_plan_source(
-    model: str, profile_path_: str | None, plan_file: str | None, request: PlanRequest | None, full: bool
+    model: str,
+    profile_path_: str | None,
+    plan_file: str | None,
+    request: PlanRequest | None,
+    full: bool,
+    *,
+    to_be_whole: str = "--full",
 ) -> PlanSource:
     """Find out what plan is asked for.
 
     That is the plan file named; or what a profile gives that is named, or where it is said what to skip the one beside
-    the model; or else the plan file beside the model, or the whole model without one.
+    the model; or else the plan file beside the model, or the whole model without one. ``to_be_whole`` is the option by
+    which one gets that all the same.
     """
     others = [each for each in (profile_path_, request) if each is not None]
     if full:
@@ -106,7 +113,7 @@ def find_plan_source(
     if not os.path.exists(plan_path(model)):
         return PlanSource()
     try:
-        return _beside(model)
+        return _beside(model, to_be_whole)
     except AdaSkipError as error:
         return PlanSource(note=f"The whole model runs: {error}")
 
@@ -124,13 +131,15 @@ def print_cost_note(err: Console, profile: Profile | None, here: CostSettings) -
         err.print(note, style="yellow", markup=False, soft_wrap=True)
 
 
-def _beside(model: str) -> PlanSource:
+def _beside(model: str, to_be_whole: str) -> PlanSource:
     found = plan_beside(model)
     tuned = f", as tuned for {found.tuning.promise}" if found.tuning is not None else ""
     name = os.path.basename(plan_path(model))
     if found.plan.is_whole:
         return PlanSource(file=found, note=f"The whole model runs{tuned}: {name}.")
-    return PlanSource(file=found, note=f"{skipped_words(found.plan)}{tuned}: {name}; --full runs the whole model.")
+    return PlanSource(
+        file=found, note=f"{skipped_words(found.plan)}{tuned}: {name}; {to_be_whole} runs the whole model."
+    )
 
 
 def _request(given: dict[str, Any]) -> PlanRequest | None:

@@ -118,7 +118,7 @@ def serve(
 def _source(model: str, plan: str) -> PlanSource:
     if plan == "none":
         return PlanSource()
-    found = find_plan_source(model, None, None if plan == "auto" else plan, None, False)
+    found = find_plan_source(model, None, None if plan == "auto" else plan, None, False, to_be_whole="--plan none")
     if plan == "auto" and found.file is None and not found.note:
         name = os.path.basename(plan_path(model))
         return PlanSource(note=f"There is no {name}: the whole model runs; `adaskip-cpp tune {model}` finds a plan.")

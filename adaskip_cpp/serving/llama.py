@@ -13,8 +13,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from fastapi import HTTPException
 from llama_cpp.llama_chat_format import get_chat_completion_handler
-from starlette.exceptions import HTTPException
 
 from ..engine.llama import AdaSkipLlama, Rows
 from ..errors import RequestError
