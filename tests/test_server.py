@@ -305,16 +305,23 @@ def test_when_too_many_wait_the_next_is_told_so(server: Server) -> None:
     assert server.metric("adaskip_queue_waiting") == 0
 
 
-def test_sigterm_lets_the_running_answer_finish(model: Path) -> None:
+def test_sigterm_lets_the_running_answer_finish_and_turns_others_away(model: Path) -> None:
     with serving(model, "--plan", "none", "--ctx", str(CTX)) as ending:
         body = {"prompt": "the to of", "max_tokens": 300, **ENDLESS}
+        waiting: list[httpx.Response] = []
+        other = threading.Thread(target=lambda: waiting.append(ending.post("/v1/completions", {"prompt": "the"})))
         with httpx.stream("POST", f"{ending.url}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
+            other.start()
+            while ending.metric("adaskip_queue_waiting") == 0:
+                time.sleep(0.01)
             ending.process.send_signal(signal.SIGTERM)
             text = list(lines)
-        assert any('"finish_reason": "length"' in line or '"finish_reason":"length"' in line for line in text)
+        assert any('"finish_reason":"length"' in line for line in text)
         assert ending.process.wait(60) == 0
+        other.join()
+        assert waiting[0].status_code == 503 and waiting[0].headers["retry-after"]
 
 
 def test_prometheus_reads_what_was_counted(server: Server) -> None:
