@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from hypothesis.stateful import run_state_machine_as_test
 from models import ModelMissingError, gemma3, smollm2, smollm2_f32
+from served import BULK_PLAN
 from stock import EXACT
 from tiny_families import N_VOCAB
-from tiny_models import write_model
+from tiny_models import add_chat_template, write_model
 
 import adaskip_cpp
+from adaskip_cpp.model.plan_file import save_plan
 
 TinyModel = Callable[..., Path]
 OpenModel = Callable[..., Any]
@@ -39,6 +41,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         target = folder / "-".join([name, str(seed), *(f"{layer}{kind}" for layer, kind in zero), "f32.gguf"])
         return target if target.exists() else write_model(target, name, seed=seed, zero=zero)
 
+    return path
+
+
+@pytest.fixture(scope="session")
+def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of three layers, with a chat template, for servers."""
+    folder = tmp_path_factory.mktemp("served")
+    return add_chat_template(write_model(folder / "bare.gguf"), folder / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def served_plan(served_model: Path) -> Path:
+    """The file of ``BULK_PLAN``, not beside that model."""
+    path = served_model.with_name("plan.json")
+    save_plan(path, BULK_PLAN)
     return path
 
 

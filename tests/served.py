@@ -15,6 +15,11 @@ from typing import Any
 
 import httpx2 as httpx
 
+from adaskip_cpp import SkipPlan
+
+BULK_PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
+"""A plan for a tiny model of three layers."""
+
 _RUN = "from adaskip_cpp.cli.main import main; main()"
 
 

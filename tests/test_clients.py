@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from served import Server, serving
-from tiny_models import add_chat_template, write_model
 
-from adaskip_cpp import AdaSkipLlama, SkipPlan
-from adaskip_cpp.model.plan_file import save_plan
+from adaskip_cpp import AdaSkipLlama
 
 pytestmark = pytest.mark.slow
 
@@ -23,21 +21,8 @@ CONTEXT, CHOICES = "the to of an re in er", (" he on", " th a to", " t of in the
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clients")
-    return add_chat_template(write_model(folder / "bare.gguf"), folder / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def plan(model: Path) -> Path:
-    path = model.with_name("plan.json")
-    save_plan(path, SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(model: Path, plan: Path) -> Iterator[Server]:
-    with serving(model, "--plan", str(plan), "--ctx", "1024") as running:
+def server(served_model: Path, served_plan: Path) -> Iterator[Server]:
+    with serving(served_model, "--plan", str(served_plan), "--ctx", "1024") as running:
         yield running
 
 
@@ -66,7 +51,7 @@ def test_llm_asks_through_an_openai_compatible_entry(server: Server, tmp_path: P
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_lm_eval_reads_loglikelihoods(model: Path, plan: Path, tmp_path: Path, skips: bool) -> None:
+def test_lm_eval_reads_loglikelihoods(served_model: Path, served_plan: Path, tmp_path: Path, skips: bool) -> None:
     """Against the logits of AdaSkipLlama: a prompt whose own logits are read runs whole, whatever the plan."""
     pytest.importorskip("lm_eval")
     contexts = [f"{CONTEXT} {word}" for word in ("a", "the", "on")]
@@ -82,12 +67,12 @@ def test_lm_eval_reads_loglikelihoods(model: Path, plan: Path, tmp_path: Path, s
     command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--tasks", "tiny_task", "--log_samples"]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--model_args"]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    with serving(model, "--plan", str(plan) if skips else "none", "--ctx", "1024") as server:
+    with serving(served_model, "--plan", str(served_plan) if skips else "none", "--ctx", "1024") as server:
         command.append(f"model=tiny,base_url={server.url}/v1/completions,num_concurrent=1,max_length=512")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    llm = AdaSkipLlama(str(model), n_ctx=1024, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    llm = AdaSkipLlama(str(served_model), n_ctx=1024, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
     for line, row in zip(samples.read_text().splitlines(), rows, strict=True):
         for (found, _), choice in zip(json.loads(line)["filtered_resps"], CHOICES, strict=True):
             context, whole = (

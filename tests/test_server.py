@@ -12,12 +12,10 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
-from served import Server, serving
-from tiny_models import add_chat_template, write_model
+from served import BULK_PLAN, Server, serving
 
-from adaskip_cpp import AdaSkipLlama, SkipPlan
+from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL
-from adaskip_cpp.model.plan_file import save_plan
 
 LONG = " ".join(f"the an{i} of to" for i in range(60))
 """Several hundred tokens of the tiny vocabulary."""
@@ -29,23 +27,8 @@ ENDLESS = {"logit_bias": {"2": -100}, "grammar": "root ::= [a-z ]+", "stream": T
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a chat template."""
-    folder = tmp_path_factory.mktemp("served")
-    return add_chat_template(write_model(folder / "bare.gguf"), folder / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def plan(model: Path) -> Path:
-    """A plan for it that skips in the bulk."""
-    path = model.with_name("plan.json")
-    save_plan(path, SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(model: Path, plan: Path) -> Iterator[Server]:
-    with serving(model, "--plan", str(plan), "--ctx", str(CTX)) as running:
+def server(served_model: Path, served_plan: Path) -> Iterator[Server]:
+    with serving(served_model, "--plan", str(served_plan), "--ctx", str(CTX)) as running:
         yield running
 
 
@@ -155,14 +138,13 @@ def test_conversations_alternate_and_nothing_is_read_twice(server: Server) -> No
             assert answer["adaskip"]["prompt_tokens_read"] < 40
 
 
-def test_an_answer_is_the_librarys(server: Server, model: Path) -> None:
+def test_an_answer_is_the_librarys(server: Server, served_model: Path) -> None:
     """Against AdaSkipLlama in this process: the whole model, the plan, and after other plans and prompts.
 
     A prompt that the whole model has read is read by it for any plan, so each has its own.
     """
-    llm = AdaSkipLlama(str(model), n_ctx=CTX, n_threads=1, n_threads_batch=1, verbose=False)
-    plan = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
-    for index, (name, chosen) in enumerate((("none", None), ("auto", plan), ("none", None), ("auto", plan))):
+    llm = AdaSkipLlama(str(served_model), n_ctx=CTX, n_threads=1, n_threads_batch=1, verbose=False)
+    for index, (name, chosen) in enumerate(2 * (("none", None), ("auto", BULK_PLAN))):
         llm.set_plan(chosen)
         llm.reset()
         expected = llm.create_completion(f"in{index} {LONG}", max_tokens=8, temperature=0)
@@ -172,15 +154,15 @@ def test_an_answer_is_the_librarys(server: Server, model: Path) -> None:
     llm.close()
 
 
-def test_what_was_read_outlasts_a_restart(model: Path, plan: Path, tmp_path: Path) -> None:
-    options = ("--plan", str(plan), "--ctx", str(CTX), "--cache-dir", str(tmp_path / "kept"))
-    with serving(model, *options) as first:
+def test_what_was_read_outlasts_a_restart(served_model: Path, served_plan: Path, tmp_path: Path) -> None:
+    options = ("--plan", str(served_plan), "--ctx", str(CTX), "--cache-dir", str(tmp_path / "kept"))
+    with serving(served_model, *options) as first:
         before = ask(first)
         assert first.stop() == 0
     foreign = tmp_path / "kept" / "0.adaskip-prefix"
     foreign.write_bytes(b"something else")
     (torn,) = (path for path in foreign.parent.iterdir() if path != foreign)
-    with serving(model, *options) as second:
+    with serving(served_model, *options) as second:
         assert not foreign.exists()
         after = ask(second)
         assert after["adaskip"]["prompt_tokens_read"] == 1
@@ -188,9 +170,9 @@ def test_what_was_read_outlasts_a_restart(model: Path, plan: Path, tmp_path: Pat
         assert second.stop() == 0
     (kept,) = foreign.parent.iterdir()
     kept.write_bytes(kept.read_bytes()[:-1])
-    with serving(model, *options) as third:
+    with serving(served_model, *options) as third:
         assert ask(third)["adaskip"]["prompt_tokens_reused"] == 0
-    with serving(model, "--plan", "none", *options[2:]) as other:
+    with serving(served_model, "--plan", "none", *options[2:]) as other:
         assert ask(other)["adaskip"]["prompt_tokens_reused"] == 0, "what a plan skipped is not read without it"
     assert torn
 
@@ -256,8 +238,8 @@ def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
     assert refused.status_code == 413
 
 
-def test_without_the_key_nothing_is_told(model: Path) -> None:
-    with serving(model, "--plan", "none", "--api-key", "secret") as locked:
+def test_without_the_key_nothing_is_told(served_model: Path) -> None:
+    with serving(served_model, "--plan", "none", "--api-key", "secret") as locked:
         assert locked.get("/health").status_code == 200 and locked.get("/").status_code == 200
         for path in ("/v1/models", "/metrics", "/openapi.json"):
             answer = locked.get(path)
@@ -305,8 +287,8 @@ def test_when_too_many_wait_the_next_is_told_so(server: Server) -> None:
     assert server.metric("adaskip_queue_waiting") == 0
 
 
-def test_sigterm_lets_the_running_answer_finish_and_turns_others_away(model: Path) -> None:
-    with serving(model, "--plan", "none", "--ctx", str(CTX)) as ending:
+def test_sigterm_lets_the_running_answer_finish_and_turns_others_away(served_model: Path) -> None:
+    with serving(served_model, "--plan", "none", "--ctx", str(CTX)) as ending:
         body = {"prompt": "the to of", "max_tokens": 300, **ENDLESS}
         waiting: list[httpx.Response] = []
         other = threading.Thread(target=lambda: waiting.append(ending.post("/v1/completions", {"prompt": "the"})))
@@ -333,8 +315,11 @@ def test_prometheus_reads_what_was_counted(server: Server) -> None:
     assert server.metric("adaskip_kv_bytes") > 0
 
 
-def test_beyond_this_machine_it_asks_for_a_key(model: Path) -> None:
-    with pytest.raises(AssertionError, match="give --api-key, or --insecure"), serving(model, "--host", "0.0.0.0"):
+def test_beyond_this_machine_it_asks_for_a_key(served_model: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="give --api-key, or --insecure"),
+        serving(served_model, "--host", "0.0.0.0"),
+    ):
         pass
-    with serving(model, "--host", "0.0.0.0", "--insecure") as open_to_all:
+    with serving(served_model, "--host", "0.0.0.0", "--insecure") as open_to_all:
         assert open_to_all.get("/health").status_code == 200
