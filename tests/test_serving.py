@@ -1,7 +1,7 @@
 """The parts of the server, each by itself: the queue, what was read before, log-probabilities, bodies and plans."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,41 +116,41 @@ def test_nobody_is_forgotten_and_never_two_run(steps: list[str], seed: int) -> N
 
 def test_the_longest_common_beginning_of_the_right_key_is_found() -> None:
     cache = PrefixCache(100)
-    cache.put("a", ids(1, 2, 3), b"abc")
-    cache.put("a", ids(1, 9, 9, 9), b"a999")
-    cache.put("b", ids(1, 2, 3, 4, 5), b"other")
+    cache.put("a", ids(1, 2, 3), bytearray(b"abc"))
+    cache.put("a", ids(1, 9, 9, 9), bytearray(b"a999"))
+    cache.put("b", ids(1, 2, 3, 4, 5), bytearray(b"other"))
     found, n = cache.find({"a"}, ids(1, 2, 3, 4, 5))
     assert found is not None and (found.state, n) == (b"abc", 3)
     assert cache.find({"a", "b"}, ids(1, 2, 3, 4, 7))[1] == 4
     assert cache.find({"c"}, ids(1, 2)) == (None, 0) and cache.find({"a"}, ids(7)) == (None, 0)
     strict = PrefixCache(100, can_rewind=False)
-    strict.put("a", ids(1, 2, 3), b"abc")
+    strict.put("a", ids(1, 2, 3), bytearray(b"abc"))
     assert strict.find({"a"}, ids(1, 2, 4)) == (None, 0) and strict.find({"a"}, ids(1, 2, 3, 4))[1] == 3
 
 
 def test_a_longer_state_takes_the_place_of_its_beginning() -> None:
     cache = PrefixCache(100)
-    cache.put("a", ids(1, 2), b"x" * 10)
-    cache.put("a", ids(1, 2, 3), b"y" * 10)
-    cache.put("b", ids(1, 2), b"z" * 10)
+    cache.put("a", ids(1, 2), bytearray(b"x" * 10))
+    cache.put("a", ids(1, 2, 3), bytearray(b"y" * 10))
+    cache.put("b", ids(1, 2), bytearray(b"z" * 10))
     assert [each.state for each in cache.entries] == [b"y" * 10, b"z" * 10]
 
 
 def test_the_least_recently_used_go_first() -> None:
     cache = PrefixCache(25)
     for token in (1, 2):
-        cache.put("a", ids(token), bytes([token]) * 10)
+        cache.put("a", ids(token), bytearray(bytes([token]) * 10))
     assert cache.take(cache.find({"a"}, ids(1))[0]) == b"\1" * 10  # type: ignore[arg-type]
-    cache.put("a", ids(3), b"\3" * 10)
+    cache.put("a", ids(3), bytearray(b"\3" * 10))
     assert [each.tokens[0] for each in cache.entries] == [1, 3] and cache.n_bytes == 20
-    cache.put("a", ids(4), b"\4" * 26)
+    cache.put("a", ids(4), bytearray(b"\4" * 26))
     assert cache.entries == [], "what does not fit is not kept, and leaves no room for others either"
 
 
 def test_files_outlast_the_process_within_their_bounds(tmp_path: Path) -> None:
     first = PrefixCache(15, 500, tmp_path / "new" / "folder")
     for token in range(6):
-        first.put("a", ids(token, token), bytes([token]) * 10)
+        first.put("a", ids(token, token), bytearray(bytes([token]) * 10))
     first.close()
     files = sorted((tmp_path / "new" / "folder").iterdir())
     assert sum(path.stat().st_size for path in files) <= 500 and len(files) < 6
@@ -164,7 +164,7 @@ def test_files_outlast_the_process_within_their_bounds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "empty", "header", "gone"])
 def test_a_torn_or_foreign_file_is_ignored_and_removed(tmp_path: Path, damage: str) -> None:
     cache = PrefixCache(100, 10_000, tmp_path)
-    cache.put("a", ids(1, 2), b"state")
+    cache.put("a", ids(1, 2), bytearray(b"state"))
     cache.close()
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
@@ -209,21 +209,32 @@ def test_common_tokens_are_counted(a: list[int], b: list[int]) -> None:
 PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
 
 
+OPTIONS: Any = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, "verbose": False}
+"""KV is F32, so that the rounding of other batches cannot decide."""
+
+
 @pytest.fixture
-def served(tiny: Tiny) -> Any:
-    llm = ServedLlama(
-        str(tiny()),
-        plans=lambda llm: Plans(PLAN, None, None, llm.context_size),
-        cache=lambda can_rewind: PrefixCache(10**8, can_rewind=can_rewind),
-        n_ctx=1024,
-        n_threads=1,
-        n_threads_batch=1,
-        type_k=0,
-        type_v=0,
-        verbose=False,
-    )
-    yield llm
-    llm.close()
+def open_served() -> Iterator[Callable[..., ServedLlama]]:
+    """``open_served(path, plan)``: a model as the server has it, closed after the test."""
+    opened = []
+
+    def open_(path: Path, plan: SkipPlan | None = PLAN) -> ServedLlama:
+        def plans(llm: ServedLlama) -> Plans:
+            return Plans(plan, None, None, llm.context_size)
+
+        opened.append(
+            ServedLlama(str(path), plans=plans, cache=lambda rewinds: PrefixCache(10**8, can_rewind=rewinds), **OPTIONS)
+        )
+        return opened[-1]
+
+    yield open_
+    for llm in opened:
+        llm.close()
+
+
+@pytest.fixture
+def served(open_served: Callable[..., ServedLlama], tiny: Tiny) -> ServedLlama:
+    return open_served(tiny())
 
 
 def run(llm: ServedLlama, prompt: list[int], wish: Any = "auto", n: int = 6) -> tuple[list[int], ServedRequest]:
@@ -235,16 +246,23 @@ def run(llm: ServedLlama, prompt: list[int], wish: Any = "auto", n: int = 6) -> 
     return answer, request
 
 
-def test_answers_are_those_of_a_model_by_itself(served: ServedLlama, tiny: Tiny, tokens: Tokens) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4", "mamba", "jamba", "lfm2"])
+def test_answers_are_those_of_a_model_by_itself(
+    name: str, open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
+) -> None:
     """Three conversations under two plans, alternating and growing: each as if it had the model for itself.
 
-    Against three of AdaSkipLlama, one each; KV in F32, so that the rounding of other batches cannot decide.
+    Against three of AdaSkipLlama, one each. With sliding windows, and with states that stand for all tokens so far.
     """
-    options: Any = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, "verbose": False}
+    with closing(AdaSkipLlama(str(tiny(name)), **OPTIONS)) as llm:
+        n_layer = llm.n_layer
+        ffn = [each.layer for each in llm.sublayers if each.kind == "ffn" and each.in_bulk][1:]
+    plan = SkipPlan.manual(n_layer, ffn=ffn, phase="bulk")
+    served = open_served(tiny(name), plan)
     talks = {seed: tokens(400, seed) for seed in (1, 2, 3)}
     wishes = {1: "auto", 2: "none", 3: "auto"}
     alone = {
-        seed: AdaSkipLlama(str(tiny()), plan=PLAN if wish == "auto" else None, **options)
+        seed: AdaSkipLlama(str(tiny(name)), plan=plan if wish == "auto" else None, **OPTIONS)
         for seed, wish in wishes.items()
     }
     n_read = []
@@ -255,7 +273,7 @@ def test_answers_are_those_of_a_model_by_itself(served: ServedLlama, tiny: Tiny,
                 assert answer == [token for token, _ in zip(steps, range(6), strict=False)]
             n_read.append(request.n_read)
             talk += answer + tokens(20, 10 * turn + seed)[1:]
-    assert n_read[:3] == [400, 399, 399] and max(n_read[3:]) < 50, "all but the last few tokens are known"
+    assert min(n_read[:3]) >= 399 and max(n_read[3:]) < 50, "all but the last few tokens are known"
     for each in alone.values():
         each.close()
 
@@ -301,9 +319,7 @@ def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLl
 def test_logprobs_are_those_of_the_stock_library(served: ServedLlama, tiny: Tiny) -> None:
     """Against llama-cpp-python with ``logits_all``: of a prompt and its answer; it tells none of the first token."""
     options = {"max_tokens": 5, "temperature": 0.0, "logprobs": 3, "echo": True, "logit_bias": {2: -100.0}}
-    stock = AdaSkipLlama(
-        str(tiny()), n_ctx=1024, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, logits_all=True, verbose=False
-    )
+    stock = AdaSkipLlama(str(tiny()), logits_all=True, **OPTIONS)
     expected: Any = stock.create_completion("the to of an re", **options)  # type: ignore[arg-type]
     begin(ServedRequest())
     found: Any = served.create_completion("the to of an re", **options)  # type: ignore[arg-type]

@@ -176,18 +176,17 @@ class ServedLlama(AdaSkipLlama):
         n = self.n_tokens
         if self._live_key and n - max(n_stays, self._n_kept) >= _WORTH_KEEPING and self.input_ids[:n].min() >= 0:
             size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
-            state = (ctypes.c_uint8 * size)()
-            written = llama_cpp.llama_state_seq_get_data(self.ctx, state, size, 0)
-            if written == size:
-                self._cache.put(self._live_key, self.input_ids[:n], bytes(state))
+            state = bytearray(size)
+            if llama_cpp.llama_state_seq_get_data(self.ctx, _pointer(state), size, 0) == size:
+                self._cache.put(self._live_key, self.input_ids[:n], state)
                 self._n_kept = n
 
-    def _load(self, tokens: npt.NDArray[np.int32], state: bytes) -> bool:
+    def _load(self, tokens: npt.NDArray[np.int32], state: bytearray) -> bool:
         """Put a state in the place of what the memory holds; where llama.cpp refuses it, nothing is cached any more."""
         self._ctx.kv_cache_clear()
         self.reset()
-        source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if len(tokens) > self.context_size or llama_cpp.llama_state_seq_set_data(self.ctx, source, len(state), 0) == 0:
+        fits = len(tokens) <= self.context_size
+        if not fits or llama_cpp.llama_state_seq_set_data(self.ctx, _pointer(state), len(state), 0) == 0:
             self._ctx.kv_cache_clear()
             return False
         self.input_ids[: len(tokens)] = tokens
@@ -275,3 +274,8 @@ class ServedLlama(AdaSkipLlama):
             return opened
         opened.close()
         return llama_cpp.Llama(**self._open_again, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)
+
+
+def _pointer(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:
+    """Return its bytes as llama.cpp takes them; states of long prompts are too large to be copied more than once."""
+    return (ctypes.c_uint8 * len(state)).from_buffer(state)

@@ -47,7 +47,7 @@ class Entry:
     key: str
     tokens: Tokens
     n_bytes: int
-    state: bytes | None = None
+    state: bytearray | None = None
     path: Path | None = None
     on_disk: bool = field(default=False)
 
@@ -98,7 +98,7 @@ class PrefixCache:
                     best, most = entry, n
         return best, most
 
-    def take(self, entry: Entry) -> bytes | None:
+    def take(self, entry: Entry) -> bytearray | None:
         """Return the state of an entry, which is the most recently used now; None where its file is gone or damaged."""
         if entry.state is None and entry.path is not None:
             self._writer.submit(int).result()  # it may be being written
@@ -115,7 +115,7 @@ class PrefixCache:
         self._bound_memory(keep=entry)
         return state
 
-    def put(self, key: str, tokens: Tokens, state: bytes) -> None:
+    def put(self, key: str, tokens: Tokens, state: bytearray) -> None:
         """Keep a state; what it has all the tokens of is dropped, as a part of it serves as well."""
         for other in [each for each in self.entries if each.key == key]:
             common = n_common(other.tokens, tokens)
@@ -156,7 +156,7 @@ class PrefixCache:
 
     # -- on disk ---------------------------------------------------------------------------------------------------
 
-    def _write(self, entry: Entry, path: Path, state: bytes) -> None:
+    def _write(self, entry: Entry, path: Path, state: bytearray) -> None:
         body = entry.tokens.astype("<i4").tobytes()
         digest = hashlib.sha256(body)
         digest.update(state)
@@ -220,7 +220,7 @@ def _read_entry(path: Path) -> Entry | None:
     return Entry(header.key, tokens, header.n_bytes, path=path, on_disk=True)
 
 
-def _read_state(path: Path, entry: Entry) -> bytes | None:
+def _read_state(path: Path, entry: Entry) -> bytearray | None:
     """Read the state of an entry; None where the file is gone, or not what its header says."""
     try:
         content = path.read_bytes()
@@ -233,4 +233,4 @@ def _read_state(path: Path, entry: Entry) -> bytes | None:
     is_same = header.key == entry.key and header.n_bytes == entry.n_bytes
     if not is_same or hashlib.sha256(body).hexdigest() != header.sha256:
         return None
-    return bytes(body[4 * header.n_tokens :])
+    return bytearray(body[4 * header.n_tokens :])
