@@ -52,15 +52,15 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(value, enc_hook=encode, order="sorted")).hexdigest()
 
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file; after a failure the old one is still there, and no other."""
+def write_atomically(path: str | os.PathLike[str], content: str | bytes, *, mode: int = 0o666) -> None:
+    """Write a file, of a mode that the umask narrows; after a failure the old one is still there, and no other."""
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):
         raise OSError(f"{os.fspath(path)!r} is not a regular file; choose another name")
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

@@ -101,12 +101,14 @@ def test_tools_and_json_are_those_of_the_server_below(client: openai.OpenAI) -> 
     )
     calls: Any = answer.choices[0].message.tool_calls
     assert calls and calls[0].function.name == "go"
-    schema: Any = {
-        "type": "json_object",
-        "schema": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]},
-    }
-    answer = client.chat.completions.create(model="tiny", messages=asked, response_format=schema, max_tokens=60)
-    assert json.loads(answer.choices[0].message.content or "")["a"] in (True, False)
+    schema: Any = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    forms: Any = [
+        {"type": "json_object", "schema": schema},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    ]
+    for form in forms:
+        answer = client.chat.completions.create(model="tiny", messages=asked, response_format=form, max_tokens=60)
+        assert json.loads(answer.choices[0].message.content or "")["a"] in (True, False)
 
 
 # --- plans and prefixes ---------------------------------------------------------------------------------------------
@@ -180,6 +182,8 @@ def test_what_was_read_outlasts_a_restart(served_model: Path, served_plan: Path,
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
+LONG_STRING = {"type": "json_object", "schema": {"type": "string", "minLength": 10**7}}
+
 BAD: list[tuple[str, Any, int]] = [
     ("/v1/completions", b"{", 400),
     ("/v1/completions", b"[1]", 400),
@@ -196,6 +200,11 @@ BAD: list[tuple[str, Any, int]] = [
     ("/v1/completions", {"prompt": "the", "max_tokens": "many"}, 400),
     ("/v1/completions", {"prompt": "the", "logit_bias": {"100000000": 1}}, 400),
     ("/v1/completions", {"prompt": "the", "grammar": "root ::= (("}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": "root ::= " + "[a-z]? " * 3000}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": 'root ::= "a"', "min_tokens": 10}, 400),
+    ("/v1/completions", {"prompt": "the", "logit_bias": {"50": 1}, "min_tokens": 10}, 400),
+    ("/v1/completions", {"prompt": "the", "logit_bias": {"50": -1e308}}, 400),
+    ("/v1/completions", {"prompt": "the", "logprobs": 100_000}, 400),
     ("/v1/completions", {"prompt": "the", "adaskip": {"plan": "fast"}}, 400),
     ("/v1/completions", {"prompt": "the", "adaskip": {"plan": {"speedup": 0}}}, 400),
     ("/v1/completions", {"prompt": "the", "adaskip": {"plan": {"speedup": 2}}}, 400),
@@ -205,7 +214,13 @@ BAD: list[tuple[str, Any, int]] = [
     ("/v1/chat/completions", {"messages": [{"role": "nobody", "content": "x"}]}, 400),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the " * 5000}]}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "response_format": LONG_STRING}, 400),
     ("/v1/embeddings", {"input": 7}, 400),
+    ("/v1/embeddings", {"input": []}, 400),
+    ("/v1/embeddings", {"input": "the " * 3000}, 400),
+    ("/v1/completions%0a", {"prompt": "the"}, 404),
+    ("/tokenize", b'{"prompt": 3}', 400),
+    ("/detokenize", {"tokens": [10**9]}, 400),
     ("/v1/nothing", {}, 404),
     ("/v1/models", {}, 405),
 ]
@@ -248,6 +263,16 @@ def test_without_the_key_nothing_is_told(served_model: Path) -> None:
         wrong, right = ({"authorization": f"Bearer {key}"} for key in ("secre", "secret"))
         assert locked.get("/v1/models", headers=wrong).status_code == 401
         assert locked.get("/v1/models", headers=right).status_code == 200
+
+
+def test_embeddings_are_of_whole_texts(server: Server) -> None:
+    """Stock takes the first ``n_batch`` tokens, here 512."""
+    first = "the " * 400
+    body = {"input": [f"{first} a", f"{first} of"]}
+    answer = server.post("/v1/embeddings", body)
+    assert answer.status_code == 200, answer.text
+    one, other = (each["embedding"] for each in answer.json()["data"])
+    assert one != other
 
 
 def test_pages_of_other_sites_cannot_ask(server: Server) -> None:
@@ -323,3 +348,6 @@ def test_beyond_this_machine_it_asks_for_a_key(served_model: Path) -> None:
         pass
     with serving(served_model, "--host", "0.0.0.0", "--insecure") as open_to_all:
         assert open_to_all.get("/health").status_code == 200
+        assert open_to_all.get("/health", headers={"host": "example.com"}).status_code == 403
+    with pytest.raises(AssertionError, match="the API key is empty"), serving(served_model, "--api-key", ""):
+        pass

@@ -18,6 +18,7 @@ from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model.promise import Promise, Tuning
+from adaskip_cpp.serving import middleware
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.middleware import Gate
@@ -144,13 +145,15 @@ def test_the_least_recently_used_go_first() -> None:
     cache.put("a", ids(3), bytearray(b"\3" * 10))
     assert [each.tokens[0] for each in cache.entries] == [1, 3] and cache.n_bytes == 20
     cache.put("a", ids(4), bytearray(b"\4" * 26))
-    assert cache.entries == [], "what does not fit is not kept, and leaves no room for others either"
+    assert [each.tokens[0] for each in cache.entries] == [1, 3], "what does not fit is not kept, and takes no room"
 
 
 def test_files_outlast_the_process_within_their_bounds(tmp_path: Path) -> None:
     first = PrefixCache(15, 500, tmp_path / "new" / "folder")
     for token in range(6):
         first.put("a", ids(token, token), bytearray(bytes([token]) * 10))
+        assert first._writing is not None
+        first._writing.result(10)
     first.close()
     files = sorted((tmp_path / "new" / "folder").iterdir())
     assert sum(path.stat().st_size for path in files) <= 500 and len(files) < 6
@@ -159,6 +162,26 @@ def test_files_outlast_the_process_within_their_bounds(tmp_path: Path) -> None:
     entry, n = second.find({"a"}, ids(5, 5, 7))
     assert entry is not None and n == 2 and entry.state is None and second.take(entry) == b"\5" * 10
     assert second.find({"a"}, ids(0, 0))[1] == 0
+
+
+def test_entries_whose_files_are_gone_are_forgotten(tmp_path: Path) -> None:
+    cache = PrefixCache(25, 400, tmp_path)
+    for token in range(50):
+        cache.put("a", ids(token), bytearray(10))
+        if cache._writing is not None:
+            cache._writing.result(10)
+    assert len(cache.entries) <= len(list(tmp_path.iterdir())) + 2
+    cache.close()
+
+
+def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = PrefixCache(100, 1000, tmp_path / "kept")
+    (tmp_path / "kept").rmdir()
+    for token in range(3):
+        cache.put("a", ids(token), bytearray(10))
+    cache.close()
+    assert capsys.readouterr().err.count("kept in memory alone") == 1
+    assert cache.take(cache.find({"a"}, ids(1))[0]) == bytearray(10)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "empty", "header", "gone"])
@@ -295,7 +318,10 @@ def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: Serve
         begin(request)
         assert next(served.generate(other, temp=0)) >= 0 and request.n_read == 300
     assert run(served, talk)[1].n_read == 1
-    assert {tuple(each.tokens[:300]) for each in served._cache.entries} == {tuple(talk)}
+    assert run(served, other)[1].n_read >= 299, "nor is it read on"
+    run(served, talk)
+    assert run(served, other)[1].n_read == 1, "what is read in the ordinary way is kept again"
+    assert {tuple(each.tokens[:300]) for each in served._cache.entries} == {tuple(talk), tuple(other)}
 
 
 def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama, tokens: Tokens) -> None:
@@ -399,11 +425,24 @@ def test_equal_plans_have_one_key() -> None:
     assert plan_key(None) == "whole"
 
 
+def test_a_client_that_takes_nothing_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "STALL", 0.05)
+
+    async def stuck(message: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def send() -> None:
+        await middleware._Sent(stuck)({"type": "http.response.start", "status": 200, "headers": []})
+
+    with pytest.raises(Gone):
+        asyncio.run(send())
+
+
 def test_a_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
     app: Any = None
-    gate = Gate(app, FairQueue(1), SimpleNamespace(answered=lambda *_: None), api_key="k", hosts=None, most_body=1)  # type: ignore[arg-type]
+    gate = Gate(app, FairQueue(1), SimpleNamespace(answered=lambda *_: None), api_key="k", most_body=1)  # type: ignore[arg-type]
     sent: list[Any] = []
 
     async def ask() -> None:

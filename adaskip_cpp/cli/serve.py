@@ -1,5 +1,6 @@
 """``adaskip-cpp serve``: answer over HTTP as OpenAI's API does."""
 
+import functools
 import os
 import re
 from typing import Any
@@ -71,7 +72,6 @@ def serve(
     try:
         from ..serving.app import make_app
         from ..serving.llama import ServedLlama
-        from ..serving.middleware import LOOPBACK
         from ..serving.plans import Plans
         from ..serving.prefix_cache import PrefixCache
         from ..serving.server import is_loopback, listen, run
@@ -79,10 +79,13 @@ def serve(
         raise PackageMissingError(
             f"serving needs further packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
         ) from error
+    if api_key is not None and not api_key.strip():
+        raise click.UsageError("the API key is empty; give one, or leave --api-key out")
     if not (is_loopback(host) or api_key or insecure):
         raise click.UsageError(
             f"{host} can be reached from other machines; give --api-key, or --insecure to let everyone in"
         )
+    ctx = -(-ctx // 256) * 256  # as llama.cpp rounds it, unlike llama_cpp.Llama
     err = console(stderr=True)
     source = _source(model, plan_file)
     profile = load_profile(model, profile_path(model)) if os.path.exists(profile_path(model)) else None
@@ -99,20 +102,11 @@ def serve(
             plans=lambda llm: Plans(own, tuning, profile, llm.context_size),
             cache=lambda can_rewind: PrefixCache(cache_size, cache_size, cache_dir, can_rewind=can_rewind),
         )
-        try:
-            hosts = (*LOOPBACK, host) if is_loopback(host) and not api_key else None
-            app, queue = make_app(llm, api_key=api_key, hosts=hosts)
-            address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-            run(
-                app,
-                queue,
-                listener,
-                on_ready=lambda: err.print(
-                    f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it.", markup=False, soft_wrap=True
-                ),
-            )
-        finally:
-            llm.close()
+        app, queue = make_app(llm, api_key=api_key)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        ready = f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it."
+        tell = functools.partial(err.print, ready, markup=False, soft_wrap=True)
+        run(app, queue, listener, on_ready=tell, on_end=llm.close)
 
 
 def _source(model: str, plan: str) -> PlanSource:

@@ -5,24 +5,20 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Literal, Protocol
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama import LlamaState
-from llama_cpp.llama_grammar import LlamaGrammar
 
-from ..errors import AdaSkipError, ModelFileError, PlanError, RequestError, StateError
+from ..errors import AdaSkipError, ModelFileError, PlanError, StateError
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
+from .grammar import check_grammar
 from .log import errors_logged
 from .native import elide_kv
 from .native_types import OnlineResult, StatisticsSink
 from .self_describing import SelfDescribingLlama
 from .state import AdaSkipState, check_state
-
-_MOST_PARENTHESES = 200
-"""llama.cpp's parser calls itself for each: tens of thousands overflow its stack."""
 
 
 class Rows(Protocol):
@@ -312,10 +308,11 @@ class AdaSkipLlama(SelfDescribingLlama):
         Arguments and results are those of ``llama_cpp.Llama.generate``.
 
         Raises:
-            RequestError: the grammar cannot be parsed.
+            RequestError: the grammar cannot be used.
         """
         self._check_logits()
-        self._check_grammar(kwargs.get("grammar"))
+        if kwargs.get("grammar") is not None:
+            check_grammar(self._model.vocab, kwargs["grammar"])
         self.begin_request()
         has_bulk = self.plan is not None and self.plan.bulk is not None
         if self._prompt_rows is not None or (self._reads_prompt and has_bulk):
@@ -334,19 +331,6 @@ class AdaSkipLlama(SelfDescribingLlama):
                     self._phase = "prefill"
                 phase = "decode"
                 sent = yield token
-
-    def _check_grammar(self, grammar: LlamaGrammar | None) -> None:
-        """Refuse what llama.cpp cannot parse: it would sample by no grammar at all, and crash."""
-        if grammar is None:
-            return
-        text, root = str(grammar._grammar).encode(), str(grammar._root).encode()
-        depth = np.cumsum([(byte == 0x28) - (byte == 0x29) for byte in text], dtype=np.int64)
-        if depth.max(initial=0) > _MOST_PARENTHESES:
-            raise RequestError(f"the grammar has more than {_MOST_PARENTHESES} parentheses in one another; use rules")
-        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text, root)
-        if not sampler:
-            raise RequestError("the grammar cannot be parsed; see llama.cpp's grammars/README.md for what GBNF is")
-        llama_cpp.llama_sampler_free(sampler)
 
     def _check_logits(self) -> None:
         if self._adaskip.drops_logits:

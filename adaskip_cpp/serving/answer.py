@@ -28,9 +28,9 @@ def explained(error: BaseException | None) -> tuple[int, str, str | None]:
     if isinstance(error, MemoryError):
         return 503, "out of memory; try a shorter prompt, or a smaller --ctx", None
     is_ours = isinstance(error, AdaSkipError) and not isinstance(error, NativeError | StateError)
-    if is_ours or (isinstance(error, ValueError) and not isinstance(error, AdaSkipError)):
+    if is_ours:
         return 400, message, None
-    return 500, f"the server failed ({type(error).__name__}: {message}); see its log", None
+    return 500, f"the server failed ({type(error).__name__}); see its log", None
 
 
 def complete(content: bytes, request: ServedRequest) -> bytes:

@@ -62,14 +62,12 @@ class _Proxy:
         yield self._llm.name
 
 
-def make_app(
-    llm: ServedLlama, *, api_key: str | None = None, hosts: tuple[str, ...] | None = None
-) -> tuple[App, FairQueue]:
+def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[App, FairQueue]:
     """Return the application for a model, and the queue before it.
 
     Args:
         llm: answers under its own name, and under any other.
-        api_key, hosts: see :class:`adaskip_cpp.serving.middleware.Gate`.
+        api_key: see :class:`adaskip_cpp.serving.middleware.Gate`.
     """
     queue, created = FairQueue(MOST_WAITING), int(time.time())
     metrics = Metrics(
@@ -110,11 +108,15 @@ def make_app(
         return {"bos_token": bos, "eos_token": eos, "chat_template": llm.metadata.get("tokenizer.chat_template")}
 
     @app.post("/tokenize")
-    async def tokenize(body: _Text) -> dict[str, list[int]]:
-        return {"tokens": llm.tokenize(body.prompt.encode(), add_bos=body.add_special_tokens, special=True)}
+    def tokenize(body: _Text) -> dict[str, list[int]]:
+        return {
+            "tokens": llm.tokenize(
+                body.prompt.encode("utf-8", "replace"), add_bos=body.add_special_tokens, special=True
+            )
+        }
 
     @app.post("/detokenize")
-    async def detokenize(body: _Ids) -> dict[str, str]:
+    def detokenize(body: _Ids) -> dict[str, str]:
         if unknown := [token for token in body.tokens if not 0 <= token < llm.n_vocab()]:
             raise HTTPException(400, f"there is no token {unknown[0]}; use ids from 0 to {llm.n_vocab() - 1}")
         return {"prompt": llm.detokenize(body.tokens, special=True).decode("utf-8", "replace")}
@@ -133,7 +135,7 @@ def make_app(
     stock.set_server_settings(ServerSettings(api_key=None, interrupt_requests=False))
     stock._llama_proxy = _Proxy(llm)  # type: ignore[assignment]  # what set_llama_proxy does with one of its own
     most_body = max(1 << 20, _BYTES_PER_TOKEN * llm.context_size)
-    gate = Gate(app, queue, metrics, api_key=api_key, hosts=hosts, most_body=most_body)
+    gate = Gate(app, queue, metrics, api_key=api_key, most_body=most_body)
     pages = {"allow_origin_regex": _LOOPBACK_PAGES} if api_key is None else {"allow_origins": ["*"]}
     return CORSMiddleware(gate, allow_methods=["*"], allow_headers=["*"], **pages), queue
 

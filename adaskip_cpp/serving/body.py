@@ -6,6 +6,7 @@ import msgspec
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest, CreateEmbeddingRequest
 from pydantic import BaseModel, ValidationError
 
+from ..engine.grammar import MOST_REPEATED, check_repeats
 from ..errors import RequestError
 from .plans import WISHES, check_wish
 from .request import ServedRequest
@@ -17,6 +18,12 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/v1/embeddings": CreateEmbeddingRequest,
 }
 """The paths on which the model works, and the stock schema of each."""
+
+MOST_LOGPROBS, MOST_BIAS = 20, 100
+"""OpenAI's own limits."""
+
+_NOT_WITH_MIN_TOKENS = ("grammar", "response_format", "tools", "functions", "logit_bias")
+_REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
 def read_body(path: str, content: bytes) -> tuple[ServedRequest, dict[str, Any]]:
@@ -42,14 +49,16 @@ def read_body(path: str, content: bytes) -> tuple[ServedRequest, dict[str, Any]]
     request.includes_usage = isinstance(options, dict) and options.get("include_usage") is True
     if "max_completion_tokens" in body:
         body.setdefault("max_tokens", body.pop("max_completion_tokens"))
-    for name in ("n", "best_of"):
-        if body.get(name, 1) != 1:
-            raise RequestError(f"{name} is {body[name]!r}; this server gives one choice, leave it out or send 1")
+    _check_bounds(body)
     if SCHEMAS[path] is not CreateEmbeddingRequest:
         body.setdefault("repeat_penalty", 1.0)  # as OpenAI's API has none; the stock server's default is 1.1
     if "messages" in body:
         body["messages"] = _messages(body["messages"])
-    if isinstance(body.get("prompt"), list):
+    if body.get("logprobs") is True:
+        body.setdefault("top_logprobs", 0)
+    if "response_format" in body:
+        body["response_format"] = _response_format(body["response_format"])
+    if SCHEMAS[path] is CreateCompletionRequest and isinstance(body.get("prompt"), list):
         request.prompt_tokens, body["prompt"] = _prompt(body["prompt"])
     try:
         request.streams = bool(getattr(SCHEMAS[path].model_validate(body), "stream", False))
@@ -58,6 +67,51 @@ def read_body(path: str, content: bytes) -> tuple[ServedRequest, dict[str, Any]]
         where = ".".join(map(str, first["loc"])) or "body"
         raise RequestError(f"{where}: {first['msg']}; see docs/server.md") from error
     return request, body
+
+
+def _check_bounds(body: dict[str, Any]) -> None:
+    """Refuse what the server below ignores, or what would end or block it."""
+    for name in ("n", "best_of"):
+        if body.get(name, 1) != 1:
+            raise RequestError(f"{name} is {body[name]!r}; this server gives one choice, leave it out or send 1")
+    for name in ("logprobs", "top_logprobs"):
+        if isinstance(body.get(name), int) and body[name] > MOST_LOGPROBS:
+            raise RequestError(f"{name} is {body[name]}; ask for at most {MOST_LOGPROBS}")
+    bias = body.get("logit_bias")
+    for value in bias.values() if isinstance(bias, dict) else ():
+        if not (isinstance(value, int | float) and abs(value) <= MOST_BIAS):
+            raise RequestError(f"logit_bias has {value!r}; use numbers from -{MOST_BIAS} to {MOST_BIAS}")
+    # It forbids the one token that a finished grammar allows, which ends llama.cpp; and stock forgets a bias beside it.
+    if body.get("min_tokens") and (others := [name for name in _NOT_WITH_MIN_TOKENS if body.get(name)]):
+        raise RequestError(f"min_tokens cannot be met beside {others[0]}; leave one of them out")
+    if body.get("input") == []:
+        raise RequestError("input is empty; send at least one text")
+    for name in ("response_format", "tools", "functions"):
+        _check_schema(name, body.get(name))
+
+
+def _check_schema(name: str, schema: Any) -> None:
+    """Refuse a JSON schema whose grammar would repeat something so often that sampling by it takes for ever."""
+    waiting = [schema]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            for key, value in each.items():
+                if key in _REPEATS and isinstance(value, int | float) and value > MOST_REPEATED:
+                    raise RequestError(f"{name} has {key} {value!r}; use at most {MOST_REPEATED}")
+                if key == "pattern" and isinstance(value, str):
+                    check_repeats(name, value)
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+
+
+def _response_format(wanted: Any) -> Any:
+    """Take OpenAI's newer way to give a schema for the one that the stock server knows."""
+    match wanted:
+        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:
+            return {"type": "json_object", "schema": schema}
+    return wanted
 
 
 def _wish(asked: Any) -> Any:

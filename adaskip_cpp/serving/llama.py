@@ -31,6 +31,10 @@ _WORTH_KEEPING = 32
 Reading as many takes about as long as copying the state of 4,000 (SmolLM2: 30 ms, 92 MB), in larger models longer."""
 
 
+_MOST_EMBEDDED = 2048
+"""Tokens of a text that is embedded: it is one ubatch, whose memory grows with its square."""
+
+
 @contextmanager
 def _noting_errors() -> Iterator[None]:
     """Keep what goes wrong with the current request, to be told by :class:`adaskip_cpp.serving.middleware.Gate`.
@@ -82,8 +86,8 @@ class ServedLlama(AdaSkipLlama):
         parameters = self.context_params
         settings = {name: getattr(parameters, name) for name in ("type_k", "type_v", "flash_attn_type", "swa_full")}
         rope = {name: getattr(parameters, name) for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale")}
-        version = metadata.version("llama-cpp-python")
-        self._settings_key = content_hash([asdict(self.model_info), settings, rope, self.n_ctx(), version])
+        versions = [metadata.version(name) for name in ("llama-cpp-python", "adaskip-cpp")]
+        self._settings_key = content_hash([asdict(self.model_info), settings, rope, self.n_ctx(), versions])
         named = str(self.chat_format)
         self._chat: Any = self.chat_handler or self._chat_handlers.get(named) or get_chat_completion_handler(named)
         self.chat_handler = self._chat_noting_errors
@@ -150,8 +154,10 @@ class ServedLlama(AdaSkipLlama):
             self._keep(0)
             self.set_plan(request.plan)
             self.reset()
-            self._live_key = ""  # so it is not kept
+            self._live_key, self._n_kept = "", 0  # so it is neither kept nor read on
             return
+        if not self._live_key:
+            self.reset()
         key = self._key(plan_key(request.plan))
         found, n_found = self._cache.find({key, self._key("whole")}, prompt)
         # What another plan skipped cannot be read under this one, so the memory's own share is known once it is set.
@@ -176,6 +182,8 @@ class ServedLlama(AdaSkipLlama):
         n = self.n_tokens
         if self._live_key and n - max(n_stays, self._n_kept) >= _WORTH_KEEPING and self.input_ids[:n].min() >= 0:
             size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
+            if size > self._cache.memory:
+                return
             state = bytearray(size)
             if llama_cpp.llama_state_seq_get_data(self.ctx, _pointer(state), size, 0) == size:
                 self._cache.put(self._live_key, self.input_ids[:n], state)
@@ -236,8 +244,8 @@ class ServedLlama(AdaSkipLlama):
                 end = collected.n_prompt if is_empty else len(collected.tokens)
                 if not is_end:
                     end = collected.covered(n_told, end, len(choice["text"]))
-                choice["logprobs"] = collected.told(n_told, end, offset) if end > n_told else None
-                n_told, offset = end, offset + len(choice["text"])
+                choice["logprobs"] = told = collected.told(n_told, end, offset) if end > n_told else None
+                n_told, offset = end, offset + sum(map(len, told["tokens"] if told else ()))
             yield step
 
     def _checked(self, tokens: list[int]) -> list[int]:
@@ -261,19 +269,36 @@ class ServedLlama(AdaSkipLlama):
         with _noting_errors():
             return self._chat(**kwargs)
 
-    def create_embedding(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock one, by a second context of its own: the first request opens it."""
-        with _noting_errors(), self._working:
-            self._embedder = self._embedder or self._open_embedder()
-            return self._embedder.create_embedding(*args, **kwargs)
+    def create_embedding(self, input: str | list[str], model: str | None = None) -> Any:
+        """As the stock one, by a second context of its own: the first request opens it. One text after another.
+
+        Raises:
+            RequestError: a text is too long; stock embeds its beginning.
+        """
+        request, data, n_tokens = current_request(), [], 0
+        with _noting_errors():
+            for index, text in enumerate([input] if isinstance(input, str) else input):
+                request.check()
+                with self._working:
+                    self._embedder = self._embedder or self._open_embedder()
+                    n, most = len(self._embedder.tokenize(text.encode("utf-8"))), self._embedder.n_batch
+                    if n > most:
+                        raise RequestError(f"text {index} has {n} tokens; at most {most} can be embedded")
+                    one: Any = self._embedder.create_embedding(text, model=self.name)
+                data.append({**one["data"][0], "index": index})
+                n_tokens += one["usage"]["total_tokens"]
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return {"object": "list", "data": data, "model": self.name, "usage": usage}
 
     def _open_embedder(self) -> llama_cpp.Llama:
         """Open the model for embeddings: pooled as its file says, or where that says nothing their mean."""
-        opened = llama_cpp.Llama(**self._open_again)
+        size = min(self.context_size, _MOST_EMBEDDED)
+        options = {**self._open_again, "n_ctx": size, "n_batch": size, "n_ubatch": size}
+        opened = llama_cpp.Llama(**options)
         if int(opened.pooling_type()) != llama_cpp.LLAMA_POOLING_TYPE_NONE:
             return opened
         opened.close()
-        return llama_cpp.Llama(**self._open_again, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)
+        return llama_cpp.Llama(**options, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)
 
 
 def _pointer(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:

@@ -2,6 +2,8 @@
 
 import asyncio
 import hmac
+import ipaddress
+import socket
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -24,6 +26,9 @@ Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
 Send: TypeAlias = "Callable[[Message], Awaitable[None]]"
 App: TypeAlias = "Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]"
 
+STALL = 30.0
+"""Seconds."""
+
 OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing and run nothing."""
 
@@ -43,8 +48,6 @@ class Gate:
         queue: where the requests that the model works for wait.
         metrics: counts them.
         api_key: what clients must send, None for nothing.
-        hosts: names under which the server may be asked, so that no page of another site finds it under a name of its
-            own; None for any.
         most_body: bytes of the longest body.
     """
 
@@ -55,12 +58,11 @@ class Gate:
         metrics: Metrics,
         *,
         api_key: str | None,
-        hosts: tuple[str, ...] | None,
         most_body: int,
     ) -> None:
         self.app, self.queue, self.metrics = app, queue, metrics
         self._key = None if api_key is None else api_key.encode()
-        self._hosts, self._most_body = hosts, most_body
+        self._most_body = most_body
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,6 +83,8 @@ class Gate:
                 await self.app(scope, receive, sent)
         except _Refused as refused:
             await sent.error(refused.status, refused.message, refused.code)
+        except Gone:
+            pass
         except RequestError as error:
             await sent.error(*explained(error))
         except Exception as error:
@@ -90,18 +94,18 @@ class Gate:
 
     def _admit(self, path: str, method: str, headers: Headers) -> None:
         """Refuse who may not ask."""
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if self._hosts is not None and host not in self._hosts:
-            raise _Refused(
-                403, f"this server is not asked as {host!r}; use 127.0.0.1 or localhost, or start it with --host"
-            )
+        if any(ord(each) < 32 for each in path):  # Starlette's routes match what ends in a line break
+            raise _Refused(404, "there is no such path")
+        host = _host(f"//{headers.get('host', '')}")
+        if self._key is None and not _is_no_foreign_name(host):
+            raise _Refused(403, f"without --api-key it is not asked as {host!r}; use its address, or localhost")
         origin = headers.get("origin")
-        if origin is not None and self._key is None and (urlsplit(origin).hostname or "") not in (*LOOPBACK, host):
+        if origin is not None and self._key is None and _host(origin) not in (*LOOPBACK, host):
             raise _Refused(403, f"pages of {origin} may not ask a server without --api-key")
         if self._key is None or path in OPEN or method == "OPTIONS":
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
             raise _Refused(401, "wrong or missing API key; send it as Authorization: Bearer KEY", "invalid_api_key")
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
@@ -174,7 +178,10 @@ class Gate:
 
 
 class _Sent:
-    """Passes on what the application sends; until its beginning is sent, another answer may take its place."""
+    """Passes on what the application sends; until its beginning is sent, another answer may take its place.
+
+    A client that takes nothing for :data:`STALL` seconds has left: others wait for its turn.
+    """
 
     def __init__(self, send: Send) -> None:
         self.status, self._send = 499, send  # 499: the client left before anything was sent
@@ -191,14 +198,16 @@ class _Sent:
         if self._request is None:
             if message["type"] == "http.response.start":
                 self.status, self._is_begun = message["status"], True
-            await self._send(message)
+            else:
+                self._is_over = not message.get("more_body")
+            await self._pass(message)
         elif message["type"] == "http.response.start":
             self._start = message
         elif self._stream is None or (self._start is not None and self._start["status"] >= 400):
             self._body += message.get("body", b"")
         elif content := message.get("body", b""):
             await self._begin()
-            await self._send({**message, "body": self._stream.event(content), "more_body": True})
+            await self._pass({**message, "body": self._stream.event(content), "more_body": True})
 
     async def finish(self) -> None:
         """Send what is left of a request's answer, or its error."""
@@ -209,19 +218,26 @@ class _Sent:
         if request.error is not None or start is None:
             await self.error(*_told(request.error))
         elif self._is_begun:
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._pass({"type": "http.response.body", "body": b"", "more_body": False})
         else:
             is_good = start["status"] < 400
             content = await run_in_threadpool(complete, bytes(self._body), request) if is_good else bytes(self._body)
             headers = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
             self._start = {**start, "headers": [*headers, (b"content-length", b"%d" % len(content))]}
             await self._begin()
-            await self._send({"type": "http.response.body", "body": content})
+            await self._pass({"type": "http.response.body", "body": content})
+
+    async def _pass(self, message: Message) -> None:
+        try:
+            await asyncio.wait_for(self._send(message), STALL)
+        except asyncio.TimeoutError:
+            self._is_over = True
+            raise Gone from None
 
     async def _begin(self) -> None:
         if not self._is_begun and self._start is not None:
             self._is_begun, self.status = True, self._start["status"]
-            await self._send(self._start)
+            await self._pass(self._start)
 
     async def error(self, status: int, message: str, code: str | None = None) -> None:
         """Answer with an error; where a stream has begun, end it with one."""
@@ -229,7 +245,7 @@ class _Sent:
             return
         self._is_over = True
         if self._is_begun:
-            await self._send({"type": "http.response.body", "body": error_event(status, message, code)})
+            await self._pass({"type": "http.response.body", "body": error_event(status, message, code)})
             return
         content = error_body(status, message, code)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
@@ -237,7 +253,27 @@ class _Sent:
         headers += [(b"www-authenticate", b"Bearer")] * (status == 401)
         self._start = {"type": "http.response.start", "status": status, "headers": headers}
         await self._begin()
-        await self._send({"type": "http.response.body", "body": content})
+        await self._pass({"type": "http.response.body", "body": content})
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_no_foreign_name(host: str) -> bool:
+    """Whether a host is an address, or a name of this machine.
+
+    Who owns any other name may let it lead here, and his page is then of the same origin.
+    """
+    name = socket.gethostname().lower()
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host in ("localhost", name, f"{name}.local")
+    return True
 
 
 def _told(error: Exception | None) -> tuple[int, str, str | None]:

@@ -67,6 +67,8 @@ class Plans:
 def check_wish(wish: Any) -> None:
     """Refuse what is no wish."""
     match wish:
+        case {"speedup": bool()} | {"max_loss": bool()}:
+            pass
         case "auto" | "none":
             return
         case {"speedup": int() | float() as value} if len(wish) == 1 and 1 <= value <= 100:

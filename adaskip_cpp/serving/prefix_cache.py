@@ -8,8 +8,10 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
+from collections import deque
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +64,9 @@ def n_common(a: Tokens, b: Tokens) -> int:
 class PrefixCache:
     """Saved states, the least recently used of which go first. Not for several threads at once.
 
+    A state is written as soon as it is there, in a thread of its own, unless another one is being written; those that
+    were not are written when the cache is closed.
+
     Args:
         memory, disk: bytes that they may take there, each.
         folder: where they outlast the process, made where it is missing; None for memory alone. Other processes may use
@@ -79,6 +84,9 @@ class PrefixCache:
         self.folder = None if folder is None else Path(folder)
         self.entries: list[Entry] = []  # the most recently used last
         self._writer = ThreadPoolExecutor(1, "prefix-cache")
+        self._lost: deque[Path] = deque()  # files that the writer removed, or could not write
+        self._has_warned = False
+        self._writing: Future[None] | None = None
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -90,6 +98,7 @@ class PrefixCache:
 
     def find(self, keys: Collection[str], tokens: Tokens) -> tuple[Entry | None, int]:
         """Return the entry of one of these keys that has most of a prompt's first tokens, and how many; (None, 0)."""
+        self._forget_lost()
         best, most = None, 0
         for entry in self.entries:
             if entry.key in keys:
@@ -116,21 +125,25 @@ class PrefixCache:
         return state
 
     def put(self, key: str, tokens: Tokens, state: bytearray) -> None:
-        """Keep a state; what it has all the tokens of is dropped, as a part of it serves as well."""
+        """Keep a state that fits; what it has all the tokens of is dropped, as a part of it serves as well."""
+        self._forget_lost()
+        if len(state) > self.memory:
+            return
         for other in [each for each in self.entries if each.key == key]:
             common = n_common(other.tokens, tokens)
             if common == len(other.tokens) and (self.can_rewind or len(tokens) == common):
                 self._remove(other)
         entry = Entry(key, tokens.astype(np.int32), len(state), state)
         self.entries.append(entry)
-        if self.folder is not None and entry.n_bytes <= self.disk:
-            digest = hashlib.sha256(key.encode() + b"\0" + entry.tokens.tobytes()).hexdigest()[:32]
-            entry.path = self.folder / f"{digest}{_SUFFIX}"
-            self._writer.submit(self._write, entry, entry.path, state)
+        if self._writing is None or self._writing.done():
+            self._save(entry)
         self._bound_memory(keep=None)
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Write what was not written yet, and wait for it."""
+        for entry in self.entries:
+            if entry.path is None:
+                self._save(entry)
         self._writer.shutdown()
 
     @property
@@ -139,7 +152,7 @@ class PrefixCache:
         return sum(entry.n_bytes for entry in self.entries if entry.state is not None)
 
     def _bound_memory(self, keep: Entry | None) -> None:
-        """Drop states from memory until they fit; those whose file is not written yet, or never, are forgotten."""
+        """Drop states from memory until they fit; those without a file are forgotten."""
         for entry in list(self.entries):
             if self.n_bytes <= self.memory:
                 return
@@ -154,7 +167,23 @@ class PrefixCache:
         if entry.path is not None:
             self._writer.submit(_unlink, entry.path)  # behind its own writing
 
+    def _forget_lost(self) -> None:
+        """Forget the files that are gone, and the entries that had nothing else."""
+        while self._lost:
+            path = self._lost.popleft()
+            for entry in [each for each in self.entries if each.path == path]:
+                entry.path = None
+                if entry.state is None:
+                    self.entries.remove(entry)
+
     # -- on disk ---------------------------------------------------------------------------------------------------
+
+    def _save(self, entry: Entry) -> None:
+        """Have the writer write an entry, where there is a folder."""
+        if self.folder is not None and entry.state is not None and entry.n_bytes <= self.disk:
+            digest = hashlib.sha256(entry.key.encode() + b"\0" + entry.tokens.tobytes()).hexdigest()[:32]
+            entry.path = self.folder / f"{digest}{_SUFFIX}"
+            self._writing = self._writer.submit(self._write, entry, entry.path, entry.state)
 
     def _write(self, entry: Entry, path: Path, state: bytearray) -> None:
         body = entry.tokens.astype("<i4").tobytes()
@@ -162,11 +191,15 @@ class PrefixCache:
         digest.update(state)
         header = msgspec.json.encode(_Header(entry.key, len(entry.tokens), entry.n_bytes, digest.hexdigest()))
         try:
-            write_atomically(path, b"".join([MAGIC, len(header).to_bytes(8, "little"), header, body, state]))
-            os.chmod(path, 0o600)
+            content = b"".join([MAGIC, len(header).to_bytes(8, "little"), header, body, state])
+            write_atomically(path, content, mode=0o600)
             entry.on_disk = True
-        except OSError:
-            return  # a full disk: it lives in memory, and is not found after a restart
+        except OSError as error:
+            self._lost.append(path)
+            if not self._has_warned:
+                self._has_warned = True
+                print(f"cannot write {path} ({error.strerror}); what was read is kept in memory alone", file=sys.stderr)
+            return
         self._bound_disk(path.parent)
 
     def _bound_disk(self, folder: Path) -> None:
@@ -180,6 +213,7 @@ class PrefixCache:
             if total <= self.disk:
                 return
             _unlink(path)
+            self._lost.append(path)
             total -= size
 
     def _scan(self, folder: Path) -> None:

@@ -45,8 +45,15 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run(app: App, queue: FairQueue, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C; the running answer then has :data:`GRACE` seconds to end."""
+def run(
+    app: App,
+    queue: FairQueue,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[], None],
+    on_end: Callable[[], None],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; the running answer then has :data:`GRACE` seconds to end, ``on_end`` its time."""
 
     config = uvicorn.Config(
         app,
@@ -55,6 +62,7 @@ def run(app: App, queue: FairQueue, listener: socket.socket, *, on_ready: Callab
         lifespan="off",
         timeout_graceful_shutdown=GRACE,
         server_header=False,
+        proxy_headers=False,  # who asks is not for the client to say
     )
     server = _Server(config, queue)
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # it ends streams in mid-word
@@ -64,6 +72,7 @@ def run(app: App, queue: FairQueue, listener: socket.socket, *, on_ready: Callab
         on_ready()
         server.run(sockets=[listener])
     finally:
+        on_end()
         for each, handler in before.items():
             signal.signal(each, handler)
 
