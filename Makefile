@@ -1,4 +1,4 @@
-# make demo | test | test-fast | lint | format | clean
+# make demo | test | test-fast | test-backends | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*.* native/*.cpp native
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja \
   "setuptools>=70.1"
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast test-backends lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -25,6 +25,12 @@ test: test-fast
 
 test-fast: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n 2 -m "not model and not slow"
+
+# Needs Vulkan's headers, a shader compiler and a device (Debian: libvulkan-dev glslc spirv-headers, and in software
+# mesa-vulkan-drivers, which ggml uses when told to). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
+test-backends: $(VENV)-backends/installed
+	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} \
+	  $(VENV)-backends/bin/python -m pytest -n 2 tests/test_backends.py tests/test_linear_native.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -39,10 +45,18 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-backends build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/installed-%: $(VENV)/build-tools $(NATIVE)
 	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(VENV)-backends/installed: $(VENV)/build-tools $(NATIVE)
+	@$(PYTHON) -m venv $(VENV)-backends
+	@# pip would keep what it built, and take it for a llama-cpp-python of any kind.
+	CMAKE_ARGS="-DGGML_VULKAN=ON" $(VENV)-backends/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
+	  $(BUILD_REQUIRES)
+	$(VENV)-backends/bin/pip install --quiet --no-build-isolation -C build-dir=build/backends --editable '.[dev]'
 	@touch $@
 
 $(VENV)/build-tools: pyproject.toml
