@@ -30,7 +30,7 @@ test-fast: $(VENV)/installed-dev
 # mesa-vulkan-drivers, which ggml uses when told to). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
 test-backends: $(VENV)-backends/installed
 	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} \
-	  $(VENV)-backends/bin/python -m pytest -n 2 tests/test_backends.py tests/test_linear_native.py
+	  $(VENV)-backends/bin/python -m pytest -n 2 tests/test_backends.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
