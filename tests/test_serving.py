@@ -18,7 +18,7 @@ from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model.promise import Promise, Tuning
-from adaskip_cpp.serving import middleware
+from adaskip_cpp.serving import sending
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.middleware import Gate
@@ -426,13 +426,13 @@ def test_equal_plans_have_one_key() -> None:
 
 
 def test_a_client_that_takes_nothing_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "STALL", 0.05)
+    monkeypatch.setattr(sending, "STALL", 0.05)
 
     async def stuck(message: Any) -> None:
         await asyncio.sleep(60)
 
     async def send() -> None:
-        await middleware._Sent(stuck)({"type": "http.response.start", "status": 200, "headers": []})
+        await sending.Sent(stuck)({"type": "http.response.start", "status": 200, "headers": []})
 
     with pytest.raises(Gone):
         asyncio.run(send())

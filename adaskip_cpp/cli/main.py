@@ -27,9 +27,8 @@ from .tune import tune
 def main(context: click.Context) -> None:
     """Skip the least important sublayers of a GGUF model in llama.cpp.
 
-    `tune` finds the fastest plan that keeps a promise about quality, for `generate`, `chat` and
-    `serve` to use. Step by step:
-    `calibrate` learns which attention and FFN blocks change their input least, `plan` and `plot` show it, `bench`
+    `tune` finds the fastest plan that keeps a promise about quality, for `generate`, `chat` and `serve` to use. Step by
+    step: `calibrate` learns which attention and FFN blocks change their input least, `plan` and `plot` show it, `bench`
     measures the speed and `evaluate` the quality. `demo` shows all on a small model.
     """
     if context.invoked_subcommand is None:

@@ -71,10 +71,11 @@ def serve(
     """
     try:
         from ..serving.app import make_app
+        from ..serving.hosts import is_loopback
         from ..serving.llama import ServedLlama
         from ..serving.plans import Plans
         from ..serving.prefix_cache import PrefixCache
-        from ..serving.server import is_loopback, listen, run
+        from ..serving.server import listen, run
     except ImportError as error:
         raise PackageMissingError(
             f"serving needs further packages ({error}); run `pip install 'adaskip-cpp[serve]'`"

@@ -11,7 +11,7 @@ from ..errors import RequestError
 
 MOST_REPEATED = 2000
 """Of one element, and repetitions in a grammar: each may or may not be there, and llama.cpp keeps a stack for either.
-3,000 optional letters in a row took more than 30 seconds for a token."""
+Three tokens by 1,000 optional letters in a row took 0.5 s, by 2,000 3.5 s."""
 
 _MOST_PARENTHESES = 200
 """llama.cpp's parser calls itself for each: tens of thousands overflow its stack."""

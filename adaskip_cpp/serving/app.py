@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from llama_cpp.server.settings import ServerSettings
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -93,7 +94,7 @@ def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[App, Fair
 
     @app.get("/metrics")
     async def prometheus() -> Response:
-        return Response(metrics.text(), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+        return Response(metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     @app.get("/v1/models")  # the stock one waits for the model, which may be at work for minutes
     async def models() -> dict[str, Any]:

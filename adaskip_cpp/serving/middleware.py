@@ -1,38 +1,28 @@
-"""What every request passes: who may ask, how much, and when it is its turn; and how an answer leaves."""
+"""What every request passes: who may ask, how much, and when it is its turn."""
 
 import asyncio
 import hmac
-import ipaddress
-import socket
-import sys
-import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
 from ..errors import RequestError
-from .answer import Stream, complete, error_body, error_event, explained
+from .answer import Stream, explained
 from .body import SCHEMAS, read_body
+from .hosts import LOOPBACK, host_of, is_no_foreign_name
 from .metrics import Metrics
 from .queue import Closing, FairQueue, QueueFull
 from .request import Gone, ServedRequest, begin
+from .sending import Message, Send, Sent, told
 
-Message: TypeAlias = "MutableMapping[str, Any]"
 Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
-Send: TypeAlias = "Callable[[Message], Awaitable[None]]"
 App: TypeAlias = "Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]"
-
-STALL = 30.0
-"""Seconds."""
 
 OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing and run nothing."""
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class _Refused(Exception):
@@ -68,7 +58,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path, sent = scope["path"], _Sent(send)
+        path, sent = scope["path"], Sent(send)
         try:
             self._admit(path, scope["method"], Headers(scope=scope))
             if scope["method"] == "POST":
@@ -88,7 +78,7 @@ class Gate:
         except RequestError as error:
             await sent.error(*explained(error))
         except Exception as error:
-            await sent.error(*_told(error))
+            await sent.error(*told(error))
         finally:
             self.metrics.answered(path if path in SCHEMAS else "other", sent.status)
 
@@ -96,11 +86,11 @@ class Gate:
         """Refuse who may not ask."""
         if any(ord(each) < 32 for each in path):  # Starlette's routes match what ends in a line break
             raise _Refused(404, "there is no such path")
-        host = _host(f"//{headers.get('host', '')}")
-        if self._key is None and not _is_no_foreign_name(host):
+        host = host_of(f"//{headers.get('host', '')}")
+        if self._key is None and not is_no_foreign_name(host):
             raise _Refused(403, f"without --api-key it is not asked as {host!r}; use its address, or localhost")
         origin = headers.get("origin")
-        if origin is not None and self._key is None and _host(origin) not in (*LOOPBACK, host):
+        if origin is not None and self._key is None and host_of(origin) not in (*LOOPBACK, host):
             raise _Refused(403, f"pages of {origin} may not ask a server without --api-key")
         if self._key is None or path in OPEN or method == "OPTIONS":
             return
@@ -125,7 +115,7 @@ class Gate:
             if not message.get("more_body"):
                 return bytes(content)
 
-    async def _work(self, scope: MutableMapping[str, Any], content: bytes, receive: Receive, sent: "_Sent") -> None:
+    async def _work(self, scope: MutableMapping[str, Any], content: bytes, receive: Receive, sent: Sent) -> None:
         """Have the model work for a request in its turn; where the client leaves, it stops."""
         request, body = await run_in_threadpool(read_body, scope["path"], content)
         client = f"{(scope.get('client') or ('',))[0]}/{body.get('user', '')}"
@@ -156,7 +146,7 @@ class Gate:
         body: dict[str, Any],
         client: str,
         gone: asyncio.Event,
-        sent: "_Sent",
+        sent: Sent,
     ) -> None:
         content = msgspec.json.encode(body)
         try:
@@ -175,113 +165,6 @@ class Gate:
             raise _Refused(429, f"{self.queue.most} requests wait already; try again later", "queue_full") from None
         except Closing:
             raise _Refused(503, "the server stops; ask again when it runs", "stopping") from None
-
-
-class _Sent:
-    """Passes on what the application sends; until its beginning is sent, another answer may take its place.
-
-    A client that takes nothing for :data:`STALL` seconds has left: others wait for its turn.
-    """
-
-    def __init__(self, send: Send) -> None:
-        self.status, self._send = 499, send  # 499: the client left before anything was sent
-        self._request: ServedRequest | None = None
-        self._stream: Stream | None = None
-        self._start: Message | None = None
-        self._body, self._is_begun, self._is_over = bytearray(), False, False
-
-    def shape(self, request: ServedRequest, stream: Stream | None) -> None:
-        """Complete the answer of a request as it passes, or its stream."""
-        self._request, self._stream = request, stream
-
-    async def __call__(self, message: Message) -> None:
-        if self._request is None:
-            if message["type"] == "http.response.start":
-                self.status, self._is_begun = message["status"], True
-            else:
-                self._is_over = not message.get("more_body")
-            await self._pass(message)
-        elif message["type"] == "http.response.start":
-            self._start = message
-        elif self._stream is None or (self._start is not None and self._start["status"] >= 400):
-            self._body += message.get("body", b"")
-        elif content := message.get("body", b""):
-            await self._begin()
-            await self._pass({**message, "body": self._stream.event(content), "more_body": True})
-
-    async def finish(self) -> None:
-        """Send what is left of a request's answer, or its error."""
-        request, start = self._request, self._start
-        assert request is not None
-        if isinstance(request.error, Gone):
-            return
-        if request.error is not None or start is None:
-            await self.error(*_told(request.error))
-        elif self._is_begun:
-            await self._pass({"type": "http.response.body", "body": b"", "more_body": False})
-        else:
-            is_good = start["status"] < 400
-            content = await run_in_threadpool(complete, bytes(self._body), request) if is_good else bytes(self._body)
-            headers = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
-            self._start = {**start, "headers": [*headers, (b"content-length", b"%d" % len(content))]}
-            await self._begin()
-            await self._pass({"type": "http.response.body", "body": content})
-
-    async def _pass(self, message: Message) -> None:
-        try:
-            await asyncio.wait_for(self._send(message), STALL)
-        except asyncio.TimeoutError:
-            self._is_over = True
-            raise Gone from None
-
-    async def _begin(self) -> None:
-        if not self._is_begun and self._start is not None:
-            self._is_begun, self.status = True, self._start["status"]
-            await self._pass(self._start)
-
-    async def error(self, status: int, message: str, code: str | None = None) -> None:
-        """Answer with an error; where a stream has begun, end it with one."""
-        if self._is_over:
-            return
-        self._is_over = True
-        if self._is_begun:
-            await self._pass({"type": "http.response.body", "body": error_event(status, message, code)})
-            return
-        content = error_body(status, message, code)
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-        headers += [(b"retry-after", b"5")] * (status in (429, 503))
-        headers += [(b"www-authenticate", b"Bearer")] * (status == 401)
-        self._start = {"type": "http.response.start", "status": status, "headers": headers}
-        await self._begin()
-        await self._pass({"type": "http.response.body", "body": content})
-
-
-def _host(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
-
-
-def _is_no_foreign_name(host: str) -> bool:
-    """Whether a host is an address, or a name of this machine.
-
-    Who owns any other name may let it lead here, and his page is then of the same origin.
-    """
-    name = socket.gethostname().lower()
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return host in ("localhost", name, f"{name}.local")
-    return True
-
-
-def _told(error: Exception | None) -> tuple[int, str, str | None]:
-    """Explain an error, and where it is the server's print its traceback too."""
-    told = explained(error)
-    if told[0] == 500 and error is not None:
-        traceback.print_exception(error, file=sys.stderr)
-    return told
 
 
 def _innermost(error: BaseException) -> Exception:

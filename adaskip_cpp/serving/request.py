@@ -28,7 +28,7 @@ class ServedRequest:
         n_layer: layers of the model.
         n_prompt, n_generated: tokens of the prompt and of the answer.
         n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
-        begun, first, last: when the model began, when the first token was there, and the last.
+        received, begun, first, last: when it came, when the model began, when the first token was there, and the last.
         steps: the generator of its answer; ``working`` is held while it takes a step.
         has_turn: whether it has waited its turn.
         error: what the model or the server below raised.

@@ -9,7 +9,7 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 
 from ..errors import DataError
-from .middleware import LOOPBACK, App
+from .middleware import App
 from .queue import FairQueue
 
 GRACE = 30
@@ -27,10 +27,6 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise DataError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from error
-
-
-def is_loopback(host: str) -> bool:
-    return host in LOOPBACK or host.startswith("127.")
 
 
 class _Server(uvicorn.Server):
@@ -54,7 +50,6 @@ def run(
     on_end: Callable[[], None],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; the running answer then has :data:`GRACE` seconds to end, ``on_end`` its time."""
-
     config = uvicorn.Config(
         app,
         log_level="warning",
