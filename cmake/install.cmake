@@ -7,7 +7,8 @@ else()
     set(ADASKIP_RPATH "$ORIGIN/../../llama_cpp/lib")
     # --as-needed: ggml's package names the backends of the llama-cpp-python that we build against (CPU, CUDA ...);
     # libllama itself calls none of them, and must not ask for one that the running environment lacks.
-    target_link_options(llama PRIVATE -Wl,--as-needed -Wl,-s)
+    # A Debug build keeps its names, for the reports of the sanitizers.
+    target_link_options(llama PRIVATE -Wl,--as-needed $<$<NOT:$<CONFIG:Debug>>:-Wl,-s>)
 endif()
 set_target_properties(llama PROPERTIES
     BUILD_WITH_INSTALL_RPATH   ON
