@@ -29,14 +29,15 @@ def test_kl_is_the_full_model_s_expectation_of_the_log_ratio() -> None:
 
 @pytest.mark.parametrize("n", [1, 64, 65, 200])
 def test_all_figures_are_those_of_scipy(n: int) -> None:
+    """scipy computes in float64; terms are float32 here, whose rounding is 6e-8 of logits up to 30 apart."""
     special = pytest.importorskip("scipy.special")
     full, other = random_logits(n, seed=1), random_logits(n, seed=2)
     targets = np.random.default_rng(3).integers(0, 257, n)
     p, q = (special.softmax(logits.astype(np.float64), axis=1) for logits in (full, other))
     log_q = special.log_softmax(other.astype(np.float64), axis=1)
     difference = kl_divergences(full, other)
-    np.testing.assert_allclose(difference, special.rel_entr(p, q).sum(axis=1), rtol=1e-9)
-    np.testing.assert_allclose(losses(other, targets), -log_q[np.arange(n), targets], rtol=1e-12)
+    np.testing.assert_allclose(difference, special.rel_entr(p, q).sum(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(losses(other, targets), -log_q[np.arange(n), targets], rtol=1e-6)
     assert difference.dtype == np.float64 and difference.shape == (n,)
 
 

@@ -45,7 +45,7 @@ _LONG = 1024
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _ANSWER = 32
 """Room for the answer about a pass key, in tokens."""
-_SLOW, _FEW, _FEW_TEXTS = 400, 32, 4
+_SLOW, _FEW, _FEW_TEXTS = 400, 24, 4
 """Below so many tokens of a prompt per second so many calibration requests and texts do, that a 0.5B model takes 10
 minutes on 2 cores. SmolLM2 reads about 700, Qwen2.5 0.5B about 200."""
 _LOSS = 0.02
