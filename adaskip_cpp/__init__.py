@@ -3,20 +3,37 @@
 Importing this package puts its own libllama under llama-cpp-python, so it must be imported before ``llama_cpp``.
 """
 
+import os as _os
+import signal as _signal
 import sys as _sys
-from importlib.metadata import version as _version
 
-from .errors import AdaSkipError, LibraryError
+_is_script = (getattr(_sys, "argv", None) or [""])[0].endswith("adaskip-cpp")
+
+
+def _end(number: int, frame: object) -> None:
+    _os.write(2, b"Error: interrupted\n")
+    _os._exit(130)
+
+
+# Around what the command line does, Ctrl-C ends the script at once: a KeyboardInterrupt among imports would be told with
+# a traceback, or get lost in a callback of the import system.
+if _is_script and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _end)
+
+from importlib.metadata import version as _version  # noqa: E402
+
+from .errors import AdaSkipError, LibraryError  # noqa: E402
 
 try:
     from .calibration.calibrate import calibrate
     from .engine.llama import AdaSkipLlama
+    from .engine.rpc import add_rpc_server
     from .model.plan import SkipPlan
     from .model.plan_file import load_plan, save_plan
     from .planning.profile import Profile
 except (LibraryError, ModuleNotFoundError) as _error:
     # The script `adaskip-cpp` imports this package before any code of the command line could tell it in one line.
-    if not _sys.argv[0].endswith("adaskip-cpp") or (_error.name or "").startswith(__name__):
+    if not _is_script or (_error.name or "").startswith(__name__):
         raise
     _way_out = "" if isinstance(_error, LibraryError) else "; run 'pip install --force-reinstall adaskip-cpp'"
     _sys.exit(f"Error: {_error}{_way_out}")
@@ -27,6 +44,7 @@ __all__ = [
     "Profile",
     "SkipPlan",
     "__version__",
+    "add_rpc_server",
     "calibrate",
     "load_plan",
     "save_plan",

@@ -25,6 +25,10 @@ class ImportOrderError(LibraryError):
     """``llama_cpp`` was imported before ``adaskip_cpp`` and runs on its own libllama."""
 
 
+class RPCServerError(AdaSkipError, ConnectionError):
+    """An rpc-server cannot be used, or this ggml has no RPC."""
+
+
 class ModelFileError(AdaSkipError, ValueError):
     """A GGUF file is missing, is not GGUF or cannot be loaded."""
 
@@ -83,6 +87,10 @@ class RequestError(AdaSkipError, ValueError):
 
 class DataError(AdaSkipError, ValueError):
     """A text, a file of tasks or a setting of a measurement cannot be used."""
+
+
+class FileError(AdaSkipError, OSError):
+    """A file cannot be written; what was there before is still there."""
 
 
 class PackageMissingError(AdaSkipError, ImportError):

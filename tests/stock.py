@@ -7,6 +7,7 @@ there is one for all tests: it reads a list of jobs per line and leaves their re
 import atexit
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rpc_server import start_rpc_servers
 
-__all__ = ["EXACT", "Job", "eval_logits", "run_stock"]
+__all__ = ["EXACT", "RPC_SERVERS", "Job", "eval_logits", "run_stock"]
+
+RPC_SERVERS = "ADASKIP_TESTS_RPC_SERVERS"
+"""Environment variable: the number of rpc-servers whose devices models run on, of this process and of the other."""
 
 # GGML_TYPE_F32 for K and V (the default F16 rounds them), no flash attention, and one thread: a tiny model is done
 # before a second one wakes up.
@@ -98,6 +103,9 @@ def main() -> None:
     library = Path(llama_cpp.llama_cpp._lib._name).resolve()
     if "adaskip_cpp" in sys.modules or Path(llama_cpp.__file__).resolve().parent not in library.parents:
         raise SystemExit(f"not the stock library: {library}")
+    register = runpy.run_path(str(Path(__file__).parents[1] / "adaskip_cpp" / "engine" / "rpc.py"))
+    for endpoint in start_rpc_servers(int(os.environ.get(RPC_SERVERS, 0))):
+        register["register_rpc_server"](endpoint)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
     for line in sys.stdin:

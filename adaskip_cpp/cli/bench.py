@@ -117,6 +117,9 @@ def bench(
     "no plan" is the whole model; it computes nothing of a prompt that nobody reads, which stock does. In mode prompt a
     plan makes the first token come earlier, and leaves the time per token as it is.
     """
+    if running.rpc_servers:
+        context = click.get_current_context()
+        raise click.UsageError("--rpc: a server serves one process, and bench compares several", context)
     if plot_to is not None:
         plots.figure()  # a missing matplotlib is told now, and not after the measurement
         if not os.path.isdir(plot_to):

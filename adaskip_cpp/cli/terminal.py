@@ -1,6 +1,7 @@
 """What the verbs of the command line share: help in groups, one-line errors, the options of a model, loading one."""
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -17,6 +18,7 @@ import click
 from rich.console import Console
 
 from ..engine.llama import AdaSkipLlama
+from ..engine.rpc import add_rpc_server
 from ..errors import AdaSkipError
 from ..files import write_atomically
 from ..measuring.cores import physical_cores
@@ -82,21 +84,23 @@ class Verbs(click.Group):
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
         try:
-            with _terminated_as_interrupted():
+            with _interruptible():
                 code = super().main(args, standalone_mode=False, **extra)
         except click.UsageError as error:
             help_ = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
             _fail(error.format_message() + help_, error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
         except BrokenPipeError:  # nobody reads on, as behind `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             sys.exit(1)
         except Exception as error:
             if (line := users_error(error)) is None:
                 raise
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                _drop_output()
             _fail(line, 1)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -119,17 +123,40 @@ def users_error(error: Exception) -> str | None:
     return None
 
 
+def _drop_output() -> None:
+    """Write nothing more to stdout: Python tries once more when it ends, and tells that this failed too."""
+    with contextlib.suppress(OSError, ValueError):  # no file, as in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Take SIGTERM, which `timeout` and service managers send, as Ctrl-C: what was measured is told."""
+def _interruptible() -> Iterator[None]:
+    """Make a KeyboardInterrupt of Ctrl-C, and of the SIGTERM of `timeout` and service managers: what is known is told.
+
+    Outside, the package ends its script at once. Where SIGINT is ignored, as behind `nohup`, that stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    hook, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
+        for number, handler in before.items():
+            if number == signal.SIGTERM or handler is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
+
+
+def _raise_again(unraisable: Any) -> None:
+    """Interrupt once more where Ctrl-C landed in a call from C or from a destructor, out of which nothing is raised."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -165,12 +192,17 @@ class Running:
     n_threads: int
     gpu_layers: int
     flash_attn: bool
+    rpc_servers: tuple[str, ...] = ()
 
 
 def _with_running(command: _Command) -> _Command:
     @functools.wraps(command)
-    def run(*args: Any, threads: int | None, gpu_layers: int, flash_attn: bool, **values: Any) -> Any:
-        return command(*args, running=Running(threads or physical_cores(), gpu_layers, flash_attn), **values)
+    def run(
+        *args: Any, threads: int | None, gpu_layers: int, flash_attn: bool, rpc: tuple[str, ...], **values: Any
+    ) -> Any:
+        for endpoint in rpc:
+            add_rpc_server(endpoint)
+        return command(*args, running=Running(threads or physical_cores(), gpu_layers, flash_attn, rpc), **values)
 
     return cast(_Command, run)
 
@@ -185,6 +217,13 @@ model_options = options(
         help="Layers to run on a GPU, if llama-cpp-python was built for one; -1 for all.",
     ),
     option("--flash-attn", group=RUNNING, is_flag=True, help="Compute attention as one operation, faster when long."),
+    option(
+        "--rpc",
+        group=RUNNING,
+        multiple=True,
+        metavar="HOST:PORT",
+        help="An rpc-server of llama.cpp that takes layers too, before this machine's GPUs; may be repeated.",
+    ),
     _with_running,
 )
 

@@ -59,7 +59,7 @@ def losses(logits: Logits, targets: Sequence[int] | npt.NDArray[np.integer]) -> 
 
     def of(rows: slice) -> npt.NDArray[np.float64]:
         shifted, _, log_sum = _exponentials(logits[rows])
-        return log_sum - shifted[np.arange(len(shifted)), ids[rows]]
+        return np.asarray(log_sum - shifted[np.arange(len(shifted)), ids[rows]])
 
     return _by_rows(len(logits), of)
 
@@ -84,7 +84,7 @@ def kl_divergences(full: Logits, other: Logits) -> npt.NDArray[np.float64]:
             apart *= weights
         if not np.isfinite(apart).all():
             apart[weights == 0] = 0.0
-        return apart.sum(axis=1, dtype=np.float64) / np.exp(log_sum) + other_sum - log_sum
+        return np.asarray(apart.sum(axis=1, dtype=np.float64) / np.exp(log_sum) + other_sum - log_sum)
 
     return np.maximum(_by_rows(len(full), divergences), 0.0)  # rounding can leave -1e-8 where the two are close
 
