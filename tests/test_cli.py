@@ -88,8 +88,19 @@ def test_help_begins_with_the_few_options_that_matter(run: Run, verb: str) -> No
 def test_help_groups_the_other_options(run: Run) -> None:
     shown = groups(run, "calibrate")
     assert list(shown) == ["Example", "Options", "What is learned", "Running the model", "Output"]
-    assert shown["Running the model"] == ["--threads", "--gpu-layers", "--flash-attn"]
+    assert shown["Running the model"] == ["--threads", "--gpu-layers", "--flash-attn", "--rpc"]
     assert shown["Output"] == ["--json"]
+
+
+def test_rpc_servers_are_added_before_a_model_is_opened_but_by_bench(
+    run: Run, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[str] = []
+    monkeypatch.setattr(terminal, "add_rpc_server", added.append)
+    assert run("inspect", str(tiny()), "--rpc", "there:1", "--rpc", "elsewhere:2").exit_code == 0
+    assert added == ["there:1", "elsewhere:2"]
+    refused = run("bench", str(tiny()), "--rpc", "there:1")
+    assert refused.exit_code == 2 and "a server serves one process" in refused.stderr
 
 
 def test_without_a_verb_it_lists_them(run: Run) -> None:

@@ -37,7 +37,7 @@ def test_a_ggml_without_rpc_is_told_and_how_to_have_one_with_it() -> None:
 )
 def test_where_no_server_is_an_error_says_what_to_do(endpoint: str) -> None:
     """ggml would abort."""
-    with pytest.raises(RPCServerError, match="host:port$"):
+    with pytest.raises(RPCServerError, match=r"host:port$"):
         add_rpc_server(endpoint)
 
 
@@ -50,7 +50,7 @@ def test_another_kind_of_server_is_refused() -> None:
             client.recv(64)
             client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
             os._exit(0)
-        with pytest.raises(RPCServerError, match="host:port$"):
+        with pytest.raises(RPCServerError, match=r"host:port$"):
             add_rpc_server(endpoint)
 
 

