@@ -156,7 +156,7 @@ void adaskip_context::rewrite(
                       std::equal(sizes.begin(), sizes.end(), unread_inputs.begin(), std::less_equal<>());
     n_key_changes += !fits;
     unread_inputs    = std::move(sizes);
-    counters.n_nodes = pass.rebuild(n_key_changes + 1);
+    counters.n_nodes = pass.rebuild(n_key_changes);
 }
 
 bool adaskip_context::end(const llama_context & lctx, const llama_ubatch & ubatch) {

@@ -181,12 +181,16 @@ bool adaskip_pass::is_skipped(const adaskip_junction & junction) const {
             junction.terms.begin(), junction.terms.end(), [&](const adaskip_term & t) { return is_skipped(t); });
 }
 
-// A node that is allocated and not computed. ggml_gallocr keeps its allocation plan, which goes by the position of a
+// Nodes that are allocated and not computed. ggml_gallocr keeps its allocation plan, which goes by the position of a
 // node or leaf in the graph, while the number of both stays the same and no node needs more memory than it was planned
 // for. llama.cpp's graphs of one model have one shape, so that suffices; ours change it with the plan, and two that
 // differ may well have equally many nodes. It also looks at what nodes read, and not at an input that no node reads any
 // more, such as the mask of attentions that are all skipped, which grows with the context and is written all the same.
-// A first node that needs more memory after every such change makes ggml plan anew.
+// So one of the first two nodes needs more memory after every such change, which makes ggml plan anew. The other then
+// needs as much less, so both together take the same after any number of changes. Their sizes repeat every
+// ADASKIP_N_MARKER_SIZES changes, which would matter only if no graph in between was allocated.
+static constexpr int64_t ADASKIP_N_MARKER_SIZES = 1024;
+
 void adaskip_pass::add_marker(int64_t n_values) {
     ggml_build_forward_order(gf, ggml_arange(ctx, 0.0f, (float) n_values, 1.0f));
 }
@@ -237,13 +241,14 @@ std::vector<size_t> adaskip_pass::find_live() {
     return res;
 }
 
-int adaskip_pass::rebuild(int64_t n_marker) {
+int adaskip_pass::rebuild(int64_t n_changes) {
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         t->flags |= t->op != GGML_OP_NONE ? GGML_TENSOR_FLAG_COMPUTE : 0;
     }
 
     ggml_graph_clear(gf);
-    add_marker(n_marker);
+    add_marker(1 + n_changes % ADASKIP_N_MARKER_SIZES);
+    add_marker(ADASKIP_N_MARKER_SIZES - n_changes % ADASKIP_N_MARKER_SIZES);
 
     // ggml_build_forward_order leaves GGML_TENSOR_FLAG_COMPUTE as it is, also on branches that upstream has deselected
     for (auto * node : nodes) {
@@ -262,10 +267,11 @@ int adaskip_pass::rebuild(int64_t n_marker) {
         }
     }
 
-    const int n_nodes = ggml_graph_n_nodes(gf) - 1;
+    const int n_markers = 2;
+    const int n_nodes   = ggml_graph_n_nodes(gf) - n_markers;
 
-    // the plan that llama.cpp reserves for its own graph has room for everything, the first marker included
-    if (n_nodes + 1 == (int) nodes.size()) {
+    // the plan that llama.cpp reserves for its own graph has room for everything, the markers included
+    if (n_nodes + n_markers == (int) nodes.size()) {
         add_marker(1);
     }
     return n_nodes;

@@ -36,9 +36,9 @@ public:
     // Finds the live nodes, and returns the sizes of the inputs that none of them reads, in bytes.
     std::vector<size_t> find_live();
 
-    // Lists the live nodes again, in the order in which llama.cpp had them, and returns their number. In front is a
-    // node of n_marker values, see add_marker.
-    int rebuild(int64_t n_marker);
+    // Lists the live nodes again, in the order in which llama.cpp had them, and returns their number. What is in front
+    // goes by the number of changes of shape so far, see add_marker.
+    int rebuild(int64_t n_changes);
 
     //
     // for what is observed

@@ -1,0 +1,36 @@
+"""What this process holds: bytes that malloc gave out, and resident memory once all that is free went back. Linux."""
+
+import ctypes
+import gc
+import os
+from pathlib import Path
+
+__all__ = ["CAN_MEASURE", "malloc_bytes", "resident_bytes"]
+
+
+class _Mallinfo2(ctypes.Structure):
+    """``struct mallinfo2`` of glibc: of its main arena, that of the first thread, and of all that is mapped."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
+    ]
+
+
+_libc = ctypes.CDLL(None)
+CAN_MEASURE = hasattr(_libc, "mallinfo2")  # glibc 2.33
+
+
+def malloc_bytes() -> int:
+    """Bytes in use: of C and C++, and of Python's objects above 512 bytes."""
+    gc.collect()
+    _libc.mallinfo2.restype = _Mallinfo2
+    info = _libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+def resident_bytes() -> int:
+    """Resident memory after malloc returned to the system what it holds free."""
+    gc.collect()
+    _libc.malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
