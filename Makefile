@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-backends | lint | format | clean
+# make demo | test | test-fast | test-backends | soak | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*.* native/*.cpp native
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja \
   "setuptools>=70.1"
 
-.PHONY: demo test test-fast test-backends lint format clean
+.PHONY: demo test test-fast test-backends soak lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -31,6 +31,10 @@ test-fast: $(VENV)/installed-dev
 test-backends: $(VENV)-backends/installed
 	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} \
 	  $(VENV)-backends/bin/python -m pytest -n 2 tests/test_backends.py
+
+# Drawn sequences of calls on models that stay open, with the process's memory at the end; any number of operations.
+soak: $(VENV)/installed-dev
+	@$(BIN)/python tests/soak.py --operations $(or $(OPERATIONS),100000) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -4,14 +4,12 @@ import os
 import random
 import time
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
-from hypothesis.stateful import run_state_machine_as_test
+from drawn_sequences import run_drawn_sequences
 from models import ModelMissingError, gemma3, smollm2, smollm2_f32
 from served import BULK_PLAN
 from stock import EXACT
@@ -140,18 +138,9 @@ def explore(pytestconfig: pytest.Config) -> Callable[[Callable[[], Any]], None]:
 
     def run(machine: Callable[[], Any]) -> None:
         seed, end = pytestconfig.option.sequences_seed, time.process_time() + pytestconfig.option.sequences_seconds
-        options = hypothesis.settings(
-            max_examples=10,
-            stateful_step_count=20,
-            deadline=None,
-            database=None,
-            print_blob=True,
-            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
         while time.process_time() < end:
             try:
-                run_state_machine_as_test(hypothesis.seed(seed)(partial(machine)), settings=options)  # type: ignore[no-untyped-call]
+                run_drawn_sequences(machine, seed)
             except BaseException:
                 print(f"pytest --sequences-seed={seed} draws this sequence again")
                 raise

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from drawn_plans import NOTHING, plans
+from drawn_sequences import rule
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition
 from llama_cpp import LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from reference import ReferenceModel, relative_error
@@ -67,6 +68,10 @@ class Kind:
         return [-1.0, 0.6, 0.7, 0.75, 0.8, 0.85, 2.0] if self.tolerance <= 1e-5 else [-1.0, 2.0]
 
     @property
+    def all_options(self) -> dict[str, Any]:
+        return {"n_ctx": N_CTX, "logits_all": True, "verbose": False, **EXACT, **self.options}
+
+    @property
     def opened_with(self) -> SkipPlan | None:
         return SkipPlan.manual(N_LAYER, self.elided, scale=0.9) if self.elided else None
 
@@ -89,12 +94,24 @@ class WatchedLlama(AdaSkipLlama):
     Of tokens that begin a character it would generate any number, in search of the character's end.
     """
 
-    limit = N_CTX
+    limit: int
     generated: list[int]
     loaded: list[Any]
     saved: list[Any]
     restarted: deque[bool]
-    is_evaluating = False
+    is_evaluating: bool
+
+    @classmethod
+    def open(cls, path: Path, kind: Kind) -> "WatchedLlama":
+        drafts = Drafts() if kind.drafts else None
+        return cls(str(path), plan=kind.opened_with, draft_model=drafts, **kind.all_options)
+
+    def begin(self) -> None:
+        """Forget every call before this one."""
+        self.limit, self.is_evaluating = N_CTX, False
+        self.generated, self.loaded, self.saved, self.restarted = [], [], [], deque()
+        self.set_cache(None)
+        self.reset()
 
     def _eval(self, phase: Any, tokens: list[int]) -> None:
         if tokens:
@@ -127,16 +144,22 @@ tokens = st.lists(st.integers(3, N_VOCAB - 1), min_size=1, max_size=8)
 
 
 class Calls(RuleBasedStateMachine):
-    """One model and its history, through calls in any order."""
+    """One model and its history, through calls in any order.
 
-    def __init__(self, path: Path, model: ReferenceModel, kind: Kind) -> None:
+    Args:
+        path: a tiny model.
+        model: the same in NumPy.
+        kind: how it is opened.
+        llm: one that is open already, and stays open.
+    """
+
+    def __init__(self, path: Path, model: ReferenceModel, kind: Kind, llm: WatchedLlama | None = None) -> None:
         super().__init__()
-        self.kind = kind
-        options = {"n_ctx": N_CTX, "logits_all": True, "verbose": False, **EXACT, **kind.options}
-        drafts = Drafts() if kind.drafts else None
-        self.llm = WatchedLlama(str(path), plan=kind.opened_with, draft_model=drafts, **options)
-        self.llm.generated, self.llm.loaded, self.llm.saved, self.llm.restarted = [], [], [], deque()
-        self.history = History(Cells(model), options.get("n_ubatch", self.llm.n_batch))
+        self.kind, self.stays_open = kind, llm is not None
+        self.llm = llm or WatchedLlama.open(path, kind)
+        self.llm.begin()
+        drafts = self.llm.draft_model
+        self.history = History(Cells(model), kind.options.get("n_ubatch", self.llm.n_batch))
         if kind.family == "gemma3":
             self.history.restarts = self.llm.restarted.popleft
         if drafts is not None:
@@ -148,7 +171,8 @@ class Calls(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.stop_collecting()
-        self.llm.close()
+        if not self.stays_open:
+            self.llm.close()
 
     def has_room(self) -> bool:
         return len(self.history.cells) < N_CTX - 128

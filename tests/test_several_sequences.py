@@ -16,8 +16,9 @@ import llama_cpp
 import numpy as np
 import pytest
 from drawn_plans import NOTHING, plans
+from drawn_sequences import rule
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, precondition
 from reference import ReferenceModel, ReferenceRun, Windows, relative_error
 from sequence_oracle import Cell, is_readable
 from stock import EXACT
@@ -80,22 +81,32 @@ class Calls(RuleBasedStateMachine):
         unified: whether all sequences share one stream of cells.
         options: for AdaSkipLlama.
         elided: layers whose attention has no KV.
+        llm: one that was opened like this already, and stays open.
     """
 
     def __init__(
-        self, path: Path, model: ReferenceModel, unified: bool, options: dict[str, Any], elided: tuple[int, ...]
+        self,
+        path: Path,
+        model: ReferenceModel,
+        unified: bool,
+        options: dict[str, Any],
+        elided: tuple[int, ...],
+        llm: AdaSkipLlama | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.unified, self.elided = model, unified, elided
+        self.model, self.unified, self.elided, self.stays_open = model, unified, elided, llm is not None
         self.plan = SkipPlan.manual(N_LAYER, elided) if elided else NOTHING
-        self.llm = open_with_sequences(path, unified, plan=self.plan, **options)
+        self.llm = llm or open_with_sequences(path, unified, plan=self.plan, **options)
+        self.llm.set_plan(self.plan)
         self.memory = llama_cpp.llama_get_memory(self.llm.ctx)
+        llama_cpp.llama_memory_clear(self.memory, True)
         self.batch = llama_cpp.llama_batch_init(self.llm.n_batch, 0, 1)
         self.sequences = [Sequence(ReferenceRun(model)) for _ in range(N_SEQ)]
 
     def teardown(self) -> None:
         llama_cpp.llama_batch_free(self.batch)
-        self.llm.close()
+        if not self.stays_open:
+            self.llm.close()
 
     def is_filled(self) -> bool:
         return any(each.cells for each in self.sequences)
