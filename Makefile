@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-backends | soak | lint | format | clean
+# make demo | test | test-fast | test-backends | test-cuda | soak | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*.* native/*.cpp native
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja \
   "setuptools>=70.1"
 
-.PHONY: demo test test-fast test-backends soak lint format clean
+.PHONY: demo test test-fast test-backends test-cuda soak lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -32,6 +32,15 @@ test-backends: $(VENV)-backends/installed
 	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} \
 	  $(VENV)-backends/bin/python -m pytest -n 2 tests/test_backends.py
 
+# Needs CUDA's toolkit, but no device: ggml is compiled for CUDA, and our libllama, beside it, runs on the CPU; where there
+# is a device, on that too. CUDA says how: for one architecture, on a machine without a driver with -DGGML_CUDA_NO_VMM=ON,
+# for which no libcuda.so.1 is needed, and in less time with -DGGML_CUDA_FA=OFF. It compiles for an hour on 2 cores.
+CUDA ?= -DCMAKE_CUDA_ARCHITECTURES=86
+test-cuda: $(VENV)-cuda/installed
+	@$(VENV)-cuda/bin/python -c 'import adaskip_cpp, llama_cpp; info = llama_cpp.llama_print_system_info().decode(); \
+	  print(f"{info}\nhas a device: {llama_cpp.llama_supports_gpu_offload()}"); exit("CUDA : " not in info)'
+	@$(VENV)-cuda/bin/python -m pytest -n 2 tests/test_skip.py tests/test_backends.py
+
 # Drawn sequences of calls on models that stay open, with the process's memory at the end; any number of operations.
 soak: $(VENV)/installed-dev
 	@$(BIN)/python tests/soak.py --operations $(or $(OPERATIONS),100000) $(if $(SEED),--seed $(SEED))
@@ -49,7 +58,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h)
 
 clean:
-	rm -rf $(VENV) $(VENV)-backends build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-backends $(VENV)-cuda build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/installed-%: $(VENV)/build-tools $(NATIVE)
 	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
@@ -61,6 +70,13 @@ $(VENV)-backends/installed: $(VENV)/build-tools $(NATIVE)
 	CMAKE_ARGS="-DGGML_VULKAN=ON" $(VENV)-backends/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
 	  $(BUILD_REQUIRES)
 	$(VENV)-backends/bin/pip install --quiet --no-build-isolation -C build-dir=build/backends --editable '.[dev]'
+	@touch $@
+
+$(VENV)-cuda/installed: $(VENV)/build-tools $(NATIVE)
+	@$(PYTHON) -m venv $(VENV)-cuda
+	CMAKE_ARGS="-DGGML_CUDA=ON $(CUDA)" $(VENV)-cuda/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
+	  $(BUILD_REQUIRES)
+	$(VENV)-cuda/bin/pip install --quiet --no-build-isolation -C build-dir=build/cuda --editable '.[dev]'
 	@touch $@
 
 $(VENV)/build-tools: pyproject.toml
