@@ -11,7 +11,7 @@ import click
 import msgspec
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, FileError
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -52,37 +52,89 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(value, enc_hook=encode, order="sorted")).hexdigest()
 
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes, *, mode: int = 0o666) -> None:
-    """Write a file, of a mode that the umask narrows; after a failure the old one is still there, and no other."""
+def write_atomically(
+    path: str | os.PathLike[str],
+    content: str | bytes,
+    *,
+    mode: int = 0o666,
+    name: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a file, of a mode that the umask narrows; after a failure the old one is still there, and no other.
+
+    ``name`` is what an error calls it, if not by its path.
+
+    A process that is killed meanwhile leaves a hidden ``.NAME.*.tmp`` beside it, which nothing reads.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     target = os.path.realpath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise OSError(f"{os.fspath(path)!r} is not a regular file; choose another name")
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+    _check_regular(target, path)
+    folder, base = os.path.split(target)
+    temporary = os.path.join(folder, f".{base}.{secrets.token_hex(6)}.tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise write_error(name or path, error) from error
         raise
 
 
-def write_pair(path: str | os.PathLike[str], text: str, beside: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file and the one beside it that it names; after a failure the old ones are still there, and no others."""
-    old = None
-    with contextlib.suppress(FileNotFoundError), open(beside, "rb") as file:
-        old = file.read()
-    write_atomically(beside, content)
+def write_pair(
+    path: str | os.PathLike[str],
+    text: str,
+    beside: str | os.PathLike[str],
+    content: bytes,
+    waiting: str | os.PathLike[str],
+) -> None:
+    """Write a file and the one beside it that it names; after a failure the old ones are still there, and no others.
+
+    Wherever the process is killed, one pair is whole, the old or the new: until the first file names what is written,
+    that lies under the name ``waiting``, where readers look before they look into ``beside``.
+
+    Raises:
+        FileError: one of them cannot be written.
+    """
+    _check_regular(beside, beside)
+    write_atomically(waiting, content, name=beside)
     try:
         write_atomically(path, text)
     except BaseException:
-        with contextlib.suppress(OSError):
-            if old is None:
-                os.unlink(beside)
-            else:
-                write_atomically(beside, old)
+        # Ctrl-C may land right behind the replacement, and be raised as if it had failed.
+        if _holds(path, text):
+            os.replace(waiting, beside)
+        else:
+            with contextlib.suppress(OSError):
+                os.unlink(waiting)
         raise
+    try:
+        os.replace(waiting, beside)
+    except OSError as error:
+        raise write_error(beside, error) from error
+
+
+def write_error(path: str | os.PathLike[str], error: OSError) -> FileError:
+    """Return the error that names a file which cannot be written, and says what to do."""
+    return FileError(
+        f"cannot write {os.fspath(path)!r} ({error.strerror or error}); check its permissions and the space left, or "
+        "choose another place"
+    )
+
+
+def _check_regular(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise FileError(f"{os.fspath(path)!r} is not a regular file; choose another name")
+
+
+def _holds(path: str | os.PathLike[str], text: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read() == text.encode("utf-8")
+    except OSError:
+        return False

@@ -2,7 +2,8 @@
 
 ``settings.json`` says what is measured and how, with a hash of that; ``items.jsonl`` holds a line of JSON per result.
 Results of other settings are never mixed in: they are put aside under names with their hash, and taken up again if
-those settings come back.
+those settings come back. Results go before their settings, and come back behind them, so that a process that is killed
+in between leaves settings without results here, whose results are then found under their hash.
 """
 
 import contextlib
@@ -10,13 +11,14 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
 from ..errors import DataError
-from ..files import content_hash, json_text, write_atomically
+from ..files import content_hash, json_text, write_atomically, write_error
 from ..measuring.timing import RequestTime
 
 Key: TypeAlias = tuple[str, str, str]
@@ -62,20 +64,28 @@ class Store:
         records: what is known; read and appended.
         facts: what was kept beside the settings when these results were begun.
         set_aside: the file into which results of other settings were moved, or None.
-        file: the open file of results.
+        file: the open file of results, without a buffer: what could not be written is not written later.
     """
 
     folder: Path
     records: dict[Key, Record]
     facts: dict[str, Any]
     set_aside: Path | None
-    file: IO[bytes]
+    file: FileIO
 
     def append(self, record: Record) -> None:
-        """Add a result; when this returns, it is on the disk."""
-        self.file.write(msgspec.json.encode(record) + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """Add a result; when this returns, it is on the disk.
+
+        Raises:
+            FileError: it cannot be written. The results before it are there; the same run goes on behind them.
+        """
+        line = memoryview(msgspec.json.encode(record) + b"\n")
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise write_error(self.folder / _ITEMS, error) from error
         self.records[record.key] = record
 
 
@@ -90,7 +100,7 @@ def open_store(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+    with _opened(folder / ".lock", "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -98,13 +108,27 @@ def open_store(
                 f"another evaluation is writing into {os.fspath(folder)!r}; wait for it or choose another folder"
             ) from error
         header, set_aside = _take_up(folder, _Header(content_hash(settings), {**(facts or {})}, {**settings}))
-        with open(folder / _ITEMS, "a+b") as file:
+        with _opened(folder / _ITEMS, "a+b") as file:
             file.seek(0)
-            content = file.read()
+            content = file.readall()
             end = content.rfind(b"\n") + 1  # what a crash left of the last line does not count
-            file.truncate(end)
+            try:
+                file.truncate(end)
+            except OSError as error:
+                raise write_error(folder / _ITEMS, error) from error
             records = {record.key: record for record in _parse(content[:end], folder / _ITEMS)}
             yield Store(folder, records, header.facts, set_aside, file)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, mode: str) -> Iterator[FileIO]:
+    """Open a file without a buffer. What is in it was synced before it is closed, when errors tell nothing any more."""
+    file = FileIO(path, mode)
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def _take_up(folder: Path, mine: _Header) -> tuple[_Header, Path | None]:
@@ -112,19 +136,23 @@ def _take_up(folder: Path, mine: _Header) -> tuple[_Header, Path | None]:
     here = folder / _ITEMS, folder / _SETTINGS
     found = _read_header(here[1])
     if found.hash == mine.hash:
+        if not here[0].exists():
+            _move(_aside(here, mine)[:1], here[:1])
         return found, None
-    aside, earlier = (
-        [path.with_name(f"{path.stem}-{digest[:12]}{path.suffix}") for path in here]
-        for digest in (found.hash, mine.hash)
-    )
+    aside, earlier = _aside(here, found), _aside(here, mine)
     set_aside = aside[0] if here[0].exists() else None
     _move(here, aside)
     found = _read_header(earlier[1])
     if found.hash == mine.hash:
-        _move(earlier, here)
+        _move(earlier[::-1], here[::-1])
         return found, set_aside
     write_atomically(here[1], json_text(mine))
     return mine, set_aside
+
+
+def _aside(paths: Sequence[Path], header: _Header) -> list[Path]:
+    """Where files of these settings are put aside."""
+    return [path.with_name(f"{path.stem}-{header.hash[:12]}{path.suffix}") for path in paths]
 
 
 def _move(paths: Sequence[Path], targets: Sequence[Path]) -> None:

@@ -8,10 +8,12 @@ Both may come from elsewhere: nothing is taken on trust, and nothing is read bey
 wrong is a ``ValueError``, which the readers turn into errors of their own.
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,11 +59,15 @@ class VectorsFile:
         beside = os.path.join(os.path.dirname(os.path.realpath(path)), name)
         n_numbers, n_halves = (sum(map(math.prod, each)) for each in (shapes, maps))
         size = 4 * n_numbers + 2 * n_halves
-        try:
-            content = _read_bounded(beside, size)
-        except FileNotFoundError:
-            raise ValueError(f"the file of its vectors, {beside!r}, is missing; put it back beside it") from None
-        if hashlib.sha256(content).hexdigest() != self.sha256 or len(content) != size:
+        content = None
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            content = _read_bounded(_waiting_path(beside, self.sha256), size)
+        if content is None or not self._is_of(content):
+            try:
+                content = _read_bounded(beside, size)
+            except FileNotFoundError:
+                raise ValueError(f"the file of its vectors, {beside!r}, is missing; put it back beside it") from None
+        if not self._is_of(content) or len(content) != size:
             raise ValueError(
                 f"the file of its vectors, {beside!r}, is truncated or of another one; put the one that was written "
                 "with it beside it"
@@ -69,6 +75,9 @@ class VectorsFile:
         numbers = np.frombuffer(content, "<f4", n_numbers).astype(np.float32)
         halves = from_bf16(np.frombuffer(content, "<u2", n_halves, 4 * n_numbers))
         return [*_parts(numbers, shapes), *_parts(halves, maps)]
+
+    def _is_of(self, content: bytes) -> bool:
+        return hashlib.sha256(content).hexdigest() == self.sha256
 
 
 def _parts(numbers: npt.NDArray[np.float32], shapes: Sequence[tuple[int, ...]]) -> Arrays:
@@ -83,6 +92,12 @@ def vectors_path(path: str | os.PathLike[str]) -> str:
     return (name[: -len(".json")] if name.lower().endswith(".json") else name) + ".bin"
 
 
+def _waiting_path(beside: str, sha256: str) -> str:
+    """Where vectors wait until the JSON file names them; there they stay where a process is killed in between."""
+    folder, name = os.path.split(beside)
+    return os.path.join(folder, f".{name}.{re.sub('[^0-9a-f]', '', sha256)[:12]}.new")
+
+
 def save(path: str | os.PathLike[str], data: dict[str, Any], arrays: Arrays, maps: Arrays = ()) -> None:
     """Write a JSON file, its vectors and maps, the name and hash of whose file join ``data["vectors"]``."""
     target = os.path.realpath(path)
@@ -93,7 +108,8 @@ def save(path: str | os.PathLike[str], data: dict[str, Any], arrays: Arrays, map
     content = b"".join(part.tobytes() for part in parts)
     beside = vectors_path(target)
     names = {"file": os.path.basename(beside), "sha256": hashlib.sha256(content).hexdigest()}
-    write_pair(target, json_text({**data, "vectors": {**(data["vectors"] or {}), **names}}), beside, content)
+    text = json_text({**data, "vectors": {**(data["vectors"] or {}), **names}})
+    write_pair(target, text, beside, content, _waiting_path(beside, names["sha256"]))
 
 
 def load(path: str | os.PathLike[str], form: str, what: str, version: int) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class PrefixCache:
             self._lost.append(path)
             if not self._has_warned:
                 self._has_warned = True
-                print(f"cannot write {path} ({error.strerror}); what was read is kept in memory alone", file=sys.stderr)
+                print(f"{error}; what was read is kept in memory alone", file=sys.stderr)
             return
         self._bound_disk(path.parent)
 
