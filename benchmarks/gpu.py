@@ -33,18 +33,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-from stock_logits import Logits, read, run_stock
+from agreement import Check, Checks, n_skipped
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan, calibrate
 from adaskip_cpp.bench.bench import Bench, BenchResult, BenchSettings
 from adaskip_cpp.bench.table import NO_PLAN, STOCK, table
 from adaskip_cpp.calibration.linear import DEFAULT_RANK
-from adaskip_cpp.calibration.similarity import RequestStatistics
 from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.engine.binding import lib
 from adaskip_cpp.engine.settings import cost_settings
@@ -52,160 +50,17 @@ from adaskip_cpp.errors import BudgetError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
-from adaskip_cpp.measuring.distribution import kl_divergences
-from adaskip_cpp.model.statistics import PhaseStatistics
 
 GPU_KINDS = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 NO_GPU = (
     "ggml has no GPU here (it was built for: {}); see that the driver is there, and install llama-cpp-python for yours "
     'and adaskip-cpp beside it, as the README says under "CUDA, Metal, Vulkan".'
 )
-PROMPTS, N_ANSWER = (24, 100, 600), 8
-"""Tokens of the prompts and of their answers whose logits are compared: devices have other kernels for few tokens than
-for many, the second prompt has a short bulk, and the third is longer than a ubatch."""
-MANY_TIMES, LEAST_ROUNDING = 4, 1e-6
-"""The whole model's difference between the two, so many times, is allowed; where they round alike, that of float32."""
-MOST_NATS = 0.03
-"""Of a device with no plan from the CPU: as little as the mildest plans of the README lose."""
-SHARE = 5
-"""One in so many sublayers is skipped: 12 of SmolLM2's 60."""
 N_DECODE, MIN_ROUNDS, MAX_ROUNDS = 32, 2, 20
 LOWER_SPEEDUPS = (1.25, 1.1)
 WIDEST_WITH_MAPS = 2048
 """Maps are fitted on the host, which takes minutes where the residual stream is wider."""
 WITHOUT_MAPS = "the plan without maps"
-
-Case = tuple[list[int], list[int]]  # a prompt and an answer to it
-
-
-@dataclass(frozen=True)
-class Check:
-    """A figure that may be at most ``most``."""
-
-    what: str
-    found: float
-    most: float
-
-    @property
-    def holds(self) -> bool:
-        return bool(self.found <= self.most)  # NaN does not
-
-    def __str__(self) -> str:
-        return f"{self.found:.2g} (at most {self.most:.2g}{'' if self.holds else ', **FAILED**'})"
-
-
-class Checks:
-    """What a model's device must agree on with the CPU, which computes it once, and with stock."""
-
-    def __init__(self, path: str, profile: Profile, options: Mapping[str, Any]) -> None:
-        self._path, self._options = path, {**options, "n_ctx": max(PROMPTS) + N_ANSWER + 8}
-        self._plans, self._elided = plans_to_check(profile), without_half_of_kv(profile)
-        with closing(self._open(0)) as cpu:
-            texts = corpus.cut(cpu, corpus.text(()), 2, max(PROMPTS) + N_ANSWER)
-            self._cases, self._others = ([(text[:n], text[n : n + N_ANSWER]) for n in PROMPTS] for text in texts)
-            self._whole, self._other_whole = (under(cpu, None, cases) for cases in (self._cases, self._others))
-            self._expected = {name: under(cpu, plan, self._cases) for name, plan in self._plans.items()}
-            self._learned = observe(cpu, self._cases[-1])
-        with closing(self._open(0, plan=self._elided)) as cpu:
-            self._of_elided, self._kv_bytes = under(cpu, self._elided, self._cases), cpu.kv_bytes
-
-    def _open(self, n_gpu_layers: int, **options: Any) -> AdaSkipLlama:
-        options |= {**self._options, "n_gpu_layers": n_gpu_layers}
-        return AdaSkipLlama(self._path, exact_batches=True, verbose=False, **options)
-
-    def run(self, n_gpu_layers: int) -> tuple[list[Check], list[str]]:
-        """Return what was found with so many layers on the device, and what stock's log says of that."""
-        stock, log = run_stock(self._path, {**self._options, "n_gpu_layers": n_gpu_layers}, self._cases)
-        with closing(self._open(n_gpu_layers)) as llm:
-            whole = under(llm, None, self._cases)
-            rounding = max(furthest(under(llm, None, self._others), self._other_whole), LEAST_ROUNDING)
-            most = MANY_TIMES * rounding
-            nats = np.mean([kl_divergences(*pair).mean() for pair in zip(self._whole, whole, strict=True)])
-            checks = [
-                Check("no plan: logits, from stock's", furthest(whole, stock), 0),
-                Check("no plan: nats per token, from the CPU's", float(nats), MOST_NATS),
-                Check("no plan: logits, from the CPU's", furthest(whole, self._whole), most),
-            ]
-            splits = count_splits(llm, None, self._cases[-1])
-            for name, plan in self._plans.items():
-                found = furthest(under(llm, plan, self._cases), self._expected[name])
-                added = np.subtract(count_splits(llm, plan, self._cases[-1]), splits)
-                checks += [Check(f"{name}: logits, from the CPU's", found, most)]
-                checks += [Check(f"{name}: splits added", int(added.max()), 0)]
-            again = under(llm, None, self._cases)
-            checks.append(Check("no plan again: logits, from before", furthest(again, whole), 0))
-            learned = observe(llm, self._cases[-1])
-            for what, own, expected in (
-                ("similarities", learned.similarity, self._learned.similarity),
-                ("ratios of norms", learned.norm_ratio, self._learned.norm_ratio),
-            ):
-                checks.append(Check(f"{what}, from the CPU's", float(np.nanmax(np.abs(own - expected))), most))
-        with closing(self._open(n_gpu_layers, plan=self._elided)) as llm:
-            found = furthest(under(llm, self._elided, self._cases), self._of_elided)
-            checks.append(Check("half of the attentions without KV: logits, from the CPU's", found, most))
-            checks.append(Check("bytes of KV then, from the CPU's", abs(llm.kv_bytes - self._kv_bytes), 0))
-        return checks, log
-
-
-def plans_to_check(profile: Profile) -> dict[str, SkipPlan]:
-    n = n_skipped(profile)
-    n_windows = 0 if profile.windows is None else len(profile.windows.layers)
-    # The stage adds every FFN whose similarity reaches its threshold, and none that rounding could decide about.
-    staged = profile.plan(n, mode="e2e", compensation="paper", window=N_ANSWER // 2, threshold=-1.0)
-    return {
-        "prompt mode": profile.plan(n),
-        "prompt mode, windows": profile.plan(n, windowed=n_windows, window_size=64),
-        "decode": profile.plan(n, mode="decode", online=False),
-        "e2e, online stage": staged,
-        "schedule": profile.plan(n, mode="e2e", strategy="skip_decode"),
-    }
-
-
-def n_skipped(profile: Profile) -> int:
-    return max(int(profile.skippable.sum()) // SHARE, 2)
-
-
-def without_half_of_kv(profile: Profile) -> SkipPlan:
-    return SkipPlan.manual(profile.n_layer, attention=np.flatnonzero(profile.skippable[:, 0])[::2].tolist())
-
-
-def under(llm: AdaSkipLlama, plan: SkipPlan | None, cases: Sequence[Case]) -> list[Logits]:
-    llm.set_plan(plan)
-    found = []
-    for case in cases:
-        llm.begin_request()
-        found.append(read(llm, *case))
-    return found
-
-
-def furthest(found: Sequence[Logits], expected: Sequence[Logits]) -> float:
-    """Return the largest relative error of one token's logits: |found - expected| / |expected|."""
-    return max(
-        float((np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)).max())
-        for a, b in zip(found, expected, strict=True)
-    )
-
-
-def count_splits(llm: AdaSkipLlama, plan: SkipPlan | None, case: Case) -> list[int]:
-    """Return the splits of the graphs of a bulk, of a prompt's end, and of a decoded token."""
-    prompt, answer = case
-    llm.set_plan(plan)
-    llm.reset()
-    llm.begin_request()
-    counted = []
-    for evaluate, tokens in ((llm.eval_bulk, prompt[:-100]), (llm.eval, prompt[-100:]), (llm.eval_decode, answer[:1])):
-        evaluate(tokens)
-        counted.append(llm.counters.splits)
-    return counted
-
-
-def observe(llm: AdaSkipLlama, case: Case) -> PhaseStatistics:
-    statistics = RequestStatistics(llm.n_layer)
-    llm.set_plan(None)
-    with llm.collect_statistics(statistics.add):
-        llm.reset()
-        llm.eval(case[0])
-    return statistics.result()
 
 
 def plan_for(profile: Profile, speedup: float, context: int) -> tuple[SkipPlan, SkipPlan]:
