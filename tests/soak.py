@@ -28,6 +28,7 @@ import test_several_sequences
 from drawn_sequences import called, run_drawn_sequences
 from process_memory import malloc_bytes, resident_bytes
 from reference import ReferenceModel
+from tiny_families import N_LAYER
 from tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
@@ -116,17 +117,24 @@ class Soak:
 
 
 def open_machines(folder: Path) -> dict[str, Callable[[], Any]]:
-    """Open a model of every kind; returns what begins a sequence of calls on it."""
+    """Open a model of every kind; returns what begins a sequence of calls on it.
+
+    Each reads a long prompt first, as resident memory would else grow whenever a prompt is longer than all before it:
+    compute buffers and rows of logits are resident from when they are first written to.
+    """
     paths = {name: write_model(folder / f"{name}.gguf", name) for name in ("llama", "gemma3")}
     models = {name: ReferenceModel(path) for name, path in paths.items()}
     machines: dict[str, Callable[[], Any]] = {}
     for name, kind in test_sequences.KINDS.items():
         llm: Any = test_sequences.WatchedLlama.open(paths[kind.family], kind)
+        llm.begin()
+        llm.eval([3] * (llm.n_ctx() - 1))
         machines[name] = partial(test_sequences.Calls, paths[kind.family], models[kind.family], kind, llm)
     for name, several in test_several_sequences.KINDS.items():
         unified, options, elided = several
-        plan = SkipPlan.manual(3, elided) if elided else None
+        plan = SkipPlan.manual(N_LAYER, elided) if elided else None
         llm = test_several_sequences.open_with_sequences(paths["llama"], unified, plan=plan, **options)
+        llm.eval([3] * (llm.n_ctx() // test_several_sequences.N_SEQ - 1))
         machine = partial(test_several_sequences.Calls, paths["llama"], models["llama"], *several, llm)
         machines[f"several sequences, {name}"] = machine
     return machines
