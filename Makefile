@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-backends | test-cuda | soak | lint | format | clean
+# make demo | test | test-fast | test-backends | test-cuda | test-asan | test-tsan | soak | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -13,7 +13,25 @@ NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*.* native/*.cpp native
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja \
   "setuptools>=70.1"
 
-.PHONY: demo test test-fast test-backends test-cuda soak lint format clean
+# What goes through native/ in many ways and little time.
+NATIVE_TESTS := adapters affine architectures bulk elision layer_bounds linear_native native online readable_kv \
+  schedule sequences several_sequences skip statistics sublayers threads unread_outputs whole_layers
+SANITIZERS_asan := ADDRESS UNDEFINED
+SANITIZERS_tsan := THREAD
+# pytest's own handler of crashes would take the place of the sanitizer's. LeakSanitizer sees no pointers in the pools
+# of memory that Python has of its own.
+define sanitized
+@rm -f build/$(1)/report.*
+@options=log_path=$(CURDIR)/build/$(1)/report; status=0; \
+  LD_PRELOAD="$$(gcc -print-file-name=$(2)) $$(gcc -print-file-name=libstdc++.so)" \
+  PYTHONMALLOC=malloc ASAN_OPTIONS=$$options UBSAN_OPTIONS=$$options:print_stacktrace=1 \
+  LSAN_OPTIONS=suppressions=$(CURDIR)/tests/leaks.supp:print_suppressions=0 \
+  TSAN_OPTIONS=$$options:ignore_noninstrumented_modules=1 \
+  $(VENV)-$(1)/bin/python -m pytest -p no:faulthandler $(3) || status=1; \
+  cat build/$(1)/report.* 2>/dev/null && status=1; exit $$status
+endef
+
+.PHONY: demo test test-fast test-backends test-cuda test-asan test-tsan soak lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -41,6 +59,15 @@ test-cuda: $(VENV)-cuda/installed
 	  print(f"{info}\nhas a device: {llama_cpp.llama_supports_gpu_offload()}"); exit("CUDA : " not in info)'
 	@$(VENV)-cuda/bin/python -m pytest -n 2 tests/test_skip.py tests/test_backends.py
 
+# Need gcc, whose runtimes must be in the process before Python is. Only libllama is instrumented: mistakes of ggml go
+# unseen. Reports are files, as pytest keeps to itself what a process writes that then ends. One process runs all tests,
+# as those of pytest-xdist end without a look for leaks.
+test-asan: $(VENV)-asan/installed
+	$(call sanitized,asan,libasan.so,$(patsubst %,tests/test_%.py,$(NATIVE_TESTS)) -m "not model and not slow")
+
+test-tsan: $(VENV)-tsan/installed
+	$(call sanitized,tsan,libtsan.so,tests/test_threads.py)
+
 # Drawn sequences of calls on models that stay open, with the process's memory at the end; any number of operations.
 soak: $(VENV)/installed-dev
 	@$(BIN)/python tests/soak.py --operations $(or $(OPERATIONS),100000) $(if $(SEED),--seed $(SEED))
@@ -58,7 +85,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h)
 
 clean:
-	rm -rf $(VENV) $(VENV)-backends $(VENV)-cuda build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/installed-%: $(VENV)/build-tools $(NATIVE)
 	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
@@ -77,6 +104,16 @@ $(VENV)-cuda/installed: $(VENV)/build-tools $(NATIVE)
 	CMAKE_ARGS="-DGGML_CUDA=ON $(CUDA)" $(VENV)-cuda/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
 	  $(BUILD_REQUIRES)
 	$(VENV)-cuda/bin/pip install --quiet --no-build-isolation -C build-dir=build/cuda --editable '.[dev]'
+	@touch $@
+
+# Other environments with another libllama, and everything else from $(VENV).
+$(VENV)-asan/installed $(VENV)-tsan/installed: $(VENV)-%/installed: $(VENV)/installed-dev
+	@$(BIN)/python -m venv --without-pip $(VENV)-$*
+	@$(BIN)/python -c 'import site, sysconfig as s; \
+	  open(s.get_path("purelib", vars={"base": "$(VENV)-$*"}) + "/rest.pth", "w").write(site.getsitepackages()[0])'
+	CC=gcc CXX=g++ CXXFLAGS=-D_GLIBCXX_ASSERTIONS $(PIP) --python $(VENV)-$*/bin/python install --quiet --no-deps \
+	  --no-build-isolation -C build-dir=build/$* -C cmake.build-type=Debug \
+	  $(foreach name,$(SANITIZERS_$*),-C cmake.define.LLAMA_SANITIZE_$(name)=ON) --editable .
 	@touch $@
 
 $(VENV)/build-tools: pyproject.toml
