@@ -5,13 +5,14 @@
 These are the calls of test_sequences.py and test_several_sequences.py, with the same checks against NumPy after each.
 There every sequence opens a model; here each kind of model is opened once, and takes ten sequences in turn with the
 other kinds. A check that fails is told, with what draws it again, and the run goes on; the exit code is 1 then. Ctrl-C
-ends it early, with the same table.
+and kill end it early, with the same table.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -119,8 +120,8 @@ class Soak:
 def open_machines(folder: Path) -> dict[str, Callable[[], Any]]:
     """Open a model of every kind; returns what begins a sequence of calls on it.
 
-    Each reads a long prompt first, as resident memory would else grow whenever a prompt is longer than all before it:
-    compute buffers and rows of logits are resident from when they are first written to.
+    Each reads a prompt as long as its context first, observed where it may be later. Compute buffers would else grow,
+    and become resident, whenever a prompt is longer than all that were observed before it.
     """
     paths = {name: write_model(folder / f"{name}.gguf", name) for name in ("llama", "gemma3")}
     models = {name: ReferenceModel(path) for name, path in paths.items()}
@@ -128,7 +129,8 @@ def open_machines(folder: Path) -> dict[str, Callable[[], Any]]:
     for name, kind in test_sequences.KINDS.items():
         llm: Any = test_sequences.WatchedLlama.open(paths[kind.family], kind)
         llm.begin()
-        llm.eval([3] * (llm.n_ctx() - 1))
+        with llm.collect_statistics(lambda batch: None, keep_logits=True, vectors=True):
+            llm.eval([3] * (llm.n_ctx() - 1))
         machines[name] = partial(test_sequences.Calls, paths[kind.family], models[kind.family], kind, llm)
     for name, several in test_several_sequences.KINDS.items():
         unified, options, elided = several
@@ -147,6 +149,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     args = parser.parse_args()
     print(f"make soak SEED={args.seed} OPERATIONS={args.operations}", flush=True)
+    for each in (signal.SIGINT, signal.SIGTERM):  # in the background Ctrl-C is ignored otherwise
+        signal.signal(each, signal.default_int_handler)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(args.seed, open_machines(Path(folder)))
