@@ -71,7 +71,7 @@ class Soak:
             kind = list(self.machines)[seed % len(self.machines)]
             self._run_one(kind, seed)
             seed += 1
-            if called.total() >= 0.1 * n * len(self.memory):
+            if 0.1 * n * len(self.memory) <= called.total() < n:
                 self.memory.append(Memory.now())
             if time.monotonic() - told > SECONDS:
                 told, memory = time.monotonic(), Memory.now()
@@ -94,7 +94,8 @@ class Soak:
             traceback.print_exc()
             print(f"{kind} failed. Again, with models just opened: make soak SEED={seed} OPERATIONS=1")
             print(f"or, if that passes, with all that went before: make soak SEED={self.seed}", flush=True)
-        self.n_operations[kind] += called.total() - before
+        finally:
+            self.n_operations[kind] += called.total() - before
 
     def table(self, seconds: float) -> str:
         """What was done, and what the process held meanwhile."""
@@ -112,8 +113,9 @@ class Soak:
             cells = f"{each.resident / 1e6:.2f} | {each.malloc / 1e6:.2f} | {each.objects:,}"
             lines.append(f"| {each.n_operations:,} | {cells} |")
         first, last = self.memory[min(1, len(self.memory) - 1)], self.memory[-1]
-        change = last.resident / first.resident - 1
-        lines += ["", f"seed {self.seed}, {seconds:,.0f} s, resident memory {change:+.2%} since {first.n_operations:,}"]
+        resident, malloc = last.resident / first.resident - 1, last.malloc / first.malloc - 1
+        lines += ["", f"seed {self.seed}, {seconds:,.0f} s; since {first.n_operations:,} operations"]
+        lines[-1] += f" resident memory {resident:+.2%}, malloc {malloc:+.2%}"
         return "\n".join(lines)
 
 
