@@ -97,15 +97,15 @@ def use(model: Any, plans: Plans, elided: bool, seed: int) -> Results:
 @contextmanager
 def unordered() -> Iterator[None]:
     """Between the calls of two threads lies Python's lock; ThreadSanitizer, if it runs, takes no order from that."""
-    runtime = ctypes.CDLL(None)
-    names = [name for name in ("AnnotateIgnoreSyncBegin", "AnnotateIgnoreSyncEnd") if hasattr(runtime, name)]
-    for name in names[:1]:
-        runtime[name](None, 0)
+    process = ctypes.CDLL(None)
+    is_watched = hasattr(process, "AnnotateIgnoreSyncBegin")
+    if is_watched:
+        process.AnnotateIgnoreSyncBegin(None, 0)
     try:
         yield
     finally:
-        for name in names[1:]:
-            runtime[name](None, 0)
+        if is_watched:
+            process.AnnotateIgnoreSyncEnd(None, 0)
 
 
 def use_at_once(both: Barrier, *work: Any) -> Results:
