@@ -46,9 +46,12 @@ test-fast: $(VENV)/installed-dev
 
 # Needs Vulkan's headers, a shader compiler and a device (Debian: libvulkan-dev glslc spirv-headers, and in software
 # mesa-vulkan-drivers, which ggml uses when told to). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
+# First on Vulkan, then on two rpc-servers.
 test-backends: $(VENV)-backends/installed
 	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} \
 	  $(VENV)-backends/bin/python -m pytest -n 2 tests/test_backends.py
+	@GGML_VK_VISIBLE_DEVICES= $(VENV)-backends/bin/python -m pytest -n 2 --rpc-servers=2 \
+	  tests/test_backends.py tests/test_rpc.py
 
 # Needs CUDA's toolkit, but no device: ggml is compiled for CUDA, and our libllama, beside it, runs on the CPU; where there
 # is a device, on that too. CUDA says how: for one architecture, on a machine without a driver with -DGGML_CUDA_NO_VMM=ON,
@@ -94,7 +97,7 @@ $(VENV)/installed-%: $(VENV)/build-tools $(NATIVE)
 $(VENV)-backends/installed: $(VENV)/build-tools $(NATIVE)
 	@$(PYTHON) -m venv $(VENV)-backends
 	@# pip would keep what it built, and take it for a llama-cpp-python of any kind.
-	CMAKE_ARGS="-DGGML_VULKAN=ON" $(VENV)-backends/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
+	CMAKE_ARGS="-DGGML_VULKAN=ON -DGGML_RPC=ON" $(VENV)-backends/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
 	  $(BUILD_REQUIRES)
 	$(VENV)-backends/bin/pip install --quiet --no-build-isolation -C build-dir=build/backends --editable '.[dev]'
 	@touch $@

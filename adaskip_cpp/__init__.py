@@ -15,8 +15,8 @@ def _end(number: int, frame: object) -> None:
     _os._exit(130)
 
 
-# Before and behind what a verb does Ctrl-C ends the script at once: a KeyboardInterrupt among imports would be told with
-# a traceback, or get lost in a callback of the import system.
+# Before and behind what a verb does Ctrl-C ends the script at once: a KeyboardInterrupt among imports would be told
+# with a traceback, or get lost in a callback of the import system.
 if _is_script and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
     _signal.signal(_signal.SIGINT, _end)
 

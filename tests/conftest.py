@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 from drawn_sequences import run_drawn_sequences
 from models import ModelMissingError, gemma3, smollm2, smollm2_f32
+from rpc_server import start_rpc_servers
 from served import BULK_PLAN
-from stock import EXACT
+from stock import EXACT, RPC_SERVERS
 from tiny_families import N_VOCAB
 from tiny_models import add_chat_template, write_model
 
 import adaskip_cpp
+from adaskip_cpp.engine.rpc import add_rpc_server
 from adaskip_cpp.model.plan_file import save_plan
 
 TinyModel = Callable[..., Path]
 OpenModel = Callable[..., Any]
+_RPC_SERVERS = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +88,12 @@ def open_model() -> Iterator[OpenModel]:
 
 
 @pytest.fixture(scope="session")
+def rpc_servers(pytestconfig: pytest.Config) -> list[str]:
+    """The endpoints of the servers whose devices models run on."""
+    return pytestconfig.stash.get(_RPC_SERVERS, None) or pytest.skip("needs --rpc-servers")
+
+
+@pytest.fixture(scope="session")
 def model_cache(request: pytest.FixtureRequest) -> Path:
     """A folder that survives the session, for models that are joined or dequantised."""
     cache = request.config.cache
@@ -121,11 +130,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sequences", "sequences of calls that Hypothesis draws anew in every run")
     group.addoption("--sequences-seed", type=int, help="draw those of this seed first")
     group.addoption("--sequences-seconds", type=float, default=10, help="of the processor per test (default: 10)")
+    parser.addoption("--allocations-step", type=int, default=31, help="fail every n-th one; 1 for all (default: 31)")
+    parser.addoption("--sigint-trials", type=int, default=12, help="times that verbs are interrupted (default: 12)")
+    parser.addoption("--rpc-servers", type=int, default=0, help="run tests of devices on so many rpc-servers")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.sequences_seed is None:
         config.option.sequences_seed = random.randrange(2**32)
+    # With xdist each worker has its own, as a server serves one process; so has the process of the stock library.
+    if (n_servers := config.option.rpc_servers) and (hasattr(config, "workerinput") or not config.option.numprocesses):
+        os.environ[RPC_SERVERS] = str(n_servers)
+        config.stash[_RPC_SERVERS] = start_rpc_servers(n_servers)
+        for endpoint in config.stash[_RPC_SERVERS]:
+            add_rpc_server(endpoint)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
