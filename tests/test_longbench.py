@@ -201,6 +201,9 @@ def test_each_dataset_is_scored_as_longbench_scores_it(
     [
         ("{", "is not JSON"),
         ("[1]", "Expected `object`"),
+        ('{"a":' * 100_000, "is not JSON"),
+        (json.dumps(record()).replace("7", "7" * 5000), "is no item of LongBench"),
+        (json.dumps(record(_id=[1])), "`$._id`"),
         (json.dumps(record(input=None)), "`$.input`"),
         (json.dumps({"input": "", "context": ""}), "missing required field `dataset`"),
         (json.dumps(record(context=3)), "`$.context`"),
@@ -250,14 +253,20 @@ def test_a_table_with_wrong_values_is_refused(files: Files, table: str, value: A
         files.read(files.lines(record()))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3"])
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"lcc": ' + "7" * 5000 + "}"])
 def test_a_table_that_is_no_json_object_is_refused(files: Files, content: str) -> None:
     lengths = files.write("lengths.json", json.dumps(files.lengths))
     with pytest.raises(DataError, match=r"prompts\.json'.*use LongBench's own file"):
         longbench_items(LLM, [], prompts=files.write("prompts.json", content), lengths=lengths, n_ctx=512, wrap=chat)
 
 
-@pytest.mark.parametrize("template", ["{question}", "{context", "{}", "{context.name}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("{question}", "{context", "{}", "{context.name}", "{context[a]}", "{context!r}", "{all_classes:>5}"),
+        *("{answers}", "{context:>9999999999}"),  # 10 GB, where it is filled in
+    ],
+)
 def test_a_template_that_cannot_be_filled_in_is_refused(files: Files, template: str) -> None:
     files.prompts["hotpotqa"] = template
     with pytest.raises(DataError, match=r"dataset2prompt\.json': the template of 'hotpotqa'.*line 1"):

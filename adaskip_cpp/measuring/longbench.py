@@ -1,7 +1,8 @@
 """LongBench's tasks, read from the files that it publishes."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, TypeAlias
@@ -76,8 +77,8 @@ def longbench_items(
                 )
         room = n_ctx - max_tokens[line.dataset]
         try:
-            prompt = templates[line.dataset].format(**fields)
-        except (LookupError, AttributeError, ValueError) as error:
+            prompt = _filled_in(templates[line.dataset], fields)
+        except (LookupError, ValueError) as error:
             raise DataError(
                 f"{os.fspath(prompts)!r}: the template of {line.dataset!r} cannot be filled in from {where} "
                 f"({type(error).__name__}: {error}); it may name the line's fields, as {{context}} and {{input}}"
@@ -109,6 +110,7 @@ class _Line:
     answers: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     all_classes: tuple[str, ...] | None = None
     length: int | None = None
+    _id: str | int | None = None
 
 
 def _lines(files: Iterable[_Path]) -> Iterator[tuple[dict[str, Any], _Line, str, str]]:
@@ -124,7 +126,7 @@ def _lines(files: Iterable[_Path]) -> Iterator[tuple[dict[str, Any], _Line, str,
                 continue
             where = f"{os.fspath(file)!r}, line {number}"
             fields, line = _line(text, where)
-            identity = f"longbench/{stem}/{fields.get('_id') or number}"
+            identity = f"longbench/{stem}/{line._id or number}"
             identity += f"/{number}" if identity in seen else ""
             seen.add(identity)
             yield fields, line, identity, where
@@ -139,7 +141,7 @@ def _line(text: str, where: str) -> tuple[dict[str, Any], _Line]:
             f"{where} is no item of LongBench ({error}); its lines have input, context, dataset (text), "
             "answers and all_classes (lists of texts)"
         ) from error
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and nesting without end
         raise DataError(f"{where} is not JSON ({error}); download the file again or mend the line") from error
     base = line.dataset.removesuffix("_e")
     if base not in DATASETS:
@@ -147,6 +149,19 @@ def _line(text: str, where: str) -> tuple[dict[str, Any], _Line]:
     if DATASETS[base] == "classification" and not line.all_classes:
         raise DataError(f"{where} has no 'all_classes', which {base!r} needs; add the names to choose from")
     return fields, line
+
+
+def _filled_in(template: str, fields: Mapping[str, Any]) -> str:
+    """Fill in names alone: a width, as in ``{context:9999999999}``, would be bytes of memory."""
+    parts = []
+    for text, name, form, conversion in string.Formatter().parse(template):
+        parts.append(text)
+        if name is not None:
+            value = fields[name]
+            if form or conversion or not isinstance(value, str | int | float):
+                raise ValueError(f"{name!r} is more than the name of a text")
+            parts.append(str(value))
+    return "".join(parts)
 
 
 def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> Sequence[int]:
@@ -168,7 +183,7 @@ def _table(path: _Path, kind: Any, what: str) -> dict[str, Any]:
     """By dataset; what is not there for one of LongBench-E is that of LongBench."""
     try:
         table = msgspec.json.decode(read_text(path), type=dict[str, kind])
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{os.fspath(path)!r} does not give {what} by dataset ({error}); use LongBench's own file"
         ) from error
