@@ -484,6 +484,10 @@ def test_a_cost_model_survives_json() -> None:
         (("limit",), [-1.0, None]),
         (("limit",), [0.0, None]),
         (("deepest",), "deep"),
+        (("prefill", "growth"), [1e308, 0.0]),
+        (("decode", "fixed"), 1e9),
+        (("prefill", "n_tokens"), 2**31),
+        (("settings", "n_batch"), 0),
     ],
 )
 def test_a_damaged_cost_model_is_refused(path: tuple[str, ...], value: Any) -> None:

@@ -134,6 +134,18 @@ def test_a_file_of_a_model_in_several_that_is_missing_or_none_is_named(split: li
             function(split[0])
 
 
+@pytest.mark.parametrize("name", ["m-00001-of-00000.gguf", "m-00004-of-00003.gguf", "m-00000-of-00003.gguf"])
+def test_a_number_that_is_none_of_a_model_in_several_is_a_part_of_the_name(name: str, tmp_path: Path) -> None:
+    path, other = tmp_path / name, tmp_path / "other.gguf"
+    for function in (check_gguf, fingerprint):
+        with pytest.raises(ModelFileError, match=f"{name}.*check the path"):
+            function(path)
+    for each in (path, other):
+        each.write_bytes(b"GGUF" + bytes(99))
+    check_gguf(path)
+    assert fingerprint(path) == fingerprint(other)
+
+
 def plan_of(llm: AdaSkipLlama) -> SkipPlan:
     return replace(SkipPlan.manual(3, ffn=[1]), model=llm.model_info)
 

@@ -325,6 +325,8 @@ def test_the_set_in_force_is_that_of_the_schedule_and_a_phase_ends_with_the_last
         (((0, LARGE),), "does not begin"),
         (((0, SMALL), (0, LARGE)), "do not ascend"),
         (((0, SMALL), (9, LARGE), (8, LARGE)), "do not ascend"),
+        (((0, SMALL), (2**31, LARGE)), "use whole numbers below"),  # C's int32_t
+        (((0, SMALL), (1.5, LARGE)), "use whole numbers below"),
         (
             ((0, SMALL), (3, LARGE), (5, SMALL)),
             r"at 3 tokens skips the attention of layers \[2\], which the schedule.s set at 5 tokens runs",

@@ -264,6 +264,7 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
         ("vectors.file", "../p.bin"),
         ("vectors.file", ""),
         ("vectors.file", "a\0b"),
+        ("vectors.file", "a" * 999),
         ("vectors.sha256", "00"),
         ("tuning.promise.kind", "beauty"),
         ("tuning.promise.kind", []),
@@ -292,7 +293,10 @@ def test_a_malformed_file_is_one_clear_line(path: str, value: Any, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 1e999}', b"[" * 100_000, b"\x80\x04N.", b"PK\x03\x04"],
+    [
+        *(b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 1e999}', b"[" * 100_000, b"\x80\x04N.", b"PK\x03\x04"),
+        b'{"format": "adaskip-plan", "version": 3, "x": %s}' % (b"[" * 700 + b"]" * 700),
+    ],
 )
 def test_what_is_no_plan_file_is_one_clear_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_bytes(content)

@@ -15,6 +15,10 @@ CELLS = 256
 """Attention reads KV cells in blocks of this many, filled or not: ``llama_kv_cache::get_n_kv`` pads to it."""
 
 
+_MOST_SECONDS = 1e9
+"""Longer than anything takes: sums of such times, and their ratios, are still numbers."""
+
+
 @dataclass(frozen=True)
 class CostSettings:
     """The machine and the settings that times were measured with; with others they are worth nothing.
@@ -83,7 +87,7 @@ class PhaseCost(LayerArrays):
         shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
         arrays = checked(self, ProfileFormatError, "this is no part of the cost model; calibrate again", shapes)
         times = np.concatenate([[self.fixed, self.fixed_growth], *(each.ravel() for each in arrays.values())])
-        if self.n_tokens < 1 or not np.isfinite(times).all() or (times < 0).any():
+        if not 1 <= self.n_tokens < 2**31 or not ((times >= 0) & (times < _MOST_SECONDS)).all():
             raise ProfileFormatError("the cost model has a time that is no time; calibrate again")
         freeze(self, **arrays)
 
@@ -152,8 +156,9 @@ class CostModel(LayerArrays):
         limit[np.isnan(limit)] = np.inf
         if self.prefill.base.shape != self.decode.base.shape or limit.shape != (len(self.prefill.base),):
             raise ProfileFormatError("the cost model's phases differ in the number of layers; calibrate again")
-        if not (limit > 0).all() or self.decode.n_tokens != 1 or not 1 <= self.n_layer_kv <= len(limit):
-            raise ProfileFormatError("the cost model has an impossible window, ubatch or layer; calibrate again")
+        is_possible = self.decode.n_tokens == 1 and 1 <= self.n_layer_kv <= len(limit) and (limit > 0).all()
+        if not is_possible or not 1 <= self.settings.n_batch < 2**31:
+            raise ProfileFormatError("the cost model has an impossible window, batch or layer; calibrate again")
         freeze(self, limit=limit)
 
     def __repr__(self) -> str:

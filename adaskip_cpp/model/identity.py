@@ -14,7 +14,7 @@ _MIB = 1 << 20
 _BLOCK = 64 << 10
 _N_BLOCKS = 64
 
-_SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf", re.DOTALL)
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.ASCII)
 """llama.cpp's name of a file of a model in several, ``llama_split_path``."""
 
 
@@ -80,9 +80,10 @@ def override_words(overrides: Mapping[str, object] | None) -> str:
 
 def model_files(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Return all files of a model: ``X-00001-of-00003.gguf`` and the two others, or the one."""
-    if (split := _SPLIT.fullmatch(os.fspath(path))) is None:
+    split = _SPLIT.fullmatch(os.fspath(path))
+    if split is None or not 1 <= int(split[2]) <= int(split[3]):
         return (os.fspath(path),)
-    return tuple(f"{split[1]}-{i + 1:05}-of-{split[2]}.gguf" for i in range(int(split[2])))
+    return tuple(f"{split[1]}-{i + 1:05}-of-{split[3]}.gguf" for i in range(int(split[3])))
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:

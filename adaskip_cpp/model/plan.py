@@ -153,6 +153,8 @@ class SkipPlan:
                 raise PlanError("a plan has a decode schedule or an online stage, not both; leave one out")
             if self.schedule[0] != (0, self.decode):
                 raise PlanError("the schedule does not begin with (0, decode); give the decode set first")
+            if not all(isinstance(each, int | np.integer) and each < 2**31 for each in starts):
+                raise PlanError(f"the schedule's token counts are {starts}; use whole numbers below 2,147,483,648")
             if any(b <= a for a, b in itertools.pairwise(starts)):
                 raise PlanError(f"the schedule's token counts {starts} do not ascend; sort its sets by token count")
         later = [(f"the schedule's set at {start} tokens", each) for start, each in self.schedule[1:]]

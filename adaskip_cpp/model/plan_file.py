@@ -149,7 +149,7 @@ def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | N
         plan = _plan(file, name)
     except FileNotFoundError:
         raise PlanFileError(f"there is no plan file {name!r}; write one with {way_out}") from None
-    except ValueError as error:  # among them all of msgspec's and our own
+    except (ValueError, RecursionError) as error:  # among them all of msgspec's and our own
         raise PlanFileError(f"{name!r} cannot be used: {error}; write it again with {way_out}") from error
     if model is not None and plan.model is not None:
         check_model(plan.model, model, name)

@@ -32,6 +32,9 @@ MOST_JSON = 64 << 20
 MOST_MEMORY = 4 << 30
 """More bytes than the arrays of any profile or plan take once they have a row for every sublayer."""
 
+_MOST_NAME = 230
+"""Bytes of the name of a file: file systems take 255, and files have longer names while they are written."""
+
 Arrays = Sequence[npt.NDArray[np.float32]]
 
 
@@ -54,7 +57,8 @@ class VectorsFile:
         They shall be all of it.
         """
         name = self.file
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        is_too_long = len(os.fsencode(name)) > _MOST_NAME
+        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or is_too_long:
             raise ValueError(f"{name!r} is not the name of a file beside it")
         beside = os.path.join(os.path.dirname(os.path.realpath(path)), name)
         n_numbers, n_halves = (sum(map(math.prod, each)) for each in (shapes, maps))
