@@ -3,8 +3,8 @@
 Importing this package puts its own libllama under llama-cpp-python, so it must be imported before ``llama_cpp``.
 """
 
+import signal as _signal  # isort: skip  # see below
 import os as _os
-import signal as _signal
 import sys as _sys
 
 _is_script = (getattr(_sys, "argv", None) or [""])[0].endswith("adaskip-cpp")

@@ -31,12 +31,18 @@ static void require(bool condition, const std::string & message) {
     }
 }
 
+// the same without a string, for which there may be no memory
+static void require(bool condition, const char * message) {
+    if (!condition) {
+        throw adaskip_exception(ADASKIP_ERROR_ARGUMENT, message);
+    }
+}
+
 // runs f, which returns a code or nothing, and turns what it throws into one
-template <typename F> static int32_t guarded(const llama_context * ctx, F && f) {
+template <typename F> static int32_t told(F && f) {
     last_error.clear();
     int32_t res     = ADASKIP_OK;
     auto    failure = adaskip_try([&] {
-        require(ctx, "the context is null");
         if constexpr (std::is_void_v<decltype(f())>) {
             f();
         } else {
@@ -44,6 +50,14 @@ template <typename F> static int32_t guarded(const llama_context * ctx, F && f) 
         }
     });
     return failure.code == ADASKIP_OK ? res : fail(failure.code, std::move(failure.message));
+}
+
+// the same for what is about a context
+template <typename F> static int32_t guarded(const llama_context * ctx, F && f) {
+    return told([&] {
+        require(ctx, "the context is null");
+        return f();
+    });
 }
 
 static bool is_phase(int32_t phase) {
@@ -219,12 +233,10 @@ int32_t adaskip_begin_request(llama_context * ctx) {
 }
 
 int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer) {
-    last_error.clear();
-    if (n_layer < 0 || (skipped && n_layer == 0)) {
-        return fail(ADASKIP_ERROR_ARGUMENT, format("%d layers", n_layer));
-    }
-    adaskip_elide_kv_next(skipped ? std::vector<bool>(skipped, skipped + n_layer) : std::vector<bool>());
-    return ADASKIP_OK;
+    return told([&] {
+        require(n_layer >= 0 && (!skipped || n_layer > 0), format("%d layers", n_layer));
+        adaskip_elide_kv_next(skipped ? std::vector<bool>(skipped, skipped + n_layer) : std::vector<bool>());
+    });
 }
 
 int32_t adaskip_get_elided_kv(const llama_context * ctx, uint8_t * elided, int32_t n_layer) {

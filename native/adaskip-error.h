@@ -20,18 +20,23 @@ struct adaskip_failure {
     std::string message;
 };
 
-// runs f and tells what it threw
+// Runs f and tells what it threw, whatever that is: nothing may pass on into C. Where memory is out, there may be none
+// for the message either; "out of memory" is short enough to need none.
 template <typename F> adaskip_failure adaskip_try(F && f) {
     try {
-        f();
-        return {};
-    } catch (const adaskip_exception & e) {
-        return { e.code, e.what() };
+        try {
+            f();
+            return {};
+        } catch (const adaskip_exception & e) {
+            return { e.code, e.what() };
+        } catch (const std::bad_alloc &) {
+            throw;
+        } catch (const std::exception & e) {
+            return { ADASKIP_ERROR_INTERNAL, e.what() };
+        }
     } catch (const std::bad_alloc &) {
         return { ADASKIP_ERROR_MEMORY, "out of memory" };
-    } catch (const std::exception & e) {
-        return { ADASKIP_ERROR_INTERNAL, e.what() };
     } catch (...) {
-        return { ADASKIP_ERROR_INTERNAL, "unknown exception" };
+        return { ADASKIP_ERROR_INTERNAL, "unknown error" };
     }
 }

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
-from ..errors import AdaSkipError, ModelFileError, PlanError, StateError
+from ..errors import AdaSkipError, ModelFileError, NativeError, PlanError, StateError
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
@@ -127,6 +127,8 @@ class AdaSkipLlama(SelfDescribingLlama):
         requires_eval, self._requires_eval = self._requires_eval, True
         try:
             native.set_plan(plan, tag)
+        except NativeError:
+            raise  # the graph that shows what can be skipped has failed, and llama.cpp lost count of the logits at hand
         except AdaSkipError:  # refused, and nothing has changed
             self._requires_eval = requires_eval
             raise
@@ -203,8 +205,9 @@ class AdaSkipLlama(SelfDescribingLlama):
         native = self._adaskip
         # A bulk skips the attentions that prefill skips, and prefill runs those of decode: it may reach further back.
         reads: Phase = "decode" if phase == "decode" else "prefill"
-        if native.kv_valid(reads, self.n_tokens) < self.n_tokens or self.has_lost_window(self.n_tokens):
-            stale = self._rewind(native.kv_valid("prefill", self.n_tokens))
+        n_held = self.n_held(self.n_tokens)
+        if min(n_held, native.kv_valid(reads, self.n_tokens)) < self.n_tokens or self.has_lost_window(self.n_tokens):
+            stale = self._rewind(min(n_held, native.kv_valid("prefill", self.n_tokens)))
             if phase == "prefill":
                 tokens = stale + tokens
             else:
@@ -254,7 +257,12 @@ class AdaSkipLlama(SelfDescribingLlama):
                     else:
                         self._decode(batch, with_logits=False)
                 except RuntimeError as error:
-                    native.raise_failure(error)
+                    try:
+                        native.raise_failure(error)
+                    except NativeError:
+                        # Out of memory in the middle llama.cpp leaves cells that belong to no sequence, and stay so.
+                        self._ctx.kv_cache_clear()
+                        raise
                 native.raise_pending()
         finally:
             native.set_phase("prefill")  # for whoever decodes on the context without us
@@ -383,12 +391,21 @@ class AdaSkipLlama(SelfDescribingLlama):
             StateError: statistics are being collected already.
         """
         native = self._adaskip
-        native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors, activations=activations)
+        # Ctrl-C may land in these very calls, and would leave a model that computes no logits.
+        try:
+            native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors, activations=activations)
+        except KeyboardInterrupt:
+            native.stop_statistics()
+            raise
         try:
             yield
         finally:
-            native.stop_statistics()
             self._requires_eval = True
+            try:
+                native.stop_statistics()
+            except KeyboardInterrupt:
+                native.stop_statistics()
+                raise
 
     # -- saved states --------------------------------------------------------------------------------------------
 

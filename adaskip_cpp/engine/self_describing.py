@@ -122,3 +122,19 @@ class SelfDescribingLlama(llama_cpp.Llama):
             return False
         first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(self.ctx), 0)
         return not 0 <= first <= max(0, n - n_swa + 1)
+
+    def n_held(self, n: int) -> int:
+        """How many of the first ``n`` tokens the memory can go on from: all, unless a call was cut short.
+
+        Where Ctrl-C or a failure comes between llama.cpp's part of a call and ours, the memory holds fewer tokens, or
+        more, of which ``eval`` takes the others away. A recurrent state cannot give back what it has read.
+        """
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        last = int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) if memory else n - 1
+        if last == n - 1 or n == 0:
+            return n
+        if last < 0:
+            return 0
+        if int(self.input_ids[:n].min()) < 0:  # an image has positions of its own
+            return n
+        return last + 1 if last < n else 0 if self.has_state else n

@@ -61,8 +61,15 @@ def run(
     )
     server = _Server(config, queue)
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # it ends streams in mid-word
-    # uvicorn raises the signal that ended it once more when it is done; by then this is who hears it.
-    before = {each: signal.signal(each, _ignore) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        """End the server as uvicorn's own handler does, which it sets once it runs.
+
+        When it is done it raises the signal that ended it once more, and by then this is who hears it.
+        """
+        server.should_exit = True
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         on_ready()
         server.run(sockets=[listener])
@@ -70,7 +77,3 @@ def run(
         on_end()
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Do nothing."""
