@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -251,7 +252,7 @@ class ServedLlama(AdaSkipLlama):
 
     def _check_bias(self, bias: dict[Any, float] | None) -> None:
         for token in bias or {}:
-            if not (str(token).isdigit() and int(token) < self.n_vocab()):
+            if not (re.fullmatch(r"\d{1,9}", str(token), re.ASCII) and int(token) < self.n_vocab()):
                 raise RequestError(f"logit_bias names token {token!r}; use ids from 0 to {self.n_vocab() - 1}")
 
     def _prompt_text(self, prompt: str | list[int]) -> str:
