@@ -4,6 +4,9 @@ What is read afterwards is compared with what was written into folders where not
 """
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from disk_trials import CASES, MODES, trials
@@ -31,3 +34,12 @@ def test_what_is_written_is_whole_or_not_there(case: str, mode: str, failing: di
     assert len(found) >= 5
     if case != "prefix cache":  # which tells it, and goes on
         assert {each.end for each in found} >= {"killed" if mode == "killed" else "raised"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_what_cannot_be_printed_is_one_line() -> None:
+    script = Path(sys.executable).with_name("adaskip-cpp")
+    with open("/dev/full", "w") as full:
+        told = subprocess.run([script, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    (line,) = told.stderr.splitlines()
+    assert told.returncode == 1 and line.startswith("Error: ") and "the space left" in line

@@ -1,7 +1,6 @@
 """What the verbs of the command line share: help in groups, one-line errors, the options of a model, loading one."""
 
 import contextlib
-import errno
 import functools
 import io
 import os
@@ -94,13 +93,11 @@ class Verbs(click.Group):
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
         except BrokenPipeError:  # nobody reads on, as behind `| head`
-            _drop_output()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
             if (line := users_error(error)) is None:
                 raise
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                _drop_output()
             _fail(line, 1)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -121,12 +118,6 @@ def users_error(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and frame.f_globals.get("__name__", "").startswith("llama_cpp."):
         return f"llama.cpp failed: {error}; try a smaller --ctx or --gpu-layers 0"
     return None
-
-
-def _drop_output() -> None:
-    """Write nothing more to stdout: Python tries once more when it ends, and tells that this failed too."""
-    with contextlib.suppress(OSError, ValueError):  # no file, as in a test
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
