@@ -9,18 +9,36 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_files import changed_model
 from stock import EXACT
 from tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.native import elide_kv
-from adaskip_cpp.errors import ElidedKVError, NativeError, StateError
+from adaskip_cpp.errors import ElidedKVError, ModelFileError, NativeError, StateError
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
 Open = Callable[..., Any]
 
 ATTENTION_1 = SkipPlan.manual(3, attention=[1])
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        {"tokenizer.ggml.tokens": [9, 8, ["<unk>", "<s>", "</s>", *["a"] * 269]]},
+        {"llama.block_count": [4, 0]},
+        {"llama.attention.head_count": [4, 5]},
+        {"llama.attention.layer_norm_rms_epsilon": [6, -1.0]},
+    ],
+    ids=["the same token twice", "no layers", "heads that do not divide", "a negative epsilon"],
+)
+def test_a_file_that_llama_cpp_asserts_against_is_refused(kv: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "changed.gguf"
+    path.write_bytes(changed_model(tiny(), {"kv": kv}))
+    with pytest.raises(ModelFileError, match=r"llama\.cpp cannot open .* \(.+\); check"):
+        AdaSkipLlama(str(path), n_ctx=128, verbose=False)
 
 
 def with_holes(llm: Any, tokens: list[int]) -> Any:
