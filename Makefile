@@ -24,10 +24,10 @@ define sanitized
 @rm -f build/$(1)/report.*
 @options=log_path=$(CURDIR)/build/$(1)/report; status=0; \
   LD_PRELOAD="$$(gcc -print-file-name=$(2)) $$(gcc -print-file-name=libstdc++.so)" \
-  PYTHONMALLOC=malloc ASAN_OPTIONS=$$options UBSAN_OPTIONS=$$options:print_stacktrace=1 \
+  PYTHONMALLOC=malloc ASAN_OPTIONS=$$options UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
   LSAN_OPTIONS=suppressions=$(CURDIR)/tests/leaks.supp:print_suppressions=0 \
   TSAN_OPTIONS=$$options:ignore_noninstrumented_modules=1 \
-  $(VENV)-$(1)/bin/python -m pytest -p no:faulthandler $(3) || status=1; \
+  $(VENV)-$(1)/bin/python -m pytest -p no:faulthandler --capture=sys $(3) || status=1; \
   cat build/$(1)/report.* 2>/dev/null && status=1; exit $$status
 endef
 
@@ -63,8 +63,9 @@ test-cuda: $(VENV)-cuda/installed
 	@$(VENV)-cuda/bin/python -m pytest -n 2 tests/test_skip.py tests/test_backends.py
 
 # Need gcc, whose runtimes must be in the process before Python is. Only libllama is instrumented: mistakes of ggml go
-# unseen. Reports are files, as pytest keeps to itself what a process writes that then ends. One process runs all tests,
-# as those of pytest-xdist end without a look for leaks.
+# unseen. Reports are files, as llama-cpp-python closes stderr meanwhile; but UndefinedBehaviorSanitizer, whose files
+# AddressSanitizer takes, ends the process, which pytest must let speak. One process runs all tests, as those of
+# pytest-xdist end without a look for leaks.
 test-asan: $(VENV)-asan/installed
 	$(call sanitized,asan,libasan.so,$(patsubst %,tests/test_%.py,$(NATIVE_TESTS)) -m "not model and not slow")
 
