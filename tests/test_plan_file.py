@@ -182,11 +182,11 @@ def test_after_a_failure_the_old_files_are_still_there(tmp_path: Path, monkeypat
     save_plan(tmp_path / "p.json", make())
     real, written = files.write_atomically, []
 
-    def fail_once(path: Any, content: Any) -> None:
+    def fail_once(path: Any, content: Any, **options: Any) -> None:
         written.append(path)
         if len(written) == 2:
             raise OSError("disk full")
-        real(path, content)
+        real(path, content, **options)
 
     monkeypatch.setattr(files, "write_atomically", fail_once)
     other = skip_set((1,), (), **MAPS)
