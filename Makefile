@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-backends | test-cuda | test-asan | test-tsan | soak | lint | format | clean
+# make demo | test | test-fast | test-backends | test-cuda | test-asan | test-tsan | soak | fuzz | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -31,7 +31,7 @@ define sanitized
   cat build/$(1)/report.* 2>/dev/null && status=1; exit $$status
 endef
 
-.PHONY: demo test test-fast test-backends test-cuda test-asan test-tsan soak lint format clean
+.PHONY: demo test test-fast test-backends test-cuda test-asan test-tsan soak fuzz lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -76,6 +76,12 @@ test-tsan: $(VENV)-tsan/installed
 soak: $(VENV)/installed-dev
 	@$(BIN)/python tests/soak.py --operations $(or $(OPERATIONS),100000) $(if $(SEED),--seed $(SEED))
 
+# make fuzz TARGET=plan SECONDS=600: what it goes on from is in build/fuzz, beside it what it finds. All targets by default.
+fuzz: $(VENV)/installed-dev $(VENV)/atheris
+	@for target in $(or $(TARGET),$(sort $(notdir $(wildcard tests/seeds/*)))); do mkdir -p build/fuzz/$$target/corpus; \
+	  $(BIN)/python tests/fuzz.py $$target -max_total_time=$(or $(SECONDS),600) -max_len=20000 -timeout=150 -rss_limit_mb=0 -keep_seed=1 \
+	    -artifact_prefix=build/fuzz/$$target/ build/fuzz/$$target/corpus tests/seeds/$$target || exit 1; done
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -93,6 +99,10 @@ clean:
 
 $(VENV)/installed-%: $(VENV)/build-tools $(NATIVE)
 	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(VENV)/atheris: $(VENV)/build-tools
+	$(PIP) install --quiet "atheris>=2.2"
 	@touch $@
 
 $(VENV)-backends/installed: $(VENV)/build-tools $(NATIVE)

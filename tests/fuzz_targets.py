@@ -1,0 +1,306 @@
+"""What is fuzzed: for every kind of input that may come from elsewhere, a function that takes one such input.
+
+What the package promises is that its own errors alone come out. Whatever else a function raises is a finding, and so is
+the end of its process. Inputs are text where they can be, so that seeds are written, and findings read, by people.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import json
+import os
+import resource
+import signal
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from abi_calls import Calls, fresh_logits
+from gguf_files import changed_model
+from served import BULK_PLAN
+from test_longbench import LLM, chat
+from tiny_models import add_chat_template, write_model
+
+from adaskip_cpp import AdaSkipLlama, Profile
+from adaskip_cpp.errors import AdaSkipError
+from adaskip_cpp.measuring.longbench import longbench_items
+from adaskip_cpp.model.plan import MODES
+from adaskip_cpp.model.plan_file import load_plan, save_plan
+from adaskip_cpp.serving.app import make_app
+from adaskip_cpp.serving.llama import ServedLlama
+from adaskip_cpp.serving.plans import Plans
+from adaskip_cpp.serving.prefix_cache import PrefixCache
+
+__all__ = ["TARGETS", "GgufError"]
+
+TARGETS: dict[str, Callable[[bytes], None]] = {}
+
+_KEPT = ExitStack()  # what lives as long as the process
+SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+
+
+def target(function: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    TARGETS[function.__name__] = function
+    return function
+
+
+@functools.cache
+def folder() -> Path:
+    return Path(_KEPT.enter_context(tempfile.TemporaryDirectory()))
+
+
+@functools.cache
+def source(family: str) -> Path:
+    return write_model(folder() / f"{family}.gguf", family)
+
+
+@functools.cache
+def model(family: str = "llama") -> Any:
+    return AdaSkipLlama(str(source(family)), **SETTINGS)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def pair(data: bytes) -> Path:
+    """Write JSON, and the numbers behind its first zero byte to the file beside it, whose hash stands for "SHA256"."""
+    text, _, numbers = data.partition(b"\0")
+    path = folder() / "x.json"
+    path.write_bytes(text.replace(b'"SHA256"', json.dumps(hashlib.sha256(numbers).hexdigest()).encode()))
+    path.with_suffix(".bin").write_bytes(numbers)
+    return path
+
+
+@target
+def plan(data: bytes) -> None:
+    """A plan file: one that is read can be saved, comes back as it was, and a model takes or refuses it."""
+    with suppress(AdaSkipError):
+        found = load_plan(pair(data))
+        save_plan(folder() / "again.json", found.plan, found.tuning)
+        again = load_plan(folder() / "again.json")
+        assert again.plan == found.plan and repr(again.tuning) == repr(found.tuning)
+        llm = model()
+        llm.reset()
+        llm.set_plan(found.plan)
+        llm.eval([1, 5, 6])
+
+
+@target
+def profile(data: bytes) -> None:
+    """A profile file: one that is read can be saved, comes back as it was, and plans can be made from it or not."""
+    with suppress(AdaSkipError):
+        found = Profile.load(pair(data))
+        found.save(folder() / "again.json")
+        assert Profile.load(folder() / "again.json") == found
+        for mode in MODES:
+            for wanted in ({"n_skip": 3}, {"speedup": 1.2, "context": 2048}):
+                with suppress(AdaSkipError):
+                    found.plan(mode=mode, **wanted)
+
+
+@target
+def longbench(data: bytes) -> None:
+    """LongBench's files: the first line is its table of prompts, the second that of lengths, the others are items."""
+    prompts, _, rest = data.partition(b"\n")
+    lengths, _, lines = rest.partition(b"\n")
+    paths = [folder() / name for name in ("prompts.json", "lengths.json", "lines.jsonl")]
+    for path, content in zip(paths, (prompts, lengths, lines), strict=True):
+        path.write_bytes(content)
+    with suppress(AdaSkipError):
+        for item in longbench_items(LLM, paths[2:], prompts=paths[0], lengths=paths[1], n_ctx=512, wrap=chat):
+            assert 0 <= item.score("Ada, Paragraph 3\n") <= 1
+            assert len(item.prompt) + item.max_tokens <= 512
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+_MOST_MEMORY, _MOST_SECONDS = 8 << 30, 20
+
+
+class GgufError(Exception):
+    """Opening a model ended its process, or raised what is none of our errors."""
+
+
+@target
+def gguf(data: bytes) -> None:
+    """A model with another header, ``{"family": FAMILY, "kv": ...}``, is opened and run by a process of its own.
+
+    See :func:`gguf_files.changed_model`.
+    """
+    try:
+        changes = json.loads(data)
+        content = changed_model(source(changes["family"]), changes)
+    except (LookupError, RecursionError, TypeError, ValueError):
+        return
+    path = folder() / "model.gguf"
+    path.write_bytes(content)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        _open(path, write)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        said = pipe.read().decode(errors="replace")
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise GgufError(f"ended by {signal.Signals(os.WTERMSIG(status)).name}: {said}")
+    if os.WEXITSTATUS(status):
+        raise GgufError(said)
+
+
+def _open(path: Path, write: int) -> None:
+    """Open a model, tell to ``write`` what goes wrong, and end this process."""
+    code = 1
+    try:
+        for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)  # a fuzzer's own handlers would report this process, not its parent
+        signal.alarm(_MOST_SECONDS)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with suppress(ValueError):  # macOS has no such limit
+            resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+        os.dup2(write, 2)
+        with suppress(AdaSkipError):
+            llm = AdaSkipLlama(str(path), **SETTINGS)
+            assert len(llm.sublayers) == 2 * llm.n_layer
+            if llm._ctx.memory is not None:  # llama_cpp.Llama's own eval() is for no others
+                llm.eval([0, 0])
+        code = 0
+    except BaseException as error:
+        os.write(write, f"{type(error).__name__}: {error}".encode())
+    finally:
+        os._exit(code)
+
+
+# --- the C ABI --------------------------------------------------------------------------------------------------------
+
+FAMILIES = ("llama", "jamba", "gemma3n", "gemma3", "mamba", "gptneox-parallel")
+
+
+@functools.cache
+def _expected(family: str) -> bytes:
+    return fresh_logits(model(family))
+
+
+@target
+def abi(data: bytes) -> None:
+    """Calls of adaskip.h, ``{"model": FAMILY, "calls": [[NAME, ARGUMENT, ...], ...]}``, on a tiny model.
+
+    In the contract or not, each returns a code; and behind them all the whole model computes what it did before.
+    """
+    try:
+        asked = json.loads(data)
+        family, listed = asked["model"], asked["calls"]
+    except (LookupError, RecursionError, TypeError, ValueError):
+        return
+    if family not in FAMILIES or not isinstance(listed, list):
+        return
+    expected, llm = _expected(family), model(family)
+    calls = Calls(llm, lambda: AdaSkipLlama(llm.model_path, **SETTINGS))
+    try:
+        for each in listed[:50]:
+            if isinstance(each, list) and each:
+                calls.run(each[0], each[1:])
+    finally:
+        calls.close()
+    assert fresh_logits(llm) == expected
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+_PATIENCE, _MOST_WAIT = 5, 100
+"""Seconds that a client waits before it leaves, as a grammar may take long for each token; the server ends it then."""
+
+
+class Served:
+    """The server of a tiny model in this process, without sockets."""
+
+    def __init__(self) -> None:
+        path = add_chat_template(write_model(folder() / "bare.gguf"), folder() / "served.gguf")
+        self._llm = ServedLlama(
+            str(path),
+            plans=lambda llm: Plans(BULK_PLAN, None, None, llm.context_size),
+            cache=lambda can_rewind: PrefixCache(1 << 24, 1 << 24, None, can_rewind=can_rewind),
+            **{**SETTINGS, "n_ctx": 512},
+        )
+        self._app, _ = make_app(self._llm)
+        self._loop = asyncio.new_event_loop()
+        _KEPT.callback(self._llm.close)
+
+    def post(self, path: str, body: bytes) -> tuple[int, bytes]:
+        return self._loop.run_until_complete(asyncio.wait_for(self._post(path, body), _MOST_WAIT))
+
+    async def _post(self, path: str, body: bytes) -> tuple[int, bytes]:
+        status, content = 0, bytearray()
+        waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            if waiting:
+                return waiting.pop()
+            await asyncio.sleep(_PATIENCE)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            content.extend(message.get("body", b""))
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(b"host", b"localhost")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 8000),
+        }
+        await self._app(scope, receive, send)
+        return status, bytes(content)
+
+
+@functools.cache
+def _served() -> Served:
+    return Served()
+
+
+_PLAIN = json.dumps({"prompt": "the to", "max_tokens": 2, "temperature": 0, "cache_prompt": False}).encode()
+PATHS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    "/v1/engines/copilot-codex/completions",
+    "/tokenize",
+    "/detokenize",
+)
+
+
+def _text(answer: tuple[int, bytes]) -> str:
+    status, content = answer
+    assert status == 200, content
+    return str(json.loads(content)["choices"][0]["text"])
+
+
+@functools.cache
+def _plain_text() -> str:
+    return _text(_served().post("/v1/completions", _PLAIN))
+
+
+@target
+def server(data: bytes) -> None:
+    """A request: the path in the first line, and its body. No status is 5xx, and the next request is answered."""
+    path, _, body = data.partition(b"\n")
+    expected = _plain_text()
+    name = path.decode(errors="replace")
+    status, content = _served().post(name if name in PATHS else PATHS[len(path) % len(PATHS)], body)
+    assert status == 0 or 200 <= status < 500, (status, content)  # 0: it left before anything was there
+    assert b'"internal_server_error"' not in content, content  # the end of a stream that had begun
+    assert _text(_served().post("/v1/completions", _PLAIN)) == expected
