@@ -2,9 +2,10 @@
 
 What a model computes afterwards is compared with one that has seen no failure, on one thread and bit for bit.
 
-Left out are ggml's own allocations with malloc, which it asserts: about ten per change of plan, for the scheduler's
-context and hash table and the allocator's plan (GGML_MALLOC and GGML_ASSERT in ggml.c, ggml-alloc.c, ggml-backend.cpp).
-Where one of those fails, ggml ends the process, and nothing outside ggml can prevent that.
+Left out are ggml's own small allocations with malloc, 9 in a change of plan without vectors: ggml_init's (ggml.c, where
+GGML_MALLOC and GGML_ASSERT end the process), the allocator's lists (ggml-alloc.c, GGML_ASSERT or a null pointer that is
+written to) and the CPU's thread pool (ggml-cpu.c, a null pointer). Nothing outside ggml can prevent that; what takes
+memory that may well be missing are the buffers, and those are among the trials.
 """
 
 import random
