@@ -79,8 +79,8 @@ soak: $(VENV)/installed-dev
 # make fuzz TARGET=plan SECONDS=600: what it goes on from is in build/fuzz, beside it what it finds. All targets by default.
 fuzz: $(VENV)/installed-dev $(VENV)/atheris
 	@for target in $(or $(TARGET),$(sort $(notdir $(wildcard tests/seeds/*)))); do mkdir -p build/fuzz/$$target/corpus; \
-	  $(BIN)/python tests/fuzz.py $$target -max_total_time=$(or $(SECONDS),600) -max_len=20000 -timeout=150 -rss_limit_mb=0 -keep_seed=1 \
-	    -artifact_prefix=build/fuzz/$$target/ build/fuzz/$$target/corpus tests/seeds/$$target || exit 1; done
+	  $(BIN)/python tests/fuzz.py $$target -max_total_time=$(or $(SECONDS),600) -max_len=20000 -timeout=150 \
+	    -rss_limit_mb=0 -keep_seed=1 -artifact_prefix=build/fuzz/$$target/ build/fuzz/$$target/corpus tests/seeds/$$target || exit 1; done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -23,6 +23,7 @@ from abi_calls import Calls, fresh_logits
 from gguf_files import changed_model
 from served import BULK_PLAN
 from test_longbench import LLM, chat
+from tiny_families import ENCODERS, FAMILIES
 from tiny_models import add_chat_template, write_model
 
 from adaskip_cpp import AdaSkipLlama, Profile
@@ -133,6 +134,8 @@ def gguf(data: bytes) -> None:
     """
     try:
         changes = json.loads(data)
+        if changes["family"] not in {**FAMILIES, **ENCODERS}:
+            return
         content = changed_model(source(changes["family"]), changes)
     except (LookupError, RecursionError, TypeError, ValueError):
         return
@@ -178,7 +181,7 @@ def _open(path: Path, write: int) -> None:
 
 # --- the C ABI --------------------------------------------------------------------------------------------------------
 
-FAMILIES = ("llama", "jamba", "gemma3n", "gemma3", "mamba", "gptneox-parallel")
+ABI_FAMILIES = ("llama", "jamba", "gemma3n", "gemma3", "mamba", "gptneox-parallel")
 
 
 @functools.cache
@@ -197,7 +200,7 @@ def abi(data: bytes) -> None:
         family, listed = asked["model"], asked["calls"]
     except (LookupError, RecursionError, TypeError, ValueError):
         return
-    if family not in FAMILIES or not isinstance(listed, list):
+    if family not in ABI_FAMILIES or not isinstance(listed, list):
         return
     expected, llm = _expected(family), model(family)
     calls = Calls(llm, lambda: AdaSkipLlama(llm.model_path, **SETTINGS))
