@@ -5,7 +5,7 @@
 // ggml asks for them. libstdc++ allocates for whoever calls it, strings above all, and counts as libllama.
 
 #ifndef _GNU_SOURCE
-#    define _GNU_SOURCE
+#define _GNU_SOURCE
 #endif
 
 #include <dlfcn.h>
@@ -39,7 +39,7 @@ struct code_range {
 };
 
 static code_range ranges[64];
-static int        n_ranges = 0;
+static int        n_ranges  = 0;
 static void *     ggml_base = nullptr;
 
 // initial-exec, as the general model allocates on the first use in a thread
@@ -140,7 +140,7 @@ struct ggml_backend_buffer;
 struct ggml_backend_buffer_type;
 
 ggml_backend_buffer * ggml_backend_buft_alloc_buffer(ggml_backend_buffer_type * buft, size_t size) {
-    using function = ggml_backend_buffer * (*) (ggml_backend_buffer_type *, size_t);
+    using function = ggml_backend_buffer * (*)(ggml_backend_buffer_type *, size_t);
     if (!ggml_base) {
         dl_iterate_phdr(find_code, nullptr);
     }

@@ -5,7 +5,7 @@
 // the process is killed there. A write that fails, or is killed, has written half of its bytes.
 
 #ifndef _GNU_SOURCE
-#    define _GNU_SOURCE
+#define _GNU_SOURCE
 #endif
 
 #include <dlfcn.h>
@@ -47,7 +47,7 @@ static bool is_inside(int fd) {
     }
     char name[32], path[PATH_MAX];
     snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
-    const ssize_t n = readlink(name, path, sizeof(path) - 1);
+    const ssize_t n     = readlink(name, path, sizeof(path) - 1);
     path[n > 0 ? n : 0] = 0;
     return is_inside((const char *) path);
 }

@@ -3,10 +3,13 @@
 What a model computes afterwards is compared with one that was never interrupted.
 """
 
+import ctypes
 import inspect
 import random
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from interrupt_trials import VERBS, interrupt, prepare
 
 from adaskip_cpp import SkipPlan
+from adaskip_cpp.cli.terminal import Verbs, verb
 
 Tiny = Callable[..., Path]
 Open = Callable[..., Any]
@@ -47,6 +52,65 @@ def test_an_interrupted_verb_ends_with_its_code_and_whole_files(
     seed = random.randrange(2**32)
     found = interrupt(verb, folder, n, seed)
     assert found.wrong == [], f"python tests/interrupt_trials.py --seed {seed} --verbs {verb}"
+
+
+AMONG_IMPORTS = """
+import signal, sys
+from importlib.abc import MetaPathFinder
+
+class Finder(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+sys.argv[0] = "/usr/bin/adaskip-cpp"
+from adaskip_cpp.cli.main import main
+"""
+
+
+@pytest.mark.parametrize("module", ["adaskip_cpp.errors", "llama_cpp", "rich.console"])
+def test_ctrl_c_among_the_imports_of_the_script_is_one_line(module: str) -> None:
+    command = [sys.executable, "-c", AMONG_IMPORTS, module]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (130, "Error: interrupted\n")
+
+
+def test_ctrl_c_in_a_callback_from_c_still_ends_the_verb() -> None:
+    # Nothing can be raised through C: Python would tell a traceback, and the verb would go on.
+    @ctypes.CFUNCTYPE(None)
+    def callback() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    @verb("Wait.", example="wait")
+    def wait() -> None:
+        callback()
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    result = CliRunner().invoke(Verbs(commands={"wait": wait}), ["wait"])
+    assert (result.exit_code, result.stderr.strip()) == (130, "Error: interrupted")
+
+
+def test_a_server_that_is_just_starting_hears_ctrl_c() -> None:
+    pytest.importorskip("uvicorn")
+    from adaskip_cpp.serving.queue import FairQueue
+    from adaskip_cpp.serving.server import listen, run
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("nobody asks")
+
+    ended: list[bool] = []
+    with listen("127.0.0.1", 0) as listener, interrupted_after(30):  # which it does not come to
+        run(
+            app,
+            FairQueue(1),
+            listener,
+            on_ready=lambda: signal.raise_signal(signal.SIGINT),
+            on_end=lambda: ended.append(True),
+        )
+    assert ended == [True]
 
 
 # --- in a program -----------------------------------------------------------------------------------------------------
