@@ -110,16 +110,15 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
     for place, n_gpu_layers in (("all layers", -1), ("half of the layers", n_layer // 2)):
         tell(path, f"comparing, {place} on the GPU")
         found[place], log = checks.run(n_gpu_layers)
-    tell(path, "timing")
-    plan, bare = plan_for(profile, args.speedup, context)
-    bench = BenchSettings(path, (context,), 1, N_DECODE, n_threads, -1, args.flash_attn)
-    timed = {"the plan": plan, WITHOUT_MAPS: bare}
-    result = time_in_turn(bench, timed, tokens, end)
-
     print(f"\n## {os.path.basename(path)}\n")
     print("\n".join([*dict.fromkeys(log), ", ".join(f"{name} {value}" for name, value in asdict(settings).items())]))
     print(f"\nCalibrated in {calibrated_s:.0f} s, on {profile.n_requests} requests, maps of rank {rank}.\n")
     print_checks(found)
+    sys.stdout.flush()
+    tell(path, "timing")
+    plan, bare = plan_for(profile, args.speedup, context)
+    bench = BenchSettings(path, (context,), 1, N_DECODE, n_threads, -1, args.flash_attn)
+    result = time_in_turn(bench, {"the plan": plan, WITHOUT_MAPS: bare}, tokens, end)
     assert profile.cost is not None
     predicted = profile.cost.speedup(plan, context, "prefill")
     print(
