@@ -63,6 +63,8 @@ class Checks:
             self._of_elided, self._kv_bytes = under(cpu, self._elided, self._cases), cpu.kv_bytes
 
     def _open(self, n_gpu_layers: int, **options: Any) -> AdaSkipLlama:
+        if n_gpu_layers == 0:  # else llama.cpp computes ubatches of 32 tokens and more on the device all the same
+            options["op_offload"] = False
         options |= {**self._options, "n_gpu_layers": n_gpu_layers}
         return AdaSkipLlama(self._path, exact_batches=True, verbose=False, **options)
 

@@ -107,7 +107,8 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
         settings, n_layer = cost_settings(llm), llm.n_layer
     tell(path, "computing on the CPU")
     checks, found = Checks(path, profile, options), {}
-    for place, n_gpu_layers in (("all layers", -1), ("half of the layers", n_layer // 2)):
+    # Of the layers that are offloaded the output counts as one.
+    for place, n_gpu_layers in (("all layers", -1), ("half of the layers", n_layer // 2 + 1)):
         tell(path, f"comparing, {place} on the GPU")
         found[place], log = checks.run(n_gpu_layers)
     print(f"\n## {os.path.basename(path)}\n")
