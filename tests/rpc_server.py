@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 __all__ = ["bytes_travelled", "start_rpc_servers"]
 
@@ -37,17 +38,20 @@ def bytes_travelled(endpoint: str) -> tuple[int, int]:
     The kernel counts, in the payload of TCP: what ggml wrote and read, to the byte.
     """
     sent = received = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            with socket.socket(fileno=os.dup(int(name))) as each:
-                host, port = each.getpeername()[:2]
-                if f"{host}:{port}" == endpoint:
-                    info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    sent += struct.unpack_from("q", info, _TCPI_BYTES_SENT)[0]
-                    received += struct.unpack_from("q", info, _TCPI_BYTES_RECEIVED)[0]
-        except (OSError, TypeError):  # no socket, or one without a peer
-            continue
+    host, _, port = endpoint.partition(":")
+    for number in filter(_is_socket, os.listdir("/proc/self/fd")):
+        with socket.socket(fileno=os.dup(int(number))) as each, suppress(OSError):  # some have no peer
+            if each.getpeername()[:2] == (host, int(port)):
+                info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                sent += struct.unpack_from("q", info, _TCPI_BYTES_SENT)[0]
+                received += struct.unpack_from("q", info, _TCPI_BYTES_RECEIVED)[0]
     return sent, received
+
+
+def _is_socket(number: str) -> bool:
+    with suppress(FileNotFoundError):  # the one of the folder itself
+        return os.readlink(f"/proc/self/fd/{number}").startswith("socket:")
+    return False
 
 
 def _free_port() -> int:

@@ -79,7 +79,7 @@ def copies(llm: Any, plan: SkipPlan | None, tokens: list[int]) -> tuple[int, int
         pass_over(llm, plan, tokens)
     finally:
         llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
-    graphs = [re.findall(r"\((\d+)K\)\] ", graph) for graph in "".join(said).split("## SPLIT #0")[1:]]
+    graphs = [re.findall(r"\( *(\d+)K\)\] ", graph) for graph in "".join(said).split("## SPLIT #0")[1:]]
     return max(map(len, graphs)), max(sum(map(int, graph)) for graph in graphs)
 
 
@@ -107,14 +107,14 @@ def what_the_cpu_gives(
     # Devices have other kernels for few tokens than for many, and a plan cuts a prompt into both.
     cuts = [prompt[:n] for n in (9, 14, 30, 60)]
     rounding = max(relative_error(*(pass_over(llm, None, cut) for llm in (on_device, on_cpu))) for cut in cuts)
-    whole: list[int] = []
-    pass_over(on_device, None, prompt, whole)
     windowable = [each.layer for each in on_cpu.sublayers if each.windowable]
 
     @settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(plan=plans([-1.0, 2.0], windowable=windowable), n=st.integers(20, 60))
     def drawn(plan: SkipPlan, n: int) -> None:
+        whole: list[int] = []
         splits: list[int] = []
+        pass_over(on_device, None, prompt[:n], whole)
         found, expected = (pass_over(llm, plan, prompt[:n], splits) for llm in (on_cpu, on_device))
         assert relative_error(found, expected) <= MANY_TIMES * max(rounding, LEAST_ROUNDING)
         assert splits[0] <= whole[0] and splits[1] <= whole[1], "a plan adds no split"
@@ -159,7 +159,9 @@ def test_several_sequences_on_a_device(
 ) -> None:
     """Copied, shifted and cut, against NumPy; that a device rounds otherwise is allowed for, as above."""
     on_device, on_cpu = (open_model(tiny(), n_gpu_layers=each) for each in (n_gpu_layers, 0))
-    rounding = relative_error(*(pass_over(llm, None, tokens(60)) for llm in (on_device, on_cpu)))
+    # Batches here have few tokens, for which devices have kernels of their own.
+    cuts = [tokens(n + 8) for n in range(1, 12)]
+    rounding = max(relative_error(*(pass_over(llm, None, cut) for llm in (on_device, on_cpu))) for cut in cuts)
     tolerance = test_several_sequences.TOLERANCE + MANY_TIMES * rounding
     monkeypatch.setattr(test_several_sequences, "TOLERANCE", tolerance)
     options = {"n_gpu_layers": n_gpu_layers}

@@ -57,11 +57,14 @@ def test_another_kind_of_server_is_refused() -> None:
 def test_a_plan_adds_nothing_to_what_travels(
     rpc_servers: list[str], tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
-    """Bytes to and from both servers, of a prompt and of a token of the answer; what is skipped is not described."""
-    llm = open_model(tiny(), n_gpu_layers=-1)
+    """Bytes to and from both servers, of a prompt and of tokens of the answer; what is skipped is not described.
+
+    Of the two together: which tokens have outputs is an input of the last layer, and may move to the server before.
+    """
+    llm = open_model(tiny(), n_gpu_layers=-1, n_ctx=256)
 
     def travelled() -> np.ndarray:
-        return np.array([bytes_travelled(endpoint) for endpoint in rpc_servers])
+        return np.sum([bytes_travelled(endpoint) for endpoint in rpc_servers], axis=0)
 
     def of(plan: SkipPlan | None) -> list[np.ndarray]:
         llm.set_plan(plan)
@@ -76,13 +79,11 @@ def test_a_plan_adds_nothing_to_what_travels(
         return found
 
     whole = of(None)
-    assert all((each > 0).all() for each in whole)
-    logits = 4 * llm.n_vocab()
-    assert whole[1][1, 1] > logits, "the last server sends the logits"
+    assert all(received > 4 * llm.n_vocab() for _, received in whole), "logits travel"
     for plan in (
         SkipPlan.manual(llm.n_layer, attention=[0, 2], ffn=[1]),
         SkipPlan.manual(llm.n_layer, ffn=[0, 1, 2], phase="decode"),
         SkipPlan.manual(llm.n_layer, attention=[1, 2], ffn=[1, 2], phase="bulk"),
     ):
         for n_whole, n_plan in zip(whole, of(plan), strict=True):
-            assert (n_plan <= n_whole).all()
+            assert (n_plan <= n_whole).all(), (n_plan, n_whole, plan)
