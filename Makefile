@@ -54,8 +54,8 @@ test-backends: $(VENV)-backends/installed
 	  tests/test_backends.py tests/test_rpc.py
 
 # Needs CUDA's toolkit, but no device: ggml is compiled for CUDA, and our libllama, beside it, runs on the CPU; where there
-# is a device, on that too. CUDA says how: for one architecture, on a machine without a driver with -DGGML_CUDA_NO_VMM=ON,
-# for which no libcuda.so.1 is needed, and in less time with -DGGML_CUDA_FA=OFF. It compiles for an hour on 2 cores.
+# is a device, on that too. CUDA says how: for which architecture; without a driver -DGGML_CUDA_NO_VMM=ON, so that no
+# libcuda.so.1 is needed. 86-virtual (PTX alone) with -DGGML_CUDA_FA=OFF takes least, about half an hour of one core.
 CUDA ?= -DCMAKE_CUDA_ARCHITECTURES=86
 test-cuda: $(VENV)-cuda/installed
 	@$(VENV)-cuda/bin/python -c 'import adaskip_cpp, llama_cpp; info = llama_cpp.llama_print_system_info().decode(); \
