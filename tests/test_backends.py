@@ -10,6 +10,7 @@ as much as the whole model differs between the two, times a few, as a plan leads
 import ctypes
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ def test_a_real_model_is_the_stock_library_s_and_the_cpu_s(
     """SmolLM2, Q4_1, KV of F16: each device dequantises and rounds in its own way, the plan's maps too."""
     options = {"n_ctx": 256, "type_k": None, "type_v": None, "n_threads": 2, "n_threads_batch": 2}
     on_cpu, on_device = (open_model(smollm2_path, n_gpu_layers=each, **options) for each in (0, n_gpu_layers))
-    prompt = corpus.tokens_of(on_cpu, corpus.text()[:2000], bos=True)[:160]
+    prompt = corpus.tokens_of(on_cpu, corpus.text()[:2000], bos=True)[:56]
     job = Job(str(smollm2_path), [prompt], {"logits_all": True, "n_gpu_layers": n_gpu_layers, **EXACT, **options})
     (expected,) = run_stock([job])
     on_device.eval(prompt)
@@ -230,8 +231,8 @@ def test_a_real_model_is_the_stock_library_s_and_the_cpu_s(
     rounding = relative_error(*(pass_over(llm, None, prompt) for llm in (on_device, on_cpu)))
     upper = range(20, 30)
     for plan in (
-        SkipPlan.manual(30, attention=upper, ffn=upper, phase="bulk"),
+        replace(SkipPlan.manual(30, attention=upper, ffn=upper, phase="bulk"), tail=8),
         SkipPlan.manual(30, attention=[7, 12], ffn=[9], scale=0.9),
     ):
         found, expected = (pass_over(llm, plan, prompt) for llm in (on_device, on_cpu))
-        assert relative_error(found, expected) < MANY_TIMES * rounding
+        assert relative_error(found, expected) <= MANY_TIMES * max(rounding, LEAST_ROUNDING)
