@@ -59,8 +59,9 @@ def main() -> None:
                 seen.append(travelled(endpoints))
         of_prompt, *of_tokens = np.diff(seen, axis=0).sum(axis=1)
         sent, received = np.median(of_tokens, axis=0) / 1e3
-        n_nodes = llm.counters.nodes
-        print(f"| {name} | {of_prompt[0] / 1e6:.2f} | {of_prompt[1] / 1e6:.2f} | {n_nodes} | {sent:.1f} | {received:.1f} |")
+        prompt_sent, prompt_received = of_prompt / 1e6
+        print(f"| {name} | {prompt_sent:.2f} | {prompt_received:.2f} | {llm.counters.nodes} |", end=" ")
+        print(f"{sent:.1f} | {received:.1f} |")
 
 
 def travelled(endpoints: list[str]) -> npt.NDArray[np.int64]:

@@ -57,6 +57,14 @@ device rounds as the CPU does, a server's CPU say, at least that of float32."""
 on_devices = pytest.mark.parametrize("n_gpu_layers", PLACES.values(), ids=PLACES.keys())
 
 
+def on_both(
+    open_model: Open, path: Path, n_gpu_layers: int, options: dict[str, Any] | None = None
+) -> tuple[AdaSkipLlama, AdaSkipLlama]:
+    """The model on the CPU alone, and on the device; ubatches of 32 tokens and more would be offloaded all the same."""
+    on_cpu = {**(options or {}), "n_gpu_layers": 0, "op_offload": False}
+    return open_model(path, **on_cpu), open_model(path, n_gpu_layers=n_gpu_layers, **(options or {}))
+
+
 def pass_over(llm: Any, plan: SkipPlan | None, tokens: list[int], splits: list[int] | None = None) -> np.ndarray:
     """Logits of a prompt of all tokens but eight and of an answer of these; ``splits`` gets those of both graphs."""
     llm.reset()
@@ -103,7 +111,7 @@ def what_the_cpu_gives(
     path: Path, tokens: Tokens, open_model: Open, options: dict[str, Any], n_gpu_layers: int, max_examples: int = 12
 ) -> None:
     """Under plans as they are drawn: sets of all phases, scales, vectors, maps, windows, schedules, online stages."""
-    on_cpu, on_device = (open_model(path, **{**options, "n_gpu_layers": each}) for each in (0, n_gpu_layers))
+    on_cpu, on_device = on_both(open_model, path, n_gpu_layers, options)
     prompt = tokens(60)
     # Devices have other kernels for few tokens than for many, and a plan cuts a prompt into both.
     cuts = [prompt[:n] for n in (9, 14, 30, 60)]
@@ -159,7 +167,7 @@ def test_several_sequences_on_a_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Copied, shifted and cut, against NumPy; that a device rounds otherwise is allowed for, as above."""
-    on_device, on_cpu = (open_model(tiny(), n_gpu_layers=each) for each in (n_gpu_layers, 0))
+    on_cpu, on_device = on_both(open_model, tiny(), n_gpu_layers)
     # Batches here have few tokens, for which devices have kernels of their own.
     cuts = [tokens(n + 8) for n in range(1, 12)]
     rounding = max(relative_error(*(pass_over(llm, None, cut) for llm in (on_device, on_cpu))) for cut in cuts)
@@ -194,8 +202,8 @@ def test_a_plan_adds_no_copies_between_devices(
 @on_devices
 def test_statistics_are_those_of_the_cpu(n_gpu_layers: int, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     seen: list[list[Any]] = []
-    for each in (0, n_gpu_layers):
-        llm, batches = open_model(tiny(), n_gpu_layers=each), []
+    for llm in on_both(open_model, tiny(), n_gpu_layers):
+        batches: list[Any] = []
         with llm.collect_statistics(batches.append, vectors=True):
             llm.eval(tokens(60))
         seen.append([np.concatenate([getattr(one, name) for one in batches]) for name in ("dot", "u_sq", "sum_u")])
@@ -206,7 +214,7 @@ def test_statistics_are_those_of_the_cpu(n_gpu_layers: int, tiny: Tiny, tokens: 
 @on_devices
 def test_kv_that_is_never_written_is_not_there(n_gpu_layers: int, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     plan = SkipPlan.manual(3, attention=[0, 2])
-    on_cpu, on_device = (open_model(tiny(), n_gpu_layers=each, plan=plan) for each in (0, n_gpu_layers))
+    on_cpu, on_device = on_both(open_model, tiny(), n_gpu_layers, {"plan": plan})
     assert on_device.elided_kv == (0, 2) and on_device.kv_bytes == on_cpu.kv_bytes
     with_kv = AdaSkipLlama(str(tiny()), n_ctx=128, verbose=False, **EXACT)
     assert 3 * on_device.kv_bytes == with_kv.kv_bytes
@@ -222,7 +230,7 @@ def test_a_real_model_is_the_stock_library_s_and_the_cpu_s(
 ) -> None:
     """SmolLM2, Q4_1, KV of F16: each device dequantises and rounds in its own way, the plan's maps too."""
     options = {"n_ctx": 256, "type_k": None, "type_v": None, "n_threads": 2, "n_threads_batch": 2}
-    on_cpu, on_device = (open_model(smollm2_path, n_gpu_layers=each, **options) for each in (0, n_gpu_layers))
+    on_cpu, on_device = on_both(open_model, smollm2_path, n_gpu_layers, options)
     prompt = corpus.tokens_of(on_cpu, corpus.text()[:2000], bos=True)[:56]
     job = Job(str(smollm2_path), [prompt], {"logits_all": True, "n_gpu_layers": n_gpu_layers, **EXACT, **options})
     (expected,) = run_stock([job])

@@ -42,6 +42,7 @@ def calibrate(
     rank: int = DEFAULT_RANK,
     cost: bool = True,
     divergence: bool = True,
+    windows: bool = True,
     progress: bool | None = None,
     description: str | None = None,
 ) -> Profile:
@@ -64,6 +65,8 @@ def calibrate(
         divergence: whether to measure what skipping each sublayer in the bulk of a prompt costs the tokens behind it,
             which chooses what mode ``"prompt"`` skips. The requests that it is measured on, one in four and three at
             most, have no part in the maps.
+        windows: whether to measure with it what attentions cost that look back at a window, which mode ``"prompt"``
+            narrows for ``speedup=``.
         progress: True shows progress on stderr, False does not; None does where stderr is a terminal and it will take
             more than 2 s.
         description: what text this is, in words, stored in the profile.
@@ -134,6 +137,7 @@ def calibrate(
     if pieces:
         with progress_bar("Skipping each sublayer", progress) as on_skipped:
             profile = replace(profile, divergence=measure_divergence(llm, profile, pieces, on_progress=on_skipped))
+    if pieces and windows:
         with progress_bar("Narrowing attentions", progress) as on_narrowed:
             profile = replace(profile, windows=measure_windows(llm, judging, on_progress=on_narrowed))
     return profile

@@ -1,10 +1,9 @@
 """``adaskip-cpp tune``: find the fastest plan that keeps a promise, and write the plan file."""
 
 import io
-import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial
@@ -42,11 +41,12 @@ _CTX_TIMED = 8192
 """Context of the model whose sublayers are timed, as in `calibrate`."""
 _LONG = 1024
 """Tokens of the prompts that are judged in mode `prompt`, at most."""
-_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+_DEPTHS, _FEW_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9), (0.1, 0.5, 0.9)
 _ANSWER = 32
 """Room for the answer about a pass key, in tokens."""
-_SLOW, _FEW, _FEW_TEXTS = 400, 24, 4
-"""Below so many tokens of a prompt per second so many calibration requests and texts do, that a 0.5B model takes 10
+_SLOW, _FEW, _FEW_TEXTS = 400, 16, 3
+"""Of a model that reads fewer tokens of a prompt per second than the first: calibration requests, and texts. It is
+asked for fewer pass keys too, and windows, which nothing here uses, are not measured, so that a 0.5B model takes 10
 minutes on 2 cores. SmolLM2 reads about 700, Qwen2.5 0.5B about 200."""
 _LOSS = 0.02
 
@@ -147,21 +147,23 @@ def tune(
     err = console(stderr=True)
     opened = partial(_opened, model, running)
 
-    def texts_for(per_s: float) -> int:
-        return n_texts or (16 if not in_prompt else _FEW_TEXTS if per_s < _SLOW else 6)
+    def texts_for(slow: bool) -> int:
+        return n_texts or (16 if not in_prompt else _FEW_TEXTS if slow else 6)
 
     if existing is not None:
         profile = load_profile(model, existing)
-        n_texts = texts_for(math.inf if profile.cost is None else 512 / profile.cost.seconds(None, 512, "prefill"))
+        slow = profile.cost is not None and 512 / profile.cost.seconds(None, 512, "prefill") < _SLOW
+        n_texts = texts_for(slow)
     else:
         with opened(_CTX_TIMED) as llm:
             requests, description = calibration_requests(llm, files)
             time_request(llm, requests[0][:32], 0)  # the weights may come from a disk
             per_s = len(requests[0]) / time_request(llm, requests[0], 0).first_token_s
-            n_texts = texts_for(per_s)
-            if per_s < _SLOW:
+            slow = per_s < _SLOW
+            n_texts = texts_for(slow)
+            if slow:
                 requests, description = calibration_requests(llm, files, _FEW)
-            n_bulk = 2 * 240 * sum(row.in_bulk for row in llm.sublayers) + 3 * 6 * len(requests[-1])
+            n_bulk = 2 * 240 * sum(row.in_bulk for row in llm.sublayers) + 3 * 6 * len(requests[-1]) * (not slow)
             first = 15 + (1.2 * sum(map(len, requests)) + n_bulk) / per_s
             n_read = n_tokens * n_texts * (6 + N_PREDICTED + n_exchange) + (12 * n_tokens if in_prompt else 0)
             then = (n_read + 8 * context) / per_s
@@ -170,7 +172,7 @@ def tune(
                 f"what follows about {minutes(then)}. Calibrating on {len(requests)} requests of {description}.",
                 style="dim",
             )
-            profile = calibrate(llm, requests, description=description)
+            profile = calibrate(llm, requests, windows=not slow, description=description)
 
     def measure(plan: SkipPlan) -> tuple[SpeedUp, ...]:
         with opened(context + n_timed + 1) as llm, told_progress("Measuring the speed") as on_progress:
@@ -179,12 +181,14 @@ def tune(
             rounds = 3 if in_prompt else 5
             return speed.measure_speed(llm, plan, prompt, n_timed, n_rounds=rounds, on_progress=on_progress)
 
+    depths = _FEW_DEPTHS if slow else _DEPTHS
     with opened(n_tokens + (_ANSWER if in_prompt else 0), logits_all=mode in ("prefill", "e2e")) as llm:
         tuner = Tuner(
             llm, profile, promise, hold_out_kinds(llm, kinds, n_texts, n_tokens),
             PlanRequest(mode=mode, compensation=compensation, online=online),
             context=context, n_answer=n_answer, n_exchange=n_exchange,
-            passkeys=_passkeys(llm, whole, n_tokens) if in_prompt else (), may_lose_passkeys=allow_lost_passkeys,
+            passkeys=_passkeys(llm, whole, n_tokens, depths) if in_prompt else (),
+            may_lose_passkeys=allow_lost_passkeys,
             stage=told_progress,
         )  # fmt: skip
         known = None if profile.cost is None else profile.cost.settings
@@ -231,10 +235,10 @@ def _unseen() -> list[dict[str, str]]:
     return kinds
 
 
-def _passkeys(llm: AdaSkipLlama, text: str, length: int) -> list[QuestionItem]:
+def _passkeys(llm: AdaSkipLlama, text: str, length: int, depths: Sequence[float]) -> list[QuestionItem]:
     """Pass keys at several depths of prompts as long as the texts; none where these are too short for any."""
     with suppress(DataError):
-        return synthetic_items(llm, text[: 20 * length], tasks=("passkey",), lengths=(length,), depths=_DEPTHS, n_per=1)
+        return synthetic_items(llm, text[: 20 * length], tasks=("passkey",), lengths=(length,), depths=depths, n_per=1)
     return []
 
 
