@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -136,6 +137,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Some tests press Ctrl-C, which a shell's background jobs ignore.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.sequences_seed is None:
         config.option.sequences_seed = random.randrange(2**32)
     # With xdist each worker has its own, as a server serves one process; so has the process of the stock library.

@@ -488,7 +488,7 @@ def test_a_loss_is_the_negative_log_likelihood_of_each_token(llm: Any) -> None:
     logits = np.array([np.random.default_rng(token).normal(size=300).astype(np.float32) for token in tokens], float)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = [-np.log(probabilities[i, tokens[i + 1]]) for i in range(len(tokens) - 1)]
-    np.testing.assert_allclose(token_losses(llm, tokens), expected, rtol=1e-12)
+    np.testing.assert_allclose(token_losses(llm, tokens), expected, rtol=1e-6)  # terms are float32
     assert llm.n_tokens == 0
 
 
