@@ -68,8 +68,8 @@ def kl_divergences(full: Logits, other: Logits) -> npt.NDArray[np.float64]:
     """Return KL(full || other) at each position, float64 [n], in nats: what other beliefs cost where the full is right.
 
     Both are float32 [n, n_vocab], at the same positions; a token that cannot follow may have minus infinity. What is
-    summed is float32, the sums are float64: right to 1e-6, in a tenth of the time of float64, which for a vocabulary of
-    152,000 was more than half of what `tune` took.
+    summed is float32, the sums are float64: right to 1e-6, in less than a quarter of the time of float64 (0.08 s for
+    128 tokens of a vocabulary of 152,000, where it was 0.36 s).
     """
     if full.ndim != 2 or full.shape != other.shape:
         raise DataError(
