@@ -26,7 +26,7 @@ define sanitized
   LD_PRELOAD="$$(gcc -print-file-name=$(2)) $$(gcc -print-file-name=libstdc++.so)" \
   PYTHONMALLOC=malloc ASAN_OPTIONS=$$options UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
   LSAN_OPTIONS=suppressions=$(CURDIR)/tests/leaks.supp:print_suppressions=0 \
-  TSAN_OPTIONS=$$options:ignore_noninstrumented_modules=1 \
+  TSAN_OPTIONS=$$options:ignore_noninstrumented_modules=1:suppressions=$(CURDIR)/tests/races.supp \
   $(VENV)-$(1)/bin/python -m pytest -p no:faulthandler --capture=sys $(3) || status=1; \
   cat build/$(1)/report.* 2>/dev/null && status=1; exit $$status
 endef
