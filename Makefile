@@ -47,6 +47,7 @@ test-fast: $(VENV)/installed-dev
 # Needs Vulkan's headers, a shader compiler and a device (Debian: libvulkan-dev glslc spirv-headers, and in software
 # mesa-vulkan-drivers, which ggml uses when told to). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
 # First on Vulkan, then on two rpc-servers.
+GGML_backends := -DGGML_VULKAN=ON -DGGML_RPC=ON
 test-backends: $(VENV)-backends/installed
 	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} \
 	  $(VENV)-backends/bin/python -m pytest -n 2 tests/test_backends.py
@@ -57,6 +58,7 @@ test-backends: $(VENV)-backends/installed
 # is a device, on that too. CUDA says how: for which architecture; without a driver -DGGML_CUDA_NO_VMM=ON, so that no
 # libcuda.so.1 is needed. 86-virtual (PTX alone) with -DGGML_CUDA_FA=OFF takes least, about half an hour of one core.
 CUDA ?= -DCMAKE_CUDA_ARCHITECTURES=86
+GGML_cuda = -DGGML_CUDA=ON $(CUDA)
 test-cuda: $(VENV)-cuda/installed
 	@$(VENV)-cuda/bin/python -c 'import adaskip_cpp, llama_cpp; info = llama_cpp.llama_print_system_info().decode(); \
 	  print(f"{info}\nhas a device: {llama_cpp.llama_supports_gpu_offload()}"); exit("CUDA : " not in info)'
@@ -78,9 +80,11 @@ soak: $(VENV)/installed-dev
 
 # make fuzz TARGET=plan SECONDS=600: what it goes on from is in build/fuzz, beside it what it finds. All targets by default.
 fuzz: $(VENV)/installed-dev $(VENV)/atheris
-	@for target in $(or $(TARGET),$(sort $(notdir $(wildcard tests/seeds/*)))); do mkdir -p build/fuzz/$$target/corpus; \
+	@for target in $(or $(TARGET),$(sort $(notdir $(wildcard tests/seeds/*)))); do \
+	  found=build/fuzz/$$target; mkdir -p $$found/corpus; \
 	  $(BIN)/python tests/fuzz.py $$target -max_total_time=$(or $(SECONDS),600) -max_len=20000 -timeout=150 \
-	    -rss_limit_mb=0 -keep_seed=1 -artifact_prefix=build/fuzz/$$target/ build/fuzz/$$target/corpus tests/seeds/$$target || exit 1; done
+	    -rss_limit_mb=0 -keep_seed=1 -artifact_prefix=$$found/ $$found/corpus tests/seeds/$$target || exit 1; \
+	done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -105,19 +109,11 @@ $(VENV)/atheris: $(VENV)/build-tools
 	$(PIP) install --quiet "atheris>=2.2"
 	@touch $@
 
-$(VENV)-backends/installed: $(VENV)/build-tools $(NATIVE)
-	@$(PYTHON) -m venv $(VENV)-backends
-	@# pip would keep what it built, and take it for a llama-cpp-python of any kind.
-	CMAKE_ARGS="-DGGML_VULKAN=ON -DGGML_RPC=ON" $(VENV)-backends/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
-	  $(BUILD_REQUIRES)
-	$(VENV)-backends/bin/pip install --quiet --no-build-isolation -C build-dir=build/backends --editable '.[dev]'
-	@touch $@
-
-$(VENV)-cuda/installed: $(VENV)/build-tools $(NATIVE)
-	@$(PYTHON) -m venv $(VENV)-cuda
-	CMAKE_ARGS="-DGGML_CUDA=ON $(CUDA)" $(VENV)-cuda/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python \
-	  $(BUILD_REQUIRES)
-	$(VENV)-cuda/bin/pip install --quiet --no-build-isolation -C build-dir=build/cuda --editable '.[dev]'
+# Other environments with another ggml. pip would keep what it built, and take it for a llama-cpp-python of any kind.
+$(VENV)-backends/installed $(VENV)-cuda/installed: $(VENV)-%/installed: $(VENV)/build-tools $(NATIVE)
+	@$(PYTHON) -m venv $(VENV)-$*
+	CMAKE_ARGS="$(GGML_$*)" $(VENV)-$*/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python $(BUILD_REQUIRES)
+	$(VENV)-$*/bin/pip install --quiet --no-build-isolation -C build-dir=build/$* --editable '.[dev]'
 	@touch $@
 
 # Other environments with another libllama, and everything else from $(VENV).

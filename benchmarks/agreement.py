@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stock_logits import Logits, read, run_stock
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
 from adaskip_cpp.calibration.similarity import RequestStatistics
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.distribution import kl_divergences
+from adaskip_cpp.measuring.distribution import Logits, kl_divergences
 from adaskip_cpp.model.statistics import PhaseStatistics
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from reference import relative_error
+from stock import Job, run_stock
 
 __all__ = ["Check", "Checks", "n_skipped"]
 
@@ -68,9 +73,12 @@ class Checks:
         options |= {**self._options, "n_gpu_layers": n_gpu_layers}
         return AdaSkipLlama(self._path, exact_batches=True, verbose=False, **options)
 
-    def run(self, n_gpu_layers: int) -> tuple[list[Check], list[str]]:
-        """Return what was found with so many layers on the device, and what stock's log says of that."""
-        stock, log = run_stock(self._path, {**self._options, "n_gpu_layers": n_gpu_layers}, self._cases)
+    def run(self, n_gpu_layers: int) -> list[Check]:
+        """Return what was found with so many layers on the device."""
+        options = {**self._options, "n_gpu_layers": n_gpu_layers}
+        stock = run_stock(
+            [Job(self._path, [prompt, *([each] for each in answer)], options) for prompt, answer in self._cases]
+        )
         with closing(self._open(n_gpu_layers)) as llm:
             whole = under(llm, None, self._cases)
             rounding = max(furthest(under(llm, None, self._others), self._other_whole), LEAST_ROUNDING)
@@ -99,7 +107,7 @@ class Checks:
             found = furthest(under(llm, self._elided, self._cases), self._of_elided)
             checks.append(Check("half of the attentions without KV: logits, from the CPU's", found, most))
             checks.append(Check("bytes of KV then, from the CPU's", abs(llm.kv_bytes - self._kv_bytes), 0))
-        return checks, log
+        return checks
 
 
 def plans_to_check(profile: Profile) -> dict[str, SkipPlan]:
@@ -125,20 +133,24 @@ def without_half_of_kv(profile: Profile) -> SkipPlan:
 
 
 def under(llm: AdaSkipLlama, plan: SkipPlan | None, cases: Sequence[Case]) -> list[Logits]:
+    """Return per case the logits behind the prompt and behind each token of the answer, ``[1 + n, n_vocab]``."""
+    import llama_cpp  # ours, as adaskip_cpp is imported
+
     llm.set_plan(plan)
     found = []
-    for case in cases:
+    for prompt, answer in cases:
         llm.begin_request()
-        found.append(read(llm, *case))
+        llm.reset()
+        llm.eval(prompt)
+        row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+        rows = [np.ctypeslib.as_array(row, shape=(1, llm.n_vocab())).copy()]
+        rows += [llm.logits_behind([token]) for token in answer]
+        found.append(np.concatenate(rows))
     return found
 
 
 def furthest(found: Sequence[Logits], expected: Sequence[Logits]) -> float:
-    """Return the largest relative error of one token's logits: |found - expected| / |expected|."""
-    return max(
-        float((np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)).max())
-        for a, b in zip(found, expected, strict=True)
-    )
+    return max(relative_error(*pair) for pair in zip(found, expected, strict=True))
 
 
 def count_splits(llm: AdaSkipLlama, plan: SkipPlan | None, case: Case) -> list[int]:

@@ -47,7 +47,7 @@ def main() -> None:
     }
     print(f"{Path(path).name}, {args.servers} servers, all {llm.n_layer} layers on them; flash attention;", end=" ")
     print(f"llama-cpp-python {version('llama-cpp-python')}; {loaded / 1e6:.1f} MB of weights sent when loaded\n")
-    print("| | prompt, sent MB | received MB | graphs | token, sent kB | received kB |")
+    print("| | prompt, sent MB | received MB | nodes of a graph | token, sent kB | received kB |")
     print("|---|--:|--:|--:|--:|--:|")
     for name, plan in plans.items():
         llm.set_plan(plan)

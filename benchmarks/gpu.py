@@ -110,9 +110,9 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
     # Of the layers that are offloaded the output counts as one.
     for place, n_gpu_layers in (("all layers", -1), ("half of the layers", n_layer // 2 + 1)):
         tell(path, f"comparing, {place} on the GPU")
-        found[place], log = checks.run(n_gpu_layers)
+        found[place] = checks.run(n_gpu_layers)
     print(f"\n## {os.path.basename(path)}\n")
-    print("\n".join([*dict.fromkeys(log), ", ".join(f"{name} {value}" for name, value in asdict(settings).items())]))
+    print(", ".join(f"{name} {value}" for name, value in asdict(settings).items()))
     print(f"\nCalibrated in {calibrated_s:.0f} s, on {profile.n_requests} requests, maps of rank {rank}.\n")
     print_checks(found)
     sys.stdout.flush()

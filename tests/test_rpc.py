@@ -14,6 +14,7 @@ import pytest
 from rpc_server import bytes_travelled
 
 from adaskip_cpp import SkipPlan, add_rpc_server
+from adaskip_cpp.engine.binding import lib
 from adaskip_cpp.engine.rpc import supports_rpc
 from adaskip_cpp.errors import RPCServerError
 
@@ -39,6 +40,15 @@ def test_where_no_server_is_an_error_says_what_to_do(endpoint: str) -> None:
     """ggml would abort."""
     with pytest.raises(RPCServerError, match=r"host:port$"):
         add_rpc_server(endpoint)
+
+
+@with_rpc
+def test_a_server_that_is_added_again_is_there_once(rpc_servers: list[str]) -> None:
+    """ggml would list its devices twice; and a server that holds a model of this process answers no other."""
+    n = lib.ggml_backend_dev_count()
+    for endpoint in rpc_servers:
+        add_rpc_server(endpoint)
+    assert lib.ggml_backend_dev_count() == n
 
 
 @with_rpc

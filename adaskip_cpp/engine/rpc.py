@@ -7,12 +7,15 @@ import ctypes
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 __all__ = ["add_rpc_server", "register_rpc_server", "supports_rpc"]
 
 _PATIENCE_S = 20
 """For a server to answer another process, which loads llama_cpp first."""
+
+_added: set[str] = set()
 
 
 @cache
@@ -55,8 +58,9 @@ def add_rpc_server(endpoint: str) -> None:
     """Let models that this process opens from now on run on the devices of an rpc-server too.
 
     Layers go to its devices first, as many as ``n_gpu_layers`` says, in the order in which servers were added; the
-    context splits them by free memory, or by ``tensor_split``. A server cannot be taken back, and serves one process at
-    a time. ggml ends the process where a server does while a model is on it.
+    context splits them by free memory, or by ``tensor_split``. A server cannot be taken back, is there once however
+    often it is added, and serves one process at a time. ggml ends the process where a server does while a model is on
+    it.
 
     Args:
         endpoint: ``"host:port"`` of llama.cpp's rpc-server, of the release that llama-cpp-python was built from.
@@ -66,30 +70,39 @@ def add_rpc_server(endpoint: str) -> None:
     """
     from ..errors import RPCServerError  # not where a process of the stock library runs this file
 
+    if endpoint in _added:
+        return
     if not supports_rpc():
         raise RPCServerError(
-            "the installed llama-cpp-python was built without RPC; install it again with "
-            'CMAKE_ARGS="-DGGML_RPC=ON" pip install --force-reinstall --no-deps --no-cache-dir --no-binary '
-            "llama-cpp-python, of the same version"
+            "the installed llama-cpp-python was built without RPC; install it again: "
+            'CMAKE_ARGS="-DGGML_RPC=ON" pip install --force-reinstall --no-deps --no-cache-dir '
+            f"--no-binary llama-cpp-python llama-cpp-python=={version('llama-cpp-python')}"
         )
-    # ggml aborts where it cannot use a server, so another process tries first.
+    reason = _why_not(endpoint)
+    if reason or not register_rpc_server(endpoint):
+        raise RPCServerError(
+            f"the RPC server {endpoint!r} cannot be used: {reason or 'it has no devices'}; start llama.cpp's "
+            "rpc-server of the release that llama-cpp-python was built from, and give its host:port"
+        )
+    _added.add(endpoint)
+
+
+def _why_not(endpoint: str) -> str:
+    """Why ggml would abort on a server, "" where it would not: another process tries."""
     command = [sys.executable, __file__, endpoint]
     try:
         tried = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE_S)
     except subprocess.TimeoutExpired:
-        reason: str | None = f"no answer in {_PATIENCE_S} seconds; a server serves one process at a time"
+        return f"no answer in {_PATIENCE_S} seconds; a server serves one process at a time"
     except ValueError:  # a null byte
-        reason = "that is no host:port"
-    else:
-        # The line in which ggml says why; what follows it is where it was.
-        told = [line.strip().rpartition(": ")[2] for line in tried.stderr.splitlines() if "ggml-rpc.cpp" in line]
-        reason = None if tried.returncode == 0 else " ".join(told[:1]) or "it has no devices"
-    if reason is not None or not register_rpc_server(endpoint):
-        raise RPCServerError(
-            f"the RPC server {endpoint!r} cannot be used: {reason}; start llama.cpp's rpc-server of the release that "
-            "llama-cpp-python was built from, and give its host:port"
-        )
+        return "that is no host:port"
+    if tried.returncode == 0:
+        return ""
+    lines = tried.stderr.strip().splitlines() or ["it says nothing"]
+    # The line in which ggml says why begins with where that is, and a backtrace follows.
+    return next((line for line in lines if "ggml-rpc.cpp" in line), lines[-1]).strip().rpartition(": ")[2]
 
 
 if __name__ == "__main__":
-    sys.exit(not register_rpc_server(sys.argv[1]))
+    if not register_rpc_server(sys.argv[1]):
+        sys.exit("it has no devices")
