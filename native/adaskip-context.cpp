@@ -68,7 +68,7 @@ adaskip_context::graph_key adaskip_context::key() const {
 }
 
 bool adaskip_context::can_reuse() const {
-    return graph_key_last == key();
+    return graph_key_last == key() && n_freed_last == adaskip_freed::n;
 }
 
 ggml_cgraph * adaskip_context::graph_pass(
@@ -107,6 +107,7 @@ void adaskip_context::rewrite(
     const graph_key key_new = key();
     n_key_changes += !(key_new == graph_key_last);
     graph_key_last = key_new;
+    n_freed_last   = adaskip_freed::n;
     graph_is_new   = true;
 
     counters.n_nodes_full = ggml_graph_n_nodes(gf);

@@ -31,7 +31,7 @@ public:
     // the parameters to build the graph with
     llm_graph_params graph_params(llm_graph_params params);
 
-    // whether the last graph was built under the settings in force
+    // whether the last graph was built under the settings in force, and no buffer was freed since
     bool can_reuse() const;
 
     // rewrites a graph that was just built; null on failure
@@ -119,6 +119,8 @@ private:
 
     const adaskip_skip_set & active_set() const { return get_set(phase); }
 
+    adaskip_freed freed; // with this context, its KV
+
     const adaskip_kv_ptr kv = adaskip_kv_create();
 
     adaskip_plan_sets plan;
@@ -138,6 +140,7 @@ private:
     //
 
     graph_key graph_key_last;
+    int64_t   n_freed_last  = 0;
     int64_t   n_key_changes = 0; // graphs before and after a change have different shapes
     bool      graph_is_new  = false;
 

@@ -29,6 +29,8 @@ static ggml_type map_type(const llama_model & model, ggml_backend_buffer_type_t 
     return GGML_TYPE_F32;
 }
 
+std::atomic<int64_t> adaskip_freed::n = 0;
+
 adaskip_tensors::adaskip_tensors(size_t n) : mem(new uint8_t[n * ggml_tensor_overhead()]) {
     ctx.reset(ggml_init({ n * ggml_tensor_overhead(), mem.get(), /*.no_alloc =*/true }));
 }

@@ -3,6 +3,7 @@
 #include "ggml-cpp.h"
 #include "ggml.h"
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -17,8 +18,17 @@ struct adaskip_tensors {
     ggml_context_ptr           ctx;
 };
 
+// Counts what holds buffers on devices, whenever one such thing is gone. An rpc-server forgets its last graph with every
+// buffer that it frees, and ends a client that has it computed once more; so no graph is reused after that.
+struct adaskip_freed {
+    static std::atomic<int64_t> n;
+
+    ~adaskip_freed() { ++n; }
+};
+
 // One array per skipped sublayer of a plan, each in a buffer on its layer's own device.
 struct adaskip_vectors {
+    adaskip_freed                        freed;
     std::vector<ggml_tensor *>           tensors; // [n_layer][2], null where there is none
     std::vector<adaskip_tensors>         ctxs;
     std::vector<ggml_backend_buffer_ptr> bufs;

@@ -6,6 +6,7 @@ That devices of servers compute the same is in test_backends.py.
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,25 @@ def test_a_plan_adds_nothing_to_what_travels(
         more = 2 * of_a_new_graph if plan.bulk is not None else 0
         for n_whole, n_plan in zip([whole[0] + more, *whole[1:]], of(plan), strict=True):
             assert (n_plan <= n_whole).all(), (n_plan, n_whole, plan)
+
+
+@pytest.mark.parametrize("what", ["vectors", "context"])
+def test_what_is_freed_between_two_evaluations_ends_nothing(
+    what: str, rpc_servers: list[str], tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    """A server forgets its last graph with every buffer that it frees; asked for it again, it hangs up, and ggml aborts."""
+    llm = open_model(tiny(), n_gpu_layers=-1)
+    if what == "vectors":
+        skipped = SkipPlan.manual(llm.n_layer, ffn=[1], phase="decode")
+        bias = np.ones((llm.n_layer, 2, llm.n_embd()), np.float32)
+        llm.set_plan(replace(skipped, decode=replace(skipped.decode, bias=bias)))
+    passes = []
+    for _ in range(2):
+        llm.reset()
+        llm.eval(tokens(9))
+        passes.append(llm.scores[: llm.n_tokens].copy())
+        if what == "vectors":
+            llm.set_plan(None)
+        else:
+            open_model(tiny(), n_gpu_layers=-1).close()
+    np.testing.assert_array_equal(*passes)
