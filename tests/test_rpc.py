@@ -107,7 +107,7 @@ def test_a_plan_adds_nothing_to_what_travels(
 def test_what_is_freed_between_two_evaluations_ends_nothing(
     what: str, rpc_servers: list[str], tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
-    """A server forgets its last graph with every buffer that it frees; asked for it again, it hangs up, and ggml aborts."""
+    """A server forgets its last graph with every buffer that it frees; asked for it again, it hangs up, ggml aborts."""
     llm = open_model(tiny(), n_gpu_layers=-1)
     if what == "vectors":
         skipped = SkipPlan.manual(llm.n_layer, ffn=[1], phase="decode")
