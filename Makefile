@@ -2,16 +2,21 @@
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
-VENV   := .venv
+# Another release than the newest of cmake/releases.txt has an environment and build folders of its own:
+# make test-fast LLAMA_CPP_PYTHON=0.3.33
+VENV   := .venv$(if $(LLAMA_CPP_PYTHON),-$(LLAMA_CPP_PYTHON))
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+BUILD   = build/$(1:.venv-%=%)# of an environment; pyproject.toml names the one of .venv
 
 # The installation is editable: only what goes into libllama, or names a dependency, makes it stale.
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*.* native/*.cpp native/*.h patches/*) native patches
 # Building without isolation, in .venv, keeps include paths and so the compiled objects between builds. The build
-# requirements are the strings of pyproject.toml's first table; jieba, which has no wheel, is built with setuptools.
+# requirements are the strings of pyproject.toml's first table, and a release, by default the newest; jieba, which has no
+# wheel, is built with setuptools.
+RELEASES       = $(shell sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' cmake/releases.txt)
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja \
-  "setuptools>=70.1"
+  "setuptools>=70.1" llama-cpp-python==$(or $(LLAMA_CPP_PYTHON),$(firstword $(RELEASES)))
 
 # What goes through native/ in many ways and little time.
 NATIVE_TESTS := adapters affine architectures bulk elision layer_bounds linear_native native online readable_kv \
@@ -21,14 +26,14 @@ SANITIZERS_tsan := THREAD
 # pytest's own handler of crashes would take the place of the sanitizer's. LeakSanitizer sees no pointers in the pools
 # of memory that Python has of its own.
 define sanitized
-@rm -f build/$(1)/report.*
-@options=log_path=$(CURDIR)/build/$(1)/report; status=0; \
+@rm -f $(call BUILD,$(VENV)-$(1))/report.*
+@options=log_path=$(CURDIR)/$(call BUILD,$(VENV)-$(1))/report; status=0; \
   LD_PRELOAD="$$(gcc -print-file-name=$(2)) $$(gcc -print-file-name=libstdc++.so)" \
   PYTHONMALLOC=malloc ASAN_OPTIONS=$$options UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
   LSAN_OPTIONS=suppressions=$(CURDIR)/tests/leaks.supp:print_suppressions=0 \
   TSAN_OPTIONS=$$options:ignore_noninstrumented_modules=1:suppressions=$(CURDIR)/tests/races.supp \
   $(VENV)-$(1)/bin/python -m pytest -p no:faulthandler --capture=sys $(3) || status=1; \
-  cat build/$(1)/report.* 2>/dev/null && status=1; exit $$status
+  cat $(call BUILD,$(VENV)-$(1))/report.* 2>/dev/null && status=1; exit $$status
 endef
 
 .PHONY: demo test test-fast test-backends test-cuda test-asan test-tsan soak fuzz lint format clean
@@ -99,10 +104,11 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(wildcard native/*.cpp native/*.h)
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/installed-%: $(VENV)/build-tools $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
+	$(PIP) install --quiet --no-build-isolation $(if $(LLAMA_CPP_PYTHON),-C build-dir=$(call BUILD,$(VENV))) \
+	  --editable '.[$*]'
 	@touch $@
 
 $(VENV)/atheris: $(VENV)/build-tools
@@ -113,7 +119,7 @@ $(VENV)/atheris: $(VENV)/build-tools
 $(VENV)-backends/installed $(VENV)-cuda/installed: $(VENV)-%/installed: $(VENV)/build-tools $(NATIVE)
 	@$(PYTHON) -m venv $(VENV)-$*
 	CMAKE_ARGS="$(GGML_$*)" $(VENV)-$*/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python $(BUILD_REQUIRES)
-	$(VENV)-$*/bin/pip install --quiet --no-build-isolation -C build-dir=build/$* --editable '.[dev]'
+	$(VENV)-$*/bin/pip install --quiet --no-build-isolation -C build-dir=$(call BUILD,$(VENV)-$*) --editable '.[dev]'
 	@touch $@
 
 # Other environments with another libllama, and everything else from $(VENV).
@@ -122,11 +128,11 @@ $(VENV)-asan/installed $(VENV)-tsan/installed: $(VENV)-%/installed: $(VENV)/inst
 	@$(BIN)/python -c 'import site, sysconfig as s; \
 	  open(s.get_path("purelib", vars={"base": "$(VENV)-$*"}) + "/rest.pth", "w").write(site.getsitepackages()[0])'
 	CC=gcc CXX=g++ CXXFLAGS=-D_GLIBCXX_ASSERTIONS $(PIP) --python $(VENV)-$*/bin/python install --quiet --no-deps \
-	  --no-build-isolation -C build-dir=build/$* -C cmake.build-type=Debug \
+	  --no-build-isolation -C build-dir=$(call BUILD,$(VENV)-$*) -C cmake.build-type=Debug \
 	  $(foreach name,$(SANITIZERS_$*),-C cmake.define.LLAMA_SANITIZE_$(name)=ON) --editable .
 	@touch $@
 
-$(VENV)/build-tools: pyproject.toml
+$(VENV)/build-tools: pyproject.toml cmake/releases.txt
 	@for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit 0; done; \
 	  echo "make: no C++ compiler found; install one (Debian: apt install g++, macOS: xcode-select --install)." >&2; exit 1
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

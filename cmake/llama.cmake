@@ -1,12 +1,13 @@
 # The target llama: llama.cpp's sources, patches/ applied, native/ added.
 
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
-    "${ADASKIP_REQUIREMENT}" "${CMAKE_CURRENT_LIST_DIR}/llama_sources.py" "${ADASKIP_PATCHES}/series")
-file(GLOB ADASKIP_PATCH_FILES CONFIGURE_DEPENDS "${ADASKIP_PATCHES}/*.patch")
+    "${CMAKE_CURRENT_LIST_DIR}/llama_sources.py" "${ADASKIP_PATCHES}/series")
+file(GLOB ADASKIP_PATCH_FILES CONFIGURE_DEPENDS
+    "${ADASKIP_PATCHES}/*.patch" "${ADASKIP_PATCHES}/${ADASKIP_VERSION}/*")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${ADASKIP_PATCH_FILES})
 
 set(sources_command "${Python3_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/llama_sources.py"
-    --requirement "${ADASKIP_REQUIREMENT}" --patches "${ADASKIP_PATCHES}" --work "${CMAKE_CURRENT_BINARY_DIR}")
+    --release "${ADASKIP_VERSION}" --patches "${ADASKIP_PATCHES}" --work "${CMAKE_CURRENT_BINARY_DIR}")
 if(ADASKIP_SDIST)
     list(APPEND sources_command --sdist "${ADASKIP_SDIST}")
 endif()
@@ -38,6 +39,9 @@ endforeach()
 add_subdirectory("${ADASKIP_LLAMA}" llama EXCLUDE_FROM_ALL)
 
 file(GLOB ADASKIP_NATIVE CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/native/*.cpp")
+# The third number of llama-cpp-python's version, such as 36, for what differs between releases of llama.cpp.
+string(REGEX REPLACE "^[0-9]+\\.[0-9]+\\.([0-9]+).*" "\\1" ADASKIP_RELEASE "${ADASKIP_VERSION}")
+target_compile_definitions(llama PRIVATE "ADASKIP_RELEASE=${ADASKIP_RELEASE}")
 target_include_directories(llama PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/native" "${ADASKIP_LLAMA}/src")
 if(ADASKIP_NATIVE)
     target_sources(llama PRIVATE ${ADASKIP_NATIVE})

@@ -1,8 +1,8 @@
 """Provides llama.cpp's sources for our CMakeLists.txt: download, verify, unpack, patch.
 
-The sources are those in the sdist of the pinned llama-cpp-python, fetched through pip so that mirrors, proxies and
-caches are the user's own. A stamp makes a second run free, and a change of the patch set touches only the files whose
-contents change, so an incremental build stays incremental. Every failure is one line that ends with what to do.
+The sources are those in the sdist of one llama-cpp-python, fetched through pip so that mirrors, proxies and caches are
+the user's own. A stamp makes a second run free, and a change of the patch set touches only the files whose contents
+change, so an incremental build stays incremental. Every failure is one line that ends with what to do.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import filecmp
 import hashlib
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["Requirement", "SourceError", "apply_patches", "fetch", "prepare"]
+from releases import TABLE, Release, read_table
+
+__all__ = ["SourceError", "apply_patches", "fetch", "prepare", "read_series"]
 
 # What libllama needs of the 175 MB tree. ggml itself comes ready-built from llama-cpp-python; llama.cpp's CMake files
 # include one of ggml's, and configure vendor/ whatever is built.
@@ -31,44 +31,24 @@ class SourceError(Exception):
     """The sources cannot be provided; the message is one line that ends with what to do."""
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """The pinned llama-cpp-python: its version and the SHA-256 (hex) of its sdist."""
-
-    version: str
-    sha256: str
-
-    @property
-    def filename(self) -> str:
-        """Name of the sdist's file."""
-        return f"llama_cpp_python-{self.version}.tar.gz"
-
-    @classmethod
-    def read(cls, path: Path) -> Requirement:
-        """Reads pip's requirement file ``path``, which holds one hash-pinned line."""
-        match = re.search(r"^llama-cpp-python==(\S+) --hash=sha256:([0-9a-f]{64})$", path.read_text(), re.MULTILINE)
-        if match is None:
-            raise SourceError(f"{path} pins no llama-cpp-python; write 'llama-cpp-python==VERSION --hash=sha256:HEX'.")
-        return cls(match[1], match[2])
-
-
-def fetch(requirement_file: Path, directory: Path) -> Path:
-    """Downloads the pinned sdist into ``directory``, unless it is there already, and returns its path.
+def fetch(release: Release, directory: Path) -> Path:
+    """Downloads the sdist of ``release`` into ``directory``, unless it is there already, and returns its path.
 
     Raises:
-        SourceError: pip is missing, the registry cannot be reached, or the file is not the pinned one.
+        SourceError: pip is missing, the registry cannot be reached, or the file is not the one of the table.
     """
-    requirement = Requirement.read(requirement_file)
-    sdist = directory / requirement.filename
-    if sdist.is_file() and _sha256(sdist) == requirement.sha256:
+    sdist = directory / release.filename
+    if sdist.is_file() and _sha256(sdist) == release.sha256:
         return sdist
     sdist.unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
+    requirement = directory / "requirement.txt"  # hashes are read from files alone
+    requirement.write_text(release.requirement + "\n")
     # Metadata is prepared by the build backend that is running already: without --no-build-isolation pip would
     # install a second one. PIP_BUILD_TRACKER belongs to the pip that may have started us.
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--progress-bar", "off"]
-    command += ["--dest", str(directory), "--requirement", str(requirement_file)]
+    command += ["--dest", str(directory), "--requirement", str(requirement)]
     environment = {name: value for name, value in os.environ.items() if name != "PIP_BUILD_TRACKER"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     output = result.stdout + result.stderr
@@ -80,14 +60,14 @@ def fetch(requirement_file: Path, directory: Path) -> Path:
         )
     if "DO NOT MATCH THE HASHES" in output:
         raise SourceError(
-            f"the downloaded {requirement.filename} is not the pinned file (its SHA-256 differs from the one in "
-            f"{requirement_file}); check the package index that pip uses, then try again."
+            f"the downloaded {release.filename} is not the file of the table (its SHA-256 differs from the one "
+            f"in {TABLE}); check the package index that pip uses, then try again."
         )
     last = next(
         (line for line in reversed(output.splitlines()) if line.startswith("ERROR")), f"exit {result.returncode}"
     )
     raise SourceError(
-        f"pip cannot download {requirement.filename} ({last.removeprefix('ERROR: ')}); check the network and pip's "
+        f"pip cannot download {release.filename} ({last.removeprefix('ERROR: ')}); check the network and pip's "
         "index, or pass a downloaded file by CMAKE_ARGS=-DADASKIP_SDIST=FILE."
     )
 
@@ -122,40 +102,37 @@ def apply_patches(root: Path, patches: list[Path]) -> None:
         if not applied or records:
             reason = " ".join(" ".join(records).split()) or "not a readable unified diff"
             raise SourceError(
-                f"patch {path.name} does not apply to llama.cpp ({reason}); regenerate it against the version pinned "
-                "in cmake/llama-cpp-python.txt."
+                f"patch {path.name} does not apply to llama.cpp ({reason}); regenerate it for the release that is "
+                "built for, as patches/README.md says."
             )
 
 
-def prepare(requirement_file: Path, patch_directory: Path, work: Path, sdist: Path | None = None) -> Path:
+def prepare(release: Release, patch_directory: Path, work: Path, sdist: Path | None = None) -> Path:
     """Returns the folder ``work``/llama.cpp with the patched sources, brought up to date if need be.
 
     Args:
-        requirement_file: pip's requirement file with the pinned llama-cpp-python.
-        patch_directory: holds ``series``, which lists the patch files to apply, one a line ('#' starts a comment).
+        release: the llama-cpp-python that is built for.
+        patch_directory: see ``read_series``.
         work: folder that keeps the download and the sources between builds.
         sdist: a downloaded sdist to use instead of asking pip.
 
     Raises:
         SourceError: see ``fetch`` and ``apply_patches``; what was there before is left as it was.
     """
-    requirement = Requirement.read(requirement_file)
-    patches = _read_series(patch_directory)
-    state = hashlib.sha256(requirement.sha256.encode() + Path(__file__).read_bytes())
+    patches = read_series(patch_directory, release)
+    state = hashlib.sha256(release.sha256.encode() + Path(__file__).read_bytes())
     for path in patches:
         state.update(hashlib.sha256(path.read_bytes()).digest())
     target, stamp = work / "llama.cpp", work / "llama.cpp.stamp"
     if target.is_dir() and stamp.is_file() and stamp.read_text() == state.hexdigest():
         return target
     if sdist is None:
-        sdist = fetch(requirement_file, work)
-    elif not sdist.is_file() or _sha256(sdist) != requirement.sha256:
-        raise SourceError(
-            f"{sdist} is not the pinned {requirement.filename} (SHA-256 {requirement.sha256}); give that file."
-        )
+        sdist = fetch(release, work)
+    elif not sdist.is_file() or _sha256(sdist) != release.sha256:
+        raise SourceError(f"{sdist} is not {release.filename} (SHA-256 {release.sha256}); give that file.")
     fresh = work / "llama.cpp.new"
     shutil.rmtree(fresh, ignore_errors=True)
-    _unpack(sdist, requirement, fresh)
+    _unpack(sdist, release, fresh)
     apply_patches(fresh, patches)
     stamp.unlink(missing_ok=True)
     _mirror(fresh, target)
@@ -164,20 +141,33 @@ def prepare(requirement_file: Path, patch_directory: Path, work: Path, sdist: Pa
     return target
 
 
-def _read_series(directory: Path) -> list[Path]:
-    series = directory / "series"
+def read_series(directory: Path, release: Release) -> list[Path]:
+    """The patches for ``release``, in order: those that ``directory``/series lists, one a line ('#' starts a comment).
+
+    Where a release needs others, they are in a folder of its own, ``directory``/VERSION: a patch there replaces the one
+    of the same name, a ``series`` there the list.
+
+    Raises:
+        SourceError: a listed file is missing, or the release's own folder has one that is not listed.
+    """
+    own = directory / release.version
+    series = own / "series" if (own / "series").is_file() else directory / "series"
     if not series.is_file():
         raise SourceError(f"{series} is missing; restore it, an empty file means no patches.")
-    names = [line.partition("#")[0].strip() for line in series.read_text().splitlines()]
-    paths = [directory / name for name in names if name]
+    lines = [line.partition("#")[0].strip() for line in series.read_text().splitlines()]
+    names = [line for line in lines if line]
+    for path in own.glob("*.patch"):
+        if path.name not in names:
+            raise SourceError(f"{path} is not in {series}, and replaces nothing; rename or remove it.")
+    paths = [own / name if (own / name).is_file() else directory / name for name in names]
     for path in paths:
         if not path.is_file():
             raise SourceError(f"{series} lists {path.name}, which does not exist; restore the file or remove the line.")
     return paths
 
 
-def _unpack(sdist: Path, requirement: Requirement, target: Path) -> None:
-    prefix = PurePosixPath(f"llama_cpp_python-{requirement.version}/vendor/llama.cpp")
+def _unpack(sdist: Path, release: Release, target: Path) -> None:
+    prefix = PurePosixPath(f"llama_cpp_python-{release.version}/vendor/llama.cpp")
     with tarfile.open(sdist) as archive:
         for member in archive:
             name = PurePosixPath(member.name)
@@ -190,9 +180,7 @@ def _unpack(sdist: Path, requirement: Requirement, target: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content.read())
     if not (target / "CMakeLists.txt").is_file():
-        raise SourceError(
-            f"{sdist.name} holds no vendor/llama.cpp; pin a release that does in cmake/llama-cpp-python.txt."
-        )
+        raise SourceError(f"{sdist.name} holds no vendor/llama.cpp; take its line out of cmake/releases.txt.")
 
 
 def _mirror(source: Path, target: Path) -> None:
@@ -218,14 +206,16 @@ def _sha256(path: Path) -> str:
 
 def main() -> int:
     """Prints the folder of the patched sources, or on stderr the one line that says why there is none."""
+    table = read_table()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requirement", type=Path, required=True)
+    parser.add_argument("--release", choices=[release.version for release in table], required=True)
     parser.add_argument("--patches", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sdist", type=Path)
     arguments = parser.parse_args()
+    (release,) = [release for release in table if release.version == arguments.release]
     try:
-        print(prepare(arguments.requirement, arguments.patches, arguments.work, arguments.sdist))
+        print(prepare(release, arguments.patches, arguments.work, arguments.sdist))
     except SourceError as error:
         print(error, file=sys.stderr)
         return 1

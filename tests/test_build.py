@@ -1,7 +1,9 @@
 """The build: what is in the binary and in the wheel, and what stops it, each in one line."""
 
 import hashlib
+import importlib
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -9,17 +11,18 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 
 import llama_sources
 import pytest
+import releases
 
 from adaskip_cpp.engine import library as _library
 
 ROOT = Path(__file__).parent.parent
-PIN = ROOT / "cmake" / "llama-cpp-python.txt"
 PATCH = """A reason.
 ---
 --- a/src/one.cpp
@@ -31,7 +34,29 @@ PATCH = """A reason.
  third
 """
 
+# Written out by hand: what is installed, and what the table lists, is not what these tests are about.
+TABLE = [releases.Release("2.1", "b" * 64), releases.Release("2.0", "a" * 64)]
+
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
+
+
+@pytest.fixture(autouse=True)
+def no_release_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(releases.VARIABLE, raising=False)
+
+
+def installed_release() -> releases.Release:
+    version = importlib.metadata.version("llama-cpp-python").partition("+")[0]
+    (release,) = [release for release in releases.read_table() if release.version == version]
+    return release
+
+
+def pretend(folder: Path, version: str) -> Path:
+    """Makes ``folder`` a site-packages whose metadata say that llama-cpp-python ``version`` is installed."""
+    information = folder / f"llama_cpp_python-{version.partition('+')[0]}.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {version}\n")
+    return folder
 
 
 # --- the binary ---------------------------------------------------------------------------------------------------
@@ -78,18 +103,168 @@ def test_library_names_no_folder_of_the_build() -> None:
         assert not re.search(rb"(?<![\w.-])" + re.escape(bytes(folder)) + rb"/", content), folder
 
 
-def test_build_record_is_of_the_pinned_release() -> None:
-    requirement = llama_sources.Requirement.read(PIN)
+def test_build_record_is_of_the_installed_release() -> None:
+    release = installed_release()
     information = _library.build_info()
-    assert (information.llama_cpp_python, information.sdist_sha256) == (requirement.version, requirement.sha256)
+    assert (information.llama_cpp_python, information.sdist_sha256) == (release.version, release.sha256)
     assert re.fullmatch(r"\d+\.\d+\.\d+", information.ggml)
 
 
-def test_all_pins_agree() -> None:
-    version = llama_sources.Requirement.read(PIN).version
-    pins = re.findall(r'"llama-cpp-python(?:\[\w+\])?([^"]*)"', (ROOT / "pyproject.toml").read_text())
-    assert pins == [f"=={version}"] * 3
-    assert f"llama-cpp-python=={version}" in (importlib.metadata.requires("adaskip-cpp") or [])
+def test_installation_requires_the_release_that_it_was_built_for() -> None:
+    version = installed_release().version
+    required = [line for line in importlib.metadata.requires("adaskip-cpp") or [] if "llama-cpp-python" in line]
+    assert required == [f"llama-cpp-python=={version}", f'llama-cpp-python[server]=={version}; extra == "serve"']
+
+
+# --- which release ------------------------------------------------------------------------------------------------
+
+
+def test_table_lists_releases_newest_first() -> None:
+    versions = [tuple(map(int, release.version.split("."))) for release in releases.read_table()]
+    assert versions == sorted(set(versions), reverse=True)
+
+
+def test_table_is_of_lines_that_pip_reads(tmp_path: Path) -> None:
+    table = tmp_path / "releases.txt"
+    table.write_text("# newest first\n" + "".join(f"{release.requirement}\n" for release in TABLE))
+    assert releases.read_table(table) == TABLE
+    assert TABLE[0].requirement == f"llama-cpp-python==2.1 --hash=sha256:{'b' * 64}"
+
+
+@pytest.mark.parametrize("line", ["", "llama-cpp-python==2.2", f"llama-cpp-python>=2.2 --hash=sha256:{'c' * 64}"])
+def test_line_without_version_and_hash_is_refused(tmp_path: Path, line: str) -> None:
+    table = tmp_path / "releases.txt"
+    table.write_text(f"{line}\n" if not line else f"{TABLE[0].requirement}\n{line}\n")
+    with pytest.raises(releases.ReleaseError, match=r"is no list of releases; write lines of"):
+        releases.read_table(table)
+
+
+@pytest.mark.parametrize(
+    ("found", "named", "chosen"),
+    [
+        ([], None, "2.1"),
+        (["2.0"], None, "2.0"),
+        (["2.0"], "2.1", "2.1"),
+        (["2.1", "2.0"], None, "2.1"),
+        ([], "2.0", "2.0"),
+    ],
+    ids=["none installed", "one installed", "another is named", "two installed", "none installed, one named"],
+)
+def test_release_is_the_named_one_or_the_installed_one_or_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[str], named: str | None, chosen: str
+) -> None:
+    if named:
+        monkeypatch.setenv(releases.VARIABLE, named)
+    assert releases.choose(TABLE, [releases.Installed(version, tmp_path) for version in found]).version == chosen
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_release_that_is_not_in_the_table_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    if named:
+        monkeypatch.setenv(releases.VARIABLE, "1.9")
+    with pytest.raises(releases.ReleaseError) as raised:
+        releases.choose(TABLE, [releases.Installed("2.0" if named else "1.9", tmp_path)])
+    said = "ADASKIP_LLAMA_CPP_PYTHON names llama-cpp-python 1.9" if named else "llama-cpp-python 1.9 is installed"
+    assert str(raised.value) == (
+        f"{said}, but adaskip-cpp can be built for 2.1, 2.0; pip install llama-cpp-python==2.1, or add 1.9 to "
+        "cmake/releases.txt with patches that apply to it, as CONTRIBUTING.md says."
+    )
+
+
+@pytest.mark.parametrize("there", ["2.0", "2.0+cu124", None])
+def test_isolated_build_finds_what_is_installed_outside(tmp_path: Path, there: str | None) -> None:
+    """pip builds a project for another environment; its backend only tells what it found."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    if there:
+        pretend(packages, there)
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(releases.__file__, project)
+    (project / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "tell"\nbackend-path = ["."]\n'
+    )
+    (project / "tell.py").write_text(
+        "import importlib.metadata, pathlib, sys, releases\n"
+        "def get_requires_for_build_wheel(config_settings=None):\n"
+        "    inside = list(importlib.metadata.distributions(name='llama-cpp-python'))\n"
+        "    found = [(one.version, str(one.folder)) for one in releases.installed()]\n"
+        "    pathlib.Path('told').write_text(repr((len(inside), found)))\n"
+        "    sys.exit(1)\n"
+    )
+    # The developer's own site-packages, on the paths of the user's site, would be found too.
+    command = [sys.executable, "-m", "pip", "--python", str(tmp_path / "venv"), "wheel", "--no-index", str(project)]
+    subprocess.run(command, cwd=project, capture_output=True, check=False, timeout=120)
+    assert eval((project / "told").read_text()) == (0, [("2.0", str(packages))] if there else [])
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The build backend in the checkout, of the table that is written out here."""
+    pytest.importorskip("scikit_build_core")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(releases, "read_table", lambda: TABLE)
+    return importlib.import_module("backend")
+
+
+@pytest.mark.parametrize(
+    ("found", "named", "required"),
+    [([], None, "2.1"), (["2.0"], None, None), (["2.0"], "2.1", "2.1"), (["2.1", "2.0"], "2.0", None)],
+    ids=["none installed", "one installed", "another is named", "the named one is installed"],
+)
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_build_requires_the_release_unless_it_is_installed(
+    backend: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    found: list[str],
+    named: str | None,
+    required: str | None,
+    kind: str,
+) -> None:
+    monkeypatch.setattr(releases, "installed", lambda: [releases.Installed(one, tmp_path) for one in found])
+    if named:
+        monkeypatch.setenv(releases.VARIABLE, named)
+    requirements = getattr(backend, f"get_requires_for_build_{kind}")()
+    ours = [requirement for requirement in requirements if "llama" in requirement]
+    assert ours == ([f"llama-cpp-python=={required}"] if required else [])
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_metadata_require_the_release_that_is_built_for(
+    backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(releases, "installed", lambda: [releases.Installed("2.0", tmp_path)])
+    name = getattr(backend, f"prepare_metadata_for_build_{kind}")(str(tmp_path))
+    required = importlib.metadata.Distribution.at(tmp_path / name).requires or []
+    assert [line for line in required if "llama-cpp-python" in line] == [
+        "llama-cpp-python==2.0",
+        'llama-cpp-python[server]==2.0; extra == "serve"',
+    ]
+    assert "cffi>=1.16" in required  # what pyproject.toml itself lists
+
+
+def test_build_for_a_release_that_is_not_in_the_table_ends_in_one_line(
+    backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(releases, "installed", lambda: [releases.Installed("1.9", tmp_path)])
+    with pytest.raises(SystemExit, match=r"^adaskip-cpp: llama-cpp-python 1\.9 is installed, but [^\n]* says\.$"):
+        backend.get_requires_for_build_wheel()
+
+
+def test_sdist_is_of_no_release(backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases, "installed", list)
+    assert not [requirement for requirement in backend.get_requires_for_build_sdist() if "llama" in requirement]
+    with tarfile.open(tmp_path / backend.build_sdist(str(tmp_path))) as archive:
+        (folder,) = {name.split("/")[0] for name in archive.getnames()}
+        names = {name.removeprefix(f"{folder}/") for name in archive.getnames()}
+        information = archive.extractfile(f"{folder}/PKG-INFO")
+        assert information is not None
+        lines = information.read().decode().splitlines()
+    assert {"Dynamic: Requires-Dist", "Dynamic: Provides-Extra"} <= set(lines)
+    assert {"cmake/backend.py", "cmake/releases.py", "cmake/releases.txt", "patches/series"} <= names
 
 
 # --- the wheel ----------------------------------------------------------------------------------------------------
@@ -133,6 +308,17 @@ def test_wheel_holds_our_library_and_nothing_of_ggml(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+def test_wheel_requires_the_release_that_it_was_built_for(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        built_for = json.loads(archive.read("adaskip_cpp/lib/build.json"))["llama_cpp_python"]
+        metadata = archive.read(f"adaskip_cpp-{wheel.name.split('-')[1]}.dist-info/METADATA").decode()
+    assert (
+        re.findall(r"^Requires-Dist: llama-cpp-python(?:\[server\])?==([^\s;]*)", metadata, re.MULTILINE)
+        == [built_for] * 2
+    )
+
+
+@pytest.mark.slow
 def test_wheel_works_in_another_environment(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     here = Path(importlib.metadata.distribution("llama-cpp-python").locate_file(""))  # type: ignore[arg-type]
@@ -152,7 +338,7 @@ def test_wheel_works_in_another_environment(wheel: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def tiny_sources(tmp_path: Path) -> Callable[..., Path]:
-    """Prepares the sources of a tiny sdist under the given patches (contents by file name)."""
+    """Prepares the sources of a tiny sdist under patches (contents by name), ``own`` being its release's folder."""
     sdist = tmp_path / "tiny.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
         files = {"CMakeLists.txt": "", "src/one.cpp": "first\nsecond\nthird\n", "src/two.cpp": "", "docs/left_out": ""}
@@ -160,18 +346,19 @@ def tiny_sources(tmp_path: Path) -> Callable[..., Path]:
             member = tarfile.TarInfo(f"llama_cpp_python-1.0/vendor/llama.cpp/{name}")
             member.size = len(content)
             archive.addfile(member, BytesIO(content.encode()))
-    pin = tmp_path / "pin.txt"
-    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    pin.write_text(f"llama-cpp-python==1.0 --hash=sha256:{digest}\n")
+    release = releases.Release("1.0", hashlib.sha256(sdist.read_bytes()).hexdigest())
 
-    def prepare(**patches: str) -> Path:
+    def prepare(own: Mapping[str, str] = {}, **patches: str) -> Path:
         folder = tmp_path / "patches"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for name, content in patches.items():
             (folder / f"{name}.patch").write_text(content)
         (folder / "series").write_text("# comment\n" + "".join(f"{name}.patch\n" for name in patches))
-        return llama_sources.prepare(pin, folder, tmp_path / "work", sdist)
+        (folder / "1.0").mkdir()
+        for name, content in own.items():
+            (folder / "1.0" / name).write_text(content)
+        return llama_sources.prepare(release, folder, tmp_path / "work", sdist)
 
     return prepare
 
@@ -232,6 +419,41 @@ def test_patch_applied_twice_is_refused(tiny_sources: Callable[..., Path]) -> No
         tiny_sources(a=PATCH, again=PATCH)
 
 
+OWN = PATCH.replace("+inserted", "+of this release")
+
+
+def test_patch_of_a_release_replaces_the_one_of_its_name(tiny_sources: Callable[..., Path]) -> None:
+    root = tiny_sources({"a.patch": OWN}, a=PATCH)
+    assert (root / "src/one.cpp").read_text() == "first\nof this release\nsecond\nthird\n"
+    tiny_sources(a=PATCH)
+    assert (root / "src/one.cpp").read_text() == "first\ninserted\nsecond\nthird\n"
+
+
+def test_series_of_a_release_replaces_the_list(tiny_sources: Callable[..., Path]) -> None:
+    root = tiny_sources({"series": "b.patch\n", "b.patch": OWN}, a=PATCH)
+    assert (root / "src/one.cpp").read_text() == "first\nof this release\nsecond\nthird\n"
+    root = tiny_sources({"series": "a.patch\n"}, a=PATCH, b=PATCH)
+    assert (root / "src/one.cpp").read_text() == "first\ninserted\nsecond\nthird\n"
+
+
+def test_patch_of_another_release_is_not_applied(tiny_sources: Callable[..., Path], tmp_path: Path) -> None:
+    tiny_sources(a=PATCH)
+    other = tmp_path / "patches" / "1.1"
+    other.mkdir()
+    (other / "a.patch").write_text(OWN)
+    assert llama_sources.read_series(tmp_path / "patches", releases.Release("1.0", "")) == [
+        tmp_path / "patches/a.patch"
+    ]
+    assert llama_sources.read_series(tmp_path / "patches", releases.Release("1.1", "")) == [other / "a.patch"]
+
+
+def test_patch_of_a_release_that_replaces_nothing_is_refused(tiny_sources: Callable[..., Path]) -> None:
+    with pytest.raises(
+        llama_sources.SourceError, match=r"1\.0/misspelt\.patch is not in .*series.*; rename or remove it"
+    ):
+        tiny_sources({"misspelt.patch": OWN}, a=PATCH)
+
+
 # --- what stops CMake -------------------------------------------------------------------------------------------------
 
 
@@ -282,16 +504,26 @@ def test_python_without_llama_cpp_python_stops_with_one_line(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [("0.3.1", "llama-cpp-python 0.3.1 is installed but"), (None, "has no CMake package of ggml in")],
+    [("0.3.1", "llama-cpp-python 0.3.1 is installed, but"), (None, "has no CMake package of ggml in")],
 )
 def test_unfit_llama_cpp_python_stops_with_one_line(tmp_path: Path, version: str | None, expected: str) -> None:
-    version = version or llama_sources.Requirement.read(PIN).version
-    information = tmp_path / f"llama_cpp_python-{version}.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {version}\n")
-    line = reason(tmp_path / "build", PYTHONPATH=str(tmp_path))
+    packages = pretend(tmp_path / "packages", version or installed_release().version)
+    line = reason(tmp_path / "build", PYTHONPATH=str(packages))
     assert expected in line
     assert "; pip install" in line
+
+
+def test_named_release_that_is_not_installed_stops_with_one_line(tmp_path: Path) -> None:
+    version = releases.read_table()[0].version
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    pretend(packages, "0.3.1")
+    python = f"Python3_EXECUTABLE={tmp_path / 'venv' / 'bin' / 'python'}"
+    line = reason(tmp_path / "build", python, ADASKIP_LLAMA_CPP_PYTHON=version)
+    assert line == (
+        f"llama-cpp-python 0.3.1 is installed, but ADASKIP_LLAMA_CPP_PYTHON names {version}; "
+        f"pip install llama-cpp-python=={version}."
+    )
 
 
 def test_unreachable_registry_stops_with_one_line(tmp_path: Path) -> None:
@@ -300,23 +532,23 @@ def test_unreachable_registry_stops_with_one_line(tmp_path: Path) -> None:
 
 
 def test_download_with_another_hash_stops_with_one_line(tmp_path: Path) -> None:
-    (tmp_path / llama_sources.Requirement.read(PIN).filename).write_bytes(b"something else")
+    (tmp_path / installed_release().filename).write_bytes(b"something else")
     line = reason(tmp_path / "build", **registry(tmp_path))
-    assert re.search(r"^the downloaded .* is not the pinned file .*; check the package index", line)
+    assert re.search(r"^the downloaded .* is not the file of the table .*; check the package index", line)
 
 
 def test_given_sdist_with_another_hash_stops_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "sdist").write_bytes(b"something else")
     line = reason(tmp_path / "build", f"ADASKIP_SDIST={tmp_path / 'sdist'}")
-    assert re.search(r"is not the pinned llama_cpp_python-.* give that file\.$", line)
+    assert re.search(r"is not llama_cpp_python-.* give that file\.$", line)
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pinned sdist, from the checkout's build folder or through pip."""
-    filename = llama_sources.Requirement.read(PIN).filename
-    folder = next((path.parent for path in ROOT.glob(f"build/*/{filename}")), tmp_path_factory.mktemp("sdist"))
-    return llama_sources.fetch(PIN, folder)
+    """The installed release's sdist, from the checkout's build folder or through pip."""
+    release = installed_release()
+    folder = next((path.parent for path in ROOT.glob(f"build/*/{release.filename}")), tmp_path_factory.mktemp("sdist"))
+    return llama_sources.fetch(release, folder)
 
 
 def test_patch_that_does_not_apply_stops_with_one_line(tmp_path: Path, sdist: Path) -> None:
@@ -341,3 +573,11 @@ def test_configuring_twice_changes_no_source(tmp_path: Path, sdist: Path) -> Non
         times.append({path: path.stat().st_mtime_ns for path in (tmp_path / "llama.cpp").rglob("*")})
     assert times[0] == times[1]
     assert len(times[0]) > 100
+
+
+@pytest.mark.slow
+def test_native_code_is_told_the_release(tmp_path: Path, sdist: Path) -> None:
+    result = configure(tmp_path, f"ADASKIP_SDIST={sdist}")
+    assert result.returncode == 0, result.stderr
+    number = installed_release().version.split(".")[2]
+    assert set(re.findall(r"-DADASKIP_RELEASE=(\S*)", (tmp_path / "build.ninja").read_text())) == {number}

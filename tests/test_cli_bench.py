@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path, t
     assert result.exit_code == 0, result.stderr
     assert {path.name for path in (tmp_path / "pictures").glob("*.png")} == {"bench-times.png", "bench-ratios.png"}
     data = json.loads(result.stdout)
-    assert data["complete"] and data["configuration"]["llama_cpp_python"] == "0.3.36"
+    assert data["complete"] and data["configuration"]["llama_cpp_python"] == version("llama-cpp-python")
     assert data["machine"]["n_threads"] == 1 and data["machine"]["flash_attention"]
     assert [contender["name"] for contender in data["contenders"]] == [STOCK, NO_PLAN, "adaskip 2"]
     assert all(contender["peak_bytes"] > 10**7 for contender in data["contenders"])

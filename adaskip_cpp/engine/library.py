@@ -71,7 +71,8 @@ def _check_version(built_from: str) -> None:
     if installed.partition("+")[0] != built_from:  # what follows + names the backend, such as cu124
         raise LibraryVersionError(
             f"llama-cpp-python {installed} is installed, but adaskip_cpp's libllama was built from {built_from}; "
-            f"{wanted}, or an adaskip-cpp release built from {installed}."
+            f"{wanted}, or build adaskip-cpp again for what is installed: 'pip install --force-reinstall --no-deps "
+            "--no-cache-dir --no-binary adaskip-cpp adaskip-cpp'."
         )
 
 
