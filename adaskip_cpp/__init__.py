@@ -7,7 +7,7 @@ import signal as _signal  # isort: skip  # see below
 import os as _os
 import sys as _sys
 
-_is_script = (getattr(_sys, "argv", None) or [""])[0].endswith("adaskip-cpp")
+_is_script = (getattr(_sys, "argv", None) or [""])[0].removesuffix(".exe").endswith("adaskip-cpp")
 
 
 def _end(number: int, frame: object) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from typing import Any
 
 import click
@@ -12,6 +13,10 @@ import msgspec
 import numpy as np
 
 from .errors import DataError, FileError
+
+_IN_USE = 5, 32  # ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION
+_PATIENCE_S = 2.0
+"""Longer than a reader takes for a file of ours, or a virus scanner for a new one."""
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -73,11 +78,11 @@ def write_atomically(
     folder, base = os.path.split(target)
     temporary = os.path.join(folder, f".{base}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        replace(temporary, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -108,15 +113,28 @@ def write_pair(
     except BaseException:
         # Ctrl-C may land right behind the replacement, and be raised as if it had failed.
         if _holds(path, text):
-            os.replace(waiting, beside)
+            replace(waiting, beside)
         else:
             with contextlib.suppress(OSError):
                 os.unlink(waiting)
         raise
     try:
-        os.replace(waiting, beside)
+        replace(waiting, beside)
     except OSError as error:
         raise write_error(beside, error) from error
+
+
+def replace(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """``os.replace``, with the patience that Windows asks for: it replaces no file that anybody reads just now."""
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _IN_USE or time.monotonic() > end:
+                raise
+            time.sleep(0.02)
 
 
 def write_error(path: str | os.PathLike[str], error: OSError) -> FileError:

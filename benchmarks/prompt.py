@@ -30,7 +30,6 @@ import hashlib
 import html
 import itertools
 import json
-import os
 import re
 import statistics
 import sys
@@ -51,7 +50,7 @@ from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import BudgetError, DataError
 from adaskip_cpp.files import json_text, write_atomically
 from adaskip_cpp.intervals import Interval, mean_interval, ratio_interval
-from adaskip_cpp.measuring.cores import BUSY, physical_cores
+from adaskip_cpp.measuring.cores import is_busy, load_average, physical_cores
 from adaskip_cpp.measuring.corpus import SEPARATOR
 from adaskip_cpp.measuring.distribution import kl_divergences, losses
 from adaskip_cpp.measuring.synthetic import finds_answer, synthetic_items
@@ -174,7 +173,7 @@ def measure_texts(llm: AdaSkipLlama, plans: Mapping[str, SkipPlan], pieces: Sequ
 
     The whole model, which all is compared with, takes its turn among a few plans.
     """
-    if (load := os.getloadavg()[0]) > BUSY:
+    if is_busy(load := load_average()):
         print(f"the load of this machine is {load:.1f}: other programs disturb what is timed", file=sys.stderr)
 
     def run(plan: SkipPlan | None, tokens: Sequence[int]) -> tuple[float, Any]:

@@ -1,7 +1,7 @@
 """The other end of :mod:`adaskip_cpp.bench.worker`: starts a contender's process and talks to it."""
 
-import multiprocessing
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -49,27 +49,25 @@ class Worker:
         self._sizes: dict[str, int] = {}
         # A file and not a pipe: nobody reads it while the worker runs.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
-        self._pipe, theirs = multiprocessing.Pipe()
         path = os.pathsep.join(map(os.path.abspath, sys.path))
         worker = str(Path(__file__).with_name("worker.py"))
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, path, worker, side, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=[theirs.fileno()],
-                env={key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"},
-                start_new_session=True,  # the terminal's Ctrl-C is not for it
-            )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, path, worker, side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"},
+            # The terminal's Ctrl-C is not for it; each of the two is for other systems.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._process.kill()
-        self._process.wait()
-        self._pipe.close()
+        self._process.communicate()  # closes the pipes, whatever is in them
         self._log.close()
 
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -85,10 +83,13 @@ class Worker:
         return RequestTime(reply["first_token_s"], reply["token_s"])
 
     def _ask(self, method: str, *arguments: Any) -> dict[str, Any]:
+        requests, replies = self._process.stdin, self._process.stdout
+        assert requests is not None and replies is not None
         try:
-            self._pipe.send((method, arguments))
-            reply: dict[str, Any] = self._pipe.recv()
-        except (EOFError, OSError):
+            pickle.dump(pickle.dumps((method, arguments)), requests)  # twice, see the worker
+            requests.flush()
+            reply: dict[str, Any] = pickle.load(replies)
+        except (EOFError, OSError, pickle.UnpicklingError):
             raise NativeError(
                 f"the process of {self.name!r} ended with code {self._process.wait()} ({self._last_words()}); if "
                 "memory is short, use smaller --contexts"
@@ -104,7 +105,8 @@ class Worker:
         return reply
 
     def _read_log(self) -> str:
-        return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode("utf-8", "replace")
+        self._log.seek(0)  # the place is the worker's too, and at the end again when all is read
+        return self._log.read().decode("utf-8", "replace")
 
     def _last_words(self) -> str:
         lines = self._read_log().strip().splitlines()

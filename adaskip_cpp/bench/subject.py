@@ -13,7 +13,7 @@ from ..calibration.calibrate import calibrate
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..measuring import corpus
-from ..measuring.cores import BUSY
+from ..measuring.cores import is_busy, load_average
 from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -32,7 +32,7 @@ def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
         quantisation = file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
         quantisation = "unknown"
-    load = os.getloadavg()[0]
+    load = load_average()
     return {
         "model": llm.metadata.get("general.name") or os.path.basename(llm.model_path),
         "file": os.path.basename(llm.model_path),
@@ -45,8 +45,8 @@ def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
         "llama_cpp_python": metadata.version("llama-cpp-python"),
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()}",
-        "load_average": round(load, 2),
-        "busy": load > BUSY,
+        "load_average": None if load is None else round(load, 2),
+        "busy": is_busy(load),
     }
 
 

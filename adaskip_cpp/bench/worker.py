@@ -1,25 +1,22 @@
 """One contender of a benchmark: a process that holds a model and times requests when it is told to.
 
 Run by its path, never as a module of the package: it imports adaskip_cpp only where ours is asked for, so that stock
-llama-cpp-python runs on its own libllama. Requests and replies are pickled, on a pipe that the parent has made. The
-process ends where the pipe does, in the middle of a request too: with its parent.
+llama-cpp-python runs on its own libllama. Requests come pickled on stdin, replies go to stdout. The process ends where
+stdin does, in the middle of a request too: with its parent.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import pickle
 import queue
-import resource
 import runpy
 import signal
 import sys
 import threading
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _TIMING = runpy.run_path(str(Path(__file__).parents[1] / "measuring" / "timing.py"), run_name="timing")
 
@@ -66,7 +63,7 @@ class _Contender:
         return {**result, "usage": usage}
 
 
-def _peak_bytes() -> int:
+def _peak_bytes() -> int | None:
     try:
         # Linux keeps ru_maxrss across exec, so it may be the parent's; this is of the program alone.
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -74,22 +71,31 @@ def _peak_bytes() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    if sys.platform == "win32":
+        return None
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _read(parent: Connection, requests: queue.SimpleQueue[bytes]) -> None:
+def _read(parent: IO[bytes], requests: queue.SimpleQueue[bytes]) -> None:
     try:
         while True:
-            requests.put(parent.recv_bytes())
+            requests.put(pickle.load(parent))  # bytes: what is in them is unpickled where a failure is told
     except (EOFError, OSError):
         os._exit(0)
 
 
-def main(side: str, pipe: int) -> None:
+def main(side: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-    parent, contender = Connection(pipe), _Contender(side)
+    asked, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    # Whatever else is printed is no reply. And libraries look at stdin when they are loaded: on Windows they would wait
+    # for the thread that reads from it.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    contender = _Contender(side)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(parent, requests), daemon=True).start()
+    threading.Thread(target=_read, args=(asked, requests), daemon=True).start()
     while True:
         request = requests.get()
         try:
@@ -97,9 +103,9 @@ def main(side: str, pipe: int) -> None:
             reply = getattr(contender, method)(*arguments)
         except Exception as error:
             reply = {"error": str(error), "class": type(error).__name__}
-        ctypes.CDLL(None).fflush(None)  # what llama.cpp has to say is then in the log before the reply is read
-        parent.send(reply)
+        pickle.dump(reply, replies)
+        replies.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1])

@@ -97,9 +97,11 @@ def _print_configuration(out: Console, result: BenchResult, about: dict[str, Any
     if NO_PLAN in result.times.contenders and STOCK in result.times.contenders:
         lines.append(f"{NO_PLAN}: the whole model, without what stock computes of a prompt and nobody reads.")
     lines += [f"{name}: {_skipped(plan)}; compensation {plan.compensation}" for name, plan in result.plans.items()]
+    load = about["load_average"]
     lines.append(
         "Every contender in a process of its own, a new one each round, in turn, in reverse every second round; "
-        f"{settings.n_decode} tokens decoded behind each prompt; load average before {about['load_average']:.2f}."
+        f"{settings.n_decode} tokens decoded behind each prompt"
+        + ("." if load is None else f"; load average before {load:.2f}.")
     )
     out.print("\n".join(lines), style="dim", soft_wrap=True)
 

@@ -1,8 +1,10 @@
 """``adaskip-cpp chat``: talk to a model, with or without skipping."""
 
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -21,13 +23,13 @@ from ..planning.strategies import make_plan
 from .plan import print_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
 from .report import first_token_line, skipped_counts, skipped_words
-from .terminal import Running, answer_options, console, open_quietly, option, users_error, verb
+from .terminal import Running, answer_options, console, is_broken_pipe, open_quietly, option, users_error, verb
 
 _HELP = """\
 /reset   begin a new conversation
 /plan    show what is skipped
 /skip N  skip N sublayers from now on (with a profile)
-/quit    leave; Ctrl-D does too, Ctrl-C stops an answer
+/quit    leave; Ctrl-D does too (Windows: Ctrl-Z), Ctrl-C stops an answer
 In the lines below an answer, /s is tokens per second, and 12+3 is 12 sublayers
 of the plan and 3 FFNs that this answer added."""
 
@@ -124,7 +126,7 @@ class _Talk:
         llm = self.conversation.llm
         if sys.stdin.isatty():
             skips = "the full model" if llm.plan is None or llm.plan.is_whole else skipped_words(llm.plan)
-            self.tell(f"Chatting with {skips}. /help lists the commands, Ctrl-D leaves.")
+            self.tell(f"Chatting with {skips}. /help lists the commands, /quit leaves.")
         for text in _messages():
             try:
                 if not text.startswith("/"):
@@ -133,10 +135,8 @@ class _Talk:
                     return
                 else:
                     self.command(*text.split())
-            except BrokenPipeError:
-                raise
             except Exception as error:
-                if (line := users_error(error)) is None:
+                if is_broken_pipe(error) or (line := users_error(error)) is None:
                     raise
                 self.tell(f"Error: {' '.join(line.split())}", style="")
 
@@ -209,16 +209,21 @@ class _Talk:
 
 def _messages() -> Iterator[str]:
     """What is typed or piped, a message a line, until its end. Ctrl-C drops a line that is being typed."""
+    read: Callable[[], str]
     interactive = sys.stdin.isatty()
     if interactive:
-        import readline  # noqa: F401  (gives input() its line editing and history)
+        with contextlib.suppress(ImportError):  # Windows has none, and its console does the same
+            import readline  # noqa: F401  (gives input() its line editing and history)
+        read = functools.partial(input, "> ")
+    else:
+        read = click.open_file("-", encoding="utf-8").readline
     while True:
         try:
-            line = input("> ") if interactive else sys.stdin.readline()
+            line = read()
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            click.echo("\n(Ctrl-D or /quit leaves)", err=True)
+            click.echo("\n(/quit leaves)", err=True)
             continue
         except EOFError:
             click.echo(err=True)

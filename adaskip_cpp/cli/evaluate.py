@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import subprocess
+import sys
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from ..evaluation import conditions, contenders, figures, items, report, results
 from ..evaluation.evaluate import run
 from ..evaluation.results import Results
 from ..evaluation.tables import summary
-from ..measuring.cores import BUSY
+from ..measuring.cores import is_busy, load_average
 from ..measuring.synthetic import TASKS
 from ..model.plan import MODES
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
@@ -120,14 +122,15 @@ def evaluate(model: str, profile_path: str, output: str, running: Running, as_js
         return open_quietly(model, n_ctx, running, logits_all=logits_all)
 
     work, notes, words, settings = items.prepare(model, profile, options, open_model)
-    command = shlex.join(["adaskip-cpp", "evaluate", *context.meta["arguments"]])
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    command = join(["adaskip-cpp", "evaluate", *context.meta["arguments"]])
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts = {"started": started, "command": command, "load_average": os.getloadavg()[0]}
+    facts = {"started": started, "command": command, "load_average": load_average()}
     err = console(stderr=True)
     interrupted = False
     with store.open_store(output, settings, facts) as kept:
         load = kept.facts["load_average"]
-        if work.speed_prompt and load > BUSY:
+        if work.speed_prompt and is_busy(load):
             notes.append(
                 f"The load average was {load:.1f} at the beginning: unless that came from what you ran before, other "
                 "programs disturb the speeds."

@@ -1,6 +1,7 @@
 """What the verbs of the command line share: help in groups, one-line errors, the options of a model, loading one."""
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -83,7 +84,7 @@ class Verbs(click.Group):
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
         try:
-            with _interruptible():
+            with _interruptible(), _printable():
                 code = super().main(args, standalone_mode=False, **extra)
         except click.UsageError as error:
             help_ = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
@@ -92,14 +93,21 @@ class Verbs(click.Group):
             _fail(error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
-        except BrokenPipeError:  # nobody reads on, as behind `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
         except Exception as error:
+            if is_broken_pipe(error):  # nobody reads on, as behind `| head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(1)
             if (line := users_error(error)) is None:
                 raise
             _fail(line, 1)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def is_broken_pipe(error: Exception) -> bool:
+    """Whether nobody reads what is printed any more; Windows calls that an invalid argument."""
+    return isinstance(error, BrokenPipeError) or (
+        sys.platform == "win32" and isinstance(error, OSError) and (error.errno, error.filename) == (errno.EINVAL, None)
+    )
 
 
 def users_error(error: Exception) -> str | None:
@@ -142,6 +150,23 @@ def _interruptible() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
+@contextlib.contextmanager
+def _printable() -> Iterator[None]:
+    """Let stdout escape what its encoding lacks, as stderr does: models write in all languages, and Windows' pipes not.
+
+    UTF-8 lacks what the name of a file may have that is none.
+    """
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper) or out.errors != "strict":
+        yield
+        return
+    out.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        out.reconfigure(errors="strict")
+
+
 def _raise_again(unraisable: Any) -> None:
     """Interrupt once more where Ctrl-C landed in a call from C or from a destructor, out of which nothing is raised."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
@@ -163,7 +188,13 @@ def console(*, stderr: bool = False) -> Console:
 def save_svg(path: str, title: str) -> Iterator[Console]:
     """Yield a console; what is printed on it becomes an SVG without references to the network."""
     out = Console(
-        file=io.StringIO(), highlight=False, record=True, width=80, force_terminal=True, color_system="truecolor"
+        file=io.StringIO(),
+        highlight=False,
+        record=True,
+        width=80,
+        force_terminal=True,
+        color_system="truecolor",
+        legacy_windows=False,
     )
     yield out
     write_atomically(path, re.sub(r"@font-face \{.*?\}\s*", "", out.export_svg(title=title), flags=re.DOTALL))

@@ -1,6 +1,7 @@
 """Our libllama opened through cffi, with the declarations of native/adaskip.h as they are."""
 
 import re
+import sys
 from typing import Any
 
 from cffi import FFI
@@ -31,6 +32,19 @@ def check_build(lib: Any) -> None:
         )
 
 
+class Libraries:
+    """The functions of several libraries, each from the first that has it."""
+
+    def __init__(self, *libraries: Any) -> None:
+        self._libraries = libraries
+
+    def __getattr__(self, name: str) -> Any:
+        for library in self._libraries:
+            if hasattr(library, name):
+                return getattr(library, name)
+        raise AttributeError(name)
+
+
 ffi = FFI()
 ffi.cdef(_declarations(_library.header().read_text(encoding="utf-8")))
 ffi.cdef("""
@@ -42,4 +56,6 @@ ffi.cdef("""
 """)
 # llama_cpp has opened this very file; the loader hands out the same library again.
 lib: Any = ffi.dlopen(str(_library.path()))
+if sys.platform == "win32":  # elsewhere a library also shows the functions of those that it depends on
+    lib = Libraries(lib, ffi.dlopen("ggml.dll"), ffi.dlopen("ggml-base.dll"))
 check_build(lib)

@@ -18,7 +18,9 @@ from ..errors import ImportOrderError, LibraryError, LibraryMissingError, Librar
 
 _REINSTALL = "pip install --force-reinstall --no-deps adaskip-cpp"
 _VARIABLE = "LLAMA_CPP_LIB_PATH"
-_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+_NAME = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
+_SEARCH_BESIDE = 8  # LOAD_WITH_ALTERED_SEARCH_PATH
+"""Windows looks for what a library needs in that one's own folder and then in PATH, as for llama_cpp's libraries."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class BuildInfo:
 
 def path() -> Path:
     """Absolute path of our libllama; a LibraryMissingError if this installation has none."""
-    return _find(f"lib/libllama{_SUFFIX}")
+    return _find("lib/" + _NAME.format("llama"))
 
 
 def header() -> Path:
@@ -84,12 +86,13 @@ def _loaded() -> str | None:
 
 def _preload_ggml() -> None:
     # Our RUNPATH finds ggml where llama_cpp is our neighbour. It is not with a user's or a system's site-packages
-    # beside a virtual environment's; a ggml that is loaded already is found in any case, by its SONAME.
+    # beside a virtual environment's, and Windows has none; a ggml that is loaded already is found in any case, by its
+    # SONAME, there by its file's name.
     spec = importlib.util.find_spec("llama_cpp")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        library = Path(folder, "lib", f"libggml{_SUFFIX}")
+        library = Path(folder, "lib", _NAME.format("ggml"))
         if library.is_file():
-            ctypes.CDLL(str(library))
+            ctypes.CDLL(str(library), winmode=_SEARCH_BESIDE)
 
 
 def _load() -> None:

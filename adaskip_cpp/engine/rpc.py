@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["add_rpc_server", "register_rpc_server", "supports_rpc"]
@@ -20,17 +21,24 @@ _added: set[str] = set()
 
 @cache
 def _ggml() -> Any:
-    """The functions of the ggml in this process, through the libllama that depends on it."""
+    """The functions of the ggml in this process, through the libllama that depends on it.
+
+    On Windows a library shows its own functions alone, and these are of two.
+    """
     import llama_cpp
 
-    ggml = llama_cpp.llama_cpp._lib
+    libraries = [llama_cpp.llama_cpp._lib]
+    if sys.platform == "win32":
+        libraries = [ctypes.CDLL(name) for name in ("ggml.dll", "ggml-base.dll")]
+    ggml = SimpleNamespace()
     for name, types in {
         "ggml_backend_reg_by_name": [ctypes.c_char_p],
         "ggml_backend_reg_get_proc_address": [ctypes.c_void_p, ctypes.c_char_p],
         "ggml_backend_register": [ctypes.c_void_p],
     }.items():
-        function = getattr(ggml, name)
+        function = next(getattr(each, name) for each in libraries if hasattr(each, name))
         function.argtypes, function.restype = types, ctypes.c_void_p
+        setattr(ggml, name, function)
     return ggml
 
 

@@ -7,8 +7,8 @@ in between leaves settings without results here, whose results are then found un
 """
 
 import contextlib
-import fcntl
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -18,8 +18,20 @@ from typing import Any, TypeAlias
 import msgspec
 
 from ..errors import DataError
-from ..files import content_hash, json_text, write_atomically, write_error
+from ..files import content_hash, json_text, replace, write_atomically, write_error
 from ..measuring.timing import RequestTime
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: int) -> None:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock(file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 
 Key: TypeAlias = tuple[str, str, str]
 """Item, contender and measure: what a result is of."""
@@ -102,7 +114,7 @@ def open_store(
     folder.mkdir(parents=True, exist_ok=True)
     with _opened(folder / ".lock", "wb") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock.fileno())
         except OSError as error:
             raise DataError(
                 f"another evaluation is writing into {os.fspath(folder)!r}; wait for it or choose another folder"
@@ -158,7 +170,7 @@ def _aside(paths: Sequence[Path], header: _Header) -> list[Path]:
 def _move(paths: Sequence[Path], targets: Sequence[Path]) -> None:
     for path, target in zip(paths, targets, strict=True):
         with contextlib.suppress(FileNotFoundError):
-            os.replace(path, target)
+            replace(path, target)
 
 
 def _read_header(path: Path) -> _Header:

@@ -3,10 +3,22 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-BUSY = 0.5
-"""Load average of a minute, in CPUs, from which a machine counts as busy: other programs disturb what is timed."""
+_BUSY = 0.5
+"""Load average from which a machine counts as busy: other programs disturb what is timed."""
+
+
+def load_average() -> float | None:
+    """Return that of the last minute, in CPUs; None where the system keeps none, as Windows."""
+    if sys.platform == "win32":
+        return None
+    return os.getloadavg()[0]
+
+
+def is_busy(load: float | None) -> bool:
+    return load is not None and load > _BUSY
 
 
 def physical_cores() -> int:
@@ -16,13 +28,13 @@ def physical_cores() -> int:
     cores: on Apple Silicon only performance cores count.
     """
     if sys.platform == "linux":
-        return _linux()
+        return _linux(os.sched_getaffinity(0))
     return (_darwin() if sys.platform == "darwin" else None) or max((os.cpu_count() or 2) // 2, 1)
 
 
-def _linux() -> int:
+def _linux(cpus: Iterable[int]) -> int:
     cores = set()
-    for cpu in os.sched_getaffinity(0):
+    for cpu in cpus:
         try:
             cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:

@@ -7,6 +7,7 @@ from types import FrameType
 
 import uvicorn
 from sse_starlette.sse import AppStatus
+from uvicorn.server import HANDLED_SIGNALS
 
 from ..errors import DataError
 from .middleware import App
@@ -69,7 +70,7 @@ def run(
         """
         server.should_exit = True
 
-    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, end) for each in HANDLED_SIGNALS}
     try:
         on_ready()
         server.run(sockets=[listener])
