@@ -17,13 +17,14 @@ class _Mallinfo2(ctypes.Structure):
     ]
 
 
-_libc = ctypes.CDLL(None)
+_libc = ctypes.CDLL(None) if os.name == "posix" else None
 CAN_MEASURE = hasattr(_libc, "mallinfo2")  # glibc 2.33
 
 
 def malloc_bytes() -> int:
     """Bytes in use: of C and C++, and of Python's objects above 512 bytes."""
     gc.collect()
+    assert _libc is not None
     _libc.mallinfo2.restype = _Mallinfo2
     info = _libc.mallinfo2()
     return int(info.uordblks + info.hblkhd)
@@ -32,5 +33,6 @@ def malloc_bytes() -> int:
 def resident_bytes() -> int:
     """Resident memory after malloc returned to the system what it holds free."""
     gc.collect()
+    assert _libc is not None
     _libc.malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

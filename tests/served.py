@@ -20,6 +20,9 @@ from adaskip_cpp import SkipPlan
 BULK_PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
 """A plan for a tiny model of three layers."""
 
+END: int = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
+"""The signal that asks a server to end; on Windows SIGTERM does not ask."""
+
 _RUN = "from adaskip_cpp.cli.main import main; main()"
 
 
@@ -45,9 +48,9 @@ class Server:
         found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
         return sum(map(float, found))
 
-    def stop(self, signal_: int = signal.SIGTERM, timeout: float = 60) -> int:
+    def stop(self, timeout: float = 60) -> int:
         """End it by a signal, and return its exit code."""
-        self.process.send_signal(signal_)
+        self.process.send_signal(END)
         return self.process.wait(timeout)
 
 
@@ -55,7 +58,8 @@ class Server:
 def serving(model: Path, *options: str) -> Iterator[Server]:
     """Start a server on a free port with one thread; when the context is left it is ended, if it still runs."""
     command = [sys.executable, "-c", _RUN, "serve", str(model), "--port", "0", "--threads", "1", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows sends signals to groups alone
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, creationflags=group)
     assert process.stderr is not None
     lines: list[str] = []
     text = ""

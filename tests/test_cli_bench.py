@@ -232,14 +232,21 @@ def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path, t
 def test_without_plans_stock_and_ours_are_compared_and_a_busy_machine_is_warned_of(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0, 0))
+    monkeypatch.setattr(subject, "load_average", lambda: 2.5)
     result = run(tiny(), *ONCE)
     assert result.exit_code == 0 and "Warning: the load average is 2.5" in result.stderr
     for words in ("Time to first token, prompt of 16 tokens, 1 round", "measured once", "stock", "no plan", "F16/F16"):
         assert words in result.stdout
     assert "ideal" not in result.stdout and "nan" not in result.stdout
-    monkeypatch.setattr("os.getloadavg", lambda: (0.05, 0, 0))
+    monkeypatch.setattr(subject, "load_average", lambda: 0.05)
     assert "Warning" not in run(tiny(), *QUICK).stderr
+
+
+def test_a_system_without_a_load_average_tells_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "load_average", lambda: None)
+    result = run(tiny(), *ONCE)
+    assert result.exit_code == 0 and "tokens decoded behind each prompt.\n" in result.stdout
+    assert "load average" not in result.output
 
 
 Second = Callable[[Callable[[], object]], None]

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("resource", reason="every model is opened in a fork, with a limit of memory")
 from fuzz_targets import TARGETS
 
 HERE = Path(__file__).parent

@@ -182,6 +182,13 @@ def test_the_command_says_in_one_line_that_its_installation_is_broken(
     assert line.startswith("Error: ") and said in line and "pip install" in line
 
 
+def test_the_command_of_windows_says_so_too(copy: Path) -> None:
+    (copy / "lib" / "build.json").unlink()
+    script = SCRIPT.replace("/usr/bin/adaskip-cpp", r"C:\\Scripts\\adaskip-cpp.exe")
+    (line,) = run(BY_PATH + script, copy.parent).stderr.splitlines()
+    assert line.startswith("Error: ") and "build.json" in line
+
+
 def test_the_command_shows_where_a_mistake_of_ours_is(copy: Path) -> None:
     (copy / "errors.py").write_text("from . import nothing_of_this_name\n")
     result = run(BY_PATH + SCRIPT, copy.parent)

@@ -93,6 +93,7 @@ def test_ctrl_c_in_a_callback_from_c_still_ends_the_verb() -> None:
     assert (result.exit_code, result.stderr.strip()) == (130, "Error: interrupted")
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
 def test_a_server_that_is_just_starting_hears_ctrl_c() -> None:
     pytest.importorskip("uvicorn")
     from adaskip_cpp.serving.queue import FairQueue

@@ -62,7 +62,7 @@ def browser() -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(BROWSER)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has none
+    sandbox = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # root has none
     for argument in ("--headless=new", "--disable-dev-shm-usage", "--disable-background-networking", *sandbox):
         options.add_argument(argument)
     with webdriver.Chrome(options, webdriver.ChromeService(DRIVER)) as opened:

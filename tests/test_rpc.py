@@ -53,6 +53,7 @@ def test_a_server_that_is_added_again_is_there_once(rpc_servers: list[str]) -> N
 
 
 @with_rpc
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks the server")
 def test_another_kind_of_server_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"

@@ -1,7 +1,6 @@
 """``adaskip-cpp serve`` as its clients see it: a real process, the openai client, and what must be refused."""
 
 import json
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
-from served import BULK_PLAN, Server, serving
+from served import BULK_PLAN, END, Server, serving
 
 from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL
@@ -326,7 +325,7 @@ def test_sigterm_lets_the_running_answer_finish_and_turns_others_away(served_mod
             other.start()
             while ending.metric("adaskip_queue_waiting") == 0:
                 time.sleep(0.01)
-            ending.process.send_signal(signal.SIGTERM)
+            ending.process.send_signal(END)
             text = list(lines)
         assert any('"finish_reason":"length"' in line for line in text)
         assert ending.process.wait(60) == 0

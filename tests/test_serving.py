@@ -1,6 +1,7 @@
 """The parts of the server, each by itself: the queue, what was read before, log-probabilities, bodies and plans."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_files_outlast_the_process_within_their_bounds(tmp_path: Path) -> None:
     first.close()
     files = sorted((tmp_path / "new" / "folder").iterdir())
     assert sum(path.stat().st_size for path in files) <= 500 and len(files) < 6
-    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+    assert os.name != "posix" or all(path.stat().st_mode & 0o077 == 0 for path in files)
     second = PrefixCache(100, 500, tmp_path / "new" / "folder")
     entry, n = second.find({"a"}, ids(5, 5, 7))
     assert entry is not None and n == 2 and entry.state is None and second.take(entry) == b"\5" * 10

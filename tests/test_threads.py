@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def use(model: Any, plans: Plans, elided: bool, seed: int) -> Results:
 @contextmanager
 def unordered() -> Iterator[None]:
     """Between the calls of two threads lies Python's lock; ThreadSanitizer, if it runs, takes no order from that."""
-    process = ctypes.CDLL(None)
+    process = ctypes.CDLL(None) if os.name == "posix" else None
     is_watched = hasattr(process, "AnnotateIgnoreSyncBegin")
     if is_watched:
         process.AnnotateIgnoreSyncBegin(None, 0)
