@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from releases import TABLE, Release, read_table
 
@@ -75,8 +76,10 @@ def fetch(release: Release, directory: Path) -> Path:
 def apply_patches(root: Path, patches: list[Path]) -> None:
     """Applies ``patches`` (paths inside them start with a/ and b/) to the tree ``root``, in order.
 
+    The lines of a hunk may be anywhere in their file, but exactly as they are, and once.
+
     Raises:
-        SourceError: a hunk does not match exactly; ``root`` is then left half patched.
+        SourceError: a hunk's lines are not there, or more than once; ``root`` is then left half patched.
     """
     if not patches:
         return
@@ -94,8 +97,11 @@ def apply_patches(root: Path, patches: list[Path]) -> None:
         patch_ng.logger.addHandler(handler)
         try:
             patch_set = patch_ng.fromfile(str(path))
-            applied = patch_set is not False and len(patch_set) > 0 and patch_set.apply(root=str(root))
-        except OSError as error:
+            applied = patch_set is not False and len(patch_set) > 0
+            if applied:
+                _locate_hunks(patch_set, root)
+                applied = patch_set.apply(root=str(root))
+        except (OSError, ValueError) as error:
             applied, records = False, [str(error)]
         finally:
             patch_ng.logger.removeHandler(handler)
@@ -105,6 +111,19 @@ def apply_patches(root: Path, patches: list[Path]) -> None:
                 f"patch {path.name} does not apply to llama.cpp ({reason}); regenerate it for the release that is "
                 "built for, as patches/README.md says."
             )
+
+
+def _locate_hunks(patch_set: Any, root: Path) -> None:
+    """Gives each hunk the line where its lines are, as patch-ng looks nowhere else."""
+    for item in patch_set:
+        name = item.source.decode().removeprefix("a/")
+        lines = (root / name).read_bytes().splitlines()
+        for hunk in item.hunks:
+            before = [line[1:].rstrip(b"\r\n") for line in hunk.text if line[:1] in (b" ", b"-")]
+            starts = [i for i in range(len(lines)) if lines[i : i + len(before)] == before]
+            if len(starts) > 1:
+                raise ValueError(f"the lines of the hunk at line {hunk.startsrc} are in {name} {len(starts)} times")
+            hunk.startsrc = starts[0] + 1 if starts else hunk.startsrc
 
 
 def prepare(release: Release, patch_directory: Path, work: Path, sdist: Path | None = None) -> Path:

@@ -1,5 +1,6 @@
 #include "adaskip-context.h"
 
+#include "adaskip-llama.h"
 #include "adaskip-pass.h"
 
 #include "llama-context.h"
@@ -86,8 +87,8 @@ static void drop_outputs(adaskip_pass & pass, const llm_graph_result & res, cons
         pass.drop(t);
     }
     for (const auto * ts : { &res.t_sampled, &res.t_sampled_probs, &res.t_sampled_logits, &res.t_candidates }) {
-        for (const auto * t : *ts) {
-            pass.drop(t);
+        for (const auto & t : *ts) {
+            pass.drop(adaskip_sampled(t));
         }
     }
     if (res.t_h_nextn && cparams.embeddings_nextn && !cparams.embeddings_nextn_masked) {

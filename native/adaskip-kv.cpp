@@ -1,5 +1,7 @@
 #include "adaskip-kv.h"
 
+#include "adaskip-llama.h"
+
 #include "llama-hparams.h"
 #include "llama-io.h"
 #include "llama-kv-cache.h"
@@ -49,16 +51,20 @@ const llama_kv_cache * adaskip_kv::cache_of(const ggml_tensor * k) const {
     return nullptr;
 }
 
+const llama_kv_cells & adaskip_kv::cells_of(const llama_kv_cache * cache, llama_seq_id seq_id) {
+    return cache->v_cells[cache->seq_to_stream.at(seq_id)];
+}
+
 llama_pos adaskip_kv::first_unreadable(llama_seq_id seq_id, const std::function<bool(uint64_t)> & is_readable) const {
     llama_pos res = std::numeric_limits<llama_pos>::max();
 
     for (const auto * cache : caches) {
-        const auto & cells = cache->get_cells(seq_id);
+        const auto & cells = cells_of(cache, seq_id);
         if (cells.set_counts().all_of(seq_id, is_readable)) {
             continue;
         }
-        for (const auto & [pos, i] : cells.seq_pos_get(seq_id)) {
-            if (!is_readable(cells.ext_get(i).set_id)) {
+        for (const auto & [pos, i] : adaskip_seq_pos(cells, seq_id)) {
+            if (!is_readable(cells.set_id_get(i))) {
                 res = std::min(res, pos);
                 break;
             }

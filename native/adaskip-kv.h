@@ -15,6 +15,7 @@ struct llama_hparams;
 class llama_io_read_i;
 class llama_io_write_i;
 class llama_kv_cache;
+class llama_kv_cells;
 class llama_memory_recurrent;
 
 // Which positions of a context's memory may be read.
@@ -38,6 +39,15 @@ private:
     std::map<std::pair<llama_seq_id, uint64_t>, uint32_t> counts;
 };
 
+// What llama.cpp keeps beside the position of a cell, and saves, with the skip set that the cell was computed under.
+template <typename T> struct adaskip_cell_ext : T {
+    uint64_t set_id = 0;
+
+    using T::operator=; // leaves set_id as it is
+
+    void reset() { *this = adaskip_cell_ext{}; }
+};
+
 // The memory of one context: every KV cache and every recurrent memory in it, of whatever kind the whole is.
 struct adaskip_kv {
     uint64_t set_id = 0; // of what is computed next
@@ -49,6 +59,9 @@ struct adaskip_kv {
 
     // the cache that holds this tensor of K, null if there is none
     const llama_kv_cache * cache_of(const ggml_tensor * k) const;
+
+    // the cells of a cache that hold the sequence
+    static const llama_kv_cells & cells_of(const llama_kv_cache * cache, llama_seq_id seq_id);
 
     // the first position of the sequence whose set does not satisfy f, INT32_MAX where there is none; 0 if it went into
     // a recurrent state, which cannot be rewound

@@ -4,6 +4,7 @@
 
 #include "adaskip-context.h"
 #include "adaskip-error.h"
+#include "adaskip-llama.h"
 
 #include "llama-impl.h"
 

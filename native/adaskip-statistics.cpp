@@ -2,6 +2,7 @@
 
 #include "adaskip-statistics.h"
 
+#include "adaskip-llama.h"
 #include "adaskip-pass.h"
 
 #include "ggml-backend.h"

@@ -18,8 +18,8 @@ struct adaskip_tensors {
     ggml_context_ptr           ctx;
 };
 
-// Counts what holds buffers on devices, whenever one such thing is gone. An rpc-server forgets its last graph with every
-// buffer that it frees, and ends a client that has it computed once more; so no graph is reused after that.
+// Counts what holds buffers on devices, whenever one such thing is gone. An rpc-server forgets its last graph with
+// every buffer that it frees, and ends a client that has it computed once more; so no graph is reused after that.
 struct adaskip_freed {
     static std::atomic<int64_t> n;
 

@@ -1,6 +1,7 @@
 #include "adaskip-window.h"
 
 #include "adaskip-error.h"
+#include "adaskip-llama.h"
 
 #include "llama-kv-cache.h"
 
@@ -107,8 +108,9 @@ public:
 
         std::vector<int32_t>   ids;
         std::vector<llama_pos> positions;
-        const auto &           pairs = cache->get_cells(ubatch->seq_id[0][0]).seq_pos_get(ubatch->seq_id[0][0]);
-        const auto             take  = [&](llama_pos from, llama_pos to) {
+        const llama_seq_id     seq_id = ubatch->seq_id[0][0];
+        const auto &           pairs  = adaskip_seq_pos(adaskip_kv::cells_of(cache, seq_id), seq_id);
+        const auto             take   = [&](llama_pos from, llama_pos to) {
             for (auto it = pairs.lower_bound({ from, 0 }); it != pairs.end() && it->first < to; ++it) {
                 positions.push_back(it->first);
                 ids.push_back((int32_t) it->second);

@@ -34,6 +34,14 @@ PATCH = """A reason.
  third
 """
 
+TWICE = """---
+--- a/src/twice.cpp
++++ b/src/twice.cpp
+@@ -1,1 +1,2 @@
+ same
++inserted
+"""
+
 # Written out by hand: what is installed, and what the table lists, is not what these tests are about.
 TABLE = [releases.Release("2.1", "b" * 64), releases.Release("2.0", "a" * 64)]
 
@@ -341,7 +349,13 @@ def tiny_sources(tmp_path: Path) -> Callable[..., Path]:
     """Prepares the sources of a tiny sdist under patches (contents by name), ``own`` being its release's folder."""
     sdist = tmp_path / "tiny.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
-        files = {"CMakeLists.txt": "", "src/one.cpp": "first\nsecond\nthird\n", "src/two.cpp": "", "docs/left_out": ""}
+        files = {
+            "CMakeLists.txt": "",
+            "src/one.cpp": "first\nsecond\nthird\n",
+            "src/two.cpp": "",
+            "src/twice.cpp": "same\nother\nsame\n",
+            "docs/left_out": "",
+        }
         for name, content in files.items():
             member = tarfile.TarInfo(f"llama_cpp_python-1.0/vendor/llama.cpp/{name}")
             member.size = len(content)
@@ -366,7 +380,13 @@ def tiny_sources(tmp_path: Path) -> Callable[..., Path]:
 def test_sources_hold_only_what_is_built(tiny_sources: Callable[..., Path]) -> None:
     root = tiny_sources()
     names = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    assert names == {"CMakeLists.txt", "src/one.cpp", "src/two.cpp"}
+    assert names == {"CMakeLists.txt", "src/one.cpp", "src/two.cpp", "src/twice.cpp"}
+
+
+def test_a_hunk_is_applied_where_its_lines_are(tiny_sources: Callable[..., Path]) -> None:
+    before = PATCH.replace("@@ -1,3 +1,4 @@\n first\n+inserted\n second\n", "@@ -1,1 +1,3 @@\n+above\n+above\n first\n")
+    root = tiny_sources(a=before.replace(" third\n", ""), b=PATCH)
+    assert (root / "src/one.cpp").read_text() == "above\nabove\nfirst\ninserted\nsecond\nthird\n"
 
 
 def test_patches_are_applied_in_order(tiny_sources: Callable[..., Path]) -> None:
@@ -398,11 +418,11 @@ def test_changed_patches_touch_only_what_they_change(tiny_sources: Callable[...,
     [
         PATCH.replace("second", "other"),
         PATCH.replace("one.cpp", "none.cpp"),
-        PATCH.replace("@@ -1,3 +1,4 @@", "@@ -2,3 +2,4 @@"),
+        TWICE,
         "no patch at all\n",
         "",
     ],
-    ids=["context differs", "no such file", "line differs", "not a patch", "empty"],
+    ids=["context differs", "no such file", "lines twice", "not a patch", "empty"],
 )
 def test_patch_that_does_not_apply_is_named_and_leaves_the_sources(
     tiny_sources: Callable[..., Path], patch: str
