@@ -1,5 +1,6 @@
 """adaskip_cpp.planning.profile: planning in every mode and for a speed-up, and the files."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -613,10 +614,10 @@ def test_a_failed_save_keeps_the_old_files_and_leaves_no_others(
 
 
 def symlink(link: Path, target: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):
         link.symlink_to(target)
-    except OSError as error:
-        pytest.skip(f"no symbolic links here: {error}")
+    if not link.is_symlink():
+        pytest.skip("no symbolic links here")
 
 
 def test_a_save_follows_a_link_and_replaces_no_device(example: Profile, tmp_path: Path) -> None:
@@ -781,6 +782,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(mapped: Profile, tmp_pa
     refused(tmp_path / "p.json")
 
 
+@pytest.mark.skipif(not os.path.isabs(os.devnull), reason="devices are no files here")
 def test_a_device_is_refused(example: Profile, tmp_path: Path) -> None:
     example.save(tmp_path / "p.json")
     (tmp_path / "p.bin").unlink()
