@@ -117,6 +117,7 @@ def _sizes(log: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     if kv := re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log):
         sizes["kv_bytes"] = round(sum(map(float, kv)) * 2**20)
-    if nodes := re.findall(r"graph: nodes = (\d+)", log):
+    # Where a prompt's graph and a token's have the same; up to llama-cpp-python 0.3.35 in a line of its own.
+    if nodes := re.findall(r"graph:? nodes += (\d+)(?:,|$)", log, re.MULTILINE):
         sizes["nodes_full"] = sizes["nodes"] = int(nodes[-1])
     return sizes

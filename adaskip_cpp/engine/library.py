@@ -25,7 +25,10 @@ _SEARCH_BESIDE = 8  # LOAD_WITH_ALTERED_SEARCH_PATH
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What libllama was built from: the versions of what is in llama-cpp-python's sdist, and of ggml linked to."""
+    """What libllama was built from: the versions of what is in llama-cpp-python's sdist, and of ggml linked to.
+
+    ``llama_cpp`` is empty where llama.cpp had no version yet, up to llama-cpp-python 0.3.34.
+    """
 
     llama_cpp_python: str
     sdist_sha256: str
