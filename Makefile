@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-backends | test-cuda | test-asan | test-tsan | soak | fuzz | lint | format | clean
+# make demo | test | test-fast | test-backends | test-cuda | test-asan | test-tsan | soak | fuzz | wheels | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -36,7 +36,7 @@ define sanitized
   cat $(call BUILD,$(VENV)-$(1))/report.* 2>/dev/null && status=1; exit $$status
 endef
 
-.PHONY: demo test test-fast test-backends test-cuda test-asan test-tsan soak fuzz lint format clean
+.PHONY: demo test test-fast test-backends test-cuda test-asan test-tsan soak fuzz wheels lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -91,6 +91,27 @@ fuzz: $(VENV)/installed-dev $(VENV)/atheris
 	    -rss_limit_mb=0 -keep_seed=1 -artifact_prefix=$$found/ $$found/corpus tests/seeds/$$target || exit 1; \
 	done
 
+# Wheels of all platforms into dist/, compiled by zig on Linux, each with tests/native_smoke.c in build/wheels. A platform
+# takes 10 minutes of a core; make wheel-win_amd64 builds one. Behind the tags is what zig compiles for.
+ZIG_manylinux_2_17_x86_64  := x86_64-linux-gnu.2.17
+ZIG_manylinux_2_17_aarch64 := aarch64-linux-gnu.2.17
+ZIG_macosx_11_0_arm64      := aarch64-macos.11.0
+ZIG_macosx_10_15_x86_64    := x86_64-macos.10.15
+ZIG_win_amd64              := x86_64-windows-gnu
+wheels:
+	@failed=; for tag in $(patsubst ZIG_%,%,$(sort $(filter ZIG_%,$(.VARIABLES)))); do \
+	  $(MAKE) --no-print-directory wheel-$$tag || failed="$$failed $$tag"; \
+	done; [ -z "$$failed" ] || \
+	  { echo "make: no wheel of$$failed; on a machine of that platform, pip wheel --no-deps . builds one." >&2; exit 1; }
+
+wheel-%: $(VENV)-wheels/installed
+	@rm -f dist/adaskip_cpp-*-py3-none-$*.whl
+	_PYTHON_HOST_PLATFORM=$* $(VENV)-wheels/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
+	  -C build-dir=$(call BUILD,$(VENV)-wheels)/$* -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/zig.cmake \
+	  -C cmake.define.ZIG=$(CURDIR)/$(VENV)-wheels/bin/zig -C cmake.define.ZIG_TARGET=$(ZIG_$*) .
+	@$(VENV)-wheels/bin/cmake --build $(call BUILD,$(VENV)-wheels)/$* --target native_smoke
+	@$(VENV)-wheels/bin/python -m pytest --noconftest -k $* tests/test_wheels.py
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -132,6 +153,12 @@ $(VENV)-asan/installed $(VENV)-tsan/installed: $(VENV)-%/installed: $(VENV)/inst
 	CC=gcc CXX=g++ CXXFLAGS=-D_GLIBCXX_ASSERTIONS $(PIP) --python $(VENV)-$*/bin/python install --quiet --no-deps \
 	  --no-build-isolation -C build-dir=$(call BUILD,$(VENV)-$*) -C cmake.build-type=Debug \
 	  $(foreach name,$(SANITIZERS_$*),-C cmake.define.LLAMA_SANITIZE_$(name)=ON) --editable .
+	@touch $@
+
+$(VENV)-wheels/installed: $(VENV)/build-tools
+	@$(PYTHON) -m venv $(VENV)-wheels
+	$(VENV)-wheels/bin/pip install --quiet $(BUILD_REQUIRES) "ziglang==0.17.1" "lief>=1,<2" "pytest>=8"
+	@ln -sf "$$($(VENV)-wheels/bin/python -c 'import ziglang; print(ziglang.__path__[0])')/zig" $(VENV)-wheels/bin/zig
 	@touch $@
 
 $(VENV)/build-tools: pyproject.toml cmake/releases.txt

@@ -3,6 +3,9 @@
 if(APPLE)
     set(ADASKIP_RPATH "@loader_path/../../llama_cpp/lib")
     target_link_options(llama PRIVATE -Wl,-dead_strip_dylibs -Wl,-x)
+elseif(WIN32)
+    set(ADASKIP_RPATH "") # the Python package names the folder of ggml's libraries
+    target_link_options(llama PRIVATE $<$<NOT:$<CXX_COMPILER_ID:MSVC>>:-Wl,-s>)
 else()
     set(ADASKIP_RPATH "$ORIGIN/../../llama_cpp/lib")
     # --as-needed: ggml's package names the backends of the llama-cpp-python that we build against (CPU, CUDA ...);

@@ -19,6 +19,16 @@ endif()
 
 set(BUILD_SHARED_LIBS        ON)
 set(LLAMA_USE_SYSTEM_GGML    ON)
+if(CMAKE_CROSSCOMPILING)
+    # The ggml found is of this platform. The other's is compiled, without any backend, to be linked to and left out.
+    set(LLAMA_USE_SYSTEM_GGML OFF)
+    foreach(option IN ITEMS BLAS CCACHE CPU METAL OPENMP)
+        set(GGML_${option} OFF)
+    endforeach()
+endif()
+if(WIN32)
+    set(CMAKE_SHARED_LIBRARY_PREFIX "") # llama-cpp-python's mtmd.dll asks for llama.dll
+endif()
 set(LLAMA_BUILD_COMMON       OFF)
 set(LLAMA_BUILD_IS_DEV       OFF)
 set(LLAMA_BUILD_NUMBER       0)
@@ -37,6 +47,23 @@ endforeach()
 
 # EXCLUDE_FROM_ALL also leaves llama.cpp's own install rules out.
 add_subdirectory("${ADASKIP_LLAMA}" llama EXCLUDE_FROM_ALL)
+if(CMAKE_CROSSCOMPILING)
+    target_compile_options(ggml-base PRIVATE -O1) # it is never run
+endif()
+if(ZIG AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    # zig would link its own unwinder in. An exception that passes through ggml's frames of C++, as what ggml aborts for
+    # does, ends the process where gcc's unwinder, which those frames call, meets the state of another one. So ours is
+    # gcc's too: of this stand-in only the name, libgcc_s.so.1, and what it defines count.
+    set(unwinder "")
+    foreach(name IN ITEMS Backtrace DeleteException GetCFA GetDataRelBase GetGR GetIP GetIPInfo GetLanguageSpecificData
+            GetRegionStart GetTextRelBase RaiseException Resume Resume_or_Rethrow SetGR SetIP)
+        string(APPEND unwinder "void _Unwind_${name}(void) {}\n")
+    endforeach()
+    file(CONFIGURE OUTPUT unwinder.c CONTENT "${unwinder}" @ONLY)
+    add_library(gcc_s SHARED EXCLUDE_FROM_ALL "${CMAKE_CURRENT_BINARY_DIR}/unwinder.c")
+    set_target_properties(gcc_s PROPERTIES SOVERSION 1)
+    target_link_libraries(llama PRIVATE gcc_s)
+endif()
 
 file(GLOB ADASKIP_NATIVE CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/native/*.cpp")
 # The third number of llama-cpp-python's version, such as 36, for what differs between releases of llama.cpp.
@@ -48,4 +75,22 @@ if(ADASKIP_NATIVE)
     set_source_files_properties(${ADASKIP_NATIVE} TARGET_DIRECTORY llama PROPERTIES
         SKIP_UNITY_BUILD_INCLUSION ON
         COMPILE_OPTIONS "$<IF:$<CXX_COMPILER_ID:MSVC>,/W4,-Wall;-Wextra>")
+endif()
+
+# A DLL exports what is marked, as llama.h is. adaskip.h, which cffi reads as it is, marks nothing; and llama-cpp-python's
+# mtmd.dll, compiled by MSVC, asks for a function of C++ by the name that MSVC makes of it.
+if(WIN32)
+    set(exports EXPORTS)
+    file(STRINGS "${CMAKE_CURRENT_SOURCE_DIR}/native/adaskip.h" declarations REGEX "^[a-z][a-z0-9_ *]* adaskip_[a-z_]+\\(")
+    foreach(declaration IN LISTS declarations)
+        string(REGEX MATCH "adaskip_[a-z_]+" name "${declaration}")
+        list(APPEND exports "${name}")
+    endforeach()
+    file(STRINGS "${ADASKIP_LLAMA}/src/llama-ext.h" get_tok_embd REGEX "llama_model_get_tok_embd")
+    if(get_tok_embd AND NOT MSVC)
+        list(APPEND exports "\"?llama_model_get_tok_embd@@YAIPEBUllama_model@@PEAM@Z\" = _Z24llama_model_get_tok_embdPK11llama_modelPf")
+    endif()
+    list(JOIN exports "\n" exports)
+    file(CONFIGURE OUTPUT llama.def CONTENT "${exports}\n" @ONLY)
+    target_sources(llama PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/llama.def")
 endif()

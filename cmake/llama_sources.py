@@ -23,9 +23,10 @@ from releases import TABLE, Release, read_table
 
 __all__ = ["SourceError", "apply_patches", "fetch", "prepare", "read_series"]
 
-# What libllama needs of the 175 MB tree. ggml itself comes ready-built from llama-cpp-python; llama.cpp's CMake files
-# include one of ggml's, and configure vendor/ whatever is built.
-_PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "ggml/cmake", "include", "src", "vendor")
+# What libllama needs of the 175 MB tree, whose CMake files configure vendor/ whatever is built; of ggml, which comes
+# ready-built from llama-cpp-python, what another platform is compiled against: no backend.
+_PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "vendor")
+_PARTS_OF_GGML = ("ggml/CMakeLists.txt", "ggml/cmake/*", "ggml/include/*", "ggml/src/*", "ggml/src/ggml-cpu/*.h")
 
 
 class SourceError(Exception):
@@ -193,7 +194,8 @@ def _unpack(sdist: Path, release: Release, target: Path) -> None:
             if not member.isfile() or not name.is_relative_to(prefix) or ".." in name.parts:
                 continue
             relative = name.relative_to(prefix)
-            content = archive.extractfile(member) if any(map(relative.is_relative_to, _PARTS)) else None
+            wanted = any(map(relative.is_relative_to, _PARTS)) or any(map(relative.match, _PARTS_OF_GGML))
+            content = archive.extractfile(member) if wanted else None
             if content is not None:
                 path = target / relative
                 path.parent.mkdir(parents=True, exist_ok=True)

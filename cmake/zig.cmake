@@ -1,0 +1,21 @@
+# Toolchain: zig, which the PyPI package ziglang brings, as compiler and linker for another platform.
+# ZIG is its path, ZIG_TARGET what it compiles for, such as x86_64-linux-gnu.2.17 (the least glibc) or aarch64-macos.11.0.
+
+list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES ZIG ZIG_TARGET)
+
+set(CMAKE_C_COMPILER   "${ZIG}" cc  -target "${ZIG_TARGET}")
+set(CMAKE_CXX_COMPILER "${ZIG}" c++ -target "${ZIG_TARGET}")
+
+# zig writes the debugger's tables unless told not to.
+set(CMAKE_C_FLAGS_INIT   -g0)
+set(CMAKE_CXX_FLAGS_INIT -g0)
+
+string(REGEX REPLACE "-.*" "" CMAKE_SYSTEM_PROCESSOR "${ZIG_TARGET}")
+if(ZIG_TARGET MATCHES "-windows")
+    set(CMAKE_SYSTEM_NAME Windows)
+    set(CMAKE_RC_COMPILER "${ZIG}") # CMake asks for one; there are no resources
+elseif(ZIG_TARGET MATCHES "-macos")
+    set(CMAKE_SYSTEM_NAME Darwin)
+else()
+    set(CMAKE_SYSTEM_NAME Linux)
+endif()
