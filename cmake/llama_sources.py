@@ -12,6 +12,7 @@ import filecmp
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,9 +66,9 @@ def fetch(release: Release, directory: Path) -> Path:
             f"the downloaded {release.filename} is not the file of the table (its SHA-256 differs from the one "
             f"in {TABLE}); check the package index that pip uses, then try again."
         )
-    last = next(
-        (line for line in reversed(output.splitlines()) if line.startswith("ERROR")), f"exit {result.returncode}"
-    )
+    lines = output.splitlines() or [f"exit {result.returncode}"]
+    # Behind "ERROR: Exception:" comes a traceback, whose last line is the reason.
+    last = next((line for line in reversed(lines) if re.match("ERROR(?!: Exception:)", line)), lines[-1])
     raise SourceError(
         f"pip cannot download {release.filename} ({last.removeprefix('ERROR: ')}); check the network and pip's "
         "index, or pass a downloaded file by CMAKE_ARGS=-DADASKIP_SDIST=FILE."
