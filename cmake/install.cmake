@@ -2,7 +2,7 @@
 
 if(APPLE)
     set(ADASKIP_RPATH "@loader_path/../../llama_cpp/lib")
-    target_link_options(llama PRIVATE -Wl,-dead_strip_dylibs -Wl,-x)
+    target_link_options(llama PRIVATE -Wl,-dead_strip_dylibs -Wl,-x -Wl,-S) # -S: no paths of objects
 elseif(WIN32)
     set(ADASKIP_RPATH "") # the Python package names the folder of ggml's libraries
     target_link_options(llama PRIVATE $<$<NOT:$<CXX_COMPILER_ID:MSVC>>:-Wl,-s>)
