@@ -29,6 +29,9 @@ __all__ = ["SourceError", "apply_patches", "fetch", "prepare", "read_series"]
 _PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "vendor")
 _PARTS_OF_GGML = ("ggml/CMakeLists.txt", "ggml/cmake/*", "ggml/include/*", "ggml/src/*", "ggml/src/ggml-cpu/*.h")
 
+# In the environment of a backend: which build it is part of, and where pip found it, by its name in old and new pips.
+_OF_PIP = ("PIP_BUILD_TRACKER", "PEP517_", "_PYPROJECT_HOOKS_")
+
 
 class SourceError(Exception):
     """The sources cannot be provided; the message is one line that ends with what to do."""
@@ -48,11 +51,11 @@ def fetch(release: Release, directory: Path) -> Path:
     requirement = directory / "requirement.txt"  # hashes are read from files alone
     requirement.write_text(release.requirement + "\n")
     # Metadata is prepared by the build backend that is running already: without --no-build-isolation pip would
-    # install a second one. PIP_BUILD_TRACKER belongs to the pip that may have started us.
+    # install a second one. What the pip that may have started us has set for its own backend is not for this one.
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--progress-bar", "off"]
     command += ["--dest", str(directory), "--requirement", str(requirement)]
-    environment = {name: value for name, value in os.environ.items() if name != "PIP_BUILD_TRACKER"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_PIP)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     output = result.stdout + result.stderr
     if result.returncode == 0 and sdist.is_file():

@@ -571,6 +571,17 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama_sources.fetch(release, folder)
 
 
+def test_what_pip_sets_for_our_backend_is_not_for_that_of_the_sdist(
+    tmp_path: Path, sdist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama-cpp-python's metadata is prepared by the pip that we start; an in-tree backend of ours is none of its."""
+    for name, value in registry(sdist.parent).items():
+        monkeypatch.setenv(name, value)
+    for name in ("PEP517_BACKEND_PATH", "_PYPROJECT_HOOKS_BACKEND_PATH"):  # of pip up to 23.2, and since
+        monkeypatch.setenv(name, str(ROOT / "cmake"))
+    assert llama_sources.fetch(installed_release(), tmp_path).read_bytes() == sdist.read_bytes()
+
+
 def test_patch_that_does_not_apply_stops_with_one_line(tmp_path: Path, sdist: Path) -> None:
     (tmp_path / "series").write_text("bad.patch\n")
     (tmp_path / "bad.patch").write_text(PATCH.replace("one.cpp", "llama-graph.cpp"))
