@@ -77,13 +77,18 @@ if(ADASKIP_NATIVE)
         COMPILE_OPTIONS "$<IF:$<CXX_COMPILER_ID:MSVC>,/W4,-Wall;-Wextra>")
 endif()
 
-# A DLL exports what is marked, as llama.h is. adaskip.h, which cffi reads as it is, marks nothing; and llama-cpp-python's
-# mtmd.dll, compiled by MSVC, asks for a function of C++ by the name that MSVC makes of it.
+# A DLL exports what is marked or listed. llama.h marks for MSVC alone, and adaskip.h, which cffi reads as it is, nothing;
+# and llama-cpp-python's mtmd.dll, compiled by MSVC, asks for a function of C++ by the name that MSVC makes of it.
 if(WIN32)
     set(exports EXPORTS)
-    file(STRINGS "${CMAKE_CURRENT_SOURCE_DIR}/native/adaskip.h" declarations REGEX "^[a-z][a-z0-9_ *]* adaskip_[a-z_]+\\(")
-    foreach(declaration IN LISTS declarations)
-        string(REGEX MATCH "adaskip_[a-z_]+" name "${declaration}")
+    file(READ "${ADASKIP_LLAMA}/include/llama.h" header)
+    file(READ "${CMAKE_CURRENT_SOURCE_DIR}/native/adaskip.h" ours)
+    string(REGEX REPLACE "//[^\n]*" "" header "${header}")
+    string(REGEX MATCHALL "LLAMA_API( DEPRECATED\\()?[a-z0-9_ \n*]*[ (]\\**llama_[a-z0-9_]+ *\\(" declarations "${header}")
+    string(REGEX MATCHALL "\n[a-z][a-z0-9_ *]* adaskip_[a-z_]+\\(" ours "${ours}")
+    foreach(declaration IN LISTS declarations ours)
+        string(REGEX MATCH "[a-z0-9_]+ *\\($" name "${declaration}")
+        string(REGEX REPLACE " *\\($" "" name "${name}")
         list(APPEND exports "${name}")
     endforeach()
     file(STRINGS "${ADASKIP_LLAMA}/src/llama-ext.h" get_tok_embd REGEX "llama_model_get_tok_embd")
