@@ -61,7 +61,7 @@ test-backends: $(VENV)-backends/installed
 
 # Needs CUDA's toolkit, but no device: ggml is compiled for CUDA, and our libllama, beside it, runs on the CPU; where there
 # is a device, on that too. CUDA says how: for which architecture; without a driver -DGGML_CUDA_NO_VMM=ON, so that no
-# libcuda.so.1 is needed. 86-virtual (PTX alone) with -DGGML_CUDA_FA=OFF takes least, about half an hour of one core.
+# libcuda.so.1 is needed. 86-virtual (PTX alone) with -DGGML_CUDA_FA=OFF takes least.
 CUDA ?= -DCMAKE_CUDA_ARCHITECTURES=86
 GGML_cuda = -DGGML_CUDA=ON $(CUDA)
 test-cuda: $(VENV)-cuda/installed
