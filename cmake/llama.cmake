@@ -96,6 +96,6 @@ if(WIN32)
         list(APPEND exports "\"?llama_model_get_tok_embd@@YAIPEBUllama_model@@PEAM@Z\" = _Z24llama_model_get_tok_embdPK11llama_modelPf")
     endif()
     list(JOIN exports "\n" exports)
-    file(CONFIGURE OUTPUT llama.def CONTENT "${exports}\n" @ONLY)
+    file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/llama.def" "${exports}\n") # CONFIGURE would take MSVC's @...@ for a variable
     target_sources(llama PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/llama.def")
 endif()
