@@ -3,6 +3,7 @@
 What is read afterwards is compared with what was written into folders where nothing failed.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -39,7 +40,10 @@ def test_what_is_written_is_whole_or_not_there(case: str, mode: str, failing: di
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_what_cannot_be_printed_is_one_line() -> None:
     script = Path(sys.executable).with_name("adaskip-cpp")
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
-        told = subprocess.run([script, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        told = subprocess.run(
+            [script, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered
+        )
     (line,) = told.stderr.splitlines()
     assert told.returncode == 1 and line.startswith("Error: ") and "the space left" in line

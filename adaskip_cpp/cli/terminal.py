@@ -94,8 +94,8 @@ class Verbs(click.Group):
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
         except Exception as error:
+            _drop_unprinted()
             if is_broken_pipe(error):  # nobody reads on, as behind `| head`
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(1)
             if (line := users_error(error)) is None:
                 raise
@@ -165,6 +165,14 @@ def _printable() -> Iterator[None]:
         yield
     finally:
         out.reconfigure(errors="strict")
+
+
+def _drop_unprinted() -> None:
+    """Forget what stdout cannot take: Python would try again when it ends, and print an exception."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _raise_again(unraisable: Any) -> None:
