@@ -162,6 +162,8 @@ def test_library_finds_ggml_beside_llama_cpp_python(wheel: Wheel) -> None:
         assert not [entry for entry in wheel.library.dynamic_entries if entry.tag.name == "RPATH"]
     elif wheel.platform.format == "MACHO":
         assert [command.path for command in wheel.library.rpaths] == ["@loader_path/../../llama_cpp/lib"]
+    else:
+        pytest.skip("a DLL names no folder: the package opens ggml first")
 
 
 def test_library_answers_for_the_one_that_mtmd_needs(wheel: Wheel) -> None:
@@ -202,15 +204,15 @@ def test_library_keeps_the_exceptions_of_its_runtime_to_itself(wheel: Wheel) -> 
 
 
 def test_library_unwinds_as_ggml_does(wheel: Wheel) -> None:
-    if wheel.platform.format == "ELF":
-        assert "libgcc_s.so.1" in wheel.needed
-        assert "_Unwind_RaiseException" in {symbol.name for symbol in wheel.library.imported_symbols}
+    if wheel.platform.format != "ELF":
+        pytest.skip("macOS and Windows have one unwinder, in the system")
+    assert "libgcc_s.so.1" in wheel.needed
+    assert "_Unwind_RaiseException" in {symbol.name for symbol in wheel.library.imported_symbols}
 
 
 def test_library_names_no_folder_of_the_build(wheel: Wheel) -> None:
-    assert re.search(
-        rb"llama\.cpp[/\\]src[/\\]", wheel.content
-    )  # the assertions' file names are there, without the folder
+    # the assertions' file names are there, without the folder
+    assert re.search(rb"llama\.cpp[/\\]src[/\\]", wheel.content)
     assert not re.search(rb"/(site-packages|pip-build-env\S*|ziglang)/", wheel.content)
     for folder in (ROOT, Path(sys.prefix), Path.home()):
         assert not re.search(rb"(?<![\w.-])" + re.escape(bytes(folder)) + rb"/", wheel.content), folder
