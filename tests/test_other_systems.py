@@ -169,6 +169,7 @@ from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.cli.main import main
 
 AdaSkipLlama.detokenize = lambda *_, **__: "Grüße → \U0001f600".encode()
+AdaSkipLlama.is_eog = lambda *_: False  # one in ten of its answers would end at once
 for arguments in json.loads(sys.argv[1]):
     try:
         main(arguments, prog_name="adaskip-cpp")
