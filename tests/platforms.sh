@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 name=$1 wheels=$2
 shift 2
 root=$PWD/build/platforms/$name
+mkdir -p build/platforms
 
 # What the tests read of a checkout. Its adaskip_cpp is not all there, so that Python takes the wheel's.
 copy_tests() {
