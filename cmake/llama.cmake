@@ -50,14 +50,6 @@ add_subdirectory("${ADASKIP_LLAMA}" llama EXCLUDE_FROM_ALL)
 if(CMAKE_CROSSCOMPILING)
     target_compile_options(ggml-base PRIVATE -O1) # it is never run
 endif()
-if(ZIG AND WIN32)
-    # zig exports atexit too from a DLL that marks and lists nothing, and what is linked to that DLL then has it twice.
-    set(directive ".section .drectve,\\\"yn\\\"\\n.ascii \\\" -exclude-symbols:atexit\\\"\\n")
-    file(CONFIGURE OUTPUT exports.c CONTENT "__asm__(\"${directive}\");\n" @ONLY)
-    foreach(library IN ITEMS ggml-base ggml)
-        target_sources(${library} PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/exports.c")
-    endforeach()
-endif()
 if(ZIG AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
     # zig would link its own unwinder in. An exception that passes through ggml's frames of C++, as what ggml aborts for
     # does, ends the process where gcc's unwinder, which those frames call, meets the state of another one. So ours is

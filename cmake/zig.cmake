@@ -15,6 +15,7 @@ string(REGEX REPLACE "-.*" "" CMAKE_SYSTEM_PROCESSOR "${ZIG_TARGET}")
 if(ZIG_TARGET MATCHES "-windows")
     set(CMAKE_SYSTEM_NAME Windows)
     set(CMAKE_RC_COMPILER "${ZIG}") # CMake asks for one; there are no resources
+    set(CMAKE_SHARED_LINKER_FLAGS_INIT "${CMAKE_CURRENT_LIST_DIR}/zig_windows.c")
 elseif(ZIG_TARGET MATCHES "-macos")
     set(CMAKE_SYSTEM_NAME Darwin)
     set(CMAKE_INSTALL_NAME_TOOL "${ZIG}") # likewise; the library is linked with the RUNPATH that it is installed with
