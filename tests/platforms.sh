@@ -44,7 +44,7 @@ debian() {
     copy_tests "$root/adaskip"
     # With SVE, which qemu's own processor has, OpenBLAS leaves rows of a product unwritten, and so NumPy.
     exec chroot "$root" env -i --chdir=/adaskip PATH=/usr/bin PYTHONPATH=/site QEMU_CPU=neoverse-n1 \
-        python3 -m pytest -p no:cacheprovider "$@"
+        python3 -m pytest "$@"
 }
 
 case $name in
@@ -65,7 +65,7 @@ windows)
     copy_tests "$root/adaskip"
     cd "$root/adaskip"
     export WINEPREFIX="$root/prefix" WINEDEBUG=-all
-    exec wine "$root/cp311/python.exe" -m pytest -p no:cacheprovider "$@"
+    exec wine "$root/cp311/python.exe" -m pytest "$@"
     ;;
 *)
     echo "$0: $name is none of arm64, bare, windows." >&2
