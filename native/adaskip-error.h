@@ -21,7 +21,7 @@ struct adaskip_failure {
 };
 
 // Runs f and tells what it threw, whatever that is: nothing may pass on into C. Where memory is out, there may be none
-// for the message either; "out of memory" is short enough to need none.
+// for the message either; those written here are short enough to need none.
 template <typename F> adaskip_failure adaskip_try(F && f) {
     try {
         try {
@@ -37,6 +37,8 @@ template <typename F> adaskip_failure adaskip_try(F && f) {
     } catch (const std::bad_alloc &) {
         return { ADASKIP_ERROR_MEMORY, "out of memory" };
     } catch (...) {
-        return { ADASKIP_ERROR_INTERNAL, "unknown error" };
+        // Nothing here throws what is no std::exception: this is one of another C++ runtime, that of a ggml which another
+        // compiler built. On CPUs ggml throws where memory is out, and nowhere else.
+        return { ADASKIP_ERROR_MEMORY, "error of ggml" };
     }
 }

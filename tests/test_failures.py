@@ -1,5 +1,6 @@
 """What fails inside llama_decode becomes an error that says why, and never ends the process."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_files import changed_model
+from preloaded import build
 from stock import EXACT
 from tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
+from adaskip_cpp.engine.binding import ffi, lib
 from adaskip_cpp.engine.native import elide_kv
 from adaskip_cpp.errors import ElidedKVError, ModelFileError, NativeError, StateError
 
@@ -86,6 +89,21 @@ def test_a_graph_that_does_not_fit_the_context_is_refused_with_its_layer(tiny: T
             llm.eval(tokens(5))
     finally:
         llm.close()
+
+
+def test_an_exception_of_ggmls_own_runtime_is_taken_for_lack_of_memory(
+    tiny: Tiny, open_model: Open, tokens: Tokens, tmp_path: Path
+) -> None:
+    library = ctypes.CDLL(str(build("foreign_exception.cpp", tmp_path)))
+    throws = ffi.cast("adaskip_statistics_callback", ctypes.cast(library.throw_foreign, ctypes.c_void_p).value)
+    llm = open_model(tiny())
+    ctx = ffi.cast("struct llama_context *", llm.ctx)
+    lib.adaskip_set_statistics(ctx, 1, throws, ffi.NULL)
+    with pytest.raises(NativeError, match=r"^error of ggml; free memory"):
+        llm.eval(tokens(9))
+    lib.adaskip_set_statistics(ctx, 0, ffi.NULL, ffi.NULL)
+    llm.eval(tokens(9))
+    assert llm.n_tokens == 9
 
 
 OUT_OF_MEMORY = """
