@@ -37,8 +37,8 @@ template <typename F> adaskip_failure adaskip_try(F && f) {
     } catch (const std::bad_alloc &) {
         return { ADASKIP_ERROR_MEMORY, "out of memory" };
     } catch (...) {
-        // Nothing here throws what is no std::exception: this is one of another C++ runtime, that of a ggml which another
-        // compiler built. On CPUs ggml throws where memory is out, and nowhere else.
+        // Nothing here throws what is no std::exception: this is one of another C++ runtime, that of a ggml which
+        // another compiler built. On CPUs ggml throws where memory is out, and nowhere else.
         return { ADASKIP_ERROR_MEMORY, "error of ggml" };
     }
 }
