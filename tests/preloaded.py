@@ -11,14 +11,14 @@ import pytest
 __all__ = ["build", "environment"]
 
 
-def build(source: str, folder: Path) -> Path:
-    """Compile a source of the tests; skip the test where that is not possible."""
+def build(source: str, folder: Path, *more: str) -> Path:
+    """Compile a source of the tests, with ``more`` options; skip the test where that is not possible."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None or compiler is None:
         pytest.skip("it needs Linux with glibc, and a C++ compiler")
     target = folder / f"{Path(source).stem}.so"
     options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC"]
-    command = [compiler, *options, str(Path(__file__).with_name(source)), "-o", str(target), "-ldl"]
+    command = [compiler, *options, str(Path(__file__).with_name(source)), "-o", str(target), "-ldl", *more]
     subprocess.run(command, check=True)
     return target
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from preloaded import build
 
 import adaskip_cpp
 from adaskip_cpp.engine import binding as _binding
@@ -151,6 +152,16 @@ def test_unloadable_library_is_said(copy: Path) -> None:
     message = error(BY_PATH + "import adaskip_cpp", copy.parent)
     assert message.startswith("adaskip_cpp.errors.LibraryError: llama_cpp cannot be imported on")
     assert "pip install --force-reinstall" in message
+
+
+def test_a_library_that_the_system_lacks_is_named(copy: Path, tmp_path: Path) -> None:
+    lacking = build("foreign_exception.cpp", tmp_path)
+    build("foreign_exception.cpp", copy / "lib", "-Wl,--no-as-needed", str(lacking)).replace(
+        copy / "lib" / "libllama.so"
+    )
+    lacking.unlink()
+    message = error(BY_PATH + "import adaskip_cpp", copy.parent)
+    assert f"install the package of your system that has {lacking}" in message and "reinstall" not in message
 
 
 # The script that pip writes for the command `adaskip-cpp`, as far as an import can tell.

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,15 @@ def _preload_ggml() -> None:
             ctypes.CDLL(str(library), winmode=_SEARCH_BESIDE)
 
 
+def _way_out(error: Exception) -> str:
+    # A Linux without a compiler may lack what ggml was linked to, and no wheel brings that.
+    missing = re.search(r"([^\s:]+): cannot open shared object file", str(error))
+    if missing and not missing[1].startswith(("libggml", "libllama", "libmtmd")):
+        return f"install the package of your system that has {missing[1]} (Debian: libgomp1 for libgomp.so.1)."
+    release = build_info().llama_cpp_python
+    return f"reinstall both: 'pip install --force-reinstall llama-cpp-python=={release} adaskip-cpp'."
+
+
 def _load() -> None:
     library = path()
     _check_version(build_info().llama_cpp_python)
@@ -109,10 +119,7 @@ def _load() -> None:
             _preload_ggml()
             importlib.import_module("llama_cpp")
         except (OSError, RuntimeError) as error:
-            raise LibraryError(
-                f"llama_cpp cannot be imported on {library}: {error}; reinstall both: "
-                f"'pip install --force-reinstall llama-cpp-python=={build_info().llama_cpp_python} adaskip-cpp'."
-            ) from error
+            raise LibraryError(f"llama_cpp cannot be imported on {library}: {error}; {_way_out(error)}") from error
         finally:
             # Only this import is meant, not the programs that this process starts.
             if previous is None:
