@@ -171,7 +171,9 @@ class Calls(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.stop_collecting()
-        if not self.stays_open:
+        if self.stays_open:
+            self.llm.begin()  # else the states that were saved stay until its next turn
+        else:
             self.llm.close()
 
     def has_room(self) -> bool:
