@@ -6,6 +6,7 @@ pass.
 
 import ctypes
 import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -291,10 +292,10 @@ def test_states_of_the_whole_model_are_stocks_and_others_stock_refuses(
         llm.eval(tokens(9))
         names.append(tmp_path / name)
         names[-1].write_bytes(llm.save_state().llama_state)
-    environment = {"PATH": "/usr/bin:/bin"}
+    environment = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
     command = [sys.executable, "-c", STOCK, str(tiny()), repr(EXACT), repr(tokens(9)), *map(str, names)]
     stock = subprocess.run(command, env=environment, capture_output=True, check=True)
-    assert [line for line in stock.stderr.decode().split("\n") if line in ("reads", "refuses")] == [
+    assert [line for line in stock.stderr.decode().splitlines() if line in ("reads", "refuses")] == [
         "reads",
         "refuses",
         "refuses",
