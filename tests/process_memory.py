@@ -31,8 +31,12 @@ def malloc_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory after malloc returned to the system what it holds free."""
+    """Resident memory that is no file's, after malloc returned to the system what it holds free.
+
+    Of libraries the system drops pages when others want memory, which would hide as much that grew.
+    """
     gc.collect()
     assert _libc is not None
     _libc.malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")

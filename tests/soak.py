@@ -122,8 +122,9 @@ class Soak:
 def open_machines(folder: Path) -> dict[str, Callable[[], Any]]:
     """Open a model of every kind; returns what begins a sequence of calls on it.
 
-    Each reads a prompt as long as its context first, observed where it may be later. Compute buffers would else grow,
-    and become resident, whenever a prompt is longer than all that were observed before it.
+    Each reads a prompt as long as its context first, without outputs and, where it may be later, observed. Compute
+    buffers would else grow, and become resident, whenever a prompt is longer than all that were observed before it; and
+    llama.cpp makes a graph of half a megabyte for the first ubatch without outputs.
     """
     paths = {name: write_model(folder / f"{name}.gguf", name) for name in ("llama", "gemma3")}
     models = {name: ReferenceModel(path) for name, path in paths.items()}
@@ -131,6 +132,8 @@ def open_machines(folder: Path) -> dict[str, Callable[[], Any]]:
     for name, kind in test_sequences.KINDS.items():
         llm: Any = test_sequences.WatchedLlama.open(paths[kind.family], kind)
         llm.begin()
+        llm.eval_bulk([3] * (llm.n_ctx() - 1))
+        llm.reset()
         with llm.collect_statistics(lambda batch: None, keep_logits=True, vectors=True):
             llm.eval([3] * (llm.n_ctx() - 1))
         machines[name] = partial(test_sequences.Calls, paths[kind.family], models[kind.family], kind, llm)
