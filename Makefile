@@ -92,7 +92,7 @@ fuzz: $(VENV)/installed-dev $(VENV)/atheris
 	done
 
 # Wheels of all platforms into dist/, compiled by zig on Linux, each with tests/native_smoke.c in build/wheels. A platform
-# took 10 minutes on 2 busy cores; make wheel-macosx_11_0_arm64 builds one. Behind the tags is what zig compiles for.
+# takes 6 minutes of CPU time; make wheel-macosx_11_0_arm64 builds one. Behind the tags is what zig compiles for.
 ZIG_manylinux_2_17_x86_64  := x86_64-linux-gnu.2.17
 ZIG_manylinux_2_17_aarch64 := aarch64-linux-gnu.2.17
 ZIG_macosx_11_0_arm64      := aarch64-macos.11.0
