@@ -18,7 +18,7 @@ from adaskip_cpp.engine import binding as _binding
 from adaskip_cpp.engine import library as _library
 from adaskip_cpp.errors import LibraryVersionError
 
-linux_only = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 
 # A copy of the package is imported by its path: the finder of an editable installation would prefer the original.
 BY_PATH = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n"
@@ -100,6 +100,7 @@ def test_llama_cpp_imported_first_is_refused(tmp_path: Path) -> None:
     assert "import adaskip_cpp first" in message
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a DLL names no folder: the package opens ggml first")
 def test_llama_cpp_imported_first_on_our_library_is_fine(tmp_path: Path) -> None:
     code = "import llama_cpp, adaskip_cpp; print('fine')"
     assert output(code, tmp_path, LLAMA_CPP_LIB_PATH=str(_library.path().parent)) == "fine"
