@@ -2,9 +2,10 @@
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
-# Another release than the newest of cmake/releases.txt has an environment and build folders of its own:
-# make test-fast LLAMA_CPP_PYTHON=0.3.33
-VENV   := .venv$(if $(LLAMA_CPP_PYTHON),-$(LLAMA_CPP_PYTHON))
+# Another release than the newest of cmake/releases.txt, and another ggml, have an environment and build folders of their
+# own: make test-fast LLAMA_CPP_PYTHON=0.3.33, make test-fast GGML=backends. The targets of such a ggml name it.
+GGML   ?= $(firstword $(patsubst test-%,%,$(filter test-backends test-cuda,$(MAKECMDGOALS))))
+VENV   := .venv$(if $(LLAMA_CPP_PYTHON),-$(LLAMA_CPP_PYTHON))$(if $(GGML),-$(GGML))
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 BUILD   = build/$(1:.venv-%=%)# of an environment; pyproject.toml names the one of .venv
@@ -53,21 +54,19 @@ test-fast: $(VENV)/installed-dev
 # mesa-vulkan-drivers, which ggml uses when told to). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
 # First on Vulkan, then on two rpc-servers.
 GGML_backends := -DGGML_VULKAN=ON -DGGML_RPC=ON
-test-backends: $(VENV)-backends/installed
-	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} \
-	  $(VENV)-backends/bin/python -m pytest -n 2 tests/test_backends.py
-	@GGML_VK_VISIBLE_DEVICES= $(VENV)-backends/bin/python -m pytest -n 2 --rpc-servers=2 \
-	  tests/test_backends.py tests/test_rpc.py
+test-backends: $(VENV)/installed-dev
+	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -n 2 tests/test_backends.py
+	@GGML_VK_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --rpc-servers=2 tests/test_backends.py tests/test_rpc.py
 
 # Needs CUDA's toolkit, but no device: ggml is compiled for CUDA, and our libllama, beside it, runs on the CPU; where there
 # is a device, on that too. CUDA says how: for which architecture; without a driver -DGGML_CUDA_NO_VMM=ON, so that no
-# libcuda.so.1 is needed. 86-virtual (PTX alone) with -DGGML_CUDA_FA=OFF takes least.
+# libcuda.so.1 is needed. 86-virtual (PTX alone) with -DGGML_CUDA_FA=OFF takes least: half an hour on 2 cores.
 CUDA ?= -DCMAKE_CUDA_ARCHITECTURES=86
 GGML_cuda = -DGGML_CUDA=ON $(CUDA)
-test-cuda: $(VENV)-cuda/installed
-	@$(VENV)-cuda/bin/python -c 'import adaskip_cpp, llama_cpp; info = llama_cpp.llama_print_system_info().decode(); \
+test-cuda: $(VENV)/installed-dev
+	@$(BIN)/python -c 'import adaskip_cpp, llama_cpp; info = llama_cpp.llama_print_system_info().decode(); \
 	  print(f"{info}\nhas a device: {llama_cpp.llama_supports_gpu_offload()}"); exit("CUDA : " not in info)'
-	@$(VENV)-cuda/bin/python -m pytest -n 2 tests/test_skip.py tests/test_backends.py
+	@$(BIN)/python -m pytest -n 2 tests/test_skip.py tests/test_backends.py
 
 # Need gcc, whose runtimes must be in the process before Python is. Only libllama is instrumented: mistakes of ggml go
 # unseen. Reports are files, as llama-cpp-python closes stderr meanwhile; but UndefinedBehaviorSanitizer, whose files
@@ -130,19 +129,12 @@ clean:
 	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/installed-%: $(VENV)/build-tools $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation $(if $(LLAMA_CPP_PYTHON),-C build-dir=$(call BUILD,$(VENV))) \
+	$(PIP) install --quiet --no-build-isolation $(if $(VENV:.venv=),-C build-dir=$(call BUILD,$(VENV))) \
 	  --editable '.[$*]'
 	@touch $@
 
 $(VENV)/atheris: $(VENV)/build-tools
 	$(PIP) install --quiet "atheris>=2.2"
-	@touch $@
-
-# Other environments with another ggml. pip would keep what it built, and take it for a llama-cpp-python of any kind.
-$(VENV)-backends/installed $(VENV)-cuda/installed: $(VENV)-%/installed: $(VENV)/build-tools $(NATIVE)
-	@$(PYTHON) -m venv $(VENV)-$*
-	CMAKE_ARGS="$(GGML_$*)" $(VENV)-$*/bin/pip install --quiet --no-cache-dir --no-binary llama-cpp-python $(BUILD_REQUIRES)
-	$(VENV)-$*/bin/pip install --quiet --no-build-isolation -C build-dir=$(call BUILD,$(VENV)-$*) --editable '.[dev]'
 	@touch $@
 
 # Other environments with another libllama, and everything else from $(VENV).
@@ -161,6 +153,7 @@ $(VENV)-wheels/installed: $(VENV)/build-tools
 	@ln -sf "$$($(VENV)-wheels/bin/python -c 'import ziglang; print(ziglang.__path__[0])')/zig" $(VENV)-wheels/bin/zig
 	@touch $@
 
+# Another ggml is compiled anew: pip would keep what it built, and take it for a llama-cpp-python of any kind.
 $(VENV)/build-tools: pyproject.toml cmake/releases.txt
 	@for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit 0; done; \
 	  echo "make: no C++ compiler found; install one (Debian: apt install g++, macOS: xcode-select --install)." >&2; exit 1
@@ -169,5 +162,6 @@ $(VENV)/build-tools: pyproject.toml cmake/releases.txt
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "make: $(PYTHON) cannot create $(VENV); install its venv module (Debian: apt install python3-venv)." >&2; exit 1; }
 	@echo "Installing the build tools; llama-cpp-python compiles for about 4 minutes when pip has no wheel of it yet."
-	$(PIP) install --quiet $(BUILD_REQUIRES)
+	$(if $(GGML),CMAKE_ARGS="$(GGML_$(GGML))") $(PIP) install --quiet \
+	  $(if $(GGML),--no-cache-dir --no-binary llama-cpp-python) $(BUILD_REQUIRES)
 	@touch $@
