@@ -145,7 +145,8 @@ ggml_backend_buffer * ggml_backend_buft_alloc_buffer(ggml_backend_buffer_type * 
         dl_iterate_phdr(find_code, nullptr);
     }
     static const auto real = (function) dlsym(ggml_base, "ggml_backend_buft_alloc_buffer");
-    if (fails(BUFFERS)) {
+    // of no size ggml takes no memory for them: llama.cpp asks with such which type of buffer serves
+    if (size > 0 && fails(BUFFERS)) {
         return nullptr;
     }
     const int32_t before = armed;
