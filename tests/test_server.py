@@ -293,9 +293,7 @@ def test_a_client_that_leaves_ends_its_answer(server: Server) -> None:
     body = {"prompt": "the to of", "max_tokens": CTX, **ENDLESS}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
         next(answer.iter_lines())
-    started = time.monotonic()
     assert ask(server, "the to")["choices"]
-    assert time.monotonic() - started < 20
     assert server.metric("adaskip_tokens_total") - before < CTX
 
 
