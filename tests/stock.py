@@ -73,11 +73,15 @@ def run_stock(jobs: Sequence[Job]) -> list[npt.NDArray[Any]]:
         return [np.load(Path(folder, f"{index}.npy")) for index in range(len(jobs))]
 
 
+def environment() -> dict[str, str]:
+    """Of a process whose ``llama_cpp`` loads the libllama that it came with."""
+    return {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
+
+
 @cache
 def _process() -> "subprocess.Popen[str]":
-    environment = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
     process = subprocess.Popen(
-        [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     atexit.register(process.kill)
     return process

@@ -6,7 +6,6 @@ pass.
 
 import ctypes
 import itertools
-import os
 import pickle
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from llama_cpp import LlamaRAMCache
 from reference import ReferenceModel, ReferenceRun, relative_error
-from stock import EXACT
+from stock import EXACT, environment
 from tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan
@@ -292,9 +291,8 @@ def test_states_of_the_whole_model_are_stocks_and_others_stock_refuses(
         llm.eval(tokens(9))
         names.append(tmp_path / name)
         names[-1].write_bytes(llm.save_state().llama_state)
-    environment = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
     command = [sys.executable, "-c", STOCK, str(tiny()), repr(EXACT), repr(tokens(9)), *map(str, names)]
-    stock = subprocess.run(command, env=environment, capture_output=True, check=True)
+    stock = subprocess.run(command, env=environment(), capture_output=True, check=True)
     assert [line for line in stock.stderr.decode().splitlines() if line in ("reads", "refuses")] == [
         "reads",
         "refuses",
