@@ -20,7 +20,7 @@ import numpy as np
 from results import layers
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
-from adaskip_cpp.bench.table import NO_PLAN, REST, BenchTimes, table
+from adaskip_cpp.benchmark.table import NO_PLAN, REST, BenchTimes, table
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores

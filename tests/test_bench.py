@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.bench import bench
-from adaskip_cpp.bench.bench import Bench, BenchResult, BenchSettings
-from adaskip_cpp.bench.process import Usage, Worker
-from adaskip_cpp.bench.subject import fit_contexts
-from adaskip_cpp.bench.table import NO_PLAN, REST, STOCK, BenchTimes, Row, table, verdict
+from adaskip_cpp.benchmark import bench
+from adaskip_cpp.benchmark.bench import Bench, BenchResult, BenchSettings
+from adaskip_cpp.benchmark.process import Usage, Worker
+from adaskip_cpp.benchmark.subject import fit_contexts
+from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes, Row, table, verdict
 from adaskip_cpp.errors import DataError, NativeError, PlanError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.timing import RequestTime
@@ -381,7 +381,7 @@ def test_a_model_that_stock_cannot_load_is_told_with_its_reason(tmp_path: Path) 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="nothing tells the end of another's child")
 def test_workers_end_when_their_parent_is_killed(tiny: Any) -> None:
     code = (
-        "import sys\nfrom adaskip_cpp.bench.process import Worker\n"
+        "import sys\nfrom adaskip_cpp.benchmark.process import Worker\n"
         "w = Worker('w', 'ours')\nw.open(sys.argv[1], {'n_ctx': 64})\n"
         "print(w._process.pid, flush=True)\nsys.stdin.read()"
     )

@@ -18,12 +18,12 @@ from rich.console import Console
 from tiny_families import N_EMBD
 
 from adaskip_cpp import Profile, SkipPlan
-from adaskip_cpp.bench import bench as bench_run
-from adaskip_cpp.bench import subject
-from adaskip_cpp.bench.bench import Bench, BenchResult, BenchSettings
-from adaskip_cpp.bench.plots import plot
-from adaskip_cpp.bench.process import Usage, Worker
-from adaskip_cpp.bench.table import NO_PLAN, REST, STOCK, BenchTimes, table
+from adaskip_cpp.benchmark import bench as bench_run
+from adaskip_cpp.benchmark import subject
+from adaskip_cpp.benchmark.bench import Bench, BenchResult, BenchSettings
+from adaskip_cpp.benchmark.plots import plot
+from adaskip_cpp.benchmark.process import Usage, Worker
+from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes, table
 from adaskip_cpp.cli.bench import bench
 from adaskip_cpp.cli.bench_report import print_report, seconds
 from adaskip_cpp.cli.terminal import Verbs

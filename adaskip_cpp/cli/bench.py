@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from ..bench import subject
-from ..bench.bench import Bench, BenchSettings, Progress
-from ..bench.plots import plot
-from ..bench.table import table
+from ..benchmark import subject
+from ..benchmark.bench import Bench, BenchSettings, Progress
+from ..benchmark.plots import plot
+from ..benchmark.table import table
 from ..engine.settings import cost_settings
 from ..files import check_output, json_text
 from ..model.identity import check_gguf, profile_path

@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.bench import BenchResult
-from ..bench.plots import TITLES
-from ..bench.table import NO_PLAN, STOCK, Row, verdict
+from ..benchmark.bench import BenchResult
+from ..benchmark.plots import TITLES
+from ..benchmark.table import NO_PLAN, STOCK, Row, verdict
 from ..intervals import Interval
 from ..model.plan import SkipPlan
 from .report import megabytes

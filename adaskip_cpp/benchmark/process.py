@@ -1,4 +1,4 @@
-"""The other end of :mod:`adaskip_cpp.bench.worker`: starts a contender's process and talks to it."""
+"""The other end of :mod:`adaskip_cpp.benchmark.worker`: starts a contender's process and talks to it."""
 
 import os
 import pickle

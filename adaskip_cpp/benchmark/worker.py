@@ -23,7 +23,7 @@ _TIMING = runpy.run_path(str(Path(__file__).parents[1] / "measuring" / "timing.p
 
 
 class _Contender:
-    """A model, stock or ours; what it is asked by :class:`adaskip_cpp.bench.process.Worker`."""
+    """A model, stock or ours; what it is asked by :class:`adaskip_cpp.benchmark.process.Worker`."""
 
     def __init__(self, side: str) -> None:
         self._ours = side == "ours"
