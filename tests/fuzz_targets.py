@@ -28,7 +28,7 @@ from tiny_models import add_chat_template, write_model
 
 from adaskip_cpp import AdaSkipLlama, Profile
 from adaskip_cpp.errors import AdaSkipError
-from adaskip_cpp.measuring.longbench import longbench_items
+from adaskip_cpp.measuring.task_files import task_items
 from adaskip_cpp.model.plan import MODES
 from adaskip_cpp.model.plan_file import load_plan, save_plan
 from adaskip_cpp.serving.app import make_app
@@ -105,14 +105,14 @@ def profile(data: bytes) -> None:
 
 @target
 def longbench(data: bytes) -> None:
-    """LongBench's files: the first line is its table of prompts, the second that of lengths, the others are items."""
+    """Task files: the first line is LongBench's table of prompts, the second that of lengths, the others are items."""
     prompts, _, rest = data.partition(b"\n")
     lengths, _, lines = rest.partition(b"\n")
     paths = [folder() / name for name in ("prompts.json", "lengths.json", "lines.jsonl")]
     for path, content in zip(paths, (prompts, lengths, lines), strict=True):
         path.write_bytes(content)
     with suppress(AdaSkipError):
-        for item in longbench_items(LLM, paths[2:], prompts=paths[0], lengths=paths[1], n_ctx=512, wrap=chat):
+        for item in task_items(LLM, paths[2:], prompts=paths[0], lengths=paths[1], n_ctx=512, wrap=chat):
             assert 0 <= item.score("Ada, Paragraph 3\n") <= 1
             assert len(item.prompt) + item.max_tokens <= 512
 

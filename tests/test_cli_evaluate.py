@@ -120,8 +120,8 @@ def test_questions_are_asked_and_scored_by_length_and_depth(run: Run, results: A
     (tmp_path / "qasper.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     (tmp_path / "prompts.json").write_text(json.dumps({"qasper": "{context} {input}"}))
     (tmp_path / "lengths.json").write_text(json.dumps({"qasper": 4}))
-    published = ["--longbench", tmp_path / "qasper.jsonl", "--longbench-prompts", tmp_path / "prompts.json"]
-    published += ["--longbench-lengths", tmp_path / "lengths.json"]
+    published = ["--tasks", tmp_path / "qasper.jsonl", "--tasks-prompts", tmp_path / "prompts.json"]
+    published += ["--tasks-lengths", tmp_path / "lengths.json"]
     result = run(
         "--skip", 2, "--mode", "e2e", "--strategy", "adaskip", "--texts", 0, "--rounds", 0, *published,
         "--synthetic", "passkey", "--lengths", "140,180", "--depths", "0.2,0.8", "--per", 1,
@@ -288,7 +288,6 @@ def test_what_cannot_be_measured_is_one_line_before_anything_is(
         (["--skip", "6;12"], "'6;12' is not a list such as 6,12,15"),
         (["--compensation", "best"], "'best' is not a list of: none, paper, median, affine"),
         (["--synthetic", "chess"], "'chess' is not a list of: passkey"),
-        (["--longbench", "a.jsonl"], "--longbench needs --longbench-prompts and --longbench-lengths"),
     ],
 )
 def test_malformed_options_are_one_line(run: Run, arguments: list[str], words: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 from fake_llama import BOS, FakeLlama
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.measuring.longbench import DATASETS, longbench_items
+from adaskip_cpp.measuring.longbench import DATASETS
+from adaskip_cpp.measuring.task_files import task_items
 from adaskip_cpp.measuring.tasks import QuestionItem
 
 
@@ -61,7 +62,7 @@ class Files:
     def read(self, *paths: Path, n_ctx: int = 512, **options: Any) -> list[QuestionItem]:
         prompts = self.write("dataset2prompt.json", json.dumps(self.prompts))
         lengths = self.write("dataset2maxlen.json", json.dumps(self.lengths))
-        return longbench_items(LLM, paths, prompts=prompts, lengths=lengths, n_ctx=n_ctx, wrap=chat, **options)
+        return task_items(LLM, paths, prompts=prompts, lengths=lengths, n_ctx=n_ctx, wrap=chat, **options)
 
 
 @pytest.fixture
@@ -240,7 +241,9 @@ def test_a_file_named_twice_is_refused(files: Files) -> None:
 @pytest.mark.parametrize("table", ["prompts", "lengths"])
 def test_a_dataset_without_template_or_length_is_refused(files: Files, table: str) -> None:
     del getattr(files, table)["hotpotqa"]
-    with pytest.raises(DataError, match=r"dataset2\w+\.json' has no 'hotpotqa', which .*line 1 needs; add it"):
+    with pytest.raises(
+        DataError, match=r"dataset2\w+\.json' has no [a-z ]+ for 'hotpotqa', which .*line 1 needs; give"
+    ):
         files.read(files.lines(record()))
 
 
@@ -257,7 +260,7 @@ def test_a_table_with_wrong_values_is_refused(files: Files, table: str, value: A
 def test_a_table_that_is_no_json_object_is_refused(files: Files, content: str) -> None:
     lengths = files.write("lengths.json", json.dumps(files.lengths))
     with pytest.raises(DataError, match=r"prompts\.json'.*use LongBench's own file"):
-        longbench_items(LLM, [], prompts=files.write("prompts.json", content), lengths=lengths, n_ctx=512, wrap=chat)
+        task_items(LLM, [], prompts=files.write("prompts.json", content), lengths=lengths, n_ctx=512, wrap=chat)
 
 
 @pytest.mark.parametrize(

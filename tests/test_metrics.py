@@ -211,7 +211,7 @@ def test_every_dataset_has_a_metric() -> None:
 
 @pytest.mark.parametrize("metric", metrics.METRICS)
 def test_a_right_answer_scores_1_and_nothing_scores_0(metric: str) -> None:
-    answer = {"retrieval": "Paragraph 3", "count": "3"}.get(metric, "words")
+    answer = {"retrieval": "Paragraph 3", "count": "3", "choice": "AC"}.get(metric, "words")
     assert metrics.score(metric, answer, [answer], [answer]) == pytest.approx(1.0, abs=1e-6)
     assert metrics.score(metric, "", [answer], [answer]) == 0.0
 

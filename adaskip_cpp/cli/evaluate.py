@@ -89,20 +89,24 @@ _speed = partial(option, group="Speed")
 )
 @_question("--per", "n_per", type=click.IntRange(min=1), default=4, help="Questions of each kind.")
 @_question("--seed", type=int, default=0, help="Seed of these tasks.")
-@_question("--longbench", multiple=True, metavar="FILE", help=f"A LongBench file (JSONL){_AGAIN}.")
-@_question("--longbench-prompts", metavar="JSON", help="LongBench's dataset2prompt.json.")
-@_question("--longbench-lengths", metavar="JSON", help="LongBench's dataset2maxlen.json.")
-@_question("--longbench-items", type=click.IntRange(min=1), help="Take the first so many of each dataset.")
+@_question("--tasks", multiple=True, metavar="FILE", help=f"A LongBench or L-Eval file (JSONL){_AGAIN}.")
+@_question("--tasks-items", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
+@_question(
+    "--tasks-prompts",
+    metavar="JSON",
+    help="LongBench's dataset2prompt.json.  [default: a prompt for multi_news; L-Eval needs none]",
+)
+@_question("--tasks-lengths", metavar="JSON", help="LongBench's dataset2maxlen.json.  [default: likewise]")
 @_question(
     "--chat/--raw",
     default=None,
-    help="Wrap questions in the model's chat template, or not.  [default: LongBench's if there is one]",
+    help="Wrap questions in the model's chat template, or not.  [default: those of --tasks, if there is one]",
 )
 @_speed("--rounds", "n_rounds", type=click.IntRange(min=0), default=5, help="Timings of each; 0 for none.")
 @_speed(
     "--speed-context", type=click.IntRange(min=2), help="Prompt to time.  [default: 1024, or what the model allows]"
 )
-@_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: what is needed; LongBench 8192]")
+@_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: what is needed; with --tasks 8192]")
 @model_options
 @json_option
 def evaluate(model: str, profile_path: str, output: str, running: Running, as_json: bool, **values: Any) -> None:
@@ -112,8 +116,6 @@ def evaluate(model: str, profile_path: str, output: str, running: Running, as_js
     crash the same command goes on. At the end FOLDER has report.html, results.json, results.md and the pictures.
     """
     context = click.get_current_context()
-    if values["longbench"] and not (values["longbench_prompts"] and values["longbench_lengths"]):
-        raise click.UsageError("--longbench needs --longbench-prompts and --longbench-lengths", context)
     profile = Profile.load(profile_path)
     lists = {name: values.pop(name) for name in ("strategies", "n_skips", "speedups", "modes", "compensations")}
     options = items.EvaluationOptions(contenders.every_request(profile.n_layer, **lists), **values)

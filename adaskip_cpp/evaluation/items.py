@@ -1,6 +1,7 @@
 """What an evaluation is asked for, made into plans and items; all that cannot be measured is refused here."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import AdaSkipError, DataError
 from ..measuring import corpus
-from ..measuring.longbench import longbench_items
 from ..measuring.synthetic import synthetic_items
+from ..measuring.task_files import task_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
 from ..model.identity import plan_path
 from ..model.plan import SkipPlan
@@ -25,7 +26,7 @@ from .contenders import contenders
 from .evaluate import OpenModel, Work
 
 _SPEED_CONTEXT = 1024
-_LONGBENCH_CTX = 8192
+_TASKS_CTX = 8192
 _ANSWER = 64  # tokens that the answer of a synthetic task takes at most
 
 
@@ -37,7 +38,7 @@ class EvaluationOptions:
         plans: the plans to compare; speed-ups without a context are for the prompt that is timed.
         plan_file: a plan to compare with them, as `tune` writes it; None for that beside the model, if it is there and
             of one of their modes.
-        longbench_items, chat, ctx, speed_context: None for the defaults that the help tells.
+        tasks_items, chat, ctx, speed_context: None for the defaults that the help tells.
     """
 
     plans: tuple[PlanRequest, ...]
@@ -47,10 +48,10 @@ class EvaluationOptions:
     n_texts: int
     n_tokens: int
     n_continuation: int
-    longbench: tuple[str, ...]
-    longbench_prompts: str | None
-    longbench_lengths: str | None
-    longbench_items: int | None
+    tasks: tuple[str, ...]
+    tasks_items: int | None
+    tasks_prompts: str | None
+    tasks_lengths: str | None
     synthetic: tuple[str, ...] | None
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -83,7 +84,7 @@ def prepare(
     for what, n in needed.items():
         if n > limit:
             raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
-    n_ctx = options.ctx or max([*needed.values(), min(_LONGBENCH_CTX, n_most) if options.longbench else 8])
+    n_ctx = options.ctx or max([*needed.values(), min(_TASKS_CTX, n_most) if options.tasks else 8])
     requests = [request.at(speed_context or _SPEED_CONTEXT) for request in options.plans]
     saved, untold = _saved(model, options)
     plans, notes = contenders(profile, requests, saved)
@@ -146,17 +147,19 @@ def _items(
             f"{', '.join(options.synthetic)}: {options.n_per} of each length ({_numbers(options.lengths)} tokens) and "
             f"depth ({_numbers(options.depths)}), seed {options.seed}, from the same text"
         )
-    if options.longbench:
-        questions += longbench_items(
+    if options.tasks:
+        published = task_items(
             llm,
-            options.longbench,
-            prompts=str(options.longbench_prompts),
-            lengths=str(options.longbench_lengths),
+            options.tasks,
+            prompts=options.tasks_prompts,
+            lengths=options.tasks_lengths,
             n_ctx=n_ctx - 1,
-            n_each=options.longbench_items,
+            n_each=options.tasks_items,
             wrap=_wrap(llm, has_chat_template(llm) if options.chat is None else options.chat),
         )
-        words["LongBench"] = f"{', '.join(map(os.path.basename, options.longbench))}, in {n_ctx:,} tokens"
+        counts = Counter(item.task for item in published)
+        words["Tasks"] = f"{', '.join(f'{n} of {task}' for task, n in counts.items())}, in {n_ctx:,} tokens"
+        questions += published
     prompt: tuple[int, ...] = ()
     if speed_context:
         tokens = corpus.tokens_of(llm, whole, bos=True)

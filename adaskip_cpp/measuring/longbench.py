@@ -1,19 +1,16 @@
-"""LongBench's tasks, read from the files that it publishes."""
+"""Makes questions from LongBench's lines, for :mod:`adaskip_cpp.measuring.task_files`."""
 
 import os
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..files import read_text
-from .corpus import tokens_of
-from .tasks import QuestionItem, Wrap
+from .tasks import Question
 
 DATASETS = {
     dataset: metric
@@ -35,75 +32,21 @@ _FIRST_LINE = frozenset({"trec", "triviaqa", "samsum", "lsht"})
 _NO_CHAT = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"})
 """Few-shot prompts and code, which LongBench has completed as they stand."""
 
-_Path: TypeAlias = "str | os.PathLike[str]"
+_PROMPTS = {
+    "multi_news": "Several news articles about one event follow.\n\n{context}\n\n"
+    "Write one summary of all these articles, in a few paragraphs.\n\nSummary:"
+}
+_LENGTHS = {"multi_news": 512}
+"""Prompts in our own words, and LongBench's lengths, for datasets that need neither of its JSON files."""
+
+_Path: TypeAlias = str | os.PathLike[str]
 _Length: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 
 
-def longbench_items(
-    llm: AdaSkipLlama,
-    files: Iterable[_Path],
-    *,
-    prompts: _Path,
-    lengths: _Path,
-    n_ctx: int,
-    wrap: Wrap,
-    n_each: int | None = None,
-) -> list[QuestionItem]:
-    """Read LongBench's items as questions to a model, one file after the other. Blank lines are passed over.
-
-    A prompt that does not fit the context is cut in its middle, as LongBench does: the first and the last half of what
-    fits are decoded, joined, and tokenised again.
-
-    Args:
-        files: JSON Lines, each line an object with ``input``, ``context``, ``answers``, ``all_classes``, ``dataset``,
-            and perhaps ``length`` and ``_id``.
-        prompts: LongBench's ``dataset2prompt.json``: a template with ``{context}`` and ``{input}`` by dataset.
-        lengths: LongBench's ``dataset2maxlen.json``: tokens to generate by dataset.
-        n_ctx: tokens of prompt and answer together.
-        wrap: not used for few-shot prompts and code, which LongBench gives to chat models as plain text too.
-        n_each: take the first so many of each dataset; None for all.
-    """
-    templates, max_tokens = _table(prompts, str, "a template"), _table(lengths, _Length, "a length")
-    raw = partial(tokens_of, llm, bos=True)
-    items: list[QuestionItem] = []
-    for fields, line, identity, where in _lines(files):
-        if sum(item.task == line.dataset for item in items) == n_each:
-            continue
-        base = line.dataset.removesuffix("_e")
-        for path, table in ((prompts, templates), (lengths, max_tokens)):
-            if line.dataset not in table:
-                raise DataError(
-                    f"{os.fspath(path)!r} has no {line.dataset!r}, which {where} needs; add it or leave that file out"
-                )
-        room = n_ctx - max_tokens[line.dataset]
-        try:
-            prompt = _filled_in(templates[line.dataset], fields)
-        except (LookupError, ValueError) as error:
-            raise DataError(
-                f"{os.fspath(prompts)!r}: the template of {line.dataset!r} cannot be filled in from {where} "
-                f"({type(error).__name__}: {error}); it may name the line's fields, as {{context}} and {{input}}"
-            ) from error
-        item = QuestionItem(
-            id=identity,
-            task=line.dataset,
-            prompt=tuple(_fit(llm, prompt, room, raw if base in _NO_CHAT else wrap, where)),
-            answers=line.answers,
-            max_tokens=max_tokens[line.dataset],
-            metric=DATASETS[base],
-            all_classes=line.all_classes or (),
-            length=line.length or 0,
-            first_line=base in _FIRST_LINE,
-        )
-        try:
-            item.score("")  # what cannot be scored is told now and not when the model has answered for hours
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        items.append(item)
-    return items
-
-
 @dataclass(frozen=True)
-class _Line:
+class LongBenchLine:
+    """A line of a LongBench file, as far as it is used."""
+
     input: str
     context: str
     dataset: str
@@ -113,42 +56,71 @@ class _Line:
     _id: str | int | None = None
 
 
-def _lines(files: Iterable[_Path]) -> Iterator[tuple[dict[str, Any], _Line, str, str]]:
-    """Every line's fields, the same checked, an id of its own, and where it stands."""
-    seen: set[str] = set()
-    for file in files:
-        stem = os.path.splitext(os.path.basename(file))[0]
-        if stem in seen:
-            raise DataError(f"{os.fspath(file)!r}: a file of this name was read before; name every file once")
-        seen.add(stem)
-        for number, text in enumerate(read_text(file).split("\n"), 1):  # not splitlines(): JSON may hold U+2028
-            if not text.strip():
-                continue
-            where = f"{os.fspath(file)!r}, line {number}"
-            fields, line = _line(text, where)
-            identity = f"longbench/{stem}/{line._id or number}"
-            identity += f"/{number}" if identity in seen else ""
-            seen.add(identity)
-            yield fields, line, identity, where
+class LongBench:
+    """LongBench's prompts and lengths by dataset: those of its files, or the built-in ones for None.
+
+    Raises:
+        DataError: a file cannot be read or is not an object of templates, or of lengths of 1 token or more.
+    """
+
+    def __init__(self, prompts: _Path | None, lengths: _Path | None) -> None:
+        self._prompts = _Table(prompts, str, _PROMPTS, "prompt", "--tasks-prompts dataset2prompt.json")
+        self._lengths = _Table(lengths, _Length, _LENGTHS, "answer length", "--tasks-lengths dataset2maxlen.json")
+
+    def questions(self, line: LongBenchLine, fields: Mapping[str, Any], where: str) -> list[Question]:
+        """Return the line's only question; ``fields`` are all that the line has, which a template may name."""
+        base = line.dataset.removesuffix("_e")
+        if base not in DATASETS:
+            raise DataError(f"{where}: there is no dataset {line.dataset!r}; LongBench has {', '.join(DATASETS)}")
+        if DATASETS[base] == "classification" and not line.all_classes:
+            raise DataError(f"{where} has no 'all_classes', which {base!r} needs; add the names to choose from")
+        template, max_tokens = (table.of(line.dataset, where) for table in (self._prompts, self._lengths))
+        try:
+            text = _filled_in(template, fields)
+        except (LookupError, ValueError) as error:
+            raise DataError(
+                f"{self._prompts.name}: the template of {line.dataset!r} cannot be filled in from {where} "
+                f"({type(error).__name__}: {error}); it may name the line's fields, as {{context}} and {{input}}"
+            ) from error
+        return [
+            Question(
+                task=line.dataset,
+                text=text,
+                answers=line.answers,
+                max_tokens=max_tokens,
+                metric=DATASETS[base],
+                all_classes=line.all_classes or (),
+                length=line.length or 0,
+                first_line=base in _FIRST_LINE,
+                chat=base not in _NO_CHAT,
+                id=str(line._id or ""),
+            )
+        ]
 
 
-def _line(text: str, where: str) -> tuple[dict[str, Any], _Line]:
-    try:
-        fields = msgspec.json.decode(text, type=dict[str, Any])
-        line = msgspec.convert(fields, _Line)
-    except msgspec.ValidationError as error:
+class _Table:
+    """Values by dataset; a dataset of LongBench-E without a value of its own has that of LongBench's."""
+
+    def __init__(self, path: _Path | None, kind: Any, built_in: Mapping[str, Any], what: str, option: str) -> None:
+        self.name = "the built-in table" if path is None else repr(os.fspath(path))
+        self._what, self._option = what, option
+        self._values = built_in
+        if path is not None:
+            try:
+                self._values = msgspec.json.decode(read_text(path), type=dict[str, kind])
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{self.name} does not give the {what} by dataset ({error}); use LongBench's own file"
+                ) from error
+
+    def of(self, dataset: str, where: str) -> Any:
+        for name in (dataset, dataset.removesuffix("_e")):
+            if name in self._values:
+                return self._values[name]
         raise DataError(
-            f"{where} is no item of LongBench ({error}); its lines have input, context, dataset (text), "
-            "answers and all_classes (lists of texts)"
-        ) from error
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and nesting without end
-        raise DataError(f"{where} is not JSON ({error}); download the file again or mend the line") from error
-    base = line.dataset.removesuffix("_e")
-    if base not in DATASETS:
-        raise DataError(f"{where}: there is no dataset {line.dataset!r}; LongBench has {', '.join(DATASETS)}")
-    if DATASETS[base] == "classification" and not line.all_classes:
-        raise DataError(f"{where} has no 'all_classes', which {base!r} needs; add the names to choose from")
-    return fields, line
+            f"{self.name} has no {self._what} for {dataset!r}, which {where} needs; "
+            f"give LongBench's own file ({self._option}) or leave the data file out"
+        )
 
 
 def _filled_in(template: str, fields: Mapping[str, Any]) -> str:
@@ -162,29 +134,3 @@ def _filled_in(template: str, fields: Mapping[str, Any]) -> str:
                 raise ValueError(f"{name!r} is more than the name of a text")
             parts.append(str(value))
     return "".join(parts)
-
-
-def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> Sequence[int]:
-    """Wrap a prompt, its middle cut out if the result would be longer than ``room`` tokens."""
-    tokens = wrap(prompt)
-    if len(tokens) <= room:
-        return tokens
-    plain = tokens_of(llm, prompt)
-    half = (room - len(wrap(""))) // 2
-    while half > 0:
-        tokens = wrap("".join(llm.detokenize(part).decode("utf-8", "ignore") for part in (plain[:half], plain[-half:])))
-        if len(tokens) <= room:
-            return tokens
-        half -= max((len(tokens) - room + 1) // 2, 1)  # text cut within a word can have more tokens than before
-    raise DataError(f"{where}: the context leaves {max(room, 0)} tokens for a prompt; use a larger context (--ctx)")
-
-
-def _table(path: _Path, kind: Any, what: str) -> dict[str, Any]:
-    """By dataset; what is not there for one of LongBench-E is that of LongBench."""
-    try:
-        table = msgspec.json.decode(read_text(path), type=dict[str, kind])
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{os.fspath(path)!r} does not give {what} by dataset ({error}); use LongBench's own file"
-        ) from error
-    return {**{f"{name}_e": value for name, value in table.items()}, **table}

@@ -1,4 +1,4 @@
-"""How good an answer is, 0 to 1: the metrics of LongBench, and Rouge-L between two continuations.
+"""Scores an answer from 0 to 1: LongBench's metrics, choices by letter, and Rouge-L between two continuations.
 
 LongBench (Bai et al., ACL 2024, arXiv 2308.14508) publishes its scoring as code; a metric here gives the figure that
 code gives, with its quirks, so that scores can be set beside published ones. Each takes a prediction, a right answer
@@ -103,6 +103,22 @@ def contains(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> f
     return float(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prediction) is not None)
 
 
+_LETTERS = r"\(?\b(?!A (?!and\b)[a-z])[A-F]+\b\)?"
+"""Letters of choices as a word; a bare "A" before another word is an article."""
+_CHOICE = re.compile(rf"{_LETTERS}(?:(?:\s*[,;&/]\s*(?:and\s+)?|\s+and\s+){_LETTERS})*")
+
+
+def letters(text: str) -> frozenset[str]:
+    """Return the letters, A to F, of the first choice that a text names, as "AC", "(B) text" or "A, C and D"."""
+    match = _CHOICE.search(text)
+    return frozenset("" if match is None else match[0]) & frozenset("ABCDEF")
+
+
+def choice(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
+    """Return 1 if the prediction chooses all letters that the answer has and no other, else 0."""
+    return float(letters(prediction) == letters(answer))
+
+
 def continuation_rouge_l(reference: str, candidate: str) -> float:
     """Return the F-measure of Rouge-L of a continuation against the full model's, by the package ``rouge-score``.
 
@@ -118,7 +134,10 @@ def continuation_rouge_l(reference: str, candidate: str) -> float:
 
 METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
     each.__name__: each
-    for each in (qa_f1, qa_f1_zh, rouge_l, rouge_l_zh, classification, retrieval, count, code_similarity, contains)
+    for each in (
+        *(qa_f1, qa_f1_zh, rouge_l, rouge_l_zh, classification),
+        *(retrieval, count, code_similarity, contains, choice),
+    )
 }
 """Every metric by name: functions of a prediction, a right answer and all classes."""
 

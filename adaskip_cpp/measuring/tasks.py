@@ -39,7 +39,7 @@ class QuestionItem:
 
     Attributes:
         id: names the item among all others of a measurement.
-        task: the kind of question: a LongBench dataset, ``"passkey"``, ...
+        task: the kind of question: a dataset of LongBench or L-Eval, ``"passkey"``, ...
         answers: right answers; the best match counts.
         metric: a name in :data:`adaskip_cpp.measuring.metrics.METRICS`.
         all_classes: names that a classification chooses from.
@@ -63,6 +63,42 @@ class QuestionItem:
         if self.first_line:
             prediction = metrics.first_line(prediction)
         return metrics.score(self.metric, prediction, self.answers, self.all_classes)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as a task file has it, before it is fitted to a model; its fields are those of the item.
+
+    Attributes:
+        text: the prompt.
+        id: what the file calls it, "" where it has no name.
+        chat: whether a chat model is asked it in its chat template.
+    """
+
+    task: str
+    text: str
+    answers: tuple[str, ...]
+    max_tokens: int
+    metric: str
+    all_classes: tuple[str, ...] = ()
+    length: int = 0
+    first_line: bool = False
+    id: str = ""
+    chat: bool = True
+
+    def item(self, prompt: tuple[int, ...]) -> QuestionItem:
+        """Return it as an item with the prompt as tokens."""
+        return QuestionItem(
+            self.id,
+            self.task,
+            prompt,
+            self.answers,
+            self.max_tokens,
+            self.metric,
+            self.all_classes,
+            self.length,
+            first_line=self.first_line,
+        )
 
 
 def text_items(

@@ -1,0 +1,122 @@
+"""Reads published long-context tasks, in LongBench's or L-Eval's form, as questions to a model: :func:`task_items`."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from operator import itemgetter
+from typing import Any, TypeAlias
+
+import msgspec
+
+from ..engine.llama import AdaSkipLlama
+from ..errors import DataError
+from ..files import read_text
+from .corpus import tokens_of
+from .leval import LEvalLine, leval_questions
+from .longbench import LongBench, LongBenchLine
+from .tasks import Question, QuestionItem, Wrap
+
+_Path: TypeAlias = str | os.PathLike[str]
+
+
+def task_items(
+    llm: AdaSkipLlama,
+    files: Iterable[_Path],
+    *,
+    n_ctx: int,
+    wrap: Wrap,
+    prompts: _Path | None = None,
+    lengths: _Path | None = None,
+    n_each: int | None = None,
+) -> list[QuestionItem]:
+    """Read items of LongBench and L-Eval as questions to a model. Blank lines are passed over.
+
+    The first question about every document comes before the second one about any, so that the first few are about as
+    many documents as possible. A prompt that does not fit the context is cut in its middle, as LongBench does: the
+    first and the last half of what fits are decoded, joined, and tokenised again.
+
+    Args:
+        files: JSON Lines. A line is L-Eval's if it has ``instructions``, beside ``input``, ``outputs``, ``source`` and
+            ``evaluation``. LongBench's has ``input``, ``context``, ``answers``, ``all_classes``, ``dataset``, and
+            perhaps ``length`` and ``_id``.
+        n_ctx: tokens of prompt and answer together.
+        wrap: not used for few-shot prompts and code, which LongBench gives to chat models as plain text too.
+        prompts: LongBench's ``dataset2prompt.json``: a template with ``{context}`` and ``{input}`` by dataset. None for
+            the built-in one of ``multi_news``.
+        lengths: LongBench's ``dataset2maxlen.json``: tokens to generate by dataset. None as for ``prompts``.
+        n_each: take the first so many of each task; None for all.
+
+    Raises:
+        DataError: a file cannot be read, a line is of neither form, or a prompt has no room in the context.
+        PackageMissingError: a metric needs a package that is not installed.
+    """
+    raw = partial(tokens_of, llm, bos=True)
+    taken: Counter[str] = Counter()
+    items: list[QuestionItem] = []
+    for _, question, where in sorted(_questions(files, LongBench(prompts, lengths)), key=itemgetter(0)):
+        if taken[question.task] == n_each:
+            continue
+        taken[question.task] += 1
+        prompt = _fit(llm, question.text, n_ctx - question.max_tokens, wrap if question.chat else raw, where)
+        item = question.item(tuple(prompt))
+        try:
+            item.score("")  # what cannot be scored is told now and not when the model has answered for hours
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        items.append(item)
+    return items
+
+
+def _questions(files: Iterable[_Path], longbench: LongBench) -> Iterator[tuple[int, Question, str]]:
+    """Every question with its number among those of its line, an id of its own, and where it stands."""
+    seen: set[str] = set()
+    for file in files:
+        stem = os.path.splitext(os.path.basename(file))[0]
+        if stem in seen:
+            raise DataError(f"{os.fspath(file)!r}: a file of this name was read before; name every file once")
+        seen.add(stem)
+        for number, text in enumerate(read_text(file).split("\n"), 1):  # not splitlines(): JSON may hold U+2028
+            if not text.strip():
+                continue
+            where = f"{os.fspath(file)!r}, line {number}"
+            kind, found = _of_line(text, longbench, where)
+            for turn, question in enumerate(found):
+                identity = f"{kind}/{stem}/{question.id or number}" + (f"/{turn}" if len(found) > 1 else "")
+                identity += f"/{number}" if identity in seen else ""
+                seen.add(identity)
+                yield turn, replace(question, id=identity), where
+
+
+def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Question]]:
+    try:
+        fields = msgspec.json.decode(text, type=dict[str, Any])
+        kind: Any = LEvalLine if "instructions" in fields else LongBenchLine
+        line = msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise DataError(
+            f"{where} is no item of LongBench or L-Eval ({error}); LongBench's lines have input, context, dataset "
+            "(text), answers and all_classes (lists of texts), L-Eval's have input, source, evaluation (text), "
+            "instructions and outputs (lists of texts)"
+        ) from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and nesting without end
+        raise DataError(f"{where} is not JSON ({error}); download the file again or mend the line") from error
+    if kind is LEvalLine:
+        return "leval", leval_questions(line, where)
+    return "longbench", longbench.questions(line, fields, where)
+
+
+def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> Sequence[int]:
+    """Wrap a prompt, its middle cut out if the result would be longer than ``room`` tokens."""
+    tokens = wrap(prompt)
+    if len(tokens) <= room:
+        return tokens
+    plain = tokens_of(llm, prompt)
+    half = (room - len(wrap(""))) // 2
+    while half > 0:
+        tokens = wrap("".join(llm.detokenize(part).decode("utf-8", "ignore") for part in (plain[:half], plain[-half:])))
+        if len(tokens) <= room:
+            return tokens
+        half -= max((len(tokens) - room + 1) // 2, 1)  # text cut within a word can have more tokens than before
+    raise DataError(f"{where}: the context leaves {max(room, 0)} tokens for a prompt; use a larger context (--ctx)")
