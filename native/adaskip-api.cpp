@@ -193,6 +193,13 @@ int32_t adaskip_set_plan(llama_context * ctx, const adaskip_plan * plan) {
     });
 }
 
+int32_t adaskip_bulk_set_id(llama_context * ctx, const adaskip_plan * plan, uint64_t * id) {
+    return guarded(ctx, [&] {
+        require(plan && id, !plan ? "the plan is null" : "the id is null");
+        *id = adaskip_plan_bulk_id(ctx->get_model(), sublayers_of(*ctx), ctx->adaskip.kv_elided(), *plan);
+    });
+}
+
 int32_t adaskip_get_plan_tag(const llama_context * ctx, uint64_t * tag) {
     return guarded(ctx, [&]() -> int32_t {
         if (!tag) {

@@ -44,7 +44,20 @@ struct adaskip_windows {
     bool has(int32_t il) const { return windowed && windowed[il]; }
 };
 
+// whether nothing is skipped and no attention looks back at a window
+static bool is_whole(const adaskip_set & set, const adaskip_windows & windows) {
+    for (int32_t i = 0; i < 2 * set.n_layer; ++i) {
+        if (set.skip[i] || windows.has(i / 2)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv, const adaskip_windows & windows) {
+    if (is_whole(set, windows)) {
+        return 0;
+    }
     adaskip_hash hash;
     if (keeps_kv) {
         const uint32_t mark = 2 * (uint32_t) set.n_layer; // no sublayer's number
@@ -178,6 +191,17 @@ static void check_windows(const std::vector<adaskip_sublayer> & sublayers, const
     }
 }
 
+static void check_readable(const std::vector<bool> & elided, const adaskip_plan & plan) {
+    if (plan.n_readable < 0 || (plan.n_readable > 0 && !plan.readable)) {
+        refuse(ADASKIP_ERROR_ARGUMENT, "the plan names %d readable sets", plan.n_readable);
+    }
+    if (plan.n_readable > 0 && !elided.empty()) {
+        refuse(ADASKIP_ERROR_KV_ELIDED,
+                "the plan reads what other plans' bulk sets computed, but the model was opened without KV for some "
+                "attentions");
+    }
+}
+
 // the steps of decode and the online stage
 static void check_decode(const adaskip_plan & plan) {
     if (plan.n_decode < 0 || (plan.n_decode > 0 && !plan.decode)) {
@@ -217,11 +241,10 @@ static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * 
     for (int32_t il = 0; il < n / 2; ++il) {
         windowed[il] = windows.has(il) && !set->skip[2 * il];
     }
-    const bool has_window = std::find(windowed.begin(), windowed.end(), true) != windowed.end();
-    if (!set || (std::all_of(set->skip, set->skip + n, [](uint8_t s) { return s == 0; }) && !has_window)) {
+    res.set_id = set ? make_set_id(*set, keeps_kv, windows) : 0;
+    if (res.set_id == 0) {
         return res;
     }
-    res.set_id    = make_set_id(*set, keeps_kv, windows);
     const auto it = known.find(res.set_id);
     if (it != known.end()) {
         return *it->second;
@@ -231,7 +254,7 @@ static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * 
     res.skip.assign(n, 0);
     res.scale.assign(n, 1.0f);
     res.attention.assign(set->n_layer, false);
-    if (has_window) {
+    if (std::find(windowed.begin(), windowed.end(), true) != windowed.end()) {
         res.windowed = std::move(windowed);
         res.window   = windows.window;
         res.n_sinks  = windows.n_sinks;
@@ -283,6 +306,7 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
         check_set(model, sublayers, elided, set, false);
     }
     check_decode(*plan);
+    check_readable(elided, *plan);
 
     std::map<uint64_t, const adaskip_skip_set *> known;
     const auto remember = [&](const adaskip_skip_set & set) { known.insert({ set.set_id, &set }); };
@@ -317,6 +341,9 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
         }
         return holes;
     };
+    for (int32_t i = 0; i < plan->n_readable; ++i) {
+        res.holes[plan->readable[i]] = {}; // what the plan's own sets leave without KV comes below, and prevails
+    }
     res.holes[res.bulk.set_id]    = holes_of(res.bulk);
     res.holes[res.prefill.set_id] = holes_of(res.prefill);
     for (const auto & step : res.decode) {
@@ -326,4 +353,14 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
         }
     }
     return res;
+}
+
+uint64_t adaskip_plan_bulk_id(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
+        const std::vector<bool> & elided, const adaskip_plan & plan) {
+    if (!plan.bulk) {
+        return 0;
+    }
+    check_set(model, sublayers, elided, plan.bulk, true);
+    check_windows(sublayers, plan);
+    return make_set_id(*plan.bulk, true, { plan.windowed, plan.window, plan.n_sinks });
 }

@@ -54,11 +54,12 @@ struct adaskip_plan_sets {
     std::vector<step>                    decode = { { 0, {} } }; // never empty
     std::optional<adaskip_online_params> online;
 
-    // by id, which attentions each of these sets leaves without KV, and those that the online stage makes of them
+    // by id, which attentions each of these sets leaves without KV, and those that the online stage makes of them; the
+    // readable sets of other plans leave none
     std::map<uint64_t, std::vector<bool>> holes;
 
     // Whether a position that was computed under some set may be read where these attentions are skipped: the set is
-    // the whole model or of this plan, and ran every attention that runs now.
+    // the whole model, of this plan or readable by it, and has K and V of every attention that runs now.
     bool is_readable(uint64_t set_id, const std::vector<bool> & skipped) const;
 };
 
@@ -67,3 +68,7 @@ struct adaskip_plan_sets {
 //   sublayers: [n_layer][2], not read where plan is null; elided: [n_layer] or empty
 adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
         const std::vector<bool> & elided, const adaskip_plan * plan, const adaskip_plan_sets & in_force);
+
+// The id that the bulk set of a plan gets, 0 where it leaves the whole model. Throws where the set cannot be run.
+uint64_t adaskip_plan_bulk_id(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
+        const std::vector<bool> & elided, const adaskip_plan & plan);

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 7
+#define ADASKIP_ABI_VERSION 8
 
 struct llama_context;
 
@@ -130,6 +130,12 @@ struct adaskip_plan {
     int32_t                     n_decode; // 0: run everything
 
     const struct adaskip_online_params * online; // NULL for none
+
+    // Ids of bulk sets of other plans, see adaskip_bulk_set_id: positions computed under them may be read too. Bulk
+    // sets keep all K and V, so nothing is missing there. An id of any other set lets the plan read K and V that were
+    // never written. A context with elided KV takes none.
+    const uint64_t * readable;   // [n_readable], NULL for none; 0, the whole model, may always be read
+    int32_t          n_readable; // >= 0
 };
 
 struct adaskip_online_state {
@@ -188,6 +194,11 @@ int32_t adaskip_sublayers(struct llama_context * ctx, struct adaskip_sublayer * 
 // A context of several sequences takes no schedule and no online stage, which count the tokens of one request.
 int32_t adaskip_set_plan(struct llama_context * ctx, const struct adaskip_plan * plan);
 
+// The id of the plan's bulk set together with its windows, in every context and process the same; 0 where that leaves
+// the whole model. Of the plan, bulk, windowed, window and n_sinks are read, and checked as by adaskip_set_plan;
+// nothing is set.
+int32_t adaskip_bulk_set_id(struct llama_context * ctx, const struct adaskip_plan * plan, uint64_t * id);
+
 // the tag of the plan in force
 int32_t adaskip_get_plan_tag(const struct llama_context * ctx, uint64_t * tag);
 
@@ -218,10 +229,10 @@ int32_t adaskip_take_failure(struct llama_context * ctx);
 
 int32_t adaskip_get_counters(const struct llama_context * ctx, struct adaskip_counters * out);
 
-// A position may be read if it was computed by the whole model, or under a set that the plan in force uses (what its
-// online stage made included), and if no attention that is to run now was skipped there. llama.cpp's memory keeps for
-// every position what it was computed under, also where sequences are copied, shifted and saved, and llama_decode fails
-// (returns < 0, nothing computed) where it would read any other.
+// A position may be read if it was computed by the whole model, under a set that the plan in force uses (what its
+// online stage made included) or under one that it names as readable, and if it has K and V of every attention that is
+// to run now. llama.cpp's memory keeps for every position what it was computed under, also where sequences are copied,
+// shifted and saved, and llama_decode fails (returns < 0, nothing computed) where it would read any other.
 
 // first position of the sequence that the plan in force may not read in this phase; INT32_MAX when there is none
 int32_t adaskip_kv_first_stale(const struct llama_context * ctx, int32_t seq_id, int32_t phase, int32_t * pos);

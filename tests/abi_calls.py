@@ -95,6 +95,12 @@ class Arguments:
                 target.start = _int(_dict(step).get("start"))
                 self.fill(target.set, _dict(_dict(step).get("set")))
             result.decode, result.n_decode = array, min(_int(value.get("n_decode", len(steps))), len(steps))
+        if isinstance(ids := value.get("readable"), list):
+            result.readable = array = ffi.new("uint64_t[]", [_int(each, 64) % (1 << 64) for each in ids])
+            self._owners.append(array)
+            result.n_readable = min(_int(value.get("n_readable", len(ids))), len(ids))
+        else:
+            result.n_readable = _int(value.get("n_readable"))
         if isinstance(online := value.get("online"), dict):
             result.online = params = ffi.new("struct adaskip_online_params *")
             self._owners.append(params)
@@ -148,6 +154,11 @@ class Calls:
         pointer = make.plan(plan)
         code = self.check(lib.adaskip_set_plan(self._ctx, pointer))
         assert self._tag() == (before if code else pointer.tag if pointer else 0), "a failed call changes nothing"
+
+    def do_bulk_set_id(self, make: Arguments, plan: Any, has_room: Any, *_: Any) -> None:
+        before, room = self._tag(), ffi.new("uint64_t *") if has_room else ffi.NULL
+        self.check(lib.adaskip_bulk_set_id(self._ctx, make.plan(plan), room))
+        assert self._tag() == before
 
     def do_decode(self, make: Arguments, n: Any, *_: Any) -> None:
         """Evaluate some tokens behind those that are cached."""

@@ -85,6 +85,21 @@ def online(ctx: Any, window: int, threshold: float, scale: int) -> int:
     return int(lib.adaskip_set_plan(ctx, ffi.new("struct adaskip_plan *", {"online": params})))
 
 
+WITHOUT_FFN_1 = skip_set(FFN_1, [1] * 6)
+
+
+def readable(ctx: Any, n: int, ids: Any = None) -> int:
+    """Sets a plan that skips nothing and reads other plans' bulk sets."""
+    given = ffi.NULL if ids is None else ids
+    return int(lib.adaskip_set_plan(ctx, ffi.new("struct adaskip_plan *", {"readable": given, "n_readable": n})))
+
+
+def bulk_set_id(ctx: Any, chosen: Any, id: Any = None, **windows: Any) -> int:
+    """Asks for the id of a bulk set, of no plan where ``chosen`` is None."""
+    plan = ffi.NULL if chosen is None else ffi.new("struct adaskip_plan *", {"bulk": chosen, **windows})
+    return int(lib.adaskip_bulk_set_id(ctx, plan, ffi.new("uint64_t *") if id is None else id))
+
+
 def message() -> str:
     return str(ffi.string(lib.adaskip_last_error()).decode())
 
@@ -130,6 +145,17 @@ BAD_CALLS = {
     "an online threshold without end": lambda ctx: online(ctx, 20, float("inf"), 1),
     "an unknown online scale": lambda ctx: online(ctx, 20, 0.5, 3),
     "a negative online scale": lambda ctx: online(ctx, 20, 0.5, -1),
+    "readable sets that are not there": lambda ctx: readable(ctx, 1),
+    "a negative number of readable sets": lambda ctx: readable(ctx, -1, ffi.new("uint64_t[1]")),
+    "the id of no context's bulk": lambda ctx: bulk_set_id(ffi.NULL, ffi.NULL),
+    "the id of no plan's bulk": lambda ctx: bulk_set_id(ctx, None),
+    "the id of a bulk into nothing": lambda ctx: bulk_set_id(ctx, ffi.NULL, ffi.NULL),
+    "the id of a bulk of another length": lambda ctx: bulk_set_id(ctx, skip_set([0] * 8, [1] * 8, 4)[0]),
+    "the id of a bulk without arrays": lambda ctx: bulk_set_id(ctx, ffi.new("struct adaskip_set *", {"n_layer": 3})),
+    "the id of a bulk with shorter vectors": lambda ctx: bulk_set_id(ctx, vectors([0.0] * 63, 63)[0]),
+    "the id of a bulk with a window of no tokens": lambda ctx: bulk_set_id(
+        ctx, WITHOUT_FFN_1[0], windowed=ffi.new("uint8_t[3]", [0, 1, 0])
+    ),
     "what was learned of no context": lambda ctx: lib.adaskip_get_online(
         ffi.NULL, ffi.new("struct adaskip_online_state *")
     ),
@@ -223,6 +249,30 @@ def test_a_plan_that_runs_an_attention_without_kv_is_refused(
     assert schedule(ctx, [0], FFN_1) == KV_ELIDED
 
 
+def test_without_kv_for_every_attention_no_bulk_set_is_read(
+    tiny: Callable[..., Path], open_model: Callable[..., Any]
+) -> None:
+    with elide_kv(np.array([False, True, False])):
+        llm = open_model(tiny())
+    ctx = ffi.cast("struct llama_context *", llm.ctx)
+    chosen, _arrays = skip_set(ATTENTION_1, [1] * 6)
+    assert bulk_set_id(ctx, chosen) == KV_ELIDED
+    steps, ids = ffi.new("struct adaskip_step[]", [(0, chosen[0])]), ffi.new("uint64_t[]", [1 << 31])
+    plan = {"prefill": chosen, "decode": steps, "n_decode": 1, "readable": ids, "n_readable": 1}
+    assert lib.adaskip_set_plan(ctx, ffi.new("struct adaskip_plan *", plan)) == KV_ELIDED
+    assert decode(ctx, chosen) == OK
+
+
+def test_the_id_of_a_bulk_is_of_what_may_be_skipped_there(ctx: Any) -> None:
+    bad, _bad = skip_set([1, 0, 0, 0, 0, 0], [1] * 6)
+    assert bulk_set_id(ctx, bad) == NOT_SKIPPABLE
+    worse, _worse = skip_set(FFN_1, [0] * 6)
+    assert bulk_set_id(ctx, worse) == COMPENSATION
+    found, (nothing, _arrays) = ffi.new("uint64_t *", 7), skip_set(NOTHING, [1] * 6)
+    assert bulk_set_id(ctx, nothing, found) == OK and found[0] == 0
+    assert bulk_set_id(ctx, ffi.NULL, found) == OK and found[0] == 0
+
+
 def test_what_was_learned_may_be_asked_for_in_part(ctx: Any, llm: Any) -> None:
     state = ffi.new("struct adaskip_online_state *")
     similarity = ffi.new("double[3]")
@@ -235,7 +285,7 @@ def test_what_was_learned_may_be_asked_for_in_part(ctx: Any, llm: Any) -> None:
 
 
 def test_the_library_is_of_the_version_of_its_header() -> None:
-    assert lib.adaskip_abi_version() == lib.ADASKIP_ABI_VERSION == 7
+    assert lib.adaskip_abi_version() == lib.ADASKIP_ABI_VERSION == 8
 
 
 def test_another_threads_mask_of_elided_kv_is_not_ours(
