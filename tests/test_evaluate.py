@@ -177,6 +177,9 @@ def test_loss_divergence_and_agreement_of_prompts_are_those_of_a_numpy_pass(
             expected = figures(full, other, item.tokens[1:])
             record = records[item.id, each.name, "prompt"].values
             assert {name: record[name] for name in FIGURES} == pytest.approx(expected, abs=2e-5)
+            of_tokens = [figures(full[i : i + 1], other[i : i + 1], item.tokens[i + 1 :][:1])["kl"] for i in range(29)]
+            found = records[item.id, each.name, "prompt"].divergences
+            assert found == pytest.approx(of_tokens, rel=1e-3, abs=2e-5), "rounded to 4 digits"
 
 
 @pytest.mark.parametrize("number", range(2, len(CONTENDERS)), ids=lambda number: CONTENDERS[number].name)

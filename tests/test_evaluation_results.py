@@ -134,6 +134,30 @@ def test_kinds_of_text_are_told_apart_where_there_are_several() -> None:
 AS_FAST = {"full": (1.0, [0.1] * 4), "adaskip": (1.0, [0.1] * 4)}
 
 
+def test_tails_are_quantiles_over_the_tokens_of_all_items() -> None:
+    # Numbered from 0 to 1000, the quantile of 99% is the number 990, that of 99.9% the number 999.
+    tokens = [i / 1000 for i in range(1001)]
+    pieces = [tokens[::2], tokens[1::2], []]
+    found = results(
+        {
+            (f"t{i}", name, "continuation"): Record(f"t{i}", name, "continuation", {"loss": 1.0}, "", tuple(piece))
+            for name in NAMES
+            for i, piece in enumerate(pieces)
+        }
+    )
+    figures = row(found, "early_exit")["text"]["continuation"]["all"]
+    assert figures["kl_99"] == {"mean": pytest.approx(0.99), "error": None, "n": 1001}
+    assert figures["kl_99.9"]["mean"] == pytest.approx(0.999)
+    table = next(each for each in tables(found) if each.title == "Mode end-to-end")
+    cells = dict(zip(table.header, table.rows[1], strict=True))
+    assert (cells["KL 99%, nats"], cells["KL 99.9%, nats"]) == ("0.99", "1.00")
+
+
+def test_a_divergence_that_is_no_number_leaves_no_tails() -> None:
+    record = Record("t0", ADASKIP.name, "prompt", {"loss": 1.0}, divergences=(0.1, None))
+    assert "kl_99" not in row(results({record.key: record}), "adaskip")["text"]["prompt"]["all"]
+
+
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +227,24 @@ def test_published_questions_of_all_lengths_have_no_such_table() -> None:
     items = [question(f"t{i}", "qasper", length=1000 + i, depth=None) for i in range(20)]
     found = records("answer", full=[{"score": 1.0}] * 20)
     assert row(results(found, items, texts=[]), "full")["questions"]["qasper"]["cells"] == []
+
+
+def test_answers_that_stay_the_same_are_counted_by_text_and_by_score() -> None:
+    answers = {
+        FULL.name: [("Ada", 1.0), ("Bea", 0.0), ("Cleo", 0.5), ("Dora", 1.0)],
+        ADASKIP.name: [(" Ada\n", 1.0), ("bea", 0.0), ("Dora", 1.0)],  # the last question is not answered yet
+    }
+    found = {
+        (f"t{i}", name, "answer"): Record(f"t{i}", name, "answer", {"score": score}, text)
+        for name, each in answers.items()
+        for i, (text, score) in enumerate(each)
+    }
+    shown = results(found, [question(f"t{i}") for i in range(4)], texts=[])
+    scores = row(shown, "adaskip")["questions"]["passkey"]
+    assert (scores["same_answer"]["mean"], scores["same_answer"]["n"]) == (pytest.approx(1 / 3), 3)
+    assert (scores["same_score"]["mean"], scores["same_score"]["n"]) == (pytest.approx(2 / 3), 3)
+    table = next(each for each in tables(shown) if each.title == "Answers that stay the same")
+    assert table.rows[0] == ("AdaSkip affine, 1", "prefill", "33.3 / 66.7")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -282,7 +324,7 @@ def test_a_summary_of_many_tasks_has_their_mean() -> None:
 def test_markdown_has_a_line_per_contender(some: Results) -> None:
     lines = markdown_report(some).splitlines()
     lines = lines[lines.index("## Mode prefill") :]
-    assert [line.count("|") for line in lines[4:9]] == [12] * 4 + [0]
+    assert [line.count("|") for line in lines[4:9]] == [14] * 4 + [0]
 
 
 def test_the_headline_says_speed_and_loss_of_the_best_strategy_of_each_mode(some: Results) -> None:

@@ -102,6 +102,7 @@ class Work:
             "continuation": self.n_continuation,
             "speed_prompt": content_hash(self.speed_prompt),
             "rounds": self.n_rounds,
+            "kept": 2,  # what a result consists of
         }
 
 
@@ -174,14 +175,15 @@ class _Rest:
             full = forced_logits(cache.take(prompt, None), prompt, targets)[1:]
         for contender in lacking:
             values: dict[str, float | None] = {}
+            divergences: tuple[float | None, ...] = ()
             llm = cache.take(prompt, contender.plan)
             if full is not None and contender.mode != "prefill":
                 logits = full if contender is FULL else forced_logits(llm, prompt, targets)[1:]
-                values = figures(full, logits, targets[1:])
+                values, divergences = figures(full, logits, targets[1:])
             text = greedy_text(llm, prompt, self._work.n_continuation)
             reference = text if contender is FULL else self._store.records[item.id, FULL.name, CONTINUATION].text
             values["rouge_l"] = continuation_rouge_l(reference, text)
-            self._keep(Record(item.id, contender.name, CONTINUATION, values, text))
+            self._keep(Record(item.id, contender.name, CONTINUATION, values, text, divergences))
 
     def answer(self, item: QuestionItem, cache: PromptCache) -> None:
         for contender in self._lacking(item.id, ANSWER):
@@ -197,7 +199,8 @@ class _Rest:
                 full = prompt_logits(llm, item.tokens).copy()
             llm.set_plan(contender.plan)
             logits = full if contender is FULL else prompt_logits(llm, item.tokens)
-            self._keep(Record(item.id, contender.name, PROMPT, figures(full, logits, item.tokens[1:])))
+            values, divergences = figures(full, logits, item.tokens[1:])
+            self._keep(Record(item.id, contender.name, PROMPT, values, divergences=divergences))
 
     def _lacking(self, item: str, measure: str) -> list[Contender]:
         """The full model first, as others are compared with it, then those that read a prompt as it does."""

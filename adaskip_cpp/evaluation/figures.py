@@ -5,12 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from statistics import fmean
 
+import numpy as np
+
 from ..intervals import mean_error, ratio_interval
 from ..measuring.tasks import QuestionItem
 from ..measuring.timing import N_SETTLE, RequestTime
 from .contenders import FULL, Contender
 from .evaluate import ANSWER, CONTINUATION, EVERYONE, PROMPT, SPEED, Work
-from .results import About, Cell, Figure, Named, Results, Row, Speed, TaskScores
+from .results import TAILS, About, Cell, Figure, Named, Results, Row, Speed, TaskScores
 from .store import Key, Record
 
 _N_LENGTHS = 8  # lengths of a task's questions, at most, for a table by length
@@ -78,7 +80,7 @@ class _Measured:
         if loss is not None and loss.mean < 700:  # where exp overflows
             # The error of an exponential is that of its exponent times itself, as it is that steep.
             figures["perplexity"] = Figure(math.exp(loss.mean), math.exp(loss.mean) * loss.error, loss.n)
-        return figures
+        return figures | _tails(self._record(each, measure) for each in ids)
 
     def _questions(self) -> dict[str, TaskScores]:
         found = {}
@@ -87,13 +89,22 @@ class _Measured:
             ids = [item.id for item in items]
             own, full = (self._values(ids, ANSWER, name).get("score", {}) for name in (None, FULL.name))
             if (score := _mean(own.values())) is not None:
-                found[task] = TaskScores(score, _mean(_differences(own, full).values()), _cells(items, own))
+                pairs = [(self._record(each, ANSWER), self._record(each, ANSWER, FULL.name)) for each in ids]
+                alike = [mine.text.strip() == theirs.text.strip() for mine, theirs in pairs if mine and theirs]
+                differences = _differences(own, full).values()
+                same_score = _mean(float(each == 0) for each in differences)
+                found[task] = TaskScores(
+                    score, _mean(differences), _mean(map(float, alike)), same_score, _cells(items, own)
+                )
         return found
+
+    def _record(self, item: str, measure: str, name: str | None = None) -> Record | None:
+        return self._records.get((item, name or self._contender.name, measure))
 
     def _values(self, ids: Sequence[str], measure: str, name: str | None = None) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
         for each in ids:
-            record = self._records.get((each, name or self._contender.name, measure))
+            record = self._record(each, measure, name)
             for label, value in record.values.items() if record else ():
                 found.setdefault(label, {})[each] = math.nan if value is None else value
         return found
@@ -128,6 +139,17 @@ def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[
 def _differences(own: Mapping[str, float], full: Mapping[str, float]) -> dict[str, float]:
     """By item, of those that both have."""
     return {item: value - full[item] for item, value in own.items() if item in full}
+
+
+def _tails(records: Iterable[Record | None]) -> dict[str, Figure]:
+    """Quantiles of the divergence over all tokens; none if one is no number."""
+    values = [math.nan if each is None else each for record in records if record for each in record.divergences]
+    if not values or not all(map(math.isfinite, values)):
+        return {}
+    quantiles = np.quantile(values, [percent / 100 for percent in TAILS]).tolist()
+    return {
+        f"kl_{percent:g}": Figure(value, math.nan, len(values)) for percent, value in zip(TAILS, quantiles, strict=True)
+    }
 
 
 def _mean(values: Iterable[float]) -> Figure | None:

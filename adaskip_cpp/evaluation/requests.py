@@ -63,9 +63,14 @@ def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, fi
     return text
 
 
-def figures(full: Logits, logits: Logits, targets: Sequence[int]) -> dict[str, float | None]:
-    return {
+def figures(
+    full: Logits, logits: Logits, targets: Sequence[int]
+) -> tuple[dict[str, float | None], tuple[float | None, ...]]:
+    """Return means over the targets by name, and the KL divergence of each in nats, to 4 digits, for the store."""
+    divergences = kl_divergences(full, logits)
+    means: dict[str, float | None] = {
         "loss": float(losses(logits, targets).mean()),
-        "kl": float(kl_divergences(full, logits).mean()),
+        "kl": float(divergences.mean()),
         "agreement": float((full.argmax(axis=1) == logits.argmax(axis=1)).mean()),
     }
+    return means, tuple(float(f"{each:.4g}") for each in divergences)

@@ -12,6 +12,9 @@ from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_token", "e2e": "request"}
 """By mode, the speed-up that quality is read against: of what the mode makes faster."""
 
+TAILS = (99, 99.9)
+"""Percent of the tokens that have at most this divergence from the full model, as llama-perplexity tells them."""
+
 SPEED_NAMES = {"first_token": "first token", "per_token": "later tokens", "request": "whole request"}
 MODE_NAMES = {"prompt": "prompt", "prefill": "prefill", "decode": "decode", "e2e": "end-to-end"}
 _STRATEGY_NAMES = {
@@ -27,7 +30,7 @@ _STRATEGY_NAMES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over ``n`` items and its standard error, NaN of a single item."""
+    """A mean over ``n`` items and its standard error, NaN of a single item; or a quantile of ``n`` tokens, without."""
 
     mean: float
     error: float
@@ -57,11 +60,15 @@ class TaskScores:
 
     Attributes:
         difference: from the full model's, item by item; None if it has none.
+        same_answer, same_score: shares of the questions with the full model's answer, word for word but for blanks
+            around it, and with its score; likewise.
         cells: by length and depth, where the task has several of either that were chosen.
     """
 
     score: Figure
     difference: Figure | None = None
+    same_answer: Figure | None = None
+    same_score: Figure | None = None
     cells: tuple[Cell, ...] = ()
 
 
@@ -115,7 +122,8 @@ class Row(Named):
         speed: by the names of :data:`SPEED_NAMES`; {} if nothing was timed.
         text: figures of text by measure (``"prompt"`` of what was read as a prompt, ``"continuation"`` of what was
             decoded), by kind of text (``"all"`` for all together) and by name: ``loss`` and ``added_loss`` in nats per
-            token, ``perplexity``, ``kl`` in nats per token, ``agreement``, ``rouge_l`` with the full model's text.
+            token, ``perplexity``, ``kl`` in nats per token, its quantiles ``kl_99`` and ``kl_99.9`` over the tokens of
+            all items, ``agreement``, ``rouge_l`` with the full model's text.
             Without what was not measured, or came out as no number for an item.
         questions: scores by task.
     """

@@ -46,6 +46,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
         item, contender, measure: what it is of.
         values: figures by name; NaN, on disk null, for what came out as no number.
         text: what the model wrote.
+        divergences: KL divergence from the full model of each token that ``values`` are means of, in nats.
         times: of a round of timing, by contender.
     """
 
@@ -54,6 +55,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     measure: str
     values: dict[str, float | None] = {}  # msgspec copies it
     text: str = ""
+    divergences: tuple[float | None, ...] = ()
     times: dict[str, RequestTime] = {}
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from ..intervals import Interval
 from ..model.plan import MODES
-from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, Figure, Results, Row
+from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, TAILS, Figure, Results, Row
 
 _MOST_QUESTION_COLUMNS = 3
 
@@ -101,11 +101,14 @@ def _mode_table(results: Results, mode: str) -> Table:
         "added loss": _of_plan("added_loss", 3, sign=True),
         "perplexity": lambda row: _perplexity(row.figure("perplexity", mode=mode)),
         "KL, nats": _of_plan("kl", 3),
+        **{f"KL {percent:g}%, nats": _of_plan(f"kl_{percent:g}", 2) for percent in TAILS},
         "agreement, %": _of_plan("agreement", 1, scale=100),
         "Rouge-L": _of_plan("rouge_l", 3),
     }
     n = next((loss.n for row in rows if (loss := row.figure("loss", mode=mode)) is not None), 0)
     text = f"{_MODE_TEXT[mode]} By measured speed; {n} items, mean ± standard error over items."
+    if any(row.figure(f"kl_{TAILS[0]:g}", mode=mode) is not None for row in rows):
+        text += " KL 99% is the divergence that 99% of all tokens do not exceed."
     return _table(f"Mode {MODE_NAMES[mode]}", text, rows, columns, several=several)
 
 
@@ -128,7 +131,23 @@ def _question_tables(results: Results) -> list[Table]:
     }
     text = "Scores in percent, mean ± standard error over questions; their number in brackets."
     found = [_table("Questions", text, results.contenders, columns)]
+    if any(each.same_answer for row in results.contenders for each in row.questions.values()):
+        found.append(_same_table(results))
     return found + [_cell_table(results, task) for task in scores if any(row.cells(task) for row in results.contenders)]
+
+
+def _same_table(results: Results) -> Table:
+    def shares(task: str, row: Row) -> str:
+        scores = row.questions.get(task)
+        both = (None, None) if scores is None else (scores.same_answer, scores.same_score)
+        return " / ".join(_figure(each, 1, scale=100, error=False) for each in both)
+
+    text = (
+        "Percent of the questions with the full model's answer, word for word, and with its score. Equal scores can "
+        "hide that some answers became better and as many worse."
+    )
+    columns: _Columns = {**_MODE, **{task: partial(shares, task) for task in results.tasks}}
+    return _table("Answers that stay the same", text, results.contenders[1:], columns)
 
 
 def _cell_table(results: Results, task: str) -> Table:
