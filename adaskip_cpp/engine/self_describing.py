@@ -107,6 +107,10 @@ class SelfDescribingLlama(llama_cpp.Llama):
         """Layers whose attention has no KV, because the model was opened with a plan that skips them."""
         return self._adaskip.elided_kv()
 
+    def synchronize(self) -> None:
+        """Wait for the devices: an evaluation returns before a GPU has finished."""
+        llama_cpp.llama_synchronize(self.ctx)
+
     def begin_request(self) -> None:
         """Begin a request: no token of its answer is decoded yet, and the online stage starts again."""
         self._adaskip.begin_request()

@@ -32,6 +32,11 @@ def physical_cores() -> int:
     return (_darwin() if sys.platform == "darwin" else None) or max((os.cpu_count() or 2) // 2, 1)
 
 
+def logical_cores() -> int:
+    """Return the number of hardware threads that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def _linux(cpus: Iterable[int]) -> int:
     cores = set()
     for cpu in cpus:

@@ -1,0 +1,29 @@
+"""The settings of an opened model that decide how fast it computes the same answer."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes the speed of the whole model and, but for rounding, nothing else. The names are AdaSkipLlama's.
+
+    Attributes:
+        flash_attn: attention in one operation, without the matrix of weights in memory.
+        repack: keep weights on the CPU in a layout of llama.cpp's own, where it has products for that.
+        n_batch: tokens handed to llama.cpp at once.
+        n_ubatch: tokens that it computes at once.
+        n_threads: threads for the tokens of an answer; None for ``llama_cpp.Llama``'s default.
+        n_threads_batch: threads for prompts, likewise.
+    """
+
+    flash_attn: bool = False
+    repack: bool = True
+    n_batch: int = 512
+    n_ubatch: int = 512
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments for AdaSkipLlama, without those that are None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}

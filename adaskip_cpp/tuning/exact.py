@@ -1,0 +1,325 @@
+"""Finds the settings under which the whole model is fastest on this machine: nothing is skipped, answers stay the same.
+
+Start at :func:`fastest_settings`.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from statistics import mean, median
+from time import perf_counter
+from types import MappingProxyType
+from typing import Any
+
+from ..engine.llama import AdaSkipLlama
+from ..errors import AdaSkipError, RequestError
+from ..measuring.cores import logical_cores, physical_cores
+from ..model.settings import Settings
+from ..progress import OnProgress
+
+MOST_TOKENS = 20_000
+"""The search reads no more tokens than this through the model, all trials together."""
+
+_DEPTH = 1536
+"""Tokens of context behind which a piece is timed a second time, up to 2,048, to extrapolate from."""
+_PIECE, _SHORT_PIECE = 512, 256
+"""Tokens of a prompt that are timed: one ubatch where depth matters, half of it to compare matrix products alone."""
+_N_DECODE = 12
+"""Tokens of an answer that are timed, after one that builds the graph and is not counted."""
+_WARM_UP = 2, 1
+"""Tokens of a prompt and of an answer that nobody times: they read the weights into memory and wake the threads up."""
+_CLEARLY_SLOWER = 1.5
+"""A candidate that takes so many times as long in the first round gets no second one."""
+_MARGIN, _MARGIN_OF_ONE = 0.03, 0.10
+"""A candidate must save this part of a request's time in two rounds, or in one where no tokens are left for more."""
+_NOT_QUANTIZED = {"0", "1", "32"}
+"""``general.file_type`` of F32, F16 and BF16: llama.cpp repacks quantized weights only."""
+_FAILURES = (AdaSkipError, RuntimeError, ValueError, MemoryError, OSError)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Settings that were timed, as the mean of their rounds. Times are infinite where the model cannot run with them.
+
+    Attributes:
+        settings: all of them, the one that this trial is about included.
+        prompt_short_s, prompt_long_s: seconds per token at the beginning and at the end of a prompt of ``context``
+            tokens.
+        token_s: seconds per token of an answer to it.
+        request_s: seconds for the whole request.
+        chosen: whether they replaced the best settings before them. The first ones, which the search starts from, count
+            as chosen.
+    """
+
+    settings: Settings
+    prompt_short_s: float
+    prompt_long_s: float
+    token_s: float
+    request_s: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class FoundSettings:
+    """The fastest ``settings``, everything that was ``tried`` in this order, and how many tokens that read."""
+
+    settings: Settings
+    tried: tuple[Tried, ...]
+    n_tokens: int
+
+
+def fastest_settings(
+    open_model: Callable[[Settings, int], AdaSkipLlama],
+    *,
+    context: int,
+    n_answer: int,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    on_progress: OnProgress | None = None,
+) -> FoundSettings:
+    """Find the settings under which the whole model answers a request fastest on this machine.
+
+    One setting is varied at a time: flash attention, repacking, threads for answers and for prompts, batch size.
+    Each candidate is timed in turn with the best settings so far (best, candidate, candidate, best), and replaces them
+    only if it saves 3% of the request's time, in both rounds. The model is opened for each turn, and closed before the
+    next. A candidate with which it cannot be opened or run is not chosen.
+
+    Times are of the first tokens and of those up to a depth of 2,048; from them, those of ``context`` tokens are
+    extrapolated linearly. All trials together read at most ``MOST_TOKENS`` tokens: where they run out, what is left
+    keeps its default.
+
+    Args:
+        open_model: opens the model without a plan, with these settings and a context of so many tokens.
+        context: tokens of the prompt.
+        n_answer: tokens of the answer.
+        given: settings that the user chose, by name. They are not varied.
+        on_progress: called with the fraction of the tokens read.
+
+    Raises:
+        RequestError: ``context`` or ``n_answer`` is not a number of tokens, or ``given`` names what is no setting.
+        AdaSkipError: the model cannot be opened or run with its defaults and what is given.
+    """
+    for name, value, least in (("context", context, 1), ("n_answer", n_answer, 0)):
+        if value < least:
+            raise RequestError(f"{name} is {value}; use a number of tokens from {least} on")
+    if unknown := {*given} - {field.name for field in fields(Settings)}:
+        raise RequestError(f"unknown settings {sorted(unknown)}; use those of Settings")
+    return _Search(open_model, context, n_answer, given, on_progress or (lambda fraction, words="": None)).run()
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Seconds per token by the depth at which it stands."""
+
+    start: float
+    growth: float
+
+    def at(self, depth: float) -> float:
+        return self.start + self.growth * depth
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]], growth: float) -> "_Line":
+        """The line through the first and last of points (depth, seconds); through one, with this growth."""
+        (depth, seconds), (deeper, longer) = points[0], points[-1]
+        if deeper > depth:
+            growth = max((longer - seconds) / (deeper - depth), 0.0)
+        middle, level = (depth + deeper) / 2, (seconds + longer) / 2
+        return cls(max(level - growth * middle, 0.0), growth)
+
+
+@dataclass(frozen=True)
+class _Rates:
+    prompt: _Line
+    token: _Line
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is timed of a candidate: tokens of a prompt and of an answer at depth 0 and, if not 0, at ``depth``."""
+
+    piece: int
+    n_decode: int
+    depth: int = 0
+
+    @property
+    def part(self) -> int:
+        """Tokens that are read for one measurement at one depth."""
+        return self.piece + (self.n_decode + 1 if self.n_decode else 0)
+
+    @property
+    def first(self) -> int:
+        """Tokens that an opened model reads for its first measurement."""
+        return sum(_WARM_UP) + (self.depth + self.part if self.depth else self.part)
+
+
+class _Visit:
+    """An opened model; every measurement is (depth, seconds per token) of the prompt's and of the answer's tokens."""
+
+    def __init__(self, llm: AdaSkipLlama, shape: _Shape, count: Callable[[int], None]) -> None:
+        self._llm, self._shape, self._count = llm, shape, count
+        self._tokens = [index * 7919 % llm.n_vocab() for index in range(max(shape.piece, shape.depth, *_WARM_UP))]
+        self._short: tuple[list[tuple[float, float]], list[tuple[float, float]]] | None = None
+        n_prompt, n_decoded = _WARM_UP
+        self._read(n_prompt)
+        self._decode(n_decoded)
+
+    def measure(self, base: _Rates) -> _Rates:
+        """Time one round; what this shape does not time is as in ``base``."""
+        if self._short is None or not self._shape.depth:
+            self._llm.reset()
+            self._short = self._part()
+        prompt, token = ([*points] for points in self._short)
+        if self._shape.depth:
+            self._read(max(self._shape.depth - self._llm.n_tokens, 0))  # the second time it is deeper already
+            for points, more in zip((prompt, token), self._part(), strict=True):
+                points.extend(more)
+        return _Rates(
+            _Line.through(prompt, base.prompt.growth) if prompt else base.prompt,
+            _Line.through(token, base.token.growth) if token else base.token,
+        )
+
+    def _part(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+        prompt, token, shape = [], [], self._shape
+        if shape.piece:
+            depth = self._llm.n_tokens
+            prompt.append((depth + shape.piece / 2, self._read(shape.piece) / shape.piece))
+        if shape.n_decode:
+            self._decode(1)
+            depth = self._llm.n_tokens
+            token.append((depth + shape.n_decode / 2, median(self._decode(shape.n_decode))))
+        return prompt, token
+
+    def _read(self, n: int) -> float:
+        return self._timed(self._llm.eval_bulk, self._tokens[:n]) if n else 0.0
+
+    def _decode(self, n: int) -> list[float]:
+        return [self._timed(self._llm.eval_decode, self._tokens[:1]) for _ in range(n)]
+
+    def _timed(self, evaluate: Callable[[list[int]], None], tokens: list[int]) -> float:
+        self._count(len(tokens))
+        start = perf_counter()
+        evaluate(tokens)
+        self._llm.synchronize()
+        return perf_counter() - start
+
+
+class _Search:
+    def __init__(
+        self,
+        open_model: Callable[[Settings, int], AdaSkipLlama],
+        context: int,
+        n_answer: int,
+        given: Mapping[str, Any],
+        on_progress: OnProgress,
+    ) -> None:
+        self._open_model, self._context, self._n_answer = open_model, context, n_answer
+        self._given, self._on_progress, self._words = given, on_progress, ""
+        self._best = Settings(**given)
+        self._rates = _Rates(_Line(0.0, 0.0), _Line(0.0, 0.0))  # what is known of the best ones
+        self._tried: list[Tried] = []
+        self._n_tokens = 0
+
+    def run(self) -> FoundSettings:
+        piece, n_decode = min(_PIECE, self._context), _N_DECODE if self._n_answer else 0
+        depth = min(_DEPTH, self._context - piece)
+        self._deep = _Shape(piece, n_decode, depth if depth > piece + n_decode else 0)
+        short = _Shape(min(_SHORT_PIECE, self._context), n_decode)
+        self._rates = self._measure(self._best, self._deep)
+        self._record(self._best, [self._rates], chosen=True)
+        self._try(self._deep, flash_attn=not self._best.flash_attn)
+        if self._file_type not in _NOT_QUANTIZED:
+            self._try(short, repack=not self._best.repack)
+        physical = physical_cores()
+        for n in dict.fromkeys((physical, physical - 1, logical_cores())):
+            if n >= 1 and n != self._threads["n_threads"] and n_decode:
+                self._try(replace(short, piece=0), n_threads=n)
+            if n >= 1 and n != self._threads["n_threads_batch"]:
+                self._try(replace(short, n_decode=0), n_threads_batch=n)
+        self._try_batch_sizes()
+        self._on_progress(1.0)
+        return FoundSettings(self._best, tuple(self._tried), self._n_tokens)
+
+    def _try_batch_sizes(self) -> None:
+        """Try larger ones while they are faster, else a smaller one."""
+        default = self._best.n_batch
+        for size in (1024, 2048):
+            if self._context <= self._best.n_batch or not self._try_batch(size):
+                break
+        if self._best.n_batch == default and self._context > 256:
+            self._try_batch(256)
+
+    def _try_batch(self, size: int) -> bool:
+        whole = _Shape(min(size, self._context), 0)  # one batch of each, or where that holds it, the prompt
+        best = _Shape(self._best.n_batch, 0) if size <= self._context else whole
+        return self._try(whole, best, n_batch=size, n_ubatch=size)
+
+    def _try(self, shape: _Shape, best_shape: _Shape | None = None, **change: Any) -> bool:
+        """Time the best settings and changed ones in turn; returns whether the changed ones are the best now."""
+        candidate, best_shape = replace(self._best, **change), best_shape or shape
+        is_first = len(self._tried) == 1 and shape == self._deep  # the best settings were timed just now
+        n_first, n_second = shape.first + (0 if is_first else best_shape.first), shape.part + best_shape.first
+        if change.keys() & self._given.keys() or self._left < n_first:
+            return False
+        self._words = ", ".join(f"{name} {value}" for name, value in change.items())
+        ours = [self._rates if is_first else self._measure(self._best, best_shape)]
+        theirs: list[_Rates] = []
+        try:
+            with self._visit(candidate, shape) as visit:
+                theirs.append(visit.measure(self._rates))
+                if self._ratio(ours[0], theirs[0]) < _CLEARLY_SLOWER and self._left >= n_second:
+                    theirs.append(visit.measure(self._rates))
+        except _FAILURES:
+            theirs.clear()
+        if len(theirs) > 1:
+            ours.append(self._measure(self._best, best_shape))
+        ratios = [self._ratio(a, b) for a, b in zip(ours, theirs, strict=False)]
+        margin = _MARGIN if len(ratios) > 1 else _MARGIN_OF_ONE
+        chosen = bool(ratios) and max(ratios) < 1 and mean(ratios) <= 1 - margin
+        self._record(candidate, theirs, chosen=chosen)
+        if chosen:
+            self._best, self._rates = candidate, _mean(theirs)
+        return chosen
+
+    def _ratio(self, ours: _Rates, theirs: _Rates) -> float:
+        return self._request_s(theirs) / self._request_s(ours) if self._request_s(ours) > 0 else 1.0
+
+    def _request_s(self, rates: _Rates) -> float:
+        prompt = self._context * rates.prompt.at(self._context / 2)
+        return prompt + self._n_answer * rates.token.at(self._context + self._n_answer / 2)
+
+    def _record(self, settings: Settings, rates: list[_Rates], *, chosen: bool) -> None:
+        known = _mean(rates) if rates else _Rates(_Line(math.inf, 0.0), _Line(math.inf, 0.0))
+        prompt, token = known.prompt, known.token.at(self._context)
+        times = prompt.at(0), prompt.at(self._context), token, self._request_s(known) if rates else math.inf
+        self._tried.append(Tried(settings, *times, chosen))
+
+    # -- the model -----------------------------------------------------------------------------------------------
+
+    @property
+    def _left(self) -> int:
+        return MOST_TOKENS - self._n_tokens
+
+    def _measure(self, settings: Settings, shape: _Shape) -> _Rates:
+        with self._visit(settings, shape) as visit:
+            return visit.measure(self._rates)
+
+    @contextlib.contextmanager
+    def _visit(self, settings: Settings, shape: _Shape) -> Iterator[_Visit]:
+        size = max(self._context + self._n_answer, shape.first + shape.part)
+        with contextlib.closing(self._open_model(settings, size)) as llm:
+            if not self._tried:
+                self._file_type = str(llm.metadata.get("general.file_type", ""))
+                parameters: Any = llm.context_params
+                self._threads = {name: int(getattr(parameters, name)) for name in ("n_threads", "n_threads_batch")}
+            yield _Visit(llm, shape, self._count)
+
+    def _count(self, n: int) -> None:
+        self._n_tokens += n
+        self._on_progress(min(self._n_tokens / MOST_TOKENS, 1.0), self._words)
+
+
+def _mean(rates: Sequence[_Rates]) -> _Rates:
+    def line(lines: Sequence[_Line]) -> _Line:
+        return _Line(mean(each.start for each in lines), mean(each.growth for each in lines))
+
+    return _Rates(line([each.prompt for each in rates]), line([each.token for each in rates]))
