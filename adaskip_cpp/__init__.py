@@ -20,7 +20,9 @@ def _end(number: int, frame: object) -> None:
 if _is_script and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
     _signal.signal(_signal.SIGINT, _end)
 
+from importlib import import_module as _import_module  # noqa: E402
 from importlib.metadata import version as _version  # noqa: E402
+from typing import TYPE_CHECKING as _TYPE_CHECKING  # noqa: E402
 
 from .errors import AdaSkipError, LibraryError  # noqa: E402
 
@@ -28,9 +30,11 @@ try:
     from .calibration.calibrate import calibrate
     from .engine.llama import AdaSkipLlama
     from .engine.rpc import add_rpc_server
+    from .measuring.running import Running
     from .model.plan import SkipPlan
     from .model.plan_file import load_plan, save_plan
     from .planning.profile import Profile
+    from .planning.request import PlanRequest
 except (LibraryError, ModuleNotFoundError) as _error:
     # The script `adaskip-cpp` imports this package before any code of the command line could tell it in one line.
     if not _is_script or (_error.name or "").startswith(__name__):
@@ -38,14 +42,34 @@ except (LibraryError, ModuleNotFoundError) as _error:
     _way_out = "" if isinstance(_error, LibraryError) else "; run 'pip install --force-reinstall adaskip-cpp'"
     _sys.exit(f"Error: {_error}{_way_out}")
 
+if _TYPE_CHECKING:
+    from .benchmark.measure import bench
+    from .evaluation.items import EvaluationOptions
+    from .evaluation.measure import evaluate
+
+_MEASURING = {"bench": "benchmark.measure", "evaluate": "evaluation.measure", "EvaluationOptions": "evaluation.items"}
+"""Imported when they are used: they would make the import of the package a fifth longer."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MEASURING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_import_module(f".{_MEASURING[name]}", __name__), name)
+
+
 __all__ = [
     "AdaSkipError",
     "AdaSkipLlama",
+    "EvaluationOptions",
+    "PlanRequest",
     "Profile",
+    "Running",
     "SkipPlan",
     "__version__",
     "add_rpc_server",
+    "bench",
     "calibrate",
+    "evaluate",
     "load_plan",
     "save_plan",
 ]

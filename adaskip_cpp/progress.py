@@ -56,11 +56,23 @@ def progress_bar(label: str, show: bool | None = None, *, still: bool = False) -
 
 
 @contextlib.contextmanager
-def told_progress(label: str, *, still: bool = False) -> Iterator[OnProgress]:
-    """Yield what moves a progress bar; where there is no terminal, stderr gets a line a minute."""
+def told_progress(label: str, *, still: bool = False, late: bool = False) -> Iterator[OnProgress]:
+    """Yield what moves a progress bar; where there is no terminal, stderr gets a line a minute.
+
+    A ``late`` one is shown when it is first moved, so that what is printed before does not disturb it.
+    """
     if sys.stderr.isatty():
-        with progress_bar(label, show=True, still=still) as on_progress:
-            yield on_progress
+        with contextlib.ExitStack() as stack:
+            bar: OnProgress | None = None
+
+            def move(fraction: float, words: str = "") -> None:
+                nonlocal bar
+                bar = bar or stack.enter_context(progress_bar(label, show=True, still=still))
+                bar(fraction, words)
+
+            if not late:
+                move(0.0)
+            yield move
         return
     start = last = time.monotonic()
 

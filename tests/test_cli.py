@@ -25,6 +25,7 @@ from adaskip_cpp.cli.main import main
 from adaskip_cpp.cli.report import first_token_line, layer_list, megabytes, skipped_counts, skipped_lines
 from adaskip_cpp.engine.generation import Generation, Timing
 from adaskip_cpp.intervals import Interval
+from adaskip_cpp.measuring import running
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
 from adaskip_cpp.model.plan import MODES
@@ -367,7 +368,7 @@ def test_ffns_added_online_are_counted(run: Run, tiny: Any, profile_path: Path) 
     profile = Profile.load(profile_path)
     plan = profile.plan(strategy="manual", attention=[0], threshold=-1.0, mode="e2e")
     assert plan.online is not None and plan.online.threshold == -1.0
-    llm = terminal.open_quietly(str(tiny()), 64, terminal.Running(1, 0, False), plan=plan)
+    llm = running.open_quietly(str(tiny()), 64, running.Running(1, 0, False), plan=plan)
     answer = Generation(llm, llm.tokenize(b"hello"), max_tokens=30)
     list(answer)
     assert answer.timing is not None

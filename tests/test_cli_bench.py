@@ -23,7 +23,7 @@ from adaskip_cpp.benchmark import subject
 from adaskip_cpp.benchmark.bench import Bench, BenchResult, BenchSettings
 from adaskip_cpp.benchmark.plots import plot
 from adaskip_cpp.benchmark.process import Usage, Worker
-from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes, table
+from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes
 from adaskip_cpp.cli.bench import bench
 from adaskip_cpp.cli.bench_report import print_report, seconds
 from adaskip_cpp.cli.terminal import Verbs
@@ -199,7 +199,7 @@ def test_without_a_profile_it_says_that_it_calibrates(tiny: Any, monkeypatch: py
     monkeypatch.setattr(subject, "N_DECODE", 2)
     result = run(tiny(), "--skip", "2", *QUICK)
     attention, ffn = skipped(plans(result)["adaskip 2"])
-    assert len(attention) + len(ffn) == 2 and "No --profile: calibrating on 6 requests of 24 tokens" in result.stderr
+    assert len(attention) + len(ffn) == 2 and "No profile: calibrating on 6 requests of 24 tokens" in result.stderr
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -328,27 +328,31 @@ def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (1
         "type_k": "F16",
         "type_v": "F16",
     }
+    result.about = ABOUT
     return result
 
 
-ABOUT = {
-    "model": "tiny",
-    "architecture": "llama",
-    "n_layer": 3,
-    "quantisation": "F32",
-    "file_bytes": 10**6,
-    "adaskip_cpp": "0.1.0",
-    "llama_cpp_python": "0.3.36",
-    "python": "3.11",
-    "os": "Linux",
-    "load_average": 0.1,
-}
+ABOUT = subject.Configuration(
+    model="tiny",
+    file="m.gguf",
+    architecture="llama",
+    fingerprint="f",
+    n_layer=3,
+    file_bytes=10**6,
+    quantisation="F32",
+    adaskip_cpp="0.1.0",
+    llama_cpp_python="0.3.36",
+    python="3.11",
+    os="Linux",
+    load_average=0.1,
+    busy=False,
+)
 
 
 def test_it_prints_ratios_the_ideal_memory_and_the_configuration() -> None:
     out = Console(file=io.StringIO(), highlight=False)
     result = known()
-    print_report(out, result, table(result.times), ABOUT)
+    print_report(out, result)
     printed = out.file.getvalue()  # type: ignore[attr-defined]
     for words in (
         "Time to first token, prompt of 16 tokens, 12 rounds",
@@ -373,7 +377,7 @@ def test_it_prints_ratios_the_ideal_memory_and_the_configuration() -> None:
 def test_it_draws_times_and_ratios_also_of_one_round_and_one_token(tmp_path: Path, target: str, stem: str) -> None:
     pytest.importorskip("matplotlib")
     result = known(1, 1, (8, 16))
-    plot(table(result.times), result.times, f"{tmp_path}/{target}")
+    plot(result.rows, result.times, f"{tmp_path}/{target}")
     for name in (f"{stem}-times", f"{stem}-ratios"):
         assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()

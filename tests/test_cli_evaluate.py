@@ -154,11 +154,11 @@ def test_a_busy_machine_is_noted_where_speeds_are_measured(
     run: Run, results: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once = ("--skip", 2, "--mode", "prefill", "--strategy", "adaskip")
-    monkeypatch.setattr("adaskip_cpp.cli.evaluate.load_average", lambda: 2.5)
+    monkeypatch.setattr("adaskip_cpp.evaluation.measure.load_average", lambda: 2.5)
     assert "The load average was 2.5" in run(*once).stderr
     assert any("disturb the speeds" in note for note in results()["about"]["notes"])
     assert "load average" not in run(*once, "--rounds", 0).stderr
-    monkeypatch.setattr("adaskip_cpp.cli.evaluate.load_average", lambda: None)  # as on Windows
+    monkeypatch.setattr("adaskip_cpp.evaluation.measure.load_average", lambda: None)  # as on Windows
     assert "The load average was 2.5" in run(*once).stderr, "the speeds of then are still those shown"
     assert "load average" not in run("--skip", 1, *once[2:]).stderr
 

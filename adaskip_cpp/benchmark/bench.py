@@ -23,7 +23,8 @@ from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn
 from ..model.plan import Phase, SkipPlan
 from .process import Usage, Worker
-from .table import KEPT, NO_PLAN, REST, STOCK, BenchTimes
+from .subject import Configuration
+from .table import KEPT, NO_PLAN, REST, STOCK, BenchTimes, Row, table
 
 _PAUSE_S = 0.03
 """Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
@@ -53,10 +54,11 @@ class BenchSettings:
 
 @dataclass
 class BenchResult:
-    """What was measured, by contender; ``machine`` is the :class:`CostSettings` of ours with no plan, as a dictionary.
+    """What was measured, by contender.
 
-    ``usage`` is that of its last process; ``nodes_prefill`` counts the graph that reads a prompt, None where that is
-    not told. ``ended_by`` is what ended it before all rounds were run.
+    ``machine`` is the :class:`CostSettings` of ours with no plan, as a dictionary. ``usage`` is that of its last
+    process; ``nodes_prefill`` counts the graph that reads a prompt, None where that is not told. ``ended_by`` is what
+    ended it before all rounds were run. ``about`` is the model and what it ran on, if :func:`adaskip_cpp.bench` did.
     """
 
     settings: BenchSettings
@@ -66,9 +68,17 @@ class BenchResult:
     nodes_prefill: dict[str, int | None] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     ended_by: AdaSkipError | KeyboardInterrupt | None = None
+    about: Configuration | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """Medians and ratios of all complete rounds, by phase, context and contender."""
+        return table(self.times)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
         return {
+            "configuration": self.about,
             "settings": self.settings,
             "machine": self.machine,
             "complete": self.ended_by is None,
@@ -91,6 +101,7 @@ class BenchResult:
                 }
                 for (name, context), runs in self.times.times.items()
             ],
+            "rows": [row.to_dict() for row in self.rows],
         }
 
 

@@ -1,10 +1,10 @@
-"""What must be known of a model before it is measured, and the plans that it is measured with."""
+"""Finds out what must be known of a model before it is measured, for :mod:`adaskip_cpp.benchmark.measure`."""
 
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,32 @@ from ..measuring.cores import is_busy, load_average
 from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
-from ..planning.strategies import make_plan
 
 _DEFAULT_CONTEXTS = (512, 2048, 8192)
 N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
 """Of a brief calibration: enough for a plan to be timed, not for one to be used."""
 
 
-def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Configuration:
+    """The model that was measured, and with what; ``load_average`` was that before, None where none is kept."""
+
+    model: str
+    file: str
+    architecture: str
+    fingerprint: str
+    n_layer: int
+    file_bytes: int
+    quantisation: str
+    adaskip_cpp: str
+    llama_cpp_python: str
+    python: str
+    os: str
+    load_average: float | None
+    busy: bool
+
+
+def configuration(llm: AdaSkipLlama) -> Configuration:
     from gguf import LlamaFileType
 
     try:
@@ -33,21 +51,22 @@ def configuration(llm: AdaSkipLlama) -> dict[str, Any]:
     except ValueError:
         quantisation = "unknown"
     load = load_average()
-    return {
-        "model": llm.metadata.get("general.name") or os.path.basename(llm.model_path),
-        "file": os.path.basename(llm.model_path),
-        "architecture": llm.model_info.architecture,
-        "fingerprint": llm.model_info.fingerprint,
-        "n_layer": llm.n_layer,
-        "file_bytes": os.path.getsize(llm.model_path),
-        "quantisation": quantisation,
-        "adaskip_cpp": metadata.version("adaskip-cpp"),
-        "llama_cpp_python": metadata.version("llama-cpp-python"),
-        "python": platform.python_version(),
-        "os": f"{platform.system()} {platform.release()}",
-        "load_average": None if load is None else round(load, 2),
-        "busy": is_busy(load),
-    }
+    file = os.path.basename(llm.model_path)
+    return Configuration(
+        model=llm.metadata.get("general.name") or file,
+        file=file,
+        architecture=llm.model_info.architecture,
+        fingerprint=llm.model_info.fingerprint,
+        n_layer=llm.n_layer,
+        file_bytes=os.path.getsize(llm.model_path),
+        quantisation=quantisation,
+        adaskip_cpp=metadata.version("adaskip-cpp"),
+        llama_cpp_python=metadata.version("llama-cpp-python"),
+        python=platform.python_version(),
+        os=f"{platform.system()} {platform.release()}",
+        load_average=None if load is None else round(load, 2),
+        busy=is_busy(load),
+    )
 
 
 def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -> tuple[tuple[int, ...], str]:
@@ -74,13 +93,18 @@ def brief_profile(llm: AdaSkipLlama, *, cost: bool) -> Profile:
     return calibrate(llm, corpus.requests(llm, N_REQUESTS, N_TOKENS), n_decode=N_DECODE, cost=cost)
 
 
-def make_plans(source: Profile | int, requests: Iterable[PlanRequest], context: int) -> dict[str, SkipPlan]:
-    """Make plans, by their names in tables, from a profile; lists of layers need the number of layers only."""
-    plans: dict[str, SkipPlan] = {}
+def learns(request: PlanRequest) -> bool:
+    """Whether a request needs a profile; lists of layers without compensation need the number of layers only."""
+    return request.strategy != "manual" or request.compensation != "none"
+
+
+def by_name(requests: Iterable[PlanRequest]) -> dict[str, PlanRequest]:
+    """Return requests by their names in tables, numbered where two have one name."""
+    named: dict[str, PlanRequest] = {}
     for request in requests:
-        n = sum(name.partition(" (")[0] == request.name for name in plans)
-        plans[f"{request.name} ({n + 1})" if n else request.name] = make_plan(source, request.at(context))
-    return plans
+        n = sum(name.partition(" (")[0] == request.name for name in named)
+        named[f"{request.name} ({n + 1})" if n else request.name] = request
+    return named
 
 
 def material(

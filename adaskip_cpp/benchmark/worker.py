@@ -31,7 +31,7 @@ class _Contender:
 
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
         if self._ours:
-            from adaskip_cpp import AdaSkipLlama
+            from adaskip_cpp.engine.llama import AdaSkipLlama
             from adaskip_cpp.engine.settings import cost_settings
         import llama_cpp
         from llama_cpp import _logger

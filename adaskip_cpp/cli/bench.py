@@ -1,6 +1,5 @@
 """``adaskip-cpp bench``: how fast a model is with and without plans, against stock llama-cpp-python."""
 
-import contextlib
 import itertools
 import math
 import os
@@ -10,14 +9,13 @@ from typing import Any
 
 import click
 
-from ..benchmark import subject
-from ..benchmark.bench import Bench, BenchSettings, Progress
+from ..benchmark import measure, subject
+from ..benchmark.bench import Progress
 from ..benchmark.plots import plot
-from ..benchmark.table import table
-from ..engine.settings import cost_settings
 from ..files import check_output, json_text
-from ..model.identity import check_gguf, profile_path
-from ..model.plan import MODES
+from ..measuring.running import Running
+from ..model.identity import profile_path
+from ..model.plan import MODES, SkipPlan
 from ..model.plan_file import plan_beside
 from ..pictures import plots
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
@@ -26,18 +24,8 @@ from ..planning.strategies import STRATEGIES
 from ..progress import OnProgress, told_progress
 from .bench_report import print_report
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
-from .planning import load_profile, print_cost_note
-from .terminal import (
-    CHOOSING,
-    OUTPUT,
-    Running,
-    console,
-    json_option,
-    model_options,
-    open_quietly,
-    option,
-    verb,
-)
+from .planning import load_profile
+from .terminal import CHOOSING, OUTPUT, console, json_option, model_options, option, verb
 
 _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 _chosen = partial(option, group=CHOOSING)
@@ -126,55 +114,33 @@ def bench(
             check_output(plot_to, "--plot")
     err = console(stderr=True)
     requests = _requests(choice)
-    learns = any(each.strategy != "manual" or each.compensation != "none" for each in requests)
-    check_gguf(model)
-    plans = {"tuned": plan_beside(model).plan} if tuned else {}
-    if profile is None and learns and os.path.exists(profile_path(model)):
+    if profile is None and any(map(subject.learns, requests)) and os.path.exists(profile_path(model)):
         profile = profile_path(model)
         err.print(f"The profile is {profile}.")
     source = None if profile is None else load_profile(model, profile)
     if source is not None and not requests and not tuned:
         requests = _requests({**choice, "skip": (DEFAULT_N_SKIP,)})
-    calibrates = learns and source is None
-    predicts = any(each.speedup is not None for each in requests)
-
-    n_ctx = max([subject.N_TOKENS + subject.N_DECODE, *((contexts or (2048,)) if calibrates and predicts else ())])
-    with contextlib.closing(open_quietly(model, n_ctx, running)) as llm:
-        about = subject.configuration(llm)
-        fitting, note = subject.fit_contexts(contexts, llm.n_ctx_train, decode_tokens)
-        if note:
-            err.print(note)
-        if calibrates:
-            timing = ", and timing the sublayers" if predicts else ""
-            size = f"{subject.N_REQUESTS} requests of {subject.N_TOKENS} tokens"
-            err.print(f"No --profile: calibrating on {size}{timing}.")
-            source = subject.brief_profile(llm, cost=predicts)
-        plans |= subject.make_plans(source or llm.n_layer, requests, fitting[-1])
-        if predicts:
-            print_cost_note(err, source, cost_settings(llm))
-        tokens, skippable, in_bulk = subject.material(llm, plans.values(), fitting[-1])
-    if about["busy"]:
-        err.print(
-            f"Warning: the load average is {about['load_average']}; unless that comes from what you ran just before, "
-            "other programs disturb the times.",
-            style="yellow",
+    plans: dict[str, SkipPlan | PlanRequest] = {"tuned": plan_beside(model).plan} if tuned else {}
+    with told_progress("Measuring", still=True, late=True) as show:
+        result = measure.bench(
+            model,
+            plans | subject.by_name(requests),
+            profile=source,
+            contexts=contexts,
+            n_rounds=repeats,
+            n_decode=decode_tokens,
+            stock=not no_stock,
+            ideal=not no_ideal,
+            running=running,
+            on_progress=_with_estimate(show),
+            tell=partial(err.print, style="yellow", markup=False, soft_wrap=True),
         )
-    running_as = running.n_threads, running.gpu_layers, running.flash_attn
-    settings = BenchSettings(model, fitting, repeats, decode_tokens, *running_as)
-    ideal = None if no_ideal else skippable
-    with told_progress("Measuring", still=True) as show:
-        tell = _with_estimate(show)
-        result = Bench(
-            settings, plans, tokens, skippable=ideal, in_bulk=in_bulk, stock=not no_stock, on_progress=tell
-        ).run()
-    rows = table(result.times)
     if as_json:
-        data = {"configuration": about, **result.to_dict(), "rows": [row.to_dict() for row in rows]}
-        click.echo(json_text(data), nl=False)
+        click.echo(json_text(result.to_dict()), nl=False)
     else:
-        print_report(console(), result, rows, about)
-    if plot_to is not None and rows:
-        for path in plot(rows, result.times, plot_to):
+        print_report(console(), result)
+    if plot_to is not None and result.rows:
+        for path in plot(result.rows, result.times, plot_to):
             err.print(f"Drawn: {path}", style="dim", soft_wrap=True)
     if result.ended_by is not None:
         raise result.ended_by

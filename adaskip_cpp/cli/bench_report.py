@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,7 +16,8 @@ from ..model.plan import SkipPlan
 from .report import megabytes
 
 
-def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: dict[str, Any]) -> None:
+def print_report(out: Console, result: BenchResult) -> None:
+    rows = result.rows
     if not out.is_terminal:
         out.width = max(out.width, 100)
     if not rows:
@@ -26,7 +26,7 @@ def print_report(out: Console, result: BenchResult, rows: Sequence[Row], about: 
         _print_phase(out, [*of_phase])
     if result.usage:
         _print_usage(out, result)
-    _print_configuration(out, result, about)
+    _print_configuration(out, result)
 
 
 def _table(out: Console, title: str, columns: Sequence[str]) -> Table:
@@ -75,12 +75,11 @@ def _print_usage(out: Console, result: BenchResult) -> None:
     out.print(table)
 
 
-def _print_configuration(out: Console, result: BenchResult, about: dict[str, Any]) -> None:
-    settings, machine = result.settings, result.machine
-    lines = [
-        "{model} ({architecture}, {n_layer} layers, {quantisation}, ".format(**about)
-        + f"{megabytes(about['file_bytes'])})"
-    ]
+def _print_configuration(out: Console, result: BenchResult) -> None:
+    settings, machine, about = result.settings, result.machine, result.about
+    assert about is not None
+    size = megabytes(about.file_bytes)
+    lines = [f"{about.model} ({about.architecture}, {about.n_layer} layers, {about.quantisation}, {size})"]
     if machine:
         n_threads = f"{settings.n_threads} thread{'s' if settings.n_threads > 1 else ''}"
         devices = [device for device in machine["devices"] if device != machine["cpu"]]
@@ -92,16 +91,15 @@ def _print_configuration(out: Console, result: BenchResult, about: dict[str, Any
             f"{'on' if machine['flash_attention'] else 'off'}, KV {machine['type_k']}/{machine['type_v']}",
         ]
     lines.append(
-        "adaskip-cpp {adaskip_cpp}, llama-cpp-python {llama_cpp_python}, Python {python}, {os}".format(**about)
+        f"adaskip-cpp {about.adaskip_cpp}, llama-cpp-python {about.llama_cpp_python}, Python {about.python}, {about.os}"
     )
     if NO_PLAN in result.times.contenders and STOCK in result.times.contenders:
         lines.append(f"{NO_PLAN}: the whole model, without what stock computes of a prompt and nobody reads.")
     lines += [f"{name}: {_skipped(plan)}; compensation {plan.compensation}" for name, plan in result.plans.items()]
-    load = about["load_average"]
     lines.append(
         "Every contender in a process of its own, a new one each round, in turn, in reverse every second round; "
         f"{settings.n_decode} tokens decoded behind each prompt"
-        + ("." if load is None else f"; load average before {load:.2f}.")
+        + ("." if about.load_average is None else f"; load average before {about.load_average:.2f}.")
     )
     out.print("\n".join(lines), style="dim", soft_wrap=True)
 

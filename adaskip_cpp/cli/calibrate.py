@@ -15,12 +15,13 @@ from ..calibration.linear import DEFAULT_RANK
 from ..engine.llama import AdaSkipLlama
 from ..files import check_output, read_text
 from ..measuring import corpus
+from ..measuring.running import Running, open_quietly
 from ..model.stored import vectors_path
 from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
 from ..progress import told_progress
 from .planning import load_profile
-from .terminal import Running, console, json_option, model_options, open_quietly, option, verb
+from .terminal import console, json_option, model_options, option, verb
 
 _CTX_TIMED = 8192
 """Context of a model whose sublayers are timed: that of `generate`, so that long prompts are predicted from times."""

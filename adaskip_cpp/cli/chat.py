@@ -15,6 +15,7 @@ from ..engine.generation import Generation, Message, Timing, chat_tokens, has_ch
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import RequestError
+from ..measuring.running import Running, open_quietly
 from ..model.identity import profile_path
 from ..model.promise import Tuning
 from ..planning.profile import Profile
@@ -23,7 +24,7 @@ from ..planning.strategies import make_plan
 from .plan import print_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
 from .report import first_token_line, skipped_counts, skipped_words
-from .terminal import Running, answer_options, console, is_broken_pipe, open_quietly, option, users_error, verb
+from .terminal import answer_options, console, is_broken_pipe, option, users_error, verb
 
 _HELP = """\
 /reset   begin a new conversation

@@ -14,11 +14,12 @@ from rich.text import Text
 
 from ..demo import N_ANSWER, PAPERS, SPEEDUP, WHOLE, DemoResult, Side, packaged_model, run
 from ..files import check_output
+from ..measuring.running import Running, open_quietly
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .plan import print_plan
 from .planning import plan_options
-from .terminal import OUTPUT, Running, console, json_option, model_options, open_quietly, option, save_svg, verb
+from .terminal import OUTPUT, console, json_option, model_options, option, save_svg, verb
 
 
 @verb("Show the whole idea on a small model.", example="adaskip-cpp demo --speedup 1.3")

@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
@@ -12,23 +11,22 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..engine.llama import AdaSkipLlama
-from ..evaluation import conditions, contenders, figures, items, report, results, store
-from ..evaluation.evaluate import run
+from ..evaluation import measure
+from ..evaluation.items import EvaluationOptions
 from ..evaluation.results import Results
 from ..evaluation.tables import summary
-from ..measuring.cores import is_busy, load_average
+from ..measuring.running import Running
 from ..measuring.synthetic import TASKS
 from ..model.plan import MODES
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from ..planning.profile import Profile
 from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import names, numbers
 from .planning import plan_file_option
-from .terminal import CHOOSING, RUNNING, Running, console, json_option, model_options, open_quietly, option, verb
+from .terminal import CHOOSING, RUNNING, console, json_option, model_options, option, verb
 
 _AGAIN = "; may be repeated"
+_DEFAULTS = EvaluationOptions()
 _choosing, _running = partial(option, group=CHOOSING), partial(option, group=RUNNING)
 _text, _question = partial(option, group="Items of text"), partial(option, group="Questions")
 _speed = partial(option, group="Speed")
@@ -70,13 +68,13 @@ _speed = partial(option, group="Speed")
     type=click.Choice(["pages", "sources"]),
     help=f"Pages of pydoc_data.topics, or sources of Python's standard library, that calibration leaves out{_AGAIN}.",
 )
-@_text("--texts", "n_texts", type=click.IntRange(min=0), default=8, help="Items of each text kind.")
-@_text("--tokens", "n_tokens", type=click.IntRange(min=4), default=512, help="Tokens in each.")
+@_text("--texts", "n_texts", type=click.IntRange(min=0), default=_DEFAULTS.n_texts, help="Items of each text kind.")
+@_text("--tokens", "n_tokens", type=click.IntRange(min=4), default=_DEFAULTS.n_tokens, help="Tokens in each.")
 @_text(
     "--continuation",
     "n_continuation",
     type=click.IntRange(min=2),
-    default=64,
+    default=_DEFAULTS.n_continuation,
     help="Tokens at the end of each that are decoded, and in a timed request.",
 )
 @_question("--synthetic", type=names(TASKS), help=f"Long-context tasks made from the text: {', '.join(TASKS)}.")
@@ -87,8 +85,8 @@ _speed = partial(option, group="Speed")
     default="0.1,0.5,0.9",
     help="Where in the prompt the answer lies, 0 to 1.",
 )
-@_question("--per", "n_per", type=click.IntRange(min=1), default=4, help="Questions of each kind.")
-@_question("--seed", type=int, default=0, help="Seed of these tasks.")
+@_question("--per", "n_per", type=click.IntRange(min=1), default=_DEFAULTS.n_per, help="Questions of each kind.")
+@_question("--seed", type=int, default=_DEFAULTS.seed, help="Seed of these tasks.")
 @_question("--tasks", multiple=True, metavar="FILE", help=f"A LongBench or L-Eval file (JSONL){_AGAIN}.")
 @_question("--tasks-items", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
 @_question(
@@ -102,7 +100,9 @@ _speed = partial(option, group="Speed")
     default=None,
     help="Wrap questions in the model's chat template, or not.  [default: those of --tasks, if there is one]",
 )
-@_speed("--rounds", "n_rounds", type=click.IntRange(min=0), default=5, help="Timings of each; 0 for none.")
+@_speed(
+    "--rounds", "n_rounds", type=click.IntRange(min=0), default=_DEFAULTS.n_rounds, help="Timings of each; 0 for none."
+)
 @_speed(
     "--speed-context", type=click.IntRange(min=2), help="Prompt to time.  [default: 1024, or what the model allows]"
 )
@@ -116,56 +116,25 @@ def evaluate(model: str, profile_path: str, output: str, running: Running, as_js
     crash the same command goes on. At the end FOLDER has report.html, results.json, results.md and the pictures.
     """
     context = click.get_current_context()
-    profile = Profile.load(profile_path)
-    lists = {name: values.pop(name) for name in ("strategies", "n_skips", "speedups", "modes", "compensations")}
-    options = items.EvaluationOptions(contenders.every_request(profile.n_layer, **lists), **values)
-
-    def open_model(n_ctx: int, logits_all: bool) -> AdaSkipLlama:
-        return open_quietly(model, n_ctx, running, logits_all=logits_all)
-
-    work, notes, words, settings = items.prepare(model, profile, options, open_model)
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     command = join(["adaskip-cpp", "evaluate", *context.meta["arguments"]])
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts = {"started": started, "command": command, "load_average": load_average()}
     err = console(stderr=True)
-    interrupted = False
-    with store.open_store(output, settings, facts) as kept:
-        load = kept.facts["load_average"]
-        if work.speed_prompt and is_busy(load):
-            notes.append(
-                f"The load average was {load:.1f} at the beginning: unless that came from what you ran before, other "
-                "programs disturb the speeds."
-            )
-        for note in notes:
-            err.print(note, style="yellow", soft_wrap=True)
-        if kept.set_aside is not None:
-            err.print(f"The settings have changed; earlier results are kept in {kept.set_aside}", soft_wrap=True)
-        n_done = sum(key in kept.records for key in work.results())
-        if n_done:
-            err.print(f"{n_done} of {len(work.results())} results are there already.")
-        name, begun = os.path.basename(model), kept.facts["started"][:16].replace("T", " ")
-        about = results.About(
-            model=name.removesuffix(".gguf"),
-            title=f"{name}: what skipping costs and brings",
-            summary=f"{len(work.contenders) - 1} plans against the full model, begun {begun} UTC.",
-            configuration=conditions.configuration(model, profile, work, settings, words),
+    with told_progress("Evaluating", late=True) as on_progress:
+        found = measure.evaluate(
+            model,
+            profile_path,
+            output,
+            EvaluationOptions(**values),
+            running=running,
             command=command,
-            settings=settings,
-            notes=tuple(notes),
+            on_progress=on_progress,
+            tell=partial(err.print, style="yellow", markup=False, soft_wrap=True),
         )
-        try:
-            with told_progress("Evaluating") as on_progress:
-                run(work, kept, open_model, on_progress)
-        except KeyboardInterrupt:
-            interrupted = True
-        found = figures.evaluation_results(work, kept.records, about)
-        report.write_results(found, kept.folder, profile)
     if as_json:
         click.echo(found.to_json(), nl=False)
     else:
         _print(found, output)
-    if interrupted:
+    if found.n_done < found.n_results:
         err.print(f"Interrupted; nothing is lost. The same command goes on:\n  {command}", soft_wrap=True)
         context.exit(130)
 

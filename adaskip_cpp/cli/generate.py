@@ -8,10 +8,11 @@ from ..engine.generation import Generation, chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..files import read_text
+from ..measuring.running import Running, open_quietly
 from ..planning.request import PlanRequest
 from .planning import find_plan_source, plan_options, print_cost_note, profile_options
 from .report import first_token_line, kv_line, skipped_lines, speed_lines
-from .terminal import RUNNING, Running, answer_options, console, open_quietly, option, verb
+from .terminal import RUNNING, answer_options, console, option, verb
 
 _LEAST_LENGTH = 512
 """Tokens: a shorter prompt has too little bulk for most speed-ups, and gets the plan of one that has."""

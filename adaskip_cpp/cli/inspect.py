@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..engine.native_types import Sublayer
-from .terminal import Running, console, json_option, model_options, open_quietly, verb
+from ..measuring.running import Running, open_quietly
+from .terminal import console, json_option, model_options, verb
 
 
 @verb("Show what can be skipped in a model.", example="adaskip-cpp inspect model.gguf")

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from ..errors import PackageMissingError
+from ..measuring.running import Running, quietly
 from ..model.identity import plan_path, profile_path
 from .planning import PlanSource, find_plan_source, load_profile
-from .terminal import RUNNING, Running, console, model_options, option, quietly, verb
+from .terminal import RUNNING, console, model_options, option, verb
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 

@@ -11,20 +11,18 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, cast
 
 import click
 from rich.console import Console
 
-from ..engine.llama import AdaSkipLlama
 from ..engine.rpc import add_rpc_server
 from ..errors import AdaSkipError
 from ..files import write_atomically
 from ..measuring.cores import physical_cores
+from ..measuring.running import Running
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_Llama = TypeVar("_Llama", bound=AdaSkipLlama)
 
 CHOOSING, RUNNING, OUTPUT = "Choosing what is skipped", "Running the model", "Output"
 """Headings of groups of options."""
@@ -215,16 +213,6 @@ def options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
 json_option = option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead.")
 
 
-@dataclass(frozen=True)
-class Running:
-    """How the command line runs a model: what :data:`model_options` say."""
-
-    n_threads: int
-    gpu_layers: int
-    flash_attn: bool
-    rpc_servers: tuple[str, ...] = ()
-
-
 def _with_running(command: _Command) -> _Command:
     @functools.wraps(command)
     def run(
@@ -266,16 +254,3 @@ def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
         option("--seed", group=RUNNING, type=click.IntRange(0, 2**32 - 2), help="Seed of sampling.  [default: random]"),
         model_options,
     )
-
-
-def open_quietly(path: str, n_ctx: int, running: Running, **more: Any) -> AdaSkipLlama:
-    """Load a model, without llama.cpp's warnings, which would stand before the answer."""
-    return quietly(AdaSkipLlama, path, n_ctx, running, **more)
-
-
-def quietly(kind: Callable[..., _Llama], path: str, n_ctx: int, running: Running, **more: Any) -> _Llama:
-    """Load a model of some class as :func:`open_quietly` does."""
-    n = running.n_threads
-    settings = {"n_gpu_layers": running.gpu_layers, "flash_attn": running.flash_attn, "verbose": False, **more}
-    with contextlib.redirect_stderr(io.StringIO()):
-        return kind(path, n_ctx=n_ctx, n_threads=n, n_threads_batch=n, **settings)

@@ -16,6 +16,7 @@ from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..files import check_output, json_text
 from ..measuring import corpus
+from ..measuring.running import Running, open_quietly
 from ..measuring.synthetic import synthetic_items
 from ..measuring.tasks import QuestionItem, python_sources, read_texts
 from ..measuring.text_quality import N_BEHIND
@@ -33,7 +34,7 @@ from ..tuning.search import N_PREDICTED
 from ..tuning.tuner import Tuner
 from .calibrate import calibration_requests
 from .planning import load_profile, print_cost_note
-from .terminal import CHOOSING, OUTPUT, Running, console, json_option, model_options, open_quietly, option, verb
+from .terminal import CHOOSING, OUTPUT, console, json_option, model_options, option, verb
 from .tune_report import minutes, print_found
 
 _SEARCHING = "Searching"

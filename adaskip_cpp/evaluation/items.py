@@ -1,8 +1,8 @@
-"""What an evaluation is asked for, made into plans and items; all that cannot be measured is refused here."""
+"""Makes plans and items of what an evaluation is asked for, and refuses what cannot be measured: :func:`prepare`."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,12 @@ from ..measuring.synthetic import synthetic_items
 from ..measuring.task_files import task_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
 from ..model.identity import plan_path
-from ..model.plan import SkipPlan
+from ..model.plan import Mode, SkipPlan
 from ..model.plan_file import load_plan, plan_beside
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .conditions import evaluation_settings
-from .contenders import contenders
+from .contenders import contenders, every_request
 from .evaluate import OpenModel, Work
 
 _SPEED_CONTEXT = 1024
@@ -32,35 +32,70 @@ _ANSWER = 64  # tokens that the answer of a synthetic task takes at most
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is asked for, under the names of the command line's options, which say what each is.
+    """What :func:`adaskip_cpp.evaluate` measures. The verb `evaluate` has options of the same names.
 
     Attributes:
-        plans: the plans to compare; speed-ups without a context are for the prompt that is timed.
+        strategies: of plans, by name; () for all but ``"manual"``.
+        n_skips: numbers of sublayers to skip, one plan each; None for a tenth, a fifth and a quarter of them.
+        speedups: predicted speed-ups of the prompt that is timed, one plan each.
+        modes: () for all.
+        compensations: of strategy ``"adaskip"``; None for the default one.
         plan_file: a plan to compare with them, as `tune` writes it; None for that beside the model, if it is there and
             of one of their modes.
-        tasks_items, chat, ctx, speed_context: None for the defaults that the help tells.
+        text_files: UTF-8 texts.
+        builtin: ``"pages"`` of Python's manual, ``"sources"`` of its library; () for pages unless there are text files.
+        n_texts: items of each kind of text; 0 for none.
+        n_tokens: tokens of an item.
+        n_continuation: tokens at the end of an item that are decoded, and tokens decoded in a timed request.
+        tasks: LongBench's or L-Eval's files.
+        tasks_items: questions of each of their tasks; None for all.
+        tasks_prompts, tasks_lengths: LongBench's two JSON files; None for what is built in, for ``multi_news`` alone.
+        synthetic: long-context tasks made from the text, by name.
+        lengths: tokens of their prompts.
+        depths: where in the prompt the answer lies, 0 to 1.
+        n_per: questions for each task, length and depth.
+        seed: of these tasks.
+        chat: whether questions stand in the model's chat template; None for those of ``tasks``, if there is one.
+        ctx: context in tokens; None for what is needed, 8192 with ``tasks``, or the model's if that is less.
+        speed_context: tokens of the prompt to time; None for 1024, or what the model allows.
+        n_rounds: timings of each contender; 0 for none.
     """
 
-    plans: tuple[PlanRequest, ...]
-    plan_file: str | None
-    text_files: tuple[str, ...]
-    builtin: tuple[str, ...]
-    n_texts: int
-    n_tokens: int
-    n_continuation: int
-    tasks: tuple[str, ...]
-    tasks_items: int | None
-    tasks_prompts: str | None
-    tasks_lengths: str | None
-    synthetic: tuple[str, ...] | None
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    n_per: int
-    seed: int
-    chat: bool | None
-    ctx: int | None
-    speed_context: int | None
-    n_rounds: int
+    strategies: tuple[str, ...] = ()
+    n_skips: tuple[int, ...] | None = None
+    speedups: tuple[float, ...] | None = None
+    modes: tuple[Mode, ...] = ()
+    compensations: tuple[str, ...] | None = None
+    plan_file: str | None = None
+    text_files: tuple[str, ...] = ()
+    builtin: tuple[str, ...] = ()
+    n_texts: int = 8
+    n_tokens: int = 512
+    n_continuation: int = 64
+    tasks: tuple[str, ...] = ()
+    tasks_items: int | None = None
+    tasks_prompts: str | None = None
+    tasks_lengths: str | None = None
+    synthetic: tuple[str, ...] | None = None
+    lengths: tuple[int, ...] = (1000, 2000)
+    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    n_per: int = 4
+    seed: int = 0
+    chat: bool | None = None
+    ctx: int | None = None
+    speed_context: int | None = None
+    n_rounds: int = 5
+
+    def requests(self, n_layer: int) -> tuple[PlanRequest, ...]:
+        """Return the plans to compare; speed-ups have no context yet."""
+        return every_request(
+            n_layer,
+            strategies=self.strategies,
+            n_skips=self.n_skips,
+            speedups=self.speedups,
+            modes=self.modes,
+            compensations=self.compensations,
+        )
 
 
 def prepare(
@@ -85,8 +120,8 @@ def prepare(
         if n > limit:
             raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
     n_ctx = options.ctx or max([*needed.values(), min(_TASKS_CTX, n_most) if options.tasks else 8])
-    requests = [request.at(speed_context or _SPEED_CONTEXT) for request in options.plans]
-    saved, untold = _saved(model, options)
+    requests = [request.at(speed_context or _SPEED_CONTEXT) for request in options.requests(profile.n_layer)]
+    saved, untold = _saved(model, options.plan_file, {request.mode for request in requests})
     plans, notes = contenders(profile, requests, saved)
     notes += untold
     with closing(open_model(n_ctx, False)) as llm:
@@ -99,16 +134,16 @@ def prepare(
         return work, notes, words, evaluation_settings(llm, profile, work)
 
 
-def _saved(model: str, options: EvaluationOptions) -> tuple[SkipPlan | None, list[str]]:
-    if options.plan_file is not None:
-        return load_plan(options.plan_file, model=model).plan, []
+def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[SkipPlan | None, list[str]]:
+    if plan_file is not None:
+        return load_plan(plan_file, model=model).plan, []
     if not os.path.exists(plan_path(model)):
         return None, []
     try:
         plan = plan_beside(model).plan
     except AdaSkipError as error:
         return None, [f"the tuned plan is left out: {error}"]
-    return (plan if plan.mode in {request.mode for request in options.plans} else None), []
+    return (plan if plan.mode in modes else None), []
 
 
 def _items(

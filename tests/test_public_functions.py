@@ -1,0 +1,81 @@
+"""The package's functions for measurements: what they return in Python, and that importing them costs nothing else."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_families import N_CTX_TRAIN, N_EMBD
+
+from adaskip_cpp import EvaluationOptions, PlanRequest, Profile, Running, SkipPlan, bench, evaluate
+from adaskip_cpp.benchmark.table import NO_PLAN
+from adaskip_cpp.errors import DataError, ProfileMismatchError
+from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.pictures import plots
+
+RUNNING = Running(n_threads=1)
+
+
+@pytest.fixture
+def profile(tiny: Any) -> Profile:
+    similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
+    ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
+    statistics = PhaseStatistics(similarity, ones, ones, np.ones(3), zeros, zeros, 10)
+    known = ModelInfo(fingerprint(tiny()), "llama", 3)
+    return Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity)
+
+
+def test_bench_takes_plans_and_requests_and_returns_rows(tiny: Any, profile: Profile) -> None:
+    plans = {"mine": SkipPlan.manual(3, ffn=[1]), "asked": PlanRequest(2, compensation="none")}
+    told: list[str] = []
+    options: dict[str, Any] = {"n_rounds": 1, "n_decode": 2, "stock": False, "ideal": False, "running": RUNNING}
+    found = bench(tiny(), plans, profile=profile, contexts=(16,), tell=told.append, **options)
+    assert {(row.contender, row.phase) for row in found.rows} == {
+        (name, phase) for name in (NO_PLAN, "mine", "asked") for phase in ("prefill", "decode")
+    }
+    assert found.plans["mine"] == plans["mine"] and found.plans["asked"].skipped("bulk").n_skip == 2
+    assert found.about is not None and found.about.n_layer == 3 and found.ended_by is None
+    assert not [each for each in told if "calibrating" in each]
+
+
+def test_bench_refuses_a_context_beyond_the_models_and_another_models_profile(tiny: Any, profile: Profile) -> None:
+    with pytest.raises(DataError, match="beyond the model's"):
+        bench(tiny(), contexts=(10**6,), running=RUNNING)
+    with pytest.raises(ProfileMismatchError, match="another model"):
+        bench(tiny(seed=1), {"asked": PlanRequest(2)}, profile=profile, contexts=(16,), running=RUNNING)
+
+
+def test_evaluate_returns_what_stands_in_the_folder(
+    tiny: Any, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
+    (tmp_path / "text.txt").write_text("A fox sleeps, and a dog looks at the fox. " * 20)
+    options = EvaluationOptions(
+        strategies=("adaskip",),
+        n_skips=(2,),
+        modes=("prompt",),
+        text_files=(str(tmp_path / "text.txt"),),
+        n_texts=2,
+        n_tokens=24,
+        n_continuation=6,
+        n_rounds=0,
+    )
+    shares: list[float] = []
+    found = evaluate(tiny(), profile, tmp_path / "out", options, running=RUNNING, on_progress=shares.append)
+    assert found.n_done == found.n_results and shares[-1] == 1.0
+    assert (tmp_path / "out" / "results.json").read_text() == found.to_json()
+    tail, mean = (found.contenders[1].figure(name) for name in ("kl_99", "kl"))
+    assert tail is not None and mean is not None and tail.n == 12 and tail.mean >= mean.mean
+    assert "EvaluationOptions(strategies=('adaskip',)" in found.about.command
+    with pytest.raises(DataError, match=f"made for contexts of {N_CTX_TRAIN} tokens"):
+        evaluate(tiny(), profile, tmp_path / "out", EvaluationOptions(ctx=N_CTX_TRAIN + 1), running=RUNNING)
+
+
+def test_importing_the_package_imports_no_optional_one() -> None:
+    optional = {"matplotlib", "jieba", "rapidfuzz", "rouge", "rouge_score", "fastapi", "adaskip_cpp.pictures"}
+    code = f"import sys, adaskip_cpp; print(sorted({optional} & sys.modules.keys()))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
