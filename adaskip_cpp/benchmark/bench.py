@@ -8,10 +8,9 @@ and intervals would be too narrow.
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn
 from ..model.plan import Phase, SkipPlan
+from ..progress import OnProgress
 from .process import Usage, Worker
 from .subject import Configuration
 from .table import KEPT, NO_PLAN, REST, STOCK, BenchTimes, Row, table
@@ -34,9 +34,6 @@ _IDEAL = "the ideal"
 
 _Skip: TypeAlias = "npt.NDArray[np.bool_]"
 _Parts: TypeAlias = dict[str, dict[Phase, tuple[str, str]]]
-Progress: TypeAlias = Callable[[str, float, float], None]
-"""Takes what runs now, in words; the share of the expected time that has passed, 0 to 1; and the expected seconds left,
-NaN before there is anything to tell it from."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ class Bench:
         skippable: _Skip | None = None,
         in_bulk: _Skip | None = None,
         stock: bool = True,
-        on_progress: Progress = lambda doing, fraction, left_s: None,
+        on_progress: OnProgress = lambda fraction, words="": None,
     ) -> None:
         self._settings = settings
         self._on_progress = on_progress
@@ -166,7 +163,7 @@ class Bench:
         start = time.perf_counter()
         for name in dict.fromkeys(map(self._process, self._runs)):
             if n_round == 0:
-                self._on_progress(f"loading {name}", 0.0, math.nan)
+                self._on_progress(0.0, f"loading {name}")
             worker = self._workers[name] = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
             ours = {"plan": self.result.plans[name]} if name in self.result.plans else {}
             reply = worker.open(self._settings.model, {**self._options, **ours})
@@ -178,7 +175,7 @@ class Bench:
             if n_round > 0:
                 worker.time(prompt, N_SETTLE, plan)
                 continue
-            self._on_progress(f"warming up: {name}", 0.0, math.nan)
+            self._on_progress(0.0, f"warming up: {name}")
             worker.time(prompt, 0, plan)
             self.result.nodes_prefill[name] = worker.usage.nodes
             self._warm[name] = worker.time(prompt, self._settings.n_decode, plan)
@@ -203,8 +200,7 @@ class Bench:
             expected = self._expected(*key) + _PAUSE_S
             done += len(times.get(key, ())) * expected
             total += n_rounds * expected
-        doing = f"round {n_round + 1} of {n_rounds}, {context:,} tokens: {name}"
-        self._on_progress(doing, done / total, total - done)
+        self._on_progress(done / total, f"round {n_round + 1} of {n_rounds}, {context:,} tokens: {name}")
 
     def _expected(self, name: str, context: int) -> float:
         """Seconds of a run: as those before it, or as others at this context took against what was expected of them.

@@ -11,8 +11,9 @@ from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
+from ..progress import OnProgress
 from . import subject
-from .bench import Bench, BenchResult, BenchSettings, Progress
+from .bench import Bench, BenchResult, BenchSettings
 
 
 def bench(
@@ -26,7 +27,7 @@ def bench(
     stock: bool = True,
     ideal: bool = True,
     running: Running | None = None,
-    on_progress: Progress = lambda doing, fraction, left_s: None,
+    on_progress: OnProgress = lambda fraction, words="": None,
     tell: Callable[[str], None] = lambda note: None,
 ) -> BenchResult:
     """Measure the time to the first token and per token, each contender in processes of its own that take turns.
@@ -44,7 +45,7 @@ def bench(
         stock: whether stock llama-cpp-python is a contender.
         ideal: whether the skipped sublayers are timed by themselves.
         running: threads and devices, the same for all contenders.
-        on_progress: see :data:`Progress`.
+        on_progress: takes the share of the expected time that has passed, 0 to 1, and what runs now.
         tell: takes sentences for the user: shorter prompts, a calibration, a busy machine.
 
     Returns:

@@ -1,16 +1,12 @@
 """``adaskip-cpp bench``: how fast a model is with and without plans, against stock llama-cpp-python."""
 
-import itertools
-import math
 import os
-import sys
 from functools import partial
 from typing import Any
 
 import click
 
 from ..benchmark import measure, subject
-from ..benchmark.bench import Progress
 from ..benchmark.plots import plot
 from ..files import check_output, json_text
 from ..measuring.running import Running
@@ -21,7 +17,7 @@ from ..pictures import plots
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES
-from ..progress import OnProgress, told_progress
+from ..progress import told_progress
 from .bench_report import print_report
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
 from .planning import load_profile
@@ -121,7 +117,7 @@ def bench(
     if source is not None and not requests and not tuned:
         requests = _requests({**choice, "skip": (DEFAULT_N_SKIP,)})
     plans: dict[str, SkipPlan | PlanRequest] = {"tuned": plan_beside(model).plan} if tuned else {}
-    with told_progress("Measuring", still=True, late=True) as show:
+    with told_progress("Measuring", still=True, late=True) as on_progress:
         result = measure.bench(
             model,
             plans | subject.by_name(requests),
@@ -132,7 +128,7 @@ def bench(
             stock=not no_stock,
             ideal=not no_ideal,
             running=running,
-            on_progress=_with_estimate(show),
+            on_progress=on_progress,
             tell=partial(err.print, style="yellow", markup=False, soft_wrap=True),
         )
     if as_json:
@@ -155,15 +151,3 @@ def _requests(choice: dict[str, Any]) -> list[PlanRequest]:
     lists += choice["both"]
     wanted += [{"strategy": "manual", "attention": first, "ffn": second} for first, second in lists]
     return [PlanRequest(mode=choice["mode"], compensation=choice["compensation"], **each) for each in wanted]
-
-
-def _with_estimate(show: OnProgress) -> Progress:
-    estimates = itertools.count()
-
-    def tell(doing: str, fraction: float, left_s: float) -> None:
-        if not sys.stderr.isatty() and not math.isnan(left_s) and next(estimates) == 0:
-            left = f"{left_s:.0f} s" if left_s < 90 else f"{left_s / 60:.0f} min"
-            click.echo(f"Measuring for about {left}; Ctrl-C prints what is known.", err=True)
-        show(fraction, doing)
-
-    return tell

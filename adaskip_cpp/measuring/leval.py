@@ -13,7 +13,7 @@ import msgspec
 
 from ..errors import DataError
 from . import metrics
-from .tasks import Question
+from .tasks import Asked, QuestionItem
 
 _CHOICE_TOKENS, _MOST_TOKENS = 16, 512
 _CHOICE = (
@@ -34,7 +34,7 @@ class LEvalLine:
     evaluation: str
 
 
-def leval_questions(line: LEvalLine, where: str) -> list[Question]:
+def leval_questions(line: LEvalLine, where: str) -> list[Asked]:
     """Return the questions of a line in their order.
 
     The task is L-Eval's source without what tells its parts from each other: ``coursera`` for ``coursera_a``.
@@ -59,5 +59,5 @@ def leval_questions(line: LEvalLine, where: str) -> list[Question]:
             template, metric = _OPEN, "rouge_l" if task.endswith("_summ") else "qa_f1"
             max_tokens = min(2 * n_words + 16, _MOST_TOKENS)  # English has about 1.4 tokens per word
         text = template.format(document=line.input.strip(), question=question.strip(), n_words=n_words)
-        questions.append(Question(task, text, (answer,), max_tokens, metric))
+        questions.append(Asked(QuestionItem("", task, (), (answer,), max_tokens, metric), text))
     return questions

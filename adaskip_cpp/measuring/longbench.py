@@ -10,7 +10,7 @@ import msgspec
 
 from ..errors import DataError
 from ..files import read_text
-from .tasks import Question
+from .tasks import Asked, QuestionItem
 
 DATASETS = {
     dataset: metric
@@ -67,7 +67,7 @@ class LongBench:
         self._prompts = _Table(prompts, str, _PROMPTS, "prompt", "--tasks-prompts dataset2prompt.json")
         self._lengths = _Table(lengths, _Length, _LENGTHS, "answer length", "--tasks-lengths dataset2maxlen.json")
 
-    def questions(self, line: LongBenchLine, fields: Mapping[str, Any], where: str) -> list[Question]:
+    def questions(self, line: LongBenchLine, fields: Mapping[str, Any], where: str) -> list[Asked]:
         """Return the line's only question; ``fields`` are all that the line has, which a template may name."""
         base = line.dataset.removesuffix("_e")
         if base not in DATASETS:
@@ -82,20 +82,18 @@ class LongBench:
                 f"{self._prompts.name}: the template of {line.dataset!r} cannot be filled in from {where} "
                 f"({type(error).__name__}: {error}); it may name the line's fields, as {{context}} and {{input}}"
             ) from error
-        return [
-            Question(
-                task=line.dataset,
-                text=text,
-                answers=line.answers,
-                max_tokens=max_tokens,
-                metric=DATASETS[base],
-                all_classes=line.all_classes or (),
-                length=line.length or 0,
-                first_line=base in _FIRST_LINE,
-                chat=base not in _NO_CHAT,
-                id=str(line._id or ""),
-            )
-        ]
+        item = QuestionItem(
+            id=str(line._id or ""),
+            task=line.dataset,
+            prompt=(),
+            answers=line.answers,
+            max_tokens=max_tokens,
+            metric=DATASETS[base],
+            all_classes=line.all_classes or (),
+            length=line.length or 0,
+            first_line=base in _FIRST_LINE,
+        )
+        return [Asked(item, text, chat=base not in _NO_CHAT)]
 
 
 class _Table:

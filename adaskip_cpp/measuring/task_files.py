@@ -16,7 +16,7 @@ from ..files import read_text
 from .corpus import tokens_of
 from .leval import LEvalLine, leval_questions
 from .longbench import LongBench, LongBenchLine
-from .tasks import Question, QuestionItem, Wrap
+from .tasks import Asked, QuestionItem, Wrap
 
 _Path: TypeAlias = str | os.PathLike[str]
 
@@ -55,12 +55,11 @@ def task_items(
     raw = partial(tokens_of, llm, bos=True)
     taken: Counter[str] = Counter()
     items: list[QuestionItem] = []
-    for _, question, where in sorted(_questions(files, LongBench(prompts, lengths)), key=itemgetter(0)):
-        if taken[question.task] == n_each:
+    for _, (item, text, chat), where in sorted(_questions(files, LongBench(prompts, lengths)), key=itemgetter(0)):
+        if taken[item.task] == n_each:
             continue
-        taken[question.task] += 1
-        prompt = _fit(llm, question.text, n_ctx - question.max_tokens, wrap if question.chat else raw, where)
-        item = question.item(tuple(prompt))
+        taken[item.task] += 1
+        item = replace(item, prompt=tuple(_fit(llm, text, n_ctx - item.max_tokens, wrap if chat else raw, where)))
         try:
             item.score("")  # what cannot be scored is told now and not when the model has answered for hours
         except DataError as error:
@@ -69,7 +68,7 @@ def task_items(
     return items
 
 
-def _questions(files: Iterable[_Path], longbench: LongBench) -> Iterator[tuple[int, Question, str]]:
+def _questions(files: Iterable[_Path], longbench: LongBench) -> Iterator[tuple[int, Asked, str]]:
     """Every question with its number among those of its line, an id of its own, and where it stands."""
     seen: set[str] = set()
     for file in files:
@@ -82,14 +81,14 @@ def _questions(files: Iterable[_Path], longbench: LongBench) -> Iterator[tuple[i
                 continue
             where = f"{os.fspath(file)!r}, line {number}"
             kind, found = _of_line(text, longbench, where)
-            for turn, question in enumerate(found):
-                identity = f"{kind}/{stem}/{question.id or number}" + (f"/{turn}" if len(found) > 1 else "")
+            for turn, (item, prompt, chat) in enumerate(found):
+                identity = f"{kind}/{stem}/{item.id or number}" + (f"/{turn}" if len(found) > 1 else "")
                 identity += f"/{number}" if identity in seen else ""
                 seen.add(identity)
-                yield turn, replace(question, id=identity), where
+                yield turn, Asked(replace(item, id=identity), prompt, chat), where
 
 
-def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Question]]:
+def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Asked]]:
     try:
         fields = msgspec.json.decode(text, type=dict[str, Any])
         kind: Any = LEvalLine if "instructions" in fields else LongBenchLine

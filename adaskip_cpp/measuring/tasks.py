@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ..errors import DataError
 from ..files import read_text
@@ -65,40 +65,12 @@ class QuestionItem:
         return metrics.score(self.metric, prediction, self.answers, self.all_classes)
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question as a task file has it, before it is fitted to a model; its fields are those of the item.
+class Asked(NamedTuple):
+    """A question of a task file: the item without its prompt, the prompt's text, and whether a chat template fits."""
 
-    Attributes:
-        text: the prompt.
-        id: what the file calls it, "" where it has no name.
-        chat: whether a chat model is asked it in its chat template.
-    """
-
-    task: str
+    item: QuestionItem
     text: str
-    answers: tuple[str, ...]
-    max_tokens: int
-    metric: str
-    all_classes: tuple[str, ...] = ()
-    length: int = 0
-    first_line: bool = False
-    id: str = ""
     chat: bool = True
-
-    def item(self, prompt: tuple[int, ...]) -> QuestionItem:
-        """Return it as an item with the prompt as tokens."""
-        return QuestionItem(
-            self.id,
-            self.task,
-            prompt,
-            self.answers,
-            self.max_tokens,
-            self.metric,
-            self.all_classes,
-            self.length,
-            first_line=self.first_line,
-        )
 
 
 def text_items(
