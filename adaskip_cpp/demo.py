@@ -22,6 +22,7 @@ from .measuring.distribution import losses
 from .measuring.synthetic import finds_answer, synthetic_items
 from .measuring.tasks import python_sources
 from .measuring.text_quality import answer_logits
+from .model.mode import MODES
 from .model.plan import SkipPlan
 from .planning.profile import Profile
 from .planning.request import PlanRequest
@@ -133,7 +134,7 @@ def run(
     """
     with closing(open_model(N_LENGTH + N_ANSWER)) as llm:
         prompt = _prompt(llm)
-        profile = _learn(llm, on_stage, judges=request.mode == "prompt")
+        profile = _learn(llm, on_stage, judges=MODES[request.mode].in_bulk)
         sides = _contenders(profile, request, len(prompt))
         on_plans(profile, sides)
         _compare(llm, prompt, sides, on_stage)
@@ -183,7 +184,7 @@ def _contenders(profile: Profile, request: PlanRequest, n_prompt: int) -> dict[s
         return Side(plan, profile.cost.speedup(plan, n_prompt, "prefill"))
 
     chosen = side(request)
-    if request.mode != "prompt":
+    if not MODES[request.mode].in_bulk:
         return {WHOLE: Side(), f"mode {request.mode}": chosen}
     papers = PlanRequest(
         speedup=max(chosen.predicted, 1.0), mode="e2e", ranking="similarity", compensation=request.compensation

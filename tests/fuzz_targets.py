@@ -29,7 +29,7 @@ from tiny_models import add_chat_template, write_model
 from adaskip_cpp import AdaSkipLlama, Profile
 from adaskip_cpp.errors import AdaSkipError
 from adaskip_cpp.measuring.task_files import task_items
-from adaskip_cpp.model.plan import MODES
+from adaskip_cpp.model.mode import MODES
 from adaskip_cpp.model.plan_file import load_plan, save_plan
 from adaskip_cpp.serving.app import make_app
 from adaskip_cpp.serving.llama import ServedLlama

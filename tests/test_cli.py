@@ -28,7 +28,7 @@ from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import running
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
-from adaskip_cpp.model.plan import MODES
+from adaskip_cpp.model.mode import MODES
 from adaskip_cpp.model.profile import Windows
 from adaskip_cpp.model.promise import Promise, SpeedUp, Tuning
 from adaskip_cpp.model.statistics import PhaseStatistics

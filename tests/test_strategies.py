@@ -325,7 +325,7 @@ def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None
         ({"windowed": 5}, "4 attentions can look back at a window, not 5; ask for at most 4"),
         ({"windowed": -1}, "windowed is -1; use a whole number from 0 on"),
         ({"window_size": 0}, "window_size is 0; use a whole number from 1 on"),
-        ({"windowed": 1, "mode": "e2e"}, "windows are for the bulk of mode 'prompt'; leave windowed out"),
+        ({"windowed": 1, "mode": "e2e"}, "mode 'e2e' takes no windowed; leave it out, or use mode 'prompt'"),
     ],
 )
 def test_impossible_windows_are_refused(request_: dict[str, Any], message: str) -> None:
@@ -371,8 +371,8 @@ def test_impossible_requests_of_the_prompt_mode_are_refused() -> None:
         ({"tail": 0}, "from 1 on"),
         ({"decode": 25}, "0 to 24"),
         ({"mode": "e2e", "decode": 1}, "leave it out"),
-        ({"mode": "e2e", "head": 0}, "leave them out"),
-        ({"mode": "prefill", "tail": 8}, "leave them out"),
+        ({"mode": "e2e", "head": 0}, "leave it out"),
+        ({"mode": "prefill", "tail": 8}, "leave it out"),
         ({"threshold": 0.9}, "give decode too"),
         ({"speedup": 1.2, "phase": "decode"}, "leave phase out"),
     ):

@@ -11,7 +11,8 @@ from ..benchmark.plots import plot
 from ..files import check_output, json_text
 from ..measuring.running import Running
 from ..model.identity import profile_path
-from ..model.plan import MODES, SkipPlan
+from ..model.mode import MODES
+from ..model.plan import SkipPlan
 from ..model.plan_file import plan_beside
 from ..pictures import plots
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION

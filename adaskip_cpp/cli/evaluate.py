@@ -17,7 +17,7 @@ from ..evaluation.results import Results
 from ..evaluation.tables import summary
 from ..measuring.running import Running
 from ..measuring.synthetic import TASKS
-from ..model.plan import MODES
+from ..model.mode import MODES
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.strategies import STRATEGIES
 from ..progress import told_progress

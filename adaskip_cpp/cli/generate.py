@@ -9,6 +9,7 @@ from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..files import read_text
 from ..measuring.running import Running, open_quietly
+from ..model.mode import MODES
 from ..planning.request import PlanRequest
 from .planning import find_plan_source, plan_options, print_cost_note, profile_options
 from .report import first_token_line, kv_line, skipped_lines, speed_lines
@@ -66,7 +67,7 @@ def generate(
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
         with closing(open_quietly(model, 256, Running(1, 0, False), vocab_only=True)) as tokenizer:
             length = max(len(_tokens(tokenizer, text, chat)), 1)
-        if chosen.request is None or chosen.request.mode == "prompt":
+        if chosen.request is None or MODES[chosen.request.mode].in_bulk:
             length = max(length, _LEAST_LENGTH)
     plan = chosen.plan(length)
     if chosen.note:

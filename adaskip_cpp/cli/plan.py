@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..files import check_output, json_text
 from ..model.cost_model import CostModel
+from ..model.mode import MODES
 from ..model.plan import TIMED, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KINDS, SkipSet, ranked
@@ -116,7 +117,7 @@ def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> 
 
 def _rows(profile: Profile, request: PlanRequest, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
     saved = None if profile.cost is None else seconds_saved(profile.cost, context, phase)
-    divergence = profile.divergence if request.mode == "prompt" and request.ranking != "similarity" else None
+    divergence = profile.divergence if MODES[request.mode].in_bulk and request.ranking != "similarity" else None
     lost = -profile.similarity if divergence is None else what_is_lost(profile, request)
     rows = []
     for rank, index in enumerate(ranked(lost), start=1):

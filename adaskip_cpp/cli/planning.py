@@ -12,7 +12,8 @@ from rich.console import Console
 from ..errors import AdaSkipError
 from ..model.cost_model import CostSettings
 from ..model.identity import check_model, plan_path, profile_path
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, MODES, TIMED, SkipPlan
+from ..model.mode import MODES
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, TIMED, SkipPlan
 from ..model.plan_file import PlanFile, load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.profile import Profile
@@ -153,7 +154,7 @@ def _request(given: dict[str, Any]) -> PlanRequest | None:
         raise click.UsageError("--attention and --ffn list what to skip; leave out --skip, --speedup, --strategy")
     if chosen.get("strategy") == "manual" and not by_hand:
         raise click.UsageError("--strategy manual needs --attention or --ffn")
-    if "online" in chosen and chosen.get("mode", "prompt") == "prompt" and not chosen.get("decode"):
+    if "online" in chosen and MODES[chosen.get("mode", "prompt")].in_bulk and not chosen.get("decode"):
         raise click.UsageError("--no-online is about decode, which runs whole; give --decode or --mode too")
     return PlanRequest(**{**chosen, "strategy": "manual"} if by_hand else chosen)
 

@@ -22,7 +22,8 @@ from ..measuring.tasks import QuestionItem, python_sources, read_texts
 from ..measuring.text_quality import N_BEHIND
 from ..measuring.timing import time_request
 from ..model.identity import plan_path, profile_path
-from ..model.plan import MODES, Mode, SkipPlan
+from ..model.mode import MODES, ModeName
+from ..model.plan import SkipPlan
 from ..model.plan_file import save_plan
 from ..model.promise import Promise, SpeedUp
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
@@ -105,7 +106,7 @@ def tune(
     text_files: tuple[str, ...],
     n_texts: int | None,
     n_tokens: int | None,
-    mode: Mode,
+    mode: ModeName,
     compensation: str,
     online: bool,
     context: int,

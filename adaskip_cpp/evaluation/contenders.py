@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import BudgetError, CompensationError, DataError, NotSkippableError
-from ..model.plan import MODES, Mode, SkipPlan
+from ..model.mode import MODES, ModeName
+from ..model.plan import SkipPlan
 from ..planning.compensation import DEFAULT_COMPENSATION
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -31,7 +32,7 @@ def every_request(
     strategies: Sequence[str] | None = None,
     n_skips: Sequence[int] | None = None,
     speedups: Sequence[float] | None = None,
-    modes: Sequence[Mode] | None = None,
+    modes: Sequence[ModeName] | None = None,
     compensations: Sequence[str] | None = None,
 ) -> tuple[PlanRequest, ...]:
     """Return a request for every strategy, then compensation, then budget, then mode; of what is not given, for all.
@@ -47,7 +48,7 @@ def every_request(
         for compensation in ((compensations or [DEFAULT_COMPENSATION]) if strategy == _COMPENSATED else ["none"])
         for budget in budgets
         for mode in modes or MODES
-        if strategies or strategy != "suffix" or mode == "prompt"  # elsewhere it is Early Exit
+        if strategies or strategy != "suffix" or MODES[mode].in_bulk  # elsewhere it is Early Exit
     )
 
 

@@ -25,6 +25,7 @@ from ..measuring.distribution import Logits, prompt_logits
 from ..measuring.metrics import continuation_rouge_l
 from ..measuring.tasks import QuestionItem, TextItem
 from ..measuring.timing import in_turn, time_request
+from ..model.mode import MODES
 from .contenders import FULL, Contender
 from .requests import PromptCache, figures, forced_logits, greedy_text
 from .store import Key, Record, Store
@@ -205,7 +206,7 @@ class _Rest:
     def _lacking(self, item: str, measure: str) -> list[Contender]:
         """The full model first, as others are compared with it, then those that read a prompt as it does."""
         found = [each for each in self._work.contenders if (item, each.name, measure) in self._left]
-        return sorted(found, key=lambda each: each is not FULL and each.mode != "decode")
+        return sorted(found, key=lambda each: each is not FULL and (each.mode is None or MODES[each.mode].in_prompt))
 
     def _keep(self, record: Record) -> None:
         self._store.append(record)

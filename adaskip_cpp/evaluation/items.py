@@ -17,7 +17,8 @@ from ..measuring.synthetic import synthetic_items
 from ..measuring.task_files import task_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
 from ..model.identity import plan_path
-from ..model.plan import Mode, SkipPlan
+from ..model.mode import ModeName
+from ..model.plan import SkipPlan
 from ..model.plan_file import load_plan, plan_beside
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -64,7 +65,7 @@ class EvaluationOptions:
     strategies: tuple[str, ...] = ()
     n_skips: tuple[int, ...] | None = None
     speedups: tuple[float, ...] | None = None
-    modes: tuple[Mode, ...] = ()
+    modes: tuple[ModeName, ...] = ()
     compensations: tuple[str, ...] | None = None
     plan_file: str | None = None
     text_files: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..intervals import Interval
-from ..model.plan import MODES
+from ..model.mode import MODES
 from ..pictures import plots
 from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, Figure, Results, Row
 

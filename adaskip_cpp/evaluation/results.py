@@ -6,7 +6,7 @@ from typing import Any
 
 from ..files import json_text
 from ..intervals import Interval
-from ..model.plan import MODES, Mode
+from ..model.mode import MODES, ModeName
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
 SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_token", "e2e": "request"}
@@ -84,7 +84,7 @@ class Named:
     name: str
     strategy: str
     budget: str
-    mode: Mode | None
+    mode: ModeName | None
     compensation: str
 
     @property
@@ -210,7 +210,7 @@ class Results:
         """What came out in a sentence for each mode: the strategy that loses least, and the next best one."""
         return [each for mode in MODES if (each := self._sentence(mode))]
 
-    def _sentence(self, mode: Mode) -> str:
+    def _sentence(self, mode: ModeName) -> str:
         series: dict[str, list[tuple[float, float]]] = {}
         for row in self.of_mode(mode):
             loss, speed = row.figure("added_loss"), row.speedup

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, TypeAlias
 
 from ..intervals import Interval
-from ..model.plan import MODES
+from ..model.mode import MODES
 from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, TAILS, Figure, Results, Row
 
 _MOST_QUESTION_COLUMNS = 3

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
-from ..model.plan import Mode, SkipPlan
+from ..model.mode import MODES, ModeName
+from ..model.plan import SkipPlan
 from .distribution import Logits, check_length, check_logits_all, kl_divergences, losses
 
 N_BEHIND = 128
@@ -52,12 +53,12 @@ class TextQuality:
         self,
         llm: AdaSkipLlama,
         texts: Sequence[Sequence[int]],
-        mode: Mode = "e2e",
+        mode: ModeName = "e2e",
         *,
         n_behind: int = N_BEHIND,
         advance: Callable[[int], None] = lambda n_tokens: None,
     ) -> None:
-        self._answers = mode in ("prompt", "decode")
+        self._answers = MODES[mode].answer_share > 0
         if not self._answers:
             check_logits_all(llm)
         if len(texts) < 2:

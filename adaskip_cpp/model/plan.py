@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..errors import PlanError
 from .arrays import to_plain
 from .identity import ModelInfo
+from .mode import MODES, ModeName
 from .skip_set import SkipSet, marked
 
 Phase: TypeAlias = Literal["bulk", "prefill", "decode"]
@@ -19,10 +20,6 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 TIMED: tuple[Phase, Phase] = ("prefill", "decode")
 """What is calibrated and timed: a whole prompt, and each token of an answer."""
-
-Mode: TypeAlias = Literal["prompt", "prefill", "decode", "e2e"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-"""The prompt mode and the paper's three, see :mod:`adaskip_cpp.planning.modes`."""
 
 DEFAULT_HEAD, DEFAULT_TAIL = 4, 64
 """With the last 10 of its 30 layers skipped in prompts of 1,280 tokens, SmolLM2 diverges by 0.133 nats without a head,
@@ -122,7 +119,7 @@ class SkipPlan:
     model: ModelInfo | None = None
     strategy: str = "manual"
     compensation: str = "manual"
-    mode: Mode | Literal["manual"] = "manual"
+    mode: ModeName | Literal["manual"] = "manual"
 
     def __post_init__(self) -> None:
         if self.model is not None and self.model.n_layer != self.n_layer:

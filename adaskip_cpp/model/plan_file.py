@@ -17,7 +17,8 @@ import numpy.typing as npt
 from ..errors import PlanFileError
 from . import stored
 from .identity import ModelInfo, check_model, plan_path
-from .plan import Mode, OnlineStage, SkipPlan
+from .mode import ModeName
+from .plan import OnlineStage, SkipPlan
 from .promise import Tuning
 from .skip_set import SkipSet, marked
 
@@ -93,7 +94,7 @@ class _File:
     n_layer: _Layers
     strategy: str
     compensation: str
-    mode: Mode | Literal["manual"]
+    mode: ModeName | Literal["manual"]
     head: int
     tail: int
     windowed: tuple[int, ...]

@@ -1,17 +1,8 @@
 """The modes: from the sublayers that a strategy chose to what each phase skips.
 
-========  ==============  ===============  ===================  ============
-mode      bulk            prefill          decode               online stage
-========  ==============  ===============  ===================  ============
-prompt    the set chosen  the full model   ``decode`` of them,  where decode
-                                           by similarity        skips any
-prefill   as prefill      the set chosen   the set chosen       no
-decode    as prefill      the full model   the set chosen       in decode
-e2e       as prefill      the set chosen   the set chosen       in decode
-========  ==============  ===============  ===================  ============
-
-In mode ``prompt`` only those tokens of a prompt skip whose outputs nobody reads, and their skipped attentions keep K
-and V, so that decode may run what it wants: the full model, or all but some sublayers by the paper's ranking.
+:data:`adaskip_cpp.model.mode.MODES` says which phases skip them. In mode ``prompt`` only those tokens of a prompt skip
+whose outputs nobody reads, and their skipped attentions keep K and V, so that decode may run what it wants: the full
+model, or all but some sublayers by the paper's ranking.
 
 The other three are the paper's, which learns the fixed skip set offline, from prefill alone, and holds it in both
 phases; its online threshold is the n-th largest mean similarity of that stage. So do all modes here, with the prefill
@@ -28,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BudgetError, NotSkippableError, PlanError
+from ..model.mode import MODES
 from ..model.plan import OnlineStage, SkipPlan
 from ..model.profile import ProfileData
 from ..model.skip_set import SkipSet, first_ranked, sublayer_name
@@ -47,18 +39,17 @@ def compensated_plan(
     In decode ``later`` sets follow it, each from so many decoded tokens on. Of a number of layers, without a profile,
     nothing is compensated.
     """
-    none, in_prompt = SkipSet.none(len(skip)), request.mode == "prompt"
-    of_decode = _of_decode(source, request) if in_prompt else skip
+    none, mode = SkipSet.none(len(skip)), MODES[request.mode]
+    of_decode = _of_decode(source, request) if mode.in_bulk else skip
     profile, threshold, online = None if isinstance(source, int) else source, request.threshold, None
     compensation = get_compensation("none" if profile is None else request.compensation or DEFAULT_COMPENSATION)
     if profile is not None:
-        _check(profile.in_bulk if in_prompt else profile.skippable, skip, *(each for _, each in later))
+        _check(profile.in_bulk if mode.in_bulk else profile.skippable, skip, *(each for _, each in later))
         if compensation.uses_maps and profile.maps is None:
             compensation = get_compensation("affine")
         if threshold is None and of_decode.any():
             threshold = float(np.sort(profile.similarity[profile.skippable])[-of_decode.sum()])
-        decodes = of_decode.any() if in_prompt else request.mode != "prefill"
-        if request.online and decodes and threshold is not None:
+        if request.online and mode.adapts and (mode.in_decode or of_decode.any()) and threshold is not None:
             online = OnlineStage(window=request.window, threshold=threshold, scale=compensation.online)
 
     def skip_set(each: npt.NDArray[np.bool_], *, first_in_decode: bool) -> SkipSet:
@@ -67,18 +58,17 @@ def compensated_plan(
         from_decode = first_in_decode and not compensation.uses_maps
         return compensation.skip_set(each, profile.decode if from_decode else profile.prefill, profile.maps)
 
-    chosen = skip_set(skip, first_in_decode=request.mode == "decode")
-    in_decode = skip_set(of_decode, first_in_decode=True) if in_prompt else chosen
-    sets = ((0, chosen), *((start, skip_set(each, first_in_decode=request.mode == "decode")) for start, each in later))
+    chosen, *others = (skip_set(each, first_in_decode=not mode.in_prompt) for each in (skip, *(s for _, s in later)))
+    starts = (0, *(start for start, _ in later))
     return SkipPlan(
-        none if request.mode in ("prompt", "decode") else chosen,
-        in_decode,
-        schedule=sets if len(sets) > 1 else (),
+        chosen if mode.in_prefill else none,
+        chosen if mode.in_decode else skip_set(of_decode, first_in_decode=True),
+        schedule=tuple(zip(starts, (chosen, *others), strict=True)) if later else (),
         online=online,
-        bulk=chosen if in_prompt else None,
+        bulk=chosen if mode.in_bulk else None,
         head=request.head,
         tail=request.tail,
-        windowed=windowed_layers(source, request) if in_prompt else (),
+        windowed=windowed_layers(source, request) if mode.in_bulk else (),
         window_size=request.look_back,
         model=None if profile is None else profile.model,
         strategy=strategy,

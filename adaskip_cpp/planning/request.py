@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from ..errors import BudgetError, PlanError
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, MODES, TIMED, Mode, OnlineStage, Phase, window_size_for
+from ..model.mode import MODES, ModeName
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, TIMED, OnlineStage, Phase, window_size_for
 from ..model.skip_set import KIND_NAMES
 from .compensation import DEFAULT_COMPENSATION, get_compensation
 
@@ -61,7 +62,7 @@ class PlanRequest:
     context: int | None = None
     phase: Phase | None = None
     ranking: Ranking = "efficiency"
-    mode: Mode = "prompt"
+    mode: ModeName = "prompt"
     decode: int = 0
     head: int = DEFAULT_HEAD
     tail: int = DEFAULT_TAIL
@@ -78,21 +79,20 @@ class PlanRequest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", tuple(self.attention))
         object.__setattr__(self, "ffn", tuple(self.ffn))
-        if self.mode not in MODES:
+        if self.mode not in [*MODES]:
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
-        windows = {name: getattr(self, name) for name in ("windowed", "window_size")}
-        given = {name: value for name, value in windows.items() if value is not None}
-        for name, value in {"decode": self.decode, "head": self.head, "tail": self.tail, **given}.items():
-            least = 1 if name in ("tail", "window_size") else 0
+        mode = MODES[self.mode]
+        for name, least in {"decode": 0, "head": 0, "tail": 1, "windowed": 0, "window_size": 1}.items():
+            value = getattr(self, name)
+            if value is None and name.startswith("window"):
+                continue
             if isinstance(value, bool) or not (isinstance(value, int | np.integer) and value >= least):
                 raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
-        if given and self.mode != "prompt":
-            raise PlanError(f"windows are for the bulk of mode 'prompt'; leave {' and '.join(given)} out")
-        if self.decode and self.mode != "prompt":
-            raise PlanError(f"decode is for mode 'prompt'; leave it out, as mode {self.mode!r} says what decode skips")
-        if self.mode != "prompt" and (self.head, self.tail) != (DEFAULT_HEAD, DEFAULT_TAIL):
-            raise PlanError(f"head and tail are around the bulk of mode 'prompt'; leave them out of mode {self.mode!r}")
-        if self.mode == "prompt" and not self.decode and self.threshold is not None:
+        defaults = {"decode": 0, "head": DEFAULT_HEAD, "tail": DEFAULT_TAIL, "windowed": None, "window_size": None}
+        given = [name for name, value in defaults.items() if getattr(self, name) != value]
+        if given and not mode.in_bulk:
+            raise PlanError(f"mode {self.mode!r} takes no {' and no '.join(given)}; leave it out, or use mode 'prompt'")
+        if mode.in_bulk and not self.decode and self.threshold is not None:
             raise PlanError("threshold is for decode, which mode 'prompt' runs whole; give decode too, or another mode")
         get_compensation(DEFAULT_COMPENSATION if self.compensation is None else self.compensation)
         OnlineStage(self.window, 1.0 if self.threshold is None else self.threshold)
@@ -115,9 +115,9 @@ class PlanRequest:
             raise BudgetError("n_skip and speedup are two budgets; give one of them")
         if self.strategy == "manual":
             raise PlanError("strategy 'manual' skips what is listed, whatever the speed-up; leave speedup out")
-        if self.mode == "decode" and self.phase == "prefill":
+        if not mode.in_prompt and self.phase == "prefill":
             raise PlanError("mode 'decode' runs the full model in prefill; use phase='decode' or another mode")
-        if self.mode == "prompt" and self.phase == "decode":
+        if mode.in_bulk and self.phase == "decode":
             raise PlanError("mode 'prompt' makes prompts faster; leave phase out, or use mode='decode'")
 
     @classmethod
@@ -131,9 +131,8 @@ class PlanRequest:
     @property
     def faster_phase(self) -> Phase:
         """The phase that a speed-up is about: in mode ``"prompt"`` the bulk, which stands for a prompt that has one."""
-        if self.mode == "prompt":
-            return "bulk"
-        return self.phase or ("decode" if self.mode == "decode" else "prefill")
+        mode = MODES[self.mode]
+        return mode.faster if mode.in_bulk else self.phase or mode.faster
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
 from ..model.cost_model import CostModel
+from ..model.mode import MODES
 from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, DEFAULT_WINDOW, Phase, SkipPlan
 from ..model.profile import ProfileData
 from ..model.skip_set import ranked
@@ -43,7 +44,7 @@ class Goal:
             raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
         if request.context is None or request.speedup is None:
             raise PlanError("a speed-up depends on the length of the context; give context, in tokens")
-        windowed = windowed_layers(profile, request) if request.mode == "prompt" else ()
+        windowed = windowed_layers(profile, request) if MODES[request.mode].in_bulk else ()
         around = request.head, request.tail, windowed, request.look_back
         return cls(profile.cost, request.speedup, int(request.context), request.faster_phase, *around)
 

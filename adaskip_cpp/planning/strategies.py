@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
+from ..model.mode import MODES
 from ..model.plan import SkipPlan
 from ..model.profile import ProfileData
 from ..model.skip_set import first_ranked, marked
@@ -99,12 +100,12 @@ def _fastest(
     """Choose what reaches a speed-up: the sublayers to skip, and the request with a number of windowed attentions."""
     windows, divergence = profile.windows, profile.divergence
     numbers = {request.windowed or 0}
-    if request.windowed is None and request.mode == "prompt" and request.ranking == "efficiency":
+    if request.windowed is None and MODES[request.mode].in_bulk and request.ranking == "efficiency":
         most = 0 if windows is None or divergence is None else len(windows.layers)
         numbers = {round(most * i / _N_DEPTHS) for i in range(_N_DEPTHS + 1)}
     found, refused = [], None
     for n in sorted(numbers):
-        this = replace(request, windowed=n) if request.mode == "prompt" else request
+        this = replace(request, windowed=n) if MODES[request.mode].in_bulk else request
         try:
             skip = cheapest_set(lost, Goal.of(profile, this), request.ranking)
         except BudgetError as error:
@@ -120,7 +121,7 @@ def _fastest(
 
 def what_is_lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.float64]:
     """Return what skipping each sublayer loses, float64 ``[n_layer, 2]``, NaN where it cannot be skipped."""
-    if request.mode != "prompt":
+    if not MODES[request.mode].in_bulk:
         return np.where(profile.skippable, 1.0 - profile.similarity, np.nan)
     if request.ranking == "similarity":
         return 1.0 - profile.similarity
@@ -164,7 +165,7 @@ def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """
     limit = 2 * (n_layer - 1)
     k = _budget(request, limit, f"SkipDecode never skips layer 0, which leaves {limit} sublayers") // 2
-    if request.mode in ("prompt", "prefill") or k == 0:
+    if not (MODES[request.mode].in_decode and MODES[request.mode].adapts) or k == 0:
         return {0: range(1, k + 1)}
     starts: dict[int, int] = {}
     for t in range(LONGEST_GENERATION + 1):

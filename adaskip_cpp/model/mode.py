@@ -1,0 +1,45 @@
+"""The modes: in which phases a plan skips the sublayers that were chosen, and how its quality is judged."""
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, TypeAlias
+
+ModeName: TypeAlias = Literal["prompt", "prefill", "decode", "e2e"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One of :data:`MODES`. :mod:`adaskip_cpp.planning.modes` makes plans of it.
+
+    Attributes:
+        in_bulk: whether only the bulk of a prompt skips the chosen sublayers, and keeps their K and V.
+        in_prefill, in_decode: whether all of a prompt, and whether an answer skips them.
+        adapts: whether an answer may skip more as it goes on, by an online stage or a schedule.
+        answer_share: the share of a text that is judged: its end, as the answer to the rest. 0: all, as one prompt.
+    """
+
+    name: ModeName
+    _: KW_ONLY
+    in_bulk: bool = False
+    in_prefill: bool = False
+    in_decode: bool = False
+    adapts: bool = True
+    answer_share: float = 0.0
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.in_bulk or self.in_prefill
+
+    @property
+    def faster(self) -> Literal["bulk", "prefill", "decode"]:
+        """The phase to speed up unless a request names one. The bulk stands for a prompt that has one."""
+        return "bulk" if self.in_bulk else "prefill" if self.in_prefill else "decode"
+
+
+_MODES = (
+    Mode("prompt", in_bulk=True, answer_share=0.25),
+    Mode("prefill", in_prefill=True, in_decode=True, adapts=False),
+    Mode("decode", in_decode=True, answer_share=0.5),
+    Mode("e2e", in_prefill=True, in_decode=True),
+)
+MODES: dict[ModeName, Mode] = {mode.name: mode for mode in _MODES}
+"""The prompt mode and the paper's three."""
