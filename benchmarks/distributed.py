@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import numpy.typing as npt
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan, add_rpc_server
 from adaskip_cpp.measuring import corpus
+from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.skip_set import SkipSet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from models import smollm2
@@ -38,12 +39,13 @@ def main() -> None:
     text = corpus.tokens_of(llm, corpus.text()[: 20 * args.context], bos=True)
     prompt, answer = text[: args.context], text[args.context : args.context + args.decode_tokens]
     third = range(2 * llm.n_layer // 3, llm.n_layer)
-    nothing = SkipPlan.manual(llm.n_layer, phase="bulk")
+    nothing = SkipSet.none(llm.n_layer)
+    narrow = Bulk(nothing, windowed=tuple(third), window_size=256)
     plans = {
         "the whole model": None,
         "upper third skipped in the bulk": SkipPlan.manual(llm.n_layer, third, third, phase="bulk"),
         "upper third skipped everywhere": SkipPlan.manual(llm.n_layer, third, third),
-        "upper third looking back at 256 tokens": replace(nothing, windowed=tuple(third), window_size=256),
+        "upper third looking back at 256 tokens": SkipPlan(nothing, nothing, bulk=narrow),
     }
     print(f"{Path(path).name}, {args.servers} servers, all {llm.n_layer} layers on them; flash attention;", end=" ")
     print(f"llama-cpp-python {version('llama-cpp-python')}; {loaded / 1e6:.1f} MB of weights sent when loaded\n")

@@ -124,7 +124,7 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
     predicted = profile.cost.speedup(plan, context, "prefill")
     print(
         f"\nThe plan skips {plan.skipped('bulk').n_skip} of {2 * n_layer} sublayers in the bulk of a prompt, where "
-        f"{len(plan.windowed)} attentions look back at a window, and {plan.decode.n_skip} in decode. It is predicted "
+        f"{len(plan.narrowed)} attentions look back at a window, and {plan.decode.n_skip} in decode. It is predicted "
         f"to come to the first token {predicted:.2f} times as fast. Medians of {result.settings.n_rounds} rounds, and "
         "how many times as fast, with 95% intervals.\n"
     )

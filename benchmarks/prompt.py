@@ -56,6 +56,7 @@ from adaskip_cpp.measuring.distribution import kl_divergences, losses
 from adaskip_cpp.measuring.synthetic import finds_answer, synthetic_items
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem, python_sources, text_items
 from adaskip_cpp.measuring.timing import in_turn, time_request
+from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.pictures import plots
 
 PROMPT_MODE, PAPER = "prompt mode", "the paper's mode"
@@ -142,7 +143,7 @@ def make_plans(profile: Profile, prompt: int, wanted: Mapping[str, Sequence[floa
                 continue
             described = plan.to_dict()
             name = hashlib.sha256(json_text(described).encode()).hexdigest()[:12]
-            skipped = plan.skipped("bulk")
+            skipped, bulk = plan.skipped("bulk"), plan.bulk or Bulk(plan.prefill)
             assert profile.cost is not None
             predicted = profile.cost.speedup(plan, prompt, "prefill")
             plans[name] = plan
@@ -150,15 +151,15 @@ def make_plans(profile: Profile, prompt: int, wanted: Mapping[str, Sequence[floa
             record.data["plans"][name] = {
                 "attention": skipped.attention,
                 "ffn": skipped.ffn,
-                "head": plan.head,
-                "tail": plan.tail,
-                "windowed": plan.windowed,
-                "window_size": plan.window_size,
+                "head": bulk.head,
+                "tail": bulk.tail,
+                "windowed": bulk.windowed,
+                "window_size": bulk.window_size,
                 "compensation": plan.compensation,
                 "predicted": predicted,
             }
             n = f"{len(skipped.attention)} attentions and {len(skipped.ffn)} FFNs skipped"
-            print(f"{key} x: {n}, {len(plan.windowed)} windowed to {plan.window_size}, predicted {predicted:.2f} x")
+            print(f"{key} x: {n}, {len(bulk.windowed)} windowed to {bulk.window_size}, predicted {predicted:.2f} x")
     return plans
 
 

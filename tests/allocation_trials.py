@@ -189,7 +189,7 @@ def _refused() -> Any:
 def _plans(case: str) -> tuple[Any, Any]:
     """The plan in force, and the one that is set."""
     from adaskip_cpp import SkipPlan
-    from adaskip_cpp.model.plan import OnlineStage
+    from adaskip_cpp.model.plan import Bulk, OnlineStage
     from adaskip_cpp.model.skip_set import SkipSet
 
     attention, ffn = SkipPlan.manual(3, attention=[1]), SkipPlan.manual(3, ffn=[1, 2], scale=1.1)
@@ -208,7 +208,7 @@ def _plans(case: str) -> tuple[Any, Any]:
         from dataclasses import replace
 
         bulk = SkipPlan.manual(3, ffn=[1], phase="bulk")
-        return bulk, replace(bulk, windowed=(0, 2), window_size=4, head=2, tail=4)
+        return bulk, replace(bulk, bulk=Bulk(bulk.skipped("bulk"), windowed=(0, 2), window_size=4, head=2, tail=4))
     if case == "online":
         return ffn, SkipPlan(attention.prefill, attention.decode, online=OnlineStage(window=4, threshold=-1.0))
     if case in ("jamba", "refused"):

@@ -9,6 +9,6 @@ from typing import Any
 __all__ = ["bare_plan"]
 
 
-def bare_plan(prefill: Any, *steps: tuple[int, Any], bulk: Any = None, online: Any = None) -> Any:
+def bare_plan(prefill: Any, *steps: tuple[int, Any], online: Any = None) -> Any:
     """What ``NativeContext.set_plan`` reads of a plan; without steps, decode has the set of prefill."""
-    return SimpleNamespace(bulk=bulk, prefill=prefill, decode_sets=steps or ((0, prefill),), online=online)
+    return SimpleNamespace(bulk=None, prefill=prefill, decode_sets=steps or ((0, prefill),), online=online)

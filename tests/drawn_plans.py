@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 __all__ = ["NOTHING", "plans", "skip_sets"]
@@ -53,7 +53,7 @@ def plans(
     bulk = draw(skip_sets(plan.prefill.attention))
     windowed = tuple(layer for layer in windowable if draw(st.booleans()))
     around = {"head": draw(st.integers(0, 4)), "tail": draw(st.integers(1, 6)), "window_size": draw(st.integers(1, 9))}
-    return replace(plan, bulk=bulk, windowed=windowed, **around)
+    return replace(plan, bulk=Bulk(bulk, windowed=windowed, **around))
 
 
 @st.composite

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 __all__ = ["every_plan"]
@@ -29,7 +29,7 @@ def every_plan(n_layer: int, n_embd: int) -> dict[str, SkipPlan | None]:
 
     none, scaled, more = SkipSet.none(n_layer), skipping(third), skipping(thirds)
     with_maps = skipping(third, vectors=True, rank=2)
-    bulk = SkipPlan(none, none, bulk=skipping(third, vectors=True, rank=4), head=1, tail=1)
+    bulk = Bulk(skipping(third, vectors=True, rank=4), head=1, tail=1)
     return {
         "the whole model": None,
         "scales": SkipPlan(scaled, scaled),
@@ -40,6 +40,6 @@ def every_plan(n_layer: int, n_embd: int) -> dict[str, SkipPlan | None]:
         "decode alone": SkipPlan(none, skipping(thirds, vectors=True)),
         "a schedule": SkipPlan(scaled, scaled, schedule=((0, scaled), (1, more))),
         "an online stage": SkipPlan(none, with_maps, online=OnlineStage(window=2, threshold=-1.0, scale="median")),
-        "a bulk": bulk,
-        "windows in the bulk": replace(bulk, windowed=(0,), window_size=2),
+        "a bulk": SkipPlan(none, none, bulk=bulk),
+        "windows in the bulk": SkipPlan(none, none, bulk=replace(bulk, windowed=(0,), window_size=2)),
     }

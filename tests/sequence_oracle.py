@@ -41,21 +41,23 @@ class Cell:
     @classmethod
     def bulk_of(cls, token: int, plan: SkipPlan) -> Cell:
         assert plan.bulk is not None
-        return cls(token, plan.bulk, in_bulk=True, windows=windows_of(plan))
+        return cls(token, plan.bulk.skip, in_bulk=True, windows=windows_of(plan))
 
 
 def windows_of(plan: SkipPlan) -> Windows | None:
     """The attentions that look back at a window where the bulk of a plan runs them; None for none."""
-    skipped = () if plan.bulk is None else plan.bulk.attention
-    layers = tuple(layer for layer in plan.windowed if layer not in skipped)
-    return Windows(layers, plan.window_size, plan.head) if layers else None
+    if (bulk := plan.bulk) is None:
+        return None
+    layers = tuple(layer for layer in bulk.windowed if layer not in bulk.skip.attention)
+    return Windows(layers, bulk.window_size, bulk.head) if layers else None
 
 
 def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet) -> bool:
     """Whether a set of a plan may read a cached position."""
     if cell.in_bulk:
         is_whole = cell.skip_set.n_skip == 0 and cell.windows is None
-        return is_whole or (cell.skip_set == plan.bulk and cell.windows == windows_of(plan))
+        in_bulk = plan.bulk is not None and cell.skip_set == plan.bulk.skip
+        return is_whole or (in_bulk and cell.windows == windows_of(plan))
     if not set(cell.skip_set.attention) <= set(skip_set.attention):
         return False
     if cell.made_of is not None:
@@ -167,7 +169,7 @@ class History:
         plan = self.plan
         for n_left in range(len(tokens), 0, -1):
             token = tokens[-n_left]
-            if plan.bulk is not None and len(self.cells) >= plan.head and n_left > plan.tail:
+            if plan.bulk is not None and len(self.cells) >= plan.bulk.head and n_left > plan.bulk.tail:
                 self.cells.append(Cell.bulk_of(token, plan))
             else:
                 self.cells.append(Cell(token, plan.prefill))

@@ -21,6 +21,7 @@ from tiny_families import N_EMBD, N_LAYER
 from tiny_models import write_lora
 
 from adaskip_cpp import SkipPlan
+from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 Tiny = Callable[..., Path]
@@ -53,7 +54,7 @@ def plan() -> SkipPlan:
 def bulk(model: ReferenceModel, tokens: list[int]) -> tuple[SkipPlan, np.ndarray]:
     """The same sublayers skipped in the bulk alone, and the reference's logits of this prompt."""
     none = SkipSet.none(N_LAYER)
-    of, history = SkipPlan(none, none, bulk=plan().prefill, head=2, tail=6), History(Cells(model), n_ubatch=512)
+    of, history = SkipPlan(none, none, bulk=Bulk(plan().prefill, head=2, tail=6)), History(Cells(model), n_ubatch=512)
     history.set_plan(of)
     history.eval(tokens)
     return of, np.concatenate([history.trace(index).logits for index in range(len(tokens))])

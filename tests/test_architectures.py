@@ -6,7 +6,6 @@ bit: adding zero changes no float, and all other operations are the same.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import NotSkippableError
+from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 Tiny = Callable[..., Path]
@@ -107,9 +107,9 @@ def test_a_window_of_everything_gathers_the_same_cells(
     windowed = tuple(row.layer for row in llm.sublayers if row.windowable and row.layer < llm.n_layer_kv - 1)
     if not windowed:
         pytest.skip(f"{name} has no attention that could look back at a window and be read")
-    bulk, logits = SkipPlan.manual(llm.n_layer, phase="bulk"), []
+    none, logits = SkipSet.none(llm.n_layer), []
     for layers, size in (((), 1), (windowed, 120), (windowed, 1)):
-        llm.set_plan(replace(bulk, windowed=layers, window_size=size, tail=1))
+        llm.set_plan(SkipPlan(none, none, bulk=Bulk(none, windowed=layers, window_size=size, tail=1)))
         llm.reset()
         llm.eval(tokens(110))
         logits.append(llm.scores[llm.n_tokens - 1].copy())
@@ -139,7 +139,7 @@ def test_each_sublayer_skipped_in_the_bulk_leaves_the_memory_of_the_zeroed_model
         whole.eval(tail)
         none = SkipSet.none(llm.n_layer)
         chosen = SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]}).prefill
-        llm.set_plan(SkipPlan(none, none, bulk=chosen, head=0, tail=len(tail)))
+        llm.set_plan(SkipPlan(none, none, bulk=Bulk(chosen, head=0, tail=len(tail))))
         llm.reset()
         llm.eval_bulk(bulk)
         Llama.load_state(llm, Llama.save_state(llm))

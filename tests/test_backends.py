@@ -29,6 +29,7 @@ from stock import EXACT, Job, run_stock
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.binding import lib
 from adaskip_cpp.measuring import corpus
+from adaskip_cpp.model.plan import Bulk
 
 _Q8_0 = 8  # GGML_TYPE_Q8_0
 _KINDS_OF_DEVICE = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
@@ -203,7 +204,7 @@ def test_a_plan_adds_no_copies_between_devices(
     @given(plan=plans([-1.0, 2.0], windowable=range(llm.n_layer)))
     def drawn(plan: SkipPlan) -> None:
         n, kib = copies(llm, plan, prompt)
-        if plan.windowed:
+        if plan.narrowed:
             assert n <= whole[0] + 2 * (lib.ggml_backend_dev_count() - 1)
         else:
             assert n <= whole[0] and kib <= whole[1]
@@ -250,9 +251,9 @@ def test_a_real_model_is_the_stock_library_s_and_the_cpu_s(
     on_device.eval(prompt)
     np.testing.assert_array_equal(on_device.scores[: len(prompt)], expected)
     rounding = relative_error(*(pass_over(llm, None, prompt) for llm in (on_device, on_cpu)))
-    upper = range(20, 30)
+    upper, none = range(20, 30), SkipPlan.manual(30)
     for plan in (
-        replace(SkipPlan.manual(30, attention=upper, ffn=upper, phase="bulk"), tail=8),
+        replace(none, bulk=Bulk(SkipPlan.manual(30, attention=upper, ffn=upper).prefill, tail=8)),
         SkipPlan.manual(30, attention=[7, 12], ffn=[9], scale=0.9),
     ):
         found, expected = (pass_over(llm, plan, prompt) for llm in (on_device, on_cpu))

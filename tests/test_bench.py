@@ -22,7 +22,7 @@ from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes, Row, t
 from adaskip_cpp.errors import DataError, NativeError, PlanError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.timing import RequestTime
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 # --- from times to a table --------------------------------------------------------------------------------------------
@@ -286,15 +286,17 @@ def test_a_plan_for_decode_alone_has_an_ideal_there_alone() -> None:
 
 
 def test_the_ideal_of_a_bulk_keeps_k_and_v_in_what_it_is_made_of() -> None:
-    bulk = replace(SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk"), head=1, tail=2)
+    none = SkipPlan.manual(3)
+    around = Bulk(SkipPlan.manual(3, attention=[1], ffn=[2]).prefill, head=1, tail=2)
+    bulk = replace(none, bulk=around)
     bench = Bench(BenchSettings("m.gguf", (8, 16), 2, 4, 1), {"a": bulk}, [1], skippable=EVERY)
     (parts,) = bench.result.times.parts.values()
     assert [*parts] == ["prefill"]
     only, rest = (bench._runs[name] for name in parts["prefill"])
     for plan, skip in ((only, [[True, True], [False, True], [True, False]]), (rest, EVERY.tolist())):
-        assert plan is not None and plan.bulk is not None and plan.bulk.skip.tolist() == skip
-        assert (plan.prefill.n_skip, plan.decode.n_skip, plan.head, plan.tail) == (0, 0, 1, 2)
-    others = bench_of({"a": bulk, "b": replace(bulk, tail=3), "c": PLAN, "d": bulk}).parts
+        assert plan is not None and plan.bulk is not None and plan.bulk.skip.skip.tolist() == skip
+        assert (plan.prefill.n_skip, plan.decode.n_skip, plan.bulk.head, plan.bulk.tail) == (0, 0, 1, 2)
+    others = bench_of({"a": bulk, "b": replace(none, bulk=replace(around, tail=3)), "c": PLAN, "d": bulk}).parts
     assert others["a"] == others["d"]
     assert len({pair for each in others.values() for pair in each.values()}) == 3, "the cut and K and V differ"
 

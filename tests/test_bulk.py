@@ -18,7 +18,7 @@ from tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 Tiny = Callable[..., Path]
@@ -54,7 +54,8 @@ def drawn(seed: int, attention: tuple[int, ...] = ()) -> SkipSet:
 
 
 def plan(bulk: SkipSet, prefill: SkipSet = NOTHING, decode: SkipSet | None = None, **more: Any) -> SkipPlan:
-    return SkipPlan(prefill, prefill if decode is None else decode, bulk=bulk, **{"head": 4, "tail": 8, **more})
+    of_bulk = Bulk(bulk, **{"head": 4, "tail": 8, **more})
+    return SkipPlan(prefill, prefill if decode is None else decode, bulk=of_bulk)
 
 
 def history(path: Path, of: SkipPlan) -> History:
@@ -207,12 +208,11 @@ def test_a_window_or_a_head_of_any_size_sees_what_there_is(
     [
         ({"windowed": (3,)}, "the model has no attention of layer 3"),
         ({"windowed": (0,), "window_size": 0}, "the window size is 0; use a whole number of tokens from 1 on"),
-        ({"windowed": (0,), "bulk": None}, "look back at a window in the bulk of a prompt; give a bulk set too"),
     ],
 )
 def test_impossible_windows_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        SkipPlan(NOTHING, NOTHING, **{"bulk": NOTHING, **arguments})
+        Bulk(NOTHING, **arguments)
 
 
 @pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)
@@ -231,7 +231,7 @@ def test_parallel_blocks_are_taken_as_a_chain(
 def test_an_online_stage_and_a_schedule_go_with_a_bulk(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     small, large = chosen((1, 1)), chosen((1, 1), (2, 0))
     for more in ({"online": OnlineStage(2, -1.0, "paper")}, {"schedule": ((0, small), (2, large))}):
-        of = plan(chosen((2, 0), (2, 1)), decode=small, **more)
+        of = replace(plan(chosen((2, 0), (2, 1)), decode=small), **more)
         llm, expected = open_model(tiny()), history(tiny(), of)
         llm.set_plan(of)
         for each in (llm, expected):

@@ -152,7 +152,7 @@ def test_a_model_that_shares_kv_plans_the_attentions_that_write_it_for_the_bulk_
         llm.set_plan(plan)
         llm.eval(llm.tokenize(b"the other of the" * 3))
         assert np.isfinite(llm.scores[llm.n_tokens - 1]).all()
-    assert plan.bulk is not None and plan.bulk.skip.all() and not plan.prefill.skip.any()
+    assert plan.bulk is not None and plan.bulk.skip.skip.all() and not plan.prefill.skip.any()
 
 
 def test_each_request_runs_alone_through_the_full_model(llm: Any) -> None:

@@ -51,7 +51,7 @@ def plans(result: Result) -> dict[str, dict[str, Any]]:
 
 def skipped(plan: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Layers whose attention, and layers whose FFN a plan skips in a prompt, or its bulk."""
-    of_prompt = plan["bulk"] or plan["prefill"]
+    of_prompt = plan["bulk"]["set"] if plan["bulk"] else plan["prefill"]
     attention, ffn = ([each["layer"] for each in of_prompt[kind]] for kind in ("attention", "ffn"))
     return attention, ffn
 
@@ -153,7 +153,7 @@ def test_every_budget_is_a_plan_of_every_strategy_and_every_list_of_layers_one_o
     for plan in found.values():
         assert (plan["mode"], plan["online"]) == ("prompt", None)
         assert not any(plan[phase][kind] for phase in ("prefill", "decode") for kind in ("attention", "ffn"))
-    assert found["adaskip 1"]["bulk"]["attention"][0]["scale"] == 2.0  # the median ratio
+    assert found["adaskip 1"]["bulk"]["set"]["attention"][0]["scale"] == 2.0  # the median ratio
     of_paper = plans(run(tiny(), "--profile", profile_path, "--mode", "prefill", "--skip", 1, *QUICK))["adaskip 1"]
     assert skipped(of_paper) == ([], [2]) and of_paper["bulk"] is None
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.pictures import profile_plots
@@ -102,7 +103,7 @@ def test_the_strip_fills_what_is_skipped_and_hatches_what_only_decode_skips() ->
 
 def test_the_strip_of_a_bulk_fills_what_that_skips_and_hatches_what_decode_does() -> None:
     none, bulk = SkipSet.none(4), SkipPlan.manual(4, attention=[2], ffn=[2, 3]).prefill
-    plan = SkipPlan(none, SkipPlan.manual(4, attention=[1], ffn=[3]).prefill, bulk=bulk)
+    plan = SkipPlan(none, SkipPlan.manual(4, attention=[1], ffn=[3]).prefill, bulk=Bulk(bulk))
     (axes,) = profile_plots.plan_strip("a", plan).axes
     at = {(round(p.get_x() + 0.42), int(p.get_y())): p for p in axes.patches}
     assert [where for where, p in at.items() if p.get_facecolor()[3] > 0] == [(2, 0), (2, 1), (3, 1)]

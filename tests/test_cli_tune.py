@@ -292,8 +292,10 @@ def test_without_a_promise_a_loss_of_two_hundredths_behind_prompts_is_kept(
     assert result.exit_code == 0, result.output
     found, plan = tuning(tmp_path), tuned(tmp_path).plan
     assert (found.promise.kind, found.promise.value) == ("max_loss", 0.02)
-    assert plan.mode == "prompt" and plan.bulk is not None and plan.bulk.attention[:1] == (0,)
-    assert plan.prefill.n_skip == plan.decode.n_skip == 0 and plan.bulk.n_skip < 5  # of the last layer nothing is saved
+    assert plan.mode == "prompt" and plan.bulk is not None and plan.bulk.skip.attention[:1] == (0,)
+    assert (
+        plan.prefill.n_skip == plan.decode.n_skip == 0 and plan.bulk.skip.n_skip < 5
+    )  # of the last layer nothing is saved
     assert found.divergence is not None and found.passkeys is None
     assert [(each.of, each.n_decode) for each in found.speedups] == [("first token", 0)]
     assert "in the bulk of prompts" in result.stdout and "divergence" in result.stdout
@@ -341,7 +343,7 @@ def test_pass_keys_at_five_depths_are_asked_for_where_prompts_are_long_enough(
     asked: list[tuple[float | None, int]] = []
 
     def finds(self: Retrieval, plan: SkipPlan | None, item: Any) -> bool:
-        n_skip = 0 if plan is None or plan.bulk is None else plan.bulk.n_skip
+        n_skip = 0 if plan is None or plan.bulk is None else plan.bulk.skip.n_skip
         asked.append((item.depth, n_skip))
         return n_skip < 2
 
@@ -351,11 +353,13 @@ def test_pass_keys_at_five_depths_are_asked_for_where_prompts_are_long_enough(
     assert result.exit_code == 0, result.output
     assert {depth for depth, _ in asked} == {0.1, 0.3, 0.5, 0.7, 0.9}
     bulk, keys = tuned(tmp_path).plan.bulk, tuning(tmp_path).passkeys
-    assert bulk is not None and bulk.n_skip == 1 and keys is not None and (keys.n, keys.full, keys.plan) == (5, 5, 5)
+    assert (
+        bulk is not None and bulk.skip.n_skip == 1 and keys is not None and (keys.n, keys.full, keys.plan) == (5, 5, 5)
+    )
     assert "the plan 5 of these" in result.stdout
     assert in_prompts(*args, "--allow-lost-passkeys").exit_code == 0
     bulk, keys = tuned(tmp_path).plan.bulk, tuning(tmp_path).passkeys
-    assert bulk is not None and bulk.n_skip > 1 and keys is not None and (keys.full, keys.plan) == (5, 0)
+    assert bulk is not None and bulk.skip.n_skip > 1 and keys is not None and (keys.full, keys.plan) == (5, 0)
 
 
 def test_a_model_is_calibrated_and_how_long_it_takes_is_told_before(
@@ -384,7 +388,7 @@ def test_a_real_model_is_calibrated_and_tuned_with_the_built_in_text(
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     found = load_plan(tmp_path / "p.json")
-    assert found.plan.bulk is not None and found.plan.bulk.n_skip > 2 and found.plan.decode.n_skip == 0
+    assert found.plan.bulk is not None and found.plan.bulk.skip.n_skip > 2 and found.plan.decode.n_skip == 0
     assert found.tuning is not None and found.tuning.unbiased and found.tuning.divergence is not None
     assert [each.of for each in found.tuning.speedups] == ["first token"]
     keys = found.tuning.passkeys

@@ -12,6 +12,7 @@ from adaskip_cpp.errors import DataError, PlanError
 from adaskip_cpp.evaluation.contenders import FULL, Contender, contenders, every_request
 from adaskip_cpp.files import content_hash
 from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.planning.request import PlanRequest
 
@@ -97,6 +98,7 @@ def test_an_unknown_strategy_or_a_speed_up_without_times_is_an_error(profile: Pr
 
 
 def test_the_hash_of_a_plan_is_of_all_that_it_does(profile: Profile) -> None:
+    whole = SkipPlan.manual(profile.n_layer)
     plans = [
         None,
         profile.plan(4),
@@ -107,8 +109,8 @@ def test_the_hash_of_a_plan_is_of_all_that_it_does(profile: Profile) -> None:
         profile.plan(4, mode="e2e"),
         profile.plan(4, mode="e2e", window=9),
         profile.plan(4, strategy="skip_decode"),
-        replace(profile.plan(4), windowed=(0,)),
-        replace(profile.plan(4), windowed=(0,), window_size=9),
+        replace(whole, bulk=Bulk(whole.prefill, windowed=(0,))),
+        replace(whole, bulk=Bulk(whole.prefill, windowed=(0,), window_size=9)),
     ]
     assert len({content_hash(plan) for plan in plans}) == len(plans)
     assert content_hash(profile.plan(4)) == content_hash(profile.plan(4))

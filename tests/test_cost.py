@@ -13,9 +13,10 @@ import pytest
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration import cost
-from adaskip_cpp.errors import PlanError, RequestError, SublayerRangeError
+from adaskip_cpp.errors import PlanError, RequestError
 from adaskip_cpp.model.arrays import from_plain, to_plain
 from adaskip_cpp.model.cost_model import CostModel, CostSettings, PhaseCost
+from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 SETTINGS = CostSettings("a CPU", ("CPU",), 0, 2, 4, 512, 512, True, "F16", "Q8_0", True, "0.3.36")
@@ -229,7 +230,7 @@ def test_a_prompt_with_a_bulk_takes_as_long_as_its_ubatches(timed: Callable[...,
     expected = sum(n * llm.unread_seconds(skip, True, end) for n, end in bulk)
     read = 16 * (llm.token_seconds(nothing, 2580) - llm.head - base[-1, 1]) + llm.head + base[-1, 1]
     expected += 4 * llm.unread_seconds(nothing, False, 4) + read
-    predicted = found.seconds(skip, 4 + 5 * 512 + 16, "bulk", head=4, tail=16)
+    predicted = found.seconds(skip, 4 + 5 * 512 + 16, "bulk", around=Bulk(SkipSet.none(12), head=4, tail=16))
     assert predicted == pytest.approx(expected, rel=2e-3)  # of a few tokens one with an output is taken for one without
 
 
@@ -385,13 +386,13 @@ def test_a_prompt_with_a_bulk_is_cut_into_head_pieces_and_tail() -> None:
     head = 0.09 + (1 + 4 + 4 + 0.125 - 0.09) * 3 / 7
     bulk = 5 * 0.05 + (1 + 4 + 0.5 + 0.125 - 0.05) * (7 + 3 + 7 + 3 + 5) / 7
     tail = 0.13 + (1 + 3 + 6 + 0.04 - 0.13) * 4 / 7
-    assert model.seconds(skip, 39, "bulk", head=4, tail=5) == pytest.approx(head + bulk + tail)
-    none = SkipSet.none(3)
-    plan = SkipPlan(none, none, bulk=SkipSet(skip, np.ones((3, 2))), head=4, tail=5)
+    none, around = SkipSet.none(3), Bulk(SkipSet(skip, np.ones((3, 2))), head=4, tail=5)
+    assert model.seconds(skip, 39, "bulk", around=around) == pytest.approx(head + bulk + tail)
+    plan = SkipPlan(none, none, bulk=around)
     assert model.seconds(plan, 39, "prefill") == pytest.approx(head + bulk + tail)
     assert model.speedup(plan, 39, "prefill") == model.seconds(None, 39, "prefill") / model.seconds(plan, 39, "prefill")
     assert model.speedup(plan, 39, "decode") == 1
-    assert model.seconds(skip, 9, "bulk", head=4, tail=5) == model.seconds(None, 9, "prefill"), "has no bulk"
+    assert model.seconds(skip, 9, "bulk", around=around) == model.seconds(None, 9, "prefill"), "has no bulk"
     # What is cached is not read again: half of the head; the head and half a piece; all but three of the tail.
     rest = 0.09 + (1 + 4 + 4 + 0.125 - 0.09) * 1 / 7
     assert model.seconds(plan, 39, "prefill", cached=2) == pytest.approx(rest + bulk + tail)
@@ -407,15 +408,13 @@ def test_a_prompt_with_a_bulk_is_cut_into_head_pieces_and_tail() -> None:
 def test_windowed_attentions_stop_growing_in_the_bulk() -> None:
     costs = cost_model(1, [1, 1], [1, 1], size=256, growth=[0.01, 0.01], kept=[0.5, 0.5])
     context = 4 + 12 * 256 + 64
-    around = {"windowed": (0, 1), "window_size": 100}  # of layer 1, the last, nobody reads the attention
-    narrow, wide = (costs.seconds(None, context, "bulk", **more) for more in (around, {}))
+    none = SkipSet.none(2)
+    around = Bulk(none, windowed=(0, 1), window_size=100)  # of layer 1, the last, nobody reads the attention
+    narrow, wide = (costs.seconds(None, context, "bulk", around=each) for each in (around, None))
     cells = 256 * np.ceil(np.arange(260, context - 63, 256) / 256)
     assert wide - narrow == pytest.approx(0.01 * np.maximum(cells - 512, 0).sum())
-    none = SkipSet.none(2)
-    plan = SkipPlan(none, none, bulk=none, **around)  # type: ignore[arg-type]
+    plan = SkipPlan(none, none, bulk=around)
     assert costs.seconds(plan, context, "prefill") == narrow
-    with pytest.raises(SublayerRangeError, match="no attention of layer 2"):
-        costs.seconds(None, context, "bulk", windowed=(2,))
     assert costs.seconds(plan, context, "decode") == costs.seconds(None, context, "decode")
 
 

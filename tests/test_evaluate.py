@@ -24,7 +24,7 @@ from adaskip_cpp.evaluation.results import About
 from adaskip_cpp.evaluation.store import Record, open_store
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
 from adaskip_cpp.measuring.timing import RequestTime
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 Tokens = Callable[..., list[int]]
@@ -49,11 +49,13 @@ def contender(name: str, mode: Any, plan: SkipPlan) -> Contender:
 PROMPT = SkipPlan(
     SkipSet.none(N_LAYER),
     SkipSet.none(N_LAYER),
-    bulk=SkipPlan.manual(N_LAYER, attention=[0], ffn=[1, 2], scale=0.9).prefill,
-    head=2,
-    tail=3,
-    windowed=(1,),
-    window_size=5,
+    bulk=Bulk(
+        SkipPlan.manual(N_LAYER, attention=[0], ffn=[1, 2], scale=0.9).prefill,
+        head=2,
+        tail=3,
+        windowed=(1,),
+        window_size=5,
+    ),
 )
 
 
@@ -209,8 +211,8 @@ def test_behind_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
         split = len(item.tokens) - N_CONTINUATION - 1
         run = ReferenceRun(reference)
         run.eval(item.tokens[:2])
-        factor = PROMPT.bulk.scale
-        run.eval(item.tokens[2 : split - 3], PROMPT.bulk.skip, factor, keeps_kv=True, windows=Windows((1,), 5, 2))
+        factor = PROMPT.bulk.skip.scale
+        run.eval(item.tokens[2 : split - 3], PROMPT.bulk.skip.skip, factor, keeps_kv=True, windows=Windows((1,), 5, 2))
         run.eval(item.tokens[split - 3 : split])
         other = run.eval(item.tokens[split:-1]).logits
         full = prompt_logits(reference, item.tokens, None)[split:-1]

@@ -13,7 +13,7 @@ import pytest
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import CompensationError, PlanError, SublayerRangeError
 from adaskip_cpp.model.identity import ModelInfo
-from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL, OnlineStage
+from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL, Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 MODEL = ModelInfo("0" * 64, "llama", 4)
@@ -200,8 +200,9 @@ def test_a_manual_plan_skips_in_both_phases() -> None:
 
 def test_a_manual_plan_can_leave_prefill_whole() -> None:
     bulk = SkipPlan.manual(4, attention=[1], ffn=[2], phase="bulk")
-    assert bulk.bulk is not None and (bulk.bulk.attention, bulk.bulk.ffn) == ((1,), (2,))
-    assert bulk.prefill.n_skip == bulk.decode.n_skip == 0 and (bulk.head, bulk.tail) == (DEFAULT_HEAD, DEFAULT_TAIL)
+    assert bulk.bulk is not None and (bulk.bulk.skip.attention, bulk.bulk.skip.ffn) == ((1,), (2,))
+    assert bulk.prefill.n_skip == bulk.decode.n_skip == 0
+    assert (bulk.bulk.head, bulk.bulk.tail) == (DEFAULT_HEAD, DEFAULT_TAIL)
     plan = SkipPlan.manual(4, attention=[1], ffn=[1], phase="decode")
     assert plan.prefill.n_skip == 0
     assert plan.decode.n_skip == 2
@@ -251,7 +252,7 @@ def test_an_unknown_mode_is_refused() -> None:
 
 def test_a_bulk_set_is_one_of_the_plans_sets_and_what_its_phase_skips() -> None:
     plain, bulk = SkipPlan.manual(4, ffn=[1]), skip_set((3, 0), (3, 1))
-    plan = dataclasses.replace(plain, bulk=bulk)
+    plan = dataclasses.replace(plain, bulk=Bulk(bulk))
     assert plan.sets == (bulk, plain.prefill, plain.decode)
     assert (plan.skipped("bulk"), plan.skipped("prefill"), plan.skipped("decode")) == plan.sets
     assert plain.sets == (plain.prefill, plain.decode)
@@ -259,17 +260,18 @@ def test_a_bulk_set_is_one_of_the_plans_sets_and_what_its_phase_skips() -> None:
 
 
 def test_decode_may_run_what_the_bulk_skips() -> None:
-    SkipPlan(skip_set(), skip_set((1, 0)), bulk=skip_set((3, 0), (3, 1)))
+    SkipPlan(skip_set(), skip_set((1, 0)), bulk=Bulk(skip_set((3, 0), (3, 1))))
 
 
 def test_plans_are_equal_by_their_bulk_head_and_tail() -> None:
     def plan(**changes: Any) -> SkipPlan:
-        return SkipPlan(skip_set(), skip_set(), **{"bulk": skip_set((3, 0)), "head": 4, "tail": 16, **changes})
+        bulk = Bulk(**{"skip": skip_set((3, 0)), "head": 4, "tail": 16, **changes})
+        return SkipPlan(skip_set(), skip_set(), bulk=bulk)
 
     assert plan() == plan(head=np.int64(4)) and hash(plan()) == hash(plan(head=np.int64(4)))
+    assert plan() != dataclasses.replace(plan(), bulk=None)
     for changes in (
-        {"bulk": None},
-        {"bulk": skip_set((3, 1))},
+        {"skip": skip_set((3, 1))},
         {"head": 0},
         {"tail": 1},
         {"windowed": (1,)},
@@ -283,22 +285,41 @@ def test_plans_are_equal_by_their_bulk_head_and_tail() -> None:
 @pytest.mark.parametrize("value", [-1, 1.5, "4", True, None, 2**31])
 def test_an_impossible_head_or_tail_is_refused(name: str, value: Any) -> None:
     with pytest.raises(PlanError, match=f"the {name} is .*; use a whole number of tokens"):
-        SkipPlan(skip_set(), skip_set(), **{name: value})
+        Bulk(skip_set(), **{name: value})
 
 
 def test_a_head_may_be_empty_and_a_tail_may_not() -> None:
-    assert SkipPlan(skip_set(), skip_set(), head=0).head == 0
+    assert Bulk(skip_set(), head=0).head == 0
     with pytest.raises(PlanError, match="from 1 on"):
-        SkipPlan(skip_set(), skip_set(), tail=0)
+        Bulk(skip_set(), tail=0)
 
 
 def test_a_bulk_set_is_for_as_many_layers_and_skips_the_attentions_of_prefill() -> None:
     # The head of a prompt runs as prefill and leaves no KV there, which the bulk would read.
     with pytest.raises(PlanError, match="prefill is for 4 layers but bulk for 5"):
-        SkipPlan(skip_set(), skip_set(), bulk=skip_set(n_layer=5))
+        SkipPlan(skip_set(), skip_set(), bulk=Bulk(skip_set(n_layer=5)))
     with pytest.raises(PlanError, match=r"prefill skips the attention of layers \[1\], which bulk runs"):
-        SkipPlan(SMALL, SMALL, bulk=skip_set((3, 0)))
-    SkipPlan(SMALL, SMALL, bulk=LARGE)
+        SkipPlan(SMALL, SMALL, bulk=Bulk(skip_set((3, 0))))
+    SkipPlan(SMALL, SMALL, bulk=Bulk(LARGE))
+
+
+@pytest.mark.parametrize(
+    ("n_cached", "n_tokens", "span"),
+    [(0, 100, (4, 92)), (3, 50, (1, 42)), (4, 50, (0, 42)), (90, 9, (0, 1)), (90, 8, (0, 0)), (0, 12, (0, 0))],
+)
+def test_the_bulk_is_what_is_neither_head_nor_tail(n_cached: int, n_tokens: int, span: tuple[int, int]) -> None:
+    assert Bulk(skip_set(), head=4, tail=8).span(n_cached, n_tokens) == span
+
+
+def test_a_windowed_attention_that_is_skipped_looks_back_at_nothing() -> None:
+    bulk = Bulk(skip_set((1, 0), (2, 1)), windowed=(2, 1))
+    assert (bulk.windowed, bulk.narrowed) == ((1, 2), (2,))
+    assert SkipPlan(skip_set(), skip_set(), bulk=bulk).narrowed == (2,)
+
+
+def test_without_a_bulk_a_plan_needs_no_kv_where_every_phase_skips_the_attention() -> None:
+    assert SkipPlan(SMALL, LARGE).without_kv == SMALL.attention
+    assert SkipPlan(SMALL, LARGE, bulk=Bulk(LARGE)).without_kv == ()
 
 
 # --- schedules and the online stage -----------------------------------------------------------------------------------
@@ -376,7 +397,7 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
     decode = skip_set((0, 1), (2, 0), scale=0.5, bias=bias)
     plan = SkipPlan(
         skip_set((0, 1)), decode, model=MODEL, strategy="adaskip", compensation="affine", mode="e2e",
-        online=OnlineStage(5, 0.75, "median"), bulk=skip_set((3, 0), scale=0.25), head=0, tail=9,
+        online=OnlineStage(5, 0.75, "median"), bulk=Bulk(skip_set((3, 0), scale=0.25), head=0, tail=9),
     )  # fmt: skip
     assert json.loads(json.dumps(plan.to_dict())) == {
         "strategy": "adaskip",
@@ -391,11 +412,13 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
             "lora_scale": 0.0,
             "overrides": "",
         },
-        "bulk": {"attention": [{"layer": 3, "scale": 0.25, "bias_norm": 0.0}], "ffn": []},
-        "head": 0,
-        "tail": 9,
-        "windowed": [],
-        "window_size": None,
+        "bulk": {
+            "set": {"attention": [{"layer": 3, "scale": 0.25, "bias_norm": 0.0}], "ffn": []},
+            "head": 0,
+            "tail": 9,
+            "windowed": [],
+            "window_size": 252,
+        },
         "prefill": {"attention": [], "ffn": [{"layer": 0, "scale": 1.0, "bias_norm": 0.0}]},
         "decode": {
             "attention": [{"layer": 2, "scale": 0.5, "bias_norm": 5.0}],

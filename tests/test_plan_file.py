@@ -22,7 +22,7 @@ from adaskip_cpp.cli.main import main
 from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path, profile_path
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.plan_file import load_plan, save_plan
 from adaskip_cpp.model.promise import Promise, SpeedUp, Tuning
 from adaskip_cpp.model.skip_set import SkipSet
@@ -113,10 +113,10 @@ GROWN = skip_set(attention=(1, 2), **MAPS)
         SkipPlan(skip_set(**BIAS, **MAPS), skip_set((0, 1, 2), (), **MAPS)),
         SkipPlan(NONE, skip_set(**BIAS), mode="decode", online=OnlineStage(7, 0.75, "median")),
         SkipPlan(NONE, skip_set(**MAPS), schedule=((0, skip_set(**MAPS)), (9, GROWN))),
-        SkipPlan(NONE, NONE, bulk=skip_set(**MAPS), head=0, tail=32, mode="prompt"),
-        SkipPlan(NONE, skip_set((1,)), bulk=GROWN, online=OnlineStage(7, 0.75, "median"), mode="prompt"),
-        SkipPlan(NONE, NONE, bulk=one_map(), mode="prompt"),
-        SkipPlan(NONE, NONE, bulk=NONE, windowed=(0, 2), window_size=764, mode="prompt"),
+        SkipPlan(NONE, NONE, bulk=Bulk(skip_set(**MAPS), head=0, tail=32), mode="prompt"),
+        SkipPlan(NONE, skip_set((1,)), bulk=Bulk(GROWN), online=OnlineStage(7, 0.75, "median"), mode="prompt"),
+        SkipPlan(NONE, NONE, bulk=Bulk(one_map()), mode="prompt"),
+        SkipPlan(NONE, NONE, bulk=Bulk(NONE, windowed=(0, 2), window_size=764), mode="prompt"),
     ],
     ids=[
         "tuned",
@@ -151,7 +151,7 @@ def test_only_the_skipped_sublayers_take_room(tmp_path: Path) -> None:
 
 
 def test_only_the_maps_that_there_are_take_room(tmp_path: Path) -> None:
-    save_plan(tmp_path / "p.json", SkipPlan(NONE, NONE, bulk=one_map()))
+    save_plan(tmp_path / "p.json", SkipPlan(NONE, NONE, bulk=Bulk(one_map())))
     assert (tmp_path / "p.bin").stat().st_size == 4 * N_EMBD * 4 + 2 * RANK * N_EMBD * 2
     assert json.loads((tmp_path / "p.json").read_text())["sets"][0]["mapped"] == [3]
 
@@ -212,6 +212,9 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
         part[name] = value
 
 
+AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -224,10 +227,13 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
         ("model.n_layer", 0),
         ("model.fingerprint", 7),
         ("mode", "both"),
-        ("bulk", 1),
+        ("bulk", 0),
         ("bulk", LOST),
-        ("head", -1),
-        ("tail", 0),
+        ("bulk", {"set": 1, **AROUND}),
+        ("bulk", {"set": 0, **AROUND, "head": -1}),
+        ("bulk", {"set": 0, **AROUND, "tail": 0}),
+        ("bulk", {"set": 0, **AROUND, "windowed": [3]}),
+        ("bulk", AROUND),
         ("prefill", 1),
         ("decode", -1),
         ("schedule", [[0, 3]]),
@@ -510,6 +516,6 @@ def test_a_map_in_the_shape_of_a_7b_model_takes_1_mib_in_a_plan_file(
     for kind in kinds:
         down[last, kind] = up[last, kind, :64, :1] = 1.0
     none = SkipSet.none(32)
-    plan = SkipPlan(none, none, bulk=SkipSet(skip, np.ones((32, 2)), None, down, up), mode="prompt")
+    plan = SkipPlan(none, none, bulk=Bulk(SkipSet(skip, np.ones((32, 2)), None, down, up)), mode="prompt")
     save_plan(tmp_path / "plan.json", plan)
     assert (tmp_path / "plan.bin").stat().st_size == n_maps << 20

@@ -244,7 +244,7 @@ class FakeCost:
 
     n_layer = 3
 
-    def seconds(self, skip: Any, context: int, phase: str, **around: int) -> float:
+    def seconds(self, skip: Any, context: int, phase: str, around: Any = None) -> float:
         skip = np.zeros((3, 2), bool) if skip is None else skip
         each = np.stack([np.full(3, context / 100), np.arange(1.0, 4.0)], axis=1)
         return float((each * ~skip).sum() + 2) * (1 if phase == "prefill" else 0.01)

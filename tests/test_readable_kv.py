@@ -24,7 +24,7 @@ from tiny_families import N_EMBD, N_LAYER
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.native import NativeContext
 from adaskip_cpp.errors import NativeError, NotSkippableError, PlanError, StateError
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 Tiny = Callable[..., Path]
@@ -284,7 +284,7 @@ def test_states_of_the_whole_model_are_stocks_and_others_stock_refuses(
     tiny: Tiny, open_model: Open, tokens: Tokens, tmp_path: Path
 ) -> None:
     names = []
-    bulk = SkipPlan(NOTHING, NOTHING, bulk=FFN, tail=1)
+    bulk = SkipPlan(NOTHING, NOTHING, bulk=Bulk(FFN, tail=1))
     for name, plan in (("whole", None), ("skipped", same(FFN)), ("bulk", bulk)):
         llm = open_model(tiny())
         llm.set_plan(plan)

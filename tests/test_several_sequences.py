@@ -26,6 +26,7 @@ from tiny_families import N_LAYER, N_VOCAB
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import NotSkippableError, PlanError
+from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 N_SEQ = 3
@@ -132,7 +133,7 @@ class Calls(RuleBasedStateMachine):
         self.batch.n_tokens = len(rows)
         skip_set = self.plan.prefill
         if in_bulk := in_bulk and self.plan.bulk is not None:
-            skip_set = self.plan.bulk
+            skip_set = self.plan.bulk.skip
             self.llm._adaskip.set_phase("bulk")
         result = llama_cpp.llama_decode(self.llm.ctx, self.batch)
         self.llm._adaskip.set_phase("prefill")
@@ -238,7 +239,7 @@ def test_windows_read_one_sequence_at_a_time(tiny: Callable[..., Path]) -> None:
     assert decode([(seq_id, at, 3 + at + seq_id) for at in range(20) for seq_id in (0, 1)]) == 0
     run.eval([4 + at for at in range(20)])
     none = SkipSet.none(N_LAYER)
-    llm.set_plan(SkipPlan(none, none, bulk=none, head=2, windowed=(0, 1, 2), window_size=5))
+    llm.set_plan(SkipPlan(none, none, bulk=Bulk(none, head=2, windowed=(0, 1, 2), window_size=5)))
     llm._adaskip.set_phase("bulk")
     assert decode([(1, 20 + at, 30 + at) for at in range(8)]) == 0
     actual = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), shape=(8, N_VOCAB))
@@ -256,5 +257,5 @@ def test_where_every_sequence_has_its_own_cells_no_attention_is_windowed(tiny: C
     assert not any(row.windowable for row in llm.sublayers)
     none = SkipSet.none(N_LAYER)
     with pytest.raises(NotSkippableError, match="cannot look back at a window: it reads its K and V in another way"):
-        llm.set_plan(SkipPlan(none, none, bulk=none, windowed=(0,)))
+        llm.set_plan(SkipPlan(none, none, bulk=Bulk(none, windowed=(0,))))
     llm.close()

@@ -14,6 +14,7 @@ from tiny_families import N_EMBD, SKIPPABLE
 from tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
+from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 Tiny = Callable[..., Path]
@@ -193,7 +194,7 @@ def test_in_the_bulk_what_runs_is_observed_on_the_stream_as_it_is(
     # Skipped in layers 0 and 1 and in the last one, whose other sublayer runs for nobody but who observes.
     llm, none = open_model(tiny(), **options), SkipSet.none(3)
     bulk = SkipPlan.manual(3, attention=[0, 2], ffn=[1], scale=0.9).prefill
-    llm.set_plan(SkipPlan(none, none, bulk=bulk, head=4, tail=8))
+    llm.set_plan(SkipPlan(none, none, bulk=Bulk(bulk, head=4, tail=8)))
     actual, run = collect(llm, tokens(40)), ReferenceRun(ReferenceModel(tiny()))
     head = run.eval(tokens(40)[:4])
     middle = run.eval(tokens(40)[4:32], bulk.skip, bulk.scale, keeps_kv=True)

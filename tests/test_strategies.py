@@ -201,20 +201,22 @@ def test_a_model_without_layers_is_refused(n_layer: int) -> None:
 def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
     known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2))
     plan, prefill = strategy(known, PlanRequest(6, mode="prompt")), strategy(known, PlanRequest(6, mode="prefill"))
-    assert plan.bulk == prefill.prefill and plan.bulk.n_skip == 6
+    assert plan.bulk.skip == prefill.prefill and plan.bulk.skip.n_skip == 6
     assert plan.prefill == plan.decode == SkipSet.none(12)
     assert (plan.mode, plan.schedule, plan.online) == ("prompt", (), None)
-    assert (plan.head, plan.tail) == (4, 64)
+    assert (plan.bulk.head, plan.bulk.tail) == (4, 64)
     other = strategy(known, PlanRequest(6, mode="prompt", head=0, tail=1))
-    assert (other.head, other.tail, other.bulk) == (0, 1, plan.bulk)
+    assert other.bulk == replace(plan.bulk, head=0, tail=1)
 
 
 def test_decode_skips_the_most_similar_with_the_ratios_of_decode() -> None:
     known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2))
     plan = known.plan(6, mode="prompt", decode=3, strategy="suffix", compensation="paper")
-    assert plan.bulk is not None and plan.bulk.attention == plan.bulk.ffn == (9, 10, 11)
+    assert plan.bulk is not None and plan.bulk.skip.attention == plan.bulk.skip.ffn == (9, 10, 11)
     assert (plan.decode.attention, plan.decode.ffn, plan.prefill.n_skip) == ((11,), (10, 11), 0)
-    assert (plan.bulk.scale[plan.bulk.skip] == 1.5).all() and (plan.decode.scale[plan.decode.skip] == 1.2).all()
+    assert (plan.bulk.skip.scale[plan.bulk.skip.skip] == 1.5).all() and (
+        plan.decode.scale[plan.decode.skip] == 1.2
+    ).all()
     assert plan.online is None, "of a baseline"
     online = known.plan(6, mode="prompt", decode=3).online
     assert online is not None and online.threshold == np.sort(known.similarity.ravel())[-3]
@@ -232,14 +234,15 @@ def test_a_prompt_skips_what_costs_least_times_the_layers_above(n_skip: int) -> 
     known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), divergence=DIVERGENCE)
     bulk = known.plan(n_skip, mode="prompt").bulk
     assert bulk is not None
-    assert sorted(map(tuple, np.argwhere(bulk.skip).tolist())) == sorted(ORDER[:n_skip])
+    assert sorted(map(tuple, np.argwhere(bulk.skip.skip).tolist())) == sorted(ORDER[:n_skip])
 
 
 def test_the_papers_ranking_of_a_prompt_needs_no_divergence() -> None:
     similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
     for known in (profile(similarity), profile(similarity, divergence=DIVERGENCE)):
         plan, paper = known.plan(3, mode="prompt", ranking="similarity"), known.plan(3, mode="prefill")
-        assert plan.bulk == paper.prefill and plan.bulk.attention == (0, 1) and plan.bulk.ffn == (0,)
+        assert plan.bulk is not None and plan.bulk.skip == paper.prefill
+        assert plan.bulk.skip.attention == (0, 1) and plan.bulk.skip.ffn == (0,)
 
 
 def test_the_other_modes_do_not_ask_what_a_bulk_costs() -> None:
@@ -255,8 +258,8 @@ def test_where_divergences_were_not_measured_it_says_what_to_do() -> None:
             PlanError, match=r"calibrate again, on 4 requests or more, or use mode='e2e' or ranking='similarity'"
         ):
             known.plan(mode="prompt", **request)
-        assert known.plan(mode="prompt", ranking="similarity", **request).bulk.n_skip  # type: ignore[union-attr]
-        assert known.plan(mode="prompt", strategy="suffix", **request).bulk.n_skip  # type: ignore[union-attr]
+        assert known.plan(mode="prompt", ranking="similarity", **request).bulk.skip.n_skip  # type: ignore[union-attr]
+        assert known.plan(mode="prompt", strategy="suffix", **request).bulk.skip.n_skip  # type: ignore[union-attr]
 
 
 def test_for_a_speed_up_a_prompt_loses_least_per_second() -> None:
@@ -264,7 +267,7 @@ def test_for_a_speed_up_a_prompt_loses_least_per_second() -> None:
     costs = cost_model(1, [1] * 4, [1] * 4, size=64, kept=[0.5] * 4)
     known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), divergence=DIVERGENCE, cost=costs)
     chosen = [known.plan(mode="prompt", speedup=speedup, context=1000).bulk for speedup in (1.1, 1.3, 1.5)]
-    skipped = [{tuple(each) for each in np.argwhere(bulk.skip).tolist()} for bulk in chosen if bulk is not None]
+    skipped = [{tuple(each) for each in np.argwhere(bulk.skip.skip).tolist()} for bulk in chosen if bulk is not None]
     lost = DIVERGENCE * np.array([[3], [2], [1], [0]])
     for bulk, found, speedup in zip(chosen, skipped, (1.1, 1.3, 1.5), strict=True):
         sets = (set(each) for n in range(9) for each in itertools.combinations(ORDER, n))
@@ -289,12 +292,12 @@ def test_for_a_speed_up_attentions_are_windowed_where_that_loses_less() -> None:
     for windows, n in ((cheap, 3), (dear, 0)):  # three reach it, with nothing skipped
         known = profile(similarity, divergence=DIVERGENCE, cost=costs, windows=windows)
         plan = known.plan(**request)
-        assert (len(plan.windowed), plan.window_size) == (n, 1020)
+        assert plan.bulk is not None and (len(plan.narrowed), plan.bulk.window_size) == (n, 1020)
         assert costs.speedup(plan, 8000, "prefill") >= 1.5
-    assert known.plan(**request, windowed=2, window_size=7).windowed == (2, 3)
-    assert known.plan(**request, ranking="similarity").windowed == () == known.plan(2).windowed
-    assert known.plan(0, windowed=3).windowed == (1, 2, 3)
-    assert profile(similarity, divergence=DIVERGENCE, cost=costs).plan(**request).windowed == ()
+    assert known.plan(**request, windowed=2, window_size=7).narrowed == (2, 3)
+    assert known.plan(**request, ranking="similarity").narrowed == () == known.plan(2).narrowed
+    assert known.plan(0, windowed=3).narrowed == (1, 2, 3)
+    assert profile(similarity, divergence=DIVERGENCE, cost=costs).plan(**request).narrowed == ()
 
 
 def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() -> None:
@@ -305,7 +308,7 @@ def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() ->
     known = profile(similarity, divergence=divergence, cost=costs, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3)))
     with pytest.raises(BudgetError, match="at most"):
         known.plan(mode="prompt", speedup=1.5, context=8000, windowed=0)
-    assert known.plan(mode="prompt", speedup=1.5, context=8000).windowed
+    assert known.plan(mode="prompt", speedup=1.5, context=8000).narrowed
 
 
 def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None:
@@ -313,10 +316,14 @@ def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None
     windows = Windows((0, 1, 2, 3), (0.0,) * 5)
     known = profile(np.full((4, 2), 0.9), divergence=DIVERGENCE, cost=costs, windows=windows)
     request = PlanRequest(mode="prompt", windowed=2)
-    assert known.plan(replace(request, speedup=1.3, context=8000, strategy="suffix")).window_size == 1020
-    assert known.plan(replace(request, n_skip=1).at(8000)).window_size == 1020
-    assert known.plan(replace(request, n_skip=1, window_size=9).at(8000)).window_size == 9
-    assert known.plan(replace(request, n_skip=1)).window_size == 252
+    for wanted, size in (
+        (replace(request, speedup=1.3, context=8000, strategy="suffix"), 1020),
+        (replace(request, n_skip=1).at(8000), 1020),
+        (replace(request, n_skip=1, window_size=9).at(8000), 9),
+        (replace(request, n_skip=1), 252),
+    ):
+        bulk = known.plan(wanted).bulk
+        assert bulk is not None and bulk.window_size == size
 
 
 @pytest.mark.parametrize(
@@ -339,7 +346,7 @@ def test_what_no_bulk_can_skip_is_not_chosen() -> None:
     similarity[3, 0] = divergence[3, 0] = NAN
     known = profile(similarity, divergence=divergence)
     bulk = known.plan(7, mode="prompt").bulk
-    assert bulk is not None and np.argwhere(~bulk.skip).tolist() == [[3, 0]]
+    assert bulk is not None and np.argwhere(~bulk.skip.skip).tolist() == [[3, 0]]
     with pytest.raises(BudgetError, match="0 to 7"):
         known.plan(8, mode="prompt")
 
@@ -353,7 +360,7 @@ def test_the_suffix_is_compensated_where_that_is_asked_for() -> None:
 
 def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
     known = replace(profile([[0.9, 0.5], [0.99, 0.6], [0.8, 0.7]]), bulk_only=(1,))
-    assert known.plan(1, mode="prompt", ranking="similarity").bulk.attention == (1,)  # type: ignore[union-attr]
+    assert known.plan(1, mode="prompt", ranking="similarity").skipped("bulk").attention == (1,)
     assert known.plan(1, mode="prompt", ranking="similarity", decode=1).decode.attention == (0,)
     assert known.plan(1, mode="e2e").prefill.attention == (0,) and known.plan(5, mode="e2e").prefill.n_skip == 5
     with pytest.raises(BudgetError, match="0 to 5"):
@@ -387,7 +394,7 @@ def test_a_speed_up_of_the_prompt_mode_is_that_to_the_first_token(strategy: str)
     costs = cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12)
     known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2), cost=costs)
     plan = known.plan(mode="prompt", strategy=strategy, speedup=1.25, context=1000, tail=32)
-    assert plan.bulk is not None and plan.tail == 32
+    assert plan.bulk is not None and plan.bulk.tail == 32
     assert 1.25 <= costs.speedup(plan, 1000, "prefill") < 1.5
     assert plan.prefill == plan.decode == SkipSet.none(12)
     with pytest.raises(BudgetError, match=r"cannot make a prompt 50 times faster"):

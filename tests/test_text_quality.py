@@ -13,7 +13,7 @@ from tiny_models import write_model
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.measuring.text_quality import TextQuality
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 N_LAYER = 5
@@ -116,7 +116,7 @@ def test_in_prompt_mode_the_tokens_behind_a_bulk_are_judged(
     monkeypatch.setattr("adaskip_cpp.measuring.text_quality._MOST_KEPT", most_kept)
     bulk = SkipPlan.manual(N_LAYER, attention=[1], ffn=[2, 3], scale=0.9).prefill
     none = SkipSet.none(N_LAYER)
-    plan = SkipPlan(none, none, bulk=bulk, head=2, tail=3)
+    plan = SkipPlan(none, none, bulk=Bulk(bulk, head=2, tail=3))
     quality = TextQuality(open_model(path, logits_all=False), texts, "prompt", n_behind=6)
     assert quality.n_tokens == 4 * 5
     scores = quality.scores(plan, divergence=divergence)
@@ -151,7 +151,7 @@ def test_the_full_model_is_evaluated_once_however_many_plans_are_judged(
     quality = TextQuality(llm, texts, "prompt", advance=n_read.append)
     for layer in (1, 2, 3):
         none, bulk = SkipSet.none(N_LAYER), SkipPlan.manual(N_LAYER, ffn=[layer]).prefill
-        quality.scores(SkipPlan(none, none, bulk=bulk))
+        quality.scores(SkipPlan(none, none, bulk=Bulk(bulk)))
     assert n_read == [24] * 4 * 4
 
 

@@ -20,7 +20,7 @@ from tiny_families import N_EMBD, N_LAYER, N_VOCAB
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.native import NativeContext, elide_kv
-from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 N_ROUNDS = 12
@@ -45,7 +45,7 @@ ELIDED: Plans = (
     SkipPlan(OTHER, ONE, schedule=((0, ONE), (2, OTHER))),
     SkipPlan(OTHER, OTHER, online=OnlineStage(window=2, threshold=-1.0)),
 )
-PLANS: Plans = (*ELIDED, None, replace(ELIDED[0], bulk=OTHER, windowed=(0, 2), window_size=3))
+PLANS: Plans = (*ELIDED, None, replace(ELIDED[0], bulk=Bulk(OTHER, windowed=(0, 2), window_size=3)))
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def use(model: Any, plans: Plans, elided: bool, seed: int) -> Results:
             native.set_plan(plan, 0 if plan is None else i + 1)
             if i % 2:
                 native.start_statistics(lambda batch: results.append(batch.dot), keep_logits=True, vectors=True)
-            native.set_phase("bulk" if plan is not None and plan.bulk is not None else "prefill")
+            native.set_phase(plan.prompt_phase if plan else "prefill")
             results.append(decode(ctx, 0, tokens[:12]))
             native.begin_request()
             native.set_phase("decode")

@@ -104,7 +104,7 @@ class InventedQuality:
 
 
 def n_skipped(plan: SkipPlan) -> int:
-    return plan.skipped("decode").n_skip if plan.bulk is None else plan.bulk.n_skip
+    return plan.skipped("decode").n_skip if plan.bulk is None else plan.bulk.skip.n_skip
 
 
 def tune(
@@ -134,7 +134,7 @@ class Cost:
 
     n_layer = N_LAYER
 
-    def seconds(self, skip: Any, context: int, phase: str) -> float:
+    def seconds(self, skip: Any, context: int, phase: str, around: Any = None) -> float:
         if phase == "decode":
             return 0.0
         last = slice(0, -1 if phase == "bulk" else None)  # the last layer of a bulk does not run anyhow
@@ -200,7 +200,7 @@ def test_in_prompt_mode_the_bulk_skips_by_divergence_times_the_layers_above(monk
     # 11 are predicted and found for the search's text. The text that confirms allows 5. Of the last layer nothing is
     # saved, and those below it have the fewest layers above them.
     assert found.plan.bulk is not None and found.plan.decode.n_skip == found.plan.prefill.n_skip == 0
-    assert (found.plan.bulk.attention, found.plan.bulk.ffn) == ((4, 5, 6), (5, 6))
+    assert (found.plan.bulk.skip.attention, found.plan.bulk.skip.ffn) == ((4, 5, 6), (5, 6))
     numbers = {part: [n for name, n in InventedQuality.judged if name == part] for part in HARM}
     assert numbers == {"search": [11, 12], "confirm": [11, 5, 6], "report": [5]}
     assert found.tuning is not None and found.tuning.divergence is not None and found.tuning.passkeys is None
@@ -225,7 +225,10 @@ def test_in_prompt_mode_a_loss_is_judged_by_the_divergence_and_by_what_is_more_b
 
 def test_without_divergence_the_papers_ranking_and_bisection_do(monkeypatch: pytest.MonkeyPatch) -> None:
     found = tune(monkeypatch, Promise("max_loss", 0.115), mode="prompt")
-    assert found.plan.bulk is not None and (found.plan.bulk.attention, found.plan.bulk.ffn) == ((0, 1, 2), (0, 1))
+    assert found.plan.bulk is not None and (found.plan.bulk.skip.attention, found.plan.bulk.skip.ffn) == (
+        (0, 1, 2),
+        (0, 1),
+    )
 
 
 def test_a_plan_that_loses_a_pass_key_is_backed_off_until_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +240,7 @@ def test_a_plan_that_loses_a_pass_key_is_backed_off_until_it_does_not(monkeypatc
         divergence=DIVERGENCE,
         passkeys=[key(n) for n in range(3)],
     )
-    assert found.plan.bulk is not None and found.plan.bulk.n_skip == 2
+    assert found.plan.bulk is not None and found.plan.bulk.skip.n_skip == 2
     assert found.tuning is not None and found.tuning.passkeys == Passkeys(3, 2, 2)
     # The full model does not find the third, which nobody asks for then; what was lost is asked for first.
     assert log == [(0, 0), (1, 0), (2, 0), (0, 5), (1, 5), (1, 4), (1, 2), (0, 2)]
@@ -264,7 +267,7 @@ def test_lost_pass_keys_may_be_allowed_and_are_told(monkeypatch: pytest.MonkeyPa
         monkeypatch, Promise("max_loss", 0.115), mode="prompt", divergence=DIVERGENCE, passkeys=[key(0), key(1)],
         may_lose_passkeys=True,
     )  # fmt: skip
-    assert found.plan.bulk is not None and found.plan.bulk.n_skip == 5
+    assert found.plan.bulk is not None and found.plan.bulk.skip.n_skip == 5
     assert found.tuning is not None and found.tuning.passkeys == Passkeys(2, 2, 1)
 
 

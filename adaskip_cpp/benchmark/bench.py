@@ -12,15 +12,16 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn
-from ..model.plan import Phase, SkipPlan
+from ..model.plan import Bulk, Phase, SkipPlan
+from ..model.skip_set import SkipSet
 from ..progress import OnProgress
 from .process import Usage, Worker
 from .subject import Configuration
@@ -227,22 +228,19 @@ def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip, in_bulk: _Skip) -> t
         alone, rest = _skipping(skippable & ~skip), _skipping(skippable)
         return names.setdefault(alone, f"only what {name!r} skips"), names.setdefault(rest, REST)
 
-    def pair_in_bulk(plan: SkipPlan, skip: _Skip, name: str) -> tuple[str, str]:
-        def kept(each: _Skip) -> SkipPlan:
-            return replace(_skipping(each, "bulk"), head=plan.head, tail=plan.tail)
-
+    def pair_in_bulk(bulk: Bulk, name: str) -> tuple[str, str]:
         # Plans that are cut otherwise have a run of their own to be compared with.
         rest = f"{KEPT}, for {name!r}" if KEPT in names.values() else KEPT
-        alone = names.setdefault(kept(in_bulk & ~skip), f"only what {name!r} skips in the bulk")
-        return alone, names.setdefault(kept(in_bulk), rest)
+        alone = names.setdefault(_skipping(in_bulk & ~bulk.skip.skip, bulk), f"only what {name!r} skips in the bulk")
+        return alone, names.setdefault(_skipping(in_bulk, bulk), rest)
 
     parts: _Parts = {}
     for name, plan in plans.items():
         own: dict[Phase, tuple[str, str]] = {}
-        if plan.prefill.n_skip and plan.bulk is None:
+        if plan.bulk is None and plan.prefill.n_skip:
             own["prefill"] = pair(plan.prefill.skip, name)
-        elif plan.bulk is not None and plan.bulk.n_skip and not (plan.prefill.n_skip or plan.windowed):
-            own["prefill"] = pair_in_bulk(plan, plan.bulk.skip, name)
+        elif plan.bulk and plan.bulk.skip.n_skip and not (plan.prefill.n_skip or plan.bulk.windowed):
+            own["prefill"] = pair_in_bulk(plan.bulk, name)
         if plan.decode.n_skip and not plan.schedule and plan.online is None:  # else the set changes within a request
             own["decode"] = pair(plan.decode.skip, f"{name} in decode" if own else name)
         if own:
@@ -250,6 +248,6 @@ def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip, in_bulk: _Skip) -> t
     return parts, {name: plan for plan, name in names.items()}
 
 
-def _skipping(skip: _Skip, phase: Literal["both", "bulk"] = "both") -> SkipPlan:
-    attention, ffn = (np.flatnonzero(column).tolist() for column in skip.T)
-    return SkipPlan.manual(len(skip), attention, ffn, phase=phase)
+def _skipping(skip: _Skip, bulk: Bulk | None = None) -> SkipPlan:
+    chosen, none = SkipSet(skip, np.ones(skip.shape)), SkipSet.none(len(skip))
+    return SkipPlan(none, none, bulk=Bulk(chosen, head=bulk.head, tail=bulk.tail)) if bulk else SkipPlan(chosen, chosen)

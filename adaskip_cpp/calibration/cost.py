@@ -17,7 +17,7 @@ from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import RequestError
 from ..model.cost_model import CELLS, Computed, CostModel
-from ..model.plan import Phase, SkipPlan
+from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .cost_fit import Group, Runs, Sample, fit
 
@@ -203,7 +203,7 @@ class _Measurement:
         of_prompt, of_decode = (SkipSet(~runs, np.ones(runs.shape)) for runs in (prefill, decode))
         if kept:
             # Prefill, which does not run, skips what decode does: else the next ubatch reads its tokens again.
-            self.llm.set_plan(SkipPlan(of_decode, of_decode, bulk=of_prompt))
+            self.llm.set_plan(SkipPlan(of_decode, of_decode, bulk=Bulk(of_prompt)))
         else:
             self.llm.set_plan(SkipPlan(of_prompt, of_decode))
 

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from ..engine.llama import AdaSkipLlama
 from ..measuring.distribution import Logits, kl_divergences
-from ..model.plan import SkipPlan
+from ..model.plan import Bulk, SkipPlan
 from ..model.profile import Windows
-from ..model.skip_set import KINDS
+from ..model.skip_set import KINDS, SkipSet
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .cost import set_aside
@@ -85,10 +85,11 @@ def measure_windows(
     if not layers or not pieces:
         return None
     numbers = sorted({math.ceil(len(layers) * i / N_DEPTHS) for i in range(N_DEPTHS + 1)})
-    plans = []
+    none, plans = SkipSet.none(llm.n_layer), []
     for n in numbers:
-        bulk = replace(SkipPlan.manual(llm.n_layer, phase="bulk"), windowed=layers[len(layers) - n :])
-        plans.append([replace(bulk, window_size=max(len(piece) // 8, 1)) for piece in pieces])
+        bulk = Bulk(none, windowed=layers[len(layers) - n :])
+        bulks = (replace(bulk, window_size=max(len(piece) // 8, 1)) for piece in pieces)
+        plans.append([SkipPlan(none, none, bulk=each) for each in bulks])
     divergence = np.maximum.accumulate([0.0, *_divergences(llm, pieces, plans, on_progress)])
     return Windows(layers, tuple(np.interp(range(len(layers) + 1), numbers, divergence).tolist()))
 

@@ -13,7 +13,7 @@ from ..benchmark.plots import TITLES
 from ..benchmark.table import NO_PLAN, STOCK, Row, verdict
 from ..intervals import Interval
 from ..model.plan import SkipPlan
-from .report import megabytes
+from .report import PHASE_WORDS, megabytes
 
 
 def print_report(out: Console, result: BenchResult) -> None:
@@ -105,7 +105,7 @@ def _print_configuration(out: Console, result: BenchResult) -> None:
 
 
 def _skipped(plan: SkipPlan) -> str:
-    of_prompt, where = plan.skipped("bulk"), "prefill" if plan.bulk is None else "the bulk of a prompt"
+    of_prompt, where = plan.skipped("bulk"), PHASE_WORDS[plan.prompt_phase]
     return (
         f"{of_prompt.n_skip} of {2 * plan.n_layer} sublayers skipped in {where} ({len(of_prompt.attention)} attention, "
         f"{len(of_prompt.ffn)} FFN), {plan.decode.n_skip} in decode"

@@ -23,7 +23,7 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .plan import print_plan
 from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
-from .report import first_token_line, skipped_counts, skipped_words
+from .report import PHASE_WORDS, first_token_line, skipped_counts, skipped_words
 from .terminal import answer_options, console, is_broken_pipe, option, users_error, verb
 
 _HELP = """\
@@ -201,7 +201,7 @@ class _Talk:
         plan = make_plan(self.profile, request)
         self.conversation.llm.set_plan(plan)
         self.request, self.tuning = request, None
-        where = "prefill" if plan.bulk is None else "the bulk of a prompt"
+        where = PHASE_WORDS[plan.prompt_phase]
         self.tell(
             f"({plan.skipped('bulk').n_skip} sublayers skipped in {where}, {plan.decode.n_skip} in decode; the "
             "conversation is read again where needed)"
@@ -245,7 +245,7 @@ def _status(llm: AdaSkipLlama, timing: Timing) -> str:
         parts.append(f"decode {speed:,.{0 if speed >= 100 else 1}f}/s")
     if llm.plan is not None:
         prompt, decode, added = skipped_counts(llm, timing.n_generated)
-        where = "prefill" if llm.plan.bulk is None else "bulk"
-        parts.append(f"skipped {prompt} {where}, {decode}{f'+{added}' if llm.plan.online else ''} decode")
+        more = f"+{added}" if llm.plan.online else ""
+        parts.append(f"skipped {prompt} {llm.plan.prompt_phase}, {decode}{more} decode")
     parts.append(f"context {timing.n_prompt + timing.n_generated}/{llm.context_size}")
     return "  ".join(parts)

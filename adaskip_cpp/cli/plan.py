@@ -13,7 +13,7 @@ from rich.table import Table
 from ..files import check_output, json_text
 from ..model.cost_model import CostModel
 from ..model.mode import MODES
-from ..model.plan import TIMED, Phase, SkipPlan
+from ..model.plan import PHASES, TIMED, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KINDS, SkipSet, ranked
 from ..pictures.heatmap import print_heatmap
@@ -22,7 +22,7 @@ from ..planning.request import PlanRequest
 from ..planning.speedup import seconds_saved
 from ..planning.strategies import make_plan, what_is_lost
 from .planning import plan_options
-from .report import layer_list, window_words
+from .report import PHASE_WORDS, layer_list, window_words
 from .terminal import OUTPUT, console, json_option, option, verb
 from .tune_report import print_tuning
 
@@ -80,7 +80,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
             "predicted_speedup": speedup or None,
             "predicted_first_token_s": first or None,
             "times": cost and {**asdict(cost.settings), "deepest": cost.deepest},
-            "layers_without_kv": _elided(chosen),
+            "layers_without_kv": chosen.without_kv,
             "sublayers": rows,
             "plan": chosen.to_dict(),
         }
@@ -139,20 +139,17 @@ def _rows(profile: Profile, request: PlanRequest, chosen: SkipPlan, context: int
 
 
 def _phases(plan: SkipPlan) -> list[tuple[Phase, SkipSet]]:
-    """The phases that skip something of their own, and what; prefill is told where there is no bulk."""
-    found: list[tuple[Phase, SkipSet]] = [] if plan.bulk is None else [("bulk", plan.bulk)]
-    if plan.bulk is None or plan.prefill.n_skip:
-        found.append(("prefill", plan.prefill))
-    return [*found, ("decode", plan.skipped("decode"))]
+    """The phases that skip something of their own, and what; prefill too if there is no bulk."""
+    own = {plan.prompt_phase, "decode", *(("prefill",) if plan.prefill.n_skip else ())}
+    return [(phase, plan.skipped(phase)) for phase in PHASES if phase in own]
 
 
 def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float64] | None = None) -> None:
     phases = [(name, chosen.decode if name == "decode" else each) for name, each in _phases(chosen)]
     (name, first), *others = phases
-    where = "the bulk of a prompt" if name == "bulk" else name
     counts = "".join(f", {each.n_skip} in {name}" for name, each in others)
     out.print(
-        f"[bold]{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {where}"
+        f"[bold]{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {PHASE_WORDS[name]}"
         f"{window_words(chosen, ', ')}{counts}[/]: "
         f"strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
     )
@@ -165,11 +162,11 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float6
         within = "" if alike else " in the bulk" if name == "bulk" else f" in {name}"
         out.print(f"\nattention skipped{within} in layers: {layer_list(each.attention)}")
         out.print(f"FFN skipped{within} in layers: {layer_list(each.ffn)}")
-    if narrowed := sorted({*chosen.windowed} - {*chosen.skipped("bulk").attention}):
-        size = f"{chosen.window_size:,}"
-        out.print(f"\nattention in the bulk looks back at {size} tokens in layers: {layer_list(narrowed)}")
-    if chosen.bulk is not None:
-        out.print(f"\nThe bulk is all of a prompt but its first {chosen.head} tokens and its last {chosen.tail}.")
+    if bulk := chosen.bulk:
+        if bulk.narrowed:
+            looks = f"attention in the bulk looks back at {bulk.window_size:,} tokens"
+            out.print(f"\n{looks} in layers: {layer_list(bulk.narrowed)}")
+        out.print(f"\nThe bulk is all of a prompt but its first {bulk.head} tokens and its last {bulk.tail}.")
     for start, each in chosen.schedule[1:]:
         out.print(f"from token {start} of an answer: {each.n_skip} skipped")
     if chosen.online is not None:
@@ -216,13 +213,9 @@ def _settings_words(cost: CostModel) -> str:
     )
 
 
-def _elided(plan: SkipPlan) -> tuple[int, ...]:
-    return plan.prefill.attention if plan.bulk is None else ()
-
-
 def _print_elided(out: Console, plan: SkipPlan) -> None:
-    elided = _elided(plan)
-    why = "no attention is skipped in both phases" if plan.bulk is None else "the bulk of a prompt keeps its K and V"
+    elided = plan.without_kv
+    why = "the bulk of a prompt keeps its K and V" if plan.bulk else "no attention is skipped in both phases"
     out.print(
         f"No KV memory is needed for {len(elided)} layer{'' if len(elided) == 1 else 's'}: {layer_list(elided)}."
         if elided

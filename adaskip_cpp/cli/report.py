@@ -8,8 +8,10 @@ import llama_cpp
 from ..engine.generation import Timing
 from ..engine.llama import AdaSkipLlama
 from ..model.cost_model import CostModel
-from ..model.plan import SkipPlan
+from ..model.plan import Phase, SkipPlan
 from ..model.promise import Tuning
+
+PHASE_WORDS: dict[Phase, str] = {"bulk": "the bulk of a prompt", "prefill": "prefill", "decode": "decode"}
 
 
 def kv_line(llm: AdaSkipLlama) -> str:
@@ -61,7 +63,7 @@ def first_token_line(
     The prediction's ratio counts, not its seconds: the machine may be busier, or another one, than the one measured.
     """
     line = f"first token after {_seconds(timing.first_token_s)}"
-    if plan is None or not (plan.skipped("bulk").n_skip or plan.windowed):
+    if plan is None or not (plan.skipped("bulk").n_skip or plan.narrowed):
         return line
     if cost is not None:
         times = cost.speedup(plan, timing.n_prompt, "prefill", cached=timing.n_prompt - timing.n_evaluated)
@@ -78,18 +80,15 @@ def _seconds(value: float) -> str:
 
 def skipped_words(plan: SkipPlan) -> str:
     """Say in a few words what a plan leaves out."""
-    n_skip, where = plan.prefill.n_skip, ""
-    if plan.bulk is not None and plan.bulk.n_skip + len(plan.windowed):
-        n_skip, where = plan.bulk.n_skip, " in the bulk of a prompt"
-    elif not n_skip:
-        n_skip, where = plan.skipped("decode").n_skip, " in decode"
-    return f"{n_skip} of {2 * plan.n_layer} sublayers skipped{window_words(plan, ', ')}{where}"
+    phase: Phase = plan.prompt_phase if plan.skipped("bulk").n_skip or plan.narrowed else "decode"
+    where = "" if phase == "prefill" else f" in {PHASE_WORDS[phase]}"
+    return f"{plan.skipped(phase).n_skip} of {2 * plan.n_layer} sublayers skipped{window_words(plan, ', ')}{where}"
 
 
 def window_words(plan: SkipPlan, before: str = "") -> str:
     """Say how many attentions look back at a window; "" for none."""
-    n = len({*plan.windowed} - {*plan.skipped("bulk").attention})
-    return f"{before}{n} attention{'s' * (n > 1)} windowed to {plan.window_size:,} tokens" if n else ""
+    n, bulk = len(plan.narrowed), plan.bulk
+    return f"{before}{n} attention{'s' * (n > 1)} windowed to {bulk.window_size:,} tokens" if bulk and n else ""
 
 
 def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
@@ -105,7 +104,7 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
         return []
     of, now = f"of {2 * plan.n_layer}", plan.decode_after(n_decoded)
     prompt, decode, added = skipped_counts(llm, n_decoded)
-    of_prompt, where = plan.skipped("bulk"), "prefill" if plan.bulk is None else "the bulk of the prompt"
+    of_prompt, where = plan.skipped("bulk"), PHASE_WORDS[plan.prompt_phase]
     online = f", {added} FFN added online" if added else ""
     lines = [
         f"skipped: {prompt} {of} sublayers in {where} ({len(of_prompt.attention)} attention, {len(of_prompt.ffn)} FFN)"

@@ -79,7 +79,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._reads_prompt = False  # whether the caller wants the logits of a prompt's own tokens
         self._prompt_rows: Rows | None = None  # where these go, if not to scores
         # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
-        elided = None if plan is None or plan.bulk is not None else plan.prefill.skip[:, 0]
+        elided = None if plan is None else np.isin(np.arange(plan.n_layer), plan.without_kv)
         try:
             with elide_kv(elided), errors_logged() as reasons:
                 super().__init__(model_path, **kwargs)
@@ -215,18 +215,16 @@ class AdaSkipLlama(SelfDescribingLlama):
         if phase == "decode":
             self._evaluate("decode", tokens, is_last=True, rows=rows)
         elif phase == "bulk":
-            has_bulk = self.plan is not None and self.plan.bulk is not None
-            self._evaluate("bulk" if has_bulk else "prefill", tokens, is_last=False, is_read=False)
+            phase = self.plan.prompt_phase if self.plan else "prefill"
+            self._evaluate(phase, tokens, is_last=False, is_read=False)
         else:
             self._evaluate_prompt(tokens)
 
     def _evaluate_prompt(self, tokens: list[int]) -> None:
         """Evaluate the tokens of a prompt, those of its bulk under the bulk set."""
-        plan = self.plan
-        begin = end = 0  # of the bulk
-        if plan is not None and plan.bulk is not None and not (self._reads_prompt or self.context_params.embeddings):
-            begin, end = max(plan.head - self.n_tokens, 0), len(tokens) - plan.tail
-        if begin < end:
+        bulk = None if self.plan is None or self._reads_prompt or self.context_params.embeddings else self.plan.bulk
+        begin, end = bulk.span(self.n_tokens, len(tokens)) if bulk else (0, 0)
+        if end:
             self._evaluate("prefill", tokens[:begin], is_last=False)
             self._evaluate("bulk", tokens[begin:end], is_last=False)
             tokens = tokens[end:]
@@ -322,8 +320,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         if kwargs.get("grammar") is not None:
             check_grammar(self._model.vocab, kwargs["grammar"])
         self.begin_request()
-        has_bulk = self.plan is not None and self.plan.bulk is not None
-        if self._prompt_rows is not None or (self._reads_prompt and has_bulk):
+        if self._prompt_rows is not None or (self._reads_prompt and self.plan and self.plan.bulk):
             self.reset()  # what is cached has no logits that may be read, as the bulk of an earlier prompt
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
             phase: Phase = "prefill"

@@ -105,12 +105,12 @@ class NativeContext:
         decode = ffi.new("struct adaskip_step[]", len(plan.decode_sets))
         owners = [_fill(prefill, plan.prefill)]
         if plan.bulk is not None:
-            owners.append(_fill(bulk, plan.bulk))
+            owners.append(_fill(bulk, plan.bulk.skip))
             target.bulk = bulk
-            if plan.windowed:
-                owners.append([np.isin(np.arange(plan.n_layer), plan.windowed).astype(np.uint8)])
-                target.windowed, target.window = ffi.from_buffer("uint8_t[]", owners[-1][0]), plan.window_size
-                target.n_sinks = plan.head
+            if plan.bulk.windowed:
+                owners.append([np.isin(np.arange(plan.n_layer), plan.bulk.windowed).astype(np.uint8)])
+                target.windowed, target.window = ffi.from_buffer("uint8_t[]", owners[-1][0]), plan.bulk.window_size
+                target.n_sinks = plan.bulk.head
         for step, (start, skip_set) in zip(decode, plan.decode_sets, strict=True):
             step.start = start
             owners.append(_fill(step.set, skip_set))

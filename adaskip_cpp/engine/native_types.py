@@ -25,7 +25,7 @@ class Sublayer:
         shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
         window: tokens that an attention looks back at, 0 for all.
         windowable: whether the bulk may let an attention look back at a window of its own, see
-            :attr:`adaskip_cpp.model.plan.SkipPlan.windowed`.
+            :attr:`adaskip_cpp.model.plan.Bulk.windowed`.
     """
 
     layer: int

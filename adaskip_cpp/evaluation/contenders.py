@@ -90,7 +90,7 @@ def contenders(
 
 def _twin(plan: SkipPlan, found: Iterable[Contender]) -> str | None:
     def skips(plan: SkipPlan) -> tuple[object, ...]:
-        return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online, plan.around_bulk
+        return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online, plan.bulk
 
     nothing = plan.is_whole and plan.online is None
     alike = (each.name for each in found if (nothing if each.plan is None else skips(each.plan) == skips(plan)))

@@ -26,7 +26,7 @@ class PromptCache:
     def take(self, prompt: tuple[int, ...], plan: SkipPlan | None) -> AdaSkipLlama:
         """Put a plan in force, and all of a prompt that an answer reads again into the cache, and return the model."""
         skipped = None if plan is None or plan.prefill.n_skip == 0 else plan.prefill
-        bulk = None if plan is None or plan.bulk is None else plan.around_bulk
+        bulk = None if plan is None else plan.bulk
         self._llm.set_plan(plan)
         if self._cached != (prompt, skipped, bulk):
             self._cached = ()

@@ -1,6 +1,5 @@
 """The cost model: predicts how long a phase takes with some sublayers skipped, on the machine that was measured."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
 from .arrays import LayerArrays, checked, freeze
-from .plan import DEFAULT_HEAD, DEFAULT_TAIL, DEFAULT_WINDOW, PHASES, Phase, SkipPlan
+from .plan import PHASES, Bulk, Phase, SkipPlan
 from .skip_set import SkipSet, marked
 
 CELLS = 256
@@ -170,10 +169,7 @@ class CostModel(LayerArrays):
         context: int,
         phase: Phase,
         *,
-        head: int = DEFAULT_HEAD,
-        tail: int = DEFAULT_TAIL,
-        windowed: Sequence[int] = (),
-        window_size: int = DEFAULT_WINDOW,
+        around: Bulk | None = None,
         cached: int = 0,
     ) -> float:
         """Predict how many seconds a whole prompt or one decoded token takes.
@@ -184,12 +180,12 @@ class CostModel(LayerArrays):
 
         Args:
             skip: the sublayers skipped, a set or bool ``[n_layer, 2]``; None for the full model. Or a plan: what that
-                skips in the phase, and in a prompt with its own bulk, head, tail and windows. What an online stage adds
-                is not known before and does not count; a schedule counts with its last set.
+                skips in the phase, and in a prompt with its own bulk. What an online stage adds is not known before and
+                does not count; a schedule counts with its last set.
             context: tokens of the prompt; in decode those before the one that is decoded.
             phase: ``"prefill"``: the prompt is read with ``skip`` skipped; ``"bulk"``: its bulk alone is, with K and V
                 kept, while the others run whole; or ``"decode"``.
-            head, tail, windowed, window_size: for phase ``"bulk"``, as in :class:`adaskip_cpp.model.plan.SkipPlan`.
+            around: for phase ``"bulk"``: its head, tail and windows, the defaults if None. Its set does not count.
             cached: tokens at the beginning of the prompt that are not read again.
 
         Raises:
@@ -201,19 +197,15 @@ class CostModel(LayerArrays):
             raise PlanError(f"unknown phase {phase!r}; use one of: {', '.join(PHASES)}")
         if phase != "decode" and not 0 <= cached < context:
             raise PlanError(f"{cached} of {context} tokens are cached; the last one is read in any case")
-        if isinstance(skip, SkipPlan):
-            if phase != "decode":
-                around = skip.head, skip.windowed, skip.window_size
-                bulk = None if skip.bulk is None else self._bulk(self._runs(skip.bulk), *around)
-                return self._prompt(self._runs(skip.prefill), bulk, cached, context, skip.head, skip.tail)
-            skip = skip.skipped("decode")
-        runs = self._runs(skip)
         if phase == "decode":
+            runs = self._runs(skip.skipped("decode") if isinstance(skip, SkipPlan) else skip)
             return self._read(Computed(runs, np.zeros(self.n_layer, np.bool_)), context, context + 1)
+        if isinstance(skip, SkipPlan):
+            return self._prompt(self._runs(skip.prefill), self._runs(skip.skipped("bulk")), skip.bulk, cached, context)
         if phase == "prefill":
-            return self._prompt(runs, None, cached, context, head, tail)
-        bulk = self._bulk(runs, head, windowed, window_size)
-        return self._prompt(self._runs(None), bulk, cached, context, head, tail)
+            return self._prompt(self._runs(skip), self._runs(skip), None, cached, context)
+        around = around or Bulk(SkipSet.none(self.n_layer))
+        return self._prompt(self._runs(None), self._runs(skip), around, cached, context)
 
     def speedup(self, plan: SkipPlan, context: int, phase: Phase, *, cached: int = 0) -> float:
         """Predict how many times faster than the full model a plan makes a phase, a prompt with its bulk."""
@@ -230,26 +222,21 @@ class CostModel(LayerArrays):
             )
         return runs
 
-    def _bulk(self, runs: npt.NDArray[np.bool_], head: int, windowed: Sequence[int], window_size: int) -> Computed:
-        blocks = np.ceil((head + window_size - 1 + self.prefill.n_tokens) / CELLS)
-        narrow = marked(self.n_layer, windowed, ())[:, 0]
+    def _in_bulk(self, runs: npt.NDArray[np.bool_], bulk: Bulk) -> Computed:
+        blocks = np.ceil((bulk.head + bulk.window_size - 1 + self.prefill.n_tokens) / CELLS)
+        narrow = marked(self.n_layer, bulk.windowed, ())[:, 0]
         return Computed(runs, ~runs[:, 0], np.where(narrow, np.minimum(self.limit, blocks * CELLS), self.limit))
 
     def _prompt(
-        self,
-        runs: npt.NDArray[np.bool_],
-        bulk: Computed | None,
-        start: int,
-        context: int,
-        head: int,
-        tail: int,
+        self, runs: npt.NDArray[np.bool_], in_bulk: npt.NDArray[np.bool_], bulk: Bulk | None, start: int, context: int
     ) -> float:
-        """Seconds from a position of a prompt on, whose bulk runs ``bulk``, all else ``runs``; None without a bulk."""
-        whole, seconds, begin = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0, max(head, start)
-        if bulk is not None and begin < context - tail:
-            seconds = self._unread(whole, start, begin)
-            start = context - tail
-            seconds += self._unread(bulk, begin, start)
+        """Seconds from a position of a prompt on; all but its bulk runs ``runs``."""
+        whole, seconds = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0
+        begin, end = bulk.span(start, context - start) if bulk else (0, 0)
+        if bulk and end:
+            seconds = self._unread(whole, start, start + begin)
+            seconds += self._unread(self._in_bulk(in_bulk, bulk), start + begin, start + end)
+            start += end
         if self.n_layer_kv < self.n_layer:  # then the last token is computed by itself
             seconds += self._unread(whole, start, context - 1)
             start = context - 1

@@ -75,35 +75,79 @@ class OnlineStage:
 
 
 @dataclass(frozen=True)
-class SkipPlan:
-    """What to skip in each phase.
+class Bulk:
+    """How the bulk of a prompt is read: all its tokens but the first of the sequence and the last of the prompt.
 
-    With a ``bulk`` set, all tokens of a prompt but the first ``head`` of the sequence and the last ``tail`` of the
-    prompt run under it: nobody reads more of them than their K and V, which its skipped attentions compute and store
-    all the same. The others run under ``prefill``. Without it, that is how all of a prompt runs.
+    Nobody reads more of them than their K and V, which skipped attentions compute and store all the same.
 
     Attributes:
-        prefill: the set skipped while a prompt is read.
-        decode: the set skipped while tokens are generated, from the first one on. It skips every attention that
-            ``prefill`` skips: that attention wrote no KV for the prompt, so decode must not read it.
-        schedule: decode sets by tokens decoded so far in the request, ``((0, decode), (t1, set1), ...)``, each holding
-            from its number on; () if ``decode`` holds throughout. A set skips every attention of the one before it.
-        online: the online stage of decode, or None. Excludes a schedule.
-        bulk: the set skipped in the bulk of a prompt, or None. It skips every attention that ``prefill`` skips, as the
-            tokens before the bulk have no KV there. Decode is free to run what it skips.
+        skip: the set skipped.
         head: tokens at the very beginning of a sequence that are no bulk: later ones attend to them most.
         tail: tokens at the end of a prompt that are no bulk, at least 1.
         windowed: layers whose attention, where the bulk runs it, looks back at the last ``window_size`` tokens alone,
             the token itself included, and at the first ``head`` of the sequence; ascending. The prompt's tail and the
             answer look back at everything.
         window_size: tokens, at least 1.
+
+    Raises:
+        PlanError: ``head``, ``tail`` or ``window_size`` is impossible.
+        SublayerRangeError: the model has no such windowed layer.
+    """
+
+    skip: SkipSet
+    _: KW_ONLY
+    head: int = DEFAULT_HEAD
+    tail: int = DEFAULT_TAIL
+    windowed: tuple[int, ...] = ()
+    window_size: int = DEFAULT_WINDOW
+
+    def __post_init__(self) -> None:
+        for name, least in (("head", 0), ("tail", 1), ("window_size", 1)):  # somebody reads the last token's logits
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, int | np.integer) and least <= value < 2**31):
+                raise PlanError(
+                    f"the {name.replace('_', ' ')} is {value!r}; use a whole number of tokens from {least} on"
+                )
+            object.__setattr__(self, name, int(value))
+        windowed = np.flatnonzero(marked(self.skip.n_layer, self.windowed, ())[:, 0])
+        object.__setattr__(self, "windowed", tuple(windowed.tolist()))
+
+    @property
+    def narrowed(self) -> tuple[int, ...]:
+        """Layers whose attention runs and looks back at a window: those windowed and not skipped."""
+        return tuple(layer for layer in self.windowed if not self.skip.skip[layer, 0])
+
+    def span(self, n_cached: int, n_tokens: int) -> tuple[int, int]:
+        """Return begin and end of the bulk in the tokens of a prompt after the cached ones; ``(0, 0)`` for none."""
+        begin, end = max(self.head - n_cached, 0), n_tokens - self.tail
+        return (begin, end) if begin < end else (0, 0)
+
+    def to_dict(self, skip: Any = None) -> dict[str, Any]:
+        """Return plain JSON values. ``set`` is ``skip`` where given, else a description without vectors."""
+        around = {name: to_plain(value) for name, value in vars(self).items() if name != "skip"}
+        return {"set": self.skip.to_dict() if skip is None else skip, **around}
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """What to skip in each phase.
+
+    Attributes:
+        prefill: the set skipped while a prompt is read, except in its bulk where there is one.
+        decode: the set skipped while tokens are generated, from the first one on. It skips every attention that
+            ``prefill`` skips: that attention wrote no KV for the prompt, so decode must not read it.
+        schedule: decode sets by tokens decoded so far in the request, ``((0, decode), (t1, set1), ...)``, each holding
+            from its number on; () if ``decode`` holds throughout. A set skips every attention of the one before it.
+        online: the online stage of decode, or None. Excludes a schedule.
+        bulk: how the bulk of a prompt is read, or None: all of a prompt runs under ``prefill``. It skips every
+            attention that ``prefill`` skips, as the tokens before the bulk have no KV there. Decode is free to run what
+            it skips.
         model: the model that the plan was made for, or None for any of as many layers.
         strategy, compensation, mode: their names, ``"manual"`` where they were given by hand.
 
     Raises:
         PlanError: the sets disagree on the number of layers, an attention runs whose KV would have holes, the schedule
-            is malformed or meets an online stage, ``head``, ``tail``, ``windowed`` or ``window_size`` is impossible,
-            or the mode is unknown.
+            is malformed or meets an online stage, or the mode is unknown.
     """
 
     prefill: SkipSet
@@ -111,11 +155,7 @@ class SkipPlan:
     _: KW_ONLY
     schedule: tuple[tuple[int, SkipSet], ...] = ()
     online: OnlineStage | None = None
-    bulk: SkipSet | None = None
-    head: int = DEFAULT_HEAD
-    tail: int = DEFAULT_TAIL
-    windowed: tuple[int, ...] = ()
-    window_size: int = DEFAULT_WINDOW
+    bulk: Bulk | None = None
     model: ModelInfo | None = None
     strategy: str = "manual"
     compensation: str = "manual"
@@ -129,21 +169,6 @@ class SkipPlan:
             )
         if self.mode not in (*MODES, "manual"):
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
-        for name, least in (
-            ("head", 0),
-            ("tail", 1),
-            ("window_size", 1),
-        ):  # of the last token somebody reads the logits
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (isinstance(value, int | np.integer) and least <= value < 2**31):
-                raise PlanError(
-                    f"the {name.replace('_', ' ')} is {value!r}; use a whole number of tokens from {least} on"
-                )
-            object.__setattr__(self, name, int(value))
-        windowed = np.flatnonzero(marked(self.n_layer, self.windowed, ())[:, 0])
-        object.__setattr__(self, "windowed", tuple(windowed.tolist()))
-        if self.windowed and self.bulk is None:
-            raise PlanError("attentions look back at a window in the bulk of a prompt; give a bulk set too")
         if self.schedule:
             starts = [start for start, _ in self.schedule]
             if self.online is not None:
@@ -156,9 +181,7 @@ class SkipPlan:
                 raise PlanError(f"the schedule's token counts {starts} do not ascend; sort its sets by token count")
         later = [(f"the schedule's set at {start} tokens", each) for start, each in self.schedule[1:]]
         in_turn = [("prefill", self.prefill), ("decode", self.decode), *later]
-        pairs = list(itertools.pairwise(in_turn))
-        if self.bulk is not None:
-            pairs.append((in_turn[0], ("bulk", self.bulk)))
+        pairs = [*itertools.pairwise(in_turn), (in_turn[0], ("bulk", self.skipped("bulk")))]
         for (name, earlier), (later_name, later_set) in pairs:
             if earlier.n_layer != later_set.n_layer:
                 raise PlanError(
@@ -203,7 +226,7 @@ class SkipPlan:
         chosen = SkipSet(skip, values if values.ndim else np.full(skip.shape, values))
         none, name = SkipSet.none(n_layer), "none" if scale is None else "manual"
         if phase == "bulk":
-            return cls(none, none, bulk=chosen, compensation=name)
+            return cls(none, none, bulk=Bulk(chosen), compensation=name)
         return cls(chosen if phase == "both" else none, chosen, compensation=name)
 
     @property
@@ -222,31 +245,40 @@ class SkipPlan:
     @property
     def sets(self) -> tuple[SkipSet, ...]:
         """Every set of the plan: bulk, prefill, and those of decode."""
-        return (*([] if self.bulk is None else [self.bulk]), self.prefill, *(each for _, each in self.decode_sets))
+        return (*([self.bulk.skip] if self.bulk else []), self.prefill, *(each for _, each in self.decode_sets))
 
     @property
     def is_whole(self) -> bool:
         """Whether it leaves the model as it is, but for what an online stage may skip."""
-        return not (self.windowed or any(each.n_skip for each in self.sets))
+        return not (self.narrowed or any(each.n_skip for each in self.sets))
 
     @property
-    def around_bulk(self) -> tuple[SkipSet | None, int, int, tuple[int, ...], int]:
-        """What decides how a prompt is read beside the prefill set: bulk, head, tail and windows."""
-        return self.bulk, self.head, self.tail, self.windowed, self.window_size
+    def prompt_phase(self) -> Literal["bulk", "prefill"]:
+        """The phase of most tokens of a prompt: the bulk if there is one."""
+        return "bulk" if self.bulk else "prefill"
+
+    @property
+    def narrowed(self) -> tuple[int, ...]:
+        """Layers whose attention looks back at a window in the bulk; none without a bulk."""
+        return self.bulk.narrowed if self.bulk else ()
+
+    @property
+    def without_kv(self) -> tuple[int, ...]:
+        """Layers that need no memory for KV, as every phase skips their attention; none with a bulk, which keeps KV."""
+        return () if self.bulk else self.prefill.attention
 
     def skipped(self, phase: Phase) -> SkipSet:
-        """Return the set of a phase: of decode the last one, which a schedule ends with."""
+        """Return the set of a phase: of decode the last one, which a schedule ends with; without a bulk, of prefill."""
         if phase == "decode":
             return self.decode_sets[-1][1]
-        return self.prefill if phase == "prefill" or self.bulk is None else self.bulk
+        return self.bulk.skip if phase == "bulk" and self.bulk else self.prefill
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that describe the plan, without its vectors; a plan is made again from a profile."""
-        names = ("strategy", "compensation", "mode", "n_layer", "model", "online", "head", "tail", "windowed")
+        names = ("strategy", "compensation", "mode", "n_layer", "model", "online")
         return {
             **{name: to_plain(getattr(self, name)) for name in names},
-            "window_size": self.window_size if self.windowed else None,
-            "bulk": None if self.bulk is None else self.bulk.to_dict(),
+            "bulk": self.bulk.to_dict() if self.bulk else None,
             "prefill": self.prefill.to_dict(),
             "decode": self.decode.to_dict(),
             "schedule": [{"start": start, **each.to_dict()} for start, each in self.schedule],

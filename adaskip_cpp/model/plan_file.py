@@ -18,11 +18,11 @@ from ..errors import PlanFileError
 from . import stored
 from .identity import ModelInfo, check_model, plan_path
 from .mode import ModeName
-from .plan import OnlineStage, SkipPlan
+from .plan import Bulk, OnlineStage, SkipPlan
 from .promise import Tuning
 from .skip_set import SkipSet, marked
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _FORMAT = "adaskip-plan"
 _MAPS = ("down", "up")
 
@@ -87,6 +87,17 @@ class _Set:
 
 
 @dataclass(frozen=True)
+class _Bulk:
+    """A :class:`adaskip_cpp.model.plan.Bulk` in the JSON, its set by number."""
+
+    set: int
+    head: int
+    tail: int
+    windowed: tuple[int, ...]
+    window_size: int
+
+
+@dataclass(frozen=True)
 class _File:
     """The JSON. Phases and the schedule refer to ``sets`` by number, from 0 on; ``vectors`` is the file beside it."""
 
@@ -95,11 +106,7 @@ class _File:
     strategy: str
     compensation: str
     mode: ModeName | Literal["manual"]
-    head: int
-    tail: int
-    windowed: tuple[int, ...]
-    window_size: int
-    bulk: int | None
+    bulk: _Bulk | None
     prefill: int
     decode: int
     schedule: tuple[tuple[int, int], ...]
@@ -122,7 +129,7 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | Non
         "version": FORMAT_VERSION,
         **vars(plan),
         "n_layer": plan.n_layer,
-        "bulk": None if plan.bulk is None else sets.index(plan.bulk),
+        "bulk": plan.bulk and plan.bulk.to_dict(sets.index(plan.bulk.skip)),
         "prefill": sets.index(plan.prefill),
         "decode": sets.index(plan.decode),
         "schedule": [(start, sets.index(each)) for start, each in plan.schedule],
@@ -187,19 +194,16 @@ def _plan(file: _File, path: str) -> SkipPlan:
         each.skip_set(file.n_layer, [next(halves if name in _MAPS else biases) for name in sorted(each.arrays)])
         for each in file.sets
     ]
-    used = (file.prefill, file.decode, *(index for _, index in file.schedule), 0 if file.bulk is None else file.bulk)
-    if not all(0 <= index < len(sets) for index in used):
+    around = {"set": 0} if file.bulk is None else dict(vars(file.bulk))
+    in_bulk = around.pop("set")
+    if not all(0 <= at < len(sets) for at in (file.prefill, file.decode, *(at for _, at in file.schedule), in_bulk)):
         raise ValueError(f"it refers to a set that is not among its {len(sets)}")
     return SkipPlan(
         sets[file.prefill],
         sets[file.decode],
         schedule=tuple((start, sets[index]) for start, index in file.schedule),
         online=file.online,
-        bulk=None if file.bulk is None else sets[file.bulk],
-        head=file.head,
-        tail=file.tail,
-        windowed=file.windowed,
-        window_size=file.window_size,
+        bulk=None if file.bulk is None else Bulk(sets[in_bulk], **around),
         model=file.model,
         strategy=file.strategy,
         compensation=file.compensation,

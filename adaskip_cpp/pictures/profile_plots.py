@@ -86,7 +86,7 @@ def plan_strip(name: str, plan: SkipPlan) -> "Figure":
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Patch, Rectangle
 
-    prompt, decode = plan.skipped("bulk"), plan.skipped("decode")
+    bulk, prompt, decode = plan.bulk, plan.skipped("bulk"), plan.skipped("decode")
     axes.grid(False)
     axes.set(xlim=(-0.6, plan.n_layer - 0.4), xticks=_ticks(plan.n_layer), xlabel="layer")
     axes.set(ylim=(2.05, -0.05), yticks=(0.5, 1.5), yticklabels=KIND_NAMES)
@@ -97,27 +97,27 @@ def plan_strip(name: str, plan: SkipPlan) -> "Figure":
         cell = Rectangle((layer - 0.42, column + 0.1), 0.84, 0.8, facecolor="none", edgecolor=plots.GRID, linewidth=0.6)
         if prompt.skip[layer, column]:
             cell.set_facecolor(colour)
-        elif column == 0 and layer in plan.windowed:
+        elif column == 0 and layer in plan.narrowed:
             cell.set_facecolor(to_rgba(colour, 0.3))
         if decode.skip[layer, column]:
-            over = bool(prompt.skip[layer, column]) and plan.bulk is not None
+            over = bulk is not None and bool(prompt.skip[layer, column])
             hatch = _HATCH if over or not prompt.skip[layer, column] else None
             cell.set(edgecolor=plots.INK if over else colour, linewidth=0.9, hatch=hatch)
         axes.add_patch(cell)
     online = ", and FFNs that each answer adds" if plan.online is not None else ""
     n_prompt, n_decode = prompt.n_skip, decode.n_skip
-    apart = plan.bulk is not None or n_prompt != n_decode
+    apart = bulk is not None or n_prompt != n_decode
     counts = f"{n_prompt} (decode {n_decode})" if apart else f"{n_decode}"
     plots.title(axes, f"{name}: {counts} of {2 * plan.n_layer} sublayers skipped{online}")
     if apart:
-        filled, hatched = ("prefill and decode", "decode only") if plan.bulk is None else ("the bulk", "decode")
+        filled, hatched = ("the bulk", "decode") if bulk else ("prefill and decode", "decode only")
         cells = [
             Patch(facecolor=plots.GRID, edgecolor=plots.GRID, label=f"skipped in {filled}"),
             Patch(facecolor="none", edgecolor=plots.GRID, hatch=_HATCH, label=f"in {hatched}"),
         ]
-        if plan.windowed:
+        if bulk and bulk.narrowed:
             light = to_rgba(plots.KIND[KIND_NAMES[0]].colour, 0.3)
-            cells.append(Patch(facecolor=light, label=f"window of {plan.window_size:,} tokens"))
+            cells.append(Patch(facecolor=light, label=f"window of {bulk.window_size:,} tokens"))
         plots.legend(axes, handles=cells, loc="upper left", bbox_to_anchor=(0, -0.35), ncols=3, handlelength=1.5)
     return fig
 

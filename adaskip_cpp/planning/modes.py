@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ..errors import BudgetError, NotSkippableError, PlanError
 from ..model.mode import MODES
-from ..model.plan import OnlineStage, SkipPlan
+from ..model.plan import Bulk, OnlineStage, SkipPlan
 from ..model.profile import ProfileData
 from ..model.skip_set import SkipSet, first_ranked, sublayer_name
 from .compensation import DEFAULT_COMPENSATION, get_compensation
@@ -65,11 +65,7 @@ def compensated_plan(
         chosen if mode.in_decode else skip_set(of_decode, first_in_decode=True),
         schedule=tuple(zip(starts, (chosen, *others), strict=True)) if later else (),
         online=online,
-        bulk=chosen if mode.in_bulk else None,
-        head=request.head,
-        tail=request.tail,
-        windowed=windowed_layers(source, request) if mode.in_bulk else (),
-        window_size=request.look_back,
+        bulk=bulk_of(source, request, chosen),
         model=None if profile is None else profile.model,
         strategy=strategy,
         compensation=compensation.name,
@@ -77,12 +73,14 @@ def compensated_plan(
     )
 
 
-def windowed_layers(source: ProfileData | int, request: PlanRequest) -> tuple[int, ...]:
-    """Return the layers whose attention looks back at a window in the bulk: as many as a request says, none by default.
+def bulk_of(source: ProfileData | int, request: PlanRequest, skip: SkipSet) -> Bulk | None:
+    """Return the bulk that a request asks for, with that set skipped; None where its mode has none.
 
     Raises:
-        BudgetError: fewer can.
+        BudgetError: fewer attentions can look back at a window.
     """
+    if not MODES[request.mode].in_bulk:
+        return None
     n = request.windowed or 0
     if isinstance(source, int):
         layers = tuple(range(source))
@@ -90,7 +88,8 @@ def windowed_layers(source: ProfileData | int, request: PlanRequest) -> tuple[in
         layers = () if source.windows is None else source.windows.layers
     if n > len(layers):
         raise BudgetError(f"{len(layers)} attentions can look back at a window, not {n}; ask for at most {len(layers)}")
-    return layers[len(layers) - n :]
+    windowed = layers[len(layers) - n :]
+    return Bulk(skip, head=request.head, tail=request.tail, windowed=windowed, window_size=request.look_back)
 
 
 def _of_decode(source: ProfileData | int, request: PlanRequest) -> npt.NDArray[np.bool_]:

@@ -35,7 +35,7 @@ class PlanRequest:
         mode: one of :mod:`adaskip_cpp.planning.modes`: ``"prompt"``, where all of the above is about the bulk, or one
             of the paper's.
         decode: for mode ``"prompt"``: number of sublayers to skip in decode, by the paper's ranking.
-        head, tail: for mode ``"prompt"``: as in :class:`adaskip_cpp.model.plan.SkipPlan`.
+        head, tail: for mode ``"prompt"``: as in :class:`adaskip_cpp.model.plan.Bulk`.
         windowed: for mode ``"prompt"``: of how many of the model's last layers the attention, where the bulk runs it,
             looks back at a window alone. None: as many as reach a speed-up with the least loss, none without one.
         window_size: tokens to look back at; None for :func:`adaskip_cpp.model.plan.window_size_for` the context, which

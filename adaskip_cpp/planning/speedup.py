@@ -7,18 +7,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
 from ..model.cost_model import CostModel
-from ..model.mode import MODES
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, DEFAULT_WINDOW, Phase, SkipPlan
+from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.profile import ProfileData
-from ..model.skip_set import ranked
-from .modes import windowed_layers
+from ..model.skip_set import SkipSet, ranked
+from .modes import bulk_of
 from .request import PlanRequest, Ranking
 
 
@@ -26,17 +24,14 @@ from .request import PlanRequest, Ranking
 class Goal:
     """A phase that shall be predicted to take ``1 / speedup`` of the full model's time.
 
-    Phase ``"bulk"`` is a whole prompt with that head and tail.
+    Phase ``"bulk"`` is a whole prompt with the head, tail and windows of ``around``, by default those of a bulk.
     """
 
     cost: CostModel
     speedup: float
     context: int
     phase: Phase
-    head: int = DEFAULT_HEAD
-    tail: int = DEFAULT_TAIL
-    windowed: tuple[int, ...] = ()
-    window_size: int = DEFAULT_WINDOW
+    around: Bulk | None = None
 
     @classmethod
     def of(cls, profile: ProfileData | int, request: PlanRequest) -> "Goal":
@@ -44,19 +39,13 @@ class Goal:
             raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
         if request.context is None or request.speedup is None:
             raise PlanError("a speed-up depends on the length of the context; give context, in tokens")
-        windowed = windowed_layers(profile, request) if MODES[request.mode].in_bulk else ()
-        around = request.head, request.tail, windowed, request.look_back
-        return cls(profile.cost, request.speedup, int(request.context), request.faster_phase, *around)
+        around = bulk_of(profile, request, SkipSet.none(profile.n_layer))
+        return cls(profile.cost, request.speedup, int(request.context), request.faster_phase, around)
 
     def seconds(self, skip: npt.NDArray[np.bool_] | None) -> float:
         """Predict the phase with sublayers skipped; of the full model, which has no bulk to cut off, None."""
         phase = "prefill" if skip is None and self.phase == "bulk" else self.phase
-        return self.cost.seconds(skip, self.context, phase, **self.around)
-
-    @property
-    def around(self) -> dict[str, Any]:
-        """What else than the skipped sublayers the bulk's time depends on."""
-        return {name: getattr(self, name) for name in ("head", "tail", "windowed", "window_size")}
+        return self.cost.seconds(skip, self.context, phase, around=self.around)
 
     @cached_property
     def most_seconds(self) -> float:
@@ -83,10 +72,11 @@ def smallest_budget(
     """Return the plan of the smallest number of sublayers, as ``make`` makes it, that is as fast as a request asks."""
     goal = Goal.of(source, request)
     most = np.zeros((goal.cost.n_layer, 2), np.bool_)
+    size = request.look_back if request.windowed else request.window_size
     for n_skip in range(2 * goal.cost.n_layer + 1):
         try:
-            of_budget = replace(request, n_skip=n_skip, speedup=None, context=None, phase=None)
-            plan = make(source, replace(of_budget, window_size=goal.window_size) if goal.windowed else of_budget)
+            of_budget = replace(request, n_skip=n_skip, speedup=None, context=None, phase=None, window_size=size)
+            plan = make(source, of_budget)
         except BudgetError:
             break
         most = plan.skipped(goal.phase).skip
@@ -95,14 +85,14 @@ def smallest_budget(
     raise goal.out_of_reach(most, request.strategy)
 
 
-def seconds_saved(cost: CostModel, context: int, phase: Phase, **around: Any) -> npt.NDArray[np.float64]:
+def seconds_saved(cost: CostModel, context: int, phase: Phase, around: Bulk | None = None) -> npt.NDArray[np.float64]:
     """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``.
 
-    ``around`` is as :attr:`Goal.around`.
+    ``around`` is as in :class:`Goal`.
     """
     alone = np.eye(2 * cost.n_layer, dtype=np.bool_).reshape(-1, cost.n_layer, 2)
-    seconds = [cost.seconds(skip, context, phase, **around) for skip in alone]
-    return np.maximum(cost.seconds(None, context, phase, **around) - np.reshape(seconds, (-1, 2)), 0.0)
+    seconds = [cost.seconds(skip, context, phase, around=around) for skip in alone]
+    return np.maximum(cost.seconds(None, context, phase, around=around) - np.reshape(seconds, (-1, 2)), 0.0)
 
 
 def cheapest_set(lost: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "efficiency") -> npt.NDArray[np.bool_]:
@@ -141,7 +131,7 @@ def _cover(lost: npt.NDArray[np.float64], may: npt.NDArray[np.bool_], goal: Goal
     single one that reaches the goal, and the best of all such sets is kept. At last what is not needed after all is put
     back, the greatest loss first.
     """
-    saved = seconds_saved(goal.cost, goal.context, goal.phase, **goal.around)
+    saved = seconds_saved(goal.cost, goal.context, goal.phase, goal.around)
     price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may & (saved > 0))
     candidates = [may]
     skip = np.zeros(lost.shape, np.bool_)

@@ -129,8 +129,8 @@ class ServedRequest:
             "skipped": {
                 phase: {"attention": list(each.attention), "ffn": list(each.ffn)} for phase, each in sets.items()
             },
-            "windowed": list(plan.windowed),
-            "window_size": plan.window_size if plan.windowed else None,
+            "windowed": list(plan.narrowed),
+            "window_size": plan.bulk.window_size if plan.bulk and plan.narrowed else None,
             "prompt_tokens_read": self.n_read,
             "prompt_tokens_reused": self.n_reused,
             "prompt_tokens_skipping": self.n_skipping,
