@@ -1,11 +1,12 @@
 """What a model's cache must hold after any sequence of calls, and what it must compute from it.
 
 The oracle keeps, per position, its token and the set that it was computed under, and applies the documented rules. A
-cached position may be read if it was computed by the whole model, under a set of the plan in force, or under what that
-plan's online stage made of one, and if no attention that is to run now was skipped there; else it and everything behind
-it is evaluated again, as prompt. Of a prompt's new tokens those are its bulk that are neither among the first of the
-sequence nor among the last of the prompt; its set skips no attention in this sense, as K and V are kept. The reference,
-which refuses to read a position without K and V, evaluates that history.
+cached position may be read if it was computed by the whole model, under a set of the plan in force, under what that
+plan's online stage made of one, or under the bulk set of a plan that may be read besides, and if no attention that is
+to run now was skipped there; else it and everything behind it is evaluated again, as prompt. Of a prompt's new tokens
+those are its bulk that are neither among the first of the sequence nor among the last of the prompt; its set skips no
+attention in this sense, as K and V are kept. The reference, which refuses to read a position without K and V, evaluates
+that history.
 """
 
 from __future__ import annotations
@@ -52,12 +53,17 @@ def windows_of(plan: SkipPlan) -> Windows | None:
     return Windows(layers, bulk.window_size, bulk.head) if layers else None
 
 
-def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet) -> bool:
-    """Whether a set of a plan may read a cached position."""
+def bulks_of(plans: Sequence[SkipPlan]) -> set[tuple[SkipSet, Windows | None]]:
+    """The bulk sets of plans with their windows, but for those that leave the whole model."""
+    bulks = {(plan.bulk.skip, windows_of(plan)) for plan in plans if plan.bulk is not None}
+    return {(bulk, windows) for bulk, windows in bulks if bulk.n_skip or windows is not None}
+
+
+def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet, readable: Sequence[SkipPlan] = ()) -> bool:
+    """Whether a set of a plan may read a cached position, with the bulk of ``readable`` plans besides its own."""
     if cell.in_bulk:
         is_whole = cell.skip_set.n_skip == 0 and cell.windows is None
-        in_bulk = plan.bulk is not None and cell.skip_set == plan.bulk.skip
-        return is_whole or (in_bulk and cell.windows == windows_of(plan))
+        return is_whole or (cell.skip_set, cell.windows) in bulks_of([plan, *readable])
     if not set(cell.skip_set.attention) <= set(skip_set.attention):
         return False
     if cell.made_of is not None:
@@ -115,6 +121,7 @@ class History:
     restarts: Callable[[], bool] = lambda: False
     cells: list[Cell] = field(default_factory=list)
     plan: SkipPlan = NOTHING
+    readable: Sequence[SkipPlan] = ()
     logits_are_current: bool = False
     n_decoded: int = 0
     stage: OnlineReference | None = None
@@ -124,10 +131,10 @@ class History:
         """The cached tokens."""
         return [cell.token for cell in self.cells]
 
-    def set_plan(self, plan: SkipPlan) -> None:
-        """Another plan; an equal one changes nothing."""
-        if plan != self.plan:
-            self.plan, self.logits_are_current = plan, False
+    def set_plan(self, plan: SkipPlan, readable: Sequence[SkipPlan] = ()) -> None:
+        """Another plan, or others whose bulk it may read; equal ones change nothing."""
+        if plan != self.plan or bulks_of(readable) != bulks_of(self.readable):
+            self.plan, self.readable, self.logits_are_current = plan, readable, False
             self.begin_request()
 
     def begin_request(self) -> None:
@@ -177,7 +184,7 @@ class History:
 
     def _n_readable(self, skip_set: SkipSet) -> int:
         for position, cell in enumerate(self.cells):
-            if not is_readable(cell, self.plan, skip_set):
+            if not is_readable(cell, self.plan, skip_set, self.readable):
                 return position
         return len(self.cells)
 

@@ -6,7 +6,7 @@ relative error; 3.6e-3 with flash attention, which rounds to F16 on the CPU; 9e-
 
 import pickle
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -156,6 +156,7 @@ class Calls(RuleBasedStateMachine):
     def __init__(self, path: Path, model: ReferenceModel, kind: Kind, llm: WatchedLlama | None = None) -> None:
         super().__init__()
         self.kind, self.stays_open = kind, llm is not None
+        self.with_bulk: list[SkipPlan] = []  # plans that were drawn, for others to read
         self.llm = llm or WatchedLlama.open(path, kind)
         self.llm.begin()
         drafts = self.llm.draft_model
@@ -181,7 +182,10 @@ class Calls(RuleBasedStateMachine):
 
     def draw_plan(self, data: st.DataObject) -> SkipPlan:
         windowable = [1] if self.kind.family == "gemma3" else range(N_LAYER)  # the others have windows of their own
-        return data.draw(plans(self.kind.thresholds, self.kind.elided, windowable))
+        plan = data.draw(plans(self.kind.thresholds, self.kind.elided, windowable))
+        if plan.bulk is not None:
+            self.with_bulk.append(plan)
+        return plan
 
     @precondition(has_room)
     @rule(new=tokens)
@@ -276,9 +280,15 @@ class Calls(RuleBasedStateMachine):
     def set_plan(self, data: st.DataObject) -> None:
         self.change_plan(self.draw_plan(data))
 
-    def change_plan(self, plan: SkipPlan) -> None:
-        self.llm.set_plan(plan)
-        self.history.set_plan(plan)
+    @precondition(lambda self: self.with_bulk)
+    @rule(data=st.data())
+    def set_a_plan_that_reads_others(self, data: st.DataObject) -> None:
+        plan = data.draw(st.sampled_from(self.with_bulk)) if data.draw(st.booleans()) else self.draw_plan(data)
+        self.change_plan(plan, data.draw(st.lists(st.sampled_from(self.with_bulk), max_size=3)))
+
+    def change_plan(self, plan: SkipPlan, readable: Sequence[SkipPlan] = ()) -> None:
+        self.llm.set_plan(plan, readable=readable)
+        self.history.set_plan(plan, readable)
 
     @rule()
     def clear_the_plan(self) -> None:

@@ -97,6 +97,8 @@ class Calls(RuleBasedStateMachine):
         super().__init__()
         self.model, self.unified, self.elided, self.stays_open = model, unified, elided, llm is not None
         self.plan = SkipPlan.manual(N_LAYER, elided) if elided else NOTHING
+        self.readable: list[SkipPlan] = []
+        self.with_bulk: list[SkipPlan] = []  # plans that were drawn, for others to read
         self.llm = llm or open_with_sequences(path, unified, plan=self.plan, **options)
         self.llm.set_plan(self.plan)
         self.memory = llama_cpp.llama_get_memory(self.llm.ctx)
@@ -114,8 +116,14 @@ class Calls(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def set_plan(self, data: st.DataObject) -> None:
-        self.plan = data.draw(plans((), self.elided))
-        self.llm.set_plan(self.plan)
+        self.plan, self.readable = data.draw(plans((), self.elided)), []
+        if self.with_bulk:
+            self.readable = data.draw(st.lists(st.sampled_from(self.with_bulk), max_size=3))
+            if data.draw(st.booleans()):
+                self.plan = data.draw(st.sampled_from(self.with_bulk))
+        if self.plan.bulk is not None:
+            self.with_bulk.append(self.plan)
+        self.llm.set_plan(self.plan, readable=self.readable)
 
     @rule(texts=st.dictionaries(sequence, texts, min_size=1), in_turn=st.booleans(), in_bulk=st.booleans())
     def decode(self, texts: dict[int, list[int]], in_turn: bool, in_bulk: bool) -> None:
@@ -138,7 +146,7 @@ class Calls(RuleBasedStateMachine):
         result = llama_cpp.llama_decode(self.llm.ctx, self.batch)
         self.llm._adaskip.set_phase("prefill")
         if not all(
-            is_readable(Cell(0, cell.skip_set, in_bulk=cell.in_bulk), self.plan, skip_set)
+            is_readable(Cell(0, cell.skip_set, in_bulk=cell.in_bulk), self.plan, skip_set, self.readable)
             for i in texts
             for cell in self.sequences[i].cells
         ):

@@ -3,6 +3,7 @@
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,6 +28,17 @@ class Rows(Protocol):
     def append(self, logits: npt.NDArray[np.float32], /) -> object: ...
 
 
+@dataclass(frozen=True)
+class _InForce:
+    """What :meth:`AdaSkipLlama.set_plan` was given: the plan, and by the ids of their bulk sets what it may read."""
+
+    plan: SkipPlan | None = None
+    readable: dict[int, SkipPlan] = field(default_factory=dict)
+
+    def is_as(self, other: "_InForce") -> bool:
+        return self.readable.keys() == other.readable.keys() and self.plan == other.plan
+
+
 class AdaSkipLlama(SelfDescribingLlama):
     """A model that can leave sublayers out.
 
@@ -35,9 +47,10 @@ class AdaSkipLlama(SelfDescribingLlama):
     runs under, but for the first tokens of the sequence and the last of the prompt; see :class:`SkipPlan`. Whoever asks
     for the logits of a prompt's own tokens (``echo`` with ``logprobs``, embeddings) gets them without a bulk.
 
-    A cached position is read again where it was computed by the whole model, or under a set that the plan in force
-    uses, and where no attention was skipped that is to run now. Before anything is evaluated, the positions from the
-    first other one on are evaluated again, so a plan may be changed at any time.
+    A cached position is read again where it was computed by the whole model, under a set that the plan in force uses,
+    or in the bulk of a plan that it may read besides, and where it has K and V for all that is to run now. Before
+    anything is evaluated, the positions from the first other one on are evaluated again, so a plan may be changed at
+    any time.
 
     Args:
         model_path: a GGUF file.
@@ -48,6 +61,9 @@ class AdaSkipLlama(SelfDescribingLlama):
         exact_batches: cut prompts into batches as ``llama_cpp.Llama`` does. Otherwise, in models whose upper layers
             share KV (Gemma 3n and 4), the last token of a prompt is computed by itself, as those layers then run for no
             other: logits differ from stock's by the rounding of another batch size.
+        repack: let llama.cpp keep weights on the CPU in a layout of its own where it has faster products for that, as
+            it does by default (``use_extra_bufts``). Which is faster depends on machine, model and batch size; the
+            logits differ by rounding.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
 
     Raises:
@@ -63,17 +79,18 @@ class AdaSkipLlama(SelfDescribingLlama):
         *,
         plan: SkipPlan | Literal["auto"] | None = None,
         exact_batches: bool = False,
+        repack: bool = True,
         **kwargs: Any,
     ) -> None:
         check_gguf(model_path)
-        self._exact_batches = exact_batches
+        self._exact_batches, self._repack = exact_batches, repack
         if isinstance(plan, str):
             if plan != "auto":
                 raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
             plan = plan_beside(model_path).plan
             if plan.is_whole:
                 plan = None  # tuning found that the model is best left whole
-        self._plans: dict[int, SkipPlan | None] = {0: None}  # by tag; native knows which one is in force
+        self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native knows which one is in force
         self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"
         self._reads_prompt = False  # whether the caller wants the logits of a prompt's own tokens
@@ -97,42 +114,84 @@ class AdaSkipLlama(SelfDescribingLlama):
                 self.close()
                 raise
 
+    @property
+    def model_params(self) -> Any:
+        """The ``llama_model_params`` that the model was loaded with."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        # llama_cpp.Llama makes them in its constructor, and has no argument for this one.
+        params.use_extra_bufts = self._repack
+        self._model_params = params
+
     # -- the plan ------------------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> SkipPlan | None:
         """The plan in force, None if the whole model runs."""
-        return self._plans[self._adaskip.plan_tag()]
+        return self._plans[self._adaskip.plan_tag()].plan
 
-    def set_plan(self, plan: SkipPlan | None) -> None:
+    @property
+    def readable(self) -> tuple[SkipPlan, ...]:
+        """The plans whose bulk the plan in force may read besides its own, see :meth:`set_plan`."""
+        return tuple(self._plans[self._adaskip.plan_tag()].readable.values())
+
+    def set_plan(self, plan: SkipPlan | None, *, readable: Sequence[SkipPlan] = ()) -> None:
         """Skip what ``plan`` says from the next evaluation on; None runs the whole model again.
 
+        Args:
+            plan: what to skip.
+            readable: plans of mode prompt whose bulk may be read besides: what was evaluated in the bulk of a prompt
+                under one of them is not evaluated again. A plan without a bulk set adds nothing.
+
         Raises:
-            ProfileMismatchError: the plan was made for another model.
-            PlanError: the plan is for another number of layers, names what cannot be skipped
-                (:class:`NotSkippableError`), or counts tokens in a context of several sequences. The plan in force
+            ProfileMismatchError: a plan was made for another model.
+            PlanError: a plan is for another number of layers, names what cannot be skipped
+                (:class:`NotSkippableError`), or counts tokens in a context of several sequences; or a readable plan has
+                a bulk set and the model lacks the KV of some attentions (:class:`ElidedKVError`). The plan in force
                 stays.
         """
-        if plan is not None and not isinstance(plan, SkipPlan):
-            raise PlanError(f"expected a SkipPlan or None, not {type(plan).__name__}; see Profile.plan() and SkipPlan.")
-        native, current = self._adaskip, self.plan
-        if plan == current:
+        for each in (*([] if plan is None else [plan]), *readable):
+            if not isinstance(each, SkipPlan):
+                raise PlanError(
+                    f"expected a SkipPlan or None, not {type(each).__name__}; see Profile.plan() and SkipPlan."
+                )
+        native, current = self._adaskip, self._plans[self._adaskip.plan_tag()]
+        new = _InForce(plan, self._by_bulk_id(readable, current))
+        if new.is_as(current):
             return
         if plan is not None:
             self._check_model(plan)
-        tag = 0 if plan is None else native.plan_tag() + 1
+        tag = 0 if plan is None and not new.readable else native.plan_tag() + 1
         # Both plans are known while one native call changes from one to the other: Ctrl-C may land right behind it.
-        self._plans = {0: None, native.plan_tag(): current, tag: plan}
+        self._plans = {0: _InForce(), native.plan_tag(): current, tag: new}
         # The logits at hand are those of the old plan: an equal prompt must be evaluated again before sampling.
         requires_eval, self._requires_eval = self._requires_eval, True
         try:
-            native.set_plan(plan, tag)
+            native.set_plan(plan, tag, sorted(new.readable))
         except NativeError:
             raise  # the graph that shows what can be skipped has failed, and llama.cpp lost count of the logits at hand
         except AdaSkipError:  # refused, and nothing has changed
             self._requires_eval = requires_eval
             raise
-        self._plans = {0: None, tag: plan}
+        self._plans = {0: _InForce(), tag: new}
+
+    def _by_bulk_id(self, plans: Sequence[SkipPlan], current: _InForce) -> dict[int, SkipPlan]:
+        """Plans by the id of their bulk set, without those that leave the whole model, which may always be read."""
+        known = {id(plan): set_id for set_id, plan in current.readable.items()}  # a large map takes long to hash
+        result = {}
+        for plan in plans:
+            if (set_id := known.get(id(plan))) is None:
+                self._check_model(plan)
+                try:
+                    set_id = self._adaskip.bulk_set_id(plan)
+                except NativeError:
+                    self._requires_eval = True  # as in set_plan
+                    raise
+            result[set_id] = plan
+        result.pop(0, None)
+        return result
 
     def _check_model(self, plan: SkipPlan) -> None:
         if plan.n_layer != self.n_layer:
@@ -431,9 +490,15 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "plan": self._plan_opened, "exact_batches": self._exact_batches, "plan_in_force": self.plan}
+        return {
+            **state,
+            "plan": self._plan_opened,
+            "exact_batches": self._exact_batches,
+            "repack": self._repack,
+            "plan_in_force": (self.plan, self.readable),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        plan = state.pop("plan_in_force")
+        plan, readable = state.pop("plan_in_force")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.set_plan(plan)
+        self.set_plan(plan, readable=readable)

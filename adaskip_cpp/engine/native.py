@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -93,33 +93,31 @@ class NativeContext:
             for r in rows
         )
 
-    def set_plan(self, plan: SkipPlan | None, tag: int) -> None:
+    def set_plan(self, plan: SkipPlan | None, tag: int, readable: Sequence[int] = ()) -> None:
         """Sets all that is to be skipped, or on an error nothing; :meth:`plan_tag` tells which plan is in force.
 
-        A plan's tag is above 0; None, the whole model, has the tag 0.
+        A plan's tag is above 0; None, the whole model, has the tag 0, unless it has ``readable`` too: the ids of other
+        plans' bulk sets (:meth:`bulk_set_id`), whose positions may be read as well.
         """
-        if plan is None:
+        if plan is None and not readable:
             self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL))
             return
-        target, prefill, bulk = (ffi.new(f"struct adaskip_{name} *") for name in ("plan", "set", "set"))
-        decode = ffi.new("struct adaskip_step[]", len(plan.decode_sets))
-        owners = [_fill(prefill, plan.prefill)]
-        if plan.bulk is not None:
-            owners.append(_fill(bulk, plan.bulk.skip))
-            target.bulk = bulk
-            if plan.bulk.windowed:
-                owners.append([np.isin(np.arange(plan.n_layer), plan.bulk.windowed).astype(np.uint8)])
-                target.windowed, target.window = ffi.from_buffer("uint8_t[]", owners[-1][0]), plan.bulk.window_size
-                target.n_sinks = plan.bulk.head
-        for step, (start, skip_set) in zip(decode, plan.decode_sets, strict=True):
-            step.start = start
-            owners.append(_fill(step.set, skip_set))
-        target.tag, target.prefill, target.decode, target.n_decode = tag, prefill, decode, len(decode)
-        if plan.online is not None:
-            target.online = online = ffi.new("struct adaskip_online_params *")
-            online.window, online.threshold = plan.online.window, plan.online.threshold
-            online.scale = _ONLINE_SCALES.index(plan.online.scale)
+        target = ffi.new("struct adaskip_plan *")
+        _owners = [] if plan is None else _fill_plan(target, plan)
+        ids = ffi.new("uint64_t[]", list(readable))
+        target.tag, target.readable, target.n_readable = tag, ids, len(ids)
         self._check(lib.adaskip_set_plan(self._ctx, target))
+
+    def bulk_set_id(self, plan: SkipPlan) -> int:
+        """The id of a plan's bulk set with its windows: of equal ones the same everywhere; 0 where nothing is skipped.
+
+        Checks the bulk as :meth:`set_plan` does, and sets nothing.
+        """
+        target = ffi.new("struct adaskip_plan *")
+        _owners = _fill_bulk(target, plan)
+        found = ffi.new("uint64_t *")
+        self._check(lib.adaskip_bulk_set_id(self._ctx, target, found))
+        return int(found[0])
 
     def plan_tag(self) -> int:
         tag = ffi.new("uint64_t *")
@@ -197,6 +195,36 @@ class NativeContext:
 
 def _layers(flags: npt.NDArray[np.uint8]) -> tuple[int, ...]:
     return tuple(int(layer) for layer in np.flatnonzero(flags))
+
+
+def _fill_plan(target: Any, plan: SkipPlan) -> list[Any]:
+    """Point an adaskip_plan at the sets of ``plan``; returns what must live as long."""
+    prefill, decode = ffi.new("struct adaskip_set *"), ffi.new("struct adaskip_step[]", len(plan.decode_sets))
+    owners = [prefill, decode, _fill(prefill, plan.prefill), _fill_bulk(target, plan)]
+    for step, (start, skip_set) in zip(decode, plan.decode_sets, strict=True):
+        step.start = start
+        owners.append(_fill(step.set, skip_set))
+    target.prefill, target.decode, target.n_decode = prefill, decode, len(decode)
+    if plan.online is not None:
+        target.online = online = ffi.new("struct adaskip_online_params *")
+        online.window, online.threshold = plan.online.window, plan.online.threshold
+        online.scale = _ONLINE_SCALES.index(plan.online.scale)
+        owners.append(online)
+    return owners
+
+
+def _fill_bulk(target: Any, plan: SkipPlan) -> list[Any]:
+    """The same for the bulk set and its windows alone."""
+    if plan.bulk is None:
+        return []
+    target.bulk = bulk = ffi.new("struct adaskip_set *")
+    owners = [bulk, _fill(bulk, plan.bulk.skip)]
+    if plan.bulk.windowed:
+        windowed = np.isin(np.arange(plan.n_layer), plan.bulk.windowed).astype(np.uint8)
+        target.windowed, target.window = ffi.from_buffer("uint8_t[]", windowed), plan.bulk.window_size
+        target.n_sinks = plan.bulk.head
+        owners.append(windowed)
+    return owners
 
 
 def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
