@@ -41,12 +41,14 @@ class Job:
         pieces: Token ids per call of ``Llama.eval``.
         options: Keyword arguments of ``llama_cpp.Llama``.
         texts: For ``Llama.embed``, instead of pieces.
+        model_params: Fields of ``llama_model_params`` that ``Llama`` has no argument for.
     """
 
     model: str
     pieces: list[list[int]]
     options: dict[str, Any] = field(default_factory=dict)
     texts: list[str] | None = None
+    model_params: dict[str, Any] = field(default_factory=dict)
 
 
 def run_stock(jobs: Sequence[Job]) -> list[npt.NDArray[Any]]:
@@ -110,12 +112,17 @@ def main() -> None:
     register = runpy.run_path(str(Path(__file__).parents[1] / "adaskip_cpp" / "engine" / "rpc.py"))
     for endpoint in start_rpc_servers(int(os.environ.get(RPC_SERVERS, 0))):
         register["register_rpc_server"](endpoint)
+    default_params = llama_cpp.llama_model_default_params
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
     for line in sys.stdin:
         request, error = json.loads(line), None
         try:
             for index, job in enumerate(request["jobs"]):
+                params = default_params()
+                for name, value in job["model_params"].items():
+                    setattr(params, name, value)
+                llama_cpp.llama_cpp.llama_model_default_params = lambda params=params: params
                 llm = llama_cpp.Llama(job["model"], verbose=False, **job["options"])
                 values = eval_logits(llm, job["pieces"]) if job["texts"] is None else np.array(llm.embed(job["texts"]))
                 np.save(Path(request["folder"], f"{index}.npy"), values)

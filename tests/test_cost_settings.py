@@ -49,7 +49,8 @@ def test_the_settings_are_those_that_the_model_was_opened_with(tiny: Callable[..
     llm = open_model(tiny(), n_threads=1, n_threads_batch=2, n_batch=64, n_ubatch=32, swa_full=True)
     found = cost_settings(llm)
     assert (found.n_threads, found.n_threads_batch, found.n_batch, found.n_ubatch) == (1, 2, 64, 32)
-    assert (found.type_k, found.type_v, found.swa_full) == ("F32", "F32", True)
+    assert (found.type_k, found.type_v, found.swa_full, found.repack) == ("F32", "F32", True, True)
+    assert not cost_settings(open_model(tiny(), repack=False)).repack
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells the processor's name on Linux only")

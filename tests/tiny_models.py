@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, TokenType
+from gguf.quants import quantize
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from tiny_families import ENCODERS, FAMILIES, N_CTX_TRAIN, N_EMBD, N_FF, N_HEAD, N_VOCAB, Family
 
@@ -39,6 +40,7 @@ def write_model(
     n_layer: int | None = None,
     zero: Collection[tuple[int, Kind]] = (),
     split: int = 0,
+    quantization: GGMLQuantizationType | None = None,
 ) -> Path:
     """Write a tiny random model.
 
@@ -49,6 +51,7 @@ def write_model(
         n_layer: Number of layers; the family's own number when None.
         zero: (layer, "attention" or "ffn") of every sublayer that shall add nothing to the residual stream.
         split: Tensors in a file, for a model in several.
+        quantization: Of all matrices, one that gguf can make; F32 when None.
 
     Returns:
         ``path``; of a model in several files the first one.
@@ -69,7 +72,11 @@ def write_model(
     _write_tokenizer(writer)
     for tensor, shape in shapes.items():
         values = _values(tensor, shape, seed)
-        writer.add_tensor(tensor, np.zeros_like(values) if tensor in silenced else values)
+        values = np.zeros_like(values) if tensor in silenced else values
+        if quantization is not None and len(shape) == 2:
+            writer.add_tensor(tensor, quantize(values, quantization), raw_dtype=quantization)
+        else:
+            writer.add_tensor(tensor, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -30,6 +30,7 @@ def cost_settings(llm: AdaSkipLlama) -> CostSettings:
         type_v=str(GGMLQuantizationType(parameters.type_v).name),
         swa_full=bool(parameters.swa_full),
         llama_cpp_python=metadata.version("llama-cpp-python"),
+        repack=bool(llm.model_params.use_extra_bufts),
     )
 
 

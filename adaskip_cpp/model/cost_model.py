@@ -25,7 +25,7 @@ class CostSettings:
     :func:`adaskip_cpp.engine.settings.cost_settings` returns those of a loaded model.
 
     The names are llama.cpp's; ``devices`` are those of ggml, as ``("CPU",)``, ``type_k`` and ``type_v`` types of the KV
-    cache, as ``"F16"``, and ``llama_cpp_python`` is its version.
+    cache, as ``"F16"``, ``llama_cpp_python`` is its version, and ``repack`` an argument of :class:`AdaSkipLlama`.
     """
 
     cpu: str
@@ -40,6 +40,7 @@ class CostSettings:
     type_v: str
     swa_full: bool
     llama_cpp_python: str
+    repack: bool = True  # older profiles do not say, and were measured so
 
     def note(self, here: "CostSettings") -> str:
         """Say in one line in what these settings, of a profile's times, differ from those here; "" if in nothing."""
