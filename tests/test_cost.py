@@ -67,7 +67,7 @@ class TimedLlama:
         self.context_params = SimpleNamespace(
             n_ubatch=size, n_threads=2, n_threads_batch=2, flash_attn_type=0, type_k=1, type_v=1, swa_full=swa_full
         )
-        self.model_params = SimpleNamespace(n_gpu_layers=0x7FFFFFFF)
+        self.model_params = SimpleNamespace(n_gpu_layers=0x7FFFFFFF, use_extra_bufts=True)
         self.sublayers = tuple(
             SimpleNamespace(layer=layer, kind=kind, skippable=True, in_bulk=True, shape=shape, window=window)
             for layer, (size_of_ffn, slides) in enumerate(
