@@ -31,7 +31,8 @@ try:
     from .engine.llama import AdaSkipLlama
     from .engine.rpc import add_rpc_server
     from .measuring.running import Running
-    from .model.plan import SkipPlan
+    from .model.frontier import Frontier
+    from .model.plan import Bulk, SkipPlan
     from .model.plan_file import load_plan, save_plan
     from .planning.profile import Profile
     from .planning.request import PlanRequest
@@ -46,8 +47,14 @@ if _TYPE_CHECKING:
     from .benchmark.measure import bench
     from .evaluation.items import EvaluationOptions
     from .evaluation.measure import evaluate
+    from .tuning.tune import tune
 
-_MEASURING = {"bench": "benchmark.measure", "evaluate": "evaluation.measure", "EvaluationOptions": "evaluation.items"}
+_MEASURING = {
+    "bench": "benchmark.measure",
+    "evaluate": "evaluation.measure",
+    "EvaluationOptions": "evaluation.items",
+    "tune": "tuning.tune",
+}
 """Imported when they are used: they would make the import of the package a fifth longer."""
 
 
@@ -60,7 +67,9 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "AdaSkipError",
     "AdaSkipLlama",
+    "Bulk",
     "EvaluationOptions",
+    "Frontier",
     "PlanRequest",
     "Profile",
     "Running",
@@ -72,6 +81,7 @@ __all__ = [
     "evaluate",
     "load_plan",
     "save_plan",
+    "tune",
 ]
 
 __version__: str = _version("adaskip-cpp")

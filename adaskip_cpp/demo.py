@@ -11,22 +11,23 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .calibration.calibrate import calibrate
+from .calibration.calibrate import calibrate, late_layers
 from .calibration.cost import measure_cost
-from .calibration.divergence import N_BEHIND, N_PROMPT, measure_divergence
+from .calibration.divergence import N_ANSWER as N_JUDGED_ANSWER
+from .calibration.divergence import N_PROMPT, measure_divergence
 from .engine.generation import Generation, Timing, chat_tokens
 from .engine.llama import AdaSkipLlama
 from .errors import ModelFileError
 from .measuring import corpus
-from .measuring.distribution import losses
+from .measuring.judge import Judge, Probe
 from .measuring.synthetic import finds_answer, synthetic_items
 from .measuring.tasks import python_sources
-from .measuring.text_quality import answer_logits
 from .model.mode import MODES
 from .model.plan import SkipPlan
 from .planning.profile import Profile
 from .planning.request import PlanRequest
 from .planning.strategies import make_plan
+from .progress import silent
 
 SPEEDUP = 1.4
 """To the first token, as predicted: what is asked for where nothing else is."""
@@ -141,8 +142,12 @@ def run(
 
         texts = _texts(llm)
         on_stage(f"Loss on {_N_JUDGED} tokens behind each of {len(texts)} prompts unseen in calibration")
+        judge = Judge(llm, [_probe(tokens) for tokens in texts])
+        sides[WHOLE].loss = float(np.concatenate(judge.whole_losses).mean())
         for side in sides.values():
-            side.loss = float(np.concatenate([_losses_behind(llm, side.plan, tokens) for tokens in texts]).mean())
+            if side.plan is not None:
+                added = np.concatenate([scores.loss for scores in judge(side.plan)]).mean()
+                side.loss = sides[WHOLE].loss + float(added)
         keys = synthetic_items(
             llm, corpus.text(()), tasks=("passkey",), lengths=(_KEY_LENGTH,), depths=_KEY_DEPTHS, n_per=1
         )
@@ -150,7 +155,7 @@ def run(
         for side in sides.values():
             llm.set_plan(side.plan)
             side.n_keys = sum(finds_answer(llm, key) for key in keys)
-        n_judged = sum(len(tokens) - _begin(tokens) - 1 for tokens in texts)
+        n_judged = sum(len(probe.answer) - 1 for probe in judge.probes)
         return DemoResult(profile, sides, len(prompt), n_judged, len(keys), llm.n_threads)
 
 
@@ -163,16 +168,18 @@ def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None], *, judges: bool) 
         requests,
         n_decode=_N_DECODE,
         cost=False,
-        divergence=False,
-        progress=False,
+        n_judged=0,
+        on_stage=silent,
         description=corpus.DESCRIPTION,
     )
     on_stage("Timing the sublayers")
     profile = replace(profile, cost=measure_cost(llm, seconds=_COST_S))
     if not judges:
         return profile
-    on_stage(f"Skipping each of the {2 * profile.n_layer} sublayers alone in the bulk of a prompt")
-    return replace(profile, divergence=measure_divergence(llm, profile, [last[: N_PROMPT + N_BEHIND]]))
+    layers = late_layers(llm)
+    on_stage(f"Skipping each of the upper {2 * len(layers)} sublayers alone in the bulk of a prompt")
+    divergence, copying = measure_divergence(llm, profile, [last[: N_PROMPT + N_JUDGED_ANSWER]], layers=layers)
+    return replace(profile, divergence=divergence, copying=copying)
 
 
 def _contenders(profile: Profile, request: PlanRequest, n_prompt: int) -> dict[str, Side]:
@@ -232,12 +239,7 @@ def _texts(llm: AdaSkipLlama) -> list[list[int]]:
     return [corpus.cut(llm, text, 1, _N_READ + _N_JUDGED)[0] for text in texts]
 
 
-def _begin(tokens: list[int]) -> int:
-    return max(len(tokens) - _N_JUDGED, 1)
-
-
-def _losses_behind(llm: AdaSkipLlama, plan: SkipPlan | None, tokens: list[int]) -> "np.ndarray[Any, np.dtype[Any]]":
-    """Return the loss of each token behind the prompt but the first, read as an answer is."""
-    llm.set_plan(plan)
-    begin = _begin(tokens)
-    return losses(answer_logits(llm, tokens, begin), tokens[begin + 1 :])
+def _probe(tokens: list[int]) -> Probe:
+    """A text as a prompt and, from where it is judged on, its answer."""
+    n_prompt = max(len(tokens) - _N_JUDGED, 1)
+    return Probe("", "continuation", tuple(tokens), n_prompt, tuple(tokens[n_prompt:]))

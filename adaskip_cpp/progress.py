@@ -3,8 +3,9 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -17,6 +18,15 @@ _LINES_S = 60.0
 
 class OnProgress(Protocol):
     def __call__(self, fraction: float, words: str = "") -> None: ...
+
+
+Stage: TypeAlias = Callable[[str], AbstractContextManager[OnProgress]]
+"""Entered with the name of a stage of some work; what it yields is called with the fraction that is done."""
+
+
+def silent(label: str) -> AbstractContextManager[OnProgress]:
+    """A :data:`Stage` that shows nothing."""
+    return contextlib.nullcontext(lambda fraction, words="": None)
 
 
 @contextlib.contextmanager

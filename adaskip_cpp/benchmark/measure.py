@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 from ..engine.settings import cost_settings
+from ..measuring.cores import physical_cores
 from ..measuring.running import Running, open_quietly
 from ..model.identity import check_gguf
 from ..model.plan import SkipPlan
@@ -87,7 +88,13 @@ def bench(
             "other programs disturb the times."
         )
     settings = BenchSettings(
-        model, fitting, n_rounds, n_decode, running.n_threads, running.gpu_layers, running.flash_attn
+        model,
+        fitting,
+        n_rounds,
+        n_decode,
+        running.n_threads or physical_cores(),
+        running.gpu_layers,
+        bool(running.flash_attn),
     )
     run = Bench(
         settings,

@@ -17,16 +17,14 @@ from ..measuring import corpus
 from ..model.skip_set import KINDS
 from ..model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
 from ..planning.profile import Profile
-from ..progress import progress_bar
+from ..progress import Stage, progress_bar
 from .cost import measure_cost, set_aside
-from .divergence import N_BEHIND, N_PIECES, N_PROMPT, measure_divergence, measure_windows
-from .linear import DEFAULT_RANK, LinearFit, Matrix, moments_bytes
+from .divergence import N_ANSWER, N_PIECES, N_PROMPT, measure_divergence, measure_windows
+from .linear import DEFAULT_RANK, LinearFit, Matrix
 from .similarity import RequestStatistics
 
 MAX_DECODED = 20
 """Requests that are continued in decode, spread evenly over all; as many as the authors use."""
-
-_MOMENTS_BYTES = 2 << 30
 
 Request: TypeAlias = "str | Sequence[SupportsIndex]"
 """A text, or token ids."""
@@ -41,9 +39,9 @@ def calibrate(
     n_decode: int = 32,
     rank: int = DEFAULT_RANK,
     cost: bool = True,
-    divergence: bool = True,
+    n_judged: int = N_PIECES,
     windows: bool = True,
-    progress: bool | None = None,
+    on_stage: Stage = progress_bar,
     description: str | None = None,
 ) -> Profile:
     """Learn a profile from calibration requests: the paper's offline importance learning, and the same of decode.
@@ -59,16 +57,15 @@ def calibrate(
         n_requests: requests to cut from it, of ``n_tokens`` tokens each, if ``requests`` is None.
         n_decode: tokens to decode after a request, at least 1.
         rank: of the linear maps that are fitted for compensation ``"linear"``, see
-            :mod:`adaskip_cpp.calibration.linear`; 0 for none. The moments of all sublayers take ``16 * n_layer * n_embd
-            ** 2`` bytes; beyond 2 GiB they are gathered in several passes over the requests.
+            :mod:`adaskip_cpp.calibration.linear`; 0 for none. Sublayers of the first third of the layers get none:
+            prompts never skip them, and in other modes their mean error stands in.
         cost: whether to measure what each sublayer costs on this machine, which ``Profile.plan(speedup=...)`` needs.
-        divergence: whether to measure what skipping each sublayer in the bulk of a prompt costs the tokens behind it,
-            which chooses what mode ``"prompt"`` skips. The requests that it is measured on, one in four and three at
-            most, have no part in the maps.
-        windows: whether to measure with it what attentions cost that look back at a window, which mode ``"prompt"``
+        n_judged: requests, one in four at most, on which is measured what skipping each sublayer in the bulk of a
+            prompt costs its answers. That chooses what mode ``"prompt"`` skips. They have no part in the maps.
+        windows: whether to measure on them what attentions cost that look back at a window, which mode ``"prompt"``
             narrows for ``speedup=``.
-        progress: True shows progress on stderr, False does not; None does where stderr is a terminal and it will take
-            more than 2 s.
+        on_stage: shows progress, as :func:`adaskip_cpp.progress.progress_bar` does by default: on stderr where that is
+            a terminal and a stage takes more than 2 s. :func:`adaskip_cpp.progress.silent` shows nothing.
         description: what text this is, in words, stored in the profile.
 
     Raises:
@@ -87,16 +84,13 @@ def calibrate(
 
     prefill: list[PhaseStatistics] = []
     decode: list[PhaseStatistics] = []
-    # One fit per pass over the requests, each of as many sublayers as its moments have memory for.
-    fitted_to = _to_fit(llm) if rank else []
-    n_fit = max(_MOMENTS_BYTES // moments_bytes(llm.n_embd()), 1)
-    fits = [LinearFit(fitted_to[start : start + n_fit]) for start in range(0, len(fitted_to), n_fit)]
-    judging = token_lists[len(token_lists) - min(N_PIECES, len(token_lists) // 4) :] if divergence else []
+    fit = LinearFit(_to_fit(llm) if rank else [])
+    judging = token_lists[len(token_lists) - min(n_judged, len(token_lists) // 4) :]
     n_fitted = len(token_lists) - len(judging)
     n_decoded = min(len(token_lists), MAX_DECODED)
     decodes = {index * len(token_lists) // n_decoded for index in range(n_decoded)}
     n_text = sum(map(len, token_lists))
-    n_seen, n_expected = 0, n_text * max(len(fits), 1) + n_decode * n_decoded
+    n_seen, n_expected = 0, n_text + n_decode * n_decoded
 
     def advance(n_tokens: int) -> None:
         nonlocal n_seen
@@ -105,20 +99,18 @@ def calibrate(
 
     with set_aside(llm):
         llm.set_plan(None)
-        with progress_bar("Calibrating", progress) as on_progress:
+        with on_stage("Calibrating") as on_progress:
             for index, tokens in enumerate(token_lists):
-                prefill.append(_observe(llm, tokens, advance, fit=fits[0] if fits and index < n_fitted else None))
+                takes_part = index < n_fitted and fit.sublayers
+                prefill.append(_observe(llm, tokens, advance, fit=fit if takes_part else None))
                 if index in decodes:
                     decode.append(_observe(llm, tokens, advance, n_decode=n_decode))
             mean = PhaseStatistics.mean(prefill)
-            fitted: dict[tuple[int, int], tuple[Matrix, Matrix]] = {}
-            for index, fit in enumerate(fits):
-                for tokens in token_lists[:n_fitted] if index else ():  # the first pass has been made
-                    _observe(llm, tokens, advance, fit=fit)
-                fitted |= fit.fit(rank, map_scale(mean.median_ratio))
-                fit.clear()
-        with progress_bar("Timing sublayers", progress) as on_time:
-            cost_model = measure_cost(llm, on_progress=on_time) if cost else None
+            fitted = fit.fit(rank, map_scale(mean.median_ratio))
+        cost_model = None
+        if cost:
+            with on_stage("Timing sublayers") as on_time:
+                cost_model = measure_cost(llm, on_progress=on_time)
 
     profile = Profile(
         prefill=mean,
@@ -133,14 +125,20 @@ def calibrate(
         maps=_maps(llm, fitted),
         bulk_only=tuple(row.layer for row in llm.sublayers if row.in_bulk and not row.skippable),
     )
-    pieces = [tokens[: N_PROMPT + N_BEHIND] for tokens in judging if len(tokens) > 1]
+    pieces = [tokens[: N_PROMPT + N_ANSWER] for tokens in judging if len(tokens) > 3]
     if pieces:
-        with progress_bar("Skipping each sublayer", progress) as on_skipped:
-            profile = replace(profile, divergence=measure_divergence(llm, profile, pieces, on_progress=on_skipped))
+        with on_stage("Skipping each sublayer") as on_skipped:
+            lost = measure_divergence(llm, profile, pieces, layers=late_layers(llm), on_progress=on_skipped)
+            profile = replace(profile, divergence=lost[0], copying=lost[1])
     if pieces and windows:
-        with progress_bar("Narrowing attentions", progress) as on_narrowed:
+        with on_stage("Narrowing attentions") as on_narrowed:
             profile = replace(profile, windows=measure_windows(llm, judging, on_progress=on_narrowed))
     return profile
+
+
+def late_layers(llm: AdaSkipLlama) -> range:
+    """Return the layers that prompts may skip: all but the first third, which too much of what follows depends on."""
+    return range(llm.n_layer // 3, llm.n_layer)
 
 
 def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
@@ -210,8 +208,9 @@ def _observe(
 
 def _to_fit(llm: AdaSkipLlama) -> list[tuple[int, int]]:
     """What maps are fitted to: sublayers as (layer, kind), and whole layers as (layer, WHOLE)."""
-    found = [(row.layer, KINDS.index(row.kind)) for row in llm.sublayers if row.in_bulk]
-    whole = [(layer, WHOLE) for layer in range(llm.n_layer) if {(layer, 0), (layer, 1)} <= {*found}]
+    late = late_layers(llm)
+    found = [(row.layer, KINDS.index(row.kind)) for row in llm.sublayers if row.in_bulk and row.layer in late]
+    whole = [(layer, WHOLE) for layer in late if {(layer, 0), (layer, 1)} <= {*found}]
     return sorted(found + whole)
 
 

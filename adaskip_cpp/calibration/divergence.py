@@ -1,19 +1,18 @@
-"""What skipping a sublayer in the bulk of a prompt costs the tokens behind it: how prompts choose what to skip.
+"""What skipping each sublayer alone in the bulk of a prompt costs the answer: how prompts choose what to skip.
 
 Similarity of input and output does not tell it: what a late sublayer does is seen by few K and V, and what an attention
 does by fewer than what an FFN does. So each sublayer is skipped alone, with what stands in for it, in the bulk of a few
-pieces of text, and the next tokens' distributions are compared with the whole model's.
+pieces of text. Two answers are judged after each, one that continues the text and one that copies from far back.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ..engine.llama import AdaSkipLlama
-from ..measuring.distribution import Logits, kl_divergences
+from ..measuring.judge import Judge, Probe, ProbeKind, Scores, probes_of
 from ..model.plan import Bulk, SkipPlan
 from ..model.profile import Windows
 from ..model.skip_set import KINDS, SkipSet
@@ -21,8 +20,8 @@ from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .cost import set_aside
 
-N_PIECES, N_PROMPT, N_BEHIND = 3, 192, 48
-"""Pieces of text, and of each the tokens that are read as a prompt, and those behind them that are judged.
+N_PIECES, N_PROMPT, N_ANSWER = 3, 192, 48
+"""Pieces of text, and of each the tokens that are read as a prompt, and those of either answer.
 
 Of SmolLM2, pieces of 512 and 128 tokens choose almost the same sublayers, and lose as much at 1.4 times the speed."""
 
@@ -37,33 +36,41 @@ def measure_divergence(
     profile: Profile,
     pieces: Sequence[Sequence[int]],
     *,
+    layers: Sequence[int] | None = None,
     on_progress: Callable[[float], object] = lambda fraction: None,
-) -> npt.NDArray[np.float64]:
-    """Return what skipping each sublayer alone in the bulk costs, float64 ``[n_layer, 2]``, NaN where it cannot be.
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return what skipping each sublayer alone in the bulk costs: in continuations, and in copies of the prompt.
 
-    That is the mean Kullback-Leibler divergence, in nats, from the whole model's distributions behind the last tokens
-    of each piece, a quarter of them or :data:`N_BEHIND`, which run whole behind the others as their prompt. All are
-    skipped in the first piece, in the others the half that costs less there, as the rest is chosen last. The whole
-    model reads the prompt in the same batches: the rounding of others is a divergence of 0.0017 on SmolLM2 by itself,
-    more than what a few sublayers cost. The model's plan is set aside meanwhile; its KV cache is dropped.
+    Each is float64 ``[n_layer, 2]``, the mean Kullback-Leibler divergence from the whole model in nats per token; NaN
+    where a sublayer cannot be skipped or is not in ``layers`` (None for all). All are skipped in the first piece. In
+    the others only the half that costs less there is, as the rest is chosen last. The whole model reads the same
+    batches: the rounding of others is a divergence of 0.0017 on SmolLM2 by itself, more than what a few sublayers
+    cost. The model's plan is set aside meanwhile; its KV cache is dropped.
     """
-    may, divergence = np.argwhere(profile.in_bulk), np.full(profile.in_bulk.shape, np.nan)
-    request, seen = PlanRequest(mode="prompt", strategy="manual", tail=1), 0.0
+    may = profile.in_bulk if layers is None else profile.in_bulk & np.isin(np.arange(profile.n_layer), layers)[:, None]
+    which, lost = np.argwhere(may), np.full((2, *may.shape), np.nan)
     first, others = pieces[:1], pieces[1:]
     share = 1 / (1 + len(others) / 2)  # of the time, for the first piece
 
-    def measured(which: npt.NDArray[np.intp], of: Sequence[Sequence[int]], share: float) -> list[float]:
-        skipped: list[dict[str, tuple[int, ...]]] = [{KINDS[kind]: (int(layer),)} for layer, kind in which]
-        plans = [[profile.plan(PlanRequest.of(request, **each))] * len(of) for each in ({}, *skipped)]
-        return list(_divergences(llm, of, plans, lambda fraction: on_progress(seen + share * fraction)))
+    def measured(of: Sequence[Sequence[int]], begin: float, part: float) -> npt.NDArray[np.float64]:
+        """Mean divergences of ``which``, ``[2, len(which)]``."""
+        request, judge, found = PlanRequest(mode="prompt", strategy="manual", tail=1), Judge(llm, _probes(llm, of)), []
+        for done, (layer, kind) in enumerate(which):
+            scores = judge(profile.plan(PlanRequest.of(request, **{KINDS[kind]: (int(layer),)})))
+            found.append([_mean(judge.probes, scores, each) for each in ("continuation", "copying")])
+            on_progress(begin + part * (done + 1) / len(which))
+        return np.transpose(found)
 
-    divergence[tuple(may.T)] = measured(may, first, share)
-    if others:
-        seen, cheaper = share, may[np.argsort(divergence[tuple(may.T)], kind="stable")[: -(-len(may) // 2)]]
-        n_first, n_others = (sum(_n_behind(piece) for piece in of) for of in (first, others))
-        both = np.array([divergence[tuple(cheaper.T)], measured(cheaper, others, 1 - share)])
-        divergence[tuple(cheaper.T)] = np.average(both, axis=0, weights=[n_first, n_others])
-    return divergence
+    with set_aside(llm):
+        of_first = measured(first, 0.0, share)
+        lost[:, which[:, 0], which[:, 1]] = of_first
+        if others:
+            cheaper = np.argsort(of_first.max(axis=0), kind="stable")[: -(-len(which) // 2)]
+            which, of_first = which[cheaper], of_first[:, cheaper]
+            lost[:, which[:, 0], which[:, 1]] = (of_first + len(others) * measured(others, share, 1 - share)) / (
+                1 + len(others)
+            )
+    return lost[0], lost[1]
 
 
 def measure_windows(
@@ -76,51 +83,36 @@ def measure_windows(
 
     None where none can, or no piece has :data:`SHORTEST` tokens: in a shorter one a window would seem to cost nothing.
 
-    It is measured as :func:`measure_divergence` does, in the bulk of each piece as it is. What a window costs goes by
-    its share of the prompt, so that short ones tell: with all attentions windowed so, SmolLM2 diverges by 0.015, 0.021,
-    0.024 and 0.028 nats at 448, 1,024, 2,048 and 6,000 tokens, Qwen2.5 0.5B by 0.020, 0.020 and, at 8,000, 0.040.
+    What a window costs goes by its share of the prompt, so that short ones tell: with all attentions windowed so,
+    SmolLM2 diverges by 0.015, 0.021, 0.024 and 0.028 nats at 448, 1,024, 2,048 and 6,000 tokens, Qwen2.5 0.5B by 0.020,
+    0.020 and, at 8,000, 0.040.
     """
     layers = tuple(row.layer for row in llm.sublayers if row.windowable)
     pieces = [piece for piece in pieces if len(piece) >= SHORTEST]
     if not layers or not pieces:
         return None
     numbers = sorted({math.ceil(len(layers) * i / N_DEPTHS) for i in range(N_DEPTHS + 1)})
-    none, plans = SkipSet.none(llm.n_layer), []
-    for n in numbers:
-        bulk = Bulk(none, windowed=layers[len(layers) - n :])
-        bulks = (replace(bulk, window_size=max(len(piece) // 8, 1)) for piece in pieces)
-        plans.append([SkipPlan(none, none, bulk=each) for each in bulks])
-    divergence = np.maximum.accumulate([0.0, *_divergences(llm, pieces, plans, on_progress)])
-    return Windows(layers, tuple(np.interp(range(len(layers) + 1), numbers, divergence).tolist()))
-
-
-def _n_behind(piece: Sequence[int]) -> int:
-    """Tokens of a piece that are judged."""
-    return max(min(N_BEHIND, len(piece) // 4), 1)
-
-
-def _divergences(
-    llm: AdaSkipLlama,
-    pieces: Sequence[Sequence[int]],
-    plans: Sequence[Sequence[SkipPlan]],
-    on_progress: Callable[[float], object],
-) -> Iterator[float]:
-    """Yield the mean divergence under all but the first of some plans from the first; each is one plan per piece."""
-
-    def behind(of: Sequence[SkipPlan]) -> list[Logits]:
-        logits = []
-        for piece, plan in zip(pieces, of, strict=True):
-            begin = len(piece) - _n_behind(piece)
-            llm.set_plan(plan)
-            llm.reset()
-            llm.eval(piece[:begin])
-            logits.append(llm.logits_behind(piece[begin:]))
-        return logits
-
+    size = max(min(map(len, pieces)) // 8, 1)
+    none, divergence = SkipSet.none(llm.n_layer), [0.0]
     with set_aside(llm):
-        whole = behind(plans[0])
-        for done, each in enumerate(plans[1:]):
-            yield float(
-                np.concatenate([kl_divergences(*pair) for pair in zip(whole, behind(each), strict=True)]).mean()
-            )
-            on_progress((done + 1) / (len(plans) - 1))
+        judge = Judge(llm, [each for each in _probes(llm, pieces) if each.kind == "continuation"])
+        for n in numbers[1:]:
+            bulk = Bulk(none, windowed=layers[len(layers) - n :], window_size=size)
+            divergence.append(_mean(judge.probes, judge(SkipPlan(none, none, bulk=bulk)), "continuation"))
+            on_progress(n / numbers[-1])
+    steady = np.maximum.accumulate(divergence)
+    return Windows(layers, tuple(np.interp(range(len(layers) + 1), numbers, steady).tolist()))
+
+
+def _probes(llm: AdaSkipLlama, pieces: Sequence[Sequence[int]]) -> list[Probe]:
+    found = []
+    for i, piece in enumerate(pieces):
+        n = max(min(N_ANSWER, len(piece) // 4), 2)
+        found += probes_of(llm, str(i), piece, (len(piece) - n,), n_continued=n, n_copied=n)
+    return found
+
+
+def _mean(probes: Sequence[Probe], scores: Sequence[Scores], kind: ProbeKind) -> float:
+    """Mean divergence over the tokens of one kind of answer; that of all where no piece is long enough for the kind."""
+    of_kind = [each.divergence for probe, each in zip(probes, scores, strict=True) if probe.kind == kind]
+    return float(np.concatenate(of_kind or [each.divergence for each in scores]).mean())

@@ -10,6 +10,10 @@ is fitted by reduced-rank ridge regression on ``u`` (Izenman 1975), in closed fo
 are not centred: the mean of a stream is far from zero, so that its direction serves as the constant, and on unseen text
 that does better than a bias of its own. The first token of a request is left out: in many models its norm is tens of
 times that of the others, and would decide the fit alone.
+
+The moments of a wide model take much memory. Where they would take more than a bound, inputs are projected on the
+directions of the first tokens seen, and the map is fitted on that sketch of them: one pass over the requests, of any
+model.
 """
 
 from collections.abc import Sequence
@@ -32,26 +36,28 @@ Matrix: TypeAlias = npt.NDArray[np.float32]
 _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Martinsson and Tropp 2011)
 
 
-def moments_bytes(n_embd: int) -> int:
-    return 2 * n_embd * n_embd * 4
-
-
 class _Sums:
-    """Sums over tokens: of u, of d = v - u, of u uᵀ and of d uᵀ, all of what is left of both behind ``mean``.
+    """Sums over tokens: of u, of d = v - u, of u uᵀ and of d uᵀ, all of what is left of both after ``mean``.
 
     ``mean`` is that of the first ubatch. In many models some values of the stream are much larger than they vary, and
-    without it float32 would lose the variance in the squares.
+    without it float32 would lose the variance in the squares. With ``n_sketch`` below the width of the stream, u
+    stands for ``basisᵀ u``: its part in that many directions, ``basis`` being ``[n_embd, n_sketch]``.
     """
 
-    def __init__(self, u: Matrix, d: Matrix) -> None:
+    def __init__(self, u: Matrix, d: Matrix, n_sketch: int) -> None:
         n_embd = u.shape[1]
         self.n = 0
+        self.basis: Matrix | None = None
+        if n_sketch < n_embd:
+            self.basis = np.linalg.qr(u.T[:, :n_sketch].astype(np.float64))[0].astype(np.float32)
         self.mean = [first.mean(axis=0, dtype=np.float64).astype(np.float32) for first in (u, d)]
-        self.u, self.d = np.zeros((2, n_embd))
-        self.uu, self.du = (np.zeros((n_embd, n_embd), np.float32) for _ in range(2))
+        n_u = n_embd if self.basis is None else self.basis.shape[1]
+        self.u, self.d = np.zeros(n_u), np.zeros(n_embd)
+        self.uu, self.du = np.zeros((n_u, n_u), np.float32), np.zeros((n_embd, n_u), np.float32)
 
     def add(self, u: Matrix, d: Matrix) -> None:
         u, d = u - self.mean[0], d - self.mean[1]
+        u = u if self.basis is None else u @ self.basis
         self.n += len(u)
         self.u += u.sum(axis=0, dtype=np.float64)
         self.d += d.sum(axis=0, dtype=np.float64)
@@ -63,10 +69,12 @@ class _Sums:
 class LinearFit:
     """Gathers the moments of the inputs and outputs of some sublayers, (layer, kind) each, and fits their maps.
 
-    The kind :data:`~adaskip_cpp.model.statistics.WHOLE` is of a whole layer.
+    The kind :data:`~adaskip_cpp.model.statistics.WHOLE` is of a whole layer. The moments of all together take
+    ``most_bytes`` at most.
     """
 
     sublayers: Sequence[tuple[int, int]]
+    most_bytes: int = 2 << 30
     _sums: dict[tuple[int, int], _Sums] = field(default_factory=dict)
 
     def add(
@@ -87,8 +95,16 @@ class LinearFit:
                 continue
             d = v - u
             if (layer, kind) not in self._sums:
-                self._sums[layer, kind] = _Sums(u, d)
+                self._sums[layer, kind] = _Sums(u, d, self._n_sketch(u.shape[1]))
             self._sums[layer, kind].add(u, d)
+
+    def _n_sketch(self, n_embd: int) -> int:
+        """Directions of the inputs that there is memory for: all of them, or as many as a sketch may have."""
+        n_numbers = self.most_bytes // (4 * max(len(self.sublayers), 1))
+        if 2 * n_embd * n_embd <= n_numbers:
+            return n_embd
+        n = int((np.sqrt(4.0 * n_embd * n_embd + 4 * n_numbers) - 2 * n_embd) / 2)  # n² + 2 n n_embd, the basis too
+        return max(n, 1)
 
     def fit(
         self, rank: int, scale: npt.NDArray[np.float64] | None = None
@@ -107,15 +123,16 @@ class LinearFit:
 
 def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Matrix, Matrix]:
     rest_u, rest_d = sums.u / sums.n, sums.d / sums.n
-    mean_u, mean_d = sums.mean[0] + rest_u, sums.mean[1] + rest_d
-    n_embd = len(mean_u)
-    rank = min(rank, n_embd)
+    first = sums.mean[0] if sums.basis is None else sums.mean[0] @ sums.basis
+    mean_u, mean_d = first + rest_u, sums.mean[1] + rest_d
+    n_embd, rank = len(mean_d), min(rank, len(mean_u))
     second = sums.uu.astype(np.float64) / sums.n - np.outer(rest_u, rest_u)  # the covariance so far
-    variance = float(np.trace(second)) / n_embd
+    variance = float(np.trace(second)) / len(mean_u)
     second += np.outer(mean_u, mean_u)
     cross = sums.du.astype(np.float64) / sums.n - np.outer(rest_d, rest_u)
     cross += np.outer(mean_d, mean_u)
-    cross -= (scale - 1) * second  # from d = v - u to what the scale leaves: v - s u = d - (s - 1) u
+    # From d = v - u to what the scale leaves: v - s u = d - (s - 1) u.
+    cross -= (scale - 1) * (second if sums.basis is None else sums.basis @ second)
     if not (0 < variance < np.inf and np.isfinite(cross).all()):  # one token, or all alike: nothing to regress on
         return np.zeros((rank, n_embd), np.float32), np.zeros((n_embd, rank), np.float32)
     root = _root(second, RIDGE * variance)
@@ -125,6 +142,7 @@ def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Matrix, Matrix]:
     left, singular, right = _truncated_svd(whitened, rank)
     up = left * singular
     down = np.linalg.solve(root.T, right.T).T
+    down = down if sums.basis is None else down @ sums.basis.T
     return down.astype(np.float32), up.astype(np.float32)
 
 

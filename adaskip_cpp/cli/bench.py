@@ -117,7 +117,9 @@ def bench(
     source = None if profile is None else load_profile(model, profile)
     if source is not None and not requests and not tuned:
         requests = _requests({**choice, "skip": (DEFAULT_N_SKIP,)})
-    plans: dict[str, SkipPlan | PlanRequest] = {"tuned": plan_beside(model).plan} if tuned else {}
+    plans: dict[str, SkipPlan | PlanRequest] = {}
+    if tuned and (found := plan_beside(model).plan_for(max(contexts or (2048,)))) is not None:
+        plans["tuned"] = found
     with told_progress("Measuring", still=True, late=True) as on_progress:
         result = measure.bench(
             model,

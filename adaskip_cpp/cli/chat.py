@@ -17,7 +17,6 @@ from ..engine.settings import cost_settings
 from ..errors import RequestError
 from ..measuring.running import Running, open_quietly
 from ..model.identity import profile_path
-from ..model.promise import Tuning
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
@@ -48,6 +47,7 @@ def chat(
     model: str,
     profile_path: str | None,
     plan_file: str | None,
+    max_loss: float | None,
     full: bool,
     request: PlanRequest | None,
     system: str | None,
@@ -61,14 +61,15 @@ def chat(
 
     What the model has read stays in memory, so that each turn reads the new message only. Piped input is one message a
     line. A speed-up is predicted for a conversation that fills half of --ctx. Without any option that says what to
-    skip, the plan is the one that `adaskip-cpp tune` wrote beside MODEL.
+    skip, plans and settings are those that `adaskip-cpp tune` wrote beside MODEL.
     """
-    chosen = find_plan_source(model, profile_path, plan_file, request, full)
+    chosen = find_plan_source(model, profile_path, plan_file, request, full, max_loss=max_loss)
     plan = chosen.plan(max(ctx // 2, 1))
-    llm = open_quietly(model, ctx, running)
+    llm = open_quietly(model, ctx, running, **(chosen.opening(1) if chosen.frontier is not None else {}))
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
-    llm.set_plan(plan)  # and not opened with it: there is KV for all layers, so that /skip can choose other ones
+    if plan is not None:
+        llm.set_plan(plan)  # and not opened with it: there is KV for all layers, so that /skip can choose other ones
     if seed is not None:
         llm.set_seed(seed)
     err = console(stderr=True)
@@ -77,8 +78,7 @@ def chat(
     if chosen.asks_speedup:
         print_cost_note(err, chosen.profile, cost_settings(llm))
     conversation = Conversation(llm, system, max_tokens=max_tokens, temperature=temp)
-    tuning = None if chosen.file is None else chosen.file.tuning
-    _Talk(conversation, model, chosen.profile, chosen.request or PlanRequest(), tuning, err).run()
+    _Talk(conversation, model, chosen.profile, chosen.request or PlanRequest(), err).run()
 
 
 @dataclass
@@ -120,13 +120,14 @@ class _Talk:
     model: str
     profile: Profile | None
     request: PlanRequest
-    tuning: Tuning | None
     err: Console
 
     def run(self) -> None:
         llm = self.conversation.llm
         if sys.stdin.isatty():
             skips = "the full model" if llm.plan is None or llm.plan.is_whole else skipped_words(llm.plan)
+            if llm.frontier is not None:
+                skips = "plans chosen by the length of the conversation"
             self.tell(f"Chatting with {skips}. /help lists the commands, /quit leaves.")
         for text in _messages():
             try:
@@ -165,7 +166,7 @@ class _Talk:
             self.tell("(the model ended its answer at once)")
         if generation.timing is not None:
             llm, cost = self.conversation.llm, None if self.profile is None else self.profile.cost
-            self.tell(first_token_line(generation.timing, llm.plan, cost, self.tuning))
+            self.tell(first_token_line(generation.timing, llm.plan, cost, llm.point(generation.timing.n_prompt)))
             self.tell(_status(llm, generation.timing))
             if generation.timing.end == "context":
                 self.tell("(the context is full; /reset begins a new conversation)")
@@ -179,7 +180,7 @@ class _Talk:
         elif name == "/plan" and (plan := self.conversation.llm.plan) is not None:
             print_plan(self.err, plan, None if self.profile is None else self.profile.similarity)
         elif name == "/plan":
-            self.tell("Nothing is skipped; start the chat with --profile to skip sublayers.", style="")
+            self.tell("Nothing is skipped now; `adaskip-cpp tune` finds plans, or start with --profile.", style="")
         else:
             if name != "/help":
                 self.tell(f"There is no command {name}.", style="")
@@ -200,7 +201,7 @@ class _Talk:
         self.profile = self.profile or load_profile(self.model, beside)
         plan = make_plan(self.profile, request)
         self.conversation.llm.set_plan(plan)
-        self.request, self.tuning = request, None
+        self.request = request
         where = PHASE_WORDS[plan.prompt_phase]
         self.tell(
             f"({plan.skipped('bulk').n_skip} sublayers skipped in {where}, {plan.decode.n_skip} in decode; the "

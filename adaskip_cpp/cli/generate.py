@@ -42,6 +42,7 @@ def generate(
     file: str | None,
     profile_path: str | None,
     plan_file: str | None,
+    max_loss: float | None,
     full: bool,
     request: PlanRequest | None,
     max_tokens: int,
@@ -54,26 +55,26 @@ def generate(
     """Answer a prompt with MODEL, a GGUF file. The text goes to stdout, the speed to stderr.
 
     With a plan, the sublayers that matter least are skipped, and no KV memory is kept for attentions that never run.
-    Without any option that says what to skip, the plan is the one that `adaskip-cpp tune` wrote beside MODEL.
+    Without any option that says what to skip, plans and settings are those that `adaskip-cpp tune` wrote beside MODEL.
     """
     err = console(stderr=True)
     if (prompt is None) == (file is None):
         raise click.UsageError("give a prompt either with -p or with -f")
-    chosen = find_plan_source(model, profile_path, plan_file, request, full)
+    chosen = find_plan_source(model, profile_path, plan_file, request, full, max_loss=max_loss)
     text = prompt if prompt is not None else read_text(file or "")
 
     length = 1
     if chosen.asks_speedup:
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
-        with closing(open_quietly(model, 256, Running(1, 0, False), vocab_only=True)) as tokenizer:
+        with closing(open_quietly(model, 256, Running(1, 0), vocab_only=True)) as tokenizer:
             length = max(len(_tokens(tokenizer, text, chat)), 1)
         if chosen.request is None or MODES[chosen.request.mode].in_bulk:
             length = max(length, _LEAST_LENGTH)
-    plan = chosen.plan(length)
+    opening = chosen.opening(length)
     if chosen.note:
         err.print(chosen.note, style="dim", markup=False)
 
-    llm = open_quietly(model, ctx, running, plan=plan)
+    llm = open_quietly(model, ctx, running, **opening)
     if chosen.asks_speedup:
         print_cost_note(err, chosen.profile, cost_settings(llm))
     if seed is not None:
@@ -85,9 +86,8 @@ def generate(
     if answer.timing is None:
         return
     cost = None if chosen.profile is None else chosen.profile.cost
-    tuning = None if chosen.file is None else chosen.file.tuning
     lines = [
-        first_token_line(answer.timing, plan, cost, tuning),
+        first_token_line(answer.timing, llm.plan, cost, llm.point(answer.timing.n_prompt)),
         *speed_lines(answer.timing),
         *skipped_lines(llm, answer.timing.n_generated),
         kv_line(llm),

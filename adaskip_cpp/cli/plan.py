@@ -14,7 +14,7 @@ from ..files import check_output, json_text
 from ..model.cost_model import CostModel
 from ..model.mode import MODES
 from ..model.plan import PHASES, TIMED, Phase, SkipPlan
-from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
+from ..model.plan_file import PlanFile, frontier_dict, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KINDS, SkipSet, ranked
 from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
@@ -24,7 +24,7 @@ from ..planning.strategies import make_plan, what_is_lost
 from .planning import plan_options
 from .report import PHASE_WORDS, layer_list, window_words
 from .terminal import OUTPUT, console, json_option, option, verb
-from .tune_report import print_tuning
+from .tune_report import print_frontier
 
 
 @verb(
@@ -40,8 +40,8 @@ from .tune_report import print_tuning
 def plan(profile_path: str, request: PlanRequest | None, context: int, output: str | None, as_json: bool) -> None:
     """Show the plan that PROFILE gives with these options: every sublayer's rank, and what is skipped.
 
-    PROFILE may be a plan file instead, written by `tune` or with -o: then it is shown what that skips, and what was
-    promised and measured.
+    PROFILE may be a plan file instead, written by `tune` or with -o. Then its plan is shown, or the frontier that
+    `tune` found, with what was measured.
 
     In the table, "divergence" is how far skipping the sublayer alone in the bulk of a prompt moves the tokens behind
     it, in thousandths of a nat, and "rank" its place by that and the layers above it; in other modes both are by IO
@@ -103,16 +103,17 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
 
 
 def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> None:
-    plan, tuning = found.plan, found.tuning
     if as_json:
-        click.echo(json_text({"file": path, "plan": plan.to_dict(), "tuning": tuning}), nl=False)
-        return
-    print_plan(out, plan)
-    out.print()
-    _print_elided(out, plan)
-    if tuning is not None:
+        told = {"file": path, "plans": [plan.to_dict() for plan in found.plans], "frontier": found.frontier}
+        click.echo(
+            json_text(told if found.frontier is None else {**told, "frontier": frontier_dict(found.frontier)}), nl=False
+        )
+    elif found.frontier is not None:
+        print_frontier(out, found.frontier)
+    elif found.plan is not None:
+        print_plan(out, found.plan)
         out.print()
-        print_tuning(out, tuning)
+        _print_elided(out, found.plan)
 
 
 def _rows(profile: Profile, request: PlanRequest, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:

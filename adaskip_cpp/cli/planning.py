@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..errors import AdaSkipError
 from ..model.cost_model import CostSettings
+from ..model.frontier import DEFAULT_LOSS, Frontier
 from ..model.identity import check_model, plan_path, profile_path
 from ..model.mode import MODES
 from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, TIMED, SkipPlan
@@ -55,6 +56,11 @@ profile_options = options(
         "to skip: the one beside MODEL, X.adaskip.json for X.gguf]",
     ),
     plan_file_option,
+    option(
+        "--max-loss",
+        type=click.FloatRange(min=0),
+        help=f"Promise for what `tune` found: nats per token that answers lose at most.  [default: {DEFAULT_LOSS}]",
+    ),
     option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it."),
 )
 """What says where a plan comes from."""
@@ -67,7 +73,12 @@ class PlanSource:
     profile: Profile | None = None
     request: PlanRequest | None = None
     file: PlanFile | None = None
+    max_loss: float | None = None
     note: str = ""
+
+    @property
+    def frontier(self) -> Frontier | None:
+        return None if self.file is None else self.file.frontier
 
     @property
     def asks_speedup(self) -> bool:
@@ -75,9 +86,17 @@ class PlanSource:
         return self.request is not None and self.request.speedup is not None
 
     def plan(self, context: int) -> SkipPlan | None:
+        """Return the plan for a prompt of so many tokens; None for the whole model, and where a frontier chooses."""
         if self.profile is not None and self.request is not None:
             return make_plan(self.profile, self.request.at(context))
-        return self.file.plan if self.file is not None and not self.file.plan.is_whole else None
+        plan = None if self.file is None else self.file.plan
+        return None if plan is None or plan.is_whole else plan
+
+    def opening(self, context: int) -> dict[str, Any]:
+        """Return the arguments that open a model with what is asked for, for prompts of so many tokens."""
+        if self.frontier is not None:
+            return {"plan": self.frontier, "max_loss": self.max_loss}
+        return {"plan": self.plan(context)}
 
 
 def find_plan_source(
@@ -87,6 +106,7 @@ def find_plan_source(
     request: PlanRequest | None,
     full: bool,
     *,
+    max_loss: float | None = None,
     to_be_whole: str = "--full",
 ) -> PlanSource:
     """Find out what plan is asked for.
@@ -96,6 +116,8 @@ def find_plan_source(
     which one gets that all the same.
     """
     others = [each for each in (profile_path_, request) if each is not None]
+    if max_loss is not None and (full or others):
+        raise click.UsageError("--max-loss chooses from what `tune` found; leave out what else to skip")
     if full:
         if others or plan_file is not None:
             raise click.UsageError("--full skips nothing; leave out what to skip")
@@ -103,7 +125,7 @@ def find_plan_source(
     if plan_file is not None:
         if others:
             raise click.UsageError("--plan is a whole plan; leave out what else to skip")
-        return PlanSource(file=load_plan(plan_file, model=model))
+        return _promised(PlanSource(file=load_plan(plan_file, model=model), max_loss=max_loss))
     if profile_path_ is not None:
         return PlanSource(load_profile(model, profile_path_), request or PlanRequest())
     if request is not None:
@@ -112,11 +134,28 @@ def find_plan_source(
             raise click.UsageError("what to skip needs --profile; write one with `adaskip-cpp calibrate`")
         return PlanSource(load_profile(model, beside), request, note=f"The profile is {beside}.")
     if not os.path.exists(plan_path(model)):
+        if max_loss is not None:
+            raise click.UsageError(f"--max-loss chooses from what `tune` found; run `adaskip-cpp tune {model}`")
         return PlanSource()
     try:
-        return _beside(model, to_be_whole)
+        found = plan_beside(model)
     except AdaSkipError as error:
         return PlanSource(note=f"The whole model runs: {error}")
+    name = os.path.basename(plan_path(model))
+    if found.plan is not None and not found.plan.is_whole:
+        words = f"{skipped_words(found.plan)}: {name}; {to_be_whole} runs the whole model."
+    elif found.plan is not None or not found.plans:
+        words = f"The whole model runs: {name} skips nothing."
+    else:
+        limit = DEFAULT_LOSS if max_loss is None else max_loss
+        words = f"Plans lose at most {limit:g} nats per token: {name}; {to_be_whole} runs the whole model."
+    return _promised(PlanSource(file=found, max_loss=max_loss, note=words))
+
+
+def _promised(source: PlanSource) -> PlanSource:
+    if source.max_loss is not None and source.frontier is None:
+        raise click.UsageError("--max-loss chooses from what `tune` found, and this plan file has one plan alone")
+    return source
 
 
 def load_profile(model: str, path: str) -> Profile:
@@ -130,17 +169,6 @@ def print_cost_note(err: Console, profile: Profile | None, here: CostSettings) -
     note = "" if profile is None or profile.cost is None else profile.cost.settings.note(here)
     if note:
         err.print(note, style="yellow", markup=False, soft_wrap=True)
-
-
-def _beside(model: str, to_be_whole: str) -> PlanSource:
-    found = plan_beside(model)
-    tuned = f", as tuned for {found.tuning.promise}" if found.tuning is not None else ""
-    name = os.path.basename(plan_path(model))
-    if found.plan.is_whole:
-        return PlanSource(file=found, note=f"The whole model runs{tuned}: {name}.")
-    return PlanSource(
-        file=found, note=f"{skipped_words(found.plan)}{tuned}: {name}; {to_be_whole} runs the whole model."
-    )
 
 
 def _request(given: dict[str, Any]) -> PlanRequest | None:

@@ -7,16 +7,18 @@ import click
 import numpy as np
 from rich.console import Console
 
+from ..model.frontier import Frontier
 from ..model.plan import TIMED, SkipPlan
-from ..model.plan_file import load_plan
+from ..model.plan_file import is_plan_file, load_plan
 from ..model.skip_set import KIND_NAMES
-from ..pictures import plots, profile_plots
+from ..pictures import frontier_plot, plots, profile_plots
 from ..pictures.heatmap import print_heatmap, print_series
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .planning import plan_options
 from .terminal import CHOOSING, OUTPUT, console, option, verb
+from .tune_report import print_frontier
 
 
 @verb("Draw a profile.", example="adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures")
@@ -37,13 +39,20 @@ def plot(
     """Draw PROFILE: the IO similarity of layers, of attention and FFN, of both in prefill and decode, and a plan.
 
     Writes layers, sublayers and phases, and plan for each profile, as PNG and SVG. Several profiles share the pictures.
-    The plan is that of the options, or of --plan.
+    The plan is that of the options, or of --plan. PROFILE may be a plan file that `tune` wrote. Then frontier is drawn:
+    loss against predicted time to the first token, a curve for each length of prompts.
     """
+    if any(map(is_plan_file, paths)):
+        _plot_frontiers(paths, output, terminal)
+        return
     profiles = dict(zip(_names(paths), map(Profile.load, paths), strict=True))
     if plan_file is not None:
         if request is not None or len(profiles) > 1:
             raise click.UsageError("--plan is a whole plan, of one profile")
-        plans = dict.fromkeys(profiles, load_plan(plan_file).plan)
+        found = load_plan(plan_file)
+        if found.plan is None:
+            raise click.UsageError("--plan has a frontier; give it alone, as PROFILE, to draw that")
+        plans = dict.fromkeys(profiles, found.plan)
     else:
         wanted = (request or PlanRequest()).at(context)
         plans = {name: make_plan(profile, wanted) for name, profile in profiles.items()}
@@ -59,6 +68,23 @@ def plot(
         raise click.UsageError("give a folder for the pictures with -o, or --terminal")
     for path in _draw(profiles, plans, output):
         click.echo(path)
+
+
+def _plot_frontiers(paths: Sequence[str], output: str | None, terminal: bool) -> None:
+    frontiers: dict[str, Frontier] = {}
+    for path in paths:
+        found = load_plan(path).frontier if is_plan_file(path) else None
+        if found is None:
+            raise click.UsageError(f"{path} has no frontier; give profiles alone, or files that `tune` wrote")
+        frontiers[os.path.basename(path).removesuffix(".json").removesuffix(".adaskip-plan")] = found
+    if terminal or not plots.has_matplotlib():
+        for frontier in frontiers.values():
+            print_frontier(console(), frontier)
+        return
+    if output is None:
+        raise click.UsageError("give a folder for the pictures with -o, or --terminal")
+    for picture in plots.save(frontier_plot.frontiers(frontiers), output, "frontier"):
+        click.echo(picture)
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -8,8 +8,8 @@ import llama_cpp
 from ..engine.generation import Timing
 from ..engine.llama import AdaSkipLlama
 from ..model.cost_model import CostModel
+from ..model.frontier import Point
 from ..model.plan import Phase, SkipPlan
-from ..model.promise import Tuning
 
 PHASE_WORDS: dict[Phase, str] = {"bulk": "the bulk of a prompt", "prefill": "prefill", "decode": "decode"}
 
@@ -56,9 +56,9 @@ def speed_lines(timing: Timing) -> list[str]:
 
 
 def first_token_line(
-    timing: Timing, plan: SkipPlan | None, cost: CostModel | None = None, tuning: Tuning | None = None
+    timing: Timing, plan: SkipPlan | None, cost: CostModel | None = None, point: Point | None = None
 ) -> str:
-    """How long the first token took, and what the plan brought: as a cost model predicts it, or as `tune` measured it.
+    """How long the first token took, and what the plan brought, as a cost model or the point of a frontier predicts.
 
     The prediction's ratio counts, not its seconds: the machine may be busier, or another one, than the one measured.
     """
@@ -68,9 +68,9 @@ def first_token_line(
     if cost is not None:
         times = cost.speedup(plan, timing.n_prompt, "prefill", cached=timing.n_prompt - timing.n_evaluated)
         return f"{line}; {_seconds(timing.first_token_s * times)} without skipping, as predicted"
-    for each in () if tuning is None else tuning.speedups:
-        if each.of == "first token":
-            return f"{line}; the plan was measured {each.ratio.value:.2f} x as fast at {each.context:,} tokens"
+    if point is not None and timing.n_evaluated == timing.n_prompt:
+        without = timing.first_token_s * point.speedup(timing.n_prompt)
+        return f"{line}; {_seconds(without)} without skipping, as predicted"
     return line
 
 

@@ -9,6 +9,7 @@ import click
 
 from ..errors import PackageMissingError
 from ..measuring.running import Running, quietly
+from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import plan_path, profile_path
 from .planning import PlanSource, find_plan_source, load_profile
 from .terminal import RUNNING, console, model_options, option, verb
@@ -42,6 +43,8 @@ class _Size(click.ParamType[int]):
     default="auto",
     help="What to skip: what `tune` wrote beside MODEL, nothing, or a plan file. A request can ask for another.",
 )
+@option("--max-loss", type=click.FloatRange(min=0), default=DEFAULT_LOSS,
+        help="Promise for what `tune` found: nats per token that answers lose at most.")  # fmt: skip
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for a free one.")
 @option("--api-key", envvar="ADASKIP_API_KEY", metavar="KEY", help="What clients must send.  [env: ADASKIP_API_KEY]")
@@ -57,6 +60,7 @@ class _Size(click.ParamType[int]):
 def serve(
     model: str,
     plan_file: str,
+    max_loss: float,
     host: str,
     port: int,
     api_key: str | None,
@@ -92,7 +96,6 @@ def serve(
     source = _source(model, plan_file)
     profile = load_profile(model, profile_path(model)) if os.path.exists(profile_path(model)) else None
     own = source.plan(ctx)
-    tuning = None if source.file is None else source.file.tuning
     with listen(host, port) as listener:
         if source.note:
             err.print(source.note, style="dim", markup=False)
@@ -101,7 +104,7 @@ def serve(
             model,
             ctx,
             running,
-            plans=lambda llm: Plans(own, tuning, profile, llm.context_size),
+            plans=lambda llm: Plans(own, source.frontier, max_loss, profile, llm.context_size),
             cache=lambda can_rewind: PrefixCache(cache_size, cache_size, cache_dir, can_rewind=can_rewind),
         )
         app, queue = make_app(llm, api_key=api_key)

@@ -19,7 +19,6 @@ from rich.console import Console
 from ..engine.rpc import add_rpc_server
 from ..errors import AdaSkipError
 from ..files import write_atomically
-from ..measuring.cores import physical_cores
 from ..measuring.running import Running
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -216,17 +215,22 @@ json_option = option("--json", "as_json", group=OUTPUT, is_flag=True, help="Prin
 def _with_running(command: _Command) -> _Command:
     @functools.wraps(command)
     def run(
-        *args: Any, threads: int | None, gpu_layers: int, flash_attn: bool, rpc: tuple[str, ...], **values: Any
+        *args: Any, threads: int | None, gpu_layers: int, flash_attn: bool | None, rpc: tuple[str, ...], **values: Any
     ) -> Any:
         for endpoint in rpc:
             add_rpc_server(endpoint)
-        return command(*args, running=Running(threads or physical_cores(), gpu_layers, flash_attn, rpc), **values)
+        return command(*args, running=Running(threads, gpu_layers, flash_attn, rpc), **values)
 
     return cast(_Command, run)
 
 
 model_options = options(
-    option("--threads", group=RUNNING, type=click.IntRange(1, 512), help="CPU threads.  [default: all physical cores]"),
+    option(
+        "--threads",
+        group=RUNNING,
+        type=click.IntRange(1, 512),
+        help="CPU threads.  [default: as tuned, else all physical cores]",
+    ),
     option(
         "--gpu-layers",
         group=RUNNING,
@@ -234,7 +238,12 @@ model_options = options(
         default=-1,
         help="Layers to run on a GPU, if llama-cpp-python was built for one; -1 for all.",
     ),
-    option("--flash-attn", group=RUNNING, is_flag=True, help="Compute attention as one operation, faster when long."),
+    option(
+        "--flash-attn/--no-flash-attn",
+        group=RUNNING,
+        default=None,
+        help="Compute attention as one operation, or not.  [default: as tuned, else not]",
+    ),
     option(
         "--rpc",
         group=RUNNING,

@@ -1,86 +1,140 @@
-"""What is said of a tuned plan: what was promised, what was measured, on how much text, and whether that keeps it."""
+"""Prints what `adaskip-cpp tune` found: the settings that it tried, the frontier, and the measured speed."""
 
-import numpy as np
-import numpy.typing as npt
+import math
+
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from ..intervals import Interval
-from ..model.plan_file import PlanFile
-from ..model.promise import Tuning
-from ..pictures.heatmap import print_heatmap
-from .report import layer_list
+from ..model.frontier import DEFAULT_LOSS, Frontier, Point
+from ..model.settings import Settings, Tried
+
+_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+_PROMISES = (0.02, DEFAULT_LOSS, 0.1)
 
 
-def print_found(out: Console, found: PlanFile, similarity: npt.NDArray[np.float64]) -> None:
-    in_prompt, tuning = found.plan.mode == "prompt", found.tuning
-    skipped = found.plan.skipped("bulk" if in_prompt else "decode")
-    assert tuning is not None
-    if skipped.n_skip:
-        count = f"{skipped.n_skip} of {2 * skipped.n_layer} sublayers"
-        where = " in the bulk of prompts" if in_prompt else ""
-        out.print(f"[bold]{count} are skipped{where}[/], mode {found.plan.mode}:\n")
-        print_heatmap(out, similarity, skipped.skip)
-        out.print(f"\nattention skipped in layers: {layer_list(skipped.attention)}")
-        out.print(f"FFN skipped in layers: {layer_list(skipped.ffn)}\n")
-    print_tuning(out, tuning)
-    if found.plan.online is not None and found.plan.mode not in ("prompt", "decode"):
-        out.print("FFNs that answers add online are not covered by these figures.")
+def print_frontier(out: Console, frontier: Frontier) -> None:
+    """Print all of it."""
+    if frontier.tried:
+        _print_settings(out, frontier)
+    if not frontier.points:
+        out.print("[bold]No sublayer of this model can be skipped in prompts, so it is left whole.[/]")
+    else:
+        _print_points(out, frontier)
+        _print_promises(out, frontier)
+    _print_speeds(out, frontier)
+    about = frontier.about
+    if "judged_on" in about:
+        out.print(
+            f"Judged on {about['judged_on']}; searched on {about['searched_on']}; calibrated on "
+            f"{about['calibrated_on']}. {frontier.n_read:,} tokens were read.",
+            style="dim",
+            markup=False,
+        )
 
 
-def print_tuning(out: Console, tuning: Tuning) -> None:
-    out.print(f"Promised: {tuning.promise}.")
-    if tuning.n_texts == 0:
-        if tuning.passkeys is None:
-            out.print("[bold]No skipping keeps this promise, so the model is left whole.[/]")
-            return
-        # Something kept it until pass keys were asked for.
-        out.print("[bold]What keeps this promise loses a pass key that the full model finds, so that is left whole.[/]")
-        out.print("It may be one that the full model just finds: --allow-lost-passkeys takes the plan all the same.")
-        return
-    settings, is_speed = tuning.settings, tuning.promise.kind == "speedup"
-    decided = "that decided nothing" if tuning.unbiased else "that calibration and the search did not see"
+def _print_settings(out: Console, frontier: Frontier) -> None:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Settings, of the whole model", title_justify="left")
+    table.add_column("")
+    for name in ("prompt, start\ntokens/s", "prompt, end\ntokens/s", "answer\ntokens/s", "request\ns"):
+        table.add_column(name, justify="right")
+    base = frontier.tried[0]
+    for tried in frontier.tried:
+        figures = [1 / tried.prompt_short_s, 1 / tried.prompt_long_s, 1 / tried.token_s if tried.token_s else math.inf]
+        cells = ["fails"] * 4 if math.isinf(tried.request_s) else [f"{x:,.0f}" for x in figures]
+        if len(cells) == 3:
+            cells[2] = f"{figures[2]:,.1f}"
+            cells.append(f"{tried.request_s:,.1f}")
+        name = "default" if tried is base else _changes(tried, frontier.tried, base)
+        table.add_row(f"[bold]{name}[/]" if tried.chosen else name, *cells)
+    out.print(table)
+    chosen = _difference(frontier.settings, base.settings)
     out.print(
-        f"Measured on {tuning.n_texts} texts of {settings.get('tokens_per_text')} tokens {decided} "
-        f"({settings.get('reported_on')}), mean and 95% interval:"
+        f"Chosen: {chosen or 'the defaults'}. Other settings round otherwise; the answers stay the model's own.\n"
     )
-    out.print(f"  added loss   {_figure(tuning.loss, '.3f')} nats per token")
-    out.print(f"  agreement    {_figure(tuning.agreement, '.3f')} of the full model's choices")
-    if tuning.divergence is not None:
-        out.print(f"  divergence   {_figure(tuning.divergence, '.3f')} nats per token from the full model")
-    if (keys := tuning.passkeys) is not None:
-        lost = f", [bold]{keys.full - keys.plan} lost[/]" if keys.plan < keys.full else ""
-        out.print(f"Pass keys: the full model finds {keys.full} of {keys.n} in prompts as long, the plan "
-                  f"{keys.plan} of these{lost}.")  # fmt: skip
-    confirmed = "" if is_speed else f"; the promise was held on: {settings.get('confirmed_on')}"
-    out.print(f"The search judged by other text: {settings.get('searched_on')}{confirmed}.")
-    if not tuning.unbiased:
-        out.print(
-            "[bold]There was too little text for a part that decides nothing[/]: sublayers were put back until these "
-            "very texts kept the promise, so expect worse on others. Give more text (--text), or ask for fewer or "
-            "shorter pieces (--texts, --tokens)."
-        )
-    elif not is_speed and tuning.kept == "no":
-        out.print(
-            "[bold]The promise is not kept on this text[/], though it was on the text before; promise less, or tune "
-            "with more text (--texts)."
-        )
-    elif not is_speed and tuning.kept == "on average":
-        out.print("On this text the promise is kept on average; its interval reaches beyond it.")
-    for first in tuning.speedups[:1]:
-        behind = f" and {first.n_decode:,} tokens behind it" if first.n_decode else ""
-        out.print(
-            f"Speed with a prompt of {first.context:,} tokens{behind}, "
-            f"{first.ratio.n} requests of either model in turn:"
-        )
-    for each in tuning.speedups:
-        real = "" if each.ratio.excludes(1.0) else "; no difference that is sure"
-        times = "" if each.seconds is None else f", {each.seconds[1]:.3g} s instead of {each.seconds[0]:.3g} s"
-        out.print(f"  {each.of:12} {_figure(each.ratio, '.2f')} times as fast{times}{real}")
-    if is_speed and tuning.kept == "no":
-        out.print("The promised speed-up was predicted but not measured; is the machine busy?")
 
 
-def _figure(interval: Interval, form: str) -> str:
+def _changes(tried: Tried, every: tuple[Tried, ...], base: Tried) -> str:
+    """Name a trial by what it changes of the best before it."""
+    best = base
+    for each in every[1 : next(i for i, each in enumerate(every) if each is tried)]:
+        best = each if each.chosen else best
+    return _difference(tried.settings, best.settings)
+
+
+def _difference(settings: Settings, before: Settings) -> str:
+    changed = {name: value for name, value in vars(settings).items() if value != getattr(before, name)}
+    return ", ".join(f"{name} {value}" for name, value in changed.items())
+
+
+def _print_points(out: Console, frontier: Frontier) -> None:
+    judged_at = frontier.points[0].judged_at
+    title = f"Plans, judged after prompts of {judged_at:,} tokens"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
+    table.add_column("skipped\nattn FFN win.", justify="right")
+    for name in (
+        "divergence\nnats/token",
+        "added loss\nnats/token",
+        "agree-\nment",
+        "copying\nnats/token",
+        "pass\nkeys",
+    ):
+        table.add_column(name, justify="right")
+    lengths = [length for length in _LENGTHS if length >= judged_at // 2]
+    for length in lengths:
+        table.add_column(f"times as\nfast, {length // 1024}k", justify="right")
+    for point in frontier.points:
+        bulk = point.plan.bulk
+        assert bulk is not None
+        table.add_row(
+            f"{len(bulk.skip.attention):3} {len(bulk.skip.ffn):3} {len(bulk.narrowed):3}",
+            _figure(point.continuation.divergence),
+            _figure(point.continuation.loss),
+            f"{point.continuation.agreement.value:.0%}",
+            _figure(point.copying.divergence),
+            f"{point.passkeys.plan}/{point.passkeys.whole}",
+            *(f"{point.speedup(length):.2f}" for length in lengths),
+        )
+    out.print(table)
+    out.print("Means over texts with 95% intervals; times as fast are predicted for the first token.\n", style="dim")
+
+
+def _print_promises(out: Console, frontier: Frontier) -> None:
+    length = frontier.points[0].judged_at
+    for promise in _PROMISES:
+        point = frontier.point(length, promise)
+        default = ", the default" if promise == DEFAULT_LOSS else ""
+        out.print(f"A promise of {promise:g} nats per token{default} gives {_promise_words(point, promise, length)}.")
+
+
+def _promise_words(point: Point | None, promise: float, length: int) -> str:
+    if point is None:
+        return "the whole model"
+    return (
+        f"{point.speedup(length):.2f} times the speed at {length:,} tokens. The perplexity grows by at most "
+        f"{math.exp(promise) - 1:.0%}, and {point.continuation.agreement.value:.0%} of the likeliest tokens stay"
+    )
+
+
+def _print_speeds(out: Console, frontier: Frontier) -> None:
+    words = {
+        "settings": "settings, against stock llama-cpp-python with its defaults",
+        "plan": "plan, against the whole model with these settings",
+        "both": "together, against stock",
+    }
+    for each in frontier.speeds:
+        before, after = each.seconds
+        out.print(
+            f"Measured at {each.context:,} tokens: {_figure(each.ratio, '.2f')} times as fast by {words[each.of]} "
+            f"({after:.3g} s instead of {before:.3g} s).",
+            soft_wrap=True,
+        )
+
+
+def _figure(interval: Interval, form: str = ".3f") -> str:
+    if math.isnan(interval.low):
+        return f"{interval.value:{form}}"
     return f"{interval.value:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 

@@ -6,7 +6,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ..errors import RequestError
@@ -73,7 +72,7 @@ class Generation:
 
     def __iter__(self) -> Generator[str, None, None]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        n_before, was_empty = _n_evaluated(self._llm), self._llm.n_tokens == 0
+        n_before, was_empty = self._llm.n_evaluated, self._llm.n_tokens == 0
         n_evaluated = len(self._prompt)
         first = last = start = time.perf_counter()
         n_generated = 0
@@ -85,7 +84,7 @@ class Generation:
                 if n_generated == 0:
                     first = last
                     if not was_empty:
-                        n_evaluated = min(max(_n_evaluated(self._llm) - n_before, 1), len(self._prompt))
+                        n_evaluated = min(max(self._llm.n_evaluated - n_before, 1), len(self._prompt))
                 n_generated += 1
                 if self._llm.is_eog(token):
                     end = "model"
@@ -102,12 +101,6 @@ class Generation:
                 self.timing = Timing(len(self._prompt), n_evaluated, n_generated, first - start, last - first, end)
         if text := decoder.decode(b"", final=True):
             yield text
-
-
-def _n_evaluated(llm: AdaSkipLlama) -> int:
-    """Tokens evaluated by llama.cpp's own count; a count of none it reports as 1."""
-    count = llama_cpp.llama_perf_context(llm.ctx)
-    return int(count.n_p_eval + count.n_eval)
 
 
 def has_chat_template(llm: AdaSkipLlama) -> bool:

@@ -11,12 +11,13 @@ import numpy.typing as npt
 from llama_cpp.llama import LlamaState
 
 from ..errors import AdaSkipError, ModelFileError, NativeError, PlanError, StateError
+from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .grammar import check_grammar
 from .log import errors_logged
-from .native import elide_kv
+from .native import elide_kv, is_here
 from .native_types import OnlineResult, StatisticsSink
 from .self_describing import SelfDescribingLlama
 from .state import AdaSkipState, check_state
@@ -47,23 +48,25 @@ class AdaSkipLlama(SelfDescribingLlama):
     runs under, but for the first tokens of the sequence and the last of the prompt; see :class:`SkipPlan`. Whoever asks
     for the logits of a prompt's own tokens (``echo`` with ``logprobs``, embeddings) gets them without a bulk.
 
-    A cached position is read again where it was computed by the whole model, under a set that the plan in force uses,
+    A cached position is used again where it was computed by the whole model, under a set that the plan in force uses,
     or in the bulk of a plan that it may read besides, and where it has K and V for all that is to run now. Before
     anything is evaluated, the positions from the first other one on are evaluated again, so a plan may be changed at
     any time.
 
     Args:
         model_path: a GGUF file.
-        plan: as for :meth:`set_plan`, or ``"auto"`` for the plan that `adaskip-cpp tune` wrote beside the model, to
-            ``X.adaskip-plan.json`` for ``X.gguf``. Where it has no bulk set, which keeps all K and V, no KV is
-            allocated for the layers whose attention it skips in every phase; such a model only takes plans that skip
-            them too, and cannot run as a whole.
+        plan: as for :meth:`set_plan`. ``"auto"`` reads what `adaskip-cpp tune` wrote beside the model, to
+            ``X.adaskip-plan.json`` for ``X.gguf``. A frontier chooses a plan for each prompt. The model is opened with
+            its settings if this is the machine that they were found on; arguments that are given win. Of a plan without
+            a bulk set, which keeps all K and V, no KV is allocated for the layers whose attention it skips in every
+            phase. Such a model only takes plans that skip them too, and cannot run as a whole.
+        max_loss: for a frontier: nats per token that an answer may lose, by default 0.05.
         exact_batches: cut prompts into batches as ``llama_cpp.Llama`` does. Otherwise, in models whose upper layers
             share KV (Gemma 3n and 4), the last token of a prompt is computed by itself, as those layers then run for no
             other: logits differ from stock's by the rounding of another batch size.
         repack: let llama.cpp keep weights on the CPU in a layout of its own where it has faster products for that, as
-            it does by default (``use_extra_bufts``). Which is faster depends on machine, model and batch size; the
-            logits differ by rounding.
+            it does by default (``use_extra_bufts``). None: as tuned, else True. Which is faster depends on machine,
+            model and batch size; the logits differ by rounding.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
 
     Raises:
@@ -77,19 +80,27 @@ class AdaSkipLlama(SelfDescribingLlama):
         self,
         model_path: str,
         *,
-        plan: SkipPlan | Literal["auto"] | None = None,
+        plan: SkipPlan | Frontier | Literal["auto"] | None = None,
+        max_loss: float | None = None,
         exact_batches: bool = False,
-        repack: bool = True,
+        repack: bool | None = None,
         **kwargs: Any,
     ) -> None:
         check_gguf(model_path)
-        self._exact_batches, self._repack = exact_batches, repack
+        self._frontier: Frontier | None = None
+        self._max_loss: float | None = None  # what is promised where plans are chosen for each prompt
+        _check_choice(plan, max_loss)
         if isinstance(plan, str):
-            if plan != "auto":
-                raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
-            plan = plan_beside(model_path).plan
-            if plan.is_whole:
-                plan = None  # tuning found that the model is best left whole
+            found = plan_beside(model_path)
+            plan = found.plan or found.frontier
+        if isinstance(plan, Frontier):
+            self._frontier, plan = plan, None
+            self._max_loss = DEFAULT_LOSS if max_loss is None else max_loss
+            if is_here(self._frontier.machine):
+                tuned = self._frontier.settings.to_kwargs()
+                tuned_repack = tuned.pop("repack")
+                repack, kwargs = tuned_repack if repack is None else repack, {**tuned, **kwargs}
+        self._exact_batches, self._repack = exact_batches, repack is not False
         self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native knows which one is in force
         self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"
@@ -137,11 +148,30 @@ class AdaSkipLlama(SelfDescribingLlama):
         """The plans whose bulk the plan in force may read besides its own, see :meth:`set_plan`."""
         return tuple(self._plans[self._adaskip.plan_tag()].readable.values())
 
-    def set_plan(self, plan: SkipPlan | None, *, readable: Sequence[SkipPlan] = ()) -> None:
+    def point(self, n_tokens: int) -> Point | None:
+        """Return the point of the frontier that a prompt of so many tokens runs under; None for the whole model."""
+        if self._frontier is None or self._max_loss is None:
+            return None
+        return self._frontier.point(n_tokens, self._max_loss)
+
+    @property
+    def frontier(self) -> Frontier | None:
+        """What `adaskip-cpp tune` found, where the model was opened with ``plan="auto"``."""
+        return self._frontier
+
+    def set_plan(
+        self,
+        plan: SkipPlan | Literal["auto"] | None,
+        *,
+        max_loss: float | None = None,
+        readable: Sequence[SkipPlan] = (),
+    ) -> None:
         """Skip what ``plan`` says from the next evaluation on; None runs the whole model again.
 
         Args:
-            plan: what to skip.
+            plan: what to skip. ``"auto"`` chooses a plan of the frontier for each prompt by its length: the fastest
+                that keeps the promise. What was read under another plan that keeps it is not read again.
+            max_loss: that promise, nats per token that an answer may lose, by default 0.05.
             readable: plans of mode prompt whose bulk may be read besides: what was evaluated in the bulk of a prompt
                 under one of them is not evaluated again. A plan without a bulk set adds nothing.
 
@@ -152,6 +182,25 @@ class AdaSkipLlama(SelfDescribingLlama):
                 a bulk set and the model lacks the KV of some attentions (:class:`ElidedKVError`). The plan in force
                 stays.
         """
+        _check_choice(plan, max_loss)
+        if isinstance(plan, str):
+            if self._frontier is None:
+                raise PlanError('there is no frontier to choose from; open the model with plan="auto".')
+            # The next prompt sets the plan; a tighter promise may not read what is cached, which that will tell.
+            self._max_loss = DEFAULT_LOSS if max_loss is None else max_loss
+            self._requires_eval = True
+            return
+        self._put_in_force(plan, readable)
+        self._max_loss = None
+
+    def _choose(self, n_tokens: int) -> None:
+        """Where plans are chosen for each prompt, choose the one for a prompt of so many tokens."""
+        if self._frontier is None or self._max_loss is None:
+            return
+        plan = self._frontier.choose(n_tokens, self._max_loss)
+        self._put_in_force(plan, self._frontier.readable(self._max_loss, self.context_size))
+
+    def _put_in_force(self, plan: SkipPlan | None, readable: Sequence[SkipPlan]) -> None:
         for each in (*([] if plan is None else [plan]), *readable):
             if not isinstance(each, SkipPlan):
                 raise PlanError(
@@ -214,12 +263,19 @@ class AdaSkipLlama(SelfDescribingLlama):
         """Forget all tokens, as ``llama_cpp.Llama.reset``."""
         super().reset()  # type: ignore[no-untyped-call]
 
+    def truncate(self, n: int) -> None:
+        """Forget all tokens but the first ``n``; with a recurrent state the next evaluation reads these again."""
+        if 0 <= n < self.n_tokens:
+            self.n_tokens, self._requires_eval = n, True
+
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens behind those that are cached: as a prompt, unless :meth:`generate` is generating.
 
         Raises:
             StateError: cached positions must be evaluated again but are no text (an image); call :meth:`reset`.
         """
+        if self._phase == "prefill" and len(tokens):
+            self._choose(self.n_tokens + len(tokens))
         self._eval(self._phase, [int(token) for token in tokens])
 
     def eval_decode(self, tokens: Sequence[int]) -> None:
@@ -376,6 +432,8 @@ class AdaSkipLlama(SelfDescribingLlama):
             RequestError: the grammar cannot be used.
         """
         self._check_logits()
+        tokens = list(tokens)
+        self._choose(len(tokens))
         if kwargs.get("grammar") is not None:
             check_grammar(self._model.vocab, kwargs["grammar"])
         self.begin_request()
@@ -495,10 +553,20 @@ class AdaSkipLlama(SelfDescribingLlama):
             "plan": self._plan_opened,
             "exact_batches": self._exact_batches,
             "repack": self._repack,
-            "plan_in_force": (self.plan, self.readable),
+            "plan_in_force": (self.plan, self.readable, self._frontier, self._max_loss),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        plan, readable = state.pop("plan_in_force")
+        plan, readable, frontier, max_loss = state.pop("plan_in_force")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.set_plan(plan, readable=readable)
+        self._put_in_force(plan, readable)
+        self._frontier, self._max_loss = frontier, max_loss
+
+
+def _check_choice(plan: Any, max_loss: float | None) -> None:
+    if isinstance(plan, str) and plan != "auto":
+        raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
+    if max_loss is not None:
+        check_max_loss(max_loss)
+        if not isinstance(plan, str | Frontier):
+            raise PlanError('max_loss chooses from a frontier; pass it with plan="auto", or leave it out.')

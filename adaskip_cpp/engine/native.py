@@ -4,14 +4,17 @@
 """
 
 import math
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import errors
+from ..model.cost_model import CostSettings
 from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .binding import ffi, lib
@@ -26,6 +29,23 @@ _WAYS_OUT = {
     "MEMORY": (errors.NativeError, "free memory, or use a smaller n_ctx, n_ubatch or rank of the maps."),
     "SEQUENCES": (errors.PlanError, "leave it out of the plan, or open the model without embedding=True."),
 }
+
+
+def devices() -> tuple[str, tuple[str, ...]]:
+    """Return the name of the CPU, and those of all devices that ggml computes on."""
+    cpu = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
+    every = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
+    return _description(cpu) if cpu else platform.machine(), tuple(map(_description, every))
+
+
+def is_here(machine: CostSettings | None) -> bool:
+    """Whether times were measured on this machine, with this release of llama-cpp-python."""
+    here = (*devices(), metadata.version("llama-cpp-python"))
+    return machine is not None and (machine.cpu, machine.devices, machine.llama_cpp_python) == here
+
+
+def _description(device: Any) -> str:
+    return str(ffi.string(lib.ggml_backend_dev_description(device)).decode("utf-8", "replace"))
 
 
 @contextmanager

@@ -107,6 +107,12 @@ class SelfDescribingLlama(llama_cpp.Llama):
         """Layers whose attention has no KV, because the model was opened with a plan that skips them."""
         return self._adaskip.elided_kv()
 
+    @property
+    def n_evaluated(self) -> int:
+        """Tokens evaluated since the model was opened, by llama.cpp's own count; of none it tells 1."""
+        count = llama_cpp.llama_perf_context(self.ctx)
+        return int(count.n_p_eval + count.n_eval)
+
     def synchronize(self) -> None:
         """Wait for the devices: an evaluation returns before a GPU has finished."""
         llama_cpp.llama_synchronize(self.ctx)

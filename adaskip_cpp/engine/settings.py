@@ -1,12 +1,11 @@
 """Reads off a loaded model what machine and settings it runs with."""
 
-import platform
 from importlib import metadata
 from typing import Any
 
 from ..model.cost_model import CostSettings
-from .binding import ffi, lib
 from .llama import AdaSkipLlama
+from .native import devices
 
 
 def cost_settings(llm: AdaSkipLlama) -> CostSettings:
@@ -15,11 +14,10 @@ def cost_settings(llm: AdaSkipLlama) -> CostSettings:
 
     parameters: Any = llm.context_params
     n_gpu_layers = int(llm.model_params.n_gpu_layers)
-    cpu = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
-    devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
+    cpu, every = devices()
     return CostSettings(
-        cpu=_description(cpu) if cpu else platform.machine(),
-        devices=tuple(map(_description, devices)),
+        cpu=cpu,
+        devices=every,
         n_gpu_layers=-1 if n_gpu_layers >= 0x7FFFFFFF else n_gpu_layers,  # llama_cpp.Llama's stand-in for -1
         n_threads=int(parameters.n_threads),
         n_threads_batch=int(parameters.n_threads_batch),
@@ -32,7 +30,3 @@ def cost_settings(llm: AdaSkipLlama) -> CostSettings:
         llama_cpp_python=metadata.version("llama-cpp-python"),
         repack=bool(llm.model_params.use_extra_bufts),
     )
-
-
-def _description(device: Any) -> str:
-    return str(ffi.string(lib.ggml_backend_dev_description(device)).decode("utf-8", "replace"))

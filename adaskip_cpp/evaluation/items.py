@@ -137,14 +137,14 @@ def prepare(
 
 def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[SkipPlan | None, list[str]]:
     if plan_file is not None:
-        return load_plan(plan_file, model=model).plan, []
+        return load_plan(plan_file, model=model).plan_for(2048), []
     if not os.path.exists(plan_path(model)):
         return None, []
     try:
-        plan = plan_beside(model).plan
+        plan = plan_beside(model).plan_for(2048)
     except AdaSkipError as error:
         return None, [f"the tuned plan is left out: {error}"]
-    return (plan if plan.mode in modes else None), []
+    return (plan if plan is not None and plan.mode in modes else None), []
 
 
 def _items(

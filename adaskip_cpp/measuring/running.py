@@ -4,10 +4,13 @@ import contextlib
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..engine.llama import AdaSkipLlama
+from ..engine.native import is_here
+from ..model.frontier import Frontier
+from ..model.plan_file import frontier_beside
 from .cores import physical_cores
 
 _Llama = TypeVar("_Llama", bound=AdaSkipLlama)
@@ -15,19 +18,24 @@ _Llama = TypeVar("_Llama", bound=AdaSkipLlama)
 
 @dataclass(frozen=True)
 class Running:
-    """How a model is run.
+    """How a model is run. Where a value is None, it is run as `tune` found to be fastest here, else with a default.
 
     Attributes:
-        n_threads: CPU threads; all physical cores by default.
+        n_threads: CPU threads; by default all physical cores.
         gpu_layers: layers on a GPU, if llama-cpp-python was built for one; -1 for all.
-        flash_attn: whether attention is computed as one operation.
+        flash_attn: whether attention is computed as one operation; by default not.
         rpc_servers: those that :func:`adaskip_cpp.add_rpc_server` was called with.
     """
 
-    n_threads: int = field(default_factory=physical_cores)
+    n_threads: int | None = None
     gpu_layers: int = -1
-    flash_attn: bool = False
+    flash_attn: bool | None = None
     rpc_servers: tuple[str, ...] = ()
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that are not None, by the names of :class:`adaskip_cpp.model.settings.Settings`."""
+        threads = dict.fromkeys(("n_threads", "n_threads_batch"), self.n_threads)
+        return {name: value for name, value in {**threads, "flash_attn": self.flash_attn}.items() if value is not None}
 
 
 def open_quietly(path: str | os.PathLike[str], n_ctx: int, running: Running, **more: Any) -> AdaSkipLlama:
@@ -39,7 +47,11 @@ def quietly(
     kind: Callable[..., _Llama], path: str | os.PathLike[str], n_ctx: int, running: Running, **more: Any
 ) -> _Llama:
     """Load a model of some class as :func:`open_quietly` does."""
-    n = running.n_threads
-    settings = {"n_gpu_layers": running.gpu_layers, "flash_attn": running.flash_attn, "verbose": False, **more}
+    frontier = plan if isinstance(plan := more.get("plan"), Frontier) else frontier_beside(path)
+    if frontier is not None and is_here(frontier.machine):
+        settings = frontier.settings.to_kwargs()
+    else:
+        settings = dict.fromkeys(("n_threads", "n_threads_batch"), physical_cores())
+    settings |= {**running.given(), "n_gpu_layers": running.gpu_layers, "verbose": False, **more}
     with contextlib.redirect_stderr(io.StringIO()):
-        return kind(os.fspath(path), n_ctx=n_ctx, n_threads=n, n_threads_batch=n, **settings)
+        return kind(os.fspath(path), n_ctx=n_ctx, **settings)

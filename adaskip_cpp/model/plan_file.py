@@ -1,28 +1,29 @@
-"""Plan files: JSON for what people read, and the vectors of the skipped sublayers in one binary file beside it.
+"""Plan files: a plan, or the frontier that `adaskip-cpp tune` found, in JSON, and their vectors in a file beside it.
 
-``X.json`` says what is skipped, for which model, and for a plan that `adaskip-cpp tune` found what was promised and
-measured. ``X.bin`` (see :mod:`adaskip_cpp.model.stored`) holds the biases of the JSON's ``sets``, one vector per
-attention and then per FFN, as listed, and then of each set ``down`` and ``up`` of those that a map stands in for.
+``X.json`` says what is skipped, for which model, and for a frontier what was measured. ``X.bin`` (see
+:mod:`adaskip_cpp.model.stored`) holds the biases of the JSON's ``sets``, one vector per attention and then per FFN, as
+listed, and then of each set ``down`` and ``up`` of those that a map stands in for.
 """
 
+import contextlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import PlanFileError
+from ..errors import PlanError, PlanFileError
 from . import stored
+from .frontier import DEFAULT_LOSS, Figures, Frontier, Point
 from .identity import ModelInfo, check_model, plan_path
 from .mode import ModeName
 from .plan import Bulk, OnlineStage, SkipPlan
-from .promise import Tuning
 from .skip_set import SkipSet, marked
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _FORMAT = "adaskip-plan"
 _MAPS = ("down", "up")
 
@@ -32,10 +33,21 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What a plan file holds: a plan, and how `adaskip-cpp tune` found it, None for one from elsewhere."""
+    """What a plan file holds: one plan, or a frontier to choose from; the other is None."""
 
-    plan: SkipPlan
-    tuning: Tuning | None = None
+    plan: SkipPlan | None = None
+    frontier: Frontier | None = None
+
+    def plan_for(self, n_tokens: int, max_loss: float = DEFAULT_LOSS) -> SkipPlan | None:
+        """Return the plan, or the one that the frontier chooses for a prompt; None for the whole model."""
+        return self.plan if self.frontier is None else self.frontier.choose(n_tokens, max_loss)
+
+    @property
+    def plans(self) -> tuple[SkipPlan, ...]:
+        """All plans in it."""
+        if self.frontier is not None:
+            return tuple(point.plan for point in self.frontier.points)
+        return () if self.plan is None else (self.plan,)
 
 
 @dataclass(frozen=True)
@@ -98,11 +110,9 @@ class _Bulk:
 
 
 @dataclass(frozen=True)
-class _File:
-    """The JSON. Phases and the schedule refer to ``sets`` by number, from 0 on; ``vectors`` is the file beside it."""
+class _Plan:
+    """A plan in the JSON; its phases and schedule refer to the file's ``sets`` by number, from 0 on."""
 
-    model: ModelInfo | None
-    n_layer: _Layers
     strategy: str
     compensation: str
     mode: ModeName | Literal["manual"]
@@ -111,31 +121,74 @@ class _File:
     decode: int
     schedule: tuple[tuple[int, int], ...]
     online: OnlineStage | None
+
+    def plan(self, sets: list[SkipSet], model: ModelInfo | None) -> SkipPlan:
+        around = {"set": 0} if self.bulk is None else dict(vars(self.bulk))
+        in_bulk = around.pop("set")
+        used = (self.prefill, self.decode, *(at for _, at in self.schedule), in_bulk)
+        if not all(0 <= at < len(sets) for at in used):
+            raise ValueError(f"it refers to a set that is not among its {len(sets)}")
+        return SkipPlan(
+            sets[self.prefill],
+            sets[self.decode],
+            schedule=tuple((start, sets[index]) for start, index in self.schedule),
+            online=self.online,
+            bulk=None if self.bulk is None else Bulk(sets[in_bulk], **around),
+            model=model,
+            strategy=self.strategy,
+            compensation=self.compensation,
+            mode=self.mode,
+        )
+
+
+@dataclass(frozen=True)
+class _File:
+    """The JSON. ``frontier`` is a :class:`Frontier` whose points lack their plans, which are those of ``plans``."""
+
+    model: ModelInfo | None
+    n_layer: _Layers
+    plans: Annotated[tuple[_Plan, ...], msgspec.Meta(max_length=64)]
     sets: tuple[_Set, ...]
     vectors: stored.VectorsFile | None
-    tuning: Tuning | None
+    frontier: dict[str, Any] | None
 
 
-def save_plan(path: str | os.PathLike[str], plan: SkipPlan, tuning: Tuning | None = None) -> None:
-    """Write a plan as JSON, its vectors to a file ``.bin`` beside it.
+def save_plan(path: str | os.PathLike[str], plan: SkipPlan | Frontier, *, model: ModelInfo | None = None) -> None:
+    """Write a plan or a frontier as JSON, its vectors to a file ``.bin`` beside it.
+
+    Args:
+        model: of a frontier without any plan, the model that it is of.
 
     Raises:
+        PlanError: the plans of a frontier are of several models.
         OSError: a file cannot be written; what was there before is still there.
     """
-    sets = list(dict.fromkeys(plan.sets))
-    entries, parts = zip(*map(_Set.of, sets), strict=True)
+    plans = PlanFile(frontier=plan).plans if isinstance(plan, Frontier) else (plan,)
+    if len({(each.model, each.n_layer) for each in plans}) > 1:
+        raise PlanError("the plans of a frontier are of several models; tune again")
+    model = plans[0].model if plans else model
+    n_layer = plans[0].n_layer if plans else model.n_layer if model else 1
+    sets = list(dict.fromkeys(each for of in plans for each in of.sets))
+    entries, parts = zip(*map(_Set.of, sets), strict=True) if sets else ((), ())
+
+    def entry(each: SkipPlan) -> dict[str, Any]:
+        return {
+            **{name: getattr(each, name) for name in ("strategy", "compensation", "mode", "online")},
+            "bulk": each.bulk and each.bulk.to_dict(sets.index(each.bulk.skip)),
+            "prefill": sets.index(each.prefill),
+            "decode": sets.index(each.decode),
+            "schedule": [(start, sets.index(step)) for start, step in each.schedule],
+        }
+
     data = {
         "format": _FORMAT,
         "version": FORMAT_VERSION,
-        **vars(plan),
-        "n_layer": plan.n_layer,
-        "bulk": plan.bulk and plan.bulk.to_dict(sets.index(plan.bulk.skip)),
-        "prefill": sets.index(plan.prefill),
-        "decode": sets.index(plan.decode),
-        "schedule": [(start, sets.index(each)) for start, each in plan.schedule],
+        "model": model,
+        "n_layer": n_layer,
+        "plans": [entry(each) for each in plans],
         "sets": entries,
         "vectors": None,
-        "tuning": tuning,
+        "frontier": frontier_dict(plan) if isinstance(plan, Frontier) else None,
     }
     arrays = [[part[name] for part in parts for name in names if name in part] for names in (("bias",), _MAPS)]
     stored.save(path, data, *arrays)
@@ -154,14 +207,14 @@ def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | N
     way_out = "`adaskip-cpp tune` or `adaskip-cpp plan -o`"
     try:
         file = msgspec.convert(_nan_for_null(stored.load(name, _FORMAT, "plan file", FORMAT_VERSION)), _File)
-        plan = _plan(file, name)
+        found = _found(file, name)
     except FileNotFoundError:
         raise PlanFileError(f"there is no plan file {name!r}; write one with {way_out}") from None
     except (ValueError, RecursionError) as error:  # among them all of msgspec's and our own
         raise PlanFileError(f"{name!r} cannot be used: {error}; write it again with {way_out}") from error
-    if model is not None and plan.model is not None:
-        check_model(plan.model, model, name)
-    return PlanFile(plan, file.tuning)
+    if model is not None and file.model is not None:
+        check_model(file.model, model, name)
+    return found
 
 
 def is_plan_file(path: str | os.PathLike[str]) -> bool:
@@ -172,6 +225,18 @@ def is_plan_file(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def frontier_beside(model: str | os.PathLike[str]) -> Frontier | None:
+    """Return the frontier beside a model without its points, and without reading their vectors; None if there is none.
+
+    A file that cannot be used counts as none: :func:`plan_beside` tells why.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        data = _nan_for_null(stored.load(plan_path(model), _FORMAT, "plan file", FORMAT_VERSION))
+        if data.get("frontier") is not None:
+            return msgspec.convert({**data["frontier"], "points": ()}, Frontier)
+    return None
+
+
 def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
     name = plan_path(model)
     if not os.path.exists(name):
@@ -179,12 +244,10 @@ def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
     return load_plan(name, model=model)
 
 
-def _plan(file: _File, path: str) -> SkipPlan:
+def _found(file: _File, path: str) -> PlanFile:
     shapes, maps = ([shape for each in file.sets for shape in each.shapes(*names)] for names in (("bias",), _MAPS))
-    if (
-        8 * file.n_layer * sum(math.prod(shape) for each in file.sets for shape in each.arrays.values())
-        > stored.MOST_MEMORY
-    ):
+    n_values = sum(math.prod(shape) for each in file.sets for shape in each.arrays.values())
+    if 8 * file.n_layer * n_values > stored.MOST_MEMORY:
         raise ValueError("it is of a larger model than any")
     if (shapes or maps) and file.vectors is None:
         raise ValueError("it names no file of its vectors")
@@ -194,21 +257,24 @@ def _plan(file: _File, path: str) -> SkipPlan:
         each.skip_set(file.n_layer, [next(halves if name in _MAPS else biases) for name in sorted(each.arrays)])
         for each in file.sets
     ]
-    around = {"set": 0} if file.bulk is None else dict(vars(file.bulk))
-    in_bulk = around.pop("set")
-    if not all(0 <= at < len(sets) for at in (file.prefill, file.decode, *(at for _, at in file.schedule), in_bulk)):
-        raise ValueError(f"it refers to a set that is not among its {len(sets)}")
-    return SkipPlan(
-        sets[file.prefill],
-        sets[file.decode],
-        schedule=tuple((start, sets[index]) for start, index in file.schedule),
-        online=file.online,
-        bulk=None if file.bulk is None else Bulk(sets[in_bulk], **around),
-        model=file.model,
-        strategy=file.strategy,
-        compensation=file.compensation,
-        mode=file.mode,
-    )
+    plans = [each.plan(sets, file.model) for each in file.plans]
+    if file.frontier is None:
+        if len(plans) != 1:
+            raise ValueError(f"it has {len(plans)} plans and no frontier")
+        return PlanFile(plans[0])
+    points = file.frontier.get("points")
+    if not isinstance(points, list) or len(points) != len(plans):
+        raise ValueError("its frontier does not have a point for each of its plans")
+    figures = msgspec.convert(points, list[Figures])
+    of_plans = (Point(**vars(each), plan=plan) for plan, each in zip(plans, figures, strict=True))
+    rest = msgspec.convert({**file.frontier, "points": ()}, Frontier)
+    return PlanFile(frontier=replace(rest, points=tuple(of_plans)))
+
+
+def frontier_dict(frontier: Frontier) -> dict[str, Any]:
+    """Return the figures of a frontier, without its plans."""
+    points = [{name: value for name, value in vars(each).items() if name != "plan"} for each in frontier.points]
+    return {field.name: getattr(frontier, field.name) for field in fields(frontier)} | {"points": points}
 
 
 def _nan_for_null(data: Any) -> Any:

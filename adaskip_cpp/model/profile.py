@@ -23,7 +23,7 @@ from .identity import ModelInfo
 from .plan import TIMED
 from .statistics import VECTORS, LinearMaps, PhaseStatistics
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 _FORMAT = "adaskip-profile"
 _MAPS = ("down", "up")
 
@@ -62,8 +62,9 @@ class ProfileData(LayerArrays):
         package_version, created: of adaskip-cpp that calibrated it, and when, in UTC, ISO 8601.
         cost: what each sublayer costs on the machine that measured it, or None.
         maps: linear maps that stand in for sublayers, or None.
-        divergence: float64 ``[n_layer, 2]``: what skipping each sublayer alone in the bulk of a prompt costs the tokens
-            behind it, see :mod:`adaskip_cpp.calibration.divergence`; None if it was not measured. Read-only.
+        divergence, copying: float64 ``[n_layer, 2]``: what skipping each sublayer alone in the bulk of a prompt costs
+            an answer that continues it, and one that copies from it, see :mod:`adaskip_cpp.calibration.divergence`. NaN
+            for sublayers that prompts never skip; both None if they were not measured. Read-only.
         windows: what it costs that attentions look back at a window there; None if it was not measured.
         bulk_only: layers whose attention only the bulk of a prompt can skip, as other layers read its KV.
 
@@ -82,16 +83,20 @@ class ProfileData(LayerArrays):
     cost: CostModel | None = None
     maps: LinearMaps | None = None
     divergence: npt.NDArray[np.float64] | None = None
+    copying: npt.NDArray[np.float64] | None = None
     windows: Windows | None = None
     bulk_only: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.divergence is not None:
-            divergence = np.array(self.divergence, np.float64)
-            fits = divergence.shape == self.similarity.shape and not (np.isnan(divergence) & self.in_bulk).any()
-            if not fits or (divergence < 0).any() or np.isinf(divergence).any():
-                raise ProfileFormatError("'divergence' is not of this model's sublayers; calibrate again")
-            freeze(self, divergence=divergence)
+        for name in ("divergence", "copying"):
+            if (values := getattr(self, name)) is not None:
+                lost = np.array(values, np.float64)
+                fits = lost.shape == self.similarity.shape and not (~np.isnan(lost) & ~self.in_bulk).any()
+                if not fits or (lost < 0).any() or np.isinf(lost).any():
+                    raise ProfileFormatError(f"{name!r} is not of this model's sublayers; calibrate again")
+                freeze(self, **{name: lost})
+        if (self.divergence is None) != (self.copying is None):
+            raise ProfileFormatError("one of 'divergence' and 'copying' is missing; calibrate again")
         listed = {"bulk_only": self.bulk_only, "windows": () if self.windows is None else self.windows.layers}
         for name, layers in listed.items():
             if not all(0 <= layer < self.n_layer for layer in layers):
@@ -142,6 +147,11 @@ class ProfileData(LayerArrays):
     def median_ratio(self) -> npt.NDArray[np.float64]:
         """float64 ``[n_layer, 2]``: mean of the median per-token ``|v| / |u|`` in prefill."""
         return self.prefill.median_ratio
+
+    @property
+    def lost(self) -> npt.NDArray[np.float64] | None:
+        """float64 ``[n_layer, 2]``: the worse of ``divergence`` and ``copying``; None if they were not measured."""
+        return None if self.divergence is None or self.copying is None else np.maximum(self.divergence, self.copying)
 
     @property
     def in_bulk(self) -> npt.NDArray[np.bool_]:

@@ -27,3 +27,25 @@ class Settings:
     def to_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments for AdaSkipLlama, without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Settings that were timed, as the mean of their rounds. Times are infinite where the model cannot run with them.
+
+    Attributes:
+        settings: all of them, the one that this trial is about included.
+        prompt_short_s, prompt_long_s: seconds per token at the beginning and at the end of a prompt of ``context``
+            tokens.
+        token_s: seconds per token of an answer to it.
+        request_s: seconds for the whole request.
+        chosen: whether they replaced the best settings before them. The first ones, which the search starts from, count
+            as chosen.
+    """
+
+    settings: Settings
+    prompt_short_s: float
+    prompt_long_s: float
+    token_s: float
+    request_s: float
+    chosen: bool

@@ -17,8 +17,8 @@ linear     ``s * u + up (down u)``, s near the square      as ``median``
 
 The paper's ratio is dominated by tokens of huge norm, as the first one of many models, and scales all others by it.
 ``affine`` also replaces the mean of what the sublayer would have added, ``linear`` what a linear map of low rank can
-tell of it: one map for both sublayers of a layer, where both are skipped. A profile that was calibrated with rank 0 has
-no maps; there ``linear`` is ``affine``. The online stage learns no vectors, so that an FFN it adds gets a scale alone.
+tell of it: one map for both sublayers of a layer, where both are skipped. A sublayer without a map, as those of early
+layers, gets what ``affine`` gives it. The online stage learns no vectors, so that an FFN it adds gets a scale alone.
 ``benchmarks/compensation.py`` compares all of them on held-out text.
 """
 
@@ -58,28 +58,40 @@ class Compensation:
         With maps the phase is the one that they were fitted in.
         """
         ratio = statistics.median_ratio
-        if self.uses_maps and maps is not None and skip.any():
-            return _mapped(skip, map_scale(ratio), maps)
         scale = {"none": np.ones_like(ratio), "paper": statistics.norm_ratio, "median": ratio}[self.online]
-        if not (self.adds_mean and skip.any()):
-            return SkipSet(skip, scale)
+        mapped = np.zeros(skip.shape, np.bool_)
+        down = up = None
+        if self.uses_maps and maps is not None and skip.any():
+            mapped = skip & maps.fitted[:, :2]
+            scale = np.where(mapped, map_scale(ratio), scale)
+            down, up = _stand_ins(skip, mapped, scale, maps)
+        if not (self.adds_mean and (skip & ~mapped).any()):
+            return SkipSet(skip, scale, None, down, up)
         if statistics.mean_u is None or statistics.mean_v is None:
             raise CompensationError(
                 'compensation "affine" needs the vectors of a profile, which this one lacks; calibrate again, '
                 'or use compensation="median"'
             )
         error = statistics.mean_v - scale[:, :, None] * statistics.mean_u.astype(np.float64)
-        return SkipSet(skip, scale, error.astype(np.float32))
+        error[mapped] = 0.0
+        return SkipSet(skip, scale, error.astype(np.float32), down, up)
 
 
-def _mapped(skip: npt.NDArray[np.bool_], scale: npt.NDArray[np.float64], maps: LinearMaps) -> SkipSet:
-    """Where both sublayers of a layer are skipped, the map of the layer stands in for them, as the FFN's."""
+def _stand_ins(
+    skip: npt.NDArray[np.bool_], mapped: npt.NDArray[np.bool_], scale: npt.NDArray[np.float64], maps: LinearMaps
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the maps of what is skipped, zeros where there is none; ``scale`` is changed with them.
+
+    Where both sublayers of a layer are skipped, the map of the layer stands in for them, as the FFN's.
+    """
     down, up = maps.down[:, :2].copy(), maps.up[:, :2].copy()
     whole = skip.all(axis=1) & maps.fitted[:, WHOLE]
     scale[whole] = 1.0
     down[whole, 1], up[whole, 1] = maps.down[whole, WHOLE], maps.up[whole, WHOLE]
     down[whole, 0] = up[whole, 0] = 0.0
-    return SkipSet(skip, scale, None, down, up)
+    down[~mapped] = up[~mapped] = 0.0
+    mapped[whole] = True
+    return down, up
 
 
 COMPENSATIONS: dict[str, Compensation] = {

@@ -125,14 +125,14 @@ def what_is_lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.f
         return np.where(profile.skippable, 1.0 - profile.similarity, np.nan)
     if request.ranking == "similarity":
         return 1.0 - profile.similarity
-    if profile.divergence is None:
+    if (lost := profile.lost) is None:
         raise PlanError(
             "the profile does not tell what skipping in a prompt's bulk costs; calibrate again, on 4 requests or more, "
             "or use mode='e2e' or ranking='similarity'"
         )
     # An error passes through the layers above that run: the more of them, the less are what sublayers cost alone and
     # what they cost among others alike. SmolLM2 at 1.4 times the speed diverges by 0.034 so, and by 0.058 without.
-    return profile.divergence * np.arange(profile.n_layer)[::-1, None]
+    return lost * np.arange(profile.n_layer)[::-1, None]
 
 
 @baseline

@@ -24,7 +24,8 @@ class ServedRequest:
         reuses: whether what was read before may be used, and what is read now be kept.
         streams: whether the answer comes in pieces.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
-        plan: the plan that ran, None for the whole model; ``plan_name`` is what it is called.
+        plan: the plan that ran, None for the whole model; ``plan_name`` is what it is called, ``readable`` are plans
+            whose cells it may read.
         n_layer: layers of the model.
         n_prompt, n_generated: tokens of the prompt and of the answer.
         n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
@@ -41,6 +42,7 @@ class ServedRequest:
     includes_usage: bool = False
     plan: SkipPlan | None = None
     plan_name: str = ""
+    readable: tuple[SkipPlan, ...] = ()
     n_layer: int = 0
     n_prompt: int = 0
     n_generated: int = 0

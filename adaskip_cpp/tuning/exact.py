@@ -15,10 +15,10 @@ from typing import Any
 from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError, RequestError
 from ..measuring.cores import logical_cores, physical_cores
-from ..model.settings import Settings
+from ..model.settings import Settings, Tried
 from ..progress import OnProgress
 
-MOST_TOKENS = 20_000
+MOST_TOKENS = 10_000
 """The search reads no more tokens than this through the model, all trials together."""
 
 _DEPTH = 1536
@@ -36,28 +36,6 @@ _MARGIN, _MARGIN_OF_ONE = 0.03, 0.10
 _NOT_QUANTIZED = {"0", "1", "32"}
 """``general.file_type`` of F32, F16 and BF16: llama.cpp repacks quantized weights only."""
 _FAILURES = (AdaSkipError, RuntimeError, ValueError, MemoryError, OSError)
-
-
-@dataclass(frozen=True)
-class Tried:
-    """Settings that were timed, as the mean of their rounds. Times are infinite where the model cannot run with them.
-
-    Attributes:
-        settings: all of them, the one that this trial is about included.
-        prompt_short_s, prompt_long_s: seconds per token at the beginning and at the end of a prompt of ``context``
-            tokens.
-        token_s: seconds per token of an answer to it.
-        request_s: seconds for the whole request.
-        chosen: whether they replaced the best settings before them. The first ones, which the search starts from, count
-            as chosen.
-    """
-
-    settings: Settings
-    prompt_short_s: float
-    prompt_long_s: float
-    token_s: float
-    request_s: float
-    chosen: bool
 
 
 @dataclass(frozen=True)
@@ -81,8 +59,9 @@ def fastest_settings(
 
     One setting is varied at a time: flash attention, repacking, threads for answers and for prompts, batch size.
     Each candidate is timed in turn with the best settings so far (best, candidate, candidate, best), and replaces them
-    only if it saves 3% of the request's time, in both rounds. The model is opened for each turn, and closed before the
-    next. A candidate with which it cannot be opened or run is not chosen.
+    only if it saves 3% of the request's time in both rounds. Of threads it is the time of the phase that they are for.
+    The model is opened for each turn, and closed before the next. A candidate with which it cannot be opened or run is
+    not chosen.
 
     Times are of the first tokens and of those up to a depth of 2,048; from them, those of ``context`` tokens are
     extrapolated linearly. All trials together read at most ``MOST_TOKENS`` tokens: where they run out, what is left
@@ -266,13 +245,13 @@ class _Search:
         try:
             with self._visit(candidate, shape) as visit:
                 theirs.append(visit.measure(self._rates))
-                if self._ratio(ours[0], theirs[0]) < _CLEARLY_SLOWER and self._left >= n_second:
+                if self._ratio(ours[0], theirs[0], change) < _CLEARLY_SLOWER and self._left >= n_second:
                     theirs.append(visit.measure(self._rates))
         except _FAILURES:
             theirs.clear()
         if len(theirs) > 1:
             ours.append(self._measure(self._best, best_shape))
-        ratios = [self._ratio(a, b) for a, b in zip(ours, theirs, strict=False)]
+        ratios = [self._ratio(a, b, change) for a, b in zip(ours, theirs, strict=False)]
         margin = _MARGIN if len(ratios) > 1 else _MARGIN_OF_ONE
         chosen = bool(ratios) and max(ratios) < 1 and mean(ratios) <= 1 - margin
         self._record(candidate, theirs, chosen=chosen)
@@ -280,8 +259,15 @@ class _Search:
             self._best, self._rates = candidate, _mean(theirs)
         return chosen
 
-    def _ratio(self, ours: _Rates, theirs: _Rates) -> float:
-        return self._request_s(theirs) / self._request_s(ours) if self._request_s(ours) > 0 else 1.0
+    def _ratio(self, ours: _Rates, theirs: _Rates, change: Mapping[str, Any]) -> float:
+        """Time with changed settings, as a share of that before: of a request, or of the phase that threads are for."""
+        if "n_threads" in change:
+            before, after = ours.token.start, theirs.token.start
+        elif "n_threads_batch" in change:
+            before, after = ours.prompt.start, theirs.prompt.start
+        else:
+            before, after = self._request_s(ours), self._request_s(theirs)
+        return after / before if before > 0 else 1.0
 
     def _request_s(self, rates: _Rates) -> float:
         prompt = self._context * rates.prompt.at(self._context / 2)

@@ -1,7 +1,6 @@
-"""Text that calibration did not see, in parts: to search by, to confirm what was found, and to report what it costs.
+"""Cuts text that calibration did not see into two parts: to search by, and to judge what was found.
 
-A search is kind to its own text, and so is whoever puts sublayers back until a text keeps a promise. So what a plan is
-reported to cost is measured on a third part, which decided nothing.
+A search is kind to its own text. So what a plan is said to lose is measured on text that had no part in choosing it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,66 +17,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text in parts, of which no item is in two; ``report`` is () where there is too little for a third part."""
+    """Two parts of text that have no item and, where there are enough texts, no text in common."""
 
     search: tuple[TextItem, ...]
-    confirm: tuple[TextItem, ...]
-    report: tuple[TextItem, ...] = ()
+    judge: tuple[TextItem, ...]
 
     def names(self) -> dict[str, str]:
-        parts = {"searched_on": self.search, "confirmed_on": self.confirm, "reported_on": self.report or self.confirm}
+        """Return the names of the texts of each part, for people."""
+        parts = {"searched_on": self.search, "judged_on": self.judge}
         return {
             word: ", ".join(sorted({"/".join(item.id.split("/")[1:-2]) for item in part}))
             for word, part in parts.items()
         }
 
 
-def hold_out(tokenizer: "Llama", texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
-    """Cut texts, by name, into three parts of ``n_texts`` items each, or into two where there is too little for three.
+def hold_out(tokenizer: "Llama", kinds: Sequence[Mapping[str, str]], n_texts: int, n_tokens: int) -> HeldOut:
+    """Cut ``n_texts`` items of ``n_tokens`` for either part, of each kind of text in equal shares.
+
+    Where a kind is too small for its share, all kinds together are cut.
+
+    Args:
+        kinds: texts by name, of each kind.
 
     Raises:
-        DataError: there is too little text for two parts, or a number is too small.
+        DataError: there is too little text, or a number is too small.
     """
     if n_texts < 2 or n_tokens < 4:
         raise DataError(f"cannot judge by {n_texts} texts of {n_tokens} tokens; use at least 2 texts of 4 tokens")
-
-    def items(n_parts: int) -> HeldOut:
-        parts = _parts(texts, n_parts)
-        cut = (text_items(tokenizer, part, n_items=n_texts, n_tokens=n_tokens, drop_short=True) for part in parts)
-        return HeldOut(*map(tuple, cut))
-
+    n_each = [len(range(i, n_texts, len(kinds))) for i in range(len(kinds))]
     with suppress(DataError):
-        return items(3)
+        held = [_two_parts(tokenizer, kind, n, n_tokens) for kind, n in zip(kinds, n_each, strict=True) if n]
+        return HeldOut(*(sum(parts, ()) for parts in zip(*((each.search, each.judge) for each in held), strict=True)))
+    together = {name: text for kind in kinds for name, text in kind.items()}
     try:
-        return items(2)
+        return _two_parts(tokenizer, together, n_texts, n_tokens)
     except DataError as error:
         raise DataError(f"of either half of the held-out text: {error}") from error
 
 
-def hold_out_kinds(tokenizer: "Llama", kinds: Sequence[Mapping[str, str]], n_texts: int, n_tokens: int) -> HeldOut:
-    """As :func:`hold_out`, each part of several kinds of text in equal shares, or of all together if one is too small.
-
-    Raises:
-        DataError: as :func:`hold_out`.
-    """
-    n_each = [len(range(i, n_texts, len(kinds))) for i in range(len(kinds))]
-    if min(n_each) >= 2:
-        with suppress(DataError):
-            held = [hold_out(tokenizer, kind, n, n_tokens) for kind, n in zip(kinds, n_each, strict=True)]
-            if all(each.report for each in held):
-                parts = zip(*((each.search, each.confirm, each.report) for each in held), strict=True)
-                return HeldOut(*(sum(part, ()) for part in parts))
-    return hold_out(tokenizer, {name: text for kind in kinds for name, text in kind.items()}, n_texts, n_tokens)
+def _two_parts(tokenizer: "Llama", texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
+    parts = (
+        text_items(tokenizer, part, n_items=n_texts, n_tokens=n_tokens, drop_short=True) for part in _halves(texts)
+    )
+    return HeldOut(*map(tuple, parts))
 
 
-def _parts(texts: Mapping[str, str], n: int) -> list[dict[str, str]]:
-    """Deal texts out whole where there are two or more for each part, else cut each of them."""
-    parts: list[dict[str, str]] = [{} for _ in range(n)]
-    if len(texts) >= 2 * n:
+def _halves(texts: Mapping[str, str]) -> list[dict[str, str]]:
+    """Deal texts out whole where there are four or more, else cut each of them."""
+    parts: list[dict[str, str]] = [{}, {}]
+    if len(texts) >= 4:
         for name in sorted(texts, key=lambda name: (-len(texts[name]), name)):
             min(parts, key=lambda part: sum(map(len, part.values())))[name] = texts[name]
     else:
         for name, text in texts.items():
             for i, part in enumerate(parts):
-                part[f"{name}, part {i + 1} of {n}"] = text[i * len(text) // n : (i + 1) * len(text) // n]
+                part[f"{name}, part {i + 1} of 2"] = text[i * len(text) // 2 : (i + 1) * len(text) // 2]
     return parts

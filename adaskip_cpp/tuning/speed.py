@@ -1,51 +1,61 @@
-"""Measures how many times as fast a plan is as the full model."""
+"""Measures how much sooner the first token comes by settings, by a plan and by both, against stock llama-cpp-python."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from statistics import median
-from typing import Literal
+from typing import Any
 
-from ..engine.llama import AdaSkipLlama
+from ..benchmark.process import Worker
 from ..intervals import ratio_interval
-from ..measuring.timing import RequestTime, in_turn, time_request
+from ..measuring.timing import in_turn
+from ..model.frontier import SpeedUp
 from ..model.plan import SkipPlan
-from ..model.promise import SpeedUp
+from ..model.settings import Settings
+from ..progress import OnProgress
+
+_WARM_UP = 8
+"""Tokens that each process reads before it is timed: they read the weights into memory."""
 
 
 def measure_speed(
-    llm: AdaSkipLlama,
-    plan: SkipPlan,
-    prompt: Sequence[int],
-    n_answer: int,
+    model_path: str,
+    settings: Settings,
+    plan: SkipPlan | None,
+    prompt: list[int],
     *,
-    n_rounds: int = 5,
-    on_progress: Callable[[float], None] | None = None,
+    n_rounds: int = 2,
+    kwargs: Mapping[str, Any] | None = None,
+    on_progress: OnProgress = lambda fraction, words="": None,
 ) -> tuple[SpeedUp, ...]:
-    """Time ``n_rounds`` requests of the full model and of a plan in turn, after one of each that is not counted.
+    """Time a prompt in processes of their own, in turn: stock with its defaults, ours with settings, and with a plan.
 
-    The model's context must hold the prompt and ``n_answer`` tokens behind the answer's first one; its plan is changed.
-    Returned is how many times as fast the plan reaches the first token, decodes, and answers the whole request; the
-    first alone if ``n_answer`` is 0. ``on_progress`` is called with the fraction of the work done.
+    Each process reads ``_WARM_UP`` tokens and then the prompt ``n_rounds`` times. ``kwargs`` are those of
+    ``llama_cpp.Llama`` that both take, as ``n_gpu_layers``.
+
+    Raises:
+        NativeError: a process ended or failed.
     """
-    times: tuple[list[RequestTime], list[RequestTime]] = ([], [])
-    for n_round in range(-1, n_rounds):
-        for which in in_turn(2, max(n_round, 0)):
-            llm.set_plan(plan if which else None)
-            time = time_request(llm, prompt, n_answer)
-            if n_round >= 0:
-                times[which].append(time)
-            if on_progress is not None:
-                on_progress((2 * n_round + 3) / (2 * n_rounds + 2))
-    llm.reset()
+    options = {"n_ctx": len(prompt) + 8, **(kwargs or {})}
+    names = ("stock", "settings", *(["plan"] if plan is not None else []))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        workers = {}
+        for name in names:
+            side = "stock" if name == "stock" else "ours"
+            workers[name] = stack.enter_context(Worker(name, side))  # type: ignore[arg-type]
+            workers[name].open(model_path, options if name == "stock" else {**options, **settings.to_kwargs()})
+            workers[name].time(prompt[:_WARM_UP], 0, plan if name == "plan" else None)
+        for n_round in range(n_rounds):
+            for index in in_turn(len(names), n_round):
+                name = names[index]
+                times[name].append(workers[name].time(prompt, 0).first_token_s)
+                on_progress(sum(map(len, times.values())) / (len(names) * n_rounds))
 
-    def faster(of: Literal["first token", "decode", "request"], seconds: Callable[[RequestTime], float]) -> SpeedUp:
-        full, own = (list(map(seconds, side)) for side in times)
-        return SpeedUp(of, len(prompt), n_answer, ratio_interval(full, own), (median(full), median(own)))
+    def speed_up(of: Any, before: str, after: str) -> SpeedUp:
+        ratio = ratio_interval(times[before], times[after])
+        return SpeedUp(of, len(prompt), ratio, (median(times[before]), median(times[after])))
 
-    first = faster("first token", lambda time: time.first_token_s)
-    if n_answer == 0:
-        return (first,)
-    return (
-        first,
-        faster("decode", lambda time: time.per_token_s()),
-        faster("request", lambda time: time.first_token_s + sum(time.token_s)),
-    )
+    found = [speed_up("settings", "stock", "settings")]
+    if plan is not None:
+        found += [speed_up("plan", "settings", "plan"), speed_up("both", "stock", "plan")]
+    return tuple(found)

@@ -1,0 +1,229 @@
+"""The frontier: what `adaskip-cpp tune` finds for one model, plans of growing speed and what each of them loses.
+
+:meth:`Frontier.choose` picks the fastest plan that keeps a promise, for a prompt of some length.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from ..errors import PlanError
+from ..intervals import Interval
+from .cost_model import CostSettings
+from .plan import SkipPlan, window_size_for
+from .settings import Settings, Tried
+
+DEFAULT_LOSS = 0.05
+"""Nats per token that a plan may lose where nothing else is promised: the perplexity grows by 5%."""
+
+LEAST_CONTEXT = 512
+"""Tokens: shorter prompts run whole, as they have little bulk and take little time."""
+
+GROWTH = 1.25
+"""What a plan loses grows at most so many times where a prompt is twice as long as those it was judged on, with windows
+of the same share of it. docs/method.md shows the measurement."""
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times as fast the first token of a prompt was measured to come.
+
+    Attributes:
+        of: what makes it faster: ``"settings"`` the settings found, against stock llama-cpp-python with its own;
+            ``"plan"`` a plan, against the whole model with these settings; ``"both"`` both, against stock.
+        context: tokens of the prompt.
+        ratio: of times, pair by pair.
+        seconds: medians, without and with it.
+    """
+
+    of: Literal["settings", "plan", "both"]
+    context: int
+    ratio: Interval
+    seconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Passkeys:
+    """Pass keys hidden in ``n`` prompts: how many the whole model finds with a margin, and how many of these a plan."""
+
+    n: int
+    whole: int
+    plan: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a plan changes in answers of one kind, against the whole model: means over texts, with 95% intervals.
+
+    Attributes:
+        divergence: KL(whole model || plan), in nats per token.
+        error: standard error of that mean.
+        loss: loss that the plan adds, in nats per token.
+        excess: by how much that is greater than the divergence beyond chance: the lower end of the 95% interval of
+            their difference, 0 where that is below 0.
+        agreement: share of tokens for which both find the same token likeliest.
+        tails: 99% and 99.9% quantile of the divergence over all tokens.
+        n_texts, n_tokens: what was judged.
+    """
+
+    divergence: Interval
+    error: float
+    loss: Interval
+    excess: float
+    agreement: Interval
+    tails: tuple[float, float]
+    n_texts: int
+    n_tokens: int
+
+    @property
+    def harm(self) -> float:
+        """What a promise is held to, in nats per token: the loss to be expected.
+
+        The mean added loss of a few texts is mostly chance. Its expectation where the whole model is right is the
+        divergence, which varies much less.
+        """
+        return self.divergence.value + self.excess
+
+    def keeps(self, max_loss: float, growth: float = 1.0) -> bool:
+        """Whether it keeps a promise, where losses are ``growth`` times as large as measured.
+
+        The mean and one standard error must keep it. By the mean alone, a promise would be broken in 3 of 20 choices
+        on four texts; so it is in fewer than 1 of 20, as tests/test_frontier.py simulates.
+        """
+        return growth * (self.harm + self.error) <= max_loss
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of a plan.
+
+    Attributes:
+        judged_at: tokens of the prompts that it was judged on.
+        continuation: of answers that go on where the prompt ends.
+        copying: of answers that repeat a part of the prompt from far back.
+        passkeys: keys hidden in the prompts.
+        speedups: how many times as fast the first token is, as predicted: pairs of a prompt's tokens and that.
+    """
+
+    judged_at: int
+    continuation: Quality
+    copying: Quality
+    passkeys: Passkeys
+    speedups: tuple[tuple[int, float], ...]
+
+    def growth(self, context: int) -> float:
+        """How many times what was measured the loss is taken for in prompts of so many tokens."""
+        return float(GROWTH ** max(math.log2(context / self.judged_at), 0.0))
+
+    def harm(self, context: int) -> float:
+        """Nats per token that the plan loses after prompts of so many tokens, in the worse kind of answer."""
+        return self.growth(context) * max(self.continuation.harm, self.copying.harm)
+
+    def keeps(self, max_loss: float, context: int) -> bool:
+        """Whether it keeps a promise in both kinds of answers, and loses no pass key."""
+        growth = self.growth(context)
+        kinds = (self.continuation, self.copying)
+        return self.passkeys.plan >= self.passkeys.whole and all(each.keeps(max_loss, growth) for each in kinds)
+
+    def speedup(self, context: int) -> float:
+        """Predicted times as fast at the nearest length that was predicted, by ratio."""
+        return min(self.speedups, key=lambda each: abs(math.log(each[0] / context)), default=(context, 1.0))[1]
+
+
+@dataclass(frozen=True)
+class Point(Figures):
+    """A plan of a frontier, of mode ``prompt``. Its window, if it has any, is for prompts of ``judged_at`` tokens."""
+
+    plan: SkipPlan
+
+    def plan_for(self, context: int) -> SkipPlan:
+        """Return the plan with windows of the same share of prompts of so many tokens."""
+        bulk = self.plan.bulk
+        if bulk is None or not bulk.narrowed:
+            return self.plan
+        return replace(self.plan, bulk=replace(bulk, window_size=window_size_for(context)))
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What tuning found for one model on one machine.
+
+    Attributes:
+        points: plans of growing speed, each skipping what the one before it skips. None where nothing can be skipped.
+        settings: with which the whole model is fastest.
+        machine: where times were measured.
+        tried: the settings that were timed.
+        speeds: as measured at the end, with a plan that keeps the default promise.
+        n_read: tokens that calibration and tuning read through the model.
+        about: on which texts, when, by which release; for people to read.
+
+    Raises:
+        PlanError: a point is no plan of mode ``prompt``.
+    """
+
+    points: tuple[Point, ...]
+    settings: Settings = field(default_factory=Settings)
+    machine: CostSettings | None = None
+    tried: tuple[Tried, ...] = ()
+    speeds: tuple[SpeedUp, ...] = ()
+    n_read: int = 0
+    about: dict[str, str | int | float | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for each in self.points:
+            if each.plan.bulk is None or each.judged_at < 1:
+                raise PlanError("a point of a frontier skips in the bulk of prompts alone; tune again")
+
+    def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS) -> SkipPlan | None:
+        """Return the fastest plan that keeps a promise for a prompt of ``n_tokens``; None for the whole model.
+
+        Plans change at powers of two, so that a chat that grows keeps its plan for long.
+
+        Raises:
+            PlanError: the promise is no number from 0 on.
+        """
+        check_max_loss(max_loss)
+        point = self.point(n_tokens, max_loss)
+        return None if point is None else self._plan(point, context_for(n_tokens))
+
+    def point(self, n_tokens: int, max_loss: float) -> Point | None:
+        """Return the point whose plan :meth:`choose` returns."""
+        if n_tokens < LEAST_CONTEXT:
+            return None
+        context = context_for(n_tokens)
+        kept = [each for each in self.points if each.keeps(max_loss, context) and each.speedup(context) > 1.0]
+        return max(kept, key=lambda each: each.speedup(context), default=None)
+
+    def readable(self, max_loss: float, most_tokens: int) -> tuple[SkipPlan, ...]:
+        """Return the plans whose cells keep a promise, in contexts of up to so many tokens.
+
+        A cell of the cache that was computed under one of them may be read under any other.
+        """
+        lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, context_for(most_tokens).bit_length())]
+        kept = [(each, n) for each in self.points for n in lengths if each.keeps(max_loss, n)]
+        return tuple({id(plan): plan for plan in (self._plan(*each) for each in kept)}.values())
+
+    def _plan(self, point: Point, context: int) -> SkipPlan:
+        """Return the one object that stands for a plan: comparing plans goes through all their maps."""
+        return self._plans.setdefault((id(point), context), point.plan_for(context))
+
+    @cached_property
+    def _plans(self) -> dict[tuple[int, int], SkipPlan]:
+        return {}
+
+
+def context_for(n_tokens: int) -> int:
+    """Return the length that a prompt is planned for: the next power of two."""
+    return 1 << max(n_tokens - 1, 0).bit_length()
+
+
+def check_max_loss(max_loss: Any) -> None:
+    """Refuse what is no promise of a loss.
+
+    Raises:
+        PlanError: it is no number from 0 on.
+    """
+    is_number = isinstance(max_loss, int | float) and not isinstance(max_loss, bool)
+    if not (is_number and math.isfinite(max_loss) and max_loss >= 0):
+        raise PlanError(f"the promised loss is {max_loss!r}; use nats per token, a number from 0 on, such as 0.05")

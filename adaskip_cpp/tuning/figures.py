@@ -1,0 +1,43 @@
+"""From the scores of probes to the figures of a plan: quality by kind of answer, and pass keys."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..intervals import mean_error, mean_interval
+from ..measuring.judge import Probe, ProbeKind, Scores
+from ..model.frontier import Passkeys, Quality
+
+_SURE = np.log(2.0)
+"""A pass key counts as found by the whole model where it prefers each of its tokens by so many nats to any other."""
+
+
+def quality_of(probes: Sequence[Probe], scores: Sequence[Scores], kind: ProbeKind) -> Quality:
+    """Return what a plan changes in the answers of one kind: means of each text, then of all texts."""
+    texts: dict[str, list[Scores]] = {}
+    for probe, each in zip(probes, scores, strict=True):
+        if probe.kind == kind:
+            texts.setdefault(probe.text, []).append(each)
+    divergence, loss, agreement = (
+        np.array([np.concatenate([getattr(each, name) for each in of]).mean() for of in texts.values()])
+        for name in ("divergence", "loss", "agrees")
+    )
+    every = np.concatenate([each.divergence for of in texts.values() for each in of])
+    excess = mean_interval(loss - divergence).low
+    return Quality(
+        mean_interval(divergence),
+        mean_error(divergence)[1],
+        mean_interval(loss),
+        max(float(np.nan_to_num(excess)), 0.0),
+        mean_interval(agreement),
+        (float(np.quantile(every, 0.99)), float(np.quantile(every, 0.999))),
+        len(texts),
+        len(every),
+    )
+
+
+def passkeys_of(probes: Sequence[Probe], scores: Sequence[Scores]) -> Passkeys:
+    """Count pass keys. One that the whole model finds by luck, near a tie, does not count as lost."""
+    asked = [each for probe, each in zip(probes, scores, strict=True) if probe.kind == "retrieval"]
+    sure = [each for each in asked if (each.whole_margin >= _SURE).all()]
+    return Passkeys(len(asked), len(sure), sum(bool(each.right.all()) for each in sure))

@@ -1,0 +1,70 @@
+"""Keeps what tuning has found so far, so that a run goes on where it was stopped."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from ..errors import AdaSkipError
+from ..files import json_text, write_atomically
+from ..model.identity import ModelInfo
+from ..planning.profile import Profile
+
+_T = TypeVar("_T")
+
+
+class Memo:
+    """Values by name in a JSON file, and a profile beside it.
+
+    Args:
+        path: the file; None keeps nothing.
+        key: what the values depend on, as a hash of the model, the texts and the options. A file of another key is
+            not read, and is written anew.
+    """
+
+    def __init__(self, path: str | None = None, key: str = "") -> None:
+        self._path, self._data = path, {"key": key}
+        if path is None:
+            return
+        with contextlib.suppress(OSError, msgspec.DecodeError, ValueError):
+            with open(path, "rb") as file:
+                data: Any = msgspec.json.decode(file.read())
+            if isinstance(data, dict) and data.get("key") == key:
+                self._data = data
+
+    def get(self, name: str, kind: type[_T], make: Callable[[], _T]) -> _T:
+        """Return the value of a name, of this type; the first time, or where the file has none, it is made."""
+        with contextlib.suppress(msgspec.ValidationError, KeyError):
+            return msgspec.convert(self._data[name], kind)
+        value = make()
+        self._data[name] = msgspec.to_builtins(value)
+        if self._path is not None:
+            write_atomically(self._path, json_text(self._data))
+        return value
+
+    def profile(self, model: ModelInfo) -> Profile | None:
+        """Return the profile that an earlier run kept, if it is of this model."""
+        with contextlib.suppress(AdaSkipError, OSError):
+            if self._path is not None and self._data.get("profile"):
+                found = Profile.load(self._profile_path)
+                return found if found.model == model else None
+        return None
+
+    def keep_profile(self, profile: Profile) -> None:
+        if self._path is not None:
+            profile.save(self._profile_path)
+            self.get("profile", bool, lambda: True)
+
+    def remove(self) -> None:
+        """Remove the files, when the run is at its end."""
+        if self._path is not None:
+            for path in (self._path, self._profile_path, self._profile_path.removesuffix(".json") + ".bin"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+
+    @property
+    def _profile_path(self) -> str:
+        assert self._path is not None
+        return f"{self._path.removesuffix('.json')}-profile.json"

@@ -1,0 +1,194 @@
+"""Finds the path of a frontier: for each of several losses the fastest set of what is skipped and windowed.
+
+Nothing here knows a model: what a set loses and how long it takes are functions. Start at :func:`find_path`.
+
+Sublayers of a kind are skipped in an *order*: the last layer first, or by what calibration measured of each alone. What
+the first k of an order lose together is measured at a few depths k, for attentions, FFNs and windows apart. Between
+them it is interpolated, and the losses of the three kinds add up: that predicts a set's loss well enough to find good
+ones, which are then judged as sets.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..model.skip_set import marked
+
+Lost: TypeAlias = tuple[float, float]
+"""Nats per token that a set loses in continuations and in copies."""
+
+LEVELS = (0.015, 0.03, 0.045, 0.07, 0.1, 0.15, 0.25)
+"""Losses for which the path has a set each, in nats per token."""
+
+_SHARES = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0), "windowed": (1 / 2, 1.0)}
+"""Depths at which an order is measured, as shares of its length."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Layers whose attention and whose FFN the bulk of a prompt skips, and whose attention looks back at a window."""
+
+    attention: tuple[int, ...] = ()
+    ffn: tuple[int, ...] = ()
+    windowed: tuple[int, ...] = ()
+
+    def skip(self, n_layer: int) -> npt.NDArray[np.bool_]:
+        return marked(n_layer, self.attention, self.ffn)
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Orders of layers, by what is done to them: several for a kind are alternatives, of which the better is taken."""
+
+    attention: tuple[tuple[int, ...], ...]
+    ffn: tuple[tuple[int, ...], ...]
+    windowed: tuple[tuple[int, ...], ...]
+
+
+_PARTS = ("attention", "ffn", "windowed")
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What the first k of an order lose, measured at some k."""
+
+    order: tuple[int, ...]
+    depths: tuple[int, ...]
+    lost: tuple[Lost, ...]
+
+    def at(self, depth: int) -> npt.NDArray[np.float64]:
+        """Interpolate, from the first depth on in logarithms: what is lost grows by a factor per layer."""
+        if depth <= self.depths[1]:
+            return np.array(self.lost[1]) * (depth / self.depths[1])
+        logs = np.log(np.maximum(np.maximum.accumulate(self.lost), 1e-5))
+        return np.exp([np.interp(depth, self.depths, kind) for kind in logs.T])
+
+
+def orders(
+    layers: Sequence[int], scores: npt.NDArray[np.float64] | None, windowable: Sequence[int], n_layer: int
+) -> Orders:
+    """Return the orders to try.
+
+    Args:
+        layers: those that may be skipped, ascending.
+        scores: float64 ``[n_layer, 2]``, what skipping each sublayer alone loses, NaN where it cannot be skipped; None
+            where that was not measured.
+        windowable: layers whose attention may look back at a window.
+    """
+    found: list[tuple[tuple[int, ...], ...]] = []
+    for kind in range(2):
+        may = [layer for layer in layers if scores is None or not np.isnan(scores[layer, kind])]
+        last = tuple(reversed(may))
+        if scores is None:
+            found.append((last,))
+            continue
+        # Of an error few layers above are left to pass it on the more of them are skipped: see docs/method.md.
+        by_score = tuple(sorted(may, key=lambda layer: scores[layer, kind] * (n_layer - 1 - layer)))
+        found.append((last, by_score) if by_score != last else (last,))
+    return Orders(found[0], found[1], (tuple(sorted(windowable, reverse=True)),))
+
+
+def find_path(
+    every: Orders,
+    lost: Callable[[Candidate], Lost],
+    seconds: Callable[[Candidate], float],
+    *,
+    levels: Sequence[float] = LEVELS,
+    on_progress: Callable[[float], object] = lambda fraction: None,
+) -> list[Candidate]:
+    """Return the sets of a path, each containing the one before it, one for each level of loss that brings anything.
+
+    Args:
+        lost: judges a set. It is asked about :func:`n_judged` sets at most.
+        seconds: predicts the time of a prompt.
+    """
+    total, done = n_judged(every), 0
+
+    def judged(candidate: Candidate) -> Lost:
+        nonlocal done
+        result = lost(candidate)
+        done += 1
+        on_progress(done / total)
+        return result
+
+    curves = {part: _curve(part, getattr(every, part), judged) for part in _PARTS}
+    grid = _grid(curves, seconds)
+    whole = seconds(Candidate())
+    path: list[Candidate] = []
+    factor = np.ones(2)
+    middle = levels[len(levels) // 2]
+    if (first := _fastest(grid, middle, factor, whole)) is not None:
+        expected, actual = _predicted(curves, first), np.array(judged(first))
+        factor = np.clip(actual / np.maximum(expected, 1e-6), 0.5, 2.0)
+    for level in levels:
+        found = _fastest([each for each in grid if not path or _contains(each[0], path[-1])], level, factor, whole)
+        if found is not None and (not path or found != path[-1]):
+            path.append(found)
+    return path
+
+
+def n_judged(every: Orders) -> int:
+    """Return the number of sets that :func:`find_path` has judged at most."""
+    found = {part: getattr(every, part) for part in _PARTS}
+    return 1 + sum(len(_depths(part, orders[0])) + len(orders) - 1 for part, orders in found.items())
+
+
+def _depths(part: str, order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(round(share * len(order)) for share in _SHARES[part] if round(share * len(order))))
+
+
+def _curve(part: str, alternatives: Sequence[tuple[int, ...]], judged: Callable[[Candidate], Lost]) -> _Curve:
+    """Measure the better of some orders, compared at half of their length."""
+
+    def of(order: Sequence[int], depth: int) -> Lost:
+        return judged(replace(Candidate(), **{part: tuple(sorted(order[:depth]))}))
+
+    best = alternatives[0]
+    depths = _depths(part, best)
+    known: dict[int, Lost] = {}
+    if not depths:
+        return _Curve((), (0, 1), ((0.0, 0.0), (0.0, 0.0)))
+    if len(alternatives) > 1:
+        half = depths[(len(depths) - 1) // 2]
+        compared = [of(order, half) for order in alternatives]
+        at = min(range(len(compared)), key=lambda i: max(compared[i]))
+        best, known = alternatives[at], {half: compared[at]}
+    lost = [known[depth] if depth in known else of(best, depth) for depth in depths]
+    return _Curve(best, (0, *depths), ((0.0, 0.0), *lost))
+
+
+_Grid: TypeAlias = list[tuple[Candidate, npt.NDArray[np.float64], float]]
+
+
+def _grid(curves: dict[str, _Curve], seconds: Callable[[Candidate], float]) -> _Grid:
+    """Every combination of depths that is worth a look, with its predicted loss and seconds."""
+    steps = [_steps(len(curves[part].order), 25) for part in _PARTS[:2]] + [_steps(len(curves["windowed"].order), 4)]
+    found = []
+    for depths in product(*steps):
+        parts = dict(zip(_PARTS, depths, strict=True))
+        candidate = Candidate(**{part: tuple(sorted(curves[part].order[:depth])) for part, depth in parts.items()})
+        lost = np.sum([curves[part].at(depth) for part, depth in parts.items()], axis=0)
+        found.append((candidate, lost, seconds(candidate)))
+    return found
+
+
+def _steps(n: int, most: int) -> list[int]:
+    return sorted({round(n * i / min(n, most)) for i in range(min(n, most) + 1)}) if n else [0]
+
+
+def _predicted(curves: dict[str, _Curve], candidate: Candidate) -> npt.NDArray[np.float64]:
+    return np.asarray(np.sum([curves[part].at(len(getattr(candidate, part))) for part in _PARTS], axis=0))
+
+
+def _fastest(grid: _Grid, level: float, factor: npt.NDArray[np.float64], whole: float) -> Candidate | None:
+    """The fastest set that is predicted to lose no more than ``level`` in both kinds; None where none saves time."""
+    kept = [each for each in grid if (factor * each[1]).max() <= level and each[2] < 0.99 * whole]
+    return min(kept, key=lambda each: (each[2], each[1].max()), default=(None,))[0]
+
+
+def _contains(larger: Candidate, smaller: Candidate) -> bool:
+    return all({*getattr(larger, part)} >= {*getattr(smaller, part)} for part in _PARTS)

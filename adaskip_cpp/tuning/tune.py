@@ -1,0 +1,271 @@
+"""``tune``: finds the settings under which a model is fastest here, then its frontier of plans. Start here.
+
+The stages: settings (``exact``), calibration, the path (``path``) on one part of the held-out text, the figures of its
+plans on the other (``figures``), and speed against stock llama-cpp-python (``speed``). Each stage's results are kept in
+a ``memo`` as they come, so that a run goes on where it was stopped.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..calibration.calibrate import calibrate, late_layers
+from ..calibration.cost import measure_cost
+from ..engine.llama import AdaSkipLlama
+from ..engine.settings import cost_settings
+from ..errors import DataError
+from ..measuring import corpus
+from ..measuring.judge import Judge, Probe, probes_of
+from ..measuring.tasks import TextItem, python_sources
+from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Point
+from ..model.plan import Bulk, SkipPlan, window_size_for
+from ..model.settings import Settings
+from ..model.skip_set import SkipSet
+from ..planning.modes import compensated_plan
+from ..planning.profile import Profile
+from ..planning.request import PlanRequest
+from ..progress import OnProgress, Stage, progress_bar
+from .exact import FoundSettings, fastest_settings
+from .figures import passkeys_of, quality_of
+from .hold_out import HeldOut, hold_out
+from .memo import Memo
+from .path import LEVELS, Candidate, find_path, orders
+from .speed import measure_speed
+
+MOST_TOKENS = 120_000
+"""Calibration and tuning together read no more tokens than this through a model, whatever its size."""
+
+LONGEST = 32_768
+"""Tokens of the longest prompts that speeds are predicted for."""
+
+_N_REQUESTS, _N_DECODE = 20, 4
+"""Calibration requests of 512 tokens, and tokens decoded after each: plans of prompts take nothing from these."""
+_COST_CONTEXTS, _COST_S = (512, 2048), 6.0
+_JUDGED_AT, _CUTS = 2048, (1024, 2048)
+"""Tokens of the prompts that plans are judged on, and of a text where each ends."""
+_SEARCHED_AT = 640
+_N_TEXTS, _N_SEARCHED = 4, 2
+"""Held-out texts that plans are judged on, and those that sets are searched by."""
+_N_ROUNDS = 2
+"""Times that each prompt is timed at the end."""
+
+
+def tune(
+    model_path: str,
+    *,
+    context: int = 8192,
+    n_answer: int = 128,
+    data: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
+    given: Mapping[str, Any] | None = None,
+    memo: Memo | None = None,
+    on_stage: Stage = progress_bar,
+    tell: Callable[[str], object] = lambda line: None,
+    **kwargs: Any,
+) -> Frontier:
+    """Find the fastest settings of a model on this machine, and its frontier of plans.
+
+    Nothing is written but the memo: :func:`adaskip_cpp.save_plan` writes a frontier, and ``AdaSkipLlama(path,
+    plan="auto")`` reads it.
+
+    Args:
+        model_path: a GGUF file.
+        context, n_answer: tokens of the requests that settings are chosen for.
+        data: texts by name to calibrate on; None for text that every Python carries.
+        texts: other texts by name, to search and judge by; None for pages and sources that calibration leaves out.
+        given: settings, by the names of :class:`adaskip_cpp.model.settings.Settings`, that are not varied.
+        memo: keeps what is found, so that a later call goes on from there.
+        on_stage: shows progress, as :func:`adaskip_cpp.calibrate` does.
+        tell: called with what a person wants to know meanwhile, above all how long it will take.
+        **kwargs: for AdaSkipLlama, as ``n_gpu_layers``.
+
+    Raises:
+        DataError: there is too little text.
+        ModelFileError: the model cannot be opened.
+    """
+    return _Tuning(model_path, context, n_answer, given or {}, memo or Memo(), on_stage, tell, kwargs).run(data, texts)
+
+
+@dataclass
+class _Tuning:
+    path: str
+    context: int
+    n_answer: int
+    given: Mapping[str, Any]
+    memo: Memo
+    on_stage: Stage
+    tell: Callable[[str], object]
+    kwargs: Mapping[str, Any]
+    n_read: int = 0
+    settings: Settings = field(default_factory=Settings)
+
+    def run(self, data: Mapping[str, str] | None, texts: Mapping[str, str] | None) -> Frontier:
+        with self.on_stage("Trying settings") as on_progress:
+            found = self.memo.get("settings", FoundSettings, lambda: self._find_settings(on_progress))
+        self.settings, self.n_read = found.settings, found.n_tokens
+        best = [each for each in found.tried if each.chosen][-1]
+        rate = 2 / (best.prompt_short_s + best.prompt_long_s) if best.prompt_short_s > 0 else 0.0
+        if rate:
+            took = (MOST_TOKENS - self.n_read) / rate
+            self.tell(f"This model reads {rate:,.0f} tokens per second, so what follows takes about {_minutes(took)}.")
+        kinds = unseen_texts() if texts is None else [texts]
+        with self._opened(_JUDGED_AT + 512) as llm:
+            held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + 64)
+            profile = self._calibrate(llm, data)
+            points = self._points(llm, profile, held)
+            machine, prompt = cost_settings(llm), self._prompt(llm, kinds)
+            self.n_read += llm.n_evaluated
+        about: dict[str, str | int | float | None] = {
+            **held.names(),
+            "calibrated_on": profile.corpus,
+            "package_version": profile.package_version,
+        }
+        frontier = Frontier(tuple(points), self.settings, machine, found.tried, about=about)
+        plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS)
+        with self.on_stage("Measuring the speed") as on_progress:
+            speeds = measure_speed(
+                self.path, self.settings, plan, prompt, n_rounds=_N_ROUNDS, kwargs=self.kwargs, on_progress=on_progress
+            )
+        self.n_read += _N_ROUNDS * len(prompt) * (2 if plan is None else 3)
+        return replace(frontier, speeds=speeds, n_read=self.n_read)
+
+    def _prompt(self, llm: AdaSkipLlama, kinds: Sequence[Mapping[str, str]]) -> list[int]:
+        """The prompt that is timed: text as it is judged by."""
+        text = corpus.SEPARATOR.join(text for kind in kinds for text in kind.values())
+        tokens = corpus.tokens_of(llm, text[: 20 * _JUDGED_AT], bos=True)
+        return (tokens * (_JUDGED_AT // len(tokens) + 1))[:_JUDGED_AT]
+
+    def _find_settings(self, on_progress: OnProgress) -> FoundSettings:
+        def open_model(settings: Settings, n_ctx: int) -> AdaSkipLlama:
+            return self._open(settings, n_ctx)
+
+        return fastest_settings(
+            open_model, context=self.context, n_answer=self.n_answer, given=self.given, on_progress=on_progress
+        )
+
+    def _calibrate(self, llm: AdaSkipLlama, data: Mapping[str, str] | None) -> Profile:
+        """Learn maps, scores and costs, or take up the profile of a run that was stopped."""
+        known = self.memo.profile(llm.model_info)
+        if known is not None:
+            return known
+        joined = corpus.SEPARATOR.join(data.values()) if data else ""
+        profile = calibrate(
+            llm,
+            corpus.cut(llm, joined, _N_REQUESTS, corpus.N_TOKENS) if data else None,
+            n_requests=_N_REQUESTS,
+            n_decode=_N_DECODE,
+            cost=False,
+            n_judged=1,
+            windows=False,
+            description=", ".join(data) if data else None,
+            on_stage=self.on_stage,
+        )
+        with self.on_stage("Timing sublayers") as on_progress:
+            cost = measure_cost(llm, contexts=_COST_CONTEXTS, seconds=_COST_S, on_progress=on_progress)
+        profile = replace(profile, cost=cost)
+        self.memo.keep_profile(profile)
+        return profile
+
+    def _points(self, llm: AdaSkipLlama, profile: Profile, held: HeldOut) -> list[Point]:
+        """Find the path and judge its plans, the nearest to the default promise first while tokens last."""
+        planned = _Planned(llm, profile)
+        with self.on_stage("Searching") as on_progress:
+            search = Judge(llm, self._probes(llm, held.search[:_N_SEARCHED], (_SEARCHED_AT,)))
+
+            def lost(candidate: Candidate) -> tuple[float, float]:
+                def judge() -> list[float]:
+                    scores = search(planned.plan(candidate, _SEARCHED_AT // 8))
+                    return [quality_of(search.probes, scores, kind).harm for kind in ("continuation", "copying")]
+
+                return tuple(self.memo.get(f"search {candidate}", list[float], judge))  # type: ignore[return-value]
+
+            every = orders(planned.layers, planned.scores, planned.windowable, llm.n_layer)
+            path = find_path(every, lost, lambda each: planned.seconds(each, _JUDGED_AT), on_progress=on_progress)
+        probes = self._probes(llm, held.judge, _CUTS)
+        judge, points = Judge(llm, probes), []
+        each_costs = sum(max(p.n_prompt for p in probes if p.text == name) for name in {p.text for p in probes})
+        each_costs += sum(len(probe.answer) + 64 for probe in probes)
+        left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - self.n_read - llm.n_evaluated - each_costs
+        n = min(len(path), max(left // each_costs, 1))
+        middle = min(range(len(path)), key=lambda i: abs(np.log(LEVELS[i] / DEFAULT_LOSS)), default=0)
+        judged = sorted(sorted(range(len(path)), key=lambda i: (abs(i - middle), -i))[:n])
+        with self.on_stage("Judging") as on_progress:
+            for done, index in enumerate(judged):
+                plan = planned.plan(path[index], window_size_for(_JUDGED_AT))
+                scores = judge(plan)
+                lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
+                points.append(
+                    Point(
+                        _JUDGED_AT,
+                        quality_of(judge.probes, scores, "continuation"),
+                        quality_of(judge.probes, scores, "copying"),
+                        passkeys_of(judge.probes, scores),
+                        tuple((length, planned.speedup(path[index], length)) for length in lengths),
+                        plan,
+                    )
+                )
+                on_progress((done + 1) / len(judged))
+        return points
+
+    def _probes(self, llm: AdaSkipLlama, items: Sequence[TextItem], cuts: Sequence[int]) -> list[Probe]:
+        found = []
+        for i, item in enumerate(items):
+            key = str(10007 + 7919 * i % 89989), (i + 0.5) / len(items)
+            found += probes_of(llm, item.id, item.tokens, cuts, key=key)
+        return found
+
+    @contextmanager
+    def _opened(self, n_ctx: int) -> Iterator[AdaSkipLlama]:
+        llm = self._open(self.settings, n_ctx)
+        try:
+            yield llm
+        finally:
+            # llama.cpp tells an error where a plan made its buffers larger than it had planned; it is none.
+            with contextlib.redirect_stderr(io.StringIO()):
+                llm.close()
+
+    def _open(self, settings: Settings, n_ctx: int) -> AdaSkipLlama:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return AdaSkipLlama(self.path, n_ctx=n_ctx, verbose=False, **{**self.kwargs, **settings.to_kwargs()})
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(round(seconds / 60), 1)} min"
+
+
+class _Planned:
+    """Makes plans of candidates, and predicts their times."""
+
+    def __init__(self, llm: AdaSkipLlama, profile: Profile) -> None:
+        assert profile.cost is not None
+        self.profile, self.cost = profile, profile.cost
+        self.layers, self.scores = late_layers(llm), profile.lost
+        self.windowable = [row.layer for row in llm.sublayers if row.windowable]
+
+    def plan(self, candidate: Candidate, window_size: int) -> SkipPlan:
+        request = PlanRequest(mode="prompt", window_size=window_size)
+        plan = compensated_plan(self.profile, candidate.skip(self.profile.n_layer), request, "tuned")
+        assert plan.bulk is not None
+        return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed, window_size=window_size))
+
+    def seconds(self, candidate: Candidate, context: int) -> float:
+        none = SkipSet.none(self.profile.n_layer)
+        around = Bulk(none, windowed=candidate.windowed, window_size=window_size_for(context))
+        return self.cost.seconds(candidate.skip(self.profile.n_layer), context, "bulk", around=around)
+
+    def speedup(self, candidate: Candidate, context: int) -> float:
+        return self.cost.seconds(None, context, "prefill") / self.seconds(candidate, context)
+
+
+def unseen_texts() -> list[dict[str, str]]:
+    """Return text of the kinds that calibration leaves out, by name; of a kind that this Python lacks there is none."""
+    kinds = []
+    for kind in (corpus.held_out, python_sources):
+        with contextlib.suppress(DataError):
+            kinds.append(kind())
+    return [kind for kind in kinds if kind]
