@@ -89,8 +89,8 @@ def _stand_ins(
     scale[whole] = 1.0
     down[whole, 1], up[whole, 1] = maps.down[whole, WHOLE], maps.up[whole, WHOLE]
     down[whole, 0] = up[whole, 0] = 0.0
-    down[~mapped] = up[~mapped] = 0.0
     mapped[whole] = True
+    down[~mapped] = up[~mapped] = 0.0
     return down, up
 
 
