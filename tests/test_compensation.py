@@ -148,30 +148,42 @@ def test_of_a_layer_that_is_skipped_whole_the_one_map_of_it_stands_in(streams: A
         assert not found[2, 0].any() and not found[0, 1].any() and not found[1, 0].any()
 
 
-def test_a_whole_layer_needs_no_maps_of_its_sublayers(streams: Any) -> None:
-    parts = {name: np.array(getattr(maps(whole=True), name)) for name in ("down", "up")}
+def without_maps_of(layer: int, kinds: Any, *, whole: bool = False) -> LinearMaps:
+    parts = {name: np.array(getattr(maps(whole=whole), name)) for name in ("down", "up")}
     for array in parts.values():
-        array[2, :2] = np.nan
-    skip, alone = EVERY.copy(), EVERY.copy()
-    alone[2, 1] = False
-    assert COMPENSATIONS["linear"].skip_set(skip, measure(*streams), LinearMaps(**parts)).n_skip == 6
-    with pytest.raises(CompensationError, match=r"attention of layer 2.*calibrate again"):
-        COMPENSATIONS["linear"].skip_set(alone, measure(*streams), LinearMaps(**parts))
+        array[layer, kinds] = np.nan
+    return LinearMaps(**parts)
+
+
+def test_a_whole_layer_needs_no_maps_of_its_sublayers(streams: Any) -> None:
+    fitted = without_maps_of(2, [0, 1], whole=True)
+    chosen = COMPENSATIONS["linear"].skip_set(EVERY, measure(*streams), fitted)
+    assert chosen.bias is None and chosen.up is not None and chosen.scale[2].tolist() == [1, 1]
+    np.testing.assert_array_equal(chosen.up[2, 1], fitted.up[2, WHOLE])
+
+
+def test_a_sublayer_without_a_map_gets_what_affine_gives_it(streams: Any) -> None:
+    u, v = streams
+    statistics = measure(u, v)
+    chosen = COMPENSATIONS["linear"].skip_set(EVERY, statistics, without_maps_of(2, 1))
+    assert chosen.bias is not None and chosen.down is not None and chosen.up is not None
+    mapped = [[True, True], [True, True], [True, False]]
+    assert chosen.mapped.tolist() == mapped and chosen.bias.any(axis=2).tolist() == np.logical_not(mapped).tolist()
+    ratio = np.median(np.linalg.norm(v[2, 1], axis=1) / np.linalg.norm(u[2, 1], axis=1))
+    assert chosen.scale[2, 1] == pytest.approx(ratio)
+    np.testing.assert_allclose(chosen.bias[2, 1], (v[2, 1] - ratio * u[2, 1]).mean(axis=0), atol=1e-6)
+    np.testing.assert_array_equal(chosen.scale[:2], map_scale(statistics.median_ratio)[:2])
+
+
+def test_where_no_skipped_sublayer_has_a_map_linear_is_affine(streams: Any) -> None:
+    skip, statistics = np.zeros_like(EVERY), measure(*streams)
+    skip[2] = True
+    chosen = COMPENSATIONS["linear"].skip_set(skip, statistics, without_maps_of(2, [0, 1, 2]))
+    assert chosen == COMPENSATIONS["affine"].skip_set(skip, statistics) and chosen.down is None
 
 
 def test_skipping_nothing_takes_no_maps(streams: Any) -> None:
     assert COMPENSATIONS["linear"].skip_set(EVERY & False, measure(*streams), maps()) == SkipSet.none(N_LAYER)
-
-
-def test_a_sublayer_without_a_map_cannot_be_skipped_with_one(streams: Any) -> None:
-    parts = {name: np.array(getattr(maps(), name)) for name in ("down", "up")}
-    for array in parts.values():
-        array[2, 1] = np.nan
-    skip = EVERY.copy()
-    with pytest.raises(CompensationError, match=r"FFN of layer 2.*calibrate again"):
-        COMPENSATIONS["linear"].skip_set(skip, measure(*streams), LinearMaps(**parts))
-    skip[2, 1] = False
-    assert COMPENSATIONS["linear"].skip_set(skip, measure(*streams), LinearMaps(**parts)).n_skip == 5
 
 
 def test_linear_is_the_default_and_leaves_less_error_than_affine_where_an_output_depends_on_its_input() -> None:

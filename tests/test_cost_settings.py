@@ -34,7 +34,9 @@ def elsewhere(tiny: Callable[..., Path], tmp_path: Path) -> Path:
     statistics = PhaseStatistics(similarity, ones, ones, np.ones(3), zeros, zeros, 10)
     costs = cost_model(0.1, [0.2] * 3, [0.1] * 3)
     model = ModelInfo(fingerprint(tiny()), "llama", 3)
-    Profile(statistics, statistics, 1, 10, model, cost=costs, divergence=1 - similarity).save(tmp_path / "p.json")
+    Profile(statistics, statistics, 1, 10, model, cost=costs, divergence=1 - similarity, copying=1 - similarity).save(
+        tmp_path / "p.json"
+    )
     return tmp_path / "p.json"
 
 

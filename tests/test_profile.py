@@ -321,8 +321,9 @@ def test_a_speed_up_out_of_reach_tells_how_far_one_can_go(costed: Profile) -> No
 
 
 def test_profiles_are_equal_by_content_also_where_they_tell_divergence(example: Profile) -> None:
-    one, other = (replace(example, divergence=np.full((3, 2), value)) for value in (0.1, 0.2))
-    assert one == replace(one, divergence=one.divergence) != other
+    alike = np.array(DIVERGENCE)
+    one, other, third = (replace(example, divergence=alike, copying=value * alike) for value in (1, 2, 2))
+    assert one == replace(one, divergence=alike.copy()) != other == third
     assert example != one and one != example
     assert replace(one, n_requests=9) != one
 
@@ -464,19 +465,36 @@ def test_a_cost_model_is_part_of_the_file(example: Profile, tmp_path: Path) -> N
 DIVERGENCE = [[0.5, 0.25], [0.125, NAN], [0.0, 1e-12]]
 
 
-def test_divergences_are_part_of_the_file(example: Profile, tmp_path: Path) -> None:
-    judged = replace(example, divergence=np.array(DIVERGENCE))
+COPYING = [[0.25, 0.5], [NAN, NAN], [0.0, 2.0]]
+BOTH = {"divergence": np.array(DIVERGENCE), "copying": np.array(COPYING)}
+
+
+@pytest.mark.parametrize("name", ["divergence", "copying"])
+def test_what_continuations_and_copies_cost_are_part_of_the_file(example: Profile, tmp_path: Path, name: str) -> None:
+    judged = replace(example, **BOTH)
     judged.save(tmp_path / "p.json")
-    assert json.loads((tmp_path / "p.json").read_text())["divergence"] == [[0.5, 0.25], [0.125, None], [0.0, 1e-12]]
+    told = {"divergence": [[0.5, 0.25], [0.125, None], [0.0, 1e-12]], "copying": [[0.25, 0.5], [None] * 2, [0.0, 2.0]]}
+    assert json.loads((tmp_path / "p.json").read_text())[name] == told[name]
     loaded = Profile.load(tmp_path / "p.json")
-    np.testing.assert_array_equal(loaded.divergence, DIVERGENCE)
+    np.testing.assert_array_equal(getattr(loaded, name), BOTH[name])
     assert loaded == judged != example
-    assert loaded != replace(judged, divergence=2 * np.array(DIVERGENCE)) and example != judged
+    assert loaded != replace(judged, **{name: 2 * BOTH[name]}) and example != judged
     assert loaded.plan(2, mode="prompt") == judged.plan(2, mode="prompt")
     with pytest.raises(ValueError, match="read-only"):
-        loaded.divergence[0] = 1  # type: ignore[index]
+        getattr(loaded, name)[0] = 1
     without_vectors(judged).save(tmp_path / "p.json")
-    np.testing.assert_array_equal(Profile.load(tmp_path / "p.json").divergence, DIVERGENCE)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(getattr(Profile.load(tmp_path / "p.json"), name), BOTH[name])
+
+
+def test_what_is_lost_is_the_worse_of_both(example: Profile) -> None:
+    np.testing.assert_array_equal(replace(example, **BOTH).lost, [[0.5, 0.5], [NAN, NAN], [0.0, 2.0]])
+    assert example.lost is None
+
+
+def test_one_of_both_alone_is_refused(example: Profile) -> None:
+    for name, values in BOTH.items():
+        with pytest.raises(ProfileFormatError, match="one of 'divergence' and 'copying' is missing; calibrate again"):
+            replace(example, **{name: values})
 
 
 def test_a_profile_whose_divergences_were_not_measured_has_null(example: Profile, tmp_path: Path) -> None:
@@ -496,7 +514,7 @@ def test_a_profile_whose_divergences_were_not_measured_has_null(example: Profile
         [[0.5], [0.5], [0.5]],
         [[0.5, 0.5], [0.5], [0.5, 0.5]],
         [0.5, 0.5, 0.5],
-        [[None, 0.25], [0.125, None], [0.0, 0.5]],
+        [[0.5, 0.25], [0.125, 0.5], [0.0, 0.5]],
         [[-0.5, 0.25], [0.125, None], [0.0, 0.5]],
         [["0.5", 0.25], [0.125, None], [0.0, 0.5]],
         [[10**400, 0.25], [0.125, None], [0.0, 0.5]],
@@ -508,7 +526,7 @@ def test_divergences_that_cannot_be_are_refused(example: Profile, tmp_path: Path
     path = tmp_path / "p.json"
     example.save(path)
     data = json.loads(path.read_text())
-    data["divergence"] = value
+    data["divergence"] = data["copying"] = value
     path.write_text(json.dumps(data))
     with pytest.raises(ProfileFormatError, match=r"p\.json.*calibrate again"):
         Profile.load(path)
@@ -547,12 +565,13 @@ def test_windows_that_cannot_be_are_refused(example: Profile, tmp_path: Path, va
         Profile.load(path)
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf, -1e-9, NAN])
-def test_divergences_that_no_calibration_gives_are_refused(example: Profile, value: float) -> None:
-    divergence = np.array(DIVERGENCE)
-    divergence[2, 1] = value
-    with pytest.raises(ProfileFormatError, match=r"'divergence'.*calibrate again"):
-        replace(example, divergence=divergence)
+@pytest.mark.parametrize("value", [np.inf, -np.inf, -1e-9])
+@pytest.mark.parametrize("name", ["divergence", "copying"])
+def test_divergences_that_no_calibration_gives_are_refused(example: Profile, value: float, name: str) -> None:
+    lost = {each: values.copy() for each, values in BOTH.items()}
+    lost[name][2, 1] = value
+    with pytest.raises(ProfileFormatError, match=f"'{name}'.*calibrate again"):
+        replace(example, **lost)
 
 
 def test_a_cost_model_is_of_the_profiles_model(example: Profile) -> None:
@@ -578,7 +597,7 @@ def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Pr
         raise AssertionError(constant)
 
     data = json.loads((tmp_path / "p.json").read_text(), parse_constant=refuse)
-    assert (data["format"], data["version"]) == ("adaskip-profile", 9)
+    assert (data["format"], data["version"]) == ("adaskip-profile", 10)
     assert data["prefill"]["similarity"] == [[0.5, 0.9], [0.99, None], [0.7, 0.99]]
     assert data["prefill"]["layer_similarity"] == [pytest.approx(0.7), None, pytest.approx(0.845)]
     assert data["decode"]["norm_ratio"] == [[1.2, 1.2], [1.2, None], [1.2, 1.2]]
@@ -656,11 +675,11 @@ def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> Non
         Profile.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 8, 10, "9", None, [9]])
+@pytest.mark.parametrize("version", [0, 9, 11, "10", None, [10]])
 def test_another_format_version_is_refused(example: Profile, tmp_path: Path, version: Any) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps({**example.to_dict(), "version": version}))
-    with pytest.raises(ProfileVersionError, match=r"format version .* reads 9"):
+    with pytest.raises(ProfileVersionError, match=r"format version .* reads 10"):
         Profile.load(path)
 
 
@@ -803,7 +822,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, bytes]
     """A profile with all that one can have, and the bytes of its two files."""
     path = tmp_path_factory.mktemp("fuzzed") / "p.json"
     costs = cost_model(0.1, [1, 2, 3], [4, 5, 6])
-    profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], cost=costs, maps=maps(), divergence=np.array(DIVERGENCE)).save(path)
+    profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], cost=costs, maps=maps(), **BOTH).save(path)
     return path, path.read_bytes(), path.with_suffix(".bin").read_bytes()
 
 

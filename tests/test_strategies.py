@@ -33,7 +33,16 @@ BUDGETS = [(n_layer, k) for n_layer in SIZES for k in range(n_layer + 1)]
 def judged(similarity: Any, **changes: Any) -> Profile:
     """A profile whose divergences, times the layers above, rank sublayers as their similarities do."""
     lost, above = 1 - np.array(similarity, float), np.arange(len(similarity))[::-1, None]
-    return profile(similarity, divergence=lost / np.maximum(above, 1), **changes)
+    return profile(similarity, **costing(lost / np.maximum(above, 1)), **changes)
+
+
+def costing(lost: Any) -> dict[str, Any]:
+    """What a profile tells where sublayers cost so much: copies the even layers, continuations the odd ones, by half.
+
+    The worse of the two is what counts.
+    """
+    lost, even = np.array(lost, float), np.arange(len(lost))[:, None] % 2 == 0
+    return {"divergence": np.where(even, lost / 2, lost), "copying": np.where(even, lost, lost / 2)}
 
 
 def layers(skip_set: SkipSet) -> list[int]:
@@ -231,7 +240,7 @@ ORDER = [(3, 0), (3, 1), (1, 0), (2, 0), (2, 1), (0, 1), (0, 0), (1, 1)]
 
 @pytest.mark.parametrize("n_skip", range(9))
 def test_a_prompt_skips_what_costs_least_times_the_layers_above(n_skip: int) -> None:
-    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), divergence=DIVERGENCE)
+    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), **costing(DIVERGENCE))
     bulk = known.plan(n_skip, mode="prompt").bulk
     assert bulk is not None
     assert sorted(map(tuple, np.argwhere(bulk.skip.skip).tolist())) == sorted(ORDER[:n_skip])
@@ -239,7 +248,7 @@ def test_a_prompt_skips_what_costs_least_times_the_layers_above(n_skip: int) -> 
 
 def test_the_papers_ranking_of_a_prompt_needs_no_divergence() -> None:
     similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
-    for known in (profile(similarity), profile(similarity, divergence=DIVERGENCE)):
+    for known in (profile(similarity), profile(similarity, **costing(DIVERGENCE))):
         plan, paper = known.plan(3, mode="prompt", ranking="similarity"), known.plan(3, mode="prefill")
         assert plan.bulk is not None and plan.bulk.skip == paper.prefill
         assert plan.bulk.skip.attention == (0, 1) and plan.bulk.skip.ffn == (0,)
@@ -248,7 +257,7 @@ def test_the_papers_ranking_of_a_prompt_needs_no_divergence() -> None:
 def test_the_other_modes_do_not_ask_what_a_bulk_costs() -> None:
     similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
     for mode in ("prefill", "decode", "e2e"):
-        assert profile(similarity, divergence=DIVERGENCE).plan(3, mode=mode) == profile(similarity).plan(3, mode=mode)
+        assert profile(similarity, **costing(DIVERGENCE)).plan(3, mode=mode) == profile(similarity).plan(3, mode=mode)
 
 
 def test_where_divergences_were_not_measured_it_says_what_to_do() -> None:
@@ -265,7 +274,7 @@ def test_where_divergences_were_not_measured_it_says_what_to_do() -> None:
 def test_for_a_speed_up_a_prompt_loses_least_per_second() -> None:
     # Every sublayer saves as much, but for attentions what their K and V cost; the last layer's loss is none.
     costs = cost_model(1, [1] * 4, [1] * 4, size=64, kept=[0.5] * 4)
-    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), divergence=DIVERGENCE, cost=costs)
+    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), **costing(DIVERGENCE), cost=costs)
     chosen = [known.plan(mode="prompt", speedup=speedup, context=1000).bulk for speedup in (1.1, 1.3, 1.5)]
     skipped = [{tuple(each) for each in np.argwhere(bulk.skip.skip).tolist()} for bulk in chosen if bulk is not None]
     lost = DIVERGENCE * np.array([[3], [2], [1], [0]])
@@ -290,14 +299,14 @@ def test_for_a_speed_up_attentions_are_windowed_where_that_loses_less() -> None:
     cheap, dear = (Windows((0, 1, 2, 3), (0.0, *([loss] * 4))) for loss in (0.0, 1e3))
     request = {"mode": "prompt", "speedup": 1.5, "context": 8000}
     for windows, n in ((cheap, 3), (dear, 0)):  # three reach it, with nothing skipped
-        known = profile(similarity, divergence=DIVERGENCE, cost=costs, windows=windows)
+        known = profile(similarity, **costing(DIVERGENCE), cost=costs, windows=windows)
         plan = known.plan(**request)
         assert plan.bulk is not None and (len(plan.narrowed), plan.bulk.window_size) == (n, 1020)
         assert costs.speedup(plan, 8000, "prefill") >= 1.5
     assert known.plan(**request, windowed=2, window_size=7).narrowed == (2, 3)
     assert known.plan(**request, ranking="similarity").narrowed == () == known.plan(2).narrowed
     assert known.plan(0, windowed=3).narrowed == (1, 2, 3)
-    assert profile(similarity, divergence=DIVERGENCE, cost=costs).plan(**request).narrowed == ()
+    assert profile(similarity, **costing(DIVERGENCE), cost=costs).plan(**request).narrowed == ()
 
 
 def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() -> None:
@@ -305,7 +314,7 @@ def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() ->
     divergence = np.full((4, 2), NAN)
     divergence[3] = 1.0
     similarity = np.where(np.isnan(divergence), NAN, 0.9)
-    known = profile(similarity, divergence=divergence, cost=costs, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3)))
+    known = profile(similarity, **costing(divergence), cost=costs, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3)))
     with pytest.raises(BudgetError, match="at most"):
         known.plan(mode="prompt", speedup=1.5, context=8000, windowed=0)
     assert known.plan(mode="prompt", speedup=1.5, context=8000).narrowed
@@ -314,7 +323,7 @@ def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() ->
 def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None:
     costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
     windows = Windows((0, 1, 2, 3), (0.0,) * 5)
-    known = profile(np.full((4, 2), 0.9), divergence=DIVERGENCE, cost=costs, windows=windows)
+    known = profile(np.full((4, 2), 0.9), **costing(DIVERGENCE), cost=costs, windows=windows)
     request = PlanRequest(mode="prompt", windowed=2)
     for wanted, size in (
         (replace(request, speedup=1.3, context=8000, strategy="suffix"), 1020),
@@ -336,7 +345,7 @@ def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None
     ],
 )
 def test_impossible_windows_are_refused(request_: dict[str, Any], message: str) -> None:
-    known = profile(np.full((4, 2), 0.9), divergence=DIVERGENCE, windows=Windows((0, 1, 2, 3), (0.0,) * 5))
+    known = profile(np.full((4, 2), 0.9), **costing(DIVERGENCE), windows=Windows((0, 1, 2, 3), (0.0,) * 5))
     with pytest.raises((BudgetError, PlanError), match=message):
         known.plan(0, **request_)
 
@@ -344,7 +353,7 @@ def test_impossible_windows_are_refused(request_: dict[str, Any], message: str) 
 def test_what_no_bulk_can_skip_is_not_chosen() -> None:
     similarity, divergence = np.full((4, 2), 0.9), DIVERGENCE.copy()
     similarity[3, 0] = divergence[3, 0] = NAN
-    known = profile(similarity, divergence=divergence)
+    known = profile(similarity, **costing(divergence))
     bulk = known.plan(7, mode="prompt").bulk
     assert bulk is not None and np.argwhere(~bulk.skip.skip).tolist() == [[3, 0]]
     with pytest.raises(BudgetError, match="0 to 7"):
