@@ -29,7 +29,7 @@ SHARES = (1 / 10, 1 / 5, 1 / 4)
 def compare(path: Path) -> None:
     """Print one model's rows of the table."""
     llm = AdaSkipLlama(str(path), n_ctx=corpus.N_TOKENS + N_DECODE, logits_all=True, verbose=False)
-    profile = calibrate(llm, n_decode=N_DECODE, cost=False, divergence=False)
+    profile = calibrate(llm, n_decode=N_DECODE, cost=False, n_judged=0)
     pages = corpus.pages()
     texts = [corpus.cut(llm, pages[name], 1, corpus.N_TOKENS)[0] for name in PAGES]
 

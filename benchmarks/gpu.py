@@ -50,6 +50,7 @@ from adaskip_cpp.errors import BudgetError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
+from adaskip_cpp.progress import silent
 
 GPU_KINDS = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 NO_GPU = (
@@ -101,7 +102,7 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
         context = min(args.context, (llm.n_ctx_train or llm.n_ctx()) - N_DECODE)
         rank = DEFAULT_RANK if llm.n_embd() <= WIDEST_WITH_MAPS else 0
         start = time.monotonic()
-        profile = calibrate(llm, n_requests=args.requests, rank=rank, progress=False)
+        profile = calibrate(llm, n_requests=args.requests, rank=rank, on_stage=silent)
         calibrated_s = time.monotonic() - start
         tokens = corpus.cut(llm, corpus.text(()), 1, context)[0]
         settings, n_layer = cost_settings(llm), llm.n_layer

@@ -41,6 +41,7 @@ from adaskip_cpp.intervals import Interval, ratio_interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import RequestTime, in_turn
+from adaskip_cpp.progress import silent
 
 OURS, THEIRS = "adaskip-cpp", "transformers"
 N_CHECK, N_CHECK_DECODE = 64, 8
@@ -174,7 +175,7 @@ def short_calibration(model: Path, n_skip: int, n_requests: int, longest: int) -
     n_threads = physical_cores()
     llm = AdaSkipLlama(str(model), n_ctx=600, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
     requests = corpus.cut(llm, corpus.text(), n_requests, 512)
-    plan = calibrate(llm, requests, cost=False, divergence=False, progress=False).plan(n_skip, mode="prefill")
+    plan = calibrate(llm, requests, cost=False, n_judged=0, on_stage=silent).plan(n_skip, mode="prefill")
     prompt = corpus.cut(llm, corpus.SEPARATOR.join(corpus.held_out().values()), 1, longest)[0]
     cpu = cost_settings(llm).cpu
     llm.close()

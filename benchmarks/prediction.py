@@ -30,6 +30,7 @@ from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import time_request
 from adaskip_cpp.model.plan import Phase
+from adaskip_cpp.progress import silent
 
 N_DECODE, N_SETTLE = 24, 2
 """Tokens timed per burst, behind some whose graph is new."""
@@ -131,7 +132,7 @@ def main() -> None:
     )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     start = time.monotonic()
-    profile = calibrate(llm, n_requests=4, n_tokens=256, n_decode=16, progress=False)
+    profile = calibrate(llm, n_requests=4, n_tokens=256, n_decode=16, on_stage=silent)
     calibrated = time.monotonic() - start
     assert profile.cost is not None
     settings = ", ".join(f"{name} {value}" for name, value in asdict(profile.cost.settings).items())

