@@ -12,8 +12,8 @@ that does better than a bias of its own. The first token of a request is left ou
 times that of the others, and would decide the fit alone.
 
 The moments of a wide model take much memory. Where they would take more than a bound, inputs are projected on the
-directions of the first tokens seen, and the map is fitted on that sketch of them: one pass over the requests, of any
-model.
+directions of the first tokens seen, and random ones where these are too few. The map is fitted on that sketch of them:
+one pass over the requests, of any model.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,9 @@ class _Sums:
         self.n = 0
         self.basis: Matrix | None = None
         if n_sketch < n_embd:
-            self.basis = np.linalg.qr(u.T[:, :n_sketch].astype(np.float64))[0].astype(np.float32)
+            drawn = np.random.default_rng(0).standard_normal((n_sketch, n_embd))
+            first = np.concatenate([u, drawn])[:n_sketch].astype(np.float64)
+            self.basis = np.linalg.qr(first.T)[0].astype(np.float32)
         self.mean = [first.mean(axis=0, dtype=np.float64).astype(np.float32) for first in (u, d)]
         n_u = n_embd if self.basis is None else self.basis.shape[1]
         self.u, self.d = np.zeros(n_u), np.zeros(n_embd)
@@ -117,9 +119,6 @@ class LinearFit:
         known = {where: sums for where, sums in self._sums.items() if np.isfinite(scales[where])}
         return {where: _fit(sums, rank, scales[where]) for where, sums in known.items()}
 
-    def clear(self) -> None:
-        self._sums.clear()
-
 
 def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Matrix, Matrix]:
     rest_u, rest_d = sums.u / sums.n, sums.d / sums.n
@@ -127,7 +126,7 @@ def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Matrix, Matrix]:
     mean_u, mean_d = first + rest_u, sums.mean[1] + rest_d
     n_embd, rank = len(mean_d), min(rank, len(mean_u))
     second = sums.uu.astype(np.float64) / sums.n - np.outer(rest_u, rest_u)  # the covariance so far
-    variance = float(np.trace(second)) / len(mean_u)
+    variance = float(np.trace(second)) / n_embd
     second += np.outer(mean_u, mean_u)
     cross = sums.du.astype(np.float64) / sums.n - np.outer(rest_d, rest_u)
     cross += np.outer(mean_d, mean_u)
