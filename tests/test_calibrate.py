@@ -1,10 +1,12 @@
 """adaskip_cpp.calibrate, the corpus, and the loss of a text."""
 
+import contextlib
 import io
 import itertools
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from reference import ReferenceModel, ReferenceRun, Trace, mean_similarity, medi
 
 import adaskip_cpp
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, moments_bytes
+from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, LinearFit
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.distribution import token_losses
 from adaskip_cpp.measuring.tasks import python_sources
 from adaskip_cpp.model.statistics import map_scale
+from adaskip_cpp.progress import progress_bar, silent
 
 PLAN = SkipPlan.manual(3, ffn=[1])
 N_DECODE = 4
@@ -29,7 +32,7 @@ N_DECODE = 4
 
 def calibrate(llm: Any, *args: Any, **options: Any) -> adaskip_cpp.Profile:
     """Without timing and skipping sublayers, which a model without a library cannot do."""
-    return adaskip_cpp.calibrate(llm, *args, **{"n_decode": N_DECODE, "cost": False, "divergence": False, **options})
+    return adaskip_cpp.calibrate(llm, *args, **{"n_decode": N_DECODE, "cost": False, "n_judged": 0, **options})
 
 
 @pytest.fixture
@@ -145,14 +148,14 @@ def test_a_model_that_shares_kv_plans_the_attentions_that_write_it_for_the_bulk_
     tiny: TinyModel, open_model: OpenModel
 ) -> None:
     llm = open_model(tiny("gemma4-per-layer"))  # layers 2 and 3 read the KV of 0 and 1
-    profile = calibrate(llm, ["the other of the", "in an", "on the other", "of the"], rank=2, divergence=True)
+    profile = calibrate(llm, ["the other of the", "in an", "on the other", "of the"], rank=2, n_judged=3)
     assert np.argwhere(~profile.skippable).tolist() == [[0, 0], [1, 0]]
     assert profile.in_bulk.all()
-    for plan in (profile.plan(n_skip=6, mode="prefill"), profile.plan(n_skip=8, mode="prompt")):
+    for plan in (profile.plan(n_skip=6, mode="prefill"), profile.plan(n_skip=6, mode="prompt")):
         llm.set_plan(plan)
         llm.eval(llm.tokenize(b"the other of the" * 3))
         assert np.isfinite(llm.scores[llm.n_tokens - 1]).all()
-    assert plan.bulk is not None and plan.bulk.skip.skip.all() and not plan.prefill.skip.any()
+    assert plan.bulk is not None and plan.bulk.skip.skip[1:].all() and not plan.prefill.skip.any()
 
 
 def test_each_request_runs_alone_through_the_full_model(llm: Any) -> None:
@@ -174,7 +177,7 @@ def test_an_interruption_leaves_the_model_as_it_was(llm: Any, error: BaseExcepti
     llm.set_plan(PLAN)
     llm.fail_after = (1, error)
     with pytest.raises(type(error)):
-        calibrate(llm, ["hello", "world", "again"], progress=True)
+        calibrate(llm, ["hello", "world", "again"])
     assert llm.plan is PLAN
     assert llm.n_tokens == 0 and not llm.collecting
     llm.fail_after = None
@@ -237,13 +240,16 @@ def ridge(u: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
 def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray) -> None:
     """The maps, of full rank, are ridge regressions of v - s u on u, [n_layer, 2, n_tokens, n_embd], but for BF16.
 
-    That of a layer has the input of its attention as u, the output of its FFN as v, and s = 1.
+    The first third of the layers has none. That of a layer has the input of its attention as u, the output of its FFN
+    as v, and s = 1.
     """
     maps = profile.maps
-    assert maps is not None and maps.rank == u.shape[3] and maps.fitted.all()
+    assert maps is not None and maps.rank == u.shape[3]
+    assert maps.fitted.all(axis=1).tolist() == maps.fitted.any(axis=1).tolist() == [False, True, True]
     inputs, outputs = np.concatenate([u, u[:, :1]], axis=1), np.concatenate([v, v[:, 1:]], axis=1)
     scale = np.concatenate([map_scale(profile.median_ratio), np.ones((len(u), 1))], axis=1)
-    for at in np.ndindex(inputs.shape[:2]):
+    for at in np.argwhere(maps.fitted):
+        at = tuple(at)
         expected = inputs[at] @ ridge(inputs[at], outputs[at], scale[at]).T
         actual = inputs[at] @ maps.down[at].T @ maps.up[at].T
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
@@ -270,7 +276,8 @@ def test_the_rank_is_at_most_the_length_of_the_stream(llm: Any) -> None:
     for rank, expected in ((1, 1), (3, 3), (4, 4), (DEFAULT_RANK, 4)):
         maps = calibrate(llm, [list(range(5, 40))], rank=rank).maps
         assert maps is not None and (maps.n_layer, maps.rank, maps.n_embd) == (3, expected, 4)
-    assert calibrate(llm, [list(range(5, 40))], rank=1).plan(2, mode="e2e").prefill.down.shape == (3, 2, 1, 4)  # type: ignore[union-attr]
+    plan = calibrate(llm, [list(range(5, 40))], rank=1).plan(strategy="manual", ffn=[2], mode="e2e")
+    assert plan.prefill.down is not None and plan.prefill.down.shape == (3, 2, 1, 4)
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4-per-layer"])
@@ -278,40 +285,46 @@ def test_a_profile_tells_what_the_bulk_alone_can_skip(
     name: str, tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
 ) -> None:
     llm = open_model(tiny(name))
-    profile = calibrate(llm, [tokens(40, seed) for seed in range(4)], rank=2, divergence=True)
+    profile = calibrate(llm, [tokens(40, seed) for seed in range(4)], rank=2, n_judged=3)
     rows = [row for row in llm.sublayers if row.in_bulk and not row.skippable]
     assert rows and [(each, "attention") for each in profile.bulk_only] == [(row.layer, row.kind) for row in rows]
     assert profile.skippable.ravel().tolist() == [row.skippable for row in llm.sublayers]
-    for mode, may in (("prompt", profile.in_bulk), ("e2e", profile.skippable)):
+    for mode, may in (("prompt", profile.in_bulk[llm.n_layer // 3 :]), ("e2e", profile.skippable)):
         llm.set_plan(profile.plan(int(may.sum()), mode=mode))
         llm.reset()
         llm.eval(tokens(40))
         assert np.isfinite(llm.scores[39]).all()
 
 
-@pytest.mark.parametrize("n_fit", [0, 1, 2, 4, 5])
-def test_where_the_moments_take_too_much_memory_there_are_several_passes(
-    llm: Any, monkeypatch: pytest.MonkeyPatch, n_fit: int
+def test_every_request_is_read_once_however_little_memory_the_moments_may_take(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Six sublayers and three layers; there is always room for one.
-    requests = [list(range(5, 30)), list(range(20, 50))]
-    expected = calibrate(llm, requests).maps
-    n_evaluated = len(llm.evaluated)
-    llm.evaluated.clear()
-    monkeypatch.setattr(sys.modules["adaskip_cpp.calibration.calibrate"], "_MOMENTS_BYTES", n_fit * moments_bytes(4))
-    assert calibrate(llm, requests).maps == expected
-    n_passes = -(-9 // max(n_fit, 1))
-    assert [piece for _, piece in llm.evaluated[n_evaluated:]] == requests * (n_passes - 1)
-    assert llm.plan is None and llm.n_tokens == 0 and not llm.collecting
+    """Besides what is decoded, and the last token of each prompt, which is read again for its logits."""
+    monkeypatch.setattr(sys.modules["adaskip_cpp.calibration.calibrate"], "LinearFit", partial(LinearFit, most_bytes=1))
+    llm = open_model(tiny())
+    profile = calibrate(llm, [tokens(n, n) for n in (40, 50, 60)], rank=4)
+    assert profile.maps is not None
+    assert llm.n_evaluated == 40 + 50 + 60 + 3 * (1 + N_DECODE)
 
 
-def test_an_interruption_of_a_later_pass_leaves_the_model_as_it_was(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["adaskip_cpp.calibration.calibrate"], "_MOMENTS_BYTES", 0)
-    llm.set_plan(PLAN)
-    llm.fail_after = (2 + N_DECODE + 3, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(llm, ["hello"])
-    assert llm.plan is PLAN and llm.n_tokens == 0 and not llm.collecting
+@pytest.mark.parametrize(("n_layer", "n_early"), [(2, 0), (3, 1), (5, 1), (6, 2)])
+def test_the_first_third_of_the_layers_gets_no_maps(n_layer: int, n_early: int) -> None:
+    llm: Any = FakeLlama(n_layer=n_layer)
+    maps = calibrate(llm, [list(range(5, 40))]).maps
+    assert maps is not None
+    assert maps.fitted.tolist() == [[layer >= n_early] * 3 for layer in range(n_layer)]
+
+
+def test_in_the_first_third_linear_adds_the_mean_error(llm: Any) -> None:
+    """Of layer 0 the median ratio and the mean of v - s u, of layer 2 a map."""
+    tokens = list(range(5, 40))
+    chosen = calibrate(llm, [tokens]).plan(strategy="manual", attention=[0, 2], mode="e2e").prefill
+    u, v = (stream[0, 0] for stream in llm.streams(tokens))
+    ratio = np.median(np.linalg.norm(v, axis=1) / np.linalg.norm(u, axis=1))
+    assert chosen.mapped.tolist() == [[False, False], [False, False], [True, False]]
+    assert chosen.bias is not None and not chosen.bias[2].any()
+    assert chosen.scale[0, 0] == pytest.approx(ratio, rel=1e-5)
+    np.testing.assert_allclose(chosen.bias[0, 0], (v - ratio * u).mean(axis=0), atol=1e-5)
 
 
 def test_with_rank_0_there_are_no_maps_and_linear_is_affine(llm: Any) -> None:
@@ -335,7 +348,7 @@ def test_requests_of_one_token_leave_nothing_to_fit(llm: Any) -> None:
 def test_a_sublayer_that_is_not_skippable_has_no_map_nor_has_its_layer() -> None:
     profile = calibrate(FakeLlama(unobserved=[(1, 0)]), [list(range(5, 30))])  # type: ignore[arg-type]
     assert profile.maps is not None
-    assert np.argwhere(~profile.maps.fitted).tolist() == [[1, 0], [1, 2]]
+    assert np.argwhere(~profile.maps.fitted[1:]).tolist() == [[0, 0], [0, 2]]
     assert profile.plan(5, mode="e2e").compensation == "linear"
 
 
@@ -355,18 +368,34 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("progress", "terminal", "slow", "shown"),
-    [(None, True, True, True), (None, True, False, False), (None, False, True, False), (True, False, False, True),
-     (False, True, True, False)],
+    ("stage", "terminal", "slow", "shown"),
+    [(progress_bar, True, True, True), (progress_bar, True, False, False), (progress_bar, False, True, False),
+     (silent, True, True, False)],
 )  # fmt: skip
 def test_progress_is_shown_on_a_terminal_if_it_takes_long(
-    llm: Any, monkeypatch: pytest.MonkeyPatch, progress: bool | None, terminal: bool, slow: bool, shown: bool
+    llm: Any, monkeypatch: pytest.MonkeyPatch, stage: Any, terminal: bool, slow: bool, shown: bool
 ) -> None:
     stderr = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", -1.0 if slow else 1e9)
-    calibrate(llm, ["hello", "world"], progress=progress)
+    calibrate(llm, ["hello", "world"], on_stage=stage)
     assert ("Calibrating" in stderr.getvalue()) is shown
+
+
+def test_whoever_shows_progress_is_told_each_stage_and_what_is_done_of_it(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    told: dict[str, list[float]] = {}
+
+    @contextlib.contextmanager
+    def stage(name: str) -> Iterator[Any]:
+        told[name] = []
+        yield lambda fraction, words="": told[name].append(fraction)
+
+    requests = [tokens(40, seed) for seed in range(4)]
+    calibrate(open_model(tiny()), requests, n_judged=1, windows=False, on_stage=stage)
+    assert list(told) == ["Calibrating", "Skipping each sublayer"]
+    assert all(fractions == sorted(fractions) and fractions[-1] == 1.0 for fractions in told.values())
 
 
 # --- the corpus -------------------------------------------------------------------------------------------------------

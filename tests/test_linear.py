@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from adaskip_cpp.calibration import linear
-from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, LinearFit, moments_bytes
+from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, LinearFit
 from adaskip_cpp.errors import ProfileFormatError
 from adaskip_cpp.model.statistics import WHOLE, LinearMaps, map_scale
 
@@ -257,8 +257,6 @@ def test_only_the_sublayers_asked_for_and_seen_are_fitted() -> None:
     fitted = gathered.fit(3)
     assert set(fitted) == {(0, 0), (2, 0)}, "(0, 1) was not seen"
     np.testing.assert_array_equal(fitted[2, 0][0], fit(*stream(3), 3)[0])
-    gathered.clear()
-    assert gathered.fit(3) == {}
 
 
 def test_what_is_given_is_not_changed() -> None:
@@ -267,11 +265,50 @@ def test_what_is_given_is_not_changed() -> None:
     np.testing.assert_array_equal((u, v), stream())
 
 
-def test_the_moments_of_a_sublayer_are_two_float32_matrices() -> None:
-    gathered = LinearFit([(0, 0)])
-    gathered.add([[stream(), None]], np.arange(1, N_TOKENS + 1, dtype=np.int32))
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def held(gathered: LinearFit) -> int:
+    """Bytes of all matrices that a fit keeps."""
+    parts = [part for sums in gathered._sums.values() for part in (sums.uu, sums.du, sums.basis)]
+    return sum(part.nbytes for part in parts if part is not None)
+
+
+@pytest.mark.parametrize("most_bytes", [2_000, 6_000, 9_000, 4 * 2 * 2 * N_EMBD**2, 1 << 30])
+def test_the_moments_of_all_sublayers_take_no_more_memory_than_they_may(most_bytes: int) -> None:
+    gathered = LinearFit([(0, 0), (0, 1)], most_bytes)
+    for _ in range(2):
+        gathered.add([[stream(0), stream(1)]], np.arange(1, N_TOKENS + 1, dtype=np.int32))
+    assert 0.7 * min(most_bytes, 4 * 2 * 2 * N_EMBD**2) < held(gathered) <= most_bytes
+    assert np.isfinite(np.concatenate([part.ravel() for pair in gathered.fit(3).values() for part in pair])).all()
+
+
+def sketched(u: Array, v: Array, n_sketch: int, rank: int, first: int) -> tuple[Array, Array]:
+    """The map of a fit that has memory for so many directions of the inputs; ``first`` tokens come before the rest."""
+    gathered = LinearFit([(0, 0)], 4 * (n_sketch**2 + 2 * n_sketch * N_EMBD))
+    for part in (slice(0, first), slice(first, len(u))):
+        gathered.add([[(u[part], v[part]), None]], np.arange(1, len(u) + 1, dtype=np.int32)[part])
     (sums,) = gathered._sums.values()
-    assert sums.uu.nbytes + sums.du.nbytes == moments_bytes(N_EMBD)
+    assert sums.basis is not None and sums.basis.shape == (N_EMBD, n_sketch)
+    return gathered.fit(rank)[0, 0]
+
+
+@pytest.mark.parametrize("rank", [2, 7])
+def test_a_sketch_of_all_directions_that_inputs_lie_in_gives_the_same_map(rank: int) -> None:
+    rng = np.random.default_rng(0)
+    u = ((rng.normal(size=(N_TOKENS, 6)) + 1) @ rng.normal(size=(6, N_EMBD))).astype(np.float32)
+    v = u + u @ rng.normal(size=(N_EMBD, N_EMBD)).astype(np.float32) + rng.normal(size=u.shape).astype(np.float32)
+    down, up = fit(u, v, rank)
+    expected = u @ down.T @ up.T
+    down, up = sketched(u, v, 8, rank, first=20)
+    np.testing.assert_allclose(u @ down.T @ up.T, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_a_first_ubatch_of_few_tokens_leaves_the_sketch_its_width() -> None:
+    u, v = stream(rank=1, noise=0.1)
+    down, up = sketched(u, v, 16, 8, first=3)
+    assert down.shape == (8, N_EMBD) and up.shape == (N_EMBD, 8)
+    assert np.linalg.norm(u + u @ down.T @ up.T - v) < 0.7 * np.linalg.norm(u - v)
 
 
 # --- the maps ---------------------------------------------------------------------------------------------------------
