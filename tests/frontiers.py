@@ -1,0 +1,25 @@
+"""Frontiers made by hand, for tests: what each plan loses and how fast it is, is said and not measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adaskip_cpp import Frontier, SkipPlan
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.frontier import Passkeys, Point, Quality
+
+__all__ = ["frontier", "point", "quality"]
+
+
+def quality(loss: float) -> Quality:
+    """Of answers that lose so many nats per token, known exactly."""
+    exact, agreement = Interval(loss, loss, loss, 4), Interval(1 - loss, 1 - loss, 1 - loss, 4)
+    return Quality(exact, 0.0, exact, 0.0, agreement, (loss, loss), 4, 400)
+
+
+def point(plan: SkipPlan, loss: float, speedups: Mapping[int, float], *, judged_at: int = 2048, keys: int = 2) -> Point:
+    """A plan that loses so much in continuations and in copies, so many times as fast by length; 2 keys are hidden."""
+    return Point(judged_at, quality(loss), quality(loss), Passkeys(2, 2, keys), tuple(speedups.items()), plan)
+
+
+def frontier(points: Sequence[Point], **more: Any) -> Frontier:
+    return Frontier(tuple(points), **more)
