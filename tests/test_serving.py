@@ -13,17 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import LlamaGrammar
+from served import frontier_of
 from starlette.exceptions import HTTPException
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import DataError, RequestError
-from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model.promise import Promise, Tuning
+from adaskip_cpp.model.frontier import Frontier
 from adaskip_cpp.serving import sending
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.middleware import Gate
-from adaskip_cpp.serving.plans import Plans, plan_key
+from adaskip_cpp.serving.plans import Choice, Plans, plan_key
 from adaskip_cpp.serving.prefix_cache import PrefixCache, n_common
 from adaskip_cpp.serving.queue import Closing, FairQueue, QueueFull
 from adaskip_cpp.serving.request import Gone, ServedRequest, begin
@@ -233,22 +233,33 @@ def test_common_tokens_are_counted(a: list[int], b: list[int]) -> None:
 PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
 
 
+FRONTIER = frontier_of(3)
+CAREFUL, FAST = (point.plan for point in FRONTIER.points)
+
+
 OPTIONS: Any = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, "verbose": False}
 """KV is F32, so that the rounding of other batches cannot decide."""
 
 
 @pytest.fixture
 def open_served() -> Iterator[Callable[..., ServedLlama]]:
-    """``open_served(path, plan)``: a model as the server has it, closed after the test."""
+    """``open_served(path, plan, frontier, folder, **options)``: a model as the server has it, closed after the test."""
     opened = []
 
-    def open_(path: Path, plan: SkipPlan | None = PLAN) -> ServedLlama:
+    def open_(
+        path: Path,
+        plan: SkipPlan | None = PLAN,
+        frontier: Frontier | None = None,
+        folder: Path | None = None,
+        **options: Any,
+    ) -> ServedLlama:
         def plans(llm: ServedLlama) -> Plans:
-            return Plans(plan, None, None, llm.context_size)
+            return Plans(plan, frontier, 0.07, None, llm.context_size)
 
-        opened.append(
-            ServedLlama(str(path), plans=plans, cache=lambda rewinds: PrefixCache(10**8, can_rewind=rewinds), **OPTIONS)
-        )
+        def cache(rewinds: bool) -> PrefixCache:
+            return PrefixCache(10**8, 10**8, folder, can_rewind=rewinds)
+
+        opened.append(ServedLlama(str(path), plans=plans, cache=cache, **{**OPTIONS, **options}))
         return opened[-1]
 
     yield open_
@@ -309,6 +320,79 @@ def test_what_a_plan_skipped_is_never_read_without_it(served: ServedLlama, token
     assert first.n_skipping > 0 and second.n_read >= 500 - 4
     _, third = run(served, prompt)
     assert third.n_read == 1, "what the whole model read serves any plan"
+
+
+LONG: Any = {"n_ctx": 2048}
+
+
+def test_a_chat_that_grows_over_a_change_of_plan_reads_nothing_again(
+    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
+) -> None:
+    served = open_served(tiny(), None, FRONTIER, **LONG)
+    talk = tokens(900)
+    answer, first = run(served, talk)
+    assert first.choice.plan is FAST and first.n_skipping > 0
+    talk += answer + tokens(300, 2)[1:]
+    _, second = run(served, talk)
+    assert second.choice.plan is CAREFUL and second.n_reused >= 900 + len(answer) - 1
+    _, third = run(served, talk[:1000])
+    assert third.choice.plan is FAST and third.n_reused >= 999, "nor where it goes back"
+
+
+def test_what_was_read_under_another_plan_of_the_frontier_outlasts_a_restart(
+    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens, tmp_path: Path
+) -> None:
+    talk = tokens(1200)
+    first = open_served(tiny(), None, FRONTIER, tmp_path, **LONG)
+    run(first, talk[:900])
+    first.close()
+    # Of equal figures, as another process reads them from a plan file.
+    again = open_served(tiny(), None, frontier_of(3), tmp_path, **LONG)
+    expected, request = run(again, talk)
+    assert request.choice.plan == CAREFUL and request.n_reused >= 899
+    again.close()
+    # The same answer as that of one model that read all of it.
+    with closing(AdaSkipLlama(str(tiny()), **{**OPTIONS, **LONG})) as llm:
+        llm.set_plan(FAST, readable=[CAREFUL])
+        llm.eval(talk[:900])
+        llm.set_plan(CAREFUL, readable=[FAST])
+        with closing(llm.generate(talk, temp=0)) as steps:
+            assert expected == [token for token, _ in zip(steps, range(6), strict=False)]
+
+
+def test_a_tighter_promise_reads_again_what_was_read_under_a_plan_that_does_not_keep_it(
+    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
+) -> None:
+    served, prompt = open_served(tiny(), None, FRONTIER, **LONG), tokens(900)
+    run(served, prompt)
+    answer, tighter = run(served, prompt, {"max_loss": 0.05})
+    assert tighter.choice.plan is CAREFUL and tighter.n_skipping > 0 and tighter.n_reused < 100
+    with (
+        closing(AdaSkipLlama(str(tiny()), plan=CAREFUL, **{**OPTIONS, **LONG})) as llm,
+        closing(llm.generate(prompt, temp=0)) as steps,
+    ):
+        assert answer == [token for token, _ in zip(steps, range(6), strict=False)]
+    assert run(served, prompt)[1].n_read == 1, "what keeps the tighter promise keeps the other"
+
+
+def test_after_plans_the_whole_model_is_itself_bit_for_bit(
+    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
+) -> None:
+    served, prompt = open_served(tiny(), None, FRONTIER, **LONG), tokens(900)
+    for wish in ("auto", {"max_loss": 0.05}, {"speedup": 1.4}):
+        run(served, prompt, wish)
+    request = ServedRequest(wish="none", reuses=False)
+    begin(request)
+    with closing(served.generate(prompt, temp=0)) as steps:
+        next(steps)
+        logits = np.ctypeslib.as_array(served._ctx.get_logits_ith(-1), (served.n_vocab(),)).copy()
+    with (
+        closing(AdaSkipLlama(str(tiny()), **{**OPTIONS, **LONG})) as llm,
+        closing(llm.generate(prompt, temp=0)) as steps,
+    ):
+        next(steps)
+        np.testing.assert_array_equal(logits, np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)))
+    assert run(served, prompt, "none")[1].n_skipping == 0 == request.n_skipping
 
 
 def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: ServedLlama, tokens: Tokens) -> None:
@@ -394,16 +478,48 @@ def test_a_body_takes_the_stock_servers_form() -> None:
     assert body["messages"] == [{"role": "system", "content": "a"}] and body["max_tokens"] == 3
 
 
-def test_a_loss_is_kept_by_what_tune_measured() -> None:
-    interval = Interval(0.015, 0.01, 0.02, 4)
-    tuning = Tuning(Promise("max_loss", 0.02), interval, interval, 4, 100, True)
-    plans = Plans(PLAN, tuning, None, 1024)
-    assert plans.choose({"max_loss": 0.02}, 10)[0] is PLAN and "0.015" in plans.choose({"max_loss": 0.02}, 10)[1]
-    assert plans.choose({"max_loss": 0.01}, 10) == (None, "none")
-    assert Plans(PLAN, None, None, 1024).choose({"max_loss": 9}, 10) == (None, "none"), "nothing was measured"
-    assert Plans(None, None, None, 1024).choose("auto", 10) == (None, "none")
+def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:
+    """What a server of 4,096 tokens that promises 0.07 chooses."""
+    return Plans(own, frontier, 0.07, None, 4096).choose(wish, n_tokens)
+
+
+def test_a_promise_chooses_by_the_length_of_the_prompt() -> None:
+    """The promise of the server, or the request's own. Losses grow by 1.25 for a prompt twice as long."""
+    plans = {n: chosen("auto", n).plan for n in (511, 512, 1024, 1025, 4096)}
+    assert plans == {511: None, 512: FAST, 1024: FAST, 1025: CAREFUL, 4096: CAREFUL}
+    assert chosen({"max_loss": 0.03}, 1000).plan is CAREFUL and chosen({"max_loss": 0.1}, 4000).plan is FAST
+    choice = chosen({"max_loss": 0.029}, 1000)
+    assert (choice.plan, choice.name, choice.point, choice.readable) == (None, "none", None, ())
+    assert chosen("none", 1000) == Choice()
+    choice = chosen("auto", 1025)
+    assert (choice.name, choice.max_loss, choice.speedup) == ("promise 0.07", 0.07, pytest.approx(1.3))
+    assert set(map(id, choice.readable)) == {id(CAREFUL), id(FAST)}, "in shorter prompts the fast one keeps it"
+    assert chosen({"max_loss": 0.05}, 1025).readable == (CAREFUL,)
+
+
+def test_a_speed_up_is_had_under_the_least_promise_that_gives_it() -> None:
+    choice = chosen({"speedup": 1.2}, 1000)
+    assert choice.plan is CAREFUL and choice.readable == (CAREFUL,)
+    assert chosen({"speedup": 1.4}, 2000).plan is FAST
+    assert chosen({"speedup": 2}, 100) == chosen({"speedup": 1}, 100) != chosen({"speedup": 1.2}, 1000)
+    assert chosen({"speedup": 2}, 100).plan is None, "a short prompt has little bulk, and a chat begins with one"
+    with pytest.raises(RequestError, match=r"2 times as fast at 1024 tokens; ask for at most 1\.5"):
+        chosen({"speedup": 2}, 1000)
+
+
+def test_without_a_frontier_a_promise_is_kept_by_the_whole_model_and_a_speed_up_needs_a_profile() -> None:
+    assert chosen({"max_loss": 9}, 1000, None, PLAN) == chosen("auto", 1000, None) == Choice()
+    assert chosen("auto", 1000, None, PLAN) == Choice(PLAN, "auto")
     with pytest.raises(RequestError, match="adaskip-cpp calibrate"):
-        plans.choose({"speedup": 1.5}, 10)
+        chosen({"speedup": 1.5}, 10, None)
+
+
+def test_an_answer_tells_its_point_of_the_frontier() -> None:
+    told = ServedRequest(n_layer=3, choice=chosen("auto", 1025)).told
+    assert told["plan"] == "promise 0.07" and told["max_loss"] == 0.07
+    assert (told["loss_measured"], told["speedup_predicted"]) == (0.03, pytest.approx(1.3))
+    told = ServedRequest(n_layer=3, choice=chosen("none", 1025)).told
+    assert told["plan"] == "none" and told["max_loss"] is told["loss_measured"] is told["speedup_predicted"] is None
 
 
 def test_a_chat_keeps_its_plan_while_it_grows() -> None:
@@ -414,9 +530,9 @@ def test_a_chat_keeps_its_plan_while_it_grows() -> None:
         return PLAN
 
     profile: Any = SimpleNamespace(plan=plan)
-    plans = Plans(None, None, profile, 5000)
+    plans = Plans(None, None, 0.05, profile, 5000)
     for n_tokens in (1, 1000, 1024, 1025, 2048, 4097):
-        assert plans.choose({"speedup": 1.5}, n_tokens)[0] is PLAN
+        assert plans.choose({"speedup": 1.5}, n_tokens).plan is PLAN
     assert asked == [1024, 2048, 5000]
 
 

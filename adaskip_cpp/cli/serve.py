@@ -104,6 +104,7 @@ def serve(
             model,
             ctx,
             running,
+            plan=source.frontier,  # for its settings
             plans=lambda llm: Plans(own, source.frontier, max_loss, profile, llm.context_size),
             cache=lambda can_rewind: PrefixCache(cache_size, cache_size, cache_dir, can_rewind=can_rewind),
         )

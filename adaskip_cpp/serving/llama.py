@@ -74,8 +74,8 @@ class ServedLlama(AdaSkipLlama):
     ) -> None:
         super().__init__(model_path, **kwargs)
         self.name = name or os.path.basename(model_path).removesuffix(".gguf")
-        self._plans_of_requests = plans(self)
-        of_model = self._plans_of_requests.choose("auto", self.context_size)
+        self.plans = plans(self)
+        of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
         self._cache = cache(not self.has_state)
         self._working = threading.Lock()
@@ -114,8 +114,7 @@ class ServedLlama(AdaSkipLlama):
             raise RequestError("the prompt is empty; send some text")
         request.check()
         request.begun, request.n_prompt, request.n_layer = time.perf_counter(), len(prompt), self.n_layer
-        choice = self._plans_of_requests.choose(request.wish, len(prompt))
-        request.plan, request.plan_name, request.readable = choice.plan, choice.name, choice.readable
+        request.choice = self.plans.choose(request.wish, len(prompt))
         self._take_up(request, np.array(prompt, np.int32))
         if self._prompt_rows is not None and self._logprobs is not None:
             has_bos = request.prompt_tokens is None and prompt[0] == self.token_bos()
@@ -149,20 +148,21 @@ class ServedLlama(AdaSkipLlama):
 
     def _take_up(self, request: ServedRequest, prompt: npt.NDArray[np.int32]) -> None:
         """Set the request's plan, and have in memory what is known of its prompt."""
+        plan, readable = request.choice.plan, request.choice.readable
         if not request.reuses:
             self._keep(0)
-            self.set_plan(request.plan, readable=request.readable)
+            self.set_plan(plan, readable=readable)
             self.reset()
             self._live_key, self._n_kept = "", 0  # so it is neither kept nor read on
             return
         if not self._live_key:
             self.reset()
-        key = self._key(plan_key(request.plan))
-        keys = {key, *(self._key(plan_key(plan)) for plan in (None, *request.readable))}
+        key = self._key(plan_key(plan))
+        keys = {key, *(self._key(plan_key(each)) for each in (None, *readable))}
         found, n_found = self._cache.find(keys, prompt)
         n_live = n_common(self.input_ids[: self.n_tokens], prompt)
         self._keep(0 if key != self._live_key else n_live)
-        self.set_plan(request.plan, readable=request.readable)
+        self.set_plan(plan, readable=readable)
         # Not everything that other plans skipped may be read under this one: the cells know it.
         n_live = min(n_live, self._adaskip.kv_valid("prefill", n_live)) if n_live else 0
         self._live_key, self._n_kept = key, min(self._n_kept, n_live)

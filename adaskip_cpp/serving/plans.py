@@ -1,12 +1,13 @@
 """Which plan a request runs under."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from ..errors import RequestError
 from ..files import content_hash
-from ..model.frontier import Frontier, Point, context_for
+from ..model.frontier import LEAST_CONTEXT, Frontier, Point, context_for
 from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -19,11 +20,23 @@ WISHES = '"auto", "none", {"speedup": 1.5} or {"max_loss": 0.02}'
 
 @dataclass(frozen=True)
 class Choice:
-    """What a request runs under: a plan, None for the whole model, what else it may read, and what that is called."""
+    """What a request runs under.
+
+    Attributes:
+        plan: None for the whole model.
+        name: what it is called.
+        readable: plans whose cells may be read besides.
+        max_loss: the promise that chose it from a frontier, in nats per token.
+        point: the point of the frontier that it is of.
+        speedup: times as fast the point is, as predicted for the prompt.
+    """
 
     plan: SkipPlan | None = None
     name: str = "none"
     readable: tuple[SkipPlan, ...] = ()
+    max_loss: float | None = None
+    point: Point | None = None
+    speedup: float | None = None
 
 
 class Plans:
@@ -56,38 +69,45 @@ class Plans:
         check_wish(wish)
         if wish == "none":
             return Choice()
-        if wish == "auto":
-            return self._promised(self.max_loss, n_tokens) if self.frontier else Choice(self.own, _name(self.own))
-        ((kind, value),) = wish.items()
-        if kind == "max_loss":
-            return self._promised(float(value), n_tokens)
+        value = float(*wish.values()) if isinstance(wish, dict) else self.max_loss
+        asks_speedup = "speedup" in wish
         if self.frontier is not None:
-            return self._as_fast(float(value), n_tokens)
-        context = min(max(context_for(n_tokens), _LEAST_CONTEXT), self.most)
-        return Choice(self._for_speedup(float(value), context), f"speedup {value:g} at {context} tokens")
+            max_loss = self._least_promise(self.frontier, value, n_tokens) if asks_speedup else value
+            return self._promised(self.frontier, max_loss, n_tokens)
+        if asks_speedup:
+            context = min(max(context_for(n_tokens), _LEAST_CONTEXT), self.most)
+            return Choice(self._for_speedup(value, context), f"speedup {value:g} at {context} tokens")
+        # What the one plan loses was not measured.
+        return Choice() if self.own is None or wish != "auto" else Choice(self.own, "auto")
 
-    def point(self, wish: Any, n_tokens: int) -> Point | None:
-        """Return the point of the frontier that ``"auto"`` or a promise chooses."""
-        max_loss = wish["max_loss"] if isinstance(wish, dict) and "max_loss" in wish else self.max_loss
-        return None if self.frontier is None or wish == "none" else self.frontier.point(n_tokens, max_loss)
-
-    def _promised(self, max_loss: float, n_tokens: int) -> Choice:
+    @property
+    def told(self) -> dict[str, Any]:
+        """The frontier and what is promised of it, for the list of models; {} where there is none."""
         if self.frontier is None:
-            return Choice()
-        plan = self.frontier.choose(n_tokens, max_loss)
-        name = "none" if plan is None else f"auto, a loss of at most {max_loss:g} nats per token"
-        return Choice(plan, name, self.frontier.readable(max_loss, self.most))
+            return {}
+        points = [
+            {"loss_measured": each.harm(each.judged_at), "speedups_predicted": each.speedups}
+            for each in self.frontier.points
+        ]
+        return {"adaskip": {"max_loss": self.max_loss, "points": points}}
 
-    def _as_fast(self, speedup: float, n_tokens: int) -> Choice:
-        """The point that loses least of those that are predicted to be as fast, with what loses no more."""
-        assert self.frontier is not None
+    def _promised(self, frontier: Frontier, max_loss: float, n_tokens: int) -> Choice:
+        plan, point = frontier.choose(n_tokens, max_loss), frontier.point(n_tokens, max_loss)
+        name = "none" if point is None else f"promise {max_loss:.4g}"
+        speedup = None if point is None else point.speedup(context_for(n_tokens))
+        return Choice(plan, name, frontier.readable(max_loss, self.most), max_loss, point, speedup)
+
+    def _least_promise(self, frontier: Frontier, speedup: float, n_tokens: int) -> float:
+        """Return the least promise under which a prompt is predicted to be so many times as fast; 0 for short ones."""
         context = context_for(n_tokens)
-        fast = [point for point in self.frontier.points if point.speedup(context) >= speedup]
-        if not fast:
-            most = max((point.speedup(context) for point in self.frontier.points), default=1.0)
-            raise RequestError(f"no plan is {speedup:g} times as fast at {context} tokens; ask for at most {most:.2f}")
-        point = min(fast, key=lambda each: each.harm(context))
-        return Choice(point.plan_for(context), f"speedup {speedup:g} at {context} tokens")
+        if speedup <= 1 or n_tokens < LEAST_CONTEXT:
+            return 0.0
+        points = [each for each in frontier.points if each.keeps(math.inf, context)]
+        kept = [_bound(each, context) for each in points if each.speedup(context) >= speedup]
+        if not kept:
+            most = max((each.speedup(context) for each in points), default=1.0)
+            raise RequestError(f"no plan is {speedup:g} times as fast at {context} tokens; ask for at most {most:.4g}")
+        return min(kept)
 
     def _plan_for_speedup(self, speedup: float, context: int) -> SkipPlan | None:
         if self.profile is None:
@@ -99,8 +119,9 @@ class Plans:
         return None if plan.is_whole else plan
 
 
-def _name(plan: SkipPlan | None) -> str:
-    return "none" if plan is None else "auto"
+def _bound(point: Point, context: int) -> float:
+    """The least promise that a point keeps, but for pass keys."""
+    return point.growth(context) * max(each.harm + each.error for each in (point.continuation, point.copying))
 
 
 def check_wish(wish: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..model.plan import Phase, SkipPlan
+from .plans import Choice
 
 
 class Gone(Exception):
@@ -24,8 +25,7 @@ class ServedRequest:
         reuses: whether what was read before may be used, and what is read now be kept.
         streams: whether the answer comes in pieces.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
-        plan: the plan that ran, None for the whole model; ``plan_name`` is what it is called, ``readable`` are plans
-            whose cells it may read.
+        choice: what it runs under.
         n_layer: layers of the model.
         n_prompt, n_generated: tokens of the prompt and of the answer.
         n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
@@ -40,9 +40,7 @@ class ServedRequest:
     reuses: bool = True
     streams: bool = False
     includes_usage: bool = False
-    plan: SkipPlan | None = None
-    plan_name: str = ""
-    readable: tuple[SkipPlan, ...] = ()
+    choice: Choice = field(default_factory=Choice)
     n_layer: int = 0
     n_prompt: int = 0
     n_generated: int = 0
@@ -122,11 +120,15 @@ class ServedRequest:
     @property
     def told(self) -> dict[str, Any]:
         """What was skipped, and what of the prompt was read: ``adaskip`` in the answer."""
-        plan = self.plan or SkipPlan.manual(self.n_layer)
+        choice = self.choice
+        plan, point = choice.plan or SkipPlan.manual(self.n_layer), choice.point
         phases: tuple[Phase, ...] = ("bulk", "prefill", "decode")
         sets = {phase: plan.skipped(phase) for phase in phases}
         return {
-            "plan": self.plan_name,
+            "plan": choice.name,
+            "max_loss": choice.max_loss,
+            "loss_measured": None if point is None else point.harm(point.judged_at),
+            "speedup_predicted": choice.speedup,
             "n_layer": self.n_layer,
             "skipped": {
                 phase: {"attention": list(each.attention), "ffn": list(each.ffn)} for phase, each in sets.items()
