@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..errors import PlanError
 from ..intervals import Interval
 from .cost_model import CostSettings
-from .plan import SkipPlan, window_size_for
+from .plan import DEFAULT_WINDOW, SkipPlan, window_size_for
 from .settings import Settings, Tried
 
 DEFAULT_LOSS = 0.05
@@ -142,7 +142,8 @@ class Point(Figures):
         bulk = self.plan.bulk
         if bulk is None or not bulk.narrowed:
             return self.plan
-        return replace(self.plan, bulk=replace(bulk, window_size=window_size_for(context)))
+        share = round(self.judged_at / (bulk.window_size + 256 - DEFAULT_WINDOW))
+        return replace(self.plan, bulk=replace(bulk, window_size=window_size_for(context, max(share, 1))))
 
 
 @dataclass(frozen=True)

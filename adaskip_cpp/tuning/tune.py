@@ -179,7 +179,7 @@ class _Tuning:
 
             def lost(candidate: Candidate) -> tuple[float, float]:
                 def judge() -> list[float]:
-                    scores = search(planned.plan(candidate, _SEARCHED_AT // 8))
+                    scores = search(planned.plan(candidate, _SEARCHED_AT // candidate.share))
                     return [quality_of(search.probes, scores, kind).harm for kind in ("continuation", "copying")]
 
                 return tuple(self.memo.get(f"search {candidate}", list[float], judge))  # type: ignore[return-value]
@@ -196,7 +196,7 @@ class _Tuning:
         judged = sorted(sorted(range(len(path)), key=lambda i: (abs(i - middle), -i))[:n])
         with self.on_stage("Judging") as on_progress:
             for done, index in enumerate(judged):
-                plan = planned.plan(path[index], window_size_for(_JUDGED_AT))
+                plan = planned.plan(path[index], window_size_for(_JUDGED_AT, path[index].share))
                 scores = judge(plan)
                 lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
                 points.append(
@@ -255,7 +255,7 @@ class _Planned:
 
     def seconds(self, candidate: Candidate, context: int) -> float:
         none = SkipSet.none(self.profile.n_layer)
-        around = Bulk(none, windowed=candidate.windowed, window_size=window_size_for(context))
+        around = Bulk(none, windowed=candidate.windowed, window_size=window_size_for(context, candidate.share))
         return self.cost.seconds(candidate.skip(self.profile.n_layer), context, "bulk", around=around)
 
     def speedup(self, candidate: Candidate, context: int) -> float:
