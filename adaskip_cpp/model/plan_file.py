@@ -206,7 +206,7 @@ def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | N
     name = os.fspath(path)
     way_out = "`adaskip-cpp tune` or `adaskip-cpp plan -o`"
     try:
-        file = msgspec.convert(_nan_for_null(stored.load(name, _FORMAT, "plan file", FORMAT_VERSION)), _File)
+        file = msgspec.convert(stored.numbers_for_nulls(stored.load(name, _FORMAT, "plan file", FORMAT_VERSION)), _File)
         found = _found(file, name)
     except FileNotFoundError:
         raise PlanFileError(f"there is no plan file {name!r}; write one with {way_out}") from None
@@ -231,7 +231,7 @@ def frontier_beside(model: str | os.PathLike[str]) -> Frontier | None:
     A file that cannot be used counts as none: :func:`plan_beside` tells why.
     """
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        data = _nan_for_null(stored.load(plan_path(model), _FORMAT, "plan file", FORMAT_VERSION))
+        data = stored.numbers_for_nulls(stored.load(plan_path(model), _FORMAT, "plan file", FORMAT_VERSION))
         if data.get("frontier") is not None:
             return msgspec.convert({**data["frontier"], "points": ()}, Frontier)
     return None
@@ -275,13 +275,3 @@ def frontier_dict(frontier: Frontier) -> dict[str, Any]:
     """Return the figures of a frontier, without its plans."""
     points = [{name: value for name, value in vars(each).items() if name != "plan"} for each in frontier.points]
     return {field.name: getattr(frontier, field.name) for field in fields(frontier)} | {"points": points}
-
-
-def _nan_for_null(data: Any) -> Any:
-    """JSON has no NaN: the ends of an interval that one measurement has not are null there."""
-    if isinstance(data, dict):
-        ends = ("low", "high")
-        return {
-            name: math.nan if value is None and name in ends else _nan_for_null(value) for name, value in data.items()
-        }
-    return [_nan_for_null(value) for value in data] if isinstance(data, list) else data

@@ -137,3 +137,19 @@ def _read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
         if facts.st_size > most:
             raise ValueError(f"{os.fspath(path)!r} has more than {most:,} bytes")
         return file.read(facts.st_size)
+
+
+def numbers_for_nulls(data: Any) -> Any:
+    """Return data of a JSON file with the numbers that JSON has not, for which null stands there.
+
+    The ends of an interval of one measurement are NaN, the times of settings that a model cannot run with infinite.
+    """
+    if isinstance(data, dict):
+        return {name: _NULLS.get(name) if value is None else numbers_for_nulls(value) for name, value in data.items()}
+    return [numbers_for_nulls(value) for value in data] if isinstance(data, list) else data
+
+
+_NULLS = {
+    **dict.fromkeys(("low", "high"), math.nan),
+    **dict.fromkeys(("prompt_short_s", "prompt_long_s", "token_s", "request_s"), math.inf),
+}

@@ -10,6 +10,7 @@ import msgspec
 from ..errors import AdaSkipError
 from ..files import json_text, write_atomically
 from ..model.identity import ModelInfo
+from ..model.stored import numbers_for_nulls
 from ..planning.profile import Profile
 
 _T = TypeVar("_T")
@@ -30,7 +31,7 @@ class Memo:
             return
         with contextlib.suppress(OSError, msgspec.DecodeError, ValueError):
             with open(path, "rb") as file:
-                data: Any = msgspec.json.decode(file.read())
+                data: Any = numbers_for_nulls(msgspec.json.decode(file.read()))
             if isinstance(data, dict) and data.get("key") == key:
                 self._data = data
 
