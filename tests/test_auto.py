@@ -23,8 +23,8 @@ from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import PlanError, PlanFileError
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.plan import Bulk
-from adaskip_cpp.model.plan_file import save_plan
-from adaskip_cpp.model.settings import Settings
+from adaskip_cpp.model.plan_file import frontier_beside, load_plan, save_plan
+from adaskip_cpp.model.settings import Settings, Tried
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
@@ -207,6 +207,14 @@ def test_auto_reads_the_frontier_beside_the_model(model: Path, open_model: Open,
 def test_auto_without_a_file_says_how_to_write_one(tiny: Tiny) -> None:
     with pytest.raises(PlanFileError, match="run `adaskip-cpp tune"):
         AdaSkipLlama(str(tiny()), plan="auto", verbose=False)
+
+
+def test_settings_that_the_model_cannot_run_with_are_told_by_the_file(model: Path) -> None:
+    failed = Tried(Settings(flash_attn=True), *[float("inf")] * 4, False)
+    save_plan(plan_path(model), replace(FOUND, tried=(failed,)))
+    assert load_plan(plan_path(model)).frontier == replace(FOUND, tried=(failed,))
+    beside = frontier_beside(model)
+    assert beside is not None and beside.tried == (failed,)
 
 
 TUNED = Settings(flash_attn=True, repack=False, n_batch=64, n_ubatch=32, n_threads=1, n_threads_batch=2)
