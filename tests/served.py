@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import subprocess
@@ -14,33 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+from frontiers import frontier, point
 
-from adaskip_cpp import SkipPlan
-from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model.cost_model import CostSettings
-from adaskip_cpp.model.frontier import Frontier, Passkeys, Point, Quality
-from adaskip_cpp.model.settings import Settings
+from adaskip_cpp import Frontier, SkipPlan
 
 BULK_PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
 """A plan for a tiny model of three layers."""
 
 
-def frontier_of(n_layer: int, *, settings: Settings | None = None, machine: CostSettings | None = None) -> Frontier:
+def frontier_of(n_layer: int, **more: Any) -> Frontier:
     """A frontier with made-up figures, each of its two plans skipping what the one before it skips.
 
     For prompts of 1,024 tokens "careful" loses 0.03 nats per token, and "fast" 0.06. In prompts of twice as many tokens
     losses are taken for 1.25 times as large: 0.0375 and 0.075.
     """
 
-    def point(loss: float, speedup: float, **layers: Any) -> Point:
-        exact, all_alike = Interval(loss, loss, loss, 9), Interval(1.0, 1.0, 1.0, 9)
-        quality = Quality(exact, 0.0, exact, 0.0, all_alike, (loss, loss), 9, 900)
-        plan = SkipPlan.manual(n_layer, phase="bulk", **layers)
-        speedups = ((1024, speedup), (2048, speedup + 0.1))
-        return Point(1024, quality, quality, Passkeys(4, 4, 4), speedups, plan)
-
-    points = point(0.03, 1.2, ffn=[2]), point(0.06, 1.5, attention=[1], ffn=[2])
-    return Frontier(points, settings or Settings(), machine)
+    speedups = {1024: 1.2, 2048: 1.3}, {1024: 1.5, 2048: 1.6}
+    plans = (SkipPlan.manual(n_layer, attention=each, ffn=[2], phase="bulk") for each in ([], [1]))
+    points = map(functools.partial(point, judged_at=1024), plans, (0.03, 0.06), speedups)
+    return frontier(list(points), **more)
 
 
 END: int = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)

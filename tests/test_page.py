@@ -17,7 +17,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from served import Server, serving
+from served import Server, frontier_of, serving
+
+from adaskip_cpp.model.plan_file import save_plan
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -174,6 +176,34 @@ def test_a_window_is_drawn_as_half_a_cell_and_said(page: Page) -> None:
     )
     said = "Attention of layer 0 skipped in the prompt. Attention of layers 0, 2-3 looks back at 1,276 tokens."
     assert words == [8 + 2, said]
+
+
+def test_the_frontier_is_drawn_with_the_promise_and_the_plan_of_the_answer(
+    model: Path, browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    """A point for each plan and one for the whole model; filled is what ran, at the place of its time and its loss."""
+    save_plan(tmp_path / "frontier.json", frontier_of(3))
+    with serving(model, "--plan", str(tmp_path / "frontier.json"), "--max-loss", "0.04", "--ctx", "2048") as running:
+        page = Page(browser, running.url)
+        page.wait("model", NAME)
+        page.ask(3 * TEXT)
+        assert len(page.all("circle")) == 3 and len(page.all("circle.runs")) == 1 and len(page.all(".promise")) == 1
+        line, whole, careful, fast = (
+            (
+                float(str(each.get_attribute("cx") or 0)),
+                float(str(each.get_attribute("cy") or each.get_attribute("y1"))),
+            )
+            for each in page.all(".promise, circle")
+        )
+        assert fast[0] < careful[0] < whole[0] and fast[1] < line[1] < careful[1] < whole[1], "up is worse"
+        assert page.all("circle")[1].get_attribute("class") == "runs"
+        assert page.texts(".frontier ~ figcaption") == [
+            "Promise: a loss of at most 0.04 nats per token. Of 2 plans this one takes 83% of the whole model's time, "
+            "as predicted, and loses 0.030, as measured."
+        ]
+        page.ask(TEXT[:60])
+        assert "No plan keeps the promise for this prompt" in page["summary"].text
+        assert page.all("circle")[0].get_attribute("class") == "runs"
 
 
 @pytest.mark.parametrize(

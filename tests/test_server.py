@@ -1,9 +1,11 @@
 """``adaskip-cpp serve`` as its clients see it: a real process, the openai client, and what must be refused."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
-from served import BULK_PLAN, END, Server, serving
+from served import BULK_PLAN, END, Server, frontier_of, serving
 
 from adaskip_cpp import AdaSkipLlama
+from adaskip_cpp.engine.settings import cost_settings
+from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL
+from adaskip_cpp.model.plan_file import save_plan
+from adaskip_cpp.model.settings import Settings
 
 LONG = " ".join(f"the an{i} of to" for i in range(60))
 """Several hundred tokens of the tiny vocabulary."""
@@ -176,6 +182,39 @@ def test_what_was_read_outlasts_a_restart(served_model: Path, served_plan: Path,
     with serving(served_model, "--plan", "none", *options[2:]) as other:
         assert ask(other)["adaskip"]["prompt_tokens_reused"] == 0, "what a plan skipped is not read without it"
     assert torn
+
+
+def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model: Path, tmp_path: Path) -> None:
+    """And a chat that grows over a change of plan reads nothing again, nor after a restart."""
+    model = Path(shutil.copy(served_model, tmp_path / "m.gguf"))
+    with closing(AdaSkipLlama(str(model), n_ctx=256, n_threads=1, verbose=False)) as llm:
+        frontier = frontier_of(3, settings=Settings(n_batch=256, n_ubatch=128), machine=cost_settings(llm))
+    save_plan(plan_path(model), frontier)
+    options = ("--ctx", str(CTX), "--max-loss", "0.07", "--cache-dir", str(tmp_path / "kept"))
+    talk = {n: [1, *([7, 9, 30, 12] * CTX)[: n - 1]] for n in (100, 700, 1100)}
+
+    def told(server: Server, n: int, plan: Any = "auto") -> Any:
+        return ask(server, talk[n], adaskip={"plan": plan})["adaskip"]  # type: ignore[arg-type]
+
+    with serving(model, *options) as first:
+        points = first.get("/v1/models").json()["data"][0]["meta"]["adaskip"]
+        assert points["max_loss"] == 0.07 and [each["loss_measured"] for each in points["points"]] == [0.03, 0.06]
+        assert told(first, 100)["plan"] == "none"
+        fast = told(first, 700)
+        assert (fast["plan"], fast["loss_measured"], fast["speedup_predicted"]) == ("promise 0.07", 0.06, 1.5)
+        assert fast["skipped"]["bulk"] == {"attention": [1], "ffn": [2]} and fast["prompt_tokens_skipping"] > 500
+        assert first.stop() == 0
+    with serving(model, *options) as second:
+        careful = told(second, 1100)
+        assert careful["skipped"]["bulk"] == {"attention": [], "ffn": [2]} and careful["loss_measured"] == 0.03
+        assert careful["prompt_tokens_reused"] >= 699
+        tight = told(second, 1100, {"max_loss": 0.04})
+        assert tight["prompt_tokens_reused"] == 100, "those that the whole model read"
+        assert told(second, 1100, {"speedup": 1.6})["loss_measured"] == 0.06
+        refused = {"prompt": talk[1100], "adaskip": {"plan": {"speedup": 3}}}
+        assert "ask for at most 1.6" in second.post("/v1/completions", refused).json()["error"]["message"]
+        whole = told(second, 1100, "none")
+        assert whole["plan"] == "none" and whole["max_loss"] is None and whole["prompt_tokens_skipping"] == 0
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +19,11 @@ from served import frontier_of
 from starlette.exceptions import HTTPException
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
+from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import DataError, RequestError
+from adaskip_cpp.measuring.running import Running, quietly
 from adaskip_cpp.model.frontier import Frontier
+from adaskip_cpp.model.settings import Settings
 from adaskip_cpp.serving import sending
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
@@ -243,23 +248,21 @@ OPTIONS: Any = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0
 
 @pytest.fixture
 def open_served() -> Iterator[Callable[..., ServedLlama]]:
-    """``open_served(path, plan, frontier, folder, **options)``: a model as the server has it, closed after the test."""
+    """``open_served(path, plan or frontier, folder)``: a model as the server has it, closed after the test."""
     opened = []
 
     def open_(
-        path: Path,
-        plan: SkipPlan | None = PLAN,
-        frontier: Frontier | None = None,
-        folder: Path | None = None,
-        **options: Any,
+        path: Any, plan: Any = PLAN, folder: Path | None = None, options: Any = OPTIONS, **more: Any
     ) -> ServedLlama:
+        own, frontier = (None, plan) if isinstance(plan, Frontier) else (plan, None)
+
         def plans(llm: ServedLlama) -> Plans:
-            return Plans(plan, frontier, 0.07, None, llm.context_size)
+            return Plans(own, frontier, 0.07, None, llm.context_size)
 
         def cache(rewinds: bool) -> PrefixCache:
             return PrefixCache(10**8, 10**8, folder, can_rewind=rewinds)
 
-        opened.append(ServedLlama(str(path), plans=plans, cache=cache, **{**OPTIONS, **options}))
+        opened.append(ServedLlama(str(path), plan=frontier, plans=plans, cache=cache, **{**options, **more}))
         return opened[-1]
 
     yield open_
@@ -328,7 +331,7 @@ LONG: Any = {"n_ctx": 2048}
 def test_a_chat_that_grows_over_a_change_of_plan_reads_nothing_again(
     open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
 ) -> None:
-    served = open_served(tiny(), None, FRONTIER, **LONG)
+    served = open_served(tiny(), FRONTIER, **LONG)
     talk = tokens(900)
     answer, first = run(served, talk)
     assert first.choice.plan is FAST and first.n_skipping > 0
@@ -343,11 +346,11 @@ def test_what_was_read_under_another_plan_of_the_frontier_outlasts_a_restart(
     open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens, tmp_path: Path
 ) -> None:
     talk = tokens(1200)
-    first = open_served(tiny(), None, FRONTIER, tmp_path, **LONG)
+    first = open_served(tiny(), FRONTIER, tmp_path, **LONG)
     run(first, talk[:900])
     first.close()
     # Of equal figures, as another process reads them from a plan file.
-    again = open_served(tiny(), None, frontier_of(3), tmp_path, **LONG)
+    again = open_served(tiny(), frontier_of(3), tmp_path, **LONG)
     expected, request = run(again, talk)
     assert request.choice.plan == CAREFUL and request.n_reused >= 899
     again.close()
@@ -363,7 +366,7 @@ def test_what_was_read_under_another_plan_of_the_frontier_outlasts_a_restart(
 def test_a_tighter_promise_reads_again_what_was_read_under_a_plan_that_does_not_keep_it(
     open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
 ) -> None:
-    served, prompt = open_served(tiny(), None, FRONTIER, **LONG), tokens(900)
+    served, prompt = open_served(tiny(), FRONTIER, **LONG), tokens(900)
     run(served, prompt)
     answer, tighter = run(served, prompt, {"max_loss": 0.05})
     assert tighter.choice.plan is CAREFUL and tighter.n_skipping > 0 and tighter.n_reused < 100
@@ -378,7 +381,7 @@ def test_a_tighter_promise_reads_again_what_was_read_under_a_plan_that_does_not_
 def test_after_plans_the_whole_model_is_itself_bit_for_bit(
     open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
 ) -> None:
-    served, prompt = open_served(tiny(), None, FRONTIER, **LONG), tokens(900)
+    served, prompt = open_served(tiny(), FRONTIER, **LONG), tokens(900)
     for wish in ("auto", {"max_loss": 0.05}, {"speedup": 1.4}):
         run(served, prompt, wish)
     request = ServedRequest(wish="none", reuses=False)
@@ -393,6 +396,21 @@ def test_after_plans_the_whole_model_is_itself_bit_for_bit(
         next(steps)
         np.testing.assert_array_equal(logits, np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)))
     assert run(served, prompt, "none")[1].n_skipping == 0 == request.n_skipping
+
+
+def test_it_is_opened_with_the_settings_that_were_found_on_this_machine(
+    open_served: Callable[..., ServedLlama], tiny: Tiny, open_model: Callable[..., Any]
+) -> None:
+    machine, found = cost_settings(open_model(tiny())), Settings(flash_attn=True, repack=False, n_batch=96, n_ubatch=64)
+    opened = []
+    for each in (machine, replace(machine, cpu="another")):
+        frontier = frontier_of(3, settings=found, machine=each)
+        served = quietly(partial(open_served, options={}), tiny(), 1024, Running(n_threads=1), plan=frontier)
+        opened.append(cost_settings(served))
+    assert [(each.flash_attention, each.repack, each.n_batch, each.n_ubatch) for each in opened] == [
+        (True, False, 96, 64),
+        (False, True, 512, 512),
+    ]
 
 
 def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: ServedLlama, tokens: Tokens) -> None:
