@@ -26,7 +26,8 @@ class Memo:
     """
 
     def __init__(self, path: str | None = None, key: str = "") -> None:
-        self._path, self._data = path, {"key": key}
+        self._path = path
+        self._data: dict[str, Any] = {"key": key}
         if path is None:
             return
         with contextlib.suppress(OSError, msgspec.DecodeError, ValueError):
@@ -41,9 +42,22 @@ class Memo:
             return msgspec.convert(self._data[name], kind)
         value = make()
         self._data[name] = msgspec.to_builtins(value)
+        self._write()
+        return value
+
+    def _write(self) -> None:
         if self._path is not None:
             write_atomically(self._path, json_text(self._data))
-        return value
+
+    @property
+    def n_read(self) -> int:
+        """Tokens that all runs have read through the model, as :meth:`count` was told."""
+        n = self._data.get("n_read")
+        return n if isinstance(n, int) else 0
+
+    def count(self, n_tokens: int) -> None:
+        self._data["n_read"] = self.n_read + n_tokens
+        self._write()
 
     def profile(self, model: ModelInfo) -> Profile | None:
         """Return the profile that an earlier run kept, if it is of this model."""

@@ -9,7 +9,7 @@ ones, which are then judged as sets.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TypeAlias
 
@@ -33,13 +33,19 @@ _DEPTHS = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4,
 
 @dataclass(frozen=True)
 class Candidate:
-    """Layers whose attention and whose FFN the bulk of a prompt skips, and whose attention looks back at a window."""
+    """What the bulk of a prompt leaves out.
+
+    Attributes:
+        attention, ffn: layers whose attention and whose FFN is skipped.
+        windowed: layers whose attention looks back at a window of the prompt's length divided by ``share``.
+        level: the loss that a path has it for, 0 of no path.
+    """
 
     attention: tuple[int, ...] = ()
     ffn: tuple[int, ...] = ()
     windowed: tuple[int, ...] = ()
     share: int = SHARES[0]
-    """The window is one so manieth of the prompt."""
+    level: float = field(default=0.0, compare=False, repr=False)
 
     def skip(self, n_layer: int) -> npt.NDArray[np.bool_]:
         return marked(n_layer, self.attention, self.ffn)
@@ -142,7 +148,7 @@ def find_path(
     for level in levels:
         found = _fastest([each for each in grid if not path or _contains(each[0], path[-1])], level, factor, whole)
         if found is not None and (not path or found != path[-1]):
-            path.append(found)
+            path.append(replace(found, level=level))
     return path
 
 

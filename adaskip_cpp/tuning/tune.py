@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.judge import Judge, Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources
-from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Point
+from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Passkeys, Point, Quality
 from ..model.plan import Bulk, SkipPlan, window_size_for
 from ..model.settings import Settings
 from ..model.skip_set import SkipSet
@@ -34,7 +35,7 @@ from .exact import FoundSettings, fastest_settings
 from .figures import passkeys_of, quality_of
 from .hold_out import HeldOut, hold_out
 from .memo import Memo
-from .path import LEVELS, Candidate, find_path, orders
+from .path import Candidate, find_path, orders
 from .speed import measure_speed
 
 MOST_TOKENS = 120_000
@@ -114,17 +115,16 @@ class _Tuning:
             took = (MOST_TOKENS - self.n_read) / rate
             self.tell(f"This model reads {rate:,.0f} tokens per second, so what follows takes about {_minutes(took)}.")
         kinds = unseen_texts() if texts is None else [texts]
+        points: list[Point] = []
+        about: dict[str, str | int | float | None] = {"package_version": metadata.version("adaskip-cpp")}
         with self._opened(_JUDGED_AT + 512) as llm:
-            held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + 64)
-            profile = self._calibrate(llm, data)
-            points = self._points(llm, profile, held)
+            if any(row.in_bulk for row in llm.sublayers):
+                held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + 64)
+                profile = self._calibrate(llm, data)
+                about |= {**held.names(), "calibrated_on": profile.corpus}
+                points = self._points(llm, profile, held)
             machine, prompt = cost_settings(llm), self._prompt(llm, kinds)
-            self.n_read += llm.n_evaluated
-        about: dict[str, str | int | float | None] = {
-            **held.names(),
-            "calibrated_on": profile.corpus,
-            "package_version": profile.package_version,
-        }
+        self.n_read += self.memo.n_read
         frontier = Frontier(tuple(points), self.settings, machine, found.tried, about=about)
         plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS)
         with self.on_stage("Measuring the speed") as on_progress:
@@ -190,25 +190,24 @@ class _Tuning:
         judge, points = Judge(llm, probes), []
         each_costs = sum(max(p.n_prompt for p in probes if p.text == name) for name in {p.text for p in probes})
         each_costs += sum(len(probe.answer) + 64 for probe in probes)
-        left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - self.n_read - llm.n_evaluated - each_costs
+        n_read = self.n_read + self.memo.n_read + llm.n_evaluated
+        left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - n_read - each_costs
         n = min(len(path), max(left // each_costs, 1))
-        middle = min(range(len(path)), key=lambda i: abs(np.log(LEVELS[i] / DEFAULT_LOSS)), default=0)
+        middle = min(range(len(path)), key=lambda i: abs(np.log(path[i].level / DEFAULT_LOSS)), default=0)
         judged = sorted(sorted(range(len(path)), key=lambda i: (abs(i - middle), -i))[:n])
         with self.on_stage("Judging") as on_progress:
             for done, index in enumerate(judged):
                 plan = planned.plan(path[index], window_size_for(_JUDGED_AT, path[index].share))
-                scores = judge(plan)
+
+                def measure(plan: SkipPlan = plan) -> tuple[Quality, Quality, Passkeys]:
+                    scores = judge(plan)
+                    continuation, copying = (quality_of(probes, scores, kind) for kind in ("continuation", "copying"))
+                    return continuation, copying, passkeys_of(probes, scores)
+
+                measured = self.memo.get(f"judged {path[index]}", tuple[Quality, Quality, Passkeys], measure)
                 lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
-                points.append(
-                    Point(
-                        _JUDGED_AT,
-                        quality_of(judge.probes, scores, "continuation"),
-                        quality_of(judge.probes, scores, "copying"),
-                        passkeys_of(judge.probes, scores),
-                        tuple((length, planned.speedup(path[index], length)) for length in lengths),
-                        plan,
-                    )
-                )
+                speedups = tuple((length, planned.speedup(path[index], length)) for length in lengths)
+                points.append(Point(_JUDGED_AT, *measured, speedups, plan))
                 on_progress((done + 1) / len(judged))
         return points
 
@@ -225,6 +224,7 @@ class _Tuning:
         try:
             yield llm
         finally:
+            self.memo.count(llm.n_evaluated)
             # llama.cpp tells an error where a plan made its buffers larger than it had planned; it is none.
             with contextlib.redirect_stderr(io.StringIO()):
                 llm.close()
