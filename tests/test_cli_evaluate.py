@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from command_line import line
+from served import frontier_of
 from tiny_families import N_CTX_TRAIN, N_EMBD
 
 from adaskip_cpp import Profile, SkipPlan
@@ -36,7 +37,7 @@ def profile_path(tiny: Any, tmp_path: Path) -> Path:
     zeros = np.zeros((n_layer, 2, N_EMBD), np.float32)
     statistics = PhaseStatistics(similarity, ones, ones, np.ones(n_layer), zeros, zeros, 10)
     known = ModelInfo(fingerprint(tiny()), "llama", n_layer)
-    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity).save(path)
+    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity, copying=1 - similarity).save(path)
     return path
 
 
@@ -56,10 +57,11 @@ def run(tiny: Any, profile_path: Path, text: Path, tmp_path: Path, monkeypatch: 
     found = plots.has_matplotlib()
 
     def invoke(
-        *args: object, model: Path | None = None, profile: Path = profile_path, pictures: bool = False
+        *args: object, model: Path | None = None, profile: Path | None = profile_path, pictures: bool = False
     ) -> Result:
         monkeypatch.setattr(plots, "has_matplotlib", lambda: found and pictures)
-        fixed = ["evaluate", model or tiny(), "--profile", profile, "-o", tmp_path / "out", "--text", text]
+        fixed = ["evaluate", model or tiny(), "-o", tmp_path / "out", "--text", text]
+        fixed += [] if profile is None else ["--profile", profile]
         small = ["--threads", 1, "--texts", 2, "--tokens", 24, "--continuation", 6]
         small += ["--rounds", 2, "--speed-context", 16]
         verbs = Verbs(commands={"evaluate": command})
@@ -242,6 +244,32 @@ def test_a_plan_file_is_compared_too_that_beside_the_model_unless_another_is_nam
     Path(plan_path(model)).write_text("{")
     assert "the tuned plan is left out" in run(*arguments, model=model).stderr
     assert "there is no plan file" in line(run(*arguments, "--plan", tmp_path / "none.json", model=model))
+
+
+def test_promises_are_measured_with_and_without_a_profile(
+    run: Run, tiny: Any, tmp_path: Path, results: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the frontier beside the model, or another one that is named."""
+    monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
+    model = Path(shutil.copy(tiny(), tmp_path / "m.gguf"))
+    save_plan(plan_path(model), frontier_of(3), model=ModelInfo(fingerprint(model), "llama", 3))
+    result = run(model=model, profile=None)
+    assert result.exit_code == 0, result.output
+    found = results()
+    assert [each["name"] for each in found["contenders"]] == ["full", "promise 0.05", "promise 0.1"]
+    assert found["n_done"] == found["n_results"] and "promise 0.05" in result.stdout
+    assert [each["n_skip_prefill"] for each in found["contenders"]] == [0, 1, 2]
+    assert "for each prompt the fastest of 2 plans" in found["about"]["configuration"]["Promises"]
+    report = (tmp_path / "out" / "results.md").read_text()
+    assert "| promise 0.05 |" in report and "profile" not in found["about"]["command"]
+    again = run(model=model, profile=None)
+    assert f"{found['n_results']} of {found['n_results']} results are there already" in again.stderr
+    run("--max-loss", "0.04", "--skip", 2, "--strategy", "early_exit", "--mode", "prompt", model=model)
+    assert [each["name"] for each in results()["contenders"]] == ["full", "early_exit-2-prompt", "promise 0.04"]
+    shutil.move(plan_path(model), tmp_path / "elsewhere.json")
+    assert "run `adaskip-cpp tune`" in line(run(model=model, profile=None))
+    assert "promises choose from what `tune` found" in line(run("--max-loss", "0.04", model=model))
+    assert "plans for these options are made from a profile" in line(run("--skip", 2, model=model, profile=None))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from frontiers import frontier, point
 
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.errors import DataError, PlanError
@@ -13,6 +14,7 @@ from adaskip_cpp.evaluation.contenders import FULL, Contender, contenders, every
 from adaskip_cpp.files import content_hash
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.plan_file import PlanFile
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.planning.request import PlanRequest
 
@@ -26,7 +28,7 @@ def profile() -> Profile:
     vectors = np.zeros((N_LAYER, 2, 4), np.float32)
     prefill = PhaseStatistics(similarity, 1.1 * ones, 1.2 * ones, np.ones(N_LAYER), vectors, vectors, 10)
     known = ModelInfo("ab" * 32, "llama", N_LAYER)
-    return Profile(prefill, prefill, 1, 10, known, divergence=1 - similarity)
+    return Profile(prefill, prefill, 1, 10, known, divergence=1 - similarity, copying=1 - similarity)
 
 
 def found(profile: Profile, **lists: Any) -> tuple[list[Contender], list[str]]:
@@ -124,15 +126,42 @@ def test_the_hash_of_a_profile_is_of_its_arrays_too(profile: Profile, tmp_path: 
     assert content_hash(other) != content_hash(profile)
 
 
+def test_each_promise_is_a_contender_that_runs_the_plan_chosen_for_the_length_of_the_prompt(profile: Profile) -> None:
+    """Losses are taken for 1.25 times as large in prompts twice as long; a prompt of 300 tokens runs whole."""
+    careful, fast = (SkipPlan.manual(N_LAYER, ffn=ffn, phase="bulk") for ffn in ([9], [8, 9]))
+    found = frontier(
+        [point(careful, 0.03, {1024: 1.2}, judged_at=1024), point(fast, 0.06, {1024: 1.5}, judged_at=1024)]
+    )
+    saved = PlanFile(frontier=found)
+    every, notes = contenders(None, (), saved, (0.001, 0.05, 0.06, 0.061, 0.1), (300, 1000, 2000))
+    assert [each.name for each in every] == ["full", "promise 0.05", "promise 0.06", "promise 0.1"]
+    plans = [[each.plan_for(n) for n in (300, 1000, 2000)] for each in every]
+    assert plans == [[None] * 3, [None, careful, careful], [None, fast, careful], [None, fast, fast]]
+    assert [note for note in notes if "left out" in note] == [
+        "promise 0.001 is left out: for these prompts it skips the same as full",
+        "promise 0.061 is left out: for these prompts it skips the same as promise 0.06",
+    ]
+    assert "promise 0.05 runs the whole model for prompts of 300 tokens" in notes
+    assert len({content_hash(each.key) for each in every}) == 4
+    every, _ = contenders(profile, [PlanRequest(4)], saved, (0.05,), (1000,))
+    assert [each.strategy for each in every] == ["full", "adaskip", "promise"]
+    with pytest.raises(DataError, match=r"promise 0\.05 is left out.*longer prompts"):
+        contenders(None, (), saved, (0.05,), (300,))
+    with pytest.raises(DataError, match="run `adaskip-cpp tune`"):
+        contenders(None, ())
+    with pytest.raises(DataError, match="made from a profile"):
+        contenders(None, [PlanRequest(4)], saved, (0.05,), (1000,))
+
+
 def test_a_saved_plan_comes_last_unless_it_is_one_of_the_others_or_of_no_mode(profile: Profile) -> None:
     requests = every_request(N_LAYER, strategies=["adaskip"], n_skips=[4], modes=["prefill"])
-    every, notes = contenders(profile, requests, profile.plan(7, mode="e2e"))
+    every, notes = contenders(profile, requests, PlanFile(profile.plan(7, mode="e2e")))
     assert [each.name for each in every][2:] == ["tuned"]
     assert notes == []
     for plan, why in (
         (profile.plan(4, mode="prefill"), "it skips the same as adaskip-4-prefill-linear"),
         (SkipPlan.manual(N_LAYER, ffn=[1]), "its layers were listed, for no mode"),
     ):
-        every, notes = contenders(profile, requests, plan)
+        every, notes = contenders(profile, requests, PlanFile(plan))
         assert len(every) == 2
         assert notes == [f"the tuned plan is left out: {why}"]

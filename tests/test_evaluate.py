@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import OpenModel, TinyModel
+from frontiers import frontier, point
 from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows, relative_error
 from stock import EXACT
 from tiny_families import N_LAYER
@@ -221,6 +223,30 @@ def test_behind_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
         assert expected["kl"] > 1e-3
         for name in FIGURES:
             assert values[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_a_promise_runs_each_item_under_the_plan_for_its_length(
+    models: Models, tokens: Tokens, question: QuestionItem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of 20 tokens of prompt under one plan, one of 50 under another, each with that plan's own figures."""
+    monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
+    assert PROMPT.bulk is not None
+    careful = replace(PROMPT, bulk=replace(PROMPT.bulk, skip=SkipPlan.manual(N_LAYER, ffn=[2]).prefill, windowed=()))
+    found = frontier([point(careful, 0.03, {32: 1.2}, judged_at=32), point(PROMPT, 0.06, {32: 1.5}, judged_at=32)])
+    promise = Contender("promise 0.07", "promise", "0.07", "prompt", "none", None, found, 0.07)
+    fast, slow = promise.plan_for(20), promise.plan_for(50)
+    assert fast is not None and fast.bulk is not None and fast.bulk.skip == PROMPT.bulk.skip and slow is careful
+    short, long = (TextItem(f"text/{n}", "text", tuple(tokens(n, n))) for n in (30, 60))
+    records = measured(Work((FULL, promise), [short, long], [question], N_CONTINUATION), models, tmp_path / "promise")
+    for items, questions, plan in (([short], [question], fast), ([long], [], slow)):
+        each = contender("plan", "prompt", plan)
+        expected = measured(Work((FULL, each), items, questions, N_CONTINUATION), models, tmp_path / items[0].id)
+        for (item, name, measure), record in expected.items():
+            if name == "plan":
+                assert msgspec.structs.replace(records[item, promise.name, measure], contender=name) == record
+                assert measure == "answer" or record.values["kl"] != 0
+    row = evaluation_results(Work((FULL, promise), [short, long], n_continuation=N_CONTINUATION), records, ABOUT)
+    assert (row.contenders[1].n_skip_prefill, row.contenders[1].n_skip_decode) == (1, 0), "as in the longest prompt"
 
 
 def test_the_full_model_neither_diverges_from_itself_nor_disagrees(

@@ -25,7 +25,7 @@ def profile(tiny: Any) -> Profile:
     ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
     statistics = PhaseStatistics(similarity, ones, ones, np.ones(3), zeros, zeros, 10)
     known = ModelInfo(fingerprint(tiny()), "llama", 3)
-    return Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity)
+    return Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity, copying=1 - similarity)
 
 
 def test_bench_takes_plans_and_requests_and_returns_rows(tiny: Any, profile: Profile) -> None:

@@ -34,11 +34,23 @@ _speed = partial(option, group="Speed")
 
 @verb(
     "Measure what skipping costs in quality, at measured speed.",
-    example="adaskip-cpp evaluate model.gguf --profile model.adaskip.json --skip 6,12 -o results",
+    example="adaskip-cpp evaluate model.gguf -o results\n"
+    "adaskip-cpp evaluate model.gguf --profile model.adaskip.json --skip 6,12 -o results",
 )
 @click.argument("model")
-@option("--profile", "profile_path", required=True, metavar="PROFILE", help="Profile of this model.")
 @option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the results; a second run goes on.")
+@option(
+    "--max-loss",
+    "max_losses",
+    type=numbers(float, "0.05,0.1", least=0),
+    help="Promises for what `tune` found: nats per token that answers lose at most.  [default: 0.05,0.1]",
+)
+@option(
+    "--profile",
+    "profile_path",
+    metavar="PROFILE",
+    help="Profile of this model, to compare its plans too.  [default: only what `tune` found]",
+)
 @option(
     "--skip",
     "n_skips",
@@ -69,7 +81,12 @@ _speed = partial(option, group="Speed")
     help=f"Pages of pydoc_data.topics, or sources of Python's standard library, that calibration leaves out{_AGAIN}.",
 )
 @_text("--texts", "n_texts", type=click.IntRange(min=0), default=_DEFAULTS.n_texts, help="Items of each text kind.")
-@_text("--tokens", "n_tokens", type=click.IntRange(min=4), default=_DEFAULTS.n_tokens, help="Tokens in each.")
+@_text(
+    "--tokens",
+    "n_tokens",
+    type=click.IntRange(min=4),
+    help="Tokens in each.  [default: 512; with promises as many as the timed prompt and --continuation]",
+)
 @_text(
     "--continuation",
     "n_continuation",
@@ -109,11 +126,12 @@ _speed = partial(option, group="Speed")
 @_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: what is needed; with --tasks 8192]")
 @model_options
 @json_option
-def evaluate(model: str, profile_path: str, output: str, running: Running, as_json: bool, **values: Any) -> None:
+def evaluate(model: str, profile_path: str | None, output: str, running: Running, as_json: bool, **values: Any) -> None:
     """Compare plans with the whole MODEL: loss, agreement, continuations and answers, against measured speed.
 
-    Every strategy is run with every budget in every mode. Results are kept one by one in FOLDER: after Ctrl-C or a
-    crash the same command goes on. At the end FOLDER has report.html, results.json, results.md and the pictures.
+    What `tune` found is run under each promise, and with --profile every strategy with every budget in every mode.
+    Results are kept one by one in FOLDER: after Ctrl-C or a crash the same command goes on. At the end FOLDER has
+    report.html, results.json, results.md and the pictures.
     """
     context = click.get_current_context()
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join

@@ -71,6 +71,11 @@ class Work:
             )
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens."""
+        return max(prompt_lengths(self.texts, self.questions, self.n_continuation, self.speed_prompt), default=0)
+
+    @property
     def n_ctx(self) -> int:
         answers = (len(item.prompt) + item.max_tokens + 1 for item in self.questions)
         speed = len(self.speed_prompt) + self.n_continuation + 1 if self.speed_prompt else 0
@@ -97,7 +102,7 @@ class Work:
     def to_settings(self) -> dict[str, Any]:
         """Return plain JSON values that change whenever a result could."""
         return {
-            "contenders": {each.name: content_hash(each.plan) for each in self.contenders},
+            "contenders": {each.name: content_hash(each.key) for each in self.contenders},
             "texts": content_hash(self.texts),
             "questions": content_hash(self.questions),
             "continuation": self.n_continuation,
@@ -105,6 +110,22 @@ class Work:
             "rounds": self.n_rounds,
             "kept": 2,  # what a result consists of
         }
+
+
+def n_prompt(item: TextItem, n_continuation: int) -> int:
+    """Return how many tokens of a text are the prompt of its continuation.
+
+    One more token is decoded than is measured: the first one behind a prompt is predicted by prefill.
+    """
+    return len(item.tokens) - n_continuation - 1
+
+
+def prompt_lengths(
+    texts: Sequence[TextItem], questions: Sequence[QuestionItem], n_continuation: int, speed_prompt: Sequence[int]
+) -> list[int]:
+    """Return the tokens of each prompt that plans are chosen for."""
+    found = {n_prompt(item, n_continuation) for item in texts} | {len(item.prompt) for item in questions}
+    return sorted(found | ({len(speed_prompt)} if speed_prompt else set()))
 
 
 def run(
@@ -153,22 +174,21 @@ class _Rest:
     def time(self, llm: AdaSkipLlama) -> None:
         work = self._work
         for contender in work.contenders:
-            llm.set_plan(contender.plan)
+            llm.set_plan(contender.plan_for(len(work.speed_prompt)))
             time_request(llm, work.speed_prompt[: _WARM_UP[0]], min(_WARM_UP[1], work.n_continuation))
         for i in range(work.n_rounds):
             if (f"round/{i}", EVERYONE, SPEED) in self._left:
                 times = {}
                 for index in in_turn(len(work.contenders), i):
                     contender = work.contenders[index]
-                    llm.set_plan(contender.plan)
+                    llm.set_plan(contender.plan_for(len(work.speed_prompt)))
                     times[contender.name] = time_request(llm, work.speed_prompt, work.n_continuation)
                 self._keep(Record(f"round/{i}", EVERYONE, SPEED, times=times))
 
     def go_on(self, item: TextItem, cache: PromptCache) -> None:
         """Decode the end of a text, forced, and what the contender itself would write there."""
         lacking = self._lacking(item.id, CONTINUATION)
-        # One more token than is measured: the first one behind a prompt is predicted by prefill.
-        split = len(item.tokens) - self._work.n_continuation - 1
+        split = n_prompt(item, self._work.n_continuation)
         prompt, targets = item.tokens[:split], item.tokens[split:]
         decodes = any(each.mode in ("prompt", "decode", "e2e") for each in self._work.contenders)
         full: Logits | None = None
@@ -177,7 +197,7 @@ class _Rest:
         for contender in lacking:
             values: dict[str, float | None] = {}
             divergences: tuple[float | None, ...] = ()
-            llm = cache.take(prompt, contender.plan)
+            llm = cache.take(prompt, contender.plan_for(len(prompt)))
             if full is not None and contender.mode != "prefill":
                 logits = full if contender is FULL else forced_logits(llm, prompt, targets)[1:]
                 values, divergences = figures(full, logits, targets[1:])
@@ -188,7 +208,7 @@ class _Rest:
 
     def answer(self, item: QuestionItem, cache: PromptCache) -> None:
         for contender in self._lacking(item.id, ANSWER):
-            llm = cache.take(item.prompt, contender.plan)
+            llm = cache.take(item.prompt, contender.plan_for(len(item.prompt)))
             text = greedy_text(llm, item.prompt, item.max_tokens, first_line=item.first_line)
             self._keep(Record(item.id, contender.name, ANSWER, {"score": item.score(text)}, text))
 

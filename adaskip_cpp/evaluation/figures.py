@@ -34,10 +34,10 @@ class _Measured:
         self._contender, self._work, self._records = contender, work, records
 
     def row(self) -> Row:
-        contender, plan = self._contender, self._contender.plan
+        contender, plan = self._contender, self._contender.plan_for(self._work.longest_prompt)
         return Row(
             **{each.name: getattr(contender, each.name) for each in fields(Named)},
-            n_skip_prefill=0 if plan is None else plan.prefill.n_skip,
+            n_skip_prefill=0 if plan is None else plan.skipped(plan.prompt_phase).n_skip,
             n_skip_decode=0 if plan is None else plan.skipped("decode").n_skip,
             online=plan is not None and plan.online is not None,
             speed=self._speed(),

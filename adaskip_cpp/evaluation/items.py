@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,16 @@ from ..measuring.task_files import task_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
 from ..model.identity import plan_path
 from ..model.mode import ModeName
-from ..model.plan import SkipPlan
-from ..model.plan_file import load_plan, plan_beside
+from ..model.plan_file import PlanFile, load_plan, plan_beside
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .conditions import evaluation_settings
 from .contenders import contenders, every_request
-from .evaluate import OpenModel, Work
+from .evaluate import OpenModel, Work, prompt_lengths
 
 _SPEED_CONTEXT = 1024
+_TOKENS = 512
+_PROMISES = 0.05, 0.1
 _TASKS_CTX = 8192
 _ANSWER = 64  # tokens that the answer of a synthetic task takes at most
 
@@ -41,12 +42,14 @@ class EvaluationOptions:
         speedups: predicted speed-ups of the prompt that is timed, one plan each.
         modes: () for all.
         compensations: of strategy ``"adaskip"``; None for the default one.
-        plan_file: a plan to compare with them, as `tune` writes it; None for that beside the model, if it is there and
-            of one of their modes.
+        plan_file: what `tune` found, to compare with them; None for that beside the model, if it is there and of one of
+            their modes.
+        max_losses: promises that what `tune` found is measured with, in nats per token; None for 0.05 and 0.1. For each
+            prompt the fastest plan that keeps the promise is used.
         text_files: UTF-8 texts.
         builtin: ``"pages"`` of Python's manual, ``"sources"`` of its library; () for pages unless there are text files.
         n_texts: items of each kind of text; 0 for none.
-        n_tokens: tokens of an item.
+        n_tokens: tokens of an item; None for 512, with promises for prompts as long as the one that is timed.
         n_continuation: tokens at the end of an item that are decoded, and tokens decoded in a timed request.
         tasks: LongBench's or L-Eval's files.
         tasks_items: questions of each of their tasks; None for all.
@@ -68,10 +71,11 @@ class EvaluationOptions:
     modes: tuple[ModeName, ...] = ()
     compensations: tuple[str, ...] | None = None
     plan_file: str | None = None
+    max_losses: tuple[float, ...] | None = None
     text_files: tuple[str, ...] = ()
     builtin: tuple[str, ...] = ()
     n_texts: int = 8
-    n_tokens: int = 512
+    n_tokens: int | None = None
     n_continuation: int = 64
     tasks: tuple[str, ...] = ()
     tasks_items: int | None = None
@@ -87,6 +91,11 @@ class EvaluationOptions:
     speed_context: int | None = None
     n_rounds: int = 5
 
+    @property
+    def needs_profile(self) -> bool:
+        """Whether it says which plans are made from a profile."""
+        return any((self.strategies, self.n_skips, self.speedups, self.modes, self.compensations))
+
     def requests(self, n_layer: int) -> tuple[PlanRequest, ...]:
         """Return the plans to compare; speed-ups have no context yet."""
         return every_request(
@@ -100,20 +109,32 @@ class EvaluationOptions:
 
 
 def prepare(
-    model: str, profile: Profile, options: EvaluationOptions, open_model: OpenModel
+    model: str, profile: Profile | None, options: EvaluationOptions, open_model: OpenModel
 ) -> tuple[Work, list[str], dict[str, str], dict[str, Any]]:
     """Make plans and items, and refuse whatever cannot be measured before anything is."""
     with closing(open_model(256, False)) as llm:
-        profile.model.check(llm.model_info, "the profile", model)
-        n_most = llm.n_ctx_train
+        if profile is not None:
+            profile.model.check(llm.model_info, "the profile", model)
+        n_most, n_layer = llm.n_ctx_train, llm.n_layer
     limit = min(options.ctx or n_most, n_most)
     if options.ctx is not None and options.ctx > n_most:
         raise DataError(f"the model is made for contexts of {n_most} tokens, not {options.ctx}; use a smaller --ctx")
     speed_context = 0
     if options.n_rounds:
         speed_context = options.speed_context or max(min(_SPEED_CONTEXT, limit - options.n_continuation - 1), 2)
+    requests = options.requests(n_layer) if profile is not None or options.needs_profile else ()
+    requests = tuple(request.at(speed_context or _SPEED_CONTEXT) for request in requests)
+    saved, untold = _saved(model, options.plan_file, {request.mode for request in requests})
+    has_promises = saved is not None and saved.frontier is not None
+    if options.max_losses is not None and not has_promises:
+        raise DataError(
+            f"promises choose from what `tune` found; run `adaskip-cpp tune {model}`, or name its file (--plan)"
+        )
+    n_tokens = options.n_tokens or _TOKENS
+    if options.n_tokens is None and has_promises:
+        n_tokens = min((speed_context or _SPEED_CONTEXT) + options.n_continuation + 1, limit)
     needed = {
-        "the items of text (--tokens)": options.n_tokens if options.n_texts else 0,
+        "the items of text (--tokens)": n_tokens if options.n_texts else 0,
         "the measurement of speed (--speed-context)": options.n_rounds and speed_context + options.n_continuation + 1,
         "the synthetic tasks (--lengths)": max(options.lengths) + _ANSWER if options.synthetic else 0,
     }
@@ -121,30 +142,34 @@ def prepare(
         if n > limit:
             raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
     n_ctx = options.ctx or max([*needed.values(), min(_TASKS_CTX, n_most) if options.tasks else 8])
-    requests = [request.at(speed_context or _SPEED_CONTEXT) for request in options.requests(profile.n_layer)]
-    saved, untold = _saved(model, options.plan_file, {request.mode for request in requests})
-    plans, notes = contenders(profile, requests, saved)
-    notes += untold
     with closing(open_model(n_ctx, False)) as llm:
-        if profile.cost is not None and any(request.speedup is not None for request in requests):
+        texts, questions, speed_prompt, words = _items(llm, replace(options, n_tokens=n_tokens), n_ctx, speed_context)
+        lengths = prompt_lengths(texts, questions, options.n_continuation, speed_prompt)
+        max_losses = _PROMISES if options.max_losses is None else options.max_losses
+        plans, notes = contenders(profile, requests, saved, max_losses, lengths)
+        notes += untold
+        if profile is not None and profile.cost is not None and options.speedups:
             notes += filter(None, [profile.cost.settings.note(cost_settings(llm))])
-        texts, questions, speed_prompt, words = _items(llm, options, n_ctx, speed_context)
         work = Work(plans, texts, questions, options.n_continuation, speed_prompt, options.n_rounds)
         if not work.results():
             raise DataError("there is nothing to measure; ask for texts, questions or rounds of timing")
         return work, notes, words, evaluation_settings(llm, profile, work)
 
 
-def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[SkipPlan | None, list[str]]:
+def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile | None, list[str]]:
+    """Return what `tune` found, if it is named or of one of these modes, and a note if it cannot be used."""
     if plan_file is not None:
-        return load_plan(plan_file, model=model).plan_for(2048), []
+        return load_plan(plan_file, model=model), []
     if not os.path.exists(plan_path(model)):
         return None, []
     try:
-        plan = plan_beside(model).plan_for(2048)
+        found = plan_beside(model)
     except AdaSkipError as error:
+        if not modes:  # there is nothing else to compare
+            raise
         return None, [f"the tuned plan is left out: {error}"]
-    return (plan if plan is not None and plan.mode in modes else None), []
+    mode = "prompt" if found.plan is None else found.plan.mode
+    return (found if mode in modes or not modes else None), []
 
 
 def _items(
@@ -159,7 +184,7 @@ def _items(
     whole = corpus.SEPARATOR.join(text for sources, _ in kinds.values() for text in sources.values())
     words: dict[str, str] = {}
     texts: list[TextItem] = []
-    n_texts, n_tokens = options.n_texts, options.n_tokens
+    n_texts, n_tokens = options.n_texts, options.n_tokens or _TOKENS
     if n_texts:
         for name, (sources, _) in kinds.items():
             texts += text_items(llm, sources, n_items=n_texts, n_tokens=n_tokens, task=name, drop_short=name != "text")

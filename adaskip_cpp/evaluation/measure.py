@@ -20,7 +20,7 @@ from .store import open_store
 
 def evaluate(
     model: str | os.PathLike[str],
-    profile: Profile | str | os.PathLike[str],
+    profile: Profile | str | os.PathLike[str] | None,
     folder: str | os.PathLike[str],
     options: EvaluationOptions | None = None,
     *,
@@ -36,7 +36,7 @@ def evaluate(
 
     Args:
         model: a GGUF file.
-        profile: of this model, from which the plans are made.
+        profile: of this model, from which plans are made; None to compare what `adaskip-cpp tune` found alone.
         folder: made where it is missing.
         options: what is measured, and on what.
         running: threads and devices, the same for all plans.
@@ -54,14 +54,17 @@ def evaluate(
         PackageMissingError: a metric needs a package of ``adaskip-cpp[evaluate]``.
     """
     options, running, model = options or EvaluationOptions(), running or Running(), os.fspath(model)
-    known = profile if isinstance(profile, Profile) else Profile.load(profile)
+    known = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
 
     def open_model(n_ctx: int, logits_all: bool) -> AdaSkipLlama:
         return open_quietly(model, n_ctx, running, logits_all=logits_all)
 
     work, notes, words, settings = prepare(model, known, options, open_model)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    command = command or f"adaskip_cpp.evaluate({model!r}, profile, {os.fspath(folder)!r}, {options!r})"
+    command = (
+        command
+        or f"adaskip_cpp.evaluate({model!r}, {'profile' if known else None}, {os.fspath(folder)!r}, {options!r})"
+    )
     facts = {"started": started, "command": command, "load_average": load_average()}
     with open_store(folder, settings, facts) as kept:
         load = kept.facts["load_average"]
@@ -80,7 +83,7 @@ def evaluate(
         about = About(
             model=name.removesuffix(".gguf"),
             title=f"{name}: what skipping costs and brings",
-            summary=f"{len(work.contenders) - 1} plans against the full model, begun {begun} UTC.",
+            summary=f"{len(work.contenders) - 1} contenders against the full model, begun {begun} UTC.",
             configuration=configuration(model, known, work, settings, words),
             command=command,
             settings=settings,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 
-def write_results(results: Results, folder: Path, profile: Profile) -> None:
+def write_results(results: Results, folder: Path, profile: Profile | None) -> None:
     """Write all files of the results, also of an unfinished evaluation; the profile is for pictures of similarity."""
     write_atomically(folder / "results.json", results.to_json())
     pictures: dict[str, dict[str, Drawing]] = {}
@@ -27,8 +27,10 @@ def write_results(results: Results, folder: Path, profile: Profile) -> None:
         pictures = {
             "quality": quality_pictures(results),
             "scores": score_maps(results),
-            "similarity": {f"similarity-{draw.__name__}": draw({results.about.model: profile}) for draw in similarity},
         }
+        if profile is not None:
+            drawn = {f"similarity-{draw.__name__}": draw({results.about.model: profile}) for draw in similarity}
+            pictures["similarity"] = drawn
     else:
         notes = (*results.about.notes, 'There are no pictures: pip install "adaskip-cpp[plot]"')
         results = replace(results, about=replace(results.about, notes=notes))

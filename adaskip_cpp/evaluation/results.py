@@ -25,6 +25,7 @@ _STRATEGY_NAMES = {
     "skip_decode": "SkipDecode",
     "unified_skipping": "Unified Skipping",
     "tuned": "tuned plan",
+    "promise": "tuning",
 }
 
 
@@ -78,7 +79,7 @@ class Named:
 
     Attributes:
         name: tells it from the others, ``"adaskip-12-e2e-affine"``.
-        budget: what was asked for: ``"12"`` sublayers, or a speed-up of ``"1.2x"``.
+        budget: what was asked for: ``"12"`` sublayers, a speed-up of ``"1.2x"``, or a promise of ``"0.05"`` nats.
     """
 
     name: str
@@ -95,6 +96,8 @@ class Named:
         """Name it for people, ``AdaSkip affine, 1.2 x asked``; without its compensation unless there are several."""
         if self.strategy in ("full", "tuned"):
             return _STRATEGY_NAMES[self.strategy]
+        if self.strategy == "promise":
+            return self.name
         asked = f"{self.budget[:-1]} x asked" if self.budget.endswith("x") else self.budget
         return f"{self.series(' {}' if several else '')}, {asked}"
 
@@ -117,7 +120,7 @@ class Row(Named):
     """A contender and its figures.
 
     Attributes:
-        n_skip_prefill, n_skip_decode: sublayers skipped in each phase.
+        n_skip_prefill, n_skip_decode: sublayers skipped in prompts, or the bulk of the longest, and in decode.
         online: whether requests add FFNs in decode.
         speed: by the names of :data:`SPEED_NAMES`; {} if nothing was timed.
         text: figures of text by measure (``"prompt"`` of what was read as a prompt, ``"continuation"`` of what was
