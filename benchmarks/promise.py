@@ -1,0 +1,114 @@
+"""Whether a promise is kept: what the plans of a frontier lose on texts that nothing was fitted or chosen on.
+
+    adaskip-cpp tune MODEL.gguf
+    python benchmarks/promise.py MODEL.gguf --prompt 2048 --max-loss 0.02 0.05 0.1
+
+Texts are of three kinds that every Python or Debian carries and that neither calibration nor tuning takes: licences,
+IDLE's manual, IDLE's changelog. After a prompt of each text, an answer that continues it and one that copies from it are
+judged against the whole model, and a pass key is asked for. With ``--time`` the first token of the same prompts is timed,
+in turn: stock llama-cpp-python with its defaults, ours with the settings that `tune` found, and with the plan. Nothing
+else may run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import re
+import sysconfig
+from pathlib import Path
+
+from adaskip_cpp import AdaSkipLlama
+from adaskip_cpp.engine.native import is_here
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.measuring.corpus import cut
+from adaskip_cpp.measuring.judge import Judge, Probe, probes_of
+from adaskip_cpp.model.plan_file import plan_beside
+from adaskip_cpp.tuning.figures import passkeys_of, quality_of
+from adaskip_cpp.tuning.speed import measure_speed
+
+LICENCES = ("GPL-2", "GPL-3", "LGPL-2.1", "MPL-1.1", "Artistic")
+N_CONTINUED, N_COPIED = 192, 128
+
+
+def unseen_texts() -> dict[str, str]:
+    """Return one text of each kind that is there."""
+    library, found = Path(sysconfig.get_path("stdlib")), {}
+    licences = [Path("/usr/share/common-licenses", name) for name in LICENCES]
+    found["licences"] = "\n\n\n".join(path.read_text() for path in licences if path.exists())
+    manual = (library / "idlelib/help.html").read_text()
+    plain = html.unescape(re.sub(r"(?s)<(head|script|style)\b.*?</\1>|<[^>]*>", "", manual))
+    found["manual"] = re.sub(r"\s*\n\s*\n\s*", "\n\n", plain).strip()
+    news = [library / "idlelib" / name for name in ("News3.txt", "NEWS.txt")]
+    found["changelog"] = "\n\n".join(path.read_text("utf-8", "replace") for path in news if path.exists())
+    return {kind: text for kind, text in found.items() if text}
+
+
+def probes(llm: AdaSkipLlama, prompt: int, n_each: int) -> list[Probe]:
+    """Return the probes of as many pieces of each kind as there are, ``n_each`` at most."""
+    found = []
+    for kind, text in unseen_texts().items():
+        pieces = cut(llm, text, n_each, prompt + N_CONTINUED)
+        for i, piece in enumerate(piece for piece in pieces if len(piece) == prompt + N_CONTINUED):
+            key = str(20011 + 6007 * len(found) % 69997), (i + 0.5) / n_each
+            found += probes_of(
+                llm, f"{kind} {i}", piece, (prompt,), n_continued=N_CONTINUED, n_copied=N_COPIED, key=key
+            )
+    return found
+
+
+def figure(interval: Interval) -> str:
+    """Return a mean with its 95% interval."""
+    return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prompt")
+    parser.add_argument("--pieces", type=int, default=2, help="of each kind of text")
+    parser.add_argument("--max-loss", type=float, nargs="*", default=[0.02, 0.05, 0.1])
+    parser.add_argument("--time", type=int, default=0, metavar="N", help="rounds of timing")
+    args = parser.parse_args()
+    frontier = plan_beside(args.model).frontier
+    if frontier is None:
+        raise SystemExit(f"there is no frontier beside {args.model}; run adaskip-cpp tune {args.model}")
+    llm = AdaSkipLlama(args.model, n_ctx=args.prompt + 512, verbose=False, **frontier.settings.to_kwargs())
+    judge = Judge(llm, probes(llm, args.prompt, args.pieces))
+    names = list(dict.fromkeys(probe.text for probe in judge.probes))
+    here = "this machine" if is_here(frontier.machine) else "another machine"
+    print(f"{args.model}, prompts of {args.prompt:,} tokens: {', '.join(names)}; tuned on {here}")
+    print(f"settings {frontier.settings}\n")
+    print("| promise | skipped: attentions, FFNs; windows | predicted | divergence | 99%, 99.9% | added loss | agreement "
+          "| copying: divergence | added loss | pass keys |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    plans = {}
+    for promise in args.max_loss:
+        point, plan = frontier.point(args.prompt, promise), frontier.choose(args.prompt, promise)
+        if point is None or plan is None or plan.bulk is None:
+            print(f"| {promise:g} | the whole model |")
+            continue
+        plans[promise] = plan
+        scores = judge(plan)
+        continued, copied = (quality_of(judge.probes, scores, kind) for kind in ("continuation", "copying"))
+        keys = passkeys_of(judge.probes, scores)
+        skip = plan.bulk.skip
+        print(
+            f"| {promise:g} | {len(skip.attention)}, {len(skip.ffn)}; {len(plan.narrowed)} "
+            f"| {point.speedup(args.prompt):.2f} x | {figure(continued.divergence)} "
+            f"| {continued.tails[0]:.2f}, {continued.tails[1]:.2f} | {figure(continued.loss)} "
+            f"| {continued.agreement.value:.3f} | {figure(copied.divergence)} | {figure(copied.loss)} "
+            f"| {keys.plan} of {keys.whole} |",
+            flush=True,
+        )
+    prompt = list(judge.probes[0].tokens[: args.prompt])
+    llm.close()
+    for promise, plan in plans.items() if args.time else ():
+        for each in measure_speed(args.model, frontier.settings, plan, prompt, n_rounds=args.time):
+            seconds = f"{each.seconds[0]:.2f} s, {each.seconds[1]:.2f} s"
+            print(f"promise {promise:g}, {each.of}: {figure(each.ratio)} times as fast ({seconds})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
