@@ -1,0 +1,122 @@
+"""adaskip_cpp.tuning.hold_out and speed: the two parts of the held-out text, and how speed is measured at the end."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.errors import DataError
+from adaskip_cpp.measuring.tasks import TextItem
+from adaskip_cpp.measuring.timing import RequestTime
+from adaskip_cpp.model.settings import Settings
+from adaskip_cpp.tuning import speed
+from adaskip_cpp.tuning.hold_out import hold_out
+from adaskip_cpp.tuning.speed import measure_speed
+
+
+class Bytes:
+    """A byte is a token; BOS is 256."""
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        return [256] * add_bos + list(text)
+
+
+def letters(part: Sequence[TextItem]) -> set[str]:
+    return {chr(token) for item in part for token in item.tokens[1:]}
+
+
+def test_of_many_texts_each_goes_to_one_part_whole() -> None:
+    held_out = hold_out(Bytes(), [{name: name * 300 for name in "abcdefg"}], 4, 50)  # type: ignore[arg-type]
+    assert (len(held_out.search), len(held_out.judge)) == (4, 4)
+    assert not letters(held_out.search) & letters(held_out.judge)
+    names = held_out.names()
+    assert set(names["searched_on"].split(", ")) == letters(held_out.search)
+    assert set(names["judged_on"].split(", ")) == letters(held_out.judge)
+
+
+def test_of_few_texts_each_is_cut_in_two() -> None:
+    held_out = hold_out(Bytes(), [{"a": "x" * 300 + "y" * 300}], 3, 50)  # type: ignore[arg-type]
+    assert (letters(held_out.search), letters(held_out.judge)) == ({"x"}, {"y"})
+    assert held_out.names() == {"searched_on": "a, part 1 of 2", "judged_on": "a, part 2 of 2"}
+
+
+def test_either_part_has_as_much_of_every_kind_of_text() -> None:
+    held_out = hold_out(Bytes(), [{"a": "x" * 900}, {"b": "y" * 900}], 5, 50)  # type: ignore[arg-type]
+    for part in (held_out.search, held_out.judge):
+        assert [chr(item.tokens[1]) for item in part] == ["x", "x", "x", "y", "y"]
+
+
+def test_where_a_kind_is_too_small_for_its_share_all_kinds_are_cut_together() -> None:
+    held_out = hold_out(Bytes(), [{"a": "x" * 9}, {"b": "y" * 900}], 5, 50)  # type: ignore[arg-type]
+    assert letters(held_out.search) == letters(held_out.judge) == {"y"} and len(held_out.judge) == 5
+
+
+@pytest.mark.parametrize(("n_texts", "n_tokens"), [(1, 50), (4, 3)])
+def test_what_is_too_little_to_judge_by_is_refused(n_texts: int, n_tokens: int) -> None:
+    with pytest.raises(DataError, match="at least 2 texts of 4 tokens"):
+        hold_out(Bytes(), [{"a": "x" * 900}], n_texts, n_tokens)  # type: ignore[arg-type]
+
+
+def test_too_little_text_says_how_much_there_is() -> None:
+    with pytest.raises(DataError, match=r"half.*gives 2 items of 50 tokens, not the 9"):
+        hold_out(Bytes(), [{"a": "x" * 200}], 9, 50)  # type: ignore[arg-type]
+
+
+# -- the speed -------------------------------------------------------------------------------------------------------
+
+
+class InventedWorker:
+    """Stands in for a process: stock takes 6 s for a prompt, ours 3, and 2 with a plan. Notes what is asked of whom."""
+
+    opened: ClassVar[list[tuple[str, str, dict[str, Any]]]] = []
+    asked: ClassVar[list[tuple[str, int, Any]]] = []
+
+    def __init__(self, name: str, side: str) -> None:
+        self.name, self.side = name, side
+
+    def __enter__(self) -> "InventedWorker":
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def open(self, path: str, options: dict[str, Any]) -> None:
+        self.opened.append((self.name, self.side, options))
+
+    def time(self, prompt: Sequence[int], n_decode: int, *plan: Any) -> RequestTime:
+        self.asked.append((self.name, len(prompt), *(plan or ("as before",))))  # type: ignore[arg-type]
+        return RequestTime({"stock": 6.0, "settings": 3.0, "plan": 2.0}[self.name], ())
+
+
+@pytest.fixture
+def invented(monkeypatch: pytest.MonkeyPatch) -> type[InventedWorker]:
+    monkeypatch.setattr(speed, "Worker", InventedWorker)
+    InventedWorker.opened.clear()
+    InventedWorker.asked.clear()
+    return InventedWorker
+
+
+def test_stock_settings_and_plan_are_timed_in_turn_and_compared_pair_by_pair(invented: type[InventedWorker]) -> None:
+    plan, found = SkipPlan.manual(3, ffn=[1], phase="bulk"), Settings(flash_attn=True, n_threads=2)
+    speeds = measure_speed("m.gguf", found, plan, [1] * 70, kwargs={"n_gpu_layers": 0})
+    assert [(each.of, each.context, each.ratio.value, each.seconds) for each in speeds] == [
+        ("settings", 70, pytest.approx(2.0), (6.0, 3.0)),
+        ("plan", 70, pytest.approx(1.5), (3.0, 2.0)),
+        ("both", 70, pytest.approx(3.0), (6.0, 2.0)),
+    ]
+    assert invented.asked[:3] == [("stock", 8, None), ("settings", 8, None), ("plan", 8, plan)], "nobody times these"
+    timed = invented.asked[3:]
+    assert all(each[1:] == (70, "as before") for each in timed)
+    assert sorted(name for name, *_ in timed) == sorted(["stock", "settings", "plan"] * 2)
+
+
+def test_stock_is_opened_with_its_own_defaults(invented: type[InventedWorker]) -> None:
+    measure_speed("m.gguf", Settings(flash_attn=True), None, [1] * 70, kwargs={"n_gpu_layers": 0})
+    (_, stock_side, stock), (_, our_side, ours) = invented.opened
+    assert (stock_side, stock) == ("stock", {"n_ctx": 78, "n_gpu_layers": 0})
+    assert our_side == "ours" and ours == {**stock, **Settings(flash_attn=True).to_kwargs()}
+
+
+def test_without_a_plan_settings_alone_are_compared(invented: type[InventedWorker]) -> None:
+    (only,) = measure_speed("m.gguf", Settings(), None, [1] * 70)
+    assert only.of == "settings"
