@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from command_line import line
+from frontiers import frontier, point
 from rich.console import Console
 from tiny_families import N_EMBD
 
@@ -64,7 +65,7 @@ def profile_path(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), zeros, zeros, 10)
     path = tmp_path_factory.mktemp("profile") / "p.json"
     known = ModelInfo(fingerprint(tiny()), "llama", 3)
-    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity).save(path)
+    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity, copying=1 - similarity).save(path)
     return path
 
 
@@ -176,6 +177,21 @@ def tuned_model(tiny: Any, profile_path: Path, tmp_path: Path) -> Path:
 def test_the_tuned_plan_is_the_one_beside_the_model(tuned_model: Path) -> None:
     found = plans(run(tuned_model, "--tuned", *QUICK))
     assert {name: skipped(plan) for name, plan in found.items()} == {"tuned": ([], [1])}
+
+
+def test_of_a_frontier_it_is_the_plan_for_the_longest_context(
+    tuned_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the default promise of 0.05. Losses are taken for 1.25 times as large in prompts twice as long."""
+    monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
+    careful, fast = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([2], [1, 2]))
+    points = [point(careful, 0.035, {32: 1.2}, judged_at=32), point(fast, 0.045, {32: 1.5}, judged_at=32)]
+    save_plan(plan_path(tuned_model), frontier(points), model=ModelInfo(fingerprint(tuned_model), "llama", 3))
+    for contexts, chosen in ((32, [1, 2]), ("16,64", [2]), (128, None)):
+        result = run(tuned_model, "--tuned", *QUICK, "--contexts", contexts)
+        found = {name: skipped(plan)[1] for name, plan in plans(result).items()}
+        assert found == ({} if chosen is None else {"tuned": chosen})
+        assert ("No plan of 'tuned' keeps the default promise for 128 tokens" in result.stderr) == (chosen is None)
 
 
 def test_the_profile_beside_the_model_is_used_where_plans_need_one(tuned_model: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import closing
 from ..engine.settings import cost_settings
 from ..measuring.cores import physical_cores
 from ..measuring.running import Running, open_quietly
+from ..model.frontier import Frontier
 from ..model.identity import check_gguf
 from ..model.plan import SkipPlan
 from ..planning.profile import Profile
@@ -19,7 +20,7 @@ from .bench import Bench, BenchResult, BenchSettings
 
 def bench(
     model: str | os.PathLike[str],
-    plans: Mapping[str, SkipPlan | PlanRequest] | None = None,
+    plans: Mapping[str, SkipPlan | PlanRequest | Frontier] | None = None,
     *,
     profile: Profile | None = None,
     contexts: Sequence[int] | None = None,
@@ -38,7 +39,8 @@ def bench(
 
     Args:
         model: a GGUF file.
-        plans: plans by name, beside the whole model. A request becomes a plan for the longest prompt.
+        plans: plans by name, beside the whole model. A request becomes a plan for the longest prompt, a frontier the
+            plan that it chooses for that.
         profile: of this model, for the requests. Without one the model is calibrated briefly where they need it.
         contexts: tokens of the prompts; None for 512, 2048 and 8192, cut to what the model allows.
         n_rounds: how often each contender reads each prompt.
@@ -75,10 +77,14 @@ def bench(
             tell(f"No profile: calibrating on {size}{timing}.")
             profile = subject.brief_profile(llm, cost=predicts)
         source, longest = profile or llm.n_layer, fitting[-1]
-        made = {
-            name: make_plan(source, each.at(longest)) if isinstance(each, PlanRequest) else each
-            for name, each in plans.items()
-        }
+        made: dict[str, SkipPlan] = {}
+        for name, each in plans.items():
+            if isinstance(each, PlanRequest):
+                made[name] = make_plan(source, each.at(longest))
+            elif (plan := each.choose(longest) if isinstance(each, Frontier) else each) is not None:
+                made[name] = plan
+            else:
+                tell(f"No plan of {name!r} keeps the default promise for {longest:,} tokens: it is left out.")
         if predicts and profile and profile.cost and (note := profile.cost.settings.note(cost_settings(llm))):
             tell(note)
         tokens, skippable, in_bulk = subject.material(llm, made.values(), longest)

@@ -10,6 +10,7 @@ from ..benchmark import measure, subject
 from ..benchmark.plots import plot
 from ..files import check_output, json_text
 from ..measuring.running import Running
+from ..model.frontier import Frontier
 from ..model.identity import profile_path
 from ..model.mode import MODES
 from ..model.plan import SkipPlan
@@ -61,7 +62,7 @@ _measured = partial(option, group="What is measured")
 @_chosen_layers("--attention", type=LAYERS, help="A plan that skips just these attentions, as 1,5-7; may be repeated.")
 @_chosen_layers("--ffn", type=LAYERS, help="A plan that skips just these FFNs; likewise.")
 @_chosen_layers("--both", type=LAYERS_OF_BOTH, help="A plan that skips these attentions and these FFNs; likewise.")
-@_chosen("--tuned", is_flag=True, help="The plan that `tune` wrote beside MODEL.")
+@_chosen("--tuned", is_flag=True, help="What `tune` wrote beside MODEL: its plan for the longest context.")
 @_chosen(
     "--mode",
     type=click.Choice(MODES),
@@ -117,13 +118,13 @@ def bench(
     source = None if profile is None else load_profile(model, profile)
     if source is not None and not requests and not tuned:
         requests = _requests({**choice, "skip": (DEFAULT_N_SKIP,)})
-    plans: dict[str, SkipPlan | PlanRequest] = {}
-    if tuned and (found := plan_beside(model).plan_for(max(contexts or (2048,)))) is not None:
-        plans["tuned"] = found
+    plans: dict[str, SkipPlan | PlanRequest | Frontier] = {**subject.by_name(requests)}
+    if tuned and (tuned_plan := (found := plan_beside(model)).frontier or found.plan) is not None:
+        plans = {"tuned": tuned_plan, **plans}
     with told_progress("Measuring", still=True, late=True) as on_progress:
         result = measure.bench(
             model,
-            plans | subject.by_name(requests),
+            plans,
             profile=source,
             contexts=contexts,
             n_rounds=repeats,
