@@ -199,6 +199,7 @@ def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model:
     with serving(model, *options) as first:
         points = first.get("/v1/models").json()["data"][0]["meta"]["adaskip"]
         assert points["max_loss"] == 0.07 and [each["loss_measured"] for each in points["points"]] == [0.03, 0.06]
+        assert "Plans lose at most 0.07 nats per token" in " ".join(map(str.strip, first.lines))
         assert told(first, 100)["plan"] == "none"
         fast = told(first, 700)
         assert (fast["plan"], fast["loss_measured"], fast["speedup_predicted"]) == ("promise 0.07", 0.06, 1.5)
@@ -377,6 +378,15 @@ def test_prometheus_reads_what_was_counted(server: Server) -> None:
     for name in ("tokens_total", "time_to_first_token_seconds_bucket", "kv_bytes", "queue_waiting"):
         assert f"adaskip_{name}" in text
     assert server.metric("adaskip_kv_bytes") > 0
+
+
+def test_a_promise_without_a_frontier_is_refused(served_model: Path, served_plan: Path) -> None:
+    for plan in ((), ("--plan", str(served_plan))):
+        with (
+            pytest.raises(AssertionError, match="--max-loss chooses from what `tune` found"),
+            serving(served_model, "--max-loss", "0.1", *plan),
+        ):
+            pass
 
 
 def test_beyond_this_machine_it_asks_for_a_key(served_model: Path) -> None:

@@ -43,24 +43,34 @@ class _Size(click.ParamType[int]):
     default="auto",
     help="What to skip: what `tune` wrote beside MODEL, nothing, or a plan file. A request can ask for another.",
 )
-@option("--max-loss", type=click.FloatRange(min=0), default=DEFAULT_LOSS,
-        help="Promise for what `tune` found: nats per token that answers lose at most.")  # fmt: skip
+@option(
+    "--max-loss",
+    type=click.FloatRange(min=0),
+    help=f"Promise for what `tune` found: nats per token that answers lose at most.  [default: {DEFAULT_LOSS}]",
+)
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for a free one.")
 @option("--api-key", envvar="ADASKIP_API_KEY", metavar="KEY", help="What clients must send.  [env: ADASKIP_API_KEY]")
 @option("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
 @option(
     "--cache-dir",
+    group="What is kept",
     metavar="FOLDER",
     help="Keep what was read there too, so that a restart forgets nothing.  [default: in memory alone]",
 )
-@option("--cache-size", type=_Size(), default="2G", help="Most that is kept, in memory and in the folder each.")
+@option(
+    "--cache-size",
+    group="What is kept",
+    type=_Size(),
+    default="2G",
+    help="Most that is kept, in memory and in the folder each.",
+)
 @option("--ctx", group=RUNNING, type=click.IntRange(256, 2**31 - 1), default=8192, help="Context in tokens.")
 @model_options
 def serve(
     model: str,
     plan_file: str,
-    max_loss: float,
+    max_loss: float | None,
     host: str,
     port: int,
     api_key: str | None,
@@ -93,9 +103,9 @@ def serve(
         )
     ctx = -(-ctx // 256) * 256  # as llama.cpp rounds it, unlike llama_cpp.Llama
     err = console(stderr=True)
-    source = _source(model, plan_file)
+    source = _source(model, plan_file, max_loss)
     profile = load_profile(model, profile_path(model)) if os.path.exists(profile_path(model)) else None
-    own = source.plan(ctx)
+    own, promise = source.plan(ctx), DEFAULT_LOSS if max_loss is None else max_loss
     with listen(host, port) as listener:
         if source.note:
             err.print(source.note, style="dim", markup=False)
@@ -105,7 +115,7 @@ def serve(
             ctx,
             running,
             plan=source.frontier,  # for its settings
-            plans=lambda llm: Plans(own, source.frontier, max_loss, profile, llm.context_size),
+            plans=lambda llm: Plans(own, source.frontier, promise, profile, llm.context_size),
             cache=lambda can_rewind: PrefixCache(cache_size, cache_size, cache_dir, can_rewind=can_rewind),
         )
         app, queue = make_app(llm, api_key=api_key)
@@ -115,10 +125,11 @@ def serve(
         run(app, queue, listener, on_ready=tell, on_end=llm.close)
 
 
-def _source(model: str, plan: str) -> PlanSource:
+def _source(model: str, plan: str, max_loss: float | None) -> PlanSource:
     if plan == "none":
         return PlanSource()
-    found = find_plan_source(model, None, None if plan == "auto" else plan, None, False, to_be_whole="--plan none")
+    named = None if plan == "auto" else plan
+    found = find_plan_source(model, None, named, None, False, max_loss=max_loss, to_be_whole="--plan none")
     if plan == "auto" and found.file is None and not found.note:
         name = os.path.basename(plan_path(model))
         return PlanSource(note=f"There is no {name}: the whole model runs; `adaskip-cpp tune {model}` finds a plan.")
