@@ -24,8 +24,8 @@ N_CONTINUED, N_COPIED, N_CUE = 48, 72, 8
 """Tokens of the answers that a prompt of a text gets, and those of a copy that are not judged: its cue."""
 
 _MOST_KEPT = 1024
-"""Likeliest tokens of the whole model whose probabilities are kept; the rest counts as one token. Of 8,000 judged
-tokens of Qwen2.5-Coder 0.5B, that lowers a mean divergence of 0.05 by less than 1%, and takes 12 KB for each."""
+"""Likeliest tokens of the whole model whose probabilities are kept; the rest counts as one token. On 1,304 judged
+tokens of SmolLM2 that lowers a mean divergence of 0.065 by 2.3%, 0.027 by 1.7%, 0.84 by 0.8%. Each token takes 8 KB."""
 
 
 @dataclass(frozen=True)
