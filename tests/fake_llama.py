@@ -42,7 +42,7 @@ class FakeLlama:
         self.collecting = False
         self.evaluated: list[tuple[SkipPlan | None, list[int]]] = []
         self.fail_after: tuple[int, BaseException] | None = None
-        self.logits_all = True
+        self.logits_all, self.has_state = True, False
         self._unobserved = unobserved
         self._sink: Callable[[Any], None] | None = None
         self._options: dict[str, bool] = {}
@@ -77,6 +77,12 @@ class FakeLlama:
 
     def reset(self) -> None:
         self.n_tokens = 0
+
+    def truncate(self, n: int) -> None:
+        self.n_tokens = n
+
+    def begin_request(self) -> None:
+        """Nothing here counts the tokens of an answer."""
 
     @contextlib.contextmanager
     def collect_statistics(
@@ -119,6 +125,9 @@ class FakeLlama:
         start = self.n_tokens
         self.eval(tokens, "decode")
         return self.scores[start : self.n_tokens].copy()
+
+    def eval_bulk(self, tokens: Sequence[int]) -> None:
+        self.eval(tokens, "bulk")
 
     def eval(self, tokens: Sequence[int], phase: str = "prefill") -> None:
         assert self.n_tokens + len(tokens) <= len(self.input_ids)
