@@ -10,7 +10,7 @@ from ..intervals import Interval
 from ..model.frontier import DEFAULT_LOSS, Frontier, Point
 from ..model.settings import Settings, Tried
 
-_LENGTHS = (1024, 2048, 4096, 8192, 16384)
+_LENGTHS = (2048, 8192, 32768)
 _PROMISES = (0.02, DEFAULT_LOSS, 0.1)
 
 
@@ -71,40 +71,46 @@ def _difference(settings: Settings, before: Settings) -> str:
 def _print_points(out: Console, frontier: Frontier) -> None:
     judged_at = frontier.points[0].judged_at
     title = f"Plans, judged after prompts of {judged_at:,} tokens"
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
-    table.add_column("skipped\nattn FFN win.", justify="right")
-    for name in (
-        "divergence\nnats/token",
-        "added loss\nnats/token",
-        "agree-\nment",
-        "copying\nnats/token",
-        "pass\nkeys",
-    ):
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE_HEAD, padding=0, title=title, title_justify="left")
     lengths = [length for length in _LENGTHS if length >= judged_at // 2]
-    for length in lengths:
-        table.add_column(f"times as\nfast, {length // 1024}k", justify="right")
+    names = ("\nattn", "\nFFN", "win-\ndows", "diver-\ngence", "added\nloss", "in\ncopies", "same\ntoken", "pass\nkeys")
+    for name in (*names, *(f"speed\nat {length // 1024}k" for length in lengths)):
+        table.add_column(name, justify="right", no_wrap=True)
     for point in frontier.points:
         bulk = point.plan.bulk
         assert bulk is not None
         table.add_row(
-            f"{len(bulk.skip.attention):3} {len(bulk.skip.ffn):3} {len(bulk.narrowed):3}",
-            _figure(point.continuation.divergence),
-            _figure(point.continuation.loss),
+            *(str(len(each)) for each in (bulk.skip.attention, bulk.skip.ffn, bulk.narrowed)),
+            _short(point.continuation.divergence),
+            _short(point.continuation.loss),
+            _short(point.copying.divergence),
             f"{point.continuation.agreement.value:.0%}",
-            _figure(point.copying.divergence),
             f"{point.passkeys.plan}/{point.passkeys.whole}",
             *(f"{point.speedup(length):.2f}" for length in lengths),
         )
     out.print(table)
-    out.print("Means over texts with 95% intervals; times as fast are predicted for the first token.\n", style="dim")
+    out.print(
+        "attn, FFN: sublayers that the bulk of a prompt skips; windows: attentions that look back at a window there. "
+        "Divergence and added loss are in nats per token, of answers that continue the prompt, as is the share of "
+        "tokens for which plan and whole model find the same one likeliest; in copies: the divergence of answers that "
+        "copy from the prompt. Means over texts, ± half of a 95% interval. Speed: how many times as fast the first "
+        "token is, as predicted.\n",
+        style="dim",
+    )
+
+
+def _short(interval: Interval) -> str:
+    if math.isnan(interval.low):
+        return f"{interval.value:.3f}"
+    half = max(interval.high - interval.value, interval.value - interval.low)
+    return f"{interval.value:.3f}±{f'{half:.3f}'.removeprefix('0')}"
 
 
 def _print_promises(out: Console, frontier: Frontier) -> None:
     length = frontier.points[0].judged_at
     for promise in _PROMISES:
         point = frontier.point(length, promise)
-        default = ", the default" if promise == DEFAULT_LOSS else ""
+        default = " (the default)" if promise == DEFAULT_LOSS else ""
         out.print(f"A promise of {promise:g} nats per token{default} gives {_promise_words(point, promise, length)}.")
 
 
@@ -119,16 +125,15 @@ def _promise_words(point: Point | None, promise: float, length: int) -> str:
 
 def _print_speeds(out: Console, frontier: Frontier) -> None:
     words = {
-        "settings": "settings, against stock llama-cpp-python with its defaults",
-        "plan": "plan, against the whole model with these settings",
-        "both": "together, against stock",
+        "settings": "with these settings as with stock llama-cpp-python and its defaults",
+        "plan": "with the plan of the default promise as with the whole model",
+        "both": "with both as with stock",
     }
     for each in frontier.speeds:
         before, after = each.seconds
         out.print(
-            f"Measured at {each.context:,} tokens: {_figure(each.ratio, '.2f')} times as fast by {words[each.of]} "
-            f"({after:.3g} s instead of {before:.3g} s).",
-            soft_wrap=True,
+            f"Measured: the first token after {each.context:,} tokens comes {_figure(each.ratio, '.2f')} times as fast "
+            f"{words[each.of]} ({after:.3g} s instead of {before:.3g} s)."
         )
 
 
