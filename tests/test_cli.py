@@ -1,8 +1,10 @@
 """The command line: what it prints, what it exits with, and that a user's error is one readable line."""
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +17,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from command_line import line
+from frontiers import frontier, point
 from rich.console import Console
 from test_cost import cost_model
 from tiny_families import N_EMBD
 
+import adaskip_cpp.model.frontier
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
 from adaskip_cpp.cli import terminal
 from adaskip_cpp.cli.main import main
@@ -27,10 +31,12 @@ from adaskip_cpp.engine.generation import Generation, Timing
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import running
 from adaskip_cpp.measuring.cores import physical_cores
-from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.frontier import SpeedUp
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
 from adaskip_cpp.model.mode import MODES
+from adaskip_cpp.model.plan_file import load_plan, save_plan
 from adaskip_cpp.model.profile import Windows
-from adaskip_cpp.model.promise import Promise, SpeedUp, Tuning
+from adaskip_cpp.model.settings import Settings, Tried
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.pictures.heatmap import print_heatmap
 
@@ -60,7 +66,7 @@ def profile_path(tiny: Any, tmp_path: Path) -> Path:
     zeros = np.zeros((n_layer, 2, N_EMBD), np.float32)
     statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(n_layer), zeros, zeros, 10)
     model = ModelInfo(fingerprint(tiny()), "llama", n_layer)
-    Profile(statistics, statistics, 1, 10, model, divergence=1 - similarity).save(path)
+    Profile(statistics, statistics, 1, 10, model, divergence=1 - similarity, copying=1 - similarity).save(path)
     return path
 
 
@@ -538,14 +544,128 @@ def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
     assert "first token after 3.0 s\n" in told
 
 
-def test_what_tune_measured_is_told_where_there_is_no_prediction() -> None:
-    timing = Timing(n_prompt=66, n_evaluated=66, n_generated=2, first_token_s=0.25, decode_s=0.1, end="length")
-    plan, once = SkipPlan.manual(3, ffn=[1], phase="bulk"), Interval(1.5, 1.4, 1.6, 9)
-    speedups = (SpeedUp("first token", 2048, 16, once), SpeedUp("decode", 2048, 16, Interval(1.0, 1.0, 1.0, 9)))
-    tuning = Tuning(Promise("max_loss", 0.1), once, once, 4, 400, True, speedups)
-    told = first_token_line(timing, plan, tuning=tuning)
-    assert told == "first token after 0.25 s; the plan was measured 1.50 x as fast at 2,048 tokens"
-    assert first_token_line(timing, None, tuning=tuning) == "first token after 0.25 s"
+def test_what_tune_predicted_is_told_where_there_is_no_profile() -> None:
+    timing = Timing(n_prompt=2000, n_evaluated=2000, n_generated=2, first_token_s=0.25, decode_s=0.1, end="length")
+    plan = SkipPlan.manual(3, ffn=[1], phase="bulk")
+    found = point(plan, 0.01, {1024: 1.2, 2048: 1.6})
+    told = first_token_line(timing, plan, point=found)
+    assert told == "first token after 0.25 s; 0.40 s without skipping, as predicted"
+    assert first_token_line(timing, None, point=found) == "first token after 0.25 s"
+    partly_cached = replace(timing, n_evaluated=100)
+    assert first_token_line(partly_cached, plan, point=found) == "first token after 0.25 s", "that was not predicted"
+
+
+# --- a frontier -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned_model(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model with a frontier beside it: one plan that loses 0.01 nats and one that loses 0.04, from 32 tokens on."""
+    monkeypatch.setattr(adaskip_cpp.model.frontier, "LEAST_CONTEXT", 32)
+    path = Path(shutil.copy(tiny(), tmp_path / "m.gguf"))
+    mild, strong = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([1], [1, 2]))
+    lengths = {1024: 1.2, 2048: 1.3, 4096: 1.4}
+    faster = {length: 2 * ratio for length, ratio in lengths.items()}
+    found = frontier([point(mild, 0.01, lengths), point(strong, 0.04, faster)], settings=Settings(flash_attn=True),
+                     tried=(Tried(Settings(), 0.01, 0.02, 0.1, 9.0, True),
+                            Tried(Settings(flash_attn=True), 0.01, 0.01, 0.1, 8.0, True),
+                            Tried(Settings(flash_attn=True, repack=False), *[math.inf] * 4, False)),
+                     speeds=(SpeedUp("both", 2048, Interval(1.5, 1.4, 1.6, 2), (3.0, 2.0)),))  # fmt: skip
+    save_plan(plan_path(path), found)
+    return path
+
+
+LONG = "the of to in " * 20
+
+
+def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) -> None:
+    result = run("plan", plan_path(tuned_model))
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    assert "Plans, judged after prompts of 2,048 tokens" in told
+    assert "Chosen: flash_attn True." in told and "repack False fails" in told
+    assert "A promise of 0.02 nats per token gives 1.30 times the speed at 2,048 tokens." in told
+    assert "A promise of 0.05 nats per token (the default) gives 2.60 times the speed" in told
+    assert "after 2,048 tokens comes 1.50 (1.40 to 1.60) times as fast with both as with stock (2 s instead" in told
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:
+    data = json.loads(run("plan", plan_path(tuned_model), "--json").stdout)
+    assert [[each["layer"] for each in plan["bulk"]["set"]["ffn"]] for plan in data["plans"]] == [[1], [1, 2]]
+    assert [each["continuation"]["divergence"]["value"] for each in data["frontier"]["points"]] == [0.01, 0.04]
+    assert data["frontier"]["settings"]["flash_attn"] is True
+
+
+def test_a_plan_file_is_shown_as_it_is(run: Run, tuned_model: Path) -> None:
+    assert "leave out other options" in line(run("plan", plan_path(tuned_model), "--skip", 2), 2)
+
+
+@pytest.mark.parametrize(("options", "n_skip"), [((), 2), (("--max-loss", 0.02), 1), (("--max-loss", 0), 0)])
+def test_generate_skips_what_keeps_the_promise(
+    options: tuple[object, ...], n_skip: int, run: Run, tuned_model: Path
+) -> None:
+    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2, *options)
+    assert result.exit_code == 0, result.output
+    assert f"Plans lose at most {options[-1] if options else 0.05:g} nats per token" in result.stderr
+    assert ("skipped:" in result.stderr) is (n_skip > 0)
+    assert not n_skip or f"skipped: {n_skip} of 6 sublayers in the bulk of a prompt" in result.stderr
+
+
+def test_generate_runs_a_short_prompt_whole(run: Run, tuned_model: Path) -> None:
+    result = run("generate", tuned_model, "-p", "the", "--max-tokens", 2)
+    assert result.exit_code == 0 and "skipped:" not in result.stderr
+
+
+def test_generate_takes_a_frontier_from_elsewhere(run: Run, tuned_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    save_plan(other, load_plan(plan_path(tuned_model)).frontier)
+    os.remove(plan_path(tuned_model))
+    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2, "--plan", other, "--max-loss", 0.02)
+    assert result.exit_code == 0 and "skipped: 1 of 6" in result.stderr
+
+
+def test_full_runs_the_whole_model_whatever_was_found(run: Run, tuned_model: Path) -> None:
+    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2, "--full")
+    assert result.exit_code == 0 and "skipped:" not in result.stderr and "Plans lose" not in result.stderr
+
+
+@pytest.mark.parametrize("options", [("--full",), ("--skip", 1)])
+def test_a_promise_beside_what_else_to_skip_is_a_usage_error(
+    options: tuple[object, ...], run: Run, tuned_model: Path
+) -> None:
+    result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1, *options)
+    assert "--max-loss chooses from what `tune` found" in line(result, 2)
+
+
+def test_a_promise_without_what_tune_found_is_a_usage_error(run: Run, tuned_model: Path, tmp_path: Path) -> None:
+    save_plan(tmp_path / "one.json", SkipPlan.manual(3, ffn=[1]))
+    result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1, "--plan", tmp_path / "one.json")
+    assert "has one plan alone" in line(result, 2)
+    os.remove(plan_path(tuned_model))
+    result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1)
+    assert f"run `adaskip-cpp tune {tuned_model}`" in line(result, 2)
+
+
+@pytest.mark.parametrize("value", ["-0.1", "much"])
+def test_a_promise_that_is_no_loss_is_a_usage_error(value: str, run: Run, tuned_model: Path) -> None:
+    assert "--max-loss" in line(run("generate", tuned_model, "-p", "the", "--max-loss", value), 2)
+
+
+def test_settings_that_were_found_here_are_used_and_options_win(
+    run: Run, tuned_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, init = [], adaskip_cpp.AdaSkipLlama.__init__
+
+    def spy(self: AdaSkipLlama, *args: Any, **options: Any) -> None:
+        opened.append(options)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(AdaSkipLlama, "__init__", spy)
+    for here, options, flash_attn in ((True, (), True), (True, ("--no-flash-attn",), False), (False, (), None)):
+        monkeypatch.setattr(running, "is_here", lambda machine, here=here: here)
+        assert run("generate", tuned_model, "-p", "the", "--max-tokens", 1, *options).exit_code == 0
+        assert opened[-1].get("flash_attn") is flash_attn
 
 
 def test_plan_shows_a_schedule(run: Run, profile_path: Path) -> None:
