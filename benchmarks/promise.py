@@ -4,8 +4,8 @@
     python benchmarks/promise.py MODEL.gguf --prompt 2048 --max-loss 0.02 0.05 0.1
 
 Texts are of three kinds that every Python or Debian carries and that neither calibration nor tuning takes: licences,
-IDLE's manual, IDLE's changelog. After a prompt of each text, an answer that continues it and one that copies from it are
-judged against the whole model, and a pass key is asked for. With ``--time`` the first token of the same prompts is timed,
+IDLE's manual, IDLE's changelog. After a prompt of each text, an answer that continues it and one that copies from it
+are judged against the whole model, and a pass key is asked for. With ``--time`` the first token of a prompt is timed,
 in turn: stock llama-cpp-python with its defaults, ours with the settings that `tune` found, and with the plan. Nothing
 else may run meanwhile.
 """
@@ -80,8 +80,10 @@ def main() -> None:
     here = "this machine" if is_here(frontier.machine) else "another machine"
     print(f"{args.model}, prompts of {args.prompt:,} tokens: {', '.join(names)}; tuned on {here}")
     print(f"settings {frontier.settings}\n")
-    print("| promise | skipped: attentions, FFNs; windows | predicted | divergence | 99%, 99.9% | added loss | agreement "
-          "| copying: divergence | added loss | pass keys |")  # fmt: skip
+    print(
+        "| promise | skipped: attentions, FFNs; windows | predicted | divergence | 99%, 99.9% | added loss "
+        "| agreement | copying: divergence | added loss | pass keys |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     plans = {}
     for promise in args.max_loss:

@@ -11,7 +11,7 @@ ones, which are then judged as sets.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -172,7 +172,8 @@ def _curve(part: _Part, alternatives: Sequence[tuple[int, ...]], judged: Callabl
     name, share = part
 
     def of(order: Sequence[int], depth: int) -> Lost:
-        return judged(replace(Candidate(share=share or SHARES[0]), **{name: tuple(sorted(order[:depth]))}))
+        layers: dict[str, Any] = {name: tuple(sorted(order[:depth]))}
+        return judged(Candidate(**layers, share=share or SHARES[0]))
 
     best = alternatives[0]
     depths = _depths(name, best)
@@ -198,8 +199,10 @@ def _grid(curves: dict[_Part, _Curve], seconds: Callable[[Candidate], float]) ->
     found = []
     for attention, ffn, (share, windowed) in product(steps["attention", 0], steps["ffn", 0], windows):
         depths = {"attention": attention, "ffn": ffn, "windowed": windowed}
-        layers = {name: tuple(sorted(curves[part].order[: depths[name]])) for name, part in _parts(share)}
-        candidate = replace(Candidate(share=share), **layers)
+        layers: dict[str, Any] = {
+            name: tuple(sorted(curves[part].order[: depths[name]])) for name, part in _parts(share)
+        }
+        candidate = Candidate(**layers, share=share)
         found.append((candidate, _predicted(curves, candidate), seconds(candidate)))
     return found
 
