@@ -24,6 +24,9 @@ GROWTH = 1.25
 """What a plan loses grows at most so many times where a prompt is twice as long as those it was judged on, with windows
 of the same share of it. docs/method.md shows the measurement."""
 
+ERRORS = 1.6
+"""Standard errors that are added to a mean loss before it is compared with a promise."""
+
 
 @dataclass(frozen=True)
 class SpeedUp:
@@ -88,10 +91,11 @@ class Quality:
     def keeps(self, max_loss: float, growth: float = 1.0) -> bool:
         """Whether it keeps a promise, where losses are ``growth`` times as large as measured.
 
-        The mean and one standard error must keep it. By the mean alone, a promise would be broken in 3 of 20 choices
-        on four texts; so it is in fewer than 1 of 20, as tests/test_frontier.py simulates.
+        The mean and :data:`ERRORS` standard errors must keep it. On four texts the mean alone would break a promise in
+        4 of 20 choices, and with one standard error 1.5 of 20. With 1.6 it is fewer than 1 of 20, as
+        tests/test_frontier.py simulates.
         """
-        return growth * (self.harm + self.error) <= max_loss
+        return growth * (self.harm + ERRORS * self.error) <= max_loss
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ class Figures:
         copying: of answers that repeat a part of the prompt from far back.
         passkeys: keys hidden in the prompts.
         speedups: how many times as fast the first token is, as predicted: pairs of a prompt's tokens and that.
+
+    Raises:
+        PlanError: one of the prompts has no number of tokens that a prompt can have.
     """
 
     judged_at: int
@@ -111,6 +118,10 @@ class Figures:
     copying: Quality
     passkeys: Passkeys
     speedups: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        if not all(1 <= n < 1 << 31 for n in (self.judged_at, *(length for length, _ in self.speedups))):
+            raise PlanError("a point of a frontier was not measured at a number of tokens from 1 on; tune again")
 
     def growth(self, context: int) -> float:
         """How many times what was measured the loss is taken for in prompts of so many tokens."""
@@ -173,7 +184,7 @@ class Frontier:
 
     def __post_init__(self) -> None:
         for each in self.points:
-            if each.plan.bulk is None or each.judged_at < 1:
+            if each.plan.bulk is None:
                 raise PlanError("a point of a frontier skips in the bulk of prompts alone; tune again")
 
     def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS) -> SkipPlan | None:
