@@ -150,11 +150,18 @@ class Point(Figures):
 
     def plan_for(self, context: int) -> SkipPlan:
         """Return the plan with windows of the same share of prompts of so many tokens."""
+        size, bulk = self.window_size(context), self.plan.bulk
+        if bulk is None or size == bulk.window_size:
+            return self.plan
+        return replace(self.plan, bulk=replace(bulk, window_size=size))
+
+    def window_size(self, context: int) -> int:
+        """Return the tokens that windows look back at there; where there are none, a number that is always the same."""
         bulk = self.plan.bulk
         if bulk is None or not bulk.narrowed:
-            return self.plan
+            return 0 if bulk is None else bulk.window_size
         share = round(self.judged_at / (bulk.window_size + 256 - DEFAULT_WINDOW))
-        return replace(self.plan, bulk=replace(bulk, window_size=window_size_for(context, max(share, 1))))
+        return window_size_for(context, max(share, 1))
 
 
 @dataclass(frozen=True)
@@ -218,7 +225,10 @@ class Frontier:
 
     def _plan(self, point: Point, context: int) -> SkipPlan:
         """Return the one object that stands for a plan: comparing plans goes through all their maps."""
-        return self._plans.setdefault((id(point), context), point.plan_for(context))
+        key = id(point), point.window_size(context)
+        if key not in self._plans:
+            self._plans[key] = point.plan_for(context)
+        return self._plans[key]
 
     @cached_property
     def _plans(self) -> dict[tuple[int, int], SkipPlan]:
