@@ -1,0 +1,185 @@
+"""adaskip_cpp.model.frontier: which plan keeps a promise for which prompt, and how often the rule is wrong."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adaskip_cpp import Frontier, SkipPlan
+from adaskip_cpp.errors import PlanError
+from adaskip_cpp.intervals import Interval, mean_error
+from adaskip_cpp.model.frontier import DEFAULT_LOSS, Passkeys, Point, Quality
+from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.skip_set import SkipSet
+
+NONE = SkipSet.none(4)
+AT = 2048
+"""Tokens of the prompts that points are judged on here."""
+
+
+def quality(harm: float, error: float = 0.0, excess: float = 0.0) -> Quality:
+    loss = Interval(harm, harm / 2, harm * 2, 4)
+    return Quality(loss, error, loss, excess, Interval(0.9, 0.8, 1.0, 4), (0.5, 1.5), 4, 400)
+
+
+def point(harm: float, speed: float, *ffn: int, copying: float = 0.0, windowed: Any = (), **changes: Any) -> Point:
+    """A point that is ``speed`` times as fast at every length and loses ``harm`` in continuations."""
+    skip = SkipPlan.manual(4, ffn=ffn, scale=0.9).prefill
+    plan = SkipPlan(NONE, NONE, bulk=Bulk(skip, windowed=windowed), mode="prompt")
+    lengths = tuple((2**i, speed) for i in range(9, 16))
+    parts = {"judged_at": AT, "passkeys": Passkeys(4, 4, 4), "speedups": lengths, **changes}
+    return Point(continuation=quality(harm), copying=quality(copying), plan=plan, **parts)
+
+
+SLOW, FAST, FASTEST = point(0.01, 1.2, 3), point(0.04, 1.5, 2, 3), point(0.2, 2.0, 1, 2, 3)
+FRONTIER = Frontier((SLOW, FAST, FASTEST))
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("max_loss", "chosen"),
+    [(0.0, None), (0.005, None), (0.01, SLOW), (0.039, SLOW), (0.04, FAST), (0.05, FAST), (0.2, FASTEST), (9, FASTEST)],
+)
+def test_the_fastest_plan_that_keeps_a_promise_is_chosen(max_loss: float, chosen: Point | None) -> None:
+    assert FRONTIER.choose(AT, max_loss) is (None if chosen is None else chosen.plan)
+    assert FRONTIER.point(AT, max_loss) is chosen
+
+
+def test_without_a_promise_an_answer_loses_at_most_a_twentieth_of_a_nat() -> None:
+    assert DEFAULT_LOSS == 0.05 and FRONTIER.choose(AT) is FAST.plan
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 511])
+def test_short_prompts_run_whole(n_tokens: int) -> None:
+    assert FRONTIER.choose(n_tokens, 9) is None and FRONTIER.choose(512, 9) is FASTEST.plan
+
+
+def test_a_plan_that_saves_no_time_is_not_chosen() -> None:
+    slower = point(0.0, 1.0, 3)
+    assert Frontier((slower,)).choose(AT) is None and Frontier((slower, SLOW)).choose(AT) is SLOW.plan
+    for_long = replace(SLOW, speedups=((512, 0.9), (4096, 1.3)))
+    assert [Frontier((for_long,)).choose(n) for n in (512, 1024, 4096)] == [None, None, SLOW.plan]
+
+
+def test_where_nothing_can_be_skipped_the_model_runs_whole() -> None:
+    assert Frontier(()).choose(AT, 9) is None and Frontier(()).readable(9, AT) == ()
+
+
+@pytest.mark.parametrize(("n_tokens", "growth"), [(512, 1), (2048, 1), (2049, 1.25), (4096, 1.25), (32768, 1.25**4)])
+def test_what_is_lost_grows_by_a_quarter_with_each_doubling(n_tokens: int, growth: float) -> None:
+    """A prompt counts as the next power of two; shorter ones than were judged lose no less."""
+    assert FRONTIER.choose(n_tokens, 0.04 * growth + 1e-9) is FAST.plan
+    assert FRONTIER.choose(n_tokens, 0.04 * growth - 1e-9) is SLOW.plan
+
+
+def test_the_worse_kind_of_answer_keeps_the_promise_or_not() -> None:
+    copied = point(0.01, 1.5, 3, copying=0.06)
+    assert not copied.keeps(0.05, AT) and copied.keeps(0.06, AT) and copied.harm(AT) == 0.06
+    assert copied.harm(2 * AT) == 0.06 * 1.25
+
+
+def test_what_is_lost_beyond_chance_counts_besides_the_divergence() -> None:
+    assert quality(0.04, excess=0.02).harm == pytest.approx(0.06)
+    assert not quality(0.04, excess=0.02).keeps(0.05)
+
+
+def test_a_mean_that_is_not_certain_keeps_less() -> None:
+    assert quality(0.03, error=0.01).keeps(0.0461) and not quality(0.03, error=0.01).keeps(0.0459)
+    assert not quality(0.03, error=float("nan")).keeps(9), "of one text nothing is known"
+
+
+def test_a_plan_that_loses_a_pass_key_keeps_no_promise() -> None:
+    losing = replace(SLOW, passkeys=Passkeys(4, 3, 2))
+    assert Frontier((losing,)).choose(AT, 9) is None
+    assert Frontier((replace(SLOW, passkeys=Passkeys(4, 3, 3)),)).choose(AT, 9) is SLOW.plan
+
+
+def test_a_windows_size_goes_with_the_length_of_the_prompt() -> None:
+    narrow = Frontier((point(0.0, 1.5, windowed=(1, 2)),))
+    plans: Any = {n: narrow.choose(n, 9) for n in (1000, 2048, 4000, 4096, 16384)}
+    sizes = {n: plan.bulk.window_size for n, plan in plans.items()}
+    assert sizes == {1000: 252, 2048: 252, 4000: 508, 4096: 508, 16384: 8 * 256 - 4}
+    assert plans[1000] is plans[2048] is narrow.points[0].plan and plans[4000] is plans[4096]
+
+
+@pytest.mark.parametrize("max_loss", [-0.01, float("nan"), float("inf"), True, "0.05", None, [0.05]])
+def test_a_promise_that_is_no_number_from_0_on_is_refused(max_loss: Any) -> None:
+    with pytest.raises(PlanError, match=r"promised loss is .*; use nats per token, a number from 0 on, such as 0\.05"):
+        FRONTIER.choose(AT, max_loss)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plan": SkipPlan(NONE, NONE)},
+        {"judged_at": 0},
+        {"judged_at": 10**400},
+        {"speedups": ((0, 1.5),)},
+        {"speedups": ((10**400, 1.5),)},
+    ],
+    ids=str,
+)
+def test_a_point_that_nothing_can_be_chosen_by_is_refused(changes: Any) -> None:
+    with pytest.raises(PlanError, match="tune again"):
+        Frontier((replace(SLOW, **changes),))
+
+
+# --- what may be read -------------------------------------------------------------------------------------------------
+
+
+def test_readable_are_the_plans_that_keep_the_promise_and_no_others() -> None:
+    assert FRONTIER.readable(0.05, AT) == (SLOW.plan, FAST.plan)
+    assert FRONTIER.readable(0.005, AT) == ()
+    assert FRONTIER.readable(9, AT) == (SLOW.plan, FAST.plan, FASTEST.plan)
+
+
+def test_readable_is_what_is_chosen_at_any_length_up_to_the_longest() -> None:
+    narrow = Frontier((SLOW, point(0.03, 1.5, windowed=(1,))))
+    found = narrow.readable(0.05, 9000)
+    assert [plan.bulk.window_size for plan in found[1:] if plan.bulk] == [252, 508, 1020], (
+        "0.03 grows to 0.047 at 8,192"
+    )
+    for n in (512, 2048, 3000, 5000, 8192, 9000):
+        assert any(narrow.choose(n, 0.05) is plan for plan in found)
+
+
+def test_a_plan_is_the_same_object_every_time() -> None:
+    narrow = Frontier((point(0.0, 1.5, windowed=(1,)), FAST))
+    first, again = narrow.readable(0.05, 8192), narrow.readable(0.05, 8192)
+    assert len(first) == len(again) > 2 and all(a is b for a, b in zip(first, again, strict=True))
+
+
+# --- how often the rule is wrong --------------------------------------------------------------------------------------
+
+SIGMA, N_TEXTS, N_POINTS, STEP = 0.35, 4, 7, 1.5
+
+
+def broken(promise: float, by_mean_alone: bool) -> float:
+    """The share of choices whose plan loses more than promised on all texts there are.
+
+    A text is harder or easier for all plans alike, by a lognormal factor of mean 1. A path grows by ``STEP`` from a
+    first loss that lies anywhere between 0.01 and ``STEP`` times that.
+    """
+    rng, n_broken, n_chosen = np.random.default_rng(0), 0, 0
+    for _ in range(4000):
+        true = 0.01 * STEP ** (rng.uniform() + np.arange(N_POINTS))
+        measured = true[:, None] * rng.lognormal(-(SIGMA**2) / 2, SIGMA, N_TEXTS)
+        kept = [each for each in range(N_POINTS) if keeps(measured[each], promise, by_mean_alone)]
+        if kept:
+            n_chosen += 1
+            n_broken += bool(true[kept[-1]] > promise)
+    return n_broken / n_chosen
+
+
+def keeps(divergences: np.ndarray, promise: float, by_mean_alone: bool) -> bool:
+    mean, error = mean_error(divergences)
+    interval = Interval(mean, mean, mean, N_TEXTS)
+    return Quality(interval, 0.0 if by_mean_alone else error, interval, 0.0, interval, (0.0, 0.0), 4, 4).keeps(promise)
+
+
+@pytest.mark.parametrize("promise", [0.02, 0.05, 0.1])
+def test_of_20_choices_by_four_texts_at_most_one_breaks_the_promise(promise: float) -> None:
+    assert broken(promise, by_mean_alone=False) <= 1 / 20
+    assert broken(promise, by_mean_alone=True) > 1 / 10, "which is why the standard error counts"
