@@ -72,7 +72,9 @@ def tune(
     def tell(line: str) -> None:
         err.print(line, style="dim", markup=False, soft_wrap=True)
 
-    tell("It is measured how fast this machine is, so let nothing else run. Ctrl-C is safe: the same command goes on.")
+    tell(
+        "This measures how fast this machine is: let nothing else run. Ctrl-C is safe: the same command goes on later."
+    )
     frontier = tuning.tune(
         model,
         context=context,

@@ -50,9 +50,7 @@ def _print_settings(out: Console, frontier: Frontier) -> None:
         table.add_row(f"[bold]{name}[/]" if tried.chosen else name, *cells)
     out.print(table)
     chosen = _difference(frontier.settings, base.settings)
-    out.print(
-        f"Chosen: {chosen or 'the defaults'}. Other settings round otherwise; the answers stay the model's own.\n"
-    )
+    out.print(f"Chosen: {chosen}. They change answers by rounding alone.\n" if chosen else "Chosen: the defaults.\n")
 
 
 def _changes(tried: Tried, every: tuple[Tried, ...], base: Tried) -> str:
