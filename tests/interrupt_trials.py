@@ -65,14 +65,14 @@ class Found:
 
 
 def prepare(folder: Path) -> None:
-    """Write a tiny model, its profile and two texts."""
+    """Write a tiny model, its profile, two texts, and one that is long enough to calibrate on."""
     from tiny_models import write_model
 
     import adaskip_cpp
 
     write_model(folder / "m.gguf")
-    for i in range(2):
-        (folder / f"{i}.txt").write_text(" ".join(random.Random(i).choices(_WORDS, k=400)))
+    for i, (name, n_words) in enumerate((("0.txt", 9000), ("1.txt", 9000), ("data.txt", 9000))):
+        (folder / name).write_text(" ".join(random.Random(i).choices(_WORDS, k=n_words)))
     llm = adaskip_cpp.AdaSkipLlama(str(folder / "m.gguf"), n_ctx=64, verbose=False)
     requests = [[1, *range(3 + i, 30 + i)] for i in range(4)]
     adaskip_cpp.calibrate(llm, requests, n_decode=4, cost=False).save(folder / "m.adaskip.json")
@@ -107,9 +107,8 @@ def _command(verb: str) -> list[str]:
         "generate": ["-p", "the to of", "--raw", "--max-tokens", "200", "--ctx", "512", "--skip", "2", *profile],
         "calibrate": ["-o", "out/p.json", "--data", "0.txt", "--no-cost", "--requests", "4", "--tokens", "64"],
         "tune": [
-            *("-o", "out/plan.json", "--text", "0.txt", "--text", "1.txt", "--texts", "4", "--tokens", "24"),
-            *("--context", "16", "--answer", "4", "--exchange", "2", "--mode", "e2e", "--min-agreement", "0.3"),
-            *profile,
+            *("-o", "out/plan.json", "--data", "data.txt", "--text", "0.txt", "--text", "1.txt"),
+            *("--context", "64", "--answer", "4", "--no-flash-attn"),
         ],
         "bench": ["--contexts", "16", "--repeats", "1", "--decode-tokens", "2", "--skip", "2", *profile],
         "evaluate": [

@@ -10,11 +10,13 @@ import llama_cpp
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from frontiers import frontier, point
 from test_cost import cost_model
 from tiny_families import N_EMBD
 from tiny_models import add_chat_template
 
-from adaskip_cpp import Profile
+import adaskip_cpp.model.frontier
+from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.cli.chat import Conversation
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.engine.generation import Generation
@@ -40,7 +42,7 @@ def profile(model: Path, tmp_path: Path) -> Path:
     similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
     statistics = PhaseStatistics(similarity, ones, ones, np.ones(3), zeros, zeros, 10)
     known = ModelInfo(fingerprint(model), "llama", 3)
-    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity).save(path)
+    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity, copying=1 - similarity).save(path)
     return path
 
 
@@ -250,3 +252,48 @@ def test_a_plan_beside_the_model_is_used_and_told_and_its_profile_once_it_is_nee
     finally:
         for file in files:
             file.unlink(missing_ok=True)
+
+
+# --- a frontier -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file beside the model that tells a plan for conversations from 64 tokens on."""
+    monkeypatch.setattr(adaskip_cpp.model.frontier, "LEAST_CONTEXT", 64)
+    path = Path(plan_path(model))
+    save_plan(path, frontier([point(SkipPlan.manual(3, ffn=[1], phase="bulk"), 0.04, {64: 1.5, 2048: 1.6})]))
+    yield path
+    path.unlink()
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_conversation_gets_its_plan_when_it_is_long_enough(chat: Chat) -> None:
+    result = chat("the", "the of to in " * 12)
+    short, long = statuses(result)
+    assert "skipped" not in short and "skipped 1 bulk, 0 decode" in long
+    assert "Plans lose at most 0.05 nats per token: chat.adaskip-plan.json" in " ".join(result.stderr.split())
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_tighter_promise_leaves_the_conversation_whole(chat: Chat) -> None:
+    (status,) = statuses(chat("the of to in " * 12, args=["--max-loss", 0.02]))
+    assert "skipped" not in status
+
+
+@pytest.mark.usefixtures("tuned")
+def test_the_plan_of_a_conversation_that_none_was_chosen_for_is_told_to_be_none(chat: Chat) -> None:
+    result = chat("the", "/plan", "the of to in " * 12, "/plan")
+    assert "Nothing is skipped now" in result.stderr and "1 of 6 sublayers skipped in the bulk" in result.stderr
+
+
+@pytest.mark.usefixtures("tuned")
+def test_skip_takes_the_place_of_the_plans_that_were_found(chat: Chat, model: Path, profile: Path) -> None:
+    beside = Path(profile_path(model))
+    Profile.load(profile).save(beside)
+    try:
+        result = chat("/skip 2", "the of to in " * 12)
+        assert "skipped 2 bulk, 0 decode" in statuses(result)[0]
+    finally:
+        for each in (beside, beside.with_suffix(".bin")):
+            each.unlink()

@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from frontiers import frontier, point
 
-from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp import Frontier, Profile, SkipPlan
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics
-from adaskip_cpp.pictures import profile_plots
+from adaskip_cpp.pictures import frontier_plot, profile_plots
 
 pytest.importorskip("matplotlib")
 
@@ -27,7 +29,8 @@ def make(n_layer: int, fingerprint: str = "ab") -> Profile:
         return PhaseStatistics(rng.uniform(0.3, 1, (n_layer, 2)), ones, ones, rng.uniform(0, 1, n_layer), n_tokens=10)
 
     prefill, known = phase(), ModelInfo(fingerprint * 32, "llama", n_layer)
-    return Profile(prefill, phase(), 1, 10, known, divergence=1 - prefill.similarity)
+    lost = 1 - prefill.similarity
+    return Profile(prefill, phase(), 1, 10, known, divergence=lost, copying=lost)
 
 
 @pytest.fixture
@@ -149,3 +152,70 @@ def test_a_missing_profile_is_one_line_and_writes_nothing(plot: Callable[..., Re
     result = plot("small.adaskip.json", "nope.json", "-o", tmp_path / "out")
     assert result.exit_code == 1 and "no profile" in str(result.exception or "") + result.output
     assert not (tmp_path / "out").exists()
+
+
+# -- frontiers -------------------------------------------------------------------------------------------------------
+
+
+def found(n_layer: int = 3) -> Frontier:
+    mild, strong = (SkipPlan.manual(n_layer, ffn=ffn, phase="bulk") for ffn in ([1], [1, 2]))
+    return frontier([point(mild, 0.01, {2048: 1.25, 8192: 1.6}), point(strong, 0.04, {2048: 2.0, 8192: 2.5})])
+
+
+@pytest.fixture
+def frontiers(tmp_path: Path) -> None:
+    save_plan(tmp_path / "a.adaskip-plan.json", found())
+    save_plan(tmp_path / "b.adaskip-plan.json", found(5))
+    save_plan(tmp_path / "one.json", SkipPlan.manual(3, ffn=[1]))
+
+
+@pytest.mark.usefixtures("frontiers")
+@pytest.mark.parametrize("names", [["a.adaskip-plan.json"], ["a.adaskip-plan.json", "b.adaskip-plan.json"]])
+def test_frontiers_are_drawn_into_one_picture(names: list[str], plot: Callable[..., Result], tmp_path: Path) -> None:
+    result = plot(*names, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"frontier.png", "frontier.svg"}
+    assert set(result.stdout.split()) == {str(tmp_path / "out" / f"frontier.{form}") for form in ("png", "svg")}
+
+
+@pytest.mark.usefixtures("frontiers")
+def test_the_terminal_shows_a_frontier_without_a_folder(plot: Callable[..., Result]) -> None:
+    result = plot("a.adaskip-plan.json", "--terminal")
+    assert result.exit_code == 0 and "Plans, judged after prompts of 2,048 tokens" in result.stdout
+
+
+@pytest.mark.usefixtures("frontiers")
+def test_a_frontier_needs_a_folder_too(plot: Callable[..., Result]) -> None:
+    result = plot("a.adaskip-plan.json")
+    assert result.exit_code == 2 and "-o" in result.stderr
+
+
+@pytest.mark.usefixtures("frontiers")
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [("small.adaskip.json", "small.adaskip.json has no frontier"), ("one.json", "one.json has no frontier")],
+)
+def test_a_frontier_beside_what_is_none_is_a_usage_error(other: str, words: str, plot: Callable[..., Result]) -> None:
+    result = plot("a.adaskip-plan.json", other, "--terminal")
+    assert result.exit_code == 2 and words in result.stderr
+
+
+def test_the_curves_begin_at_the_whole_model_and_show_time_and_loss_of_each_plan() -> None:
+    (axes,) = frontier_plot.frontiers({"a": found()}).axes
+    curves = {str(line.get_label()): line.get_xydata().tolist() for line in axes.lines}
+    assert curves["prompts of 2,048 tokens"] == [[1, 0], [1 / 1.25, 0.01], [0.5, 0.04]]
+    # By hand: prompts four times as long as those that were judged lose up to 1.25 times as much, twice.
+    expected = [[1, 0], [1 / 1.6, 0.01 * 1.25**2], [1 / 2.5, 0.04 * 1.25**2]]
+    np.testing.assert_allclose(curves["prompts of 8,192 tokens"], expected)
+    low, high = sorted(axes.get_xlim())
+    assert all(low <= x <= high for name, curve in curves.items() if "prompts" in name for x, _ in curve)
+
+
+def test_a_frontier_of_a_very_fast_plan_lies_within_the_axes() -> None:
+    plan = SkipPlan.manual(3, ffn=[1], phase="bulk")
+    (axes,) = frontier_plot.frontiers({"a": frontier([point(plan, 0.01, {2048: 8.0})])}).axes
+    assert min(axes.get_xlim()) <= 1 / 8
+
+
+def test_a_frontier_without_plans_is_drawn_too() -> None:
+    assert len(frontier_plot.frontiers({"a": frontier([])}).axes) == 1
