@@ -206,7 +206,7 @@ def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | N
     name = os.fspath(path)
     way_out = "`adaskip-cpp tune` or `adaskip-cpp plan -o`"
     try:
-        file = msgspec.convert(stored.numbers_for_nulls(stored.load(name, _FORMAT, "plan file", FORMAT_VERSION)), _File)
+        file = _read(name)
         found = _found(file, name)
     except FileNotFoundError:
         raise PlanFileError(f"there is no plan file {name!r}; write one with {way_out}") from None
@@ -231,9 +231,8 @@ def frontier_beside(model: str | os.PathLike[str]) -> Frontier | None:
     A file that cannot be used counts as none: :func:`plan_beside` tells why.
     """
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        data = stored.numbers_for_nulls(stored.load(plan_path(model), _FORMAT, "plan file", FORMAT_VERSION))
-        if data.get("frontier") is not None:
-            return msgspec.convert({**data["frontier"], "points": ()}, Frontier)
+        file = _read(plan_path(model))
+        return None if file.frontier is None else _frontier(file, file.frontier)[0]
     return None
 
 
@@ -242,6 +241,18 @@ def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
     if not os.path.exists(name):
         raise PlanFileError(f"there is no plan {name!r} beside the model; run `adaskip-cpp tune {os.fspath(model)}`")
     return load_plan(name, model=model)
+
+
+def _read(path: str) -> _File:
+    return msgspec.convert(stored.numbers_for_nulls(stored.load(path, _FORMAT, "plan file", FORMAT_VERSION)), _File)
+
+
+def _frontier(file: _File, data: dict[str, Any]) -> tuple[Frontier, list[Figures]]:
+    """Return the frontier without points, and the figures of a point for each plan."""
+    points = data.get("points")
+    if not isinstance(points, list) or len(points) != len(file.plans):
+        raise ValueError("its frontier does not have a point for each of its plans")
+    return msgspec.convert({**data, "points": ()}, Frontier), msgspec.convert(points, list[Figures])
 
 
 def _found(file: _File, path: str) -> PlanFile:
@@ -262,13 +273,9 @@ def _found(file: _File, path: str) -> PlanFile:
         if len(plans) != 1:
             raise ValueError(f"it has {len(plans)} plans and no frontier")
         return PlanFile(plans[0])
-    points = file.frontier.get("points")
-    if not isinstance(points, list) or len(points) != len(plans):
-        raise ValueError("its frontier does not have a point for each of its plans")
-    figures = msgspec.convert(points, list[Figures])
+    frontier, figures = _frontier(file, file.frontier)
     of_plans = (Point(**vars(each), plan=plan) for plan, each in zip(plans, figures, strict=True))
-    rest = msgspec.convert({**file.frontier, "points": ()}, Frontier)
-    return PlanFile(frontier=replace(rest, points=tuple(of_plans)))
+    return PlanFile(frontier=replace(frontier, points=tuple(of_plans)))
 
 
 def frontier_dict(frontier: Frontier) -> dict[str, Any]:
