@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from stock import EXACT
+from test_cost import cost_model
 from tiny_families import N_EMBD
 
 import adaskip_cpp
@@ -21,27 +23,17 @@ from adaskip_cpp import Profile, SkipPlan, files
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
 from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.frontier import Frontier, Passkeys, Point, Quality, SpeedUp
 from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path, profile_path
 from adaskip_cpp.model.plan import Bulk, OnlineStage
-from adaskip_cpp.model.plan_file import load_plan, save_plan
-from adaskip_cpp.model.promise import Promise, SpeedUp, Tuning
+from adaskip_cpp.model.plan_file import frontier_beside, load_plan, save_plan
+from adaskip_cpp.model.settings import Settings, Tried
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics
 
 NAN = float("nan")
 OTHER_MODEL = ModelInfo("ab" * 32, "llama", 3)
 RANK = 2
-
-TUNING = Tuning(
-    promise=Promise("max_loss", 0.25),
-    loss=Interval(0.125, 0.0625, 0.25, 8),
-    agreement=Interval(0.75, 0.5, 0.875, 8),
-    n_texts=8,
-    n_tokens=800,
-    unbiased=True,
-    speedups=(SpeedUp("request", 2048, 128, Interval(1.25, 1.125, 1.5, 5)),),
-    settings={"reported_on": "some text", "tokens_per_text": 100, "share": 0.5, "cpu": None},
-)
 
 
 def skip_set(attention: tuple[int, ...] = (2,), ffn: tuple[int, ...] = (0, 1), **arrays: Any) -> SkipSet:
@@ -58,12 +50,56 @@ BIAS = {"bias": (N_EMBD,)}
 MAPS = {"down": (RANK, N_EMBD), "up": (N_EMBD, RANK)}
 
 
+NONE = SkipSet.none(3)
+
+
+def one_map() -> SkipSet:
+    """Two layers skipped whole, and of the second the FFN has a map that stands in for both of its sublayers."""
+    chosen = skip_set((1, 2), (1, 2), **BIAS, **MAPS)
+    assert chosen.down is not None and chosen.up is not None
+    up = np.zeros_like(chosen.up)
+    up[2, 1] = chosen.up[2, 1]
+    return replace(chosen, up=up)
+
+
+GROWN = skip_set(attention=(1, 2), **MAPS)
+BULKS = ((skip_set((2,), (1,), **MAPS), ()), (one_map(), (0, 1)))
+
+
 def make(model: Path | None = None, **changes: Any) -> SkipPlan:
     """A plan of maps, for that model or for one that is nowhere."""
     chosen = skip_set(**MAPS)
     info = OTHER_MODEL if model is None else replace(OTHER_MODEL, fingerprint=fingerprint(model))
     values = {"model": info, "strategy": "tuned", "compensation": "linear", "mode": "e2e", **changes}
     return SkipPlan(chosen, chosen, **values)
+
+
+def quality(value: float) -> Quality:
+    of = Interval(value, value / 2, 2 * value, 4)
+    return Quality(
+        of, value / 8, replace(of, value=-value), value / 16, Interval(0.75, 0.5, 1.0, 4), (0.5, 1.5), 4, 400
+    )
+
+
+def make_frontier(model: Path | None = None, value: float = 0.03125) -> Frontier:
+    """A frontier of two points, for that model or for one that is nowhere."""
+    given = {"mode": "prompt", "model": make(model).model}
+    plans = [SkipPlan(NONE, NONE, bulk=Bulk(of, windowed=windowed), **given) for of, windowed in BULKS]
+    settings = Settings(flash_attn=True, n_threads=2)
+    return Frontier(
+        tuple(
+            Point(
+                2048, quality(value * i), quality(value / 2), Passkeys(4, 3, 3), ((512, 1.125), (2048, 1.25 * i)), plan
+            )
+            for i, plan in enumerate(plans, start=1)
+        ),
+        settings,
+        cost_model(1, [1], [1]).settings,
+        (Tried(Settings(), 0.5, 0.75, 0.125, 3.0, True), Tried(settings, 0.25, math.inf, math.inf, math.inf, False)),
+        (SpeedUp("both", 2048, Interval(1.25, 1.125, 1.5, 5), (2.5, 2.0)),),
+        4321,
+        {"judged_on": "some text", "n": 4, "share": 0.5, "cpu": None},
+    )
 
 
 @pytest.fixture
@@ -87,20 +123,6 @@ def open_auto() -> Any:
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
-
-NONE = SkipSet.none(3)
-
-
-def one_map() -> SkipSet:
-    """Two layers skipped whole, and of the second the FFN has a map that stands in for both of its sublayers."""
-    chosen = skip_set((1, 2), (1, 2), **BIAS, **MAPS)
-    assert chosen.down is not None and chosen.up is not None
-    up = np.zeros_like(chosen.up)
-    up[2, 1] = chosen.up[2, 1]
-    return replace(chosen, up=up)
-
-
-GROWN = skip_set(attention=(1, 2), **MAPS)
 
 
 @pytest.mark.parametrize(
@@ -135,14 +157,42 @@ GROWN = skip_set(attention=(1, 2), **MAPS)
 def test_every_plan_comes_back_as_it_was(plan: SkipPlan, tmp_path: Path) -> None:
     save_plan(tmp_path / "p.json", plan)
     found = load_plan(tmp_path / "p.json")
-    assert found.plan == plan and found.tuning is None
+    assert found.plan == plan and found.frontier is None and found.plans == (plan,)
+    assert found.plan_for(10_000) is found.plan
 
 
 @pytest.mark.parametrize("low", [1.125, NAN])
-def test_what_was_promised_and_measured_comes_back_as_it_was(low: float, tmp_path: Path) -> None:
-    speedup = replace(TUNING.speedups[0], ratio=Interval(1.25, low, 1.5, 5))
-    save_plan(tmp_path / "p.json", make(), replace(TUNING, speedups=(speedup,)))
-    assert repr(load_plan(tmp_path / "p.json").tuning) == repr(replace(TUNING, speedups=(speedup,)))
+def test_a_frontier_comes_back_as_it_was(low: float, tmp_path: Path) -> None:
+    """By the representation of its figures, as NaN equals nothing; plans, whose maps that leaves out, by themselves."""
+    speed = SpeedUp("both", 2048, Interval(1.25, low, 1.5, 5), (2.5, 2.0))
+    frontier = replace(make_frontier(), speeds=(speed,))
+    save_plan(tmp_path / "p.json", frontier)
+    found = load_plan(tmp_path / "p.json")
+    assert found.plan is None and found.frontier is not None and repr(found.frontier) == repr(frontier)
+    assert found.plans == tuple(point.plan for point in frontier.points)
+    assert found.plan_for(2048) == frontier.choose(2048) == frontier.points[0].plan
+    assert found.plan_for(2048, 9) == frontier.points[1].plan and found.plan_for(100) is None
+
+
+def test_a_frontier_without_points_comes_back_as_it_was(tmp_path: Path) -> None:
+    frontier = replace(make_frontier(), points=())
+    save_plan(tmp_path / "p.json", frontier, model=OTHER_MODEL)
+    found = load_plan(tmp_path / "p.json")
+    assert found.frontier == frontier and found.plans == () and found.plan_for(10_000) is None
+    assert json.loads((tmp_path / "p.json").read_text())["model"]["fingerprint"] == OTHER_MODEL.fingerprint
+
+
+def test_a_frontier_without_points_is_refused_for_another_model_too(model: Path, tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", replace(make_frontier(), points=()), model=OTHER_MODEL)
+    with pytest.raises(ProfileMismatchError, match="another model"):
+        load_plan(tmp_path / "p.json", model=model)
+
+
+def test_plans_of_several_models_are_no_frontier(tmp_path: Path) -> None:
+    first, second = make_frontier().points
+    other = replace(second, plan=replace(second.plan, model=None))
+    with pytest.raises(PlanError, match="of several models; tune again"):
+        save_plan(tmp_path / "p.json", Frontier((first, other)))
 
 
 def test_only_the_skipped_sublayers_take_room(tmp_path: Path) -> None:
@@ -168,9 +218,9 @@ def test_the_vectors_lie_as_the_format_says(tmp_path: Path) -> None:
 
 
 def test_the_json_says_on_a_line_each_what_is_skipped(tmp_path: Path) -> None:
-    save_plan(tmp_path / "p.json", make(), TUNING)
+    save_plan(tmp_path / "p.json", make())
     lines = [line.strip() for line in (tmp_path / "p.json").read_text().splitlines()]
-    assert '"attention": [2],' in lines and '"ffn": [0, 1],' in lines and '"kind": "max_loss",' in lines
+    assert '"attention": [2],' in lines and '"ffn": [0, 1],' in lines
 
 
 def test_a_plan_without_vectors_is_one_file(tmp_path: Path) -> None:
@@ -206,10 +256,11 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
     part: Any = data
     for folder in folders:
         part = part[int(folder) if folder.isdigit() else folder]
+    at: Any = int(name) if name.isdigit() else name
     if value is LOST:
-        del part[name]
+        del part[at]
     else:
-        part[name] = value
+        part[at] = value
 
 
 AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
@@ -218,27 +269,32 @@ AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        *((name, LOST) for name in ("format", "version", "model", "n_layer", "prefill", "sets", "vectors", "tuning")),
+        *((name, LOST) for name in ("format", "version", "model", "n_layer", "plans", "sets", "vectors", "frontier")),
         ("format", "adaskip-profile"),
+        ("version", 4),
         ("version", 99),
         ("n_layer", 0),
         ("n_layer", 10**9),
         ("n_layer", 4),
         ("model.n_layer", 0),
         ("model.fingerprint", 7),
-        ("mode", "both"),
-        ("bulk", 0),
-        ("bulk", LOST),
-        ("bulk", {"set": 1, **AROUND}),
-        ("bulk", {"set": 0, **AROUND, "head": -1}),
-        ("bulk", {"set": 0, **AROUND, "tail": 0}),
-        ("bulk", {"set": 0, **AROUND, "windowed": [3]}),
-        ("bulk", AROUND),
-        ("prefill", 1),
-        ("decode", -1),
-        ("schedule", [[0, 3]]),
-        ("schedule", [[4, 0]]),
-        ("online", {"window": 0, "threshold": 0.5, "scale": "paper"}),
+        ("plans", []),
+        ("plans", {}),
+        ("plans", [{}]),
+        ("plans.0.mode", "both"),
+        ("plans.0.bulk", 0),
+        ("plans.0.bulk", LOST),
+        ("plans.0.bulk", {"set": 1, **AROUND}),
+        ("plans.0.bulk", {"set": 0, **AROUND, "head": -1}),
+        ("plans.0.bulk", {"set": 0, **AROUND, "tail": 0}),
+        ("plans.0.bulk", {"set": 0, **AROUND, "windowed": [3]}),
+        ("plans.0.bulk", AROUND),
+        ("plans.0.prefill", LOST),
+        ("plans.0.prefill", 1),
+        ("plans.0.decode", -1),
+        ("plans.0.schedule", [[0, 3]]),
+        ("plans.0.schedule", [[4, 0]]),
+        ("plans.0.online", {"window": 0, "threshold": 0.5, "scale": "paper"}),
         ("sets", []),
         ("sets.0.attention", [3]),
         ("sets.0.attention", [-1]),
@@ -272,36 +328,76 @@ AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
         ("vectors.file", "a\0b"),
         ("vectors.file", "a" * 999),
         ("vectors.sha256", "00"),
-        ("tuning.promise.kind", "beauty"),
-        ("tuning.promise.kind", []),
-        ("tuning.promise.value", -0.1),
-        ("tuning.promise.value", "0.1"),
-        ("tuning.promise.value", None),
-        ("tuning.promise.value", True),
-        ("tuning.loss", None),
-        ("tuning.loss.value", None),
-        ("tuning.loss.low", "0"),
-        ("tuning.agreement.n", LOST),
-        ("tuning.n_tokens", 1.5),
-        ("tuning.speedups", [{"of": "waiting", "context": 1, "n_decode": 1, "ratio": {}}]),
-        ("tuning.speedups", [3]),
-        ("tuning.settings", {"a": [1]}),
     ],
 )
 def test_a_malformed_file_is_one_clear_line(path: str, value: Any, tmp_path: Path) -> None:
-    save_plan(tmp_path / "p.json", make(), TUNING)
-    data = json.loads((tmp_path / "p.json").read_text())
+    assert_refused(make(), path, value, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("frontier", {}),
+        ("frontier", []),
+        ("frontier", None),
+        ("frontier.points", LOST),
+        ("frontier.points", None),
+        ("frontier.points", []),
+        ("frontier.points", [{}, {}]),
+        ("frontier.points", {"0": {}, "1": {}}),
+        ("frontier.points.1", LOST),
+        ("frontier.points.1", None),
+        ("frontier.points.1.judged_at", LOST),
+        ("frontier.points.1.judged_at", 0),
+        ("frontier.points.1.judged_at", 2048.5),
+        ("frontier.points.1.judged_at", 10**400),
+        ("frontier.points.1.speedups", [[0, 1.5]]),
+        ("frontier.points.1.speedups", [[512, "1.5"]]),
+        ("frontier.points.1.speedups", [[10**400, 1.5]]),
+        ("frontier.points.1.speedups", [512]),
+        ("frontier.points.1.continuation", None),
+        ("frontier.points.1.continuation.divergence.value", None),
+        ("frontier.points.1.continuation.divergence.value", NAN),
+        ("frontier.points.1.continuation.error", None),
+        ("frontier.points.1.continuation.tails", [0.5]),
+        ("frontier.points.1.copying.agreement.n", LOST),
+        ("frontier.points.1.copying.n_tokens", 1.5),
+        ("frontier.points.1.passkeys", [4, 4, 4]),
+        ("frontier.points.1.passkeys.plan", True),
+        ("frontier.settings", None),
+        ("frontier.settings.n_batch", "512"),
+        ("frontier.machine", {}),
+        ("frontier.machine.devices", 3),
+        ("frontier.tried", [3]),
+        ("frontier.tried.0.request_s", "fast"),
+        ("frontier.speeds.0.of", "waiting"),
+        ("frontier.speeds.0.seconds", [1.0]),
+        ("frontier.n_read", None),
+        ("frontier.about", {"a": [1]}),
+        ("plans", []),
+        ("plans.1", LOST),
+        ("plans.1.bulk", None),
+        ("plans.0.bulk.set", 7),
+    ],
+)
+def test_a_malformed_frontier_is_one_clear_line(path: str, value: Any, tmp_path: Path) -> None:
+    assert_refused(make_frontier(), path, value, tmp_path)
+
+
+def assert_refused(plan: SkipPlan | Frontier, path: str, value: Any, folder: Path) -> None:
+    save_plan(folder / "p.json", plan)
+    data = json.loads((folder / "p.json").read_text())
     put(data, path, value)
-    (tmp_path / "p.json").write_text(json.dumps(data))
+    (folder / "p.json").write_text(json.dumps(data))
     with pytest.raises(PlanFileError, match=r"p\.json' cannot be used: .*; write it again with `adaskip-cpp tune`"):
-        load_plan(tmp_path / "p.json")
+        load_plan(folder / "p.json")
 
 
 @pytest.mark.parametrize(
     "content",
     [
         *(b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 1e999}', b"[" * 100_000, b"\x80\x04N.", b"PK\x03\x04"),
-        b'{"format": "adaskip-plan", "version": 3, "x": %s}' % (b"[" * 700 + b"]" * 700),
+        b'{"format": "adaskip-plan", "version": 5, "x": %s}' % (b"[" * 700 + b"]" * 700),
     ],
 )
 def test_what_is_no_plan_file_is_one_clear_line(content: bytes, tmp_path: Path) -> None:
@@ -339,37 +435,38 @@ def test_missing_files_say_which(tmp_path: Path) -> None:
         load_plan(tmp_path / "p.json")
 
 
-@pytest.mark.parametrize(
-    ("kind", "value"), [("max_loss", -1), ("max_loss", NAN), ("min_agreement", 1.1), ("speedup", 0.9), ("fun", 1)]
-)
-def test_an_impossible_promise_is_refused(kind: Any, value: float) -> None:
-    with pytest.raises(PlanError, match="use"):
-        Promise(kind, value)
+def test_what_is_beside_a_model_tells_its_frontier_without_the_plans(model: Path) -> None:
+    assert frontier_beside(model) is None
+    save_plan(plan_path(model), make(model))
+    assert frontier_beside(model) is None, "of one plan alone"
+    save_plan(plan_path(model), make_frontier(model))
+    Path(plan_path(model)).with_suffix(".bin").unlink()
+    assert frontier_beside(model) == replace(make_frontier(model), points=())
 
 
 @pytest.mark.parametrize(
-    ("promise", "kept"),
-    [
-        (Promise("max_loss", 0.25), "yes"),
-        (Promise("max_loss", 0.2), "on average"),
-        (Promise("max_loss", 0.1), "no"),
-        (Promise("min_agreement", 0.5), "yes"),
-        (Promise("min_agreement", 0.7), "on average"),
-        (Promise("min_agreement", 0.8), "no"),
-        (Promise("speedup", 1.1), "yes"),
-        (Promise("speedup", 1.2), "on average"),
-        (Promise("speedup", 1.3), "no"),
-    ],
+    "content", [b"", b"[" * 100_000, b"\xff", b"[]", b'{"format": "adaskip-plan", "version": 4, "frontier": {}}']
 )
-def test_a_promise_is_kept_by_the_interval_by_the_value_or_not(promise: Promise, kept: str) -> None:
-    assert replace(TUNING, promise=promise).kept == kept
+def test_a_broken_file_beside_a_model_has_no_frontier(content: bytes, model: Path) -> None:
+    Path(plan_path(model)).write_bytes(content)
+    assert frontier_beside(model) is None
+
+
+@pytest.mark.parametrize("path", ["frontier", "frontier.points", "frontier.points.0", "frontier.settings", "plans.0"])
+@pytest.mark.parametrize("value", [1, [1]], ids=str)
+def test_a_broken_frontier_beside_a_model_is_none(path: str, value: Any, model: Path) -> None:
+    save_plan(plan_path(model), make_frontier(model))
+    data = json.loads(Path(plan_path(model)).read_text())
+    put(data, path, value)
+    Path(plan_path(model)).write_text(json.dumps(data))
+    assert frontier_beside(model) is None
 
 
 # --- AdaSkipLlama(plan="auto") ----------------------------------------------------------------------------------------
 
 
 def test_auto_uses_the_plan_beside_the_model(model: Path, open_auto: Any) -> None:
-    save_plan(plan_path(model), make(model), TUNING)
+    save_plan(plan_path(model), make(model))
     assert Path(plan_path(model)).name == "model.Q4.adaskip-plan.json"
     llm, by_hand = open_auto(model), open_auto(model, make(model))
     assert llm.plan == make(model) and llm.elided_kv == (2,)
@@ -384,9 +481,11 @@ def test_auto_reads_nothing_but_the_plan(model: Path, open_auto: Any) -> None:
     assert open_auto(model).plan == make(model)
 
 
-def test_auto_runs_the_whole_model_where_tuning_left_it_whole(model: Path, open_auto: Any) -> None:
-    save_plan(plan_path(model), SkipPlan(NONE, NONE, model=make(model).model))
-    assert open_auto(model).plan is None
+def test_auto_runs_the_whole_model_where_nothing_can_be_skipped(model: Path, open_auto: Any) -> None:
+    save_plan(plan_path(model), replace(make_frontier(), points=()), model=make(model).model)
+    llm = open_auto(model)
+    llm.eval([1, 5, 6, 7])
+    assert llm.plan is None
 
 
 def test_auto_without_a_plan_says_what_to_run(model: Path, open_auto: Any) -> None:
@@ -424,7 +523,9 @@ def profile(model: Path) -> Path:
     ones, vectors = np.ones((3, 2)), rng.normal(size=(2, 3, 2, N_EMBD)).astype(np.float32)
     statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), *vectors, 10)
     info = replace(OTHER_MODEL, fingerprint=fingerprint(model))
-    Profile(statistics, statistics, 1, 10, info, divergence=1 - similarity).save(profile_path(model))
+    Profile(statistics, statistics, 1, 10, info, divergence=1 - similarity, copying=1 - similarity).save(
+        profile_path(model)
+    )
     return Path(profile_path(model))
 
 
@@ -438,14 +539,13 @@ def generate(model: Path) -> Callable[..., Result]:
 def test_generate_uses_the_plan_beside_the_model_and_says_so(generate: Any, model: Path, tmp_path: Path) -> None:
     whole = generate()
     assert whole.exit_code == 0 and "skipped" not in whole.stderr
-    save_plan(plan_path(model), make(model), TUNING)
+    save_plan(plan_path(model), make(model))
     save_plan(tmp_path / "other.json", make(model))
     tuned = generate()
     assert tuned.exit_code == 0, tuned.output
-    assert "3 of 6 sublayers skipped, as tuned for an added loss" in said(tuned)
-    assert "model.Q4.adaskip-plan.json; --full runs" in said(tuned)
+    assert "3 of 6 sublayers skipped: model.Q4.adaskip-plan.json; --full runs" in said(tuned)
     named = generate("--plan", tmp_path / "other.json")
-    assert named.stdout == tuned.stdout and "as tuned" not in named.stderr
+    assert named.stdout == tuned.stdout and "--full runs" not in said(named)
 
 
 def test_full_runs_the_whole_model(generate: Any, model: Path) -> None:
@@ -489,20 +589,6 @@ def test_plan_writes_a_plan_that_generate_takes(generate: Any, profile: Path, tm
         assert written.exit_code == 0 and "two.json" in written.stdout
         assert load_plan(tmp_path / "two.json").plan == Profile.load(profile).plan(2, **request)
         assert generate("--plan", tmp_path / "two.json").stdout == generate("--skip", 2, *options).stdout
-
-
-def test_plan_shows_a_plan_file(tmp_path: Path) -> None:
-    save_plan(tmp_path / "p.json", make(), replace(TUNING, promise=Promise("max_loss", 0.1)))
-    result = run("plan", tmp_path / "p.json")
-    assert result.exit_code == 0 and "3 of 6 sublayers skipped in prefill, 3 in decode" in result.stdout
-    text = " ".join(result.stdout.split())
-    assert "Promised: an added loss of at most 0.1 nats per token." in text
-    assert "added loss 0.125 (0.062 to 0.250)" in text and "agreement 0.750 (0.500 to 0.875)" in text
-    assert "request 1.25 (1.12 to 1.50) times as fast" in text
-    assert "promise is not kept" in text and "No KV memory is needed for 1 layer" in text
-    data = json.loads(run("plan", tmp_path / "p.json", "--json").stdout)
-    assert data["plan"]["strategy"] == "tuned" and data["tuning"]["n_texts"] == 8
-    assert run("plan", tmp_path / "p.json", "--skip", 2).exit_code == 2
 
 
 @pytest.mark.parametrize(("kinds", "n_maps"), [((1,), 16), ((0, 1), 32)])
