@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -78,16 +79,21 @@ def pair(data: bytes) -> Path:
 
 @target
 def plan(data: bytes) -> None:
-    """A plan file: one that is read can be saved, comes back as it was, and a model takes or refuses it."""
+    """A plan file: one that is read can be saved, comes back as it was, and a model takes or refuses its plans."""
     with suppress(AdaSkipError):
         found = load_plan(pair(data))
-        save_plan(folder() / "again.json", found.plan, found.tuning)
+        save_plan(folder() / "again.json", found.plan if found.frontier is None else found.frontier)
         again = load_plan(folder() / "again.json")
-        assert again.plan == found.plan and repr(again.tuning) == repr(found.tuning)
+        assert again.plans == found.plans and repr(again.frontier) == repr(found.frontier)
+        for n_tokens, max_loss in itertools.product((1, 2048, 1 << 20), (0.0, 0.05, 1e300)):
+            found.plan_for(n_tokens, max_loss)
+        if found.frontier is not None:
+            found.frontier.readable(0.05, 1 << 20)
         llm = model()
-        llm.reset()
-        llm.set_plan(found.plan)
-        llm.eval([1, 5, 6])
+        for each in found.plans:
+            llm.reset()
+            llm.set_plan(each)
+            llm.eval([1, 5, 6])
 
 
 @target
@@ -226,7 +232,7 @@ class Served:
         path = add_chat_template(write_model(folder() / "bare.gguf"), folder() / "served.gguf")
         self._llm = ServedLlama(
             str(path),
-            plans=lambda llm: Plans(BULK_PLAN, None, None, llm.context_size),
+            plans=lambda llm: Plans(BULK_PLAN, None, 0.05, None, llm.context_size),
             cache=lambda can_rewind: PrefixCache(1 << 24, 1 << 24, None, can_rewind=can_rewind),
             **{**SETTINGS, "n_ctx": 512},
         )
