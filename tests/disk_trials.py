@@ -170,9 +170,8 @@ def _case(name: str) -> _Case:
     def profile(value: float) -> Profile:
         ones, vectors = np.ones((3, 2)), np.full((3, 2, N_EMBD), value, np.float32)
         statistics = PhaseStatistics(np.full((3, 2), value), ones, ones, np.ones(3), vectors, vectors, 10)
-        return Profile(
-            statistics, statistics, 1, 10, ModelInfo("0" * 64, "llama", 3), divergence=np.full((3, 2), value)
-        )
+        lost, known = np.full((3, 2), value), ModelInfo("0" * 64, "llama", 3)
+        return Profile(statistics, statistics, 1, 10, known, divergence=lost, copying=lost)
 
     match name:
         case "plan":
