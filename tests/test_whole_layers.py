@@ -24,7 +24,7 @@ Open = Callable[..., Any]
 N_LAYER, RANK, HEAD, TAIL, N_PROMPT = 3, 6, 4, 8, 50
 AROUND: dict[str, dict[str, int]] = {"prompt": {"tail": TAIL}, "prefill": {}}
 CHOSEN: dict[str, Any] = {"attention": (0, 1), "ffn": (1, 2)}
-"""Of layer 0 the attention alone, layer 1 whole, of layer 2 the FFN alone."""
+"""Of layer 0, which has no maps, the attention alone, layer 1 whole, of layer 2 the FFN alone."""
 
 
 @pytest.fixture
@@ -39,15 +39,18 @@ def learned(tiny: Tiny, tokens: Tokens, open_model: Open) -> Callable[[str], tup
 
 def standing_in(profile: Profile) -> dict[str, Any]:
     """What must stand in for :data:`CHOSEN`, as the arrays of ``ReferenceRun.eval``."""
-    maps = profile.maps
-    assert maps is not None and maps.fitted.all()
+    maps, mean_u, mean_v = profile.maps, profile.prefill.mean_u, profile.prefill.mean_v
+    assert maps is not None and mean_u is not None and mean_v is not None
+    assert maps.fitted.tolist() == [[False] * 3, [True] * 3, [True] * 3]
     skip = np.array([[True, False], [True, True], [False, True]])
     scale = np.where(skip, map_scale(profile.median_ratio), 1)
-    scale[1] = 1
-    arrays: dict[str, Any] = {"skip": skip, "scale": scale}
+    scale[0, 0], scale[1] = profile.median_ratio[0, 0], 1
+    bias = np.zeros_like(mean_u)
+    bias[0, 0] = mean_v[0, 0] - scale[0, 0] * mean_u[0, 0].astype(np.float64)
+    arrays: dict[str, Any] = {"skip": skip, "scale": scale, "bias": bias}
     for name, each in (("down", maps.down), ("up", maps.up)):
-        nothing = np.zeros_like(each[0, 0])
-        arrays[name] = np.stack([[each[0, 0], nothing], [nothing, each[1, WHOLE]], [nothing, each[2, 1]]])
+        nothing = np.zeros_like(each[1, 0])
+        arrays[name] = np.stack([[nothing, nothing], [nothing, each[1, WHOLE]], [nothing, each[2, 1]]])
     return arrays
 
 
@@ -58,7 +61,7 @@ def test_a_plan_has_one_map_of_it_and_what_is_skipped_alone_its_own(
     _, profile = learned("llama")
     plan = profile.plan(strategy="manual", mode=mode, **CHOSEN)
     found = {"prompt": plan.skipped("bulk"), "decode": plan.decode}.get(mode, plan.prefill)
-    assert found.bias is None and plan.compensation == "linear"
+    assert plan.compensation == "linear"
     for name, expected in standing_in(profile).items():
         np.testing.assert_array_equal(getattr(found, name), expected)
 
@@ -104,7 +107,7 @@ def test_in_parallel_blocks_it_is_fitted_on_the_layers_output(
     assert profile.maps is not None
     seen = eval_parallel(tiny("gptneox-parallel"), tokens(60, 1))
     assert seen.u is not None and seen.v is not None
-    for layer in range(N_LAYER):
+    for layer in range(1, N_LAYER):
         u, v = seen.u[layer, 0, 1:], seen.v[layer, 1, 1:]
 
         def error(kind: int, layer: int = layer, u: Any = u, v: Any = v) -> float:
