@@ -1,0 +1,66 @@
+"""adaskip_cpp.tuning.figures: from the scores of probes to the figures of a plan, by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adaskip_cpp.intervals import mean_interval
+from adaskip_cpp.measuring.judge import Probe, Scores
+from adaskip_cpp.model.frontier import Passkeys
+from adaskip_cpp.tuning.figures import passkeys_of, quality_of
+
+
+def probe(text: str, kind: Any = "continuation") -> Probe:
+    return Probe(text, kind, (1, 2, 3), 3, (4, 5))
+
+
+def scores(
+    divergence: Any, loss: Any = None, agrees: Any = None, right: Any = None, whole_margin: Any = None
+) -> Scores:
+    given = np.array(divergence, float)
+    return Scores(
+        given,
+        given if loss is None else np.array(loss, float),
+        np.array(given < 1 if agrees is None else agrees),
+        np.array(given < 1 if right is None else right),
+        np.array(given + 1 if whole_margin is None else whole_margin, float),
+    )
+
+
+def test_texts_count_alike_however_many_tokens_they_have() -> None:
+    """Means over the tokens of all probes of a text, 0.2 and 0.6, then over both texts."""
+    probes = [probe("a"), probe("a"), probe("b"), probe("b", "copying")]
+    found = quality_of(probes, [scores([0.0, 0.1]), scores([0.5]), scores([0.6]), scores([9.0] * 9)], "continuation")
+    assert found.divergence.value == pytest.approx(0.4) and found.divergence.n == found.n_texts == 2
+    assert found.error == pytest.approx(0.2), "half of their difference"
+    assert found.n_tokens == 4 and found.agreement.value == 1.0
+    assert found.tails[1] == pytest.approx(0.6, abs=1e-3)
+    assert quality_of(probes, [scores([0.0])] * 3 + [scores([9.0, 0.0])], "copying").agreement.value == 0.5
+
+
+def test_an_added_loss_counts_where_it_is_above_the_divergence_beyond_chance() -> None:
+    texts = [probe(name) for name in "abcd"]
+    diverged = np.array([0.1, 0.2, 0.3, 0.4])
+    lost = np.add(diverged, [0.5, 0.6, 0.5, 0.6])
+    found = quality_of(texts, [scores([d], [x]) for d, x in zip(diverged, lost, strict=True)], "continuation")
+    assert found.excess == mean_interval(lost - diverged).low and 0.4 < found.excess < 0.55
+    assert found.harm == pytest.approx(0.25 + found.excess)
+    by_chance = np.add(diverged, [0.9, -0.5, 0.5, -0.6])
+    found = quality_of(texts, [scores([d], [x]) for d, x in zip(diverged, by_chance, strict=True)], "continuation")
+    assert found.excess == 0.0 and found.harm == found.divergence.value
+
+
+def test_a_single_text_has_no_error_and_no_excess() -> None:
+    found = quality_of([probe("a")], [scores([0.1, 0.3], [5.0, 5.0])], "continuation")
+    assert found.divergence.value == pytest.approx(0.2) and np.isnan(found.error) and found.excess == 0.0
+
+
+def test_a_pass_key_is_lost_where_a_token_of_it_is_wrong_that_the_whole_model_was_sure_of() -> None:
+    """Sure is twice as likely as any other token, for each token of the key."""
+    sure, unsure, right, wrong = [0.7, 5.0], [5.0, 0.69], [True, True], [True, False]
+    asked = [(sure, right), (sure, wrong), (unsure, right), (unsure, wrong), (sure, right)]
+    probes = [probe("a"), *[probe("a", "retrieval")] * len(asked)]
+    every = [scores([9.0]), *(scores([0.0, 0.0], right=hit, whole_margin=margin) for margin, hit in asked)]
+    assert passkeys_of(probes, every) == Passkeys(5, 3, 2)
+    assert passkeys_of(probes[:1], every[:1]) == Passkeys(0, 0, 0)
