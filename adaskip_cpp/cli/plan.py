@@ -30,7 +30,8 @@ from .tune_report import print_frontier
 @verb(
     "Show what would be skipped, and what that brings.",
     example="adaskip-cpp plan model.adaskip.json --speedup 1.25 --context 4096\n"
-    "adaskip-cpp plan model.adaskip.json --skip 12 -o model.adaskip-plan.json",
+    "adaskip-cpp plan model.adaskip.json --skip 12 -o model.adaskip-plan.json\n"
+    "adaskip-cpp plan model.adaskip-plan.json",
 )
 @click.argument("profile_path", metavar="PROFILE")
 @plan_options
@@ -40,8 +41,8 @@ from .tune_report import print_frontier
 def plan(profile_path: str, request: PlanRequest | None, context: int, output: str | None, as_json: bool) -> None:
     """Show the plan that PROFILE gives with these options: every sublayer's rank, and what is skipped.
 
-    PROFILE may be a plan file instead, written by `tune` or with -o. Then its plan is shown, or the frontier that
-    `tune` found, with what was measured.
+    PROFILE may be a plan file instead, written by `tune` or with -o. Then its plans are shown as they are, and what
+    `tune` measured of them.
 
     In the table, "divergence" is how far skipping the sublayer alone in the bulk of a prompt moves the tokens behind
     it, in thousandths of a nat, and "rank" its place by that and the layers above it; in other modes both are by IO

@@ -42,7 +42,7 @@ plan_file_option = option(
     "plan_file",
     group=CHOOSING,
     metavar="PLAN",
-    help="A plan to use as it is, written by `tune` or `plan -o`.  [default: the one beside MODEL, "
+    help="A plan file to use, written by `tune` or `plan -o`.  [default: the one beside MODEL, "
     "X.adaskip-plan.json for X.gguf, if there is one]",
 )
 
@@ -59,7 +59,8 @@ profile_options = options(
     option(
         "--max-loss",
         type=click.FloatRange(min=0),
-        help=f"Promise for what `tune` found: nats per token that answers lose at most.  [default: {DEFAULT_LOSS}]",
+        help="Take the fastest plan that `tune` found to lose at most so much, in nats per token; 0.05 lets the "
+        f"perplexity grow by 5%.  [default: {DEFAULT_LOSS}]",
     ),
     option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it."),
 )

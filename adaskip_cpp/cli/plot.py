@@ -21,7 +21,11 @@ from .terminal import CHOOSING, OUTPUT, console, option, verb
 from .tune_report import print_frontier
 
 
-@verb("Draw a profile.", example="adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures")
+@verb(
+    "Draw a profile, or what `tune` found.",
+    example="adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures\n"
+    "adaskip-cpp plot model.adaskip-plan.json -o pictures",
+)
 @click.argument("paths", metavar="PROFILE...", nargs=-1, required=True)
 @option("-o", "--output", metavar="DIR", help="Folder for the pictures; made where it is missing.")
 @option("--plan", "plan_file", group=CHOOSING, metavar="PLAN", help="A plan file to draw, of the one PROFILE.")
@@ -39,8 +43,10 @@ def plot(
     """Draw PROFILE: the IO similarity of layers, of attention and FFN, of both in prefill and decode, and a plan.
 
     Writes layers, sublayers and phases, and plan for each profile, as PNG and SVG. Several profiles share the pictures.
-    The plan is that of the options, or of --plan. PROFILE may be a plan file that `tune` wrote. Then frontier is drawn:
-    loss against predicted time to the first token, a curve for each length of prompts.
+    The plan is that of the options, or of --plan.
+
+    PROFILE may be a plan file that `tune` wrote instead. Then its plans are drawn as one picture, frontier: loss
+    against predicted time to the first token, a curve for each prompt length.
     """
     if any(map(is_plan_file, paths)):
         _plot_frontiers(paths, output, terminal)

@@ -47,13 +47,16 @@ def tune(
 ) -> None:
     """Find what makes MODEL, a GGUF file, fastest on this machine, and write it to a plan file.
 
-    First it tries settings that change nothing but speed: flash attention, repacked weights, threads, batch sizes. Then
-    it finds plans of growing speed, which skip more and more in the bulk of prompts, and measures on text that had no
-    part in finding them what answers lose: those that continue a prompt, and those that copy from it. A plan that loses
-    a hidden pass key which the whole model finds is never used.
+    First it tries settings that change only the speed: flash attention, repacked weights, threads, batch sizes.
+    --threads and --flash-attn fix theirs. Then it finds plans of growing speed, which skip more and more sublayers
+    while a long prompt is read. It measures how much worse answers become, on text that had no part in finding the
+    plans. Some answers continue a prompt, others copy from it. A plan is never used if it loses a pass key, hidden in
+    a prompt, that the whole model finds.
 
     `generate`, `chat`, `serve` and AdaSkipLlama(plan="auto") use the file that lies beside its model. For each prompt
-    they take the fastest plan that keeps a promise, by default 0.05 nats per token: --max-loss promises another.
+    they take the fastest plan that keeps a promise: the loss grows by at most 0.05 nats per token, and so the
+    perplexity by 5%. Their option --max-loss sets another promise.
+
     It reads at most 120,000 tokens. A run that was stopped goes on where it was.
     """
     start = time.monotonic()
