@@ -1,6 +1,6 @@
 """Judges quality: what a plan changes in known answers that follow prompts, against the whole model, token by token.
 
-For calibration, tuning, evaluation and the demo. Start with :class:`Judge`; :func:`probes_of` makes what it reads.
+For calibration, tuning and the demo. Start with :class:`Judge`; :func:`probes_of` makes what it reads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
