@@ -21,7 +21,7 @@ from ..model.skip_set import marked
 Lost: TypeAlias = tuple[float, float]
 """Nats per token that a set loses in continuations and in copies."""
 
-LEVELS = (0.015, 0.03, 0.045, 0.07, 0.1, 0.15, 0.25)
+LEVELS = (0.01, 0.018, 0.028, 0.04, 0.055, 0.08, 0.12, 0.2)
 """Losses for which the path has a set each, in nats per token."""
 
 SHARES = (8, 4)
