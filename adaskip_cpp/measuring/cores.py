@@ -34,7 +34,9 @@ def physical_cores() -> int:
 
 def logical_cores() -> int:
     """Return the number of hardware threads that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _linux(cpus: Iterable[int]) -> int:

@@ -18,7 +18,7 @@ from ..measuring.cores import logical_cores, physical_cores
 from ..model.settings import Settings, Tried
 from ..progress import OnProgress
 
-MOST_TOKENS = 10_000
+MOST_TOKENS = 14_000
 """The search reads no more tokens than this through the model, all trials together."""
 
 _DEPTH = 1536
