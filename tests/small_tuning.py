@@ -14,9 +14,9 @@ from adaskip_cpp.measuring import corpus
 from adaskip_cpp.tuning import tune as tuning
 from adaskip_cpp.tuning.path import find_path
 
-__all__ = ["CUTS", "IDLE", "JUDGED_AT", "TEXTS", "make_small", "write_idle_model"]
+__all__ = ["IDLE", "JUDGED_AT", "TEXTS", "make_small", "write_idle_model"]
 
-JUDGED_AT, CUTS = 160, (112, 160)
+JUDGED_AT = 160
 """Tokens of the prompts that plans are judged on; a copy needs 72 tokens from a quarter on."""
 
 IDLE = ((1, "ffn"), (2, "ffn"))
@@ -36,7 +36,6 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_N_REQUESTS": 4,
         "_N_DECODE": 2,
         "_JUDGED_AT": JUDGED_AT,
-        "_CUTS": CUTS,
         "_SEARCHED_AT": 128,
         "LEAST_CONTEXT": 64,
         "LONGEST": 512,

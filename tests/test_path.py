@@ -1,5 +1,6 @@
 """adaskip_cpp.tuning.path: the path of sets, on losses and times written out here, so that its best is known."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp.tuning.path import LEVELS, Candidate, Lost, Orders, find_path, n_judged, orders
+from adaskip_cpp.tuning.path import LEVELS, Candidate, Lost, Orders, aim, find_path, n_judged, orders
 
 NAN = float("nan")
 
@@ -95,7 +96,7 @@ def test_what_loses_more_together_than_alone_keeps_the_level_too(kind: int) -> N
 
 def test_a_layer_that_copies_ends_the_path_before_it_however_little_continuations_lose() -> None:
     def lost(candidate: Candidate) -> Lost:
-        return 0.0005 * len_of(candidate), 0.5 if 8 in candidate.attention else 0.0005 * len_of(candidate)
+        return 0.0005 * len_of(candidate), 2.0 if 8 in candidate.attention else 0.0005 * len_of(candidate)
 
     path = find_path(all_last(8, 8), lost, seconds)
     assert path and all(min(each.attention, default=12) > 8 for each in path)
@@ -202,3 +203,22 @@ def test_what_cannot_be_skipped_is_in_no_order(layers: Sequence[int]) -> None:
     scores[4, 0] = scores[:, 1] = NAN
     found: Any = orders(layers, scores, [], 6)
     assert all(4 not in each for each in found.attention) and found.ffn == ((),)
+
+
+# -- which sets are judged -------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_set_that_is_expected_to_keep_a_promise_is_judged_first() -> None:
+    levels = (0.01, 0.02, 0.03, 0.06)
+    assert aim(levels, {}, 0.05) == 1, "twice the level is needed until something is known"
+    assert aim(levels, {1: 0.02}, 0.05) == 2, "the second needs its level alone, so the third is expected to"
+    assert aim(levels, {1: 0.02, 2: 0.04}, 0.05) is None, "the fourth is expected to need 0.08"
+
+
+def test_where_no_set_is_expected_to_keep_a_promise_the_mildest_is_judged() -> None:
+    assert aim((0.01, 0.02), {1: 0.5}, 0.05) == 0 and aim((0.01, 0.02), {0: 0.06}, 0.05) is None
+    assert aim((), {}, 0.05) is None
+
+
+def test_no_set_is_judged_beyond_one_that_loses_a_pass_key() -> None:
+    assert aim((0.01, 0.02, 0.03), {1: math.inf}, 0.5) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_tuning import CUTS, JUDGED_AT, TEXTS, make_small, write_idle_model
+from small_tuning import JUDGED_AT, TEXTS, make_small, write_idle_model
 
 import adaskip_cpp
 from adaskip_cpp import AdaSkipLlama, Frontier
@@ -104,14 +104,14 @@ def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model:
     llm = AdaSkipLlama(str(model), n_ctx=JUDGED_AT + 512, verbose=False, **settings)
     probes = []
     for i, item in enumerate(held(llm).judge):
-        probes += probes_of(llm, item.id, item.tokens, CUTS, key=(str(10007 + 7919 * i), (i + 0.5) / 4))
+        probes += probes_of(llm, item.id, item.tokens, (JUDGED_AT,), key=(str(10007 + 7919 * i), (i + 0.5) / 4))
     judge = Judge(llm, probes)
     assert found.points
     for point in found.points:
         scores = judge(point.plan)
         for kind in ("continuation", "copying"):
             assert getattr(point, kind) == quality_of(probes, scores, kind)  # type: ignore[arg-type]
-        assert point.passkeys == passkeys_of(probes, scores) and point.passkeys.n == 4 * len(CUTS)
+        assert point.passkeys == passkeys_of(probes, scores) and point.passkeys.n == 4
         assert point.judged_at == JUDGED_AT and point.continuation.n_texts == 4
     llm.close()
 

@@ -95,7 +95,12 @@ class Quality:
         4 of 20 choices, and with one standard error 1.5 of 20. With 1.6 it is fewer than 1 of 20, as
         tests/test_frontier.py simulates.
         """
-        return growth * (self.harm + ERRORS * self.error) <= max_loss
+        return growth * self.needs <= max_loss
+
+    @property
+    def needs(self) -> float:
+        """The least promise that it keeps, in nats per token."""
+        return self.harm + ERRORS * self.error
 
 
 @dataclass(frozen=True)
@@ -131,11 +136,15 @@ class Figures:
         """Nats per token that the plan loses after prompts of so many tokens, in the worse kind of answer."""
         return self.growth(context) * max(self.continuation.harm, self.copying.harm)
 
+    @property
+    def needs(self) -> float:
+        """The least promise that it keeps where it was judged, infinite where it loses a pass key."""
+        lost = self.passkeys.plan < self.passkeys.whole
+        return math.inf if lost else max(self.continuation.needs, self.copying.needs)
+
     def keeps(self, max_loss: float, context: int) -> bool:
         """Whether it keeps a promise in both kinds of answers, and loses no pass key."""
-        growth = self.growth(context)
-        kinds = (self.continuation, self.copying)
-        return self.passkeys.plan >= self.passkeys.whole and all(each.keeps(max_loss, growth) for each in kinds)
+        return self.growth(context) * self.needs <= max_loss
 
     def speedup(self, context: int) -> float:
         """Predicted times as fast at the nearest length that was predicted, by ratio."""

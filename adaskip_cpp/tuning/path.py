@@ -8,7 +8,8 @@ them it is interpolated, and the losses of the three kinds add up: that predicts
 ones, which are then judged as sets.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, TypeAlias
@@ -21,13 +22,17 @@ from ..model.skip_set import marked
 Lost: TypeAlias = tuple[float, float]
 """Nats per token that a set loses in continuations and in copies."""
 
-LEVELS = (0.01, 0.018, 0.028, 0.04, 0.055, 0.08, 0.12, 0.2)
+LEVELS = (0.006, 0.009, 0.013, 0.018, 0.025, 0.035, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3)
 """Losses for which the path has a set each, in nats per token."""
 
 SHARES = (8, 4)
 """Windows that are tried: an eighth and a quarter of the prompt."""
 
-_DEPTHS = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0), "windowed": (1 / 2, 0.9, 1.0)}
+_FIRST = 2.0
+"""What a set needs to be promised, as a multiple of its level, until one is judged: copies from far back lose more than
+those of the short prompts that sets are searched by, and a promise allows for chance."""
+
+_DEPTHS = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0), "windowed": (1 / 2, 1.0)}
 """Depths at which an order is measured, as shares of its length."""
 
 
@@ -136,7 +141,10 @@ def find_path(
         on_progress(done / total)
         return result
 
-    curves = {part: _curve(part, getattr(every, part[0]), judged) for part in _CURVES}
+    curves: dict[_Part, _Curve] = {}
+    for part in _CURVES:
+        wider = curves.get((part[0], SHARES[0]))  # windows of other sizes are in the order found for the first
+        curves[part] = _curve(part, getattr(every, part[0]) if wider is None else (wider.order,), judged)
     grid = _grid(curves, seconds)
     whole = seconds(Candidate())
     path: list[Candidate] = []
@@ -152,14 +160,41 @@ def find_path(
     return path
 
 
+def aim(levels: Sequence[float], needs: Mapping[int, float], promise: float) -> int | None:
+    """Return which set of a path to judge next for a promise, None where those that are judged tell enough.
+
+    That is the fastest that is expected to keep it. What a set needs to be promised is its level, times what the
+    nearest judged one needs in relation to its own level; :data:`_FIRST` before any is judged.
+
+    Args:
+        levels: of the path's sets, ascending.
+        needs: of the sets that are judged, by index: the least promise that each keeps, infinite for none.
+    """
+
+    def expected(index: int) -> float:
+        if index in needs:
+            return needs[index]
+        if any(math.isinf(need) for i, need in needs.items() if i <= index):
+            return math.inf
+        nearest = min(needs, key=lambda i: abs(i - index), default=None)
+        return levels[index] * (_FIRST if nearest is None else needs[nearest] / levels[nearest])
+
+    kept = [index for index in range(len(levels)) if expected(index) <= promise]
+    if kept and kept[-1] not in needs:
+        return kept[-1]
+    return 0 if not kept and levels and 0 not in needs else None
+
+
 def n_judged(every: Orders) -> int:
     """Return the number of sets that :func:`find_path` has judged at most."""
-    found = [(name, getattr(every, name)) for name, _ in _CURVES]
-    return 1 + sum(len(_depths(name, orders[0])) + len(orders) - 1 for name, orders in found)
+    found = [(part, getattr(every, part[0])[: 1 if part[1] in SHARES[1:] else None]) for part in _CURVES]
+    return 1 + sum(len(_depths(part, orders[0])) + len(orders) - 1 for part, orders in found)
 
 
-def _depths(part: str, order: Sequence[int]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(round(share * len(order)) for share in _DEPTHS[part] if round(share * len(order))))
+def _depths(part: _Part, order: Sequence[int]) -> tuple[int, ...]:
+    """Return the depths that an order is measured at; windows of other sizes than the first only as a whole."""
+    shares = _DEPTHS[part[0]][-1 if part[1] in SHARES[1:] else 0 :]
+    return tuple(dict.fromkeys(round(share * len(order)) for share in shares if round(share * len(order))))
 
 
 def _curve(part: _Part, alternatives: Sequence[tuple[int, ...]], judged: Callable[[Candidate], Lost]) -> _Curve:
@@ -176,7 +211,7 @@ def _curve(part: _Part, alternatives: Sequence[tuple[int, ...]], judged: Callabl
         return judged(Candidate(**layers, share=share or SHARES[0]))
 
     best = alternatives[0]
-    depths = _depths(name, best)
+    depths = _depths(part, best)
     known: dict[int, Lost] = {}
     if not depths:
         return _Curve((), (0, 1), ((0.0, 0.0), (0.0, 0.0)))

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
-import numpy as np
-
 from ..calibration.calibrate import calibrate, late_layers
 from ..calibration.cost import measure_cost
 from ..engine.llama import AdaSkipLlama
@@ -35,7 +33,7 @@ from .exact import FoundSettings, fastest_settings
 from .figures import passkeys_of, quality_of
 from .hold_out import HeldOut, hold_out
 from .memo import Memo
-from .path import Candidate, find_path, orders
+from .path import Candidate, aim, find_path, orders
 from .speed import measure_speed
 
 MOST_TOKENS = 120_000
@@ -47,11 +45,13 @@ LONGEST = 32_768
 _N_REQUESTS, _N_DECODE = 20, 4
 """Calibration requests of 512 tokens, and tokens decoded after each: plans of prompts take nothing from these."""
 _COST_CONTEXTS, _COST_S = (512, 2048), 6.0
-_JUDGED_AT, _CUTS = 2048, (1024, 2048)
-"""Tokens of the prompts that plans are judged on, and of a text where each ends."""
+_JUDGED_AT = 2048
+"""Tokens of the prompts that plans are judged on."""
 _SEARCHED_AT = 640
 _N_TEXTS, _N_SEARCHED = 4, 2
 """Held-out texts that plans are judged on, and those that sets are searched by."""
+_AIMS = (0.05, 0.1, 0.02, 0.05, 0.02, 0.1, 0.035, 0.07, 0.2)
+"""Promises for which a plan is judged, one after the other while tokens last. Figures show where to aim next."""
 _N_ROUNDS = 2
 """Times that each prompt is timed at the end."""
 
@@ -186,30 +186,34 @@ class _Tuning:
 
             every = orders(planned.layers, planned.scores, planned.windowable, llm.n_layer)
             path = find_path(every, lost, lambda each: planned.seconds(each, _JUDGED_AT), on_progress=on_progress)
-        probes = self._probes(llm, held.judge, _CUTS)
-        judge, points = Judge(llm, probes), []
+        probes = self._probes(llm, held.judge, (_JUDGED_AT,))
+        judge = Judge(llm, probes)
         each_costs = sum(max(p.n_prompt for p in probes if p.text == name) for name in {p.text for p in probes})
         each_costs += sum(len(probe.answer) + 64 for probe in probes)
-        n_read = self.n_read + self.memo.n_read + llm.n_evaluated
-        left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - n_read - each_costs
-        n = min(len(path), max(left // each_costs, 1))
-        middle = min(range(len(path)), key=lambda i: abs(np.log(path[i].level / DEFAULT_LOSS)), default=0)
-        judged = sorted(sorted(range(len(path)), key=lambda i: (abs(i - middle), -i))[:n])
+        lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
+        points: dict[int, Point] = {}
+
+        def judged(index: int) -> Point:
+            plan = planned.plan(path[index], window_size_for(_JUDGED_AT, path[index].share))
+
+            def measure() -> tuple[Quality, Quality, Passkeys]:
+                scores = judge(plan)
+                continuation, copying = (quality_of(probes, scores, kind) for kind in ("continuation", "copying"))
+                return continuation, copying, passkeys_of(probes, scores)
+
+            measured = self.memo.get(f"judged {path[index]}", tuple[Quality, Quality, Passkeys], measure)
+            speedups = tuple((length, planned.speedup(path[index], length)) for length in lengths)
+            return Point(_JUDGED_AT, *measured, speedups, plan)
+
         with self.on_stage("Judging") as on_progress:
-            for done, index in enumerate(judged):
-                plan = planned.plan(path[index], window_size_for(_JUDGED_AT, path[index].share))
-
-                def measure(plan: SkipPlan = plan) -> tuple[Quality, Quality, Passkeys]:
-                    scores = judge(plan)
-                    continuation, copying = (quality_of(probes, scores, kind) for kind in ("continuation", "copying"))
-                    return continuation, copying, passkeys_of(probes, scores)
-
-                measured = self.memo.get(f"judged {path[index]}", tuple[Quality, Quality, Passkeys], measure)
-                lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
-                speedups = tuple((length, planned.speedup(path[index], length)) for length in lengths)
-                points.append(Point(_JUDGED_AT, *measured, speedups, plan))
-                on_progress((done + 1) / len(judged))
-        return points
+            left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - self.n_read - self.memo.n_read - llm.n_evaluated
+            n_most = max(int(left / each_costs) - 1, 1)  # the whole model reads the texts too
+            for promise in _AIMS:
+                index = aim([each.level for each in path], {i: points[i].needs for i in points}, promise)
+                if index is not None and len(points) < n_most:
+                    points[index] = judged(index)
+                    on_progress(len(points) / n_most)
+        return [points[index] for index in sorted(points)]
 
     def _probes(self, llm: AdaSkipLlama, items: Sequence[TextItem], cuts: Sequence[int]) -> list[Probe]:
         found = []
