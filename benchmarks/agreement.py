@@ -114,7 +114,7 @@ def plans_to_check(profile: Profile) -> dict[str, SkipPlan]:
     n = n_skipped(profile)
     n_windows = 0 if profile.windows is None else len(profile.windows.layers)
     # The stage adds every FFN whose similarity reaches its threshold, and none that rounding could decide about.
-    staged = profile.plan(n, mode="e2e", compensation="paper", window=N_ANSWER // 2, threshold=-1.0)
+    staged = profile.plan(n, mode="e2e", compensation="paper", online_window=N_ANSWER // 2, threshold=-1.0)
     return {
         "prompt mode": profile.plan(n),
         "prompt mode, windows": profile.plan(n, windowed=n_windows, window_size=64),

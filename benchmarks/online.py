@@ -69,7 +69,7 @@ def main() -> None:
     prompt = corpus.cut(llm, corpus.text(), 1, args.context)[0]
 
     fixed = profile.plan(N_SKIP, mode="e2e", online=False)
-    adding = profile.plan(N_SKIP, mode="e2e", window=WINDOW)
+    adding = profile.plan(N_SKIP, mode="e2e", online_window=WINDOW)
     assert adding.online is not None
     watching = replace(adding, online=replace(adding.online, threshold=2.0))
     plans = {"fixed": fixed, "watching": watching, "adding": adding}

@@ -109,7 +109,7 @@ def test_the_hash_of_a_plan_is_of_all_that_it_does(profile: Profile) -> None:
         profile.plan(4, mode="prefill"),
         profile.plan(4, mode="decode"),
         profile.plan(4, mode="e2e"),
-        profile.plan(4, mode="e2e", window=9),
+        profile.plan(4, mode="e2e", online_window=9),
         profile.plan(4, strategy="skip_decode"),
         replace(whole, bulk=Bulk(whole.prefill, windowed=(0,))),
         replace(whole, bulk=Bulk(whole.prefill, windowed=(0,), window_size=9)),

@@ -21,7 +21,7 @@ from adaskip_cpp.evaluation import evaluate
 from adaskip_cpp.evaluation.contenders import FULL, Contender
 from adaskip_cpp.evaluation.evaluate import Work, run
 from adaskip_cpp.evaluation.figures import evaluation_results
-from adaskip_cpp.evaluation.requests import PromptCache, forced_logits
+from adaskip_cpp.evaluation.requests import SharedPrompt, forced_logits
 from adaskip_cpp.evaluation.results import About
 from adaskip_cpp.evaluation.store import Record, open_store
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
@@ -307,7 +307,7 @@ def test_contenders_that_read_a_prompt_alike_share_its_kv_and_others_do_not(
     llm, prompt, evaluated = open_model(tiny()), tuple(tokens(12)), []
     whole = llm.eval
     monkeypatch.setattr(llm, "eval", lambda tokens: (evaluated.append(len(tokens)), whole(tokens)))
-    cache = PromptCache(llm)
+    cache = SharedPrompt(llm)
     for each in (None, DECODE, BOTH, ONLINE, None):
         forced_logits(cache.take(prompt, each), prompt, [5])
     assert evaluated == [11, 1, 1, 11, 1, 1, 11, 1]

@@ -212,11 +212,11 @@ def test_the_online_stage_can_be_set_or_left_out(example: Profile) -> None:
     assert example.plan(3, mode="prefill").online is None
     assert example.plan(0, mode="e2e").online is None, "nothing is to be skipped"
     assert example.plan(0, threshold=0.8, mode="e2e").online == OnlineStage(20, 0.8, "median")
-    assert example.plan(3, compensation="none", window=7, threshold=0.25, mode="e2e").online == OnlineStage(
+    assert example.plan(3, compensation="none", online_window=7, threshold=0.25, mode="e2e").online == OnlineStage(
         7, 0.25, "none"
     )
     with pytest.raises(PlanError, match="window"):
-        example.plan(3, window=0, mode="e2e")
+        example.plan(3, online_window=0, mode="e2e")
 
 
 @pytest.mark.parametrize("n_skip", [-1, 6, 2.5, "two"])

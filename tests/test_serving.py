@@ -533,10 +533,10 @@ def test_without_a_frontier_a_promise_is_kept_by_the_whole_model_and_a_speed_up_
 
 
 def test_an_answer_tells_its_point_of_the_frontier() -> None:
-    told = ServedRequest(n_layer=3, choice=chosen("auto", 1025)).told
+    told = ServedRequest(n_layer=3, choice=chosen("auto", 1025)).summary
     assert told["plan"] == "promise 0.07" and told["max_loss"] == 0.07
     assert (told["loss_measured"], told["speedup_predicted"]) == (0.03, pytest.approx(1.3))
-    told = ServedRequest(n_layer=3, choice=chosen("none", 1025)).told
+    told = ServedRequest(n_layer=3, choice=chosen("none", 1025)).summary
     assert told["plan"] == "none" and told["max_loss"] is told["loss_measured"] is told["speedup_predicted"] is None
 
 

@@ -27,7 +27,7 @@ from ..measuring.tasks import QuestionItem, TextItem
 from ..measuring.timing import in_turn, time_request
 from ..model.mode import MODES
 from .contenders import FULL, Contender
-from .requests import PromptCache, figures, forced_logits, greedy_text
+from .requests import SharedPrompt, figures, forced_logits, greedy_text
 from .store import Key, Record, Store
 
 OpenModel = Callable[[int, bool], AdaSkipLlama]
@@ -140,11 +140,11 @@ def run(
         with _closed(open_model(work.n_ctx, False)) as llm:
             if rest.lacks(SPEED):
                 rest.time(llm)
-            cache = PromptCache(llm)
+            shared = SharedPrompt(llm)
             for text in work.texts:
-                rest.go_on(text, cache)
+                rest.go_on(text, shared)
             for question in work.questions:
-                rest.answer(question, cache)
+                rest.answer(question, shared)
     if rest.lacks(PROMPT):
         # All logits of a prompt are as large as its tokens times the vocabulary, so this context is no larger.
         with _closed(open_model(max(len(item.tokens) for item in work.texts), True)) as llm:
@@ -185,7 +185,7 @@ class _Rest:
                     times[contender.name] = time_request(llm, work.speed_prompt, work.n_continuation)
                 self._keep(Record(f"round/{i}", EVERYONE, SPEED, times=times))
 
-    def go_on(self, item: TextItem, cache: PromptCache) -> None:
+    def go_on(self, item: TextItem, shared: SharedPrompt) -> None:
         """Decode the end of a text, forced, and what the contender itself would write there."""
         lacking = self._lacking(item.id, CONTINUATION)
         split = n_prompt(item, self._work.n_continuation)
@@ -193,11 +193,11 @@ class _Rest:
         decodes = any(each.mode in ("prompt", "decode", "e2e") for each in self._work.contenders)
         full: Logits | None = None
         if decodes and any(each.mode != "prefill" for each in lacking):
-            full = forced_logits(cache.take(prompt, None), prompt, targets)[1:]
+            full = forced_logits(shared.take(prompt, None), prompt, targets)[1:]
         for contender in lacking:
             values: dict[str, float | None] = {}
             divergences: tuple[float | None, ...] = ()
-            llm = cache.take(prompt, contender.plan_for(len(prompt)))
+            llm = shared.take(prompt, contender.plan_for(len(prompt)))
             if full is not None and contender.mode != "prefill":
                 logits = full if contender is FULL else forced_logits(llm, prompt, targets)[1:]
                 values, divergences = figures(full, logits, targets[1:])
@@ -206,9 +206,9 @@ class _Rest:
             values["rouge_l"] = continuation_rouge_l(reference, text)
             self._keep(Record(item.id, contender.name, CONTINUATION, values, text, divergences))
 
-    def answer(self, item: QuestionItem, cache: PromptCache) -> None:
+    def answer(self, item: QuestionItem, shared: SharedPrompt) -> None:
         for contender in self._lacking(item.id, ANSWER):
-            llm = cache.take(item.prompt, contender.plan_for(len(item.prompt)))
+            llm = shared.take(item.prompt, contender.plan_for(len(item.prompt)))
             text = greedy_text(llm, item.prompt, item.max_tokens, first_line=item.first_line)
             self._keep(Record(item.id, contender.name, ANSWER, {"score": item.score(text)}, text))
 

@@ -12,7 +12,7 @@ from ..measuring.distribution import Logits, kl_divergences, losses
 from ..model.plan import SkipPlan
 
 
-class PromptCache:
+class SharedPrompt:
     """Runs contenders on one prompt after the other; those that read it the same way share its KV.
 
     The last token of a prompt is always evaluated alone, whether the rest was cached or not, so that a result does not

@@ -50,7 +50,7 @@ def compensated_plan(
         if threshold is None and of_decode.any():
             threshold = float(np.sort(profile.similarity[profile.skippable])[-of_decode.sum()])
         if request.online and mode.adapts and (mode.in_decode or of_decode.any()) and threshold is not None:
-            online = OnlineStage(window=request.window, threshold=threshold, scale=compensation.online)
+            online = OnlineStage(window=request.online_window, threshold=threshold, scale=compensation.online)
 
     def skip_set(each: npt.NDArray[np.bool_], *, first_in_decode: bool) -> SkipSet:
         if profile is None:

@@ -45,7 +45,7 @@ class PlanRequest:
             of the strategy, which is ``"none"`` for ``"suffix"``. The other baselines have none whatever it is.
         online: whether requests add FFNs in decode, see :class:`adaskip_cpp.model.plan.OnlineStage`. Strategy
             ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only, and where mode ``"prompt"`` skips in decode.
-        window: decoded tokens that the online stage observes.
+        online_window: decoded tokens that the online stage observes.
         threshold: smallest similarity of an FFN that it adds; None for the n-th largest of the profile, n being the
             number of sublayers skipped.
         attention, ffn: for strategy ``"manual"``: layers whose attention, whose FFN is skipped.
@@ -71,7 +71,7 @@ class PlanRequest:
     strategy: str = "adaskip"
     compensation: str | None = None
     online: bool = True
-    window: int = 20
+    online_window: int = 20
     threshold: float | None = None
     attention: tuple[int, ...] = ()
     ffn: tuple[int, ...] = ()
@@ -95,7 +95,7 @@ class PlanRequest:
         if mode.in_bulk and not self.decode and self.threshold is not None:
             raise PlanError("threshold is for decode, which mode 'prompt' runs whole; give decode too, or another mode")
         get_compensation(DEFAULT_COMPENSATION if self.compensation is None else self.compensation)
-        OnlineStage(self.window, 1.0 if self.threshold is None else self.threshold)
+        OnlineStage(self.online_window, 1.0 if self.threshold is None else self.threshold)
         if (self.attention or self.ffn) and self.strategy != "manual":
             raise PlanError(f"strategy {self.strategy!r} chooses layers itself; use strategy='manual' to list them")
         if self.phase not in (*TIMED, None):

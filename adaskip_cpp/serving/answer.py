@@ -37,7 +37,7 @@ def complete(content: bytes, request: ServedRequest) -> bytes:
     """Add to an answer's JSON what the stock one lacks."""
     answer = msgspec.json.decode(content)
     if "usage" in answer and request.begun:
-        answer |= {"usage": request.usage, "timings": request.timings, "adaskip": request.told}
+        answer |= {"usage": request.usage, "timings": request.timings, "adaskip": request.summary}
     return msgspec.json.encode(answer)
 
 
@@ -61,7 +61,7 @@ class Stream:
         chunk = msgspec.json.decode(data)
         self._head = self._head or {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
         if any(choice.get("finish_reason") for choice in chunk.get("choices", ())):
-            return _event({**chunk, "timings": self._request.timings, "adaskip": self._request.told})
+            return _event({**chunk, "timings": self._request.timings, "adaskip": self._request.summary})
         return content
 
 

@@ -98,7 +98,7 @@ def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[App, Fair
 
     @app.get("/v1/models")  # the stock one waits for the model, which may be at work for minutes
     async def models() -> dict[str, Any]:
-        meta = {"n_ctx": llm.context_size, "n_params": llm.n_params, "size": llm.weight_bytes, **llm.plans.told}
+        meta = {"n_ctx": llm.context_size, "n_params": llm.n_params, "size": llm.weight_bytes, **llm.plans.listing}
         about = {"id": llm.name, "object": "model", "created": created, "owned_by": "adaskip-cpp", "meta": meta}
         return {"object": "list", "data": [about]}
 

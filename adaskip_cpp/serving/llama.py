@@ -241,7 +241,7 @@ class ServedLlama(AdaSkipLlama):
                 end = collected.n_prompt if is_empty else len(collected.tokens)
                 if not is_end:
                     end = collected.covered(n_told, end, len(choice["text"]))
-                choice["logprobs"] = told = collected.told(n_told, end, offset) if end > n_told else None
+                choice["logprobs"] = told = collected.block(n_told, end, offset) if end > n_told else None
                 n_told, offset = end, offset + sum(map(len, told["tokens"] if told else ()))
             yield step
 

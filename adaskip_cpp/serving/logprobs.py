@@ -68,7 +68,7 @@ class Logprobs:
             begin += 1
         return begin
 
-    def told(self, begin: int, end: int, offset: int) -> dict[str, Any]:
+    def block(self, begin: int, end: int, offset: int) -> dict[str, Any]:
         """Return ``logprobs`` of a choice: those of some of the tokens, whose text begins at ``offset`` characters."""
         texts, offsets, top = [], [], []
         for at in range(begin, end):

@@ -16,7 +16,7 @@ from .hosts import LOOPBACK, host_of, is_no_foreign_name
 from .metrics import Metrics
 from .queue import Closing, FairQueue, QueueFull
 from .request import Gone, ServedRequest, begin
-from .sending import Message, Send, Sent, told
+from .sending import Message, Send, Sent, status_of
 
 Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
 App: TypeAlias = "Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]"
@@ -78,7 +78,7 @@ class Gate:
         except RequestError as error:
             await sent.error(*explained(error))
         except Exception as error:
-            await sent.error(*told(error))
+            await sent.error(*status_of(error))
         finally:
             self.metrics.answered(path if path in SCHEMAS else "other", sent.status)
 

@@ -81,7 +81,7 @@ class Plans:
         return Choice() if self.own is None or wish != "auto" else Choice(self.own, "auto")
 
     @property
-    def told(self) -> dict[str, Any]:
+    def listing(self) -> dict[str, Any]:
         """The frontier and what is promised of it, for the list of models; {} where there is none."""
         if self.frontier is None:
             return {}

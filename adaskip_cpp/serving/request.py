@@ -118,7 +118,7 @@ class ServedRequest:
         }
 
     @property
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What was skipped, and what of the prompt was read: ``adaskip`` in the answer."""
         choice = self.choice
         plan, point = choice.plan or SkipPlan.manual(self.n_layer), choice.point

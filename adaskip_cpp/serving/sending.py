@@ -57,7 +57,7 @@ class Sent:
         if isinstance(request.error, Gone):
             return
         if request.error is not None or start is None:
-            await self.error(*told(request.error))
+            await self.error(*status_of(request.error))
         elif self._is_begun:
             await self._pass({"type": "http.response.body", "body": b"", "more_body": False})
         else:
@@ -97,7 +97,7 @@ class Sent:
         await self._pass({"type": "http.response.body", "body": content})
 
 
-def told(error: Exception | None) -> tuple[int, str, str | None]:
+def status_of(error: Exception | None) -> tuple[int, str, str | None]:
     """Explain an error, and where it is the server's print its traceback too."""
     result = explained(error)
     if result[0] == 500 and error is not None:
