@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-backends | test-cuda | test-asan | test-tsan | soak | fuzz | wheels | lint | format | clean
+# make demo | test | test-fast | test-native | test-backends | test-cuda | test-asan | test-tsan | soak | fuzz | wheels | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -37,7 +37,7 @@ define sanitized
   cat $(call BUILD,$(VENV)-$(1))/report.* 2>/dev/null && status=1; exit $$status
 endef
 
-.PHONY: demo test test-fast test-backends test-cuda test-asan test-tsan soak fuzz wheels lint format clean
+.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan soak fuzz wheels lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -49,6 +49,10 @@ test: test-fast
 
 test-fast: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n 2 -m "not model and not slow"
+
+# What goes through native/ alone: all that another release of llama-cpp-python can change.
+test-native: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -n 2 -m "not model and not slow" $(patsubst %,tests/test_%.py,$(NATIVE_TESTS) identity repack import)
 
 # Needs Vulkan's headers, a shader compiler and a device (Debian: libvulkan-dev glslc spirv-headers, and in software
 # mesa-vulkan-drivers, which ggml uses when told to). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
