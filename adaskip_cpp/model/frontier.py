@@ -22,7 +22,7 @@ LEAST_CONTEXT = 512
 
 GROWTH = 1.25
 """What a plan loses grows at most so many times where a prompt is twice as long as those it was judged on, with windows
-of the same share of it. docs/method.md shows the measurement."""
+of the same share of it. A guess from shorter prompts: see docs/method.md."""
 
 ERRORS = 1.6
 """Standard errors that are added to a mean loss before it is compared with a promise."""
