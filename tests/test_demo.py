@@ -98,7 +98,8 @@ def test_it_measures_all_sides(smollm2_path: Path, monkeypatch: pytest.MonkeyPat
     whole, prompt, papers = data["sides"].values()
     assert 1990 <= data["n_prompt"] <= 2000 and data["profile"]["n_tokens"] == 20 * 512
     for side in (whole, prompt, papers):
-        assert side["first_token_s"] > side["token_s"] > 0
+        # An answer may end with its first token: then no time between tokens is known.
+        assert side["first_token_s"] > (side["token_s"] or 0.0) >= 0.0
     assert 1.4 <= prompt["predicted"] <= papers["predicted"]
     assert whole["loss"] > 1 and papers["loss"] < 6
     assert abs(prompt["loss"] - whole["loss"]) < 0.1 < papers["loss"] - whole["loss"]
