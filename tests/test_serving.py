@@ -22,7 +22,7 @@ from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.measuring.running import Running, quietly
-from adaskip_cpp.model.frontier import Frontier
+from adaskip_cpp.model.frontier import Frontier, Passkeys
 from adaskip_cpp.model.settings import Settings
 from adaskip_cpp.serving import sending
 from adaskip_cpp.serving.body import read_body
@@ -523,6 +523,16 @@ def test_a_speed_up_is_had_under_the_least_promise_that_gives_it() -> None:
     assert chosen({"speedup": 2}, 100).plan is None, "a short prompt has little bulk, and a chat begins with one"
     with pytest.raises(RequestError, match=r"2 times as fast at 1024 tokens; ask for at most 1\.5"):
         chosen({"speedup": 2}, 1000)
+
+
+def test_a_speed_up_is_had_where_losses_are_not_known_exactly() -> None:
+    """The promise covers 1.6 standard errors too, and a plan that loses a pass key counts as none."""
+    (careful, fast), losing = FRONTIER.points, Passkeys(2, 2, 1)
+    unsure = replace(fast, copying=replace(fast.copying, error=0.02))
+    choice = chosen({"speedup": 1.4}, 1000, Frontier((careful, unsure)))
+    assert choice.plan is FAST and choice.max_loss == pytest.approx(fast.copying.harm + 1.6 * 0.02)
+    with pytest.raises(RequestError, match=r"at most 1\.3"):
+        chosen({"speedup": 1.4}, 1000, Frontier((careful, replace(fast, passkeys=losing))))
 
 
 def test_without_a_frontier_a_promise_is_kept_by_the_whole_model_and_a_speed_up_needs_a_profile() -> None:

@@ -28,6 +28,11 @@ ERRORS = 1.6
 """Standard errors that are added to a mean loss before it is compared with a promise."""
 
 
+def growth(judged_at: int, context: int) -> float:
+    """Return how many times what was measured a plan is taken to lose in prompts of ``context`` tokens."""
+    return float(GROWTH ** max(math.log2(context / judged_at), 0.0))
+
+
 @dataclass(frozen=True)
 class SpeedUp:
     """How many times as fast the first token of a prompt was measured to come.
@@ -88,18 +93,13 @@ class Quality:
         """
         return self.divergence.value + self.excess
 
-    def keeps(self, max_loss: float, growth: float = 1.0) -> bool:
-        """Whether it keeps a promise, where losses are ``growth`` times as large as measured.
-
-        The mean and :data:`ERRORS` standard errors must keep it. On four texts the mean alone would break a promise in
-        4 of 20 choices, and with one standard error 1.5 of 20. With 1.6 it is fewer than 1 of 20, as
-        tests/test_frontier.py simulates.
-        """
-        return growth * self.needs <= max_loss
-
     @property
     def needs(self) -> float:
-        """The least promise that it keeps, in nats per token."""
+        """The least promise that it keeps, in nats per token: the harm and :data:`ERRORS` standard errors.
+
+        On four texts the mean alone would break a promise in 4 of 20 choices, and with one standard error 1.5 of 20.
+        With 1.6 it is fewer than 1 of 20, as tests/test_frontier.py simulates.
+        """
         return self.harm + ERRORS * self.error
 
 
@@ -128,13 +128,9 @@ class Figures:
         if not all(1 <= n < 1 << 31 for n in (self.judged_at, *(length for length, _ in self.speedups))):
             raise PlanError("a point of a frontier was not measured at a number of tokens from 1 on; tune again")
 
-    def growth(self, context: int) -> float:
-        """How many times what was measured the loss is taken for in prompts of so many tokens."""
-        return float(GROWTH ** max(math.log2(context / self.judged_at), 0.0))
-
     def harm(self, context: int) -> float:
         """Nats per token that the plan loses after prompts of so many tokens, in the worse kind of answer."""
-        return self.growth(context) * max(self.continuation.harm, self.copying.harm)
+        return growth(self.judged_at, context) * max(self.continuation.harm, self.copying.harm)
 
     @property
     def needs(self) -> float:
@@ -144,7 +140,7 @@ class Figures:
 
     def keeps(self, max_loss: float, context: int) -> bool:
         """Whether it keeps a promise in both kinds of answers, and loses no pass key."""
-        return self.growth(context) * self.needs <= max_loss
+        return growth(self.judged_at, context) * self.needs <= max_loss
 
     def speedup(self, context: int) -> float:
         """Predicted times as fast at the nearest length that was predicted, by ratio."""
@@ -178,7 +174,7 @@ class Frontier:
     """What tuning found for one model on one machine.
 
     Attributes:
-        points: plans of growing speed, each skipping what the one before it skips. None where nothing can be skipped.
+        points: plans of growing speed. None where nothing can be skipped.
         settings: with which the whole model is fastest.
         machine: where times were measured.
         tried: the settings that were timed.

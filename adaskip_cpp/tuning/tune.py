@@ -10,7 +10,9 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
+from itertools import product
 from typing import Any
 
 from ..calibration.calibrate import calibrate, late_layers
@@ -21,7 +23,7 @@ from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.judge import Judge, Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources
-from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Passkeys, Point, Quality
+from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Passkeys, Point, Quality, growth
 from ..model.plan import Bulk, SkipPlan, window_size_for
 from ..model.settings import Settings
 from ..model.skip_set import SkipSet
@@ -47,7 +49,9 @@ _N_REQUESTS, _N_DECODE = 20, 4
 _COST_CONTEXTS, _COST_S = (512, 2048), 6.0
 _JUDGED_AT = 2048
 """Tokens of the prompts that plans are judged on."""
-_SEARCHED_AT = 640
+_LONG = 8192
+"""Tokens of the prompts that a second path is found for: there windows save more than what skipping does."""
+_SEARCHED_AT = 512
 _N_TEXTS, _N_SEARCHED = 4, 2
 """Held-out texts that plans are judged on, and those that sets are searched by."""
 _AIMS = (0.05, 0.1, 0.02, 0.05, 0.02, 0.1, 0.035, 0.07, 0.2)
@@ -185,35 +189,39 @@ class _Tuning:
                 return tuple(self.memo.get(f"search {candidate}", list[float], judge))  # type: ignore[return-value]
 
             every = orders(planned.layers, planned.scores, planned.windowable, llm.n_layer)
-            path = find_path(every, lost, lambda each: planned.seconds(each, _JUDGED_AT), on_progress=on_progress)
+            paths = {
+                length: find_path(every, lost, partial(planned.seconds, context=length), on_progress=on_progress)
+                for length in (_JUDGED_AT, _LONG)
+            }
         probes = self._probes(llm, held.judge, (_JUDGED_AT,))
         judge = Judge(llm, probes)
         each_costs = sum(max(p.n_prompt for p in probes if p.text == name) for name in {p.text for p in probes})
         each_costs += sum(len(probe.answer) + 64 for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
-        points: dict[int, Point] = {}
+        points: dict[Candidate, Point] = {}
 
-        def judged(index: int) -> Point:
-            plan = planned.plan(path[index], window_size_for(_JUDGED_AT, path[index].share))
+        def judged(candidate: Candidate) -> Point:
+            plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
 
             def measure() -> tuple[Quality, Quality, Passkeys]:
                 scores = judge(plan)
                 continuation, copying = (quality_of(probes, scores, kind) for kind in ("continuation", "copying"))
                 return continuation, copying, passkeys_of(probes, scores)
 
-            measured = self.memo.get(f"judged {path[index]}", tuple[Quality, Quality, Passkeys], measure)
-            speedups = tuple((length, planned.speedup(path[index], length)) for length in lengths)
+            measured = self.memo.get(f"judged {candidate}", tuple[Quality, Quality, Passkeys], measure)
+            speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
             return Point(_JUDGED_AT, *measured, speedups, plan)
 
         with self.on_stage("Judging") as on_progress:
             left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - self.n_read - self.memo.n_read - llm.n_evaluated
             n_most = max(int(left / each_costs) - 1, 1)  # the whole model reads the texts too
-            for promise in _AIMS:
-                index = aim([each.level for each in path], {i: points[i].needs for i in points}, promise)
+            for promise, (length, path) in product(_AIMS, paths.items()):
+                needs = {i: points[each].needs for i, each in enumerate(path) if each in points}
+                index = aim([each.level for each in path], needs, promise / growth(_JUDGED_AT, length))
                 if index is not None and len(points) < n_most:
-                    points[index] = judged(index)
+                    points[path[index]] = judged(path[index])
                     on_progress(len(points) / n_most)
-        return [points[index] for index in sorted(points)]
+        return sorted(points.values(), key=lambda each: each.speedup(_LONG))
 
     def _probes(self, llm: AdaSkipLlama, items: Sequence[TextItem], cuts: Sequence[int]) -> list[Probe]:
         found = []
