@@ -261,14 +261,17 @@ def _contexts(llm: AdaSkipLlama, contexts: Sequence[SupportsIndex] | None) -> tu
 @contextmanager
 def set_aside(llm: AdaSkipLlama) -> Iterator[None]:
     """Take the draft model off, put it and the plan back whatever happens, and leave no KV behind."""
-    plan, draft_model = llm.plan, llm.draft_model
+    plan, readable, max_loss, draft_model = llm.plan, llm.readable, llm.max_loss, llm.draft_model
     llm.draft_model = None
     try:
         yield
     finally:
         llm.draft_model = draft_model
         llm.reset()
-        llm.set_plan(plan)
+        if max_loss is None:
+            llm.set_plan(plan, readable=readable)
+        else:
+            llm.set_plan("auto", max_loss=max_loss)
 
 
 def _synchronize(llm: AdaSkipLlama) -> None:

@@ -159,6 +159,11 @@ class AdaSkipLlama(SelfDescribingLlama):
         """What `adaskip-cpp tune` found, where the model was opened with ``plan="auto"``."""
         return self._frontier
 
+    @property
+    def max_loss(self) -> float | None:
+        """The promise that a plan is chosen by for each prompt, in nats per token; None where one plan was set."""
+        return self._max_loss
+
     def set_plan(
         self,
         plan: SkipPlan | Literal["auto"] | None,

@@ -110,6 +110,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
     @property
     def n_evaluated(self) -> int:
         """Tokens evaluated since the model was opened, by llama.cpp's own count; of none it tells 1."""
+        self.synchronize()  # llama.cpp counts the tokens of a call when it has waited for them
         count = llama_cpp.llama_perf_context(self.ctx)
         return int(count.n_p_eval + count.n_eval)
 

@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any
 
 from ..calibration.calibrate import calibrate, late_layers
-from ..calibration.cost import measure_cost
+from ..calibration.cost import measure_cost, set_aside
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import DataError
@@ -25,12 +25,12 @@ from ..measuring.judge import Judge, Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Passkeys, Point, Quality, growth
 from ..model.plan import Bulk, SkipPlan, window_size_for
-from ..model.settings import Settings
+from ..model.settings import Settings, Tried
 from ..model.skip_set import SkipSet
 from ..planning.modes import compensated_plan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
-from ..progress import OnProgress, Stage, progress_bar
+from ..progress import Stage, progress_bar
 from .exact import FoundSettings, fastest_settings
 from .figures import passkeys_of, quality_of
 from .hold_out import HeldOut, hold_out
@@ -49,6 +49,7 @@ _N_REQUESTS, _N_DECODE = 20, 4
 _COST_CONTEXTS, _COST_S = (512, 2048), 6.0
 _JUDGED_AT = 2048
 """Tokens of the prompts that plans are judged on."""
+_N_CTX = _JUDGED_AT + 512
 _LONG = 8192
 """Tokens of the prompts that a second path is found for: there windows save more than what skipping does."""
 _SEARCHED_AT = 512
@@ -61,7 +62,7 @@ _N_ROUNDS = 2
 
 
 def tune(
-    model_path: str,
+    model: str | AdaSkipLlama,
     *,
     context: int = 8192,
     n_answer: int = 128,
@@ -79,7 +80,8 @@ def tune(
     plan="auto")`` reads it.
 
     Args:
-        model_path: a GGUF file.
+        model: a GGUF file; or an opened model, whose settings stay as they are. Its plan is set aside meanwhile and
+            its KV cache is dropped.
         context, n_answer: tokens of the requests that settings are chosen for.
         data: texts by name to calibrate on; None for text that every Python carries.
         texts: other texts by name, to search and judge by; None for pages and sources that calibration leaves out.
@@ -87,18 +89,25 @@ def tune(
         memo: keeps what is found, so that a later call goes on from there.
         on_stage: shows progress, as :func:`adaskip_cpp.calibrate` does.
         tell: called with what a person wants to know meanwhile, above all how long it will take.
-        **kwargs: for AdaSkipLlama, as ``n_gpu_layers``.
+        **kwargs: for AdaSkipLlama, as ``n_gpu_layers``, where ``model`` is a file.
 
     Raises:
-        DataError: there is too little text.
+        DataError: there is too little text, or the context of an opened model is too small.
         ModelFileError: the model cannot be opened.
     """
-    return _Tuning(model_path, context, n_answer, given or {}, memo or Memo(), on_stage, tell, kwargs).run(data, texts)
+    opened = model if isinstance(model, AdaSkipLlama) else None
+    if opened is not None and opened.context_size < _N_CTX:
+        raise DataError(f"the model has a context of {opened.context_size} tokens; open it with n_ctx={_N_CTX} or more")
+    path = model if opened is None else opened.model_path
+    return _Tuning(path, opened, context, n_answer, given or {}, memo or Memo(), on_stage, tell, kwargs).run(
+        data, texts
+    )
 
 
 @dataclass
 class _Tuning:
     path: str
+    opened: AdaSkipLlama | None
     context: int
     n_answer: int
     given: Mapping[str, Any]
@@ -107,21 +116,16 @@ class _Tuning:
     tell: Callable[[str], object]
     kwargs: Mapping[str, Any]
     n_read: int = 0
+    n_before: int = 0
+    """Tokens that an opened model had evaluated before."""
     settings: Settings = field(default_factory=Settings)
 
     def run(self, data: Mapping[str, str] | None, texts: Mapping[str, str] | None) -> Frontier:
-        with self.on_stage("Trying settings") as on_progress:
-            found = self.memo.get("settings", FoundSettings, lambda: self._find_settings(on_progress))
-        self.settings, self.n_read = found.settings, found.n_tokens
-        best = [each for each in found.tried if each.chosen][-1]
-        rate = 2 / (best.prompt_short_s + best.prompt_long_s) if best.prompt_short_s > 0 else 0.0
-        if rate:
-            took = (MOST_TOKENS - self.n_read) / rate
-            self.tell(f"This model reads {rate:,.0f} tokens per second, so what follows takes about {_minutes(took)}.")
+        tried = () if self.opened is not None else self._find_settings()
         kinds = unseen_texts() if texts is None else [texts]
         points: list[Point] = []
         about: dict[str, str | int | float | None] = {"package_version": metadata.version("adaskip-cpp")}
-        with self._opened(_JUDGED_AT + 512) as llm:
+        with self._open_to_judge() as llm:
             if any(row.in_bulk for row in llm.sublayers):
                 held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + 64)
                 profile = self._calibrate(llm, data)
@@ -129,7 +133,7 @@ class _Tuning:
                 points = self._points(llm, profile, held)
             machine, prompt = cost_settings(llm), self._prompt(llm, kinds)
         self.n_read += self.memo.n_read
-        frontier = Frontier(tuple(points), self.settings, machine, found.tried, about=about)
+        frontier = Frontier(tuple(points), self.settings, machine, tried, about=about)
         plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS)
         with self.on_stage("Measuring the speed") as on_progress:
             speeds = measure_speed(
@@ -144,13 +148,26 @@ class _Tuning:
         tokens = corpus.tokens_of(llm, text[: 20 * _JUDGED_AT], bos=True)
         return (tokens * (_JUDGED_AT // len(tokens) + 1))[:_JUDGED_AT]
 
-    def _find_settings(self, on_progress: OnProgress) -> FoundSettings:
+    def _find_settings(self) -> tuple[Tried, ...]:
+        """Find the fastest settings, and tell how long the rest will take."""
+
         def open_model(settings: Settings, n_ctx: int) -> AdaSkipLlama:
             return self._open(settings, n_ctx)
 
-        return fastest_settings(
-            open_model, context=self.context, n_answer=self.n_answer, given=self.given, on_progress=on_progress
-        )
+        def find() -> FoundSettings:
+            return fastest_settings(
+                open_model, context=self.context, n_answer=self.n_answer, given=self.given, on_progress=on_progress
+            )
+
+        with self.on_stage("Trying settings") as on_progress:
+            found = self.memo.get("settings", FoundSettings, find)
+        self.settings, self.n_read = found.settings, found.n_tokens
+        best = [each for each in found.tried if each.chosen][-1]
+        if best.prompt_short_s > 0:
+            rate = 2 / (best.prompt_short_s + best.prompt_long_s)
+            took = max(round((MOST_TOKENS - self.n_read) / rate / 60), 1)
+            self.tell(f"This model reads {rate:,.0f} tokens per second, so what follows takes about {took} min.")
+        return found.tried
 
     def _calibrate(self, llm: AdaSkipLlama, data: Mapping[str, str] | None) -> Profile:
         """Learn maps, scores and costs, or take up the profile of a run that was stopped."""
@@ -213,7 +230,8 @@ class _Tuning:
             return Point(_JUDGED_AT, *measured, speedups, plan)
 
         with self.on_stage("Judging") as on_progress:
-            left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - self.n_read - self.memo.n_read - llm.n_evaluated
+            n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before
+            left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - n_read
             n_most = max(int(left / each_costs) - 1, 1)  # the whole model reads the texts too
             for promise, (length, path) in product(_AIMS, paths.items()):
                 needs = {i: points[each].needs for i, each in enumerate(path) if each in points}
@@ -231,8 +249,20 @@ class _Tuning:
         return found
 
     @contextmanager
-    def _opened(self, n_ctx: int) -> Iterator[AdaSkipLlama]:
-        llm = self._open(self.settings, n_ctx)
+    def _open_to_judge(self) -> Iterator[AdaSkipLlama]:
+        if self.opened is not None:
+            machine, self.n_before = cost_settings(self.opened), self.opened.n_evaluated
+            self.kwargs = {"n_gpu_layers": machine.n_gpu_layers}
+            names = ("repack", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
+            given = {name: getattr(machine, name) for name in names}
+            self.settings = Settings(flash_attn=machine.flash_attention, **given)
+            try:
+                with set_aside(self.opened):
+                    yield self.opened
+            finally:
+                self.memo.count(self.opened.n_evaluated - self.n_before)
+            return
+        llm = self._open(self.settings, _N_CTX)
         try:
             yield llm
         finally:
@@ -244,10 +274,6 @@ class _Tuning:
     def _open(self, settings: Settings, n_ctx: int) -> AdaSkipLlama:
         with contextlib.redirect_stderr(io.StringIO()):
             return AdaSkipLlama(self.path, n_ctx=n_ctx, verbose=False, **{**self.kwargs, **settings.to_kwargs()})
-
-
-def _minutes(seconds: float) -> str:
-    return f"{max(round(seconds / 60), 1)} min"
 
 
 class _Planned:
