@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import LlamaGrammar
 from served import frontier_of
-from starlette.exceptions import HTTPException
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
@@ -24,7 +24,7 @@ from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.measuring.running import Running, quietly
 from adaskip_cpp.model.frontier import Frontier, Passkeys
 from adaskip_cpp.model.settings import Settings
-from adaskip_cpp.serving import sending
+from adaskip_cpp.serving import answer
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.middleware import Gate
@@ -475,25 +475,24 @@ def test_nothing_is_generated_where_nothing_is_wanted(served: ServedLlama) -> No
 
 def test_a_grammar_that_cannot_be_parsed_is_refused(served: ServedLlama) -> None:
     for grammar, reason in (("root ::= ((", "cannot be parsed"), ("root ::= " + "(" * 100_000, "in one another")):
-        request = ServedRequest()
-        begin(request)
-        with pytest.raises(HTTPException):
+        begin(ServedRequest())
+        with pytest.raises(RequestError, match=reason):
             served.create_completion("the", grammar=LlamaGrammar.from_string(grammar))
-        assert isinstance(request.error, RequestError) and reason in str(request.error)
 
 
 # --- bodies and plans -------------------------------------------------------------------------------------------------
 
 
-def test_a_body_takes_the_stock_servers_form() -> None:
-    request, body = read_body("/v1/completions", b'{"prompt": [[1, 2]], "temperature": null, "stream_options": {}}')
-    assert request.prompt_tokens == [1, 2] and body["prompt"] == "" and "temperature" not in body
+def test_a_body_may_have_what_the_schema_lacks() -> None:
+    request = read_body("/v1/completions", b'{"prompt": [[1, 2]], "temperature": null, "stream_options": {}}')
+    body: Any = request.body
+    assert request.prompt_tokens == [1, 2] and (body.prompt, body.temperature) == ("", 0.8)
     assert request.wish == "auto" and not request.includes_usage
     chat = (
         b'{"messages": [{"role": "developer", "content": [{"type": "text", "text": "a"}]}], "max_completion_tokens": 3}'
     )
-    _, body = read_body("/v1/chat/completions", chat)
-    assert body["messages"] == [{"role": "system", "content": "a"}] and body["max_tokens"] == 3
+    body = read_body("/v1/chat/completions", chat).body
+    assert body.messages == [{"role": "system", "content": "a"}] and body.max_tokens == 3
 
 
 def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:
@@ -571,23 +570,40 @@ def test_equal_plans_have_one_key() -> None:
 
 
 def test_a_client_that_takes_nothing_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sending, "STALL", 0.05)
+    monkeypatch.setattr(answer, "STALL", 0.05)
 
     async def stuck(message: Any) -> None:
         await asyncio.sleep(60)
 
     async def send() -> None:
-        await sending.Sent(stuck)({"type": "http.response.start", "status": 200, "headers": []})
+        await answer.Sent(stuck)({"type": "http.response.start", "status": 200, "headers": []})
 
     with pytest.raises(Gone):
         asyncio.run(send())
 
 
+def test_a_stream_that_says_nothing_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "_PING", 0.02)
+    chunk = {"id": "1", "object": "o", "created": 1, "model": "m", "choices": [{"finish_reason": None}]}
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b"begin"))
+
+    def slow() -> Iterator[Any]:
+        time.sleep(0.1)
+        yield chunk
+
+    asyncio.run(answer.send_answer(slow(), ServedRequest(), answer.Sent(send)))
+    assert sent[:2] == [b"begin", b": ping\n\n"] and sent[-1] == b"data: [DONE]\n\n"
+    assert [each.startswith(b'data: {"id":"1"') for each in sent[2:]].count(True) == 1
+
+
 def test_a_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
-    app: Any = None
-    gate = Gate(app, FairQueue(1), SimpleNamespace(answered=lambda *_: None), api_key="k", most_body=1)  # type: ignore[arg-type]
+    none: Any = None
+    gate = Gate(none, none, FairQueue(1), SimpleNamespace(answered=lambda *_: None), api_key="k", most_body=1)  # type: ignore[arg-type]
     sent: list[Any] = []
 
     async def ask() -> None:

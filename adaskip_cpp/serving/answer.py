@@ -1,74 +1,142 @@
-"""What the stock server's answers lack: usage, timings, what was skipped; and errors as OpenAI words them."""
+"""How an answer leaves: as JSON or as a stream of events, with usage, timings and what was skipped; and errors."""
 
-from typing import Any
+import asyncio
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any, TypeAlias
 
 import jinja2
 import msgspec
+from starlette.concurrency import run_in_threadpool
 
 from ..errors import AdaSkipError, NativeError, StateError
-from .request import ServedRequest
+from .request import Gone, ServedRequest
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-_TYPES |= {413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+Message: TypeAlias = "MutableMapping[str, Any]"
+Send: TypeAlias = "Callable[[Message], Awaitable[None]]"
+
+STALL = 30.0
+"""Seconds that a client may take nothing."""
+_PING = 15.0
+"""Seconds without an event after which a stream gets a comment: those between would end a connection that is still."""
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_TYPES |= {429: "rate_limit_error", 503: "service_unavailable_error"}
+
+
+class Refused(Exception):
+    """A request that is answered with an error: its status, message and code."""
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(status, message, code)
 
 
 def error_body(status: int, message: str, code: str | None = None) -> bytes:
     """Return an error's JSON as OpenAI's clients read it."""
-    kind = _TYPES.get(status, "internal_server_error")
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})
 
 
-def explained(error: BaseException | None) -> tuple[int, str, str | None]:
-    """Return status, message and code for what the model or the server below raised."""
+def explained(error: Exception) -> tuple[int, str, str | None]:
+    """Return status, message and code for what was raised; where it is the server's mistake, print its traceback."""
     message = " ".join(str(error).split())
+    if isinstance(error, Refused):
+        status, message, code = error.args
+        return status, message, code
     if "exceed context window" in message:  # llama_cpp.Llama's words
         return 400, f"{message}; shorten the prompt, or start the server with a larger --ctx", "context_length_exceeded"
     if isinstance(error, jinja2.TemplateError):
         return 400, f"the model's chat template refuses these messages: {message}; change their roles or order", None
     if isinstance(error, MemoryError):
         return 503, "out of memory; try a shorter prompt, or a smaller --ctx", None
-    is_ours = isinstance(error, AdaSkipError) and not isinstance(error, NativeError | StateError)
-    if is_ours:
+    if isinstance(error, AdaSkipError) and not isinstance(error, NativeError | StateError):
         return 400, message, None
+    traceback.print_exception(error, file=sys.stderr)
     return 500, f"the server failed ({type(error).__name__}); see its log", None
 
 
-def complete(content: bytes, request: ServedRequest) -> bytes:
-    """Add to an answer's JSON what the stock one lacks."""
-    answer = msgspec.json.decode(content)
-    if "usage" in answer and request.begun:
-        answer |= {"usage": request.usage, "timings": request.timings, "adaskip": request.summary}
-    return msgspec.json.encode(answer)
+class Sent:
+    """Sends over ASGI, and knows how far it is.
+
+    A client that takes nothing for :data:`STALL` seconds has left: others wait for its turn.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self.status, self._send = 499, send  # 499: the client left before anything was sent
+        self._is_begun = self._is_over = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status, self._is_begun = message["status"], True
+        else:
+            self._is_over = not message.get("more_body")
+        try:
+            await asyncio.wait_for(self._send(message), STALL)
+        except asyncio.TimeoutError:
+            self._is_over = True
+            raise Gone from None
+
+    async def json(self, status: int, content: bytes, headers: dict[bytes, bytes] | None = None) -> None:
+        """Send all of an answer."""
+        about = {b"content-type": b"application/json", b"content-length": b"%d" % len(content), **(headers or {})}
+        await self({"type": "http.response.start", "status": status, "headers": [*about.items()]})
+        await self({"type": "http.response.body", "body": content})
+
+    async def event(self, content: bytes, *, is_last: bool = False) -> None:
+        """Send a piece of a stream, which begins with its first."""
+        if not self._is_begun:
+            about = {b"content-type": b"text/event-stream", b"cache-control": b"no-store", b"x-accel-buffering": b"no"}
+            await self({"type": "http.response.start", "status": 200, "headers": [*about.items()]})
+        await self({"type": "http.response.body", "body": content, "more_body": not is_last})
+
+    async def error(self, status: int, message: str, code: str | None = None) -> None:
+        """Answer with an error; where a stream has begun, end it with one."""
+        content = error_body(status, message, code)
+        if self._is_over:
+            return
+        if self._is_begun:
+            await self.event(_data(content), is_last=True)
+            return
+        headers = {b"retry-after": b"5"} if status in (429, 503) else {}
+        await self.json(status, content, {b"www-authenticate": b"Bearer"} if status == 401 else headers)
 
 
-class Stream:
-    """Adds to a stream of server-sent events what the stock one lacks, event by event."""
+async def send_answer(answer: dict[str, Any] | Iterator[dict[str, Any]], request: ServedRequest, sent: Sent) -> None:
+    """Send what the model returned for a request, with what llama-cpp-python does not tell.
 
-    def __init__(self, request: ServedRequest) -> None:
-        self._request = request
-        self._head: dict[str, Any] = {}
-
-    def event(self, content: bytes) -> bytes:
-        """Return an event with what belongs to it."""
-        if not content.startswith(b"data: "):
-            return content  # a comment that keeps the connection alive
-        data = content[len(b"data: ") :].strip()
-        if data == b"[DONE]":
-            if self._request.includes_usage and self._head:
-                last = {**self._head, "choices": [], "usage": self._request.usage}
-                return _event(last) + content
-            return content
-        chunk = msgspec.json.decode(data)
-        self._head = self._head or {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
-        if any(choice.get("finish_reason") for choice in chunk.get("choices", ())):
-            return _event({**chunk, "timings": self._request.timings, "adaskip": self._request.summary})
-        return content
+    Before the model's first word, or a comment after :data:`_PING` seconds, nothing is sent: errors still get a status.
+    """
+    if isinstance(answer, dict):
+        more = {"usage": request.usage, **_figures(request)} if request.begun else {}
+        await sent.json(200, msgspec.json.encode({**answer, **more}))
+        return
+    head: dict[str, Any] = {}
+    while (chunk := await _next(answer, request, sent)) is not None:
+        head = head or {name: chunk[name] for name in ("id", "object", "created", "model")}
+        is_end = any(choice.get("finish_reason") for choice in chunk["choices"])
+        await sent.event(_data(msgspec.json.encode({**chunk, **(_figures(request) if is_end else {})})))
+    if request.includes_usage:
+        await sent.event(_data(msgspec.json.encode({**head, "choices": [], "usage": request.usage})))
+    await sent.event(_data(b"[DONE]"), is_last=True)
 
 
-def _event(data: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+async def _next(steps: Iterator[dict[str, Any]], request: ServedRequest, sent: Sent) -> dict[str, Any] | None:
+    """Return the next piece of a stream, None after the last; send comments while it takes long."""
+    step = asyncio.ensure_future(run_in_threadpool(next, steps, None))
+    try:
+        while not (await asyncio.wait({step}, timeout=_PING))[0]:
+            await sent.event(b": ping\n\n")
+    except BaseException:
+        request.leave()
+        await asyncio.gather(step, return_exceptions=True)  # its thread ends first: nobody else may use the model
+        raise
+    return step.result()
 
 
-def error_event(status: int, message: str, code: str | None) -> bytes:
-    """Return the event that ends a stream with an error."""
-    return b"data: " + error_body(status, message, code) + b"\n\n"
+def _figures(request: ServedRequest) -> dict[str, Any]:
+    return {"timings": request.timings, "adaskip": request.summary}
+
+
+def _data(content: bytes) -> bytes:
+    return b"data: " + content + b"\n\n"

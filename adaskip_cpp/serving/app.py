@@ -1,15 +1,12 @@
-"""llama-cpp-python's server over our model, with the routes that it lacks."""
+"""The application: what :mod:`middleware` has the model answer, and the paths beside."""
 
 import time
-from collections.abc import Iterator
 from importlib import metadata, resources
 from typing import Any
 
-import llama_cpp.server.app as stock
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
-from llama_cpp.server.settings import ServerSettings
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -17,7 +14,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 
 from .answer import error_body
-from .body import SCHEMAS
 from .llama import ServedLlama
 from .metrics import Metrics
 from .middleware import App, Gate
@@ -48,19 +44,6 @@ class _Text(BaseModel):
 
 class _Ids(BaseModel):
     tokens: list[int]
-
-
-class _Proxy:
-    """Takes the place of the stock server's loader of models: there is one, and it is loaded."""
-
-    def __init__(self, llm: ServedLlama) -> None:
-        self._llm = llm
-
-    def __call__(self, model: str | None = None) -> ServedLlama:
-        return self._llm
-
-    def __iter__(self) -> Iterator[str]:
-        yield self._llm.name
 
 
 def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[App, FairQueue]:
@@ -96,7 +79,7 @@ def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[App, Fair
     async def prometheus() -> Response:
         return Response(metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    @app.get("/v1/models")  # the stock one waits for the model, which may be at work for minutes
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         meta = {"n_ctx": llm.context_size, "n_params": llm.n_params, "size": llm.weight_bytes, **llm.plans.listing}
         about = {"id": llm.name, "object": "model", "created": created, "owned_by": "adaskip-cpp", "meta": meta}
@@ -131,12 +114,8 @@ def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[App, Fair
     async def refused(request: Request, error: HTTPException) -> Response:
         return Response(error_body(error.status_code, str(error.detail)), error.status_code, _JSON)
 
-    app.router.routes += [route for route in stock.router.routes if getattr(route, "path", "") in SCHEMAS]
-    # The key is checked in front, in constant time; one request runs at a time, so none shall end another.
-    stock.set_server_settings(ServerSettings(api_key=None, interrupt_requests=False))
-    stock._llama_proxy = _Proxy(llm)  # type: ignore[assignment]  # what set_llama_proxy does with one of its own
     most_body = max(1 << 20, _BYTES_PER_TOKEN * llm.context_size)
-    gate = Gate(app, queue, metrics, api_key=api_key, most_body=most_body)
+    gate = Gate(app, llm, queue, metrics, api_key=api_key, most_body=most_body)
     pages = {"allow_origin_regex": _LOOPBACK_PAGES} if api_key is None else {"allow_origins": ["*"]}
     return CORSMiddleware(gate, allow_methods=["*"], allow_headers=["*"], **pages), queue
 

@@ -1,4 +1,4 @@
-"""What a request's body asks, in the form that llama-cpp-python's server takes, and what is refused."""
+"""What a request's body asks, by the schemas of llama-cpp-python's server, and what is refused."""
 
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/v1/engines/copilot-codex/completions": CreateCompletionRequest,
     "/v1/embeddings": CreateEmbeddingRequest,
 }
-"""The paths on which the model works, and the stock schema of each."""
+"""The paths on which the model works, and the schema of each."""
 
 MOST_LOGPROBS, MOST_BIAS = 20, 100
 """OpenAI's own limits."""
@@ -26,12 +26,11 @@ _NOT_WITH_MIN_TOKENS = ("grammar", "response_format", "tools", "functions", "log
 _REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
-def read_body(path: str, content: bytes) -> tuple[ServedRequest, dict[str, Any]]:
-    """Read the body of a request that the model works for: the request, and the body in the stock server's form.
+def read_body(path: str, content: bytes) -> ServedRequest:
+    """Read the body of a request that the model works for.
 
-    Fields that the stock schema does not know are taken out: ``adaskip``, ``stream_options``, ``cache_prompt`` (of
-    llama.cpp's server), ``max_completion_tokens``, prompts of token ids, content in parts of text. Fields that are null
-    are left out.
+    Beside the fields of the schema these are known: ``adaskip``, ``stream_options``, ``cache_prompt`` (of llama.cpp's
+    server), ``max_completion_tokens``, prompts of token ids, content in parts of text. Null is as if left out.
 
     Raises:
         RequestError: it is no JSON of this schema, or asks for what this server does not do.
@@ -61,16 +60,16 @@ def read_body(path: str, content: bytes) -> tuple[ServedRequest, dict[str, Any]]
     if SCHEMAS[path] is CreateCompletionRequest and isinstance(body.get("prompt"), list):
         request.prompt_tokens, body["prompt"] = _prompt(body["prompt"])
     try:
-        request.streams = bool(getattr(SCHEMAS[path].model_validate(body), "stream", False))
+        request.body = SCHEMAS[path].model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise RequestError(f"{where}: {first['msg']}; see docs/server.md") from error
-    return request, body
+    return request
 
 
 def _check_bounds(body: dict[str, Any]) -> None:
-    """Refuse what the server below ignores, or what would end or block it."""
+    """Refuse what llama-cpp-python ignores, or what would end or block it."""
     for name in ("n", "best_of"):
         if body.get(name, 1) != 1:
             raise RequestError(f"{name} is {body[name]!r}; this server gives one choice, leave it out or send 1")
@@ -107,7 +106,7 @@ def _check_schema(name: str, schema: Any) -> None:
 
 
 def _response_format(wanted: Any) -> Any:
-    """Take OpenAI's newer way to give a schema for the one that the stock server knows."""
+    """Take OpenAI's newer way to give a schema for the one that llama-cpp-python knows."""
     match wanted:
         case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:
             return {"type": "json_object", "schema": schema}

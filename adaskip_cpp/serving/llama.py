@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from fastapi import HTTPException
-from llama_cpp.llama_chat_format import get_chat_completion_handler
+from llama_cpp.server.types import CreateChatCompletionRequest, CreateEmbeddingRequest
 
 from ..engine.llama import AdaSkipLlama, Rows
 from ..errors import RequestError
@@ -32,21 +31,6 @@ _WORTH_KEEPING = 32
 
 Behind 4,000 tokens of SmolLM2, 2 threads of an AMD EPYC, reading as many takes 440 ms, and copying the state, 92 MB,
 53 ms."""
-
-
-@contextmanager
-def _noting_errors() -> Iterator[None]:
-    """Keep what goes wrong with the current request, to be told by :class:`adaskip_cpp.serving.middleware.Gate`.
-
-    The stock routes pass an HTTPException on; for others they print a traceback, be it the client's mistake.
-    """
-    try:
-        yield
-    except HTTPException:
-        raise
-    except Exception as error:
-        current_request().error = error
-        raise HTTPException(500) from error
 
 
 class ServedLlama(AdaSkipLlama):
@@ -87,9 +71,6 @@ class ServedLlama(AdaSkipLlama):
         rope = {name: getattr(parameters, name) for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale")}
         versions = [metadata.version(name) for name in ("llama-cpp-python", "adaskip-cpp")]
         self._settings_key = content_hash([asdict(self.model_info), settings, rope, self.n_ctx(), versions])
-        named = str(self.chat_format)
-        self._chat: Any = self.chat_handler or self._chat_handlers.get(named) or get_chat_completion_handler(named)
-        self.chat_handler = self._chat_noting_errors
 
     def close(self) -> None:
         """Keep what the memory holds in the cache, write that to disk, and free the model."""
@@ -106,6 +87,23 @@ class ServedLlama(AdaSkipLlama):
         return self._cache.n_bytes
 
     # -- one request -------------------------------------------------------------------------------------------------
+
+    def answer(self, request: ServedRequest) -> Any:
+        """Return the answer to a request, an iterator where it comes in pieces, as llama-cpp-python's server has it."""
+        body: Any = request.body
+        kwargs = body.model_dump(exclude={"n", "best_of", "user", "logit_bias_type", "min_tokens"})
+        if isinstance(body, CreateEmbeddingRequest):
+            return self.create_embedding(**kwargs)
+        if body.logit_bias and body.logit_bias_type == "tokens":
+            texts = {text: self.tokenize(text.encode(), add_bos=False, special=True) for text in body.logit_bias}
+            kwargs["logit_bias"] = {str(id): body.logit_bias[text] for text, ids in texts.items() for id in ids}
+        if body.grammar is not None:
+            kwargs["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar)
+        if body.min_tokens > 0:
+            longer = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, self.token_eos())
+            kwargs["logits_processor"] = llama_cpp.LogitsProcessorList([longer])
+        chats = isinstance(body, CreateChatCompletionRequest)
+        return self.create_chat_completion(**kwargs) if chats else self.create_completion(**kwargs)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As :meth:`AdaSkipLlama.generate`, for the current request."""
@@ -202,10 +200,7 @@ class ServedLlama(AdaSkipLlama):
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As the stock one, with log-probabilities without ``logits_all``, prompts of token ids, and 0 tokens."""
-        with _noting_errors():
-            yield from self._completion(current_request(), *args, **kwargs)
-
-    def _completion(self, request: ServedRequest, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        request = current_request()
         n_top, echo = kwargs.pop("logprobs", None), kwargs.pop("echo", False)
         if request.prompt_tokens is not None:
             kwargs["prompt"] = self._checked(request.prompt_tokens)
@@ -261,20 +256,14 @@ class ServedLlama(AdaSkipLlama):
     def _text(self, tokens: list[int], before: list[int]) -> str:
         return self.detokenize(tokens, prev_tokens=before or None).decode("utf-8", "ignore")
 
-    def _chat_noting_errors(self, **kwargs: Any) -> Any:
-        """The chat handler; what a template refuses is the request's error."""
-        with _noting_errors():
-            return self._chat(**kwargs)
-
     def create_embedding(self, input: str | list[str], model: str | None = None) -> Any:
         """As the stock one, by :class:`Embedder`: one text after another."""
         request = current_request()
-        with _noting_errors():
-            results = []
-            for text in [input] if isinstance(input, str) else input:
-                request.check()
-                with self._working:
-                    results.append(self._embedder.embed(text))
+        results = []
+        for text in [input] if isinstance(input, str) else input:
+            request.check()
+            with self._working:
+                results.append(self._embedder.embed(text))
         n_tokens = sum(n for _, n in results)
         return {
             "object": "list",

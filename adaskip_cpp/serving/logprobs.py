@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..measuring.distribution import Logits
+from ..measuring.judge import Logits
 
 Detokenize = Callable[[list[int], list[int]], str]
 """Text of tokens behind others."""

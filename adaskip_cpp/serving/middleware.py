@@ -5,18 +5,16 @@ import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
-import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
-from ..errors import RequestError
-from .answer import Stream, explained
+from .answer import Message, Refused, Send, Sent, explained, send_answer
 from .body import SCHEMAS, read_body
 from .hosts import LOOPBACK, host_of, is_no_foreign_name
+from .llama import ServedLlama
 from .metrics import Metrics
 from .queue import Closing, FairQueue, QueueFull
 from .request import Gone, ServedRequest, begin
-from .sending import Message, Send, Sent, status_of
 
 Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
 App: TypeAlias = "Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]"
@@ -25,17 +23,13 @@ OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing and run nothing."""
 
 
-class _Refused(Exception):
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        self.status, self.message, self.code = status, message, code
-
-
 class Gate:
-    """An ASGI application around the stock one.
+    """An ASGI application: the model answers the paths of :data:`SCHEMAS`, another application the others.
 
     Args:
-        app: llama-cpp-python's server with our routes.
-        queue: where the requests that the model works for wait.
+        app: that of the other paths.
+        llm: the model.
+        queue: where the requests that it works for wait.
         metrics: counts them.
         api_key: what clients must send, None for nothing.
         most_body: bytes of the longest body.
@@ -44,13 +38,14 @@ class Gate:
     def __init__(
         self,
         app: App,
+        llm: ServedLlama,
         queue: FairQueue,
         metrics: Metrics,
         *,
         api_key: str | None,
         most_body: int,
     ) -> None:
-        self.app, self.queue, self.metrics = app, queue, metrics
+        self.app, self.llm, self.queue, self.metrics = app, llm, queue, metrics
         self._key = None if api_key is None else api_key.encode()
         self._most_body = most_body
 
@@ -68,42 +63,40 @@ class Gate:
                 if path in SCHEMAS:
                     await self._work(scope, content, receive, sent)
                 else:
-                    await self.app(_with_json(scope, content), _once(content, receive), sent)
+                    await self.app(scope, _once(content, receive), sent)
+            elif path in SCHEMAS:
+                raise Refused(405, "this path is asked by POST alone")
             else:
                 await self.app(scope, receive, sent)
-        except _Refused as refused:
-            await sent.error(refused.status, refused.message, refused.code)
         except Gone:
             pass
-        except RequestError as error:
-            await sent.error(*explained(error))
         except Exception as error:
-            await sent.error(*status_of(error))
+            await sent.error(*explained(error))
         finally:
             self.metrics.answered(path if path in SCHEMAS else "other", sent.status)
 
     def _admit(self, path: str, method: str, headers: Headers) -> None:
         """Refuse who may not ask."""
         if any(ord(each) < 32 for each in path):  # Starlette's routes match what ends in a line break
-            raise _Refused(404, "there is no such path")
+            raise Refused(404, "there is no such path")
         host = host_of(f"//{headers.get('host', '')}")
         if self._key is None and not is_no_foreign_name(host):
-            raise _Refused(403, f"without --api-key it is not asked as {host!r}; use its address, or localhost")
+            raise Refused(403, f"without --api-key it is not asked as {host!r}; use its address, or localhost")
         origin = headers.get("origin")
         if origin is not None and self._key is None and host_of(origin) not in (*LOOPBACK, host):
-            raise _Refused(403, f"pages of {origin} may not ask a server without --api-key")
+            raise Refused(403, f"pages of {origin} may not ask a server without --api-key")
         if self._key is None or path in OPEN or method == "OPTIONS":
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
-            raise _Refused(401, "wrong or missing API key; send it as Authorization: Bearer KEY", "invalid_api_key")
+            raise Refused(401, "wrong or missing API key; send it as Authorization: Bearer KEY", "invalid_api_key")
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         """Read the body; None where the client left."""
         limit = f"the body has more than {self._most_body:,} bytes; send a shorter prompt, or start with a larger --ctx"
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most_body:
-            raise _Refused(413, limit)
+            raise Refused(413, limit)
         content = bytearray()
         while True:
             message = await receive()
@@ -111,23 +104,21 @@ class Gate:
                 return None
             content += message.get("body", b"")
             if len(content) > self._most_body:
-                raise _Refused(413, limit)
+                raise Refused(413, limit)
             if not message.get("more_body"):
                 return bytes(content)
 
     async def _work(self, scope: MutableMapping[str, Any], content: bytes, receive: Receive, sent: Sent) -> None:
         """Have the model work for a request in its turn; where the client leaves, it stops."""
-        request, body = await run_in_threadpool(read_body, scope["path"], content)
-        client = f"{(scope.get('client') or ('',))[0]}/{body.get('user', '')}"
-        gone = asyncio.Event()
+        request = await run_in_threadpool(read_body, scope["path"], content)
+        client = f"{(scope.get('client') or ('',))[0]}/{getattr(request.body, 'user', None) or ''}"
         begin(request)
-        work = asyncio.ensure_future(self._in_turn(scope, request, body, client, gone, sent))
-        leaving = asyncio.ensure_future(_left(receive, gone))
+        work = asyncio.ensure_future(self._in_turn(request, client, sent))
+        leaving = asyncio.ensure_future(_left(receive))
+        is_left = True  # by the client, or by the server that stops and has waited long enough
         try:
             await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:  # the server stops, and has waited long enough
-            gone.set()
-            raise
+            is_left = not work.done()
         finally:
             leaving.cancel()
             if not work.done():
@@ -136,56 +127,28 @@ class Gate:
                     work.cancel()
             # The thread that the model runs in ends first: nothing else may use the model meanwhile.
             await asyncio.wait({work})
-        if not work.cancelled() and (error := work.exception()) is not None and not gone.is_set():
+        if not work.cancelled() and (error := work.exception()) is not None and not is_left:
             raise error
 
-    async def _in_turn(
-        self,
-        scope: MutableMapping[str, Any],
-        request: ServedRequest,
-        body: dict[str, Any],
-        client: str,
-        gone: asyncio.Event,
-        sent: Sent,
-    ) -> None:
-        content = msgspec.json.encode(body)
+    async def _in_turn(self, request: ServedRequest, client: str, sent: Sent) -> None:
         try:
             async with self.queue.turn(client):
                 request.has_turn = True
-                sent.shape(request, Stream(request) if request.streams else None)
                 try:
-                    await self.app(_with_json(scope, content), _until(content, gone), sent)
-                except Exception as error:
-                    request.error = request.error or _innermost(error)
+                    await send_answer(await run_in_threadpool(self.llm.answer, request), request, sent)
                 finally:
                     await run_in_threadpool(request.close)
                     self.metrics.ran(request)
-                await sent.finish()
         except QueueFull:
-            raise _Refused(429, f"{self.queue.most} requests wait already; try again later", "queue_full") from None
+            raise Refused(429, f"{self.queue.most} requests wait already; try again later", "queue_full") from None
         except Closing:
-            raise _Refused(503, "the server stops; ask again when it runs", "stopping") from None
+            raise Refused(503, "the server stops; ask again when it runs", "stopping") from None
 
 
-def _innermost(error: BaseException) -> Exception:
-    """Return what a group of exceptions, as task groups raise them, is about."""
-    while (inner := getattr(error, "exceptions", None)) is not None:
-        error = inner[0]
-    return error if isinstance(error, Exception) else RuntimeError(str(error))
-
-
-async def _left(receive: Receive, gone: asyncio.Event) -> None:
+async def _left(receive: Receive) -> None:
     """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    gone.set()
-
-
-def _with_json(scope: MutableMapping[str, Any], content: bytes) -> MutableMapping[str, Any]:
-    """Return the scope of a request with this body, whatever kind its client called it."""
-    others = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"content-type")]
-    ours = [(b"content-length", b"%d" % len(content)), (b"content-type", b"application/json")]
-    return {**scope, "headers": others + ours}
 
 
 def _once(content: bytes, receive: Receive) -> Receive:
@@ -196,13 +159,3 @@ def _once(content: bytes, receive: Receive) -> Receive:
         return first.pop() if first else await receive()
 
     return again
-
-
-def _until(content: bytes, gone: asyncio.Event) -> Receive:
-    """Give the body that was read already, and once the client has left say so."""
-
-    async def receive() -> Message:
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    return _once(content, receive)

@@ -1,4 +1,4 @@
-"""One request on its way through the server: what it asks beside the stock schema, and what became of it."""
+"""One request on its way through the server: what it asks, and what became of it."""
 
 import threading
 import time
@@ -6,6 +6,8 @@ from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import BaseModel
 
 from ..model.plan import Phase, SkipPlan
 from .plans import Choice
@@ -17,13 +19,13 @@ class Gone(Exception):
 
 @dataclass
 class ServedRequest:
-    """What one request asks, how far it has come, and why it failed. Times are of ``time.perf_counter``, in seconds.
+    """What one request asks, and how far it has come. Times are of ``time.perf_counter``, in seconds.
 
     Attributes:
+        body: what it asks, in a schema of llama-cpp-python's server; None for who calls the model itself.
         wish: which plan, the request's own ``adaskip.plan``.
-        prompt_tokens: the prompt where it was given as token ids, which the stock schema does not know; else None.
+        prompt_tokens: the prompt where it was given as token ids, which that schema does not know; else None.
         reuses: whether what was read before may be used, and what is read now be kept.
-        streams: whether the answer comes in pieces.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
         choice: what it runs under.
         n_layer: layers of the model.
@@ -32,13 +34,12 @@ class ServedRequest:
         received, begun, first, last: when it came, when the model began, when the first token was there, and the last.
         steps: the generator of its answer; ``working`` is held while it takes a step.
         has_turn: whether it has waited its turn.
-        error: what the model or the server below raised.
     """
 
+    body: BaseModel | None = None
     wish: Any = "auto"
     prompt_tokens: list[int] | None = None
     reuses: bool = True
-    streams: bool = False
     includes_usage: bool = False
     choice: Choice = field(default_factory=Choice)
     n_layer: int = 0
@@ -50,7 +51,6 @@ class ServedRequest:
     first: float = 0.0
     last: float = 0.0
     has_turn: bool = False
-    error: Exception | None = None
     steps: Any = None
     working: threading.Lock = field(default_factory=threading.Lock)
     _gone: threading.Event = field(default_factory=threading.Event)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
-from sse_starlette.sse import AppStatus
 from uvicorn.server import HANDLED_SIGNALS
 
 from ..errors import DataError
@@ -61,7 +60,6 @@ def run(
         proxy_headers=False,  # who asks is not for the client to say
     )
     server = _Server(config, queue)
-    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # it ends streams in mid-word
 
     def end(number: int, frame: FrameType | None) -> None:
         """End the server as uvicorn's own handler does, which it sets once it runs.
