@@ -238,10 +238,10 @@ def test_for_another_head_or_tail_the_whole_model_reads_again_in_the_same_batche
     assert all(map(same, judge(BULK), first)) and len(read) == 2 * len(ONCE)
 
 
-def test_the_cache_is_empty_afterwards(tiny: Tiny, probes: Any, open_model: Open) -> None:
-    llm = open_model(tiny())
+def test_what_was_read_last_is_in_the_cache_afterwards(tiny: Tiny, probes: Any, open_model: Open) -> None:
+    llm, last = open_model(tiny()), probes[-1]
     Judge(llm, probes)(BULK)
-    assert llm.n_tokens == 0
+    assert llm.input_ids[: llm.n_tokens].tolist() == [*last.tokens[: last.n_prompt], *last.answer[:-1]]
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------

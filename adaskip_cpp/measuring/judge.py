@@ -15,8 +15,8 @@ from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, SkipPlan
 from .corpus import tokens_of
-from .distribution import Logits
 
+Logits: TypeAlias = npt.NDArray[np.float32]
 ProbeKind: TypeAlias = Literal["continuation", "copying", "retrieval"]
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 
@@ -72,8 +72,8 @@ class Judge:
 
     Prompts of one text are read on from each other: the bulk that they share is read once, and answers are taken out
     of the cache again. Both models read the same batches, as others round otherwise. So a plan with another head or
-    tail than the one before has the whole model read again. The plan of the model is changed;
-    its cache is emptied.
+    tail than the one before has the whole model read again. The plan of the model is changed; its cache keeps what was
+    read last.
 
     Args:
         probes: those of one text stand together, by growing ``n_prompt``.
@@ -97,9 +97,9 @@ class Judge:
         self._whole: list[_Reference] = []
         self._around = DEFAULT_HEAD, DEFAULT_TAIL
 
-    def __call__(self, plan: SkipPlan) -> tuple[Scores, ...]:
-        """Return the scores of a plan, one per probe."""
-        if plan.bulk is not None and (plan.bulk.head, plan.bulk.tail) != self._around:
+    def __call__(self, plan: SkipPlan | None) -> tuple[Scores, ...]:
+        """Return the scores of a plan, or of the whole model against itself, one per probe."""
+        if plan is not None and plan.bulk is not None and (plan.bulk.head, plan.bulk.tail) != self._around:
             self._around, self._whole = (plan.bulk.head, plan.bulk.tail), []
         self.read_whole()
         pairs = zip(self._whole, self._answers(plan), self.probes, strict=True)
@@ -124,32 +124,28 @@ class Judge:
         head, tail = self._around if bulk is None else (bulk.head, bulk.tail)
         llm.set_plan(plan)
         n_bulk = 0  # tokens of the text before a tail
-        try:
-            for probe in self.probes:
-                tokens, begin = probe.tokens, max(probe.n_prompt - tail, 0)
-                is_same = before is not None and before.tokens is tokens and not llm.has_state
-                n_before = llm.n_tokens
-                if is_same and before is not None and before.n_prompt == probe.n_prompt:
-                    llm.truncate(probe.n_prompt)
-                    n_before = probe.n_prompt
+        for probe in self.probes:
+            tokens, begin = probe.tokens, max(probe.n_prompt - tail, 0)
+            is_same = before is not None and before.tokens is tokens and not llm.has_state
+            if is_same and before is not None and before.n_prompt == probe.n_prompt:
+                llm.truncate(probe.n_prompt)
+                n_before = probe.n_prompt
+            else:
+                if is_same and begin >= n_bulk:
+                    llm.truncate(n_bulk)
                 else:
-                    if is_same and begin >= n_bulk:
-                        llm.truncate(n_bulk)
-                    else:
-                        llm.reset()
-                        n_bulk = 0
-                    n_before = n_bulk
-                    llm.eval(tokens[n_bulk : min(head, begin)])
-                    llm.eval_bulk(tokens[max(n_bulk, min(head, begin)) : begin])
-                    llm.eval(tokens[begin : probe.n_prompt])
-                    n_bulk = begin
-                llm.begin_request()
-                logits = np.concatenate([llm.logits_behind(each) for each in _pieces(probe.answer[:-1], plan)])
-                self._advance(llm.n_tokens - n_before)
-                before = probe
-                yield logits[probe.n_cue - 1 :]
-        finally:
-            llm.reset()
+                    llm.reset()
+                    n_bulk = 0
+                n_before = n_bulk
+                llm.eval(tokens[n_bulk : min(head, begin)])
+                llm.eval_bulk(tokens[max(n_bulk, min(head, begin)) : begin])
+                llm.eval(tokens[begin : probe.n_prompt])
+                n_bulk = begin
+            llm.begin_request()
+            logits = np.concatenate([llm.logits_behind(each) for each in _pieces(probe.answer[:-1], plan)])
+            self._advance(llm.n_tokens - n_before)
+            before = probe
+            yield logits[probe.n_cue - 1 :]
 
 
 def _targets(probe: Probe) -> npt.NDArray[np.int64]:
