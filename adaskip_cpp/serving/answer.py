@@ -11,7 +11,7 @@ import msgspec
 from starlette.concurrency import run_in_threadpool
 
 from ..errors import AdaSkipError, NativeError, StateError
-from .request import Gone, ServedRequest
+from .request import Gone, Refused, ServedRequest
 
 Message: TypeAlias = "MutableMapping[str, Any]"
 Send: TypeAlias = "Callable[[Message], Awaitable[None]]"
@@ -23,13 +23,6 @@ _PING = 15.0
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _TYPES |= {429: "rate_limit_error", 503: "service_unavailable_error"}
-
-
-class Refused(Exception):
-    """A request that is answered with an error: its status, message and code."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(status, message, code)
 
 
 def error_body(status: int, message: str, code: str | None = None) -> bytes:

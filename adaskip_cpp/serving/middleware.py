@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
-from .answer import Message, Refused, Send, Sent, explained, send_answer
+from .answer import Message, Send, Sent, explained, send_answer
 from .body import SCHEMAS, read_body
 from .hosts import LOOPBACK, host_of, is_no_foreign_name
 from .llama import ServedLlama
 from .metrics import Metrics
-from .queue import Closing, FairQueue, QueueFull
-from .request import Gone, ServedRequest, begin
+from .queue import FairQueue
+from .request import Gone, Refused, ServedRequest, begin
 
 Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
 App: TypeAlias = "Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]"
@@ -131,18 +131,13 @@ class Gate:
             raise error
 
     async def _in_turn(self, request: ServedRequest, client: str, sent: Sent) -> None:
-        try:
-            async with self.queue.turn(client):
-                request.has_turn = True
-                try:
-                    await send_answer(await run_in_threadpool(self.llm.answer, request), request, sent)
-                finally:
-                    await run_in_threadpool(request.close)
-                    self.metrics.ran(request)
-        except QueueFull:
-            raise Refused(429, f"{self.queue.most} requests wait already; try again later", "queue_full") from None
-        except Closing:
-            raise Refused(503, "the server stops; ask again when it runs", "stopping") from None
+        async with self.queue.turn(client):
+            request.has_turn = True
+            try:
+                await send_answer(await run_in_threadpool(self.llm.answer, request), request, sent)
+            finally:
+                await run_in_threadpool(request.close)
+                self.metrics.ran(request)
 
 
 async def _left(receive: Receive) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -51,7 +51,7 @@ class Entry:
     n_bytes: int
     state: bytearray | None = None
     path: Path | None = None
-    on_disk: bool = field(default=False)
+    on_disk: bool = False
 
 
 def n_common(a: Tokens, b: Tokens) -> int:
@@ -111,7 +111,9 @@ class PrefixCache:
         """Return the state of an entry, which is the most recently used now; None where its file is gone or damaged."""
         if entry.state is None and entry.path is not None:
             self._writer.submit(int).result()  # it may be being written
-            entry.state = _read_state(entry.path, entry)
+            found = _read(entry.path, with_state=True)
+            if found is not None and (found.key, found.n_bytes) == (entry.key, entry.n_bytes):
+                entry.state = found.state
         if entry.state is None:
             self._remove(entry)
             return None
@@ -223,7 +225,7 @@ class PrefixCache:
                 _unlink(path)
         found = []
         for path in folder.glob(f"*{_SUFFIX}"):
-            entry = _read_entry(path)
+            entry = _read(path)
             if entry is None:
                 _unlink(path)
             else:
@@ -237,34 +239,22 @@ def _unlink(path: Path) -> None:
         path.unlink()
 
 
-def _read_entry(path: Path) -> Entry | None:
-    """Read all of a file but its state; None where it is no whole file of ours."""
+def _read(path: Path, *, with_state: bool = False) -> Entry | None:
+    """Read a file, with its state or all of it but that; None where it is gone, or no whole file of ours."""
     try:
         with open(path, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
                 return None
             n_header = int.from_bytes(file.read(8), "little")
             header = msgspec.json.decode(file.read(min(n_header, _MOST_HEADER)), type=_Header)
-            rest = os.fstat(file.fileno()).st_size - file.tell()
-            if header.n_tokens < 1 or header.n_bytes < 0 or rest != 4 * header.n_tokens + header.n_bytes:
+            begin, n_tokens = file.tell(), 4 * header.n_tokens
+            size = os.fstat(file.fileno()).st_size
+            if header.n_tokens < 1 or header.n_bytes < 0 or size - begin != n_tokens + header.n_bytes:
                 return None
-            tokens = np.frombuffer(file.read(4 * header.n_tokens), "<i4").astype(np.int32)
+            body = memoryview(file.read() if with_state else file.read(n_tokens))
     except (OSError, ValueError, OverflowError, msgspec.MsgspecError):
         return None
-    return Entry(header.key, tokens, header.n_bytes, path=path, on_disk=True)
-
-
-def _read_state(path: Path, entry: Entry) -> bytearray | None:
-    """Read the state of an entry; None where the file is gone, or not what its header says."""
-    try:
-        content = path.read_bytes()
-        n_header = int.from_bytes(content[len(MAGIC) : len(MAGIC) + 8], "little")
-        begin = len(MAGIC) + 8 + n_header
-        header = msgspec.json.decode(content[len(MAGIC) + 8 : begin], type=_Header)
-    except (OSError, ValueError, msgspec.MsgspecError):
+    if with_state and hashlib.sha256(body).hexdigest() != header.sha256:
         return None
-    body = memoryview(content)[begin:]
-    is_same = header.key == entry.key and header.n_bytes == entry.n_bytes
-    if not is_same or hashlib.sha256(body).hexdigest() != header.sha256:
-        return None
-    return bytearray(body[4 * header.n_tokens :])
+    tokens = np.frombuffer(body[:n_tokens], "<i4").astype(np.int32)
+    return Entry(header.key, tokens, header.n_bytes, bytearray(body[n_tokens:]) if with_state else None, path, True)

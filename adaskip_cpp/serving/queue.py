@@ -5,13 +5,9 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from .request import Refused
 
-class QueueFull(Exception):
-    """As many requests wait as may."""
-
-
-class Closing(Exception):
-    """The server stops: what waits is not begun."""
+_STOPPING = 503, "the server stops; ask again when it runs", "stopping"
 
 
 class FairQueue:
@@ -36,11 +32,10 @@ class FairQueue:
         """Wait for one's turn, and have it.
 
         Raises:
-            QueueFull: too many wait.
-            Closing: :meth:`close` was called before one's turn.
+            Refused: too many wait, or :meth:`close` was called before one's turn.
         """
         if self.is_closed:
-            raise Closing
+            raise Refused(*_STOPPING)
         if self.is_busy:
             await self._wait(client)
         self.is_busy = True
@@ -51,7 +46,7 @@ class FairQueue:
 
     async def _wait(self, client: str) -> None:
         if len(self) >= self.most:
-            raise QueueFull
+            raise Refused(429, f"{self.most} requests wait already; try again later", "queue_full")
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(turn)
         try:
@@ -83,5 +78,5 @@ class FairQueue:
         for waiting in self._waiting.values():
             for turn in waiting:
                 if not turn.done():
-                    turn.set_exception(Closing())
+                    turn.set_exception(Refused(*_STOPPING))
         self._waiting.clear()

@@ -17,6 +17,13 @@ class Gone(Exception):
     """The client has left, or the server stops: nobody reads the answer on."""
 
 
+class Refused(Exception):
+    """A request that is answered with an error: its status, message and code."""
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(status, message, code)
+
+
 @dataclass
 class ServedRequest:
     """What one request asks, and how far it has come. Times are of ``time.perf_counter``, in seconds.
