@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
 from adaskip_cpp.calibration.similarity import RequestStatistics
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.distribution import Logits, kl_divergences
+from adaskip_cpp.measuring.judge import Logits
+from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.statistics import PhaseStatistics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -83,7 +84,7 @@ class Checks:
             whole = under(llm, None, self._cases)
             rounding = max(furthest(under(llm, None, self._others), self._other_whole), LEAST_ROUNDING)
             most = MANY_TIMES * rounding
-            nats = np.mean([kl_divergences(*pair).mean() for pair in zip(self._whole, whole, strict=True)])
+            nats = np.mean([kl_divergence(*pair) for pair in zip(self._whole, whole, strict=True)])
             checks = [
                 Check("no plan: logits, from stock's", furthest(whole, stock), 0),
                 Check("no plan: nats per token, from the CPU's", float(nats), MOST_NATS),
@@ -114,7 +115,8 @@ def plans_to_check(profile: Profile) -> dict[str, SkipPlan]:
     n = n_skipped(profile)
     n_windows = 0 if profile.windows is None else len(profile.windows.layers)
     # The stage adds every FFN whose similarity reaches its threshold, and none that rounding could decide about.
-    staged = profile.plan(n, mode="e2e", compensation="paper", online_window=N_ANSWER // 2, threshold=-1.0)
+    stage = OnlineStage(N_ANSWER // 2, -1.0, "paper")
+    staged = replace(profile.plan(n, mode="e2e", compensation="paper"), online=stage)
     return {
         "prompt mode": profile.plan(n),
         "prompt mode, windows": profile.plan(n, windowed=n_windows, window_size=64),
@@ -147,6 +149,13 @@ def under(llm: AdaSkipLlama, plan: SkipPlan | None, cases: Sequence[Case]) -> li
         rows += [llm.logits_behind([token]) for token in answer]
         found.append(np.concatenate(rows))
     return found
+
+
+def kl_divergence(full: Logits, other: Logits) -> float:
+    """Return the mean of KL(full || other) over positions, in nats; both float32 [n, n_vocab]."""
+    p, q = (each.astype(np.float64) - each.max(axis=1, keepdims=True) for each in (full, other))
+    p, q = (each - np.log(np.exp(each).sum(axis=1, keepdims=True)) for each in (p, q))
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
 def furthest(found: Sequence[Logits], expected: Sequence[Logits]) -> float:

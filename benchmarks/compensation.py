@@ -18,12 +18,20 @@ from results import packaged_models
 
 from adaskip_cpp import AdaSkipLlama, calibrate
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.distribution import token_losses
 from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
 PAGES = ("debugger", "string-methods", "typesmapping")
 N_DECODE = 32
 SHARES = (1 / 10, 1 / 5, 1 / 4)
+
+
+def token_losses(llm: AdaSkipLlama, tokens: list[int]) -> np.ndarray:
+    """Return the negative log-likelihood of each token of a text but the first, in nats, read as one prompt."""
+    llm.reset()
+    llm.eval(tokens)
+    logits = llm.scores[: len(tokens) - 1].astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    return np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), tokens[1:]]
 
 
 def compare(path: Path) -> None:

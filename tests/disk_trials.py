@@ -234,7 +234,7 @@ def _store_case(name: str) -> _Case:
             fill(folder, 1, 0, 2)
 
     def read(folder: Path) -> Any:
-        # Looking at other settings moves files, so it is done in a copy.
+        # Looking at settings begins a file of their results, so it is done in a copy.
         import shutil
 
         found = []
@@ -320,7 +320,7 @@ def _report_case() -> _Case:
 
     def write(folder: Path, i: int) -> None:
         about = About(f"model {i}", "title", "summary", {}, "command", {}, ())
-        report.write_results(Results(i, 2, about, ()), folder, None)  # type: ignore[arg-type]
+        report.write_results(Results(i, 2, about, ()), folder)
 
     def read(folder: Path) -> Any:
         return [(folder / name).read_bytes() for name in names]

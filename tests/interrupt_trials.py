@@ -247,7 +247,7 @@ def _check_files(verb: str, folder: Path, before: dict[str, str], found: Found, 
         "p.json": lambda: Profile.load(out / "p.json"),
         "plan.json": lambda: load_plan(out / "plan.json"),
         "folder/results.json": lambda: json.loads((out / "folder" / "results.json").read_text()),
-        "folder/settings.json": lambda: _reopen(out / "folder", open_store),
+        "folder": lambda: _reopen(out / "folder", open_store),
     }
     for file, read in readers.items():
         if (out / file).exists():
@@ -258,10 +258,12 @@ def _check_files(verb: str, folder: Path, before: dict[str, str], found: Found, 
 
 
 def _reopen(folder: Path, open_store: Callable[..., object]) -> None:
-    settings = json.loads((folder / "settings.json").read_text())["settings"]
-    with open_store(folder, settings) as store:  # type: ignore[attr-defined]
-        if store.set_aside is not None:
-            raise AssertionError("its settings are not those of its results")
+    for path in folder.glob("items-*.jsonl"):
+        settings, end, _ = path.read_text().partition("\n")
+        if end:
+            with open_store(folder, json.loads(settings)["settings"]) as store:  # type: ignore[attr-defined]
+                if store.path != path:
+                    raise AssertionError("its settings are not those of its results")
 
 
 def _run_to_the_end(verb: str, folder: Path, found: Found) -> None:

@@ -21,7 +21,6 @@ from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, LinearFit
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.distribution import token_losses
 from adaskip_cpp.measuring.tasks import python_sources
 from adaskip_cpp.model.statistics import map_scale
 from adaskip_cpp.progress import progress_bar, silent
@@ -79,8 +78,6 @@ def test_figures_are_the_mean_over_requests_of_each_requests_figures(llm: Any, p
 def test_the_profiles_own_figures_are_those_of_prefill(llm: Any) -> None:
     profile = calibrate(llm, [[5, 6, 7]])
     assert profile.similarity is profile.prefill.similarity
-    assert profile.norm_ratio is profile.prefill.norm_ratio
-    assert profile.median_ratio is profile.prefill.median_ratio
     assert not np.allclose(profile.prefill.similarity, profile.decode.similarity)
 
 
@@ -247,7 +244,7 @@ def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray) -> 
     assert maps is not None and maps.rank == u.shape[3]
     assert maps.fitted.all(axis=1).tolist() == maps.fitted.any(axis=1).tolist() == [False, True, True]
     inputs, outputs = np.concatenate([u, u[:, :1]], axis=1), np.concatenate([v, v[:, 1:]], axis=1)
-    scale = np.concatenate([map_scale(profile.median_ratio), np.ones((len(u), 1))], axis=1)
+    scale = np.concatenate([map_scale(profile.prefill.median_ratio), np.ones((len(u), 1))], axis=1)
     for at in np.argwhere(maps.fitted):
         at = tuple(at)
         expected = inputs[at] @ ridge(inputs[at], outputs[at], scale[at]).T
@@ -507,24 +504,3 @@ def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass
 def test_requests_of_nothing_are_refused(llm: Any, n_requests: int, n_tokens: int) -> None:
     with pytest.raises(RequestError, match="use at least 1 request of 2 tokens"):
         corpus.requests(llm, n_requests, n_tokens)
-
-
-# --- loss -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_loss_is_the_negative_log_likelihood_of_each_token(llm: Any) -> None:
-    tokens = [1, *np.random.default_rng(0).integers(2, 300, 63).tolist()]
-    logits = np.array([np.random.default_rng(token).normal(size=300).astype(np.float32) for token in tokens], float)
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    expected = [-np.log(probabilities[i, tokens[i + 1]]) for i in range(len(tokens) - 1)]
-    np.testing.assert_allclose(token_losses(llm, tokens), expected, rtol=1e-6)  # terms are float32
-    assert llm.n_tokens == 0
-
-
-def test_a_loss_that_cannot_be_computed_is_refused(llm: Any) -> None:
-    for tokens in ([], [1], [1] * 65):
-        with pytest.raises(RequestError, match="2 to 64"):
-            token_losses(llm, tokens)
-    llm.logits_all = False
-    with pytest.raises(RequestError, match="logits_all=True"):
-        token_losses(llm, [1, 2])

@@ -10,10 +10,11 @@ from frontiers import frontier, point
 
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.errors import DataError, PlanError
-from adaskip_cpp.evaluation.contenders import FULL, Contender, contenders, every_request
+from adaskip_cpp.evaluation.contenders import FULL, Contender, contenders
+from adaskip_cpp.evaluation.items import EvaluationOptions
 from adaskip_cpp.files import content_hash
 from adaskip_cpp.model.identity import ModelInfo
-from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.plan_file import PlanFile
 from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.planning.request import PlanRequest
@@ -29,6 +30,10 @@ def profile() -> Profile:
     prefill = PhaseStatistics(similarity, 1.1 * ones, 1.2 * ones, np.ones(N_LAYER), vectors, vectors, 10)
     known = ModelInfo("ab" * 32, "llama", N_LAYER)
     return Profile(prefill, prefill, 1, 10, known, divergence=1 - similarity, copying=1 - similarity)
+
+
+def every_request(n_layer: int, **lists: Any) -> tuple[PlanRequest, ...]:
+    return EvaluationOptions(**lists).requests(n_layer)
 
 
 def found(profile: Profile, **lists: Any) -> tuple[list[Contender], list[str]]:
@@ -109,7 +114,7 @@ def test_the_hash_of_a_plan_is_of_all_that_it_does(profile: Profile) -> None:
         profile.plan(4, mode="prefill"),
         profile.plan(4, mode="decode"),
         profile.plan(4, mode="e2e"),
-        profile.plan(4, mode="e2e", online_window=9),
+        replace(profile.plan(4, mode="e2e"), online=OnlineStage(9, 0.5)),
         profile.plan(4, strategy="skip_decode"),
         replace(whole, bulk=Bulk(whole.prefill, windowed=(0,))),
         replace(whole, bulk=Bulk(whole.prefill, windowed=(0,), window_size=9)),
@@ -138,8 +143,8 @@ def test_each_promise_is_a_contender_that_runs_the_plan_chosen_for_the_length_of
     plans = [[each.plan_for(n) for n in (300, 1000, 2000)] for each in every]
     assert plans == [[None] * 3, [None, careful, careful], [None, fast, careful], [None, fast, fast]]
     assert [note for note in notes if "left out" in note] == [
-        "promise 0.001 is left out: for these prompts it skips the same as full",
-        "promise 0.061 is left out: for these prompts it skips the same as promise 0.06",
+        "promise 0.001 is left out: it skips the same as full",
+        "promise 0.061 is left out: it skips the same as promise 0.06",
     ]
     assert "promise 0.05 runs the whole model for prompts of 300 tokens" in notes
     assert len({content_hash(each.key) for each in every}) == 4
@@ -164,4 +169,4 @@ def test_a_saved_plan_comes_last_unless_it_is_one_of_the_others_or_of_no_mode(pr
     ):
         every, notes = contenders(profile, requests, PlanFile(plan))
         assert len(every) == 2
-        assert notes == [f"the tuned plan is left out: {why}"]
+        assert notes == [f"tuned is left out: {why}"]

@@ -1,16 +1,18 @@
 """The run of an evaluation: figures against an independent NumPy pass, and a run that ends and goes on anywhere."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from conftest import OpenModel, TinyModel
+from conftest import TinyModel
 from frontiers import frontier, point
-from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows, relative_error
+from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows
 from stock import EXACT
 from tiny_families import N_LAYER
 
@@ -21,10 +23,9 @@ from adaskip_cpp.evaluation import evaluate
 from adaskip_cpp.evaluation.contenders import FULL, Contender
 from adaskip_cpp.evaluation.evaluate import Work, run
 from adaskip_cpp.evaluation.figures import evaluation_results
-from adaskip_cpp.evaluation.requests import SharedPrompt, forced_logits
 from adaskip_cpp.evaluation.results import About
 from adaskip_cpp.evaluation.store import Record, open_store
-from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
+from adaskip_cpp.measuring.tasks import QuestionItem, TextItem, greedy_text
 from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
@@ -85,30 +86,10 @@ def question(tokens: Tokens) -> QuestionItem:
     return QuestionItem("question", "passkey", tuple(tokens(20, 5)), ("7",), 6, "contains", length=20, depth=0.5)
 
 
-class Models:
-    """Opens the tiny model, and counts how many are open."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.asked, self.opened = path, [], []
-
-    def __call__(self, n_ctx: int, logits_all: bool) -> Any:
-        assert not self.still_open
-        self.asked.append((n_ctx, logits_all))
-        llm = adaskip_cpp.AdaSkipLlama(str(self.path), n_ctx=n_ctx, logits_all=logits_all, verbose=False, **EXACT)
-        self.opened.append(llm)
-        return llm
-
-    @property
-    def still_open(self) -> list[Any]:
-        return [llm for llm in self.opened if llm._model.model is not None]
-
-
 @pytest.fixture
-def models(tiny: TinyModel) -> Iterator[Models]:
-    opener = Models(tiny())
-    yield opener
-    for llm in opener.still_open:
-        llm.close()
+def llm(tiny: TinyModel) -> Iterator[Any]:
+    with closing(adaskip_cpp.AdaSkipLlama(str(tiny()), n_ctx=256, verbose=False, **EXACT)) as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)
@@ -122,18 +103,13 @@ def times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "time_request", time_request)
 
 
-def measured(work: Work, models: Models, folder: Path) -> dict[Any, Record]:
+def measured(work: Work, llm: Any, folder: Path) -> dict[Any, Record]:
     with open_store(folder, {}) as store:
-        run(work, store, models)
+        run(work, store, llm)
         return dict(store.records)
 
 
 # --- an independent computation of the same ---------------------------------------------------------------------------
-
-
-def prompt_logits(model: ReferenceModel, tokens: Sequence[int], skip: SkipSet | None) -> np.ndarray:
-    chosen = {} if skip is None else {"skip": skip.skip, "scale": skip.scale}
-    return ReferenceRun(model).eval(tokens, **chosen).logits
 
 
 def decoded_logits(model: ReferenceModel, tokens: Sequence[int], split: int, plan: SkipPlan | None) -> np.ndarray:
@@ -170,28 +146,12 @@ def figures(full: np.ndarray, other: np.ndarray, targets: Sequence[int]) -> dict
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def test_loss_divergence_and_agreement_of_prompts_are_those_of_a_numpy_pass(
-    models: Models, items: list[TextItem], reference: ReferenceModel, tmp_path: Path
-) -> None:
-    records = measured(Work(CONTENDERS[:2], items, n_continuation=N_CONTINUATION), models, tmp_path)
-    for item in items:
-        full = prompt_logits(reference, item.tokens, None)[:-1]
-        for each in CONTENDERS[:2]:
-            other = full if each.plan is None else prompt_logits(reference, item.tokens, each.plan.prefill)[:-1]
-            expected = figures(full, other, item.tokens[1:])
-            record = records[item.id, each.name, "prompt"].values
-            assert {name: record[name] for name in FIGURES} == pytest.approx(expected, abs=2e-5)
-            of_tokens = [figures(full[i : i + 1], other[i : i + 1], item.tokens[i + 1 :][:1])["kl"] for i in range(29)]
-            found = records[item.id, each.name, "prompt"].divergences
-            assert found == pytest.approx(of_tokens, rel=1e-3, abs=2e-5), "rounded to 4 digits"
-
-
-@pytest.mark.parametrize("number", range(2, len(CONTENDERS)), ids=lambda number: CONTENDERS[number].name)
-def test_those_of_decoded_tokens_are_too_with_schedule_and_online_stage(
-    models: Models, items: list[TextItem], reference: ReferenceModel, tmp_path: Path, number: int
+@pytest.mark.parametrize("number", range(1, len(CONTENDERS)), ids=lambda number: CONTENDERS[number].name)
+def test_loss_divergence_and_agreement_are_those_of_a_numpy_pass_with_schedule_and_online_stage(
+    llm: Any, items: list[TextItem], reference: ReferenceModel, tmp_path: Path, number: int
 ) -> None:
     each = CONTENDERS[number]
-    records = measured(Work((FULL, each), items, n_continuation=N_CONTINUATION), models, tmp_path)
+    records = measured(Work((FULL, each), items, n_continuation=N_CONTINUATION), llm, tmp_path)
     for item in items:
         split = len(item.tokens) - N_CONTINUATION - 1
         targets = item.tokens[split + 1 :]
@@ -199,15 +159,17 @@ def test_those_of_decoded_tokens_are_too_with_schedule_and_online_stage(
         full = decoded_logits(reference, item.tokens, split, None)[1:]
         other = decoded_logits(reference, item.tokens, split, each.plan)[1:]
         for name, expected in (("full", figures(full, full, targets)), (each.name, figures(full, other, targets))):
-            record = records[item.id, name, "continuation"].values
-            assert {label: record[label] for label in FIGURES} == pytest.approx(expected, abs=2e-5)
+            record = records[item.id, name, "continuation"]
+            assert {label: record.values[label] for label in FIGURES} == pytest.approx(expected, abs=2e-5)
+            assert len(record.divergences) == N_CONTINUATION
+            assert np.mean(record.divergences) == pytest.approx(expected["kl"], rel=1e-3, abs=2e-5), "to 4 digits"
 
 
 def test_behind_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
-    reference: ReferenceModel, models: Models, items: list[TextItem], tmp_path: Path
+    reference: ReferenceModel, llm: Any, items: list[TextItem], tmp_path: Path
 ) -> None:
     contenders = (FULL, contender("prompt", "prompt", PROMPT), contender("prefill", "prefill", BOTH))
-    records = measured(Work(contenders, items, n_continuation=N_CONTINUATION), models, tmp_path)
+    records = measured(Work(contenders, items, n_continuation=N_CONTINUATION), llm, tmp_path)
     assert PROMPT.bulk is not None
     for item in items:
         split = len(item.tokens) - N_CONTINUATION - 1
@@ -217,7 +179,7 @@ def test_behind_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
         run.eval(item.tokens[2 : split - 3], PROMPT.bulk.skip.skip, factor, keeps_kv=True, windows=Windows((1,), 5, 2))
         run.eval(item.tokens[split - 3 : split])
         other = run.eval(item.tokens[split:-1]).logits
-        full = prompt_logits(reference, item.tokens, None)[split:-1]
+        full = decoded_logits(reference, item.tokens, split, None)[1:]
         values = records[item.id, "prompt", "continuation"].values
         expected = figures(full, other, item.tokens[split + 1 :])
         assert expected["kl"] > 1e-3
@@ -226,21 +188,21 @@ def test_behind_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
 
 
 def test_a_promise_runs_each_item_under_the_plan_for_its_length(
-    models: Models, tokens: Tokens, question: QuestionItem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: Any, tokens: Tokens, question: QuestionItem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text of 20 tokens of prompt under one plan, one of 50 under another, each with that plan's own figures."""
     monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
     assert PROMPT.bulk is not None
-    careful = replace(PROMPT, bulk=replace(PROMPT.bulk, skip=SkipPlan.manual(N_LAYER, ffn=[2]).prefill, windowed=()))
+    careful = replace(PROMPT, bulk=replace(PROMPT.bulk, skip=SkipPlan.manual(N_LAYER, ffn=[1]).prefill, windowed=()))
     found = frontier([point(careful, 0.03, {32: 1.2}, judged_at=32), point(PROMPT, 0.06, {32: 1.5}, judged_at=32)])
     promise = Contender("promise 0.07", "promise", "0.07", "prompt", "none", None, found, 0.07)
     fast, slow = promise.plan_for(20), promise.plan_for(50)
     assert fast is not None and fast.bulk is not None and fast.bulk.skip == PROMPT.bulk.skip and slow is careful
     short, long = (TextItem(f"text/{n}", "text", tuple(tokens(n, n))) for n in (30, 60))
-    records = measured(Work((FULL, promise), [short, long], [question], N_CONTINUATION), models, tmp_path / "promise")
+    records = measured(Work((FULL, promise), [short, long], [question], N_CONTINUATION), llm, tmp_path / "promise")
     for items, questions, plan in (([short], [question], fast), ([long], [], slow)):
         each = contender("plan", "prompt", plan)
-        expected = measured(Work((FULL, each), items, questions, N_CONTINUATION), models, tmp_path / items[0].id)
+        expected = measured(Work((FULL, each), items, questions, N_CONTINUATION), llm, tmp_path / items[0].id)
         for (item, name, measure), record in expected.items():
             if name == "plan":
                 assert msgspec.structs.replace(records[item, promise.name, measure], contender=name) == record
@@ -250,110 +212,66 @@ def test_a_promise_runs_each_item_under_the_plan_for_its_length(
 
 
 def test_the_full_model_neither_diverges_from_itself_nor_disagrees(
-    models: Models, items: list[TextItem], tmp_path: Path
+    llm: Any, items: list[TextItem], tmp_path: Path
 ) -> None:
-    records = measured(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), models, tmp_path)
+    records = measured(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), llm, tmp_path)
     for item in items:
-        for measure in ("prompt", "continuation"):
-            record = records[item.id, "full", measure].values
-            assert (record["kl"], record["agreement"]) == (0.0, 1.0)
-        assert records[item.id, "full", "continuation"].values["rouge_l"] == 1.0
+        record = records[item.id, "full", "continuation"].values
+        assert (record["kl"], record["agreement"], record["rouge_l"]) == (0.0, 1.0, 1.0)
 
 
-def test_forced_tokens_get_the_logits_of_the_same_text_read_as_a_prompt(
-    open_model: OpenModel, tiny: TinyModel, tokens: Tokens
+def test_a_continuation_is_what_the_contender_writes_when_it_reads_the_prompt_alone(
+    llm: Any, items: list[TextItem], tmp_path: Path
 ) -> None:
-    llm, text = open_model(tiny()), tokens(40)
-    llm.eval(text)
-    expected = llm.scores[24:39].copy()
-    llm.reset()
-    assert relative_error(forced_logits(llm, text[:25], text[25:]), expected) < 5e-6
-
-
-def test_forced_tokens_are_not_those_that_the_model_would_choose(
-    open_model: OpenModel, tiny: TinyModel, tokens: Tokens
-) -> None:
-    llm, text = open_model(tiny()), tokens(20)
-    logits = forced_logits(llm, text[:10], text[10:])
-    assert not np.array_equal(logits.argmax(axis=1), text[10:])
-    assert llm.input_ids[10:19].tolist() == text[10:19]
+    records = measured(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), llm, tmp_path)
+    for item, each in product(items, CONTENDERS):
+        llm.set_plan(each.plan)
+        llm.reset()
+        text = greedy_text(llm, item.tokens[: 30 - N_CONTINUATION - 1], N_CONTINUATION)
+        assert records[item.id, each.name, "continuation"].text == text
 
 
 def test_an_answer_is_greedy_and_is_scored(
-    models: Models, question: QuestionItem, reference: ReferenceModel, tmp_path: Path
+    llm: Any, question: QuestionItem, reference: ReferenceModel, tmp_path: Path
 ) -> None:
     pass_ = ReferenceRun(reference)
     logits, chosen = pass_.eval(question.prompt).logits[-1], []
     while len(chosen) < question.max_tokens:
         chosen.append(int(logits.argmax()))
         logits = pass_.eval(chosen[-1:]).logits[-1]
-    records = measured(Work((FULL, CONTENDERS[1]), questions=[question]), models, tmp_path / "a")
+    records = measured(Work((FULL, CONTENDERS[1]), questions=[question]), llm, tmp_path / "a")
     text = records["question", "full", "answer"].text
-    assert text == models.opened[-1].detokenize(chosen).decode("utf-8", "replace")
+    assert text == llm.detokenize(chosen).decode("utf-8", "replace")
     assert records["question", "full", "answer"].values["score"] == question.score(text)
 
 
-def test_an_answer_of_which_one_line_counts_ends_with_it(models: Models, tmp_path: Path, tokens: Tokens) -> None:
+def test_an_answer_of_which_one_line_counts_ends_with_it(llm: Any, tmp_path: Path, tokens: Tokens) -> None:
     item = QuestionItem("q", "trec", tuple(tokens(12, 3)), ("a",), 60, "classification", ("a",), first_line=True)
-    text = measured(Work((FULL,), questions=[item]), models, tmp_path / "a")["q", "full", "answer"].text
-    whole = measured(Work((FULL,), questions=[replace(item, first_line=False)]), models, tmp_path / "b")
+    text = measured(Work((FULL,), questions=[item]), llm, tmp_path / "a")["q", "full", "answer"].text
+    whole = measured(Work((FULL,), questions=[replace(item, first_line=False)]), llm, tmp_path / "b")
     assert whole["q", "full", "answer"].text.startswith(text)
     assert "\n" not in text.lstrip("\n")[:-1]
-
-
-def test_contenders_that_read_a_prompt_alike_share_its_kv_and_others_do_not(
-    open_model: OpenModel, tiny: TinyModel, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    llm, prompt, evaluated = open_model(tiny()), tuple(tokens(12)), []
-    whole = llm.eval
-    monkeypatch.setattr(llm, "eval", lambda tokens: (evaluated.append(len(tokens)), whole(tokens)))
-    cache = SharedPrompt(llm)
-    for each in (None, DECODE, BOTH, ONLINE, None):
-        forced_logits(cache.take(prompt, each), prompt, [5])
-    assert evaluated == [11, 1, 1, 11, 1, 1, 11, 1]
 
 
 # --- what is run ------------------------------------------------------------------------------------------------------
 
 
 def test_every_expected_result_is_there_at_the_end(
-    models: Models, items: list[TextItem], question: QuestionItem, tmp_path: Path, tokens: Tokens
+    llm: Any, items: list[TextItem], question: QuestionItem, tmp_path: Path, tokens: Tokens
 ) -> None:
     work = Work(CONTENDERS, items, [question], N_CONTINUATION, tokens(8), 3)
-    records = measured(work, models, tmp_path)
+    records = measured(work, llm, tmp_path)
     assert set(records) == set(work.results())
-    # 3 rounds; 2 texts by 5 contenders, and read as a prompt by 2; a question to 5
-    assert len(records) == 3 + 2 * 5 + 2 * 2 + 5
+    # 3 rounds; 2 texts by 5 contenders; a question to 5
+    assert len(records) == 3 + 2 * 5 + 5
 
 
-def test_one_model_is_open_at_a_time_and_none_at_the_end(
-    models: Models, items: list[TextItem], question: QuestionItem, tmp_path: Path
-) -> None:
-    measured(Work(CONTENDERS, items, [question], N_CONTINUATION), models, tmp_path)
-    assert models.asked == [(30, False), (30, True)]
-    assert not models.still_open
-
-
-def test_a_model_with_all_logits_is_not_opened_where_no_prompt_is_measured(
-    models: Models, items: list[TextItem], tmp_path: Path
-) -> None:
-    measured(Work((FULL, CONTENDERS[2]), items, n_continuation=N_CONTINUATION), models, tmp_path)
-    assert [logits_all for _, logits_all in models.asked] == [False]
-
-
-def test_progress_goes_up_to_one(models: Models, items: list[TextItem], tmp_path: Path) -> None:
+def test_progress_goes_up_to_one(llm: Any, items: list[TextItem], tmp_path: Path) -> None:
     seen: list[float] = []
     with open_store(tmp_path, {}) as store:
-        run(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), store, models, seen.append)
+        run(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), store, llm, seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(1.0)
-
-
-def test_a_metric_that_cannot_score_is_told_before_a_model_is_opened(models: Models, tmp_path: Path) -> None:
-    item = QuestionItem("q", "t", (1, 2), ("a",), 4, "no such metric")
-    with open_store(tmp_path, {}) as store, pytest.raises(DataError, match="no such metric"):
-        run(Work((FULL,), questions=[item]), store, models)
-    assert models.asked == []
 
 
 def test_two_items_of_one_name_are_refused(items: list[TextItem]) -> None:
@@ -389,27 +307,24 @@ def test_settings_change_with_whatever_changes_a_result(items: list[TextItem], q
 
 
 def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(
-    tiny: TinyModel, models: Models, items: list[TextItem], question: QuestionItem, tmp_path: Path, tokens: Tokens
+    llm: Any, items: list[TextItem], question: QuestionItem, tmp_path: Path, tokens: Tokens
 ) -> None:
     work = Work(CONTENDERS, items[:1], [question], 5, tokens(8), 2)
-    measured(work, models, tmp_path / "whole")
-    lines = (tmp_path / "whole" / "items.jsonl").read_bytes().splitlines(keepends=True)
+    measured(work, llm, tmp_path / "whole")
     with open_store(tmp_path / "whole", {}) as store:
+        lines = store.path.read_bytes().splitlines(keepends=True)
         expected = evaluation_results(work, store.records, ABOUT).to_json()
     for n_done in range(len(lines) + 1):
         folder = tmp_path / str(n_done)
-        with open_store(folder, {}):
-            pass
+        folder.mkdir()
         torn = lines[n_done][:-7] if n_done < len(lines) else b""
-        (folder / "items.jsonl").write_bytes(b"".join(lines[:n_done]) + torn)
+        (folder / store.path.name).write_bytes(b"".join(lines[:n_done]) + torn)
         with open_store(folder, {}) as store:
-            run(work, store, models)
+            run(work, store, llm)
             assert evaluation_results(work, store.records, ABOUT).to_json() == expected, n_done
 
 
-def test_after_an_interrupt_all_results_so_far_are_there_and_no_model_is_open(
-    models: Models, items: list[TextItem], tmp_path: Path
-) -> None:
+def test_after_an_interrupt_all_results_so_far_are_there(llm: Any, items: list[TextItem], tmp_path: Path) -> None:
     work, seen = Work(CONTENDERS, items, n_continuation=N_CONTINUATION), []
 
     def interrupt(fraction: float) -> None:
@@ -418,17 +333,17 @@ def test_after_an_interrupt_all_results_so_far_are_there_and_no_model_is_open(
             raise KeyboardInterrupt
 
     with open_store(tmp_path, {}) as store, pytest.raises(KeyboardInterrupt):
-        run(work, store, models, interrupt)
-    assert not models.still_open
+        run(work, store, llm, interrupt)
     with open_store(tmp_path, {}) as store:
         assert len(store.records) == 4
-        run(work, store, models)
+        run(work, store, llm)
         assert set(store.records) == set(work.results())
 
 
-def test_nothing_is_run_where_nothing_lacks(models: Models, items: list[TextItem], tmp_path: Path) -> None:
+def test_nothing_is_run_where_nothing_lacks(
+    llm: Any, items: list[TextItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = Work(CONTENDERS, items, n_continuation=N_CONTINUATION)
-    measured(work, models, tmp_path)
-    n_opened = len(models.asked)
-    measured(work, models, tmp_path)
-    assert len(models.asked) == n_opened
+    measured(work, llm, tmp_path)
+    monkeypatch.setattr(llm, "eval", lambda tokens: pytest.fail("it is evaluated again"))
+    measured(work, llm, tmp_path)

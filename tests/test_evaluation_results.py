@@ -63,64 +63,49 @@ def row(found: Results, strategy: str) -> dict[str, Any]:
 
 
 def test_loss_is_the_mean_over_items_with_its_standard_error() -> None:
-    found = results(records("prompt", full=losses(1.0, 2.0, 6.0)))
+    found = results(records("continuation", full=losses(1.0, 2.0, 6.0)))
     # deviations -2, -1, 3: variance 14 / 2, error sqrt(7 / 3)
     expected = {"mean": 3.0, "error": pytest.approx(math.sqrt(7 / 3)), "n": 3}
-    assert row(found, "full")["text"]["prompt"]["all"]["loss"] == expected
+    assert row(found, "full")["text"]["all"]["loss"] == expected
 
 
 def test_added_loss_is_paired_so_that_easy_and_hard_items_do_not_widen_it() -> None:
-    found = results(records("prompt", full=losses(1.0, 5.0, 9.0), adaskip=losses(1.5, 5.4, 9.6)))
-    added = row(found, "adaskip")["text"]["prompt"]["all"]["added_loss"]
+    found = results(records("continuation", full=losses(1.0, 5.0, 9.0), adaskip=losses(1.5, 5.4, 9.6)))
+    added = row(found, "adaskip")["text"]["all"]["added_loss"]
     assert added["mean"] == pytest.approx(0.5)
     assert added["error"] == pytest.approx(0.1 / math.sqrt(3))
 
 
 def test_added_loss_is_over_the_items_that_both_have() -> None:
-    found = results(records("prompt", full=losses(1.0, 2.0), adaskip=losses(2.0, 4.0, 100.0)))
-    assert row(found, "adaskip")["text"]["prompt"]["all"]["added_loss"] == {"mean": 1.5, "error": 0.5, "n": 2}
+    found = results(records("continuation", full=losses(1.0, 2.0), adaskip=losses(2.0, 4.0, 100.0)))
+    assert row(found, "adaskip")["text"]["all"]["added_loss"] == {"mean": 1.5, "error": 0.5, "n": 2}
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss_and_its_error_follows() -> None:
-    found = results(records("prompt", full=losses(2.0, 2.5, 3.0)))
-    perplexity = row(found, "full")["text"]["prompt"]["all"]["perplexity"]
+    found = results(records("continuation", full=losses(2.0, 2.5, 3.0)))
+    perplexity = row(found, "full")["text"]["all"]["perplexity"]
     error = 0.5 / math.sqrt(3)
     assert perplexity["mean"] == pytest.approx(math.exp(2.5))
     assert perplexity["error"] == pytest.approx((math.exp(2.5 + 1e-6 * error) - math.exp(2.5)) / 1e-6, rel=1e-4)
 
 
 def test_one_item_has_no_standard_error() -> None:
-    found = results(records("prompt", full=losses(2.0)))
-    assert row(found, "full")["text"]["prompt"]["all"]["loss"] == {"mean": 2.0, "error": None, "n": 1}
+    found = results(records("continuation", full=losses(2.0)))
+    assert row(found, "full")["text"]["all"]["loss"] == {"mean": 2.0, "error": None, "n": 1}
 
 
 def test_a_loss_that_is_no_number_leaves_no_mean_instead_of_a_better_one() -> None:
     bad = [{"loss": None, "kl": None, "agreement": 0.0}]
-    found = results(records("prompt", full=losses(1.0, 1.0), adaskip=losses(2.0, kl=[1.0]) + bad))
-    figures = row(found, "adaskip")["text"]["prompt"]["all"]
+    found = results(records("continuation", full=losses(1.0, 1.0), adaskip=losses(2.0, kl=[1.0]) + bad))
+    figures = row(found, "adaskip")["text"]["all"]
     assert "loss" not in figures and "added_loss" not in figures and "kl" not in figures
     assert figures["agreement"]["mean"] == 0.0
 
 
-def test_prompts_and_decoded_tokens_are_kept_apart_and_rouge_l_is_of_continuations() -> None:
-    found = results(
-        {
-            **records("prompt", full=losses(1.0), adaskip=losses(1.5)),
-            **records(
-                "continuation", full=losses(3.0, rouge_l=[1.0]), adaskip=[{"rouge_l": 0.25}], early_exit=losses(4.0)
-            ),
-        }
-    )
-    assert row(found, "adaskip")["text"]["prompt"]["all"]["added_loss"]["mean"] == 0.5
-    assert list(row(found, "adaskip")["text"]["continuation"]["all"]) == ["rouge_l"]
-    assert row(found, "adaskip")["text"]["continuation"]["all"]["rouge_l"]["mean"] == 0.25
-    assert row(found, "early_exit")["text"]["continuation"]["all"]["added_loss"]["mean"] == 1.0
-
-
 def test_kinds_of_text_are_told_apart_where_there_are_several() -> None:
     texts = [TextItem("t0", "pages", (1,) * 20), TextItem("t1", "sources", (1,) * 20)]
-    found = results(records("prompt", full=losses(1.0, 3.0), adaskip=losses(2.0, 5.0)), texts=texts)
-    figures = row(found, "adaskip")["text"]["prompt"]
+    found = results(records("continuation", full=losses(1.0, 3.0), adaskip=losses(2.0, 5.0)), texts=texts)
+    figures = row(found, "adaskip")["text"]
     assert {kind: each["added_loss"]["mean"] for kind, each in figures.items()} == {
         "all": 1.5,
         "pages": 1.0,
@@ -145,7 +130,7 @@ def test_tails_are_quantiles_over_the_tokens_of_all_items() -> None:
             for i, piece in enumerate(pieces)
         }
     )
-    figures = row(found, "early_exit")["text"]["continuation"]["all"]
+    figures = row(found, "early_exit")["text"]["all"]
     assert figures["kl_99"] == {"mean": pytest.approx(0.99), "error": None, "n": 1001}
     assert figures["kl_99.9"]["mean"] == pytest.approx(0.999)
     table = next(each for each in tables(found) if each.title == "Mode end-to-end")
@@ -154,8 +139,8 @@ def test_tails_are_quantiles_over_the_tokens_of_all_items() -> None:
 
 
 def test_a_divergence_that_is_no_number_leaves_no_tails() -> None:
-    record = Record("t0", ADASKIP.name, "prompt", {"loss": 1.0}, divergences=(0.1, None))
-    assert "kl_99" not in row(results({record.key: record}), "adaskip")["text"]["prompt"]["all"]
+    record = Record("t0", ADASKIP.name, "continuation", {"loss": 1.0}, divergences=(0.1, None))
+    assert "kl_99" not in row(results({record.key: record}), "adaskip")["text"]["all"]
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -252,19 +237,13 @@ def test_answers_that_stay_the_same_are_counted_by_text_and_by_score() -> None:
 
 @pytest.fixture
 def some() -> Results:
-    both = {"rouge_l": [1.0, 1.0, 1.0], "kl": [0.0] * 3, "agreement": [1.0] * 3}
     return results(
         {
             **records(
-                "prompt",
-                full=losses(1.0, 2.0, 3.0, kl=[0.0] * 3, agreement=[1.0] * 3),
-                adaskip=losses(1.5, 2.4, 3.6, kl=[0.1, 0.2, 0.3], agreement=[0.9, 0.8, 0.7]),
-            ),
-            **records(
                 "continuation",
-                full=losses(1.0, 2.0, 3.0, **both),
-                adaskip=[{"rouge_l": 0.5}] * 3,
-                early_exit=losses(9.0, 9.0, 9.0, rouge_l=[0.0] * 3, kl=[6.0] * 3, agreement=[0.0] * 3),
+                full=losses(1.0, 2.0, 3.0, kl=[0.0] * 3, agreement=[1.0] * 3, rouge_l=[1.0] * 3),
+                adaskip=losses(1.5, 2.4, 3.6, kl=[0.1, 0.2, 0.3], agreement=[0.9, 0.8, 0.7], rouge_l=[0.5] * 3),
+                early_exit=losses(9.0, 9.0, 9.0, kl=[6.0] * 3, agreement=[0.0] * 3, rouge_l=[0.0] * 3),
             ),
             **rounds(*[{name.split("-")[0]: (1.0 + i, [0.1] * 4) for i, name in enumerate(NAMES)}] * 2),
         }
@@ -274,7 +253,7 @@ def some() -> Results:
 def test_a_modes_table_begins_with_the_full_model_and_says_what_its_figures_are_of(some: Results) -> None:
     table = tables(some)[0]
     assert table.title == "Mode prefill"
-    assert "of prompts" in table.text and "3 items" in table.text
+    assert "in the prompt and in the answer" in table.text and "3 items" in table.text
     assert table.rows[0][0] == "full model"
     line = dict(zip(table.header, table.rows[1], strict=True))
     assert line["contender"] == "AdaSkip, 1"
@@ -336,8 +315,8 @@ def test_the_headline_says_speed_and_loss_of_the_best_strategy_of_each_mode(some
 
 def test_the_headline_names_the_next_best_strategy_too() -> None:
     exit = Contender("early_exit-2-prefill", "early_exit", "2", "prefill", "none", PLAN)
-    found = {**records("prompt", full=losses(1.0), adaskip=losses(2.0)), **rounds(AS_FAST)}
-    for key, record in records("prompt", early_exit=losses(4.0)).items():
+    found = {**records("continuation", full=losses(1.0), adaskip=losses(2.0)), **rounds(AS_FAST)}
+    for key, record in records("continuation", early_exit=losses(4.0)).items():
         found[key[0], exit.name, key[2]] = record
     times = found["round/0", "*", "speed"].times
     times[exit.name] = RequestTime(0.5, times[FULL.name].token_s)
@@ -347,8 +326,8 @@ def test_the_headline_names_the_next_best_strategy_too() -> None:
 
 
 def test_unfinished_results_count_what_is_there(some: Results) -> None:
-    # of texts 3 x 3 continuations and 3 x 2 prompts, of rounds 2
-    assert (some.n_done, some.n_results) == (17, 17)
+    # of texts 3 x 3 continuations, of rounds 2
+    assert (some.n_done, some.n_results) == (11, 11)
     assert results({}).n_done == 0
     assert results({}).headline == []
 

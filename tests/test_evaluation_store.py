@@ -13,15 +13,20 @@ SETTINGS = {"model": "abc", "n": 3, "items": ["a", "b"]}
 OTHER = {**SETTINGS, "n": 4}
 
 
+def path_of(folder: Path, settings: dict = SETTINGS) -> Path:
+    return folder / f"items-{content_hash(settings)[:12]}.jsonl"
+
+
 def fill(folder: Path, settings: dict = SETTINGS, n: int = 3) -> Path:
     with open_store(folder, settings) as store:
         for i in range(n):
             store.append(Record(f"item {i}", "full", "prompt", {"loss": i / 3}))
-    return folder / "items.jsonl"
+    return path_of(folder, settings)
 
 
-def test_a_result_is_one_line_of_json(tmp_path: Path) -> None:
-    lines = fill(tmp_path).read_text().splitlines()
+def test_a_result_is_one_line_of_json_after_the_settings(tmp_path: Path) -> None:
+    first, *lines = fill(tmp_path).read_text().splitlines()
+    assert json.loads(first) == {"settings": SETTINGS, "facts": {}}
     assert [json.loads(line) for line in lines] == [
         {"item": f"item {i}", "contender": "full", "measure": "prompt", "values": {"loss": i / 3}} for i in range(3)
     ]
@@ -30,13 +35,13 @@ def test_a_result_is_one_line_of_json(tmp_path: Path) -> None:
 def test_a_result_is_on_disk_before_the_store_is_closed(tmp_path: Path) -> None:
     with open_store(tmp_path, SETTINGS) as store:
         store.append(Record("a", "full", "prompt", {"loss": 1.0}))
-        assert (tmp_path / "items.jsonl").read_text().endswith('{"loss":1.0}}\n')
+        assert path_of(tmp_path).read_text().endswith('{"loss":1.0}}\n')
 
 
 def test_equal_settings_take_the_results_up_again(tmp_path: Path) -> None:
     fill(tmp_path)
     with open_store(tmp_path, dict(reversed(SETTINGS.items()))) as store:
-        assert store.set_aside is None
+        assert store.others == []
         assert [key[0] for key in store.records] == ["item 0", "item 1", "item 2"]
         assert store.records["item 2", "full", "prompt"].values == {"loss": 2 / 3}
 
@@ -55,18 +60,19 @@ def test_what_a_crash_left_of_the_last_line_is_dropped_and_written_over(tmp_path
 def test_a_malformed_line_elsewhere_is_told_by_its_number(tmp_path: Path) -> None:
     path = fill(tmp_path)
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:-5], lines[2], ""]))
-    with pytest.raises(DataError, match=r"line 2 of .*items\.jsonl"), open_store(tmp_path, SETTINGS):
-        pass
+    for number in (1, 2, 3):
+        broken = [line[:-5] if i == number else line for i, line in enumerate(lines, 1)]
+        path.write_text("\n".join([*broken, ""]))
+        with pytest.raises(DataError, match=rf"line {number} of .*items-.*\.jsonl"), open_store(tmp_path, SETTINGS):
+            pass
 
 
-def test_other_settings_begin_anew_and_keep_the_old_results_under_their_hash(tmp_path: Path) -> None:
+def test_other_settings_begin_anew_and_keep_the_old_results(tmp_path: Path) -> None:
     old = fill(tmp_path).read_bytes()
     with open_store(tmp_path, OTHER) as store:
         assert store.records == {}
-        assert store.set_aside == tmp_path / f"items-{content_hash(SETTINGS)[:12]}.jsonl"
-        assert store.set_aside.read_bytes() == old
-    assert json.loads((tmp_path / "settings.json").read_text())["settings"] == OTHER
+        assert store.others == [path_of(tmp_path)]
+    assert path_of(tmp_path).read_bytes() == old
 
 
 def test_settings_that_come_back_find_their_results(tmp_path: Path) -> None:
@@ -86,13 +92,13 @@ def test_facts_are_those_of_the_beginning_and_do_not_count_as_settings(tmp_path:
         assert store.facts == {"started": "today"}
 
 
-def test_results_without_settings_are_put_aside(tmp_path: Path) -> None:
-    path = fill(tmp_path)
-    (tmp_path / "settings.json").write_text("{")
-    with open_store(tmp_path, SETTINGS) as store:
-        assert store.records == {}
-        assert store.set_aside == tmp_path / "items-unknown.jsonl"
-    assert path.read_bytes() == b""
+def test_what_a_crash_left_of_the_settings_is_written_over(tmp_path: Path) -> None:
+    path = fill(tmp_path, n=0)
+    whole = path.read_bytes()
+    for n in (0, 1, len(whole) - 1):
+        path.write_bytes(whole[:n])
+        fill(tmp_path, n=0)
+        assert path.read_bytes() == whole
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
@@ -109,6 +115,6 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
 def test_what_is_no_number_is_null_on_disk(tmp_path: Path) -> None:
     with open_store(tmp_path, SETTINGS) as store:
         store.append(Record("a", "full", "prompt", {"loss": float("nan")}))
-    assert json.loads((tmp_path / "items.jsonl").read_text())["values"] == {"loss": None}
+    assert json.loads(path_of(tmp_path).read_text().splitlines()[1])["values"] == {"loss": None}
     with open_store(tmp_path, SETTINGS) as store:
         assert store.records["a", "full", "prompt"].values == {"loss": None}

@@ -61,7 +61,7 @@ def contender(strategy: str, mode: Any, loss: float) -> Row:
         n_skip_prefill=12,
         n_skip_decode=12,
         speed={name: Speed(Interval(1.25, 1.2, 1.3, 5), figure) for name in SPEED_NAMES},
-        text={"prompt": {"all": figures}, "continuation": {"all": figures}},
+        text={"all": figures},
         questions={"passkey": TaskScores(figure, figure)},
     )
 
@@ -93,10 +93,9 @@ def test_the_page_loads_nothing(results: Results) -> None:
 
     drawn = quality_pictures(results)
     assert drawn
-    alike = {"similarity-layers": drawn["quality"]}
-    html = html_report(results, {"quality": drawn, "scores": drawn, "similarity": alike})
+    html = html_report(results, drawn)
     page = Page(html)
-    assert page.tags.count("svg") == 2 * len(drawn) + 1
+    assert page.tags.count("svg") == len(drawn)
     assert page.loads == []
     assert not {"script", "link", "iframe", "object", "embed", "img"} & set(page.tags)
     assert "@import" not in html

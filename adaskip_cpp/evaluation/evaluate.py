@@ -1,39 +1,29 @@
 """Runs an evaluation: every contender on every item, each result stored as soon as it is there.
 
-Three measures of quality, and one of speed:
-
-- ``prompt``: an item of text is one prompt; the loss of its tokens, and the KL divergence from the full model. For the
-  mode ``prefill``.
-- ``continuation``: the last tokens of an item are decoded one by one behind the rest of it. They are forced, whatever
-  the model finds likeliest, so that both models continue the same text while phases, schedules and the online stage
-  are those of any request; the same figures. For all modes but ``prefill``. Then the contender continues the
-  same prompt by itself, which is compared with what the full model wrote (Rouge-L); for every mode.
+- ``continuation``: the last tokens of a text follow the rest of it, the same ones for every contender: their loss, and
+  how far the contender's predictions are from the full model's (:mod:`adaskip_cpp.measuring.judge`). Then the contender
+  continues the same prompt by itself, which is compared with what the full model wrote (Rouge-L).
 - ``answer``: the greedy answer to a question, and its score.
 - ``speed``: first token and tokens behind it, all contenders in turn, round by round.
 """
 
-import contextlib
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..files import content_hash
-from ..measuring.distribution import Logits, prompt_logits
+from ..measuring.judge import Judge, Probe
 from ..measuring.metrics import continuation_rouge_l
-from ..measuring.tasks import QuestionItem, TextItem
+from ..measuring.tasks import QuestionItem, TextItem, greedy_text
 from ..measuring.timing import in_turn, time_request
-from ..model.mode import MODES
 from .contenders import FULL, Contender
-from .requests import SharedPrompt, figures, forced_logits, greedy_text
 from .store import Key, Record, Store
 
-OpenModel = Callable[[int, bool], AdaSkipLlama]
-"""Opens the model with a context of so many tokens, and with the logits of all of them or of the last one only."""
-
-PROMPT, CONTINUATION, ANSWER, SPEED = "prompt", "continuation", "answer", "speed"
+CONTINUATION, ANSWER, SPEED = "continuation", "answer", "speed"
 EVERYONE = "*"
 """Stands for the contender where a result is of all of them: a round of timing."""
 
@@ -47,7 +37,7 @@ class Work:
 
     Attributes:
         contenders: the full model first.
-        n_continuation: tokens at the end of a text that are decoded, and tokens decoded for a measurement of speed.
+        n_continuation: tokens at the end of a text that are judged, and tokens decoded for a measurement of speed.
         speed_prompt: token ids that speed is measured on, ``n_rounds`` times; () for no measurement.
     """
 
@@ -70,16 +60,15 @@ class Work:
                 f"{least} tokens (--tokens), or for a shorter continuation (--continuation)"
             )
 
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens."""
-        return max(prompt_lengths(self.texts, self.questions, self.n_continuation, self.speed_prompt), default=0)
+    def n_prompt(self, item: TextItem) -> int:
+        """Return how many tokens of a text are a prompt: the first token behind it is given, as prefill predicts it."""
+        return len(item.tokens) - self.n_continuation - 1
 
     @property
-    def n_ctx(self) -> int:
-        answers = (len(item.prompt) + item.max_tokens + 1 for item in self.questions)
-        speed = len(self.speed_prompt) + self.n_continuation + 1 if self.speed_prompt else 0
-        return max(speed, *answers, *(len(item.tokens) for item in self.texts), 0)
+    def prompt_lengths(self) -> list[int]:
+        """The tokens of each prompt that plans are chosen for, ascending."""
+        found = {*map(self.n_prompt, self.texts), *(len(item.prompt) for item in self.questions)}
+        return sorted(found | ({len(self.speed_prompt)} if self.speed_prompt else set()))
 
     def results(self) -> dict[Key, float]:
         """All results that there will be, and about what each takes, in tokens of a prompt."""
@@ -88,12 +77,8 @@ class Work:
         if self.speed_prompt:
             cost: float = len(self.contenders) * (len(self.speed_prompt) + n_decoded)
             found |= {(f"round/{i}", EVERYONE, SPEED): cost for i in range(self.n_rounds)}
-        # The loss of a prompt is that of the mode prefill, and of the full model where there is something to compare.
-        read = [each for each in self.contenders if each.mode in (None, "prefill")]
         for text in self.texts:
-            cost = len(text.tokens) + n_decoded
-            found |= {(text.id, each.name, CONTINUATION): cost for each in self.contenders}
-            found |= {(text.id, each.name, PROMPT): cost for each in read if len(read) > 1}
+            found |= {(text.id, each.name, CONTINUATION): len(text.tokens) + n_decoded for each in self.contenders}
         for question in self.questions:
             cost = len(question.prompt) + _DECODE_WEIGHT * question.max_tokens / 2
             found |= {(question.id, each.name, ANSWER): cost for each in self.contenders}
@@ -108,125 +93,69 @@ class Work:
             "continuation": self.n_continuation,
             "speed_prompt": content_hash(self.speed_prompt),
             "rounds": self.n_rounds,
-            "kept": 2,  # what a result consists of
+            "kept": 3,  # what a result consists of
         }
 
 
-def n_prompt(item: TextItem, n_continuation: int) -> int:
-    """Return how many tokens of a text are the prompt of its continuation.
-
-    One more token is decoded than is measured: the first one behind a prompt is predicted by prefill.
-    """
-    return len(item.tokens) - n_continuation - 1
-
-
-def prompt_lengths(
-    texts: Sequence[TextItem], questions: Sequence[QuestionItem], n_continuation: int, speed_prompt: Sequence[int]
-) -> list[int]:
-    """Return the tokens of each prompt that plans are chosen for."""
-    found = {n_prompt(item, n_continuation) for item in texts} | {len(item.prompt) for item in questions}
-    return sorted(found | ({len(speed_prompt)} if speed_prompt else set()))
-
-
 def run(
-    work: Work, store: Store, open_model: OpenModel, on_progress: Callable[[float], None] = lambda fraction: None
+    work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None] = lambda fraction: None
 ) -> None:
     """Measure what an open store lacks."""
-    continuation_rouge_l("", "")  # before any work: are the packages there?
+    rest = _Rest(work, store, llm, on_progress)
+    rest.time()
+    for text in work.texts:
+        rest.go_on(text)
     for question in work.questions:
-        question.score("")
-    rest = _Rest(work, store, on_progress)
-    if rest.lacks(SPEED, CONTINUATION, ANSWER):
-        with _closed(open_model(work.n_ctx, False)) as llm:
-            if rest.lacks(SPEED):
-                rest.time(llm)
-            shared = SharedPrompt(llm)
-            for text in work.texts:
-                rest.go_on(text, shared)
-            for question in work.questions:
-                rest.answer(question, shared)
-    if rest.lacks(PROMPT):
-        # All logits of a prompt are as large as its tokens times the vocabulary, so this context is no larger.
-        with _closed(open_model(max(len(item.tokens) for item in work.texts), True)) as llm:
-            for text in work.texts:
-                rest.read(text, llm)
-
-
-@contextlib.contextmanager
-def _closed(llm: AdaSkipLlama) -> Iterator[AdaSkipLlama]:
-    """Close a model at the end, without llama.cpp's remark that its graphs took other memory than the full model's."""
-    try:
-        yield llm
-    finally:
-        with contextlib.redirect_stderr(io.StringIO()):
-            llm.close()
+        rest.answer(question)
 
 
 class _Rest:
-    def __init__(self, work: Work, store: Store, on_progress: Callable[[float], None]) -> None:
-        self._work, self._store, self._on_progress = work, store, on_progress
+    def __init__(self, work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None]) -> None:
+        self._work, self._store, self._llm, self._on_progress = work, store, llm, on_progress
         self._left = {key: cost for key, cost in work.results().items() if key not in store.records}
         self._total = sum(self._left.values())
 
-    def lacks(self, *measures: str) -> bool:
-        return any(measure in measures for _, _, measure in self._left)
-
-    def time(self, llm: AdaSkipLlama) -> None:
-        work = self._work
-        for contender in work.contenders:
+    def time(self) -> None:
+        work, llm = self._work, self._llm
+        rounds = [i for i in range(work.n_rounds) if (f"round/{i}", EVERYONE, SPEED) in self._left]
+        for contender in work.contenders if rounds else ():
             llm.set_plan(contender.plan_for(len(work.speed_prompt)))
             time_request(llm, work.speed_prompt[: _WARM_UP[0]], min(_WARM_UP[1], work.n_continuation))
-        for i in range(work.n_rounds):
-            if (f"round/{i}", EVERYONE, SPEED) in self._left:
-                times = {}
-                for index in in_turn(len(work.contenders), i):
-                    contender = work.contenders[index]
-                    llm.set_plan(contender.plan_for(len(work.speed_prompt)))
-                    times[contender.name] = time_request(llm, work.speed_prompt, work.n_continuation)
-                self._keep(Record(f"round/{i}", EVERYONE, SPEED, times=times))
+        for i in rounds:
+            times = {}
+            for index in in_turn(len(work.contenders), i):
+                contender = work.contenders[index]
+                llm.set_plan(contender.plan_for(len(work.speed_prompt)))
+                times[contender.name] = time_request(llm, work.speed_prompt, work.n_continuation)
+            self._keep(Record(f"round/{i}", EVERYONE, SPEED, times=times))
 
-    def go_on(self, item: TextItem, shared: SharedPrompt) -> None:
-        """Decode the end of a text, forced, and what the contender itself would write there."""
-        lacking = self._lacking(item.id, CONTINUATION)
-        split = n_prompt(item, self._work.n_continuation)
-        prompt, targets = item.tokens[:split], item.tokens[split:]
-        decodes = any(each.mode in ("prompt", "decode", "e2e") for each in self._work.contenders)
-        full: Logits | None = None
-        if decodes and any(each.mode != "prefill" for each in lacking):
-            full = forced_logits(shared.take(prompt, None), prompt, targets)[1:]
-        for contender in lacking:
-            values: dict[str, float | None] = {}
-            divergences: tuple[float | None, ...] = ()
-            llm = shared.take(prompt, contender.plan_for(len(prompt)))
-            if full is not None and contender.mode != "prefill":
-                logits = full if contender is FULL else forced_logits(llm, prompt, targets)[1:]
-                values, divergences = figures(full, logits, targets[1:])
-            text = greedy_text(llm, prompt, self._work.n_continuation)
+    def go_on(self, item: TextItem) -> None:
+        """Judge the end of a text, and compare what the contender itself writes there with what the full model does."""
+        split = self._work.n_prompt(item)
+        prompt, answer = item.tokens[:split], item.tokens[split:]
+        judge = Judge(self._llm, [Probe(item.id, "continuation", item.tokens, split, answer)])
+        for contender in self._lacking(item.id, CONTINUATION):
+            [scores] = judge(contender.plan_for(split))
+            text = greedy_text(self._llm, prompt, self._work.n_continuation)  # the judge leaves the prompt in the cache
             reference = text if contender is FULL else self._store.records[item.id, FULL.name, CONTINUATION].text
-            values["rouge_l"] = continuation_rouge_l(reference, text)
+            values: dict[str, float | None] = {
+                "loss": float(np.mean(judge.whole_losses[0] + scores.loss)),
+                "kl": float(scores.divergence.mean()),
+                "agreement": float(scores.agrees.mean()),
+                "rouge_l": continuation_rouge_l(reference, text),
+            }
+            divergences = tuple(float(f"{each:.4g}") for each in scores.divergence)
             self._keep(Record(item.id, contender.name, CONTINUATION, values, text, divergences))
 
-    def answer(self, item: QuestionItem, shared: SharedPrompt) -> None:
+    def answer(self, item: QuestionItem) -> None:
         for contender in self._lacking(item.id, ANSWER):
-            llm = shared.take(item.prompt, contender.plan_for(len(item.prompt)))
-            text = greedy_text(llm, item.prompt, item.max_tokens, first_line=item.first_line)
+            self._llm.set_plan(contender.plan_for(len(item.prompt)))
+            self._llm.reset()
+            text = greedy_text(self._llm, item.prompt, item.max_tokens, first_line=item.first_line)
             self._keep(Record(item.id, contender.name, ANSWER, {"score": item.score(text)}, text))
 
-    def read(self, item: TextItem, llm: AdaSkipLlama) -> None:
-        full: Logits | None = None
-        for contender in self._lacking(item.id, PROMPT):
-            if full is None:
-                llm.set_plan(None)
-                full = prompt_logits(llm, item.tokens).copy()
-            llm.set_plan(contender.plan)
-            logits = full if contender is FULL else prompt_logits(llm, item.tokens)
-            values, divergences = figures(full, logits, item.tokens[1:])
-            self._keep(Record(item.id, contender.name, PROMPT, values, divergences=divergences))
-
     def _lacking(self, item: str, measure: str) -> list[Contender]:
-        """The full model first, as others are compared with it, then those that read a prompt as it does."""
-        found = [each for each in self._work.contenders if (item, each.name, measure) in self._left]
-        return sorted(found, key=lambda each: each is not FULL and (each.mode is None or MODES[each.mode].in_prompt))
+        return [each for each in self._work.contenders if (item, each.name, measure) in self._left]
 
     def _keep(self, record: Record) -> None:
         self._store.append(record)

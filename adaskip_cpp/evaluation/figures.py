@@ -11,7 +11,7 @@ from ..intervals import mean_error, ratio_interval
 from ..measuring.tasks import QuestionItem
 from ..measuring.timing import N_SETTLE, RequestTime
 from .contenders import FULL, Contender
-from .evaluate import ANSWER, CONTINUATION, EVERYONE, PROMPT, SPEED, Work
+from .evaluate import ANSWER, CONTINUATION, EVERYONE, SPEED, Work
 from .results import TAILS, About, Cell, Figure, Named, Results, Row, Speed, TaskScores
 from .store import Key, Record
 
@@ -34,7 +34,8 @@ class _Measured:
         self._contender, self._work, self._records = contender, work, records
 
     def row(self) -> Row:
-        contender, plan = self._contender, self._contender.plan_for(self._work.longest_prompt)
+        contender = self._contender
+        plan = contender.plan_for(max(self._work.prompt_lengths, default=0))
         return Row(
             **{each.name: getattr(contender, each.name) for each in fields(Named)},
             n_skip_prefill=0 if plan is None else plan.skipped(plan.prompt_phase).n_skip,
@@ -58,56 +59,45 @@ class _Measured:
             found[label] = Speed(ratio_interval(full, own), Figure(*mean_error(own), len(own)))
         return found
 
-    def _text(self) -> dict[str, dict[str, dict[str, Figure]]]:
+    def _text(self) -> dict[str, dict[str, Figure]]:
         kinds: dict[str, list[str]] = {"all": []}
         for item in self._work.texts:
             kinds["all"].append(item.id)
             kinds.setdefault(item.task, []).append(item.id)
         if len(kinds) == 2:  # one kind is all
             del kinds[self._work.texts[0].task]
-        found = {
-            measure: {kind: each for kind, ids in kinds.items() if (each := self._figures(ids, measure))}
-            for measure in (PROMPT, CONTINUATION)
-        }
-        return {measure: each for measure, each in found.items() if each}
+        return {kind: each for kind, ids in kinds.items() if (each := self._figures(ids))}
 
-    def _figures(self, ids: Sequence[str], measure: str) -> dict[str, Figure]:
-        own, full = self._values(ids, measure), self._values(ids, measure, FULL.name)
-        if "loss" in own:
-            own["added_loss"] = _differences(own["loss"], full.get("loss", {}))
-        figures = {label: figure for label, each in own.items() if (figure := _mean(each.values())) is not None}
+    def _figures(self, ids: Sequence[str]) -> dict[str, Figure]:
+        records, full = (self._of(ids, CONTINUATION, name) for name in (self._contender.name, FULL.name))
+        by_label: dict[str, list[float]] = {}
+        for record in records.values():
+            for label, value in record.values.items():
+                by_label.setdefault(label, []).append(_number(value))
+        by_label["added_loss"] = _added(records, full, "loss")
+        figures = {label: figure for label, each in by_label.items() if (figure := _mean(each)) is not None}
         loss = figures.get("loss")
         if loss is not None and loss.mean < 700:  # where exp overflows
             # The error of an exponential is that of its exponent times itself, as it is that steep.
             figures["perplexity"] = Figure(math.exp(loss.mean), math.exp(loss.mean) * loss.error, loss.n)
-        return figures | _tails(self._record(each, measure) for each in ids)
+        return figures | _tails([_number(each) for record in records.values() for each in record.divergences])
 
     def _questions(self) -> dict[str, TaskScores]:
         found = {}
         for task in dict.fromkeys(item.task for item in self._work.questions):
-            items = [item for item in self._work.questions if item.task == task]
-            ids = [item.id for item in items]
-            own, full = (self._values(ids, ANSWER, name).get("score", {}) for name in (None, FULL.name))
-            if (score := _mean(own.values())) is not None:
-                pairs = [(self._record(each, ANSWER), self._record(each, ANSWER, FULL.name)) for each in ids]
-                alike = [mine.text.strip() == theirs.text.strip() for mine, theirs in pairs if mine and theirs]
-                differences = _differences(own, full).values()
-                same_score = _mean(float(each == 0) for each in differences)
-                found[task] = TaskScores(
-                    score, _mean(differences), _mean(map(float, alike)), same_score, _cells(items, own)
-                )
+            items = {item.id: item for item in self._work.questions if item.task == task}
+            own, full = (self._of(items, ANSWER, name) for name in (self._contender.name, FULL.name))
+            scores = {each: _number(record.values["score"]) for each, record in own.items()}
+            if (score := _mean(scores.values())) is not None:
+                alike = (float(own[each].text.strip() == full[each].text.strip()) for each in own if each in full)
+                added = _added(own, full, "score")
+                cells = _cells([items[each] for each in scores], scores)
+                found[task] = TaskScores(score, _mean(added), _mean(alike), _mean(float(x == 0) for x in added), cells)
         return found
 
-    def _record(self, item: str, measure: str, name: str | None = None) -> Record | None:
-        return self._records.get((item, name or self._contender.name, measure))
-
-    def _values(self, ids: Sequence[str], measure: str, name: str | None = None) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {}
-        for each in ids:
-            record = self._record(each, measure, name)
-            for label, value in record.values.items() if record else ():
-                found.setdefault(label, {})[each] = math.nan if value is None else value
-        return found
+    def _of(self, ids: Iterable[str], measure: str, name: str) -> dict[str, Record]:
+        """By item, of those that are measured."""
+        return {each: self._records[key] for each in ids if (key := (each, name, measure)) in self._records}
 
 
 def _seconds(time: RequestTime) -> dict[str, float]:
@@ -128,28 +118,29 @@ def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[
     """Scores by length and depth, where these were chosen; published questions are of as many lengths as there are."""
     by_cell: dict[tuple[int, float | None], list[float]] = {}
     for item in items:
-        if item.id in scores:
-            by_cell.setdefault((item.length, item.depth), []).append(scores[item.id])
+        by_cell.setdefault((item.length, item.depth), []).append(scores[item.id])
     if len(by_cell) < 2 or len({length for length, _ in by_cell}) > _N_LENGTHS:
         return ()
     order = sorted(by_cell, key=lambda cell: (cell[0], -1.0 if cell[1] is None else cell[1]))
     return tuple(Cell(*cell, score) for cell in order if (score := _mean(by_cell[cell])) is not None)
 
 
-def _differences(own: Mapping[str, float], full: Mapping[str, float]) -> dict[str, float]:
-    """By item, of those that both have."""
-    return {item: value - full[item] for item, value in own.items() if item in full}
+def _added(own: Mapping[str, Record], full: Mapping[str, Record], label: str) -> list[float]:
+    """What a figure is above the full model's, item by item, of those that both have."""
+    pairs = ((own[each].values, full[each].values) for each in own if each in full)
+    return [_number(mine[label]) - _number(its[label]) for mine, its in pairs if label in mine and label in its]
 
 
-def _tails(records: Iterable[Record | None]) -> dict[str, Figure]:
-    """Quantiles of the divergence over all tokens; none if one is no number."""
-    values = [math.nan if each is None else each for record in records if record for each in record.divergences]
-    if not values or not all(map(math.isfinite, values)):
+def _tails(divergences: Sequence[float]) -> dict[str, Figure]:
+    """Quantiles over all tokens; none if one is no number."""
+    if not divergences or not all(map(math.isfinite, divergences)):
         return {}
-    quantiles = np.quantile(values, [percent / 100 for percent in TAILS]).tolist()
-    return {
-        f"kl_{percent:g}": Figure(value, math.nan, len(values)) for percent, value in zip(TAILS, quantiles, strict=True)
-    }
+    values, n = np.quantile(divergences, np.divide(TAILS, 100)).tolist(), len(divergences)
+    return {f"kl_{percent:g}": Figure(value, math.nan, n) for percent, value in zip(TAILS, values, strict=True)}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _mean(values: Iterable[float]) -> Figure | None:

@@ -1,12 +1,12 @@
-"""Makes plans and items of what an evaluation is asked for, and refuses what cannot be measured: :func:`prepare`."""
+"""Makes plans and items of what an evaluation is asked for, and refuses what cannot be measured: :func:`prepared`."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from io import StringIO
 
 from ..engine.generation import chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
@@ -17,19 +17,26 @@ from ..measuring.synthetic import synthetic_items
 from ..measuring.task_files import task_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
 from ..model.identity import plan_path
-from ..model.mode import ModeName
+from ..model.mode import MODES, ModeName
 from ..model.plan_file import PlanFile, load_plan, plan_beside
+from ..planning.compensation import DEFAULT_COMPENSATION
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
-from .conditions import evaluation_settings
-from .contenders import contenders, every_request
-from .evaluate import OpenModel, Work, prompt_lengths
+from ..planning.strategies import STRATEGIES
+from .contenders import COMPENSATED, FULL, contenders
+from .evaluate import Work
 
 _SPEED_CONTEXT = 1024
 _TOKENS = 512
 _PROMISES = 0.05, 0.1
 _TASKS_CTX = 8192
 _ANSWER = 64  # tokens that the answer of a synthetic task takes at most
+
+_BUILTIN = {
+    "pages": (corpus.held_out, f"{corpus.PAGES}, of those that calibration leaves out"),
+    "sources": (python_sources, "sources of Python's standard library"),
+}
+"""Built-in text by name: what returns it, text by title, and what it is."""
 
 
 @dataclass(frozen=True)
@@ -97,63 +104,75 @@ class EvaluationOptions:
         return any((self.strategies, self.n_skips, self.speedups, self.modes, self.compensations))
 
     def requests(self, n_layer: int) -> tuple[PlanRequest, ...]:
-        """Return the plans to compare; speed-ups have no context yet."""
-        return every_request(
-            n_layer,
-            strategies=self.strategies,
-            n_skips=self.n_skips,
-            speedups=self.speedups,
-            modes=self.modes,
-            compensations=self.compensations,
+        """Return a request for every strategy, then compensation, then budget, then mode; speed-ups have no context."""
+        n_skips: Sequence[int] = self.n_skips or ()
+        if not self.n_skips and not self.speedups:
+            n_skips = sorted({max(2 * n_layer // parts, 1) for parts in (10, 5, 4)})
+        budgets = [*map(PlanRequest, n_skips), *(PlanRequest(speedup=each) for each in self.speedups or ())]
+        compensations = self.compensations or [DEFAULT_COMPENSATION]
+        return tuple(
+            replace(budget, strategy=strategy, compensation=compensation, mode=mode)
+            for strategy in self.strategies or [name for name in STRATEGIES if name != "manual"]
+            for compensation in (compensations if strategy == COMPENSATED else ["none"])
+            for budget in budgets
+            for mode in self.modes or MODES
+            if self.strategies or strategy != "suffix" or MODES[mode].in_bulk  # elsewhere it is Early Exit
         )
 
 
-def prepare(
-    model: str, profile: Profile | None, options: EvaluationOptions, open_model: OpenModel
-) -> tuple[Work, list[str], dict[str, str], dict[str, Any]]:
-    """Make plans and items, and refuse whatever cannot be measured before anything is."""
-    with closing(open_model(256, False)) as llm:
+@contextmanager
+def prepared(
+    model: str, profile: Profile | None, options: EvaluationOptions, open_model: Callable[[int], AdaSkipLlama]
+) -> Iterator[tuple[AdaSkipLlama, Work, list[str], dict[str, str]]]:
+    """Make plans and items, and refuse whatever cannot be measured before anything is.
+
+    Args:
+        open_model: opens the model with a context of so many tokens.
+
+    Yields:
+        The model, open; what is to be measured with it; what the user must know; what it is, in words by name.
+    """
+    with closing(open_model(256)) as llm:
         if profile is not None:
             profile.model.check(llm.model_info, "the profile", model)
         n_most, n_layer = llm.n_ctx_train, llm.n_layer
-    limit = min(options.ctx or n_most, n_most)
     if options.ctx is not None and options.ctx > n_most:
         raise DataError(f"the model is made for contexts of {n_most} tokens, not {options.ctx}; use a smaller --ctx")
-    speed_context = 0
-    if options.n_rounds:
-        speed_context = options.speed_context or max(min(_SPEED_CONTEXT, limit - options.n_continuation - 1), 2)
+    limit, n_decoded = options.ctx or n_most, options.n_continuation + 1
+    speed_context = options.speed_context or max(min(_SPEED_CONTEXT, limit - n_decoded), 2)
     requests = options.requests(n_layer) if profile is not None or options.needs_profile else ()
-    requests = tuple(request.at(speed_context or _SPEED_CONTEXT) for request in requests)
-    saved, untold = _saved(model, options.plan_file, {request.mode for request in requests})
+    saved, notes = _saved(model, options.plan_file, {request.mode for request in requests})
     has_promises = saved is not None and saved.frontier is not None
     if options.max_losses is not None and not has_promises:
         raise DataError(
             f"promises choose from what `tune` found; run `adaskip-cpp tune {model}`, or name its file (--plan)"
         )
-    n_tokens = options.n_tokens or _TOKENS
-    if options.n_tokens is None and has_promises:
-        n_tokens = min((speed_context or _SPEED_CONTEXT) + options.n_continuation + 1, limit)
+    n_tokens = options.n_tokens or (min(speed_context + n_decoded, limit) if has_promises else _TOKENS)
     needed = {
         "the items of text (--tokens)": n_tokens if options.n_texts else 0,
-        "the measurement of speed (--speed-context)": options.n_rounds and speed_context + options.n_continuation + 1,
+        "the measurement of speed (--speed-context)": speed_context + n_decoded if options.n_rounds else 0,
         "the synthetic tasks (--lengths)": max(options.lengths) + _ANSWER if options.synthetic else 0,
     }
     for what, n in needed.items():
         if n > limit:
             raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
     n_ctx = options.ctx or max([*needed.values(), min(_TASKS_CTX, n_most) if options.tasks else 8])
-    with closing(open_model(n_ctx, False)) as llm:
-        texts, questions, speed_prompt, words = _items(llm, replace(options, n_tokens=n_tokens), n_ctx, speed_context)
-        lengths = prompt_lengths(texts, questions, options.n_continuation, speed_prompt)
+    llm = open_model(n_ctx)
+    try:
+        work, words = _work(llm, replace(options, n_tokens=n_tokens, speed_context=speed_context), n_ctx)
         max_losses = _PROMISES if options.max_losses is None else options.max_losses
-        plans, notes = contenders(profile, requests, saved, max_losses, lengths)
-        notes += untold
+        asked = [request.at(speed_context) for request in requests]
+        plans, more = contenders(profile, asked, saved, max_losses, work.prompt_lengths)
+        notes = [*more, *notes]
         if profile is not None and profile.cost is not None and options.speedups:
             notes += filter(None, [profile.cost.settings.note(cost_settings(llm))])
-        work = Work(plans, texts, questions, options.n_continuation, speed_prompt, options.n_rounds)
+        work = replace(work, contenders=plans)
         if not work.results():
             raise DataError("there is nothing to measure; ask for texts, questions or rounds of timing")
-        return work, notes, words, evaluation_settings(llm, profile, work)
+        yield llm, work, notes, words
+    finally:
+        with redirect_stderr(StringIO()):  # llama.cpp remarks that graphs took other memory than the full model's
+            llm.close()
 
 
 def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile | None, list[str]]:
@@ -172,28 +191,30 @@ def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile
     return (found if mode in modes or not modes else None), []
 
 
-def _items(
-    llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int, speed_context: int
-) -> tuple[list[TextItem], list[QuestionItem], tuple[int, ...], dict[str, str]]:
-    kinds: dict[str, tuple[Mapping[str, str], str]] = {}
+def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Work, dict[str, str]]:
+    """Return what the full model alone is measured on, and what that is, in words."""
+    kinds, named = {}, []
     if options.text_files:
-        found = read_texts(options.text_files)
-        kinds["text"] = found, ", ".join(found)
+        kinds["text"] = read_texts(options.text_files)
+        named.append(", ".join(kinds["text"]))
     for name in options.builtin or (() if kinds else ("pages",)):
-        kinds[name] = _BUILTIN[name]()
-    whole = corpus.SEPARATOR.join(text for sources, _ in kinds.values() for text in sources.values())
+        read, what = _BUILTIN[name]
+        kinds[name] = read()
+        named.append(what)
+    whole = corpus.SEPARATOR.join(text for sources in kinds.values() for text in sources.values())
     words: dict[str, str] = {}
     texts: list[TextItem] = []
-    n_texts, n_tokens = options.n_texts, options.n_tokens or _TOKENS
-    if n_texts:
-        for name, (sources, _) in kinds.items():
-            texts += text_items(llm, sources, n_items=n_texts, n_tokens=n_tokens, task=name, drop_short=name != "text")
-        words["Text"] = (
-            f"{n_texts} items of {n_tokens} tokens of {' and as many of '.join(named for _, named in kinds.values())}; "
-            f"the last {options.n_continuation} are decoded, in all modes but prefill"
-        )
     questions: list[QuestionItem] = []
+    if options.n_texts:
+        n = {"n_items": options.n_texts, "n_tokens": options.n_tokens or _TOKENS}
+        for name, sources in kinds.items():
+            texts += text_items(llm, sources, **n, task=name, drop_short=name != "text")
+        words["Text"] = (
+            f"{options.n_texts} items of {options.n_tokens} tokens of {' and as many of '.join(named)}; the last "
+            f"{options.n_continuation} are judged"
+        )
     if options.synthetic:
+        lengths, depths = (", ".join(f"{each:g}" for each in all_) for all_ in (options.lengths, options.depths))
         questions += synthetic_items(
             llm,
             whole,
@@ -205,8 +226,8 @@ def _items(
             wrap=_wrap(llm, bool(options.chat)),  # its prompts are written to be continued
         )
         words["Synthetic tasks"] = (
-            f"{', '.join(options.synthetic)}: {options.n_per} of each length ({_numbers(options.lengths)} tokens) and "
-            f"depth ({_numbers(options.depths)}), seed {options.seed}, from the same text"
+            f"{', '.join(options.synthetic)}: {options.n_per} of each length ({lengths} tokens) and depth ({depths}), "
+            f"seed {options.seed}, from the same text"
         )
     if options.tasks:
         published = task_items(
@@ -222,22 +243,15 @@ def _items(
         words["Tasks"] = f"{', '.join(f'{n} of {task}' for task, n in counts.items())}, in {n_ctx:,} tokens"
         questions += published
     prompt: tuple[int, ...] = ()
-    if speed_context:
+    if options.n_rounds and (n := options.speed_context):
         tokens = corpus.tokens_of(llm, whole, bos=True)
-        prompt = tuple((tokens * (speed_context // len(tokens) + 1))[:speed_context])
-    return texts, questions, prompt, words
-
-
-_BUILTIN: dict[str, Callable[[], tuple[Mapping[str, str], str]]] = {
-    "pages": lambda: (corpus.held_out(), f"{corpus.PAGES}, of those that calibration leaves out"),
-    "sources": lambda: (python_sources(), "sources of Python's standard library"),
-}
-"""Built-in text by name: text by title, and what it is."""
+        prompt = tuple((tokens * (n // len(tokens) + 1))[:n])
+        words["Speed"] = (
+            f"{options.n_rounds} rounds of a prompt of {n:,} tokens and {options.n_continuation} more, all contenders "
+            "in turn, the order reversed every second round"
+        )
+    return Work((FULL,), texts, questions, options.n_continuation, prompt, options.n_rounds), words
 
 
 def _wrap(llm: AdaSkipLlama, chat: bool) -> Wrap:
     return (lambda prompt: chat_tokens(llm, [("user", prompt)])) if chat else partial(corpus.tokens_of, llm, bos=True)
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

@@ -2,17 +2,23 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
+from typing import Any
 
-from ..engine.llama import AdaSkipLlama
+from ..engine.settings import cost_settings
+from ..files import content_hash
 from ..measuring.cores import is_busy, load_average
+from ..measuring.metrics import continuation_rouge_l
 from ..measuring.running import Running, open_quietly
 from ..planning.profile import Profile
-from .conditions import configuration
-from .evaluate import run
+from .evaluate import Work, run
 from .figures import evaluation_results
-from .items import EvaluationOptions, prepare
+from .items import EvaluationOptions, prepared
 from .report import write_results
 from .results import About, Results
 from .store import open_store
@@ -55,43 +61,76 @@ def evaluate(
     """
     options, running, model = options or EvaluationOptions(), running or Running(), os.fspath(model)
     known = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
-
-    def open_model(n_ctx: int, logits_all: bool) -> AdaSkipLlama:
-        return open_quietly(model, n_ctx, running, logits_all=logits_all)
-
-    work, notes, words, settings = prepare(model, known, options, open_model)
+    continuation_rouge_l("", "")  # is its package there? Asked before hours of work
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     command = (
         command
         or f"adaskip_cpp.evaluate({model!r}, {'profile' if known else None}, {os.fspath(folder)!r}, {options!r})"
     )
     facts = {"started": started, "command": command, "load_average": load_average()}
-    with open_store(folder, settings, facts) as kept:
-        load = kept.facts["load_average"]
-        if work.speed_prompt and is_busy(load):
-            notes.append(
-                f"The load average was {load:.1f} at the beginning: unless that came from what you ran before, other "
-                "programs disturb the speeds."
+    open_model = partial(open_quietly, model, running=running)
+    with prepared(model, known, options, open_model) as (llm, work, notes, words):
+        settings = {  # with others, a new evaluation begins
+            "model": asdict(llm.model_info),
+            "profile": None if known is None else content_hash(known),
+            **work.to_settings(),
+            "machine": asdict(cost_settings(llm)),
+            "package": metadata.version("adaskip-cpp"),
+        }
+        with open_store(folder, settings, facts) as kept:
+            load = kept.facts["load_average"]
+            if work.speed_prompt and is_busy(load):
+                notes.append(
+                    f"The load average was {load:.1f} at the beginning: unless that came from what you ran before, "
+                    "other programs disturb the speeds."
+                )
+            for note in notes:
+                tell(note)
+            if n_done := sum(key in kept.records for key in work.results()):
+                tell(f"{n_done} of {len(work.results())} results are there already.")
+            elif kept.others:
+                tell(f"The settings have changed; earlier results are kept in {', '.join(map(str, kept.others))}")
+            name, begun = os.path.basename(model), kept.facts["started"][:16].replace("T", " ")
+            about = About(
+                model=name.removesuffix(".gguf"),
+                title=f"{name}: what skipping costs and brings",
+                summary=f"{len(work.contenders) - 1} contenders against the full model, begun {begun} UTC.",
+                configuration=_configuration(model, known, work, settings, words),
+                command=command,
+                settings=settings,
+                notes=tuple(notes),
             )
-        for note in notes:
-            tell(note)
-        if kept.set_aside is not None:
-            tell(f"The settings have changed; earlier results are kept in {kept.set_aside}")
-        if n_done := sum(key in kept.records for key in work.results()):
-            tell(f"{n_done} of {len(work.results())} results are there already.")
-        name, begun = os.path.basename(model), kept.facts["started"][:16].replace("T", " ")
-        about = About(
-            model=name.removesuffix(".gguf"),
-            title=f"{name}: what skipping costs and brings",
-            summary=f"{len(work.contenders) - 1} contenders against the full model, begun {begun} UTC.",
-            configuration=configuration(model, known, work, settings, words),
-            command=command,
-            settings=settings,
-            notes=tuple(notes),
-        )
-        with contextlib.suppress(KeyboardInterrupt):
-            on_progress(0.0)
-            run(work, kept, open_model, on_progress)
-        found = evaluation_results(work, kept.records, about)
-        write_results(found, kept.folder, known)
+            with contextlib.suppress(KeyboardInterrupt):
+                on_progress(0.0)
+                run(work, kept, llm, on_progress)
+            found = evaluation_results(work, kept.records, about)
+            write_results(found, kept.path.parent)
     return found
+
+
+def _configuration(
+    model: str, profile: Profile | None, work: Work, settings: Mapping[str, Any], words: Mapping[str, str]
+) -> dict[str, str]:
+    machine, info = settings["machine"], settings["model"]
+    layers = machine["n_gpu_layers"]
+    lines = {
+        "Model": f"{os.path.basename(model)} ({info['architecture']}, {info['n_layer']} layers, "
+        f"{os.path.getsize(model) / 1e6:,.0f} MB, fingerprint {info['fingerprint'][:12]})",
+    }
+    if profile is not None:
+        read = f"{profile.n_requests} requests, {profile.n_tokens:,} tokens of {profile.corpus or 'unknown text'}"
+        lines["Profile"] = read + (f", {profile.created}" if profile.created else "")
+    if (frontier := next((each.frontier for each in work.contenders if each.frontier), None)) is not None:
+        n = len(frontier.points)
+        lines["Promises"] = f"for each prompt the fastest of {n} plans that loses no more nats per token at its length"
+    return {
+        **lines,
+        **words,
+        "Machine": f"{machine['cpu']}; {machine['n_threads']} threads; devices: {', '.join(machine['devices'])}; "
+        f"layers on a GPU: {'all that fit' if layers < 0 else layers}",
+        "Evaluation": f"KV cache {machine['type_k']} and {machine['type_v']}, flash attention "
+        f"{'on' if machine['flash_attention'] else 'off'}, batches of up to {machine['n_ubatch']} tokens, weights "
+        f"on the CPU {'repacked' if machine['repack'] else 'as they are in the file'}",
+        "Versions": f"adaskip-cpp {settings['package']}, llama-cpp-python {machine['llama_cpp_python']}, "
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+    }

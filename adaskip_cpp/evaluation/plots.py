@@ -1,6 +1,5 @@
-"""Pictures of an evaluation: quality against measured speed, and scores by length and depth."""
+"""Pictures of an evaluation: quality against measured speed."""
 
-import math
 from collections.abc import Callable, Sequence
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -98,32 +97,3 @@ def _draw(axes: "Axes", line: Sequence[_Point]) -> Any:
     for point, at in zip(line, zip(x, y, strict=True), strict=True):
         axes.annotate(point.row.budget, at, color=look.colour, **beside)
     return handle
-
-
-def score_maps(results: Results) -> "dict[str, Drawing]":
-    """Return a map of scores by length and depth for each task that was asked at several, by file name."""
-    rows = {task: [row for row in results.contenders if row.cells(task)] for task in results.tasks}
-    return {f"map-{task}": _map(task, each) for task, each in rows.items() if each}
-
-
-def _map(task: str, rows: Sequence[Row]) -> "Drawing":
-    scores = [row.cells(task) for row in rows]
-    cells = list(dict.fromkeys(cell for each in scores for cell in each))
-    values = [[each[cell].mean if cell in each else math.nan for cell in cells] for each in scores]
-    fig, axes = plots.figure(width_in=2.4 + max(0.45 * len(cells), 2.0), height_in=1.2 + 0.2 * len(rows))
-    axes.grid(False)
-    axes.imshow(values, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
-    for i, line in enumerate(values):
-        for j, value in enumerate(line):
-            if not math.isnan(value):
-                shade = "#010101" if value > 0.5 else "#fefefe"  # not INK: it stays so on a dark page
-                axes.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=plots.TEXT_PT - 3, color=shade)
-    labels = [f"{length:,}" + ("" if depth is None else f"\n{depth:.0%}") for length, depth in cells]
-    axes.set_xticks(range(len(cells)), labels)
-    axes.set_yticks(range(len(rows)), [row.label() + (f", {row.mode_name}" if row.mode else "") for row in rows])
-    axes.tick_params(labelsize=plots.TEXT_PT - 2.5, length=0)
-    axes.spines[:].set_visible(False)
-    deep = any(depth is not None for _, depth in cells)
-    axes.set_xlabel("tokens of the prompt, depth of the answer" if deep else "tokens of the prompt")
-    plots.title(axes, f"{task}: score")
-    return fig

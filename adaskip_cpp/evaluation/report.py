@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from ..files import write_atomically
-from ..pictures import plots, profile_plots
-from ..planning.profile import Profile
-from .plots import quality_pictures, score_maps
+from ..pictures import plots
+from .plots import quality_pictures
 from .results import Results
 from .tables import tables
 
@@ -18,28 +17,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 
-def write_results(results: Results, folder: Path, profile: Profile | None) -> None:
-    """Write all files of the results, also of an unfinished evaluation; the profile is for pictures of similarity."""
+def write_results(results: Results, folder: Path) -> None:
+    """Write all files of the results, also of an unfinished evaluation."""
     write_atomically(folder / "results.json", results.to_json())
-    pictures: dict[str, dict[str, Drawing]] = {}
+    pictures: dict[str, Drawing] = {}
     if plots.has_matplotlib():
-        similarity = profile_plots.layers, profile_plots.sublayers, profile_plots.phases
-        pictures = {
-            "quality": quality_pictures(results),
-            "scores": score_maps(results),
-        }
-        if profile is not None:
-            drawn = {f"similarity-{draw.__name__}": draw({results.about.model: profile}) for draw in similarity}
-            pictures["similarity"] = drawn
+        pictures = quality_pictures(results)
     else:
         notes = (*results.about.notes, 'There are no pictures: pip install "adaskip-cpp[plot]"')
         results = replace(results, about=replace(results.about, notes=notes))
-    files = [plots.save(drawing, folder, name)[0].name for each in pictures.values() for name, drawing in each.items()]
+    files = [plots.save(drawing, folder, name)[0].name for name, drawing in pictures.items()]
     write_atomically(folder / "results.md", markdown_report(results, files))
     write_atomically(folder / "report.html", html_report(results, pictures))
 
 
-def html_report(results: Results, pictures: "Mapping[str, Mapping[str, Drawing]]") -> str:
+def html_report(results: Results, pictures: "Mapping[str, Drawing]") -> str:
     return _rendered("report.html", results, pictures=pictures, svg=plots.to_svg, colour=_colour)
 
 

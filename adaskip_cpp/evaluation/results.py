@@ -7,7 +7,7 @@ from typing import Any
 from ..files import json_text
 from ..intervals import Interval
 from ..model.mode import MODES, ModeName
-from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from ..planning.compensation import DEFAULT_COMPENSATION
 
 SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_token", "e2e": "request"}
 """By mode, the speed-up that quality is read against: of what the mode makes faster."""
@@ -108,11 +108,9 @@ class Named:
 
     @property
     def look(self) -> str:
-        """How it looks: a key in :data:`adaskip_cpp.pictures.plots.STRATEGY`, or ``"other"``."""
-        if self.strategy != "adaskip" or self.compensation == DEFAULT_COMPENSATION:
-            return self.strategy
-        others = [name for name in COMPENSATIONS if name not in (DEFAULT_COMPENSATION, "paper")]
-        return {"paper": "paper", others[-1]: "manual"}.get(self.compensation, "other")
+        """How it looks: a key in :data:`adaskip_cpp.pictures.plots.STRATEGY`, or a compensation that has no look."""
+        is_default = self.strategy != "adaskip" or self.compensation == DEFAULT_COMPENSATION
+        return self.strategy if is_default else self.compensation
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,10 @@ class Row(Named):
         n_skip_prefill, n_skip_decode: sublayers skipped in prompts, or the bulk of the longest, and in decode.
         online: whether requests add FFNs in decode.
         speed: by the names of :data:`SPEED_NAMES`; {} if nothing was timed.
-        text: figures of text by measure (``"prompt"`` of what was read as a prompt, ``"continuation"`` of what was
-            decoded), by kind of text (``"all"`` for all together) and by name: ``loss`` and ``added_loss`` in nats per
-            token, ``perplexity``, ``kl`` in nats per token, its quantiles ``kl_99`` and ``kl_99.9`` over the tokens of
-            all items, ``agreement``, ``rouge_l`` with the full model's text.
-            Without what was not measured, or came out as no number for an item.
+        text: figures of text by kind of text (``"all"`` for all together) and by name: ``loss`` and ``added_loss`` in
+            nats per token, ``perplexity``, ``kl`` in nats per token, its quantiles ``kl_99`` and ``kl_99.9`` over the
+            tokens of all items, ``agreement``, ``rouge_l`` with the full model's text. Without what was not measured,
+            or came out as no number for an item.
         questions: scores by task.
     """
 
@@ -135,7 +132,7 @@ class Row(Named):
     n_skip_decode: int = 0
     online: bool = False
     speed: dict[str, Speed] = field(default_factory=dict)
-    text: dict[str, dict[str, dict[str, Figure]]] = field(default_factory=dict)
+    text: dict[str, dict[str, Figure]] = field(default_factory=dict)
     questions: dict[str, TaskScores] = field(default_factory=dict)
 
     @property
@@ -143,10 +140,8 @@ class Row(Named):
         """The measured speed-up that its quality is read against; None if it was not timed."""
         return self.speed[SPEEDS[self.mode]].speedup if self.mode and self.speed else None
 
-    def figure(self, name: str, *, mode: str | None = None, kind: str = "all") -> Figure | None:
-        """A figure of text in a mode, its own if None: of prompts in mode ``prefill``, else of decoded tokens."""
-        prompts = (mode or self.mode) == "prefill" and name != "rouge_l"
-        return self.text.get("prompt" if prompts else "continuation", {}).get(kind, {}).get(name)
+    def figure(self, name: str, kind: str = "all") -> Figure | None:
+        return self.text.get(kind, {}).get(name)
 
     def score(self, task: str) -> Figure | None:
         return self.questions[task].score if task in self.questions else None
@@ -183,7 +178,7 @@ class Results:
     about: About
     contenders: tuple[Row, ...]
     format: str = "adaskip-evaluation"
-    version: int = 2
+    version: int = 3
 
     def to_json(self) -> str:
         """Return the content of ``results.json``; what is no number is null."""

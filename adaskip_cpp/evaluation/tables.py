@@ -15,13 +15,10 @@ from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, TAILS, Figure, Results, Ro
 _MOST_QUESTION_COLUMNS = 3
 
 _MODE_TEXT = {
-    "prompt": "Only the bulk of a prompt skips, where nobody reads. Loss, KL divergence and agreement are of the "
-    "tokens behind it.",
-    "prefill": "The same sublayers are skipped in both phases. Loss, KL divergence and agreement are of prompts.",
-    "decode": "The full model reads the prompt; the plan and its online stage work on the tokens behind it. Loss, KL "
-    "divergence and agreement are of those.",
-    "e2e": "The plan works in both phases, and its online stage on the tokens behind the prompt. Loss, KL divergence "
-    "and agreement are of those.",
+    "prompt": "Only the bulk of a prompt skips, where nobody reads.",
+    "prefill": "The same sublayers are skipped in the prompt and in the answer.",
+    "decode": "The full model reads the prompt; the plan and its online stage work on the answer.",
+    "e2e": "The plan works in the prompt and in the answer, and its online stage on the answer.",
 }
 
 _Columns: TypeAlias = Mapping[str, Callable[[Row], str]]
@@ -37,7 +34,6 @@ class Table:
     Attributes:
         text: what a reader must know, in a sentence or two.
         marks: per row, its :attr:`Row.look`.
-        folded: for those who want it; shown elsewhere in another form.
     """
 
     title: str
@@ -45,14 +41,11 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     marks: tuple[str, ...]
-    folded: bool = False
 
 
-def _table(
-    title: str, text: str, rows: Sequence[Row], columns: _Columns, *, several: bool = True, folded: bool = False
-) -> Table:
+def _table(title: str, text: str, rows: Sequence[Row], columns: _Columns, *, several: bool = True) -> Table:
     cells = tuple((row.label(several=several), *(say(row) for say in columns.values())) for row in rows)
-    return Table(title, text, ("contender", *columns), cells, tuple(row.look for row in rows), folded)
+    return Table(title, text, ("contender", *columns), cells, tuple(row.look for row in rows))
 
 
 def tables(results: Results) -> list[Table]:
@@ -97,23 +90,26 @@ def _mode_table(results: Results, mode: str) -> Table:
     columns: _Columns = {
         "skipped": _skipped,
         **{f"{name}, times as fast": partial(_speed, speed) for speed, name in SPEED_NAMES.items()},
-        "loss, nats": lambda row: _figure(row.figure("loss", mode=mode), 3),
+        "loss, nats": lambda row: _figure(row.figure("loss"), 3),
         "added loss": _of_plan("added_loss", 3, sign=True),
-        "perplexity": lambda row: _perplexity(row.figure("perplexity", mode=mode)),
+        "perplexity": lambda row: _perplexity(row.figure("perplexity")),
         "KL, nats": _of_plan("kl", 3),
         **{f"KL {percent:g}%, nats": _of_plan(f"kl_{percent:g}", 2) for percent in TAILS},
         "agreement, %": _of_plan("agreement", 1, scale=100),
         "Rouge-L": _of_plan("rouge_l", 3),
     }
-    n = next((loss.n for row in rows if (loss := row.figure("loss", mode=mode)) is not None), 0)
-    text = f"{_MODE_TEXT[mode]} By measured speed; {n} items, mean ± standard error over items."
-    if any(row.figure(f"kl_{TAILS[0]:g}", mode=mode) is not None for row in rows):
+    n = next((loss.n for row in rows if (loss := row.figure("loss")) is not None), 0)
+    text = (
+        f"{_MODE_TEXT[mode]} Loss, KL divergence and agreement are of tokens that follow a prompt. By measured speed; "
+        f"{n} items, mean ± standard error over items."
+    )
+    if any(row.figure(f"kl_{TAILS[0]:g}") is not None for row in rows):
         text += " KL 99% is the divergence that 99% of all tokens do not exceed."
     return _table(f"Mode {MODE_NAMES[mode]}", text, rows, columns, several=several)
 
 
 def _kind_tables(results: Results) -> list[Table]:
-    kinds = dict.fromkeys(kind for row in results.contenders for text in row.text.values() for kind in text)
+    kinds = dict.fromkeys(kind for row in results.contenders for kind in row.text)
     columns: _Columns = {kind: _of_plan("added_loss", 3, sign=True, kind=kind) for kind in kinds if kind != "all"}
     text = "Added loss against the full model in nats per token, mean ± standard error over items."
     rows = results.contenders[1:]
@@ -160,11 +156,11 @@ def _cell_table(results: Results, task: str) -> Table:
         for length, depth in row.cells(task)
     }
     text = "Scores in percent by the prompt's length in tokens, and by where in it the answer lies."
-    return _table(f"{task}, by length and depth", text, results.contenders, {**_MODE, **columns}, folded=True)
+    return _table(f"{task}, by length and depth", text, results.contenders, {**_MODE, **columns})
 
 
 def _of_plan(name: str, digits: int, *, full: str = "", kind: str = "all", **form: Any) -> Callable[[Row], str]:
-    return lambda row: full if row.mode is None else _figure(row.figure(name, kind=kind), digits, **form)
+    return lambda row: full if row.mode is None else _figure(row.figure(name, kind), digits, **form)
 
 
 def _skipped(row: Row) -> str:

@@ -5,10 +5,13 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from ..engine.generation import Generation
+from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..files import read_text
 from . import metrics
@@ -63,6 +66,17 @@ class QuestionItem:
         if self.first_line:
             prediction = metrics.first_line(prediction)
         return metrics.score(self.metric, prediction, self.answers, self.all_classes)
+
+
+def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, first_line: bool = False) -> str:
+    """Return a greedy continuation, up to the end of its first line of text if no more is looked at."""
+    text = ""
+    with closing(iter(Generation(llm, list(prompt), max_tokens=max_tokens))) as pieces:
+        for piece in pieces:
+            text += piece
+            if first_line and "\n" in text.lstrip("\n"):
+                break
+    return text
 
 
 class Asked(NamedTuple):
