@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from .engine.llama import AdaSkipLlama
 from .errors import ModelFileError
 from .measuring import corpus
 from .measuring.judge import Judge, Probe
-from .measuring.synthetic import finds_answer, synthetic_items
-from .measuring.tasks import python_sources
+from .measuring.synthetic import synthetic_items
+from .measuring.tasks import greedy_text, python_sources
 from .model.mode import MODES
 from .model.plan import SkipPlan
 from .planning.profile import Profile
@@ -52,12 +52,6 @@ _COMPARE_S = 36.0
 _MAX_ROUNDS = 7
 
 
-class OpenModel(Protocol):
-    """Opens the demo's model, a GGUF file with a chat template, for a context of so many tokens."""
-
-    def __call__(self, n_ctx: int) -> AdaSkipLlama: ...
-
-
 @dataclass
 class Side:
     """One contender; ``predicted`` is how many times as fast as the whole model it comes to the first token."""
@@ -80,15 +74,12 @@ class Side:
         return statistics.median(runs) if runs else None
 
     def to_dict(self) -> dict[str, Any]:
-        plan = None if self.plan is None else self.plan.to_dict()
-        fields = {name: value for name, value in vars(self).items() if name != "timings"}
-        timings = [asdict(timing) for timing in self.timings]
         return {
-            **fields,
-            "plan": plan,
+            **vars(self),
+            "plan": None if self.plan is None else self.plan.to_dict(),
             "first_token_s": self.first_token_s,
             "token_s": self.token_s,
-            "timings": timings,
+            "timings": [asdict(timing) for timing in self.timings],
         }
 
 
@@ -123,15 +114,16 @@ def packaged_model() -> str:
 
 
 def run(
-    open_model: OpenModel,
+    open_model: Callable[[int], AdaSkipLlama],
     request: PlanRequest,
     *,
     on_stage: Callable[[str], None],
     on_plans: Callable[[Profile, Mapping[str, Side]], None],
 ) -> DemoResult:
-    """Run the demo; ``on_stage`` is told what begins, and ``on_plans`` the contenders once they are known.
+    """Run the demo on a model with a chat template, which ``open_model`` opens for a context of so many tokens.
 
-    In mode ``"prompt"`` one of them is the paper's mode, of the same predicted time to the first token.
+    ``on_stage`` is told what begins, and ``on_plans`` the contenders once they are known. In mode ``"prompt"`` one of
+    them is the paper's mode, of the same predicted time to the first token.
     """
     with closing(open_model(N_LENGTH + N_ANSWER)) as llm:
         prompt = _prompt(llm)
@@ -140,23 +132,21 @@ def run(
         on_plans(profile, sides)
         _compare(llm, prompt, sides, on_stage)
 
-        texts = _texts(llm)
-        on_stage(f"Loss on {_N_JUDGED} tokens behind each of {len(texts)} prompts unseen in calibration")
-        judge = Judge(llm, [_probe(tokens) for tokens in texts])
-        sides[WHOLE].loss = float(np.concatenate(judge.whole_losses).mean())
+        judge = Judge(llm, _probes(llm))
+        on_stage(f"Loss on {_N_JUDGED} tokens behind each of {len(judge.probes)} prompts unseen in calibration")
+        whole = np.concatenate(judge.whole_losses)
         for side in sides.values():
-            if side.plan is not None:
-                added = np.concatenate([scores.loss for scores in judge(side.plan)]).mean()
-                side.loss = sides[WHOLE].loss + float(added)
+            side.loss = float(np.mean(whole + np.concatenate([scores.loss for scores in judge(side.plan)])))
         keys = synthetic_items(
             llm, corpus.text(()), tasks=("passkey",), lengths=(_KEY_LENGTH,), depths=_KEY_DEPTHS, n_per=1
         )
         on_stage(f"Looking for {len(keys)} pass keys hidden in {_KEY_LENGTH:,} tokens each")
         for side in sides.values():
             llm.set_plan(side.plan)
-            side.n_keys = sum(finds_answer(llm, key) for key in keys)
-        n_judged = sum(len(probe.answer) - 1 for probe in judge.probes)
-        return DemoResult(profile, sides, len(prompt), n_judged, len(keys), llm.n_threads)
+            for key in keys:
+                llm.reset()
+                side.n_keys += key.score(greedy_text(llm, key.prompt, key.max_tokens)) == 1.0
+        return DemoResult(profile, sides, len(prompt), len(whole), len(keys), llm.n_threads)
 
 
 def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None], *, judges: bool) -> Profile:
@@ -183,12 +173,12 @@ def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None], *, judges: bool) 
 
 
 def _contenders(profile: Profile, request: PlanRequest, n_prompt: int) -> dict[str, Side]:
-    assert profile.cost is not None
+    cost = profile.cost
+    assert cost is not None
 
     def side(wanted: PlanRequest) -> Side:
-        assert profile.cost is not None
         plan = make_plan(profile, wanted.at(n_prompt))
-        return Side(plan, profile.cost.speedup(plan, n_prompt, "prefill"))
+        return Side(plan, cost.speedup(plan, n_prompt, "prefill"))
 
     chosen = side(request)
     if not MODES[request.mode].in_bulk:
@@ -232,14 +222,11 @@ def _compare(llm: AdaSkipLlama, prompt: list[int], sides: Mapping[str, Side], on
         n += 1
 
 
-def _texts(llm: AdaSkipLlama) -> list[list[int]]:
+def _probes(llm: AdaSkipLlama) -> list[Probe]:
+    """Texts as prompts and, from where they are judged on, their answers."""
     pages, sources = corpus.held_out(), python_sources()
     texts = [pages[name] for name in _LOSS_PAGES if name in pages]
     texts += [sources[name] for name in _LOSS_SOURCES if name in sources]
-    return [corpus.cut(llm, text, 1, _N_READ + _N_JUDGED)[0] for text in texts]
-
-
-def _probe(tokens: list[int]) -> Probe:
-    """A text as a prompt and, from where it is judged on, its answer."""
-    n_prompt = max(len(tokens) - _N_JUDGED, 1)
-    return Probe("", "continuation", tuple(tokens), n_prompt, tuple(tokens[n_prompt:]))
+    cut = [tuple(corpus.cut(llm, text, 1, _N_READ + _N_JUDGED)[0]) for text in texts]
+    split = [max(len(tokens) - _N_JUDGED, 1) for tokens in cut]
+    return [Probe("", "continuation", tokens, n, tokens[n:]) for tokens, n in zip(cut, split, strict=True)]

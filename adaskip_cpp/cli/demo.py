@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..demo import N_ANSWER, PAPERS, SPEEDUP, WHOLE, DemoResult, Side, packaged_model, run
@@ -80,43 +80,33 @@ def _print_plans(out: Console, profile: Profile, sides: Mapping[str, Side]) -> N
 
 
 def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
-    sides, whole = result.sides, result.sides[WHOLE]
-    table = Table("", box=SIMPLE_HEAD, pad_edge=False)
-    for name in sides:
-        table.add_column(name, justify="right")
+    sides, whole = result.sides.values(), result.sides[WHOLE]
+    table = Table("", *(Column(name, justify="right") for name in result.sides), box=SIMPLE_HEAD, pad_edge=False)
 
-    def row(name: str, cells: Mapping[str, str]) -> None:
-        table.add_row(name, *cells.values())
+    def row(name: str, cell: Callable[[Side], str], against: Callable[[Side], str] | None = None) -> None:
+        cells = (
+            cell(side) + ("" if side is whole or against is None else f"\n[bold]{against(side)}[/]") for side in sides
+        )
+        table.add_row(name, *cells)
 
-    def times(ratio: float) -> str:
-        return f"\n[bold]{ratio:.2f} x as fast[/]"
-
-    faster = {
-        name: "" if side is whole else times(whole.first_token_s / side.first_token_s) for name, side in sides.items()
-    }
     row(
         f"first token, {result.n_prompt:,}-token prompt",
-        {name: f"{side.first_token_s:.2f} s{faster[name]}" for name, side in sides.items()},
+        lambda side: f"{side.first_token_s:.2f} s",
+        lambda side: f"{whole.first_token_s / side.first_token_s:.2f} x as fast",
     )
-    row(
-        "each token after it",
-        {name: "-" if side.token_s is None else f"{side.token_s * 1e3:.1f} ms" for name, side in sides.items()},
-    )
+    row("each token after it", lambda side: "-" if side.token_s is None else f"{side.token_s * 1e3:.1f} ms")
     row(
         f"loss on {result.n_judged:,} tokens\nbehind unseen prompts",
-        {
-            name: f"{side.loss:.3f} nats" + ("" if side is whole else f"\n[bold]{side.loss - whole.loss:+.3f} nats[/]")
-            for name, side in sides.items()
-        },
+        lambda side: f"{side.loss:.3f} nats",
+        lambda side: f"{side.loss - whole.loss:+.3f} nats",
     )
-    row("pass keys found", {name: f"{side.n_keys} of {result.n_keys}" for name, side in sides.items()})
+    row("pass keys found", lambda side: f"{side.n_keys} of {result.n_keys}")
     out.print(table)
 
-    answers = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
-    for name in sides:
-        answers.add_column(f"answer, {name}", ratio=1)
+    columns = (Column(f"answer, {name}", ratio=1) for name in result.sides)
+    answers = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, expand=True)
     # Without its line breaks: a list of short items would fill the screen.
-    answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in sides.values()))
+    answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in sides))
     out.print(answers)
     n, n_threads = len(whole.timings), result.n_threads
     out.print(

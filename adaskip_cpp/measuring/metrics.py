@@ -10,7 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 from ..errors import DataError, PackageMissingError
@@ -120,16 +120,17 @@ def choice(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> flo
 
 
 def continuation_rouge_l(reference: str, candidate: str) -> float:
-    """Return the F-measure of Rouge-L of a continuation against the full model's, by the package ``rouge-score``.
+    """Return the F-measure of Rouge-L of a continuation against the full model's, as the package ``rouge-score`` does.
 
-    Words are those of the package's own default, runs of ASCII letters and digits in lower case, unstemmed; any other
-    letter is a word by itself, where the package sees none. Equal texts score 1, also without words.
+    Words are those of that package, runs of ASCII letters and digits in lower case, unstemmed; any other letter is a
+    word by itself, where the package sees none. Equal texts score 1, also without words.
     """
-    words = SimpleNamespace(tokenize=lambda text: re.findall(r"[a-z0-9]+|[^\W_]", text.lower()))
-    scorer = _package("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=words)
+    subsequence = _package("rapidfuzz.distance.LCSseq")
+    first, second = (re.findall(r"[a-z0-9]+|[^\W_]", text.lower()) for text in (reference, candidate))
     if reference == candidate:
         return 1.0
-    return float(scorer.score(reference, candidate)["rougeL"].fmeasure)
+    n_same = subsequence.similarity(first, second)
+    return float(2 * n_same / (len(first) + len(second))) if n_same else 0.0
 
 
 METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {

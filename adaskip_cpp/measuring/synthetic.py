@@ -3,13 +3,11 @@
 import random
 import re
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 from typing import NamedTuple
 
-from ..engine.generation import Generation
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError, RequestError
 from .corpus import tokens_of
@@ -82,18 +80,6 @@ def synthetic_items(
             "use a larger context (--ctx) or shorter prompts"
         )
     return items
-
-
-def finds_answer(llm: AdaSkipLlama, item: QuestionItem) -> bool:
-    """Ask a model, greedily and on an empty cache, until its answer is wholly right or at its end."""
-    llm.reset()
-    text = ""
-    with closing(iter(Generation(llm, list(item.prompt), max_tokens=item.max_tokens))) as pieces:
-        for piece in pieces:
-            text += piece
-            if item.score(text) == 1.0:
-                return True
-    return False
 
 
 class _Puzzle(NamedTuple):
