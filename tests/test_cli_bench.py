@@ -20,8 +20,8 @@ from tiny_families import N_EMBD
 
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.benchmark import bench as bench_run
-from adaskip_cpp.benchmark import subject
-from adaskip_cpp.benchmark.bench import Bench, BenchResult, BenchSettings
+from adaskip_cpp.benchmark import measure
+from adaskip_cpp.benchmark.bench import Bench, BenchResult, BenchSettings, Configuration
 from adaskip_cpp.benchmark.plots import plot
 from adaskip_cpp.benchmark.process import Usage, Worker
 from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes
@@ -211,8 +211,8 @@ def test_layers_without_compensation_need_no_profile(tiny: Any) -> None:
 
 
 def test_without_a_profile_it_says_that_it_calibrates(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "N_TOKENS", 24)
-    monkeypatch.setattr(subject, "N_DECODE", 2)
+    monkeypatch.setattr(measure, "N_TOKENS", 24)
+    monkeypatch.setattr(measure, "N_DECODE", 2)
     result = run(tiny(), "--skip", "2", *QUICK)
     attention, ffn = skipped(plans(result)["adaskip 2"])
     assert len(attention) + len(ffn) == 2 and "No profile: calibrating on 6 requests of 24 tokens" in result.stderr
@@ -248,18 +248,18 @@ def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path, t
 def test_without_plans_stock_and_ours_are_compared_and_a_busy_machine_is_warned_of(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subject, "load_average", lambda: 2.5)
+    monkeypatch.setattr(measure, "load_average", lambda: 2.5)
     result = run(tiny(), *ONCE)
     assert result.exit_code == 0 and "Warning: the load average is 2.5" in result.stderr
     for words in ("Time to first token, prompt of 16 tokens, 1 round", "measured once", "stock", "no plan", "F16/F16"):
         assert words in result.stdout
     assert "ideal" not in result.stdout and "nan" not in result.stdout
-    monkeypatch.setattr(subject, "load_average", lambda: 0.05)
+    monkeypatch.setattr(measure, "load_average", lambda: 0.05)
     assert "Warning" not in run(tiny(), *QUICK).stderr
 
 
 def test_a_system_without_a_load_average_tells_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "load_average", lambda: None)
+    monkeypatch.setattr(measure, "load_average", lambda: None)
     result = run(tiny(), *ONCE)
     assert result.exit_code == 0 and "tokens decoded behind each prompt.\n" in result.stdout
     assert "load average" not in result.output
@@ -348,7 +348,7 @@ def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (1
     return result
 
 
-ABOUT = subject.Configuration(
+ABOUT = Configuration(
     model="tiny",
     file="m.gguf",
     architecture="llama",
@@ -393,7 +393,7 @@ def test_it_prints_ratios_the_ideal_memory_and_the_configuration() -> None:
 def test_it_draws_times_and_ratios_also_of_one_round_and_one_token(tmp_path: Path, target: str, stem: str) -> None:
     pytest.importorskip("matplotlib")
     result = known(1, 1, (8, 16))
-    plot(result.rows, result.times, f"{tmp_path}/{target}")
+    plot(result.rows, f"{tmp_path}/{target}")
     for name in (f"{stem}-times", f"{stem}-ratios"):
         assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()

@@ -8,7 +8,6 @@ and intervals would be too narrow.
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdaSkipError
-from ..measuring.timing import N_SETTLE, RequestTime, in_turn
+from ..measuring.timing import N_SETTLE, in_turn
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import SkipSet
 from ..progress import OnProgress
 from .process import Usage, Worker
-from .subject import Configuration
 from .table import KEPT, NO_PLAN, REST, STOCK, BenchTimes, Row, table
 
 _PAUSE_S = 0.03
@@ -32,6 +30,7 @@ _PAUSE_S = 0.03
 _N_WARM_UP = 512
 """Most tokens that a new process reads before it is timed: one ubatch touches the weights and what it computes in."""
 _IDEAL = "the ideal"
+"""Name of the process that runs what the ideals are made of."""
 
 _Skip: TypeAlias = "npt.NDArray[np.bool_]"
 _Parts: TypeAlias = dict[str, dict[Phase, tuple[str, str]]]
@@ -48,6 +47,25 @@ class BenchSettings:
     n_threads: int
     n_gpu_layers: int = -1
     flash_attention: bool = False
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The model that was measured, and with what; ``load_average`` was that before, None where none is kept."""
+
+    model: str
+    file: str
+    architecture: str
+    fingerprint: str
+    n_layer: int
+    file_bytes: int
+    quantisation: str
+    adaskip_cpp: str
+    llama_cpp_python: str
+    python: str
+    os: str
+    load_average: float | None
+    busy: bool
 
 
 @dataclass
@@ -106,8 +124,8 @@ class BenchResult:
 class Bench:
     """A benchmark that is about to run, of plans by the names of their contenders, with or without stock.
 
-    Tokens for the prompts are repeated where a context is longer. With ``skippable``, bool ``[n_layer, 2]``, the ideal
-    ratio of each plan is measured too; ``in_bulk`` is what can be skipped in the bulk of a prompt, if that is more.
+    Tokens for the prompts are repeated where a context is longer. With ``skippable``, what can be skipped everywhere
+    and what in the bulk of a prompt, each bool ``[n_layer, 2]``, the ideal ratio of each plan is measured too.
     """
 
     def __init__(
@@ -116,8 +134,7 @@ class Bench:
         plans: Mapping[str, SkipPlan],
         tokens: Sequence[int],
         *,
-        skippable: _Skip | None = None,
-        in_bulk: _Skip | None = None,
+        skippable: tuple[_Skip, _Skip] | None = None,
         stock: bool = True,
         on_progress: OnProgress = lambda fraction, words="": None,
     ) -> None:
@@ -130,63 +147,60 @@ class Bench:
             "n_gpu_layers": settings.n_gpu_layers,
             "flash_attn": settings.flash_attention,
         }
-        self._workers: dict[str, Worker] = {}
-        self._warm: dict[str, RequestTime] = {}
-        self._n_warm_up = min(settings.contexts[0], _N_WARM_UP)
-        self._start_s = 0.0  # what starting the last round's processes took
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
-        may = skippable, skippable if in_bulk is None else in_bulk
-        parts, ideal = ({}, {}) if may[0] is None or may[1] is None else _ideal(plans, may[0], may[1])
+        parts, ideal = ({}, {}) if skippable is None else _ideal(plans, *skippable)
         # Tokens that an online stage observes do not count, so that its choice is timed.
         windows = {name: plan.online.window for name, plan in plans.items() if plan.online is not None}
         settle = {name: window + N_SETTLE for name, window in windows.items() if window < settings.n_decode}
         # What takes its turn in a round. The contenders have processes of their own; the runs with a plan share one.
         self._runs: dict[str, SkipPlan | None] = {**dict.fromkeys(contenders), **ideal}
         self._tokens = list(itertools.islice(itertools.cycle(tokens), max(settings.contexts)))
+        self._n_read = 0
         self.result = BenchResult(settings, dict(plans), BenchTimes(contenders, parts=parts, settle=settle))
 
     def run(self) -> BenchResult:
-        """Run it to the end; Ctrl-C or the death of a contender end it too, and are raised before the first round."""
+        """Run it to the end; Ctrl-C or the death of a contender end it too, and are raised where nothing is known."""
         try:
             for n_round in range(self._settings.n_rounds):
                 with ExitStack() as stack:
-                    self._start(stack, n_round)
+                    workers = self._start(stack, n_round)
                     for context in self._settings.contexts:
                         for index in in_turn(len(self._runs), n_round):
-                            self._time([*self._runs][index], context, n_round)
+                            name = [*self._runs][index]
+                            self._time(workers[self._process(name)], name, context, n_round)
         except (KeyboardInterrupt, AdaSkipError) as error:
-            if not self._start_s:
+            if not self.result.rows:
                 raise
             self.result.ended_by = error
         return self.result
 
-    def _start(self, stack: ExitStack, n_round: int) -> None:
-        start = time.perf_counter()
+    def _start(self, stack: ExitStack, n_round: int) -> dict[str, Worker]:
+        workers: dict[str, Worker] = {}
         for name in dict.fromkeys(map(self._process, self._runs)):
             if n_round == 0:
                 self._on_progress(0.0, f"loading {name}")
-            worker = self._workers[name] = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
+            workers[name] = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
             ours = {"plan": self.result.plans[name]} if name in self.result.plans else {}
-            reply = worker.open(self._settings.model, {**self._options, **ours})
+            reply = workers[name].open(self._settings.model, {**self._options, **ours})
             if name == NO_PLAN:
                 self.result.machine = reply["settings"]
-        prompt = self._tokens[: self._n_warm_up]
+        prompt = self._tokens[: min(self._settings.contexts[0], _N_WARM_UP)]
         for name, plan in self._runs.items():
-            worker = self._workers[self._process(name)]
-            if n_round > 0:
-                worker.time(prompt, N_SETTLE, plan)
-                continue
-            self._on_progress(0.0, f"warming up: {name}")
-            worker.time(prompt, 0, plan)
-            self.result.nodes_prefill[name] = worker.usage.nodes
-            self._warm[name] = worker.time(prompt, self._settings.n_decode, plan)
-        self._start_s = time.perf_counter() - start
+            worker = workers[self._process(name)]
+            if n_round == 0:
+                self._on_progress(0.0, f"warming up: {name}")
+                worker.time(prompt, 0, plan)
+                self.result.nodes_prefill[name] = worker.usage.nodes
+            worker.time(prompt, N_SETTLE, plan)
+        return workers
 
-    def _time(self, name: str, context: int, n_round: int) -> None:
-        self._tell(name, context, n_round)
+    def _time(self, worker: Worker, name: str, context: int, n_round: int) -> None:
+        n_rounds, plan = self._settings.n_rounds, self._runs[name]
+        share = self._n_read / (n_rounds * len(self._runs) * sum(self._settings.contexts))
+        self._on_progress(share, f"round {n_round + 1} of {n_rounds}, {context:,} tokens: {name}")
         time.sleep(_PAUSE_S)
-        worker, plan = self._workers[self._process(name)], self._runs[name]
         result = worker.time(self._tokens[:context], self._settings.n_decode, plan)
+        self._n_read += context
         self.result.times.times.setdefault((name, context), []).append(result)
         if plan is None:
             self.result.usage[name] = worker.usage
@@ -194,55 +208,26 @@ class Bench:
     def _process(self, name: str) -> str:
         return name if self._runs[name] is None else _IDEAL
 
-    def _tell(self, name: str, context: int, n_round: int) -> None:
-        times, n_rounds = self.result.times.times, self._settings.n_rounds
-        done, total = (n_round + 1) * self._start_s, n_rounds * self._start_s
-        for key in itertools.product(self._runs, self._settings.contexts):
-            expected = self._expected(*key) + _PAUSE_S
-            done += len(times.get(key, ())) * expected
-            total += n_rounds * expected
-        self._on_progress(done / total, f"round {n_round + 1} of {n_rounds}, {context:,} tokens: {name}")
-
-    def _expected(self, name: str, context: int) -> float:
-        """Seconds of a run: as those before it, or as others at this context took against what was expected of them.
-
-        That is a warm-up's prompt times the context, which is too short where attention takes most of the time.
-        """
-        times = self.result.times.times.items()
-        known = {run: statistics.median(map(_total_s, runs)) for (run, n), runs in times if n == context}
-        if name in known:
-            return known[name]
-        warm = {run: _total_s(each, context / self._n_warm_up) for run, each in self._warm.items()}
-        return warm[name] * statistics.median([known[run] / warm[run] for run in known] or [1.0])
-
-
-def _total_s(run: RequestTime, times_prompt: float = 1.0) -> float:
-    return run.first_token_s * times_prompt + sum(run.token_s)
-
 
 def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip, in_bulk: _Skip) -> tuple[_Parts, dict[str, SkipPlan]]:
     """Return what runs tell the ideal of each plan, and the plans of these runs, by their names."""
     names: dict[SkipPlan, str] = {}
 
-    def pair(skip: _Skip, name: str) -> tuple[str, str]:
-        alone, rest = _skipping(skippable & ~skip), _skipping(skippable)
-        return names.setdefault(alone, f"only what {name!r} skips"), names.setdefault(rest, REST)
-
-    def pair_in_bulk(bulk: Bulk, name: str) -> tuple[str, str]:
-        # Plans that are cut otherwise have a run of their own to be compared with.
-        rest = f"{KEPT}, for {name!r}" if KEPT in names.values() else KEPT
-        alone = names.setdefault(_skipping(in_bulk & ~bulk.skip.skip, bulk), f"only what {name!r} skips in the bulk")
-        return alone, names.setdefault(_skipping(in_bulk, bulk), rest)
+    def pair(may: _Skip, skip: _Skip, name: str, rest: str, bulk: Bulk | None = None) -> tuple[str, str]:
+        alone = names.setdefault(_skipping(may & ~skip, bulk), f"only what {name!r} skips")
+        return alone, names.setdefault(_skipping(may, bulk), rest)
 
     parts: _Parts = {}
     for name, plan in plans.items():
         own: dict[Phase, tuple[str, str]] = {}
         if plan.bulk is None and plan.prefill.n_skip:
-            own["prefill"] = pair(plan.prefill.skip, name)
+            own["prefill"] = pair(skippable, plan.prefill.skip, name, REST)
         elif plan.bulk and plan.bulk.skip.n_skip and not (plan.prefill.n_skip or plan.bulk.windowed):
-            own["prefill"] = pair_in_bulk(plan.bulk, name)
+            # Plans that are cut otherwise have a run of their own to be compared with.
+            rest = f"{KEPT}, for {name!r}" if KEPT in names.values() else KEPT
+            own["prefill"] = pair(in_bulk, plan.bulk.skip.skip, f"{name} in the bulk", rest, plan.bulk)
         if plan.decode.n_skip and not plan.schedule and plan.online is None:  # else the set changes within a request
-            own["decode"] = pair(plan.decode.skip, f"{name} in decode" if own else name)
+            own["decode"] = pair(skippable, plan.decode.skip, f"{name} in decode" if own else name, REST)
         if own:
             parts[name] = own
     return parts, {name: plan for plan, name in names.items()}

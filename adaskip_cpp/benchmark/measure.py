@@ -1,11 +1,21 @@
 """Measures how fast a model is with and without plans: the function :func:`adaskip_cpp.bench`."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from importlib import metadata
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
+from ..calibration.calibrate import calibrate
+from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
-from ..measuring.cores import physical_cores
+from ..errors import DataError
+from ..measuring import corpus
+from ..measuring.cores import is_busy, load_average, physical_cores
 from ..measuring.running import Running, open_quietly
 from ..model.frontier import Frontier
 from ..model.identity import check_gguf
@@ -14,8 +24,13 @@ from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from ..progress import OnProgress
-from . import subject
-from .bench import Bench, BenchResult, BenchSettings
+from .bench import Bench, BenchResult, BenchSettings, Configuration
+
+_DEFAULT_CONTEXTS = (512, 2048, 8192)
+N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
+"""Of a brief calibration: enough for a plan to be timed, not for one to be used."""
+
+_Skip: TypeAlias = "npt.NDArray[np.bool_]"
 
 
 def bench(
@@ -48,7 +63,7 @@ def bench(
         stock: whether stock llama-cpp-python is a contender.
         ideal: whether the skipped sublayers are timed by themselves.
         running: threads and devices, the same for all contenders.
-        on_progress: takes the share of the expected time that has passed, 0 to 1, and what runs now.
+        on_progress: takes the share of the prompts' tokens that were read, 0 to 1, and what runs now.
         tell: takes sentences for the user: shorter prompts, a calibration, a busy machine.
 
     Returns:
@@ -61,21 +76,21 @@ def bench(
     model, plans, running = os.fspath(model), plans or {}, running or Running()
     requests = [each for each in plans.values() if isinstance(each, PlanRequest)]
     predicts = any(each.speedup is not None for each in requests)
-    calibrates = profile is None and any(map(subject.learns, requests))
+    calibrates = profile is None and any(map(learns, requests))
     check_gguf(model)
-    n_ctx = max([subject.N_TOKENS + subject.N_DECODE, *((contexts or (2048,)) if calibrates and predicts else ())])
+    n_ctx = max([N_TOKENS + N_DECODE, *((contexts or (2048,)) if calibrates and predicts else ())])
     with closing(open_quietly(model, n_ctx, running)) as llm:
         if profile is not None:
             profile.model.check(llm.model_info, "the profile", model)
-        about = subject.configuration(llm)
-        fitting, note = subject.fit_contexts(contexts, llm.n_ctx_train, n_decode)
+        about = _configuration(llm)
+        fitting, note = fit_contexts(contexts, llm.n_ctx_train, n_decode)
         if note:
             tell(note)
         if calibrates:
             timing = ", and timing the sublayers" if predicts else ""
-            size = f"{subject.N_REQUESTS} requests of {subject.N_TOKENS} tokens"
+            size = f"{N_REQUESTS} requests of {N_TOKENS} tokens"
             tell(f"No profile: calibrating on {size}{timing}.")
-            profile = subject.brief_profile(llm, cost=predicts)
+            profile = calibrate(llm, corpus.requests(llm, N_REQUESTS, N_TOKENS), n_decode=N_DECODE, cost=predicts)
         source, longest = profile or llm.n_layer, fitting[-1]
         made: dict[str, SkipPlan] = {}
         for name, each in plans.items():
@@ -87,7 +102,7 @@ def bench(
                 tell(f"No plan of {name!r} keeps the default promise for {longest:,} tokens: it is left out.")
         if predicts and profile and profile.cost and (note := profile.cost.settings.note(cost_settings(llm))):
             tell(note)
-        tokens, skippable, in_bulk = subject.material(llm, made.values(), longest)
+        tokens, skippable = _material(llm, made.values(), longest)
     if about.busy:
         tell(
             f"Warning: the load average is {about.load_average}; unless that comes from what you ran just before, "
@@ -102,14 +117,70 @@ def bench(
         running.gpu_layers,
         bool(running.flash_attn),
     )
-    run = Bench(
-        settings,
-        made,
-        tokens,
-        skippable=skippable if ideal else None,
-        in_bulk=in_bulk,
-        stock=stock,
-        on_progress=on_progress,
-    )
+    may = skippable if ideal else None
+    run = Bench(settings, made, tokens, skippable=may, stock=stock, on_progress=on_progress)
     run.result.about = about
     return run.run()
+
+
+def learns(request: PlanRequest) -> bool:
+    """Whether a request needs a profile; lists of layers without compensation need the number of layers only."""
+    return request.strategy != "manual" or request.compensation != "none"
+
+
+def _configuration(llm: AdaSkipLlama) -> Configuration:
+    from gguf import LlamaFileType
+
+    try:
+        file_type = LlamaFileType(int(llm.metadata.get("general.file_type", "")))
+        quantisation = file_type.name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        quantisation = "unknown"
+    load = load_average()
+    file = os.path.basename(llm.model_path)
+    return Configuration(
+        model=llm.metadata.get("general.name") or file,
+        file=file,
+        architecture=llm.model_info.architecture,
+        fingerprint=llm.model_info.fingerprint,
+        n_layer=llm.n_layer,
+        file_bytes=os.path.getsize(llm.model_path),
+        quantisation=quantisation,
+        adaskip_cpp=metadata.version("adaskip-cpp"),
+        llama_cpp_python=metadata.version("llama-cpp-python"),
+        python=platform.python_version(),
+        os=f"{platform.system()} {platform.release()}",
+        load_average=None if load is None else round(load, 2),
+        busy=is_busy(load),
+    )
+
+
+def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -> tuple[tuple[int, ...], str]:
+    """Return the contexts to measure, ascending, and a line that says what was changed, "" if nothing."""
+    wanted = sorted(set(_DEFAULT_CONTEXTS if asked is None else asked))
+    limit = n_ctx_train - n_decode if n_ctx_train else wanted[-1]
+    if wanted[0] < 1 or limit < 1:
+        raise DataError(
+            f"no prompt of {wanted[0]} tokens with {n_decode} decoded behind it fits into the model's context of "
+            f"{n_ctx_train:,}; use --contexts of 1 or more and fewer --decode-tokens"
+        )
+    if asked is not None and n_ctx_train and wanted[-1] > n_ctx_train:
+        raise DataError(
+            f"a context of {wanted[-1]:,} tokens is beyond the model's {n_ctx_train:,}; use smaller --contexts"
+        )
+    fitting = sorted({min(context, limit) for context in wanted})
+    listed = ", ".join(f"{context:,}" for context in fitting)
+    note = f"Contexts are {listed}: the model's {n_ctx_train:,} tokens also hold the {n_decode} that are decoded."
+    return tuple(fitting), "" if fitting == wanted else note
+
+
+def _material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], tuple[_Skip, _Skip]]:
+    """Return text for prompts, and which sublayers can be skipped, everywhere and in the bulk; refuse others' plans.
+
+    The latter two are bool ``[n_layer, 2]``.
+    """
+    for plan in plans:
+        llm.set_plan(plan)
+    tokens = corpus.cut(llm, corpus.text(()), 1, max(n_tokens, 2))[0]
+    may = np.array([(sublayer.skippable, sublayer.in_bulk) for sublayer in llm.sublayers])
+    return tokens, (may[:, 0].reshape(-1, 2), may[:, 1].reshape(-1, 2))

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..model.plan import TIMED
 from ..pictures import plots
-from .table import NO_PLAN, STOCK, BenchTimes, Row
+from .table import NO_PLAN, STOCK, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 TITLES = {"prefill": "Time to first token", "decode": "Time per token"}
 
 
-def plot(rows: Sequence[Row], times: BenchTimes, target: str) -> list[Path]:
+def plot(rows: Sequence[Row], target: str) -> list[Path]:
     """Draw times and ratios as PNG and SVG into a folder, or where a path's last part begins their names."""
     folder, stem = os.path.split(target)
     if not stem or os.path.isdir(target):
         folder, stem = target, "bench"
     stem = stem.removesuffix(".png").removesuffix(".svg")
-    written = plots.save(_draw_times(rows, times), folder or ".", f"{stem}-times")
+    written = plots.save(_draw_times(rows), folder or ".", f"{stem}-times")
     if any(row.against for row in rows):
-        written += plots.save(_draw_ratios(rows, times), folder or ".", f"{stem}-ratios")
+        written += plots.save(_draw_ratios(rows), folder or ".", f"{stem}-ratios")
     return written
 
 
-def _draw_times(rows: Sequence[Row], times: BenchTimes) -> "Figure":
+def _draw_times(rows: Sequence[Row]) -> "Figure":
     fig, axes = plots.panels(1, 2, height_in=3.2)
     contexts = sorted({row.context for row in rows})
     for axis, phase, unit, scale in zip(axes, TIMED, ("seconds", "milliseconds"), (1, 1e3), strict=True):
-        for index, name in enumerate(times.contenders):
+        for index, name in enumerate(_contenders(rows)):
             own = [row for row in rows if row.phase == phase and row.contender == name]
             low, middle, high = scale * np.array([(row.low_s, row.median_s, row.high_s) for row in own]).T
             spread = [middle - low, high - middle]
@@ -47,11 +47,12 @@ def _draw_times(rows: Sequence[Row], times: BenchTimes) -> "Figure":
     return _finished(fig, axes)
 
 
-def _draw_ratios(rows: Sequence[Row], times: BenchTimes) -> "Figure":
-    reference = STOCK if STOCK in times.contenders else NO_PLAN
+def _draw_ratios(rows: Sequence[Row]) -> "Figure":
+    contenders = _contenders(rows)
+    reference = STOCK if STOCK in contenders else NO_PLAN
     fig, axes = plots.panels(1, 2, height_in=3.2, sharey=True)
     contexts = sorted({row.context for row in rows})
-    names = [name for name in times.contenders if name != reference]
+    names = [name for name in contenders if name != reference]
     for axis, phase in zip(axes, TIMED, strict=True):
         axis.axhline(1.0, color=plots.INK, linewidth=0.8)
         ideal: list[tuple[float, float]] = []
@@ -60,7 +61,7 @@ def _draw_ratios(rows: Sequence[Row], times: BenchTimes) -> "Figure":
             x = [contexts.index(row.context) + 0.7 * ((index + 0.5) / len(names) - 0.5) for row in own]
             against = [row.against[reference] for row in own]
             ends = [[max(i.value - i.low, 0) for i in against], [max(i.high - i.value, 0) for i in against]]
-            look = plots.other(times.contenders.index(name))
+            look = plots.other(contenders.index(name))
             axis.errorbar(x, [i.value for i in against], yerr=ends, label=name, capsize=2.5, **look.points)
             ideal += [(place, row.ideal.value) for place, row in zip(x, own, strict=True) if row.ideal is not None]
         if ideal:
@@ -70,6 +71,10 @@ def _draw_ratios(rows: Sequence[Row], times: BenchTimes) -> "Figure":
         axis.set_xlim(-0.6, len(contexts) - 0.4)
     axes[0].set_ylabel(f"times as fast as {reference}")
     return _finished(fig, axes)
+
+
+def _contenders(rows: Sequence[Row]) -> list[str]:
+    return [*dict.fromkeys(row.contender for row in rows)]
 
 
 def _finished(fig: "Figure", axes: "Sequence[Axes]") -> "Figure":

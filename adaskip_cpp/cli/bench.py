@@ -1,12 +1,13 @@
 """``adaskip-cpp bench``: how fast a model is with and without plans, against stock llama-cpp-python."""
 
 import os
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import click
 
-from ..benchmark import measure, subject
+from ..benchmark import measure
 from ..benchmark.plots import plot
 from ..files import check_output, json_text
 from ..measuring.running import Running
@@ -112,13 +113,13 @@ def bench(
             check_output(plot_to, "--plot")
     err = console(stderr=True)
     requests = _requests(choice)
-    if profile is None and any(map(subject.learns, requests)) and os.path.exists(profile_path(model)):
+    if profile is None and any(map(measure.learns, requests)) and os.path.exists(profile_path(model)):
         profile = profile_path(model)
         err.print(f"The profile is {profile}.")
     source = None if profile is None else load_profile(model, profile)
     if source is not None and not requests and not tuned:
         requests = _requests({**choice, "skip": (DEFAULT_N_SKIP,)})
-    plans: dict[str, SkipPlan | PlanRequest | Frontier] = {**subject.by_name(requests)}
+    plans: dict[str, SkipPlan | PlanRequest | Frontier] = {**_by_name(requests)}
     if tuned and (tuned_plan := (found := plan_beside(model)).frontier or found.plan) is not None:
         plans = {"tuned": tuned_plan, **plans}
     with told_progress("Measuring", still=True, late=True) as on_progress:
@@ -140,7 +141,7 @@ def bench(
     else:
         print_report(console(), result)
     if plot_to is not None and result.rows:
-        for path in plot(result.rows, result.times, plot_to):
+        for path in plot(result.rows, plot_to):
             err.print(f"Drawn: {path}", style="dim", soft_wrap=True)
     if result.ended_by is not None:
         raise result.ended_by
@@ -155,3 +156,12 @@ def _requests(choice: dict[str, Any]) -> list[PlanRequest]:
     lists += choice["both"]
     wanted += [{"strategy": "manual", "attention": first, "ffn": second} for first, second in lists]
     return [PlanRequest(mode=choice["mode"], compensation=choice["compensation"], **each) for each in wanted]
+
+
+def _by_name(requests: Iterable[PlanRequest]) -> dict[str, PlanRequest]:
+    """Return requests by their names in tables, numbered where two have one name."""
+    named: dict[str, PlanRequest] = {}
+    for request in requests:
+        n = sum(name.partition(" (")[0] == request.name for name in named)
+        named[f"{request.name} ({n + 1})" if n else request.name] = request
+    return named

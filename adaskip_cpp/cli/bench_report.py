@@ -20,8 +20,6 @@ def print_report(out: Console, result: BenchResult) -> None:
     rows = result.rows
     if not out.is_terminal:
         out.width = max(out.width, 100)
-    if not rows:
-        out.print("No round was complete; nothing is known.")
     for _, of_phase in itertools.groupby(rows, lambda row: (row.phase, row.context)):
         _print_phase(out, [*of_phase])
     if result.usage:
