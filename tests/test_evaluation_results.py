@@ -133,7 +133,7 @@ def test_tails_are_quantiles_over_the_tokens_of_all_items() -> None:
     figures = row(found, "early_exit")["text"]["all"]
     assert figures["kl_99"] == {"mean": pytest.approx(0.99), "error": None, "n": 1001}
     assert figures["kl_99.9"]["mean"] == pytest.approx(0.999)
-    table = next(each for each in tables(found) if each.title == "Mode end-to-end")
+    table = next(each for each in tables(found) if each.title == "Mode e2e")
     cells = dict(zip(table.header, table.rows[1], strict=True))
     assert (cells["KL 99%, nats"], cells["KL 99.9%, nats"]) == ("0.99", "1.00")
 
@@ -256,7 +256,7 @@ def test_a_modes_table_begins_with_the_full_model_and_says_what_its_figures_are_
     assert "in the prompt and in the answer" in table.text and "3 items" in table.text
     assert table.rows[0][0] == "full model"
     line = dict(zip(table.header, table.rows[1], strict=True))
-    assert line["contender"] == "AdaSkip, 1"
+    assert line["contender"] == "AdaSkip affine, 1"
     assert line["skipped"] == "1"
     assert line["first token, times as fast"] == "0.50 (0.50–0.50)"
     assert line["loss, nats"] == "2.500 ± 0.608"
@@ -266,8 +266,8 @@ def test_a_modes_table_begins_with_the_full_model_and_says_what_its_figures_are_
 
 
 def test_modes_without_a_contender_have_no_table(some: Results) -> None:
-    assert [table.title for table in tables(some)] == ["Mode prefill", "Mode end-to-end"]
-    assert [table.title for table in summary(some)] == ["mode prefill", "mode end-to-end"]
+    assert [table.title for table in tables(some)] == ["Mode prefill", "Mode e2e"]
+    assert [table.title for table in summary(some)] == ["mode prefill", "mode e2e"]
 
 
 def questions(*tasks: str) -> Results:
@@ -308,7 +308,7 @@ def test_markdown_has_a_line_per_contender(some: Results) -> None:
 
 def test_the_headline_says_speed_and_loss_of_the_best_strategy_of_each_mode(some: Results) -> None:
     assert some.headline[0] == (
-        "Prefill: AdaSkip (affine) makes the first token 0.50 times as fast and adds 0.50 nats of loss per token."
+        "Mode prefill: AdaSkip affine makes the first token 0.50 times as fast and adds 0.50 nats of loss per token."
     )
     assert len(some.headline) == 2
 
@@ -337,9 +337,8 @@ def named(strategy: str, budget: str, compensation: str) -> Row:
 
 
 def test_a_contender_is_named_by_strategy_budget_and_compensation() -> None:
-    assert named("adaskip", "1.2x", "paper").label() == "AdaSkip paper, 1.2 x asked"
-    assert named("adaskip", "12", "paper").label(several=False) == "AdaSkip, 12"
-    assert named("early_exit", "6", "none").label() == "Early Exit, 6"
+    assert named("adaskip", "1.2x", "paper").label == "AdaSkip paper, 1.2 x asked"
+    assert named("early_exit", "6", "none").label == "Early Exit, 6"
 
 
 def test_compensations_that_are_compared_look_different() -> None:

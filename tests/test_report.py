@@ -114,7 +114,7 @@ def test_tables_say_what_results_say(results: Results) -> None:
     assert "1.25 (1.20–1.30)" in page.text
     assert "+0.500 ± 0.100" in page.text
     assert "Early Exit, 12" in page.text
-    assert "AdaSkip (affine) makes the first token 1.25 times as fast" in page.text
+    assert "AdaSkip affine makes the first token 1.25 times as fast" in page.text
 
 
 def test_results_that_are_not_finished_say_so(results: Results) -> None:

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-import llama_cpp
-
 from ..engine.generation import Timing
 from ..engine.llama import AdaSkipLlama
 from ..model.cost_model import CostModel
@@ -15,19 +13,11 @@ PHASE_WORDS: dict[Phase, str] = {"bulk": "the bulk of a prompt", "prefill": "pre
 
 
 def kv_line(llm: AdaSkipLlama) -> str:
-    """How much KV memory a model has, and how much less that is than without a plan."""
+    """How much KV memory a model has, and how many layers have none."""
     n_elided = len(llm.elided_kv)
-    line = f"KV:      {megabytes(llm.kv_bytes)}"
-    if n_elided == 0:
-        return line
-    without = f"none for {n_elided} layer{'s' if n_elided > 1 else ''}"
-    heads = llm.metadata.get(f"{llm.model_info.architecture}.attention.head_count_kv", "1")
-    # With a sliding window, a recurrent state or heads that differ by layer, the layers' shares are not equal.
-    if llama_cpp.llama_model_n_swa(llm.model) or llm.has_state or not heads.isdigit() or n_elided == llm.n_layer:
-        return f"{line}, {without}"
-    full = llm.kv_bytes // (llm.n_layer - n_elided) * llm.n_layer
-    saved = full - llm.kv_bytes
-    return f"{line} of {megabytes(full)}, {without}: {megabytes(saved)} ({saved / full:.0%}) saved"
+    return f"KV:      {megabytes(llm.kv_bytes)}" + (
+        f", none for {n_elided} of {llm.n_layer} layers" if n_elided else ""
+    )
 
 
 def megabytes(n_bytes: float) -> str:

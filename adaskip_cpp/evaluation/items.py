@@ -206,9 +206,9 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
     texts: list[TextItem] = []
     questions: list[QuestionItem] = []
     if options.n_texts:
-        n = {"n_items": options.n_texts, "n_tokens": options.n_tokens or _TOKENS}
+        size = {"n_items": options.n_texts, "n_tokens": options.n_tokens or _TOKENS}
         for name, sources in kinds.items():
-            texts += text_items(llm, sources, **n, task=name, drop_short=name != "text")
+            texts += text_items(llm, sources, **size, task=name, drop_short=name != "text")
         words["Text"] = (
             f"{options.n_texts} items of {options.n_tokens} tokens of {' and as many of '.join(named)}; the last "
             f"{options.n_continuation} are judged"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..intervals import Interval
 from ..model.mode import MODES
 from ..pictures import plots
-from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, Figure, Results, Row
+from .results import SPEED_NAMES, SPEEDS, Figure, Results, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,9 +71,9 @@ def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality, *
         axes.axvline(1.0, color=plots.GRID, linewidth=0.8)
         whole = axes.plot([1.0], [quality.full], **plots.STRATEGY["full"].points, zorder=4)
         handles.setdefault("full model", whole[0])
-        for series in dict.fromkeys(point.row.series(", {}") for point in points):
-            handles.setdefault(series, _draw(axes, [each for each in points if each.row.series(", {}") == series]))
-        plots.title(axes, MODE_NAMES[mode])
+        for series in dict.fromkeys(point.row.series for point in points):
+            handles.setdefault(series, _draw(axes, [each for each in points if each.row.series == series]))
+        plots.title(axes, mode)
         axes.set_xlabel(f"{SPEED_NAMES[SPEEDS[mode]]}, times as fast")
     qualities = [point.quality.mean for points in panels.values() for point in points]
     if symlog:

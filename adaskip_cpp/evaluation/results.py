@@ -16,7 +16,6 @@ TAILS = (99, 99.9)
 """Percent of the tokens that have at most this divergence from the full model, as llama-perplexity tells them."""
 
 SPEED_NAMES = {"first_token": "first token", "per_token": "later tokens", "request": "whole request"}
-MODE_NAMES = {"prompt": "prompt", "prefill": "prefill", "decode": "decode", "e2e": "end-to-end"}
 _STRATEGY_NAMES = {
     "full": "full model",
     "adaskip": "AdaSkip",
@@ -89,22 +88,19 @@ class Named:
     compensation: str
 
     @property
-    def mode_name(self) -> str:
-        return MODE_NAMES.get(self.mode or "", "")
+    def series(self) -> str:
+        """Name it for people without its budget, ``AdaSkip affine``."""
+        name = _STRATEGY_NAMES.get(self.strategy, self.strategy)
+        return name if self.compensation == "none" else f"{name} {self.compensation}"
 
-    def label(self, *, several: bool = True) -> str:
-        """Name it for people, ``AdaSkip affine, 1.2 x asked``; without its compensation unless there are several."""
-        if self.strategy in ("full", "tuned"):
-            return _STRATEGY_NAMES[self.strategy]
+    @property
+    def label(self) -> str:
+        """Name it for people, ``AdaSkip affine, 1.2 x asked``."""
         if self.strategy == "promise":
             return self.name
-        asked = f"{self.budget[:-1]} x asked" if self.budget.endswith("x") else self.budget
-        return f"{self.series(' {}' if several else '')}, {asked}"
-
-    def series(self, says: str) -> str:
-        """Name it without its budget; ``says`` is the form of the compensation, as ``", {}"``."""
-        name = _STRATEGY_NAMES.get(self.strategy, self.strategy)
-        return name + (says.format(self.compensation) if self.compensation != "none" else "")
+        if self.strategy in ("full", "tuned"):
+            return _STRATEGY_NAMES[self.strategy]
+        return f"{self.series}, {self.budget.replace('x', ' x asked')}"
 
     @property
     def look(self) -> str:
@@ -213,10 +209,10 @@ class Results:
         for row in self.of_mode(mode):
             loss, speed = row.figure("added_loss"), row.speedup
             if loss is not None and speed is not None:
-                series.setdefault(row.series(" ({})"), []).append((speed.value, loss.mean))
+                series.setdefault(row.series, []).append((speed.value, loss.mean))
         best = sorted(series, key=lambda name: min(loss for _, loss in series[name]))
         sentences = (
-            f"{MODE_NAMES[mode].capitalize()}: {{}} makes the {SPEED_NAMES[SPEEDS[mode]]} {{}} times as fast and adds "
+            f"Mode {mode}: {{}} makes the {SPEED_NAMES[SPEEDS[mode]]} {{}} times as fast and adds "
             "{} nats of loss per token.",
             "Next is {}: {} times, {} nats.",
         )

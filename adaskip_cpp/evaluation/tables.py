@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from statistics import fmean
 from typing import Any, TypeAlias
 
 from ..intervals import Interval
 from ..model.mode import MODES
-from .results import MODE_NAMES, SPEED_NAMES, SPEEDS, TAILS, Figure, Results, Row
+from .results import SPEED_NAMES, SPEEDS, TAILS, Figure, Results, Row
 
 _MOST_QUESTION_COLUMNS = 3
 
@@ -24,7 +23,7 @@ _MODE_TEXT = {
 _Columns: TypeAlias = Mapping[str, Callable[[Row], str]]
 """What a column says of a row, by its heading."""
 
-_MODE: _Columns = {"mode": attrgetter("mode_name")}
+_MODE: _Columns = {"mode": lambda row: row.mode or ""}
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Table:
     marks: tuple[str, ...]
 
 
-def _table(title: str, text: str, rows: Sequence[Row], columns: _Columns, *, several: bool = True) -> Table:
-    cells = tuple((row.label(several=several), *(say(row) for say in columns.values())) for row in rows)
+def _table(title: str, text: str, rows: Sequence[Row], columns: _Columns) -> Table:
+    cells = tuple((row.label, *(say(row) for say in columns.values())) for row in rows)
     return Table(title, text, ("contender", *columns), cells, tuple(row.look for row in rows))
 
 
@@ -69,7 +68,7 @@ def summary(results: Results) -> list[Table]:
             mine = [results.full, *mine]
             columns = {**columns, **_question_columns(results.tasks)}
         columns = {name: say for name, say in columns.items() if any(say(row) != "-" for row in mine)}
-        found.append(_table(f"mode {MODE_NAMES[mode]}", "", mine, columns))
+        found.append(_table(f"mode {mode}", "", mine, columns))
     return found
 
 
@@ -86,13 +85,12 @@ def _question_columns(tasks: Sequence[str]) -> _Columns:
 
 def _mode_table(results: Results, mode: str) -> Table:
     rows = [results.full, *results.of_mode(mode)]
-    several = len({row.compensation for row in rows if row.compensation != "none"}) > 1
     columns: _Columns = {
         "skipped": _skipped,
         **{f"{name}, times as fast": partial(_speed, speed) for speed, name in SPEED_NAMES.items()},
         "loss, nats": lambda row: _figure(row.figure("loss"), 3),
         "added loss": _of_plan("added_loss", 3, sign=True),
-        "perplexity": lambda row: _perplexity(row.figure("perplexity")),
+        "perplexity": lambda row: _figure(row.figure("perplexity"), 2),
         "KL, nats": _of_plan("kl", 3),
         **{f"KL {percent:g}%, nats": _of_plan(f"kl_{percent:g}", 2) for percent in TAILS},
         "agreement, %": _of_plan("agreement", 1, scale=100),
@@ -105,7 +103,7 @@ def _mode_table(results: Results, mode: str) -> Table:
     )
     if any(row.figure(f"kl_{TAILS[0]:g}") is not None for row in rows):
         text += " KL 99% is the divergence that 99% of all tokens do not exceed."
-    return _table(f"Mode {MODE_NAMES[mode]}", text, rows, columns, several=several)
+    return _table(f"Mode {mode}", text, rows, columns)
 
 
 def _kind_tables(results: Results) -> list[Table]:
@@ -186,14 +184,6 @@ def _figure(figure: Figure | None, digits: int, *, scale: float = 1.0, sign: boo
     if not error or math.isnan(spread):
         return text
     return f"{text} ± {spread:.{digits}f}" if spread < 1e5 else f"{text} ± {spread:.2g}"
-
-
-def _perplexity(figure: Figure | None) -> str:
-    """With fewer decimals the larger it is, as perplexities of bad plans are enormous."""
-    if figure is None or figure.mean < 1000:
-        return _figure(figure, 1 if figure is not None and figure.mean >= 100 else 2)
-    error = "" if math.isnan(figure.error) else f" ± {figure.error:,.0f}"
-    return f"{figure.mean:,.0f}{error}" if figure.mean < 1e6 else f"{figure.mean:.1e}"
 
 
 def _interval(interval: Interval | None) -> str:
