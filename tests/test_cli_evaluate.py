@@ -85,7 +85,7 @@ def test_the_folder_has_results_tables_report_and_pictures(run: Run, tmp_path: P
     assert names >= FILES
     assert {"quality.png", "quality.svg", "agreement.svg", "rouge-l.svg"} <= names
     assert not [name for name in names if name.endswith(".tmp")]
-    assert "mode prefill" in result.stdout and "report.html" in result.stdout
+    assert "Mode prefill" in result.stdout and "report.html" in result.stdout
     found = results()
     assert found["n_done"] == found["n_results"]
     assert [each["name"] for each in found["contenders"]] == [

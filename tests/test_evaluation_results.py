@@ -267,7 +267,7 @@ def test_a_modes_table_begins_with_the_full_model_and_says_what_its_figures_are_
 
 def test_modes_without_a_contender_have_no_table(some: Results) -> None:
     assert [table.title for table in tables(some)] == ["Mode prefill", "Mode e2e"]
-    assert [table.title for table in summary(some)] == ["mode prefill", "mode e2e"]
+    assert [table.title for table in summary(some)] == ["Mode prefill", "Mode e2e"]
 
 
 def questions(*tasks: str) -> Results:
@@ -280,24 +280,14 @@ def questions(*tasks: str) -> Results:
     return replace(found, contenders=rows)
 
 
-def test_a_summary_of_questions_alone_has_their_scores_and_no_empty_columns() -> None:
-    table = summary(questions("passkey", "copy"))[0]
-    assert (table.title, table.header[1:]) == ("mode prefill", ("passkey, %", "copy, %"))
-    assert table.rows[0] == ("full model", "100.0 ± 10.0", "100.0 ± 10.0")
-    assert table.rows[1][1:] == ("50.0 ± 10.0", "50.0 ± 10.0")
-
-
-def test_a_summary_says_nothing_of_the_full_model_but_its_scores(some: Results) -> None:
-    scores = tuple(replace(row, questions={"passkey": TaskScores(Figure(1.0, 0.1, 4))}) for row in some.contenders)
-    table = summary(replace(some, contenders=scores))[0]
-    assert table.header[2:] == ("added loss", "agreement, %", "passkey, %")
-    assert table.rows[0] == ("full model", "-", "-", "-", "100.0 ± 10.0")
-
-
-def test_a_summary_of_many_tasks_has_their_mean() -> None:
-    table = summary(questions("a", "b", "c", "d"))[0]
-    assert table.header[1:] == ("mean of 4 tasks, %",)
-    assert [cells[1] for cells in table.rows[:2]] == ["100.0", "50.0"]
+def test_a_summary_has_speed_loss_and_agreement_and_of_questions_the_scores(some: Results) -> None:
+    table = summary(some)[0]
+    assert table.header == ("contender", "first token, times as fast", "added loss", "agreement, %")
+    assert table.rows[0] == ("full model", "1", "", "")
+    assert table.rows[1][1:] == ("0.50 (0.50–0.50)", "+0.500 ± 0.058", "80.0 ± 5.8")
+    [table] = summary(questions("passkey", "copy"))
+    assert (table.title, table.header[3:]) == ("Questions", ("passkey (4)", "copy (4)"))
+    assert [row[3] for row in table.rows[:2]] == ["100.0 ± 10.0", "50.0 ± 10.0"]
 
 
 def test_markdown_has_a_line_per_contender(some: Results) -> None:

@@ -2,16 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from statistics import fmean
 from typing import Any, TypeAlias
 
 from ..intervals import Interval
 from ..model.mode import MODES
 from .results import SPEED_NAMES, SPEEDS, TAILS, Figure, Results, Row
-
-_MOST_QUESTION_COLUMNS = 3
 
 _MODE_TEXT = {
     "prompt": "Only the bulk of a prompt skips, where nobody reads.",
@@ -53,34 +50,20 @@ def tables(results: Results) -> list[Table]:
 
 
 def summary(results: Results) -> list[Table]:
-    """Return a short table for each mode, narrow enough for a terminal, without empty columns."""
+    """Return of the tables what a terminal has room for, without empty columns."""
     found = []
     for mode in MODES:
-        mine = results.of_mode(mode)
-        if not mine:
-            continue
-        columns: _Columns = {
-            f"{SPEED_NAMES[SPEEDS[mode]]}, x as fast": lambda row: _interval(row.speedup),
-            "added loss": _of_plan("added_loss", 3, full="-", sign=True),
-            "agreement, %": _of_plan("agreement", 1, full="-", scale=100),
-        }
-        if results.tasks:  # a score says little without that of the full model
-            mine = [results.full, *mine]
-            columns = {**columns, **_question_columns(results.tasks)}
-        columns = {name: say for name, say in columns.items() if any(say(row) != "-" for row in mine)}
-        found.append(_table(f"mode {mode}", "", mine, columns))
-    return found
-
-
-def _question_columns(tasks: Sequence[str]) -> _Columns:
-    if len(tasks) <= _MOST_QUESTION_COLUMNS:
-        return {f"{task}, %": partial(_score, task) for task in tasks}
-
-    def mean(row: Row) -> str:
-        known = [score.mean for task in tasks if (score := row.score(task)) is not None]
-        return f"{100 * fmean(known):.1f}" if len(known) == len(tasks) else "-"
-
-    return {f"mean of {len(tasks)} tasks, %": mean}
+        table = _mode_table(results, mode)
+        wanted = ("contender", f"{SPEED_NAMES[SPEEDS[mode]]}, times as fast", "added loss", "agreement, %")
+        columns = [
+            (name, cells)
+            for name, *cells in zip(table.header, *table.rows, strict=True)
+            if name in wanted and any(cell not in ("", "-") for cell in cells[1:])
+        ]
+        if len(columns) > 1:
+            names, rows = zip(*columns, strict=True)
+            found.append(replace(table, header=names, rows=tuple(zip(*rows, strict=True))))
+    return found + _question_tables(results)[:1]
 
 
 def _mode_table(results: Results, mode: str) -> Table:
