@@ -30,34 +30,29 @@ def silent(label: str) -> AbstractContextManager[OnProgress]:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, show: bool | None = None, *, still: bool = False) -> Iterator[OnProgress]:
-    """Yield what moves a progress bar.
+def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) -> Iterator[OnProgress]:
+    """Yield what moves a progress bar on stderr, if that is a terminal.
 
     Args:
         label: what is being done.
-        show: True shows it at once, False never; None does on a terminal, once it is known to take more than 2 s.
+        is_patient: show it once the work is known to take more than 2 s, and not when it is first moved.
         still: draw it when it is moved and never else, as what is measured meanwhile would pay for that.
     """
-    if show is False or (show is None and not sys.stderr.isatty()):
+    if not sys.stderr.isatty():
         yield lambda fraction, words="": None
         return
-
     start = time.monotonic()
-    console = Console(stderr=True)
     columns = TextColumn(label), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.description}")
-    # Elsewhere than on a terminal rich prints the last state, once.
-    bar = Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=console.is_terminal, auto_refresh=not still
-    )
+    console = Console(stderr=True)
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=not still)
     task = bar.add_task("", total=1.0)
 
     def on_progress(fraction: float, words: str = "") -> None:
-        if not bar.live.is_started and fraction > 0 and (time.monotonic() - start) / fraction > _SHOW_AFTER_S:
+        takes_long = fraction > 0 and (time.monotonic() - start) / fraction > _SHOW_AFTER_S
+        if not bar.live.is_started and (takes_long or not is_patient):
             bar.start()
         bar.update(task, completed=fraction, description=words, refresh=still)
 
-    if show:
-        bar.start()
     try:
         yield on_progress
     finally:
@@ -72,14 +67,7 @@ def told_progress(label: str, *, still: bool = False, late: bool = False) -> Ite
     A ``late`` one is shown when it is first moved, so that what is printed before does not disturb it.
     """
     if sys.stderr.isatty():
-        with contextlib.ExitStack() as stack:
-            bar: OnProgress | None = None
-
-            def move(fraction: float, words: str = "") -> None:
-                nonlocal bar
-                bar = bar or stack.enter_context(progress_bar(label, show=True, still=still))
-                bar(fraction, words)
-
+        with progress_bar(label, is_patient=False, still=still) as move:
             if not late:
                 move(0.0)
             yield move

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from frontiers import frontier, point
+from rich.console import Console
 from test_cost import cost_model
 from tiny_families import N_EMBD
 from tiny_models import add_chat_template
@@ -24,6 +25,7 @@ from adaskip_cpp.errors import PlanError, RequestError
 from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path, profile_path
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.planning.request import PlanRequest
 
 Chat = Callable[..., Result]
 
@@ -96,8 +98,9 @@ def test_a_turn_reads_only_what_is_new(model: Path, open_model: Any) -> None:
 
 def test_the_system_text_and_all_turns_are_in_the_prompt(model: Path, open_model: Any) -> None:
     llm = open_model(model, n_ctx=256)
-    conversation = Conversation(llm, "be brief", max_tokens=4, temperature=0.0)
-    conversation.answered("one", "two")
+    conversation = Conversation(llm, "be brief", 4, 0.0, None, PlanRequest(), Console())
+    conversation.reset()
+    conversation.messages += [("user", "one"), ("assistant", "two")]
     prompt = llm.detokenize(conversation.ask("three")._prompt).decode()
     assert "system: be brief\nuser: one\nassistant: two\nuser: three\nassistant:" in prompt
     conversation.reset()
@@ -227,7 +230,8 @@ def test_a_mistake_of_ours_ends_the_chat_and_shows_where_it_is(chat: Chat, monke
 def test_a_template_that_refuses_the_system_text_names_the_option(model: Path, open_model: Any) -> None:
     llm = open_model(model, n_ctx=256)
     llm.metadata["tokenizer.chat_template"] = "{{ raise_exception('no system role') }}"
-    conversation = Conversation(llm, "be brief", max_tokens=4, temperature=0.0)
+    conversation = Conversation(llm, "be brief", 4, 0.0, None, PlanRequest(), Console())
+    conversation.reset()
     with pytest.raises(RequestError, match="--system"):
         conversation.ask("hello")
 

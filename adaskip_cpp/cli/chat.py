@@ -77,53 +77,26 @@ def chat(
         err.print(chosen.note, style="dim", markup=False)
     if chosen.asks_speedup:
         print_cost_note(err, chosen.profile, cost_settings(llm))
-    conversation = Conversation(llm, system, max_tokens=max_tokens, temperature=temp)
-    _Talk(conversation, model, chosen.profile, chosen.request or PlanRequest(), err).run()
+    request = chosen.request or PlanRequest()
+    Conversation(llm, system, max_tokens, temp, chosen.profile, request, err).run()
 
 
 @dataclass
 class Conversation:
-    """The messages so far, and how to answer the next one with the plan that the model has then."""
+    """What is typed and answered; answers alone go to stdout, what is told of them to stderr."""
 
     llm: AdaSkipLlama
     system: str | None
     max_tokens: int
     temperature: float
-    messages: list[Message] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages = [("system", self.system)] if self.system else []
-
-    def ask(self, text: str) -> Generation:
-        """Begin the answer to a message; the message is kept when :meth:`answered` is called."""
-        prompt = chat_tokens(self.llm, [*self.messages, ("user", text)])
-        n_ctx = self.llm.context_size
-        if len(prompt) >= n_ctx:
-            raise RequestError(
-                f"the context is full: with this message the conversation has {len(prompt):,} tokens of {n_ctx:,}; "
-                "/reset begins a new one, a start with a larger --ctx gives more room"
-            )
-        return Generation(self.llm, prompt, max_tokens=self.max_tokens, temperature=self.temperature)
-
-    def answered(self, text: str, answer: str) -> None:
-        self.messages += [("user", text), ("assistant", answer)]
-
-
-@dataclass
-class _Talk:
-    """What is typed, and what is told of it on stderr; answers alone go to stdout."""
-
-    conversation: Conversation
-    model: str
     profile: Profile | None
     request: PlanRequest
     err: Console
+    messages: list[Message] = field(default_factory=list)
 
     def run(self) -> None:
-        llm = self.conversation.llm
+        llm = self.llm
+        self.reset()
         if sys.stdin.isatty():
             skips = "the full model" if llm.plan is None or llm.plan.is_whole else skipped_words(llm.plan)
             if llm.frontier is not None:
@@ -145,9 +118,23 @@ class _Talk:
     def tell(self, text: str, style: str = "dim") -> None:
         self.err.print(text, style=style, markup=False, soft_wrap=True)
 
+    def reset(self) -> None:
+        self.messages = [("system", self.system)] if self.system else []
+
+    def ask(self, text: str) -> Generation:
+        """Begin the answer to a message."""
+        prompt = chat_tokens(self.llm, [*self.messages, ("user", text)])
+        n_ctx = self.llm.context_size
+        if len(prompt) >= n_ctx:
+            raise RequestError(
+                f"the context is full: with this message the conversation has {len(prompt):,} tokens of {n_ctx:,}; "
+                "/reset begins a new one, a start with a larger --ctx gives more room"
+            )
+        return Generation(self.llm, prompt, max_tokens=self.max_tokens, temperature=self.temperature)
+
     def answer(self, text: str) -> None:
         """Stream the answer and tell its figures; Ctrl-C ends the answer and keeps what there is of it."""
-        generation = self.conversation.ask(text)
+        generation = self.ask(text)
         said: list[str] = []
         stopped = False
         try:
@@ -159,13 +146,13 @@ class _Talk:
             stopped = True
         click.echo()
         if said or not stopped:
-            self.conversation.answered(text, "".join(said))
+            self.messages += [("user", text), ("assistant", "".join(said))]
         if stopped:
             self.tell("(stopped)" if said else "(stopped; the message is forgotten)")
         elif not said:
             self.tell("(the model ended its answer at once)")
         if generation.timing is not None:
-            llm, cost = self.conversation.llm, None if self.profile is None else self.profile.cost
+            llm, cost = self.llm, None if self.profile is None else self.profile.cost
             self.tell(first_token_line(generation.timing, llm.plan, cost, llm.point(generation.timing.n_prompt)))
             self.tell(_status(llm, generation.timing))
             if generation.timing.end == "context":
@@ -173,11 +160,11 @@ class _Talk:
 
     def command(self, name: str, *arguments: str) -> None:
         if name == "/reset":
-            self.conversation.reset()
+            self.reset()
             self.tell("(a new conversation)")
         elif name == "/skip":
             self.skip(*arguments)
-        elif name == "/plan" and (plan := self.conversation.llm.plan) is not None:
+        elif name == "/plan" and (plan := self.llm.plan) is not None:
             print_plan(self.err, plan, None if self.profile is None else self.profile.similarity)
         elif name == "/plan":
             self.tell("Nothing is skipped now; `adaskip-cpp tune` finds plans, or start with --profile.", style="")
@@ -187,7 +174,7 @@ class _Talk:
             self.tell(_HELP)
 
     def skip(self, *arguments: str) -> None:
-        beside = profile_path(self.model)
+        beside = profile_path(self.llm.model_path)
         if self.profile is None and not os.path.exists(beside):
             return self.tell("/skip needs a profile; start the chat with --profile.", style="")
         try:
@@ -198,9 +185,9 @@ class _Talk:
         request = replace(
             self.request, n_skip=n_skip, speedup=None, phase=None, strategy=strategy, attention=(), ffn=()
         )
-        self.profile = self.profile or load_profile(self.model, beside)
+        self.profile = self.profile or load_profile(self.llm.model_path, beside)
         plan = make_plan(self.profile, request)
-        self.conversation.llm.set_plan(plan)
+        self.llm.set_plan(plan)
         self.request = request
         where = PHASE_WORDS[plan.prompt_phase]
         self.tell(
