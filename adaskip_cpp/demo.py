@@ -21,7 +21,7 @@ from .errors import ModelFileError
 from .measuring import corpus
 from .measuring.judge import Judge, Probe
 from .measuring.synthetic import synthetic_items
-from .measuring.tasks import greedy_text, python_sources
+from .measuring.tasks import fill, greedy_text, python_sources
 from .model.mode import MODES
 from .model.plan import SkipPlan
 from .planning.profile import Profile
@@ -191,16 +191,15 @@ def _contenders(profile: Profile, request: PlanRequest, n_prompt: int) -> dict[s
 
 def _prompt(llm: AdaSkipLlama) -> list[int]:
     pages = corpus.pages()
-    page = pages.get(_PROMPT_PAGE) or max(pages.values(), key=len)
-    title, task = "Here is a page of the Python manual:\n\n", "\n\nIn one or two sentences, what is this page about?"
-    page_tokens = llm.tokenize(page.encode(), add_bos=False)
-    length = N_LENGTH - len(chat_tokens(llm, [("user", title + task)]))
-    while True:
-        text = llm.detokenize(page_tokens[:length]).decode("utf-8", "ignore")
-        prompt = chat_tokens(llm, [("user", title + text + task)])
-        if len(prompt) <= N_LENGTH:
-            return prompt
-        length -= len(prompt) - N_LENGTH
+    page = llm.tokenize((pages.get(_PROMPT_PAGE) or max(pages.values(), key=len)).encode(), add_bos=False)
+
+    def write(n: int) -> str:
+        text = llm.detokenize(page[:n]).decode("utf-8", "ignore")
+        return f"Here is a page of the Python manual:\n\n{text}\n\nIn one or two sentences, what is this page about?"
+
+    prompt = fill(write, N_LENGTH, lambda text: chat_tokens(llm, [("user", text)]))
+    assert prompt is not None
+    return [*prompt]
 
 
 def _compare(llm: AdaSkipLlama, prompt: list[int], sides: Mapping[str, Side], on_stage: Callable[[str], None]) -> None:

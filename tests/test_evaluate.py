@@ -285,22 +285,22 @@ def test_a_text_that_is_all_continuation_is_refused(items: list[TextItem]) -> No
         Work((FULL,), items, n_continuation=29)
 
 
-def test_settings_change_with_whatever_changes_a_result(items: list[TextItem], question: QuestionItem) -> None:
-    def settings(**changes: Any) -> Any:
+def test_the_hash_changes_with_whatever_changes_a_result(items: list[TextItem], question: QuestionItem) -> None:
+    def hash_of(**changes: Any) -> Any:
         arguments = {"contenders": CONTENDERS, "texts": items, "questions": [question], "n_continuation": 9}
-        return Work(**{**arguments, "speed_prompt": (1, 2), **changes}).to_settings()
+        return Work(**{**arguments, "speed_prompt": (1, 2), **changes}).hash
 
     other = replace(CONTENDERS[1], plan=SkipPlan.manual(N_LAYER, attention=[1], ffn=[2], scale=1.2))
     changed = [
-        settings(contenders=(FULL, other, *CONTENDERS[2:])),
-        settings(texts=[replace(items[0], tokens=items[1].tokens), items[1]]),
-        settings(questions=[replace(question, answers=("8",))]),
-        settings(n_continuation=8),
-        settings(speed_prompt=(1, 3)),
-        settings(n_rounds=9),
+        hash_of(contenders=(FULL, other, *CONTENDERS[2:])),
+        hash_of(texts=[replace(items[0], tokens=items[1].tokens), items[1]]),
+        hash_of(questions=[replace(question, answers=("8",))]),
+        hash_of(n_continuation=8),
+        hash_of(speed_prompt=(1, 3)),
+        hash_of(n_rounds=9),
     ]
-    assert settings() == settings()
-    assert all(each != settings() for each in changed)
+    assert hash_of() == hash_of()
+    assert all(each != hash_of() for each in changed)
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------

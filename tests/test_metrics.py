@@ -198,12 +198,6 @@ def test_an_unknown_metric_is_refused() -> None:
         metrics.score("bleu", "a", ["a"])
 
 
-def test_the_first_line_is_that_behind_blank_ones() -> None:
-    assert metrics.first_line("\n\nSport\nType: Music") == "Sport"
-    assert metrics.first_line(" \nSport") == " "
-    assert metrics.first_line("") == ""
-
-
 def test_every_dataset_has_a_metric() -> None:
     assert len(DATASETS) == 21
     assert set(DATASETS.values()) <= metrics.METRICS.keys()

@@ -130,7 +130,7 @@ def test_a_question_scores_an_answer_by_its_metric() -> None:
 
 
 def test_only_the_first_line_counts_where_a_dataset_says_so() -> None:
-    assert question(first_line=True).score("\ncat\ndog") == 1.0
+    assert question(first_line=True).score("\n\ncat\ndog") == 1.0
     assert question(first_line=False).score("\ncat\ndog") == pytest.approx(2 / 3)
 
 

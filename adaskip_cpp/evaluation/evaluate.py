@@ -9,7 +9,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -84,17 +83,12 @@ class Work:
             found |= {(question.id, each.name, ANSWER): cost for each in self.contenders}
         return found
 
-    def to_settings(self) -> dict[str, Any]:
-        """Return plain JSON values that change whenever a result could."""
-        return {
-            "contenders": {each.name: content_hash(each.key) for each in self.contenders},
-            "texts": content_hash(self.texts),
-            "questions": content_hash(self.questions),
-            "continuation": self.n_continuation,
-            "speed_prompt": content_hash(self.speed_prompt),
-            "rounds": self.n_rounds,
-            "kept": 3,  # what a result consists of
-        }
+    @property
+    def hash(self) -> str:
+        """Of all that a result depends on, and of what a result consists of (its third form)."""
+        contenders = [(each.name, each.key) for each in self.contenders]
+        items = self.texts, self.questions, self.n_continuation, self.speed_prompt, self.n_rounds
+        return content_hash((contenders, items, 3))
 
 
 def run(

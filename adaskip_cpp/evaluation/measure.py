@@ -73,7 +73,7 @@ def evaluate(
         settings = {  # with others, a new evaluation begins
             "model": asdict(llm.model_info),
             "profile": None if known is None else content_hash(known),
-            **work.to_settings(),
+            "work": work.hash,
             "machine": asdict(cost_settings(llm)),
             "package": metadata.version("adaskip-cpp"),
         }

@@ -29,11 +29,6 @@ def score(metric: str, prediction: str, answers: Sequence[str], all_classes: Seq
     return max((METRICS[metric](prediction, answer, all_classes) for answer in answers), default=0.0)
 
 
-def first_line(prediction: str) -> str:
-    """Return the first line of an answer, blank lines before it left out: all that some datasets' scores look at."""
-    return prediction.lstrip("\n").split("\n")[0]
-
-
 def qa_f1(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
     """Return the F1 of words in common; case, punctuation and articles do not count."""
     return _f1(_words(prediction), _words(answer))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError, RequestError
 from .corpus import tokens_of
-from .tasks import QuestionItem, Wrap
+from .tasks import QuestionItem, Wrap, fill
 
 _N_KEYS = 4
 _KEY_TOKENS = 20  # enough for a chat model that repeats the sentence, with a token per digit
@@ -70,9 +70,12 @@ def synthetic_items(
             identity = f"{task}/{length}/{'any' if at is None else f'{at:g}'}/{index}/{seed}"
             # Seeded by text: Python hashes it with SHA-512, the same everywhere.
             made = _MAKE[task](source, random.Random(identity), length, at or 0.0)
-            prompt = tuple(_fill(made.write, length, wrap, task))
+            prompt = fill(made.write, length, wrap)
+            if prompt is None:
+                least = len(wrap(made.write(0)))
+                raise DataError(f"a prompt of {task!r} has at least {least} tokens; ask for longer ones than {length}")
             scored = (made.answer,), made.max_tokens, made.metric, made.labels
-            items.append(QuestionItem(identity, task, prompt, *scored, length, at, first_line=bool(made.labels)))
+            items.append(QuestionItem(identity, task, tuple(prompt), *scored, length, at, first_line=bool(made.labels)))
     n_most = max(item.length + item.max_tokens for item in items)
     if n_most > llm.context_size:
         raise RequestError(
@@ -124,25 +127,6 @@ def _below(rng: random.Random, n: int) -> int:
 def _draw(rng: random.Random, values: Sequence[str], n: int) -> list[str]:
     rest = list(values)
     return [rest.pop(_below(rng, len(rest))) for _ in range(n)]
-
-
-def _fill(write: Callable[[int], str], length: int, wrap: Wrap, task: str) -> Sequence[int]:
-    """The prompt with as much filling as makes it ``length`` tokens, or a few less."""
-    best = wrap(write(0))
-    if len(best) > length:
-        raise DataError(f"a prompt of {task!r} has at least {len(best)} tokens; ask for longer ones than {length}")
-    low, high, n = 0, length, length - len(best)
-    while low < high and len(best) < length:
-        if not low < n <= high:
-            n = (low + high + 1) // 2
-        prompt = wrap(write(n))
-        excess = len(prompt) - length
-        if excess > 0:
-            high = n - 1
-        else:
-            low, best = n, max(best, prompt, key=len)
-        n -= excess  # right at once where a token of filling adds one to the prompt
-    return best
 
 
 def _hide(source: _Source, start: int, needles: Sequence[tuple[float, str]]) -> Callable[[int], str]:

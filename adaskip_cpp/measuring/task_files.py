@@ -16,7 +16,7 @@ from ..files import read_text
 from .corpus import tokens_of
 from .leval import LEvalLine, leval_questions
 from .longbench import LongBench, LongBenchLine
-from .tasks import Asked, QuestionItem, Wrap
+from .tasks import Asked, QuestionItem, Wrap, fill
 
 _Path: TypeAlias = str | os.PathLike[str]
 
@@ -112,10 +112,12 @@ def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> S
     if len(tokens) <= room:
         return tokens
     plain = tokens_of(llm, prompt)
-    half = (room - len(wrap(""))) // 2
-    while half > 0:
-        tokens = wrap("".join(llm.detokenize(part).decode("utf-8", "ignore") for part in (plain[:half], plain[-half:])))
-        if len(tokens) <= room:
-            return tokens
-        half -= max((len(tokens) - room + 1) // 2, 1)  # text cut within a word can have more tokens than before
-    raise DataError(f"{where}: the context leaves {max(room, 0)} tokens for a prompt; use a larger context (--ctx)")
+
+    def write(n: int) -> str:
+        ends = plain[: n // 2], plain[len(plain) - n // 2 :]
+        return "".join(llm.detokenize(part).decode("utf-8", "ignore") for part in ends)
+
+    fitting = fill(write, room, wrap)
+    if fitting is None or len(fitting) <= len(wrap("")):
+        raise DataError(f"{where}: the context leaves {max(room, 0)} tokens for a prompt; use a larger context (--ctx)")
+    return fitting

@@ -48,7 +48,8 @@ class QuestionItem:
         all_classes: names that a classification chooses from.
         length: how long the prompt is: tokens asked for (synthetic tasks), words as published (LongBench).
         depth: where in the prompt the answer lies, 0 for its beginning to 1 for its end; None if not in one place.
-        first_line: the score looks at the answer's first line only, so that generation may stop behind it.
+        first_line: the score looks at the answer's first line only, blank ones before it left out, so that generation
+            may stop behind it.
     """
 
     id: str
@@ -64,7 +65,7 @@ class QuestionItem:
 
     def score(self, prediction: str) -> float:
         if self.first_line:
-            prediction = metrics.first_line(prediction)
+            prediction = prediction.lstrip("\n").split("\n")[0]
         return metrics.score(self.metric, prediction, self.answers, self.all_classes)
 
 
@@ -77,6 +78,29 @@ def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, fi
             if first_line and "\n" in text.lstrip("\n"):
                 break
     return text
+
+
+def fill(write: Callable[[int], str], length: int, wrap: Wrap) -> Sequence[int] | None:
+    """Return a prompt with as much filling as makes it ``length`` tokens, or a few less; None if it is longer without.
+
+    Args:
+        write: makes the text of a prompt with about so many tokens of filling.
+    """
+    best = wrap(write(0))
+    if len(best) > length:
+        return None
+    low, high, n = 0, length, length - len(best)
+    while low < high and len(best) < length:
+        if not low < n <= high:
+            n = (low + high + 1) // 2
+        prompt = wrap(write(n))
+        excess = len(prompt) - length
+        if excess > 0:
+            high = n - 1
+        else:
+            low, best = n, max(best, prompt, key=len)
+        n -= excess  # right at once where a token of filling adds one to the prompt
+    return best
 
 
 class Asked(NamedTuple):
