@@ -4,17 +4,15 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .calibration.calibrate import calibrate, late_layers
+from .calibration.calibrate import calibrate
 from .calibration.cost import measure_cost
-from .calibration.divergence import N_ANSWER as N_JUDGED_ANSWER
-from .calibration.divergence import N_PROMPT, measure_divergence
 from .engine.generation import Generation, Timing, chat_tokens
 from .engine.llama import AdaSkipLlama
 from .errors import ModelFileError
@@ -27,7 +25,7 @@ from .model.plan import SkipPlan
 from .planning.profile import Profile
 from .planning.request import PlanRequest
 from .planning.strategies import make_plan
-from .progress import silent
+from .progress import OnProgress, silent
 
 SPEEDUP = 1.4
 """To the first token, as predicted: what is asked for where nothing else is."""
@@ -151,25 +149,15 @@ def run(
 
 def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None], *, judges: bool) -> Profile:
     """Calibrate briefly, and where a prompt's bulk is to skip measure on one piece of text what that costs."""
-    on_stage(f"Calibrating on {_N_REQUESTS} requests of 512 tokens of Python's manual and library")
-    *requests, last = corpus.requests(llm, _N_REQUESTS + 1, 512)
-    profile = calibrate(
-        llm,
-        requests,
-        n_decode=_N_DECODE,
-        cost=False,
-        n_judged=0,
-        on_stage=silent,
-        description=corpus.DESCRIPTION,
-    )
+
+    def stage(label: str) -> AbstractContextManager[OnProgress]:
+        on_stage(f"{label}, on {_N_REQUESTS} requests of Python's manual and library")
+        return silent(label)
+
+    options = {"n_requests": _N_REQUESTS, "n_decode": _N_DECODE, "n_judged": int(judges)}
+    profile = calibrate(llm, **options, cost=False, windows=False, on_stage=stage)
     on_stage("Timing the sublayers")
-    profile = replace(profile, cost=measure_cost(llm, seconds=_COST_S))
-    if not judges:
-        return profile
-    layers = late_layers(llm)
-    on_stage(f"Skipping each of the upper {2 * len(layers)} sublayers alone in the bulk of a prompt")
-    divergence, copying = measure_divergence(llm, profile, [last[: N_PROMPT + N_JUDGED_ANSWER]], layers=layers)
-    return replace(profile, divergence=divergence, copying=copying)
+    return replace(profile, cost=measure_cost(llm, seconds=_COST_S))
 
 
 def _contenders(profile: Profile, request: PlanRequest, n_prompt: int) -> dict[str, Side]:

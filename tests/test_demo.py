@@ -21,7 +21,7 @@ def run(*args: object) -> Result:
 @pytest.fixture
 def short(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model, and a demo that is over in seconds on it, by whose word sublayers take alike."""
-    shorter = {"N_LENGTH": 600, "N_ANSWER": 8, "_N_READ": 96, "_N_JUDGED": 24, "_N_REQUESTS": 2, "_N_DECODE": 2}
+    shorter = {"N_LENGTH": 600, "N_ANSWER": 8, "_N_READ": 96, "_N_JUDGED": 24, "_N_REQUESTS": 4, "_N_DECODE": 2}
     for name, value in {**shorter, "_MAX_ROUNDS": 1, "_KEY_LENGTH": 300}.items():
         monkeypatch.setattr(demo, name, value)
     costs = cost_model(0.1, [1] * 3, [1] * 3, size=64, kept=[0.1] * 3)
@@ -38,7 +38,7 @@ def test_it_shows_what_was_learned_and_the_prompt_mode_beside_the_papers(short: 
     result = run("--model", short, "--skip", 2, "--svg", tmp_path / "demo.svg")
     assert result.exit_code == 0, result.output
     shown = result.stdout
-    assert "in 2 requests how much each of the 6 sublayers changes its input" in shown
+    assert "in 4 requests how much each of the 6 sublayers changes its input" in shown
     assert re.search(r"2 of 6 sublayers skipped in the bulk of a prompt, 0 in\s+decode", shown)
     assert re.search(r"Predicted to be as fast: \d sublayers skipped for all tokens", shown)
     assert re.search(r"whole model +prompt mode +the paper's mode", shown)

@@ -107,10 +107,8 @@ def _question_tables(results: Results) -> list[Table]:
         **{f"{task} ({max(score.n for score in each)})": partial(_score, task) for task, each in scores.items()},
     }
     text = "Scores in percent, mean ± standard error over questions; their number in brackets."
-    found = [_table("Questions", text, results.contenders, columns)]
-    if any(each.same_answer for row in results.contenders for each in row.questions.values()):
-        found.append(_same_table(results))
-    return found + [_cell_table(results, task) for task in scores if any(row.cells(task) for row in results.contenders)]
+    cells = [_cell_table(results, task) for task in scores if any(row.cells(task) for row in results.contenders)]
+    return [_table("Questions", text, results.contenders, columns), _same_table(results), *cells]
 
 
 def _same_table(results: Results) -> Table:
@@ -140,8 +138,8 @@ def _cell_table(results: Results, task: str) -> Table:
     return _table(f"{task}, by length and depth", text, results.contenders, {**_MODE, **columns})
 
 
-def _of_plan(name: str, digits: int, *, full: str = "", kind: str = "all", **form: Any) -> Callable[[Row], str]:
-    return lambda row: full if row.mode is None else _figure(row.figure(name, kind), digits, **form)
+def _of_plan(name: str, digits: int, *, kind: str = "all", **form: Any) -> Callable[[Row], str]:
+    return lambda row: "" if row.mode is None else _figure(row.figure(name, kind), digits, **form)
 
 
 def _skipped(row: Row) -> str:
