@@ -69,8 +69,9 @@ def main() -> None:
     prompt = corpus.cut(llm, corpus.text(), 1, args.context)[0]
 
     fixed = profile.plan(N_SKIP, mode="e2e", online=False)
-    adding = profile.plan(N_SKIP, mode="e2e", online_window=WINDOW)
+    adding = profile.plan(N_SKIP, mode="e2e")
     assert adding.online is not None
+    adding = replace(adding, online=replace(adding.online, window=WINDOW))
     watching = replace(adding, online=replace(adding.online, threshold=2.0))
     plans = {"fixed": fixed, "watching": watching, "adding": adding}
     times: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in plans}

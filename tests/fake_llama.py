@@ -39,6 +39,7 @@ class FakeLlama:
         self.n_tokens = 0
         self.plan: SkipPlan | None = None
         self.draft_model: Any = None
+        self.readable, self.max_loss = (), None
         self.collecting = False
         self.evaluated: list[tuple[SkipPlan | None, list[int]]] = []
         self.fail_after: tuple[int, BaseException] | None = None
@@ -72,7 +73,7 @@ class FakeLlama:
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return [BOS] * add_bos + [byte + 2 for byte in text]
 
-    def set_plan(self, plan: SkipPlan | None) -> None:
+    def set_plan(self, plan: SkipPlan | None, readable: Any = ()) -> None:
         self.plan = plan
 
     def reset(self) -> None:

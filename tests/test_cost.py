@@ -14,10 +14,10 @@ import pytest
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration import cost
 from adaskip_cpp.errors import PlanError, RequestError
-from adaskip_cpp.model.arrays import from_plain, to_plain
 from adaskip_cpp.model.cost_model import CostModel, CostSettings, PhaseCost
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
+from adaskip_cpp.model.stored import from_plain, plain
 
 SETTINGS = CostSettings("a CPU", ("CPU",), 0, 2, 4, 512, 512, True, "F16", "Q8_0", True, "0.3.36")
 
@@ -62,7 +62,7 @@ class TimedLlama:
         self.limit, self.fixed = np.broadcast_to(np.array(limit, float), self.growth.shape), 2e-4
         self.n_layer, self.n_batch, self.noise, self.now = len(self.base), size, 0.0, 0.0
         self.n_layer_kv, self.kept, self.head = n_layer_kv or self.n_layer, kept, 5e-4
-        self.draft_model = None
+        self.draft_model, self.readable, self.max_loss = None, (), None
         self.input_ids = np.zeros(n_ctx, np.intc)
         self.context_params = SimpleNamespace(
             n_ubatch=size, n_threads=2, n_threads_batch=2, flash_attn_type=0, type_k=1, type_v=1, swa_full=swa_full
@@ -88,7 +88,7 @@ class TimedLlama:
     def n_vocab(self) -> int:
         return 100
 
-    def set_plan(self, plan: SkipPlan | None) -> None:
+    def set_plan(self, plan: SkipPlan | None, readable: Any = ()) -> None:
         self.plan = plan
 
     def reset(self) -> None:
@@ -452,7 +452,7 @@ def test_impossible_predictions_are_refused() -> None:
 
 def test_a_cost_model_survives_json() -> None:
     model = cost_model(0.1, [1 / 3, 2], [3, 4], limit=[math.inf, 1024], growth=[1e-7, 0])
-    read = from_plain(json.loads(json.dumps(to_plain(model), allow_nan=False)), CostModel)
+    read = from_plain(json.loads(json.dumps(plain(model)[0], allow_nan=False)), CostModel)
     assert read == model and read.settings == SETTINGS
     assert read.seconds(None, 3000, "prefill") == model.seconds(None, 3000, "prefill")
     assert read != cost_model(0.2, [1 / 3, 2], [3, 4], limit=[math.inf, 1024], growth=[1e-7, 0])
@@ -490,7 +490,7 @@ def test_a_cost_model_survives_json() -> None:
     ],
 )
 def test_a_damaged_cost_model_is_refused(path: tuple[str, ...], value: Any) -> None:
-    data = to_plain(cost_model(0.1, [1, 2], [3, 4]))
+    data = plain(cost_model(0.1, [1, 2], [3, 4]))[0]
     inner: Any = data
     for key in path[:-1]:
         inner = inner[key]

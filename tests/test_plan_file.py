@@ -203,14 +203,14 @@ def test_only_the_skipped_sublayers_take_room(tmp_path: Path) -> None:
 def test_only_the_maps_that_there_are_take_room(tmp_path: Path) -> None:
     save_plan(tmp_path / "p.json", SkipPlan(NONE, NONE, bulk=Bulk(one_map())))
     assert (tmp_path / "p.bin").stat().st_size == 4 * N_EMBD * 4 + 2 * RANK * N_EMBD * 2
-    assert json.loads((tmp_path / "p.json").read_text())["sets"][0]["mapped"] == [3]
+    assert json.loads((tmp_path / "p.json").read_text())["plan"]["bulk"]["skip"]["up"]["rows"] == [5]
 
 
 def test_the_vectors_lie_as_the_format_says(tmp_path: Path) -> None:
     chosen = skip_set((2,), (0,), **BIAS, **MAPS)
     save_plan(tmp_path / "p.json", SkipPlan(chosen, chosen))
     assert chosen.bias is not None and chosen.down is not None and chosen.up is not None
-    parts = [array[where].ravel() for array in (chosen.bias, chosen.down, chosen.up) for where in ((2, 0), (0, 1))]
+    parts = [array[where].ravel() for array in (chosen.bias, chosen.down, chosen.up) for where in ((0, 1), (2, 0))]
     content, n = (tmp_path / "p.bin").read_bytes(), 2 * N_EMBD * 4
     np.testing.assert_array_equal(np.frombuffer(content[:n], "<f4"), np.concatenate(parts[:2]))
     halves = np.frombuffer(content[n:], np.uint8)
@@ -263,65 +263,66 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
         part[at] = value
 
 
+NOTHING = {"skip": {"attention": [], "ffn": [], "n_layer": 3}, "scale": [[1.0, 1.0]] * 3}
 AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        *((name, LOST) for name in ("format", "version", "model", "n_layer", "plans", "sets", "vectors", "frontier")),
+        *((name, LOST) for name in ("format", "version", "plan", "vectors")),
         ("format", "adaskip-profile"),
-        ("version", 4),
+        ("version", 5),
         ("version", 99),
-        ("n_layer", 0),
-        ("n_layer", 10**9),
-        ("n_layer", 4),
-        ("model.n_layer", 0),
-        ("model.fingerprint", 7),
-        ("plans", []),
-        ("plans", {}),
-        ("plans", [{}]),
-        ("plans.0.mode", "both"),
-        ("plans.0.bulk", 0),
-        ("plans.0.bulk", LOST),
-        ("plans.0.bulk", {"set": 1, **AROUND}),
-        ("plans.0.bulk", {"set": 0, **AROUND, "head": -1}),
-        ("plans.0.bulk", {"set": 0, **AROUND, "tail": 0}),
-        ("plans.0.bulk", {"set": 0, **AROUND, "windowed": [3]}),
-        ("plans.0.bulk", AROUND),
-        ("plans.0.prefill", LOST),
-        ("plans.0.prefill", 1),
-        ("plans.0.decode", -1),
-        ("plans.0.schedule", [[0, 3]]),
-        ("plans.0.schedule", [[4, 0]]),
-        ("plans.0.online", {"window": 0, "threshold": 0.5, "scale": "paper"}),
-        ("sets", []),
-        ("sets.0.attention", [3]),
-        ("sets.0.attention", [-1]),
-        ("sets.0.attention", [True]),
-        ("sets.0.attention", [0.0]),
-        ("sets.0.ffn", [1, 1]),
-        ("sets.0.ffn", [0]),
-        ("sets.0.ffn", {"0": 1}),
-        ("sets.0.scale", [1.0, 1.0]),
-        ("sets.0.scale", [1.0, 1.0, -1.0]),
-        ("sets.0.arrays", {}),
-        ("sets.0.arrays", {"sideways": [4]}),
-        ("sets.0.arrays.up", LOST),
-        ("sets.0.arrays.up", [N_EMBD * RANK]),
-        ("sets.0.arrays.up", [RANK, N_EMBD]),
-        ("sets.0.arrays.up", [N_EMBD, 0]),
-        ("sets.0.arrays.up", [N_EMBD, -RANK]),
-        ("sets.0.arrays.up", [N_EMBD, 1 << 19]),
-        ("sets.0.arrays.up", [N_EMBD, 1 << 30]),
-        ("sets.0.arrays.bias", [N_EMBD]),
-        ("sets.0.mapped", LOST),
-        ("sets.0.mapped", []),
-        ("sets.0.mapped", [0, 1]),
-        ("sets.0.mapped", [0, 1, 3]),
-        ("sets.0.mapped", [0, 1, -1]),
-        ("sets.0.mapped", [0, 1, 1]),
-        ("sets", [{"attention": [], "ffn": [], "scale": [], "arrays": {"bias": [N_EMBD]}, "mapped": []}]),
+        ("model", 3),
+        ("frontier", {}),
+        ("plan", None),
+        ("plan", []),
+        ("plan", {}),
+        ("plan.mode", "both"),
+        ("plan.model.n_layer", 0),
+        ("plan.model.n_layer", 4),
+        ("plan.model.fingerprint", 7),
+        ("plan.bulk", 0),
+        ("plan.bulk", AROUND),
+        ("plan.bulk", {**AROUND, "skip": NOTHING, "head": -1}),
+        ("plan.bulk", {**AROUND, "skip": NOTHING, "tail": 0}),
+        ("plan.bulk", {**AROUND, "skip": NOTHING, "windowed": [3]}),
+        ("plan.prefill", LOST),
+        ("plan.prefill", 1),
+        ("plan.decode", NOTHING),
+        ("plan.schedule", [[4, NOTHING]]),
+        ("plan.online", {"window": 0, "threshold": 0.5, "scale": "paper"}),
+        ("plan.prefill.skip", {}),
+        ("plan.prefill.skip", [[0, 1], [0, 1]]),
+        ("plan.prefill.skip.n_layer", 0),
+        ("plan.prefill.skip.n_layer", 4),
+        ("plan.prefill.skip.n_layer", 10**9),
+        ("plan.prefill.skip.attention", [3]),
+        ("plan.prefill.skip.attention", [-1]),
+        ("plan.prefill.skip.attention", [True]),
+        ("plan.prefill.skip.attention", [0.0]),
+        ("plan.prefill.skip.ffn", {"0": 1}),
+        ("plan.prefill.scale", [[1.0, 1.0]] * 2),
+        ("plan.prefill.scale", [[1.0, -1.0]] * 3),
+        ("plan.prefill.down", None),
+        ("plan.prefill.up.shape", LOST),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD * RANK]),
+        ("plan.prefill.up.shape", [3, 2, RANK, N_EMBD]),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD, 0]),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD, -RANK]),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD, 1 << 19]),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD, 1 << 30]),
+        ("plan.prefill.up.shape", [1 << 20, 1 << 10, N_EMBD, RANK]),
+        ("plan.prefill.up.rows", LOST),
+        ("plan.prefill.up.rows", [1, 3, 3]),
+        ("plan.prefill.up.rows", [3, 1, 4]),
+        ("plan.prefill.up.rows", [1, 3, 6]),
+        ("plan.prefill.up.rows", [1, 3, -1]),
+        ("plan.prefill.up.start", -2),
+        ("plan.prefill.up.start", 1 << 20),
+        ("plan.prefill.up.start", 10**30),
+        ("plan.prefill.up.bf16", False),
         ("vectors", None),
         ("vectors.file", "../p.bin"),
         ("vectors.file", ""),
@@ -342,7 +343,6 @@ def test_a_malformed_file_is_one_clear_line(path: str, value: Any, tmp_path: Pat
         ("frontier", None),
         ("frontier.points", LOST),
         ("frontier.points", None),
-        ("frontier.points", []),
         ("frontier.points", [{}, {}]),
         ("frontier.points", {"0": {}, "1": {}}),
         ("frontier.points.1", LOST),
@@ -374,10 +374,10 @@ def test_a_malformed_file_is_one_clear_line(path: str, value: Any, tmp_path: Pat
         ("frontier.speeds.0.seconds", [1.0]),
         ("frontier.n_read", None),
         ("frontier.about", {"a": [1]}),
-        ("plans", []),
-        ("plans.1", LOST),
-        ("plans.1.bulk", None),
-        ("plans.0.bulk.set", 7),
+        ("plan", 3),
+        ("frontier.points.1.plan", LOST),
+        ("frontier.points.1.plan.bulk", None),
+        ("frontier.points.0.plan.bulk.skip", 7),
     ],
 )
 def test_a_malformed_frontier_is_one_clear_line(path: str, value: Any, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def assert_refused(plan: SkipPlan | Frontier, path: str, value: Any, folder: Pat
     "content",
     [
         *(b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 1e999}', b"[" * 100_000, b"\x80\x04N.", b"PK\x03\x04"),
-        b'{"format": "adaskip-plan", "version": 5, "x": %s}' % (b"[" * 700 + b"]" * 700),
+        b'{"format": "adaskip-plan", "version": 6, "x": %s}' % (b"[" * 700 + b"]" * 700),
     ],
 )
 def test_what_is_no_plan_file_is_one_clear_line(content: bytes, tmp_path: Path) -> None:
@@ -445,14 +445,14 @@ def test_what_is_beside_a_model_tells_its_frontier_without_the_plans(model: Path
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[" * 100_000, b"\xff", b"[]", b'{"format": "adaskip-plan", "version": 4, "frontier": {}}']
+    "content", [b"", b"[" * 100_000, b"\xff", b"[]", b'{"format": "adaskip-plan", "version": 5, "frontier": {}}']
 )
 def test_a_broken_file_beside_a_model_has_no_frontier(content: bytes, model: Path) -> None:
     Path(plan_path(model)).write_bytes(content)
     assert frontier_beside(model) is None
 
 
-@pytest.mark.parametrize("path", ["frontier", "frontier.points", "frontier.points.0", "frontier.settings", "plans.0"])
+@pytest.mark.parametrize("path", ["frontier", "frontier.settings"])
 @pytest.mark.parametrize("value", [1, [1]], ids=str)
 def test_a_broken_frontier_beside_a_model_is_none(path: str, value: Any, model: Path) -> None:
     save_plan(plan_path(model), make_frontier(model))

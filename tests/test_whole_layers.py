@@ -43,8 +43,8 @@ def standing_in(profile: Profile) -> dict[str, Any]:
     assert maps is not None and mean_u is not None and mean_v is not None
     assert maps.fitted.tolist() == [[False] * 3, [True] * 3, [True] * 3]
     skip = np.array([[True, False], [True, True], [False, True]])
-    scale = np.where(skip, map_scale(profile.median_ratio), 1)
-    scale[0, 0], scale[1] = profile.median_ratio[0, 0], 1
+    scale = np.where(skip, map_scale(profile.prefill.median_ratio), 1)
+    scale[0, 0], scale[1] = profile.prefill.median_ratio[0, 0], 1
     bias = np.zeros_like(mean_u)
     bias[0, 0] = mean_v[0, 0] - scale[0, 0] * mean_u[0, 0].astype(np.float64)
     arrays: dict[str, Any] = {"skip": skip, "scale": scale, "bias": bias}

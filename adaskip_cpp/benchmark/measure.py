@@ -91,7 +91,7 @@ def bench(
             size = f"{N_REQUESTS} requests of {N_TOKENS} tokens"
             tell(f"No profile: calibrating on {size}{timing}.")
             profile = calibrate(llm, corpus.requests(llm, N_REQUESTS, N_TOKENS), n_decode=N_DECODE, cost=predicts)
-        source, longest = profile or llm.n_layer, fitting[-1]
+        source, longest = profile or Profile.blank(llm.model_info), fitting[-1]
         made: dict[str, SkipPlan] = {}
         for name, each in plans.items():
             if isinstance(each, PlanRequest):

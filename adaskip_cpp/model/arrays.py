@@ -1,13 +1,10 @@
-"""What dataclasses of arrays share: checked and read-only copies, equality by content, plain JSON values and back."""
+"""What dataclasses of arrays share: checked and read-only copies, equality by content; and BF16."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-
-_T = TypeVar("_T")
 
 
 class LayerArrays:
@@ -23,7 +20,7 @@ class LayerArrays:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return all(map(_same, vars(self).values(), vars(other).values()))
+        return all(_same(value, getattr(other, name)) for name, value in vars(self).items())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -75,28 +72,3 @@ def to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 def from_bf16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def to_plain(value: Any) -> Any:
-    """Return plain JSON values of dataclasses and arrays; None for a number of an array that is not finite."""
-    return msgspec.to_builtins(value, enc_hook=_lists)
-
-
-def from_plain(value: Any, kind: type[_T]) -> _T:
-    """Return a dataclass from plain values; a ``ValueError`` says which field is missing, impossible or mistyped."""
-    return msgspec.convert(value, kind, dec_hook=_array)
-
-
-def _lists(array: Any) -> Any:
-    if not isinstance(array, np.ndarray):
-        raise NotImplementedError(f"{type(array).__name__} has no plain form")
-    return np.where(np.isfinite(array), array, np.array(None, object)).tolist()
-
-
-def _array(kind: Any, value: Any) -> npt.NDArray[np.float64]:
-    """Read lists of numbers, or lists of such lists, with null for NaN."""
-    try:
-        rows = msgspec.convert(value, list[list[float | None] | float | None])
-        return np.array(rows, np.float64)
-    except (msgspec.ValidationError, OverflowError) as error:  # to a ValueError msgspec adds which field it is
-        raise ValueError(str(error)) from error

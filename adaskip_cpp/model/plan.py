@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError
-from .arrays import to_plain
 from .identity import ModelInfo
 from .mode import MODES, ModeName
 from .skip_set import SkipSet, marked
@@ -122,10 +122,10 @@ class Bulk:
         begin, end = max(self.head - n_cached, 0), n_tokens - self.tail
         return (begin, end) if begin < end else (0, 0)
 
-    def to_dict(self, skip: Any = None) -> dict[str, Any]:
-        """Return plain JSON values. ``set`` is ``skip`` where given, else a description without vectors."""
-        around = {name: to_plain(value) for name, value in vars(self).items() if name != "skip"}
-        return {"set": self.skip.to_dict() if skip is None else skip, **around}
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values that describe the bulk, without vectors."""
+        around = {name: value for name, value in vars(self).items() if name != "skip"}
+        return {"set": self.skip.to_dict(), **around}
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class SkipPlan:
         """Return plain JSON values that describe the plan, without its vectors; a plan is made again from a profile."""
         names = ("strategy", "compensation", "mode", "n_layer", "model", "online")
         return {
-            **{name: to_plain(getattr(self, name)) for name in names},
+            **{name: msgspec.to_builtins(getattr(self, name)) for name in names},
             "bulk": self.bulk.to_dict() if self.bulk else None,
             "prefill": self.prefill.to_dict(),
             "decode": self.decode.to_dict(),

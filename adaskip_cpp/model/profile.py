@@ -1,31 +1,24 @@
-"""What calibration learned about the sublayers of one model, and its file: JSON, and the vectors in one beside it.
-
-``X.json`` is what people read, with null for NaN. ``X.bin`` (see :mod:`adaskip_cpp.model.stored`) holds ``mean_u`` and
-``mean_v`` of prefill, then of decode, each ``[n_layer, 2, n_embd]``, and the linear maps of what the JSON's
-``mapped`` lists by layer and column, first ``down`` ``[n, rank, n_embd]``, then ``up`` ``[n, n_embd, rank]``.
-"""
+"""What calibration learned about the sublayers of one model, and its file; see :mod:`adaskip_cpp.model.stored`."""
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ProfileFormatError, ProfileMissingError, ProfileVersionError
 from . import stored
-from .arrays import LayerArrays, freeze, from_plain, to_plain
+from .arrays import LayerArrays, freeze
 from .cost_model import CostModel
 from .identity import ModelInfo
-from .plan import TIMED
-from .statistics import VECTORS, LinearMaps, PhaseStatistics
+from .statistics import LinearMaps, PhaseStatistics
 
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 _FORMAT = "adaskip-profile"
-_MAPS = ("down", "up")
+
+_Self = TypeVar("_Self", bound="ProfileData")
 
 
 @dataclass(frozen=True)
@@ -123,6 +116,13 @@ class ProfileData(LayerArrays):
         if self.maps is not None and self.maps.n_embd != n_embd:
             raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
 
+    @classmethod
+    def blank(cls: type[_Self], model: ModelInfo) -> _Self:
+        """Return the profile of a model of which nothing is known, to make plans of listed layers from."""
+        ones, layers = np.ones((model.n_layer, 2)), tuple(range(model.n_layer))
+        statistics = PhaseStatistics(ones, ones, ones, ones[:, 0], n_tokens=1)
+        return cls(statistics, statistics, 1, 1, model, windows=Windows(layers, (0.0,) * (len(layers) + 1)))
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(architecture={self.model.architecture!r}, n_layer={self.n_layer}, n_requests="
@@ -137,16 +137,6 @@ class ProfileData(LayerArrays):
     def similarity(self) -> npt.NDArray[np.float64]:
         """float64 ``[n_layer, 2]``: mean IO similarity in prefill, what sublayers are ranked by."""
         return self.prefill.similarity
-
-    @property
-    def norm_ratio(self) -> npt.NDArray[np.float64]:
-        """float64 ``[n_layer, 2]``: mean of ``||V||_F / ||U||_F`` in prefill, the paper's compensation."""
-        return self.prefill.norm_ratio
-
-    @property
-    def median_ratio(self) -> npt.NDArray[np.float64]:
-        """float64 ``[n_layer, 2]``: mean of the median per-token ``|v| / |u|`` in prefill."""
-        return self.prefill.median_ratio
 
     @property
     def lost(self) -> npt.NDArray[np.float64] | None:
@@ -165,87 +155,39 @@ class ProfileData(LayerArrays):
         may[list(self.bulk_only), 0] = False
         return may
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, without the vectors and maps."""
+        data: dict[str, Any] = stored.plain({"format": _FORMAT, "version": FORMAT_VERSION, **vars(self)})[0]
+        return data
 
-_Profile = TypeVar("_Profile", bound=ProfileData)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile as JSON, its vectors to a file ``.bin`` beside it.
 
+        Raises:
+            OSError: a file cannot be written; what was there before is still there.
+        """
+        stored.save(path, _FORMAT, FORMAT_VERSION, self)
 
-@dataclass(frozen=True)
-class _Vectors(stored.VectorsFile):
-    """The binary file, and what decides the shapes of its arrays."""
+    @classmethod
+    def load(cls: type[_Self], path: str | os.PathLike[str]) -> _Self:
+        """Read a profile file.
 
-    n_embd: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-    rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
-    mapped: tuple[tuple[int, Literal[0, 1, 2]], ...]
-
-
-@dataclass(frozen=True)
-class _Beside:
-    vectors: _Vectors | None
-
-
-def to_dict(profile: ProfileData) -> dict[str, Any]:
-    data = {"format": _FORMAT, "version": FORMAT_VERSION, **to_plain(_with_arrays(profile, ()))}
-    for part, names in ((data, ("maps",)), *((data[phase], VECTORS) for phase in TIMED)):
-        for name in names:
-            del part[name]
-    n_embd, maps = profile.prefill.n_embd, profile.maps
-    mapped = [] if maps is None else np.argwhere(maps.fitted).tolist()
-    rank = 0 if maps is None else maps.rank
-    return {**data, "vectors": None if n_embd is None else {"n_embd": n_embd, "rank": rank, "mapped": mapped}}
-
-
-def save(profile: ProfileData, path: str | os.PathLike[str]) -> None:
-    arrays = [getattr(getattr(profile, phase), name) for phase in TIMED for name in VECTORS]
-    maps = [] if profile.maps is None else [getattr(profile.maps, name)[profile.maps.fitted] for name in _MAPS]
-    stored.save(path, to_dict(profile), [array for array in arrays if array is not None], maps)
-
-
-def load(path: str | os.PathLike[str], kind: type[_Profile]) -> _Profile:
-    name = os.fspath(path)
-    try:
-        data = stored.load(name, _FORMAT, "profile", FORMAT_VERSION)
-        profile, vectors = from_plain(data, kind), from_plain(data, _Beside).vectors
-        if vectors is None:
-            return _with_arrays(profile, ())
-        n_layer, n_embd, rank, n = profile.n_layer, vectors.n_embd, vectors.rank, len(vectors.mapped)
-        if 24 * n_layer * n_embd * rank > stored.MOST_MEMORY:
-            raise ValueError("it is of a larger model than any")
-        shapes = [(n_layer, 2, n_embd) for _ in TIMED for _ in VECTORS]
-        *means, down, up = vectors.read(name, shapes, [(n, rank, n_embd), (n, n_embd, rank)])
-        if (
-            bool(rank) != bool(n)
-            or len({*vectors.mapped}) < n
-            or not all(0 <= at < n_layer for at, _ in vectors.mapped)
-        ):
-            raise ValueError("it does not say what has a map")
-        return _with_arrays(
-            profile, [*means, *(_everywhere(each, n_layer, vectors.mapped) for each in (down, up) if n)]
-        )
-    except FileNotFoundError:
-        raise ProfileMissingError(
-            f"there is no profile {name!r}; write one with `adaskip-cpp calibrate MODEL -o {name}`"
-        ) from None
-    except stored.VersionError as error:
-        way_out = "calibrate again or install the release that wrote it"
-        raise ProfileVersionError(f"{name!r} cannot be used: {error}; {way_out}") from error
-    except ValueError as error:  # among them all of msgspec's and our own
-        words = str(error).removesuffix("; calibrate again")
-        raise ProfileFormatError(f"{name!r} cannot be used: {words}; calibrate again") from error
-
-
-def _everywhere(
-    rows: npt.NDArray[np.float32], n_layer: int, which: Sequence[tuple[int, int]]
-) -> npt.NDArray[np.float32]:
-    """Return the array of all maps with these rows in it, NaN elsewhere."""
-    values = np.full((n_layer, 3, *rows.shape[1:]), np.nan, np.float32)
-    values[tuple(np.transpose(which))] = rows
-    return values
-
-
-def _with_arrays(profile: _Profile, arrays: stored.Arrays) -> _Profile:
-    rest = iter(arrays)
-    parts: dict[str, Any] = {
-        phase: replace(getattr(profile, phase), **{name: next(rest, None) for name in VECTORS}) for phase in TIMED
-    }
-    maps = tuple(rest)
-    return replace(profile, **parts, maps=LinearMaps(*maps) if maps else None)
+        Raises:
+            ProfileMissingError: there is no such file; also a ``FileNotFoundError``.
+            ProfileFormatError: the file or its vectors are missing, truncated, malformed, or do not belong together.
+            ProfileVersionError: written in a format version that this release does not read.
+            OSError: the file cannot be read.
+        """
+        name = os.fspath(path)
+        try:
+            return stored.load(name, cls, _FORMAT, FORMAT_VERSION)
+        except FileNotFoundError:
+            raise ProfileMissingError(
+                f"there is no profile {name!r}; write one with `adaskip-cpp calibrate MODEL -o {name}`"
+            ) from None
+        except stored.VersionError as error:
+            way_out = "calibrate again or install the release that wrote it"
+            raise ProfileVersionError(f"{name!r} cannot be used: {error}; {way_out}") from error
+        except ValueError as error:  # among them all of msgspec's and our own
+            words = str(error).removesuffix("; calibrate again")
+            raise ProfileFormatError(f"{name!r} cannot be used: {words}; calibrate again") from error

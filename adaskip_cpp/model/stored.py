@@ -1,8 +1,8 @@
-"""What profile files and plan files share: checked JSON, and the numbers of the vectors in one binary file beside it.
+"""Profile and plan files: JSON of dataclasses, and their large arrays in one binary file beside it.
 
-``X.bin`` beside ``X.json`` is nothing but numbers of little endian, array after array: vectors as float32, and behind
-them linear maps as BF16, as streams differ by more orders of magnitude than F16 has. Their shapes follow from the JSON,
-which also has its name and SHA-256. Move or copy the two together; without vectors there is JSON alone.
+``X.bin`` beside ``X.json`` is nothing but numbers of little endian, array after array: as BF16 where that holds all of
+them exactly, else as float32. Rows without a value of their own, all 0 or all NaN, are left out. The JSON says where
+each array is, and the name and SHA-256 of that file. Move or copy the two together; without arrays there is JSON alone.
 
 Both may come from elsewhere: nothing is taken on trust, and nothing is read beyond what a file may be long. All that is
 wrong is a ``ValueError``, which the readers turn into errors of their own.
@@ -10,32 +10,34 @@ wrong is a ``ValueError``, which the readers turn into errors of their own.
 
 import contextlib
 import hashlib
-import itertools
 import math
 import os
 import re
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from ..files import json_text, write_atomically, write_pair
-from .arrays import from_bf16, to_bf16
+from .arrays import from_bf16
+from .skip_set import KINDS, marked
 
 MOST_JSON = 64 << 20
 """More bytes than the JSON of any profile or plan has."""
 
 MOST_MEMORY = 4 << 30
-"""More bytes than the arrays of any profile or plan take once they have a row for every sublayer."""
+"""More bytes than the arrays of any profile or plan take."""
 
 _MOST_NAME = 230
 """Bytes of the name of a file: file systems take 255, and files have longer names while they are written."""
 
-Arrays = Sequence[npt.NDArray[np.float32]]
+_T = TypeVar("_T")
+_Index = Annotated[int, msgspec.Meta(ge=0, le=MOST_MEMORY)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+_Layers = Annotated[int, msgspec.Meta(ge=1, le=9999)]
 
 
 class VersionError(ValueError):
@@ -43,55 +45,157 @@ class VersionError(ValueError):
 
 
 @dataclass(frozen=True)
-class VectorsFile:
-    """The file beside a JSON file, as that names it: its name in the same folder, and its SHA-256 in hexadecimal."""
+class _Beside:
+    """The file beside a JSON file: its name in the same folder, and its SHA-256 in hexadecimal."""
 
     file: str
     sha256: str
 
-    def read(
-        self, path: str | os.PathLike[str], shapes: Sequence[tuple[int, ...]], maps: Sequence[tuple[int, ...]] = ()
-    ) -> Arrays:
-        """Read vectors and then maps of these shapes, as they were saved, from the file beside ``path``.
-
-        They shall be all of it.
-        """
+    def read(self, path: str | os.PathLike[str]) -> bytes:
         name = self.file
         is_too_long = len(os.fsencode(name)) > _MOST_NAME
         if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or is_too_long:
             raise ValueError(f"{name!r} is not the name of a file beside it")
         beside = os.path.join(os.path.dirname(os.path.realpath(path)), name)
-        n_numbers, n_halves = (sum(map(math.prod, each)) for each in (shapes, maps))
-        size = 4 * n_numbers + 2 * n_halves
-        content = None
         with contextlib.suppress(FileNotFoundError, ValueError):
-            content = _read_bounded(_waiting_path(beside, self.sha256), size)
-        if content is None or not self._is_of(content):
-            try:
-                content = _read_bounded(beside, size)
-            except FileNotFoundError:
-                raise ValueError(f"the file of its vectors, {beside!r}, is missing; put it back beside it") from None
-        if not self._is_of(content) or len(content) != size:
+            if self._is_of(content := _read_bounded(_waiting_path(beside, self.sha256), MOST_MEMORY)):
+                return content
+        try:
+            content = _read_bounded(beside, MOST_MEMORY)
+        except FileNotFoundError:
+            raise ValueError(f"the file of its vectors, {beside!r}, is missing; put it back beside it") from None
+        if not self._is_of(content):
             raise ValueError(
                 f"the file of its vectors, {beside!r}, is truncated or of another one; put the one that was written "
                 "with it beside it"
             )
-        numbers = np.frombuffer(content, "<f4", n_numbers).astype(np.float32)
-        halves = from_bf16(np.frombuffer(content, "<u2", n_halves, 4 * n_numbers))
-        return [*_parts(numbers, shapes), *_parts(halves, maps)]
+        return content
 
     def _is_of(self, content: bytes) -> bool:
         return hashlib.sha256(content).hexdigest() == self.sha256
 
 
-def _parts(numbers: npt.NDArray[np.float32], shapes: Sequence[tuple[int, ...]]) -> Arrays:
-    ends = itertools.accumulate(map(math.prod, shapes), initial=0)
-    parts = zip(itertools.pairwise(ends), shapes, strict=True)
-    return [numbers[start:end].reshape(shape) for (start, end), shape in parts]
+@dataclass(frozen=True)
+class _Array:
+    """Where an array is in that file: these of its rows, counted over its first two axes, from byte ``start`` on.
+
+    All others are NaN where there is ``nan``, else 0.
+    """
+
+    shape: Annotated[tuple[_Size, ...], msgspec.Meta(min_length=3, max_length=4)]
+    rows: tuple[_Index, ...]
+    nan: bool
+    bf16: bool
+    start: _Index
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """The sublayers that are true in a bool array ``[n_layer, 2]``, by their layers."""
+
+    attention: tuple[int, ...]
+    ffn: tuple[int, ...]
+    n_layer: _Layers
+
+
+def plain(value: Any) -> tuple[Any, bytes]:
+    """Return plain JSON values of dataclasses and arrays, and the content of the file beside.
+
+    In that are arrays of float32. Others are lists, with None for what is not finite.
+    """
+    parts: dict[bytes, int] = {}
+
+    def encode(array: Any) -> Any:
+        if not isinstance(array, np.ndarray):
+            raise NotImplementedError(f"{type(array).__name__} has no plain form")
+        if array.dtype == np.bool_:
+            layers = (np.flatnonzero(column).tolist() for column in array.T)
+            return dict(zip(KINDS, layers, strict=True)) | {"n_layer": len(array)}
+        if array.dtype != np.float32:
+            return np.where(np.isfinite(array), array, np.array(None, object)).tolist()
+        each = array.reshape(array.shape[0] * array.shape[1], -1)
+        unknown = np.isnan(each).all(axis=1)
+        blank = unknown if unknown.any() else ~each.any(axis=1)
+        bits = np.ascontiguousarray(each[~blank]).view(np.uint32)
+        bf16 = not (bits & 0xFFFF).any()
+        part = ((bits >> 16).astype("<u2") if bf16 else bits.astype("<u4")).tobytes()
+        return {
+            "shape": [*array.shape],
+            "rows": np.flatnonzero(~blank).tolist(),
+            "nan": bool(unknown.any()),
+            "bf16": bf16,
+            "start": parts.setdefault(part, sum(map(len, parts))),
+        }
+
+    return msgspec.to_builtins(value, enc_hook=encode), b"".join(parts)
+
+
+def save(path: str | os.PathLike[str], form: str, version: int, value: Any) -> None:
+    """Write the fields of a dataclass as a JSON file of a format, and its arrays of float32 to the file beside it."""
+    target = os.path.realpath(path)
+    data, content = plain({"format": form, "version": version, **vars(value)})
+    if not content:
+        write_atomically(target, json_text({**data, "vectors": None}))
+        return
+    beside = vectors_path(target)
+    names = _Beside(os.path.basename(beside), hashlib.sha256(content).hexdigest())
+    text = json_text({**data, "vectors": names})
+    write_pair(target, text, beside, content, _waiting_path(beside, names.sha256))
+
+
+def load(path: str | os.PathLike[str], kind: type[_T], form: str, version: int) -> _T:
+    """Read what :func:`save` wrote."""
+    data = load_json(path, form, version)
+    beside = msgspec.convert(data.get("vectors"), _Beside | None)
+    return from_plain(data, kind, b"" if beside is None else beside.read(path))
+
+
+def from_plain(data: Any, kind: type[_T], content: bytes = b"") -> _T:
+    """Return a dataclass from what :func:`plain` returned; a ``ValueError`` says which field is impossible."""
+    n_read = n_bytes = 0
+
+    def decode(_: Any, value: Any) -> npt.NDArray[Any]:
+        nonlocal n_read, n_bytes
+        if isinstance(value, dict) and "rows" not in value:
+            flags = msgspec.convert(value, _Flags)
+            return marked(flags.n_layer, flags.attention, flags.ffn)
+        if not isinstance(value, dict):
+            return _from_lists(value)
+        at = msgspec.convert(value, _Array)
+        n, size = at.shape[0] * at.shape[1], math.prod(at.shape[2:])
+        n_bytes += 4 * n * size
+        if n_bytes > MOST_MEMORY:
+            raise ValueError("it is of a larger model than any")
+        if [*at.rows] != sorted({*at.rows}) or (at.rows and at.rows[-1] >= n):
+            raise ValueError("it does not say which rows of an array there are")
+        n_numbers = len(at.rows) * size
+        end = at.start + n_numbers * (2 if at.bf16 else 4)
+        if end > len(content):
+            raise ValueError("an array is beyond the end of the file of its vectors")
+        n_read = max(n_read, end)
+        array = np.zeros((n, size), np.float32)  # which takes memory where it is written alone
+        if at.nan:
+            array[:] = np.nan
+        found = np.frombuffer(content, "<u2" if at.bf16 else "<f4", n_numbers, at.start)
+        array[list(at.rows)] = (from_bf16(found) if at.bf16 else found).reshape(-1, size)
+        return array.reshape(at.shape)
+
+    found = msgspec.convert(data, kind, dec_hook=decode)
+    if n_read != len(content):
+        raise ValueError("the file of its vectors has more in it than its arrays")
+    return found
+
+
+def _from_lists(value: Any) -> npt.NDArray[np.float64]:
+    """Read lists of numbers, or lists of such lists, with null for NaN."""
+    try:
+        return np.array(msgspec.convert(value, list[list[float | None] | float | None]), np.float64)
+    except (msgspec.ValidationError, OverflowError) as error:  # to a ValueError msgspec adds which field it is
+        raise ValueError(str(error)) from error
 
 
 def vectors_path(path: str | os.PathLike[str]) -> str:
-    """Return the name of the file beside ``X.json`` that holds its vectors, ``X.bin``, be it there or not."""
+    """Return the name of the file beside ``X.json`` that holds its arrays, ``X.bin``, be it there or not."""
     name = os.fspath(path)
     return (name[: -len(".json")] if name.lower().endswith(".json") else name) + ".bin"
 
@@ -102,28 +206,14 @@ def _waiting_path(beside: str, sha256: str) -> str:
     return os.path.join(folder, f".{name}.{re.sub('[^0-9a-f]', '', sha256)[:12]}.new")
 
 
-def save(path: str | os.PathLike[str], data: dict[str, Any], arrays: Arrays, maps: Arrays = ()) -> None:
-    """Write a JSON file, its vectors and maps, the name and hash of whose file join ``data["vectors"]``."""
-    target = os.path.realpath(path)
-    if not arrays and not maps:
-        write_atomically(target, json_text(data))
-        return
-    parts = [*(array.astype("<f4") for array in arrays), *(to_bf16(array).astype("<u2") for array in maps)]
-    content = b"".join(part.tobytes() for part in parts)
-    beside = vectors_path(target)
-    names = {"file": os.path.basename(beside), "sha256": hashlib.sha256(content).hexdigest()}
-    text = json_text({**data, "vectors": {**(data["vectors"] or {}), **names}})
-    write_pair(target, text, beside, content, _waiting_path(beside, names["sha256"]))
-
-
-def load(path: str | os.PathLike[str], form: str, what: str, version: int) -> dict[str, Any]:
-    """Read a JSON file of a format, in words ``what``, and version."""
+def load_json(path: str | os.PathLike[str], form: str, version: int) -> dict[str, Any]:
+    """Read the JSON file of a format and version alone."""
     try:
-        data = msgspec.json.decode(_read_bounded(path, MOST_JSON))
+        data = numbers_for_nulls(msgspec.json.decode(_read_bounded(path, MOST_JSON)))
     except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"it is truncated or is not JSON ({error})") from error
     if not isinstance(data, dict) or data.get("format") != form:
-        raise ValueError(f"this is no {what}")
+        raise ValueError(f"its format is not {form}")
     if data.get("version") != version:
         raise VersionError(f"it has format version {data.get('version')!r}, this release reads {version}")
     return data

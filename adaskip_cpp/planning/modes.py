@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BudgetError, NotSkippableError, PlanError
+from ..errors import BudgetError, NotSkippableError
 from ..model.mode import MODES
 from ..model.plan import Bulk, OnlineStage, SkipPlan
 from ..model.profile import ProfileData
@@ -28,7 +28,7 @@ from .request import PlanRequest
 
 
 def compensated_plan(
-    source: ProfileData | int,
+    profile: ProfileData,
     skip: npt.NDArray[np.bool_],
     request: PlanRequest,
     strategy: str,
@@ -36,25 +36,28 @@ def compensated_plan(
 ) -> SkipPlan:
     """Make the plan of a chosen skip set, bool ``[n_layer, 2]``, as a request's mode, compensation and stage say.
 
-    In decode ``later`` sets follow it, each from so many decoded tokens on. Of a number of layers, without a profile,
-    nothing is compensated.
+    In decode ``later`` sets follow it, each from so many decoded tokens on.
+
+    Raises:
+        NotSkippableError: the model cannot skip one of these sublayers.
     """
     none, mode = SkipSet.none(len(skip)), MODES[request.mode]
-    of_decode = _of_decode(source, request) if mode.in_bulk else skip
-    profile, threshold, online = None if isinstance(source, int) else source, request.threshold, None
-    compensation = get_compensation("none" if profile is None else request.compensation or DEFAULT_COMPENSATION)
-    if profile is not None:
-        _check(profile.in_bulk if mode.in_bulk else profile.skippable, skip, *(each for _, each in later))
-        if compensation.uses_maps and profile.maps is None:
-            compensation = get_compensation("affine")
-        if threshold is None and of_decode.any():
-            threshold = float(np.sort(profile.similarity[profile.skippable])[-of_decode.sum()])
-        if request.online and mode.adapts and (mode.in_decode or of_decode.any()) and threshold is not None:
-            online = OnlineStage(window=request.online_window, threshold=threshold, scale=compensation.online)
+    may = profile.in_bulk if mode.in_bulk else profile.skippable
+    if (wrong := np.any([skip, *(each for _, each in later)], axis=0) & ~may).any():
+        names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(wrong))
+        raise NotSkippableError(
+            f"this model cannot skip {names}; choose another budget or strategy 'adaskip', which leaves them out"
+        )
+    of_decode = _of_decode(profile, request) if mode.in_bulk else skip
+    compensation = get_compensation(request.compensation or DEFAULT_COMPENSATION)
+    if compensation.uses_maps and profile.maps is None:
+        compensation = get_compensation("affine")
+    online = None
+    if request.online and mode.adapts and of_decode.any():
+        threshold = np.sort(profile.similarity[profile.skippable])[-of_decode.sum()]
+        online = OnlineStage(threshold=float(threshold), scale=compensation.online)
 
     def skip_set(each: npt.NDArray[np.bool_], *, first_in_decode: bool) -> SkipSet:
-        if profile is None:
-            return SkipSet(each, np.ones(each.shape))
         from_decode = first_in_decode and not compensation.uses_maps
         return compensation.skip_set(each, profile.decode if from_decode else profile.prefill, profile.maps)
 
@@ -65,15 +68,15 @@ def compensated_plan(
         chosen if mode.in_decode else skip_set(of_decode, first_in_decode=True),
         schedule=tuple(zip(starts, (chosen, *others), strict=True)) if later else (),
         online=online,
-        bulk=bulk_of(source, request, chosen),
-        model=None if profile is None else profile.model,
+        bulk=bulk_of(profile, request, chosen),
+        model=profile.model,
         strategy=strategy,
         compensation=compensation.name,
         mode=request.mode,
     )
 
 
-def bulk_of(source: ProfileData | int, request: PlanRequest, skip: SkipSet) -> Bulk | None:
+def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk | None:
     """Return the bulk that a request asks for, with that set skipped; None where its mode has none.
 
     Raises:
@@ -82,32 +85,16 @@ def bulk_of(source: ProfileData | int, request: PlanRequest, skip: SkipSet) -> B
     if not MODES[request.mode].in_bulk:
         return None
     n = request.windowed or 0
-    if isinstance(source, int):
-        layers = tuple(range(source))
-    else:
-        layers = () if source.windows is None else source.windows.layers
+    layers = () if profile.windows is None else profile.windows.layers
     if n > len(layers):
         raise BudgetError(f"{len(layers)} attentions can look back at a window, not {n}; ask for at most {len(layers)}")
     windowed = layers[len(layers) - n :]
     return Bulk(skip, head=request.head, tail=request.tail, windowed=windowed, window_size=request.look_back)
 
 
-def _of_decode(source: ProfileData | int, request: PlanRequest) -> npt.NDArray[np.bool_]:
+def _of_decode(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.bool_]:
     """Return what mode ``"prompt"`` skips in decode, bool ``[n_layer, 2]``: the first by the paper's ranking."""
-    if isinstance(source, int):
-        if request.decode:
-            raise PlanError("what decode skips is chosen by similarity; give a profile, from calibrate()")
-        return np.zeros((source, 2), np.bool_)
-    n_max = int(source.skippable.sum())
+    n_max = int(profile.skippable.sum())
     if request.decode > n_max:
         raise BudgetError(f"decode cannot skip {request.decode} sublayers; use a number from 0 to {n_max}")
-    return first_ranked(np.where(source.skippable, -source.similarity, np.nan), request.decode)
-
-
-def _check(may: npt.NDArray[np.bool_], *skips: npt.NDArray[np.bool_]) -> None:
-    for skip in skips:
-        if not may[skip].all():
-            names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(skip & ~may))
-            raise NotSkippableError(
-                f"this model cannot skip {names}; choose another budget or strategy 'adaskip', which leaves them out"
-            )
+    return first_ranked(np.where(profile.skippable, -profile.similarity, np.nan), request.decode)

@@ -1,10 +1,9 @@
-"""``Profile``: what calibration learned, with the plans that can be made from it, and its file."""
+"""``Profile``: what calibration learned, with the plans that can be made from it."""
 
-import os
 from typing import Any
 
 from ..model.plan import SkipPlan
-from ..model.profile import ProfileData, load, save, to_dict
+from ..model.profile import ProfileData
 from .request import PlanRequest
 from .strategies import make_plan
 
@@ -28,26 +27,3 @@ class Profile(ProfileData):
             PlanError: another argument is unknown or impossible, or does not go with the others.
         """
         return make_plan(self, PlanRequest.of(n_skip, **request))
-
-    def to_dict(self) -> dict[str, Any]:
-        return to_dict(self)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile as JSON, its vectors to a file ``.bin`` beside it.
-
-        Raises:
-            OSError: a file cannot be written; what was there before is still there.
-        """
-        save(self, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Profile":
-        """Read a profile file.
-
-        Raises:
-            ProfileMissingError: there is no such file; also a ``FileNotFoundError``.
-            ProfileFormatError: the file or its vectors are missing, truncated, malformed, or do not belong together.
-            ProfileVersionError: written in a format version that this release does not read.
-            OSError: the file cannot be read.
-        """
-        return load(path, cls)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import BudgetError, PlanError
 from ..model.mode import MODES, ModeName
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, TIMED, OnlineStage, Phase, window_size_for
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, TIMED, Phase, window_size_for
 from ..model.skip_set import KIND_NAMES
 from .compensation import DEFAULT_COMPENSATION, get_compensation
 
@@ -44,10 +44,8 @@ class PlanRequest:
         compensation: what stands in for a skipped sublayer, one of :mod:`adaskip_cpp.planning.compensation`. None: that
             of the strategy, which is ``"none"`` for ``"suffix"``. The other baselines have none whatever it is.
         online: whether requests add FFNs in decode, see :class:`adaskip_cpp.model.plan.OnlineStage`. Strategy
-            ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only, and where mode ``"prompt"`` skips in decode.
-        online_window: decoded tokens that the online stage observes.
-        threshold: smallest similarity of an FFN that it adds; None for the n-th largest of the profile, n being the
-            number of sublayers skipped.
+            ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only, and where mode ``"prompt"`` skips in decode. The
+            threshold is the n-th largest similarity of the profile, n being the number of sublayers skipped.
         attention, ffn: for strategy ``"manual"``: layers whose attention, whose FFN is skipped.
 
     Raises:
@@ -71,8 +69,6 @@ class PlanRequest:
     strategy: str = "adaskip"
     compensation: str | None = None
     online: bool = True
-    online_window: int = 20
-    threshold: float | None = None
     attention: tuple[int, ...] = ()
     ffn: tuple[int, ...] = ()
 
@@ -92,10 +88,7 @@ class PlanRequest:
         given = [name for name, value in defaults.items() if getattr(self, name) != value]
         if given and not mode.in_bulk:
             raise PlanError(f"mode {self.mode!r} takes no {' and no '.join(given)}; leave it out, or use mode 'prompt'")
-        if mode.in_bulk and not self.decode and self.threshold is not None:
-            raise PlanError("threshold is for decode, which mode 'prompt' runs whole; give decode too, or another mode")
         get_compensation(DEFAULT_COMPENSATION if self.compensation is None else self.compensation)
-        OnlineStage(self.online_window, 1.0 if self.threshold is None else self.threshold)
         if (self.attention or self.ffn) and self.strategy != "manual":
             raise PlanError(f"strategy {self.strategy!r} chooses layers itself; use strategy='manual' to list them")
         if self.phase not in (*TIMED, None):

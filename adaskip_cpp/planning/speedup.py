@@ -34,8 +34,8 @@ class Goal:
     around: Bulk | None = None
 
     @classmethod
-    def of(cls, profile: ProfileData | int, request: PlanRequest) -> "Goal":
-        if isinstance(profile, int) or profile.cost is None:
+    def of(cls, profile: ProfileData, request: PlanRequest) -> "Goal":
+        if profile.cost is None:
             raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
         if request.context is None or request.speedup is None:
             raise PlanError("a speed-up depends on the length of the context; give context, in tokens")
@@ -67,16 +67,16 @@ class Goal:
 
 
 def smallest_budget(
-    make: Callable[[ProfileData | int, PlanRequest], SkipPlan], source: ProfileData | int, request: PlanRequest
+    make: Callable[[ProfileData, PlanRequest], SkipPlan], profile: ProfileData, request: PlanRequest
 ) -> SkipPlan:
     """Return the plan of the smallest number of sublayers, as ``make`` makes it, that is as fast as a request asks."""
-    goal = Goal.of(source, request)
+    goal = Goal.of(profile, request)
     most = np.zeros((goal.cost.n_layer, 2), np.bool_)
     size = request.look_back if request.windowed else request.window_size
     for n_skip in range(2 * goal.cost.n_layer + 1):
         try:
             of_budget = replace(request, n_skip=n_skip, speedup=None, context=None, phase=None, window_size=size)
-            plan = make(source, of_budget)
+            plan = make(profile, of_budget)
         except BudgetError:
             break
         most = plan.skipped(goal.phase).skip

@@ -1,4 +1,4 @@
-"""Strategies: each makes a plan from a profile, or a number of layers, and a request.
+"""Strategies: each makes a plan from a profile and a request.
 
 A strategy is a function registered under its name; :func:`make_plan`, the command line and the evaluation read
 :data:`STRATEGIES`, so that adding one touches this file alone.
@@ -10,7 +10,7 @@ The baselines skip whole layers and compensate nothing (``v := u``). Of a budget
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import TypeAlias
 
 import numpy as np
@@ -25,7 +25,7 @@ from .modes import compensated_plan
 from .request import DEFAULT_N_SKIP, PlanRequest
 from .speedup import Goal, cheapest_set, smallest_budget
 
-Strategy: TypeAlias = Callable[[ProfileData | int, PlanRequest], SkipPlan]
+Strategy: TypeAlias = Callable[[ProfileData, PlanRequest], SkipPlan]
 
 LONGEST_GENERATION = 512
 """SkipDecode's T, decoded tokens after which its whole budget is skipped; the authors of AdaSkip use 512."""
@@ -41,38 +41,38 @@ def strategy(function: Strategy) -> Strategy:
     return function
 
 
-def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]]) -> Strategy:
+def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]], *, compensates: bool = False) -> Strategy:
     """Register a strategy that skips whole layers and knows budgets of sublayers alone.
 
     ``choose`` makes of a number of layers and a request for a number of sublayers the layers skipped, by the number of
     tokens decoded from which on they are, beginning with 0. For a speed-up it is asked for one budget after another,
-    until one reaches it.
+    until one reaches it. With ``compensates`` a request may say how to compensate.
     """
 
     @wraps(choose)
-    def plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
+    def plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
         if request.speedup is not None:
-            return smallest_budget(plan, source, request)
-        n_layer = _n_layer(source)
-        chosen = choose(n_layer, request).items()
-        (_, first), *later = [(start, marked(n_layer, layers, layers)) for start, layers in chosen]
-        request = replace(request, compensation="none", online=False)
-        return compensated_plan(source, first, request, choose.__name__, later)
+            return smallest_budget(plan, profile, request)
+        chosen = choose(profile.n_layer, request).items()
+        (_, first), *later = [(start, marked(profile.n_layer, layers, layers)) for start, layers in chosen]
+        compensation = (compensates and request.compensation) or "none"
+        request = replace(request, compensation=compensation, online=False)
+        return compensated_plan(profile, first, request, choose.__name__, later)
 
     return strategy(plan)
 
 
-def make_plan(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
-    """Make the plan that is wanted from the model's profile, or its number of layers where a strategy needs no more."""
+def make_plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
+    """Make the plan that is wanted from the model's profile."""
     if request.speedup is None and not (request.context is None and request.phase is None):
         raise PlanError("context and phase say where a speed-up is wanted; give speedup too, or leave them out")
     if request.strategy not in STRATEGIES:
         raise PlanError(f"unknown strategy {request.strategy!r}; use one of: {', '.join(STRATEGIES)}")
-    return STRATEGIES[request.strategy](source, request)
+    return STRATEGIES[request.strategy](profile, request)
 
 
 @strategy
-def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
+def adaskip(profile: ProfileData, request: PlanRequest) -> SkipPlan:
     """The sublayers that lose least.
 
     That is the paper's offline rule: all sublayers ranked together by mean IO similarity in prefill, the first n
@@ -82,16 +82,14 @@ def adaskip(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
     :func:`adaskip_cpp.planning.speedup.cheapest_set`, beside the number of windowed attentions with which all that is
     lost is least: what each of its sublayers and these attentions cost alone.
     """
-    if isinstance(source, int):
-        raise PlanError("strategy 'adaskip' ranks sublayers by their similarity; give it a profile, from calibrate()")
-    lost = what_is_lost(source, request)
+    lost = what_is_lost(profile, request)
     if request.speedup is not None:
-        skip, request = _fastest(source, lost, request)
+        skip, request = _fastest(profile, lost, request)
     else:
         n_max = int((~np.isnan(lost)).sum())
-        budget = _budget(request, n_max, f"{n_max} of this model's {2 * source.n_layer} sublayers can be skipped")
+        budget = _budget(request, n_max, f"{n_max} of this model's {2 * profile.n_layer} sublayers can be skipped")
         skip = first_ranked(lost, budget)
-    return compensated_plan(source, skip, request, "adaskip")
+    return compensated_plan(profile, skip, request, "adaskip")
 
 
 def _fastest(
@@ -141,17 +139,13 @@ def early_exit(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     return _last(n_layer, request)
 
 
-@strategy
-def suffix(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
+@partial(baseline, compensates=True)
+def suffix(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """The last k layers, in the bulk of a prompt in mode ``prompt``: the rule of POP (arXiv 2602.03295).
 
-    It compensates nothing unless the request says how, which is then all that ``early_exit`` differs in.
+    It is ``early_exit``, and compensated where a request says how.
     """
-    if request.speedup is not None:
-        return smallest_budget(suffix, source, request)
-    (layers,) = _last(_n_layer(source), request).values()
-    request = replace(request, compensation=request.compensation or "none", online=False)
-    return compensated_plan(source, marked(_n_layer(source), layers, layers), request, "suffix")
+    return _last(n_layer, request)
 
 
 @baseline
@@ -188,30 +182,19 @@ def unified_skipping(n_layer: int, request: PlanRequest) -> dict[int, Sequence[i
 
 
 @strategy
-def manual(source: ProfileData | int, request: PlanRequest) -> SkipPlan:
-    """The sublayers listed in the request, compensated from the profile; not at all if there is only ``n_layer``.
-
-    They are skipped as the mode says, without an online stage unless it has a threshold.
-    """
-    skip = marked(_n_layer(source), request.attention, request.ffn)
+def manual(profile: ProfileData, request: PlanRequest) -> SkipPlan:
+    """The sublayers listed in the request, skipped as the mode says, without an online stage."""
+    skip = marked(profile.n_layer, request.attention, request.ffn)
     if request.n_skip not in (None, skip.sum()):
         raise BudgetError(
             f"{skip.sum()} sublayers are listed, not {request.n_skip}; leave n_skip out with strategy 'manual'"
         )
-    request = replace(request, online=request.online and request.threshold is not None)
-    return compensated_plan(source, skip, request, "manual")
+    return compensated_plan(profile, skip, replace(request, online=False), "manual")
 
 
 def _last(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     k = _budget(request, 2 * n_layer, f"the model has {2 * n_layer} sublayers") // 2
     return {0: range(n_layer - k, n_layer)}
-
-
-def _n_layer(source: ProfileData | int) -> int:
-    n_layer = source if isinstance(source, int) else source.n_layer
-    if n_layer < 1:
-        raise PlanError(f"the number of layers is {n_layer}; pass the model's, llm.n_layer")
-    return n_layer
 
 
 def _budget(request: PlanRequest, n_max: int, reason: str) -> int:
