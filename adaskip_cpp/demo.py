@@ -154,8 +154,15 @@ def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None], *, judges: bool) 
         on_stage(f"{label}, on {_N_REQUESTS} requests of Python's manual and library")
         return silent(label)
 
-    options = {"n_requests": _N_REQUESTS, "n_decode": _N_DECODE, "n_judged": int(judges)}
-    profile = calibrate(llm, **options, cost=False, windows=False, on_stage=stage)
+    profile = calibrate(
+        llm,
+        n_requests=_N_REQUESTS,
+        n_decode=_N_DECODE,
+        cost=False,
+        n_judged=int(judges),
+        windows=False,
+        on_stage=stage,
+    )
     on_stage("Timing the sublayers")
     return replace(profile, cost=measure_cost(llm, seconds=_COST_S))
 

@@ -11,7 +11,7 @@ import pytest
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.evaluation.contenders import FULL, Contender
-from adaskip_cpp.evaluation.evaluate import Work
+from adaskip_cpp.evaluation.evaluate import Work, seconds_of
 from adaskip_cpp.evaluation.figures import evaluation_results
 from adaskip_cpp.evaluation.report import markdown_report
 from adaskip_cpp.evaluation.results import About, Figure, Results, Row, TaskScores
@@ -48,9 +48,9 @@ def losses(*values: float, **more: list[float]) -> list[dict[str, float]]:
 
 
 def results(
-    found: dict[Any, Any], questions: list[QuestionItem] | None = None, texts: list[TextItem] = TEXTS
+    found: dict[Any, Any], questions: list[QuestionItem] | None = None, texts: list[TextItem] = TEXTS, n_rounds: int = 2
 ) -> Results:
-    work = Work((FULL, ADASKIP, EXIT), texts, questions or [], 10, (1, 2), 2)
+    work = Work((FULL, ADASKIP, EXIT), texts, questions or [], 10, (1, 2), n_rounds)
     return evaluation_results(work, found, ABOUT)
 
 
@@ -149,13 +149,11 @@ def test_a_divergence_that_is_no_number_leaves_no_tails() -> None:
 def rounds(*times: dict[str, tuple[float, list[float]]]) -> dict[Any, Any]:
     names = {name.split("-")[0]: name for name in NAMES}
     return {
-        (f"round/{i}", "*", "speed"): Record(
-            f"round/{i}",
-            "*",
-            "speed",
-            times={names[name]: RequestTime(first, tuple(rest)) for name, (first, rest) in each.items()},
+        (f"round/{i}", names[name], "speed"): Record(
+            f"round/{i}", names[name], "speed", seconds_of(RequestTime(first, tuple(rest)))
         )
         for i, each in enumerate(times)
+        for name, (first, rest) in each.items()
     }
 
 
@@ -173,7 +171,7 @@ def test_speed_ups_are_ratios_within_a_round() -> None:
 def test_speed_ups_of_noisy_rounds_have_an_interval() -> None:
     noise = [NormalDist().inv_cdf((i + 0.5) / 12) * 0.02 for i in range(12)]
     times = [{"full": (1.25 + each, [0.1] * 3), "adaskip": (1.0, [0.1] * 3)} for each in noise]
-    speedup = row(results(rounds(*times)), "adaskip")["speed"]["first_token"]["speedup"]
+    speedup = row(results(rounds(*times), n_rounds=12), "adaskip")["speed"]["first_token"]["speedup"]
     assert speedup["low"] < 1.25 < speedup["high"]
     assert speedup["high"] - speedup["low"] < 0.06
     assert speedup["n"] == 12
@@ -308,16 +306,16 @@ def test_the_headline_names_the_next_best_strategy_too() -> None:
     found = {**records("continuation", full=losses(1.0), adaskip=losses(2.0)), **rounds(AS_FAST)}
     for key, record in records("continuation", early_exit=losses(4.0)).items():
         found[key[0], exit.name, key[2]] = record
-    times = found["round/0", "*", "speed"].times
-    times[exit.name] = RequestTime(0.5, times[FULL.name].token_s)
+    key = "round/0", exit.name, "speed"
+    found[key] = Record(*key, seconds_of(RequestTime(0.5, (0.1,) * 4)))
     work = Work((FULL, ADASKIP, exit), TEXTS, [], 10, (1, 2), 1)
     (sentence,) = evaluation_results(work, found, ABOUT).headline
     assert sentence.endswith("and adds 1.00 nats of loss per token. Next is Early Exit: 2.00 times, 3.00 nats.")
 
 
 def test_unfinished_results_count_what_is_there(some: Results) -> None:
-    # of texts 3 x 3 continuations, of rounds 2
-    assert (some.n_done, some.n_results) == (11, 11)
+    # of texts 3 x 3 continuations, of rounds 2 x 3
+    assert (some.n_done, some.n_results) == (15, 15)
     assert results({}).n_done == 0
     assert results({}).headline == []
 

@@ -9,6 +9,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -18,13 +19,11 @@ from ..files import content_hash
 from ..measuring.judge import Judge, Probe
 from ..measuring.metrics import continuation_rouge_l
 from ..measuring.tasks import QuestionItem, TextItem, greedy_text
-from ..measuring.timing import in_turn, time_request
+from ..measuring.timing import N_SETTLE, RequestTime, in_turn, time_request
 from .contenders import FULL, Contender
 from .store import Key, Record, Store
 
 CONTINUATION, ANSWER, SPEED = "continuation", "answer", "speed"
-EVERYONE = "*"
-"""Stands for the contender where a result is of all of them: a round of timing."""
 
 _DECODE_WEIGHT = 4  # what decoding a token costs, in tokens of a prompt; for the estimate of what is left
 _WARM_UP = 32, 4  # tokens of the prompt and tokens decoded before a contender is timed
@@ -48,10 +47,6 @@ class Work:
     n_rounds: int = 5
 
     def __post_init__(self) -> None:
-        ids = [*(text.id for text in self.texts), *(question.id for question in self.questions)]
-        twice = next((each for each in ids if ids.count(each) > 1), None)
-        if twice is not None:
-            raise DataError(f"two items are named {twice!r}; give each file once")
         least, n = self.n_continuation + 2, min((len(item.tokens) for item in self.texts), default=None)
         if n is not None and n < least:
             raise DataError(
@@ -72,16 +67,13 @@ class Work:
     def results(self) -> dict[Key, float]:
         """All results that there will be, and about what each takes, in tokens of a prompt."""
         n_decoded = _DECODE_WEIGHT * self.n_continuation
-        found: dict[Key, float] = {}
-        if self.speed_prompt:
-            cost: float = len(self.contenders) * (len(self.speed_prompt) + n_decoded)
-            found |= {(f"round/{i}", EVERYONE, SPEED): cost for i in range(self.n_rounds)}
-        for text in self.texts:
-            found |= {(text.id, each.name, CONTINUATION): len(text.tokens) + n_decoded for each in self.contenders}
-        for question in self.questions:
-            cost = len(question.prompt) + _DECODE_WEIGHT * question.max_tokens / 2
-            found |= {(question.id, each.name, ANSWER): cost for each in self.contenders}
-        return found
+        n_rounds = self.n_rounds if self.speed_prompt else 0
+        costs: dict[tuple[str, str], float] = {
+            **{(f"round/{i}", SPEED): len(self.speed_prompt) + n_decoded for i in range(n_rounds)},
+            **{(text.id, CONTINUATION): len(text.tokens) + n_decoded for text in self.texts},
+            **{(each.id, ANSWER): len(each.prompt) + _DECODE_WEIGHT * each.max_tokens / 2 for each in self.questions},
+        }
+        return {(item, each.name, what): cost for (item, what), cost in costs.items() for each in self.contenders}
 
     @property
     def hash(self) -> str:
@@ -110,18 +102,19 @@ class _Rest:
         self._total = sum(self._left.values())
 
     def time(self) -> None:
-        work, llm = self._work, self._llm
-        rounds = [i for i in range(work.n_rounds) if (f"round/{i}", EVERYONE, SPEED) in self._left]
-        for contender in work.contenders if rounds else ():
-            llm.set_plan(contender.plan_for(len(work.speed_prompt)))
-            time_request(llm, work.speed_prompt[: _WARM_UP[0]], min(_WARM_UP[1], work.n_continuation))
+        contenders, prompt, n_decoded = self._work.contenders, self._work.speed_prompt, self._work.n_continuation
+        rounds = [i for i in range(self._work.n_rounds) if self._lacking(f"round/{i}", SPEED)]
+        for contender in contenders if rounds else ():
+            self._llm.set_plan(contender.plan_for(len(prompt)))
+            time_request(self._llm, prompt[: _WARM_UP[0]], min(_WARM_UP[1], n_decoded))
         for i in rounds:
-            times = {}
-            for index in in_turn(len(work.contenders), i):
-                contender = work.contenders[index]
-                llm.set_plan(contender.plan_for(len(work.speed_prompt)))
-                times[contender.name] = time_request(llm, work.speed_prompt, work.n_continuation)
-            self._keep(Record(f"round/{i}", EVERYONE, SPEED, times=times))
+            records = []
+            for contender in (contenders[index] for index in in_turn(len(contenders), i)):
+                self._llm.set_plan(contender.plan_for(len(prompt)))
+                seconds = seconds_of(time_request(self._llm, prompt, n_decoded))
+                records.append(Record(f"round/{i}", contender.name, SPEED, seconds))
+            for record in records:  # once all have run in it: what ran at another time is another round
+                self._keep(record)
 
     def go_on(self, item: TextItem) -> None:
         """Judge the end of a text, and compare what the contender itself writes there with what the full model does."""
@@ -153,5 +146,16 @@ class _Rest:
 
     def _keep(self, record: Record) -> None:
         self._store.append(record)
-        del self._left[record.key]
+        self._left.pop(record.key, None)
         self._on_progress(1.0 - sum(self._left.values()) / self._total)
+
+
+def seconds_of(time: RequestTime) -> dict[str, float | None]:
+    """Return seconds by the names of speeds.
+
+    Per token it is the mean, not the median: a request under an online stage or a schedule is slow at first and fast
+    later.
+    """
+    settled = time.token_s[min(N_SETTLE, len(time.token_s) - 1) :]
+    request = time.first_token_s + sum(time.token_s)
+    return {"first_token": time.first_token_s, "per_token": fmean(settled), "request": request}

@@ -3,16 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from statistics import fmean
 
 import numpy as np
 
 from ..intervals import mean_error, ratio_interval
 from ..measuring.tasks import QuestionItem
-from ..measuring.timing import N_SETTLE, RequestTime
 from .contenders import FULL, Contender
-from .evaluate import ANSWER, CONTINUATION, EVERYONE, SPEED, Work
-from .results import TAILS, About, Cell, Figure, Named, Results, Row, Speed, TaskScores
+from .evaluate import ANSWER, CONTINUATION, SPEED, Work
+from .results import SPEED_NAMES, TAILS, About, Cell, Figure, Named, Results, Row, Speed, TaskScores
 from .store import Key, Record
 
 _N_LENGTHS = 8  # lengths of a task's questions, at most, for a table by length
@@ -48,14 +46,10 @@ class _Measured:
 
     def _speed(self) -> dict[str, Speed]:
         """Speed-ups against the full model, round by round; {} if nothing was timed."""
-        name = self._contender.name
-        rounds = [record.times for key, record in sorted(self._records.items()) if key[1:] == (EVERYONE, SPEED)]
-        pairs = [
-            (_seconds(times[FULL.name]), _seconds(times[name])) for times in rounds if {name, FULL.name} <= times.keys()
-        ]
+        pairs = self._pairs([f"round/{i}" for i in range(self._work.n_rounds)], SPEED)
         found = {}
-        for label in pairs[0][0] if pairs else ():
-            full, own = zip(*((full[label], own[label]) for full, own in pairs), strict=True)
+        for label in SPEED_NAMES if pairs else ():
+            own, full = ([_number(each.values[label]) for each in side] for side in zip(*pairs, strict=True))
             found[label] = Speed(ratio_interval(full, own), Figure(*mean_error(own), len(own)))
         return found
 
@@ -69,12 +63,11 @@ class _Measured:
         return {kind: each for kind, ids in kinds.items() if (each := self._figures(ids))}
 
     def _figures(self, ids: Sequence[str]) -> dict[str, Figure]:
-        records, full = (self._of(ids, CONTINUATION, name) for name in (self._contender.name, FULL.name))
-        by_label: dict[str, list[float]] = {}
+        records = self._of(ids, CONTINUATION)
+        by_label = {"added_loss": _added(self._pairs(ids, CONTINUATION), "loss")}
         for record in records.values():
             for label, value in record.values.items():
                 by_label.setdefault(label, []).append(_number(value))
-        by_label["added_loss"] = _added(records, full, "loss")
         figures = {label: figure for label, each in by_label.items() if (figure := _mean(each)) is not None}
         loss = figures.get("loss")
         if loss is not None and loss.mean < 700:  # where exp overflows
@@ -86,32 +79,24 @@ class _Measured:
         found = {}
         for task in dict.fromkeys(item.task for item in self._work.questions):
             items = {item.id: item for item in self._work.questions if item.task == task}
-            own, full = (self._of(items, ANSWER, name) for name in (self._contender.name, FULL.name))
-            scores = {each: _number(record.values["score"]) for each, record in own.items()}
+            scores = {each: _number(record.values["score"]) for each, record in self._of(items, ANSWER).items()}
             if (score := _mean(scores.values())) is not None:
-                alike = (float(own[each].text.strip() == full[each].text.strip()) for each in own if each in full)
-                added = _added(own, full, "score")
+                pairs = self._pairs(items, ANSWER)
+                added = _added(pairs, "score")
+                alike = (float(own.text.strip() == full.text.strip()) for own, full in pairs)
                 cells = _cells([items[each] for each in scores], scores)
                 found[task] = TaskScores(score, _mean(added), _mean(alike), _mean(float(x == 0) for x in added), cells)
         return found
 
-    def _of(self, ids: Iterable[str], measure: str, name: str) -> dict[str, Record]:
-        """By item, of those that are measured."""
-        return {each: self._records[key] for each in ids if (key := (each, name, measure)) in self._records}
+    def _of(self, ids: Iterable[str], measure: str, name: str = "") -> dict[str, Record]:
+        """The contender's results, or those of another one, by item; of those that are measured."""
+        keys = ((each, name or self._contender.name, measure) for each in ids)
+        return {key[0]: self._records[key] for key in keys if key in self._records}
 
-
-def _seconds(time: RequestTime) -> dict[str, float]:
-    """Seconds by the names of speeds.
-
-    Per token it is the mean, not the median: a request under an online stage or a schedule is slow at first and fast
-    later.
-    """
-    settled = time.token_s[min(N_SETTLE, len(time.token_s) - 1) :]
-    return {
-        "first_token": time.first_token_s,
-        "per_token": fmean(settled),
-        "request": time.first_token_s + math.fsum(time.token_s),
-    }
+    def _pairs(self, ids: Iterable[str], measure: str) -> list[tuple[Record, Record]]:
+        """The contender's result and the full model's for each item that both have."""
+        full = self._of(ids, measure, FULL.name)
+        return [(own, full[each]) for each, own in self._of(ids, measure).items() if each in full]
 
 
 def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[Cell, ...]:
@@ -125,10 +110,9 @@ def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[
     return tuple(Cell(*cell, score) for cell in order if (score := _mean(by_cell[cell])) is not None)
 
 
-def _added(own: Mapping[str, Record], full: Mapping[str, Record], label: str) -> list[float]:
-    """What a figure is above the full model's, item by item, of those that both have."""
-    pairs = ((own[each].values, full[each].values) for each in own if each in full)
-    return [_number(mine[label]) - _number(its[label]) for mine, its in pairs if label in mine and label in its]
+def _added(pairs: Iterable[tuple[Record, Record]], label: str) -> list[float]:
+    """What a figure is above the full model's, item by item."""
+    return [_number(own.values[label]) - _number(full.values[label]) for own, full in pairs]
 
 
 def _tails(divergences: Sequence[float]) -> dict[str, Figure]:

@@ -197,7 +197,7 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
     if options.text_files:
         kinds["text"] = read_texts(options.text_files)
         named.append(", ".join(kinds["text"]))
-    for name in options.builtin or (() if kinds else ("pages",)):
+    for name in dict.fromkeys(options.builtin) or (() if kinds else ("pages",)):
         read, what = _BUILTIN[name]
         kinds[name] = read()
         named.append(what)

@@ -17,7 +17,6 @@ import msgspec
 
 from ..errors import DataError
 from ..files import content_hash, write_error
-from ..measuring.timing import RequestTime
 
 if sys.platform == "win32":
     import msvcrt
@@ -45,7 +44,6 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
         values: figures by name; NaN, on disk null, for what came out as no number.
         text: what the model wrote.
         divergences: KL divergence from the full model of each token that ``values`` are means of, in nats.
-        times: of a round of timing, by contender.
     """
 
     item: str
@@ -54,7 +52,6 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     values: dict[str, float | None] = {}  # msgspec copies it
     text: str = ""
     divergences: tuple[float | None, ...] = ()
-    times: dict[str, RequestTime] = {}
 
     @property
     def key(self) -> Key:
