@@ -23,7 +23,7 @@ class Timing:
     """How long an answer took.
 
     Attributes:
-        n_evaluated: tokens of the prompt that were evaluated; the others were cached from an earlier request.
+        n_evaluated: tokens of the prompt that were not cached from an earlier request.
         n_generated: tokens generated, the one that ends the answer included.
         first_token_s: seconds from the call until the first token was known.
         decode_s: seconds for the ``n_generated - 1`` tokens after it.

@@ -48,10 +48,9 @@ class AdaSkipLlama(SelfDescribingLlama):
     runs under, but for the first tokens of the sequence and the last of the prompt; see :class:`SkipPlan`. Whoever asks
     for the logits of a prompt's own tokens (``echo`` with ``logprobs``, embeddings) gets them without a bulk.
 
-    A cached position is used again where it was computed by the whole model, under a set that the plan in force uses,
-    or in the bulk of a plan that it may read besides, and where it has K and V for all that is to run now. Before
-    anything is evaluated, the positions from the first other one on are evaluated again, so a plan may be changed at
-    any time.
+    A plan may be changed at any time. A cached position is used again where it has K and V for all that is to run now,
+    and was computed by the whole model, under a set of the plan in force, or in the bulk of a plan that this may read
+    besides. From the first other position on, all are evaluated again.
 
     Args:
         model_path: a GGUF file.
@@ -61,12 +60,11 @@ class AdaSkipLlama(SelfDescribingLlama):
             a bulk set, which keeps all K and V, no KV is allocated for the layers whose attention it skips in every
             phase. Such a model only takes plans that skip them too, and cannot run as a whole.
         max_loss: for a frontier: nats per token that an answer may lose, by default 0.05.
-        exact_batches: cut prompts into batches as ``llama_cpp.Llama`` does. Otherwise, in models whose upper layers
-            share KV (Gemma 3n and 4), the last token of a prompt is computed by itself, as those layers then run for no
-            other: logits differ from stock's by the rounding of another batch size.
-        repack: let llama.cpp keep weights on the CPU in a layout of its own where it has faster products for that, as
-            it does by default (``use_extra_bufts``). None: as tuned, else True. Which is faster depends on machine,
-            model and batch size; the logits differ by rounding.
+        exact_batches: cut prompts into batches as ``llama_cpp.Llama`` does. Otherwise, where upper layers share KV
+            (Gemma 3n and 4), the last token of a prompt is computed by itself, so that they run for no other: logits
+            differ by the rounding of another batch size.
+        repack: let llama.cpp keep weights on the CPU in a layout of its own (``use_extra_bufts``); None: as tuned, else
+            True, its default. Which is faster depends on machine, model and batch size; logits differ by rounding.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
 
     Raises:
@@ -284,21 +282,11 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._eval(self._phase, [int(token) for token in tokens])
 
     def eval_decode(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens behind those that are cached, as those of an answer, as :meth:`generate` does.
-
-        They belong to the request that :meth:`begin_request` or :meth:`generate` began last, and count in its online
-        stage and schedule.
-
-        Raises:
-            StateError: as :meth:`eval`.
-        """
+        """As :meth:`eval`, as tokens of an answer: they count in the online stage and schedule of the last request."""
         self._eval("decode", [int(token) for token in tokens])
 
     def logits_behind(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Evaluate tokens as :meth:`eval_decode` does, and return the logits behind each, whatever ``logits_all`` says.
-
-        Returns:
-            float32 ``[len(tokens), n_vocab]``.
+        """As :meth:`eval_decode`; return the logits behind each token, float32 ``[len(tokens), n_vocab]``.
 
         Raises:
             StateError: as :meth:`eval`; or statistics of all tokens are collected, which computes no logits.
@@ -309,13 +297,9 @@ class AdaSkipLlama(SelfDescribingLlama):
         return np.concatenate([np.empty((0, self.n_vocab()), np.float32), *rows])
 
     def eval_bulk(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens of a prompt that more of the same prompt follows, behind those that are cached.
+        """As :meth:`eval`, as tokens of a prompt that goes on: all in the bulk, without head and tail, or as prefill.
 
-        All of them run under the plan's bulk set, without head and tail; where it has none, as prefill. No logits are
-        computed, whatever ``logits_all`` says, and their rows of ``scores`` stay as they are.
-
-        Raises:
-            StateError: as :meth:`eval`.
+        No logits are computed, whatever ``logits_all`` says, and their rows of ``scores`` stay as they are.
         """
         self._eval("bulk", [int(token) for token in tokens])
 
@@ -351,13 +335,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._evaluate("prefill", tokens, is_last=True, rows=self._prompt_rows)
 
     def _evaluate(
-        self,
-        phase: Phase,
-        tokens: list[int],
-        *,
-        is_last: bool,
-        is_read: bool = True,
-        rows: Rows | None = None,
+        self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None
     ) -> None:
         """Evaluate tokens in one phase; ``rows``, if given, gets the logits behind each, a batch at a time."""
         native = self._adaskip
@@ -399,10 +377,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         return [(batch, index == len(batches) - 1) for index, batch in enumerate(batches)]
 
     def _decode(self, tokens: list[int], *, with_logits: bool) -> npt.NDArray[np.float32]:
-        """``llama_cpp.Llama.eval`` of one batch with the logits behind every token, or behind none.
-
-        Without, llama.cpp computes its KV, and what that takes.
-        """
+        """``llama_cpp.Llama.eval`` of one batch with the logits behind every token, or behind none, for KV alone."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._ctx.kv_cache_seq_rm(-1, start, -1)
         self._batch.set_batch(batch=tokens, n_past=start, logits_all=with_logits)
@@ -410,9 +385,10 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._ctx.decode(self._batch)
         self.input_ids[start:end] = tokens
         self.n_tokens = end
-        shape = len(tokens) if with_logits else 0, self.n_vocab()
-        logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=shape).copy() if with_logits else np.empty(shape)
-        if self.logits_all and with_logits:
+        if not with_logits:
+            return np.empty((0, self.n_vocab()), np.float32)
+        logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self.n_vocab())).copy()
+        if self.logits_all:
             self.scores[start:end] = logits
         return np.asarray(logits, np.float32)
 
@@ -429,9 +405,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         return list(tokens)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """Generate tokens: the prompt runs as prefill, every step after it as decode, drafts included.
-
-        Arguments and results are those of ``llama_cpp.Llama.generate``.
+        """As ``llama_cpp.Llama.generate``: the prompt runs as prefill, every step after it as decode, drafts included.
 
         Raises:
             RequestError: the grammar cannot be used.
@@ -468,19 +442,25 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         steps = super()._create_completion(*args, **kwargs)
-        return self._reading(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+        return self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
 
-    def _reading(self, steps: Iterator[Any]) -> Iterator[Any]:
+    def _with_prompt(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The steps of a completion that tells the log-probabilities of its prompt."""
         while True:
-            self._reads_prompt = True
-            try:
-                step = next(steps)
-            except StopIteration:
+            with self._reading_prompt():
+                step = next(steps, None)
+            if step is None:
                 return
-            finally:
-                self._reads_prompt = False
             yield step
+
+    @contextmanager
+    def _reading_prompt(self, rows: Rows | None = None) -> Iterator[None]:
+        """While the context is open the logits of a prompt's own tokens are wanted, in ``rows`` or in ``scores``."""
+        self._reads_prompt, self._prompt_rows = True, rows
+        try:
+            yield
+        finally:
+            self._reads_prompt, self._prompt_rows = False, None
 
     @property
     def online(self) -> OnlineResult | None:
@@ -500,9 +480,9 @@ class AdaSkipLlama(SelfDescribingLlama):
         What ``sink`` raises ends the evaluation and is raised from it.
 
         Args:
-            sink: called once per ubatch with a ``StatisticsBatch``.
-            keep_logits: compute logits as ever, so that :meth:`generate` works; then the last layer's FFN is observed
-                for output tokens only, as llama.cpp runs it.
+            sink: called once per ubatch.
+            keep_logits: compute logits as ever, so that :meth:`generate` works; the last layer's FFN is then observed
+                for output tokens only.
             vectors: also sum every sublayer's input and output over the tokens.
             activations: also hand these inputs and outputs themselves, ``8 * n_layer * n_embd`` bytes per token.
 
@@ -529,7 +509,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     # -- saved states --------------------------------------------------------------------------------------------
 
     def save_state(self) -> AdaSkipState:
-        """As ``llama_cpp.Llama.save_state``; the state knows the model, and what its positions were computed under."""
+        """As ``llama_cpp.Llama.save_state``; the state knows what it was saved from."""
         return AdaSkipState.of(super().save_state(), model=self.model_info, elided_kv=self.elided_kv)
 
     def load_state(self, state: LlamaState) -> None:

@@ -61,10 +61,9 @@ def elide_kv(skipped: npt.NDArray[np.bool_] | None) -> Iterator[None]:
 
 
 class NativeContext:
-    """adaskip's side of one ``llama_context``.
+    """adaskip's side of the ``llama_context`` at ``address``, which must outlive this object.
 
-    ``address`` is that of the ``llama_context``, which must outlive this object. Every method raises an error of
-    ``_WAYS_OUT`` or NativeError for the codes of adaskip.h.
+    Every method raises an error of ``_WAYS_OUT`` or NativeError for the codes of adaskip.h.
     """
 
     def __init__(self, address: int) -> None:
@@ -129,10 +128,7 @@ class NativeContext:
         self._check(lib.adaskip_set_plan(self._ctx, target))
 
     def bulk_set_id(self, plan: SkipPlan) -> int:
-        """The id of a plan's bulk set with its windows: of equal ones the same everywhere; 0 where nothing is skipped.
-
-        Checks the bulk as :meth:`set_plan` does, and sets nothing.
-        """
+        """The id of a plan's bulk set with its windows, checked: 0 where nothing is skipped, of equal ones equal."""
         target = ffi.new("struct adaskip_plan *")
         _owners = _fill_bulk(target, plan)
         found = ffi.new("uint64_t *")
@@ -174,10 +170,7 @@ class NativeContext:
     def start_statistics(
         self, sink: StatisticsSink, *, keep_logits: bool = False, vectors: bool = False, activations: bool = False
     ) -> None:
-        """Hands the statistics of every ubatch to ``sink``, until :meth:`stop_statistics`.
-
-        What ``sink`` raises is kept for :meth:`raise_pending`, since it cannot pass through C.
-        """
+        """Hands the statistics of every ubatch to ``sink``; what it raises is kept for :meth:`raise_pending`."""
         if self._callback is not None:
             raise errors.StateError(
                 "statistics are being collected already; leave the other collect_statistics() first."

@@ -24,8 +24,7 @@ class Sublayer:
         reason: why other phases cannot skip it, "" if it is skippable.
         shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
         window: tokens that an attention looks back at, 0 for all.
-        windowable: whether the bulk may let an attention look back at a window of its own, see
-            :attr:`adaskip_cpp.model.plan.Bulk.windowed`.
+        windowable: whether it may be in :attr:`adaskip_cpp.model.plan.Bulk.windowed`.
     """
 
     layer: int
@@ -89,14 +88,14 @@ class Counters:
 
 @dataclass(frozen=True)
 class OnlineResult:
-    """What the online stage learned in one request.
+    """What the online stage learned in one request. The arrays are float64 [n_layer], NaN where not observed.
 
     Attributes:
         window: tokens that it observes.
-        n_tokens: that it has observed, fewer than the window in a short request.
-        similarity: float64 [n_layer], mean IO similarity of each FFN over them, NaN where not observed.
-        norm_ratio: float64 [n_layer], ||V||_F / ||U||_F over them, likewise.
-        scale: float64 [n_layer], what stands in for each FFN if it is added, likewise.
+        n_tokens: that it has observed.
+        similarity: mean IO similarity of each FFN over them.
+        norm_ratio: ||V||_F / ||U||_F over them.
+        scale: what stands in for each FFN if it is added.
         threshold: FFNs of at least this similarity are skipped.
         ffn: layers whose FFN was added to the decode set, () while the window is not full.
     """

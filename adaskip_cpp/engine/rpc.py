@@ -21,14 +21,11 @@ _added: set[str] = set()
 
 @cache
 def _ggml() -> Any:
-    """The functions of the ggml in this process, through the libllama that depends on it.
-
-    On Windows a library shows its own functions alone, and these are of two.
-    """
+    """The functions of the ggml in this process, through the libllama that depends on it."""
     import llama_cpp
 
     libraries = [llama_cpp.llama_cpp._lib]
-    if sys.platform == "win32":
+    if sys.platform == "win32":  # where a library shows its own functions alone
         libraries = [ctypes.CDLL(name) for name in ("ggml.dll", "ggml-base.dll")]
     ggml = SimpleNamespace()
     for name, types in {
@@ -65,10 +62,9 @@ def register_rpc_server(endpoint: str) -> bool:
 def add_rpc_server(endpoint: str) -> None:
     """Let models that this process opens from now on run on the devices of an rpc-server too.
 
-    Layers go to its devices first, as many as ``n_gpu_layers`` says, in the order in which servers were added; the
-    context splits them by free memory, or by ``tensor_split``. A server cannot be taken back, is there once however
-    often it is added, and serves one process at a time. ggml ends the process where a server does while a model is on
-    it.
+    Layers go to its devices first, as many as ``n_gpu_layers`` says, in the order in which servers were added, split by
+    free memory or by ``tensor_split``. A server cannot be taken back, and serves one process at a time. ggml ends the
+    process where a server ends while a model is on it.
 
     Args:
         endpoint: ``"host:port"`` of llama.cpp's rpc-server, of the release that llama-cpp-python was built from.

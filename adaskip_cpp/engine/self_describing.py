@@ -46,7 +46,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def n_layer_kv(self) -> int:
-        """Number of layers up to the last that has KV of its own: all, unless upper layers read that of others."""
+        """Layers up to the last that has KV of its own: all, unless upper layers read that of others."""
         return self._adaskip.n_layer_kv
 
     @property

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -41,7 +41,6 @@ class ServedLlama(AdaSkipLlama):
     batch after another, so that nothing of ``n_ctx * n_vocab`` is allocated.
 
     Args:
-        name: of the model in answers; its file's by default.
         plans: what requests may choose from.
         cache: makes the cache, given whether a part of a state serves.
         **kwargs: as for :class:`AdaSkipLlama`.
@@ -50,14 +49,13 @@ class ServedLlama(AdaSkipLlama):
     def __init__(
         self,
         model_path: str,
-        name: str = "",
         *,
         plans: Callable[["ServedLlama"], Plans],
         cache: Callable[[bool], PrefixCache],
         **kwargs: Any,
     ) -> None:
         super().__init__(model_path, **kwargs)
-        self.name = name or os.path.basename(model_path).removesuffix(".gguf")
+        self.name = os.path.basename(model_path).removesuffix(".gguf")  # of the model in answers
         self.plans = plans(self)
         of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
@@ -213,15 +211,13 @@ class ServedLlama(AdaSkipLlama):
         collected = None if n_top is None else Logprobs(n_top, self._text)
         n_told, offset = 0, 0 if echo else len(self._prompt_text(kwargs["prompt"]))
         while True:
-            with self._working:
+            reading = self._reading_prompt(collected) if echo and collected is not None else nullcontext()
+            with self._working, reading:
                 self._logprobs = collected
-                self._reads_prompt = echo and collected is not None
-                self._prompt_rows = collected if self._reads_prompt else None
                 try:
                     step = next(steps, None)
                 finally:
-                    self._logprobs = self._prompt_rows = None
-                    self._reads_prompt = False
+                    self._logprobs = None
             if step is None:
                 return
             choice = step["choices"][0]

@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import sys
-from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ _SUFFIX = ".adaskip-prefix"
 _LEFT_OVER = re.compile(rf"\..*{re.escape(_SUFFIX)}\.[0-9a-f]+\.tmp")
 """What :func:`write_atomically` leaves when the process is killed."""
 _MOST_HEADER = 1 << 16
+_OVERHEAD = 1024
+"""Bytes that a file counts for beside its tokens and its state: more than its header has."""
 
 Tokens = npt.NDArray[np.int32]
 
@@ -51,7 +52,11 @@ class Entry:
     n_bytes: int
     state: bytearray | None = None
     path: Path | None = None
-    on_disk: bool = False
+
+    @property
+    def n_file(self) -> int:
+        """Bytes of its file, or somewhat more."""
+        return self.n_bytes + self.tokens.nbytes + _OVERHEAD
 
 
 def n_common(a: Tokens, b: Tokens) -> int:
@@ -69,8 +74,8 @@ class PrefixCache:
 
     Args:
         memory, disk: bytes that they may take there, each.
-        folder: where they outlast the process, made where it is missing; None for memory alone. Other processes may use
-            it too.
+        folder: where they outlast the process, made where it is missing; None for memory alone. Where several processes
+            use it, each keeps its own files within the bound.
         can_rewind: whether a part of a state serves; else all its tokens must begin the prompt.
 
     Raises:
@@ -84,7 +89,6 @@ class PrefixCache:
         self.folder = None if folder is None else Path(folder)
         self.entries: list[Entry] = []  # the most recently used last
         self._writer = ThreadPoolExecutor(1, "prefix-cache")
-        self._lost: deque[Path] = deque()  # files that the writer removed, or could not write
         self._has_warned = False
         self._writing: Future[None] | None = None
         if self.folder is not None:
@@ -98,7 +102,6 @@ class PrefixCache:
 
     def find(self, keys: Collection[str], tokens: Tokens) -> tuple[Entry | None, int]:
         """Return the entry of one of these keys that has most of a prompt's first tokens, and how many; (None, 0)."""
-        self._forget_lost()
         best, most = None, 0
         for entry in self.entries:
             if entry.key in keys:
@@ -109,9 +112,9 @@ class PrefixCache:
 
     def take(self, entry: Entry) -> bytearray | None:
         """Return the state of an entry, which is the most recently used now; None where its file is gone or damaged."""
-        if entry.state is None and entry.path is not None:
+        if entry.state is None:
             self._writer.submit(int).result()  # it may be being written
-            found = _read(entry.path, with_state=True)
+            found = None if entry.path is None else _read(entry.path, with_state=True)
             if found is not None and (found.key, found.n_bytes) == (entry.key, entry.n_bytes):
                 entry.state = found.state
         if entry.state is None:
@@ -119,16 +122,15 @@ class PrefixCache:
             return None
         self.entries.remove(entry)
         self.entries.append(entry)
-        if entry.on_disk and entry.path is not None:
+        if entry.path is not None:
             with contextlib.suppress(OSError):
                 os.utime(entry.path)
         state = entry.state
-        self._bound_memory(keep=entry)
+        self._bound(keep=entry)
         return state
 
     def put(self, key: str, tokens: Tokens, state: bytearray) -> None:
         """Keep a state that fits; what it has all the tokens of is dropped, as a part of it serves as well."""
-        self._forget_lost()
         if len(state) > self.memory:
             return
         for other in [each for each in self.entries if each.key == key]:
@@ -139,13 +141,14 @@ class PrefixCache:
         self.entries.append(entry)
         if self._writing is None or self._writing.done():
             self._save(entry)
-        self._bound_memory(keep=None)
+        self._bound()
 
     def close(self) -> None:
         """Write what was not written yet, and wait for it."""
         for entry in self.entries:
             if entry.path is None:
                 self._save(entry)
+        self._bound()
         self._writer.shutdown()
 
     @property
@@ -153,36 +156,34 @@ class PrefixCache:
         """Bytes in memory."""
         return sum(entry.n_bytes for entry in self.entries if entry.state is not None)
 
-    def _bound_memory(self, keep: Entry | None) -> None:
-        """Drop states from memory until they fit; those without a file are forgotten."""
+    def _bound(self, keep: Entry | None = None) -> None:
+        """Drop states from memory, and files, until both fit; an entry that has neither any more is forgotten."""
+        in_memory, on_disk = self.n_bytes, sum(each.n_file for each in self.entries if each.path is not None)
         for entry in list(self.entries):
-            if self.n_bytes <= self.memory:
-                return
-            if entry.state is not None and entry is not keep:
+            if in_memory > self.memory and entry.state is not None and entry is not keep:
                 entry.state = None
-                if entry.path is None:
-                    self.entries.remove(entry)
+                in_memory -= entry.n_bytes
+            if on_disk > self.disk and entry.path is not None:
+                self._drop_file(entry)
+                on_disk -= entry.n_file
+            if entry.state is None and entry.path is None:
+                self.entries.remove(entry)
 
     def _remove(self, entry: Entry) -> None:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # what was put since it was found may have taken its place
             self.entries.remove(entry)
-        if entry.path is not None:
-            self._writer.submit(_unlink, entry.path)  # behind its own writing
-
-    def _forget_lost(self) -> None:
-        """Forget the files that are gone, and the entries that had nothing else."""
-        while self._lost:
-            path = self._lost.popleft()
-            for entry in [each for each in self.entries if each.path == path]:
-                entry.path = None
-                if entry.state is None:
-                    self.entries.remove(entry)
+        self._drop_file(entry)
 
     # -- on disk ---------------------------------------------------------------------------------------------------
 
+    def _drop_file(self, entry: Entry) -> None:
+        path, entry.path = entry.path, None
+        if path is not None:
+            self._writer.submit(_unlink, path)  # behind its own writing
+
     def _save(self, entry: Entry) -> None:
         """Have the writer write an entry, where there is a folder."""
-        if self.folder is not None and entry.state is not None and entry.n_bytes <= self.disk:
+        if self.folder is not None and entry.state is not None and entry.n_file <= self.disk:
             digest = hashlib.sha256(entry.key.encode() + b"\0" + entry.tokens.tobytes()).hexdigest()[:32]
             entry.path = self.folder / f"{digest}{_SUFFIX}"
             self._writing = self._writer.submit(self._write, entry, entry.path, entry.state)
@@ -195,28 +196,11 @@ class PrefixCache:
         try:
             content = b"".join([MAGIC, len(header).to_bytes(8, "little"), header, body, state])
             write_atomically(path, content, mode=0o600)
-            entry.on_disk = True
         except OSError as error:
-            self._lost.append(path)
+            entry.path = None
             if not self._has_warned:
                 self._has_warned = True
                 print(f"{error}; what was read is kept in memory alone", file=sys.stderr)
-            return
-        self._bound_disk(path.parent)
-
-    def _bound_disk(self, folder: Path) -> None:
-        files = []
-        for path in folder.glob(f"*{_SUFFIX}"):
-            with contextlib.suppress(OSError):
-                facts = path.stat()
-                files.append((facts.st_mtime_ns, facts.st_size, path))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if total <= self.disk:
-                return
-            _unlink(path)
-            self._lost.append(path)
-            total -= size
 
     def _scan(self, folder: Path) -> None:
         """Take up what is there, the oldest first; what is no whole file of ours is removed."""
@@ -231,7 +215,7 @@ class PrefixCache:
             else:
                 found.append((path.stat().st_mtime_ns, entry))
         self.entries = [entry for _, entry in sorted(found, key=lambda each: each[0])]
-        self._bound_disk(folder)
+        self._bound()
 
 
 def _unlink(path: Path) -> None:
@@ -257,4 +241,4 @@ def _read(path: Path, *, with_state: bool = False) -> Entry | None:
     if with_state and hashlib.sha256(body).hexdigest() != header.sha256:
         return None
     tokens = np.frombuffer(body[:n_tokens], "<i4").astype(np.int32)
-    return Entry(header.key, tokens, header.n_bytes, bytearray(body[n_tokens:]) if with_state else None, path, True)
+    return Entry(header.key, tokens, header.n_bytes, bytearray(body[n_tokens:]) if with_state else None, path)
