@@ -319,7 +319,7 @@ def _report_case() -> _Case:
     names = ("results.json", "results.md", "report.html")
 
     def write(folder: Path, i: int) -> None:
-        about = About(f"model {i}", "title", "summary", {}, "command", {}, ())
+        about = About(f"title {i}", "summary", {}, "command", {}, ())
         report.write_results(Results(i, 2, about, ()), folder)
 
     def read(folder: Path) -> Any:

@@ -32,7 +32,7 @@ from adaskip_cpp.model.skip_set import SkipSet
 
 Tokens = Callable[..., list[int]]
 N_CONTINUATION = 9
-ABOUT = About("m", "T", "A", {}, "c", {})
+ABOUT = About("T", "A", {}, "c", {})
 FIGURES = ("loss", "kl", "agreement")
 
 BOTH = SkipPlan.manual(N_LAYER, attention=[1], ffn=[2], scale=1.1)

@@ -26,7 +26,7 @@ ADASKIP = Contender("adaskip-1-prefill-affine", "adaskip", "1", "prefill", "affi
 EXIT = Contender("early_exit-2-e2e", "early_exit", "2", "e2e", "none", SkipPlan.manual(3, attention=[2], ffn=[2]))
 NAMES = (FULL.name, ADASKIP.name, EXIT.name)
 TEXTS = [TextItem(f"t{i}", "text", (1,) * 20) for i in range(3)]
-ABOUT = About("m", "T", "A", {}, "c", {})
+ABOUT = About("T", "A", {}, "c", {})
 
 
 def question(name: str, task: str = "passkey", length: int = 100, depth: float | None = 0.5) -> QuestionItem:
@@ -114,9 +114,6 @@ def test_kinds_of_text_are_told_apart_where_there_are_several() -> None:
     table = next(each for each in tables(found) if each.title == "By kind of text")
     assert table.header == ("contender", "mode", "pages", "sources")
     assert table.rows[0] == ("AdaSkip affine, 1", "prefill", "+1.000", "+2.000")
-
-
-AS_FAST = {"full": (1.0, [0.1] * 4), "adaskip": (1.0, [0.1] * 4)}
 
 
 def test_tails_are_quantiles_over_the_tokens_of_all_items() -> None:
@@ -294,30 +291,10 @@ def test_markdown_has_a_line_per_contender(some: Results) -> None:
     assert [line.count("|") for line in lines[4:9]] == [14] * 4 + [0]
 
 
-def test_the_headline_says_speed_and_loss_of_the_best_strategy_of_each_mode(some: Results) -> None:
-    assert some.headline[0] == (
-        "Mode prefill: AdaSkip affine makes the first token 0.50 times as fast and adds 0.50 nats of loss per token."
-    )
-    assert len(some.headline) == 2
-
-
-def test_the_headline_names_the_next_best_strategy_too() -> None:
-    exit = Contender("early_exit-2-prefill", "early_exit", "2", "prefill", "none", PLAN)
-    found = {**records("continuation", full=losses(1.0), adaskip=losses(2.0)), **rounds(AS_FAST)}
-    for key, record in records("continuation", early_exit=losses(4.0)).items():
-        found[key[0], exit.name, key[2]] = record
-    key = "round/0", exit.name, "speed"
-    found[key] = Record(*key, seconds_of(RequestTime(0.5, (0.1,) * 4)))
-    work = Work((FULL, ADASKIP, exit), TEXTS, [], 10, (1, 2), 1)
-    (sentence,) = evaluation_results(work, found, ABOUT).headline
-    assert sentence.endswith("and adds 1.00 nats of loss per token. Next is Early Exit: 2.00 times, 3.00 nats.")
-
-
 def test_unfinished_results_count_what_is_there(some: Results) -> None:
     # of texts 3 x 3 continuations, of rounds 2 x 3
     assert (some.n_done, some.n_results) == (15, 15)
     assert results({}).n_done == 0
-    assert results({}).headline == []
 
 
 def named(strategy: str, budget: str, compensation: str) -> Row:

@@ -166,6 +166,4 @@ def _print(results: Results, output: str) -> None:
         for row in each.rows:
             table.add_row(*row)
         out.print(table)
-    for sentence in results.headline:
-        out.print(sentence)
-    out.print(f"\nWritten to {os.path.join(output, 'report.html')}, with all else beside it.", soft_wrap=True)
+    out.print(f"Written to {os.path.join(output, 'report.html')}, with all else beside it.", soft_wrap=True)

@@ -38,7 +38,6 @@ class _Measured:
             **{each.name: getattr(contender, each.name) for each in fields(Named)},
             n_skip_prefill=0 if plan is None else plan.skipped(plan.prompt_phase).n_skip,
             n_skip_decode=0 if plan is None else plan.skipped("decode").n_skip,
-            online=plan is not None and plan.online is not None,
             speed=self._speed(),
             text=self._text(),
             questions=self._questions(),

@@ -92,7 +92,6 @@ def evaluate(
                 tell(f"The settings have changed; earlier results are kept in {', '.join(map(str, kept.others))}")
             name, begun = os.path.basename(model), kept.facts["started"][:16].replace("T", " ")
             about = About(
-                model=name.removesuffix(".gguf"),
                 title=f"{name}: what skipping costs and brings",
                 summary=f"{len(work.contenders) - 1} contenders against the full model, begun {begun} UTC.",
                 configuration=_configuration(model, known, work, settings, words),

@@ -1,12 +1,12 @@
 """What an evaluation found: the one result behind results.json, the tables, the pictures and the reports."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..files import json_text
 from ..intervals import Interval
-from ..model.mode import MODES, ModeName
+from ..model.mode import ModeName
 from ..planning.compensation import DEFAULT_COMPENSATION
 
 SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_token", "e2e": "request"}
@@ -115,7 +115,6 @@ class Row(Named):
 
     Attributes:
         n_skip_prefill, n_skip_decode: sublayers skipped in prompts, or the bulk of the longest, and in decode.
-        online: whether requests add FFNs in decode.
         speed: by the names of :data:`SPEED_NAMES`; {} if nothing was timed.
         text: figures of text by kind of text (``"all"`` for all together) and by name: ``loss`` and ``added_loss`` in
             nats per token, ``perplexity``, ``kl`` in nats per token, its quantiles ``kl_99`` and ``kl_99.9`` over the
@@ -126,7 +125,6 @@ class Row(Named):
 
     n_skip_prefill: int = 0
     n_skip_decode: int = 0
-    online: bool = False
     speed: dict[str, Speed] = field(default_factory=dict)
     text: dict[str, dict[str, Figure]] = field(default_factory=dict)
     questions: dict[str, TaskScores] = field(default_factory=dict)
@@ -151,7 +149,6 @@ class Row(Named):
 class About:
     """What was measured with what: for people by name, how to repeat it, and plain JSON values it all depends on."""
 
-    model: str
     title: str
     summary: str
     configuration: Mapping[str, str]
@@ -198,30 +195,3 @@ class Results:
         """What the reader must know, above all that this is not finished."""
         unfinished = f"This is not finished: {self.n_done} of {self.n_results} results are there. Run it again."
         return [*([unfinished] if self.n_done < self.n_results else []), *self.about.notes]
-
-    @property
-    def headline(self) -> list[str]:
-        """What came out in a sentence for each mode: the strategy that loses least, and the next best one."""
-        return [each for mode in MODES if (each := self._sentence(mode))]
-
-    def _sentence(self, mode: ModeName) -> str:
-        series: dict[str, list[tuple[float, float]]] = {}
-        for row in self.of_mode(mode):
-            loss, speed = row.figure("added_loss"), row.speedup
-            if loss is not None and speed is not None:
-                series.setdefault(row.series, []).append((speed.value, loss.mean))
-        best = sorted(series, key=lambda name: min(loss for _, loss in series[name]))
-        sentences = (
-            f"Mode {mode}: {{}} makes the {SPEED_NAMES[SPEEDS[mode]]} {{}} times as fast and adds "
-            "{} nats of loss per token.",
-            "Next is {}: {} times, {} nats.",
-        )
-        return " ".join(
-            sentence.format(name, *map(_range, zip(*series[name], strict=True)))
-            for sentence, name in zip(sentences, best, strict=False)
-        )
-
-
-def _range(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return low if low == high else f"{low} to {high}"
