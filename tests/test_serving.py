@@ -604,7 +604,7 @@ def test_a_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
     none: Any = None
-    gate = Gate(none, none, FairQueue(1), SimpleNamespace(answered=lambda *_: None), api_key="k", most_body=1)  # type: ignore[arg-type]
+    gate = Gate(none, {}, FairQueue(1), SimpleNamespace(answered=lambda *_: None), api_key="k", most_body=1)  # type: ignore[arg-type]
     sent: list[Any] = []
 
     async def ask() -> None:

@@ -1,6 +1,6 @@
 """What a request's body asks, by the schemas of llama-cpp-python's server, and what is refused."""
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest, CreateEmbeddingRequest
@@ -10,6 +10,8 @@ from ..engine.grammar import MOST_REPEATED, check_repeats
 from ..errors import RequestError
 from .plans import WISHES, check_wish
 from .request import ServedRequest
+
+_Kind = TypeVar("_Kind")
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": CreateChatCompletionRequest,
@@ -26,6 +28,18 @@ _NOT_WITH_MIN_TOKENS = ("grammar", "response_format", "tools", "functions", "log
 _REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
+def decoded(content: bytes, kind: type[_Kind]) -> _Kind:
+    """Return JSON as a value of some type.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not the JSON that is asked for ({error}); see docs/server.md") from error
+
+
 def read_body(path: str, content: bytes) -> ServedRequest:
     """Read the body of a request that the model works for.
 
@@ -35,13 +49,7 @@ def read_body(path: str, content: bytes) -> ServedRequest:
     Raises:
         RequestError: it is no JSON of this schema, or asks for what this server does not do.
     """
-    try:
-        body = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON ({error}); send application/json") from error
-    if not isinstance(body, dict):
-        raise RequestError('the body is no JSON object; send one, such as {"messages": [...]}')
-    body = {name: value for name, value in body.items() if value is not None}
+    body = {name: value for name, value in decoded(content, dict[str, Any]).items() if value is not None}
     request = ServedRequest(wish=_wish(body.pop("adaskip", None)))
     options = body.pop("stream_options", None)
     request.reuses = body.pop("cache_prompt", True) is not False

@@ -5,8 +5,10 @@ import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
+import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
+from starlette.responses import Response
 
 from .answer import Message, Send, Sent, explained, send_answer
 from .body import SCHEMAS, read_body
@@ -18,18 +20,20 @@ from .request import Gone, Refused, ServedRequest, begin
 
 Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
 App: TypeAlias = "Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]"
+Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
+"""By method and path: from a body to a Response, or to what is answered as JSON."""
 
 OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing and run nothing."""
 
 
 class Gate:
-    """An ASGI application: the model answers the paths of :data:`SCHEMAS`, another application the others.
+    """An ASGI application.
 
     Args:
-        app: that of the other paths.
-        llm: the model.
-        queue: where the requests that it works for wait.
+        llm: answers the paths of :data:`SCHEMAS`.
+        routes: answer the others.
+        queue: where the requests that the model works for wait.
         metrics: counts them.
         api_key: what clients must send, None for nothing.
         most_body: bytes of the longest body.
@@ -37,37 +41,36 @@ class Gate:
 
     def __init__(
         self,
-        app: App,
         llm: ServedLlama,
+        routes: Routes,
         queue: FairQueue,
         metrics: Metrics,
         *,
         api_key: str | None,
         most_body: int,
     ) -> None:
-        self.app, self.llm, self.queue, self.metrics = app, llm, queue, metrics
+        self.llm, self.routes, self.queue, self.metrics = llm, routes, queue, metrics
         self._key = None if api_key is None else api_key.encode()
         self._most_body = most_body
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        path, sent = scope["path"], Sent(send)
+        method, path, sent = scope["method"], scope["path"], Sent(send)
         try:
-            self._admit(path, scope["method"], Headers(scope=scope))
-            if scope["method"] == "POST":
-                content = await self._read(Headers(scope=scope), receive)
-                if content is None:
-                    return
-                if path in SCHEMAS:
-                    await self._work(scope, content, receive, sent)
+            self._admit(path, method, Headers(scope=scope))
+            content = await self._read(Headers(scope=scope), receive)
+            if method == "POST" and path in SCHEMAS:
+                await self._work(scope, content, receive, sent)
+            elif (method, path) in self.routes:
+                route = self.routes[method, path]
+                answer = await run_in_threadpool(route, content) if method == "POST" else route(content)
+                if isinstance(answer, Response):
+                    await answer(scope, receive, sent)
                 else:
-                    await self.app(scope, _once(content, receive), sent)
-            elif path in SCHEMAS:
-                raise Refused(405, "this path is asked by POST alone")
+                    await sent.json(200, msgspec.json.encode(answer))
+            elif path in SCHEMAS or any(path == known for _, known in self.routes):
+                raise Refused(405, f"{path} is not asked by {method}; see docs/server.md")
             else:
-                await self.app(scope, receive, sent)
+                raise Refused(404, "there is no such path; see docs/server.md")
         except Gone:
             pass
         except Exception as error:
@@ -77,8 +80,6 @@ class Gate:
 
     def _admit(self, path: str, method: str, headers: Headers) -> None:
         """Refuse who may not ask."""
-        if any(ord(each) < 32 for each in path):  # Starlette's routes match what ends in a line break
-            raise Refused(404, "there is no such path")
         host = host_of(f"//{headers.get('host', '')}")
         if self._key is None and not is_no_foreign_name(host):
             raise Refused(403, f"without --api-key it is not asked as {host!r}; use its address, or localhost")
@@ -91,8 +92,8 @@ class Gate:
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
             raise Refused(401, "wrong or missing API key; send it as Authorization: Bearer KEY", "invalid_api_key")
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Read the body; None where the client left."""
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        """Read the body."""
         limit = f"the body has more than {self._most_body:,} bytes; send a shorter prompt, or start with a larger --ctx"
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most_body:
@@ -101,7 +102,7 @@ class Gate:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
+                raise Gone
             content += message.get("body", b"")
             if len(content) > self._most_body:
                 raise Refused(413, limit)
@@ -144,13 +145,3 @@ async def _left(receive: Receive) -> None:
     """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _once(content: bytes, receive: Receive) -> Receive:
-    """Give the body that was read already, then what comes."""
-    first: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
-
-    async def again() -> Message:
-        return first.pop() if first else await receive()
-
-    return again

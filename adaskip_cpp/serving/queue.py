@@ -5,9 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from .request import Refused
-
-_STOPPING = 503, "the server stops; ask again when it runs", "stopping"
+from .request import STOPPING, Refused
 
 
 class FairQueue:
@@ -35,7 +33,7 @@ class FairQueue:
             Refused: too many wait, or :meth:`close` was called before one's turn.
         """
         if self.is_closed:
-            raise Refused(*_STOPPING)
+            raise Refused(*STOPPING)
         if self.is_busy:
             await self._wait(client)
         self.is_busy = True
@@ -78,5 +76,5 @@ class FairQueue:
         for waiting in self._waiting.values():
             for turn in waiting:
                 if not turn.done():
-                    turn.set_exception(Refused(*_STOPPING))
+                    turn.set_exception(Refused(*STOPPING))
         self._waiting.clear()

@@ -17,6 +17,9 @@ class Gone(Exception):
     """The client has left, or the server stops: nobody reads the answer on."""
 
 
+STOPPING = 503, "the server stops; ask again when it runs", "stopping"
+
+
 class Refused(Exception):
     """A request that is answered with an error: its status, message and code."""
 

@@ -55,6 +55,7 @@ def run(
         log_level="warning",
         access_log=False,
         lifespan="off",
+        ws="none",
         timeout_graceful_shutdown=GRACE,
         server_header=False,
         proxy_headers=False,  # who asks is not for the client to say
