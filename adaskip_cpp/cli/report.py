@@ -57,11 +57,11 @@ def first_token_line(
         return line
     if cost is not None:
         times = cost.speedup(plan, timing.n_prompt, "prefill", cached=timing.n_prompt - timing.n_evaluated)
-        return f"{line}; {_seconds(timing.first_token_s * times)} without skipping, as predicted"
-    if point is not None and timing.n_evaluated == timing.n_prompt:
-        without = timing.first_token_s * point.speedup(timing.n_prompt)
-        return f"{line}; {_seconds(without)} without skipping, as predicted"
-    return line
+    elif point is not None and timing.n_evaluated == timing.n_prompt:
+        times = point.speedup(timing.n_prompt)
+    else:
+        return line
+    return f"{line}; {_seconds(timing.first_token_s * times)} without skipping, as predicted"
 
 
 def _seconds(value: float) -> str:

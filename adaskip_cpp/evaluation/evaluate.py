@@ -1,10 +1,7 @@
 """Runs an evaluation: every contender on every item, each result stored as soon as it is there.
 
-- ``continuation``: the last tokens of a text follow the rest of it, the same ones for every contender: their loss, and
-  how far the contender's predictions are from the full model's (:mod:`adaskip_cpp.measuring.judge`). Then the contender
-  continues the same prompt by itself, which is compared with what the full model wrote (Rouge-L).
-- ``answer``: the greedy answer to a question, and its score.
-- ``speed``: first token and tokens behind it, all contenders in turn, round by round.
+A text is judged by its last tokens (:mod:`adaskip_cpp.measuring.judge`), and by what the contender writes in their
+place, compared with what the full model does (Rouge-L); a question by the score of the greedy answer.
 """
 
 from collections.abc import Callable, Sequence
