@@ -455,7 +455,7 @@ def test_a_speedup_for_a_prompt_loads_the_weights_once(
     again = run("generate", tiny(), *args[:-2])
     assert again.exit_code == 0 and "in the bulk of a prompt" in again.stderr, "a short prompt is no error"
     # By hand: attention 2 saves 2 of 10 ms.
-    assert "skipped: 1 of 6 sublayers in prefill" in result.stderr and "none for 1 layer:" in result.stderr
+    assert "skipped: 1 of 6 sublayers in prefill" in result.stderr and "none for 1 of 3 layers" in result.stderr
 
 
 def test_plan_shows_phases_apart_where_they_differ(run: Run, profile_path: Path) -> None:
@@ -594,7 +594,7 @@ def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) ->
 
 def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:
     data = json.loads(run("plan", plan_path(tuned_model), "--json").stdout)
-    assert [[each["layer"] for each in plan["bulk"]["set"]["ffn"]] for plan in data["plans"]] == [[1], [1, 2]]
+    assert [each["plan"]["bulk"]["skip"]["skip"]["ffn"] for each in data["frontier"]["points"]] == [[1], [1, 2]]
     assert [each["continuation"]["divergence"]["value"] for each in data["frontier"]["points"]] == [0.01, 0.04]
     assert data["frontier"]["settings"]["flash_attn"] is True
 
