@@ -52,9 +52,8 @@ def plans(result: Result) -> dict[str, dict[str, Any]]:
 
 def skipped(plan: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Layers whose attention, and layers whose FFN a plan skips in a prompt, or its bulk."""
-    of_prompt = plan["bulk"]["set"] if plan["bulk"] else plan["prefill"]
-    attention, ffn = ([each["layer"] for each in of_prompt[kind]] for kind in ("attention", "ffn"))
-    return attention, ffn
+    of_prompt = plan["bulk"]["skip"] if plan["bulk"] else plan["prefill"]
+    return of_prompt["skip"]["attention"], of_prompt["skip"]["ffn"]
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +152,8 @@ def test_every_budget_is_a_plan_of_every_strategy_and_every_list_of_layers_one_o
     }
     for plan in found.values():
         assert (plan["mode"], plan["online"]) == ("prompt", None)
-        assert not any(plan[phase][kind] for phase in ("prefill", "decode") for kind in ("attention", "ffn"))
-    assert found["adaskip 1"]["bulk"]["set"]["attention"][0]["scale"] == 2.0  # the median ratio
+        assert not any(plan[phase]["skip"][kind] for phase in ("prefill", "decode") for kind in ("attention", "ffn"))
+    assert found["adaskip 1"]["bulk"]["skip"]["scale"][2][0] == 2.0  # the median ratio
     of_paper = plans(run(tiny(), "--profile", profile_path, "--mode", "prefill", "--skip", 1, *QUICK))["adaskip 1"]
     assert skipped(of_paper) == ([], [2]) and of_paper["bulk"] is None
 

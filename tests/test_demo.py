@@ -64,7 +64,7 @@ def test_another_mode_is_shown_beside_the_whole_model_and_judged_behind_prompts(
     data = json.loads(run("--model", short, "--skip", 2, "--mode", "decode", "--json").stdout)
     assert list(data["sides"]) == ["whole model", "mode decode"]
     whole, decode = data["sides"].values()
-    assert decode["plan"]["prefill"]["attention"] == decode["plan"]["prefill"]["ffn"] == []
+    assert decode["plan"]["prefill"]["skip"] == {"attention": [], "ffn": [], "n_layer": 3}
     assert decode["loss"] != whole["loss"], "the answer is judged, which skips"
 
 

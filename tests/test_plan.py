@@ -184,12 +184,6 @@ def test_a_map_that_is_not_finite_is_refused_where_it_is_used(name: str, value: 
     assert linear_set(rank=3, **bad) == linear_set(rank=3)
 
 
-def test_a_set_with_maps_describes_itself_with_their_rank() -> None:
-    plain, mapped = skip_set((1, 0), (2, 1)).to_dict(), linear_set((1, 0), (2, 1), rank=7).to_dict()
-    for kind in ("attention", "ffn"):
-        assert mapped[kind] == [{**row, "rank": 7} for row in plain[kind]]
-
-
 def test_a_manual_plan_skips_in_both_phases() -> None:
     plan = SkipPlan.manual(4, attention=[2, 0], ffn=np.array([3]))
     assert (plan.prefill.attention, plan.prefill.ffn, plan.prefill.n_skip) == ((0, 2), (3,), 3)
@@ -400,10 +394,28 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
         online=OnlineStage(5, 0.75, "median"), bulk=Bulk(skip_set((3, 0), scale=0.25), head=0, tail=9),
     )  # fmt: skip
     assert json.loads(json.dumps(plan.to_dict())) == {
-        "strategy": "adaskip",
-        "compensation": "affine",
-        "mode": "e2e",
-        "n_layer": 4,
+        "prefill": {
+            "skip": {"attention": [], "ffn": [0], "n_layer": 4},
+            "scale": [[1.0, 1.0]] * 4,
+            **dict.fromkeys(("bias", "down", "up")),
+        },
+        "decode": {
+            "skip": {"attention": [2], "ffn": [0], "n_layer": 4},
+            "scale": [[1.0, 0.5], [1.0, 1.0], [0.5, 1.0], [1.0, 1.0]],
+            "bias": {"shape": [4, 2, 3], "rows": [4], "nan": False, "bf16": True, "start": 0},
+            **dict.fromkeys(("down", "up")),
+        },
+        "bulk": {
+            "skip": {
+                "skip": {"attention": [3], "ffn": [], "n_layer": 4},
+                "scale": [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.25, 1.0]],
+                **dict.fromkeys(("bias", "down", "up")),
+            },
+            "head": 0,
+            "tail": 9,
+            "windowed": [],
+            "window_size": 252,
+        },
         "model": {
             "fingerprint": "0" * 64,
             "architecture": "llama",
@@ -412,24 +424,15 @@ def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
             "lora_scale": 0.0,
             "overrides": "",
         },
-        "bulk": {
-            "set": {"attention": [{"layer": 3, "scale": 0.25, "bias_norm": 0.0}], "ffn": []},
-            "head": 0,
-            "tail": 9,
-            "windowed": [],
-            "window_size": 252,
-        },
-        "prefill": {"attention": [], "ffn": [{"layer": 0, "scale": 1.0, "bias_norm": 0.0}]},
-        "decode": {
-            "attention": [{"layer": 2, "scale": 0.5, "bias_norm": 5.0}],
-            "ffn": [{"layer": 0, "scale": 0.5, "bias_norm": 0.0}],
-        },
+        "strategy": "adaskip",
+        "compensation": "affine",
+        "mode": "e2e",
         "schedule": [],
         "online": {"window": 5, "threshold": 0.75, "scale": "median"},
     }
     grown = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE))).to_dict()
     assert grown["bulk"] is None
-    assert [(row["start"], len(row["attention"])) for row in grown["schedule"]] == [(0, 1), (7, 2)]
+    assert [(start, len(of["skip"]["attention"])) for start, of in grown["schedule"]] == [(0, 1), (7, 2)]
 
 
 def test_where_up_is_all_zeros_there_is_no_map() -> None:
@@ -441,8 +444,6 @@ def test_where_up_is_all_zeros_there_is_no_map() -> None:
     one = dataclasses.replace(skip, down=down, up=up)
     assert np.argwhere(one.mapped).tolist() == [[2, 1]] and one.down is not None
     assert one.down[2, 1].all() and not one.down[1, 0].any()
-    assert [*one.to_dict()["ffn"][0]] == ["layer", "scale", "bias_norm", "rank"]
-    assert "rank" not in one.to_dict()["attention"][0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells how much memory is in use")

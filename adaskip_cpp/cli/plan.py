@@ -14,8 +14,9 @@ from ..files import check_output, json_text
 from ..model.cost_model import CostModel
 from ..model.mode import MODES
 from ..model.plan import PHASES, TIMED, Phase, SkipPlan
-from ..model.plan_file import PlanFile, frontier_dict, is_plan_file, load_plan, save_plan
+from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KINDS, SkipSet, ranked
+from ..model.stored import plain
 from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -105,10 +106,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
 
 def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> None:
     if as_json:
-        told = {"file": path, "plans": [plan.to_dict() for plan in found.plans], "frontier": found.frontier}
-        click.echo(
-            json_text(told if found.frontier is None else {**told, "frontier": frontier_dict(found.frontier)}), nl=False
-        )
+        click.echo(json_text({"file": path, **plain(vars(found))[0]}), nl=False)
     elif found.frontier is not None:
         print_frontier(out, found.frontier)
     elif found.plan is not None:

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError
+from . import stored
 from .identity import ModelInfo
 from .mode import MODES, ModeName
 from .skip_set import SkipSet, marked
@@ -22,20 +22,14 @@ TIMED: tuple[Phase, Phase] = ("prefill", "decode")
 """What is calibrated and timed: a whole prompt, and each token of an answer."""
 
 DEFAULT_HEAD, DEFAULT_TAIL = 4, 64
-"""With the last 10 of its 30 layers skipped in prompts of 1,280 tokens, SmolLM2 diverges by 0.133 nats without a head,
-by 0.028 with one of 1, 2 or 4 tokens; by 0.032, 0.028, 0.025, 0.021, 0.019 and 0.016 with tails of 1, 16, 32, 64, 128
-and 256 tokens. Beyond 64 it is cheaper to skip less: see docs/method.md."""
+"""Measured in docs/method.md: one token would do as SmolLM2's head, and tails beyond 64 cost more than they gain."""
 
 DEFAULT_WINDOW = 252
 """With a head of 4 and ubatches of 512 tokens it makes three blocks of 256 KV cells, which backends compute in."""
 
 
 def window_size_for(context: int, share: int = 8) -> int:
-    """Return the tokens to look back at in prompts of ``context`` tokens: a share, in blocks of 256 with the head.
-
-    With all attentions windowed to an eighth, SmolLM2 diverges by 0.024 nats at 2,048 tokens and by 0.028 at 6,000, by
-    0.063 there with a window of 252.
-    """
+    """Return the tokens to look back at in prompts of ``context`` tokens: a share, in blocks of 256 with the head."""
     return DEFAULT_WINDOW + 256 * max(-(-context // (256 * share)) - 1, 0)
 
 
@@ -44,14 +38,11 @@ OnlineScale: TypeAlias = Literal["none", "paper", "median"]
 
 @dataclass(frozen=True)
 class OnlineStage:
-    """Online importance learning: which FFNs a request adds to the decode set, from its first decoded tokens.
-
-    The first ``window`` decoded tokens of a request run under the decode set alone, and every FFN outside it is
-    observed. Then each whose mean IO similarity is at least ``threshold`` is skipped for the rest of the request.
+    """Online importance learning: which FFNs a request adds to the decode set after its first decoded tokens.
 
     Attributes:
-        window: tokens that are observed; the authors use 20.
-        threshold: smallest mean IO similarity of an FFN that is added.
+        window: tokens that run under the decode set alone, while every other FFN is observed; the authors use 20.
+        threshold: smallest mean IO similarity in them of an FFN that is skipped for the rest of the request.
         scale: what stands in for an added FFN, measured in the window: ``"paper"`` is the ratio of Frobenius norms,
             ``"median"`` the median over its tokens of ``|v| / |u|``, ``"none"`` is 1.
 
@@ -122,11 +113,6 @@ class Bulk:
         begin, end = max(self.head - n_cached, 0), n_tokens - self.tail
         return (begin, end) if begin < end else (0, 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values that describe the bulk, without vectors."""
-        around = {name: value for name, value in vars(self).items() if name != "skip"}
-        return {"set": self.skip.to_dict(), **around}
-
 
 @dataclass(frozen=True)
 class SkipPlan:
@@ -136,12 +122,11 @@ class SkipPlan:
         prefill: the set skipped while a prompt is read, except in its bulk where there is one.
         decode: the set skipped while tokens are generated, from the first one on. It skips every attention that
             ``prefill`` skips: that attention wrote no KV for the prompt, so decode must not read it.
-        schedule: decode sets by tokens decoded so far in the request, ``((0, decode), (t1, set1), ...)``, each holding
-            from its number on; () if ``decode`` holds throughout. A set skips every attention of the one before it.
+        schedule: decode sets, each from so many tokens decoded in the request on: ``((0, decode), (t1, set1), ...)``;
+            () if ``decode`` holds throughout. A set skips every attention of the one before it.
         online: the online stage of decode, or None. Excludes a schedule.
-        bulk: how the bulk of a prompt is read, or None: all of a prompt runs under ``prefill``. It skips every
-            attention that ``prefill`` skips, as the tokens before the bulk have no KV there. Decode is free to run what
-            it skips.
+        bulk: how the bulk of a prompt is read; None if all of it runs under ``prefill``. It skips every attention that
+            ``prefill`` skips, as the tokens before the bulk have no KV there.
         model: the model that the plan was made for, or None for any of as many layers.
         strategy, compensation, mode: their names, ``"manual"`` where they were given by hand.
 
@@ -274,12 +259,5 @@ class SkipPlan:
         return self.bulk.skip if phase == "bulk" and self.bulk else self.prefill
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values that describe the plan, without its vectors; a plan is made again from a profile."""
-        names = ("strategy", "compensation", "mode", "n_layer", "model", "online")
-        return {
-            **{name: msgspec.to_builtins(getattr(self, name)) for name in names},
-            "bulk": self.bulk.to_dict() if self.bulk else None,
-            "prefill": self.prefill.to_dict(),
-            "decode": self.decode.to_dict(),
-            "schedule": [{"start": start, **each.to_dict()} for start, each in self.schedule],
-        }
+        """Return plain JSON values as a plan file has them, without the vectors."""
+        return stored.plain(vars(self))[0]

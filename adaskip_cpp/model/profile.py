@@ -156,9 +156,8 @@ class ProfileData(LayerArrays):
         return may
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, without the vectors and maps."""
-        data: dict[str, Any] = stored.plain({"format": _FORMAT, "version": FORMAT_VERSION, **vars(self)})[0]
-        return data
+        """Return plain JSON values, as the file has them, without the vectors and maps."""
+        return stored.plain({"format": _FORMAT, "version": FORMAT_VERSION, **vars(self)})[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON, its vectors to a file ``.bin`` beside it.

@@ -110,18 +110,6 @@ class SkipSet(LayerArrays):
     def __repr__(self) -> str:
         return f"SkipSet(n_layer={self.n_layer}, attention={self.attention}, ffn={self.ffn})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: the skipped sublayers of each kind, the scale of each and the norm of its bias."""
-        mapped = self.mapped
-
-        def row(layer: int, kind: int) -> dict[str, Any]:
-            rank = {"rank": self.down.shape[2]} if self.down is not None and mapped[layer, kind] else {}
-            norm = 0.0 if self.bias is None else float(np.linalg.norm(self.bias[layer, kind].astype(np.float64)))
-            return {"layer": layer, "scale": float(self.scale[layer, kind]), "bias_norm": norm, **rank}
-
-        layers = (self.attention, self.ffn)
-        return {name: [row(layer, kind) for layer in layers[kind]] for kind, name in enumerate(KINDS)}
-
 
 _PARTS = (("bias", "bias", "median"), ("down", "linear map", "affine"), ("up", "linear map", "affine"))
 """What may stand in besides the scale, what to call it, and a compensation that does without."""

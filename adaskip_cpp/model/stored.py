@@ -14,6 +14,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -98,8 +99,8 @@ class _Flags:
     n_layer: _Layers
 
 
-def plain(value: Any) -> tuple[Any, bytes]:
-    """Return plain JSON values of dataclasses and arrays, and the content of the file beside.
+def plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Return plain JSON values of a dataclass's fields, and the content of the file beside.
 
     In that are arrays of float32. Others are lists, with None for what is not finite.
     """

@@ -1,25 +1,7 @@
-"""Ways to compensate a skipped sublayer: what stands in for it, in every phase.
+"""Ways to compensate a skipped sublayer: what stands in for it, ``v := s * u + b + up (down u)``, in every phase.
 
-=========  ==============================================  ======================================
-name       v :=                                            FFNs added online
-=========  ==============================================  ======================================
-none       ``u``                                           ``u``
-paper      ``s * u``, s the norm ratio                     the same, s being the window's own
-           ``||V||_F / ||U||_F``
-median     ``s * u``, s the median per token of            the same, s being the window's own
-           ``|v| / |u|``
-affine     ``s * u + b``, s as in ``median``, b the mean   as ``median``
-           of ``v - s * u``
-linear     ``s * u + up (down u)``, s near the square      as ``median``
-           root of that in ``median``, see
-           :mod:`adaskip_cpp.calibration.linear`
-=========  ==============================================  ======================================
-
-The paper's ratio is dominated by tokens of huge norm, as the first one of many models, and scales all others by it.
-``affine`` also replaces the mean of what the sublayer would have added, ``linear`` what a linear map of low rank can
-tell of it: one map for both sublayers of a layer, where both are skipped. A sublayer without a map, as those of early
-layers, gets what ``affine`` gives it. The online stage learns no vectors, so that an FFN it adds gets a scale alone.
-``benchmarks/compensation.py`` compares all of them on held-out text.
+docs/method.md has the table of them and says why. Where a sublayer has no map, as those of early layers, ``linear`` is
+``affine``. The online stage learns no vectors, so that an FFN it adds gets a scale alone.
 """
 
 from dataclasses import dataclass

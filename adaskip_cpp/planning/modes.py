@@ -1,16 +1,7 @@
 """The modes: from the sublayers that a strategy chose to what each phase skips.
 
-:data:`adaskip_cpp.model.mode.MODES` says which phases skip them. In mode ``prompt`` only those tokens of a prompt skip
-whose outputs nobody reads, and their skipped attentions keep K and V, so that decode may run what it wants: the full
-model, or all but some sublayers by the paper's ranking.
-
-The other three are the paper's, which learns the fixed skip set offline, from prefill alone, and holds it in both
-phases; its online threshold is the n-th largest mean similarity of that stage. So do all modes here, with the prefill
-statistics of a profile. (The authors' released code resets that threshold to 1.0 at every request, which leaves its
-online stage without effect; the text is followed here.) The paper does not say which phase the compensation of a set
-used in decode only is measured in: here it is the phase in which the set is first used, so that it comes from decode in
-the modes ``prompt`` and ``decode``, and from prefill in the other two. Linear maps are fitted on prefill alone, where
-there are tokens enough.
+:data:`adaskip_cpp.model.mode.MODES` says which phases skip them, docs/method.md why. The compensation of a set is
+measured in the phase that first uses it, but linear maps are fitted on prefill alone, where there are tokens enough.
 """
 
 from collections.abc import Sequence

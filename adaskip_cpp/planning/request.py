@@ -24,16 +24,14 @@ class PlanRequest:
 
     Attributes:
         n_skip: number of sublayers to skip; None for :data:`DEFAULT_N_SKIP`, or with a speed-up or listed layers.
-        speedup: instead of ``n_skip``: skip as much as is predicted to make ``phase`` this many times faster than the
-            full model, on the machine that calibrated.
-        context: for ``speedup``: tokens of the prompt, or before the token that is decoded. It may be left to
-            :meth:`at`.
+        speedup: instead of ``n_skip``: how many times faster than the full model ``phase`` shall be, as predicted for
+            the machine that calibrated.
+        context: for ``speedup``: tokens of the prompt, or before the token that is decoded; :meth:`at` sets it later.
         phase: for ``speedup``: the phase to speed up. None: decode in mode ``"decode"``, else prefill: a prompt, up to
             the first token of its answer.
         ranking: for ``speedup``: ``"efficiency"`` chooses by similarity lost per second saved, ``"similarity"`` by the
             paper's ranking. Strategies other than ``"adaskip"`` have their own order.
-        mode: one of :mod:`adaskip_cpp.planning.modes`: ``"prompt"``, where all of the above is about the bulk, or one
-            of the paper's.
+        mode: one of :data:`adaskip_cpp.model.mode.MODES`.
         decode: for mode ``"prompt"``: number of sublayers to skip in decode, by the paper's ranking.
         head, tail: for mode ``"prompt"``: as in :class:`adaskip_cpp.model.plan.Bulk`.
         windowed: for mode ``"prompt"``: of how many of the model's last layers the attention, where the bulk runs it,
@@ -78,14 +76,14 @@ class PlanRequest:
         if self.mode not in [*MODES]:
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
         mode = MODES[self.mode]
-        for name, least in {"decode": 0, "head": 0, "tail": 1, "windowed": 0, "window_size": 1}.items():
+        of_bulk = {"decode": 0, "head": 0, "tail": 1, "windowed": 0, "window_size": 1}
+        for name, least in of_bulk.items():
             value = getattr(self, name)
             if value is None and name.startswith("window"):
                 continue
             if isinstance(value, bool) or not (isinstance(value, int | np.integer) and value >= least):
                 raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
-        defaults = {"decode": 0, "head": DEFAULT_HEAD, "tail": DEFAULT_TAIL, "windowed": None, "window_size": None}
-        given = [name for name, value in defaults.items() if getattr(self, name) != value]
+        given = [each.name for each in fields(self) if each.name in of_bulk and vars(self)[each.name] != each.default]
         if given and not mode.in_bulk:
             raise PlanError(f"mode {self.mode!r} takes no {' and no '.join(given)}; leave it out, or use mode 'prompt'")
         get_compensation(DEFAULT_COMPENSATION if self.compensation is None else self.compensation)

@@ -24,7 +24,7 @@ from .request import PlanRequest, Ranking
 class Goal:
     """A phase that shall be predicted to take ``1 / speedup`` of the full model's time.
 
-    Phase ``"bulk"`` is a whole prompt with the head, tail and windows of ``around``, by default those of a bulk.
+    Phase ``"bulk"`` is a whole prompt, read as ``around`` says.
     """
 
     cost: CostModel
@@ -86,10 +86,7 @@ def smallest_budget(
 
 
 def seconds_saved(cost: CostModel, context: int, phase: Phase, around: Bulk | None = None) -> npt.NDArray[np.float64]:
-    """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``.
-
-    ``around`` is as in :class:`Goal`.
-    """
+    """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``."""
     alone = np.eye(2 * cost.n_layer, dtype=np.bool_).reshape(-1, cost.n_layer, 2)
     seconds = [cost.seconds(skip, context, phase, around=around) for skip in alone]
     return np.maximum(cost.seconds(None, context, phase, around=around) - np.reshape(seconds, (-1, 2)), 0.0)
@@ -99,12 +96,10 @@ def cheapest_set(lost: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "
     """Choose the sublayers, bool ``[n_layer, 2]``, that reach a goal and lose the least.
 
     Args:
-        lost: float64 ``[n_layer, 2]``: what skipping each loses, as one less its similarity; NaN where it cannot be
-            skipped.
+        lost: float64 ``[n_layer, 2]``: what skipping each loses; NaN where it cannot be skipped.
         goal: what is to be reached.
-        ranking: ``"efficiency"`` takes sublayers by the least lost per second saved, and then puts back those that are
-            not needed after all, the greatest loss first; ``"similarity"`` takes them by the least lost, as the paper's
-            ranking does, until the time is reached.
+        ranking: ``"efficiency"`` is the greedy rule of covering knapsacks; ``"similarity"`` takes the least lost first,
+            as the paper's ranking does, until the time is reached.
     """
     may = ~np.isnan(lost)
     if lost.shape != (goal.cost.n_layer, 2):
@@ -125,7 +120,7 @@ def cheapest_set(lost: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "
 
 
 def _cover(lost: npt.NDArray[np.float64], may: npt.NDArray[np.bool_], goal: Goal) -> npt.NDArray[np.bool_]:
-    """Choose a set that reaches the goal and loses little: the greedy rule of covering knapsacks.
+    """Choose a set that reaches the goal and loses little.
 
     Sublayers are taken by the least lost per second saved. Before each of them, the set could also be completed by any
     single one that reaches the goal, and the best of all such sets is kept. At last what is not needed after all is put

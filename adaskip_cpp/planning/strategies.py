@@ -1,10 +1,8 @@
 """Strategies: each makes a plan from a profile and a request.
 
-A strategy is a function registered under its name; :func:`make_plan`, the command line and the evaluation read
-:data:`STRATEGIES`, so that adding one touches this file alone.
-
-The baselines skip whole layers and compensate nothing (``v := u``). Of a budget of ``n`` sublayers they skip
-``k = n // 2`` layers, the odd one being left over, so that one budget serves to compare all strategies.
+A strategy is a function registered under its name in :data:`STRATEGIES`, so that adding one touches this file alone.
+The baselines skip whole layers and compensate nothing: of a budget of ``n`` sublayers ``k = n // 2`` layers, so that
+one budget serves to compare all strategies.
 """
 
 import operator
@@ -73,14 +71,10 @@ def make_plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
 
 @strategy
 def adaskip(profile: ProfileData, request: PlanRequest) -> SkipPlan:
-    """The sublayers that lose least.
+    """The sublayers that lose least (:func:`what_is_lost`), all ranked together: the paper's offline rule.
 
-    That is the paper's offline rule: all sublayers ranked together by mean IO similarity in prefill, the first n
-    skipped. In mode ``"prompt"`` they are ranked by what skipping each alone in the bulk costs the tokens behind it
-    (:mod:`adaskip_cpp.calibration.divergence`) times the number of layers above it, unless the ranking is
-    ``"similarity"``. Ties: attention before FFN, then the lower layer first. For a speed-up the set is that of
-    :func:`adaskip_cpp.planning.speedup.cheapest_set`, beside the number of windowed attentions with which all that is
-    lost is least: what each of its sublayers and these attentions cost alone.
+    For a speed-up the set is that of :func:`adaskip_cpp.planning.speedup.cheapest_set`, beside the number of windowed
+    attentions with which all that is lost is least: what each of its sublayers and these attentions cost alone.
     """
     lost = what_is_lost(profile, request)
     if request.speedup is not None:
@@ -118,7 +112,11 @@ def _fastest(
 
 
 def what_is_lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.float64]:
-    """Return what skipping each sublayer loses, float64 ``[n_layer, 2]``, NaN where it cannot be skipped."""
+    """Return what skipping each sublayer loses, float64 ``[n_layer, 2]``, NaN where it cannot be skipped.
+
+    That is 1 less its similarity, or in mode ``"prompt"`` what :mod:`adaskip_cpp.calibration.divergence` measured times
+    the layers above it, unless the ranking is ``"similarity"``.
+    """
     if not MODES[request.mode].in_bulk:
         return np.where(profile.skippable, 1.0 - profile.similarity, np.nan)
     if request.ranking == "similarity":
@@ -152,10 +150,9 @@ def suffix(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
 def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """SkipDecode: layers 1 to m, where m grows by ``min(k, ceil(t / T * (k - 1)) + 1)`` to k.
 
-    t is the number of tokens decoded so far in the request, T is :data:`LONGEST_GENERATION`. In mode ``prefill`` m is k
-    throughout, as in the paper's prefill experiments, and in the bulk of mode ``prompt``. In mode ``e2e`` a prompt is
-    read at t = 0, with m = 1: were it read with m = k, decode could not begin with fewer layers, as their attentions
-    would have no KV of the prompt.
+    t is the number of tokens decoded so far in the request, T is :data:`LONGEST_GENERATION`. In the modes ``prefill``
+    and ``prompt`` m is k throughout. In mode ``e2e`` a prompt is read with m = 1: were it read with m = k, decode could
+    not begin with fewer layers, as their attentions would have no KV of the prompt.
     """
     limit = 2 * (n_layer - 1)
     k = _budget(request, limit, f"SkipDecode never skips layer 0, which leaves {limit} sublayers") // 2
@@ -171,8 +168,7 @@ def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
 def unified_skipping(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """Unified Skipping: layers i with ``i mod (n_layer // k) == 1``, which can be a few more than k.
 
-    The rule is degenerate where ``n_layer // k`` is 1, that is for more than half of the layers: no i has a remainder
-    of 1. Such a budget is refused.
+    For more than half of the layers ``n_layer // k`` is 1, and no i has such a remainder: that budget is refused.
     """
     limit = 2 * (n_layer // 2)
     reason = f"Unified Skipping is defined for at most half of the {n_layer} layers, {limit} sublayers"
