@@ -86,8 +86,8 @@ def serve(
     """
     try:
         from ..serving.app import make_app
-        from ..serving.hosts import is_loopback
         from ..serving.llama import ServedLlama
+        from ..serving.middleware import is_loopback
         from ..serving.plans import Plans
         from ..serving.prefix_cache import PrefixCache
         from ..serving.server import listen, run

@@ -20,7 +20,7 @@ from ..engine.llama import AdaSkipLlama, Rows
 from ..errors import RequestError
 from ..files import content_hash
 from ..model.plan import Phase
-from .embedder import Embedder
+from .embedder import embed, open_embedder
 from .logprobs import Logprobs
 from .plans import Plans, plan_key
 from .prefix_cache import PrefixCache, n_common
@@ -61,7 +61,8 @@ class ServedLlama(AdaSkipLlama):
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
         self._cache = cache(not self.has_state)
         self._working = threading.Lock()
-        self._embedder = Embedder({**kwargs, "model_path": model_path}, self.context_size)
+        self._embedder: llama_cpp.Llama | None = None  # the first text opens it
+        self._opening = {**kwargs, "model_path": model_path}
         self._logprobs: Logprobs | None = None
         self._live_key, self._n_kept = "", 0  # of what the memory holds: under which plan, and what the cache has of it
         parameters = self.context_params
@@ -76,7 +77,8 @@ class ServedLlama(AdaSkipLlama):
             with self._working:  # a thread may be at its last step
                 self._keep(0)
                 self._cache.close()
-                self._embedder.close()
+                if self._embedder is not None:
+                    self._embedder.close()
         super().close()
 
     @property
@@ -253,13 +255,14 @@ class ServedLlama(AdaSkipLlama):
         return self.detokenize(tokens, prev_tokens=before or None).decode("utf-8", "ignore")
 
     def create_embedding(self, input: str | list[str], model: str | None = None) -> Any:
-        """As the stock one, by :class:`Embedder`: one text after another."""
+        """As the stock one, by a second context, and one text after another."""
         request = current_request()
         results = []
         for text in [input] if isinstance(input, str) else input:
             request.check()
             with self._working:
-                results.append(self._embedder.embed(text))
+                self._embedder = self._embedder or open_embedder(self._opening, self.context_size)
+                results.append(embed(self._embedder, text))
         n_tokens = sum(n for _, n in results)
         return {
             "object": "list",

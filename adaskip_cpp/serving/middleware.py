@@ -2,8 +2,11 @@
 
 import asyncio
 import hmac
+import ipaddress
+import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
@@ -12,7 +15,6 @@ from starlette.responses import Response
 
 from .answer import Message, Send, Sent, explained, send_answer
 from .body import SCHEMAS, read_body
-from .hosts import LOOPBACK, host_of, is_no_foreign_name
 from .llama import ServedLlama
 from .metrics import Metrics
 from .queue import FairQueue
@@ -23,7 +25,8 @@ App: TypeAlias = "Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[
 Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
 """By method and path: from a body to a Response, or to what is answered as JSON."""
 
-OPEN = ("/", "/health")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_OPEN = ("/", "/health")
 """Paths that need no key: they tell nothing and run nothing."""
 
 
@@ -80,13 +83,13 @@ class Gate:
 
     def _admit(self, path: str, method: str, headers: Headers) -> None:
         """Refuse who may not ask."""
-        host = host_of(f"//{headers.get('host', '')}")
-        if self._key is None and not is_no_foreign_name(host):
+        host = _host_of(f"//{headers.get('host', '')}")
+        if self._key is None and not _is_no_foreign_name(host):
             raise Refused(403, f"without --api-key it is not asked as {host!r}; use its address, or localhost")
         origin = headers.get("origin")
-        if origin is not None and self._key is None and host_of(origin) not in (*LOOPBACK, host):
+        if origin is not None and self._key is None and _host_of(origin) not in (*_LOOPBACK, host):
             raise Refused(403, f"pages of {origin} may not ask a server without --api-key")
-        if self._key is None or path in OPEN or method == "OPTIONS":
+        if self._key is None or path in _OPEN or method == "OPTIONS":
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
@@ -145,3 +148,29 @@ async def _left(receive: Receive) -> None:
     """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nothing but this machine reaches it."""
+    return host in _LOOPBACK or host.startswith("127.")
+
+
+def _host_of(url: str) -> str:
+    """Return the host of a URL, "" where it has none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_no_foreign_name(host: str) -> bool:
+    """Whether a host is an address, or a name of this machine.
+
+    Who owns any other name may let it lead here, and his page is then of the same origin.
+    """
+    name = socket.gethostname().lower()
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host in ("localhost", name, f"{name}.local")
+    return True

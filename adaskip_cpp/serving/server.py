@@ -42,12 +42,7 @@ class _Server(uvicorn.Server):
 
 
 def run(
-    app: App,
-    queue: FairQueue,
-    listener: socket.socket,
-    *,
-    on_ready: Callable[[], None],
-    on_end: Callable[[], None],
+    app: App, queue: FairQueue, listener: socket.socket, *, on_ready: Callable[[], None], on_end: Callable[[], None]
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; the running answer then has :data:`GRACE` seconds to end, ``on_end`` its time."""
     config = uvicorn.Config(
