@@ -26,7 +26,7 @@ MODES = ("once", "full", "killed")
 """The call that fails is the only one; every one behind it that needs space fails too; the process is killed in it."""
 
 CASES = (
-    "plan", "plan with maps", "profile", "evaluation", "other settings", "settings again", "prefix cache", "pictures",
+    "plan", "plan with maps", "profile", "evaluation", "other settings", "prefix cache", "pictures",
     "svg", "report", "plan verb",
 )  # fmt: skip
 """What is written."""
@@ -183,7 +183,7 @@ def _case(name: str) -> _Case:
         case "profile":
             profiles = profile(0.5), profile(0.75)
             return _files_case("p.json", lambda path, i: profiles[i].save(path), Profile.load, names="p.")
-        case "evaluation" | "other settings" | "settings again":
+        case "evaluation" | "other settings":
             return _store_case(name)
         case "prefix cache":
             return _cache_case()
@@ -228,11 +228,6 @@ def _store_case(name: str) -> _Case:
                 if (key, "full", "prompt") not in store.records:
                     store.append(Record(key, "full", "prompt", {"loss": i / 3}))
 
-    def old(folder: Path) -> None:
-        fill(folder, 0, 0, 2)
-        if name == "settings again":
-            fill(folder, 1, 0, 2)
-
     def read(folder: Path) -> Any:
         # Looking at settings begins a file of their results, so it is done in a copy.
         import shutil
@@ -245,16 +240,19 @@ def _store_case(name: str) -> _Case:
                     found.append(tuple((item, record.values["loss"]) for (item, *_), record in store.records.items()))
         return tuple(found)
 
-    begun = {0: 2, 1: 2 if name == "settings again" else 0}
-    first = 0 if which else 2
-
     def states(n: int) -> Any:
         """With so many of the new results."""
-        counts = {**begun, which: begun[which] + n}
+        counts = (2, n) if which else (2 + n, 0)
         return tuple(tuple((f"item {each}.{i}", i / 3) for i in range(counts[each])) for each in (0, 1))
 
     between = tuple(states(n) for n in range(4))
-    return _Case(old, lambda folder: fill(folder, which, first, 3), read, "/", between)
+    return _Case(
+        lambda folder: fill(folder, 0, 0, 2),
+        lambda folder: fill(folder, which, 0 if which else 2, 3),
+        read,
+        "/",
+        between,
+    )
 
 
 def _cache_case() -> _Case:
