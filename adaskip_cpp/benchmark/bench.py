@@ -72,9 +72,9 @@ class Configuration:
 class BenchResult:
     """What was measured, by contender.
 
-    ``machine`` is the :class:`CostSettings` of ours with no plan, as a dictionary. ``usage`` is that of its last
-    process; ``nodes_prefill`` counts the graph that reads a prompt, None where that is not told. ``ended_by`` is what
-    ended it before all rounds were run. ``about`` is the model and what it ran on, if :func:`adaskip_cpp.bench` did.
+    ``machine`` is the :class:`CostSettings` of ours with no plan, as a dictionary; ``usage`` that of the last process;
+    ``nodes_prefill`` of the graph that reads a prompt, None where that is not told. ``ended_by`` ended it before all
+    rounds were run. ``about`` is None where the rounds were run without :func:`adaskip_cpp.bench`.
     """
 
     settings: BenchSettings

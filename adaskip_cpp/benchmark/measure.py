@@ -175,10 +175,7 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
 
 
 def _material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], tuple[_Skip, _Skip]]:
-    """Return text for prompts, and which sublayers can be skipped, everywhere and in the bulk; refuse others' plans.
-
-    The latter two are bool ``[n_layer, 2]``.
-    """
+    """Return text for prompts, and what can be skipped, bool ``[n_layer, 2]``, everywhere and in the bulk."""
     for plan in plans:
         llm.set_plan(plan)
     tokens = corpus.cut(llm, corpus.text(()), 1, max(n_tokens, 2))[0]

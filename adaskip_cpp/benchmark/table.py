@@ -1,7 +1,4 @@
-"""From the times of a benchmark to its table: medians, ratios pair by pair, and how near the ideal they come.
-
-Nothing here runs a model: the same functions serve measured times and the synthetic ones of the tests.
-"""
+"""From the times of a benchmark to its table: medians, ratios pair by pair, and how near the ideal they come."""
 
 import itertools
 import math
@@ -27,9 +24,8 @@ class BenchTimes:
     """The times of all runs.
 
     The time of a plan's skipped sublayers is that of a run in which only they run, less that of :data:`REST`; for a
-    bulk, where K and V are kept in both, less that of :data:`KEPT`. A few sublayers by themselves may fit into a cache
-    that the whole model does not fit into. Then they take less time alone than among the others, and skipping them
-    brings more than this ideal: more than 100% of it.
+    bulk, less that of :data:`KEPT`. A few sublayers alone may fit into a cache that the whole model does not fit into:
+    then they take less time than among the others, and skipping them brings more than 100% of this ideal.
 
     Attributes:
         times: by name of the run and tokens of context: one request per round, in order.
@@ -61,9 +57,9 @@ class Row:
         low_s, high_s: quartiles.
         against: how many times as fast it is as :data:`STOCK` and as :data:`NO_PLAN`, where these were measured; pair
             by pair, see :func:`intervals.ratio_interval`.
-        ideal: how many times as fast as :data:`NO_PLAN` it would be if it took no more than the full model's time less
-            that of the skipped sublayers, measured separately: ``full / (full - skipped)``; None if not measured.
-        of_ideal: what was measured against :data:`NO_PLAN`, divided by the ideal; 1 is all that skipping can bring.
+        ideal: how many times as fast as :data:`NO_PLAN` it would be without the time of the skipped sublayers, measured
+            separately: ``full / (full - skipped)``; None if not measured.
+        of_ideal: what was measured against :data:`NO_PLAN`, divided by the ideal.
     """
 
     contender: str

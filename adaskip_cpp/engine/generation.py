@@ -48,10 +48,9 @@ class Timing:
 
 
 class Generation:
-    """An answer to a prompt of token ids. Iterate over it for its text, once.
+    """An answer to a prompt of token ids: iterate over it for its text, once. What is cached of the prompt is used.
 
-    ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated. What the
-    model has cached of the prompt is used again. At temperature 0 the likeliest token is taken each time.
+    ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated.
     """
 
     def __init__(self, llm: AdaSkipLlama, prompt: list[int], *, max_tokens: int, temperature: float = 0.0) -> None:

@@ -18,11 +18,7 @@ _MOST_PARENTHESES = 200
 
 
 def check_grammar(vocab: Any, grammar: LlamaGrammar) -> None:
-    """Refuse what llama.cpp cannot parse, as it would crash when it samples by it, and what it would block on.
-
-    Raises:
-        RequestError: it cannot be parsed, or nests or repeats too much.
-    """
+    """Refuse, by a RequestError, what llama.cpp cannot parse and would crash on, and what it would block on."""
     text, root = str(grammar._grammar), str(grammar._root)
     code = re.sub(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]', "", text)  # without literals and classes of characters
     depth = np.cumsum([(each == "(") - (each == ")") for each in code], dtype=np.int64)
@@ -36,13 +32,7 @@ def check_grammar(vocab: Any, grammar: LlamaGrammar) -> None:
 
 
 def check_repeats(what: str, text: str) -> None:
-    """Refuse a grammar or regular expression with too many repetitions, or of one thing too often.
-
-    Raises:
-        RequestError: it has.
-    """
-    most = max(
-        (int(number) for number in re.findall(r"\d{1,18}", " ".join(re.findall(r"\{[\d, ]*\}", text)))), default=0
-    )
-    if most > MOST_REPEATED or len(re.findall(r"[?*+{]", text)) > MOST_REPEATED:
+    """Refuse, by a RequestError, a grammar or regular expression that repeats too much, or one thing too often."""
+    times = re.findall(r"\d{1,18}", " ".join(re.findall(r"\{[\d, ]*\}", text)))
+    if max(map(int, times), default=0) > MOST_REPEATED or len(re.findall(r"[?*+{]", text)) > MOST_REPEATED:
         raise RequestError(f"{what} repeats too much; use at most {MOST_REPEATED} repetitions, of at most as many each")

@@ -10,10 +10,7 @@ from .self_describing import SelfDescribingLlama
 
 
 class AdaSkipState(LlamaState):
-    """A saved state that knows which model it is of, and which layers' attentions have no KV at all.
-
-    What its positions were computed under is in llama.cpp's own part.
-    """
+    """A state with its model and the layers that have no KV; what its cells are of is in llama.cpp's own part."""
 
     model: ModelInfo
     elided_kv: tuple[int, ...]

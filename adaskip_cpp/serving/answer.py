@@ -50,10 +50,7 @@ def explained(error: Exception) -> tuple[int, str, str | None]:
 
 
 class Sent:
-    """Sends over ASGI, and knows how far it is.
-
-    A client that takes nothing for :data:`STALL` seconds has left: others wait for its turn.
-    """
+    """Sends over ASGI, and knows how far it is; who takes nothing for :data:`STALL` seconds is :class:`Gone`."""
 
     def __init__(self, send: Send) -> None:
         self.status, self._send = 499, send  # 499: the client left before anything was sent

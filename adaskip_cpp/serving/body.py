@@ -29,11 +29,7 @@ _REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
 def decoded(content: bytes, kind: type[_Kind]) -> _Kind:
-    """Return JSON as a value of some type.
-
-    Raises:
-        RequestError: it is none.
-    """
+    """Return JSON as a value of some type; a RequestError where it is none."""
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -22,11 +22,7 @@ def open_embedder(options: dict[str, Any], context: int) -> llama_cpp.Llama:
 
 
 def embed(llm: llama_cpp.Llama, text: str) -> tuple[Any, int]:
-    """Return the embedding of a text, and its number of tokens.
-
-    Raises:
-        RequestError: it is too long; stock embeds its beginning.
-    """
+    """Return the embedding of a text, and its number of tokens; a RequestError where stock embeds its beginning."""
     n = len(llm.tokenize(text.encode("utf-8")))
     if n > llm.n_batch:
         raise RequestError(f"a text has {n} tokens; at most {llm.n_batch} can be embedded, cut it")

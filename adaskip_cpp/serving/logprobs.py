@@ -1,8 +1,7 @@
 """Log-probabilities of tokens, in OpenAI's form, of logits that come a batch at a time and are not kept."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,21 +12,15 @@ Detokenize = Callable[[list[int], list[int]], str]
 """Text of tokens behind others."""
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """What is kept of the logits before a token: its own log-probability, and the likeliest tokens with theirs."""
 
     of_token: float
-    top: tuple[tuple[int, float], ...]
+    top: list[tuple[int, float]]
 
 
 class Logprobs:
-    """Collects them for a request: of a prompt's tokens where they are echoed, and of the answer's.
-
-    Args:
-        n_top: likeliest tokens to tell of each.
-        detokenize: the model's.
-    """
+    """Collects them for a request, with the ``n_top`` likeliest tokens each: of its answer, and of an echoed prompt."""
 
     def __init__(self, n_top: int, detokenize: Detokenize) -> None:
         self.n_top, self._detokenize = n_top, detokenize
@@ -59,7 +52,7 @@ class Logprobs:
         best = np.argpartition(-values, n - 1)[:n] if n else np.zeros(0, int)
         top = sorted(((int(each), float(values[each])) for each in best), key=lambda pair: (-pair[1], pair[0]))
         self.tokens.append(token)
-        self._rows.append(_Row(float(values[token]), tuple(top)))
+        self._rows.append(_Row(float(values[token]), top))
 
     def covered(self, begin: int, end: int, n_chars: int) -> int:
         """Return up to which token, from ``begin`` on, a text of so many characters goes."""

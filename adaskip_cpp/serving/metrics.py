@@ -10,11 +10,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Counters of one server.
-
-    Args:
-        gauges: name and meaning of what is read when it is asked for, and how.
-    """
+    """Counters of one server; ``gauges`` are name and meaning of what is read when it is asked for, and how."""
 
     def __init__(self, gauges: dict[tuple[str, str], Callable[[], float]]) -> None:
         self._registry = CollectorRegistry()

@@ -164,10 +164,7 @@ def _host_of(url: str) -> str:
 
 
 def _is_no_foreign_name(host: str) -> bool:
-    """Whether a host is an address, or a name of this machine.
-
-    Who owns any other name may let it lead here, and his page is then of the same origin.
-    """
+    """Whether a host is an address or a name of this machine: any other's owner may let it lead here."""
     name = socket.gethostname().lower()
     try:
         ipaddress.ip_address(host)

@@ -41,10 +41,9 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(eq=False)
 class Entry:
-    """One saved state.
+    """One saved state: ``state`` is None where it is on disk alone, ``path`` where it is in memory alone.
 
-    ``key`` is of all that must be equal for it to be read: the model, its settings, the plan. ``state`` is None where
-    it lies on disk alone, ``path`` where it does not.
+    ``key`` is of all that must be equal for it to be read: the model, its settings, the plan.
     """
 
     key: str

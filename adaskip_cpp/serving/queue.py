@@ -9,12 +9,9 @@ from .request import STOPPING, Refused
 
 
 class FairQueue:
-    """Lets one request run at a time; of those that wait, one of each client in turn.
+    """Lets one request run at a time; of those that wait, ``most`` at most, one of each client in turn.
 
     All of it runs in one event loop.
-
-    Args:
-        most: requests that may wait.
     """
 
     def __init__(self, most: int) -> None:
@@ -27,11 +24,7 @@ class FairQueue:
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
-        """Wait for one's turn, and have it.
-
-        Raises:
-            Refused: too many wait, or :meth:`close` was called before one's turn.
-        """
+        """Wait for one's turn, and have it; Refused where too many wait, or :meth:`close` was called meanwhile."""
         if self.is_closed:
             raise Refused(*STOPPING)
         if self.is_busy:

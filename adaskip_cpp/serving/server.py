@@ -17,11 +17,7 @@ GRACE = 30
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there; port 0 takes a free one.
-
-    Raises:
-        DataError: the address cannot be had.
-    """
+    """Return a socket that listens there; port 0 takes a free one. A DataError where the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -58,10 +54,7 @@ def run(
     server = _Server(config, queue)
 
     def end(number: int, frame: FrameType | None) -> None:
-        """End the server as uvicorn's own handler does, which it sets once it runs.
-
-        When it is done it raises the signal that ended it once more, and by then this is who hears it.
-        """
+        """End the server as uvicorn's handler does, before it sets that, and when it raises the signal once more."""
         server.should_exit = True
 
     before = {each: signal.signal(each, end) for each in HANDLED_SIGNALS}
