@@ -66,9 +66,8 @@ def write_atomically(
 ) -> None:
     """Write a file, of a mode that the umask narrows; after a failure the old one is still there, and no other.
 
-    ``name`` is what an error calls it, if not by its path.
-
-    A process that is killed meanwhile leaves a hidden ``.NAME.*.tmp`` beside it, which nothing reads.
+    An error calls it ``name``, if not by its path. A process that is killed meanwhile leaves a hidden ``.NAME.*.tmp``
+    beside it, which nothing reads.
 
     Raises:
         FileError: it cannot be written.

@@ -16,7 +16,7 @@ from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics
-from adaskip_cpp.pictures import frontier_plot, profile_plots
+from adaskip_cpp.pictures import profile_plots
 
 pytest.importorskip("matplotlib")
 
@@ -201,7 +201,7 @@ def test_a_frontier_beside_what_is_none_is_a_usage_error(other: str, words: str,
 
 
 def test_the_curves_begin_at_the_whole_model_and_show_time_and_loss_of_each_plan() -> None:
-    (axes,) = frontier_plot.frontiers({"a": found()}).axes
+    (axes,) = profile_plots.frontiers({"a": found()}).axes
     curves = {str(line.get_label()): line.get_xydata().tolist() for line in axes.lines}
     assert curves["prompts of 2,048 tokens"] == [[1, 0], [1 / 1.25, 0.01], [0.5, 0.04]]
     # By hand: prompts four times as long as those that were judged lose up to 1.25 times as much, twice.
@@ -213,9 +213,9 @@ def test_the_curves_begin_at_the_whole_model_and_show_time_and_loss_of_each_plan
 
 def test_a_frontier_of_a_very_fast_plan_lies_within_the_axes() -> None:
     plan = SkipPlan.manual(3, ffn=[1], phase="bulk")
-    (axes,) = frontier_plot.frontiers({"a": frontier([point(plan, 0.01, {2048: 8.0})])}).axes
+    (axes,) = profile_plots.frontiers({"a": frontier([point(plan, 0.01, {2048: 8.0})])}).axes
     assert min(axes.get_xlim()) <= 1 / 8
 
 
 def test_a_frontier_without_plans_is_drawn_too() -> None:
-    assert len(frontier_plot.frontiers({"a": frontier([])}).axes) == 1
+    assert len(profile_plots.frontiers({"a": frontier([])}).axes) == 1

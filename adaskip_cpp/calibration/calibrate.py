@@ -47,25 +47,22 @@ def calibrate(
     """Learn a profile from calibration requests: the paper's offline importance learning, and the same of decode.
 
     Every request runs in prefill through the full model, which continues :data:`MAX_DECODED` of them by ``n_decode``
-    tokens, greedily and past an end of text too. What :class:`adaskip_cpp.model.statistics.PhaseStatistics` holds is
-    computed over all tokens of one phase of a request and then averaged over the requests. The model's plan is set
-    aside meanwhile and put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
+    tokens, greedily and past an end of text too. The model's plan is set aside meanwhile and put back at the end, also
+    after an error or Ctrl-C; its KV cache is dropped.
 
     Args:
         requests: texts or lists of token ids, all of them used; text like your own gives a better profile. None: those
             of :func:`adaskip_cpp.measuring.corpus.requests`, from text that every Python carries.
         n_requests: requests to cut from it, of ``n_tokens`` tokens each, if ``requests`` is None.
         n_decode: tokens to decode after a request, at least 1.
-        rank: of the linear maps that are fitted for compensation ``"linear"``, see
-            :mod:`adaskip_cpp.calibration.linear`; 0 for none. Sublayers of the first third of the layers get none:
-            prompts never skip them, and in other modes their mean error stands in.
+        rank: of the linear maps that are fitted for compensation ``"linear"``; 0 for none. Sublayers of the first third
+            of the layers get none: prompts never skip them, and in other modes their mean error stands in.
         cost: whether to measure what each sublayer costs on this machine, which ``Profile.plan(speedup=...)`` needs.
         n_judged: requests, one in four at most, on which is measured what skipping each sublayer in the bulk of a
-            prompt costs its answers. That chooses what mode ``"prompt"`` skips. They have no part in the maps.
-        windows: whether to measure on them what attentions cost that look back at a window, which mode ``"prompt"``
-            narrows for ``speedup=``.
-        on_stage: shows progress, as :func:`adaskip_cpp.progress.progress_bar` does by default: on stderr where that is
-            a terminal and a stage takes more than 2 s. :func:`adaskip_cpp.progress.silent` shows nothing.
+            prompt costs its answers, for mode ``"prompt"`` to choose by. They have no part in the maps.
+        windows: whether to measure on them what attentions cost that look back at a window, for ``speedup=``.
+        on_stage: shows progress: on stderr by default, where that is a terminal and a stage takes more than 2 s;
+            :func:`adaskip_cpp.progress.silent` shows nothing.
         description: what text this is, in words, stored in the profile.
 
     Raises:
@@ -180,7 +177,7 @@ def _observe(
     fit: LinearFit | None = None,
     n_decode: int = 0,
 ) -> PhaseStatistics:
-    """Statistics of a prompt, or of ``n_decode`` tokens generated behind it while it is in the cache."""
+    """Return the statistics of a prompt, or of ``n_decode`` tokens generated after it while it is in the cache."""
     statistics = RequestStatistics(llm.n_layer)
     phase = "decode" if n_decode else "prefill"
 

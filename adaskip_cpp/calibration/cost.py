@@ -36,16 +36,16 @@ def measure_cost(
     seconds: float = 15.0,
     on_progress: Callable[[float], None] | None = None,
 ) -> CostModel:
-    """Measure what each sublayer costs on this machine, with this model's settings.
+    """Measure what each sublayer costs on this machine, which should be idle, with this model's settings.
 
-    The times are of an idle machine, or those of this one while something else runs. The model's plan is set aside
-    meanwhile and put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
+    The model's plan is set aside meanwhile and put back at the end, also after an error or Ctrl-C; its KV cache is
+    dropped.
 
     Args:
         contexts: at how many tokens of context to time attentions; None for 512, 2048 and 6144, as far as the model's
             context and the time allow.
-        seconds: time to spend. Rounds of measurements are repeated in it, 12 at most; the first one is completed in any
-            case, with at most half of the time for deep contexts.
+        seconds: time to spend in up to 12 rounds; the first one is completed in any case, with at most half of the time
+            for deep contexts.
         on_progress: called with the fraction of the time that has passed.
 
     Raises:

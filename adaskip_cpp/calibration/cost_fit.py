@@ -14,7 +14,6 @@ _TOLERANCE = 0.05
 """Relative errors beyond this weigh no more than this one (Huber): something else on the machine disturbed that run."""
 _ITERATIONS = 20
 
-
 Runs: TypeAlias = npt.NDArray[np.bool_]
 """Which sublayers run, ``[n_layer, 2]``."""
 
@@ -51,10 +50,9 @@ class Sample:
 def fit(
     samples: Sequence[Sample], groups: Sequence[Group], n_layer: int, n_tokens: int, *, rest_grows: bool
 ) -> tuple[PhaseCost, float]:
-    """Fit the cost of a ubatch of ``n_tokens``: of each group's sublayers, and of the rest. No cost is below 0.
+    """Fit the cost of a ubatch of ``n_tokens``; return it, and the mean absolute relative error of the samples.
 
-    ``rest_grows``: whether sublayers that cannot be skipped may make the rest grow with the context. Returns the cost,
-    and the mean absolute relative error of the samples.
+    ``rest_grows``: whether sublayers that cannot be skipped may make the rest grow with the context.
     """
     cells = np.array([math.ceil(sample.end / CELLS) * CELLS for sample in samples], float)
     count = np.array([[sample.what.runs[list(g.layers), g.kind].sum() for g in groups] for sample in samples], float)

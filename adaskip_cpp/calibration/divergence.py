@@ -1,9 +1,4 @@
-"""What skipping each sublayer alone in the bulk of a prompt costs the answer: how prompts choose what to skip.
-
-Similarity of input and output does not tell it: what a late sublayer does is seen by few K and V, and what an attention
-does by fewer than what an FFN does. So each sublayer is skipped alone, with what stands in for it, in the bulk of a few
-pieces of text. Two answers are judged after each, one that continues the text and one that copies from far back.
-"""
+"""Measures what skipping each sublayer alone in the bulk of a prompt costs the answer: see docs/method.md."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +20,6 @@ N_PIECES, N_PROMPT, N_ANSWER = 3, 192, 48
 
 Of SmolLM2, pieces of 512 and 128 tokens choose almost the same sublayers, and lose as much at 1.4 times the speed."""
 
-
 N_DEPTHS, SHORTEST = 5, 256
 """Numbers of windowed attentions that are measured, what lies between being interpolated, and the tokens of a piece
 that has a bulk of several windows."""
@@ -42,10 +36,9 @@ def measure_divergence(
     """Return what skipping each sublayer alone in the bulk costs: in continuations, and in copies of the prompt.
 
     Each is float64 ``[n_layer, 2]``, the mean Kullback-Leibler divergence from the whole model in nats per token; NaN
-    where a sublayer cannot be skipped or is not in ``layers`` (None for all). All are skipped in the first piece. In
-    the others only the half that costs less there is, as the rest is chosen last. The whole model reads the same
-    batches: the rounding of others is a divergence of 0.0017 on SmolLM2 by itself, more than what a few sublayers
-    cost. The model's plan is set aside meanwhile; its KV cache is dropped.
+    where a sublayer cannot be skipped or is not in ``layers`` (None for all). All are skipped in the first piece, in
+    the others only the half that costs less there, as the rest is chosen last. The model's plan is set aside meanwhile;
+    its KV cache is dropped.
     """
     may = profile.in_bulk if layers is None else profile.in_bulk & np.isin(np.arange(profile.n_layer), layers)[:, None]
     which, lost = np.argwhere(may), np.full((2, *may.shape), np.nan)
@@ -81,11 +74,8 @@ def measure_windows(
 ) -> Windows | None:
     """Return what it costs that attentions look back at an eighth of a prompt, at several depths.
 
-    None where none can, or no piece has :data:`SHORTEST` tokens: in a shorter one a window would seem to cost nothing.
-
-    What a window costs goes by its share of the prompt, so that short ones tell: with all attentions windowed so,
-    SmolLM2 diverges by 0.015, 0.021, 0.024 and 0.028 nats at 448, 1,024, 2,048 and 6,000 tokens, Qwen2.5 0.5B by 0.020,
-    0.020 and, at 8,000, 0.040.
+    That goes by the share, so that short prompts tell: see docs/method.md. None where no attention can, or no piece has
+    :data:`SHORTEST` tokens: in a shorter one a window would seem to cost nothing.
     """
     layers = tuple(row.layer for row in llm.sublayers if row.windowable)
     pieces = [piece for piece in pieces if len(piece) >= SHORTEST]

@@ -1,19 +1,12 @@
 """Linear maps that stand in for sublayers: ``v := s u + up (down u)``, of low rank, fitted on calibration tokens.
 
-Much of what a sublayer adds to the stream is a linear function of its input: on SmolLM2-135M a map of rank 32 explains
-about half of the variance of what attentions add. It costs ``2 * rank * n_embd`` multiplications per token, a few
-hundredths of what the sublayer itself costs.
-
-A map may also stand in for a whole layer, u being the layer's input and v its output. s is the square root of the
-median ratio, see :func:`~adaskip_cpp.model.statistics.map_scale`, and 1 for a layer. The rest, ``v - s u``,
-is fitted by reduced-rank ridge regression on ``u`` (Izenman 1975), in closed form from the second moments of both. They
-are not centred: the mean of a stream is far from zero, so that its direction serves as the constant, and on unseen text
-that does better than a bias of its own. The first token of a request is left out: in many models its norm is tens of
-times that of the others, and would decide the fit alone.
+The rest, ``v - s u``, is fitted by reduced-rank ridge regression on ``u`` (Izenman 1975), in closed form from second
+moments; docs/method.md says why they are not centred. A map may also stand in for a whole layer, u being its
+input and v its output, with s = 1. The first token of a request is left out: in many models its norm is tens of times
+that of the others, and would decide the fit alone.
 
 The moments of a wide model take much memory. Where they would take more than a bound, inputs are projected on the
-directions of the first tokens seen, and random ones where these are too few. The map is fitted on that sketch of them:
-one pass over the requests, of any model.
+directions of the first tokens seen, and random ones where these are too few: one pass over the requests, of any model.
 """
 
 from collections.abc import Sequence
@@ -69,10 +62,9 @@ class _Sums:
 
 @dataclass
 class LinearFit:
-    """Gathers the moments of the inputs and outputs of some sublayers, (layer, kind) each, and fits their maps.
+    """Gathers the moments of some sublayers, (layer, kind) each, and fits their maps.
 
-    The kind :data:`~adaskip_cpp.model.statistics.WHOLE` is of a whole layer. The moments of all together take
-    ``most_bytes`` at most.
+    The kind :data:`~adaskip_cpp.model.statistics.WHOLE` is of a whole layer. All moments take ``most_bytes`` at most.
     """
 
     sublayers: Sequence[tuple[int, int]]
@@ -101,7 +93,7 @@ class LinearFit:
             self._sums[layer, kind].add(u, d)
 
     def _n_sketch(self, n_embd: int) -> int:
-        """Directions of the inputs that there is memory for: all of them, or as many as a sketch may have."""
+        """Directions of the inputs that there is memory for."""
         n_numbers = self.most_bytes // (4 * max(len(self.sublayers), 1))
         if 2 * n_embd * n_embd <= n_numbers:
             return n_embd

@@ -48,10 +48,9 @@ class RequestStatistics:
         self.n_tokens += n_tokens
 
     def result(self) -> PhaseStatistics:
-        """Return the request's figures so far.
+        """Return the request's figures so far, with mean vectors if every batch had sums.
 
-        A sublayer whose input or output is zero throughout, or not finite anywhere, has no norm ratio to compensate
-        with and counts as not observed. There are mean vectors if every batch had sums.
+        A sublayer whose input or output is zero throughout, or not finite anywhere, counts as not observed.
         """
         unknown = np.full(self._shape, np.nan)
         if self.n_tokens == 0:

@@ -68,12 +68,10 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     if output is not None:
         save_plan(output, chosen)
     rows, cost = _rows(profile, request, chosen, context, phase), profile.cost
-    speedup = {} if cost is None else {name: cost.speedup(chosen, context, name) for name in TIMED}
-    first = (
-        {}
-        if cost is None
-        else {name: cost.seconds(each, context, "prefill") for name, each in (("full", None), ("plan", chosen))}
-    )
+    speedup, first = {}, {}
+    if cost is not None:
+        speedup = {name: cost.speedup(chosen, context, name) for name in TIMED}
+        first = {name: cost.seconds(each, context, "prefill") for name, each in (("full", None), ("plan", chosen))}
     if as_json:
         told = {
             "profile": profile_path,

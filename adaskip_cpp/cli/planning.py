@@ -64,7 +64,6 @@ profile_options = options(
     ),
     option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it."),
 )
-"""What says where a plan comes from."""
 
 
 @dataclass(frozen=True)
@@ -112,51 +111,41 @@ def find_plan_source(
 ) -> PlanSource:
     """Find out what plan is asked for.
 
-    That is the plan file named; or what a profile gives that is named, or where it is said what to skip the one beside
-    the model; or else the plan file beside the model, or the whole model without one. ``to_be_whole`` is the option by
-    which one gets that all the same.
+    That is the plan file named; or what a profile gives, named or beside the model; or else the plan file beside the
+    model, or the whole model without one. ``to_be_whole`` is the option by which one gets that all the same.
     """
-    others = [each for each in (profile_path_, request) if each is not None]
-    if max_loss is not None and (full or others):
+    profiled = profile_path_ is not None or request is not None
+    if max_loss is not None and (full or profiled):
         raise click.UsageError("--max-loss chooses from what `tune` found; leave out what else to skip")
+    if full + profiled + (plan_file is not None) > 1:
+        raise click.UsageError("--full, --plan and all others that say what to skip exclude each other; give one")
     if full:
-        if others or plan_file is not None:
-            raise click.UsageError("--full skips nothing; leave out what to skip")
         return PlanSource()
+    if profiled:
+        path, note = profile_path_ or profile_path(model), ""
+        if profile_path_ is None:
+            note = f"The profile is {path}."
+            if not os.path.exists(path):
+                raise click.UsageError("what to skip needs --profile; write one with `adaskip-cpp calibrate`")
+        return PlanSource(load_profile(model, path), request or PlanRequest(), note=note)
+    found, note = None, ""
     if plan_file is not None:
-        if others:
-            raise click.UsageError("--plan is a whole plan; leave out what else to skip")
-        return _promised(PlanSource(file=load_plan(plan_file, model=model), max_loss=max_loss))
-    if profile_path_ is not None:
-        return PlanSource(load_profile(model, profile_path_), request or PlanRequest())
-    if request is not None:
-        beside = profile_path(model)
-        if not os.path.exists(beside):
-            raise click.UsageError("what to skip needs --profile; write one with `adaskip-cpp calibrate`")
-        return PlanSource(load_profile(model, beside), request, note=f"The profile is {beside}.")
-    if not os.path.exists(plan_path(model)):
-        if max_loss is not None:
-            raise click.UsageError(f"--max-loss chooses from what `tune` found; run `adaskip-cpp tune {model}`")
-        return PlanSource()
-    try:
-        found = plan_beside(model)
-    except AdaSkipError as error:
-        return PlanSource(note=f"The whole model runs: {error}")
-    name = os.path.basename(plan_path(model))
-    if found.plan is not None and not found.plan.is_whole:
-        words = f"{skipped_words(found.plan)}: {name}; {to_be_whole} runs the whole model."
-    elif found.plan is not None or not found.plans:
-        words = f"The whole model runs: {name} skips nothing."
-    else:
-        limit = DEFAULT_LOSS if max_loss is None else max_loss
-        words = f"Plans lose at most {limit:g} nats per token: {name}; {to_be_whole} runs the whole model."
-    return _promised(PlanSource(file=found, max_loss=max_loss, note=words))
-
-
-def _promised(source: PlanSource) -> PlanSource:
-    if source.max_loss is not None and source.frontier is None:
-        raise click.UsageError("--max-loss chooses from what `tune` found, and this plan file has one plan alone")
-    return source
+        found = load_plan(plan_file, model=model)
+    elif os.path.exists(plan_path(model)):
+        try:
+            found = plan_beside(model)
+        except AdaSkipError as error:
+            return PlanSource(note=f"The whole model runs: {error}")
+        name, limit = os.path.basename(plan_path(model)), DEFAULT_LOSS if max_loss is None else max_loss
+        if all(plan.is_whole for plan in found.plans):
+            note = f"The whole model runs: {name} skips nothing."
+        else:
+            words = f"Plans lose at most {limit:g} nats per token" if found.plan is None else skipped_words(found.plan)
+            note = f"{words}: {name}; {to_be_whole} runs the whole model."
+    if max_loss is not None and (found is None or found.frontier is None):
+        why = f"; run `adaskip-cpp tune {model}`" if found is None else ", and this plan file has one plan alone"
+        raise click.UsageError(f"--max-loss chooses from what `tune` found{why}")
+    return PlanSource(file=found, max_loss=max_loss, note=note)
 
 
 def load_profile(model: str, path: str) -> Profile:
@@ -177,10 +166,10 @@ def _request(given: dict[str, Any]) -> PlanRequest | None:
     if not chosen:
         return None
     by_hand = not chosen.keys().isdisjoint(("attention", "ffn"))
-    if "n_skip" in chosen and "speedup" in chosen:
-        raise click.UsageError("give either --skip or --speedup")
-    if by_hand and (chosen.get("strategy", "manual") != "manual" or "n_skip" in chosen or "speedup" in chosen):
-        raise click.UsageError("--attention and --ffn list what to skip; leave out --skip, --speedup, --strategy")
+    if by_hand + ("n_skip" in chosen) + ("speedup" in chosen) > 1:
+        raise click.UsageError("give either --skip or --speedup, or list what to skip with --attention and --ffn")
+    if by_hand and chosen.get("strategy", "manual") != "manual":
+        raise click.UsageError("--attention and --ffn list what to skip; leave out --strategy")
     if chosen.get("strategy") == "manual" and not by_hand:
         raise click.UsageError("--strategy manual needs --attention or --ffn")
     if "online" in chosen and MODES[chosen.get("mode", "prompt")].in_bulk and not chosen.get("decode"):

@@ -11,7 +11,7 @@ from ..model.frontier import Frontier
 from ..model.plan import TIMED, SkipPlan
 from ..model.plan_file import is_plan_file, load_plan
 from ..model.skip_set import KIND_NAMES
-from ..pictures import frontier_plot, plots, profile_plots
+from ..pictures import plots, profile_plots
 from ..pictures.heatmap import print_heatmap, print_series
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -48,12 +48,10 @@ def plot(
     PROFILE may be a plan file that `tune` wrote instead. Then its plans are drawn as one picture, frontier: loss
     against predicted time to the first token, a curve for each prompt length.
     """
-    if any(map(is_plan_file, paths)):
-        _plot_frontiers(paths, output, terminal)
-        return
-    profiles = dict(zip(_names(paths), map(Profile.load, paths), strict=True))
+    frontiers = _frontiers(paths) if any(map(is_plan_file, paths)) else {}
+    profiles = {} if frontiers else dict(zip(_names(paths), map(Profile.load, paths), strict=True))
     if plan_file is not None:
-        if request is not None or len(profiles) > 1:
+        if request is not None or len(profiles) != 1:
             raise click.UsageError("--plan is a whole plan, of one profile")
         found = load_plan(plan_file)
         if found.plan is None:
@@ -64,6 +62,8 @@ def plot(
         plans = {name: make_plan(profile, wanted) for name, profile in profiles.items()}
     missing = not plots.has_matplotlib()
     if terminal or missing:
+        for frontier in frontiers.values():
+            print_frontier(console(), frontier)
         _print(console(), profiles, plans)
         if missing and not terminal:
             console(stderr=True).print(
@@ -72,25 +72,26 @@ def plot(
         return
     if output is None:
         raise click.UsageError("give a folder for the pictures with -o, or --terminal")
-    for path in _draw(profiles, plans, output):
-        click.echo(path)
+    if frontiers:
+        figures = {"frontier": profile_plots.frontiers(frontiers)}
+    else:
+        shared = (profile_plots.layers, profile_plots.sublayers, profile_plots.phases)
+        figures = {draw.__name__: draw(profiles) for draw in shared}
+        for i, (name, plan) in enumerate(plans.items(), start=1):
+            figures["plan" if len(plans) == 1 else f"plan-{i}"] = profile_plots.plan_strip(name, plan)
+    for name, fig in figures.items():
+        for path in plots.save(fig, output, name):
+            click.echo(path)
 
 
-def _plot_frontiers(paths: Sequence[str], output: str | None, terminal: bool) -> None:
+def _frontiers(paths: Sequence[str]) -> dict[str, Frontier]:
     frontiers: dict[str, Frontier] = {}
     for path in paths:
         found = load_plan(path).frontier if is_plan_file(path) else None
         if found is None:
             raise click.UsageError(f"{path} has no frontier; give profiles alone, or files that `tune` wrote")
         frontiers[os.path.basename(path).removesuffix(".json").removesuffix(".adaskip-plan")] = found
-    if terminal or not plots.has_matplotlib():
-        for frontier in frontiers.values():
-            print_frontier(console(), frontier)
-        return
-    if output is None:
-        raise click.UsageError("give a folder for the pictures with -o, or --terminal")
-    for picture in plots.save(frontier_plot.frontiers(frontiers), output, "frontier"):
-        click.echo(picture)
+    return frontiers
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -100,14 +101,6 @@ def _names(paths: Sequence[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise click.UsageError("a profile is named twice")
     return names
-
-
-def _draw(profiles: dict[str, Profile], plans: dict[str, SkipPlan], folder: str) -> list[str]:
-    shared = (profile_plots.layers, profile_plots.sublayers, profile_plots.phases)
-    figures = {draw.__name__: draw(profiles) for draw in shared}
-    for i, (name, plan) in enumerate(plans.items(), start=1):
-        figures["plan" if len(plans) == 1 else f"plan-{i}"] = profile_plots.plan_strip(name, plan)
-    return [str(path) for name, fig in figures.items() for path in plots.save(fig, folder, name)]
 
 
 def _print(out: Console, profiles: dict[str, Profile], plans: dict[str, SkipPlan]) -> None:

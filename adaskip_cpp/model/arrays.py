@@ -37,9 +37,7 @@ def checked(
     """Return a dataclass's arrays, copies of them unless ``copy`` is False; those that are None stay so.
 
     Args:
-        instance: the dataclass.
-        error: what is raised for another shape.
-        way_out: the end of its message.
+        error, way_out: what is raised for another shape, and the end of its message.
         shapes: by field its dtype and its shape, as ``"n_layer 2 n_embd"``: a name is one number, 1 or more,
             wherever it stands.
     """

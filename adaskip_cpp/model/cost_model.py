@@ -1,6 +1,6 @@
 """The cost model: predicts how long a phase takes with some sublayers skipped, on the machine that was measured."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,6 @@ from .skip_set import SkipSet, marked
 CELLS = 256
 """Attention reads KV cells in blocks of this many, filled or not: ``llama_kv_cache::get_n_kv`` pads to it."""
 
-
 _MOST_SECONDS = 1e9
 """Longer than anything takes: sums of such times, and their ratios, are still numbers."""
 
@@ -21,8 +20,6 @@ _MOST_SECONDS = 1e9
 @dataclass(frozen=True)
 class CostSettings:
     """The machine and the settings that times were measured with; with others they are worth nothing.
-
-    :func:`adaskip_cpp.engine.settings.cost_settings` returns those of a loaded model.
 
     The names are llama.cpp's; ``devices`` are those of ggml, as ``("CPU",)``, ``type_k`` and ``type_v`` types of the KV
     cache, as ``"F16"``, ``llama_cpp_python`` is its version, and ``repack`` an argument of :class:`AdaSkipLlama`.
@@ -45,12 +42,11 @@ class CostSettings:
     def note(self, here: "CostSettings") -> str:
         """Say in one line in what these settings, of a profile's times, differ from those here; "" if in nothing."""
 
-        def word(settings: "CostSettings", name: str) -> str:
-            value = getattr(settings, name)
+        def word(value: object) -> str:
             return ", ".join(value) if isinstance(value, tuple) else str(value)
 
-        names = [field.name for field in fields(self) if getattr(self, field.name) != getattr(here, field.name)]
-        words = "; ".join(f"{name} {word(self, name)}, here {word(here, name)}" for name in names)
+        pairs = {name: (value, getattr(here, name)) for name, value in vars(self).items()}
+        words = "; ".join(f"{name} {word(a)}, here {word(b)}" for name, (a, b) in pairs.items() if a != b)
         return words and (
             f"The profile's times were measured elsewhere ({words}): a predicted speed-up may be wrong here; measure "
             "them again with `adaskip-cpp calibrate MODEL --cost-only -o PROFILE`."
@@ -62,15 +58,14 @@ class PhaseCost(LayerArrays):
     """What a ubatch of ``n_tokens`` tokens costs, in seconds. The arrays are float64, finite, not negative, read-only.
 
     Attributes:
-        n_tokens: tokens in the ubatch: 1 in decode.
-        fixed: embedding, overhead of the graph and every sublayer that cannot be skipped; in decode also the output
-            head.
+        n_tokens: 1 in decode.
+        fixed: embedding, overhead of the graph and every sublayer that cannot be skipped; in decode the output head
+            too.
         fixed_growth: of those, per KV cell that is read.
         base: ``[n_layer, 2]``, columns attention and FFN: each sublayer without what grows with the context; 0 where it
             cannot be skipped.
         growth: ``[n_layer]``: each attention, per KV cell that it reads.
-        kept: ``[n_layer]``: each attention that is skipped while its K and V are kept: their norm, projections and
-            stores. 0 in decode, which keeps none.
+        kept: ``[n_layer]``: norm, projections and stores of K and V that a skipped attention keeps; 0 in decode.
 
     Raises:
         ProfileFormatError: a shape or value is impossible.
@@ -107,9 +102,10 @@ class PhaseCost(LayerArrays):
 class Computed:
     """What is computed in a ubatch.
 
-    ``runs`` are the sublayers that run, bool ``[n_layer, 2]``, ``kept`` of the other attentions those whose K and V are
-    kept, bool ``[n_layer]``, and ``limit`` the KV cells that each reads at most, float64 ``[n_layer]``, None for the
-    model's own.
+    Attributes:
+        runs: bool ``[n_layer, 2]``: the sublayers that run.
+        kept: bool ``[n_layer]``: of the other attentions those whose K and V are kept.
+        limit: float64 ``[n_layer]``: KV cells that each attention reads at most; None for the model's own limits.
     """
 
     runs: npt.NDArray[np.bool_]
@@ -136,8 +132,8 @@ class CostModel(LayerArrays):
         decode: cost of one token.
         limit: float64 ``[n_layer]``, KV cells beyond which an attention stops growing; infinite without a window, where
             NaN, as JSON's null is read, may be given too.
-        n_layer_kv: number of layers up to the last one that has KV of its own. Of a ubatch without outputs, that one
-            computes its K and V alone, and those above it nothing.
+        n_layer_kv: number of layers up to the last one that has KV of its own; in a ubatch without outputs those above
+            compute nothing.
         deepest: longest context that was measured, in tokens; times beyond it are extrapolated.
 
     Raises:
@@ -175,17 +171,13 @@ class CostModel(LayerArrays):
     ) -> float:
         """Predict how many seconds a whole prompt or one decoded token takes.
 
-        A prompt is cut as :class:`adaskip_cpp.engine.llama.AdaSkipLlama` cuts it: into head, bulk and tail where there
-        is a bulk, these into pieces of ``n_batch`` tokens, and those into ubatches. The cost of a shorter ubatch is
-        interpolated between those of one token and of a whole ubatch.
-
         Args:
             skip: the sublayers skipped, a set or bool ``[n_layer, 2]``; None for the full model. Or a plan: what that
-                skips in the phase, and in a prompt with its own bulk. What an online stage adds is not known before and
-                does not count; a schedule counts with its last set.
+                skips in the phase, and in a prompt with its own bulk, without what an online stage adds; a schedule
+                counts with its last set.
             context: tokens of the prompt; in decode those before the one that is decoded.
-            phase: ``"prefill"``: the prompt is read with ``skip`` skipped; ``"bulk"``: its bulk alone is, with K and V
-                kept, while the others run whole; or ``"decode"``.
+            phase: ``"prefill"``: a prompt with ``skip`` skipped; ``"bulk"``: one of which the bulk alone skips, with K
+                and V kept; or ``"decode"``.
             around: for phase ``"bulk"``: its head, tail and windows, the defaults if None. Its set does not count.
             cached: tokens at the beginning of the prompt that are not read again.
 
@@ -245,7 +237,7 @@ class CostModel(LayerArrays):
         return seconds + self._unread(whole, start, last) + self._read(whole, last, context)
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Cut positions into ubatches, as pieces of ``n_batch`` tokens are cut: where each begins and ends."""
+        """Cut positions into pieces of ``n_batch`` tokens, and those into ubatches: where each begins and ends."""
         size, piece = self.prefill.n_tokens, self.settings.n_batch
         pieces = [(begin, min(begin + piece, end)) for begin in range(start, end, piece)]
         return [(at, min(at + size, stop)) for begin, stop in pieces for at in range(begin, stop, size)]

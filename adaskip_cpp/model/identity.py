@@ -25,8 +25,7 @@ class ModelInfo:
     Attributes:
         fingerprint: SHA-256 in hexadecimal, see :func:`fingerprint`.
         architecture: the GGUF's ``general.architecture``, for example ``"llama"``.
-        lora: fingerprint of its LoRA adapter, "" for none.
-        lora_scale: what the adapter is scaled by, 0 for none.
+        lora, lora_scale: fingerprint and scale of its LoRA adapter, "" and 0 for none.
         overrides: its ``kv_overrides``, see :func:`override_words`.
 
     Raises:

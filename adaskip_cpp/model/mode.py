@@ -8,7 +8,7 @@ ModeName: TypeAlias = Literal["prompt", "prefill", "decode", "e2e"]
 
 @dataclass(frozen=True)
 class Mode:
-    """One of :data:`MODES`. :mod:`adaskip_cpp.planning.modes` makes plans of it.
+    """One of :data:`MODES`.
 
     Attributes:
         in_bulk: whether only the bulk of a prompt skips the chosen sublayers, and keeps their K and V.
@@ -31,7 +31,7 @@ class Mode:
 
     @property
     def faster(self) -> Literal["bulk", "prefill", "decode"]:
-        """The phase to speed up unless a request names one. The bulk stands for a prompt that has one."""
+        """The phase to speed up unless a request names one."""
         return "bulk" if self.in_bulk else "prefill" if self.in_prefill else "decode"
 
 

@@ -27,8 +27,7 @@ class Windows:
 
     Attributes:
         layers: those whose attention can, ascending.
-        divergence: in nats per token, of the last k of these layers together, k from 0 to all of them; see
-            :func:`adaskip_cpp.calibration.divergence.measure_windows`.
+        divergence: in nats per token, of the last k of these layers together, k from 0 to all of them.
 
     Raises:
         ProfileFormatError: the two do not go together.
@@ -55,9 +54,9 @@ class ProfileData(LayerArrays):
         package_version, created: of adaskip-cpp that calibrated it, and when, in UTC, ISO 8601.
         cost: what each sublayer costs on the machine that measured it, or None.
         maps: linear maps that stand in for sublayers, or None.
-        divergence, copying: float64 ``[n_layer, 2]``: what skipping each sublayer alone in the bulk of a prompt costs
-            an answer that continues it, and one that copies from it, see :mod:`adaskip_cpp.calibration.divergence`. NaN
-            for sublayers that prompts never skip; both None if they were not measured. Read-only.
+        divergence, copying: float64 ``[n_layer, 2]``, read-only: what skipping each sublayer alone in the bulk of a
+            prompt costs an answer that continues it, and one that copies from it, in nats per token; NaN for sublayers
+            that prompts never skip. Both None if they were not measured.
         windows: what it costs that attentions look back at a window there; None if it was not measured.
         bulk_only: layers whose attention only the bulk of a prompt can skip, as other layers read its KV.
 

@@ -11,10 +11,8 @@ class Settings:
     Attributes:
         flash_attn: attention in one operation, without the matrix of weights in memory.
         repack: keep weights on the CPU in a layout of llama.cpp's own, where it has products for that.
-        n_batch: tokens handed to llama.cpp at once.
-        n_ubatch: tokens that it computes at once.
-        n_threads: threads for the tokens of an answer; None for ``llama_cpp.Llama``'s default.
-        n_threads_batch: threads for prompts, likewise.
+        n_batch, n_ubatch: tokens handed to llama.cpp at once, and those that it computes at once.
+        n_threads, n_threads_batch: threads for answers and for prompts; None for ``llama_cpp.Llama``'s default.
     """
 
     flash_attn: bool = False
@@ -39,8 +37,7 @@ class Tried:
             tokens.
         token_s: seconds per token of an answer to it.
         request_s: seconds for the whole request.
-        chosen: whether they replaced the best settings before them. The first ones, which the search starts from, count
-            as chosen.
+        chosen: whether they replaced the best settings before them; the first ones count as chosen.
     """
 
     settings: Settings

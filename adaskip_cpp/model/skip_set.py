@@ -28,7 +28,6 @@ _SHAPES: dict[str, tuple[Any, str]] = {
 
 
 def sublayer_name(layer: int, kind: int) -> str:
-    """Name a sublayer for a message: ``attention of layer 3``."""
     return f"{KIND_NAMES[kind]} of layer {layer}"
 
 
@@ -40,9 +39,8 @@ class SkipSet(LayerArrays):
         skip: bool ``[n_layer, 2]``, columns attention and FFN.
         scale: float64 ``[n_layer, 2]``, the scale ``s`` where skipped, 1.0 elsewhere.
         bias: float32 ``[n_layer, 2, n_embd]``, the vector ``b`` where skipped, 0 elsewhere; None for none.
-        down: float32 ``[n_layer, 2, rank, n_embd]``, likewise; None for no map of low rank. Where ``up`` is all zeros
-            there is no map.
-        up: float32 ``[n_layer, 2, n_embd, rank]``, likewise.
+        down, up: float32 ``[n_layer, 2, rank, n_embd]`` and ``[n_layer, 2, n_embd, rank]``, likewise; where ``up`` is
+            all zeros there is no map.
 
     Raises:
         PlanError: the arrays' shapes are not those above.

@@ -28,7 +28,7 @@ class PhaseStatistics(LayerArrays):
     read-only, and NaN where a sublayer was not observed.
 
     Attributes:
-        similarity: float64 ``[n_layer, 2]``, mean over the tokens of the cosine of u and v.
+        similarity: float64 ``[n_layer, 2]``, mean over the tokens of the cosine of u and v: the IO similarity.
         norm_ratio: float64 ``[n_layer, 2]``, ``||V||_F / ||U||_F`` over all tokens, the paper's compensation.
         median_ratio: float64 ``[n_layer, 2]``, median over the tokens of ``|v| / |u|``.
         layer_similarity: float64 ``[n_layer]``, mean over the tokens of the cosine of a whole layer's input and output.
@@ -87,11 +87,10 @@ class LinearMaps(LayerArrays):
     """Maps ``v := s u + up (down u)``, fitted by :mod:`adaskip_cpp.calibration.linear`: three per layer.
 
     They stand in for its attention, for its FFN, and, where both are skipped, for the two together (:data:`WHOLE`).
-    Arrays are read-only, rounded to BF16, which is what files hold, and NaN where nothing was fitted.
 
     Attributes:
-        down: float32 ``[n_layer, 3, rank, n_embd]``.
-        up: float32 ``[n_layer, 3, n_embd, rank]``.
+        down, up: float32 ``[n_layer, 3, rank, n_embd]`` and ``[n_layer, 3, n_embd, rank]``, rounded to BF16, read-only,
+            NaN where nothing was fitted.
 
     Raises:
         ProfileFormatError: the shapes do not fit each other, or a map has values that are not finite.
@@ -124,11 +123,10 @@ class LinearMaps(LayerArrays):
 def map_scale(median_ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return s, which stands in for a sublayer where its map is blind, from the median ratio of norms, of any shape.
 
-    The median ratio keeps the stream's norm where few sublayers are skipped, but every further one stretches what the
-    map has no direction for once more, so that with many of them s = 1 loses less. Its square root is near the better
-    of both: SmolLM2 adds 0.214, 0.218 and 0.239 nats per token on Python sources with the median ratio, its square root
-    and 1 at 6 of 60 sublayers, 0.569, 0.554 and 0.610 at 12, and 0.973, 0.885 and 0.897 at 15. Within 2% of 1 it is 1,
-    which loses nothing and saves a pass over the stream.
+    The median ratio keeps the stream's norm where few sublayers are skipped; with many of them s = 1 loses less. Its
+    square root is near the better of both: SmolLM2 adds 0.214, 0.218 and 0.239 nats per token on Python sources with
+    the median ratio, its square root and 1 at 6 of 60 sublayers, and 0.973, 0.885 and 0.897 at 15. Within 2% of 1 it is
+    1, which loses nothing and saves a pass over the stream.
     """
     root = np.sqrt(median_ratio)
     return np.where(np.abs(root - 1) <= 0.02, 1.0, root)

@@ -1,10 +1,7 @@
-"""The paper's figures from profiles: similarity of whole layers, of attention and FFN, of both in prefill and decode.
+"""Figures of profiles, as in the paper, of plans, and of frontiers; all raise PackageMissingError without matplotlib.
 
-Several profiles in one picture compare models; where their numbers of layers differ, the x axis is the depth,
-layer / (number of layers - 1). The scale of similarity grows finer towards 1 (it is that of ``log(1 - similarity)``),
-as a few sublayers change the stream a lot, and those that can be skipped differ in the third decimal.
-
-Every function takes profiles by the name to show, at least one, and raises PackageMissingError without matplotlib.
+Several profiles, by the name to show, compare models; where their numbers of layers differ, the x axis is the depth.
+The scale of similarity is that of ``log(1 - similarity)``, as those that can be skipped differ in the third decimal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..model.frontier import DEFAULT_LOSS, Frontier
 from ..model.plan import SkipPlan
 from ..model.skip_set import KIND_NAMES
 from ..planning.profile import Profile
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 _CLOSEST = 1e-4  # similarities nearer to 1 are drawn here
 _TICKS = (-1, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _HATCH = "/////"
+_LENGTHS = (2048, 8192, 32768)  # of prompts, whose losses are drawn
 
 
 def layers(profiles: Mapping[str, Profile]) -> "Figure":
@@ -119,6 +118,25 @@ def plan_strip(name: str, plan: SkipPlan) -> "Figure":
             light = to_rgba(plots.KIND[KIND_NAMES[0]].colour, 0.3)
             cells.append(Patch(facecolor=light, label=f"window of {bulk.window_size:,} tokens"))
         plots.legend(axes, handles=cells, loc="upper left", bbox_to_anchor=(0, -0.35), ncols=3, handlelength=1.5)
+    return fig
+
+
+def frontiers(every: Mapping[str, Frontier]) -> "Figure":
+    """Draw what answers lose against the time to the first token, a panel per frontier, a curve per prompt length."""
+    fig, panels = plots.panels(1, len(every), height_in=3.4)
+    for axes, (name, frontier) in zip(panels, every.items(), strict=True):
+        fastest = 1.0
+        for i, length in enumerate(_LENGTHS):
+            rows = [(1.0, 0.0), *((1 / point.speedup(length), point.harm(length)) for point in frontier.points)]
+            times, losses = zip(*sorted(rows, reverse=True), strict=True)
+            fastest = min(fastest, *times)
+            axes.plot(times, losses, label=f"prompts of {length:,} tokens", **plots.other(i).line)
+        axes.axhline(DEFAULT_LOSS, color=plots.INK, linewidth=0.7, linestyle=":")
+        plots.title(axes, name)
+        axes.set_xlabel("time to the first token, share of the whole model's")
+        axes.set_ylabel("loss, nats per token")
+        axes.set_xlim(1.02, min(0.3, fastest - 0.02))
+        plots.legend(axes)
     return fig
 
 
