@@ -8,19 +8,16 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from llama_cpp.llama import LlamaState
 
-from ..errors import AdaSkipError, ModelFileError, NativeError, PlanError, StateError
+from ..errors import AdaSkipError, NativeError, PlanError, StateError
 from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .grammar import check_grammar
-from .log import errors_logged
 from .native import elide_kv, is_here
 from .native_types import OnlineResult, StatisticsSink
 from .self_describing import SelfDescribingLlama
-from .state import AdaSkipState, check_state
 
 
 class Rows(Protocol):
@@ -106,16 +103,8 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._prompt_rows: Rows | None = None  # where these go, if not to scores
         # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
         elided = None if plan is None else np.isin(np.arange(plan.n_layer), plan.without_kv)
-        try:
-            with elide_kv(elided), errors_logged() as reasons:
-                super().__init__(model_path, **kwargs)
-        except ValueError as error:
-            if "Failed to" not in str(error):  # llama_cpp.Llama's words for what llama.cpp could not load
-                raise
-            raise ModelFileError(
-                f"llama.cpp cannot open {model_path!r} ({reasons[0] if reasons else error}); check that the file is "
-                "complete, its architecture supported, and the memory large enough for its context (n_ctx, --ctx)."
-            ) from error
+        with elide_kv(elided):
+            super().__init__(model_path, **kwargs)
         if plan is not None:
             try:
                 self.set_plan(plan)
@@ -505,29 +494,6 @@ class AdaSkipLlama(SelfDescribingLlama):
             except KeyboardInterrupt:
                 native.stop_statistics()
                 raise
-
-    # -- saved states --------------------------------------------------------------------------------------------
-
-    def save_state(self) -> AdaSkipState:
-        """As ``llama_cpp.Llama.save_state``; the state knows what it was saved from."""
-        return AdaSkipState.of(super().save_state(), model=self.model_info, elided_kv=self.elided_kv)
-
-    def load_state(self, state: LlamaState) -> None:
-        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` is one of the whole model.
-
-        Raises:
-            StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,
-                unless llama.cpp itself refuses the state: then the cache is empty.
-        """
-        check_state(state, self)
-        try:
-            super().load_state(state)
-        except RuntimeError as error:
-            self._ctx.kv_cache_clear()
-            self.reset()
-            raise StateError(
-                f"llama.cpp refused the state ({error}); the cache is empty now, evaluate the prompt again."
-            ) from error
 
     # -- pickling ------------------------------------------------------------------------------------------------
 

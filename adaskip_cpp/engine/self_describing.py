@@ -1,17 +1,44 @@
-"""``llama_cpp.Llama`` that tells what it is: its size, sublayers, memory and identity."""
+"""``llama_cpp.Llama`` that tells what it is: its size, sublayers, memory and identity, also in what it saves."""
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import llama_cpp
+from llama_cpp._logger import llama_log_callback
+from llama_cpp.llama import LlamaState
 
-from ..errors import NativeError
+from ..errors import ModelFileError, NativeError, StateError
 from ..model.identity import ModelInfo, fingerprint, override_words
 from .native import NativeContext
 from .native_types import Counters, Sublayer
 
+_ERROR = 4  # ggml_log_level; llama-cpp-python counts otherwise, and without verbose shows warnings, but no error
+
+
+class AdaSkipState(LlamaState):
+    """A state with its model and the layers that have no KV; what its cells are of is in llama.cpp's own part."""
+
+    model: ModelInfo
+    elided_kv: tuple[int, ...]
+
 
 class SelfDescribingLlama(llama_cpp.Llama):
     """A model with its native side, and what both tell of it; :class:`AdaSkipLlama` adds the plan."""
+
+    def __init__(self, model_path: str, **kwargs: Any) -> None:
+        try:
+            with _errors_logged() as reasons:
+                super().__init__(model_path, **kwargs)
+        except ValueError as error:
+            if "Failed to" not in str(error):  # llama_cpp.Llama's words for what llama.cpp could not load
+                raise
+            raise ModelFileError(
+                f"llama.cpp cannot open {model_path!r} ({reasons[0] if reasons else error}); check that the file is "
+                "complete, its architecture supported, and the memory large enough for its context (n_ctx, --ctx)."
+            ) from error
 
     @cached_property
     def _adaskip(self) -> NativeContext:
@@ -149,3 +176,58 @@ class SelfDescribingLlama(llama_cpp.Llama):
         if int(self.input_ids[:n].min()) < 0:  # an image has positions of its own
             return n
         return last + 1 if last < n else 0 if self.has_state else n
+
+    def save_state(self) -> AdaSkipState:
+        """As ``llama_cpp.Llama.save_state``; the state knows what it was saved from."""
+        state = AdaSkipState.__new__(AdaSkipState)
+        state.__dict__.update(vars(super().save_state()), model=self.model_info, elided_kv=self.elided_kv)
+        return state
+
+    def load_state(self, state: LlamaState) -> None:
+        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` is one of the whole model.
+
+        Raises:
+            StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,
+                unless llama.cpp itself refuses the state: then the cache is empty.
+        """
+        ours = state if isinstance(state, AdaSkipState) else None
+        if ours and (differences := ours.model.differences(self.model_info)):
+            raise StateError(
+                f"the state was saved from another model: {'; '.join(differences)}; load it into the model that it was "
+                "saved from."
+            )
+        if (ours.elided_kv if ours else ()) != self.elided_kv:
+            raise StateError(
+                "the state was saved with KV for other layers; load it into a model that was opened with the same "
+                "plan=, or without one where this was."
+            )
+        if state.input_ids.shape != self.input_ids.shape or state.scores.shape != self.scores[: state.n_tokens].shape:
+            raise StateError(
+                "the state was saved with another n_ctx, n_batch or logits_all; open the model with the same settings."
+            )
+        try:
+            super().load_state(state)
+        except RuntimeError as error:
+            self._ctx.kv_cache_clear()
+            self.reset()  # type: ignore[no-untyped-call]
+            raise StateError(
+                f"llama.cpp refused the state ({error}); the cache is empty now, evaluate the prompt again."
+            ) from error
+
+
+@contextmanager
+def _errors_logged() -> Iterator[list[str]]:
+    """Yield a list that the errors logged meanwhile are put into: llama.cpp tells why it failed in its log alone."""
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def keep(level: int, text: bytes, user_data: Any) -> None:
+        if level == _ERROR:
+            lines.append(text.decode("utf-8", "replace").strip())
+        llama_log_callback(level, text, user_data)
+
+    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))

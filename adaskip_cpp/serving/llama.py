@@ -14,6 +14,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateEmbeddingRequest
 
 from ..engine.llama import AdaSkipLlama, Rows
@@ -98,7 +99,7 @@ class ServedLlama(AdaSkipLlama):
             texts = {text: self.tokenize(text.encode(), add_bos=False, special=True) for text in body.logit_bias}
             kwargs["logit_bias"] = {str(id): body.logit_bias[text] for text, ids in texts.items() for id in ids}
         if body.grammar is not None:
-            kwargs["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar)
+            kwargs["grammar"] = LlamaGrammar.from_string(body.grammar)
         if body.min_tokens > 0:
             longer = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, self.token_eos())
             kwargs["logits_processor"] = llama_cpp.LogitsProcessorList([longer])
