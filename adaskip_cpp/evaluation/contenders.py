@@ -36,7 +36,7 @@ class Contender(Named):
         return self.plan if self.frontier is None else (self.frontier.points, self.max_loss)
 
 
-FULL = Contender("full", "full", "0", None, "none")
+FULL = Contender("full", "full", "", None, "none")
 """The whole model, which all others are measured against."""
 
 
@@ -88,7 +88,7 @@ def contenders(
         if tuned.mode == "manual":
             notes.append("tuned is left out: its layers were listed, for no mode")
         else:
-            add(Contender("tuned", "tuned", "tuned", tuned.mode, tuned.compensation, tuned))
+            add(Contender("tuned", "tuned", "", tuned.mode, tuned.compensation, tuned))
     if len(found) == 1:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(

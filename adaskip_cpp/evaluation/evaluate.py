@@ -11,7 +11,6 @@ from statistics import fmean
 import numpy as np
 
 from ..engine.llama import AdaSkipLlama
-from ..errors import DataError
 from ..files import content_hash
 from ..measuring.judge import Judge, Probe
 from ..measuring.metrics import continuation_rouge_l
@@ -42,14 +41,6 @@ class Work:
     n_continuation: int = 64
     speed_prompt: Sequence[int] = ()
     n_rounds: int = 5
-
-    def __post_init__(self) -> None:
-        least, n = self.n_continuation + 2, min((len(item.tokens) for item in self.texts), default=None)
-        if n is not None and n < least:
-            raise DataError(
-                f"an item of {n} tokens has no prompt before a continuation of {self.n_continuation}; ask for at least "
-                f"{least} tokens (--tokens), or for a shorter continuation (--continuation)"
-            )
 
     def n_prompt(self, item: TextItem) -> int:
         """Return how many tokens of a text are a prompt: the first token behind it is given, as prefill predicts it."""

@@ -98,11 +98,6 @@ class EvaluationOptions:
     speed_context: int | None = None
     n_rounds: int = 5
 
-    @property
-    def needs_profile(self) -> bool:
-        """Whether it says which plans are made from a profile."""
-        return any((self.strategies, self.n_skips, self.speedups, self.modes, self.compensations))
-
     def requests(self, n_layer: int) -> tuple[PlanRequest, ...]:
         """Return a request for every strategy, then compensation, then budget, then mode; speed-ups have no context."""
         n_skips: Sequence[int] = self.n_skips or ()
@@ -140,7 +135,8 @@ def prepared(
         raise DataError(f"the model is made for contexts of {n_most} tokens, not {options.ctx}; use a smaller --ctx")
     limit, n_decoded = options.ctx or n_most, options.n_continuation + 1
     speed_context = options.speed_context or max(min(_SPEED_CONTEXT, limit - n_decoded), 2)
-    requests = options.requests(n_layer) if profile is not None or options.needs_profile else ()
+    asked = options.strategies, options.n_skips, options.speedups, options.modes, options.compensations
+    requests: Sequence[PlanRequest] = options.requests(n_layer) if profile is not None or any(asked) else ()
     saved, notes = _saved(model, options.plan_file, {request.mode for request in requests})
     has_promises = saved is not None and saved.frontier is not None
     if options.max_losses is not None and not has_promises:
@@ -148,6 +144,11 @@ def prepared(
             f"promises choose from what `tune` found; run `adaskip-cpp tune {model}`, or name its file (--plan)"
         )
     n_tokens = options.n_tokens or (min(speed_context + n_decoded, limit) if has_promises else _TOKENS)
+    if options.n_texts and n_tokens <= n_decoded:
+        raise DataError(
+            f"an item of {n_tokens} tokens has no prompt before a continuation of {options.n_continuation}; ask for at "
+            f"least {n_decoded + 1} tokens (--tokens), or for a shorter continuation (--continuation)"
+        )
     needed = {
         "the items of text (--tokens)": n_tokens if options.n_texts else 0,
         "the measurement of speed (--speed-context)": speed_context + n_decoded if options.n_rounds else 0,
@@ -161,8 +162,8 @@ def prepared(
     try:
         work, words = _work(llm, replace(options, n_tokens=n_tokens, speed_context=speed_context), n_ctx)
         max_losses = _PROMISES if options.max_losses is None else options.max_losses
-        asked = [request.at(speed_context) for request in requests]
-        plans, more = contenders(profile, asked, saved, max_losses, work.prompt_lengths)
+        requests = [request.at(speed_context) for request in requests]
+        plans, more = contenders(profile, requests, saved, max_losses, work.prompt_lengths)
         notes = [*more, *notes]
         if profile is not None and profile.cost is not None and options.speedups:
             notes += filter(None, [profile.cost.settings.note(cost_settings(llm))])

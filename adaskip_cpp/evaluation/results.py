@@ -24,7 +24,6 @@ _STRATEGY_NAMES = {
     "skip_decode": "SkipDecode",
     "unified_skipping": "Unified Skipping",
     "tuned": "tuned plan",
-    "promise": "tuning",
 }
 
 
@@ -78,7 +77,8 @@ class Named:
 
     Attributes:
         name: tells it from the others, ``"adaskip-12-e2e-affine"``.
-        budget: what was asked for: ``"12"`` sublayers, a speed-up of ``"1.2x"``, or a promise of ``"0.05"`` nats.
+        budget: what was asked for, if anything: ``"12"`` sublayers, a speed-up of ``"1.2x"``, a promise of ``"0.05"``
+            nats.
     """
 
     name: str
@@ -96,11 +96,7 @@ class Named:
     @property
     def label(self) -> str:
         """Name it for people, ``AdaSkip affine, 1.2 x asked``."""
-        if self.strategy == "promise":
-            return self.name
-        if self.strategy in ("full", "tuned"):
-            return _STRATEGY_NAMES[self.strategy]
-        return f"{self.series}, {self.budget.replace('x', ' x asked')}"
+        return f"{self.series}, {self.budget.replace('x', ' x asked')}" if self.budget else self.series
 
     @property
     def look(self) -> str:
