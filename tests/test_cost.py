@@ -346,9 +346,6 @@ def test_impossible_arguments_are_refused_before_anything_runs(timed: Callable[.
     for seconds in (0, -1, math.nan, math.inf, "15"):
         with pytest.raises(RequestError, match="seconds; use"):
             cost.measure_cost(llm, seconds=seconds)
-    for contexts in ((), (0,), (512, 9000), ("512",)):
-        with pytest.raises(RequestError, match=r"(give|use) "):
-            cost.measure_cost(llm, contexts=contexts)
     llm.input_ids = np.zeros(8, np.intc)
     with pytest.raises(RequestError, match=r"too small.*n_ctx="):
         cost.measure_cost(llm)

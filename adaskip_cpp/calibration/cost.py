@@ -2,13 +2,11 @@
 
 import itertools
 import math
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
-from typing import SupportsIndex
 
 import llama_cpp
 import numpy as np
@@ -21,7 +19,6 @@ from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .cost_fit import Group, Runs, Sample, fit
 
-_CONTEXTS = (512, 2048, 6144)
 _MAX_ROUNDS = 12
 _N_DECODE = 12
 """Tokens timed per plan and round, behind one that builds the plan's graph and is not counted."""
@@ -32,7 +29,7 @@ _SUBSET = 10
 def measure_cost(
     llm: AdaSkipLlama,
     *,
-    contexts: Sequence[SupportsIndex] | None = None,
+    contexts: Sequence[int] = (512, 2048, 6144),
     seconds: float = 15.0,
     on_progress: Callable[[float], None] | None = None,
 ) -> CostModel:
@@ -42,8 +39,7 @@ def measure_cost(
     dropped.
 
     Args:
-        contexts: at how many tokens of context to time attentions; None for 512, 2048 and 6144, as far as the model's
-            context and the time allow.
+        contexts: at how many tokens of context to time attentions, as far as the model's context and the time allow.
         seconds: time to spend in up to 12 rounds; the first one is completed in any case, with at most half of the time
             for deep contexts.
         on_progress: called with the fraction of the time that has passed.
@@ -54,7 +50,7 @@ def measure_cost(
     if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
         raise RequestError(f"cannot measure for {seconds!r} seconds; use a number above 0, such as 15")
     advance = on_progress or (lambda fraction: None)
-    measurement = _Measurement(llm, _contexts(llm, contexts), float(seconds), advance)
+    measurement = _Measurement(llm, tuple(sorted(contexts)), float(seconds), advance)
     with set_aside(llm):
         return measurement.run()
 
@@ -240,22 +236,6 @@ def _limit(llm: AdaSkipLlama, window: int) -> float:
     """KV cells of an attention with a window, as ``llama_kv_cache_iswa`` sizes its cache; infinite without one."""
     cells = math.ceil((window + min(int(llm.context_params.n_ubatch), llm.n_batch)) / CELLS) * CELLS
     return cells if window and cells < llm.context_size else math.inf
-
-
-def _contexts(llm: AdaSkipLlama, contexts: Sequence[SupportsIndex] | None) -> tuple[int, ...]:
-    if contexts is None:
-        return _CONTEXTS
-    size = llm.context_size
-    try:
-        wanted = sorted({operator.index(context) for context in contexts})
-    except TypeError as error:
-        raise RequestError(f"contexts is {contexts!r}; give numbers of tokens, such as (512, 2048)") from error
-    if not wanted or not 1 <= wanted[0] <= wanted[-1] <= size:
-        raise RequestError(
-            f"cannot measure at contexts of {wanted} tokens; use at least one, from 1 to the model's {size}, or load "
-            "the model with a larger n_ctx"
-        )
-    return tuple(wanted)
 
 
 @contextmanager

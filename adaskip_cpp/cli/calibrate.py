@@ -47,14 +47,9 @@ _learning = partial(option, group="What is learned")
     "n_decode",
     type=click.IntRange(1),
     default=32,
-    help="Tokens to decode after a request, of 20 requests at most.",
+    help="Tokens to decode after each of 20 requests.",
 )
-@_learning(
-    "--rank",
-    type=click.IntRange(0, 4096),
-    default=DEFAULT_RANK,
-    help="Rank of the linear maps that stand in for skipped sublayers; 0 for none.",
-)
+@_learning("--rank", type=click.IntRange(0, 4096), default=DEFAULT_RANK, help="Rank of the linear maps; 0 for none.")
 @_learning(
     "--cost-only",
     is_flag=True,
@@ -79,7 +74,7 @@ def calibrate(
     """Learn which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
 
     The text is cut into requests, spread evenly over it, which run through the full model; some are continued by a few
-    tokens. At the end the sublayers are timed on this machine.
+    tokens. Linear maps are learned that stand in for skipped sublayers, and these are timed on this machine.
     """
     if cost_only and (no_cost or files):
         raise click.UsageError("--cost-only learns nothing else; leave out --data and --no-cost")

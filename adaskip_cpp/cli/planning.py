@@ -177,7 +177,11 @@ def _request(given: dict[str, Any]) -> PlanRequest | None:
     return PlanRequest(**{**chosen, "strategy": "manual"} if by_hand else chosen)
 
 
-_choosing = functools.partial(option, group=CHOOSING)
+def _choosing(name: str, kind: Any, words: str, default: object = None) -> Callable[[_Command], _Command]:
+    """Return an option that is None where it is not given; its help says what ``default`` that stands for."""
+    told = words if default is None else f"{words}  [default: {default}]"
+    return option(name, group=CHOOSING, type=kind, help=told)
+
 
 _OPTIONS = {
     "n_skip": option(
@@ -189,53 +193,37 @@ _OPTIONS = {
         help="Instead: skip as much as this speed-up takes, as predicted for the machine that calibrated.",
     ),
     "phase": _choosing(
-        "--phase",
-        type=click.Choice(TIMED),
-        help="The phase that --speedup is about.  [default: prefill, with --mode decode decode]",
+        "--phase", click.Choice(TIMED), "The phase that --speedup is about.", "prefill, with --mode decode decode"
     ),
     "mode": _choosing(
         "--mode",
-        type=click.Choice(MODES),
-        help="prompt: just while nobody reads, in the bulk of a prompt. prefill: the same sublayers in both phases. "
-        "decode: none while the prompt is read. e2e: as prefill, and each answer adds FFNs after its first 20 tokens.  "
-        "[default: prompt]",
+        click.Choice(MODES),
+        "prompt: just while nobody reads, in the bulk of a prompt. prefill: the same sublayers in both phases. decode: "
+        "none while the prompt is read. e2e: as prefill, and each answer adds FFNs after its first 20 tokens.",
+        "prompt",
     ),
-    "decode": _choosing(
-        "--decode", type=click.IntRange(min=0), help="With --mode prompt: sublayers to skip in decode.  [default: 0]"
-    ),
-    "head": _choosing(
-        "--head",
-        type=click.IntRange(min=0),
-        help=f"Tokens that begin a prompt and are no bulk.  [default: {DEFAULT_HEAD}]",
-    ),
-    "tail": _choosing(
-        "--tail",
-        type=click.IntRange(min=1),
-        help=f"Tokens that end a prompt and are no bulk.  [default: {DEFAULT_TAIL}]",
-    ),
+    "decode": _choosing("--decode", click.IntRange(0), "With --mode prompt: sublayers to skip in decode.", 0),
+    "head": _choosing("--head", click.IntRange(0), "Tokens that begin a prompt and are no bulk.", DEFAULT_HEAD),
+    "tail": _choosing("--tail", click.IntRange(1), "Tokens that end a prompt and are no bulk.", DEFAULT_TAIL),
     "windowed": _choosing(
         "--windowed",
-        type=click.IntRange(min=0),
-        help="Attentions, the model's last, that look back at a window in the bulk.  [default: what --speedup is best "
-        "reached with, else 0]",
+        click.IntRange(0),
+        "Attentions, the model's last, that look back at a window in the bulk.",
+        "what --speedup is best reached with, else 0",
     ),
-    "window_size": _choosing(
-        "--window-size",
-        type=click.IntRange(min=1),
-        help="Tokens of that window.  [default: an eighth of the prompt]",
-    ),
-    "strategy": _choosing(
-        "--strategy", type=click.Choice(list(STRATEGIES)), help="How to choose sublayers.  [default: adaskip]"
-    ),
-    "attention": _choosing("--attention", type=LAYERS, help="Skip just these attentions, as 1,5-7, and --ffn."),
-    "ffn": _choosing("--ffn", type=LAYERS, help="Skip just these FFNs, and --attention."),
+    "window_size": _choosing("--window-size", click.IntRange(1), "Tokens of that window.", "an eighth of the prompt"),
+    "strategy": _choosing("--strategy", click.Choice(list(STRATEGIES)), "How to choose sublayers.", "adaskip"),
+    "attention": _choosing("--attention", LAYERS, "Skip just these attentions, as 1,5-7, and --ffn."),
+    "ffn": _choosing("--ffn", LAYERS, "Skip just these FFNs, and --attention."),
     "compensation": _choosing(
         "--compensation",
-        type=click.Choice(list(COMPENSATIONS)),
-        help="What stands in for a skipped sublayer: its input (none), that times the paper's norm ratio or the median "
-        "ratio, the latter plus a mean error vector (affine), or plus a linear map of low rank (linear).  "
-        f"[default: {DEFAULT_COMPENSATION}, with --strategy suffix none]",
+        click.Choice(list(COMPENSATIONS)),
+        "What stands in for a skipped sublayer: its input (none), that times the paper's norm ratio or the median "
+        "ratio, the latter plus a mean error vector (affine), or plus a linear map of low rank (linear).",
+        f"{DEFAULT_COMPENSATION}, with --strategy suffix none",
     ),
-    "online": _choosing("--no-online", "online", flag_value=False, default=None, help="Add no FFNs in decode."),
+    "online": option(
+        "--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Add no FFNs in decode."
+    ),
 }
 """The options by the parameter that each sets, in the order of the help; all are None where not given."""

@@ -224,29 +224,25 @@ def _with_running(command: _Command) -> _Command:
     return cast(_Command, run)
 
 
+_running = functools.partial(option, group=RUNNING)
+
 model_options = options(
-    option(
-        "--threads",
-        group=RUNNING,
-        type=click.IntRange(1, 512),
-        help="CPU threads.  [default: as tuned, else all physical cores]",
+    _running(
+        "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: as tuned, else all physical cores]"
     ),
-    option(
+    _running(
         "--gpu-layers",
-        group=RUNNING,
-        type=click.IntRange(min=-1),
+        type=click.IntRange(-1),
         default=-1,
-        help="Layers to run on a GPU, if llama-cpp-python was built for one; -1 for all.",
+        help="Layers to run on a GPU, if llama-cpp-python is built for one; -1 for all.",
     ),
-    option(
+    _running(
         "--flash-attn/--no-flash-attn",
-        group=RUNNING,
         default=None,
         help="Compute attention as one operation, or not.  [default: as tuned, else not]",
     ),
-    option(
+    _running(
         "--rpc",
-        group=RUNNING,
         multiple=True,
         metavar="HOST:PORT",
         help="An rpc-server of llama.cpp that takes layers too, before this machine's GPUs; may be repeated.",
@@ -258,8 +254,8 @@ model_options = options(
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
     return options(
         option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Longest answer."),
-        option("--ctx", group=RUNNING, type=click.IntRange(8, 2**31 - 1), default=8192, help="Context in tokens."),
-        option("--temp", group=RUNNING, type=click.FloatRange(0), default=0.8, help="0: always the likeliest."),
-        option("--seed", group=RUNNING, type=click.IntRange(0, 2**32 - 2), help="Seed of sampling.  [default: random]"),
+        _running("--ctx", type=click.IntRange(8, 2**31 - 1), default=8192, help="Context in tokens."),
+        _running("--temp", type=click.FloatRange(0), default=0.8, help="0: always the likeliest."),
+        _running("--seed", type=click.IntRange(0, 2**32 - 2), help="Seed of sampling.  [default: random]"),
         model_options,
     )
