@@ -1,10 +1,9 @@
 """``adaskip-cpp chat``: talk to a model, with or without skipping."""
 
 import contextlib
-import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -197,32 +196,26 @@ class Conversation:
 
 
 def _messages() -> Iterator[str]:
-    """What is typed or piped, a message a line, until its end. Ctrl-C drops a line that is being typed."""
-    read: Callable[[], str]
-    interactive = sys.stdin.isatty()
-    if interactive:
-        with contextlib.suppress(ImportError):  # Windows has none, and its console does the same
-            import readline  # noqa: F401  (gives input() its line editing and history)
-        read = functools.partial(input, "> ")
-    else:
-        read = click.open_file("-", encoding="utf-8").readline
+    """What is typed or piped, a message a line, until its end."""
+    try:
+        lines = _typed() if sys.stdin.isatty() else click.open_file("-", encoding="utf-8")
+        yield from filter(None, map(str.strip, lines))
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the input is not UTF-8 text ({error.reason}); convert it first") from error
+
+
+def _typed() -> Iterator[str]:
+    """Lines as they are typed, until Ctrl-D. Ctrl-C drops the one that is being typed."""
+    with contextlib.suppress(ImportError):  # Windows has none, and its console does the same
+        import readline  # noqa: F401  (gives input() its line editing and history)
     while True:
         try:
-            line = read()
+            yield input("> ")
         except KeyboardInterrupt:
-            if not interactive:
-                raise
             click.echo("\n(/quit leaves)", err=True)
-            continue
         except EOFError:
             click.echo(err=True)
             return
-        except UnicodeDecodeError as error:
-            raise RequestError(f"the input is not UTF-8 text ({error.reason}); convert it first") from error
-        if not interactive and not line:
-            return
-        if line.strip():
-            yield line.strip()
 
 
 def _status(llm: AdaSkipLlama, timing: Timing) -> str:

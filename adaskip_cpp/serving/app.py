@@ -26,11 +26,9 @@ _BYTES_PER_TOKEN = 16
 _LOOPBACK_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 """Pages that may ask without a key: those of this machine."""
 
-_POLICY = "; ".join(
-    [
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:",
-        "form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
-    ]
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 """What the page may load and do: nothing but what is in it, and ask this server."""
 

@@ -59,8 +59,9 @@ def read_body(path: str, content: bytes) -> ServedRequest:
         body["messages"] = _messages(body["messages"])
     if body.get("logprobs") is True:
         body.setdefault("top_logprobs", 0)
-    if "response_format" in body:
-        body["response_format"] = _response_format(body["response_format"])
+    match body.get("response_format"):
+        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:  # OpenAI's newer way to give one
+            body["response_format"] = {"type": "json_object", "schema": schema}
     if SCHEMAS[path] is CreateCompletionRequest and isinstance(body.get("prompt"), list):
         request.prompt_tokens, body["prompt"] = _prompt(body["prompt"])
     try:
@@ -107,14 +108,6 @@ def _check_schema(name: str, schema: Any) -> None:
             waiting += each.values()
         elif isinstance(each, list):
             waiting += each
-
-
-def _response_format(wanted: Any) -> Any:
-    """Take OpenAI's newer way to give a schema for the one that llama-cpp-python knows."""
-    match wanted:
-        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:
-            return {"type": "json_object", "schema": schema}
-    return wanted
 
 
 def _wish(asked: Any) -> Any:

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from .request import ServedRequest
 
+_KINDS = ("read", "skipping", "reused", "generated")
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -30,7 +31,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        for kind in ("read", "skipping", "reused", "generated"):
+        for kind in _KINDS:
             self._tokens.labels(kind)
         for (name, meaning), read in gauges.items():
             Gauge(f"adaskip_{name}", meaning, registry=self._registry).set_function(read)
@@ -41,14 +42,8 @@ class Metrics:
 
     def ran(self, request: ServedRequest) -> None:
         """Count what the model did for a request."""
-        counts = {
-            "read": request.n_read,
-            "skipping": request.n_skipping,
-            "reused": request.n_reused,
-            "generated": request.n_generated,
-        }
-        for kind, n in counts.items():
-            self._tokens.labels(kind).inc(n)
+        for kind in _KINDS:
+            self._tokens.labels(kind).inc(getattr(request, f"n_{kind}"))
         if request.first:
             self._first_token.observe(request.first - request.received)
 

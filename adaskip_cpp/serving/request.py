@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ..model.plan import Phase, SkipPlan
+from ..model.plan import PHASES, Phase, SkipPlan
 from .plans import Choice
 
 
@@ -132,8 +132,7 @@ class ServedRequest:
         """What was skipped, and what of the prompt was read: ``adaskip`` in the answer."""
         choice = self.choice
         plan, point = choice.plan or SkipPlan.manual(self.n_layer), choice.point
-        phases: tuple[Phase, ...] = ("bulk", "prefill", "decode")
-        sets = {phase: plan.skipped(phase) for phase in phases}
+        sets = {phase: plan.skipped(phase) for phase in PHASES}
         return {
             "plan": choice.name,
             "max_loss": choice.max_loss,
