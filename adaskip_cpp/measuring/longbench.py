@@ -74,7 +74,7 @@ class LongBench:
             raise DataError(f"{where}: there is no dataset {line.dataset!r}; LongBench has {', '.join(DATASETS)}")
         if DATASETS[base] == "classification" and not line.all_classes:
             raise DataError(f"{where} has no 'all_classes', which {base!r} needs; add the names to choose from")
-        template, max_tokens = (table.of(line.dataset, where) for table in (self._prompts, self._lengths))
+        template, max_tokens = self._prompts.of(line.dataset, where), self._lengths.of(line.dataset, where)
         try:
             text = _filled_in(template, fields)
         except (LookupError, ValueError) as error:

@@ -1,12 +1,13 @@
 """Reads published long-context tasks, in LongBench's or L-Eval's form, as questions to a model: :func:`task_items`."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
@@ -14,11 +15,29 @@ from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..files import read_text
 from .corpus import tokens_of
-from .leval import LEvalLine, leval_questions
 from .longbench import LongBench, LongBenchLine
+from .metrics import letters
 from .tasks import Asked, QuestionItem, Wrap, fill
 
 _Path: TypeAlias = str | os.PathLike[str]
+
+_CHOICE_TOKENS, _MOST_TOKENS = 16, 512
+_CHOICE = (
+    "{document}\n\nRead the text above and answer this question.\n\n{question}\n\n"
+    "Answer with the letter of every right choice and nothing else.\nAnswer:"
+)
+_OPEN = "{document}\n\nRead the text above and do this.\n\n{question}\n\nUse about {n_words} words.\nAnswer:"
+
+
+@dataclass(frozen=True)
+class _LEvalLine:
+    """A line of an L-Eval file: a document with its questions and the right answer to each."""
+
+    input: str
+    instructions: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    outputs: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    source: str
+    evaluation: str
 
 
 def task_items(
@@ -91,7 +110,7 @@ def _questions(files: Iterable[_Path], longbench: LongBench) -> Iterator[tuple[i
 def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Asked]]:
     try:
         fields = msgspec.json.decode(text, type=dict[str, Any])
-        kind: Any = LEvalLine if "instructions" in fields else LongBenchLine
+        kind: Any = _LEvalLine if "instructions" in fields else LongBenchLine
         line = msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
         raise DataError(
@@ -101,9 +120,37 @@ def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Ask
         ) from error
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and nesting without end
         raise DataError(f"{where} is not JSON ({error}); download the file again or mend the line") from error
-    if kind is LEvalLine:
-        return "leval", leval_questions(line, where)
+    if kind is _LEvalLine:
+        return "leval", _leval_questions(line, where)
     return "longbench", longbench.questions(line, fields, where)
+
+
+def _leval_questions(line: _LEvalLine, where: str) -> list[Asked]:
+    """Return the questions of a line of L-Eval (An et al., ACL 2024, arXiv 2307.11088), all about one document.
+
+    Closed ones are scored by the letters chosen, summaries by Rouge-L, other open ones by F1. The prompts are in our own
+    words. As L-Eval recommends, they say how many words the right answer has, as both scores depend on the length. The
+    task is L-Eval's source without what tells its parts from each other: ``coursera`` for ``coursera_a``.
+    """
+    if len(line.instructions) != len(line.outputs):
+        raise DataError(
+            f"{where} has {len(line.instructions)} 'instructions' and {len(line.outputs)} 'outputs'; "
+            "give one output for each instruction"
+        )
+    task = re.sub(r"_(raw|[a-z])$", "", line.source)
+    questions = []
+    for question, answer in zip(line.instructions, line.outputs, strict=True):
+        n_words = len(answer.split())
+        if line.evaluation == "exam":
+            if not letters(answer):
+                raise DataError(f"{where}: the answer {answer[:40]!r} names no choice (A to F); leave that line out")
+            template, metric, max_tokens = _CHOICE, "choice", _CHOICE_TOKENS
+        else:
+            template, metric = _OPEN, "rouge_l" if task.endswith("_summ") else "qa_f1"
+            max_tokens = min(2 * n_words + 16, _MOST_TOKENS)  # English has about 1.4 tokens per word
+        text = template.format(document=line.input.strip(), question=question.strip(), n_words=n_words)
+        questions.append(Asked(QuestionItem("", task, (), (answer,), max_tokens, metric), text))
+    return questions
 
 
 def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> Sequence[int]:
