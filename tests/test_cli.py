@@ -531,7 +531,7 @@ def test_windows_alone_are_a_plan(run: Run, tiny: Any, profile_path: Path, tmp_p
 def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
     run: Run, tiny: Any, profile_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timing = Timing(n_prompt=66, n_evaluated=66, n_generated=2, first_token_s=3.0, decode_s=0.1, end="length")
+    timing = Timing(n_prompt=66, n_evaluated=66, n_generated=2, first_token_s=3.0, decode_s=0.1, is_cut=False)
     monkeypatch.setattr(Generation, "timing", property(lambda self: timing, lambda self, value: None), raising=False)
     cost = cost_model(0, [1] * 3, [1] * 3, size=64, kept=[0.5] * 3)
     profile = replace(Profile.load(profile_path), cost=cost)
@@ -547,7 +547,7 @@ def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
 
 
 def test_what_tune_predicted_is_told_where_there_is_no_profile() -> None:
-    timing = Timing(n_prompt=2000, n_evaluated=2000, n_generated=2, first_token_s=0.25, decode_s=0.1, end="length")
+    timing = Timing(n_prompt=2000, n_evaluated=2000, n_generated=2, first_token_s=0.25, decode_s=0.1, is_cut=False)
     plan = SkipPlan.manual(3, ffn=[1], phase="bulk")
     found = point(plan, 0.01, {1024: 1.2, 2048: 1.6})
     told = first_token_line(timing, plan, point=found)

@@ -154,7 +154,7 @@ class Conversation:
             llm, cost = self.llm, None if self.profile is None else self.profile.cost
             self.tell(first_token_line(generation.timing, llm.plan, cost, llm.point(generation.timing.n_prompt)))
             self.tell(_status(llm, generation.timing))
-            if generation.timing.end == "context":
+            if generation.timing.is_cut:
                 self.tell("(the context is full; /reset begins a new conversation)")
 
     def command(self, name: str, *arguments: str) -> None:

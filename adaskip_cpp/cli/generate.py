@@ -92,7 +92,7 @@ def generate(
         *skipped_lines(llm, answer.timing.n_generated),
         kv_line(llm),
     ]
-    if answer.timing.end == "context":
+    if answer.timing.is_cut:
         lines.append("the answer stops where the context is full; --ctx gives more room")
     err.print("\n".join(lines), style="dim")
 

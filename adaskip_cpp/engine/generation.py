@@ -14,7 +14,6 @@ from .llama import AdaSkipLlama
 Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"
 """Who says what in a chat."""
 
-_End: TypeAlias = Literal["model", "length", "context", "stopped"]
 _TEMPLATE = "tokenizer.chat_template"
 
 
@@ -27,7 +26,7 @@ class Timing:
         n_generated: tokens generated, the one that ends the answer included.
         first_token_s: seconds from the call until the first token was known.
         decode_s: seconds for the ``n_generated - 1`` tokens after it.
-        end: why it ended: the model ended it, ``max_tokens``, the context is full, or the reader stopped reading.
+        is_cut: whether it ended because the context was full.
     """
 
     n_prompt: int
@@ -35,7 +34,7 @@ class Timing:
     n_generated: int
     first_token_s: float
     decode_s: float
-    end: _End
+    is_cut: bool
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -65,8 +64,7 @@ class Generation:
                 "shorten the prompt or use a larger context (--ctx)"
             )
         self._llm, self._prompt, self._temperature = llm, prompt, temperature
-        self._max_tokens = min(max_tokens, n_ctx - len(prompt))
-        self._limit: _End = "length" if max_tokens <= n_ctx - len(prompt) else "context"
+        self._max_tokens, self._room = max_tokens, n_ctx - len(prompt)
         self.timing: Timing | None = None
 
     def __iter__(self) -> Generator[str, None, None]:
@@ -75,7 +73,7 @@ class Generation:
         n_evaluated = len(self._prompt)
         first = last = start = time.perf_counter()
         n_generated = 0
-        end: _End = "stopped"
+        is_cut = False
         tokens = self._llm.generate(self._prompt, temp=self._temperature)
         try:
             for token in tokens:
@@ -86,18 +84,17 @@ class Generation:
                         n_evaluated = min(max(self._llm.n_evaluated - n_before, 1), len(self._prompt))
                 n_generated += 1
                 if self._llm.is_eog(token):
-                    end = "model"
                     break
                 # A token may end within a character; the decoder holds its bytes back until the rest is there.
                 if text := decoder.decode(self._llm.detokenize([token])):
                     yield text
-                if n_generated == self._max_tokens:
-                    end = self._limit
+                is_cut = n_generated == self._room < self._max_tokens
+                if is_cut or n_generated == self._max_tokens:
                     break
         finally:
             tokens.close()
             if n_generated > 0:
-                self.timing = Timing(len(self._prompt), n_evaluated, n_generated, first - start, last - first, end)
+                self.timing = Timing(len(self._prompt), n_evaluated, n_generated, first - start, last - first, is_cut)
         if text := decoder.decode(b"", final=True):
             yield text
 
