@@ -92,7 +92,7 @@ _speed = partial(option, group="Speed")
     "n_continuation",
     type=click.IntRange(min=2),
     default=_DEFAULTS.n_continuation,
-    help="Tokens at the end of each that are decoded, and in a timed request.",
+    help="Tokens at the end of each that are judged, and those decoded in a timed request.",
 )
 @_question("--synthetic", type=names(TASKS), help=f"Long-context tasks made from the text: {', '.join(TASKS)}.")
 @_question("--lengths", type=numbers(int, "1000,2000"), default="1000,2000", help="Tokens of their prompts.")

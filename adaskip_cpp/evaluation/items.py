@@ -57,7 +57,7 @@ class EvaluationOptions:
         builtin: ``"pages"`` of Python's manual, ``"sources"`` of its library; () for pages unless there are text files.
         n_texts: items of each kind of text; 0 for none.
         n_tokens: tokens of an item; None for 512, with promises for prompts as long as the one that is timed.
-        n_continuation: tokens at the end of an item that are decoded, and tokens decoded in a timed request.
+        n_continuation: tokens at the end of an item that are judged, and tokens decoded in a timed request.
         tasks: LongBench's or L-Eval's files.
         tasks_items: questions of each of their tasks; None for all.
         tasks_prompts, tasks_lengths: LongBench's two JSON files; None for what is built in, for ``multi_news`` alone.
