@@ -128,8 +128,8 @@ def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Ask
 def _leval_questions(line: _LEvalLine, where: str) -> list[Asked]:
     """Return the questions of a line of L-Eval (An et al., ACL 2024, arXiv 2307.11088), all about one document.
 
-    Closed ones are scored by the letters chosen, summaries by Rouge-L, other open ones by F1. The prompts are our own. As
-    L-Eval recommends, they say how many words the right answer has, as both scores depend on the length. The task is
+    Closed ones are scored by the letters chosen, summaries by Rouge-L, other open ones by F1. The prompts are our own.
+    As L-Eval recommends, they say how many words the right answer has, as both scores depend on the length. The task is
     L-Eval's source without what tells its parts from each other: ``coursera`` for ``coursera_a``.
     """
     if len(line.instructions) != len(line.outputs):
