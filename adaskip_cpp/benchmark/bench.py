@@ -72,16 +72,14 @@ class Configuration:
 class BenchResult:
     """What was measured, by contender.
 
-    ``machine`` is the :class:`CostSettings` of ours with no plan, as a dictionary; ``usage`` that of the last process;
-    ``nodes_prefill`` of the graph that reads a prompt, None where that is not told. ``ended_by`` ended it before all
-    rounds were run. ``about`` is None where the rounds were run without :func:`adaskip_cpp.bench`.
+    ``machine`` is the :class:`CostSettings` of ours with no plan, as a dictionary; ``usage`` that of the last process.
+    ``ended_by`` ended it before all rounds were run. ``about`` is None where it was not :func:`adaskip_cpp.bench`.
     """
 
     settings: BenchSettings
     plans: Mapping[str, SkipPlan]
     times: BenchTimes
     usage: dict[str, Usage] = field(default_factory=dict)
-    nodes_prefill: dict[str, int | None] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     ended_by: AdaSkipError | KeyboardInterrupt | None = None
     about: Configuration | None = None
@@ -103,7 +101,6 @@ class BenchResult:
                 {
                     "name": name,
                     "plan": self.plans[name].to_dict() if name in self.plans else None,
-                    "nodes_prefill": self.nodes_prefill.get(name),
                     **(asdict(self.usage[name]) if name in self.usage else {}),
                 }
                 for name in self.times.contenders
@@ -186,12 +183,9 @@ class Bench:
                 self.result.machine = reply["settings"]
         prompt = self._tokens[: min(self._settings.contexts[0], _N_WARM_UP)]
         for name, plan in self._runs.items():
-            worker = workers[self._process(name)]
             if n_round == 0:
                 self._on_progress(0.0, f"warming up: {name}")
-                worker.time(prompt, 0, plan)
-                self.result.nodes_prefill[name] = worker.usage.nodes
-            worker.time(prompt, N_SETTLE, plan)
+            workers[self._process(name)].time(prompt, N_SETTLE, plan)
         return workers
 
     def _time(self, worker: Worker, name: str, context: int, n_round: int) -> None:

@@ -26,18 +26,10 @@ _START = (
 
 @dataclass(frozen=True)
 class Usage:
-    """What a contender takes; None where its library does not tell.
+    """The memory that a contender takes: resident at most, weights included as far as they were read, and its KV."""
 
-    ``peak_bytes`` is resident memory, weights included as far as they were read. Nodes are those of the last graph, as
-    llama.cpp built it (full) and as it was computed; graphs are counted since the model was loaded.
-    """
-
-    peak_bytes: int | None = None
-    kv_bytes: int | None = None
-    nodes_full: int | None = None
-    nodes: int | None = None
-    graphs_built: int | None = None
-    graphs_reused: int | None = None
+    peak_bytes: int
+    kv_bytes: int
 
 
 class Worker:
@@ -45,8 +37,7 @@ class Worker:
 
     def __init__(self, name: str, side: Literal["stock", "ours"]) -> None:
         self.name = name
-        self.usage = Usage()
-        self._sizes: dict[str, int] = {}
+        self.usage = Usage(0, 0)
         # A file and not a pipe: nobody reads it while the worker runs.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
         path = os.pathsep.join(map(os.path.abspath, sys.path))
@@ -73,13 +64,14 @@ class Worker:
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
         """Load a model; return ``library``, the path of its libllama, and of ours ``settings``, a CostSettings."""
         reply = self._ask("open", model, options)
-        self._sizes = _sizes(self._read_log())
+        sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", self._read_log())
+        self.usage = Usage(0, round(sum(map(float, sizes)) * 2**20))
         return reply
 
     def time(self, prompt: Sequence[int], n_decode: int, plan: SkipPlan | None = None) -> RequestTime:
         """Time a request, see :func:`adaskip_cpp.measuring.timing.time_request`; a plan is put in force before."""
         reply = self._ask("time", list(prompt), n_decode, plan)
-        self.usage = Usage(**{**self._sizes, **reply["usage"]})
+        self.usage = Usage(reply["peak_bytes"], reply.get("kv_bytes", self.usage.kv_bytes))
         return RequestTime(reply["first_token_s"], reply["token_s"])
 
     def _ask(self, method: str, *arguments: Any) -> dict[str, Any]:
@@ -111,13 +103,3 @@ class Worker:
     def _last_words(self) -> str:
         lines = self._read_log().strip().splitlines()
         return f"its last words: {lines[-1].strip()}" if lines else "it said nothing"
-
-
-def _sizes(log: str) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    if kv := re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log):
-        sizes["kv_bytes"] = round(sum(map(float, kv)) * 2**20)
-    # Where a prompt's graph and a token's have the same; up to llama-cpp-python 0.3.35 in a line of its own.
-    if nodes := re.findall(r"graph:? nodes += (\d+)(?:,|$)", log, re.MULTILINE):
-        sizes["nodes_full"] = sizes["nodes"] = int(nodes[-1])
-    return sizes

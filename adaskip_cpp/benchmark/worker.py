@@ -51,17 +51,8 @@ class _Contender:
         if plan is not None:
             self._llm.set_plan(plan)
         result = dataclasses.asdict(_TIMING["time_request"](self._llm, prompt, n_decode))
-        # Memory and graphs, up to now, as far as the library tells.
-        usage = {"peak_bytes": _peak_bytes()}
-        if self._ours:
-            counters = self._llm.counters
-            names = ("kv_bytes", "nodes_full", "nodes", "graphs_built", "graphs_reused")
-            usage |= {name: int(getattr(counters, name)) for name in names}
-        else:
-            import llama_cpp
-
-            usage["graphs_reused"] = max(int(llama_cpp.llama_perf_context(self._llm.ctx).n_reused), 0)
-        return {**result, "usage": usage}
+        kv = {"kv_bytes": self._llm.kv_bytes} if self._ours else {}
+        return {**result, "peak_bytes": _peak_bytes(), **kv}
 
 
 def _peak_bytes() -> int:

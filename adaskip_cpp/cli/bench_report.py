@@ -63,13 +63,9 @@ def _percent(interval: Interval) -> str:
 
 
 def _print_usage(out: Console, result: BenchResult) -> None:
-    columns = ("peak memory", "KV", "nodes, prefill", "nodes, decode", "graphs built", "reused")
-    table = _table(out, "Memory and graphs", columns)
+    table = _table(out, "Memory", ("at most", "KV"))
     for name, usage in result.usage.items():
-        cells = [size and megabytes(size) for size in (usage.peak_bytes, usage.kv_bytes)]
-        counts = (result.nodes_prefill.get(name), usage.nodes, usage.graphs_built, usage.graphs_reused)
-        cells += [None if count is None else f"{count:,}" for count in counts]
-        table.add_row(name, *(cell or "not told" for cell in cells))
+        table.add_row(name, megabytes(usage.peak_bytes), megabytes(usage.kv_bytes))
     out.print(table)
 
 
