@@ -279,6 +279,7 @@ def test_nothing_is_written_but_the_memo(
 def test_too_little_text_says_how_much_there_is(model: Path, calls: Calls) -> None:
     with pytest.raises(DataError, match="of either half of the held-out text"):
         tune(model, calls, texts={"short": "the of to " * 50})
+    assert calls.tokens == {}, "before settings are tried, which takes minutes"
 
 
 def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:

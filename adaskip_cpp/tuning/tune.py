@@ -9,7 +9,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from itertools import product
@@ -25,7 +25,7 @@ from ..measuring.judge import Judge, Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Passkeys, Point, Quality, growth
 from ..model.plan import Bulk, SkipPlan, window_size_for
-from ..model.settings import Settings, Tried
+from ..model.settings import Settings
 from ..model.skip_set import SkipSet
 from ..planning.modes import compensated_plan
 from ..planning.profile import Profile
@@ -95,13 +95,16 @@ def tune(
         DataError: there is too little text, or the context of an opened model is too small.
         ModelFileError: the model cannot be opened.
     """
-    opened = model if isinstance(model, AdaSkipLlama) else None
-    if opened is not None and opened.context_size < _N_CTX:
-        raise DataError(f"the model has a context of {opened.context_size} tokens; open it with n_ctx={_N_CTX} or more")
-    path = model if opened is None else opened.model_path
-    return _Tuning(path, opened, context, n_answer, given or {}, memo or Memo(), on_stage, tell, kwargs).run(
-        data, texts
-    )
+    options = context, n_answer, memo or Memo(), on_stage, tell
+    if not isinstance(model, AdaSkipLlama):
+        return _Tuning(model, None, *options, given or {}, kwargs).run(data, texts)
+    if model.context_size < _N_CTX:
+        raise DataError(f"the model has a context of {model.context_size} tokens; open it with n_ctx={_N_CTX} or more")
+    machine = cost_settings(model)
+    names = ("repack", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
+    settings = {"flash_attn": machine.flash_attention, **{name: getattr(machine, name) for name in names}}
+    kwargs = {"n_gpu_layers": machine.n_gpu_layers}
+    return _Tuning(model.model_path, model, *options, settings, kwargs).run(data, texts)
 
 
 @dataclass
@@ -110,34 +113,37 @@ class _Tuning:
     opened: AdaSkipLlama | None
     context: int
     n_answer: int
-    given: Mapping[str, Any]
     memo: Memo
     on_stage: Stage
     tell: Callable[[str], object]
+    given: Mapping[str, Any]
     kwargs: Mapping[str, Any]
     n_read: int = 0
     n_before: int = 0
-    """Tokens that an opened model had evaluated before."""
-    settings: Settings = field(default_factory=Settings)
+    """Tokens that the model at hand had evaluated when it was opened or handed over."""
 
     def run(self, data: Mapping[str, str] | None, texts: Mapping[str, str] | None) -> Frontier:
-        tried = () if self.opened is not None else self._find_settings()
         kinds = unseen_texts() if texts is None else [texts]
+        with self._model(Settings(**self.given)) as llm:  # is there enough text? Trying settings takes minutes
+            may_skip = any(row.in_bulk for row in llm.sublayers)
+            held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + 64) if may_skip else None
+            prompt = self._prompt(llm, kinds)
+        found = FoundSettings(Settings(**self.given), (), 0) if self.opened is not None else self._find_settings()
+        self.n_read, settings = found.n_tokens, found.settings
         points: list[Point] = []
         about: dict[str, str | int | float | None] = {"package_version": metadata.version("adaskip-cpp")}
-        with self._open_to_judge() as llm:
-            if any(row.in_bulk for row in llm.sublayers):
-                held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + 64)
+        with self._model(settings) as llm:
+            machine = cost_settings(llm)
+            if held is not None:
                 profile = self._calibrate(llm, data)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
                 points = self._points(llm, profile, held)
-            machine, prompt = cost_settings(llm), self._prompt(llm, kinds)
         self.n_read += self.memo.n_read
-        frontier = Frontier(tuple(points), self.settings, machine, tried, about=about)
+        frontier = Frontier(tuple(points), settings, machine, found.tried, about=about)
         plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS)
         with self.on_stage("Measuring the speed") as on_progress:
             speeds = measure_speed(
-                self.path, self.settings, plan, prompt, n_rounds=_N_ROUNDS, kwargs=self.kwargs, on_progress=on_progress
+                self.path, settings, plan, prompt, n_rounds=_N_ROUNDS, kwargs=self.kwargs, on_progress=on_progress
             )
         self.n_read += _N_ROUNDS * len(prompt) * (2 if plan is None else 3)
         return replace(frontier, speeds=speeds, n_read=self.n_read)
@@ -148,7 +154,7 @@ class _Tuning:
         tokens = corpus.tokens_of(llm, text[: 20 * _JUDGED_AT], bos=True)
         return (tokens * (_JUDGED_AT // len(tokens) + 1))[:_JUDGED_AT]
 
-    def _find_settings(self) -> tuple[Tried, ...]:
+    def _find_settings(self) -> FoundSettings:
         """Find the fastest settings, and tell how long the rest will take."""
 
         def open_model(settings: Settings, n_ctx: int) -> AdaSkipLlama:
@@ -161,13 +167,12 @@ class _Tuning:
 
         with self.on_stage("Trying settings") as on_progress:
             found = self.memo.get("settings", FoundSettings, find)
-        self.settings, self.n_read = found.settings, found.n_tokens
         best = [each for each in found.tried if each.chosen][-1]
         if best.prompt_short_s > 0:
             rate = 2 / (best.prompt_short_s + best.prompt_long_s)
-            took = max(round((MOST_TOKENS - self.n_read) / rate / 60), 1)
+            took = max(round((MOST_TOKENS - found.n_tokens) / rate / 60), 1)
             self.tell(f"This model reads {rate:,.0f} tokens per second, so what follows takes about {took} min.")
-        return found.tried
+        return found
 
     def _calibrate(self, llm: AdaSkipLlama, data: Mapping[str, str] | None) -> Profile:
         """Learn maps, scores and costs, or take up the profile of a run that was stopped."""
@@ -249,27 +254,19 @@ class _Tuning:
         return found
 
     @contextmanager
-    def _open_to_judge(self) -> Iterator[AdaSkipLlama]:
-        if self.opened is not None:
-            machine, self.n_before = cost_settings(self.opened), self.opened.n_evaluated
-            self.kwargs = {"n_gpu_layers": machine.n_gpu_layers}
-            names = ("repack", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
-            given = {name: getattr(machine, name) for name in names}
-            self.settings = Settings(flash_attn=machine.flash_attention, **given)
-            try:
-                with set_aside(self.opened):
-                    yield self.opened
-            finally:
-                self.memo.count(self.opened.n_evaluated - self.n_before)
-            return
-        llm = self._open(self.settings, _N_CTX)
+    def _model(self, settings: Settings) -> Iterator[AdaSkipLlama]:
+        """The opened model, or one opened with these settings; what it reads is counted."""
+        llm = self._open(settings, _N_CTX) if self.opened is None else self.opened
+        self.n_before = llm.n_evaluated
         try:
-            yield llm
+            with set_aside(llm):
+                yield llm
         finally:
-            self.memo.count(llm.n_evaluated)
-            # llama.cpp tells an error where a plan made its buffers larger than it had planned; it is none.
-            with contextlib.redirect_stderr(io.StringIO()):
-                llm.close()
+            self.memo.count(llm.n_evaluated - self.n_before)
+            if self.opened is None:
+                # llama.cpp tells an error where a plan made its buffers larger than it had planned; it is none.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    llm.close()
 
     def _open(self, settings: Settings, n_ctx: int) -> AdaSkipLlama:
         with contextlib.redirect_stderr(io.StringIO()):
