@@ -113,9 +113,10 @@ def test_library_names_no_folder_of_the_build() -> None:
 
 def test_build_record_is_of_the_installed_release() -> None:
     release = installed_release()
-    information = _library.build_info()
-    assert (information.llama_cpp_python, information.sdist_sha256) == (release.version, release.sha256)
-    assert re.fullmatch(r"\d+\.\d+\.\d+", information.ggml)
+    record = json.loads(_library.path().with_name("build.json").read_text())
+    assert (record["llama_cpp_python"], record["sdist_sha256"]) == (release.version, release.sha256)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", record["ggml"])
+    assert _library.release() == release.version
 
 
 def test_installation_requires_the_release_that_it_was_built_for() -> None:

@@ -1,6 +1,5 @@
 """``import adaskip_cpp`` puts our libllama under llama-cpp-python, or says why it cannot and what to do."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -112,11 +111,11 @@ def test_other_version_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     assert result.stdout.strip() == "False"
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("adaskip_cpp.errors.LibraryVersionError: llama-cpp-python 0.3.1 is installed")
-    assert f"pip install llama-cpp-python=={_library.build_info().llama_cpp_python}" in message
+    assert f"pip install llama-cpp-python=={_library.release()}" in message
 
 
 def test_version_with_a_backend_suffix_is_the_same_version(tmp_path: Path) -> None:
-    version = f"{_library.build_info().llama_cpp_python}+cu124"
+    version = f"{_library.release()}+cu124"
     assert output("import adaskip_cpp; print('fine')", tmp_path, PYTHONPATH=distribution(tmp_path, version)) == "fine"
 
 
@@ -140,7 +139,7 @@ def test_missing_file_is_said(copy: Path, name: str) -> None:
     assert "pip install" in message
 
 
-@pytest.mark.parametrize("record", ["", "[]", json.dumps({"llama_cpp_python": "0.3.36"})])
+@pytest.mark.parametrize("record", ["", "[]", "{}"])
 def test_damaged_build_record_is_said(copy: Path, record: str) -> None:
     (copy / "lib" / "build.json").write_text(record)
     message = error(BY_PATH + "import adaskip_cpp", copy.parent)

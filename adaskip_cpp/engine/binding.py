@@ -24,11 +24,10 @@ def check_build(lib: Any) -> None:
             "run 'pip install --force-reinstall --no-deps adaskip-cpp'."
         )
     if lib.ggml_tensor_overhead() != lib.adaskip_ggml_tensor_overhead():
-        version = _library.build_info().llama_cpp_python
         raise LibraryVersionError(
             f"the ggml in this process has tensors of {lib.ggml_tensor_overhead()} bytes, {_library.path()} was built "
             f"for {lib.adaskip_ggml_tensor_overhead()}; run 'pip install --force-reinstall --no-deps "
-            f"llama-cpp-python=={version} adaskip-cpp', and see that LD_LIBRARY_PATH names no other ggml."
+            f"llama-cpp-python=={_library.release()} adaskip-cpp', and see that LD_LIBRARY_PATH names no other ggml."
         )
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ImportOrderError, LibraryError, LibraryMissingError, LibraryVersionError
@@ -22,19 +21,6 @@ _VARIABLE = "LLAMA_CPP_LIB_PATH"
 _NAME = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
 _SEARCH_BESIDE = 8  # LOAD_WITH_ALTERED_SEARCH_PATH
 """Windows looks for what a library needs in that one's own folder and then in PATH, as for llama_cpp's libraries."""
-
-
-@dataclass(frozen=True)
-class BuildInfo:
-    """What libllama was built from: the versions of what is in llama-cpp-python's sdist, and of ggml linked to.
-
-    ``llama_cpp`` is empty where llama.cpp had no version yet, up to llama-cpp-python 0.3.34.
-    """
-
-    llama_cpp_python: str
-    sdist_sha256: str
-    llama_cpp: str
-    ggml: str
 
 
 def path() -> Path:
@@ -47,12 +33,12 @@ def header() -> Path:
     return _find("include/adaskip.h")
 
 
-def build_info() -> BuildInfo:
-    """What our libllama was built from."""
+def release() -> str:
+    """Version of the llama-cpp-python that our libllama was built from."""
     record = _find("lib/build.json")
     try:
-        return BuildInfo(**json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
+        return str(json.loads(record.read_text(encoding="utf-8"))["llama_cpp_python"])
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise LibraryMissingError(f"{record} is damaged ({error}); run '{_REINSTALL}'.") from error
 
 
@@ -104,13 +90,12 @@ def _way_out(error: Exception) -> str:
     missing = re.search(r"([^\s:]+): cannot open shared object file", str(error))
     if missing and not missing[1].startswith(("libggml", "libllama", "libmtmd")):
         return f"install the package of your system that has {missing[1]} (Debian: libgomp1 for libgomp.so.1)."
-    release = build_info().llama_cpp_python
-    return f"reinstall both: 'pip install --force-reinstall llama-cpp-python=={release} adaskip-cpp'."
+    return f"reinstall both: 'pip install --force-reinstall llama-cpp-python=={release()} adaskip-cpp'."
 
 
 def _load() -> None:
     library = path()
-    _check_version(build_info().llama_cpp_python)
+    _check_version(release())
     loaded = _loaded()
     if loaded is None:
         previous = os.environ.get(_VARIABLE)

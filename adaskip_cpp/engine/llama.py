@@ -355,15 +355,12 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     def _batches(self, tokens: list[int], *, is_last: bool) -> Iterable[tuple[list[int], bool]]:
         """Cut tokens into batches, and say of each whether anybody reads its logits."""
-        size = self.n_batch
+        size, every = self.n_batch, self.logits_all or self.context_params.embeddings
         batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
-        if self.logits_all or self.context_params.embeddings:
-            return [(batch, True) for batch in batches]
-        if not is_last:
-            return [(batch, False) for batch in batches]
-        if not self._exact_batches and self.n_layer_kv < self.n_layer and len(batches[-1]) > 1:
+        splits = is_last and not every and not self._exact_batches and self.n_layer_kv < self.n_layer
+        if splits and len(batches[-1]) > 1:
             batches[-1:] = [batches[-1][:-1], batches[-1][-1:]]
-        return [(batch, index == len(batches) - 1) for index, batch in enumerate(batches)]
+        return [(batch, every or (is_last and batch is batches[-1])) for batch in batches]
 
     def _decode(self, tokens: list[int], *, with_logits: bool) -> npt.NDArray[np.float32]:
         """``llama_cpp.Llama.eval`` of one batch with the logits behind every token, or behind none, for KV alone."""
