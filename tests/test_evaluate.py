@@ -244,6 +244,31 @@ def test_an_answer_is_greedy_and_is_scored(
     assert records["question", "full", "answer"].values["score"] == question.score(text)
 
 
+def test_a_document_is_read_once_for_all_its_questions(
+    llm: Any, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each contender reads it for itself, and answers as one that reads each question alone."""
+    document = tokens(30, 5)
+    asked = [
+        QuestionItem(f"q{seed}", "passkey", (*document, *tokens(6, seed)), ("7",), 3, "contains") for seed in (1, 2, 3)
+    ]
+    work, n_read = Work([FULL, contender("prompt", "prompt", PROMPT)], (), asked), 0
+    evaluated = type(llm)._evaluate
+
+    def counted(self: Any, phase: Any, read: list[int], **more: Any) -> None:
+        nonlocal n_read
+        n_read += len(read)
+        evaluated(self, phase, read, **more)
+
+    monkeypatch.setattr(type(llm), "_evaluate", counted)
+    records = measured(work, llm, tmp_path)
+    assert n_read <= 2 * (30 + 3 * (6 + 3) + 2 * PROMPT.bulk.tail)  # type: ignore[union-attr]
+    for each, item in product(work.contenders, asked):
+        llm.reset()
+        llm.set_plan(each.plan)
+        assert records[item.id, each.name, "answer"].text == greedy_text(llm, item.prompt, item.max_tokens)
+
+
 def test_an_answer_of_which_one_line_counts_ends_with_it(llm: Any, tmp_path: Path, tokens: Tokens) -> None:
     item = QuestionItem("q", "trec", tuple(tokens(12, 3)), ("a",), 60, "classification", ("a",), first_line=True)
     text = measured(Work((FULL,), questions=[item]), llm, tmp_path / "a")["q", "full", "answer"].text

@@ -79,8 +79,10 @@ def run(
     rest.time()
     for text in work.texts:
         rest.go_on(text)
-    for question in work.questions:
-        rest.answer(question)
+    for contender in work.contenders:
+        llm.reset()
+        for question in work.questions:
+            rest.answer(question, contender)
 
 
 class _Rest:
@@ -122,10 +124,10 @@ class _Rest:
             divergences = tuple(float(f"{each:.4g}") for each in scores.divergence)
             self._keep(Record(item.id, contender.name, CONTINUATION, values, text, divergences))
 
-    def answer(self, item: QuestionItem) -> None:
-        for contender in self._lacking(item.id, ANSWER):
+    def answer(self, item: QuestionItem, contender: Contender) -> None:
+        """Score an answer. What the question shares with the one before it, as a document, is not read again."""
+        if (item.id, contender.name, ANSWER) in self._left:
             self._llm.set_plan(contender.plan_for(len(item.prompt)))
-            self._llm.reset()
             text = greedy_text(self._llm, item.prompt, item.max_tokens, first_line=item.first_line)
             self._keep(Record(item.id, contender.name, ANSWER, {"score": item.score(text)}, text))
 
