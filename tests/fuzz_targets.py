@@ -85,9 +85,9 @@ def plan(data: bytes) -> None:
         save_plan(folder() / "again.json", found.plan if found.frontier is None else found.frontier)
         again = load_plan(folder() / "again.json")
         assert again.plans == found.plans and repr(again.frontier) == repr(found.frontier)
-        for n_tokens, max_loss in itertools.product((1, 2048, 1 << 20), (0.0, 0.05, 1e300)):
-            found.plan_for(n_tokens, max_loss)
         if found.frontier is not None:
+            for n_tokens, max_loss in itertools.product((1, 2048, 1 << 20), (0.0, 0.05, 1e300)):
+                found.frontier.choose(n_tokens, max_loss)
             found.frontier.readable(0.05, 1 << 20)
         llm = model()
         for each in found.plans:

@@ -21,12 +21,18 @@ from adaskip_cpp.pictures import profile_plots
 pytest.importorskip("matplotlib")
 
 
+def vectors(n_layer: int) -> np.ndarray:
+    return np.zeros((2, n_layer, 2, 4), np.float32)
+
+
 def make(n_layer: int, fingerprint: str = "ab") -> Profile:
     rng = np.random.default_rng(n_layer)
     ones = np.ones((n_layer, 2))
 
     def phase() -> PhaseStatistics:
-        return PhaseStatistics(rng.uniform(0.3, 1, (n_layer, 2)), ones, ones, rng.uniform(0, 1, n_layer), n_tokens=10)
+        return PhaseStatistics(
+            rng.uniform(0.3, 1, (n_layer, 2)), ones, ones, rng.uniform(0, 1, n_layer), *vectors(n_layer), 10
+        )
 
     prefill, known = phase(), ModelInfo(fingerprint * 32, "llama", n_layer)
     lost = 1 - prefill.similarity
@@ -86,7 +92,7 @@ def test_models_of_different_depth_are_drawn_from_first_to_last_layer() -> None:
 def test_every_similarity_lies_within_the_axes(extreme: list[list[float]], tmp_path: Path) -> None:
     similarity = np.array(extreme)
     ones = np.where(np.isnan(similarity), np.nan, 1.0)
-    phase = PhaseStatistics(similarity, ones, ones, similarity[:, 0], n_tokens=10)
+    phase = PhaseStatistics(similarity, ones, ones, similarity[:, 0], *vectors(len(similarity)), 10)
     profile = Profile(phase, phase, 1, 10, ModelInfo("ab" * 32, "llama", len(extreme)))
     (axes,) = profile_plots.sublayers({"a": profile}).axes
     low, high = axes.get_ylim()

@@ -85,14 +85,6 @@ def test_only_what_is_skipped_is_compensated(streams: Any) -> None:
     assert COMPENSATIONS["affine"].skip_set(skip & False, measure(*streams)).bias is None
 
 
-def test_affine_needs_vectors_and_says_what_does_not(streams: Any) -> None:
-    statistics = replace(measure(*streams), mean_u=None, mean_v=None)
-    with pytest.raises(CompensationError, match=r"calibrate again.*median"):
-        COMPENSATIONS["affine"].skip_set(EVERY, statistics)
-    assert COMPENSATIONS["median"].skip_set(EVERY, statistics).n_skip == 2 * N_LAYER
-    assert COMPENSATIONS["affine"].skip_set(EVERY & False, statistics).n_skip == 0
-
-
 def maps(rank: int = 2, whole: bool = False) -> LinearMaps:
     """Random maps of all sublayers, and of whole layers if wanted."""
     rng = np.random.default_rng(5)
@@ -113,13 +105,6 @@ def test_linear_is_the_median_and_the_map_without_a_bias(streams: Any) -> None:
         array = getattr(chosen, name)
         np.testing.assert_array_equal(array[skip], getattr(fitted, name)[:, :2][skip])
         assert not array[0, 1].any()
-
-
-def test_linear_needs_no_vectors_of_the_statistics_but_its_maps(streams: Any) -> None:
-    statistics = replace(measure(*streams), mean_u=None, mean_v=None)
-    assert COMPENSATIONS["linear"].skip_set(EVERY, statistics, maps()).down is not None
-    with pytest.raises(CompensationError, match="calibrate again"):
-        COMPENSATIONS["linear"].skip_set(EVERY, statistics)
 
 
 def test_without_maps_linear_is_affine(streams: Any) -> None:

@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> str:
 @pytest.fixture
 def profile() -> Profile:
     ones = np.ones((3, 2))
-    statistics = PhaseStatistics(0.5 * ones, ones, ones, np.ones(3), n_tokens=10)
+    statistics = PhaseStatistics(0.5 * ones, ones, ones, np.ones(3), *np.zeros((2, 3, 2, 4), np.float32), 10)
     return Profile(statistics, statistics, 1, 10, MODEL)
 
 

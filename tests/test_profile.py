@@ -39,7 +39,7 @@ from adaskip_cpp.planning.request import PlanRequest
 NAN = float("nan")
 
 
-def statistics(similarity: Any, *, vectors: bool = False, ratio: float = 1.5, **changes: Any) -> PhaseStatistics:
+def statistics(similarity: Any, *, ratio: float = 1.5, **changes: Any) -> PhaseStatistics:
     similarity = np.array(similarity, float)
     observed = ~np.isnan(similarity)
     rng = np.random.default_rng(len(similarity))
@@ -48,8 +48,8 @@ def statistics(similarity: Any, *, vectors: bool = False, ratio: float = 1.5, **
         "norm_ratio": np.where(observed, ratio, NAN),
         "median_ratio": np.where(observed, ratio / 2, NAN),
         "layer_similarity": similarity.mean(axis=1) if similarity.size else similarity,
-        "mean_u": mean_u if vectors else None,
-        "mean_v": mean_v if vectors else None,
+        "mean_u": mean_u,
+        "mean_v": mean_v,
         "n_tokens": 100,
         **changes,
     }
@@ -59,8 +59,8 @@ def statistics(similarity: Any, *, vectors: bool = False, ratio: float = 1.5, **
 def profile(similarity: Any, **changes: Any) -> Profile:
     """A profile whose ratios are 1.5 and 0.75 in prefill, 1.2 and 0.6 in decode."""
     fields = {
-        "prefill": statistics(similarity, vectors=True),
-        "decode": statistics(similarity, vectors=True, ratio=1.2),
+        "prefill": statistics(similarity),
+        "decode": statistics(similarity, ratio=1.2),
         "n_requests": 2,
         "n_tokens": 100,
         "model": ModelInfo("ab" * 32, "llama", len(similarity)),
@@ -70,12 +70,6 @@ def profile(similarity: Any, **changes: Any) -> Profile:
         **changes,
     }
     return Profile(**fields)
-
-
-def without_vectors(original: Profile) -> Profile:
-    phases = (original.prefill, original.decode)
-    prefill, decode = (replace(phase, mean_u=None, mean_v=None) for phase in phases)
-    return replace(original, prefill=prefill, decode=decode)
 
 
 MAPPED = [0, 1, 2, 3, 6, 7, 8]
@@ -154,8 +148,6 @@ def test_affine_adds_the_mean_error_behind_the_median(example: Profile) -> None:
         error = example.prefill.mean_v[layer, kind] - 0.75 * example.prefill.mean_u[layer, kind]
         np.testing.assert_allclose(plan.prefill.bias[layer, kind], error, rtol=1e-6)
         assert plan.prefill.scale[layer, kind] == 0.75
-    with pytest.raises(CompensationError, match="calibrate again"):
-        without_vectors(example).plan(2, compensation="affine", mode="e2e")
 
 
 def test_linear_takes_the_maps_of_the_profile_in_every_mode(mapped: Profile) -> None:
@@ -195,7 +187,7 @@ def test_decode_mode_runs_the_full_model_in_prefill(example: Profile) -> None:
 
 
 def test_sublayers_are_ranked_by_prefill_in_every_mode() -> None:
-    other = statistics([[0.9, 0.1], [0.1, 0.1]], vectors=True)
+    other = statistics([[0.9, 0.1], [0.1, 0.1]])
     known = profile([[0.1, 0.1], [0.1, 0.9]], decode=other)
     for mode in ("prefill", "decode", "e2e"):
         assert known.plan(1, mode=mode).decode.ffn == (1,)
@@ -379,17 +371,15 @@ def test_the_arrays_are_read_only_and_tell_what_is_skippable(example: Profile) -
 
 def test_a_profile_is_of_one_model(example: Profile) -> None:
     with pytest.raises(ProfileFormatError, match="4 layers, the model has 3"):
-        replace(example, decode=statistics(np.ones((4, 2)), vectors=True))
-    with pytest.raises(ProfileFormatError, match=r"lengths differ, 5 in prefill and None in decode.*calibrate again"):
-        replace(example, decode=replace(example.decode, mean_u=None, mean_v=None))
+        replace(example, decode=statistics(np.ones((4, 2))))
+    with pytest.raises(ProfileFormatError, match=r"lengths differ, 5 in prefill and 4 in decode.*calibrate again"):
+        replace(example, decode=statistics(example.similarity, mean_u=np.ones((3, 2, 4)), mean_v=np.ones((3, 2, 4))))
 
 
 @pytest.mark.parametrize("shape", [{"n_layer": 4}, {"n_layer": 2}, {"n_embd": 4}], ids=str)
 def test_maps_are_of_the_profiles_model(example: Profile, shape: Any) -> None:
     with pytest.raises(ProfileFormatError, match=r"linear maps.*calibrate again"):
         replace(example, maps=maps(**shape))
-    with pytest.raises(ProfileFormatError, match=r"linear maps.*calibrate again"):
-        replace(without_vectors(example), maps=maps())
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -403,13 +393,6 @@ def test_a_profile_survives_its_files(example: Profile, tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.decode.mean_v, example.decode.mean_v)
     assert loaded.plan(3, mode="e2e") == example.plan(3, mode="e2e")
     assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.json"]
-
-
-def test_a_profile_without_vectors_has_one_file(example: Profile, tmp_path: Path) -> None:
-    bare = without_vectors(example)
-    bare.save(tmp_path / "p.json")
-    assert Profile.load(tmp_path / "p.json") == bare != example
-    assert os.listdir(tmp_path) == ["p.json"]
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -467,8 +450,6 @@ def test_what_continuations_and_copies_cost_are_part_of_the_file(example: Profil
     assert loaded.plan(2, mode="prompt") == judged.plan(2, mode="prompt")
     with pytest.raises(ValueError, match="read-only"):
         getattr(loaded, name)[0] = 1
-    without_vectors(judged).save(tmp_path / "p.json")
-    np.testing.assert_array_equal(getattr(Profile.load(tmp_path / "p.json"), name), BOTH[name])
 
 
 def test_what_is_lost_is_the_worse_of_both(example: Profile) -> None:

@@ -26,17 +26,18 @@ def streams() -> tuple[np.ndarray, np.ndarray]:
     return u, u + 0.3 * rng.normal(size=u.shape)
 
 
-def reduce(u: np.ndarray, v: np.ndarray, vectors: bool = True) -> SimpleNamespace:
+def reduce(u: np.ndarray, v: np.ndarray) -> SimpleNamespace:
     """One ubatch of statistics, [n_layer, 2, n_tokens, n_embd] reduced as the evaluator does."""
     dot, u_sq, v_sq = (np.einsum("lktd,lktd->lkt", a, b).astype(np.float32) for a, b in ((u, v), (u, u), (v, v)))
     layer_dot = np.einsum("ltd,ltd->lt", u[:, 0], v[:, 1]).astype(np.float32)
-    sums = [(a.sum(axis=2)).astype(np.float32) if vectors else None for a in (u, v)]
+    sums = [(a.sum(axis=2)).astype(np.float32) for a in (u, v)]
     return SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, layer_dot=layer_dot, sum_u=sums[0], sum_v=sums[1])
 
 
 def constant(dot: np.ndarray, u_sq: np.ndarray, v_sq: np.ndarray) -> SimpleNamespace:
-    """A ubatch of one layer, without vectors."""
-    return SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, layer_dot=dot[:, 0], sum_u=None, sum_v=None)
+    """A ubatch of one layer, its vectors of ones."""
+    ones = np.ones((1, 2, 4), np.float32)
+    return SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, layer_dot=dot[:, 0], sum_u=ones, sum_v=ones)
 
 
 def accumulate(u: np.ndarray, v: np.ndarray, pieces: list[int]) -> RequestStatistics:
@@ -95,20 +96,6 @@ def test_what_was_not_observed_is_nan(streams: tuple[np.ndarray, np.ndarray]) ->
     np.testing.assert_array_equal(np.isnan(result.mean_u).all(axis=2), expected)
 
 
-def test_without_sums_there_are_no_mean_vectors(streams: tuple[np.ndarray, np.ndarray]) -> None:
-    u, v = streams
-    statistics = RequestStatistics(N_LAYER)
-    statistics.add(reduce(u, v))
-    assert statistics.result().mean_u is not None
-    statistics.add(reduce(u, v, vectors=False))
-    assert statistics.result().mean_u is statistics.result().mean_v is None
-
-
-def test_nothing_fed_is_nothing_observed() -> None:
-    result = RequestStatistics(N_LAYER).result()
-    assert np.isnan(result.similarity).all() and result.n_tokens == 0
-
-
 def test_a_token_of_zero_norm_counts_as_unlike_and_has_no_ratio() -> None:
     dot = np.array([1.0, 0.0, 1.0], np.float32) * np.ones((1, 2, 1), np.float32)
     statistics = RequestStatistics(1)
@@ -144,7 +131,7 @@ def test_wrong_shapes_are_refused(streams: tuple[np.ndarray, np.ndarray]) -> Non
             for array in (v_sq[:2], v_sq[:, :1], v_sq[..., :4], v_sq[..., None])
         ),
         *(({"layer_dot": array}, "expected layer_dot") for array in (layer_dot[:2], layer_dot[:, :4])),
-        *(({"sum_v": array}, "expected vectors") for array in (sum_v[:2], sum_v[..., :4], sum_v[..., 0])),
+        *(({"sum_v": array}, "expected vectors") for array in (sum_v[:2], sum_v[..., :4], sum_v[..., 0], None)),
     ):
         with pytest.raises(ValueError, match=message):
             RequestStatistics(N_LAYER).add(SimpleNamespace(**{**vars(good), **bad}))
@@ -163,7 +150,6 @@ def test_each_request_weighs_the_same_whatever_its_length(streams: tuple[np.ndar
             getattr(mean, name), (getattr(results[0], name) + getattr(results[1], name)) / 2, rtol=1e-6
         )
     assert mean.n_tokens == 3 + N_TOKENS
-    assert PhaseStatistics.mean([results[0], replace(results[1], mean_u=None, mean_v=None)]).mean_u is None
 
 
 @pytest.mark.parametrize(
@@ -175,7 +161,6 @@ def test_each_request_weighs_the_same_whatever_its_length(streams: tuple[np.ndar
         {"median_ratio": np.full((3, 2), np.inf)},
         {"norm_ratio": np.full((3, 2), np.nan)},
         {"similarity": np.ones(3)},
-        {"mean_u": None},
         {"mean_v": np.ones((3, 2, 5), np.float32)},
         {"mean_v": np.full((3, 2, N_EMBD), np.nan, np.float32)},
     ],
@@ -189,7 +174,6 @@ def test_impossible_statistics_are_refused(streams: tuple[np.ndarray, np.ndarray
 def test_statistics_are_equal_by_value_and_read_only(streams: tuple[np.ndarray, np.ndarray]) -> None:
     statistics = accumulate(*streams, [N_TOKENS]).result()
     assert statistics == accumulate(*streams, [N_TOKENS]).result()
-    assert statistics != replace(statistics, mean_u=None, mean_v=None)
     assert statistics != replace(statistics, layer_similarity=statistics.layer_similarity / 2)
     with pytest.raises(ValueError, match="read-only"):
         statistics.mean_u[0, 0, 0] = 1  # type: ignore[index]

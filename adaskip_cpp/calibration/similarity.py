@@ -18,7 +18,7 @@ class RequestStatistics:
         self._cosine, self._u_sq, self._v_sq = np.zeros((3, *self._shape))
         self._layer_cosine = np.zeros(n_layer)
         self._ratios: list[npt.NDArray[np.float32]] = []
-        self._vectors: npt.NDArray[np.float64] | None = np.zeros(())  # u and v, [2, n_layer, 2, n_embd]
+        self._vectors: npt.NDArray[np.float64] = np.zeros(())  # u and v, [2, n_layer, 2, n_embd]
         self.n_tokens = 0
 
     def add(self, batch: StatisticsBatch) -> None:
@@ -31,11 +31,10 @@ class RequestStatistics:
         if batch.layer_dot.shape != (n_layer, n_tokens):
             raise ValueError(f"expected layer_dot [{n_layer}, {n_tokens}], got {batch.layer_dot.shape}")
         if sum_u is None or sum_v is None:
-            self._vectors = None
-        elif sum_u.ndim != 3 or sum_u.shape[:2] != self._shape or sum_v.shape != sum_u.shape:
+            raise ValueError("expected vectors, of statistics that are collected with them")
+        if sum_u.ndim != 3 or sum_u.shape[:2] != self._shape or sum_v.shape != sum_u.shape:
             raise ValueError(f"expected vectors [{n_layer}, 2, n_embd], got {sum_u.shape}, {sum_v.shape}")
-        elif self._vectors is not None:
-            self._vectors = self._vectors + np.stack([sum_u, sum_v])
+        self._vectors = self._vectors + np.stack([sum_u, sum_v])
         # Norms before their product: |u|^2 |v|^2 overflows float32 on massive activations.
         u, v = np.sqrt(u_sq, dtype=np.float32), np.sqrt(v_sq, dtype=np.float32)
         self._cosine += (dot / np.maximum(u * v, _EPS)).sum(axis=2, dtype=np.float64)
@@ -48,13 +47,11 @@ class RequestStatistics:
         self.n_tokens += n_tokens
 
     def result(self) -> PhaseStatistics:
-        """Return the request's figures so far, with mean vectors if every batch had sums.
+        """Return the request's figures so far.
 
         A sublayer whose input or output is zero throughout, or not finite anywhere, counts as not observed.
         """
         unknown = np.full(self._shape, np.nan)
-        if self.n_tokens == 0:
-            return PhaseStatistics(unknown, unknown, unknown, unknown[:, 0])
         similarity = self._cosine / self.n_tokens
         observed = (self._u_sq > 0) & (self._v_sq > 0) & np.isfinite(similarity)
         observed &= np.isfinite(self._u_sq) & np.isfinite(self._v_sq)
@@ -62,7 +59,7 @@ class RequestStatistics:
         norm_ratio[observed] = np.sqrt(self._v_sq[observed] / self._u_sq[observed])
         median_ratio[observed] = np.nanmedian(np.concatenate(self._ratios, axis=2)[observed], axis=1)
         layer_similarity = self._layer_cosine / self.n_tokens
-        mean_u, mean_v = (None, None) if self._vectors is None else (self._vectors / self.n_tokens).astype(np.float32)
+        mean_u, mean_v = (self._vectors / self.n_tokens).astype(np.float32)
         return PhaseStatistics(
             np.where(observed, similarity, np.nan),
             norm_ratio,

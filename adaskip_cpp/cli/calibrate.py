@@ -120,7 +120,5 @@ def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> Non
     timed = ". No sublayer was timed." if profile.cost is None else ", and the sublayers timed on this machine."
     out.print(f"{profile.decode.n_tokens:,} tokens were decoded{timed}")
     out.print(f"{profile.skippable.sum()} of {2 * profile.n_layer} sublayers can be skipped.")
-    vectors = profile.prefill.n_embd is not None
-    beside = f", its vectors to {vectors_path(output)}; keep them together" if vectors else ""
-    out.print(f"Profile written to {output}{beside}", soft_wrap=True)
+    out.print(f"Profile written to {output}, its vectors to {vectors_path(output)}; keep them together", soft_wrap=True)
     out.print(f"It took {elapsed_s:.0f} s. Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)

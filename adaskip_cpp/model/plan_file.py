@@ -13,7 +13,7 @@ import msgspec
 
 from ..errors import PlanError, PlanFileError
 from . import stored
-from .frontier import DEFAULT_LOSS, Frontier
+from .frontier import Frontier
 from .identity import ModelInfo, check_model, plan_path
 from .plan import SkipPlan
 
@@ -41,10 +41,6 @@ class PlanFile:
             raise PlanError("a plan file has one plan or a frontier; tune again")
         if len({(each.model, each.n_layer) for each in self.plans}) > 1:
             raise PlanError("the plans of a frontier are of several models; tune again")
-
-    def plan_for(self, n_tokens: int, max_loss: float = DEFAULT_LOSS) -> SkipPlan | None:
-        """Return the plan, or the one that the frontier chooses for a prompt; None for the whole model."""
-        return self.plan if self.frontier is None else self.frontier.choose(n_tokens, max_loss)
 
     @property
     def plans(self) -> tuple[SkipPlan, ...]:

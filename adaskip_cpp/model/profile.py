@@ -119,7 +119,8 @@ class ProfileData(LayerArrays):
     def blank(cls: type[_Self], model: ModelInfo) -> _Self:
         """Return the profile of a model of which nothing is known, to make plans of listed layers from."""
         ones, layers = np.ones((model.n_layer, 2)), tuple(range(model.n_layer))
-        statistics = PhaseStatistics(ones, ones, ones, ones[:, 0], n_tokens=1)
+        vectors = np.zeros((model.n_layer, 2, 1), np.float32)
+        statistics = PhaseStatistics(ones, ones, ones, ones[:, 0], vectors, vectors, 1)
         return cls(statistics, statistics, 1, 1, model, windows=Windows(layers, (0.0,) * (len(layers) + 1)))
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ class PhaseStatistics(LayerArrays):
         norm_ratio: float64 ``[n_layer, 2]``, ``||V||_F / ||U||_F`` over all tokens, the paper's compensation.
         median_ratio: float64 ``[n_layer, 2]``, median over the tokens of ``|v| / |u|``.
         layer_similarity: float64 ``[n_layer]``, mean over the tokens of the cosine of a whole layer's input and output.
-        mean_u, mean_v: float32 ``[n_layer, 2, n_embd]``, means of u and v over the tokens, or both None.
+        mean_u, mean_v: float32 ``[n_layer, 2, n_embd]``, means of u and v over the tokens.
         n_tokens: tokens seen, all requests together.
 
     Raises:
@@ -43,8 +44,8 @@ class PhaseStatistics(LayerArrays):
     norm_ratio: npt.NDArray[np.float64]
     median_ratio: npt.NDArray[np.float64]
     layer_similarity: npt.NDArray[np.float64]
-    mean_u: npt.NDArray[np.float32] | None = None
-    mean_v: npt.NDArray[np.float32] | None = None
+    mean_u: npt.NDArray[np.float32]
+    mean_v: npt.NDArray[np.float32]
     n_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -52,34 +53,25 @@ class PhaseStatistics(LayerArrays):
         observed = ~np.isnan(arrays["similarity"])
         for name, array in arrays.items():
             if name in VECTORS:
-                possible = array is None or np.isfinite(array[observed]).all()
+                possible = np.isfinite(array[observed]).all()
             else:
                 possible = not np.isinf(array).any() and (array.ndim == 1 or (np.isnan(array) != observed).all())
             if not possible:
                 raise ProfileFormatError(f"{name!r} has values that calibration cannot give; calibrate again")
-        if (self.mean_u is None) != (self.mean_v is None):
-            raise ProfileFormatError("one of 'mean_u' and 'mean_v' is missing; calibrate again")
         freeze(self, **arrays)
 
     @property
-    def n_embd(self) -> int | None:
-        return None if self.mean_u is None else int(self.mean_u.shape[2])
+    def n_embd(self) -> int:
+        return int(self.mean_u.shape[2])
 
     @classmethod
     def mean(cls, requests: "Sequence[PhaseStatistics]") -> "PhaseStatistics":
-        """Average over requests, each with the same weight whatever its length, as the paper does.
-
-        Vectors are kept where every request has them; tokens are summed.
-        """
-
-        def average(name: str) -> npt.NDArray[np.float64] | None:
-            arrays = [getattr(request, name) for request in requests]
-            return None if any(array is None for array in arrays) else np.mean(arrays, axis=0, dtype=np.float64)
-
-        return cls(
-            **{name: average(name) for name in (*FIGURES, *VECTORS)},  # type: ignore[arg-type]
-            n_tokens=sum(request.n_tokens for request in requests),
-        )
+        """Average over requests, each with the same weight whatever its length, as the paper does; sum their tokens."""
+        names = (*FIGURES, *VECTORS)
+        means: dict[str, Any] = {
+            name: np.mean([getattr(each, name) for each in requests], axis=0, dtype=np.float64) for name in names
+        }
+        return cls(**means, n_tokens=sum(request.n_tokens for request in requests))
 
 
 @dataclass(frozen=True, eq=False)

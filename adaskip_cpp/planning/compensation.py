@@ -49,11 +49,6 @@ class Compensation:
             down, up = _stand_ins(skip, mapped, scale, maps)
         if not (self.adds_mean and (skip & ~mapped).any()):
             return SkipSet(skip, scale, None, down, up)
-        if statistics.mean_u is None or statistics.mean_v is None:
-            raise CompensationError(
-                'compensation "affine" needs the vectors of a profile, which this one lacks; calibrate again, '
-                'or use compensation="median"'
-            )
         error = statistics.mean_v - scale[:, :, None] * statistics.mean_u.astype(np.float64)
         error[mapped] = 0.0
         return SkipSet(skip, scale, error.astype(np.float32), down, up)
