@@ -31,7 +31,7 @@ from adaskip_cpp.serving.middleware import Gate
 from adaskip_cpp.serving.plans import Choice, Plans, plan_key
 from adaskip_cpp.serving.prefix_cache import PrefixCache, n_common
 from adaskip_cpp.serving.queue import FairQueue
-from adaskip_cpp.serving.request import Gone, Refused, ServedRequest, begin
+from adaskip_cpp.serving.request import Gone, Refused, ServedRequest
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
@@ -278,7 +278,7 @@ def served(open_served: Callable[..., ServedLlama], tiny: Tiny) -> ServedLlama:
 
 def run(llm: ServedLlama, prompt: list[int], wish: Any = "auto", n: int = 6) -> tuple[list[int], ServedRequest]:
     request = ServedRequest(wish=wish)
-    begin(request)
+    llm.request = request
     steps = llm.generate(prompt, temp=0)
     answer = [token for token, _ in zip(steps, range(n), strict=False)]
     steps.close()
@@ -386,7 +386,7 @@ def test_after_plans_the_whole_model_is_itself_bit_for_bit(
     for wish in ("auto", {"max_loss": 0.05}, {"speedup": 1.4}):
         run(served, prompt, wish)
     request = ServedRequest(wish="none", reuses=False)
-    begin(request)
+    served.request = request
     with closing(served.generate(prompt, temp=0)) as steps:
         next(steps)
         logits = np.ctypeslib.as_array(served._ctx.get_logits_ith(-1), (served.n_vocab(),)).copy()
@@ -419,7 +419,7 @@ def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: Serve
     run(served, talk)
     for _ in range(2):
         request = ServedRequest(reuses=False)
-        begin(request)
+        served.request = request
         assert next(served.generate(other, temp=0)) >= 0 and request.n_read == 300
     assert run(served, talk)[1].n_read == 1
     assert run(served, other)[1].n_read >= 299, "nor is it read on"
@@ -430,7 +430,7 @@ def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: Serve
 
 def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama, tokens: Tokens) -> None:
     request = ServedRequest()
-    begin(request)
+    served.request = request
     steps = served.generate(tokens(100), temp=0)
     next(steps)
     request.leave()
@@ -438,7 +438,7 @@ def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLl
         next(steps)
     request = ServedRequest()
     request.leave()
-    begin(request)
+    served.request = request
     with pytest.raises(Gone):
         next(served.generate(tokens(900, 5), temp=0))
     assert served.n_tokens < 200
@@ -451,14 +451,14 @@ def test_logprobs_are_those_of_the_stock_library(served: ServedLlama, tiny: Tiny
     options = {"max_tokens": 5, "temperature": 0.0, "logprobs": 3, "echo": True, "logit_bias": {2: -100.0}}
     stock = AdaSkipLlama(str(tiny()), logits_all=True, **OPTIONS)
     expected: Any = stock.create_completion("the to of an re", **options)  # type: ignore[arg-type]
-    begin(ServedRequest())
+    served.request = ServedRequest()
     found: Any = served.create_completion("the to of an re", **options)  # type: ignore[arg-type]
     ours, theirs = (each["choices"][0]["logprobs"] for each in (found, expected))
     assert found["choices"][0]["text"] == expected["choices"][0]["text"] and ours["tokens"] == theirs["tokens"]
     np.testing.assert_allclose(ours["token_logprobs"][1:], theirs["token_logprobs"][1:], atol=1e-4)
     assert theirs["token_logprobs"][0] is None and ours["token_logprobs"][0] < 0, "BOS is before it"
     streamed = ServedRequest(wish="none")
-    begin(streamed)
+    served.request = streamed
     chunks: Any = list(served.create_completion("the to of an re", **options, stream=True))  # type: ignore[arg-type]
     parts = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"][0]["logprobs"]]
     assert [token for part in parts for token in part["tokens"]] == ours["tokens"]
@@ -468,7 +468,7 @@ def test_logprobs_are_those_of_the_stock_library(served: ServedLlama, tiny: Tiny
 
 def test_nothing_is_generated_where_nothing_is_wanted(served: ServedLlama) -> None:
     """Stock takes 0 as no limit."""
-    begin(ServedRequest())
+    served.request = ServedRequest()
     answer: Any = served.create_completion("the to", max_tokens=0, echo=True, logprobs=1)
     assert answer["choices"][0]["text"] == "the to"
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"] - 1
@@ -476,7 +476,7 @@ def test_nothing_is_generated_where_nothing_is_wanted(served: ServedLlama) -> No
 
 def test_a_grammar_that_cannot_be_parsed_is_refused(served: ServedLlama) -> None:
     for grammar, reason in (("root ::= ((", "cannot be parsed"), ("root ::= " + "(" * 100_000, "in one another")):
-        begin(ServedRequest())
+        served.request = ServedRequest()
         with pytest.raises(RequestError, match=reason):
             served.create_completion("the", grammar=LlamaGrammar.from_string(grammar))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import llama_cpp
 import numpy as np
@@ -25,7 +25,7 @@ from .embedder import embed, open_embedder
 from .logprobs import Logprobs
 from .plans import Plans, plan_key
 from .prefix_cache import PrefixCache, n_common
-from .request import ServedRequest, current_request
+from .request import ServedRequest
 
 _WORTH_KEEPING = 32
 """Tokens: for fewer, no state is saved or loaded; they are read again.
@@ -35,7 +35,7 @@ Behind 4,000 tokens of SmolLM2, 2 threads of an AMD EPYC, reading as many takes 
 
 
 class ServedLlama(AdaSkipLlama):
-    """An :class:`AdaSkipLlama` that serves one request after another, each one's being :func:`current_request`.
+    """An :class:`AdaSkipLlama` that serves one request after another: ``request``.
 
     Before a prompt is read, what the memory holds is kept in the cache if much of it would go, and what the cache holds
     of this prompt is taken up if that is more. ``logprobs`` need no ``logits_all``: they are made of the logits of one
@@ -55,6 +55,7 @@ class ServedLlama(AdaSkipLlama):
         cache: Callable[[bool], PrefixCache],
         **kwargs: Any,
     ) -> None:
+        self.request = ServedRequest()
         super().__init__(model_path, **kwargs)
         self.name = os.path.basename(model_path).removesuffix(".gguf")  # of the model in answers
         self.plans = plans(self)
@@ -91,7 +92,7 @@ class ServedLlama(AdaSkipLlama):
 
     def answer(self, request: ServedRequest) -> Any:
         """Return the answer to a request, an iterator where it comes in pieces, as llama-cpp-python's server has it."""
-        body: Any = request.body
+        self.request, body = request, cast(Any, request.body)
         kwargs = body.model_dump(exclude={"n", "best_of", "user", "logit_bias_type", "min_tokens"})
         if isinstance(body, CreateEmbeddingRequest):
             return self.create_embedding(**kwargs)
@@ -108,7 +109,7 @@ class ServedLlama(AdaSkipLlama):
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As :meth:`AdaSkipLlama.generate`, for the current request."""
-        request, prompt = current_request(), list(tokens)
+        request, prompt = self.request, list(tokens)
         if not prompt:
             raise RequestError("the prompt is empty; send some text")
         request.check()
@@ -135,10 +136,10 @@ class ServedLlama(AdaSkipLlama):
         try:
             super()._evaluate(phase, tokens, is_last=is_last, is_read=is_read, rows=rows)
         finally:
-            current_request().n_evaluated[phase] += self.n_tokens - before
+            self.request.n_evaluated[phase] += self.n_tokens - before
 
     def _batches(self, tokens: list[int], *, is_last: bool) -> Iterable[tuple[list[int], bool]]:
-        request = current_request()
+        request = self.request
         for batch in super()._batches(tokens, is_last=is_last):
             request.check()
             yield batch
@@ -201,7 +202,7 @@ class ServedLlama(AdaSkipLlama):
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As the stock one, with log-probabilities without ``logits_all``, prompts of token ids, and 0 tokens."""
-        request = current_request()
+        request = self.request
         n_top, echo = kwargs.pop("logprobs", None), kwargs.pop("echo", False)
         if request.prompt_tokens is not None:
             kwargs["prompt"] = self._checked(request.prompt_tokens)
@@ -257,7 +258,7 @@ class ServedLlama(AdaSkipLlama):
 
     def create_embedding(self, input: str | list[str], model: str | None = None) -> Any:
         """As the stock one, by a second context, and one text after another."""
-        request = current_request()
+        request = self.request
         results = []
         for text in [input] if isinstance(input, str) else input:
             request.check()

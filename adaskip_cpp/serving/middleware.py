@@ -18,7 +18,7 @@ from .body import SCHEMAS, read_body
 from .llama import ServedLlama
 from .metrics import Metrics
 from .queue import FairQueue
-from .request import Gone, Refused, ServedRequest, begin
+from .request import Gone, Refused, ServedRequest
 
 Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
 App: TypeAlias = "Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]"
@@ -116,7 +116,6 @@ class Gate:
         """Have the model work for a request in its turn; where the client leaves, it stops."""
         request = await run_in_threadpool(read_body, scope["path"], content)
         client = f"{(scope.get('client') or ('',))[0]}/{getattr(request.body, 'user', None) or ''}"
-        begin(request)
         work = asyncio.ensure_future(self._in_turn(request, client, sent))
         leaving = asyncio.ensure_future(_left(receive))
         is_left = True  # by the client, or by the server that stops and has waited long enough

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections import Counter
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,17 +149,3 @@ class ServedRequest:
             "queued_ms": 1e3 * max((self.begun or time.perf_counter()) - self.received, 0.0),
             "time_to_first_token_ms": 1e3 * max(self.first - self.received, 0.0) if self.first else None,
         }
-
-
-_CURRENT: ContextVar[ServedRequest | None] = ContextVar("request", default=None)
-"""Starlette carries it into the threads in which the model runs."""
-
-
-def current_request() -> ServedRequest:
-    """The request that this code runs for; outside of any a new one."""
-    return _CURRENT.get() or ServedRequest()
-
-
-def begin(request: ServedRequest) -> None:
-    """Make a request the current one, of this task and all that it starts."""
-    _CURRENT.set(request)
