@@ -62,7 +62,8 @@ class ServedLlama(AdaSkipLlama):
         of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
         self._cache = cache(not self.has_state)
-        self._working = threading.Lock()
+        self._working = threading.Lock()  # held while the model takes a step
+        self._steps: Any = None  # the generator of the answer
         self._embedder: llama_cpp.Llama | None = None  # the first text opens it
         self._opening = {**kwargs, "model_path": model_path}
         self._logprobs: Logprobs | None = None
@@ -106,6 +107,13 @@ class ServedLlama(AdaSkipLlama):
             kwargs["logits_processor"] = llama_cpp.LogitsProcessorList([longer])
         chats = isinstance(body, CreateChatCompletionRequest)
         return self.create_chat_completion(**kwargs) if chats else self.create_completion(**kwargs)
+
+    def end(self) -> None:
+        """End the work for a request where it stands, as nobody asks for the next token."""
+        with self._working:
+            if self._steps is not None:
+                self._steps.close()
+            self._steps = None
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As :meth:`AdaSkipLlama.generate`, for the current request."""
@@ -210,7 +218,7 @@ class ServedLlama(AdaSkipLlama):
         self._check_bias(kwargs.get("logit_bias"))
         is_empty = kwargs.get("max_tokens") == 0
         steps = super()._create_completion(*args, **{**kwargs, "max_tokens": 1} if is_empty else kwargs)
-        request.steps, request.working = steps, self._working
+        self._steps = steps
         before = self._prompt_text(kwargs["prompt"]) if echo else ""
         collected = None if n_top is None else Logprobs(n_top, self._text)
         n_told, offset = 0, 0 if echo else len(self._prompt_text(kwargs["prompt"]))

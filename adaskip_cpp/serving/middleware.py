@@ -139,7 +139,7 @@ class Gate:
             try:
                 await send_answer(await run_in_threadpool(self.llm.answer, request), request, sent)
             finally:
-                await run_in_threadpool(request.close)
+                await run_in_threadpool(self.llm.end)
                 self.metrics.ran(request)
 
 

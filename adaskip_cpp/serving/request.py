@@ -41,7 +41,6 @@ class ServedRequest:
         n_prompt, n_generated: tokens of the prompt and of the answer.
         n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
         received, begun, first, last: when it came, when the model began, when the first token was there, and the last.
-        steps: the generator of its answer; ``working`` is held while it takes a step.
         has_turn: whether it has waited its turn.
     """
 
@@ -60,19 +59,11 @@ class ServedRequest:
     first: float = 0.0
     last: float = 0.0
     has_turn: bool = False
-    steps: Any = None
-    working: threading.Lock = field(default_factory=threading.Lock)
     _gone: threading.Event = field(default_factory=threading.Event)
 
     def leave(self) -> None:
         """Stop it at the next batch of its prompt or token of its answer; from any thread."""
         self._gone.set()
-
-    def close(self) -> None:
-        """End the model's work where it stands, as nobody asks for the next token."""
-        if self.steps is not None:
-            with self.working:
-                self.steps.close()
 
     def check(self) -> None:
         """Raise :class:`Gone` where nobody waits for it any more."""
