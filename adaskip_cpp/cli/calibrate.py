@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +11,6 @@ import click
 from ..calibration.calibrate import calibrate as run
 from ..calibration.cost import measure_cost
 from ..calibration.linear import DEFAULT_RANK
-from ..engine.llama import AdaSkipLlama
 from ..files import check_output, read_text
 from ..measuring import corpus
 from ..measuring.running import Running, open_quietly
@@ -88,8 +86,16 @@ def calibrate(
     else:
         n_ctx = max(tokens + n_decode, 0 if no_cost else _CTX_TIMED)
         llm = open_quietly(model, n_ctx, running)
-        cut, description = calibration_requests(llm, files, requests, tokens)
-        profile = run(llm, cut, n_decode=n_decode, rank=rank, cost=not no_cost, description=description)
+        profile = run(
+            llm,
+            corpus.cut(llm, "\n\n".join(map(read_text, files)), requests, tokens) if files else None,
+            n_requests=requests,
+            n_tokens=tokens,
+            n_decode=n_decode,
+            rank=rank,
+            cost=not no_cost,
+            description=", ".join(map(os.path.basename, files)) or None,
+        )
     profile.save(output)
     elapsed_s = time.monotonic() - start
     if as_json:
@@ -99,16 +105,6 @@ def calibrate(
         console().print(told, soft_wrap=True, markup=False)
     else:
         _print(profile, output, requests, elapsed_s)
-
-
-def calibration_requests(
-    llm: AdaSkipLlama, files: Sequence[str], n_requests: int = corpus.N_REQUESTS, n_tokens: int = corpus.N_TOKENS
-) -> tuple[list[list[int]], str]:
-    """Cut requests from these files, or from built-in text, and say in words what text it is."""
-    if not files:
-        return corpus.requests(llm, n_requests, n_tokens), corpus.DESCRIPTION
-    text = "\n\n".join(read_text(file) for file in files)
-    return corpus.cut(llm, text, n_requests, n_tokens), ", ".join(os.path.basename(file) for file in files)
 
 
 def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> None:

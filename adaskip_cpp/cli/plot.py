@@ -1,6 +1,7 @@
 """``adaskip-cpp plot``: the paper's figures from profiles, as pictures or on the terminal."""
 
 import os
+import re
 from collections.abc import Sequence
 
 import click
@@ -48,8 +49,15 @@ def plot(
     PROFILE may be a plan file that `tune` wrote instead. Then its plans are drawn as one picture, frontier: loss
     against predicted time to the first token, a curve for each prompt length.
     """
-    frontiers = _frontiers(paths) if any(map(is_plan_file, paths)) else {}
-    profiles = {} if frontiers else dict(zip(_names(paths), map(Profile.load, paths), strict=True))
+    profiles: dict[str, Profile] = {}
+    frontiers: dict[str, Frontier] = {}
+    for name, path in zip(_names(paths), paths, strict=True):
+        if not any(map(is_plan_file, paths)):
+            profiles[name] = Profile.load(path)
+        elif is_plan_file(path) and (frontier := load_plan(path).frontier) is not None:
+            frontiers[name] = frontier
+        else:
+            raise click.UsageError(f"{path} has no frontier; give profiles alone, or files that `tune` wrote")
     if plan_file is not None:
         if request is not None or len(profiles) != 1:
             raise click.UsageError("--plan is a whole plan, of one profile")
@@ -84,22 +92,12 @@ def plot(
             click.echo(path)
 
 
-def _frontiers(paths: Sequence[str]) -> dict[str, Frontier]:
-    frontiers: dict[str, Frontier] = {}
-    for path in paths:
-        found = load_plan(path).frontier if is_plan_file(path) else None
-        if found is None:
-            raise click.UsageError(f"{path} has no frontier; give profiles alone, or files that `tune` wrote")
-        frontiers[os.path.basename(path).removesuffix(".json").removesuffix(".adaskip-plan")] = found
-    return frontiers
-
-
 def _names(paths: Sequence[str]) -> list[str]:
-    """Short names of the profiles, whole paths where those are alike."""
-    short = [os.path.basename(path).removesuffix(".json").removesuffix(".adaskip") for path in paths]
+    """Short names of the files, whole paths where those are alike."""
+    short = [re.sub(r"(\.adaskip(-plan)?)?(\.json)?$", "", os.path.basename(path)) for path in paths]
     names = short if len(set(short)) == len(short) else [path.removesuffix(".json") for path in paths]
     if len(set(names)) < len(names):
-        raise click.UsageError("a profile is named twice")
+        raise click.UsageError("a file is named twice")
     return names
 
 

@@ -162,7 +162,7 @@ class SkipPlan:
                 raise PlanError("the schedule does not begin with (0, decode); give the decode set first")
             if not all(isinstance(each, int | np.integer) and each < 2**31 for each in starts):
                 raise PlanError(f"the schedule's token counts are {starts}; use whole numbers below 2,147,483,648")
-            if any(b <= a for a, b in itertools.pairwise(starts)):
+            if starts != sorted({*starts}):
                 raise PlanError(f"the schedule's token counts {starts} do not ascend; sort its sets by token count")
         later = [(f"the schedule's set at {start} tokens", each) for start, each in self.schedule[1:]]
         in_turn = [("prefill", self.prefill), ("decode", self.decode), *later]

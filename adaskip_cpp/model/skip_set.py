@@ -59,7 +59,9 @@ class SkipSet(LayerArrays):
         skip, scale = arrays["skip"].copy(), arrays["scale"]
         if (self.down is None) != (self.up is None):
             raise PlanError("of linear maps 'down' or 'up' is missing; give both")
+        mapped, up = np.zeros_like(skip), arrays["up"]
         for layer, kind in np.argwhere(skip):
+            mapped[layer, kind] = up is not None and up[layer, kind].any()
             name, s = sublayer_name(layer, kind), scale[layer, kind]
             if not (np.isfinite(s) and s > 0):
                 raise CompensationError(
@@ -70,7 +72,6 @@ class SkipSet(LayerArrays):
                     raise CompensationError(
                         f'the {what} of {name} is not finite; calibrate again, or use compensation="{other}"'
                     )
-        mapped = _mapped(skip, arrays["up"])
         parts = {name: _rows(arrays[name], mapped if name in ("down", "up") else skip) for name, _, _ in _PARTS}
         freeze(self, skip=skip, scale=np.where(skip, scale, 1.0), **parts)
 
@@ -97,11 +98,6 @@ class SkipSet(LayerArrays):
     def n_embd(self) -> int | None:
         return next((int(each.shape[-1]) for each in (self.bias, self.down) if each is not None), None)
 
-    @property
-    def mapped(self) -> npt.NDArray[np.bool_]:
-        """bool ``[n_layer, 2]``: the skipped sublayers that a map stands in for."""
-        return _mapped(self.skip, self.up)
-
     def __hash__(self) -> int:  # type: ignore[override]
         return hash((self.skip.shape, self.skip.tobytes(), self.scale.tobytes()))
 
@@ -111,13 +107,6 @@ class SkipSet(LayerArrays):
 
 _PARTS = (("bias", "bias", "median"), ("down", "linear map", "affine"), ("up", "linear map", "affine"))
 """What may stand in besides the scale, what to call it, and a compensation that does without."""
-
-
-def _mapped(skip: npt.NDArray[np.bool_], up: npt.NDArray[np.float32] | None) -> npt.NDArray[np.bool_]:
-    mapped = np.zeros_like(skip)
-    for layer, kind in np.argwhere(skip):
-        mapped[layer, kind] = up is not None and up[layer, kind].any()
-    return mapped
 
 
 def _rows(array: npt.NDArray[np.float32] | None, which: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32] | None:
