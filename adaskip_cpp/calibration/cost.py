@@ -135,14 +135,11 @@ class _Measurement:
         for index, group in enumerate(self.groups):
             if group.kind == 0:
                 layers = self._inner(group) or group.layers
-                step = math.ceil(len(layers) / math.ceil(len(layers) / _SUBSET))
-                self._deepen(group, layers[::step], f"subset of {index}" if group.elidable else None)
-
-    def _deepen(self, group: Group, layers: Sequence[int], offset: str | None) -> None:
-        """Time some attentions ubatch after ubatch, K and V of the others kept: what is behind the last is not run."""
-        decode = None if offset is None else self._only(group, layers) | np.array([False, True])
-        self._prepare(self._only(group, layers, kept=True), decode, kept=True)
-        self._deeper(self._contexts, offset)
+                some = layers[:: math.ceil(len(layers) / math.ceil(len(layers) / _SUBSET))]
+                # K and V of the others are kept, as what is behind the last ones is not run.
+                decode = self._only(group, some) | np.array([False, True]) if group.elidable else None
+                self._prepare(self._only(group, some, kept=True), decode, kept=True)
+                self._deeper(self._contexts, f"subset of {index}" if group.elidable else None)
 
     def _deeper(self, contexts: Sequence[int], offset: str | None) -> None:
         """Time ubatch after ubatch; with an ``offset`` also, at each context, tokens."""
@@ -228,14 +225,12 @@ def _groups(llm: AdaSkipLlama) -> list[Group]:
     for each in llm.sublayers:
         if each.in_bulk:
             shapes[KINDS.index(each.kind), each.shape, each.window, each.skippable].append(each.layer)
-    found = sorted(shapes.items())
-    return [Group(kind, tuple(layers), _limit(llm, window), elidable) for (kind, _, window, elidable), layers in found]
-
-
-def _limit(llm: AdaSkipLlama, window: int) -> float:
-    """KV cells of an attention with a window, as ``llama_kv_cache_iswa`` sizes its cache; infinite without one."""
-    cells = math.ceil((window + min(int(llm.context_params.n_ubatch), llm.n_batch)) / CELLS) * CELLS
-    return cells if window and cells < llm.context_size else math.inf
+    n_ubatch, groups = min(int(llm.context_params.n_ubatch), llm.n_batch), []
+    for (kind, _, window, elidable), layers in sorted(shapes.items()):
+        cells = math.ceil((window + n_ubatch) / CELLS) * CELLS  # as llama_kv_cache_iswa sizes the cache of a window
+        limit = cells if window and cells < llm.context_size else math.inf
+        groups.append(Group(kind, tuple(layers), limit, elidable))
+    return groups
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from ..model.plan import TIMED, SkipPlan
 from ..model.plan_file import is_plan_file, load_plan
 from ..model.skip_set import KIND_NAMES
 from ..pictures import plots, profile_plots
-from ..pictures.heatmap import print_heatmap, print_series
+from ..pictures.heatmap import print_heatmap, print_rows
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
@@ -104,11 +104,11 @@ def _names(paths: Sequence[str]) -> list[str]:
 def _print(out: Console, profiles: dict[str, Profile], plans: dict[str, SkipPlan]) -> None:
     for name, profile in profiles.items():
         out.print(f"[bold]{name}[/]: IO similarity by layer, and the plan\n")
-        series = {"whole layers, prefill": profile.prefill.layer_similarity}
+        rows = {"whole layers, prefill": profile.prefill.layer_similarity}
         for column, kind in enumerate(KIND_NAMES):
             for phase in TIMED:
-                series[f"{kind}, {phase}"] = getattr(profile, phase).similarity[:, column]
-        print_series(out, series)
+                rows[f"{kind}, {phase}"] = getattr(profile, phase).similarity[:, column]
+        print_rows(out, rows)
         out.print()
         print_heatmap(out, profile.similarity, np.any([each.skip for each in plans[name].sets], axis=0))
         out.print()
