@@ -263,12 +263,12 @@ def _cache_case() -> _Case:
     tokens: tuple[Tokens, Tokens] = np.arange(5, dtype=np.int32), np.arange(50, 70, dtype=np.int32)
 
     def put(folder: Path, i: int) -> None:
-        cache = PrefixCache(1 << 20, 1 << 20, folder / "cache")
+        cache = PrefixCache(1 << 20, folder / "cache")
         cache.put("key", tokens[i], bytearray(range(100 + i)))
         cache.close()
 
     def read(folder: Path) -> Any:
-        cache = PrefixCache(1 << 20, 1 << 20, folder / "cache")
+        cache = PrefixCache(1 << 20, folder / "cache")
         found = [cache.find({"key"}, each) for each in tokens]
         result = [None if entry is None else (n, bytes(cache.take(entry) or b"")) for entry, n in found]
         cache.close()

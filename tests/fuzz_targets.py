@@ -233,7 +233,7 @@ class Served:
         self._llm = ServedLlama(
             str(path),
             plans=lambda llm: Plans(BULK_PLAN, None, 0.05, None, llm.context_size),
-            cache=lambda can_rewind: PrefixCache(1 << 24, 1 << 24, None, can_rewind=can_rewind),
+            cache=lambda can_rewind: PrefixCache(1 << 24, can_rewind=can_rewind),
             **{**SETTINGS, "n_ctx": 512},
         )
         self._app, _ = make_app(self._llm)

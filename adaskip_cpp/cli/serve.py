@@ -116,7 +116,7 @@ def serve(
             running,
             plan=source.frontier,  # for its settings
             plans=lambda llm: Plans(own, source.frontier, promise, profile, llm.context_size),
-            cache=lambda can_rewind: PrefixCache(cache_size, cache_size, cache_dir, can_rewind=can_rewind),
+            cache=lambda can_rewind: PrefixCache(cache_size, cache_dir, can_rewind=can_rewind),
         )
         app, queue = make_app(llm, api_key=api_key)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

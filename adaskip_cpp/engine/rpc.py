@@ -11,8 +11,6 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["add_rpc_server", "register_rpc_server", "supports_rpc"]
-
 _PATIENCE_S = 20
 """For a server to answer another process, which loads llama_cpp first."""
 

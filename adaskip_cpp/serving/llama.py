@@ -187,7 +187,7 @@ class ServedLlama(AdaSkipLlama):
         n = self.n_tokens
         if self._live_key and n - max(n_stays, self._n_kept) >= _WORTH_KEEPING and self.input_ids[:n].min() >= 0:
             size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
-            if size > self._cache.memory:
+            if size > self._cache.most:
                 return
             state = bytearray(size)
             if llama_cpp.llama_state_seq_get_data(self.ctx, _pointer(state), size, 0) == size:

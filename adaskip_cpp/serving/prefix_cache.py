@@ -72,7 +72,7 @@ class PrefixCache:
     were not are written when the cache is closed.
 
     Args:
-        memory, disk: bytes that they may take there, each.
+        most: bytes that they may take in memory, and in the folder.
         folder: where they outlast the process, made where it is missing; None for memory alone. Where several processes
             use it, each keeps its own files within the bound.
         can_rewind: whether a part of a state serves; else all its tokens must begin the prompt.
@@ -81,10 +81,8 @@ class PrefixCache:
         DataError: the folder cannot be used.
     """
 
-    def __init__(
-        self, memory: int, disk: int = 0, folder: str | os.PathLike[str] | None = None, *, can_rewind: bool = True
-    ) -> None:
-        self.memory, self.disk, self.can_rewind = memory, disk, can_rewind
+    def __init__(self, most: int, folder: str | os.PathLike[str] | None = None, *, can_rewind: bool = True) -> None:
+        self.most, self.can_rewind = most, can_rewind
         self.folder = None if folder is None else Path(folder)
         self.entries: list[Entry] = []  # the most recently used last
         self._writer = ThreadPoolExecutor(1, "prefix-cache")
@@ -130,7 +128,7 @@ class PrefixCache:
 
     def put(self, key: str, tokens: Tokens, state: bytearray) -> None:
         """Keep a state that fits; what it has all the tokens of is dropped, as a part of it serves as well."""
-        if len(state) > self.memory:
+        if len(state) > self.most:
             return
         for other in [each for each in self.entries if each.key == key]:
             common = n_common(other.tokens, tokens)
@@ -159,10 +157,10 @@ class PrefixCache:
         """Drop states from memory, and files, until both fit; an entry that has neither any more is forgotten."""
         in_memory, on_disk = self.n_bytes, sum(each.n_file for each in self.entries if each.path is not None)
         for entry in list(self.entries):
-            if in_memory > self.memory and entry.state is not None and entry is not keep:
+            if in_memory > self.most and entry.state is not None and entry is not keep:
                 entry.state = None
                 in_memory -= entry.n_bytes
-            if on_disk > self.disk and entry.path is not None:
+            if on_disk > self.most and entry.path is not None:
                 self._drop_file(entry)
                 on_disk -= entry.n_file
             if entry.state is None and entry.path is None:
@@ -182,7 +180,7 @@ class PrefixCache:
 
     def _save(self, entry: Entry) -> None:
         """Have the writer write an entry, where there is a folder."""
-        if self.folder is not None and entry.state is not None and entry.n_file <= self.disk:
+        if self.folder is not None and entry.state is not None and entry.n_file <= self.most:
             digest = hashlib.sha256(entry.key.encode() + b"\0" + entry.tokens.tobytes()).hexdigest()[:32]
             entry.path = self.folder / f"{digest}{_SUFFIX}"
             self._writing = self._writer.submit(self._write, entry, entry.path, entry.state)
