@@ -88,8 +88,8 @@ def plot(
         for i, (name, plan) in enumerate(plans.items(), start=1):
             figures["plan" if len(plans) == 1 else f"plan-{i}"] = profile_plots.plan_strip(name, plan)
     for name, fig in figures.items():
-        for path in plots.save(fig, output, name):
-            click.echo(path)
+        for picture in plots.save(fig, output, name):
+            click.echo(picture)
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -58,22 +58,14 @@ class _Beside:
         if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or is_too_long:
             raise ValueError(f"{name!r} is not the name of a file beside it")
         beside = os.path.join(os.path.dirname(os.path.realpath(path)), name)
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if self._is_of(content := _read_bounded(_waiting_path(beside, self.sha256), MOST_MEMORY)):
-                return content
-        try:
-            content = _read_bounded(beside, MOST_MEMORY)
-        except FileNotFoundError:
-            raise ValueError(f"the file of its vectors, {beside!r}, is missing; put it back beside it") from None
-        if not self._is_of(content):
-            raise ValueError(
-                f"the file of its vectors, {beside!r}, is truncated or of another one; put the one that was written "
-                "with it beside it"
-            )
-        return content
-
-    def _is_of(self, content: bytes) -> bool:
-        return hashlib.sha256(content).hexdigest() == self.sha256
+        problem = "is missing; put it back beside it"
+        for each in (_waiting_path(beside, self.sha256), beside):
+            with contextlib.suppress(FileNotFoundError):
+                content = _read_bounded(each, MOST_MEMORY)
+                if hashlib.sha256(content).hexdigest() == self.sha256:
+                    return content
+                problem = "is truncated or of another one; put the one that was written with it beside it"
+        raise ValueError(f"the file of its vectors, {beside!r}, {problem}")
 
 
 @dataclass(frozen=True)
