@@ -232,8 +232,8 @@ class Served:
         path = add_chat_template(write_model(folder() / "bare.gguf"), folder() / "served.gguf")
         self._llm = ServedLlama(
             str(path),
-            plans=lambda llm: Plans(BULK_PLAN, None, 0.05, None, llm.context_size),
-            cache=lambda can_rewind: PrefixCache(1 << 24, can_rewind=can_rewind),
+            plans=Plans(BULK_PLAN, None, 0.05, None, 512),
+            cache=PrefixCache(1 << 24),
             **{**SETTINGS, "n_ctx": 512},
         )
         self._app, _ = make_app(self._llm)

@@ -130,7 +130,8 @@ def test_the_longest_common_beginning_of_the_right_key_is_found() -> None:
     assert found is not None and (found.state, n) == (b"abc", 3)
     assert cache.find({"a", "b"}, ids(1, 2, 3, 4, 7))[1] == 4
     assert cache.find({"c"}, ids(1, 2)) == (None, 0) and cache.find({"a"}, ids(7)) == (None, 0)
-    strict = PrefixCache(100, can_rewind=False)
+    strict = PrefixCache(100)
+    strict.can_rewind = False
     strict.put("a", ids(1, 2, 3), bytearray(b"abc"))
     assert strict.find({"a"}, ids(1, 2, 4)) == (None, 0) and strict.find({"a"}, ids(1, 2, 3, 4))[1] == 3
 
@@ -256,14 +257,10 @@ def open_served() -> Iterator[Callable[..., ServedLlama]]:
         path: Any, plan: Any = PLAN, folder: Path | None = None, options: Any = OPTIONS, **more: Any
     ) -> ServedLlama:
         own, frontier = (None, plan) if isinstance(plan, Frontier) else (plan, None)
-
-        def plans(llm: ServedLlama) -> Plans:
-            return Plans(own, frontier, 0.07, None, llm.context_size)
-
-        def cache(rewinds: bool) -> PrefixCache:
-            return PrefixCache(10**8, folder, can_rewind=rewinds)
-
-        opened.append(ServedLlama(str(path), plan=frontier, plans=plans, cache=cache, **{**options, **more}))
+        kwargs = {**options, **more}
+        plans = Plans(own, frontier, 0.07, None, kwargs["n_ctx"])
+        cache = PrefixCache(10**8, folder)
+        opened.append(ServedLlama(str(path), plan=frontier, plans=plans, cache=cache, **kwargs))
         return opened[-1]
 
     yield open_

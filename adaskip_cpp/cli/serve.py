@@ -115,8 +115,8 @@ def serve(
             ctx,
             running,
             plan=source.frontier,  # for its settings
-            plans=lambda llm: Plans(own, source.frontier, promise, profile, llm.context_size),
-            cache=lambda can_rewind: PrefixCache(cache_size, cache_dir, can_rewind=can_rewind),
+            plans=Plans(own, source.frontier, promise, profile, ctx),
+            cache=PrefixCache(cache_size, cache_dir),
         )
         app, queue = make_app(llm, api_key=api_key)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

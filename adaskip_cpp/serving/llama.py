@@ -5,7 +5,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from importlib import metadata
@@ -43,25 +43,18 @@ class ServedLlama(AdaSkipLlama):
 
     Args:
         plans: what requests may choose from.
-        cache: makes the cache, given whether a part of a state serves.
+        cache: of what was read.
         **kwargs: as for :class:`AdaSkipLlama`.
     """
 
-    def __init__(
-        self,
-        model_path: str,
-        *,
-        plans: Callable[["ServedLlama"], Plans],
-        cache: Callable[[bool], PrefixCache],
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, model_path: str, *, plans: Plans, cache: PrefixCache, **kwargs: Any) -> None:
         self.request = ServedRequest()
         super().__init__(model_path, **kwargs)
         self.name = os.path.basename(model_path).removesuffix(".gguf")  # of the model in answers
-        self.plans = plans(self)
+        self.plans = plans
         of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
-        self._cache = cache(not self.has_state)
+        self._cache, cache.can_rewind = cache, not self.has_state
         self._working = threading.Lock()  # held while the model takes a step
         self._steps: Any = None  # the generator of the answer
         self._embedder: llama_cpp.Llama | None = None  # the first text opens it

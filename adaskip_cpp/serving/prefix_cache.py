@@ -69,20 +69,19 @@ class PrefixCache:
     """Saved states, the least recently used of which go first. Not for several threads at once.
 
     A state is written as soon as it is there, in a thread of its own, unless another one is being written; those that
-    were not are written when the cache is closed.
+    were not are written when the cache is closed. Unless ``can_rewind``, all tokens of a state begin the prompt.
 
     Args:
         most: bytes that they may take in memory, and in the folder.
         folder: where they outlast the process, made where it is missing; None for memory alone. Where several processes
             use it, each keeps its own files within the bound.
-        can_rewind: whether a part of a state serves; else all its tokens must begin the prompt.
 
     Raises:
         DataError: the folder cannot be used.
     """
 
-    def __init__(self, most: int, folder: str | os.PathLike[str] | None = None, *, can_rewind: bool = True) -> None:
-        self.most, self.can_rewind = most, can_rewind
+    def __init__(self, most: int, folder: str | os.PathLike[str] | None = None) -> None:
+        self.most, self.can_rewind = most, True
         self.folder = None if folder is None else Path(folder)
         self.entries: list[Entry] = []  # the most recently used last
         self._writer = ThreadPoolExecutor(1, "prefix-cache")
