@@ -241,7 +241,7 @@ def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray) -> 
     as v, and s = 1.
     """
     maps = profile.maps
-    assert maps is not None and maps.rank == u.shape[3]
+    assert maps is not None and maps.up.shape[3] == u.shape[3]
     assert maps.fitted.all(axis=1).tolist() == maps.fitted.any(axis=1).tolist() == [False, True, True]
     inputs, outputs = np.concatenate([u, u[:, :1]], axis=1), np.concatenate([v, v[:, 1:]], axis=1)
     scale = np.concatenate([map_scale(profile.prefill.median_ratio), np.ones((len(u), 1))], axis=1)
@@ -272,7 +272,7 @@ def test_maps_of_a_model_equal_regressions_on_a_numpy_forward_pass(
 def test_the_rank_is_at_most_the_length_of_the_stream(llm: Any) -> None:
     for rank, expected in ((1, 1), (3, 3), (4, 4), (DEFAULT_RANK, 4)):
         maps = calibrate(llm, [list(range(5, 40))], rank=rank).maps
-        assert maps is not None and (maps.n_layer, maps.rank, maps.n_embd) == (3, expected, 4)
+        assert maps is not None and (maps.n_layer, maps.up.shape[3], maps.n_embd) == (3, expected, 4)
     plan = calibrate(llm, [list(range(5, 40))], rank=1).plan(strategy="manual", ffn=[2], mode="e2e")
     assert plan.prefill.down is not None and plan.prefill.down.shape == (3, 2, 1, 4)
 

@@ -29,11 +29,6 @@ class Mode:
     def in_prompt(self) -> bool:
         return self.in_bulk or self.in_prefill
 
-    @property
-    def faster(self) -> Literal["bulk", "prefill", "decode"]:
-        """The phase to speed up unless a request names one."""
-        return "bulk" if self.in_bulk else "prefill" if self.in_prefill else "decode"
-
 
 _MODES = (
     Mode("prompt", in_bulk=True, answer_share=0.25),

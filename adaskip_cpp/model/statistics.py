@@ -103,10 +103,6 @@ class LinearMaps(LayerArrays):
         return int(self.up.shape[2])
 
     @property
-    def rank(self) -> int:
-        return int(self.up.shape[3])
-
-    @property
     def fitted(self) -> npt.NDArray[np.bool_]:
         """bool ``[n_layer, 3]``: what has a map."""
         return np.asarray(~np.isnan(self.up).any(axis=(2, 3)))

@@ -123,7 +123,7 @@ class PlanRequest:
     def faster_phase(self) -> Phase:
         """The phase that a speed-up is about: in mode ``"prompt"`` the bulk, which stands for a prompt that has one."""
         mode = MODES[self.mode]
-        return mode.faster if mode.in_bulk else self.phase or mode.faster
+        return "bulk" if mode.in_bulk else self.phase or ("prefill" if mode.in_prefill else "decode")
 
     @property
     def name(self) -> str:

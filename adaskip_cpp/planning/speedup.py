@@ -72,11 +72,9 @@ def smallest_budget(
     """Return the plan of the smallest number of sublayers, as ``make`` makes it, that is as fast as a request asks."""
     goal = Goal.of(profile, request)
     most = np.zeros((goal.cost.n_layer, 2), np.bool_)
-    size = request.look_back if request.windowed else request.window_size
     for n_skip in range(2 * goal.cost.n_layer + 1):
         try:
-            of_budget = replace(request, n_skip=n_skip, speedup=None, context=None, phase=None, window_size=size)
-            plan = make(profile, of_budget)
+            plan = make(profile, replace(request, n_skip=n_skip, speedup=None))
         except BudgetError:
             break
         most = plan.skipped(goal.phase).skip
@@ -102,11 +100,6 @@ def cheapest_set(lost: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "
             as the paper's ranking does, until the time is reached.
     """
     may = ~np.isnan(lost)
-    if lost.shape != (goal.cost.n_layer, 2):
-        raise PlanError(
-            f"what is lost has the shape {lost.shape}, the cost model is for [{goal.cost.n_layer}, 2]; "
-            "use the profile of this model"
-        )
     if not goal.reached(may):
         raise goal.out_of_reach(may)
     if ranking == "efficiency":
