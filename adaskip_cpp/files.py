@@ -6,7 +6,8 @@ import os
 import re
 import secrets
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import click
 import msgspec
@@ -14,12 +15,14 @@ import numpy as np
 
 from .errors import DataError, FileError
 
+StrPath: TypeAlias = str | os.PathLike[str]
+
 _IN_USE = 5, 32  # ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION
 _PATIENCE_S = 2.0
 """Longer than a reader takes for a file of ours, or a virus scanner for a new one."""
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: StrPath) -> str:
     """Read a UTF-8 text file, ``-`` for stdin."""
     try:
         with click.open_file(path, encoding="utf-8") as file:
@@ -57,13 +60,7 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(value, enc_hook=encode, order="sorted")).hexdigest()
 
 
-def write_atomically(
-    path: str | os.PathLike[str],
-    content: str | bytes,
-    *,
-    mode: int = 0o666,
-    name: str | os.PathLike[str] | None = None,
-) -> None:
+def write_atomically(path: StrPath, content: str | bytes, *, mode: int = 0o666, name: StrPath | None = None) -> None:
     """Write a file, of a mode that the umask narrows; after a failure the old one is still there, and no other.
 
     An error calls it ``name``, if not by its path. A process that is killed meanwhile leaves a hidden ``.NAME.*.tmp``
@@ -90,13 +87,7 @@ def write_atomically(
         raise
 
 
-def write_pair(
-    path: str | os.PathLike[str],
-    text: str,
-    beside: str | os.PathLike[str],
-    content: bytes,
-    waiting: str | os.PathLike[str],
-) -> None:
+def write_pair(path: StrPath, text: str, beside: StrPath, content: bytes, waiting: StrPath) -> None:
     """Write a file and the one beside it that it names; after a failure the old ones are still there, and no others.
 
     Wherever the process is killed, one pair is whole, the old or the new: until the first file names what is written,
@@ -110,8 +101,10 @@ def write_pair(
     try:
         write_atomically(path, text)
     except BaseException:
-        # Ctrl-C may land right behind the replacement, and be raised as if it had failed.
-        if _holds(path, text):
+        is_written = False
+        with contextlib.suppress(OSError):  # Ctrl-C may land right behind the replacement, as if that had failed
+            is_written = Path(path).read_bytes() == text.encode("utf-8")
+        if is_written:
             replace(waiting, beside)
         else:
             with contextlib.suppress(OSError):
@@ -123,7 +116,7 @@ def write_pair(
         raise write_error(beside, error) from error
 
 
-def replace(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def replace(source: StrPath, target: StrPath) -> None:
     """``os.replace``, with the patience that Windows asks for: it replaces no file that anybody reads just now."""
     end = time.monotonic() + _PATIENCE_S
     while True:
@@ -136,7 +129,7 @@ def replace(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
             time.sleep(0.02)
 
 
-def write_error(path: str | os.PathLike[str], error: OSError) -> FileError:
+def write_error(path: StrPath, error: OSError) -> FileError:
     """Return the error that names a file which cannot be written, and says what to do."""
     return FileError(
         f"cannot write {os.fspath(path)!r} ({error.strerror or error}); check its permissions and the space left, or "
@@ -144,14 +137,6 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> FileError:
     )
 
 
-def _check_regular(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+def _check_regular(target: StrPath, path: StrPath) -> None:
     if os.path.exists(target) and not os.path.isfile(target):
         raise FileError(f"{os.fspath(path)!r} is not a regular file; choose another name")
-
-
-def _holds(path: str | os.PathLike[str], text: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read() == text.encode("utf-8")
-    except OSError:
-        return False

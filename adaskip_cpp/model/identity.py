@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import IO
 
 from ..errors import ModelFileError, ProfileMismatchError
+from ..files import StrPath
 
 _MIB = 1 << 20
 _BLOCK = 64 << 10
@@ -47,7 +48,7 @@ class ModelInfo:
         self,
         loaded: "ModelInfo",
         what: str,
-        name: str | os.PathLike[str],
+        name: StrPath,
         way_out: str = "calibrate the model as it is loaded here, or load it as it was calibrated",
     ) -> None:
         """Refuse what was made for this model, as ``the plan``, where another one is loaded, from the file ``name``."""
@@ -77,7 +78,7 @@ def override_words(overrides: Mapping[str, object] | None) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in sorted((overrides or {}).items()))
 
 
-def model_files(path: str | os.PathLike[str]) -> tuple[str, ...]:
+def model_files(path: StrPath) -> tuple[str, ...]:
     """Return all files of a model: ``X-00001-of-00003.gguf`` and the two others, or the one."""
     split = _SPLIT.fullmatch(os.fspath(path))
     if split is None or not 1 <= int(split[2]) <= int(split[3]):
@@ -85,7 +86,7 @@ def model_files(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(f"{split[1]}-{i + 1:05}-of-{split[3]}.gguf" for i in range(int(split[3])))
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
+def fingerprint(path: StrPath) -> str:
     """Hash enough of a model's files to tell it from any other, in milliseconds for any size.
 
     The hash of a file covers its size, its first and last MiB and 64 blocks of 64 KiB spread evenly over it: header and
@@ -120,7 +121,7 @@ def _digest(path: str) -> bytes:
     return digest.digest()
 
 
-def check_gguf(path: str | os.PathLike[str]) -> None:
+def check_gguf(path: StrPath) -> None:
     """Refuse what is certainly not a GGUF file, each of a model in several, before llama.cpp tries to load it."""
     for name in model_files(path):
         if not os.path.exists(name):
@@ -132,20 +133,20 @@ def check_gguf(path: str | os.PathLike[str]) -> None:
                 raise ModelFileError(f"{name!r} is not a GGUF file; download a .gguf or convert the model to GGUF")
 
 
-def profile_path(model: str | os.PathLike[str]) -> str:
+def profile_path(model: StrPath) -> str:
     return _stem(model) + ".adaskip.json"
 
 
-def plan_path(model: str | os.PathLike[str]) -> str:
+def plan_path(model: StrPath) -> str:
     return _stem(model) + ".adaskip-plan.json"
 
 
-def check_model(made_for: ModelInfo, model: str | os.PathLike[str], name: str) -> None:
+def check_model(made_for: ModelInfo, model: StrPath, name: str) -> None:
     """Refuse a profile or plan, called ``name``, of another model file, before the model is loaded."""
     found = replace(made_for, fingerprint=fingerprint(model))
     made_for.check(found, repr(name), model, f"run `adaskip-cpp tune {os.fspath(model)}`")
 
 
-def _stem(model: str | os.PathLike[str]) -> str:
+def _stem(model: StrPath) -> str:
     path = os.fspath(model)
     return path[: -len(".gguf")] if path.lower().endswith(".gguf") else path

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from ..errors import PlanError, PlanFileError
+from ..files import StrPath
 from . import stored
 from .frontier import Frontier
 from .identity import ModelInfo, check_model, plan_path
@@ -50,7 +51,7 @@ class PlanFile:
         return () if self.plan is None else (self.plan,)
 
 
-def save_plan(path: str | os.PathLike[str], plan: SkipPlan | Frontier, *, model: ModelInfo | None = None) -> None:
+def save_plan(path: StrPath, plan: SkipPlan | Frontier, *, model: ModelInfo | None = None) -> None:
     """Write a plan or a frontier as JSON, its vectors to a file ``.bin`` beside it.
 
     Args:
@@ -64,7 +65,7 @@ def save_plan(path: str | os.PathLike[str], plan: SkipPlan | Frontier, *, model:
     stored.save(path, _FORMAT, FORMAT_VERSION, file)
 
 
-def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None) -> PlanFile:
+def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
     """Read a plan file, of a model where one is named.
 
     Raises:
@@ -87,7 +88,7 @@ def load_plan(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | N
     return found
 
 
-def is_plan_file(path: str | os.PathLike[str]) -> bool:
+def is_plan_file(path: StrPath) -> bool:
     try:
         with open(path, "rb") as file:
             return f'"format": "{_FORMAT}"'.encode() in file.read(256)
@@ -95,7 +96,7 @@ def is_plan_file(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def frontier_beside(model: str | os.PathLike[str]) -> Frontier | None:
+def frontier_beside(model: StrPath) -> Frontier | None:
     """Return the frontier beside a model without its points, and without reading their vectors; None if there is none.
 
     A file that has none, or that cannot be read, counts as none: :func:`plan_beside` tells why.
@@ -107,7 +108,7 @@ def frontier_beside(model: str | os.PathLike[str]) -> Frontier | None:
     return None
 
 
-def plan_beside(model: str | os.PathLike[str]) -> PlanFile:
+def plan_beside(model: StrPath) -> PlanFile:
     name = plan_path(model)
     if not os.path.exists(name):
         raise PlanFileError(f"there is no plan {name!r} beside the model; run `adaskip-cpp tune {os.fspath(model)}`")

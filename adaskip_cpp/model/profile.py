@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ProfileFormatError, ProfileMissingError, ProfileVersionError
+from ..files import StrPath
 from . import stored
 from .arrays import LayerArrays, freeze
 from .cost_model import CostModel
@@ -159,7 +160,7 @@ class ProfileData(LayerArrays):
         """Return plain JSON values, as the file has them, without the vectors and maps."""
         return stored.plain({"format": _FORMAT, "version": FORMAT_VERSION, **vars(self)})[0]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the profile as JSON, its vectors to a file ``.bin`` beside it.
 
         Raises:
@@ -168,7 +169,7 @@ class ProfileData(LayerArrays):
         stored.save(path, _FORMAT, FORMAT_VERSION, self)
 
     @classmethod
-    def load(cls: type[_Self], path: str | os.PathLike[str]) -> _Self:
+    def load(cls: type[_Self], path: StrPath) -> _Self:
         """Read a profile file.
 
         Raises:

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..files import json_text, write_atomically, write_pair
+from ..files import StrPath, json_text, write_atomically, write_pair
 from .arrays import from_bf16
 from .skip_set import KINDS, marked
 
@@ -52,7 +52,7 @@ class _Beside:
     file: str
     sha256: str
 
-    def read(self, path: str | os.PathLike[str]) -> bytes:
+    def read(self, path: StrPath) -> bytes:
         name = self.file
         is_too_long = len(os.fsencode(name)) > _MOST_NAME
         if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or is_too_long:
@@ -123,7 +123,7 @@ def plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
     return msgspec.to_builtins(value, enc_hook=encode), b"".join(parts)
 
 
-def save(path: str | os.PathLike[str], form: str, version: int, value: Any) -> None:
+def save(path: StrPath, form: str, version: int, value: Any) -> None:
     """Write the fields of a dataclass as a JSON file of a format, and its arrays of float32 to the file beside it."""
     target = os.path.realpath(path)
     data, content = plain({"format": form, "version": version, **vars(value)})
@@ -136,7 +136,7 @@ def save(path: str | os.PathLike[str], form: str, version: int, value: Any) -> N
     write_pair(target, text, beside, content, _waiting_path(beside, names.sha256))
 
 
-def load(path: str | os.PathLike[str], kind: type[_T], form: str, version: int) -> _T:
+def load(path: StrPath, kind: type[_T], form: str, version: int) -> _T:
     """Read what :func:`save` wrote."""
     data = load_json(path, form, version)
     beside = msgspec.convert(data.get("vectors"), _Beside | None)
@@ -187,7 +187,7 @@ def _from_lists(value: Any) -> npt.NDArray[np.float64]:
         raise ValueError(str(error)) from error
 
 
-def vectors_path(path: str | os.PathLike[str]) -> str:
+def vectors_path(path: StrPath) -> str:
     """Return the name of the file beside ``X.json`` that holds its arrays, ``X.bin``, be it there or not."""
     name = os.fspath(path)
     return (name[: -len(".json")] if name.lower().endswith(".json") else name) + ".bin"
@@ -199,7 +199,7 @@ def _waiting_path(beside: str, sha256: str) -> str:
     return os.path.join(folder, f".{name}.{re.sub('[^0-9a-f]', '', sha256)[:12]}.new")
 
 
-def load_json(path: str | os.PathLike[str], form: str, version: int) -> dict[str, Any]:
+def load_json(path: StrPath, form: str, version: int) -> dict[str, Any]:
     """Read the JSON file of a format and version alone."""
     try:
         data = numbers_for_nulls(msgspec.json.decode(_read_bounded(path, MOST_JSON)))
@@ -212,7 +212,7 @@ def load_json(path: str | os.PathLike[str], form: str, version: int) -> dict[str
     return data
 
 
-def _read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
+def _read_bounded(path: StrPath, most: int) -> bytes:
     with open(path, "rb") as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PackageMissingError
-from ..files import write_atomically
+from ..files import StrPath, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,7 +128,7 @@ def title(axes: "Axes", text: str) -> None:
     axes.set_title(text, fontsize=TEXT_PT + 1, color=INK, loc="left")
 
 
-def save(fig: "Figure", folder: str | os.PathLike[str], name: str) -> list[Path]:
+def save(fig: "Figure", folder: StrPath, name: str) -> list[Path]:
     """Write a picture as ``name.png`` (200 dpi) and ``name.svg``, on white, into a folder that is made where missing.
 
     The same picture gives the same bytes with the same release of matplotlib. Text in the SVG is drawn as outlines.
