@@ -18,7 +18,6 @@ from ..measuring import corpus
 from ..measuring.cores import is_busy, load_average, physical_cores
 from ..measuring.running import Running, open_quietly
 from ..model.frontier import Frontier
-from ..model.identity import check_gguf
 from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -77,7 +76,6 @@ def bench(
     requests = [each for each in plans.values() if isinstance(each, PlanRequest)]
     predicts = any(each.speedup is not None for each in requests)
     calibrates = profile is None and any(map(learns, requests))
-    check_gguf(model)
     n_ctx = max([N_TOKENS + N_DECODE, *((contexts or (2048,)) if calibrates and predicts else ())])
     with closing(open_quietly(model, n_ctx, running)) as llm:
         if profile is not None:
