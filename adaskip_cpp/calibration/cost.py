@@ -14,10 +14,11 @@ import numpy as np
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import RequestError
+from ..model.arrays import Flags
 from ..model.cost_model import CELLS, Computed, CostModel
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
-from .cost_fit import Group, Runs, Sample, fit
+from .cost_fit import Group, Sample, fit
 
 _MAX_ROUNDS = 12
 _N_DECODE = 12
@@ -160,14 +161,14 @@ class _Measurement:
         """Return the layers of a group whose sublayers run in ubatches without outputs."""
         return tuple(layer for layer in group.layers if layer < self.llm.n_layer_kv - 1)
 
-    def _mixed(self) -> list[Runs]:
+    def _mixed(self) -> list[Flags]:
         """The full model, half of each group left out, and halves of several: where real plans are.
 
         In this order no plan runs an attention that an earlier one left out.
         """
 
-        def halved(runs: Runs, group: Group) -> Runs:
-            fewer: Runs = runs.copy()
+        def halved(runs: Flags, group: Group) -> Flags:
+            fewer: Flags = runs.copy()
             fewer[list(group.layers[::2]), group.kind] = False
             return fewer
 
@@ -177,19 +178,19 @@ class _Measurement:
         result += [halved(runs, group) for runs in result[:: max(len(attention), 1)] for group in ffn]
         return sorted(result, key=lambda runs: -int(runs[:, 0].sum()))
 
-    def _all(self, runs: bool, *, kept: bool = False) -> Runs:
+    def _all(self, runs: bool, *, kept: bool = False) -> Flags:
         """All sublayers that can be skipped run, or none of them; the others always do."""
         flags = np.ones((self.llm.n_layer, 2), np.bool_)
         for group in self.groups:
             flags[list(group.layers), group.kind] = runs or not (group.elidable or kept)
         return flags
 
-    def _only(self, group: Group, layers: Sequence[int], *, kept: bool = False) -> Runs:
+    def _only(self, group: Group, layers: Sequence[int], *, kept: bool = False) -> Flags:
         flags = self._all(False, kept=kept or not group.elidable)
         flags[list(layers), group.kind] = True
         return flags
 
-    def _set_plan(self, prefill: Runs, decode: Runs, *, kept: bool = False) -> None:
+    def _set_plan(self, prefill: Flags, decode: Flags, *, kept: bool = False) -> None:
         none = np.zeros(self.llm.n_layer, np.bool_)
         left = Computed(prefill, ~prefill[:, 0] if kept else none).unread(self.llm.n_layer_kv)
         self._what: dict[Phase, Computed] = {"prefill": left, "decode": Computed(decode, none)}
@@ -200,7 +201,7 @@ class _Measurement:
         else:
             self.llm.set_plan(SkipPlan(of_prompt, of_decode))
 
-    def _prepare(self, prefill: Runs, decode: Runs | None = None, *, kept: bool = False) -> None:
+    def _prepare(self, prefill: Flags, decode: Flags | None = None, *, kept: bool = False) -> None:
         """Set a plan on an empty cache; decode skips what prefill does, or with K and V kept nothing."""
         self.llm.reset()
         as_prefill = self._all(True) if kept else prefill

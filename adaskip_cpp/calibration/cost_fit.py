@@ -3,19 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from ..model.arrays import Flags, Floats
 from ..model.cost_model import CELLS, Computed, PhaseCost
 
 _TOLERANCE = 0.05
 """Relative errors beyond this weigh no more than this one (Huber): something else on the machine disturbed that run."""
 _ITERATIONS = 20
-
-Runs: TypeAlias = npt.NDArray[np.bool_]
-"""Which sublayers run, ``[n_layer, 2]``."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def fit(
     return PhaseCost(n_tokens, float(found[0]), float(found[1]), base, growth, keeping), error
 
 
-def _solve(columns: npt.NDArray[np.float64], free: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.float64], float]:
+def _solve(columns: Floats, free: Flags) -> tuple[Floats, float]:
     """Solve ``columns @ x = 1`` in Huber's sense, x >= 0 except where ``free``."""
     size = np.linalg.norm(columns, axis=0)
     used = size > 0

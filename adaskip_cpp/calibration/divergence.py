@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from ..engine.llama import AdaSkipLlama
 from ..measuring.judge import Judge, Probe, ProbeKind, Scores, probes_of
+from ..model.arrays import Floats
 from ..model.plan import Bulk, SkipPlan
 from ..model.profile import Windows
 from ..model.skip_set import KINDS, SkipSet
@@ -32,7 +32,7 @@ def measure_divergence(
     *,
     layers: Sequence[int] | None = None,
     on_progress: Callable[[float], object] = lambda fraction: None,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+) -> tuple[Floats, Floats]:
     """Return what skipping each sublayer alone in the bulk costs: in continuations, and in copies of the prompt.
 
     Each is float64 ``[n_layer, 2]``, the mean Kullback-Leibler divergence from the whole model in nats per token; NaN
@@ -45,7 +45,7 @@ def measure_divergence(
     first, others = pieces[:1], pieces[1:]
     share = 1 / (1 + len(others) / 2)  # of the time, for the first piece
 
-    def measured(of: Sequence[Sequence[int]], begin: float, part: float) -> npt.NDArray[np.float64]:
+    def measured(of: Sequence[Sequence[int]], begin: float, part: float) -> Floats:
         """Mean divergences of ``which``, ``[2, len(which)]``."""
         request, judge, found = PlanRequest(mode="prompt", strategy="manual", tail=1), Judge(llm, _probes(llm, of)), []
         for done, (layer, kind) in enumerate(which):

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..model.arrays import Floats
 from ..model.statistics import WHOLE
 
 DEFAULT_RANK = 64
@@ -100,9 +101,7 @@ class LinearFit:
         n = int((np.sqrt(4.0 * n_embd * n_embd + 4 * n_numbers) - 2 * n_embd) / 2)  # n² + 2 n n_embd, the basis too
         return max(n, 1)
 
-    def fit(
-        self, rank: int, scale: npt.NDArray[np.float64] | None = None
-    ) -> dict[tuple[int, int], tuple[Matrix, Matrix]]:
+    def fit(self, rank: int, scale: Floats | None = None) -> dict[tuple[int, int], tuple[Matrix, Matrix]]:
         """Return down ``[rank, n_embd]`` and up ``[n_embd, rank]``, float32, of each sublayer with tokens and a scale.
 
         A rank beyond ``n_embd`` counts as that. ``scale`` is s, ``[n_layer, 2]``, NaN where not known; None for 1.
@@ -137,7 +136,7 @@ def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Matrix, Matrix]:
     return down.astype(np.float32), up.astype(np.float32)
 
 
-def _root(second: npt.NDArray[np.float64], ridge: float) -> npt.NDArray[np.float64]:
+def _root(second: Floats, ridge: float) -> Floats:
     """Return L of ``second + ridge I = L Lᵀ``."""
     while True:
         try:
@@ -146,9 +145,7 @@ def _root(second: npt.NDArray[np.float64], ridge: float) -> npt.NDArray[np.float
             ridge *= 10  # sums in float32 may miss being second moments by more than the ridge
 
 
-def _truncated_svd(
-    matrix: npt.NDArray[np.float64], rank: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _truncated_svd(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
     """The ``rank`` largest singular values and their vectors; randomised, as all of them would take minutes."""
     n_columns = min(rank + _OVERSAMPLING, matrix.shape[1])
     basis = matrix @ np.random.default_rng(0).standard_normal((matrix.shape[1], n_columns))

@@ -1,9 +1,9 @@
 """IO similarity, norm ratios and mean vectors of one request, from what the native evaluator delivers per ubatch."""
 
 import numpy as np
-import numpy.typing as npt
 
 from ..engine.native_types import StatisticsBatch
+from ..model.arrays import Floats, Vectors
 from ..model.statistics import PhaseStatistics
 
 _EPS = np.float32(1e-8)
@@ -17,8 +17,8 @@ class RequestStatistics:
         self._shape = (n_layer, 2)
         self._cosine, self._u_sq, self._v_sq = np.zeros((3, *self._shape))
         self._layer_cosine = np.zeros(n_layer)
-        self._ratios: list[npt.NDArray[np.float32]] = []
-        self._vectors: npt.NDArray[np.float64] = np.zeros(())  # u and v, [2, n_layer, 2, n_embd]
+        self._ratios: list[Vectors] = []
+        self._vectors: Floats = np.zeros(())  # u and v, [2, n_layer, 2, n_embd]
         self.n_tokens = 0
 
     def add(self, batch: StatisticsBatch) -> None:

@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ..files import check_output, json_text
+from ..model.arrays import Floats
 from ..model.cost_model import CostModel
 from ..model.mode import MODES
 from ..model.plan import PHASES, TIMED, Phase, SkipPlan
@@ -142,7 +142,7 @@ def _phases(plan: SkipPlan) -> list[tuple[Phase, SkipSet]]:
     return [(phase, plan.skipped(phase)) for phase in PHASES if phase in own]
 
 
-def print_plan(out: Console, chosen: SkipPlan, similarity: npt.NDArray[np.float64] | None = None) -> None:
+def print_plan(out: Console, chosen: SkipPlan, similarity: Floats | None = None) -> None:
     phases = [(name, chosen.decode if name == "decode" else each) for name, each in _phases(chosen)]
     (name, first), *others = phases
     counts = "".join(f", {each.n_skip} in {name}" for name, each in others)

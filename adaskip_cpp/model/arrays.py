@@ -1,10 +1,14 @@
 """What dataclasses of arrays share: checked and read-only copies, equality by content; and BF16."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Flags: TypeAlias = npt.NDArray[np.bool_]
+Vectors: TypeAlias = npt.NDArray[np.float32]
 
 
 class LayerArrays:
@@ -61,12 +65,12 @@ def freeze(instance: object, **arrays: npt.NDArray[Any] | None) -> None:
         object.__setattr__(instance, name, array)
 
 
-def to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+def to_bf16(values: Vectors) -> npt.NDArray[np.uint16]:
     """Return the bits of the nearest BF16, the even one of two: the upper half of a float32, with its whole range."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
 
-def from_bf16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+def from_bf16(bits: npt.NDArray[np.uint16]) -> Vectors:
     return (bits.astype(np.uint32) << 16).view(np.float32)

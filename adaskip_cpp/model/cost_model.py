@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
-from .arrays import LayerArrays, checked, freeze
+from .arrays import Flags, Floats, LayerArrays, checked, freeze
 from .plan import PHASES, Bulk, Phase, SkipPlan
 from .skip_set import SkipSet, marked
 
@@ -74,9 +74,9 @@ class PhaseCost(LayerArrays):
     n_tokens: int
     fixed: float
     fixed_growth: float
-    base: npt.NDArray[np.float64]
-    growth: npt.NDArray[np.float64]
-    kept: npt.NDArray[np.float64]
+    base: Floats
+    growth: Floats
+    kept: Floats
 
     def __post_init__(self) -> None:
         shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
@@ -86,9 +86,7 @@ class PhaseCost(LayerArrays):
             raise ProfileFormatError("the cost model has a time that is no time; calibrate again")
         freeze(self, **arrays)
 
-    def seconds(
-        self, what: "Computed", cells: npt.NDArray[np.float64], n_cells: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
+    def seconds(self, what: "Computed", cells: Floats, n_cells: Floats) -> Floats:
         """Predict ubatches in each of which ``what`` is computed, float64 ``[n]``.
 
         Each attention reads so many of the KV ``cells``, ``[n, n_layer]``, one without a window ``n_cells``, ``[n]``.
@@ -108,9 +106,9 @@ class Computed:
         limit: float64 ``[n_layer]``: KV cells that each attention reads at most; None for the model's own limits.
     """
 
-    runs: npt.NDArray[np.bool_]
-    kept: npt.NDArray[np.bool_]
-    limit: npt.NDArray[np.float64] | None = None
+    runs: Flags
+    kept: Flags
+    limit: Floats | None = None
 
     def unread(self, n_layer_kv: int) -> "Computed":
         """Return what is left of it where nobody reads an output: nothing behind the last K and V that are stored."""
@@ -143,7 +141,7 @@ class CostModel(LayerArrays):
     settings: CostSettings
     prefill: PhaseCost
     decode: PhaseCost
-    limit: npt.NDArray[np.float64]
+    limit: Floats
     n_layer_kv: int
     deepest: int
 
@@ -162,7 +160,7 @@ class CostModel(LayerArrays):
 
     def seconds(
         self,
-        skip: SkipPlan | SkipSet | npt.NDArray[np.bool_] | None,
+        skip: SkipPlan | SkipSet | Flags | None,
         context: int,
         phase: Phase,
         *,
@@ -205,7 +203,7 @@ class CostModel(LayerArrays):
         whole, less = (self.seconds(each, context, phase, cached=cached) for each in (None, plan))
         return whole / less
 
-    def _runs(self, skip: SkipSet | npt.NDArray[np.bool_] | None) -> npt.NDArray[np.bool_]:
+    def _runs(self, skip: SkipSet | Flags | None) -> Flags:
         flags = skip.skip if isinstance(skip, SkipSet) else skip
         runs = np.ones((self.n_layer, 2), np.bool_) if flags is None else ~np.asarray(flags, np.bool_)
         if runs.shape != (self.n_layer, 2):
@@ -215,14 +213,12 @@ class CostModel(LayerArrays):
             )
         return runs
 
-    def _in_bulk(self, runs: npt.NDArray[np.bool_], bulk: Bulk) -> Computed:
+    def _in_bulk(self, runs: Flags, bulk: Bulk) -> Computed:
         blocks = np.ceil((bulk.head + bulk.window_size - 1 + self.prefill.n_tokens) / CELLS)
         narrow = marked(self.n_layer, bulk.windowed, ())[:, 0]
         return Computed(runs, ~runs[:, 0], np.where(narrow, np.minimum(self.limit, blocks * CELLS), self.limit))
 
-    def _prompt(
-        self, runs: npt.NDArray[np.bool_], in_bulk: npt.NDArray[np.bool_], bulk: Bulk | None, start: int, context: int
-    ) -> float:
+    def _prompt(self, runs: Flags, in_bulk: Flags, bulk: Bulk | None, start: int, context: int) -> float:
         """Seconds from a position of a prompt on; all but its bulk runs ``runs``."""
         whole, seconds = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0
         begin, end = bulk.span(start, context - start) if bulk else (0, 0)
@@ -259,16 +255,12 @@ class CostModel(LayerArrays):
         whole += self.decode.fixed + self.decode.base[-1, 1] * what.runs[-1, 1]
         return float(self._between(one, whole, np.array([end - start]))[0])
 
-    def _cells(
-        self, ends: npt.NDArray[np.int_], limit: npt.NDArray[np.float64] | None = None
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def _cells(self, ends: npt.NDArray[np.int_], limit: Floats | None = None) -> tuple[Floats, Floats]:
         """KV cells that each attention reads and one without a window does, behind so many tokens."""
         n_cells = np.ceil(ends / CELLS) * CELLS
         return np.minimum(n_cells[:, None], self.limit if limit is None else limit), n_cells
 
-    def _between(
-        self, one: npt.NDArray[np.float64], whole: npt.NDArray[np.float64], n_tokens: npt.NDArray[np.int_]
-    ) -> npt.NDArray[np.float64]:
+    def _between(self, one: Floats, whole: Floats, n_tokens: npt.NDArray[np.int_]) -> Floats:
         """Seconds of ubatches of ``n_tokens``, interpolated between those of one token and of a whole ubatch."""
         size = self.prefill.n_tokens
         return one + (whole - one) * (n_tokens - 1) / max(size - 1, 1)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ProfileFormatError, ProfileMissingError, ProfileVersionError
 from ..files import StrPath
 from . import stored
-from .arrays import LayerArrays, freeze
+from .arrays import Flags, Floats, LayerArrays, freeze
 from .cost_model import CostModel
 from .identity import ModelInfo
 from .statistics import LinearMaps, PhaseStatistics
@@ -75,8 +74,8 @@ class ProfileData(LayerArrays):
     created: str = ""
     cost: CostModel | None = None
     maps: LinearMaps | None = None
-    divergence: npt.NDArray[np.float64] | None = None
-    copying: npt.NDArray[np.float64] | None = None
+    divergence: Floats | None = None
+    copying: Floats | None = None
     windows: Windows | None = None
     bulk_only: tuple[int, ...] = ()
 
@@ -135,22 +134,22 @@ class ProfileData(LayerArrays):
         return self.model.n_layer
 
     @property
-    def similarity(self) -> npt.NDArray[np.float64]:
+    def similarity(self) -> Floats:
         """float64 ``[n_layer, 2]``: mean IO similarity in prefill, what sublayers are ranked by."""
         return self.prefill.similarity
 
     @property
-    def lost(self) -> npt.NDArray[np.float64] | None:
+    def lost(self) -> Floats | None:
         """float64 ``[n_layer, 2]``: the worse of ``divergence`` and ``copying``; None if they were not measured."""
         return None if self.divergence is None or self.copying is None else np.maximum(self.divergence, self.copying)
 
     @property
-    def in_bulk(self) -> npt.NDArray[np.bool_]:
+    def in_bulk(self) -> Flags:
         """bool ``[n_layer, 2]``: the sublayers that were observed and so can be skipped in the bulk of a prompt."""
         return ~np.isnan(self.similarity)
 
     @property
-    def skippable(self) -> npt.NDArray[np.bool_]:
+    def skippable(self) -> Flags:
         """bool ``[n_layer, 2]``: those of them that can be skipped in every phase."""
         may = self.in_bulk
         may[list(self.bulk_only), 0] = False

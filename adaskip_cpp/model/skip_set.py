@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import CompensationError, PlanError, SublayerRangeError
-from .arrays import LayerArrays, checked, freeze
+from .arrays import Flags, Floats, LayerArrays, Vectors, checked, freeze
 
 Kind: TypeAlias = Literal["attention", "ffn"]
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")
@@ -47,11 +46,11 @@ class SkipSet(LayerArrays):
         CompensationError: a skipped sublayer's scale is not finite or not positive, or its bias or map not finite.
     """
 
-    skip: npt.NDArray[np.bool_]
-    scale: npt.NDArray[np.float64]
-    bias: npt.NDArray[np.float32] | None = None
-    down: npt.NDArray[np.float32] | None = None
-    up: npt.NDArray[np.float32] | None = None
+    skip: Flags
+    scale: Floats
+    bias: Vectors | None = None
+    down: Vectors | None = None
+    up: Vectors | None = None
 
     def __post_init__(self) -> None:
         way_out = "give one row per layer, columns attention and FFN, of a number, a vector or a map per sublayer"
@@ -109,7 +108,7 @@ _PARTS = (("bias", "bias", "median"), ("down", "linear map", "affine"), ("up", "
 """What may stand in besides the scale, what to call it, and a compensation that does without."""
 
 
-def _rows(array: npt.NDArray[np.float32] | None, which: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32] | None:
+def _rows(array: Vectors | None, which: Flags) -> Vectors | None:
     """Copy some sublayers' rows into zeros, which take memory where they are written alone; None without any."""
     if array is None or not which.any():
         return None
@@ -118,7 +117,7 @@ def _rows(array: npt.NDArray[np.float32] | None, which: npt.NDArray[np.bool_]) -
     return rows
 
 
-def marked(n_layer: int, attention: Iterable[SupportsIndex], ffn: Iterable[SupportsIndex]) -> npt.NDArray[np.bool_]:
+def marked(n_layer: int, attention: Iterable[SupportsIndex], ffn: Iterable[SupportsIndex]) -> Flags:
     """Return the flags of listed sublayers, bool ``[n_layer, 2]``."""
     skip, layers = np.zeros((n_layer, 2), np.bool_), f"from 0 to {n_layer - 1}"
     for kind, listed in enumerate((attention, ffn)):
@@ -133,7 +132,7 @@ def marked(n_layer: int, attention: Iterable[SupportsIndex], ffn: Iterable[Suppo
     return skip
 
 
-def ranked(values: npt.NDArray[np.float64]) -> list[int]:
+def ranked(values: Floats) -> list[int]:
     """Return the sublayers by a figure, float64 ``[n_layer, 2]``, smallest first, as indices into the flattened array.
 
     Ties as in the paper: attention before FFN, then the lower layer; NaN comes last.
@@ -142,7 +141,7 @@ def ranked(values: npt.NDArray[np.float64]) -> list[int]:
     return [int(index) for index in np.lexsort((layer.ravel(), kind.ravel(), values.ravel()))]  # last key first
 
 
-def first_ranked(values: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.bool_]:
+def first_ranked(values: Floats, n: int) -> Flags:
     """Return the flags of the first ``n`` sublayers by a figure, as :func:`ranked` has them; both ``[n_layer, 2]``."""
     chosen = np.zeros(values.shape, np.bool_)
     chosen.flat[ranked(values)[:n]] = True

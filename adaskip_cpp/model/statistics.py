@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ProfileFormatError
-from .arrays import LayerArrays, checked, freeze, from_bf16, to_bf16
+from .arrays import Flags, Floats, LayerArrays, Vectors, checked, freeze, from_bf16, to_bf16
 
 FIGURES = ("similarity", "norm_ratio", "median_ratio", "layer_similarity")
 VECTORS = ("mean_u", "mean_v")
@@ -40,12 +39,12 @@ class PhaseStatistics(LayerArrays):
         ProfileFormatError: the arrays' shapes or values are impossible.
     """
 
-    similarity: npt.NDArray[np.float64]
-    norm_ratio: npt.NDArray[np.float64]
-    median_ratio: npt.NDArray[np.float64]
-    layer_similarity: npt.NDArray[np.float64]
-    mean_u: npt.NDArray[np.float32]
-    mean_v: npt.NDArray[np.float32]
+    similarity: Floats
+    norm_ratio: Floats
+    median_ratio: Floats
+    layer_similarity: Floats
+    mean_u: Vectors
+    mean_v: Vectors
     n_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -88,8 +87,8 @@ class LinearMaps(LayerArrays):
         ProfileFormatError: the shapes do not fit each other, or a map has values that are not finite.
     """
 
-    down: npt.NDArray[np.float32]
-    up: npt.NDArray[np.float32]
+    down: Vectors
+    up: Vectors
 
     def __post_init__(self) -> None:
         shapes = {"up": (np.float32, "n_layer 3 n_embd rank"), "down": (np.float32, "n_layer 3 rank n_embd")}
@@ -103,12 +102,12 @@ class LinearMaps(LayerArrays):
         return int(self.up.shape[2])
 
     @property
-    def fitted(self) -> npt.NDArray[np.bool_]:
+    def fitted(self) -> Flags:
         """bool ``[n_layer, 3]``: what has a map."""
         return np.asarray(~np.isnan(self.up).any(axis=(2, 3)))
 
 
-def map_scale(median_ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def map_scale(median_ratio: Floats) -> Floats:
     """Return s, which stands in for a sublayer where its map is blind, from the median ratio of norms, of any shape.
 
     The median ratio keeps the stream's norm where few sublayers are skipped; with many of them s = 1 loses less. Its

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..files import StrPath, json_text, write_atomically, write_pair
-from .arrays import from_bf16
+from .arrays import Floats, from_bf16
 from .skip_set import KINDS, marked
 
 MOST_JSON = 64 << 20
@@ -179,7 +179,7 @@ def from_plain(data: Any, kind: type[_T], content: bytes = b"") -> _T:
     return found
 
 
-def _from_lists(value: Any) -> npt.NDArray[np.float64]:
+def _from_lists(value: Any) -> Floats:
     """Read lists of numbers, or lists of such lists, with null for NaN."""
     try:
         return np.array(msgspec.convert(value, list[list[float | None] | float | None]), np.float64)

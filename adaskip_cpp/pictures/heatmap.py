@@ -6,10 +6,10 @@ By rank, as a few sublayers change the stream a lot and the others little.
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.text import Text
 
+from ..model.arrays import Flags, Floats
 from ..model.skip_set import KIND_NAMES
 
 _CELL = 2
@@ -18,19 +18,13 @@ _CELL = 2
 _ANCHORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
 
 
-def print_heatmap(
-    console: Console, similarity: npt.NDArray[np.float64], skip: npt.NDArray[np.bool_] | None = None
-) -> None:
+def print_heatmap(console: Console, similarity: Floats, skip: Flags | None = None) -> None:
     """Print the IO similarity ``[n_layer, 2]`` of every sublayer; ``x`` marks those of ``skip``."""
     marked = None if skip is None else dict(zip(KIND_NAMES, skip.T, strict=True))
     print_rows(console, dict(zip(KIND_NAMES, similarity.T, strict=True)), marked)
 
 
-def print_rows(
-    console: Console,
-    rows: Mapping[str, npt.NDArray[np.float64]],
-    skip: Mapping[str, npt.NDArray[np.bool_]] | None = None,
-) -> None:
+def print_rows(console: Console, rows: Mapping[str, Floats], skip: Mapping[str, Flags] | None = None) -> None:
     """Print rows of similarities, ``[n_layer]`` each, and a legend.
 
     On a terminal a cell is a colour, elsewhere a digit from 0 (least similar) to 9; ``x`` marks a sublayer of ``skip``,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from ..model.arrays import Floats
 from ..model.frontier import DEFAULT_LOSS, Frontier
 from ..model.plan import SkipPlan
 from ..model.skip_set import KIND_NAMES
@@ -140,9 +140,7 @@ def frontiers(every: Mapping[str, Frontier]) -> "Figure":
     return fig
 
 
-def _draw(
-    axes: "Axes", series: Mapping[str, npt.NDArray[np.float64]], looks: Sequence[plots.Look], y: str, title: str = ""
-) -> None:
+def _draw(axes: "Axes", series: Mapping[str, Floats], looks: Sequence[plots.Look], y: str, title: str = "") -> None:
     """Draw similarities by layer, or by depth where the series differ in length."""
     alike = len({len(values) for values in series.values()}) == 1
     for i, (name, values) in enumerate(series.items()):
@@ -168,7 +166,7 @@ def _scale(*row: "Axes") -> None:
     row[0].set_ylim(low - 0.03 * (1 - low), 1.0 - 0.95 * max(1.0 - high, _CLOSEST))
 
 
-def _finer(similarity: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _finer(similarity: Floats) -> Floats:
     return np.asarray(-np.log10(np.maximum(1.0 - np.asarray(similarity), _CLOSEST)))
 
 

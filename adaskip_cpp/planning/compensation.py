@@ -7,9 +7,9 @@ docs/method.md has the table of them and says why. Where a sublayer has no map, 
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import CompensationError
+from ..model.arrays import Flags, Floats, Vectors
 from ..model.plan import OnlineScale
 from ..model.skip_set import SkipSet
 from ..model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
@@ -32,9 +32,7 @@ class Compensation:
     adds_mean: bool = False
     uses_maps: bool = False
 
-    def skip_set(
-        self, skip: npt.NDArray[np.bool_], statistics: PhaseStatistics, maps: LinearMaps | None = None
-    ) -> SkipSet:
+    def skip_set(self, skip: Flags, statistics: PhaseStatistics, maps: LinearMaps | None = None) -> SkipSet:
         """Return the set that skips ``skip``, bool ``[n_layer, 2]``, compensated from the statistics of one phase.
 
         With maps the phase is the one that they were fitted in.
@@ -54,9 +52,7 @@ class Compensation:
         return SkipSet(skip, scale, error.astype(np.float32), down, up)
 
 
-def _stand_ins(
-    skip: npt.NDArray[np.bool_], mapped: npt.NDArray[np.bool_], scale: npt.NDArray[np.float64], maps: LinearMaps
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _stand_ins(skip: Flags, mapped: Flags, scale: Floats, maps: LinearMaps) -> tuple[Vectors, Vectors]:
     """Return the maps of what is skipped, zeros where there is none; ``scale`` is changed with them.
 
     Where both sublayers of a layer are skipped, the map of the layer stands in for them, as the FFN's.

@@ -7,9 +7,9 @@ measured in the phase that first uses it, but linear maps are fitted on prefill 
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BudgetError, NotSkippableError
+from ..model.arrays import Flags
 from ..model.mode import MODES
 from ..model.plan import Bulk, OnlineStage, SkipPlan
 from ..model.profile import ProfileData
@@ -19,11 +19,7 @@ from .request import PlanRequest
 
 
 def compensated_plan(
-    profile: ProfileData,
-    skip: npt.NDArray[np.bool_],
-    request: PlanRequest,
-    strategy: str,
-    later: Sequence[tuple[int, npt.NDArray[np.bool_]]] = (),
+    profile: ProfileData, skip: Flags, request: PlanRequest, strategy: str, later: Sequence[tuple[int, Flags]] = ()
 ) -> SkipPlan:
     """Make the plan of a chosen skip set, bool ``[n_layer, 2]``, as a request's mode, compensation and stage say.
 
@@ -48,7 +44,7 @@ def compensated_plan(
         threshold = np.sort(profile.similarity[profile.skippable])[-of_decode.sum()]
         online = OnlineStage(threshold=float(threshold), scale=compensation.online)
 
-    def skip_set(each: npt.NDArray[np.bool_], *, first_in_decode: bool) -> SkipSet:
+    def skip_set(each: Flags, *, first_in_decode: bool) -> SkipSet:
         from_decode = first_in_decode and not compensation.uses_maps
         return compensation.skip_set(each, profile.decode if from_decode else profile.prefill, profile.maps)
 
@@ -83,7 +79,7 @@ def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk |
     return Bulk(skip, head=request.head, tail=request.tail, windowed=windowed, window_size=request.look_back)
 
 
-def _of_decode(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.bool_]:
+def _of_decode(profile: ProfileData, request: PlanRequest) -> Flags:
     """Return what mode ``"prompt"`` skips in decode, bool ``[n_layer, 2]``: the first by the paper's ranking."""
     n_max = int(profile.skippable.sum())
     if request.decode > n_max:

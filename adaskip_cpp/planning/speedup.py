@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
+from ..model.arrays import Flags, Floats
 from ..model.cost_model import CostModel
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.profile import ProfileData
@@ -42,7 +42,7 @@ class Goal:
         around = bulk_of(profile, request, SkipSet.none(profile.n_layer))
         return cls(profile.cost, request.speedup, int(request.context), request.faster_phase, around)
 
-    def seconds(self, skip: npt.NDArray[np.bool_] | None) -> float:
+    def seconds(self, skip: Flags | None) -> float:
         """Predict the phase with sublayers skipped; of the full model, which has no bulk to cut off, None."""
         phase = "prefill" if skip is None and self.phase == "bulk" else self.phase
         return self.cost.seconds(skip, self.context, phase, around=self.around)
@@ -51,10 +51,10 @@ class Goal:
     def most_seconds(self) -> float:
         return self.seconds(None) / self.speedup
 
-    def reached(self, skip: npt.NDArray[np.bool_]) -> bool:
+    def reached(self, skip: Flags) -> bool:
         return self.seconds(skip) <= self.most_seconds
 
-    def out_of_reach(self, most: npt.NDArray[np.bool_], strategy: str = "adaskip") -> BudgetError:
+    def out_of_reach(self, most: Flags, strategy: str = "adaskip") -> BudgetError:
         """Return the error that says how far one can go, with ``most`` skipped."""
         full, least, what = self.seconds(None), self.seconds(most), {"bulk": "a prompt"}.get(self.phase, self.phase)
         reachable = math.floor(full / least * 100) / 100
@@ -83,14 +83,14 @@ def smallest_budget(
     raise goal.out_of_reach(most, request.strategy)
 
 
-def seconds_saved(cost: CostModel, context: int, phase: Phase, around: Bulk | None = None) -> npt.NDArray[np.float64]:
+def seconds_saved(cost: CostModel, context: int, phase: Phase, around: Bulk | None = None) -> Floats:
     """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``."""
     alone = np.eye(2 * cost.n_layer, dtype=np.bool_).reshape(-1, cost.n_layer, 2)
     seconds = [cost.seconds(skip, context, phase, around=around) for skip in alone]
     return np.maximum(cost.seconds(None, context, phase, around=around) - np.reshape(seconds, (-1, 2)), 0.0)
 
 
-def cheapest_set(lost: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "efficiency") -> npt.NDArray[np.bool_]:
+def cheapest_set(lost: Floats, goal: Goal, ranking: Ranking = "efficiency") -> Flags:
     """Choose the sublayers, bool ``[n_layer, 2]``, that reach a goal and lose the least.
 
     Args:
@@ -112,7 +112,7 @@ def cheapest_set(lost: npt.NDArray[np.float64], goal: Goal, ranking: Ranking = "
     return skip
 
 
-def _cover(lost: npt.NDArray[np.float64], may: npt.NDArray[np.bool_], goal: Goal) -> npt.NDArray[np.bool_]:
+def _cover(lost: Floats, may: Flags, goal: Goal) -> Flags:
     """Choose a set that reaches the goal and loses little.
 
     Sublayers are taken by the least lost per second saved. Before each of them, the set could also be completed by any
@@ -135,7 +135,7 @@ def _cover(lost: npt.NDArray[np.float64], may: npt.NDArray[np.bool_], goal: Goal
         skip.flat[index] = may.flat[index]
     if goal.reached(skip):
         candidates.append(skip)
-    kept: npt.NDArray[np.bool_] = min(candidates, key=lambda each: float(lost[each].sum())).copy()
+    kept: Flags = min(candidates, key=lambda each: float(lost[each].sum())).copy()
     for index in np.flatnonzero(kept)[np.argsort(-lost[kept], kind="stable")]:
         kept.flat[index] = False
         kept.flat[index] = not goal.reached(kept)

@@ -12,9 +12,9 @@ from functools import partial, wraps
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BudgetError, PlanError
+from ..model.arrays import Flags, Floats
 from ..model.mode import MODES
 from ..model.plan import SkipPlan
 from ..model.profile import ProfileData
@@ -86,9 +86,7 @@ def adaskip(profile: ProfileData, request: PlanRequest) -> SkipPlan:
     return compensated_plan(profile, skip, request, "adaskip")
 
 
-def _fastest(
-    profile: ProfileData, lost: npt.NDArray[np.float64], request: PlanRequest
-) -> tuple[npt.NDArray[np.bool_], PlanRequest]:
+def _fastest(profile: ProfileData, lost: Floats, request: PlanRequest) -> tuple[Flags, PlanRequest]:
     """Choose what reaches a speed-up: the sublayers to skip, and the request with a number of windowed attentions."""
     windows, divergence = profile.windows, profile.divergence
     numbers = {request.windowed or 0}
@@ -111,7 +109,7 @@ def _fastest(
     return skip, this
 
 
-def what_is_lost(profile: ProfileData, request: PlanRequest) -> npt.NDArray[np.float64]:
+def what_is_lost(profile: ProfileData, request: PlanRequest) -> Floats:
     """Return what skipping each sublayer loses, float64 ``[n_layer, 2]``, NaN where it cannot be skipped.
 
     That is 1 less its similarity, or in mode ``"prompt"`` what :mod:`adaskip_cpp.calibration.divergence` measured times
