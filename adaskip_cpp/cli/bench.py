@@ -1,7 +1,6 @@
 """``adaskip-cpp bench``: how fast a model is with and without plans, against stock llama-cpp-python."""
 
 import os
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -113,13 +112,13 @@ def bench(
             check_output(plot_to, "--plot")
     err = console(stderr=True)
     requests = _requests(choice)
-    if profile is None and any(map(measure.learns, requests)) and os.path.exists(profile_path(model)):
+    if profile is None and any(map(measure.learns, requests.values())) and os.path.exists(profile_path(model)):
         profile = profile_path(model)
         err.print(f"The profile is {profile}.")
     source = None if profile is None else load_profile(model, profile)
     if source is not None and not requests and not tuned:
         requests = _requests({**choice, "skip": (DEFAULT_N_SKIP,)})
-    plans: dict[str, SkipPlan | PlanRequest | Frontier] = {**_by_name(requests)}
+    plans: dict[str, SkipPlan | PlanRequest | Frontier] = {**requests}
     if tuned and (tuned_plan := (found := plan_beside(model)).frontier or found.plan) is not None:
         plans = {"tuned": tuned_plan, **plans}
     with told_progress("Measuring", still=True, late=True) as on_progress:
@@ -147,7 +146,8 @@ def bench(
         raise result.ended_by
 
 
-def _requests(choice: dict[str, Any]) -> list[PlanRequest]:
+def _requests(choice: dict[str, Any]) -> dict[str, PlanRequest]:
+    """Return what is asked for by its names in tables, numbered where two have one name."""
     budgets = [{"n_skip": n} for n in choice["skip"] or ()] + [{"speedup": ratio} for ratio in choice["speedup"] or ()]
     if choice["strategy"] and not budgets:
         budgets = [{"n_skip": DEFAULT_N_SKIP}]
@@ -155,13 +155,9 @@ def _requests(choice: dict[str, Any]) -> list[PlanRequest]:
     lists = [(layers, ()) for layers in choice["attention"]] + [((), layers) for layers in choice["ffn"]]
     lists += choice["both"]
     wanted += [{"strategy": "manual", "attention": first, "ffn": second} for first, second in lists]
-    return [PlanRequest(mode=choice["mode"], compensation=choice["compensation"], **each) for each in wanted]
-
-
-def _by_name(requests: Iterable[PlanRequest]) -> dict[str, PlanRequest]:
-    """Return requests by their names in tables, numbered where two have one name."""
     named: dict[str, PlanRequest] = {}
-    for request in requests:
+    for each in wanted:
+        request = PlanRequest(mode=choice["mode"], compensation=choice["compensation"], **each)
         n = sum(name.partition(" (")[0] == request.name for name in named)
         named[f"{request.name} ({n + 1})" if n else request.name] = request
     return named
