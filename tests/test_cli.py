@@ -315,7 +315,7 @@ def test_calibrate_writes_a_profile_that_generate_takes(run: Run, tiny: Any, tmp
     assert str(output) in result.stdout and str(output.with_suffix(".bin")) in result.stdout
     profile = Profile.load(output)
     assert (profile.n_requests, profile.n_tokens, profile.corpus) == (4, 80, "text.txt")
-    assert (profile.decode.n_tokens, profile.prefill.n_embd, profile.cost) == (20, N_EMBD, None)
+    assert (profile.decode.n_tokens, profile.prefill.mean_u.shape[2], profile.cost) == (20, N_EMBD, None)
     assert json.loads(run(*args, "--json").stdout)["prefill"] == profile.to_dict()["prefill"]
 
     result = run("generate", tiny(), "-p", "hello", "--profile", output, "--skip", 2, "--max-tokens", 5)

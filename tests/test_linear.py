@@ -325,7 +325,7 @@ def test_the_maps_tell_their_size_and_what_was_fitted() -> None:
     for array in parts.values():
         array[1, 0] = np.nan
     maps = LinearMaps(**parts)
-    assert (maps.n_layer, maps.up.shape[3], maps.n_embd) == (3, 2, 5)
+    assert (maps.n_layer, *maps.up.shape[2:]) == (3, 5, 2)
     assert np.argwhere(~maps.fitted).tolist() == [[1, 0]]
 
 

@@ -1,8 +1,4 @@
-"""Plan files: a plan, or the frontier that `adaskip-cpp tune` found, in JSON, and their vectors in a file beside it.
-
-``X.json`` says what is skipped, for which model, and for a frontier what was measured; :mod:`adaskip_cpp.model.stored`
-says how.
-"""
+"""Plan files: a plan, or the frontier that `adaskip-cpp tune` found, as :mod:`adaskip_cpp.model.stored` has them."""
 
 import contextlib
 import os

@@ -107,12 +107,12 @@ class ProfileData(LayerArrays):
         counts = (self.n_requests, self.n_tokens, self.prefill.n_tokens, self.decode.n_tokens)
         if min(counts) < 1:
             raise ProfileFormatError(f"it has counts of requests or tokens below 1, {counts}; calibrate again")
-        n_embd = self.prefill.n_embd
-        if self.decode.n_embd != n_embd:
+        n_embd, of_decode = (phase.mean_u.shape[2] for phase in (self.prefill, self.decode))
+        if of_decode != n_embd:
             raise ProfileFormatError(
-                f"the vectors' lengths differ, {n_embd} in prefill and {self.decode.n_embd} in decode; calibrate again"
+                f"the vectors' lengths differ, {n_embd} in prefill and {of_decode} in decode; calibrate again"
             )
-        if self.maps is not None and self.maps.n_embd != n_embd:
+        if self.maps is not None and self.maps.up.shape[2] != n_embd:
             raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
 
     @classmethod

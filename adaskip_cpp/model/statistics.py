@@ -9,14 +9,12 @@ import numpy as np
 from ..errors import ProfileFormatError
 from .arrays import Flags, Floats, LayerArrays, Vectors, checked, freeze, from_bf16, to_bf16
 
-FIGURES = ("similarity", "norm_ratio", "median_ratio", "layer_similarity")
-VECTORS = ("mean_u", "mean_v")
 WHOLE = 2
 """The column of a whole layer, where attention and FFN are columns 0 and 1."""
 _SHAPES = {
-    **dict.fromkeys(FIGURES[:3], (np.float64, "n_layer 2")),
+    **dict.fromkeys(("similarity", "norm_ratio", "median_ratio"), (np.float64, "n_layer 2")),
     "layer_similarity": (np.float64, "n_layer"),
-    **dict.fromkeys(VECTORS, (np.float32, "n_layer 2 n_embd")),
+    **dict.fromkeys(("mean_u", "mean_v"), (np.float32, "n_layer 2 n_embd")),
 }
 
 
@@ -51,7 +49,7 @@ class PhaseStatistics(LayerArrays):
         arrays = checked(self, ProfileFormatError, "calibrate again", _SHAPES)
         observed = ~np.isnan(arrays["similarity"])
         for name, array in arrays.items():
-            if name in VECTORS:
+            if array.ndim == 3:
                 possible = np.isfinite(array[observed]).all()
             else:
                 possible = not np.isinf(array).any() and (array.ndim == 1 or (np.isnan(array) != observed).all())
@@ -59,16 +57,11 @@ class PhaseStatistics(LayerArrays):
                 raise ProfileFormatError(f"{name!r} has values that calibration cannot give; calibrate again")
         freeze(self, **arrays)
 
-    @property
-    def n_embd(self) -> int:
-        return int(self.mean_u.shape[2])
-
     @classmethod
     def mean(cls, requests: "Sequence[PhaseStatistics]") -> "PhaseStatistics":
         """Average over requests, each with the same weight whatever its length, as the paper does; sum their tokens."""
-        names = (*FIGURES, *VECTORS)
         means: dict[str, Any] = {
-            name: np.mean([getattr(each, name) for each in requests], axis=0, dtype=np.float64) for name in names
+            name: np.mean([getattr(each, name) for each in requests], axis=0, dtype=np.float64) for name in _SHAPES
         }
         return cls(**means, n_tokens=sum(request.n_tokens for request in requests))
 
@@ -96,10 +89,6 @@ class LinearMaps(LayerArrays):
         freeze(self, **{name: from_bf16(to_bf16(array)) for name, array in arrays.items()})
         if not all(np.isfinite(array[self.fitted]).all() for array in (self.down, self.up)):
             raise ProfileFormatError("the linear maps have values that calibration cannot give; calibrate again")
-
-    @property
-    def n_embd(self) -> int:
-        return int(self.up.shape[2])
 
     @property
     def fitted(self) -> Flags:
