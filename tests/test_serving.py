@@ -430,11 +430,11 @@ def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLl
     served.request = request
     steps = served.generate(tokens(100), temp=0)
     next(steps)
-    request.leave()
+    request.is_left = True
     with pytest.raises(Gone):
         next(steps)
     request = ServedRequest()
-    request.leave()
+    request.is_left = True
     served.request = request
     with pytest.raises(Gone):
         next(served.generate(tokens(900, 5), temp=0))

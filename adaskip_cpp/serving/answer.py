@@ -118,7 +118,7 @@ async def _next(steps: Iterator[dict[str, Any]], request: ServedRequest, sent: S
         while not (await asyncio.wait({step}, timeout=_PING))[0]:
             await sent.event(b": ping\n\n")
     except BaseException:
-        request.leave()
+        request.is_left = True
         await asyncio.gather(step, return_exceptions=True)  # its thread ends first: nobody else may use the model
         raise
     return step.result()

@@ -118,19 +118,17 @@ class Gate:
         client = f"{(scope.get('client') or ('',))[0]}/{getattr(request.body, 'user', None) or ''}"
         work = asyncio.ensure_future(self._in_turn(request, client, sent))
         leaving = asyncio.ensure_future(_left(receive))
-        is_left = True  # by the client, or by the server that stops and has waited long enough
         try:
             await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            is_left = not work.done()
-        finally:
+        finally:  # also where the server stops, and has waited long enough
             leaving.cancel()
             if not work.done():
-                request.leave()
+                request.is_left = True
                 if not request.has_turn:
                     work.cancel()
             # The thread that the model runs in ends first: nothing else may use the model meanwhile.
             await asyncio.wait({work})
-        if not work.cancelled() and (error := work.exception()) is not None and not is_left:
+        if not work.cancelled() and (error := work.exception()) is not None and not request.is_left:
             raise error
 
     async def _in_turn(self, request: ServedRequest, client: str, sent: Sent) -> None:

@@ -1,6 +1,5 @@
 """One request on its way through the server: what it asks, and what became of it."""
 
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ class ServedRequest:
         n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
         received, begun, first, last: when it came, when the model began, when the first token was there, and the last.
         has_turn: whether it has waited its turn.
+        is_left: whether nobody waits for it any more: it stops at the next batch of its prompt, or token of its answer.
     """
 
     body: BaseModel | None = None
@@ -59,15 +59,11 @@ class ServedRequest:
     first: float = 0.0
     last: float = 0.0
     has_turn: bool = False
-    _gone: threading.Event = field(default_factory=threading.Event)
-
-    def leave(self) -> None:
-        """Stop it at the next batch of its prompt or token of its answer; from any thread."""
-        self._gone.set()
+    is_left: bool = False
 
     def check(self) -> None:
         """Raise :class:`Gone` where nobody waits for it any more."""
-        if self._gone.is_set():
+        if self.is_left:
             raise Gone
 
     def token(self, *, is_end: bool) -> None:
