@@ -3,18 +3,16 @@
 import asyncio
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import jinja2
 import msgspec
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Message, Send
 
 from ..errors import AdaSkipError, NativeError, StateError
 from .request import Gone, Refused, ServedRequest
-
-Message: TypeAlias = "MutableMapping[str, Any]"
-Send: TypeAlias = "Callable[[Message], Awaitable[None]]"
 
 STALL = 30.0
 """Seconds that a client may take nothing."""

@@ -8,12 +8,13 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp
 
 from ..errors import RequestError
 from .body import decoded
 from .llama import ServedLlama
 from .metrics import Metrics
-from .middleware import App, Gate, Routes
+from .middleware import Gate, Routes
 from .queue import FairQueue
 from .request import STOPPING, Refused
 
@@ -42,7 +43,7 @@ class _Ids(msgspec.Struct):
     tokens: list[int]
 
 
-def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[App, FairQueue]:
+def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[ASGIApp, FairQueue]:
     """Return the application for a model, and the queue before it.
 
     Args:

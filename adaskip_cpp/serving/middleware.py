@@ -4,24 +4,24 @@ import asyncio
 import hmac
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from .answer import Message, Send, Sent, explained, send_answer
+from .answer import Sent, explained, send_answer
 from .body import SCHEMAS, read_body
 from .llama import ServedLlama
 from .metrics import Metrics
 from .queue import FairQueue
 from .request import Gone, Refused, ServedRequest
 
-Receive: TypeAlias = "Callable[[], Awaitable[Message]]"
-App: TypeAlias = "Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]"
 Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
 """By method and path: from a body to a Response, or to what is answered as JSON."""
 
@@ -56,13 +56,13 @@ class Gate:
         self._key = None if api_key is None else api_key.encode()
         self._most_body = most_body
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        method, path, sent = scope["method"], scope["path"], Sent(send)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked, method, path, sent = Request(scope, receive), scope["method"], scope["path"], Sent(send)
         try:
-            self._admit(path, method, Headers(scope=scope))
-            content = await self._read(Headers(scope=scope), receive)
+            self._admit(path, method, asked.headers)
+            content = await self._read(asked)
             if method == "POST" and path in SCHEMAS:
-                await self._work(scope, content, receive, sent)
+                await self._work(asked, content, sent)
             elif (method, path) in self.routes:
                 route = self.routes[method, path]
                 answer = await run_in_threadpool(route, content) if method == "POST" else route(content)
@@ -74,7 +74,7 @@ class Gate:
                 raise Refused(405, f"{path} is not asked by {method}; see docs/server.md")
             else:
                 raise Refused(404, "there is no such path; see docs/server.md")
-        except Gone:
+        except (Gone, ClientDisconnect):
             pass
         except Exception as error:
             await sent.error(*explained(error))
@@ -95,29 +95,25 @@ class Gate:
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
             raise Refused(401, "wrong or missing API key; send it as Authorization: Bearer KEY", "invalid_api_key")
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+    async def _read(self, asked: Request) -> bytes:
         """Read the body."""
         limit = f"the body has more than {self._most_body:,} bytes; send a shorter prompt, or start with a larger --ctx"
-        length = headers.get("content-length", "")
+        length = asked.headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most_body:
             raise Refused(413, limit)
         content = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Gone
-            content += message.get("body", b"")
+        async for chunk in asked.stream():
+            content += chunk
             if len(content) > self._most_body:
                 raise Refused(413, limit)
-            if not message.get("more_body"):
-                return bytes(content)
+        return bytes(content)
 
-    async def _work(self, scope: MutableMapping[str, Any], content: bytes, receive: Receive, sent: Sent) -> None:
+    async def _work(self, asked: Request, content: bytes, sent: Sent) -> None:
         """Have the model work for a request in its turn; where the client leaves, it stops."""
-        request = await run_in_threadpool(read_body, scope["path"], content)
-        client = f"{(scope.get('client') or ('',))[0]}/{getattr(request.body, 'user', None) or ''}"
+        request = await run_in_threadpool(read_body, asked.scope["path"], content)
+        client = f"{asked.client.host if asked.client else ''}/{getattr(request.body, 'user', None) or ''}"
         work = asyncio.ensure_future(self._in_turn(request, client, sent))
-        leaving = asyncio.ensure_future(_left(receive))
+        leaving = asyncio.ensure_future(_left(asked.receive))
         try:
             await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:  # also where the server stops, and has waited long enough

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.server import HANDLED_SIGNALS
 
 from ..errors import DataError
-from .middleware import App
 from .queue import FairQueue
 
 GRACE = 30
@@ -38,7 +38,7 @@ class _Server(uvicorn.Server):
 
 
 def run(
-    app: App, queue: FairQueue, listener: socket.socket, *, on_ready: Callable[[], None], on_end: Callable[[], None]
+    app: ASGIApp, queue: FairQueue, listener: socket.socket, *, on_ready: Callable[[], None], on_end: Callable[[], None]
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; the running answer then has :data:`GRACE` seconds to end, ``on_end`` its time."""
     config = uvicorn.Config(
