@@ -21,7 +21,6 @@ from ..engine.llama import AdaSkipLlama, Rows
 from ..errors import RequestError
 from ..files import content_hash
 from ..model.plan import Phase
-from .embedder import embed, open_embedder
 from .logprobs import Logprobs
 from .plans import Plans, plan_key
 from .prefix_cache import PrefixCache, n_common
@@ -32,6 +31,8 @@ _WORTH_KEEPING = 32
 
 Behind 4,000 tokens of SmolLM2, 2 threads of an AMD EPYC, reading as many takes 440 ms, and copying the state, 92 MB,
 53 ms."""
+_MOST_EMBEDDED = 2048
+"""Tokens of a text to embed: it is one ubatch, whose memory grows with its square."""
 
 
 class ServedLlama(AdaSkipLlama):
@@ -259,22 +260,32 @@ class ServedLlama(AdaSkipLlama):
 
     def create_embedding(self, input: str | list[str], model: str | None = None) -> Any:
         """As the stock one, by a second context, and one text after another."""
-        request = self.request
-        results = []
-        for text in [input] if isinstance(input, str) else input:
-            request.check()
+        data, n_tokens = [], 0
+        for index, text in enumerate([input] if isinstance(input, str) else input):
+            self.request.check()
             with self._working:
-                self._embedder = self._embedder or open_embedder(self._opening, self.context_size)
-                results.append(embed(self._embedder, text))
-        n_tokens = sum(n for _, n in results)
-        return {
-            "object": "list",
-            "data": [{"object": "embedding", "embedding": each, "index": i} for i, (each, _) in enumerate(results)],
-            "model": self.name,
-            "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
-        }
+                llm = self._embedder = self._embedder or _open_embedder(self._opening, self.context_size)
+                n = len(llm.tokenize(text.encode("utf-8")))
+                if n > llm.n_batch:  # stock embeds its beginning
+                    raise RequestError(f"a text has {n} tokens; at most {llm.n_batch} can be embedded, cut it")
+                answer: Any = llm.create_embedding(text)
+            data.append({**answer["data"][0], "index": index})
+            n_tokens += answer["usage"]["total_tokens"]
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return {"object": "list", "data": data, "model": self.name, "usage": usage}
 
 
 def _pointer(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:
     """Return its bytes as llama.cpp takes them; states of long prompts are too large to be copied more than once."""
     return (ctypes.c_uint8 * len(state)).from_buffer(state)
+
+
+def _open_embedder(options: dict[str, Any], context: int) -> llama_cpp.Llama:
+    """Open a model that was opened with these options, for embeddings: pooled as its file says, else their mean."""
+    size = min(context, _MOST_EMBEDDED)
+    options = {**options, "embedding": True, "n_ctx": size, "n_batch": size, "n_ubatch": size}
+    opened = llama_cpp.Llama(**options)
+    if int(opened.pooling_type()) != llama_cpp.LLAMA_POOLING_TYPE_NONE:
+        return opened
+    opened.close()
+    return llama_cpp.Llama(**options, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)
