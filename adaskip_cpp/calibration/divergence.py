@@ -60,9 +60,8 @@ def measure_divergence(
         if others:
             cheaper = np.argsort(of_first.max(axis=0), kind="stable")[: -(-len(which) // 2)]
             which, of_first = which[cheaper], of_first[:, cheaper]
-            lost[:, which[:, 0], which[:, 1]] = (of_first + len(others) * measured(others, share, 1 - share)) / (
-                1 + len(others)
-            )
+            of_others = measured(others, share, 1 - share)
+            lost[:, which[:, 0], which[:, 1]] = (of_first + len(others) * of_others) / (1 + len(others))
     return lost[0], lost[1]
 
 
