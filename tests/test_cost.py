@@ -62,7 +62,8 @@ class TimedLlama:
         self.limit, self.fixed = np.broadcast_to(np.array(limit, float), self.growth.shape), 2e-4
         self.n_layer, self.n_batch, self.noise, self.now = len(self.base), size, 0.0, 0.0
         self.n_layer_kv, self.kept, self.head = n_layer_kv or self.n_layer, kept, 5e-4
-        self.draft_model, self.readable, self.max_loss = None, (), None
+        self.ctx = self.draft_model = self.max_loss = None
+        self.readable = ()
         self.input_ids = np.zeros(n_ctx, np.intc)
         self.context_params = SimpleNamespace(
             n_ubatch=size, n_threads=2, n_threads_batch=2, flash_attn_type=0, type_k=1, type_v=1, swa_full=swa_full
@@ -153,7 +154,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TimedLlama]
     def make(*arguments: Any, **options: Any) -> TimedLlama:
         llm = TimedLlama(*arguments, **options)
         monkeypatch.setattr(cost, "perf_counter", lambda: llm.now)
-        monkeypatch.setattr(cost, "_synchronize", lambda llm: None)
+        monkeypatch.setattr(cost.llama_cpp, "llama_synchronize", lambda ctx: None)
         return llm
 
     yield make

@@ -32,7 +32,7 @@ def measure_cost(
     *,
     contexts: Sequence[int] = (512, 2048, 6144),
     seconds: float = 15.0,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float], object] = lambda fraction: None,
 ) -> CostModel:
     """Measure what each sublayer costs on this machine, which should be idle, with this model's settings.
 
@@ -50,8 +50,7 @@ def measure_cost(
     """
     if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
         raise RequestError(f"cannot measure for {seconds!r} seconds; use a number above 0, such as 15")
-    advance = on_progress or (lambda fraction: None)
-    measurement = _Measurement(llm, tuple(sorted(contexts)), float(seconds), advance)
+    measurement = _Measurement(llm, tuple(sorted(contexts)), float(seconds), on_progress)
     with set_aside(llm):
         return measurement.run()
 
@@ -64,7 +63,7 @@ class _Measurement:
     """
 
     def __init__(
-        self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], None]
+        self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], object]
     ) -> None:
         self.llm, self.seconds, self._contexts, self._on_progress = llm, seconds, contexts, on_progress
         self.groups = _groups(llm)
@@ -214,7 +213,7 @@ class _Measurement:
     def _eval(self, phase: Phase, n_tokens: int, offset: str = "", *, counts: bool = True) -> None:
         start = perf_counter()
         (self.llm.eval_bulk if phase == "prefill" else self.llm.eval_decode)(self._tokens[:n_tokens])
-        _synchronize(self.llm)
+        llama_cpp.llama_synchronize(self.llm.ctx)  # llama_decode returns before a GPU has finished
         end = perf_counter()
         if counts:
             self.samples[phase].append(Sample(self._what[phase], self.llm.n_tokens, end - start, offset))
@@ -248,8 +247,3 @@ def set_aside(llm: AdaSkipLlama) -> Iterator[None]:
             llm.set_plan(plan, readable=readable)
         else:
             llm.set_plan("auto", max_loss=max_loss)
-
-
-def _synchronize(llm: AdaSkipLlama) -> None:
-    """Wait for the devices: ``llama_decode`` returns before a GPU has finished."""
-    llama_cpp.llama_synchronize(llm.ctx)
