@@ -147,7 +147,7 @@ class NativeContext:
         state.similarity, state.norm_ratio, state.scale = (ffi.from_buffer("double[]", row) for row in learned)
         state.added = ffi.from_buffer("uint8_t[]", added)
         self._check(lib.adaskip_get_online(self._ctx, state))
-        ffn = _layers(added)
+        ffn = tuple(np.flatnonzero(added).tolist())
         return OnlineResult(stage.window, state.n_tokens, similarity, norm_ratio, scale, stage.threshold, ffn)
 
     def begin_request(self) -> None:
@@ -156,7 +156,7 @@ class NativeContext:
     def elided_kv(self) -> tuple[int, ...]:
         elided = np.zeros(self.n_layer, np.uint8)
         self._check(lib.adaskip_get_elided_kv(self._ctx, ffi.from_buffer("uint8_t[]", elided), self.n_layer))
-        return _layers(elided)
+        return tuple(np.flatnonzero(elided).tolist())
 
     def set_phase(self, phase: Phase) -> None:
         self._check(lib.adaskip_set_phase(self._ctx, PHASES.index(phase)))
@@ -206,10 +206,6 @@ class NativeContext:
         return min(n, int(position[0]))
 
 
-def _layers(flags: npt.NDArray[np.uint8]) -> tuple[int, ...]:
-    return tuple(int(layer) for layer in np.flatnonzero(flags))
-
-
 def _fill_plan(target: Any, plan: SkipPlan) -> list[Any]:
     """Point an adaskip_plan at the sets of ``plan``; returns what must live as long."""
     prefill, decode = ffi.new("struct adaskip_set *"), ffi.new("struct adaskip_step[]", len(plan.decode_sets))
@@ -243,20 +239,14 @@ def _fill_bulk(target: Any, plan: SkipPlan) -> list[Any]:
 def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
     """Point an adaskip_set at the arrays of ``skip_set``; returns what must live as long."""
     owners: list[npt.NDArray[Any]] = []
-
-    def pointer(values: npt.ArrayLike, c_type: str) -> Any:
-        owners.append(np.ascontiguousarray(values, np.uint8 if c_type == "uint8_t" else np.float32))
-        return ffi.from_buffer(f"{c_type}[]", owners[-1])
-
     target.n_layer = len(skip_set.skip)
-    target.skip, target.scale = pointer(skip_set.skip, "uint8_t"), pointer(skip_set.scale, "float")
-    for name in ("bias", "down", "up"):
+    for name in ("skip", "scale", "bias", "down", "up"):
         if (values := getattr(skip_set, name)) is not None:
-            setattr(target, name, pointer(values, "float"))
-    if skip_set.bias is not None:
-        target.n_embd = skip_set.bias.shape[2]
+            owners.append(np.ascontiguousarray(values, np.uint8 if name == "skip" else np.float32))
+            setattr(target, name, ffi.from_buffer("uint8_t[]" if name == "skip" else "float[]", owners[-1]))
+    target.n_embd = skip_set.n_embd or 0
     if skip_set.down is not None:
-        target.n_rank, target.n_embd = skip_set.down.shape[2:]
+        target.n_rank = skip_set.down.shape[2]
     return owners
 
 
