@@ -244,9 +244,10 @@ def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
         if (values := getattr(skip_set, name)) is not None:
             owners.append(np.ascontiguousarray(values, np.uint8 if name == "skip" else np.float32))
             setattr(target, name, ffi.from_buffer("uint8_t[]" if name == "skip" else "float[]", owners[-1]))
-    target.n_embd = skip_set.n_embd or 0
+    if skip_set.bias is not None:
+        target.n_embd = skip_set.bias.shape[2]
     if skip_set.down is not None:
-        target.n_rank = skip_set.down.shape[2]
+        target.n_rank, target.n_embd = skip_set.down.shape[2:]
     return owners
 
 
