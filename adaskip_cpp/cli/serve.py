@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-from typing import Any
 
 import click
 
@@ -17,18 +16,12 @@ from .terminal import RUNNING, console, model_options, option, verb
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
-class _Size(click.ParamType[int]):
-    """Bytes, as 500M or 2G."""
-
-    name, metavar = "size", "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", str(value).upper())
-        if not found:
-            self.fail(f"{value!r} is no size; use bytes, or as 500M, 2G", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2]])
+def _size(text: str) -> int:
+    """Return the bytes of a size such as 500M or 2G."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.upper())
+    if not found:
+        raise click.BadParameter(f"{text!r} is no size; use bytes, or as 500M, 2G")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @verb(
@@ -61,7 +54,8 @@ class _Size(click.ParamType[int]):
 @option(
     "--cache-size",
     group="What is kept",
-    type=_Size(),
+    metavar="SIZE",
+    type=_size,
     default="2G",
     help="Most that is kept, in memory and in the folder each.",
 )

@@ -200,16 +200,13 @@ class PrefixCache:
 
     def _scan(self, folder: Path) -> None:
         """Take up what is there, the oldest first; what is no whole file of ours is removed."""
-        for path in folder.iterdir():
-            if _LEFT_OVER.fullmatch(path.name):
-                _unlink(path)
         found = []
-        for path in folder.glob(f"*{_SUFFIX}"):
-            entry = _read(path)
-            if entry is None:
-                _unlink(path)
-            else:
+        for path in folder.iterdir():
+            is_ours = path.name.endswith(_SUFFIX)
+            if is_ours and (entry := _read(path)) is not None:
                 found.append((path.stat().st_mtime_ns, entry))
+            elif is_ours or _LEFT_OVER.fullmatch(path.name):
+                _unlink(path)
         self.entries = [entry for _, entry in sorted(found, key=lambda each: each[0])]
         self._bound()
 
