@@ -16,8 +16,8 @@ from adaskip_cpp.tuning.path import find_path
 
 __all__ = ["IDLE", "JUDGED_AT", "TEXTS", "make_small", "write_idle_model"]
 
-JUDGED_AT = 160
-"""Tokens of the prompts that plans are judged on; a copy needs 72 tokens from a quarter on."""
+JUDGED_AT = 192
+"""Tokens of the prompts that plans are judged on; behind half of it too a copy needs 72 tokens from a quarter on."""
 
 IDLE = ((1, "ffn"), (2, "ffn"))
 """Sublayers of the model that add nothing: skipping them loses nothing. Attention 1 adds what attention 2 reads."""

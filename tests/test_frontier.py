@@ -18,9 +18,9 @@ AT = 2048
 """Tokens of the prompts that points are judged on here."""
 
 
-def quality(harm: float, error: float = 0.0, excess: float = 0.0) -> Quality:
+def quality(harm: float, error: float = 0.0, excess: float = 0.0, growth: float = 1.25) -> Quality:
     loss = Interval(harm, harm / 2, harm * 2, 4)
-    return Quality(loss, error, loss, excess, Interval(0.9, 0.8, 1.0, 4), (0.5, 1.5), 4, 400)
+    return Quality(loss, error, loss, excess, Interval(0.9, 0.8, 1.0, 4), (0.5, 1.5), 4, 400, growth)
 
 
 def point(harm: float, speed: float, *ffn: int, copying: float = 0.0, windowed: Any = (), **changes: Any) -> Point:
@@ -76,8 +76,20 @@ def test_what_is_lost_grows_by_a_quarter_with_each_doubling(n_tokens: int, growt
 
 def test_the_worse_kind_of_answer_keeps_the_promise_or_not() -> None:
     copied = point(0.01, 1.5, 3, copying=0.06)
-    assert not copied.keeps(0.05, AT) and copied.keeps(0.06, AT) and copied.harm(AT) == 0.06
-    assert copied.harm(2 * AT) == 0.06 * 1.25
+    assert copied.needs(AT) == copied.harm(AT) == 0.06
+    assert copied.needs(2 * AT) == copied.harm(2 * AT) == 0.06 * 1.25
+
+
+def test_which_kind_is_the_worse_one_depends_on_the_length() -> None:
+    """What grows faster with the prompt is the worse one in long prompts."""
+    steep = replace(point(0.01, 1.5, 3), continuation=quality(0.03, growth=2.0), copying=quality(0.04, growth=1.0))
+    assert [steep.needs(n) for n in (512, AT, 2 * AT, 4 * AT)] == pytest.approx([0.04, 0.04, 0.06, 0.12])
+
+
+@pytest.mark.parametrize("growth", [0.9, 0.0, -2.0, float("nan"), float("inf")])
+def test_a_loss_that_shrinks_with_the_prompt_or_grows_without_end_is_refused(growth: float) -> None:
+    with pytest.raises(PlanError, match="tune again"):
+        quality(0.03, growth=growth)
 
 
 def test_what_is_lost_beyond_chance_counts_besides_the_divergence() -> None:
@@ -87,7 +99,9 @@ def test_what_is_lost_beyond_chance_counts_besides_the_divergence() -> None:
 
 def test_a_mean_that_is_not_certain_keeps_less() -> None:
     assert quality(0.03, error=0.01).needs == pytest.approx(0.046)
-    assert not quality(0.03, error=float("nan")).needs <= 9, "of one text nothing is known"
+    unknown = quality(0.03, error=float("nan"))
+    for kinds in ({"continuation": unknown}, {"copying": unknown}):
+        assert Frontier((replace(SLOW, **kinds),)).choose(AT, 9) is None, "of one text nothing is known"
 
 
 def test_a_plan_that_loses_a_pass_key_keeps_no_promise() -> None:
@@ -177,7 +191,8 @@ def keeps(divergences: np.ndarray, promise: float, by_mean_alone: bool) -> bool:
     mean, error = mean_error(divergences)
     interval = Interval(mean, mean, mean, N_TEXTS)
     return (
-        Quality(interval, 0.0 if by_mean_alone else error, interval, 0.0, interval, (0.0, 0.0), 4, 4).needs <= promise
+        Quality(interval, 0.0 if by_mean_alone else error, interval, 0.0, interval, (0.0, 0.0), 4, 4, 1.0).needs
+        <= promise
     )
 
 

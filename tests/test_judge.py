@@ -267,18 +267,19 @@ def test_a_prompt_too_short_to_copy_from_is_continued_alone() -> None:
     assert [each.kind for each in probes_of(none, "just enough", range(200), (96,))] == ["continuation", "copying"]
 
 
-def test_a_pass_key_is_hidden_at_its_depth_and_asked_for_after_each_prompt(tiny: Tiny, open_model: Open) -> None:
+def test_a_pass_key_is_hidden_at_its_depth_of_the_longest_prompt_and_asked_for_behind_that(
+    tiny: Tiny, open_model: Open
+) -> None:
     llm = open_model(tiny())
     text = [9] * 500
     found = probes_of(llm, "hidden", text, (200, 400), key=("10007", 0.25))
-    assert [each.kind for each in found] == ["continuation", "copying", "retrieval"] * 2
+    assert [each.kind for each in found] == ["continuation", "copying"] * 2 + ["retrieval"]
     stated = tokens_of(llm, "\n\nThe pass key is 10007. Remember it. 10007 is the pass key.\n\n")
-    assert list(found[0].tokens) == text[:50] + stated + text[50:]
-    asked = [each for each in found if each.kind == "retrieval"]
-    for each, n_prompt in zip(asked, (200, 400), strict=True):
-        assert each.n_prompt == n_prompt and list(each.answer) == tokens_of(llm, "\n\nThe pass key is 10007")
-        assert list(each.answer[: each.n_cue]) == tokens_of(llm, "\n\nThe pass key is")[: each.n_cue]
-        assert 1 <= each.n_cue < len(each.answer)
+    assert list(found[0].tokens) == text[:100] + stated + text[100:]
+    asked = found[-1]
+    assert asked.n_prompt == 400 and list(asked.answer) == tokens_of(llm, "\n\nThe pass key is 10007")
+    assert list(asked.answer[: asked.n_cue]) == tokens_of(llm, "\n\nThe pass key is")[: asked.n_cue]
+    assert 1 <= asked.n_cue < len(asked.answer)
 
 
 def test_text_too_short_for_its_longest_prompt_is_refused() -> None:

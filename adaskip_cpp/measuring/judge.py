@@ -228,7 +228,7 @@ def probes_of(
     """Return the probes of a text at several prompt lengths: at each one that continues it and one that copies.
 
     A copy repeats the prompt from a quarter of its length on. ``key`` hides a pass key at a depth, 0 to 1, of the
-    shortest prompt, and asks for it after each prompt. The text needs ``n_continued`` tokens after the last cut.
+    longest prompt, and asks for it behind that. The text needs ``n_continued`` tokens after the last cut.
 
     Raises:
         DataError: the text is too short.
@@ -239,7 +239,7 @@ def probes_of(
     given, question = list(tokens), list[int]()
     if key is not None:
         word, depth = key
-        at = max(round(depth * min(cuts)), 1)
+        at = max(round(depth * max(cuts)), 1)
         sentence = f"\n\nThe pass key is {word}. Remember it. {word} is the pass key.\n\n"
         given[at:at] = tokens_of(tokenizer, sentence)
         question = tokens_of(tokenizer, "\n\nThe pass key is")
@@ -249,7 +249,7 @@ def probes_of(
         copied = whole[cut // 4 : cut // 4 + n_copied]
         if len(copied) > 2 * N_CUE and cut // 4 + n_copied <= cut:
             found.append(Probe(text, "copying", whole, cut, copied, N_CUE))
-        if key is not None:
+        if key is not None and cut == max(cuts):
             stated = tokens_of(tokenizer, f"\n\nThe pass key is {key[0]}")
             n_same = next((i for i, (a, b) in enumerate(zip(question, stated, strict=False)) if a != b), len(question))
             found.append(Probe(text, "retrieval", whole, cut, tuple(stated), n_same))

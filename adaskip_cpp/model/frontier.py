@@ -20,17 +20,8 @@ DEFAULT_LOSS = 0.05
 LEAST_CONTEXT = 512
 """Tokens: shorter prompts run whole, as they have little bulk and take little time."""
 
-GROWTH = 1.25
-"""What a plan loses grows at most so many times where a prompt is twice as long as those it was judged on, with windows
-of the same share of it. A guess from shorter prompts: see docs/method.md."""
-
 ERRORS = 1.6
 """Standard errors that are added to a mean loss before it is compared with a promise."""
-
-
-def growth(judged_at: int, context: int) -> float:
-    """Return how many times what was measured a plan is taken to lose in prompts of ``context`` tokens."""
-    return float(GROWTH ** max(math.log2(context / judged_at), 0.0))
 
 
 @dataclass(frozen=True)
@@ -73,6 +64,11 @@ class Quality:
         agreement: share of tokens for which both find the same token likeliest.
         tails: 99% and 99.9% quantile of the divergence over all tokens.
         n_texts, n_tokens: what was judged.
+        growth: how many times as large the divergence is where a prompt is twice as long, from 1 on: that of all plans
+            of the frontier together, as they are judged at half the length too.
+
+    Raises:
+        PlanError: the growth is no such number.
     """
 
     divergence: Interval
@@ -83,6 +79,11 @@ class Quality:
     tails: tuple[float, float]
     n_texts: int
     n_tokens: int
+    growth: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.growth < 1e6:
+            raise PlanError("of a point of a frontier it is not known how what it loses grows; tune again")
 
     @property
     def harm(self) -> float:
@@ -97,10 +98,12 @@ class Quality:
     def needs(self) -> float:
         """The least promise that it keeps, in nats per token: the harm and :data:`ERRORS` standard errors.
 
+        Infinite where there is one text, of which no error is known.
+
         On four texts the mean alone would break a promise in 4 of 20 choices, and with one standard error 1.5 of 20.
         With 1.6 it is fewer than 1 of 20, as tests/test_frontier.py simulates.
         """
-        return self.harm + ERRORS * self.error
+        return math.inf if math.isnan(self.error) else self.harm + ERRORS * self.error
 
 
 @dataclass(frozen=True)
@@ -129,18 +132,21 @@ class Figures:
             raise PlanError("a point of a frontier was not measured at a number of tokens from 1 on; tune again")
 
     def harm(self, context: int) -> float:
-        """Nats per token that the plan loses after prompts of so many tokens, in the worse kind of answer."""
-        return growth(self.judged_at, context) * max(self.continuation.harm, self.copying.harm)
+        """Nats per token that the plan loses after prompts of so many tokens, in the worse kind of answer.
 
-    @property
-    def needs(self) -> float:
-        """The least promise that it keeps where it was judged, infinite where it loses a pass key."""
-        lost = self.passkeys.plan < self.passkeys.whole
-        return math.inf if lost else max(self.continuation.needs, self.copying.needs)
+        Where prompts are longer than those that it was judged on, that grows by a factor with each doubling: see
+        docs/method.md.
+        """
+        return max(each.harm * self._growth(each, context) for each in (self.continuation, self.copying))
 
-    def keeps(self, max_loss: float, context: int) -> bool:
-        """Whether it keeps a promise in both kinds of answers, and loses no pass key."""
-        return growth(self.judged_at, context) * self.needs <= max_loss
+    def needs(self, context: int) -> float:
+        """Return the least promise that the plan keeps there, infinite where it loses a pass key."""
+        if self.passkeys.plan < self.passkeys.whole:
+            return math.inf
+        return max(each.needs * self._growth(each, context) for each in (self.continuation, self.copying))
+
+    def _growth(self, quality: Quality, context: int) -> float:
+        return float(quality.growth ** max(math.log2(context / self.judged_at), 0.0))
 
     def speedup(self, context: int) -> float:
         """Predicted times as fast at the nearest length that was predicted, by ratio."""
@@ -216,7 +222,7 @@ class Frontier:
         if n_tokens < LEAST_CONTEXT:
             return None
         context = context_for(n_tokens)
-        kept = [each for each in self.points if each.keeps(max_loss, context) and each.speedup(context) > 1.0]
+        kept = [each for each in self.points if each.needs(context) <= max_loss and each.speedup(context) > 1.0]
         return max(kept, key=lambda each: each.speedup(context), default=None)
 
     def readable(self, max_loss: float, most_tokens: int) -> tuple[SkipPlan, ...]:
@@ -225,7 +231,7 @@ class Frontier:
         A cell of the cache that was computed under one of them may be read under any other.
         """
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, context_for(most_tokens).bit_length())]
-        kept = [(each, n) for each in self.points for n in lengths if each.keeps(max_loss, n)]
+        kept = [(each, n) for each in self.points for n in lengths if each.needs(n) <= max_loss]
         return tuple({id(plan): plan for plan in (self._plan(*each) for each in kept)}.values())
 
     def _plan(self, point: Point, context: int) -> SkipPlan:

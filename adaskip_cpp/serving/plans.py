@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..files import content_hash
-from ..model.frontier import LEAST_CONTEXT, Frontier, Point, context_for, growth
+from ..model.frontier import LEAST_CONTEXT, Frontier, Point, context_for
 from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -102,8 +102,8 @@ class Plans:
         context = context_for(n_tokens)
         if speedup <= 1 or n_tokens < LEAST_CONTEXT:
             return 0.0
-        points = [each for each in frontier.points if math.isfinite(each.needs)]
-        kept = [growth(each.judged_at, context) * each.needs for each in points if each.speedup(context) >= speedup]
+        points = [each for each in frontier.points if math.isfinite(each.needs(context))]
+        kept = [each.needs(context) for each in points if each.speedup(context) >= speedup]
         if not kept:
             most = max((each.speedup(context) for each in points), default=1.0)
             raise RequestError(f"no plan is {speedup:g} times as fast at {context} tokens; ask for at most {most:.4g}")

@@ -23,8 +23,8 @@ from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.judge import Judge, Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources
-from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Passkeys, Point, Quality, growth
-from ..model.plan import Bulk, SkipPlan, window_size_for
+from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Point
+from ..model.plan import DEFAULT_TAIL, Bulk, SkipPlan, window_size_for
 from ..model.settings import Settings
 from ..model.skip_set import SkipSet
 from ..planning.modes import compensated_plan
@@ -32,7 +32,7 @@ from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..progress import Stage, progress_bar
 from .exact import FoundSettings, fastest_settings
-from .figures import passkeys_of, quality_of
+from .figures import Judged, quality_of, with_growth
 from .hold_out import HeldOut, hold_out
 from .memo import Memo
 from .path import Candidate, aim, find_path, orders
@@ -215,36 +215,30 @@ class _Tuning:
                 length: find_path(every, lost, partial(planned.seconds, context=length), on_progress=on_progress)
                 for length in (_JUDGED_AT, _LONG)
             }
-        probes = self._probes(llm, held.judge, (_JUDGED_AT,))
+        probes = self._probes(llm, held.judge, (_JUDGED_AT // 2, _JUDGED_AT))
         judge = Judge(llm, probes)
-        each_costs = sum(max(p.n_prompt for p in probes if p.text == name) for name in {p.text for p in probes})
-        each_costs += sum(len(probe.answer) + 64 for probe in probes)
+        each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) + DEFAULT_TAIL for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
-        points: dict[Candidate, Point] = {}
+        found: dict[Candidate, tuple[Point, Judged]] = {}
 
-        def judged(candidate: Candidate) -> Point:
+        def judged(candidate: Candidate) -> tuple[Point, Judged]:
             plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
-
-            def measure() -> tuple[Quality, Quality, Passkeys]:
-                scores = judge(plan)
-                continuation, copying = (quality_of(probes, scores, kind) for kind in ("continuation", "copying"))
-                return continuation, copying, passkeys_of(probes, scores)
-
-            measured = self.memo.get(f"judged {candidate}", tuple[Quality, Quality, Passkeys], measure)
+            one = self.memo.get(f"judged {candidate}", Judged, lambda: Judged.of(probes, judge(plan)))
             speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
-            return Point(_JUDGED_AT, *measured, speedups, plan)
+            return Point(_JUDGED_AT, one.continuation, one.copying, one.passkeys, speedups, plan), one
 
         with self.on_stage("Judging") as on_progress:
             n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before
             left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - n_read
             n_most = max(int(left / each_costs) - 1, 1)  # the whole model reads the texts too
             for promise, (length, path) in product(_AIMS, paths.items()):
-                needs = {i: points[each].needs for i, each in enumerate(path) if each in points}
-                index = aim([each.level for each in path], needs, promise / growth(_JUDGED_AT, length))
-                if index is not None and len(points) < n_most:
-                    points[path[index]] = judged(path[index])
-                    on_progress(len(points) / n_most)
-        return sorted(points.values(), key=lambda each: each.speedup(_LONG))
+                points = with_growth(found)
+                needs = {i: points[each].needs(length) for i, each in enumerate(path) if each in points}
+                index = aim([each.level for each in path], needs, promise)
+                if index is not None and len(found) < n_most:
+                    found[path[index]] = judged(path[index])
+                    on_progress(len(found) / n_most)
+        return sorted(with_growth(found).values(), key=lambda each: each.speedup(_LONG))
 
     def _probes(self, llm: AdaSkipLlama, items: Sequence[TextItem], cuts: Sequence[int]) -> list[Probe]:
         found = []
