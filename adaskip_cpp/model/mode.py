@@ -1,4 +1,4 @@
-"""The modes: in which phases a plan skips the sublayers that were chosen, and how its quality is judged."""
+"""The modes: in which phases a plan skips the sublayers that were chosen."""
 
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, TypeAlias
@@ -14,7 +14,6 @@ class Mode:
         in_bulk: whether only the bulk of a prompt skips the chosen sublayers, and keeps their K and V.
         in_prefill, in_decode: whether all of a prompt, and whether an answer skips them.
         adapts: whether an answer may skip more as it goes on, by an online stage or a schedule.
-        answer_share: the share of a text that is judged: its end, as the answer to the rest. 0: all, as one prompt.
     """
 
     name: ModeName
@@ -23,7 +22,6 @@ class Mode:
     in_prefill: bool = False
     in_decode: bool = False
     adapts: bool = True
-    answer_share: float = 0.0
 
     @property
     def in_prompt(self) -> bool:
@@ -31,9 +29,9 @@ class Mode:
 
 
 _MODES = (
-    Mode("prompt", in_bulk=True, answer_share=0.25),
+    Mode("prompt", in_bulk=True),
     Mode("prefill", in_prefill=True, in_decode=True, adapts=False),
-    Mode("decode", in_decode=True, answer_share=0.5),
+    Mode("decode", in_decode=True),
     Mode("e2e", in_prefill=True, in_decode=True),
 )
 MODES: dict[ModeName, Mode] = {mode.name: mode for mode in _MODES}
