@@ -208,17 +208,37 @@ def test_what_cannot_be_skipped_is_in_no_order(layers: Sequence[int]) -> None:
 # -- which sets are judged -------------------------------------------------------------------------------------------
 
 
+def path_of(*levels: float) -> list[Candidate]:
+    """Each skips an attention more than the one before it."""
+    return [Candidate(attention=tuple(range(i + 1)), level=level) for i, level in enumerate(levels)]
+
+
 def test_the_fastest_set_that_is_expected_to_keep_a_promise_is_judged_first() -> None:
-    levels = (0.01, 0.02, 0.03, 0.06)
-    assert aim(levels, {}, 0.05) == 1, "twice the level is needed until something is known"
-    assert aim(levels, {1: 0.02}, 0.05) == 2, "the second needs its level alone, so the third is expected to"
-    assert aim(levels, {1: 0.02, 2: 0.04}, 0.05) is None, "the fourth is expected to need 0.08"
+    path = path_of(0.01, 0.02, 0.03, 0.06)
+    assert aim(path, {}, 0.05) is path[1], "twice the level is needed until something is known"
+    assert aim(path, {path[1]: 0.02}, 0.05) is path[2], "it needs its level alone, so the third is expected to"
+    assert aim(path, {path[1]: 0.02, path[2]: 0.04}, 0.05) is None, "the fourth is expected to need 0.08"
+
+
+def test_after_a_set_that_breaks_the_promise_a_milder_one_is_judged() -> None:
+    path = path_of(0.01, 0.02, 0.03, 0.06)
+    assert aim(path, {path[2]: 0.06}, 0.05) is path[1]
+    assert aim(path, {path[2]: 0.06, path[1]: 0.05}, 0.05) is None
+
+
+def test_what_is_known_of_another_path_tells_what_to_expect_of_this() -> None:
+    windowed = Candidate(windowed=(7, 8), level=0.04)
+    path = path_of(0.01, 0.02, 0.03)
+    assert aim(path, {windowed: 0.2}, 0.05) is path[0] and aim(path, {windowed: 0.04}, 0.05) is path[2]
 
 
 def test_where_no_set_is_expected_to_keep_a_promise_the_mildest_is_judged() -> None:
-    assert aim((0.01, 0.02), {1: 0.5}, 0.05) == 0 and aim((0.01, 0.02), {0: 0.06}, 0.05) is None
-    assert aim((), {}, 0.05) is None
+    path = path_of(0.01, 0.02)
+    assert aim(path, {path[1]: 0.5}, 0.05) is path[0] and aim(path, {path[0]: 0.06}, 0.05) is None
+    assert aim([], {}, 0.05) is None
 
 
 def test_no_set_is_judged_beyond_one_that_loses_a_pass_key() -> None:
-    assert aim((0.01, 0.02, 0.03), {1: math.inf}, 0.5) == 0
+    path = path_of(0.01, 0.02, 0.03)
+    assert aim(path, {path[1]: math.inf}, 0.5) is path[0]
+    assert aim(path, {Candidate(ffn=(9,), level=0.01): math.inf}, 0.03) is path[0], "it skips another sublayer"

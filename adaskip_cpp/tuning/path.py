@@ -22,7 +22,7 @@ from ..model.skip_set import marked
 Lost: TypeAlias = tuple[float, float]
 """Nats per token that a set loses in continuations and in copies."""
 
-LEVELS = (0.006, 0.009, 0.013, 0.018, 0.025, 0.035, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3)
+LEVELS = tuple(0.006 * 1.2**i for i in range(22))
 """Losses for which the path has a set each, in nats per token."""
 
 SHARES = (8, 4)
@@ -160,29 +160,31 @@ def find_path(
     return path
 
 
-def aim(levels: Sequence[float], needs: Mapping[int, float], promise: float) -> int | None:
+def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: float) -> Candidate | None:
     """Return which set of a path to judge next for a promise, None where those that are judged tell enough.
 
-    That is the fastest that is expected to keep it. What a set needs to be promised is its level, times what the
-    nearest judged one needs in relation to its own level; :data:`_FIRST` before any is judged.
+    That is the fastest that is expected to keep it. What a set needs to be promised is its level, times what the judged
+    one of the nearest level needs in relation to its own; :data:`_FIRST` before any is judged.
 
     Args:
-        levels: of the path's sets, ascending.
-        needs: of the sets that are judged, by index: the least promise that each keeps, infinite for none.
+        path: sets of ascending levels.
+        needs: of the sets that are judged, of this path or of another: the least promise that each keeps, infinite for
+            none.
     """
 
-    def expected(index: int) -> float:
-        if index in needs:
-            return needs[index]
-        if any(math.isinf(need) for i, need in needs.items() if i <= index):
+    def expected(candidate: Candidate) -> float:
+        if candidate in needs:
+            return needs[candidate]
+        if any(math.isinf(need) and _contains(candidate, each) for each, need in needs.items()):
             return math.inf
-        nearest = min(needs, key=lambda i: abs(i - index), default=None)
-        return levels[index] * (_FIRST if nearest is None else needs[nearest] / levels[nearest])
+        known = [each for each, need in needs.items() if math.isfinite(need)]
+        nearest = min(known, key=lambda each: abs(math.log(each.level / candidate.level)), default=None)
+        return candidate.level * (_FIRST if nearest is None else needs[nearest] / nearest.level)
 
-    kept = [index for index in range(len(levels)) if expected(index) <= promise]
+    kept = [candidate for candidate in path if expected(candidate) <= promise]
     if kept and kept[-1] not in needs:
         return kept[-1]
-    return 0 if not kept and levels and 0 not in needs else None
+    return path[0] if not kept and path and path[0] not in needs else None
 
 
 def n_judged(every: Orders) -> int:

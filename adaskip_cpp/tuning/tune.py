@@ -55,8 +55,8 @@ _LONG = 8192
 _SEARCHED_AT = 512
 _N_TEXTS, _N_SEARCHED = 4, 2
 """Held-out texts that plans are judged on, and those that sets are searched by."""
-_AIMS = (0.05, 0.1, 0.02, 0.05, 0.02, 0.1, 0.035, 0.07, 0.2)
-"""Promises for which a plan is judged, one after the other while tokens last. Figures show where to aim next."""
+_AIMS = (0.05, 0.1, 0.02, 0.035, 0.07, 0.2)
+"""Promises for which the fastest plan is looked for, one after the other while tokens last."""
 _N_ROUNDS = 2
 """Times that each prompt is timed at the end."""
 
@@ -217,7 +217,7 @@ class _Tuning:
             }
         probes = self._probes(llm, held.judge, (_JUDGED_AT // 2, _JUDGED_AT))
         judge = Judge(llm, probes)
-        each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) + DEFAULT_TAIL for probe in probes)
+        each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found: dict[Candidate, tuple[Point, Judged]] = {}
 
@@ -227,17 +227,19 @@ class _Tuning:
             speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
             return Point(_JUDGED_AT, one.continuation, one.copying, one.passkeys, speedups, plan), one
 
-        with self.on_stage("Judging") as on_progress:
+        def left() -> int:
             n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before
-            left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - n_read
-            n_most = max(int(left / each_costs) - 1, 1)  # the whole model reads the texts too
+            return MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - n_read
+
+        with self.on_stage("Judging") as on_progress:
+            n_begin = max(left(), 1)
             for promise, (length, path) in product(_AIMS, paths.items()):
-                points = with_growth(found)
-                needs = {i: points[each].needs(length) for i, each in enumerate(path) if each in points}
-                index = aim([each.level for each in path], needs, promise)
-                if index is not None and len(found) < n_most:
-                    found[path[index]] = judged(path[index])
-                    on_progress(len(found) / n_most)
+                while not found or left() >= each_costs:
+                    needs = {each: point.needs(length) for each, point in with_growth(found).items()}
+                    if (candidate := aim(path, needs, promise)) is None:
+                        break
+                    found[candidate] = judged(candidate)
+                    on_progress(1 - max(left(), 0) / n_begin)
         return sorted(with_growth(found).values(), key=lambda each: each.speedup(_LONG))
 
     def _probes(self, llm: AdaSkipLlama, items: Sequence[TextItem], cuts: Sequence[int]) -> list[Probe]:
