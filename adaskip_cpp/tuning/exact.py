@@ -32,7 +32,7 @@ _WARM_UP = 2, 1
 _CLEARLY_SLOWER = 1.5
 """A candidate that takes so many times as long in the first round gets no second one."""
 _MARGIN, _MARGIN_OF_ONE = 0.03, 0.10
-"""A candidate must save this part of a request's time in two rounds, or in one where no tokens are left for more."""
+"""A candidate must save this part of a request's time in its rounds, or in one where no tokens are left for more."""
 _NOT_QUANTIZED = {"0", "1", "32"}
 """``general.file_type`` of F32, F16 and BF16: llama.cpp repacks quantized weights only."""
 _FAILURES = (AdaSkipError, RuntimeError, ValueError, MemoryError, OSError)
@@ -59,7 +59,8 @@ def fastest_settings(
 
     One setting is varied at a time: flash attention, repacking, threads for answers and for prompts, batch size.
     Each candidate is timed in turn with the best settings so far (best, candidate, candidate, best), and replaces them
-    only if it saves 3% of the request's time in both rounds. Of threads it is the time of the phase that they are for.
+    only if it saves 3% of the request's time in both rounds, or in two of three where two disagree. Of threads it is
+    the time of the phase that they are for.
     The model is opened for each turn, and closed before the next. A candidate with which it cannot be opened or run is
     not chosen.
 
@@ -252,8 +253,14 @@ class _Search:
         if len(theirs) > 1:
             ours.append(self._measure(self._best, best_shape))
         ratios = [self._ratio(a, b, change) for a, b in zip(ours, theirs, strict=False)]
-        margin = _MARGIN if len(ratios) > 1 else _MARGIN_OF_ONE
-        chosen = bool(ratios) and max(ratios) < 1 and mean(ratios) <= 1 - margin
+        if len(ratios) > 1 and min(ratios) < 1 < max(ratios) and self._left >= shape.first + best_shape.first:
+            # One of them was disturbed. A third round, between two turns of the best settings, decides.
+            with contextlib.suppress(*_FAILURES):
+                theirs.append(self._measure(candidate, shape))
+                before_and_after = _mean([ours[1], self._measure(self._best, best_shape)])
+                ratios.append(self._ratio(before_and_after, theirs[2], change))
+                theirs = [theirs[ratios.index(median(ratios))]]
+        chosen = _saves_time(ratios)
         self._record(candidate, theirs, chosen=chosen)
         if chosen:
             self._best, self._rates = candidate, _mean(theirs)
@@ -302,6 +309,14 @@ class _Search:
     def _count(self, n: int) -> None:
         self._n_tokens += n
         self._on_progress(min(self._n_tokens / MOST_TOKENS, 1.0), self._words)
+
+
+def _saves_time(ratios: Sequence[float]) -> bool:
+    """Whether rounds agree that a candidate is faster; its times are shares of those of the best settings."""
+    if len(ratios) > 2:
+        return median(ratios) <= 1 - _MARGIN
+    margin = _MARGIN if len(ratios) > 1 else _MARGIN_OF_ONE
+    return bool(ratios) and max(ratios) < 1 and mean(ratios) <= 1 - margin
 
 
 def _mean(rates: Sequence[_Rates]) -> _Rates:
