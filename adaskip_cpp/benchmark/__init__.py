@@ -1,4 +1,1 @@
-"""Measures speed against the stock library, each contender in a process of its own: :func:`measure.bench`.
-
-Imports ``pictures`` and what lies below it.
-"""
+"""Measures speed against the stock library, each contender in a process of its own: :func:`measure.bench`."""

@@ -1,4 +1,1 @@
-"""Runs a model and learns a profile from it: similarity, linear maps, and what each sublayer costs.
-
-Imports ``measuring``, ``planning``, ``engine`` and ``model``.
-"""
+"""Runs a model and learns a profile from it: similarity, linear maps, and what each sublayer costs."""

@@ -11,20 +11,20 @@ from typing import SupportsIndex, TypeAlias
 import numpy as np
 
 from ..engine.llama import AdaSkipLlama
-from ..engine.native_types import StatisticsBatch
+from ..engine.native import StatisticsBatch
 from ..errors import NativeError, RequestError
 from ..measuring import corpus
+from ..model.arrays import Vectors
 from ..model.skip_set import KINDS
 from ..model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
 from ..planning.profile import Profile
 from ..progress import Stage, progress_bar
 from .cost import measure_cost, set_aside
 from .divergence import N_ANSWER, N_PIECES, N_PROMPT, measure_divergence, measure_windows
-from .linear import DEFAULT_RANK, LinearFit, Matrix
+from .linear import DEFAULT_RANK, LinearFit
 from .similarity import RequestStatistics
 
-MAX_DECODED = 20
-"""Requests that are continued in decode, spread evenly over all; as many as the authors use."""
+MAX_DECODED = 20  # requests that are continued in decode, spread evenly over all; as many as the authors use
 
 Request: TypeAlias = "str | Sequence[SupportsIndex]"
 """A text, or token ids."""
@@ -211,7 +211,7 @@ def _to_fit(llm: AdaSkipLlama) -> list[tuple[int, int]]:
     return sorted(found + whole)
 
 
-def _maps(llm: AdaSkipLlama, fitted: dict[tuple[int, int], tuple[Matrix, Matrix]]) -> LinearMaps | None:
+def _maps(llm: AdaSkipLlama, fitted: dict[tuple[int, int], tuple[Vectors, Vectors]]) -> LinearMaps | None:
     """Return the maps as arrays, NaN where there is none; None where requests of one token left nothing to fit on."""
     if not fitted:
         return None

@@ -21,8 +21,7 @@ from ..model.skip_set import KINDS, SkipSet
 from .cost_fit import Group, Sample, fit
 
 _MAX_ROUNDS = 12
-_N_DECODE = 12
-"""Tokens timed per plan and round, behind one that builds the plan's graph and is not counted."""
+_N_DECODE = 12  # tokens timed per plan and round, behind one that builds the plan's graph and is not counted
 _SUBSET = 10
 """Growth with the context is measured on one in so many attentions, so that deep contexts take a tenth of the time."""
 
@@ -36,8 +35,7 @@ def measure_cost(
 ) -> CostModel:
     """Measure what each sublayer costs on this machine, which should be idle, with this model's settings.
 
-    The model's plan is set aside meanwhile and put back at the end, also after an error or Ctrl-C; its KV cache is
-    dropped.
+    The model's plan is put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
 
     Args:
         contexts: at how many tokens of context to time attentions, as far as the model's context and the time allow.

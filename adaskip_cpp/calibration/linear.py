@@ -11,12 +11,12 @@ directions of the first tokens seen, and random ones where these are too few: on
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ..model.arrays import Floats
+from ..engine.native import Activations
+from ..model.arrays import Floats, Vectors
 from ..model.statistics import WHOLE
 
 DEFAULT_RANK = 64
@@ -26,7 +26,6 @@ DEFAULT_RANK = 64
 RIDGE = 1e-3
 """Added to the input's second moments, as a share of its mean variance: it keeps out directions of few tokens."""
 
-Matrix: TypeAlias = npt.NDArray[np.float32]
 _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Martinsson and Tropp 2011)
 
 
@@ -38,10 +37,10 @@ class _Sums:
     stands for ``basisᵀ u``: its part in that many directions, ``basis`` being ``[n_embd, n_sketch]``.
     """
 
-    def __init__(self, u: Matrix, d: Matrix, n_sketch: int) -> None:
+    def __init__(self, u: Vectors, d: Vectors, n_sketch: int) -> None:
         n_embd = u.shape[1]
         self.n = 0
-        self.basis: Matrix | None = None
+        self.basis: Vectors | None = None
         if n_sketch < n_embd:
             drawn = np.random.default_rng(0).standard_normal((n_sketch, n_embd))
             first = np.concatenate([u, drawn])[:n_sketch].astype(np.float64)
@@ -51,7 +50,7 @@ class _Sums:
         self.u, self.d = np.zeros(n_u), np.zeros(n_embd)
         self.uu, self.du = np.zeros((n_u, n_u), np.float32), np.zeros((n_embd, n_u), np.float32)
 
-    def add(self, u: Matrix, d: Matrix) -> None:
+    def add(self, u: Vectors, d: Vectors) -> None:
         u, d = u - self.mean[0], d - self.mean[1]
         u = u if self.basis is None else u @ self.basis
         self.n += len(u)
@@ -72,13 +71,10 @@ class LinearFit:
     most_bytes: int = 2 << 30
     _sums: dict[tuple[int, int], _Sums] = field(default_factory=dict)
 
-    def add(
-        self, activations: Sequence[Sequence[tuple[Matrix, Matrix] | None]], positions: npt.NDArray[np.int32]
-    ) -> None:
+    def add(self, activations: Activations, positions: npt.NDArray[np.int32]) -> None:
         """Add the tokens of one ubatch, without the first of a request.
 
-        ``activations`` are ``[n_layer][2]``: u and v, ``[n_tokens, n_embd]`` each, or None. A sublayer that was not
-        observed, or has a value that is not finite, is left out of this ubatch.
+        A sublayer that was not observed, or has a value that is not finite, is left out of this ubatch.
         """
         later = np.flatnonzero(positions > 0)
         for layer, kind in self.sublayers:
@@ -101,7 +97,7 @@ class LinearFit:
         n = int((np.sqrt(4.0 * n_embd * n_embd + 4 * n_numbers) - 2 * n_embd) / 2)  # n² + 2 n n_embd, the basis too
         return max(n, 1)
 
-    def fit(self, rank: int, scale: Floats | None = None) -> dict[tuple[int, int], tuple[Matrix, Matrix]]:
+    def fit(self, rank: int, scale: Floats | None = None) -> dict[tuple[int, int], tuple[Vectors, Vectors]]:
         """Return down ``[rank, n_embd]`` and up ``[n_embd, rank]``, float32, of each sublayer with tokens and a scale.
 
         A rank beyond ``n_embd`` counts as that. ``scale`` is s, ``[n_layer, 2]``, NaN where not known; None for 1.
@@ -111,7 +107,7 @@ class LinearFit:
         return {where: _fit(sums, rank, scales[where]) for where, sums in known.items()}
 
 
-def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Matrix, Matrix]:
+def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Vectors, Vectors]:
     rest_u, rest_d = sums.u / sums.n, sums.d / sums.n
     first = sums.mean[0] if sums.basis is None else sums.mean[0] @ sums.basis
     mean_u, mean_d = first + rest_u, sums.mean[1] + rest_d

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..engine.native_types import StatisticsBatch
+from ..engine.native import StatisticsBatch
 from ..model.arrays import Floats, Vectors
 from ..model.statistics import PhaseStatistics
 
@@ -51,21 +51,14 @@ class RequestStatistics:
 
         A sublayer whose input or output is zero throughout, or not finite anywhere, counts as not observed.
         """
-        unknown = np.full(self._shape, np.nan)
         similarity = self._cosine / self.n_tokens
         observed = (self._u_sq > 0) & (self._v_sq > 0) & np.isfinite(similarity)
         observed &= np.isfinite(self._u_sq) & np.isfinite(self._v_sq)
-        norm_ratio, median_ratio = unknown.copy(), unknown.copy()
+        norm_ratio, median_ratio = np.full((2, *self._shape), np.nan)
         norm_ratio[observed] = np.sqrt(self._v_sq[observed] / self._u_sq[observed])
         median_ratio[observed] = np.nanmedian(np.concatenate(self._ratios, axis=2)[observed], axis=1)
         layer_similarity = self._layer_cosine / self.n_tokens
+        layer_similarity[~np.isfinite(layer_similarity)] = np.nan
+        similarity[~observed] = np.nan
         mean_u, mean_v = (self._vectors / self.n_tokens).astype(np.float32)
-        return PhaseStatistics(
-            np.where(observed, similarity, np.nan),
-            norm_ratio,
-            median_ratio,
-            np.where(np.isfinite(layer_similarity), layer_similarity, np.nan),
-            mean_u,
-            mean_v,
-            self.n_tokens,
-        )
+        return PhaseStatistics(similarity, norm_ratio, median_ratio, layer_similarity, mean_u, mean_v, self.n_tokens)

@@ -1,4 +1,1 @@
-"""The command line, ``adaskip-cpp``: one module per verb, which reads options, calls and prints.
-
-Imports everything; nothing imports it.
-"""
+"""The command line, ``adaskip-cpp``: one module per verb, which reads options, calls and prints."""

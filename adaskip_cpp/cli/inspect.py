@@ -1,15 +1,14 @@
 """``adaskip-cpp inspect``: what a model is made of, and what can be skipped in it."""
 
 import itertools
-import json
-from dataclasses import asdict
 from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..engine.native_types import Sublayer
+from ..engine.native import Sublayer
+from ..files import json_text
 from ..measuring.running import Running, open_quietly
 from .terminal import console, json_option, model_options, verb
 
@@ -37,7 +36,7 @@ def inspect(model: str, running: Running, as_json: bool) -> None:
         "n_skippable": sum(row.skippable for row in llm.sublayers),
     }
     if as_json:
-        click.echo(json.dumps({**facts, "sublayers": [asdict(row) for row in llm.sublayers]}, indent=1))
+        click.echo(json_text({**facts, "sublayers": llm.sublayers}), nl=False)
     else:
         _print(facts, llm.sublayers)
 

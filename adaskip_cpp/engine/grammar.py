@@ -13,8 +13,7 @@ MOST_REPEATED = 2000
 """Of one element, and repetitions in a grammar: each may or may not be there, and llama.cpp keeps a stack for either.
 Three tokens by 1,000 optional letters in a row took 0.5 s, by 2,000 3.5 s."""
 
-_MOST_PARENTHESES = 200
-"""llama.cpp's parser calls itself for each: tens of thousands overflow its stack."""
+_MOST_PARENTHESES = 200  # llama.cpp's parser calls itself for each: tens of thousands overflow its stack
 
 
 def check_grammar(vocab: Any, grammar: LlamaGrammar) -> None:

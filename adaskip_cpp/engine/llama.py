@@ -7,23 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import AdaSkipError, NativeError, PlanError, StateError
+from ..model.arrays import Vectors
 from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .grammar import check_grammar
-from .native import elide_kv, is_here
-from .native_types import OnlineResult, StatisticsSink
+from .native import OnlineResult, StatisticsSink, elide_kv, is_here
 from .self_describing import SelfDescribingLlama
 
 
 class Rows(Protocol):
     """Takes logits behind consecutive tokens, float32 ``[n, n_vocab]``, a batch at a time."""
 
-    def append(self, logits: npt.NDArray[np.float32], /) -> object: ...
+    def append(self, logits: Vectors, /) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,6 @@ class _InForce:
 
     plan: SkipPlan | None = None
     readable: dict[int, SkipPlan] = field(default_factory=dict)
-
-    def is_as(self, other: "_InForce") -> bool:
-        return self.readable.keys() == other.readable.keys() and self.plan == other.plan
 
 
 class AdaSkipLlama(SelfDescribingLlama):
@@ -64,6 +60,10 @@ class AdaSkipLlama(SelfDescribingLlama):
             True, its default. Which is faster depends on machine, model and batch size; logits differ by rounding.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
 
+    Attributes:
+        frontier: what `adaskip-cpp tune` found, where the model was opened with it.
+        max_loss: the promise that a plan is chosen by for each prompt; None where :meth:`set_plan` was given one plan.
+
     Raises:
         ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
         PlanError: see :meth:`set_plan`.
@@ -82,17 +82,17 @@ class AdaSkipLlama(SelfDescribingLlama):
         **kwargs: Any,
     ) -> None:
         check_gguf(model_path)
-        self._frontier: Frontier | None = None
-        self._max_loss: float | None = None  # what is promised where plans are chosen for each prompt
+        self.frontier: Frontier | None = None
+        self.max_loss: float | None = None
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
             found = plan_beside(model_path)
             plan = found.plan or found.frontier
         if isinstance(plan, Frontier):
-            self._frontier, plan = plan, None
-            self._max_loss = DEFAULT_LOSS if max_loss is None else max_loss
-            if is_here(self._frontier.machine):
-                tuned = self._frontier.settings.to_kwargs()
+            self.frontier, plan = plan, None
+            self.max_loss = DEFAULT_LOSS if max_loss is None else max_loss
+            if is_here(self.frontier.machine):
+                tuned = self.frontier.settings.to_kwargs()
                 tuned_repack = tuned.pop("repack")
                 repack, kwargs = tuned_repack if repack is None else repack, {**tuned, **kwargs}
         self._exact_batches, self._repack = exact_batches, repack is not False
@@ -137,19 +137,9 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     def point(self, n_tokens: int) -> Point | None:
         """Return the point of the frontier that a prompt of so many tokens runs under; None for the whole model."""
-        if self._frontier is None or self._max_loss is None:
+        if self.frontier is None or self.max_loss is None:
             return None
-        return self._frontier.point(n_tokens, self._max_loss)
-
-    @property
-    def frontier(self) -> Frontier | None:
-        """What `adaskip-cpp tune` found, where the model was opened with ``plan="auto"``."""
-        return self._frontier
-
-    @property
-    def max_loss(self) -> float | None:
-        """The promise that a plan is chosen by for each prompt, in nats per token; None where one plan was set."""
-        return self._max_loss
+        return self.frontier.point(n_tokens, self.max_loss)
 
     def set_plan(
         self,
@@ -171,36 +161,33 @@ class AdaSkipLlama(SelfDescribingLlama):
             ProfileMismatchError: a plan was made for another model.
             PlanError: a plan is for another number of layers, names what cannot be skipped
                 (:class:`NotSkippableError`), or counts tokens in a context of several sequences; or a readable plan has
-                a bulk set and the model lacks the KV of some attentions (:class:`ElidedKVError`). The plan in force
-                stays.
+                a bulk set and the model lacks the KV of some attentions (:class:`ElidedKVError`). The old plan stays.
         """
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
-            if self._frontier is None:
+            if self.frontier is None:
                 raise PlanError('there is no frontier to choose from; open the model with plan="auto".')
             # The next prompt sets the plan; a tighter promise may not read what is cached, which that will tell.
-            self._max_loss = DEFAULT_LOSS if max_loss is None else max_loss
+            self.max_loss = DEFAULT_LOSS if max_loss is None else max_loss
             self._requires_eval = True
             return
         self._put_in_force(plan, readable)
-        self._max_loss = None
+        self.max_loss = None
 
     def _choose(self, n_tokens: int) -> None:
         """Where plans are chosen for each prompt, choose the one for a prompt of so many tokens."""
-        if self._frontier is None or self._max_loss is None:
+        if self.frontier is None or self.max_loss is None:
             return
-        plan = self._frontier.choose(n_tokens, self._max_loss)
-        self._put_in_force(plan, self._frontier.readable(self._max_loss, self.context_size))
+        plan = self.frontier.choose(n_tokens, self.max_loss)
+        self._put_in_force(plan, self.frontier.readable(self.max_loss, self.context_size))
 
     def _put_in_force(self, plan: SkipPlan | None, readable: Sequence[SkipPlan]) -> None:
         for each in (*([] if plan is None else [plan]), *readable):
             if not isinstance(each, SkipPlan):
-                raise PlanError(
-                    f"expected a SkipPlan or None, not {type(each).__name__}; see Profile.plan() and SkipPlan."
-                )
+                raise PlanError(f"expected a SkipPlan or None, not {type(each).__name__}; see Profile.plan().")
         native, current = self._adaskip, self._plans[self._adaskip.plan_tag()]
         new = _InForce(plan, self._by_bulk_id(readable, current))
-        if new.is_as(current):
+        if new.readable.keys() == current.readable.keys() and new.plan == current.plan:
             return
         if plan is not None:
             self._check_model(plan)
@@ -274,14 +261,14 @@ class AdaSkipLlama(SelfDescribingLlama):
         """As :meth:`eval`, as tokens of an answer: they count in the online stage and schedule of the last request."""
         self._eval("decode", [int(token) for token in tokens])
 
-    def logits_behind(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits_behind(self, tokens: Sequence[int]) -> Vectors:
         """As :meth:`eval_decode`; return the logits behind each token, float32 ``[len(tokens), n_vocab]``.
 
         Raises:
             StateError: as :meth:`eval`; or statistics of all tokens are collected, which computes no logits.
         """
         self._check_logits()
-        rows: list[npt.NDArray[np.float32]] = []
+        rows: list[Vectors] = []
         self._eval("decode", [int(token) for token in tokens], rows)
         return np.concatenate([np.empty((0, self.n_vocab()), np.float32), *rows])
 
@@ -362,7 +349,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             batches[-1:] = [batches[-1][:-1], batches[-1][-1:]]
         return [(batch, every or (is_last and batch is batches[-1])) for batch in batches]
 
-    def _decode(self, tokens: list[int], *, with_logits: bool) -> npt.NDArray[np.float32]:
+    def _decode(self, tokens: list[int], *, with_logits: bool) -> Vectors:
         """``llama_cpp.Llama.eval`` of one batch with the logits behind every token, or behind none, for KV alone."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._ctx.kv_cache_seq_rm(-1, start, -1)
@@ -466,7 +453,6 @@ class AdaSkipLlama(SelfDescribingLlama):
         What ``sink`` raises ends the evaluation and is raised from it.
 
         Args:
-            sink: called once per ubatch.
             keep_logits: compute logits as ever, so that :meth:`generate` works; the last layer's FFN is then observed
                 for output tokens only.
             vectors: also sum every sublayer's input and output over the tokens.
@@ -501,14 +487,14 @@ class AdaSkipLlama(SelfDescribingLlama):
             "plan": self._plan_opened,
             "exact_batches": self._exact_batches,
             "repack": self._repack,
-            "plan_in_force": (self.plan, self.readable, self._frontier, self._max_loss),
+            "plan_in_force": (self.plan, self.readable, self.frontier, self.max_loss),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         plan, readable, frontier, max_loss = state.pop("plan_in_force")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._put_in_force(plan, readable)
-        self._frontier, self._max_loss = frontier, max_loss
+        self.frontier, self.max_loss = frontier, max_loss
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:

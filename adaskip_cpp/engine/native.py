@@ -1,24 +1,25 @@
-"""The thin cffi layer over native/adaskip.h: types in, arrays out, error codes turned into exceptions.
+"""The thin cffi layer over native/adaskip.h: types in, arrays and plain data out, error codes turned into exceptions.
 
 :mod:`adaskip_cpp.engine.llama` is what people use.
 """
 
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import errors
+from ..model.arrays import Flags, Floats, Vectors
 from ..model.cost_model import CostSettings
 from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
-from ..model.skip_set import KINDS, SkipSet
+from ..model.skip_set import KINDS, Kind, SkipSet
 from .binding import ffi, lib
-from .native_types import Activations, Counters, OnlineResult, StatisticsBatch, StatisticsSink, Sublayer
 
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _WAYS_OUT = {
@@ -29,6 +30,103 @@ _WAYS_OUT = {
     "MEMORY": (errors.NativeError, "free memory, or use a smaller n_ctx, n_ubatch or rank of the maps."),
     "SEQUENCES": (errors.PlanError, "leave it out of the plan, or open the model without embedding=True."),
 }
+
+
+Activations: TypeAlias = Sequence[Sequence[tuple[Vectors, Vectors] | None]]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One sublayer of a model, as found in its compute graph.
+
+    Attributes:
+        in_bulk: whether it can be skipped in the bulk of a prompt, where an attention's K and V are kept.
+        reason: why other phases cannot skip it, "" if it is skippable.
+        shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
+        window: tokens that an attention looks back at, 0 for all.
+        windowable: whether it may be in :attr:`adaskip_cpp.model.plan.Bulk.windowed`.
+    """
+
+    layer: int
+    kind: Kind
+    skippable: bool
+    in_bulk: bool
+    reason: str
+    shape: int
+    window: int
+    windowable: bool
+
+
+@dataclass(frozen=True)
+class StatisticsBatch:
+    """Per-token reductions of one ubatch, u and v being a sublayer's input and output, both with the residual.
+
+    All are NaN where a sublayer or layer was not observed.
+
+    Attributes:
+        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|².
+        layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output.
+        sum_u, sum_v: float32 [n_layer, 2, n_embd]: sums of u and v over the tokens; None if they were not asked for.
+        positions: int32 [n_tokens].
+        activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], None where a sublayer does not see every token;
+            valid until the sink returns. None if they were not asked for.
+    """
+
+    dot: Vectors
+    u_sq: Vectors
+    v_sq: Vectors
+    layer_dot: Vectors
+    sum_u: Vectors | None
+    sum_v: Vectors | None
+    positions: npt.NDArray[np.int32]
+    phase: Phase
+    activations: Activations | None = None
+
+
+StatisticsSink: TypeAlias = Callable[[StatisticsBatch], None]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What can be counted exactly about a context, since it was created.
+
+    Attributes:
+        nodes_full, nodes: of the last graph as llama.cpp built it, and as it was computed.
+        splits: parts of it that run on one device each.
+        kv_bytes: size of the context's memory (KV cache, recurrent state), all devices together.
+        statistics_bytes: read by the host.
+    """
+
+    nodes_full: int
+    nodes: int
+    splits: int
+    graphs_built: int
+    graphs_reused: int
+    kv_bytes: int
+    statistics_bytes: int
+
+
+@dataclass(frozen=True)
+class OnlineResult:
+    """What the online stage learned in one request. The arrays are float64 [n_layer], NaN where not observed.
+
+    Attributes:
+        window: tokens that it observes.
+        n_tokens: that it has observed.
+        similarity: mean IO similarity of each FFN over them.
+        norm_ratio: ||V||_F / ||U||_F over them.
+        scale: what stands in for each FFN if it is added.
+        threshold: FFNs of at least this similarity are skipped.
+        ffn: layers whose FFN was added to the decode set, () while the window is not full.
+    """
+
+    window: int
+    n_tokens: int
+    similarity: Floats
+    norm_ratio: Floats
+    scale: Floats
+    threshold: float
+    ffn: tuple[int, ...]
 
 
 def devices() -> tuple[str, tuple[str, ...]]:
@@ -49,7 +147,7 @@ def _description(device: Any) -> str:
 
 
 @contextmanager
-def elide_kv(skipped: npt.NDArray[np.bool_] | None) -> Iterator[None]:
+def elide_kv(skipped: Flags | None) -> Iterator[None]:
     """Contexts created inside have no KV for the attentions in ``skipped``, bool [n_layer]; None changes nothing."""
     if skipped is not None:
         flags = np.ascontiguousarray(skipped, dtype=np.uint8)
@@ -98,19 +196,12 @@ class NativeContext:
         n = 2 * self.n_layer
         rows = ffi.new("struct adaskip_sublayer[]", n)
         self._check(lib.adaskip_sublayers(self._ctx, rows, n))
-        return tuple(
-            Sublayer(
-                r.layer,
-                KINDS[r.kind],
-                bool(r.skippable),
-                bool(r.in_bulk),
-                ffi.string(r.reason).decode(),
-                r.shape,
-                r.window,
-                bool(r.windowable),
-            )
-            for r in rows
-        )
+
+        def read(row: Any) -> Sublayer:
+            may, reason = (bool(row.skippable), bool(row.in_bulk)), ffi.string(row.reason).decode()
+            return Sublayer(row.layer, KINDS[row.kind], *may, reason, row.shape, row.window, bool(row.windowable))
+
+        return tuple(map(read, rows))
 
     def set_plan(self, plan: SkipPlan | None, tag: int, readable: Sequence[int] = ()) -> None:
         """Sets all that is to be skipped, or on an error nothing; :meth:`plan_tag` tells which plan is in force.
@@ -172,9 +263,7 @@ class NativeContext:
     ) -> None:
         """Hands the statistics of every ubatch to ``sink``; what it raises is kept for :meth:`raise_pending`."""
         if self._callback is not None:
-            raise errors.StateError(
-                "statistics are being collected already; leave the other collect_statistics() first."
-            )
+            raise errors.StateError("statistics are collected already; leave the other collect_statistics() first.")
 
         def keep(kind: Any, value: BaseException, traceback: Any) -> None:
             if self._error is None:
@@ -251,7 +340,7 @@ def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
     return owners
 
 
-def _array(address: Any, *shape: int) -> npt.NDArray[np.float32]:
+def _array(address: Any, *shape: int) -> Vectors:
     return np.frombuffer(ffi.buffer(address, math.prod(shape) * 4), np.float32).reshape(shape)
 
 

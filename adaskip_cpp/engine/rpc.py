@@ -11,8 +11,7 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
-_PATIENCE_S = 20
-"""For a server to answer another process, which loads llama_cpp first."""
+_PATIENCE_S = 20  # for a server to answer another process, which loads llama_cpp first
 
 _added: set[str] = set()
 

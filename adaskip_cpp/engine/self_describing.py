@@ -12,8 +12,7 @@ from llama_cpp.llama import LlamaState
 
 from ..errors import ModelFileError, NativeError, StateError
 from ..model.identity import ModelInfo, fingerprint, override_words
-from .native import NativeContext
-from .native_types import Counters, Sublayer
+from .native import Counters, NativeContext, Sublayer
 
 _ERROR = 4  # ggml_log_level; llama-cpp-python counts otherwise, and without verbose shows warnings, but no error
 
@@ -105,14 +104,9 @@ class SelfDescribingLlama(llama_cpp.Llama):
     @cached_property
     def model_info(self) -> ModelInfo:
         """Its files, LoRA adapter and overrides: what a profile or plan must match."""
-        return ModelInfo(
-            fingerprint(self.model_path),
-            self.metadata.get("general.architecture", "unknown"),
-            self.n_layer,
-            fingerprint(self.lora_path) if self.lora_path else "",
-            float(self.lora_scale) if self.lora_path else 0.0,
-            override_words(self.kv_overrides),
-        )
+        file, architecture = fingerprint(self.model_path), self.metadata.get("general.architecture", "unknown")
+        lora = (fingerprint(self.lora_path), float(self.lora_scale)) if self.lora_path else ("", 0.0)
+        return ModelInfo(file, architecture, self.n_layer, *lora, override_words(self.kv_overrides))
 
     @cached_property
     def sublayers(self) -> tuple[Sublayer, ...]:

@@ -1,4 +1,1 @@
-"""How speed and quality are measured: timing, texts and tasks, scores.
-
-Imports ``engine`` and ``model``.
-"""
+"""How speed and quality are measured: timing, texts and tasks, scores."""

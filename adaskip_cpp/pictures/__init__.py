@@ -1,4 +1,1 @@
-"""Heat maps, curves and strips, in the terminal and as files.
-
-Imports ``model``.
-"""
+"""Heat maps, curves and strips, in the terminal and as files."""

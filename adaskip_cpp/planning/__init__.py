@@ -1,4 +1,1 @@
-"""From what calibration learned and what is wanted to a plan: strategies, modes, compensation, budgets, speed-ups.
-
-Imports ``model``.
-"""
+"""From what calibration learned and what is wanted to a plan: strategies, modes, compensation, budgets, speed-ups."""
