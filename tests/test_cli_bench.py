@@ -185,7 +185,7 @@ def test_of_a_frontier_it_is_the_plan_for_the_longest_context(
     monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
     careful, fast = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([2], [1, 2]))
     points = [point(careful, 0.035, {32: 1.2}, judged_at=32), point(fast, 0.045, {32: 1.5}, judged_at=32)]
-    save_plan(plan_path(tuned_model), frontier(points), model=ModelInfo(fingerprint(tuned_model), "llama", 3))
+    save_plan(plan_path(tuned_model), frontier(points))
     for contexts, chosen in ((32, [1, 2]), ("16,64", [2]), (128, None)):
         result = run(tuned_model, "--tuned", *QUICK, "--contexts", contexts)
         found = {name: skipped(plan)[1] for name, plan in plans(result).items()}

@@ -251,7 +251,7 @@ def test_promises_are_measured_with_and_without_a_profile(
     """With the frontier beside the model, or another one that is named."""
     monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
     model = Path(shutil.copy(tiny(), tmp_path / "m.gguf"))
-    save_plan(plan_path(model), frontier_of(3), model=ModelInfo(fingerprint(model), "llama", 3))
+    save_plan(plan_path(model), frontier_of(3))
     result = run(model=model, profile=None)
     assert result.exit_code == 0, result.output
     found = results()

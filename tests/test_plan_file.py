@@ -173,16 +173,9 @@ def test_a_frontier_comes_back_as_it_was(low: float, tmp_path: Path) -> None:
 
 def test_a_frontier_without_points_comes_back_as_it_was(tmp_path: Path) -> None:
     frontier = replace(make_frontier(), points=())
-    save_plan(tmp_path / "p.json", frontier, model=OTHER_MODEL)
+    save_plan(tmp_path / "p.json", frontier)
     found = load_plan(tmp_path / "p.json")
     assert found.frontier == frontier and found.plans == ()
-    assert json.loads((tmp_path / "p.json").read_text())["model"]["fingerprint"] == OTHER_MODEL.fingerprint
-
-
-def test_a_frontier_without_points_is_refused_for_another_model_too(model: Path, tmp_path: Path) -> None:
-    save_plan(tmp_path / "p.json", replace(make_frontier(), points=()), model=OTHER_MODEL)
-    with pytest.raises(ProfileMismatchError, match="another model"):
-        load_plan(tmp_path / "p.json", model=model)
 
 
 def test_plans_of_several_models_are_no_frontier(tmp_path: Path) -> None:
@@ -271,7 +264,6 @@ AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
         ("format", "adaskip-profile"),
         ("version", 5),
         ("version", 99),
-        ("model", 3),
         ("frontier", {}),
         ("plan", None),
         ("plan", []),
@@ -482,7 +474,7 @@ def test_auto_reads_nothing_but_the_plan(model: Path, open_auto: Any) -> None:
 
 
 def test_auto_runs_the_whole_model_where_nothing_can_be_skipped(model: Path, open_auto: Any) -> None:
-    save_plan(plan_path(model), replace(make_frontier(), points=()), model=make(model).model)
+    save_plan(plan_path(model), replace(make_frontier(), points=()))
     llm = open_auto(model)
     llm.eval([1, 5, 6, 7])
     assert llm.plan is None

@@ -11,7 +11,7 @@ from ..errors import PlanError, PlanFileError
 from ..files import StrPath
 from . import stored
 from .frontier import Frontier
-from .identity import ModelInfo, check_model, plan_path
+from .identity import check_model, plan_path
 from .plan import SkipPlan
 
 FORMAT_VERSION = 6
@@ -22,16 +22,12 @@ _FORMAT = "adaskip-plan"
 class PlanFile:
     """What a plan file holds: one plan, or a frontier to choose from; the other is None.
 
-    Attributes:
-        model: of a frontier without any plan, the model that it is of.
-
     Raises:
         PlanError: there are both or none of the two, or the plans of a frontier are of several models.
     """
 
     plan: SkipPlan | None = None
     frontier: Frontier | None = None
-    model: ModelInfo | None = None
 
     def __post_init__(self) -> None:
         if (self.plan is None) == (self.frontier is None):
@@ -47,17 +43,14 @@ class PlanFile:
         return () if self.plan is None else (self.plan,)
 
 
-def save_plan(path: StrPath, plan: SkipPlan | Frontier, *, model: ModelInfo | None = None) -> None:
+def save_plan(path: StrPath, plan: SkipPlan | Frontier) -> None:
     """Write a plan or a frontier as JSON, its vectors to a file ``.bin`` beside it.
-
-    Args:
-        model: of a frontier without any plan, the model that it is of.
 
     Raises:
         PlanError: the plans of a frontier are of several models.
         OSError: a file cannot be written; what was there before is still there.
     """
-    file = PlanFile(frontier=plan, model=model) if isinstance(plan, Frontier) else PlanFile(plan)
+    file = PlanFile(frontier=plan) if isinstance(plan, Frontier) else PlanFile(plan)
     stored.save(path, _FORMAT, FORMAT_VERSION, file)
 
 
@@ -78,8 +71,7 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
         raise PlanFileError(f"there is no plan file {name!r}; write one with {way_out}") from None
     except (ValueError, RecursionError) as error:  # among them all of msgspec's and our own
         raise PlanFileError(f"{name!r} cannot be used: {error}; write it again with {way_out}") from error
-    made_for = found.plans[0].model if found.plans else found.model
-    if model is not None and made_for is not None:
+    if model is not None and found.plans and (made_for := found.plans[0].model) is not None:
         check_model(made_for, model, name)
     return found
 
