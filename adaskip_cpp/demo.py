@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,8 @@ from .planning.request import PlanRequest
 from .planning.strategies import make_plan
 from .progress import OnProgress, silent
 
-SPEEDUP = 1.4
-"""To the first token, as predicted: what is asked for where nothing else is."""
-N_LENGTH = 2000
-"""Tokens of the prompt that is answered."""
+SPEEDUP = 1.4  # to the first token, as predicted: what is asked for where nothing else is
+N_LENGTH = 2000  # tokens of the prompt that is answered
 N_ANSWER = 64
 WHOLE, PROMPT, PAPERS = "whole model", "prompt mode", "the paper's mode"
 
@@ -39,8 +37,7 @@ _LOSS_PAGES, _LOSS_SOURCES = ("debugger", "string-methods"), ("argparse", "textw
 _N_READ, _N_JUDGED = 512, 128
 """Tokens of each text that are read as a prompt, and those behind them that are judged."""
 _KEY_DEPTHS, _KEY_LENGTH = (0.3, 0.7), 1000
-_N_REQUESTS = 20
-"""A quarter of what `calibrate` takes: half a minute, and the linear maps lose a fifth more."""
+_N_REQUESTS = 20  # a quarter of what `calibrate` takes: half a minute, and the linear maps lose a fifth more
 _N_DECODE = 16
 """Tokens decoded after each calibration request: few, as the plan shown takes its statistics from the prompts."""
 _COST_S = 5.0
@@ -77,7 +74,6 @@ class Side:
             "plan": None if self.plan is None else self.plan.to_dict(),
             "first_token_s": self.first_token_s,
             "token_s": self.token_s,
-            "timings": [asdict(timing) for timing in self.timings],
         }
 
 

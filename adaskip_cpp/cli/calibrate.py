@@ -1,6 +1,5 @@
 """``adaskip-cpp calibrate``: learn a model's profile and write it to a file."""
 
-import json
 import os
 import time
 from dataclasses import replace
@@ -11,7 +10,7 @@ import click
 from ..calibration.calibrate import calibrate as run
 from ..calibration.cost import measure_cost
 from ..calibration.linear import DEFAULT_RANK
-from ..files import check_output, read_text
+from ..files import check_output, json_text, read_text
 from ..measuring import corpus
 from ..measuring.running import Running, open_quietly
 from ..model.stored import vectors_path
@@ -99,7 +98,7 @@ def calibrate(
     profile.save(output)
     elapsed_s = time.monotonic() - start
     if as_json:
-        click.echo(json.dumps({"path": output, **profile.to_dict()}, indent=1))
+        click.echo(json_text({"path": output, **profile.to_dict()}), nl=False)
     elif cost_only:
         told = f"The sublayers were timed anew in {elapsed_s:.0f} s; all else in {output} is as it was."
         console().print(told, soft_wrap=True, markup=False)

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from ..engine.generation import Generation, Message, Timing, chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
-from ..engine.settings import cost_settings
 from ..errors import RequestError
 from ..measuring.running import Running, open_quietly
 from ..model.identity import profile_path
@@ -20,7 +19,7 @@ from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .plan import print_plan
-from .planning import find_plan_source, load_profile, plan_options, print_cost_note, profile_options
+from .planning import PlanSource, load_profile, source_options
 from .report import PHASE_WORDS, first_token_line, skipped_counts, skipped_words
 from .terminal import answer_options, console, is_broken_pipe, option, users_error, verb
 
@@ -38,17 +37,12 @@ of the plan and 3 FFNs that this answer added."""
     example="adaskip-cpp chat model.gguf\nadaskip-cpp chat model.gguf --profile model.adaskip.json --skip 8",
 )
 @click.argument("model")
-@profile_options
-@plan_options
+@source_options
 @option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @answer_options(max_tokens=1024)
 def chat(
     model: str,
-    profile_path: str | None,
-    plan_file: str | None,
-    max_loss: float | None,
-    full: bool,
-    request: PlanRequest | None,
+    source: PlanSource,
     system: str | None,
     max_tokens: int,
     ctx: int,
@@ -62,9 +56,8 @@ def chat(
     line. A speed-up is predicted for a conversation that fills half of --ctx. Without any option that says what to
     skip, plans and settings are those that `adaskip-cpp tune` wrote beside MODEL.
     """
-    chosen = find_plan_source(model, profile_path, plan_file, request, full, max_loss=max_loss)
-    plan = chosen.plan(max(ctx // 2, 1))
-    llm = open_quietly(model, ctx, running, **(chosen.opening(1) if chosen.frontier is not None else {}))
+    plan = source.plan(max(ctx // 2, 1))
+    llm = open_quietly(model, ctx, running, **(source.opening(1) if source.frontier is not None else {}))
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
     if plan is not None:
@@ -72,12 +65,8 @@ def chat(
     if seed is not None:
         llm.set_seed(seed)
     err = console(stderr=True)
-    if chosen.note:
-        err.print(chosen.note, style="dim", markup=False)
-    if chosen.asks_speedup:
-        print_cost_note(err, chosen.profile, cost_settings(llm))
-    request = chosen.request or PlanRequest()
-    Conversation(llm, system, max_tokens, temp, chosen.profile, request, err).run()
+    source.tell(err, llm)
+    Conversation(llm, system, max_tokens, temp, source.profile, source.request or PlanRequest(), err).run()
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """``adaskip-cpp demo``: the whole idea on a small model, in a terminal, in under three minutes."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..demo import N_ANSWER, PAPERS, SPEEDUP, WHOLE, DemoResult, Side, packaged_model, run
-from ..files import check_output
+from ..files import check_output, json_text
 from ..measuring.running import Running, open_quietly
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -53,7 +52,7 @@ def demo(model: str | None, request: PlanRequest | None, running: Running, svg: 
         )
     elapsed_s = time.monotonic() - start
     if as_json:
-        click.echo(json.dumps({"model": path, **result.to_dict()}, indent=1))
+        click.echo(json_text({"model": path, **result.to_dict()}), nl=False)
     else:
         _print_result(out, result, elapsed_s)
     if svg is not None:

@@ -118,11 +118,9 @@ _speed = partial(option, group="Speed")
     help="Wrap questions in the model's chat template, or not.  [default: those of --tasks, if there is one]",
 )
 @_speed(
-    "--rounds", "n_rounds", type=click.IntRange(min=0), default=_DEFAULTS.n_rounds, help="Timings of each; 0 for none."
+    "--rounds", "n_rounds", type=click.IntRange(min=0), default=_DEFAULTS.n_rounds, help="Timings of each; 0: none."
 )
-@_speed(
-    "--speed-context", type=click.IntRange(min=2), help="Prompt to time.  [default: 1024, or what the model allows]"
-)
+@_speed("--speed-context", type=click.IntRange(min=2), help="Prompt to time.  [default: 1024 or what the model allows]")
 @_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: what is needed; with --tasks 8192]")
 @model_options
 @json_option

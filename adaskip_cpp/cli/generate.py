@@ -6,12 +6,10 @@ import click
 
 from ..engine.generation import Generation, chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
-from ..engine.settings import cost_settings
 from ..files import read_text
 from ..measuring.running import Running, open_quietly
 from ..model.mode import MODES
-from ..planning.request import PlanRequest
-from .planning import find_plan_source, plan_options, print_cost_note, profile_options
+from .planning import PlanSource, source_options
 from .report import first_token_line, kv_line, skipped_lines, speed_lines
 from .terminal import RUNNING, answer_options, console, option, verb
 
@@ -27,8 +25,7 @@ _LEAST_LENGTH = 512
 @click.argument("model")
 @option("-p", "--prompt", help="The prompt.")
 @option("-f", "--file", metavar="FILE", help="Read the prompt from a file, - for stdin.")
-@profile_options
-@plan_options
+@source_options
 @option(
     "--chat/--raw",
     group=RUNNING,
@@ -40,11 +37,7 @@ def generate(
     model: str,
     prompt: str | None,
     file: str | None,
-    profile_path: str | None,
-    plan_file: str | None,
-    max_loss: float | None,
-    full: bool,
-    request: PlanRequest | None,
+    source: PlanSource,
     max_tokens: int,
     ctx: int,
     temp: float,
@@ -60,23 +53,16 @@ def generate(
     err = console(stderr=True)
     if (prompt is None) == (file is None):
         raise click.UsageError("give a prompt either with -p or with -f")
-    chosen = find_plan_source(model, profile_path, plan_file, request, full, max_loss=max_loss)
     text = prompt if prompt is not None else read_text(file or "")
-
     length = 1
-    if chosen.asks_speedup:
+    if source.asks_speedup:
         # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
         with closing(open_quietly(model, 256, Running(1, 0), vocab_only=True)) as tokenizer:
             length = max(len(_tokens(tokenizer, text, chat)), 1)
-        if chosen.request is None or MODES[chosen.request.mode].in_bulk:
+        if source.request is None or MODES[source.request.mode].in_bulk:
             length = max(length, _LEAST_LENGTH)
-    opening = chosen.opening(length)
-    if chosen.note:
-        err.print(chosen.note, style="dim", markup=False)
-
-    llm = open_quietly(model, ctx, running, **opening)
-    if chosen.asks_speedup:
-        print_cost_note(err, chosen.profile, cost_settings(llm))
+    llm = open_quietly(model, ctx, running, **source.opening(length))
+    source.tell(err, llm)
     if seed is not None:
         llm.set_seed(seed)
     answer = Generation(llm, _tokens(llm, text, chat), max_tokens=max_tokens, temperature=temp)
@@ -85,7 +71,7 @@ def generate(
     click.echo()
     if answer.timing is None:
         return
-    cost = None if chosen.profile is None else chosen.profile.cost
+    cost = None if source.profile is None else source.profile.cost
     lines = [
         first_token_line(answer.timing, llm.plan, cost, llm.point(answer.timing.n_prompt)),
         *speed_lines(answer.timing),

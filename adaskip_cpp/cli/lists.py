@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-_MOST_LAYERS = 9999
-"""More than any model has: a slip of the finger makes no list that fills the memory."""
+_MOST_LAYERS = 9999  # more than any model has: a slip of the finger makes no list that fills the memory
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only

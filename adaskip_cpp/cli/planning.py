@@ -4,13 +4,14 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 from rich.console import Console
 
+from ..engine.llama import AdaSkipLlama
+from ..engine.settings import cost_settings
 from ..errors import AdaSkipError
-from ..model.cost_model import CostSettings
 from ..model.frontier import DEFAULT_LOSS, Frontier
 from ..model.identity import check_model, plan_path, profile_path
 from ..model.mode import MODES
@@ -28,13 +29,14 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def plan_options(command: _Command) -> _Command:
+    """Add the options that say what to skip; the command gets them as ``request``, None without any."""
+
     @functools.wraps(command)
     def with_request(*args: Any, **values: Any) -> Any:
         given = {name: values.pop(name) for name in _OPTIONS}
         return command(*args, request=_request(given), **values)
 
-    decorated: Any = options(*_OPTIONS.values())(with_request)
-    return decorated  # type: ignore[no-any-return]
+    return cast(_Command, options(*_OPTIONS.values())(with_request))
 
 
 plan_file_option = option(
@@ -46,11 +48,9 @@ plan_file_option = option(
     "X.adaskip-plan.json for X.gguf, if there is one]",
 )
 
-
-profile_options = options(
+_profile_options = options(
     option(
         "--profile",
-        "profile_path",
         metavar="PROFILE",
         help="Profile of this model, written by `calibrate`, to make a plan from.  [default where the options say what "
         "to skip: the one beside MODEL, X.adaskip.json for X.gguf]",
@@ -64,6 +64,17 @@ profile_options = options(
     ),
     option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it."),
 )
+
+
+def source_options(command: _Command) -> _Command:
+    """Add the options that say where the plan of MODEL comes from; the command gets them as ``source``."""
+
+    @functools.wraps(command)
+    def with_source(model: str, **values: Any) -> Any:
+        given = {name: values.pop(name) for name in ("profile", "plan_file", "max_loss", "full", "request")}
+        return command(model=model, source=find_plan_source(model, **given), **values)
+
+    return cast(_Command, _profile_options(plan_options(with_source)))
 
 
 @dataclass(frozen=True)
@@ -98,15 +109,23 @@ class PlanSource:
             return {"plan": self.frontier, "max_loss": self.max_loss}
         return {"plan": self.plan(context)}
 
+    def tell(self, err: Console, llm: AdaSkipLlama) -> None:
+        """Say which plan it is, and where a speed-up is predicted from times of other settings than the model's."""
+        if self.note:
+            err.print(self.note, style="dim", markup=False)
+        cost = None if self.profile is None else self.profile.cost
+        if self.asks_speedup and cost is not None and (note := cost.settings.note(cost_settings(llm))):
+            err.print(note, style="yellow", markup=False, soft_wrap=True)
+
 
 def find_plan_source(
     model: str,
-    profile_path_: str | None,
-    plan_file: str | None,
-    request: PlanRequest | None,
-    full: bool,
     *,
+    profile: str | None = None,
+    plan_file: str | None = None,
     max_loss: float | None = None,
+    full: bool = False,
+    request: PlanRequest | None = None,
     to_be_whole: str = "--full",
 ) -> PlanSource:
     """Find out what plan is asked for.
@@ -114,7 +133,7 @@ def find_plan_source(
     That is the plan file named; or what a profile gives, named or beside the model; or else the plan file beside the
     model, or the whole model without one. ``to_be_whole`` is the option by which one gets that all the same.
     """
-    profiled = profile_path_ is not None or request is not None
+    profiled = profile is not None or request is not None
     if max_loss is not None and (full or profiled):
         raise click.UsageError("--max-loss chooses from what `tune` found; leave out what else to skip")
     if full + profiled + (plan_file is not None) > 1:
@@ -122,11 +141,10 @@ def find_plan_source(
     if full:
         return PlanSource()
     if profiled:
-        path, note = profile_path_ or profile_path(model), ""
-        if profile_path_ is None:
-            note = f"The profile is {path}."
-            if not os.path.exists(path):
-                raise click.UsageError("what to skip needs --profile; write one with `adaskip-cpp calibrate`")
+        path = profile or profile_path(model)
+        if profile is None and not os.path.exists(path):
+            raise click.UsageError("what to skip needs --profile; write one with `adaskip-cpp calibrate`")
+        note = f"The profile is {path}." if profile is None else ""
         return PlanSource(load_profile(model, path), request or PlanRequest(), note=note)
     found, note = None, ""
     if plan_file is not None:
@@ -152,13 +170,6 @@ def load_profile(model: str, path: str) -> Profile:
     profile = Profile.load(path)
     check_model(profile.model, model, path)
     return profile
-
-
-def print_cost_note(err: Console, profile: Profile | None, here: CostSettings) -> None:
-    """Say so where a profile's times, which a speed-up is predicted from, are of other settings than those here."""
-    note = "" if profile is None or profile.cost is None else profile.cost.settings.note(here)
-    if note:
-        err.print(note, style="yellow", markup=False, soft_wrap=True)
 
 
 def _request(given: dict[str, Any]) -> PlanRequest | None:

@@ -14,10 +14,8 @@ PHASE_WORDS: dict[Phase, str] = {"bulk": "the bulk of a prompt", "prefill": "pre
 
 def kv_line(llm: AdaSkipLlama) -> str:
     """How much KV memory a model has, and how many layers have none."""
-    n_elided = len(llm.elided_kv)
-    return f"KV:      {megabytes(llm.kv_bytes)}" + (
-        f", none for {n_elided} of {llm.n_layer} layers" if n_elided else ""
-    )
+    without = f", none for {len(llm.elided_kv)} of {llm.n_layer} layers" if llm.elided_kv else ""
+    return f"KV:      {megabytes(llm.kv_bytes)}{without}"
 
 
 def megabytes(n_bytes: float) -> str:
@@ -35,10 +33,8 @@ def layer_list(layers: Sequence[int]) -> str:
 
 def speed_lines(timing: Timing) -> list[str]:
     cached = timing.n_prompt - timing.n_evaluated
-    prompt = (
-        f"{timing.n_evaluated:,} tokens in {timing.first_token_s:.2f} s, {timing.prompt_tokens_per_s:,.0f} tokens/s"
-    )
-    lines = [f"prompt:  {prompt}" + (f" ({cached:,} cached)" if cached else "")]
+    speed = f"{timing.first_token_s:.2f} s, {timing.prompt_tokens_per_s:,.0f} tokens/s"
+    lines = [f"prompt:  {timing.n_evaluated:,} tokens in {speed}" + (f" ({cached:,} cached)" if cached else "")]
     if timing.token_s is not None:
         decode = f"{timing.n_generated - 1:,} tokens in {timing.decode_s:.2f} s, {1 / timing.token_s:,.1f} tokens/s"
         lines.append(f"decode:  {decode}")

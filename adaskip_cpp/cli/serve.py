@@ -123,7 +123,7 @@ def _source(model: str, plan: str, max_loss: float | None) -> PlanSource:
     if plan == "none":
         return PlanSource()
     named = None if plan == "auto" else plan
-    found = find_plan_source(model, None, named, None, False, max_loss=max_loss, to_be_whole="--plan none")
+    found = find_plan_source(model, plan_file=named, max_loss=max_loss, to_be_whole="--plan none")
     if plan == "auto" and found.file is None and not found.note:
         name = os.path.basename(plan_path(model))
         return PlanSource(note=f"There is no {name}: the whole model runs; `adaskip-cpp tune {model}` finds a plan.")

@@ -227,9 +227,7 @@ def _with_running(command: _Command) -> _Command:
 _running = functools.partial(option, group=RUNNING)
 
 model_options = options(
-    _running(
-        "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: as tuned, else all physical cores]"
-    ),
+    _running("--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: as tuned, else physical cores]"),
     _running(
         "--gpu-layers",
         type=click.IntRange(-1),

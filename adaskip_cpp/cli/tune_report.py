@@ -4,7 +4,7 @@ import math
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..intervals import Interval
 from ..model.frontier import DEFAULT_LOSS, Frontier, Point
@@ -35,17 +35,17 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
 
 
 def _print_settings(out: Console, frontier: Frontier) -> None:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Settings, of the whole model", title_justify="left")
-    table.add_column("")
-    for name in ("prompt, start\ntokens/s", "prompt, end\ntokens/s", "answer\ntokens/s", "request\ns"):
-        table.add_column(name, justify="right")
+    names = ("prompt, start\ntokens/s", "prompt, end\ntokens/s", "answer\ntokens/s", "request\ns")
+    columns = (Column(name, justify="right") for name in names)
+    title = "Settings, of the whole model"
+    table = Table("", *columns, box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     base = frontier.tried[0]
     for tried in frontier.tried:
-        figures = [1 / tried.prompt_short_s, 1 / tried.prompt_long_s, 1 / tried.token_s if tried.token_s else math.inf]
-        cells = ["fails"] * 4 if math.isinf(tried.request_s) else [f"{x:,.0f}" for x in figures]
-        if len(cells) == 3:
-            cells[2] = f"{figures[2]:,.1f}"
-            cells.append(f"{tried.request_s:,.1f}")
+        cells = ["fails"] * 4
+        if math.isfinite(tried.request_s):
+            of_prompt = [f"{1 / each:,.0f}" for each in (tried.prompt_short_s, tried.prompt_long_s)]
+            of_answer = 1 / tried.token_s if tried.token_s else math.inf
+            cells = [*of_prompt, f"{of_answer:,.1f}", f"{tried.request_s:,.1f}"]
         name = "default" if tried is base else _changes(tried, frontier.tried, base)
         table.add_row(f"[bold]{name}[/]" if tried.chosen else name, *cells)
     out.print(table)
@@ -130,17 +130,12 @@ def _print_speeds(out: Console, frontier: Frontier) -> None:
         "both": "with both as with stock",
     }
     for each in frontier.speeds:
-        before, after = each.seconds
+        ratio, (before, after) = each.ratio, each.seconds
+        ends = "" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})"
         out.print(
-            f"Measured: the first token after {each.context:,} tokens comes {_figure(each.ratio, '.2f')} times as fast "
+            f"Measured: the first token after {each.context:,} tokens comes {ratio.value:.2f}{ends} times as fast "
             f"{words[each.of]} ({after:.3g} s instead of {before:.3g} s)."
         )
-
-
-def _figure(interval: Interval, form: str = ".3f") -> str:
-    if math.isnan(interval.low):
-        return f"{interval.value:{form}}"
-    return f"{interval.value:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 
 def minutes(seconds: float) -> str:
