@@ -422,7 +422,7 @@ def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: Serve
     assert run(served, other)[1].n_read >= 299, "nor is it read on"
     run(served, talk)
     assert run(served, other)[1].n_read == 1, "what is read in the ordinary way is kept again"
-    assert {tuple(each.tokens[:300]) for each in served._cache.entries} == {tuple(talk), tuple(other)}
+    assert {tuple(each.tokens[:300]) for each in served.prefix_cache.entries} == {tuple(talk), tuple(other)}
 
 
 def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama, tokens: Tokens) -> None:

@@ -14,19 +14,12 @@ from starlette.types import Message, Send
 from ..errors import AdaSkipError, NativeError, StateError
 from .request import Gone, Refused, ServedRequest
 
-STALL = 30.0
-"""Seconds that a client may take nothing."""
+STALL = 30.0  # seconds that a client may take nothing
 _PING = 15.0
 """Seconds without an event after which a stream gets a comment: those between would end a connection that is still."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _TYPES |= {429: "rate_limit_error", 503: "service_unavailable_error"}
-
-
-def error_body(status: int, message: str, code: str | None = None) -> bytes:
-    """Return an error's JSON as OpenAI's clients read it."""
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
-    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})
 
 
 def explained(error: Exception) -> tuple[int, str, str | None]:
@@ -79,10 +72,11 @@ class Sent:
         await self({"type": "http.response.body", "body": content, "more_body": not is_last})
 
     async def error(self, status: int, message: str, code: str | None = None) -> None:
-        """Answer with an error; where a stream has begun, end it with one."""
-        content = error_body(status, message, code)
+        """Answer with an error, as OpenAI's clients read it; where a stream has begun, end it with one."""
         if self._is_over:
             return
+        kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
+        content = msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})
         if self._is_begun:
             await self.event(_data(content), is_last=True)
             return

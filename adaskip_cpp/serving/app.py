@@ -18,8 +18,7 @@ from .middleware import Gate, Routes
 from .queue import FairQueue
 from .request import STOPPING, Refused
 
-MOST_WAITING = 64
-"""Requests that may wait."""
+MOST_WAITING = 64  # requests that may wait
 
 _BYTES_PER_TOKEN = 16
 """Of a body, for each token of the context: several times what text takes, as JSON and as messages."""
@@ -44,19 +43,14 @@ class _Ids(msgspec.Struct):
 
 
 def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[ASGIApp, FairQueue]:
-    """Return the application for a model, and the queue before it.
-
-    Args:
-        llm: answers under its own name, and under any other.
-        api_key: see :class:`adaskip_cpp.serving.middleware.Gate`.
-    """
+    """Return the application for a model, which answers under any name, and the queue before it."""
     queue, created = FairQueue(MOST_WAITING), int(time.time())
     metrics = Metrics(
         {
             ("queue_waiting", "Requests that wait."): lambda: len(queue),
             ("requests_running", "Requests that the model works for, 0 or 1."): lambda: float(queue.is_busy),
             ("kv_bytes", "Bytes of KV cache."): lambda: llm.kv_bytes,
-            ("prefix_cache_bytes", "Bytes of saved states in memory."): lambda: llm.cached_bytes,
+            ("prefix_cache_bytes", "Bytes of saved states in memory."): lambda: llm.prefix_cache.n_bytes,
         }
     )
 

@@ -21,8 +21,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 }
 """The paths on which the model works, and the schema of each."""
 
-MOST_LOGPROBS, MOST_BIAS = 20, 100
-"""OpenAI's own limits."""
+MOST_LOGPROBS, MOST_BIAS = 20, 100  # OpenAI's own limits
 
 _NOT_WITH_MIN_TOKENS = ("grammar", "response_format", "tools", "functions", "logit_bias")
 _REPEATS = ("minLength", "maxLength", "minItems", "maxItems")

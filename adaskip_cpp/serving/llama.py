@@ -31,8 +31,7 @@ _WORTH_KEEPING = 32
 
 Behind 4,000 tokens of SmolLM2, 2 threads of an AMD EPYC, reading as many takes 440 ms, and copying the state, 92 MB,
 53 ms."""
-_MOST_EMBEDDED = 2048
-"""Tokens of a text to embed: it is one ubatch, whose memory grows with its square."""
+_MOST_EMBEDDED = 2048  # tokens of a text to embed: it is one ubatch, whose memory grows with its square
 
 
 class ServedLlama(AdaSkipLlama):
@@ -41,11 +40,6 @@ class ServedLlama(AdaSkipLlama):
     Before a prompt is read, what the memory holds is kept in the cache if much of it would go, and what the cache holds
     of this prompt is taken up if that is more. ``logprobs`` need no ``logits_all``: they are made of the logits of one
     batch after another, so that nothing of ``n_ctx * n_vocab`` is allocated.
-
-    Args:
-        plans: what requests may choose from.
-        cache: of what was read.
-        **kwargs: as for :class:`AdaSkipLlama`.
     """
 
     def __init__(self, model_path: str, *, plans: Plans, cache: PrefixCache, **kwargs: Any) -> None:
@@ -55,7 +49,7 @@ class ServedLlama(AdaSkipLlama):
         self.plans = plans
         of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
-        self._cache, cache.can_rewind = cache, not self.has_state
+        self.prefix_cache, cache.can_rewind = cache, not self.has_state
         self._working = threading.Lock()  # held while the model takes a step
         self._steps: Any = None  # the generator of the answer
         self._embedder: llama_cpp.Llama | None = None  # the first text opens it
@@ -70,18 +64,13 @@ class ServedLlama(AdaSkipLlama):
 
     def close(self) -> None:
         """Keep what the memory holds in the cache, write that to disk, and free the model."""
-        if getattr(self, "_cache", None) is not None:
+        if getattr(self, "prefix_cache", None) is not None:
             with self._working:  # a thread may be at its last step
                 self._keep(0)
-                self._cache.close()
+                self.prefix_cache.close()
                 if self._embedder is not None:
                     self._embedder.close()
         super().close()
-
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes of saved states in memory."""
-        return self._cache.n_bytes
 
     # -- one request -------------------------------------------------------------------------------------------------
 
@@ -161,7 +150,7 @@ class ServedLlama(AdaSkipLlama):
             self.reset()
         key = self._key(plan_key(plan))
         keys = {key, *(self._key(plan_key(each)) for each in (None, *readable))}
-        found, n_found = self._cache.find(keys, prompt)
+        found, n_found = self.prefix_cache.find(keys, prompt)
         n_live = n_common(self.input_ids[: self.n_tokens], prompt)
         self._keep(0 if key != self._live_key else n_live)
         self.set_plan(plan, readable=readable)
@@ -169,7 +158,7 @@ class ServedLlama(AdaSkipLlama):
         n_live = min(n_live, self._adaskip.kv_valid("prefill", n_live)) if n_live else 0
         self._live_key, self._n_kept = key, min(self._n_kept, n_live)
         if found is not None and n_found >= n_live + _WORTH_KEEPING:
-            state = self._cache.take(found)
+            state = self.prefix_cache.take(found)
             if state is not None and self._load(found.tokens, state):
                 self._n_kept = len(found.tokens)
 
@@ -181,11 +170,11 @@ class ServedLlama(AdaSkipLlama):
         n = self.n_tokens
         if self._live_key and n - max(n_stays, self._n_kept) >= _WORTH_KEEPING and self.input_ids[:n].min() >= 0:
             size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
-            if size > self._cache.most:
+            if size > self.prefix_cache.most:
                 return
             state = bytearray(size)
             if llama_cpp.llama_state_seq_get_data(self.ctx, _pointer(state), size, 0) == size:
-                self._cache.put(self._live_key, self.input_ids[:n], state)
+                self.prefix_cache.put(self._live_key, self.input_ids[:n], state)
                 self._n_kept = n
 
     def _load(self, tokens: npt.NDArray[np.int32], state: bytearray) -> bool:
@@ -206,10 +195,10 @@ class ServedLlama(AdaSkipLlama):
         """As the stock one, with log-probabilities without ``logits_all``, prompts of token ids, and 0 tokens."""
         request = self.request
         n_top, echo = kwargs.pop("logprobs", None), kwargs.pop("echo", False)
+        self._check_tokens(request.prompt_tokens, kwargs.get("logit_bias") or ())
         if request.prompt_tokens is not None:
-            kwargs["prompt"] = self._checked(request.prompt_tokens)
+            kwargs["prompt"] = request.prompt_tokens
         kwargs["model"] = self.name  # stock echoes what was asked for, or the path
-        self._check_bias(kwargs.get("logit_bias"))
         is_empty = kwargs.get("max_tokens") == 0
         steps = super()._create_completion(*args, **{**kwargs, "max_tokens": 1} if is_empty else kwargs)
         self._steps = steps
@@ -242,13 +231,10 @@ class ServedLlama(AdaSkipLlama):
                 n_told, offset = end, offset + sum(map(len, told["tokens"] if told else ()))
             yield step
 
-    def _checked(self, tokens: list[int]) -> list[int]:
-        if not tokens or not 0 <= min(tokens) <= max(tokens) < self.n_vocab():
+    def _check_tokens(self, prompt: list[int] | None, biased: Iterable[Any]) -> None:
+        if prompt is not None and not (prompt and 0 <= min(prompt) <= max(prompt) < self.n_vocab()):
             raise RequestError(f"a prompt of token ids has at least one, each from 0 to {self.n_vocab() - 1}")
-        return tokens
-
-    def _check_bias(self, bias: dict[Any, float] | None) -> None:
-        for token in bias or {}:
+        for token in biased:
             if not (re.fullmatch(r"\d{1,9}", str(token), re.ASCII) and int(token) < self.n_vocab()):
                 raise RequestError(f"logit_bias names token {token!r}; use ids from 0 to {self.n_vocab() - 1}")
 

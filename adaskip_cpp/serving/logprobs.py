@@ -4,12 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ..measuring.judge import Logits
 
-Detokenize = Callable[[list[int], list[int]], str]
-"""Text of tokens behind others."""
+Detokenize = Callable[[list[int], list[int]], str]  # text of tokens behind others
 
 
 class _Row(NamedTuple):
@@ -43,7 +41,7 @@ class Logprobs:
             if self._ahead:
                 self.add(self._ahead.pop(0), row)
 
-    def add(self, token: int, logits: npt.NDArray[np.float32]) -> None:
+    def add(self, token: int, logits: Logits) -> None:
         """Take a token and the logits before it, ``[n_vocab]``."""
         values = logits.astype(np.float64)
         values -= values.max()

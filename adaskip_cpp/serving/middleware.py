@@ -26,20 +26,13 @@ Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
 """By method and path: from a body to a Response, or to what is answered as JSON."""
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_OPEN = ("/", "/health")
-"""Paths that need no key: they tell nothing and run nothing."""
+_OPEN = ("/", "/health")  # paths that need no key: they tell nothing and run nothing
 
 
 class Gate:
-    """An ASGI application.
+    """An ASGI application: ``llm`` answers the paths of :data:`SCHEMAS`, ``routes`` the others.
 
-    Args:
-        llm: answers the paths of :data:`SCHEMAS`.
-        routes: answer the others.
-        queue: where the requests that the model works for wait.
-        metrics: counts them.
-        api_key: what clients must send, None for nothing.
-        most_body: bytes of the longest body.
+    Clients must send ``api_key``, unless it is None, and a body has ``most_body`` bytes at most.
     """
 
     def __init__(

@@ -59,8 +59,7 @@ class Plans:
     def choose(self, wish: Any, n_tokens: int) -> Choice:
         """Return what a prompt of so many tokens runs under.
 
-        A speed-up is planned for the next power of two of tokens, so that a chat keeps its plan, and with it what was
-        read, while it grows.
+        A speed-up is planned for the next power of two of tokens, so that a chat that grows keeps its plan.
 
         Raises:
             RequestError: the wish is none, or cannot be met.

@@ -19,15 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import StrPath, write_atomically
 
 MAGIC = b"adaskip prefix 1\n"
 _SUFFIX = ".adaskip-prefix"
 _LEFT_OVER = re.compile(rf"\..*{re.escape(_SUFFIX)}\.[0-9a-f]+\.tmp")
 """What :func:`write_atomically` leaves when the process is killed."""
 _MOST_HEADER = 1 << 16
-_OVERHEAD = 1024
-"""Bytes that a file counts for beside its tokens and its state: more than its header has."""
+_OVERHEAD = 1024  # bytes that a file counts for beside its tokens and its state: more than its header has
 
 Tokens = npt.NDArray[np.int32]
 
@@ -74,13 +73,10 @@ class PrefixCache:
     Args:
         most: bytes that they may take in memory, and in the folder.
         folder: where they outlast the process, made where it is missing; None for memory alone. Where several processes
-            use it, each keeps its own files within the bound.
-
-    Raises:
-        DataError: the folder cannot be used.
+            use it, each keeps its own files within the bound. A DataError where it cannot be used.
     """
 
-    def __init__(self, most: int, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, most: int, folder: StrPath | None = None) -> None:
         self.most, self.can_rewind = most, True
         self.folder = None if folder is None else Path(folder)
         self.entries: list[Entry] = []  # the most recently used last
@@ -92,9 +88,7 @@ class PrefixCache:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._scan(self.folder)
             except OSError as error:
-                raise DataError(
-                    f"cannot use {str(self.folder)!r} ({error.strerror}); choose another --cache-dir"
-                ) from error
+                raise DataError(f"cannot use {str(folder)!r} ({error.strerror}); choose another --cache-dir") from error
 
     def find(self, keys: Collection[str], tokens: Tokens) -> tuple[Entry | None, int]:
         """Return the entry of one of these keys that has most of a prompt's first tokens, and how many; (None, 0)."""

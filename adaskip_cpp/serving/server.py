@@ -12,8 +12,7 @@ from uvicorn.server import HANDLED_SIGNALS
 from ..errors import DataError
 from .queue import FairQueue
 
-GRACE = 30
-"""Seconds that the running answer has when the server is told to stop."""
+GRACE = 30  # seconds that the running answer has when the server is told to stop
 
 
 def listen(host: str, port: int) -> socket.socket:
