@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, in_turn
+from ..model.arrays import Flags
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import SkipSet
 from ..progress import OnProgress
@@ -29,10 +29,8 @@ _PAUSE_S = 0.03
 """Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
 _N_WARM_UP = 512
 """Most tokens that a new process reads before it is timed: one ubatch touches the weights and what it computes in."""
-_IDEAL = "the ideal"
-"""Name of the process that runs what the ideals are made of."""
+_IDEAL = "the ideal"  # name of the process that runs what the ideals are made of
 
-_Skip: TypeAlias = "npt.NDArray[np.bool_]"
 _Parts: TypeAlias = dict[str, dict[Phase, tuple[str, str]]]
 
 
@@ -131,7 +129,7 @@ class Bench:
         plans: Mapping[str, SkipPlan],
         tokens: Sequence[int],
         *,
-        skippable: tuple[_Skip, _Skip] | None = None,
+        skippable: tuple[Flags, Flags] | None = None,
         stock: bool = True,
         on_progress: OnProgress = lambda fraction, words="": None,
     ) -> None:
@@ -203,11 +201,11 @@ class Bench:
         return name if self._runs[name] is None else _IDEAL
 
 
-def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip, in_bulk: _Skip) -> tuple[_Parts, dict[str, SkipPlan]]:
+def _ideal(plans: Mapping[str, SkipPlan], skippable: Flags, in_bulk: Flags) -> tuple[_Parts, dict[str, SkipPlan]]:
     """Return what runs tell the ideal of each plan, and the plans of these runs, by their names."""
     names: dict[SkipPlan, str] = {}
 
-    def pair(may: _Skip, skip: _Skip, name: str, rest: str, bulk: Bulk | None = None) -> tuple[str, str]:
+    def pair(may: Flags, skip: Flags, name: str, rest: str, bulk: Bulk | None = None) -> tuple[str, str]:
         alone = names.setdefault(_skipping(may & ~skip, bulk), f"only what {name!r} skips")
         return alone, names.setdefault(_skipping(may, bulk), rest)
 
@@ -227,6 +225,6 @@ def _ideal(plans: Mapping[str, SkipPlan], skippable: _Skip, in_bulk: _Skip) -> t
     return parts, {name: plan for plan, name in names.items()}
 
 
-def _skipping(skip: _Skip, bulk: Bulk | None = None) -> SkipPlan:
+def _skipping(skip: Flags, bulk: Bulk | None = None) -> SkipPlan:
     chosen, none = SkipSet(skip, np.ones(skip.shape)), SkipSet.none(len(skip))
     return SkipPlan(none, none, bulk=Bulk(chosen, head=bulk.head, tail=bulk.tail)) if bulk else SkipPlan(chosen, chosen)

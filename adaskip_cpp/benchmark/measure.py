@@ -5,18 +5,18 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from importlib import metadata
-from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from ..calibration.calibrate import calibrate
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import DataError
+from ..files import StrPath
 from ..measuring import corpus
 from ..measuring.cores import is_busy, load_average, physical_cores
 from ..measuring.running import Running, open_quietly
+from ..model.arrays import Flags
 from ..model.frontier import Frontier
 from ..model.plan import SkipPlan
 from ..planning.profile import Profile
@@ -29,11 +29,9 @@ _DEFAULT_CONTEXTS = (512, 2048, 8192)
 N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
 """Of a brief calibration: enough for a plan to be timed, not for one to be used."""
 
-_Skip: TypeAlias = "npt.NDArray[np.bool_]"
-
 
 def bench(
-    model: str | os.PathLike[str],
+    model: StrPath,
     plans: Mapping[str, SkipPlan | PlanRequest | Frontier] | None = None,
     *,
     profile: Profile | None = None,
@@ -106,15 +104,8 @@ def bench(
             f"Warning: the load average is {about.load_average}; unless that comes from what you ran just before, "
             "other programs disturb the times."
         )
-    settings = BenchSettings(
-        model,
-        fitting,
-        n_rounds,
-        n_decode,
-        running.n_threads or physical_cores(),
-        running.gpu_layers,
-        bool(running.flash_attn),
-    )
+    n_threads, flash_attention = running.n_threads or physical_cores(), bool(running.flash_attn)
+    settings = BenchSettings(model, fitting, n_rounds, n_decode, n_threads, running.gpu_layers, flash_attention)
     may = skippable if ideal else None
     run = Bench(settings, made, tokens, skippable=may, stock=stock, on_progress=on_progress)
     run.result.about = about
@@ -172,7 +163,7 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
     return tuple(fitting), "" if fitting == wanted else note
 
 
-def _material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], tuple[_Skip, _Skip]]:
+def _material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], tuple[Flags, Flags]]:
     """Return text for prompts, and what can be skipped, bool ``[n_layer, 2]``, everywhere and in the bulk."""
     for plan in plans:
         llm.set_plan(plan)

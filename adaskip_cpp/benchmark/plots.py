@@ -3,17 +3,13 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..model.plan import TIMED
 from ..pictures import plots
 from .table import NO_PLAN, STOCK, Row
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TITLES = {"prefill": "Time to first token", "decode": "Time per token"}
 
@@ -30,7 +26,7 @@ def plot(rows: Sequence[Row], target: str) -> list[Path]:
     return written
 
 
-def _draw_times(rows: Sequence[Row]) -> "Figure":
+def _draw_times(rows: Sequence[Row]) -> plots.Figure:
     fig, axes = plots.panels(1, 2, height_in=3.2)
     contexts = sorted({row.context for row in rows})
     for axis, phase, unit, scale in zip(axes, TIMED, ("seconds", "milliseconds"), (1, 1e3), strict=True):
@@ -47,7 +43,7 @@ def _draw_times(rows: Sequence[Row]) -> "Figure":
     return _finished(fig, axes)
 
 
-def _draw_ratios(rows: Sequence[Row]) -> "Figure":
+def _draw_ratios(rows: Sequence[Row]) -> plots.Figure:
     contenders = _contenders(rows)
     reference = STOCK if STOCK in contenders else NO_PLAN
     fig, axes = plots.panels(1, 2, height_in=3.2, sharey=True)
@@ -77,7 +73,7 @@ def _contenders(rows: Sequence[Row]) -> list[str]:
     return [*dict.fromkeys(row.contender for row in rows)]
 
 
-def _finished(fig: "Figure", axes: "Sequence[Axes]") -> "Figure":
+def _finished(fig: plots.Figure, axes: Sequence[plots.Axes]) -> plots.Figure:
     for axis, phase in zip(axes, TIMED, strict=True):
         axis.set_xlabel("tokens of the prompt")
         plots.title(axis, TITLES[phase])

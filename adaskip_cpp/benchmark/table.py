@@ -29,8 +29,7 @@ class BenchTimes:
 
     Attributes:
         times: by name of the run and tokens of context: one request per round, in order.
-        parts: by contender and phase, the run of only what it skips there and that of all else; empty if the ideal was
-            not measured.
+        parts: by contender and phase, the run of only what it skips there and that of all else; empty without an ideal.
         settle: by contender, tokens at the beginning of decode that do not count; :data:`timing.N_SETTLE` by default.
     """
 

@@ -14,8 +14,7 @@ from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
 from .results import Named
 
-COMPENSATED = "adaskip"
-"""The strategy that has a compensation; the baselines have none."""
+COMPENSATED = "adaskip"  # the strategy that has a compensation; the baselines have none
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ class Contender(Named):
         return self.plan if self.frontier is None else (self.frontier.points, self.max_loss)
 
 
-FULL = Contender("full", "full", "", None, "none")
-"""The whole model, which all others are measured against."""
+FULL = Contender("full", "full", "", None, "none")  # the whole model, which all others are measured against
 
 
 def contenders(

@@ -71,9 +71,7 @@ class Work:
         return content_hash((contenders, items, 3))
 
 
-def run(
-    work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None] = lambda fraction: None
-) -> None:
+def run(work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None] = lambda _: None) -> None:
     """Measure what an open store lacks."""
     rest = _Rest(work, store, llm, on_progress)
     rest.time()
@@ -143,8 +141,7 @@ class _Rest:
 def seconds_of(time: RequestTime) -> dict[str, float | None]:
     """Return seconds by the names of speeds.
 
-    Per token it is the mean, not the median: a request under an online stage or a schedule is slow at first and fast
-    later.
+    Per token it is the mean, not the median: under an online stage or a schedule a request is slow at first.
     """
     settled = time.token_s[min(N_SETTLE, len(time.token_s) - 1) :]
     request = time.first_token_s + sum(time.token_s)

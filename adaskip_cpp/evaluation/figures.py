@@ -19,8 +19,7 @@ _N_LENGTHS = 8  # lengths of a task's questions, at most, for a table by length
 def evaluation_results(work: Work, records: Mapping[Key, Record], about: About) -> Results:
     """Return all figures of what has been measured, which may be incomplete.
 
-    What is compared with the full model is compared item by item, on the items that both have. A speed-up has a 95%
-    interval over rounds.
+    What is compared with the full model is compared item by item, on those that both have; speed-ups by rounds.
     """
     expected = list(work.results())
     rows = tuple(_Measured(contender, work, records).row() for contender in work.contenders)

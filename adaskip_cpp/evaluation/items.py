@@ -121,11 +121,8 @@ def prepared(
 ) -> Iterator[tuple[AdaSkipLlama, Work, list[str], dict[str, str]]]:
     """Make plans and items, and refuse whatever cannot be measured before anything is.
 
-    Args:
-        open_model: opens the model with a context of so many tokens.
-
-    Yields:
-        The model, open; what is to be measured with it; what the user must know; what it is, in words by name.
+    Yields the model, as ``open_model`` opens it for a context of so many tokens; what is to be measured with it; what
+    the user must know; and what is measured, in words by name.
     """
     with closing(open_model(256)) as llm:
         if profile is not None:
@@ -140,9 +137,7 @@ def prepared(
     saved, notes = _saved(model, options.plan_file, {request.mode for request in requests})
     has_promises = saved is not None and saved.frontier is not None
     if options.max_losses is not None and not has_promises:
-        raise DataError(
-            f"promises choose from what `tune` found; run `adaskip-cpp tune {model}`, or name its file (--plan)"
-        )
+        raise DataError(f"promises choose from what `tune` found; run `adaskip-cpp tune {model}`, or name it (--plan)")
     n_tokens = options.n_tokens or (min(speed_context + n_decoded, limit) if has_promises else _TOKENS)
     if options.n_texts and n_tokens <= n_decoded:
         raise DataError(

@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from ..engine.settings import cost_settings
-from ..files import content_hash
+from ..files import StrPath, content_hash
 from ..measuring.cores import is_busy, load_average
 from ..measuring.metrics import continuation_rouge_l
 from ..measuring.running import Running, open_quietly
@@ -25,9 +25,9 @@ from .store import open_store
 
 
 def evaluate(
-    model: str | os.PathLike[str],
-    profile: Profile | str | os.PathLike[str] | None,
-    folder: str | os.PathLike[str],
+    model: StrPath,
+    profile: Profile | StrPath | None,
+    folder: StrPath,
     options: EvaluationOptions | None = None,
     *,
     running: Running | None = None,

@@ -2,16 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..intervals import Interval
 from ..model.mode import MODES
 from ..pictures import plots
 from .results import SPEED_NAMES, SPEEDS, Figure, Results, Row
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Drawing
 
 
 class _Quality(NamedTuple):
@@ -28,7 +24,7 @@ class _Point(NamedTuple):
     quality: Figure
 
 
-def quality_pictures(results: Results) -> "dict[str, Drawing]":
+def quality_pictures(results: Results) -> dict[str, plots.Figure]:
     """Return the pictures of quality against measured speed, by file name; none if nothing was timed.
 
     ``quality`` is the added loss, the picture of this project; ``agreement``, ``rouge-l`` and ``score-<task>`` show the
@@ -56,7 +52,7 @@ def _points(rows: Sequence[Row], quality: _Quality) -> list[_Point]:
     return [_Point(row, speed, figure) for row, speed, figure in found if speed is not None and figure is not None]
 
 
-def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality, *, symlog: bool) -> "Drawing":
+def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality, *, symlog: bool) -> plots.Figure:
     n = len(panels)
     fig, every = plots.panels(1, n, width_in=3.3 * n + 0.4, height_in=3.6, sharey=True)
     handles: dict[str, Any] = {}
@@ -86,7 +82,7 @@ def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality, *
     return fig
 
 
-def _draw(axes: "Axes", line: Sequence[_Point]) -> Any:
+def _draw(axes: plots.Axes, line: Sequence[_Point]) -> Any:
     look = plots.STRATEGY.get(line[0].row.look, plots.OTHERS[-1])
     x, y = [point.speed.value for point in line], [point.quality.mean for point in line]
     spread = list(zip(*((each.value - each.low, each.high - each.value) for _, each, _ in line), strict=True))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
@@ -13,14 +13,11 @@ from .plots import quality_pictures
 from .results import Results
 from .tables import tables
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
-
 
 def write_results(results: Results, folder: Path) -> None:
     """Write all files of the results, also of an unfinished evaluation."""
     write_atomically(folder / "results.json", results.to_json())
-    pictures: dict[str, Drawing] = {}
+    pictures: dict[str, plots.Figure] = {}
     if plots.has_matplotlib():
         pictures = quality_pictures(results)
     else:
@@ -31,7 +28,7 @@ def write_results(results: Results, folder: Path) -> None:
     write_atomically(folder / "report.html", html_report(results, pictures))
 
 
-def html_report(results: Results, pictures: "Mapping[str, Drawing]") -> str:
+def html_report(results: Results, pictures: Mapping[str, plots.Figure]) -> str:
     return _rendered("report.html", results, pictures=pictures, svg=plots.to_svg, colour=_colour)
 
 

@@ -77,8 +77,7 @@ class Named:
 
     Attributes:
         name: tells it from the others, ``"adaskip-12-e2e-affine"``.
-        budget: what was asked for, if anything: ``"12"`` sublayers, a speed-up of ``"1.2x"``, a promise of ``"0.05"``
-            nats.
+        budget: what was asked for, if anything: ``"12"`` sublayers, a speed-up of ``"1.2x"``, a promise of ``"0.05"``.
     """
 
     name: str

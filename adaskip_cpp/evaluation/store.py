@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 
 from ..errors import DataError
-from ..files import content_hash, write_error
+from ..files import StrPath, content_hash, write_error
 
 if sys.platform == "win32":
     import msvcrt
@@ -40,7 +40,6 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     """One result, a line without what is empty.
 
     Attributes:
-        item, contender, measure: what it is of.
         values: figures by name; NaN, on disk null, for what came out as no number.
         text: what the model wrote.
         divergences: KL divergence from the full model of each token that ``values`` are means of, in nats.
@@ -79,11 +78,7 @@ class Store:
     facts: dict[str, Any]
 
     def append(self, record: Record) -> None:
-        """Add a result; when this returns, it is on the disk.
-
-        Raises:
-            FileError: it cannot be written. The results before it are there; the same run goes on behind them.
-        """
+        """Add a result; when this returns, it is on the disk. After a FileError those before it are there."""
         _write(self.file, self.path, record)
         self.records[record.key] = record
 
@@ -94,9 +89,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def open_store(
-    folder: str | os.PathLike[str], settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None
-) -> Iterator[Store]:
+def open_store(folder: StrPath, settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Iterator[Store]:
     """Take up the results in a folder, which is made where it is missing, and keep other runs out of it.
 
     Results belong together if the settings are equal, which are plain JSON values; the facts are kept beside them for

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-_BUSY = 0.5
-"""Load average from which a machine counts as busy: other programs disturb what is timed."""
+_BUSY = 0.5  # load average from which a machine counts as busy: other programs disturb what is timed
 
 
 def load_average() -> float | None:

@@ -6,13 +6,11 @@ import sysconfig
 from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from llama_cpp import Llama
 
 from ..errors import DataError, RequestError
 from ..files import read_text
-
-if TYPE_CHECKING:
-    from llama_cpp import Llama
 
 PAGES = "pages of pydoc_data.topics (Python's language reference)"
 DESCRIPTION = f"{PAGES}, sources and docstrings of its standard library"
@@ -48,8 +46,7 @@ N_REQUESTS, N_TOKENS = 80, 512
 """What calibration cuts a text into by default. 20 requests, as the authors use, do for statistics and not for linear
 maps: with 80, SmolLM2 loses 8% less at 6 of 60 sublayers, 13% at 12 and 16% at 15, on text of another kind."""
 
-SEPARATOR = "\n\n\n"
-"""What stands between two pages of a text."""
+SEPARATOR = "\n\n\n"  # what stands between two pages of a text
 
 
 def pages() -> dict[str, str]:
@@ -117,13 +114,10 @@ def _docstrings_of(path: Path) -> Iterator[str]:
                     nodes.extend(reversed(node.body))
 
 
-def requests(tokenizer: "Llama", n_requests: int, n_tokens: int) -> list[list[int]]:
+def requests(tokenizer: Llama, n_requests: int, n_tokens: int) -> list[list[int]]:
     """Cut so many requests, of so many tokens each, from :data:`DESCRIPTION`: of each kind in turn.
 
-    A kind that this Python lacks, as one without sources, is left out.
-
-    Raises:
-        RequestError: as :func:`cut`; or this Python carries none of them.
+    A kind that this Python lacks, as one without sources, is left out; a RequestError where it lacks all.
     """
     library = Path(sysconfig.get_path("stdlib"))
     kinds = [_sources(library), _docstrings(library)]
@@ -138,16 +132,15 @@ def requests(tokenizer: "Llama", n_requests: int, n_tokens: int) -> list[list[in
     return [each[turn] for turn in range(turns) for each in dealt if turn < len(each)]
 
 
-def tokens_of(tokenizer: "Llama", text: str, *, bos: bool = False) -> list[int]:
+def tokens_of(tokenizer: Llama, text: str, *, bos: bool = False) -> list[int]:
     """Return the token ids of a text as it stands, behind the one that begins a sequence if ``bos``."""
     return tokenizer.tokenize(text.encode("utf-8", "replace"), add_bos=bos, special=False)
 
 
-def cut(tokenizer: "Llama", text: str, n_requests: int, n_tokens: int) -> list[list[int]]:
+def cut(tokenizer: Llama, text: str, n_requests: int, n_tokens: int) -> list[list[int]]:
     """Cut a text into requests of so many tokens, BOS included, spread evenly over it and not overlapping.
 
-    Fewer are returned if the text is too short for so many; one shorter than a request gives one request of what there
-    is.
+    Fewer are returned if the text is too short for so many; one shorter than a request gives one request.
     """
     if n_requests < 1 or n_tokens < 2:
         raise RequestError(f"cannot cut {n_requests} requests of {n_tokens} tokens; use at least 1 request of 2 tokens")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from ..errors import DataError
-from ..files import read_text
+from ..files import StrPath, read_text
 from .tasks import Asked, QuestionItem
 
 DATASETS = {
@@ -39,7 +39,6 @@ _PROMPTS = {
 _LENGTHS = {"multi_news": 512}
 """Prompts in our own words, and LongBench's lengths, for datasets that need neither of its JSON files."""
 
-_Path: TypeAlias = str | os.PathLike[str]
 _Length: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -57,13 +56,9 @@ class LongBenchLine:
 
 
 class LongBench:
-    """LongBench's prompts and lengths by dataset: those of its files, or the built-in ones for None.
+    """LongBench's prompts and lengths by dataset: those of its files, or the built-in ones for None."""
 
-    Raises:
-        DataError: a file cannot be read or is not an object of templates, or of lengths of 1 token or more.
-    """
-
-    def __init__(self, prompts: _Path | None, lengths: _Path | None) -> None:
+    def __init__(self, prompts: StrPath | None, lengths: StrPath | None) -> None:
         self._prompts = _Table(prompts, str, _PROMPTS, "prompt", "--tasks-prompts dataset2prompt.json")
         self._lengths = _Table(lengths, _Length, _LENGTHS, "answer length", "--tasks-lengths dataset2maxlen.json")
 
@@ -97,9 +92,12 @@ class LongBench:
 
 
 class _Table:
-    """Values by dataset; a dataset of LongBench-E without a value of its own has that of LongBench's."""
+    """Values by dataset; a dataset of LongBench-E without a value of its own has that of LongBench's.
 
-    def __init__(self, path: _Path | None, kind: Any, built_in: Mapping[str, Any], what: str, option: str) -> None:
+    A DataError where the file is not an object of such values.
+    """
+
+    def __init__(self, path: StrPath | None, kind: Any, built_in: Mapping[str, Any], what: str, option: str) -> None:
         self.name = "the built-in table" if path is None else repr(os.fspath(path))
         self._what, self._option = what, option
         self._values = built_in

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ..engine.llama import AdaSkipLlama
 from ..engine.native import is_here
+from ..files import StrPath
 from ..model.frontier import Frontier
 from ..model.plan_file import frontier_beside
 from .cores import physical_cores
@@ -38,14 +39,12 @@ class Running:
         return {name: value for name, value in {**threads, "flash_attn": self.flash_attn}.items() if value is not None}
 
 
-def open_quietly(path: str | os.PathLike[str], n_ctx: int, running: Running, **more: Any) -> AdaSkipLlama:
+def open_quietly(path: StrPath, n_ctx: int, running: Running, **more: Any) -> AdaSkipLlama:
     """Load a model with a context of ``n_ctx`` tokens, without llama.cpp's warnings on stderr."""
     return quietly(AdaSkipLlama, path, n_ctx, running, **more)
 
 
-def quietly(
-    kind: Callable[..., _Llama], path: str | os.PathLike[str], n_ctx: int, running: Running, **more: Any
-) -> _Llama:
+def quietly(kind: Callable[..., _Llama], path: StrPath, n_ctx: int, running: Running, **more: Any) -> _Llama:
     """Load a model of some class as :func:`open_quietly` does."""
     frontier = plan if isinstance(plan := more.get("plan"), Frontier) else frontier_beside(path)
     if frontier is not None and is_here(frontier.machine):

@@ -7,19 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import msgspec
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
-from ..files import read_text
+from ..files import StrPath, read_text
 from .corpus import tokens_of
 from .longbench import LongBench, LongBenchLine
 from .metrics import letters
 from .tasks import Asked, QuestionItem, Wrap, fill
-
-_Path: TypeAlias = str | os.PathLike[str]
 
 _CHOICE_TOKENS, _MOST_TOKENS = 16, 512
 _CHOICE = (
@@ -42,12 +40,12 @@ class _LEvalLine:
 
 def task_items(
     llm: AdaSkipLlama,
-    files: Iterable[_Path],
+    files: Iterable[StrPath],
     *,
     n_ctx: int,
     wrap: Wrap,
-    prompts: _Path | None = None,
-    lengths: _Path | None = None,
+    prompts: StrPath | None = None,
+    lengths: StrPath | None = None,
     n_each: int | None = None,
 ) -> list[QuestionItem]:
     """Read items of LongBench and L-Eval as questions to a model. Blank lines are passed over.
@@ -87,7 +85,7 @@ def task_items(
     return items
 
 
-def _questions(files: Iterable[_Path], longbench: LongBench) -> Iterator[tuple[int, Asked, str]]:
+def _questions(files: Iterable[StrPath], longbench: LongBench) -> Iterator[tuple[int, Asked, str]]:
     """Every question with its number among those of its line, an id of its own, and where it stands."""
     seen: set[str] = set()
     for file in files:

@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
+
+from llama_cpp import Llama
 
 from ..engine.generation import Generation
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
-from ..files import read_text
+from ..files import StrPath, read_text
 from . import metrics
 from .corpus import SOURCES, cut, tokens_of
-
-if TYPE_CHECKING:
-    from llama_cpp import Llama
 
 Wrap: TypeAlias = Callable[[str], Sequence[int]]
 """Turns a prompt into tokens, as by a model's chat template."""
@@ -81,10 +80,9 @@ def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, fi
 
 
 def fill(write: Callable[[int], str], length: int, wrap: Wrap) -> Sequence[int] | None:
-    """Return a prompt with as much filling as makes it ``length`` tokens, or a few less; None if it is longer without.
+    """Return a prompt of ``length`` tokens, or a few less; None if it is longer without any filling.
 
-    Args:
-        write: makes the text of a prompt with about so many tokens of filling.
+    ``write`` makes the text of a prompt with about so many tokens of filling.
     """
     best = wrap(write(0))
     if len(best) > length:
@@ -112,7 +110,7 @@ class Asked(NamedTuple):
 
 
 def text_items(
-    tokenizer: "Llama",
+    tokenizer: Llama,
     texts: Mapping[str, str],
     *,
     n_items: int,
@@ -149,7 +147,7 @@ def text_items(
     return [TextItem(f"{task}/{name}/{n_tokens}/{i}", task, tuple(requests[name][i])) for i, name in turns]
 
 
-def read_texts(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+def read_texts(files: Iterable[StrPath]) -> dict[str, str]:
     """Read UTF-8 text files, by name, or by their whole path where several are of one name."""
     paths = [os.fspath(file) for file in files]
     n_of = Counter(map(os.path.basename, paths))

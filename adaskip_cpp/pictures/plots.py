@@ -17,8 +17,10 @@ from ..errors import PackageMissingError
 from ..files import StrPath, write_atomically
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+else:
+    Axes = Figure = Any  # matplotlib need not be installed, and takes long to import
 
 INK = "#1b1b1d"
 """Text, axes and what is drawn in black. :func:`to_svg` turns it into the text colour of the page around it."""
@@ -91,14 +93,14 @@ def has_matplotlib() -> bool:
     return True
 
 
-def figure(**size: float) -> "tuple[Figure, Axes]":
+def figure(**size: float) -> tuple[Figure, Axes]:
     fig, (axes,) = panels(1, 1, **size)
     return fig, axes
 
 
 def panels(
     n_rows: int, n_columns: int, *, width_in: float = 6.5, height_in: float = 3.4, **share: Any
-) -> "tuple[Figure, list[Axes]]":
+) -> tuple[Figure, list[Axes]]:
     """Return an empty picture with several pairs of axes, row by row; ``share`` is for ``Figure.subplots``.
 
     6.5 inches are the width of a page's text, and text then is 9 points.
@@ -120,15 +122,15 @@ def panels(
     return fig, every
 
 
-def legend(of: "Axes | Figure", **options: Any) -> None:
+def legend(of: Axes | Figure, **options: Any) -> None:
     of.legend(**{"frameon": False, "fontsize": 8.0, "labelcolor": INK, "handlelength": 3.0, **options})
 
 
-def title(axes: "Axes", text: str) -> None:
+def title(axes: Axes, text: str) -> None:
     axes.set_title(text, fontsize=TEXT_PT + 1, color=INK, loc="left")
 
 
-def save(fig: "Figure", folder: StrPath, name: str) -> list[Path]:
+def save(fig: Figure, folder: StrPath, name: str) -> list[Path]:
     """Write a picture as ``name.png`` (200 dpi) and ``name.svg``, on white, into a folder that is made where missing.
 
     The same picture gives the same bytes with the same release of matplotlib. Text in the SVG is drawn as outlines.
@@ -140,7 +142,7 @@ def save(fig: "Figure", folder: StrPath, name: str) -> list[Path]:
     return [*contents]
 
 
-def to_svg(fig: "Figure", *, name: str = "") -> str:
+def to_svg(fig: Figure, *, name: str = "") -> str:
     """Return a picture as an ``<svg>`` element to put into a page of HTML; ``name`` is for those who cannot see it.
 
     It has no background, and what is drawn in :data:`INK` takes the page's text colour, so that it reads on light and
@@ -157,7 +159,7 @@ def to_svg(fig: "Figure", *, name: str = "") -> str:
     return svg.replace("<svg ", f'<svg fill="currentColor" {label}', 1)  # matplotlib leaves black out
 
 
-def _render(fig: "Figure", form: str, fonttype: str = "path") -> bytes:
+def _render(fig: Figure, form: str, fonttype: str = "path") -> bytes:
     import matplotlib
 
     content = io.BytesIO()

@@ -5,7 +5,6 @@ The scale of similarity is that of ``log(1 - similarity)``, as those that can be
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,17 +15,13 @@ from ..model.skip_set import KIND_NAMES
 from ..planning.profile import Profile
 from . import plots
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 _CLOSEST = 1e-4  # similarities nearer to 1 are drawn here
 _TICKS = (-1, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _HATCH = "/////"
 _LENGTHS = (2048, 8192, 32768)  # of prompts, whose losses are drawn
 
 
-def layers(profiles: Mapping[str, Profile]) -> "Figure":
+def layers(profiles: Mapping[str, Profile]) -> plots.Figure:
     """Draw the IO similarity of whole layers in prefill, the paper's Fig. 2."""
     fig, axes = plots.figure()
     series = {name: profile.prefill.layer_similarity for name, profile in profiles.items()}
@@ -39,7 +34,7 @@ def layers(profiles: Mapping[str, Profile]) -> "Figure":
     return fig
 
 
-def sublayers(profiles: Mapping[str, Profile]) -> "Figure":
+def sublayers(profiles: Mapping[str, Profile]) -> plots.Figure:
     """Draw the IO similarity of attention and FFN by layer in prefill, the paper's Fig. 3.
 
     One profile gives one pair of axes with both; several give one pair of axes for each kind.
@@ -59,7 +54,7 @@ def sublayers(profiles: Mapping[str, Profile]) -> "Figure":
     return fig
 
 
-def phases(profiles: Mapping[str, Profile]) -> "Figure":
+def phases(profiles: Mapping[str, Profile]) -> plots.Figure:
     """Draw the IO similarity of attention and FFN in prefill and in decode, the paper's Fig. 4, a row per profile."""
     fig, every = plots.panels(len(profiles), 2, height_in=0.5 + 2.5 * len(profiles), sharey="row")
     for row, (name, profile) in enumerate(profiles.items()):
@@ -75,7 +70,7 @@ def phases(profiles: Mapping[str, Profile]) -> "Figure":
     return fig
 
 
-def plan_strip(name: str, plan: SkipPlan) -> "Figure":
+def plan_strip(name: str, plan: SkipPlan) -> plots.Figure:
     """Draw a plan as two rows of cells, attention and FFN, one cell per layer; a schedule shows its last set.
 
     Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty. Where there is a bulk set,
@@ -121,7 +116,7 @@ def plan_strip(name: str, plan: SkipPlan) -> "Figure":
     return fig
 
 
-def frontiers(every: Mapping[str, Frontier]) -> "Figure":
+def frontiers(every: Mapping[str, Frontier]) -> plots.Figure:
     """Draw what answers lose against the time to the first token, a panel per frontier, a curve per prompt length."""
     fig, panels = plots.panels(1, len(every), height_in=3.4)
     for axes, (name, frontier) in zip(panels, every.items(), strict=True):
@@ -140,7 +135,7 @@ def frontiers(every: Mapping[str, Frontier]) -> "Figure":
     return fig
 
 
-def _draw(axes: "Axes", series: Mapping[str, Floats], looks: Sequence[plots.Look], y: str, title: str = "") -> None:
+def _draw(axes: plots.Axes, series: Mapping[str, Floats], looks: Sequence[plots.Look], y: str, title: str = "") -> None:
     """Draw similarities by layer, or by depth where the series differ in length."""
     alike = len({len(values) for values in series.values()}) == 1
     for i, (name, values) in enumerate(series.items()):
@@ -152,7 +147,7 @@ def _draw(axes: "Axes", series: Mapping[str, Floats], looks: Sequence[plots.Look
     plots.title(axes, title)
 
 
-def _scale(*row: "Axes") -> None:
+def _scale(*row: plots.Axes) -> None:
     """Give axes that share it the scale of similarity, over what is drawn in them."""
     drawn = np.concatenate([np.asarray(line.get_ydata(), np.float64) for axes in row for line in axes.lines])
     low, high = (float(np.nanmin(drawn)), float(np.nanmax(drawn))) if not np.isnan(drawn).all() else (0.0, 1.0)
