@@ -1,7 +1,6 @@
-"""Every error that this package raises, under one base class.
+"""Every error that this package raises, under one base class. Each message ends with what to do next.
 
-Each message ends with what to do next. The classes also derive from the built-in exception that a caller
-would expect (``ImportError``, ``ValueError``, ``RuntimeError``), so existing handlers keep working.
+The classes also derive from the built-in exception that a caller would expect, so existing handlers keep working.
 """
 
 

@@ -18,8 +18,7 @@ from .errors import DataError, FileError
 StrPath: TypeAlias = str | os.PathLike[str]
 
 _IN_USE = 5, 32  # ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION
-_PATIENCE_S = 2.0
-"""Longer than a reader takes for a file of ours, or a virus scanner for a new one."""
+_PATIENCE_S = 2.0  # longer than a reader takes for a file of ours, or a virus scanner for a new one
 
 
 def read_text(path: StrPath) -> str:
@@ -63,11 +62,8 @@ def content_hash(value: Any) -> str:
 def write_atomically(path: StrPath, content: str | bytes, *, mode: int = 0o666, name: StrPath | None = None) -> None:
     """Write a file, of a mode that the umask narrows; after a failure the old one is still there, and no other.
 
-    An error calls it ``name``, if not by its path. A process that is killed meanwhile leaves a hidden ``.NAME.*.tmp``
-    beside it, which nothing reads.
-
-    Raises:
-        FileError: it cannot be written.
+    A FileError calls it ``name``, if not by its path. A process that is killed meanwhile leaves a hidden
+    ``.NAME.*.tmp`` beside it, which nothing reads.
     """
     target = os.path.realpath(path)
     _check_regular(target, path)
@@ -91,10 +87,7 @@ def write_pair(path: StrPath, text: str, beside: StrPath, content: bytes, waitin
     """Write a file and the one beside it that it names; after a failure the old ones are still there, and no others.
 
     Wherever the process is killed, one pair is whole, the old or the new: until the first file names what is written,
-    that lies under the name ``waiting``, where readers look before they look into ``beside``.
-
-    Raises:
-        FileError: one of them cannot be written.
+    that lies under the name ``waiting``, where readers look before they look into ``beside``. A FileError names it.
     """
     _check_regular(beside, beside)
     write_atomically(waiting, content, name=beside)

@@ -10,10 +10,8 @@ from typing import Protocol, TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-_SHOW_AFTER_S = 2.0
-"""Work that is expected to take longer than this gets a progress display."""
-_LINES_S = 60.0
-"""Between two lines of progress where there is no terminal."""
+_SHOW_AFTER_S = 2.0  # work that is expected to take longer than this gets a progress display
+_LINES_S = 60.0  # between two lines of progress where there is no terminal
 
 
 class OnProgress(Protocol):
@@ -34,7 +32,6 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
     """Yield what moves a progress bar on stderr, if that is a terminal.
 
     Args:
-        label: what is being done.
         is_patient: show it once the work is known to take more than 2 s, and not when it is first moved.
         still: draw it when it is moved and never else, as what is measured meanwhile would pay for that.
     """

@@ -42,8 +42,7 @@ def checked(
 
     Args:
         error, way_out: what is raised for another shape, and the end of its message.
-        shapes: by field its dtype and its shape, as ``"n_layer 2 n_embd"``: a name is one number, 1 or more,
-            wherever it stands.
+        shapes: by field its dtype and its shape, as ``"n_layer 2 n_embd"``: a name stands for one number.
     """
     sizes, arrays = {"2": 2, "3": 3}, dict[str, Any]()
     for name, (dtype, words) in shapes.items():

@@ -13,8 +13,7 @@ from .skip_set import SkipSet, marked
 CELLS = 256
 """Attention reads KV cells in blocks of this many, filled or not: ``llama_kv_cache::get_n_kv`` pads to it."""
 
-_MOST_SECONDS = 1e9
-"""Longer than anything takes: sums of such times, and their ratios, are still numbers."""
+_MOST_SECONDS = 1e9  # longer than anything takes: sums of such times, and their ratios, are still numbers
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ class PhaseCost(LayerArrays):
 
     Attributes:
         n_tokens: 1 in decode.
-        fixed: embedding, overhead of the graph and every sublayer that cannot be skipped; in decode the output head
-            too.
+        fixed: embedding, overhead of the graph, every sublayer that cannot be skipped; in decode the output head too.
         fixed_growth: of those, per KV cell that is read.
         base: ``[n_layer, 2]``, columns attention and FFN: each sublayer without what grows with the context; 0 where it
             cannot be skipped.

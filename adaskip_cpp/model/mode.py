@@ -1,6 +1,6 @@
 """The modes: in which phases a plan skips the sublayers that were chosen."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 ModeName: TypeAlias = Literal["prompt", "prefill", "decode", "e2e"]
@@ -16,8 +16,6 @@ class Mode:
         adapts: whether an answer may skip more as it goes on, by an online stage or a schedule.
     """
 
-    name: ModeName
-    _: KW_ONLY
     in_bulk: bool = False
     in_prefill: bool = False
     in_decode: bool = False
@@ -28,11 +26,10 @@ class Mode:
         return self.in_bulk or self.in_prefill
 
 
-_MODES = (
-    Mode("prompt", in_bulk=True),
-    Mode("prefill", in_prefill=True, in_decode=True, adapts=False),
-    Mode("decode", in_decode=True),
-    Mode("e2e", in_prefill=True, in_decode=True),
-)
-MODES: dict[ModeName, Mode] = {mode.name: mode for mode in _MODES}
+MODES: dict[ModeName, Mode] = {
+    "prompt": Mode(in_bulk=True),
+    "prefill": Mode(in_prefill=True, in_decode=True, adapts=False),
+    "decode": Mode(in_decode=True),
+    "e2e": Mode(in_prefill=True, in_decode=True),
+}
 """The prompt mode and the paper's three."""

@@ -15,8 +15,7 @@ from .mode import MODES, ModeName
 from .skip_set import SkipSet, marked
 
 Phase: TypeAlias = Literal["bulk", "prefill", "decode"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-"""What a token is evaluated as, in the order of enum adaskip_phase."""
+PHASES: tuple[Phase, ...] = get_args(Phase)  # what a token is evaluated as, in the order of enum adaskip_phase
 
 TIMED: tuple[Phase, Phase] = ("prefill", "decode")
 """What is calibrated and timed: a whole prompt, and each token of an answer."""
@@ -96,9 +95,8 @@ class Bulk:
         for name, least in (("head", 0), ("tail", 1), ("window_size", 1)):  # somebody reads the last token's logits
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, int | np.integer) and least <= value < 2**31):
-                raise PlanError(
-                    f"the {name.replace('_', ' ')} is {value!r}; use a whole number of tokens from {least} on"
-                )
+                what = name.replace("_", " ")
+                raise PlanError(f"the {what} is {value!r}; use a whole number of tokens from {least} on")
             object.__setattr__(self, name, int(value))
         windowed = np.flatnonzero(marked(self.skip.n_layer, self.windowed, ())[:, 0])
         object.__setattr__(self, "windowed", tuple(windowed.tolist()))

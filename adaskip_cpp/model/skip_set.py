@@ -14,8 +14,7 @@ Kind: TypeAlias = Literal["attention", "ffn"]
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")
 """The kinds of sublayer, in the order of the columns of every ``[n_layer, 2]`` array."""
 
-KIND_NAMES = ("attention", "FFN")
-"""What people call them, in that order."""
+KIND_NAMES = ("attention", "FFN")  # what people call them, in that order
 
 _SHAPES: dict[str, tuple[Any, str]] = {
     "skip": (np.bool_, "n_layer 2"),

@@ -9,8 +9,7 @@ import numpy as np
 from ..errors import ProfileFormatError
 from .arrays import Flags, Floats, LayerArrays, Vectors, checked, freeze, from_bf16, to_bf16
 
-WHOLE = 2
-"""The column of a whole layer, where attention and FFN are columns 0 and 1."""
+WHOLE = 2  # the column of a whole layer, where attention and FFN are columns 0 and 1
 _SHAPES = {
     **dict.fromkeys(("similarity", "norm_ratio", "median_ratio"), (np.float64, "n_layer 2")),
     "layer_similarity": (np.float64, "n_layer"),

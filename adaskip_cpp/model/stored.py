@@ -26,11 +26,9 @@ from ..files import StrPath, json_text, write_atomically, write_pair
 from .arrays import Floats, from_bf16
 from .skip_set import KINDS, marked
 
-MOST_JSON = 64 << 20
-"""More bytes than the JSON of any profile or plan has."""
+MOST_JSON = 64 << 20  # more bytes than the JSON of any profile or plan has
 
-MOST_MEMORY = 4 << 30
-"""More bytes than the arrays of any profile or plan take."""
+MOST_MEMORY = 4 << 30  # more bytes than the arrays of any profile or plan take
 
 _MOST_NAME = 230
 """Bytes of the name of a file: file systems take 255, and files have longer names while they are written."""

@@ -64,11 +64,7 @@ def compensated_plan(
 
 
 def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk | None:
-    """Return the bulk that a request asks for, with that set skipped; None where its mode has none.
-
-    Raises:
-        BudgetError: fewer attentions can look back at a window.
-    """
+    """Return the bulk that a request asks for, with that set skipped; None where its mode has none."""
     if not MODES[request.mode].in_bulk:
         return None
     n = request.windowed or 0

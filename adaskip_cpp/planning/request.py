@@ -14,8 +14,7 @@ from .compensation import DEFAULT_COMPENSATION, get_compensation
 
 Ranking: TypeAlias = Literal["efficiency", "similarity"]
 
-DEFAULT_N_SKIP = 12
-"""Sublayers skipped unless a budget is given."""
+DEFAULT_N_SKIP = 12  # sublayers skipped unless a budget is given
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,7 @@ class PlanRequest:
         if self.ranking not in get_args(Ranking):
             raise PlanError(f"unknown ranking {self.ranking!r}; use 'efficiency' or 'similarity'")
         if self.context is not None and not (isinstance(self.context, int | np.integer) and self.context >= 1):
-            raise PlanError(
-                f"a speed-up depends on the length of the context; give context, in tokens, not {self.context!r}"
-            )
+            raise PlanError(f"a speed-up depends on the prompt; give context, in tokens, not {self.context!r}")
         if self.speedup is None:
             return
         number = isinstance(self.speedup, int | float) and not isinstance(self.speedup, bool)

@@ -95,7 +95,6 @@ def cheapest_set(lost: Floats, goal: Goal, ranking: Ranking = "efficiency") -> F
 
     Args:
         lost: float64 ``[n_layer, 2]``: what skipping each loses; NaN where it cannot be skipped.
-        goal: what is to be reached.
         ranking: ``"efficiency"`` is the greedy rule of covering knapsacks; ``"similarity"`` takes the least lost first,
             as the paper's ranking does, until the time is reached.
     """

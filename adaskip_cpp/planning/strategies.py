@@ -28,8 +28,7 @@ Strategy: TypeAlias = Callable[[ProfileData, PlanRequest], SkipPlan]
 LONGEST_GENERATION = 512
 """SkipDecode's T, decoded tokens after which its whole budget is skipped; the authors of AdaSkip use 512."""
 
-_N_DEPTHS = 5
-"""Numbers of windowed attentions that are tried for a speed-up, beside none."""
+_N_DEPTHS = 5  # numbers of windowed attentions that are tried for a speed-up, beside none
 
 STRATEGIES: dict[str, Strategy] = {}
 
@@ -180,9 +179,7 @@ def manual(profile: ProfileData, request: PlanRequest) -> SkipPlan:
     """The sublayers listed in the request, skipped as the mode says, without an online stage."""
     skip = marked(profile.n_layer, request.attention, request.ffn)
     if request.n_skip not in (None, skip.sum()):
-        raise BudgetError(
-            f"{skip.sum()} sublayers are listed, not {request.n_skip}; leave n_skip out with strategy 'manual'"
-        )
+        raise BudgetError(f"{skip.sum()} sublayers are listed, not {request.n_skip}; leave n_skip out")
     return compensated_plan(profile, skip, replace(request, online=False), "manual")
 
 
