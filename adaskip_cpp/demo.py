@@ -34,8 +34,7 @@ WHOLE, PROMPT, PAPERS = "whole model", "prompt mode", "the paper's mode"
 
 _PROMPT_PAGE = "import"
 _LOSS_PAGES, _LOSS_SOURCES = ("debugger", "string-methods"), ("argparse", "textwrap")
-_N_READ, _N_JUDGED = 512, 128
-"""Tokens of each text that are read as a prompt, and those behind them that are judged."""
+_N_READ, _N_JUDGED = 512, 128  # tokens of each text that are read as a prompt, and those behind them that are judged
 _KEY_DEPTHS, _KEY_LENGTH = (0.3, 0.7), 1000
 _N_REQUESTS = 20  # a quarter of what `calibrate` takes: half a minute, and the linear maps lose a fifth more
 _N_DECODE = 16

@@ -26,8 +26,7 @@ from .similarity import RequestStatistics
 
 MAX_DECODED = 20  # requests that are continued in decode, spread evenly over all; as many as the authors use
 
-Request: TypeAlias = "str | Sequence[SupportsIndex]"
-"""A text, or token ids."""
+Request: TypeAlias = "str | Sequence[SupportsIndex]"  # a text, or token ids
 
 
 def calibrate(

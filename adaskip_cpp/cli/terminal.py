@@ -23,8 +23,7 @@ from ..measuring.running import Running
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-CHOOSING, RUNNING, OUTPUT = "Choosing what is skipped", "Running the model", "Output"
-"""Headings of groups of options."""
+CHOOSING, RUNNING, OUTPUT = "Choosing what is skipped", "Running the model", "Output"  # headings of groups of options
 
 
 class _Option(click.Option):

@@ -11,8 +11,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from ..errors import RequestError
 from .llama import AdaSkipLlama
 
-Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"
-"""Who says what in a chat."""
+Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"  # who says what in a chat
 
 _TEMPLATE = "tokenizer.chat_template"
 

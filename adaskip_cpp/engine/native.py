@@ -111,8 +111,7 @@ class OnlineResult:
     """What the online stage learned in one request. The arrays are float64 [n_layer], NaN where not observed.
 
     Attributes:
-        window: tokens that it observes.
-        n_tokens: that it has observed.
+        window, n_tokens: tokens that it observes, and that it has observed.
         similarity: mean IO similarity of each FFN over them.
         norm_ratio: ||V||_F / ||U||_F over them.
         scale: what stands in for each FFN if it is added.

@@ -30,8 +30,7 @@ else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-Key: TypeAlias = tuple[str, str, str]
-"""Item, contender and measure: what a result is of."""
+Key: TypeAlias = tuple[str, str, str]  # item, contender and measure: what a result is of
 
 _Line = TypeVar("_Line")
 

@@ -17,8 +17,7 @@ _MODE_TEXT = {
     "e2e": "The plan works in the prompt and in the answer, and its online stage on the answer.",
 }
 
-_Columns: TypeAlias = Mapping[str, Callable[[Row], str]]
-"""What a column says of a row, by its heading."""
+_Columns: TypeAlias = Mapping[str, Callable[[Row], str]]  # what a column says of a row, by its heading
 
 _MODE: _Columns = {"mode": lambda row: row.mode or ""}
 

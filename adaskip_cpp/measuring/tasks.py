@@ -19,8 +19,7 @@ from ..files import StrPath, read_text
 from . import metrics
 from .corpus import SOURCES, cut, tokens_of
 
-Wrap: TypeAlias = Callable[[str], Sequence[int]]
-"""Turns a prompt into tokens, as by a model's chat template."""
+Wrap: TypeAlias = Callable[[str], Sequence[int]]  # turns a prompt into tokens, as by a model's chat template
 
 
 @dataclass(frozen=True)

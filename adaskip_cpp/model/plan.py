@@ -71,7 +71,6 @@ class Bulk:
     Nobody reads more of them than their K and V, which skipped attentions compute and store all the same.
 
     Attributes:
-        skip: the set skipped.
         head: tokens at the very beginning of a sequence that are no bulk: later ones attend to them most.
         tail: tokens at the end of a prompt that are no bulk, at least 1.
         windowed: layers whose attention, where the bulk runs it, looks back at the last ``window_size`` tokens alone,

@@ -24,7 +24,6 @@ class Choice:
 
     Attributes:
         plan: None for the whole model.
-        name: what it is called.
         readable: plans whose cells may be read besides.
         max_loss: the promise that chose it from a frontier, in nats per token.
         point: the point of the frontier that it is of.

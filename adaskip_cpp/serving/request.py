@@ -36,7 +36,6 @@ class ServedRequest:
         reuses: whether what was read before may be used, and what is read now be kept.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
         choice: what it runs under.
-        n_layer: layers of the model.
         n_prompt, n_generated: tokens of the prompt and of the answer.
         n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
         received, begun, first, last: when it came, when the model began, when the first token was there, and the last.
