@@ -1,5 +1,6 @@
 """``adaskip-cpp serve`` as its clients see it: a real process, the openai client, and what must be refused."""
 
+import asyncio
 import json
 import shutil
 import threading
@@ -338,25 +339,23 @@ def test_a_client_that_leaves_ends_its_answer(server: Server) -> None:
 
 
 def test_when_too_many_wait_the_next_is_told_so(server: Server) -> None:
-    """64 may wait for one that is answered; of 80 more 16 are refused, or fewer where the one ends meanwhile."""
-    answers: list[int] = []
-    endless = {"prompt": "the to of", "max_tokens": CTX, **ENDLESS}
-    with httpx.Client(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+    """64 may wait. Each of 80 asks for as long an answer as there is, so that none ends before the last has asked."""
 
-        def one() -> None:
-            answers.append(client.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).status_code)
+    async def first_refused() -> httpx.Response:
+        body, limits = {"prompt": "the to of", "max_tokens": CTX, **ENDLESS, "stream": False}, httpx.Limits()
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+            asked = [asyncio.ensure_future(client.post("/v1/completions", json=body)) for _ in range(80)]
+            for each in asyncio.as_completed(asked):
+                if (answer := await each).status_code != 200:
+                    break
+            for other in asked:
+                other.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        return answer
 
-        threads = [threading.Thread(target=one) for _ in range(80)]
-        with client.stream("POST", "/v1/completions", json=endless) as answered:
-            next(answered.iter_lines())
-            for each in threads:
-                each.start()
-            end = time.monotonic() + 20
-            while 429 not in answers and time.monotonic() < end:
-                time.sleep(0.02)
-        for each in threads:
-            each.join()
-    assert len(answers) == 80 and set(answers) == {200, 429} and 1 <= answers.count(429) <= 16
+    refused = asyncio.run(first_refused())
+    assert refused.status_code == 429 and "wait already" in refused.text
+    assert ask(server, "the to")["choices"], "those that left are not answered first"
     assert server.metric("adaskip_queue_waiting") == 0
 
 
