@@ -85,7 +85,7 @@ def tune(
         context, n_answer: tokens of the requests that settings are chosen for.
         data: texts by name to calibrate on; None for text that every Python carries.
         texts: other texts by name, to search and judge by; None for pages and sources that calibration leaves out.
-        given: settings, by the names of :class:`adaskip_cpp.model.settings.Settings`, that are not varied.
+        given: settings of a file, by the names of :class:`adaskip_cpp.model.settings.Settings`, that are not varied.
         memo: keeps what is found, so that a later call goes on from there.
         on_stage: shows progress, as :func:`adaskip_cpp.calibrate` does.
         tell: called with what a person wants to know meanwhile, above all how long it will take.
@@ -208,7 +208,7 @@ class _Tuning:
                     scores = search(planned.plan(candidate, _SEARCHED_AT // candidate.share))
                     return [quality_of(search.probes, scores, kind).harm for kind in ("continuation", "copying")]
 
-                return tuple(self.memo.get(f"search {candidate}", list[float], judge))  # type: ignore[return-value]
+                return tuple(self.memo.get(f"search {candidate} at {_SEARCHED_AT}", list[float], judge))  # type: ignore[return-value]
 
             every = orders(planned.layers, planned.scores, planned.windowable, llm.n_layer)
             paths = {
