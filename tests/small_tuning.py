@@ -36,7 +36,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_N_REQUESTS": 4,
         "_N_DECODE": 2,
         "_JUDGED_AT": JUDGED_AT,
-        "_SEARCHED_AT": 128,
+        "_SEARCHED_AT": (128, JUDGED_AT),
         "LEAST_CONTEXT": 64,
         "LONGEST": 512,
         "find_path": partial(find_path, levels=(0.001, 30.0)),  # what adds nothing, and then all

@@ -249,7 +249,7 @@ def test_a_real_model_is_tuned_with_the_built_in_text(
     smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A fifth of the layers and of the tokens: what is left takes three minutes on two slow cores.
-    small = {"_N_REQUESTS": 4, "_JUDGED_AT": 1024, "_SEARCHED_AT": 256, "_COST_CONTEXTS": (512,), "_COST_S": 1.0}
+    small = {"_N_REQUESTS": 4, "_JUDGED_AT": 1024, "_SEARCHED_AT": (256, 512), "_COST_CONTEXTS": (512,), "_COST_S": 1.0}
     small |= {"_N_TEXTS": 2, "_N_SEARCHED": 1, "_N_ROUNDS": 1, "MOST_TOKENS": 20_000}
     for name, value in small.items():
         monkeypatch.setattr(tuning, name, value)

@@ -98,7 +98,7 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> type[InventedWorker]:
 
 def test_stock_settings_and_plan_are_timed_in_turn_and_compared_pair_by_pair(invented: type[InventedWorker]) -> None:
     plan, found = SkipPlan.manual(3, ffn=[1], phase="bulk"), Settings(flash_attn=True, n_threads=2)
-    speeds = measure_speed("m.gguf", found, plan, [1] * 70, kwargs={"n_gpu_layers": 0})
+    speeds = measure_speed("m.gguf", found, plan, [1] * 70, n_rounds=2, kwargs={"n_gpu_layers": 0})
     assert [(each.of, each.context, each.ratio.value, each.seconds) for each in speeds] == [
         ("settings", 70, pytest.approx(2.0), (6.0, 3.0)),
         ("plan", 70, pytest.approx(1.5), (3.0, 2.0)),
@@ -111,12 +111,12 @@ def test_stock_settings_and_plan_are_timed_in_turn_and_compared_pair_by_pair(inv
 
 
 def test_stock_is_opened_with_its_own_defaults(invented: type[InventedWorker]) -> None:
-    measure_speed("m.gguf", Settings(flash_attn=True), None, [1] * 70, kwargs={"n_gpu_layers": 0})
+    measure_speed("m.gguf", Settings(flash_attn=True), None, [1] * 70, n_rounds=2, kwargs={"n_gpu_layers": 0})
     (_, stock_side, stock), (_, our_side, ours) = invented.opened
     assert (stock_side, stock) == ("stock", {"n_ctx": 78, "n_gpu_layers": 0})
     assert our_side == "ours" and ours == {**stock, **Settings(flash_attn=True).to_kwargs()}
 
 
 def test_without_a_plan_settings_alone_are_compared(invented: type[InventedWorker]) -> None:
-    (only,) = measure_speed("m.gguf", Settings(), None, [1] * 70)
+    (only,) = measure_speed("m.gguf", Settings(), None, [1] * 70, n_rounds=2)
     assert only.of == "settings"

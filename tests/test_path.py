@@ -12,7 +12,7 @@ from adaskip_cpp.tuning.path import LEVELS, Candidate, Lost, Orders, aim, find_p
 
 NAN = float("nan")
 
-Losses = Callable[[Candidate], Lost]
+Losses = Callable[..., Lost]
 PARTS = ("attention", "ffn", "windowed")
 
 
@@ -28,7 +28,7 @@ def all_last(attention: int, ffn: int, windowed: int = 0) -> Orders:
 def adding(continuation: float, copying: float, **other: Lost) -> Losses:
     """Every sublayer loses as much, those of a part named otherwise as much as is said, and what they lose adds up."""
 
-    def lost(candidate: Candidate) -> Lost:
+    def lost(candidate: Candidate, long: bool = False) -> Lost:
         of = [np.array(other.get(part, (continuation, copying))) * len(getattr(candidate, part)) for part in PARTS]
         return tuple(np.sum(of, axis=0).tolist())  # type: ignore[return-value]
 
@@ -81,7 +81,7 @@ def len_of(candidate: Candidate) -> int:
 def test_what_loses_more_together_than_alone_keeps_the_level_too(kind: int) -> None:
     alone = adding(0.0049, 0.0049)
 
-    def lost(candidate: Candidate) -> Lost:
+    def lost(candidate: Candidate, long: bool = False) -> Lost:
         values = list(alone(candidate))
         if candidate.attention and candidate.ffn:
             values[kind] *= 2
@@ -95,7 +95,7 @@ def test_what_loses_more_together_than_alone_keeps_the_level_too(kind: int) -> N
 
 
 def test_a_layer_that_copies_ends_the_path_before_it_however_little_continuations_lose() -> None:
-    def lost(candidate: Candidate) -> Lost:
+    def lost(candidate: Candidate, long: bool = False) -> Lost:
         return 0.0005 * len_of(candidate), 2.0 if 8 in candidate.attention else 0.0005 * len_of(candidate)
 
     path = find_path(all_last(8, 8), lost, seconds)
@@ -107,7 +107,7 @@ def test_an_order_by_scores_is_taken_where_it_loses_less_than_the_last_layers() 
     # Attention 9 copies. The scores of calibration leave it for the end.
     by_score = (11, 10, 8, 7, 6, 5, 4, 9)
 
-    def lost(candidate: Candidate) -> Lost:
+    def lost(candidate: Candidate, long: bool = False) -> Lost:
         return 0.002 * len_of(candidate), 0.6 if 9 in candidate.attention else 0.0
 
     every = Orders((last(8), by_score), (last(8),), ((),))
@@ -119,7 +119,7 @@ def test_an_order_by_scores_is_taken_where_it_loses_less_than_the_last_layers() 
 def test_the_last_layers_are_taken_where_the_order_by_scores_loses_more() -> None:
     by_score = (4, 5, 6, 7, 8, 9, 10, 11)
 
-    def lost(candidate: Candidate) -> Lost:
+    def lost(candidate: Candidate, long: bool = False) -> Lost:
         loss = sum(0.01 * (12 - layer) for layer in candidate.attention)
         return loss, loss
 
@@ -140,6 +140,23 @@ def test_windows_stay_away_where_they_lose_much() -> None:
     assert path and not any(each.windowed for each in path)
 
 
+def test_windows_are_measured_after_long_prompts_and_what_is_skipped_after_both() -> None:
+    """After long prompts what is skipped loses three times as much; after short ones windows would lose everything."""
+
+    def lost(candidate: Candidate, long: bool) -> Lost:
+        assert long or not candidate.windowed
+        skipped = len(candidate.attention) + len(candidate.ffn)
+        loss = 0.001 * skipped * (3 if long else 1) + 0.0005 * len(candidate.windowed)
+        return loss, loss
+
+    every = all_last(8, 8, 12)
+    for level in (0.01, 0.02, 0.04):
+        (found,) = find_path(every, lost, seconds, levels=(level,))
+        keeping = [each for each in prefixes(every) if lost(each, True)[0] <= level + 1e-9]
+        assert lost(found, True)[0] <= level + 1e-9
+        assert seconds(found) <= min(map(seconds, keeping)) + 1.0, "windows come in steps of three layers"
+
+
 # -- nothing to find -------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +169,7 @@ def test_where_everything_loses_too_much_the_path_is_empty() -> None:
 
 
 def test_where_nothing_can_be_skipped_nothing_is_judged() -> None:
-    def lost(candidate: Candidate) -> Lost:
+    def lost(candidate: Candidate, long: bool = False) -> Lost:
         raise AssertionError("judged")
 
     assert find_path(all_last(0, 0), lost, seconds) == []
@@ -169,7 +186,7 @@ def test_no_more_sets_are_judged_than_announced_and_none_of_them_is_empty(
     seen: list[Candidate] = []
     told: list[float] = []
 
-    def lost(candidate: Candidate) -> Lost:
+    def lost(candidate: Candidate, long: bool = False) -> Lost:
         seen.append(candidate)
         return 0.001 * len_of(candidate), 0.002 * len_of(candidate)
 
@@ -214,10 +231,10 @@ def path_of(*levels: float) -> list[Candidate]:
 
 
 def test_the_fastest_set_that_is_expected_to_keep_a_promise_is_judged_first() -> None:
-    path = path_of(0.01, 0.02, 0.03, 0.06)
-    assert aim(path, {}, 0.05) is path[1], "twice the level is needed until something is known"
+    path = path_of(0.01, 0.02, 0.035, 0.06)
+    assert aim(path, {}, 0.05) is path[1], "1.6 times the level is needed until something is known"
     assert aim(path, {path[1]: 0.02}, 0.05) is path[2], "it needs its level alone, so the third is expected to"
-    assert aim(path, {path[1]: 0.02, path[2]: 0.04}, 0.05) is None, "the fourth is expected to need 0.08"
+    assert aim(path, {path[1]: 0.02, path[2]: 0.045}, 0.05) is None, "the fourth is expected to need 0.077"
 
 
 def test_after_a_set_that_breaks_the_promise_a_milder_one_is_judged() -> None:

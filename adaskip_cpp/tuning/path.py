@@ -6,6 +6,9 @@ Sublayers of a kind are skipped in an *order*: the last layer first, or by what 
 the first k of an order lose together is measured at a few depths k, for attentions, FFNs and windows apart. Between
 them it is interpolated, and the losses of the three kinds add up: that predicts a set's loss well enough to find good
 ones, which are then judged as sets.
+
+Skipped sublayers are measured after short prompts, which cost little. Windows are measured after longer ones, as they
+need something to leave out. One set of skipped sublayers is measured after both, and tells how the two compare.
 """
 
 import math
@@ -28,9 +31,9 @@ LEVELS = tuple(0.006 * 1.2**i for i in range(22))
 SHARES = (8, 4)
 """Windows that are tried: an eighth and a quarter of the prompt."""
 
-_FIRST = 2.0
+_FIRST = 1.6
 """What a set needs to be promised, as a multiple of its level, until one is judged: copies from far back lose more than
-those of the short prompts that sets are searched by, and a promise allows for chance."""
+those of the shorter prompts that sets are searched by, and a promise allows for chance."""
 
 _DEPTHS = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0), "windowed": (1 / 2, 1.0)}
 """Depths at which an order is measured, as shares of its length."""
@@ -58,7 +61,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Orders:
-    """Orders of layers, by what is done to them: several for a kind are alternatives, of which the better is taken."""
+    """Orders of layers, by what is done to them: several for a kind are alternatives, of which the better is taken.
+
+    Windows have one: on SmolLM2 those of the last half of the layers lose a third of what those of all lose.
+    """
 
     attention: tuple[tuple[int, ...], ...]
     ffn: tuple[tuple[int, ...], ...]
@@ -102,25 +108,22 @@ def orders(
     found: list[tuple[tuple[int, ...], ...]] = []
     # Of an error few layers above are left to pass it on the more of them are skipped: see docs/method.md.
     above = np.arange(n_layer)[::-1]
-    known = None if scores is None else scores[list(layers)] * above[list(layers), None]
-    middle = 0.0 if known is None or np.isnan(known).all() else float(np.nanmedian(known[:, 0]))
-    for kind, among in ((0, layers), (1, layers), (0, windowable)):
-        last = tuple(sorted(among, reverse=True))
+    for kind in (0, 1):
+        last = tuple(sorted(layers, reverse=True))
         if scores is None:
             found.append((last,))
             continue
         lost = scores[:, kind] * above
-        if among is windowable:  # what skipping an attention loses tells which windows cost; early ones are not known
-            lost = np.where(np.isnan(lost), middle, lost)
         last = tuple(layer for layer in last if not np.isnan(lost[layer]))
         by_score = tuple(sorted(last, key=lambda layer: lost[layer]))
         found.append((last, by_score) if by_score != last else (last,))
+    found.append((tuple(sorted(windowable, reverse=True)),))
     return Orders(*found)
 
 
 def find_path(
     every: Orders,
-    lost: Callable[[Candidate], Lost],
+    lost: Callable[[Candidate, bool], Lost],
     seconds: Callable[[Candidate], float],
     *,
     levels: Sequence[float] = LEVELS,
@@ -129,32 +132,28 @@ def find_path(
     """Return the sets of a path, each containing the one before it, one for each level of loss that brings anything.
 
     Args:
-        lost: judges a set. It is asked about :func:`n_judged` sets at most.
+        lost: judges a set after short prompts, or where its second argument is true after long ones. It is asked
+            :func:`n_judged` times at most.
         seconds: predicts the time of a prompt.
     """
     total, done = n_judged(every), 0
 
-    def judged(candidate: Candidate) -> Lost:
+    def judged(candidate: Candidate, long: bool) -> Lost:
         nonlocal done
-        result = lost(candidate)
+        result = lost(candidate, long)
         done += 1
         on_progress(done / total)
         return result
 
-    curves: dict[_Part, _Curve] = {}
-    for part in _CURVES:
-        wider = curves.get((part[0], SHARES[0]))  # windows of other sizes are in the order found for the first
-        curves[part] = _curve(part, getattr(every, part[0]) if wider is None else (wider.order,), judged)
-    grid = _grid(curves, seconds)
-    whole = seconds(Candidate())
+    curves = {part: _curve(part, getattr(every, part[0]), judged) for part in _CURVES}
+    whole, factor = seconds(Candidate()), np.ones(2)
+    if (first := _fastest(_grid(curves, seconds, factor, ()), levels[len(levels) // 2], whole)) is not None:
+        expected = np.maximum(_predicted(curves, first, factor), 1e-6)
+        factor = np.clip(np.array(judged(first, True)) / expected, 0.5, 4.0)
+    grid = _grid(curves, seconds, factor, SHARES)
     path: list[Candidate] = []
-    factor = np.ones(2)
-    middle = levels[len(levels) // 2]
-    if (first := _fastest(grid, middle, factor, whole)) is not None:
-        expected, actual = _predicted(curves, first), np.array(judged(first))
-        factor = np.clip(actual / np.maximum(expected, 1e-6), 0.5, 2.0)
     for level in levels:
-        found = _fastest([each for each in grid if not path or _contains(each[0], path[-1])], level, factor, whole)
+        found = _fastest([each for each in grid if not path or _contains(each[0], path[-1])], level, whole)
         if found is not None and (not path or found != path[-1]):
             path.append(replace(found, level=level))
     return path
@@ -189,7 +188,7 @@ def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: fl
 
 def n_judged(every: Orders) -> int:
     """Return the number of sets that :func:`find_path` has judged at most."""
-    found = [(part, getattr(every, part[0])[: 1 if part[1] in SHARES[1:] else None]) for part in _CURVES]
+    found = [(part, getattr(every, part[0])) for part in _CURVES]
     return 1 + sum(len(_depths(part, orders[0])) + len(orders) - 1 for part, orders in found)
 
 
@@ -199,7 +198,7 @@ def _depths(part: _Part, order: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(round(share * len(order)) for share in shares if round(share * len(order))))
 
 
-def _curve(part: _Part, alternatives: Sequence[tuple[int, ...]], judged: Callable[[Candidate], Lost]) -> _Curve:
+def _curve(part: _Part, alternatives: Sequence[tuple[int, ...]], judged: Callable[[Candidate, bool], Lost]) -> _Curve:
     """Measure the better of some orders, compared at the depth before the last.
 
     Few layers in the middle of a model hold what copies, so the last half of the layers mostly loses it: on SmolLM2
@@ -210,7 +209,7 @@ def _curve(part: _Part, alternatives: Sequence[tuple[int, ...]], judged: Callabl
 
     def of(order: Sequence[int], depth: int) -> Lost:
         layers: dict[str, Any] = {name: tuple(sorted(order[:depth]))}
-        return judged(Candidate(**layers, share=share or SHARES[0]))
+        return judged(Candidate(**layers, share=share or SHARES[0]), name == "windowed")
 
     best = alternatives[0]
     depths = _depths(part, best)
@@ -222,17 +221,27 @@ def _curve(part: _Part, alternatives: Sequence[tuple[int, ...]], judged: Callabl
         compared = [of(order, deep) for order in alternatives]
         at = min(range(len(compared)), key=lambda i: max(compared[i]))
         best, known = alternatives[at], {deep: compared[at]}
-    lost = [known[depth] if depth in known else of(best, depth) for depth in depths]
+    lost: list[Lost] = []
+    for depth in depths:
+        if lost and max(lost[-1]) > LEVELS[-1]:  # deeper ones are of no use: take it that they lose much more
+            lost.append((4 * lost[-1][0], 4 * lost[-1][1]))
+        else:
+            lost.append(known[depth] if depth in known else of(best, depth))
     return _Curve(best, (0, *depths), ((0.0, 0.0), *lost))
 
 
 _Grid: TypeAlias = list[tuple[Candidate, npt.NDArray[np.float64], float]]
 
 
-def _grid(curves: dict[_Part, _Curve], seconds: Callable[[Candidate], float]) -> _Grid:
+def _grid(
+    curves: dict[_Part, _Curve],
+    seconds: Callable[[Candidate], float],
+    factor: npt.NDArray[np.float64],
+    shares: Sequence[int],
+) -> _Grid:
     """Every combination of depths that is worth a look, with its predicted loss and seconds."""
     steps = {part: _steps(len(curve.order), 4 if part[0] == "windowed" else 25) for part, curve in curves.items()}
-    windows = [(SHARES[0], 0), *((share, depth) for share in SHARES for depth in steps["windowed", share] if depth)]
+    windows = [(SHARES[0], 0), *((share, depth) for share in shares for depth in steps["windowed", share] if depth)]
     found = []
     for attention, ffn, (share, windowed) in product(steps["attention", 0], steps["ffn", 0], windows):
         depths = {"attention": attention, "ffn": ffn, "windowed": windowed}
@@ -240,7 +249,7 @@ def _grid(curves: dict[_Part, _Curve], seconds: Callable[[Candidate], float]) ->
             name: tuple(sorted(curves[part].order[: depths[name]])) for name, part in _parts(share)
         }
         candidate = Candidate(**layers, share=share)
-        found.append((candidate, _predicted(curves, candidate), seconds(candidate)))
+        found.append((candidate, _predicted(curves, candidate, factor), seconds(candidate)))
     return found
 
 
@@ -252,14 +261,17 @@ def _steps(n: int, most: int) -> list[int]:
     return sorted({round(n * i / min(n, most)) for i in range(min(n, most) + 1)}) if n else [0]
 
 
-def _predicted(curves: dict[_Part, _Curve], candidate: Candidate) -> npt.NDArray[np.float64]:
-    lost = [curves[part].at(len(getattr(candidate, name))) for name, part in _parts(candidate.share)]
-    return np.asarray(np.sum(lost, axis=0))
+def _predicted(
+    curves: dict[_Part, _Curve], candidate: Candidate, factor: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """What a set loses after long prompts: of skipped sublayers ``factor`` times what they lose after short ones."""
+    lost = {name: curves[part].at(len(getattr(candidate, name))) for name, part in _parts(candidate.share)}
+    return np.asarray(factor * (lost["attention"] + lost["ffn"]) + lost["windowed"])
 
 
-def _fastest(grid: _Grid, level: float, factor: npt.NDArray[np.float64], whole: float) -> Candidate | None:
+def _fastest(grid: _Grid, level: float, whole: float) -> Candidate | None:
     """The fastest set that is predicted to lose no more than ``level`` in both kinds; None where none saves time."""
-    kept = [each for each in grid if (factor * each[1]).max() <= level and each[2] < 0.99 * whole]
+    kept = [each for each in grid if each[1].max() <= level and each[2] < 0.99 * whole]
     return min(kept, key=lambda each: (each[2], each[1].max()), default=(None,))[0]
 
 

@@ -23,7 +23,7 @@ def measure_speed(
     plan: SkipPlan | None,
     prompt: list[int],
     *,
-    n_rounds: int = 2,
+    n_rounds: int,
     kwargs: Mapping[str, Any] | None = None,
     on_progress: OnProgress = lambda fraction, words="": None,
 ) -> tuple[SpeedUp, ...]:

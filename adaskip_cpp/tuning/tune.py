@@ -52,12 +52,13 @@ _JUDGED_AT = 2048
 _N_CTX = _JUDGED_AT + 512
 _LONG = 8192
 """Tokens of the prompts that a second path is found for: there windows save more than what skipping does."""
-_SEARCHED_AT = 512
+_SEARCHED_AT = 512, 1024
+"""Tokens of the short and of the long prompts that sets are searched by; windows by the long ones alone."""
 _N_TEXTS, _N_SEARCHED = 4, 2
 """Held-out texts that plans are judged on, and those that sets are searched by."""
 _AIMS = (0.05, 0.1, 0.02, 0.035, 0.07, 0.2)
 """Promises for which the fastest plan is looked for, one after the other while tokens last."""
-_N_ROUNDS = 2
+_N_ROUNDS = 3
 """Times that each prompt is timed at the end."""
 
 
@@ -201,14 +202,16 @@ class _Tuning:
         """Find the path and judge its plans, the nearest to the default promise first while tokens last."""
         planned = _Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
-            search = Judge(llm, self._probes(llm, held.search[:_N_SEARCHED], (_SEARCHED_AT,)))
+            judges = [Judge(llm, self._probes(llm, held.search[:_N_SEARCHED], (n,))) for n in _SEARCHED_AT]
 
-            def lost(candidate: Candidate) -> tuple[float, float]:
+            def lost(candidate: Candidate, long: bool) -> tuple[float, float]:
+                search, n_prompt = judges[long], _SEARCHED_AT[long]
+
                 def judge() -> list[float]:
-                    scores = search(planned.plan(candidate, _SEARCHED_AT // candidate.share))
+                    scores = search(planned.plan(candidate, n_prompt // candidate.share))
                     return [quality_of(search.probes, scores, kind).harm for kind in ("continuation", "copying")]
 
-                return tuple(self.memo.get(f"search {candidate} at {_SEARCHED_AT}", list[float], judge))  # type: ignore[return-value]
+                return tuple(self.memo.get(f"search {candidate} at {n_prompt}", list[float], judge))  # type: ignore[return-value]
 
             every = orders(planned.layers, planned.scores, planned.windowable, llm.n_layer)
             paths = {
