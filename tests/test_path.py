@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp.tuning.path import LEVELS, Candidate, Lost, Orders, aim, find_path, n_judged, orders
+from adaskip_cpp.tuning.path import LEVELS, SHARES, Candidate, Lost, Orders, aim, measure, n_judged, orders
+from adaskip_cpp.tuning.path import find_path as find_path_by
 
 NAN = float("nan")
 
 Losses = Callable[..., Lost]
+Seconds = Callable[[Candidate], float]
 PARTS = ("attention", "ffn", "windowed")
 
 
@@ -39,6 +41,12 @@ def seconds(candidate: Candidate) -> float:
     """An attention takes a second, half of it with a window, an FFN two; the rest ten."""
     windowed = {*candidate.windowed} - {*candidate.attention}
     return 50 - len(candidate.attention) - 2 * len(candidate.ffn) - 0.5 * len(windowed)
+
+
+def find_path(
+    every: Orders, lost: Losses, seconds: Seconds, levels: Sequence[float] = LEVELS, **kwargs: Any
+) -> list[Candidate]:
+    return find_path_by(measure(every, lost, seconds, **kwargs), seconds, SHARES, levels=levels)
 
 
 def prefixes(every: Orders) -> list[Candidate]:

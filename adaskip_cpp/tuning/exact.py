@@ -18,11 +18,11 @@ from ..measuring.cores import logical_cores, physical_cores
 from ..model.settings import Settings, Tried
 from ..progress import OnProgress
 
-MOST_TOKENS = 14_000
+MOST_TOKENS = 12_000
 """The search reads no more tokens than this through the model, all trials together."""
 
-_DEPTH = 1536
-"""Tokens of context behind which a piece is timed a second time, up to 2,048, to extrapolate from."""
+_DEPTH = 1280
+"""Tokens of context behind which a piece is timed a second time, up to 1,792, to extrapolate from."""
 _PIECE, _SHORT_PIECE = 512, 256
 """Tokens of a prompt that are timed: one ubatch where depth matters, half of it to compare matrix products alone."""
 _N_DECODE = 12
@@ -64,7 +64,7 @@ def fastest_settings(
     The model is opened for each turn, and closed before the next. A candidate with which it cannot be opened or run is
     not chosen.
 
-    Times are of the first tokens and of those up to a depth of 2,048; from them, those of ``context`` tokens are
+    Times are of the first tokens and of those up to a depth of 1,792; from them, those of ``context`` tokens are
     extrapolated linearly. All trials together read at most ``MOST_TOKENS`` tokens: where they run out, what is left
     keeps its default.
 

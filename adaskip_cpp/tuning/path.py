@@ -1,6 +1,6 @@
 """Finds the path of a frontier: for each of several losses the fastest set of what is skipped and windowed.
 
-Nothing here knows a model: what a set loses and how long it takes are functions. Start at :func:`find_path`.
+Nothing here knows a model: what a set loses and how long it takes are functions. Start at :func:`measure`.
 
 Sublayers of a kind are skipped in an *order*: the last layer first, or by what calibration measured of each alone. What
 the first k of an order lose together is measured at a few depths k, for attentions, FFNs and windows apart. Between
@@ -25,7 +25,7 @@ from ..model.skip_set import marked
 Lost: TypeAlias = tuple[float, float]
 """Nats per token that a set loses in continuations and in copies."""
 
-LEVELS = tuple(0.006 * 1.2**i for i in range(22))
+LEVELS = tuple(0.006 * 1.2**i for i in range(18))
 """Losses for which the path has a set each, in nats per token."""
 
 SHARES = (8, 4)
@@ -78,6 +78,10 @@ _Part: TypeAlias = tuple[str, int]
 _CURVES: tuple[_Part, ...] = (("attention", 0), ("ffn", 0), *(("windowed", share) for share in SHARES))
 
 
+_Grid: TypeAlias = list[tuple[Candidate, npt.NDArray[np.float64], float]]
+"""Sets, what they lose after long prompts in both kinds of answers, and the seconds of a prompt."""
+
+
 @dataclass(frozen=True)
 class _Curve:
     """What the first k of an order lose, measured at some k."""
@@ -121,15 +125,49 @@ def orders(
     return Orders(*found)
 
 
-def find_path(
+@dataclass(frozen=True)
+class Losses:
+    """What was measured of some sets, to predict what others lose.
+
+    Attributes:
+        curves: by what is done to layers, of several depths.
+        factor: how many times as much skipped sublayers lose after long prompts, and together, as curves say; in
+            continuations and in copies.
+    """
+
+    curves: Mapping[_Part, _Curve]
+    factor: npt.NDArray[np.float64]
+
+    def of(self, candidate: Candidate) -> npt.NDArray[np.float64]:
+        """Return what a set loses after long prompts, float64 ``[2]``."""
+        lost = {name: self.curves[part].at(len(getattr(candidate, name))) for name, part in _parts(candidate.share)}
+        return np.asarray(self.factor * (lost["attention"] + lost["ffn"]) + lost["windowed"])
+
+    def grid(self, shares: Sequence[int], seconds: Callable[[Candidate], float]) -> _Grid:
+        """Return every combination of depths that is worth a look, with its predicted loss and seconds."""
+        steps = {
+            part: _steps(len(curve.order), 4 if part[0] == "windowed" else 25) for part, curve in self.curves.items()
+        }
+        windows = [(SHARES[0], 0), *((share, depth) for share in shares for depth in steps["windowed", share] if depth)]
+        found = []
+        for attention, ffn, (share, windowed) in product(steps["attention", 0], steps["ffn", 0], windows):
+            depths = {"attention": attention, "ffn": ffn, "windowed": windowed}
+            layers: dict[str, Any] = {
+                name: tuple(sorted(self.curves[part].order[: depths[name]])) for name, part in _parts(share)
+            }
+            candidate = Candidate(**layers, share=share)
+            found.append((candidate, self.of(candidate), seconds(candidate)))
+        return found
+
+
+def measure(
     every: Orders,
     lost: Callable[[Candidate, bool], Lost],
     seconds: Callable[[Candidate], float],
     *,
-    levels: Sequence[float] = LEVELS,
     on_progress: Callable[[float], object] = lambda fraction: None,
-) -> list[Candidate]:
-    """Return the sets of a path, each containing the one before it, one for each level of loss that brings anything.
+) -> Losses:
+    """Measure what some sets lose.
 
     Args:
         lost: judges a set after short prompts, or where its second argument is true after long ones. It is asked
@@ -145,13 +183,23 @@ def find_path(
         on_progress(done / total)
         return result
 
-    curves = {part: _curve(part, getattr(every, part[0]), judged) for part in _CURVES}
-    whole, factor = seconds(Candidate()), np.ones(2)
-    if (first := _fastest(_grid(curves, seconds, factor, ()), levels[len(levels) // 2], whole)) is not None:
-        expected = np.maximum(_predicted(curves, first, factor), 1e-6)
-        factor = np.clip(np.array(judged(first, True)) / expected, 0.5, 4.0)
-    grid = _grid(curves, seconds, factor, SHARES)
-    path: list[Candidate] = []
+    losses = Losses({part: _curve(part, getattr(every, part[0]), judged) for part in _CURVES}, np.ones(2))
+    middle = LEVELS[len(LEVELS) // 2]
+    if (one := _fastest(losses.grid((), seconds), middle, seconds(Candidate()))) is None:
+        return losses
+    return replace(losses, factor=np.clip(judged(one, True) / np.maximum(losses.of(one), 1e-6), 0.5, 4.0))
+
+
+def find_path(
+    losses: Losses, seconds: Callable[[Candidate], float], shares: Sequence[int], *, levels: Sequence[float] = LEVELS
+) -> list[Candidate]:
+    """Return the sets of a path, each containing the one before it, one for each level of loss that brings anything.
+
+    Args:
+        seconds: predicts the time of a prompt.
+        shares: of windows; none for a path without windows.
+    """
+    grid, whole, path = losses.grid(shares, seconds), seconds(Candidate()), list[Candidate]()
     for level in levels:
         found = _fastest([each for each in grid if not path or _contains(each[0], path[-1])], level, whole)
         if found is not None and (not path or found != path[-1]):
@@ -187,7 +235,7 @@ def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: fl
 
 
 def n_judged(every: Orders) -> int:
-    """Return the number of sets that :func:`find_path` has judged at most."""
+    """Return the number of sets that :func:`measure` has judged at most."""
     found = [(part, getattr(every, part[0])) for part in _CURVES]
     return 1 + sum(len(_depths(part, orders[0])) + len(orders) - 1 for part, orders in found)
 
@@ -230,43 +278,12 @@ def _curve(part: _Part, alternatives: Sequence[tuple[int, ...]], judged: Callabl
     return _Curve(best, (0, *depths), ((0.0, 0.0), *lost))
 
 
-_Grid: TypeAlias = list[tuple[Candidate, npt.NDArray[np.float64], float]]
-
-
-def _grid(
-    curves: dict[_Part, _Curve],
-    seconds: Callable[[Candidate], float],
-    factor: npt.NDArray[np.float64],
-    shares: Sequence[int],
-) -> _Grid:
-    """Every combination of depths that is worth a look, with its predicted loss and seconds."""
-    steps = {part: _steps(len(curve.order), 4 if part[0] == "windowed" else 25) for part, curve in curves.items()}
-    windows = [(SHARES[0], 0), *((share, depth) for share in shares for depth in steps["windowed", share] if depth)]
-    found = []
-    for attention, ffn, (share, windowed) in product(steps["attention", 0], steps["ffn", 0], windows):
-        depths = {"attention": attention, "ffn": ffn, "windowed": windowed}
-        layers: dict[str, Any] = {
-            name: tuple(sorted(curves[part].order[: depths[name]])) for name, part in _parts(share)
-        }
-        candidate = Candidate(**layers, share=share)
-        found.append((candidate, _predicted(curves, candidate, factor), seconds(candidate)))
-    return found
-
-
 def _parts(share: int) -> list[tuple[str, _Part]]:
     return [(name, (name, share if name == "windowed" else 0)) for name in _PARTS]
 
 
 def _steps(n: int, most: int) -> list[int]:
     return sorted({round(n * i / min(n, most)) for i in range(min(n, most) + 1)}) if n else [0]
-
-
-def _predicted(
-    curves: dict[_Part, _Curve], candidate: Candidate, factor: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """What a set loses after long prompts: of skipped sublayers ``factor`` times what they lose after short ones."""
-    lost = {name: curves[part].at(len(getattr(candidate, name))) for name, part in _parts(candidate.share)}
-    return np.asarray(factor * (lost["attention"] + lost["ffn"]) + lost["windowed"])
 
 
 def _fastest(grid: _Grid, level: float, whole: float) -> Candidate | None:

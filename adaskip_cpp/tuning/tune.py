@@ -15,8 +15,11 @@ from importlib import metadata
 from itertools import product
 from typing import Any
 
+import numpy as np
+
 from ..calibration.calibrate import calibrate, late_layers
 from ..calibration.cost import measure_cost, set_aside
+from ..calibration.divergence import N_ANSWER, N_PROMPT, measure_divergence
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import DataError
@@ -35,7 +38,7 @@ from .exact import FoundSettings, fastest_settings
 from .figures import Judged, quality_of, with_growth
 from .hold_out import HeldOut, hold_out
 from .memo import Memo
-from .path import Candidate, aim, find_path, orders
+from .path import SHARES, Candidate, aim, find_path, measure, orders
 from .speed import measure_speed
 
 MOST_TOKENS = 120_000
@@ -44,14 +47,14 @@ MOST_TOKENS = 120_000
 LONGEST = 32_768
 """Tokens of the longest prompts that speeds are predicted for."""
 
-_N_REQUESTS, _N_DECODE = 20, 4
+_N_REQUESTS, _N_DECODE = 16, 4
 """Calibration requests of 512 tokens, and tokens decoded after each: plans of prompts take nothing from these."""
 _COST_CONTEXTS, _COST_S = (512, 2048), 6.0
 _JUDGED_AT = 2048
 """Tokens of the prompts that plans are judged on."""
 _N_CTX = _JUDGED_AT + 512
 _LONG = 8192
-"""Tokens of the prompts that a second path is found for: there windows save more than what skipping does."""
+"""Tokens of the prompts that a second path is found for, with windows: there they save more than what skipping does."""
 _SEARCHED_AT = 512, 1024
 """Tokens of the short and of the long prompts that sets are searched by; windows by the long ones alone."""
 _N_TEXTS, _N_SEARCHED = 4, 2
@@ -136,7 +139,7 @@ class _Tuning:
         with self._model(settings) as llm:
             machine = cost_settings(llm)
             if held is not None:
-                profile = self._calibrate(llm, data)
+                profile = self._calibrate(llm, data, held)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
                 points = self._points(llm, profile, held)
         self.n_read += self.memo.n_read
@@ -175,7 +178,7 @@ class _Tuning:
             self.tell(f"This model reads {rate:,.0f} tokens per second, so what follows takes about {took} min.")
         return found
 
-    def _calibrate(self, llm: AdaSkipLlama, data: Mapping[str, str] | None) -> Profile:
+    def _calibrate(self, llm: AdaSkipLlama, data: Mapping[str, str] | None, held: HeldOut) -> Profile:
         """Learn maps, scores and costs, or take up the profile of a run that was stopped."""
         known = self.memo.profile(llm.model_info)
         if known is not None:
@@ -187,14 +190,16 @@ class _Tuning:
             n_requests=_N_REQUESTS,
             n_decode=_N_DECODE,
             cost=False,
-            n_judged=1,
-            windows=False,
+            n_judged=0,
             description=", ".join(data) if data else None,
             on_stage=self.on_stage,
         )
         with self.on_stage("Timing sublayers") as on_progress:
             cost = measure_cost(llm, contexts=_COST_CONTEXTS, seconds=_COST_S, on_progress=on_progress)
-        profile = replace(profile, cost=cost)
+        piece = held.search[0].tokens[: N_PROMPT + N_ANSWER]
+        with self.on_stage("Skipping each sublayer") as on_progress:
+            lost = measure_divergence(llm, profile, [piece], layers=_middle_layers(llm), on_progress=on_progress)
+        profile = replace(profile, cost=cost, divergence=lost[0], copying=lost[1])
         self.memo.keep_profile(profile)
         return profile
 
@@ -214,10 +219,11 @@ class _Tuning:
                 return tuple(self.memo.get(f"search {candidate} at {n_prompt}", list[float], judge))  # type: ignore[return-value]
 
             every = orders(planned.layers, planned.scores, planned.windowable, llm.n_layer)
-            paths = {
-                length: find_path(every, lost, partial(planned.seconds, context=length), on_progress=on_progress)
-                for length in (_JUDGED_AT, _LONG)
-            }
+            losses = measure(every, lost, partial(planned.seconds, context=_LONG), on_progress=on_progress)
+        paths = {
+            length: find_path(losses, partial(planned.seconds, context=length), shares)
+            for length, shares in ((_JUDGED_AT, ()), (_LONG, SHARES))
+        }
         probes = self._probes(llm, held.judge, (_JUDGED_AT // 2, _JUDGED_AT))
         judge = Judge(llm, probes)
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in probes)
@@ -272,6 +278,12 @@ class _Tuning:
             return AdaSkipLlama(self.path, n_ctx=n_ctx, verbose=False, **{**self.kwargs, **settings.to_kwargs()})
 
 
+def _middle_layers(llm: AdaSkipLlama) -> range:
+    """Return the layers of which each sublayer is skipped alone, to find an order: those that hold what copies."""
+    late = late_layers(llm)
+    return late[: len(late) // 2]
+
+
 class _Planned:
     """Makes plans of candidates, and predicts their times."""
 
@@ -279,6 +291,9 @@ class _Planned:
         assert profile.cost is not None
         self.profile, self.cost = profile, profile.cost
         self.layers, self.scores = late_layers(llm), profile.lost
+        if self.scores is not None:  # the last layers are skipped first, whatever each of them loses
+            last = slice(_middle_layers(llm).stop, None)
+            self.scores[last] = np.where(profile.in_bulk[last], 0.0, np.nan)
         self.windowable = [row.layer for row in llm.sublayers if row.windowable]
 
     def plan(self, candidate: Candidate, window_size: int) -> SkipPlan:
