@@ -150,13 +150,7 @@ def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None], *, judges: bool) 
         return silent(label)
 
     profile = calibrate(
-        llm,
-        n_requests=_N_REQUESTS,
-        n_decode=_N_DECODE,
-        cost=False,
-        n_judged=int(judges),
-        windows=False,
-        on_stage=stage,
+        llm, n_requests=_N_REQUESTS, n_decode=_N_DECODE, cost=False, n_judged=int(judges), windows=False, on_stage=stage
     )
     on_stage("Timing the sublayers")
     return replace(profile, cost=measure_cost(llm, seconds=_COST_S))

@@ -207,7 +207,7 @@ def test_a_window_or_a_head_of_any_size_sees_what_there_is(
     ("arguments", "message"),
     [
         ({"windowed": (3,)}, "the model has no attention of layer 3"),
-        ({"windowed": (0,), "window_size": 0}, "the window size is 0; use a whole number of tokens from 1 on"),
+        ({"windowed": (0,), "window_size": 0}, "window_size is 0; use a whole number from 1 on"),
     ],
 )
 def test_impossible_windows_are_refused(arguments: dict[str, Any], message: str) -> None:

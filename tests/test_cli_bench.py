@@ -29,6 +29,7 @@ from adaskip_cpp.cli.bench import bench
 from adaskip_cpp.cli.bench_report import print_report, seconds
 from adaskip_cpp.cli.terminal import Verbs
 from adaskip_cpp.measuring.timing import RequestTime
+from adaskip_cpp.model.cost_model import CostSettings
 from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.statistics import PhaseStatistics
@@ -250,7 +251,13 @@ def test_without_plans_stock_and_ours_are_compared_and_a_busy_machine_is_warned_
     monkeypatch.setattr(measure, "load_average", lambda: 2.5)
     result = run(tiny(), *ONCE)
     assert result.exit_code == 0 and "Warning: the load average is 2.5" in result.stderr
-    for words in ("Time to first token, prompt of 16 tokens, 1 round", "measured once", "stock", "no plan", "F16/F16"):
+    for words in (
+        "Time to first token, prompt of 16 tokens, 1 round",
+        "measured once",
+        "stock",
+        "no plan",
+        "KV in F16 and F16",
+    ):
         assert words in result.stdout
     assert "ideal" not in result.stdout and "nan" not in result.stdout
     monkeypatch.setattr(measure, "load_average", lambda: 0.05)
@@ -333,16 +340,20 @@ def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (1
         BenchSettings("m.gguf", contexts, n_rounds, n_decode, 1), {"adaskip 2": SkipPlan.manual(3, [2], [2])}, times
     )
     result.usage = {name: Usage(10**8, 10**6) for name in times.contenders}
-    result.machine = {
-        "cpu": "a processor",
-        "devices": ["a processor", "a GPU"],
-        "n_gpu_layers": -1,
-        "n_batch": 512,
-        "n_ubatch": 512,
-        "flash_attention": False,
-        "type_k": "F16",
-        "type_v": "F16",
-    }
+    result.machine = CostSettings(
+        cpu="a processor",
+        devices=("a processor", "a GPU"),
+        n_gpu_layers=-1,
+        n_threads=1,
+        n_threads_batch=1,
+        n_batch=512,
+        n_ubatch=512,
+        flash_attention=False,
+        type_k="F16",
+        type_v="F16",
+        swa_full=False,
+        llama_cpp_python="0.3.36",
+    )
     result.about = ABOUT
     return result
 
@@ -380,7 +391,8 @@ def test_it_prints_ratios_the_ideal_memory_and_the_configuration() -> None:
         "1.0 MB",
         "all layers offloaded to: a GPU",
         "llama-cpp-python 0.3.36",
-        "F16/F16",
+        "a processor, 1 thread,",
+        "KV in F16 and F16",
         "flash attention off",
         "2 of 6 sublayers skipped in prefill",
         "load average",

@@ -103,4 +103,4 @@ def test_times_are_measured_for_a_profile_of_the_same_model_only(tiny: Callable[
 
 def test_plan_tells_where_the_times_come_from(elsewhere: Path) -> None:
     text = " ".join(run("plan", elsewhere, "--speedup", 1.25).stdout.split())
-    assert "times of a CPU, 2 and 4 threads, ubatches of 512, KV in F16 and Q8_0, flash attention" in text
+    assert "times of a CPU, 2 and 4 threads, batches of 512, ubatches of 512, KV in F16 and Q8_0, flash" in text

@@ -13,7 +13,7 @@ from adaskip_cpp import SkipPlan
 from adaskip_cpp.evaluation.contenders import FULL, Contender
 from adaskip_cpp.evaluation.evaluate import Work, seconds_of
 from adaskip_cpp.evaluation.figures import evaluation_results
-from adaskip_cpp.evaluation.report import markdown_report
+from adaskip_cpp.evaluation.report import rendered
 from adaskip_cpp.evaluation.results import About, Figure, Results, Row, TaskScores
 from adaskip_cpp.evaluation.store import Record
 from adaskip_cpp.evaluation.tables import summary, tables
@@ -286,7 +286,7 @@ def test_a_summary_has_speed_loss_and_agreement_and_of_questions_the_scores(some
 
 
 def test_markdown_has_a_line_per_contender(some: Results) -> None:
-    lines = markdown_report(some).splitlines()
+    lines = rendered("md", some, ()).splitlines()
     lines = lines[lines.index("## Mode prefill") :]
     assert [line.count("|") for line in lines[4:9]] == [14] * 4 + [0]
 

@@ -1,6 +1,6 @@
 """adaskip_cpp.measuring.judge: what a plan changes in known answers, against NumPy passes and plain evaluations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from reference import OnlineReference, ReferenceModel, ReferenceRun
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring.corpus import tokens_of
-from adaskip_cpp.measuring.judge import N_CUE, Judge, Probe, Scores, probes_of
+from adaskip_cpp.measuring.judge import N_CUE, Judge, Logits, Probe, Scores, probes_of
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
@@ -208,10 +208,24 @@ def test_each_answer_makes_an_online_choice_of_its_own(tiny: Tiny, tokens: Token
 
 
 @pytest.fixture
-def counted(tiny: Tiny, probes: Any, open_model: Open) -> tuple[Judge, list[int]]:
+def counted(tiny: Tiny, probes: Any, open_model: Open, monkeypatch: pytest.MonkeyPatch) -> tuple[Judge, list[int]]:
     """A judge, and the tokens that were read for each probe."""
-    read: list[int] = []
-    return Judge(open_model(tiny()), probes, advance=read.append), read
+    read, llm = list[int](), open_model(tiny())
+    evaluate, counts = llm._evaluate, [0]
+
+    def counting(phase: str, tokens: list[int], **options: Any) -> None:
+        counts[-1] += len(tokens)
+        evaluate(phase, tokens, **options)
+
+    class Counted(Judge):
+        def _answers(self, plan: SkipPlan | None) -> Iterator[Logits]:
+            for logits in super()._answers(plan):
+                read.append(counts.pop())
+                counts.append(0)
+                yield logits
+
+    monkeypatch.setattr(llm, "_evaluate", counting)
+    return Counted(llm, probes), read
 
 
 ONCE = [40 + 5, 19, 60 - 37 + 5, 19] * 2

@@ -278,7 +278,7 @@ def test_plans_are_equal_by_their_bulk_head_and_tail() -> None:
 @pytest.mark.parametrize("name", ["head", "tail"])
 @pytest.mark.parametrize("value", [-1, 1.5, "4", True, None, 2**31])
 def test_an_impossible_head_or_tail_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(PlanError, match=f"the {name} is .*; use a whole number of tokens"):
+    with pytest.raises(PlanError, match=f"^{name} is .*; use a whole number from"):
         Bulk(skip_set(), **{name: value})
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 
 def picture() -> Any:
-    fig, axes = plots.figure(width_in=4, height_in=2)
+    fig, (axes,) = plots.panels(width_in=4, height_in=2)
     for name, look in plots.STRATEGY.items():
         axes.plot(np.arange(3), np.arange(3), label=name, **look.line)
     axes.set_xlabel("layer")
@@ -55,7 +55,7 @@ def test_an_inline_svg_takes_text_colour_and_type_of_its_page() -> None:
 
 
 def test_inline_svgs_of_one_page_share_no_identifiers() -> None:
-    first, other = plots.figure(width_in=3)[0], picture()
+    first, other = plots.panels(width_in=3)[0], picture()
     ids = [set(re.findall(r'\bid="([^"]*)"', plots.to_svg(fig))) for fig in (first, other)]
     assert ids[0] and ids[1] and not ids[0] & ids[1]
     svg = plots.to_svg(other)
@@ -71,4 +71,4 @@ def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert not plots.has_matplotlib()
     with pytest.raises(PackageMissingError, match=r'pip install "adaskip-cpp\[plot\]"'):
-        plots.figure()
+        plots.panels()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adaskip_cpp.evaluation.report import html_report, markdown_report
+from adaskip_cpp.evaluation.report import rendered
 from adaskip_cpp.evaluation.results import SPEED_NAMES, About, Figure, Results, Row, Speed, TaskScores
 from adaskip_cpp.intervals import Interval
 
@@ -80,7 +80,7 @@ def unfinished(results: Results) -> Results:
 
 
 def test_the_page_is_well_formed_and_what_it_quotes_is_escaped(results: Results) -> None:
-    page = Page(html_report(results, {}))
+    page = Page(rendered("html", results, {}))
     assert "<b>model</b> & co." in page.text
     assert "b" not in page.tags
     assert "a < b" in page.text
@@ -93,7 +93,7 @@ def test_the_page_loads_nothing(results: Results) -> None:
 
     drawn = quality_pictures(results)
     assert drawn
-    html = html_report(results, drawn)
+    html = rendered("html", results, drawn)
     page = Page(html)
     assert page.tags.count("svg") == len(drawn)
     assert page.loads == []
@@ -103,14 +103,14 @@ def test_the_page_loads_nothing(results: Results) -> None:
 
 
 def test_it_has_a_style_for_light_and_dark_and_for_narrow_windows(results: Results) -> None:
-    html = html_report(results, {})
+    html = rendered("html", results, {})
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
     assert html.count("<table>") == html.count('class="scroll"')
 
 
 def test_tables_say_what_results_say(results: Results) -> None:
-    page = Page(html_report(results, {}))
+    page = Page(rendered("html", results, {}))
     assert "1.25 (1.20–1.30)" in page.text
     assert "+0.500 ± 0.100" in page.text
     assert "Early Exit, 12" in page.text
@@ -118,13 +118,13 @@ def test_tables_say_what_results_say(results: Results) -> None:
 
 def test_results_that_are_not_finished_say_so(results: Results) -> None:
     results = unfinished(results)
-    for text in (Page(html_report(results, {})).text, markdown_report(results)):
+    for text in (Page(rendered("html", results, {})).text, rendered("md", results, ())):
         assert "not finished: 3 of 5 results" in text
         assert "early_exit-6 is left out" in text
 
 
 def test_markdown_has_the_same_tables_and_the_pictures_beside_it(results: Results) -> None:
-    text = markdown_report(unfinished(results), ["quality.png"])
+    text = rendered("md", unfinished(results), ["quality.png"])
     assert "- early_exit-6 is left out\n\n![quality](quality.png)" in text, "a picture is no part of a list"
     assert "## Mode prefill" in text
     assert "## Questions" in text

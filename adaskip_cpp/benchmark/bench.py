@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, in_turn
 from ..model.arrays import Flags
+from ..model.cost_model import CostSettings
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import SkipSet
 from ..progress import OnProgress
@@ -70,7 +71,7 @@ class Configuration:
 class BenchResult:
     """What was measured, by contender.
 
-    ``machine`` is the :class:`CostSettings` of ours with no plan, as a dictionary; ``usage`` that of the last process.
+    ``machine`` is that of ours with no plan, None before it is loaded; ``usage`` is that of the last process.
     ``ended_by`` ended it before all rounds were run. ``about`` is None where it was not :func:`adaskip_cpp.bench`.
     """
 
@@ -78,7 +79,7 @@ class BenchResult:
     plans: Mapping[str, SkipPlan]
     times: BenchTimes
     usage: dict[str, Usage] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
+    machine: CostSettings | None = None
     ended_by: AdaSkipError | KeyboardInterrupt | None = None
     about: Configuration | None = None
 

@@ -44,7 +44,7 @@ class _Contender:
         self._llm = (AdaSkipLlama if self._ours else llama_cpp.Llama)(model, verbose=True, **options)
         self._llm.verbose = False
         _logger.set_verbose(False)
-        settings = {"settings": dataclasses.asdict(cost_settings(self._llm))} if self._ours else {}
+        settings = {"settings": cost_settings(self._llm)} if self._ours else {}
         return {"library": str(library), **settings}
 
     def time(self, prompt: list[int], n_decode: int, plan: Any) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def bench(
         context = click.get_current_context()
         raise click.UsageError("leave out --rpc: a server serves one process, and bench compares several", context)
     if plot_to is not None:
-        plots.figure()  # a missing matplotlib is told now, and not after the measurement
+        plots.panels()  # a missing matplotlib is told now, and not after the measurement
         if not os.path.isdir(plot_to):
             check_output(plot_to, "--plot")
     err = console(stderr=True)

@@ -4,9 +4,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..benchmark.bench import BenchResult
 from ..benchmark.plots import TITLES
@@ -14,6 +13,7 @@ from ..benchmark.table import NO_PLAN, STOCK, Row, verdict
 from ..intervals import Interval
 from ..model.plan import SkipPlan
 from .report import PHASE_WORDS, megabytes
+from .terminal import table
 
 
 def print_report(out: Console, result: BenchResult) -> None:
@@ -28,12 +28,11 @@ def print_report(out: Console, result: BenchResult) -> None:
 
 
 def _table(out: Console, title: str, columns: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     out.print(title, style="bold")  # rich would wrap a table's own title to the width of the table
-    table.add_column("", no_wrap=True)
+    shown = table(Column("", no_wrap=True))
     for name in columns:
-        table.add_column(name, justify="left" if name.startswith("against") else "right", no_wrap="\n" in name)
-    return table
+        shown.add_column(name, justify="left" if name.startswith("against") else "right", no_wrap="\n" in name)
+    return shown
 
 
 def _print_phase(out: Console, rows: Sequence[Row]) -> None:
@@ -70,20 +69,12 @@ def _print_usage(out: Console, result: BenchResult) -> None:
 
 
 def _print_configuration(out: Console, result: BenchResult) -> None:
-    settings, machine, about = result.settings, result.machine, result.about
+    settings, about = result.settings, result.about
     assert about is not None
     size = megabytes(about.file_bytes)
     lines = [f"{about.model} ({about.architecture}, {about.n_layer} layers, {about.quantisation}, {size})"]
-    if machine:
-        n_threads = f"{settings.n_threads} thread{'s' if settings.n_threads > 1 else ''}"
-        devices = [device for device in machine["devices"] if device != machine["cpu"]]
-        layers = {-1: "all", 0: "no"}.get(machine["n_gpu_layers"], machine["n_gpu_layers"])
-        offloaded = f", {layers} layers offloaded to: {', '.join(devices)}" if devices else ", no other device"
-        lines += [
-            f"{machine['cpu']}, {n_threads}{offloaded}",
-            f"batch {machine['n_batch']}, ubatch {machine['n_ubatch']}, flash attention "
-            f"{'on' if machine['flash_attention'] else 'off'}, KV {machine['type_k']}/{machine['type_v']}",
-        ]
+    if result.machine is not None:
+        lines.append(result.machine.words)
     lines.append(
         f"adaskip-cpp {about.adaskip_cpp}, llama-cpp-python {about.llama_cpp_python}, Python {about.python}, {about.os}"
     )

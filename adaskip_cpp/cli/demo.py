@@ -6,9 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from ..demo import N_ANSWER, PAPERS, SPEEDUP, WHOLE, DemoResult, Side, packaged_model, run
@@ -18,7 +17,7 @@ from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .plan import print_plan
 from .planning import plan_options
-from .terminal import OUTPUT, console, json_option, model_options, option, save_svg, verb
+from .terminal import OUTPUT, console, json_option, model_options, option, save_svg, table, verb
 
 
 @verb("Show the whole idea on a small model.", example="adaskip-cpp demo --speedup 1.3")
@@ -80,13 +79,13 @@ def _print_plans(out: Console, profile: Profile, sides: Mapping[str, Side]) -> N
 
 def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     sides, whole = result.sides.values(), result.sides[WHOLE]
-    table = Table("", *(Column(name, justify="right") for name in result.sides), box=SIMPLE_HEAD, pad_edge=False)
+    figures = table("", *result.sides)
 
     def row(name: str, cell: Callable[[Side], str], against: Callable[[Side], str] | None = None) -> None:
         cells = (
             cell(side) + ("" if side is whole or against is None else f"\n[bold]{against(side)}[/]") for side in sides
         )
-        table.add_row(name, *cells)
+        figures.add_row(name, *cells)
 
     row(
         f"first token, {result.n_prompt:,}-token prompt",
@@ -100,10 +99,9 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
         lambda side: f"{side.loss - whole.loss:+.3f} nats",
     )
     row("pass keys found", lambda side: f"{side.n_keys} of {result.n_keys}")
-    out.print(table)
+    out.print(figures)
 
-    columns = (Column(f"answer, {name}", ratio=1) for name in result.sides)
-    answers = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, expand=True)
+    answers = table(*(Column(f"answer, {name}", ratio=1) for name in result.sides), expand=True)
     # Without its line breaks: a list of short items would fill the screen.
     answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in sides))
     out.print(answers)

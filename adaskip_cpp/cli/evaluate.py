@@ -8,8 +8,6 @@ from functools import partial
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from ..evaluation import measure
 from ..evaluation.items import EvaluationOptions
@@ -23,7 +21,7 @@ from ..planning.strategies import STRATEGIES
 from ..progress import told_progress
 from .lists import names, numbers
 from .planning import plan_file_option
-from .terminal import CHOOSING, RUNNING, console, json_option, model_options, option, verb
+from .terminal import CHOOSING, RUNNING, console, json_option, model_options, option, table, verb
 
 _AGAIN = "; may be repeated"
 _DEFAULTS = EvaluationOptions()
@@ -158,10 +156,8 @@ def evaluate(model: str, profile_path: str | None, output: str, running: Running
 def _print(results: Results, output: str) -> None:
     out = console()
     for each in summary(results):
-        table = Table("", box=SIMPLE_HEAD, pad_edge=False, title=each.title, title_justify="left", title_style="bold")
-        for name in each.header[1:]:
-            table.add_column(name, justify="right")
+        printed = table("", *each.header[1:], title=each.title, title_style="bold")
         for row in each.rows:
-            table.add_row(*row)
-        out.print(table)
+            printed.add_row(*row)
+        out.print(printed)
     out.print(f"Written to {os.path.join(output, 'report.html')}, with all else beside it.", soft_wrap=True)

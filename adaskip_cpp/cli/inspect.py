@@ -4,13 +4,12 @@ import itertools
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column
 
 from ..engine.native import Sublayer
 from ..files import json_text
 from ..measuring.running import Running, open_quietly
-from .terminal import console, json_option, model_options, verb
+from .terminal import console, json_option, model_options, table, verb
 
 
 @verb("Show what can be skipped in a model.", example="adaskip-cpp inspect model.gguf")
@@ -52,12 +51,12 @@ def _print(facts: dict[str, Any], sublayers: tuple[Sublayer, ...]) -> None:
         f"{facts['n_bytes'] / 1e6:,.0f} MB of weights"
     )
     out.print(f"fingerprint {facts['fingerprint'][:16]}")
-    table = Table("layers", "attention", "FFN", box=SIMPLE_HEAD, pad_edge=False)
+    printed = table("layers", Column("attention"), Column("FFN"))
     rows = [(_cell(attention), _cell(ffn)) for attention, ffn in zip(sublayers[::2], sublayers[1::2], strict=True)]
     for alike, group in itertools.groupby(range(len(rows)), key=rows.__getitem__):
         layers = list(group)
-        table.add_row(str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", *alike)
-    out.print(table)
+        printed.add_row(str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", *alike)
+    out.print(printed)
     n_in_bulk = sum(row.in_bulk and not row.skippable for row in sublayers)
     in_bulk = f", {n_in_bulk} more in the bulk of a prompt" if n_in_bulk else ""
     out.print(f"{facts['n_skippable']} of {2 * facts['n_layer']} sublayers can be skipped{in_bulk}.")

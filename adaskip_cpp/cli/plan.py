@@ -5,17 +5,15 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 
 from ..files import check_output, json_text
 from ..model.arrays import Floats
-from ..model.cost_model import CostModel
 from ..model.mode import MODES
 from ..model.plan import PHASES, TIMED, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
-from ..model.skip_set import KINDS, SkipSet, ranked
+from ..model.skip_set import KIND_NAMES, KINDS, SkipSet, ranked
 from ..model.stored import plain
 from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
@@ -24,7 +22,7 @@ from ..planning.speedup import seconds_saved
 from ..planning.strategies import make_plan, what_is_lost
 from .planning import plan_options
 from .report import PHASE_WORDS, layer_list, window_words
-from .terminal import OUTPUT, console, json_option, option, verb
+from .terminal import OUTPUT, console, json_option, option, table, verb
 from .tune_report import print_frontier
 
 
@@ -93,8 +91,8 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     else:
         words = ", ".join(f"{name} {times:.2f} x" for name, times in speedup.items())
         what = "a prompt" if phase == "bulk" else phase
-        times_of = f"ms: to be saved in {what}, predicted from times of {_settings_words(cost)}"
-        out.print(times_of, style="dim", markup=False)
+        measured = f"predicted from times of {cost.settings.words}, up to {cost.deepest:,} tokens"
+        out.print(f"ms: to be saved in {what}, {measured}", style="dim", markup=False)
         out.print(f"Predicted at {context:,} tokens: {words} as fast.")
         out.print(f"First token after {first['plan']:.3g} s, without skipping {first['full']:.3g} s.")
     _print_elided(out, chosen)
@@ -148,7 +146,7 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: Floats | None = None)
     counts = "".join(f", {each.n_skip} in {name}" for name, each in others)
     out.print(
         f"[bold]{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {PHASE_WORDS[name]}"
-        f"{window_words(chosen, ', ')}{counts}[/]: "
+        f"{window_words(chosen)}{counts}[/]: "
         f"strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
     )
     if similarity is not None:
@@ -175,17 +173,15 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: Floats | None = None)
 
 
 def _print_rows(out: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("\nlayer", justify="right")
     timed = any(row["saved_ms"] is not None for row in rows)
     measure = "simi-\nlarity" if all(row["divergence"] is None for row in rows) else "diver-\ngence"
-    for name in ("attention", "FFN"):
-        for column in (f"{name}\nrank", measure, *(["\nms"] if timed else []), "\nskip", "\nscale"):
-            table.add_column(column, justify="right")
+    of_each = ("rank", measure, *(["\nms"] if timed else []), "\nskip", "\nscale")
+    columns = [f"{name}\nrank" if column == "rank" else column for name in KIND_NAMES for column in of_each]
+    printed = table(Column("\nlayer", justify="right"), *columns, collapse_padding=True)
     cells = {(row["layer"], row["kind"]): _cells(row, timed) for row in rows}
     for layer in range(len(rows) // 2):
-        table.add_row(str(layer), *cells[layer, "attention"], *cells[layer, "ffn"])
-    out.print(table)
+        printed.add_row(str(layer), *cells[layer, "attention"], *cells[layer, "ffn"])
+    out.print(printed)
 
 
 def _cells(row: dict[str, Any], timed: bool) -> list[str]:
@@ -198,17 +194,6 @@ def _cells(row: dict[str, Any], timed: bool) -> list[str]:
     measured = f"{row['similarity']:.4f}" if diverges is None else f"{1e3 * diverges:.2f}"
     cells = [str(row["rank"]), measured, *times, skip, scale]
     return [f"[bold]{cell}[/]" if cell and skip else cell for cell in cells]
-
-
-def _settings_words(cost: CostModel) -> str:
-    settings = cost.settings
-    threads = sorted({settings.n_threads, settings.n_threads_batch})
-    devices = "" if settings.devices in ((), ("CPU",), (settings.cpu,)) else f" with {', '.join(settings.devices)}"
-    return (
-        f"{settings.cpu}{devices}, {' and '.join(map(str, threads))} threads, ubatches of {settings.n_ubatch}, KV in "
-        f"{settings.type_k} and {settings.type_v}{', flash attention' if settings.flash_attention else ''}, up to "
-        f"{cost.deepest:,} tokens"
-    )
 
 
 def _print_elided(out: Console, plan: SkipPlan) -> None:

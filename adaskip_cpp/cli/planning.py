@@ -1,10 +1,9 @@
 """The options that choose a plan, the same for every verb, and the plan that they choose."""
 
-import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
@@ -23,58 +22,9 @@ from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES, make_plan
 from .lists import LAYERS
 from .report import skipped_words
-from .terminal import CHOOSING, option, options
+from .terminal import CHOOSING, made_of, option, options
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-def plan_options(command: _Command) -> _Command:
-    """Add the options that say what to skip; the command gets them as ``request``, None without any."""
-
-    @functools.wraps(command)
-    def with_request(*args: Any, **values: Any) -> Any:
-        given = {name: values.pop(name) for name in _OPTIONS}
-        return command(*args, request=_request(given), **values)
-
-    return cast(_Command, options(*_OPTIONS.values())(with_request))
-
-
-plan_file_option = option(
-    "--plan",
-    "plan_file",
-    group=CHOOSING,
-    metavar="PLAN",
-    help="A plan file to use, written by `tune` or `plan -o`.  [default: the one beside MODEL, "
-    "X.adaskip-plan.json for X.gguf, if there is one]",
-)
-
-_profile_options = options(
-    option(
-        "--profile",
-        metavar="PROFILE",
-        help="Profile of this model, written by `calibrate`, to make a plan from.  [default where the options say what "
-        "to skip: the one beside MODEL, X.adaskip.json for X.gguf]",
-    ),
-    plan_file_option,
-    option(
-        "--max-loss",
-        type=click.FloatRange(min=0),
-        help="Take the fastest plan that `tune` found to lose at most so much, in nats per token; 0.05 lets the "
-        f"perplexity grow by 5%.  [default: {DEFAULT_LOSS}]",
-    ),
-    option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it."),
-)
-
-
-def source_options(command: _Command) -> _Command:
-    """Add the options that say where the plan of MODEL comes from; the command gets them as ``source``."""
-
-    @functools.wraps(command)
-    def with_source(model: str, **values: Any) -> Any:
-        given = {name: values.pop(name) for name in ("profile", "plan_file", "max_loss", "full", "request")}
-        return command(model=model, source=find_plan_source(model, **given), **values)
-
-    return cast(_Command, _profile_options(plan_options(with_source)))
 
 
 @dataclass(frozen=True)
@@ -172,7 +122,7 @@ def load_profile(model: str, path: str) -> Profile:
     return profile
 
 
-def _request(given: dict[str, Any]) -> PlanRequest | None:
+def _request(**given: Any) -> PlanRequest | None:
     chosen = {name: value for name, value in given.items() if value is not None}
     if not chosen:
         return None
@@ -238,3 +188,37 @@ _OPTIONS = {
     ),
 }
 """The options by the parameter that each sets, in the order of the help; all are None where not given."""
+
+plan_options = options(*_OPTIONS.values(), made_of(_request, "request", *_OPTIONS))
+"""The options that say what to skip; the command gets them as ``request``, None without any."""
+
+plan_file_option = option(
+    "--plan",
+    "plan_file",
+    group=CHOOSING,
+    metavar="PLAN",
+    help="A plan file to use, written by `tune` or `plan -o`.  [default: the one beside MODEL, "
+    "X.adaskip-plan.json for X.gguf, if there is one]",
+)
+
+max_loss_option = option(
+    "--max-loss",
+    type=click.FloatRange(min=0),
+    help="Take the fastest plan that `tune` found to lose at most so much, in nats per token; 0.05 lets the "
+    f"perplexity grow by 5%.  [default: {DEFAULT_LOSS}]",
+)
+
+source_options = options(
+    option(
+        "--profile",
+        metavar="PROFILE",
+        help="Profile of this model, written by `calibrate`, to make a plan from.  [default where the options say what "
+        "to skip: the one beside MODEL, X.adaskip.json for X.gguf]",
+    ),
+    plan_file_option,
+    max_loss_option,
+    option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it."),
+    plan_options,
+    made_of(find_plan_source, "source", "profile", "plan_file", "max_loss", "full", "request", kept="model"),
+)
+"""The options that say where the plan of MODEL comes from; the command gets them as ``source``."""

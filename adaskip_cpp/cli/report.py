@@ -68,13 +68,13 @@ def skipped_words(plan: SkipPlan) -> str:
     """Say in a few words what a plan leaves out."""
     phase: Phase = plan.prompt_phase if plan.skipped("bulk").n_skip or plan.narrowed else "decode"
     where = "" if phase == "prefill" else f" in {PHASE_WORDS[phase]}"
-    return f"{plan.skipped(phase).n_skip} of {2 * plan.n_layer} sublayers skipped{window_words(plan, ', ')}{where}"
+    return f"{plan.skipped(phase).n_skip} of {2 * plan.n_layer} sublayers skipped{window_words(plan)}{where}"
 
 
-def window_words(plan: SkipPlan, before: str = "") -> str:
-    """Say how many attentions look back at a window; "" for none."""
+def window_words(plan: SkipPlan) -> str:
+    """Say how many attentions look back at a window, with a comma before; "" for none."""
     n, bulk = len(plan.narrowed), plan.bulk
-    return f"{before}{n} attention{'s' * (n > 1)} windowed to {bulk.window_size:,} tokens" if bulk and n else ""
+    return f", {n} attention{'s' * (n > 1)} windowed to {bulk.window_size:,} tokens" if bulk and n else ""
 
 
 def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
@@ -92,9 +92,9 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
     prompt, decode, added = skipped_counts(llm, n_decoded)
     of_prompt, where = plan.skipped("bulk"), PHASE_WORDS[plan.prompt_phase]
     online = f", {added} FFN added online" if added else ""
+    counts = f"{len(of_prompt.attention)} attention, {len(of_prompt.ffn)} FFN"
     lines = [
-        f"skipped: {prompt} {of} sublayers in {where} ({len(of_prompt.attention)} attention, {len(of_prompt.ffn)} FFN)"
-        f"{window_words(plan, ', ')}",
+        f"skipped: {prompt} {of} sublayers in {where} ({counts}){window_words(plan)}",
         f"         {decode + added} {of} in decode ({len(now.attention)} attention, {len(now.ffn)} FFN{online})",
     ]
     learned = llm.online

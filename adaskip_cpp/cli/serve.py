@@ -10,7 +10,7 @@ from ..errors import PackageMissingError
 from ..measuring.running import Running, quietly
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import plan_path, profile_path
-from .planning import PlanSource, find_plan_source, load_profile
+from .planning import PlanSource, find_plan_source, load_profile, max_loss_option
 from .terminal import RUNNING, console, model_options, option, verb
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -36,11 +36,7 @@ def _size(text: str) -> int:
     default="auto",
     help="What to skip: what `tune` wrote beside MODEL, nothing, or a plan file. A request can ask for another.",
 )
-@option(
-    "--max-loss",
-    type=click.FloatRange(min=0),
-    help=f"Promise for what `tune` found: nats per token that answers lose at most.  [default: {DEFAULT_LOSS}]",
-)
+@max_loss_option
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for a free one.")
 @option("--api-key", envvar="ADASKIP_API_KEY", metavar="KEY", help="What clients must send.  [env: ADASKIP_API_KEY]")

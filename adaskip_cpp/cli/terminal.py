@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar, cast
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Column, Table
 
 from ..engine.rpc import add_rpc_server
 from ..errors import AdaSkipError
@@ -208,19 +210,35 @@ def options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
     return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(added), command)
 
 
+def table(*columns: str | Column, **settings: Any) -> Table:
+    """Return an empty table. Of columns that are names alone, all but the first are figures."""
+    first, *others = columns
+    figures = (Column(each, justify="right") if isinstance(each, str) else each for each in others)
+    return Table(first, *figures, **{"box": SIMPLE_HEAD, "pad_edge": False, "title_justify": "left", **settings})
+
+
 json_option = option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead.")
 
 
-def _with_running(command: _Command) -> _Command:
-    @functools.wraps(command)
-    def run(
-        *args: Any, threads: int | None, gpu_layers: int, flash_attn: bool | None, rpc: tuple[str, ...], **values: Any
-    ) -> Any:
-        for endpoint in rpc:
-            add_rpc_server(endpoint)
-        return command(*args, running=Running(threads, gpu_layers, flash_attn, rpc), **values)
+def made_of(make: Callable[..., Any], name: str, *parts: str, kept: str = "") -> Callable[[_Command], _Command]:
+    """Let a command take, as ``name``, what ``make`` returns of other values, in their place but for the one kept."""
 
-    return cast(_Command, run)
+    def wrap(command: _Command) -> _Command:
+        @functools.wraps(command)
+        def run(*args: Any, **values: Any) -> Any:
+            known = {kept: values[kept]} if kept else {}
+            made = make(**known, **{part: values.pop(part) for part in parts})
+            return command(*args, **{name: made}, **values)
+
+        return cast(_Command, run)
+
+    return wrap
+
+
+def _run_with(threads: int | None, gpu_layers: int, flash_attn: bool | None, rpc: tuple[str, ...]) -> Running:
+    for endpoint in rpc:
+        add_rpc_server(endpoint)
+    return Running(threads, gpu_layers, flash_attn, rpc)
 
 
 _running = functools.partial(option, group=RUNNING)
@@ -244,7 +262,7 @@ model_options = options(
         metavar="HOST:PORT",
         help="An rpc-server of llama.cpp that takes layers too, before this machine's GPUs; may be repeated.",
     ),
-    _with_running,
+    made_of(_run_with, "running", "threads", "gpu_layers", "flash_attn", "rpc"),
 )
 
 

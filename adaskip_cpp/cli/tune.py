@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 
 import click
 
@@ -70,11 +71,7 @@ def tune(
     if fresh:
         Memo(unfinished).remove()
     memo = Memo(unfinished, key)
-    err = console(stderr=True)
-
-    def tell(line: str) -> None:
-        err.print(line, style="dim", markup=False, soft_wrap=True)
-
+    tell = partial(console(stderr=True).print, style="dim", markup=False, soft_wrap=True)
     tell(
         "This measures how fast this machine is: let nothing else run. Ctrl-C is safe: the same command goes on later."
     )

@@ -2,20 +2,19 @@
 
 import math
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
 from ..intervals import Interval
-from ..model.frontier import DEFAULT_LOSS, Frontier, Point
-from ..model.settings import Settings, Tried
+from ..model.frontier import DEFAULT_LOSS, Frontier
+from ..model.settings import Settings
+from ..pictures.profile_plots import LENGTHS
+from .terminal import table
 
-_LENGTHS = (2048, 8192, 32768)
 _PROMISES = (0.02, DEFAULT_LOSS, 0.1)
 
 
 def print_frontier(out: Console, frontier: Frontier) -> None:
-    """Print all of it."""
     if frontier.tried:
         _print_settings(out, frontier)
     if not frontier.points:
@@ -24,8 +23,7 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
         _print_points(out, frontier)
         _print_promises(out, frontier)
     _print_speeds(out, frontier)
-    about = frontier.about
-    if "judged_on" in about:
+    if "judged_on" in (about := frontier.about):
         out.print(
             f"Judged on {about['judged_on']}; searched on {about['searched_on']}; calibrated on "
             f"{about['calibrated_on']}. {frontier.n_read:,} tokens were read.",
@@ -36,29 +34,20 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
 
 def _print_settings(out: Console, frontier: Frontier) -> None:
     names = ("prompt, start\ntokens/s", "prompt, end\ntokens/s", "answer\ntokens/s", "request\ns")
-    columns = (Column(name, justify="right") for name in names)
-    title = "Settings, of the whole model"
-    table = Table("", *columns, box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    base = frontier.tried[0]
+    rows = table("", *names, title="Settings, of the whole model")
+    base = best = frontier.tried[0]
     for tried in frontier.tried:
         cells = ["fails"] * 4
         if math.isfinite(tried.request_s):
             of_prompt = [f"{1 / each:,.0f}" for each in (tried.prompt_short_s, tried.prompt_long_s)]
             of_answer = 1 / tried.token_s if tried.token_s else math.inf
             cells = [*of_prompt, f"{of_answer:,.1f}", f"{tried.request_s:,.1f}"]
-        name = "default" if tried is base else _changes(tried, frontier.tried, base)
-        table.add_row(f"[bold]{name}[/]" if tried.chosen else name, *cells)
-    out.print(table)
+        name = "default" if tried is base else _difference(tried.settings, best.settings)
+        rows.add_row(f"[bold]{name}[/]" if tried.chosen else name, *cells)
+        best = tried if tried.chosen else best
+    out.print(rows)
     chosen = _difference(frontier.settings, base.settings)
     out.print(f"Chosen: {chosen}. They change answers by rounding alone.\n" if chosen else "Chosen: the defaults.\n")
-
-
-def _changes(tried: Tried, every: tuple[Tried, ...], base: Tried) -> str:
-    """Name a trial by what it changes of the best before it."""
-    best = base
-    for each in every[1 : next(i for i, each in enumerate(every) if each is tried)]:
-        best = each if each.chosen else best
-    return _difference(tried.settings, best.settings)
 
 
 def _difference(settings: Settings, before: Settings) -> str:
@@ -69,15 +58,15 @@ def _difference(settings: Settings, before: Settings) -> str:
 def _print_points(out: Console, frontier: Frontier) -> None:
     judged_at = frontier.points[0].judged_at
     title = f"Plans, judged after prompts of {judged_at:,} tokens"
-    table = Table(box=SIMPLE_HEAD, padding=0, title=title, title_justify="left")
-    lengths = [length for length in _LENGTHS if length >= judged_at // 2]
+    lengths = [length for length in LENGTHS if length >= judged_at // 2]
     names = ("\nattn", "\nFFN", "win-\ndows", "diver-\ngence", "added\nloss", "in\ncopies", "same\ntoken", "pass\nkeys")
-    for name in (*names, *(f"speed\nat {length // 1024}k" for length in lengths)):
-        table.add_column(name, justify="right", no_wrap=True)
+    speeds = (f"speed\nat {length // 1024}k" for length in lengths)
+    columns = (Column(name, justify="right", no_wrap=True) for name in (*names, *speeds))
+    rows = table(*columns, padding=0, pad_edge=True, title=title)
     for point in frontier.points:
         bulk = point.plan.bulk
         assert bulk is not None
-        table.add_row(
+        rows.add_row(
             *(str(len(each)) for each in (bulk.skip.attention, bulk.skip.ffn, bulk.narrowed)),
             _short(point.continuation.divergence),
             _short(point.continuation.loss),
@@ -86,7 +75,7 @@ def _print_points(out: Console, frontier: Frontier) -> None:
             f"{point.passkeys.plan}/{point.passkeys.whole}",
             *(f"{point.speedup(length):.2f}" for length in lengths),
         )
-    out.print(table)
+    out.print(rows)
     out.print(
         "attn, FFN: sublayers that the bulk of a prompt skips; windows: attentions that look back at a window there. "
         "Divergence and added loss are in nats per token, of answers that continue the prompt, as is the share of "
@@ -109,18 +98,14 @@ def _short(interval: Interval) -> str:
 def _print_promises(out: Console, frontier: Frontier) -> None:
     length = frontier.points[0].judged_at
     for promise in _PROMISES:
-        point = frontier.point(length, promise)
-        default = " (the default)" if promise == DEFAULT_LOSS else ""
-        out.print(f"A promise of {promise:g} nats per token{default} gives {_promise_words(point, promise, length)}.")
-
-
-def _promise_words(point: Point | None, promise: float, length: int) -> str:
-    if point is None:
-        return "the whole model"
-    return (
-        f"{point.speedup(length):.2f} times the speed at {length:,} tokens. The perplexity grows by at most "
-        f"{math.exp(promise) - 1:.0%}, and {point.continuation.agreement.value:.0%} of the likeliest tokens stay"
-    )
+        default, gives = " (the default)" if promise == DEFAULT_LOSS else "", "the whole model"
+        if (point := frontier.point(length, promise)) is not None:
+            gives = (
+                f"{point.speedup(length):.2f} times the speed at {length:,} tokens. The perplexity grows by at most "
+                f"{math.exp(promise) - 1:.0%}, and {point.continuation.agreement.value:.0%} of the likeliest tokens "
+                "stay"
+            )
+        out.print(f"A promise of {promise:g} nats per token{default} gives {gives}.")
 
 
 def _print_speeds(out: Console, frontier: Frontier) -> None:

@@ -287,10 +287,10 @@ class NativeContext:
         if error is not None:
             raise error
 
-    def kv_valid(self, phase: Phase, n: int, seq_id: int = 0) -> int:
+    def kv_valid(self, phase: Phase, n: int) -> int:
         """How many of the first ``n`` positions may be read in this phase: n, or the first one that may not."""
         position = ffi.new("int32_t *")
-        self._check(lib.adaskip_kv_first_stale(self._ctx, seq_id, PHASES.index(phase), position))
+        self._check(lib.adaskip_kv_first_stale(self._ctx, 0, PHASES.index(phase), position))
         return min(n, int(position[0]))
 
 

@@ -15,6 +15,7 @@ from ..files import StrPath, content_hash
 from ..measuring.cores import is_busy, load_average
 from ..measuring.metrics import continuation_rouge_l
 from ..measuring.running import Running, open_quietly
+from ..model.cost_model import CostSettings
 from ..planning.profile import Profile
 from .evaluate import Work, run
 from .figures import evaluation_results
@@ -110,8 +111,7 @@ def evaluate(
 def _configuration(
     model: str, profile: Profile | None, work: Work, settings: Mapping[str, Any], words: Mapping[str, str]
 ) -> dict[str, str]:
-    machine, info = settings["machine"], settings["model"]
-    layers = machine["n_gpu_layers"]
+    machine, info = CostSettings(**settings["machine"]), settings["model"]
     lines = {
         "Model": f"{os.path.basename(model)} ({info['architecture']}, {info['n_layer']} layers, "
         f"{os.path.getsize(model) / 1e6:,.0f} MB, fingerprint {info['fingerprint'][:12]})",
@@ -125,11 +125,7 @@ def _configuration(
     return {
         **lines,
         **words,
-        "Machine": f"{machine['cpu']}; {machine['n_threads']} threads; devices: {', '.join(machine['devices'])}; "
-        f"layers on a GPU: {'all that fit' if layers < 0 else layers}",
-        "Evaluation": f"KV cache {machine['type_k']} and {machine['type_v']}, flash attention "
-        f"{'on' if machine['flash_attention'] else 'off'}, batches of up to {machine['n_ubatch']} tokens, weights "
-        f"on the CPU {'repacked' if machine['repack'] else 'as they are in the file'}",
-        "Versions": f"adaskip-cpp {settings['package']}, llama-cpp-python {machine['llama_cpp_python']}, "
+        "Machine": machine.words,
+        "Versions": f"adaskip-cpp {settings['package']}, llama-cpp-python {machine.llama_cpp_python}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
     }

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jinja2
 
@@ -24,19 +24,14 @@ def write_results(results: Results, folder: Path) -> None:
         notes = (*results.about.notes, 'There are no pictures: pip install "adaskip-cpp[plot]"')
         results = replace(results, about=replace(results.about, notes=notes))
     files = [plots.save(drawing, folder, name)[0].name for name, drawing in pictures.items()]
-    write_atomically(folder / "results.md", markdown_report(results, files))
-    write_atomically(folder / "report.html", html_report(results, pictures))
+    write_atomically(folder / "results.md", rendered("md", results, files))
+    write_atomically(folder / "report.html", rendered("html", results, pictures))
 
 
-def html_report(results: Results, pictures: Mapping[str, plots.Figure]) -> str:
-    return _rendered("report.html", results, pictures=pictures, svg=plots.to_svg, colour=_colour)
-
-
-def markdown_report(results: Results, pictures: Sequence[str] = ()) -> str:
-    return _rendered("report.md", results, pictures=pictures)
-
-
-def _rendered(template: str, results: Results, **values: Any) -> str:
+def rendered(
+    form: Literal["html", "md"], results: Results, pictures: Mapping[str, plots.Figure] | Sequence[str]
+) -> str:
+    """Return a report: of HTML, which contains its pictures, by name, or of Markdown, which names their files."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=jinja2.select_autoescape(),
@@ -45,7 +40,8 @@ def _rendered(template: str, results: Results, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(results=results, tables=tables(results), **values)
+    values = {"pictures": pictures, "svg": plots.to_svg, "colour": _colour}
+    return environment.get_template(f"report.{form}").render(results=results, tables=tables(results), **values)
 
 
 def _colour(mark: str) -> str:

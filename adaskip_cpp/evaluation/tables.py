@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -50,22 +50,11 @@ def tables(results: Results) -> list[Table]:
 
 def summary(results: Results) -> list[Table]:
     """Return of the tables what a terminal has room for, without empty columns."""
-    found = []
-    for mode in MODES:
-        table = _mode_table(results, mode)
-        wanted = ("contender", f"{SPEED_NAMES[SPEEDS[mode]]}, times as fast", "added loss", "agreement, %")
-        columns = [
-            (name, cells)
-            for name, *cells in zip(table.header, *table.rows, strict=True)
-            if name in wanted and any(cell not in ("", "-") for cell in cells[1:])
-        ]
-        if len(columns) > 1:
-            names, rows = zip(*columns, strict=True)
-            found.append(replace(table, header=names, rows=tuple(zip(*rows, strict=True))))
-    return found + _question_tables(results)[:1]
+    found = [_mode_table(results, mode, is_brief=True) for mode in MODES]
+    return [table for table in found if len(table.header) > 1] + _question_tables(results)[:1]
 
 
-def _mode_table(results: Results, mode: str) -> Table:
+def _mode_table(results: Results, mode: str, *, is_brief: bool = False) -> Table:
     rows = [results.full, *results.of_mode(mode)]
     columns: _Columns = {
         "skipped": _skipped,
@@ -78,6 +67,10 @@ def _mode_table(results: Results, mode: str) -> Table:
         "agreement, %": _of_plan("agreement", 1, scale=100),
         "Rouge-L": _of_plan("rouge_l", 3),
     }
+    if is_brief:
+        wanted = (f"{SPEED_NAMES[SPEEDS[mode]]}, times as fast", "added loss", "agreement, %")
+        cells = {name: {columns[name](row) for row in rows[1:]} for name in wanted}
+        columns = {name: columns[name] for name in wanted if cells[name] - {"", "-"}}
     n = next((loss.n for row in rows if (loss := row.figure("loss")) is not None), 0)
     text = (
         f"{_MODE_TEXT[mode]} Loss, KL divergence and agreement are of tokens that follow a prompt. By measured speed; "

@@ -3,7 +3,7 @@
 For calibration, tuning and the demo. Start with :class:`Judge`; :func:`probes_of` makes what it reads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
@@ -73,16 +73,10 @@ class Judge:
     Prompts of one text are read on from each other: the bulk that they share is read once, and answers are taken out
     of the cache again. Both models read the same batches, as others round otherwise. So a plan with another head or
     tail than the one before has the whole model read again. The plan of the model is changed; its cache keeps what was
-    read last.
-
-    Args:
-        probes: those of one text stand together, by growing ``n_prompt``.
-        advance: called with the number of tokens read after each probe.
+    read last. Probes of one text stand together, by growing ``n_prompt``.
     """
 
-    def __init__(
-        self, llm: AdaSkipLlama, probes: Sequence[Probe], *, advance: Callable[[int], object] = lambda n_tokens: None
-    ) -> None:
+    def __init__(self, llm: AdaSkipLlama, probes: Sequence[Probe]) -> None:
         if not probes:
             raise DataError("there is nothing to judge; give at least one text")
         for probe in probes:
@@ -93,7 +87,7 @@ class Judge:
                     f"a probe of {probe.text!r} has {probe.n_prompt + len(probe.answer)} tokens, the context "
                     f"{llm.context_size}; use a larger context"
                 )
-        self._llm, self.probes, self._advance = llm, tuple(probes), advance
+        self._llm, self.probes = llm, tuple(probes)
         self._whole: list[_Reference] = []
         self._around = DEFAULT_HEAD, DEFAULT_TAIL
 
@@ -119,32 +113,29 @@ class Judge:
 
     def _answers(self, plan: SkipPlan | None) -> Iterator[Logits]:
         """Yield the logits that the judged tokens of each probe are predicted by, float32 ``[n, n_vocab]``."""
-        llm, before = self._llm, None
+        llm = self._llm
         bulk = None if plan is None else plan.bulk
         head, tail = self._around if bulk is None else (bulk.head, bulk.tail)
         llm.set_plan(plan)
-        n_bulk = 0  # tokens of the text before a tail
+        text, n_prompt, n_bulk = tuple[int, ...](), 0, 0  # in the cache: its tokens in a prompt, and before the tail
         for probe in self.probes:
             tokens, begin = probe.tokens, max(probe.n_prompt - tail, 0)
-            is_same = before is not None and before.tokens is tokens and not llm.has_state
-            if is_same and before is not None and before.n_prompt == probe.n_prompt:
-                llm.truncate(probe.n_prompt)
-                n_before = probe.n_prompt
+            is_same = text is tokens and not llm.has_state
+            if is_same and n_prompt == probe.n_prompt:
+                llm.truncate(n_prompt)
             else:
                 if is_same and begin >= n_bulk:
                     llm.truncate(n_bulk)
                 else:
                     llm.reset()
                     n_bulk = 0
-                n_before = n_bulk
                 llm.eval(tokens[n_bulk : min(head, begin)])
                 llm.eval_bulk(tokens[max(n_bulk, min(head, begin)) : begin])
                 llm.eval(tokens[begin : probe.n_prompt])
                 n_bulk = begin
             llm.begin_request()
             logits = np.concatenate([llm.logits_behind(each) for each in _pieces(probe.answer[:-1], plan)])
-            self._advance(llm.n_tokens - n_before)
-            before = probe
+            text, n_prompt = tokens, probe.n_prompt
             yield logits[probe.n_cue - 1 :]
 
 
@@ -182,11 +173,7 @@ class _Reference:
         others = logits.copy()
         others[at, targets] = -np.inf
         return cls(
-            ids.astype(np.int32),
-            _with_rest(kept),
-            log_sums - mine,
-            logits.argmax(axis=1),
-            mine - others.max(axis=1),
+            ids.astype(np.int32), _with_rest(kept), log_sums - mine, logits.argmax(axis=1), mine - others.max(axis=1)
         )
 
     def scores(self, logits: Logits, targets: npt.NDArray[np.int64]) -> Scores:

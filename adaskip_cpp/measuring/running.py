@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from ..engine.llama import AdaSkipLlama
@@ -39,13 +40,8 @@ class Running:
         return {name: value for name, value in {**threads, "flash_attn": self.flash_attn}.items() if value is not None}
 
 
-def open_quietly(path: StrPath, n_ctx: int, running: Running, **more: Any) -> AdaSkipLlama:
-    """Load a model with a context of ``n_ctx`` tokens, without llama.cpp's warnings on stderr."""
-    return quietly(AdaSkipLlama, path, n_ctx, running, **more)
-
-
 def quietly(kind: Callable[..., _Llama], path: StrPath, n_ctx: int, running: Running, **more: Any) -> _Llama:
-    """Load a model of some class as :func:`open_quietly` does."""
+    """Load a model of a class with a context of ``n_ctx`` tokens, without llama.cpp's warnings on stderr."""
     frontier = plan if isinstance(plan := more.get("plan"), Frontier) else frontier_beside(path)
     if frontier is not None and is_here(frontier.machine):
         settings = frontier.settings.to_kwargs()
@@ -54,3 +50,6 @@ def quietly(kind: Callable[..., _Llama], path: StrPath, n_ctx: int, running: Run
     settings |= {**running.given(), "n_gpu_layers": running.gpu_layers, "verbose": False, **more}
     with contextlib.redirect_stderr(io.StringIO()):
         return kind(os.fspath(path), n_ctx=n_ctx, **settings)
+
+
+open_quietly = partial(quietly, AdaSkipLlama)

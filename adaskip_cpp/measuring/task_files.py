@@ -55,14 +55,11 @@ def task_items(
     first and the last half of what fits are decoded, joined, and tokenised again.
 
     Args:
-        files: JSON Lines. A line is L-Eval's if it has ``instructions``, beside ``input``, ``outputs``, ``source`` and
-            ``evaluation``. LongBench's has ``input``, ``context``, ``answers``, ``all_classes``, ``dataset``, and
-            perhaps ``length`` and ``_id``.
+        files: JSON Lines of :class:`_LEvalLine` or :class:`~adaskip_cpp.measuring.longbench.LongBenchLine`.
         n_ctx: tokens of prompt and answer together.
         wrap: not used for few-shot prompts and code, which LongBench gives to chat models as plain text too.
-        prompts: LongBench's ``dataset2prompt.json``: a template with ``{context}`` and ``{input}`` by dataset. None for
-            the built-in one of ``multi_news``.
-        lengths: LongBench's ``dataset2maxlen.json``: tokens to generate by dataset. None as for ``prompts``.
+        prompts, lengths: LongBench's ``dataset2prompt.json``, templates with ``{context}`` and ``{input}`` by dataset,
+            and ``dataset2maxlen.json``, tokens to generate; None for the built-in ones of ``multi_news``.
         n_each: take the first so many of each task; None for all.
 
     Raises:

@@ -38,6 +38,19 @@ class CostSettings:
     llama_cpp_python: str
     repack: bool = True  # older profiles do not say, and were measured so
 
+    @property
+    def words(self) -> str:
+        """All of it in one line, but for the release."""
+        threads = " and ".join(map(str, sorted({self.n_threads, self.n_threads_batch})))
+        layers = {-1: "all", 0: "no"}.get(self.n_gpu_layers, self.n_gpu_layers)
+        devices = ", ".join(each for each in self.devices if each not in ("CPU", self.cpu))
+        offloaded = f", {layers} layers offloaded to: {devices}" if devices else ""
+        return (
+            f"{self.cpu}, {threads} thread{'' if threads == '1' else 's'}{offloaded}, batches of {self.n_batch}, "
+            f"ubatches of {self.n_ubatch}, KV in {self.type_k} and {self.type_v}, flash attention "
+            f"{'on' if self.flash_attention else 'off'}, weights {'repacked' if self.repack else 'as in the file'}"
+        )
+
     def note(self, here: "CostSettings") -> str:
         """Say in one line in what these settings, of a profile's times, differ from those here; "" if in nothing."""
 

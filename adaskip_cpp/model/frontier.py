@@ -252,11 +252,7 @@ def context_for(n_tokens: int) -> int:
 
 
 def check_max_loss(max_loss: Any) -> None:
-    """Refuse what is no promise of a loss.
-
-    Raises:
-        PlanError: it is no number from 0 on.
-    """
+    """Refuse, by a PlanError, what is no promise of a loss."""
     is_number = isinstance(max_loss, int | float) and not isinstance(max_loss, bool)
     if not (is_number and math.isfinite(max_loss) and max_loss >= 0):
         raise PlanError(f"the promised loss is {max_loss!r}; use nats per token, a number from 0 on, such as 0.05")

@@ -32,6 +32,13 @@ def window_size_for(context: int, share: int = 8) -> int:
     return DEFAULT_WINDOW + 256 * max(-(-context // (256 * share)) - 1, 0)
 
 
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Return what a field counts, tokens or layers; a PlanError if that is no whole number from ``least`` on."""
+    if isinstance(value, bool) or not (isinstance(value, int | np.integer) and least <= value < 2**31):
+        raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
+    return int(value)
+
+
 OnlineScale: TypeAlias = Literal["none", "paper", "median"]
 
 
@@ -54,13 +61,11 @@ class OnlineStage:
     scale: OnlineScale = "paper"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.window, int | np.integer) and 1 <= self.window < 2**31):
-            raise PlanError(f"the online window is {self.window!r}; use a whole number of tokens from 1 on")
         if not (isinstance(self.threshold, int | float | np.number) and np.isfinite(self.threshold)):
             raise PlanError(f"the online threshold is {self.threshold!r}; use a similarity, a number of at most 1")
         if self.scale not in get_args(OnlineScale):
             raise PlanError(f"unknown online scale {self.scale!r}; use one of: {', '.join(get_args(OnlineScale))}")
-        object.__setattr__(self, "window", int(self.window))
+        object.__setattr__(self, "window", whole_number("the online window", self.window, 1))
         object.__setattr__(self, "threshold", float(self.threshold))
 
 
@@ -92,11 +97,7 @@ class Bulk:
 
     def __post_init__(self) -> None:
         for name, least in (("head", 0), ("tail", 1), ("window_size", 1)):  # somebody reads the last token's logits
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (isinstance(value, int | np.integer) and least <= value < 2**31):
-                what = name.replace("_", " ")
-                raise PlanError(f"the {what} is {value!r}; use a whole number of tokens from {least} on")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         windowed = np.flatnonzero(marked(self.skip.n_layer, self.windowed, ())[:, 0])
         object.__setattr__(self, "windowed", tuple(windowed.tolist()))
 

@@ -37,7 +37,6 @@ class PlanFile:
 
     @property
     def plans(self) -> tuple[SkipPlan, ...]:
-        """All plans in it."""
         if self.frontier is not None:
             return tuple(point.plan for point in self.frontier.points)
         return () if self.plan is None else (self.plan,)

@@ -93,15 +93,10 @@ def has_matplotlib() -> bool:
     return True
 
 
-def figure(**size: float) -> tuple[Figure, Axes]:
-    fig, (axes,) = panels(1, 1, **size)
-    return fig, axes
-
-
 def panels(
-    n_rows: int, n_columns: int, *, width_in: float = 6.5, height_in: float = 3.4, **share: Any
+    n_rows: int = 1, n_columns: int = 1, *, width_in: float = 6.5, height_in: float = 3.4, **share: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return an empty picture with several pairs of axes, row by row; ``share`` is for ``Figure.subplots``.
+    """Return an empty picture with one or more pairs of axes, row by row; ``share`` is for ``Figure.subplots``.
 
     6.5 inches are the width of a page's text, and text then is 9 points.
     """

@@ -18,12 +18,12 @@ from . import plots
 _CLOSEST = 1e-4  # similarities nearer to 1 are drawn here
 _TICKS = (-1, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _HATCH = "/////"
-_LENGTHS = (2048, 8192, 32768)  # of prompts, whose losses are drawn
+LENGTHS = (2048, 8192, 32768)  # of prompts, whose losses and speeds are shown
 
 
 def layers(profiles: Mapping[str, Profile]) -> plots.Figure:
     """Draw the IO similarity of whole layers in prefill, the paper's Fig. 2."""
-    fig, axes = plots.figure()
+    fig, (axes,) = plots.panels()
     series = {name: profile.prefill.layer_similarity for name, profile in profiles.items()}
     if len(profiles) == 1:
         _draw(axes, series, [plots.KIND["layer"]], "IO similarity of whole layers", *profiles)
@@ -41,7 +41,7 @@ def sublayers(profiles: Mapping[str, Profile]) -> plots.Figure:
     """
     if len(profiles) == 1:
         ((name, profile),) = profiles.items()
-        fig, both = plots.panels(1, 1)
+        fig, both = plots.panels()
         looks = [plots.KIND[kind] for kind in KIND_NAMES]
         _draw(both[0], dict(zip(KIND_NAMES, profile.similarity.T, strict=True)), looks, "IO similarity", name)
     else:
@@ -76,7 +76,7 @@ def plan_strip(name: str, plan: SkipPlan) -> plots.Figure:
     Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty. Where there is a bulk set,
     what that skips is filled, and attentions that look back at a window are filled lightly.
     """
-    fig, axes = plots.figure(height_in=1.5)
+    fig, (axes,) = plots.panels(height_in=1.5)
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Patch, Rectangle
 
@@ -121,7 +121,7 @@ def frontiers(every: Mapping[str, Frontier]) -> plots.Figure:
     fig, panels = plots.panels(1, len(every), height_in=3.4)
     for axes, (name, frontier) in zip(panels, every.items(), strict=True):
         fastest = 1.0
-        for i, length in enumerate(_LENGTHS):
+        for i, length in enumerate(LENGTHS):
             rows = [(1.0, 0.0), *((1 / point.speedup(length), point.harm(length)) for point in frontier.points)]
             times, losses = zip(*sorted(rows, reverse=True), strict=True)
             fastest = min(fastest, *times)

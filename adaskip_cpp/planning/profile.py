@@ -20,10 +20,7 @@ class Profile(ProfileData):
                 example ``speedup=1.25, context=4096``, ``mode="e2e"`` or ``strategy="early_exit"``.
 
         Raises:
-            BudgetError: ``n_skip`` is negative or more than can be skipped, or ``speedup`` is out of reach.
-            CompensationError: ``compensation`` is unknown, or the profile lacks what it needs.
-            SublayerRangeError: a layer that is listed does not exist.
-            NotSkippableError: a sublayer of the layers chosen cannot be skipped.
-            PlanError: another argument is unknown or impossible, or does not go with the others.
+            BudgetError, CompensationError, PlanError: as the request; or it is out of reach, or was not measured for.
+            SublayerRangeError, NotSkippableError: the model has no such layer, or cannot skip what was chosen.
         """
         return make_plan(self, PlanRequest.of(n_skip, **request))

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import BudgetError, PlanError
 from ..model.mode import MODES, ModeName
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, TIMED, Phase, window_size_for
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, TIMED, Phase, whole_number, window_size_for
 from ..model.skip_set import KIND_NAMES
 from .compensation import DEFAULT_COMPENSATION, get_compensation
 
@@ -77,11 +77,8 @@ class PlanRequest:
         mode = MODES[self.mode]
         of_bulk = {"decode": 0, "head": 0, "tail": 1, "windowed": 0, "window_size": 1}
         for name, least in of_bulk.items():
-            value = getattr(self, name)
-            if value is None and name.startswith("window"):
-                continue
-            if isinstance(value, bool) or not (isinstance(value, int | np.integer) and value >= least):
-                raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
+            if (value := getattr(self, name)) is not None or not name.startswith("window"):
+                whole_number(name, value, least)
         given = [each.name for each in fields(self) if each.name in of_bulk and vars(self)[each.name] != each.default]
         if given and not mode.in_bulk:
             raise PlanError(f"mode {self.mode!r} takes no {' and no '.join(given)}; leave it out, or use mode 'prompt'")
