@@ -169,20 +169,18 @@ def test_what_was_read_outlasts_a_restart(served_model: Path, served_plan: Path,
         assert first.stop() == 0
     foreign = tmp_path / "kept" / "0.adaskip-prefix"
     foreign.write_bytes(b"something else")
-    (torn,) = (path for path in foreign.parent.iterdir() if path != foreign)
     with serving(served_model, *options) as second:
         assert not foreign.exists()
         after = ask(second)
         assert after["adaskip"]["prompt_tokens_read"] == 1
         assert after["choices"][0]["text"] == before["choices"][0]["text"]
         assert second.stop() == 0
-    (kept,) = foreign.parent.iterdir()
+    (kept,) = foreign.parent.glob("*.adaskip-prefix")
     kept.write_bytes(kept.read_bytes()[:-1])
     with serving(served_model, *options) as third:
         assert ask(third)["adaskip"]["prompt_tokens_reused"] == 0
     with serving(served_model, "--plan", "none", *options[2:]) as other:
         assert ask(other)["adaskip"]["prompt_tokens_reused"] == 0, "what a plan skipped is not read without it"
-    assert torn
 
 
 def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model: Path, tmp_path: Path) -> None:

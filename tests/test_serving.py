@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -121,6 +122,11 @@ def test_nobody_is_forgotten_and_never_two_run(steps: list[str], seed: int) -> N
 # --- what was read before ---------------------------------------------------------------------------------------------
 
 
+def states(folder: Path) -> list[Path]:
+    """The files of states in a folder."""
+    return sorted(folder.glob("*.adaskip-prefix"))
+
+
 def test_the_longest_common_beginning_of_the_right_key_is_found() -> None:
     cache = PrefixCache(100)
     cache.put("a", ids(1, 2, 3), bytearray(b"abc"))
@@ -162,10 +168,11 @@ def test_files_outlast_the_process_within_their_bounds(tmp_path: Path) -> None:
         assert first._writing is not None
         first._writing.result(10)
     first.close()
-    files = sorted((tmp_path / "new" / "folder").iterdir())
+    files = states(tmp_path / "new" / "folder")
     assert len(files) == 3, "each counts for 1 kB beside its tokens and its state"
     assert max(path.stat().st_size for path in files) < 1000
-    assert os.name != "posix" or all(path.stat().st_mode & 0o077 == 0 for path in files)
+    everything = tmp_path / "new" / "folder", *(tmp_path / "new" / "folder").iterdir()
+    assert os.name != "posix" or all(path.stat().st_mode & 0o077 == 0 for path in everything)
     second = PrefixCache(4000, tmp_path / "new" / "folder")
     entry, n = second.find({"a"}, ids(5, 5, 7))
     assert entry is not None and n == 2 and entry.state is None and second.take(entry) == b"\5" * 10
@@ -184,7 +191,7 @@ def test_entries_whose_files_are_gone_are_forgotten(tmp_path: Path) -> None:
 
 def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = PrefixCache(10_000, tmp_path / "kept")
-    (tmp_path / "kept").rmdir()
+    shutil.rmtree(tmp_path / "kept")
     for token in range(3):
         cache.put("a", ids(token), bytearray(10))
     cache.close()
@@ -192,26 +199,36 @@ def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, capsys: py
     assert cache.take(cache.find({"a"}, ids(1))[0]) == bytearray(10)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "empty", "header", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "empty", "header", "long", "gone", "link", "pipe"])
 def test_a_torn_or_foreign_file_is_ignored_and_removed(tmp_path: Path, damage: str) -> None:
-    cache = PrefixCache(10_000, tmp_path)
+    folder, other = tmp_path / "kept", tmp_path / "other"
+    cache = PrefixCache(10_000, folder)
     cache.put("a", ids(1, 2), bytearray(b"state"))
     cache.close()
-    (path,) = tmp_path.iterdir()
+    (path,) = states(folder)
     content = path.read_bytes()
-    if damage != "gone":
-        path.write_bytes(
-            {
-                "cut": content[:-1],
-                "flip": content[:-1] + b"!",
-                "foreign": b"hello",
-                "empty": b"",
-                "header": content.replace(b'"n_tokens":2', b'"n_tokens":1'),
-            }[damage]
-        )
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / f".{path.name}.0a.tmp").write_text("left over")
-    cache = PrefixCache(10_000, tmp_path)
+    changed = {
+        "cut": content[:-1],
+        "flip": content[:-1] + b"!",
+        "foreign": b"hello",
+        "empty": b"",
+        "header": content.replace(b'"n_tokens":2', b'"n_tokens":1'),
+    }
+    if damage == "long":  # of no bytes on disk
+        with open(path, "r+b") as file:
+            file.truncate(10**12)
+    elif damage == "link":
+        path.rename(other)
+        path.symlink_to(other)
+    elif damage == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("there are no pipes with names")
+        path.unlink()
+        os.mkfifo(path)
+    elif damage != "gone":
+        path.write_bytes(changed[damage])
+    (folder / "notes.txt").write_text("mine")
+    cache = PrefixCache(10_000, folder)
     entry, _ = cache.find({"a"}, ids(1, 2))
     if entry is not None:
         if damage == "gone":
@@ -219,13 +236,60 @@ def test_a_torn_or_foreign_file_is_ignored_and_removed(tmp_path: Path, damage: s
         assert cache.take(entry) is None
     assert cache.find({"a"}, ids(1, 2)) == (None, 0)
     cache.close()
-    assert [each.name for each in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(each.name for each in folder.iterdir()) == ["hmac.key", "notes.txt"]
+    assert damage != "link" or other.read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_used_is_said_so(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="choose another --cache-dir"):
-        PrefixCache(1, tmp_path / "file")
+def test_a_state_from_elsewhere_is_not_believed(tmp_path: Path) -> None:
+    """Neither one that another folder's owner wrote, nor one with a digest that anyone can compute."""
+    for name in ("ours", "theirs"):
+        cache = PrefixCache(10_000, tmp_path / name)
+        cache.put("a", ids(1, 2), bytearray(name.encode()))
+        cache.close()
+    (theirs,), (ours,) = (states(tmp_path / name) for name in ("theirs", "ours"))
+    assert theirs.name == ours.name
+    shutil.copy(theirs, ours)
+    cache = PrefixCache(10_000, tmp_path / "ours")
+    assert cache.take(cache.find({"a"}, ids(1, 2))[0]) is None  # type: ignore[arg-type]
+    cache.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no owners of folders")
+def test_a_folder_that_others_own_or_may_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared").mkdir()
+    for mode in (0o770, 0o702, 0o1777):
+        (tmp_path / "shared").chmod(mode)
+        with pytest.raises(DataError, match="other users may write in"):
+            PrefixCache(1, tmp_path / "shared")
+    (tmp_path / "shared").chmod(0o755)
+    PrefixCache(1, tmp_path / "shared").close()
+    monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "shared").stat().st_uid + 1)
+    with pytest.raises(DataError, match="belongs to another user; choose another --cache-dir"):
+        PrefixCache(1, tmp_path / "shared")
+
+
+def test_what_a_link_leads_to_is_not_overwritten(tmp_path: Path) -> None:
+    cache = PrefixCache(10_000, tmp_path / "kept")
+    cache.put("a", ids(1, 2), bytearray(b"state"))
+    cache.close()
+    (path,) = states(tmp_path / "kept")
+    path.unlink()
+    (tmp_path / "victim").write_text("mine")
+    cache = PrefixCache(10_000, tmp_path / "kept")
+    path.symlink_to(tmp_path / "victim")
+    cache.put("a", ids(1, 2), bytearray(b"state"))
+    cache.close()
+    assert (tmp_path / "victim").read_text() == "mine" and path.is_file() and not path.is_symlink()
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """Until it is an hour old: then nobody is writing it any more."""
+    young, old = (tmp_path / f".{name}.adaskip-prefix.0a.tmp" for name in ("young", "old"))
+    for each in (young, old):
+        each.write_text("half")
+    os.utime(old, times=(time.time() - 4000,) * 2)
+    PrefixCache(10_000, tmp_path).close()
+    assert young.exists() and not old.exists()
 
 
 @given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
