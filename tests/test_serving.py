@@ -1,10 +1,14 @@
 """The parts of the server, each by itself: the queue, what was read before, log-probabilities, bodies and plans."""
 
 import asyncio
+import contextlib
+import logging
 import os
+import re
 import shutil
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -25,14 +29,16 @@ from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.measuring.running import Running, quietly
 from adaskip_cpp.model.frontier import Frontier, Passkeys
 from adaskip_cpp.model.settings import Settings
-from adaskip_cpp.serving import answer
+from adaskip_cpp.serving import answer, middleware, server
+from adaskip_cpp.serving.app import make_app
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
-from adaskip_cpp.serving.middleware import Gate
+from adaskip_cpp.serving.middleware import Gate, is_loopback, network_of
 from adaskip_cpp.serving.plans import Choice, Plans, plan_key
 from adaskip_cpp.serving.prefix_cache import PrefixCache, n_common
 from adaskip_cpp.serving.queue import FairQueue
 from adaskip_cpp.serving.request import Gone, Refused, ServedRequest
+from adaskip_cpp.serving.server import listen
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
@@ -40,6 +46,24 @@ Tokens = Callable[..., list[int]]
 
 def ids(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
+
+
+def answered(app: Any, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and body of what an application answers to a GET."""
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            return {"type": "http.request"}
+
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await app({"type": "http", "path": path, "method": "GET", "headers": raw}, receive, send)
+
+    asyncio.run(ask())
+    return sent[0]["status"], b"".join(each.get("body", b"") for each in sent[1:]).decode()
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
@@ -61,6 +85,49 @@ def test_clients_have_their_turns_one_by_one() -> None:
         return order
 
     assert asyncio.run(scenario()) == ["a1", "a2", "b1", "a3"]
+
+
+def test_names_that_a_client_gives_itself_earn_it_no_turns() -> None:
+    """60 requests of one address, each under another name, then one of another address: that one is third."""
+
+    async def scenario() -> list[str]:
+        queue, order = FairQueue(64), []
+
+        async def one(party: str, user: str) -> None:
+            async with queue.turn(party, user):
+                order.append(party + user)
+                await asyncio.sleep(0)
+
+        names = [("a", str(i)) for i in range(60)]
+        await asyncio.gather(*(one(*each) for each in (*names, ("a", "1"), ("b", ""))))
+        return order
+
+    order = asyncio.run(scenario())
+    assert order.index("b") == 2 and order[-1] == "a1", "within an address its users have their turns one by one"
+
+
+def test_one_client_cannot_take_every_place() -> None:
+    """Of four places: who comes takes one from whom it finds with two more than it has, of its user with the most."""
+
+    async def scenario() -> list[str]:
+        queue, refused, tasks = FairQueue(4), [], []
+
+        async def one(party: str, user: str) -> None:
+            try:
+                async with queue.turn(party, user):
+                    await asyncio.sleep(0)
+            except Refused:
+                refused.append(party + user)
+
+        async with queue.turn("c"):
+            for each in ("a1", "a1", "a2", "a3", "a4", "b1", "b2", "b3", "c1"):
+                tasks.append(asyncio.ensure_future(one(*each)))
+                await asyncio.sleep(0)
+                assert len(queue) <= 4
+        await asyncio.gather(*tasks)
+        return refused
+
+    assert asyncio.run(scenario()) == ["a4", "a1", "a3", "b3", "b2"]
 
 
 def test_a_full_queue_refuses_and_a_closed_one_empties() -> None:
@@ -489,6 +556,23 @@ def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: Serve
     assert {tuple(each.tokens[:300]) for each in served.prefix_cache.entries} == {tuple(talk), tuple(other)}
 
 
+def test_what_others_wrote_is_not_told(served: ServedLlama, tokens: Tokens) -> None:
+    """Not even as a count of tokens that need not be read: of what is in memory, and of what the cache has."""
+
+    def ask(prompt: list[int], **whose: str) -> int:
+        request = ServedRequest(**whose)
+        served.request = request
+        with closing(served.generate(prompt, temp=0)) as steps:
+            next(steps)
+        return request.n_reused
+
+    talk, other = tokens(300, 1), tokens(300, 2)
+    assert ask(talk, salt="a") == 0 == ask(talk, salt="b") == ask(talk) == ask(talk, owner="a")
+    ask(other)  # so that the cache has it
+    assert ask(talk, owner="b") == 0 == ask(talk, salt="c") == ask(talk, owner="a", salt="a")
+    assert [ask(talk, **whose) for whose in ({"salt": "a"}, {"owner": "a"}, {"salt": "b"}, {})] == [299] * 4
+
+
 def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama, tokens: Tokens) -> None:
     request = ServedRequest()
     served.request = request
@@ -542,6 +626,25 @@ def test_a_grammar_that_cannot_be_parsed_is_refused(served: ServedLlama) -> None
             served.create_completion("the", grammar=LlamaGrammar.from_string(grammar))
 
 
+def test_what_is_told_of_the_model_while_it_works_is_what_it_told_itself(
+    served: ServedLlama, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread that asks llama.cpp, or reads the cache, may find it in the middle of a change."""
+    run(served, tokens(300, 1))
+    run(served, tokens(300, 2))
+    served.end()
+    n_kv, n_cached = served.kv_bytes, served.prefix_cache.n_bytes
+    app, _ = make_app(served, keys=(), names=())
+    asked = property(lambda _: pytest.fail("it was asked"))
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaSkipLlama, "counters", asked)
+        patch.setattr(served, "prefix_cache", type("Cache", (), {"n_bytes": asked})())
+        status, body = answered(app, "/metrics", {"host": "localhost"})
+    assert status == 200 and n_cached > 0
+    for name, value in (("kv_bytes", n_kv), ("prefix_cache_bytes", n_cached)):
+        assert float(re.findall(rf"^adaskip_{name} (\S+)$", body, re.MULTILINE)[0]) == value
+
+
 # --- bodies and plans -------------------------------------------------------------------------------------------------
 
 
@@ -555,6 +658,9 @@ def test_a_body_may_have_what_the_schema_lacks() -> None:
     )
     body = read_body("/v1/chat/completions", chat).body
     assert body.messages == [{"role": "system", "content": "a"}] and body.max_tokens == 3
+    assert read_body("/v1/completions", b'{"prompt": "a", "cache_salt": "mine"}').salt == "mine" and request.salt == ""
+    with pytest.raises(RequestError, match="cache_salt is 3"):
+        read_body("/v1/completions", b'{"prompt": "a", "cache_salt": 3}')
 
 
 def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:
@@ -638,15 +744,54 @@ def test_a_client_that_takes_nothing_has_left(monkeypatch: pytest.MonkeyPatch) -
         await asyncio.sleep(60)
 
     async def send() -> None:
-        await answer.Sent(stuck)({"type": "http.response.start", "status": 200, "headers": []})
+        sent = answer.Sent(stuck)
+        await sent.event(b"first")
+        await asyncio.sleep(0.2)
+        await sent.error(500, "nobody hears it")
+        await sent.event(b"second")
 
     with pytest.raises(Gone):
         asyncio.run(send())
 
 
+CHUNK = {"id": "1", "object": "o", "created": 1, "model": "m", "choices": [{"finish_reason": None}]}
+
+
+def test_a_slow_reader_does_not_hold_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes an event in a tenth of a second, and has half a second for what it has not taken at the end."""
+    monkeypatch.setattr(answer, "LEFT", 0.5)
+    nothing: Any = SimpleNamespace(answered=lambda *_: None, ran=lambda *_: None)
+    model: Any = SimpleNamespace(answer=lambda request: iter(20 * [CHUNK]), end=lambda: None)
+    taken = []
+
+    async def scenario() -> int:
+        queue = FairQueue(1)
+        gate = Gate(model, {}, queue, nothing, keys=(), names=("",), most_body=1000)
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0.1)
+            taken.append(message)
+
+        messages = [{"type": "http.request", "body": b'{"prompt": "a", "stream": true}'}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.sleep(60)
+
+        scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}
+        asked = asyncio.ensure_future(gate(scope, receive, send))
+        while not queue.is_busy:
+            await asyncio.sleep(0.001)
+        while queue.is_busy:
+            await asyncio.sleep(0.001)
+        n_taken = len(taken)
+        await asked
+        return n_taken
+
+    assert asyncio.run(scenario()) < 3 < len(taken) < 10
+
+
 def test_a_stream_that_says_nothing_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer, "_PING", 0.02)
-    chunk = {"id": "1", "object": "o", "created": 1, "model": "m", "choices": [{"finish_reason": None}]}
     sent: list[bytes] = []
 
     async def send(message: Any) -> None:
@@ -654,26 +799,45 @@ def test_a_stream_that_says_nothing_gets_comments(monkeypatch: pytest.MonkeyPatc
 
     def slow() -> Iterator[Any]:
         time.sleep(0.1)
-        yield chunk
+        yield CHUNK
 
-    asyncio.run(answer.send_answer(slow(), ServedRequest(), answer.Sent(send)))
+    async def scenario() -> None:
+        await answer.send_answer(slow(), ServedRequest(), sender := answer.Sent(send))
+        await sender.finish()
+
+    asyncio.run(scenario())
     assert sent[:2] == [b"begin", b": ping\n\n"] and sent[-1] == b"data: [DONE]\n\n"
     assert [each.startswith(b'data: {"id":"1"') for each in sent[2:]].count(True) == 1
 
 
-def test_a_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def admitted(headers: dict[str, str], keys: Collection[str] = (), names: Collection[str] = ("localhost",)) -> int:
+    """The status that a gate answers to a request for something that is not there: 404 where it may ask."""
+    nothing: Any = SimpleNamespace(answered=lambda *_: None)
+    gate = Gate(nothing, {}, FairQueue(1), nothing, keys=keys, names=names, most_body=1)
+    return answered(gate, "/v1/none", headers)[0]
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
-    none: Any = None
-    gate = Gate(none, {}, FairQueue(1), SimpleNamespace(answered=lambda *_: None), api_key="k", most_body=1)  # type: ignore[arg-type]
-    sent: list[Any] = []
+    assert admitted({"authorization": "Bearer x"}, ("k", "l")) == 401
+    assert admitted({"authorization": "Bearer k"}, ("k", "l")) == 404
+    assert compared == [(b"x", b"k"), (b"x", b"l"), (b"k", b"k"), (b"k", b"l")], "all, whichever it is"
 
-    async def ask() -> None:
-        async def send(message: Any) -> None:
-            sent.append(message)
 
-        scope = {"type": "http", "path": "/v1/models", "method": "GET", "headers": [(b"authorization", b"Bearer x")]}
-        await gate(scope, None, send)  # type: ignore[arg-type]
+def test_without_a_key_it_is_asked_by_an_address_or_a_listed_name() -> None:
+    """The owner of any other name may let it lead here. Names of this machine are announced by others too (mDNS)."""
+    own = socket.gethostname()
+    for host in ("127.0.0.1:8000", "[::1]:8000", "192.168.0.7", "localhost:1"):
+        assert admitted({"host": host}) == 404
+    for host in ("127.0.0.1.example", "127.x.example", "example.com", f"{own}.local", own, "[::1", ""):
+        assert admitted({"host": host}) == 403
+    assert admitted({"host": "Box.lan:80"}, names=("localhost", "box.lan")) == 404
+    assert admitted({"host": "box.lan", "origin": "http://127.x.example"}, names=("box.lan",)) == 403
+    assert admitted({"host": "box.lan", "origin": "http://box.lan"}, names=("box.lan",)) == 404
+    assert not is_loopback("127.x.example") and is_loopback("127.0.0.2") and is_loopback("::1")
 
-    asyncio.run(ask())
-    assert compared == [(b"x", b"k")] and sent[0]["status"] == 401
+
+def test_an_ipv6_client_has_all_addresses_of_its_network() -> None:
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:2") != network_of("2001:db8:0:1::1")
+    assert network_of("::ffff:10.0.0.1") == network_of("10.0.0.1") != network_of("10.0.0.2")
