@@ -435,3 +435,19 @@ def test_beyond_this_machine_it_asks_for_a_key(served_model: Path, tmp_path: Pat
         serving(served_model, "--api-key-file", str(tmp_path / "keys")),
     ):
         pass
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="there is no shell that bounds descriptors")
+def test_connections_that_ask_nothing_take_nothing_away(served_model: Path) -> None:
+    """More of them than the process may have descriptors."""
+    with serving(served_model, "--plan", "none", descriptors=128) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        idle = [socket.create_connection((host, int(port))) for _ in range(150)]
+        for _ in range(3):
+            assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+            ask(server, "the to")
+            idle += [socket.create_connection((host, int(port))) for _ in range(50)]
+        for each in idle:
+            each.close()
+        assert server.stop() == 0
+    assert len(server.lines) < 10, server.lines
