@@ -59,13 +59,20 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(value, enc_hook=encode, order="sorted")).hexdigest()
 
 
-def write_atomically(path: StrPath, content: str | bytes, *, mode: int = 0o666, name: StrPath | None = None) -> None:
+def write_atomically(
+    path: StrPath,
+    content: str | bytes,
+    *,
+    mode: int = 0o666,
+    name: StrPath | None = None,
+    follows_link: bool = True,
+) -> None:
     """Write a file, of a mode that the umask narrows; after a failure the old one is still there, and no other.
 
-    A FileError calls it ``name``, if not by its path. A process that is killed meanwhile leaves a hidden
-    ``.NAME.*.tmp`` beside it, which nothing reads.
+    A FileError calls it ``name``, if not by its path. Unless ``follows_link``, a link of this name is replaced. A
+    process that is killed meanwhile leaves a hidden ``.NAME.*.tmp`` beside it, which nothing reads.
     """
-    target = os.path.realpath(path)
+    target = os.path.realpath(path) if follows_link else os.path.abspath(path)
     _check_regular(target, path)
     folder, base = os.path.split(target)
     temporary = os.path.join(folder, f".{base}.{secrets.token_hex(6)}.tmp")

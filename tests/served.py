@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import signal
 import subprocess
@@ -71,11 +72,20 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[Server]:
-    """Start a server on a free port with one thread; when the context is left it is ended, if it still runs."""
+def serving(
+    model: Path, *options: str, environment: dict[str, str] | None = None, descriptors: int | None = None
+) -> Iterator[Server]:
+    """Start a server on a free port with one thread; when the context is left it is ended, if it still runs.
+
+    ``environment`` is added to that of the tests; ``descriptors`` is how many files and sockets it may have open.
+    """
     command = [sys.executable, "-c", _RUN, "serve", str(model), "--port", "0", "--threads", "1", *options]
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows sends signals to groups alone
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, creationflags=group)
+    if descriptors is not None:
+        command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, creationflags=group, env={**os.environ, **(environment or {})}
+    )
     assert process.stderr is not None
     lines: list[str] = []
     text = ""

@@ -55,7 +55,7 @@ def server(model: Path, served_plan: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def locked(model: Path) -> Iterator[Server]:
     """A server without a plan that wants a key."""
-    with serving(model, "--plan", "none", "--ctx", "1024", "--api-key", KEY) as running:
+    with serving(model, "--plan", "none", "--ctx", "1024", environment={"ADASKIP_API_KEY": KEY}) as running:
         yield running
 
 

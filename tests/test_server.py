@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -169,20 +170,18 @@ def test_what_was_read_outlasts_a_restart(served_model: Path, served_plan: Path,
         assert first.stop() == 0
     foreign = tmp_path / "kept" / "0.adaskip-prefix"
     foreign.write_bytes(b"something else")
-    (torn,) = (path for path in foreign.parent.iterdir() if path != foreign)
     with serving(served_model, *options) as second:
         assert not foreign.exists()
         after = ask(second)
         assert after["adaskip"]["prompt_tokens_read"] == 1
         assert after["choices"][0]["text"] == before["choices"][0]["text"]
         assert second.stop() == 0
-    (kept,) = foreign.parent.iterdir()
+    (kept,) = foreign.parent.glob("*.adaskip-prefix")
     kept.write_bytes(kept.read_bytes()[:-1])
     with serving(served_model, *options) as third:
         assert ask(third)["adaskip"]["prompt_tokens_reused"] == 0
     with serving(served_model, "--plan", "none", *options[2:]) as other:
         assert ask(other)["adaskip"]["prompt_tokens_reused"] == 0, "what a plan skipped is not read without it"
-    assert torn
 
 
 def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model: Path, tmp_path: Path) -> None:
@@ -296,16 +295,40 @@ def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
     assert refused.status_code == 413
 
 
+def bearer(key: str) -> dict[str, Any]:
+    return {"headers": {"authorization": f"Bearer {key}"}}
+
+
 def test_without_the_key_nothing_is_told(served_model: Path) -> None:
-    with serving(served_model, "--plan", "none", "--api-key", "secret") as locked:
+    with serving(served_model, "--plan", "none", environment={"ADASKIP_API_KEY": "secret"}) as locked:
         assert locked.get("/health").status_code == 200 and locked.get("/").status_code == 200
         for path in ("/v1/models", "/metrics", "/openapi.json"):
             answer = locked.get(path)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
         assert locked.post("/v1/completions", {"prompt": "the"}).status_code == 401
-        wrong, right = ({"authorization": f"Bearer {key}"} for key in ("secre", "secret"))
-        assert locked.get("/v1/models", headers=wrong).status_code == 401
-        assert locked.get("/v1/models", headers=right).status_code == 200
+        assert locked.get("/v1/models", **bearer("secre")).status_code == 401
+        assert locked.get("/v1/models", **bearer("secret")).status_code == 200
+
+
+def test_each_key_of_a_file_has_what_it_wrote_for_itself(served_model: Path, tmp_path: Path) -> None:
+    """No answer tells one what another wrote; on disk, too, it is kept under the key that it is of."""
+    (tmp_path / "keys").write_text("first\n\n  second \n")
+    options = "--plan", "none", "--api-key-file", str(tmp_path / "keys"), "--cache-dir", str(tmp_path / "kept")
+
+    def n_reused(server: Server, key: str, **more: Any) -> int:
+        answer = server.post("/v1/completions", {"prompt": LONG, "max_tokens": 1, **more}, **bearer(key))
+        return int(answer.json()["timings"]["cache_n"])
+
+    with serving(served_model, *options, environment={"ADASKIP_API_KEY": "third"}) as server:
+        assert server.get("/v1/models", **bearer("third")).status_code == 401, "a file takes its place"
+        assert n_reused(server, "first") == 0 == n_reused(server, "second") == n_reused(server, "first", cache_salt="a")
+        assert n_reused(server, "first") > 100 and n_reused(server, "second") > 100
+        assert server.stop() == 0
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "kept").iterdir())
+    assert b"first" not in kept and b"second" not in kept
+    (tmp_path / "keys").write_text("third\nsecond\n")
+    with serving(served_model, *options) as server:
+        assert n_reused(server, "third") == 0 and n_reused(server, "second") > 100
 
 
 def test_embeddings_are_of_whole_texts(server: Server) -> None:
@@ -396,14 +419,35 @@ def test_a_promise_without_a_frontier_is_refused(served_model: Path, served_plan
             pass
 
 
-def test_beyond_this_machine_it_asks_for_a_key(served_model: Path) -> None:
+def test_beyond_this_machine_it_asks_for_a_key(served_model: Path, tmp_path: Path) -> None:
     with (
-        pytest.raises(AssertionError, match="give --api-key, or --insecure"),
+        pytest.raises(AssertionError, match="give --api-key-file, or --insecure"),
         serving(served_model, "--host", "0.0.0.0"),
     ):
         pass
-    with serving(served_model, "--host", "0.0.0.0", "--insecure") as open_to_all:
+    with serving(served_model, "--host", "0.0.0.0", "--insecure", "--allow-host", "Box.lan") as open_to_all:
         assert open_to_all.get("/health").status_code == 200
+        assert open_to_all.get("/health", headers={"host": "box.lan"}).status_code == 200
         assert open_to_all.get("/health", headers={"host": "example.com"}).status_code == 403
-    with pytest.raises(AssertionError, match="the API key is empty"), serving(served_model, "--api-key", ""):
+    (tmp_path / "keys").write_text(" \n")
+    with (
+        pytest.raises(AssertionError, match="there is no key in"),
+        serving(served_model, "--api-key-file", str(tmp_path / "keys")),
+    ):
         pass
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="there is no shell that bounds descriptors")
+def test_connections_that_ask_nothing_take_nothing_away(served_model: Path) -> None:
+    """More of them than the process may have descriptors."""
+    with serving(served_model, "--plan", "none", descriptors=128) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        idle = [socket.create_connection((host, int(port))) for _ in range(150)]
+        for _ in range(3):
+            assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+            ask(server, "the to")
+            idle += [socket.create_connection((host, int(port))) for _ in range(50)]
+        for each in idle:
+            each.close()
+        assert server.stop() == 0
+    assert len(server.lines) < 10, server.lines

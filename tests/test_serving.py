@@ -1,9 +1,14 @@
 """The parts of the server, each by itself: the queue, what was read before, log-probabilities, bodies and plans."""
 
 import asyncio
+import contextlib
+import logging
 import os
+import re
+import shutil
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -24,14 +29,16 @@ from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.measuring.running import Running, quietly
 from adaskip_cpp.model.frontier import Frontier, Passkeys
 from adaskip_cpp.model.settings import Settings
-from adaskip_cpp.serving import answer
+from adaskip_cpp.serving import answer, middleware, server
+from adaskip_cpp.serving.app import make_app
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
-from adaskip_cpp.serving.middleware import Gate
+from adaskip_cpp.serving.middleware import Gate, is_loopback, network_of
 from adaskip_cpp.serving.plans import Choice, Plans, plan_key
 from adaskip_cpp.serving.prefix_cache import PrefixCache, n_common
 from adaskip_cpp.serving.queue import FairQueue
 from adaskip_cpp.serving.request import Gone, Refused, ServedRequest
+from adaskip_cpp.serving.server import listen
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
@@ -39,6 +46,24 @@ Tokens = Callable[..., list[int]]
 
 def ids(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
+
+
+def answered(app: Any, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and body of what an application answers to a GET."""
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            return {"type": "http.request"}
+
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await app({"type": "http", "path": path, "method": "GET", "headers": raw}, receive, send)
+
+    asyncio.run(ask())
+    return sent[0]["status"], b"".join(each.get("body", b"") for each in sent[1:]).decode()
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
@@ -60,6 +85,49 @@ def test_clients_have_their_turns_one_by_one() -> None:
         return order
 
     assert asyncio.run(scenario()) == ["a1", "a2", "b1", "a3"]
+
+
+def test_names_that_a_client_gives_itself_earn_it_no_turns() -> None:
+    """60 requests of one address, each under another name, then one of another address: that one is third."""
+
+    async def scenario() -> list[str]:
+        queue, order = FairQueue(64), []
+
+        async def one(party: str, user: str) -> None:
+            async with queue.turn(party, user):
+                order.append(party + user)
+                await asyncio.sleep(0)
+
+        names = [("a", str(i)) for i in range(60)]
+        await asyncio.gather(*(one(*each) for each in (*names, ("a", "1"), ("b", ""))))
+        return order
+
+    order = asyncio.run(scenario())
+    assert order.index("b") == 2 and order[-1] == "a1", "within an address its users have their turns one by one"
+
+
+def test_one_client_cannot_take_every_place() -> None:
+    """Of four places: who comes takes one from whom it finds with two more than it has, of its user with the most."""
+
+    async def scenario() -> list[str]:
+        queue, refused, tasks = FairQueue(4), [], []
+
+        async def one(party: str, user: str) -> None:
+            try:
+                async with queue.turn(party, user):
+                    await asyncio.sleep(0)
+            except Refused:
+                refused.append(party + user)
+
+        async with queue.turn("c"):
+            for each in ("a1", "a1", "a2", "a3", "a4", "b1", "b2", "b3", "c1"):
+                tasks.append(asyncio.ensure_future(one(*each)))
+                await asyncio.sleep(0)
+                assert len(queue) <= 4
+        await asyncio.gather(*tasks)
+        return refused
+
+    assert asyncio.run(scenario()) == ["a4", "a1", "a3", "b3", "b2"]
 
 
 def test_a_full_queue_refuses_and_a_closed_one_empties() -> None:
@@ -121,6 +189,11 @@ def test_nobody_is_forgotten_and_never_two_run(steps: list[str], seed: int) -> N
 # --- what was read before ---------------------------------------------------------------------------------------------
 
 
+def states(folder: Path) -> list[Path]:
+    """The files of states in a folder."""
+    return sorted(folder.glob("*.adaskip-prefix"))
+
+
 def test_the_longest_common_beginning_of_the_right_key_is_found() -> None:
     cache = PrefixCache(100)
     cache.put("a", ids(1, 2, 3), bytearray(b"abc"))
@@ -162,10 +235,11 @@ def test_files_outlast_the_process_within_their_bounds(tmp_path: Path) -> None:
         assert first._writing is not None
         first._writing.result(10)
     first.close()
-    files = sorted((tmp_path / "new" / "folder").iterdir())
+    files = states(tmp_path / "new" / "folder")
     assert len(files) == 3, "each counts for 1 kB beside its tokens and its state"
     assert max(path.stat().st_size for path in files) < 1000
-    assert os.name != "posix" or all(path.stat().st_mode & 0o077 == 0 for path in files)
+    everything = tmp_path / "new" / "folder", *(tmp_path / "new" / "folder").iterdir()
+    assert os.name != "posix" or all(path.stat().st_mode & 0o077 == 0 for path in everything)
     second = PrefixCache(4000, tmp_path / "new" / "folder")
     entry, n = second.find({"a"}, ids(5, 5, 7))
     assert entry is not None and n == 2 and entry.state is None and second.take(entry) == b"\5" * 10
@@ -184,7 +258,7 @@ def test_entries_whose_files_are_gone_are_forgotten(tmp_path: Path) -> None:
 
 def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = PrefixCache(10_000, tmp_path / "kept")
-    (tmp_path / "kept").rmdir()
+    shutil.rmtree(tmp_path / "kept")
     for token in range(3):
         cache.put("a", ids(token), bytearray(10))
     cache.close()
@@ -192,26 +266,36 @@ def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, capsys: py
     assert cache.take(cache.find({"a"}, ids(1))[0]) == bytearray(10)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "empty", "header", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "empty", "header", "long", "gone", "link", "pipe"])
 def test_a_torn_or_foreign_file_is_ignored_and_removed(tmp_path: Path, damage: str) -> None:
-    cache = PrefixCache(10_000, tmp_path)
+    folder, other = tmp_path / "kept", tmp_path / "other"
+    cache = PrefixCache(10_000, folder)
     cache.put("a", ids(1, 2), bytearray(b"state"))
     cache.close()
-    (path,) = tmp_path.iterdir()
+    (path,) = states(folder)
     content = path.read_bytes()
-    if damage != "gone":
-        path.write_bytes(
-            {
-                "cut": content[:-1],
-                "flip": content[:-1] + b"!",
-                "foreign": b"hello",
-                "empty": b"",
-                "header": content.replace(b'"n_tokens":2', b'"n_tokens":1'),
-            }[damage]
-        )
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / f".{path.name}.0a.tmp").write_text("left over")
-    cache = PrefixCache(10_000, tmp_path)
+    changed = {
+        "cut": content[:-1],
+        "flip": content[:-1] + b"!",
+        "foreign": b"hello",
+        "empty": b"",
+        "header": content.replace(b'"n_tokens":2', b'"n_tokens":1'),
+    }
+    if damage == "long":  # of no bytes on disk
+        with open(path, "r+b") as file:
+            file.truncate(10**12)
+    elif damage == "link":
+        path.rename(other)
+        path.symlink_to(other)
+    elif damage == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("there are no pipes with names")
+        path.unlink()
+        os.mkfifo(path)
+    elif damage != "gone":
+        path.write_bytes(changed[damage])
+    (folder / "notes.txt").write_text("mine")
+    cache = PrefixCache(10_000, folder)
     entry, _ = cache.find({"a"}, ids(1, 2))
     if entry is not None:
         if damage == "gone":
@@ -219,13 +303,60 @@ def test_a_torn_or_foreign_file_is_ignored_and_removed(tmp_path: Path, damage: s
         assert cache.take(entry) is None
     assert cache.find({"a"}, ids(1, 2)) == (None, 0)
     cache.close()
-    assert [each.name for each in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(each.name for each in folder.iterdir()) == ["hmac.key", "notes.txt"]
+    assert damage != "link" or other.read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_used_is_said_so(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="choose another --cache-dir"):
-        PrefixCache(1, tmp_path / "file")
+def test_a_state_from_elsewhere_is_not_believed(tmp_path: Path) -> None:
+    """Neither one that another folder's owner wrote, nor one with a digest that anyone can compute."""
+    for name in ("ours", "theirs"):
+        cache = PrefixCache(10_000, tmp_path / name)
+        cache.put("a", ids(1, 2), bytearray(name.encode()))
+        cache.close()
+    (theirs,), (ours,) = (states(tmp_path / name) for name in ("theirs", "ours"))
+    assert theirs.name == ours.name
+    shutil.copy(theirs, ours)
+    cache = PrefixCache(10_000, tmp_path / "ours")
+    assert cache.take(cache.find({"a"}, ids(1, 2))[0]) is None  # type: ignore[arg-type]
+    cache.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no owners of folders")
+def test_a_folder_that_others_own_or_may_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared").mkdir()
+    for mode in (0o770, 0o702, 0o1777):
+        (tmp_path / "shared").chmod(mode)
+        with pytest.raises(DataError, match="other users may write in"):
+            PrefixCache(1, tmp_path / "shared")
+    (tmp_path / "shared").chmod(0o755)
+    PrefixCache(1, tmp_path / "shared").close()
+    monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "shared").stat().st_uid + 1)
+    with pytest.raises(DataError, match="belongs to another user; choose another --cache-dir"):
+        PrefixCache(1, tmp_path / "shared")
+
+
+def test_what_a_link_leads_to_is_not_overwritten(tmp_path: Path) -> None:
+    cache = PrefixCache(10_000, tmp_path / "kept")
+    cache.put("a", ids(1, 2), bytearray(b"state"))
+    cache.close()
+    (path,) = states(tmp_path / "kept")
+    path.unlink()
+    (tmp_path / "victim").write_text("mine")
+    cache = PrefixCache(10_000, tmp_path / "kept")
+    path.symlink_to(tmp_path / "victim")
+    cache.put("a", ids(1, 2), bytearray(b"state"))
+    cache.close()
+    assert (tmp_path / "victim").read_text() == "mine" and path.is_file() and not path.is_symlink()
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """Until it is an hour old: then nobody is writing it any more."""
+    young, old = (tmp_path / f".{name}.adaskip-prefix.0a.tmp" for name in ("young", "old"))
+    for each in (young, old):
+        each.write_text("half")
+    os.utime(old, times=(time.time() - 4000,) * 2)
+    PrefixCache(10_000, tmp_path).close()
+    assert young.exists() and not old.exists()
 
 
 @given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
@@ -425,6 +556,23 @@ def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: Serve
     assert {tuple(each.tokens[:300]) for each in served.prefix_cache.entries} == {tuple(talk), tuple(other)}
 
 
+def test_what_others_wrote_is_not_told(served: ServedLlama, tokens: Tokens) -> None:
+    """Not even as a count of tokens that need not be read: of what is in memory, and of what the cache has."""
+
+    def ask(prompt: list[int], **whose: str) -> int:
+        request = ServedRequest(**whose)
+        served.request = request
+        with closing(served.generate(prompt, temp=0)) as steps:
+            next(steps)
+        return request.n_reused
+
+    talk, other = tokens(300, 1), tokens(300, 2)
+    assert ask(talk, salt="a") == 0 == ask(talk, salt="b") == ask(talk) == ask(talk, owner="a")
+    ask(other)  # so that the cache has it
+    assert ask(talk, owner="b") == 0 == ask(talk, salt="c") == ask(talk, owner="a", salt="a")
+    assert [ask(talk, **whose) for whose in ({"salt": "a"}, {"owner": "a"}, {"salt": "b"}, {})] == [299] * 4
+
+
 def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama, tokens: Tokens) -> None:
     request = ServedRequest()
     served.request = request
@@ -478,6 +626,25 @@ def test_a_grammar_that_cannot_be_parsed_is_refused(served: ServedLlama) -> None
             served.create_completion("the", grammar=LlamaGrammar.from_string(grammar))
 
 
+def test_what_is_told_of_the_model_while_it_works_is_what_it_told_itself(
+    served: ServedLlama, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread that asks llama.cpp, or reads the cache, may find it in the middle of a change."""
+    run(served, tokens(300, 1))
+    run(served, tokens(300, 2))
+    served.end()
+    n_kv, n_cached = served.kv_bytes, served.prefix_cache.n_bytes
+    app, _ = make_app(served, keys=(), names=())
+    asked = property(lambda _: pytest.fail("it was asked"))
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaSkipLlama, "counters", asked)
+        patch.setattr(served, "prefix_cache", type("Cache", (), {"n_bytes": asked})())
+        status, body = answered(app, "/metrics", {"host": "localhost"})
+    assert status == 200 and n_cached > 0
+    for name, value in (("kv_bytes", n_kv), ("prefix_cache_bytes", n_cached)):
+        assert float(re.findall(rf"^adaskip_{name} (\S+)$", body, re.MULTILINE)[0]) == value
+
+
 # --- bodies and plans -------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +658,9 @@ def test_a_body_may_have_what_the_schema_lacks() -> None:
     )
     body = read_body("/v1/chat/completions", chat).body
     assert body.messages == [{"role": "system", "content": "a"}] and body.max_tokens == 3
+    assert read_body("/v1/completions", b'{"prompt": "a", "cache_salt": "mine"}').salt == "mine" and request.salt == ""
+    with pytest.raises(RequestError, match="cache_salt is 3"):
+        read_body("/v1/completions", b'{"prompt": "a", "cache_salt": 3}')
 
 
 def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:
@@ -574,15 +744,54 @@ def test_a_client_that_takes_nothing_has_left(monkeypatch: pytest.MonkeyPatch) -
         await asyncio.sleep(60)
 
     async def send() -> None:
-        await answer.Sent(stuck)({"type": "http.response.start", "status": 200, "headers": []})
+        sent = answer.Sent(stuck)
+        await sent.event(b"first")
+        await asyncio.sleep(0.2)
+        await sent.error(500, "nobody hears it")
+        await sent.event(b"second")
 
     with pytest.raises(Gone):
         asyncio.run(send())
 
 
+CHUNK = {"id": "1", "object": "o", "created": 1, "model": "m", "choices": [{"finish_reason": None}]}
+
+
+def test_a_slow_reader_does_not_hold_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes an event in a tenth of a second, and has half a second for what it has not taken at the end."""
+    monkeypatch.setattr(answer, "LEFT", 0.5)
+    nothing: Any = SimpleNamespace(answered=lambda *_: None, ran=lambda *_: None)
+    model: Any = SimpleNamespace(answer=lambda request: iter(20 * [CHUNK]), end=lambda: None)
+    taken = []
+
+    async def scenario() -> int:
+        queue = FairQueue(1)
+        gate = Gate(model, {}, queue, nothing, keys=(), names=("",), most_body=1000)
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0.1)
+            taken.append(message)
+
+        messages = [{"type": "http.request", "body": b'{"prompt": "a", "stream": true}'}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.sleep(60)
+
+        scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}
+        asked = asyncio.ensure_future(gate(scope, receive, send))
+        while not queue.is_busy:
+            await asyncio.sleep(0.001)
+        while queue.is_busy:
+            await asyncio.sleep(0.001)
+        n_taken = len(taken)
+        await asked
+        return n_taken
+
+    assert asyncio.run(scenario()) < 3 < len(taken) < 10
+
+
 def test_a_stream_that_says_nothing_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer, "_PING", 0.02)
-    chunk = {"id": "1", "object": "o", "created": 1, "model": "m", "choices": [{"finish_reason": None}]}
     sent: list[bytes] = []
 
     async def send(message: Any) -> None:
@@ -590,26 +799,161 @@ def test_a_stream_that_says_nothing_gets_comments(monkeypatch: pytest.MonkeyPatc
 
     def slow() -> Iterator[Any]:
         time.sleep(0.1)
-        yield chunk
+        yield CHUNK
 
-    asyncio.run(answer.send_answer(slow(), ServedRequest(), answer.Sent(send)))
+    async def scenario() -> None:
+        await answer.send_answer(slow(), ServedRequest(), sender := answer.Sent(send))
+        await sender.finish()
+
+    asyncio.run(scenario())
     assert sent[:2] == [b"begin", b": ping\n\n"] and sent[-1] == b"data: [DONE]\n\n"
     assert [each.startswith(b'data: {"id":"1"') for each in sent[2:]].count(True) == 1
 
 
-def test_a_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def admitted(headers: dict[str, str], keys: Collection[str] = (), names: Collection[str] = ("localhost",)) -> int:
+    """The status that a gate answers to a request for something that is not there: 404 where it may ask."""
+    nothing: Any = SimpleNamespace(answered=lambda *_: None)
+    gate = Gate(nothing, {}, FairQueue(1), nothing, keys=keys, names=names, most_body=1)
+    return answered(gate, "/v1/none", headers)[0]
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
-    none: Any = None
-    gate = Gate(none, {}, FairQueue(1), SimpleNamespace(answered=lambda *_: None), api_key="k", most_body=1)  # type: ignore[arg-type]
-    sent: list[Any] = []
+    assert admitted({"authorization": "Bearer x"}, ("k", "l")) == 401
+    assert admitted({"authorization": "Bearer k"}, ("k", "l")) == 404
+    assert compared == [(b"x", b"k"), (b"x", b"l"), (b"k", b"k"), (b"k", b"l")], "all, whichever it is"
 
-    async def ask() -> None:
-        async def send(message: Any) -> None:
-            sent.append(message)
 
-        scope = {"type": "http", "path": "/v1/models", "method": "GET", "headers": [(b"authorization", b"Bearer x")]}
-        await gate(scope, None, send)  # type: ignore[arg-type]
+def test_without_a_key_it_is_asked_by_an_address_or_a_listed_name() -> None:
+    """The owner of any other name may let it lead here. Names of this machine are announced by others too (mDNS)."""
+    own = socket.gethostname()
+    for host in ("127.0.0.1:8000", "[::1]:8000", "192.168.0.7", "localhost:1"):
+        assert admitted({"host": host}) == 404
+    for host in ("127.0.0.1.example", "127.x.example", "example.com", f"{own}.local", own, "[::1", ""):
+        assert admitted({"host": host}) == 403
+    assert admitted({"host": "Box.lan:80"}, names=("localhost", "box.lan")) == 404
+    assert admitted({"host": "box.lan", "origin": "http://127.x.example"}, names=("box.lan",)) == 403
+    assert admitted({"host": "box.lan", "origin": "http://box.lan"}, names=("box.lan",)) == 404
+    assert not is_loopback("127.x.example") and is_loopback("127.0.0.2") and is_loopback("::1")
 
-    asyncio.run(ask())
-    assert compared == [(b"x", b"k")] and sent[0]["status"] == 401
+
+def test_an_ipv6_client_has_all_addresses_of_its_network() -> None:
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:2") != network_of("2001:db8:0:1::1")
+    assert network_of("::ffff:10.0.0.1") == network_of("10.0.0.1") != network_of("10.0.0.2")
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
+def served_by(app: Any, clients: Callable[[int], Any]) -> None:
+    """Run a server of an application in this process, and what ``clients`` does with its port."""
+
+    async def scenario() -> None:
+        listener = listen("127.0.0.1", 0)
+        running = server.Server(app, FairQueue(1), listener)
+        serving = asyncio.create_task(running.serve())
+        while not running.started:
+            await asyncio.sleep(0.01)
+        try:
+            await asyncio.wait_for(clients(listener.getsockname()[1]), 30)
+        finally:
+            running.should_exit = True
+            await serving
+
+    asyncio.run(scenario())
+
+
+async def fine(scope: Any, receive: Any, send: Any) -> None:
+    """An application that has nothing to say."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+ASKING = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+def test_headers_that_do_not_come_end_their_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that sends a byte now and then, and of one that asks no more behind an answer, in whatever it sends."""
+    monkeypatch.setattr(server, "HEAD", 0.5)
+
+    async def clients(port: int) -> None:
+        for first in (b"", ASKING):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            begin = time.monotonic()
+            writer.write(first + b"GET / HTTP/1.1\r\n")
+            with contextlib.suppress(OSError):
+                while not reader.at_eof():
+                    writer.write(b"a")
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(reader.read(1000), 0.1)
+            assert 0.4 < time.monotonic() - begin < 10
+            writer.close()
+
+    served_by(fine, clients)
+
+
+def test_a_body_that_does_not_come_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY", 0.1)
+    nothing: Any = SimpleNamespace(answered=lambda *_: None)
+    gate = Gate(nothing, {}, FairQueue(1), nothing, keys=(), names=("localhost",), most_body=1000)
+
+    async def clients(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n1")
+        assert b" 408 " in await reader.readline()
+        writer.close()
+
+    served_by(gate, clients)
+
+
+def test_a_connection_more_takes_the_place_of_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight, four of one address: four that wait for a head or a body give way one by one, four that run do not."""
+    monkeypatch.setattr(server, "_most_connections", lambda: 8)
+    go, n_running = asyncio.Event(), 0
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal n_running
+        if scope["path"] == "/slow":
+            n_running += 1
+            await go.wait()
+        await fine(scope, receive, send)
+
+    async def clients(port: int) -> None:
+        opened = []
+
+        async def open_(content: bytes) -> asyncio.StreamReader:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            opened.append(writer)
+            writer.write(content)
+            await asyncio.sleep(0.05)
+            return reader
+
+        idle = [await open_(begun) for begun in (b"", b"GET /", b"", ASKING.replace(b"GET", b"PUT"))]
+        first = await open_(ASKING.replace(b"/", b"/slow", 1))
+        assert await idle[0].read() == b"" and not idle[1].at_eof()
+        running = [first, *[await open_(ASKING.replace(b"/", b"/slow", 1)) for _ in range(3)]]
+        assert n_running == 4 and [await each.read() for each in idle[1:3]] == [b"", b""]
+        with contextlib.suppress(ConnectionResetError):
+            assert await (await open_(ASKING)).read() == b"", "there is no room"
+        go.set()
+        for each in running:
+            assert b" 200 " in await each.readline()
+        assert b" 200 " in await (await open_(ASKING)).readline(), "they are between two requests"
+        for each in opened:
+            each.close()
+
+    served_by(slow, clients)
+
+
+def test_what_repeats_itself_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = server._Seldom()
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def passes(text: str) -> bool:
+        return log.filter(logging.LogRecord("uvicorn.error", logging.WARNING, "", 1, text, (), None))
+
+    assert [passes(text) for text in ("a", "a\nmore", "b", "a")] == [True, False, True, False]
+    now += 61
+    assert passes("a") and not passes("a")

@@ -7,6 +7,7 @@ import re
 import click
 
 from ..errors import PackageMissingError
+from ..files import read_text
 from ..measuring.running import Running, quietly
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import plan_path, profile_path
@@ -39,7 +40,12 @@ def _size(text: str) -> int:
 @max_loss_option
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for a free one.")
-@option("--api-key", envvar="ADASKIP_API_KEY", metavar="KEY", help="What clients must send.  [env: ADASKIP_API_KEY]")
+@option(
+    "--api-key-file",
+    metavar="FILE",
+    help="Keys, one a line; clients must send one of them.  [default: the one in ADASKIP_API_KEY, if it is set]",
+)
+@option("--allow-host", "allowed", metavar="NAME", multiple=True, help="A name that it may be asked by without a key.")
 @option("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
 @option(
     "--cache-dir",
@@ -63,7 +69,8 @@ def serve(
     max_loss: float | None,
     host: str,
     port: int,
-    api_key: str | None,
+    api_key_file: str | None,
+    allowed: tuple[str, ...],
     insecure: bool,
     cache_dir: str | None,
     cache_size: int,
@@ -85,11 +92,10 @@ def serve(
         raise PackageMissingError(
             f"serving needs further packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
         ) from error
-    if api_key is not None and not api_key.strip():
-        raise click.UsageError("the API key is empty; give one, or leave --api-key out")
-    if not (is_loopback(host) or api_key or insecure):
+    keys = _keys(api_key_file)
+    if not (is_loopback(host) or keys or insecure):
         raise click.UsageError(
-            f"{host} can be reached from other machines; give --api-key, or --insecure to let everyone in"
+            f"{host} can be reached from other machines; give --api-key-file, or --insecure to let everyone in"
         )
     ctx = -(-ctx // 256) * 256  # as llama.cpp rounds it, unlike llama_cpp.Llama
     err = console(stderr=True)
@@ -108,11 +114,20 @@ def serve(
             plans=Plans(own, source.frontier, promise, profile, ctx),
             cache=PrefixCache(cache_size, cache_dir),
         )
-        app, queue = make_app(llm, api_key=api_key)
+        app, queue = make_app(llm, keys=keys, names=(host, *allowed))
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         ready = f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it."
         tell = functools.partial(err.print, ready, markup=False, soft_wrap=True)
         run(app, queue, listener, on_ready=tell, on_end=llm.close)
+
+
+def _keys(file: str | None) -> list[str]:
+    """Return the keys of a file, or the one in the environment: what stands in a command, all users can see."""
+    lines = os.environ.get("ADASKIP_API_KEY", "") if file is None else read_text(file)
+    keys = list(dict.fromkeys(filter(None, map(str.strip, lines.splitlines()))))
+    if file is not None and not keys:
+        raise click.UsageError(f"there is no key in {file!r}; write one a line, or leave --api-key-file out")
+    return keys
 
 
 def _source(model: str, plan: str, max_loss: float | None) -> PlanSource:

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..errors import AdaSkipError, NativeError, StateError
 from .request import Gone, Refused, ServedRequest
 
 STALL = 30.0  # seconds that a client may take nothing
+LEFT = 60.0  # seconds that a client has for all that it has not taken when its answer is complete
 _PING = 15.0
 """Seconds without an event after which a stream gets a comment: those between would end a connection that is still."""
 
@@ -41,22 +43,42 @@ def explained(error: Exception) -> tuple[int, str, str | None]:
 
 
 class Sent:
-    """Sends over ASGI, and knows how far it is; who takes nothing for :data:`STALL` seconds is :class:`Gone`."""
+    """Sends over ASGI, and knows how far it is. Whoever calls it does not wait for the client to read.
+
+    A client is :class:`Gone` which takes nothing for :data:`STALL` seconds, or not the rest within :data:`LEFT`.
+    """
 
     def __init__(self, send: Send) -> None:
         self.status, self._send = 499, send  # 499: the client left before anything was sent
-        self._is_begun = self._is_over = False
+        self._is_begun = self._is_over = self._is_gone = False
+        # Not bounded: one answer has as many tokens as the context, and those of the last LEFT seconds wait at most.
+        self._waiting: deque[Message] = deque()
+        self._sending: asyncio.Task[None] | None = None
 
     async def __call__(self, message: Message) -> None:
+        if self._is_gone:
+            raise Gone
         if message["type"] == "http.response.start":
             self.status, self._is_begun = message["status"], True
         else:
             self._is_over = not message.get("more_body")
+        self._waiting.append(message)
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send_waiting())
+
+    async def _send_waiting(self) -> None:
         try:
-            await asyncio.wait_for(self._send(message), STALL)
+            while self._waiting:
+                await asyncio.wait_for(self._send(self._waiting.popleft()), STALL)
         except asyncio.TimeoutError:
-            self._is_over = True
-            raise Gone from None
+            self._is_gone = True
+
+    async def finish(self) -> None:
+        """Wait until the client has taken what was sent, or is gone."""
+        if self._sending is not None and not (await asyncio.wait({self._sending}, timeout=LEFT))[0]:
+            self._is_gone = True
+            self._waiting.clear()
+            self._sending.cancel()
 
     async def json(self, status: int, content: bytes, headers: dict[bytes, bytes] | None = None) -> None:
         """Send all of an answer."""
@@ -73,7 +95,7 @@ class Sent:
 
     async def error(self, status: int, message: str, code: str | None = None) -> None:
         """Answer with an error, as OpenAI's clients read it; where a stream has begun, end it with one."""
-        if self._is_over:
+        if self._is_over or self._is_gone:
             return
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
         content = msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})

@@ -1,6 +1,7 @@
 """The application: the paths that need no model, around those that it works on a gate and CORS."""
 
 import time
+from collections.abc import Collection
 from importlib import resources
 from typing import Any
 
@@ -42,15 +43,18 @@ class _Ids(msgspec.Struct):
     tokens: list[int]
 
 
-def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[ASGIApp, FairQueue]:
-    """Return the application for a model, which answers under any name, and the queue before it."""
+def make_app(llm: ServedLlama, *, keys: Collection[str], names: Collection[str]) -> tuple[ASGIApp, FairQueue]:
+    """Return the application for a model, which answers under any name, and the queue before it.
+
+    Clients send one of ``keys``. Without keys they may call the server by an address, as localhost or by ``names``.
+    """
     queue, created = FairQueue(MOST_WAITING), int(time.time())
     metrics = Metrics(
         {
             ("queue_waiting", "Requests that wait."): lambda: len(queue),
             ("requests_running", "Requests that the model works for, 0 or 1."): lambda: float(queue.is_busy),
-            ("kv_bytes", "Bytes of KV cache."): lambda: llm.kv_bytes,
-            ("prefix_cache_bytes", "Bytes of saved states in memory."): lambda: llm.prefix_cache.n_bytes,
+            ("kv_bytes", "Bytes of KV cache."): lambda: llm.gauges["kv_bytes"],
+            ("prefix_cache_bytes", "Bytes of saved states in memory."): lambda: llm.gauges["prefix_cache_bytes"],
         }
     )
 
@@ -97,6 +101,7 @@ def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[ASGIApp, 
         ("POST", "/detokenize"): detokenize,
     }
     most_body = max(1 << 20, _BYTES_PER_TOKEN * llm.context_size)
-    gate = Gate(llm, routes, queue, metrics, api_key=api_key, most_body=most_body)
-    pages = {"allow_origin_regex": _LOOPBACK_PAGES} if api_key is None else {"allow_origins": ["*"]}
+    known = {"localhost", *map(str.lower, names)}
+    gate = Gate(llm, routes, queue, metrics, keys=keys, names=known, most_body=most_body)
+    pages = {"allow_origins": ["*"]} if keys else {"allow_origin_regex": _LOOPBACK_PAGES}
     return CORSMiddleware(gate, allow_methods=["*"], allow_headers=["*"], **pages), queue

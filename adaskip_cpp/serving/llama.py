@@ -61,6 +61,7 @@ class ServedLlama(AdaSkipLlama):
         rope = {name: getattr(parameters, name) for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale")}
         versions = [metadata.version(name) for name in ("llama-cpp-python", "adaskip-cpp")]
         self._settings_key = content_hash([asdict(self.model_info), settings, rope, self.n_ctx(), versions])
+        self._count()
 
     def close(self) -> None:
         """Keep what the memory holds in the cache, write that to disk, and free the model."""
@@ -97,6 +98,11 @@ class ServedLlama(AdaSkipLlama):
             if self._steps is not None:
                 self._steps.close()
             self._steps = None
+            self._count()
+
+    def _count(self) -> None:
+        """Set ``gauges`` for other threads, which may not ask llama.cpp or the cache while the model works."""
+        self.gauges = {"kv_bytes": self.kv_bytes, "prefix_cache_bytes": self.prefix_cache.n_bytes}
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As :meth:`AdaSkipLlama.generate`, for the current request."""
@@ -146,10 +152,13 @@ class ServedLlama(AdaSkipLlama):
             self.reset()
             self._live_key, self._n_kept = "", 0  # so it is neither kept nor read on
             return
-        if not self._live_key:
+        names = f"{self._settings_key}/{content_hash([request.owner, request.salt])}/"
+        if not self._live_key.startswith(names):  # of others, and the answer must not tell what they wrote
+            self._keep(0)
             self.reset()
-        key = self._key(plan_key(plan))
-        keys = {key, *(self._key(plan_key(each)) for each in (None, *readable))}
+            self._live_key, self._n_kept = "", 0
+        key = names + plan_key(plan)
+        keys = {key, *(names + plan_key(each) for each in (None, *readable))}
         found, n_found = self.prefix_cache.find(keys, prompt)
         n_live = n_common(self.input_ids[: self.n_tokens], prompt)
         self._keep(0 if key != self._live_key else n_live)
@@ -161,9 +170,6 @@ class ServedLlama(AdaSkipLlama):
             state = self.prefix_cache.take(found)
             if state is not None and self._load(found.tokens, state):
                 self._n_kept = len(found.tokens)
-
-    def _key(self, plan: str) -> str:
-        return f"{self._settings_key}/{plan}"
 
     def _keep(self, n_stays: int) -> None:
         """Keep what the memory holds, if much would go where its first tokens alone stay, and the cache lacks it."""

@@ -3,8 +3,7 @@
 import asyncio
 import hmac
 import ipaddress
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
@@ -15,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ..files import content_hash
 from .answer import Sent, explained, send_answer
 from .body import SCHEMAS, read_body
 from .llama import ServedLlama
@@ -25,14 +25,18 @@ from .request import Gone, Refused, ServedRequest
 Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
 """By method and path: from a body to a Response, or to what is answered as JSON."""
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+BODY = 60.0  # seconds that a body may take
+
 _OPEN = ("/", "/health")  # paths that need no key: they tell nothing and run nothing
 
 
 class Gate:
     """An ASGI application: ``llm`` answers the paths of :data:`SCHEMAS`, ``routes`` the others.
 
-    Clients must send ``api_key``, unless it is None, and a body has ``most_body`` bytes at most.
+    Args:
+        keys: clients must send one of them. Without any, they must ask by an address or one of ``names``.
+        names: lower-case names that a request may call this server by.
+        most_body: bytes that a body has at most.
     """
 
     def __init__(
@@ -42,25 +46,33 @@ class Gate:
         queue: FairQueue,
         metrics: Metrics,
         *,
-        api_key: str | None,
+        keys: Collection[str],
+        names: Collection[str],
         most_body: int,
     ) -> None:
         self.llm, self.routes, self.queue, self.metrics = llm, routes, queue, metrics
-        self._key = None if api_key is None else api_key.encode()
-        self._most_body = most_body
+        self._keys, self._names, self._most_body = [key.encode() for key in keys], names, most_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked, method, path, sent = Request(scope, receive), scope["method"], scope["path"], Sent(send)
+        asked, path, sent = Request(scope, receive), scope["path"], Sent(send)
         try:
-            self._admit(path, method, asked.headers)
+            await self._answer(asked, sent)
+            await sent.finish()
+        finally:
+            self.metrics.answered(path if path in SCHEMAS else "other", sent.status)
+
+    async def _answer(self, asked: Request, sent: Sent) -> None:
+        method, path = asked.method, asked.scope["path"]
+        try:
+            owner = self._admit(path, method, asked.headers)
             content = await self._read(asked)
             if method == "POST" and path in SCHEMAS:
-                await self._work(asked, content, sent)
+                await self._work(asked, content, owner, sent)
             elif (method, path) in self.routes:
                 route = self.routes[method, path]
                 answer = await run_in_threadpool(route, content) if method == "POST" else route(content)
                 if isinstance(answer, Response):
-                    await answer(scope, receive, sent)
+                    await answer(asked.scope, asked.receive, sent)
                 else:
                     await sent.json(200, msgspec.json.encode(answer))
             elif path in SCHEMAS or any(path == known for _, known in self.routes):
@@ -71,22 +83,24 @@ class Gate:
             pass
         except Exception as error:
             await sent.error(*explained(error))
-        finally:
-            self.metrics.answered(path if path in SCHEMAS else "other", sent.status)
 
-    def _admit(self, path: str, method: str, headers: Headers) -> None:
-        """Refuse who may not ask."""
-        host = _host_of(f"//{headers.get('host', '')}")
-        if self._key is None and not _is_no_foreign_name(host):
-            raise Refused(403, f"without --api-key it is not asked as {host!r}; use its address, or localhost")
-        origin = headers.get("origin")
-        if origin is not None and self._key is None and _host_of(origin) not in (*_LOOPBACK, host):
-            raise Refused(403, f"pages of {origin} may not ask a server without --api-key")
-        if self._key is None or path in _OPEN or method == "OPTIONS":
-            return
+    def _admit(self, path: str, method: str, headers: Headers) -> str:
+        """Refuse who may not ask. Return who asks, by the key, where there are several; else ""."""
+        host, origin = _host_of(f"//{headers.get('host', '')}"), headers.get("origin")
+        if not self._keys:
+            # The owner of any other name may let it lead here.
+            if not (host in self._names or _address(host)):
+                raise Refused(403, f"without an API key it is not asked as {host!r}; use its address, or --allow-host")
+            if origin is not None and not (is_loopback(_host_of(origin)) or _host_of(origin) == host):
+                raise Refused(403, f"pages of {origin} may not ask a server without an API key")
+        if not self._keys or path in _OPEN or method == "OPTIONS":
+            return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
+        sent = given.strip().encode("latin-1")
+        is_known = [hmac.compare_digest(sent, key) for key in self._keys]  # each, so that the time tells nothing
+        if scheme.lower() != "bearer" or not any(is_known):
             raise Refused(401, "wrong or missing API key; send it as Authorization: Bearer KEY", "invalid_api_key")
+        return content_hash(given.strip()) if len(self._keys) > 1 else ""
 
     async def _read(self, asked: Request) -> bytes:
         """Read the body."""
@@ -95,17 +109,25 @@ class Gate:
         if length.isdigit() and int(length) > self._most_body:
             raise Refused(413, limit)
         content = bytearray()
-        async for chunk in asked.stream():
-            content += chunk
-            if len(content) > self._most_body:
-                raise Refused(413, limit)
+
+        async def read() -> None:
+            async for chunk in asked.stream():
+                content.extend(chunk)
+                if len(content) > self._most_body:
+                    raise Refused(413, limit)
+
+        try:
+            await asyncio.wait_for(read(), BODY)
+        except asyncio.TimeoutError:
+            raise Refused(408, f"the body was not there within {BODY:g} seconds; send all of it at once") from None
         return bytes(content)
 
-    async def _work(self, asked: Request, content: bytes, sent: Sent) -> None:
+    async def _work(self, asked: Request, content: bytes, owner: str, sent: Sent) -> None:
         """Have the model work for a request in its turn; where the client leaves, it stops."""
         request = await run_in_threadpool(read_body, asked.scope["path"], content)
-        client = f"{asked.client.host if asked.client else ''}/{getattr(request.body, 'user', None) or ''}"
-        work = asyncio.ensure_future(self._in_turn(request, client, sent))
+        request.owner = owner
+        party = owner or (network_of(asked.client.host) if asked.client else "")
+        work = asyncio.ensure_future(self._in_turn(request, party, sent))
         leaving = asyncio.ensure_future(_left(asked.receive))
         try:
             await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -120,8 +142,8 @@ class Gate:
         if not work.cancelled() and (error := work.exception()) is not None and not request.is_left:
             raise error
 
-    async def _in_turn(self, request: ServedRequest, client: str, sent: Sent) -> None:
-        async with self.queue.turn(client):
+    async def _in_turn(self, request: ServedRequest, party: str, sent: Sent) -> None:
+        async with self.queue.turn(party, getattr(request.body, "user", None) or ""):
             request.has_turn = True
             try:
                 await send_answer(await run_in_threadpool(self.llm.answer, request), request, sent)
@@ -138,7 +160,24 @@ async def _left(receive: Receive) -> None:
 
 def is_loopback(host: str) -> bool:
     """Whether nothing but this machine reaches it."""
-    return host in _LOOPBACK or host.startswith("127.")
+    address = _address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def network_of(host: str) -> str:
+    """Return what one client has: an IPv4 address, or the 64 bits of an IPv6 address that its network gives."""
+    address = _address(host)
+    if not isinstance(address, ipaddress.IPv6Address):
+        return host
+    mapped = address.ipv4_mapped
+    return str(mapped or ipaddress.IPv6Address(int(address) >> 64 << 64))
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
 
 
 def _host_of(url: str) -> str:
@@ -147,13 +186,3 @@ def _host_of(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
-
-
-def _is_no_foreign_name(host: str) -> bool:
-    """Whether a host is an address or a name of this machine: any other's owner may let it lead here."""
-    name = socket.gethostname().lower()
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return host in ("localhost", name, f"{name}.local")
-    return True

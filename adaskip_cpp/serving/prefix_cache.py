@@ -1,18 +1,25 @@
 """What was read before, and need not be read again: saved states of one model, in memory and on disk.
 
-A file is ``MAGIC``, the length of a JSON header, the header, token ids as int32 of little endian, and llama.cpp's state
-of sequence 0, which knows under which sets its positions were computed. The header has the SHA-256 of all behind it.
+A file is ``MAGIC``, an HMAC-SHA256 of all that follows, the length of a JSON header, the header, token ids as int32 of
+little endian, and llama.cpp's state of sequence 0, which knows under which sets its positions were computed. llama.cpp
+believes what is in a state, so the folder and the key of the HMAC in it are their owner's alone.
 """
 
 import contextlib
+import errno
 import hashlib
+import hmac
 import os
 import re
+import secrets
+import stat
 import sys
+import time
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -21,11 +28,15 @@ import numpy.typing as npt
 from ..errors import DataError
 from ..files import StrPath, write_atomically
 
-MAGIC = b"adaskip prefix 1\n"
+MAGIC = b"adaskip prefix 2\n"
 _SUFFIX = ".adaskip-prefix"
 _LEFT_OVER = re.compile(rf"\..*{re.escape(_SUFFIX)}\.[0-9a-f]+\.tmp")
 """What :func:`write_atomically` leaves when the process is killed."""
-_MOST_HEADER = 1 << 16
+_OLD = 3600 * 10**9  # nanoseconds after which nobody writes such a file any more
+_KEY, _KEY_BYTES = "hmac.key", 32
+_MAC_BYTES, _MOST_HEADER = 32, 1 << 16
+_READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
+"""Follows no link, and does not wait for the writer of a pipe."""
 _OVERHEAD = 1024  # bytes that a file counts for beside its tokens and its state: more than its header has
 
 Tokens = npt.NDArray[np.int32]
@@ -35,7 +46,6 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
     n_tokens: int
     n_bytes: int
-    sha256: str
 
 
 @dataclass(eq=False)
@@ -73,7 +83,8 @@ class PrefixCache:
     Args:
         most: bytes that they may take in memory, and in the folder.
         folder: where they outlast the process, made where it is missing; None for memory alone. Where several processes
-            use it, each keeps its own files within the bound. A DataError where it cannot be used.
+            use it, each keeps its own files within the bound. A DataError where it cannot be used, or is not this
+            user's alone.
     """
 
     def __init__(self, most: int, folder: StrPath | None = None) -> None:
@@ -83,12 +94,17 @@ class PrefixCache:
         self._writer = ThreadPoolExecutor(1, "prefix-cache")
         self._has_warned = False
         self._writing: Future[None] | None = None
+        self._hmac_key = b""
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                _check_owner(self.folder)
+                self._hmac_key = _hmac_key(self.folder)
                 self._scan(self.folder)
             except OSError as error:
-                raise DataError(f"cannot use {str(folder)!r} ({error.strerror}); choose another --cache-dir") from error
+                raise DataError(
+                    f"cannot use {str(folder)!r} ({error.strerror or error}); choose another --cache-dir"
+                ) from error
 
     def find(self, keys: Collection[str], tokens: Tokens) -> tuple[Entry | None, int]:
         """Return the entry of one of these keys that has most of a prompt's first tokens, and how many; (None, 0)."""
@@ -104,8 +120,8 @@ class PrefixCache:
         """Return the state of an entry, which is the most recently used now; None where its file is gone or damaged."""
         if entry.state is None:
             self._writer.submit(int).result()  # it may be being written
-            found = None if entry.path is None else _read(entry.path, with_state=True)
-            if found is not None and (found.key, found.n_bytes) == (entry.key, entry.n_bytes):
+            found = None if entry.path is None else self._read(entry.path, with_state=True)
+            if found is not None and found.key == entry.key and np.array_equal(found.tokens, entry.tokens):
                 entry.state = found.state
         if entry.state is None:
             self._remove(entry)
@@ -179,13 +195,11 @@ class PrefixCache:
             self._writing = self._writer.submit(self._write, entry, entry.path, entry.state)
 
     def _write(self, entry: Entry, path: Path, state: bytearray) -> None:
-        body = entry.tokens.astype("<i4").tobytes()
-        digest = hashlib.sha256(body)
-        digest.update(state)
-        header = msgspec.json.encode(_Header(entry.key, len(entry.tokens), entry.n_bytes, digest.hexdigest()))
+        header = msgspec.json.encode(_Header(entry.key, len(entry.tokens), entry.n_bytes))
+        parts = [len(header).to_bytes(8, "little"), header, entry.tokens.astype("<i4").tobytes(), state]
         try:
-            content = b"".join([MAGIC, len(header).to_bytes(8, "little"), header, body, state])
-            write_atomically(path, content, mode=0o600)
+            content = b"".join([MAGIC, self._mac(*parts), *parts])
+            write_atomically(path, content, mode=0o600, follows_link=False)
         except OSError as error:
             entry.path = None
             if not self._has_warned:
@@ -193,39 +207,87 @@ class PrefixCache:
                 print(f"{error}; what was read is kept in memory alone", file=sys.stderr)
 
     def _scan(self, folder: Path) -> None:
-        """Take up what is there, the oldest first; what is no whole file of ours is removed."""
+        """Take up what is there, the oldest first; what is no whole file of ours is removed.
+
+        Another process may be writing a file that is not whole yet, so one of those is removed when it is old.
+        """
         found = []
         for path in folder.iterdir():
             is_ours = path.name.endswith(_SUFFIX)
-            if is_ours and (entry := _read(path)) is not None:
-                found.append((path.stat().st_mtime_ns, entry))
-            elif is_ours or _LEFT_OVER.fullmatch(path.name):
-                _unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # another process has removed or renamed it
+                changed = path.lstat().st_mtime_ns
+                if is_ours and (entry := self._read(path)) is not None:
+                    found.append((changed, entry))
+                elif is_ours or (_LEFT_OVER.fullmatch(path.name) and time.time_ns() - changed > _OLD):
+                    _unlink(path)
         self.entries = [entry for _, entry in sorted(found, key=lambda each: each[0])]
         self._bound()
+
+    def _read(self, path: Path, *, with_state: bool = False) -> Entry | None:
+        """Read a file, with its state or all of it but that; None where it is gone, or no whole file of ours.
+
+        Only with its state it is known whether a process with the folder's key wrote it.
+        """
+        try:
+            with _open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > self.most + _MOST_HEADER or file.read(len(MAGIC)) != MAGIC:
+                    return None
+                mac, length = file.read(_MAC_BYTES), file.read(8)
+                head = file.read(min(int.from_bytes(length, "little"), _MOST_HEADER))
+                header = msgspec.json.decode(head, type=_Header)
+                n_tokens, n_rest = 4 * header.n_tokens, size - file.tell()
+                if header.n_tokens < 1 or header.n_bytes < 0 or n_rest != n_tokens + header.n_bytes:
+                    return None
+                body = file.read(n_tokens)
+                entry = Entry(header.key, np.frombuffer(body, "<i4").astype(np.int32), header.n_bytes, path=path)
+                if with_state:
+                    entry.state = bytearray(header.n_bytes)
+                    file.readinto(entry.state)
+        except (OSError, ValueError, OverflowError, msgspec.MsgspecError):
+            return None
+        if entry.state is not None and not hmac.compare_digest(mac, self._mac(length, head, body, entry.state)):
+            return None
+        return entry
+
+    def _mac(self, *parts: bytes | bytearray) -> bytes:
+        mac = hmac.new(self._hmac_key, digestmod="sha256")
+        for part in parts:
+            mac.update(part)
+        return mac.digest()
+
+
+def _check_owner(folder: Path) -> None:
+    """Refuse a folder in which another user could put a state, or read one."""
+    about = folder.stat()
+    if not hasattr(os, "geteuid"):  # Windows has other rules
+        return
+    if about.st_uid != os.geteuid():
+        raise DataError(f"{str(folder)!r} belongs to another user; choose another --cache-dir")
+    if about.st_mode & 0o022:
+        raise DataError(f"other users may write in {str(folder)!r}; choose another --cache-dir, or `chmod go-w` it")
+
+
+def _hmac_key(folder: Path) -> bytes:
+    """Return the key of the states in a folder, which the first process there makes."""
+    path = folder / _KEY
+    with contextlib.suppress(FileNotFoundError), _open_regular(path) as file:
+        if len(key := file.read(_KEY_BYTES + 1)) == _KEY_BYTES:
+            return key
+    write_atomically(path, secrets.token_bytes(_KEY_BYTES), mode=0o600, follows_link=False)
+    with _open_regular(path) as file:  # that of a process which did the same just now
+        return file.read(_KEY_BYTES)
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a file to read; an OSError where it is a link, a pipe or anything else that is no file."""
+    descriptor = os.open(path, _READING)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
-
-
-def _read(path: Path, *, with_state: bool = False) -> Entry | None:
-    """Read a file, with its state or all of it but that; None where it is gone, or no whole file of ours."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                return None
-            n_header = int.from_bytes(file.read(8), "little")
-            header = msgspec.json.decode(file.read(min(n_header, _MOST_HEADER)), type=_Header)
-            begin, n_tokens = file.tell(), 4 * header.n_tokens
-            size = os.fstat(file.fileno()).st_size
-            if header.n_tokens < 1 or header.n_bytes < 0 or size - begin != n_tokens + header.n_bytes:
-                return None
-            body = memoryview(file.read() if with_state else file.read(n_tokens))
-    except (OSError, ValueError, OverflowError, msgspec.MsgspecError):
-        return None
-    if with_state and hashlib.sha256(body).hexdigest() != header.sha256:
-        return None
-    tokens = np.frombuffer(body[:n_tokens], "<i4").astype(np.int32)
-    return Entry(header.key, tokens, header.n_bytes, bytearray(body[n_tokens:]) if with_state else None, path)

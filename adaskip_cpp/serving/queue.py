@@ -1,63 +1,95 @@
-"""Requests wait here, as the model answers one at a time: clients in turn, the requests of each in their order."""
+"""Requests wait here, as the model answers one at a time: parties in turn, and the users of each in turn."""
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TypeAlias
 
 from .request import STOPPING, Refused
 
+_Turn: TypeAlias = "asyncio.Future[None]"
+
 
 class FairQueue:
-    """Lets one request run at a time; of those that wait, ``most`` at most, one of each client in turn.
+    """Lets one request run at a time. Of those that wait one of each party runs in turn, one of each of its users.
+
+    A party is whom the server can tell apart: an API key, or an address. Its users are names that it gives itself.
+    ``most`` requests wait at most. Where no place is left, a party with fewer requests takes one of the party with the
+    most: the newest one of that party's user with the most is refused.
 
     All of it runs in one event loop.
     """
 
     def __init__(self, most: int) -> None:
         self.most, self.is_busy, self.is_closed = most, False, False
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # clients in the order in which they are served
+        self._waiting: dict[str, dict[str, deque[_Turn]]] = {}  # parties and users in the order in which they run
 
     def __len__(self) -> int:
         """Requests that wait."""
-        return sum(map(len, self._waiting.values()))
+        return sum(map(_count, self._waiting.values()))
 
     @asynccontextmanager
-    async def turn(self, client: str) -> AsyncIterator[None]:
+    async def turn(self, party: str, user: str = "") -> AsyncIterator[None]:
         """Wait for one's turn, and have it; Refused where too many wait, or :meth:`close` was called meanwhile."""
         if self.is_closed:
             raise Refused(*STOPPING)
         if self.is_busy:
-            await self._wait(client)
+            await self._wait(party, user)
         self.is_busy = True
         try:
             yield
         finally:
             self._next()
 
-    async def _wait(self, client: str) -> None:
+    async def _wait(self, party: str, user: str) -> None:
         if len(self) >= self.most:
-            raise Refused(429, f"{self.most} requests wait already; try again later", "queue_full")
+            self._make_room(party)
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(client, deque()).append(turn)
+        self._waiting.setdefault(party, {}).setdefault(user, deque()).append(turn)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._next()  # it was ours already
-            elif turn in self._waiting.get(client, ()):
-                self._waiting[client].remove(turn)
-                if not self._waiting[client]:
-                    del self._waiting[client]
+            else:
+                self._remove(party, user, turn)
             raise
 
+    def _make_room(self, party: str) -> None:
+        """Refuse the newest request of the party that has the most, or the one to come where that is its own."""
+        full = Refused(429, f"{self.most} requests wait already; try again later", "queue_full")
+        greedy = max(reversed(self._waiting), key=lambda each: _count(self._waiting[each]), default=party)
+        users = self._waiting.get(greedy, {})
+        if _count(users) <= _count(self._waiting.get(party, {})) + 1:
+            raise full
+        user = max(reversed(users), key=lambda each: len(users[each]))
+        turn = users[user][-1]
+        self._remove(greedy, user, turn)
+        if not turn.done():
+            turn.set_exception(full)
+
+    def _remove(self, party: str, user: str, turn: _Turn) -> None:
+        users = self._waiting.get(party, {})
+        if turn in users.get(user, ()):
+            users[user].remove(turn)
+            if not users[user]:
+                del users[user]
+            if not users:
+                del self._waiting[party]
+
     def _next(self) -> None:
-        """Give the turn to the next client's oldest request; that client stands last then."""
-        for client in list(self._waiting):
-            waiting = self._waiting.pop(client)
+        """Give the turn to the next user of the next party; both stand last then."""
+        while self._waiting:
+            party = next(iter(self._waiting))
+            users = self._waiting.pop(party)
+            user = next(iter(users))
+            waiting = users.pop(user)
             turn = waiting.popleft()
             if waiting:
-                self._waiting[client] = waiting
+                users[user] = waiting
+            if users:
+                self._waiting[party] = users
             if not turn.done():
                 turn.set_result(None)
                 return
@@ -66,8 +98,12 @@ class FairQueue:
     def close(self) -> None:
         """Refuse those that wait, and all to come."""
         self.is_closed = True
-        for waiting in self._waiting.values():
-            for turn in waiting:
+        for users in self._waiting.values():
+            for turn in (each for waiting in users.values() for each in waiting):
                 if not turn.done():
                     turn.set_exception(Refused(*STOPPING))
         self._waiting.clear()
+
+
+def _count(users: dict[str, deque[_Turn]]) -> int:
+    return sum(map(len, users.values()))

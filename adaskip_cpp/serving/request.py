@@ -34,6 +34,8 @@ class ServedRequest:
         wish: which plan, the request's own ``adaskip.plan``.
         prompt_tokens: the prompt where it was given as token ids, which that schema does not know; else None.
         reuses: whether what was read before may be used, and what is read now be kept.
+        owner: the key that it was sent with, hashed, where the server has several; else "".
+        salt: the request's own ``cache_salt``. Only requests of equal owner and salt use what one of them read.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
         choice: what it runs under.
         n_prompt, n_generated: tokens of the prompt and of the answer.
@@ -47,6 +49,8 @@ class ServedRequest:
     wish: Any = "auto"
     prompt_tokens: list[int] | None = None
     reuses: bool = True
+    owner: str = ""
+    salt: str = ""
     includes_usage: bool = False
     choice: Choice = field(default_factory=Choice)
     n_layer: int = 0
