@@ -18,8 +18,8 @@ import time
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -196,7 +196,12 @@ class PrefixCache:
 
     def _write(self, entry: Entry, path: Path, state: bytearray) -> None:
         header = msgspec.json.encode(_Header(entry.key, len(entry.tokens), entry.n_bytes))
-        parts = [len(header).to_bytes(8, "little"), header, entry.tokens.astype("<i4").tobytes(), state]
+        parts: list[bytes | bytearray] = [
+            len(header).to_bytes(8, "little"),
+            header,
+            entry.tokens.astype("<i4").tobytes(),
+            state,
+        ]
         try:
             content = b"".join([MAGIC, self._mac(*parts), *parts])
             write_atomically(path, content, mode=0o600, follows_link=False)
@@ -279,7 +284,7 @@ def _hmac_key(folder: Path) -> bytes:
         return file.read(_KEY_BYTES)
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def _open_regular(path: Path) -> BufferedReader:
     """Open a file to read; an OSError where it is a link, a pipe or anything else that is no file."""
     descriptor = os.open(path, _READING)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
