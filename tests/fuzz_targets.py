@@ -236,7 +236,7 @@ class Served:
             cache=PrefixCache(1 << 24),
             **{**SETTINGS, "n_ctx": 512},
         )
-        self._app, _ = make_app(self._llm)
+        self._app, _ = make_app(self._llm, keys=(), names=())
         self._loop = asyncio.new_event_loop()
         _KEPT.callback(self._llm.close)
 

@@ -184,6 +184,12 @@ def test_what_was_read_outlasts_a_restart(served_model: Path, served_plan: Path,
         assert ask(other)["adaskip"]["prompt_tokens_reused"] == 0, "what a plan skipped is not read without it"
 
 
+def test_a_server_whose_cache_is_too_small_for_a_state_ends_well(served_model: Path) -> None:
+    with serving(served_model, "--plan", "none", "--cache-size", "1K") as small:
+        ask(small)
+        assert small.stop() == 0
+
+
 def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model: Path, tmp_path: Path) -> None:
     """And a chat that grows over a change of plan reads nothing again, nor after a restart."""
     model = Path(shutil.copy(served_model, tmp_path / "m.gguf"))
@@ -349,6 +355,25 @@ def test_pages_of_other_sites_cannot_ask(server: Server) -> None:
     assert server.post("/v1/completions", body, headers={"origin": server.url}).status_code == 200
 
 
+@pytest.mark.parametrize("chats", [False, True])
+def test_a_stream_tells_how_far_its_prompt_is(server: Server, chats: bool) -> None:
+    """In the form of llama.cpp's server; the openai client reads it as a choice that says nothing."""
+    asked: Any = {"messages": [{"role": "user", "content": f"er {LONG}"}]} if chats else {"prompt": f"er {LONG}"}
+    path = "/v1/chat/completions" if chats else "/v1/completions"
+    body = {**asked, "max_tokens": 2, "stream": True, "return_progress": True, "cache_salt": str(chats)}
+    lines = [line for line in server.post(path, body).text.splitlines() if line.startswith("data: {")]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    progress = [each["prompt_progress"] for each in events if "prompt_progress" in each]
+    n = events[-1]["timings"]["prompt_n"]
+    assert [each["processed"] for each in progress][:: len(progress) - 1] == [0, n]
+    assert {(each["total"], each["cache"]) for each in progress} == {(n, 0)} and progress[-1]["time_ms"] > 0
+    assert "prompt_progress" in events[len(progress) - 1], "all of them come first"
+    assert len({(each["id"], each["object"], each["model"]) for each in events}) == 1
+    said = [each["choices"][0] for each in events[: len(progress)]]
+    assert not any(each["delta"]["content"] if chats else each["text"] for each in said)
+    assert "prompt_progress" not in server.post(path, {**body, "return_progress": False}).text
+
+
 # --- many, and those who leave --------------------------------------------------------------------------------------
 
 
@@ -405,6 +430,7 @@ def test_prometheus_reads_what_was_counted(server: Server) -> None:
     ask(server)
     text = server.get("/metrics").text
     assert 'adaskip_requests_total{path="/v1/completions",status="200"}' in text
+    assert 'adaskip_prompts_reread_total{because="new"}' in text
     for name in ("tokens_total", "time_to_first_token_seconds_bucket", "kv_bytes", "queue_waiting"):
         assert f"adaskip_{name}" in text
     assert server.metric("adaskip_kv_bytes") > 0

@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -573,6 +574,68 @@ def test_what_others_wrote_is_not_told(served: ServedLlama, tokens: Tokens) -> N
     assert [ask(talk, **whose) for whose in ({"salt": "a"}, {"owner": "a"}, {"salt": "b"}, {})] == [299] * 4
 
 
+def test_an_answer_tells_why_its_prompt_was_read(
+    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
+) -> None:
+    served = open_served(tiny())
+    talk, other = tokens(300, 1), tokens(300, 2)
+    assert run(served, talk)[1].reread_because == "new"
+    assert run(served, talk)[1].reread_because is None
+    assert run(served, talk[:200] + other[1:100])[1].reread_because == "text"
+    assert run(served, talk, "none")[1].reread_because == "plan"
+    request = served.request = ServedRequest(reuses=False)
+    next(served.generate(other, temp=0))
+    assert request.reread_because == "cache_prompt" and request.summary["reread_because"] == "cache_prompt"
+    request = served.request = ServedRequest(salt="of another")
+    next(served.generate(talk, temp=0))
+    assert request.reread_because == "new", "that it is there for others is not told"
+    served.request = ServedRequest()
+    served.create_completion("the " * 100, max_tokens=1, echo=True, logprobs=1)
+    assert served.request.reread_because == "logprobs"
+
+
+def test_an_answer_tells_that_its_prompt_was_forgotten(
+    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
+) -> None:
+    served = open_served(tiny())
+    run(served, tokens(300, 1))
+    run(served, tokens(300, 2))
+    (kept,) = served.prefix_cache.entries
+    served.prefix_cache.most = kept.n_bytes + 10
+    run(served, tokens(300, 3))
+    assert run(served, tokens(300, 1))[1].reread_because == "evicted"
+    served.prefix_cache.most = 10
+    run(served, tokens(300, 4))
+    assert run(served, tokens(300, 1))[1].reread_because == "evicted", "it did not fit at all"
+
+
+def test_a_recurrent_state_cannot_go_back(open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens) -> None:
+    served = open_served(tiny("mamba"), None)
+    run(served, tokens(300))
+    assert run(served, tokens(300)[:200])[1].reread_because == "memory"
+
+
+def test_the_progress_of_a_prompt_is_told_batch_by_batch(served: ServedLlama, tokens: Tokens) -> None:
+    """Under a plan with a bulk, which cuts a prompt in three; and of one of which a part was known."""
+
+    def ask(prompt: list[int]) -> list[tuple[int, int, int]]:
+        told = []
+        request = served.request = ServedRequest(
+            on_progress=lambda: told.append((request.progress["total"], request.n_cached, request.n_done))
+        )
+        with closing(served.generate(prompt, temp=0)) as steps:
+            next(steps)
+            next(steps)
+        return told
+
+    talk = tokens(900)
+    first = ask(talk)
+    done = [each[2] for each in first]
+    assert done[0] == 0 and done[-1] == 900 and done == sorted(set(done)) and len(done) >= 4
+    assert {each[:2] for each in first} == {(900, 0)}
+    assert ask(talk[:500] + tokens(100, 2)[1:])[0] == (599, 500, 500)
+
+
 def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama, tokens: Tokens) -> None:
     request = ServedRequest()
     served.request = request
@@ -757,41 +820,42 @@ def test_a_client_that_takes_nothing_has_left(monkeypatch: pytest.MonkeyPatch) -
 CHUNK = {"id": "1", "object": "o", "created": 1, "model": "m", "choices": [{"finish_reason": None}]}
 
 
+def through_the_gate(
+    send: Any, body: bytes, steps: Any, queue: FairQueue | None = None, end: Callable[[], None] = lambda: None
+) -> Coroutine[Any, Any, None]:
+    """A completion as a gate answers it, of a model that takes these steps; what is sent goes to ``send``."""
+    nothing: Any = SimpleNamespace(answered=lambda *_: None, ran=lambda *_: None)
+    model: Any = SimpleNamespace(answer=lambda request: steps, end=end)
+    queue = FairQueue(1) if queue is None else queue
+    gate = Gate(model, {}, queue, nothing, keys=(), names=("",), most_body=1000)
+    messages = [{"type": "http.request", "body": body}]
+
+    async def receive() -> Any:
+        return messages.pop() if messages else await asyncio.sleep(60)
+
+    return gate({"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}, receive, send)
+
+
+STREAM = b'{"prompt": "a", "stream": true}'
+
+
 def test_a_slow_reader_does_not_hold_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes an event in a tenth of a second, and has half a second for what it has not taken at the end."""
     monkeypatch.setattr(answer, "LEFT", 0.5)
-    nothing: Any = SimpleNamespace(answered=lambda *_: None, ran=lambda *_: None)
-    model: Any = SimpleNamespace(answer=lambda request: iter(20 * [CHUNK]), end=lambda: None)
-    taken = []
+    taken: list[Any] = []
+    n_taken: list[int] = []  # when the turn ended
 
-    async def scenario() -> int:
-        queue = FairQueue(1)
-        gate = Gate(model, {}, queue, nothing, keys=(), names=("",), most_body=1000)
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0.1)
+        taken.append(message)
 
-        async def send(message: Any) -> None:
-            await asyncio.sleep(0.1)
-            taken.append(message)
-
-        messages = [{"type": "http.request", "body": b'{"prompt": "a", "stream": true}'}]
-
-        async def receive() -> Any:
-            return messages.pop() if messages else await asyncio.sleep(60)
-
-        scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}
-        asked = asyncio.ensure_future(gate(scope, receive, send))
-        while not queue.is_busy:
-            await asyncio.sleep(0.001)
-        while queue.is_busy:
-            await asyncio.sleep(0.001)
-        n_taken = len(taken)
-        await asked
-        return n_taken
-
-    assert asyncio.run(scenario()) < 3 < len(taken) < 10
+    asyncio.run(through_the_gate(send, STREAM, iter(200 * [CHUNK]), end=lambda: n_taken.append(len(taken))))
+    assert n_taken[0] < 100 and n_taken[0] < len(taken) < n_taken[0] + 50
 
 
 def test_a_stream_that_says_nothing_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "_PING", 0.02)
+    """While it waits for its turn, and while the model works."""
+    monkeypatch.setattr(middleware, "PING", 0.02)
     sent: list[bytes] = []
 
     async def send(message: Any) -> None:
@@ -801,13 +865,23 @@ def test_a_stream_that_says_nothing_gets_comments(monkeypatch: pytest.MonkeyPatc
         time.sleep(0.1)
         yield CHUNK
 
-    async def scenario() -> None:
-        await answer.send_answer(slow(), ServedRequest(), sender := answer.Sent(send))
-        await sender.finish()
+    async def scenario() -> int:
+        queue = FairQueue(1)
+        async with queue.turn("another"):
+            asked = asyncio.ensure_future(through_the_gate(send, STREAM, slow(), queue))
+            await asyncio.sleep(0.1)
+            n_waiting = len(sent)
+        await asked
+        return n_waiting
 
-    asyncio.run(scenario())
-    assert sent[:2] == [b"begin", b": ping\n\n"] and sent[-1] == b"data: [DONE]\n\n"
-    assert [each.startswith(b'data: {"id":"1"') for each in sent[2:]].count(True) == 1
+    n_waiting = asyncio.run(scenario())
+    assert sent[0] == b"begin" and sent[-1] == b"data: [DONE]\n\n"
+    first = next(i for i, each in enumerate(sent) if each.startswith(b'data: {"id":"1"'))
+    assert 2 < n_waiting < first - 1 and set(sent[1:first]) == {b": ping\n\n"}
+    whole = json.dumps({"prompt": "a"}).encode()
+    sent.clear()
+    asyncio.run(through_the_gate(send, whole, CHUNK))
+    assert sent[0] == b"begin" and len(sent) == 2
 
 
 def admitted(headers: dict[str, str], keys: Collection[str] = (), names: Collection[str] = ("localhost",)) -> int:

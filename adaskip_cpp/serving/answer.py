@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 import msgspec
+from llama_cpp.server.types import CreateChatCompletionRequest
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Message, Send
 
@@ -17,8 +18,8 @@ from .request import Gone, Refused, ServedRequest
 
 STALL = 30.0  # seconds that a client may take nothing
 LEFT = 60.0  # seconds that a client has for all that it has not taken when its answer is complete
-_PING = 15.0
-"""Seconds without an event after which a stream gets a comment: those between would end a connection that is still."""
+PING = 1.0
+"""Seconds after which a stream gets a comment, again and again: those between would end a connection that is still."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _TYPES |= {429: "rate_limit_error", 503: "service_unavailable_error"}
@@ -56,7 +57,7 @@ class Sent:
         self._sending: asyncio.Task[None] | None = None
 
     async def __call__(self, message: Message) -> None:
-        if self._is_gone:
+        if self._is_gone or self._is_over:
             raise Gone
         if message["type"] == "http.response.start":
             self.status, self._is_begun = message["status"], True
@@ -93,6 +94,11 @@ class Sent:
             await self({"type": "http.response.start", "status": 200, "headers": [*about.items()]})
         await self({"type": "http.response.body", "body": content, "more_body": not is_last})
 
+    async def ping(self) -> None:
+        """Send a comment in a stream, which clients ignore."""
+        if not self._is_over:
+            await self.event(b": ping\n\n")
+
     async def error(self, status: int, message: str, code: str | None = None) -> None:
         """Answer with an error, as OpenAI's clients read it; where a stream has begun, end it with one."""
         if self._is_over or self._is_gone:
@@ -109,33 +115,53 @@ class Sent:
 async def send_answer(answer: dict[str, Any] | Iterator[dict[str, Any]], request: ServedRequest, sent: Sent) -> None:
     """Send what the model returned for a request, with what llama-cpp-python does not tell.
 
-    Before the model's first word, or a comment after :data:`_PING` seconds, nothing is sent: errors still get a status.
+    Before the model's first word, or a comment after :data:`PING` seconds, nothing is sent: errors still get a status.
     """
     if isinstance(answer, dict):
         more = {"usage": request.usage, **_figures(request)} if request.begun else {}
         await sent.json(200, msgspec.json.encode({**answer, **more}))
         return
-    head: dict[str, Any] = {}
-    while (chunk := await _next(answer, request, sent)) is not None:
+    head: dict[str, Any] = _head(request) if request.returns_progress else {}
+    while (chunk := await _next(answer, request)) is not None:
         head = head or {name: chunk[name] for name in ("id", "object", "created", "model")}
         is_end = any(choice.get("finish_reason") for choice in chunk["choices"])
-        await sent.event(_data(msgspec.json.encode({**chunk, **(_figures(request) if is_end else {})})))
+        await sent.event(_data(msgspec.json.encode({**chunk, **head, **(_figures(request) if is_end else {})})))
     if request.includes_usage:
         await sent.event(_data(msgspec.json.encode({**head, "choices": [], "usage": request.usage})))
     await sent.event(_data(b"[DONE]"), is_last=True)
 
 
-async def _next(steps: Iterator[dict[str, Any]], request: ServedRequest, sent: Sent) -> dict[str, Any] | None:
-    """Return the next piece of a stream, None after the last; send comments while it takes long."""
+async def _next(steps: Iterator[dict[str, Any]], request: ServedRequest) -> dict[str, Any] | None:
+    """Return the next piece of a stream, None after the last."""
     step = asyncio.ensure_future(run_in_threadpool(next, steps, None))
     try:
-        while not (await asyncio.wait({step}, timeout=_PING))[0]:
-            await sent.event(b": ping\n\n")
+        await asyncio.wait({step})
     except BaseException:
         request.is_left = True
         await asyncio.gather(step, return_exceptions=True)  # its thread ends first: nobody else may use the model
         raise
     return step.result()
+
+
+def progress_event(request: ServedRequest) -> bytes:
+    """Return how far the prompt is, as llama.cpp's server has it in a stream: beside a choice that says nothing."""
+    choice: dict[str, Any] = {"index": 0, "finish_reason": None}
+    if isinstance(request.body, CreateChatCompletionRequest):
+        choice["delta"] = {"role": "assistant", "content": None}
+    else:
+        choice |= {"text": "", "logprobs": None}
+    return _data(msgspec.json.encode({**_head(request), "choices": [choice], "prompt_progress": request.progress}))
+
+
+def _head(request: ServedRequest) -> dict[str, Any]:
+    """Return what all events of a stream have, under the names and in the form of llama-cpp-python's server."""
+    chats = isinstance(request.body, CreateChatCompletionRequest)
+    return {
+        "id": f"{'chat' if chats else ''}cmpl-{request.id}",
+        "object": "chat.completion.chunk" if chats else "text_completion",
+        "created": request.created,
+        "model": request.model,
+    }
 
 
 def _figures(request: ServedRequest) -> dict[str, Any]:

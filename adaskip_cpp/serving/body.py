@@ -39,8 +39,8 @@ def read_body(path: str, content: bytes) -> ServedRequest:
     """Read the body of a request that the model works for.
 
     Beside the fields of the schema these are known: ``adaskip``, ``stream_options``, ``cache_prompt`` (of llama.cpp's
-    server), ``cache_salt`` (of vLLM's), ``max_completion_tokens``, prompts of token ids, content in parts of text. Null
-    is as if left out.
+    server), ``return_progress`` (too), ``cache_salt`` (of vLLM's), ``max_completion_tokens``, prompts of token ids,
+    content in parts of text. Null is as if left out.
 
     Raises:
         RequestError: it is no JSON of this schema, or asks for what this server does not do.
@@ -49,6 +49,7 @@ def read_body(path: str, content: bytes) -> ServedRequest:
     request = ServedRequest(wish=_wish(body.pop("adaskip", None)))
     options = body.pop("stream_options", None)
     request.reuses = body.pop("cache_prompt", True) is not False
+    request.returns_progress = body.pop("return_progress", False) is True
     request.salt = body.pop("cache_salt", "")
     if not isinstance(request.salt, str):
         raise RequestError(f"cache_salt is {request.salt!r}; send a text, or leave it out")

@@ -5,7 +5,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from importlib import metadata
@@ -23,14 +23,9 @@ from ..files import content_hash
 from ..model.plan import Phase
 from .logprobs import Logprobs
 from .plans import Plans, plan_key
-from .prefix_cache import PrefixCache, n_common
-from .request import ServedRequest
+from .prefix_cache import Entry, PrefixCache, n_common
+from .request import WORTH_KEEPING, ServedRequest
 
-_WORTH_KEEPING = 32
-"""Tokens: for fewer, no state is saved or loaded; they are read again.
-
-Behind 4,000 tokens of SmolLM2, 2 threads of an AMD EPYC, reading as many takes 440 ms, and copying the state, 92 MB,
-53 ms."""
 _MOST_EMBEDDED = 2048  # tokens of a text to embed: it is one ubatch, whose memory grows with its square
 
 
@@ -68,6 +63,7 @@ class ServedLlama(AdaSkipLlama):
         if getattr(self, "prefix_cache", None) is not None:
             with self._working:  # a thread may be at its last step
                 self._keep(0)
+                self._live_key = ""  # it is closed once more when it is collected
                 self.prefix_cache.close()
                 if self._embedder is not None:
                     self._embedder.close()
@@ -77,7 +73,7 @@ class ServedLlama(AdaSkipLlama):
 
     def answer(self, request: ServedRequest) -> Any:
         """Return the answer to a request, an iterator where it comes in pieces, as llama-cpp-python's server has it."""
-        self.request, body = request, cast(Any, request.body)
+        self.request, request.model, body = request, self.name, cast(Any, request.body)
         kwargs = body.model_dump(exclude={"n", "best_of", "user", "logit_bias_type", "min_tokens"})
         if isinstance(body, CreateEmbeddingRequest):
             return self.create_embedding(**kwargs)
@@ -139,7 +135,11 @@ class ServedLlama(AdaSkipLlama):
         request = self.request
         for batch in super()._batches(tokens, is_last=is_last):
             request.check()
+            if not request.first:
+                request.reads(self.n_tokens)
             yield batch
+        if not request.first:
+            request.reads(self.n_tokens)
 
     # -- what was read before ----------------------------------------------------------------------------------------
 
@@ -147,6 +147,7 @@ class ServedLlama(AdaSkipLlama):
         """Set the request's plan, and have in memory what is known of its prompt."""
         plan, readable = request.choice.plan, request.choice.readable
         if not request.reuses:
+            request.known = {"cache_prompt": len(prompt)}
             self._keep(0)
             self.set_plan(plan, readable=readable)
             self.reset()
@@ -160,23 +161,33 @@ class ServedLlama(AdaSkipLlama):
         key = names + plan_key(plan)
         keys = {key, *(names + plan_key(each) for each in (None, *readable))}
         found, n_found = self.prefix_cache.find(keys, prompt)
-        n_live = n_common(self.input_ids[: self.n_tokens], prompt)
-        self._keep(0 if key != self._live_key else n_live)
+        kept = [each for each in self.prefix_cache.entries if each.key.startswith(names)]
+        n_same = n_common(self.input_ids[: self.n_tokens], prompt)
+        self._keep(0 if key != self._live_key else n_same)
         self.set_plan(plan, readable=readable)
         # Not everything that other plans skipped may be read under this one: the cells know it.
-        n_live = min(n_live, self._adaskip.kv_valid("prefill", n_live)) if n_live else 0
+        n_live = min(n_same, self._adaskip.kv_valid("prefill", n_same)) if n_same else 0
         self._live_key, self._n_kept = key, min(self._n_kept, n_live)
-        if found is not None and n_found >= n_live + _WORTH_KEEPING:
+        if found is not None and n_found >= n_live + WORTH_KEEPING:
             state = self.prefix_cache.take(found)
             if state is not None and self._load(found.tokens, state):
                 self._n_kept = len(found.tokens)
+        if self._prompt_rows is not None:
+            request.known = {"logprobs": len(prompt)}
+            return
+        request.known = {
+            "evicted": _most_common(prompt, self.prefix_cache.forgotten, keys),
+            "memory": max(n_live, _most_common(prompt, kept, keys)),
+            "plan": max(n_same, _most_common(prompt, kept, {each.key for each in kept} - keys)),
+        }
 
     def _keep(self, n_stays: int) -> None:
         """Keep what the memory holds, if much would go where its first tokens alone stay, and the cache lacks it."""
         n = self.n_tokens
-        if self._live_key and n - max(n_stays, self._n_kept) >= _WORTH_KEEPING and self.input_ids[:n].min() >= 0:
+        if self._live_key and n - max(n_stays, self._n_kept) >= WORTH_KEEPING and self.input_ids[:n].min() >= 0:
             size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
             if size > self.prefix_cache.most:
+                self.prefix_cache.forgotten.append(Entry(self._live_key, self.input_ids[:n].copy(), size))
                 return
             state = bytearray(size)
             if llama_cpp.llama_state_seq_get_data(self.ctx, _pointer(state), size, 0) == size:
@@ -265,6 +276,11 @@ class ServedLlama(AdaSkipLlama):
             n_tokens += answer["usage"]["total_tokens"]
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "data": data, "model": self.name, "usage": usage}
+
+
+def _most_common(prompt: npt.NDArray[np.int32], entries: Iterable[Entry], keys: Collection[str]) -> int:
+    """Return how many of a prompt's first tokens an entry of these keys has, at most."""
+    return max((n_common(each.tokens, prompt) for each in entries if each.key in keys), default=0)
 
 
 def _pointer(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .request import ServedRequest
+from .request import REREAD, ServedRequest
 
 _KINDS = ("read", "skipping", "reused", "generated")
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -25,6 +25,12 @@ class Metrics:
             ["kind"],
             registry=self._registry,
         )
+        self._rereads = Counter(
+            "adaskip_prompts_reread",
+            "Prompts of which more than the last token was read, by why what was read before did not do.",
+            ["because"],
+            registry=self._registry,
+        )
         self._first_token = Histogram(
             "adaskip_time_to_first_token_seconds",
             "From a request's arrival to its first token, the queue included.",
@@ -33,6 +39,8 @@ class Metrics:
         )
         for kind in _KINDS:
             self._tokens.labels(kind)
+        for reason in REREAD:
+            self._rereads.labels(reason)
         for (name, meaning), read in gauges.items():
             Gauge(f"adaskip_{name}", meaning, registry=self._registry).set_function(read)
 
@@ -44,6 +52,8 @@ class Metrics:
         """Count what the model did for a request."""
         for kind in _KINDS:
             self._tokens.labels(kind).inc(getattr(request, f"n_{kind}"))
+        if request.reread_because is not None:
+            self._rereads.labels(request.reread_because).inc()
         if request.first:
             self._first_token.observe(request.first - request.received)
 

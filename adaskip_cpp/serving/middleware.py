@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..files import content_hash
-from .answer import Sent, explained, send_answer
+from .answer import PING, Sent, explained, progress_event, send_answer
 from .body import SCHEMAS, read_body
 from .llama import ServedLlama
 from .metrics import Metrics
@@ -129,8 +129,14 @@ class Gate:
         party = owner or (network_of(asked.client.host) if asked.client else "")
         work = asyncio.ensure_future(self._in_turn(request, party, sent))
         leaving = asyncio.ensure_future(_left(asked.receive))
+        is_stream = getattr(request.body, "stream", False)
+        if is_stream and request.returns_progress:
+            loop = asyncio.get_running_loop()
+            request.on_progress = lambda: asyncio.run_coroutine_threadsafe(sent.event(progress_event(request)), loop)
         try:
-            await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            while not (await asyncio.wait({work, leaving}, timeout=PING, return_when=asyncio.FIRST_COMPLETED))[0]:
+                if is_stream:
+                    await sent.ping()
         finally:  # also where the server stops, and has waited long enough
             leaving.cancel()
             if not work.done():

@@ -15,6 +15,7 @@ import secrets
 import stat
 import sys
 import time
+from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _KEY, _KEY_BYTES = "hmac.key", 32
 _MAC_BYTES, _MOST_HEADER = 32, 1 << 16
 _READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
 """Follows no link, and does not wait for the writer of a pipe."""
+_MOST_FORGOTTEN = 16  # each has its token ids, so that it can be told that a prompt was known
 _OVERHEAD = 1024  # bytes that a file counts for beside its tokens and its state: more than its header has
 
 Tokens = npt.NDArray[np.int32]
@@ -91,6 +93,7 @@ class PrefixCache:
         self.most, self.can_rewind = most, True
         self.folder = None if folder is None else Path(folder)
         self.entries: list[Entry] = []  # the most recently used last
+        self.forgotten: deque[Entry] = deque(maxlen=_MOST_FORGOTTEN)  # for want of room, or with a damaged file
         self._writer = ThreadPoolExecutor(1, "prefix-cache")
         self._has_warned = False
         self._writing: Future[None] | None = None
@@ -125,6 +128,7 @@ class PrefixCache:
                 entry.state = found.state
         if entry.state is None:
             self._remove(entry)
+            self.forgotten.append(entry)
             return None
         self.entries.remove(entry)
         self.entries.append(entry)
@@ -174,6 +178,7 @@ class PrefixCache:
                 on_disk -= entry.n_file
             if entry.state is None and entry.path is None:
                 self.entries.remove(entry)
+                self.forgotten.append(entry)
 
     def _remove(self, entry: Entry) -> None:
         with contextlib.suppress(ValueError):  # what was put since it was found may have taken its place
