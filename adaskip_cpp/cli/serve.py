@@ -45,6 +45,7 @@ def _size(text: str) -> int:
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for a free one.")
 @option("--api-key", envvar="ADASKIP_API_KEY", metavar="KEY", help="What clients must send.  [env: ADASKIP_API_KEY]")
 @option("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
+@option("--log-prompts", is_flag=True, help="Print what clients send to stderr; else it is never in the log.")
 @option(
     "--cache-dir",
     group="What is kept",
@@ -69,6 +70,7 @@ def serve(
     port: int,
     api_key: str | None,
     insecure: bool,
+    log_prompts: bool,
     cache_dir: str | None,
     cache_size: int,
     ctx: int,
@@ -112,7 +114,7 @@ def serve(
             plans=Plans(own, source.frontier, promise, profile, ctx),
             cache=PrefixCache(cache_size, cache_dir),
         )
-        app, queue = make_app(llm, api_key=api_key)
+        app, queue = make_app(llm, api_key=api_key, log_prompts=log_prompts)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         ready = f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it."
         tell = functools.partial(err.print, ready, markup=False, soft_wrap=True)

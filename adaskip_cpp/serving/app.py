@@ -42,7 +42,7 @@ class _Ids(msgspec.Struct):
     tokens: list[int]
 
 
-def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[ASGIApp, FairQueue]:
+def make_app(llm: ServedLlama, *, api_key: str | None = None, log_prompts: bool = False) -> tuple[ASGIApp, FairQueue]:
     """Return the application for a model, which answers under any name, and the queue before it."""
     queue, created = FairQueue(MOST_WAITING), int(time.time())
     metrics = Metrics(
@@ -97,6 +97,6 @@ def make_app(llm: ServedLlama, *, api_key: str | None = None) -> tuple[ASGIApp, 
         ("POST", "/detokenize"): detokenize,
     }
     most_body = max(1 << 20, _BYTES_PER_TOKEN * llm.context_size)
-    gate = Gate(llm, routes, queue, metrics, api_key=api_key, most_body=most_body)
+    gate = Gate(llm, routes, queue, metrics, api_key=api_key, most_body=most_body, log_prompts=log_prompts)
     pages = {"allow_origin_regex": _LOOPBACK_PAGES} if api_key is None else {"allow_origins": ["*"]}
     return CORSMiddleware(gate, allow_methods=["*"], allow_headers=["*"], **pages), queue

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import ipaddress
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -32,7 +33,8 @@ _OPEN = ("/", "/health")  # paths that need no key: they tell nothing and run no
 class Gate:
     """An ASGI application: ``llm`` answers the paths of :data:`SCHEMAS`, ``routes`` the others.
 
-    Clients must send ``api_key``, unless it is None, and a body has ``most_body`` bytes at most.
+    Clients must send ``api_key``, unless it is None, and a body has ``most_body`` bytes at most. What they write is
+    printed to stderr where ``log_prompts`` is set, and nowhere else.
     """
 
     def __init__(
@@ -44,16 +46,19 @@ class Gate:
         *,
         api_key: str | None,
         most_body: int,
+        log_prompts: bool = False,
     ) -> None:
         self.llm, self.routes, self.queue, self.metrics = llm, routes, queue, metrics
         self._key = None if api_key is None else api_key.encode()
-        self._most_body = most_body
+        self._most_body, self._log_prompts = most_body, log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked, method, path, sent = Request(scope, receive), scope["method"], scope["path"], Sent(send)
         try:
             self._admit(path, method, asked.headers)
             content = await self._read(asked)
+            if self._log_prompts:
+                print(method, path, content.decode("utf-8", "replace"), file=sys.stderr)
             if method == "POST" and path in SCHEMAS:
                 await self._work(asked, content, sent)
             elif (method, path) in self.routes:
@@ -70,7 +75,7 @@ class Gate:
         except (Gone, ClientDisconnect):
             pass
         except Exception as error:
-            await sent.error(*explained(error))
+            await sent.error(*explained(error, logs_text=self._log_prompts))
         finally:
             self.metrics.answered(path if path in SCHEMAS else "other", sent.status)
 
