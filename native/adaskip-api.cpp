@@ -3,6 +3,7 @@
 #include "adaskip.h"
 
 #include "adaskip-error.h"
+#include "adaskip-grammar.h"
 #include "adaskip-topology.h"
 #include "adaskip-window.h"
 
@@ -20,8 +21,12 @@
 
 static thread_local std::string last_error;
 
-static int32_t fail(int32_t code, std::string message) {
+void adaskip_set_last_error(std::string message) {
     last_error = std::move(message);
+}
+
+static int32_t fail(int32_t code, std::string message) {
+    adaskip_set_last_error(std::move(message));
     return code;
 }
 
@@ -282,6 +287,18 @@ int32_t adaskip_take_failure(llama_context * ctx) {
         if (failure.code != ADASKIP_OK) {
             throw adaskip_exception(failure.code, failure.message);
         }
+    });
+}
+
+int32_t adaskip_check_grammar(const llama_vocab * vocab, const char * grammar, const char * root) {
+    return told([&] {
+        require(vocab && grammar && root, "the vocabulary, the grammar or its root is null");
+        auto * read = adaskip_grammar_read(
+                [&] { return llama_grammar_init_impl(vocab, grammar, root, false, nullptr, 0, nullptr, 0); });
+        if (!read) {
+            throw adaskip_exception(ADASKIP_ERROR_SAMPLER, adaskip_grammar_reason());
+        }
+        llama_grammar_free_impl(read);
     });
 }
 

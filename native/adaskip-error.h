@@ -20,6 +20,9 @@ struct adaskip_failure {
     std::string message;
 };
 
+// keeps what adaskip_last_error() tells this thread
+void adaskip_set_last_error(std::string message);
+
 // Runs f and tells what it threw, whatever that is: nothing may pass on into C. Where memory is out, there may be none
 // for the message either; those written here are short enough to need none.
 template <typename F> adaskip_failure adaskip_try(F && f) {

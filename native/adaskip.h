@@ -21,9 +21,10 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 8
+#define ADASKIP_ABI_VERSION 9
 
 struct llama_context;
+struct llama_vocab;
 
 enum adaskip_error {
     ADASKIP_OK                  = 0,
@@ -35,6 +36,7 @@ enum adaskip_error {
     ADASKIP_ERROR_KV_STALE      = -6, // the plan may not read an earlier position
     ADASKIP_ERROR_MEMORY        = -7, // the host or a device has no room
     ADASKIP_ERROR_SEQUENCES     = -8, // the plan counts tokens of one request, the context holds several sequences
+    ADASKIP_ERROR_SAMPLER       = -9, // no token can be sampled, or the grammar cannot be read or would take for ever
 };
 
 // what the tokens of the next llama_decode calls are
@@ -223,9 +225,13 @@ int32_t adaskip_get_elided_kv(const struct llama_context * ctx, uint8_t * elided
 int32_t adaskip_set_statistics(
         struct llama_context * ctx, int32_t flags, adaskip_statistics_callback callback, void * user_data);
 
-// The ADASKIP_ERROR_* for which a llama_decode or llama_encode failed since the last call of this function, else
-// ADASKIP_OK: then llama.cpp itself failed, if anything did.
+// The ADASKIP_ERROR_* for which a llama_decode, llama_encode or llama_sampler_sample failed since the last call of this
+// function, else ADASKIP_OK: then llama.cpp itself failed, if anything did. Of a llama_tokenize that returned
+// INT32_MIN, adaskip_last_error() tells why.
 int32_t adaskip_take_failure(struct llama_context * ctx);
+
+// ADASKIP_OK for what llama_sampler_init_grammar takes: it returns NULL for any other, and does not tell why
+int32_t adaskip_check_grammar(const struct llama_vocab * vocab, const char * grammar, const char * root);
 
 int32_t adaskip_get_counters(const struct llama_context * ctx, struct adaskip_counters * out);
 

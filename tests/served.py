@@ -51,6 +51,7 @@ class Server:
     model: Path
     process: subprocess.Popen[str]
     lines: list[str]
+    reader: threading.Thread
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """Send JSON, or bytes as they are."""
@@ -68,7 +69,9 @@ class Server:
     def stop(self, timeout: float = 60) -> int:
         """End it by a signal, and return its exit code."""
         self.process.send_signal(END)
-        return self.process.wait(timeout)
+        code = self.process.wait(timeout)
+        self.reader.join()
+        return code
 
 
 @contextmanager
@@ -96,8 +99,9 @@ def serving(
             break
     else:
         raise AssertionError(f"no server: {text}")
-    threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True).start()
-    server = Server(found[1], model, process, lines)
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    server = Server(found[1], model, process, lines, reader)
     try:
         yield server
     finally:

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_cpp import LlamaGrammar
 from served import frontier_of
+from tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
@@ -682,11 +682,25 @@ def test_nothing_is_generated_where_nothing_is_wanted(served: ServedLlama) -> No
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"] - 1
 
 
-def test_a_grammar_that_cannot_be_parsed_is_refused(served: ServedLlama) -> None:
-    for grammar, reason in (("root ::= ((", "cannot be parsed"), ("root ::= " + "(" * 100_000, "in one another")):
-        served.request = ServedRequest()
-        with pytest.raises(RequestError, match=reason):
-            served.create_completion("the", grammar=LlamaGrammar.from_string(grammar))
+def test_a_text_without_tokens_is_not_embedded(tmp_path: Path) -> None:
+    """Of a vocabulary that begins texts with no token. Stock writes out of bounds for it."""
+    model = write_model(tmp_path / "bytes.gguf", pre="gpt-2")
+    with (
+        closing(AdaSkipLlama(str(model), embedding=True, **OPTIONS)) as llm,
+        pytest.raises(RequestError, match="a text to embed is empty"),
+    ):
+        llm.embed(["the", ""])
+
+
+def test_an_error_of_the_server_is_logged_without_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    for logs_text in (False, True):
+        try:
+            raise KeyError("the to".upper())  # the line itself is in the log, as it is none that a client wrote
+        except KeyError as error:
+            status, message, _ = answer.explained(error, logs_text=logs_text)
+        log = capsys.readouterr().err
+        assert status == 500 and "THE TO" not in message
+        assert "in test_an_error" in log and "KeyError" in log and ("THE TO" in log) == logs_text
 
 
 def test_what_is_told_of_the_model_while_it_works_is_what_it_told_itself(

@@ -24,6 +24,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 )
 WORDS = ("▁the", "▁a", "▁of", "▁to", "th", "he", "▁t", "▁", "in", "er", "an", "re", "on")
+MERGES = [*map(str.split, ("a a", "aa aa", "= =", "1 1", "11 1", "A A")), (" ", " "), (" ", "a"), ("\n", "\n")]
 N_BYTE_TOKENS = N_VOCAB - len(WORDS)  # three special tokens and all bytes
 # The projections that end a sublayer, with their biases. Behind them stands at most an RMS norm, and rms_norm(0) = 0.
 _OUTPUT = {
@@ -41,6 +42,7 @@ def write_model(
     zero: Collection[tuple[int, Kind]] = (),
     split: int = 0,
     quantization: GGMLQuantizationType | None = None,
+    pre: str = "",
 ) -> Path:
     """Write a tiny random model.
 
@@ -52,6 +54,7 @@ def write_model(
         zero: (layer, "attention" or "ffn") of every sublayer that shall add nothing to the residual stream.
         split: Tensors in a file, for a model in several.
         quantization: Of all matrices, one that gguf can make; F32 when None.
+        pre: What splits texts into words, for a vocabulary of byte pairs; when empty it is one of SentencePiece.
 
     Returns:
         ``path``; of a model in several files the first one.
@@ -69,7 +72,7 @@ def write_model(
         silenced |= names
     writer = GGUFWriter(path, family.architecture, split_max_tensors=split)
     _write_metadata(writer, family, layers)
-    _write_tokenizer(writer)
+    _write_byte_pairs(writer, pre) if pre else _write_tokenizer(writer)
     for tensor, shape in shapes.items():
         values = _values(tensor, shape, seed)
         values = np.zeros_like(values) if tensor in silenced else values
@@ -176,3 +179,21 @@ def _write_tokenizer(writer: GGUFWriter) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+
+
+def _write_byte_pairs(writer: GGUFWriter, pre: str) -> None:
+    """A vocabulary of GPT-2's kind: all bytes, ``MERGES``, and an end of text."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letter = {byte: chr(byte) for byte in plain} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
+    merges = [tuple("".join(letter[byte] for byte in part.encode()) for part in pair) for pair in MERGES]
+    tokens = [letter[byte] for byte in range(256)] + ["".join(pair) for pair in merges]
+    n_normal = len(tokens)
+    tokens += [f"<|{rank}|>" for rank in range(N_VOCAB - n_normal)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.NORMAL] * n_normal + [TokenType.CONTROL] * (N_VOCAB - n_normal))
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(N_VOCAB - 1)
+    writer.add_bos_token_id(N_VOCAB - 1)

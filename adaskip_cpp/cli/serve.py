@@ -47,6 +47,7 @@ def _size(text: str) -> int:
 )
 @option("--allow-host", "allowed", metavar="NAME", multiple=True, help="A name that it may be asked by without a key.")
 @option("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
+@option("--log-prompts", is_flag=True, help="Print what clients send to stderr; else it is never in the log.")
 @option(
     "--cache-dir",
     group="What is kept",
@@ -72,6 +73,7 @@ def serve(
     api_key_file: str | None,
     allowed: tuple[str, ...],
     insecure: bool,
+    log_prompts: bool,
     cache_dir: str | None,
     cache_size: int,
     ctx: int,
@@ -114,7 +116,7 @@ def serve(
             plans=Plans(own, source.frontier, promise, profile, ctx),
             cache=PrefixCache(cache_size, cache_dir),
         )
-        app, queue = make_app(llm, keys=keys, names=(host, *allowed))
+        app, queue = make_app(llm, keys=keys, names=(host, *allowed), log_prompts=log_prompts)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         ready = f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it."
         tell = functools.partial(err.print, ready, markup=False, soft_wrap=True)

@@ -31,6 +31,11 @@ def check_build(lib: Any) -> None:
         )
 
 
+def last_error() -> str:
+    """Why a call of this thread has failed: one line, cut where it holds all that was given to it."""
+    return " ".join(ffi.string(lib.adaskip_last_error()).decode("utf-8", "replace").split())[:200]
+
+
 class Libraries:
     """The functions of several libraries, each from the first that has it."""
 

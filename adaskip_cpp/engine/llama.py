@@ -381,13 +381,11 @@ class AdaSkipLlama(SelfDescribingLlama):
         """As ``llama_cpp.Llama.generate``: the prompt runs as prefill, every step after it as decode, drafts included.
 
         Raises:
-            RequestError: the grammar cannot be used.
+            RequestError: the grammar cannot be used, allows no token, or goes on in too many ways.
         """
         self._check_logits()
         tokens = list(tokens)
         self._choose(len(tokens))
-        if kwargs.get("grammar") is not None:
-            check_grammar(self._model.vocab, kwargs["grammar"])
         self.begin_request()
         if self._prompt_rows is not None or (self._reads_prompt and self.plan and self.plan.bulk):
             self.reset()  # what is cached has no logits that may be read, as the bulk of an earlier prompt
@@ -405,6 +403,18 @@ class AdaSkipLlama(SelfDescribingLlama):
                     self._phase = "prefill"
                 phase = "decode"
                 sent = yield token
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("grammar") is not None:
+            check_grammar(self._model.vocab, kwargs["grammar"])
+        return super()._init_sampler(*args, **kwargs)
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As ``llama_cpp.Llama.sample``; raises as :meth:`generate`."""
+        token = int(super().sample(*args, **kwargs))
+        if token < 0:
+            self._adaskip.raise_failure(RuntimeError("no token was sampled"))
+        return token
 
     def _check_logits(self) -> None:
         if self._adaskip.drops_logits:

@@ -19,7 +19,7 @@ from ..model.arrays import Flags, Floats, Vectors
 from ..model.cost_model import CostSettings
 from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
 from ..model.skip_set import KINDS, Kind, SkipSet
-from .binding import ffi, lib
+from .binding import ffi, last_error, lib
 
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _WAYS_OUT = {
@@ -28,6 +28,7 @@ _WAYS_OUT = {
     "KV_ELIDED": (errors.ElidedKVError, "open the model without plan=, then set_plan() takes any plan."),
     "KV_STALE": (errors.StateError, "evaluate the tokens from there on again, or call reset()."),
     "MEMORY": (errors.NativeError, "free memory, or use a smaller n_ctx, n_ubatch or rank of the maps."),
+    "SAMPLER": (errors.RequestError, "change the grammar, or settings such as temperature and repeat_penalty."),
     "SEQUENCES": (errors.PlanError, "leave it out of the plan, or open the model without embedding=True."),
 }
 
@@ -174,14 +175,14 @@ class NativeContext:
     def _check(self, code: int) -> int:
         if code >= 0:
             return code
-        message = ffi.string(lib.adaskip_last_error()).decode("utf-8", "replace")
+        message = last_error()
         for name, (error, way_out) in _WAYS_OUT.items():
             if code == getattr(lib, f"ADASKIP_ERROR_{name}"):
                 raise error(f"{message}; {way_out}")
         raise errors.NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
 
     def raise_failure(self, error: RuntimeError) -> NoReturn:
-        """Raises why the ``llama_decode`` that ended in ``error`` failed: our reason, or that llama.cpp has one."""
+        """Raises why the call of llama.cpp that ended in ``error`` failed: our reason, or that llama.cpp has one."""
         try:
             self._check(lib.adaskip_take_failure(self._ctx))
         except errors.AdaSkipError as ours:

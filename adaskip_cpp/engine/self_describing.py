@@ -9,12 +9,16 @@ from typing import Any
 import llama_cpp
 from llama_cpp._logger import llama_log_callback
 from llama_cpp.llama import LlamaState
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from ..errors import ModelFileError, NativeError, StateError
+from ..errors import ModelFileError, NativeError, RequestError, StateError
 from ..model.identity import ModelInfo, fingerprint, override_words
+from .binding import last_error
 from .native import Counters, NativeContext, Sublayer
 
 _ERROR = 4  # ggml_log_level; llama-cpp-python counts otherwise, and without verbose shows warnings, but no error
+
+_NOT_TOKENIZED = -(2**31)  # what llama_tokenize returns where it fails
 
 
 class AdaSkipState(LlamaState):
@@ -92,6 +96,33 @@ class SelfDescribingLlama(llama_cpp.Llama):
     def logits_all(self) -> bool:
         """Whether ``scores`` has a row for every evaluated token; else it has the last one's alone."""
         return bool(self._logits_all)
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """As ``llama_cpp.Llama.tokenize``.
+
+        Raises:
+            RequestError: llama.cpp cannot, as where a word has a million letters.
+        """
+        if not isinstance(self.tokenizer_, LlamaTokenizer):
+            return self.tokenizer_.tokenize(text, add_bos, special)
+        n = -len(text) - 2
+        while n < 0:
+            tokens, room = (llama_cpp.llama_token * -n)(), -n
+            n = llama_cpp.llama_tokenize(self._model.vocab, text, len(text), tokens, room, add_bos, special)
+            if n == _NOT_TOKENIZED:
+                raise RequestError(f"the text cannot be tokenized: {last_error()}; put spaces into it, or shorten it")
+        return list(tokens[:n])
+
+    def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        """As ``llama_cpp.Llama.embed``.
+
+        Raises:
+            RequestError: a text has no tokens, for which that one writes out of bounds.
+        """
+        for text in [input] if isinstance(input, str) else input:
+            if not self.tokenize(text.encode("utf-8")):
+                raise RequestError("a text to embed is empty; leave it out")
+        return super().embed(input, *args, **kwargs)
 
     def is_eog(self, token: int) -> bool:
         """Whether the model ends what it generates with this token."""

@@ -25,8 +25,11 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 _TYPES |= {429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
-def explained(error: Exception) -> tuple[int, str, str | None]:
-    """Return status, message and code for what was raised; where it is the server's mistake, print its traceback."""
+def explained(error: Exception, *, logs_text: bool) -> tuple[int, str, str | None]:
+    """Return status, message and code for what was raised; where it is the server's mistake, print its traceback.
+
+    What an exception says may be what a client wrote, so only ``logs_text`` prints that too.
+    """
     message = " ".join(str(error).split())
     if isinstance(error, Refused):
         status, message, code = error.args
@@ -39,7 +42,11 @@ def explained(error: Exception) -> tuple[int, str, str | None]:
         return 503, "out of memory; try a shorter prompt, or a smaller --ctx", None
     if isinstance(error, AdaSkipError) and not isinstance(error, NativeError | StateError):
         return 400, message, None
-    traceback.print_exception(error, file=sys.stderr)
+    if logs_text:
+        traceback.print_exception(error, file=sys.stderr)
+    else:
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        print(f"{frames}{type(error).__name__}; --log-prompts shows what it says", file=sys.stderr)
     return 500, f"the server failed ({type(error).__name__}); see its log", None
 
 

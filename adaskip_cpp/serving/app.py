@@ -43,7 +43,9 @@ class _Ids(msgspec.Struct):
     tokens: list[int]
 
 
-def make_app(llm: ServedLlama, *, keys: Collection[str], names: Collection[str]) -> tuple[ASGIApp, FairQueue]:
+def make_app(
+    llm: ServedLlama, *, keys: Collection[str], names: Collection[str], log_prompts: bool = False
+) -> tuple[ASGIApp, FairQueue]:
     """Return the application for a model, which answers under any name, and the queue before it.
 
     Clients send one of ``keys``. Without keys they may call the server by an address, as localhost or by ``names``.
@@ -102,6 +104,6 @@ def make_app(llm: ServedLlama, *, keys: Collection[str], names: Collection[str])
     }
     most_body = max(1 << 20, _BYTES_PER_TOKEN * llm.context_size)
     known = {"localhost", *map(str.lower, names)}
-    gate = Gate(llm, routes, queue, metrics, keys=keys, names=known, most_body=most_body)
+    gate = Gate(llm, routes, queue, metrics, keys=keys, names=known, most_body=most_body, log_prompts=log_prompts)
     pages = {"allow_origins": ["*"]} if keys else {"allow_origin_regex": _LOOPBACK_PAGES}
     return CORSMiddleware(gate, allow_methods=["*"], allow_headers=["*"], **pages), queue

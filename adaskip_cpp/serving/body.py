@@ -6,8 +6,8 @@ import msgspec
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest, CreateEmbeddingRequest
 from pydantic import BaseModel, ValidationError
 
-from ..engine.grammar import MOST_REPEATED, check_repeats
 from ..errors import RequestError
+from .grammar import check_depth, check_schema
 from .plans import WISHES, check_wish
 from .request import ServedRequest
 
@@ -24,7 +24,15 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 MOST_LOGPROBS, MOST_BIAS = 20, 100  # OpenAI's own limits
 
 _NOT_WITH_MIN_TOKENS = ("grammar", "response_format", "tools", "functions", "logit_bias")
-_REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "repeat_penalty": (0.01, 100),
+    "seed": (-(2**63), 2**64 - 1),
+}
+"""Of numbers for which the schema has no bounds, or too wide ones; of all others it is ``_RANGE``."""
+_RANGE = (-2, 2**31 - 1)
+_COLDEST = 1e-20  # a temperature; what is divided by a smaller one may be no number any more
 
 
 def decoded(content: bytes, kind: type[_Kind]) -> _Kind:
@@ -74,6 +82,9 @@ def read_body(path: str, content: bytes) -> ServedRequest:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise RequestError(f"{where}: {first['msg']}; see docs/server.md") from error
+    _check_numbers(request.body)
+    if isinstance(request.body, CreateChatCompletionRequest):
+        _check_schemas(request.body)
     return request
 
 
@@ -92,26 +103,35 @@ def _check_bounds(body: dict[str, Any]) -> None:
     # It forbids the one token that a finished grammar allows, which ends llama.cpp; and stock forgets a bias beside it.
     if body.get("min_tokens") and (others := [name for name in _NOT_WITH_MIN_TOKENS if body.get(name)]):
         raise RequestError(f"min_tokens cannot be met beside {others[0]}; leave one of them out")
-    if body.get("input") == []:
-        raise RequestError("input is empty; send at least one text")
+    texts = body.get("input")
+    if texts in ([], "") or (isinstance(texts, list) and "" in texts):
+        raise RequestError("input has no text, or an empty one; leave that out, and send at least one")
     for name in ("response_format", "tools", "functions"):
-        _check_schema(name, body.get(name))
+        check_depth(name, body.get(name))
 
 
-def _check_schema(name: str, schema: Any) -> None:
-    """Refuse a JSON schema whose grammar would repeat something so often that sampling by it takes for ever."""
-    waiting = [schema]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            for key, value in each.items():
-                if key in _REPEATS and isinstance(value, int | float) and value > MOST_REPEATED:
-                    raise RequestError(f"{name} has {key} {value!r}; use at most {MOST_REPEATED}")
-                if key == "pattern" and isinstance(value, str):
-                    check_repeats(name, value)
-            waiting += each.values()
-        elif isinstance(each, list):
-            waiting += each
+def _check_numbers(body: BaseModel) -> None:
+    """Refuse numbers that would end up as none: what a grammar forbids could then be sampled, which ends llama.cpp."""
+    for name, value in body:
+        low, high = _RANGES.get(name, _RANGE)
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise RequestError(f"{name} is {value!r}; use {low:g} to {high:g}")
+        if name == "temperature" and 0 < value < _COLDEST:
+            raise RequestError(f"{name} is {value!r}; use 0, or at least {_COLDEST:g}")
+
+
+def _check_schemas(body: CreateChatCompletionRequest) -> None:
+    """Refuse a JSON schema that the answer must follow and cannot."""
+    match body.response_format:
+        case {"type": "json_object", "schema": schema} if schema is not None:
+            check_schema("response_format", schema)
+    match body.function_call, body.tool_choice:
+        case ({"name": name}, _) | (_, {"function": {"name": name}}):
+            functions = body.functions or [tool["function"] for tool in body.tools or []]
+            chosen = next((each for each in functions if each["name"] == name), None)
+            if chosen is None:
+                raise RequestError("the tool that is to be called is not among the tools; add it")
+            check_schema("the tool that is to be called", chosen["parameters"])
 
 
 def _wish(asked: Any) -> Any:

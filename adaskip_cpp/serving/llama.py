@@ -18,6 +18,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateEmbeddingRequest
 
 from ..engine.llama import AdaSkipLlama, Rows
+from ..engine.self_describing import SelfDescribingLlama
 from ..errors import RequestError
 from ..files import content_hash
 from ..model.plan import Phase
@@ -292,8 +293,8 @@ def _open_embedder(options: dict[str, Any], context: int) -> llama_cpp.Llama:
     """Open a model that was opened with these options, for embeddings: pooled as its file says, else their mean."""
     size = min(context, _MOST_EMBEDDED)
     options = {**options, "embedding": True, "n_ctx": size, "n_batch": size, "n_ubatch": size}
-    opened = llama_cpp.Llama(**options)
+    opened = SelfDescribingLlama(**options)
     if int(opened.pooling_type()) != llama_cpp.LLAMA_POOLING_TYPE_NONE:
         return opened
     opened.close()
-    return llama_cpp.Llama(**options, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)
+    return SelfDescribingLlama(**options, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import ipaddress
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -37,6 +38,7 @@ class Gate:
         keys: clients must send one of them. Without any, they must ask by an address or one of ``names``.
         names: lower-case names that a request may call this server by.
         most_body: bytes that a body has at most.
+        log_prompts: whether what clients write is printed to stderr, which nothing else does.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class Gate:
         keys: Collection[str],
         names: Collection[str],
         most_body: int,
+        log_prompts: bool = False,
     ) -> None:
         self.llm, self.routes, self.queue, self.metrics = llm, routes, queue, metrics
-        self._keys, self._names, self._most_body = [key.encode() for key in keys], names, most_body
+        self._keys, self._names = [key.encode() for key in keys], names
+        self._most_body, self._log_prompts = most_body, log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked, path, sent = Request(scope, receive), scope["path"], Sent(send)
@@ -66,6 +70,8 @@ class Gate:
         try:
             owner = self._admit(path, method, asked.headers)
             content = await self._read(asked)
+            if self._log_prompts:
+                print(method, path, content.decode("utf-8", "replace"), file=sys.stderr)
             if method == "POST" and path in SCHEMAS:
                 await self._work(asked, content, owner, sent)
             elif (method, path) in self.routes:
@@ -82,7 +88,7 @@ class Gate:
         except (Gone, ClientDisconnect):
             pass
         except Exception as error:
-            await sent.error(*explained(error))
+            await sent.error(*explained(error, logs_text=self._log_prompts))
 
     def _admit(self, path: str, method: str, headers: Headers) -> str:
         """Refuse who may not ask. Return who asks, by the key, where there are several; else ""."""
