@@ -11,9 +11,9 @@ __all__ = ["frontier", "point", "quality"]
 
 
 def quality(loss: float) -> Quality:
-    """Of answers that lose so many nats per token, known exactly, and 1.25 times as many with each doubling."""
+    """Of answers that lose so many nats per token, known exactly."""
     exact, agreement = Interval(loss, loss, loss, 4), Interval(1 - loss, 1 - loss, 1 - loss, 4)
-    return Quality(exact, 0.0, exact, 0.0, agreement, (loss, loss), 4, 400, 1.25)
+    return Quality(exact, 0.0, exact, 0.0, agreement, (loss, loss), 4, 400)
 
 
 def point(plan: SkipPlan, loss: float, speedups: Mapping[int, float], *, judged_at: int = 2048, keys: int = 2) -> Point:

@@ -182,7 +182,7 @@ def test_the_tuned_plan_is_the_one_beside_the_model(tuned_model: Path) -> None:
 def test_of_a_frontier_it_is_the_plan_for_the_longest_context(
     tuned_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under the default promise of 0.05. Losses are taken for 1.25 times as large in prompts twice as long."""
+    """Under the default promise of 0.05. Longer prompts lose more."""
     monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
     careful, fast = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([2], [1, 2]))
     points = [point(careful, 0.035, {32: 1.2}, judged_at=32), point(fast, 0.045, {32: 1.5}, judged_at=32)]

@@ -11,6 +11,7 @@ from frontiers import frontier, point
 
 from adaskip_cpp import Frontier, Profile, SkipPlan
 from adaskip_cpp.cli.main import main
+from adaskip_cpp.model.frontier import GROWTH
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.plan_file import save_plan
@@ -210,8 +211,8 @@ def test_the_curves_begin_at_the_whole_model_and_show_time_and_loss_of_each_plan
     (axes,) = profile_plots.frontiers({"a": found()}).axes
     curves = {str(line.get_label()): line.get_xydata().tolist() for line in axes.lines}
     assert curves["prompts of 2,048 tokens"] == [[1, 0], [1 / 1.25, 0.01], [0.5, 0.04]]
-    # By hand: prompts four times as long as those that were judged lose up to 1.25 times as much, twice.
-    expected = [[1, 0], [1 / 1.6, 0.01 * 1.25**2], [1 / 2.5, 0.04 * 1.25**2]]
+    # Prompts four times as long as those that were judged count as two doublings.
+    expected = [[1, 0], [1 / 1.6, 0.01 * GROWTH**2], [1 / 2.5, 0.04 * GROWTH**2]]
     np.testing.assert_allclose(curves["prompts of 8,192 tokens"], expected)
     low, high = sorted(axes.get_xlim())
     assert all(low <= x <= high for name, curve in curves.items() if "prompts" in name for x, _ in curve)

@@ -144,7 +144,7 @@ def interrupted_in(monkeypatch: pytest.MonkeyPatch, name: str, *, when: int = 1)
     return calls
 
 
-@pytest.mark.parametrize("where", ["fastest_settings", "calibrate", "find_path", "with_growth", "measure_speed"])
+@pytest.mark.parametrize("where", ["fastest_settings", "calibrate", "find_path", "measure_speed"])
 def test_ctrl_c_leaves_all_files_as_they_were_but_for_the_unfinished_ones(
     where: str, tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +157,7 @@ def test_ctrl_c_leaves_all_files_as_they_were_but_for_the_unfinished_ones(
     assert all(name.startswith("m.adaskip-plan-unfinished") for name in after.keys() - before.keys())
 
 
-@pytest.mark.parametrize("where", ["calibrate", "find_path", "with_growth", "measure_speed"])
+@pytest.mark.parametrize("where", ["calibrate", "find_path", "measure_speed"])
 def test_the_next_run_goes_on_and_cleans_up(
     where: str, tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

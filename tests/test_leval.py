@@ -90,7 +90,9 @@ def test_words_without_a_letter_choose_nothing() -> None:
 
 def test_the_first_few_questions_are_of_as_many_documents_as_possible(tmp_path: Path) -> None:
     items = read(tmp_path, line(), line(), line(), n_each=4)
-    assert [item.id.removeprefix("leval/data/") for item in items] == ["1/0", "2/0", "3/0", "1/1"]
+    assert [item.id.removeprefix("leval/data/") for item in items] == ["1/0", "1/1", "2/0", "3/0"], (
+        "those about a document follow each other"
+    )
 
 
 def test_a_long_document_loses_its_middle_and_no_question(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_a_long_document_loses_its_middle_and_no_question(tmp_path: Path) -> Non
 
 def test_longbench_and_leval_may_be_in_one_file(tmp_path: Path) -> None:
     items = read(tmp_path, line(), record("multi_news", answers=["News."]))
-    assert [item.task for item in items] == ["quality", "multi_news", "quality"]
+    assert [item.task for item in items] == ["quality", "quality", "multi_news"]
 
 
 def test_multi_news_needs_neither_of_longbenchs_json_files(tmp_path: Path) -> None:

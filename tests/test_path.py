@@ -240,7 +240,7 @@ def path_of(*levels: float) -> list[Candidate]:
 
 def test_the_fastest_set_that_is_expected_to_keep_a_promise_is_judged_first() -> None:
     path = path_of(0.01, 0.02, 0.035, 0.06)
-    assert aim(path, {}, 0.05) is path[1], "1.6 times the level is needed until something is known"
+    assert aim(path, {}, 0.05) is path[1], "2.5 times the level is needed until something is known"
     assert aim(path, {path[1]: 0.02}, 0.05) is path[2], "it needs its level alone, so the third is expected to"
     assert aim(path, {path[1]: 0.02, path[2]: 0.045}, 0.05) is None, "the fourth is expected to need 0.077"
 
@@ -249,6 +249,14 @@ def test_after_a_set_that_breaks_the_promise_a_milder_one_is_judged() -> None:
     path = path_of(0.01, 0.02, 0.03, 0.06)
     assert aim(path, {path[2]: 0.06}, 0.05) is path[1]
     assert aim(path, {path[2]: 0.06, path[1]: 0.05}, 0.05) is None
+
+
+def test_between_two_sets_that_are_judged_what_a_set_needs_is_interpolated() -> None:
+    """The factors are 1 and 8, so that of the set between them is about 2.8."""
+    path = path_of(0.01, 0.019, 0.021, 0.04)
+    assert aim(path, {path[0]: 0.01, path[3]: 0.32}, 0.055) is path[1]
+    assert aim(path, {path[0]: 0.01, path[3]: 0.32}, 0.065) is path[2]
+    assert aim(path, {path[0]: 0.01, path[3]: 0.32}, 0.045) is None
 
 
 def test_what_is_known_of_another_path_tells_what_to_expect_of_this() -> None:

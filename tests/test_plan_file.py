@@ -77,7 +77,7 @@ def make(model: Path | None = None, **changes: Any) -> SkipPlan:
 def quality(value: float) -> Quality:
     of = Interval(value, value / 2, 2 * value, 4)
     return Quality(
-        of, value / 8, replace(of, value=-value), value / 16, Interval(0.75, 0.5, 1.0, 4), (0.5, 1.5), 4, 400, 1.5
+        of, value / 8, replace(of, value=-value), value / 16, Interval(0.75, 0.5, 1.0, 4), (0.5, 1.5), 4, 400
     )
 
 
@@ -340,9 +340,6 @@ def test_a_malformed_file_is_one_clear_line(path: str, value: Any, tmp_path: Pat
         ("frontier.points.1.judged_at", 0),
         ("frontier.points.1.judged_at", 2048.5),
         ("frontier.points.1.judged_at", 10**400),
-        ("frontier.points.1.copying.growth", LOST),
-        ("frontier.points.1.copying.growth", 0.5),
-        ("frontier.points.1.copying.growth", None),
         ("frontier.points.1.speedups", [[0, 1.5]]),
         ("frontier.points.1.speedups", [[512, "1.5"]]),
         ("frontier.points.1.speedups", [[10**400, 1.5]]),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from frontiers import point, quality
 from small_tuning import JUDGED_AT, TEXTS, make_small, write_idle_model
 
 import adaskip_cpp
@@ -19,10 +18,9 @@ from adaskip_cpp.engine.native import is_here
 from adaskip_cpp.errors import DataError, ModelFileError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.judge import Judge, Probe, probes_of
-from adaskip_cpp.model.frontier import Passkeys, SpeedUp
-from adaskip_cpp.model.plan import Bulk, SkipPlan
+from adaskip_cpp.model.frontier import SpeedUp
+from adaskip_cpp.model.plan import SkipPlan
 from adaskip_cpp.model.settings import Settings
-from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.progress import OnProgress, silent
 from adaskip_cpp.tuning import figures
 from adaskip_cpp.tuning import tune as tuning
@@ -30,7 +28,6 @@ from adaskip_cpp.tuning.figures import passkeys_of, quality_of
 from adaskip_cpp.tuning.hold_out import HeldOut, hold_out
 from adaskip_cpp.tuning.memo import Memo
 
-CUTS = JUDGED_AT // 2, JUDGED_AT
 DATA = {"manual": " ".join(TEXTS.values())[::-1]}
 GIVEN = {"flash_attn": False, "repack": True, "n_batch": 512, "n_ubatch": 512, "n_threads": 1, "n_threads_batch": 1}
 """All settings: which one is faster here, chance would decide."""
@@ -93,7 +90,7 @@ def probes_that_judge(llm: AdaSkipLlama) -> list[Probe]:
     return [
         probe
         for i, item in enumerate(held(llm).judge)
-        for probe in probes_of(llm, item.id, item.tokens, CUTS, key=(str(10007 + 7919 * i), (i + 0.5) / 4))
+        for probe in probes_of(llm, item.id, item.tokens, (JUDGED_AT,), key=(str(10007 + 7919 * i), (i + 0.5) / 4))
     ]
 
 
@@ -121,37 +118,10 @@ def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model:
         scores = judge(each.plan)
         for kind in ("continuation", "copying"):
             mine = getattr(each, kind)
-            assert replace(mine, growth=1.0) == quality_of(probes, scores, kind, JUDGED_AT)  # type: ignore[arg-type]
+            assert mine == quality_of(probes, scores, kind)  # type: ignore[arg-type]
         assert each.passkeys == passkeys_of(probes, scores) and each.passkeys.n == 4
         assert each.judged_at == JUDGED_AT and each.continuation.n_texts == 4
     llm.close()
-
-
-def test_growth_is_that_of_all_plans_behind_prompts_of_half_the_length(model: Path, calls: Calls) -> None:
-    """The idle sublayers lose nothing at either length, so it is that of the plan that loses something."""
-    found = tune(model, calls)
-    settings = found.settings.to_kwargs()
-    llm = AdaSkipLlama(str(model), n_ctx=JUDGED_AT + 512, verbose=False, **settings)
-    probes = probes_that_judge(llm)
-    scores = Judge(llm, probes)(found.points[1].plan)
-    for kind in ("continuation", "copying"):
-        short, long = (quality_of(probes, scores, kind, n).divergence.value for n in CUTS)  # type: ignore[arg-type]
-        assert [getattr(each, kind).growth for each in found.points] == pytest.approx([max(long / short, 1)] * 2, 0.01)
-    llm.close()
-
-
-def test_windows_of_one_size_at_both_lengths_tell_nothing_of_those_that_grow_with_the_prompt() -> None:
-    none = SkipSet.none(3)
-    plain, windowed = (SkipPlan(none, none, bulk=Bulk(none, windowed=each)) for each in ((), (1,)))
-    measured = [(0.02, (0.01, 0.02), plain), (0.06, (0.04, 0.07), plain), (0.5, (0.001, 0.001), windowed)]
-    points = {
-        i: (point(plan, loss, {2048: 1.5}), figures.Judged(quality(loss), quality(loss), Passkeys(2, 2, 2), before))
-        for i, (loss, before, plan) in enumerate(measured)
-    }
-    for each in figures.with_growth(points).values():
-        assert each.continuation.growth == pytest.approx(0.08 / 0.05, 0.01) and each.copying.growth == 1.0
-    (alone,) = figures.with_growth({2: points[2]}).values()
-    assert alone.copying.growth == pytest.approx(0.5 / 0.001, 0.1), "there is nothing else to go by"
 
 
 def test_no_item_that_judges_was_searched_by(model: Path) -> None:

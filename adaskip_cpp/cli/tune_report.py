@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Column
 
 from ..intervals import Interval
-from ..model.frontier import DEFAULT_LOSS, Frontier
+from ..model.frontier import DEFAULT_LOSS, GROWTH, Frontier
 from ..model.settings import Settings
 from ..pictures.profile_plots import LENGTHS
 from .terminal import table
@@ -82,8 +82,7 @@ def _print_points(out: Console, frontier: Frontier) -> None:
         "tokens for which plan and whole model find the same one likeliest; in copies: the divergence of answers that "
         "copy from the prompt. Means over texts, ± half of a 95% interval. Speed: how many times as fast the first "
         "token is, as predicted. In prompts twice as long plans are taken to lose "
-        f"{frontier.points[0].continuation.growth:.1f} times as much, in copies "
-        f"{frontier.points[0].copying.growth:.1f} times, as measured from half of this length on.\n",
+        f"{GROWTH:g} times as much.\n",
         style="dim",
     )
 

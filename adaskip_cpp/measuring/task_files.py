@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from typing import Annotated, Any
 
 import msgspec
@@ -50,9 +49,9 @@ def task_items(
 ) -> list[QuestionItem]:
     """Read items of LongBench and L-Eval as questions to a model. Blank lines are passed over.
 
-    The first question about every document comes before the second one about any, so that the first few are about as
-    many documents as possible. A prompt that does not fit the context is cut in its middle, as LongBench does: the
-    first and the last half of what fits are decoded, joined, and tokenised again.
+    A few questions are about as many documents as possible. Those about one document follow each other, so that it is
+    read once. A prompt that does not fit the context is cut in its middle, as LongBench does: the first and the last
+    half of what fits are decoded, joined, and tokenised again.
 
     Args:
         files: JSON Lines of :class:`_LEvalLine` or :class:`~adaskip_cpp.measuring.longbench.LongBenchLine`.
@@ -69,10 +68,13 @@ def task_items(
     raw = partial(tokens_of, llm, bos=True)
     taken: Counter[str] = Counter()
     items: list[QuestionItem] = []
-    for _, (item, text, chat), where in sorted(_questions(files, LongBench(prompts, lengths)), key=itemgetter(0)):
-        if taken[item.task] == n_each:
-            continue
-        taken[item.task] += 1
+    asked = list(_questions(files, LongBench(prompts, lengths)))
+    chosen = []
+    for i in sorted(range(len(asked)), key=lambda i: asked[i][0]):
+        taken[asked[i][1].item.task] += 1
+        if n_each is None or taken[asked[i][1].item.task] <= n_each:
+            chosen.append(i)
+    for _, (item, text, chat), where in (asked[i] for i in sorted(chosen)):
         item = replace(item, prompt=tuple(_fit(llm, text, n_ctx - item.max_tokens, wrap if chat else raw, where)))
         try:
             item.score("")  # what cannot be scored is told now and not when the model has answered for hours

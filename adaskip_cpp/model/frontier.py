@@ -20,6 +20,10 @@ DEFAULT_LOSS = 0.05
 LEAST_CONTEXT = 512
 """Tokens: shorter prompts run whole, as they have little bulk and take little time."""
 
+GROWTH = 1.3
+"""How many times as much a plan is taken to lose where a prompt is twice as long as those that it was judged on: see
+docs/method.md for what was measured."""
+
 ERRORS = 1.6
 """Standard errors that are added to a mean loss before it is compared with a promise."""
 
@@ -64,11 +68,6 @@ class Quality:
         agreement: share of tokens for which both find the same token likeliest.
         tails: 99% and 99.9% quantile of the divergence over all tokens.
         n_texts, n_tokens: what was judged.
-        growth: how many times as large the divergence is where a prompt is twice as long, from 1 on: that of all plans
-            of the frontier together, as they are judged at half the length too.
-
-    Raises:
-        PlanError: the growth is no such number.
     """
 
     divergence: Interval
@@ -79,11 +78,6 @@ class Quality:
     tails: tuple[float, float]
     n_texts: int
     n_tokens: int
-    growth: float
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.growth < 1e6:
-            raise PlanError("of a point of a frontier it is not known how what it loses grows; tune again")
 
     @property
     def harm(self) -> float:
@@ -132,21 +126,17 @@ class Figures:
             raise PlanError("a point of a frontier was not measured at a number of tokens from 1 on; tune again")
 
     def harm(self, context: int) -> float:
-        """Nats per token that the plan loses after prompts of so many tokens, in the worse kind of answer.
-
-        Where prompts are longer than those that it was judged on, that grows by a factor with each doubling: see
-        docs/method.md.
-        """
-        return max(each.harm * self._growth(each, context) for each in (self.continuation, self.copying))
+        """Nats per token that the plan loses after prompts of so many tokens, in the worse kind of answer."""
+        return max(self.continuation.harm, self.copying.harm) * self._growth(context)
 
     def needs(self, context: int) -> float:
         """Return the least promise that the plan keeps there, infinite where it loses a pass key."""
         if self.passkeys.plan < self.passkeys.whole:
             return math.inf
-        return max(each.needs * self._growth(each, context) for each in (self.continuation, self.copying))
+        return max(self.continuation.needs, self.copying.needs) * self._growth(context)
 
-    def _growth(self, quality: Quality, context: int) -> float:
-        return float(quality.growth ** max(math.log2(context / self.judged_at), 0.0))
+    def _growth(self, context: int) -> float:
+        return float(GROWTH ** max(math.log2(context / self.judged_at), 0.0))
 
     def speedup(self, context: int) -> float:
         """Predicted times as fast at the nearest length that was predicted, by ratio."""

@@ -14,7 +14,7 @@ from .frontier import Frontier
 from .identity import check_model, plan_path
 from .plan import SkipPlan
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 _FORMAT = "adaskip-plan"
 
 

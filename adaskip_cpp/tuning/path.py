@@ -31,9 +31,10 @@ LEVELS = tuple(0.006 * 1.2**i for i in range(18))
 SHARES = (8, 4)
 """Windows that are tried: an eighth and a quarter of the prompt."""
 
-_FIRST = 1.6
+_FIRST = 2.5
 """What a set needs to be promised, as a multiple of its level, until one is judged: copies from far back lose more than
-those of the shorter prompts that sets are searched by, and a promise allows for chance."""
+those of the shorter prompts that sets are searched by, and a promise allows for chance. Measured: 1.4 of Gemma 3, 3.4
+of SmolLM2, 5.9 of Qwen2.5-Coder."""
 
 _DEPTHS = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0), "windowed": (1 / 2, 1.0)}
 """Depths at which an order is measured, as shares of its length."""
@@ -210,8 +211,8 @@ def find_path(
 def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: float) -> Candidate | None:
     """Return which set of a path to judge next for a promise, None where those that are judged tell enough.
 
-    That is the fastest that is expected to keep it. What a set needs to be promised is its level, times what the judged
-    one of the nearest level needs in relation to its own; :data:`_FIRST` before any is judged.
+    That is the fastest that is expected to keep it. What a set needs to be promised is its level times a factor, which
+    is known of judged sets and interpolated between them; :data:`_FIRST` before any is judged.
 
     Args:
         path: sets of ascending levels.
@@ -219,14 +220,16 @@ def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: fl
             none.
     """
 
+    known = sorted((math.log(each.level), math.log(max(need, 1e-9) / each.level))
+                   for each, need in needs.items() if math.isfinite(need))  # fmt: skip
+    levels, factors = zip(*known or [(0.0, math.log(_FIRST))], strict=True)
+
     def expected(candidate: Candidate) -> float:
         if candidate in needs:
             return needs[candidate]
         if any(math.isinf(need) and _contains(candidate, each) for each, need in needs.items()):
             return math.inf
-        known = [each for each, need in needs.items() if math.isfinite(need)]
-        nearest = min(known, key=lambda each: abs(math.log(each.level / candidate.level)), default=None)
-        return candidate.level * (_FIRST if nearest is None else needs[nearest] / nearest.level)
+        return candidate.level * math.exp(np.interp(math.log(candidate.level), levels, factors))
 
     kept = [candidate for candidate in path if expected(candidate) <= promise]
     if kept and kept[-1] not in needs:

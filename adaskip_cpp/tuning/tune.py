@@ -27,7 +27,7 @@ from ..measuring import corpus
 from ..measuring.judge import Judge, Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Point
-from ..model.plan import DEFAULT_TAIL, Bulk, SkipPlan, window_size_for
+from ..model.plan import Bulk, SkipPlan, window_size_for
 from ..model.settings import Settings
 from ..model.skip_set import SkipSet
 from ..planning.modes import compensated_plan
@@ -35,7 +35,7 @@ from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..progress import Stage, progress_bar
 from .exact import FoundSettings, fastest_settings
-from .figures import Judged, quality_of, with_growth
+from .figures import Judged, quality_of
 from .hold_out import HeldOut, hold_out
 from .memo import Memo
 from .path import SHARES, Candidate, aim, find_path, measure, orders
@@ -224,17 +224,17 @@ class _Tuning:
             length: find_path(losses, partial(planned.seconds, context=length), shares)
             for length, shares in ((_JUDGED_AT, ()), (_LONG, SHARES))
         }
-        probes = self._probes(llm, held.judge, (_JUDGED_AT // 2, _JUDGED_AT))
+        probes = self._probes(llm, held.judge, (_JUDGED_AT,))
         judge = Judge(llm, probes)
-        each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in probes)
+        each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
-        found: dict[Candidate, tuple[Point, Judged]] = {}
+        found: dict[Candidate, Point] = {}
 
-        def judged(candidate: Candidate) -> tuple[Point, Judged]:
+        def judged(candidate: Candidate) -> Point:
             plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
             one = self.memo.get(f"judged {candidate}", Judged, lambda: Judged.of(probes, judge(plan)))
             speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
-            return Point(_JUDGED_AT, one.continuation, one.copying, one.passkeys, speedups, plan), one
+            return Point(_JUDGED_AT, one.continuation, one.copying, one.passkeys, speedups, plan)
 
         def left() -> int:
             n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before
@@ -244,12 +244,12 @@ class _Tuning:
             n_begin = max(left(), 1)
             for promise, (length, path) in product(_AIMS, paths.items()):
                 while not found or left() >= each_costs:
-                    needs = {each: point.needs(length) for each, point in with_growth(found).items()}
+                    needs = {each: point.needs(length) for each, point in found.items()}
                     if (candidate := aim(path, needs, promise)) is None:
                         break
                     found[candidate] = judged(candidate)
                     on_progress(1 - max(left(), 0) / n_begin)
-        return sorted(with_growth(found).values(), key=lambda each: each.speedup(_LONG))
+        return sorted(found.values(), key=lambda each: each.speedup(_LONG))
 
     def _probes(self, llm: AdaSkipLlama, items: Sequence[TextItem], cuts: Sequence[int]) -> list[Probe]:
         found = []
