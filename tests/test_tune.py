@@ -219,6 +219,13 @@ def test_an_opened_model_of_a_small_context_is_refused(model: Path) -> None:
     llm.close()
 
 
+def test_an_opened_model_takes_no_other_settings(model: Path) -> None:
+    llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False)
+    with pytest.raises(DataError, match=r"an opened model keeps its settings; leave out given \(n_threads\)"):
+        adaskip_cpp.tune(llm, given={"n_threads": 1})
+    llm.close()
+
+
 # -- a run that is stopped -------------------------------------------------------------------------------------------
 
 STAGES = ("Trying settings", "Calibrating", "Skipping each sublayer", "Timing sublayers", "Searching", "Judging",

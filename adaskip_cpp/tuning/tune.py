@@ -96,12 +96,14 @@ def tune(
         **kwargs: for AdaSkipLlama, as ``n_gpu_layers``, where ``model`` is a file.
 
     Raises:
-        DataError: there is too little text, or the context of an opened model is too small.
+        DataError: there is too little text, the context of an opened model is too small, or ``given`` is to change it.
         ModelFileError: the model cannot be opened.
     """
     options = context, n_answer, memo or Memo(), on_stage, tell
     if not isinstance(model, AdaSkipLlama):
         return _Tuning(model, None, *options, given or {}, kwargs).run(data, texts)
+    if given:
+        raise DataError(f"an opened model keeps its settings; leave out given ({', '.join(given)}), or pass its file")
     if model.context_size < _N_CTX:
         raise DataError(f"the model has a context of {model.context_size} tokens; open it with n_ctx={_N_CTX} or more")
     machine = cost_settings(model)
