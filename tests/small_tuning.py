@@ -14,10 +14,10 @@ from adaskip_cpp.measuring import corpus
 from adaskip_cpp.tuning import tune as tuning
 from adaskip_cpp.tuning.path import find_path
 
-__all__ = ["IDLE", "JUDGED_AT", "TEXTS", "make_small", "write_idle_model"]
+__all__ = ["ANSWER", "IDLE", "JUDGED_AT", "TEXTS", "make_small", "write_idle_model"]
 
-JUDGED_AT = 192
-"""Tokens of the prompts that plans are judged on; behind half of it too a copy needs 72 tokens from a quarter on."""
+JUDGED_AT, ANSWER = 192, (64, 72)
+"""Tokens of the prompts that plans are judged on, and of the answers that continue and that copy."""
 
 IDLE = ((1, "ffn"), (2, "ffn"))
 """Sublayers of the model that add nothing: skipping them loses nothing. Attention 1 adds what attention 2 reads."""
@@ -36,6 +36,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_N_REQUESTS": 4,
         "_N_DECODE": 2,
         "_JUDGED_AT": JUDGED_AT,
+        "_ANSWER": ANSWER,
         "_SEARCHED_AT": (128, JUDGED_AT),
         "LEAST_CONTEXT": 64,
         "LONGEST": 512,

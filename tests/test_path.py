@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp.tuning.path import LEVELS, SHARES, Candidate, Lost, Orders, aim, measure, n_judged, orders
+from adaskip_cpp.tuning.path import LEVELS, SHARES, Candidate, Lost, Orders, aim, measure, n_judged
 from adaskip_cpp.tuning.path import find_path as find_path_by
-
-NAN = float("nan")
 
 Losses = Callable[..., Lost]
 Seconds = Callable[[Candidate], float]
@@ -23,8 +21,12 @@ def last(n: int, end: int = 12) -> tuple[int, ...]:
     return tuple(range(end - 1, end - 1 - n, -1))
 
 
+def orders_of(sizes: tuple[int, int, int], end: int = 12) -> Orders:
+    return {part: last(n, end) for part, n in zip(PARTS, sizes, strict=True)}
+
+
 def all_last(attention: int, ffn: int, windowed: int = 0) -> Orders:
-    return Orders((last(attention),), (last(ffn),), (last(windowed),))
+    return orders_of((attention, ffn, windowed))
 
 
 def adding(continuation: float, copying: float, **other: Lost) -> Losses:
@@ -51,7 +53,7 @@ def find_path(
 
 def prefixes(every: Orders) -> list[Candidate]:
     """Every set of the first of each order."""
-    firsts = [[tuple(sorted(order[:k])) for k in range(len(order) + 1)] for (order,) in vars(every).values()]
+    firsts = [[tuple(sorted(order[:k])) for k in range(len(order) + 1)] for order in every.values()]
     return [Candidate(*parts) for parts in product(*firsts)]
 
 
@@ -63,7 +65,7 @@ def prefixes(every: Orders) -> list[Candidate]:
 def test_every_set_of_a_path_contains_the_one_before_it_and_is_faster(
     losses: Lost, sizes: tuple[int, int, int]
 ) -> None:
-    path = find_path(Orders(*((last(n, 30),) for n in sizes)), adding(*losses), seconds)
+    path = find_path(orders_of(sizes, 30), adding(*losses), seconds)
     for less, more in pairwise(path):
         assert all({*getattr(less, part)} <= {*getattr(more, part)} for part in PARTS)
         assert seconds(more) < seconds(less)
@@ -109,30 +111,6 @@ def test_a_layer_that_copies_ends_the_path_before_it_however_little_continuation
     path = find_path(all_last(8, 8), lost, seconds)
     assert path and all(min(each.attention, default=12) > 8 for each in path)
     assert path[-1].attention and path[-1].ffn == tuple(range(4, 12))
-
-
-def test_an_order_by_scores_is_taken_where_it_loses_less_than_the_last_layers() -> None:
-    # Attention 9 copies. The scores of calibration leave it for the end.
-    by_score = (11, 10, 8, 7, 6, 5, 4, 9)
-
-    def lost(candidate: Candidate, long: bool = False) -> Lost:
-        return 0.002 * len_of(candidate), 0.6 if 9 in candidate.attention else 0.0
-
-    every = Orders((last(8), by_score), (last(8),), ((),))
-    assert find_path(every, lost, seconds)[-1].attention == (4, 5, 6, 7, 8, 10, 11)
-    backwards = Orders((by_score, last(8)), (last(8),), ((),))
-    assert find_path(backwards, lost, seconds)[-1].attention == (4, 5, 6, 7, 8, 10, 11)
-
-
-def test_the_last_layers_are_taken_where_the_order_by_scores_loses_more() -> None:
-    by_score = (4, 5, 6, 7, 8, 9, 10, 11)
-
-    def lost(candidate: Candidate, long: bool = False) -> Lost:
-        loss = sum(0.01 * (12 - layer) for layer in candidate.attention)
-        return loss, loss
-
-    path = find_path(Orders((last(8), by_score), ((),), ((),)), lost, seconds)
-    assert path and all(each.attention == tuple(range(12 - len(each.attention), 12)) for each in path)
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
@@ -186,11 +164,8 @@ def test_where_nothing_can_be_skipped_nothing_is_judged() -> None:
 # -- how much is judged ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alternatives", [1, 2])
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (1, 1, 1), (2, 1, 0), (3, 5, 4), (20, 20, 30)])
-def test_no_more_sets_are_judged_than_announced_and_none_of_them_is_empty(
-    sizes: tuple[int, int, int], alternatives: int
-) -> None:
+def test_no_more_sets_are_judged_than_announced_and_none_of_them_is_empty(sizes: tuple[int, int, int]) -> None:
     seen: list[Candidate] = []
     told: list[float] = []
 
@@ -198,36 +173,10 @@ def test_no_more_sets_are_judged_than_announced_and_none_of_them_is_empty(
         seen.append(candidate)
         return 0.001 * len_of(candidate), 0.002 * len_of(candidate)
 
-    def both(n: int) -> tuple[tuple[int, ...], ...]:
-        return (last(n, 30), tuple(reversed(last(n, 30))))[:alternatives]
-
-    every = Orders(both(sizes[0]), both(sizes[1]), (last(sizes[2], 30),))
+    every = orders_of(sizes, 30)
     find_path(every, lost, seconds, on_progress=told.append)
     assert len(seen) <= n_judged(every) and Candidate() not in seen
     assert told == sorted(told) and len(told) == len(seen) and max(told, default=0) <= 1
-
-
-# -- orders ----------------------------------------------------------------------------------------------------------
-
-
-def test_without_scores_the_last_layers_come_first() -> None:
-    assert orders(range(2, 6), None, [0, 3, 5], 6) == Orders(((5, 4, 3, 2),), ((5, 4, 3, 2),), ((5, 3, 0),))
-
-
-def test_with_scores_there_is_a_second_order_by_the_score_times_the_layers_above() -> None:
-    scores = np.full((6, 2), 1.0)
-    scores[2:, 0] = 0.3, 0.1, 0.4, 0.9  # times 3, 2, 1 and 0 layers above
-    found = orders(range(2, 6), scores, [], 6)
-    assert found.attention == ((5, 4, 3, 2), (5, 3, 4, 2))
-    assert found.ffn == ((5, 4, 3, 2),), "the same order is no alternative"
-
-
-@pytest.mark.parametrize("layers", [(2, 3, 4, 5), (4, 5)])
-def test_what_cannot_be_skipped_is_in_no_order(layers: Sequence[int]) -> None:
-    scores = np.full((6, 2), 1.0)
-    scores[4, 0] = scores[:, 1] = NAN
-    found: Any = orders(layers, scores, [], 6)
-    assert all(4 not in each for each in found.attention) and found.ffn == ((),)
 
 
 # -- which sets are judged -------------------------------------------------------------------------------------------
@@ -240,7 +189,7 @@ def path_of(*levels: float) -> list[Candidate]:
 
 def test_the_fastest_set_that_is_expected_to_keep_a_promise_is_judged_first() -> None:
     path = path_of(0.01, 0.02, 0.035, 0.06)
-    assert aim(path, {}, 0.05) is path[1], "2.5 times the level is needed until something is known"
+    assert aim(path, {}, 0.05) is path[1], "twice the level is needed until something is known"
     assert aim(path, {path[1]: 0.02}, 0.05) is path[2], "it needs its level alone, so the third is expected to"
     assert aim(path, {path[1]: 0.02, path[2]: 0.045}, 0.05) is None, "the fourth is expected to need 0.077"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_tuning import JUDGED_AT, TEXTS, make_small, write_idle_model
+from small_tuning import ANSWER, JUDGED_AT, TEXTS, make_small, write_idle_model
 
 import adaskip_cpp
 from adaskip_cpp import AdaSkipLlama, Frontier
@@ -83,14 +83,22 @@ def tune(model: Path, calls: Calls, **more: Any) -> Frontier:
 
 
 def held(llm: AdaSkipLlama) -> HeldOut:
-    return hold_out(llm, [TEXTS], 4, JUDGED_AT + 64)
+    return hold_out(llm, [TEXTS], 4, JUDGED_AT + ANSWER[0])
 
 
 def probes_that_judge(llm: AdaSkipLlama) -> list[Probe]:
     return [
         probe
         for i, item in enumerate(held(llm).judge)
-        for probe in probes_of(llm, item.id, item.tokens, (JUDGED_AT,), key=(str(10007 + 7919 * i), (i + 0.5) / 4))
+        for probe in probes_of(
+            llm,
+            item.id,
+            item.tokens,
+            (JUDGED_AT,),
+            n_continued=ANSWER[0],
+            n_copied=ANSWER[1],
+            key=(str(10007 + 7919 * i), (i + 0.5) / 4),
+        )
     ]
 
 
@@ -228,11 +236,11 @@ def test_an_opened_model_takes_no_other_settings(model: Path) -> None:
 
 # -- a run that is stopped -------------------------------------------------------------------------------------------
 
-STAGES = ("Trying settings", "Calibrating", "Skipping each sublayer", "Timing sublayers", "Searching", "Judging",
+STAGES = ("Trying settings", "Calibrating", "Timing sublayers", "Searching", "Judging",
           "Measuring the speed")  # fmt: skip
 
 
-@pytest.mark.parametrize(("stopped_in", "kept"), [("Searching", 4), ("Judging", 5), ("Measuring the speed", 6)])
+@pytest.mark.parametrize(("stopped_in", "kept"), [("Searching", 3), ("Judging", 4), ("Measuring the speed", 5)])
 def test_a_run_that_was_stopped_goes_on_and_evaluates_nothing_of_its_finished_stages_again(
     stopped_in: str, kept: int, model: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +259,7 @@ def test_a_run_that_was_stopped_goes_on_and_evaluates_nothing_of_its_finished_st
     calls.tokens.clear()
     found = tune(model, calls, memo=Memo(memo, "key"))
     assert all(calls.tokens.get(stage, 0) == 0 for stage in STAGES[:kept])
-    assert all(calls.tokens[stage] > 0 for stage in STAGES[max(kept, 4) : 6])
+    assert all(calls.tokens[stage] > 0 for stage in STAGES[max(kept, 3) : 5])
     assert replace(found, n_read=0, tried=()) == replace(whole, n_read=0, tried=())
     assert found.n_read == pytest.approx(whole.n_read, abs=8)  # of each opened model llama.cpp counts up to 2 too many
 

@@ -2,10 +2,10 @@
 
 Nothing here knows a model: what a set loses and how long it takes are functions. Start at :func:`measure`.
 
-Sublayers of a kind are skipped in an *order*: the last layer first, or by what calibration measured of each alone. What
-the first k of an order lose together is measured at a few depths k, for attentions, FFNs and windows apart. Between
-them it is interpolated, and the losses of the three kinds add up: that predicts a set's loss well enough to find good
-ones, which are then judged as sets.
+Sublayers of a kind are skipped in an *order*, the last layer first: docs/method.md says why. What the first k of an
+order lose together is measured at a few depths k, for attentions, FFNs and windows apart. Between them it is
+interpolated, and the losses of the three kinds add up: that predicts a set's loss well enough to find good ones, which
+are then judged as sets.
 
 Skipped sublayers are measured after short prompts, which cost little. Windows are measured after longer ones, as they
 need something to leave out. One set of skipped sublayers is measured after both, and tells how the two compare.
@@ -31,10 +31,9 @@ LEVELS = tuple(0.006 * 1.2**i for i in range(18))
 SHARES = (8, 4)
 """Windows that are tried: an eighth and a quarter of the prompt."""
 
-_FIRST = 2.5
+_FIRST = 2.0
 """What a set needs to be promised, as a multiple of its level, until one is judged: copies from far back lose more than
-those of the shorter prompts that sets are searched by, and a promise allows for chance. Measured: 1.4 of Gemma 3, 3.4
-of SmolLM2, 5.9 of Qwen2.5-Coder."""
+those of the shorter prompts that sets are searched by, and a promise allows for chance. Measured: 1.2 to 3.8."""
 
 _DEPTHS = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0), "windowed": (1 / 2, 1.0)}
 """Depths at which an order is measured, as shares of its length."""
@@ -60,17 +59,8 @@ class Candidate:
         return marked(n_layer, self.attention, self.ffn)
 
 
-@dataclass(frozen=True)
-class Orders:
-    """Orders of layers, by what is done to them: several for a kind are alternatives, of which the better is taken.
-
-    Windows have one: on SmolLM2 those of the last half of the layers lose a third of what those of all lose.
-    """
-
-    attention: tuple[tuple[int, ...], ...]
-    ffn: tuple[tuple[int, ...], ...]
-    windowed: tuple[tuple[int, ...], ...]
-
+Orders: TypeAlias = Mapping[str, tuple[int, ...]]
+"""Layers by what is done to them, ``"attention"``, ``"ffn"`` or ``"windowed"``, in the order in which it is done."""
 
 _PARTS = ("attention", "ffn", "windowed")
 _Part: TypeAlias = tuple[str, int]
@@ -97,33 +87,6 @@ class _Curve:
             return np.array(self.lost[1]) * (depth / self.depths[1])
         logs = np.log(np.maximum(np.maximum.accumulate(self.lost), 1e-5))
         return np.exp([np.interp(depth, self.depths, kind) for kind in logs.T])
-
-
-def orders(
-    layers: Sequence[int], scores: npt.NDArray[np.float64] | None, windowable: Sequence[int], n_layer: int
-) -> Orders:
-    """Return the orders to try.
-
-    Args:
-        layers: those that may be skipped, ascending.
-        scores: float64 ``[n_layer, 2]``, what skipping each sublayer alone loses, NaN where it cannot be skipped; None
-            where that was not measured.
-        windowable: layers whose attention may look back at a window.
-    """
-    found: list[tuple[tuple[int, ...], ...]] = []
-    # Of an error few layers above are left to pass it on the more of them are skipped: see docs/method.md.
-    above = np.arange(n_layer)[::-1]
-    for kind in (0, 1):
-        last = tuple(sorted(layers, reverse=True))
-        if scores is None:
-            found.append((last,))
-            continue
-        lost = scores[:, kind] * above
-        last = tuple(layer for layer in last if not np.isnan(lost[layer]))
-        by_score = tuple(sorted(last, key=lambda layer: lost[layer]))
-        found.append((last, by_score) if by_score != last else (last,))
-    found.append((tuple(sorted(windowable, reverse=True)),))
-    return Orders(*found)
 
 
 @dataclass(frozen=True)
@@ -184,7 +147,7 @@ def measure(
         on_progress(done / total)
         return result
 
-    losses = Losses({part: _curve(part, getattr(every, part[0]), judged) for part in _CURVES}, np.ones(2))
+    losses = Losses({part: _curve(part, every[part[0]], judged) for part in _CURVES}, np.ones(2))
     middle = LEVELS[len(LEVELS) // 2]
     if (one := _fastest(losses.grid((), seconds), middle, seconds(Candidate()))) is None:
         return losses
@@ -239,8 +202,7 @@ def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: fl
 
 def n_judged(every: Orders) -> int:
     """Return the number of sets that :func:`measure` has judged at most."""
-    found = [(part, getattr(every, part[0])) for part in _CURVES]
-    return 1 + sum(len(_depths(part, orders[0])) + len(orders) - 1 for part, orders in found)
+    return 1 + sum(len(_depths(part, every[part[0]])) for part in _CURVES)
 
 
 def _depths(part: _Part, order: Sequence[int]) -> tuple[int, ...]:
@@ -249,36 +211,17 @@ def _depths(part: _Part, order: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(round(share * len(order)) for share in shares if round(share * len(order))))
 
 
-def _curve(part: _Part, alternatives: Sequence[tuple[int, ...]], judged: Callable[[Candidate, bool], Lost]) -> _Curve:
-    """Measure the better of some orders, compared at the depth before the last.
-
-    Few layers in the middle of a model hold what copies, so the last half of the layers mostly loses it: on SmolLM2
-    skipping attention 16 of 30 alone costs 0.34 nats per token in copies, and none of its neighbours more than 0.03.
-    An order by scores leaves such layers for the end.
-    """
-    name, share = part
-
-    def of(order: Sequence[int], depth: int) -> Lost:
-        layers: dict[str, Any] = {name: tuple(sorted(order[:depth]))}
-        return judged(Candidate(**layers, share=share or SHARES[0]), name == "windowed")
-
-    best = alternatives[0]
-    depths = _depths(part, best)
-    known: dict[int, Lost] = {}
+def _curve(part: _Part, order: tuple[int, ...], judged: Callable[[Candidate, bool], Lost]) -> _Curve:
+    (name, share), depths, lost = part, _depths(part, order), list[Lost]()
     if not depths:
         return _Curve((), (0, 1), ((0.0, 0.0), (0.0, 0.0)))
-    if len(alternatives) > 1:
-        deep = depths[max(len(depths) - 2, 0)]
-        compared = [of(order, deep) for order in alternatives]
-        at = min(range(len(compared)), key=lambda i: max(compared[i]))
-        best, known = alternatives[at], {deep: compared[at]}
-    lost: list[Lost] = []
     for depth in depths:
         if lost and max(lost[-1]) > LEVELS[-1]:  # deeper ones are of no use: take it that they lose much more
             lost.append((4 * lost[-1][0], 4 * lost[-1][1]))
         else:
-            lost.append(known[depth] if depth in known else of(best, depth))
-    return _Curve(best, (0, *depths), ((0.0, 0.0), *lost))
+            layers: dict[str, Any] = {name: tuple(sorted(order[:depth]))}
+            lost.append(judged(Candidate(**layers, share=share or SHARES[0]), name == "windowed"))
+    return _Curve(order, (0, *depths), ((0.0, 0.0), *lost))
 
 
 def _parts(share: int) -> list[tuple[str, _Part]]:

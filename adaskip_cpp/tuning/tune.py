@@ -15,16 +15,13 @@ from importlib import metadata
 from itertools import product
 from typing import Any
 
-import numpy as np
-
 from ..calibration.calibrate import calibrate, late_layers
 from ..calibration.cost import measure_cost, set_aside
-from ..calibration.divergence import N_ANSWER, N_PROMPT, measure_divergence
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..measuring import corpus
-from ..measuring.judge import Judge, Probe, probes_of
+from ..measuring.judge import N_CONTINUED, N_COPIED, Judge, Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Point
 from ..model.plan import Bulk, SkipPlan, window_size_for
@@ -38,7 +35,7 @@ from .exact import FoundSettings, fastest_settings
 from .figures import Judged, quality_of
 from .hold_out import HeldOut, hold_out
 from .memo import Memo
-from .path import SHARES, Candidate, aim, find_path, measure, orders
+from .path import SHARES, Candidate, aim, find_path, measure
 from .speed import measure_speed
 
 MOST_TOKENS = 120_000
@@ -59,7 +56,10 @@ _SEARCHED_AT = 512, 1024
 """Tokens of the short and of the long prompts that sets are searched by; windows by the long ones alone."""
 _N_TEXTS, _N_SEARCHED = 4, 2
 """Held-out texts that plans are judged on, and those that sets are searched by."""
-_AIMS = (0.05, 0.1, 0.02, 0.035, 0.07, 0.2)
+_ANSWER = 128, 136
+"""Tokens of the answers that plans are judged by: those that continue and those that copy. They take little beside the
+prompt, and one token may lose as much as fifty others."""
+_AIMS = (0.05, 0.02, 0.1, 0.035, 0.07, 0.2)
 """Promises for which the fastest plan is looked for, one after the other while tokens last."""
 _N_ROUNDS = 3
 """Times that each prompt is timed at the end."""
@@ -132,7 +132,7 @@ class _Tuning:
         kinds = unseen_texts() if texts is None else [texts]
         with self._model(Settings(**self.given)) as llm:  # is there enough text? Trying settings takes minutes
             may_skip = any(row.in_bulk for row in llm.sublayers)
-            held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + 64) if may_skip else None
+            held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + _ANSWER[0]) if may_skip else None
             prompt = self._prompt(llm, kinds)
         found = FoundSettings(Settings(**self.given), (), 0) if self.opened is not None else self._find_settings()
         self.n_read, settings = found.n_tokens, found.settings
@@ -141,7 +141,7 @@ class _Tuning:
         with self._model(settings) as llm:
             machine = cost_settings(llm)
             if held is not None:
-                profile = self._calibrate(llm, data, held)
+                profile = self._calibrate(llm, data)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
                 points = self._points(llm, profile, held)
         self.n_read += self.memo.n_read
@@ -180,8 +180,8 @@ class _Tuning:
             self.tell(f"This model reads {rate:,.0f} tokens per second, so what follows takes about {took} min.")
         return found
 
-    def _calibrate(self, llm: AdaSkipLlama, data: Mapping[str, str] | None, held: HeldOut) -> Profile:
-        """Learn maps, scores and costs, or take up the profile of a run that was stopped."""
+    def _calibrate(self, llm: AdaSkipLlama, data: Mapping[str, str] | None) -> Profile:
+        """Learn maps and costs, or take up the profile of a run that was stopped."""
         known = self.memo.profile(llm.model_info)
         if known is not None:
             return known
@@ -198,10 +198,7 @@ class _Tuning:
         )
         with self.on_stage("Timing sublayers") as on_progress:
             cost = measure_cost(llm, contexts=_COST_CONTEXTS, seconds=_COST_S, on_progress=on_progress)
-        piece = held.search[0].tokens[: N_PROMPT + N_ANSWER]
-        with self.on_stage("Skipping each sublayer") as on_progress:
-            lost = measure_divergence(llm, profile, [piece], layers=_middle_layers(llm), on_progress=on_progress)
-        profile = replace(profile, cost=cost, divergence=lost[0], copying=lost[1])
+        profile = replace(profile, cost=cost)
         self.memo.keep_profile(profile)
         return profile
 
@@ -209,7 +206,10 @@ class _Tuning:
         """Find the path and judge its plans, the nearest to the default promise first while tokens last."""
         planned = _Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
-            judges = [Judge(llm, self._probes(llm, held.search[:_N_SEARCHED], (n,))) for n in _SEARCHED_AT]
+            judges = [
+                Judge(llm, self._probes(llm, held.search[:_N_SEARCHED], n, (N_CONTINUED, N_COPIED)))
+                for n in _SEARCHED_AT
+            ]
 
             def lost(candidate: Candidate, long: bool) -> tuple[float, float]:
                 search, n_prompt = judges[long], _SEARCHED_AT[long]
@@ -220,13 +220,12 @@ class _Tuning:
 
                 return tuple(self.memo.get(f"search {candidate} at {n_prompt}", list[float], judge))  # type: ignore[return-value]
 
-            every = orders(planned.layers, planned.scores, planned.windowable, llm.n_layer)
-            losses = measure(every, lost, partial(planned.seconds, context=_LONG), on_progress=on_progress)
+            losses = measure(planned.orders, lost, partial(planned.seconds, context=_LONG), on_progress=on_progress)
         paths = {
             length: find_path(losses, partial(planned.seconds, context=length), shares)
             for length, shares in ((_JUDGED_AT, ()), (_LONG, SHARES))
         }
-        probes = self._probes(llm, held.judge, (_JUDGED_AT,))
+        probes = self._probes(llm, held.judge, _JUDGED_AT, _ANSWER)
         judge = Judge(llm, probes)
         each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
@@ -253,11 +252,15 @@ class _Tuning:
                     on_progress(1 - max(left(), 0) / n_begin)
         return sorted(found.values(), key=lambda each: each.speedup(_LONG))
 
-    def _probes(self, llm: AdaSkipLlama, items: Sequence[TextItem], cuts: Sequence[int]) -> list[Probe]:
-        found = []
+    def _probes(
+        self, llm: AdaSkipLlama, items: Sequence[TextItem], n_prompt: int, n_answer: tuple[int, int]
+    ) -> list[Probe]:
+        (n_continued, n_copied), found = n_answer, list[Probe]()
         for i, item in enumerate(items):
             key = str(10007 + 7919 * i % 89989), (i + 0.5) / len(items)
-            found += probes_of(llm, item.id, item.tokens, cuts, key=key)
+            found += probes_of(
+                llm, item.id, item.tokens, (n_prompt,), n_continued=n_continued, n_copied=n_copied, key=key
+            )
         return found
 
     @contextmanager
@@ -280,23 +283,18 @@ class _Tuning:
             return AdaSkipLlama(self.path, n_ctx=n_ctx, verbose=False, **{**self.kwargs, **settings.to_kwargs()})
 
 
-def _middle_layers(llm: AdaSkipLlama) -> range:
-    """Return the layers of which each sublayer is skipped alone, to find an order: those that hold what copies."""
-    late = late_layers(llm)
-    return late[: len(late) // 2]
-
-
 class _Planned:
     """Makes plans of candidates, and predicts their times."""
 
     def __init__(self, llm: AdaSkipLlama, profile: Profile) -> None:
         assert profile.cost is not None
         self.profile, self.cost = profile, profile.cost
-        self.layers, self.scores = late_layers(llm), profile.lost
-        if self.scores is not None:  # the last layers are skipped first, whatever each of them loses
-            last = slice(_middle_layers(llm).stop, None)
-            self.scores[last] = np.where(profile.in_bulk[last], 0.0, np.nan)
-        self.windowable = [row.layer for row in llm.sublayers if row.windowable]
+        last = late_layers(llm)[::-1]
+        self.orders = {
+            "attention": tuple(layer for layer in last if profile.in_bulk[layer, 0]),
+            "ffn": tuple(layer for layer in last if profile.in_bulk[layer, 1]),
+            "windowed": tuple(row.layer for row in reversed(llm.sublayers) if row.windowable),
+        }
 
     def plan(self, candidate: Candidate, window_size: int) -> SkipPlan:
         request = PlanRequest(mode="prompt", window_size=window_size)
