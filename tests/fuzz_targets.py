@@ -13,16 +13,18 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 from abi_calls import Calls, fresh_logits
 from gguf_files import changed_model
 from served import BULK_PLAN
+from state_files import FOLDER_KEY, changed_state, put_file
 from test_longbench import LLM, chat
 from tiny_families import ENCODERS, FAMILIES
 from tiny_models import add_chat_template, write_model
@@ -36,6 +38,7 @@ from adaskip_cpp.serving.app import make_app
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.plans import Plans
 from adaskip_cpp.serving.prefix_cache import PrefixCache
+from adaskip_cpp.serving.request import ServedRequest
 
 __all__ = ["TARGETS", "GgufError"]
 
@@ -217,6 +220,101 @@ def abi(data: bytes) -> None:
     finally:
         calls.close()
     assert fresh_logits(llm) == expected
+
+
+# --- cached states ----------------------------------------------------------------------------------------------------
+
+STATE_FAMILIES = ("llama", "gemma3", "jamba")
+
+
+class Kept:
+    """A model as the server has it, and the file of a prompt that it has read; ``llama`` has a plan with a bulk."""
+
+    def __init__(self, family: str) -> None:
+        plans = Plans(BULK_PLAN if family == "llama" else None, None, 0.05, None, 256)
+        self.folder = folder() / f"states-{family}"
+        self.elsewhere = folder() / "elsewhere"
+        self._llm = ServedLlama(str(source(family)), plans=plans, cache=PrefixCache(1 << 24), **SETTINGS)
+        self._tokens = [1, *range(3, 103)]
+        _KEPT.callback(self._llm.close)
+        cache = self.opened({})
+        self.expected = self.answer()
+        self.plain = self.plain_answer()
+        cache.close()
+        (path,) = self.folder.glob("*.adaskip-prefix")
+        self.name, self.content = path.name, path.read_bytes()
+
+    def opened(self, files: dict[str, tuple[bytes, str]]) -> PrefixCache:
+        """The cache of a folder with these files, and the folder's key if none of them is one."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(mode=0o700)
+        for name, (content, kind) in {"hmac.key": (FOLDER_KEY, "file"), **files}.items():
+            with suppress(OSError, ValueError):  # a name that no file can have
+                put_file(self.folder / name, content, kind, self.elsewhere)
+        cache = self._llm.prefix_cache = PrefixCache(1 << 24, self.folder)
+        cache.can_rewind = not self._llm.has_state
+        return cache
+
+    def _answer(self, prompt: list[int], *, reuses: bool = True) -> list[int]:
+        self._llm.request = ServedRequest(reuses=reuses)
+        with closing(self._llm.generate(prompt, temp=0)) as steps:
+            return list(itertools.islice(steps, 3))
+
+    def forget(self) -> None:
+        """Empty its memory: the values of a signed state are believed, and may be no numbers."""
+        self._llm._ctx.kv_cache_clear()
+        self._llm.reset()
+
+    def answer(self) -> list[int]:
+        """What it answers to the prompt that was read."""
+        return self._answer(self._tokens)
+
+    def plain_answer(self) -> list[int]:
+        """What it answers to another one, of which nothing is kept."""
+        return self._answer([1, *range(50, 90)], reuses=False)
+
+
+@functools.cache
+def _kept(family: str) -> Kept:
+    return Kept(family)
+
+
+@target
+def state(data: bytes) -> None:
+    """A folder of cached states: bytes of one file, or ``{"model": FAMILY, "files": [{"name": ..., ...}, ...]}``.
+
+    See :func:`state_files.changed_state`; a name of "*" is that of the real file. What nobody signed is not believed,
+    whatever is signed does no harm to the next request, and nothing outside the folder changes.
+    """
+    try:
+        asked = json.loads(data)
+        kept = _kept(asked["model"] if asked["model"] in STATE_FAMILIES else STATE_FAMILIES[0])
+        listed = asked["files"][:5]
+        made = [changed_state(kept.content, each) for each in listed]
+        names = [kept.name if each["name"] == "*" else str(each["name"]).replace("/", "") for each in listed]
+        files = {
+            name: (content, each.get("kind", "file"))
+            for name, each, (content, _) in zip(names, listed, made, strict=True)
+        }
+        is_signed = any(each.get("signed") for each in listed)
+    except (LookupError, RecursionError, TypeError, ValueError, OverflowError, AttributeError):
+        kept, is_signed = _kept(STATE_FAMILIES[0]), False
+        files = {kept.name: (data, "file")}
+    kept.elsewhere.write_bytes(b"elsewhere")
+    try:
+        cache = kept.opened(files)
+    except AdaSkipError:  # its key is a link or a pipe
+        return
+    before = kept.elsewhere.read_bytes()
+    answer = kept.answer()
+    assert is_signed or answer == kept.expected
+    for entry in list(cache.entries):
+        found = cache.take(entry)
+        assert is_signed or found is None or kept.content.endswith(found)
+    kept.forget()
+    assert kept.plain_answer() == kept.plain
+    cache.close()
+    assert kept.elsewhere.read_bytes() == before
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
