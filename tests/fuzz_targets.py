@@ -433,7 +433,7 @@ def grammar(data: bytes) -> None:
     """A request that asks for an answer of some form, as :func:`server`, with "RULES" for what the last line says.
 
     That is a grammar, as it is or as a list of its pieces, or a JSON schema. Neither takes long, and an answer that
-    ended by itself is JSON where a schema was given.
+    ended by itself is JSON where a schema without a pattern was given.
     """
     line, _, rest = data.partition(b"\n")
     body, _, rules = rest.partition(b"\n")
@@ -451,7 +451,7 @@ def grammar(data: bytes) -> None:
         case (
             {"response_format": {"type": "json_object"}, **more},
             {"choices": [{"finish_reason": "stop", "message": {"content": str() as text}}]},
-        ) if not more.keys() & {"stop", "tools", "functions"}:
+        ) if not more.keys() & {"stop", "tools", "functions"} and b'"pattern"' not in rules:
             json.loads(text)
 
 
