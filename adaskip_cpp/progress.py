@@ -1,7 +1,9 @@
 """Progress on stderr for whatever takes longer than two seconds."""
 
 import contextlib
+import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -10,7 +12,9 @@ from typing import Protocol, TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-_SHOW_AFTER_S = 2.0  # work that is expected to take longer than this gets a progress display
+_SHOW_AFTER_S = 2.0  # work that takes longer than this, or is expected to, gets a progress display
+_BEGUN = 1e-9  # of all work
+_DRAWN_HZ = 2  # as drawing takes processor time from a model
 _LINES_S = 60.0  # between two lines of progress where there is no terminal
 
 
@@ -32,7 +36,7 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
     """Yield what moves a progress bar on stderr, if that is a terminal.
 
     Args:
-        is_patient: show it once the work is known to take more than 2 s, and not when it is first moved.
+        is_patient: show it after 2 s, or once the work is known to take longer, and not when it is first moved.
         still: draw it when it is moved and never else, as what is measured meanwhile would pay for that.
     """
     if not sys.stderr.isatty():
@@ -41,8 +45,18 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
     start = time.monotonic()
     columns = TextColumn(label), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.description}")
     console = Console(stderr=True)
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=not still)
+    bar = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        auto_refresh=not still,
+        refresh_per_second=_DRAWN_HZ,
+        speed_estimate_period=math.inf,  # a move may take minutes
+    )
     task = bar.add_task("", total=1.0)
+    bar.advance(task, _BEGUN)  # rich tells the time left from the second move on
+    shown_later = threading.Timer(_SHOW_AFTER_S, bar.start)
 
     def on_progress(fraction: float, words: str = "") -> None:
         takes_long = fraction > 0 and (time.monotonic() - start) / fraction > _SHOW_AFTER_S
@@ -51,8 +65,13 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
         bar.update(task, completed=fraction, description=words, refresh=still)
 
     try:
+        if is_patient:
+            shown_later.start()
         yield on_progress
     finally:
+        shown_later.cancel()
+        if is_patient:
+            shown_later.join()
         if bar.live.is_started:
             bar.stop()
 

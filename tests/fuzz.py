@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_STEERING = ("adaskip_cpp", "abi_calls", "gguf_files")
+_STEERING = ("adaskip_cpp", "abi_calls", "gguf_files", "state_files")
 """Modules whose coverage steers; native code's is not seen, so what an input asks of it stands for it."""
 
 _RAW = [

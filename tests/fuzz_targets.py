@@ -13,16 +13,19 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 from abi_calls import Calls, fresh_logits
 from gguf_files import changed_model
 from served import BULK_PLAN
+from state_files import FOLDER_KEY, changed_state, put_file
 from test_longbench import LLM, chat
 from tiny_families import ENCODERS, FAMILIES
 from tiny_models import add_chat_template, write_model
@@ -36,6 +39,7 @@ from adaskip_cpp.serving.app import make_app
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.plans import Plans
 from adaskip_cpp.serving.prefix_cache import PrefixCache
+from adaskip_cpp.serving.request import ServedRequest
 
 __all__ = ["TARGETS", "GgufError"]
 
@@ -219,10 +223,110 @@ def abi(data: bytes) -> None:
     assert fresh_logits(llm) == expected
 
 
+# --- cached states ----------------------------------------------------------------------------------------------------
+
+STATE_FAMILIES = ("llama", "gemma3", "jamba")
+
+
+class Kept:
+    """A model as the server has it, and the file of a prompt that it has read; ``llama`` has a plan with a bulk."""
+
+    def __init__(self, family: str) -> None:
+        plans = Plans(BULK_PLAN if family == "llama" else None, None, 0.05, None, 256)
+        self.folder = folder() / f"states-{family}"
+        self.elsewhere = folder() / "elsewhere"
+        self._llm = ServedLlama(str(source(family)), plans=plans, cache=PrefixCache(1 << 24), **SETTINGS)
+        self._tokens = [1, *range(3, 103)]
+        _KEPT.callback(self._llm.close)
+        cache = self.opened({})
+        self.expected = self.answer()
+        self.plain = self.plain_answer()
+        cache.close()
+        (path,) = self.folder.glob("*.adaskip-prefix")
+        self.name, self.content = path.name, path.read_bytes()
+
+    def opened(self, files: dict[str, tuple[bytes, str]]) -> PrefixCache:
+        """The cache of a folder with these files, and the folder's key if none of them is one."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(mode=0o700)
+        for name, (content, kind) in {"hmac.key": (FOLDER_KEY, "file"), **files}.items():
+            with suppress(OSError, ValueError):  # a name that no file can have
+                put_file(self.folder / name, content, kind, self.elsewhere)
+        cache = self._llm.prefix_cache = PrefixCache(1 << 24, self.folder)
+        cache.can_rewind = not self._llm.has_state
+        return cache
+
+    def _answer(self, prompt: list[int], *, reuses: bool = True) -> list[int]:
+        self._llm.request = ServedRequest(reuses=reuses)
+        with closing(self._llm.generate(prompt, temp=0)) as steps:
+            return list(itertools.islice(steps, 3))
+
+    def forget(self) -> None:
+        """Empty its memory: the values of a signed state are believed, and may be no numbers."""
+        self._llm._ctx.kv_cache_clear()
+        self._llm.reset()
+
+    def answer(self) -> list[int]:
+        """What it answers to the prompt that was read."""
+        return self._answer(self._tokens)
+
+    def plain_answer(self) -> list[int]:
+        """What it answers to another one, of which nothing is kept."""
+        return self._answer([1, *range(50, 90)], reuses=False)
+
+
+@functools.cache
+def _kept(family: str) -> Kept:
+    return Kept(family)
+
+
+@target
+def state(data: bytes) -> None:
+    """A folder of cached states: bytes of one file, or ``{"model": FAMILY, "files": [{"name": ..., ...}, ...]}``.
+
+    See :func:`state_files.changed_state`; a name of "*" is that of the real file. What nobody signed is not believed,
+    whatever is signed does no harm to the next request, and nothing outside the folder changes.
+    """
+    try:
+        asked = json.loads(data)
+        kept = _kept(asked["model"] if asked["model"] in STATE_FAMILIES else STATE_FAMILIES[0])
+        listed = asked["files"][:5]
+        made = [changed_state(kept.content, each) for each in listed]
+        names = [kept.name if each["name"] == "*" else str(each["name"]).replace("/", "") for each in listed]
+        files = {
+            name: (content, each.get("kind", "file"))
+            for name, each, (content, _) in zip(names, listed, made, strict=True)
+        }
+        is_signed = any(each.get("signed") for each in listed)
+    except (LookupError, RecursionError, TypeError, ValueError, OverflowError, AttributeError):
+        kept, is_signed = _kept(STATE_FAMILIES[0]), False
+        files = {kept.name: (data, "file")}
+    kept.elsewhere.write_bytes(b"elsewhere")
+    try:
+        cache = kept.opened(files)
+    except AdaSkipError:  # its key is a link or a pipe
+        return
+    before = kept.elsewhere.read_bytes()
+    try:
+        answer = kept.answer()
+        assert is_signed or answer == kept.expected
+    except AdaSkipError:  # a cell at the last position that there is
+        assert is_signed
+    for entry in list(cache.entries):
+        found = cache.take(entry)
+        assert is_signed or found is None or kept.content.endswith(found)
+    kept.forget()
+    assert kept.plain_answer() == kept.plain
+    cache.close()
+    assert kept.elsewhere.read_bytes() == before
+
+
 # --- the server -------------------------------------------------------------------------------------------------------
 
-_PATIENCE, _MOST_WAIT = 5, 100
-"""Seconds that a client waits before it leaves, as a grammar may take long for each token; the server ends it then."""
+_PATIENCE, _MOST_WAIT, _MOST_CPU = 5, 100, 20
+"""Seconds that a client waits before it leaves, as a grammar may take long for each token; the server ends it then.
+
+Meanwhile it may take somewhat more of the processor, and on a busy machine far longer."""
 
 
 class Served:
@@ -307,9 +411,51 @@ def _plain_text() -> str:
 def server(data: bytes) -> None:
     """A request: the path in the first line, and its body. No status is 5xx, and the next request is answered."""
     path, _, body = data.partition(b"\n")
+    _ask(path, body)
+
+
+def _ask(path: bytes, body: bytes) -> bytes:
     expected = _plain_text()
     name = path.decode(errors="replace")
     status, content = _served().post(name if name in PATHS else PATHS[len(path) % len(PATHS)], body)
     assert status == 0 or 200 <= status < 500, (status, content)  # 0: it left before anything was there
     assert b'"internal_server_error"' not in content, content  # the end of a stream that had begun
     assert _text(_served().post("/v1/completions", _PLAIN)) == expected
+    return content
+
+
+def _joined(pieces: Any) -> str:
+    return "".join(map(_joined, pieces)) if isinstance(pieces, list) else str(pieces)
+
+
+@target
+def grammar(data: bytes) -> None:
+    """A request that asks for an answer of some form, as :func:`server`, with "RULES" for what the last line says.
+
+    That is a grammar, as it is or as a list of its pieces, or a JSON schema. Neither takes long, and an answer that
+    ended by itself is JSON where a schema without a pattern was given.
+    """
+    line, _, rest = data.partition(b"\n")
+    body, _, rules = rest.partition(b"\n")
+    try:
+        found = json.loads(rules)
+        if isinstance(found, list):
+            rules = json.dumps(_joined(found)).encode()
+    except (RecursionError, ValueError):
+        rules = json.dumps(rules.decode(errors="replace")).encode()
+    body = body.replace(b'"RULES"', rules)
+    begun = time.process_time()
+    content = _ask(line, body)
+    assert time.process_time() - begun < _MOST_CPU
+    match _read(body), _read(content):
+        case (
+            {"response_format": {"type": "json_object"}, **more},
+            {"choices": [{"finish_reason": "stop", "message": {"content": str() as text}}]},
+        ) if not more.keys() & {"stop", "tools", "functions"} and b'"pattern"' not in rules:
+            json.loads(text)
+
+
+def _read(content: bytes) -> Any:
+    """JSON, or None where it is none."""
+    with suppress(RecursionError, ValueError):
+        return json.loads(content)

@@ -374,7 +374,7 @@ def test_progress_is_shown_on_a_terminal_if_it_takes_long(
 ) -> None:
     stderr = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", -1.0 if slow else 1e9)
+    monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", -1.0 if slow else 1e6)
     calibrate(llm, ["hello", "world"], on_stage=stage)
     assert ("Calibrating" in stderr.getvalue()) is shown
 

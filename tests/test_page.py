@@ -153,6 +153,24 @@ def test_both_answers_arrive_with_their_figures(page: Page) -> None:
     assert re.search(r"first token \d+\.\d times as (soon|late): after .+ s instead of .+ s\.", page["summary"].text)
 
 
+def test_a_bar_tells_how_far_the_prompt_is_and_the_time_left_until_the_first_token(page: Page) -> None:
+    said = page.run(
+        "const side = new Side('x'), told = [{processed: 100}, {processed: 512}, {processed: 900}];"
+        "return told.map((each) => { side.reads({total: 900, cache: 100, time_ms: 6180, ...each});"
+        "  return [side.root.querySelector('dd [data-of=prompt]').textContent,"
+        "    side.root.querySelector('progress').value] })"
+    )
+    assert said == [["100 of 900", 0], ["512 of 900, 6 s left", 0.515], ["900 of 900, 0 s left", 1]]
+    page.run(
+        "window.seen = [];"
+        "const keep = (changes) => changes.forEach(({target}) => target.hidden || seen.push(target.value));"
+        "new MutationObserver(keep).observe(at('sides'), {subtree: true, attributeFilter: ['value']})"
+    )
+    page.ask()
+    assert 1 in page.run("return seen")
+    assert not any(bar.is_displayed() for bar in page.all("progress"))
+
+
 def test_the_strip_and_its_words_tell_what_was_skipped(page: Page) -> None:
     """Attention 1 and FFN 2 are hollow and named; of the whole model all is filled."""
     page.ask()

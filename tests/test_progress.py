@@ -1,8 +1,21 @@
-"""Progress where there is no terminal."""
+"""Progress on a terminal, and where there is none."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from adaskip_cpp.progress import told_progress
+from adaskip_cpp.progress import progress_bar, told_progress
+
+ERASED = "\x1b[2K"
+"""What takes the last line of a terminal away."""
+
+_RUN = "import adaskip_cpp.progress as p; p._SHOW_AFTER_S = {}; from adaskip_cpp.cli.main import main; main()"
 
 
 def test_without_a_terminal_there_is_a_line_a_minute_with_an_estimate(
@@ -17,3 +30,75 @@ def test_without_a_terminal_there_is_a_line_a_minute_with_an_estimate(
         "Searching: 20% done, about 4 min left",
         "Searching: 40% done, about 3 min left",
     ]
+
+
+Shown = Callable[..., str]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """``shown("verb", ..., after=0)``: what a terminal gets of a verb whose bars show after so many seconds."""
+    pty = pytest.importorskip("pty", reason="Windows has no pseudo terminals")
+
+    def run(*words: object, after: float, typed: str = "") -> str:
+        here, there = pty.openpty()
+        command = [sys.executable, "-c", _RUN.format(after), *map(str, words)]
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=there, stderr=there, env=environment, text=True
+        ) as process:
+            os.close(there)
+            assert process.stdin is not None
+            process.stdin.write(typed)
+            process.stdin.close()
+            parts = []
+            while part := _read(here):
+                parts.append(part)
+        os.close(here)
+        assert process.returncode == 0, parts
+        return b"".join(parts).decode()
+
+    return run
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # how Linux says that nobody writes any more
+        return b""
+
+
+LONG = "the of to an in error there other one " * 12
+
+
+def generate(shown: Shown, model: Path, after: float) -> str:
+    return shown("generate", model, "-p", LONG, "--ctx", 1024, "--max-tokens", 4, "--temp", 0, after=after)
+
+
+def test_a_prompt_that_takes_long_has_a_bar_which_is_gone_before_the_first_token(
+    shown: Shown, served_model: Path
+) -> None:
+    told = generate(shown, served_model, after=0)
+    bar, _, answer = told.rpartition(ERASED)
+    assert "Reading the prompt" in bar and "100%" in bar
+    assert "Reading" not in answer and "first token after" in answer
+    assert "Reading" not in generate(shown, served_model, after=1e6), "what takes no time has no bar"
+
+
+def test_so_has_a_message_of_a_chat(shown: Shown, served_model: Path) -> None:
+    words = "chat", served_model, "--ctx", 1024, "--max-tokens", 4, "--temp", 0
+    bar, _, answer = shown(*words, after=0, typed=f"{LONG}\n").rpartition(ERASED)
+    assert "Reading the prompt" in bar and "Reading" not in answer and "context" in answer
+
+
+def test_a_bar_shows_in_time_though_its_work_has_not_moved_and_after_one_move_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", 0.05)
+    with progress_bar("Reading") as on_progress:
+        on_progress(0.0)
+        time.sleep(0.5)
+        assert "-:--:--" in capsys.readouterr().err
+        on_progress(0.25)
+    assert re.search(r" 25% .* 0:00:0[2-9]", re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().err))

@@ -654,6 +654,29 @@ def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLl
     assert len(answer) == 6
 
 
+def test_an_answer_that_ends_within_a_character_ends_after_its_last_byte_or_where_the_context_is_full(
+    served: ServedLlama,
+) -> None:
+    """Stock goes on beyond ``max_tokens`` until the character is whole, and fails where there is no room."""
+    half = next(token for token in range(served.n_vocab()) if served.detokenize([token]) == b"\xe3")
+    body = {"prompt": "the", "temperature": 0, "logit_bias": {half: 100}}
+    for most, n_expected in ((2000, served.context_size + 1 - 4), (2, 5)):
+        request = read_body("/v1/completions", json.dumps({**body, "max_tokens": most}).encode())
+        (choice,) = served.answer(request)["choices"]
+        assert choice["finish_reason"] == "length"
+        assert request.n_generated == n_expected, "the last token needs no room, and a character has four bytes at most"
+
+
+def test_what_follows_a_schema_is_json_whatever_the_model_prefers(served: ServedLlama) -> None:
+    """Stock lets line breaks into texts, as they are."""
+    (line_break,) = (token for token in range(served.n_vocab()) if served.detokenize([token]) == b"\n")
+    form = {"type": "json_object", "schema": {"type": "string", "maxLength": 3}}
+    body = {"messages": [{"role": "user", "content": "a"}], "response_format": form, "max_tokens": 20}
+    body |= {"logit_bias": {line_break: 100}, "temperature": 0}
+    (choice,) = served.answer(read_body("/v1/chat/completions", json.dumps(body).encode()))["choices"]
+    assert choice["finish_reason"] == "stop" and json.loads(choice["message"]["content"]) is not None
+
+
 def test_logprobs_are_those_of_the_stock_library(served: ServedLlama, tiny: Tiny) -> None:
     """Against llama-cpp-python with ``logits_all``: of a prompt and its answer; it tells none of the first token."""
     options = {"max_tokens": 5, "temperature": 0.0, "logprobs": 3, "echo": True, "logit_bias": {2: -100.0}}

@@ -18,6 +18,7 @@ from ..model.identity import profile_path
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
+from ..progress import progress_bar
 from .plan import print_plan
 from .planning import PlanSource, load_profile, source_options
 from .report import PHASE_WORDS, first_token_line, skipped_counts, skipped_words
@@ -118,7 +119,9 @@ class Conversation:
                 f"the context is full: with this message the conversation has {len(prompt):,} tokens of {n_ctx:,}; "
                 "/reset begins a new one, a start with a larger --ctx gives more room"
             )
-        return Generation(self.llm, prompt, max_tokens=self.max_tokens, temperature=self.temperature)
+        return Generation(
+            self.llm, prompt, max_tokens=self.max_tokens, temperature=self.temperature, on_stage=progress_bar
+        )
 
     def answer(self, text: str) -> None:
         """Stream the answer and tell its figures; Ctrl-C ends the answer and keeps what there is of it."""

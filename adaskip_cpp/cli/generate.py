@@ -9,6 +9,7 @@ from ..engine.llama import AdaSkipLlama
 from ..files import read_text
 from ..measuring.running import Running, open_quietly
 from ..model.mode import MODES
+from ..progress import progress_bar
 from .planning import PlanSource, source_options
 from .report import first_token_line, kv_line, skipped_lines, speed_lines
 from .terminal import RUNNING, answer_options, console, option, verb
@@ -65,7 +66,8 @@ def generate(
     source.tell(err, llm)
     if seed is not None:
         llm.set_seed(seed)
-    answer = Generation(llm, _tokens(llm, text, chat), max_tokens=max_tokens, temperature=temp)
+    prompt_tokens = _tokens(llm, text, chat)
+    answer = Generation(llm, prompt_tokens, max_tokens=max_tokens, temperature=temp, on_stage=progress_bar)
     for piece in answer:
         click.echo(piece, nl=False)
     click.echo()

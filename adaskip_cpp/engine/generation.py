@@ -4,11 +4,13 @@ import codecs
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, TypeAlias
 
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ..errors import RequestError
+from ..progress import Stage, silent
 from .llama import AdaSkipLlama
 
 Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"  # who says what in a chat
@@ -49,9 +51,18 @@ class Generation:
     """An answer to a prompt of token ids: iterate over it for its text, once. What is cached of the prompt is used.
 
     ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated.
+    ``on_stage`` shows how far the prompt is read, and is left before the first text.
     """
 
-    def __init__(self, llm: AdaSkipLlama, prompt: list[int], *, max_tokens: int, temperature: float = 0.0) -> None:
+    def __init__(
+        self,
+        llm: AdaSkipLlama,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        on_stage: Stage = silent,
+    ) -> None:
         if not prompt:
             raise RequestError("the prompt is empty; write something to answer")
         if max_tokens < 1:
@@ -62,7 +73,7 @@ class Generation:
                 f"the prompt has {len(prompt)} tokens, the context {n_ctx}; "
                 "shorten the prompt or use a larger context (--ctx)"
             )
-        self._llm, self._prompt, self._temperature = llm, prompt, temperature
+        self._llm, self._prompt, self._temperature, self._on_stage = llm, prompt, temperature, on_stage
         self._max_tokens, self._room = max_tokens, n_ctx - len(prompt)
         self.timing: Timing | None = None
 
@@ -75,7 +86,7 @@ class Generation:
         is_cut = False
         tokens = self._llm.generate(self._prompt, temp=self._temperature)
         try:
-            for token in tokens:
+            for token in chain(self._first(tokens), tokens):
                 last = time.perf_counter()
                 if n_generated == 0:
                     first = last
@@ -96,6 +107,24 @@ class Generation:
                 self.timing = Timing(len(self._prompt), n_evaluated, n_generated, first - start, last - first, is_cut)
         if text := decoder.decode(b"", final=True):
             yield text
+
+    def _first(self, tokens: Generator[int, Sequence[int] | None, None]) -> list[int]:
+        """Read the prompt; return the first token, if there is one."""
+        llm, n_cached, before = self._llm, -1, self._llm.on_batch
+
+        def on_batch(n_tokens: int) -> None:
+            nonlocal n_cached
+            n_cached = n_tokens if n_cached < 0 else n_cached
+            on_progress((n_tokens - n_cached) / (len(self._prompt) - n_cached))
+
+        with self._on_stage("Reading the prompt") as on_progress:
+            llm.on_batch = on_batch
+            try:
+                return [next(tokens)]
+            except StopIteration:
+                return []
+            finally:
+                llm.on_batch = before
 
 
 def has_chat_template(llm: AdaSkipLlama) -> bool:

@@ -1,7 +1,7 @@
 # Long, as what is cached, which plan is in force and how the next tokens are cut into phases hang together.
 """``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -63,6 +63,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     Attributes:
         frontier: what `adaskip-cpp tune` found, where the model was opened with it.
         max_loss: the promise that a plan is chosen by for each prompt; None where :meth:`set_plan` was given one plan.
+        on_batch: called with the number of tokens in memory when an evaluation begins, and after each of its batches.
 
     Raises:
         ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
@@ -84,6 +85,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         check_gguf(model_path)
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
+        self.on_batch: Callable[[int], object] = _ignore
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
             found = plan_beside(model_path)
@@ -319,6 +321,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         # If this fails, the logits at hand are not those of the cached tokens.
         self._requires_eval = True
         try:
+            self.on_batch(self.n_tokens)
             # One batch at a time, so that Ctrl-C inside a statistics sink ends the evaluation there.
             for batch, with_logits in self._batches(tokens, is_last=is_last):
                 try:
@@ -336,6 +339,7 @@ class AdaSkipLlama(SelfDescribingLlama):
                         self._ctx.kv_cache_clear()
                         raise
                 native.raise_pending()
+                self.on_batch(self.n_tokens)
         finally:
             native.set_phase("prefill")  # for whoever decodes on the context without us
         self._requires_eval = native.drops_logits or not is_last
@@ -505,6 +509,10 @@ class AdaSkipLlama(SelfDescribingLlama):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._put_in_force(plan, readable)
         self.frontier, self.max_loss = frontier, max_loss
+
+
+def _ignore(n_tokens: int) -> None:
+    """Be told of a batch, and do nothing."""
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:

@@ -113,6 +113,9 @@ class ServedLlama(AdaSkipLlama):
         if self._prompt_rows is not None and self._logprobs is not None:
             has_bos = request.prompt_tokens is None and prompt[0] == self.token_bos()
             self._logprobs.expect(prompt, has_bos=has_bos)
+        # Stock goes on beyond max_tokens while a character lacks bytes, of which it has four at most.
+        asked = getattr(request.body, "max_tokens", None)
+        most = self.context_size if asked is None or asked < 0 else asked + 3
         with closing(super().generate(prompt, *args, **kwargs)) as steps:
             for token in steps:
                 is_end = self.is_eog(token)
@@ -122,6 +125,8 @@ class ServedLlama(AdaSkipLlama):
                     self._logprobs.add(token, row)
                 yield token
                 request.check()
+                if self.n_tokens == self.context_size or request.n_generated >= most:
+                    return
 
     def _evaluate(
         self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None
