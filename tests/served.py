@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import httpx2 as httpx
 from frontiers import frontier, point
 
 from adaskip_cpp import Frontier, SkipPlan
+from adaskip_cpp.serving.workers import Worker, Workers
 
 BULK_PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
 """A plan for a tiny model of three layers."""
@@ -35,6 +36,18 @@ def frontier_of(n_layer: int, **more: Any) -> Frontier:
     plans = (SkipPlan.manual(n_layer, attention=each, ffn=[2], phase="bulk") for each in ([], [1]))
     points = map(functools.partial(point, judged_at=1024), plans, (0.03, 0.06), speedups)
     return frontier(list(points), **more)
+
+
+class Nobody(Workers):
+    """What a server has that serves no model."""
+
+    failure = None
+
+    def __init__(self) -> None:
+        super().__init__([Worker("nobody", None)], n_ctx=256)  # type: ignore[arg-type]
+
+    async def load(self, worker: Worker) -> None:
+        pass
 
 
 END: int = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
@@ -65,6 +78,15 @@ class Server:
         """The sum of a metric's values."""
         found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
         return sum(map(float, found))
+
+    def stream(self, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
+        """The answer to a completion, as it comes."""
+        return httpx.stream("POST", f"{self.url}/v1/completions", json={**body, "stream": True}, timeout=60)
+
+    def workers(self) -> list[int]:
+        """The ids of the processes that hold models."""
+        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], stdout=subprocess.PIPE, text=True, check=False)
+        return list(map(int, found.stdout.split()))
 
     def stop(self, timeout: float = 60) -> int:
         """End it by a signal, and return its exit code."""

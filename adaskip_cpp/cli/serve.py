@@ -3,16 +3,21 @@
 import functools
 import os
 import re
+from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import PackageMissingError
+from ..engine.rpc import add_rpc_server
+from ..errors import NativeError, PackageMissingError
 from ..files import read_text
 from ..measuring.running import Running, quietly
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import plan_path, profile_path
 from .planning import PlanSource, find_plan_source, load_profile, max_loss_option
-from .terminal import RUNNING, console, model_options, option, verb
+from .terminal import RUNNING, console, model_options, option, users_error, verb
+
+if TYPE_CHECKING:
+    from ..serving.llama import ServedLlama
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -85,11 +90,10 @@ def serve(
     """
     try:
         from ..serving.app import make_app
-        from ..serving.llama import ServedLlama
         from ..serving.middleware import is_loopback
-        from ..serving.plans import Plans
-        from ..serving.prefix_cache import PrefixCache
         from ..serving.server import listen, run
+        from ..serving.worker import Opening
+        from ..serving.workers import Worker, Workers
     except ImportError as error:
         raise PackageMissingError(
             f"serving needs further packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
@@ -102,12 +106,39 @@ def serve(
     ctx = -(-ctx // 256) * 256  # as llama.cpp rounds it, unlike llama_cpp.Llama
     err = console(stderr=True)
     source = _source(model, plan_file, max_loss)
-    profile = load_profile(model, profile_path(model)) if os.path.exists(profile_path(model)) else None
-    own, promise = source.plan(ctx), DEFAULT_LOSS if max_loss is None else max_loss
+    open_ = functools.partial(_open, model, plan_file, max_loss, ctx, cache_size, cache_dir, running)
+    name = os.path.basename(model).removesuffix(".gguf")
     with listen(host, port) as listener:
         if source.note:
             err.print(source.note, style="dim", markup=False)
-        llm = quietly(
+        workers = Workers([Worker(name, Opening(open_, log_prompts))], n_ctx=ctx)
+        app, queue = make_app(workers, keys=keys, names=(host, *allowed), log_prompts=log_prompts)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        ready = f"{name} at {address}/v1, to look at {address}; Ctrl-C ends it."
+        run(app, queue, workers, listener, functools.partial(err.print, ready, markup=False, soft_wrap=True))
+
+
+def _open(
+    model: str,
+    plan_file: str,
+    max_loss: float | None,
+    ctx: int,
+    cache_size: int,
+    cache_dir: str | None,
+    running: Running,
+) -> "ServedLlama":
+    """Open a model, in its own process; what it raises is told as it is."""
+    from ..serving.llama import ServedLlama
+    from ..serving.plans import Plans
+    from ..serving.prefix_cache import PrefixCache
+
+    try:
+        for endpoint in running.rpc_servers:
+            add_rpc_server(endpoint)
+        source = _source(model, plan_file, max_loss)
+        profile = load_profile(model, profile_path(model)) if os.path.exists(profile_path(model)) else None
+        own, promise = source.plan(ctx), DEFAULT_LOSS if max_loss is None else max_loss
+        return quietly(
             ServedLlama,
             model,
             ctx,
@@ -116,11 +147,10 @@ def serve(
             plans=Plans(own, source.frontier, promise, profile, ctx),
             cache=PrefixCache(cache_size, cache_dir),
         )
-        app, queue = make_app(llm, keys=keys, names=(host, *allowed), log_prompts=log_prompts)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        ready = f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it."
-        tell = functools.partial(err.print, ready, markup=False, soft_wrap=True)
-        run(app, queue, listener, on_ready=tell, on_end=llm.close)
+    except Exception as error:
+        if (line := users_error(error)) is None:
+            raise
+        raise NativeError(line) from error
 
 
 def _keys(file: str | None) -> list[str]:
