@@ -15,7 +15,6 @@ import os
 import resource
 import signal
 import tempfile
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 from abi_calls import Calls, fresh_logits
 from gguf_files import changed_model
-from served import BULK_PLAN
+from served import BULK_PLAN, InProcess
 from test_longbench import LLM, chat
 from tiny_families import ENCODERS, FAMILIES
 from tiny_models import add_chat_template, write_model
@@ -37,8 +36,8 @@ from adaskip_cpp.serving.app import make_app
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.plans import Plans
 from adaskip_cpp.serving.prefix_cache import PrefixCache
-from adaskip_cpp.serving.worker import Close, Opening, Service
-from adaskip_cpp.serving.workers import Worker, Workers
+from adaskip_cpp.serving.worker import Opening
+from adaskip_cpp.serving.workers import Workers
 
 __all__ = ["TARGETS", "GgufError"]
 
@@ -228,31 +227,6 @@ _PATIENCE, _MOST_WAIT = 5, 100
 """Seconds that a client waits before it leaves, as a grammar may take long for each token; the server ends it then."""
 
 
-class InProcess(Worker):
-    """A worker whose process is a thread of this one, so that what it runs is seen."""
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-
-        def tell(message: Any) -> None:
-            asyncio.run_coroutine_threadsafe(self._hear(message), loop)
-
-        self._service = Service(tell, logs_text=False)
-        self._thread = threading.Thread(target=self._service.run, args=(self._opening.open,), daemon=True)
-        self._thread.start()
-        await asyncio.Event().wait()
-
-    def _tell(self, message: Any) -> None:
-        self._service.hear(message)
-
-    def kill(self, why: str = "") -> None:
-        """A thread cannot be ended."""
-
-    def close(self) -> None:
-        self._tell(Close())
-        self._thread.join()
-
-
 class Served:
     """The server of a tiny model in this process, without sockets."""
 
@@ -270,7 +244,7 @@ class Served:
         worker = InProcess("served", Opening(open_, logs_text=False))
         self._app, _ = make_app(Workers([worker], n_ctx=512), keys=(), names=())
         self._loop = asyncio.new_event_loop()
-        _KEPT.callback(worker.close)
+        _KEPT.callback(worker.end)
 
     def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         return self._loop.run_until_complete(asyncio.wait_for(self._post(path, body), _MOST_WAIT))

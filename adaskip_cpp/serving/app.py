@@ -1,7 +1,9 @@
 """The application: the paths that need no model, around those that it works on a gate and CORS."""
 
+import hmac
+import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib import resources
 from typing import Any
 
@@ -51,21 +53,22 @@ def make_app(
 
     Clients send one of ``keys``. Without keys they may call the server by an address, as localhost or by ``names``.
     """
-    queue, created = FairQueue(MOST_WAITING), int(time.time())
+    queue, created, secret = FairQueue(MOST_WAITING), int(time.time()), secrets.token_bytes()
 
-    def total(gauge: str) -> float:
-        return sum(each.gauges.get(gauge, 0) for each in workers.all)
+    def total(of: Callable[[Worker], float]) -> Callable[[], float]:
+        return lambda: sum(map(of, workers.all))
 
     metrics = Metrics(
         {
             ("queue_waiting", "Requests that wait."): lambda: len(queue),
             ("requests_running", "Requests that a model works for, 0 or 1."): lambda: float(queue.is_busy),
-            ("kv_bytes", "Bytes of KV cache."): lambda: total("kv_bytes"),
-            ("prefix_cache_bytes", "Bytes of saved states in memory."): lambda: total("prefix_cache_bytes"),
+            ("kv_bytes", "Bytes of KV cache."): total(lambda each: each.gauges.get("kv_bytes", 0)),
+            ("prefix_cache_bytes", "Bytes of saved states in memory."): total(
+                lambda each: each.gauges.get("prefix_cache_bytes", 0)
+            ),
+            ("worker_deaths", "Processes of models that ended by themselves."): total(lambda each: each.n_deaths),
         }
     )
-    for each in workers.all:
-        each.on_death = metrics.died
 
     def page(content: bytes) -> Response:
         text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
@@ -87,6 +90,16 @@ def make_app(
         about = {"id": worker.name, "object": "model", "created": created, "owned_by": "adaskip-cpp"}
         meta = {"n_ctx": workers.n_ctx} if worker.about is None else worker.about.meta
         return {**about, "meta": meta, "status": {"value": worker.state}}
+
+    def slots(content: bytes) -> list[dict[str, Any]]:
+        return [slot(id, each) for id, each in enumerate(workers.all) if each.state != "unloaded"]
+
+    def slot(id: int, worker: Worker) -> dict[str, Any]:
+        request, about = worker.request, {"id": id, "model": worker.name, "n_ctx": workers.n_ctx, "speculative": False}
+        if request is None:
+            return {**about, "is_processing": False}
+        owner = hmac.digest(secret, request.owner.encode(), "sha256").hex()[:8] if request.owner else ""
+        return {**about, "is_processing": True, "owner": owner, **request.slot}
 
     async def loaded(name: str | None) -> Worker:
         worker = workers.choose(name)
@@ -113,6 +126,7 @@ def make_app(
         ("GET", "/health"): health,
         ("GET", "/metrics"): prometheus,
         ("GET", "/v1/models"): models,
+        ("GET", "/slots"): slots,
         # Under the names of vLLM's server, by which lm-evaluation-harness counts the tokens that it asks about.
         ("GET", "/tokenizer_info"): tokenizer_info,
         ("POST", "/tokenize"): tokenize,

@@ -1,7 +1,6 @@
 """The model of a server: every call runs under the plan of its request, and goes on from what was read before."""
 
 import ctypes
-import os
 import re
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
@@ -37,11 +36,12 @@ class ServedLlama(AdaSkipLlama):
     batch after another, so that nothing of ``n_ctx * n_vocab`` is allocated.
     """
 
-    def __init__(self, model_path: str, *, plans: Plans, cache: PrefixCache, **kwargs: Any) -> None:
+    def __init__(
+        self, model_path: str, *, plans: Plans, cache: PrefixCache, name: str = "model", **kwargs: Any
+    ) -> None:
         self.request = ServedRequest()
         super().__init__(model_path, **kwargs)
-        self.name = os.path.basename(model_path).removesuffix(".gguf")  # of the model in answers
-        self.plans = plans
+        self.name, self.plans = name, plans  # the name is that in answers
         of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
         self.prefix_cache, cache.can_rewind = cache, not self.has_state

@@ -37,9 +37,6 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self._deaths = Counter(
-            "adaskip_worker_deaths", "Processes of models that ended, and were started again.", registry=self._registry
-        )
         for kind in _KINDS:
             self._tokens.labels(kind)
         for reason in REREAD:
@@ -59,10 +56,6 @@ class Metrics:
             self._rereads.labels(request.reread_because).inc()
         if request.first:
             self._first_token.observe(request.first - request.received)
-
-    def died(self) -> None:
-        """Count the death of a model's process."""
-        self._deaths.inc()
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

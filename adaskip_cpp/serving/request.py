@@ -170,6 +170,18 @@ class ServedRequest:
         return {"total": self.n_prompt, "cache": self.n_cached or 0, "processed": self.n_done, "time_ms": time_ms}
 
     @property
+    def slot(self) -> dict[str, Any]:
+        """How far it is, as llama.cpp's server tells it at ``/slots`` (``server_slot::to_json``), without any text."""
+        n_cached, most = self.n_cached or 0, getattr(self.body, "max_tokens", None)
+        n_left = -1 if most is None else max(most - self.n_generated, 0)
+        return {
+            "n_prompt_tokens": self.n_prompt,
+            "n_prompt_tokens_processed": self.n_done - n_cached,
+            "n_prompt_tokens_cache": n_cached,
+            "next_token": [{"has_next_token": n_left != 0, "n_remain": n_left, "n_decoded": self.n_generated}],
+        }
+
+    @property
     def usage(self) -> dict[str, Any]:
         """Tokens under OpenAI's names."""
         return {

@@ -142,7 +142,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
-        self._tasks = [asyncio.create_task(each) for each in (self._accept(), self._load())]
+        tasks = self._load(), self._accept(), self._workers.unload_idle(self._queue)
+        self._tasks = [asyncio.create_task(each) for each in tasks]
 
     async def _load(self) -> None:
         """Load the first model."""

@@ -5,6 +5,7 @@ All of it runs in one event loop.
 
 import asyncio
 import contextlib
+import math
 import os
 import pickle
 import signal
@@ -12,18 +13,18 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from ..errors import NativeError
 from .answer import Sent
+from .queue import FairQueue
 from .request import Gone, Refused, ServedRequest
 from .worker import HEAD_BYTES, Ask, Call, Close, Done, Failed, Leave, Opened, Opening, Part
 
 State: TypeAlias = Literal["unloaded", "loading", "ready", "restarting", "unloading"]
 
-STUCK = 60.0  # seconds in which a request takes a step, and in which a process writes its cache when it is to end
+STUCK = 60.0  # seconds in which a request takes a step, and in which a process that is to end writes its cache
 LEAVE = 5.0  # seconds in which a request ends when its client has left; or twice the longest step that there was
 
 _PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a process is started again: twice as many each time
@@ -37,15 +38,14 @@ _START = (
 
 @dataclass(eq=False)
 class _Asked:
-    """What a process was asked and has not done: when it was heard of last, and where its answer goes."""
+    """What a process was asked: when it was heard of last, where the answer goes, and the end; None of what it lost."""
 
     id: str
-    done: asyncio.Future[Done]
+    done: "asyncio.Future[Done | None]"
     heard: float
     request: ServedRequest | None = None
     sent: Sent | None = None
     has_begun: bool = False
-    is_lost: bool = False
 
 
 class Worker:
@@ -63,30 +63,29 @@ class Worker:
         self.about: Opened | None = None  # what it told when it was loaded last
         self.gauges: dict[str, float] = {}
         self.failure: NativeError | None = None  # why it cannot be loaded
-        self.on_death: Callable[[], object] = lambda: None
+        self.n_deaths, self.used = 0, 0.0  # when it was asked or answered last
         self._opening, self._stuck_timeout = opening, stuck_timeout
         self._asked: dict[str, _Asked] = {}
         self._keeper: asyncio.Task[None] | None = None  # runs while there is a process, or is to be one
         self._process: asyncio.subprocess.Process | None = None
-        self._opened: asyncio.Future[bool]  # whether it can be asked, or cannot be loaded
-        self._is_closing = self._is_open = False
-        self._why = self._failed = ""  # it ended, or will at once; what it failed with
+        self._opened: asyncio.Future[bool]  # whether the process that is to come can be asked
+        self._is_closing = self._was_open = False
+        self._why = self._failed = ""  # it ended; what it could not open the model for
         self._pause, self._slowest = _PAUSE, 0.0
 
     # -- to be asked -------------------------------------------------------------------------------------------------
 
     async def ready(self) -> None:
         """Wait until it can be asked; where there is no process one is started. Refused where that is in vain."""
-        if self._is_closing and self._keeper is not None:
-            await asyncio.wait({self._keeper})
-        if self._keeper is None:
-            self.state, self.failure, self._is_closing = "loading", None, False
-            self._opened = asyncio.get_running_loop().create_future()
-            self._keeper = asyncio.create_task(self._keep())
-        opened = self._opened
-        await asyncio.wait({opened})
-        if not opened.result():
-            raise Refused(500, f"the model {self.name!r} cannot be loaded; see the server's log")
+        while self.state != "ready":
+            if self._keeper is None:
+                self.state, self.failure, self._is_closing = "loading", None, False
+                self._opened = asyncio.get_running_loop().create_future()
+                self._keeper = asyncio.create_task(self._keep())
+            opened = self._opened
+            await asyncio.wait({opened})
+            if not (opened.result() or self._is_closing):
+                raise Refused(500, f"the model {self.name!r} cannot be loaded; see the server's log")
 
     async def answer(self, request: ServedRequest, sent: Sent) -> None:
         """Have a request answered, in its turn. What becomes of it is told by its attributes.
@@ -95,8 +94,8 @@ class Worker:
             Refused: it is answered with an error, as where the process dies of it.
             Gone: nobody waits for it any more.
         """
-        is_lost = True
-        while is_lost:  # with a process that had not begun with it
+        done: Done | None = None
+        while done is None:
             await self.ready()
             asked = self._ask(Ask(request), request.id, request, sent)
             try:
@@ -105,8 +104,8 @@ class Worker:
                 await self._leave(asked)
                 raise
             finally:
+                self.used = time.monotonic()
                 del self._asked[request.id]
-            is_lost = asked.is_lost and not asked.has_begun
         if done.error is not None:
             raise Refused(*done.error)
         if done.content is None:
@@ -117,16 +116,11 @@ class Worker:
         """Ask one of the small questions, see :class:`.Service`; the answer is JSON."""
         id = uuid.uuid4().hex
         asked = self._ask(Call(id, name, arguments), id)
-        try:
-            await asyncio.wait({asked.done}, timeout=self._stuck_timeout)
-        finally:
-            del self._asked[id]
-        if not asked.done.done():
-            raise Refused(503, "there is no answer yet; ask again later")
-        done = asked.done.result()
-        if done.content is None:
-            assert done.error is not None
-            raise Refused(*done.error)
+        await asyncio.wait({asked.done}, timeout=self._stuck_timeout)
+        del self._asked[id]
+        done = asked.done.result() if asked.done.done() else None
+        if done is None or done.content is None:
+            raise Refused(*((done and done.error) or (503, "there is no answer yet; ask again later")))
         return done.content
 
     @property
@@ -140,7 +134,7 @@ class Worker:
         self._tell(message)
         return asked
 
-    async def _done(self, asked: _Asked) -> Done:
+    async def _done(self, asked: _Asked) -> Done | None:
         """Wait until a request is done. Where it takes no step, the process is ended."""
         while not asked.done.done():
             left = asked.heard + self._stuck_timeout - time.monotonic()
@@ -158,26 +152,28 @@ class Worker:
 
     # -- its process -------------------------------------------------------------------------------------------------
 
-    async def unload(self) -> None:
-        """End its process, which writes what it has read to the cache first."""
-        keeper, loop = self._keeper, asyncio.get_running_loop()
+    async def unload(self, why: str = "") -> None:
+        """End its process, which writes what it has read to the cache first; the log is told why."""
+        keeper = self._keeper
         if keeper is None:
             return
-        if not self._is_closing:
-            self._is_closing = True
-            if self.state == "ready":
-                self._lose("unloading")
-                self._tell(Close())
-                loop.call_later(STUCK, lambda: self.kill() if self._keeper is keeper else None)
-            else:
-                keeper.cancel()
+        if why:
+            self._log(f"unloaded, {why}")
+        if self.state == "ready":
+            self._lose("unloading")
+            self._tell(Close())
+            late = asyncio.get_running_loop().call_later
+            late(STUCK, lambda: self.kill() if self._keeper is keeper else None)
+        elif self.state != "unloading":
+            keeper.cancel()
+        self._is_closing = True
         await asyncio.wait({keeper})
 
     def kill(self, why: str = "") -> None:
         """End its process at once."""
         self._lose("restarting")
         self._why = self._why or why
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
@@ -186,21 +182,23 @@ class Worker:
         if self.state == "ready":
             self.state, self._opened = state, asyncio.get_running_loop().create_future()
 
+    def _log(self, words: str) -> None:
+        print(f"{self.name}: {words}", file=sys.stderr, flush=True)
+
     async def _keep(self) -> None:
         """Run one process after another, until one is to close, or the model cannot be loaded."""
-        n_started = n_vain = 0
+        n_vain = 0
         try:
             while True:
                 await self._run()
-                n_started, n_vain = n_started + 1, 0 if self._is_open else n_vain + 1
+                n_vain = 0 if self._was_open else n_vain + 1
                 if self._is_closing:
                     return
-                if n_vain == _MOST_VAIN or (self._failed and n_started == 1):
+                if n_vain == _MOST_VAIN or (self._failed and self.about is None):
                     self.failure = NativeError(self._failed or f"{self.name}: {self._why}, {n_vain} times at its start")
                     return
-                self.state = "restarting"
-                self.on_death()
-                print(f"{self.name}: {self._why}; it is started again", file=sys.stderr, flush=True)
+                self.state, self.n_deaths = "restarting", self.n_deaths + 1
+                self._log(f"{self._why}; it is started again")
                 await asyncio.sleep(self._pause)
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         finally:
@@ -209,15 +207,19 @@ class Worker:
 
     async def _run(self) -> None:
         """Run a process to its end, and fail what it was asked."""
-        self._is_open, self._why, self._failed = False, "", ""
-        self._process = process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _START, os.pathsep.join(map(os.path.abspath, sys.path))),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # The terminal's Ctrl-C is not for it; each of the two is for other systems.
-            start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-        )
+        self._was_open, self._why, self._failed = False, "", ""
+        try:
+            self._process = process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", _START, os.pathsep.join(map(os.path.abspath, sys.path))),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # The terminal's Ctrl-C is not for it; each of the two is for other systems.
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        except OSError as error:
+            self._why = f"its process cannot be started ({error.strerror})"
+            return
         assert process.stdout is not None
         try:
             self._tell(self._opening)
@@ -231,14 +233,12 @@ class Worker:
             raise
         finally:
             code = await process.wait()
-            name = f"code {code}" if code >= 0 else signal.Signals(-code).name
-            self._why = self._why or self._failed or f"its process ended with {name}"
-            unloaded = 503, "the model was unloaded; ask again", "unloaded"
+            how = f"code {code}" if code >= 0 else signal.strsignal(-code)
+            self._why = self._why or self._failed or f"its process ended ({how})"
             died = 500, f"the model failed at this request: {self._why}; ask again", "worker_died"
             for asked in self._asked.values():
                 if not asked.done.done():
-                    asked.is_lost = True
-                    asked.done.set_result(Done(asked.id, error=unloaded if self._is_closing else died))
+                    asked.done.set_result(Done(asked.id, error=died) if asked.has_begun else None)
 
     def _tell(self, message: Any) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -246,59 +246,81 @@ class Worker:
 
     async def _hear(self, message: Any) -> None:
         if isinstance(message, Opened):
-            self.about, self.gauges, self._is_open = message, message.gauges, True
-            if not self._is_closing:
-                self.state = "ready"
-                self._opened.set_result(True)
+            self.about, self.gauges, self.state, self._was_open = message, message.gauges, "ready", True
+            self._opened.set_result(True)
         elif isinstance(message, Failed):
             self._failed = message.why
         elif (asked := self._asked.get(message.id)) is not None:
             now = time.monotonic()
-            self._slowest, asked.heard = max(self._slowest, now - asked.heard), now
-            asked.has_begun = True
+            self._slowest, asked.heard, asked.has_begun = max(self._slowest, now - asked.heard), now, True
             if isinstance(message, Part):
-                await self._pass_on(asked, message.content)
+                assert asked.sent is not None
+                try:
+                    await asked.sent.event(message.content)
+                except Gone:
+                    self._tell(Leave(asked.id))
             elif asked.request is not None:
                 vars(asked.request).update(message.counts)
-            if isinstance(message, Done) and not asked.done.done():
+            if isinstance(message, Done):
                 self._pause, self.gauges = _PAUSE, message.gauges or self.gauges
                 asked.done.set_result(message)
 
-    async def _pass_on(self, asked: _Asked, content: bytes) -> None:
-        assert asked.sent is not None
-        try:
-            await asked.sent.event(content)
-        except Gone:
-            self._tell(Leave(asked.id))
-
 
 class Workers:
-    """The models that are served, of which one is in memory at a time. The first is for who names none.
+    """The models that are served, the first of which is for who names none.
 
     Args:
         n_ctx: tokens of their contexts.
+        keep: so many are in memory at a time; the one that was not used for longest makes room.
+        keep_alive: seconds without a request after which a model is unloaded.
     """
 
-    def __init__(self, workers: list[Worker], *, n_ctx: int) -> None:
-        self.all, self.n_ctx = workers, n_ctx
+    def __init__(self, workers: list[Worker], *, n_ctx: int, keep: int = 1, keep_alive: float = math.inf) -> None:
+        self.all, self.n_ctx, self._keep, self._keep_alive = workers, n_ctx, keep, keep_alive
 
     def choose(self, name: str | None) -> Worker:
-        """Return the model of this name; where there is one alone it is meant by every name."""
-        return self.all[0]
+        """Return the model of this name. Where there is one alone, every name means it; else Refused for others."""
+        found = next((each for each in self.all if each.name == name), None)
+        if found is None and name and len(self.all) > 1:
+            raise Refused(404, f"there is no model {name!r}; /v1/models lists those there are", "model_not_found")
+        return found or self.all[0]
 
     async def load(self, worker: Worker) -> None:
-        """Have a model in memory, in one's turn."""
-        await worker.ready()
+        """Have a model in memory, in one's turn; Refused where it cannot be loaded."""
+        if worker.state in ("unloaded", "unloading"):
+            others = [each for each in self.all if each is not worker and each.state != "unloaded"]
+            for each in sorted(others, key=lambda each: each.used)[: max(len(others) + 1 - self._keep, 0)]:
+                await each.unload(f"to make room for {worker.name}")
+            if any(each.about for each in self.all):
+                worker._log("loading")
+        worker.used = time.monotonic()
+        try:
+            await worker.ready()
+        except Refused:
+            if worker.failure is not self.failure:
+                print(worker.failure, file=sys.stderr, flush=True)
+            raise
+
+    async def unload_idle(self, queue: FairQueue) -> None:
+        """Unload models, for ever, that nobody asks for."""
+        while True:
+            await asyncio.sleep(min(self._keep_alive / 10, 1))
+            for each in self.all:
+                if each.state == "ready" and not queue.is_busy and time.monotonic() - each.used > self._keep_alive:
+                    async with queue.turn(""):
+                        await each.unload("as nobody asks for it")
 
     @property
     def state(self) -> State:
-        """What is told of the server's health: that of the model which is furthest from being ready."""
-        return self.all[0].state
+        """That of the model that is furthest from being ready; one that is not loaded is no matter."""
+        states = {each.state for each in self.all}
+        return "restarting" if "restarting" in states else "loading" if "loading" in states else "ready"
 
     @property
     def failure(self) -> NativeError | None:
-        """Why there is nothing to be served."""
-        return self.all[0].failure
+        """Why there is nothing to be served: the one model cannot be loaded, or at the start the first of several."""
+        first = self.all[0]
+        return first.failure if len(self.all) == 1 or first.about is None else None
 
     async def close(self, seconds: float) -> None:
         """End all processes; those that take longer are killed."""
