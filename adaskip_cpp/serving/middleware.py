@@ -21,7 +21,7 @@ from .answer import PING, Sent, explained
 from .body import SCHEMAS, read_body
 from .metrics import Metrics
 from .queue import FairQueue
-from .request import Gone, Refused, ServedRequest
+from .request import STOPPING, Gone, Refused, ServedRequest
 from .workers import Worker, Workers
 
 Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
@@ -89,6 +89,8 @@ class Gate:
                 raise Refused(404, "there is no such path; see docs/server.md")
         except (Gone, ClientDisconnect):
             pass
+        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            await sent.error(*STOPPING)
         except Exception as error:
             await sent.error(*explained(error, logs_text=self._log_prompts))
 
@@ -142,7 +144,7 @@ class Gate:
             while not (await asyncio.wait({work, leaving}, timeout=PING, return_when=asyncio.FIRST_COMPLETED))[0]:
                 if request.is_stream:
                     await sent.ping()
-        finally:  # also where the server stops, and has waited long enough
+        finally:  # also where this is cancelled
             leaving.cancel()
             work.cancel()
             await asyncio.wait({work})

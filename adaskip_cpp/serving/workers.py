@@ -163,7 +163,7 @@ class Worker:
             self._lose("unloading")
             self._tell(Close())
             late = asyncio.get_running_loop().call_later
-            late(STUCK, lambda: self.kill() if self._keeper is keeper else None)
+            late(self._stuck_timeout, lambda: self.kill() if self._keeper is keeper else None)
         elif self.state != "unloading":
             keeper.cancel()
         self._is_closing = True
