@@ -133,6 +133,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--sequences-seconds", type=float, default=10, help="of the processor per test (default: 10)")
     parser.addoption("--allocations-step", type=int, default=61, help="fail every n-th one; 1 for all (default: 61)")
     parser.addoption("--sigint-trials", type=int, default=12, help="times that verbs are interrupted (default: 12)")
+    parser.addoption("--deaths-seconds", type=float, default=4, help="kill a server's process as often (default: 4)")
     parser.addoption("--rpc-servers", type=int, default=0, help="run tests of devices on so many rpc-servers")
 
 

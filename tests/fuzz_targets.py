@@ -24,7 +24,7 @@ from typing import Any
 
 from abi_calls import Calls, fresh_logits
 from gguf_files import changed_model
-from served import BULK_PLAN
+from served import BULK_PLAN, InProcess
 from state_files import FOLDER_KEY, changed_state, put_file
 from test_longbench import LLM, chat
 from tiny_families import ENCODERS, FAMILIES
@@ -40,6 +40,8 @@ from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.plans import Plans
 from adaskip_cpp.serving.prefix_cache import PrefixCache
 from adaskip_cpp.serving.request import ServedRequest
+from adaskip_cpp.serving.worker import Opening
+from adaskip_cpp.serving.workers import Workers
 
 __all__ = ["TARGETS", "GgufError"]
 
@@ -334,15 +336,19 @@ class Served:
 
     def __init__(self) -> None:
         path = add_chat_template(write_model(folder() / "bare.gguf"), folder() / "served.gguf")
-        self._llm = ServedLlama(
-            str(path),
-            plans=Plans(BULK_PLAN, None, 0.05, None, 512),
-            cache=PrefixCache(1 << 24),
-            **{**SETTINGS, "n_ctx": 512},
-        )
-        self._app, _ = make_app(self._llm, keys=(), names=())
+
+        def open_() -> ServedLlama:
+            return ServedLlama(
+                str(path),
+                plans=Plans(BULK_PLAN, None, 0.05, None, 512),
+                cache=PrefixCache(1 << 24),
+                **{**SETTINGS, "n_ctx": 512},
+            )
+
+        worker = InProcess("served", Opening(open_, logs_text=False))
+        self._app, _ = make_app(Workers([worker], n_ctx=512), keys=(), names=())
         self._loop = asyncio.new_event_loop()
-        _KEPT.callback(self._llm.close)
+        _KEPT.callback(worker.end)
 
     def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         return self._loop.run_until_complete(asyncio.wait_for(self._post(path, body), _MOST_WAIT))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from interrupt_trials import VERBS, interrupt, prepare
+from served import Nobody
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.cli.terminal import Verbs, verb
@@ -102,15 +103,13 @@ def test_a_server_that_is_just_starting_hears_ctrl_c() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("nobody asks")
 
+    class Ended(Nobody):
+        async def close(self, seconds: float) -> None:
+            ended.append(True)
+
     ended: list[bool] = []
     with listen("127.0.0.1", 0) as listener, interrupted_after(30):  # which it does not come to
-        run(
-            app,
-            FairQueue(1),
-            listener,
-            on_ready=lambda: signal.raise_signal(signal.SIGINT),
-            on_end=lambda: ended.append(True),
-        )
+        run(app, FairQueue(1), Ended(), listener, lambda: signal.raise_signal(signal.SIGINT))
     assert ended == [True]
 
 

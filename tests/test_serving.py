@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import socket
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from served import frontier_of
+from served import Nobody, frontier_of
 from tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
@@ -31,7 +30,6 @@ from adaskip_cpp.measuring.running import Running, quietly
 from adaskip_cpp.model.frontier import Frontier, Passkeys
 from adaskip_cpp.model.settings import Settings
 from adaskip_cpp.serving import answer, middleware, server
-from adaskip_cpp.serving.app import make_app
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.middleware import Gate, is_loopback, network_of
@@ -621,12 +619,13 @@ def test_the_progress_of_a_prompt_is_told_batch_by_batch(served: ServedLlama, to
     def ask(prompt: list[int]) -> list[tuple[int, int, int]]:
         told = []
         request = served.request = ServedRequest(
-            on_progress=lambda: told.append((request.progress["total"], request.n_cached, request.n_done))
+            on_step=lambda: told.append((request.n_prompt, request.n_cached, request.n_done, request.n_generated))
         )
         with closing(served.generate(prompt, temp=0)) as steps:
             next(steps)
             next(steps)
-        return told
+        assert [each[3] for each in told[-2:]] == [0, 1], "then the answer token by token"
+        return list(dict.fromkeys(each[:3] for each in told if each[1] is not None and not each[3]))
 
     talk = tokens(900)
     first = ask(talk)
@@ -724,25 +723,6 @@ def test_an_error_of_the_server_is_logged_without_what_it_says(capsys: pytest.Ca
         log = capsys.readouterr().err
         assert status == 500 and "THE TO" not in message
         assert "in test_an_error" in log and "KeyError" in log and ("THE TO" in log) == logs_text
-
-
-def test_what_is_told_of_the_model_while_it_works_is_what_it_told_itself(
-    served: ServedLlama, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another thread that asks llama.cpp, or reads the cache, may find it in the middle of a change."""
-    run(served, tokens(300, 1))
-    run(served, tokens(300, 2))
-    served.end()
-    n_kv, n_cached = served.kv_bytes, served.prefix_cache.n_bytes
-    app, _ = make_app(served, keys=(), names=())
-    asked = property(lambda _: pytest.fail("it was asked"))
-    with monkeypatch.context() as patch:
-        patch.setattr(AdaSkipLlama, "counters", asked)
-        patch.setattr(served, "prefix_cache", type("Cache", (), {"n_bytes": asked})())
-        status, body = answered(app, "/metrics", {"host": "localhost"})
-    assert status == 200 and n_cached > 0
-    for name, value in (("kv_bytes", n_kv), ("prefix_cache_bytes", n_cached)):
-        assert float(re.findall(rf"^adaskip_{name} (\S+)$", body, re.MULTILINE)[0]) == value
 
 
 # --- bodies and plans -------------------------------------------------------------------------------------------------
@@ -854,17 +834,18 @@ def test_a_client_that_takes_nothing_has_left(monkeypatch: pytest.MonkeyPatch) -
         asyncio.run(send())
 
 
-CHUNK = {"id": "1", "object": "o", "created": 1, "model": "m", "choices": [{"finish_reason": None}]}
-
-
 def through_the_gate(
-    send: Any, body: bytes, steps: Any, queue: FairQueue | None = None, end: Callable[[], None] = lambda: None
+    send: Any, body: bytes, answer: Callable[[Any, Any], Any], queue: FairQueue | None = None
 ) -> Coroutine[Any, Any, None]:
-    """A completion as a gate answers it, of a model that takes these steps; what is sent goes to ``send``."""
+    """A completion as a gate answers it, of a worker that answers so; what is sent goes to ``send``."""
     nothing: Any = SimpleNamespace(answered=lambda *_: None, ran=lambda *_: None)
-    model: Any = SimpleNamespace(answer=lambda request: steps, end=end)
+
+    async def load(worker: Any) -> None:
+        pass
+
+    workers: Any = SimpleNamespace(choose=lambda name: SimpleNamespace(answer=answer), load=load)
     queue = FairQueue(1) if queue is None else queue
-    gate = Gate(model, {}, queue, nothing, keys=(), names=("",), most_body=1000)
+    gate = Gate(workers, {}, queue, nothing, keys=(), names=("",), most_body=1000)
     messages = [{"type": "http.request", "body": body}]
 
     async def receive() -> Any:
@@ -886,7 +867,13 @@ def test_a_slow_reader_does_not_hold_the_model(monkeypatch: pytest.MonkeyPatch) 
         await asyncio.sleep(0.1)
         taken.append(message)
 
-    asyncio.run(through_the_gate(send, STREAM, iter(200 * [CHUNK]), end=lambda: n_taken.append(len(taken))))
+    async def fast(request: Any, sent: Any) -> None:
+        for _ in range(200):
+            await sent.event(b"word")
+        await sent.event(b"end", is_last=True)
+        n_taken.append(len(taken))
+
+    asyncio.run(through_the_gate(send, STREAM, fast))
     assert n_taken[0] < 100 and n_taken[0] < len(taken) < n_taken[0] + 50
 
 
@@ -898,27 +885,29 @@ def test_a_stream_that_says_nothing_gets_comments(monkeypatch: pytest.MonkeyPatc
     async def send(message: Any) -> None:
         sent.append(message.get("body", b"begin"))
 
-    def slow() -> Iterator[Any]:
-        time.sleep(0.1)
-        yield CHUNK
+    async def slow(request: Any, sent: Any) -> None:
+        await asyncio.sleep(0.1)
+        await sent.event(b"word", is_last=True)
+
+    async def whole(request: Any, sent: Any) -> None:
+        await asyncio.sleep(0.1)
+        await sent.json(200, b"{}")
 
     async def scenario() -> int:
         queue = FairQueue(1)
         async with queue.turn("another"):
-            asked = asyncio.ensure_future(through_the_gate(send, STREAM, slow(), queue))
+            asked = asyncio.ensure_future(through_the_gate(send, STREAM, slow, queue))
             await asyncio.sleep(0.1)
             n_waiting = len(sent)
         await asked
         return n_waiting
 
     n_waiting = asyncio.run(scenario())
-    assert sent[0] == b"begin" and sent[-1] == b"data: [DONE]\n\n"
-    first = next(i for i, each in enumerate(sent) if each.startswith(b'data: {"id":"1"'))
-    assert 2 < n_waiting < first - 1 and set(sent[1:first]) == {b": ping\n\n"}
-    whole = json.dumps({"prompt": "a"}).encode()
+    assert sent[0] == b"begin" and sent[-1] == b"word"
+    assert 2 < n_waiting < len(sent) - 2 and set(sent[1:-1]) == {b": ping\n\n"}
     sent.clear()
-    asyncio.run(through_the_gate(send, whole, CHUNK))
-    assert sent[0] == b"begin" and len(sent) == 2
+    asyncio.run(through_the_gate(send, b'{"prompt": "a"}', whole))
+    assert sent == [b"begin", b"{}"]
 
 
 def admitted(headers: dict[str, str], keys: Collection[str] = (), names: Collection[str] = ("localhost",)) -> int:
@@ -962,7 +951,7 @@ def served_by(app: Any, clients: Callable[[int], Any]) -> None:
 
     async def scenario() -> None:
         listener = listen("127.0.0.1", 0)
-        running = server.Server(app, FairQueue(1), listener)
+        running = server.Server(app, FairQueue(1), Nobody(), listener)
         serving = asyncio.create_task(running.serve())
         while not running.started:
             await asyncio.sleep(0.01)

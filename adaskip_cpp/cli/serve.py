@@ -1,18 +1,27 @@
 """``adaskip-cpp serve``: answer over HTTP as OpenAI's API does."""
 
 import functools
+import math
 import os
 import re
+from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import PackageMissingError
+from ..engine.rpc import add_rpc_server
+from ..errors import NativeError, PackageMissingError
 from ..files import read_text
 from ..measuring.running import Running, quietly
 from ..model.frontier import DEFAULT_LOSS
-from ..model.identity import plan_path, profile_path
+from ..model.identity import check_gguf, plan_path, profile_path
 from .planning import PlanSource, find_plan_source, load_profile, max_loss_option
-from .terminal import RUNNING, console, model_options, option, verb
+from .terminal import RUNNING, console, model_options, option, users_error, verb
+
+if TYPE_CHECKING:
+    from ..serving.llama import ServedLlama
+
+_who = functools.partial(option, group="Who may ask")
+_kept = functools.partial(option, group="What is kept")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -26,10 +35,11 @@ def _size(text: str) -> int:
 
 
 @verb(
-    "Serve a model over HTTP, as OpenAI's API does.",
-    example="adaskip-cpp serve model.gguf\nadaskip-cpp serve model.gguf --cache-dir ~/.cache/adaskip-cpp --ctx 16384",
+    "Serve models over HTTP, as OpenAI's API does.",
+    example="adaskip-cpp serve model.gguf\nadaskip-cpp serve model.gguf --cache-dir ~/.cache/adaskip-cpp --ctx 16384\n"
+    "adaskip-cpp serve small.gguf large.gguf --keep 2",
 )
-@click.argument("model")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @option(
     "--plan",
     "plan_file",
@@ -40,32 +50,52 @@ def _size(text: str) -> int:
 @max_loss_option
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for a free one.")
-@option(
+@_who(
     "--api-key-file",
     metavar="FILE",
     help="Keys, one a line; clients must send one of them.  [default: the one in ADASKIP_API_KEY, if it is set]",
 )
-@option("--allow-host", "allowed", metavar="NAME", multiple=True, help="A name that it may be asked by without a key.")
-@option("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
-@option("--log-prompts", is_flag=True, help="Print what clients send to stderr; else it is never in the log.")
-@option(
+@_who("--allow-host", "allowed", metavar="NAME", multiple=True, help="A name that it may be asked by without a key.")
+@_who("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
+@_who("--log-prompts", is_flag=True, help="Print what clients send to stderr; else it is never in the log.")
+@_kept(
+    "--alias",
+    "aliases",
+    metavar="NAME",
+    multiple=True,
+    help="Name of the first model, of the second where it is given twice, and so on.  [default: X of X.gguf]",
+)
+@_kept("--keep", type=click.IntRange(1), default=1, help="Models in memory; the least recently used makes room.")
+@_kept(
+    "--keep-alive",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MINUTES",
+    help="Take a model out of memory that nobody asks for so long.  [default: never]",
+)
+@_kept(
     "--cache-dir",
-    group="What is kept",
     metavar="FOLDER",
     help="Keep what was read there too, so that a restart forgets nothing.  [default: in memory alone]",
 )
-@option(
+@_kept(
     "--cache-size",
-    group="What is kept",
     metavar="SIZE",
     type=_size,
     default="2G",
-    help="Most that is kept, in memory and in the folder each.",
+    help="Most that is kept of a model, in memory and in the folder each.",
 )
 @option("--ctx", group=RUNNING, type=click.IntRange(256, 2**31 - 1), default=8192, help="Context in tokens.")
+@option(
+    "--stuck-timeout",
+    group=RUNNING,
+    metavar="SECONDS",
+    type=click.FloatRange(0, min_open=True),
+    default=60,
+    help="Load a model anew that takes no step: neither 512 tokens of a prompt, nor one of an answer.",
+)
 @model_options
 def serve(
-    model: str,
+    models: tuple[str, ...],
     plan_file: str,
     max_loss: float | None,
     host: str,
@@ -74,22 +104,25 @@ def serve(
     allowed: tuple[str, ...],
     insecure: bool,
     log_prompts: bool,
+    aliases: tuple[str, ...],
+    keep: int,
+    keep_alive: float | None,
     cache_dir: str | None,
     cache_size: int,
     ctx: int,
+    stuck_timeout: float,
     running: Running,
 ) -> None:
-    """Serve MODEL, a GGUF file, to every client that speaks OpenAI's API.
+    """Serve each MODEL, a GGUF file, to every client that speaks OpenAI's API.
 
     Long prompts are read faster by the plan, and what was read before is not read again.
     """
     try:
         from ..serving.app import make_app
-        from ..serving.llama import ServedLlama
         from ..serving.middleware import is_loopback
-        from ..serving.plans import Plans
-        from ..serving.prefix_cache import PrefixCache
         from ..serving.server import listen, run
+        from ..serving.worker import Opening
+        from ..serving.workers import Worker, Workers
     except ImportError as error:
         raise PackageMissingError(
             f"serving needs further packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
@@ -101,26 +134,66 @@ def serve(
         )
     ctx = -(-ctx // 256) * 256  # as llama.cpp rounds it, unlike llama_cpp.Llama
     err = console(stderr=True)
-    source = _source(model, plan_file, max_loss)
-    profile = load_profile(model, profile_path(model)) if os.path.exists(profile_path(model)) else None
-    own, promise = source.plan(ctx), DEFAULT_LOSS if max_loss is None else max_loss
+    names, all_ = _names(models, aliases), []
+    for name, model in zip(names, models, strict=True):
+        check_gguf(model)
+        if note := _source(model, plan_file, max_loss).note:
+            err.print(note, style="dim", markup=False)
+        open_ = functools.partial(_open, name, model, plan_file, max_loss, ctx, cache_size, cache_dir, running)
+        all_.append(Worker(name, Opening(open_, log_prompts), stuck_timeout=stuck_timeout))
     with listen(host, port) as listener:
-        if source.note:
-            err.print(source.note, style="dim", markup=False)
-        llm = quietly(
+        workers = Workers(all_, n_ctx=ctx, keep=keep, keep_alive=60 * (keep_alive or math.inf))
+        app, queue = make_app(workers, keys=keys, names=(host, *allowed), log_prompts=log_prompts)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        ready = f"{', '.join(names)} at {address}/v1, to look at {address}; Ctrl-C ends it."
+        run(app, queue, workers, listener, functools.partial(err.print, ready, markup=False, soft_wrap=True))
+
+
+def _names(models: tuple[str, ...], aliases: tuple[str, ...]) -> list[str]:
+    """Return what clients call the models."""
+    names = [*aliases, *(os.path.basename(model).removesuffix(".gguf") for model in models[len(aliases) :])]
+    if len(aliases) > len(models):
+        raise click.UsageError("there are more names by --alias than models; give one a model")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise click.UsageError(f"two models are called {twice[0]!r}; give each a name by --alias")
+    return names
+
+
+def _open(
+    name: str,
+    model: str,
+    plan_file: str,
+    max_loss: float | None,
+    ctx: int,
+    cache_size: int,
+    cache_dir: str | None,
+    running: Running,
+) -> "ServedLlama":
+    """Open a model, in its own process; what it raises is told as it is."""
+    from ..serving.llama import ServedLlama
+    from ..serving.plans import Plans
+    from ..serving.prefix_cache import PrefixCache
+
+    try:
+        for endpoint in running.rpc_servers:
+            add_rpc_server(endpoint)
+        source = _source(model, plan_file, max_loss)
+        profile = load_profile(model, profile_path(model)) if os.path.exists(profile_path(model)) else None
+        own, promise = source.plan(ctx), DEFAULT_LOSS if max_loss is None else max_loss
+        return quietly(
             ServedLlama,
             model,
             ctx,
             running,
+            name=name,
             plan=source.frontier,  # for its settings
             plans=Plans(own, source.frontier, promise, profile, ctx),
             cache=PrefixCache(cache_size, cache_dir),
         )
-        app, queue = make_app(llm, keys=keys, names=(host, *allowed), log_prompts=log_prompts)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        ready = f"{llm.name} at {address}/v1, to look at {address}; Ctrl-C ends it."
-        tell = functools.partial(err.print, ready, markup=False, soft_wrap=True)
-        run(app, queue, listener, on_ready=tell, on_end=llm.close)
+    except Exception as error:
+        if (line := users_error(error)) is None:
+            raise
+        raise NativeError(line) from error
 
 
 def _keys(file: str | None) -> list[str]:

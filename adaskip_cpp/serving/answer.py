@@ -4,13 +4,12 @@ import asyncio
 import sys
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
 import msgspec
 from llama_cpp.server.types import CreateChatCompletionRequest
-from starlette.concurrency import run_in_threadpool
 from starlette.types import Message, Send
 
 from ..errors import AdaSkipError, NativeError, StateError
@@ -119,35 +118,22 @@ class Sent:
         await self.json(status, content, {b"www-authenticate": b"Bearer"} if status == 401 else headers)
 
 
-async def send_answer(answer: dict[str, Any] | Iterator[dict[str, Any]], request: ServedRequest, sent: Sent) -> None:
-    """Send what the model returned for a request, with what llama-cpp-python does not tell.
-
-    Before the model's first word, or a comment after :data:`PING` seconds, nothing is sent: errors still get a status.
-    """
+def encoded(
+    answer: dict[str, Any] | Iterator[dict[str, Any]], request: ServedRequest, tell: Callable[[bytes], object]
+) -> bytes:
+    """Return what the model returned for a request, with what llama-cpp-python does not tell: as JSON, or the last
+    event of a stream, whose others go to ``tell``."""
     if isinstance(answer, dict):
         more = {"usage": request.usage, **_figures(request)} if request.begun else {}
-        await sent.json(200, msgspec.json.encode({**answer, **more}))
-        return
+        return msgspec.json.encode({**answer, **more})
     head: dict[str, Any] = _head(request) if request.returns_progress else {}
-    while (chunk := await _next(answer, request)) is not None:
+    for chunk in answer:
         head = head or {name: chunk[name] for name in ("id", "object", "created", "model")}
         is_end = any(choice.get("finish_reason") for choice in chunk["choices"])
-        await sent.event(_data(msgspec.json.encode({**chunk, **head, **(_figures(request) if is_end else {})})))
+        tell(_data(msgspec.json.encode({**chunk, **head, **(_figures(request) if is_end else {})})))
     if request.includes_usage:
-        await sent.event(_data(msgspec.json.encode({**head, "choices": [], "usage": request.usage})))
-    await sent.event(_data(b"[DONE]"), is_last=True)
-
-
-async def _next(steps: Iterator[dict[str, Any]], request: ServedRequest) -> dict[str, Any] | None:
-    """Return the next piece of a stream, None after the last."""
-    step = asyncio.ensure_future(run_in_threadpool(next, steps, None))
-    try:
-        await asyncio.wait({step})
-    except BaseException:
-        request.is_left = True
-        await asyncio.gather(step, return_exceptions=True)  # its thread ends first: nobody else may use the model
-        raise
-    return step.result()
+        tell(_data(msgspec.json.encode({**head, "choices": [], "usage": request.usage})))
+    return _data(b"[DONE]")
 
 
 def progress_event(request: ServedRequest) -> bytes:

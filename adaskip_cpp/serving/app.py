@@ -1,23 +1,24 @@
 """The application: the paths that need no model, around those that it works on a gate and CORS."""
 
+import hmac
+import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib import resources
 from typing import Any
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
-from ..errors import RequestError
 from .body import decoded
-from .llama import ServedLlama
 from .metrics import Metrics
 from .middleware import Gate, Routes
 from .queue import FairQueue
 from .request import STOPPING, Refused
+from .workers import Worker, Workers
 
 MOST_WAITING = 64  # requests that may wait
 
@@ -37,26 +38,35 @@ _POLICY = (
 class _Text(msgspec.Struct):
     prompt: str
     add_special_tokens: bool = False
+    model: str | None = None
 
 
 class _Ids(msgspec.Struct):
     tokens: list[int]
+    model: str | None = None
 
 
 def make_app(
-    llm: ServedLlama, *, keys: Collection[str], names: Collection[str], log_prompts: bool = False
+    workers: Workers, *, keys: Collection[str], names: Collection[str], log_prompts: bool = False
 ) -> tuple[ASGIApp, FairQueue]:
-    """Return the application for a model, which answers under any name, and the queue before it.
+    """Return the application for models, and the queue before them.
 
     Clients send one of ``keys``. Without keys they may call the server by an address, as localhost or by ``names``.
     """
-    queue, created = FairQueue(MOST_WAITING), int(time.time())
+    queue, created, secret = FairQueue(MOST_WAITING), int(time.time()), secrets.token_bytes()
+
+    def total(of: Callable[[Worker], float]) -> Callable[[], float]:
+        return lambda: sum(map(of, workers.all))
+
     metrics = Metrics(
         {
             ("queue_waiting", "Requests that wait."): lambda: len(queue),
-            ("requests_running", "Requests that the model works for, 0 or 1."): lambda: float(queue.is_busy),
-            ("kv_bytes", "Bytes of KV cache."): lambda: llm.gauges["kv_bytes"],
-            ("prefix_cache_bytes", "Bytes of saved states in memory."): lambda: llm.gauges["prefix_cache_bytes"],
+            ("requests_running", "Requests that a model works for, 0 or 1."): lambda: float(queue.is_busy),
+            ("kv_bytes", "Bytes of KV cache."): total(lambda each: each.gauges.get("kv_bytes", 0)),
+            ("prefix_cache_bytes", "Bytes of saved states in memory."): total(
+                lambda each: each.gauges.get("prefix_cache_bytes", 0)
+            ),
+            ("worker_deaths", "Processes of models that ended by themselves."): total(lambda each: each.n_deaths),
         }
     )
 
@@ -64,46 +74,66 @@ def make_app(
         text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         return HTMLResponse(text, headers={"content-security-policy": _POLICY})
 
-    def health(content: bytes) -> dict[str, str]:
+    def health(content: bytes) -> Response:
         if queue.is_closed:
             raise Refused(*STOPPING)
-        return {"status": "ok"}
+        is_there = workers.state not in ("loading", "restarting")
+        return JSONResponse({"status": "ok" if is_there else workers.state}, 200 if is_there else 503)
 
     def prometheus(content: bytes) -> Response:
         return Response(metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     def models(content: bytes) -> dict[str, Any]:
-        meta = {"n_ctx": llm.context_size, "n_params": llm.n_params, "size": llm.weight_bytes, **llm.plans.listing}
-        about = {"id": llm.name, "object": "model", "created": created, "owned_by": "adaskip-cpp", "meta": meta}
-        return {"object": "list", "data": [about]}
+        return {"object": "list", "data": list(map(model, workers.all))}
 
-    # Under the names of vLLM's server, by which lm-evaluation-harness counts the tokens that it asks about.
-    def tokenizer_info(content: bytes) -> dict[str, str | None]:
-        bos, eos = (llm.token_text(token) if token >= 0 else None for token in (llm.token_bos(), llm.token_eos()))
-        return {"bos_token": bos, "eos_token": eos, "chat_template": llm.metadata.get("tokenizer.chat_template")}
+    def model(worker: Worker) -> dict[str, Any]:
+        about = {"id": worker.name, "object": "model", "created": created, "owned_by": "adaskip-cpp"}
+        meta = {"n_ctx": workers.n_ctx} if worker.about is None else worker.about.meta
+        return {**about, "meta": meta, "status": {"value": worker.state}}
 
-    def tokenize(content: bytes) -> dict[str, list[int]]:
+    def slots(content: bytes) -> list[dict[str, Any]]:
+        return [slot(id, each) for id, each in enumerate(workers.all) if each.state != "unloaded"]
+
+    def slot(id: int, worker: Worker) -> dict[str, Any]:
+        request, about = worker.request, {"id": id, "model": worker.name, "n_ctx": workers.n_ctx, "speculative": False}
+        if request is None:
+            return {**about, "is_processing": False}
+        owner = hmac.digest(secret, request.owner.encode(), "sha256").hex()[:8] if request.owner else ""
+        return {**about, "is_processing": True, "owner": owner, **request.slot}
+
+    async def loaded(name: str | None) -> Worker:
+        worker = workers.choose(name)
+        if worker.state != "ready":
+            async with queue.turn(""):
+                await workers.load(worker)
+        return worker
+
+    async def tokenizer_info(content: bytes) -> dict[str, str | None]:
+        about = workers.all[0].about or (await loaded(None)).about
+        assert about is not None
+        return about.tokenizer
+
+    async def tokenize(content: bytes) -> bytes:
         body = decoded(content, _Text)
-        text = body.prompt.encode("utf-8", "replace")
-        return {"tokens": llm.tokenize(text, add_bos=body.add_special_tokens, special=True)}
+        return await (await loaded(body.model)).call("tokenize", body.prompt, body.add_special_tokens)
 
-    def detokenize(content: bytes) -> dict[str, str]:
-        tokens = decoded(content, _Ids).tokens
-        if unknown := [token for token in tokens if not 0 <= token < llm.n_vocab()]:
-            raise RequestError(f"there is no token {unknown[0]}; use ids from 0 to {llm.n_vocab() - 1}")
-        return {"prompt": llm.detokenize(tokens, special=True).decode("utf-8", "replace")}
+    async def detokenize(content: bytes) -> bytes:
+        body = decoded(content, _Ids)
+        return await (await loaded(body.model)).call("detokenize", body.tokens)
 
     routes: Routes = {
         ("GET", "/"): page,
         ("GET", "/health"): health,
         ("GET", "/metrics"): prometheus,
         ("GET", "/v1/models"): models,
+        ("GET", "/slots"): slots,
+        # Under the names of vLLM's server, by which lm-evaluation-harness counts the tokens that it asks about.
         ("GET", "/tokenizer_info"): tokenizer_info,
         ("POST", "/tokenize"): tokenize,
         ("POST", "/detokenize"): detokenize,
     }
-    most_body = max(1 << 20, _BYTES_PER_TOKEN * llm.context_size)
+    most_body = max(1 << 20, _BYTES_PER_TOKEN * workers.n_ctx)
     known = {"localhost", *map(str.lower, names)}
-    gate = Gate(llm, routes, queue, metrics, keys=keys, names=known, most_body=most_body, log_prompts=log_prompts)
+    gate = Gate(workers, routes, queue, metrics, keys=keys, names=known, most_body=most_body, log_prompts=log_prompts)
     pages = {"allow_origins": ["*"]} if keys else {"allow_origin_regex": _LOOPBACK_PAGES}
     return CORSMiddleware(gate, allow_methods=["*"], allow_headers=["*"], **pages), queue

@@ -1,9 +1,7 @@
 """The model of a server: every call runs under the plan of its request, and goes on from what was read before."""
 
 import ctypes
-import os
 import re
-import threading
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -38,15 +36,15 @@ class ServedLlama(AdaSkipLlama):
     batch after another, so that nothing of ``n_ctx * n_vocab`` is allocated.
     """
 
-    def __init__(self, model_path: str, *, plans: Plans, cache: PrefixCache, **kwargs: Any) -> None:
+    def __init__(
+        self, model_path: str, *, plans: Plans, cache: PrefixCache, name: str = "model", **kwargs: Any
+    ) -> None:
         self.request = ServedRequest()
         super().__init__(model_path, **kwargs)
-        self.name = os.path.basename(model_path).removesuffix(".gguf")  # of the model in answers
-        self.plans = plans
+        self.name, self.plans = name, plans  # the name is that in answers
         of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
         self.prefix_cache, cache.can_rewind = cache, not self.has_state
-        self._working = threading.Lock()  # held while the model takes a step
         self._steps: Any = None  # the generator of the answer
         self._embedder: llama_cpp.Llama | None = None  # the first text opens it
         self._opening = {**kwargs, "model_path": model_path}
@@ -57,17 +55,15 @@ class ServedLlama(AdaSkipLlama):
         rope = {name: getattr(parameters, name) for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale")}
         versions = [metadata.version(name) for name in ("llama-cpp-python", "adaskip-cpp")]
         self._settings_key = content_hash([asdict(self.model_info), settings, rope, self.n_ctx(), versions])
-        self._count()
 
     def close(self) -> None:
         """Keep what the memory holds in the cache, write that to disk, and free the model."""
         if getattr(self, "prefix_cache", None) is not None:
-            with self._working:  # a thread may be at its last step
-                self._keep(0)
-                self._live_key = ""  # it is closed once more when it is collected
-                self.prefix_cache.close()
-                if self._embedder is not None:
-                    self._embedder.close()
+            self._keep(0)
+            self._live_key = ""  # it is closed once more when it is collected
+            self.prefix_cache.close()
+            if self._embedder is not None:
+                self._embedder.close()
         super().close()
 
     # -- one request -------------------------------------------------------------------------------------------------
@@ -91,15 +87,14 @@ class ServedLlama(AdaSkipLlama):
 
     def end(self) -> None:
         """End the work for a request where it stands, as nobody asks for the next token."""
-        with self._working:
-            if self._steps is not None:
-                self._steps.close()
-            self._steps = None
-            self._count()
+        if self._steps is not None:
+            self._steps.close()
+        self._steps = None
 
-    def _count(self) -> None:
-        """Set ``gauges`` for other threads, which may not ask llama.cpp or the cache while the model works."""
-        self.gauges = {"kv_bytes": self.kv_bytes, "prefix_cache_bytes": self.prefix_cache.n_bytes}
+    @property
+    def gauges(self) -> dict[str, float]:
+        """What is told of its memory, in bytes."""
+        return {"kv_bytes": self.kv_bytes, "prefix_cache_bytes": self.prefix_cache.n_bytes}
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As :meth:`AdaSkipLlama.generate`, for the current request."""
@@ -140,7 +135,6 @@ class ServedLlama(AdaSkipLlama):
     def _batches(self, tokens: list[int], *, is_last: bool) -> Iterable[tuple[list[int], bool]]:
         request = self.request
         for batch in super()._batches(tokens, is_last=is_last):
-            request.check()
             if not request.first:
                 request.reads(self.n_tokens)
             yield batch
@@ -230,7 +224,7 @@ class ServedLlama(AdaSkipLlama):
         n_told, offset = 0, 0 if echo else len(self._prompt_text(kwargs["prompt"]))
         while True:
             reading = self._reading_prompt(collected) if echo and collected is not None else nullcontext()
-            with self._working, reading:
+            with reading:
                 self._logprobs = collected
                 try:
                     step = next(steps, None)
@@ -272,12 +266,11 @@ class ServedLlama(AdaSkipLlama):
         data, n_tokens = [], 0
         for index, text in enumerate([input] if isinstance(input, str) else input):
             self.request.check()
-            with self._working:
-                llm = self._embedder = self._embedder or _open_embedder(self._opening, self.context_size)
-                n = len(llm.tokenize(text.encode("utf-8")))
-                if n > llm.n_batch:  # stock embeds its beginning
-                    raise RequestError(f"a text has {n} tokens; at most {llm.n_batch} can be embedded, cut it")
-                answer: Any = llm.create_embedding(text)
+            llm = self._embedder = self._embedder or _open_embedder(self._opening, self.context_size)
+            n = len(llm.tokenize(text.encode("utf-8")))
+            if n > llm.n_batch:  # stock embeds its beginning
+                raise RequestError(f"a text has {n} tokens; at most {llm.n_batch} can be embedded, cut it")
+            answer: Any = llm.create_embedding(text)
             data.append({**answer["data"][0], "index": index})
             n_tokens += answer["usage"]["total_tokens"]
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}

