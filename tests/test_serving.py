@@ -664,6 +664,10 @@ def test_an_answer_that_ends_within_a_character_ends_after_its_last_byte_or_wher
         (choice,) = served.answer(request)["choices"]
         assert choice["finish_reason"] == "length"
         assert request.n_generated == n_expected, "the last token needs no room, and a character has four bytes at most"
+    letter = served.tokenize(b"x", add_bos=False)[-1]
+    biased = {"logit_bias": {letter: 50, half: 49.9}, "frequency_penalty": 0.05, "max_tokens": 2}
+    (choice,) = served.answer(read_body("/v1/completions", json.dumps({**body, **biased}).encode()))["choices"]
+    assert choice["text"] == "x" and choice["finish_reason"] == "length", "stock forgets what came before it"
 
 
 def test_what_follows_a_schema_is_json_whatever_the_model_prefers(served: ServedLlama) -> None:

@@ -49,6 +49,7 @@ class ServedLlama(AdaSkipLlama):
         self._embedder: llama_cpp.Llama | None = None  # the first text opens it
         self._opening = {**kwargs, "model_path": model_path}
         self._logprobs: Logprobs | None = None
+        self._is_cut = False  # the answer ends where it need not
         self._live_key, self._n_kept = "", 0  # of what the memory holds: under which plan, and what the cache has of it
         parameters = self.context_params
         settings = {name: getattr(parameters, name) for name in ("type_k", "type_v", "flash_attn_type", "swa_full")}
@@ -121,6 +122,9 @@ class ServedLlama(AdaSkipLlama):
                 yield token
                 request.check()
                 if self.n_tokens == self.context_size or request.n_generated >= most:
+                    self._is_cut = True
+                    if (end := self.token_eos()) >= 0:
+                        yield end  # stock forgets the text of an answer that ends without one
                     return
 
     def _evaluate(
@@ -221,6 +225,7 @@ class ServedLlama(AdaSkipLlama):
         self._steps = steps
         before = self._prompt_text(kwargs["prompt"]) if echo else ""
         collected = None if n_top is None else Logprobs(n_top, self._text)
+        self._is_cut = False
         n_told, offset = 0, 0 if echo else len(self._prompt_text(kwargs["prompt"]))
         while True:
             reading = self._reading_prompt(collected) if echo and collected is not None else nullcontext()
@@ -234,6 +239,8 @@ class ServedLlama(AdaSkipLlama):
                 return
             choice = step["choices"][0]
             is_end = choice["finish_reason"] is not None
+            if is_end and self._is_cut:
+                choice["finish_reason"] = "length"
             if is_empty:
                 request.n_generated = 0
                 if not is_end:
