@@ -1,9 +1,13 @@
 """Grammars that llama.cpp can be given: what it cannot read, or would read for ever, is refused."""
 
-from llama_cpp.llama_grammar import LlamaGrammar
+from llama_cpp.llama_grammar import PRIMITIVE_RULES, LlamaGrammar
 
 from ..errors import RequestError
 from .binding import ffi, last_error, lib
+
+_CHAR = PRIMITIVE_RULES["char"]  # of texts in what llama-cpp-python makes of a JSON schema
+_CHAR.content = _CHAR.content.replace(r'[^"\\]', r'[^"\\\x00-\x1F]')
+"""As llama.cpp's own converter has it: JSON has no control characters in a text."""
 
 
 def check_grammar(vocab: int, grammar: LlamaGrammar) -> None:

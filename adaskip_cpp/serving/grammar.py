@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import msgspec
-from llama_cpp.llama_grammar import PRIMITIVE_RULES, SchemaConverter
+from llama_cpp.llama_grammar import SchemaConverter
 
 from ..errors import RequestError
 
@@ -19,10 +19,6 @@ MOST_BYTES = 1 << 16  # of a schema as JSON, and so of the name that its innermo
 _MOST_WORK = 16_000_000
 """Characters that the converter reads and writes, 0.3 s. A rule goes on with each property that need not be there, so
 500 of them take as much."""
-
-_CHAR = PRIMITIVE_RULES["char"]
-_CHAR.content = _CHAR.content.replace(r'[^"\\]', r'[^"\\\x00-\x1F]')
-"""As llama.cpp's own converter has it: JSON has no control characters in a text."""
 
 _REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
 
