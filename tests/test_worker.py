@@ -351,7 +351,7 @@ def test_a_model_that_nobody_asks_for_is_unloaded(served_model: Path) -> None:
 
 def test_a_model_that_cannot_be_loaded_takes_none_of_the_others_away(three: list[str]) -> None:
     """An error at once where it cannot be opened; three tries where its process dies."""
-    with serving(Path(three[0]), three[1], "--plan", "none") as server:
+    with serving(Path(three[0]), *three[1:], "--plan", "none") as server:
         content = Path(three[1]).read_bytes()
         Path(three[1]).write_bytes(content[:1000])
         answer = server.post("/v1/completions", {"prompt": "the", "model": "two"})
@@ -360,6 +360,17 @@ def test_a_model_that_cannot_be_loaded_takes_none_of_the_others_away(three: list
         assert named(server, "one") == "one"
         Path(three[1]).write_bytes(content)
         assert named(server, "two") == "two"
+        with ThreadPoolExecutor(1) as client:
+            dying = client.submit(server.post, "/v1/completions", {"prompt": "the", "model": "three"})
+            killed = set(server.workers())
+            while not dying.done():
+                for each in set(server.workers()) - killed:
+                    os.kill(each, signal.SIGKILL)
+                    killed.add(each)
+                time.sleep(0.01)
+        assert dying.result().status_code == 500 and len(killed) == 4
+        assert server.lines[-1] == "three: its process ended (Killed), 3 times at its start\n"
+        assert named(server, "one") == "one"
         assert server.stop() == 0
 
 

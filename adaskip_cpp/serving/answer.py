@@ -121,8 +121,10 @@ class Sent:
 def encoded(
     answer: dict[str, Any] | Iterator[dict[str, Any]], request: ServedRequest, tell: Callable[[bytes], object]
 ) -> bytes:
-    """Return what the model returned for a request, with what llama-cpp-python does not tell: as JSON, or the last
-    event of a stream, whose others go to ``tell``."""
+    """Return what the model returned for a request as JSON, with what llama-cpp-python does not tell.
+
+    Of a stream it is the last event; the others go to ``tell``.
+    """
     if isinstance(answer, dict):
         more = {"usage": request.usage, **_figures(request)} if request.begun else {}
         return msgspec.json.encode({**answer, **more})

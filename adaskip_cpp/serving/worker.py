@@ -124,8 +124,8 @@ class Service:
                 self._requests[request.id] = request
                 self._asked.put(request)
             case Leave(id):
-                if id in self._requests:
-                    self._requests[id].is_left = True
+                if (request := self._requests.get(id)) is not None:  # else it is done
+                    request.is_left = True
             case Call():
                 self._beside.submit(self._call, message)
             case Close():
@@ -161,7 +161,7 @@ class Service:
         except Exception as error:
             done.error = explained(error, logs_text=self._logs_text)
         self._llm.end()
-        del self._requests[request.id]
+        self._requests.pop(request.id)
         done.counts, done.gauges = request.counts, self._llm.gauges
         self._tell(done)
 

@@ -117,6 +117,7 @@ class Worker:
         id = uuid.uuid4().hex
         asked = self._ask(Call(id, name, arguments), id)
         await asyncio.wait({asked.done}, timeout=self._stuck_timeout)
+        self.used = time.monotonic()
         del self._asked[id]
         done = asked.done.result() if asked.done.done() else None
         if done is None or done.content is None:
