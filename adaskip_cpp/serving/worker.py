@@ -124,8 +124,8 @@ class Service:
                 self._requests[request.id] = request
                 self._asked.put(request)
             case Leave(id):
-                if (request := self._requests.get(id)) is not None:  # else it is done
-                    request.is_left = True
+                if (left := self._requests.get(id)) is not None:  # else it is done
+                    left.is_left = True
             case Call():
                 self._beside.submit(self._call, message)
             case Close():
