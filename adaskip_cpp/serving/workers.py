@@ -29,6 +29,7 @@ LEAVE = 5.0  # seconds in which a request ends when its client has left; or twic
 
 _PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a process is started again: twice as many each time
 _MOST_VAIN = 3  # processes in a row that end before they can be asked
+_LOADING = 10  # times the limit of a step: the longest that loading takes
 
 _START = (
     f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); "
@@ -54,7 +55,8 @@ class Worker:
     Args:
         name: of the model, for clients.
         opening: what opens it there.
-        stuck_timeout: seconds in which a request takes a step; else its process is ended.
+        stuck_timeout: seconds in which a request takes a step; the model is loaded in ten times as many. A process that
+            takes longer is ended.
     """
 
     def __init__(self, name: str, opening: Opening, *, stuck_timeout: float = STUCK) -> None:
@@ -222,6 +224,9 @@ class Worker:
             self._why = f"its process cannot be started ({error.strerror})"
             return
         assert process.stdout is not None
+        limit = _LOADING * self._stuck_timeout
+        why = f"it did not load within {limit:g} seconds and was ended; --stuck-timeout gives it more"
+        slow = asyncio.get_running_loop().call_later(limit, lambda: None if self._was_open else self.kill(why))
         try:
             self._tell(self._opening)
             while True:
@@ -233,6 +238,7 @@ class Worker:
             self.kill()
             raise
         finally:
+            slow.cancel()
             code = await process.wait()
             how = f"code {code}" if code >= 0 else signal.strsignal(-code)
             self._why = self._why or self._failed or f"its process ended ({how})"
