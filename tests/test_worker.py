@@ -369,7 +369,8 @@ def test_a_model_that_cannot_be_loaded_takes_none_of_the_others_away(three: list
         Path(three[1]).write_bytes(content[:1000])
         answer = server.post("/v1/completions", {"prompt": "the", "model": "two"})
         assert answer.status_code == 500 and "the model 'two' cannot be loaded" in answer.json()["error"]["message"]
-        assert "llama.cpp cannot open" in server.lines[-1] and "Traceback" not in "".join(server.lines)
+        until(lambda: "llama.cpp cannot open" in server.lines[-1])
+        assert "Traceback" not in "".join(server.lines)
         assert named(server, "one") == "one"
         Path(three[1]).write_bytes(content)
         assert named(server, "two") == "two"
