@@ -31,6 +31,7 @@ try:
     from .engine.llama import AdaSkipLlama
     from .engine.rpc import add_rpc_server
     from .measuring.running import Running
+    from .model.edits import Edits
     from .model.frontier import Frontier
     from .model.plan import Bulk, SkipPlan
     from .model.plan_file import load_plan, save_plan
@@ -68,6 +69,7 @@ __all__ = [
     "AdaSkipError",
     "AdaSkipLlama",
     "Bulk",
+    "Edits",
     "EvaluationOptions",
     "Frontier",
     "PlanRequest",

@@ -316,15 +316,63 @@ int32_t adaskip_get_counters(const llama_context * ctx, adaskip_counters * out) 
     });
 }
 
+int32_t adaskip_set_most_moves(llama_context * ctx, int32_t most_moves) {
+    return guarded(ctx, [&] {
+        require(most_moves >= 0, format("%d moves", most_moves));
+        ctx->adaskip.set_most_moves(most_moves);
+    });
+}
+
+int32_t adaskip_can_move(const llama_context * ctx) {
+    return guarded(ctx, [&]() -> int32_t {
+        const auto & kv = ctx->adaskip.get_kv();
+        return !kv.caches.empty() && kv.states.empty() && ctx->get_memory()->get_can_shift();
+    });
+}
+
+static void check_sequence(const llama_context & ctx, int32_t seq_id) {
+    require(seq_id >= 0 && seq_id < (int32_t) ctx.n_seq_max(),
+            format("no sequence %d, the context is for %u", seq_id, ctx.n_seq_max()));
+}
+
+int32_t adaskip_set_aside(
+        llama_context * ctx, int32_t seq_id, int32_t n_kept, const adaskip_run * runs, int32_t n_runs) {
+    return guarded(ctx, [&] {
+        check_sequence(*ctx, seq_id);
+        require(adaskip_can_move(ctx) == 1, "the cells of this memory cannot be moved");
+        require(n_kept >= 0 && n_runs >= 0 && (runs || n_runs == 0), "the runs are null, or a number is negative");
+        const std::vector<adaskip_run> all(runs, runs + n_runs);
+        for (const auto & run : all) {
+            require(run.n > 0 && run.from >= n_kept && run.to >= n_kept && run.from <= INT32_MAX - run.n &&
+                            run.to <= INT32_MAX - run.n,
+                    format("a run of %d positions from %d to %d", run.n, run.from, run.to));
+        }
+        for (const auto start : { &adaskip_run::from, &adaskip_run::to }) {
+            auto sorted = all;
+            std::sort(sorted.begin(), sorted.end(),
+                    [&](const adaskip_run & a, const adaskip_run & b) { return a.*start < b.*start; });
+            for (size_t i = 1; i < sorted.size(); ++i) {
+                require(sorted[i - 1].*start + sorted[i - 1].n <= sorted[i].*start, "two runs overlap");
+            }
+        }
+        ctx->synchronize();
+        ctx->adaskip.get_kv().set_aside(seq_id, n_kept, all);
+    });
+}
+
+int32_t adaskip_take_back(llama_context * ctx, int32_t seq_id, int32_t end) {
+    return guarded(ctx, [&] {
+        check_sequence(*ctx, seq_id);
+        ctx->adaskip.get_kv().take_back(seq_id, end);
+    });
+}
+
 int32_t adaskip_kv_first_stale(const llama_context * ctx, int32_t seq_id, int32_t phase, int32_t * pos) {
     return guarded(ctx, [&]() -> int32_t {
         if (!is_phase(phase) || !pos) {
             return fail(ADASKIP_ERROR_ARGUMENT, !pos ? "the position is null" : format("unknown phase %d", phase));
         }
-        if (seq_id < 0 || seq_id >= (int32_t) ctx->n_seq_max()) {
-            return fail(
-                    ADASKIP_ERROR_ARGUMENT, format("no sequence %d, the context is for %u", seq_id, ctx->n_seq_max()));
-        }
+        check_sequence(*ctx, seq_id);
         *pos = ctx->adaskip.first_stale(seq_id, phase);
         return ADASKIP_OK;
     });

@@ -37,8 +37,8 @@ void adaskip_context::check(const llama_ubatch & ubatch) {
         const llama_pos    pos_stale = first_stale(seq_id, phase);
         if (pos_stale < std::numeric_limits<llama_pos>::max()) {
             throw adaskip_exception(ADASKIP_ERROR_KV_STALE, format("position %d of sequence %d was computed under "
-                                                                   "another plan, or lacks the KV of an attention "
-                                                                   "that runs now",
+                                                                   "another plan, was moved, or lacks the KV of an "
+                                                                   "attention that runs now",
                                                                     pos_stale, seq_id));
         }
     }
@@ -47,7 +47,9 @@ void adaskip_context::check(const llama_ubatch & ubatch) {
 
 llama_pos adaskip_context::first_stale(llama_seq_id seq_id, int32_t i_phase) const {
     const auto & skipped = get_set(i_phase).attention;
-    return kv->first_unreadable(seq_id, [&](uint64_t set_id) { return plan.is_readable(set_id, skipped); });
+    return kv->first_unreadable(seq_id, [&](uint64_t set_id) {
+        return adaskip_moves_of(set_id) <= most_moves && plan.is_readable(set_id, skipped);
+    });
 }
 
 llm_graph_params adaskip_context::graph_params(llm_graph_params params) {

@@ -50,6 +50,9 @@ public:
     void begin_request();
     void set_statistics(int32_t flags, adaskip_statistics_callback callback, void * user_data);
 
+    // positions that were moved so often may be read
+    void set_most_moves(int32_t value) { most_moves = value; }
+
     const adaskip_plan_sets & get_plan() const { return plan; }
 
     // the set under which the next token of this phase runs
@@ -62,6 +65,8 @@ public:
     llama_pos first_stale(llama_seq_id seq_id, int32_t phase) const;
 
     const adaskip_online & get_online() const { return online; }
+
+    const adaskip_kv & get_kv() const { return *kv; }
 
     // attentions without KV in this context, [n_layer] or empty
     const std::vector<bool> & kv_elided() const { return kv->elided; }
@@ -127,6 +132,8 @@ private:
 
     int32_t phase     = ADASKIP_PHASE_PREFILL;
     int32_t n_decoded = 0; // tokens decoded in this request
+
+    int32_t most_moves = 0; // of a position that may be read
 
     adaskip_online   online;
     adaskip_skip_set online_set; // the decode set with the FFNs that the online stage added, empty if none

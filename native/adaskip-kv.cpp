@@ -1,8 +1,10 @@
 #include "adaskip-kv.h"
 
+#include "adaskip-error.h"
 #include "adaskip-llama.h"
 
 #include "llama-hparams.h"
+#include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-recurrent.h"
@@ -80,6 +82,72 @@ llama_pos adaskip_kv::first_unreadable(llama_seq_id seq_id, const std::function<
     return res;
 }
 
+// Cells that are set aside are of two sequences that no batch names: llama.cpp would write over those of one alone
+// where a sliding window has left them.
+static constexpr llama_seq_id SEQS_ASIDE[] = { LLAMA_MAX_SEQ - 2, LLAMA_MAX_SEQ - 1 };
+
+// the number of the run that has the position, runs.size() for none
+static size_t run_of(const std::vector<adaskip_run> & runs, llama_pos pos) {
+    return std::find_if(runs.begin(), runs.end(), [&](const adaskip_run & run) {
+        return run.from <= pos && pos < run.from + run.n;
+    }) - runs.begin();
+}
+
+void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vector<adaskip_run> & runs) const {
+    for (const auto * cache : caches) {
+        const auto &         cells = cells_of(cache, seq_id);
+        std::vector<int32_t> n_found(runs.size() + 1);
+        for (const auto & [pos, i] : adaskip_seq_pos(cells, seq_id)) {
+            const size_t run  = run_of(runs, pos);
+            const bool   fits = cells.seq_count(i) == 1 && adaskip_moves_of(cells.set_id_get(i)) < 255;
+            n_found[run] += run == runs.size() || fits;
+        }
+        for (size_t run = 0; run < runs.size(); ++run) {
+            if (n_found[run] != runs[run].n) {
+                throw adaskip_exception(
+                        ADASKIP_ERROR_ARGUMENT, format("the memory has %d of the %d positions from %d on", n_found[run],
+                                                        runs[run].n, runs[run].from));
+            }
+        }
+    }
+    for (auto * cache : caches) {
+        const uint32_t stream = cache->seq_to_stream.at(seq_id);
+        auto &         cells  = cache->v_cells[stream];
+        const auto     held   = adaskip_seq_pos(cells, seq_id); // a copy, as they change
+        for (auto it = held.lower_bound({ n_kept, 0 }); it != held.end(); ++it) {
+            const auto & [pos, i] = *it;
+            const size_t run      = run_of(runs, pos);
+            if (run == runs.size()) {
+                cells.seq_rm(i, seq_id);
+                cache->v_heads[stream] = std::min(cache->v_heads[stream], i);
+                continue;
+            }
+            const uint64_t set_id = cells.set_id_get(i);
+            cells.set_id_set(i, (set_id == 0 ? ADASKIP_MOVED_WHOLE : set_id) + (1ULL << ADASKIP_MOVES_BIT));
+            if (const llama_pos shift = runs[run].to - runs[run].from; shift != 0) {
+                cells.pos_add(i, shift);
+            }
+            for (const llama_seq_id aside : SEQS_ASIDE) {
+                cells.seq_add(i, aside);
+            }
+            cells.seq_rm(i, seq_id);
+        }
+    }
+}
+
+void adaskip_kv::take_back(llama_seq_id seq_id, llama_pos end) const {
+    for (auto * cache : caches) {
+        auto &     cells = cache->v_cells[cache->seq_to_stream.at(seq_id)];
+        const auto held  = adaskip_seq_pos(cells, SEQS_ASIDE[0]); // a copy, as they change
+        for (auto it = held.begin(); it != held.end() && it->first < end; ++it) {
+            cells.seq_add(it->second, seq_id);
+            for (const llama_seq_id aside : SEQS_ASIDE) {
+                cells.seq_rm(it->second, aside);
+            }
+        }
+    }
+}
+
 static thread_local std::weak_ptr<adaskip_kv> kv_of_next_memory;
 
 adaskip_kv_ptr adaskip_kv_create() {
@@ -93,7 +161,7 @@ static adaskip_kv_ptr kv_of_this_memory() {
     return res ? res : std::make_shared<adaskip_kv>();
 }
 
-adaskip_kv_ptr adaskip_kv_join(const llama_kv_cache * cache) {
+adaskip_kv_ptr adaskip_kv_join(llama_kv_cache * cache) {
     auto res = kv_of_this_memory();
     res->caches.push_back(cache);
     return res;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "adaskip.h"
+
 #include "llama.h"
 
 #include <cstdint>
@@ -24,6 +26,18 @@ class llama_memory_recurrent;
 // that its positions were; llama.cpp carries them along where sequences are copied, shifted, moved and saved. An id is
 // made of the contents of its set alone (see adaskip_skip_set), so it means the same in every context and process, and
 // 0 is the whole model.
+
+// In the upper 8 bits an id counts how often its cell was moved: what stood before it then is not what stands there
+// now.
+constexpr int      ADASKIP_MOVES_BIT   = 56;
+constexpr uint64_t ADASKIP_MOVED_WHOLE = 1ULL << 31; // the set of a moved cell that the whole model computed
+
+inline uint64_t adaskip_set_of(uint64_t set_id) {
+    return set_id & ((1ULL << ADASKIP_MOVES_BIT) - 1);
+}
+inline int32_t adaskip_moves_of(uint64_t set_id) {
+    return (int32_t) (set_id >> ADASKIP_MOVES_BIT);
+}
 
 // How many cells of each sequence were computed under each skip set but the whole model: it tells without a look at the
 // cells which sets a sequence reads.
@@ -54,7 +68,7 @@ struct adaskip_kv {
 
     std::vector<bool> elided; // [n_layer] or empty: attentions without KV, see adaskip_kv_alias
 
-    std::vector<const llama_kv_cache *>         caches;
+    std::vector<llama_kv_cache *>               caches;
     std::vector<const llama_memory_recurrent *> states;
 
     // the cache that holds this tensor of K, null if there is none
@@ -62,6 +76,13 @@ struct adaskip_kv {
 
     // the cells of a cache that hold the sequence
     static const llama_kv_cells & cells_of(const llama_kv_cache * cache, llama_seq_id seq_id);
+
+    // Takes runs of positions out of a sequence, to stand at other positions in it when they are taken back, and
+    // removes its other cells from n_kept on. Throws, and changes nothing, where the memory lacks a position of a run.
+    void set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vector<adaskip_run> & runs) const;
+
+    // takes back what now stands before `end`, in every cache
+    void take_back(llama_seq_id seq_id, llama_pos end) const;
 
     // the first position of the sequence whose set does not satisfy f, INT32_MAX where there is none; 0 if it went into
     // a recurrent state, which cannot be rewound
@@ -72,7 +93,7 @@ using adaskip_kv_ptr = std::shared_ptr<adaskip_kv>;
 
 // the record of a context that this thread begins to create, and how its memory takes part in it
 adaskip_kv_ptr adaskip_kv_create();
-adaskip_kv_ptr adaskip_kv_join(const llama_kv_cache * cache);
+adaskip_kv_ptr adaskip_kv_join(llama_kv_cache * cache);
 adaskip_kv_ptr adaskip_kv_join(const llama_memory_recurrent * state);
 
 // for contexts that this thread creates: [n_layer], true where an attention shall get no KV

@@ -3,6 +3,7 @@
 #include "adaskip-plan.h"
 
 #include "adaskip-error.h"
+#include "adaskip-kv.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -29,7 +30,7 @@ public:
             value ^= value >> 32;
         }
     }
-    uint64_t id() const { return value | 1ULL << 31; }
+    uint64_t id() const { return adaskip_set_of(value) | ADASKIP_MOVED_WHOLE; }
 
 private:
     uint64_t value = 0xcbf29ce484222325ULL;
@@ -105,7 +106,8 @@ uint64_t adaskip_new_graph_id() {
 }
 
 bool adaskip_plan_sets::is_readable(uint64_t set_id, const std::vector<bool> & skipped) const {
-    if (set_id == 0) {
+    set_id = adaskip_set_of(set_id);
+    if (set_id == 0 || set_id == ADASKIP_MOVED_WHOLE) {
         return true;
     }
     const auto it = holes.find(set_id);

@@ -25,7 +25,7 @@ struct adaskip_skip_set {
     adaskip_vectors_ptr up;   // [n_rank, n_embd] each
 
     // What the positions computed under it are known by: a hash of what is skipped and what stands in for it, 0 where
-    // the whole model runs. Bit 31 is set in all others, see adaskip_write_n_seq_id.
+    // the whole model runs. In all others bit 31 is set, and the upper 8 bits are not, see adaskip_moved.
     uint64_t set_id = 0;
 
     uint64_t graph_id = 0; // what a graph was built under; 0 for the empty set
@@ -58,8 +58,9 @@ struct adaskip_plan_sets {
     // readable sets of other plans leave none
     std::map<uint64_t, std::vector<bool>> holes;
 
-    // Whether a position that was computed under some set may be read where these attentions are skipped: the set is
-    // the whole model, of this plan or readable by it, and has K and V of every attention that runs now.
+    // Whether a position that was computed under some set, however often it was moved, may be read where these
+    // attentions are skipped: the set is the whole model, of this plan or readable by it, and has K and V of every
+    // attention that runs now.
     bool is_readable(uint64_t set_id, const std::vector<bool> & skipped) const;
 };
 

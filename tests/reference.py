@@ -250,6 +250,13 @@ class ReferenceRun:
         self._keys = [part[chosen] for part in self._keys]
         self._values = [part[chosen] for part in self._values]
 
+    def take(self, other: "ReferenceRun", start: int, n: int) -> None:
+        """Append positions of another sequence, with the K and V that they have there."""
+        taken, first = slice(start, start + n), self.positions.max(initial=-1) + 1
+        self.positions = np.concatenate([self.positions, np.arange(first, first + n)])
+        for layer in range(self.model.n_layer):
+            self._store(layer, other._keys[layer][taken], other._values[layer][taken])
+
     def _store(self, layer: int, keys: Array, values: Array) -> None:
         self._keys[layer] = np.concatenate([self._keys[layer], keys])
         self._values[layer] = np.concatenate([self._values[layer], values])

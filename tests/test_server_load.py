@@ -179,7 +179,7 @@ def test_requests_of_sixteen_clients_while_processes_die(
 
     def held() -> tuple[int, int, int]:
         """What the server's first process holds when it is idle: memory, descriptors, threads."""
-        deadline = time.monotonic() + 90  # the longest pause before a start, and a process that was stopped in its start
+        deadline = time.monotonic() + 90  # for the longest pause before a start, and a process stopped in its start
         while server.metric("adaskip_requests_running") or (health := server.get("/health")).status_code != 200:
             assert time.monotonic() < deadline, health.text
             time.sleep(0.1)

@@ -10,10 +10,12 @@ import numpy as np
 
 from ..errors import AdaSkipError, NativeError, PlanError, StateError
 from ..model.arrays import Vectors
+from ..model.edits import Edits, Reuse, edits_of
 from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
+from .edits import Run, find_runs
 from .grammar import check_grammar
 from .native import OnlineResult, StatisticsSink, elide_kv, is_here
 from .self_describing import SelfDescribingLlama
@@ -56,6 +58,11 @@ class AdaSkipLlama(SelfDescribingLlama):
         exact_batches: cut prompts into batches as ``llama_cpp.Llama`` does. Otherwise, where upper layers share KV
             (Gemma 3n and 4), the last token of a prompt is computed by itself, so that they run for no other: logits
             differ by the rounding of another batch size.
+        reuse: what a prompt uses of the one in memory. ``"prefix"``: what both begin with, as ``llama_cpp.Llama`` does.
+            ``"edits"`` or an :class:`Edits`: every run of tokens that both have, moved to its new place. Such tokens
+            were computed after other text, which costs some quality. Where the memory has a recurrent state, lost what
+            a sliding window has left, or cannot be shifted by llama.cpp, and where a prompt's own logits are asked for,
+            it is the prefix alone.
         repack: let llama.cpp keep weights on the CPU in a layout of its own (``use_extra_bufts``); None: as tuned, else
             True, its default. Which is faster depends on machine, model and batch size; logits differ by rounding.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
@@ -80,9 +87,11 @@ class AdaSkipLlama(SelfDescribingLlama):
         max_loss: float | None = None,
         exact_batches: bool = False,
         repack: bool | None = None,
+        reuse: Reuse = "prefix",
         **kwargs: Any,
     ) -> None:
         check_gguf(model_path)
+        self._reuse, self._fills = edits_of(reuse), False
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = _ignore
@@ -107,6 +116,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         elided = None if plan is None else np.isin(np.arange(plan.n_layer), plan.without_kv)
         with elide_kv(elided):
             super().__init__(model_path, **kwargs)
+        self.set_reuse(reuse)
         if plan is not None:
             try:
                 self.set_plan(plan)
@@ -175,6 +185,16 @@ class AdaSkipLlama(SelfDescribingLlama):
             return
         self._put_in_force(plan, readable)
         self.max_loss = None
+
+    @property
+    def edits(self) -> Edits | None:
+        """How runs of an earlier prompt are moved to their places in the next one; None where they are not."""
+        return self._reuse if self._adaskip.can_move else None
+
+    def set_reuse(self, reuse: Reuse) -> None:
+        """Say what the next prompts use of the one in memory, see the class; ``"prefix"`` reads moved tokens again."""
+        self._reuse, self._requires_eval = edits_of(reuse), True
+        self._adaskip.set_most_moves(self._reuse.most_moves if self._reuse else 0)
 
     def _choose(self, n_tokens: int) -> None:
         """Where plans are chosen for each prompt, choose the one for a prompt of so many tokens."""
@@ -356,7 +376,8 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _decode(self, tokens: list[int], *, with_logits: bool) -> Vectors:
         """``llama_cpp.Llama.eval`` of one batch with the logits behind every token, or behind none, for KV alone."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
-        self._ctx.kv_cache_seq_rm(-1, start, -1)
+        if not self._fills:
+            self._ctx.kv_cache_seq_rm(-1, start, -1)
         self._batch.set_batch(batch=tokens, n_past=start, logits_all=with_logits)
         self._batch.batch.logits[len(tokens) - 1] = with_logits
         self._ctx.decode(self._batch)
@@ -368,6 +389,44 @@ class AdaSkipLlama(SelfDescribingLlama):
         if self.logits_all:
             self.scores[start:end] = logits
         return np.asarray(logits, np.float32)
+
+    def _read_edited(self, prompt: list[int]) -> None:
+        """Read a prompt up to the end of the last run of tokens that it has from the one in memory."""
+        edits, native = self.edits, self._adaskip
+        if edits is None or self._reads_prompt or self.logits_all or self.context_params.embeddings:
+            return
+        n = min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens))
+        cached, wanted = self.input_ids[:n], np.array(prompt, np.int32)
+        if n == 0 or cached.min() < 0 or self.has_lost_window(n):
+            return
+        n_common = min(n, len(wanted))
+        differs = np.flatnonzero(cached[:n_common] != wanted[:n_common])
+        first = int(differs[0]) if len(differs) else n_common
+        tail = max(edits.tail, self.plan.bulk.tail if self.plan and self.plan.bulk else 0)
+        runs = find_runs(cached, wanted, first=first, end=len(wanted) - tail, least=edits.least + edits.mend)
+        if not runs:
+            return
+        runs = [Run(run.start + edits.mend, run.to + edits.mend, run.n - edits.mend) for run in runs]
+        native.set_aside(first, runs)
+        self.n_tokens, self._requires_eval, self._fills = first, True, True
+        try:
+            for run in runs:
+                self._fill(prompt, run.to)
+                end = run.to + run.n
+                native.take_back(end)
+                self.input_ids[run.to : end], self.n_tokens = prompt[run.to : end], end
+        finally:
+            self._fills = False
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # what is still aside where this was cut short
+
+    def _fill(self, prompt: list[int], end: int) -> None:
+        """Evaluate the tokens of a prompt from those in memory up to ``end``, before others that are set aside."""
+        bulk, start = None if self.plan is None else self.plan.bulk, self.n_tokens
+        first, last = bulk.span(start, len(prompt) - start) if bulk else (0, 0)
+        first, last = min(start + first, end), min(start + last, end)
+        self._evaluate("prefill", prompt[start:first], is_last=False)
+        self._evaluate("bulk", prompt[first:last], is_last=False)
+        self._evaluate("prefill", prompt[last:end], is_last=False)
 
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
@@ -393,6 +452,8 @@ class AdaSkipLlama(SelfDescribingLlama):
         self.begin_request()
         if self._prompt_rows is not None or (self._reads_prompt and self.plan and self.plan.bulk):
             self.reset()  # what is cached has no logits that may be read, as the bulk of an earlier prompt
+        if kwargs.get("reset", True):
+            self._read_edited(tokens)
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
             phase: Phase = "prefill"
             sent: Sequence[int] | None = None
@@ -501,6 +562,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             "plan": self._plan_opened,
             "exact_batches": self._exact_batches,
             "repack": self._repack,
+            "reuse": self._reuse or "prefix",
             "plan_in_force": (self.plan, self.readable, self.frontier, self.max_loss),
         }
 

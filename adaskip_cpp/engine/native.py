@@ -294,6 +294,26 @@ class NativeContext:
         self._check(lib.adaskip_kv_first_stale(self._ctx, 0, PHASES.index(phase), position))
         return min(n, int(position[0]))
 
+    # -- edited prompts ------------------------------------------------------------------------------------------
+
+    @property
+    def can_move(self) -> bool:
+        """Whether cells can be moved: there is no recurrent state, and llama.cpp can shift K."""
+        return bool(self._check(lib.adaskip_can_move(self._ctx)))
+
+    def set_most_moves(self, n: int) -> None:
+        """Let positions be read that were moved so often; at first none that was moved."""
+        self._check(lib.adaskip_set_most_moves(self._ctx, n))
+
+    def set_aside(self, n_kept: int, runs: Sequence[tuple[int, int, int]]) -> None:
+        """Take runs (place, place to be, length) out of sequence 0, and forget what else is at ``n_kept`` or later."""
+        rows = ffi.new("struct adaskip_run[]", list(runs))
+        self._check(lib.adaskip_set_aside(self._ctx, 0, n_kept, rows, len(runs)))
+
+    def take_back(self, end: int) -> None:
+        """Take back what was set aside and stands before ``end`` now."""
+        self._check(lib.adaskip_take_back(self._ctx, 0, end))
+
 
 def _fill_plan(target: Any, plan: SkipPlan) -> list[Any]:
     """Point an adaskip_plan at the sets of ``plan``; returns what must live as long."""

@@ -1,0 +1,69 @@
+"""Finds what an edited prompt has in common with the one in memory, wherever it stands."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+_MULTIPLIER = 0x9E3779B97F4A7C15
+_INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
+_MOST_TRIED = 8  # places of a repeated text
+
+
+class Run(NamedTuple):
+    """Tokens that stand at ``start`` in memory and at ``to`` in the prompt, ``n`` of them."""
+
+    start: int
+    to: int
+    n: int
+
+
+def find_runs(
+    cached: npt.NDArray[np.int32], prompt: npt.NDArray[np.int32], *, first: int, end: int, least: int
+) -> list[Run]:
+    """Return runs of equal tokens in the order of the prompt, each cached token in one run at most.
+
+    Args:
+        cached: the tokens in memory, int32 ``[n_cached]``.
+        prompt: the tokens wanted, int32 ``[n_prompt]``.
+        first: where both are looked at from.
+        end: where the prompt is looked at to.
+        least: tokens of the shortest run.
+    """
+    cached, prompt = cached[first:], prompt[first:end]
+    if min(len(cached), len(prompt)) < least:
+        return []
+    known, wanted = _hashes(cached, least), _hashes(prompt, least)
+    order = np.argsort(known, kind="stable")
+    low, high = (np.searchsorted(known[order], wanted, side) for side in ("left", "right"))
+    is_free = np.ones(len(cached), bool)
+    runs: list[Run] = []
+    at = shift = 0
+    for to in np.flatnonzero(low < high).tolist():
+        if to < at:
+            continue
+        places = order[low[to] : high[to]]
+        nearest = places[np.argsort(abs(places - (to - shift)), kind="stable")[:_MOST_TRIED]]
+        lengths = [_n_common(cached[each:], prompt[to:], is_free[each:]) for each in nearest]
+        n = max(lengths)
+        if n >= least:
+            start = int(nearest[lengths.index(n)])
+            runs.append(Run(first + start, first + to, n))
+            is_free[start : start + n] = False
+            at, shift = to + n, to - start
+    return runs
+
+
+def _n_common(cached: npt.NDArray[np.int32], prompt: npt.NDArray[np.int32], is_free: npt.NDArray[np.bool_]) -> int:
+    """Return how many of the first tokens are equal, and free."""
+    n = min(len(cached), len(prompt))
+    differs = np.flatnonzero((cached[:n] != prompt[:n]) | ~is_free[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def _hashes(tokens: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.uint64]:
+    """Return a number for every ``n`` tokens that follow one another; equal tokens have equal ones."""
+    powers, inverse = (np.cumprod(np.full(len(tokens), each, np.uint64)) for each in (_MULTIPLIER, _INVERSE))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(tokens.astype(np.uint64) * powers)])
+    hashes: npt.NDArray[np.uint64] = (sums[n:] - sums[:-n]) * inverse[: len(tokens) - n + 1]
+    return hashes

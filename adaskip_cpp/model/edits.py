@@ -1,0 +1,46 @@
+"""How K and V are used again in a prompt that is an edited form of one in memory."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ..errors import RequestError
+
+
+@dataclass(frozen=True)
+class Edits:
+    """How runs of tokens are moved to their places in another prompt.
+
+    The K and V of a moved token are those of its old place, where other text stood before it. llama.cpp turns K to the
+    new position.
+
+    Attributes:
+        mend: tokens at the beginning of each run that are read again. They take most from the text before the run
+            (EPIC, arXiv 2410.15332).
+        least: tokens of the shortest run that is moved.
+        tail: tokens at the end of the prompt that are read again, whatever is known of them.
+        most_moves: a token that was moved more often is read again.
+    """
+
+    mend: int = 16
+    least: int = 64
+    tail: int = 64
+    most_moves: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("mend", 0), ("least", 1), ("tail", 1), ("most_moves", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value < 2**31:
+                raise RequestError(f"{name} is {value!r}; give a whole number of at least {least}.")
+
+
+Reuse: TypeAlias = Literal["prefix", "edits"] | Edits
+"""What a prompt uses of the one in memory: what both begin with, or every run of tokens that both have."""
+
+
+def edits_of(reuse: Reuse) -> Edits | None:
+    """Return how runs are moved; None for ``"prefix"``, which moves none."""
+    if isinstance(reuse, Edits):
+        return reuse
+    if reuse not in ("prefix", "edits"):
+        raise RequestError(f'reuse is {reuse!r}; give "prefix", "edits" or an Edits.')
+    return Edits() if reuse == "edits" else None

@@ -1,0 +1,321 @@
+"""Prompts that are edited: what both have is moved to its new place, and the rest is read before it.
+
+Against a forward pass in NumPy, which keeps K as it is before the rotary embedding, so that positions can move. The
+tolerances are those of test_bulk.py, and for flash attention that of test_sequences.py: F16 on the CPU.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import ReferenceModel, ReferenceRun, Windows, relative_error
+from tiny_families import N_LAYER, N_VOCAB
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.engine.edits import Run, find_runs
+from adaskip_cpp.errors import NativeError, RequestError
+from adaskip_cpp.model.edits import Edits
+from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.skip_set import SkipSet
+
+Tiny = Callable[..., Path]
+Tokens = Callable[..., list[int]]
+Open = Callable[..., Any]
+
+EDITS = Edits(mend=3, least=8, tail=6, most_moves=2)
+NOTHING = SkipSet.none(N_LAYER)
+OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_batch": 32, "n_ubatch": 16, "logits_all": False}
+
+
+# --- what two prompts have in common --------------------------------------------------------------------------------
+
+
+def runs_of(cached: Sequence[int], prompt: Sequence[int], least: int = 3) -> list[Run]:
+    n = next((i for i, (a, b) in enumerate(zip(cached, prompt, strict=False)) if a != b), min(len(cached), len(prompt)))
+    both = np.array(cached, np.int32), np.array(prompt, np.int32)
+    return find_runs(*both, first=n, end=len(prompt), least=least)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=60), st.integers(1, 5))
+def test_runs_are_equal_tokens_and_no_token_is_used_twice(cached: list[int], prompt: list[int], least: int) -> None:
+    taken: set[int] = set()
+    end = 0
+    for run in runs_of(cached, prompt, least):
+        places = set(range(run.start, run.start + run.n))
+        assert run.n >= least and run.to >= end and not places & taken
+        assert cached[run.start : run.start + run.n] == prompt[run.to : run.to + run.n]
+        end, taken = run.to + run.n, taken | places
+
+
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ([0, 1, 99, 3, 4, 5, 6, 7, 8, 9], [(3, 3, 7)]),
+        ([0, 1, 2, 98, 99, 3, 4, 5, 6, 7, 8, 9], [(3, 5, 7)]),
+        ([0, 1, 4, 5, 6, 7, 8, 9], [(4, 2, 6)]),
+        ([5, 6, 7, 8, 9, 0, 1, 2, 3, 4], [(5, 0, 5), (0, 5, 5)]),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], []),
+        ([50, 51, 52, 53], []),
+    ],
+    ids=["changed", "inserted", "deleted", "swapped", "the same", "another"],
+)
+def test_an_edit_leaves_one_run_for_each_piece(prompt: list[int], expected: list[tuple[int, int, int]]) -> None:
+    assert runs_of(range(10), prompt) == expected
+
+
+# --- what is computed -----------------------------------------------------------------------------------------------
+
+
+def edited(tokens: Tokens) -> dict[str, tuple[list[int], list[int]]]:
+    """A prompt, and what became of it."""
+    a, b, c, new = (tokens(n, seed=seed) for seed, n in enumerate((60, 45, 70, 9)))
+    return {
+        "changed": (a + b + c, a[:20] + new[:5] + a[25:] + b + c),
+        "inserted": (a + b + c, a[:20] + new + a[20:] + b + c),
+        "deleted": (a + b + c, a[:20] + a[31:] + b + c),
+        "twice": (a + b + c, a[:20] + new + a[20:] + b[:10] + b[12:] + c),
+        "another order": (a + b + c, c + a + b),
+        "the oldest dropped": (a + b + c, b + c),
+        "longer": (a + b, c + new + b + a),
+    }
+
+
+KINDS = ["changed", "inserted", "deleted", "twice", "another order", "the oldest dropped", "longer"]
+
+
+class Oracle:
+    """A sequence in NumPy, whose prompts are edited as the model's are."""
+
+    def __init__(self, model: ReferenceModel, plan: SkipPlan | None = None, edits: Edits = EDITS) -> None:
+        self.run, self.tokens, self.plan, self.edits = ReferenceRun(model), [], plan, edits
+        self.n_read = 0
+
+    def read(self, prompt: list[int]) -> Any:
+        """Read a prompt, the runs of the one before from where they are. Return the last token's logits."""
+        before, first = self.run.copy(), 0
+        while first < min(len(self.tokens), len(prompt) - 1) and self.tokens[first] == prompt[first]:
+            first += 1
+        both = np.array(self.tokens, np.int32), np.array(prompt, np.int32)
+        mend, least = self.edits.mend, self.edits.least
+        tail = max(self.edits.tail, self.plan.bulk.tail if self.plan and self.plan.bulk else 0)
+        runs = find_runs(*both, first=first, end=len(prompt) - tail, least=least + mend)
+        self.run.rewind(first)
+        self.n_read = 0
+        for run in runs:
+            self._eval(prompt, run.to + mend)
+            self.run.take(before, run.start + mend, run.n - mend)
+        self.tokens = list(prompt)
+        return self._eval(prompt, len(prompt))
+
+    def _eval(self, prompt: list[int], end: int) -> Any:
+        start, bulk = self.run.n_past, None if self.plan is None else self.plan.bulk
+        self.n_read += end - start
+        logits = None
+        for position in range(start, end):
+            options: dict[str, Any] = {}
+            if bulk is not None and bulk.head <= position < len(prompt) - bulk.tail:
+                names = ("skip", "scale", "bias", "down", "up")
+                options = {name: getattr(bulk.skip, name) for name in names} | {"keeps_kv": True}
+                if bulk.windowed:
+                    options["windows"] = Windows(bulk.windowed, bulk.window_size, bulk.head)
+            logits = self.run.eval(prompt[position : position + 1], **options).logits[-1]
+        return logits
+
+
+@contextmanager
+def counting(llm: Any) -> Iterator[list[int]]:
+    """Yields a list that the tokens of every evaluated batch are added to, as numbers."""
+    decode, counts = llm._ctx.decode, []
+
+    def count(batch: Any) -> None:
+        counts.append(batch.n_tokens())
+        decode(batch)
+
+    llm._ctx.decode = count
+    try:
+        yield counts
+    finally:
+        llm._ctx.decode = decode
+
+
+def logits_of(llm: Any, prompt: list[int]) -> Any:
+    """The logits of a prompt's last token, which is read as a request's is."""
+    for _ in llm.generate(prompt, temp=0.0):
+        break
+    return np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (N_VOCAB,)).copy()
+
+
+def bulk_of(*, windowed: Sequence[int] = ()) -> SkipPlan:
+    skip = SkipPlan.manual(N_LAYER, attention=[2], ffn=[1, 2], scale=0.9).prefill
+    return SkipPlan(NOTHING, NOTHING, bulk=Bulk(skip, head=4, tail=10, windowed=tuple(windowed), window_size=12))
+
+
+SETTINGS: dict[str, tuple[str, dict[str, Any], SkipPlan | None, float]] = {
+    "llama": ("llama", {}, None, 1e-5),
+    "flash attention": ("llama", {"flash_attn": True}, None, 1e-2),
+    "sliding windows": ("gemma3", {"swa_full": True}, None, 1e-3),
+    "bulk": ("llama", {}, bulk_of(), 1e-5),
+    "bulk with windows": ("llama", {}, bulk_of(windowed=[0, 1]), 1e-5),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", SETTINGS)
+def test_logits_are_those_of_the_moved_k_and_v(
+    tiny: Tiny, tokens: Tokens, open_model: Open, how: str, kind: str
+) -> None:
+    family, options, plan, tolerance = SETTINGS[how]
+    llm = open_model(tiny(family), **OPTIONS, **options, reuse=EDITS)
+    llm.set_plan(plan)
+    oracle = Oracle(ReferenceModel(tiny(family)), plan)
+    for prompt in edited(tokens)[kind]:
+        with counting(llm) as counts:
+            assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < tolerance
+        assert sum(counts) == oracle.n_read
+    assert oracle.n_read < 0.6 * len(prompt)
+
+
+def test_answers_go_on_and_prompts_are_edited_again(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    """As often as moves are allowed; what was moved more often is read again, from the first such token on."""
+    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    oracle = Oracle(ReferenceModel(tiny()))
+    a, b = tokens(40), tokens(120, seed=1)
+    n_read = []
+    for round in range(EDITS.most_moves + 2):
+        prompt = a + tokens(6 + round, seed=10 + round)[1:] + b
+        with counting(llm) as counts:
+            logits = logits_of(llm, prompt)
+        n_read.append(sum(counts))
+        if round <= EDITS.most_moves:
+            assert relative_error(logits, oracle.read(prompt)) < 1e-5
+    assert n_read == [len(a) + 5 + len(b)] + [5 + i + EDITS.mend + EDITS.tail for i in (1, 2)] + [5 + 3 + len(b)]
+    fresh = ReferenceRun(ReferenceModel(tiny()))
+    assert relative_error(logits, fresh.eval(prompt).logits[-1]) < 1e-5
+
+
+# --- what stays as it was -------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_moved_unless_it_is_asked_for(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    """And not where the prompt's own logits are wanted, or those of all tokens are kept."""
+    first, second = edited(tokens)["inserted"]
+    expected = logits_of(open_model(tiny(), **OPTIONS), second)
+    for options in (OPTIONS, {**OPTIONS, "reuse": EDITS, "logits_all": True}):
+        llm = open_model(tiny(), **options)
+        logits_of(llm, first)
+        with counting(llm) as counts:
+            assert relative_error(logits_of(llm, second), expected) < 1e-5
+        assert sum(counts) == len(second) - 20
+
+
+@pytest.mark.parametrize("way", ["set_reuse", "loaded by another", "eval"])
+def test_what_was_moved_is_read_again_by_who_may_not_read_it(
+    tiny: Tiny, tokens: Tokens, open_model: Open, way: str
+) -> None:
+    first, second = edited(tokens)["changed"]
+    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    for prompt in (first, second):
+        logits_of(llm, prompt)
+    expected = ReferenceRun(ReferenceModel(tiny())).eval(second).logits[-1]
+    if way == "loaded by another":
+        other = open_model(tiny(), **OPTIONS)
+        other.load_state(pickle.loads(pickle.dumps(llm.save_state())))
+        llm = other
+    else:
+        llm.set_reuse("prefix")
+    with counting(llm) as counts:
+        if way == "eval":
+            llm.truncate(len(second) - 1)
+            llm.eval(second[-1:])
+            logits = np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (N_VOCAB,))
+        else:
+            logits = logits_of(llm, second)
+    assert relative_error(logits, expected) < 1e-5
+    assert sum(counts) == len(second) - 20 - 5 - EDITS.mend
+
+
+def test_a_saved_state_knows_what_was_moved(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    first, second = edited(tokens)["inserted"]
+    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    oracle = Oracle(ReferenceModel(tiny()))
+    for prompt in (first, second):
+        logits_of(llm, prompt), oracle.read(prompt)
+    other = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    other.load_state(pickle.loads(pickle.dumps(llm.save_state())))
+    for prompt in (second + first[:9], second[:70] + second[75:]):
+        assert relative_error(logits_of(other, prompt), oracle.read(prompt)) < 1e-5
+
+
+@pytest.mark.parametrize("family, options", [("gemma3", {"swa_full": False}), ("mamba", {})])
+def test_where_cells_cannot_be_moved_the_prefix_alone_counts(
+    tiny: Tiny, tokens: Tokens, open_model: Open, family: str, options: dict[str, Any]
+) -> None:
+    first, second = edited(tokens)["inserted"]
+    expected = logits_of(open_model(tiny(family), **OPTIONS, **options), second)
+    llm = open_model(tiny(family), **OPTIONS, **options, reuse=EDITS)
+    logits_of(llm, first)
+    np.testing.assert_allclose(logits_of(llm, second), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- what may go wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_batches", range(6))
+def test_a_reading_that_is_cut_short_leaves_nothing_half_moved(
+    tiny: Tiny, tokens: Tokens, open_model: Open, n_batches: int
+) -> None:
+    first, second = edited(tokens)["twice"]
+    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    logits_of(llm, first)
+
+    def stop(n_tokens: int) -> None:
+        nonlocal n_batches
+        if n_batches == 0:
+            raise KeyboardInterrupt
+        n_batches -= 1
+
+    llm.on_batch = stop
+    with pytest.raises(KeyboardInterrupt):
+        logits_of(llm, second)
+    llm.on_batch = lambda n_tokens: None
+    llm.set_reuse("prefix")
+    expected = ReferenceRun(ReferenceModel(tiny())).eval(second).logits[-1]
+    assert relative_error(logits_of(llm, second), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "n_kept, runs",
+    [
+        (0, [(5, 5, 0)]),
+        (0, [(0, 3, 5), (4, 10, 5)]),
+        (0, [(0, 3, 5), (8, 6, 5)]),
+        (4, [(2, 8, 3)]),
+        (4, [(8, 2, 3)]),
+        (-1, []),
+        (0, [(35, 2, 9)]),
+        (0, [(0, 2**31 - 3, 5)]),
+    ],
+)
+def test_wrong_runs_are_refused_and_change_nothing(
+    tiny: Tiny, tokens: Tokens, open_model: Open, n_kept: int, runs: list[tuple[int, int, int]]
+) -> None:
+    llm = open_model(tiny(), **OPTIONS)
+    llm.eval(tokens(40))
+    with pytest.raises(NativeError):
+        llm._adaskip.set_aside(n_kept, runs)
+    llm.eval(tokens(9, seed=1))
+    expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40) + tokens(9, seed=1)).logits[-1]
+    assert relative_error(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (N_VOCAB,)), expected) < 1e-5
+
+
+def test_edits_are_checked() -> None:
+    for name, value in (("mend", -1), ("least", 0), ("tail", 0), ("most_moves", 0), ("mend", 1.5)):
+        with pytest.raises(RequestError, match=name):
+            Edits(**{name: value})  # type: ignore[arg-type]
