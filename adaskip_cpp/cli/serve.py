@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -12,6 +12,7 @@ from ..engine.rpc import add_rpc_server
 from ..errors import NativeError, PackageMissingError
 from ..files import read_text
 from ..measuring.running import Running, quietly
+from ..model.edits import Reuse
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import check_gguf, plan_path, profile_path
 from .planning import PlanSource, find_plan_source, load_profile, max_loss_option
@@ -73,6 +74,13 @@ def _size(text: str) -> int:
     help="Take a model out of memory that nobody asks for so long.  [default: never]",
 )
 @_kept(
+    "--reuse",
+    type=click.Choice(["prefix", "edits"]),
+    default="prefix",
+    help="What of an earlier prompt is not read again: what both begin with, or all runs of 80 tokens that both have. "
+    "A request can ask for the other.",
+)
+@_kept(
     "--cache-dir",
     metavar="FOLDER",
     help="Keep what was read there too, so that a restart forgets nothing.  [default: in memory alone]",
@@ -107,6 +115,7 @@ def serve(
     aliases: tuple[str, ...],
     keep: int,
     keep_alive: float | None,
+    reuse: Literal["prefix", "edits"],
     cache_dir: str | None,
     cache_size: int,
     ctx: int,
@@ -139,7 +148,7 @@ def serve(
         check_gguf(model)
         if note := _source(model, plan_file, max_loss).note:
             err.print(note, style="dim", markup=False)
-        open_ = functools.partial(_open, name, model, plan_file, max_loss, ctx, cache_size, cache_dir, running)
+        open_ = functools.partial(_open, name, model, plan_file, max_loss, ctx, reuse, cache_size, cache_dir, running)
         all_.append(Worker(name, Opening(open_, log_prompts), stuck_timeout=stuck_timeout))
     with listen(host, port) as listener:
         workers = Workers(all_, n_ctx=ctx, keep=keep, keep_alive=60 * (keep_alive or math.inf))
@@ -165,6 +174,7 @@ def _open(
     plan_file: str,
     max_loss: float | None,
     ctx: int,
+    reuse: Reuse,
     cache_size: int,
     cache_dir: str | None,
     running: Running,
@@ -186,6 +196,7 @@ def _open(
             ctx,
             running,
             name=name,
+            reuse=reuse,
             plan=source.frontier,  # for its settings
             plans=Plans(own, source.frontier, promise, profile, ctx),
             cache=PrefixCache(cache_size, cache_dir),

@@ -1,9 +1,11 @@
 """Finds what an edited prompt has in common with the one in memory, wherever it stands."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+Tokens: TypeAlias = npt.NDArray[np.int32]
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
@@ -18,9 +20,14 @@ class Run(NamedTuple):
     n: int
 
 
-def find_runs(
-    cached: npt.NDArray[np.int32], prompt: npt.NDArray[np.int32], *, first: int, end: int, least: int
-) -> list[Run]:
+def n_common(a: Tokens, b: Tokens) -> int:
+    """Return how many tokens at the beginning are equal."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if different.size else n
+
+
+def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: int) -> list[Run]:
     """Return runs of equal tokens in the order of the prompt, each cached token in one run at most.
 
     Args:
@@ -44,7 +51,7 @@ def find_runs(
             continue
         places = order[low[to] : high[to]]
         nearest = places[np.argsort(abs(places - (to - shift)), kind="stable")[:_MOST_TRIED]]
-        lengths = [_n_common(cached[each:], prompt[to:], is_free[each:]) for each in nearest]
+        lengths = [n_common(np.where(is_free[each:], cached[each:], -1), prompt[to:]) for each in nearest]
         n = max(lengths)
         if n >= least:
             start = int(nearest[lengths.index(n)])
@@ -54,14 +61,7 @@ def find_runs(
     return runs
 
 
-def _n_common(cached: npt.NDArray[np.int32], prompt: npt.NDArray[np.int32], is_free: npt.NDArray[np.bool_]) -> int:
-    """Return how many of the first tokens are equal, and free."""
-    n = min(len(cached), len(prompt))
-    differs = np.flatnonzero((cached[:n] != prompt[:n]) | ~is_free[:n])
-    return int(differs[0]) if len(differs) else n
-
-
-def _hashes(tokens: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.uint64]:
+def _hashes(tokens: Tokens, n: int) -> npt.NDArray[np.uint64]:
     """Return a number for every ``n`` tokens that follow one another; equal tokens have equal ones."""
     powers, inverse = (np.cumprod(np.full(len(tokens), each, np.uint64)) for each in (_MULTIPLIER, _INVERSE))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(tokens.astype(np.uint64) * powers)])

@@ -15,7 +15,7 @@ from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
-from .edits import Run, find_runs
+from .edits import Run, Tokens, find_runs, n_common
 from .grammar import check_grammar
 from .native import OnlineResult, StatisticsSink, elide_kv, is_here
 from .self_describing import SelfDescribingLlama
@@ -70,6 +70,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     Attributes:
         frontier: what `adaskip-cpp tune` found, where the model was opened with it.
         max_loss: the promise that a plan is chosen by for each prompt; None where :meth:`set_plan` was given one plan.
+        n_moved: tokens of the last prompt that were moved to their place in it.
         on_batch: called with the number of tokens in memory when an evaluation begins, and after each of its batches.
 
     Raises:
@@ -91,7 +92,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         **kwargs: Any,
     ) -> None:
         check_gguf(model_path)
-        self._reuse, self._fills = edits_of(reuse), False
+        self._reuse, self._fills, self.n_moved = edits_of(reuse), False, 0
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = _ignore
@@ -390,23 +391,24 @@ class AdaSkipLlama(SelfDescribingLlama):
             self.scores[start:end] = logits
         return np.asarray(logits, np.float32)
 
+    def _known(self, cached: Tokens, prompt: Tokens) -> tuple[int, list[Run]]:
+        """Return with how many of these tokens a prompt begins, and which runs of the others it has elsewhere."""
+        first, edits, bulk = n_common(cached, prompt), self.edits, self.plan.bulk if self.plan else None
+        if edits is None or first == len(cached):
+            return first, []
+        end, mend = len(prompt) - max(edits.tail, bulk.tail if bulk else 0), edits.mend
+        found = find_runs(cached, prompt, first=first, end=end, least=edits.least + mend)
+        return first, [Run(run.start + mend, run.to + mend, run.n - mend) for run in found]
+
     def _read_edited(self, prompt: list[int]) -> None:
         """Read a prompt up to the end of the last run of tokens that it has from the one in memory."""
-        edits, native = self.edits, self._adaskip
-        if edits is None or self._reads_prompt or self.logits_all or self.context_params.embeddings:
+        native, self.n_moved = self._adaskip, 0
+        if self.edits is None or self._reads_prompt or self.logits_all or self.context_params.embeddings:
             return
         n = min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens))
-        cached, wanted = self.input_ids[:n], np.array(prompt, np.int32)
-        if n == 0 or cached.min() < 0 or self.has_lost_window(n):
+        first, runs = self._known(self.input_ids[:n], np.array(prompt, np.int32))
+        if not runs or self.input_ids[:n].min() < 0 or self.has_lost_window(n):
             return
-        n_common = min(n, len(wanted))
-        differs = np.flatnonzero(cached[:n_common] != wanted[:n_common])
-        first = int(differs[0]) if len(differs) else n_common
-        tail = max(edits.tail, self.plan.bulk.tail if self.plan and self.plan.bulk else 0)
-        runs = find_runs(cached, wanted, first=first, end=len(wanted) - tail, least=edits.least + edits.mend)
-        if not runs:
-            return
-        runs = [Run(run.start + edits.mend, run.to + edits.mend, run.n - edits.mend) for run in runs]
         native.set_aside(first, runs)
         self.n_tokens, self._requires_eval, self._fills = first, True, True
         try:
@@ -415,6 +417,7 @@ class AdaSkipLlama(SelfDescribingLlama):
                 end = run.to + run.n
                 native.take_back(end)
                 self.input_ids[run.to : end], self.n_tokens = prompt[run.to : end], end
+                self.n_moved += run.n
         finally:
             self._fills = False
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # what is still aside where this was cut short

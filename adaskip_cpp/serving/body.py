@@ -54,7 +54,8 @@ def read_body(path: str, content: bytes) -> ServedRequest:
         RequestError: it is no JSON of this schema, or asks for what this server does not do.
     """
     body = {name: value for name, value in decoded(content, dict[str, Any]).items() if value is not None}
-    request = ServedRequest(wish=_wish(body.pop("adaskip", None)))
+    wish, reuse = _wishes(body.pop("adaskip", None))
+    request = ServedRequest(wish=wish, reuse=reuse)
     options = body.pop("stream_options", None)
     request.reuses = body.pop("cache_prompt", True) is not False
     request.returns_progress = body.pop("return_progress", False) is True
@@ -134,13 +135,18 @@ def _check_schemas(body: CreateChatCompletionRequest) -> None:
             check_schema("the tool that is to be called", chosen["parameters"])
 
 
-def _wish(asked: Any) -> Any:
+def _wishes(asked: Any) -> tuple[Any, Any]:
+    """Return which plan a request asks for, and what it is to use of a prompt in memory, None where it leaves that."""
     if asked is None:
-        return "auto"
-    if not isinstance(asked, dict) or list(asked) != ["plan"]:
-        raise RequestError(f'adaskip is {asked!r}; send {{"plan": P}}, where P is one of: {WISHES}')
-    check_wish(asked["plan"])
-    return asked["plan"]
+        return "auto", None
+    if not isinstance(asked, dict) or not asked or asked.keys() - {"plan", "reuse"}:
+        raise RequestError(f'adaskip is {asked!r}; send {{"plan": P, "reuse": R}} or one of them, where P is one of: '
+                           f'{WISHES}, and R is "prefix" or "edits"')  # fmt: skip
+    plan, reuse = asked.get("plan", "auto"), asked.get("reuse")
+    check_wish(plan)
+    if reuse not in (None, "prefix", "edits"):
+        raise RequestError(f'adaskip.reuse is {reuse!r}; use "prefix" or "edits"')
+    return plan, reuse
 
 
 def _messages(messages: Any) -> Any:

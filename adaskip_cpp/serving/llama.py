@@ -11,18 +11,19 @@ from typing import Any, cast
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateEmbeddingRequest
 
+from ..engine.edits import Tokens, n_common
 from ..engine.llama import AdaSkipLlama, Rows
 from ..engine.self_describing import SelfDescribingLlama
 from ..errors import RequestError
 from ..files import content_hash
+from ..model.edits import Reuse, edits_of
 from ..model.plan import Phase
 from .logprobs import Logprobs
 from .plans import Plans, plan_key
-from .prefix_cache import Entry, PrefixCache, n_common
+from .prefix_cache import Entry, PrefixCache
 from .request import WORTH_KEEPING, ServedRequest
 
 _MOST_EMBEDDED = 2048  # tokens of a text to embed: it is one ubatch, whose memory grows with its square
@@ -42,6 +43,7 @@ class ServedLlama(AdaSkipLlama):
         self.request = ServedRequest()
         super().__init__(model_path, **kwargs)
         self.name, self.plans = name, plans  # the name is that in answers
+        self._own_reuse: Reuse = kwargs.get("reuse", "prefix")
         of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
         self.prefix_cache, cache.can_rewind = cache, not self.has_state
@@ -114,6 +116,7 @@ class ServedLlama(AdaSkipLlama):
         most = self.context_size if asked is None or asked < 0 else asked + 3
         with closing(super().generate(prompt, *args, **kwargs)) as steps:
             for token in steps:
+                request.n_moved = self.n_moved
                 is_end = self.is_eog(token)
                 request.token(is_end=is_end)
                 if self._logprobs is not None and not is_end:
@@ -147,9 +150,11 @@ class ServedLlama(AdaSkipLlama):
 
     # -- what was read before ----------------------------------------------------------------------------------------
 
-    def _take_up(self, request: ServedRequest, prompt: npt.NDArray[np.int32]) -> None:
+    def _take_up(self, request: ServedRequest, prompt: Tokens) -> None:
         """Set the request's plan, and have in memory what is known of its prompt."""
         plan, readable = request.choice.plan, request.choice.readable
+        if edits_of(reuse := request.reuse or self._own_reuse) != self._reuse:
+            self.set_reuse(reuse)
         if not request.reuses:
             request.known = {"cache_prompt": len(prompt)}
             self._keep(0)
@@ -164,15 +169,16 @@ class ServedLlama(AdaSkipLlama):
             self._live_key, self._n_kept = "", 0
         key = names + plan_key(plan)
         keys = {key, *(names + plan_key(each) for each in (None, *readable))}
-        found, n_found = self.prefix_cache.find(keys, prompt)
         kept = [each for each in self.prefix_cache.entries if each.key.startswith(names)]
         n_same = n_common(self.input_ids[: self.n_tokens], prompt)
         self._keep(0 if key != self._live_key else n_same)
         self.set_plan(plan, readable=readable)
         # Not everything that other plans skipped may be read under this one: the cells know it.
-        n_live = min(n_same, self._adaskip.kv_valid("prefill", n_same)) if n_same else 0
+        n_live = self._adaskip.kv_valid("prefill", self.n_tokens)
+        n_usable, n_live = self._n_known(self.input_ids[:n_live], prompt), min(n_same, n_live)
+        found, n_found = self.prefix_cache.find(keys, prompt, self._n_known)
         self._live_key, self._n_kept = key, min(self._n_kept, n_live)
-        if found is not None and n_found >= n_live + WORTH_KEEPING:
+        if found is not None and n_found >= n_usable + WORTH_KEEPING:
             state = self.prefix_cache.take(found)
             if state is not None and self._load(found.tokens, state):
                 self._n_kept = len(found.tokens)
@@ -184,6 +190,11 @@ class ServedLlama(AdaSkipLlama):
             "memory": max(n_live, _most_common(prompt, kept, keys)),
             "plan": max(n_same, _most_common(prompt, kept, {each.key for each in kept} - keys)),
         }
+
+    def _n_known(self, tokens: Tokens, prompt: Tokens) -> int:
+        """Return how many of a prompt's tokens need not be read where these are in memory."""
+        first, runs = self._known(tokens, prompt)
+        return first + sum(run.n for run in runs)
 
     def _keep(self, n_stays: int) -> None:
         """Keep what the memory holds, if much would go where its first tokens alone stay, and the cache lacks it."""
@@ -198,7 +209,7 @@ class ServedLlama(AdaSkipLlama):
                 self.prefix_cache.put(self._live_key, self.input_ids[:n], state)
                 self._n_kept = n
 
-    def _load(self, tokens: npt.NDArray[np.int32], state: bytearray) -> bool:
+    def _load(self, tokens: Tokens, state: bytearray) -> bool:
         """Put a state in the place of what the memory holds; where llama.cpp refuses it, nothing is cached any more."""
         self._ctx.kv_cache_clear()
         self.reset()
@@ -284,7 +295,7 @@ class ServedLlama(AdaSkipLlama):
         return {"object": "list", "data": data, "model": self.name, "usage": usage}
 
 
-def _most_common(prompt: npt.NDArray[np.int32], entries: Iterable[Entry], keys: Collection[str]) -> int:
+def _most_common(prompt: Tokens, entries: Iterable[Entry], keys: Collection[str]) -> int:
     """Return how many of a prompt's first tokens an entry of these keys has, at most."""
     return max((n_common(each.tokens, prompt) for each in entries if each.key in keys), default=0)
 

@@ -16,7 +16,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from ..engine.edits import Tokens, n_common
 from ..errors import DataError
 from ..files import StrPath, write_atomically
 
@@ -40,8 +40,6 @@ _READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NO
 """Follows no link, and does not wait for the writer of a pipe."""
 _MOST_FORGOTTEN = 16  # each has its token ids, so that it can be told that a prompt was known
 _OVERHEAD = 1024  # bytes that a file counts for beside its tokens and its state: more than its header has
-
-Tokens = npt.NDArray[np.int32]
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,13 +65,6 @@ class Entry:
     def n_file(self) -> int:
         """Bytes of its file, or somewhat more."""
         return self.n_bytes + self.tokens.nbytes + _OVERHEAD
-
-
-def n_common(a: Tokens, b: Tokens) -> int:
-    """Return how many tokens at the beginning are equal."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if different.size else n
 
 
 class PrefixCache:
@@ -109,12 +100,17 @@ class PrefixCache:
                     f"cannot use {str(folder)!r} ({error.strerror or error}); choose another --cache-dir"
                 ) from error
 
-    def find(self, keys: Collection[str], tokens: Tokens) -> tuple[Entry | None, int]:
-        """Return the entry of one of these keys that has most of a prompt's first tokens, and how many; (None, 0)."""
+    def find(
+        self, keys: Collection[str], tokens: Tokens, known: Callable[[Tokens, Tokens], int] = n_common
+    ) -> tuple[Entry | None, int]:
+        """Return the entry of one of these keys by which most of a prompt is known, and how much; (None, 0) for none.
+
+        ``known`` counts the tokens that a prompt has of those of an entry.
+        """
         best, most = None, 0
         for entry in self.entries:
             if entry.key in keys:
-                n = n_common(entry.tokens, tokens)
+                n = known(entry.tokens, tokens)
                 if n > most and (self.can_rewind or n == len(entry.tokens)):
                     best, most = entry, n
         return best, most

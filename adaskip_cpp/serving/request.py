@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel
 
+from ..model.edits import Reuse
 from ..model.plan import PHASES, Phase, SkipPlan
 from .plans import Choice
 
@@ -17,7 +18,7 @@ Reread: TypeAlias = Literal["new", "text", "plan", "evicted", "memory", "logprob
 
 REREAD: tuple[Reread, ...] = get_args(Reread)
 
-_COUNTS = ("n_prompt", "n_generated", "n_cached", "n_done", "known", "n_evaluated", "begun", "first", "last")
+_COUNTS = ("n_prompt", "n_generated", "n_cached", "n_done", "n_moved", "known", "n_evaluated", "begun", "first", "last")
 
 WORTH_KEEPING = 32
 """Tokens: for fewer, no state is saved or loaded; they are read again.
@@ -49,6 +50,7 @@ class ServedRequest:
         wish: which plan, the request's own ``adaskip.plan``.
         prompt_tokens: the prompt where it was given as token ids, which that schema does not know; else None.
         reuses: whether what was read before may be used, and what is read now be kept.
+        reuse: what of a prompt in memory it uses, the request's own ``adaskip.reuse``; None for the server's.
         owner: the key that it was sent with, hashed, where the server has several; else "".
         salt: the request's own ``cache_salt``. Only requests of equal owner and salt use what one of them read.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
@@ -59,6 +61,7 @@ class ServedRequest:
         choice: what it runs under.
         n_prompt, n_generated: tokens of the prompt and of the answer.
         n_cached, n_done: tokens of the prompt in memory: before any was read, and now.
+        n_moved: tokens of the prompt that were moved to their place in it.
         known: tokens at the beginning of the prompt that were read before and could not be used, by why not.
         n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
         received, begun, first, last: when it came, when the model began, when the first token was there, and the last.
@@ -69,6 +72,7 @@ class ServedRequest:
     wish: Any = "auto"
     prompt_tokens: list[int] | None = None
     reuses: bool = True
+    reuse: Reuse | None = None
     owner: str = ""
     salt: str = ""
     includes_usage: bool = False
@@ -83,6 +87,7 @@ class ServedRequest:
     n_generated: int = 0
     n_cached: int | None = None
     n_done: int = 0
+    n_moved: int = 0
     known: dict[Reread, int] = field(default_factory=dict)
     n_evaluated: Counter[Phase] = field(default_factory=Counter)
     received: float = field(default_factory=time.perf_counter)
@@ -210,6 +215,7 @@ class ServedRequest:
             "window_size": plan.bulk.window_size if plan.bulk and plan.narrowed else None,
             "prompt_tokens_read": self.n_read,
             "prompt_tokens_reused": self.n_reused,
+            "prompt_tokens_moved": self.n_moved,
             "reread_because": self.reread_because,
             "prompt_tokens_skipping": self.n_skipping,
             "queued_ms": 1e3 * max((self.begun or time.perf_counter()) - self.received, 0.0),
