@@ -362,8 +362,9 @@ def test_the_anthropic_client_has_the_answer_of_chat(claude: anthropic.Anthropic
     assert whole.stop_reason == "max_tokens" and whole.usage.output_tokens == answer.usage.output_tokens
     assert whole.usage.input_tokens + whole.usage.cache_read_input_tokens == counted.input_tokens
     assert whole.usage.cache_read_input_tokens == counted.input_tokens - 1
-    *_, last = claude.messages.create(**asked, stream=True)
-    assert last.type == "message_stop" and last.adaskip["prompt_tokens_reused"] == counted.input_tokens - 1  # type: ignore[union-attr]
+    events: list[Any] = list(claude.messages.create(**asked, stream=True))
+    assert events[-1].type == "message_stop"
+    assert events[-1].adaskip["prompt_tokens_reused"] == counted.input_tokens - 1
 
 
 def test_the_openai_client_has_the_answer_of_chat(gpt: openai.OpenAI, chatted: Any) -> None:
@@ -454,6 +455,18 @@ def test_the_clients_raise_their_own_errors(server: Server, claude: anthropic.An
     assert over.value.code == "context_length_exceeded"
 
 
+ENDLESS: Any = {**NO_END, "grammar": "root ::= [a-z ]+"}
+
+
+def test_tokens_are_counted_while_another_request_is_answered(claude: anthropic.Anthropic) -> None:
+    asked: Any = {"model": "tiny", "messages": ASKED}
+    expected = claude.messages.count_tokens(**asked).input_tokens
+    with claude.messages.create(**asked, max_tokens=2000, extra_body=ENDLESS, stream=True) as stream:
+        begun: Any = next(iter(stream))
+        assert begun.message.usage.input_tokens + begun.message.usage.cache_read_input_tokens == expected
+        assert claude.messages.count_tokens(**asked).input_tokens == expected
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no pgrep that finds the process")
 def test_a_stream_that_breaks_ends_with_an_error(
     server: Server, claude: anthropic.Anthropic, gpt: openai.OpenAI
@@ -462,14 +475,13 @@ def test_a_stream_that_breaks_ends_with_an_error(
         for each in server.workers():
             os.kill(each, signal.SIGKILL)
 
-    endless: Any = {**NO_END, "grammar": "root ::= [a-z ]+"}
-    asked: Any = {"model": "tiny", "max_tokens": 2000, "messages": ASKED, "extra_body": endless}
+    asked: Any = {"model": "tiny", "max_tokens": 2000, "messages": ASKED, "extra_body": ENDLESS}
     with claude.messages.create(**asked, stream=True) as stream:
         next(iter(stream))
         end()
         with pytest.raises(anthropic.APIStatusError, match="the model failed at this request"):
             list(stream)
-    with gpt.responses.create(model="tiny", input="the", extra_body=endless, stream=True) as events:
+    with gpt.responses.create(model="tiny", input="the", extra_body=ENDLESS, stream=True) as events:
         next(iter(events))
         end()
         *_, last = events
