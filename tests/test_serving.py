@@ -747,6 +747,15 @@ def test_a_body_may_have_what_the_schema_lacks() -> None:
         read_body("/v1/completions", b'{"prompt": "a", "cache_salt": 3}')
 
 
+def test_what_calls_a_tool_needs_no_content() -> None:
+    """As the openai package sends back the message that it got."""
+    call = {"id": "a", "type": "function", "function": {"name": "go", "arguments": "{}"}}
+    for content in ({"content": None}, {}):
+        asked = {"messages": [{"role": "assistant", **content, "tool_calls": [call]}]}
+        body: Any = read_body("/v1/chat/completions", json.dumps(asked).encode()).body
+        assert body.messages == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
 def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:
     """What a server of 4,096 tokens that promises 0.07 chooses."""
     return Plans(own, frontier, 0.07, None, 4096).choose(wish, n_tokens)

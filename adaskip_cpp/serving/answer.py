@@ -13,6 +13,7 @@ from llama_cpp.server.types import CreateChatCompletionRequest
 from starlette.types import Message, Send
 
 from ..errors import AdaSkipError, NativeError, StateError
+from .dialects import DIALECTS, pieces_of
 from .request import Gone, Refused, ServedRequest
 
 STALL = 30.0  # seconds that a client may take nothing
@@ -55,7 +56,8 @@ class Sent:
     A client is :class:`Gone` which takes nothing for :data:`STALL` seconds, or not the rest within :data:`LEFT`.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, path: str = "") -> None:
+        self._dialect, self._n_events = DIALECTS.get(path.removesuffix("/count_tokens")), 0
         self.status, self._send = 499, send  # 499: the client left before anything was sent
         self._is_begun = self._is_over = self._is_gone = False
         # Not bounded: one answer has as many tokens as the context, and those of the last LEFT seconds wait at most.
@@ -98,6 +100,7 @@ class Sent:
         if not self._is_begun:
             about = {b"content-type": b"text/event-stream", b"cache-control": b"no-store", b"x-accel-buffering": b"no"}
             await self({"type": "http.response.start", "status": 200, "headers": [*about.items()]})
+        self._n_events += content.startswith(b"event: ")
         await self({"type": "http.response.body", "body": content, "more_body": not is_last})
 
     async def ping(self) -> None:
@@ -106,16 +109,20 @@ class Sent:
             await self.event(b": ping\n\n")
 
     async def error(self, status: int, message: str, code: str | None = None) -> None:
-        """Answer with an error, as OpenAI's clients read it; where a stream has begun, end it with one."""
+        """Answer with an error, as clients of the API read it; where a stream has begun, end it with one."""
         if self._is_over or self._is_gone:
             return
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
-        content = msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})
+        error = {"message": message, "type": kind, "param": None, "code": code}
+        told: dict[str, Any] = {"error": error}
+        if self._dialect is not None:
+            told = self._dialect.error(status, error, self._n_events if self._is_begun else None)
         if self._is_begun:
-            await self.event(_data(content), is_last=True)
+            await self.event(_event(told), is_last=True)
             return
         headers = {b"retry-after": b"5"} if status in (429, 503) else {}
-        await self.json(status, content, {b"www-authenticate": b"Bearer"} if status == 401 else headers)
+        headers = {b"www-authenticate": b"Bearer"} if status == 401 else headers
+        await self.json(status, msgspec.json.encode(told), headers)
 
 
 def encoded(
@@ -125,17 +132,25 @@ def encoded(
 
     Of a stream it is the last event; the others go to ``tell``.
     """
+    dialect = DIALECTS.get(request.path)
     if isinstance(answer, dict):
-        more = {"usage": request.usage, **_figures(request)} if request.begun else {}
-        return msgspec.json.encode({**answer, **more})
+        if dialect is not None:
+            answer = dialect.answer([*pieces_of(answer["choices"][0]["message"])], request)
+        elif request.begun:
+            answer["usage"] = request.usage
+        return msgspec.json.encode({**answer, **(request.figures if request.begun else {})})
+    if dialect is not None:
+        for event in dialect.events(answer, request):
+            tell(_event(event))
+        return b""
     head: dict[str, Any] = _head(request) if request.returns_progress else {}
     for chunk in answer:
         head = head or {name: chunk[name] for name in ("id", "object", "created", "model")}
         is_end = any(choice.get("finish_reason") for choice in chunk["choices"])
-        tell(_data(msgspec.json.encode({**chunk, **head, **(_figures(request) if is_end else {})})))
+        tell(_event({**chunk, **head, **(request.figures if is_end else {})}))
     if request.includes_usage:
-        tell(_data(msgspec.json.encode({**head, "choices": [], "usage": request.usage})))
-    return _data(b"[DONE]")
+        tell(_event({**head, "choices": [], "usage": request.usage}))
+    return b"data: [DONE]\n\n"
 
 
 def progress_event(request: ServedRequest) -> bytes:
@@ -145,7 +160,7 @@ def progress_event(request: ServedRequest) -> bytes:
         choice["delta"] = {"role": "assistant", "content": None}
     else:
         choice |= {"text": "", "logprobs": None}
-    return _data(msgspec.json.encode({**_head(request), "choices": [choice], "prompt_progress": request.progress}))
+    return _event({**_head(request), "choices": [choice], "prompt_progress": request.progress})
 
 
 def _head(request: ServedRequest) -> dict[str, Any]:
@@ -159,9 +174,7 @@ def _head(request: ServedRequest) -> dict[str, Any]:
     }
 
 
-def _figures(request: ServedRequest) -> dict[str, Any]:
-    return {"timings": request.timings, "adaskip": request.summary}
-
-
-def _data(content: bytes) -> bytes:
-    return b"data: " + content + b"\n\n"
+def _event(content: dict[str, Any]) -> bytes:
+    """Return an event, which has a name where it has a type."""
+    name = f"event: {content['type']}\n".encode() if "type" in content else b""
+    return name + b"data: " + msgspec.json.encode(content) + b"\n\n"

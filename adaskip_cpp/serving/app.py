@@ -9,11 +9,12 @@ from typing import Any
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
-from .body import decoded
+from .body import decoded, read_body
 from .metrics import Metrics
 from .middleware import Gate, Routes
 from .queue import FairQueue
@@ -121,6 +122,11 @@ def make_app(
         body = decoded(content, _Ids)
         return await (await loaded(body.model)).call("detokenize", body.tokens)
 
+    async def count_tokens(content: bytes) -> bytes:
+        whole = msgspec.json.encode({"max_tokens": 1, **decoded(content, dict[str, Any])})
+        request = await run_in_threadpool(read_body, "/v1/messages", whole)
+        return await (await loaded(getattr(request.body, "model", None))).call("count_tokens", request)
+
     routes: Routes = {
         ("GET", "/"): page,
         ("GET", "/health"): health,
@@ -131,6 +137,7 @@ def make_app(
         ("GET", "/tokenizer_info"): tokenizer_info,
         ("POST", "/tokenize"): tokenize,
         ("POST", "/detokenize"): detokenize,
+        ("POST", "/v1/messages/count_tokens"): count_tokens,
     }
     most_body = max(1 << 20, _BYTES_PER_TOKEN * workers.n_ctx)
     known = {"localhost", *map(str.lower, names)}

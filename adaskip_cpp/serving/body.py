@@ -7,6 +7,7 @@ from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletion
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RequestError
+from .dialects import DIALECTS
 from .grammar import check_depth, check_schema
 from .plans import WISHES, check_wish
 from .request import ServedRequest
@@ -18,11 +19,14 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/v1/completions": CreateCompletionRequest,
     "/v1/engines/copilot-codex/completions": CreateCompletionRequest,
     "/v1/embeddings": CreateEmbeddingRequest,
+    "/v1/messages": CreateChatCompletionRequest,
+    "/v1/responses": CreateChatCompletionRequest,
 }
-"""The paths on which the model works, and the schema of each."""
+"""The paths on which the model works, and the schema of each; what :data:`.DIALECTS` have becomes a chat first."""
 
 MOST_LOGPROBS, MOST_BIAS = 20, 100  # OpenAI's own limits
 
+_TEXTS = ("text", "input_text", "output_text")  # the last two are of /v1/responses
 _NOT_WITH_MIN_TOKENS = ("grammar", "response_format", "tools", "functions", "logit_bias")
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -53,9 +57,12 @@ def read_body(path: str, content: bytes) -> ServedRequest:
     Raises:
         RequestError: it is no JSON of this schema, or asks for what this server does not do.
     """
-    body = {name: value for name, value in decoded(content, dict[str, Any]).items() if value is not None}
+    body = decoded(content, dict[str, Any])
+    if path in DIALECTS:
+        body = DIALECTS[path].asked(body)
+    body = {name: value for name, value in body.items() if value is not None}
     wish, reuse = _wishes(body.pop("adaskip", None))
-    request = ServedRequest(wish=wish, reuse=reuse)
+    request = ServedRequest(path=path, wish=wish, reuse=reuse)
     options = body.pop("stream_options", None)
     request.reuses = body.pop("cache_prompt", True) is not False
     request.returns_progress = body.pop("return_progress", False) is True
@@ -157,10 +164,10 @@ def _messages(messages: Any) -> Any:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    role, content = message.get("role"), message.get("content")
+    role, content = message.get("role"), message.get("content") or ""  # as of what calls a tool
     if isinstance(content, list):
         parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+            part.get("text") if isinstance(part, dict) and part.get("type") in _TEXTS else None for part in content
         ]
         if not all(isinstance(part, str) for part in parts):
             raise RequestError("content has parts that are no text; this server reads text alone")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any, cast
 
 import llama_cpp
@@ -87,6 +88,19 @@ class ServedLlama(AdaSkipLlama):
             kwargs["logits_processor"] = llama_cpp.LogitsProcessorList([longer])
         chats = isinstance(body, CreateChatCompletionRequest)
         return self.create_chat_completion(**kwargs) if chats else self.create_completion(**kwargs)
+
+    def count_prompt(self, request: ServedRequest) -> int:
+        """Return how many tokens the prompt of a chat has, also while another request is answered."""
+
+        def create_completion(prompt: list[int], **kwargs: Any) -> Any:
+            choice = {"text": "", "logprobs": None, "finish_reason": "stop"}
+            return {"id": "", "created": 0, "model": "", "choices": [choice], "usage": {"prompt_tokens": len(prompt)}}
+
+        body, own = cast(Any, request.body), {"tokenize": self.tokenize, "create_completion": create_completion}
+        stand_in: Any = SimpleNamespace(**{**vars(self), **own})
+        chat = llama_cpp.Llama.create_chat_completion
+        answer: Any = chat(stand_in, body.messages, tools=body.tools, tool_choice=body.tool_choice)
+        return int(answer["usage"]["prompt_tokens"])
 
     def end(self) -> None:
         """End the work for a request where it stands, as nobody asks for the next token."""
@@ -252,6 +266,7 @@ class ServedLlama(AdaSkipLlama):
             is_end = choice["finish_reason"] is not None
             if is_end and self._is_cut:
                 choice["finish_reason"] = "length"
+            request.finish = choice["finish_reason"] or ""
             if is_empty:
                 request.n_generated = 0
                 if not is_end:

@@ -59,7 +59,7 @@ class Gate:
         self._most_body, self._log_prompts = most_body, log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked, path, sent = Request(scope, receive), scope["path"], Sent(send)
+        asked, path, sent = Request(scope, receive), scope["path"], Sent(send, scope["path"])
         try:
             await self._answer(asked, sent)
             await sent.finish()
@@ -105,7 +105,8 @@ class Gate:
                 raise Refused(403, f"pages of {origin} may not ask a server without an API key")
         if not self._keys or path in _OPEN or method == "OPTIONS":
             return ""
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        bearer = headers.get("authorization") or f"bearer {headers.get('x-api-key', '')}"  # the latter is Anthropic's
+        scheme, _, given = bearer.partition(" ")
         sent = given.strip().encode("latin-1")
         is_known = [hmac.compare_digest(sent, key) for key in self._keys]  # each, so that the time tells nothing
         if scheme.lower() != "bearer" or not any(is_known):

@@ -47,6 +47,7 @@ class ServedRequest:
 
     Attributes:
         body: what it asks, in a schema of llama-cpp-python's server; None for who calls the model itself.
+        path: where it was asked.
         wish: which plan, the request's own ``adaskip.plan``.
         prompt_tokens: the prompt where it was given as token ids, which that schema does not know; else None.
         reuses: whether what was read before may be used, and what is read now be kept.
@@ -59,6 +60,7 @@ class ServedRequest:
         model: the name of the model in answers.
         id, created: of the events of a stream; ``created`` is of ``time.time``.
         choice: what it runs under.
+        finish: how the model's last text ended, "stop" or "length", where chat says "tool_calls" of both.
         n_prompt, n_generated: tokens of the prompt and of the answer.
         n_cached, n_done: tokens of the prompt in memory: before any was read, and now.
         n_moved: tokens of the prompt that were moved to their place in it.
@@ -69,6 +71,7 @@ class ServedRequest:
     """
 
     body: BaseModel | None = None
+    path: str = ""
     wish: Any = "auto"
     prompt_tokens: list[int] | None = None
     reuses: bool = True
@@ -82,6 +85,7 @@ class ServedRequest:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     choice: Choice = field(default_factory=Choice)
+    finish: str = ""
     n_layer: int = 0
     n_prompt: int = 0
     n_generated: int = 0
@@ -221,3 +225,8 @@ class ServedRequest:
             "queued_ms": 1e3 * max((self.begun or time.perf_counter()) - self.received, 0.0),
             "time_to_first_token_ms": 1e3 * max(self.first - self.received, 0.0) if self.first else None,
         }
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What an answer has beside those of other servers."""
+        return {"timings": self.timings, "adaskip": self.summary}

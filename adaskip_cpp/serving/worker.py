@@ -187,6 +187,9 @@ class Service:
         content = text.encode("utf-8", "replace")
         return {"tokens": self._llm.tokenize(content, add_bos=has_bos, special=True)}
 
+    def count_tokens(self, request: ServedRequest) -> dict[str, Any]:
+        return {"input_tokens": self._llm.count_prompt(request)}
+
     def detokenize(self, tokens: list[int]) -> dict[str, Any]:
         n = self._llm.n_vocab()
         if unknown := [token for token in tokens if not 0 <= token < n]:
