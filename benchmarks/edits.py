@@ -5,7 +5,7 @@
 A prompt of each text is read, then an edited form of it under ``reuse="edits"``. Divergence and added loss are those of
 the tokens that follow, against the whole model that reads the edited prompt anew. One answer continues the prompt, one
 copies from it. A pass key is changed by an edit as well, and asked for: the new one must be found, the old one never.
-Texts are those of benchmarks/promise.py. With ``--max-loss`` the plan of that promise is in force, and its own loss comes
+Texts are those of benchmarks/promise.py. With ``--max-loss`` the plan of that promise is in force; its own loss comes
 on top. Times are those of the tokens up to the first one of an answer; let nothing else run for these.
 """
 
