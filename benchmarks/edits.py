@@ -22,6 +22,7 @@ import numpy.typing as npt
 from promise import unseen_texts
 
 from adaskip_cpp import AdaSkipLlama, Edits
+from adaskip_cpp.engine.edits import n_common
 from adaskip_cpp.measuring.corpus import cut, tokens_of
 from adaskip_cpp.model.plan_file import plan_beside
 
@@ -99,9 +100,10 @@ def main() -> None:
         llm.set_plan(plan)
         for mend in args.mend:
             llm.load_state(before)
+            n_same = n_common(llm.input_ids[: llm.n_tokens], np.array(prompt, np.int32))
             llm.set_reuse(Edits(mend=mend))
             edited, seconds = answers(llm, prompt, given)
-            figures[kind, mend].append((len(prompt) - llm.n_moved, seconds / cold))
+            figures[kind, mend].append((len(prompt) - n_same - llm.n_moved, seconds / cold))
             found[mend] = edited
         return found
 
