@@ -149,6 +149,21 @@ def test_conversations_alternate_and_nothing_is_read_twice(server: Server) -> No
             assert answer["adaskip"]["prompt_tokens_read"] < 40
 
 
+def test_an_edited_prompt_is_read_where_it_was_edited(server: Server) -> None:
+    """Where the request asks for it; and from what was kept of it, when another prompt was read meanwhile."""
+    for number, wish in enumerate(["none", "auto"]):
+        before, after = f"in{number} the {LONG}", f"in{number} on he {LONG}"
+        told = []
+        for reuse in ("prefix", "edits"):
+            ask(server, before, cache_salt=reuse, adaskip={"plan": wish})
+            ask(server, f"to {LONG}", cache_salt="another")
+            told.append(ask(server, after, cache_salt=reuse, adaskip={"plan": wish, "reuse": reuse})["adaskip"])
+        whole, edited = told
+        assert whole["reuse"] == "prefix" and whole["prompt_tokens_moved"] == 0
+        assert edited["reuse"] == "edits" and edited["prompt_tokens_read"] < 100 < whole["prompt_tokens_read"]
+        assert edited["prompt_tokens_moved"] > whole["prompt_tokens_read"] - 100
+
+
 def test_an_answer_is_the_librarys(server: Server, served_model: Path) -> None:
     """Against AdaSkipLlama in this process: the whole model, the plan, and after other plans and prompts.
 
@@ -314,6 +329,8 @@ BAD: list[tuple[str, Any, int]] = [
     ("/v1/chat/completions", with_tool({"type": "frog"}), 400),
     ("/v1/chat/completions", with_tool({"type": "object"}, "other"), 400),
     ("/v1/chat/completions", {**with_tool(nested(100)), "tool_choice": "auto"}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"reuse": "all"}}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {}}, 400),
     ("/v1/embeddings", {"input": 7}, 400),
     ("/v1/embeddings", {"input": []}, 400),
     ("/v1/embeddings", {"input": ""}, 400),

@@ -33,6 +33,7 @@ def inspect(model: str, running: Running, as_json: bool) -> None:
         "n_bytes": llm.weight_bytes,
         "fingerprint": llm.model_info.fingerprint,
         "n_skippable": sum(row.skippable for row in llm.sublayers),
+        "can_move": llm.can_move,
     }
     if as_json:
         click.echo(json_text({**facts, "sublayers": llm.sublayers}), nl=False)
@@ -62,6 +63,8 @@ def _print(facts: dict[str, Any], sublayers: tuple[Sublayer, ...]) -> None:
     out.print(f"{facts['n_skippable']} of {2 * facts['n_layer']} sublayers can be skipped{in_bulk}.")
     if n_windowable := sum(row.windowable for row in sublayers):
         out.print(f"{n_windowable} attentions can look back at a window in the bulk.")
+    if not facts["can_move"]:
+        out.print("Tokens cannot be moved in memory: an edited prompt is read again from its first new token on.")
 
 
 def _cell(row: Sublayer) -> str:

@@ -190,7 +190,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     @property
     def edits(self) -> Edits | None:
         """How runs of an earlier prompt are moved to their places in the next one; None where they are not."""
-        return self._reuse if self._adaskip.can_move else None
+        return self._reuse if self.can_move else None
 
     def set_reuse(self, reuse: Reuse) -> None:
         """Say what the next prompts use of the one in memory, see the class; ``"prefix"`` reads moved tokens again."""

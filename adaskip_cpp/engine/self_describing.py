@@ -93,6 +93,11 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return bool(self._is_recurrent or self._is_hybrid)
 
     @property
+    def can_move(self) -> bool:
+        """Whether tokens can be moved in memory, as edited prompts need: it has no state, and llama.cpp can shift K."""
+        return self._adaskip.can_move
+
+    @property
     def logits_all(self) -> bool:
         """Whether ``scores`` has a row for every evaluated token; else it has the last one's alone."""
         return bool(self._logits_all)

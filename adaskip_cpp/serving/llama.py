@@ -169,6 +169,7 @@ class ServedLlama(AdaSkipLlama):
         plan, readable = request.choice.plan, request.choice.readable
         if edits_of(reuse := request.reuse or self._own_reuse) != self._reuse:
             self.set_reuse(reuse)
+        request.reuse = "edits" if self.edits else "prefix"
         if not request.reuses:
             request.known = {"cache_prompt": len(prompt)}
             self._keep(0)

@@ -51,7 +51,8 @@ class ServedRequest:
         wish: which plan, the request's own ``adaskip.plan``.
         prompt_tokens: the prompt where it was given as token ids, which that schema does not know; else None.
         reuses: whether what was read before may be used, and what is read now be kept.
-        reuse: what of a prompt in memory it uses, the request's own ``adaskip.reuse``; None for the server's.
+        reuse: what of a prompt in memory it uses, first as it asks, ``adaskip.reuse``, or None for
+            the server's way; then as it is.
         owner: the key that it was sent with, hashed, where the server has several; else "".
         salt: the request's own ``cache_salt``. Only requests of equal owner and salt use what one of them read.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
@@ -220,6 +221,7 @@ class ServedRequest:
             "prompt_tokens_read": self.n_read,
             "prompt_tokens_reused": self.n_reused,
             "prompt_tokens_moved": self.n_moved,
+            "reuse": self.reuse,
             "reread_because": self.reread_because,
             "prompt_tokens_skipping": self.n_skipping,
             "queued_ms": 1e3 * max((self.begun or time.perf_counter()) - self.received, 0.0),
