@@ -554,6 +554,19 @@ def test_beyond_this_machine_it_asks_for_a_key(served_model: Path, tmp_path: Pat
         pass
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
+def test_a_cache_folder_that_others_may_write_is_refused_before_anything_starts(
+    served_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    with (
+        pytest.raises(AssertionError, match="no server: Error: other users may write in"),
+        serving(served_model, "--cache-dir", str(tmp_path / "shared")),
+    ):
+        pass
+
+
 @pytest.mark.skipif(not shutil.which("sh"), reason="there is no shell that bounds descriptors")
 def test_connections_that_ask_nothing_take_nothing_away(served_model: Path) -> None:
     """More of them than the process may have descriptors."""

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -129,6 +130,7 @@ def serve(
     try:
         from ..serving.app import make_app
         from ..serving.middleware import is_loopback
+        from ..serving.prefix_cache import usable
         from ..serving.server import listen, run
         from ..serving.worker import Opening
         from ..serving.workers import Worker, Workers
@@ -141,6 +143,9 @@ def serve(
         raise click.UsageError(
             f"{host} can be reached from other machines; give --api-key-file, or --insecure to let everyone in"
         )
+    if cache_dir is not None:
+        with usable(Path(cache_dir)):  # refused now, not when a process opens its model
+            pass
     ctx = -(-ctx // 256) * 256  # as llama.cpp rounds it, unlike llama_cpp.Llama
     err = console(stderr=True)
     names, all_ = _names(models, aliases), []

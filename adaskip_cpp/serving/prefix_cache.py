@@ -16,7 +16,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
@@ -90,15 +90,9 @@ class PrefixCache:
         self._writing: Future[None] | None = None
         self._hmac_key = b""
         if self.folder is not None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                _check_owner(self.folder)
+            with usable(self.folder):
                 self._hmac_key = _hmac_key(self.folder)
                 self._scan(self.folder)
-            except OSError as error:
-                raise DataError(
-                    f"cannot use {str(folder)!r} ({error.strerror or error}); choose another --cache-dir"
-                ) from error
 
     def find(
         self, keys: Collection[str], tokens: Tokens, known: Callable[[Tokens, Tokens], int] = n_common
@@ -261,6 +255,19 @@ class PrefixCache:
         for part in parts:
             mac.update(part)
         return mac.digest()
+
+
+@contextlib.contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Make a folder for states, where it is missing; a DataError where it, or what is done with it, cannot be had."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_owner(folder)
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot use {str(folder)!r} ({error.strerror or error}); choose another --cache-dir"
+        ) from error
 
 
 def _check_owner(folder: Path) -> None:
