@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
