@@ -396,7 +396,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         first, edits, bulk = n_common(cached, prompt), self.edits, self.plan.bulk if self.plan else None
         if edits is None or first == len(cached):
             return first, []
-        end, mend = len(prompt) - max(edits.tail, bulk.tail if bulk else 0), edits.mend
+        end, mend = max(0, len(prompt) - max(edits.tail, bulk.tail if bulk else 0)), edits.mend
         found = find_runs(cached, prompt, first=first, end=end, least=edits.least + mend)
         return first, [Run(run.start + mend, run.to + mend, run.n - mend) for run in found]
 
@@ -416,8 +416,10 @@ class AdaSkipLlama(SelfDescribingLlama):
                 self._fill(prompt, run.to)
                 end = run.to + run.n
                 native.take_back(end)
-                self.input_ids[run.to : end], self.n_tokens = prompt[run.to : end], end
-                self.n_moved += run.n
+                self.input_ids[run.to : end] = prompt[run.to : end]
+                self.n_tokens = native.kv_valid("prefill", end)  # others were moved too often
+                self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)
+                self.n_moved += self.n_tokens - run.to
         finally:
             self._fills = False
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # what is still aside where this was cut short
