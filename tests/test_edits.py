@@ -277,6 +277,21 @@ def test_where_cells_cannot_be_moved_the_prefix_alone_counts(
     np.testing.assert_allclose(logits_of(llm, second), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_same", [0, 5])
+def test_where_a_sliding_window_has_lost_what_stands_before_the_edit_the_prefix_alone_counts(
+    tiny: Tiny, tokens: Tokens, open_model: Open, n_same: int
+) -> None:
+    """Behind a loaded state llama.cpp looks for room from the cache's start, where the window has left positions."""
+    text, more, new = tokens(60), tokens(21, seed=1)[1:], tokens(10, seed=2)[1:]
+    llm = open_model(tiny("gemma3"), **OPTIONS, swa_full=True, reuse=EDITS)
+    logits_of(llm, text)
+    llm.load_state(llm.save_state())
+    logits_of(llm, text + more)
+    prompt = text[:n_same] + new + text[8 * n_same :] + more
+    expected = ReferenceRun(ReferenceModel(tiny("gemma3"))).eval(prompt).logits[-1]
+    assert relative_error(logits_of(llm, prompt), expected) < 1e-3
+
+
 # --- what may go wrong ----------------------------------------------------------------------------------------------
 
 

@@ -407,7 +407,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             return
         n = min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens))
         first, runs = self._known(self.input_ids[:n], np.array(prompt, np.int32))
-        if not runs or self.input_ids[:n].min() < 0 or self.has_lost_window(n):
+        if not runs or self.input_ids[:n].min() < 0 or self.has_lost_window(max(first, 1)):
             return
         native.set_aside(first, runs)
         self.n_tokens, self._requires_eval, self._fills = first, True, True

@@ -27,9 +27,8 @@ class Edits:
     most_moves: int = 4
 
     def __post_init__(self) -> None:
-        most = 2**31 - 1
-        for name, least, most in (("mend", 0, most), ("least", 1, most), ("tail", 1, most), ("most_moves", 1, 254)):
-            value = getattr(self, name)
+        for name, least in (("mend", 0), ("least", 1), ("tail", 1), ("most_moves", 1)):
+            value, most = getattr(self, name), 254 if name == "most_moves" else 2**31 - 1
             if type(value) is not int or not least <= value <= most:
                 raise RequestError(f"{name} is {value!r}; give a whole number from {least} to {most}.")
 
