@@ -7,12 +7,16 @@ to run now was skipped there; else it and everything behind it is evaluated agai
 those are its bulk that are neither among the first of the sequence nor among the last of the prompt; its set skips no
 attention in this sense, as K and V are kept. The reference, which refuses to read a position without K and V, evaluates
 that history.
+
+Where prompts may be edited, one takes the runs of tokens that both have from the cells of the one before, and what is
+new is read in the order of positions. A moved cell has the K and V of its old place, and counts its moves; what was
+moved too often cannot be read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from drawn_plans import NOTHING
@@ -20,6 +24,8 @@ from hypothesis import reject
 from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows
 
 from adaskip_cpp import SkipPlan
+from adaskip_cpp.engine.edits import find_runs
+from adaskip_cpp.model.edits import Edits
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
@@ -30,7 +36,8 @@ __all__ = ["Cell", "Cells", "History", "common_prefix", "is_readable"]
 class Cell:
     """One cached position: its token, what it was computed under, and if an online stage made that, of what and how.
 
-    ``in_bulk`` tells whether the attentions of that set kept K and V, ``windows`` which others looked back at a window.
+    ``in_bulk`` tells whether the attentions of that set kept K and V, ``windows`` which others looked back at a window,
+    ``computed`` the sequence and the place in it that a cell which was moved, ``n_moves`` times, has its K and V of.
     """
 
     token: int
@@ -38,6 +45,8 @@ class Cell:
     made_of: tuple[SkipSet, OnlineStage] | None = None
     in_bulk: bool = False
     windows: Windows | None = None
+    n_moves: int = 0
+    computed: tuple[ReferenceRun, int] | None = None
 
     @classmethod
     def bulk_of(cls, token: int, plan: SkipPlan) -> Cell:
@@ -75,27 +84,38 @@ class Cells:
     """The reference's sequence for a history, evaluated no further than asked for."""
 
     def __init__(self, model: ReferenceModel) -> None:
-        self._run = ReferenceRun(model)
+        self.model, self._run = model, ReferenceRun(model)
         self._done: list[Cell] = []
         self._traces: list[Trace] = []
 
     def trace(self, cells: Sequence[Cell], index: int) -> Trace:
-        """The trace of one position of this history."""
+        """The trace of one position of this history, which was not moved."""
+        self.evaluate(cells)
+        return self._traces[index]
+
+    def evaluate(self, cells: Sequence[Cell]) -> ReferenceRun:
+        """The sequence that holds this history."""
         common = common_prefix(self._done, cells)
         if common < len(self._done):
             self._run.rewind(common)
             del self._done[common:], self._traces[common:]
         while len(self._done) < len(cells):
             start = len(self._done)
+            if (computed := cells[start].computed) is not None:
+                run, place = computed
+                self._run.take(run, place, 1)
+                self._traces += [Trace(*[np.empty(0)] * 4)]
+                self._done += cells[start : start + 1]
+                continue
             each, in_bulk, windows = cells[start].skip_set, cells[start].in_bulk, cells[start].windows
-            under = [(cell.skip_set, cell.in_bulk, cell.windows) == (each, in_bulk, windows) for cell in cells]
+            under = [(c.skip_set, c.in_bulk, c.windows, c.n_moves) == (each, in_bulk, windows, 0) for c in cells]
             end = next((i for i in range(start, len(cells)) if not under[i]), len(cells))
             tokens = [cell.token for cell in cells[start:end]]
             compensation = each.scale, each.bias, each.down, each.up
             trace = self._run.eval(tokens, each.skip, *compensation, keeps_kv=in_bulk, windows=windows)
             self._traces += [trace.at(i) for i in range(len(tokens))]
             self._done += cells[start:end]
-        return self._traces[index]
+        return self._run
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
@@ -113,12 +133,16 @@ class History:
         draft: proposes tokens behind those cached and the last one generated.
         restarts: whether the evaluation that comes next begins at the start, for a sliding window has lost positions
             that it would read; where llama.cpp writes over which ones, it alone knows.
+        oldest: the first position that sliding windows still have where a prompt comes, likewise.
+        edits: how its runs are moved; None where they are not.
     """
 
     reference: Cells
     n_ubatch: int
     draft: Callable[[list[int]], list[int]] = lambda tokens: []
     restarts: Callable[[], bool] = lambda: False
+    oldest: Callable[[], int] = lambda: 0
+    edits: Edits | None = None
     cells: list[Cell] = field(default_factory=list)
     plan: SkipPlan = NOTHING
     readable: Sequence[SkipPlan] = ()
@@ -136,6 +160,10 @@ class History:
         if plan != self.plan or bulks_of(readable) != bulks_of(self.readable):
             self.plan, self.readable, self.logits_are_current = plan, readable, False
             self.begin_request()
+
+    def set_edits(self, edits: Edits | None) -> None:
+        """Another way to move runs of tokens from here on."""
+        self.edits, self.logits_are_current = edits, False
 
     def begin_request(self) -> None:
         """No token of this request is decoded yet."""
@@ -172,10 +200,10 @@ class History:
         del self.cells[start:]
         return tokens
 
-    def _append_prompt(self, tokens: list[int]) -> None:
+    def _append_prompt(self, tokens: list[int], n_behind: int = 0) -> None:
         plan = self.plan
-        for n_left in range(len(tokens), 0, -1):
-            token = tokens[-n_left]
+        for i, token in enumerate(tokens):
+            n_left = len(tokens) - i + n_behind
             if plan.bulk is not None and len(self.cells) >= plan.bulk.head and n_left > plan.bulk.tail:
                 self.cells.append(Cell.bulk_of(token, plan))
             else:
@@ -184,13 +212,15 @@ class History:
 
     def _n_readable(self, skip_set: SkipSet) -> int:
         for position, cell in enumerate(self.cells):
-            if not is_readable(cell, self.plan, skip_set, self.readable):
+            most_moves = self.edits.most_moves if self.edits is not None else 0
+            if cell.n_moves > most_moves or not is_readable(cell, self.plan, skip_set, self.readable):
                 return position
         return len(self.cells)
 
     def prompt(self, tokens: list[int]) -> None:
         """A new request: llama-cpp-python keeps the common prefix, and evaluates at least one token."""
         self.begin_request()
+        self._take_runs(tokens, self.oldest())
         common = common_prefix(self.tokens, tokens)
         if common == len(tokens):
             if len(self.cells) == len(tokens) and self.logits_are_current:
@@ -198,6 +228,27 @@ class History:
             common -= 1
         del self.cells[common:]
         self.eval(tokens[common:])
+
+    def _take_runs(self, tokens: list[int], oldest: int) -> None:
+        """Read an edited prompt up to the last run of tokens that it has from the cells."""
+        if (edits := self.edits) is None:
+            return
+        held = self.tokens[: self._n_readable(self.plan.prefill)]
+        first, bulk = common_prefix(held, tokens), self.plan.bulk
+        tail = max(edits.tail, bulk.tail if bulk is not None else 0)
+        both = np.array(held, np.int32), np.array(tokens, np.int32)
+        runs = find_runs(*both, first=first, end=max(0, len(tokens) - tail), least=edits.mend + edits.least)
+        window = max(filter(None, self.reference.model.window), default=0)
+        if not runs or oldest > max(0, first - window + 1):
+            return
+        source, before = self.reference.evaluate(self.cells).copy(), self.cells
+        self.cells = before[:first]
+        for run in runs:
+            start, to = run.start + edits.mend, run.to + edits.mend
+            self._append_prompt(tokens[len(self.cells) : to], len(tokens) - to)
+            for i, cell in enumerate(before[start : run.start + run.n], start):
+                self.cells.append(replace(cell, n_moves=cell.n_moves + 1, computed=cell.computed or (source, i)))
+            del self.cells[self._n_readable(self.plan.prefill) :]
 
     def decode(self, tokens: list[int]) -> None:
         """Evaluate a generated token and a draft of those behind it."""

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ReferenceModel, ReferenceRun, Windows, relative_error
+from reference import ReferenceModel, ReferenceRun, relative_error
+from sequence_oracle import Cells, History
 from tiny_families import N_LAYER, N_VOCAB
 
 from adaskip_cpp import SkipPlan
@@ -94,39 +95,18 @@ class Oracle:
     """A sequence in NumPy, whose prompts are edited as the model's are."""
 
     def __init__(self, model: ReferenceModel, plan: SkipPlan | None = None, edits: Edits = EDITS) -> None:
-        self.run, self.tokens, self.plan, self.edits = ReferenceRun(model), [], plan, edits
+        self.history = History(Cells(model), OPTIONS["n_ubatch"], plan=plan or SkipPlan(NOTHING, NOTHING), edits=edits)
         self.n_read = 0
 
     def read(self, prompt: list[int]) -> Any:
         """Read a prompt, the runs of the one before from where they are. Return the last token's logits."""
-        before, first = self.run.copy(), 0
-        while first < min(len(self.tokens), len(prompt) - 1) and self.tokens[first] == prompt[first]:
-            first += 1
-        both = np.array(self.tokens, np.int32), np.array(prompt, np.int32)
-        mend, least = self.edits.mend, self.edits.least
-        tail = max(self.edits.tail, self.plan.bulk.tail if self.plan and self.plan.bulk else 0)
-        runs = find_runs(*both, first=first, end=len(prompt) - tail, least=least + mend)
-        self.run.rewind(first)
-        self.n_read = 0
-        for run in runs:
-            self._eval(prompt, run.to + mend)
-            self.run.take(before, run.start + mend, run.n - mend)
-        self.tokens = list(prompt)
-        return self._eval(prompt, len(prompt))
-
-    def _eval(self, prompt: list[int], end: int) -> Any:
-        start, bulk = self.run.n_past, None if self.plan is None else self.plan.bulk
-        self.n_read += end - start
-        logits = None
-        for position in range(start, end):
-            options: dict[str, Any] = {}
-            if bulk is not None and bulk.head <= position < len(prompt) - bulk.tail:
-                names = ("skip", "scale", "bias", "down", "up")
-                options = {name: getattr(bulk.skip, name) for name in names} | {"keeps_kv": True}
-                if bulk.windowed:
-                    options["windows"] = Windows(bulk.windowed, bulk.window_size, bulk.head)
-            logits = self.run.eval(prompt[position : position + 1], **options).logits[-1]
-        return logits
+        before = list(self.history.cells)
+        self.history.prompt(prompt)
+        are_new = [not any(cell is each for each in before) for cell in self.history.cells]
+        self.n_read = sum(
+            is_new and cell.n_moves == 0 for is_new, cell in zip(are_new, self.history.cells, strict=True)
+        )
+        return self.history.trace().logits[0]
 
 
 @contextmanager
@@ -183,7 +163,7 @@ def test_logits_are_those_of_the_moved_k_and_v(
 
 
 def test_answers_go_on_and_prompts_are_edited_again(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    """As often as moves are allowed; what was moved more often is read again, from the first such token on."""
+    """As often as moves are allowed; what would be moved more often is read again."""
     llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
     oracle = Oracle(ReferenceModel(tiny()))
     a, b = tokens(40), tokens(120, seed=1)
@@ -193,11 +173,44 @@ def test_answers_go_on_and_prompts_are_edited_again(tiny: Tiny, tokens: Tokens, 
         with counting(llm) as counts:
             logits = logits_of(llm, prompt)
         n_read.append(sum(counts))
-        if round <= EDITS.most_moves:
-            assert relative_error(logits, oracle.read(prompt)) < 1e-5
+        assert relative_error(logits, oracle.read(prompt)) < 1e-5
     assert n_read == [len(a) + 5 + len(b)] + [5 + i + EDITS.mend + EDITS.tail for i in (1, 2)] + [5 + 3 + len(b)]
     fresh = ReferenceRun(ReferenceModel(tiny()))
     assert relative_error(logits, fresh.eval(prompt).logits[-1]) < 1e-5
+
+
+def test_what_was_moved_too_often_is_read_again_and_runs_behind_it_are_moved(
+    tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    oracle = Oracle(ReferenceModel(tiny()))
+    a, b, c = tokens(40), tokens(60, seed=1), tokens(50, seed=2)
+    prompts = [a + tokens(6 + i, seed=10 + i)[1:] + b for i in range(1 + EDITS.most_moves)]
+    for prompt in [*prompts, prompts[-1] + c, a + b + tokens(10, seed=3)[1:] + c]:
+        with counting(llm) as counts:
+            assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < 1e-5
+        assert sum(counts) == oracle.n_read
+    assert oracle.n_read == len(b) + 9 + EDITS.mend + EDITS.tail
+
+
+def test_tokens_are_moved_as_often_as_cells_can_count(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    edits = Edits(mend=1, least=2, tail=2, most_moves=254)
+    llm, text = open_model(tiny(), **OPTIONS, reuse=edits), tokens(20)
+    n_moved = []
+    for round in range(1 + edits.most_moves + 2):
+        logits_of(llm, [5 + round % 2, *text])
+        n_moved.append(llm.n_moved)
+    n = len(text) - edits.mend - edits.tail
+    assert n_moved == [0] + [n] * edits.most_moves + [0, n]
+
+
+def test_a_prompt_shorter_than_the_tail_is_read(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    edits = Edits(mend=0, least=2, tail=40)
+    llm, text = open_model(tiny(), **OPTIONS, reuse=edits), tokens(60)
+    logits_of(llm, text)
+    prompt = text[20:50]
+    expected = ReferenceRun(ReferenceModel(tiny())).eval(prompt).logits[-1]
+    assert relative_error(logits_of(llm, prompt), expected) < 1e-5
 
 
 # --- what stays as it was -------------------------------------------------------------------------------------------
@@ -264,6 +277,21 @@ def test_where_cells_cannot_be_moved_the_prefix_alone_counts(
     np.testing.assert_allclose(logits_of(llm, second), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_same", [0, 5])
+def test_where_a_sliding_window_has_lost_what_stands_before_the_edit_the_prefix_alone_counts(
+    tiny: Tiny, tokens: Tokens, open_model: Open, n_same: int
+) -> None:
+    """Behind a loaded state llama.cpp looks for room from the cache's start, where the window has left positions."""
+    text, more, new = tokens(60), tokens(21, seed=1)[1:], tokens(10, seed=2)[1:]
+    llm = open_model(tiny("gemma3"), **OPTIONS, swa_full=True, reuse=EDITS)
+    logits_of(llm, text)
+    llm.load_state(llm.save_state())
+    logits_of(llm, text + more)
+    prompt = text[:n_same] + new + text[8 * n_same :] + more
+    expected = ReferenceRun(ReferenceModel(tiny("gemma3"))).eval(prompt).logits[-1]
+    assert relative_error(logits_of(llm, prompt), expected) < 1e-3
+
+
 # --- what may go wrong ----------------------------------------------------------------------------------------------
 
 
@@ -316,6 +344,6 @@ def test_wrong_runs_are_refused_and_change_nothing(
 
 
 def test_edits_are_checked() -> None:
-    for name, value in (("mend", -1), ("least", 0), ("tail", 0), ("most_moves", 0), ("mend", 1.5)):
+    for name, value in (("mend", -1), ("least", 0), ("tail", 0), ("most_moves", 0), ("most_moves", 255), ("mend", 1.5)):
         with pytest.raises(RequestError, match=name):
             Edits(**{name: value})  # type: ignore[arg-type]

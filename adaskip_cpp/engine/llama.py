@@ -396,7 +396,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         first, edits, bulk = n_common(cached, prompt), self.edits, self.plan.bulk if self.plan else None
         if edits is None or first == len(cached):
             return first, []
-        end, mend = len(prompt) - max(edits.tail, bulk.tail if bulk else 0), edits.mend
+        end, mend = max(0, len(prompt) - max(edits.tail, bulk.tail if bulk else 0)), edits.mend
         found = find_runs(cached, prompt, first=first, end=end, least=edits.least + mend)
         return first, [Run(run.start + mend, run.to + mend, run.n - mend) for run in found]
 
@@ -407,7 +407,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             return
         n = min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens))
         first, runs = self._known(self.input_ids[:n], np.array(prompt, np.int32))
-        if not runs or self.input_ids[:n].min() < 0 or self.has_lost_window(n):
+        if not runs or self.input_ids[:n].min() < 0 or self.has_lost_window(max(first, 1)):
             return
         native.set_aside(first, runs)
         self.n_tokens, self._requires_eval, self._fills = first, True, True
@@ -416,8 +416,10 @@ class AdaSkipLlama(SelfDescribingLlama):
                 self._fill(prompt, run.to)
                 end = run.to + run.n
                 native.take_back(end)
-                self.input_ids[run.to : end], self.n_tokens = prompt[run.to : end], end
-                self.n_moved += run.n
+                self.input_ids[run.to : end] = prompt[run.to : end]
+                self.n_tokens = native.kv_valid("prefill", end)  # others were moved too often
+                self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)
+                self.n_moved += self.n_tokens - run.to
         finally:
             self._fills = False
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # what is still aside where this was cut short

@@ -18,7 +18,7 @@ class Edits:
             (EPIC, arXiv 2410.15332).
         least: tokens of the shortest run that is moved.
         tail: tokens at the end of the prompt that are read again, whatever is known of them.
-        most_moves: a token that was moved more often is read again.
+        most_moves: a token that was moved more often is read again; at most 254, as a cell counts to 255.
     """
 
     mend: int = 16
@@ -28,9 +28,9 @@ class Edits:
 
     def __post_init__(self) -> None:
         for name, least in (("mend", 0), ("least", 1), ("tail", 1), ("most_moves", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value < 2**31:
-                raise RequestError(f"{name} is {value!r}; give a whole number of at least {least}.")
+            value, most = getattr(self, name), 254 if name == "most_moves" else 2**31 - 1
+            if type(value) is not int or not least <= value <= most:
+                raise RequestError(f"{name} is {value!r}; give a whole number from {least} to {most}.")
 
 
 Reuse: TypeAlias = Literal["prefix", "edits"] | Edits
