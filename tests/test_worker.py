@@ -249,7 +249,7 @@ def test_it_listens_while_the_model_is_loaded(served_model: Path) -> None:
 
 
 def test_a_process_that_does_not_load_is_ended(served_model: Path) -> None:
-    with serving(served_model, "--plan", "none", "--ctx", str(CTX), "--stuck-timeout", "1") as server:
+    with serving(served_model, "--plan", "none", "--ctx", str(CTX), "--stuck-timeout", "2") as server:
         (first,) = server.workers()
         os.kill(first, signal.SIGKILL)
         until(lambda: set(server.workers()) - {first})
@@ -257,7 +257,7 @@ def test_a_process_that_does_not_load_is_ended(served_model: Path) -> None:
         os.kill(second, signal.SIGSTOP)
         assert text(server)
         assert second not in server.workers()
-        why = "it did not load within 10 seconds and was ended; --stuck-timeout gives it more"
+        why = "it did not load within 20 seconds and was ended; --stuck-timeout gives it more"
         assert f"tiny: {why}; it is started again\n" in server.lines
 
 
