@@ -1,6 +1,6 @@
 """What it costs that an edited prompt uses the K and V of the prompt before: quality, tokens read, and time.
 
-    python benchmarks/edits.py MODEL.gguf [--prompt 1024] [--mend 0 16 64] [--pieces 1] [--max-loss X]
+    python benchmarks/edits.py MODEL.gguf [--prompt 1024] [--mend 1 16 64] [--pieces 1] [--max-loss X]
 
 A prompt of each text is read, then an edited form of it under ``reuse="edits"``. Divergence and added loss are those of
 the tokens that follow, against the whole model that reads the edited prompt anew. One answer continues the prompt, one
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--prompt", type=int, default=1024, help="its tokens")
-    parser.add_argument("--mend", type=int, nargs="*", default=[0, 16, 64])
+    parser.add_argument("--mend", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--pieces", type=int, default=1, help="of each text")
     parser.add_argument("--max-loss", type=float, default=None, help="a promise, whose plan is in force")
     args = parser.parse_args()
