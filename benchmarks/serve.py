@@ -147,6 +147,8 @@ def server(name: str, args: argparse.Namespace, folder: str) -> Iterator[str]:
         command = [sys.executable, "-m", "llama_cpp.server", "--model", args.model, "--n_ctx", str(args.ctx)]
         command += ["--n_threads", threads, "--n_threads_batch", threads, "--port", str(port)]
         command += ["--flash_attn", str(args.flash_attn), "--cache", str(name == CACHED)]
+        # By default it keeps the logits of all tokens, and its cache copies them: a day would take more than 20 GB.
+        command += ["--logits_all", "False"] * bool(args.agent)
     print(" ".join(command), file=sys.stderr)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         address = f"http://127.0.0.1:{port}"
@@ -166,11 +168,11 @@ def server(name: str, args: argparse.Namespace, folder: str) -> Iterator[str]:
 
 
 class Wait(NamedTuple):
-    """Seconds from a request to the first piece of its answer and to its end, and the tokens read where it tells."""
+    """Seconds from a request to the first piece of its answer, and tokens of its prompt where the server tells."""
 
-    first: float
-    end: float
+    seconds: float
     n_read: int
+    n_moved: int
 
 
 def ask(address: str, prompt: Messages | str, n_most: int = 8) -> Wait:
@@ -178,15 +180,18 @@ def ask(address: str, prompt: Messages | str, n_most: int = 8) -> Wait:
     body = {"messages": messages, "max_tokens": n_most, "temperature": 0, "stream": True}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), headers)
-    start, first, n_read = time.perf_counter(), 0.0, 0
+    start, first, told = time.perf_counter(), 0.0, {}
     with urllib.request.urlopen(request, timeout=600) as answer:
         for line in answer:
             now = time.perf_counter() - start
-            if b'"content"' in line:
-                first = first or now
-            if b'"adaskip"' in line:
-                n_read = json.loads(line.removeprefix(b"data: "))["adaskip"]["prompt_tokens_read"]
-    return Wait(first or now, now, n_read)
+            if line.startswith(b"data: {"):
+                event = json.loads(line.removeprefix(b"data: "))
+                if "choices" not in event:
+                    raise SystemExit(f"{address} answers: {event}")
+                if event["choices"][0]["delta"].get("content"):
+                    first = first or now
+                told = event.get("adaskip", {})
+    return Wait(first or now, *(told.get(f"prompt_tokens_{each}", 0) for each in ("read", "moved")))
 
 
 def ask_documents(args: argparse.Namespace, texts: list[str]) -> None:
@@ -194,7 +199,7 @@ def ask_documents(args: argparse.Namespace, texts: list[str]) -> None:
     times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
 
     def measure(name: str, case: str, document: str, question: str) -> None:
-        times[name, case].append(ask(addresses[name], f"{document}\n\n{question}").first)
+        times[name, case].append(ask(addresses[name], f"{document}\n\n{question}").seconds)
         print(f"{name}, {case}: {times[name, case][-1]:.2f} s", file=sys.stderr)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -232,7 +237,10 @@ def run_day(args: argparse.Namespace, turns: list[tuple[str, Messages]]) -> None
         with server(name, args, "") as address:
             for number, (kind, messages) in enumerate(turns, 1):
                 waits[name].append(wait := ask(address, messages, ANSWER))
-                print(f"{name}, turn {number}, {kind}: {wait.first:.2f} s, {wait.n_read} read", file=sys.stderr)
+                print(
+                    f"{name}, turn {number}, {kind}: {wait.seconds:.2f} s, {wait.n_read} read, {wait.n_moved} moved",
+                    file=sys.stderr,
+                )
 
     print(f"| | turns | {EDITS} | tokens read | {PREFIX} | tokens read | {STOCK} | {CACHED} | {STOCK} / {EDITS} |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -240,7 +248,7 @@ def run_day(args: argparse.Namespace, turns: list[tuple[str, Messages]]) -> None
     for kind, chosen, combine in [*rows, ("the whole day", [True] * len(turns), sum)]:
         if any(chosen):
             each = {name: list(compress(waits[name], chosen)) for name in names}
-            seconds = {name: combine(wait.first for wait in each[name]) for name in names}
+            seconds = {name: combine(wait.seconds for wait in each[name]) for name in names}
             cells = [f"{seconds[name]:.2f}" for name in names]
             for place, name in ((1, EDITS), (3, PREFIX)):
                 cells.insert(place, f"{combine(wait.n_read for wait in each[name]):,.0f}")
