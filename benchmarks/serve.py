@@ -16,7 +16,7 @@ messages are so long that this begins after half of the turns. A turn with two c
 first in the table.
 
 Times are a client's, from sending the request to the first piece of the answer. Run it on an idle machine: SmolLM2
-takes 10 minutes on 2 slow cores.
+takes 10 minutes on 2 slow cores; 30 turns of an agent with a model of 0.5B about two hours.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def ask(address: str, prompt: Messages | str, n_most: int = 8) -> Wait:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), headers)
     start, first, told = time.perf_counter(), 0.0, {}
-    with urllib.request.urlopen(request, timeout=600) as answer:
+    with urllib.request.urlopen(request, timeout=3600) as answer:
         for line in answer:
             now = time.perf_counter() - start
             if line.startswith(b"data: {"):
