@@ -107,12 +107,12 @@ def day(args: argparse.Namespace, tokenizer: AdaSkipLlama) -> list[tuple[str, Me
 
     def prompt(turn: int, first: int) -> Messages:
         """What is sent in a turn, with the history from the turn ``first`` on."""
+        edited = "\n".join([*lines[:3], f"LIMIT = {turn // 3}", *lines[3:]])
         now = datetime(2026, 6, 1, 9) + turn // 5 * timedelta(days=1, minutes=7)
         tool = f"\nVersion {turn // 7} of this tool.\nIt answers within {2 + turn // 7} seconds."
         system = f"You work on Python programs. These are your tools.\nIt is {now:%A, %d %B %Y, %H:%M}.\n"
         messages = [{"role": "system", "content": system + described[:middle] + tool + described[middle:]}]
         for each in range(first, turn + 1):
-            edited = "\n".join([*lines[:3], f"LIMIT = {turn // 3}", *lines[3:]])
             shown = f"The file to work on:\n\n{edited}\n\n" if each == max(first, 4) else ""
             messages.append({"role": "user", "content": f"{shown}Step {each} printed:\n\n{outputs[each - 1]}"})
             messages.append({"role": "assistant", "content": f"I have read what step {each} printed, and go on."})
@@ -273,8 +273,8 @@ def main() -> None:
             texts = beginnings(tokenizer, sources().values(), [args.tokens] * 3 * args.rounds)
     settings = f"--ctx {args.ctx}, {args.threads} threads, {'' if args.flash_attn else 'no '}flash attention"
     what = "a system prompt" if args.agent else "documents"
-    print(f"{Path(args.model).name}, {what} of {args.tokens} tokens, {settings}, llama-cpp-python", end=" ")
-    print(f"{version('llama-cpp-python')}. Seconds to the first token, medians.\n")
+    print(f"{Path(args.model).name}, {what} of {args.tokens} tokens, --plan {args.plan}, {settings}", end=", ")
+    print(f"llama-cpp-python {version('llama-cpp-python')}. Seconds to the first token, medians.\n")
     if args.agent:
         run_day(args, turns)
     else:
