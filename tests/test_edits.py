@@ -6,7 +6,8 @@ tolerances are those of test_bulk.py, and for flash attention that of test_seque
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from reference import ReferenceModel, ReferenceRun, relative_error
 from sequence_oracle import Cells, History
 from tiny_families import N_LAYER, N_VOCAB
@@ -85,10 +87,11 @@ def edited(tokens: Tokens) -> dict[str, tuple[list[int], list[int]]]:
         "another order": (a + b + c, c + a + b),
         "the oldest dropped": (a + b + c, b + c),
         "longer": (a + b, c + new + b + a),
+        "turned round": (a + b + c, [token for at in range(150, -1, -15) for token in (a + b + c)[at : at + 15]]),
     }
 
 
-KINDS = ["changed", "inserted", "deleted", "twice", "another order", "the oldest dropped", "longer"]
+KINDS = ["changed", "inserted", "deleted", "twice", "another order", "the oldest dropped", "longer", "turned round"]
 
 
 class Oracle:
@@ -205,12 +208,36 @@ def test_tokens_are_moved_as_often_as_cells_can_count(tiny: Tiny, tokens: Tokens
 
 
 def test_a_prompt_shorter_than_the_tail_is_read(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    edits = Edits(mend=0, least=2, tail=40)
+    edits = Edits(mend=1, least=2, tail=40)
     llm, text = open_model(tiny(), **OPTIONS, reuse=edits), tokens(60)
     logits_of(llm, text)
     prompt = text[20:50]
     expected = ReferenceRun(ReferenceModel(tiny())).eval(prompt).logits[-1]
     assert relative_error(logits_of(llm, prompt), expected) < 1e-5
+
+
+def test_a_context_that_is_full_loses_no_room(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    oracle = Oracle(ReferenceModel(tiny()))
+    prompt = tokens(OPTIONS["n_ctx"] - 1)
+    for at in (0, 100, 7, 300, 450):
+        prompt = prompt[at:] + prompt[:at]
+        assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < 3e-5  # rounding of angles, at 511
+        llm.eval_decode([9])
+        oracle.history.decode([9])
+        assert llm.n_tokens == OPTIONS["n_ctx"]
+
+
+def test_a_pickled_model_moves_runs_of_its_own(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    with closing(pickle.loads(pickle.dumps(llm))) as other:
+        assert other.edits == EDITS
+        pairs = [(each, Oracle(ReferenceModel(tiny()))) for each in (llm, other)]
+        orders = [edited(tokens)["twice"], edited(tokens)["another order"]]
+        for prompts in zip(*orders, strict=True):
+            for (each, oracle), prompt in zip(pairs, prompts, strict=True):
+                assert relative_error(logits_of(each, prompt), oracle.read(prompt)) < 1e-5
+        assert llm.n_moved > 0 and other.n_moved > 0
 
 
 # --- what stays as it was -------------------------------------------------------------------------------------------
@@ -226,6 +253,28 @@ def test_nothing_is_moved_unless_it_is_asked_for(tiny: Tiny, tokens: Tokens, ope
         with counting(llm) as counts:
             assert relative_error(logits_of(llm, second), expected) < 1e-5
         assert sum(counts) == len(second) - 20
+
+
+def test_in_an_empty_memory_all_is_read(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    llm, text = open_model(tiny(), **OPTIONS, reuse=EDITS), tokens(60)
+    expected = ReferenceRun(ReferenceModel(tiny())).eval(text).logits[-1]
+    for _ in range(2):
+        with counting(llm) as counts:
+            assert relative_error(logits_of(llm, text), expected) < 1e-5
+        assert sum(counts) == len(text) and llm.n_moved == 0
+        llm.reset()
+
+
+def test_with_a_draft_model_the_prefix_alone_counts(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    """Llama keeps the logits of all tokens then; without logits_all it has no room for those of a second batch."""
+    first, second = edited(tokens)["inserted"]
+    answers = []
+    for options in ({}, {"reuse": EDITS, "draft_model": LlamaPromptLookupDecoding(2, 4), "logits_all": True}):
+        llm = open_model(tiny(), **{**OPTIONS, **options})
+        logits_of(llm, first)
+        answers.append(list(islice(llm.generate(second, temp=0.0), 12)))
+        assert llm.n_moved == 0
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("way", ["set_reuse", "loaded by another", "eval"])
@@ -313,6 +362,10 @@ def test_a_reading_that_is_cut_short_leaves_nothing_half_moved(
     with pytest.raises(KeyboardInterrupt):
         logits_of(llm, second)
     llm.on_batch = lambda n_tokens: None
+    state = llm.save_state()
+    expected = logits_of(llm, second)
+    llm.load_state(state)
+    assert relative_error(logits_of(llm, second), expected) < 1e-5
     llm.set_reuse("prefix")
     expected = ReferenceRun(ReferenceModel(tiny())).eval(second).logits[-1]
     assert relative_error(logits_of(llm, second), expected) < 1e-5
@@ -344,6 +397,6 @@ def test_wrong_runs_are_refused_and_change_nothing(
 
 
 def test_edits_are_checked() -> None:
-    for name, value in (("mend", -1), ("least", 0), ("tail", 0), ("most_moves", 0), ("most_moves", 255), ("mend", 1.5)):
+    for name, value in (("mend", 0), ("least", 0), ("tail", 0), ("most_moves", 0), ("most_moves", 255), ("mend", 1.5)):
         with pytest.raises(RequestError, match=name):
             Edits(**{name: value})  # type: ignore[arg-type]

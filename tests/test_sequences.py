@@ -8,7 +8,7 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,17 +20,19 @@ from drawn_plans import NOTHING, plans
 from drawn_sequences import rule
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition
-from llama_cpp import LlamaRAMCache
+from llama_cpp import LlamaRAMCache, llama_get_memory, llama_memory_seq_pos_min
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from reference import ReferenceModel, relative_error
 from sequence_oracle import Cell, Cells, History
 from stock import EXACT
 from tiny_families import N_LAYER, N_VOCAB
 
-from adaskip_cpp import AdaSkipLlama, SkipPlan
+from adaskip_cpp import AdaSkipLlama, Edits, SkipPlan
 from adaskip_cpp.errors import ElidedKVError
+from adaskip_cpp.model.edits import Reuse, edits_of
 
 N_CTX = 512
+EDITS = Edits(mend=1, least=2, tail=2, most_moves=2)
 
 
 class Drafts(LlamaPromptLookupDecoding):
@@ -51,6 +53,7 @@ class Kind:
     Attributes:
         family: of the tiny model.
         options: for AdaSkipLlama.
+        reuse: what a prompt uses of the one in memory; where it may be edited, no logits are kept but the last.
         tolerance: of the logits, relative.
         elided: layers whose attention has no KV.
         drafts: whether tokens are drafted.
@@ -58,6 +61,7 @@ class Kind:
 
     family: str = "llama"
     options: dict[str, Any] = field(default_factory=dict)
+    reuse: Reuse = "prefix"
     tolerance: float = 1e-5
     elided: tuple[int, ...] = ()
     drafts: bool = False
@@ -69,7 +73,8 @@ class Kind:
 
     @property
     def all_options(self) -> dict[str, Any]:
-        return {"n_ctx": N_CTX, "logits_all": True, "verbose": False, **EXACT, **self.options}
+        how = {"logits_all": self.reuse == "prefix", "reuse": self.reuse}
+        return {"n_ctx": N_CTX, "verbose": False, **how, **EXACT, **self.options}
 
     @property
     def opened_with(self) -> SkipPlan | None:
@@ -85,11 +90,15 @@ KINDS = {
     "elided KV": Kind(elided=(1,)),
     "elided sliding windows": Kind("gemma3", tolerance=1e-3, elided=(0,)),
     "drafts": Kind(options={"n_ubatch": 3}, drafts=True),
+    "edited": Kind(options={"n_batch": 5}, reuse=EDITS),
+    "edited sliding windows": Kind("gemma3", reuse=EDITS, tolerance=1e-3),
 }
 
 
 class WatchedLlama(AdaSkipLlama):
     """Tells what ``create_completion`` generates, which saved states it loads and saves, and which evaluations restart.
+
+    And the first position that the memory still has where a prompt comes, which sliding windows may have left.
 
     Of tokens that begin a character it would generate any number, in search of the character's end.
     """
@@ -99,6 +108,7 @@ class WatchedLlama(AdaSkipLlama):
     loaded: list[Any]
     saved: list[Any]
     restarted: deque[bool]
+    oldest: deque[int]
     is_evaluating: bool
 
     @classmethod
@@ -109,7 +119,7 @@ class WatchedLlama(AdaSkipLlama):
     def begin(self) -> None:
         """Forget every call before this one."""
         self.limit, self.is_evaluating = N_CTX, False
-        self.generated, self.loaded, self.saved, self.restarted = [], [], [], deque()
+        self.generated, self.loaded, self.saved, self.restarted, self.oldest = [], [], [], deque(), deque()
         self.set_cache(None)
         self.reset()
 
@@ -124,6 +134,10 @@ class WatchedLlama(AdaSkipLlama):
         if self.is_evaluating:
             self.restarted[-1] = True
         super().reset()
+
+    def _read_edited(self, prompt: list[int]) -> None:
+        self.oldest.append(llama_memory_seq_pos_min(llama_get_memory(self.ctx), 0))
+        super()._read_edited(prompt)
 
     def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
@@ -141,6 +155,25 @@ class WatchedLlama(AdaSkipLlama):
 
 
 tokens = st.lists(st.integers(3, N_VOCAB - 1), min_size=1, max_size=8)
+reuses = st.sampled_from(["prefix", EDITS, replace(EDITS, mend=3, most_moves=1)])
+
+
+@st.composite
+def edited(draw: st.DrawFn, text: list[int]) -> list[int]:
+    """Another text that has much of this one, in other places."""
+    for _ in range(draw(st.integers(1, 3))):
+        new = draw(tokens)
+        a, b = sorted(draw(st.tuples(*[st.integers(0, len(text))] * 2)))
+        forms = {
+            "replaced": text[:a] + new + text[a + len(new) :],
+            "inserted": text[:a] + new + text[a:],
+            "deleted": text[:a] + text[b:],
+            "swapped": text[b:] + text[a:b] + text[:a],
+            "the oldest dropped": text[a:],
+            "repeated": text[:b] + text[a:],
+        }
+        text = forms[draw(st.sampled_from(list(forms)))] or new
+    return text[: N_CTX - 64]
 
 
 class Calls(RuleBasedStateMachine):
@@ -162,10 +195,11 @@ class Calls(RuleBasedStateMachine):
         drafts = self.llm.draft_model
         self.history = History(Cells(model), kind.options.get("n_ubatch", self.llm.n_batch))
         if kind.family == "gemma3":
-            self.history.restarts = self.llm.restarted.popleft
+            self.history.restarts, self.history.oldest = self.llm.restarted.popleft, self.llm.oldest.popleft
         if drafts is not None:
             self.history.draft = lambda ids: drafts(np.array(ids, np.intc)).tolist()
         self.change_plan(kind.opened_with or NOTHING)  # None runs alike, but is another plan: logits would count as old
+        self.change_reuse(kind.reuse)
         self.saved: list[tuple[Any, list[Cell]]] = []
         self.watching: ExitStack | None = None
         self.observed: dict[int, np.ndarray] = {}
@@ -205,8 +239,10 @@ class Calls(RuleBasedStateMachine):
         if begins:
             self.llm.begin_request()
             self.history.begin_request()
-        self.llm.eval_decode(new)
-        self.history.decode(new)
+        # Of tokens without logits the online stage does not see the last FFN.
+        for piece in [new] if self.llm.logits_all else [[token] for token in new]:
+            self.llm.eval_decode(piece)
+            self.history.decode(piece)
 
     @precondition(has_room)
     @rule(new=tokens, n=st.integers(1, 8), kept=st.floats(0, 1))
@@ -226,7 +262,36 @@ class Calls(RuleBasedStateMachine):
             )
             self.change_plan(SkipPlan(fewer, more))
             plan = SkipPlan(SkipPlan.manual(N_LAYER, self.kind.elided).prefill, fewer)
-        self.generate_from(self.history.tokens + new, n, (data.draw(st.integers(1, n - 1)), plan))
+        change = partial(self.change_plan, plan)
+        self.generate_from(self.history.tokens + new, n, (data.draw(st.integers(1, n - 1)), change))
+
+    @precondition(lambda self: self.kind.reuse != "prefix")
+    @precondition(has_room)
+    @rule(data=st.data(), text=st.lists(st.integers(3, N_VOCAB - 1), min_size=10, max_size=30), turns=st.integers(1, 4))
+    def generate_from_edited_prompts(self, data: st.DataObject, text: list[int], turns: int) -> None:
+        """One edit after the other of what is cached, or of a new text where that is too short; plans may change."""
+        if len(self.history.cells) < len(text):
+            self.generate_from(self.history.tokens + text, 1)
+        for _ in range(turns):
+            if data.draw(st.integers(0, 2)) == 0:
+                self.change_plan(self.draw_plan(data), self.with_bulk[-3:])
+            self.generate_from(data.draw(edited(self.history.tokens)), data.draw(st.integers(1, 8)))
+
+    @precondition(lambda self: self.kind.reuse != "prefix")
+    @precondition(has_room)
+    @rule(data=st.data(), n=st.integers(2, 4), reuse=reuses)
+    def change_the_reuse_while_generating(self, data: st.DataObject, n: int, reuse: Reuse) -> None:
+        change = partial(self.change_reuse, reuse)
+        self.generate_from(data.draw(edited(self.history.tokens)), n, (data.draw(st.integers(1, n - 1)), change))
+
+    @precondition(lambda self: self.kind.reuse != "prefix")
+    @rule(reuse=reuses)
+    def set_reuse(self, reuse: Reuse) -> None:
+        self.change_reuse(reuse)
+
+    def change_reuse(self, reuse: Reuse) -> None:
+        self.llm.set_reuse(reuse)
+        self.history.set_edits(edits_of(reuse))
 
     @precondition(lambda self: self.history.cells)
     @precondition(has_room)
@@ -234,13 +299,13 @@ class Calls(RuleBasedStateMachine):
     def generate_from_what_is_cached(self, n: int) -> None:
         self.generate_from(self.history.tokens, n)
 
-    def generate_from(self, prompt: list[int], n: int, change: tuple[int, SkipPlan] | None = None) -> None:
+    def generate_from(self, prompt: list[int], n: int, change: tuple[int, Callable[[], None]] | None = None) -> None:
         steps, expected = self.llm.generate(prompt, temp=0.0), self.history.generate(prompt)
         token, index = next(steps), next(expected)
         for i in range(1, n):
             self.check_token(token, index)
             if change is not None and change[0] == i:
-                self.change_plan(change[1])
+                change[1]()
             following = next(steps)
             index = expected.send(token)
             token = following
@@ -258,6 +323,8 @@ class Calls(RuleBasedStateMachine):
         """LlamaRAMCache: a prompt that shares something with a saved one loads that one's state."""
         source = data.draw(st.sampled_from([self.history.cells, *(cells for _, cells in self.saved)]))
         prompt = [cell.token for cell in source][: round(kept * len(source))] + new
+        if self.kind.reuse != "prefix" and data.draw(st.booleans()):
+            prompt = data.draw(edited(prompt))
         self.llm.generated, self.llm.loaded, self.llm.saved = [], [], []
         self.llm.limit = n + 3
         self.llm.create_completion(prompt, max_tokens=n, temperature=0.0)
@@ -346,7 +413,10 @@ class Calls(RuleBasedStateMachine):
     @invariant()
     def the_logits_are_those_of_the_reference(self) -> None:
         if self.history.cells and self.history.logits_are_current:
-            actual = self.llm.scores[self.llm.n_tokens - 1]
+            if self.llm.logits_all:
+                actual = self.llm.scores[self.llm.n_tokens - 1]
+            else:
+                actual = np.ctypeslib.as_array(self.llm._ctx.get_logits_ith(-1), (N_VOCAB,))
             assert relative_error(actual[None], self.history.trace().logits) < self.kind.tolerance
 
     @invariant()

@@ -15,7 +15,8 @@ class Edits:
 
     Attributes:
         mend: tokens at the beginning of each run that are read again. They take most from the text before the run
-            (EPIC, arXiv 2410.15332).
+            (EPIC, arXiv 2410.15332). At least 1: llama.cpp turns K when it reads on, and a state that is saved before
+            that would have old K at new positions.
         least: tokens of the shortest run that is moved.
         tail: tokens at the end of the prompt that are read again, whatever is known of them.
         most_moves: a token that was moved more often is read again; at most 254, as a cell counts to 255.
@@ -27,7 +28,7 @@ class Edits:
     most_moves: int = 4
 
     def __post_init__(self) -> None:
-        for name, least in (("mend", 0), ("least", 1), ("tail", 1), ("most_moves", 1)):
+        for name, least in (("mend", 1), ("least", 1), ("tail", 1), ("most_moves", 1)):
             value, most = getattr(self, name), 254 if name == "most_moves" else 2**31 - 1
             if type(value) is not int or not least <= value <= most:
                 raise RequestError(f"{name} is {value!r}; give a whole number from {least} to {most}.")
