@@ -20,7 +20,7 @@ BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/
   "setuptools>=70.1" llama-cpp-python==$(or $(LLAMA_CPP_PYTHON),$(firstword $(RELEASES)))
 
 # What goes through native/ in many ways and little time.
-NATIVE_TESTS := adapters affine architectures bulk elision layer_bounds linear_native native online readable_kv \
+NATIVE_TESTS := adapters affine architectures bulk edits elision layer_bounds linear_native native online readable_kv \
   schedule sequences several_sequences skip statistics sublayers threads unread_outputs whole_layers
 SANITIZERS_asan := ADDRESS UNDEFINED
 SANITIZERS_tsan := THREAD
