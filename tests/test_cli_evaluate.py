@@ -263,8 +263,9 @@ def test_promises_are_measured_with_and_without_a_profile(
     assert "| promise, 0.05 |" in report and "profile" not in found["about"]["command"]
     again = run(model=model, profile=None)
     assert f"{found['n_results']} of {found['n_results']} results are there already" in again.stderr
-    run("--max-loss", "0.04", "--skip", 2, "--strategy", "early_exit", "--mode", "prompt", model=model)
-    assert [each["name"] for each in results()["contenders"]] == ["full", "early_exit-2-prompt", "promise 0.04"]
+    for mode in ("prompt", "prefill"):
+        run("--max-loss", "0.04", "--skip", 2, "--strategy", "early_exit", "--mode", mode, model=model)
+        assert {each["name"] for each in results()["contenders"]} == {"full", f"early_exit-2-{mode}", "promise 0.04"}
     shutil.move(plan_path(model), tmp_path / "elsewhere.json")
     assert "run `adaskip-cpp tune`" in line(run(model=model, profile=None))
     assert "promises choose from what `tune` found" in line(run("--max-loss", "0.04", model=model))

@@ -134,7 +134,10 @@ def prepared(
     speed_context = options.speed_context or max(min(_SPEED_CONTEXT, limit - n_decoded), 2)
     asked = options.strategies, options.n_skips, options.speedups, options.modes, options.compensations
     requests: Sequence[PlanRequest] = options.requests(n_layer) if profile is not None or any(asked) else ()
-    saved, notes = _saved(model, options.plan_file, {request.mode for request in requests})
+    modes: set[str] = {request.mode for request in requests}
+    if modes and options.max_losses is not None:
+        modes.add("prompt")  # that of what `tune` found, which is asked for too
+    saved, notes = _saved(model, options.plan_file, modes)
     has_promises = saved is not None and saved.frontier is not None
     if options.max_losses is not None and not has_promises:
         raise DataError(f"promises choose from what `tune` found; run `adaskip-cpp tune {model}`, or name it (--plan)")
