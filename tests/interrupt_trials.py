@@ -237,7 +237,9 @@ def _check_files(verb: str, folder: Path, before: dict[str, str], found: Found, 
 
     after = _content(folder)
     changed = [path for path in before if not path.startswith("out/") and after.get(path) != before[path]]
-    lost = [path for path in before if path not in after and not path.startswith("out/cache/")]
+    # What a stopped run of `tune` keeps goes when a later one has written its plan.
+    may_go = ("out/cache/", "out/plan-unfinished") if "out/plan.json" in after else ("out/cache/",)
+    lost = [path for path in before if path not in after and not path.startswith(may_go)]
     hidden = [path for path in after if path.endswith((".tmp", ".new"))]
     for words, paths in (("changed", changed), ("lost", lost), ("left over", hidden)):
         if paths:
