@@ -96,11 +96,13 @@ static size_t run_of(const std::vector<adaskip_run> & runs, llama_pos pos) {
 void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vector<adaskip_run> & runs) const {
     for (const auto * cache : caches) {
         const auto &         cells = cells_of(cache, seq_id);
-        std::vector<int32_t> n_found(runs.size() + 1);
+        std::vector<int32_t> n_found(runs.size());
         for (const auto & [pos, i] : adaskip_seq_pos(cells, seq_id)) {
             const size_t run  = run_of(runs, pos);
-            const bool   fits = cells.seq_count(i) == 1 && adaskip_moves_of(cells.set_id_get(i)) < 255;
-            n_found[run] += run == runs.size() || fits;
+            if (run < runs.size()) {
+                const int32_t moves = adaskip_moves_of(cells.set_id_get(i)) + runs[run].n_moves;
+                n_found[run] += cells.seq_count(i) == 1 && moves <= ADASKIP_MOST_MOVES;
+            }
         }
         for (size_t run = 0; run < runs.size(); ++run) {
             if (n_found[run] != runs[run].n) {
@@ -123,7 +125,8 @@ void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vec
                 continue;
             }
             const uint64_t set_id = cells.set_id_get(i);
-            cells.set_id_set(i, (set_id == 0 ? ADASKIP_MOVED_WHOLE : set_id) + (1ULL << ADASKIP_MOVES_BIT));
+            const uint64_t moves  = (uint64_t) runs[run].n_moves << ADASKIP_MOVES_BIT;
+            cells.set_id_set(i, (set_id == 0 ? ADASKIP_MOVED_WHOLE : set_id) + moves);
             if (const llama_pos shift = runs[run].to - runs[run].from; shift != 0) {
                 cells.pos_add(i, shift);
             }

@@ -30,6 +30,7 @@ class llama_memory_recurrent;
 // In the upper 8 bits an id counts how often its cell was moved: what stood before it then is not what stands there
 // now.
 constexpr int      ADASKIP_MOVES_BIT   = 56;
+constexpr int32_t  ADASKIP_MOST_MOVES  = 255;
 constexpr uint64_t ADASKIP_MOVED_WHOLE = 1ULL << 31; // the set of a moved cell that the whole model computed
 
 inline uint64_t adaskip_set_of(uint64_t set_id) {

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 10
+#define ADASKIP_ABI_VERSION 11
 
 struct llama_context;
 struct llama_vocab;
@@ -237,7 +237,7 @@ int32_t adaskip_get_counters(const struct llama_context * ctx, struct adaskip_co
 
 // A position may be read if it was computed by the whole model, under a set that the plan in force uses (what its
 // online stage made included) or under one that it names as readable; if it has K and V of every attention that is
-// to run now; and if it was moved no more often than adaskip_set_most_moves allows. llama.cpp's memory keeps for every
+// to run now; and if it counts no more moves than adaskip_set_most_moves allows. llama.cpp's memory keeps for every
 // position what it was computed under, also where sequences are copied, shifted and saved, and llama_decode fails
 // (returns < 0, nothing computed) where it would read any other.
 
@@ -248,14 +248,16 @@ int32_t adaskip_kv_first_stale(const struct llama_context * ctx, int32_t seq_id,
 // set aside, what is new before each is decoded, and the run is taken back. Its K and V are those of its old place,
 // where other text stood before it. So a moved position may only be read where that is allowed, and counts its moves.
 
-// cells of positions from, from + 1, ... from + n - 1 that belong at to, to + 1, ...
+// cells of positions from, from + 1, ... from + n - 1 that belong at to, to + 1, ... The move counts as n_moves, 1 to
+// 255: one that changes more of the text before a run can count as several.
 struct adaskip_run {
     int32_t from;
     int32_t to;
     int32_t n;
+    int32_t n_moves;
 };
 
-// positions that were moved at most so often may be read; 0, which a context starts with: none that was moved
+// positions that count at most so many moves may be read; 0, which a context starts with: none that was moved
 int32_t adaskip_set_most_moves(struct llama_context * ctx, int32_t most_moves);
 
 // 1 where cells can be moved, 0 where the memory has a state or K that llama.cpp cannot shift
@@ -263,7 +265,7 @@ int32_t adaskip_can_move(const struct llama_context * ctx);
 
 // Takes runs out of the sequence and forgets its other positions from n_kept on. Neither the old nor the new places of
 // two runs overlap, and all are at n_kept or later. Fails, and changes nothing, where the memory lacks a position of
-// a run, as a sliding window may, or one was moved 255 times.
+// a run, as a sliding window may, or one would count more than 255 moves.
 int32_t adaskip_set_aside(
         struct llama_context * ctx, int32_t seq_id, int32_t n_kept, const struct adaskip_run * runs, int32_t n_runs);
 

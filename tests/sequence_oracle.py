@@ -237,7 +237,8 @@ class History:
         first, bulk = common_prefix(held, tokens), self.plan.bulk
         tail = max(edits.tail, bulk.tail if bulk is not None else 0)
         both = np.array(held, np.int32), np.array(tokens, np.int32)
-        runs = find_runs(*both, first=first, end=max(0, len(tokens) - tail), least=edits.mend + edits.least)
+        found = find_runs(*both, first=first, end=max(0, len(tokens) - tail), least=edits.mend + edits.least)
+        runs = [run for run in found if run.n_moves <= edits.most_moves]
         window = max(filter(None, self.reference.model.window), default=0)
         if not runs or oldest > max(0, first - window + 1):
             return
@@ -247,7 +248,9 @@ class History:
             start, to = run.start + edits.mend, run.to + edits.mend
             self._append_prompt(tokens[len(self.cells) : to], len(tokens) - to)
             for i, cell in enumerate(before[start : run.start + run.n], start):
-                self.cells.append(replace(cell, n_moves=cell.n_moves + 1, computed=cell.computed or (source, i)))
+                self.cells.append(
+                    replace(cell, n_moves=cell.n_moves + run.n_moves, computed=cell.computed or (source, i))
+                )
             del self.cells[self._n_readable(self.plan.prefill) :]
 
     def decode(self, tokens: list[int]) -> None:

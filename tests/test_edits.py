@@ -7,12 +7,14 @@ tolerances are those of test_bulk.py, and for flash attention that of test_seque
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from frontiers import frontier, quality
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
@@ -20,10 +22,11 @@ from reference import ReferenceModel, ReferenceRun, relative_error
 from sequence_oracle import Cells, History
 from tiny_families import N_LAYER, N_VOCAB
 
-from adaskip_cpp import SkipPlan
+from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.engine.edits import Run, find_runs
 from adaskip_cpp.errors import NativeError, RequestError
-from adaskip_cpp.model.edits import Edits
+from adaskip_cpp.model.edits import WIDE, Edits
+from adaskip_cpp.model.frontier import EditPoint, Passkeys
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
@@ -31,7 +34,8 @@ Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
 Open = Callable[..., Any]
 
-EDITS = Edits(mend=3, least=8, tail=6, most_moves=2)
+EDITS = Edits(mend=3, least=8, tail=6, most_moves=2 * WIDE)
+SMALL = replace(EDITS, most_moves=2)  # edits alone that leave most of the text before a run
 NOTHING = SkipSet.none(N_LAYER)
 OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_batch": 32, "n_ubatch": 16, "logits_all": False}
 
@@ -70,7 +74,34 @@ def test_runs_are_equal_tokens_and_no_token_is_used_twice(cached: list[int], pro
     ids=["changed", "inserted", "deleted", "swapped", "the same", "another"],
 )
 def test_an_edit_leaves_one_run_for_each_piece(prompt: list[int], expected: list[tuple[int, int, int]]) -> None:
-    assert runs_of(range(10), prompt) == expected
+    assert [each[:3] for each in runs_of(range(10), prompt)] == expected
+
+
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ([*range(10), 500, *range(11, 100)], [1]),
+        ([*range(20), 500, *range(20, 50), 501, *range(50, 100)], [1, 1]),
+        ([500, *range(1, 6), 501, *range(7, 100)], [WIDE, 1]),
+        (range(30, 100), [WIDE]),  # of 65 tokens before the middle of the run 35 are left
+        ([*range(50, 100), *range(50)], [WIDE, WIDE]),
+        ([*range(5), *range(10, 15), *range(5, 10), *range(15, 100)], [WIDE, WIDE, 1]),
+        ([*range(90), *range(95, 100), *range(90, 95)], [1, 1]),
+        ([*range(200, 300), *range(100)], [WIDE]),
+    ],
+    ids=[
+        "a line",
+        "two lines",
+        "at the very top",
+        "a third dropped",
+        "swapped",
+        "two lines swapped",
+        "at the end",
+        "new",
+    ],
+)
+def test_a_move_counts_more_where_much_of_the_text_before_changed(prompt: Sequence[int], expected: list[int]) -> None:
+    assert [each.n_moves for each in runs_of(range(100), list(prompt))] == expected
 
 
 # --- what is computed -----------------------------------------------------------------------------------------------
@@ -167,17 +198,17 @@ def test_logits_are_those_of_the_moved_k_and_v(
 
 def test_answers_go_on_and_prompts_are_edited_again(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     """As often as moves are allowed; what would be moved more often is read again."""
-    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
-    oracle = Oracle(ReferenceModel(tiny()))
+    llm = open_model(tiny(), **OPTIONS, reuse=SMALL)
+    oracle = Oracle(ReferenceModel(tiny()), edits=SMALL)
     a, b = tokens(40), tokens(120, seed=1)
     n_read = []
-    for round in range(EDITS.most_moves + 2):
+    for round in range(SMALL.most_moves + 2):
         prompt = a + tokens(6 + round, seed=10 + round)[1:] + b
         with counting(llm) as counts:
             logits = logits_of(llm, prompt)
         n_read.append(sum(counts))
         assert relative_error(logits, oracle.read(prompt)) < 1e-5
-    assert n_read == [len(a) + 5 + len(b)] + [5 + i + EDITS.mend + EDITS.tail for i in (1, 2)] + [5 + 3 + len(b)]
+    assert n_read == [len(a) + 5 + len(b)] + [5 + i + SMALL.mend + SMALL.tail for i in (1, 2)] + [5 + 3 + len(b)]
     fresh = ReferenceRun(ReferenceModel(tiny()))
     assert relative_error(logits, fresh.eval(prompt).logits[-1]) < 1e-5
 
@@ -185,19 +216,19 @@ def test_answers_go_on_and_prompts_are_edited_again(tiny: Tiny, tokens: Tokens, 
 def test_what_was_moved_too_often_is_read_again_and_runs_behind_it_are_moved(
     tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
-    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
-    oracle = Oracle(ReferenceModel(tiny()))
+    llm = open_model(tiny(), **OPTIONS, reuse=SMALL)
+    oracle = Oracle(ReferenceModel(tiny()), edits=SMALL)
     a, b, c = tokens(40), tokens(60, seed=1), tokens(50, seed=2)
-    prompts = [a + tokens(6 + i, seed=10 + i)[1:] + b for i in range(1 + EDITS.most_moves)]
+    prompts = [a + tokens(6 + i, seed=10 + i)[1:] + b for i in range(1 + SMALL.most_moves)]
     for prompt in [*prompts, prompts[-1] + c, a + b + tokens(10, seed=3)[1:] + c]:
         with counting(llm) as counts:
             assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < 1e-5
         assert sum(counts) == oracle.n_read
-    assert oracle.n_read == len(b) + 9 + EDITS.mend + EDITS.tail
+    assert oracle.n_read == len(b) + 9 + SMALL.mend + SMALL.tail
 
 
 def test_tokens_are_moved_as_often_as_cells_can_count(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    edits = Edits(mend=1, least=2, tail=2, most_moves=254)
+    edits = Edits(mend=1, least=2, tail=2, most_moves=255 - WIDE)
     llm, text = open_model(tiny(), **OPTIONS, reuse=edits), tokens(20)
     n_moved = []
     for round in range(1 + edits.most_moves + 2):
@@ -253,6 +284,72 @@ def test_nothing_is_moved_unless_it_is_asked_for(tiny: Tiny, tokens: Tokens, ope
         with counting(llm) as counts:
             assert relative_error(logits_of(llm, second), expected) < 1e-5
         assert sum(counts) == len(second) - 20
+
+
+PROMISED = Edits(mend=3, least=8, tail=6, most_moves=8)
+
+
+def tuned(*losses: float, lost_keys: int = 0) -> Frontier:
+    """A frontier without plans, of which few moves lose the first number of nats and many the second."""
+    moves = (PROMISED, replace(PROMISED, most_moves=8 + 2 * WIDE))
+    keys = Passkeys(2, 2, 2 - lost_keys)
+    both = zip(losses, moves[: len(losses)], strict=True)
+    return frontier([], edits=tuple(EditPoint(1024, *[quality(loss)] * 2, keys, (), each) for loss, each in both))
+
+
+@pytest.mark.parametrize(
+    "found, line, order",
+    [
+        (tuned(), False, False),
+        (tuned(0.026), False, False),
+        (tuned(0.02), True, False),
+        (tuned(0.02, 0.026), True, False),
+        (tuned(0.02, 0.025), True, True),
+        (tuned(0.02, 0.025, lost_keys=1), False, False),
+    ],
+    ids=["not measured", "too much", "few moves", "many moves lose too much", "many moves", "a key is lost"],
+)
+def test_with_a_frontier_runs_are_moved_as_far_as_the_promise_is_kept(
+    tiny: Tiny, tokens: Tokens, open_model: Open, found: Frontier, line: bool, order: bool
+) -> None:
+    """Half of 0.05 nats. Against NumPy, with what is moved where it is."""
+    a, b, new = tokens(300), tokens(290, seed=1)[1:], tokens(9, seed=2)[1:]
+    for second, is_moved in ((a[:250] + new + a[250:] + b, line), (a[:1] + b + a[1:], order)):
+        llm = open_model(tiny(), **{**OPTIONS, "n_ctx": 1024}, plan=found)
+        logits_of(llm, a + b)
+        logits = logits_of(llm, second)
+        assert (llm.n_moved > 200) == is_moved
+        most_moves = 8 + 2 * WIDE if order else 8
+        oracle = Oracle(ReferenceModel(tiny()), edits=replace(PROMISED, most_moves=most_moves))
+        expected = [oracle.read(each) for each in (a + b, second)][1]
+        if not is_moved:
+            expected = ReferenceRun(ReferenceModel(tiny())).eval(second).logits[-1]
+        assert relative_error(logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("way", ["no plan", "a tighter promise", "a short prompt", "prefix"])
+def test_what_a_promise_let_be_moved_is_read_again_without_it(
+    tiny: Tiny, tokens: Tokens, open_model: Open, way: str
+) -> None:
+    """A promise that lets few tokens be moved does not read what another one moved to a new order."""
+    a, b = tokens(300), tokens(290, seed=1)[1:]
+    llm = open_model(tiny(), **{**OPTIONS, "n_ctx": 1024}, plan=tuned(0.001, 0.025))
+    second = a[:1] + b + a[1:]
+    for prompt in (a + b, second):
+        logits_of(llm, prompt)
+    assert llm.n_moved > 200
+    if way == "no plan":
+        llm.set_plan(None)
+    elif way == "prefix":
+        llm.set_reuse("prefix")
+    elif way == "a tighter promise":
+        llm.set_plan("auto", max_loss=0.01)
+    else:
+        second = second[:500]
+    with counting(llm) as counts:
+        logits = logits_of(llm, second)
+    assert sum(counts) == len(second) - 1 - PROMISED.mend
+    assert relative_error(logits, ReferenceRun(ReferenceModel(tiny())).eval(second).logits[-1]) < 1e-4
 
 
 def test_in_an_empty_memory_all_is_read(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
@@ -390,13 +487,13 @@ def test_wrong_runs_are_refused_and_change_nothing(
     llm = open_model(tiny(), **OPTIONS)
     llm.eval(tokens(40))
     with pytest.raises(NativeError):
-        llm._adaskip.set_aside(n_kept, runs)
+        llm._adaskip.set_aside(n_kept, [(*run, 1) for run in runs])
     llm.eval(tokens(9, seed=1))
     expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40) + tokens(9, seed=1)).logits[-1]
     assert relative_error(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (N_VOCAB,)), expected) < 1e-5
 
 
 def test_edits_are_checked() -> None:
-    for name, value in (("mend", 0), ("least", 0), ("tail", 0), ("most_moves", 0), ("most_moves", 255), ("mend", 1.5)):
+    for name, value in (("mend", 0), ("least", 0), ("tail", 0), ("most_moves", 0), ("most_moves", 224), ("mend", 1.5)):
         with pytest.raises(RequestError, match=name):
             Edits(**{name: value})  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ import pytest
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.errors import PlanError
 from adaskip_cpp.intervals import Interval, mean_error
-from adaskip_cpp.model.frontier import DEFAULT_LOSS, Passkeys, Point, Quality
+from adaskip_cpp.model.edits import FEW, MANY, Edits
+from adaskip_cpp.model.frontier import DEFAULT_LOSS, EditPoint, Passkeys, Point, Quality
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
@@ -126,6 +127,44 @@ def test_a_promise_that_is_no_number_from_0_on_is_refused(max_loss: Any) -> None
 def test_a_point_that_nothing_can_be_chosen_by_is_refused(changes: Any) -> None:
     with pytest.raises(PlanError, match="tune again"):
         Frontier((replace(SLOW, **changes),))
+
+
+# --- edited prompts ---------------------------------------------------------------------------------------------------
+
+
+def edit(most_moves: int, harm: float, keys: int = 2) -> EditPoint:
+    return EditPoint(AT, quality(harm), quality(0.0), Passkeys(2, 2, keys), (), Edits(most_moves=most_moves))
+
+
+FEW_MOVES, MANY_MOVES = edit(FEW, 0.01), edit(MANY, 0.02)
+EDITED = replace(FRONTIER, edits=(FEW_MOVES, MANY_MOVES))
+
+
+@pytest.mark.parametrize(
+    ("max_loss", "found"),
+    [(0.0, None), (0.019, None), (0.02, FEW_MOVES), (0.039, FEW_MOVES), (0.04, MANY_MOVES), (9, MANY_MOVES)],
+)
+def test_edits_may_take_half_of_a_promise(max_loss: float, found: EditPoint | None) -> None:
+    assert EDITED.edit_point(AT, max_loss) is found
+    assert EDITED.edit_point(511, max_loss) is None
+    assert FRONTIER.edit_point(AT, max_loss) is None
+
+
+def test_edits_that_lose_a_changed_pass_key_are_never_made() -> None:
+    for edits in ((edit(FEW, 0.0, keys=1), MANY_MOVES), (edit(FEW, 0.9), MANY_MOVES)):
+        assert replace(FRONTIER, edits=edits).edit_point(AT, 0.5) is None, "more moves lose no less than few"
+    assert replace(FRONTIER, edits=(FEW_MOVES, edit(MANY, 0.0, keys=1))).edit_point(AT, 9) is FEW_MOVES
+
+
+def test_plans_have_what_edits_leave_of_a_promise() -> None:
+    """Of 0.06 they leave 0.04, of 0.059 0.039. Twice as long prompts lose 1.3 times as much, edited or not."""
+    assert EDITED.choose(AT, 0.06 + 1e-9, edited=True) is FAST.plan is EDITED.choose(AT, 0.059)
+    assert EDITED.choose(AT, 0.059, edited=True) is SLOW.plan
+    assert EDITED.choose(AT, 0.019, edited=True) is SLOW.plan, "there is no room for edits"
+    assert EDITED.choose(2 * AT, 0.078 + 1e-9, edited=True) is FAST.plan
+    assert EDITED.choose(2 * AT, 0.078 - 1e-9, edited=True) is SLOW.plan
+    assert EDITED.readable(0.06 + 1e-9, AT, edited=True) == (SLOW.plan, FAST.plan) == EDITED.readable(0.059, AT)
+    assert EDITED.readable(0.059, AT, edited=True) == (SLOW.plan,)
 
 
 # --- what may be read -------------------------------------------------------------------------------------------------

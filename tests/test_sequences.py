@@ -29,10 +29,10 @@ from tiny_families import N_LAYER, N_VOCAB
 
 from adaskip_cpp import AdaSkipLlama, Edits, SkipPlan
 from adaskip_cpp.errors import ElidedKVError
-from adaskip_cpp.model.edits import Reuse, edits_of
+from adaskip_cpp.model.edits import WIDE, Reuse, edits_of
 
 N_CTX = 512
-EDITS = Edits(mend=1, least=2, tail=2, most_moves=2)
+EDITS = Edits(mend=1, least=2, tail=2, most_moves=2 * WIDE)
 
 
 class Drafts(LlamaPromptLookupDecoding):
@@ -155,7 +155,7 @@ class WatchedLlama(AdaSkipLlama):
 
 
 tokens = st.lists(st.integers(3, N_VOCAB - 1), min_size=1, max_size=8)
-reuses = st.sampled_from(["prefix", EDITS, replace(EDITS, mend=3, most_moves=1)])
+reuses = st.sampled_from(["prefix", EDITS, replace(EDITS, mend=3, most_moves=WIDE + 1)])
 
 
 @st.composite

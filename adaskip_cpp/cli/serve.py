@@ -5,7 +5,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +13,7 @@ from ..engine.rpc import add_rpc_server
 from ..errors import NativeError, PackageMissingError
 from ..files import read_text
 from ..measuring.running import Running, quietly
-from ..model.edits import Reuse
+from ..model.edits import REUSES, Reuse, ReuseName
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import check_gguf, plan_path, profile_path
 from .planning import PlanSource, find_plan_source, load_profile, max_loss_option
@@ -76,10 +76,10 @@ def _size(text: str) -> int:
 )
 @_kept(
     "--reuse",
-    type=click.Choice(["prefix", "edits"]),
-    default="prefix",
-    help="What of an earlier prompt is not read again: what both begin with, or all runs of 80 tokens that both have. "
-    "A request can ask for the other.",
+    type=click.Choice(REUSES),
+    default="auto",
+    help="What of an earlier prompt is used again: its beginning (prefix), or each run of 80 tokens (edits); auto: "
+    "runs as far as `tune` has measured that they keep the promise. A request can ask for another.",
 )
 @_kept(
     "--cache-dir",
@@ -116,7 +116,7 @@ def serve(
     aliases: tuple[str, ...],
     keep: int,
     keep_alive: float | None,
-    reuse: Literal["prefix", "edits"],
+    reuse: ReuseName,
     cache_dir: str | None,
     cache_size: int,
     ctx: int,

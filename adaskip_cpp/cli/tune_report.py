@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Column
 
 from ..intervals import Interval
-from ..model.frontier import DEFAULT_LOSS, GROWTH, Frontier
+from ..model.edits import WIDE
+from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, GROWTH, Frontier
 from ..model.settings import Settings
 from ..pictures.profile_plots import LENGTHS
 from .terminal import table
@@ -22,6 +23,7 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
     else:
         _print_points(out, frontier)
         _print_promises(out, frontier)
+    _print_edits(out, frontier)
     _print_speeds(out, frontier)
     if "judged_on" in (about := frontier.about):
         out.print(
@@ -105,6 +107,27 @@ def _print_promises(out: Console, frontier: Frontier) -> None:
                 "stay"
             )
         out.print(f"A promise of {promise:g} nats per token{default} gives {gives}.")
+
+
+def _print_edits(out: Console, frontier: Frontier) -> None:
+    if not frontier.edits:
+        return
+    names = ("divergence", "added loss", "in copies", "same\ntoken", "changed\npass keys", "from a\npromise of")
+    title = f"Edited prompts of {frontier.edits[0].judged_at:,} tokens, read from where they change"
+    rows = table("", *names, title=title)
+    for each in frontier.edits:
+        needed = each.needs(each.judged_at) / EDITS_SHARE
+        rows.add_row(
+            "lines, messages" if each.edits.most_moves < WIDE else "documents in another order",
+            _short(each.continuation.divergence),
+            _short(each.continuation.loss),
+            _short(each.copying.divergence),
+            f"{each.continuation.agreement.value:.0%}",
+            f"{each.passkeys.plan}/{each.passkeys.whole}",
+            f"{needed:.3f}" if math.isfinite(needed) else "none",
+        )
+    out.print()
+    out.print(rows)
 
 
 def _print_speeds(out: Console, frontier: Frontier) -> None:

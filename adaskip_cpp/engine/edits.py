@@ -5,6 +5,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..model.edits import SAME, WIDE
+
 Tokens: TypeAlias = npt.NDArray[np.int32]
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
@@ -13,11 +15,12 @@ _MOST_TRIED = 8  # places of a repeated text
 
 
 class Run(NamedTuple):
-    """Tokens that stand at ``start`` in memory and at ``to`` in the prompt, ``n`` of them."""
+    """``n`` tokens that stand at ``start`` in memory and at ``to`` in the prompt; their move counts as ``n_moves``."""
 
     start: int
     to: int
     n: int
+    n_moves: int = 1
 
 
 def n_common(a: Tokens, b: Tokens) -> int:
@@ -55,7 +58,10 @@ def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: in
         n = max(lengths)
         if n >= least:
             start = int(nearest[lengths.index(n)])
-            runs.append(Run(first + start, first + to, n))
+            # Of the text before the middle of the run: tokens that stand before it in both, and in either.
+            both = first + sum(each.n for each in runs if each.start < first + start) + n // 2
+            either = 2 * first + start + to + n - both
+            runs.append(Run(first + start, first + to, n, 1 if both >= SAME * either else WIDE))
             is_free[start : start + n] = False
             at, shift = to + n, to - start
     return runs

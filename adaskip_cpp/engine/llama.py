@@ -60,9 +60,10 @@ class AdaSkipLlama(SelfDescribingLlama):
             differ by the rounding of another batch size.
         reuse: what a prompt uses of the one in memory. ``"prefix"``: what both begin with, as ``llama_cpp.Llama`` does.
             ``"edits"`` or an :class:`Edits`: every run of tokens that both have, moved to its new place. Such tokens
-            were computed after other text, which costs some quality. Where the memory has a recurrent state, lost what
-            a sliding window has left, or cannot be shifted by llama.cpp, and where a prompt's own logits are asked for,
-            it is the prefix alone.
+            were computed after other text, which costs some quality. ``"auto"``: these runs where a frontier chooses
+            the plan and has measured that edits keep their share of the promise, else the prefix. Where the memory has
+            a recurrent state, lost what a sliding window has left, or cannot be shifted by llama.cpp, and where a
+            prompt's own logits are asked for, it is the prefix alone.
         repack: let llama.cpp keep weights on the CPU in a layout of its own (``use_extra_bufts``); None: as tuned, else
             True, its default. Which is faster depends on machine, model and batch size; logits differ by rounding.
         **kwargs: everything that ``llama_cpp.Llama`` takes.
@@ -88,11 +89,11 @@ class AdaSkipLlama(SelfDescribingLlama):
         max_loss: float | None = None,
         exact_batches: bool = False,
         repack: bool | None = None,
-        reuse: Reuse = "prefix",
+        reuse: Reuse = "auto",
         **kwargs: Any,
     ) -> None:
         check_gguf(model_path)
-        self._reuse, self._fills, self.n_moved = edits_of(reuse), False, 0
+        self._reuse, self._edits, self._fills, self.n_moved = reuse, edits_of(reuse), False, 0
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = _ignore
@@ -186,23 +187,39 @@ class AdaSkipLlama(SelfDescribingLlama):
             return
         self._put_in_force(plan, readable)
         self.max_loss = None
+        self.set_reuse(self._reuse)
 
     @property
     def edits(self) -> Edits | None:
         """How runs of an earlier prompt are moved to their places in the next one; None where they are not."""
-        return self._reuse if self.can_move else None
+        return self._edits if self.can_move else None
+
+    @property
+    def reuse(self) -> Reuse:
+        """What :meth:`set_reuse` was given."""
+        return self._reuse
 
     def set_reuse(self, reuse: Reuse) -> None:
         """Say what the next prompts use of the one in memory, see the class; ``"prefix"`` reads moved tokens again."""
-        self._reuse, self._requires_eval = edits_of(reuse), True
-        self._adaskip.set_most_moves(self._reuse.most_moves if self._reuse else 0)
+        edits = edits_of(reuse)
+        self._reuse = reuse
+        self._use(edits)
+
+    def _use(self, edits: Edits | None) -> None:
+        if edits != self._edits:
+            self._edits, self._requires_eval = edits, True
+        self._adaskip.set_most_moves(edits.most_moves if edits else 0)
 
     def _choose(self, n_tokens: int) -> None:
         """Where plans are chosen for each prompt, choose the one for a prompt of so many tokens."""
         if self.frontier is None or self.max_loss is None:
             return
-        plan = self.frontier.choose(n_tokens, self.max_loss)
-        self._put_in_force(plan, self.frontier.readable(self.max_loss, self.context_size))
+        edited = self._reuse == "auto" and self.can_move
+        if edited:
+            point = self.frontier.edit_point(n_tokens, self.max_loss)
+            self._use(None if point is None else point.edits)
+        plan = self.frontier.choose(n_tokens, self.max_loss, edited=edited)
+        self._put_in_force(plan, self.frontier.readable(self.max_loss, self.context_size, edited=edited))
 
     def _put_in_force(self, plan: SkipPlan | None, readable: Sequence[SkipPlan]) -> None:
         for each in (*([] if plan is None else [plan]), *readable):
@@ -398,7 +415,8 @@ class AdaSkipLlama(SelfDescribingLlama):
             return first, []
         end, mend = max(0, len(prompt) - max(edits.tail, bulk.tail if bulk else 0)), edits.mend
         found = find_runs(cached, prompt, first=first, end=end, least=edits.least + mend)
-        return first, [Run(run.start + mend, run.to + mend, run.n - mend) for run in found]
+        moved = [each for each in found if each.n_moves <= edits.most_moves]
+        return first, [Run(each.start + mend, each.to + mend, each.n - mend, each.n_moves) for each in moved]
 
     def _read_edited(self, prompt: list[int]) -> None:
         """Read a prompt up to the end of the last run of tokens that it has from the one in memory."""
@@ -567,7 +585,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             "plan": self._plan_opened,
             "exact_batches": self._exact_batches,
             "repack": self._repack,
-            "reuse": self._reuse or "prefix",
+            "reuse": self._reuse,
             "plan_in_force": (self.plan, self.readable, self.frontier, self.max_loss),
         }
 

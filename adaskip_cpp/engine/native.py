@@ -302,11 +302,11 @@ class NativeContext:
         return bool(self._check(lib.adaskip_can_move(self._ctx)))
 
     def set_most_moves(self, n: int) -> None:
-        """Let positions be read that were moved so often; at first none that was moved."""
+        """Let positions be read that count so many moves; at first none that was moved."""
         self._check(lib.adaskip_set_most_moves(self._ctx, n))
 
-    def set_aside(self, n_kept: int, runs: Sequence[tuple[int, int, int]]) -> None:
-        """Take runs (place, place to be, length) out of sequence 0, and forget what else is at ``n_kept`` or later."""
+    def set_aside(self, n_kept: int, runs: Sequence[tuple[int, int, int, int]]) -> None:
+        """Take runs (place, place to be, length, moves to count) out of sequence 0; forget the rest from ``n_kept``."""
         rows = ffi.new("struct adaskip_run[]", list(runs))
         self._check(lib.adaskip_set_aside(self._ctx, 0, n_kept, rows, len(runs)))
 

@@ -3,7 +3,8 @@
 For calibration, tuning and the demo. Start with :class:`Judge`; :func:`probes_of` makes what it reads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
@@ -99,6 +100,18 @@ class Judge:
         pairs = zip(self._whole, self._answers(plan), self.probes, strict=True)
         return tuple(whole.scores(logits, _targets(probe)) for whole, logits, probe in pairs)
 
+    def edited(self, before: Mapping[str, Sequence[Sequence[int]]]) -> tuple[list[Probe], list[Scores]]:
+        """Return the probes of some texts and the scores of the whole model that comes to each prompt by edits.
+
+        Args:
+            before: by the name of a text, prompts that are read one after the other, before that of its probes.
+        """
+        self.read_whole()
+        kept = [(probe, whole) for probe, whole in zip(self.probes, self._whole, strict=True) if probe.text in before]
+        probes = [probe for probe, _ in kept]
+        answers = zip(kept, self._answers(None, probes, before), strict=True)
+        return probes, [whole.scores(logits, _targets(probe)) for (probe, whole), logits in answers]
+
     @property
     def whole_losses(self) -> tuple[npt.NDArray[np.float64], ...]:
         """The whole model's loss at each judged token of each probe, in nats."""
@@ -111,18 +124,28 @@ class Judge:
             answers = zip(self.probes, self._answers(None), strict=True)
             self._whole = [_Reference.of(logits, _targets(probe)) for probe, logits in answers]
 
-    def _answers(self, plan: SkipPlan | None) -> Iterator[Logits]:
+    def _answers(
+        self,
+        plan: SkipPlan | None,
+        probes: Sequence[Probe] | None = None,
+        before: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    ) -> Iterator[Logits]:
         """Yield the logits that the judged tokens of each probe are predicted by, float32 ``[n, n_vocab]``."""
         llm = self._llm
         bulk = None if plan is None else plan.bulk
         head, tail = self._around if bulk is None else (bulk.head, bulk.tail)
         llm.set_plan(plan)
         text, n_prompt, n_bulk = tuple[int, ...](), 0, 0  # in the cache: its tokens in a prompt, and before the tail
-        for probe in self.probes:
+        for probe in self.probes if probes is None else probes:
             tokens, begin = probe.tokens, max(probe.n_prompt - tail, 0)
             is_same = text is tokens and not llm.has_state
             if is_same and n_prompt == probe.n_prompt:
                 llm.truncate(n_prompt)
+            elif before is not None:
+                llm.reset()
+                for prompt in (*before[probe.text], tokens[: probe.n_prompt]):
+                    with closing(llm.generate(prompt, temp=0.0)) as steps:
+                        next(steps)
             else:
                 if is_same and begin >= n_bulk:
                     llm.truncate(n_bulk)
@@ -202,6 +225,16 @@ def _with_rest(log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return np.concatenate([log_p, np.log(rest)[:, None]], axis=1).astype(np.float32)
 
 
+def passkey(i: int) -> str:
+    """Return the number that is hidden in the prompt of the i-th text."""
+    return str(10007 + 7919 * i % 89989)
+
+
+def passkey_line(tokenizer: AdaSkipLlama, word: str) -> list[int]:
+    """Return the tokens by which a pass key is hidden in a prompt."""
+    return tokens_of(tokenizer, f"\n\nThe pass key is {word}. Remember it. {word} is the pass key.\n\n")
+
+
 def probes_of(
     tokenizer: AdaSkipLlama,
     text: str,
@@ -227,8 +260,7 @@ def probes_of(
     if key is not None:
         word, depth = key
         at = max(round(depth * max(cuts)), 1)
-        sentence = f"\n\nThe pass key is {word}. Remember it. {word} is the pass key.\n\n"
-        given[at:at] = tokens_of(tokenizer, sentence)
+        given[at:at] = passkey_line(tokenizer, word)
         question = tokens_of(tokenizer, "\n\nThe pass key is")
     whole, found = tuple(given), list[Probe]()
     for cut in sorted(cuts):

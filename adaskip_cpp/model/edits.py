@@ -1,9 +1,17 @@
 """How K and V are used again in a prompt that is an edited form of one in memory."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from ..errors import RequestError
+
+WIDE = 32
+"""Moves that one counts as after which less than :data:`SAME` of the text before a run is what it was."""
+SAME = 0.8
+
+FEW, MANY = 8, 8 + 4 * WIDE
+"""Moves for small edits, such as changed lines and dropped messages; and besides for four new orders of documents."""
+_MOST_MOVES = 255 - WIDE  # a cell counts to 255
 
 
 @dataclass(frozen=True)
@@ -19,29 +27,33 @@ class Edits:
             that would have old K at new positions.
         least: tokens of the shortest run that is moved.
         tail: tokens at the end of the prompt that are read again, whatever is known of them.
-        most_moves: a token that was moved more often is read again; at most 254, as a cell counts to 255.
+        most_moves: a token that counts more moves is read again; at most 223. A move counts as 1, or as :data:`WIDE`
+            where it changes much of the text before the run.
     """
 
     mend: int = 16
     least: int = 64
     tail: int = 64
-    most_moves: int = 4
+    most_moves: int = MANY
 
     def __post_init__(self) -> None:
         for name, least in (("mend", 1), ("least", 1), ("tail", 1), ("most_moves", 1)):
-            value, most = getattr(self, name), 254 if name == "most_moves" else 2**31 - 1
+            value, most = getattr(self, name), _MOST_MOVES if name == "most_moves" else 2**31 - 1
             if type(value) is not int or not least <= value <= most:
                 raise RequestError(f"{name} is {value!r}; give a whole number from {least} to {most}.")
 
 
-Reuse: TypeAlias = Literal["prefix", "edits"] | Edits
-"""What a prompt uses of the one in memory: what both begin with, or every run of tokens that both have."""
+ReuseName: TypeAlias = Literal["auto", "prefix", "edits"]
+REUSES: tuple[ReuseName, ...] = get_args(ReuseName)
+Reuse: TypeAlias = ReuseName | Edits
+"""What a prompt uses of the one in memory: what both begin with, or every run of tokens that both have. ``"auto"``: the
+runs, as far as `tune` has measured that the promise is kept."""
 
 
 def edits_of(reuse: Reuse) -> Edits | None:
-    """Return how runs are moved; None for ``"prefix"``, which moves none."""
+    """Return how runs are moved; None where none are, or where a frontier decides."""
     if isinstance(reuse, Edits):
         return reuse
-    if reuse not in ("prefix", "edits"):
-        raise RequestError(f'reuse is {reuse!r}; give "prefix", "edits" or an Edits.')
+    if reuse not in REUSES:
+        raise RequestError(f"reuse is {reuse!r}; give {', '.join(map(repr, REUSES))} or an Edits.")
     return Edits() if reuse == "edits" else None

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..errors import PlanError
 from ..intervals import Interval
 from .cost_model import CostSettings
+from .edits import Edits
 from .plan import DEFAULT_WINDOW, SkipPlan, window_size_for
 from .settings import Settings, Tried
 
@@ -26,6 +27,10 @@ docs/method.md for what was measured."""
 
 ERRORS = 1.6
 """Standard errors that are added to a mean loss before it is compared with a promise."""
+
+
+EDITS_SHARE = 0.5
+"""Of a promise: edited prompts may lose so much, and plans have the rest."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of a plan.
+    """What was measured of a plan, or of edited prompts.
 
     Attributes:
         judged_at: tokens of the prompts that it was judged on.
@@ -126,11 +131,11 @@ class Figures:
             raise PlanError("a point of a frontier was not measured at a number of tokens from 1 on; tune again")
 
     def harm(self, context: int) -> float:
-        """Nats per token that the plan loses after prompts of so many tokens, in the worse kind of answer."""
+        """Nats per token that are lost after prompts of so many tokens, in the worse kind of answer."""
         return max(self.continuation.harm, self.copying.harm) * self._growth(context)
 
     def needs(self, context: int) -> float:
-        """Return the least promise that the plan keeps there, infinite where it loses a pass key."""
+        """Return the least promise that is kept there, infinite where a pass key is lost."""
         if self.passkeys.plan < self.passkeys.whole:
             return math.inf
         return max(self.continuation.needs, self.copying.needs) * self._growth(context)
@@ -166,6 +171,16 @@ class Point(Figures):
 
 
 @dataclass(frozen=True)
+class EditPoint(Figures):
+    """What edited prompts lose where the whole model reads what is new in them, after as many moves as ``edits`` has.
+
+    The pass keys are those of which an edit changed the number.
+    """
+
+    edits: Edits
+
+
+@dataclass(frozen=True)
 class Frontier:
     """What tuning found for one model on one machine.
 
@@ -177,6 +192,7 @@ class Frontier:
         speeds: as measured at the end, with a plan that keeps the default promise.
         n_read: tokens that calibration and tuning read through the model.
         about: on which texts, when, by which release; for people to read.
+        edits: what edited prompts lose, by growing numbers of moves. None where tokens cannot be moved.
 
     Raises:
         PlanError: a point is no plan of mode ``prompt``.
@@ -189,39 +205,61 @@ class Frontier:
     speeds: tuple[SpeedUp, ...] = ()
     n_read: int = 0
     about: dict[str, str | int | float | None] = field(default_factory=dict)
+    edits: tuple[EditPoint, ...] = ()
 
     def __post_init__(self) -> None:
         for each in self.points:
             if each.plan.bulk is None:
                 raise PlanError("a point of a frontier skips in the bulk of prompts alone; tune again")
 
-    def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS) -> SkipPlan | None:
+    def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS, *, edited: bool = False) -> SkipPlan | None:
         """Return the fastest plan that keeps a promise for a prompt of ``n_tokens``; None for the whole model.
 
         Plans change at powers of two, so that a chat that grows keeps its plan for long.
+
+        Args:
+            edited: whether the prompt may be an edited one, of which :meth:`edit_point` tells what it loses besides.
 
         Raises:
             PlanError: the promise is no number from 0 on.
         """
         check_max_loss(max_loss)
-        point = self.point(n_tokens, max_loss)
+        point = self.point(n_tokens, max_loss, edited=edited)
         return None if point is None else self._plan(point, context_for(n_tokens))
 
-    def point(self, n_tokens: int, max_loss: float) -> Point | None:
+    def point(self, n_tokens: int, max_loss: float, *, edited: bool = False) -> Point | None:
         """Return the point whose plan :meth:`choose` returns."""
         if n_tokens < LEAST_CONTEXT:
             return None
-        context = context_for(n_tokens)
-        kept = [each for each in self.points if each.needs(context) <= max_loss and each.speedup(context) > 1.0]
+        context, left = context_for(n_tokens), self._left(n_tokens, max_loss, edited=edited)
+        kept = [each for each in self.points if each.needs(context) <= left and each.speedup(context) > 1.0]
         return max(kept, key=lambda each: each.speedup(context), default=None)
 
-    def readable(self, max_loss: float, most_tokens: int) -> tuple[SkipPlan, ...]:
+    def edit_point(self, n_tokens: int, max_loss: float) -> EditPoint | None:
+        """Return the most moves that keep their share of a promise, in a prompt of so many tokens.
+
+        What edits and a plan lose adds up: see docs/method.md for what was measured.
+        """
+        context, found = context_for(n_tokens), None
+        for each in self.edits if n_tokens >= LEAST_CONTEXT else ():
+            if each.needs(context) > EDITS_SHARE * max_loss:
+                break
+            found = each
+        return found
+
+    def _left(self, n_tokens: int, max_loss: float, *, edited: bool) -> float:
+        """Return how much of a promise is left for a plan."""
+        point = self.edit_point(n_tokens, max_loss) if edited else None
+        return max_loss if point is None else max_loss - point.needs(context_for(n_tokens))
+
+    def readable(self, max_loss: float, most_tokens: int, *, edited: bool = False) -> tuple[SkipPlan, ...]:
         """Return the plans whose cells keep a promise, in contexts of up to so many tokens.
 
         A cell of the cache that was computed under one of them may be read under any other.
         """
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, context_for(most_tokens).bit_length())]
-        kept = [(each, n) for each in self.points for n in lengths if each.needs(n) <= max_loss]
+        left = {n: self._left(n, max_loss, edited=edited) for n in lengths}
+        kept = [(each, n) for each in self.points for n in lengths if each.needs(n) <= left[n]]
         return tuple({id(plan): plan for plan in (self._plan(*each) for each in kept)}.values())
 
     def _plan(self, point: Point, context: int) -> SkipPlan:

@@ -7,6 +7,7 @@ from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletion
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RequestError
+from ..model.edits import REUSES
 from .dialects import DIALECTS
 from .grammar import check_depth, check_schema
 from .plans import WISHES, check_wish
@@ -151,8 +152,8 @@ def _wishes(asked: Any) -> tuple[Any, Any]:
                            f'{WISHES}, and R is "prefix" or "edits"')  # fmt: skip
     plan, reuse = asked.get("plan", "auto"), asked.get("reuse")
     check_wish(plan)
-    if reuse not in (None, "prefix", "edits"):
-        raise RequestError(f'adaskip.reuse is {reuse!r}; use "prefix" or "edits"')
+    if reuse not in (None, *REUSES):
+        raise RequestError(f"adaskip.reuse is {reuse!r}; use one of: {', '.join(REUSES)}")
     return plan, reuse
 
 

@@ -20,7 +20,7 @@ from ..engine.llama import AdaSkipLlama, Rows
 from ..engine.self_describing import SelfDescribingLlama
 from ..errors import RequestError
 from ..files import content_hash
-from ..model.edits import Reuse, edits_of
+from ..model.edits import Reuse
 from ..model.plan import Phase
 from .logprobs import Logprobs
 from .plans import Plans, plan_key
@@ -44,7 +44,7 @@ class ServedLlama(AdaSkipLlama):
         self.request = ServedRequest()
         super().__init__(model_path, **kwargs)
         self.name, self.plans = name, plans  # the name is that in answers
-        self._own_reuse: Reuse = kwargs.get("reuse", "prefix")
+        self._own_reuse: Reuse = kwargs.get("reuse", "auto")
         of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
         self.prefix_cache, cache.can_rewind = cache, not self.has_state
@@ -120,7 +120,10 @@ class ServedLlama(AdaSkipLlama):
             raise RequestError("the prompt is empty; send some text")
         request.check()
         request.begun, request.n_prompt, request.n_layer = time.perf_counter(), len(prompt), self.n_layer
-        request.choice = self.plans.choose(request.wish, len(prompt))
+        reuse = request.reuse or self._own_reuse
+        request.choice = self.plans.choose(request.wish, len(prompt), edited=reuse == "auto" and self.can_move)
+        self.set_reuse((request.choice.edits or "prefix") if reuse == "auto" else reuse)
+        request.reuse = "edits" if self.edits else "prefix"
         self._take_up(request, np.array(prompt, np.int32))
         if self._prompt_rows is not None and self._logprobs is not None:
             has_bos = request.prompt_tokens is None and prompt[0] == self.token_bos()
@@ -167,9 +170,6 @@ class ServedLlama(AdaSkipLlama):
     def _take_up(self, request: ServedRequest, prompt: Tokens) -> None:
         """Set the request's plan, and have in memory what is known of its prompt."""
         plan, readable = request.choice.plan, request.choice.readable
-        if edits_of(reuse := request.reuse or self._own_reuse) != self._reuse:
-            self.set_reuse(reuse)
-        request.reuse = "edits" if self.edits else "prefix"
         if not request.reuses:
             request.known = {"cache_prompt": len(prompt)}
             self._keep(0)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..files import content_hash
+from ..model.edits import Edits
 from ..model.frontier import LEAST_CONTEXT, Frontier, Point, context_for
 from ..model.plan import SkipPlan
 from ..planning.profile import Profile
@@ -28,6 +29,7 @@ class Choice:
         max_loss: the promise that chose it from a frontier, in nats per token.
         point: the point of the frontier that it is of.
         speedup: times as fast the point is, as predicted for the prompt.
+        edits: how runs of an earlier prompt are moved, where the frontier decides; None where they are not.
     """
 
     plan: SkipPlan | None = None
@@ -36,6 +38,7 @@ class Choice:
     max_loss: float | None = None
     point: Point | None = None
     speedup: float | None = None
+    edits: Edits | None = None
 
 
 class Plans:
@@ -55,10 +58,13 @@ class Plans:
         self.own, self.frontier, self.max_loss, self.profile, self.most = own, frontier, max_loss, profile, most
         self._for_speedup = lru_cache(32)(self._plan_for_speedup)
 
-    def choose(self, wish: Any, n_tokens: int) -> Choice:
+    def choose(self, wish: Any, n_tokens: int, *, edited: bool = False) -> Choice:
         """Return what a prompt of so many tokens runs under.
 
         A speed-up is planned for the next power of two of tokens, so that a chat that grows keeps its plan.
+
+        Args:
+            edited: whether runs of an earlier prompt may be moved, where that keeps the promise.
 
         Raises:
             RequestError: the wish is none, or cannot be met.
@@ -71,7 +77,7 @@ class Plans:
         asks_speedup = "speedup" in wish
         if self.frontier is not None:
             max_loss = self._least_promise(self.frontier, value, n_tokens) if asks_speedup else value
-            return self._promised(self.frontier, max_loss, n_tokens)
+            return self._promised(self.frontier, max_loss, n_tokens, edited=edited and not asks_speedup)
         if asks_speedup:
             context = min(max(context_for(n_tokens), _LEAST_CONTEXT), self.most)
             return Choice(self._for_speedup(value, context), f"speedup {value:g} at {context} tokens")
@@ -89,11 +95,14 @@ class Plans:
         ]
         return {"adaskip": {"max_loss": self.max_loss, "points": points}}
 
-    def _promised(self, frontier: Frontier, max_loss: float, n_tokens: int) -> Choice:
-        plan, point = frontier.choose(n_tokens, max_loss), frontier.point(n_tokens, max_loss)
+    def _promised(self, frontier: Frontier, max_loss: float, n_tokens: int, *, edited: bool) -> Choice:
+        plan = frontier.choose(n_tokens, max_loss, edited=edited)
+        point = frontier.point(n_tokens, max_loss, edited=edited)
+        moves = frontier.edit_point(n_tokens, max_loss) if edited else None
         name = "none" if point is None else f"promise {max_loss:.4g}"
         speedup = None if point is None else point.speedup(context_for(n_tokens))
-        return Choice(plan, name, frontier.readable(max_loss, self.most), max_loss, point, speedup)
+        readable = frontier.readable(max_loss, self.most, edited=edited)
+        return Choice(plan, name, readable, max_loss, point, speedup, None if moves is None else moves.edits)
 
     def _least_promise(self, frontier: Frontier, speedup: float, n_tokens: int) -> float:
         """Return the least promise under which a prompt is predicted to be so many times as fast; 0 for short ones."""

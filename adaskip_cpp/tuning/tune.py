@@ -21,9 +21,9 @@ from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..measuring import corpus
-from ..measuring.judge import N_CONTINUED, N_COPIED, Judge, Probe, probes_of
+from ..measuring.judge import N_CONTINUED, N_COPIED, Judge, Probe, passkey, probes_of
 from ..measuring.tasks import TextItem, python_sources
-from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, Frontier, Point
+from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point
 from ..model.plan import Bulk, SkipPlan, window_size_for
 from ..model.settings import Settings
 from ..model.skip_set import SkipSet
@@ -31,6 +31,7 @@ from ..planning.modes import compensated_plan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..progress import Stage, progress_bar
+from .edited import edit_points
 from .exact import FoundSettings, fastest_settings
 from .figures import Judged, quality_of
 from .hold_out import HeldOut, hold_out
@@ -137,16 +138,21 @@ class _Tuning:
         found = FoundSettings(Settings(**self.given), (), 0) if self.opened is not None else self._find_settings()
         self.n_read, settings = found.n_tokens, found.settings
         points: list[Point] = []
+        edits: list[EditPoint] = []
         about: dict[str, str | int | float | None] = {"package_version": metadata.version("adaskip-cpp")}
         with self._model(settings) as llm:
             machine = cost_settings(llm)
             if held is not None:
                 profile = self._calibrate(llm, data)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
-                points = self._points(llm, profile, held)
+                probes = self._probes(llm, held.judge, _JUDGED_AT, _ANSWER)
+                judge = Judge(llm, probes)
+                with self.on_stage("Editing prompts") as on_progress:
+                    edits = edit_points(llm, judge, self.memo, on_progress)
+                points = self._points(llm, profile, held, judge)
         self.n_read += self.memo.n_read
-        frontier = Frontier(tuple(points), settings, machine, found.tried, about=about)
-        plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS)
+        frontier = Frontier(tuple(points), settings, machine, found.tried, about=about, edits=tuple(edits))
+        plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS, edited=bool(edits))
         with self.on_stage("Measuring the speed") as on_progress:
             speeds = measure_speed(
                 self.path, settings, plan, prompt, n_rounds=_N_ROUNDS, kwargs=self.kwargs, on_progress=on_progress
@@ -202,7 +208,7 @@ class _Tuning:
         self.memo.keep_profile(profile)
         return profile
 
-    def _points(self, llm: AdaSkipLlama, profile: Profile, held: HeldOut) -> list[Point]:
+    def _points(self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge) -> list[Point]:
         """Find the path and judge its plans, the nearest to the default promise first while tokens last."""
         planned = _Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
@@ -225,8 +231,7 @@ class _Tuning:
             length: find_path(losses, partial(planned.seconds, context=length), shares)
             for length, shares in ((_JUDGED_AT, ()), (_LONG, SHARES))
         }
-        probes = self._probes(llm, held.judge, _JUDGED_AT, _ANSWER)
-        judge = Judge(llm, probes)
+        probes = judge.probes
         each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found: dict[Candidate, Point] = {}
@@ -257,7 +262,7 @@ class _Tuning:
     ) -> list[Probe]:
         (n_continued, n_copied), found = n_answer, list[Probe]()
         for i, item in enumerate(items):
-            key = str(10007 + 7919 * i % 89989), (i + 0.5) / len(items)
+            key = passkey(i), (i + 0.5) / len(items)
             found += probes_of(
                 llm, item.id, item.tokens, (n_prompt,), n_continued=n_continued, n_copied=n_copied, key=key
             )
