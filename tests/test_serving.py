@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from frontiers import quality
 from served import Nobody, frontier_of
 from tiny_models import write_model
 
@@ -27,7 +28,8 @@ from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.measuring.running import Running, quietly
-from adaskip_cpp.model.frontier import Frontier, Passkeys
+from adaskip_cpp.model.edits import FEW, MANY, Edits
+from adaskip_cpp.model.frontier import EditPoint, Frontier, Passkeys
 from adaskip_cpp.model.settings import Settings
 from adaskip_cpp.serving import answer, middleware, server
 from adaskip_cpp.serving.body import read_body
@@ -491,6 +493,44 @@ def test_what_was_read_under_another_plan_of_the_frontier_outlasts_a_restart(
             assert expected == [token for token, _ in zip(steps, range(6), strict=False)]
 
 
+def edited_frontier(*losses: float) -> Frontier:
+    """That of before, and edited prompts that lose so many nats in few moves and in many, at 1,024 tokens."""
+    moves = (Edits(most_moves=FEW), Edits(most_moves=MANY))
+    both = zip(losses, moves[: len(losses)], strict=True)
+    points = (EditPoint(1024, *[quality(loss)] * 2, Passkeys(2, 2, 2), (), each) for loss, each in both)
+    return replace(FRONTIER, edits=tuple(points))
+
+
+def test_edits_are_used_again_as_far_as_the_promise_allows(
+    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
+) -> None:
+    """Of 0.07 nats small edits may take 0.035, and the plan has the rest."""
+    served = open_served(tiny(), edited_frontier(0.03, 0.2), **LONG)
+    a, b, line = tokens(400), tokens(500, 1)[1:], tokens(9, 2)[1:]
+    _, first = run(served, a + b)
+    assert first.choice.plan is CAREFUL and first.reuse == "edits", "0.06 and 0.03 would be too much"
+    _, second = run(served, a[:300] + line + a[300:] + b)
+    assert second.n_moved > 400 and second.n_read < 200
+    _, third = run(served, a[:1] + b + a[1:])
+    assert third.n_moved == 0 and third.n_read > 890, "another order loses too much"
+    _, fourth = run(served, a[:1] + line + b + a[1:], {"max_loss": 0.05})
+    assert fourth.reuse == "prefix" and fourth.n_read > 890 and fourth.choice.plan is CAREFUL
+    _, fifth = run(served, a[:1] + b + a[1:], "none")
+    assert fifth.reuse == "prefix" and fifth.n_read > 890, "the whole model reads nothing that was moved"
+
+
+def test_a_new_order_is_read_where_the_promise_allows_that(
+    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
+) -> None:
+    served = open_served(tiny(), edited_frontier(0.01, 0.02), **LONG)
+    a, b = tokens(400), tokens(500, 1)[1:]
+    run(served, a + b)
+    _, second = run(served, a[:1] + b + a[1:])
+    assert second.n_moved > 700 and second.n_read < 200
+    _, third = run(served, a[:1] + b + a[1:], {"max_loss": 0.039})
+    assert third.reuse == "edits" and third.n_read > 880, "few moves alone keep this promise"
+
+
 def test_a_tighter_promise_reads_again_what_was_read_under_a_plan_that_does_not_keep_it(
     open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
 ) -> None:
@@ -759,6 +799,20 @@ def test_what_calls_a_tool_needs_no_content() -> None:
 def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:
     """What a server of 4,096 tokens that promises 0.07 chooses."""
     return Plans(own, frontier, 0.07, None, 4096).choose(wish, n_tokens)
+
+
+def test_edits_and_plan_share_a_promise() -> None:
+    plans = Plans(None, edited_frontier(0.01), 0.07, None, 4096)
+    for wish, plan, moves in (
+        ("auto", FAST, FEW),  # 0.06 and 0.01
+        ({"max_loss": 0.069}, CAREFUL, FEW),
+        ({"max_loss": 0.019}, None, None),
+        ({"speedup": 1.4}, FAST, None),  # which needs the whole promise that it names
+        ("none", None, None),
+    ):
+        choice = plans.choose(wish, 1000, edited=True)
+        assert choice.plan is plan and (choice.edits.most_moves if choice.edits else None) == moves
+        assert plans.choose(wish, 1000).edits is None
 
 
 def test_a_promise_chooses_by_the_length_of_the_prompt() -> None:
