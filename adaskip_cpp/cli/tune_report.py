@@ -112,13 +112,14 @@ def _print_promises(out: Console, frontier: Frontier) -> None:
 def _print_edits(out: Console, frontier: Frontier) -> None:
     if not frontier.edits:
         return
-    names = ("divergence", "added loss", "in copies", "same\ntoken", "changed\npass keys", "from a\npromise of")
-    title = f"Edited prompts of {frontier.edits[0].judged_at:,} tokens, read from where they change"
-    rows = table("", *names, title=title)
+    names = ("diver-\ngence", "added\nloss", "in\ncopies", "same\ntoken", "changed\nkeys", "from a\npromise of")
+    columns = (Column(name, justify="right", no_wrap=True) for name in names)
+    title = f"Edited prompts of {frontier.edits[0].judged_at:,} tokens"
+    rows = table(Column("\nedits", no_wrap=True), *columns, padding=(0, 1), title=title)
     for each in frontier.edits:
         needed = each.needs(each.judged_at) / EDITS_SHARE
         rows.add_row(
-            "lines, messages" if each.edits.most_moves < WIDE else "documents in another order",
+            "small" if each.edits.most_moves < WIDE else "new order",
             _short(each.continuation.divergence),
             _short(each.continuation.loss),
             _short(each.copying.divergence),
@@ -128,6 +129,12 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
         )
     out.print()
     out.print(rows)
+    out.print(
+        "Where the promise allows it, tokens that an edited prompt shares with the one before are not read again. "
+        "Small edits change or drop lines and messages. A new order is one of five documents, four times. Edits may "
+        "take half of a promise.\n",
+        style="dim",
+    )
 
 
 def _print_speeds(out: Console, frontier: Frontier) -> None:
