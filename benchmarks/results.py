@@ -1,4 +1,4 @@
-"""Repeat the figures of docs/benchmarks.md and docs/results.md on this machine.
+"""Repeat the figures of docs/dev/benchmarks.md and docs/dev/results.md on this machine.
 
     python benchmarks/results.py [-o FOLDER] [STEP ...]
 

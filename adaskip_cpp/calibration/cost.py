@@ -1,4 +1,4 @@
-"""Measures the cost model: times ubatches with different sublayers left out, see docs/cost-model.md."""
+"""Measures the cost model: times ubatches with different sublayers left out, see docs/dev/cost-model.md."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Measures what skipping each sublayer alone in the bulk of a prompt costs the answer: see docs/method.md."""
+"""Measures what skipping each sublayer alone in the bulk of a prompt costs the answer: see docs/dev/method.md."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -73,8 +73,8 @@ def measure_windows(
 ) -> Windows | None:
     """Return what it costs that attentions look back at an eighth of a prompt, at several depths.
 
-    That goes by the share, so that short prompts tell: see docs/method.md. None where no attention can, or no piece has
-    :data:`SHORTEST` tokens: in a shorter one a window would seem to cost nothing.
+    That goes by the share, so that short prompts tell: see docs/dev/method.md. None where no attention can, or no piece
+    has :data:`SHORTEST` tokens: in a shorter one a window would seem to cost nothing.
     """
     layers = tuple(row.layer for row in llm.sublayers if row.windowable)
     pieces = [piece for piece in pieces if len(piece) >= SHORTEST]

@@ -1,7 +1,7 @@
 """Linear maps that stand in for sublayers: ``v := s u + up (down u)``, of low rank, fitted on calibration tokens.
 
 The rest, ``v - s u``, is fitted by reduced-rank ridge regression on ``u`` (Izenman 1975), in closed form from second
-moments; docs/method.md says why they are not centred. A map may also stand in for a whole layer, u being its
+moments; docs/dev/method.md says why they are not centred. A map may also stand in for a whole layer, u being its
 input and v its output, with s = 1. The first token of a request is left out: in many models its norm is tens of times
 that of the others, and would decide the fit alone.
 

@@ -134,7 +134,7 @@ class Computed:
 
 @dataclass(frozen=True, eq=False)
 class CostModel(LayerArrays):
-    """Predicted times of one model on one machine, see docs/cost-model.md.
+    """Predicted times of one model on one machine, see docs/dev/cost-model.md.
 
     Attributes:
         prefill: cost of a ubatch of ``n_ubatch`` tokens of a prompt, of which nobody reads an output.

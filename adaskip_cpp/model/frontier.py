@@ -23,7 +23,7 @@ LEAST_CONTEXT = 512
 
 GROWTH = 1.3
 """How many times as much a plan is taken to lose where a prompt is twice as long as those that it was judged on: see
-docs/method.md for what was measured."""
+docs/dev/method.md for what was measured."""
 
 ERRORS = 1.6
 """Standard errors that are added to a mean loss before it is compared with a promise."""
@@ -238,7 +238,7 @@ class Frontier:
     def edit_point(self, n_tokens: int, max_loss: float) -> EditPoint | None:
         """Return the most moves that keep their share of a promise, in a prompt of so many tokens.
 
-        What edits and a plan lose adds up: see docs/method.md for what was measured.
+        What edits and a plan lose adds up: see docs/dev/method.md for what was measured.
         """
         context, found = context_for(n_tokens), None
         for each in self.edits if n_tokens >= LEAST_CONTEXT else ():

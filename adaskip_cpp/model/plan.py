@@ -21,7 +21,7 @@ TIMED: tuple[Phase, Phase] = ("prefill", "decode")
 """What is calibrated and timed: a whole prompt, and each token of an answer."""
 
 DEFAULT_HEAD, DEFAULT_TAIL = 4, 64
-"""Measured in docs/method.md: one token would do as SmolLM2's head, and tails beyond 64 cost more than they gain."""
+"""Measured in docs/dev/method.md: one token would do as SmolLM2's head; tails beyond 64 cost more than they gain."""
 
 DEFAULT_WINDOW = 252
 """With a head of 4 and ubatches of 512 tokens it makes three blocks of 256 KV cells, which backends compute in."""

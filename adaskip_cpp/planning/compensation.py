@@ -1,7 +1,7 @@
 """Ways to compensate a skipped sublayer: what stands in for it, ``v := s * u + b + up (down u)``, in every phase.
 
-docs/method.md has the table of them and says why. Where a sublayer has no map, as those of early layers, ``linear`` is
-``affine``. The online stage learns no vectors, so that an FFN it adds gets a scale alone.
+docs/dev/method.md has the table of them and says why. Where a sublayer has no map, as those of early layers, ``linear``
+is ``affine``. The online stage learns no vectors, so that an FFN it adds gets a scale alone.
 """
 
 from dataclasses import dataclass

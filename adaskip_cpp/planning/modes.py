@@ -1,6 +1,6 @@
 """The modes: from the sublayers that a strategy chose to what each phase skips.
 
-:data:`adaskip_cpp.model.mode.MODES` says which phases skip them, docs/method.md why. The compensation of a set is
+:data:`adaskip_cpp.model.mode.MODES` says which phases skip them, docs/dev/method.md why. The compensation of a set is
 measured in the phase that first uses it, but linear maps are fitted on prefill alone, where there are tokens enough.
 """
 

@@ -2,7 +2,7 @@
 
 Nothing here knows a model: what a set loses and how long it takes are functions. Start at :func:`measure`.
 
-Sublayers of a kind are skipped in an *order*, the last layer first: docs/method.md says why. What the first k of an
+Sublayers of a kind are skipped in an *order*, the last layer first: docs/dev/method.md says why. What the first k of an
 order lose together is measured at a few depths k, for attentions, FFNs and windows apart. Between them it is
 interpolated, and the losses of the three kinds add up: that predicts a set's loss well enough to find good ones, which
 are then judged as sets.
