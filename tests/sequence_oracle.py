@@ -163,7 +163,7 @@ class History:
 
     def set_edits(self, edits: Edits | None) -> None:
         """Another way to move runs of tokens from here on."""
-        self.edits, self.logits_are_current = edits, False
+        self.edits, self.logits_are_current = edits, self.logits_are_current and edits == self.edits
 
     def begin_request(self) -> None:
         """No token of this request is decoded yet."""

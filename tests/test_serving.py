@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from frontiers import quality
 from hypothesis import given
 from hypothesis import strategies as st
-from frontiers import quality
 from served import Nobody, frontier_of
 from tiny_models import write_model
 

@@ -92,7 +92,7 @@ def bench(
         for name, each in plans.items():
             if isinstance(each, PlanRequest):
                 made[name] = make_plan(source, each.at(longest))
-            elif (plan := each.choose(longest) if isinstance(each, Frontier) else each) is not None:
+            elif (plan := each.choose(longest, edited=True) if isinstance(each, Frontier) else each) is not None:
                 made[name] = plan
             else:
                 tell(f"No plan of {name!r} keeps the default promise for {longest:,} tokens: it is left out.")

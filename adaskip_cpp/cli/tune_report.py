@@ -19,7 +19,7 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
     if frontier.tried:
         _print_settings(out, frontier)
     if not frontier.points:
-        out.print("[bold]No sublayer of this model can be skipped in prompts, so it is left whole.[/]")
+        out.print("[bold]No plan makes prompts faster, so the model is left whole.[/]")
     else:
         _print_points(out, frontier)
         _print_promises(out, frontier)
@@ -100,7 +100,7 @@ def _print_promises(out: Console, frontier: Frontier) -> None:
     length = frontier.points[0].judged_at
     for promise in _PROMISES:
         default, gives = " (the default)" if promise == DEFAULT_LOSS else "", "the whole model"
-        if (point := frontier.point(length, promise)) is not None:
+        if (point := frontier.point(length, promise, edited=True)) is not None:
             gives = (
                 f"{point.speedup(length):.2f} times the speed at {length:,} tokens. The perplexity grows by at most "
                 f"{math.exp(promise) - 1:.0%}, and {point.continuation.agreement.value:.0%} of the likeliest tokens "

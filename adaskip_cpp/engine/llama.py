@@ -153,7 +153,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         """Return the point of the frontier that a prompt of so many tokens runs under; None for the whole model."""
         if self.frontier is None or self.max_loss is None:
             return None
-        return self.frontier.point(n_tokens, self.max_loss)
+        return self.frontier.point(n_tokens, self.max_loss, edited=self._reuse == "auto" and self.can_move)
 
     def set_plan(
         self,
@@ -214,8 +214,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         """Where plans are chosen for each prompt, choose the one for a prompt of so many tokens."""
         if self.frontier is None or self.max_loss is None:
             return
-        edited = self._reuse == "auto" and self.can_move
-        if edited:
+        if edited := self._reuse == "auto" and self.can_move:
             point = self.frontier.edit_point(n_tokens, self.max_loss)
             self._use(None if point is None else point.edits)
         plan = self.frontier.choose(n_tokens, self.max_loss, edited=edited)

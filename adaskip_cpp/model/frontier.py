@@ -218,7 +218,8 @@ class Frontier:
         Plans change at powers of two, so that a chat that grows keeps its plan for long.
 
         Args:
-            edited: whether the prompt may be an edited one, of which :meth:`edit_point` tells what it loses besides.
+            edited: whether runs of an earlier prompt may be moved: the plan has what :meth:`edit_point` leaves of the
+                promise.
 
         Raises:
             PlanError: the promise is no number from 0 on.

@@ -152,7 +152,7 @@ class _Tuning:
                 points = self._points(llm, profile, held, judge)
         self.n_read += self.memo.n_read
         frontier = Frontier(tuple(points), settings, machine, found.tried, about=about, edits=tuple(edits))
-        plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS, edited=bool(edits))
+        plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS, edited=True)
         with self.on_stage("Measuring the speed") as on_progress:
             speeds = measure_speed(
                 self.path, settings, plan, prompt, n_rounds=_N_ROUNDS, kwargs=self.kwargs, on_progress=on_progress
