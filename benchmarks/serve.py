@@ -1,14 +1,14 @@
 """Time to the first token behind the API: questions about documents, or a day of an agent.
 
     python benchmarks/serve.py MODEL.gguf [--plan auto|none|PLAN] [--tokens 4000] [--rounds 2] [--ctx 8192]
-    python benchmarks/serve.py MODEL.gguf --agent 30 --tokens 10000 --ctx 16384 [--plan auto|none|PLAN]
+    python benchmarks/serve.py MODEL.gguf --agent 30 --tokens 10000 --ctx 16384 [--plan auto|none|PLAN] [--reuse edits]
 
 `adaskip-cpp serve` against llama-cpp-python's own server, `python -m llama_cpp.server`, without and with its cache, on
 one machine, in turn, with the same model, context, threads and flash attention; each reads a short prompt first. A
 round has three documents of its own, from Python's sources. One is asked three questions; then all three are asked in
 turn, twice. At last ours is ended, started again on the same --cache-dir, and asked about all three.
 
-With --agent the servers run one after the other, ours with `--reuse edits` and with `--reuse prefix`. All get the same
+With --agent the servers run one after the other, ours as it is by default and with `--reuse prefix`. All get the same
 requests. The system prompt has --tokens tokens: the date, and descriptions of tools. The date changes every fifth turn,
 a tool's text every seventh. A file of up to 1,500 tokens is in the history from the fourth turn on, and a line near its
 top changes every third. A prompt longer than the context loses the oldest third of its history, but not the file; the
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     Messages = list[dict[str, str]]
 
 OURS, STOCK, CACHED = "adaskip-cpp serve", "llama_cpp.server", "llama_cpp.server --cache true"
-EDITS, PREFIX = f"{OURS} --reuse edits", f"{OURS} --reuse prefix"
+PREFIX = f"{OURS} --reuse prefix"
 QUESTIONS = ("What is this text about?", "Which functions does it define?", "What would you improve in it?")
 CASES = (
     "the first question about a document",
@@ -232,7 +232,8 @@ def ask_documents(args: argparse.Namespace, texts: list[str]) -> None:
 def run_day(args: argparse.Namespace, turns: list[tuple[str, Messages]]) -> None:
     """Ask one server after another for all turns of an agent, and print the table."""
     waits: defaultdict[str, list[Wait]] = defaultdict(list)
-    names = (EDITS, PREFIX, STOCK, CACHED)
+    edits = f"{OURS} --reuse {args.reuse}"
+    names = (edits, PREFIX, STOCK, CACHED)
     for name in names:
         with server(name, args, "") as address:
             for number, (kind, messages) in enumerate(turns, 1):
@@ -242,7 +243,7 @@ def run_day(args: argparse.Namespace, turns: list[tuple[str, Messages]]) -> None
                     file=sys.stderr,
                 )
 
-    print(f"| | turns | {EDITS} | tokens read | {PREFIX} | tokens read | {STOCK} | {CACHED} | {STOCK} / {EDITS} |")
+    print(f"| | turns | {edits} | tokens read | {PREFIX} | tokens read | {STOCK} | {CACHED} | {STOCK} / {edits} |")
     print("|---|---|---|---|---|---|---|---|---|")
     rows = [(kind, [kind == each for each, _ in turns], statistics.median) for kind in TURNS]
     for kind, chosen, combine in [*rows, ("the whole day", [True] * len(turns), sum)]:
@@ -250,9 +251,9 @@ def run_day(args: argparse.Namespace, turns: list[tuple[str, Messages]]) -> None
             each = {name: list(compress(waits[name], chosen)) for name in names}
             seconds = {name: combine(wait.seconds for wait in each[name]) for name in names}
             cells = [f"{seconds[name]:.2f}" for name in names]
-            for place, name in ((1, EDITS), (3, PREFIX)):
+            for place, name in ((1, edits), (3, PREFIX)):
                 cells.insert(place, f"{combine(wait.n_read for wait in each[name]):,.0f}")
-            print(f"| {kind} | {sum(chosen)} | {' | '.join(cells)} | {seconds[STOCK] / seconds[EDITS]:.1f} |")
+            print(f"| {kind} | {sum(chosen)} | {' | '.join(cells)} | {seconds[STOCK] / seconds[edits]:.1f} |")
 
 
 def main() -> None:
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000, help="of a document, or of the agent's system prompt")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--agent", type=int, default=0, metavar="TURNS", help="of an agent, in the place of documents")
+    parser.add_argument("--reuse", default="auto", help="of ours in the day of an agent, beside prefix")
     parser.add_argument("--ctx", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--no-flash-attn", dest="flash_attn", action="store_false")
