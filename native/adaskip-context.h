@@ -51,7 +51,10 @@ public:
     void set_statistics(int32_t flags, adaskip_statistics_callback callback, void * user_data);
 
     // positions that were moved so often may be read
-    void set_most_moves(int32_t value) { most_moves = value; }
+    void set_most_moves(int32_t value) {
+        most_moves = value;
+        kv->moves  = value > 0;
+    }
 
     const adaskip_plan_sets & get_plan() const { return plan; }
 

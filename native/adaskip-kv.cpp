@@ -82,6 +82,12 @@ llama_pos adaskip_kv::first_unreadable(llama_seq_id seq_id, const std::function<
     return res;
 }
 
+bool adaskip_kv::keeps_windows() const {
+    return moves && std::all_of(caches.begin(), caches.end(), [&](const llama_kv_cache * cache) {
+        return cache->get_size() == caches.front()->get_size();
+    });
+}
+
 // Cells that are set aside are of two sequences that no batch names: llama.cpp would write over those of one alone
 // where a sliding window has left them.
 static constexpr llama_seq_id SEQS_ASIDE[] = { LLAMA_MAX_SEQ - 2, LLAMA_MAX_SEQ - 1 };

@@ -69,6 +69,8 @@ struct adaskip_kv {
 
     std::vector<bool> elided; // [n_layer] or empty: attentions without KV, see adaskip_kv_alias
 
+    bool moves = false; // whether moved cells may be read
+
     std::vector<llama_kv_cache *>               caches;
     std::vector<const llama_memory_recurrent *> states;
 
@@ -77,6 +79,10 @@ struct adaskip_kv {
 
     // the cells of a cache that hold the sequence
     static const llama_kv_cells & cells_of(const llama_kv_cache * cache, llama_seq_id seq_id);
+
+    // Whether no cell that a sliding window has left is written over, as llama.cpp does otherwise: where cells may be
+    // moved, and the cache with windows is as large as the other.
+    bool keeps_windows() const;
 
     // Takes runs of positions out of a sequence, to stand at other positions in it when they are taken back, and
     // removes its other cells from n_kept on. Throws, and changes nothing, where the memory lacks a position of a run.

@@ -259,6 +259,17 @@ def test_a_context_that_is_full_loses_no_room(tiny: Tiny, tokens: Tokens, open_m
         assert llm.n_tokens == OPTIONS["n_ctx"]
 
 
+def test_a_full_size_window_cache_loses_nothing_to_edits(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    """llama.cpp writes over what a window has left, even where there is room. Then the next edit would move nothing."""
+    llm = open_model(tiny("gemma3"), **OPTIONS, swa_full=True, reuse=EDITS)
+    oracle = Oracle(ReferenceModel(tiny("gemma3")))
+    prompt = tokens(300)
+    for round in range(EDITS.most_moves // WIDE + 1):
+        assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < 1e-3
+        assert (llm.n_moved > 250) == (round > 0)
+        prompt = prompt[:1] + prompt[150:] + prompt[1:150]
+
+
 def test_a_pickled_model_moves_runs_of_its_own(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
     with closing(pickle.loads(pickle.dumps(llm))) as other:
@@ -429,10 +440,11 @@ def test_where_a_sliding_window_has_lost_what_stands_before_the_edit_the_prefix_
 ) -> None:
     """Behind a loaded state llama.cpp looks for room from the cache's start, where the window has left positions."""
     text, more, new = tokens(60), tokens(21, seed=1)[1:], tokens(10, seed=2)[1:]
-    llm = open_model(tiny("gemma3"), **OPTIONS, swa_full=True, reuse=EDITS)
+    llm = open_model(tiny("gemma3"), **OPTIONS, swa_full=True)
     logits_of(llm, text)
     llm.load_state(llm.save_state())
     logits_of(llm, text + more)
+    llm.set_reuse(EDITS)
     prompt = text[:n_same] + new + text[8 * n_same :] + more
     expected = ReferenceRun(ReferenceModel(tiny("gemma3"))).eval(prompt).logits[-1]
     assert relative_error(logits_of(llm, prompt), expected) < 1e-3
