@@ -1,4 +1,5 @@
-# make demo | test | test-fast | test-native | test-backends | test-cuda | test-asan | test-tsan | soak | fuzz | wheels | lint | format | clean
+# make demo | test | test-fast | test-native | test-backends | test-cuda | test-asan | test-tsan | nightly |
+# soak | fuzz | wheels | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -37,7 +38,7 @@ define sanitized
   cat $(call BUILD,$(VENV)-$(1))/report.* 2>/dev/null && status=1; exit $$status
 endef
 
-.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan soak fuzz wheels lint format clean
+.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan nightly soak fuzz wheels lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -81,6 +82,12 @@ test-asan: $(VENV)-asan/installed
 
 test-tsan: $(VENV)-tsan/installed
 	$(call sanitized,tsan,libtsan.so,tests/test_threads.py)
+
+# What `make test` draws at random for a moment, for hours: sequences of calls, Ctrl-C, processes that die.
+nightly: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -n 2 --sequences-seconds=600 tests/test_sequences.py tests/test_several_sequences.py
+	@$(BIN)/python -m pytest --sigint-trials=1000 tests/test_interrupts.py
+	@for i in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest tests/test_server_load.py || exit 1; done
 
 # Drawn sequences of calls on models that stay open, with the process's memory at the end; any number of operations.
 soak: $(VENV)/installed-dev
