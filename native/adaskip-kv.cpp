@@ -104,7 +104,7 @@ void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vec
         const auto &         cells = cells_of(cache, seq_id);
         std::vector<int32_t> n_found(runs.size());
         for (const auto & [pos, i] : adaskip_seq_pos(cells, seq_id)) {
-            const size_t run  = run_of(runs, pos);
+            const size_t run = run_of(runs, pos);
             if (run < runs.size()) {
                 const int32_t moves = adaskip_moves_of(cells.set_id_get(i)) + runs[run].n_moves;
                 n_found[run] += cells.seq_count(i) == 1 && moves <= ADASKIP_MOST_MOVES;
