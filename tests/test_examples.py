@@ -1,0 +1,82 @@
+"""The scripts of examples/, as a stranger runs them: on a tiny model, with and without plans beside it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader
+from served import frontier_of
+from tiny_families import FAMILIES, N_LAYER
+from tiny_models import add_chat_template, write_model
+
+from adaskip_cpp.model.identity import plan_path
+from adaskip_cpp.model.plan_file import save_plan
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TEXT = "The fox sleeps in the den, and the dog looks at the fox. " * 40
+"""About 2,000 tokens of the tiny vocabulary."""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a chat template and a context for long prompts, without plans."""
+    folder = tmp_path_factory.mktemp("examples")
+    family = replace(FAMILIES["llama"], metadata={"context_length": 8192})
+    model = write_model(folder / "no-template.gguf", family)
+    (output,) = (each for each in GGUFReader(model, "r+").tensors if each.name == "output.weight")
+    output.data[3 + 128 : 3 + 256] = 0  # answers are ASCII: bytes that are no text are held back, at quadratic cost
+    return add_chat_template(model, folder / "bare.gguf")
+
+
+@pytest.fixture(scope="module")
+def tuned(bare: Path) -> Path:
+    """The same model with plans."""
+    model = bare.with_name("tuned.gguf")
+    shutil.copy(bare, model)
+    save_plan(plan_path(model), frontier_of(N_LAYER))
+    return model
+
+
+@pytest.fixture(scope="module")
+def text(bare: Path) -> Path:
+    path = bare.with_name("text.txt")
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def run(script: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, encoding="utf-8", check=False)
+
+
+def output(ran: subprocess.CompletedProcess[str]) -> str:
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.parametrize("name", ["bare", "tuned"])
+def test_summarise(name: str, text: Path, request: pytest.FixtureRequest) -> None:
+    assert output(run("summarise.py", request.getfixturevalue(name), text)).strip()
+
+
+def test_summarise_tells_which_context_a_long_text_needs(bare: Path, text: Path) -> None:
+    ran = run("summarise.py", bare, text, "--ctx", 1024)
+    assert ran.returncode == 2
+    found = re.search(r"the text has (\d+) tokens; use --ctx (\d+)", ran.stderr)
+    assert found and output(run("summarise.py", bare, text, "--ctx", found[2])).strip()
+
+
+@pytest.mark.parametrize("name", ["bare", "tuned"])
+def test_chat_over_document_reads_the_document_once(name: str, text: Path, request: pytest.FixtureRequest) -> None:
+    told = output(run("chat_over_document.py", request.getfixturevalue(name), text, stdin="the to\nof an\nin\n\n"))
+    first, *later = map(int, re.findall(r"\[(\d+) tokens read in \d+\.\d\d s\]", told))
+    assert len(later) == 2 and max(later) < first / 2
+
+
+def test_chat_over_document_ends_where_the_input_ends_or_the_context_is_full(bare: Path, text: Path) -> None:
+    assert "Question" in output(run("chat_over_document.py", bare, text))
+    assert "use a larger --ctx" in run("chat_over_document.py", bare, text, "--ctx", 1024, stdin="the to\n").stderr
