@@ -21,7 +21,7 @@ def main() -> None:
     files = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")}
     history = [{"role": "user", "content": f"Choose a file to read: {', '.join(files)}"}]
     for n_left in reversed(range(min(len(files), 3) + 1)):
-        system = f"Today is {datetime.now():%A, %d %B %Y, %H:%M:%S}. You explain what files are for."
+        system = f"It is {datetime.now().isoformat(sep=' ')}. You explain what files are for."
         messages: Any = [{"role": "system", "content": system}, *history]
         schema = {"name": "file", "schema": {"enum": list(files)}}
         form: Any = {"type": "json_schema", "json_schema": schema} if n_left else {"type": "text"}

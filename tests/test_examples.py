@@ -1,20 +1,26 @@
 """The scripts of examples/, as a stranger runs them: on a tiny model, with and without plans beside it."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
-from served import frontier_of
+from served import frontier_of, serving
 from tiny_families import FAMILIES, N_LAYER
 from tiny_models import add_chat_template, write_model
 
+from adaskip_cpp import AdaSkipLlama
+from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.plan_file import save_plan
+from adaskip_cpp.model.settings import Settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "The fox sleeps in the den, and the dog looks at the fox. " * 40
@@ -34,10 +40,14 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(bare: Path) -> Path:
-    """The same model with plans."""
+    """The same model with plans, and settings by which scripts run it on one thread."""
     model = bare.with_name("tuned.gguf")
     shutil.copy(bare, model)
-    save_plan(plan_path(model), frontier_of(N_LAYER))
+    with closing(AdaSkipLlama(str(model), n_ctx=256, n_threads=1, verbose=False)) as llm:
+        machine = cost_settings(llm)
+    save_plan(
+        plan_path(model), frontier_of(N_LAYER, settings=Settings(n_threads=1, n_threads_batch=1), machine=machine)
+    )
     return model
 
 
@@ -80,3 +90,12 @@ def test_chat_over_document_reads_the_document_once(name: str, text: Path, reque
 def test_chat_over_document_ends_where_the_input_ends_or_the_context_is_full(bare: Path, text: Path) -> None:
     assert "Question" in output(run("chat_over_document.py", bare, text))
     assert "use a larger --ctx" in run("chat_over_document.py", bare, text, "--ctx", 1024, stdin="the to\n").stderr
+
+
+def test_agent_tells_what_was_moved(bare: Path) -> None:
+    with serving(bare, "--ctx", "8192", "--reuse", "edits") as server:
+        told = output(run("agent.py", server.url))
+    turns = [ast.literal_eval(line) for line in told.splitlines() if line.startswith("{'prompt_tokens_reused'")]
+    assert len(turns) == 4 and turns[0]["reread_because"] == "new"
+    for before, turn in pairwise(turns):
+        assert turn["prompt_tokens_moved"] > before["prompt_tokens_moved"] and turn["reread_because"] == "text"
