@@ -99,3 +99,18 @@ def test_agent_tells_what_was_moved(bare: Path) -> None:
     assert len(turns) == 4 and turns[0]["reread_because"] == "new"
     for before, turn in pairwise(turns):
         assert turn["prompt_tokens_moved"] > before["prompt_tokens_moved"] and turn["reread_because"] == "text"
+
+
+@pytest.mark.slow
+def test_evaluate_mine_prints_a_line_for_each_promise(tuned: Path, text: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text(5 * TEXT, encoding="utf-8")
+    told = output(run("evaluate_mine.py", tuned, mine))
+    assert "full model: loss" in told and "promise, 0.05: loss" in told and "promise, 0.1: loss" in told
+    assert "promise 0.02 is left out" in told
+    assert (tmp_path / "mine.txt.results" / "report.html").exists()
+
+
+def test_evaluate_mine_needs_plans(bare: Path, text: Path) -> None:
+    ran = run("evaluate_mine.py", bare, text)
+    assert ran.returncode == 1 and "run `adaskip-cpp tune" in ran.stderr
