@@ -58,6 +58,8 @@ def tune(
     they take the fastest plan that keeps a promise: the loss grows by at most 0.05 nats per token, and so the
     perplexity by 5%. Their option --max-loss sets another promise.
 
+    An edited prompt shares tokens with the one before. It also measures the loss where these are not read again.
+
     It reads at most 120,000 tokens. A run that was stopped goes on where it was.
     """
     start = time.monotonic()
