@@ -1,5 +1,3 @@
-// The C ABI: checks every argument, and lets nothing but error codes out.
-
 #include "adaskip.h"
 
 #include "adaskip-error.h"
@@ -36,14 +34,14 @@ static void require(bool condition, const std::string & message) {
     }
 }
 
-// the same without a string, for which there may be no memory
+// the same without a string, for when there is no memory
 static void require(bool condition, const char * message) {
     if (!condition) {
         throw adaskip_exception(ADASKIP_ERROR_ARGUMENT, message);
     }
 }
 
-// runs f, which returns a code or nothing, and turns what it throws into one
+// runs f, which returns a code or nothing, and turns an exception into a code
 template <typename F> static int32_t told(F && f) {
     last_error.clear();
     int32_t res     = ADASKIP_OK;
@@ -57,7 +55,7 @@ template <typename F> static int32_t told(F && f) {
     return failure.code == ADASKIP_OK ? res : fail(failure.code, std::move(failure.message));
 }
 
-// the same for what is about a context
+// the same for functions of a context
 template <typename F> static int32_t guarded(const llama_context * ctx, F && f) {
     return told([&] {
         require(ctx, "the context is null");
@@ -73,7 +71,7 @@ static int32_t n_layer_of(const llama_context & ctx) {
     return llama_model_n_layer(&ctx.get_model());
 }
 
-// the topology of a graph of a few tokens, built only to be looked at
+// builds a graph of a few tokens for its topology
 static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> & windowable) {
     ctx.synchronize();
     ctx.sched_reserve();
@@ -97,7 +95,7 @@ static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> &
     const uint32_t n_seqs   = ctx.n_seq_max();
     const uint32_t n_tokens = 2 * n_seqs;
 
-    // embeddings are pooled over all tokens, which must all be outputs then
+    // embeddings are pooled over all tokens, so all must be outputs
     const uint32_t n_outputs = ctx.get_cparams().embeddings ? n_tokens : n_seqs;
     const auto     failure =
             adaskip_try([&] { ctx.graph_reserve(n_tokens, n_seqs, n_outputs, mctx.get(), /*split_only =*/true); });
@@ -109,7 +107,7 @@ static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> &
     return res;
 }
 
-// what can be skipped does not change over the life of a context, and the graph pass checks again
+// the sublayers, found once per context; the graph pass checks each graph again
 static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
     if (!ctx.adaskip.sublayers.empty()) {
         return ctx.adaskip.sublayers;
@@ -119,7 +117,7 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
     const auto &      hparams  = ctx.get_model().hparams;
 
     std::vector<adaskip_sublayer>                      res;
-    std::map<std::pair<int32_t, std::string>, int32_t> shapes; // by the window and what the rest of a sublayer is
+    std::map<std::pair<int32_t, std::string>, int32_t> shapes; // by window and adaskip_term::shape()
     for (int32_t i = 0; i < 2 * (int32_t) topology.layers.size(); ++i) {
         const auto & loc = topology.layers[i / 2][i % 2];
 
@@ -192,7 +190,7 @@ int32_t adaskip_set_plan(llama_context * ctx, const adaskip_plan * plan) {
         const auto & sublayers = plan ? sublayers_of(*ctx) : adaskip.sublayers;
 
         auto sets = adaskip_plan_init(ctx->get_model(), sublayers, adaskip.kv_elided(), plan, adaskip.get_plan());
-        ctx->synchronize(); // the last graph may still read the vectors of the plan that goes
+        ctx->synchronize(); // the last graph may still read the old plan's vectors
         ctx->adaskip.set_plan(std::move(sets));
         return ADASKIP_OK;
     });
