@@ -82,7 +82,7 @@ struct adaskip_kv {
     // moved, and the cache with windows is as large as the other one.
     bool keeps_windows() const;
 
-    // adaskip_set_aside and adaskip_take_back (see adaskip.h) for every cache. Throws, and changes nothing, if a position
+    // adaskip_set_aside and adaskip_take_back (see adaskip.h) for every cache. Throws and changes nothing if a position
     // of a run is missing.
     void set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vector<adaskip_run> & runs) const;
     void take_back(llama_seq_id seq_id, llama_pos end) const;

@@ -40,8 +40,8 @@ public:
     // finds the live nodes, and returns the sizes in bytes of the inputs that none of them reads
     std::vector<size_t> find_live();
 
-    // Lists the live nodes again in llama.cpp's order, and returns their number. n_changes, for add_marker: how often the
-    // graph's shape has changed.
+    // Lists the live nodes again in llama.cpp's order, and returns their number. n_changes, for add_marker: number of
+    // changes of the graph's shape.
     int rebuild(int64_t n_changes);
 
     //

@@ -131,8 +131,8 @@ struct adaskip_plan {
 
     const struct adaskip_online_params * online; // NULL for none
 
-    // Ids of other plans' bulk sets, by adaskip_bulk_set_id: this plan may read positions computed under them. They keep
-    // all K and V. An id of another set would let the plan read K and V that were never written. A context with elided
+    // Ids of other plans' bulk sets, by adaskip_bulk_set_id: positions computed under them may be read. They keep all K
+    // and V. An id of another set would let the plan read K and V that were never written. A context with elided
     // KV refuses ids.
     const uint64_t * readable;   // [n_readable], NULL for none; 0, the whole model, may always be read
     int32_t          n_readable; // >= 0
