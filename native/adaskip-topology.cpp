@@ -110,7 +110,7 @@ struct finder {
 
     std::unordered_map<const ggml_tensor *, int>                        index;  // position in the graph
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> stores; // memory tensor -> its SET_ROWS
-    std::unordered_set<const ggml_tensor *> written; // memory tensors written in another way
+    std::unordered_set<const ggml_tensor *> written;                            // memory tensors written in another way
 
     finder(ggml_cgraph * gf, int n_layer) : gf(gf), n_layer(n_layer) {
         const int n_nodes = ggml_graph_n_nodes(gf);
