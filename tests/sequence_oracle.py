@@ -261,7 +261,7 @@ class History:
             del self.cells[self._n_readable(self.plan.prefill) :]
 
     def _runs(self, cells: Sequence[Cell], tokens: list[int]) -> tuple[int, list[Run]]:
-        """With how many of these cells' tokens a prompt begins, and which runs of others it has, but for what is mended."""
+        """With how many cells a prompt begins, and which runs of the others it has, without what is mended."""
         assert self.edits is not None
         held, mend, bulk = [cell.token for cell in cells], self.edits.mend, self.plan.bulk
         first, end = (

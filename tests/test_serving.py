@@ -546,11 +546,12 @@ def test_documents_that_others_asked_about_are_put_together(
     again = open_served(tiny(), edited_frontier(0.01, 0.02), tmp_path, **LONG)
     _, other = run(again, prompt, salt="another")
     assert other.n_read == len(prompt) and other.n_moved == 0
-    _, careful = run(again, prompt[:-1], {"max_loss": 0.039})
-    assert careful.n_moved == 0 and careful.n_read == len(prompt) - 1 - len(head) - len(documents[2])
     run(again, tokens(500, 9))
     _, request = run(again, [*prompt, *tokens(9, 8)])
     assert request.n_moved > 500 and request.n_read < 200
+    prompt = [*head, *documents[1], *documents[0], *documents[2]]
+    _, careful = run(again, prompt, {"max_loss": 0.039})
+    assert careful.n_moved == 0 and careful.n_read == len(prompt) - len(head) - len(documents[1])
 
 
 def test_a_tighter_promise_reads_again_what_was_read_under_a_plan_that_does_not_keep_it(
