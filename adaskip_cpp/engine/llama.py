@@ -74,7 +74,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         frontier: what `adaskip-cpp tune` found, where the model was opened with it.
         max_loss: the promise that a plan is chosen by for each prompt; None where :meth:`set_plan` was given one plan.
         n_moved: tokens of the last prompt that were moved to their place in it.
-        saved: prompts of :meth:`save_prompt`. Where edits are in force, the next prompts use their runs as well.
+        saved_prompts: what :meth:`save_prompt` returned; where edits are in force, the next prompts use their runs too.
         on_batch: called with the number of tokens in memory when an evaluation begins, and after each of its batches.
 
     Raises:
@@ -97,7 +97,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     ) -> None:
         check_gguf(model_path)
         self._reuse, self._edits, self._fills, self.n_moved = reuse, edits_of(reuse), False, 0
-        self.saved: Sequence[Saved] = ()
+        self.saved_prompts: Sequence[Saved] = ()
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = _ignore
@@ -462,7 +462,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         if edits is None:
             return []
         known = []
-        for each in self.saved:
+        for each in self.saved_prompts:
             first, runs = self._known(each.tokens, prompt)
             known.append((each, [*([Run(0, 0, first, 0)] if first else []), *runs]))
         while known:
@@ -491,7 +491,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             self._ctx.kv_cache_seq_rm(0, -1, -1)
 
     def save_prompt(self) -> Saved:
-        """Return the tokens in memory with their K and V, about :attr:`kv_bytes`, for :attr:`saved`.
+        """Return the tokens in memory with their K and V, about :attr:`kv_bytes`, for :attr:`saved_prompts`.
 
         Raises:
             StateError: llama.cpp cannot save them.
