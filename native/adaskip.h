@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 11
+#define ADASKIP_ABI_VERSION 12
 
 struct llama_context;
 struct llama_vocab;
@@ -248,7 +248,8 @@ int32_t adaskip_kv_first_stale(const struct llama_context * ctx, int32_t seq_id,
 // place, so each position counts its moves.
 
 // Cells of positions from, from + 1, ... from + n - 1, which move to to, to + 1, ... The move counts as n_moves, 1 to
-// 255: more if more of the text before the run changes.
+// 255: more if more of the text before the run changes. If the run and all text before it stay in place, n_moves is 0,
+// and the cells stay as they are.
 struct adaskip_run {
     int32_t from;
     int32_t to;
@@ -263,8 +264,8 @@ int32_t adaskip_set_most_moves(struct llama_context * ctx, int32_t most_moves);
 int32_t adaskip_can_move(const struct llama_context * ctx);
 
 // Takes runs out of the sequence and removes its other positions from n_kept on. Neither the old nor the new places of
-// two runs may overlap, and all must be at n_kept or later. Fails if the memory lacks a position of a run, as with a
-// sliding window, or if one would count more than 255 moves.
+// two runs may overlap, runs set aside before included, and all must be at n_kept or later. Fails if the memory lacks a
+// position of a run, as with a sliding window, or if one would count more than 255 moves.
 int32_t adaskip_set_aside(
         struct llama_context * ctx, int32_t seq_id, int32_t n_kept, const struct adaskip_run * runs, int32_t n_runs);
 
