@@ -244,7 +244,7 @@ int32_t adaskip_begin_request(llama_context * ctx) {
 
 int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer) {
     return told([&] {
-        require(n_layer >= 0 && (!skipped || n_layer > 0), format("%d layers", n_layer));
+        require(n_layer >= 0 && (!skipped || n_layer > 0), format("invalid number of layers %d", n_layer));
         adaskip_elide_kv_next(skipped ? std::vector<bool>(skipped, skipped + n_layer) : std::vector<bool>());
     });
 }
@@ -316,7 +316,7 @@ int32_t adaskip_get_counters(const llama_context * ctx, adaskip_counters * out) 
 
 int32_t adaskip_set_most_moves(llama_context * ctx, int32_t most_moves) {
     return guarded(ctx, [&] {
-        require(most_moves >= 0, format("%d moves", most_moves));
+        require(most_moves >= 0, format("the limit of %d moves is negative", most_moves));
         ctx->adaskip.set_most_moves(most_moves);
     });
 }
@@ -344,7 +344,8 @@ int32_t adaskip_set_aside(
             require(run.n > 0 && run.from >= n_kept && run.to >= n_kept && run.from <= INT32_MAX - run.n &&
                             run.to <= INT32_MAX - run.n && run.n_moves >= (run.from != run.to) &&
                             run.n_moves <= ADASKIP_MOST_MOVES,
-                    format("a run of %d positions from %d to %d, %d moves", run.n, run.from, run.to, run.n_moves));
+                    format("invalid run of %d positions from %d to %d, %d moves", run.n, run.from, run.to,
+                            run.n_moves));
         }
         for (const auto start : { &adaskip_run::from, &adaskip_run::to }) {
             auto sorted = all;
