@@ -10,9 +10,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <limits>
 #include <map>
 #include <stdexcept>
 #include <type_traits>
