@@ -106,7 +106,8 @@ class AdaSkipLlama(SelfDescribingLlama):
         **kwargs: Any,
     ) -> None:
         check_gguf(model_path)
-        self._reuse, self._edits, self._fills, self.n_moved = reuse, edits_of(reuse), False, 0
+        self._reuse, self._edits, self._fills = reuse, edits_of(reuse), False
+        self.n_moved: int = 0
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = _ignore
@@ -627,7 +628,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     ) -> Iterator[None]:
         """Return a context manager that hands the statistics of each evaluated ubatch to a function.
 
-        Each sublayer that runs is observed for each token. By default no logits are computed meanwhile, so use ``eval``.
+        Each sublayer that runs is observed for each token. By default no logits are computed meanwhile: use ``eval``.
 
         Args:
             sink: a function of a ``StatisticsBatch``. An exception that it raises ends the evaluation.

@@ -280,8 +280,8 @@ class SkipPlan:
         """Return the set of a phase.
 
         Args:
-            phase: ``"bulk"``, which is that of prefill if the plan has no bulk; ``"prefill"``; or ``"decode"``, which is
-                the last set of a schedule.
+            phase: ``"bulk"``, ``"prefill"`` or ``"decode"``. Without a bulk, its set is that of prefill. The set of
+                decode is the last one of a schedule.
         """
         if phase == "decode":
             return self.decode_sets[-1][1]

@@ -83,7 +83,7 @@ class Gate:
                     await answer(asked.scope, asked.receive, sent)
                 else:
                     await sent.json(200, answer if isinstance(answer, bytes) else msgspec.json.encode(answer))
-            elif methods := [*(["POST"] if path in SCHEMAS else []), *(how for how, known in self.routes if known == path)]:
+            elif methods := ["POST"] if path in SCHEMAS else [how for how, known in self.routes if known == path]:
                 raise Refused(405, f"{path} is not asked by {method}; use {' or '.join(methods)}")
             else:
                 raise Refused(404, "there is no such path; models are at /v1/models, chats at /v1/chat/completions")
