@@ -59,17 +59,17 @@ class AdaSkipLlama(SelfDescribingLlama):
             it skips in every phase get no memory for K and V. Such a model cannot run as a whole, and takes only plans
             that skip these attentions too.
         max_loss: for a frontier: the promise, in nats per token that an answer may lose; None for 0.05.
-        exact_batches: whether prompts are cut into batches exactly as in ``llama_cpp.Llama``. By default, if upper
-            layers share KV (Gemma 3n and 4), the last token of a prompt is computed by itself, and these layers run
-            for no other token. Logits then differ by the rounding of another batch size.
+        exact_batches: whether prompts are cut into batches exactly as in ``llama_cpp.Llama``. By default, models whose
+            upper layers share KV (Gemma 3n and 4) compute the last token of a prompt by itself. These layers then run
+            for no other token. Logits differ by the rounding of another batch size.
         repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). Logits differ by
             rounding. None for the setting of ``tune``, or True without one.
         reuse: the part of an earlier prompt that is used again. ``"prefix"`` is the common beginning, as in
             ``llama_cpp.Llama``. ``"edits"`` or an ``Edits`` also moves each run of tokens that both prompts share.
             Moved tokens were computed after other text, which costs some quality. ``"auto"`` moves runs if a frontier
-            has measured that this keeps their share of the promise. Only the prefix is used if the memory has a
-            recurrent state, if a sliding window has left it, if llama.cpp cannot shift it, or if a call asks for a
-            prompt's own logits.
+            has measured that this keeps their share of the promise. In these cases, only the prefix is used: the model
+            has a recurrent state; a sliding window has left the tokens; llama.cpp cannot shift the memory; a call asks
+            for a prompt's own logits.
         **kwargs: all other arguments of ``llama_cpp.Llama``.
 
     Attributes:
