@@ -79,7 +79,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         max_loss: the promise by which a plan is chosen for each prompt, in nats per token. None if ``set_plan`` was
             given one plan.
         n_moved: tokens of the last prompt that were moved to their places in it.
-        saved: prompts that ``save_prompt`` returned. If edited prompts are used, the next prompts use runs of these too.
+        saved: prompts that ``save_prompt`` returned. If edited prompts are used, later prompts use runs of these too.
         on_batch: a function of the number of tokens in memory. It is called when an evaluation begins, and after each
             batch.
 
