@@ -79,7 +79,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         max_loss: the promise by which a plan is chosen for each prompt, in nats per token. None if ``set_plan`` was
             given one plan.
         n_moved: tokens of the last prompt that were moved to their places in it.
-        saved: prompts that ``save_prompt`` returned. If edited prompts are used, later prompts use runs of these too.
+        saved_prompts: results of ``save_prompt``. If edited prompts are used, later prompts use runs of these too.
         on_batch: a function of the number of tokens in memory. It is called when an evaluation begins, and after each
             batch.
 
@@ -111,7 +111,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         check_gguf(model_path)
         self._reuse, self._edits, self._fills = reuse, edits_of(reuse), False
         self.n_moved: int = 0
-        self.saved: Sequence[Saved] = ()
+        self.saved_prompts: Sequence[Saved] = ()
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = _ignore
@@ -524,7 +524,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         if edits is None:
             return []
         known = []
-        for each in self.saved:
+        for each in self.saved_prompts:
             first, runs = self._known(each.tokens, prompt)
             known.append((each, [*([Run(0, 0, first, 0)] if first else []), *runs]))
         while known:
@@ -553,14 +553,16 @@ class AdaSkipLlama(SelfDescribingLlama):
             self._ctx.kv_cache_seq_rm(0, -1, -1)
 
     def save_prompt(self) -> Saved:
-        """Return a copy of the tokens in memory with their K and V, about ``kv_bytes`` bytes, for ``saved``.
+        """Return a copy of the tokens in memory with their K and V, about ``kv_bytes`` bytes.
+
+        Put it into ``saved_prompts``.
 
         Raises:
             StateError: llama.cpp cannot save them.
 
         Examples:
             >>> llm.eval(tokens_of_a_document)
-            >>> llm.saved = [llm.save_prompt()]
+            >>> llm.saved_prompts = [llm.save_prompt()]
         """
         if (state := self._save_sequence()) is None:
             raise StateError("llama.cpp could not save what is in memory; call reset() and read the prompt again.")
