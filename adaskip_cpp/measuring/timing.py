@@ -32,6 +32,26 @@ class RequestTime:
         return statistics.median(self.token_s[min(n_settle, len(self.token_s) - 1) :])
 
 
+@dataclass(frozen=True)
+class SecondsByDepth:
+    """A line: seconds per token at depth 0, and their growth with each token of depth."""
+
+    start: float
+    growth: float
+
+    def at(self, depth: float) -> float:
+        return self.start + self.growth * depth
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]], growth: float) -> "SecondsByDepth":
+        """Return the line through the first and last of points (depth, seconds); through one point with ``growth``."""
+        (depth, seconds), (deeper, longer) = points[0], points[-1]
+        if deeper > depth:
+            growth = max((longer - seconds) / (deeper - depth), 0.0)
+        middle, level = (depth + deeper) / 2, (seconds + longer) / 2
+        return cls(max(level - growth * middle, 0.0), growth)
+
+
 def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
     """Time a prompt and the ``n_decode`` tokens behind the first, chosen greedily, on past the end of the text.
 

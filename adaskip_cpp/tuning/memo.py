@@ -1,4 +1,4 @@
-"""Keeps what tuning has found so far, so that a run goes on where it was stopped."""
+"""Keeps the results of an unfinished ``tune`` in a file, so that the next run continues there."""
 
 import contextlib
 import os
@@ -21,8 +21,8 @@ class Memo:
 
     Args:
         path: the file; None keeps nothing.
-        key: what the values depend on, as a hash of the model, the texts and the options. A file of another key is
-            not read, and is written anew.
+        key: what the values depend on, such as a hash of the model, the texts and the options. A file with another key
+            is ignored and overwritten.
     """
 
     def __init__(self, path: str | None = None, key: str = "") -> None:
@@ -37,7 +37,7 @@ class Memo:
                 self._data = data
 
     def get(self, name: str, kind: type[_T], make: Callable[[], _T]) -> _T:
-        """Return the value of a name, of this type; the first time, or where the file has none, it is made."""
+        """Return the value of a name, of type ``kind``; make and keep it if the file has none."""
         with contextlib.suppress(msgspec.ValidationError, KeyError):
             return msgspec.convert(self._data[name], kind)
         value = make()
@@ -51,7 +51,7 @@ class Memo:
 
     @property
     def n_read(self) -> int:
-        """Tokens that all runs have read through the model, as :meth:`count` was told."""
+        """Tokens that all runs together have read through the model, as reported to :meth:`count`."""
         n = self._data.get("n_read")
         return n if isinstance(n, int) else 0
 
@@ -60,7 +60,7 @@ class Memo:
         self._write()
 
     def profile(self, model: ModelInfo) -> Profile | None:
-        """Return the profile that an earlier run kept, if it is of this model."""
+        """Return the profile that an earlier run kept, if it is this model's."""
         with contextlib.suppress(AdaSkipError, OSError):
             if self._path is not None and self._data.get("profile"):
                 found = Profile.load(self._profile_path)
@@ -73,7 +73,7 @@ class Memo:
             self.get("profile", bool, lambda: True)
 
     def remove(self) -> None:
-        """Remove the files, when the run is at its end."""
+        """Remove the files, at the end of a run."""
         if self._path is not None:
             for path in (self._path, self._profile_path, self._profile_path.removesuffix(".json") + ".bin"):
                 with contextlib.suppress(FileNotFoundError):
