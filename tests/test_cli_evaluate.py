@@ -158,7 +158,7 @@ def test_a_busy_machine_is_noted_where_speeds_are_measured(
     once = ("--skip", 2, "--mode", "prefill", "--strategy", "adaskip")
     monkeypatch.setattr("adaskip_cpp.evaluation.measure.load_average", lambda: 2.5)
     assert "The load average was 2.5" in run(*once).stderr
-    assert any("disturb the speeds" in note for note in results()["about"]["notes"])
+    assert any("disturbed the speeds" in note for note in results()["about"]["notes"])
     assert "load average" not in run(*once, "--rounds", 0).stderr
     monkeypatch.setattr("adaskip_cpp.evaluation.measure.load_average", lambda: None)  # as on Windows
     assert "The load average was 2.5" in run(*once).stderr, "the speeds of then are still those shown"
@@ -268,8 +268,8 @@ def test_promises_are_measured_with_and_without_a_profile(
         assert {each["name"] for each in results()["contenders"]} == {"full", f"early_exit-2-{mode}", "promise 0.04"}
     shutil.move(plan_path(model), tmp_path / "elsewhere.json")
     assert "run `adaskip-cpp tune`" in line(run(model=model, profile=None))
-    assert "promises choose from what `tune` found" in line(run("--max-loss", "0.04", model=model))
-    assert "plans for these options are made from a profile" in line(run("--skip", 2, model=model, profile=None))
+    assert "promises need the plan file of `tune`" in line(run("--max-loss", "0.04", model=model))
+    assert "these options need plans made from a profile" in line(run("--skip", 2, model=model, profile=None))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_a_profile_of_another_model_is_refused(run: Run, tiny: Any, tmp_path: Pa
         (["--speed-context", str(N_CTX_TRAIN)], "the measurement of speed"),
         (["--ctx", str(N_CTX_TRAIN + 1)], f"made for contexts of {N_CTX_TRAIN} tokens"),
         (["--tokens", "7"], "no prompt before a continuation"),
-        (["--skip", "99"], "there is nothing to compare with the full model"),
+        (["--skip", "99"], "there is nothing to compare with the whole model"),
         (["--speedup", "1.2"], "no cost model"),
         (["--synthetic", "passkey", "--lengths", "10"], "ask for longer ones"),
         (["--texts", "0", "--rounds", "0"], "there is nothing to measure"),

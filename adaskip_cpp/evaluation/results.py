@@ -1,4 +1,4 @@
-"""What an evaluation found: the one result behind results.json, the tables, the pictures and the reports."""
+"""The result of an evaluation, which results.json, tables, pictures and reports show. Start at :class:`Results`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,14 +10,12 @@ from ..model.mode import ModeName
 from ..planning.compensation import DEFAULT_COMPENSATION
 
 SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_token", "e2e": "request"}
-"""By mode, the speed-up that quality is read against: of what the mode makes faster."""
+"""By mode, the speed-up that quality is compared with: that of the part which the mode makes faster."""
 
-TAILS = (99, 99.9)
-"""Percent of the tokens that have at most this divergence from the full model, as llama-perplexity tells them."""
-
+TAILS = (99, 99.9)  # percentiles of the tokens' divergences, those that llama-perplexity reports
 SPEED_NAMES = {"first_token": "first token", "per_token": "later tokens", "request": "whole request"}
 _STRATEGY_NAMES = {
-    "full": "full model",
+    "full": "whole model",
     "adaskip": "AdaSkip",
     "early_exit": "Early Exit",
     "suffix": "suffix of layers",
@@ -29,7 +27,7 @@ _STRATEGY_NAMES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over ``n`` items and its standard error, NaN of a single item; or a quantile of ``n`` tokens, without."""
+    """A mean over ``n`` items and its standard error; or a quantile over ``n`` tokens. The error is NaN if unknown."""
 
     mean: float
     error: float
@@ -38,7 +36,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Speed:
-    """How many times as fast as the full model, over rounds in which both ran; and seconds."""
+    """The speed-up against the whole model, over the rounds in which both ran; and seconds."""
 
     speedup: Interval
     seconds: Figure
@@ -46,7 +44,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cell:
-    """Scores of the questions of one length, in tokens, and one depth, None without one."""
+    """Scores of the questions of one length in tokens and one depth, None for tasks without depth."""
 
     length: int
     depth: float | None
@@ -55,51 +53,39 @@ class Cell:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of one task's questions, 0 to 1.
-
-    Attributes:
-        difference: from the full model's, item by item; None if it has none.
-        same_answer, same_score: shares of the questions with the full model's answer, word for word but for blanks
-            around it, and with its score; likewise.
-        cells: by length and depth, where the task has several of either that were chosen.
-    """
+    """Scores of one task's questions, 0 to 1. Comparisons are None if the whole model has no scores."""
 
     score: Figure
-    difference: Figure | None = None
-    same_answer: Figure | None = None
-    same_score: Figure | None = None
-    cells: tuple[Cell, ...] = ()
+    difference: Figure | None = None  # from the whole model's scores, item by item
+    same_answer: Figure | None = None  # share of the questions with the whole model's answer, apart from outer blanks
+    same_score: Figure | None = None  # share of the questions with the whole model's score
+    cells: tuple[Cell, ...] = ()  # by length and depth, if the task has several of either
 
 
 @dataclass(frozen=True)
 class Named:
-    """What a contender is known by; ``mode`` is None for the whole model.
+    """The identity of a contender."""
 
-    Attributes:
-        name: tells it from the others, ``"adaskip-12-e2e-affine"``.
-        budget: what was asked for, if anything: ``"12"`` sublayers, a speed-up of ``"1.2x"``, a promise of ``"0.05"``.
-    """
-
-    name: str
+    name: str  # unique, such as "adaskip-12-e2e-affine"
     strategy: str
-    budget: str
-    mode: ModeName | None
+    budget: str  # the request: "12" sublayers, a speed-up of "1.2x", a promise of "0.05", or ""
+    mode: ModeName | None  # None for the whole model
     compensation: str
 
     @property
     def series(self) -> str:
-        """Name it for people without its budget, ``AdaSkip affine``."""
+        """A name for people without the budget, such as ``AdaSkip affine``."""
         name = _STRATEGY_NAMES.get(self.strategy, self.strategy)
         return name if self.compensation == "none" else f"{name} {self.compensation}"
 
     @property
     def label(self) -> str:
-        """Name it for people, ``AdaSkip affine, 1.2 x asked``."""
+        """A name for people, such as ``AdaSkip affine, 1.2 x asked``."""
         return f"{self.series}, {self.budget.replace('x', ' x asked')}" if self.budget else self.series
 
     @property
     def look(self) -> str:
-        """How it looks: a key in :data:`adaskip_cpp.pictures.plots.STRATEGY`, or a compensation that has no look."""
+        """A key in :data:`adaskip_cpp.pictures.plots.STRATEGY`, or a compensation, which may not be in it."""
         is_default = self.strategy != "adaskip" or self.compensation == DEFAULT_COMPENSATION
         return self.strategy if is_default else self.compensation
 
@@ -108,25 +94,20 @@ class Named:
 class Row(Named):
     """A contender and its figures.
 
-    Attributes:
-        n_skip_prefill, n_skip_decode: sublayers skipped in prompts, or the bulk of the longest, and in decode.
-        speed: by the names of :data:`SPEED_NAMES`; {} if nothing was timed.
-        text: figures of text by kind of text (``"all"`` for all together) and by name: ``loss`` and ``added_loss`` in
-            nats per token, ``perplexity``, ``kl`` in nats per token, its quantiles ``kl_99`` and ``kl_99.9`` over the
-            tokens of all items, ``agreement``, ``rouge_l`` with the full model's text. Without what was not measured,
-            or came out as no number for an item.
-        questions: scores by task.
+    ``text`` has figures by kind of text (``"all"`` for all kinds) and by name: ``loss``, ``added_loss`` and ``kl`` in
+    nats per token, ``perplexity``, the quantiles ``kl_99`` and ``kl_99.9`` over the tokens of all items, ``agreement``,
+    ``rouge_l`` with the whole model's text. Figures that are unknown or not finite are missing.
     """
 
-    n_skip_prefill: int = 0
+    n_skip_prefill: int = 0  # sublayers skipped in prompts, or in the bulk of the longest one
     n_skip_decode: int = 0
-    speed: dict[str, Speed] = field(default_factory=dict)
+    speed: dict[str, Speed] = field(default_factory=dict)  # by the names in SPEED_NAMES; {} if nothing was timed
     text: dict[str, dict[str, Figure]] = field(default_factory=dict)
-    questions: dict[str, TaskScores] = field(default_factory=dict)
+    questions: dict[str, TaskScores] = field(default_factory=dict)  # by task
 
     @property
     def speedup(self) -> Interval | None:
-        """The measured speed-up that its quality is read against; None if it was not timed."""
+        """The measured speed-up of its mode, see :data:`SPEEDS`; None if it was not timed."""
         return self.speed[SPEEDS[self.mode]].speedup if self.mode and self.speed else None
 
     def figure(self, name: str, kind: str = "all") -> Figure | None:
@@ -142,7 +123,7 @@ class Row(Named):
 
 @dataclass(frozen=True)
 class About:
-    """What was measured with what: for people by name, how to repeat it, and plain JSON values it all depends on."""
+    """The conditions of an evaluation: in words for people, as a command, and as JSON values (``settings``)."""
 
     title: str
     summary: str
@@ -154,22 +135,17 @@ class About:
 
 @dataclass(frozen=True)
 class Results:
-    """All figures, of an unfinished evaluation too.
+    """All figures of an evaluation, which may be unfinished."""
 
-    Attributes:
-        n_done, n_results: single results that there are, and that there will be.
-        contenders: the full model first.
-    """
-
-    n_done: int
-    n_results: int
+    n_done: int  # single results so far
+    n_results: int  # single results in the end
     about: About
-    contenders: tuple[Row, ...]
+    contenders: tuple[Row, ...]  # the whole model first
     format: str = "adaskip-evaluation"
     version: int = 3
 
     def to_json(self) -> str:
-        """Return the content of ``results.json``; what is no number is null."""
+        """Return the content of ``results.json``, with null for NaN."""
         return json_text(self)
 
     @property
@@ -177,7 +153,7 @@ class Results:
         return self.contenders[0]
 
     def of_mode(self, mode: str) -> list[Row]:
-        """The contenders in a mode, the slowest first: at equal speed, not at equal count, quality can be compared."""
+        """Return the contenders in a mode, the slowest first, so that those of equal speed can be compared."""
         mine = [row for row in self.contenders if row.mode == mode]
         return sorted(mine, key=lambda row: 0.0 if row.speedup is None else row.speedup.value)
 
@@ -187,6 +163,6 @@ class Results:
 
     @property
     def notes(self) -> list[str]:
-        """What the reader must know, above all that this is not finished."""
-        unfinished = f"This is not finished: {self.n_done} of {self.n_results} results are there. Run it again."
+        """Notes for the reader; the first one says if the evaluation is unfinished."""
+        unfinished = f"This is not finished: {self.n_done} of {self.n_results} results. Run the same command again."
         return [*([unfinished] if self.n_done < self.n_results else []), *self.about.notes]

@@ -115,7 +115,7 @@ def choice(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> flo
 
 
 def continuation_rouge_l(reference: str, candidate: str) -> float:
-    """Return the F-measure of Rouge-L of a continuation against the full model's, as the package ``rouge-score`` does.
+    """Return the F-measure of Rouge-L of a continuation against the whole model's, as the package ``rouge-score`` does.
 
     Words are those of that package, runs of ASCII letters and digits in lower case, unstemmed; any other letter is a
     word by itself, where the package sees none. Equal texts score 1, also without words.

@@ -29,10 +29,8 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     """Measure small edits, then new orders of documents. Return [] if the model or the prompts allow no moves.
 
     Small edits change, insert and delete lines, and one drops a message of a twelfth of the prompt. Each kind is
-    measured after as many edits as its ``most_moves`` allows. The last edit changes a pass key.
-
-    Args:
-        judge: its probes are those of texts with pass keys, numbered as :func:`passkey` does.
+    measured after as many edits as its ``most_moves`` allows. The last edit changes a pass key: the judge's probes must
+    have pass keys, numbered as :func:`passkey` does.
     """
     prompts = list(dict.fromkeys((each.text, each.tokens[: each.n_prompt]) for each in judge.probes))
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()

@@ -47,10 +47,7 @@ def unseen_texts() -> list[dict[str, str]]:
 def hold_out(tokenizer: "Llama", kinds: Sequence[Mapping[str, str]], n_texts: int, n_tokens: int) -> HeldOut:
     """Cut ``n_texts`` items of ``n_tokens`` for each part, in equal shares of each kind of text.
 
-    If a kind is too small for its share, the items are cut from all kinds together.
-
-    Args:
-        kinds: texts by name, of each kind.
+    ``kinds`` has texts by name, for each kind. If a kind is too small for its share, all kinds are put together.
 
     Raises:
         DataError: there is too little text, or ``n_texts`` or ``n_tokens`` is too small.

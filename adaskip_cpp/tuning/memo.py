@@ -17,12 +17,10 @@ _T = TypeVar("_T")
 
 
 class Memo:
-    """Values by name in a JSON file, and a profile beside it.
+    """Values by name in a JSON file, and a profile beside it. A ``path`` of None keeps nothing.
 
-    Args:
-        path: the file; None keeps nothing.
-        key: what the values depend on, such as a hash of the model, the texts and the options. A file with another key
-            is ignored and overwritten.
+    ``key`` stands for everything that the values depend on: a hash of the model, the texts and the options. A file with
+    another key is ignored and overwritten.
     """
 
     def __init__(self, path: str | None = None, key: str = "") -> None:

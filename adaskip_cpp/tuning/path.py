@@ -37,19 +37,13 @@ _DEPTHS = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4,
 
 @dataclass(frozen=True)
 class Candidate:
-    """A set: what the bulk of a prompt leaves out.
+    """A set: what the bulk of a prompt leaves out."""
 
-    Attributes:
-        attention, ffn: layers whose attention and whose FFN is skipped.
-        windowed: layers whose attention sees a window of the prompt's length divided by ``share``.
-        level: the level of loss that a path has this set for; 0 if it is in no path.
-    """
-
-    attention: tuple[int, ...] = ()
-    ffn: tuple[int, ...] = ()
-    windowed: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()  # layers whose attention is skipped
+    ffn: tuple[int, ...] = ()  # layers whose FFN is skipped
+    windowed: tuple[int, ...] = ()  # layers whose attention sees a window: the prompt's length divided by share
     share: int = SHARES[0]
-    level: float = field(default=0.0, compare=False, repr=False)
+    level: float = field(default=0.0, compare=False, repr=False)  # the loss that a path has this set for, else 0
 
     def skip(self, n_layer: int) -> npt.NDArray[np.bool_]:
         return marked(n_layer, self.attention, self.ffn)
@@ -85,10 +79,8 @@ class _Curve:
 class Losses:
     """The measured losses of some sets, to predict the losses of others.
 
-    Attributes:
-        curves: loss by depth, for each part.
-        factor: float64 ``[2]``, for continuations and copies: the loss of skipped sublayers together, after a long
-            prompt, over the sum of their curves.
+    ``factor`` is float64 ``[2]``, for continuations and copies: the loss of skipped sublayers together, after a long
+    prompt, over the sum of their curves.
     """
 
     curves: Mapping[_Part, _Curve]
@@ -123,12 +115,10 @@ def measure(
     *,
     on_progress: Callable[[float], object] = lambda fraction: None,
 ) -> Losses:
-    """Measure the losses of some sets.
+    """Measure the losses of some sets. ``seconds`` predicts the time of a prompt with a set.
 
-    Args:
-        lost: judges a set, after long prompts if its second argument is true, else after short ones. It is called
-            :func:`n_judged` times at most.
-        seconds: predicts the time of a prompt.
+    ``lost`` judges a set, after long prompts if its second argument is true, else after short ones. It is called
+    :func:`n_judged` times at most.
     """
     total, done = n_judged(every), 0
 
@@ -151,9 +141,7 @@ def find_path(
 ) -> list[Candidate]:
     """Return the sets of a path: one for each level of loss that saves more time, each containing the one before.
 
-    Args:
-        seconds: predicts the time of a prompt.
-        shares: of windows; none for a path without windows.
+    ``seconds`` predicts the time of a prompt with a set. ``shares`` are those of windows; () for no windows.
     """
     grid, whole, path = losses.grid(shares, seconds), seconds(Candidate()), list[Candidate]()
     for level in levels:
@@ -168,11 +156,8 @@ def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: fl
 
     This is the fastest set that is expected to keep the promise. The least promise of a set is its level times a
     factor. The factor is known for judged sets and interpolated between them; before any is judged, it is
-    :data:`_FIRST`.
-
-    Args:
-        path: sets of ascending levels.
-        needs: the least promise of each judged set, of this path or another; infinite if it keeps none.
+    :data:`_FIRST`. The levels of ``path`` ascend. ``needs`` has the least promise of each judged set, of this path or
+    another; it is infinite for a set that keeps none.
     """
     known = sorted((math.log(each.level), math.log(max(need, 1e-9) / each.level))
                    for each, need in needs.items() if math.isfinite(need))  # fmt: skip
