@@ -224,7 +224,7 @@ def test_a_changed_setting_begins_anew_and_says_where_the_old_results_are(run: R
     run(*arguments)
     (kept,) = (tmp_path / "out").glob("items-*.jsonl")
     result = run(*arguments, "--tokens", 30)
-    assert "The settings have changed; earlier results are kept in" in result.stderr
+    assert "The settings have changed. Earlier results are kept in" in result.stderr
     assert kept.name in result.stderr.replace("\n", "")
 
 
