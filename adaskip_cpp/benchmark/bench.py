@@ -83,7 +83,6 @@ class BenchResult:
         return table(self.times)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
         return {
             "configuration": self.about,
             "settings": self.settings,

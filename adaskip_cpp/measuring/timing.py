@@ -1,7 +1,7 @@
-"""Times one request on any ``llama_cpp.Llama``.
+"""Times one request on any ``llama_cpp.Llama``, stock or ours. Start at :func:`time_request`.
 
-This module imports nothing of the package: stock llama-cpp-python is timed by the same code, loaded by its path, in a
-process that never sees our libllama.
+This module imports nothing of the package. So a process that times stock llama-cpp-python can load it by its path,
+without our libllama.
 """
 
 import gc
@@ -13,20 +13,18 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-N_SETTLE = 2
-"""Tokens at the beginning of decode that are not counted: the first builds the phase's graph, the second reuses it
-while caches are still cold."""
+N_SETTLE = 2  # uncounted first tokens of decode: one builds the phase's graph, one reuses it with cold caches
 
 
 @dataclass(frozen=True)
 class RequestTime:
-    """Seconds from the call to the first token, of a prompt of which nothing was cached, and of each one behind it."""
+    """Seconds from the call to the first token, with nothing in the cache, and from each token to the next."""
 
     first_token_s: float
     token_s: tuple[float, ...]
 
     def per_token_s(self, n_settle: int = N_SETTLE) -> float:
-        """Median seconds per token behind the first ``n_settle``; of the last one if there are no more; NaN of none."""
+        """Return the median of the tokens after ``n_settle``; if there are none, the last token's seconds, or NaN."""
         if not self.token_s:
             return math.nan
         return statistics.median(self.token_s[min(n_settle, len(self.token_s) - 1) :])
@@ -53,10 +51,9 @@ class SecondsByDepth:
 
 
 def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
-    """Time a prompt and the ``n_decode`` tokens behind the first, chosen greedily, on past the end of the text.
+    """Time a prompt and the ``n_decode`` tokens after the first one, chosen greedily, also after the end of the text.
 
-    Whatever the model, stock or ours, has cached is forgotten first, and what it caches here stays. Sampling reads the
-    logits, so a GPU has finished whenever the clock is read.
+    The model's cache is emptied first. Sampling reads the logits, so a GPU has finished whenever the clock is read.
     """
     tokens = list(prompt)
     llm.reset()
@@ -77,8 +74,8 @@ def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
 
 
 def in_turn(n: int, n_round: int) -> list[int]:
-    """Return the order of ``n`` contenders in a round, counted from 0: reversed in every second one.
+    """Return the order of ``n`` contenders in a round, counted from 0: reversed in every second round.
 
-    A machine that grows slower within a round then hits the first as often as the last.
+    So a machine that becomes slower within a round affects the first contender as often as the last.
     """
     return list(range(n))[:: -1 if n_round % 2 else 1]

@@ -1,8 +1,7 @@
-"""Draws profiles, as in the paper, plans, and frontiers, for ``adaskip-cpp plot``. Needs matplotlib.
+"""Draws profiles, plans and frontiers, for ``adaskip-cpp plot``; raises PackageMissingError without matplotlib.
 
 Several profiles, by the name to show, compare models. If their numbers of layers differ, the x axis is the depth.
-Similarities are drawn as ``log(1 - similarity)``: those of skippable sublayers differ in the third decimal. Without
-matplotlib, every function raises PackageMissingError.
+Similarities are drawn as ``log(1 - similarity)``: those of skippable sublayers differ in the third decimal.
 """
 
 from collections.abc import Mapping, Sequence

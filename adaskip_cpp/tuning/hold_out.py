@@ -47,10 +47,8 @@ def unseen_texts() -> list[dict[str, str]]:
 def hold_out(tokenizer: "Llama", kinds: Sequence[Mapping[str, str]], n_texts: int, n_tokens: int) -> HeldOut:
     """Cut ``n_texts`` items of ``n_tokens`` for each part, in equal shares of each kind of text.
 
-    ``kinds`` has texts by name, for each kind. If a kind is too small for its share, all kinds are put together.
-
-    Raises:
-        DataError: there is too little text, or ``n_texts`` or ``n_tokens`` is too small.
+    ``kinds`` has texts by name, for each kind. If a kind is too small for its share, all kinds are put together. Raises
+    DataError if there is too little text, or if ``n_texts`` or ``n_tokens`` is too small.
     """
     if n_texts < 2 or n_tokens < 4:
         raise DataError(f"cannot judge by {n_texts} texts of {n_tokens} tokens; use at least 2 texts of 4 tokens")

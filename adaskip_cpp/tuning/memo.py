@@ -71,7 +71,6 @@ class Memo:
             self.get("profile", bool, lambda: True)
 
     def remove(self) -> None:
-        """Remove the files, at the end of a run."""
         if self._path is not None:
             for path in (self._path, self._profile_path, self._profile_path.removesuffix(".json") + ".bin"):
                 with contextlib.suppress(FileNotFoundError):

@@ -29,10 +29,7 @@ def measure_speed(
     """Time a prompt in processes that take turns: stock with its defaults, ours with settings, ours with a plan too.
 
     Each process reads the prompt ``n_rounds`` times. ``kwargs`` are arguments of ``llama_cpp.Llama`` for all of them,
-    such as ``n_gpu_layers``.
-
-    Raises:
-        NativeError: a process ended or failed.
+    such as ``n_gpu_layers``. Raises NativeError if a process ends or fails.
     """
     options = {"n_ctx": len(prompt) + 8, **(kwargs or {})}
     names = ("stock", "settings", *(["plan"] if plan is not None else []))

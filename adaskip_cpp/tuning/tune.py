@@ -48,9 +48,7 @@ _N_CTX = _JUDGED_AT + 512
 _LONG = 8192  # tokens of the prompts of a second path, with windows: there they save more than skipping does
 _SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windows are measured on the long ones
 _N_TEXTS, _N_SEARCHED = 4, 2  # held-out texts to judge plans, and to search sets
-_ANSWER = 128, 136
-"""Tokens of the answers that plans are judged by: those that continue and those that copy. They cost little compared
-with the prompt, and one token may lose as much as fifty others."""
+_ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 _AIMS = (0.05, 0.02, 0.1, 0.035, 0.07, 0.2)  # promises to find the fastest plan for, in order, while tokens last
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
