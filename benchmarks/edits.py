@@ -1,12 +1,12 @@
-"""What it costs that an edited prompt uses the K and V of the prompt before: quality, tokens read, and time.
+"""Measures quality, tokens read and time when an edited prompt uses the K and V of the prompt before.
 
     python benchmarks/edits.py MODEL.gguf [--prompt 1024] [--mend 1 16 64] [--pieces 1] [--max-loss X]
 
-A prompt of each text is read, then an edited form of it under ``reuse="edits"``. Divergence and added loss are those of
-the tokens that follow, against the whole model that reads the edited prompt anew. One answer continues the prompt, one
-copies from it. A pass key is changed by an edit as well, and asked for: the new one must be found, the old one never.
-Texts are those of benchmarks/promise.py. With ``--max-loss`` the plan of that promise is in force; its own loss comes
-on top. Times are those of the tokens up to the first one of an answer; let nothing else run for these.
+A prompt of each text is read, then an edited form of it under ``reuse="edits"``. Divergence and added loss compare the
+following tokens with the whole model, which reads the edited prompt anew. One answer continues the prompt, one copies
+from it. An edit also changes a pass key, which is then asked for: the new one must be found, the old one never. Texts
+are those of benchmarks/promise.py. With ``--max-loss`` the plan of that promise is used, and figures include its loss.
+Times are those to the first token of an answer; run nothing else meanwhile. Start at :func:`main`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from adaskip_cpp.model.plan_file import plan_beside
 
 N_ANSWER = 128
 LINE = "\n# The limit was raised to 4096 in March, see the notes of the maintainers.\n"
-HEAD = 60  # tokens at the beginning that no edit of the order moves
+HEAD = 60  # first tokens, which stay in their places when texts are dropped or swapped
 
 Tokens = list[int]
 Edit = Callable[[Tokens, Tokens], Tokens]
@@ -43,12 +43,12 @@ EDITS: dict[str, Edit] = {
 
 
 def changed(tokens: Tokens, line: Tokens, at: int) -> Tokens:
-    """Return a prompt in which a line stands in the place of a slightly shorter one."""
+    """Return a prompt in which a line replaces a slightly shorter one."""
     return tokens[:at] + line + tokens[at + len(line) - 5 :]
 
 
 def answers(llm: AdaSkipLlama, prompt: Tokens, given: list[Tokens]) -> tuple[list[npt.NDArray[np.float64]], float]:
-    """Return the log-probabilities by which the tokens of each answer are predicted, and the seconds to the first."""
+    """Return the log-probabilities that predict the tokens of each answer, and the seconds to the first token."""
     found, seconds = [], 0.0
     for answer in given:
         start = time.perf_counter()
@@ -72,10 +72,10 @@ def main() -> None:
     """Measure, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--prompt", type=int, default=1024, help="its tokens")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--mend", type=int, nargs="*", default=[1, 16, 64])
-    parser.add_argument("--pieces", type=int, default=1, help="of each text")
-    parser.add_argument("--max-loss", type=float, default=None, help="a promise, whose plan is in force")
+    parser.add_argument("--pieces", type=int, default=1, help="prompts of each text")
+    parser.add_argument("--max-loss", type=float, default=None, help="use the plan of this promise, in nats per token")
     args = parser.parse_args()
     llm = AdaSkipLlama(args.model, n_ctx=args.prompt + 512, verbose=False)
     plan = None
@@ -139,7 +139,7 @@ def main() -> None:
         n_read, share = np.median(np.array(values), axis=0)
         cells = [f"{each:.3f}" for each in np.mean(rows[kind, mend], axis=0)] if (kind, mend) in rows else 4 * ["-"]
         print(f"| {kind} | {mend} | {n_read:.0f} | {share:.0%} | {' | '.join(cells)} |")
-    print("\n| | new key found | old key told |\n|---|---|---|")
+    print("\n| | new key found | old key answered |\n|---|---|---|")
     for name, values in keys.items():
         new_found, old_told = np.sum(values, axis=0)
         print(f"| {name if name == 'whole' else f'mend {name}'} | {new_found} of {len(values)} | {old_told} |")

@@ -258,7 +258,7 @@ def test_promises_are_measured_with_and_without_a_profile(
     assert [each["name"] for each in found["contenders"]] == ["full", "promise 0.05", "promise 0.1"]
     assert found["n_done"] == found["n_results"] and "promise, 0.05" in result.stdout
     assert [each["n_skip_prefill"] for each in found["contenders"]] == [0, 1, 2]
-    assert "for each prompt the fastest of 2 plans" in found["about"]["configuration"]["Promises"]
+    assert "for each prompt, the fastest of 2 plans" in found["about"]["configuration"]["Promises"]
     report = (tmp_path / "out" / "results.md").read_text()
     assert "| promise, 0.05 |" in report and "profile" not in found["about"]["command"]
     again = run(model=model, profile=None)
