@@ -1,11 +1,13 @@
 # Long, as what is cached, which plan is in force and how the next tokens are cut into phases hang together.
 """``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
 
+import ctypes
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import llama_cpp
 import numpy as np
 
 from ..errors import AdaSkipError, NativeError, PlanError, StateError
@@ -15,7 +17,7 @@ from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
-from .edits import Run, Tokens, find_runs, n_common
+from .edits import Run, Saved, Tokens, beside, find_runs, n_common
 from .grammar import check_grammar
 from .native import OnlineResult, StatisticsSink, elide_kv, is_here
 from .self_describing import SelfDescribingLlama
@@ -72,6 +74,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         frontier: what `adaskip-cpp tune` found, where the model was opened with it.
         max_loss: the promise that a plan is chosen by for each prompt; None where :meth:`set_plan` was given one plan.
         n_moved: tokens of the last prompt that were moved to their place in it.
+        saved: prompts of :meth:`save_prompt`. Where edits are in force, the next prompts use their runs as well.
         on_batch: called with the number of tokens in memory when an evaluation begins, and after each of its batches.
 
     Raises:
@@ -94,6 +97,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     ) -> None:
         check_gguf(model_path)
         self._reuse, self._edits, self._fills, self.n_moved = reuse, edits_of(reuse), False, 0
+        self.saved: Sequence[Saved] = ()
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = _ignore
@@ -418,28 +422,93 @@ class AdaSkipLlama(SelfDescribingLlama):
         return first, [Run(each.start + mend, each.to + mend, each.n - mend, each.n_moves) for each in moved]
 
     def _read_edited(self, prompt: list[int]) -> None:
-        """Read a prompt up to the end of the last run of tokens that it has from the one in memory."""
+        """Read a prompt up to the end of the last run of tokens that it has from the one in memory or a saved one."""
         native, self.n_moved = self._adaskip, 0
         if self.edits is None or self._reads_prompt or self.logits_all or self.context_params.embeddings:
             return
-        n = min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens))
-        first, runs = self._known(self.input_ids[:n], np.array(prompt, np.int32))
-        if not runs or self.input_ids[:n].min() < 0 or self.has_lost_window(max(first, 1)):
+        n, wanted = (
+            min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens)),
+            np.array(prompt, np.int32),
+        )
+        first, runs = self._known(self.input_ids[:n], wanted)
+        saved = self._choose_saved(wanted, [Run(0, 0, first), *runs])
+        is_readable = n == 0 or (self.input_ids[:n].min() >= 0 and not self.has_lost_window(max(first, 1)))
+        if not (runs or saved) or not is_readable:
             return
-        native.set_aside(first, runs)
-        self.n_tokens, self._requires_eval, self._fills = first, True, True
+        # A saved state is loaded in the place of what the memory holds, so what both begin with is set aside as well.
+        prefix = [Run(0, 0, first, 0)] if saved and first else []
+        native.set_aside(0 if saved else first, [*prefix, *runs])
+        self.n_tokens, self._requires_eval, self._fills = 0 if saved else first, True, True
         try:
-            for run in runs:
+            for each, theirs in saved:
+                runs += self._set_aside_saved(each, theirs)
+            native.take_back(first)
+            self.n_tokens = first
+            for run in sorted(runs, key=lambda run: run.to):
                 self._fill(prompt, run.to)
                 end = run.to + run.n
                 native.take_back(end)
                 self.input_ids[run.to : end] = prompt[run.to : end]
                 self.n_tokens = native.kv_valid("prefill", end)  # others were moved too often
                 self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)
-                self.n_moved += self.n_tokens - run.to
+                self.n_moved += self.n_tokens - run.to if run.n_moves else 0
         finally:
             self._fills = False
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # what is still aside where this was cut short
+
+    def _choose_saved(self, prompt: Tokens, taken: list[Run]) -> list[tuple[Saved, list[Run]]]:
+        """Return which saved prompts have runs for places that are not taken, and these runs; those with most first."""
+        edits, chosen = self.edits, list[tuple[Saved, list[Run]]]()
+        if edits is None:
+            return []
+        known = []
+        for each in self.saved:
+            first, runs = self._known(each.tokens, prompt)
+            known.append((each, [*([Run(0, 0, first, 0)] if first else []), *runs]))
+        while known:
+            rest = [(each, beside(runs, taken, least=edits.least, mend=edits.mend)) for each, runs in known]
+            best = max(rest, key=lambda each: sum(run.n for run in each[1]))
+            if not best[1]:
+                break
+            chosen.append(best)
+            taken = [*taken, *best[1]]
+            known = [(each, runs) for each, runs in known if each is not best[0]]
+        return chosen
+
+    def _set_aside_saved(self, saved: Saved, runs: list[Run]) -> list[Run]:
+        """Load a saved prompt and set its runs aside; returns those that may be read, none where there is no room."""
+        native, state = self._adaskip, saved.take()
+        try:
+            if state is None or not self._load_sequence(state):
+                return []
+            n = native.kv_valid("prefill", len(saved.tokens))
+            valid = [run._replace(n=min(run.n, n - run.start)) for run in runs if run.start < n]
+            native.set_aside(0, valid)
+            return valid
+        except NativeError:  # a sliding window has left some, or cells cannot count so many moves
+            return []
+        finally:
+            self._ctx.kv_cache_seq_rm(0, -1, -1)
+
+    def save_prompt(self) -> Saved:
+        """Return the tokens in memory with their K and V, about :attr:`kv_bytes`, for :attr:`saved`.
+
+        Raises:
+            StateError: llama.cpp cannot save them.
+        """
+        if (state := self._save_sequence()) is None:
+            raise StateError("llama.cpp could not save what is in memory; call reset() and read the prompt again.")
+        return Saved(self.input_ids[: self.n_tokens].copy(), lambda: state)
+
+    def _save_sequence(self) -> bytearray | None:
+        """Return the state of sequence 0; None where llama.cpp fails to save it."""
+        state = bytearray(llama_cpp.llama_state_seq_get_size(self.ctx, 0))
+        n = llama_cpp.llama_state_seq_get_data(self.ctx, _as_c_bytes(state), len(state), 0)
+        return state if n == len(state) else None
+
+    def _load_sequence(self, state: bytearray) -> bool:
+        """Put a saved state in the place of sequence 0; returns whether llama.cpp took it."""
+        return bool(llama_cpp.llama_state_seq_set_data(self.ctx, _as_c_bytes(state), len(state), 0))
 
     def _fill(self, prompt: list[int], end: int) -> None:
         """Evaluate the tokens of a prompt from those in memory up to ``end``, before others that are set aside."""
@@ -593,6 +662,11 @@ class AdaSkipLlama(SelfDescribingLlama):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._put_in_force(plan, readable)
         self.frontier, self.max_loss = frontier, max_loss
+
+
+def _as_c_bytes(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:
+    """Return its bytes as llama.cpp takes them; states of long prompts are too large to be copied more than once."""
+    return (ctypes.c_uint8 * len(state)).from_buffer(state)
 
 
 def _ignore(n_tokens: int) -> None:
