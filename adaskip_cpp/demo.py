@@ -40,7 +40,7 @@ _N_REQUESTS = 20  # a quarter of `calibrate`'s default: takes half a minute, and
 _N_DECODE = 16  # tokens decoded after each calibration request: few, as the plan shown uses statistics of prompts
 _COST_S = 5.0
 
-_COMPARE_S = 36.0  # for all rounds after the first. The whole demo took 287 s on 2 slow, busy cores
+_COMPARE_S = 36.0  # seconds for the comparison, of at least one round. The demo took 287 s on 2 slow, busy cores
 _MAX_ROUNDS = 7
 
 

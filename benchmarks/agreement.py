@@ -31,8 +31,8 @@ PROMPTS, N_ANSWER = (24, 100, 600), 8
 """Tokens of the prompts, and of the answers whose logits are compared. Devices have different kernels for few and for
 many tokens; the second prompt has a short bulk, and the third is longer than a ubatch."""
 MANY_TIMES, LEAST_ROUNDING = 4, 1e-6
-"""A plan may differ from the CPU so many times as much as the whole model does, which counts as at least float32's
-rounding."""
+"""A plan may differ between device and CPU by four times the difference of the whole model, which counts as at
+least float32's rounding."""
 MOST_NATS = 0.03  # from the CPU to a device with no plan: as little as the mildest plans of the README lose
 SHARE = 5  # one in so many sublayers is skipped: 12 of SmolLM2's 60
 

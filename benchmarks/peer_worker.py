@@ -255,7 +255,7 @@ def read_gguf(path: str, attention: str) -> Any:
         model = LlamaForCausalLM(config)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    # The buffer of frequencies is no weight, so it has no values after the meta device.
+    # The buffer of frequencies is no weight, so a model made on the meta device lacks its values.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 

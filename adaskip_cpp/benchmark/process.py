@@ -77,7 +77,7 @@ class Worker:
         requests, replies = self._process.stdin, self._process.stdout
         assert requests is not None and replies is not None
         try:
-            pickle.dump(pickle.dumps((method, arguments)), requests)  # twice, for the worker's main thread
+            pickle.dump(pickle.dumps((method, arguments)), requests)  # twice: its main thread unpickles the inner one
             requests.flush()
             reply: dict[str, Any] = pickle.load(replies)
         except (EOFError, OSError, pickle.UnpicklingError):

@@ -117,7 +117,7 @@ class _Rest:
             self._keep(Record(item.id, contender.name, CONTINUATION, values, text, divergences))
 
     def answer(self, item: QuestionItem, contender: Contender) -> None:
-        """Score an answer. A prefix that the question shares with the previous one, a document, is not read again."""
+        """Score an answer. A prefix shared with the previous question, such as a document, is not read again."""
         if (item.id, contender.name, ANSWER) in self._left:
             self._llm.set_plan(contender.plan_for(len(item.prompt)))
             text = greedy_text(self._llm, item.prompt, item.max_tokens, first_line=item.first_line)

@@ -90,7 +90,7 @@ class LongBench:
 
 
 class _Table:
-    """Values by dataset, from a file, else a DataError. LongBench-E's datasets may use the values of LongBench's."""
+    """Values by dataset, from a file; DataError if it is invalid. LongBench-E's datasets may use LongBench's values."""
 
     def __init__(self, path: StrPath | None, kind: Any, built_in: Mapping[str, Any], what: str, option: str) -> None:
         self.name = "the built-in table" if path is None else repr(os.fspath(path))

@@ -24,7 +24,7 @@ class RequestTime:
     token_s: tuple[float, ...]
 
     def per_token_s(self, n_settle: int = N_SETTLE) -> float:
-        """Return the median of the tokens after ``n_settle``; if there are none, the last token's seconds, or NaN."""
+        """Return the median seconds of the tokens after the first ``n_settle``, else of the last token, else NaN."""
         if not self.token_s:
             return math.nan
         return statistics.median(self.token_s[min(n_settle, len(self.token_s) - 1) :])
@@ -74,8 +74,5 @@ def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
 
 
 def in_turn(n: int, n_round: int) -> list[int]:
-    """Return the order of ``n`` contenders in a round, counted from 0: reversed in every second round.
-
-    So a machine that becomes slower within a round affects the first contender as often as the last.
-    """
+    """Return the order of ``n`` contenders in a round, reversed in odd rounds, so that drift affects all alike."""
     return list(range(n))[:: -1 if n_round % 2 else 1]
