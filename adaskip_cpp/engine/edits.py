@@ -28,7 +28,12 @@ class Run(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A prompt whose state of sequence 0 was saved; ``take`` returns the state, or None where it is gone."""
+    """A saved prompt.
+
+    Attributes:
+        tokens: int32 ``[n_tokens]``: its token ids.
+        take: returns the saved state of sequence 0; None if it is gone.
+    """
 
     tokens: Tokens
     take: Callable[[], bytearray | None]

@@ -27,7 +27,13 @@ _STRATEGY_NAMES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over ``n`` items and its standard error; or a quantile over ``n`` tokens. The error is NaN if unknown."""
+    """A mean over items, or a quantile over tokens.
+
+    Attributes:
+        mean: the mean or the quantile.
+        error: standard error of the mean; NaN for a single item and for a quantile.
+        n: number of items or tokens.
+    """
 
     mean: float
     error: float
@@ -36,7 +42,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed-up against the whole model, over the rounds in which both ran; and seconds."""
+    """A measured speed.
+
+    Attributes:
+        speedup: how many times as fast as the whole model, over rounds in which both ran.
+        seconds: the time, in seconds.
+    """
 
     speedup: Interval
     seconds: Figure
@@ -44,7 +55,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cell:
-    """Scores of the questions of one length in tokens and one depth, None for tasks without depth."""
+    """The score of questions of one length and depth.
+
+    Attributes:
+        length: tokens of the prompts.
+        depth: place of the answer in the prompt, 0 to 1; None without one.
+        score: mean score, 0 to 1.
+    """
 
     length: int
     depth: float | None
@@ -53,77 +70,124 @@ class Cell:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of one task's questions, 0 to 1. Comparisons are None if the whole model has no scores."""
+    """The scores of one task.
+
+    Attributes:
+        score: mean score, 0 to 1.
+        difference: mean difference from the whole model's score, item by item; None without a score of that.
+        same_answer: share of the questions with the same answer as the whole model's; None likewise.
+        same_score: share of the questions with the same score as the whole model's; None likewise.
+        cells: scores by length and depth, if the task has several of these.
+    """
 
     score: Figure
-    difference: Figure | None = None  # from the whole model's scores, item by item
-    same_answer: Figure | None = None  # share of the questions with the whole model's answer, apart from outer blanks
-    same_score: Figure | None = None  # share of the questions with the whole model's score
-    cells: tuple[Cell, ...] = ()  # by length and depth, if the task has several of either
+    difference: Figure | None = None
+    same_answer: Figure | None = None
+    same_score: Figure | None = None
+    cells: tuple[Cell, ...] = ()
 
 
 @dataclass(frozen=True)
 class Named:
-    """The identity of a contender."""
+    """The names of a contender.
 
-    name: str  # unique, such as "adaskip-12-e2e-affine"
+    Attributes:
+        name: unique name, such as ``"adaskip-12-e2e-affine"``.
+        strategy: strategy of the plan, ``"full"`` for the whole model.
+        budget: ``"12"`` sublayers, a speed-up of ``"1.2x"``, or a promise of ``"0.05"``; "" for none.
+        mode: mode of the plan; None for the whole model.
+        compensation: compensation of the plan.
+    """
+
+    name: str
     strategy: str
-    budget: str  # the request: "12" sublayers, a speed-up of "1.2x", a promise of "0.05", or ""
-    mode: ModeName | None  # None for the whole model
+    budget: str
+    mode: ModeName | None
     compensation: str
 
     @property
     def series(self) -> str:
-        """A name for people without the budget, such as ``AdaSkip affine``."""
+        """Name for people without the budget, such as ``AdaSkip affine``."""
         name = _STRATEGY_NAMES.get(self.strategy, self.strategy)
         return name if self.compensation == "none" else f"{name} {self.compensation}"
 
     @property
     def label(self) -> str:
-        """A name for people, such as ``AdaSkip affine, 1.2 x asked``."""
+        """Name for people, such as ``AdaSkip affine, 1.2 x asked``."""
         return f"{self.series}, {self.budget.replace('x', ' x asked')}" if self.budget else self.series
 
     @property
     def look(self) -> str:
-        """A key in :data:`adaskip_cpp.pictures.plots.STRATEGY`, or a compensation, which may not be in it."""
+        """Key of its line and marker in ``adaskip_cpp.pictures.plots.STRATEGY``, or a compensation without these."""
         is_default = self.strategy != "adaskip" or self.compensation == DEFAULT_COMPENSATION
         return self.strategy if is_default else self.compensation
 
 
 @dataclass(frozen=True)
 class Row(Named):
-    """A contender and its figures.
+    """A contender with its figures.
 
-    ``text`` has figures by kind of text (``"all"`` for all kinds) and by name: ``loss``, ``added_loss`` and ``kl`` in
-    nats per token, ``perplexity``, the quantiles ``kl_99`` and ``kl_99.9`` over the tokens of all items, ``agreement``,
-    ``rouge_l`` with the whole model's text. Figures that are unknown or not finite are missing.
+    Attributes:
+        n_skip_prefill: sublayers skipped in prompts, or in the bulk of the longest prompt.
+        n_skip_decode: sublayers skipped in decode.
+        speed: speeds of ``"first_token"``, ``"per_token"`` and ``"request"``; {} if nothing was timed.
+        text: figures by kind of text (``"all"`` for all kinds) and by name: ``loss`` and ``added_loss`` in nats per
+            token, ``perplexity``, divergence ``kl`` in nats per token, its quantiles ``kl_99`` and ``kl_99.9`` over all
+            tokens, ``agreement``, and ``rouge_l`` with the whole model's text. A figure is missing if it was not
+            measured or is not a number.
+        questions: scores by task.
     """
 
-    n_skip_prefill: int = 0  # sublayers skipped in prompts, or in the bulk of the longest one
+    n_skip_prefill: int = 0
     n_skip_decode: int = 0
-    speed: dict[str, Speed] = field(default_factory=dict)  # by the names in SPEED_NAMES; {} if nothing was timed
+    speed: dict[str, Speed] = field(default_factory=dict)
     text: dict[str, dict[str, Figure]] = field(default_factory=dict)
-    questions: dict[str, TaskScores] = field(default_factory=dict)  # by task
+    questions: dict[str, TaskScores] = field(default_factory=dict)
 
     @property
     def speedup(self) -> Interval | None:
-        """The measured speed-up of its mode, see :data:`SPEEDS`; None if it was not timed."""
+        """The measured speed-up of the part that its mode makes faster; None if it was not timed."""
         return self.speed[SPEEDS[self.mode]].speedup if self.mode and self.speed else None
 
     def figure(self, name: str, kind: str = "all") -> Figure | None:
+        """Return a figure of ``text``; None if it is missing.
+
+        Args:
+            name: name of the figure, such as ``"added_loss"``.
+            kind: kind of text.
+        """
         return self.text.get(kind, {}).get(name)
 
     def score(self, task: str) -> Figure | None:
+        """Return the score of a task; None if it is missing.
+
+        Args:
+            task: name of the task.
+        """
         return self.questions[task].score if task in self.questions else None
 
     def cells(self, task: str) -> dict[tuple[int, float | None], Figure]:
+        """Return the scores of a task by length in tokens and depth.
+
+        Args:
+            task: name of the task.
+        """
         cells = self.questions[task].cells if task in self.questions else ()
         return {(cell.length, cell.depth): cell.score for cell in cells}
 
 
 @dataclass(frozen=True)
 class About:
-    """The conditions of an evaluation: in words for people, as a command, and as JSON values (``settings``)."""
+    """A description of an evaluation.
+
+    Attributes:
+        title: title for people.
+        summary: summary for people.
+        configuration: model, machine and texts in words, by name.
+        command: a command that repeats the evaluation.
+        settings: the settings that results depend on, as plain JSON values.
+        notes: notes for the reader.
+    """
 
     title: str
     summary: str
@@ -135,34 +199,49 @@ class About:
 
 @dataclass(frozen=True)
 class Results:
-    """All figures of an evaluation, which may be unfinished."""
+    """The result of ``evaluate``, also of an unfinished evaluation.
 
-    n_done: int  # single results so far
-    n_results: int  # single results in the end
+    Attributes:
+        n_done: number of single results that are measured.
+        n_results: number of all single results.
+        about: description of the evaluation.
+        contenders: contenders with their figures, the whole model first.
+        format: name of the format of ``results.json``.
+        version: version of that format.
+    """
+
+    n_done: int
+    n_results: int
     about: About
-    contenders: tuple[Row, ...]  # the whole model first
+    contenders: tuple[Row, ...]
     format: str = "adaskip-evaluation"
     version: int = 3
 
     def to_json(self) -> str:
-        """Return the content of ``results.json``, with null for NaN."""
+        """Return the content of ``results.json``. NaN is null there."""
         return json_text(self)
 
     @property
     def full(self) -> Row:
+        """The whole model."""
         return self.contenders[0]
 
     def of_mode(self, mode: str) -> list[Row]:
-        """Return the contenders in a mode, the slowest first, so that those of equal speed can be compared."""
+        """Return the contenders in a mode, the slowest first.
+
+        Args:
+            mode: the mode.
+        """
         mine = [row for row in self.contenders if row.mode == mode]
         return sorted(mine, key=lambda row: 0.0 if row.speedup is None else row.speedup.value)
 
     @property
     def tasks(self) -> list[str]:
+        """Names of all tasks."""
         return list(dict.fromkeys(task for row in self.contenders for task in row.questions))
 
     @property
     def notes(self) -> list[str]:
-        """Notes for the reader; the first one says if the evaluation is unfinished."""
+        """Notes for the reader, the first one if the evaluation is not finished."""
         unfinished = f"This is not finished: {self.n_done} of {self.n_results} results. Run the same command again."
         return [*([unfinished] if self.n_done < self.n_results else []), *self.about.notes]

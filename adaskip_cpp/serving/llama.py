@@ -175,7 +175,7 @@ class ServedLlama(AdaSkipLlama):
             self._keep(0)
             self.set_plan(plan, readable=readable)
             self.reset()
-            self.saved = ()
+            self.saved_prompts = ()
             self._live_key, self._n_kept = "", 0  # so it is neither kept nor read on
             return
         names = f"{self._settings_key}/{content_hash([request.owner, request.salt])}/"
@@ -199,7 +199,7 @@ class ServedLlama(AdaSkipLlama):
             if state is not None and self._load(found.tokens, state):
                 self._n_kept = len(found.tokens)
         others = [each for each in self.prefix_cache.entries if each.key in keys]
-        self.saved = [Saved(each.tokens, partial(self.prefix_cache.take, each)) for each in others]
+        self.saved_prompts = [Saved(each.tokens, partial(self.prefix_cache.take, each)) for each in others]
         if self._prompt_rows is not None:
             request.known = {"logprobs": len(prompt)}
             return

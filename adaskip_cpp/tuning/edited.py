@@ -57,14 +57,14 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     def judged(edits: Edits) -> Judged:
         numbers = range(0, len(prompts), max(len(prompts) // _N_TEXTS, 1))
         earlier = {prompts[i][0]: before(i, edits.most_moves) for i in numbers}
-        own = llm.reuse, llm.saved
+        own = llm.reuse, llm.saved_prompts
         llm.set_reuse(edits)
         try:
             if edits.most_moves == MANY:
-                llm.saved = [each for forms in earlier.values() for each in _read_alone(llm, forms[0])]
+                llm.saved_prompts = [each for forms in earlier.values() for each in _read_alone(llm, forms[0])]
             scores = judge.edited(earlier)
         finally:
-            llm.saved = own[1]
+            llm.saved_prompts = own[1]
             llm.set_reuse(own[0])
         if llm.n_moved == 0:
             raise _NothingMovedError
