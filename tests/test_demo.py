@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from test_cost import cost_model
-from tiny_models import add_chat_template
+from oracles.costs import cost_model
+from oracles.tiny_models import add_chat_template
 
 from adaskip_cpp import demo
 from adaskip_cpp.cli.main import main
