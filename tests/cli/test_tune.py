@@ -248,19 +248,19 @@ def test_too_little_text_is_one_line_and_leaves_no_plan(tune: Tune, folder: Path
 def test_a_real_model_is_tuned_with_the_built_in_text(
     smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A seventh of the layers and a fifth of the tokens: what is left takes three minutes on two slow cores.
-    small = {"_N_REQUESTS": 4, "_JUDGED_AT": 1024, "_SEARCHED_AT": (256, 512), "_COST_CONTEXTS": (512,), "_COST_S": 1.0}
-    small |= {"_N_TEXTS": 2, "_N_SEARCHED": 1, "_N_ROUNDS": 1, "MOST_TOKENS": 20_000}
+    # A tenth of the layers and of the tokens.
+    small = {"_N_REQUESTS": 3, "_JUDGED_AT": 512, "_SEARCHED_AT": (128, 256), "_COST_CONTEXTS": (512,), "_COST_S": 1.0}
+    small |= {"_N_TEXTS": 2, "_N_SEARCHED": 1, "_N_ROUNDS": 1, "MOST_TOKENS": 10_000, "_ANSWER": (64, 72)}
     for name, value in small.items():
         monkeypatch.setattr(tuning, name, value)
     for module in ("calibration.calibrate", "tuning.tune"):
-        monkeypatch.setattr(f"adaskip_cpp.{module}.late_layers", lambda llm: range(26, 30))
-    monkeypatch.setattr("adaskip_cpp.tuning.exact.MOST_TOKENS", 3000)
-    args = ["tune", str(smollm2_path), "--context", "2048", "-o", str(tmp_path / "p.json"), "--json"]
+        monkeypatch.setattr(f"adaskip_cpp.{module}.late_layers", lambda llm: range(27, 30))
+    monkeypatch.setattr("adaskip_cpp.tuning.exact.MOST_TOKENS", 2000)
+    args = ["tune", str(smollm2_path), "--context", "512", "-o", str(tmp_path / "p.json"), "--json"]
     result = CliRunner().invoke(main, args, prog_name="adaskip-cpp")
     assert result.exit_code == 0, result.output
     frontier = load_plan(tmp_path / "p.json", model=smollm2_path).frontier
-    assert frontier is not None and frontier.points and frontier.n_read < 50_000
+    assert frontier is not None and frontier.points and frontier.n_read < 20_000
     chosen = frontier.choose(1024, 1.0)
     assert chosen is not None and chosen.skipped("bulk").n_skip > 2 and chosen.decode.n_skip == 0
     assert frontier.speeds[0].of == "settings"
