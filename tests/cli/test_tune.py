@@ -67,8 +67,10 @@ def files(folder: Path) -> dict[str, bytes]:
 # -- what it writes and prints ---------------------------------------------------------------------------------------
 
 
-def test_it_writes_what_the_model_opens_with(tune: Tune, folder: Path) -> None:
+def test_it_writes_what_the_model_opens_with_and_nothing_else(tune: Tune, folder: Path) -> None:
+    before = files(folder)
     assert tune().exit_code == 0
+    assert files(folder).keys() - before.keys() == {"m.adaskip-plan.json", "m.adaskip-plan.bin"}
     assert len(found(folder).points) == 2 and found(folder).n_read > 1000
     llm = AdaSkipLlama(str(folder / "m.gguf"), plan="auto", n_ctx=256, verbose=False)
     llm.eval([1, *range(3, 150)])
@@ -76,15 +78,13 @@ def test_it_writes_what_the_model_opens_with(tune: Tune, folder: Path) -> None:
     llm.close()
 
 
-def test_it_leaves_nothing_else_behind(tune: Tune, folder: Path) -> None:
-    before = files(folder)
-    tune()
-    new = files(folder).keys() - before.keys()
-    assert new == {"m.adaskip-plan.json", "m.adaskip-plan.bin"}
-
-
 def test_it_prints_settings_plans_promises_and_speed_within_80_columns(tune: Tune, folder: Path) -> None:
+    """And before it works, how to stop it and how long it takes. Settings that are given are not varied."""
     result = tune()
+    assert all((each.settings.n_threads, each.settings.flash_attn) == (1, False) for each in found(folder).tried)
+    before = " ".join(result.stderr.split())
+    assert "let nothing else run. Ctrl-C is safe: the same command goes on later." in before
+    assert "The other stages take about" in before
     told = " ".join(result.stdout.split())
     for words in (
         "Settings, of the whole model",
@@ -98,12 +98,6 @@ def test_it_prints_settings_plans_promises_and_speed_within_80_columns(tune: Tun
     path = plan_path(folder / "m.gguf")
     assert f"Written to {path}" in told
     assert max(len(each) for each in result.stdout.splitlines() if path not in each and "auto" not in each) <= 80
-
-
-def test_it_says_before_it_works_how_to_stop_and_how_long_it_takes(tune: Tune) -> None:
-    told = " ".join(tune().stderr.split())
-    assert "let nothing else run. Ctrl-C is safe: the same command goes on later." in told
-    assert "The other stages take about" in told
 
 
 def test_json_is_what_was_found(tune: Tune, folder: Path) -> None:
@@ -120,11 +114,6 @@ def test_the_output_can_be_elsewhere(tune: Tune, folder: Path, tmp_path: Path) -
     assert result.exit_code == 0 and not os.path.exists(plan_path(folder / "m.gguf"))
     assert f"Use it with --plan {tmp_path / 'other.json'}." in result.stdout
     assert load_plan(tmp_path / "other.json").frontier is not None
-
-
-def test_settings_that_are_given_are_not_varied(tune: Tune, folder: Path) -> None:
-    tune()
-    assert all((each.settings.n_threads, each.settings.flash_attn) == (1, False) for each in found(folder).tried)
 
 
 # -- a run that is stopped -------------------------------------------------------------------------------------------
@@ -145,9 +134,11 @@ def interrupted_in(monkeypatch: pytest.MonkeyPatch, name: str, *, when: int = 1)
 
 
 @pytest.mark.parametrize("where", ["fastest_settings", "calibrate", "find_path", "measure_speed"])
-def test_ctrl_c_leaves_all_files_as_they_were_but_for_the_unfinished_ones(
+def test_ctrl_c_leaves_all_files_as_they_were_and_the_next_run_goes_on_and_cleans_up(
     where: str, tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    calibrated, tried = (interrupted_in(monkeypatch, name, when=0) for name in ("calibrate", "fastest_settings"))
+    Path(plan_path(folder / "m.gguf")).write_text("what was there")
     before = files(folder)
     interrupted_in(monkeypatch, where)
     result = tune()
@@ -155,18 +146,6 @@ def test_ctrl_c_leaves_all_files_as_they_were_but_for_the_unfinished_ones(
     after = files(folder)
     assert {name: after[name] for name in before} == before
     assert all(name.startswith("m.adaskip-plan-unfinished") for name in after.keys() - before.keys())
-
-
-@pytest.mark.parametrize("where", ["calibrate", "find_path", "measure_speed"])
-def test_the_next_run_goes_on_and_cleans_up(
-    where: str, tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calibrated, tried = (
-        interrupted_in(monkeypatch, "calibrate", when=0),
-        interrupted_in(monkeypatch, "fastest_settings", when=0),
-    )
-    interrupted_in(monkeypatch, where)
-    assert tune().exit_code == 130
     result = tune()
     assert result.exit_code == 0, result.output
     assert tried == [1] and calibrated == [1]
@@ -174,7 +153,7 @@ def test_the_next_run_goes_on_and_cleans_up(
     assert not any("unfinished" in name for name in files(folder))
 
 
-@pytest.mark.parametrize("change", [("--fresh",), ("--context", 120), ("--no-flash-attn", "--threads", 2)], ids=str)
+@pytest.mark.parametrize("change", [("--fresh",), ("--context", 120), ("--flash-attn",)], ids=str)
 def test_with_fresh_or_other_options_it_begins_anew(
     change: tuple[object, ...], tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,15 +162,6 @@ def test_with_fresh_or_other_options_it_begins_anew(
     assert tune().exit_code == 130
     assert tune(*change).exit_code == 0
     assert tried == [2]
-
-
-def test_a_file_that_was_there_is_replaced_at_the_end_alone(
-    tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path(plan_path(folder / "m.gguf")).write_text("what was there")
-    interrupted_in(monkeypatch, "measure_speed")
-    assert tune().exit_code == 130 and Path(plan_path(folder / "m.gguf")).read_text() == "what was there"
-    assert tune().exit_code == 0 and found(folder).points
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
