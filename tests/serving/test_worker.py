@@ -33,13 +33,17 @@ LONG = " ".join(f"the an{i} of to" for i in range(60))
 BOOK = " ".join(f"the an{i} of to" for i in range(600))
 """Several thousand tokens of the tiny vocabulary, which take half a second."""
 
+STOP, GRACE, LEAVE, LOADING = 8, 4, 2, 3
+"""Seconds: instead of 28 to end in, of 20 for a running answer and of 5 without a client. And 10 limits to load in."""
+
 ENDLESS = {"prompt": "the to of", "max_tokens": CTX, "logit_bias": {"2": -100}, "grammar": "root ::= [a-z ]+"}
 """An answer that no end-of-sequence token ends, of whole characters."""
 
 
 @pytest.fixture(scope="module")
 def server(served_model: Path, served_plan: Path) -> Iterator[Server]:
-    with serving(served_model, "--plan", str(served_plan), "--ctx", str(CTX)) as running:
+    sooner = f"from adaskip_cpp.serving import workers; workers.LEAVE = {LEAVE}; "
+    with serving(served_model, "--plan", str(served_plan), "--ctx", str(CTX), before=sooner) as running:
         yield running
 
 
@@ -249,7 +253,8 @@ def test_it_listens_while_the_model_is_loaded(served_model: Path) -> None:
 
 
 def test_a_process_that_does_not_load_is_ended(served_model: Path) -> None:
-    with serving(served_model, "--plan", "none", "--ctx", str(CTX), "--stuck-timeout", "2") as server:
+    sooner = f"from adaskip_cpp.serving import workers; workers._LOADING = {LOADING}; "
+    with serving(served_model, "--plan", "none", "--ctx", str(CTX), "--stuck-timeout", "2", before=sooner) as server:
         (first,) = server.workers()
         os.kill(first, signal.SIGKILL)
         until(lambda: set(server.workers()) - {first})
@@ -257,7 +262,7 @@ def test_a_process_that_does_not_load_is_ended(served_model: Path) -> None:
         os.kill(second, signal.SIGSTOP)
         assert text(server)
         assert second not in server.workers()
-        why = "it did not load within 20 seconds and was ended; --stuck-timeout gives it more"
+        why = "it did not load within 6 seconds and was ended; --stuck-timeout gives it more"
         assert f"tiny: {why}; it is started again\n" in server.lines
 
 
@@ -296,8 +301,8 @@ def test_a_request_that_goes_on_without_its_client_has_its_process_ended(server:
         next(told)
         worker, begin = stopped(server), time.monotonic()
     assert text(server) == expected
-    assert 4 < time.monotonic() - begin < 12 and worker not in server.workers()
-    assert any("did not stop 5 seconds after its client had left" in line for line in server.lines)
+    assert LEAVE - 0.5 < time.monotonic() - begin < 9 and worker not in server.workers()
+    assert any(f"did not stop {LEAVE} seconds after its client had left" in line for line in server.lines)
 
 
 # --- several models ---------------------------------------------------------------------------------------------------
@@ -452,14 +457,6 @@ def test_it_ends_when_it_is_told_to(served_model: Path, how: str) -> None:
                 assert refused.result().status_code in (200, 500, 503)
 
 
-STOP, GRACE = 8, 4
-"""Seconds in which all ends and in which a running answer may end, instead of 28 and 20."""
-
-SOONER = (
-    f"from adaskip_cpp.serving import server, workers; server.STOP, server.GRACE, workers.LEAVE = {STOP}, {GRACE}, 2; "
-)
-
-
 @pytest.mark.parametrize(
     ("is_stopped", "is_answering", "number"),
     [
@@ -475,7 +472,11 @@ def test_it_ends_in_time_whatever_the_model_does(
 ) -> None:
     """An endless answer gets its time. Afterwards the cache is written, but by a process that does nothing."""
     options = "--plan", "none", "--ctx", "65536", "--cache-dir", str(tmp_path / "kept")
-    with serving(served_model, *options, before=SOONER) as server:
+    sooner = (
+        "from adaskip_cpp.serving import server, workers; "
+        f"server.STOP, server.GRACE, workers.LEAVE = {STOP}, {GRACE}, {LEAVE}; "
+    )
+    with serving(served_model, *options, before=sooner) as server:
         text(server)
         (worker,), begin = server.workers(), time.monotonic()
         if is_answering:
