@@ -161,7 +161,7 @@ def serving(
     for line in process.stderr:
         lines.append(line)
         text += line.strip() + " "
-        if found := re.search(r"to look at (http://\S+);", text):
+        if found := re.search(r"A page to try it: (http://\S+)\. ", text):
             break
     else:
         raise AssertionError(f"no server: {text}")

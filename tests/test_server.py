@@ -531,7 +531,7 @@ def test_prometheus_reads_what_was_counted(server: Server) -> None:
 def test_a_promise_without_a_frontier_is_refused(served_model: Path, served_plan: Path) -> None:
     for plan in ((), ("--plan", str(served_plan))):
         with (
-            pytest.raises(AssertionError, match="--max-loss chooses from what `tune` found"),
+            pytest.raises(AssertionError, match="--max-loss chooses from the plans that `tune` found"),
             serving(served_model, "--max-loss", "0.1", *plan),
         ):
             pass
