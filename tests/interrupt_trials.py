@@ -192,7 +192,7 @@ def _end(verb: str, code: int, stderr: str, found: Found, name: str) -> str:
     last = (stderr.strip().splitlines() or [""])[-1]
     if code == 130 and last == "Error: interrupted" and not _has_traceback(stderr):
         return "interrupted"
-    if code == 130 and verb == "evaluate" and "Interrupted. All results are kept" in stderr and not _has_traceback(stderr):
+    if code == 130 and verb == "evaluate" and "All results are kept" in stderr and not _has_traceback(stderr):
         return "to go on"
     if code == 0 and not _has_traceback(stderr):
         return "ended" if verb == "serve" else "over before"
@@ -277,7 +277,7 @@ def _run_to_the_end(verb: str, folder: Path, found: Found) -> None:
         assert process.stderr is not None
         for line in process.stderr:
             lines.append(line)
-            if "Ctrl-C" in line and "Ctrl-C ends it" in "".join(lines).replace("\n", " "):
+            if "Ctrl-C ends it" in "".join(lines).replace("\n", " "):
                 break
         process.send_signal(signal.SIGINT)
     try:

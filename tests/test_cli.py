@@ -295,7 +295,7 @@ def test_inspect_lists_the_sublayers(run: Run, tiny: Any) -> None:
     assert run("inspect", tiny("gemma3")).stdout.count("window of 8") == 2  # layers 0 and 2
     sharing = run("inspect", tiny("gemma4")).stdout
     assert "6 of 8 sublayers can be skipped, 2 more in the bulk of a prompt." in sharing
-    assert "in the bulk alone, window of 8: its KV is shared" in " ".join(sharing.split())
+    assert "in the bulk only, window of 8: its KV is shared" in " ".join(sharing.split())
     data = json.loads(run("inspect", tiny(), "--json").stdout)
     assert (data["architecture"], data["n_layer"], data["n_skippable"]) == ("llama", 3, 6)
     assert [(row["layer"], row["kind"]) for row in data["sublayers"]] == [
@@ -422,7 +422,7 @@ def test_plan_tells_what_skipping_saves(run: Run, profile_path: Path, monkeypatc
     assert data["predicted_speedup"] == pytest.approx({"prefill": 1.0, "decode": 10 / 7})
     assert data["phase"] == "decode"
     text = run(*args).stdout
-    assert "prefill 1.00 x, decode 1.43 x as fast" in text and max(map(len, text.splitlines())) <= 80
+    assert "prefill 1.00 x, decode 1.43 x." in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_a_speedup_takes_as_many_sublayers_as_it_needs(
@@ -588,7 +588,7 @@ def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) ->
     assert "Chosen: flash_attn True. They change only the rounding." in told and "repack False fails" in told
     assert "A promise of 0.02 nats per token gives 1.30 times the speed at 2,048 tokens." in told
     assert "A promise of 0.05 nats per token (the default) gives 2.60 times the speed" in told
-    assert "after 2,048 tokens comes 1.50 (1.40 to 1.60) times as fast with both as with stock llama-cpp-python (2 s instead" in told
+    assert "after 2,048 tokens comes 1.50 (1.40 to 1.60) times as fast with both as with stock llama-cpp-python" in told
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 

@@ -44,7 +44,7 @@ _measured = partial(option, group="What to measure")
 @option(
     "--skip",
     type=numbers(int, "6,12"),
-    help=f"One plan for each number of skipped sublayers, as 6,12.  [with --strategy or --profile: {DEFAULT_N_SKIP}]",
+    help=f"Numbers of sublayers, a plan for each, as 6,12.  [default with --strategy or --profile: {DEFAULT_N_SKIP}]",
 )
 @option(
     "--contexts",
@@ -52,7 +52,7 @@ _measured = partial(option, group="What to measure")
     help="Lengths of prompts, in tokens.  [default: 512,2048,8192, as far as the model allows]",
 )
 @option("--repeats", type=click.IntRange(min=1), default=12, help="Number of rounds.")
-@_chosen("--strategy", type=names(_STRATEGIES), help=f"Strategies: {', '.join(_STRATEGIES)}.  [default: adaskip]")
+@_chosen("--strategy", type=names(_STRATEGIES), help=f"How to choose: {', '.join(_STRATEGIES)}.  [default: adaskip]")
 @_chosen(
     "--speedup",
     type=numbers(float, "1.2,1.4"),
@@ -72,7 +72,9 @@ _measured = partial(option, group="What to measure")
 @_measured("--no-stock", is_flag=True, help="Do not measure stock llama-cpp-python.")
 @_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers alone.")
 @model_options
-@option("--plot", "plot_to", group=OUTPUT, metavar="PATH", help="Draw PNG and SVG into a folder, or as PATH-*.png.")
+@option(
+    "--plot", "plot_to", group=OUTPUT, metavar="PATH", help="Draw pictures: into the folder PATH, or as PATH-*.png."
+)
 @json_option
 def bench(
     model: str,

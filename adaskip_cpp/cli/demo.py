@@ -31,7 +31,7 @@ def demo(model: str | None, request: PlanRequest | None, running: Running, svg: 
 
     It calibrates the model on text from Python's own library. Then it compares the whole model, mode prompt, and the
     paper's mode e2e at the same predicted speed. Each answers a question about a page that calibration did not read.
-    Each also predicts the text that follows other prompts, and looks for pass keys.
+    Each also predicts the text that follows other prompts, and looks for pass keys. Its default is --speedup 1.4.
     """
     chosen = request or PlanRequest()
     if chosen.n_skip is None and chosen.speedup is None and chosen.strategy != "manual":

@@ -59,7 +59,7 @@ def _print(facts: dict[str, Any], sublayers: tuple[Sublayer, ...]) -> None:
         printed.add_row(str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}", *alike)
     out.print(printed)
     n_in_bulk = sum(row.in_bulk and not row.skippable for row in sublayers)
-    in_bulk = f", and {n_in_bulk} more in the bulk of a prompt" if n_in_bulk else ""
+    in_bulk = f", {n_in_bulk} more in the bulk of a prompt" if n_in_bulk else ""
     out.print(f"{facts['n_skippable']} of {2 * facts['n_layer']} sublayers can be skipped{in_bulk}.")
     if n_windowable := sum(row.windowable for row in sublayers):
         out.print(f"{n_windowable} attentions can use a window in the bulk (option --windowed).")

@@ -43,12 +43,13 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     """Show the plan that PROFILE gives with these options: the sublayers that it skips, and the rank of each sublayer.
 
     PROFILE may also be a plan file, written by `tune` or with -o. Then its plans are shown, with the measurements of
-    `tune`. This takes no other options but --json.
+    `tune`. The only other option is then --json.
 
-    The table has these columns. "rank": the order in which sublayers are skipped. "divergence": of next-token
-    probabilities if the bulk skips this sublayer alone, in thousandths of a nat per token. Other modes rank by IO
-    similarity, and show that. "ms": the predicted milliseconds that skipping it alone saves, for a whole prompt or for
-    one decoded token (see --phase). "skip": b, p and d for bulk, prefill and decode. "scale": the factor of its input.
+    The table has these columns for each sublayer. "divergence": of next-token probabilities if the bulk skips it alone,
+    in thousandths of a nat per token. "rank": its place by divergence times the layers above it; rank 1 loses least.
+    Modes other than prompt rank by IO similarity, and show it. "ms": the predicted milliseconds that skipping it alone
+    saves, for a whole prompt or for one decoded token (see --phase). "skip": b, p, d if bulk, prefill, decode skip it.
+    "scale": the factor of its input.
     """
     out = console()
     if is_plan_file(profile_path):
@@ -92,7 +93,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     else:
         words = ", ".join(f"{name} {times:.2f} x" for name, times in speedup.items())
         what = "a prompt" if phase == "bulk" else phase
-        measured = f"predicted from times measured with {cost.settings.words}, up to {cost.deepest:,} tokens"
+        measured = f"predicted from times of {cost.settings.words}, up to {cost.deepest:,} tokens"
         out.print(f"ms: time saved in {what}, {measured}", style="dim", markup=False)
         out.print(f"Predicted speed-up at {context:,} tokens: {words}.")
         out.print(f"Predicted first token: after {first['plan']:.3g} s, whole model {first['full']:.3g} s.")

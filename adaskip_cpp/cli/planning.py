@@ -168,8 +168,8 @@ _OPTIONS = {
         "--mode",
         click.Choice(MODES),
         "Phases that skip. prompt: the bulk, which is a prompt without its head and tail. prefill: the whole prompt "
-        "and decode skip the same sublayers. decode: only decode. e2e: as prefill, and each answer adds FFNs after "
-        "its first 20 tokens.",
+        "and decode skip the same sublayers. decode: only decode. e2e: as prefill, and decode adds FFNs (see "
+        "--no-online).",
         "prompt",
     ),
     "decode": _choosing("--decode", click.IntRange(0), "Sublayers to skip in decode, with --mode prompt.", 0),
@@ -194,7 +194,12 @@ _OPTIONS = {
         f"{DEFAULT_COMPENSATION}; none with --strategy suffix",
     ),
     "online": option(
-        "--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Add no FFNs in decode."
+        "--no-online",
+        "online",
+        group=CHOOSING,
+        flag_value=False,
+        default=None,
+        help="Do not skip more FFNs after the first 20 tokens of an answer, as modes decode and e2e and --decode do.",
     ),
 }
 """The options by the field of PlanRequest that each sets, in the order of the help; None if not given."""

@@ -32,7 +32,7 @@ from .tune_report import print_frontier
 @option("--plan", "plan_file", group=CHOOSING, metavar="PLAN", help="Plan file to draw; needs exactly one PROFILE.")
 @plan_options
 @option("--context", group=CHOOSING, type=click.IntRange(1), default=2048, help="Prompt tokens for --speedup.")
-@option("--terminal", group=OUTPUT, is_flag=True, help="Print them. This is the default without matplotlib.")
+@option("--terminal", group=OUTPUT, is_flag=True, help="Print instead of drawing; the default without matplotlib.")
 def plot(
     paths: tuple[str, ...],
     output: str | None,

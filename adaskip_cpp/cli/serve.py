@@ -57,7 +57,7 @@ def _size(text: str) -> int:
     metavar="FILE",
     help="File of API keys, one per line; each client must send one.  [default: the key in ADASKIP_API_KEY, if set]",
 )
-@_who("--allow-host", "allowed", metavar="NAME", multiple=True, help="Without keys: another host name for this server.")
+@_who("--allow-host", "allowed", metavar="NAME", multiple=True, help="Host name to accept without a key; repeatable.")
 @_who("--insecure", is_flag=True, help="Let other machines use it without a key.")
 @_who("--log-prompts", is_flag=True, help="Print clients' requests to stderr, which nothing else does.")
 @_kept(

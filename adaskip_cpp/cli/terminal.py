@@ -243,7 +243,7 @@ _running = functools.partial(option, group=RUNNING)
 
 model_options = options(
     _running("--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: as tuned, else physical cores]"),
-    _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers to run on GPUs; -1: all."),
+    _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there are any; -1: all."),
     _running("--flash-attn/--no-flash-attn", default=None, help="Use flash attention.  [default: as tuned, else no]"),
     _running(
         "--rpc",
