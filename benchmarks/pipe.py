@@ -26,8 +26,8 @@ from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.intervals import ratio_interval
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.running import Running
+from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Opening
-from adaskip_cpp.serving.workers import Worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from served import IN_ONE_PROCESS, Server, serving

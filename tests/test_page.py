@@ -279,7 +279,7 @@ def test_a_speed_up_that_cannot_be_planned_is_refused_in_the_servers_words(page:
     Select(page["wish"]).select_by_value("speedup")
     page.fill()
     page["ask"].click()
-    page.wait("error", "a speed-up is planned from a profile")
+    page.wait("error", "a speed-up needs a profile")
 
 
 def test_a_server_that_is_gone_is_named_as_such(page: Page) -> None:

@@ -257,13 +257,13 @@ def test_entries_whose_files_are_gone_are_forgotten(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = PrefixCache(10_000, tmp_path / "kept")
     shutil.rmtree(tmp_path / "kept")
     for token in range(3):
         cache.put("a", ids(token), bytearray(10))
     cache.close()
-    assert capsys.readouterr().err.count("kept in memory alone") == 1
+    assert caplog.text.count("kept only in memory") == 1
     assert cache.take(cache.find({"a"}, ids(1))[0]) == bytearray(10)  # type: ignore[arg-type]
 
 
@@ -781,13 +781,14 @@ def test_a_text_without_tokens_is_not_embedded(tmp_path: Path) -> None:
         llm.embed(["the", ""])
 
 
-def test_an_error_of_the_server_is_logged_without_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_the_server_is_logged_without_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
     for logs_text in (False, True):
         try:
             raise KeyError("the to".upper())  # the line itself is in the log, as it is none that a client wrote
         except KeyError as error:
             status, message, _ = answer.explained(error, logs_text=logs_text)
-        log = capsys.readouterr().err
+        log = caplog.text
+        caplog.clear()
         assert status == 500 and "THE TO" not in message
         assert "in test_an_error" in log and "KeyError" in log and ("THE TO" in log) == logs_text
 

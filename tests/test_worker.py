@@ -257,7 +257,7 @@ def test_a_process_that_does_not_load_is_ended(served_model: Path) -> None:
         os.kill(second, signal.SIGSTOP)
         assert text(server)
         assert second not in server.workers()
-        why = "it did not load within 20 seconds and was ended; --stuck-timeout gives it more"
+        why = "it did not load within 20 seconds and was ended; use a larger --stuck-timeout"
         assert f"tiny: {why}; it is started again\n" in server.lines
 
 
@@ -355,7 +355,7 @@ def test_a_model_that_nobody_asks_for_is_unloaded(served_model: Path) -> None:
         until(lambda: states(server) == {"tiny": "unloaded"})
         assert server.workers() == [] and server.get("/health").status_code == 200
         assert server.metric("adaskip_kv_bytes") == 0 == server.metric("adaskip_worker_deaths")
-        assert "tiny: unloaded, as nobody asks for it\n" in server.lines
+        assert "tiny: unloaded, as there was no request for it\n" in server.lines
         assert text(server) == expected
         with server.stream({**ENDLESS, "max_tokens": 600}) as answer:  # which takes longer than that
             assert list(events(answer))[-1]["choices"][0]["finish_reason"] == "length"

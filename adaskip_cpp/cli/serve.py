@@ -129,9 +129,10 @@ def serve(
         from ..serving.app import make_app
         from ..serving.middleware import is_loopback
         from ..serving.prefix_cache import usable
+        from ..serving.process import Worker
         from ..serving.server import listen, run
         from ..serving.worker import Opening
-        from ..serving.workers import Worker, Workers
+        from ..serving.workers import Workers
     except ImportError as error:
         raise PackageMissingError(
             f"the server needs more packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
