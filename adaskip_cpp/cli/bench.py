@@ -36,60 +36,34 @@ _measured = partial(option, group="What to measure")
     example="adaskip-cpp bench model.gguf --profile model.adaskip.json --skip 6,12 --contexts 512,2048",
 )
 @click.argument("model")
-@option(
-    "--profile",
-    metavar="PROFILE",
-    help="Profile to make plans from.  [default: X.adaskip.json beside MODEL, X.gguf; else a brief calibration]",
-)
-@option(
-    "--skip",
-    type=numbers(int, "6,12"),
-    help=f"Numbers of sublayers, a plan for each, as 6,12.  [default with --strategy or --profile: {DEFAULT_N_SKIP}]",
-)
-@option(
-    "--contexts",
-    type=numbers(int, "512,2048"),
-    help="Lengths of prompts, in tokens.  [default: 512,2048,8192, as far as the model allows]",
-)
+@option("--profile", metavar="PROFILE", help="Profile to make plans from.  [default: X.adaskip.json beside MODEL, "
+        "X.gguf; else a brief calibration]")  # fmt: skip
+@option("--skip", type=numbers(int, "6,12"), help="Numbers of sublayers, a plan for each, as 6,12.  [default with "
+        f"--strategy or --profile: {DEFAULT_N_SKIP}]")  # fmt: skip
+@option("--contexts", type=numbers(int, "512,2048"),
+        help="Lengths of prompts, in tokens.  [default: 512,2048,8192, as far as the model allows]")  # fmt: skip
 @option("--repeats", type=click.IntRange(min=1), default=12, help="Number of rounds.")
 @_chosen("--strategy", type=names(_STRATEGIES), help=f"How to choose: {', '.join(_STRATEGIES)}.  [default: adaskip]")
-@_chosen(
-    "--speedup",
-    type=numbers(float, "1.2,1.4"),
-    help="One plan for each speed-up, predicted at the longest context: 1.2,1.4 are 1.2 and 1.4 times as fast.",
-)
+@_chosen("--speedup", type=numbers(float, "1.2,1.4"), help="One plan for each speed-up, predicted at the longest "
+         "context: 1.2,1.4 are 1.2 and 1.4 times as fast.")  # fmt: skip
 @_chosen_layers("--attention", type=LAYERS, help="A plan that skips only these attentions, as 1,5-7; may be repeated.")
 @_chosen_layers("--ffn", type=LAYERS, help="A plan that skips only these FFNs, as 1,5-7; may be repeated.")
 @_chosen_layers("--both", type=LAYERS_OF_BOTH, help="A plan for attentions/FFNs, as 1,5-7/8,9; may be repeated.")
 @_chosen("--tuned", is_flag=True, help="The plan for the longest context in the file that `tune` wrote beside MODEL.")
 @_chosen("--mode", type=click.Choice(MODES), default="prompt", help="Phases that skip, see `generate --help`.")
-@_chosen(
-    "--compensation",
-    type=click.Choice(list(COMPENSATIONS)),
-    help=f"See `generate --help`.  [default: {DEFAULT_COMPENSATION}; none with --strategy suffix]",
-)
+@_chosen("--compensation", type=click.Choice(list(COMPENSATIONS)),
+         help=f"See `generate --help`.  [default: {DEFAULT_COMPENSATION}; none with --strategy suffix]")  # fmt: skip
 @_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to decode after each prompt.")
 @_measured("--no-stock", is_flag=True, help="Do not measure stock llama-cpp-python.")
 @_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers alone.")
 @model_options
-@option(
-    "--plot", "plot_to", group=OUTPUT, metavar="PATH", help="Draw pictures: into the folder PATH, or as PATH-*.png."
-)
+@option("--plot", "plot_to", group=OUTPUT, metavar="PATH",
+        help="Draw pictures: into the folder PATH, or as PATH-*.png.")  # fmt: skip
 @json_option
 def bench(
-    model: str,
-    profile: str | None,
-    contexts: tuple[int, ...] | None,
-    tuned: bool,
-    repeats: int,
-    decode_tokens: int,
-    no_stock: bool,
-    no_ideal: bool,
-    plot_to: str | None,
-    running: Running,
-    as_json: bool,
-    **choice: Any,
-) -> None:
+    model: str, profile: str | None, contexts: tuple[int, ...] | None, tuned: bool, repeats: int, decode_tokens: int,
+    no_stock: bool, no_ideal: bool, plot_to: str | None, running: Running, as_json: bool, **choice: Any
+) -> None:  # fmt: skip
     """Measure the time to the first token and per token of MODEL, a GGUF file.
 
     Stock llama-cpp-python, the whole model ("no plan") and each plan take turns, each round in new processes. Ratios

@@ -28,37 +28,22 @@ _learning = partial(option, group="What to measure")
 @verb("Measure a model's sublayers.", example="adaskip-cpp calibrate model.gguf --data notes.txt -o model.adaskip.json")
 @click.argument("model")
 @option("-o", "--output", required=True, metavar="PROFILE", help="Profile file to write.")
-@option(
-    "--data",
-    "files",
-    multiple=True,
-    metavar="FILE",
-    help="UTF-8 text to calibrate on, - for stdin; may be repeated. Text like your prompts is best.  "
-    "[default: pages, sources and docstrings of Python's library]",
-)
+@option("--data", "files", multiple=True, metavar="FILE", help="UTF-8 text to calibrate on, - for stdin; may be "
+        "repeated. Text like your prompts is best.  [default: pages, sources and docstrings of Python's "
+        "library]")  # fmt: skip
 @_learning("--requests", type=click.IntRange(1), default=corpus.N_REQUESTS, help="Requests to cut from the text.")
 @_learning("--tokens", type=click.IntRange(2), default=corpus.N_TOKENS, help="Tokens in each request.")
-@_learning(
-    "--decode-tokens", "n_decode", type=click.IntRange(1), default=32, help="Tokens to decode after 20 of the requests."
-)
+@_learning("--decode-tokens", "n_decode", type=click.IntRange(1), default=32,
+           help="Tokens to decode after 20 of the requests.")  # fmt: skip
 @_learning("--rank", type=click.IntRange(0, 4096), default=DEFAULT_RANK, help="Rank of the linear maps; 0: no maps.")
 @_learning("--cost-only", is_flag=True, help="Only time the sublayers again, here; keep the rest of PROFILE.")
 @_learning("--no-cost", is_flag=True, help="Do not time the sublayers. Then --speedup cannot be used.")
 @model_options
 @json_option
 def calibrate(
-    model: str,
-    output: str,
-    files: tuple[str, ...],
-    requests: int,
-    tokens: int,
-    n_decode: int,
-    rank: int,
-    no_cost: bool,
-    cost_only: bool,
-    running: Running,
-    as_json: bool,
-) -> None:
+    model: str, output: str, files: tuple[str, ...], requests: int, tokens: int, n_decode: int, rank: int,
+    no_cost: bool, cost_only: bool, running: Running, as_json: bool
+) -> None:  # fmt: skip
     """Measure which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
 
     The whole model reads requests, cut from the text at even distances. It answers some of them with a few tokens. The

@@ -42,15 +42,9 @@ In the lines below an answer, "/s" means tokens per second. "12+3" means
 @option("--system", metavar="TEXT", help="System message: instructions before the conversation.  [default: none]")
 @answer_options(max_tokens=1024)
 def chat(
-    model: str,
-    source: PlanSource,
-    system: str | None,
-    max_tokens: int,
-    ctx: int,
-    temp: float,
-    seed: int | None,
-    running: Running,
-) -> None:
+    model: str, source: PlanSource, system: str | None, max_tokens: int, ctx: int, temp: float, seed: int | None,
+    running: Running
+) -> None:  # fmt: skip
     """Chat with MODEL, a GGUF file with a chat template; /help lists the commands.
 
     The conversation stays in memory, so each turn reads only the new message. Piped input has one message per line.

@@ -26,25 +26,13 @@ _LEAST_LENGTH = 512  # tokens; a shorter prompt has too little bulk for most spe
 @option("-p", "--prompt", help="The prompt. Give this or -f.")
 @option("-f", "--file", metavar="FILE", help="UTF-8 file with the prompt; - for stdin.")
 @source_options
-@option(
-    "--chat/--raw",
-    group=RUNNING,
-    default=None,
-    help="Put the prompt into the model's chat template, or use it as it is.  [default: --chat if there is one]",
-)
+@option("--chat/--raw", group=RUNNING, default=None, help="Put the prompt into the model's chat template, or use it "
+        "as it is.  [default: --chat if there is one]")  # fmt: skip
 @answer_options(max_tokens=256)
 def generate(
-    model: str,
-    prompt: str | None,
-    file: str | None,
-    source: PlanSource,
-    max_tokens: int,
-    ctx: int,
-    temp: float,
-    seed: int | None,
-    chat: bool | None,
-    running: Running,
-) -> None:
+    model: str, prompt: str | None, file: str | None, source: PlanSource, max_tokens: int, ctx: int, temp: float,
+    seed: int | None, chat: bool | None, running: Running
+) -> None:  # fmt: skip
     """Answer a prompt with MODEL, a GGUF file. The answer goes to stdout, the speed to stderr.
 
     A plan skips the sublayers that matter least. Without options for a plan, it uses the plans and settings that

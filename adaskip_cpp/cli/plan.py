@@ -35,9 +35,8 @@ from .tune_report import print_frontier
 @click.argument("profile_path", metavar="PROFILE")
 @plan_options
 @option("--context", type=click.IntRange(min=1), default=2048, help="Prompt length for predictions, in tokens.")
-@option(
-    "-o", "--output", metavar="PLAN", group=OUTPUT, help="Also write the plan to a file, for --plan of other verbs."
-)
+@option("-o", "--output", metavar="PLAN", group=OUTPUT,
+        help="Also write the plan to a file, for --plan of other verbs.")  # fmt: skip
 @json_option
 def plan(profile_path: str, request: PlanRequest | None, context: int, output: str | None, as_json: bool) -> None:
     """Show the plan that PROFILE gives with these options: the sublayers that it skips, and the rank of each sublayer.

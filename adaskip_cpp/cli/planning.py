@@ -152,87 +152,52 @@ def _choosing(name: str, kind: Any, words: str, default: object = None) -> Calla
 
 
 _OPTIONS = {
-    "n_skip": option(
-        "--skip", "n_skip", type=click.IntRange(min=0), help=f"Sublayers to skip.  [default: {DEFAULT_N_SKIP}]"
-    ),
-    "speedup": option(
-        "--speedup",
-        type=click.FloatRange(min=1),
-        help="Instead of --skip: skip enough for this speed-up, as predicted from the times in the profile. 1.5: 1.5 "
-        "times as fast.",
-    ),
-    "phase": _choosing(
-        "--phase", click.Choice(TIMED), "The phase that --speedup makes faster.", "prefill; decode with --mode decode"
-    ),
-    "mode": _choosing(
-        "--mode",
-        click.Choice(MODES),
-        "Phases that skip. prompt: the bulk, which is a prompt without its head and tail. prefill: the whole prompt "
-        "and decode skip the same sublayers. decode: only decode. e2e: as prefill, and decode adds FFNs (see "
-        "--no-online).",
-        "prompt",
-    ),
+    "n_skip": option("--skip", "n_skip", type=click.IntRange(min=0),
+                     help=f"Sublayers to skip.  [default: {DEFAULT_N_SKIP}]"),
+    "speedup": option("--speedup", type=click.FloatRange(min=1), help="Instead of --skip: skip enough for this "
+                      "speed-up, as predicted from the times in the profile. 1.5: 1.5 times as fast."),
+    "phase": _choosing("--phase", click.Choice(TIMED), "The phase that --speedup makes faster.",
+                       "prefill; decode with --mode decode"),
+    "mode": _choosing("--mode", click.Choice(MODES), "Phases that skip. prompt: the bulk, which is a prompt without "
+                      "its head and tail. prefill: the whole prompt and decode skip the same sublayers. decode: only "
+                      "decode. e2e: as prefill, and decode adds FFNs (see --no-online).", "prompt"),
     "decode": _choosing("--decode", click.IntRange(0), "Sublayers to skip in decode, with --mode prompt.", 0),
     "head": _choosing("--head", click.IntRange(0), "Tokens at a prompt's beginning that skip nothing.", DEFAULT_HEAD),
     "tail": _choosing("--tail", click.IntRange(1), "Tokens at a prompt's end that skip nothing.", DEFAULT_TAIL),
-    "windowed": _choosing(
-        "--windowed",
-        click.IntRange(0),
-        "Number of attentions with a window in the bulk, counted from the last layer.",
-        "the best number for --speedup, else 0",
-    ),
+    "windowed": _choosing("--windowed", click.IntRange(0),
+                          "Number of attentions with a window in the bulk, counted from the last layer.",
+                          "the best number for --speedup, else 0"),
     "window_size": _choosing("--window-size", click.IntRange(1), "Tokens in a window.", "an eighth of the prompt"),
     "strategy": _choosing("--strategy", click.Choice(list(STRATEGIES)), "How to choose sublayers.", "adaskip"),
     "attention": _choosing("--attention", LAYERS, "Layers whose attention to skip, as 1,5-7. No others but --ffn."),
     "ffn": _choosing("--ffn", LAYERS, "Layers whose FFN to skip, as 1,5-7. No others but --attention."),
-    "compensation": _choosing(
-        "--compensation",
-        click.Choice(list(COMPENSATIONS)),
-        "What replaces the output of a skipped sublayer. none: its input. paper: the input times the paper's norm "
-        "ratio. median: the input times the median ratio. affine: median plus the mean error. linear: affine plus a "
-        "low-rank map of the input.",
-        f"{DEFAULT_COMPENSATION}; none with --strategy suffix",
-    ),
-    "online": option(
-        "--no-online",
-        "online",
-        group=CHOOSING,
-        flag_value=False,
-        default=None,
-        help="Do not skip more FFNs after the first 20 tokens of an answer, as modes decode and e2e and --decode do.",
-    ),
-}
+    "compensation": _choosing("--compensation", click.Choice(list(COMPENSATIONS)), "What replaces the output of a "
+                              "skipped sublayer. none: its input. paper: the input times the paper's norm ratio. "
+                              "median: the input times the median ratio. affine: median plus the mean error. linear: "
+                              "affine plus a low-rank map of the input.",
+                              f"{DEFAULT_COMPENSATION}; none with --strategy suffix"),
+    "online": option("--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Decode skips no more "
+                     "than the plan. Else decode, e2e and --decode add FFNs after 20 tokens of an answer."),
+}  # fmt: skip
 """The options by the field of PlanRequest that each sets, in the order of the help; None if not given."""
 
 plan_options = options(*_OPTIONS.values(), made_of(_request, "request", *_OPTIONS))
 """The options that describe a plan; the command gets them as ``request``, or None if none is given."""
 
-plan_file_option = option(
-    "--plan",
-    "plan_file",
-    group=CHOOSING,
-    metavar="PLAN",
-    help="Plan file to use, written by `tune` or `plan -o`.  [default: X.adaskip-plan.json beside MODEL, X.gguf]",
-)
+plan_file_option = option("--plan", "plan_file", group=CHOOSING, metavar="PLAN", help="Plan file to use, written by "
+                          "`tune` or `plan -o`.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
 
-max_loss_option = option(
-    "--max-loss",
-    type=click.FloatRange(min=0),
-    help="The promise: use the fastest plan of `tune` that adds at most this loss, in nats per token. With 0.05, the "
-    f"perplexity grows by at most 5%.  [default: {DEFAULT_LOSS}]",
-)
+max_loss_option = option("--max-loss", type=click.FloatRange(min=0), help="The promise: use the fastest plan of `tune` "
+                         "that adds at most this loss, in nats per token. With 0.05, the perplexity grows by at most "
+                         f"5%.  [default: {DEFAULT_LOSS}]")  # fmt: skip
 
 source_options = options(
-    option(
-        "--profile",
-        metavar="PROFILE",
-        help="Profile of this model, written by `calibrate`, to make a plan from.  [default for --skip, --speedup and "
-        "the like: X.adaskip.json beside MODEL, X.gguf]",
-    ),
+    option("--profile", metavar="PROFILE", help="Profile of this model, written by `calibrate`, to make a plan from.  "
+           "[default for --skip, --speedup and the like: X.adaskip.json beside MODEL, X.gguf]"),
     plan_file_option,
     max_loss_option,
     option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, even if a plan file lies beside it."),
     plan_options,
     made_of(find_plan_source, "source", "profile", "plan_file", "max_loss", "full", "request", kept="model"),
-)
+)  # fmt: skip
 """The options that choose the plan of MODEL; the command gets them as ``source``, a :class:`PlanSource`."""

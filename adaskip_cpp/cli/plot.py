@@ -34,13 +34,9 @@ from .tune_report import print_frontier
 @option("--context", group=CHOOSING, type=click.IntRange(1), default=2048, help="Prompt tokens for --speedup.")
 @option("--terminal", group=OUTPUT, is_flag=True, help="Print instead of drawing; the default without matplotlib.")
 def plot(
-    paths: tuple[str, ...],
-    output: str | None,
-    plan_file: str | None,
-    request: PlanRequest | None,
-    context: int,
-    terminal: bool,
-) -> None:
+    paths: tuple[str, ...], output: str | None, plan_file: str | None, request: PlanRequest | None, context: int,
+    terminal: bool
+) -> None:  # fmt: skip
     """Draw each PROFILE as PNG and SVG.
 
     The pictures "layers", "sublayers" and "phases" show the IO similarity: of layers, of attention and FFN, and of both

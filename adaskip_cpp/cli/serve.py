@@ -42,85 +42,38 @@ def _size(text: str) -> int:
     "adaskip-cpp serve small.gguf large.gguf --keep 2",
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@option(
-    "--plan",
-    "plan_file",
-    metavar="auto|none|PLAN",
-    default="auto",
-    help="auto: plans of `tune` beside MODEL. none: the whole model. Or a plan file. Requests may choose others.",
-)
+@option("--plan", "plan_file", metavar="auto|none|PLAN", default="auto", help="auto: plans of `tune` beside MODEL. "
+        "none: the whole model. Or a plan file. Requests may choose others.")  # fmt: skip
 @max_loss_option
 @option("--host", default="127.0.0.1", help="Address to listen on.")
 @option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0: any free one.")
-@_who(
-    "--api-key-file",
-    metavar="FILE",
-    help="File of API keys, one per line; each client must send one.  [default: the key in ADASKIP_API_KEY, if set]",
-)
+@_who("--api-key-file", metavar="FILE", help="File of API keys, one per line; each client must send one.  [default: "
+      "the key in ADASKIP_API_KEY, if set]")  # fmt: skip
 @_who("--allow-host", "allowed", metavar="NAME", multiple=True, help="Host name to accept without a key; repeatable.")
 @_who("--insecure", is_flag=True, help="Let other machines use it without a key.")
 @_who("--log-prompts", is_flag=True, help="Print clients' requests to stderr, which nothing else does.")
-@_kept(
-    "--alias",
-    "aliases",
-    metavar="NAME",
-    multiple=True,
-    help="Clients' name for the first model; repeat it for the second, and so on.  [default: X for X.gguf]",
-)
+@_kept("--alias", "aliases", metavar="NAME", multiple=True, help="Clients' name for the first model; repeat it for "
+       "the second, and so on.  [default: X for X.gguf]")  # fmt: skip
 @_kept("--keep", type=click.IntRange(1), default=1, help="Most models in memory; the least recently used is unloaded.")
-@_kept(
-    "--keep-alive",
-    type=click.FloatRange(0, min_open=True),
-    metavar="MINUTES",
-    help="Unload a model after this many minutes without a request.  [default: never]",
-)
-@_kept(
-    "--reuse",
-    type=click.Choice(REUSES),
-    default="auto",
-    help="Tokens of an earlier prompt that are not read again. prefix: those at its beginning. edits: also equal runs "
-    "of 80 tokens at other places. auto: edits, if `tune` measured that they keep the promise. Requests may choose.",
-)
+@_kept("--keep-alive", type=click.FloatRange(0, min_open=True), metavar="MINUTES",
+       help="Unload a model after this many minutes without a request.  [default: never]")  # fmt: skip
+@_kept("--reuse", type=click.Choice(REUSES), default="auto", help="Tokens of an earlier prompt that are not read "
+       "again. prefix: those at its beginning. edits: also equal runs of 80 tokens at other places. auto: edits, if "
+       "`tune` measured that they keep the promise. Requests may choose.")  # fmt: skip
 @_kept("--cache-dir", metavar="FOLDER", help="Also save read prompts here, for a restart.  [default: only in memory]")
-@_kept(
-    "--cache-size",
-    metavar="SIZE",
-    type=_size,
-    default="2G",
-    help="Most bytes of saved prompts per model: in memory, and as many in the folder.",
-)
-@option(
-    "--ctx", group=RUNNING, type=click.IntRange(256, 2**31 - 1), default=8192, help="Size of the context in tokens."
-)
-@option(
-    "--stuck-timeout",
-    group=RUNNING,
-    metavar="SECONDS",
-    type=click.FloatRange(0, min_open=True),
-    default=60,
-    help="Restart a model that takes longer for one step: 512 tokens of a prompt, or one of an answer.",
-)
+@_kept("--cache-size", metavar="SIZE", type=_size, default="2G",
+       help="Most bytes of saved prompts per model: in memory, and as many in the folder.")  # fmt: skip
+@option("--ctx", group=RUNNING, type=click.IntRange(256, 2**31 - 1), default=8192,
+        help="Size of the context in tokens.")  # fmt: skip
+@option("--stuck-timeout", group=RUNNING, metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=60,
+        help="Restart a model if one step takes longer: 512 tokens of a prompt, or one of an answer.")  # fmt: skip
 @model_options
 def serve(
-    models: tuple[str, ...],
-    plan_file: str,
-    max_loss: float | None,
-    host: str,
-    port: int,
-    api_key_file: str | None,
-    allowed: tuple[str, ...],
-    insecure: bool,
-    log_prompts: bool,
-    aliases: tuple[str, ...],
-    keep: int,
-    keep_alive: float | None,
-    reuse: ReuseName,
-    cache_dir: str | None,
-    cache_size: int,
-    ctx: int,
-    stuck_timeout: float,
-    running: Running,
-) -> None:
+    models: tuple[str, ...], plan_file: str, max_loss: float | None, host: str, port: int, api_key_file: str | None,
+    allowed: tuple[str, ...], insecure: bool, log_prompts: bool, aliases: tuple[str, ...], keep: int,
+    keep_alive: float | None, reuse: ReuseName, cache_dir: str | None, cache_size: int, ctx: int, stuck_timeout: float,
+    running: Running
+) -> None:  # fmt: skip
     """Serve each MODEL, a GGUF file, to clients of OpenAI's API, or of Anthropic's Messages API.
 
     Long prompts are read faster with a plan, and text that was read before is not read again.
@@ -173,16 +126,9 @@ def _names(models: tuple[str, ...], aliases: tuple[str, ...]) -> list[str]:
 
 
 def _open(
-    name: str,
-    model: str,
-    plan_file: str,
-    max_loss: float | None,
-    ctx: int,
-    reuse: Reuse,
-    cache_size: int,
-    cache_dir: str | None,
-    running: Running,
-) -> "ServedLlama":
+    name: str, model: str, plan_file: str, max_loss: float | None, ctx: int, reuse: Reuse, cache_size: int,
+    cache_dir: str | None, running: Running
+) -> "ServedLlama":  # fmt: skip
     """Open a model; runs in the model's process. A user's error becomes a NativeError, whose text the log shows."""
     from ..serving.llama import ServedLlama
     from ..serving.plans import Plans

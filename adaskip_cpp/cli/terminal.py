@@ -245,14 +245,10 @@ model_options = options(
     _running("--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: as tuned, else physical cores]"),
     _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there are any; -1: all."),
     _running("--flash-attn/--no-flash-attn", default=None, help="Use flash attention.  [default: as tuned, else no]"),
-    _running(
-        "--rpc",
-        multiple=True,
-        metavar="HOST:PORT",
-        help="An rpc-server of llama.cpp that runs layers. It gets layers before local GPUs do. May be repeated.",
-    ),
+    _running("--rpc", multiple=True, metavar="HOST:PORT", help="An rpc-server of llama.cpp that runs layers. It gets "
+             "layers before local GPUs do. May be repeated."),
     made_of(_run_with, "running", "threads", "gpu_layers", "flash_attn", "rpc"),
-)
+)  # fmt: skip
 
 
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:

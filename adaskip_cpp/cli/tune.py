@@ -37,16 +37,9 @@ from .tune_report import minutes, print_frontier
 @option("--fresh", group=OUTPUT, is_flag=True, help="Start again; do not continue a run that was stopped.")
 @json_option
 def tune(
-    model: str,
-    context: int,
-    n_answer: int,
-    files: tuple[str, ...],
-    text_files: tuple[str, ...],
-    output: str | None,
-    fresh: bool,
-    running: Running,
-    as_json: bool,
-) -> None:
+    model: str, context: int, n_answer: int, files: tuple[str, ...], text_files: tuple[str, ...], output: str | None,
+    fresh: bool, running: Running, as_json: bool
+) -> None:  # fmt: skip
     """Find the settings and plans that make MODEL, a GGUF file, fastest on this machine. Write them to a plan file.
 
     First it tries settings that change only speed and rounding: flash attention, repacked weights, threads, batch
