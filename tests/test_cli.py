@@ -643,7 +643,7 @@ def test_a_promise_beside_what_else_to_skip_is_a_usage_error(
 def test_a_promise_without_what_tune_found_is_a_usage_error(run: Run, tuned_model: Path, tmp_path: Path) -> None:
     save_plan(tmp_path / "one.json", SkipPlan.manual(3, ffn=[1]))
     result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1, "--plan", tmp_path / "one.json")
-    assert "has one plan; leave it out" in line(result, 2)
+    assert "has one plan, so leave it out" in line(result, 2)
     os.remove(plan_path(tuned_model))
     result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1)
     assert f"run `adaskip-cpp tune {tuned_model}`" in line(result, 2)

@@ -58,7 +58,7 @@ _measured = partial(option, group="What to measure")
 @_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers alone.")
 @model_options
 @option("--plot", "plot_to", group=OUTPUT, metavar="PATH",
-        help="Draw pictures: into the folder PATH, or as PATH-*.png.")  # fmt: skip
+        help="Draw pictures: into the folder PATH, or as PATH-times.png and so on.")  # fmt: skip
 @json_option
 def bench(
     model: str, profile: str | None, contexts: tuple[int, ...] | None, tuned: bool, repeats: int, decode_tokens: int,

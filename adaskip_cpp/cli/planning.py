@@ -96,7 +96,7 @@ def find_plan_source(
     if profiled:
         path = profile or profile_path(model)
         if profile is None and not os.path.exists(path):
-            raise click.UsageError("a plan is made from a profile; write one with `adaskip-cpp calibrate`")
+            raise click.UsageError("a plan is made from a profile; give --profile, or run `adaskip-cpp calibrate`")
         note = f"The profile is {path}." if profile is None else ""
         return PlanSource(load_profile(model, path), request or PlanRequest(), note=note)
     found, note = None, ""
@@ -114,12 +114,8 @@ def find_plan_source(
             words = f"Plans lose at most {limit:g} nats per token" if found.plan is None else skipped_words(found.plan)
             note = f"{words} ({name}). {to_be_whole} runs the whole model."
     if max_loss is not None and (found is None or found.frontier is None):
-        why = (
-            f"there is none; run `adaskip-cpp tune {model}`"
-            if found is None
-            else "this file has one plan; leave it out"
-        )
-        raise click.UsageError(f"--max-loss chooses from the plans that `tune` found, but {why}")
+        why = f"run `adaskip-cpp tune {model}`" if found is None else "this file has one plan, so leave it out"
+        raise click.UsageError(f"--max-loss chooses from the plans that `tune` found; {why}")
     return PlanSource(file=found, max_loss=max_loss, note=note)
 
 
@@ -176,8 +172,8 @@ _OPTIONS = {
                               "median: the input times the median ratio. affine: median plus the mean error. linear: "
                               "affine plus a low-rank map of the input.",
                               f"{DEFAULT_COMPENSATION}; none with --strategy suffix"),
-    "online": option("--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Decode skips no more "
-                     "than the plan. Else decode, e2e and --decode add FFNs after 20 tokens of an answer."),
+    "online": option("--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Add no FFNs to the "
+                     "plan. Otherwise decode, e2e and --decode add some after 20 tokens of each answer."),
 }  # fmt: skip
 """The options by the field of PlanRequest that each sets, in the order of the help; None if not given."""
 

@@ -13,7 +13,8 @@ from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 
-_LEAST_CONTEXT = 1024  # tokens; shorter prompts have too little bulk for most speed-ups, so they get this one's plan
+_LEAST_CONTEXT = 1024  # tokens; shorter prompts have too little bulk for most speed-ups, and get the plan for 1024
+
 WISHES = '"auto", "none", {"speedup": 1.5} or {"max_loss": 0.02}'
 
 
@@ -27,7 +28,7 @@ class Choice:
         max_loss: the promise that chose the plan from a frontier, in nats per token.
         point: the point of the frontier, which has the plan.
         speedup: of the point, predicted for the length of the prompt; 2: twice as fast.
-        edits: how runs of an earlier prompt may be moved, if the frontier decides that; None: not.
+        edits: how runs of an earlier prompt may be moved, if the frontier decides that; None: not at all.
     """
 
     plan: SkipPlan | None = None

@@ -1,6 +1,6 @@
-"""The first process's end of the pipe to one model: starts its process, asks it, starts it again if it dies.
+"""Starts the process of a model, sends it requests, and starts it again if it dies. Start at :meth:`Worker.answer`.
 
-Start at :meth:`Worker.answer`. The other end is :mod:`.worker`. All of it runs in one event loop.
+The other end of the pipe is :mod:`.worker`. All of it runs in the event loop of the server's first process.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from .worker import HEAD_BYTES, Ask, Call, Close, Done, Failed, Leave, Opened, O
 State: TypeAlias = Literal["unloaded", "loading", "ready", "restarting", "unloading"]
 
 STUCK = 60.0  # seconds that one step of a request may take, or writing the cache at the end
-LEAVE = 5.0  # seconds that a request may run after its client left, or twice its process's longest step so far
+LEAVE = 5.0  # seconds that a request may go on after its client left; or twice the longest step so far
 
-_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; each doubles them, up to the second figure
+_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart: at first, doubled each time, and at most
 _MOST_VAIN = 3  # processes in a row that may end before the model is ready
 _LOADING = 10  # loading may take so many times the limit of a step
 _LOGGER = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _START = (
 
 @dataclass(eq=False)
 class _Asked:
-    """A question to a process. ``heard``: time of its last message. ``done``: its end, or None if the process died."""
+    """A question to a process. ``heard``: time of the last message. ``done``: None if it must be asked again."""
 
     id: str
     done: "asyncio.Future[Done | None]"
@@ -55,8 +55,8 @@ class Worker:
     Args:
         name: clients' name for the model.
         opening: the first message to the process.
-        stuck_timeout: seconds that a step of a request may take, and a tenth of those that loading may take. A process
-            that takes longer is killed.
+        stuck_timeout: limit for a step of a request, in seconds. Loading may take ten times as long. Slower processes
+            are killed.
     """
 
     def __init__(self, name: str, opening: Opening, *, stuck_timeout: float = STUCK) -> None:

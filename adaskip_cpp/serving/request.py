@@ -27,7 +27,7 @@ WORTH_KEEPING = 32
 
 
 class Gone(Exception):
-    """The client has left, or the server stops: no one needs the answer."""
+    """The client has left, or the server is stopping."""
 
 
 STOPPING = 503, "the server is stopping; ask again when it is back", "stopping"
