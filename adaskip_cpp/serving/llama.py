@@ -1,7 +1,4 @@
-"""The model of the server: answers requests, each under its plan, without reading a known prompt again.
-
-Start at :meth:`ServedLlama.answer`.
-"""
+"""The server's model: answers each request under its plan, reads no known text again. Start at ServedLlama.answer."""
 
 import re
 import time

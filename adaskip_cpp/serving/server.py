@@ -1,7 +1,4 @@
-"""Runs the application on a socket with uvicorn: limits connections, and lets the running answer finish at the end.
-
-Start at :func:`run`.
-"""
+"""Runs the application with uvicorn: limits connections, and lets a running answer finish. Start at :func:`run`."""
 
 import asyncio
 import contextlib

@@ -99,12 +99,11 @@ class Step:
 
 @dataclass
 class Done:
-    """The end of an answer. ``content``: its JSON or its last event. ``error``: status, message, code. None of both if
-    the client left."""
+    """The end of an answer: ``content`` is its JSON or last event; or an error; or neither, if the client left."""
 
     id: str
     content: bytes | None = None
-    error: tuple[int, str, str | None] | None = None
+    error: tuple[int, str, str | None] | None = None  # status, message, code
     counts: dict[str, Any] = field(default_factory=dict)
     gauges: dict[str, float] = field(default_factory=dict)
 
