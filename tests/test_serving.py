@@ -327,7 +327,7 @@ def test_a_folder_that_others_own_or_may_write_is_refused(tmp_path: Path, monkey
     (tmp_path / "shared").mkdir()
     for mode in (0o770, 0o702, 0o1777):
         (tmp_path / "shared").chmod(mode)
-        with pytest.raises(DataError, match="other users may write in"):
+        with pytest.raises(DataError, match="other users may write to"):
             PrefixCache(1, tmp_path / "shared")
     (tmp_path / "shared").chmod(0o755)
     PrefixCache(1, tmp_path / "shared").close()

@@ -285,7 +285,7 @@ def test_a_request_that_takes_no_step_has_its_process_ended(served_model: Path) 
         assert server.metric("adaskip_worker_deaths") == 2
         stopped(server)
         answer = server.post("/tokenize", {"prompt": "the"})
-        assert answer.status_code == 503 and "no answer yet" in answer.json()["error"]["message"]
+        assert answer.status_code == 503 and "did not answer in time" in answer.json()["error"]["message"]
         assert text(server) == expected
 
 

@@ -1,4 +1,4 @@
-"""The entry point of the command line: registers the verbs, each of which is the function of its name's module."""
+"""Entry point of ``adaskip-cpp``: registers the verbs. The code of each verb is in the module of its name."""
 
 import click
 

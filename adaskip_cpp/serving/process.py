@@ -28,7 +28,7 @@ LEAVE = 5.0  # seconds that a request may go on after its client left; or twice 
 
 _PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart: at first, doubled each time, and at most
 _MOST_VAIN = 3  # processes in a row that may end before the model is ready
-_LOADING = 10  # loading may take so many times the limit of a step
+_LOADING = 10  # loading may take this many times the limit of a step
 _LOGGER = logging.getLogger(__name__)
 
 _START = (
