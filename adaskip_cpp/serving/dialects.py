@@ -256,5 +256,5 @@ def _add_call(message: Json, id: Any, name: Any, arguments: Any) -> None:
 def _list(body: Json, name: str, least: int = 0) -> list[Any]:
     found = body.get(name) or []
     if not isinstance(found, list) or len(found) < least:
-        raise RequestError(f"{name} is {'not a list' if found else 'empty'}; send a list with at least {least} entries")
+        raise RequestError(f"{name} is {'not a list' if found else 'empty'}; send a list of at least {least}")
     return found

@@ -26,7 +26,7 @@ from .request import STOPPING, Gone, Refused, ServedRequest
 from .workers import Workers
 
 Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
-"""Handlers by method and path. Each takes a body; it returns a Response, JSON as bytes, or data for JSON, or awaits."""
+"""Handlers by method and path. Each takes a body and returns a Response, JSON as bytes, or data; or awaits these."""
 
 BODY = 60.0  # seconds in which a body must arrive
 
