@@ -197,7 +197,8 @@ class Worker:
                 if self._is_closing:
                     return
                 if n_vain == _MOST_VAIN or (self._failed and self.about is None):
-                    self.failure = NativeError(self._failed or f"{self.name}: {self._why}, {n_vain} times at its start")
+                    why = f"{n_vain} starts of {self.name} failed: {self._why}; see the log, or try a smaller --ctx"
+                    self.failure = NativeError(self._failed or why)
                     return
                 self.state, self.n_deaths = "restarting", self.n_deaths + 1
                 self._log(f"{self._why}; it is started again")
