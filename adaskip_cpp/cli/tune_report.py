@@ -131,8 +131,9 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
     out.print(rows)
     out.print(
         "If the promise allows it, tokens that an edited prompt shares with the one before are not read again. small: "
-        "lines and messages are changed or dropped. new order: five documents change places, four times. Edits may "
-        "use half of a promise.\n",
+        "lines and messages are changed or dropped. new order: five documents change places, four times. changed keys: "
+        "edited pass keys that answers give, and that the whole model gives. from a promise of: the least promise that "
+        "allows this, of which edits may use half.\n",
         style="dim",
     )
 
