@@ -51,7 +51,7 @@ def _size(text: str) -> int:
       "the key in ADASKIP_API_KEY, if set]")  # fmt: skip
 @_who("--allow-host", "allowed", metavar="NAME", multiple=True, help="Host name to accept without a key; repeatable.")
 @_who("--insecure", is_flag=True, help="Let other machines use it without a key.")
-@_who("--log-prompts", is_flag=True, help="Print clients' requests to stderr, which nothing else does.")
+@_who("--log-prompts", is_flag=True, help="Print all requests to stderr; else no client's text is printed.")
 @_kept("--alias", "aliases", metavar="NAME", multiple=True, help="Clients' name for the first model; repeat it for "
        "the second, and so on.  [default: X for X.gguf]")  # fmt: skip
 @_kept("--keep", type=click.IntRange(1), default=1, help="Most models in memory; the least recently used is unloaded.")
