@@ -562,7 +562,7 @@ def test_a_cache_folder_that_others_may_write_is_refused_before_anything_starts(
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     with (
-        pytest.raises(AssertionError, match="no server: Error: other users may write in"),
+        pytest.raises(AssertionError, match="no server: Error: other users may write to"),
         serving(served_model, "--cache-dir", str(tmp_path / "shared")),
     ):
         pass
