@@ -1,13 +1,13 @@
-"""What it costs that an edited prompt uses the K and V of the prompt before: quality, tokens read, and time.
+"""Measures quality, tokens read and time when an edited prompt uses the K and V of the prompt before.
 
     python benchmarks/edits.py MODEL.gguf [--prompt 1024] [--mend 1 16 64] [--pieces 1] [--max-loss X]
 
 A prompt of each text is read, then an edited form of it under ``reuse="edits"``. Five documents are also read alone,
-saved, and put together. Divergence and added loss are those of the tokens that follow, against the whole model that
-reads the edited prompt anew. One answer continues the prompt, one copies from it. An edit also changes a pass key, and
-the name of a ship. Both are asked for: the new one must be found, the old one never.
-Texts are those of benchmarks/promise.py. With ``--max-loss`` the plan of that promise is in force; its own loss comes
-on top. Times are those of the tokens up to the first one of an answer; let nothing else run for these.
+saved, and put together. Divergence and added loss compare the following tokens with the whole model, which reads the
+edited prompt anew. One answer continues the prompt, one copies from it. An edit also changes a pass key and the name of
+a ship, which are then asked for: the new one must be found, the old one never. Texts are those of
+benchmarks/promise.py. With ``--max-loss`` the plan of that promise is used, and figures include its loss. Times are
+those to the first token of an answer; run nothing else meanwhile. Start at :func:`main`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from adaskip_cpp.model.plan_file import plan_beside
 
 N_ANSWER = 128
 LINE = "\n# The limit was raised to 4096 in March, see the notes of the maintainers.\n"
-HEAD = 60  # tokens at the beginning that no edit of the order moves
+HEAD = 60  # first tokens, which stay in their places when texts are dropped or swapped
 N_DOCUMENTS = 5
 NAMES = ["Ophelia", "Endeavour", "Kestrel", "Aurora", "Nautilus", "Meridian", "Calypso", "Halcyon", "Sirius", "Tempest"]
 SHIP = "\n\nLet the ship of this story be called {}. It sails at dawn.\n\n", "\n\nThe ship of this story is called {}"
@@ -48,7 +48,7 @@ EDITS: dict[str, Edit] = {
 
 
 def changed(tokens: Tokens, line: Tokens, at: int) -> Tokens:
-    """Return a prompt in which a line stands in the place of a slightly shorter one."""
+    """Return a prompt in which a line replaces a slightly shorter one."""
     return tokens[:at] + line + tokens[at + len(line) - 5 :]
 
 
@@ -78,10 +78,10 @@ def main() -> None:
     """Measure, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--prompt", type=int, default=1024, help="its tokens")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--mend", type=int, nargs="*", default=[1, 16, 64])
-    parser.add_argument("--pieces", type=int, default=1, help="of each text")
-    parser.add_argument("--max-loss", type=float, default=None, help="a promise, whose plan is in force")
+    parser.add_argument("--pieces", type=int, default=1, help="prompts of each text")
+    parser.add_argument("--max-loss", type=float, default=None, help="use the plan of this promise, in nats per token")
     args = parser.parse_args()
     llm = AdaSkipLlama(args.model, n_ctx=args.prompt + 512, verbose=False)
     plan = None
@@ -170,7 +170,7 @@ def main() -> None:
         n_read, share = np.median(np.array(values), axis=0)
         cells = [f"{each:.3f}" for each in np.mean(rows[kind, mend], axis=0)] if (kind, mend) in rows else 4 * ["-"]
         print(f"| {kind} | {mend} | {n_read:.0f} | {share:.0%} | {' | '.join(cells)} |")
-    print("\n| | | new one found | old one told |\n|---|---|---|---|")
+    print("\n| | | new one found | old one answered |\n|---|---|---|---|")
     for (what, name), values in keys.items():
         new_found, old_told = np.sum(values, axis=0)
         how = "whole model" if name == "whole" else f"mend {name}"

@@ -1,18 +1,18 @@
-"""Against Hugging Face transformers: the same F32 weights, the same sublayers skipped, in one run.
+"""Compares the speed with Hugging Face transformers: the same F32 weights, the same sublayers skipped.
 
     pip install -e ".[dev,peer]"
     python benchmarks/peer.py [--lengths 512 2048] [--rounds 15]
 
-SmolLM2 is dequantised to F32 once; both engines compute on exactly these weights. A short calibration chooses the
-sublayers, n = 12, without an online stage. In transformers the forward pass of each layer concerned is replaced by one
-that computes only what runs, norms left out too. First it is checked that both engines, whole and with the plan, in
-prefill and in decode, compute the same logits; where they do not, nothing is timed.
+SmolLM2 is dequantised to F32 once, and both engines compute with these weights. A short calibration chooses 12
+sublayers, without an online stage. In transformers, a layer with a skipped sublayer gets a forward pass that computes
+only the other one, and no unused norms. First the logits of both engines are compared, whole and with the plan, in
+prefill and in decode. If they differ, nothing is timed.
 
-Then each engine's settings compete, and the best ones are timed: per prompt length, that with the shortest whole
-request (the prompt and the tokens after it). Every contender is a process of its own. They run in turn, in the other
-order every second round, after a warm-up. A ratio is taken between the times of the same round, with a 95% interval.
-Our Q4_1 file, what users run, is timed beside them. Prints Markdown; progress goes to standard error. Run it on an idle
-machine; about half an hour on 2 cores, a third of it torch.compile. (A long file, as it is one protocol.)
+Then each engine's settings compete. For each prompt length, those with the shortest request (the prompt and the tokens
+after it) are timed. Every contender has its own process. They run in turn, in reversed order every second round, after
+a warm-up. A ratio compares times of the same round, with a 95% interval. Our Q4_1 file, which users run, is timed too.
+Prints Markdown, and progress on standard error. Run it on an idle machine; it takes about half an hour on 2 cores, a
+third of it for torch.compile. Start at :func:`main`. (The file is long, because it is one protocol.)
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ from adaskip_cpp.progress import silent
 OURS, THEIRS = "adaskip-cpp", "transformers"
 N_CHECK, N_CHECK_DECODE = 64, 8
 F32, F16 = 0, 1  # ggml's types
-TOLERANCE = {F32: 1e-3, F16: 2e-2}
-"""Relative error allowed between the engines, by the type of our KV: F16 holds 11 bits."""
+TOLERANCE = {F32: 1e-3, F16: 2e-2}  # allowed relative error between the engines, by our KV's type: F16 has 11 bits
 
 Settings = dict[str, Any]
 Logits = npt.NDArray[np.float32]
@@ -83,18 +82,12 @@ class Contender:
 
 @dataclass
 class Worker:
-    """A contender's process; a context manager that ends it.
-
-    Attributes:
-        contender: what runs in it.
-        times: of the requests that count.
-        versions: of its libraries, once it has started.
-    """
+    """A contender's process. Leaving its ``with`` block ends it."""
 
     contender: Contender
     n_ctx: int
-    times: list[RequestTime] = field(default_factory=list)
-    versions: str = ""
+    times: list[RequestTime] = field(default_factory=list)  # of the requests that count
+    versions: str = ""  # of its libraries, after the start
 
     def __enter__(self) -> Worker:
         command = [sys.executable, str(Path(__file__).with_name("peer_worker.py"))]
@@ -125,11 +118,7 @@ class Worker:
             self._process.kill()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Return the answer to a request.
-
-        Raises:
-            RuntimeError: the engine failed; the message is its own.
-        """
+        """Return the answer to a request. Raises RuntimeError with the engine's message if it failed."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -183,18 +172,17 @@ def short_calibration(model: Path, n_skip: int, n_requests: int, longest: int) -
 
 
 def mixed_plan(n_layer: int) -> SkipPlan:
-    """Return a plan for the check alone, of both kinds and with scales, that skips more in decode than in prefill."""
+    """Return a plan for the check alone: attentions and FFNs, scales, and more skipped in decode than in prefill."""
     prefill = SkipPlan.manual(n_layer, [0, 4], [4, 7], 1.1).prefill
     decode = SkipPlan.manual(n_layer, [0, 1, 4, 9], [7, 8], 0.9).decode
     return SkipPlan(prefill, decode)
 
 
 def compare(ours: Logits, theirs: Logits) -> tuple[float, float, float, bool]:
-    """Compare logits [n, n_vocab].
+    """Compare logits ``[n, n_vocab]``.
 
-    Returns:
-        The largest difference, the largest relative error of a row, the share of rows with the same best token, and
-        whether every other row is a tie, within that difference.
+    Returns the largest difference, the largest relative error of a row, the share of rows with the same best token, and
+    whether every other row is a tie within that difference.
     """
     difference = float(np.max(np.abs(ours - theirs)))
     error = float(np.max(np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)))
@@ -204,7 +192,7 @@ def compare(ours: Logits, theirs: Logits) -> tuple[float, float, float, bool]:
 
 
 def check(title: str, ours: Logits, theirs: Logits, tolerance: float | None) -> None:
-    """Print a row of the table of agreement; end the program where the engines compute different models."""
+    """Print a row of the table of agreement; end the program if the engines compute different models."""
     difference, error, share, is_tie = compare(ours, theirs)
     print(f"| {title} | {len(ours)} | {difference:.2g} | {error:.2g} | {share:.0%} |", flush=True)
     if tolerance is not None and not (error < tolerance and is_tie):
@@ -215,11 +203,7 @@ def check(title: str, ours: Logits, theirs: Logits, tolerance: float | None) -> 
 
 
 def check_logits(model: Path, plans: dict[str, Path | None], prompt: list[int]) -> None:
-    """Check every token of a short prompt, and some of decode, at the settings nearest to each other.
-
-    Args:
-        plans: by title, None for the whole model.
-    """
+    """Check every token of a short prompt, and some of decode, at the most similar settings. A plan may be None."""
     n_ctx = len(prompt) + N_CHECK_DECODE + 1
     plain = {"logits_all": True}
     for title, each in plans.items():
@@ -248,7 +232,7 @@ def best_setting(contenders: Sequence[Contender], prompt: list[int], n_decode: i
             except RuntimeError as error:
                 failed[each.setting] = str(error)
         if not workers:
-            raise SystemExit(f"{contenders[0].engine} works with none of its settings: {failed}")
+            raise SystemExit(f"{contenders[0].engine} fails with all of its settings: {failed}; check its installation")
         for n_round in range(n_trial):
             for index in in_turn(len(workers), n_round):
                 workers[index].times.append(workers[index].time(prompt, n_decode))
@@ -264,17 +248,17 @@ def best_setting(contenders: Sequence[Contender], prompt: list[int], n_decode: i
 
 
 def first_token(worker: Worker) -> float:
-    """Median seconds to the first token."""
+    """Return the median seconds to the first token."""
     return statistics.median(t.first_token_s for t in worker.times)
 
 
 def per_token(worker: Worker) -> float:
-    """Median seconds per token behind it."""
+    """Return the median seconds per later token."""
     return statistics.median(t.per_token_s() for t in worker.times)
 
 
 def ratios(slow: Worker, fast: Worker) -> tuple[str, str]:
-    """How many times faster ``fast`` is, to the first token and per token."""
+    """Return how many times as fast ``fast`` is, to the first token and per token."""
 
     def cell(x: Interval) -> str:
         return f"{x.value:.2f} ({x.low:.2f} to {x.high:.2f})"
@@ -288,8 +272,7 @@ def ratios(slow: Worker, fast: Worker) -> tuple[str, str]:
 def measure(chosen: Sequence[Contender], plan: Path, prompt: list[int], n_decode: int, n_rounds: int) -> None:
     """Time the chosen contenders, whole and with the plan, and print the tables of one prompt length.
 
-    Args:
-        chosen: whole, transformers first, our F32 file second.
+    ``chosen`` are whole: transformers first, our F32 file second.
     """
     n_ctx = len(prompt) + n_decode + 1
     with ExitStack() as stack:
@@ -311,7 +294,7 @@ def measure(chosen: Sequence[Contender], plan: Path, prompt: list[int], n_decode
             tolerance = TOLERANCE[workers[2 + i].contender.options["type_k"]]
             check(workers[2 + i].contender.title(), ours, reference[skipping], tolerance)
         for i, worker in enumerate(workers[4:]):
-            # It goes on with tokens of its own, so the prompt's last is all there is to compare.
+            # It decodes other tokens, so only the logits of the prompt's last token can be compared.
             _, ours = worker.logits(prompt, [])
             check(worker.contender.title(), ours, reference["skipping" if i % 2 else "whole"][:1], None)
 
@@ -324,11 +307,11 @@ def measure(chosen: Sequence[Contender], plan: Path, prompt: list[int], n_decode
         except KeyboardInterrupt:
             say("stopped; these are the rounds so far")
         if not workers[0].times:
-            raise SystemExit("no round was finished")
+            raise SystemExit("no round was finished; run it again")
 
         print(f"\nTimes, medians of {len(workers[0].times)} rounds.")
-        print("A ratio compares with transformers skipping as much, or with the same engine and file whole; above 1 is")
-        print("faster, in brackets the 95% interval.\n")
+        print("A ratio compares with transformers that skip as much, or with the whole model in the same engine and")
+        print("file. Above 1 is faster. 95% intervals are in brackets.\n")
         print("| | first token, s | per token, ms | against transformers: first token | per token ", end="")
         print("| against whole: first token | per token |\n|---|---|---|---|---|---|---|")
         for i, worker in enumerate(workers):
@@ -369,7 +352,7 @@ def main() -> None:
         print(
             "| logits | tokens | largest difference | largest relative error | same best token |\n|---|---|---|---|---|"
         )
-        # The plan may skip attentions alone, so one of both kinds is checked too, with layer 0 and unequal phases.
+        # The plan may skip attentions only. So a plan of both kinds is checked too, with layer 0 and unequal phases.
         mixed_file = Path(folder, "mixed.npz")
         save_plan(mixed_plan(plan.n_layer), mixed_file)
         check_logits(model, {"whole": None, "skipping": plan_file, "mixed plan": mixed_file}, prompt[:N_CHECK])

@@ -1,8 +1,8 @@
-"""One contender of peer.py in a process of its own: a model in one engine, whole or with a plan, driven by JSON lines.
+"""One contender of peer.py in its own process: a model in one engine, whole or with a plan. Start at :func:`main`.
 
-A process each, so that no engine's thread pool or allocator disturbs another's. The first line on standard input
-describes the contender, every later one is a request; each is answered by one line on standard output. (A long file,
-as both engines must stand side by side to be seen to do the same.)
+With its own process, no engine's thread pool or allocator disturbs another's. The first line of JSON on standard input
+describes the contender; every later line is a request. Each gets one line on standard output. (The file is long,
+because both engines must be side by side, so that a reader sees that they do the same.)
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ Logits = npt.NDArray[np.float32]
 
 
 class Contender(Protocol):
-    """What both engines can do."""
+    """The methods of both engines."""
 
     def versions(self) -> str:
         """Say which libraries compute, and how."""
         ...
 
     def logits(self, prompt: list[int], answer: list[int]) -> tuple[list[int], Logits]:
-        """Evaluate a prompt in prefill, and as many tokens as ``answer`` has one by one in decode.
+        """Evaluate a prompt in prefill, then one by one as many tokens as ``answer`` has in decode.
 
-        Returns the tokens of decode, for what the engine decodes greedily instead of what it is given, and the logits
-        [n, n_vocab]: of every token of the prompt if so set up, else of its last, then of each of decode.
+        Returns the tokens of decode, which may be the engine's own greedy ones, and the logits ``[n, n_vocab]``: of the
+        prompt's last token, or of all with the option ``logits_all``, and of each token of decode.
         """
         ...
 
     def time(self, prompt: list[int], n_decode: int) -> tuple[float, list[float]]:
-        """Return the seconds to the first token, and of each of the ``n_decode`` tokens after it."""
+        """Return the seconds to the first token, and for each of the ``n_decode`` tokens after it."""
         ...
 
 
@@ -97,7 +97,7 @@ class Ours:
         return f"adaskip-cpp {version('adaskip-cpp')} on llama-cpp-python {version('llama-cpp-python')}"
 
     def logits(self, prompt: list[int], answer: list[int]) -> tuple[list[int], Logits]:
-        """Decode greedily behind the prompt, as many tokens as ``answer`` has."""
+        """Decode greedily after the prompt, as many tokens as ``answer`` has."""
         import llama_cpp
 
         self.llm.reset()
@@ -121,7 +121,7 @@ class Ours:
 
 
 class Transformers:
-    """The same GGUF file in Hugging Face transformers, the plan's sublayers replaced."""
+    """The same GGUF file in Hugging Face transformers, without the plan's sublayers."""
 
     def __init__(self, model: str, plan: str | None, n_ctx: int, n_threads: int, options: dict[str, Any]) -> None:
         import torch
@@ -140,7 +140,7 @@ class Transformers:
         parameters = inspect.signature(type(self.model).forward).parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.run: dict[str, Callable[..., Any]] = dict.fromkeys(PHASES, self.model)
-        # Without inductor's freezing of weights: it takes the length of a static cache for a constant too.
+        # Inductor must not freeze weights: it would also make a constant of a static cache's length.
         for phase in PHASES if options.get("compile") else ():
             self.run[phase] = torch.compile(self.model, dynamic=False)
 
@@ -175,7 +175,7 @@ class Transformers:
             return answer, self.torch.cat(rows).numpy()
 
     def time(self, prompt: list[int], n_decode: int) -> tuple[float, list[float]]:
-        """Time one request: a bare loop with logits of the last token only, as ``generate()`` does more than this."""
+        """Time one request in a bare loop with logits of the last token only; ``generate()`` does more."""
         gc.collect()
         gc.disable()  # as for the other engine
         try:
@@ -199,8 +199,9 @@ class Transformers:
 def read_gguf(path: str, attention: str) -> Any:
     """Return a ``LlamaForCausalLM`` with the weights of a GGUF file of the llama architecture, as F32.
 
-    Transformers' own reader of GGUF needs one more package, so this is done here: names are translated, and the rows of
-    Q and K put back from llama.cpp's order (pairs of a rotation side by side) to transformers' (half a head apart).
+    Transformers' own reader of GGUF needs another package, so this function reads the file. It translates names. It
+    moves the rows of Q and K from llama.cpp's order (the two of a rotation adjacent) to transformers' (half a head
+    apart).
     """
     import torch
     from gguf import GGUFReader
@@ -254,17 +255,17 @@ def read_gguf(path: str, attention: str) -> Any:
         model = LlamaForCausalLM(config)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    # Made on the meta device, its buffer of frequencies is no weight and still lacks values.
+    # The buffer of frequencies is no weight, so a model made on the meta device lacks its values.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 
 
 def skip_sublayers(model: Any, sets: dict[str, dict[str, npt.NDArray[Any]]], state: dict[str, str]) -> None:
-    """Replace the forward pass of every layer with a skipped sublayer by one that computes only what runs.
+    """Give every layer with a skipped sublayer a forward pass that computes only the other sublayer.
 
-    A skipped sublayer costs one pass over the residual stream, ``s * u + b``: no norm, no sum. The cache is numbered
-    anew, as a skipped attention has no entry: first what runs in decode, so that entry 0, from which transformers takes
-    the number of cached tokens, is always written.
+    A skipped sublayer costs one pass over the residual stream, ``s * u + b``: no norm, no sum. Skipped attentions have
+    no entry in the cache, so its entries get new numbers. Attentions that run in decode come first: transformers takes
+    the number of cached tokens from entry 0, which must always be written.
     """
     import torch
 
@@ -329,7 +330,7 @@ def main() -> None:
                 tokens, rows = contender.logits(request["prompt"], request["answer"])
                 np.save(request["file"], rows)
                 answer({"answer": tokens})
-        except Exception as error:  # whatever an engine cannot do is an answer: another setting may work
+        except Exception as error:  # an engine's failure is an answer too: another setting may work
             answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 
 

@@ -1,4 +1,4 @@
-"""Measures how fast a model is with and without plans: the function :func:`adaskip_cpp.bench`."""
+"""The function :func:`adaskip_cpp.bench`: measures how fast a model is with and without plans."""
 
 import os
 import platform
@@ -26,8 +26,7 @@ from ..progress import OnProgress
 from .bench import Bench, BenchResult, BenchSettings, Configuration
 
 _DEFAULT_CONTEXTS = (512, 2048, 8192)
-N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
-"""Of a brief calibration: enough for a plan to be timed, not for one to be used."""
+N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16  # of a brief calibration: enough to time a plan, not to use it
 
 
 def bench(
@@ -100,14 +99,14 @@ def bench(
             elif (plan := each.choose(longest, edited=True) if isinstance(each, Frontier) else each) is not None:
                 made[name] = plan
             else:
-                tell(f"No plan of {name!r} keeps the default promise for {longest:,} tokens: it is left out.")
+                tell(f"No plan of {name!r} keeps the default promise for {longest:,} tokens. It is left out.")
         if predicts and profile and profile.cost and (note := profile.cost.settings.note(cost_settings(llm))):
             tell(note)
         tokens, skippable = _material(llm, made.values(), longest)
     if about.busy:
         tell(
-            f"Warning: the load average is {about.load_average}; unless that comes from what you ran just before, "
-            "other programs disturb the times."
+            f"Warning: the load average is {about.load_average}. If other programs are running, they disturb the "
+            "times: close them, and start again."
         )
     n_threads, flash_attention = running.n_threads or physical_cores(), bool(running.flash_attn)
     settings = BenchSettings(model, fitting, n_rounds, n_decode, n_threads, running.gpu_layers, flash_attention)
@@ -118,7 +117,7 @@ def bench(
 
 
 def learns(request: PlanRequest) -> bool:
-    """Whether a request needs a profile; lists of layers without compensation need the number of layers only."""
+    """Return whether a request needs a profile. Lists of layers without compensation need none."""
     return request.strategy != "manual" or request.compensation != "none"
 
 
@@ -150,12 +149,12 @@ def _configuration(llm: AdaSkipLlama) -> Configuration:
 
 
 def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -> tuple[tuple[int, ...], str]:
-    """Return the contexts to measure, ascending, and a line that says what was changed, "" if nothing."""
+    """Return the contexts to measure, ascending, and a note for the user if they differ from those asked for."""
     wanted = sorted(set(_DEFAULT_CONTEXTS if asked is None else asked))
     limit = n_ctx_train - n_decode if n_ctx_train else wanted[-1]
     if wanted[0] < 1 or limit < 1:
         raise DataError(
-            f"no prompt of {wanted[0]} tokens with {n_decode} decoded behind it fits into the model's context of "
+            f"a prompt of {wanted[0]} tokens and {n_decode} decoded tokens do not fit into the model's context of "
             f"{n_ctx_train:,}; use --contexts of 1 or more and fewer --decode-tokens"
         )
     if asked is not None and n_ctx_train and wanted[-1] > n_ctx_train:
@@ -164,12 +163,12 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
         )
     fitting = sorted({min(context, limit) for context in wanted})
     listed = ", ".join(f"{context:,}" for context in fitting)
-    note = f"Contexts are {listed}: the model's {n_ctx_train:,} tokens also hold the {n_decode} that are decoded."
+    note = f"Contexts are {listed}: the model's context of {n_ctx_train:,} must also hold {n_decode} decoded tokens."
     return tuple(fitting), "" if fitting == wanted else note
 
 
 def _material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], tuple[Flags, Flags]]:
-    """Return text for prompts, and what can be skipped, bool ``[n_layer, 2]``, everywhere and in the bulk."""
+    """Check the plans; return tokens for prompts, and the sublayers that can be skipped, see :class:`Bench`."""
     for plan in plans:
         llm.set_plan(plan)
     tokens = corpus.cut(llm, corpus.text(()), 1, max(n_tokens, 2))[0]

@@ -1,4 +1,4 @@
-"""Makes plans and items of what an evaluation is asked for, and refuses what cannot be measured: :func:`prepared`."""
+"""Makes the plans and items of an evaluation from its options, and refuses bad options. Start at :func:`prepared`."""
 
 import os
 from collections import Counter
@@ -30,13 +30,13 @@ _SPEED_CONTEXT = 1024
 _TOKENS = 512
 _PROMISES = 0.05, 0.1
 _TASKS_CTX = 8192
-_ANSWER = 64  # tokens that the answer of a synthetic task takes at most
+_ANSWER = 64  # most tokens of an answer to a synthetic task
 
 _BUILTIN = {
     "pages": (corpus.held_out, f"{corpus.PAGES}, of those that calibration leaves out"),
     "sources": (python_sources, "sources of Python's standard library"),
 }
-"""Built-in text by name: what returns it, text by title, and what it is."""
+"""Built-in text by name: a function that returns texts by title, and a description."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ class EvaluationOptions:
 def prepared(
     model: str, profile: Profile | None, options: EvaluationOptions, open_model: Callable[[int], AdaSkipLlama]
 ) -> Iterator[tuple[AdaSkipLlama, Work, list[str], dict[str, str]]]:
-    """Make plans and items, and refuse whatever cannot be measured before anything is.
+    """Make plans and items, and refuse options that cannot be measured, before anything is measured.
 
-    Yields the model, as ``open_model`` opens it for a context of so many tokens; what is to be measured with it; what
-    the user must know; and what is measured, in words by name.
+    ``open_model`` opens the model for a context of so many tokens. Yields the model, the work, notes for the user, and
+    descriptions of the work by name.
     """
     with closing(open_model(256)) as llm:
         if profile is not None:
@@ -141,11 +141,13 @@ def prepared(
     requests: Sequence[PlanRequest] = options.requests(n_layer) if profile is not None or any(asked) else ()
     modes: set[str] = {request.mode for request in requests}
     if modes and options.max_losses is not None:
-        modes.add("prompt")  # that of what `tune` found, which is asked for too
+        modes.add("prompt")  # the mode of the plans that `tune` finds: promises ask for them too
     saved, notes = _saved(model, options.plan_file, modes)
     has_promises = saved is not None and saved.frontier is not None
     if options.max_losses is not None and not has_promises:
-        raise DataError(f"promises choose from what `tune` found; run `adaskip-cpp tune {model}`, or name it (--plan)")
+        raise DataError(
+            f"promises need the plan file of `tune`; run `adaskip-cpp tune {model}`, or give its file (--plan)"
+        )
     n_tokens = options.n_tokens or (min(speed_context + n_decoded, limit) if has_promises else _TOKENS)
     if options.n_texts and n_tokens <= n_decoded:
         raise DataError(
@@ -159,7 +161,7 @@ def prepared(
     }
     for what, n in needed.items():
         if n > limit:
-            raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
+            raise DataError(f"{what} need a context of {n} tokens, the model has {limit}; ask for less")
     n_ctx = options.ctx or max([*needed.values(), min(_TASKS_CTX, n_most) if options.tasks else 8])
     llm = open_model(n_ctx)
     try:
@@ -175,12 +177,12 @@ def prepared(
             raise DataError("there is nothing to measure; ask for texts, questions or rounds of timing")
         yield llm, work, notes, words
     finally:
-        with redirect_stderr(StringIO()):  # llama.cpp remarks that graphs took other memory than the full model's
+        with redirect_stderr(StringIO()):  # llama.cpp reports that plans' graphs took other memory than it had planned
             llm.close()
 
 
 def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile | None, list[str]]:
-    """Return what `tune` found, if it is named or of one of these modes, and a note if it cannot be used."""
+    """Return the plan file of `tune`, if it is named or its mode is one of these, and a note if it cannot be used."""
     if plan_file is not None:
         return load_plan(plan_file, model=model), []
     if not os.path.exists(plan_path(model)):
@@ -188,7 +190,7 @@ def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile
     try:
         found = plan_beside(model)
     except AdaSkipError as error:
-        if not modes:  # there is nothing else to compare
+        if not modes:  # nothing else would be left to compare
             raise
         return None, [f"the tuned plan is left out: {error}"]
     mode = "prompt" if found.plan is None else found.plan.mode
@@ -196,7 +198,7 @@ def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile
 
 
 def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Work, dict[str, str]]:
-    """Return what the full model alone is measured on, and what that is, in words."""
+    """Return the work for the whole model alone, and its description."""
     kinds, named = {}, []
     if options.text_files:
         kinds["text"] = read_texts(options.text_files)
@@ -227,7 +229,7 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
             depths=options.depths,
             n_per=options.n_per,
             seed=options.seed,
-            wrap=_wrap(llm, bool(options.chat)),  # its prompts are written to be continued
+            wrap=_wrap(llm, bool(options.chat)),  # by default none: these prompts end as a text to continue
         )
         words["Synthetic tasks"] = (
             f"{', '.join(options.synthetic)}: {options.n_per} of each length ({lengths} tokens) and depth ({depths}), "

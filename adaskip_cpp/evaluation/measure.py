@@ -1,4 +1,4 @@
-"""Measures what skipping costs in quality and brings in speed: the function :func:`adaskip_cpp.evaluate`."""
+"""The function :func:`adaskip_cpp.evaluate`: measures how much quality skipping costs and how much speed it brings."""
 
 import contextlib
 import os
@@ -69,7 +69,7 @@ def evaluate(
     """
     options, running, model = options or EvaluationOptions(), running or Running(), os.fspath(model)
     known = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
-    continuation_rouge_l("", "")  # is its package there? Asked before hours of work
+    continuation_rouge_l("", "")  # fails now, and not after hours, if its package is missing
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     command = (
         command
@@ -78,7 +78,7 @@ def evaluate(
     facts = {"started": started, "command": command, "load_average": load_average()}
     open_model = partial(open_quietly, model, running=running)
     with prepared(model, known, options, open_model) as (llm, work, notes, words):
-        settings = {  # with others, a new evaluation begins
+        settings = {  # other settings begin a new evaluation
             "model": asdict(llm.model_info),
             "profile": None if known is None else content_hash(known),
             "work": work.hash,
@@ -89,19 +89,19 @@ def evaluate(
             load = kept.facts["load_average"]
             if work.speed_prompt and is_busy(load):
                 notes.append(
-                    f"The load average was {load:.1f} at the beginning: unless that came from what you ran before, "
-                    "other programs disturb the speeds."
+                    f"The load average was {load:.1f} at the beginning. If other programs were running, they disturbed "
+                    "the speeds: close them, and evaluate again into another folder."
                 )
             for note in notes:
                 tell(note)
             if n_done := sum(key in kept.records for key in work.results()):
                 tell(f"{n_done} of {len(work.results())} results are there already.")
             elif kept.others:
-                tell(f"The settings have changed; earlier results are kept in {', '.join(map(str, kept.others))}")
+                tell(f"The settings have changed. Earlier results are kept in {', '.join(map(str, kept.others))}")
             name, begun = os.path.basename(model), kept.facts["started"][:16].replace("T", " ")
             about = About(
                 title=f"{name}: what skipping costs and brings",
-                summary=f"{len(work.contenders) - 1} contenders against the full model, begun {begun} UTC.",
+                summary=f"{len(work.contenders) - 1} contenders against the whole model, begun {begun} UTC.",
                 configuration=_configuration(model, known, work, settings, words),
                 command=command,
                 settings=settings,
@@ -128,7 +128,7 @@ def _configuration(
         lines["Profile"] = read + (f", {profile.created}" if profile.created else "")
     if (frontier := next((each.frontier for each in work.contenders if each.frontier), None)) is not None:
         n = len(frontier.points)
-        lines["Promises"] = f"for each prompt the fastest of {n} plans that loses no more nats per token at its length"
+        lines["Promises"] = f"for each prompt, the fastest of {n} plans that keeps the promise, in nats per token"
     return {
         **lines,
         **words,

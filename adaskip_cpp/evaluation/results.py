@@ -1,4 +1,4 @@
-"""What an evaluation found: the one result behind results.json, the tables, the pictures and the reports."""
+"""The result of an evaluation, which results.json, tables, pictures and reports show. Start at :class:`Results`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,14 +10,12 @@ from ..model.mode import ModeName
 from ..planning.compensation import DEFAULT_COMPENSATION
 
 SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_token", "e2e": "request"}
-"""By mode, the speed-up that quality is read against: of what the mode makes faster."""
+"""By mode, the speed-up that quality is compared with: that of the part which the mode makes faster."""
 
-TAILS = (99, 99.9)
-"""Percent of the tokens that have at most this divergence from the full model, as llama-perplexity tells them."""
-
+TAILS = (99, 99.9)  # percentiles of the tokens' divergences, those that llama-perplexity reports
 SPEED_NAMES = {"first_token": "first token", "per_token": "later tokens", "request": "whole request"}
 _STRATEGY_NAMES = {
-    "full": "full model",
+    "full": "whole model",
     "adaskip": "AdaSkip",
     "early_exit": "Early Exit",
     "suffix": "suffix of layers",
@@ -245,5 +243,5 @@ class Results:
     @property
     def notes(self) -> list[str]:
         """Notes for the reader, the first one if the evaluation is not finished."""
-        unfinished = f"This is not finished: {self.n_done} of {self.n_results} results are there. Run it again."
+        unfinished = f"This is not finished: {self.n_done} of {self.n_results} results. Run the same command again."
         return [*([unfinished] if self.n_done < self.n_results else []), *self.about.notes]

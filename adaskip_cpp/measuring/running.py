@@ -1,4 +1,4 @@
-"""Opens models that are run alike, for whatever is measured or used: :class:`Running` says how."""
+"""Opens models with the user's threads and devices, to measure or use them. Start at :class:`Running`."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Keeps what tuning has found so far, so that a run goes on where it was stopped."""
+"""Keeps the results of an unfinished ``tune`` in a file, so that the next run continues there."""
 
 import contextlib
 import os
