@@ -1,4 +1,4 @@
-"""Finds what an edited prompt has in common with the one in memory, wherever it stands."""
+"""Finds the runs of tokens that an edited prompt shares with the one in memory, for ``llama.py``: ``find_runs``."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -15,7 +15,7 @@ _MOST_TRIED = 8  # places of a repeated text
 
 
 class Run(NamedTuple):
-    """``n`` tokens that stand at ``start`` in memory and at ``to`` in the prompt; their move counts as ``n_moves``."""
+    """``n`` tokens at ``start`` in memory and at ``to`` in the prompt. Their move counts as ``n_moves`` moves."""
 
     start: int
     to: int
@@ -24,20 +24,19 @@ class Run(NamedTuple):
 
 
 def n_common(a: Tokens, b: Tokens) -> int:
-    """Return how many tokens at the beginning are equal."""
+    """Return the number of equal tokens at the beginning of both."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if different.size else n
 
 
 def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: int) -> list[Run]:
-    """Return runs of equal tokens in the order of the prompt, each cached token in one run at most.
+    """Return runs of equal tokens, in the order of the prompt. Each cached token is in one run at most.
 
     Args:
         cached: the tokens in memory, int32 ``[n_cached]``.
         prompt: the tokens wanted, int32 ``[n_prompt]``.
-        first: where both are looked at from.
-        end: where the prompt is looked at to.
+        first, end: the search compares ``cached[first:]`` with ``prompt[first:end]``.
         least: tokens of the shortest run.
     """
     cached, prompt = cached[first:], prompt[first:end]
@@ -58,7 +57,7 @@ def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: in
         n = max(lengths)
         if n >= least:
             start = int(nearest[lengths.index(n)])
-            # Of the text before the middle of the run: tokens that stand before it in both, and in either.
+            # Tokens before the middle of the run: those that both texts have there, and those of either text.
             both = first + sum(each.n for each in runs if each.start < first + start) + n // 2
             either = 2 * first + start + to + n - both
             runs.append(Run(first + start, first + to, n, 1 if both >= SAME * either else WIDE))
@@ -68,7 +67,7 @@ def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: in
 
 
 def _hashes(tokens: Tokens, n: int) -> npt.NDArray[np.uint64]:
-    """Return a number for every ``n`` tokens that follow one another; equal tokens have equal ones."""
+    """Return a hash of every ``n`` consecutive tokens; equal tokens have equal hashes."""
     powers, inverse = (np.cumprod(np.full(len(tokens), each, np.uint64)) for each in (_MULTIPLIER, _INVERSE))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(tokens.astype(np.uint64) * powers)])
     hashes: npt.NDArray[np.uint64] = (sums[n:] - sums[:-n]) * inverse[: len(tokens) - n + 1]

@@ -1,7 +1,4 @@
-"""The thin cffi layer over native/adaskip.h: types in, arrays and plain data out, error codes turned into exceptions.
-
-:mod:`adaskip_cpp.engine.llama` is what people use.
-"""
+"""Calls native/adaskip.h through cffi for ``llama.py``: plain data in and out, error codes as exceptions."""
 
 import math
 import platform
@@ -32,7 +29,6 @@ _WAYS_OUT = {
     "SEQUENCES": (errors.PlanError, "leave it out of the plan, or open the model without embedding=True."),
 }
 
-
 Activations: TypeAlias = Sequence[Sequence[tuple[Vectors, Vectors] | None]]
 
 
@@ -41,8 +37,8 @@ class Sublayer:
     """One sublayer of a model, as found in its compute graph.
 
     Attributes:
-        in_bulk: whether it can be skipped in the bulk of a prompt, where an attention's K and V are kept.
-        reason: why other phases cannot skip it, "" if it is skippable.
+        skippable, in_bulk: whether every phase, and whether the bulk alone can skip it.
+        reason: why other phases than the bulk cannot skip it, "" if they can.
         shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
         window: tokens that an attention looks back at, 0 for all.
         windowable: whether it may be in :attr:`adaskip_cpp.model.plan.Bulk.windowed`.
@@ -60,17 +56,15 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class StatisticsBatch:
-    """Per-token reductions of one ubatch, u and v being a sublayer's input and output, both with the residual.
-
-    All are NaN where a sublayer or layer was not observed.
+    """Statistics of one ubatch. u and v are a sublayer's input and output, both with the residual.
 
     Attributes:
-        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|².
-        layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output.
-        sum_u, sum_v: float32 [n_layer, 2, n_embd]: sums of u and v over the tokens; None if they were not asked for.
+        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|²; NaN if the sublayer was not observed.
+        layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output; NaN likewise.
+        sum_u, sum_v: float32 [n_layer, 2, n_embd]: u and v summed over the tokens, NaN likewise; None if not requested.
         positions: int32 [n_tokens].
-        activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], None where a sublayer does not see every token;
-            valid until the sink returns. None if they were not asked for.
+        activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], valid until the sink returns; None for a
+            sublayer that does not see every token. None as a whole if not requested.
     """
 
     dot: Vectors
@@ -89,13 +83,14 @@ StatisticsSink: TypeAlias = Callable[[StatisticsBatch], None]
 
 @dataclass(frozen=True)
 class Counters:
-    """What can be counted exactly about a context, since it was created.
+    """Exact counts of a context.
 
     Attributes:
-        nodes_full, nodes: of the last graph as llama.cpp built it, and as it was computed.
-        splits: parts of it that run on one device each.
-        kv_bytes: size of the context's memory (KV cache, recurrent state), all devices together.
-        statistics_bytes: read by the host.
+        nodes_full, nodes: nodes of the last graph as llama.cpp built it, and as it was computed.
+        splits: parts of that graph that run on one device each.
+        graphs_built, graphs_reused: since the context was created.
+        kv_bytes: size of the context's memory (KV cache, recurrent state) on all devices together.
+        statistics_bytes: statistics that the host has read since then.
     """
 
     nodes_full: int
@@ -112,12 +107,12 @@ class OnlineResult:
     """What the online stage learned in one request. The arrays are float64 [n_layer], NaN where not observed.
 
     Attributes:
-        window, n_tokens: tokens that it observes, and that it has observed.
-        similarity: mean IO similarity of each FFN over them.
+        window, n_tokens: tokens to observe, and tokens observed so far.
+        similarity: mean IO similarity of each FFN over the observed tokens.
         norm_ratio: ||V||_F / ||U||_F over them.
-        scale: what stands in for each FFN if it is added.
-        threshold: FFNs of at least this similarity are skipped.
-        ffn: layers whose FFN was added to the decode set, () while the window is not full.
+        scale: compensation of each FFN if it is added: its input times this.
+        threshold: FFNs of at least this similarity are added.
+        ffn: layers whose FFN was added to the decode set; () until ``window`` tokens are observed.
     """
 
     window: int
@@ -130,7 +125,7 @@ class OnlineResult:
 
 
 def devices() -> tuple[str, tuple[str, ...]]:
-    """Return the name of the CPU, and those of all devices that ggml computes on."""
+    """Return the name of the CPU, and the names of all devices that ggml computes on."""
     cpu = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
     every = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
     return _description(cpu) if cpu else platform.machine(), tuple(map(_description, every))
@@ -148,7 +143,7 @@ def _description(device: Any) -> str:
 
 @contextmanager
 def elide_kv(skipped: Flags | None) -> Iterator[None]:
-    """Contexts created inside have no KV for the attentions in ``skipped``, bool [n_layer]; None changes nothing."""
+    """Create contexts inside without KV for the attentions in ``skipped``, bool [n_layer]; None changes nothing."""
     if skipped is not None:
         flags = np.ascontiguousarray(skipped, dtype=np.uint8)
         lib.adaskip_elide_kv(ffi.from_buffer("uint8_t[]", flags), len(flags))
@@ -161,13 +156,13 @@ def elide_kv(skipped: Flags | None) -> Iterator[None]:
 class NativeContext:
     """adaskip's side of the ``llama_context`` at ``address``, which must outlive this object.
 
-    Every method raises an error of ``_WAYS_OUT`` or NativeError for the codes of adaskip.h.
+    If a native call fails, every method raises an error of ``_WAYS_OUT`` or a NativeError.
     """
 
     def __init__(self, address: int) -> None:
         self._ctx = ffi.cast("struct llama_context *", address)
         self._callback: Any = None
-        self.drops_logits = False  # whether the statistics in force leave the output head out
+        self.drops_logits = False  # whether statistics are collected without computing logits
         self._error: BaseException | None = None
         self.n_layer: int = self._check(lib.adaskip_n_layer(self._ctx))
         self.n_layer_kv: int = self._check(lib.adaskip_n_layer_kv(self._ctx))  # up to the last that has KV of its own
@@ -182,7 +177,7 @@ class NativeContext:
         raise errors.NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
 
     def raise_failure(self, error: RuntimeError) -> NoReturn:
-        """Raises why the call of llama.cpp that ended in ``error`` failed: our reason, or that llama.cpp has one."""
+        """Raise the reason why a call of llama.cpp failed with ``error``: ours if there is one, else ``error``."""
         try:
             self._check(lib.adaskip_take_failure(self._ctx))
         except errors.AdaSkipError as ours:
@@ -204,10 +199,10 @@ class NativeContext:
         return tuple(map(read, rows))
 
     def set_plan(self, plan: SkipPlan | None, tag: int, readable: Sequence[int] = ()) -> None:
-        """Sets all that is to be skipped, or on an error nothing; :meth:`plan_tag` tells which plan is in force.
+        """Put a plan in force, or nothing on an error; :meth:`plan_tag` returns its tag.
 
-        A plan's tag is above 0; None, the whole model, has the tag 0, unless it has ``readable`` too: the ids of other
-        plans' bulk sets (:meth:`bulk_set_id`), whose positions may be read as well.
+        ``readable`` has ids of other plans' bulk sets (:meth:`bulk_set_id`): positions computed under them may be read
+        too. Tags are above 0; only the whole model (None) without ``readable`` has tag 0.
         """
         if plan is None and not readable:
             self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL))
@@ -219,7 +214,7 @@ class NativeContext:
         self._check(lib.adaskip_set_plan(self._ctx, target))
 
     def bulk_set_id(self, plan: SkipPlan) -> int:
-        """The id of a plan's bulk set with its windows, checked: 0 where nothing is skipped, of equal ones equal."""
+        """Check a plan's bulk set and windows; return their id, 0 if nothing is skipped. Equal ones have equal ids."""
         target = ffi.new("struct adaskip_plan *")
         _owners = _fill_bulk(target, plan)
         found = ffi.new("uint64_t *")
@@ -261,7 +256,7 @@ class NativeContext:
     def start_statistics(
         self, sink: StatisticsSink, *, keep_logits: bool = False, vectors: bool = False, activations: bool = False
     ) -> None:
-        """Hands the statistics of every ubatch to ``sink``; what it raises is kept for :meth:`raise_pending`."""
+        """Pass the statistics of every ubatch to ``sink``; :meth:`raise_pending` raises the errors of ``sink``."""
         if self._callback is not None:
             raise errors.StateError("statistics are collected already; leave the other collect_statistics() first.")
 
@@ -289,7 +284,7 @@ class NativeContext:
             raise error
 
     def kv_valid(self, phase: Phase, n: int) -> int:
-        """How many of the first ``n`` positions may be read in this phase: n, or the first one that may not."""
+        """Return how many of the first ``n`` positions this phase may read: n, or the first one that it may not."""
         position = ffi.new("int32_t *")
         self._check(lib.adaskip_kv_first_stale(self._ctx, 0, PHASES.index(phase), position))
         return min(n, int(position[0]))
@@ -302,21 +297,21 @@ class NativeContext:
         return bool(self._check(lib.adaskip_can_move(self._ctx)))
 
     def set_most_moves(self, n: int) -> None:
-        """Let positions be read that count so many moves; at first none that was moved."""
+        """Allow reading positions that count up to ``n`` moves; before the first call, none that moved."""
         self._check(lib.adaskip_set_most_moves(self._ctx, n))
 
     def set_aside(self, n_kept: int, runs: Sequence[tuple[int, int, int, int]]) -> None:
-        """Take runs (place, place to be, length, moves to count) out of sequence 0; forget the rest from ``n_kept``."""
+        """Take runs (place, new place, length, counted moves) out of sequence 0; forget the rest from ``n_kept`` on."""
         rows = ffi.new("struct adaskip_run[]", list(runs))
         self._check(lib.adaskip_set_aside(self._ctx, 0, n_kept, rows, len(runs)))
 
     def take_back(self, end: int) -> None:
-        """Take back what was set aside and stands before ``end`` now."""
+        """Put the tokens set aside whose new positions are before ``end`` back into sequence 0."""
         self._check(lib.adaskip_take_back(self._ctx, 0, end))
 
 
 def _fill_plan(target: Any, plan: SkipPlan) -> list[Any]:
-    """Point an adaskip_plan at the sets of ``plan``; returns what must live as long."""
+    """Point an adaskip_plan at the sets of ``plan``; return the objects that must live as long."""
     prefill, decode = ffi.new("struct adaskip_set *"), ffi.new("struct adaskip_step[]", len(plan.decode_sets))
     owners = [prefill, decode, _fill(prefill, plan.prefill), _fill_bulk(target, plan)]
     for step, (start, skip_set) in zip(decode, plan.decode_sets, strict=True):
@@ -332,7 +327,7 @@ def _fill_plan(target: Any, plan: SkipPlan) -> list[Any]:
 
 
 def _fill_bulk(target: Any, plan: SkipPlan) -> list[Any]:
-    """The same for the bulk set and its windows alone."""
+    """Point an adaskip_plan at the bulk set of ``plan`` and its windows; return as :func:`_fill_plan`."""
     if plan.bulk is None:
         return []
     target.bulk = bulk = ffi.new("struct adaskip_set *")
@@ -346,7 +341,7 @@ def _fill_bulk(target: Any, plan: SkipPlan) -> list[Any]:
 
 
 def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
-    """Point an adaskip_set at the arrays of ``skip_set``; returns what must live as long."""
+    """Point an adaskip_set at the arrays of ``skip_set``; return them, as they must live as long."""
     owners: list[npt.NDArray[Any]] = []
     target.n_layer = len(skip_set.skip)
     for name in ("skip", "scale", "bias", "down", "up"):
@@ -365,7 +360,7 @@ def _array(address: Any, *shape: int) -> Vectors:
 
 
 def _batch(statistics: Any) -> StatisticsBatch:
-    """A copy of what native hands out, but for the activations."""
+    """Copy native statistics, except the activations."""
     n_layer, n_tokens, n_embd = statistics.n_layer, statistics.n_tokens, statistics.n_embd
     dot, u_sq, v_sq = np.moveaxis(_array(statistics.values, n_layer, 2, 3, n_tokens).copy(), 2, 0)
     sum_u = sum_v = None

@@ -1,6 +1,6 @@
-"""Devices of other machines, which ggml reaches through llama.cpp's rpc-server.
+"""Lets models run on devices of other machines, through llama.cpp's rpc-server: start with ``add_rpc_server``.
 
-Besides the standard library it needs llama_cpp alone: processes of the stock library run this file by its path.
+It imports llama_cpp and the standard library alone, because processes of the stock library run this file by its path.
 """
 
 import ctypes
@@ -11,18 +11,18 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
-_PATIENCE_S = 20  # for a server to answer another process, which loads llama_cpp first
+_PATIENCE_S = 20  # for a server's answer to the trial process, which loads llama_cpp first
 
 _added: set[str] = set()
 
 
 @cache
 def _ggml() -> Any:
-    """The functions of the ggml in this process, through the libllama that depends on it."""
+    """Return functions of the ggml in this process, found through libllama, which depends on it."""
     import llama_cpp
 
     libraries = [llama_cpp.llama_cpp._lib]
-    if sys.platform == "win32":  # where a library shows its own functions alone
+    if sys.platform == "win32":  # a DLL shows its own functions alone
         libraries = [ctypes.CDLL(name) for name in ("ggml.dll", "ggml-base.dll")]
     ggml = SimpleNamespace()
     for name, types in {
@@ -42,9 +42,9 @@ def supports_rpc() -> bool:
 
 
 def register_rpc_server(endpoint: str) -> bool:
-    """Make the devices of an rpc-server known to ggml, as ``--rpc`` of llama.cpp's programs does; False if it has none.
+    """Register an rpc-server's devices with ggml, as llama.cpp's option ``--rpc`` does; return False if it has none.
 
-    ggml ends the process where nobody listens at ``endpoint``, or something else than an rpc-server of its release.
+    ggml ends the process if no rpc-server of its own release answers at ``endpoint``.
     """
     ggml = _ggml()
     reg = ggml.ggml_backend_reg_by_name(b"RPC")
@@ -69,7 +69,7 @@ def add_rpc_server(endpoint: str) -> None:
     Raises:
         RPCServerError: ggml was built without RPC, or does not get along with what is at the endpoint.
     """
-    from ..errors import RPCServerError  # not where a process of the stock library runs this file
+    from ..errors import RPCServerError  # here, because processes that run this file by its path have no package
 
     if endpoint in _added:
         return
@@ -89,7 +89,7 @@ def add_rpc_server(endpoint: str) -> None:
 
 
 def _why_not(endpoint: str) -> str:
-    """Why ggml would abort on a server, "" where it would not: another process tries."""
+    """Let another process try a server; return why ggml aborted there, "" if it did not."""
     command = [sys.executable, __file__, endpoint]
     try:
         tried = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE_S)
@@ -100,7 +100,7 @@ def _why_not(endpoint: str) -> str:
     if tried.returncode == 0:
         return ""
     lines = tried.stderr.strip().splitlines() or ["it says nothing"]
-    # The line in which ggml says why begins with where that is, and a backtrace follows.
+    # ggml's line with the reason begins with a place in its source, and a backtrace follows.
     return next((line for line in lines if "ggml-rpc.cpp" in line), lines[-1]).strip().rpartition(": ")[2]
 
 

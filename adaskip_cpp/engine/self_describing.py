@@ -1,4 +1,7 @@
-"""``llama_cpp.Llama`` that tells what it is: its size, sublayers, memory and identity, also in what it saves."""
+"""``llama_cpp.Llama`` that describes its size, sublayers, memory and identity, also in saved states.
+
+``llama.py`` builds ``AdaSkipLlama`` on it; start there.
+"""
 
 import ctypes
 from collections.abc import Iterator
@@ -16,27 +19,26 @@ from ..model.identity import ModelInfo, fingerprint, override_words
 from .binding import last_error
 from .native import Counters, NativeContext, Sublayer
 
-_ERROR = 4  # ggml_log_level; llama-cpp-python counts otherwise, and without verbose shows warnings, but no error
-
-_NOT_TOKENIZED = -(2**31)  # what llama_tokenize returns where it fails
+_ERROR = 4  # ggml_log_level; llama-cpp-python numbers levels otherwise, and hides errors unless verbose
+_NOT_TOKENIZED = -(2**31)  # llama_tokenize returns this if it fails
 
 
 class AdaSkipState(LlamaState):
-    """A state with its model and the layers that have no KV; what its cells are of is in llama.cpp's own part."""
+    """A state that records its model and the layers without KV; llama.cpp's own part has the skip set of each cell."""
 
     model: ModelInfo
     elided_kv: tuple[int, ...]
 
 
 class SelfDescribingLlama(llama_cpp.Llama):
-    """A model with its native side, and what both tell of it; :class:`AdaSkipLlama` adds the plan."""
+    """A model with its native side. :class:`AdaSkipLlama` adds the plan."""
 
     def __init__(self, model_path: str, **kwargs: Any) -> None:
         try:
             with _errors_logged() as reasons:
                 super().__init__(model_path, **kwargs)
         except ValueError as error:
-            if "Failed to" not in str(error):  # llama_cpp.Llama's words for what llama.cpp could not load
+            if "Failed to" not in str(error):  # llama_cpp.Llama's message if llama.cpp cannot load something
                 raise
             raise ModelFileError(
                 f"llama.cpp cannot open {model_path!r} ({reasons[0] if reasons else error}); check that the file is "
@@ -57,16 +59,12 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def context_size(self) -> int:
-        """Tokens that the context holds.
-
-        llama.cpp rounds ``n_ctx`` up to a multiple of 256 and ``n_ctx()`` tells that, but ``llama_cpp.Llama`` allocates
-        its own record of tokens for the ``n_ctx`` asked for.
-        """
+        """Tokens that the context holds: llama.cpp rounds ``n_ctx`` up, but the record of tokens has that length."""
         return min(self.n_ctx(), len(self.input_ids))
 
     @property
     def n_ctx_train(self) -> int:
-        """Tokens of context that the model was trained on, 0 where its file does not say."""
+        """Context length that the model was trained on, in tokens; 0 if its file does not say."""
         return int(llama_cpp.llama_model_n_ctx_train(self.model))
 
     @property
@@ -76,7 +74,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def n_layer_kv(self) -> int:
-        """Layers up to the last that has KV of its own: all, unless upper layers read that of others."""
+        """Number of layers up to the last one with its own KV: all, unless upper layers read the KV of others."""
         return self._adaskip.n_layer_kv
 
     @property
@@ -89,24 +87,24 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def has_state(self) -> bool:
-        """Whether layers keep a state that stands for all tokens so far, beside KV or instead of it."""
+        """Whether layers keep a recurrent state of all tokens so far, beside KV or instead of it."""
         return bool(self._is_recurrent or self._is_hybrid)
 
     @property
     def can_move(self) -> bool:
-        """Whether tokens can be moved in memory, as edited prompts need: it has no state, and llama.cpp can shift K."""
+        """Whether tokens can move in memory, as edited prompts need: no recurrent state, and llama.cpp can shift K."""
         return self._adaskip.can_move
 
     @property
     def logits_all(self) -> bool:
-        """Whether ``scores`` has a row for every evaluated token; else it has the last one's alone."""
+        """Whether ``scores`` has a row for every evaluated token, and not for the last one alone."""
         return bool(self._logits_all)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """As ``llama_cpp.Llama.tokenize``.
 
         Raises:
-            RequestError: llama.cpp cannot, as where a word has a million letters.
+            RequestError: llama.cpp cannot tokenize the text, for example a word of a million letters.
         """
         if not isinstance(self.tokenizer_, LlamaTokenizer):
             return self.tokenizer_.tokenize(text, add_bos, special)
@@ -122,7 +120,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         """As ``llama_cpp.Llama.embed``.
 
         Raises:
-            RequestError: a text has no tokens, for which that one writes out of bounds.
+            RequestError: a text has no tokens; ``llama_cpp.Llama`` would write out of bounds.
         """
         for text in [input] if isinstance(input, str) else input:
             if not self.tokenize(text.encode("utf-8")):
@@ -130,28 +128,28 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return super().embed(input, *args, **kwargs)
 
     def is_eog(self, token: int) -> bool:
-        """Whether the model ends what it generates with this token."""
+        """Whether the model ends an answer with this token."""
         return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
 
     def token_text(self, token: int) -> str:
-        """A token as the model's vocabulary writes it."""
+        """Return a token's text in the model's vocabulary."""
         return str(self._model.token_get_text(token))
 
     @cached_property
     def model_info(self) -> ModelInfo:
-        """Its files, LoRA adapter and overrides: what a profile or plan must match."""
+        """The model's files, LoRA adapter and overrides, which a profile or plan must match."""
         file, architecture = fingerprint(self.model_path), self.metadata.get("general.architecture", "unknown")
         lora = (fingerprint(self.lora_path), float(self.lora_scale)) if self.lora_path else ("", 0.0)
         return ModelInfo(file, architecture, self.n_layer, *lora, override_words(self.kv_overrides))
 
     @cached_property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """One row per sublayer, layer by layer, attention before FFN: what can be skipped, and why not."""
+        """One row per sublayer, layer by layer, attention before FFN: whether it can be skipped, or why not."""
         return self._adaskip.sublayers()
 
     @property
     def counters(self) -> Counters:
-        """Graph nodes, graphs built and reused, bytes of KV."""
+        """Counts of graph nodes, of graphs built and reused, and of bytes of KV."""
         return self._adaskip.counters()
 
     @property
@@ -166,8 +164,8 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def n_evaluated(self) -> int:
-        """Tokens evaluated since the model was opened, by llama.cpp's own count; of none it tells 1."""
-        self.synchronize()  # llama.cpp counts the tokens of a call when it has waited for them
+        """Tokens evaluated since the model was opened, as llama.cpp counts them: 1 before the first one too."""
+        self.synchronize()  # llama.cpp counts the tokens of a call only after waiting for them
         count = llama_cpp.llama_perf_context(self.ctx)
         return int(count.n_p_eval + count.n_eval)
 
@@ -176,14 +174,14 @@ class SelfDescribingLlama(llama_cpp.Llama):
         llama_cpp.llama_synchronize(self.ctx)
 
     def begin_request(self) -> None:
-        """Begin a request: no token of its answer is decoded yet, and the online stage starts again."""
+        """Begin a request: the count of decoded tokens and the online stage start again."""
         self._adaskip.begin_request()
 
     def has_lost_window(self, n: int) -> bool:
-        """Whether positions are gone that a sliding window behind the first ``n`` attends to.
+        """Whether memory lacks positions that a sliding window after the first ``n`` tokens attends to.
 
-        llama.cpp writes over those that the window has left; with ``swa_full`` as well where it looks for room from the
-        cache's start, as behind a loaded state. Stock then reads on without them.
+        llama.cpp overwrites positions that the window has left; with ``swa_full`` only if it looks for room from the
+        cache's start, as after loading a state. Stock llama.cpp goes on without them.
         """
         n_swa = llama_cpp.llama_model_n_swa(self.model)
         if n_swa == 0 or n == 0:
@@ -192,10 +190,10 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return not 0 <= first <= max(0, n - n_swa + 1)
 
     def n_held(self, n: int) -> int:
-        """How many of the first ``n`` tokens the memory can go on from: all, unless a call was cut short.
+        """Return how many of the first ``n`` tokens the memory can continue from: all, unless a call was cut short.
 
-        Where Ctrl-C or a failure comes between llama.cpp's part of a call and ours, the memory holds fewer tokens, or
-        more, of which ``eval`` takes the others away. A recurrent state cannot give back what it has read.
+        Ctrl-C or a failure between llama.cpp's part of a call and ours leaves fewer tokens in memory, or more. ``eval``
+        removes those that are too many, but a recurrent state cannot forget a token.
         """
         memory = llama_cpp.llama_get_memory(self.ctx)
         last = int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) if memory else n - 1
@@ -208,28 +206,25 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return last + 1 if last < n else 0 if self.has_state else n
 
     def save_state(self) -> AdaSkipState:
-        """As ``llama_cpp.Llama.save_state``; the state knows what it was saved from."""
+        """As ``llama_cpp.Llama.save_state``; the state records its model and the layers without KV."""
         state = AdaSkipState.__new__(AdaSkipState)
         state.__dict__.update(vars(super().save_state()), model=self.model_info, elided_kv=self.elided_kv)
         return state
 
     def load_state(self, state: LlamaState) -> None:
-        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` is one of the whole model.
+        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` counts as one of the whole model.
 
         Raises:
-            StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,
-                unless llama.cpp itself refuses the state: then the cache is empty.
+            StateError: the state is of another model, of other context settings or of another KV layout. Nothing
+                changes then. If llama.cpp itself refuses the state, the cache is empty.
         """
         ours = state if isinstance(state, AdaSkipState) else None
         if ours and (differences := ours.model.differences(self.model_info)):
-            raise StateError(
-                f"the state was saved from another model: {'; '.join(differences)}; load it into the model that it was "
-                "saved from."
-            )
+            raise StateError(f"the state is of another model: {'; '.join(differences)}; load it into that model.")
         if (ours.elided_kv if ours else ()) != self.elided_kv:
             raise StateError(
-                "the state was saved with KV for other layers; load it into a model that was opened with the same "
-                "plan=, or without one where this was."
+                "the state was saved with KV for other layers; open the model with the plan= of the model that saved "
+                "it, or without plan= if that one had none."
             )
         if state.input_ids.shape != self.input_ids.shape or state.scores.shape != self.scores[: state.n_tokens].shape:
             raise StateError(
@@ -240,14 +235,12 @@ class SelfDescribingLlama(llama_cpp.Llama):
         except RuntimeError as error:
             self._ctx.kv_cache_clear()
             self.reset()  # type: ignore[no-untyped-call]
-            raise StateError(
-                f"llama.cpp refused the state ({error}); the cache is empty now, evaluate the prompt again."
-            ) from error
+            raise StateError(f"llama.cpp refused the state ({error}); the cache is empty, read the prompt.") from error
 
 
 @contextmanager
 def _errors_logged() -> Iterator[list[str]]:
-    """Yield a list that the errors logged meanwhile are put into: llama.cpp tells why it failed in its log alone."""
+    """Yield a list that collects the errors logged meanwhile: llama.cpp reports its reasons in its log alone."""
     lines: list[str] = []
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
