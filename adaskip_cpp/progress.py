@@ -1,4 +1,4 @@
-"""Progress on stderr for whatever takes longer than two seconds."""
+"""Shows progress on stderr of work longer than two seconds, for calibration, tuning and commands: ``progress_bar``."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 _SHOW_AFTER_S = 2.0  # work that takes longer than this, or is expected to, gets a progress display
 _BEGUN = 1e-9  # of all work
-_DRAWN_HZ = 2  # as drawing takes processor time from a model
+_DRAWN_HZ = 2  # low, because drawing takes processor time from the model
 _LINES_S = 60.0  # between two lines of progress where there is no terminal
 
 
@@ -23,7 +23,7 @@ class OnProgress(Protocol):
 
 
 Stage: TypeAlias = Callable[[str], AbstractContextManager[OnProgress]]
-"""Entered with the name of a stage of some work; what it yields is called with the fraction that is done."""
+"""Called with the name of a stage of work; the context yields a function to call with the fraction that is done."""
 
 
 def silent(label: str) -> AbstractContextManager[OnProgress]:
@@ -33,11 +33,11 @@ def silent(label: str) -> AbstractContextManager[OnProgress]:
 
 @contextlib.contextmanager
 def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) -> Iterator[OnProgress]:
-    """Yield what moves a progress bar on stderr, if that is a terminal.
+    """Yield a function that moves a progress bar on stderr; it does nothing if that is no terminal.
 
     Args:
-        is_patient: show it after 2 s, or once the work is known to take longer, and not when it is first moved.
-        still: draw it when it is moved and never else, as what is measured meanwhile would pay for that.
+        is_patient: show the bar after 2 s, or once the work is known to take longer; else at its first move.
+        still: draw the bar only when it moves, because drawing would disturb measurements meanwhile.
     """
     if not sys.stderr.isatty():
         yield lambda fraction, words="": None
@@ -55,7 +55,7 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
         speed_estimate_period=math.inf,  # a move may take minutes
     )
     task = bar.add_task("", total=1.0)
-    bar.advance(task, _BEGUN)  # rich tells the time left from the second move on
+    bar.advance(task, _BEGUN)  # rich shows the time left from the second move on
     shown_later = threading.Timer(_SHOW_AFTER_S, bar.start)
 
     def on_progress(fraction: float, words: str = "") -> None:
@@ -78,9 +78,9 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
 
 @contextlib.contextmanager
 def told_progress(label: str, *, still: bool = False, late: bool = False) -> Iterator[OnProgress]:
-    """Yield what moves a progress bar; where there is no terminal, stderr gets a line a minute.
+    """Yield a function that moves a progress bar; without a terminal, stderr gets a line a minute.
 
-    A ``late`` one is shown when it is first moved, so that what is printed before does not disturb it.
+    A ``late`` bar appears at its first move, so that text printed before does not disturb it.
     """
     if sys.stderr.isatty():
         with progress_bar(label, is_patient=False, still=still) as move:

@@ -1,4 +1,4 @@
-"""From timed ubatches to the cost of each sublayer: a robust least-squares fit."""
+"""Fits the cost of each sublayer to timed ubatches, by robust least squares, for ``cost.py``: ``fit``."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ import numpy as np
 from ..model.arrays import Flags, Floats
 from ..model.cost_model import CELLS, Computed, PhaseCost
 
-_TOLERANCE = 0.05
-"""Relative errors beyond this weigh no more than this one (Huber): something else on the machine disturbed that run."""
+_TOLERANCE = 0.05  # Huber's limit for relative errors: larger ones come from other work on the machine
 _ITERATIONS = 20
 
 
@@ -18,8 +17,8 @@ _ITERATIONS = 20
 class Group:
     """Sublayers that take the same time: all attention (kind 0) or all FFN (1), of ascending layers.
 
-    ``limit`` is the number of KV cells beyond which an attention stops growing. Those that are not ``elidable`` can be
-    skipped in the bulk alone, so that what keeping their K and V costs is part of the rest.
+    ``limit`` is the number of KV cells beyond which an attention's time stops growing. If not ``elidable``, the bulk
+    alone can skip them, so the cost of keeping their K and V belongs to the rest.
     """
 
     kind: int
@@ -30,11 +29,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed ubatch in which ``what`` was computed, behind which the cache holds ``end`` tokens.
+    """One timed ubatch, which computed ``what``; the cache held ``end`` tokens after it.
 
-    ``offset`` names a constant of its own that its rest may have, "" for that of the model: time is not additive far
-    from the full model (what few sublayers read stays in the processor's caches), so such a sample tells how time grows
-    with the context, and not how long the rest takes.
+    Samples of one ``offset`` share a constant, "" being the model's own. If few sublayers run, their data stay in the
+    processor's caches, and times do not add up. Such samples get another offset: they show the growth alone.
     """
 
     what: Computed
@@ -48,7 +46,7 @@ def fit(
 ) -> tuple[PhaseCost, float]:
     """Fit the cost of a ubatch of ``n_tokens``; return it, and the mean absolute relative error of the samples.
 
-    ``rest_grows``: whether sublayers that cannot be skipped may make the rest grow with the context.
+    ``rest_grows``: whether the time of sublayers that cannot be skipped may grow with the context.
     """
     cells = np.array([math.ceil(sample.end / CELLS) * CELLS for sample in samples], float)
     count = np.array([[sample.what.runs[list(g.layers), g.kind].sum() for g in groups] for sample in samples], float)
@@ -91,7 +89,7 @@ def _solve(columns: Floats, free: Flags) -> tuple[Floats, float]:
             wrong = (x < 0) & ~free
             if not wrong.any():
                 break
-            active[np.argmin(np.where(wrong, x, 0.0))] = False  # the least possible one is 0, the others are refitted
+            active[np.argmin(np.where(wrong, x, 0.0))] = False  # the most negative becomes 0, the others fit again
         residual = np.abs(scaled @ x - 1.0)
         weight = np.sqrt(np.minimum(1.0, _TOLERANCE / np.maximum(residual, 1e-12)))
     return x / np.where(used, size, 1.0), float(residual.mean())

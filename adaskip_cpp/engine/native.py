@@ -37,8 +37,8 @@ class Sublayer:
     """One sublayer of a model, as found in its compute graph.
 
     Attributes:
-        skippable, in_bulk: whether every phase, and whether the bulk alone can skip it.
-        reason: why other phases than the bulk cannot skip it, "" if they can.
+        in_bulk: whether it can be skipped in the bulk of a prompt, where an attention's K and V are kept.
+        reason: why other phases cannot skip it, "" if it is skippable.
         shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
         window: tokens that an attention looks back at, 0 for all.
         windowable: whether it may be in :attr:`adaskip_cpp.model.plan.Bulk.windowed`.
@@ -56,15 +56,17 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class StatisticsBatch:
-    """Statistics of one ubatch. u and v are a sublayer's input and output, both with the residual.
+    """Per-token reductions of one ubatch, u and v being a sublayer's input and output, both with the residual.
+
+    All are NaN where a sublayer or layer was not observed.
 
     Attributes:
-        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|²; NaN if the sublayer was not observed.
-        layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output; NaN likewise.
-        sum_u, sum_v: float32 [n_layer, 2, n_embd]: u and v summed over the tokens, NaN likewise; None if not requested.
+        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|².
+        layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output.
+        sum_u, sum_v: float32 [n_layer, 2, n_embd]: sums of u and v over the tokens; None if they were not asked for.
         positions: int32 [n_tokens].
-        activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], valid until the sink returns; None for a
-            sublayer that does not see every token. None as a whole if not requested.
+        activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], None where a sublayer does not see every token;
+            valid until the sink returns. None if they were not asked for.
     """
 
     dot: Vectors
@@ -83,14 +85,13 @@ StatisticsSink: TypeAlias = Callable[[StatisticsBatch], None]
 
 @dataclass(frozen=True)
 class Counters:
-    """Exact counts of a context.
+    """What can be counted exactly about a context, since it was created.
 
     Attributes:
-        nodes_full, nodes: nodes of the last graph as llama.cpp built it, and as it was computed.
-        splits: parts of that graph that run on one device each.
-        graphs_built, graphs_reused: since the context was created.
-        kv_bytes: size of the context's memory (KV cache, recurrent state) on all devices together.
-        statistics_bytes: statistics that the host has read since then.
+        nodes_full, nodes: of the last graph as llama.cpp built it, and as it was computed.
+        splits: parts of it that run on one device each.
+        kv_bytes: size of the context's memory (KV cache, recurrent state), all devices together.
+        statistics_bytes: read by the host.
     """
 
     nodes_full: int
@@ -107,12 +108,12 @@ class OnlineResult:
     """What the online stage learned in one request. The arrays are float64 [n_layer], NaN where not observed.
 
     Attributes:
-        window, n_tokens: tokens to observe, and tokens observed so far.
-        similarity: mean IO similarity of each FFN over the observed tokens.
+        window, n_tokens: tokens that it observes, and that it has observed.
+        similarity: mean IO similarity of each FFN over them.
         norm_ratio: ||V||_F / ||U||_F over them.
-        scale: compensation of each FFN if it is added: its input times this.
-        threshold: FFNs of at least this similarity are added.
-        ffn: layers whose FFN was added to the decode set; () until ``window`` tokens are observed.
+        scale: what stands in for each FFN if it is added.
+        threshold: FFNs of at least this similarity are skipped.
+        ffn: layers whose FFN was added to the decode set, () while the window is not full.
     """
 
     window: int

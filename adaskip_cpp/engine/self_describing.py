@@ -59,12 +59,16 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def context_size(self) -> int:
-        """Tokens that the context holds: llama.cpp rounds ``n_ctx`` up, but the record of tokens has that length."""
+        """Tokens that the context holds.
+
+        llama.cpp rounds ``n_ctx`` up to a multiple of 256 and ``n_ctx()`` tells that, but ``llama_cpp.Llama`` allocates
+        its own record of tokens for the ``n_ctx`` asked for.
+        """
         return min(self.n_ctx(), len(self.input_ids))
 
     @property
     def n_ctx_train(self) -> int:
-        """Context length that the model was trained on, in tokens; 0 if its file does not say."""
+        """Tokens of context that the model was trained on, 0 where its file does not say."""
         return int(llama_cpp.llama_model_n_ctx_train(self.model))
 
     @property
@@ -74,7 +78,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def n_layer_kv(self) -> int:
-        """Number of layers up to the last one with its own KV: all, unless upper layers read the KV of others."""
+        """Layers up to the last that has KV of its own: all, unless upper layers read that of others."""
         return self._adaskip.n_layer_kv
 
     @property
@@ -87,24 +91,24 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def has_state(self) -> bool:
-        """Whether layers keep a recurrent state of all tokens so far, beside KV or instead of it."""
+        """Whether layers keep a state that stands for all tokens so far, beside KV or instead of it."""
         return bool(self._is_recurrent or self._is_hybrid)
 
     @property
     def can_move(self) -> bool:
-        """Whether tokens can move in memory, as edited prompts need: no recurrent state, and llama.cpp can shift K."""
+        """Whether tokens can be moved in memory, as edited prompts need: it has no state, and llama.cpp can shift K."""
         return self._adaskip.can_move
 
     @property
     def logits_all(self) -> bool:
-        """Whether ``scores`` has a row for every evaluated token, and not for the last one alone."""
+        """Whether ``scores`` has a row for every evaluated token; else it has the last one's alone."""
         return bool(self._logits_all)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """As ``llama_cpp.Llama.tokenize``.
 
         Raises:
-            RequestError: llama.cpp cannot tokenize the text, for example a word of a million letters.
+            RequestError: llama.cpp cannot, as where a word has a million letters.
         """
         if not isinstance(self.tokenizer_, LlamaTokenizer):
             return self.tokenizer_.tokenize(text, add_bos, special)
@@ -120,7 +124,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         """As ``llama_cpp.Llama.embed``.
 
         Raises:
-            RequestError: a text has no tokens; ``llama_cpp.Llama`` would write out of bounds.
+            RequestError: a text has no tokens, for which that one writes out of bounds.
         """
         for text in [input] if isinstance(input, str) else input:
             if not self.tokenize(text.encode("utf-8")):
@@ -128,28 +132,28 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return super().embed(input, *args, **kwargs)
 
     def is_eog(self, token: int) -> bool:
-        """Whether the model ends an answer with this token."""
+        """Whether the model ends what it generates with this token."""
         return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
 
     def token_text(self, token: int) -> str:
-        """Return a token's text in the model's vocabulary."""
+        """A token as the model's vocabulary writes it."""
         return str(self._model.token_get_text(token))
 
     @cached_property
     def model_info(self) -> ModelInfo:
-        """The model's files, LoRA adapter and overrides, which a profile or plan must match."""
+        """Its files, LoRA adapter and overrides: what a profile or plan must match."""
         file, architecture = fingerprint(self.model_path), self.metadata.get("general.architecture", "unknown")
         lora = (fingerprint(self.lora_path), float(self.lora_scale)) if self.lora_path else ("", 0.0)
         return ModelInfo(file, architecture, self.n_layer, *lora, override_words(self.kv_overrides))
 
     @cached_property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """One row per sublayer, layer by layer, attention before FFN: whether it can be skipped, or why not."""
+        """One row per sublayer, layer by layer, attention before FFN: what can be skipped, and why not."""
         return self._adaskip.sublayers()
 
     @property
     def counters(self) -> Counters:
-        """Counts of graph nodes, of graphs built and reused, and of bytes of KV."""
+        """Graph nodes, graphs built and reused, bytes of KV."""
         return self._adaskip.counters()
 
     @property
@@ -164,7 +168,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def n_evaluated(self) -> int:
-        """Tokens evaluated since the model was opened, as llama.cpp counts them: 1 before the first one too."""
+        """Tokens evaluated since the model was opened, by llama.cpp's own count; of none it tells 1."""
         self.synchronize()  # llama.cpp counts the tokens of a call only after waiting for them
         count = llama_cpp.llama_perf_context(self.ctx)
         return int(count.n_p_eval + count.n_eval)
@@ -174,14 +178,14 @@ class SelfDescribingLlama(llama_cpp.Llama):
         llama_cpp.llama_synchronize(self.ctx)
 
     def begin_request(self) -> None:
-        """Begin a request: the count of decoded tokens and the online stage start again."""
+        """Begin a request: no token of its answer is decoded yet, and the online stage starts again."""
         self._adaskip.begin_request()
 
     def has_lost_window(self, n: int) -> bool:
-        """Whether memory lacks positions that a sliding window after the first ``n`` tokens attends to.
+        """Whether positions are gone that a sliding window behind the first ``n`` attends to.
 
-        llama.cpp overwrites positions that the window has left; with ``swa_full`` only if it looks for room from the
-        cache's start, as after loading a state. Stock llama.cpp goes on without them.
+        llama.cpp writes over those that the window has left; with ``swa_full`` as well where it looks for room from the
+        cache's start, as behind a loaded state. Stock then reads on without them.
         """
         n_swa = llama_cpp.llama_model_n_swa(self.model)
         if n_swa == 0 or n == 0:
@@ -190,10 +194,10 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return not 0 <= first <= max(0, n - n_swa + 1)
 
     def n_held(self, n: int) -> int:
-        """Return how many of the first ``n`` tokens the memory can continue from: all, unless a call was cut short.
+        """How many of the first ``n`` tokens the memory can go on from: all, unless a call was cut short.
 
-        Ctrl-C or a failure between llama.cpp's part of a call and ours leaves fewer tokens in memory, or more. ``eval``
-        removes those that are too many, but a recurrent state cannot forget a token.
+        Where Ctrl-C or a failure comes between llama.cpp's part of a call and ours, the memory holds fewer tokens, or
+        more, of which ``eval`` takes the others away. A recurrent state cannot give back what it has read.
         """
         memory = llama_cpp.llama_get_memory(self.ctx)
         last = int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) if memory else n - 1
@@ -206,17 +210,17 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return last + 1 if last < n else 0 if self.has_state else n
 
     def save_state(self) -> AdaSkipState:
-        """As ``llama_cpp.Llama.save_state``; the state records its model and the layers without KV."""
+        """As ``llama_cpp.Llama.save_state``; the state knows what it was saved from."""
         state = AdaSkipState.__new__(AdaSkipState)
         state.__dict__.update(vars(super().save_state()), model=self.model_info, elided_kv=self.elided_kv)
         return state
 
     def load_state(self, state: LlamaState) -> None:
-        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` counts as one of the whole model.
+        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` is one of the whole model.
 
         Raises:
-            StateError: the state is of another model, of other context settings or of another KV layout. Nothing
-                changes then. If llama.cpp itself refuses the state, the cache is empty.
+            StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,
+                unless llama.cpp itself refuses the state: then the cache is empty.
         """
         ours = state if isinstance(state, AdaSkipState) else None
         if ours and (differences := ours.model.differences(self.model_info)):

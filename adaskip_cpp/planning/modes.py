@@ -1,7 +1,7 @@
-"""The modes: from the sublayers that a strategy chose to what each phase skips.
+"""Makes a plan of the sublayers that a strategy chose, as the mode says, for strategies: ``compensated_plan``.
 
-:data:`adaskip_cpp.model.mode.MODES` says which phases skip them, docs/dev/method.md why. The compensation of a set is
-measured in the phase that first uses it, but linear maps are fitted on prefill alone, where there are tokens enough.
+docs/dev/method.md explains the modes. The compensation of a set comes from the phase that first uses it. Only linear
+maps always come from prefill, which has enough tokens to fit them.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from .request import PlanRequest
 def compensated_plan(
     profile: ProfileData, skip: Flags, request: PlanRequest, strategy: str, later: Sequence[tuple[int, Flags]] = ()
 ) -> SkipPlan:
-    """Make the plan of a chosen skip set, bool ``[n_layer, 2]``, as a request's mode, compensation and stage say.
+    """Make the plan of a chosen set, bool ``[n_layer, 2]``, with a request's mode, compensation and online stage.
 
-    In decode ``later`` sets follow it, each from so many decoded tokens on.
+    In decode the sets of ``later`` follow it, each after that number of decoded tokens.
 
     Raises:
         NotSkippableError: the model cannot skip one of these sublayers.
@@ -64,7 +64,7 @@ def compensated_plan(
 
 
 def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk | None:
-    """Return the bulk that a request asks for, with that set skipped; None where its mode has none."""
+    """Return the bulk that a request asks for, which skips ``skip``; None if its mode has no bulk."""
     if not MODES[request.mode].in_bulk:
         return None
     n = request.windowed or 0
@@ -76,7 +76,7 @@ def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk |
 
 
 def _of_decode(profile: ProfileData, request: PlanRequest) -> Flags:
-    """Return what mode ``"prompt"`` skips in decode, bool ``[n_layer, 2]``: the first by the paper's ranking."""
+    """Return the decode set of mode ``"prompt"``, bool ``[n_layer, 2]``: the first by the paper's ranking."""
     n_max = int(profile.skippable.sum())
     if request.decode > n_max:
         raise BudgetError(f"decode cannot skip {request.decode} sublayers; use a number from 0 to {n_max}")
