@@ -60,12 +60,7 @@ def content_hash(value: Any) -> str:
 
 
 def write_atomically(
-    path: StrPath,
-    content: str | bytes,
-    *,
-    mode: int = 0o666,
-    name: StrPath | None = None,
-    follows_link: bool = True,
+    path: StrPath, content: str | bytes, *, mode: int = 0o666, name: StrPath | None = None, follows_link: bool = True
 ) -> None:
     """Write a file whole or not at all: after a failure the old file is unchanged, and no new one is left.
 
@@ -91,10 +86,10 @@ def write_atomically(
 
 
 def write_pair(path: StrPath, text: str, beside: StrPath, content: bytes, waiting: StrPath) -> None:
-    """Write a file and the one beside it that it names; after a failure both old files are unchanged, and no other left.
+    """Write a file and the one beside it that it names; after a failure the old ones are unchanged, no other is left.
 
-    Even if the process is killed, the old or the new pair is whole: the new content waits under the name ``waiting``
-    until the new first file is in place. Readers look there before they look into ``beside``. A FileError names either.
+    If the process is killed, one pair is whole: content waits at ``waiting``, where readers look first, until ``path``
+    names it. A FileError names ``path`` or ``beside``.
     """
     _check_regular(beside, beside)
     write_atomically(waiting, content, name=beside)
@@ -130,11 +125,7 @@ def replace(source: StrPath, target: StrPath) -> None:
 
 
 def write_error(path: StrPath, error: OSError) -> FileError:
-    """Return the error of a file that cannot be written."""
-    return FileError(
-        f"cannot write {os.fspath(path)!r} ({error.strerror or error}); check its permissions and the space left, or "
-        "choose another place"
-    )
+    return FileError(f"cannot write {os.fspath(path)!r} ({error.strerror or error}); check rights and the space left")
 
 
 def _check_regular(target: StrPath, path: StrPath) -> None:

@@ -53,9 +53,7 @@ def ratio_interval(a: _Values, b: _Values, *, seed: int = 0) -> Interval:
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.ndim != 1 or first.shape != second.shape or len(first) == 0:
-        raise DataError(
-            f"cannot pair measurements of the shapes {first.shape} and {second.shape}; give one of each per round"
-        )
+        raise DataError(f"cannot pair shapes {first.shape} and {second.shape}; give one measurement of each per round")
     if not (np.isfinite(first) & np.isfinite(second) & (first > 0) & (second > 0)).all():
         raise DataError("a ratio needs positive finite measurements; leave out rounds without a result")
     log = _interval(np.log(first) - np.log(second), _trimmed_mean, seed)
@@ -72,8 +70,7 @@ def mean_error(values: _Values) -> tuple[float, float]:
 def mean_interval(values: _Values, *, seed: int = 0) -> Interval:
     """Return the mean of independent values, one per item (items, not tokens, are independent), and its interval.
 
-    For five right answers out of five the interval is 1 to 1. For values with a long tail it is too narrow for fewer
-    than about 60 items. So show the number of items beside it.
+    Show the number of items beside it: five right answers of five give 1 to 1, and values with a long tail need 60.
     """
     return _interval(_items(values), lambda x: np.asarray(x.mean(axis=-1)), seed)
 

@@ -18,12 +18,11 @@ _DRAWN_HZ = 2  # low, because drawing takes processor time from the model
 _LINES_S = 60.0  # between two lines of progress where there is no terminal
 
 
-class OnProgress(Protocol):
+class OnProgress(Protocol):  # called with the fraction of the work that is done
     def __call__(self, fraction: float, words: str = "") -> None: ...
 
 
-Stage: TypeAlias = Callable[[str], AbstractContextManager[OnProgress]]
-"""Called with the name of a stage of work; the context yields a function to call with the fraction that is done."""
+Stage: TypeAlias = Callable[[str], AbstractContextManager[OnProgress]]  # of the name of a stage of work
 
 
 def silent(label: str) -> AbstractContextManager[OnProgress]:
@@ -35,9 +34,8 @@ def silent(label: str) -> AbstractContextManager[OnProgress]:
 def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) -> Iterator[OnProgress]:
     """Yield a function that moves a progress bar on stderr; it does nothing if that is no terminal.
 
-    Args:
-        is_patient: show the bar after 2 s, or once the work is known to take longer; else at its first move.
-        still: draw the bar only when it moves, because drawing would disturb measurements meanwhile.
+    If ``is_patient``, the bar appears after 2 s, or once the work is known to take longer; else at its first move.
+    If ``still``, it is drawn only when it moves, because drawing disturbs measurements.
     """
     if not sys.stderr.isatty():
         yield lambda fraction, words="": None
@@ -78,10 +76,7 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
 
 @contextlib.contextmanager
 def told_progress(label: str, *, still: bool = False, late: bool = False) -> Iterator[OnProgress]:
-    """Yield a function that moves a progress bar; without a terminal, stderr gets a line a minute.
-
-    A ``late`` bar appears at its first move, so that text printed before does not disturb it.
-    """
+    """As :func:`progress_bar`, with a line a minute without a terminal. A ``late`` bar appears at its first move."""
     if sys.stderr.isatty():
         with progress_bar(label, is_patient=False, still=still) as move:
             if not late:

@@ -25,7 +25,6 @@ from .linear import DEFAULT_RANK, LinearFit
 from .similarity import RequestStatistics
 
 MAX_DECODED = 20  # requests that are continued in decode, spread evenly over all; the authors use 20
-
 Request: TypeAlias = "str | Sequence[SupportsIndex]"  # a text, or token ids
 
 

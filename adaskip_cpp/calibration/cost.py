@@ -52,11 +52,7 @@ def measure_cost(
 
 
 class _Measurement:
-    """The rounds of one measurement, which time whole ubatches of a prompt without outputs, and decoded tokens.
-
-    A plan's prefill or bulk set is for ubatches, its decode set for tokens. ``kept`` plans keep the K and V of skipped
-    attentions.
-    """
+    """The rounds that time ubatches without outputs, and tokens. With ``kept``, skipped attentions keep K and V."""
 
     def __init__(
         self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], object]
@@ -71,8 +67,7 @@ class _Measurement:
         self.n_tokens = min(int(llm.context_params.n_ubatch), llm.n_batch, self._size - self._reserve)
         if self.n_tokens < 1:
             raise RequestError(
-                f"a context of {self._size} tokens is too small to time {len(self._mixed())} plans in; "
-                f"load the model with n_ctx={max(4 * self._reserve, 2 * CELLS)} or more"
+                f"a context of {self._size} tokens is too small; use n_ctx={max(4 * self._reserve, 2 * CELLS)} or more"
             )
         self._tokens: list[int] = np.random.default_rng(0).integers(0, llm.n_vocab(), size=self.n_tokens).tolist()
         self._start = perf_counter()
@@ -157,10 +152,7 @@ class _Measurement:
         return tuple(layer for layer in group.layers if layer < self.llm.n_layer_kv - 1)
 
     def _mixed(self) -> list[Flags]:
-        """Return the whole model, and models that skip half of one or several groups, as real plans do.
-
-        In this order no plan runs an attention that an earlier one skips.
-        """
+        """Return flags for the whole model and for halves of groups, so that none runs an attention skipped before."""
 
         def halved(runs: Flags, group: Group) -> Flags:
             fewer: Flags = runs.copy()

@@ -15,39 +15,30 @@ _ITERATIONS = 20
 
 @dataclass(frozen=True)
 class Group:
-    """Sublayers that take the same time: all attention (kind 0) or all FFN (1), of ascending layers.
+    """Sublayers that take the same time, all attention or all FFN."""
 
-    ``limit`` is the number of KV cells beyond which an attention's time stops growing. If not ``elidable``, the bulk
-    alone can skip them, so the cost of keeping their K and V belongs to the rest.
-    """
-
-    kind: int
-    layers: tuple[int, ...]
-    limit: float = math.inf
-    elidable: bool = True
+    kind: int  # 0 attention, 1 FFN
+    layers: tuple[int, ...]  # ascending
+    limit: float = math.inf  # KV cells beyond which an attention's time stops growing
+    elidable: bool = True  # else the bulk alone can skip them, and their kept K and V cost the same in every plan
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed ubatch, which computed ``what``; the cache held ``end`` tokens after it.
-
-    Samples of one ``offset`` share a constant, "" being the model's own. If few sublayers run, their data stay in the
-    processor's caches, and times do not add up. Such samples get another offset: they show the growth alone.
-    """
+    """One timed ubatch."""
 
     what: Computed
-    end: int
+    end: int  # tokens in the cache after it
     seconds: float
+    # Samples of one name share a constant besides the model's. If few sublayers run, their data stay in the processor's
+    # caches, and times do not add up: such samples show growth alone.
     offset: str = ""
 
 
 def fit(
     samples: Sequence[Sample], groups: Sequence[Group], n_layer: int, n_tokens: int, *, rest_grows: bool
 ) -> tuple[PhaseCost, float]:
-    """Fit the cost of a ubatch of ``n_tokens``; return it, and the mean absolute relative error of the samples.
-
-    ``rest_grows``: whether the time of sublayers that cannot be skipped may grow with the context.
-    """
+    """Fit the cost of a ubatch of ``n_tokens``; return it, and the mean absolute relative error of the samples."""
     cells = np.array([math.ceil(sample.end / CELLS) * CELLS for sample in samples], float)
     count = np.array([[sample.what.runs[list(g.layers), g.kind].sum() for g in groups] for sample in samples], float)
     kept = np.array([[sample.what.kept[list(g.layers)].sum() for g in groups] for sample in samples], float)
@@ -56,7 +47,7 @@ def fit(
     grows = np.array([group.kind == 0 for group in groups], bool)
     offsets = sorted({sample.offset for sample in samples} - {""})
     own = np.array([[sample.offset == offset for offset in offsets] for sample in samples], float)
-    rest = np.stack([np.ones(len(samples)), cells * rest_grows], axis=1)
+    rest = np.stack([np.ones(len(samples)), cells * rest_grows], axis=1)  # time of what cannot be skipped
     columns = np.hstack([rest, count, count * read * grows, kept * keeps, own.reshape(len(samples), -1)])
     times = np.array([sample.seconds for sample in samples])
 

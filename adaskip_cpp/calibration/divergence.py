@@ -69,8 +69,8 @@ def measure_windows(
 ) -> Windows | None:
     """Return the divergence if the last attentions look back at an eighth of a prompt, for several numbers of them.
 
-    The share decides the divergence, so short prompts do (docs/dev/method.md). Returns None if no attention can look
-    back at a window, or if no piece has :data:`SHORTEST` tokens: in shorter ones a window seems to lose nothing.
+    The share decides, so short prompts do (docs/dev/method.md). In pieces below :data:`SHORTEST` tokens a window seems
+    to lose nothing. None without longer ones, or if no attention can look back at a window.
     """
     layers = tuple(row.layer for row in llm.sublayers if row.windowable)
     pieces = [piece for piece in pieces if len(piece) >= SHORTEST]

@@ -1,9 +1,8 @@
 """Fits low-rank maps ``v := s u + up (down u)`` on calibration tokens, for ``calibrate``: start with ``LinearFit``.
 
 Reduced-rank ridge regression on ``u`` (Izenman 1975) fits the rest, ``v - s u``, in closed form from second moments.
-docs/dev/method.md explains why they are not centred. A map may also replace a whole layer: u is its input, v its
-output, and s = 1. The first token of a request is left out, because in many models its norm is tens of times that of
-the others, and it alone would decide the fit.
+docs/dev/method.md explains why they are not centred. A map of a whole layer has s = 1. The first token of a request is
+left out: in many models its norm is tens of times that of the others, and it alone would decide the fit.
 
 Moments of a wide model can exceed the memory bound. Then inputs are projected on the directions of the first tokens,
 and on random directions if these are too few. So one pass over the requests is enough for any model.
@@ -29,9 +28,8 @@ _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Mart
 class _Sums:
     """Sums over tokens of u, d = v - u, u uᵀ and d uᵀ, after subtracting ``mean``, which is that of the first ubatch.
 
-    In many models some values of the stream are much larger than their variation. Without ``mean``, float32 squares
-    would lose the variance. If ``n_sketch`` is below the width of the stream, u is replaced by ``basisᵀ u``, its
-    components in the directions ``basis``, ``[n_embd, n_sketch]``.
+    In many models some values of the stream are much larger than their variation, which float32 squares would lose.
+    If ``n_sketch`` is below the width of the stream, ``basisᵀ u`` replaces u, with ``basis`` ``[n_embd, n_sketch]``.
     """
 
     def __init__(self, u: Vectors, d: Vectors, n_sketch: int) -> None:
@@ -59,13 +57,10 @@ class _Sums:
 
 @dataclass
 class LinearFit:
-    """Gathers the moments of ``sublayers``, in ``most_bytes`` at most, and fits their maps.
+    """Gathers the moments of sublayers and whole layers, and fits their maps."""
 
-    Each is (layer, kind). The kind :data:`~adaskip_cpp.model.statistics.WHOLE` means a whole layer.
-    """
-
-    sublayers: Sequence[tuple[int, int]]
-    most_bytes: int = 2 << 30
+    sublayers: Sequence[tuple[int, int]]  # (layer, kind); the kind of a whole layer is WHOLE
+    most_bytes: int = 2 << 30  # of all moments together
     _sums: dict[tuple[int, int], _Sums] = field(default_factory=dict)
 
     def add(self, activations: Activations, positions: npt.NDArray[np.int32]) -> None:

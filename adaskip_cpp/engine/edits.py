@@ -31,13 +31,10 @@ def n_common(a: Tokens, b: Tokens) -> int:
 
 
 def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: int) -> list[Run]:
-    """Return runs of equal tokens, in the order of the prompt. Each cached token is in one run at most.
+    """Return the runs that the prompt shares with the tokens in memory, in the order of the prompt.
 
-    Args:
-        cached: the tokens in memory, int32 ``[n_cached]``.
-        prompt: the tokens wanted, int32 ``[n_prompt]``.
-        first, end: the search compares ``cached[first:]`` with ``prompt[first:end]``.
-        least: tokens of the shortest run.
+    The search compares ``cached[first:]`` with ``prompt[first:end]``, both int32. A run has at least ``least`` tokens,
+    and a cached token is in one run at most.
     """
     cached, prompt = cached[first:], prompt[first:end]
     if min(len(cached), len(prompt)) < least:

@@ -14,28 +14,19 @@ from ..progress import Stage, silent
 from .llama import AdaSkipLlama
 
 Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"  # who says what in a chat
-
 _TEMPLATE = "tokenizer.chat_template"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long an answer took.
-
-    Attributes:
-        n_evaluated: tokens of the prompt that were not cached from an earlier request.
-        n_generated: tokens generated, including the one that ends the answer.
-        first_token_s: seconds from the call to the first token.
-        decode_s: seconds for the ``n_generated - 1`` tokens after it.
-        is_cut: whether the answer ended because the context was full.
-    """
+    """The numbers of tokens and the seconds of an answer."""
 
     n_prompt: int
-    n_evaluated: int
-    n_generated: int
-    first_token_s: float
-    decode_s: float
-    is_cut: bool
+    n_evaluated: int  # tokens of the prompt that were not cached from an earlier request
+    n_generated: int  # including the token that ends the answer
+    first_token_s: float  # from the call to the first token
+    decode_s: float  # for the n_generated - 1 tokens after it
+    is_cut: bool  # whether the answer ended because the context was full
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -48,10 +39,9 @@ class Timing:
 
 
 class Generation:
-    """The answer to a prompt of token ids: iterate over it once for its text. Cached tokens are not read again.
+    """The answer to a prompt of token ids: iterate over it once for its text. ``on_stage`` shows reading the prompt.
 
     ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated.
-    ``on_stage`` shows the progress of reading the prompt, and ends before the first text.
     """
 
     def __init__(
@@ -69,9 +59,7 @@ class Generation:
             raise RequestError(f"cannot generate {max_tokens} tokens; use at least 1")
         n_ctx = llm.context_size
         if len(prompt) >= n_ctx:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, the context {n_ctx}; shorten it or use a larger context (--ctx)"
-            )
+            raise RequestError(f"the prompt has {len(prompt)} tokens, the context {n_ctx}; use a larger --ctx")
         self._llm, self._prompt, self._temperature, self._on_stage = llm, prompt, temperature, on_stage
         self._max_tokens, self._room = max_tokens, n_ctx - len(prompt)
         self.timing: Timing | None = None

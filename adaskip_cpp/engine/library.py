@@ -1,7 +1,7 @@
 """Puts our libllama under llama-cpp-python when it is imported: start with ``_load``.
 
-During the first import of ``llama_cpp``, llama-cpp-python opens the libllama in the folder ``LLAMA_CPP_LIB_PATH``. Its
-whole API, including its server and multimodal models, then runs on our libllama and on its own ggml and backends.
+``llama_cpp`` opens the libllama in the folder ``LLAMA_CPP_LIB_PATH`` when it is first imported. Its whole API, with
+server and multimodal models, then runs on our libllama, but on its own ggml and backends.
 """
 
 import ctypes

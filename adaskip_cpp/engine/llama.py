@@ -263,14 +263,12 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _check_model(self, plan: SkipPlan) -> None:
         if plan.n_layer != self.n_layer:
             raise PlanError(
-                f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; "
-                "make a plan from this model's profile."
+                f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; make one for it."
             )
         for n_embd in (each.n_embd for each in plan.sets):
             if n_embd not in (None, self.n_embd()):
                 raise PlanError(
-                    f"the plan's vectors have {n_embd} values, {self.model_path!r} has {self.n_embd()} "
-                    "per token; make a plan from this model's profile."
+                    f"the plan's vectors have {n_embd} values, the model's {self.n_embd()}; make one for this model."
                 )
         if plan.model is not None:
             plan.model.check(self.model_info, "the plan", self.model_path)

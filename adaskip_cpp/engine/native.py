@@ -155,10 +155,7 @@ def elide_kv(skipped: Flags | None) -> Iterator[None]:
 
 
 class NativeContext:
-    """adaskip's side of the ``llama_context`` at ``address``, which must outlive this object.
-
-    If a native call fails, every method raises an error of ``_WAYS_OUT`` or a NativeError.
-    """
+    """Our side of the ``llama_context`` at ``address``, which must outlive it. Raises ``_WAYS_OUT`` or NativeError."""
 
     def __init__(self, address: int) -> None:
         self._ctx = ffi.cast("struct llama_context *", address)
@@ -184,8 +181,7 @@ class NativeContext:
         except errors.AdaSkipError as ours:
             raise ours from error
         raise errors.NativeError(
-            f"llama.cpp failed: {error}; check that the tokens fit into n_ctx and into memory, or open the model with "
-            "verbose=True to see llama.cpp's own messages."
+            f"llama.cpp failed: {error}; check that n_ctx and memory are enough, or open with verbose=True to see more."
         ) from error
 
     def sublayers(self) -> tuple[Sublayer, ...]:

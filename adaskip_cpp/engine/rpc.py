@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 _PATIENCE_S = 20  # for a server's answer to the trial process, which loads llama_cpp first
-
 _added: set[str] = set()
 
 
@@ -42,10 +41,7 @@ def supports_rpc() -> bool:
 
 
 def register_rpc_server(endpoint: str) -> bool:
-    """Register an rpc-server's devices with ggml, as llama.cpp's option ``--rpc`` does; return False if it has none.
-
-    ggml ends the process if no rpc-server of its own release answers at ``endpoint``.
-    """
+    """Register an rpc-server's devices with ggml; False if it has none. ggml ends the process if it gets no answer."""
     ggml = _ggml()
     reg = ggml.ggml_backend_reg_by_name(b"RPC")
     address = ggml.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_rpc_add_server")

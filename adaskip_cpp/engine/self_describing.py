@@ -1,7 +1,4 @@
-"""``llama_cpp.Llama`` that describes its size, sublayers, memory and identity, also in saved states.
-
-``llama.py`` builds ``AdaSkipLlama`` on it; start there.
-"""
+"""The base of ``AdaSkipLlama`` in ``llama.py``: a ``llama_cpp.Llama`` that describes itself, also in saved states."""
 
 import ctypes
 from collections.abc import Iterator
@@ -227,13 +224,10 @@ class SelfDescribingLlama(llama_cpp.Llama):
             raise StateError(f"the state is of another model: {'; '.join(differences)}; load it into that model.")
         if (ours.elided_kv if ours else ()) != self.elided_kv:
             raise StateError(
-                "the state was saved with KV for other layers; open the model with the plan= of the model that saved "
-                "it, or without plan= if that one had none."
+                "the state was saved with KV for other layers; open the model with the same plan= as then, or none."
             )
         if state.input_ids.shape != self.input_ids.shape or state.scores.shape != self.scores[: state.n_tokens].shape:
-            raise StateError(
-                "the state was saved with another n_ctx, n_batch or logits_all; open the model with the same settings."
-            )
+            raise StateError("the state has another n_ctx, n_batch or logits_all; open the model with those settings.")
         try:
             super().load_state(state)
         except RuntimeError as error:

@@ -9,7 +9,6 @@ from .native import devices
 
 
 def cost_settings(llm: AdaSkipLlama) -> CostSettings:
-    """Return the machine and the settings that the times of a loaded model depend on."""
     from gguf import GGMLQuantizationType
 
     parameters: Any = llm.context_params

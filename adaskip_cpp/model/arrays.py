@@ -37,9 +37,8 @@ def checked(
 ) -> dict[str, Any]:
     """Return a dataclass's arrays with their shapes checked, as copies unless ``copy`` is False. None stays None.
 
-    Args:
-        error, way_out: the error for a wrong shape, and the end of its message.
-        shapes: each field's dtype and shape, such as ``"n_layer 2 n_embd"``. A name means one size in all fields.
+    ``shapes`` has each field's dtype and shape, such as ``"n_layer 2 n_embd"``: a name means one size in all fields.
+    Another shape raises ``error``, and its message ends with ``way_out``.
     """
     sizes, arrays = {"2": 2, "3": 3}, dict[str, Any]()
     for name, (dtype, words) in shapes.items():

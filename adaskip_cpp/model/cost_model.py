@@ -65,26 +65,14 @@ class CostSettings:
 
 @dataclass(frozen=True, eq=False)
 class PhaseCost(LayerArrays):
-    """Seconds of a ubatch of ``n_tokens`` tokens. The arrays are float64, finite, not negative, read-only.
+    """Seconds of a ubatch. The arrays are float64, finite, not negative, read-only; else a ProfileFormatError."""
 
-    Attributes:
-        n_tokens: 1 in decode.
-        fixed: embedding, overhead of the graph, every sublayer that cannot be skipped; in decode the output head too.
-        fixed_growth: what ``fixed`` grows by per KV cell that is read.
-        base: ``[n_layer, 2]``, columns attention and FFN: each sublayer at context 0; 0 if it cannot be skipped.
-        growth: ``[n_layer]``: what each attention grows by per KV cell that it reads.
-        kept: ``[n_layer]``: norm, projections and stores of K and V that a skipped attention keeps; 0 in decode.
-
-    Raises:
-        ProfileFormatError: a shape or value is impossible.
-    """
-
-    n_tokens: int
-    fixed: float
-    fixed_growth: float
-    base: Floats
-    growth: Floats
-    kept: Floats
+    n_tokens: int  # 1 in decode
+    fixed: float  # embedding, overhead of the graph, sublayers that cannot be skipped; in decode the output head too
+    fixed_growth: float  # what ``fixed`` grows by per KV cell that is read
+    base: Floats  # [n_layer, 2], attention and FFN: each sublayer without growth; 0 if it cannot be skipped
+    growth: Floats  # [n_layer]: what each attention grows by per KV cell that it reads
+    kept: Floats  # [n_layer]: norm, projections and stores of K and V that a skipped attention keeps; 0 in decode
 
     def __post_init__(self) -> None:
         shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
@@ -95,10 +83,7 @@ class PhaseCost(LayerArrays):
         freeze(self, **arrays)
 
     def seconds(self, what: "Computed", cells: Floats, n_cells: Floats) -> Floats:
-        """Predict the seconds of ``n`` ubatches that compute ``what``, float64 ``[n]``.
-
-        Each attention reads ``cells`` KV cells, ``[n, n_layer]``; one without a window reads ``n_cells``, ``[n]``.
-        """
+        """Predict seconds, [n]. Attentions read ``cells``, [n, n_layer], or without a window ``n_cells``, [n]."""
         grows = np.where(what.runs[:, 0], self.growth, 0.0)
         computed = self.base[what.runs].sum() + self.kept[what.kept].sum()
         return np.asarray(self.fixed + self.fixed_growth * n_cells + cells @ grows + computed)
@@ -106,17 +91,11 @@ class PhaseCost(LayerArrays):
 
 @dataclass(frozen=True)
 class Computed:
-    """What a ubatch computes.
+    """What a ubatch computes."""
 
-    Attributes:
-        runs: bool ``[n_layer, 2]``: the sublayers that run.
-        kept: bool ``[n_layer]``: the skipped attentions whose K and V are kept.
-        limit: float64 ``[n_layer]``: most KV cells that each attention reads; None for the model's own limits.
-    """
-
-    runs: Flags
-    kept: Flags
-    limit: Floats | None = None
+    runs: Flags  # bool [n_layer, 2]: the sublayers that run
+    kept: Flags  # bool [n_layer]: the skipped attentions whose K and V are kept
+    limit: Floats | None = None  # float64 [n_layer]: most KV cells per attention; None for the model's own limits
 
     def unread(self, n_layer_kv: int) -> "Computed":
         """Return the part that runs if no output is read: it ends at the last K and V that are stored."""
@@ -216,8 +195,7 @@ class CostModel(LayerArrays):
         runs = np.ones((self.n_layer, 2), np.bool_) if flags is None else ~np.asarray(flags, np.bool_)
         if runs.shape != (self.n_layer, 2):
             raise PlanError(
-                f"the skip set has the shape {runs.shape}, the cost model is for [{self.n_layer}, 2]; "
-                "use the profile of this model"
+                f"the skip set has the shape {runs.shape}, not [{self.n_layer}, 2]; use the profile of this model"
             )
         return runs
 

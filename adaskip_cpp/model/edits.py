@@ -42,8 +42,7 @@ class Edits:
 
 ReuseName: TypeAlias = Literal["auto", "prefix", "edits"]
 REUSES: tuple[ReuseName, ...] = get_args(ReuseName)
-Reuse: TypeAlias = ReuseName | Edits
-"""What a prompt uses of the one in memory: the prefix, or all runs; ``"auto"``: runs where `tune` found that safe."""
+Reuse: TypeAlias = ReuseName | Edits  # of the prompt in memory: the prefix, runs, or "auto": runs if `tune` says so
 
 
 def edits_of(reuse: Reuse) -> Edits | None:

@@ -14,7 +14,6 @@ from ..files import StrPath
 _MIB = 1 << 20
 _BLOCK = 64 << 10
 _N_BLOCKS = 64
-
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.ASCII)  # as in ``llama_split_path``
 
 
@@ -86,10 +85,9 @@ def model_files(path: StrPath) -> tuple[str, ...]:
 
 
 def fingerprint(path: StrPath) -> str:
-    """Hash enough of a model's files to tell it from any other, in milliseconds for any size.
+    """Hash enough of a model to tell it from any other, in milliseconds: of several files, the hash of their hashes.
 
-    A file's hash covers its size, its first and last MiB and 64 blocks of 64 KiB spread evenly over it; up to 6 MiB it
-    covers all. For a model in several files it is the hash of their hashes.
+    A file's hash covers its size, first and last MiB, and 64 blocks of 64 KiB spread evenly; up to 6 MiB it covers all.
     """
     digests = [_digest(file) for file in model_files(path)]
     return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()

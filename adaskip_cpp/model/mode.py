@@ -8,18 +8,12 @@ ModeName: TypeAlias = Literal["prompt", "prefill", "decode", "e2e"]
 
 @dataclass(frozen=True)
 class Mode:
-    """One of :data:`MODES`.
+    """The phases that skip the chosen sublayers."""
 
-    Attributes:
-        in_bulk: whether the bulk of a prompt alone skips the chosen sublayers, and keeps their K and V.
-        in_prefill, in_decode: whether whole prompts skip them, and whether answers skip them.
-        adapts: whether an answer may skip more as it goes on, by an online stage or a schedule.
-    """
-
-    in_bulk: bool = False
-    in_prefill: bool = False
-    in_decode: bool = False
-    adapts: bool = True
+    in_bulk: bool = False  # the bulk of a prompt alone, which keeps their K and V
+    in_prefill: bool = False  # whole prompts
+    in_decode: bool = False  # answers
+    adapts: bool = True  # whether an answer may skip more as it goes on, by an online stage or a schedule
 
     @property
     def in_prompt(self) -> bool:

@@ -161,8 +161,7 @@ class SkipPlan:
         for (name, earlier), (later_name, later_set) in pairs:
             if earlier.n_layer != later_set.n_layer:
                 raise PlanError(
-                    f"{name} is for {earlier.n_layer} layers but {later_name} for {later_set.n_layer}; "
-                    "build all sets for the same model"
+                    f"{name} is for {earlier.n_layer} layers but {later_name} for {later_set.n_layer}; make them equal"
                 )
             if holes := sorted({*earlier.attention} - {*later_set.attention}):
                 raise PlanError(

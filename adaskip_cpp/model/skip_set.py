@@ -13,7 +13,6 @@ from .arrays import Flags, Floats, LayerArrays, Vectors, checked, freeze
 Kind: TypeAlias = Literal["attention", "ffn"]
 KINDS: tuple[Kind, Kind] = ("attention", "ffn")  # the order of the columns of every [n_layer, 2] array
 KIND_NAMES = ("attention", "FFN")  # for people, in that order
-
 _SHAPES: dict[str, tuple[Any, str]] = {
     "skip": (np.bool_, "n_layer 2"),
     "scale": (np.float64, "n_layer 2"),
@@ -60,9 +59,7 @@ class SkipSet(LayerArrays):
             mapped[layer, kind] = up is not None and up[layer, kind].any()
             name, s = sublayer_name(layer, kind), scale[layer, kind]
             if not (np.isfinite(s) and s > 0):
-                raise CompensationError(
-                    f'the compensation of {name} is {s}; use a finite number above 0, or compensation="none"'
-                )
+                raise CompensationError(f'the scale of {name} is {s}; give one above 0, or use compensation="none"')
             for part, what, other in _PARTS:
                 if arrays[part] is not None and not np.isfinite(arrays[part][layer, kind]).all():
                     raise CompensationError(
@@ -130,10 +127,7 @@ def marked(n_layer: int, attention: Iterable[SupportsIndex], ffn: Iterable[Suppo
 
 
 def ranked(values: Floats) -> list[int]:
-    """Return indices into the flattened ``values``, float64 ``[n_layer, 2]``, smallest value first, NaN last.
-
-    Ties as in the paper: attention before FFN, then the lower layer.
-    """
+    """Return flat indices of ``[n_layer, 2]`` values, smallest first, NaN last; ties: attention, then lower layer."""
     layer, kind = np.indices(values.shape)
     return [int(index) for index in np.lexsort((layer.ravel(), kind.ravel(), values.ravel()))]  # last key first
 

@@ -63,16 +63,13 @@ class _Beside:
 
 @dataclass(frozen=True)
 class _Array:
-    """Where an array is in that file: ``rows``, counted over its first two axes, from byte ``start`` on.
-
-    All other rows are NaN if ``nan``, else 0.
-    """
+    """Where an array is in that file."""
 
     shape: Annotated[tuple[_Size, ...], msgspec.Meta(min_length=3, max_length=4)]
-    rows: tuple[_Index, ...]
-    nan: bool
+    rows: tuple[_Index, ...]  # those in the file, counted over the first two axes
+    nan: bool  # whether all other rows are NaN, else they are 0
     bf16: bool
-    start: _Index
+    start: _Index  # byte
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,7 @@ class _Flags:
 
 
 def plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Return a dataclass's fields as plain JSON values, and the content of the file beside: its float32 arrays.
-
-    Other arrays become lists, with None for values that are not finite.
-    """
+    """Return fields as JSON values, with None for numbers that are not finite, and the bytes of float32 arrays."""
     parts: dict[bytes, int] = {}
 
     def encode(array: Any) -> Any:
@@ -216,10 +210,7 @@ def _read_bounded(path: StrPath, most: int) -> bytes:
 
 
 def numbers_for_nulls(data: Any) -> Any:
-    """Return data of a JSON file with numbers in place of null, which stands for those that JSON cannot express.
-
-    The ends of an interval of one measurement are NaN. The times of settings that a model cannot run with are infinite.
-    """
+    """Replace null in JSON data: by NaN for unknown ends of intervals, by infinity for times of settings that fail."""
     if isinstance(data, dict):
         return {name: _NULLS.get(name) if value is None else numbers_for_nulls(value) for name, value in data.items()}
     return [numbers_for_nulls(value) for value in data] if isinstance(data, list) else data

@@ -1,7 +1,6 @@
 """The compensations of skipped sublayers, ``v := s * u + b + up (down u)``, for ``modes.py``: ``COMPENSATIONS``.
 
-docs/dev/method.md compares them. A sublayer without a map, for example in early layers, gets ``affine`` in place of
-``linear``. The online stage learns no vectors, so an FFN that it adds gets a scale alone.
+docs/dev/method.md compares them. ``linear`` is ``affine`` for sublayers without a map, and a scale for online FFNs.
 """
 
 from dataclasses import dataclass
@@ -19,18 +18,12 @@ DEFAULT_COMPENSATION = "linear"
 
 @dataclass(frozen=True)
 class Compensation:
-    """One way to compensate.
-
-    Attributes:
-        online: how ``s`` is found, also for the FFNs that the online stage adds.
-        adds_mean: whether ``b`` is added.
-        uses_maps: whether linear maps with their own ``s`` replace ``s`` and ``b`` where the profile has maps.
-    """
+    """One way to compensate."""
 
     name: str
-    online: OnlineScale
-    adds_mean: bool = False
-    uses_maps: bool = False
+    online: OnlineScale  # how s is found, also for the FFNs that the online stage adds
+    adds_mean: bool = False  # whether b is added
+    uses_maps: bool = False  # whether linear maps with their own s replace s and b where the profile has maps
 
     def skip_set(self, skip: Flags, statistics: PhaseStatistics, maps: LinearMaps | None = None) -> SkipSet:
         """Return the set that skips ``skip``, bool ``[n_layer, 2]``; with maps, ``statistics`` are of their phase."""
@@ -50,11 +43,9 @@ class Compensation:
 
 
 def _stand_ins(skip: Flags, mapped: Flags, scale: Floats, maps: LinearMaps) -> tuple[Vectors, Vectors]:
-    """Return the maps down and up of skipped sublayers, zeros for no map; this changes ``scale`` and ``mapped`` too.
-
-    If both sublayers of a layer are skipped, the map of the whole layer becomes the map of its FFN.
-    """
+    """Return the maps down and up of skipped sublayers, zeros for no map; this changes ``scale`` and ``mapped`` too."""
     down, up = maps.down[:, :2].copy(), maps.up[:, :2].copy()
+    # If both sublayers of a layer are skipped, the map of the whole layer becomes the map of its FFN.
     whole = skip.all(axis=1) & maps.fitted[:, WHOLE]
     scale[whole] = 1.0
     down[whole, 1], up[whole, 1] = maps.down[whole, WHOLE], maps.up[whole, WHOLE]

@@ -1,7 +1,6 @@
 """Makes a plan of the sublayers that a strategy chose, as the mode says, for strategies: ``compensated_plan``.
 
-docs/dev/method.md explains the modes. The compensation of a set comes from the phase that first uses it. Only linear
-maps always come from prefill, which has enough tokens to fit them.
+docs/dev/method.md explains the modes. The phase that first uses a set gives its compensation; prefill gives all maps.
 """
 
 from collections.abc import Sequence
@@ -23,18 +22,14 @@ def compensated_plan(
 ) -> SkipPlan:
     """Make the plan of a chosen set, bool ``[n_layer, 2]``, with a request's mode, compensation and online stage.
 
-    In decode the sets of ``later`` follow it, each after that number of decoded tokens.
-
-    Raises:
-        NotSkippableError: the model cannot skip one of these sublayers.
+    In decode the sets of ``later`` follow it, each after that number of decoded tokens. A sublayer that the model
+    cannot skip raises a NotSkippableError.
     """
     none, mode = SkipSet.none(len(skip)), MODES[request.mode]
     may = profile.in_bulk if mode.in_bulk else profile.skippable
     if (wrong := np.any([skip, *(each for _, each in later)], axis=0) & ~may).any():
         names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(wrong))
-        raise NotSkippableError(
-            f"this model cannot skip {names}; choose another budget or strategy 'adaskip', which leaves them out"
-        )
+        raise NotSkippableError(f"this model cannot skip {names}; use another budget, or strategy 'adaskip'")
     of_decode = _of_decode(profile, request) if mode.in_bulk else skip
     compensation = get_compensation(request.compensation or DEFAULT_COMPENSATION)
     if compensation.uses_maps and profile.maps is None:

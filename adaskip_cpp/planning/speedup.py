@@ -89,10 +89,8 @@ def seconds_saved(cost: CostModel, context: int, phase: Phase, around: Bulk | No
 def cheapest_set(lost: Floats, goal: Goal, ranking: Ranking = "efficiency") -> Flags:
     """Choose sublayers, bool ``[n_layer, 2]``, that reach a goal with little loss.
 
-    Args:
-        lost: float64 ``[n_layer, 2]``: the loss from skipping each; NaN if it cannot be skipped.
-        ranking: ``"efficiency"``: :func:`_cover`; ``"similarity"``: the least loss first, as in the paper, until the
-            goal is reached.
+    ``lost``, float64 ``[n_layer, 2]``, is the loss from skipping each, NaN if it cannot be skipped. ``"similarity"``
+    takes the least loss first, as in the paper, until the goal is reached; ``"efficiency"`` is :func:`_cover`.
     """
     may = ~np.isnan(lost)
     if not goal.reached(may):
@@ -110,9 +108,8 @@ def cheapest_set(lost: Floats, goal: Goal, ranking: Ranking = "efficiency") -> F
 def _cover(lost: Floats, may: Flags, goal: Goal) -> Flags:
     """Choose a set by the greedy rule of covering knapsacks.
 
-    Sublayers join the set by the least loss per second saved. Before each, the set plus the one sublayer of least loss
-    that reaches the goal is a candidate. The best candidate wins. Last, sublayers that it does not need leave it, those
-    of the greatest loss first.
+    Sublayers join by least loss per second saved. Before each, the set plus the one sublayer of least loss that reaches
+    the goal is a candidate. The best one wins, and loses the sublayers that it does not need, greatest loss first.
     """
     saved = seconds_saved(goal.cost, goal.context, goal.phase, goal.around)
     price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may & (saved > 0))

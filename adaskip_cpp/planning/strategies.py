@@ -26,7 +26,6 @@ Strategy: TypeAlias = Callable[[ProfileData, PlanRequest], SkipPlan]
 
 LONGEST_GENERATION = 512  # SkipDecode's T: decoded tokens until it skips its whole budget; 512 as AdaSkip's authors
 _N_DEPTHS = 5  # numbers of windowed attentions to try for a speed-up, besides 0
-
 STRATEGIES: dict[str, Strategy] = {}
 
 
@@ -141,8 +140,7 @@ def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """SkipDecode: layers 1 to ``m = min(k, ceil(t / T * (k - 1)) + 1)``.
 
     t is the number of tokens decoded so far in the request, T is :data:`LONGEST_GENERATION`. In the modes ``prefill``
-    and ``prompt``, m is always k. In mode ``e2e`` a prompt is read with m = 1. With m = k, decode could not begin with
-    m = 1, because the other attentions would have no KV of the prompt.
+    and ``prompt``, m is always k. In mode ``e2e`` the prompt has m = 1, or decode could not read its KV with m = 1.
     """
     limit = 2 * (n_layer - 1)
     k = _budget(request, limit, f"SkipDecode never skips layer 0, which leaves {limit} sublayers") // 2
@@ -156,10 +154,8 @@ def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
 
 @baseline
 def unified_skipping(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
-    """Unified Skipping: layers i with ``i mod (n_layer // k) == 1``, which can be a few more than k.
-
-    For k above half of the layers ``n_layer // k`` is 1, and no i has that remainder: such a budget is refused.
-    """
+    """Unified Skipping: layers i with ``i mod (n_layer // k) == 1``, which can be a few more than k."""
+    # For k above half of the layers, n_layer // k is 1, and no i has that remainder.
     limit = 2 * (n_layer // 2)
     reason = f"Unified Skipping is defined for at most half of the {n_layer} layers, {limit} sublayers"
     # An odd budget has one sublayer left over, which is no reason to refuse it.
