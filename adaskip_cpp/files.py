@@ -125,7 +125,7 @@ def replace(source: StrPath, target: StrPath) -> None:
 
 
 def write_error(path: StrPath, error: OSError) -> FileError:
-    return FileError(f"cannot write {os.fspath(path)!r} ({error.strerror or error}); check rights and the space left")
+    return FileError(f"cannot write {os.fspath(path)!r} ({error.strerror or error}); check access and the space left")
 
 
 def _check_regular(target: StrPath, path: StrPath) -> None:

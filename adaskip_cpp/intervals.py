@@ -26,7 +26,7 @@ _Array: TypeAlias = "npt.NDArray[np.float64]"
 _Values: TypeAlias = "Sequence[float] | npt.NDArray[np.float64]"
 
 _N_DRAWS = 2000
-_TRIM = 0.2  # share of log ratios dropped at either end: against disturbed runs, and more precise than the median
+_TRIM = 0.2  # share of log ratios dropped at either end: for disturbed runs; without any, better than the median
 # Quantile of Student's t at 97.5% with 1 to 10 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -70,7 +70,7 @@ def mean_error(values: _Values) -> tuple[float, float]:
 def mean_interval(values: _Values, *, seed: int = 0) -> Interval:
     """Return the mean of independent values, one per item (items, not tokens, are independent), and its interval.
 
-    Show the number of items beside it: five right answers of five give 1 to 1, and values with a long tail need 60.
+    Show the number of items beside it: five right answers of five give 1 to 1, values with a long tail need about 60.
     """
     return _interval(_items(values), lambda x: np.asarray(x.mean(axis=-1)), seed)
 

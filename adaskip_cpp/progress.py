@@ -18,11 +18,11 @@ _DRAWN_HZ = 2  # low, because drawing takes processor time from the model
 _LINES_S = 60.0  # between two lines of progress where there is no terminal
 
 
-class OnProgress(Protocol):  # called with the fraction of the work that is done
+class OnProgress(Protocol):  # called with the fraction of the work that is done, and words to show
     def __call__(self, fraction: float, words: str = "") -> None: ...
 
 
-Stage: TypeAlias = Callable[[str], AbstractContextManager[OnProgress]]  # of the name of a stage of work
+Stage: TypeAlias = Callable[[str], AbstractContextManager[OnProgress]]  # begins a stage of work, by its name
 
 
 def silent(label: str) -> AbstractContextManager[OnProgress]:
@@ -76,7 +76,7 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
 
 @contextlib.contextmanager
 def told_progress(label: str, *, still: bool = False, late: bool = False) -> Iterator[OnProgress]:
-    """As :func:`progress_bar`, with a line a minute without a terminal. A ``late`` bar appears at its first move."""
+    """As :func:`progress_bar`, but a line a minute if stderr is no terminal. A ``late`` bar appears once it moves."""
     if sys.stderr.isatty():
         with progress_bar(label, is_patient=False, still=still) as move:
             if not late:

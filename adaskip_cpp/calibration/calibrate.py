@@ -138,7 +138,7 @@ def late_layers(llm: AdaSkipLlama) -> range:
 
 def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
     if isinstance(request, str):
-        return corpus.tokens_of(llm, request, bos=True) if request else []  # not only the token that begins a sequence
+        return corpus.tokens_of(llm, request, bos=True) if request else []  # "" would be the begin token
     try:
         return [operator.index(token) for token in request]
     except TypeError as error:

@@ -59,7 +59,7 @@ class _Measurement:
     ) -> None:
         self.llm, self.seconds, self._contexts, self._on_progress = llm, seconds, contexts, on_progress
         self.groups = _groups(llm)
-        self._rest_grows = not all(sublayer.in_bulk for sublayer in llm.sublayers)  # then time it at all contexts
+        self._rest_grows = not all(sublayer.in_bulk for sublayer in llm.sublayers)  # then time the rest at all contexts
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
         self._size = llm.context_size
         self._n_decode = max(min(_N_DECODE, self._size // (2 * len(self._mixed()) + 2) - 1), 1)
@@ -152,7 +152,7 @@ class _Measurement:
         return tuple(layer for layer in group.layers if layer < self.llm.n_layer_kv - 1)
 
     def _mixed(self) -> list[Flags]:
-        """Return flags for the whole model and for halves of groups, so that none runs an attention skipped before."""
+        """Return the whole model and halves of groups, in an order in which no skipped attention runs later."""
 
         def halved(runs: Flags, group: Group) -> Flags:
             fewer: Flags = runs.copy()
@@ -189,7 +189,7 @@ class _Measurement:
             self.llm.set_plan(SkipPlan(of_prompt, of_decode))
 
     def _prepare(self, prefill: Flags, decode: Flags | None = None, *, kept: bool = False) -> None:
-        """Empty the cache and set a plan. Unless given, ``decode`` is as ``prefill``, or with K and V kept, all run."""
+        """Empty the cache and set a plan; decode is by default as prefill, or with K and V kept the whole model."""
         self.llm.reset()
         as_prefill = self._all(True) if kept else prefill
         self._set_plan(prefill, as_prefill if decode is None else decode, kept=kept)
@@ -223,7 +223,7 @@ def _groups(llm: AdaSkipLlama) -> list[Group]:
 
 @contextmanager
 def set_aside(llm: AdaSkipLlama) -> Iterator[None]:
-    """Remove the draft model inside; in any case put it and the plan back at the end, and drop the KV cache."""
+    """Take the draft model off; put it and the plan back at the end, also after an error, and drop the KV cache."""
     plan, readable, max_loss, draft_model = llm.plan, llm.readable, llm.max_loss, llm.draft_model
     llm.draft_model = None
     try:

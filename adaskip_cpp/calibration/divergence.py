@@ -32,9 +32,9 @@ def measure_divergence(
 ) -> tuple[Floats, Floats]:
     """Return the divergence from skipping each sublayer alone in the bulk: in continuations, and in copies.
 
-    Each is float64 ``[n_layer, 2]``, the mean over tokens in nats; NaN for sublayers that cannot be skipped or are not
-    in ``layers`` (None for all). The first piece measures all, the others only the better half, because plans choose
-    the worse half last. The model's plan is put back at the end; its KV cache is dropped.
+    Each is float64 ``[n_layer, 2]``, in nats per token; NaN for sublayers that cannot be skipped or are not in
+    ``layers`` (None for all). The first piece measures all. The others measure the half that loses less there, because
+    plans choose the other half last. The model's plan is put back at the end; its KV cache is dropped.
     """
     may = profile.in_bulk if layers is None else profile.in_bulk & np.isin(np.arange(profile.n_layer), layers)[:, None]
     which, lost = np.argwhere(may), np.full((2, *may.shape), np.nan)
@@ -69,8 +69,8 @@ def measure_windows(
 ) -> Windows | None:
     """Return the divergence if the last attentions look back at an eighth of a prompt, for several numbers of them.
 
-    The share decides, so short prompts do (docs/dev/method.md). In pieces below :data:`SHORTEST` tokens a window seems
-    to lose nothing. None without longer ones, or if no attention can look back at a window.
+    The share decides, so short prompts suffice (docs/dev/method.md). In pieces below :data:`SHORTEST` tokens a window
+    seems to lose nothing. None without longer ones, or if no attention can look back at a window.
     """
     layers = tuple(row.layer for row in llm.sublayers if row.windowable)
     pieces = [piece for piece in pieces if len(piece) >= SHORTEST]

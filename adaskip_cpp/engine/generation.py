@@ -59,7 +59,7 @@ class Generation:
             raise RequestError(f"cannot generate {max_tokens} tokens; use at least 1")
         n_ctx = llm.context_size
         if len(prompt) >= n_ctx:
-            raise RequestError(f"the prompt has {len(prompt)} tokens, the context {n_ctx}; use a larger --ctx")
+            raise RequestError(f"the prompt has {len(prompt)} tokens, the context {n_ctx}; shorten it or raise --ctx")
         self._llm, self._prompt, self._temperature, self._on_stage = llm, prompt, temperature, on_stage
         self._max_tokens, self._room = max_tokens, n_ctx - len(prompt)
         self.timing: Timing | None = None

@@ -144,7 +144,7 @@ def _description(device: Any) -> str:
 
 @contextmanager
 def elide_kv(skipped: Flags | None) -> Iterator[None]:
-    """Create contexts inside without KV for the attentions in ``skipped``, bool [n_layer]; None changes nothing."""
+    """Contexts created inside have no KV for the attentions in ``skipped``, bool [n_layer]; None changes nothing."""
     if skipped is not None:
         flags = np.ascontiguousarray(skipped, dtype=np.uint8)
         lib.adaskip_elide_kv(ffi.from_buffer("uint8_t[]", flags), len(flags))

@@ -41,7 +41,7 @@ def supports_rpc() -> bool:
 
 
 def register_rpc_server(endpoint: str) -> bool:
-    """Register an rpc-server's devices with ggml; False if it has none. ggml ends the process if it gets no answer."""
+    """Register an rpc-server's devices with ggml; False if it has none. Without an answer ggml ends the process."""
     ggml = _ggml()
     reg = ggml.ggml_backend_reg_by_name(b"RPC")
     address = ggml.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_rpc_add_server")
@@ -95,7 +95,7 @@ def _why_not(endpoint: str) -> str:
         return "that is no host:port"
     if tried.returncode == 0:
         return ""
-    lines = tried.stderr.strip().splitlines() or ["it says nothing"]
+    lines = tried.stderr.strip().splitlines() or ["it gave no reason"]
     # ggml's line with the reason begins with a place in its source, and a backtrace follows.
     return next((line for line in lines if "ggml-rpc.cpp" in line), lines[-1]).strip().rpartition(": ")[2]
 

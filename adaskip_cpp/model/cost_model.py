@@ -83,7 +83,7 @@ class PhaseCost(LayerArrays):
         freeze(self, **arrays)
 
     def seconds(self, what: "Computed", cells: Floats, n_cells: Floats) -> Floats:
-        """Predict seconds, [n]. Attentions read ``cells``, [n, n_layer], or without a window ``n_cells``, [n]."""
+        """Predict seconds, [n]. Attentions read ``cells`` KV cells, [n, n_layer]; without windows ``n_cells``, [n]."""
         grows = np.where(what.runs[:, 0], self.growth, 0.0)
         computed = self.base[what.runs].sum() + self.kept[what.kept].sum()
         return np.asarray(self.fixed + self.fixed_growth * n_cells + cells @ grows + computed)

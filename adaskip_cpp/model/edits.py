@@ -7,7 +7,7 @@ from ..errors import RequestError
 
 WIDE = 32  # a move counts as so many moves if less than SAME of the text before the run stays the same
 SAME = 0.8
-FEW, MANY = 8, 8 + 4 * WIDE  # for small edits (changed lines, dropped messages); and for four new orders of documents
+FEW, MANY = 8, 8 + 4 * WIDE  # moves for small edits (changed lines, dropped messages); and for 4 orders of documents
 _MOST_MOVES = 255 - WIDE  # a cell counts to 255
 
 
@@ -42,7 +42,7 @@ class Edits:
 
 ReuseName: TypeAlias = Literal["auto", "prefix", "edits"]
 REUSES: tuple[ReuseName, ...] = get_args(ReuseName)
-Reuse: TypeAlias = ReuseName | Edits  # of the prompt in memory: the prefix, runs, or "auto": runs if `tune` says so
+Reuse: TypeAlias = ReuseName | Edits  # what a prompt reuses: the prefix; runs too; "auto": runs if `tune` allows them
 
 
 def edits_of(reuse: Reuse) -> Edits | None:

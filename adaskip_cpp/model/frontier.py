@@ -14,7 +14,7 @@ from .settings import Settings, Tried
 
 DEFAULT_LOSS = 0.05  # the default promise, in nats per token: the perplexity grows by 5% at most
 LEAST_CONTEXT = 512  # tokens: shorter prompts run whole, because they have little bulk and take little time
-GROWTH = 1.3  # a plan's loss is multiplied by this if a prompt is twice as long: measured in docs/dev/method.md
+GROWTH = 1.3  # the assumed factor of a plan's loss if a prompt is twice as long: measured in docs/dev/method.md
 ERRORS = 1.6  # standard errors that are added to a mean loss before it is compared with a promise
 EDITS_SHARE = 0.5  # the share of a promise that edited prompts may lose; plans may lose the rest
 

@@ -85,7 +85,7 @@ def model_files(path: StrPath) -> tuple[str, ...]:
 
 
 def fingerprint(path: StrPath) -> str:
-    """Hash enough of a model to tell it from any other, in milliseconds: of several files, the hash of their hashes.
+    """Hash enough of a model to tell it from any other, in milliseconds. Several files give the hash of their hashes.
 
     A file's hash covers its size, first and last MiB, and 64 blocks of 64 KiB spread evenly; up to 6 MiB it covers all.
     """

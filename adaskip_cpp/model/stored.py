@@ -82,7 +82,7 @@ class _Flags:
 
 
 def plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Return fields as JSON values, with None for numbers that are not finite, and the bytes of float32 arrays."""
+    """Return fields as JSON values, None for numbers that are not finite, and float32 arrays for the file beside."""
     parts: dict[bytes, int] = {}
 
     def encode(array: Any) -> Any:

@@ -1,6 +1,6 @@
 """The compensations of skipped sublayers, ``v := s * u + b + up (down u)``, for ``modes.py``: ``COMPENSATIONS``.
 
-docs/dev/method.md compares them. ``linear`` is ``affine`` for sublayers without a map, and a scale for online FFNs.
+docs/dev/method.md compares them. ``linear`` is ``affine`` for sublayers without a map. Online FFNs get a scale alone.
 """
 
 from dataclasses import dataclass

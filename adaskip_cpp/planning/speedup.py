@@ -109,7 +109,7 @@ def _cover(lost: Floats, may: Flags, goal: Goal) -> Flags:
     """Choose a set by the greedy rule of covering knapsacks.
 
     Sublayers join by least loss per second saved. Before each, the set plus the one sublayer of least loss that reaches
-    the goal is a candidate. The best one wins, and loses the sublayers that it does not need, greatest loss first.
+    the goal is a candidate. The candidate of least loss wins. Sublayers that it does not need are dropped, worst first.
     """
     saved = seconds_saved(goal.cost, goal.context, goal.phase, goal.around)
     price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may & (saved > 0))

@@ -118,8 +118,8 @@ def what_is_lost(profile: ProfileData, request: PlanRequest) -> Floats:
             "the profile has no losses from skipping in a prompt's bulk; calibrate again, on 4 requests or more, or "
             "use mode='e2e' or ranking='similarity'"
         )
-    # An error passes through the layers above. The more they are, the more does a sublayer's cost inside a set differ
-    # from its cost alone. At 1.4 times the speed SmolLM2's divergence is 0.034 with this factor, 0.058 without.
+    # An error passes through the layers above. If they are many, a sublayer's cost measured alone is far from its cost
+    # inside a set. At 1.4 times the speed SmolLM2's divergence is 0.034 with this factor, 0.058 without.
     return lost * np.arange(profile.n_layer)[::-1, None]
 
 
@@ -140,7 +140,7 @@ def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """SkipDecode: layers 1 to ``m = min(k, ceil(t / T * (k - 1)) + 1)``.
 
     t is the number of tokens decoded so far in the request, T is :data:`LONGEST_GENERATION`. In the modes ``prefill``
-    and ``prompt``, m is always k. In mode ``e2e`` the prompt has m = 1, or decode could not read its KV with m = 1.
+    and ``prompt``, m is always k. Mode ``e2e`` reads a prompt with m = 1: after m = k, decode with m = 1 would lack KV.
     """
     limit = 2 * (n_layer - 1)
     k = _budget(request, limit, f"SkipDecode never skips layer 0, which leaves {limit} sublayers") // 2
