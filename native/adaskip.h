@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 11
+#define ADASKIP_ABI_VERSION 12
 
 struct llama_context;
 struct llama_vocab;
@@ -248,8 +248,9 @@ int32_t adaskip_kv_first_stale(const struct llama_context * ctx, int32_t seq_id,
 // set aside, what is new before each is decoded, and the run is taken back. Its K and V are those of its old place,
 // where other text stood before it. So a moved position may only be read where that is allowed, and counts its moves.
 
-// cells of positions from, from + 1, ... from + n - 1 that belong at to, to + 1, ... The move counts as n_moves, 1 to
-// 255: one that changes more of the text before a run can count as several.
+// Cells of positions from, from + 1, ... from + n - 1 that belong at to, to + 1, ... The move counts as n_moves, 1 to
+// 255: one that changes more of the text before a run can count as several. Where a run stays in its place, and so does
+// all text before it, 0 leaves its cells as they are.
 struct adaskip_run {
     int32_t from;
     int32_t to;
@@ -264,8 +265,8 @@ int32_t adaskip_set_most_moves(struct llama_context * ctx, int32_t most_moves);
 int32_t adaskip_can_move(const struct llama_context * ctx);
 
 // Takes runs out of the sequence and forgets its other positions from n_kept on. Neither the old nor the new places of
-// two runs overlap, and all are at n_kept or later. Fails, and changes nothing, where the memory lacks a position of
-// a run, as a sliding window may, or one would count more than 255 moves.
+// two runs overlap, those set aside before included, and all are at n_kept or later. Fails, and changes nothing, where
+// the memory lacks a position of a run, as a sliding window may, or one would count more than 255 moves.
 int32_t adaskip_set_aside(
         struct llama_context * ctx, int32_t seq_id, int32_t n_kept, const struct adaskip_run * runs, int32_t n_runs);
 

@@ -37,7 +37,17 @@ _Parts: TypeAlias = dict[str, dict[Phase, tuple[str, str]]]
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is run, the same for every contender: each context ``n_rounds`` times, ``n_decode`` tokens timed behind."""
+    """The settings of a benchmark, the same for all contenders.
+
+    Attributes:
+        model: the GGUF file.
+        contexts: tokens of the prompts, ascending.
+        n_rounds: number of times that each contender reads each prompt.
+        n_decode: tokens timed after each prompt.
+        n_threads: CPU threads.
+        n_gpu_layers: layers on a GPU; -1 for all.
+        flash_attention: whether flash attention is used.
+    """
 
     model: str
     contexts: tuple[int, ...]
@@ -50,7 +60,23 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The model that was measured, and with what; ``load_average`` was that before, None where none is kept."""
+    """The model, the machine and the releases of a benchmark.
+
+    Attributes:
+        model: the model's name in its file.
+        file: the file's name.
+        architecture: the model's architecture.
+        fingerprint: hash of parts of the file.
+        n_layer: number of layers.
+        file_bytes: size of the file, in bytes.
+        quantisation: type of the weights, such as ``"Q4_0"``.
+        adaskip_cpp: release of adaskip-cpp.
+        llama_cpp_python: release of llama-cpp-python.
+        python: release of Python.
+        os: operating system.
+        load_average: load of the machine before the benchmark; None if the system does not measure it.
+        busy: whether that load disturbs the times.
+    """
 
     model: str
     file: str
@@ -69,10 +95,16 @@ class Configuration:
 
 @dataclass
 class BenchResult:
-    """What was measured, by contender.
+    """The result of ``bench``, by contender.
 
-    ``machine`` is that of ours with no plan, None before it is loaded; ``usage`` is that of the last process.
-    ``ended_by`` ended it before all rounds were run. ``about`` is None where it was not :func:`adaskip_cpp.bench`.
+    Attributes:
+        settings: contexts, rounds and threads.
+        plans: the plans by name.
+        times: the time of each run, in seconds.
+        usage: memory of each contender's last process, in bytes.
+        machine: the machine; None before the whole model was loaded.
+        ended_by: the reason if the benchmark ended early, else None.
+        about: model, machine and releases.
     """
 
     settings: BenchSettings
@@ -85,7 +117,7 @@ class BenchResult:
 
     @property
     def rows(self) -> list[Row]:
-        """Medians and ratios of all complete rounds, by phase, context and contender."""
+        """Medians and ratios of all complete rounds, one row for each phase, context and contender."""
         return table(self.times)
 
     def to_dict(self) -> dict[str, Any]:

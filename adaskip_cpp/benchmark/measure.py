@@ -44,31 +44,36 @@ def bench(
     on_progress: OnProgress = lambda fraction, words="": None,
     tell: Callable[[str], None] = lambda note: None,
 ) -> BenchResult:
-    """Measure the time to the first token and per token, each contender in processes of its own that take turns.
+    """Measure the speed of plans, of the whole model and of stock llama-cpp-python.
 
-    Ctrl-C, or the end of a contender's process, ends it early. From the second round on, what was measured is returned
-    all the same, and its ``ended_by`` says why.
+    Each contender runs in processes of its own, which take turns. Ctrl-C, or the end of a contender's process, ends the
+    measurement early. After the first round, the result so far is returned, and its ``ended_by`` has the reason.
 
     Args:
         model: a GGUF file.
-        plans: plans by name, beside the whole model. A request becomes a plan for the longest prompt, a frontier the
-            plan that it chooses for that.
-        profile: of this model, for the requests. Without one the model is calibrated briefly where they need it.
-        contexts: tokens of the prompts; None for 512, 2048 and 8192, cut to what the model allows.
-        n_rounds: how often each contender reads each prompt.
+        plans: plans by name, to compare with the whole model. A request becomes a plan for the longest prompt. A
+            frontier becomes the plan that keeps the default promise there.
+        profile: a profile of this model, for requests. None calibrates the model briefly if a request needs it.
+        contexts: tokens of the prompts; None for 512, 2048 and 8192, or fewer if the model allows fewer.
+        n_rounds: number of times that each contender reads each prompt.
         n_decode: tokens timed after each prompt.
         stock: whether stock llama-cpp-python is a contender.
-        ideal: whether the skipped sublayers are timed by themselves.
-        running: threads and devices, the same for all contenders.
-        on_progress: takes the share of the prompts' tokens that were read, 0 to 1, and what runs now.
-        tell: takes sentences for the user: shorter prompts, a calibration, a busy machine.
+        ideal: whether the skipped sublayers are timed by themselves, for the ideal speed-up.
+        running: threads and devices of all contenders.
+        on_progress: called with the share of the work that is done, 0 to 1, and the name of the current contender.
+        tell: called with sentences for the user, such as a warning of a busy machine.
 
     Returns:
-        All times in seconds; ``rows`` are medians, and ratios with 95% intervals.
+        All times in seconds. Its ``rows`` have medians, and ratios with 95% intervals.
 
     Raises:
-        AdaSkipError: the file is no model, the profile is another model's, a plan does not fit, the model allows no
-            such context, or a process ended in the first round.
+        AdaSkipError: the file is not a model, the profile is of another model, a plan does not fit, the model does not
+            allow such a context, or a process ended in the first round.
+
+    Examples:
+        >>> result = bench("model.gguf", {"12 skipped": PlanRequest(12)}, contexts=[2048])
+        >>> for row in result.rows:
+        ...     print(row.contender, row.phase, row.median_s)
     """
     model, plans, running = os.fspath(model), plans or {}, running or Running()
     requests = [each for each in plans.values() if isinstance(each, PlanRequest)]

@@ -49,16 +49,20 @@ class BenchTimes:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one context in one phase.
+    """The speed of one contender at one context in one phase.
 
     Attributes:
-        phase: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token behind it.
-        low_s, high_s: quartiles.
-        against: how many times as fast it is as :data:`STOCK` and as :data:`NO_PLAN`, where these were measured; pair
-            by pair, see :func:`intervals.ratio_interval`.
-        ideal: how many times as fast as :data:`NO_PLAN` it would be without the time of the skipped sublayers, measured
-            separately: ``full / (full - skipped)``; None if not measured.
-        of_ideal: what was measured against :data:`NO_PLAN`, divided by the ideal.
+        contender: ``"stock"``, ``"no plan"`` or the name of a plan.
+        context: tokens of the prompt.
+        phase: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token of the answer.
+        n_rounds: number of complete rounds.
+        median_s: median time, in seconds.
+        low_s: lower quartile, in seconds.
+        high_s: upper quartile, in seconds.
+        against: how many times as fast as ``"stock"`` and as ``"no plan"``, if these were measured.
+        ideal: how many times as fast as ``"no plan"`` it would be without the time of the skipped sublayers, which are
+            timed separately; None if they were not.
+        of_ideal: the measured ratio to ``"no plan"``, divided by the ideal.
     """
 
     contender: str
@@ -73,6 +77,7 @@ class Row:
     of_ideal: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
         data: dict[str, Any] = to_builtins(self)
         against = data.pop("against")
         for name, each in self.against.items():

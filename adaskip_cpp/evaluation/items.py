@@ -41,35 +41,36 @@ _BUILTIN = {
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What :func:`adaskip_cpp.evaluate` measures. The verb `evaluate` has options of the same names.
+    """The plans, texts and tasks of ``evaluate``. ``adaskip-cpp evaluate`` has options with the same meaning.
 
     Attributes:
-        strategies: of plans, by name; () for all but ``"manual"``.
-        n_skips: numbers of sublayers to skip, one plan each; None for a tenth, a fifth and a quarter of them.
-        speedups: predicted speed-ups of the prompt that is timed, one plan each.
-        modes: () for all.
-        compensations: of strategy ``"adaskip"``; None for the default one.
-        plan_file: what `tune` found, to compare with them; None for that beside the model, if it is there and of one of
-            their modes.
-        max_losses: promises that what `tune` found is measured with, in nats per token; None for 0.05 and 0.1. For each
-            prompt the fastest plan that keeps the promise is used.
-        text_files: UTF-8 texts.
-        builtin: ``"pages"`` of Python's manual, ``"sources"`` of its library; () for pages unless there are text files.
-        n_texts: items of each kind of text; 0 for none.
-        n_tokens: tokens of an item; None for 512, with promises for prompts as long as the one that is timed.
+        strategies: strategies of plans; () for all but ``"manual"``.
+        n_skips: numbers of sublayers to skip, a plan for each; None for a tenth, a fifth and a quarter of all, unless
+            there are speed-ups.
+        speedups: predicted speed-ups of the timed prompt, a plan for each.
+        modes: modes of plans; () for all.
+        compensations: compensations for strategy ``"adaskip"``; None for ``"linear"``.
+        plan_file: a plan file to compare too; None for the one beside the model, if it is of one of the modes.
+        max_losses: promises for the frontier of that file, in nats per token; None for 0.05 and 0.1. For each prompt,
+            the fastest plan that keeps the promise is used.
+        text_files: files of UTF-8 text.
+        builtin: ``"pages"`` of Python's manual, ``"sources"`` of its library; () for pages if there are no text files.
+        n_texts: number of items of each kind of text; 0 for none.
+        n_tokens: tokens of an item; None for 512. With promises, None gives prompts as long as the timed one.
         n_continuation: tokens at the end of an item that are judged, and tokens decoded in a timed request.
-        tasks: LongBench's or L-Eval's files.
-        tasks_items: questions of each of their tasks; None for all.
-        tasks_prompts, tasks_lengths: LongBench's two JSON files; None for what is built in, for ``multi_news`` alone.
-        synthetic: long-context tasks made from the text, by name.
-        lengths: tokens of their prompts.
-        depths: where in the prompt the answer lies, 0 to 1.
-        n_per: questions for each task, length and depth.
-        seed: of these tasks.
-        chat: whether questions stand in the model's chat template; None for those of ``tasks``, if there is one.
-        ctx: context in tokens; None for what is needed, 8192 with ``tasks``, or the model's if that is less.
-        speed_context: tokens of the prompt to time; None for 1024, or what the model allows.
-        n_rounds: timings of each contender; 0 for none.
+        tasks: files of LongBench or L-Eval.
+        tasks_items: number of questions of each of these tasks; None for all.
+        tasks_prompts: LongBench's JSON file of prompts; None for the built-in one, which has ``multi_news`` alone.
+        tasks_lengths: LongBench's JSON file of answer lengths, likewise.
+        synthetic: names of long-context tasks that are made from the text.
+        lengths: tokens of the prompts of these.
+        depths: places of the answers in these prompts, 0 to 1.
+        n_per: number of questions for each of these tasks, lengths and depths.
+        seed: seed of these tasks.
+        chat: whether questions are in the model's chat template; None for those of ``tasks``, if the model has one.
+        ctx: context in tokens; None for the context that is needed, or with ``tasks`` 8192 or the model's.
+        speed_context: tokens of the timed prompt; None for 1024, or fewer if the model allows fewer.
+        n_rounds: number of timings of each contender; 0 for none.
     """
 
     strategies: tuple[str, ...] = ()
@@ -99,7 +100,11 @@ class EvaluationOptions:
     n_rounds: int = 5
 
     def requests(self, n_layer: int) -> tuple[PlanRequest, ...]:
-        """Return a request for every strategy, then compensation, then budget, then mode; speed-ups have no context."""
+        """Return a request for each strategy, compensation, budget and mode; speed-ups have no context.
+
+        Args:
+            n_layer: number of layers of the model.
+        """
         n_skips: Sequence[int] = self.n_skips or ()
         if not self.n_skips and not self.speedups:
             n_skips = sorted({max(2 * n_layer // parts, 1) for parts in (10, 5, 4)})

@@ -36,29 +36,36 @@ def evaluate(
     on_progress: Callable[[float], None] = lambda fraction: None,
     tell: Callable[[str], None] = lambda note: None,
 ) -> Results:
-    """Compare plans with the whole model: loss, divergence, agreement, continuations and answers, at measured speed.
+    """Measure the quality and the speed of plans against the whole model.
 
-    Results are kept one by one in the folder: a second call with the same arguments goes on where the first ended.
-    At the end, and after Ctrl-C, the folder has results.json, results.md, report.html and, with matplotlib, pictures.
+    Each result is kept in the folder, so a second call with the same arguments continues. At the end, and after Ctrl-C,
+    the folder has results.json, results.md, report.html and, with matplotlib, pictures.
 
     Args:
         model: a GGUF file.
-        profile: of this model, from which plans are made; None to compare what `adaskip-cpp tune` found alone.
-        folder: made where it is missing.
-        options: what is measured, and on what.
+        profile: a profile of this model or its file, from which plans are made; None to compare only the result of
+            ``tune``.
+        folder: the folder of the results; it is created if it is missing.
+        options: the plans, texts and tasks; None for the defaults.
         running: threads and devices, the same for all plans.
-        command: how to repeat it, for the report; a call of this function by default.
-        on_progress: takes the share of the work that is done, 0 to 1.
-        tell: takes sentences for the user: plans left out, a busy machine, earlier results.
+        command: a command that repeats the evaluation, for the report; by default a call of this function.
+        on_progress: called with the share of the work that is done, 0 to 1.
+        tell: called with sentences for the user, such as plans that are left out.
 
     Returns:
         Losses and divergences in nats per token, speeds in seconds, scores from 0 to 1, with standard errors. After
-        Ctrl-C ``n_done`` is less than ``n_results``.
+        Ctrl-C, ``n_done`` is less than ``n_results``.
 
     Raises:
-        AdaSkipError: the profile is another model's, a file cannot be read or written, there is nothing to compare, or
-            the model allows no such context.
+        AdaSkipError: the profile is of another model, a file cannot be read or written, there is nothing to compare, or
+            the model does not allow such a context.
         PackageMissingError: a metric needs a package of ``adaskip-cpp[evaluate]``.
+
+    Examples:
+        >>> options = EvaluationOptions(text_files=("mine.txt",), max_losses=(0.02, 0.05))
+        >>> results = evaluate("model.gguf", None, "results", options)
+        >>> for row in results.contenders:
+        ...     print(row.label, row.speedup, row.figure("added_loss"))
     """
     options, running, model = options or EvaluationOptions(), running or Running(), os.fspath(model)
     known = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 
+from ..engine.edits import Saved
 from ..engine.llama import AdaSkipLlama
 from ..measuring.corpus import tokens_of
 from ..measuring.judge import Judge, passkey, passkey_line
@@ -32,7 +33,8 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     """Measure small edits, then new orders of documents; nothing where tokens cannot be moved.
 
     Small edits are changed, inserted and deleted lines and, once, a message of a twelfth of the prompt that is dropped.
-    Each kind is measured after as many edits as its ``most_moves`` allows. The last edit changes a pass key.
+    Documents are first read alone, then put together, and put in other orders after that. Each kind is measured after
+    as many edits as its ``most_moves`` allows. The last edit changes a pass key.
 
     Args:
         judge: its probes are those of texts with pass keys, numbered as :func:`passkey` does.
@@ -49,7 +51,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
         forms = [_replaced(prompt, new, old)]
         if most_moves == MANY:
             forms[0] = _reordered(forms[0], draw)
-            forms += [_reordered(forms[0], draw) for _ in range((MANY - FEW) // WIDE - 1)]
+            forms += [_reordered(forms[0], draw) for _ in range((MANY - FEW) // WIDE - 2)]
         else:
             cuts = [(line, len(line) - 3), (line, 0), ([], len(line)), (message, 0), ([], len(line)), (line, 0)]
             for n, (older, n_newer) in enumerate([*cuts, cuts[0]]):
@@ -59,12 +61,16 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
     def judged(edits: Edits) -> Judged:
         numbers = range(0, len(prompts), max(len(prompts) // _N_TEXTS, 1))
-        own = llm.reuse
+        earlier = {prompts[i][0]: before(i, edits.most_moves) for i in numbers}
+        own = llm.reuse, llm.saved_prompts
         llm.set_reuse(edits)
         try:
-            scores = judge.edited({prompts[i][0]: before(i, edits.most_moves) for i in numbers})
+            if edits.most_moves == MANY:
+                llm.saved_prompts = [each for forms in earlier.values() for each in _read_alone(llm, forms[0])]
+            scores = judge.edited(earlier)
         finally:
-            llm.set_reuse(own)
+            llm.saved_prompts = own[1]
+            llm.set_reuse(own[0])
         if llm.n_moved == 0:
             raise _NothingMovedError
         return Judged.of(*scores)
@@ -81,12 +87,27 @@ class _NothingMovedError(Exception):
     """The memory does not hold what would be moved, as where a sliding window has left it."""
 
 
-def _reordered(tokens: _Tokens, draw: random.Random) -> _Tokens:
-    """Return the documents of a prompt in another order."""
+def _documents(tokens: _Tokens) -> list[_Tokens]:
     n = len(tokens) - _HEAD - _TAIL
     ends = [_HEAD + i * n // _N_DOCUMENTS for i in range(_N_DOCUMENTS + 1)]
-    documents = [tokens[begin:end] for begin, end in pairwise(ends)]
-    order = documents
+    return [tokens[begin:end] for begin, end in pairwise(ends)]
+
+
+def _read_alone(llm: AdaSkipLlama, tokens: _Tokens) -> list[Saved]:
+    """Have the whole model read each document of a prompt after the prompt's head alone."""
+    llm.set_plan(None)
+    found = []
+    for document in _documents(tokens):
+        llm.reset()
+        llm.eval([*tokens[:_HEAD], *document])
+        found.append(llm.save_prompt())
+    llm.reset()
+    return found
+
+
+def _reordered(tokens: _Tokens, draw: random.Random) -> _Tokens:
+    """Return the documents of a prompt in another order."""
+    order = documents = _documents(tokens)
     while order == documents:
         order = draw.sample(documents, len(documents))
     return [*tokens[:_HEAD], *(token for each in order for token in each), *tokens[-_TAIL:]]

@@ -79,26 +79,37 @@ def tune(
     tell: Callable[[str], object] = lambda line: None,
     **kwargs: Any,
 ) -> Frontier:
-    """Find the fastest settings of a model on this machine, and its frontier of plans.
+    """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
-    Nothing is written but the memo: :func:`adaskip_cpp.save_plan` writes a frontier, and ``AdaSkipLlama(path,
-    plan="auto")`` reads it.
+    At most 120,000 tokens are read. Let nothing else run meanwhile, because times are measured. Only the memo writes
+    files.
 
     Args:
-        model: a GGUF file; or an opened model, whose settings stay as they are. Its plan is set aside meanwhile and
-            its KV cache is dropped.
-        context, n_answer: tokens of the requests that settings are chosen for.
-        data: texts by name to calibrate on; None for text that every Python carries.
-        texts: other texts by name, to search and judge by; None for pages and sources that calibration leaves out.
-        given: settings of a file, by the names of :class:`adaskip_cpp.model.settings.Settings`, that are not varied.
-        memo: keeps what is found, so that a later call goes on from there.
-        on_stage: shows progress, as :func:`adaskip_cpp.calibrate` does.
-        tell: called with what a person wants to know meanwhile, above all how long it will take.
-        **kwargs: for AdaSkipLlama, as ``n_gpu_layers``, where ``model`` is a file.
+        model: a GGUF file, or an opened model. An opened model keeps its settings. Its plan is set again at the end,
+            and its KV cache is empty then.
+        context: tokens of the prompt for which settings are chosen.
+        n_answer: tokens of the answer for which settings are chosen.
+        data: texts by name for the calibration; None for text that every Python carries.
+        texts: other texts by name, by which plans are found and judged; None for pages and sources of Python that the
+            calibration leaves out.
+        given: settings that are not varied, by the names of ``Settings``, if ``model`` is a file.
+        memo: keeps findings in a file, so that a later call continues; None for none.
+        on_stage: shows progress, as for ``calibrate``.
+        tell: called with sentences for the user, such as the expected duration.
+        **kwargs: arguments of ``AdaSkipLlama`` such as ``n_gpu_layers``, if ``model`` is a file.
+
+    Returns:
+        The frontier. ``save_plan`` writes it, and ``AdaSkipLlama(path, plan="auto")`` reads it.
 
     Raises:
-        DataError: there is too little text, the context of an opened model is too small, or ``given`` is to change it.
+        DataError: there is too little text, the context of an opened model is too small, or ``given`` is passed with an
+            opened model.
         ModelFileError: the model cannot be opened.
+
+    Examples:
+        >>> frontier = tune("model.gguf")
+        >>> save_plan("model.adaskip-plan.json", frontier)
+        >>> llm = AdaSkipLlama("model.gguf", plan="auto")
     """
     options = context, n_answer, memo or Memo(), on_stage, tell
     if not isinstance(model, AdaSkipLlama):
