@@ -47,7 +47,7 @@ def fit(
     grows = np.array([group.kind == 0 for group in groups], bool)
     offsets = sorted({sample.offset for sample in samples} - {""})
     own = np.array([[sample.offset == offset for offset in offsets] for sample in samples], float)
-    rest = np.stack([np.ones(len(samples)), cells * rest_grows], axis=1)  # what cannot be skipped
+    rest = np.stack([np.ones(len(samples)), cells * rest_grows], axis=1)  # what cannot be skipped; it may grow
     columns = np.hstack([rest, count, count * read * grows, kept * keeps, own.reshape(len(samples), -1)])
     times = np.array([sample.seconds for sample in samples])
 
