@@ -1,5 +1,5 @@
-# Long, as what is cached, which plan is in force and how the next tokens are cut into phases hang together.
-"""``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
+# Long, because cached tokens, the plan in force and the phases of new tokens depend on each other.
+"""``AdaSkipLlama``, the model class for users: ``llama_cpp.Llama`` that skips the sublayers of a plan."""
 
 import ctypes
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -24,14 +24,14 @@ from .self_describing import SelfDescribingLlama
 
 
 class Rows(Protocol):
-    """Takes logits behind consecutive tokens, float32 ``[n, n_vocab]``, a batch at a time."""
+    """Takes the logits after consecutive tokens, float32 ``[n, n_vocab]``, a batch at a time."""
 
     def append(self, logits: Vectors, /) -> object: ...
 
 
 @dataclass(frozen=True)
 class _InForce:
-    """What :meth:`AdaSkipLlama.set_plan` was given: the plan, and by the ids of their bulk sets what it may read."""
+    """The arguments of :meth:`AdaSkipLlama.set_plan`: the plan, and the readable plans by their bulk sets' ids."""
 
     plan: SkipPlan | None = None
     readable: dict[int, SkipPlan] = field(default_factory=dict)
@@ -127,12 +127,12 @@ class AdaSkipLlama(SelfDescribingLlama):
                 tuned_repack = tuned.pop("repack")
                 repack, kwargs = tuned_repack if repack is None else repack, {**tuned, **kwargs}
         self._exact_batches, self._repack = exact_batches, repack is not False
-        self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native knows which one is in force
+        self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native code knows the tag in force
         self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"
         self._reads_prompt = False  # whether the caller wants the logits of a prompt's own tokens
-        self._prompt_rows: Rows | None = None  # where these go, if not to scores
-        # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
+        self._prompt_rows: Rows | None = None  # takes these logits; None: they go to scores
+        # In a plan, decode skips every attention that prefill skips, so these are skipped in both.
         elided = None if plan is None else np.isin(np.arange(plan.n_layer), plan.without_kv)
         with elide_kv(elided):
             super().__init__(model_path, **kwargs)
@@ -151,7 +151,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     @model_params.setter
     def model_params(self, params: Any) -> None:
-        # llama_cpp.Llama makes them in its constructor, and has no argument for this one.
+        # llama_cpp.Llama makes them in its constructor, which has no argument for use_extra_bufts.
         params.use_extra_bufts = self._repack
         self._model_params = params
 
@@ -212,7 +212,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         if isinstance(plan, str):
             if self.frontier is None:
                 raise PlanError('there is no frontier to choose from; open the model with plan="auto".')
-            # The next prompt sets the plan; a tighter promise may not read what is cached, which that will tell.
+            # The next prompt sets the plan, and finds out which cached tokens a tighter promise may not read.
             self.max_loss = DEFAULT_LOSS if max_loss is None else max_loss
             self._requires_eval = True
             return
@@ -250,7 +250,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._adaskip.set_most_moves(edits.most_moves if edits else 0)
 
     def _choose(self, n_tokens: int) -> None:
-        """Where plans are chosen for each prompt, choose the one for a prompt of so many tokens."""
+        """Put the frontier's plan for a prompt of ``n_tokens`` in force, if plans are chosen for each prompt."""
         if self.frontier is None or self.max_loss is None:
             return
         if edited := self._reuse == "auto" and self.can_move:
@@ -270,22 +270,22 @@ class AdaSkipLlama(SelfDescribingLlama):
         if plan is not None:
             self._check_model(plan)
         tag = 0 if plan is None and not new.readable else native.plan_tag() + 1
-        # Both plans are known while one native call changes from one to the other: Ctrl-C may land right behind it.
+        # One native call changes the plan, and Ctrl-C may come right after it. So both plans are known until then.
         self._plans = {0: _InForce(), native.plan_tag(): current, tag: new}
-        # The logits at hand are those of the old plan: an equal prompt must be evaluated again before sampling.
+        # The present logits are those of the old plan: an equal prompt must be evaluated again before sampling.
         requires_eval, self._requires_eval = self._requires_eval, True
         try:
             native.set_plan(plan, tag, sorted(new.readable))
         except NativeError:
-            raise  # the graph that shows what can be skipped has failed, and llama.cpp lost count of the logits at hand
-        except AdaSkipError:  # refused, and nothing has changed
+            raise  # building a graph to find the sublayers failed, and llama.cpp lost its record of the present logits
+        except AdaSkipError:  # refused: nothing has changed
             self._requires_eval = requires_eval
             raise
         self._plans = {0: _InForce(), tag: new}
 
     def _by_bulk_id(self, plans: Sequence[SkipPlan], current: _InForce) -> dict[int, SkipPlan]:
-        """Plans by the id of their bulk set, without those that leave the whole model, which may always be read."""
-        known = {id(plan): set_id for set_id, plan in current.readable.items()}  # a large map takes long to hash
+        """Return plans by the id of their bulk set, without whole-model plans, which may always be read."""
+        known = {id(plan): set_id for set_id, plan in current.readable.items()}  # hashing a large map takes long
         result = {}
         for plan in plans:
             if (set_id := known.get(id(plan))) is None:
@@ -302,14 +302,12 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _check_model(self, plan: SkipPlan) -> None:
         if plan.n_layer != self.n_layer:
             raise PlanError(
-                f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; "
-                "make a plan from this model's profile."
+                f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; make one for it."
             )
         for n_embd in (each.n_embd for each in plan.sets):
             if n_embd not in (None, self.n_embd()):
                 raise PlanError(
-                    f"the plan's vectors have {n_embd} values, {self.model_path!r} has {self.n_embd()} "
-                    "per token; make a plan from this model's profile."
+                    f"the plan's vectors have {n_embd} values, the model's {self.n_embd()}; make one for this model."
                 )
         if plan.model is not None:
             plan.model.check(self.model_info, "the plan", self.model_path)
@@ -388,7 +386,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         if not tokens:
             return
         native = self._adaskip
-        # A bulk skips the attentions that prefill skips, and prefill runs those of decode: it may reach further back.
+        # Prefill runs every attention that bulk and decode run, so its first stale position may come earlier.
         reads: Phase = "decode" if phase == "decode" else "prefill"
         n_held = self.n_held(self.n_tokens)
         if min(n_held, native.kv_valid(reads, self.n_tokens)) < self.n_tokens or self.has_lost_window(self.n_tokens):
@@ -406,7 +404,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             self._evaluate_prompt(tokens)
 
     def _evaluate_prompt(self, tokens: list[int]) -> None:
-        """Evaluate the tokens of a prompt, those of its bulk under the bulk set."""
+        """Evaluate the tokens of a prompt, its bulk under the bulk set."""
         bulk = None if self.plan is None or self._reads_prompt or self.context_params.embeddings else self.plan.bulk
         begin, end = bulk.span(self.n_tokens, len(tokens)) if bulk else (0, 0)
         if end:
@@ -418,10 +416,10 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _evaluate(
         self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None
     ) -> None:
-        """Evaluate tokens in one phase; ``rows``, if given, gets the logits behind each, a batch at a time."""
+        """Evaluate tokens in one phase; ``rows``, if given, gets the logits after each token, a batch at a time."""
         native = self._adaskip
         native.set_phase(phase)
-        # If this fails, the logits at hand are not those of the cached tokens.
+        # If this fails, the present logits are not those of the cached tokens.
         self._requires_eval = True
         try:
             self.on_batch(self.n_tokens)
@@ -438,17 +436,17 @@ class AdaSkipLlama(SelfDescribingLlama):
                     try:
                         native.raise_failure(error)
                     except NativeError:
-                        # Out of memory in the middle llama.cpp leaves cells that belong to no sequence, and stay so.
+                        # Out of memory, llama.cpp leaves cells that belong to no sequence: only clearing removes them.
                         self._ctx.kv_cache_clear()
                         raise
                 native.raise_pending()
                 self.on_batch(self.n_tokens)
         finally:
-            native.set_phase("prefill")  # for whoever decodes on the context without us
+            native.set_phase("prefill")  # for code that decodes on the context without this class
         self._requires_eval = native.drops_logits or not is_last
 
     def _batches(self, tokens: list[int], *, is_last: bool) -> Iterable[tuple[list[int], bool]]:
-        """Cut tokens into batches, and say of each whether anybody reads its logits."""
+        """Cut tokens into batches; return each with whether its logits are read."""
         size, every = self.n_batch, self.logits_all or self.context_params.embeddings
         batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         splits = is_last and not every and not self._exact_batches and self.n_layer_kv < self.n_layer
@@ -457,7 +455,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         return [(batch, every or (is_last and batch is batches[-1])) for batch in batches]
 
     def _decode(self, tokens: list[int], *, with_logits: bool) -> Vectors:
-        """``llama_cpp.Llama.eval`` of one batch with the logits behind every token, or behind none, for KV alone."""
+        """As ``llama_cpp.Llama.eval`` of one batch, with the logits after every token, or after none."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         if not self._fills:
             self._ctx.kv_cache_seq_rm(-1, start, -1)
@@ -474,7 +472,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         return np.asarray(logits, np.float32)
 
     def _known(self, cached: Tokens, prompt: Tokens) -> tuple[int, list[Run]]:
-        """Return with how many of these tokens a prompt begins, and which runs of the others it has elsewhere."""
+        """Return how many cached tokens the prompt begins with, and the runs of other cached tokens in it."""
         first, edits, bulk = n_common(cached, prompt), self.edits, self.plan.bulk if self.plan else None
         if edits is None or first == len(cached):
             return first, []
@@ -484,7 +482,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         return first, [Run(each.start + mend, each.to + mend, each.n - mend, each.n_moves) for each in moved]
 
     def _read_edited(self, prompt: list[int]) -> None:
-        """Read a prompt up to the end of the last run of tokens that it has from the one in memory or a saved one."""
+        """Read a prompt up to the end of the last run that it shares with the one in memory or a saved one."""
         native, self.n_moved = self._adaskip, 0
         if self.edits is None or self._reads_prompt or self.logits_all or self.context_params.embeddings:
             return
@@ -511,12 +509,12 @@ class AdaSkipLlama(SelfDescribingLlama):
                 end = run.to + run.n
                 native.take_back(end)
                 self.input_ids[run.to : end] = prompt[run.to : end]
-                self.n_tokens = native.kv_valid("prefill", end)  # others were moved too often
+                self.n_tokens = native.kv_valid("prefill", end)  # fewer if some tokens moved too often
                 self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)
                 self.n_moved += self.n_tokens - run.to if run.n_moves else 0
         finally:
             self._fills = False
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # what is still aside where this was cut short
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # runs that are still set aside after an interruption
 
     def _choose_saved(self, prompt: Tokens, taken: list[Run]) -> list[tuple[Saved, list[Run]]]:
         """Return which saved prompts have runs for places that are not taken, and these runs; those with most first."""
@@ -579,7 +577,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         return bool(llama_cpp.llama_state_seq_set_data(self.ctx, _as_c_bytes(state), len(state), 0))
 
     def _fill(self, prompt: list[int], end: int) -> None:
-        """Evaluate the tokens of a prompt from those in memory up to ``end``, before others that are set aside."""
+        """Evaluate the prompt's tokens from the end of memory up to ``end``, where a run set aside will follow."""
         bulk, start = None if self.plan is None else self.plan.bulk, self.n_tokens
         first, last = bulk.span(start, len(prompt) - start) if bulk else (0, 0)
         first, last = min(start + first, end), min(start + last, end)
@@ -590,7 +588,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
         if self.has_state or self.has_lost_window(n_valid):
-            n_valid = 0  # what such a memory dropped or folded into its state cannot be rewound to
+            n_valid = 0  # such a memory cannot go back: it has dropped tokens, or merged them into a state
         tokens = self.input_ids[n_valid : self.n_tokens].tolist()
         if min(tokens) < 0:
             raise StateError("the cached prompt holds an image, which the new plan must see again; call reset() first.")
@@ -619,14 +617,14 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._choose(len(tokens))
         self.begin_request()
         if self._prompt_rows is not None or (self._reads_prompt and self.plan and self.plan.bulk):
-            self.reset()  # what is cached has no logits that may be read, as the bulk of an earlier prompt
+            self.reset()  # cached tokens have no usable logits, for example the bulk of an earlier prompt
         if kwargs.get("reset", True):
             self._read_edited(tokens)
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
             phase: Phase = "prefill"
             sent: Sequence[int] | None = None
             while True:
-                # Set for this step alone: between two steps the caller may evaluate or generate something else.
+                # Set for this step alone: the caller may evaluate or generate something else between two steps.
                 self._phase = phase
                 try:
                     token = steps.send(sent)
@@ -672,7 +670,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         return self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
 
     def _with_prompt(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """The steps of a completion that tells the log-probabilities of its prompt."""
+        """Yield the steps of a completion that returns the log-probabilities of its prompt."""
         while True:
             with self._reading_prompt():
                 step = next(steps, None)
@@ -682,7 +680,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     @contextmanager
     def _reading_prompt(self, rows: Rows | None = None) -> Iterator[None]:
-        """While the context is open the logits of a prompt's own tokens are wanted, in ``rows`` or in ``scores``."""
+        """Compute the logits of a prompt's own tokens while the context is open, into ``rows`` or ``scores``."""
         self._reads_prompt, self._prompt_rows = True, rows
         try:
             yield
@@ -721,7 +719,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             ...     llm.eval(tokens)
         """
         native = self._adaskip
-        # Ctrl-C may land in these very calls, and would leave a model that computes no logits.
+        # Ctrl-C inside these calls would leave a model that computes no logits.
         try:
             native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors, activations=activations)
         except KeyboardInterrupt:
@@ -763,7 +761,7 @@ def _as_c_bytes(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:
 
 
 def _ignore(n_tokens: int) -> None:
-    """Be told of a batch, and do nothing."""
+    """Do nothing after a batch: the default of ``on_batch``."""
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:
