@@ -1,6 +1,7 @@
 # Long, as what is cached, which plan is in force and how the next tokens are cut into phases hang together.
 """``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
 
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -8,7 +9,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from ..errors import AdaSkipError, NativeError, PlanError, StateError
+from ..errors import AdaSkipError, NativeError, PlanError, RequestError, StateError
+from ..files import StrPath
 from ..model.arrays import Vectors
 from ..model.edits import Edits, Reuse, edits_of
 from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
@@ -19,6 +21,8 @@ from .edits import Run, Tokens, find_runs, n_common
 from .grammar import check_grammar
 from .native import OnlineResult, StatisticsSink, elide_kv, is_here
 from .self_describing import SelfDescribingLlama
+
+_SHORTEN = "shorten the prompt, or open the model with a larger n_ctx (--ctx)"
 
 
 class Rows(Protocol):
@@ -83,7 +87,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: StrPath,
         *,
         plan: SkipPlan | Frontier | Literal["auto"] | None = None,
         max_loss: float | None = None,
@@ -92,6 +96,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         reuse: Reuse = "auto",
         **kwargs: Any,
     ) -> None:
+        model_path = os.fspath(model_path)
         check_gguf(model_path)
         self._reuse, self._edits, self._fills, self.n_moved = reuse, edits_of(reuse), False, 0
         self.frontier: Frontier | None = None
@@ -291,7 +296,9 @@ class AdaSkipLlama(SelfDescribingLlama):
 
         Raises:
             StateError: cached positions must be evaluated again but are no text (an image); call :meth:`reset`.
+            RequestError: the context has no room for them; nothing has changed.
         """
+        self._check_room(self.n_tokens + len(tokens))
         if self._phase == "prefill" and len(tokens):
             self._choose(self.n_tokens + len(tokens))
         self._eval(self._phase, [int(token) for token in tokens])
@@ -321,6 +328,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _eval(self, phase: Phase, tokens: list[int], rows: Rows | None = None) -> None:
         if not tokens:
             return
+        self._check_room(self.n_tokens + len(tokens))
         native = self._adaskip
         # A bulk skips the attentions that prefill skips, and prefill runs those of decode: it may reach further back.
         reads: Phase = "decode" if phase == "decode" else "prefill"
@@ -466,10 +474,12 @@ class AdaSkipLlama(SelfDescribingLlama):
         """As ``llama_cpp.Llama.generate``: the prompt runs as prefill, every step after it as decode, drafts included.
 
         Raises:
-            RequestError: the grammar cannot be used, allows no token, or goes on in too many ways.
+            RequestError: the context has no room for the prompt or the next token; or the grammar cannot be used,
+                allows no token, or goes on in too many ways.
         """
         self._check_logits()
         tokens = list(tokens)
+        self._check_room(len(tokens))
         self._choose(len(tokens))
         self.begin_request()
         if self._prompt_rows is not None or (self._reads_prompt and self.plan and self.plan.bulk):
@@ -510,9 +520,20 @@ class AdaSkipLlama(SelfDescribingLlama):
                 "first, or open it with keep_logits=True."
             )
 
+    def _check_room(self, n: int) -> None:
+        """Refuse ``n`` tokens in all: llama.cpp may hold more than ``n_ctx``, of which there is no record."""
+        if n > self.context_size:
+            raise RequestError(f"{n} tokens exceed context window of {self.context_size}; {_SHORTEN}")
+
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         steps = super()._create_completion(*args, **kwargs)
-        return self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+        try:
+            yield from self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+        except ValueError as error:
+            if not str(error).startswith("Requested tokens"):
+                raise
+            words = str(error).rpartition(" ")[0]  # the last word is the context as llama.cpp rounds it up
+            raise RequestError(f"{words} {self.context_size}; {_SHORTEN}") from error
 
     def _with_prompt(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The steps of a completion that tells the log-probabilities of its prompt."""

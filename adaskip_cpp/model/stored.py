@@ -30,6 +30,8 @@ MOST_JSON = 64 << 20  # more bytes than the JSON of any profile or plan has
 
 MOST_MEMORY = 4 << 30  # more bytes than the arrays of any profile or plan take
 
+_GGUF = b"GGUF"  # what a model's file begins with
+
 _MOST_NAME = 230
 """Bytes of the name of a file: file systems take 255, and files have longer names while they are written."""
 
@@ -215,6 +217,9 @@ def _read_bounded(path: StrPath, most: int) -> bytes:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise ValueError(f"{os.fspath(path)!r} is not a regular file")
+        if file.read(len(_GGUF)) == _GGUF:
+            raise ValueError("it is a model, which is a GGUF file")
+        file.seek(0)
         if facts.st_size > most:
             raise ValueError(f"{os.fspath(path)!r} has more than {most:,} bytes")
         return file.read(facts.st_size)
