@@ -11,6 +11,7 @@ from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .plot import plot
+from .run import run
 from .serve import serve
 from .terminal import Verbs
 from .tune import tune
@@ -27,13 +28,13 @@ from .tune import tune
 def main(context: click.Context) -> None:
     """Skip the least important sublayers of a GGUF model in llama.cpp.
 
-    `tune` finds the fastest plan that keeps a promise about quality, for `generate`, `chat` and `serve` to use. Step by
-    step: `calibrate` learns which attention and FFN blocks change their input least, `plan` and `plot` show it, `bench`
-    measures the speed and `evaluate` the quality. `demo` shows all on a small model.
+    `tune` finds the fastest plan that keeps a promise about quality, for `generate`, `chat`, `serve` and `run` to use.
+    Step by step: `calibrate` learns which attention and FFN blocks change their input least, `plan` and `plot` show it,
+    `bench` measures the speed and `evaluate` the quality. `demo` shows all on a small model.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (demo, inspect, tune, generate, chat, serve, calibrate, plan, plot, bench, evaluate):
+for command in (demo, inspect, tune, generate, chat, serve, run, calibrate, plan, plot, bench, evaluate):
     main.add_command(command)

@@ -138,6 +138,7 @@ def profile_path(model: StrPath) -> str:
 
 
 def plan_path(model: StrPath) -> str:
+    """Return the name of the plan file beside a model, be it there or not."""
     return _stem(model) + ".adaskip-plan.json"
 
 
