@@ -60,7 +60,7 @@ def _run(program: str, arguments: tuple[str, ...], is_module: bool) -> None:
 
 
 def _run_file(path: str) -> None:
-    """As ``runpy.run_path``, which would put the whole path into ``sys.argv``, and take ``__main__`` away at the end."""
+    """As ``runpy.run_path``, which puts the whole path into ``sys.argv``, and takes ``__main__`` away at the end."""
     main = sys.modules["__main__"] = ModuleType("__main__")
     main.__file__ = path
     with open(path, "rb") as file:
@@ -70,11 +70,8 @@ def _run_file(path: str) -> None:
 
 def _show(error: BaseException) -> None:
     """Show an error as Python does, without the frames above the program's."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename in (
-        __file__,
-        runpy.run_module.__code__.co_filename,
-    ):
+    frames, above = error.__traceback__, (__file__, runpy.run_module.__code__.co_filename)
+    while frames is not None and frames.tb_frame.f_code.co_filename in above:
         frames = frames.tb_next
     if frames is None and not isinstance(error, SyntaxError):  # runpy found no program
         sys.exit(f"Error: {error}")

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import sys
+from abc import ABCMeta
 from typing import Any
 
 import llama_cpp
@@ -29,7 +30,7 @@ _WITHOUT_PLANS = {
 """Arguments of ``llama_cpp.Llama`` that ask for other results than answers, and why no plan is used then."""
 
 
-class Llama(AdaSkipLlama):
+class Llama(AdaSkipLlama, metaclass=ABCMeta):
     """``llama_cpp.Llama`` with the plans that `adaskip-cpp tune` wrote beside the model, or else the whole model.
 
     It takes the arguments of ``llama_cpp.Llama``. When it is opened, it logs one line: the plan file in force, or why
@@ -59,6 +60,10 @@ class Llama(AdaSkipLlama):
         else:
             words = "%s: plans of %s lose at most %g nats per token, in prompts of %d tokens or more"
             _LOG.info(words, name, told, self.max_loss, LEAST_CONTEXT)
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return issubclass(other, _STOCK) if cls is Llama else NotImplemented
 
     def _why_whole(self) -> str:
         """Return why no prompt can run under a plan, "" if one can; raise what setting a plan of a frontier raises."""
