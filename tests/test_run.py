@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
@@ -123,10 +124,9 @@ def test_where_plans_cannot_be_used_the_whole_model_runs(
     llm = Llama(tuned, **{**OPTIONS, **options})
     (told,) = lines(caplog)
     assert told.startswith(f"WARNING {tuned}: the whole model runs: ") and why in told
-    assert llm.frontier is None
     if not options.get("vocab_only"):
+        llm.eval(tokens(200 if "n_ctx" in options else 600))
         assert llm.plan is None
-        llm.eval(tokens(200))
 
 
 def test_a_plan_that_the_model_cannot_run_is_left_out(model: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -275,3 +275,13 @@ def test_it_reads_what_a_plan_reads(tuned: Path, tokens: Tokens) -> None:
         each.eval(prompt)
     rows = [np.ctypeslib.as_array(each._ctx.get_logits(), (each.n_vocab(),)).copy() for each in (llm, other)]
     np.testing.assert_array_equal(*rows)
+
+
+def test_a_model_of_hugging_face_is_one_of_ours(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "HfFileSystem", lambda: SimpleNamespace(ls=lambda *_, **__: ["a/b/m.gguf"]))
+    monkeypatch.setattr(hub, "hf_hub_download", lambda **_: str(tuned))
+    llm = Llama.from_pretrained("a/b", "*.gguf", **OPTIONS)
+    assert type(llm) is Llama and llm.frontier is not None and len(lines(caplog)) == 1

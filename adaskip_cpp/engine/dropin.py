@@ -44,16 +44,18 @@ class Llama(AdaSkipLlama, metaclass=ABCMeta):
         # Libraries pass None for what their user left out.
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         name, told = os.fspath(model_path), os.path.basename(plan_path(model_path))
-        why = next((f"{each}=True {why}" for each, why in _WITHOUT_PLANS.items() if kwargs.get(each)), "")
-        if not why:
+        refused = next((f"{each}=True {why}" for each, why in _WITHOUT_PLANS.items() if kwargs.get(each)), "")
+        why = ""
+        if not refused:
             try:
                 super().__init__(name, plan="auto", **kwargs)
                 why = self._why_whole()
             except (AdaSkipError, OSError) as error:
-                why = str(error)
-        if why:
+                refused = str(error)
+        if refused:
             self.close()
             super().__init__(name, **kwargs)
+        if why := refused or why:
             _LOG.warning("%s: the whole model runs: %s", name, why)
         elif self.max_loss is None:
             _LOG.info("%s: the plan of %s is in force", name, told)

@@ -81,7 +81,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     Raises:
         ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
         PlanError: see :meth:`set_plan`.
-        PlanFileError: ``"auto"``, and the plan is missing or cannot be used.
+        PlanFileError: ``"auto"``, and the plan file, :func:`adaskip_cpp.plan_path`, is missing or cannot be used.
         ProfileMismatchError: the plan is of another model.
     """
 

@@ -45,6 +45,10 @@ class VersionError(ValueError):
     """A file is of a format version that this release does not read."""
 
 
+class ModelGivenError(ValueError):
+    """A model is named where a file of ours is wanted."""
+
+
 @dataclass(frozen=True)
 class _Beside:
     """The file beside a JSON file: its name in the same folder, and its SHA-256 in hexadecimal."""
@@ -218,7 +222,7 @@ def _read_bounded(path: StrPath, most: int) -> bytes:
         if not stat.S_ISREG(facts.st_mode):
             raise ValueError(f"{os.fspath(path)!r} is not a regular file")
         if file.read(len(_GGUF)) == _GGUF:
-            raise ValueError("it is a model, which is a GGUF file")
+            raise ModelGivenError("it is a model")
         file.seek(0)
         if facts.st_size > most:
             raise ValueError(f"{os.fspath(path)!r} has more than {most:,} bytes")
