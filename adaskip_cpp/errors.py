@@ -1,11 +1,11 @@
-"""Every error that this package raises, under one base class. Each message ends with what to do next.
+"""All errors of the package, under one base class. Each message ends with advice.
 
-The classes also derive from the built-in exception that a caller would expect, so existing handlers keep working.
+Each class also derives from the built-in exception that a caller would expect, so existing handlers keep working.
 """
 
 
 class AdaSkipError(Exception):
-    """Base class of all errors raised by adaskip_cpp."""
+    """Base class of all errors of this package."""
 
 
 class LibraryError(AdaSkipError, ImportError):
@@ -13,11 +13,11 @@ class LibraryError(AdaSkipError, ImportError):
 
 
 class LibraryMissingError(LibraryError):
-    """This installation has no libllama of ours."""
+    """This installation lacks the package's own libllama."""
 
 
 class LibraryVersionError(LibraryError):
-    """The installed llama-cpp-python is not the version that our libllama was built from."""
+    """The installed llama-cpp-python is not the release that the package's libllama was built for."""
 
 
 class ImportOrderError(LibraryError):
@@ -25,7 +25,7 @@ class ImportOrderError(LibraryError):
 
 
 class RPCServerError(AdaSkipError, ConnectionError):
-    """An rpc-server cannot be used, or this ggml has no RPC."""
+    """An rpc-server cannot be used, or ggml was built without RPC."""
 
 
 class ModelFileError(AdaSkipError, ValueError):
@@ -33,19 +33,19 @@ class ModelFileError(AdaSkipError, ValueError):
 
 
 class PlanError(AdaSkipError, ValueError):
-    """A plan cannot be built or cannot be used with this model."""
+    """A plan cannot be made, or cannot be used with this model."""
 
 
 class SublayerRangeError(PlanError):
-    """A plan names a layer that the model does not have."""
+    """A plan names a layer that is not in the model."""
 
 
 class NotSkippableError(PlanError):
-    """A plan names a sublayer that cannot be taken out of this model's graph."""
+    """A plan names a sublayer that this model cannot skip."""
 
 
 class ElidedKVError(PlanError):
-    """A plan runs an attention for which the model was opened without KV."""
+    """A plan needs K and V of an attention, and the model was opened without memory for them."""
 
 
 class CompensationError(PlanError):
@@ -53,7 +53,7 @@ class CompensationError(PlanError):
 
 
 class BudgetError(PlanError):
-    """The number of sublayers to skip is negative or more than can be skipped."""
+    """The number of sublayers to skip, or the speed-up, is out of reach."""
 
 
 class PlanFileError(PlanError):
@@ -65,15 +65,15 @@ class ProfileError(AdaSkipError, ValueError):
 
 
 class ProfileFormatError(ProfileError):
-    """A profile file is truncated, malformed or lacks a field."""
+    """A profile file is truncated, malformed or incomplete."""
 
 
 class ProfileVersionError(ProfileError):
-    """A profile file was written in a format version that this release does not read."""
+    """A profile file has a format version that this release does not read."""
 
 
 class ProfileMissingError(ProfileError, FileNotFoundError):
-    """There is no profile file of this name."""
+    """There is no profile file with this name."""
 
 
 class ProfileMismatchError(ProfileError):
@@ -81,15 +81,15 @@ class ProfileMismatchError(ProfileError):
 
 
 class RequestError(AdaSkipError, ValueError):
-    """A request is empty, or longer than the model's context."""
+    """A request is empty, too long for the context, or has a field that cannot be used."""
 
 
 class DataError(AdaSkipError, ValueError):
-    """A text, a file of tasks or a setting of a measurement cannot be used."""
+    """A text, a file of tasks, or a setting of a measurement cannot be used."""
 
 
 class FileError(AdaSkipError, OSError):
-    """A file cannot be written; what was there before is still there."""
+    """A file cannot be written. The old file is unchanged."""
 
 
 class PackageMissingError(AdaSkipError, ImportError):
@@ -97,8 +97,8 @@ class PackageMissingError(AdaSkipError, ImportError):
 
 
 class StateError(AdaSkipError, ValueError):
-    """A saved state cannot be loaded into this model."""
+    """A saved state cannot be loaded into this model, or the model's state does not allow the call."""
 
 
 class NativeError(AdaSkipError, RuntimeError):
-    """The native evaluator refused or failed."""
+    """The native code failed."""

@@ -35,7 +35,14 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate, its 95% interval (NaN from fewer than 2 measurements), and the number of measurements."""
+    """An estimate with its 95% interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower end of the interval; NaN from fewer than 2 measurements.
+        high: upper end of the interval; NaN from fewer than 2 measurements.
+        n: number of measurements.
+    """
 
     value: float
     low: float
@@ -43,7 +50,11 @@ class Interval:
     n: int
 
     def excludes(self, x: float = 1.0) -> bool:
-        """Whether the interval does not contain ``x``, so that the difference from it is real; False without ends."""
+        """Return whether the interval does not contain a number; False if its ends are NaN.
+
+        Args:
+            x: the number; 1 for a ratio, 0 for a difference.
+        """
         return self.low > x or self.high < x
 
 

@@ -1,4 +1,7 @@
-"""What gpu.py checks: whether a device of ggml agrees with the CPU, and without a plan with stock, bit for bit."""
+"""Checks for gpu.py: a device of ggml must agree with the CPU and, without a plan, bit for bit with stock.
+
+Start at :class:`Checks`.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,13 @@ from stock import Job, run_stock
 __all__ = ["Check", "Checks", "n_skipped"]
 
 PROMPTS, N_ANSWER = (24, 100, 600), 8
-"""Tokens of the prompts and of their answers whose logits are compared: devices have other kernels for few tokens than
-for many, the second prompt has a short bulk, and the third is longer than a ubatch."""
+"""Tokens of the prompts, and of the answers whose logits are compared. Devices have different kernels for few and for
+many tokens; the second prompt has a short bulk, and the third is longer than a ubatch."""
 MANY_TIMES, LEAST_ROUNDING = 4, 1e-6
-"""The whole model's difference between the two, so many times, is allowed; where they round alike, that of float32."""
-MOST_NATS = 0.03
-"""Of a device with no plan from the CPU: as little as the mildest plans of the README lose."""
-SHARE = 5
-"""One in so many sublayers is skipped: 12 of SmolLM2's 60."""
+"""A plan may differ between device and CPU by four times the difference of the whole model, which counts as at
+least float32's rounding."""
+MOST_NATS = 0.03  # from the CPU to a device with no plan: as little as the mildest plans of the README lose
+SHARE = 5  # one in so many sublayers is skipped: 12 of SmolLM2's 60
 
 Case = tuple[list[int], list[int]]  # a prompt and an answer to it
 
@@ -54,7 +56,7 @@ class Check:
 
 
 class Checks:
-    """What a model's device must agree on with the CPU, which computes it once, and with stock."""
+    """Compares a model on a device with stock and with the CPU, which computes its side once."""
 
     def __init__(self, path: str, profile: Profile, options: Mapping[str, Any]) -> None:
         self._path, self._options = path, {**options, "n_ctx": max(PROMPTS) + N_ANSWER + 8}
@@ -69,13 +71,13 @@ class Checks:
             self._of_elided, self._kv_bytes = under(cpu, self._elided, self._cases), cpu.kv_bytes
 
     def _open(self, n_gpu_layers: int, **options: Any) -> AdaSkipLlama:
-        if n_gpu_layers == 0:  # else llama.cpp computes ubatches of 32 tokens and more on the device all the same
+        if n_gpu_layers == 0:  # else llama.cpp computes ubatches of 32 tokens and more on the device nevertheless
             options["op_offload"] = False
         options |= {**self._options, "n_gpu_layers": n_gpu_layers}
         return AdaSkipLlama(self._path, exact_batches=True, verbose=False, **options)
 
     def run(self, n_gpu_layers: int) -> list[Check]:
-        """Return what was found with so many layers on the device."""
+        """Return the checks with so many layers on the device."""
         options = {**self._options, "n_gpu_layers": n_gpu_layers}
         stock = run_stock(
             [Job(self._path, [prompt, *([each] for each in answer)], options) for prompt, answer in self._cases]
@@ -114,7 +116,7 @@ class Checks:
 def plans_to_check(profile: Profile) -> dict[str, SkipPlan]:
     n = n_skipped(profile)
     n_windows = 0 if profile.windows is None else len(profile.windows.layers)
-    # The stage adds every FFN whose similarity reaches its threshold, and none that rounding could decide about.
+    # With a threshold of -1 the stage adds every FFN, so rounding cannot decide about any.
     stage = OnlineStage(N_ANSWER // 2, -1.0, "paper")
     staged = replace(profile.plan(n, mode="e2e", compensation="paper"), online=stage)
     return {
@@ -135,7 +137,7 @@ def without_half_of_kv(profile: Profile) -> SkipPlan:
 
 
 def under(llm: AdaSkipLlama, plan: SkipPlan | None, cases: Sequence[Case]) -> list[Logits]:
-    """Return per case the logits behind the prompt and behind each token of the answer, ``[1 + n, n_vocab]``."""
+    """Return the logits after each case's prompt and after each token of its answer, ``[1 + n, n_vocab]``."""
     import llama_cpp  # ours, as adaskip_cpp is imported
 
     llm.set_plan(plan)
@@ -152,7 +154,7 @@ def under(llm: AdaSkipLlama, plan: SkipPlan | None, cases: Sequence[Case]) -> li
 
 
 def kl_divergence(full: Logits, other: Logits) -> float:
-    """Return the mean of KL(full || other) over positions, in nats; both float32 [n, n_vocab]."""
+    """Return the mean of KL(full || other) over positions, in nats; both are float32 ``[n, n_vocab]``."""
     p, q = (each.astype(np.float64) - each.max(axis=1, keepdims=True) for each in (full, other))
     p, q = (each - np.log(np.exp(each).sum(axis=1, keepdims=True)) for each in (p, q))
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
@@ -163,7 +165,7 @@ def furthest(found: Sequence[Logits], expected: Sequence[Logits]) -> float:
 
 
 def count_splits(llm: AdaSkipLlama, plan: SkipPlan | None, case: Case) -> list[int]:
-    """Return the splits of the graphs of a bulk, of a prompt's end, and of a decoded token."""
+    """Return the numbers of splits of three graphs: a bulk, the end of a prompt, and a decoded token."""
     prompt, answer = case
     llm.set_plan(plan)
     llm.reset()

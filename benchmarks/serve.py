@@ -1,22 +1,22 @@
-"""Time to the first token behind the API: questions about documents, or a day of an agent.
+"""Measures a client's time to the first token of a server, for questions about documents or for a day of an agent.
 
     python benchmarks/serve.py MODEL.gguf [--plan auto|none|PLAN] [--tokens 4000] [--rounds 2] [--ctx 8192]
     python benchmarks/serve.py MODEL.gguf --agent 30 --tokens 10000 --ctx 16384 [--plan auto|none|PLAN] [--reuse edits]
 
-`adaskip-cpp serve` against llama-cpp-python's own server, `python -m llama_cpp.server`, without and with its cache, on
-one machine, in turn, with the same model, context, threads and flash attention; each reads a short prompt first. A
-round has three documents of its own, from Python's sources. One is asked three questions; then all three are asked in
-turn, twice. At last ours is ended, started again on the same --cache-dir, and asked about all three.
+`adaskip-cpp serve` runs against llama-cpp-python's own server, `python -m llama_cpp.server`, without and with its
+cache, on one machine, in turn, with the same model, context, threads and flash attention. Each reads a short prompt
+first. A round has three new documents from Python's sources. It asks three questions about one, then two about all
+three in turn. At the end, our server is restarted on the same --cache-dir, and asked about all three.
 
-With --agent the servers run one after the other, ours as it is by default and with `--reuse prefix`. All get the same
+With --agent the servers run one after the other, ours with its default and with `--reuse prefix`. All get the same
 requests. The system prompt has --tokens tokens: the date, and descriptions of tools. The date changes every fifth turn,
 a tool's text every seventh. A file of up to 1,500 tokens is in the history from the fourth turn on, and a line near its
-top changes every third. A prompt longer than the context loses the oldest third of its history, but not the file; the
-messages are so long that this begins after half of the turns. A turn with two changes counts as the one that stands
-first in the table.
+top changes every third turn. A prompt longer than the context loses the oldest third of its history, but not the file.
+The messages are so long that this begins after half of the turns. A turn with two changes counts for the change that
+comes first in the table.
 
-Times are a client's, from sending the request to the first piece of the answer. Run it on an idle machine: SmolLM2
-takes 10 minutes on 2 slow cores; 30 turns of an agent with a model of 0.5B about two hours.
+Times are those from sending a request to the first piece of its answer. Run it on an idle machine: SmolLM2 takes 10
+minutes on 2 slow cores, 30 turns of an agent with a model of 0.5B about two hours. Start at :func:`main`.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ TURNS = (
 
 
 def sources() -> dict[str, bytes]:
-    """Modules of the standard library."""
+    """Return the modules of the standard library, by name."""
     return {path.stem: path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))}
 
 
 def tools() -> Iterator[str]:
-    """Descriptions of tools: functions of the standard library, and what they say of themselves in several lines."""
+    """Yield descriptions of tools: functions of the standard library with docstrings of several lines."""
     for module, source in sources().items():
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and "\n" in (text := ast.get_docstring(node) or ""):
@@ -85,7 +85,7 @@ def tools() -> Iterator[str]:
 
 
 def beginnings(tokenizer: AdaSkipLlama, texts: Iterable[bytes], sizes: list[int]) -> list[str]:
-    """For each size, in tokens, the beginning of the next text that is long enough."""
+    """Return, for each size in tokens, the beginning of the next text that is long enough."""
     found: list[str] = []
     for text in texts:
         tokens, size = tokenizer.tokenize(text, add_bos=False), sizes[len(found)]
@@ -97,7 +97,7 @@ def beginnings(tokenizer: AdaSkipLlama, texts: Iterable[bytes], sizes: list[int]
 
 
 def day(args: argparse.Namespace, tokenizer: AdaSkipLlama) -> list[tuple[str, Messages]]:
-    """The turns of an agent: what changed, and the messages, with fixed answers, so that all servers read the same."""
+    """Return the turns of an agent: the change, and the messages. Answers are fixed, so all servers read the same."""
     n_file = min(1500, (args.ctx - args.tokens) // 4)
     n_turn = 2 * (args.ctx - args.tokens - n_file) // max(args.agent, 8)
     [described] = beginnings(tokenizer, ["".join(tools()).encode()], [args.tokens])
@@ -106,7 +106,7 @@ def day(args: argparse.Namespace, tokenizer: AdaSkipLlama) -> list[tuple[str, Me
     middle = described.index("\n", described.rindex("\n## ", 0, len(described) // 2) + 1)
 
     def prompt(turn: int, first: int) -> Messages:
-        """What is sent in a turn, with the history from the turn ``first`` on."""
+        """Return the messages of a turn, with the history from the turn ``first`` on."""
         edited = "\n".join([*lines[:3], f"LIMIT = {turn // 3}", *lines[3:]])
         now = datetime(2026, 6, 1, 9) + turn // 5 * timedelta(days=1, minutes=7)
         tool = f"\nVersion {turn // 7} of this tool.\nIt answers within {2 + turn // 7} seconds."
@@ -168,7 +168,7 @@ def server(name: str, args: argparse.Namespace, folder: str) -> Iterator[str]:
 
 
 class Wait(NamedTuple):
-    """Seconds from a request to the first piece of its answer, and tokens of its prompt where the server tells."""
+    """Seconds from a request to the first piece of its answer, and tokens of its prompt, 0 if not reported."""
 
     seconds: float
     n_read: int
@@ -195,7 +195,7 @@ def ask(address: str, prompt: Messages | str, n_most: int = 8) -> Wait:
 
 
 def ask_documents(args: argparse.Namespace, texts: list[str]) -> None:
-    """Ask all servers at once about the documents, and print the table."""
+    """Ask all servers, in turn, about the documents, and print the table."""
     times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
 
     def measure(name: str, case: str, document: str, question: str) -> None:
@@ -259,11 +259,11 @@ def run_day(args: argparse.Namespace, turns: list[tuple[str, Messages]]) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--plan", default="auto", help="for ours")
-    parser.add_argument("--tokens", type=int, default=4000, help="of a document, or of the agent's system prompt")
+    parser.add_argument("--plan", default="auto", help="plan of our server")
+    parser.add_argument("--tokens", type=int, default=4000, help="tokens of a document or of the system prompt")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--agent", type=int, default=0, metavar="TURNS", help="of an agent, in the place of documents")
-    parser.add_argument("--reuse", default="auto", help="of ours in the day of an agent, beside prefix")
+    parser.add_argument("--agent", type=int, default=0, metavar="TURNS", help="turns of an agent, instead of documents")
+    parser.add_argument("--reuse", default="auto", help="reuse of our server for the agent, compared with prefix")
     parser.add_argument("--ctx", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--no-flash-attn", dest="flash_attn", action="store_false")

@@ -1,15 +1,15 @@
-"""What is not computed as nobody reads it: time to the first token in a model whose upper layers share KV.
+"""Measures the time to the first token without the computations that nobody reads, in a model with shared KV.
 
     python benchmarks/unread.py [--context 2048] [--rounds 7] [--width 768] [--layers 35] [--sharing 20] [--type q8_0]
 
-The model is random and shaped like Gemma 4 E2B: per-layer embeddings, one full attention in five, and of 35 layers the
-last 20 read the KV of others and have an FFN of twice the width (--narrow: of the same, as in E4B). Only its width is
-half of E2B's, and its vocabulary tiny: the time goes into layers, as in a large model. It is written to a temporary
-folder; with F32 weights it takes 1.7 GB there, and as much memory.
+The model is random and shaped like Gemma 4 E2B: it has per-layer embeddings, and one full attention in five. Of its 35
+layers the last 20 read the KV of others, and have an FFN of twice the width (with --narrow of the same width, as in
+E4B). Its width is half of E2B's, and its vocabulary tiny, so that layers take most of the time, as in a large model. It
+is written to a temporary folder; with F32 weights it takes 1.7 GB there, and as much memory.
 
-Stock llama-cpp-python, the same with its batches cut as ours are, ours, and ours with `exact_batches=True`, no plan,
-take turns; each measurement is a process of its own, which reads a few tokens first. Run it on an idle machine; about
-10 minutes on 2 cores.
+Four contenders without a plan take turns: stock llama-cpp-python, the same with batches cut like ours, ours, and ours
+with `exact_batches=True`. Each measurement has its own process, which reads a few tokens first. Run it on an idle
+machine; it takes about 10 minutes on 2 cores. Start at :func:`main`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ SIDES: dict[str, dict[str, bool] | None] = {  # None: stock
 
 
 def is_sliding(layer: int) -> bool:
-    """Whether a layer of Gemma 4 E2B looks back through a window; every fifth does not."""
+    """Return whether a layer of Gemma 4 E2B has a sliding window; every fifth has none."""
     return layer % 5 != 4
 
 
 def shapes(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
-    """NumPy shapes of the tensors that ``llama_model_gemma4::load_arch_tensors`` wants, but for rope_freqs."""
+    """Return NumPy shapes of the tensors that ``llama_model_gemma4::load_arch_tensors`` wants, without rope_freqs."""
     width, n_layer = args.width, args.layers
     result: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (N_VOCAB, width),
@@ -80,12 +80,12 @@ def shapes(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 
 
 def head_size(width: int, layer: int) -> int:
-    """Size of the attention heads of a layer; those without a window have twice the other ones'."""
+    """Return the size of a layer's attention heads: twice as large in layers without a window."""
     return width // 6 * (1 if is_sliding(layer) else 2)
 
 
 def feed_forward(args: argparse.Namespace) -> list[int]:
-    """Width of each layer's FFN."""
+    """Return the width of each layer's FFN."""
     wide = 1 if args.narrow else 2
     return [4 * args.width * (1 if layer < args.layers - args.sharing else wide) for layer in range(args.layers)]
 
@@ -149,7 +149,7 @@ def write_model(path: Path, args: argparse.Namespace) -> None:
 
 
 def measure(side: str, model: str, context: int, n_threads: int, logits: str) -> None:
-    """Time one prompt, in a process that does nothing else; prints JSON, and writes the logits to an npy file."""
+    """Time one prompt, in a process for this alone; print JSON, and write the logits to an npy file."""
     options = SIDES[side]
     if options is not None:
         from adaskip_cpp import AdaSkipLlama
@@ -157,7 +157,7 @@ def measure(side: str, model: str, context: int, n_threads: int, logits: str) ->
 
     library = Path(llama_cpp.llama_cpp._lib._name).resolve()
     if options is None and Path(llama_cpp.__file__).resolve().parent not in library.parents:
-        raise SystemExit(f"this process runs on {library}, not on the libllama of llama-cpp-python")
+        raise SystemExit(f"{library} is not the libllama of llama-cpp-python; reinstall llama-cpp-python")
     common = {"n_ctx": context + 8, "n_batch": 512, "n_ubatch": 512, "verbose": False}
     common |= {"n_threads": n_threads, "n_threads_batch": n_threads}
     llm: Any = llama_cpp.Llama(model, **common) if options is None else AdaSkipLlama(model, **common, **options)
@@ -175,7 +175,7 @@ def measure(side: str, model: str, context: int, n_threads: int, logits: str) ->
 
 
 def run(side: str, model: Path, context: int, n_threads: int) -> tuple[float, npt.NDArray[np.float32]]:
-    """Seconds to the first token, and the logits that it was drawn from."""
+    """Return the seconds to the first token, and the logits that it was drawn from."""
     logits = model.with_name("logits.npy")
     command = [sys.executable, __file__, "--measure", side, str(model), str(context), str(n_threads), str(logits)]
     environment = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
@@ -200,7 +200,7 @@ def main() -> None:
     args = parser.parse_args()
     own = args.layers - args.sharing
     if args.width % 384 or args.sharing < 0 or own < 5 or own % 5:
-        # llama.cpp lets all others read the last two layers with KV, of which the last must be a full attention
+        # In llama.cpp, all other layers read the KV of the last two that have some; the last must be a full attention.
         parser.error("the width must be a multiple of 384, and 5, 10, 15 .. layers must have KV of their own")
 
     from adaskip_cpp.intervals import ratio_interval

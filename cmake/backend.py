@@ -1,7 +1,7 @@
-"""The build backend: scikit-build-core's, told which release of llama-cpp-python is built for.
+"""The build backend: scikit-build-core's, with the release of llama-cpp-python that releases.py chooses.
 
-Where that release is not installed, the build requires it; the wheel requires it in any case, and no other. An sdist is
-of no release, so building one requires none.
+If that release is not installed, the build requires it. The wheel always requires exactly that release. An sdist
+belongs to no release, so its build requires none.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _Settings = Mapping[str, Any]
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, list[str] | str] | None = None) -> list[str]:
-    """What scikit-build-core requires, and the release where it is not installed."""
+    """scikit-build-core's requirements, and the release if it is not installed."""
     return [*build.get_requires_for_build_wheel(config_settings), *_requirements()]
 
 
@@ -48,7 +48,7 @@ def get_requires_for_build_editable(config_settings: dict[str, list[str] | str] 
 
 
 def dynamic_metadata(settings: _Settings, project: _Settings) -> dict[str, Any]:
-    """What scikit-build-core adds to the lists of pyproject.toml's [project]."""
+    """The dependencies that scikit-build-core adds to pyproject.toml's [project]."""
     version = _release().version
     return {
         "dependencies": [f"llama-cpp-python=={version}"],
@@ -57,7 +57,7 @@ def dynamic_metadata(settings: _Settings, project: _Settings) -> dict[str, Any]:
 
 
 def dynamic_wheel(settings: _Settings) -> dict[str, bool]:
-    """Says in an sdist's metadata that those of its wheels may differ."""
+    """Declares in an sdist's metadata that the dependencies of its wheels may differ."""
     return {"dependencies": True, "optional-dependencies": True}
 
 

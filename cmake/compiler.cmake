@@ -1,4 +1,4 @@
-# Enables C and C++, or says in one line that there is no compiler.
+# Enables C and C++, or stops with one line if there is no compiler.
 
 include(CheckLanguage)
 foreach(language IN ITEMS C CXX)

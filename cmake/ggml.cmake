@@ -1,5 +1,5 @@
-# Finds the llama-cpp-python that is built for, by the Python that runs the build, and its ggml.
-# Sets ADASKIP_VERSION and ADASKIP_SHA256 (of llama-cpp-python and its sdist), and ggml_DIR.
+# Finds the release of llama-cpp-python to build for, with the Python that runs the build, and its ggml.
+# Sets ADASKIP_VERSION (of llama-cpp-python), ADASKIP_SHA256 (of its sdist) and ggml_DIR.
 
 find_package(Python3 COMPONENTS Interpreter QUIET)
 if(NOT Python3_Interpreter_FOUND)
@@ -16,8 +16,8 @@ list(GET found 1 ADASKIP_SHA256)
 list(GET found 2 found_ggml)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
     "${CMAKE_CURRENT_LIST_DIR}/releases.txt" "${CMAKE_CURRENT_LIST_DIR}/releases.py")
-# Not left to find_package's own search, whose cached result would outlive the build environment it was found in. So
-# would those of the package's searches, which 0.3.34 and older do not forget.
+# find_package would cache the results of its search, and pip removes that build environment. The package of 0.3.34 and
+# older caches its own searches too.
 get_cmake_property(cached CACHE_VARIABLES)
 list(FILTER cached INCLUDE REGEX "^GGML_.*LIBRARY$")
 foreach(variable IN LISTS cached)

@@ -1,9 +1,8 @@
-# The target llama: llama.cpp's sources, patches/ applied, native/ added.
+# The target llama: llama.cpp's sources with patches/ and native/.
 
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
     "${CMAKE_CURRENT_LIST_DIR}/llama_sources.py" "${ADASKIP_PATCHES}/series")
-file(GLOB ADASKIP_PATCH_FILES CONFIGURE_DEPENDS
-    "${ADASKIP_PATCHES}/*.patch" "${ADASKIP_PATCHES}/${ADASKIP_VERSION}/*")
+file(GLOB ADASKIP_PATCH_FILES CONFIGURE_DEPENDS "${ADASKIP_PATCHES}/*.patch")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${ADASKIP_PATCH_FILES})
 
 set(sources_command "${Python3_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/llama_sources.py"
@@ -20,24 +19,24 @@ endif()
 set(BUILD_SHARED_LIBS        ON)
 set(LLAMA_USE_SYSTEM_GGML    ON)
 if(CMAKE_CROSSCOMPILING)
-    # The ggml found is of this platform. The other's is compiled, without any backend, to be linked to and left out.
+    # The installed ggml is for this platform. The other one is compiled without backends, only to link to.
     set(LLAMA_USE_SYSTEM_GGML OFF)
     foreach(option IN ITEMS BLAS CCACHE CPU METAL OPENMP)
         set(GGML_${option} OFF)
     endforeach()
 endif()
 if(WIN32)
-    set(CMAKE_SHARED_LIBRARY_PREFIX "") # llama-cpp-python's mtmd.dll asks for llama.dll
+    set(CMAKE_SHARED_LIBRARY_PREFIX "") # llama-cpp-python's mtmd.dll needs llama.dll
 endif()
 set(LLAMA_BUILD_COMMON       OFF)
 set(LLAMA_BUILD_IS_DEV       OFF)
 set(LLAMA_BUILD_NUMBER       0)
-set(LLAMA_BUILD_COMMIT       "llama-cpp-python-${ADASKIP_VERSION}") # not our own commit, which git would find
+set(LLAMA_BUILD_COMMIT       "llama-cpp-python-${ADASKIP_VERSION}") # else git would find our own commit
 set(CMAKE_CXX_STANDARD       17)
 set(CMAKE_POLICY_DEFAULT_CMP0077 NEW) # option() of llama.cpp keeps the variables set here
 set(CMAKE_SKIP_INSTALL_RULES OFF)
 
-# Paths of this build appear in llama.cpp's assertions through __FILE__: name the tree instead.
+# llama.cpp's assertions contain __FILE__: this replaces the paths of the build by names.
 foreach(map IN ITEMS "${CMAKE_CURRENT_SOURCE_DIR}=adaskip-cpp" "${ADASKIP_GGML_PREFIX}=ggml"
                      "${CMAKE_CURRENT_BINARY_DIR}=build" "${ADASKIP_LLAMA}=llama.cpp")
     if(NOT MSVC)
@@ -45,15 +44,15 @@ foreach(map IN ITEMS "${CMAKE_CURRENT_SOURCE_DIR}=adaskip-cpp" "${ADASKIP_GGML_P
     endif()
 endforeach()
 
-# EXCLUDE_FROM_ALL also leaves llama.cpp's own install rules out.
+# EXCLUDE_FROM_ALL also excludes llama.cpp's own install rules.
 add_subdirectory("${ADASKIP_LLAMA}" llama EXCLUDE_FROM_ALL)
 if(CMAKE_CROSSCOMPILING)
     target_compile_options(ggml-base PRIVATE -O1) # it is never run
 endif()
 if(ZIG AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
-    # zig would link its own unwinder in. An exception that passes through ggml's frames of C++, as what ggml aborts for
-    # does, ends the process where gcc's unwinder, which those frames call, meets the state of another one. So ours is
-    # gcc's too: of this stand-in only the name, libgcc_s.so.1, and what it defines count.
+    # zig would link its own unwinder. Exceptions for ggml's aborts pass through C++ frames of ggml, which use gcc's
+    # unwinder. With two unwinders, such an exception ends the process. So libllama must use gcc's too. This stand-in for
+    # libgcc_s.so.1 has only its name and symbols.
     set(unwinder "")
     foreach(name IN ITEMS Backtrace DeleteException GetCFA GetDataRelBase GetGR GetIP GetIPInfo GetLanguageSpecificData
             GetRegionStart GetTextRelBase RaiseException Resume Resume_or_Rethrow SetGR SetIP)
@@ -66,7 +65,7 @@ if(ZIG AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
 endif()
 
 file(GLOB ADASKIP_NATIVE CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/native/*.cpp")
-# The third number of llama-cpp-python's version, such as 36, for what differs between releases of llama.cpp.
+# The third number of llama-cpp-python's version, such as 36, for differences between releases of llama.cpp.
 string(REGEX REPLACE "^[0-9]+\\.[0-9]+\\.([0-9]+).*" "\\1" ADASKIP_RELEASE "${ADASKIP_VERSION}")
 target_compile_definitions(llama PRIVATE "ADASKIP_RELEASE=${ADASKIP_RELEASE}")
 target_include_directories(llama PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/native" "${ADASKIP_LLAMA}/src")
@@ -77,8 +76,8 @@ if(ADASKIP_NATIVE)
         COMPILE_OPTIONS "$<IF:$<CXX_COMPILER_ID:MSVC>,/W4,-Wall;-Wextra>")
 endif()
 
-# A DLL exports what is marked or listed. llama.h marks for MSVC alone, and adaskip.h, which cffi reads as it is, nothing;
-# and llama-cpp-python's mtmd.dll, compiled by MSVC, asks for a function of C++ by the name that MSVC makes of it.
+# A DLL exports marked or listed functions. llama.h has marks for MSVC alone. adaskip.h has none, because cffi reads it.
+# llama-cpp-python's mtmd.dll, compiled by MSVC, calls one C++ function under MSVC's name.
 if(WIN32)
     set(exports EXPORTS)
     file(READ "${ADASKIP_LLAMA}/include/llama.h" header)
@@ -96,6 +95,6 @@ if(WIN32)
         list(APPEND exports "\"?llama_model_get_tok_embd@@YAIPEBUllama_model@@PEAM@Z\" = _Z24llama_model_get_tok_embdPK11llama_modelPf")
     endif()
     list(JOIN exports "\n" exports)
-    file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/llama.def" "${exports}\n") # CONFIGURE would take MSVC's @...@ for a variable
+    file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/llama.def" "${exports}\n") # CONFIGURE would replace MSVC's @...@
     target_sources(llama PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/llama.def")
 endif()

@@ -1,8 +1,8 @@
-"""Provides llama.cpp's sources for our CMakeLists.txt: download, verify, unpack, patch.
+"""Provides llama.cpp's sources for our CMakeLists.txt: downloads, verifies, unpacks and patches them.
 
-The sources are those in the sdist of one llama-cpp-python, fetched through pip so that mirrors, proxies and caches are
-the user's own. A stamp makes a second run free, and a change of the patch set touches only the files whose contents
-change, so an incremental build stays incremental. Every failure is one line that ends with what to do.
+The sources come from the sdist of one llama-cpp-python. pip fetches it, so the user's mirrors, proxies and caches are
+used. A second run has nothing to do. After a change of the patches, only files with other contents are written, so
+incremental builds work. Every failure is one line that ends with the next step.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from releases import TABLE, Release, read_table
 
 __all__ = ["SourceError", "apply_patches", "fetch", "prepare", "read_series"]
 
-# What libllama needs of the 175 MB tree, whose CMake files configure vendor/ whatever is built; of ggml, which comes
-# ready-built from llama-cpp-python, what another platform is compiled against: no backend.
+# The parts of the 175 MB tree that libllama needs. llama.cpp's CMake files always configure vendor/. ggml's parts are
+# for other platforms alone, and without backends: for this one, llama-cpp-python has ggml ready-built.
 _PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "include", "src", "vendor")
 _PARTS_OF_GGML = ("ggml/CMakeLists.txt", "ggml/cmake/*", "ggml/include/*", "ggml/src/*", "ggml/src/ggml-cpu/*.h")
 
-# In the environment of a backend: which build it is part of, and where pip found it, by its name in old and new pips.
+# Environment variables of pip for a build backend: its build, and the backend's path (in old and new versions of pip).
 _OF_PIP = ("PIP_BUILD_TRACKER", "PEP517_", "_PYPROJECT_HOOKS_")
 
 
 class SourceError(Exception):
-    """The sources cannot be provided; the message is one line that ends with what to do."""
+    """The sources cannot be provided; the message is one line that ends with the next step."""
 
 
 def fetch(release: Release, directory: Path) -> Path:
     """Downloads the sdist of ``release`` into ``directory``, unless it is there already, and returns its path.
 
     Raises:
-        SourceError: pip is missing, the registry cannot be reached, or the file is not the one of the table.
+        SourceError: pip is missing, the registry cannot be reached, or the file's hash is not the table's.
     """
     sdist = directory / release.filename
     if sdist.is_file() and _sha256(sdist) == release.sha256:
         return sdist
     sdist.unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
-    requirement = directory / "requirement.txt"  # hashes are read from files alone
+    requirement = directory / "requirement.txt"  # pip reads hashes from files only
     requirement.write_text(release.requirement + "\n")
-    # Metadata is prepared by the build backend that is running already: without --no-build-isolation pip would
-    # install a second one. What the pip that may have started us has set for its own backend is not for this one.
+    # --no-build-isolation: the running build backend prepares the metadata, where pip would install a second one. If a
+    # pip started this script, its variables name our backend, which is not the sdist's.
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--progress-bar", "off"]
     command += ["--dest", str(directory), "--requirement", str(requirement)]
@@ -70,7 +70,7 @@ def fetch(release: Release, directory: Path) -> Path:
             f"in {TABLE}); check the package index that pip uses, then try again."
         )
     lines = output.splitlines() or [f"exit {result.returncode}"]
-    # Behind "ERROR: Exception:" comes a traceback, whose last line is the reason.
+    # After "ERROR: Exception:" comes a traceback, and its last line is the reason.
     last = next((line for line in reversed(lines) if re.match("ERROR(?!: Exception:)", line)), lines[-1])
     raise SourceError(
         f"pip cannot download {release.filename} ({last.removeprefix('ERROR: ')}); check the network and pip's "
@@ -81,10 +81,10 @@ def fetch(release: Release, directory: Path) -> Path:
 def apply_patches(root: Path, patches: list[Path]) -> None:
     """Applies ``patches`` (paths inside them start with a/ and b/) to the tree ``root``, in order.
 
-    The lines of a hunk may be anywhere in their file, but exactly as they are, and once.
+    The lines of a hunk may be anywhere in their file, but must match exactly, and once.
 
     Raises:
-        SourceError: a hunk's lines are not there, or more than once; ``root`` is then left half patched.
+        SourceError: a hunk's lines do not match, or match more than once; ``root`` is then left half patched.
     """
     if not patches:
         return
@@ -95,7 +95,7 @@ def apply_patches(root: Path, patches: list[Path]) -> None:
             "the Python package patch-ng, which applies patches/, is missing; pip install patch-ng."
         ) from None
     for path in patches:
-        # patch-ng only warns about some hunks that it leaves out, so a warning is a failure, and the reason.
+        # patch-ng leaves some hunks out with a warning alone, so a warning is a failure, and its reason.
         records: list[str] = []
         handler = logging.Handler(logging.WARNING)
         handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]  # noqa: B023
@@ -119,7 +119,7 @@ def apply_patches(root: Path, patches: list[Path]) -> None:
 
 
 def _locate_hunks(patch_set: Any, root: Path) -> None:
-    """Gives each hunk the line where its lines are, as patch-ng looks nowhere else."""
+    """Sets the line of each hunk to the place of its lines, because patch-ng looks only there."""
     for item in patch_set:
         name = item.source.decode().removeprefix("a/")
         lines = (root / name).read_bytes().splitlines()
@@ -132,18 +132,18 @@ def _locate_hunks(patch_set: Any, root: Path) -> None:
 
 
 def prepare(release: Release, patch_directory: Path, work: Path, sdist: Path | None = None) -> Path:
-    """Returns the folder ``work``/llama.cpp with the patched sources, brought up to date if need be.
+    """Returns the folder ``work``/llama.cpp with the patched sources, after an update if anything has changed.
 
     Args:
-        release: the llama-cpp-python that is built for.
+        release: the llama-cpp-python to build for.
         patch_directory: see ``read_series``.
         work: folder that keeps the download and the sources between builds.
-        sdist: a downloaded sdist to use instead of asking pip.
+        sdist: a downloaded sdist to use instead of pip's.
 
     Raises:
-        SourceError: see ``fetch`` and ``apply_patches``; what was there before is left as it was.
+        SourceError: see ``fetch`` and ``apply_patches``; older sources are left unchanged.
     """
-    patches = read_series(patch_directory, release)
+    patches = read_series(patch_directory)
     state = hashlib.sha256(release.sha256.encode() + Path(__file__).read_bytes())
     for path in patches:
         state.update(hashlib.sha256(path.read_bytes()).digest())
@@ -165,25 +165,17 @@ def prepare(release: Release, patch_directory: Path, work: Path, sdist: Path | N
     return target
 
 
-def read_series(directory: Path, release: Release) -> list[Path]:
-    """The patches for ``release``, in order: those that ``directory``/series lists, one a line ('#' starts a comment).
-
-    Where a release needs others, they are in a folder of its own, ``directory``/VERSION: a patch there replaces the one
-    of the same name, a ``series`` there the list.
+def read_series(directory: Path) -> list[Path]:
+    """The patches that ``directory``/series lists, in order: one name per line, and '#' starts a comment.
 
     Raises:
-        SourceError: a listed file is missing, or the release's own folder has one that is not listed.
+        SourceError: the list or a listed file is missing.
     """
-    own = directory / release.version
-    series = own / "series" if (own / "series").is_file() else directory / "series"
+    series = directory / "series"
     if not series.is_file():
         raise SourceError(f"{series} is missing; restore it, an empty file means no patches.")
     lines = [line.partition("#")[0].strip() for line in series.read_text().splitlines()]
-    names = [line for line in lines if line]
-    for path in own.glob("*.patch"):
-        if path.name not in names:
-            raise SourceError(f"{path} is not in {series}, and replaces nothing; rename or remove it.")
-    paths = [own / name if (own / name).is_file() else directory / name for name in names]
+    paths = [directory / line for line in lines if line]
     for path in paths:
         if not path.is_file():
             raise SourceError(f"{series} lists {path.name}, which does not exist; restore the file or remove the line.")
@@ -209,7 +201,7 @@ def _unpack(sdist: Path, release: Release, target: Path) -> None:
 
 
 def _mirror(source: Path, target: Path) -> None:
-    """Makes ``target`` equal to ``source``, leaving files that are equal already untouched."""
+    """Makes ``target`` equal to ``source``, and does not touch files that are equal already."""
     wanted = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
     for path in [path for path in target.rglob("*") if path.is_file()]:
         if path.relative_to(target) not in wanted:
@@ -230,7 +222,7 @@ def _sha256(path: Path) -> str:
 
 
 def main() -> int:
-    """Prints the folder of the patched sources, or on stderr the one line that says why there is none."""
+    """Prints the folder of the patched sources, or one line on stderr with the reason for a failure."""
     table = read_table()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--release", choices=[release.version for release in table], required=True)

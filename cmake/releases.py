@@ -1,7 +1,7 @@
-"""Which release of llama-cpp-python is built for: one of the table cmake/releases.txt.
+"""Chooses the release of llama-cpp-python to build for, from the table cmake/releases.txt.
 
-It is the one that the environment variable ADASKIP_LLAMA_CPP_PYTHON names, else the installed one, whose ggml libllama
-is then linked to, else the table's newest. Every failure is one line that ends with what to do.
+The environment variable ADASKIP_LLAMA_CPP_PYTHON names it. Else it is the installed release, and libllama is linked to
+its ggml. Else it is the table's newest. Every failure is one line that ends with the next step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VARIABLE = "ADASKIP_LLAMA_CPP_PYTHON"
 
 
 class ReleaseError(Exception):
-    """There is no release to build for; the message is one line that ends with what to do."""
+    """There is no release to build for; the message is one line that ends with the next step."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Release:
 
 @dataclass(frozen=True)
 class Installed:
-    """A llama-cpp-python that is installed: its version, and the site-packages folder that it is in."""
+    """An installed llama-cpp-python: its version and its site-packages folder."""
 
     version: str
     folder: Path
 
     @property
     def ggml(self) -> Path:
-        """Folder of ggml's CMake package, which a wheel from elsewhere may lack."""
+        """Folder of ggml's CMake package; some wheels of llama-cpp-python lack it."""
         return self.folder / "lib" / "cmake" / "ggml"
 
 
 def read_table(path: Path = TABLE) -> list[Release]:
-    """The releases that can be built for, newest first."""
+    """The supported releases, newest first."""
     lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     matches = [re.fullmatch(r"llama-cpp-python==(\S+) --hash=sha256:([0-9a-f]{64})", line) for line in lines if line]
     releases = [Release(match[1], match[2]) for match in matches if match]
@@ -69,10 +69,10 @@ def read_table(path: Path = TABLE) -> list[Release]:
 
 
 def installed() -> list[Installed]:
-    """Each llama-cpp-python that a build may use, the one that it would import first.
+    """Each llama-cpp-python that a build may use; the first is the one that Python would import.
 
-    pip builds in an environment of its own, with the Python of the one that it installs into: that Python, asked
-    without the variables that pip sets for the build (``-E``), tells what is there.
+    pip builds in an environment of its own, with the Python of the target environment. Without the variables that pip
+    sets for the build (``-E``), this Python finds the target's packages.
     """
     code = (
         "import importlib.metadata as m, json; "
@@ -85,12 +85,12 @@ def installed() -> list[Installed]:
     target = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True, check=False)
     if target.returncode == 0:
         found += json.loads(target.stdout)
-    # A local part of the version names the backend, such as +cu124.
+    # The local part of the version names the backend, such as +cu124.
     return [Installed(version.partition("+")[0], Path(folder)) for version, folder in found]
 
 
 def choose(table: list[Release], found: list[Installed]) -> Release:
-    """The release of ``table`` to build for, where ``found`` is installed.
+    """The release of ``table`` to build for if ``found`` is installed.
 
     Raises:
         ReleaseError: that release is not in the table.
@@ -127,7 +127,7 @@ def _find(table: list[Release], found: list[Installed]) -> tuple[Release, Instal
 
 
 def main() -> int:
-    """Prints the release, the sdist's SHA-256 and the folder of ggml's CMake package as a list that CMake reads."""
+    """Prints a CMake list: the release, the sdist's SHA-256 and the folder of ggml's CMake package."""
     try:
         release, found = _find(read_table(), installed())
     except ReleaseError as error:

@@ -1,3 +1,3 @@
-// Linked into each DLL. zig exports atexit too from one that marks and lists nothing, and what is linked to that DLL then
-// has it twice.
+// Linked into each DLL. From a DLL without marked or listed functions, zig also exports atexit. Programs linked to that
+// DLL would then have it twice.
 __asm__(".section .drectve,\"yn\"\n.ascii \" -exclude-symbols:atexit\"\n");

@@ -10,7 +10,7 @@
 
 static thread_local int n_guards_here = 0;
 
-// ggml has one callback for all threads, and writes a backtrace as long as it has none
+// ggml has one callback for all threads, and prints a backtrace if it has none
 static std::mutex            mutex;
 static int                   n_guards = 0;
 static ggml_abort_callback_t before   = nullptr;
@@ -45,7 +45,7 @@ adaskip_abort_guard::~adaskip_abort_guard() {
 void adaskip_check_hparams(const llama_hparams & hparams) {
     for (const float eps : { hparams.f_norm_eps, hparams.f_norm_rms_eps, hparams.f_norm_group_eps }) {
         if (!(eps >= 0.0f)) {
-            throw std::runtime_error("the epsilon of a norm is negative or no number");
+            throw std::runtime_error("the epsilon of a norm is negative or not a number");
         }
     }
 }

@@ -2,10 +2,10 @@
 
 struct llama_hparams;
 
-// While one lives, what ggml would end the process for on this thread is a std::runtime_error. llama.cpp asserts much
-// of what a GGUF file says about itself, and a file or a setting shall not end the process.
+// While a guard lives, an abort of ggml on this thread throws a std::runtime_error instead of ending the process.
+// llama.cpp asserts much of a GGUF file's content, so a bad file would end the process.
 //
-// Not for around a computation, whose other threads would wait for this one for ever.
+// Not for use around a computation: its other threads would wait for this one for ever.
 class adaskip_abort_guard {
 public:
     adaskip_abort_guard();
@@ -15,5 +15,5 @@ public:
     adaskip_abort_guard & operator=(const adaskip_abort_guard &) = delete;
 };
 
-// throws for what is asserted in a computation alone
+// throws if a value would fail an assertion inside a computation
 void adaskip_check_hparams(const llama_hparams & hparams);

@@ -1,5 +1,3 @@
-// The C ABI: checks every argument, and lets nothing but error codes out.
-
 #include "adaskip.h"
 
 #include "adaskip-error.h"
@@ -12,9 +10,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <limits>
 #include <map>
 #include <stdexcept>
 #include <type_traits>
@@ -36,14 +32,14 @@ static void require(bool condition, const std::string & message) {
     }
 }
 
-// the same without a string, for which there may be no memory
+// the same without a string, for when there is no memory
 static void require(bool condition, const char * message) {
     if (!condition) {
         throw adaskip_exception(ADASKIP_ERROR_ARGUMENT, message);
     }
 }
 
-// runs f, which returns a code or nothing, and turns what it throws into one
+// runs f, which returns a code or nothing, and turns an exception into a code
 template <typename F> static int32_t told(F && f) {
     last_error.clear();
     int32_t res     = ADASKIP_OK;
@@ -57,7 +53,7 @@ template <typename F> static int32_t told(F && f) {
     return failure.code == ADASKIP_OK ? res : fail(failure.code, std::move(failure.message));
 }
 
-// the same for what is about a context
+// the same for functions of a context
 template <typename F> static int32_t guarded(const llama_context * ctx, F && f) {
     return told([&] {
         require(ctx, "the context is null");
@@ -73,7 +69,7 @@ static int32_t n_layer_of(const llama_context & ctx) {
     return llama_model_n_layer(&ctx.get_model());
 }
 
-// the topology of a graph of a few tokens, built only to be looked at
+// builds a graph of a few tokens for its topology
 static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> & windowable) {
     ctx.synchronize();
     ctx.sched_reserve();
@@ -97,7 +93,7 @@ static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> &
     const uint32_t n_seqs   = ctx.n_seq_max();
     const uint32_t n_tokens = 2 * n_seqs;
 
-    // embeddings are pooled over all tokens, which must all be outputs then
+    // embeddings are pooled over all tokens, so all must be outputs
     const uint32_t n_outputs = ctx.get_cparams().embeddings ? n_tokens : n_seqs;
     const auto     failure =
             adaskip_try([&] { ctx.graph_reserve(n_tokens, n_seqs, n_outputs, mctx.get(), /*split_only =*/true); });
@@ -109,7 +105,7 @@ static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> &
     return res;
 }
 
-// what can be skipped does not change over the life of a context, and the graph pass checks again
+// the sublayers, found once per context; the graph pass checks each graph again
 static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
     if (!ctx.adaskip.sublayers.empty()) {
         return ctx.adaskip.sublayers;
@@ -119,7 +115,7 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
     const auto &      hparams  = ctx.get_model().hparams;
 
     std::vector<adaskip_sublayer>                      res;
-    std::map<std::pair<int32_t, std::string>, int32_t> shapes; // by the window and what the rest of a sublayer is
+    std::map<std::pair<int32_t, std::string>, int32_t> shapes; // by window and adaskip_term::shape()
     for (int32_t i = 0; i < 2 * (int32_t) topology.layers.size(); ++i) {
         const auto & loc = topology.layers[i / 2][i % 2];
 
@@ -192,7 +188,7 @@ int32_t adaskip_set_plan(llama_context * ctx, const adaskip_plan * plan) {
         const auto & sublayers = plan ? sublayers_of(*ctx) : adaskip.sublayers;
 
         auto sets = adaskip_plan_init(ctx->get_model(), sublayers, adaskip.kv_elided(), plan, adaskip.get_plan());
-        ctx->synchronize(); // the last graph may still read the vectors of the plan that goes
+        ctx->synchronize(); // the last graph may still read the old plan's vectors
         ctx->adaskip.set_plan(std::move(sets));
         return ADASKIP_OK;
     });
@@ -246,7 +242,7 @@ int32_t adaskip_begin_request(llama_context * ctx) {
 
 int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer) {
     return told([&] {
-        require(n_layer >= 0 && (!skipped || n_layer > 0), format("%d layers", n_layer));
+        require(n_layer >= 0 && (!skipped || n_layer > 0), format("invalid number of layers %d", n_layer));
         adaskip_elide_kv_next(skipped ? std::vector<bool>(skipped, skipped + n_layer) : std::vector<bool>());
     });
 }
@@ -318,7 +314,7 @@ int32_t adaskip_get_counters(const llama_context * ctx, adaskip_counters * out) 
 
 int32_t adaskip_set_most_moves(llama_context * ctx, int32_t most_moves) {
     return guarded(ctx, [&] {
-        require(most_moves >= 0, format("%d moves", most_moves));
+        require(most_moves >= 0, format("the limit of %d moves is negative", most_moves));
         ctx->adaskip.set_most_moves(most_moves);
     });
 }
@@ -344,8 +340,10 @@ int32_t adaskip_set_aside(
         const std::vector<adaskip_run> all(runs, runs + n_runs);
         for (const auto & run : all) {
             require(run.n > 0 && run.from >= n_kept && run.to >= n_kept && run.from <= INT32_MAX - run.n &&
-                            run.to <= INT32_MAX - run.n && run.n_moves > 0 && run.n_moves <= ADASKIP_MOST_MOVES,
-                    format("a run of %d positions from %d to %d, %d moves", run.n, run.from, run.to, run.n_moves));
+                            run.to <= INT32_MAX - run.n && run.n_moves >= (run.from != run.to) &&
+                            run.n_moves <= ADASKIP_MOST_MOVES,
+                    format("invalid run of %d positions from %d to %d, %d moves", run.n, run.from, run.to,
+                            run.n_moves));
         }
         for (const auto start : { &adaskip_run::from, &adaskip_run::to }) {
             auto sorted = all;

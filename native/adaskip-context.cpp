@@ -1,7 +1,6 @@
 #include "adaskip-context.h"
 
 #include "adaskip-llama.h"
-#include "adaskip-pass.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -54,7 +53,7 @@ llama_pos adaskip_context::first_stale(llama_seq_id seq_id, int32_t i_phase) con
 
 llm_graph_params adaskip_context::graph_params(llm_graph_params params) {
     if (statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
-        // the last layer's FFN then runs on every token
+        // makes the last layer's FFN run on every token
         params.n_outputs = params.ubatch.n_tokens;
     }
     has_outputs = params.n_outputs > 0;
@@ -82,8 +81,8 @@ ggml_cgraph * adaskip_context::graph_pass(
     return hook(__func__, [&] { rewrite(lctx, gf, res, gtype); }) ? gf : nullptr;
 }
 
-// Without an output token nobody reads what is computed behind the last store into the memory, except the hidden states
-// that llama_context copies for every token.
+// Without an output token, nodes after the last store into the memory have no reader, except the hidden states that
+// llama_context copies for every token.
 static void drop_outputs(adaskip_pass & pass, const llm_graph_result & res, const llama_cparams & cparams) {
     for (const auto * t : { res.t_logits, res.t_embd, res.t_embd_pooled, res.t_h_nextn }) {
         pass.drop(t);
@@ -117,13 +116,13 @@ void adaskip_context::rewrite(
     counters.n_nodes      = counters.n_nodes_full;
 
     if (n_key_changes == 0 && kv_elided().empty()) {
-        return; // nothing was ever skipped or observed here: the graphs are llama.cpp's own
+        return; // nothing was skipped or observed yet: the graphs are llama.cpp's own
     }
 
     const auto & model    = lctx.get_model();
     const bool   has_stat = graph_key_last.statistics != 0;
 
-    // where there is a decoder, plans and statistics are about its layers
+    // in an encoder-decoder model, plans and statistics are for the decoder
     const bool is_encoder =
             gtype == LLM_GRAPH_TYPE_ENCODER && llama_model_has_encoder(&model) && llama_model_has_decoder(&model);
     const bool is_plain = active_set().empty() && !has_stat && kv_elided().empty();
@@ -146,7 +145,7 @@ void adaskip_context::rewrite(
         n_key_changes += observer.reduces_on_device() != on_device;
     }
     if (end && statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {
-        // nobody reads the outputs: more rows than the batch asked for
+        // the outputs have more rows than the batch asked for, and no reader
         pass.drop(res.t_logits);
         res.t_logits = nullptr;
         res.t_embd   = nullptr;

@@ -4,6 +4,7 @@
 #include "adaskip-error.h"
 #include "adaskip-kv.h"
 #include "adaskip-online.h"
+#include "adaskip-pass.h"
 #include "adaskip-plan.h"
 #include "adaskip-statistics.h"
 
@@ -14,31 +15,28 @@
 #include <utility>
 #include <vector>
 
-// room for the nodes that the pass adds to a graph, see llama_context::graph_max_nodes
-uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
-
-// The part of a llama_context that skips sublayers and collects statistics. Its hooks are called around the computation
-// of each ubatch; with no plan and no statistics they leave the graph as llama.cpp built it.
+// The part of a llama_context that skips sublayers and collects statistics. llama.cpp calls its hooks around the
+// computation of each ubatch. Without a plan and statistics they leave the graph as llama.cpp built it.
 class adaskip_context {
 public:
     //
-    // hooks of llama_context::process_ubatch; what one throws ends as a failed ubatch
+    // hooks of llama_context::process_ubatch; an exception in one fails the ubatch
     //
 
-    // refuses a ubatch that would read what it may not, else tells the memory what its positions are computed under
+    // refuses a ubatch that would read an unreadable position, else tells the memory the set of its cells
     bool begin(const llama_ubatch & ubatch);
 
     // the parameters to build the graph with
     llm_graph_params graph_params(llm_graph_params params);
 
-    // whether the last graph was built under the settings in force, and no buffer was freed since
+    // whether the last graph was built under the settings in force, and no buffer was freed since then
     bool can_reuse() const;
 
-    // rewrites a graph that was just built; null on failure
+    // rewrites a new graph; null on failure
     ggml_cgraph * graph_pass(
             const llama_context & lctx, ggml_cgraph * gf, llm_graph_result & res, llm_graph_type gtype);
 
-    // hands out the statistics of the ubatch that was just computed; false on failure
+    // passes the statistics of the computed ubatch to the callback; false on failure
     bool end(const llama_context & lctx, const llama_ubatch & ubatch);
 
     //
@@ -50,7 +48,7 @@ public:
     void begin_request();
     void set_statistics(int32_t flags, adaskip_statistics_callback callback, void * user_data);
 
-    // positions that were moved so often may be read
+    // allows reading positions that count at most this many moves
     void set_most_moves(int32_t value) {
         most_moves = value;
         kv->moves  = value > 0;
@@ -64,7 +62,7 @@ public:
     // the decode set of this request, without what the online stage added
     const adaskip_skip_set & get_set_of_request() const;
 
-    // the first position of the sequence that may not be read in this phase, INT32_MAX where there is none
+    // the first position of the sequence that may not be read in this phase, INT32_MAX if there is none
     llama_pos first_stale(llama_seq_id seq_id, int32_t phase) const;
 
     const adaskip_online & get_online() const { return online; }
@@ -76,9 +74,9 @@ public:
 
     adaskip_counters counters = {};
 
-    std::vector<adaskip_sublayer> sublayers; // [n_layer][2], empty until somebody asks
+    std::vector<adaskip_sublayer> sublayers; // [n_layer][2], empty until the first use
 
-    // runs llama_context::encode or decode, and makes what they throw an error
+    // runs llama_context::encode or decode, and turns their exceptions into a failure
     template <typename F> int32_t guard(F && f) {
         int32_t ret    = -3;
         auto    caught = adaskip_try([&] { ret = f(); });
@@ -88,17 +86,17 @@ public:
         return ret;
     }
 
-    // A graph that llama_context::graph_reserve has built. Once the scheduler has cut it where devices meet, a node
-    // reads copies there, and the residual stream ends.
+    // Called with a graph of llama_context::graph_reserve before the scheduler splits it. After that, nodes read copies
+    // where devices meet, and the residual stream cannot be followed.
     void look_at(ggml_cgraph * gf, const llm_graph_result & res) const {
         if (look) {
             look(gf, res);
         }
     }
 
-    std::function<void(ggml_cgraph * gf, const llm_graph_result & res)> look; // null but for who wants to see a graph
+    std::function<void(ggml_cgraph * gf, const llm_graph_result & res)> look; // null unless a graph is wanted
 
-    // why that failed since this was last asked
+    // returns the last failure, and forgets it
     adaskip_failure take_failure() { return std::exchange(failure, {}); }
 
 private:
@@ -127,7 +125,7 @@ private:
 
     const adaskip_skip_set & active_set() const { return get_set(phase); }
 
-    adaskip_freed freed; // with this context, its KV
+    adaskip_freed freed; // the context frees its KV with it
 
     const adaskip_kv_ptr kv = adaskip_kv_create();
 
@@ -136,10 +134,10 @@ private:
     int32_t phase     = ADASKIP_PHASE_PREFILL;
     int32_t n_decoded = 0; // tokens decoded in this request
 
-    int32_t most_moves = 0; // of a position that may be read
+    int32_t most_moves = 0; // of a readable position
 
     adaskip_online   online;
-    adaskip_skip_set online_set; // the decode set with the FFNs that the online stage added, empty if none
+    adaskip_skip_set online_set; // the decode set with the FFNs of the online stage, empty if it added none
 
     int32_t                     statistics_flags     = 0;
     adaskip_statistics_callback statistics_callback  = nullptr;
@@ -156,9 +154,9 @@ private:
 
     std::vector<size_t> unread_inputs; // bytes of each input that no node of that graph reads
 
-    bool has_outputs = true; // whether anybody reads what the ubatch computes beside its KV
+    bool has_outputs = true; // whether the ubatch has output tokens
 
-    std::unique_ptr<adaskip_tensors> tensors; // those that the pass added
+    std::unique_ptr<adaskip_tensors> tensors; // added by the pass
 
     adaskip_observer observer;
 };

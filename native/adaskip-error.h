@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-// ends a call with one of enum adaskip_error
+// ends a call with a code of enum adaskip_error
 struct adaskip_exception : std::runtime_error {
     adaskip_exception(int32_t code, const std::string & message) : std::runtime_error(message), code(code) {}
 
@@ -20,11 +20,11 @@ struct adaskip_failure {
     std::string message;
 };
 
-// keeps what adaskip_last_error() tells this thread
+// sets the message of adaskip_last_error() for this thread
 void adaskip_set_last_error(std::string message);
 
-// Runs f and tells what it threw, whatever that is: nothing may pass on into C. Where memory is out, there may be none
-// for the message either; those written here are short enough to need none.
+// Runs f and returns any exception as a failure, because none may pass into C. Without memory, a message could not be
+// allocated. The ones here are short enough to need no allocation.
 template <typename F> adaskip_failure adaskip_try(F && f) {
     try {
         try {
@@ -40,8 +40,8 @@ template <typename F> adaskip_failure adaskip_try(F && f) {
     } catch (const std::bad_alloc &) {
         return { ADASKIP_ERROR_MEMORY, "out of memory" };
     } catch (...) {
-        // Nothing here throws what is no std::exception: this is one of another C++ runtime, that of a ggml which
-        // another compiler built. On CPUs ggml throws where memory is out, and nowhere else.
+        // Not a std::exception: it comes from another C++ runtime, in a ggml of another compiler. On CPUs, ggml throws
+        // only without memory.
         return { ADASKIP_ERROR_MEMORY, "error of ggml" };
     }
 }

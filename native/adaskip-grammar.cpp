@@ -9,16 +9,16 @@
 #include <cmath>
 #include <string>
 
-// Nanoseconds, by what was measured of each step on an AMD EPYC; memory weighs more. What is refused had 400 MB at
-// most.
+// Nanoseconds: each step counts as its time on an AMD EPYC, or more for its memory. Refused grammars used at most
+// 400 MB.
 static constexpr size_t MOST_WORK = 1'000'000'000;
 
 static constexpr size_t MOST_STACKS = 10'000; // each new one is compared with all others
 
 static constexpr const char * TOO_MANY = "the grammar can go on in too many ways";
 
-// Of parentheses in one another, and of rules that begin with one another. A level of llama_grammar_parser has 500
-// bytes of stack, and threads of 1 MB are common.
+// Nested parentheses, and chains of rules that begin with the next one. A level of llama_grammar_parser takes 500 bytes
+// of stack, and threads with 1 MB are common.
 static constexpr size_t MOST_LEVELS = 1000;
 
 static thread_local size_t      work     = 0;
@@ -42,10 +42,10 @@ void adaskip_grammar_name(const std::string & base_name) {
 
 void adaskip_grammar_repeat(const llama_grammar_rule & repeated, uint64_t min_times, uint64_t max_times) {
     if (max_times < min_times) {
-        refuse("the grammar has a repetition whose most is less than its least");
+        refuse("the grammar has a repetition with a maximum below its minimum");
     }
     const uint64_t n_times = max_times == UINT64_MAX ? min_times + 1 : max_times;
-    spend(64 * n_times * (1 + repeated.size())); // more than its time, for its memory
+    spend(64 * n_times * (1 + repeated.size())); // more than its time, because of its memory
 }
 
 void adaskip_grammar_visit(const llama_grammar_rule & rule) {
@@ -69,7 +69,7 @@ void adaskip_grammar_advance(
 
 void adaskip_grammar_match(const llama_grammar_stack & stack, size_t n_tokens) {
     size_t width = 5;
-    if (!stack.empty()) { // the characters of a class
+    if (!stack.empty()) { // counts the characters of a class
         const auto * next = stack.back() + 1;
         while (next->type == LLAMA_GRETYPE_CHAR_ALT || next->type == LLAMA_GRETYPE_CHAR_RNG_UPPER) {
             ++next;
@@ -88,7 +88,7 @@ void adaskip_grammar_find(const llama_grammar_stacks & others) {
 
 adaskip_grammar_level::adaskip_grammar_level() {
     if (n_levels >= MOST_LEVELS) {
-        refuse("the grammar has too many parentheses in one another, or rules that begin with one another");
+        refuse("the grammar has too many nested parentheses, or too long a chain of rules");
     }
     ++n_levels;
 }
@@ -125,7 +125,7 @@ void adaskip_grammar_refused(const char * message) {
 }
 
 const char * adaskip_grammar_reason() {
-    return reason.empty() ? "a rule begins with itself, or none is named root" : reason.c_str();
+    return reason.empty() ? "a rule begins with itself, or no rule is named root" : reason.c_str();
 }
 
 llama_token adaskip_sample(llama_context * ctx, const std::function<llama_token()> & sample) {

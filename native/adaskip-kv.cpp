@@ -88,11 +88,11 @@ bool adaskip_kv::keeps_windows() const {
     });
 }
 
-// Cells that are set aside are of two sequences that no batch names: llama.cpp would write over those of one alone
-// where a sliding window has left them.
+// Cells that are set aside belong to two sequences that no batch names. With one sequence alone, llama.cpp would
+// overwrite a cell after a sliding window has left it.
 static constexpr llama_seq_id SEQS_ASIDE[] = { LLAMA_MAX_SEQ - 2, LLAMA_MAX_SEQ - 1 };
 
-// the number of the run that has the position, runs.size() for none
+// the index of the run that has the position, runs.size() for none
 static size_t run_of(const std::vector<adaskip_run> & runs, llama_pos pos) {
     return std::find_if(runs.begin(), runs.end(), [&](const adaskip_run & run) {
         return run.from <= pos && pos < run.from + run.n;
@@ -110,6 +110,14 @@ void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vec
                 n_found[run] += cells.seq_count(i) == 1 && moves <= ADASKIP_MOST_MOVES;
             }
         }
+        const auto is_taken = [&](const adaskip_run & run) {
+            const auto & aside = adaskip_seq_pos(cells, SEQS_ASIDE[0]);
+            const auto   it    = aside.lower_bound({ run.to, 0 });
+            return it != aside.end() && it->first < run.to + run.n;
+        };
+        if (std::any_of(runs.begin(), runs.end(), is_taken)) {
+            throw adaskip_exception(ADASKIP_ERROR_ARGUMENT, "a run that was set aside before already has this place");
+        }
         for (size_t run = 0; run < runs.size(); ++run) {
             if (n_found[run] != runs[run].n) {
                 throw adaskip_exception(
@@ -121,7 +129,7 @@ void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vec
     for (auto * cache : caches) {
         const uint32_t stream = cache->seq_to_stream.at(seq_id);
         auto &         cells  = cache->v_cells[stream];
-        const auto     held   = adaskip_seq_pos(cells, seq_id); // a copy, as they change
+        const auto     held   = adaskip_seq_pos(cells, seq_id); // a copy, because the cells change
         for (auto it = held.lower_bound({ n_kept, 0 }); it != held.end(); ++it) {
             const auto & [pos, i] = *it;
             const size_t run      = run_of(runs, pos);
@@ -130,9 +138,10 @@ void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vec
                 cache->v_heads[stream] = std::min(cache->v_heads[stream], i);
                 continue;
             }
-            const uint64_t set_id = cells.set_id_get(i);
-            const uint64_t moves  = (uint64_t) runs[run].n_moves << ADASKIP_MOVES_BIT;
-            cells.set_id_set(i, (set_id == 0 ? ADASKIP_MOVED_WHOLE : set_id) + moves);
+            if (const uint64_t moves = (uint64_t) runs[run].n_moves << ADASKIP_MOVES_BIT; moves != 0) {
+                const uint64_t set_id = cells.set_id_get(i);
+                cells.set_id_set(i, (set_id == 0 ? ADASKIP_MOVED_WHOLE : set_id) + moves);
+            }
             if (const llama_pos shift = runs[run].to - runs[run].from; shift != 0) {
                 cells.pos_add(i, shift);
             }
@@ -147,7 +156,7 @@ void adaskip_kv::set_aside(llama_seq_id seq_id, llama_pos n_kept, const std::vec
 void adaskip_kv::take_back(llama_seq_id seq_id, llama_pos end) const {
     for (auto * cache : caches) {
         auto &     cells = cache->v_cells[cache->seq_to_stream.at(seq_id)];
-        const auto held  = adaskip_seq_pos(cells, SEQS_ASIDE[0]); // a copy, as they change
+        const auto held  = adaskip_seq_pos(cells, SEQS_ASIDE[0]); // a copy, because the cells change
         for (auto it = held.begin(); it != held.end() && it->first < end; ++it) {
             cells.seq_add(it->second, seq_id);
             for (const llama_seq_id aside : SEQS_ASIDE) {
@@ -214,7 +223,7 @@ int32_t adaskip_kv_alias(const llama_hparams & hparams, const std::function<bool
     elided.resize(n_layer);
     elided[il] = true;
 
-    int32_t il_first = il; // where no layer of this shape has KV, the first one keeps it
+    int32_t il_first = il; // if no layer of this shape has KV, the first one keeps it
     for (int32_t i = 0; i < n_layer; ++i) {
         if (!hparams.has_kv(i) || (filter && !filter(i)) || hparams.n_embd_k_gqa(i) != hparams.n_embd_k_gqa(il) ||
                 hparams.n_embd_v_gqa(i) != hparams.n_embd_v_gqa(il)) {

@@ -1,7 +1,7 @@
 #pragma once
 
-// What differs between the releases of llama.cpp that we build for, by the newest one's names. ADASKIP_RELEASE is the
-// third number of llama-cpp-python's version.
+// Differences between the supported releases of llama.cpp, under the newest one's names. ADASKIP_RELEASE is the third
+// number of llama-cpp-python's version.
 
 #include "llama-kv-cells.h"
 
@@ -28,7 +28,7 @@ inline std::set<std::pair<llama_pos, uint32_t>> adaskip_seq_pos(const llama_kv_c
 }
 #endif
 
-// a sampled tensor of llm_graph_result, which up to 0.3.34 has them by sequence
+// a sampled tensor of llm_graph_result, which up to 0.3.34 has a map by sequence
 inline const ggml_tensor * adaskip_sampled(const ggml_tensor * t) {
     return t;
 }
@@ -44,7 +44,8 @@ inline bool ggml_prec_set_acc(ggml_tensor * t, ggml_prec prec) {
 #endif
 
 #if ADASKIP_RELEASE < 35
-// Of what is not selected GGML_TENSOR_FLAG_COMPUTE stays as it is. What is selected is there by then.
+// Adds t and its sources, without a change of GGML_TENSOR_FLAG_COMPUTE because they are not selected. The selected
+// tensor `first` is a source of t, so it is in the graph already.
 inline void ggml_build_forward_order(ggml_cgraph * gf, ggml_tensor * t) {
     ggml_tensor * first = t;
     while (first->src[0]) {

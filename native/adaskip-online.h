@@ -7,23 +7,23 @@
 #include <optional>
 #include <vector>
 
-// Online importance learning in decode: observes the FFNs that run for the first tokens of a request, then adds those
-// that change little to the skip set.
+// The online stage: in decode, observes the FFNs that run for the first tokens of a request. Then it adds those that
+// change little to the skip set.
 class adaskip_online {
 public:
     // turns the stage on, or off with null
     void set_params(const std::optional<adaskip_online_params> & params);
 
-    // forgets what was observed, for the next request
+    // forgets the observations, for the next request
     void reset();
 
     bool observes() const { return enabled && !done; }
 
-    // values: [n_layer][2][3][n_tokens], as adaskip_statistics hands them out
+    // values: [n_layer][2][3][n_tokens], as in adaskip_statistics
     void accumulate(const std::vector<float> & values, int64_t n_tokens);
 
-    // once the window is full: the skip set in force with the FFNs that are added to it, with no graph id yet; empty if
-    // none is
+    // The skip set `value` with the FFNs that are added, without a graph id yet; empty if none is added. For use when
+    // the window is full.
     bool             is_full() const { return n_tokens >= params.window; }
     adaskip_skip_set finish(adaskip_skip_set value);
 

@@ -1,8 +1,5 @@
-// The graph pass: takes the skipped sublayers out of a graph, and lists again what is still alive.
-
 #include "adaskip-pass.h"
 
-#include "adaskip-context.h"
 #include "adaskip-error.h"
 #include "adaskip-llama.h"
 
@@ -11,15 +8,15 @@
 #include <algorithm>
 #include <unordered_set>
 
-// per sublayer at most: three reductions, two reshapes, two copies to make them possible, three additions, a scale, two
-// products, three nodes for a sum over tokens and two copies of activations; and as much again for the whole layer
+// At most, per sublayer and again for the whole layer: three reductions, for which two reshapes and two copies; three
+// additions, a scale, two products, three nodes for a sum over tokens, and two copies of activations.
 static constexpr uint32_t ADASKIP_NODES_PER_SUBLAYER = 24;
 
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer) {
     return n_layer * (2 * ADASKIP_NODES_PER_SUBLAYER + adaskip_window::N_TENSORS) + ADASKIP_NODES_PER_SUBLAYER;
 }
 
-// makes a node compute what `src` would, under its own name and flags, so that its consumers need no change
+// turns a node into `src`, but keeps its name and flags, so that its consumers need no change
 static void node_become(ggml_tensor * node, const ggml_tensor * src) {
     node->op = src->op;
     std::copy(std::begin(src->op_params), std::end(src->op_params), std::begin(node->op_params));
@@ -87,7 +84,7 @@ void adaskip_pass::skip_sublayers() {
         }
         ggml_tensor * const out = junction.out;
 
-        // the chain through this junction: one sublayer after the other is added, or stands in for by its compensation
+        // the chain through this junction: adds one sublayer after the other, or its compensation
         ggml_tensor * cur = junction.residual;
 
         for (const auto & term : junction.terms) {
@@ -100,7 +97,7 @@ void adaskip_pass::skip_sublayers() {
             const size_t i     = 2 * term.il + term.kind;
             const float  scale = set.scale[i];
 
-            // FFNs that the online stage added have a scale alone
+            // FFNs of the online stage have only a scale
             ggml_tensor * const bias = set.bias ? set.bias->tensors[i] : nullptr;
             ggml_tensor * const down = set.down ? set.down->tensors[i] : nullptr;
 
@@ -130,7 +127,7 @@ void adaskip_pass::skip_sublayers() {
                 }
             }
         } else if (out->flags & GGML_TENSOR_FLAG_OUTPUT) {
-            node_become(out, ggml_scale(ctx, cur, 1.0f)); // somebody reads this very tensor
+            node_become(out, ggml_scale(ctx, cur, 1.0f)); // llama.cpp reads this very tensor
         } else {
             replaced[out] = cur;
         }
@@ -182,21 +179,20 @@ bool adaskip_pass::is_skipped(const adaskip_junction & junction) const {
             junction.terms.begin(), junction.terms.end(), [&](const adaskip_term & t) { return is_skipped(t); });
 }
 
-// Nodes that are allocated and not computed. ggml_gallocr keeps its allocation plan, which goes by the position of a
-// node or leaf in the graph, while the number of both stays the same and no node needs more memory than it was planned
-// for. llama.cpp's graphs of one model have one shape, so that suffices; ours change it with the plan, and two that
-// differ may well have equally many nodes. It also looks at what nodes read, and not at an input that no node reads any
-// more, such as the mask of attentions that are all skipped, which grows with the context and is written all the same.
-// So one of the first two nodes needs more memory after every such change, which makes ggml plan anew. The other then
-// needs as much less, so both together take the same after any number of changes. Their sizes repeat every
-// ADASKIP_N_MARKER_SIZES changes, which would matter only if no graph in between was allocated.
+// Adds a node that is allocated and not computed. ggml_gallocr plans by the positions of nodes and leaves. It keeps its
+// plan while their numbers stay the same and no node needs more memory than planned. llama.cpp's graphs of one model
+// have one shape. Ours change it with the plan, and two different ones may have equally many nodes. ggml also checks
+// only tensors that a node reads. But an input without a reader may grow too: the mask, if all attentions are skipped.
+// So after every such change one of two markers needs more memory, and ggml plans again. The other needs as much less,
+// so the sum stays the same. Sizes repeat every ADASKIP_N_MARKER_SIZES changes, which would matter only if none of the
+// graphs between was allocated.
 static constexpr int64_t ADASKIP_N_MARKER_SIZES = 1024;
 
 void adaskip_pass::add_marker(int64_t n_values) {
     ggml_build_forward_order(gf, ggml_arange(ctx, 0.0f, (float) n_values, 1.0f));
 }
 
-// Dead are the nodes that only a skipped branch needs, and the stores of a skipped attention unless they are kept.
+// Nodes are dead if only a skipped branch needs them. A skipped attention's stores are dead unless K and V are kept.
 std::vector<size_t> adaskip_pass::find_live() {
     std::unordered_set<const ggml_tensor *> dead_roots = dropped;
     for (const auto & junction : topology.junctions) {
@@ -251,7 +247,7 @@ int adaskip_pass::rebuild(int64_t n_changes) {
     add_marker(1 + n_changes % ADASKIP_N_MARKER_SIZES);
     add_marker(ADASKIP_N_MARKER_SIZES - n_changes % ADASKIP_N_MARKER_SIZES);
 
-    // ggml_build_forward_order leaves GGML_TENSOR_FLAG_COMPUTE as it is, also on branches that upstream has deselected
+    // ggml_build_forward_order does not change GGML_TENSOR_FLAG_COMPUTE, so upstream's deselected branches stay so
     for (auto * node : nodes) {
         if (live.count(node) > 0) {
             ggml_build_forward_order(gf, node);
@@ -262,7 +258,7 @@ int adaskip_pass::rebuild(int64_t n_changes) {
                 ggml_build_forward_order(gf, added);
             }
         }
-        // llm_graph_result::set_inputs writes every input, so those that nobody reads any more need memory too
+        // llm_graph_result::set_inputs writes every input, so those without a reader need memory too
         for (auto * input : inputs[node]) {
             ggml_build_forward_order(gf, input);
         }
@@ -271,7 +267,7 @@ int adaskip_pass::rebuild(int64_t n_changes) {
     const int n_markers = 2;
     const int n_nodes   = ggml_graph_n_nodes(gf) - n_markers;
 
-    // the plan that llama.cpp reserves for its own graph has room for everything, the markers included
+    // avoids llama.cpp's own number of nodes: its reserved plan has room for the markers, so ggml would keep it
     if (n_nodes + n_markers == (int) nodes.size()) {
         add_marker(1);
     }

@@ -6,16 +6,20 @@
 
 #include "ggml.h"
 
+#include <cstdint>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
 
-// The rewriting of one graph that llama.cpp has built: the skipped sublayers go out, and what observes the others comes
-// in. It lives for one graph build; the tensors that it adds are those of the ggml_context that it is given.
+// room for the nodes that the pass adds to a graph, for llama_context
+uint32_t adaskip_graph_max_nodes(uint32_t n_layer);
+
+// Rewrites one graph of llama.cpp: removes the skipped sublayers, and adds the nodes that observe the others. It lives
+// for one graph build. The given ggml_context owns the tensors that it adds.
 class adaskip_pass {
 public:
-    // end, elided: as for adaskip_topology_find; with a null `end` nothing is skipped or observed
+    // end, elided: as for adaskip_topology_find; if `end` is null, nothing is skipped or observed
     adaskip_pass(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * end, int n_layer, const adaskip_skip_set & set,
             const std::vector<bool> & elided);
 
@@ -27,32 +31,32 @@ public:
     // lets attentions of the skip set look back at a window
     void narrow_attentions(llm_graph_result & res, const adaskip_kv & kv);
 
-    // a result that nobody reads, null for none
+    // marks a result without a reader as dead; null has no effect
     void drop(const ggml_tensor * root) { dropped.insert(root); }
 
-    // a node that somebody reads, although no root may depend on it
+    // keeps a node alive, even if no root depends on it
     void keep(ggml_tensor * node) { kept.push_back(node); }
 
-    // Finds the live nodes, and returns the sizes of the inputs that none of them reads, in bytes.
+    // finds the live nodes, and returns the sizes in bytes of the inputs that none of them reads
     std::vector<size_t> find_live();
 
-    // Lists the live nodes again, in the order in which llama.cpp had them, and returns their number. What is in front
-    // goes by the number of changes of shape so far, see add_marker.
+    // Lists the live nodes again in llama.cpp's order, and returns their number. n_changes, for add_marker: number of
+    // changes of the graph's shape.
     int rebuild(int64_t n_changes);
 
     //
-    // for what is observed
+    // for adaskip_observer
     //
 
-    // computes t right behind a node of the graph, and keeps its memory
+    // computes t directly after a node of the graph, and keeps its memory
     void add_output(ggml_tensor * node, ggml_tensor * t);
 
     bool is_skipped(const adaskip_term & term) const;
 
-    // what is read in place of a tensor whose sublayer is skipped
+    // the tensor that is read in place of t, t itself if no sublayer was removed there
     ggml_tensor * resolve(ggml_tensor * t) const;
 
-    // input and output of a sublayer that runs where others of its junction are skipped, null elsewhere
+    // input and output of a sublayer that runs while another one of its junction is skipped, else null
     std::pair<ggml_tensor *, ggml_tensor *> input_output(const adaskip_term & term) const;
 
     ggml_context * const   ctx;
@@ -70,7 +74,7 @@ private:
     const std::vector<ggml_tensor *> nodes; // as llama.cpp built them
     const std::vector<ggml_tensor *> roots;
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>
-            inputs; // that each of them read as llama.cpp built it
+            inputs; // inputs that each node read as llama.cpp built it
 
     std::unordered_set<const ggml_tensor *> dropped;
     std::vector<ggml_tensor *>              kept;
@@ -78,8 +82,8 @@ private:
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> replaced; // node -> what its consumers read instead
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>>
-            behind; // node -> nodes to compute right behind it
+            behind; // node -> nodes to compute directly after it
 
     std::unordered_map<const ggml_tensor *, std::pair<ggml_tensor *, ggml_tensor *>>
-            running; // by the branch: see input_output
+            running; // by the branch, for input_output
 };

@@ -1,4 +1,4 @@
-// Long, as the ids, the checks and the making of sets go through the same arrays.
+// Long because the ids, the checks and the creation of sets go through the same arrays.
 
 #include "adaskip-plan.h"
 
@@ -36,7 +36,7 @@ private:
     uint64_t value = 0xcbf29ce484222325ULL;
 };
 
-// attentions that look back at a window, of the bulk alone
+// attentions of a bulk set that look back at a window
 struct adaskip_windows {
     const uint8_t * windowed = nullptr; // [n_layer]
     int32_t         window   = 0;
@@ -45,7 +45,7 @@ struct adaskip_windows {
     bool has(int32_t il) const { return windowed && windowed[il]; }
 };
 
-// whether nothing is skipped and no attention looks back at a window
+// whether the set skips nothing and no attention looks back at a window
 static bool is_whole(const adaskip_set & set, const adaskip_windows & windows) {
     for (int32_t i = 0; i < 2 * set.n_layer; ++i) {
         if (set.skip[i] || windows.has(i / 2)) {
@@ -61,7 +61,7 @@ static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv, const adaski
     }
     adaskip_hash hash;
     if (keeps_kv) {
-        const uint32_t mark = 2 * (uint32_t) set.n_layer; // no sublayer's number
+        const uint32_t mark = 2 * (uint32_t) set.n_layer; // not the number of a sublayer
         hash.add(&mark, 1);
     }
     for (uint32_t il = 0; il < (uint32_t) set.n_layer; ++il) {
@@ -130,7 +130,7 @@ template <typename... Args> [[noreturn]] static void refuse(int32_t code, const 
     throw adaskip_exception(code, format(fmt, args...));
 }
 
-// set may be null (run everything)
+// set: null to run everything
 static void check_set(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
         const std::vector<bool> & elided, const adaskip_set * set, bool keeps_kv) {
     const int32_t n_layer = llama_model_n_layer(&model);
@@ -199,12 +199,12 @@ static void check_readable(const std::vector<bool> & elided, const adaskip_plan 
     }
     if (plan.n_readable > 0 && !elided.empty()) {
         refuse(ADASKIP_ERROR_KV_ELIDED,
-                "the plan reads what other plans' bulk sets computed, but the model was opened without KV for some "
+                "the plan reads positions of other plans' bulk sets, but the model was opened without KV for some "
                 "attentions");
     }
 }
 
-// the steps of decode and the online stage
+// checks the steps of decode and the online stage
 static void check_decode(const adaskip_plan & plan) {
     if (plan.n_decode < 0 || (plan.n_decode > 0 && !plan.decode)) {
         refuse(ADASKIP_ERROR_ARGUMENT, "the plan has %d sets for decode", plan.n_decode);
@@ -233,7 +233,7 @@ static void check_decode(const adaskip_plan & plan) {
     }
 }
 
-// uploads the set, unless one of the same id is there
+// uploads the set, or returns the known one of the same id
 static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * set, bool keeps_kv,
         const adaskip_windows & windows, const std::map<uint64_t, const adaskip_skip_set *> & known) {
     adaskip_skip_set res;
@@ -335,7 +335,7 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
         res.online = *plan->online;
     }
 
-    // an attention that reads the KV of another layer writes none, and leaves no hole
+    // an attention that reads another layer's KV writes none, so it leaves no hole
     const auto holes_of = [&](const adaskip_skip_set & set) {
         auto holes = set.keeps_kv ? std::vector<bool>() : set.attention;
         for (size_t il = 0; il < holes.size(); ++il) {
@@ -344,7 +344,7 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
         return holes;
     };
     for (int32_t i = 0; i < plan->n_readable; ++i) {
-        res.holes[plan->readable[i]] = {}; // what the plan's own sets leave without KV comes below, and prevails
+        res.holes[plan->readable[i]] = {}; // the holes of the plan's own sets, below, replace this
     }
     res.holes[res.bulk.set_id]    = holes_of(res.bulk);
     res.holes[res.prefill.set_id] = holes_of(res.prefill);

@@ -19,7 +19,7 @@ void adaskip_stack_used() {
 
 #ifdef _WIN32
 
-// Neither of Windows' std::regex calls itself for a character.
+// No std::regex on Windows recurses for a character.
 std::vector<size_t> adaskip_regex_split(
         const std::vector<size_t> & lengths, const std::function<std::vector<size_t>()> & split) {
     (void) lengths;
@@ -28,12 +28,11 @@ std::vector<size_t> adaskip_regex_split(
 
 #else
 
-// Bytes of stack: of a thread of its own, per character (150 to 550 were used), at most, and for what is called between
-// two characters. Only what is used is taken of memory.
-static constexpr size_t MOST_CHARS = 1000; // on the stack of the caller
-static constexpr size_t PER_CHAR   = 1 << 10;
+// Sizes of a thread's stack in bytes. Only the used part takes memory.
+static constexpr size_t MOST_CHARS = 1000;    // characters that the caller's own stack has room for
+static constexpr size_t PER_CHAR   = 1 << 10; // 150 to 550 were used
 static constexpr size_t MOST_STACK = 1 << 28;
-static constexpr size_t RESERVE    = 1 << 18;
+static constexpr size_t RESERVE    = 1 << 18; // for calls between two characters
 
 namespace {
 
@@ -67,7 +66,7 @@ std::vector<size_t> adaskip_regex_split(
     }
     const size_t n_stack = std::min(*longest * PER_CHAR, MOST_STACK) + 3 * RESERVE;
 
-    work w = { split, n_stack - n_stack % RESERVE, {}, {} }; // macOS takes whole pages alone
+    work w = { split, n_stack - n_stack % RESERVE, {}, {} }; // macOS accepts only whole pages
 
     pthread_t      thread;
     pthread_attr_t attr;

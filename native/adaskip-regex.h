@@ -6,16 +6,16 @@
 #include <iterator>
 #include <vector>
 
-// std::regex of libstdc++ calls itself for each character that it matches, and llama.cpp has it match words of any
-// length. So a long text is split on a thread with a stack of its own, and a word that is too long even for that is an
-// exception: the iterators that std::regex reads by see where the stack ends. Others' std::regex keeps its own account.
+// Splits long texts for llama.cpp with enough stack. libstdc++'s std::regex recurses for each character, and llama.cpp
+// matches words of any length. So a long text is split on a thread with a larger stack. If a word is too long even for
+// that, the iterators through which std::regex reads the text throw. Other std::regex have a limit of their own.
 
-// the last bytes of this thread's stack that may be used, null where nobody looks
+// the lowest address of this thread's stack that may be used, null for no check
 extern thread_local const char * adaskip_stack_end;
 
 [[noreturn]] void adaskip_stack_used();
 
-// an iterator of random access over another
+// a random access iterator over another one, which checks the stack
 template <typename It> class adaskip_regex_iterator {
 public:
     using iterator_category = std::random_access_iterator_tag;
@@ -77,9 +77,9 @@ private:
     const char * end = nullptr;
 };
 
-// splits pieces of a text, of these lengths, with enough stack for the longest
+// calls split, with enough stack for the longest of the pieces of a text, of these lengths in characters
 std::vector<size_t> adaskip_regex_split(
         const std::vector<size_t> & lengths, const std::function<std::vector<size_t>()> & split);
 
-// Splits a text into tokens. INT32_MIN for what is thrown meanwhile, or asserted; adaskip_last_error() then tells it.
+// calls tokenize; INT32_MIN for an exception or a failed assertion, and adaskip_last_error() has its message
 int32_t adaskip_tokenize(const std::function<int32_t()> & tokenize);

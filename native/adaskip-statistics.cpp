@@ -1,4 +1,4 @@
-// Long, as what is put into a graph and how it is read back must be told side by side.
+// Long because the nodes in a graph and the reading of their values must be seen side by side.
 
 #include "adaskip-statistics.h"
 
@@ -14,7 +14,7 @@
 #include <numeric>
 #include <unordered_map>
 
-// ubatches of at most so many tokens have their statistics reduced by the host
+// in ubatches of at most this many tokens, the host reduces the statistics
 static constexpr int64_t ADASKIP_MAX_TOKENS_ON_HOST = 8;
 
 void adaskip_observer::clear() {
@@ -50,8 +50,8 @@ static std::unordered_set<const ggml_tensor *> find_overwritten(ggml_cgraph * gf
     return res;
 }
 
-// sum over a row of a*b, for every row: a product of matrices with one row each, one pass over memory and one op that
-// every backend has
+// the sum of a*b over every row, as a product of matrices with one row each: one pass over memory, and an op that every
+// backend has
 int adaskip_observer::reduce(adaskip_pass & pass, ggml_tensor * a, ggml_tensor * b, ggml_tensor * node) {
     const auto as_rows = [&](ggml_tensor * t) {
         if (!ggml_is_contiguous(t)) {
@@ -72,7 +72,7 @@ int adaskip_observer::sum_over_tokens(adaskip_pass & pass, ggml_tensor * t, ggml
     return add_reduction(pass, ggml_sum_rows(pass.ctx, ggml_cont(pass.ctx, ggml_transpose(pass.ctx, t))), node);
 }
 
-// as an output of the graph a tensor keeps its memory, so that the stream itself is read where nothing overwrites it
+// an output of the graph keeps its memory, so the stream itself is read unless something overwrites it
 int adaskip_observer::values_of(adaskip_pass & pass, ggml_tensor * t, ggml_tensor * node) {
     const bool as_is = ggml_is_contiguous(t) && !t->view_src && overwritten.count(t) == 0;
     return add_reduction(pass, as_is ? t : ggml_cont(pass.ctx, t), node);
@@ -100,7 +100,7 @@ void adaskip_observer::add_to(adaskip_pass & pass, int32_t flags_new) {
     }
     overwritten = find_overwritten(pass.gf);
 
-    // few tokens are reduced by the host, as copying them costs less than so many small operations
+    // for few tokens, a copy to the host costs less than many small operations
     on_device = ggml_nrows(topology.junctions.front().residual) > ADASKIP_MAX_TOKENS_ON_HOST;
 
     // the output of one sublayer is the input of the next
@@ -131,7 +131,7 @@ void adaskip_observer::add_to(adaskip_pass & pass, int32_t flags_new) {
     for (const auto & junction : topology.junctions) {
         ggml_tensor * const out = junction.out;
         if (ggml_is_empty(out)) {
-            continue; // no token of this ubatch is an output, and the last layer runs on those only
+            continue; // the last layer runs on output tokens only, and this ubatch has none
         }
         ggml_tensor * u = pass.resolve(junction.residual);
         for (size_t it = 0; it < junction.terms.size(); ++it) {
@@ -178,7 +178,7 @@ void adaskip_observer::add_to(adaskip_pass & pass, int32_t flags_new) {
 // the host
 //
 
-// a·b of every row; in as many sums as a compiler puts into registers
+// a·b of every row, in as many sums as a compiler puts into registers
 static std::vector<float> dot_rows(const float * a, const float * b, size_t n_rows, size_t n) {
     constexpr size_t   n_lanes = 16;
     std::vector<float> res(n_rows);
@@ -210,8 +210,7 @@ static std::vector<float> sum_rows(const float * a, size_t n_rows, size_t n) {
     return res;
 }
 
-// The values of the reductions of the last graph, which live until the next one is computed. Those in the host's memory
-// are read where they are.
+// the values of the last graph's reductions, valid until the next computation; only those on other devices are copied
 std::vector<const float *> adaskip_observer::read_reductions(const llama_context & lctx) {
     std::vector<const float *> res(reductions.size());
     device_copies.resize(reductions.size());
@@ -231,7 +230,7 @@ std::vector<const float *> adaskip_observer::read_reductions(const llama_context
     return res;
 }
 
-// empty where the graph has no statistics
+// empty if the graph has no statistics
 adaskip_observer::result adaskip_observer::read(const llama_context & lctx, const llama_ubatch & ubatch) {
     result res;
     if (reductions.empty()) {
@@ -243,7 +242,7 @@ adaskip_observer::result adaskip_observer::read(const llama_context & lctx, cons
     const auto   data     = read_reductions(lctx);
     const auto   size     = [&](int i) { return (size_t) ggml_nelements(reductions[i]); };
 
-    std::vector<size_t> outputs; // tokens of the rows that are left behind llama.cpp's gather
+    std::vector<size_t> outputs; // tokens of the rows that llama.cpp's gather keeps
     for (size_t i = 0; i < n_tokens; ++i) {
         if (ubatch.output[i]) {
             outputs.push_back(i);

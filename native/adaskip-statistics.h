@@ -13,22 +13,22 @@ struct llama_context;
 struct llama_ubatch;
 class adaskip_pass;
 
-// beside enum adaskip_statistics_flags: only the FFNs, for the online stage
+// a further flag beside enum adaskip_statistics_flags: only the FFNs, for the online stage
 static constexpr int32_t ADASKIP_STATISTICS_ONLINE = 1 << 16;
 
-// What is observed in a graph: adds the reductions to it, and reads them once it was computed.
+// Adds the reductions to a graph, and reads them after its computation.
 class adaskip_observer {
 public:
-    // statistics of one ubatch, laid out as in adaskip_statistics; valid until the next graph is computed
+    // statistics of one ubatch in the layout of adaskip_statistics; activations are valid until the next computation
     struct result {
-        std::vector<float> values; // empty where nothing is observed
+        std::vector<float> values; // empty if nothing is observed
         std::vector<float> layer_dot;
         std::vector<float> sums;
 
         std::vector<const float *> activations;
     };
 
-    // nothing is observed
+    // observes nothing from now on
     void clear();
 
     // flags: enum adaskip_statistics_flags, or ADASKIP_STATISTICS_ONLINE
@@ -36,31 +36,30 @@ public:
 
     result read(const llama_context & lctx, const llama_ubatch & ubatch);
 
-    // the memory that read() has needed
+    // frees the memory that read() keeps
     void free_copies() { device_copies.clear(); }
 
-    // graphs that differ in this have different shapes
+    // graphs with another value have another shape
     bool reduces_on_device() const { return on_device; }
 
     // bytes that each read() copies
     int64_t n_bytes() const;
 
 private:
-    // u·v of every row, reduced on the device or, from the values of both, on the host; indices of `reductions`, -1 for
-    // none
+    // u·v of every row: reduced on the device, or on the host from u and v; indices of `reductions`, -1 for none
     struct dot_product {
         int reduced = -1;
         int u       = -1;
         int v       = -1;
     };
 
-    // where the figures of one sublayer are in `reductions`, -1 if it is not observed
+    // indices of one sublayer's figures in `reductions`, -1 if it is not observed
     struct observation {
         dot_product dot;
         dot_product u_sq;
         dot_product v_sq;
 
-        int sum_u = -1; // the sum over tokens, or the values of few
+        int sum_u = -1; // the sum over tokens, or the values if the host adds them
         int sum_v = -1;
         int u     = -1;
         int v     = -1;
@@ -73,11 +72,11 @@ private:
 
     std::vector<const float *> read_reductions(const llama_context & lctx);
 
-    bool    on_device = true; // the last graph that was observed
+    bool    on_device = true; // whether the last graph reduces on the device
     int32_t flags     = 0;
 
     std::vector<ggml_tensor *>      reductions;    // F32, n_rows or n_embd values each, or all values of a stream
-    std::vector<std::vector<float>> device_copies; // of the reductions that are not in the host's memory
+    std::vector<std::vector<float>> device_copies; // of reductions outside the host's memory
 
     std::unordered_set<const ggml_tensor *> overwritten; // tensors that a later node writes to in place
 

@@ -1,22 +1,21 @@
-// Long, as one search follows the stream from the result to the embeddings and needs all that it finds on the way.
+// Long because one search follows the stream from the result to the embeddings, and needs everything it finds.
 
 #include "adaskip-topology.h"
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <numeric>
 #include <set>
 
-// a stream that needs more than this many nested additions per junction is no transformer
+// no transformer has more nested additions per junction
 static constexpr int ADASKIP_MAX_EXPANSIONS = 8;
 
 static const char * kind_name(int kind) {
     return kind == ADASKIP_TERM_ATTENTION ? "attention" : "FFN";
 }
 
-// layer of a weight by its GGUF name, "blk.7.ffn_up.weight" or "dec.blk.7.attn_q.weight", -1 if it has none; `rest` is
-// what follows
+// The layer of a weight by its GGUF name, "blk.7.ffn_up.weight" or "dec.blk.7.attn_q.weight", -1 if it has none. `rest`
+// is the name after the layer.
 static int layer_of_weight(const ggml_tensor * t, const char ** rest = nullptr) {
     int il = -1;
     int n  = 0;
@@ -44,10 +43,10 @@ std::string adaskip_term::shape() const {
         parts.insert(describe(name, t, GGML_MAX_DIMS));
     }
     for (const auto * t : caches) {
-        parts.insert(describe("cache", t, 1)); // its cells are for the window, or for the whole context
+        parts.insert(describe("cache", t, 1)); // without its cells, whose number depends on the context
     }
     if (!stores.empty()) {
-        parts.insert("stores\n"); // with K and V, that one which reads another layer's does not compute
+        parts.insert("stores\n"); // computes K and V, unlike an attention that reads another layer's
     }
     return std::accumulate(parts.begin(), parts.end(), std::string());
 }
@@ -66,7 +65,7 @@ static bool is_recurrent_op(ggml_op op) {
     }
 }
 
-// the soft-max of a mixture-of-experts router has no mask, the one over KQ has
+// the soft-max over KQ has a mask, a mixture-of-experts router's has none
 static bool is_attention_op(const ggml_tensor * t) {
     return t->op == GGML_OP_FLASH_ATTN_EXT || (t->op == GGML_OP_SOFT_MAX && t->src[1] != nullptr);
 }
@@ -91,17 +90,17 @@ std::vector<ggml_tensor *> adaskip_graph_roots(ggml_cgraph * gf) {
 
 namespace {
 
-// everything between the stream and the end of one branch
+// the part of a graph between the residual and the end of one branch
 struct branch_info {
     std::unordered_set<const ggml_tensor *> nodes;
     std::vector<ggml_tensor *>              leafs;
 
     bool reaches_stream = false; // depends on the residual
-    bool reads_earlier  = false; // depends on what was computed before the residual
+    bool reads_earlier  = false; // depends on tensors computed before the residual
     int  n_attention    = 0;
     bool recurrent      = false;
 
-    ggml_tensor * attention = nullptr; // the last of them that was met
+    ggml_tensor * attention = nullptr; // the last attention operation found
 };
 
 struct finder {
@@ -110,7 +109,7 @@ struct finder {
 
     std::unordered_map<const ggml_tensor *, int>                        index;  // position in the graph
     std::unordered_map<const ggml_tensor *, std::vector<ggml_tensor *>> stores; // memory tensor -> its SET_ROWS
-    std::unordered_set<const ggml_tensor *> written; // memory tensors written in any other way
+    std::unordered_set<const ggml_tensor *> written;                            // memory tensors written in another way
 
     finder(ggml_cgraph * gf, int n_layer) : gf(gf), n_layer(n_layer) {
         const int n_nodes = ggml_graph_n_nodes(gf);
@@ -130,7 +129,7 @@ struct finder {
 
     bool is_leaf(const ggml_tensor * t) const { return index.find(t) == index.end(); }
 
-    // computed from weights and inputs alone, such as the embeddings of the tokens
+    // whether t is computed from weights and inputs alone, such as the embeddings of the tokens
     bool is_source(const ggml_tensor * t) const {
         return std::all_of(
                 std::begin(t->src), std::end(t->src), [&](const ggml_tensor * src) { return !src || is_leaf(src); });
@@ -141,7 +140,7 @@ struct finder {
         return it == index.end() ? -1 : it->second;
     }
 
-    // llama.cpp gathers the rows of the output tokens in the middle of the last layer
+    // the tensor before llama.cpp's gather of the output tokens' rows, in the middle of the last layer
     const ggml_tensor * behind_gather(const ggml_tensor * t) const {
         while (t->op == GGML_OP_GET_ROWS && !is_leaf(t->src[0])) {
             t = t->src[0];
@@ -166,7 +165,7 @@ struct finder {
                 res.leafs.push_back(t);
                 continue;
             }
-            // what was computed before the residual is not part of this branch
+            // tensors computed before the residual are not part of this branch
             if (index_of(t) < bound) {
                 res.reads_earlier = true;
                 continue;
@@ -203,7 +202,7 @@ struct finder {
                ggml_are_same_shape(t, t->src[1]) && is_activation(t->src[1]);
     }
 
-    // replaces the operand that is computed last by its own operands; false if none is a sum
+    // replaces the last computed operand that is a sum by its operands; false if none is a sum
     bool expand(std::vector<ggml_tensor *> & operands) const {
         auto last = operands.end();
         for (auto it = operands.begin(); it != operands.end(); ++it) {
@@ -220,7 +219,7 @@ struct finder {
         return true;
     }
 
-    // whether a sum adds slices of one tensor, in which a model keeps several streams (AltUp)
+    // whether a sum adds slices of one tensor that has several streams (AltUp)
     bool sums_slices(const ggml_tensor * t) const {
         for (; is_sum(t); t = t->src[0]) {
             for (const auto * src : { t->src[0], t->src[1] }) {
@@ -232,7 +231,7 @@ struct finder {
         return false;
     }
 
-    // the operand that all others depend on is the residual
+    // splits a sum: the operand that all others depend on is the residual
     bool split(ggml_tensor * sum, adaskip_junction & res) const {
         std::vector<ggml_tensor *> operands = { sum->src[0], sum->src[1] };
         for (int i = 0; i < ADASKIP_MAX_EXPANSIONS; ++i) {
@@ -257,7 +256,7 @@ struct finder {
         return false;
     }
 
-    // attention and FFN may have been summed before they meet the stream; the experts of one FFN stay together
+    // splits a sum of attention and FFN that are added before they meet the stream, but not the experts of one FFN
     void split_parallel(ggml_tensor * t, const ggml_tensor * residual, std::vector<adaskip_term> & terms) const {
         if (is_sum(t)) {
             const auto a = branch(t->src[0], residual);
@@ -295,7 +294,7 @@ struct finder {
             }
             res.caches.push_back(leaf);
             for (auto * store : it->second) {
-                // a layer whose KV is elided is built on the cache of another one, which has stores of its own
+                // a layer with elided KV uses another layer's cache, which has that layer's stores
                 if (layers_of(branch(store, residual)) == std::set<int>{ res.il }) {
                     res.stores.push_back(store);
                 }
@@ -304,8 +303,7 @@ struct finder {
         return res;
     }
 
-    // The layers whose weights a branch uses. Blocks that predict further tokens have numbers behind the model's
-    // layers.
+    // the model's layers whose weights a branch uses; blocks that predict further tokens have higher numbers
     std::set<int> layers_of(const branch_info & info) const {
         std::set<int> res;
         for (const auto * leaf : info.leafs) {
@@ -317,7 +315,7 @@ struct finder {
         return res;
     }
 
-    // the operand through which the stream runs in a node that is no junction, or null
+    // the operand with the stream of a node that is not a junction, or null
     ggml_tensor * pass_through(const ggml_tensor * t, bool in_stream) const {
         ggml_tensor * res = nullptr;
         for (auto * src : t->src) {
@@ -325,12 +323,12 @@ struct finder {
                 continue;
             }
             if (res) {
-                return nullptr; // two computed operands: not a change of the stream alone
+                return nullptr; // two computed operands: more than a change of the stream
             }
             res = src;
         }
         if (!in_stream) {
-            return res; // between the last layer and the result anything goes
+            return res; // any operation is allowed between the last layer and the result
         }
         switch (t->op) {
             case GGML_OP_GET_ROWS:
@@ -349,8 +347,8 @@ struct finder {
     }
 };
 
-// two terms of one junction can only be told apart if they are one attention and one FFN that do not build on each
-// other
+// Why the terms of a junction cannot be skipped, else empty. Two must be one attention and one FFN, independent of each
+// other.
 std::string check_terms(const finder & f, const adaskip_junction & junction) {
     if (junction.out->type != GGML_TYPE_F32) {
         return "its residual stream is not F32";
@@ -370,8 +368,8 @@ std::string check_terms(const finder & f, const adaskip_junction & junction) {
     return "";
 }
 
-// Gemma 4 gates what its tokens mean to each layer by the stream, and adds that as an FFN is added. An FFN reads the
-// stream alone, so where one of several does, that is the layer's.
+// Small Gemma 4 models add a per-layer embedding of the token, gated by the stream, in the way of an FFN. An FFN reads
+// the stream alone. So if exactly one of several terms does, it is the layer's FFN.
 void mark_mixers(adaskip_topology & topology) {
     std::vector<std::vector<adaskip_term *>> ffns(topology.layers.size());
     for (auto & junction : topology.junctions) {
@@ -396,7 +394,7 @@ void locate(
         const finder & f, adaskip_topology & topology, const std::string & stopped, const std::vector<bool> & elided) {
     const int n_layer = (int) topology.layers.size();
 
-    // a layer without KV of its own reads that of another one only in this graph, and nobody reads what it would write
+    // a layer with elided KV is not a reader of the cache: its attention will be removed
     const auto is_elided = [&](const adaskip_term & term) {
         return term.il >= 0 && term.il < (int) elided.size() && elided[term.il];
     };
@@ -435,7 +433,7 @@ void locate(
             loc.i_term     = (int) it;
             loc.reason     = term.shared ? "it uses weights of another layer" : reason;
             for (const auto * cache : term.caches) {
-                // one that only reads it writes none itself, and leaves no hole
+                // an attention that only reads the cache leaves no hole
                 if (loc.reason.empty() && n_readers[cache] > 1 && !term.stores.empty() && !is_elided(term)) {
                     loc.reason    = "its KV is shared with another layer";
                     loc.is_shared = true;
@@ -470,7 +468,7 @@ adaskip_topology adaskip_topology_find(
     for (ggml_tensor * cur = end; cur && !f.is_leaf(cur);) {
         adaskip_junction junction;
         if (f.is_sum(cur) && f.split(cur, junction)) {
-            // the chain order of parallel blocks, whatever order the graph adds them in
+            // parallel blocks in the order of the chain, whatever the order in the graph
             std::sort(junction.terms.begin(), junction.terms.end(),
                     [](const adaskip_term & a, const adaskip_term & b) { return a.kind < b.kind; });
             cur = junction.residual;

@@ -1,5 +1,3 @@
-// Uploads what stands in for skipped sublayers to the devices of their layers.
-
 #include "adaskip-vectors.h"
 
 #include "adaskip-error.h"
@@ -10,13 +8,13 @@
 #include <algorithm>
 #include <map>
 
-// Every decoded token reads all maps. BF16 halves that, and unlike F16 and Q8_0 it has room for a stream whose channels
-// differ by many orders of magnitude. ggml computes it fast on x86. On arm64 it does so for F32 and F16 alone: its
-// product of BF16 vectors has no code for NEON, and would take five times the instructions of F32's for each number.
+// Every decoded token reads all maps, and BF16 halves their bytes. Channels of the stream differ by many orders of
+// magnitude, for which F16 and Q8_0 have too little range. ggml computes BF16 fast on x86. On arm64 it has no NEON code
+// for it: a product of BF16 vectors would take five times the instructions of F32 for each number.
 static ggml_type map_type(const llama_model & model, ggml_backend_buffer_type_t buft) {
 #if defined(__x86_64__) || defined(_M_X64)
     const auto & weights = model.tensors_by_name;
-    const auto   device  = ggml_backend_buft_get_device(buft); // ggml's plain buffers of the host have none
+    const auto   device  = ggml_backend_buft_get_device(buft); // null for ggml's plain host buffers
     const bool   is_cpu  = ggml_backend_buft_is_host(buft) &&
                            (!device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU);
     if (is_cpu && std::any_of(weights.begin(), weights.end(),
@@ -60,7 +58,7 @@ adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::v
             throw adaskip_exception(ADASKIP_ERROR_MEMORY,
                     format("%s has no room for the plan's vectors", ggml_backend_buft_name(buft)));
         }
-        // the scheduler then computes with them where they are
+        // makes the scheduler compute on the device of these buffers
         ggml_backend_buffer_set_usage(buf, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
         res->bufs.emplace_back(buf);
     }

@@ -12,7 +12,7 @@
 #include <cstring>
 #include <vector>
 
-// a multiple of what llama_kv_cache::get_n_kv pads to, which all backends compute well with
+// numbers of cells are multiples of this, as llama_kv_cache::get_n_kv pads them; all backends compute these well
 static constexpr int64_t ADASKIP_CELLS = 256;
 
 //
@@ -24,17 +24,17 @@ static bool is_view_of_memory(const ggml_tensor * t) {
            t->ne[3] == 1 && t->nb[0] == ggml_type_size(t->type);
 }
 
-// [n_embd_head, n_kv, n_head_kv], of which the heads of a cell lie side by side
+// whether a [n_embd_head, n_kv, n_head_kv] has the heads of a cell side by side
 static bool has_rows_of_cells(const ggml_tensor * t) {
     return t->ne[2] == 1 || t->nb[2] == ggml_row_size(t->type, t->ne[0]);
 }
 
-// flash attention reads a copy in F16 of a cache in F32
+// the tensor before a cast: flash attention reads an F16 copy of an F32 cache
 static const ggml_tensor * behind_cast(const ggml_tensor * t) {
     return t->op == GGML_OP_CPY ? t->src[0] : t;
 }
 
-// the same place in FLASH_ATTN_EXT and SOFT_MAX
+// FLASH_ATTN_EXT and SOFT_MAX have it in the same place
 static float max_bias_of(const ggml_tensor * attention) {
     float res;
     std::memcpy(&res, attention->op_params + 1, sizeof(res));
@@ -83,13 +83,13 @@ std::optional<adaskip_kv_reads> adaskip_kv_reads::find(ggml_cgraph * gf, ggml_te
 // adaskip_window_input
 //
 
-// Which cells an ubatch reads, and which of them each token sees.
+// The cells that a ubatch reads, and those that each token sees.
 class adaskip_window_input : public llm_graph_input_i {
 public:
     adaskip_window_input(ggml_context * ctx, const llama_kv_cache * cache, int64_t n_ubatch, int32_t n_window,
             int32_t n_sinks, bool is_flash)
         : cache(cache), n_window(n_window), n_sinks(n_sinks) {
-        // no more than there are: a window or a head may be of any size
+        // at most the whole cache, because a window or a head may have any size
         const int64_t n_seen  = std::min((int64_t) n_sinks + n_window - 1 + n_ubatch, (int64_t) cache->get_size());
         const int64_t n_cells = GGML_PAD(n_seen, ADASKIP_CELLS);
 
@@ -101,7 +101,7 @@ public:
 
     void set_input(const llama_ubatch * ubatch) override {
         if (!cells->buffer || !mask->buffer) {
-            return; // no attention that runs reads it
+            return; // no attention in the graph reads them
         }
         const auto [first, last] = std::minmax_element(ubatch->pos, ubatch->pos + ubatch->n_tokens);
         const llama_pos begin    = *first - n_window + 1;
@@ -142,7 +142,7 @@ public:
         ggml_backend_tensor_set(mask, halves.data(), 0, ggml_nbytes(mask));
     }
 
-    // its tensors depend on the number of tokens alone, which is compared before
+    // the tensors depend on the number of tokens alone, which llama.cpp has compared
     bool can_reuse(const llm_graph_params &) override { return true; }
 
     ggml_tensor * cells; // I32 [n_cells]
@@ -174,21 +174,21 @@ const adaskip_window_input & adaskip_window::input_of(const adaskip_kv_reads & r
     return *input;
 }
 
-// the rows of some cells, F32 [n_embd_head * n_head_kv, n_cells]
+// the rows of these cells, F32 [n_embd_head * n_head_kv, n_cells]
 static ggml_tensor * gather(ggml_context * ctx, const ggml_tensor * view, ggml_tensor * cells) {
     ggml_tensor * rows =
             ggml_view_2d(ctx, view->view_src, view->ne[0] * view->ne[2], view->ne[1], view->nb[1], view->view_offs);
     return ggml_get_rows(ctx, rows, cells);
 }
 
-// the same of a cache that is transposed
+// the same for a transposed cache
 static ggml_tensor * gather_columns(ggml_context * ctx, const ggml_tensor * view, ggml_tensor * cells) {
     ggml_tensor * columns =
             ggml_view_2d(ctx, view->view_src, view->ne[0], view->ne[1] * view->ne[2], view->nb[1], view->view_offs);
     return ggml_get_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, columns)), cells);
 }
 
-// a node that is not yet allocated gets another number of cells
+// changes the number of cells of a node that is not allocated yet
 static void resize(ggml_tensor * t, int64_t n_cells) {
     t->ne[0] = n_cells;
     for (int i = 1; i < GGML_MAX_DIMS; ++i) {
@@ -205,7 +205,7 @@ void adaskip_window::narrow(const adaskip_kv_reads & reads) {
         return ggml_permute(
                 ctx, ggml_reshape_3d(ctx, rows, n_embd_head, rows->ne[0] / n_embd_head, n_cells), 0, 2, 1, 3);
     };
-    // rows are gathered as F32: back to what the cache holds, or what flash attention reads in its place
+    // rows are gathered as F32, so they are cast to the cache's type, or to flash attention's F16
     const auto type_of = [&](const ggml_tensor * view) {
         const bool is_float = view->type == GGML_TYPE_F32 || view->type == GGML_TYPE_BF16;
         return reads.kq && is_float ? view->type : GGML_TYPE_F16;

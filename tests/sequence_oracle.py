@@ -24,7 +24,7 @@ from hypothesis import reject
 from reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.engine.edits import find_runs
+from adaskip_cpp.engine.edits import Run, beside, find_runs
 from adaskip_cpp.model.edits import Edits
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
@@ -135,6 +135,7 @@ class History:
             that it would read; where llama.cpp writes over which ones, it alone knows.
         oldest: the first position that sliding windows still have where a prompt comes, likewise.
         edits: how its runs are moved; None where they are not.
+        saved: histories whose runs are moved as well.
     """
 
     reference: Cells
@@ -143,6 +144,7 @@ class History:
     restarts: Callable[[], bool] = lambda: False
     oldest: Callable[[], int] = lambda: 0
     edits: Edits | None = None
+    saved: Sequence[History] = ()
     cells: list[Cell] = field(default_factory=list)
     plan: SkipPlan = NOTHING
     readable: Sequence[SkipPlan] = ()
@@ -210,12 +212,13 @@ class History:
                 self.cells.append(Cell(token, plan.prefill))
         self.logits_are_current = self.logits_are_current or bool(tokens)
 
-    def _n_readable(self, skip_set: SkipSet) -> int:
-        for position, cell in enumerate(self.cells):
+    def _n_readable(self, skip_set: SkipSet, cells: Sequence[Cell] | None = None) -> int:
+        cells = self.cells if cells is None else cells
+        for position, cell in enumerate(cells):
             most_moves = self.edits.most_moves if self.edits is not None else 0
             if cell.n_moves > most_moves or not is_readable(cell, self.plan, skip_set, self.readable):
                 return position
-        return len(self.cells)
+        return len(cells)
 
     def prompt(self, tokens: list[int]) -> None:
         """A new request: llama-cpp-python keeps the common prefix, and evaluates at least one token."""
@@ -230,28 +233,48 @@ class History:
         self.eval(tokens[common:])
 
     def _take_runs(self, tokens: list[int], oldest: int) -> None:
-        """Read an edited prompt up to the last run of tokens that it has from the cells."""
-        if (edits := self.edits) is None:
+        """Read an edited prompt up to the last run of tokens that it has from the cells, or from saved ones."""
+        if self.edits is None:
             return
-        held = self.tokens[: self._n_readable(self.plan.prefill)]
-        first, bulk = common_prefix(held, tokens), self.plan.bulk
-        tail = max(edits.tail, bulk.tail if bulk is not None else 0)
-        both = np.array(held, np.int32), np.array(tokens, np.int32)
-        found = find_runs(*both, first=first, end=max(0, len(tokens) - tail), least=edits.mend + edits.least)
-        runs = [run for run in found if run.n_moves <= edits.most_moves]
+        first, found = self._runs(self.cells[: self._n_readable(self.plan.prefill)], tokens)
+        taken, runs = [Run(0, 0, first), *found], [(run, self) for run in found]
+        rest = [(each, self._runs(each.cells, tokens)) for each in self.saved]
+        while rest:
+            free = {
+                id(each): beside([Run(0, 0, n, 0), *theirs], taken, least=self.edits.least, mend=self.edits.mend)
+                for each, (n, theirs) in rest
+            }
+            best = max((each for each, _ in rest), key=lambda each: sum(run.n for run in free[id(each)]))
+            taken += free[id(best)]
+            n = self._n_readable(self.plan.prefill, best.cells)
+            readable = [run._replace(n=min(run.n, n - run.start)) for run in free[id(best)] if run.start < n]
+            runs += [(run, best) for run in readable]
+            rest = [each for each in rest if each[0] is not best]
         window = max(filter(None, self.reference.model.window), default=0)
-        if not runs or oldest > max(0, first - window + 1):
+        if not runs or (self.cells and oldest > max(0, first - window + 1)):
             return
-        source, before = self.reference.evaluate(self.cells).copy(), self.cells
-        self.cells = before[:first]
-        for run in runs:
-            start, to = run.start + edits.mend, run.to + edits.mend
-            self._append_prompt(tokens[len(self.cells) : to], len(tokens) - to)
-            for i, cell in enumerate(before[start : run.start + run.n], start):
-                self.cells.append(
-                    replace(cell, n_moves=cell.n_moves + run.n_moves, computed=cell.computed or (source, i))
-                )
+        sources = {id(each): each.reference.evaluate(each.cells).copy() for _, each in runs}
+        held = {id(each): list(each.cells) for _, each in runs}
+        del self.cells[first:]
+        for run, history in sorted(runs, key=lambda each: each[0].to):
+            self._append_prompt(tokens[len(self.cells) : run.to], len(tokens) - run.to)
+            for i, cell in enumerate(held[id(history)][run.start : run.start + run.n], run.start):
+                computed = cell.computed or (sources[id(history)], i)
+                self.cells.append(replace(cell, n_moves=cell.n_moves + run.n_moves, computed=computed))
             del self.cells[self._n_readable(self.plan.prefill) :]
+
+    def _runs(self, cells: Sequence[Cell], tokens: list[int]) -> tuple[int, list[Run]]:
+        """With how many cells a prompt begins, and which runs of the others it has, without what is mended."""
+        assert self.edits is not None
+        held, mend, bulk = [cell.token for cell in cells], self.edits.mend, self.plan.bulk
+        first, end = (
+            common_prefix(held, tokens),
+            len(tokens) - max(self.edits.tail, bulk.tail if bulk is not None else 0),
+        )
+        both = np.array(held, np.int32), np.array(tokens, np.int32)
+        found = find_runs(*both, first=first, end=max(0, end), least=mend + self.edits.least)
+        runs = [run for run in found if run.n_moves <= self.edits.most_moves]
+        return first, [Run(run.start + mend, run.to + mend, run.n - mend, run.n_moves) for run in runs]
 
     def decode(self, tokens: list[int]) -> None:
         """Evaluate a generated token and a draft of those behind it."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -347,7 +347,7 @@ def test_wheel_works_in_another_environment(wheel: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def tiny_sources(tmp_path: Path) -> Callable[..., Path]:
-    """Prepares the sources of a tiny sdist under patches (contents by name), ``own`` being its release's folder."""
+    """Prepares the sources of a tiny sdist under patches, given as contents by name."""
     sdist = tmp_path / "tiny.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
         files = {
@@ -363,16 +363,13 @@ def tiny_sources(tmp_path: Path) -> Callable[..., Path]:
             archive.addfile(member, BytesIO(content.encode()))
     release = releases.Release("1.0", hashlib.sha256(sdist.read_bytes()).hexdigest())
 
-    def prepare(own: Mapping[str, str] = {}, **patches: str) -> Path:
+    def prepare(**patches: str) -> Path:
         folder = tmp_path / "patches"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for name, content in patches.items():
             (folder / f"{name}.patch").write_text(content)
         (folder / "series").write_text("# comment\n" + "".join(f"{name}.patch\n" for name in patches))
-        (folder / "1.0").mkdir()
-        for name, content in own.items():
-            (folder / "1.0" / name).write_text(content)
         return llama_sources.prepare(release, folder, tmp_path / "work", sdist)
 
     return prepare
@@ -438,41 +435,6 @@ def test_patch_that_does_not_apply_is_named_and_leaves_the_sources(
 def test_patch_applied_twice_is_refused(tiny_sources: Callable[..., Path]) -> None:
     with pytest.raises(llama_sources.SourceError, match=r"patch again\.patch does not apply"):
         tiny_sources(a=PATCH, again=PATCH)
-
-
-OWN = PATCH.replace("+inserted", "+of this release")
-
-
-def test_patch_of_a_release_replaces_the_one_of_its_name(tiny_sources: Callable[..., Path]) -> None:
-    root = tiny_sources({"a.patch": OWN}, a=PATCH)
-    assert (root / "src/one.cpp").read_text() == "first\nof this release\nsecond\nthird\n"
-    tiny_sources(a=PATCH)
-    assert (root / "src/one.cpp").read_text() == "first\ninserted\nsecond\nthird\n"
-
-
-def test_series_of_a_release_replaces_the_list(tiny_sources: Callable[..., Path]) -> None:
-    root = tiny_sources({"series": "b.patch\n", "b.patch": OWN}, a=PATCH)
-    assert (root / "src/one.cpp").read_text() == "first\nof this release\nsecond\nthird\n"
-    root = tiny_sources({"series": "a.patch\n"}, a=PATCH, b=PATCH)
-    assert (root / "src/one.cpp").read_text() == "first\ninserted\nsecond\nthird\n"
-
-
-def test_patch_of_another_release_is_not_applied(tiny_sources: Callable[..., Path], tmp_path: Path) -> None:
-    tiny_sources(a=PATCH)
-    other = tmp_path / "patches" / "1.1"
-    other.mkdir()
-    (other / "a.patch").write_text(OWN)
-    assert llama_sources.read_series(tmp_path / "patches", releases.Release("1.0", "")) == [
-        tmp_path / "patches/a.patch"
-    ]
-    assert llama_sources.read_series(tmp_path / "patches", releases.Release("1.1", "")) == [other / "a.patch"]
-
-
-def test_patch_of_a_release_that_replaces_nothing_is_refused(tiny_sources: Callable[..., Path]) -> None:
-    with pytest.raises(
-        llama_sources.SourceError, match=r"1\.0/misspelt\.patch is not in .*series.*; rename or remove it"
-    ):
-        tiny_sources({"misspelt.patch": OWN}, a=PATCH)
 
 
 # --- what stops CMake -------------------------------------------------------------------------------------------------

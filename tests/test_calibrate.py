@@ -484,7 +484,7 @@ def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(RequestError, match=r"no text to calibrate on; pass requests of your own \(--data FILE\)"):
+    with pytest.raises(RequestError, match=r"no text to calibrate on; pass your own requests \(--data FILE\)"):
         corpus.requests(llm, 9, 40)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "argparse.py").write_text("left = 'out'")

@@ -158,7 +158,7 @@ def test_a_busy_machine_is_noted_where_speeds_are_measured(
     once = ("--skip", 2, "--mode", "prefill", "--strategy", "adaskip")
     monkeypatch.setattr("adaskip_cpp.evaluation.measure.load_average", lambda: 2.5)
     assert "The load average was 2.5" in run(*once).stderr
-    assert any("disturb the speeds" in note for note in results()["about"]["notes"])
+    assert any("disturbed the speeds" in note for note in results()["about"]["notes"])
     assert "load average" not in run(*once, "--rounds", 0).stderr
     monkeypatch.setattr("adaskip_cpp.evaluation.measure.load_average", lambda: None)  # as on Windows
     assert "The load average was 2.5" in run(*once).stderr, "the speeds of then are still those shown"
@@ -224,7 +224,7 @@ def test_a_changed_setting_begins_anew_and_says_where_the_old_results_are(run: R
     run(*arguments)
     (kept,) = (tmp_path / "out").glob("items-*.jsonl")
     result = run(*arguments, "--tokens", 30)
-    assert "The settings have changed; earlier results are kept in" in result.stderr
+    assert "The settings have changed. Earlier results are kept in" in result.stderr
     assert kept.name in result.stderr.replace("\n", "")
 
 
@@ -258,7 +258,7 @@ def test_promises_are_measured_with_and_without_a_profile(
     assert [each["name"] for each in found["contenders"]] == ["full", "promise 0.05", "promise 0.1"]
     assert found["n_done"] == found["n_results"] and "promise, 0.05" in result.stdout
     assert [each["n_skip_prefill"] for each in found["contenders"]] == [0, 1, 2]
-    assert "for each prompt the fastest of 2 plans" in found["about"]["configuration"]["Promises"]
+    assert "for each prompt, the fastest of 2 plans" in found["about"]["configuration"]["Promises"]
     report = (tmp_path / "out" / "results.md").read_text()
     assert "| promise, 0.05 |" in report and "profile" not in found["about"]["command"]
     again = run(model=model, profile=None)
@@ -268,8 +268,8 @@ def test_promises_are_measured_with_and_without_a_profile(
         assert {each["name"] for each in results()["contenders"]} == {"full", f"early_exit-2-{mode}", "promise 0.04"}
     shutil.move(plan_path(model), tmp_path / "elsewhere.json")
     assert "run `adaskip-cpp tune`" in line(run(model=model, profile=None))
-    assert "promises choose from what `tune` found" in line(run("--max-loss", "0.04", model=model))
-    assert "plans for these options are made from a profile" in line(run("--skip", 2, model=model, profile=None))
+    assert "promises need the plan file of `tune`" in line(run("--max-loss", "0.04", model=model))
+    assert "these options need plans made from a profile" in line(run("--skip", 2, model=model, profile=None))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_a_profile_of_another_model_is_refused(run: Run, tiny: Any, tmp_path: Pa
         (["--speed-context", str(N_CTX_TRAIN)], "the measurement of speed"),
         (["--ctx", str(N_CTX_TRAIN + 1)], f"made for contexts of {N_CTX_TRAIN} tokens"),
         (["--tokens", "7"], "no prompt before a continuation"),
-        (["--skip", "99"], "there is nothing to compare with the full model"),
+        (["--skip", "99"], "there is nothing to compare with the whole model"),
         (["--speedup", "1.2"], "no cost model"),
         (["--synthetic", "passkey", "--lengths", "10"], "ask for longer ones"),
         (["--texts", "0", "--rounds", "0"], "there is nothing to measure"),

@@ -103,7 +103,7 @@ def test_it_prints_settings_plans_promises_and_speed_within_80_columns(tune: Tun
 def test_it_says_before_it_works_how_to_stop_and_how_long_it_takes(tune: Tune) -> None:
     told = " ".join(tune().stderr.split())
     assert "let nothing else run. Ctrl-C is safe: the same command goes on later." in told
-    assert "so what follows takes about" in told
+    assert "The other stages take about" in told
 
 
 def test_json_is_what_was_found(tune: Tune, folder: Path) -> None:

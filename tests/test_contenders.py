@@ -165,7 +165,7 @@ def test_a_saved_plan_comes_last_unless_it_is_one_of_the_others_or_of_no_mode(pr
     assert notes == []
     for plan, why in (
         (profile.plan(4, mode="prefill"), "it skips the same as adaskip-4-prefill-linear"),
-        (SkipPlan.manual(N_LAYER, ffn=[1]), "its layers were listed, for no mode"),
+        (SkipPlan.manual(N_LAYER, ffn=[1]), "its layers were listed by hand and belong to no mode"),
     ):
         every, notes = contenders(profile, requests, PlanFile(plan))
         assert len(every) == 2

@@ -138,7 +138,7 @@ class Oracle:
         self.history.prompt(prompt)
         are_new = [not any(cell is each for each in before) for cell in self.history.cells]
         self.n_read = sum(
-            is_new and cell.n_moves == 0 for is_new, cell in zip(are_new, self.history.cells, strict=True)
+            is_new and cell.computed is None for is_new, cell in zip(are_new, self.history.cells, strict=True)
         )
         return self.history.trace().logits[0]
 

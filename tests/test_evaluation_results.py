@@ -249,7 +249,7 @@ def test_a_modes_table_begins_with_the_full_model_and_says_what_its_figures_are_
     table = tables(some)[0]
     assert table.title == "Mode prefill"
     assert "in the prompt and in the answer" in table.text and "3 items" in table.text
-    assert table.rows[0][0] == "full model"
+    assert table.rows[0][0] == "whole model"
     line = dict(zip(table.header, table.rows[1], strict=True))
     assert line["contender"] == "AdaSkip affine, 1"
     assert line["skipped"] == "1"
@@ -266,7 +266,7 @@ def test_modes_without_a_contender_have_no_table(some: Results) -> None:
 
 
 def questions(*tasks: str) -> Results:
-    """Results of questions alone, untimed: the full model answers all, the others half of them."""
+    """Results of questions alone, untimed: the whole model answers all, the others half of them."""
     found = results({})
     rows = tuple(
         replace(row, questions={task: TaskScores(Figure(0.5 if row.mode else 1.0, 0.1, 4)) for task in tasks})
@@ -278,7 +278,7 @@ def questions(*tasks: str) -> Results:
 def test_a_summary_has_speed_loss_and_agreement_and_of_questions_the_scores(some: Results) -> None:
     table = summary(some)[0]
     assert table.header == ("contender", "first token, times as fast", "added loss", "agreement, %")
-    assert table.rows[0] == ("full model", "1", "", "")
+    assert table.rows[0] == ("whole model", "1", "", "")
     assert table.rows[1][1:] == ("0.50 (0.50–0.50)", "+0.500 ± 0.058", "80.0 ± 5.8")
     [table] = summary(questions("passkey", "copy"))
     assert (table.title, table.header[3:]) == ("Questions", ("passkey (4)", "copy (4)"))

@@ -106,7 +106,7 @@ def test_evaluate_mine_prints_a_line_for_each_promise(tuned: Path, text: Path, t
     mine = tmp_path / "mine.txt"
     mine.write_text(5 * TEXT, encoding="utf-8")
     told = output(run("evaluate_mine.py", tuned, mine))
-    assert "full model: loss" in told and "promise, 0.05: loss" in told and "promise, 0.1: loss" in told
+    assert "whole model: loss" in told and "promise, 0.05: loss" in told and "promise, 0.1: loss" in told
     assert "promise 0.02 is left out" in told
     assert (tmp_path / "mine.txt.results" / "report.html").exists()
 

@@ -29,18 +29,18 @@ UNREADABLE = {
     "root ::= ((": "unexpected end|expecting",
     "root ::= [a-z": "unexpected end",
     "root ::= other": "Undefined rule",
-    "other ::= [a-z]": "none is named root",
+    "other ::= [a-z]": "no rule is named root",
     'root ::= root "a" | "b"': "begins with itself",
     "root ::= \ud800": "expecting",
     "root ::= " + "[" * 1_000_000: "unexpected end",
-    "root ::= " + "(" * 100_000: "in one another",
-    "root ::= " + "(" * 100_000 + '"a"' + ")" * 100_000: "in one another",
+    "root ::= " + "(" * 100_000: "nested",
+    "root ::= " + "(" * 100_000 + '"a"' + ")" * 100_000: "nested",
     # Where a comment has quotes, what follows it is no text in quotes.
-    'root ::= "a" # "\n' + "b ::= " + "(" * 100_000 + '"a"' + ")" * 100_000: "in one another",
-    CHAIN: "begin with one another",
+    'root ::= "a" # "\n' + "b ::= " + "(" * 100_000 + '"a"' + ")" * 100_000: "nested",
+    CHAIN: "too long a chain",
     FORK: "too many ways",
     BOTH: "too many ways",
-    'root ::= "a"{5,2}': "less than its least",
+    'root ::= "a"{5,2}': "maximum below its minimum",
     'root ::= "' + "a" * 500_000 + '"{2000}': "too many ways",
     "root ::= " + LONG_NAME + "\n" + LONG_NAME + " ::= " + '"a"* ' * 5000: "too many ways",
 }
@@ -106,7 +106,7 @@ def test_a_token_is_sampled_by_a_grammar_without_generate_too(llm: AdaSkipLlama)
     llm.eval(llm.tokenize(b"the"))
     with pytest.raises(RequestError, match="allows no token"):
         llm.sample(grammar=LlamaGrammar.from_string("root ::= <[4294967295]>"))
-    with pytest.raises(RequestError, match="in one another"):
+    with pytest.raises(RequestError, match="nested"):
         llm.sample(grammar=LlamaGrammar.from_string("root ::= " + "(" * 100_000))
     llm._sampler = None
     token = llm.sample(grammar=LlamaGrammar.from_string('root ::= "a"'))

@@ -213,7 +213,7 @@ def test_each_dataset_is_scored_as_longbench_scores_it(
         (json.dumps(record(answers=[3])), "`$.answers"),
         (json.dumps(record(all_classes="City")), "`$.all_classes`"),
         (json.dumps(record(length="long")), "`$.length`"),
-        (json.dumps(record("squad")), "there is no dataset 'squad'; LongBench has narrativeqa"),
+        (json.dumps(record("squad")), "there is no dataset 'squad'; use one of narrativeqa"),
         (json.dumps(record("trec")), "has no 'all_classes', which 'trec' needs"),
         (json.dumps(record("passage_retrieval_en", answers=["12"])), "answer '12' names no paragraph"),
     ],

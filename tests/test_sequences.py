@@ -32,6 +32,7 @@ from adaskip_cpp.errors import ElidedKVError
 from adaskip_cpp.model.edits import WIDE, Reuse, edits_of
 
 N_CTX = 512
+SAVED = 64  # tokens of a saved prompt: the memory has room for it beside what a prompt takes from elsewhere
 EDITS = Edits(mend=1, least=2, tail=2, most_moves=2 * WIDE)
 
 
@@ -120,6 +121,7 @@ class WatchedLlama(AdaSkipLlama):
         """Forget every call before this one."""
         self.limit, self.is_evaluating = N_CTX, False
         self.generated, self.loaded, self.saved, self.restarted, self.oldest = [], [], [], deque(), deque()
+        self.saved_prompts = []
         self.set_cache(None)
         self.reset()
 
@@ -283,6 +285,24 @@ class Calls(RuleBasedStateMachine):
     def change_the_reuse_while_generating(self, data: st.DataObject, n: int, reuse: Reuse) -> None:
         change = partial(self.change_reuse, reuse)
         self.generate_from(data.draw(edited(self.history.tokens)), n, (data.draw(st.integers(1, n - 1)), change))
+
+    @precondition(lambda self: self.kind.reuse != "prefix" and self.kind.family == "llama")  # nothing is ever lost
+    @precondition(lambda self: 0 < len(self.history.cells) <= SAVED)
+    @rule()
+    def save_the_prompt(self) -> None:
+        own = replace(
+            self.history, reference=Cells(self.history.reference.model), cells=[*self.history.cells], saved=()
+        )
+        self.llm.saved_prompts = [*self.llm.saved_prompts[-1:], self.llm.save_prompt()]
+        self.history.saved = [*self.history.saved[-1:], own]
+
+    @precondition(lambda self: self.history.saved)
+    @precondition(has_room)
+    @rule(data=st.data(), new=tokens)
+    def generate_from_saved_prompts(self, data: st.DataObject, new: list[int]) -> None:
+        parts = [new, self.history.tokens[:100], *(each.tokens for each in self.history.saved)]
+        prompt = [token for part in data.draw(st.permutations(parts)) for token in part]
+        self.generate_from(data.draw(edited(prompt)) if data.draw(st.booleans()) else prompt, 3)
 
     @precondition(lambda self: self.kind.reuse != "prefix")
     @rule(reuse=reuses)

@@ -180,7 +180,7 @@ def test_where_tokens_run_out_the_plan_near_the_default_promise_is_judged(
 def test_it_tells_how_long_it_will_take(model: Path, calls: Calls) -> None:
     told: list[str] = []
     tune(model, calls, tell=told.append)
-    assert len(told) == 1 and "tokens per second, so what follows takes about" in told[0]
+    assert len(told) == 1 and "tokens per second. The other stages take about" in told[0]
 
 
 # -- settings --------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_nothing_is_written_but_the_memo(
 
 
 def test_too_little_text_says_how_much_there_is(model: Path, calls: Calls) -> None:
-    with pytest.raises(DataError, match="of either half of the held-out text"):
+    with pytest.raises(DataError, match="each half of the held-out text is too short"):
         tune(model, calls, texts={"short": "the of to " * 50})
     assert calls.tokens == {}, "before settings are tried, which takes minutes"
 

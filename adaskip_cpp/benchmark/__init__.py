@@ -1,1 +1,1 @@
-"""Measures speed against the stock library, each contender in a process of its own: :func:`measure.bench`."""
+"""Measures speed, also against stock llama-cpp-python. Start at :func:`adaskip_cpp.bench`, in ``measure.py``."""

@@ -1,8 +1,8 @@
-"""The benchmark's run: every contender in a process of its own, all of them in turn, round after round.
+"""Runs a benchmark: contenders take turns, each in its own process, round after round. Start at :class:`Bench`.
 
-Each round has new processes. Two of the same program differ in speed by a few percent for as long as they live, by
-where their memory happens to lie; were they kept, the rounds would repeat that difference instead of averaging it out,
-and intervals would be too narrow.
+Each round starts new processes. Two processes of one program differ in speed by a few percent as long as they live,
+because their memory lies in other places. Kept processes would repeat this difference in every round: it would not
+average out, and the intervals would be too narrow.
 """
 
 from __future__ import annotations
@@ -26,18 +26,26 @@ from ..progress import OnProgress
 from .process import Usage, Worker
 from .table import KEPT, NO_PLAN, REST, STOCK, BenchTimes, Row, table
 
-_PAUSE_S = 0.03
-"""Between two runs: the threads of the last contender spin for some milliseconds before they sleep."""
-_N_WARM_UP = 512
-"""Most tokens that a new process reads before it is timed: one ubatch touches the weights and what it computes in."""
-_IDEAL = "the ideal"  # name of the process that runs what the ideals are made of
+_PAUSE_S = 0.03  # between two runs: the last contender's threads spin for some milliseconds before they sleep
+_N_WARM_UP = 512  # most tokens that a new process reads untimed: one ubatch touches all weights and buffers
+_IDEAL = "the ideal"  # name of the process that makes all runs for the ideals
 
 _Parts: TypeAlias = dict[str, dict[Phase, tuple[str, str]]]
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is run, the same for every contender: each context ``n_rounds`` times, ``n_decode`` tokens timed behind."""
+    """The settings of a benchmark, the same for all contenders.
+
+    Attributes:
+        model: the GGUF file.
+        contexts: tokens of the prompts, ascending.
+        n_rounds: number of times that each contender reads each prompt.
+        n_decode: tokens timed after each prompt.
+        n_threads: CPU threads.
+        n_gpu_layers: layers on a GPU; -1 for all.
+        flash_attention: whether flash attention is used.
+    """
 
     model: str
     contexts: tuple[int, ...]
@@ -50,7 +58,23 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The model that was measured, and with what; ``load_average`` was that before, None where none is kept."""
+    """The model, the machine and the releases of a benchmark.
+
+    Attributes:
+        model: the model's name in its file.
+        file: the file's name.
+        architecture: the model's architecture.
+        fingerprint: hash of parts of the file.
+        n_layer: number of layers.
+        file_bytes: size of the file, in bytes.
+        quantisation: type of the weights, such as ``"Q4_0"``.
+        adaskip_cpp: release of adaskip-cpp.
+        llama_cpp_python: release of llama-cpp-python.
+        python: release of Python.
+        os: operating system.
+        load_average: load of the machine before the benchmark; None if the system does not measure it.
+        busy: whether that load disturbs the times.
+    """
 
     model: str
     file: str
@@ -69,10 +93,16 @@ class Configuration:
 
 @dataclass
 class BenchResult:
-    """What was measured, by contender.
+    """The result of ``bench``, by contender.
 
-    ``machine`` is that of ours with no plan, None before it is loaded; ``usage`` is that of the last process.
-    ``ended_by`` ended it before all rounds were run. ``about`` is None where it was not :func:`adaskip_cpp.bench`.
+    Attributes:
+        settings: contexts, rounds and threads.
+        plans: the plans by name.
+        times: the time of each run, in seconds.
+        usage: memory of each contender's last process, in bytes.
+        machine: the machine; None before the whole model was loaded.
+        ended_by: the reason if the benchmark ended early, else None.
+        about: model, machine and releases.
     """
 
     settings: BenchSettings
@@ -85,7 +115,7 @@ class BenchResult:
 
     @property
     def rows(self) -> list[Row]:
-        """Medians and ratios of all complete rounds, by phase, context and contender."""
+        """Medians and ratios of all complete rounds, one row for each phase, context and contender."""
         return table(self.times)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,10 +148,10 @@ class BenchResult:
 
 
 class Bench:
-    """A benchmark that is about to run, of plans by the names of their contenders, with or without stock.
+    """A benchmark of plans, by the names of their contenders, with or without stock.
 
-    Tokens for the prompts are repeated where a context is longer. With ``skippable``, what can be skipped everywhere
-    and what in the bulk of a prompt, each bool ``[n_layer, 2]``, the ideal ratio of each plan is measured too.
+    ``tokens`` are repeated for longer contexts. ``skippable`` are the sublayers that can be skipped everywhere, and
+    those that can be skipped in the bulk, each bool ``[n_layer, 2]``. With it, each plan's ideal is measured too.
     """
 
     def __init__(
@@ -148,14 +178,14 @@ class Bench:
         # Tokens that an online stage observes do not count, so that its choice is timed.
         windows = {name: plan.online.window for name, plan in plans.items() if plan.online is not None}
         settle = {name: window + N_SETTLE for name, window in windows.items() if window < settings.n_decode}
-        # What takes its turn in a round. The contenders have processes of their own; the runs with a plan share one.
+        # The runs of a round. Each contender has its own process (value None); the runs for the ideals share one.
         self._runs: dict[str, SkipPlan | None] = {**dict.fromkeys(contenders), **ideal}
         self._tokens = list(itertools.islice(itertools.cycle(tokens), max(settings.contexts)))
         self._n_read = 0
         self.result = BenchResult(settings, dict(plans), BenchTimes(contenders, parts=parts, settle=settle))
 
     def run(self) -> BenchResult:
-        """Run it to the end; Ctrl-C or the death of a contender end it too, and are raised where nothing is known."""
+        """Run all rounds. Ctrl-C or a failed contender ends them early, and is raised only in the first round."""
         try:
             for n_round in range(self._settings.n_rounds):
                 with ExitStack() as stack:
@@ -203,7 +233,7 @@ class Bench:
 
 
 def _ideal(plans: Mapping[str, SkipPlan], skippable: Flags, in_bulk: Flags) -> tuple[_Parts, dict[str, SkipPlan]]:
-    """Return what runs tell the ideal of each plan, and the plans of these runs, by their names."""
+    """Return the names of the two runs that give each plan's ideal, by phase, and the plans of these runs by name."""
     names: dict[SkipPlan, str] = {}
 
     def pair(may: Flags, skip: Flags, name: str, rest: str, bulk: Bulk | None = None) -> tuple[str, str]:
@@ -216,7 +246,7 @@ def _ideal(plans: Mapping[str, SkipPlan], skippable: Flags, in_bulk: Flags) -> t
         if plan.bulk is None and plan.prefill.n_skip:
             own["prefill"] = pair(skippable, plan.prefill.skip, name, REST)
         elif plan.bulk and plan.bulk.skip.n_skip and not (plan.prefill.n_skip or plan.bulk.windowed):
-            # Plans that are cut otherwise have a run of their own to be compared with.
+            # A plan with another head or tail is compared with a run of its own.
             rest = f"{KEPT}, for {name!r}" if KEPT in names.values() else KEPT
             own["prefill"] = pair(in_bulk, plan.bulk.skip.skip, f"{name} in the bulk", rest, plan.bulk)
         if plan.decode.n_skip and not plan.schedule and plan.online is None:  # else the set changes within a request

@@ -1,4 +1,4 @@
-"""Measures how fast a model is with and without plans: the function :func:`adaskip_cpp.bench`."""
+"""The function :func:`adaskip_cpp.bench`: measures how fast a model is with and without plans."""
 
 import os
 import platform
@@ -26,8 +26,7 @@ from ..progress import OnProgress
 from .bench import Bench, BenchResult, BenchSettings, Configuration
 
 _DEFAULT_CONTEXTS = (512, 2048, 8192)
-N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16
-"""Of a brief calibration: enough for a plan to be timed, not for one to be used."""
+N_REQUESTS, N_TOKENS, N_DECODE = 6, 512, 16  # of a brief calibration: enough to time a plan, not to use it
 
 
 def bench(
@@ -44,31 +43,36 @@ def bench(
     on_progress: OnProgress = lambda fraction, words="": None,
     tell: Callable[[str], None] = lambda note: None,
 ) -> BenchResult:
-    """Measure the time to the first token and per token, each contender in processes of its own that take turns.
+    """Measure the speed of plans, of the whole model and of stock llama-cpp-python.
 
-    Ctrl-C, or the end of a contender's process, ends it early. From the second round on, what was measured is returned
-    all the same, and its ``ended_by`` says why.
+    Each contender runs in processes of its own, which take turns. Ctrl-C, or the end of a contender's process, ends the
+    measurement early. After the first round, the result so far is returned, and its ``ended_by`` has the reason.
 
     Args:
         model: a GGUF file.
-        plans: plans by name, beside the whole model. A request becomes a plan for the longest prompt, a frontier the
-            plan that it chooses for that.
-        profile: of this model, for the requests. Without one the model is calibrated briefly where they need it.
-        contexts: tokens of the prompts; None for 512, 2048 and 8192, cut to what the model allows.
-        n_rounds: how often each contender reads each prompt.
+        plans: plans by name, to compare with the whole model. A request becomes a plan for the longest prompt. A
+            frontier becomes the plan that keeps the default promise there.
+        profile: a profile of this model, for requests. None calibrates the model briefly if a request needs it.
+        contexts: tokens of the prompts; None for 512, 2048 and 8192, or fewer if the model allows fewer.
+        n_rounds: number of times that each contender reads each prompt.
         n_decode: tokens timed after each prompt.
         stock: whether stock llama-cpp-python is a contender.
-        ideal: whether the skipped sublayers are timed by themselves.
-        running: threads and devices, the same for all contenders.
-        on_progress: takes the share of the prompts' tokens that were read, 0 to 1, and what runs now.
-        tell: takes sentences for the user: shorter prompts, a calibration, a busy machine.
+        ideal: whether the skipped sublayers are timed by themselves, for the ideal speed-up.
+        running: threads and devices of all contenders.
+        on_progress: called with the share of the work that is done, 0 to 1, and the name of the current contender.
+        tell: called with sentences for the user, such as a warning of a busy machine.
 
     Returns:
-        All times in seconds; ``rows`` are medians, and ratios with 95% intervals.
+        All times in seconds. Its ``rows`` have medians, and ratios with 95% intervals.
 
     Raises:
-        AdaSkipError: the file is no model, the profile is another model's, a plan does not fit, the model allows no
-            such context, or a process ended in the first round.
+        AdaSkipError: the file is not a model, the profile is of another model, a plan does not fit, the model does not
+            allow such a context, or a process ended in the first round.
+
+    Examples:
+        >>> result = bench("model.gguf", {"12 skipped": PlanRequest(12)}, contexts=[2048])
+        >>> for row in result.rows:
+        ...     print(row.contender, row.phase, row.median_s)
     """
     model, plans, running = os.fspath(model), plans or {}, running or Running()
     requests = [each for each in plans.values() if isinstance(each, PlanRequest)]
@@ -95,14 +99,14 @@ def bench(
             elif (plan := each.choose(longest, edited=True) if isinstance(each, Frontier) else each) is not None:
                 made[name] = plan
             else:
-                tell(f"No plan of {name!r} keeps the default promise for {longest:,} tokens: it is left out.")
+                tell(f"No plan of {name!r} keeps the default promise for {longest:,} tokens. It is left out.")
         if predicts and profile and profile.cost and (note := profile.cost.settings.note(cost_settings(llm))):
             tell(note)
         tokens, skippable = _material(llm, made.values(), longest)
     if about.busy:
         tell(
-            f"Warning: the load average is {about.load_average}; unless that comes from what you ran just before, "
-            "other programs disturb the times."
+            f"Warning: the load average is {about.load_average}. If other programs are running, they disturb the "
+            "times: close them, and start again."
         )
     n_threads, flash_attention = running.n_threads or physical_cores(), bool(running.flash_attn)
     settings = BenchSettings(model, fitting, n_rounds, n_decode, n_threads, running.gpu_layers, flash_attention)
@@ -113,7 +117,7 @@ def bench(
 
 
 def learns(request: PlanRequest) -> bool:
-    """Whether a request needs a profile; lists of layers without compensation need the number of layers only."""
+    """Return whether a request needs a profile. Lists of layers without compensation need none."""
     return request.strategy != "manual" or request.compensation != "none"
 
 
@@ -145,12 +149,12 @@ def _configuration(llm: AdaSkipLlama) -> Configuration:
 
 
 def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -> tuple[tuple[int, ...], str]:
-    """Return the contexts to measure, ascending, and a line that says what was changed, "" if nothing."""
+    """Return the contexts to measure, ascending, and a note for the user if they differ from those asked for."""
     wanted = sorted(set(_DEFAULT_CONTEXTS if asked is None else asked))
     limit = n_ctx_train - n_decode if n_ctx_train else wanted[-1]
     if wanted[0] < 1 or limit < 1:
         raise DataError(
-            f"no prompt of {wanted[0]} tokens with {n_decode} decoded behind it fits into the model's context of "
+            f"a prompt of {wanted[0]} tokens and {n_decode} decoded tokens do not fit into the model's context of "
             f"{n_ctx_train:,}; use contexts of 1 or more (--contexts) and decode fewer (n_decode, --decode-tokens)"
         )
     if asked is not None and n_ctx_train and wanted[-1] > n_ctx_train:
@@ -159,12 +163,12 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
         )
     fitting = sorted({min(context, limit) for context in wanted})
     listed = ", ".join(f"{context:,}" for context in fitting)
-    note = f"Contexts are {listed}: the model's {n_ctx_train:,} tokens also hold the {n_decode} that are decoded."
+    note = f"Contexts are {listed}: the model's context of {n_ctx_train:,} must also hold {n_decode} decoded tokens."
     return tuple(fitting), "" if fitting == wanted else note
 
 
 def _material(llm: AdaSkipLlama, plans: Iterable[SkipPlan], n_tokens: int) -> tuple[list[int], tuple[Flags, Flags]]:
-    """Return text for prompts, and what can be skipped, bool ``[n_layer, 2]``, everywhere and in the bulk."""
+    """Check the plans; return tokens for prompts, and the sublayers that can be skipped, see :class:`Bench`."""
     for plan in plans:
         llm.set_plan(plan)
     tokens = corpus.cut(llm, corpus.text(()), 1, max(n_tokens, 2))[0]

@@ -1,4 +1,4 @@
-"""The pictures of a benchmark: times by context, and ratios with their intervals."""
+"""Draws the pictures of a benchmark: times by context, and ratios with their intervals. Start at :func:`plot`."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ TITLES = {"prefill": "Time to first token", "decode": "Time per token"}
 
 
 def plot(rows: Sequence[Row], target: str) -> list[Path]:
-    """Draw times and ratios as PNG and SVG into a folder, or where a path's last part begins their names."""
+    """Draw times and ratios as PNG and SVG. ``target`` is a folder, or a path whose last part begins the file names."""
     folder, stem = os.path.split(target)
     if not stem or os.path.isdir(target):
         folder, stem = target, "bench"
@@ -77,7 +77,7 @@ def _finished(fig: plots.Figure, axes: Sequence[plots.Axes]) -> plots.Figure:
     for axis, phase in zip(axes, TIMED, strict=True):
         axis.set_xlabel("tokens of the prompt")
         plots.title(axis, TITLES[phase])
-    # Below the panels: contenders of any number hide no point there.
+    # Below the panels, where it hides no points.
     handles, labels = axes[0].get_legend_handles_labels()
     plots.legend(fig, handles=handles, labels=labels, loc="outside lower center", ncols=min(len(labels), 4))
     return fig

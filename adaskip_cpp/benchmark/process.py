@@ -1,4 +1,4 @@
-"""The other end of :mod:`adaskip_cpp.benchmark.worker`: starts a contender's process and talks to it."""
+"""Starts a contender's process (``worker.py``) and talks to it, for ``bench.py`` and ``tune``. See :class:`Worker`."""
 
 import os
 import pickle
@@ -16,8 +16,7 @@ from ..errors import AdaSkipError, NativeError
 from ..measuring.timing import RequestTime
 from ..model.plan import SkipPlan
 
-# The path is set before anything is imported, so that the worker finds the packages that this process has, whatever
-# the working directory holds.
+# Sets sys.path before any import, so that the worker imports this process's packages and none of the working directory.
 _START = (
     f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); "
     "import runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -26,19 +25,19 @@ _START = (
 
 @dataclass(frozen=True)
 class Usage:
-    """The memory that a contender takes: resident at most, weights included as far as they were read, and its KV."""
+    """The memory of a contender: the most that was resident, with the weights that were read, and its KV."""
 
     peak_bytes: int
     kv_bytes: int
 
 
 class Worker:
-    """A contender's process, idle unless it is asked something; a context manager that ends it, whatever it does."""
+    """A contender's process, idle between requests. Leaving its ``with`` block kills it."""
 
     def __init__(self, name: str, side: Literal["stock", "ours"]) -> None:
         self.name = name
         self.usage = Usage(0, 0)
-        # A file and not a pipe: nobody reads it while the worker runs.
+        # A file, because a pipe that nobody reads would fill up.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
         path = os.pathsep.join(map(os.path.abspath, sys.path))
         worker = str(Path(__file__).with_name("worker.py"))
@@ -48,7 +47,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"},
-            # The terminal's Ctrl-C is not for it; each of the two is for other systems.
+            # Keep the terminal's Ctrl-C from the process, on POSIX and on Windows.
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
@@ -62,14 +61,14 @@ class Worker:
         self._log.close()
 
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Load a model; return ``library``, the path of its libllama, and of ours ``settings``, a CostSettings."""
+        """Load a model; return ``library``, the path of its libllama, and for ours ``settings``, a CostSettings."""
         reply = self._ask("open", model, options)
         sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", self._read_log())
         self.usage = Usage(0, round(sum(map(float, sizes)) * 2**20))
         return reply
 
     def time(self, prompt: Sequence[int], n_decode: int, plan: SkipPlan | None = None) -> RequestTime:
-        """Time a request, see :func:`adaskip_cpp.measuring.timing.time_request`; a plan is put in force before."""
+        """Set a plan, if one is given, and time a request with :func:`adaskip_cpp.measuring.timing.time_request`."""
         reply = self._ask("time", list(prompt), n_decode, plan)
         self.usage = Usage(reply["peak_bytes"], reply.get("kv_bytes", self.usage.kv_bytes))
         return RequestTime(reply["first_token_s"], reply["token_s"])
@@ -78,7 +77,7 @@ class Worker:
         requests, replies = self._process.stdin, self._process.stdout
         assert requests is not None and replies is not None
         try:
-            pickle.dump(pickle.dumps((method, arguments)), requests)  # twice, see the worker
+            pickle.dump(pickle.dumps((method, arguments)), requests)  # twice: its main thread unpickles the inner one
             requests.flush()
             reply: dict[str, Any] = pickle.load(replies)
         except (EOFError, OSError, pickle.UnpicklingError):
@@ -97,9 +96,9 @@ class Worker:
         return reply
 
     def _read_log(self) -> str:
-        self._log.seek(0)  # the place is the worker's too, and at the end again when all is read
+        self._log.seek(0)  # the worker shares this position: reading everything moves it to the end again
         return self._log.read().decode("utf-8", "replace")
 
     def _last_words(self) -> str:
         lines = self._read_log().strip().splitlines()
-        return f"its last words: {lines[-1].strip()}" if lines else "it said nothing"
+        return f"its last line of output: {lines[-1].strip()}" if lines else "without output"

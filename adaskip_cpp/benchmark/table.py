@@ -1,4 +1,4 @@
-"""From the times of a benchmark to its table: medians, ratios pair by pair, and how near the ideal they come."""
+"""Makes the table of a benchmark from its times: medians, ratios pair by pair, and ideals. Start at :func:`table`."""
 
 import itertools
 import math
@@ -13,30 +13,24 @@ from ..intervals import Interval, ratio_interval
 from ..measuring.timing import N_SETTLE, RequestTime
 from ..model.plan import TIMED, Phase
 
-STOCK, NO_PLAN = "stock", "no plan"
-"""The two contenders that others are compared with: stock llama-cpp-python, and ours with no plan."""
-REST, KEPT = "nothing that can be skipped", "nothing but K and V of what can be skipped"
-"""Names of the runs of all else: of everything, and with K and V kept in the bulk of a prompt."""
+STOCK, NO_PLAN = "stock", "no plan"  # contenders to compare with: stock llama-cpp-python, and ours with no plan
+REST, KEPT = "nothing that can be skipped", "nothing but K and V of what can be skipped"  # runs for the ideals
 
 
 @dataclass
 class BenchTimes:
     """The times of all runs.
 
-    The time of a plan's skipped sublayers is that of a run in which only they run, less that of :data:`REST`; for a
-    bulk, less that of :data:`KEPT`. A few sublayers alone may fit into a cache that the whole model does not fit into:
-    then they take less time than among the others, and skipping them brings more than 100% of this ideal.
-
-    Attributes:
-        times: by name of the run and tokens of context: one request per round, in order.
-        parts: by contender and phase, the run of only what it skips there and that of all else; empty without an ideal.
-        settle: by contender, tokens at the beginning of decode that do not count; :data:`timing.N_SETTLE` by default.
+    A plan's skipped sublayers take the time of a run with them alone, minus that of :data:`REST`, or for a bulk of
+    :data:`KEPT`. ``parts`` names these two runs by contender and phase. A few sublayers alone may fit into a cache that
+    the whole model does not fit into. Then they take less time than among the others, so skipping them can bring more
+    than 100% of this ideal.
     """
 
     contenders: Sequence[str]
-    times: dict[tuple[str, int], list[RequestTime]] = field(default_factory=dict)
+    times: dict[tuple[str, int], list[RequestTime]] = field(default_factory=dict)  # by run and context, in rounds
     parts: Mapping[str, Mapping[Phase, tuple[str, str]]] = field(default_factory=dict)
-    settle: Mapping[str, int] = field(default_factory=dict)
+    settle: Mapping[str, int] = field(default_factory=dict)  # by contender, uncounted first tokens, if not N_SETTLE
 
     def seconds(self, name: str, context: int, phase: Phase) -> list[float]:
         parts = {each for parts in self.parts.values() for pair in parts.values() for each in pair}
@@ -49,16 +43,20 @@ class BenchTimes:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one context in one phase.
+    """The speed of one contender at one context in one phase.
 
     Attributes:
-        phase: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token behind it.
-        low_s, high_s: quartiles.
-        against: how many times as fast it is as :data:`STOCK` and as :data:`NO_PLAN`, where these were measured; pair
-            by pair, see :func:`intervals.ratio_interval`.
-        ideal: how many times as fast as :data:`NO_PLAN` it would be without the time of the skipped sublayers, measured
-            separately: ``full / (full - skipped)``; None if not measured.
-        of_ideal: what was measured against :data:`NO_PLAN`, divided by the ideal.
+        contender: ``"stock"``, ``"no plan"`` or the name of a plan.
+        context: tokens of the prompt.
+        phase: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token of the answer.
+        n_rounds: number of complete rounds.
+        median_s: median time, in seconds.
+        low_s: lower quartile, in seconds.
+        high_s: upper quartile, in seconds.
+        against: how many times as fast as ``"stock"`` and as ``"no plan"``, if these were measured.
+        ideal: how many times as fast as ``"no plan"`` it would be without the time of the skipped sublayers, which are
+            timed separately; None if they were not.
+        of_ideal: the measured ratio to ``"no plan"``, divided by the ideal.
     """
 
     contender: str
@@ -73,6 +71,7 @@ class Row:
     of_ideal: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
         data: dict[str, Any] = to_builtins(self)
         against = data.pop("against")
         for name, each in self.against.items():
@@ -96,7 +95,7 @@ def table(measured: BenchTimes) -> list[Row]:
 
 
 def verdict(interval: Interval) -> str:
-    """Say in words what a ratio of speeds proves: how many times as fast, or that there is no real difference."""
+    """Say what a ratio of speeds proves: how many times as fast, or no real difference."""
     if not math.isfinite(interval.low) or not math.isfinite(interval.high):
         return f"{interval.value:.2f} x as fast, measured once"
     digits = 3 if abs(interval.value - 1) < 0.1 else 2
@@ -105,7 +104,7 @@ def verdict(interval: Interval) -> str:
 
 
 def _ideal(measured: BenchTimes, name: str, context: int, phase: Phase, own: list[float]) -> tuple[Interval, ...]:
-    """The ideal and the share of it; nothing where there is none, or the machine is so noisy that none can be told."""
+    """Return the ideal and the share of it that was reached; () if there is none, or noise hides it."""
     pair = measured.parts.get(name, {}).get(phase)
     if pair is None:
         return ()

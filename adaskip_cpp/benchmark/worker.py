@@ -1,8 +1,7 @@
-"""One contender of a benchmark: a process that holds a model and times requests when it is told to.
+"""One contender of a benchmark: a process that holds a model and times requests. ``process.py`` starts it by its path.
 
-Run by its path, never as a module of the package: it imports adaskip_cpp only where ours is asked for, so that stock
-llama-cpp-python runs on its own libllama. Requests come pickled on stdin, replies go to stdout. The process ends where
-stdin does, in the middle of a request too: with its parent.
+It imports adaskip_cpp only for ours, so that stock llama-cpp-python runs on its own libllama. Requests come pickled on
+stdin, replies go to stdout. The process ends when stdin does, with its parent, even during a request.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _TIMING = runpy.run_path(str(Path(__file__).parents[1] / "measuring" / "timing.p
 
 
 class _Contender:
-    """A model, stock or ours; what it is asked by :class:`adaskip_cpp.benchmark.process.Worker`."""
+    """A model, stock or ours. :class:`adaskip_cpp.benchmark.process.Worker` requests calls of its methods."""
 
     def __init__(self, side: str) -> None:
         self._ours = side == "ours"
@@ -39,8 +38,8 @@ class _Contender:
         library = Path(llama_cpp.llama_cpp._lib._name).resolve()
         stock = "adaskip_cpp" not in sys.modules and Path(llama_cpp.__file__).resolve().parent in library.parents
         if not self._ours and not stock:
-            raise RuntimeError(f"this process runs on {library}, not on the libllama of llama-cpp-python")
-        # llama.cpp tells its sizes, and why it cannot load a model, in its log alone.
+            raise RuntimeError(f"{library} is not the libllama of llama-cpp-python; reinstall llama-cpp-python")
+        # verbose: sizes, and why a model cannot be loaded, are in llama.cpp's log alone.
         self._llm = (AdaSkipLlama if self._ours else llama_cpp.Llama)(model, verbose=True, **options)
         self._llm.verbose = False
         _logger.set_verbose(False)
@@ -62,7 +61,7 @@ def _peak_bytes() -> int:
         ctypes.WinDLL("kernel32").K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, ctypes.sizeof(counters))
         return int(counters[1])
     try:
-        # Linux keeps ru_maxrss across exec, so it may be the parent's; this is of the program alone.
+        # Linux keeps ru_maxrss across exec, so it may be the parent's; VmHWM is this program's.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -76,15 +75,15 @@ def _peak_bytes() -> int:
 def _read(parent: IO[bytes], requests: queue.SimpleQueue[bytes]) -> None:
     try:
         while True:
-            requests.put(pickle.load(parent))  # bytes: what is in them is unpickled where a failure is told
+            requests.put(pickle.load(parent))  # bytes: the main thread unpickles them, and can report errors
     except (EOFError, OSError):
         os._exit(0)
 
 
 def main(side: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     asked, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # Whatever else is printed is no reply. And libraries look at stdin when they are loaded: on Windows they would wait
+    # Other output must not mix with replies. And libraries that look at stdin while they load would wait, on Windows,
     # for the thread that reads from it.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)

@@ -43,30 +43,39 @@ def calibrate(
     on_stage: Stage = progress_bar,
     description: str | None = None,
 ) -> Profile:
-    """Learn a profile from calibration requests: the paper's offline importance learning, and the same of decode.
+    """Calibrate a model: measure the effect and the time of each sublayer on sample texts.
 
-    Every request runs in prefill through the full model, which continues :data:`MAX_DECODED` of them by ``n_decode``
-    tokens, greedily and past an end of text too. The model's plan is set aside meanwhile and put back at the end, also
-    after an error or Ctrl-C; its KV cache is dropped.
+    This is the paper's offline importance learning, for prompts and for answers. The whole model reads every request,
+    and continues 20 of them by ``n_decode`` tokens. The model's plan is set again at the end, also after an error or
+    Ctrl-C. Its KV cache is empty then.
 
     Args:
-        requests: texts or lists of token ids, all of them used; text like your own gives a better profile. None: those
-            of :func:`adaskip_cpp.measuring.corpus.requests`, from text that every Python carries.
-        n_requests: requests to cut from it, of ``n_tokens`` tokens each, if ``requests`` is None.
-        n_decode: tokens to decode after a request, at least 1.
-        rank: of the linear maps that are fitted for compensation ``"linear"``; 0 for none. Sublayers of the first third
-            of the layers get none: prompts never skip them, and in other modes their mean error stands in.
-        cost: whether to measure what each sublayer costs on this machine, which ``Profile.plan(speedup=...)`` needs.
-        n_judged: requests, one in four at most, on which is measured what skipping each sublayer in the bulk of a
-            prompt costs its answers, for mode ``"prompt"`` to choose by. They have no part in the maps.
-        windows: whether to measure on them what attentions cost that look back at a window, for ``speedup=``.
-        on_stage: shows progress: on stderr by default, where that is a terminal and a stage takes more than 2 s;
-            :func:`adaskip_cpp.progress.silent` shows nothing.
-        description: what text this is, in words, stored in the profile.
+        llm: the model.
+        requests: texts, or lists of token ids, that fit into the context. Text like your own gives a better profile.
+            None for text that every Python carries.
+        n_requests: number of requests to cut from that text, if ``requests`` is None.
+        n_tokens: tokens of each of these.
+        n_decode: tokens to decode after a request, from 1 on.
+        rank: rank of the linear maps for compensation ``"linear"``, up to 4096; 0 for no maps. Sublayers of the first
+            third of the layers get none.
+        cost: whether the time of each sublayer is measured. ``Profile.plan(speedup=...)`` needs it.
+        n_judged: number of requests, at most a quarter, on which the divergence of skipping each sublayer is measured.
+            Mode ``"prompt"`` chooses by it. These requests are not used for maps.
+        windows: whether the divergence of windows is measured on these requests, for ``Profile.plan(speedup=...)``.
+        on_stage: shows progress. The default one shows stages of more than 2 s on stderr, if that is a terminal.
+            ``adaskip_cpp.progress.silent`` shows nothing.
+        description: the text in words, stored in the profile.
+
+    Returns:
+        The profile. ``Profile.plan`` makes plans of it.
 
     Raises:
-        RequestError: there are no requests, or one is empty, leaves the model's context no room for ``n_decode``
-            tokens, or has token ids that are not in the vocabulary. All are checked before the first one runs.
+        RequestError: there are no requests, or one is empty, is too long for the context, or has an unknown token id.
+            All requests are checked before the first one is read.
+
+    Examples:
+        >>> llm = AdaSkipLlama("model.gguf", n_ctx=2048)
+        >>> profile = calibrate(llm, [open("mine.txt").read()])
     """
     if requests is None:
         token_lists = corpus.requests(llm, n_requests, n_tokens)

@@ -1,5 +1,9 @@
-"""Finds what an edited prompt has in common with the one in memory, wherever it stands."""
+"""Finds what a prompt has in common with the one in memory, and with saved ones, wherever it stands.
 
+Start at :func:`find_runs`; :class:`AdaSkipLlama` moves the runs.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,6 +25,18 @@ class Run(NamedTuple):
     to: int
     n: int
     n_moves: int = 1
+
+
+class Saved(NamedTuple):
+    """A saved prompt.
+
+    Attributes:
+        tokens: int32 ``[n_tokens]``: its token ids.
+        take: returns the saved state of sequence 0; None if it is gone.
+    """
+
+    tokens: Tokens
+    take: Callable[[], bytearray | None]
 
 
 def n_common(a: Tokens, b: Tokens) -> int:
@@ -65,6 +81,23 @@ def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: in
             is_free[start : start + n] = False
             at, shift = to + n, to - start
     return runs
+
+
+def beside(runs: Iterable[Run], taken: Sequence[Run], *, least: int, mend: int) -> list[Run]:
+    """Return the parts of runs whose places in the prompt are not taken, each of at least ``least`` tokens.
+
+    A part that begins inside its run loses ``mend`` tokens: they are read, so that its K is turned before it is saved.
+    """
+    parts = []
+    for run in runs:
+        at, end = run.to, run.to + run.n
+        for each in sorted([*(each for each in taken if each.n), Run(0, end, 0)], key=lambda each: each.to):
+            begin = at if at == run.to else at + mend
+            n = min(each.to, end) - begin
+            if n >= least:
+                parts.append(Run(run.start + begin - run.to, begin, n, run.n_moves))
+            at = max(at, each.to + each.n)
+    return parts
 
 
 def _hashes(tokens: Tokens, n: int) -> npt.NDArray[np.uint64]:

@@ -1,12 +1,14 @@
 # Long, as what is cached, which plan is in force and how the next tokens are cut into phases hang together.
 """``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
 
+import ctypes
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import llama_cpp
 import numpy as np
 
 from ..errors import AdaSkipError, NativeError, PlanError, RequestError, StateError
@@ -17,7 +19,7 @@ from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
-from .edits import Run, Tokens, find_runs, n_common
+from .edits import Run, Saved, Tokens, beside, find_runs, n_common
 from .grammar import check_grammar
 from .native import OnlineResult, StatisticsSink, elide_kv, is_here
 from .self_describing import SelfDescribingLlama
@@ -40,49 +42,63 @@ class _InForce:
 
 
 class AdaSkipLlama(SelfDescribingLlama):
-    """A model that can leave sublayers out.
+    """A ``llama_cpp.Llama`` that can skip sublayers by a plan.
 
-    Without a plan it is ``llama_cpp.Llama``, bit for bit. With one, the prompt given to a call runs under the plan's
-    prefill set and what the call generates under its decode set. Where the plan has a bulk set, that is what a prompt
-    runs under, but for the first tokens of the sequence and the last of the prompt; see :class:`SkipPlan`. Whoever asks
-    for the logits of a prompt's own tokens (``echo`` with ``logprobs``, embeddings) gets them without a bulk.
+    It takes the same arguments and has the same methods. Without a plan, logits are bit-identical to those of
+    ``llama_cpp.Llama`` with the same settings.
 
-    A plan may be changed at any time. A cached position is used again where it has K and V for all that is to run now,
-    and was computed by the whole model, under a set of the plan in force, or in the bulk of a plan that this may read
-    besides. From the first other position on, all are evaluated again.
+    A plan has a set of sublayers for each phase (see ``SkipPlan``). The prompt of a call runs under the plan's prefill
+    set, and the answer under its decode set. If the plan has a bulk, the prompt's tokens between head and tail run
+    under the bulk set instead. A call that asks for the logits of a prompt's own tokens (``echo`` with ``logprobs``,
+    or embeddings) reads the prompt without a bulk.
+
+    A plan may be changed at any time. A cached token is used again if two conditions hold. It has K and V for all
+    sublayers that run now. And it was computed by the whole model, under a set of the plan in force, or in the bulk of
+    a plan in ``readable``. All tokens from the first other one on are evaluated again.
 
     Args:
         model_path: a GGUF file.
-        plan: as for :meth:`set_plan`. ``"auto"`` reads what `adaskip-cpp tune` wrote beside the model, to
-            ``X.adaskip-plan.json`` for ``X.gguf``. A frontier chooses a plan for each prompt. The model is opened with
-            its settings if this is the machine that they were found on; arguments that are given win. Of a plan without
-            a bulk set, which keeps all K and V, no KV is allocated for the layers whose attention it skips in every
-            phase. Such a model only takes plans that skip them too, and cannot run as a whole.
-        max_loss: for a frontier: nats per token that an answer may lose, by default 0.05.
-        exact_batches: cut prompts into batches as ``llama_cpp.Llama`` does. Otherwise, where upper layers share KV
-            (Gemma 3n and 4), the last token of a prompt is computed by itself, so that they run for no other: logits
-            differ by the rounding of another batch size.
-        reuse: what a prompt uses of the one in memory. ``"prefix"``: what both begin with, as ``llama_cpp.Llama`` does.
-            ``"edits"`` or an :class:`Edits`: every run of tokens that both have, moved to its new place. Such tokens
-            were computed after other text, which costs some quality. ``"auto"``: these runs where a frontier chooses
-            the plan and has measured that edits keep their share of the promise, else the prefix. Where the memory has
-            a recurrent state, lost what a sliding window has left, or cannot be shifted by llama.cpp, and where a
-            prompt's own logits are asked for, it is the prefix alone.
-        repack: let llama.cpp keep weights on the CPU in a layout of its own (``use_extra_bufts``); None: as tuned, else
-            True, its default. Which is faster depends on machine, model and batch size; logits differ by rounding.
-        **kwargs: everything that ``llama_cpp.Llama`` takes.
+        plan: the sublayers to skip: a ``SkipPlan``, a ``Frontier``, ``"auto"`` or None for the whole model. ``"auto"``
+            reads the file that ``adaskip-cpp tune`` wrote beside the model, ``X.adaskip-plan.json`` for ``X.gguf``. A
+            frontier chooses a plan for each prompt. On the machine of the frontier, the model is opened with the
+            frontier's settings, but arguments given here come first. If a plan has no bulk, the layers whose attention
+            it skips in every phase get no memory for K and V. Such a model cannot run as a whole, and takes only plans
+            that skip these attentions too.
+        max_loss: for a frontier: the promise, in nats per token that an answer may lose; None for 0.05.
+        exact_batches: whether prompts are cut into batches exactly as in ``llama_cpp.Llama``. By default, models whose
+            upper layers share KV (Gemma 3n and 4) compute the last token of a prompt by itself. These layers then run
+            for no other token. Logits differ by the rounding of another batch size.
+        repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). Logits differ by
+            rounding. None for the setting of ``tune``, or True without one.
+        reuse: the part of an earlier prompt that is used again. ``"prefix"`` is the common beginning, as in
+            ``llama_cpp.Llama``. ``"edits"`` or an ``Edits`` also moves each run of tokens that both prompts share.
+            Moved tokens were computed after other text, which costs some quality. ``"auto"`` moves runs if a frontier
+            has measured that this keeps their share of the promise. In these cases, only the prefix is used: the model
+            has a recurrent state; a sliding window has left the tokens; llama.cpp cannot shift the memory; a call asks
+            for a prompt's own logits.
+        **kwargs: all other arguments of ``llama_cpp.Llama``.
 
     Attributes:
-        frontier: what `adaskip-cpp tune` found, where the model was opened with it.
-        max_loss: the promise that a plan is chosen by for each prompt; None where :meth:`set_plan` was given one plan.
-        n_moved: tokens of the last prompt that were moved to their place in it.
-        on_batch: called with the number of tokens in memory when an evaluation begins, and after each of its batches.
+        frontier: the frontier that the model was opened with, or None.
+        max_loss: the promise by which a plan is chosen for each prompt, in nats per token. None if ``set_plan`` was
+            given one plan.
+        n_moved: tokens of the last prompt that were moved to their places in it.
+        saved_prompts: results of ``save_prompt``. If edited prompts are used, later prompts use runs of these too.
+        on_batch: a function of the number of tokens in memory. It is called when an evaluation begins, and after each
+            batch.
 
     Raises:
         ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
-        PlanError: see :meth:`set_plan`.
-        PlanFileError: ``"auto"``, and the plan file, :func:`adaskip_cpp.plan_path`, is missing or cannot be used.
+        PlanError: the plan cannot be used, see ``set_plan``.
+        PlanFileError: with ``"auto"``, the plan file, see ``plan_path``, is missing or cannot be used.
         ProfileMismatchError: the plan is of another model.
+        RequestError: ``reuse`` is unknown.
+
+    Examples:
+        >>> from adaskip_cpp import AdaSkipLlama  # before anything that imports llama_cpp
+        >>> llm = AdaSkipLlama("model.gguf", n_ctx=8192, plan="auto", max_loss=0.02)
+        >>> llm.create_completion(long_prompt, max_tokens=200)["choices"][0]["text"]
+        >>> llm.set_plan(None)  # the whole model
     """
 
     def __init__(
@@ -98,7 +114,9 @@ class AdaSkipLlama(SelfDescribingLlama):
     ) -> None:
         model_path = os.fspath(model_path)
         check_gguf(model_path)
-        self._reuse, self._edits, self._fills, self.n_moved = reuse, edits_of(reuse), False, 0
+        self._reuse, self._edits, self._fills = reuse, edits_of(reuse), False
+        self.n_moved: int = 0
+        self.saved_prompts: Sequence[Saved] = ()
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = _ignore
@@ -146,16 +164,23 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     @property
     def plan(self) -> SkipPlan | None:
-        """The plan in force, None if the whole model runs."""
+        """The plan in force; None if the whole model runs."""
         return self._plans[self._adaskip.plan_tag()].plan
 
     @property
     def readable(self) -> tuple[SkipPlan, ...]:
-        """The plans whose bulk the plan in force may read besides its own, see :meth:`set_plan`."""
+        """The plans of mode ``prompt`` whose cached tokens may be used too, as ``set_plan`` was given them."""
         return tuple(self._plans[self._adaskip.plan_tag()].readable.values())
 
     def point(self, n_tokens: int) -> Point | None:
-        """Return the point of the frontier that a prompt of so many tokens runs under; None for the whole model."""
+        """Return the point of the frontier for a prompt.
+
+        Args:
+            n_tokens: length of the prompt, in tokens.
+
+        Returns:
+            The point, or None if the whole model runs or no frontier chooses.
+        """
         if self.frontier is None or self.max_loss is None:
             return None
         return self.frontier.point(n_tokens, self.max_loss, edited=self._reuse == "auto" and self.can_move)
@@ -167,20 +192,26 @@ class AdaSkipLlama(SelfDescribingLlama):
         max_loss: float | None = None,
         readable: Sequence[SkipPlan] = (),
     ) -> None:
-        """Skip what ``plan`` says from the next evaluation on; None runs the whole model again.
+        """Set the plan from the next evaluation on. After an error, the old plan stays.
 
         Args:
-            plan: what to skip. ``"auto"`` chooses a plan of the frontier for each prompt by its length: the fastest
-                that keeps the promise. What was read under another plan that keeps it is not read again.
-            max_loss: that promise, nats per token that an answer may lose, by default 0.05.
-            readable: plans of mode prompt whose bulk may be read besides: what was evaluated in the bulk of a prompt
-                under one of them is not evaluated again. A plan without a bulk set adds nothing.
+            plan: the plan; None for the whole model. ``"auto"`` chooses a plan of the frontier for each prompt: the
+                fastest at the prompt's length that keeps the promise. Tokens that were read under another plan that
+                keeps it are not read again.
+            max_loss: for ``"auto"``: the promise, in nats per token that an answer may lose; None for 0.05.
+            readable: plans of mode ``prompt``. Tokens that were evaluated in the bulk of a prompt under one of them are
+                not evaluated again. A plan without a bulk changes nothing here.
 
         Raises:
             ProfileMismatchError: a plan was made for another model.
-            PlanError: a plan is for another number of layers, names what cannot be skipped
-                (:class:`NotSkippableError`), or counts tokens in a context of several sequences; or a readable plan has
-                a bulk set and the model lacks the KV of some attentions (:class:`ElidedKVError`). The old plan stays.
+            NotSkippableError: a plan has a sublayer that this model cannot skip.
+            ElidedKVError: the model was opened without memory for K and V that a plan needs.
+            PlanError: a plan is for another number of layers, or counts tokens in a context of several sequences; or
+                ``"auto"`` is given without a frontier.
+
+        Examples:
+            >>> llm.set_plan(SkipPlan.manual(llm.n_layer, ffn=[20, 21], phase="bulk"))
+            >>> llm.set_plan("auto", max_loss=0.1)
         """
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
@@ -196,16 +227,24 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     @property
     def edits(self) -> Edits | None:
-        """How runs of an earlier prompt are moved to their places in the next one; None where they are not."""
+        """How runs of an earlier prompt are moved to their places in the next one; None if they are not moved."""
         return self._edits if self.can_move else None
 
     @property
     def reuse(self) -> Reuse:
-        """What :meth:`set_reuse` was given."""
+        """The ``reuse`` that the constructor or ``set_reuse`` was given."""
         return self._reuse
 
     def set_reuse(self, reuse: Reuse) -> None:
-        """Say what the next prompts use of the one in memory, see the class; ``"prefix"`` reads moved tokens again."""
+        """Set the part of an earlier prompt that later prompts use again.
+
+        Args:
+            reuse: ``"auto"``, ``"prefix"``, ``"edits"`` or an ``Edits``, as for the constructor. After ``"prefix"``,
+                tokens that were moved before are read again.
+
+        Raises:
+            RequestError: ``reuse`` is unknown.
+        """
         edits = edits_of(reuse)
         self._reuse = reuse
         self._use(edits)
@@ -287,15 +326,22 @@ class AdaSkipLlama(SelfDescribingLlama):
         super().reset()  # type: ignore[no-untyped-call]
 
     def truncate(self, n: int) -> None:
-        """Forget all tokens but the first ``n``; with a recurrent state the next evaluation reads these again."""
+        """Forget all tokens but the first ``n``. With a recurrent state, the next evaluation reads these again.
+
+        Args:
+            n: tokens to keep; nothing changes if there are no more.
+        """
         if 0 <= n < self.n_tokens:
             self.n_tokens, self._requires_eval = n, True
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens behind those that are cached: as a prompt, unless :meth:`generate` is generating.
+        """Evaluate tokens after the cached ones, as a prompt. While ``generate`` generates, they are an answer.
+
+        Args:
+            tokens: token ids.
 
         Raises:
-            StateError: cached positions must be evaluated again but are no text (an image); call :meth:`reset`.
+            StateError: cached tokens must be evaluated again, but are an image; call ``reset``.
             RequestError: the context has no room for them; nothing has changed.
         """
         self._check_room(self.n_tokens + len(tokens))
@@ -304,14 +350,27 @@ class AdaSkipLlama(SelfDescribingLlama):
         self._eval(self._phase, [int(token) for token in tokens])
 
     def eval_decode(self, tokens: Sequence[int]) -> None:
-        """As :meth:`eval`, as tokens of an answer: they count in the online stage and schedule of the last request."""
+        """Evaluate tokens after the cached ones, as an answer: they count in the plan's online stage or schedule.
+
+        Args:
+            tokens: token ids.
+
+        Raises:
+            StateError: see ``eval``.
+        """
         self._eval("decode", [int(token) for token in tokens])
 
     def logits_behind(self, tokens: Sequence[int]) -> Vectors:
-        """As :meth:`eval_decode`; return the logits behind each token, float32 ``[len(tokens), n_vocab]``.
+        """Evaluate tokens after the cached ones, as an answer, and return the logits after each of them.
+
+        Args:
+            tokens: token ids.
+
+        Returns:
+            Logits, float32 ``[len(tokens), n_vocab]``.
 
         Raises:
-            StateError: as :meth:`eval`; or statistics of all tokens are collected, which computes no logits.
+            StateError: see ``eval``; or statistics of all tokens are collected, so no logits are computed.
         """
         self._check_logits()
         rows: list[Vectors] = []
@@ -319,9 +378,16 @@ class AdaSkipLlama(SelfDescribingLlama):
         return np.concatenate([np.empty((0, self.n_vocab()), np.float32), *rows])
 
     def eval_bulk(self, tokens: Sequence[int]) -> None:
-        """As :meth:`eval`, as tokens of a prompt that goes on: all in the bulk, without head and tail, or as prefill.
+        """Evaluate tokens after the cached ones, as the middle of a prompt: all in the bulk, without head and tail.
 
-        No logits are computed, whatever ``logits_all`` says, and their rows of ``scores`` stay as they are.
+        They are prefill if the plan has no bulk. No logits are computed, also with ``logits_all``, and ``scores`` does
+        not change.
+
+        Args:
+            tokens: token ids.
+
+        Raises:
+            StateError: see ``eval``.
         """
         self._eval("bulk", [int(token) for token in tokens])
 
@@ -426,28 +492,99 @@ class AdaSkipLlama(SelfDescribingLlama):
         return first, [Run(each.start + mend, each.to + mend, each.n - mend, each.n_moves) for each in moved]
 
     def _read_edited(self, prompt: list[int]) -> None:
-        """Read a prompt up to the end of the last run of tokens that it has from the one in memory."""
+        """Read a prompt up to the end of the last run of tokens that it has from the one in memory or a saved one."""
         native, self.n_moved = self._adaskip, 0
         if self.edits is None or self._reads_prompt or self.logits_all or self.context_params.embeddings:
             return
-        n = min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens))
-        first, runs = self._known(self.input_ids[:n], np.array(prompt, np.int32))
-        if not runs or self.input_ids[:n].min() < 0 or self.has_lost_window(max(first, 1)):
+        n, wanted = (
+            min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens)),
+            np.array(prompt, np.int32),
+        )
+        first, runs = self._known(self.input_ids[:n], wanted)
+        saved = self._choose_saved(wanted, [Run(0, 0, first), *runs])
+        is_readable = n == 0 or (self.input_ids[:n].min() >= 0 and not self.has_lost_window(max(first, 1)))
+        if not (runs or saved) or not is_readable:
             return
-        native.set_aside(first, runs)
-        self.n_tokens, self._requires_eval, self._fills = first, True, True
+        # A saved state is loaded in the place of what the memory holds, so what both begin with is set aside as well.
+        prefix = [Run(0, 0, first, 0)] if saved and first else []
+        native.set_aside(0 if saved else first, [*prefix, *runs])
+        self.n_tokens, self._requires_eval, self._fills = 0 if saved else first, True, True
         try:
-            for run in runs:
+            for each, theirs in saved:
+                runs += self._set_aside_saved(each, theirs)
+            native.take_back(first)
+            self.n_tokens = first
+            for run in sorted(runs, key=lambda run: run.to):
                 self._fill(prompt, run.to)
                 end = run.to + run.n
                 native.take_back(end)
                 self.input_ids[run.to : end] = prompt[run.to : end]
                 self.n_tokens = native.kv_valid("prefill", end)  # others were moved too often
                 self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)
-                self.n_moved += self.n_tokens - run.to
+                self.n_moved += self.n_tokens - run.to if run.n_moves else 0
         finally:
             self._fills = False
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # what is still aside where this was cut short
+
+    def _choose_saved(self, prompt: Tokens, taken: list[Run]) -> list[tuple[Saved, list[Run]]]:
+        """Return which saved prompts have runs for places that are not taken, and these runs; those with most first."""
+        edits, chosen = self.edits, list[tuple[Saved, list[Run]]]()
+        if edits is None:
+            return []
+        known = []
+        for each in self.saved_prompts:
+            first, runs = self._known(each.tokens, prompt)
+            known.append((each, [*([Run(0, 0, first, 0)] if first else []), *runs]))
+        while known:
+            rest = [(each, beside(runs, taken, least=edits.least, mend=edits.mend)) for each, runs in known]
+            best = max(rest, key=lambda each: sum(run.n for run in each[1]))
+            if not best[1]:
+                break
+            chosen.append(best)
+            taken = [*taken, *best[1]]
+            known = [(each, runs) for each, runs in known if each is not best[0]]
+        return chosen
+
+    def _set_aside_saved(self, saved: Saved, runs: list[Run]) -> list[Run]:
+        """Load a saved prompt and set its runs aside; returns those that may be read, none where there is no room."""
+        native, state = self._adaskip, saved.take()
+        try:
+            if state is None or not self._load_sequence(state):
+                return []
+            n = native.kv_valid("prefill", len(saved.tokens))
+            valid = [run._replace(n=min(run.n, n - run.start)) for run in runs if run.start < n]
+            native.set_aside(0, valid)
+            return valid
+        except NativeError:  # a sliding window has left some, or cells cannot count so many moves
+            return []
+        finally:
+            self._ctx.kv_cache_seq_rm(0, -1, -1)
+
+    def save_prompt(self) -> Saved:
+        """Return a copy of the tokens in memory with their K and V, about ``kv_bytes`` bytes.
+
+        Put it into ``saved_prompts``.
+
+        Raises:
+            StateError: llama.cpp cannot save them.
+
+        Examples:
+            >>> llm.eval(tokens_of_a_document)
+            >>> llm.saved_prompts = [llm.save_prompt()]
+        """
+        if (state := self._save_sequence()) is None:
+            raise StateError("llama.cpp could not save what is in memory; call reset() and read the prompt again.")
+        return Saved(self.input_ids[: self.n_tokens].copy(), lambda: state)
+
+    def _save_sequence(self) -> bytearray | None:
+        """Return the state of sequence 0; None where llama.cpp fails to save it."""
+        state = bytearray(llama_cpp.llama_state_seq_get_size(self.ctx, 0))
+        n = llama_cpp.llama_state_seq_get_data(self.ctx, _as_c_bytes(state), len(state), 0)
+        return state if n == len(state) else None
+
+    def _load_sequence(self, state: bytearray) -> bool:
+        """Put a saved state in the place of sequence 0; returns whether llama.cpp took it."""
+        return bool(llama_cpp.llama_state_seq_set_data(self.ctx, _as_c_bytes(state), len(state), 0))
 
     def _fill(self, prompt: list[int], end: int) -> None:
         """Evaluate the tokens of a prompt from those in memory up to ``end``, before others that are set aside."""
@@ -471,11 +608,20 @@ class AdaSkipLlama(SelfDescribingLlama):
         return list(tokens)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As ``llama_cpp.Llama.generate``: the prompt runs as prefill, every step after it as decode, drafts included.
+        """Generate tokens as ``llama_cpp.Llama.generate`` does. All evaluations after the prompt's are decode.
+
+        Args:
+            tokens: token ids of the prompt.
+            *args: further arguments of ``llama_cpp.Llama.generate``.
+            **kwargs: the same by name, such as ``temp`` and ``grammar``.
+
+        Returns:
+            A generator of token ids.
 
         Raises:
             RequestError: the context has no room for the prompt or the next token; or the grammar cannot be used,
                 allows no token, or goes on in too many ways.
+            StateError: see ``eval``; or statistics of all tokens are collected, so no logits are computed.
         """
         self._check_logits()
         tokens = list(tokens)
@@ -507,7 +653,18 @@ class AdaSkipLlama(SelfDescribingLlama):
         return super()._init_sampler(*args, **kwargs)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """As ``llama_cpp.Llama.sample``; raises as :meth:`generate`."""
+        """Sample a token as ``llama_cpp.Llama.sample`` does.
+
+        Args:
+            *args: arguments of ``llama_cpp.Llama.sample``.
+            **kwargs: the same by name.
+
+        Returns:
+            A token id.
+
+        Raises:
+            RequestError: see ``generate``.
+        """
         token = int(super().sample(*args, **kwargs))
         if token < 0:
             self._adaskip.raise_failure(RuntimeError("no token was sampled"))
@@ -555,7 +712,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     @property
     def online(self) -> OnlineResult | None:
-        """What the online stage learned in the last request; None where the plan has none."""
+        """The result of the online stage in the last request; None if the plan has no online stage."""
         plan = self.plan
         return None if plan is None or plan.online is None else self._adaskip.online(plan.online)
 
@@ -565,19 +722,24 @@ class AdaSkipLlama(SelfDescribingLlama):
     def collect_statistics(
         self, sink: StatisticsSink, *, keep_logits: bool = False, vectors: bool = False, activations: bool = False
     ) -> Iterator[None]:
-        """Hand the statistics of every evaluated ubatch to ``sink`` while the context is open.
+        """Return a context manager that hands the statistics of each evaluated ubatch to a function.
 
-        Every sublayer that runs is observed for every token, and no logits are computed meanwhile: use :meth:`eval`.
-        What ``sink`` raises ends the evaluation and is raised from it.
+        Each sublayer that runs is observed for each token. By default no logits are computed meanwhile: use ``eval``.
 
         Args:
-            keep_logits: compute logits as ever, so that :meth:`generate` works; the last layer's FFN is then observed
-                for output tokens only.
-            vectors: also sum every sublayer's input and output over the tokens.
-            activations: also hand these inputs and outputs themselves, ``8 * n_layer * n_embd`` bytes per token.
+            sink: a function of a ``StatisticsBatch``. An exception that it raises ends the evaluation.
+            keep_logits: whether logits are computed, so that ``generate`` works. The last layer's FFN is then observed
+                for output tokens alone.
+            vectors: whether each sublayer's inputs and outputs are summed over the tokens too.
+            activations: whether these inputs and outputs are handed over too, ``8 * n_layer * n_embd`` bytes per token.
 
         Raises:
-            StateError: statistics are being collected already.
+            StateError: statistics are collected already.
+
+        Examples:
+            >>> batches = []
+            >>> with llm.collect_statistics(batches.append):
+            ...     llm.eval(tokens)
         """
         native = self._adaskip
         # Ctrl-C may land in these very calls, and would leave a model that computes no logits.
@@ -614,6 +776,11 @@ class AdaSkipLlama(SelfDescribingLlama):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._put_in_force(plan, readable)
         self.frontier, self.max_loss = frontier, max_loss
+
+
+def _as_c_bytes(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:
+    """Return its bytes as llama.cpp takes them; states of long prompts are too large to be copied more than once."""
+    return (ctypes.c_uint8 * len(state)).from_buffer(state)
 
 
 def _ignore(n_tokens: int) -> None:

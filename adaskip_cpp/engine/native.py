@@ -38,14 +38,17 @@ Activations: TypeAlias = Sequence[Sequence[tuple[Vectors, Vectors] | None]]
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One sublayer of a model, as found in its compute graph.
+    """A sublayer of a model, as found in its compute graph.
 
     Attributes:
-        in_bulk: whether it can be skipped in the bulk of a prompt, where an attention's K and V are kept.
-        reason: why other phases cannot skip it, "" if it is skippable.
-        shape: equal for sublayers of equal weights, cache and window, which take equally long; -1 if it was not found.
-        window: tokens that an attention looks back at, 0 for all.
-        windowable: whether it may be in :attr:`adaskip_cpp.model.plan.Bulk.windowed`.
+        layer: the layer, counted from 0.
+        kind: ``"attention"`` or ``"ffn"``.
+        skippable: whether every phase can skip it.
+        in_bulk: whether the bulk of a prompt can skip it.
+        reason: the reason if it is not skippable, else "".
+        shape: a number that sublayers of equal weights, cache and window share; -1 if it was not found.
+        window: tokens that the model's own attention sees; 0 for all.
+        windowable: whether its layer may be in ``Bulk.windowed``.
     """
 
     layer: int
@@ -60,17 +63,22 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class StatisticsBatch:
-    """Per-token reductions of one ubatch, u and v being a sublayer's input and output, both with the residual.
+    """Statistics of one ubatch.
 
-    All are NaN where a sublayer or layer was not observed.
+    ``u`` and ``v`` are a sublayer's input and output, both with the residual. Columns are attention and FFN. Values are
+    NaN for sublayers that were not observed.
 
     Attributes:
-        dot, u_sq, v_sq: float32 [n_layer, 2, n_tokens]: u·v, |u|², |v|².
-        layer_dot: float32 [n_layer, n_tokens]: the layer's input times its output.
-        sum_u, sum_v: float32 [n_layer, 2, n_embd]: sums of u and v over the tokens; None if they were not asked for.
-        positions: int32 [n_tokens].
-        activations: [n_layer][2]: u and v, float32 [n_tokens, n_embd], None where a sublayer does not see every token;
-            valid until the sink returns. None if they were not asked for.
+        dot: float32 ``[n_layer, 2, n_tokens]``: u·v.
+        u_sq: float32 ``[n_layer, 2, n_tokens]``: ``|u|²``.
+        v_sq: float32 ``[n_layer, 2, n_tokens]``: ``|v|²``.
+        layer_dot: float32 ``[n_layer, n_tokens]``: product of a layer's input and output.
+        sum_u: float32 ``[n_layer, 2, n_embd]``: sum of u over the tokens; None if ``vectors`` is False.
+        sum_v: float32 ``[n_layer, 2, n_embd]``: sum of v over the tokens; None if ``vectors`` is False.
+        positions: int32 ``[n_tokens]``: positions of the tokens.
+        phase: phase of the tokens.
+        activations: for each layer and kind u and v, float32 ``[n_tokens, n_embd]``, or None if the sublayer does not
+            see every token. The arrays are valid until the sink returns. None if ``activations`` is False.
     """
 
     dot: Vectors
@@ -89,13 +97,16 @@ StatisticsSink: TypeAlias = Callable[[StatisticsBatch], None]
 
 @dataclass(frozen=True)
 class Counters:
-    """What can be counted exactly about a context, since it was created.
+    """Exact counts of a context since it was created.
 
     Attributes:
-        nodes_full, nodes: of the last graph as llama.cpp built it, and as it was computed.
-        splits: parts of it that run on one device each.
-        kv_bytes: size of the context's memory (KV cache, recurrent state), all devices together.
-        statistics_bytes: read by the host.
+        nodes_full: nodes of the last graph, as llama.cpp built it.
+        nodes: nodes of the last graph, as it was computed.
+        splits: parts of the last graph, each on one device.
+        graphs_built: graphs that were built.
+        graphs_reused: evaluations that used the graph before.
+        kv_bytes: bytes of KV cache and recurrent state, on all devices.
+        statistics_bytes: bytes of statistics that the host has read.
     """
 
     nodes_full: int
@@ -109,15 +120,16 @@ class Counters:
 
 @dataclass(frozen=True)
 class OnlineResult:
-    """What the online stage learned in one request. The arrays are float64 [n_layer], NaN where not observed.
+    """The result of the online stage in one request. Values are NaN for FFNs that were not observed.
 
     Attributes:
-        window, n_tokens: tokens that it observes, and that it has observed.
-        similarity: mean IO similarity of each FFN over them.
-        norm_ratio: ||V||_F / ||U||_F over them.
-        scale: what stands in for each FFN if it is added.
-        threshold: FFNs of at least this similarity are skipped.
-        ffn: layers whose FFN was added to the decode set, () while the window is not full.
+        window: tokens that the stage observes.
+        n_tokens: tokens that it has observed.
+        similarity: float64 ``[n_layer]``: mean IO similarity of each FFN over these tokens.
+        norm_ratio: float64 ``[n_layer]``: ``||V||_F / ||U||_F`` of each FFN over these tokens.
+        scale: float64 ``[n_layer]``: compensation of each FFN, if it is skipped.
+        threshold: similarity from which an FFN is skipped.
+        ffn: layers whose FFN is skipped from now on; () until all tokens are observed.
     """
 
     window: int

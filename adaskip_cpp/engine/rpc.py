@@ -57,17 +57,21 @@ def register_rpc_server(endpoint: str) -> bool:
 
 
 def add_rpc_server(endpoint: str) -> None:
-    """Let models that this process opens from now on run on the devices of an rpc-server too.
+    """Add the devices of an rpc-server to those that this process uses for models opened later.
 
-    Layers go to its devices first, as many as ``n_gpu_layers`` says, in the order in which servers were added, split by
-    free memory or by ``tensor_split``. A server cannot be taken back, and serves one process at a time. ggml ends the
-    process where a server ends while a model is on it.
+    ``n_gpu_layers`` layers go to these devices first, in the order of the servers. They are split by free memory, or by
+    ``tensor_split``. A server cannot be removed again, and serves one process at a time. If a server ends while a model
+    is on it, ggml ends the process.
 
     Args:
-        endpoint: ``"host:port"`` of llama.cpp's rpc-server, of the release that llama-cpp-python was built from.
+        endpoint: ``"host:port"`` of llama.cpp's rpc-server. It must be of the same release as llama-cpp-python.
 
     Raises:
-        RPCServerError: ggml was built without RPC, or does not get along with what is at the endpoint.
+        RPCServerError: ggml was built without RPC, or cannot use the server.
+
+    Examples:
+        >>> add_rpc_server("192.168.0.7:50052")
+        >>> llm = AdaSkipLlama("model.gguf", n_gpu_layers=-1, plan="auto")
     """
     from ..errors import RPCServerError  # not where a process of the stock library runs this file
 

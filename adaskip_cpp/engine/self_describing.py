@@ -54,63 +54,71 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return NativeContext(int(self.ctx))
 
     def close(self) -> None:
-        """Free the model; using it afterwards is an error."""
+        """Free the model. It cannot be used afterwards."""
         self.__dict__.pop("_adaskip", None)
         if hasattr(self, "_stack"):  # absent where the constructor refused its arguments
             super().close()
 
     @property
     def context_size(self) -> int:
-        """Tokens that the context holds.
-
-        llama.cpp rounds ``n_ctx`` up to a multiple of 256 and ``n_ctx()`` tells that, but ``llama_cpp.Llama`` allocates
-        its own record of tokens for the ``n_ctx`` asked for.
-        """
+        """Tokens that the context holds."""
+        # llama.cpp rounds n_ctx up to a multiple of 256, as n_ctx() says. llama_cpp.Llama's own record of tokens is for
+        # the n_ctx asked for.
         return min(self.n_ctx(), len(self.input_ids))
 
     @property
     def n_ctx_train(self) -> int:
-        """Tokens of context that the model was trained on, 0 where its file does not say."""
+        """Tokens of context that the model was trained on; 0 if its file does not say."""
         return int(llama_cpp.llama_model_n_ctx_train(self.model))
 
     @property
     def n_layer(self) -> int:
-        """Number of layers; the model has twice as many sublayers."""
+        """Number of layers. The model has twice as many sublayers."""
         return self._adaskip.n_layer
 
     @property
     def n_layer_kv(self) -> int:
-        """Layers up to the last that has KV of its own: all, unless upper layers read that of others."""
+        """Number of layers up to the last one with KV of its own: all, unless upper layers read the KV of others."""
         return self._adaskip.n_layer_kv
 
     @property
     def n_params(self) -> int:
+        """Number of parameters."""
         return int(self._model.n_params())
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of the weights."""
         return int(self._model.size())
 
     @property
     def has_state(self) -> bool:
-        """Whether layers keep a state that stands for all tokens so far, beside KV or instead of it."""
+        """Whether layers have a recurrent state, beside KV or instead of it."""
         return bool(self._is_recurrent or self._is_hybrid)
 
     @property
     def can_move(self) -> bool:
-        """Whether tokens can be moved in memory, as edited prompts need: it has no state, and llama.cpp can shift K."""
+        """Whether runs of tokens can be moved for edited prompts: there is no state, and llama.cpp can shift K."""
         return self._adaskip.can_move
 
     @property
     def logits_all(self) -> bool:
-        """Whether ``scores`` has a row for every evaluated token; else it has the last one's alone."""
+        """Whether ``scores`` has a row for each evaluated token, and not only for the last one."""
         return bool(self._logits_all)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """As ``llama_cpp.Llama.tokenize``.
+        """Tokenize a text as ``llama_cpp.Llama.tokenize`` does.
+
+        Args:
+            text: UTF-8 text.
+            add_bos: whether the token that begins a sequence is added.
+            special: whether special tokens in the text are recognised.
+
+        Returns:
+            Token ids.
 
         Raises:
-            RequestError: llama.cpp cannot, as where a word has a million letters.
+            RequestError: llama.cpp cannot tokenize the text, for example a word of a million letters.
         """
         if not isinstance(self.tokenizer_, LlamaTokenizer):
             return self.tokenizer_.tokenize(text, add_bos, special)
@@ -123,72 +131,88 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return list(tokens[:n])
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        """As ``llama_cpp.Llama.embed``.
+        """Embed texts as ``llama_cpp.Llama.embed`` does.
+
+        Args:
+            input: a text, or several.
+            *args: further arguments of ``llama_cpp.Llama.embed``.
+            **kwargs: the same by name.
 
         Raises:
-            RequestError: a text has no tokens, for which that one writes out of bounds.
+            RequestError: a text has no tokens.
         """
+        # For a text without tokens, llama_cpp.Llama writes out of bounds.
         for text in [input] if isinstance(input, str) else input:
             if not self.tokenize(text.encode("utf-8")):
                 raise RequestError("a text to embed is empty; leave it out")
         return super().embed(input, *args, **kwargs)
 
     def is_eog(self, token: int) -> bool:
-        """Whether the model ends what it generates with this token."""
+        """Return whether a token ends an answer.
+
+        Args:
+            token: token id.
+        """
         return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
 
     def token_text(self, token: int) -> str:
-        """A token as the model's vocabulary writes it."""
+        """Return a token as the model's vocabulary writes it.
+
+        Args:
+            token: token id.
+        """
         return str(self._model.token_get_text(token))
 
     @cached_property
     def model_info(self) -> ModelInfo:
-        """Its files, LoRA adapter and overrides: what a profile or plan must match."""
+        """The model's identity, which a profile or plan must match."""
         file, architecture = fingerprint(self.model_path), self.metadata.get("general.architecture", "unknown")
         lora = (fingerprint(self.lora_path), float(self.lora_scale)) if self.lora_path else ("", 0.0)
         return ModelInfo(file, architecture, self.n_layer, *lora, override_words(self.kv_overrides))
 
     @cached_property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """One row per sublayer, layer by layer, attention before FFN: what can be skipped, and why not."""
+        """All sublayers, layer by layer, attention before FFN, with the reasons why some cannot be skipped."""
         return self._adaskip.sublayers()
 
     @property
     def counters(self) -> Counters:
-        """Graph nodes, graphs built and reused, bytes of KV."""
+        """Counts of graph nodes, graphs and bytes."""
         return self._adaskip.counters()
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of KV cache (and recurrent state), all devices together."""
+        """Bytes of KV cache and recurrent state, on all devices."""
         return self.counters.kv_bytes
 
     @property
     def elided_kv(self) -> tuple[int, ...]:
-        """Layers whose attention has no KV, because the model was opened with a plan that skips them."""
+        """Layers whose attention has no KV, because the model was opened with a plan that skips it."""
         return self._adaskip.elided_kv()
 
     @property
     def n_evaluated(self) -> int:
-        """Tokens evaluated since the model was opened, by llama.cpp's own count; of none it tells 1."""
+        """Tokens evaluated since the model was opened, as llama.cpp counts them: 1 for none."""
         self.synchronize()  # llama.cpp counts the tokens of a call when it has waited for them
         count = llama_cpp.llama_perf_context(self.ctx)
         return int(count.n_p_eval + count.n_eval)
 
     def synchronize(self) -> None:
-        """Wait for the devices: an evaluation returns before a GPU has finished."""
+        """Wait for the devices. An evaluation returns before a GPU has finished."""
         llama_cpp.llama_synchronize(self.ctx)
 
     def begin_request(self) -> None:
-        """Begin a request: no token of its answer is decoded yet, and the online stage starts again."""
+        """Begin a request: schedules and the online stage start again at its first decoded token."""
         self._adaskip.begin_request()
 
     def has_lost_window(self, n: int) -> bool:
-        """Whether positions are gone that a sliding window behind the first ``n`` attends to.
+        """Return whether memory lacks tokens that a sliding window after the first ``n`` attends to.
 
-        llama.cpp writes over those that the window has left; with ``swa_full`` as well where it looks for room from the
-        cache's start, as behind a loaded state. Stock then reads on without them.
+        Args:
+            n: number of tokens.
         """
+        # llama.cpp writes over those that the window has left; with swa_full as well where it looks for room from the
+        # cache's start, as after a loaded state. Stock then reads on without them.
         n_swa = llama_cpp.llama_model_n_swa(self.model)
         if n_swa == 0 or n == 0:
             return False
@@ -196,11 +220,13 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return not 0 <= first <= max(0, n - n_swa + 1)
 
     def n_held(self, n: int) -> int:
-        """How many of the first ``n`` tokens the memory can go on from: all, unless a call was cut short.
+        """Return how many of the first ``n`` tokens the memory holds: all, unless a call was cut short.
 
-        Where Ctrl-C or a failure comes between llama.cpp's part of a call and ours, the memory holds fewer tokens, or
-        more, of which ``eval`` takes the others away. A recurrent state cannot give back what it has read.
+        Args:
+            n: number of tokens.
         """
+        # Where Ctrl-C or a failure comes between llama.cpp's part of a call and ours, the memory holds fewer tokens, or
+        # more, of which eval takes the others away. A recurrent state cannot give back what it has read.
         memory = llama_cpp.llama_get_memory(self.ctx)
         last = int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) if memory else n - 1
         if last == n - 1 or n == 0:
@@ -212,13 +238,16 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return last + 1 if last < n else 0 if self.has_state else n
 
     def save_state(self) -> AdaSkipState:
-        """As ``llama_cpp.Llama.save_state``; the state knows what it was saved from."""
+        """Return the state as ``llama_cpp.Llama.save_state`` does, with the model's identity."""
         state = AdaSkipState.__new__(AdaSkipState)
         state.__dict__.update(vars(super().save_state()), model=self.model_info, elided_kv=self.elided_kv)
         return state
 
     def load_state(self, state: LlamaState) -> None:
-        """As ``llama_cpp.Llama.load_state``; a state of a stock ``Llama`` is one of the whole model.
+        """Load a state as ``llama_cpp.Llama.load_state`` does.
+
+        Args:
+            state: a state of this class, or of ``llama_cpp.Llama``, which counts as one of the whole model.
 
         Raises:
             StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,

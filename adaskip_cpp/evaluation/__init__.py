@@ -1,1 +1,1 @@
-"""Measures quality against speed, item by item, and reports it: :func:`measure.evaluate`."""
+"""Measures plans' quality and speed, and writes reports. Start at :func:`adaskip_cpp.evaluate`, in ``measure.py``."""

@@ -1,4 +1,4 @@
-"""The contenders of an evaluation: the full model, plans of a profile, and what `adaskip-cpp tune` found."""
+"""Makes the contenders of an evaluation: the whole model, plans made from a profile, and plans found by `tune`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ COMPENSATED = "adaskip"  # the strategy that has a compensation; the baselines h
 
 @dataclass(frozen=True)
 class Contender(Named):
-    """One way to run the model: under a plan, or that which a frontier chooses for each prompt, or without any."""
+    """One way to run the model: with a plan, with the plan that a frontier chooses for each prompt, or without one."""
 
     plan: SkipPlan | None = None
     frontier: Frontier | None = None
@@ -31,11 +31,11 @@ class Contender(Named):
 
     @property
     def key(self) -> Any:
-        """All that its results depend on."""
+        """Everything that its results depend on."""
         return self.plan if self.frontier is None else (self.frontier.points, self.max_loss)
 
 
-FULL = Contender("full", "full", "", None, "none")  # the whole model, which all others are measured against
+FULL = Contender("full", "full", "", None, "none")  # the whole model: all others are compared with it
 
 
 def contenders(
@@ -45,15 +45,11 @@ def contenders(
     max_losses: Iterable[float] = (),
     lengths: Sequence[int] = (),
 ) -> tuple[list[Contender], list[str]]:
-    """Return the full model and whatever is compared with it, and a note on each that is not.
+    """Return the contenders, the whole model first, and a note for each one that is left out.
 
-    What skips the same as another one of its strategy, or nothing, is left out too.
-
-    Args:
-        profile: of the requests; None where there are none.
-        saved: a plan file's plan, or frontier with a contender for each promise, which come last.
-        max_losses: these promises, in nats per token.
-        lengths: tokens of the prompts that are measured.
+    A contender is also left out if it skips nothing, or the same as another one of its strategy. ``profile`` makes the
+    plans of the requests. A saved plan is one contender; a saved frontier is one for each promise of ``max_losses``, in
+    nats per token. ``lengths`` are the tokens of the measured prompts.
     """
     found, notes = [FULL], list[str]()
 
@@ -70,7 +66,7 @@ def contenders(
 
     for request in requests:
         if profile is None:
-            raise DataError("plans for these options are made from a profile; give one (profile, --profile)")
+            raise DataError("these options need plans made from a profile; give one (profile, --profile)")
         strategy, compensation = request.strategy, request.compensation or DEFAULT_COMPENSATION
         budget = f"{request.speedup:g}x" if request.speedup is not None else str(request.n_skip)
         name = "-".join([strategy, budget, request.mode, *([compensation] if strategy == COMPENSATED else [])])
@@ -84,20 +80,20 @@ def contenders(
             add(Contender(name, "promise", f"{loss:g}", "prompt", "none", frontier=saved.frontier, max_loss=loss))
     elif saved is not None and (tuned := saved.plan) is not None:
         if tuned.mode == "manual":
-            notes.append("tuned is left out: its layers were listed, for no mode")
+            notes.append("tuned is left out: its layers were listed by hand and belong to no mode")
         else:
             add(Contender("tuned", "tuned", "", tuned.mode, tuned.compensation, tuned))
     if len(found) == 1:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(
-            f"there is nothing to compare with the full model{why}; choose other budgets (n_skips, --skip), longer "
+            f"there is nothing to compare with the whole model{why}; choose other budgets (n_skips, --skip), longer "
             "prompts (n_tokens, --tokens) or promises (max_losses, --max-loss), or run `adaskip-cpp tune`"
         )
     return found, notes
 
 
 def _skipped(plan: SkipPlan | None) -> tuple[object, ...] | None:
-    """What a plan skips; None for nothing."""
+    """Return what a plan skips; None if nothing."""
     if plan is None or (plan.is_whole and plan.online is None):
         return None
     return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online, plan.bulk

@@ -1,7 +1,7 @@
-"""Runs an evaluation: every contender on every item, each result stored as soon as it is there.
+"""Runs an evaluation, for ``measure.py``: each contender on each item. Start at :func:`run`.
 
-A text is judged by its last tokens (:mod:`adaskip_cpp.measuring.judge`), and by what the contender writes in their
-place, compared with what the full model does (Rouge-L); a question by the score of the greedy answer.
+A text is judged by its last tokens (:mod:`adaskip_cpp.measuring.judge`). What a contender writes in their place is
+compared with the whole model's text (Rouge-L). A question is judged by the score of the greedy answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,39 +21,33 @@ from .store import Key, Record, Store
 
 CONTINUATION, ANSWER, SPEED = "continuation", "answer", "speed"
 
-_DECODE_WEIGHT = 4  # what decoding a token costs, in tokens of a prompt; for the estimate of what is left
+_DECODE_WEIGHT = 4  # time to decode a token, in tokens of a prompt, to estimate the progress
 _WARM_UP = 32, 4  # tokens of the prompt and tokens decoded before a contender is timed
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be measured.
+    """What to measure."""
 
-    Attributes:
-        contenders: the full model first.
-        n_continuation: tokens at the end of a text that are judged, and tokens decoded for a measurement of speed.
-        speed_prompt: token ids that speed is measured on, ``n_rounds`` times; () for no measurement.
-    """
-
-    contenders: Sequence[Contender]
+    contenders: Sequence[Contender]  # the whole model first
     texts: Sequence[TextItem] = ()
     questions: Sequence[QuestionItem] = ()
-    n_continuation: int = 64
-    speed_prompt: Sequence[int] = ()
-    n_rounds: int = 5
+    n_continuation: int = 64  # judged tokens at the end of a text, and tokens decoded in a timed request
+    speed_prompt: Sequence[int] = ()  # token ids of the prompt to time; () to time nothing
+    n_rounds: int = 5  # how often each contender is timed
 
     def n_prompt(self, item: TextItem) -> int:
-        """Return how many tokens of a text are a prompt: the first token behind it is given, as prefill predicts it."""
+        """Return the number of prompt tokens of a text. The next token is given, because prefill predicts it."""
         return len(item.tokens) - self.n_continuation - 1
 
     @property
     def prompt_lengths(self) -> list[int]:
-        """The tokens of each prompt that plans are chosen for, ascending."""
+        """The lengths of all prompts in tokens, ascending."""
         found = {*map(self.n_prompt, self.texts), *(len(item.prompt) for item in self.questions)}
         return sorted(found | ({len(self.speed_prompt)} if self.speed_prompt else set()))
 
     def results(self) -> dict[Key, float]:
-        """All results that there will be, and about what each takes, in tokens of a prompt."""
+        """Return the keys of all results, each with its approximate time in tokens of a prompt."""
         n_decoded = _DECODE_WEIGHT * self.n_continuation
         n_rounds = self.n_rounds if self.speed_prompt else 0
         costs: dict[tuple[str, str], float] = {
@@ -65,14 +59,14 @@ class Work:
 
     @property
     def hash(self) -> str:
-        """Of all that a result depends on, and of what a result consists of (its third form)."""
+        """A hash of everything that results depend on, and of their format (number 3)."""
         contenders = [(each.name, each.key) for each in self.contenders]
         items = self.texts, self.questions, self.n_continuation, self.speed_prompt, self.n_rounds
         return content_hash((contenders, items, 3))
 
 
 def run(work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None] = lambda _: None) -> None:
-    """Measure what an open store lacks."""
+    """Measure the results that an open store lacks, and append each one at once."""
     rest = _Rest(work, store, llm, on_progress)
     rest.time()
     for text in work.texts:
@@ -101,11 +95,11 @@ class _Rest:
                 self._llm.set_plan(contender.plan_for(len(prompt)))
                 seconds = seconds_of(time_request(self._llm, prompt, n_decoded))
                 records.append(Record(f"round/{i}", contender.name, SPEED, seconds))
-            for record in records:  # once all have run in it: what ran at another time is another round
+            for record in records:  # after all contenders have run: a round must not be split over two runs
                 self._keep(record)
 
     def go_on(self, item: TextItem) -> None:
-        """Judge the end of a text, and compare what the contender itself writes there with what the full model does."""
+        """Judge the end of a text, and compare the contender's own text there with the whole model's."""
         split = self._work.n_prompt(item)
         prompt, answer = item.tokens[:split], item.tokens[split:]
         judge = Judge(self._llm, [Probe(item.id, "continuation", item.tokens, split, answer)])
@@ -123,7 +117,7 @@ class _Rest:
             self._keep(Record(item.id, contender.name, CONTINUATION, values, text, divergences))
 
     def answer(self, item: QuestionItem, contender: Contender) -> None:
-        """Score an answer. What the question shares with the one before it, as a document, is not read again."""
+        """Score an answer. A prefix shared with the previous question, such as a document, is not read again."""
         if (item.id, contender.name, ANSWER) in self._left:
             self._llm.set_plan(contender.plan_for(len(item.prompt)))
             text = greedy_text(self._llm, item.prompt, item.max_tokens, first_line=item.first_line)
@@ -139,10 +133,7 @@ class _Rest:
 
 
 def seconds_of(time: RequestTime) -> dict[str, float | None]:
-    """Return seconds by the names of speeds.
-
-    Per token it is the mean, not the median: under an online stage or a schedule a request is slow at first.
-    """
+    """Return seconds by the names of speeds; per token their mean, as schedules and the online stage start slowly."""
     settled = time.token_s[min(N_SETTLE, len(time.token_s) - 1) :]
     request = time.first_token_s + sum(time.token_s)
     return {"first_token": time.first_token_s, "per_token": fmean(settled), "request": request}

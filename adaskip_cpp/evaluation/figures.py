@@ -1,4 +1,4 @@
-"""From the results of single items to figures with standard errors."""
+"""Makes figures with standard errors from the results of single items. Start at :func:`evaluation_results`."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +13,11 @@ from .evaluate import ANSWER, CONTINUATION, SPEED, Work
 from .results import SPEED_NAMES, TAILS, About, Cell, Figure, Named, Results, Row, Speed, TaskScores
 from .store import Key, Record
 
-_N_LENGTHS = 8  # lengths of a task's questions, at most, for a table by length
+_N_LENGTHS = 8  # a task with more lengths of questions gets no table by length
 
 
 def evaluation_results(work: Work, records: Mapping[Key, Record], about: About) -> Results:
-    """Return all figures of what has been measured, which may be incomplete.
-
-    What is compared with the full model is compared item by item, on those that both have; speed-ups by rounds.
-    """
+    """Return all figures of the results so far; comparisons use only items and rounds that both contenders have."""
     expected = list(work.results())
     rows = tuple(_Measured(contender, work, records).row() for contender in work.contenders)
     return Results(sum(key in records for key in expected), len(expected), about, rows)
@@ -43,7 +40,7 @@ class _Measured:
         )
 
     def _speed(self) -> dict[str, Speed]:
-        """Speed-ups against the full model, round by round; {} if nothing was timed."""
+        """Return speed-ups against the whole model; {} if nothing was timed."""
         pairs = self._pairs([f"round/{i}" for i in range(self._work.n_rounds)], SPEED)
         found = {}
         for label in SPEED_NAMES if pairs else ():
@@ -69,7 +66,7 @@ class _Measured:
         figures = {label: figure for label, each in by_label.items() if (figure := _mean(each)) is not None}
         loss = figures.get("loss")
         if loss is not None and loss.mean < 700:  # where exp overflows
-            # The error of an exponential is that of its exponent times itself, as it is that steep.
+            # The derivative of exp is exp itself, so the error of the loss is multiplied by it.
             figures["perplexity"] = Figure(math.exp(loss.mean), math.exp(loss.mean) * loss.error, loss.n)
         return figures | _tails([_number(each) for record in records.values() for each in record.divergences])
 
@@ -87,18 +84,18 @@ class _Measured:
         return found
 
     def _of(self, ids: Iterable[str], measure: str, name: str = "") -> dict[str, Record]:
-        """The contender's results, or those of another one, by item; of those that are measured."""
+        """Return the measured results by item, of this contender or of the one with this name."""
         keys = ((each, name or self._contender.name, measure) for each in ids)
         return {key[0]: self._records[key] for key in keys if key in self._records}
 
     def _pairs(self, ids: Iterable[str], measure: str) -> list[tuple[Record, Record]]:
-        """The contender's result and the full model's for each item that both have."""
+        """Return the contender's result and the whole model's for each item that both have."""
         full = self._of(ids, measure, FULL.name)
         return [(own, full[each]) for each, own in self._of(ids, measure).items() if each in full]
 
 
 def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[Cell, ...]:
-    """Scores by length and depth, where these were chosen; published questions are of as many lengths as there are."""
+    """Return scores by length and depth; () if there is one cell or too many lengths, as in published questions."""
     by_cell: dict[tuple[int, float | None], list[float]] = {}
     for item in items:
         by_cell.setdefault((item.length, item.depth), []).append(scores[item.id])
@@ -109,12 +106,12 @@ def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[
 
 
 def _added(pairs: Iterable[tuple[Record, Record]], label: str) -> list[float]:
-    """What a figure is above the full model's, item by item."""
+    """Return the difference of a value from the whole model's, item by item."""
     return [_number(own.values[label]) - _number(full.values[label]) for own, full in pairs]
 
 
 def _tails(divergences: Sequence[float]) -> dict[str, Figure]:
-    """Quantiles over all tokens; none if one is no number."""
+    """Return quantiles over all tokens; {} if a divergence is not finite."""
     if not divergences or not all(map(math.isfinite, divergences)):
         return {}
     values, n = np.quantile(divergences, np.divide(TAILS, 100)).tolist(), len(divergences)
@@ -126,7 +123,7 @@ def _number(value: float | None) -> float:
 
 
 def _mean(values: Iterable[float]) -> Figure | None:
-    """None if there is no value, or if one is no number: a mean without it would hide the worst."""
+    """Return the mean; None without values, or if one is not finite, as a mean without it would hide the worst."""
     numbers = list(values)
     if not numbers or not all(map(math.isfinite, numbers)):
         return None

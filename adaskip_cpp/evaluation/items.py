@@ -1,4 +1,4 @@
-"""Makes plans and items of what an evaluation is asked for, and refuses what cannot be measured: :func:`prepared`."""
+"""Makes the plans and items of an evaluation from its options, and refuses bad options. Start at :func:`prepared`."""
 
 import os
 from collections import Counter
@@ -30,46 +30,47 @@ _SPEED_CONTEXT = 1024
 _TOKENS = 512
 _PROMISES = 0.05, 0.1
 _TASKS_CTX = 8192
-_ANSWER = 64  # tokens that the answer of a synthetic task takes at most
+_ANSWER = 64  # most tokens of an answer to a synthetic task
 
 _BUILTIN = {
     "pages": (corpus.held_out, f"{corpus.PAGES}, of those that calibration leaves out"),
     "sources": (python_sources, "sources of Python's standard library"),
 }
-"""Built-in text by name: what returns it, text by title, and what it is."""
+"""Built-in text by name: a function that returns texts by title, and a description."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What :func:`adaskip_cpp.evaluate` measures. The verb `evaluate` has options of the same names.
+    """The plans, texts and tasks of ``evaluate``. ``adaskip-cpp evaluate`` has options with the same meaning.
 
     Attributes:
-        strategies: of plans, by name; () for all but ``"manual"``.
-        n_skips: numbers of sublayers to skip, one plan each; None for a tenth, a fifth and a quarter of them.
-        speedups: predicted speed-ups of the prompt that is timed, one plan each.
-        modes: () for all.
-        compensations: of strategy ``"adaskip"``; None for the default one.
-        plan_file: what `tune` found, to compare with them; None for that beside the model, if it is there and of one of
-            their modes.
-        max_losses: promises that what `tune` found is measured with, in nats per token; None for 0.05 and 0.1. For each
-            prompt the fastest plan that keeps the promise is used.
-        text_files: UTF-8 texts.
-        builtin: ``"pages"`` of Python's manual, ``"sources"`` of its library; () for pages unless there are text files.
-        n_texts: items of each kind of text; 0 for none.
-        n_tokens: tokens of an item; None for 512, with promises for prompts as long as the one that is timed.
+        strategies: strategies of plans; () for all but ``"manual"``.
+        n_skips: numbers of sublayers to skip, a plan for each; None for a tenth, a fifth and a quarter of all, unless
+            there are speed-ups.
+        speedups: predicted speed-ups of the timed prompt, a plan for each.
+        modes: modes of plans; () for all.
+        compensations: compensations for strategy ``"adaskip"``; None for ``"linear"``.
+        plan_file: a plan file to compare too; None for the one beside the model, if it is of one of the modes.
+        max_losses: promises for the frontier of that file, in nats per token; None for 0.05 and 0.1. For each prompt,
+            the fastest plan that keeps the promise is used.
+        text_files: files of UTF-8 text.
+        builtin: ``"pages"`` of Python's manual, ``"sources"`` of its library; () for pages if there are no text files.
+        n_texts: number of items of each kind of text; 0 for none.
+        n_tokens: tokens of an item; None for 512. With promises, None gives prompts as long as the timed one.
         n_continuation: tokens at the end of an item that are judged, and tokens decoded in a timed request.
-        tasks: LongBench's or L-Eval's files.
-        tasks_items: questions of each of their tasks; None for all.
-        tasks_prompts, tasks_lengths: LongBench's two JSON files; None for what is built in, for ``multi_news`` alone.
-        synthetic: long-context tasks made from the text, by name.
-        lengths: tokens of their prompts.
-        depths: where in the prompt the answer lies, 0 to 1.
-        n_per: questions for each task, length and depth.
-        seed: of these tasks.
-        chat: whether questions stand in the model's chat template; None for those of ``tasks``, if there is one.
-        ctx: context in tokens; None for what is needed, 8192 with ``tasks``, or the model's if that is less.
-        speed_context: tokens of the prompt to time; None for 1024, or what the model allows.
-        n_rounds: timings of each contender; 0 for none.
+        tasks: files of LongBench or L-Eval.
+        tasks_items: number of questions of each of these tasks; None for all.
+        tasks_prompts: LongBench's JSON file of prompts; None for the built-in one, which has ``multi_news`` alone.
+        tasks_lengths: LongBench's JSON file of answer lengths, likewise.
+        synthetic: names of long-context tasks that are made from the text.
+        lengths: tokens of the prompts of these.
+        depths: places of the answers in these prompts, 0 to 1.
+        n_per: number of questions for each of these tasks, lengths and depths.
+        seed: seed of these tasks.
+        chat: whether questions are in the model's chat template; None for those of ``tasks``, if the model has one.
+        ctx: context in tokens; None for the context that is needed, or with ``tasks`` 8192 or the model's.
+        speed_context: tokens of the timed prompt; None for 1024, or fewer if the model allows fewer.
+        n_rounds: number of timings of each contender; 0 for none.
     """
 
     strategies: tuple[str, ...] = ()
@@ -99,7 +100,11 @@ class EvaluationOptions:
     n_rounds: int = 5
 
     def requests(self, n_layer: int) -> tuple[PlanRequest, ...]:
-        """Return a request for every strategy, then compensation, then budget, then mode; speed-ups have no context."""
+        """Return a request for each strategy, compensation, budget and mode; speed-ups have no context.
+
+        Args:
+            n_layer: number of layers of the model.
+        """
         n_skips: Sequence[int] = self.n_skips or ()
         if not self.n_skips and not self.speedups:
             n_skips = sorted({max(2 * n_layer // parts, 1) for parts in (10, 5, 4)})
@@ -119,10 +124,10 @@ class EvaluationOptions:
 def prepared(
     model: str, profile: Profile | None, options: EvaluationOptions, open_model: Callable[[int], AdaSkipLlama]
 ) -> Iterator[tuple[AdaSkipLlama, Work, list[str], dict[str, str]]]:
-    """Make plans and items, and refuse whatever cannot be measured before anything is.
+    """Make plans and items, and refuse options that cannot be measured, before anything is measured.
 
-    Yields the model, as ``open_model`` opens it for a context of so many tokens; what is to be measured with it; what
-    the user must know; and what is measured, in words by name.
+    ``open_model`` opens the model for a context of so many tokens. Yields the model, the work, notes for the user, and
+    descriptions of the work by name.
     """
     with closing(open_model(256)) as llm:
         if profile is not None:
@@ -136,12 +141,12 @@ def prepared(
     requests: Sequence[PlanRequest] = options.requests(n_layer) if profile is not None or any(asked) else ()
     modes: set[str] = {request.mode for request in requests}
     if modes and options.max_losses is not None:
-        modes.add("prompt")  # that of what `tune` found, which is asked for too
+        modes.add("prompt")  # the mode of the plans that `tune` finds: promises ask for them too
     saved, notes = _saved(model, options.plan_file, modes)
     has_promises = saved is not None and saved.frontier is not None
     if options.max_losses is not None and not has_promises:
         raise DataError(
-            f"promises choose from what `tune` found; run `adaskip-cpp tune {model}`, or name it (plan_file, --plan)"
+            f"promises need the plan file of `tune`; run `adaskip-cpp tune {model}`, or name it (plan_file, --plan)"
         )
     n_tokens = options.n_tokens or (min(speed_context + n_decoded, limit) if has_promises else _TOKENS)
     if options.n_texts and n_tokens <= n_decoded:
@@ -157,7 +162,7 @@ def prepared(
     }
     for what, n in needed.items():
         if n > limit:
-            raise DataError(f"{what} need a context of {n} tokens, there are {limit}; ask for less")
+            raise DataError(f"{what} need a context of {n} tokens, the model has {limit}; ask for less")
     n_ctx = options.ctx or max([*needed.values(), min(_TASKS_CTX, n_most) if options.tasks else 8])
     llm = open_model(n_ctx)
     try:
@@ -173,12 +178,12 @@ def prepared(
             raise DataError("there is nothing to measure; ask for texts, questions or rounds of timing")
         yield llm, work, notes, words
     finally:
-        with redirect_stderr(StringIO()):  # llama.cpp remarks that graphs took other memory than the full model's
+        with redirect_stderr(StringIO()):  # llama.cpp reports that plans' graphs took other memory than it had planned
             llm.close()
 
 
 def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile | None, list[str]]:
-    """Return what `tune` found, if it is named or of one of these modes, and a note if it cannot be used."""
+    """Return the plan file of `tune`, if it is named or its mode is one of these, and a note if it cannot be used."""
     if plan_file is not None:
         return load_plan(plan_file, model=model), []
     if not os.path.exists(plan_path(model)):
@@ -186,7 +191,7 @@ def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile
     try:
         found = plan_beside(model)
     except AdaSkipError as error:
-        if not modes:  # there is nothing else to compare
+        if not modes:  # nothing else would be left to compare
             raise
         return None, [f"the tuned plan is left out: {error}"]
     mode = "prompt" if found.plan is None else found.plan.mode
@@ -194,7 +199,7 @@ def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile
 
 
 def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Work, dict[str, str]]:
-    """Return what the full model alone is measured on, and what that is, in words."""
+    """Return the work for the whole model alone, and its description."""
     kinds, named = {}, []
     if options.text_files:
         kinds["text"] = read_texts(options.text_files)
@@ -225,7 +230,7 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
             depths=options.depths,
             n_per=options.n_per,
             seed=options.seed,
-            wrap=_wrap(llm, bool(options.chat)),  # its prompts are written to be continued
+            wrap=_wrap(llm, bool(options.chat)),  # by default none: these prompts end as a text to continue
         )
         words["Synthetic tasks"] = (
             f"{', '.join(options.synthetic)}: {options.n_per} of each length ({lengths} tokens) and depth ({depths}), "

@@ -1,4 +1,4 @@
-"""Measures what skipping costs in quality and brings in speed: the function :func:`adaskip_cpp.evaluate`."""
+"""The function :func:`adaskip_cpp.evaluate`: measures how much quality skipping costs and how much speed it brings."""
 
 import contextlib
 import os
@@ -36,33 +36,40 @@ def evaluate(
     on_progress: Callable[[float], None] = lambda fraction: None,
     tell: Callable[[str], None] = lambda note: None,
 ) -> Results:
-    """Compare plans with the whole model: loss, divergence, agreement, continuations and answers, at measured speed.
+    """Measure the quality and the speed of plans against the whole model.
 
-    Results are kept one by one in the folder: a second call with the same arguments goes on where the first ended.
-    At the end, and after Ctrl-C, the folder has results.json, results.md, report.html and, with matplotlib, pictures.
+    Each result is kept in the folder, so a second call with the same arguments continues. At the end, and after Ctrl-C,
+    the folder has results.json, results.md, report.html and, with matplotlib, pictures.
 
     Args:
         model: a GGUF file.
-        profile: of this model, from which plans are made; None to compare what `adaskip-cpp tune` found alone.
-        folder: made where it is missing.
-        options: what is measured, and on what.
+        profile: a profile of this model or its file, from which plans are made; None to compare only the result of
+            ``tune``.
+        folder: the folder of the results; it is created if it is missing.
+        options: the plans, texts and tasks; None for the defaults.
         running: threads and devices, the same for all plans.
-        command: how to repeat it, for the report; a call of this function by default.
-        on_progress: takes the share of the work that is done, 0 to 1.
-        tell: takes sentences for the user: plans left out, a busy machine, earlier results.
+        command: a command that repeats the evaluation, for the report; by default a call of this function.
+        on_progress: called with the share of the work that is done, 0 to 1.
+        tell: called with sentences for the user, such as plans that are left out.
 
     Returns:
         Losses and divergences in nats per token, speeds in seconds, scores from 0 to 1, with standard errors. After
-        Ctrl-C ``n_done`` is less than ``n_results``.
+        Ctrl-C, ``n_done`` is less than ``n_results``.
 
     Raises:
-        AdaSkipError: the profile is another model's, a file cannot be read or written, there is nothing to compare, or
-            the model allows no such context.
+        AdaSkipError: the profile is of another model, a file cannot be read or written, there is nothing to compare, or
+            the model does not allow such a context.
         PackageMissingError: a metric needs a package of ``adaskip-cpp[evaluate]``.
+
+    Examples:
+        >>> options = EvaluationOptions(text_files=("mine.txt",), max_losses=(0.02, 0.05))
+        >>> results = evaluate("model.gguf", None, "results", options)
+        >>> for row in results.contenders:
+        ...     print(row.label, row.speedup, row.figure("added_loss"))
     """
     options, running, model = options or EvaluationOptions(), running or Running(), os.fspath(model)
     known = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
-    continuation_rouge_l("", "")  # is its package there? Asked before hours of work
+    continuation_rouge_l("", "")  # fails now, and not after hours, if its package is missing
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     command = (
         command
@@ -71,7 +78,7 @@ def evaluate(
     facts = {"started": started, "command": command, "load_average": load_average()}
     open_model = partial(open_quietly, model, running=running)
     with prepared(model, known, options, open_model) as (llm, work, notes, words):
-        settings = {  # with others, a new evaluation begins
+        settings = {  # other settings begin a new evaluation
             "model": asdict(llm.model_info),
             "profile": None if known is None else content_hash(known),
             "work": work.hash,
@@ -82,19 +89,19 @@ def evaluate(
             load = kept.facts["load_average"]
             if work.speed_prompt and is_busy(load):
                 notes.append(
-                    f"The load average was {load:.1f} at the beginning: unless that came from what you ran before, "
-                    "other programs disturb the speeds."
+                    f"The load average was {load:.1f} at the beginning. If other programs were running, they disturbed "
+                    "the speeds: close them, and evaluate again into another folder."
                 )
             for note in notes:
                 tell(note)
             if n_done := sum(key in kept.records for key in work.results()):
                 tell(f"{n_done} of {len(work.results())} results are there already.")
             elif kept.others:
-                tell(f"The settings have changed; earlier results are kept in {', '.join(map(str, kept.others))}")
+                tell(f"The settings have changed. Earlier results are kept in {', '.join(map(str, kept.others))}")
             name, begun = os.path.basename(model), kept.facts["started"][:16].replace("T", " ")
             about = About(
                 title=f"{name}: what skipping costs and brings",
-                summary=f"{len(work.contenders) - 1} contenders against the full model, begun {begun} UTC.",
+                summary=f"{len(work.contenders) - 1} contenders against the whole model, begun {begun} UTC.",
                 configuration=_configuration(model, known, work, settings, words),
                 command=command,
                 settings=settings,
@@ -121,7 +128,7 @@ def _configuration(
         lines["Profile"] = read + (f", {profile.created}" if profile.created else "")
     if (frontier := next((each.frontier for each in work.contenders if each.frontier), None)) is not None:
         n = len(frontier.points)
-        lines["Promises"] = f"for each prompt the fastest of {n} plans that loses no more nats per token at its length"
+        lines["Promises"] = f"for each prompt, the fastest of {n} plans that keeps the promise, in nats per token"
     return {
         **lines,
         **words,

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: quality against measured speed."""
+"""Draws the pictures of an evaluation, quality against measured speed. Start at :func:`quality_pictures`."""
 
 from collections.abc import Callable, Sequence
 from operator import methodcaller
@@ -11,7 +11,7 @@ from .results import SPEED_NAMES, SPEEDS, Figure, Results, Row
 
 
 class _Quality(NamedTuple):
-    """A measure of quality: the label of its axis, the full model's, and that of a row, None if it has none."""
+    """A measure of quality: its axis label, the whole model's value, and a function of a row, None if it has none."""
 
     label: str
     full: float
@@ -25,15 +25,11 @@ class _Point(NamedTuple):
 
 
 def quality_pictures(results: Results) -> dict[str, plots.Figure]:
-    """Return the pictures of quality against measured speed, by file name; none if nothing was timed.
-
-    ``quality`` is the added loss, the picture of this project; ``agreement``, ``rouge-l`` and ``score-<task>`` show the
-    other measures in the same way.
-    """
+    """Return pictures by name: ``quality``, ``agreement``, ``rouge-l``, ``score-<task>``; {} if nothing was timed."""
     kinds = {
         "quality": _Quality("added loss, nats per token (lower is better)", 0.0, methodcaller("figure", "added_loss")),
-        "agreement": _Quality("agreement with the full model", 1.0, methodcaller("figure", "agreement")),
-        "rouge-l": _Quality("Rouge-L with the full model's text", 1.0, methodcaller("figure", "rouge_l")),
+        "agreement": _Quality("agreement with the whole model", 1.0, methodcaller("figure", "agreement")),
+        "rouge-l": _Quality("Rouge-L with the whole model's text", 1.0, methodcaller("figure", "rouge_l")),
     }
     for task in results.tasks:
         if (score := results.full.score(task)) is not None:
@@ -42,7 +38,7 @@ def quality_pictures(results: Results) -> dict[str, plots.Figure]:
     for name, quality in kinds.items():
         panels = {mode: points for mode in MODES if (points := _points(results.of_mode(mode), quality))}
         if panels:
-            # Losses differ by a factor of a hundred.
+            # A logarithmic axis for losses, which differ by a factor of a hundred.
             drawn[name] = _quality_against_speed(panels, quality, symlog=name == "quality")
     return drawn
 
@@ -62,11 +58,11 @@ def _quality_against_speed(panels: dict[Any, list[_Point]], quality: _Quality, *
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         speeds = [1.0, *(point.speed.value for point in points)]
         margin = max(0.06 * (max(speeds) - min(speeds)), 0.01)
-        # By the points, not by their bars: one round that was interrupted makes a bar that dwarfs them all.
+        # The points set the limits, not their bars: one disturbed round makes a very long bar.
         axes.set_xlim(min(speeds) - margin, max(speeds) + 1.5 * margin)
         axes.axvline(1.0, color=plots.GRID, linewidth=0.8)
         whole = axes.plot([1.0], [quality.full], **plots.STRATEGY["full"].points, zorder=4)
-        handles.setdefault("full model", whole[0])
+        handles.setdefault("whole model", whole[0])
         for series in dict.fromkeys(point.row.series for point in points):
             handles.setdefault(series, _draw(axes, [each for each in points if each.row.series == series]))
         plots.title(axes, mode)

@@ -1,4 +1,4 @@
-"""The files of an evaluation: results.json, results.md, pictures, and report.html, which needs no other file."""
+"""Writes the files of an evaluation: results.json, results.md, pictures, and report.html, which needs no other file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,13 +15,13 @@ from .tables import tables
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """Write all files of the results, also of an unfinished evaluation."""
+    """Write all files, also for an unfinished evaluation."""
     write_atomically(folder / "results.json", results.to_json())
     pictures: dict[str, plots.Figure] = {}
     if plots.has_matplotlib():
         pictures = quality_pictures(results)
     else:
-        notes = (*results.about.notes, 'There are no pictures: pip install "adaskip-cpp[plot]"')
+        notes = (*results.about.notes, 'Pictures need matplotlib. Run: pip install "adaskip-cpp[plot]"')
         results = replace(results, about=replace(results.about, notes=notes))
     files = [plots.save(drawing, folder, name)[0].name for name, drawing in pictures.items()]
     write_atomically(folder / "results.md", rendered("md", results, files))
@@ -31,7 +31,7 @@ def write_results(results: Results, folder: Path) -> None:
 def rendered(
     form: Literal["html", "md"], results: Results, pictures: Mapping[str, plots.Figure] | Sequence[str]
 ) -> str:
-    """Return a report: of HTML, which contains its pictures, by name, or of Markdown, which names their files."""
+    """Return a report: HTML with its pictures by name inside, or Markdown with the names of their files."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=jinja2.select_autoescape(),

@@ -1,4 +1,4 @@
-"""What an evaluation found: the one result behind results.json, the tables, the pictures and the reports."""
+"""The result of an evaluation, which results.json, tables, pictures and reports show. Start at :class:`Results`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,14 +10,12 @@ from ..model.mode import ModeName
 from ..planning.compensation import DEFAULT_COMPENSATION
 
 SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_token", "e2e": "request"}
-"""By mode, the speed-up that quality is read against: of what the mode makes faster."""
+"""By mode, the speed-up that quality is compared with: that of the part which the mode makes faster."""
 
-TAILS = (99, 99.9)
-"""Percent of the tokens that have at most this divergence from the full model, as llama-perplexity tells them."""
-
+TAILS = (99, 99.9)  # percentiles of the tokens' divergences, those that llama-perplexity reports
 SPEED_NAMES = {"first_token": "first token", "per_token": "later tokens", "request": "whole request"}
 _STRATEGY_NAMES = {
-    "full": "full model",
+    "full": "whole model",
     "adaskip": "AdaSkip",
     "early_exit": "Early Exit",
     "suffix": "suffix of layers",
@@ -29,7 +27,13 @@ _STRATEGY_NAMES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over ``n`` items and its standard error, NaN of a single item; or a quantile of ``n`` tokens, without."""
+    """A mean over items, or a quantile over tokens.
+
+    Attributes:
+        mean: the mean or the quantile.
+        error: standard error of the mean; NaN for a single item and for a quantile.
+        n: number of items or tokens.
+    """
 
     mean: float
     error: float
@@ -38,7 +42,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Speed:
-    """How many times as fast as the full model, over rounds in which both ran; and seconds."""
+    """A measured speed.
+
+    Attributes:
+        speedup: how many times as fast as the whole model, over rounds in which both ran.
+        seconds: the time, in seconds.
+    """
 
     speedup: Interval
     seconds: Figure
@@ -46,7 +55,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cell:
-    """Scores of the questions of one length, in tokens, and one depth, None without one."""
+    """The score of questions of one length and depth.
+
+    Attributes:
+        length: tokens of the prompts.
+        depth: place of the answer in the prompt, 0 to 1; None without one.
+        score: mean score, 0 to 1.
+    """
 
     length: int
     depth: float | None
@@ -55,13 +70,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of one task's questions, 0 to 1.
+    """The scores of one task.
 
     Attributes:
-        difference: from the full model's, item by item; None if it has none.
-        same_answer, same_score: shares of the questions with the full model's answer, word for word but for blanks
-            around it, and with its score; likewise.
-        cells: by length and depth, where the task has several of either that were chosen.
+        score: mean score, 0 to 1.
+        difference: mean difference from the whole model's score, item by item; None without a score of that.
+        same_answer: share of the questions with the same answer as the whole model's; None likewise.
+        same_score: share of the questions with the same score as the whole model's; None likewise.
+        cells: scores by length and depth, if the task has several of these.
     """
 
     score: Figure
@@ -73,11 +89,14 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Named:
-    """What a contender is known by; ``mode`` is None for the whole model.
+    """The names of a contender.
 
     Attributes:
-        name: tells it from the others, ``"adaskip-12-e2e-affine"``.
-        budget: what was asked for, if anything: ``"12"`` sublayers, a speed-up of ``"1.2x"``, a promise of ``"0.05"``.
+        name: unique name, such as ``"adaskip-12-e2e-affine"``.
+        strategy: strategy of the plan, ``"full"`` for the whole model.
+        budget: ``"12"`` sublayers, a speed-up of ``"1.2x"``, or a promise of ``"0.05"``; "" for none.
+        mode: mode of the plan; None for the whole model.
+        compensation: compensation of the plan.
     """
 
     name: str
@@ -88,33 +107,34 @@ class Named:
 
     @property
     def series(self) -> str:
-        """Name it for people without its budget, ``AdaSkip affine``."""
+        """Name for people without the budget, such as ``AdaSkip affine``."""
         name = _STRATEGY_NAMES.get(self.strategy, self.strategy)
         return name if self.compensation == "none" else f"{name} {self.compensation}"
 
     @property
     def label(self) -> str:
-        """Name it for people, ``AdaSkip affine, 1.2 x asked``."""
+        """Name for people, such as ``AdaSkip affine, 1.2 x asked``."""
         return f"{self.series}, {self.budget.replace('x', ' x asked')}" if self.budget else self.series
 
     @property
     def look(self) -> str:
-        """How it looks: a key in :data:`adaskip_cpp.pictures.plots.STRATEGY`, or a compensation that has no look."""
+        """Key of its line and marker in ``adaskip_cpp.pictures.plots.STRATEGY``, or a compensation without these."""
         is_default = self.strategy != "adaskip" or self.compensation == DEFAULT_COMPENSATION
         return self.strategy if is_default else self.compensation
 
 
 @dataclass(frozen=True)
 class Row(Named):
-    """A contender and its figures.
+    """A contender with its figures.
 
     Attributes:
-        n_skip_prefill, n_skip_decode: sublayers skipped in prompts, or the bulk of the longest, and in decode.
-        speed: by the names of :data:`SPEED_NAMES`; {} if nothing was timed.
-        text: figures of text by kind of text (``"all"`` for all together) and by name: ``loss`` and ``added_loss`` in
-            nats per token, ``perplexity``, ``kl`` in nats per token, its quantiles ``kl_99`` and ``kl_99.9`` over the
-            tokens of all items, ``agreement``, ``rouge_l`` with the full model's text. Without what was not measured,
-            or came out as no number for an item.
+        n_skip_prefill: sublayers skipped in prompts, or in the bulk of the longest prompt.
+        n_skip_decode: sublayers skipped in decode.
+        speed: speeds of ``"first_token"``, ``"per_token"`` and ``"request"``; {} if nothing was timed.
+        text: figures by kind of text (``"all"`` for all kinds) and by name: ``loss`` and ``added_loss`` in nats per
+            token, ``perplexity``, divergence ``kl`` in nats per token, its quantiles ``kl_99`` and ``kl_99.9`` over all
+            tokens, ``agreement``, and ``rouge_l`` with the whole model's text. A figure is missing if it was not
+            measured or is not a number.
         questions: scores by task.
     """
 
@@ -126,23 +146,48 @@ class Row(Named):
 
     @property
     def speedup(self) -> Interval | None:
-        """The measured speed-up that its quality is read against; None if it was not timed."""
+        """The measured speed-up of the part that its mode makes faster; None if it was not timed."""
         return self.speed[SPEEDS[self.mode]].speedup if self.mode and self.speed else None
 
     def figure(self, name: str, kind: str = "all") -> Figure | None:
+        """Return a figure of ``text``; None if it is missing.
+
+        Args:
+            name: name of the figure, such as ``"added_loss"``.
+            kind: kind of text.
+        """
         return self.text.get(kind, {}).get(name)
 
     def score(self, task: str) -> Figure | None:
+        """Return the score of a task; None if it is missing.
+
+        Args:
+            task: name of the task.
+        """
         return self.questions[task].score if task in self.questions else None
 
     def cells(self, task: str) -> dict[tuple[int, float | None], Figure]:
+        """Return the scores of a task by length in tokens and depth.
+
+        Args:
+            task: name of the task.
+        """
         cells = self.questions[task].cells if task in self.questions else ()
         return {(cell.length, cell.depth): cell.score for cell in cells}
 
 
 @dataclass(frozen=True)
 class About:
-    """What was measured with what: for people by name, how to repeat it, and plain JSON values it all depends on."""
+    """A description of an evaluation.
+
+    Attributes:
+        title: title for people.
+        summary: summary for people.
+        configuration: model, machine and texts in words, by name.
+        command: a command that repeats the evaluation.
+        settings: the settings that results depend on, as plain JSON values.
+        notes: notes for the reader.
+    """
 
     title: str
     summary: str
@@ -154,11 +199,15 @@ class About:
 
 @dataclass(frozen=True)
 class Results:
-    """All figures, of an unfinished evaluation too.
+    """The result of ``evaluate``, also of an unfinished evaluation.
 
     Attributes:
-        n_done, n_results: single results that there are, and that there will be.
-        contenders: the full model first.
+        n_done: number of single results that are measured.
+        n_results: number of all single results.
+        about: description of the evaluation.
+        contenders: contenders with their figures, the whole model first.
+        format: name of the format of ``results.json``.
+        version: version of that format.
     """
 
     n_done: int
@@ -169,24 +218,30 @@ class Results:
     version: int = 3
 
     def to_json(self) -> str:
-        """Return the content of ``results.json``; what is no number is null."""
+        """Return the content of ``results.json``. NaN is null there."""
         return json_text(self)
 
     @property
     def full(self) -> Row:
+        """The whole model."""
         return self.contenders[0]
 
     def of_mode(self, mode: str) -> list[Row]:
-        """The contenders in a mode, the slowest first: at equal speed, not at equal count, quality can be compared."""
+        """Return the contenders in a mode, the slowest first.
+
+        Args:
+            mode: the mode.
+        """
         mine = [row for row in self.contenders if row.mode == mode]
         return sorted(mine, key=lambda row: 0.0 if row.speedup is None else row.speedup.value)
 
     @property
     def tasks(self) -> list[str]:
+        """Names of all tasks."""
         return list(dict.fromkeys(task for row in self.contenders for task in row.questions))
 
     @property
     def notes(self) -> list[str]:
-        """What the reader must know, above all that this is not finished."""
-        unfinished = f"This is not finished: {self.n_done} of {self.n_results} results are there. Run it again."
+        """Notes for the reader, the first one if the evaluation is not finished."""
+        unfinished = f"This is not finished: {self.n_done} of {self.n_results} results. Run the same command again."
         return [*([unfinished] if self.n_done < self.n_results else []), *self.about.notes]

@@ -1,7 +1,7 @@
-"""What an evaluation has measured so far, on disk, so that a run can go on where it ended.
+"""Keeps the results of an evaluation on disk, so that an interrupted run can continue. Start at :func:`open_store`.
 
-A file of results is named by the hash of its settings, so that results of other settings are never mixed in. Its first
-line says what is measured and how; each of the others is one result.
+Each file of results is named by the hash of its settings, so results of different settings never mix. Its first line
+holds the settings; each other line is one result.
 """
 
 import contextlib
@@ -30,26 +30,20 @@ else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-Key: TypeAlias = tuple[str, str, str]  # item, contender and measure: what a result is of
+Key: TypeAlias = tuple[str, str, str]  # item, contender and measure of a result
 
 _Line = TypeVar("_Line")
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One result, a line without what is empty.
-
-    Attributes:
-        values: figures by name; NaN, on disk null, for what came out as no number.
-        text: what the model wrote.
-        divergences: KL divergence from the full model of each token that ``values`` are means of, in nats.
-    """
+    """One result, a line of the file; empty fields are left out."""
 
     item: str
     contender: str
     measure: str
-    values: dict[str, float | None] = {}  # msgspec copies it
-    text: str = ""
-    divergences: tuple[float | None, ...] = ()
+    values: dict[str, float | None] = {}  # figures by name; NaN is null on disk. msgspec copies the default
+    text: str = ""  # the model's answer
+    divergences: tuple[float | None, ...] = ()  # KL(whole model || contender) of each judged token, in nats
 
     @property
     def key(self) -> Key:
@@ -63,21 +57,15 @@ class _Header(msgspec.Struct, frozen=True):
 
 @dataclass
 class Store:
-    """The results in a folder, from :func:`open_store`.
-
-    Attributes:
-        path, file: the open file of results, without a buffer: what could not be written is not written later.
-        records: what is known; read and appended.
-        facts: what was kept beside the settings when these results were begun.
-    """
+    """The results in a folder, from :func:`open_store`."""
 
     path: Path
-    file: FileIO
-    records: dict[Key, Record]
-    facts: dict[str, Any]
+    file: FileIO  # without a buffer, so that a failed write is not repeated later
+    records: dict[Key, Record]  # those read from the file and those appended
+    facts: dict[str, Any]  # stored with the settings when these results were begun
 
     def append(self, record: Record) -> None:
-        """Add a result; when this returns, it is on the disk. After a FileError those before it are there."""
+        """Add a result, which is on the disk when this returns. A FileError leaves the earlier results intact."""
         _write(self.file, self.path, record)
         self.records[record.key] = record
 
@@ -89,10 +77,9 @@ class Store:
 
 @contextlib.contextmanager
 def open_store(folder: StrPath, settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Iterator[Store]:
-    """Take up the results in a folder, which is made where it is missing, and keep other runs out of it.
+    """Open the results in a folder, which is made if it is missing, and lock it for this run.
 
-    Results belong together if the settings are equal, which are plain JSON values; the facts are kept beside them for
-    the reader, without being compared.
+    Results with equal settings (plain JSON values) belong together. Facts are stored with them, but not compared.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +94,7 @@ def open_store(folder: StrPath, settings: Mapping[str, Any], facts: Mapping[str,
         with _opened(path, "a+b") as file:
             file.seek(0)
             content = file.readall()
-            end = content.rfind(b"\n") + 1  # what a crash left of the last line does not count
+            end = content.rfind(b"\n") + 1  # a crash may have left a part of the last line
             try:
                 file.truncate(end)
             except OSError as error:
@@ -124,7 +111,7 @@ def open_store(folder: StrPath, settings: Mapping[str, Any], facts: Mapping[str,
 
 @contextlib.contextmanager
 def _opened(path: Path, mode: str) -> Iterator[FileIO]:
-    """Open a file without a buffer. What is in it was synced before it is closed, when errors tell nothing any more."""
+    """Open a file without a buffer. Its content is synced by then, so errors while closing it do not matter."""
     file = FileIO(path, mode)
     try:
         yield file
@@ -148,5 +135,5 @@ def _parsed(line: bytes, kind: type[_Line], number: int, path: Path) -> _Line:
         return msgspec.json.decode(line, type=kind)
     except msgspec.DecodeError as error:
         raise DataError(
-            f"line {number} of {os.fspath(path)!r} is no result ({error}); remove it, or choose another folder"
+            f"line {number} of {os.fspath(path)!r} is not a result ({error}); remove the line, or choose another folder"
         ) from error

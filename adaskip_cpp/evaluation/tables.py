@@ -1,4 +1,4 @@
-"""The tables of an evaluation, for Markdown, for HTML and for the terminal."""
+"""Makes the tables of an evaluation, for reports (:func:`tables`) and for the terminal (:func:`summary`)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,31 +11,26 @@ from ..model.mode import MODES
 from .results import SPEED_NAMES, SPEEDS, TAILS, Figure, Results, Row
 
 _MODE_TEXT = {
-    "prompt": "Only the bulk of a prompt skips, where nobody reads.",
-    "prefill": "The same sublayers are skipped in the prompt and in the answer.",
-    "decode": "The full model reads the prompt; the plan and its online stage work on the answer.",
-    "e2e": "The plan works in the prompt and in the answer, and its online stage on the answer.",
+    "prompt": "The plan skips in the bulk of a prompt only.",
+    "prefill": "The plan skips the same sublayers in the prompt and in the answer.",
+    "decode": "The whole model reads the prompt; the plan and its online stage skip in the answer.",
+    "e2e": "The plan skips in the prompt and in the answer, its online stage in the answer only.",
 }
 
-_Columns: TypeAlias = Mapping[str, Callable[[Row], str]]  # what a column says of a row, by its heading
+_Columns: TypeAlias = Mapping[str, Callable[[Row], str]]  # by heading, a function for the text of a row's cell
 
 _MODE: _Columns = {"mode": lambda row: row.mode or ""}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column is text, all others are figures.
-
-    Attributes:
-        text: what a reader must know, in a sentence or two.
-        marks: per row, its :attr:`Row.look`.
-    """
+    """A table. The first column is text, all others are figures."""
 
     title: str
-    text: str
+    text: str  # an explanation in a few sentences
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    marks: tuple[str, ...]
+    marks: tuple[str, ...]  # Row.look of each row
 
 
 def _table(title: str, text: str, rows: Sequence[Row], columns: _Columns) -> Table:
@@ -49,7 +44,7 @@ def tables(results: Results) -> list[Table]:
 
 
 def summary(results: Results) -> list[Table]:
-    """Return of the tables what a terminal has room for, without empty columns."""
+    """Return the tables that fit into a terminal, without empty columns."""
     found = [_mode_table(results, mode, is_brief=True) for mode in MODES]
     return [table for table in found if len(table.header) > 1] + _question_tables(results)[:1]
 
@@ -73,8 +68,8 @@ def _mode_table(results: Results, mode: str, *, is_brief: bool = False) -> Table
         columns = {name: columns[name] for name in wanted if cells[name] - {"", "-"}}
     n = next((loss.n for row in rows if (loss := row.figure("loss")) is not None), 0)
     text = (
-        f"{_MODE_TEXT[mode]} Loss, KL divergence and agreement are of tokens that follow a prompt. By measured speed; "
-        f"{n} items, mean ± standard error over items."
+        f"{_MODE_TEXT[mode]} Loss, KL divergence and agreement are of tokens that follow a prompt. The slowest plan is "
+        f"first. Figures are means ± standard errors over {n} items."
     )
     if any(row.figure(f"kl_{TAILS[0]:g}") is not None for row in rows):
         text += " KL 99% is the divergence that 99% of all tokens do not exceed."
@@ -84,7 +79,7 @@ def _mode_table(results: Results, mode: str, *, is_brief: bool = False) -> Table
 def _kind_tables(results: Results) -> list[Table]:
     kinds = dict.fromkeys(kind for row in results.contenders for kind in row.text)
     columns: _Columns = {kind: _of_plan("added_loss", 3, sign=True, kind=kind) for kind in kinds if kind != "all"}
-    text = "Added loss against the full model in nats per token, mean ± standard error over items."
+    text = "Loss added to the whole model's, in nats per token: mean ± standard error over items."
     rows = results.contenders[1:]
     return [_table("By kind of text", text, rows, {**_MODE, **columns})] if columns else []
 
@@ -98,7 +93,7 @@ def _question_tables(results: Results) -> list[Table]:
         "times as fast": lambda row: "1" if row.mode is None else _interval(row.speedup),
         **{f"{task} ({max(score.n for score in each)})": partial(_score, task) for task, each in scores.items()},
     }
-    text = "Scores in percent, mean ± standard error over questions; their number in brackets."
+    text = "Scores in percent: mean ± standard error over questions. The number of questions is in brackets."
     cells = [_cell_table(results, task) for task in scores if any(row.cells(task) for row in results.contenders)]
     return [_table("Questions", text, results.contenders, columns), _same_table(results), *cells]
 
@@ -110,8 +105,8 @@ def _same_table(results: Results) -> Table:
         return " / ".join(_figure(each, 1, scale=100, error=False) for each in both)
 
     text = (
-        "Percent of the questions with the full model's answer, word for word, and with its score. Equal scores can "
-        "hide that some answers became better and as many worse."
+        "Percent of the questions with exactly the whole model's answer / with its score. Equal mean scores can hide "
+        "that some answers became better and others worse."
     )
     columns: _Columns = {**_MODE, **{task: partial(shares, task) for task in results.tasks}}
     return _table("Answers that stay the same", text, results.contenders[1:], columns)
@@ -126,7 +121,7 @@ def _cell_table(results: Results, task: str) -> Table:
         for row in results.contenders
         for length, depth in row.cells(task)
     }
-    text = "Scores in percent by the prompt's length in tokens, and by where in it the answer lies."
+    text = "Scores in percent, by the prompt's length in tokens and the place of the answer in it."
     return _table(f"{task}, by length and depth", text, results.contenders, {**_MODE, **columns})
 
 

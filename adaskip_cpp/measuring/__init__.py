@@ -1,1 +1,1 @@
-"""How speed and quality are measured: timing, texts and tasks, scores."""
+"""Measures speed (start at ``timing.py``) and quality (``judge.py``), on texts (``corpus.py``) and ``tasks.py``."""

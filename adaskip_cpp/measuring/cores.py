@@ -1,4 +1,4 @@
-"""How many threads to compute with, and whether the machine is free to."""
+"""Counts the cores to compute with, and finds out whether other programs use the machine."""
 
 import ctypes
 import os
@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-_BUSY = 0.5  # load average from which a machine counts as busy: other programs disturb what is timed
+_BUSY = 0.5  # with a load average above this, other programs disturb timings
 
 
 def load_average() -> float | None:
-    """Return that of the last minute, in CPUs; None where the system keeps none, as Windows."""
+    """Return the load average of the last minute, in CPUs; None on Windows, which has none."""
     if sys.platform == "win32":
         return None
     return os.getloadavg()[0]
@@ -23,8 +23,8 @@ def is_busy(load: float | None) -> bool:
 def physical_cores() -> int:
     """Return the number of physical cores that this process may use.
 
-    llama.cpp's matrix products gain nothing from a second thread on the same core, and lose from waiting for slow
-    cores: on Apple Silicon only performance cores count.
+    A second thread on the same core does not speed up llama.cpp's matrix products, and slow cores make the others wait:
+    on Apple Silicon only performance cores count.
     """
     if sys.platform == "linux":
         return _linux(os.sched_getaffinity(0))
@@ -32,7 +32,7 @@ def physical_cores() -> int:
 
 
 def logical_cores() -> int:
-    """Return the number of hardware threads that this process may use."""
+    """Return how many hardware threads this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

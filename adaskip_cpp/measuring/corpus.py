@@ -1,4 +1,4 @@
-"""Text to calibrate on, of the kinds that every Python carries; how any text is cut into requests."""
+"""Provides text to calibrate on, which every Python has, and cuts text into requests. Start at :func:`requests`."""
 
 import ast
 import contextlib
@@ -14,20 +14,20 @@ from ..files import read_text
 
 PAGES = "pages of pydoc_data.topics (Python's language reference)"
 DESCRIPTION = f"{PAGES}, sources and docstrings of its standard library"
-"""What :func:`requests` are cut from. Maps fitted on one kind alone were seen to lose a sixth more on others."""
+"""The text of :func:`requests`. Maps that were fitted on one kind alone lost a sixth more on the other kinds."""
 
 SOURCES = (
     "_pydecimal argparse configparser difflib doctest fractions imaplib ipaddress mailbox optparse pickle random "
     "shutil smtplib statistics subprocess tarfile tempfile textwrap threading"
 )
-"""Modules of the standard library that calibration leaves out, single files of 4,000 to 60,000 tokens that are in every
-supported Python: what it learns is judged on them."""
+"""Modules of the standard library that calibration leaves out, to judge on. They are single files of 4,000 to 60,000
+tokens that every supported Python has."""
 
 _PACKAGES = "asyncio collections concurrent email html http importlib json logging multiprocessing unittest urllib xml"
-"""Packages of the standard library whose docstrings are prose to calibrate on; their code is not."""
+"""Packages of the standard library: their docstrings, but not their code, are text to calibrate on."""
 
-_LONGEST = 60_000  # characters of a source to calibrate on: no single module makes up the text
-_LEAST = 200  # characters of a docstring
+_LONGEST = 60_000  # most characters of one source, so that no module dominates the text
+_LEAST = 200  # fewest characters of a docstring
 
 HELD_OUT = (
     "comparisons",
@@ -40,25 +40,25 @@ HELD_OUT = (
     "string-methods",
     "typesmapping",
 )
-"""Pages that calibration leaves out unless told otherwise, a third of the text: what it learns is judged on them."""
+"""Pages that calibration leaves out by default, to judge on: a third of the text."""
 
 N_REQUESTS, N_TOKENS = 80, 512
-"""What calibration cuts a text into by default. 20 requests, as the authors use, do for statistics and not for linear
-maps: with 80, SmolLM2 loses 8% less at 6 of 60 sublayers, 13% at 12 and 16% at 15, on text of another kind."""
+"""The default cut. The authors' 20 requests are enough for statistics, not for linear maps: with 80, SmolLM2 loses 8%
+less at 6 of 60 sublayers, 13% at 12 and 16% at 15, on text of another kind."""
 
-SEPARATOR = "\n\n\n"  # what stands between two pages of a text
+SEPARATOR = "\n\n\n"  # between two pages of a text
 
 
 def pages() -> dict[str, str]:
     """Return the pages of ``pydoc_data.topics`` by name, in alphabetical order.
 
-    A quarter of the module is pages that contain other pages. Every paragraph is kept once, in the shortest page that
-    has it, so that text of one page never shows up in another: a page left out of calibration is unseen text.
+    A quarter of the module is pages that contain other pages. So every paragraph is kept once, in its shortest page: a
+    page that calibration leaves out is unseen text.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise RequestError("this Python lacks pydoc_data.topics; pass requests of your own (--data FILE)") from error
+        raise RequestError("this Python lacks pydoc_data.topics; pass your own requests (--data FILE)") from error
     seen: set[str] = set()
     kept = {}
     for name in sorted(topics, key=lambda name: (len(topics[name]), name)):
@@ -90,7 +90,7 @@ def _sources(library: Path) -> str:
 
 @cache
 def _docstrings(library: Path) -> str:
-    """Return the docstrings in :data:`_PACKAGES`; found once, as that takes a second."""
+    """Return the docstrings in :data:`_PACKAGES`, cached because finding them takes a second."""
     return SEPARATOR.join(
         text
         for package in _PACKAGES.split()
@@ -101,7 +101,7 @@ def _docstrings(library: Path) -> str:
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
-    """Those of a module, its classes and functions, one after the other; not of what a function defines."""
+    """Yield the docstrings of a module, its classes and functions, in order, without those inside functions."""
     with contextlib.suppress(DataError, SyntaxError, ValueError):
         nodes: list[ast.AST] = [ast.parse(read_text(path))]
         while nodes:
@@ -115,17 +115,14 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 
 
 def requests(tokenizer: Llama, n_requests: int, n_tokens: int) -> list[list[int]]:
-    """Cut so many requests, of so many tokens each, from :data:`DESCRIPTION`: of each kind in turn.
-
-    A kind that this Python lacks, as one without sources, is left out; a RequestError where it lacks all.
-    """
+    """Cut requests from each kind of text in :data:`DESCRIPTION` in turn; RequestError if this Python lacks all."""
     library = Path(sysconfig.get_path("stdlib"))
     kinds = [_sources(library), _docstrings(library)]
     with contextlib.suppress(RequestError):
         kinds.insert(0, text())
     kinds = [kind for kind in kinds if kind.strip()]
     if not kinds:
-        raise RequestError("this Python carries no text to calibrate on; pass requests of your own (--data FILE)")
+        raise RequestError("this Python has no text to calibrate on; pass your own requests (--data FILE)")
     n_each = [len(range(i, n_requests, len(kinds))) for i in range(len(kinds))]
     dealt = [cut(tokenizer, kind, n, n_tokens) for kind, n in zip(kinds, n_each, strict=True) if n or n_requests < 1]
     turns = max(map(len, dealt))
@@ -133,14 +130,14 @@ def requests(tokenizer: Llama, n_requests: int, n_tokens: int) -> list[list[int]
 
 
 def tokens_of(tokenizer: Llama, text: str, *, bos: bool = False) -> list[int]:
-    """Return the token ids of a text as it stands, behind the one that begins a sequence if ``bos``."""
+    """Return the token ids of a text, without special tokens in it, and with BOS before them if ``bos``."""
     return tokenizer.tokenize(text.encode("utf-8", "replace"), add_bos=bos, special=False)
 
 
 def cut(tokenizer: Llama, text: str, n_requests: int, n_tokens: int) -> list[list[int]]:
-    """Cut a text into requests of so many tokens, BOS included, spread evenly over it and not overlapping.
+    """Cut a text into requests of ``n_tokens``, BOS included, spread evenly over it, without overlap.
 
-    Fewer are returned if the text is too short for so many; one shorter than a request gives one request.
+    A text that is too short gives fewer requests, at least one, which may be shorter.
     """
     if n_requests < 1 or n_tokens < 2:
         raise RequestError(f"cannot cut {n_requests} requests of {n_tokens} tokens; use at least 1 request of 2 tokens")

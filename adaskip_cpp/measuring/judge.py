@@ -1,6 +1,6 @@
-"""Judges quality: what a plan changes in known answers that follow prompts, against the whole model, token by token.
+"""Judges quality: compares a plan with the whole model, token by token, on known answers that follow prompts.
 
-For calibration, tuning and the demo. Start with :class:`Judge`; :func:`probes_of` makes what it reads.
+For calibration, tuning, evaluation and the demo. Start at :class:`Judge`; :func:`probes_of` makes its probes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +21,7 @@ Logits: TypeAlias = npt.NDArray[np.float32]
 ProbeKind: TypeAlias = Literal["continuation", "copying", "retrieval"]
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 
-N_CONTINUED, N_COPIED, N_CUE = 48, 72, 8
-"""Tokens of the answers that a prompt of a text gets, and those of a copy that are not judged: its cue."""
+N_CONTINUED, N_COPIED, N_CUE = 48, 72, 8  # tokens of continuing and copying answers; the cue of a copy is not judged
 
 _MOST_KEPT = 1024
 """Likeliest tokens of the whole model whose probabilities are kept; the rest counts as one token. On 1,304 judged
@@ -31,50 +30,34 @@ tokens of SmolLM2 that lowers a mean divergence of 0.065 by 2.3%, 0.027 by 1.7%,
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt and an answer of known tokens.
+    """A prompt and an answer of known tokens."""
 
-    Attributes:
-        text: name of the text that it is cut from. Texts are independent of each other, probes of one text are not.
-        kind: what the answer does: it continues the prompt, repeats a part of it, or names a pass key in it.
-        tokens: the text; the prompt is its first ``n_prompt`` tokens. Probes of one text share one object.
-        answer: tokens that follow the prompt.
-        n_cue: tokens of the answer that are given and not judged, at least 1.
-    """
-
-    text: str
-    kind: ProbeKind
-    tokens: tuple[int, ...]
+    text: str  # name of its text; probes of different texts are independent, those of one text are not
+    kind: ProbeKind  # whether the answer continues the prompt, copies a part of it, or names its pass key
+    tokens: tuple[int, ...]  # the text, one object for all its probes; the prompt is its first n_prompt tokens
     n_prompt: int
-    answer: tuple[int, ...]
-    n_cue: int = 1
+    answer: tuple[int, ...]  # tokens that follow the prompt
+    n_cue: int = 1  # tokens of the answer that are given and not judged, at least 1
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a plan changes in the judged tokens of one probe, arrays of one value per token.
+    """A plan compared with the whole model on one probe: arrays with one value per judged token."""
 
-    Attributes:
-        divergence: float64, KL(whole model || plan) in nats.
-        loss: float64, the loss that the plan adds, in nats.
-        agrees: bool, whether both find the same token likeliest.
-        right: bool, whether the plan finds the answer's token likeliest.
-        whole_margin: float64, by how many nats the whole model prefers the answer's token to the best other.
-    """
-
-    divergence: npt.NDArray[np.float64]
-    loss: npt.NDArray[np.float64]
-    agrees: npt.NDArray[np.bool_]
-    right: npt.NDArray[np.bool_]
-    whole_margin: npt.NDArray[np.float64]
+    divergence: npt.NDArray[np.float64]  # KL(whole model || plan) in nats
+    loss: npt.NDArray[np.float64]  # that the plan adds, in nats
+    agrees: npt.NDArray[np.bool_]  # whether both find the same token likeliest
+    right: npt.NDArray[np.bool_]  # whether the plan finds the answer's token likeliest
+    whole_margin: npt.NDArray[np.float64]  # nats by which the whole model prefers the answer's token to the best other
 
 
 class Judge:
-    """Compares plans with the whole model, which reads the probes once, when the first plan is judged.
+    """Compares plans with the whole model, which reads the probes once, before the first plan is judged.
 
-    Prompts of one text are read on from each other: the bulk that they share is read once, and answers are taken out
-    of the cache again. Both models read the same batches, as others round otherwise. So a plan with another head or
-    tail than the one before has the whole model read again. The plan of the model is changed; its cache keeps what was
-    read last. Probes of one text stand together, by growing ``n_prompt``.
+    Probes of one text must be adjacent, with growing ``n_prompt``: their prompts continue each other in the cache, and
+    answers are removed from it. A plan and the whole model read the same batches, because other batches round
+    differently. So a plan with another head or tail than before makes the whole model read again. Judging changes the
+    model's plan and its cache.
     """
 
     def __init__(self, llm: AdaSkipLlama, probes: Sequence[Probe]) -> None:
@@ -82,7 +65,7 @@ class Judge:
             raise DataError("there is nothing to judge; give at least one text")
         for probe in probes:
             if not (1 <= probe.n_cue < len(probe.answer) and 1 <= probe.n_prompt <= len(probe.tokens)):
-                raise DataError(f"a probe of {probe.text!r} has no prompt or no answer that can be judged")
+                raise DataError(f"a probe of {probe.text!r} has no prompt or no answer to judge; give a longer text")
             if probe.n_prompt + len(probe.answer) > llm.context_size:
                 raise DataError(
                     f"a probe of {probe.text!r} has {probe.n_prompt + len(probe.answer)} tokens, the context "
@@ -93,7 +76,7 @@ class Judge:
         self._around = DEFAULT_HEAD, DEFAULT_TAIL
 
     def __call__(self, plan: SkipPlan | None) -> tuple[Scores, ...]:
-        """Return the scores of a plan, or of the whole model against itself, one per probe."""
+        """Return the scores of a plan, or of the whole model against itself, for each probe."""
         if plan is not None and plan.bulk is not None and (plan.bulk.head, plan.bulk.tail) != self._around:
             self._around, self._whole = (plan.bulk.head, plan.bulk.tail), []
         self.read_whole()
@@ -101,10 +84,9 @@ class Judge:
         return tuple(whole.scores(logits, _targets(probe)) for whole, logits, probe in pairs)
 
     def edited(self, before: Mapping[str, Sequence[Sequence[int]]]) -> tuple[list[Probe], list[Scores]]:
-        """Return the probes of some texts and the scores of the whole model that comes to each prompt by edits.
+        """Return the probes of some texts, and the scores of the whole model that reaches each prompt by edits.
 
-        Args:
-            before: by the name of a text, prompts that are read one after the other, before that of its probes.
+        ``before`` has, by the name of a text, the prompts that are read in order before the prompt of its probes.
         """
         self.read_whole()
         kept = [(probe, whole) for probe, whole in zip(self.probes, self._whole, strict=True) if probe.text in before]
@@ -119,7 +101,7 @@ class Judge:
         return tuple(each.loss for each in self._whole)
 
     def read_whole(self) -> None:
-        """Have the whole model read the probes, if it has not yet."""
+        """Let the whole model read the probes, unless it has already."""
         if not self._whole:
             answers = zip(self.probes, self._answers(None), strict=True)
             self._whole = [_Reference.of(logits, _targets(probe)) for probe, logits in answers]
@@ -130,12 +112,12 @@ class Judge:
         probes: Sequence[Probe] | None = None,
         before: Mapping[str, Sequence[Sequence[int]]] | None = None,
     ) -> Iterator[Logits]:
-        """Yield the logits that the judged tokens of each probe are predicted by, float32 ``[n, n_vocab]``."""
+        """Yield, for each probe, the logits that predict its judged tokens, float32 ``[n, n_vocab]``."""
         llm = self._llm
         bulk = None if plan is None else plan.bulk
         head, tail = self._around if bulk is None else (bulk.head, bulk.tail)
         llm.set_plan(plan)
-        text, n_prompt, n_bulk = tuple[int, ...](), 0, 0  # in the cache: its tokens in a prompt, and before the tail
+        text, n_prompt, n_bulk = tuple[int, ...](), 0, 0  # in the cache: the text, its prompt, and that before the tail
         for probe in self.probes if probes is None else probes:
             tokens, begin = probe.tokens, max(probe.n_prompt - tail, 0)
             is_same = text is tokens and not llm.has_state
@@ -167,7 +149,7 @@ def _targets(probe: Probe) -> npt.NDArray[np.int64]:
 
 
 def _pieces(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[int]]:
-    """Cut an answer where the set that is skipped may change: within one batch it cannot."""
+    """Cut an answer where the skip set may change, because one batch has one set."""
     ends = [] if plan is None else [start for start, _ in plan.schedule]
     if plan is not None and plan.online is not None:
         ends.append(plan.online.window)
@@ -177,7 +159,7 @@ def _pieces(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[i
 
 @dataclass(frozen=True)
 class _Reference:
-    """The whole model's distributions, each as its likeliest tokens and the rest as one."""
+    """The whole model's distributions: of each, the likeliest tokens, and all others together."""
 
     ids: npt.NDArray[np.int32]  # [n, kept]
     log_p: npt.NDArray[np.float32]  # [n, kept + 1]
@@ -213,14 +195,14 @@ class _Reference:
 
 
 def _log_sums(logits: Logits) -> npt.NDArray[np.float64]:
-    """Logarithms of the sums of exponentials of each row, float64 ``[n]``."""
+    """Return the logarithm of the sum of exponentials of each row, float64 ``[n]``."""
     most = logits.max(axis=1)
     sums = np.array([np.exp(row - high).sum(dtype=np.float64) for row, high in zip(logits, most, strict=True)])
     return np.asarray(np.log(sums) + most)
 
 
 def _with_rest(log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """Append the logarithm of what the probabilities of each row lack to 1."""
+    """Append to each row the logarithm of 1 minus the sum of its probabilities."""
     rest = np.maximum(1.0 - np.exp(log_p.astype(np.float64)).sum(axis=1), 1e-12)
     return np.concatenate([log_p, np.log(rest)[:, None]], axis=1).astype(np.float32)
 
@@ -231,7 +213,7 @@ def passkey(i: int) -> str:
 
 
 def passkey_line(tokenizer: AdaSkipLlama, word: str) -> list[int]:
-    """Return the tokens by which a pass key is hidden in a prompt."""
+    """Return the tokens that hide a pass key in a prompt."""
     return tokens_of(tokenizer, f"\n\nThe pass key is {word}. Remember it. {word} is the pass key.\n\n")
 
 
@@ -245,13 +227,11 @@ def probes_of(
     n_copied: int = N_COPIED,
     key: tuple[str, float] | None = None,
 ) -> list[Probe]:
-    """Return the probes of a text at several prompt lengths: at each one that continues it and one that copies.
+    """Return the probes of a text: for each prompt length in ``cuts`` a continuation and, if it fits, a copy.
 
     A copy repeats the prompt from a quarter of its length on. ``key`` hides a pass key at a depth, 0 to 1, of the
-    longest prompt, and asks for it behind that. The text needs ``n_continued`` tokens after the last cut.
-
-    Raises:
-        DataError: the text is too short.
+    longest prompt, and asks for it after that prompt. Raises DataError if the text is too short: it must have
+    ``n_continued`` tokens after the last cut.
     """
     if not cuts or len(tokens) < max(cuts) + n_continued:
         raise DataError(f"text {text!r} has {len(tokens)} tokens, prompts up to {max(cuts, default=0)} need "

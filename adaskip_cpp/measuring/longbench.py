@@ -1,4 +1,4 @@
-"""Makes questions from LongBench's lines, for :mod:`adaskip_cpp.measuring.task_files`."""
+"""Makes questions from LongBench's lines, for :mod:`adaskip_cpp.measuring.task_files`. Start at :class:`LongBench`."""
 
 import os
 import string
@@ -26,25 +26,23 @@ DATASETS = {
     )
     for dataset in datasets.split()
 }
-"""Metric by dataset. LongBench-E's names end in ``_e`` and are scored alike."""
+"""Metric by dataset. LongBench-E's names end in ``_e``, with the same metrics."""
 
 _FIRST_LINE = frozenset({"trec", "triviaqa", "samsum", "lsht"})
-_NO_CHAT = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"})
-"""Few-shot prompts and code, which LongBench has completed as they stand."""
+_NO_CHAT = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"})  # few-shot prompts and code
 
 _PROMPTS = {
     "multi_news": "Several news articles about one event follow.\n\n{context}\n\n"
     "Write one summary of all these articles, in a few paragraphs.\n\nSummary:"
 }
-_LENGTHS = {"multi_news": 512}
-"""Prompts in our own words, and LongBench's lengths, for datasets that need neither of its JSON files."""
+_LENGTHS = {"multi_news": 512}  # with our own prompts, for datasets that work without LongBench's JSON files
 
 _Length: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclass(frozen=True)
 class LongBenchLine:
-    """A line of a LongBench file, as far as it is used."""
+    """A line of a LongBench file, with the fields that are used here."""
 
     input: str
     context: str
@@ -56,17 +54,17 @@ class LongBenchLine:
 
 
 class LongBench:
-    """LongBench's prompts and lengths by dataset: those of its files, or the built-in ones for None."""
+    """LongBench's prompts and lengths by dataset, from its files, or the built-in ones for None."""
 
     def __init__(self, prompts: StrPath | None, lengths: StrPath | None) -> None:
         self._prompts = _Table(prompts, str, _PROMPTS, "prompt", "--tasks-prompts dataset2prompt.json")
         self._lengths = _Table(lengths, _Length, _LENGTHS, "answer length", "--tasks-lengths dataset2maxlen.json")
 
     def questions(self, line: LongBenchLine, fields: Mapping[str, Any], where: str) -> list[Asked]:
-        """Return the line's only question; ``fields`` are all that the line has, which a template may name."""
+        """Return the line's only question; ``fields`` are all its fields, which a template may name."""
         base = line.dataset.removesuffix("_e")
         if base not in DATASETS:
-            raise DataError(f"{where}: there is no dataset {line.dataset!r}; LongBench has {', '.join(DATASETS)}")
+            raise DataError(f"{where}: there is no dataset {line.dataset!r}; use one of {', '.join(DATASETS)}")
         if DATASETS[base] == "classification" and not line.all_classes:
             raise DataError(f"{where} has no 'all_classes', which {base!r} needs; add the names to choose from")
         template, max_tokens = self._prompts.of(line.dataset, where), self._lengths.of(line.dataset, where)
@@ -75,7 +73,7 @@ class LongBench:
         except (LookupError, ValueError) as error:
             raise DataError(
                 f"{self._prompts.name}: the template of {line.dataset!r} cannot be filled in from {where} "
-                f"({type(error).__name__}: {error}); it may name the line's fields, as {{context}} and {{input}}"
+                f"({type(error).__name__}: {error}); use only names of the line's fields, as {{context}} and {{input}}"
             ) from error
         item = QuestionItem(
             id=str(line._id or ""),
@@ -92,10 +90,7 @@ class LongBench:
 
 
 class _Table:
-    """Values by dataset; a dataset of LongBench-E without a value of its own has that of LongBench's.
-
-    A DataError where the file is not an object of such values.
-    """
+    """Values by dataset, from a file; DataError if it is invalid. LongBench-E's datasets may use LongBench's values."""
 
     def __init__(self, path: StrPath | None, kind: Any, built_in: Mapping[str, Any], what: str, option: str) -> None:
         self.name = "the built-in table" if path is None else repr(os.fspath(path))
@@ -120,13 +115,13 @@ class _Table:
 
 
 def _filled_in(template: str, fields: Mapping[str, Any]) -> str:
-    """Fill in names alone: a width, as in ``{context:9999999999}``, would be bytes of memory."""
+    """Fill in names alone: a width, as in ``{context:9999999999}``, would take so many bytes of memory."""
     parts = []
     for text, name, form, conversion in string.Formatter().parse(template):
         parts.append(text)
         if name is not None:
             value = fields[name]
             if form or conversion or not isinstance(value, str | int | float):
-                raise ValueError(f"{name!r} is more than the name of a text")
+                raise ValueError(f"{name!r} is not just the name of a text")
             parts.append(str(value))
     return "".join(parts)

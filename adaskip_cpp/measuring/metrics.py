@@ -1,8 +1,8 @@
-"""Scores an answer from 0 to 1: LongBench's metrics, choices by letter, and Rouge-L between two continuations.
+"""Scores answers from 0 to 1: LongBench's metrics, choices by letter, Rouge-L of continuations. Start at :func:`score`.
 
-LongBench (Bai et al., ACL 2024, arXiv 2308.14508) publishes its scoring as code; a metric here gives the figure that
-code gives, with its quirks, so that scores can be set beside published ones. Each takes a prediction, a right answer
-and all classes, and raises PackageMissingError where it needs a package that is not installed.
+LongBench (Bai et al., ACL 2024, arXiv 2308.14508) publishes its scoring as code. Metrics here give the same figures,
+quirks included, so that scores can be compared with published ones. Each takes a prediction, a right answer and all
+classes. It raises PackageMissingError if it needs a package that is not installed.
 """
 
 import importlib
@@ -19,11 +19,11 @@ _ZH_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"
     "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 )
-"""What LongBench strips from Chinese words, beside ASCII punctuation."""
+"""LongBench strips these from Chinese words, and ASCII punctuation too."""
 
 
 def score(metric: str, prediction: str, answers: Sequence[str], all_classes: Sequence[str] = ()) -> float:
-    """Return the best score of a prediction over the right answers, by a name in :data:`METRICS`; 0 without answers."""
+    """Return a prediction's best score over the right answers, by a name in :data:`METRICS`; 0 without answers."""
     if metric not in METRICS:
         raise DataError(f"there is no metric {metric!r}; use one of {', '.join(METRICS)}")
     return max((METRICS[metric](prediction, answer, all_classes) for answer in answers), default=0.0)
@@ -35,12 +35,12 @@ def qa_f1(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> floa
 
 
 def qa_f1_zh(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return the F1 of Chinese words in common, as jieba segments them; case and punctuation do not count."""
+    """Return the F1 of Chinese words in common, split by jieba; case and punctuation do not count."""
     return _f1(_words_zh(prediction), _words_zh(answer))
 
 
 def rouge_l(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return the F-measure of Rouge-L as the package ``rouge`` computes it; 0 where it cannot, as for an empty text."""
+    """Return the F-measure of Rouge-L of the package ``rouge``; 0 if that fails, as for an empty text."""
     rouge = _package("rouge")
     try:
         return float(rouge.Rouge(metrics=["rouge-l"]).get_scores([prediction], [answer], avg=True)["rouge-l"]["f"])
@@ -49,18 +49,18 @@ def rouge_l(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> fl
 
 
 def rouge_l_zh(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return :func:`rouge_l` of Chinese text, its words told apart by jieba."""
+    """Return :func:`rouge_l` of Chinese text, split into words by jieba."""
     jieba = _jieba()
     return rouge_l(*(" ".join(jieba.cut(text, cut_all=False)) for text in (prediction, answer)))
 
 
 def classification(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return 1 / (classes named by the prediction) if the right one is among them, else 0.
+    """Return 1 / (number of classes in the prediction) if the right one is among them, else 0.
 
     A class whose name is a part of the right one's does not count.
     """
     named = [name for name in all_classes if name in prediction]
-    # LongBench removes from the list that it walks, which passes over the class behind a removed one. Kept.
+    # Like LongBench, this removes from the list that it iterates over, and so skips the class after a removed one.
     for name in named:
         if name in answer and name != answer:
             named.remove(name)
@@ -68,7 +68,7 @@ def classification(prediction: str, answer: str, all_classes: Sequence[str] = ()
 
 
 def retrieval(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return the share of numbers in the prediction that are the answer's, which reads "Paragraph 7" or "段落7"."""
+    """Return the share of numbers in the prediction that are the answer's, such as "Paragraph 7" or "段落7"."""
     match = re.search(r"(?:Paragraph |段落)(\d+)", answer)
     if match is None:
         raise DataError(f"the answer {answer!r} names no paragraph; check that the file is the published one")
@@ -84,8 +84,8 @@ def count(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> floa
 def code_similarity(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
     """Return the similarity of the prediction's first line of code to the right line, in whole percent.
 
-    A line with a backtick, ``#`` or ``//`` is taken for a comment or a fence. The similarity is twice the length of the
-    longest common subsequence of characters over the length of both.
+    A line with a backtick, ``#`` or ``//`` counts as a comment or a fence. The similarity is twice the length of the
+    longest common subsequence of characters, over the length of both lines.
     """
     fuzz = _package("rapidfuzz.fuzz")
     lines = prediction.lstrip("\n").split("\n")
@@ -94,12 +94,11 @@ def code_similarity(prediction: str, answer: str, all_classes: Sequence[str] = (
 
 
 def contains(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return 1 if the answer stands in the prediction as a word of its own, else 0."""
+    """Return 1 if the prediction contains the answer as a separate word, else 0."""
     return float(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prediction) is not None)
 
 
-_LETTERS = r"\(?\b(?!A (?!and\b)[a-z])[A-F]+\b\)?"
-"""Letters of choices as a word; a bare "A" before another word is an article."""
+_LETTERS = r"\(?\b(?!A (?!and\b)[a-z])[A-F]+\b\)?"  # letters of a choice; "A" before another word is an article
 _CHOICE = re.compile(rf"{_LETTERS}(?:(?:\s*[,;&/]\s*(?:and\s+)?|\s+and\s+){_LETTERS})*")
 
 
@@ -110,15 +109,15 @@ def letters(text: str) -> frozenset[str]:
 
 
 def choice(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return 1 if the prediction chooses all letters that the answer has and no other, else 0."""
+    """Return 1 if the prediction chooses exactly the letters of the answer, else 0."""
     return float(letters(prediction) == letters(answer))
 
 
 def continuation_rouge_l(reference: str, candidate: str) -> float:
-    """Return the F-measure of Rouge-L of a continuation against the full model's, as the package ``rouge-score`` does.
+    """Return the F-measure of Rouge-L of a continuation against the whole model's, as in the package ``rouge-score``.
 
-    Words are those of that package, runs of ASCII letters and digits in lower case, unstemmed; any other letter is a
-    word by itself, where the package sees none. Equal texts score 1, also without words.
+    Words are runs of ASCII letters and digits in lower case, unstemmed, as in that package. Each other letter, which
+    the package ignores, is a word. Equal texts score 1, also without words.
     """
     subsequence = _package("rapidfuzz.distance.LCSseq")
     first, second = (re.findall(r"[a-z0-9]+|[^\W_]", text.lower()) for text in (reference, candidate))
@@ -135,7 +134,6 @@ METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
         *(retrieval, count, code_similarity, contains, choice),
     )
 }
-"""Every metric by name: functions of a prediction, a right answer and all classes."""
 
 
 def _plain(text: str, punctuation: str = string.punctuation) -> str:
@@ -158,7 +156,7 @@ def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
 
 def _jieba() -> Any:
     jieba = _package("jieba")
-    jieba.setLogLevel(30)  # it tells on stderr, at level debug, that it loads its dictionary
+    jieba.setLogLevel(30)  # at level debug it writes to stderr that it loads its dictionary
     return jieba
 
 

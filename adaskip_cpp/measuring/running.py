@@ -1,4 +1,4 @@
-"""Opens models that are run alike, for whatever is measured or used: :class:`Running` says how."""
+"""Opens models with the user's threads and devices, to measure or use them. Start at :class:`Running`."""
 
 import contextlib
 import io
@@ -20,13 +20,15 @@ _Llama = TypeVar("_Llama", bound=AdaSkipLlama)
 
 @dataclass(frozen=True)
 class Running:
-    """How a model is run. Where a value is None, it is run as `tune` found to be fastest here, else with a default.
+    """Threads and devices of a model, for ``bench`` and ``evaluate``.
+
+    None means the fastest setting that ``tune`` found on this machine, or a default without a plan file.
 
     Attributes:
-        n_threads: CPU threads; by default all physical cores.
+        n_threads: CPU threads; None for all physical cores by default.
         gpu_layers: layers on a GPU, if llama-cpp-python was built for one; -1 for all.
-        flash_attn: whether attention is computed as one operation; by default not.
-        rpc_servers: those that :func:`adaskip_cpp.add_rpc_server` was called with.
+        flash_attn: whether flash attention is used; None for False by default.
+        rpc_servers: endpoints that ``add_rpc_server`` was called with.
     """
 
     n_threads: int | None = None
@@ -35,7 +37,7 @@ class Running:
     rpc_servers: tuple[str, ...] = ()
 
     def given(self) -> dict[str, Any]:
-        """Return the settings that are not None, by the names of :class:`adaskip_cpp.model.settings.Settings`."""
+        """Return the settings that are not None, by the names of ``Settings``."""
         threads = dict.fromkeys(("n_threads", "n_threads_batch"), self.n_threads)
         return {name: value for name, value in {**threads, "flash_attn": self.flash_attn}.items() if value is not None}
 

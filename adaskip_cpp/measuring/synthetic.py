@@ -1,4 +1,4 @@
-"""Long-context tasks made from any text, seeded: find a key or one of several, classify by examples, copy a passage."""
+"""Makes long-context tasks from any text: pass keys, classes by example, copies. Start at :func:`synthetic_items`."""
 
 import random
 import re
@@ -14,12 +14,12 @@ from .corpus import tokens_of
 from .tasks import QuestionItem, Wrap, fill
 
 _N_KEYS = 4
-_KEY_TOKENS = 20  # enough for a chat model that repeats the sentence, with a token per digit
+_KEY_TOKENS = 20  # of an answer: enough for a chat model that repeats the sentence, with a token per digit
 _NAMES = ("Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Greta", "Henry")
 _LABELS = ("red", "blue", "green", "yellow")
 _SNIPPET = 5  # words to classify at once
 _PASSAGE = 48  # tokens of a passage to copy
-_CUE = 4  # words of it that the prompt ends with, or half of them if they are few
+_CUE = 4  # words of the passage that the prompt ends with; half of its words if they are few
 
 
 def synthetic_items(
@@ -35,17 +35,16 @@ def synthetic_items(
 ) -> list[QuestionItem]:
     """Make questions about prompts of given lengths: ``n_per`` for each task, length and depth.
 
-    The prompts end as a text that a base model would go on with, such as "The pass key is", so that models without
-    training for chat can be asked too. Raw is also the better form for small chat models: SmolLM2-135M-Instruct found
-    the pass key in 9 of 9 raw prompts of 1,000 tokens and 6 of 6 of 2,000, in its chat template in none of 4 of 1,000.
+    A prompt ends as a text to continue, such as "The pass key is", so that base models can answer too. It also suits
+    small chat models better than their template: SmolLM2-135M-Instruct found the pass key in 9 of 9 such prompts of
+    1,000 tokens and 6 of 6 of 2,000, but in its chat template in none of 4 of 1,000.
 
-    Items are equal in every run that has the same model, text and arguments; those of an index come before those of the
-    next, so that the first few are of every kind.
+    The same model, text and arguments give the same items in every run. The first items are of every kind.
 
     Args:
-        text: what hides the answers; at least as long as the longest prompt.
-        lengths: tokens of a prompt. It has at most as many, and only a few less.
-        depths: where in the text the answer lies, 0 for the beginning to 1 for the end. ``classify`` has no depth.
+        text: hides the answers; at least as long as the longest prompt.
+        lengths: most tokens of a prompt, which has at most a few less.
+        depths: places of the answer in the text, 0 for the beginning to 1 for the end. ``classify`` has no depth.
     """
     tasks = TASKS if tasks is None else tasks
     for task in tasks:
@@ -86,7 +85,7 @@ def synthetic_items(
 
 
 class _Puzzle(NamedTuple):
-    """A prompt's text with n tokens of filling, and how its answer is scored."""
+    """A function that writes the prompt with n tokens of filling, and the scoring of the answer."""
 
     write: Callable[[int], str]
     answer: str
@@ -112,7 +111,7 @@ class _Source:
         return _below(rng, len(self.tokens) - n + 1)
 
     def key(self, rng: random.Random, taken: Sequence[str] = ()) -> str:
-        """A number that is not in the text."""
+        """Return a number that is neither in the text nor taken."""
         while True:
             key = str(10000 + _below(rng, 90000))
             if key not in self.text and key not in taken:
@@ -120,7 +119,7 @@ class _Source:
 
 
 def _below(rng: random.Random, n: int) -> int:
-    """A number below n. Of all of a generator's methods, Python promises the same figures for random() only."""
+    """Return a number below n. Python promises the same figures in every release for random() only."""
     return int(rng.random() * n)
 
 
@@ -130,7 +129,7 @@ def _draw(rng: random.Random, values: Sequence[str], n: int) -> list[str]:
 
 
 def _hide(source: _Source, start: int, needles: Sequence[tuple[float, str]]) -> Callable[[int], str]:
-    """Write the text from a token on, with sentences at given depths."""
+    """Return a function that writes the text from token ``start`` on, with sentences at given depths."""
 
     def write(n: int) -> str:
         parts, begin = [], 0
@@ -161,8 +160,8 @@ def _multikey(source: _Source, rng: random.Random, length: int, depth: float) ->
 
 
 def _copy(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
-    # The passage comes from behind the filling, so that it is in one place only. Its first word may be cut; the next
-    # few are given, so that a model need only go on.
+    # The passage is taken after the filling, so that it is in one place only. Its first word may be cut, so it is
+    # dropped. The next few words are given, so that a model only has to continue.
     start = source.place(rng, length + _PASSAGE)
     words = source.piece(start + length, _PASSAGE).split()[1:]
     if len(words) < 2:
@@ -187,9 +186,9 @@ def _classify(source: _Source, rng: random.Random, length: int, depth: float) ->
     labels = _draw(rng, _LABELS, len(_WRITING))
     if len(words) < 2 * len(_WRITING) * _SNIPPET:
         raise DataError("the text has too few words in a script with upper case; leave out the task 'classify'")
-    n_examples = length // _SNIPPET + len(_WRITING)  # more than fit
+    n_examples = length // _SNIPPET + len(_WRITING)  # more than fit into the prompt
     kinds: list[int] = []
-    while len(kinds) < n_examples:  # each way of writing as often as the others
+    while len(kinds) < n_examples:  # all ways of writing equally often
         kinds += map(int, _draw(rng, "0123", len(_WRITING)))
     start, asked = _below(rng, len(words)), _below(rng, len(_WRITING))
 
@@ -198,7 +197,7 @@ def _classify(source: _Source, rng: random.Random, length: int, depth: float) ->
         return _WRITING[kind]([words[i % len(words)] for i in range(begin, begin + n)])
 
     def write(n: int) -> str:
-        n += len(_WRITING) * _SNIPPET  # each way of writing is shown once at least
+        n += len(_WRITING) * _SNIPPET  # each way of writing is shown at least once
         examples = [
             f"Text: {snippet(i, min(_SNIPPET, n - i * _SNIPPET), kinds[i])}\nLabel: {labels[kinds[i]]}\n\n"
             for i in range(-(-n // _SNIPPET))
@@ -218,9 +217,9 @@ _MAKE: dict[str, Callable[[_Source, random.Random, int, float], _Puzzle]] = {
 TASKS = tuple(_MAKE)
 """Names of the tasks.
 
-- ``passkey``: one sentence with a number of five digits stands in the text; the prompt ends by asking for it.
-- ``multikey``: as before with four keys, each of a name, of which one is asked for; the others lie anywhere.
-- ``classify``: words of the text in four ways of writing (lower case, upper case, joined by ``_``, as their numbers of
-  letters), each with a label; which label means which is drawn anew for each item and known from the examples only.
+- ``passkey``: a sentence with a number of five digits is in the text; the prompt ends by asking for it.
+- ``multikey``: the same with four keys, each with a name; the prompt asks for one, and the others are anywhere.
+- ``classify``: words of the text are written in four ways (lower case, upper case, joined by ``_``, as their numbers of
+  letters), each with a label. The labels are drawn anew for each item, so that only the examples explain them.
 - ``copy``: a passage in the text is marked; the prompt ends where its repetition begins.
 """

@@ -1,4 +1,4 @@
-"""Reads published long-context tasks, in LongBench's or L-Eval's form, as questions to a model: :func:`task_items`."""
+"""Reads published long-context tasks, in LongBench's or L-Eval's form, as questions. Start at :func:`task_items`."""
 
 import os
 import re
@@ -28,7 +28,7 @@ _OPEN = "{document}\n\nRead the text above and do this.\n\n{question}\n\nUse abo
 
 @dataclass(frozen=True)
 class _LEvalLine:
-    """A line of an L-Eval file: a document with its questions and the right answer to each."""
+    """A line of an L-Eval file: a document, questions about it (instructions), and the right answers (outputs)."""
 
     input: str
     instructions: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
@@ -47,19 +47,18 @@ def task_items(
     lengths: StrPath | None = None,
     n_each: int | None = None,
 ) -> list[QuestionItem]:
-    """Read items of LongBench and L-Eval as questions to a model. Blank lines are passed over.
+    """Read items of LongBench and L-Eval as questions to a model. Blank lines are ignored.
 
-    A few questions are about as many documents as possible. Those about one document follow each other, so that it is
-    read once. A prompt that does not fit the context is cut in its middle, as LongBench does: the first and the last
-    half of what fits are decoded, joined, and tokenised again.
+    Questions about one document are adjacent, so that it is read once. If a prompt does not fit the context, its middle
+    is left out, as in LongBench: the first and the last half of what fits are decoded, joined, and tokenised again.
 
     Args:
         files: JSON Lines of :class:`_LEvalLine` or :class:`~adaskip_cpp.measuring.longbench.LongBenchLine`.
         n_ctx: tokens of prompt and answer together.
-        wrap: not used for few-shot prompts and code, which LongBench gives to chat models as plain text too.
+        wrap: makes tokens of a prompt; not for few-shot prompts and code, which LongBench never puts into a template.
         prompts, lengths: LongBench's ``dataset2prompt.json``, templates with ``{context}`` and ``{input}`` by dataset,
             and ``dataset2maxlen.json``, tokens to generate; None for the built-in ones of ``multi_news``.
-        n_each: take the first so many of each task; None for all.
+        n_each: questions of each task, about as many documents as possible; None for all.
 
     Raises:
         DataError: a file cannot be read, a line is of neither form, or a prompt has no room in the context.
@@ -77,7 +76,7 @@ def task_items(
     for _, (item, text, chat), where in (asked[i] for i in sorted(chosen)):
         item = replace(item, prompt=tuple(_fit(llm, text, n_ctx - item.max_tokens, wrap if chat else raw, where)))
         try:
-            item.score("")  # what cannot be scored is told now and not when the model has answered for hours
+            item.score("")  # an item that cannot be scored fails now, and not after hours of answers
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         items.append(item)
@@ -85,7 +84,7 @@ def task_items(
 
 
 def _questions(files: Iterable[StrPath], longbench: LongBench) -> Iterator[tuple[int, Asked, str]]:
-    """Every question with its number among those of its line, an id of its own, and where it stands."""
+    """Yield each question with its number in its line, a unique id, and its place in the files."""
     seen: set[str] = set()
     for file in files:
         stem = os.path.splitext(os.path.basename(file))[0]
@@ -115,8 +114,8 @@ def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Ask
             "(text), answers and all_classes (lists of texts), L-Eval's have input, source, evaluation (text), "
             "instructions and outputs (lists of texts)"
         ) from error
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and nesting without end
-        raise DataError(f"{where} is not JSON ({error}); download the file again or mend the line") from error
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits, and for endless nesting
+        raise DataError(f"{where} is not JSON ({error}); download the file again or correct the line") from error
     if kind is _LEvalLine:
         return "leval", _leval_questions(line, where)
     return "longbench", longbench.questions(line, fields, where)
@@ -125,9 +124,9 @@ def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Ask
 def _leval_questions(line: _LEvalLine, where: str) -> list[Asked]:
     """Return the questions of a line of L-Eval (An et al., ACL 2024, arXiv 2307.11088), all about one document.
 
-    Closed ones are scored by the letters chosen, summaries by Rouge-L, other open ones by F1. The prompts are our own.
-    As L-Eval recommends, they say how many words the right answer has, as both scores depend on the length. The task is
-    L-Eval's source without what tells its parts from each other: ``coursera`` for ``coursera_a``.
+    Closed questions are scored by the letters chosen, summaries by Rouge-L, other open questions by F1. The prompts are
+    our own. As L-Eval recommends, they give the number of words of the right answer, because Rouge-L and F1 depend on
+    the length. The task is L-Eval's source without the suffix for its part: ``coursera`` for ``coursera_a``.
     """
     if len(line.instructions) != len(line.outputs):
         raise DataError(
@@ -151,7 +150,7 @@ def _leval_questions(line: _LEvalLine, where: str) -> list[Asked]:
 
 
 def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> Sequence[int]:
-    """Wrap a prompt, its middle cut out if the result would be longer than ``room`` tokens."""
+    """Wrap a prompt, without its middle if the result would be longer than ``room`` tokens."""
     tokens = wrap(prompt)
     if len(tokens) <= room:
         return tokens

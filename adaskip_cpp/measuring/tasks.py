@@ -1,4 +1,4 @@
-"""What a measurement of quality is made on: items of text, questions with answers, and the texts they come from."""
+"""Makes the items that quality is measured on: texts (start at :func:`text_items`) and questions (``QuestionItem``)."""
 
 import contextlib
 import os
@@ -24,42 +24,27 @@ Wrap: TypeAlias = Callable[[str], Sequence[int]]  # turns a prompt into tokens, 
 
 @dataclass(frozen=True)
 class TextItem:
-    """A piece of text: for loss, KL divergence, agreement and continuations.
+    """A piece of text: for loss, KL divergence, agreement and continuations."""
 
-    Its id names it among all items of a measurement, its task is the kind of text; BOS is among its tokens.
-    """
-
-    id: str
-    task: str
-    tokens: tuple[int, ...]
+    id: str  # unique among all items of a measurement
+    task: str  # the kind of text
+    tokens: tuple[int, ...]  # with BOS
 
 
 @dataclass(frozen=True)
 class QuestionItem:
-    """A prompt whose answer can be scored.
+    """A prompt whose answer can be scored."""
 
-    Attributes:
-        id: names the item among all others of a measurement.
-        task: the kind of question: a dataset of LongBench or L-Eval, ``"passkey"``, ...
-        answers: right answers; the best match counts.
-        metric: a name in :data:`adaskip_cpp.measuring.metrics.METRICS`.
-        all_classes: names that a classification chooses from.
-        length: how long the prompt is: tokens asked for (synthetic tasks), words as published (LongBench).
-        depth: where in the prompt the answer lies, 0 for its beginning to 1 for its end; None if not in one place.
-        first_line: the score looks at the answer's first line only, blank ones before it left out, so that generation
-            may stop behind it.
-    """
-
-    id: str
-    task: str
+    id: str  # unique among all items of a measurement
+    task: str  # the kind of question: a dataset of LongBench or L-Eval, "passkey", ...
     prompt: tuple[int, ...]
-    answers: tuple[str, ...]
+    answers: tuple[str, ...]  # right answers; the best match counts
     max_tokens: int
-    metric: str
-    all_classes: tuple[str, ...] = ()
-    length: int = 0
-    depth: float | None = None
-    first_line: bool = False
+    metric: str  # a name in metrics.METRICS
+    all_classes: tuple[str, ...] = ()  # names that a classification chooses from
+    length: int = 0  # of the prompt: tokens asked for (synthetic tasks), words as published (LongBench)
+    depth: float | None = None  # place of the answer in the prompt, 0 to 1; None if not in one place
+    first_line: bool = False  # only the first line that is not blank is scored, so generation may stop after it
 
     def score(self, prediction: str) -> float:
         if self.first_line:
@@ -68,7 +53,7 @@ class QuestionItem:
 
 
 def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, first_line: bool = False) -> str:
-    """Return a greedy continuation, up to the end of its first line of text if no more is looked at."""
+    """Return a greedy continuation; with ``first_line``, up to the end of its first line that is not blank."""
     text = ""
     with closing(iter(Generation(llm, list(prompt), max_tokens=max_tokens))) as pieces:
         for piece in pieces:
@@ -79,9 +64,9 @@ def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, fi
 
 
 def fill(write: Callable[[int], str], length: int, wrap: Wrap) -> Sequence[int] | None:
-    """Return a prompt of ``length`` tokens, or a few less; None if it is longer without any filling.
+    """Return a prompt of ``length`` tokens, or a few less; None if it is longer even without filling.
 
-    ``write`` makes the text of a prompt with about so many tokens of filling.
+    ``write`` returns the text of a prompt with about so many tokens of filling.
     """
     best = wrap(write(0))
     if len(best) > length:
@@ -96,12 +81,12 @@ def fill(write: Callable[[int], str], length: int, wrap: Wrap) -> Sequence[int] 
             high = n - 1
         else:
             low, best = n, max(best, prompt, key=len)
-        n -= excess  # right at once where a token of filling adds one to the prompt
+        n -= excess  # exact at once if a token of filling adds one to the prompt
     return best
 
 
 class Asked(NamedTuple):
-    """A question of a task file: the item without its prompt, the prompt's text, and whether a chat template fits."""
+    """A question of a task file: the item without its prompt, the prompt's text, and whether to use a chat template."""
 
     item: QuestionItem
     text: str
@@ -117,10 +102,10 @@ def text_items(
     task: str = "text",
     drop_short: bool = False,
 ) -> list[TextItem]:
-    """Cut texts, given by name, into items of so many tokens that do not overlap, spread evenly over each text.
+    """Cut texts, given by name, into items of ``n_tokens``, spread evenly over each text, without overlap.
 
-    The items are dealt out over the texts in turn, so that the first few of them come from as many texts. Texts that
-    are too short for one item are left out if ``drop_short``.
+    The texts take turns, so that the first few items come from different texts. ``drop_short`` leaves out texts that
+    are too short for one item.
     """
     if n_items < 1 or n_tokens < 2:
         raise DataError(f"cannot make {n_items} items of {n_tokens} tokens; ask for at least 1 item of 2 tokens")
@@ -147,7 +132,7 @@ def text_items(
 
 
 def read_texts(files: Iterable[StrPath]) -> dict[str, str]:
-    """Read UTF-8 text files, by name, or by their whole path where several are of one name."""
+    """Read UTF-8 text files, by name, or by path if several have the same name."""
     paths = [os.fspath(file) for file in files]
     n_of = Counter(map(os.path.basename, paths))
     texts = {}
@@ -160,10 +145,7 @@ def read_texts(files: Iterable[StrPath]) -> dict[str, str]:
 
 
 def python_sources() -> dict[str, str]:
-    """Return those of :data:`adaskip_cpp.measuring.corpus.SOURCES` that this Python has, by module.
-
-    They differ a little from one Python release to the next.
-    """
+    """Return the :data:`SOURCES` that this Python has, by module. They differ a little between Python's releases."""
     folder = sysconfig.get_path("stdlib")
     sources = {}
     for name in SOURCES.split():

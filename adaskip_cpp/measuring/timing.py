@@ -1,7 +1,7 @@
-"""Times one request on any ``llama_cpp.Llama``.
+"""Times one request on any ``llama_cpp.Llama``, stock or ours. Start at :func:`time_request`.
 
-This module imports nothing of the package: stock llama-cpp-python is timed by the same code, loaded by its path, in a
-process that never sees our libllama.
+This module imports nothing of the package. So a process that times stock llama-cpp-python can load it by its path,
+without our libllama.
 """
 
 import gc
@@ -13,30 +13,47 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-N_SETTLE = 2
-"""Tokens at the beginning of decode that are not counted: the first builds the phase's graph, the second reuses it
-while caches are still cold."""
+N_SETTLE = 2  # uncounted first tokens of decode: one builds the phase's graph, one reuses it with cold caches
 
 
 @dataclass(frozen=True)
 class RequestTime:
-    """Seconds from the call to the first token, of a prompt of which nothing was cached, and of each one behind it."""
+    """Seconds from the call to the first token, with nothing in the cache, and from each token to the next."""
 
     first_token_s: float
     token_s: tuple[float, ...]
 
     def per_token_s(self, n_settle: int = N_SETTLE) -> float:
-        """Median seconds per token behind the first ``n_settle``; of the last one if there are no more; NaN of none."""
+        """Return the median seconds of the tokens after the first ``n_settle``, else of the last token, else NaN."""
         if not self.token_s:
             return math.nan
         return statistics.median(self.token_s[min(n_settle, len(self.token_s) - 1) :])
 
 
-def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
-    """Time a prompt and the ``n_decode`` tokens behind the first, chosen greedily, on past the end of the text.
+@dataclass(frozen=True)
+class SecondsByDepth:
+    """A line: seconds per token at depth 0, and their growth with each token of depth."""
 
-    Whatever the model, stock or ours, has cached is forgotten first, and what it caches here stays. Sampling reads the
-    logits, so a GPU has finished whenever the clock is read.
+    start: float
+    growth: float
+
+    def at(self, depth: float) -> float:
+        return self.start + self.growth * depth
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]], growth: float) -> "SecondsByDepth":
+        """Return the line through the first and last of points (depth, seconds); through one point with ``growth``."""
+        (depth, seconds), (deeper, longer) = points[0], points[-1]
+        if deeper > depth:
+            growth = max((longer - seconds) / (deeper - depth), 0.0)
+        middle, level = (depth + deeper) / 2, (seconds + longer) / 2
+        return cls(max(level - growth * middle, 0.0), growth)
+
+
+def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
+    """Time a prompt and the ``n_decode`` tokens after the first one, chosen greedily, also after the end of the text.
+
+    The model's cache is emptied first. Sampling reads the logits, so a GPU has finished whenever the clock is read.
     """
     tokens = list(prompt)
     llm.reset()
@@ -57,8 +74,5 @@ def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
 
 
 def in_turn(n: int, n_round: int) -> list[int]:
-    """Return the order of ``n`` contenders in a round, counted from 0: reversed in every second one.
-
-    A machine that grows slower within a round then hits the first as often as the last.
-    """
+    """Return the order of ``n`` contenders in a round, reversed in odd rounds, so that drift affects all alike."""
     return list(range(n))[:: -1 if n_round % 2 else 1]

@@ -18,10 +18,22 @@ _MOST_SECONDS = 1e9  # longer than anything takes: sums of such times, and their
 
 @dataclass(frozen=True)
 class CostSettings:
-    """The machine and the settings that times were measured with; with others they are worth nothing.
+    """The machine and the settings with which times were measured. With others, these times do not hold.
 
-    The names are llama.cpp's; ``devices`` are those of ggml, as ``("CPU",)``, ``type_k`` and ``type_v`` types of the KV
-    cache, as ``"F16"``, ``llama_cpp_python`` is its version, and ``repack`` an argument of :class:`AdaSkipLlama`.
+    Attributes:
+        cpu: name of the CPU.
+        devices: names of ggml's devices, such as ``("CPU",)``.
+        n_gpu_layers: layers on a GPU; -1 for all.
+        n_threads: threads for answers.
+        n_threads_batch: threads for prompts.
+        n_batch: tokens that llama.cpp is given at once.
+        n_ubatch: tokens that llama.cpp computes at once.
+        flash_attention: whether flash attention is used.
+        type_k: type of K in the cache, such as ``"F16"``.
+        type_v: type of V in the cache.
+        swa_full: whether the cache holds all tokens of sliding windows.
+        llama_cpp_python: release of llama-cpp-python.
+        repack: whether llama.cpp may keep weights on the CPU in its own layout.
     """
 
     cpu: str
@@ -40,7 +52,7 @@ class CostSettings:
 
     @property
     def words(self) -> str:
-        """All of it in one line, but for the release."""
+        """All values but the release, in one line of words."""
         threads = " and ".join(map(str, sorted({self.n_threads, self.n_threads_batch})))
         layers = {-1: "all", 0: "no"}.get(self.n_gpu_layers, self.n_gpu_layers)
         devices = ", ".join(each for each in self.devices if each not in ("CPU", self.cpu))
@@ -52,7 +64,11 @@ class CostSettings:
         )
 
     def note(self, here: "CostSettings") -> str:
-        """Say in one line in what these settings, of a profile's times, differ from those here; "" if in nothing."""
+        """Return a line that names the differences from other settings; "" if there are none.
+
+        Args:
+            here: the settings of an opened model.
+        """
 
         def word(value: object) -> str:
             return ", ".join(value) if isinstance(value, tuple) else str(value)
@@ -134,16 +150,17 @@ class Computed:
 
 @dataclass(frozen=True, eq=False)
 class CostModel(LayerArrays):
-    """Predicted times of one model on one machine, see docs/dev/cost-model.md.
+    """Predicted times of one model on one machine.
 
     Attributes:
-        prefill: cost of a ubatch of ``n_ubatch`` tokens of a prompt, of which nobody reads an output.
+        settings: machine and settings of the measurement.
+        prefill: cost of a ubatch of ``n_ubatch`` tokens of a prompt whose outputs are not read.
         decode: cost of one token.
-        limit: float64 ``[n_layer]``, KV cells beyond which an attention stops growing; infinite without a window, where
-            NaN, as JSON's null is read, may be given too.
-        n_layer_kv: number of layers up to the last one that has KV of its own; in a ubatch without outputs those above
-            compute nothing.
-        deepest: longest context that was measured, in tokens; times beyond it are extrapolated.
+        limit: float64 ``[n_layer]``: KV cells from which an attention takes no longer; infinite without a window. NaN
+            counts as infinite.
+        n_layer_kv: number of layers up to the last one with KV of its own. The layers above it compute nothing in a
+            ubatch without outputs.
+        deepest: longest context that was measured, in tokens. Times beyond it are extrapolated.
 
     Raises:
         ProfileFormatError: a shape or value is impossible.
@@ -178,17 +195,19 @@ class CostModel(LayerArrays):
         around: Bulk | None = None,
         cached: int = 0,
     ) -> float:
-        """Predict how many seconds a whole prompt or one decoded token takes.
+        """Predict the seconds of a whole prompt or of one decoded token.
 
         Args:
-            skip: the sublayers skipped, a set or bool ``[n_layer, 2]``; None for the full model. Or a plan: what that
-                skips in the phase, and in a prompt with its own bulk, without what an online stage adds; a schedule
-                counts with its last set.
-            context: tokens of the prompt; in decode those before the one that is decoded.
-            phase: ``"prefill"``: a prompt with ``skip`` skipped; ``"bulk"``: one of which the bulk alone skips, with K
-                and V kept; or ``"decode"``.
-            around: for phase ``"bulk"``: its head, tail and windows, the defaults if None. Its set does not count.
+            skip: the skipped sublayers: a set, bool ``[n_layer, 2]``, or None for the whole model. Or a plan, which has
+                its own bulk. Its online stage is left out, and its schedule counts with the last set.
+            context: tokens of the prompt, or tokens before the decoded one.
+            phase: ``"prefill"`` for a prompt that skips them everywhere, ``"bulk"`` for a prompt that skips them in its
+                bulk, ``"decode"`` for a token.
+            around: for phase ``"bulk"``: head, tail and windows; None for the defaults. Its set is ignored.
             cached: tokens at the beginning of the prompt that are not read again.
+
+        Returns:
+            Seconds.
 
         Raises:
             PlanError: an argument is impossible.
@@ -210,7 +229,17 @@ class CostModel(LayerArrays):
         return self._prompt(self._runs(None), self._runs(skip), around, cached, context)
 
     def speedup(self, plan: SkipPlan, context: int, phase: Phase, *, cached: int = 0) -> float:
-        """Predict how many times faster than the full model a plan makes a phase, a prompt with its bulk."""
+        """Predict how many times as fast as the whole model a plan is.
+
+        Args:
+            plan: the plan.
+            context: tokens of the prompt, or tokens before the decoded one.
+            phase: ``"prefill"`` or ``"bulk"`` for a prompt, ``"decode"`` for a token.
+            cached: tokens at the beginning of the prompt that are not read again.
+
+        Raises:
+            PlanError: an argument is impossible.
+        """
         whole, less = (self.seconds(each, context, phase, cached=cached) for each in (None, plan))
         return whole / less
 

@@ -16,19 +16,24 @@ _MOST_MOVES = 255 - WIDE  # a cell counts to 255
 
 @dataclass(frozen=True)
 class Edits:
-    """How runs of tokens are moved to their places in another prompt.
+    """How runs of tokens are moved to their places in an edited prompt.
 
-    The K and V of a moved token are those of its old place, where other text stood before it. llama.cpp turns K to the
-    new position.
+    A moved token keeps the K and V of its old place, where other text stood before it. llama.cpp turns K to the new
+    position.
 
     Attributes:
-        mend: tokens at the beginning of each run that are read again. They take most from the text before the run
-            (EPIC, arXiv 2410.15332). At least 1: llama.cpp turns K when it reads on, and a state that is saved before
-            that would have old K at new positions.
-        least: tokens of the shortest run that is moved.
-        tail: tokens at the end of the prompt that are read again, whatever is known of them.
-        most_moves: a token that counts more moves is read again; at most 223. A move counts as 1, or as :data:`WIDE`
-            where it changes much of the text before the run.
+        mend: tokens at the beginning of each run that are read again, from 1 on. They depend most on the text before
+            the run (EPIC, arXiv 2410.15332).
+        least: tokens of the shortest run that is moved, apart from ``mend``.
+        tail: tokens at the end of the prompt that are always read again, from 1 on.
+        most_moves: a token with more moves than this is read again; from 1 to 223. A move counts as 32 if less than
+            four fifths of the text before the run stay, else as 1.
+
+    Raises:
+        RequestError: a number is impossible.
+
+    Examples:
+        >>> llm = AdaSkipLlama("model.gguf", reuse=Edits(mend=32))
     """
 
     mend: int = 16
@@ -37,6 +42,7 @@ class Edits:
     most_moves: int = MANY
 
     def __post_init__(self) -> None:
+        # mend is 1 or more: llama.cpp turns K when it reads on. A state saved before that has old K at new positions.
         for name, least in (("mend", 1), ("least", 1), ("tail", 1), ("most_moves", 1)):
             value, most = getattr(self, name), _MOST_MOVES if name == "most_moves" else 2**31 - 1
             if type(value) is not int or not least <= value <= most:

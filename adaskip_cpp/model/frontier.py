@@ -35,14 +35,15 @@ EDITS_SHARE = 0.5
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times as fast the first token of a prompt was measured to come.
+    """A measured speed-up of the first token.
 
     Attributes:
-        of: what makes it faster: ``"settings"`` the settings found, against stock llama-cpp-python with its own;
-            ``"plan"`` a plan, against the whole model with these settings; ``"both"`` both, against stock.
+        of: the compared sides. ``"settings"``: the chosen settings against stock llama-cpp-python with its own.
+            ``"plan"``: a plan against the whole model, both with the chosen settings. ``"both"``: plan and settings
+            against stock.
         context: tokens of the prompt.
-        ratio: of times, pair by pair.
-        seconds: medians, without and with it.
+        ratio: how many times as fast, with its interval, from times that were measured in turn.
+        seconds: median times to the first token, in seconds: of the second side in ``of``, and of the first.
     """
 
     of: Literal["settings", "plan", "both"]
@@ -53,7 +54,13 @@ class SpeedUp:
 
 @dataclass(frozen=True)
 class Passkeys:
-    """Pass keys hidden in ``n`` prompts: how many the whole model finds with a margin, and how many of these a plan."""
+    """Pass keys that were found.
+
+    Attributes:
+        n: number of prompts, each with a pass key.
+        whole: pass keys that the whole model finds clearly.
+        plan: those of them that the plan finds.
+    """
 
     n: int
     whole: int
@@ -62,17 +69,18 @@ class Passkeys:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a plan changes in answers of one kind, against the whole model: means over texts, with 95% intervals.
+    """The quality of one kind of answers, against the whole model: means over texts, with 95% intervals.
 
     Attributes:
-        divergence: KL(whole model || plan), in nats per token.
-        error: standard error of that mean.
-        loss: loss that the plan adds, in nats per token.
-        excess: by how much that is greater than the divergence beyond chance: the lower end of the 95% interval of
-            their difference, 0 where that is below 0.
+        divergence: divergence from the whole model, in nats per token.
+        error: standard error of the divergence.
+        loss: added loss, in nats per token.
+        excess: the part of the added loss above the divergence that is not chance, in nats per token: the lower end of
+            the 95% interval of their difference, or 0 if that is negative.
         agreement: share of tokens for which both find the same token likeliest.
         tails: 99% and 99.9% quantile of the divergence over all tokens.
-        n_texts, n_tokens: what was judged.
+        n_texts: number of judged texts.
+        n_tokens: number of judged tokens.
     """
 
     divergence: Interval
@@ -86,38 +94,36 @@ class Quality:
 
     @property
     def harm(self) -> float:
-        """What a promise is held to, in nats per token: the loss to be expected.
+        """The expected loss, in nats per token: divergence and excess.
 
-        The mean added loss of a few texts is mostly chance. Its expectation where the whole model is right is the
+        The mean added loss of a few texts is mostly chance. If the whole model is right, its expectation is the
         divergence, which varies much less.
         """
         return self.divergence.value + self.excess
 
     @property
     def needs(self) -> float:
-        """The least promise that it keeps, in nats per token: the harm and :data:`ERRORS` standard errors.
+        """The smallest promise that is kept, in nats per token: the harm and 1.6 standard errors.
 
-        Infinite where there is one text, of which no error is known.
-
-        On four texts the mean alone would break a promise in 4 of 20 choices, and with one standard error 1.5 of 20.
-        With 1.6 it is fewer than 1 of 20, as tests/test_frontier.py simulates.
+        It is infinite for one text, which has no standard error. On four texts, the mean alone would break a promise in
+        4 of 20 choices, and with one standard error in 1.5 of 20. With 1.6 it is fewer than 1 of 20.
         """
         return math.inf if math.isnan(self.error) else self.harm + ERRORS * self.error
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of a plan, or of edited prompts.
+    """The measured quality and predicted speed of a plan, or of edited prompts.
 
     Attributes:
-        judged_at: tokens of the prompts that it was judged on.
-        continuation: of answers that go on where the prompt ends.
-        copying: of answers that repeat a part of the prompt from far back.
-        passkeys: keys hidden in the prompts.
-        speedups: how many times as fast the first token is, as predicted: pairs of a prompt's tokens and that.
+        judged_at: tokens of the prompts of the measurement.
+        continuation: quality of answers that continue the prompt.
+        copying: quality of answers that repeat a part of the prompt from far back.
+        passkeys: pass keys in the prompts.
+        speedups: pairs of a prompt's length in tokens and the predicted speed-up of its first token.
 
     Raises:
-        PlanError: one of the prompts has no number of tokens that a prompt can have.
+        PlanError: a prompt's number of tokens is impossible.
     """
 
     judged_at: int
@@ -131,11 +137,19 @@ class Figures:
             raise PlanError("a point of a frontier was not measured at a number of tokens from 1 on; tune again")
 
     def harm(self, context: int) -> float:
-        """Nats per token that are lost after prompts of so many tokens, in the worse kind of answer."""
+        """Return the expected loss in the worse kind of answers, in nats per token.
+
+        Args:
+            context: tokens of the prompt. For a prompt twice as long as the judged ones, it is 1.3 times as large.
+        """
         return max(self.continuation.harm, self.copying.harm) * self._growth(context)
 
     def needs(self, context: int) -> float:
-        """Return the least promise that is kept there, infinite where a pass key is lost."""
+        """Return the smallest promise that is kept, in nats per token; infinite if a pass key is lost.
+
+        Args:
+            context: tokens of the prompt, as for ``harm``.
+        """
         if self.passkeys.plan < self.passkeys.whole:
             return math.inf
         return max(self.continuation.needs, self.copying.needs) * self._growth(context)
@@ -144,25 +158,41 @@ class Figures:
         return float(GROWTH ** max(math.log2(context / self.judged_at), 0.0))
 
     def speedup(self, context: int) -> float:
-        """Predicted times as fast at the nearest length that was predicted, by ratio."""
+        """Return the predicted speed-up of the first token at the nearest length in ``speedups``.
+
+        Args:
+            context: tokens of the prompt.
+        """
         return min(self.speedups, key=lambda each: abs(math.log(each[0] / context)), default=(context, 1.0))[1]
 
 
 @dataclass(frozen=True)
 class Point(Figures):
-    """A plan of a frontier, of mode ``prompt``. Its window, if it has any, is for prompts of ``judged_at`` tokens."""
+    """A plan of a frontier, with its figures.
+
+    Attributes:
+        plan: a plan of mode ``prompt``. Its window is for prompts of ``judged_at`` tokens.
+    """
 
     plan: SkipPlan
 
     def plan_for(self, context: int) -> SkipPlan:
-        """Return the plan with windows of the same share of prompts of so many tokens."""
+        """Return the plan with windows of the same share of another prompt.
+
+        Args:
+            context: tokens of the prompt.
+        """
         size, bulk = self.window_size(context), self.plan.bulk
         if bulk is None or size == bulk.window_size:
             return self.plan
         return replace(self.plan, bulk=replace(bulk, window_size=size))
 
     def window_size(self, context: int) -> int:
-        """Return the tokens that windows look back at there; where there are none, a number that is always the same."""
+        """Return the tokens that windowed attentions see; without windows, a constant.
+
+        Args:
+            context: tokens of the prompt.
+        """
         bulk = self.plan.bulk
         if bulk is None or not bulk.narrowed:
             return 0 if bulk is None else bulk.window_size
@@ -172,9 +202,12 @@ class Point(Figures):
 
 @dataclass(frozen=True)
 class EditPoint(Figures):
-    """What edited prompts lose where the whole model reads what is new in them, after as many moves as ``edits`` has.
+    """The figures of edited prompts, in which the whole model reads only the new tokens.
 
-    The pass keys are those of which an edit changed the number.
+    Its pass keys are those whose number an edit changed.
+
+    Attributes:
+        edits: how runs were moved; its ``most_moves`` are the moves that were measured.
     """
 
     edits: Edits
@@ -182,20 +215,26 @@ class EditPoint(Figures):
 
 @dataclass(frozen=True)
 class Frontier:
-    """What tuning found for one model on one machine.
+    """The result of ``tune`` for one model on one machine: plans of growing speed, with their losses.
 
     Attributes:
-        points: plans of growing speed. None where nothing can be skipped.
-        settings: with which the whole model is fastest.
-        machine: where times were measured.
-        tried: the settings that were timed.
-        speeds: as measured at the end, with a plan that keeps the default promise.
-        n_read: tokens that calibration and tuning read through the model.
-        about: on which texts, when, by which release; for people to read.
-        edits: what edited prompts lose, by growing numbers of moves. None where tokens cannot be moved.
+        points: plans of growing speed; () if no sublayer can be skipped.
+        settings: the settings with which the whole model is fastest.
+        machine: the machine of the measurements.
+        tried: all settings that were timed.
+        speeds: measured speed-ups, with the plan that keeps the default promise.
+        n_read: tokens that calibration and tuning read.
+        about: texts and release, for people to read.
+        edits: figures of edited prompts, by growing numbers of moves; () if tokens cannot be moved.
 
     Raises:
-        PlanError: a point is no plan of mode ``prompt``.
+        PlanError: a point's plan is not of mode ``prompt``.
+
+    Examples:
+        >>> frontier = load_plan("model.adaskip-plan.json").frontier
+        >>> for point in frontier.points:
+        ...     print(point.plan.skipped("bulk").n_skip, point.speedup(8192), point.needs(8192))
+        >>> llm = AdaSkipLlama("model.gguf", plan=frontier, max_loss=0.02)
     """
 
     points: tuple[Point, ...]
@@ -213,23 +252,30 @@ class Frontier:
                 raise PlanError("a point of a frontier skips in the bulk of prompts alone; tune again")
 
     def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS, *, edited: bool = False) -> SkipPlan | None:
-        """Return the fastest plan that keeps a promise for a prompt of ``n_tokens``; None for the whole model.
+        """Return the fastest plan that keeps a promise for a prompt; None for the whole model.
 
-        Plans change at powers of two, so that a chat that grows keeps its plan for long.
+        Plans change at powers of two, so a growing chat keeps its plan for long.
 
         Args:
-            edited: whether runs of an earlier prompt may be moved: the plan has what :meth:`edit_point` leaves of the
-                promise.
+            n_tokens: tokens of the prompt. Below 512 the whole model runs.
+            max_loss: the promise, in nats per token.
+            edited: whether runs of an earlier prompt may be moved. The plan then has the rest of the promise.
 
         Raises:
-            PlanError: the promise is no number from 0 on.
+            PlanError: the promise is not a number from 0 on.
         """
         check_max_loss(max_loss)
         point = self.point(n_tokens, max_loss, edited=edited)
         return None if point is None else self._plan(point, context_for(n_tokens))
 
     def point(self, n_tokens: int, max_loss: float, *, edited: bool = False) -> Point | None:
-        """Return the point whose plan :meth:`choose` returns."""
+        """Return the point whose plan ``choose`` returns; None for the whole model.
+
+        Args:
+            n_tokens: tokens of the prompt.
+            max_loss: the promise, in nats per token.
+            edited: whether runs of an earlier prompt may be moved.
+        """
         if n_tokens < LEAST_CONTEXT:
             return None
         context, left = context_for(n_tokens), self._left(n_tokens, max_loss, edited=edited)
@@ -237,9 +283,11 @@ class Frontier:
         return max(kept, key=lambda each: each.speedup(context), default=None)
 
     def edit_point(self, n_tokens: int, max_loss: float) -> EditPoint | None:
-        """Return the most moves that keep their share of a promise, in a prompt of so many tokens.
+        """Return the point with the most moves that keep their share of a promise, a half; None if none does.
 
-        What edits and a plan lose adds up: see docs/dev/method.md for what was measured.
+        Args:
+            n_tokens: tokens of the prompt.
+            max_loss: the promise, in nats per token.
         """
         context, found = context_for(n_tokens), None
         for each in self.edits if n_tokens >= LEAST_CONTEXT else ():
@@ -254,9 +302,12 @@ class Frontier:
         return max_loss if point is None else max_loss - point.needs(context_for(n_tokens))
 
     def readable(self, max_loss: float, most_tokens: int, *, edited: bool = False) -> tuple[SkipPlan, ...]:
-        """Return the plans whose cells keep a promise, in contexts of up to so many tokens.
+        """Return the plans whose cached tokens keep a promise. Each of them may read the tokens of the others.
 
-        A cell of the cache that was computed under one of them may be read under any other.
+        Args:
+            max_loss: the promise, in nats per token.
+            most_tokens: size of the context, in tokens.
+            edited: whether runs of an earlier prompt may be moved.
         """
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, context_for(most_tokens).bit_length())]
         left = {n: self._left(n, max_loss, edited=edited) for n in lengths}

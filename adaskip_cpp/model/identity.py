@@ -21,13 +21,15 @@ _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.ASCII)
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Identity of a model as it is loaded.
+    """The identity of an opened model.
 
     Attributes:
-        fingerprint: SHA-256 in hexadecimal, see :func:`fingerprint`.
+        fingerprint: hash of parts of the file, SHA-256 in hexadecimal.
         architecture: the GGUF's ``general.architecture``, for example ``"llama"``.
-        lora, lora_scale: fingerprint and scale of its LoRA adapter, "" and 0 for none.
-        overrides: its ``kv_overrides``, see :func:`override_words`.
+        n_layer: number of layers.
+        lora: fingerprint of its LoRA adapter; "" for none.
+        lora_scale: scale of its LoRA adapter; 0 for none.
+        overrides: its ``kv_overrides``, as one text.
 
     Raises:
         ValueError: there is no layer.
@@ -51,14 +53,28 @@ class ModelInfo:
         name: StrPath,
         way_out: str = "calibrate the model as it is loaded here, or load it as it was calibrated",
     ) -> None:
-        """Refuse what was made for this model, as ``the plan``, where another one is loaded, from the file ``name``."""
+        """Refuse a plan or profile of this model for another one.
+
+        Args:
+            loaded: the model that is opened.
+            what: the refused thing in the error's message, such as ``"the plan"``.
+            name: file of the opened model.
+            way_out: the advice in the error's message.
+
+        Raises:
+            ProfileMismatchError: the models differ.
+        """
         if differences := self.differences(loaded):
             raise ProfileMismatchError(
                 f"{what} was made for another model than {os.fspath(name)!r}: {'; '.join(differences)}; {way_out}"
             )
 
     def differences(self, loaded: "ModelInfo") -> list[str]:
-        """Say in what this model differs from one that is loaded, part by part."""
+        """Return the differences from another model, in words.
+
+        Args:
+            loaded: the model that is opened.
+        """
         pairs = zip(self._parts(), loaded._parts(), strict=True)
         return [f"its {mine[0]} is {mine[1]}, here it is {other[1]}" for mine, other in pairs if mine != other]
 
@@ -138,7 +154,14 @@ def profile_path(model: StrPath) -> str:
 
 
 def plan_path(model: StrPath) -> str:
-    """Return the name of the plan file beside a model, be it there or not."""
+    """Return the name of the plan file beside a model, whether or not the file exists.
+
+    Args:
+        model: a GGUF file.
+
+    Returns:
+        ``X.adaskip-plan.json`` for ``X.gguf``.
+    """
     return _stem(model) + ".adaskip-plan.json"
 
 

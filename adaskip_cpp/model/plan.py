@@ -44,16 +44,17 @@ OnlineScale: TypeAlias = Literal["none", "paper", "median"]
 
 @dataclass(frozen=True)
 class OnlineStage:
-    """Online importance learning: which FFNs a request adds to the decode set after its first decoded tokens.
+    """The online stage: after its first decoded tokens, a request skips further FFNs in decode.
 
     Attributes:
-        window: tokens that run under the decode set alone, while every other FFN is observed; the authors use 20.
-        threshold: smallest mean IO similarity in them of an FFN that is skipped for the rest of the request.
-        scale: what stands in for an added FFN, measured in the window: ``"paper"`` is the ratio of Frobenius norms,
-            ``"median"`` the median over its tokens of ``|v| / |u|``, ``"none"`` is 1.
+        window: number of these tokens. They run under the decode set, and every other FFN is observed; the paper's
+            authors use 20.
+        threshold: IO similarity. An FFN whose mean over these tokens is at least this is skipped from then on.
+        scale: the compensation of such an FFN, measured over these tokens: ``"paper"`` is the ratio of Frobenius norms
+            of output and input, ``"median"`` the median of the tokens' ratios of norms, ``"none"`` is 1.
 
     Raises:
-        PlanError: the window is not a whole number above 0, the threshold is not finite, or the scale is unknown.
+        PlanError: the window is not a whole number from 1 on, the threshold is not finite, or the scale is unknown.
     """
 
     window: int = 20
@@ -71,21 +72,26 @@ class OnlineStage:
 
 @dataclass(frozen=True)
 class Bulk:
-    """How the bulk of a prompt is read: all its tokens but the first of the sequence and the last of the prompt.
+    """The bulk of a prompt: its tokens between head and tail, and the sublayers that they skip.
 
-    Nobody reads more of them than their K and V, which skipped attentions compute and store all the same.
+    Later tokens need only K and V of the bulk. Skipped attentions still compute and store these.
 
     Attributes:
-        head: tokens at the very beginning of a sequence that are no bulk: later ones attend to them most.
-        tail: tokens at the end of a prompt that are no bulk, at least 1.
-        windowed: layers whose attention, where the bulk runs it, looks back at the last ``window_size`` tokens alone,
-            the token itself included, and at the first ``head`` of the sequence; ascending. The prompt's tail and the
-            answer look back at everything.
-        window_size: tokens, at least 1.
+        skip: the set that the bulk skips.
+        head: tokens at the beginning of a sequence that are no bulk, from 0 on. Later tokens attend to them most.
+        tail: tokens at the end of a prompt that are no bulk, from 1 on.
+        windowed: layers, ascending. If the bulk runs such a layer's attention, it sees only the last ``window_size``
+            tokens, the token itself included, and the head. The prompt's tail and the answer see all tokens.
+        window_size: tokens that a windowed attention sees, from 1 on.
 
     Raises:
         PlanError: ``head``, ``tail`` or ``window_size`` is impossible.
-        SublayerRangeError: the model has no such windowed layer.
+        SublayerRangeError: a windowed layer is not in the model.
+
+    Examples:
+        >>> from adaskip_cpp.model.skip_set import SkipSet
+        >>> none = SkipSet.none(llm.n_layer)
+        >>> SkipPlan(none, none, bulk=Bulk(none, windowed=(20, 21, 22), window_size=508))
     """
 
     skip: SkipSet
@@ -103,34 +109,43 @@ class Bulk:
 
     @property
     def narrowed(self) -> tuple[int, ...]:
-        """Layers whose attention runs and looks back at a window: those windowed and not skipped."""
+        """Layers whose attention runs and sees only a window: those windowed and not skipped."""
         return tuple(layer for layer in self.windowed if not self.skip.skip[layer, 0])
 
     def span(self, n_cached: int, n_tokens: int) -> tuple[int, int]:
-        """Return begin and end of the bulk in the tokens of a prompt after the cached ones; ``(0, 0)`` for none."""
+        """Return begin and end of the bulk in the new tokens of a prompt; ``(0, 0)`` for none.
+
+        Args:
+            n_cached: tokens of the prompt that are cached.
+            n_tokens: tokens of the prompt after these.
+        """
         begin, end = max(self.head - n_cached, 0), n_tokens - self.tail
         return (begin, end) if begin < end else (0, 0)
 
 
 @dataclass(frozen=True)
 class SkipPlan:
-    """What to skip in each phase.
+    """The sublayers that each phase of a request skips.
+
+    ``SkipPlan.manual`` makes a plan from lists of layers, ``Profile.plan`` from a calibration.
 
     Attributes:
-        prefill: the set skipped while a prompt is read, except in its bulk where there is one.
-        decode: the set skipped while tokens are generated, from the first one on. It skips every attention that
-            ``prefill`` skips: that attention wrote no KV for the prompt, so decode must not read it.
-        schedule: decode sets, each from so many tokens decoded in the request on: ``((0, decode), (t1, set1), ...)``;
-            () if ``decode`` holds throughout. A set skips every attention of the one before it.
-        online: the online stage of decode, or None. Excludes a schedule.
-        bulk: how the bulk of a prompt is read; None if all of it runs under ``prefill``. It skips every attention that
-            ``prefill`` skips, as the tokens before the bulk have no KV there.
-        model: the model that the plan was made for, or None for any of as many layers.
-        strategy, compensation, mode: their names, ``"manual"`` where they were given by hand.
+        prefill: the set for a prompt, except for its bulk.
+        decode: the set for an answer. It must skip each attention that ``prefill`` skips, because the prompt has no K
+            and V there.
+        schedule: several decode sets, ``((0, decode), (n1, set1), ...)``: each is in force after so many decoded tokens
+            of the request. A set must skip each attention of the set before it. () if ``decode`` is always in force.
+        online: the online stage of decode, or None. A plan has no schedule and online stage together.
+        bulk: the bulk of prompts; None if whole prompts run under ``prefill``. It must skip each attention that
+            ``prefill`` skips.
+        model: the model that the plan was made for; None for any model with as many layers.
+        strategy: name of the strategy that chose the sets, ``"manual"`` for lists of layers.
+        compensation: name of the compensation, ``"manual"`` if it was given as numbers.
+        mode: the mode, ``"manual"`` for sets given by hand.
 
     Raises:
-        PlanError: the sets disagree on the number of layers, an attention runs whose KV would have holes, the schedule
-            is malformed or meets an online stage, or the mode is unknown.
+        PlanError: the sets have different numbers of layers, an attention would read K and V that were never written,
+            the schedule is malformed or meets an online stage, or the mode is unknown.
     """
 
     prefill: SkipSet
@@ -186,19 +201,25 @@ class SkipPlan:
         scale: npt.ArrayLike | None = None,
         phase: Literal["both", "bulk", "decode"] = "both",
     ) -> "SkipPlan":
-        """Build a plan from lists of layers.
+        """Make a plan from lists of layers.
 
         Args:
             n_layer: number of layers of the model.
-            attention, ffn: layers whose attention, whose FFN is skipped, counted from 0.
-            scale: compensation, one number or ``[n_layer, 2]``; 1.0 if None. Only skipped sublayers' values are used.
-            phase: ``"both"``; ``"decode"`` to run the full model in prefill; or ``"bulk"`` to run it everywhere but in
-                the bulk of a prompt, with the default head and tail.
+            attention: layers whose attention is skipped, counted from 0.
+            ffn: layers whose FFN is skipped, counted from 0.
+            scale: compensation: a number, or float ``[n_layer, 2]`` with columns attention and FFN, of which only the
+                values of skipped sublayers are used; 1.0 if None.
+            phase: ``"both"`` skips in prompt and answer, ``"decode"`` in the answer alone, ``"bulk"`` in the bulk of a
+                prompt alone, with the default head and tail.
 
         Raises:
             SublayerRangeError: a layer is not in ``range(n_layer)``.
             CompensationError: a compensation is not finite or not positive.
             PlanError: ``n_layer``, ``phase`` or the shape of ``scale`` is wrong.
+
+        Examples:
+            >>> plan = SkipPlan.manual(llm.n_layer, attention=[20, 21], ffn=[20, 21, 22], phase="bulk")
+            >>> llm.set_plan(plan)
         """
         if n_layer < 1:
             raise PlanError(f"n_layer is {n_layer}; pass the model's number of layers, llm.n_layer")
@@ -214,25 +235,30 @@ class SkipPlan:
 
     @property
     def n_layer(self) -> int:
+        """Number of layers of the model."""
         return self.prefill.n_layer
 
     @property
     def decode_sets(self) -> tuple[tuple[int, SkipSet], ...]:
-        """The schedule, or ``((0, decode),)`` where there is none."""
+        """The schedule, or ``((0, decode),)`` without one."""
         return self.schedule or ((0, self.decode),)
 
     def decode_after(self, n_decoded: int) -> SkipSet:
-        """Return the decode set in force after so many tokens of an answer."""
+        """Return the decode set in force.
+
+        Args:
+            n_decoded: tokens of the answer that are decoded.
+        """
         return next(each for start, each in reversed(self.decode_sets) if start <= n_decoded)
 
     @property
     def sets(self) -> tuple[SkipSet, ...]:
-        """Every set of the plan: bulk, prefill, and those of decode."""
+        """All sets of the plan: bulk, prefill, and those of decode."""
         return (*([self.bulk.skip] if self.bulk else []), self.prefill, *(each for _, each in self.decode_sets))
 
     @property
     def is_whole(self) -> bool:
-        """Whether it leaves the model as it is, but for what an online stage may skip."""
+        """Whether the plan changes nothing in the model, apart from an online stage."""
         return not (self.narrowed or any(each.n_skip for each in self.sets))
 
     @property
@@ -242,20 +268,25 @@ class SkipPlan:
 
     @property
     def narrowed(self) -> tuple[int, ...]:
-        """Layers whose attention looks back at a window in the bulk; none without a bulk."""
+        """Layers whose attention sees only a window in the bulk; none without a bulk."""
         return self.bulk.narrowed if self.bulk else ()
 
     @property
     def without_kv(self) -> tuple[int, ...]:
-        """Layers that need no memory for KV, as every phase skips their attention; none with a bulk, which keeps KV."""
+        """Layers that need no memory for K and V, because every phase skips their attention; none with a bulk."""
         return () if self.bulk else self.prefill.attention
 
     def skipped(self, phase: Phase) -> SkipSet:
-        """Return the set of a phase: of decode the last one, which a schedule ends with; without a bulk, of prefill."""
+        """Return the set of a phase.
+
+        Args:
+            phase: ``"bulk"``, ``"prefill"`` or ``"decode"``. Without a bulk, its set is that of prefill. The set of
+                decode is the last one of a schedule.
+        """
         if phase == "decode":
             return self.decode_sets[-1][1]
         return self.bulk.skip if phase == "bulk" and self.bulk else self.prefill
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values as a plan file has them, without the vectors."""
+        """Return plain JSON values, as a plan file has them, without vectors and maps."""
         return stored.plain(vars(self))[0]

@@ -20,10 +20,14 @@ _FORMAT = "adaskip-plan"
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What a plan file holds: one plan, or a frontier to choose from; the other is None.
+    """The content of a plan file: one plan or a frontier.
+
+    Attributes:
+        plan: the plan, or None.
+        frontier: the frontier, or None.
 
     Raises:
-        PlanError: there are both or none of the two, or the plans of a frontier are of several models.
+        PlanError: both or none of the two are given, or the plans of a frontier are of several models.
     """
 
     plan: SkipPlan | None = None
@@ -37,13 +41,19 @@ class PlanFile:
 
     @property
     def plans(self) -> tuple[SkipPlan, ...]:
+        """The plan, or all plans of the frontier."""
         if self.frontier is not None:
             return tuple(point.plan for point in self.frontier.points)
         return () if self.plan is None else (self.plan,)
 
 
 def save_plan(path: StrPath, plan: SkipPlan | Frontier) -> None:
-    """Write a plan or a frontier as JSON, its vectors to a file ``.bin`` beside it.
+    """Write a plan or a frontier into a file, and its vectors and maps into a second file beside it.
+
+    Args:
+        path: the JSON file. The second one is ``X.bin`` for ``X.json``. ``AdaSkipLlama(..., plan="auto")`` reads
+            ``X.adaskip-plan.json`` beside ``X.gguf``.
+        plan: a plan, or a frontier that ``tune`` returned.
 
     Raises:
         PlanError: the plans of a frontier are of several models.
@@ -54,13 +64,24 @@ def save_plan(path: StrPath, plan: SkipPlan | Frontier) -> None:
 
 
 def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
-    """Read a plan file, of a model where one is named.
+    """Read a plan file that ``save_plan``, ``adaskip-cpp tune`` or ``adaskip-cpp plan`` wrote.
+
+    Args:
+        path: the JSON file; its vectors and maps are read from the file beside it.
+        model: a GGUF file that the plans must be of; None for no check.
+
+    Returns:
+        A plan or a frontier, each usable as ``AdaSkipLlama(..., plan=)``.
 
     Raises:
         PlanFileError: a file is missing, truncated, malformed, of another format or version, or the two do not belong
             together.
-        ProfileMismatchError: it is of another model.
+        ProfileMismatchError: the file is of another model.
         OSError: a file cannot be read.
+
+    Examples:
+        >>> found = load_plan("model.adaskip-plan.json", model="model.gguf")
+        >>> llm = AdaSkipLlama("model.gguf", plan=found.plan or found.frontier)
     """
     name = os.fspath(path)
     way_out = "`adaskip-cpp tune` or `adaskip-cpp plan -o`"

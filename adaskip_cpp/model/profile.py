@@ -23,14 +23,15 @@ _Self = TypeVar("_Self", bound="ProfileData")
 
 @dataclass(frozen=True)
 class Windows:
-    """What it costs the tokens behind a prompt that attentions look back at a window in its bulk.
+    """The cost of attentions that see only a window in the bulk of a prompt.
 
     Attributes:
-        layers: those whose attention can, ascending.
-        divergence: in nats per token, of the last k of these layers together, k from 0 to all of them.
+        layers: layers whose attention can be windowed, ascending.
+        divergence: divergence of the answer in nats per token, if the last k of these layers are windowed: one value
+            for each k from 0 to all of them.
 
     Raises:
-        ProfileFormatError: the two do not go together.
+        ProfileFormatError: the numbers of values do not fit, or a value is impossible.
     """
 
     layers: tuple[int, ...]
@@ -44,24 +45,29 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class ProfileData(LayerArrays):
-    """Statistics of one model's sublayers, averaged over calibration requests: what plans are made from.
+    """The parts of a profile: statistics of one model's sublayers, averaged over calibration requests.
+
+    Arrays are read-only. Their columns are attention and FFN.
 
     Attributes:
         prefill: statistics of the prompts.
-        decode: statistics of the tokens generated after them.
-        n_requests, n_tokens: calibration requests, and their tokens all together.
-        corpus: what text it was calibrated on, in words.
-        package_version, created: of adaskip-cpp that calibrated it, and when, in UTC, ISO 8601.
-        cost: what each sublayer costs on the machine that measured it, or None.
-        maps: linear maps that stand in for sublayers, or None.
-        divergence, copying: float64 ``[n_layer, 2]``, read-only: what skipping each sublayer alone in the bulk of a
-            prompt costs an answer that continues it, and one that copies from it, in nats per token; NaN for sublayers
-            that prompts never skip. Both None if they were not measured.
-        windows: what it costs that attentions look back at a window there; None if it was not measured.
-        bulk_only: layers whose attention only the bulk of a prompt can skip, as other layers read its KV.
+        decode: statistics of the tokens that were generated after them.
+        n_requests: number of calibration requests.
+        n_tokens: tokens of all these requests together.
+        model: the model that was calibrated.
+        corpus: the text of the calibration, in words.
+        package_version: version of adaskip-cpp.
+        created: time of the calibration, UTC, ISO 8601.
+        cost: times of the sublayers, on the machine of the calibration; None if they were not measured.
+        maps: linear maps, for compensation; None if they were not fitted.
+        divergence: float64 ``[n_layer, 2]``: divergence of an answer that continues the prompt, in nats per token, if
+            its bulk skips this sublayer alone. NaN for sublayers that prompts never skip. None if it was not measured.
+        copying: the same of an answer that repeats a part of the prompt.
+        windows: the cost of windows; None if it was not measured.
+        bulk_only: layers whose attention only the bulk of a prompt can skip, because other layers read its K and V.
 
     Raises:
-        ProfileFormatError: a part is not of this model's number of layers, or of another one's length of vectors.
+        ProfileFormatError: a part has another number of layers or another length of vectors, or a value is impossible.
     """
 
     prefill: PhaseStatistics
@@ -117,7 +123,11 @@ class ProfileData(LayerArrays):
 
     @classmethod
     def blank(cls: type[_Self], model: ModelInfo) -> _Self:
-        """Return the profile of a model of which nothing is known, to make plans of listed layers from."""
+        """Return a profile without measurements, to make plans from lists of layers.
+
+        Args:
+            model: the model, as ``AdaSkipLlama.model_info``.
+        """
         ones, layers = np.ones((model.n_layer, 2)), tuple(range(model.n_layer))
         vectors = np.zeros((model.n_layer, 2, 1), np.float32)
         statistics = PhaseStatistics(ones, ones, ones, ones[:, 0], vectors, vectors, 1)
@@ -131,36 +141,40 @@ class ProfileData(LayerArrays):
 
     @property
     def n_layer(self) -> int:
+        """Number of layers of the model."""
         return self.model.n_layer
 
     @property
     def similarity(self) -> Floats:
-        """float64 ``[n_layer, 2]``: mean IO similarity in prefill, what sublayers are ranked by."""
+        """Mean IO similarity in prefill, float64 ``[n_layer, 2]``; the paper ranks sublayers by it."""
         return self.prefill.similarity
 
     @property
     def lost(self) -> Floats | None:
-        """float64 ``[n_layer, 2]``: the worse of ``divergence`` and ``copying``; None if they were not measured."""
+        """The larger of ``divergence`` and ``copying``, float64 ``[n_layer, 2]``; None if they were not measured."""
         return None if self.divergence is None or self.copying is None else np.maximum(self.divergence, self.copying)
 
     @property
     def in_bulk(self) -> Flags:
-        """bool ``[n_layer, 2]``: the sublayers that were observed and so can be skipped in the bulk of a prompt."""
+        """The sublayers that the bulk of a prompt can skip, bool ``[n_layer, 2]``: those that were observed."""
         return ~np.isnan(self.similarity)
 
     @property
     def skippable(self) -> Flags:
-        """bool ``[n_layer, 2]``: those of them that can be skipped in every phase."""
+        """The sublayers that every phase can skip, bool ``[n_layer, 2]``."""
         may = self.in_bulk
         may[list(self.bulk_only), 0] = False
         return may
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, as the file has them, without the vectors and maps."""
+        """Return plain JSON values, as the file has them, without vectors and maps."""
         return stored.plain({"format": _FORMAT, "version": FORMAT_VERSION, **vars(self)})[0]
 
     def save(self, path: StrPath) -> None:
-        """Write the profile as JSON, its vectors to a file ``.bin`` beside it.
+        """Write the profile into a file, and its vectors and maps into a second file beside it.
+
+        Args:
+            path: the JSON file. The second one is ``X.bin`` for ``X.json``.
 
         Raises:
             OSError: a file cannot be written; what was there before is still there.
@@ -169,13 +183,17 @@ class ProfileData(LayerArrays):
 
     @classmethod
     def load(cls: type[_Self], path: StrPath) -> _Self:
-        """Read a profile file.
+        """Read a profile that ``save`` or ``adaskip-cpp calibrate`` wrote.
+
+        Args:
+            path: the JSON file; its vectors and maps are read from the file beside it.
 
         Raises:
-            ProfileMissingError: there is no such file; also a ``FileNotFoundError``.
-            ProfileFormatError: the file or its vectors are missing, truncated, malformed, or do not belong together.
-            ProfileVersionError: written in a format version that this release does not read.
-            OSError: the file cannot be read.
+            ProfileMissingError: there is no such file.
+            ProfileFormatError: a file is truncated or malformed, the vectors are missing, or the two do not belong
+                together.
+            ProfileVersionError: the file has a format version that this release does not read.
+            OSError: a file cannot be read.
         """
         name = os.fspath(path)
         try:

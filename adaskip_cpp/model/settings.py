@@ -6,13 +6,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """What changes the speed of the whole model and, but for rounding, nothing else. The names are AdaSkipLlama's.
+    """Arguments of ``AdaSkipLlama`` that change only speed and rounding.
 
     Attributes:
-        flash_attn: attention in one operation, without the matrix of weights in memory.
-        repack: keep weights on the CPU in a layout of llama.cpp's own, where it has products for that.
-        n_batch, n_ubatch: tokens handed to llama.cpp at once, and those that it computes at once.
-        n_threads, n_threads_batch: threads for answers and for prompts; None for ``llama_cpp.Llama``'s default.
+        flash_attn: whether flash attention is used.
+        repack: whether llama.cpp may keep weights on the CPU in its own layout.
+        n_batch: tokens that llama.cpp is given at once.
+        n_ubatch: tokens that llama.cpp computes at once.
+        n_threads: threads for answers; None for the default of ``llama_cpp.Llama``.
+        n_threads_batch: threads for prompts; None for the default of ``llama_cpp.Llama``.
     """
 
     flash_attn: bool = False
@@ -23,21 +25,21 @@ class Settings:
     n_threads_batch: int | None = None
 
     def to_kwargs(self) -> dict[str, Any]:
-        """Return the keyword arguments for AdaSkipLlama, without those that are None."""
+        """Return the keyword arguments for ``AdaSkipLlama``, without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Tried:
-    """Settings that were timed, as the mean of their rounds. Times are infinite where the model cannot run with them.
+    """Settings that ``tune`` timed. Times are means of several rounds, and infinite if the model cannot run.
 
     Attributes:
-        settings: all of them, the one that this trial is about included.
-        prompt_short_s, prompt_long_s: seconds per token at the beginning and at the end of a prompt of ``context``
-            tokens.
-        token_s: seconds per token of an answer to it.
-        request_s: seconds for the whole request.
-        chosen: whether they replaced the best settings before them; the first ones count as chosen.
+        settings: all settings of this trial.
+        prompt_short_s: seconds per token at the beginning of a prompt.
+        prompt_long_s: seconds per token at its end, after ``context`` tokens.
+        token_s: seconds per token of the answer to that prompt.
+        request_s: seconds of the whole request.
+        chosen: whether they were faster than the best settings before; True for the first ones.
     """
 
     settings: Settings

@@ -31,14 +31,17 @@ def sublayer_name(layer: int, kind: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SkipSet(LayerArrays):
-    """The sublayers skipped in one phase: ``v := s * u + b + up (down u)`` stands in for each. Arrays are read-only.
+    """The sublayers that one phase skips, with their compensation.
+
+    From its input u, a skipped sublayer's output is estimated as ``s * u + b + up (down u)``, both with the residual.
+    Arrays are read-only. Their columns are attention and FFN.
 
     Attributes:
-        skip: bool ``[n_layer, 2]``, columns attention and FFN.
-        scale: float64 ``[n_layer, 2]``, the scale ``s`` where skipped, 1.0 elsewhere.
-        bias: float32 ``[n_layer, 2, n_embd]``, the vector ``b`` where skipped, 0 elsewhere; None for none.
-        down, up: float32 ``[n_layer, 2, rank, n_embd]`` and ``[n_layer, 2, n_embd, rank]``, likewise; where ``up`` is
-            all zeros there is no map.
+        skip: bool ``[n_layer, 2]``: whether a sublayer is skipped.
+        scale: float64 ``[n_layer, 2]``: s; 1.0 for sublayers that run.
+        bias: float32 ``[n_layer, 2, n_embd]``: b; 0 for sublayers that run. None if no sublayer has one.
+        down: float32 ``[n_layer, 2, rank, n_embd]``: first matrix of the map; 0 without a map. None if there is no map.
+        up: float32 ``[n_layer, 2, n_embd, rank]``: second matrix of the map, likewise.
 
     Raises:
         PlanError: the arrays' shapes are not those above.
@@ -75,11 +78,16 @@ class SkipSet(LayerArrays):
 
     @classmethod
     def none(cls, n_layer: int) -> "SkipSet":
-        """Skip nothing in a model of ``n_layer`` layers."""
+        """Return a set that skips nothing.
+
+        Args:
+            n_layer: number of layers of the model.
+        """
         return cls(np.zeros((n_layer, 2), np.bool_), np.ones((n_layer, 2)))
 
     @property
     def n_skip(self) -> int:
+        """Number of skipped sublayers."""
         return int(self.skip.sum())
 
     @property
@@ -94,6 +102,7 @@ class SkipSet(LayerArrays):
 
     @property
     def n_embd(self) -> int | None:
+        """Length of the vectors; None if there are none."""
         return next((int(each.shape[-1]) for each in (self.bias, self.down) if each is not None), None)
 
     def __hash__(self) -> int:  # type: ignore[override]

@@ -21,19 +21,20 @@ _SHAPES = {
 class PhaseStatistics(LayerArrays):
     """Statistics of one phase, of one request or averaged over requests.
 
-    ``u`` and ``v`` are a sublayer's input and output, both with the residual. Columns are attention and FFN. Arrays are
-    read-only, and NaN where a sublayer was not observed.
+    ``u`` and ``v`` are a sublayer's input and output, both with the residual. Arrays are read-only. Their columns are
+    attention and FFN. Values are NaN for sublayers that were not observed.
 
     Attributes:
-        similarity: float64 ``[n_layer, 2]``, mean over the tokens of the cosine of u and v: the IO similarity.
-        norm_ratio: float64 ``[n_layer, 2]``, ``||V||_F / ||U||_F`` over all tokens, the paper's compensation.
-        median_ratio: float64 ``[n_layer, 2]``, median over the tokens of ``|v| / |u|``.
-        layer_similarity: float64 ``[n_layer]``, mean over the tokens of the cosine of a whole layer's input and output.
-        mean_u, mean_v: float32 ``[n_layer, 2, n_embd]``, means of u and v over the tokens.
-        n_tokens: tokens seen, all requests together.
+        similarity: float64 ``[n_layer, 2]``: the IO similarity, the mean over the tokens of the cosine of u and v.
+        norm_ratio: float64 ``[n_layer, 2]``: ``||V||_F / ||U||_F`` over all tokens, the paper's compensation.
+        median_ratio: float64 ``[n_layer, 2]``: median over the tokens of ``|v| / |u|``.
+        layer_similarity: float64 ``[n_layer]``: mean over the tokens of the cosine of a whole layer's input and output.
+        mean_u: float32 ``[n_layer, 2, n_embd]``: mean of u over the tokens.
+        mean_v: float32 ``[n_layer, 2, n_embd]``: mean of v over the tokens.
+        n_tokens: tokens of all requests together.
 
     Raises:
-        ProfileFormatError: the arrays' shapes or values are impossible.
+        ProfileFormatError: the shapes or values of the arrays are impossible.
     """
 
     similarity: Floats
@@ -58,7 +59,11 @@ class PhaseStatistics(LayerArrays):
 
     @classmethod
     def mean(cls, requests: "Sequence[PhaseStatistics]") -> "PhaseStatistics":
-        """Average over requests, each with the same weight whatever its length, as the paper does; sum their tokens."""
+        """Return the average over requests of equal weight, as in the paper. Numbers of tokens are summed.
+
+        Args:
+            requests: statistics of single requests.
+        """
         means: dict[str, Any] = {
             name: np.mean([getattr(each, name) for each in requests], axis=0, dtype=np.float64) for name in _SHAPES
         }
@@ -67,13 +72,14 @@ class PhaseStatistics(LayerArrays):
 
 @dataclass(frozen=True, eq=False)
 class LinearMaps(LayerArrays):
-    """Maps ``v := s u + up (down u)``, fitted by :mod:`adaskip_cpp.calibration.linear`: three per layer.
+    """Linear maps: from its input u, a sublayer's output is estimated as ``s u + up (down u)``.
 
-    They stand in for its attention, for its FFN, and, where both are skipped, for the two together (:data:`WHOLE`).
+    Each layer has three: for its attention, for its FFN, and for both together. Arrays are read-only and rounded to
+    BF16. Values are NaN if no map was fitted.
 
     Attributes:
-        down, up: float32 ``[n_layer, 3, rank, n_embd]`` and ``[n_layer, 3, n_embd, rank]``, rounded to BF16, read-only,
-            NaN where nothing was fitted.
+        down: float32 ``[n_layer, 3, rank, n_embd]``: the first matrices.
+        up: float32 ``[n_layer, 3, n_embd, rank]``: the second matrices.
 
     Raises:
         ProfileFormatError: the shapes do not fit each other, or a map has values that are not finite.
@@ -91,7 +97,7 @@ class LinearMaps(LayerArrays):
 
     @property
     def fitted(self) -> Flags:
-        """bool ``[n_layer, 3]``: what has a map."""
+        """Whether there is a map, bool ``[n_layer, 3]``."""
         return np.asarray(~np.isnan(self.up).any(axis=(2, 3)))
 
 

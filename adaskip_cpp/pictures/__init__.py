@@ -1,1 +1,1 @@
-"""Heat maps, curves and strips, in the terminal and as files."""
+"""Draws heat maps in the terminal (``heatmap.py``), and curves and strips as files (start at ``plots.py``)."""

@@ -1,6 +1,6 @@
-"""A heat map in the terminal: rows of one cell per layer, coloured by rank among all values.
+"""Prints heat maps of similarities in the terminal, one cell per layer. Start at :func:`print_heatmap`.
 
-By rank, as a few sublayers change the stream a lot and the others little.
+Colours show ranks among all values, because a few sublayers change the stream a lot and the others little.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _ANCHORS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), 
 
 
 def print_heatmap(console: Console, similarity: Floats, skip: Flags | None = None) -> None:
-    """Print the IO similarity ``[n_layer, 2]`` of every sublayer; ``x`` marks those of ``skip``."""
+    """Print the IO similarities ``[n_layer, 2]`` of all sublayers; ``x`` marks those of ``skip``."""
     marked = None if skip is None else dict(zip(KIND_NAMES, skip.T, strict=True))
     print_rows(console, dict(zip(KIND_NAMES, similarity.T, strict=True)), marked)
 
@@ -27,7 +27,7 @@ def print_heatmap(console: Console, similarity: Floats, skip: Flags | None = Non
 def print_rows(console: Console, rows: Mapping[str, Floats], skip: Mapping[str, Flags] | None = None) -> None:
     """Print rows of similarities, ``[n_layer]`` each, and a legend.
 
-    On a terminal a cell is a colour, elsewhere a digit from 0 (least similar) to 9; ``x`` marks a sublayer of ``skip``,
+    A cell is a colour on a terminal, elsewhere a digit from 0 (least similar) to 9. ``x`` marks a sublayer of ``skip``,
     ``-`` one that cannot be skipped, whose similarity is NaN.
     """
     values = np.array([*rows.values()])

@@ -1,7 +1,7 @@
-"""matplotlib in one place, and the look of every picture of this project.
+"""Defines the look of all pictures, and wraps matplotlib for the modules that draw. Start at :func:`panels`.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; each comes with a marker and a line style of its
-own, so that a picture can also be read in grey. Pictures are made without pyplot: no display, no global state.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart. Each has its own marker and line style, so
+that pictures can be read in grey. Without pyplot, they need no display and no global state.
 """
 
 import hashlib
@@ -22,16 +22,14 @@ if TYPE_CHECKING:
 else:
     Axes = Figure = Any  # matplotlib need not be installed, and takes long to import
 
-INK = "#1b1b1d"
-"""Text, axes and what is drawn in black. :func:`to_svg` turns it into the text colour of the page around it."""
-
-GRID = "#9a9a9a"  # drawn thin: to be seen on white and on black
+INK = "#1b1b1d"  # text, axes and black lines; to_svg() replaces it with the text colour of the page
+GRID = "#9a9a9a"  # thin lines, visible on white and on black
 TEXT_PT = 9.0
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one series looks, for ``axes.plot`` and ``axes.errorbar``: ``axes.plot(x, y, **look.line)``."""
+    """The look of one series, for ``axes.plot`` and ``axes.errorbar``: ``axes.plot(x, y, **look.line)``."""
 
     colour: str
     marker: str
@@ -43,7 +41,7 @@ class Look:
 
     @property
     def points(self) -> dict[str, Any]:
-        """Without a line between them."""
+        """Markers without a line between them."""
         size = 6.0 if self.marker in "*P" else 4.5
         look = {"color": self.colour, "marker": self.marker, "markersize": size, "markeredgewidth": 0.0}
         return {**look, "linestyle": "none"}
@@ -68,7 +66,7 @@ STRATEGY = {
     "skip_decode": _PURPLE,
     "unified_skipping": _ORANGE,
 }
-"""By name of the strategy; ``full`` is the whole model, ``paper`` AdaSkip in the paper's exact mode."""
+"""By strategy; ``full`` is the whole model, ``paper`` AdaSkip in the paper's exact mode."""
 OTHERS = (
     _BLUE,
     _VERMILION,
@@ -78,7 +76,7 @@ OTHERS = (
     replace(_SKY, style=_DASH_DOT),
     Look(INK, "X", "-"),
 )
-"""For series without a name of their own (models, plans), see :func:`other`."""
+"""For series without their own look, such as models and plans: see :func:`other`."""
 
 
 def other(i: int) -> Look:
@@ -96,14 +94,14 @@ def has_matplotlib() -> bool:
 def panels(
     n_rows: int = 1, n_columns: int = 1, *, width_in: float = 6.5, height_in: float = 3.4, **share: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return an empty picture with one or more pairs of axes, row by row; ``share`` is for ``Figure.subplots``.
+    """Return an empty picture and its panels, row by row; ``share`` is for ``Figure.subplots``.
 
-    6.5 inches are the width of a page's text, and text then is 9 points.
+    6.5 inches are the width of the text on a page. At this width, the picture's text has 9 points.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise PackageMissingError('pictures need matplotlib; pip install "adaskip-cpp[plot]"') from None
+        raise PackageMissingError('pictures need matplotlib; run: pip install "adaskip-cpp[plot]"') from None
     fig = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
     every = list(fig.subplots(n_rows, n_columns, squeeze=False, **share).flat)
     for axes in every:
@@ -126,9 +124,9 @@ def title(axes: Axes, text: str) -> None:
 
 
 def save(fig: Figure, folder: StrPath, name: str) -> list[Path]:
-    """Write a picture as ``name.png`` (200 dpi) and ``name.svg``, on white, into a folder that is made where missing.
+    """Write a picture as ``name.png`` (200 dpi) and ``name.svg``, on white, into a folder, which is made if missing.
 
-    The same picture gives the same bytes with the same release of matplotlib. Text in the SVG is drawn as outlines.
+    Equal pictures give equal bytes with one release of matplotlib. Text in the SVG is drawn as outlines.
     """
     os.makedirs(folder, exist_ok=True)
     contents = {Path(folder, f"{name}.{form}"): _render(fig, form) for form in ("png", "svg")}
@@ -138,10 +136,10 @@ def save(fig: Figure, folder: StrPath, name: str) -> list[Path]:
 
 
 def to_svg(fig: Figure, *, name: str = "") -> str:
-    """Return a picture as an ``<svg>`` element to put into a page of HTML; ``name`` is for those who cannot see it.
+    """Return a picture as an ``<svg>`` element for a page of HTML; ``name`` is for readers who cannot see it.
 
-    It has no background, and what is drawn in :data:`INK` takes the page's text colour, so that it reads on light and
-    on dark. Text stays text, in the page's type. Identifiers are its own, so that several pictures may stand in a page.
+    It has no background, and :data:`INK` becomes the page's text colour, for light and dark pages. Text stays text, in
+    the page's font. Identifiers are unique, so that a page can have several pictures.
     """
     svg = _render(fig, "svg", fonttype="none").decode("utf-8")
     svg = svg[svg.index("<svg") :].rstrip()
@@ -151,7 +149,7 @@ def to_svg(fig: Figure, *, name: str = "") -> str:
     svg = re.sub(f"{INK}|#000000", "currentColor", svg, flags=re.IGNORECASE)
     svg = re.sub(r'font-family:[^;"]*', "font-family: inherit", svg)
     label = f'role="img" aria-label="{escape(name, quote=True)}" ' if name else ""
-    return svg.replace("<svg ", f'<svg fill="currentColor" {label}', 1)  # matplotlib leaves black out
+    return svg.replace("<svg ", f'<svg fill="currentColor" {label}', 1)  # matplotlib omits black
 
 
 def _render(fig: Figure, form: str, fonttype: str = "path") -> bytes:

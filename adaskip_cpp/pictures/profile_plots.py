@@ -1,7 +1,7 @@
-"""Figures of profiles, as in the paper, of plans, and of frontiers; all raise PackageMissingError without matplotlib.
+"""Draws profiles, plans and frontiers, for ``adaskip-cpp plot``; raises PackageMissingError without matplotlib.
 
-Several profiles, by the name to show, compare models; where their numbers of layers differ, the x axis is the depth.
-The scale of similarity is that of ``log(1 - similarity)``, as those that can be skipped differ in the third decimal.
+Several profiles, by the name to show, compare models. If their numbers of layers differ, the x axis is the depth.
+Similarities are drawn as ``log(1 - similarity)``: those of skippable sublayers differ in the third decimal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from ..model.skip_set import KIND_NAMES
 from ..planning.profile import Profile
 from . import plots
 
-_CLOSEST = 1e-4  # similarities nearer to 1 are drawn here
+_CLOSEST = 1e-4  # similarities closer to 1 are drawn at this distance
 _TICKS = (-1, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _HATCH = "/////"
-LENGTHS = (2048, 8192, 32768)  # of prompts, whose losses and speeds are shown
+LENGTHS = (2048, 8192, 32768)  # tokens of the prompts whose losses and speeds are drawn
 
 
 def layers(profiles: Mapping[str, Profile]) -> plots.Figure:
@@ -35,10 +35,7 @@ def layers(profiles: Mapping[str, Profile]) -> plots.Figure:
 
 
 def sublayers(profiles: Mapping[str, Profile]) -> plots.Figure:
-    """Draw the IO similarity of attention and FFN by layer in prefill, the paper's Fig. 3.
-
-    One profile gives one pair of axes with both; several give one pair of axes for each kind.
-    """
+    """Draw the IO similarity of attention and FFN by layer in prefill, the paper's Fig. 3; two panels if several."""
     if len(profiles) == 1:
         ((name, profile),) = profiles.items()
         fig, both = plots.panels()
@@ -71,10 +68,10 @@ def phases(profiles: Mapping[str, Profile]) -> plots.Figure:
 
 
 def plan_strip(name: str, plan: SkipPlan) -> plots.Figure:
-    """Draw a plan as two rows of cells, attention and FFN, one cell per layer; a schedule shows its last set.
+    """Draw a plan as two rows of cells, attention and FFN, one cell per layer; of a schedule, its last set.
 
-    Skipped in both phases is filled, skipped in decode only is hatched, what runs is empty. Where there is a bulk set,
-    what that skips is filled, and attentions that look back at a window are filled lightly.
+    Filled cells are skipped in both phases, or in the bulk if there is one. Hatched cells are skipped in decode only,
+    empty cells run. Lightly filled attentions see a window.
     """
     fig, (axes,) = plots.panels(height_in=1.5)
     from matplotlib.colors import to_rgba
@@ -117,7 +114,7 @@ def plan_strip(name: str, plan: SkipPlan) -> plots.Figure:
 
 
 def frontiers(every: Mapping[str, Frontier]) -> plots.Figure:
-    """Draw what answers lose against the time to the first token, a panel per frontier, a curve per prompt length."""
+    """Draw loss against the time to the first token: a panel per frontier, a curve per prompt length."""
     fig, panels = plots.panels(1, len(every), height_in=3.4)
     for axes, (name, frontier) in zip(panels, every.items(), strict=True):
         fastest = 1.0
@@ -136,7 +133,7 @@ def frontiers(every: Mapping[str, Frontier]) -> plots.Figure:
 
 
 def _draw(axes: plots.Axes, series: Mapping[str, Floats], looks: Sequence[plots.Look], y: str, title: str = "") -> None:
-    """Draw similarities by layer, or by depth where the series differ in length."""
+    """Draw similarities by layer, or by depth if the series differ in length."""
     alike = len({len(values) for values in series.values()}) == 1
     for i, (name, values) in enumerate(series.items()):
         x = np.arange(len(values)) / (1 if alike else max(len(values) - 1, 1))
@@ -148,10 +145,10 @@ def _draw(axes: plots.Axes, series: Mapping[str, Floats], looks: Sequence[plots.
 
 
 def _scale(*row: plots.Axes) -> None:
-    """Give axes that share it the scale of similarity, over what is drawn in them."""
+    """Give axes that share their y axis the scale of similarity, over the range of their lines."""
     drawn = np.concatenate([np.asarray(line.get_ydata(), np.float64) for axes in row for line in axes.lines])
     low, high = (float(np.nanmin(drawn)), float(np.nanmax(drawn))) if not np.isnan(drawn).all() else (0.0, 1.0)
-    # To the next tick on either side, so that there are two of them at least.
+    # Up to the next tick on either side, so that there are at least two.
     low = min(max((tick for tick in _TICKS if tick <= low), default=-1), 0.99)
     high = min((tick for tick in _TICKS if tick >= high), default=1.0)
     ticks = [tick for tick in _TICKS if low <= tick <= high]

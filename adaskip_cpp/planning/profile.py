@@ -9,18 +9,27 @@ from .strategies import make_plan
 
 
 class Profile(ProfileData):
-    """What calibration learned about one model; see :class:`adaskip_cpp.model.profile.ProfileData` for its parts."""
+    """The result of a calibration of one model, from which plans are made. ``ProfileData`` lists its parts.
+
+    Examples:
+        >>> profile = calibrate(llm)
+        >>> profile.save("model.adaskip.json")
+        >>> llm.set_plan(profile.plan(speedup=1.25, context=4096))
+    """
 
     def plan(self, n_skip: int | PlanRequest | None = None, **request: Any) -> SkipPlan:
-        """Choose sublayers to skip.
+        """Make a plan: choose sublayers to skip, and their compensation.
 
         Args:
-            n_skip: number of sublayers to skip; 12 if neither this nor ``speedup`` is given. Or a whole request.
-            **request: what else is wanted, by the names of :class:`adaskip_cpp.planning.request.PlanRequest`: for
-                example ``speedup=1.25, context=4096``, ``mode="e2e"`` or ``strategy="early_exit"``.
+            n_skip: number of sublayers to skip, 12 by default; or a whole ``PlanRequest``.
+            **request: fields of ``PlanRequest`` by name, for example ``speedup=1.25, context=4096`` instead of
+                ``n_skip``, ``mode="e2e"`` or ``strategy="early_exit"``.
 
         Raises:
-            BudgetError, CompensationError, PlanError: as the request; or it is out of reach, or was not measured for.
-            SublayerRangeError, NotSkippableError: the model has no such layer, or cannot skip what was chosen.
+            BudgetError: the model has fewer sublayers that can be skipped, or the speed-up is out of reach.
+            CompensationError: the compensation is unknown.
+            SublayerRangeError: a listed layer is not in the model.
+            NotSkippableError: the strategy or the list names a sublayer that the model cannot skip.
+            PlanError: another field is impossible, or the profile lacks the measurements for it.
         """
         return make_plan(self, PlanRequest.of(n_skip, **request))

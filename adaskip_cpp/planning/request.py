@@ -19,36 +19,42 @@ DEFAULT_N_SKIP = 12  # sublayers skipped unless a budget is given
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What plan is wanted; the defaults are those of no option at all. A strategy makes the plan of it.
+    """A description of a wanted plan. ``Profile.plan``, ``bench`` and ``evaluate`` make plans of it.
 
     Attributes:
-        n_skip: number of sublayers to skip; None for :data:`DEFAULT_N_SKIP`, or with a speed-up or listed layers.
-        speedup: instead of ``n_skip``: how many times faster than the full model ``phase`` shall be, as predicted for
-            the machine that calibrated.
-        context: for ``speedup``: tokens of the prompt, or before the token that is decoded; :meth:`at` sets it later.
-        phase: for ``speedup``: the phase to speed up. None: decode in mode ``"decode"``, else prefill: a prompt, up to
-            the first token of its answer.
-        ranking: for ``speedup``: ``"efficiency"`` chooses by similarity lost per second saved, ``"similarity"`` by the
-            paper's ranking. Strategies other than ``"adaskip"`` have their own order.
-        mode: one of :data:`adaskip_cpp.model.mode.MODES`.
-        decode: for mode ``"prompt"``: number of sublayers to skip in decode, by the paper's ranking.
-        head, tail: for mode ``"prompt"``: as in :class:`adaskip_cpp.model.plan.Bulk`.
-        windowed: for mode ``"prompt"``: of how many of the model's last layers the attention, where the bulk runs it,
-            looks back at a window alone. None: as many as reach a speed-up with the least loss, none without one.
-        window_size: tokens to look back at; None for :func:`adaskip_cpp.model.plan.window_size_for` the context, which
-            is a short one where none is given.
-        strategy: how to choose, one of :mod:`adaskip_cpp.planning.strategies`.
-        compensation: what stands in for a skipped sublayer, one of :mod:`adaskip_cpp.planning.compensation`. None: that
-            of the strategy, which is ``"none"`` for ``"suffix"``. The other baselines have none whatever it is.
-        online: whether requests add FFNs in decode, see :class:`adaskip_cpp.model.plan.OnlineStage`. Strategy
-            ``"adaskip"`` in the modes ``"decode"`` and ``"e2e"`` only, and where mode ``"prompt"`` skips in decode. The
-            threshold is the n-th largest similarity of the profile, n being the number of sublayers skipped.
-        attention, ffn: for strategy ``"manual"``: layers whose attention, whose FFN is skipped.
+        n_skip: number of sublayers to skip; None for 12, or if there is a speed-up or a list of layers.
+        speedup: instead of ``n_skip``: how many times as fast as the whole model ``phase`` shall be, from 1 on, as
+            predicted for the machine of the calibration.
+        context: for ``speedup``: tokens of the prompt, or tokens before the decoded one.
+        phase: for ``speedup``: ``"prefill"``, the time to the first token, or ``"decode"``, the time per token of the
+            answer. None for decode in mode ``"decode"``, else prefill.
+        ranking: for ``speedup`` and strategy ``"adaskip"``: ``"efficiency"`` ranks by loss per second saved,
+            ``"similarity"`` as the paper does.
+        mode: ``"prompt"`` skips in the bulk of a prompt; ``"prefill"``, ``"decode"`` and ``"e2e"`` are the paper's.
+        decode: for mode ``"prompt"``: number of sublayers to skip in decode too, ranked as in the paper.
+        head: for mode ``"prompt"``: tokens at the beginning that are no bulk.
+        tail: for mode ``"prompt"``: tokens at the end that are no bulk.
+        windowed: for mode ``"prompt"``: number of the model's last attentions that see only a window in the bulk. None
+            for the number that reaches the speed-up with the least loss, or 0 without a speed-up.
+        window_size: tokens that such an attention sees; None for an eighth of the context.
+        strategy: ``"adaskip"``, ``"early_exit"``, ``"suffix"``, ``"skip_decode"``, ``"unified_skipping"``, or
+            ``"manual"`` for ``attention`` and ``ffn``.
+        compensation: ``"linear"``, ``"affine"``, ``"median"``, ``"paper"`` or ``"none"``. None for that of the
+            strategy: ``"none"`` for ``"suffix"``, else ``"linear"``. The other three baselines never have one.
+        online: whether the plan has an online stage. Strategy ``"adaskip"`` alone has one, if it skips in decode and
+            not in mode ``"prefill"``. Its threshold is the n-th largest similarity of the profile, for n skipped
+            sublayers.
+        attention: for strategy ``"manual"``: layers whose attention is skipped.
+        ffn: for strategy ``"manual"``: layers whose FFN is skipped.
 
     Raises:
-        BudgetError: there are two budgets, or the speed-up is no number from 1 on.
+        BudgetError: there are two budgets, or the speed-up is not a number from 1 on.
         CompensationError: the compensation is unknown.
         PlanError: another value is unknown or impossible, or does not go with the others.
+
+    Examples:
+        >>> profile.plan(PlanRequest(speedup=1.25, context=4096))
+        >>> bench("model.gguf", {"12 skipped": PlanRequest(12), "e2e": PlanRequest(12, mode="e2e")}, profile=profile)
     """
 
     n_skip: int | None = None
@@ -107,7 +113,15 @@ class PlanRequest:
 
     @classmethod
     def of(cls, request: "PlanRequest | int | None", **values: Any) -> "PlanRequest":
-        """Return a request from a number of sublayers to skip, or from another request, and values by name."""
+        """Return a request.
+
+        Args:
+            request: number of sublayers to skip, or another request; None for neither.
+            **values: fields by name, which replace those of the other request.
+
+        Raises:
+            PlanError: a field is unknown; or see the class.
+        """
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in values if name not in names]:
             raise PlanError(f"a plan has no {unknown[0]!r}; use some of: {', '.join(names)}")
@@ -115,13 +129,13 @@ class PlanRequest:
 
     @property
     def faster_phase(self) -> Phase:
-        """The phase that a speed-up is about: in mode ``"prompt"`` the bulk, which stands for a prompt that has one."""
+        """The phase that a speed-up is about; ``"bulk"`` in mode ``"prompt"``."""
         mode = MODES[self.mode]
         return "bulk" if mode.in_bulk else self.phase or ("prefill" if mode.in_prefill else "decode")
 
     @property
     def name(self) -> str:
-        """What tables call it: ``adaskip 12``, ``early_exit 1.2 x``, ``3 attention, 2 FFN``."""
+        """Its name in tables: ``adaskip 12``, ``early_exit 1.2 x``, ``3 attention, 2 FFN``."""
         if self.strategy == "manual":
             listed = zip((self.attention, self.ffn), KIND_NAMES, strict=True)
             return ", ".join(f"{len(set(layers))} {kind}" for layers, kind in listed if layers) or "nothing"
@@ -131,11 +145,15 @@ class PlanRequest:
 
     @property
     def look_back(self) -> int:
-        """Tokens that windowed attentions look back at."""
+        """Tokens that windowed attentions see."""
         return window_size_for(self.context or 1) if self.window_size is None else self.window_size
 
     def at(self, context: int) -> "PlanRequest":
-        """Return the request for a context of so many tokens: for a speed-up and windows that have none yet."""
+        """Return the same request for a context, unless it has one.
+
+        Args:
+            context: tokens of the prompt, for a speed-up and for windows.
+        """
         if self.context is not None:
             return self
         size = window_size_for(context) if self.windowed and self.window_size is None else self.window_size

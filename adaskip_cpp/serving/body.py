@@ -45,7 +45,7 @@ def decoded(content: bytes, kind: type[_Kind]) -> _Kind:
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not the JSON that is asked for ({error}); see docs/server.md") from error
+        raise RequestError(f"the body is not the JSON that is asked for ({error}); send a JSON object") from error
 
 
 def read_body(path: str, content: bytes) -> ServedRequest:
@@ -90,7 +90,7 @@ def read_body(path: str, content: bytes) -> ServedRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
-        raise RequestError(f"{where}: {first['msg']}; see docs/server.md") from error
+        raise RequestError(f"{where}: {first['msg']}; correct this part of the request") from error
     _check_numbers(request.body)
     if isinstance(request.body, CreateChatCompletionRequest):
         _check_schemas(request.body)

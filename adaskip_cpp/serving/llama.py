@@ -1,11 +1,11 @@
 """The model of a server: every call runs under the plan of its request, and goes on from what was read before."""
 
-import ctypes
 import re
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +15,7 @@ import numpy as np
 from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateEmbeddingRequest
 
-from ..engine.edits import Tokens, n_common
+from ..engine.edits import Saved, Tokens, n_common
 from ..engine.llama import AdaSkipLlama, Rows
 from ..engine.self_describing import SelfDescribingLlama
 from ..errors import RequestError
@@ -175,6 +175,7 @@ class ServedLlama(AdaSkipLlama):
             self._keep(0)
             self.set_plan(plan, readable=readable)
             self.reset()
+            self.saved_prompts = ()
             self._live_key, self._n_kept = "", 0  # so it is neither kept nor read on
             return
         names = f"{self._settings_key}/{content_hash([request.owner, request.salt])}/"
@@ -197,6 +198,8 @@ class ServedLlama(AdaSkipLlama):
             state = self.prefix_cache.take(found)
             if state is not None and self._load(found.tokens, state):
                 self._n_kept = len(found.tokens)
+        others = [each for each in self.prefix_cache.entries if each.key in keys]
+        self.saved_prompts = [Saved(each.tokens, partial(self.prefix_cache.take, each)) for each in others]
         if self._prompt_rows is not None:
             request.known = {"logprobs": len(prompt)}
             return
@@ -219,8 +222,7 @@ class ServedLlama(AdaSkipLlama):
             if size > self.prefix_cache.most:
                 self.prefix_cache.forgotten.append(Entry(self._live_key, self.input_ids[:n].copy(), size))
                 return
-            state = bytearray(size)
-            if llama_cpp.llama_state_seq_get_data(self.ctx, _pointer(state), size, 0) == size:
+            if (state := self._save_sequence()) is not None:
                 self.prefix_cache.put(self._live_key, self.input_ids[:n], state)
                 self._n_kept = n
 
@@ -229,7 +231,7 @@ class ServedLlama(AdaSkipLlama):
         self._ctx.kv_cache_clear()
         self.reset()
         fits = len(tokens) <= self.context_size
-        if not fits or llama_cpp.llama_state_seq_set_data(self.ctx, _pointer(state), len(state), 0) == 0:
+        if not fits or not self._load_sequence(state):
             self._ctx.kv_cache_clear()
             return False
         self.input_ids[: len(tokens)] = tokens
@@ -314,11 +316,6 @@ class ServedLlama(AdaSkipLlama):
 def _most_common(prompt: Tokens, entries: Iterable[Entry], keys: Collection[str]) -> int:
     """Return how many of a prompt's first tokens an entry of these keys has, at most."""
     return max((n_common(each.tokens, prompt) for each in entries if each.key in keys), default=0)
-
-
-def _pointer(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:
-    """Return its bytes as llama.cpp takes them; states of long prompts are too large to be copied more than once."""
-    return (ctypes.c_uint8 * len(state)).from_buffer(state)
 
 
 def _open_embedder(options: dict[str, Any], context: int) -> llama_cpp.Llama:

@@ -83,10 +83,10 @@ class Gate:
                     await answer(asked.scope, asked.receive, sent)
                 else:
                     await sent.json(200, answer if isinstance(answer, bytes) else msgspec.json.encode(answer))
-            elif path in SCHEMAS or any(path == known for _, known in self.routes):
-                raise Refused(405, f"{path} is not asked by {method}; see docs/server.md")
+            elif methods := ["POST"] if path in SCHEMAS else [how for how, known in self.routes if known == path]:
+                raise Refused(405, f"{path} is not asked by {method}; use {' or '.join(methods)}")
             else:
-                raise Refused(404, "there is no such path; see docs/server.md")
+                raise Refused(404, "there is no such path; models are at /v1/models, chats at /v1/chat/completions")
         except (Gone, ClientDisconnect):
             pass
         except asyncio.CancelledError:  # the server stops, and has waited long enough

@@ -1,4 +1,1 @@
-"""Finds the settings under which a model is fastest, and its frontier of plans.
-
-Start at ``tune``. Imports ``benchmark`` and what lies below it.
-"""
+"""Finds a model's fastest settings and its frontier of plans, for :func:`adaskip_cpp.tune`. Start at ``tune.py``."""

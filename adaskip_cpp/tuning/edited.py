@@ -1,7 +1,6 @@
-"""Measures what edited prompts lose: :func:`edit_points`.
+"""Measures the loss of answers to edited prompts, for ``tune.py``. Start at :func:`edit_points`.
 
-The earlier forms of a prompt, each an edit away from the next, are made backwards. So the last prompt of all is one on
-which the whole model has been judged.
+The earlier forms of a prompt are made backwards, one edit at a time, from a prompt that the whole model was judged on.
 """
 
 import random
@@ -10,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 
+from ..engine.edits import Saved
 from ..engine.llama import AdaSkipLlama
 from ..measuring.corpus import tokens_of
 from ..measuring.judge import Judge, passkey, passkey_line
@@ -18,10 +18,8 @@ from ..model.frontier import EditPoint
 from .figures import Judged
 from .memo import Memo
 
-_N_TEXTS = 2
-"""Texts whose prompts are edited. They take as many tokens as judging a plan."""
-_HEAD, _TAIL = 64, 128
-"""Tokens at the beginning and at the end of prompts that stay, as a system prompt and a question do."""
+_N_TEXTS = 2  # texts whose prompts are edited: they take as many tokens as judging a plan
+_HEAD, _TAIL = 64, 128  # tokens at the two ends of a prompt that stay, like a system prompt and a question
 _N_DOCUMENTS = 5
 _LINE = "\nThe limit was raised to 4096 in March, as the notes of the maintainers say.\n"
 
@@ -29,13 +27,12 @@ _Tokens = list[int]
 
 
 def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callable[[float], object]) -> list[EditPoint]:
-    """Measure small edits, then new orders of documents; nothing where tokens cannot be moved.
+    """Measure small edits, then new orders of documents. Return [] if the model or the prompts allow no moves.
 
-    Small edits are changed, inserted and deleted lines and, once, a message of a twelfth of the prompt that is dropped.
-    Each kind is measured after as many edits as its ``most_moves`` allows. The last edit changes a pass key.
-
-    Args:
-        judge: its probes are those of texts with pass keys, numbered as :func:`passkey` does.
+    Small edits change, insert and delete lines, and one drops a message of a twelfth of the prompt. Documents are first
+    read alone, then put together, then put in other orders. Each kind is measured after as many edits as its
+    ``most_moves`` allows. The last edit changes a pass key: the judge's probes must have pass keys, numbered as
+    :func:`passkey` does.
     """
     prompts = list(dict.fromkeys((each.text, each.tokens[: each.n_prompt]) for each in judge.probes))
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
@@ -49,7 +46,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
         forms = [_replaced(prompt, new, old)]
         if most_moves == MANY:
             forms[0] = _reordered(forms[0], draw)
-            forms += [_reordered(forms[0], draw) for _ in range((MANY - FEW) // WIDE - 1)]
+            forms += [_reordered(forms[0], draw) for _ in range((MANY - FEW) // WIDE - 2)]
         else:
             cuts = [(line, len(line) - 3), (line, 0), ([], len(line)), (message, 0), ([], len(line)), (line, 0)]
             for n, (older, n_newer) in enumerate([*cuts, cuts[0]]):
@@ -59,12 +56,16 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
     def judged(edits: Edits) -> Judged:
         numbers = range(0, len(prompts), max(len(prompts) // _N_TEXTS, 1))
-        own = llm.reuse
+        earlier = {prompts[i][0]: before(i, edits.most_moves) for i in numbers}
+        own = llm.reuse, llm.saved_prompts
         llm.set_reuse(edits)
         try:
-            scores = judge.edited({prompts[i][0]: before(i, edits.most_moves) for i in numbers})
+            if edits.most_moves == MANY:
+                llm.saved_prompts = [each for forms in earlier.values() for each in _read_alone(llm, forms[0])]
+            scores = judge.edited(earlier)
         finally:
-            llm.set_reuse(own)
+            llm.saved_prompts = own[1]
+            llm.set_reuse(own[0])
         if llm.n_moved == 0:
             raise _NothingMovedError
         return Judged.of(*scores)
@@ -78,21 +79,36 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
 
 class _NothingMovedError(Exception):
-    """The memory does not hold what would be moved, as where a sliding window has left it."""
+    """The memory lacks the tokens to move, for example because they left a sliding window."""
+
+
+def _documents(tokens: _Tokens) -> list[_Tokens]:
+    n = len(tokens) - _HEAD - _TAIL
+    ends = [_HEAD + i * n // _N_DOCUMENTS for i in range(_N_DOCUMENTS + 1)]
+    return [tokens[begin:end] for begin, end in pairwise(ends)]
+
+
+def _read_alone(llm: AdaSkipLlama, tokens: _Tokens) -> list[Saved]:
+    """Let the whole model read each document after the prompt's head alone; return the saved prompts."""
+    llm.set_plan(None)
+    found = []
+    for document in _documents(tokens):
+        llm.reset()
+        llm.eval([*tokens[:_HEAD], *document])
+        found.append(llm.save_prompt())
+    llm.reset()
+    return found
 
 
 def _reordered(tokens: _Tokens, draw: random.Random) -> _Tokens:
-    """Return the documents of a prompt in another order."""
-    n = len(tokens) - _HEAD - _TAIL
-    ends = [_HEAD + i * n // _N_DOCUMENTS for i in range(_N_DOCUMENTS + 1)]
-    documents = [tokens[begin:end] for begin, end in pairwise(ends)]
-    order = documents
+    """Return a prompt with its documents in another order."""
+    order = documents = _documents(tokens)
     while order == documents:
         order = draw.sample(documents, len(documents))
     return [*tokens[:_HEAD], *(token for each in order for token in each), *tokens[-_TAIL:]]
 
 
 def _replaced(tokens: _Tokens, old: _Tokens, new: _Tokens) -> _Tokens:
-    """Return tokens with a run of them replaced, where it is there."""
+    """Return tokens with the first run ``old`` replaced by ``new``; unchanged if there is none."""
     at = next((i for i in range(len(tokens)) if tokens[i : i + len(old)] == old), None)
     return tokens if at is None else [*tokens[:at], *new, *tokens[at + len(old) :]]

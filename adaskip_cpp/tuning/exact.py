@@ -1,7 +1,4 @@
-"""Finds the settings under which the whole model is fastest on this machine: nothing is skipped, answers stay the same.
-
-Start at :func:`fastest_settings`.
-"""
+"""Finds the fastest settings of the whole model on this machine, for ``tune.py``. Start at :func:`fastest_settings`."""
 
 import contextlib
 import math
@@ -15,32 +12,25 @@ from typing import Any
 from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError, RequestError
 from ..measuring.cores import logical_cores, physical_cores
+from ..measuring.timing import SecondsByDepth
 from ..model.settings import Settings, Tried
 from ..progress import OnProgress
 
-MOST_TOKENS = 12_000
-"""The search reads no more tokens than this through the model, all trials together."""
+MOST_TOKENS = 12_000  # that all trials together read through the model
 
-_DEPTH = 1280
-"""Tokens of context behind which a piece is timed a second time, up to 1,792, to extrapolate from."""
-_PIECE, _SHORT_PIECE = 512, 256
-"""Tokens of a prompt that are timed: one ubatch where depth matters, half of it to compare matrix products alone."""
-_N_DECODE = 12
-"""Tokens of an answer that are timed, after one that builds the graph and is not counted."""
-_WARM_UP = 2, 1
-"""Tokens of a prompt and of an answer that nobody times: they read the weights into memory and wake the threads up."""
-_CLEARLY_SLOWER = 1.5
-"""A candidate that takes so many times as long in the first round gets no second one."""
-_MARGIN, _MARGIN_OF_ONE = 0.03, 0.10
-"""A candidate must save this part of a request's time in its rounds, or in one where no tokens are left for more."""
-_NOT_QUANTIZED = {"0", "1", "32"}
-"""``general.file_type`` of F32, F16 and BF16: llama.cpp repacks quantized weights only."""
+_DEPTH = 1280  # tokens of context before a piece is timed again, up to 1,792: longer contexts are extrapolated
+_PIECE, _SHORT_PIECE = 512, 256  # timed tokens of a prompt: a ubatch if depth matters; half to compare matrix products
+_N_DECODE = 12  # timed tokens of an answer, after an untimed one that builds the graph
+_WARM_UP = 2, 1  # untimed tokens of prompt and answer: they read the weights into memory and wake the threads
+_CLEARLY_SLOWER = 1.5  # a candidate that takes so many times as long in the first round gets no second one
+_MARGIN, _MARGIN_OF_ONE = 0.03, 0.10  # share of the time that must be saved in several rounds, or in a single one
+_NOT_QUANTIZED = {"0", "1", "32"}  # general.file_type of F32, F16 and BF16: llama.cpp repacks quantized weights only
 _FAILURES = (AdaSkipError, RuntimeError, ValueError, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
 class FoundSettings:
-    """The fastest ``settings``, everything that was ``tried`` in this order, and how many tokens that read."""
+    """The fastest ``settings``, all that were ``tried``, in order, and the number of tokens read for that."""
 
     settings: Settings
     tried: tuple[Tried, ...]
@@ -57,65 +47,40 @@ def fastest_settings(
 ) -> FoundSettings:
     """Find the settings under which the whole model answers a request fastest on this machine.
 
-    One setting is varied at a time: flash attention, repacking, threads for answers and for prompts, batch size.
-    Each candidate is timed in turn with the best settings so far (best, candidate, candidate, best), and replaces them
-    only if it saves 3% of the request's time in both rounds, or in two of three where two disagree. Of threads it is
-    the time of the phase that they are for.
-    The model is opened for each turn, and closed before the next. A candidate with which it cannot be opened or run is
-    not chosen.
-
-    Times are of the first tokens and of those up to a depth of 1,792; from them, those of ``context`` tokens are
-    extrapolated linearly. All trials together read at most ``MOST_TOKENS`` tokens: where they run out, what is left
-    keeps its default.
+    Settings are varied one at a time: flash attention, repacking, threads for answers and for prompts, batch size. Each
+    candidate is timed in turn with the best settings so far (best, candidate, candidate, best), in newly opened models.
+    It replaces them if it is faster in both rounds and saves 3% of the request's time on average. If two rounds
+    disagree, the median of three decides. For threads, the time of their own phase counts. A candidate that fails is
+    not chosen. Times are extrapolated linearly from depths up to 1,792 to ``context`` tokens. All trials together read
+    at most ``MOST_TOKENS`` tokens; settings that are not reached keep their defaults.
 
     Args:
         open_model: opens the model without a plan, with these settings and a context of so many tokens.
-        context: tokens of the prompt.
-        n_answer: tokens of the answer.
+        context, n_answer: tokens of the prompt and of the answer.
         given: settings that the user chose, by name. They are not varied.
         on_progress: called with the fraction of the tokens read.
 
     Raises:
-        RequestError: ``context`` or ``n_answer`` is not a number of tokens, or ``given`` names what is no setting.
-        AdaSkipError: the model cannot be opened or run with its defaults and what is given.
+        RequestError: ``context`` or ``n_answer`` is too small, or ``given`` names an unknown setting.
+        AdaSkipError: the model cannot be opened or run with ``given`` and the defaults.
     """
     for name, value, least in (("context", context, 1), ("n_answer", n_answer, 0)):
         if value < least:
-            raise RequestError(f"{name} is {value}; use a number of tokens from {least} on")
+            raise RequestError(f"{name} is {value}; use {least} or more tokens")
     if unknown := {*given} - {field.name for field in fields(Settings)}:
-        raise RequestError(f"unknown settings {sorted(unknown)}; use those of Settings")
+        raise RequestError(f"unknown settings {sorted(unknown)}; use the fields of adaskip_cpp.model.settings.Settings")
     return _Search(open_model, context, n_answer, given, on_progress or (lambda fraction, words="": None)).run()
 
 
 @dataclass(frozen=True)
-class _Line:
-    """Seconds per token by the depth at which it stands."""
-
-    start: float
-    growth: float
-
-    def at(self, depth: float) -> float:
-        return self.start + self.growth * depth
-
-    @classmethod
-    def through(cls, points: Sequence[tuple[float, float]], growth: float) -> "_Line":
-        """The line through the first and last of points (depth, seconds); through one, with this growth."""
-        (depth, seconds), (deeper, longer) = points[0], points[-1]
-        if deeper > depth:
-            growth = max((longer - seconds) / (deeper - depth), 0.0)
-        middle, level = (depth + deeper) / 2, (seconds + longer) / 2
-        return cls(max(level - growth * middle, 0.0), growth)
-
-
-@dataclass(frozen=True)
 class _Rates:
-    prompt: _Line
-    token: _Line
+    prompt: SecondsByDepth
+    token: SecondsByDepth
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What is timed of a candidate: tokens of a prompt and of an answer at depth 0 and, if not 0, at ``depth``."""
+    """The tokens of prompt and answer that are timed for a candidate, at depth 0 and, if not 0, again at ``depth``."""
 
     piece: int
     n_decode: int
@@ -123,17 +88,17 @@ class _Shape:
 
     @property
     def part(self) -> int:
-        """Tokens that are read for one measurement at one depth."""
+        """Tokens that one measurement at one depth reads."""
         return self.piece + (self.n_decode + 1 if self.n_decode else 0)
 
     @property
     def first(self) -> int:
-        """Tokens that an opened model reads for its first measurement."""
+        """Tokens that a newly opened model reads up to the end of its first measurement."""
         return sum(_WARM_UP) + (self.depth + self.part if self.depth else self.part)
 
 
 class _Visit:
-    """An opened model; every measurement is (depth, seconds per token) of the prompt's and of the answer's tokens."""
+    """An opened model. It measures (depth, seconds per token) for the tokens of a prompt and of an answer."""
 
     def __init__(self, llm: AdaSkipLlama, shape: _Shape, count: Callable[[int], None]) -> None:
         self._llm, self._shape, self._count = llm, shape, count
@@ -144,18 +109,18 @@ class _Visit:
         self._decode(n_decoded)
 
     def measure(self, base: _Rates) -> _Rates:
-        """Time one round; what this shape does not time is as in ``base``."""
+        """Time one round. Rates that this shape does not time are taken from ``base``."""
         if self._short is None or not self._shape.depth:
             self._llm.reset()
             self._short = self._part()
         prompt, token = ([*points] for points in self._short)
         if self._shape.depth:
-            self._read(max(self._shape.depth - self._llm.n_tokens, 0))  # the second time it is deeper already
+            self._read(max(self._shape.depth - self._llm.n_tokens, 0))  # in the second round it is deeper already
             for points, more in zip((prompt, token), self._part(), strict=True):
                 points.extend(more)
         return _Rates(
-            _Line.through(prompt, base.prompt.growth) if prompt else base.prompt,
-            _Line.through(token, base.token.growth) if token else base.token,
+            SecondsByDepth.through(prompt, base.prompt.growth) if prompt else base.prompt,
+            SecondsByDepth.through(token, base.token.growth) if token else base.token,
         )
 
     def _part(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
@@ -195,7 +160,7 @@ class _Search:
         self._open_model, self._context, self._n_answer = open_model, context, n_answer
         self._given, self._on_progress, self._words = given, on_progress, ""
         self._best = Settings(**given)
-        self._rates = _Rates(_Line(0.0, 0.0), _Line(0.0, 0.0))  # what is known of the best ones
+        self._rates = _Rates(SecondsByDepth(0.0, 0.0), SecondsByDepth(0.0, 0.0))  # of the best settings
         self._tried: list[Tried] = []
         self._n_tokens = 0
 
@@ -220,7 +185,7 @@ class _Search:
         return FoundSettings(self._best, tuple(self._tried), self._n_tokens)
 
     def _try_batch_sizes(self) -> None:
-        """Try larger ones while they are faster, else a smaller one."""
+        """Try larger batches while they are faster; if none is, try a smaller one."""
         default = self._best.n_batch
         for size in (1024, 2048):
             if self._context <= self._best.n_batch or not self._try_batch(size):
@@ -229,12 +194,12 @@ class _Search:
             self._try_batch(256)
 
     def _try_batch(self, size: int) -> bool:
-        whole = _Shape(min(size, self._context), 0)  # one batch of each, or where that holds it, the prompt
+        whole = _Shape(min(size, self._context), 0)  # one batch of either size, or the whole prompt if it fits into one
         best = _Shape(self._best.n_batch, 0) if size <= self._context else whole
         return self._try(whole, best, n_batch=size, n_ubatch=size)
 
     def _try(self, shape: _Shape, best_shape: _Shape | None = None, **change: Any) -> bool:
-        """Time the best settings and changed ones in turn; returns whether the changed ones are the best now."""
+        """Time the best settings and changed ones in turn; return whether the changed ones are now the best."""
         candidate, best_shape = replace(self._best, **change), best_shape or shape
         is_first = len(self._tried) == 1 and shape == self._deep  # the best settings were timed just now
         n_first, n_second = shape.first + (0 if is_first else best_shape.first), shape.part + best_shape.first
@@ -254,7 +219,7 @@ class _Search:
             ours.append(self._measure(self._best, best_shape))
         ratios = [self._ratio(a, b, change) for a, b in zip(ours, theirs, strict=False)]
         if len(ratios) > 1 and min(ratios) < 1 < max(ratios) and self._left >= shape.first + best_shape.first:
-            # One of them was disturbed. A third round, between two turns of the best settings, decides.
+            # One round was disturbed. A third one, between two turns of the best settings, decides.
             with contextlib.suppress(*_FAILURES):
                 theirs.append(self._measure(candidate, shape))
                 before_and_after = _mean([ours[1], self._measure(self._best, best_shape)])
@@ -267,7 +232,7 @@ class _Search:
         return chosen
 
     def _ratio(self, ours: _Rates, theirs: _Rates, change: Mapping[str, Any]) -> float:
-        """Time with changed settings, as a share of that before: of a request, or of the phase that threads are for."""
+        """Return the changed settings' time over the best ones', of a request or, for threads, of their phase."""
         if "n_threads" in change:
             before, after = ours.token.start, theirs.token.start
         elif "n_threads_batch" in change:
@@ -281,12 +246,10 @@ class _Search:
         return prompt + self._n_answer * rates.token.at(self._context + self._n_answer / 2)
 
     def _record(self, settings: Settings, rates: list[_Rates], *, chosen: bool) -> None:
-        known = _mean(rates) if rates else _Rates(_Line(math.inf, 0.0), _Line(math.inf, 0.0))
+        known = _mean(rates) if rates else _Rates(SecondsByDepth(math.inf, 0.0), SecondsByDepth(math.inf, 0.0))
         prompt, token = known.prompt, known.token.at(self._context)
         times = prompt.at(0), prompt.at(self._context), token, self._request_s(known) if rates else math.inf
         self._tried.append(Tried(settings, *times, chosen))
-
-    # -- the model -----------------------------------------------------------------------------------------------
 
     @property
     def _left(self) -> int:
@@ -312,7 +275,7 @@ class _Search:
 
 
 def _saves_time(ratios: Sequence[float]) -> bool:
-    """Whether rounds agree that a candidate is faster; its times are shares of those of the best settings."""
+    """Return whether rounds agree that a candidate is faster; ``ratios`` are its times over the best settings'."""
     if len(ratios) > 2:
         return median(ratios) <= 1 - _MARGIN
     margin = _MARGIN if len(ratios) > 1 else _MARGIN_OF_ONE
@@ -320,7 +283,7 @@ def _saves_time(ratios: Sequence[float]) -> bool:
 
 
 def _mean(rates: Sequence[_Rates]) -> _Rates:
-    def line(lines: Sequence[_Line]) -> _Line:
-        return _Line(mean(each.start for each in lines), mean(each.growth for each in lines))
+    def line(lines: Sequence[SecondsByDepth]) -> SecondsByDepth:
+        return SecondsByDepth(mean(each.start for each in lines), mean(each.growth for each in lines))
 
     return _Rates(line([each.prompt for each in rates]), line([each.token for each in rates]))

@@ -1,4 +1,4 @@
-"""From the scores of probes to the figures of a plan: quality by kind of answer, and pass keys."""
+"""Makes the figures of a plan from the scores of its probes: quality by kind of answer, and pass keys."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,11 @@ from ..intervals import mean_error, mean_interval
 from ..measuring.judge import KINDS, Probe, ProbeKind, Scores
 from ..model.frontier import Passkeys, Quality
 
-_SURE = np.log(2.0)
-"""A pass key counts as found by the whole model where it prefers each of its tokens by so many nats to any other."""
+_SURE = np.log(2.0)  # nats by which the whole model must prefer each token of a pass key to any other, to find it
 
 
 def quality_of(probes: Sequence[Probe], scores: Sequence[Scores], kind: ProbeKind) -> Quality:
-    """Return what a plan changes in the answers of one kind: means over texts."""
+    """Return what a plan changes in the answers of one kind, as means over texts."""
     texts: dict[str, list[Scores]] = {}
     for probe, each in zip(probes, scores, strict=True):
         if probe.kind == kind:
@@ -39,7 +38,7 @@ def quality_of(probes: Sequence[Probe], scores: Sequence[Scores], kind: ProbeKin
 
 @dataclass(frozen=True)
 class Judged:
-    """What was measured of a plan."""
+    """The figures of one plan."""
 
     continuation: Quality
     copying: Quality
@@ -52,7 +51,7 @@ class Judged:
 
 
 def passkeys_of(probes: Sequence[Probe], scores: Sequence[Scores]) -> Passkeys:
-    """Count pass keys. One that the whole model finds by luck, near a tie, does not count as lost."""
+    """Count pass keys. One that the whole model finds only by less than :data:`_SURE` cannot be lost."""
     asked = [each for probe, each in zip(probes, scores, strict=True) if probe.kind == "retrieval"]
     sure = [each for each in asked if (each.whole_margin >= _SURE).all()]
     return Passkeys(len(asked), len(sure), sum(bool(each.right.all()) for each in sure))

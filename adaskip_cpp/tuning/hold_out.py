@@ -1,6 +1,6 @@
-"""Cuts text that calibration did not see into two parts: to search by, and to judge what was found.
+"""Provides text that calibration did not see, in two parts: one to search plans with, one to judge them.
 
-A search is kind to its own text. So what a plan is said to lose is measured on text that had no part in choosing it.
+A search favours its own text. So the loss of a plan is measured on text that had no part in choosing it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,21 +9,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DataError
-from ..measuring.tasks import TextItem, text_items
+from ..measuring.corpus import held_out
+from ..measuring.judge import Probe, passkey, probes_of
+from ..measuring.tasks import TextItem, python_sources, text_items
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
+    from ..engine.llama import AdaSkipLlama
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Two parts of text that have no item and, where there are enough texts, no text in common."""
+    """Two parts of text. They share no item and, if there are enough texts, no text."""
 
     search: tuple[TextItem, ...]
     judge: tuple[TextItem, ...]
 
     def names(self) -> dict[str, str]:
-        """Return the names of the texts of each part, for people."""
+        """Return the names of the texts of each part, as words for people."""
         parts = {"searched_on": self.search, "judged_on": self.judge}
         return {
             word: ", ".join(sorted({"/".join(item.id.split("/")[1:-2]) for item in part}))
@@ -31,16 +35,20 @@ class HeldOut:
         }
 
 
+def unseen_texts() -> list[dict[str, str]]:
+    """Return, for each kind of text that this Python has, the texts by name that calibration leaves out."""
+    kinds = []
+    for kind in (held_out, python_sources):
+        with suppress(DataError):
+            kinds.append(kind())
+    return [kind for kind in kinds if kind]
+
+
 def hold_out(tokenizer: "Llama", kinds: Sequence[Mapping[str, str]], n_texts: int, n_tokens: int) -> HeldOut:
-    """Cut ``n_texts`` items of ``n_tokens`` for either part, of each kind of text in equal shares.
+    """Cut ``n_texts`` items of ``n_tokens`` for each part, in equal shares of each kind of text.
 
-    Where a kind is too small for its share, all kinds together are cut.
-
-    Args:
-        kinds: texts by name, of each kind.
-
-    Raises:
-        DataError: there is too little text, or a number is too small.
+    ``kinds`` has texts by name, for each kind. If a kind is too small for its share, all kinds are put together. Raises
+    DataError if there is too little text, or if ``n_texts`` or ``n_tokens`` is too small.
     """
     if n_texts < 2 or n_tokens < 4:
         raise DataError(f"cannot judge by {n_texts} texts of {n_tokens} tokens; use at least 2 texts of 4 tokens")
@@ -52,7 +60,7 @@ def hold_out(tokenizer: "Llama", kinds: Sequence[Mapping[str, str]], n_texts: in
     try:
         return _two_parts(tokenizer, together, n_texts, n_tokens)
     except DataError as error:
-        raise DataError(f"of either half of the held-out text: {error}") from error
+        raise DataError(f"each half of the held-out text is too short: {error}") from error
 
 
 def _two_parts(tokenizer: "Llama", texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
@@ -63,7 +71,7 @@ def _two_parts(tokenizer: "Llama", texts: Mapping[str, str], n_texts: int, n_tok
 
 
 def _halves(texts: Mapping[str, str]) -> list[dict[str, str]]:
-    """Deal texts out whole where there are four or more, else cut each of them."""
+    """Deal whole texts to two parts if there are four or more texts, else cut each text in two."""
     parts: list[dict[str, str]] = [{}, {}]
     if len(texts) >= 4:
         for name in sorted(texts, key=lambda name: (-len(texts[name]), name)):
@@ -73,3 +81,14 @@ def _halves(texts: Mapping[str, str]) -> list[dict[str, str]]:
             for i, part in enumerate(parts):
                 part[f"{name}, part {i + 1} of 2"] = text[i * len(text) // 2 : (i + 1) * len(text) // 2]
     return parts
+
+
+def passkey_probes(
+    llm: "AdaSkipLlama", items: Sequence[TextItem], n_prompt: int, n_answer: tuple[int, int]
+) -> list[Probe]:
+    """Return probes of texts with a pass key each; ``n_answer`` counts the tokens to continue and to copy."""
+    (n_continued, n_copied), found = n_answer, list[Probe]()
+    for i, item in enumerate(items):
+        key = passkey(i), (i + 0.5) / len(items)
+        found += probes_of(llm, item.id, item.tokens, (n_prompt,), n_continued=n_continued, n_copied=n_copied, key=key)
+    return found

@@ -1,4 +1,4 @@
-"""Keeps what tuning has found so far, so that a run goes on where it was stopped."""
+"""Keeps the results of an unfinished ``tune`` in a file, so that the next run continues there."""
 
 import contextlib
 import os
@@ -17,12 +17,12 @@ _T = TypeVar("_T")
 
 
 class Memo:
-    """Values by name in a JSON file, and a profile beside it.
+    """Findings of an unfinished ``tune``: values by name in a JSON file, and a profile beside it.
 
     Args:
         path: the file; None keeps nothing.
-        key: what the values depend on, as a hash of the model, the texts and the options. A file of another key is
-            not read, and is written anew.
+        key: a text that stands for the model, the texts and the options, such as their hash. A file with another key is
+            not read, and is written again.
     """
 
     def __init__(self, path: str | None = None, key: str = "") -> None:
@@ -37,7 +37,13 @@ class Memo:
                 self._data = data
 
     def get(self, name: str, kind: type[_T], make: Callable[[], _T]) -> _T:
-        """Return the value of a name, of this type; the first time, or where the file has none, it is made."""
+        """Return a value, and make and keep it if the file has none.
+
+        Args:
+            name: name of the value.
+            kind: type of the value; msgspec converts it to and from JSON.
+            make: makes the value.
+        """
         with contextlib.suppress(msgspec.ValidationError, KeyError):
             return msgspec.convert(self._data[name], kind)
         value = make()
@@ -51,16 +57,25 @@ class Memo:
 
     @property
     def n_read(self) -> int:
-        """Tokens that all runs have read through the model, as :meth:`count` was told."""
+        """Tokens that all runs have read, the sum of those given to ``count``."""
         n = self._data.get("n_read")
         return n if isinstance(n, int) else 0
 
     def count(self, n_tokens: int) -> None:
+        """Add to the tokens that all runs have read.
+
+        Args:
+            n_tokens: tokens that were read.
+        """
         self._data["n_read"] = self.n_read + n_tokens
         self._write()
 
     def profile(self, model: ModelInfo) -> Profile | None:
-        """Return the profile that an earlier run kept, if it is of this model."""
+        """Return the profile that an earlier run kept; None if there is none of this model.
+
+        Args:
+            model: the model, as ``AdaSkipLlama.model_info``.
+        """
         with contextlib.suppress(AdaSkipError, OSError):
             if self._path is not None and self._data.get("profile"):
                 found = Profile.load(self._profile_path)
@@ -68,12 +83,17 @@ class Memo:
         return None
 
     def keep_profile(self, profile: Profile) -> None:
+        """Keep a profile for a later run.
+
+        Args:
+            profile: the profile.
+        """
         if self._path is not None:
             profile.save(self._profile_path)
             self.get("profile", bool, lambda: True)
 
     def remove(self) -> None:
-        """Remove the files, when the run is at its end."""
+        """Remove the files, after the run has finished."""
         if self._path is not None:
             for path in (self._path, self._profile_path, self._profile_path.removesuffix(".json") + ".bin"):
                 with contextlib.suppress(FileNotFoundError):

@@ -1,14 +1,14 @@
-"""Finds the path of a frontier: for each of several losses the fastest set of what is skipped and windowed.
+"""Finds the path of a frontier: the fastest set of skipped sublayers and windows for each of several losses.
 
-Nothing here knows a model: what a set loses and how long it takes are functions. Start at :func:`measure`.
+For ``tune.py``. Start at :func:`measure`, then :func:`find_path`. This module knows no model: callers pass functions
+for the loss and the time of a set.
 
-Sublayers of a kind are skipped in an *order*, the last layer first: docs/dev/method.md says why. What the first k of an
-order lose together is measured at a few depths k, for attentions, FFNs and windows apart. Between them it is
-interpolated, and the losses of the three kinds add up: that predicts a set's loss well enough to find good ones, which
-are then judged as sets.
+Sublayers of a kind are skipped in an *order*, the last layer first (docs/dev/method.md explains why). The loss of the
+first k of an order is measured at a few depths k, separately for attentions, FFNs and windows. Between the depths it is
+interpolated, and a set's loss is predicted as the sum of the three. This is good enough to find sets to judge.
 
-Skipped sublayers are measured after short prompts, which cost little. Windows are measured after longer ones, as they
-need something to leave out. One set of skipped sublayers is measured after both, and tells how the two compare.
+Skipped sublayers are measured after short prompts, which cost little. Windows are measured after longer prompts, where
+they leave something out. One set of skipped sublayers is measured after both, to compare the two lengths.
 """
 
 import math
@@ -22,18 +22,14 @@ import numpy.typing as npt
 
 from ..model.skip_set import marked
 
-Lost: TypeAlias = tuple[float, float]
-"""Nats per token that a set loses in continuations and in copies."""
+Lost: TypeAlias = tuple[float, float]  # nats per token that a set loses in continuations and in copies
 
-LEVELS = tuple(0.006 * 1.2**i for i in range(18))
-"""Losses for which the path has a set each, in nats per token."""
-
-SHARES = (8, 4)
-"""Windows that are tried: an eighth and a quarter of the prompt."""
+LEVELS = tuple(0.006 * 1.2**i for i in range(18))  # nats per token: the path has a set for each of these losses
+SHARES = (8, 4)  # windows that are tried: an eighth and a quarter of the prompt
 
 _FIRST = 2.0
-"""What a set needs to be promised, as a multiple of its level, until one is judged: copies from far back lose more than
-those of the shorter prompts that sets are searched by, and a promise allows for chance. Measured: 1.2 to 3.8."""
+"""The least promise that a set keeps over its level, assumed until one set is judged. Copies from far back lose more
+than copies in the search's shorter prompts, and a promise allows for chance. Measured: 1.2 to 3.8."""
 
 _DEPTHS = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0), "windowed": (1 / 2, 1.0)}
 """Depths at which an order is measured, as shares of its length."""
@@ -41,48 +37,38 @@ _DEPTHS = {"attention": (1 / 4, 1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4,
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the bulk of a prompt leaves out.
+    """A set: what the bulk of a prompt leaves out."""
 
-    Attributes:
-        attention, ffn: layers whose attention and whose FFN is skipped.
-        windowed: layers whose attention looks back at a window of the prompt's length divided by ``share``.
-        level: the loss that a path has it for, 0 of no path.
-    """
-
-    attention: tuple[int, ...] = ()
-    ffn: tuple[int, ...] = ()
-    windowed: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()  # layers whose attention is skipped
+    ffn: tuple[int, ...] = ()  # layers whose FFN is skipped
+    windowed: tuple[int, ...] = ()  # layers whose attention sees a window: the prompt's length divided by share
     share: int = SHARES[0]
-    level: float = field(default=0.0, compare=False, repr=False)
+    level: float = field(default=0.0, compare=False, repr=False)  # the loss that a path has this set for, else 0
 
     def skip(self, n_layer: int) -> npt.NDArray[np.bool_]:
         return marked(n_layer, self.attention, self.ffn)
 
 
-Orders: TypeAlias = Mapping[str, tuple[int, ...]]
-"""Layers by what is done to them, ``"attention"``, ``"ffn"`` or ``"windowed"``, in the order in which it is done."""
-
 _PARTS = ("attention", "ffn", "windowed")
-_Part: TypeAlias = tuple[str, int]
-"""What a curve is of: the name of a part, and of windows their share."""
+Orders: TypeAlias = Mapping[str, tuple[int, ...]]  # by part, the layers in the order in which they are left out
 
+_Part: TypeAlias = tuple[str, int]  # one curve each: the name of a part, and for windows their share, else 0
 _CURVES: tuple[_Part, ...] = (("attention", 0), ("ffn", 0), *(("windowed", share) for share in SHARES))
 
-
 _Grid: TypeAlias = list[tuple[Candidate, npt.NDArray[np.float64], float]]
-"""Sets, what they lose after long prompts in both kinds of answers, and the seconds of a prompt."""
+"""Sets, their losses after long prompts in both kinds of answers, and the seconds of a prompt."""
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """What the first k of an order lose, measured at some k."""
+    """The loss of the first k layers of an order, measured at some depths k."""
 
     order: tuple[int, ...]
     depths: tuple[int, ...]
     lost: tuple[Lost, ...]
 
     def at(self, depth: int) -> npt.NDArray[np.float64]:
-        """Interpolate, from the first depth on in logarithms: what is lost grows by a factor per layer."""
+        """Interpolate: linearly up to the first depth, then in logarithms, as each layer multiplies the loss."""
         if depth <= self.depths[1]:
             return np.array(self.lost[1]) * (depth / self.depths[1])
         logs = np.log(np.maximum(np.maximum.accumulate(self.lost), 1e-5))
@@ -91,24 +77,22 @@ class _Curve:
 
 @dataclass(frozen=True)
 class Losses:
-    """What was measured of some sets, to predict what others lose.
+    """The measured losses of some sets, to predict the losses of others.
 
-    Attributes:
-        curves: by what is done to layers, of several depths.
-        factor: how many times as much skipped sublayers lose after long prompts, and together, as curves say; in
-            continuations and in copies.
+    ``factor`` is float64 ``[2]``, for continuations and copies: the loss of skipped sublayers together, after a long
+    prompt, over the sum of their curves.
     """
 
     curves: Mapping[_Part, _Curve]
     factor: npt.NDArray[np.float64]
 
     def of(self, candidate: Candidate) -> npt.NDArray[np.float64]:
-        """Return what a set loses after long prompts, float64 ``[2]``."""
+        """Predict the loss of a set after long prompts, float64 ``[2]``."""
         lost = {name: self.curves[part].at(len(getattr(candidate, name))) for name, part in _parts(candidate.share)}
         return np.asarray(self.factor * (lost["attention"] + lost["ffn"]) + lost["windowed"])
 
     def grid(self, shares: Sequence[int], seconds: Callable[[Candidate], float]) -> _Grid:
-        """Return every combination of depths that is worth a look, with its predicted loss and seconds."""
+        """Return combinations of depths, in steps, each with its predicted loss and seconds."""
         steps = {
             part: _steps(len(curve.order), 4 if part[0] == "windowed" else 25) for part, curve in self.curves.items()
         }
@@ -131,12 +115,10 @@ def measure(
     *,
     on_progress: Callable[[float], object] = lambda fraction: None,
 ) -> Losses:
-    """Measure what some sets lose.
+    """Measure the losses of some sets. ``seconds`` predicts the time of a prompt with a set.
 
-    Args:
-        lost: judges a set after short prompts, or where its second argument is true after long ones. It is asked
-            :func:`n_judged` times at most.
-        seconds: predicts the time of a prompt.
+    ``lost`` judges a set, after long prompts if its second argument is true, else after short ones. It is called
+    :func:`n_judged` times at most.
     """
     total, done = n_judged(every), 0
 
@@ -157,11 +139,9 @@ def measure(
 def find_path(
     losses: Losses, seconds: Callable[[Candidate], float], shares: Sequence[int], *, levels: Sequence[float] = LEVELS
 ) -> list[Candidate]:
-    """Return the sets of a path, each containing the one before it, one for each level of loss that brings anything.
+    """Return the sets of a path: one for each level of loss that saves more time, each containing the one before.
 
-    Args:
-        seconds: predicts the time of a prompt.
-        shares: of windows; none for a path without windows.
+    ``seconds`` predicts the time of a prompt with a set. ``shares`` are those of windows; () for no windows.
     """
     grid, whole, path = losses.grid(shares, seconds), seconds(Candidate()), list[Candidate]()
     for level in levels:
@@ -172,17 +152,13 @@ def find_path(
 
 
 def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: float) -> Candidate | None:
-    """Return which set of a path to judge next for a promise, None where those that are judged tell enough.
+    """Return the set of a path to judge next for a promise; None if the judged sets suffice.
 
-    That is the fastest that is expected to keep it. What a set needs to be promised is its level times a factor, which
-    is known of judged sets and interpolated between them; :data:`_FIRST` before any is judged.
-
-    Args:
-        path: sets of ascending levels.
-        needs: of the sets that are judged, of this path or of another: the least promise that each keeps, infinite for
-            none.
+    This is the fastest set that is expected to keep the promise. The least promise of a set is its level times a
+    factor. The factor is known for judged sets and interpolated between them; before any is judged, it is
+    :data:`_FIRST`. The levels of ``path`` ascend. ``needs`` has the least promise of each judged set, of this path or
+    another; it is infinite for a set that keeps none.
     """
-
     known = sorted((math.log(each.level), math.log(max(need, 1e-9) / each.level))
                    for each, need in needs.items() if math.isfinite(need))  # fmt: skip
     levels, factors = zip(*known or [(0.0, math.log(_FIRST))], strict=True)
@@ -201,12 +177,12 @@ def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: fl
 
 
 def n_judged(every: Orders) -> int:
-    """Return the number of sets that :func:`measure` has judged at most."""
+    """Return the largest number of sets that :func:`measure` judges."""
     return 1 + sum(len(_depths(part, every[part[0]])) for part in _CURVES)
 
 
 def _depths(part: _Part, order: Sequence[int]) -> tuple[int, ...]:
-    """Return the depths that an order is measured at; windows of other sizes than the first only as a whole."""
+    """Return the depths at which an order is measured: for shares of windows after the first, the whole order only."""
     shares = _DEPTHS[part[0]][-1 if part[1] in SHARES[1:] else 0 :]
     return tuple(dict.fromkeys(round(share * len(order)) for share in shares if round(share * len(order))))
 
@@ -216,7 +192,7 @@ def _curve(part: _Part, order: tuple[int, ...], judged: Callable[[Candidate, boo
     if not depths:
         return _Curve((), (0, 1), ((0.0, 0.0), (0.0, 0.0)))
     for depth in depths:
-        if lost and max(lost[-1]) > LEVELS[-1]:  # deeper ones are of no use: take it that they lose much more
+        if lost and max(lost[-1]) > LEVELS[-1]:  # deeper sets are useless: assume a far larger loss
             lost.append((4 * lost[-1][0], 4 * lost[-1][1]))
         else:
             layers: dict[str, Any] = {name: tuple(sorted(order[:depth]))}
@@ -233,7 +209,7 @@ def _steps(n: int, most: int) -> list[int]:
 
 
 def _fastest(grid: _Grid, level: float, whole: float) -> Candidate | None:
-    """The fastest set that is predicted to lose no more than ``level`` in both kinds; None where none saves time."""
+    """Return the fastest set with a predicted loss up to ``level`` in both kinds; None if none saves 1% of the time."""
     kept = [each for each in grid if each[1].max() <= level and each[2] < 0.99 * whole]
     return min(kept, key=lambda each: (each[2], each[1].max()), default=(None,))[0]
 

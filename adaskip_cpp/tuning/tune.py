@@ -1,8 +1,8 @@
-"""``tune``: finds the settings under which a model is fastest here, then its frontier of plans. Start here.
+"""Finds the settings under which a model is fastest here, then its frontier of plans. Start at :func:`tune`.
 
-The stages: settings (``exact``), calibration, the path (``path``) on one part of the held-out text, the figures of its
-plans on the other (``figures``), and speed against stock llama-cpp-python (``speed``). Each stage's results are kept in
-a ``memo`` as they come, so that a run goes on where it was stopped.
+The stages are settings (``exact``), calibration, edited prompts (``edited``), the path of sets on one part of the
+held-out text (``path``), the figures of its plans on the other part (``figures``), and speed against stock
+llama-cpp-python (``speed``). A ``memo`` keeps results as they come, so that a run continues where it was stopped.
 """
 
 import contextlib
@@ -21,8 +21,7 @@ from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..measuring import corpus
-from ..measuring.judge import N_CONTINUED, N_COPIED, Judge, Probe, passkey, probes_of
-from ..measuring.tasks import TextItem, python_sources
+from ..measuring.judge import N_CONTINUED, N_COPIED, Judge
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point
 from ..model.plan import Bulk, SkipPlan, window_size_for
 from ..model.settings import Settings
@@ -34,36 +33,24 @@ from ..progress import Stage, progress_bar
 from .edited import edit_points
 from .exact import FoundSettings, fastest_settings
 from .figures import Judged, quality_of
-from .hold_out import HeldOut, hold_out
+from .hold_out import HeldOut, hold_out, passkey_probes, unseen_texts
 from .memo import Memo
 from .path import SHARES, Candidate, aim, find_path, measure
 from .speed import measure_speed
 
-MOST_TOKENS = 120_000
-"""Calibration and tuning together read no more tokens than this through a model, whatever its size."""
+MOST_TOKENS = 120_000  # that calibration and tuning together read through a model, whatever its size
+LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for
 
-LONGEST = 32_768
-"""Tokens of the longest prompts that speeds are predicted for."""
-
-_N_REQUESTS, _N_DECODE = 16, 4
-"""Calibration requests of 512 tokens, and tokens decoded after each: plans of prompts take nothing from these."""
+_N_REQUESTS, _N_DECODE = 16, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
 _COST_CONTEXTS, _COST_S = (512, 2048), 6.0
-_JUDGED_AT = 2048
-"""Tokens of the prompts that plans are judged on."""
+_JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
 _N_CTX = _JUDGED_AT + 512
-_LONG = 8192
-"""Tokens of the prompts that a second path is found for, with windows: there they save more than what skipping does."""
-_SEARCHED_AT = 512, 1024
-"""Tokens of the short and of the long prompts that sets are searched by; windows by the long ones alone."""
-_N_TEXTS, _N_SEARCHED = 4, 2
-"""Held-out texts that plans are judged on, and those that sets are searched by."""
-_ANSWER = 128, 136
-"""Tokens of the answers that plans are judged by: those that continue and those that copy. They take little beside the
-prompt, and one token may lose as much as fifty others."""
-_AIMS = (0.05, 0.02, 0.1, 0.035, 0.07, 0.2)
-"""Promises for which the fastest plan is looked for, one after the other while tokens last."""
-_N_ROUNDS = 3
-"""Times that each prompt is timed at the end."""
+_LONG = 8192  # tokens of the prompts of a second path, with windows: there they save more than skipping does
+_SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windows are measured on the long ones
+_N_TEXTS, _N_SEARCHED = 4, 2  # held-out texts to judge plans, and to search sets
+_ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
+_AIMS = (0.05, 0.02, 0.1, 0.035, 0.07, 0.2)  # promises to find the fastest plan for, in order, while tokens last
+_N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
 def tune(
@@ -79,26 +66,37 @@ def tune(
     tell: Callable[[str], object] = lambda line: None,
     **kwargs: Any,
 ) -> Frontier:
-    """Find the fastest settings of a model on this machine, and its frontier of plans.
+    """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
-    Nothing is written but the memo: :func:`adaskip_cpp.save_plan` writes a frontier, and ``AdaSkipLlama(path,
-    plan="auto")`` reads it.
+    At most 120,000 tokens are read. Let nothing else run meanwhile, because times are measured. Only the memo writes
+    files.
 
     Args:
-        model: a GGUF file; or an opened model, whose settings stay as they are. Its plan is set aside meanwhile and
-            its KV cache is dropped.
-        context, n_answer: tokens of the requests that settings are chosen for.
-        data: texts by name to calibrate on; None for text that every Python carries.
-        texts: other texts by name, to search and judge by; None for pages and sources that calibration leaves out.
-        given: settings of a file, by the names of :class:`adaskip_cpp.model.settings.Settings`, that are not varied.
-        memo: keeps what is found, so that a later call goes on from there.
-        on_stage: shows progress, as :func:`adaskip_cpp.calibrate` does.
-        tell: called with what a person wants to know meanwhile, above all how long it will take.
-        **kwargs: for AdaSkipLlama, as ``n_gpu_layers``, where ``model`` is a file.
+        model: a GGUF file, or an opened model. An opened model keeps its settings. Its plan is set again at the end,
+            and its KV cache is empty then.
+        context: tokens of the prompt for which settings are chosen.
+        n_answer: tokens of the answer for which settings are chosen.
+        data: texts by name for the calibration; None for text that every Python carries.
+        texts: other texts by name, by which plans are found and judged; None for pages and sources of Python that the
+            calibration leaves out.
+        given: settings that are not varied, by the names of ``Settings``, if ``model`` is a file.
+        memo: keeps findings in a file, so that a later call continues; None for none.
+        on_stage: shows progress, as for ``calibrate``.
+        tell: called with sentences for the user, such as the expected duration.
+        **kwargs: arguments of ``AdaSkipLlama`` such as ``n_gpu_layers``, if ``model`` is a file.
+
+    Returns:
+        The frontier. ``save_plan`` writes it, and ``AdaSkipLlama(path, plan="auto")`` reads it.
 
     Raises:
-        DataError: there is too little text, the context of an opened model is too small, or ``given`` is to change it.
+        DataError: there is too little text, the context of an opened model is too small, or ``given`` is passed with an
+            opened model.
         ModelFileError: the model cannot be opened.
+
+    Examples:
+        >>> frontier = tune("model.gguf")
+        >>> save_plan("model.adaskip-plan.json", frontier)
+        >>> llm = AdaSkipLlama("model.gguf", plan="auto")
     """
     options = context, n_answer, memo or Memo(), on_stage, tell
     if not isinstance(model, AdaSkipLlama):
@@ -126,12 +124,11 @@ class _Tuning:
     given: Mapping[str, Any]
     kwargs: Mapping[str, Any]
     n_read: int = 0
-    n_before: int = 0
-    """Tokens that the model at hand had evaluated when it was opened or handed over."""
+    n_before: int = 0  # tokens that the current model had evaluated before
 
     def run(self, data: Mapping[str, str] | None, texts: Mapping[str, str] | None) -> Frontier:
         kinds = unseen_texts() if texts is None else [texts]
-        with self._model(Settings(**self.given)) as llm:  # is there enough text? Trying settings takes minutes
+        with self._model(Settings(**self.given)) as llm:  # before the minutes of trying settings: is there enough text?
             may_skip = any(row.in_bulk for row in llm.sublayers)
             held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + _ANSWER[0]) if may_skip else None
             prompt = self._prompt(llm, kinds)
@@ -145,7 +142,7 @@ class _Tuning:
             if held is not None:
                 profile = self._calibrate(llm, data)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
-                probes = self._probes(llm, held.judge, _JUDGED_AT, _ANSWER)
+                probes = passkey_probes(llm, held.judge, _JUDGED_AT, _ANSWER)
                 judge = Judge(llm, probes)
                 with self.on_stage("Editing prompts") as on_progress:
                     edits = edit_points(llm, judge, self.memo, on_progress)
@@ -161,20 +158,17 @@ class _Tuning:
         return replace(frontier, speeds=speeds, n_read=self.n_read)
 
     def _prompt(self, llm: AdaSkipLlama, kinds: Sequence[Mapping[str, str]]) -> list[int]:
-        """The prompt that is timed: text as it is judged by."""
+        """Return the prompt to time: text of the kinds that plans are judged on."""
         text = corpus.SEPARATOR.join(text for kind in kinds for text in kind.values())
         tokens = corpus.tokens_of(llm, text[: 20 * _JUDGED_AT], bos=True)
         return (tokens * (_JUDGED_AT // len(tokens) + 1))[:_JUDGED_AT]
 
     def _find_settings(self) -> FoundSettings:
-        """Find the fastest settings, and tell how long the rest will take."""
-
-        def open_model(settings: Settings, n_ctx: int) -> AdaSkipLlama:
-            return self._open(settings, n_ctx)
+        """Find the fastest settings, and tell the user how long the rest will take."""
 
         def find() -> FoundSettings:
             return fastest_settings(
-                open_model, context=self.context, n_answer=self.n_answer, given=self.given, on_progress=on_progress
+                self._open, context=self.context, n_answer=self.n_answer, given=self.given, on_progress=on_progress
             )
 
         with self.on_stage("Trying settings") as on_progress:
@@ -183,11 +177,11 @@ class _Tuning:
         if best.prompt_short_s > 0:
             rate = 2 / (best.prompt_short_s + best.prompt_long_s)
             took = max(round((MOST_TOKENS - found.n_tokens) / rate / 60), 1)
-            self.tell(f"This model reads {rate:,.0f} tokens per second, so what follows takes about {took} min.")
+            self.tell(f"This model reads {rate:,.0f} tokens per second. The other stages take about {took} min.")
         return found
 
     def _calibrate(self, llm: AdaSkipLlama, data: Mapping[str, str] | None) -> Profile:
-        """Learn maps and costs, or take up the profile of a run that was stopped."""
+        """Calibrate the model and time its sublayers, or return the profile of a run that was stopped."""
         known = self.memo.profile(llm.model_info)
         if known is not None:
             return known
@@ -209,11 +203,11 @@ class _Tuning:
         return profile
 
     def _points(self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge) -> list[Point]:
-        """Find the path and judge its plans, the nearest to the default promise first while tokens last."""
+        """Find the paths and judge their plans, in the order of :data:`_AIMS`, while tokens last."""
         planned = _Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
             judges = [
-                Judge(llm, self._probes(llm, held.search[:_N_SEARCHED], n, (N_CONTINUED, N_COPIED)))
+                Judge(llm, passkey_probes(llm, held.search[:_N_SEARCHED], n, (N_CONTINUED, N_COPIED)))
                 for n in _SEARCHED_AT
             ]
 
@@ -257,20 +251,9 @@ class _Tuning:
                     on_progress(1 - max(left(), 0) / n_begin)
         return sorted(found.values(), key=lambda each: each.speedup(_LONG))
 
-    def _probes(
-        self, llm: AdaSkipLlama, items: Sequence[TextItem], n_prompt: int, n_answer: tuple[int, int]
-    ) -> list[Probe]:
-        (n_continued, n_copied), found = n_answer, list[Probe]()
-        for i, item in enumerate(items):
-            key = passkey(i), (i + 0.5) / len(items)
-            found += probes_of(
-                llm, item.id, item.tokens, (n_prompt,), n_continued=n_continued, n_copied=n_copied, key=key
-            )
-        return found
-
     @contextmanager
     def _model(self, settings: Settings) -> Iterator[AdaSkipLlama]:
-        """The opened model, or one opened with these settings; what it reads is counted."""
+        """Yield the user's opened model, or one opened with these settings; count the tokens that it reads."""
         llm = self._open(settings, _N_CTX) if self.opened is None else self.opened
         self.n_before = llm.n_evaluated
         try:
@@ -279,7 +262,7 @@ class _Tuning:
         finally:
             self.memo.count(llm.n_evaluated - self.n_before)
             if self.opened is None:
-                # llama.cpp tells an error where a plan made its buffers larger than it had planned; it is none.
+                # llama.cpp reports an error if a plan made its buffers larger than planned. It is harmless.
                 with contextlib.redirect_stderr(io.StringIO()):
                     llm.close()
 
@@ -289,7 +272,7 @@ class _Tuning:
 
 
 class _Planned:
-    """Makes plans of candidates, and predicts their times."""
+    """Makes plans from candidates, and predicts their times."""
 
     def __init__(self, llm: AdaSkipLlama, profile: Profile) -> None:
         assert profile.cost is not None
@@ -314,12 +297,3 @@ class _Planned:
 
     def speedup(self, candidate: Candidate, context: int) -> float:
         return self.cost.seconds(None, context, "prefill") / self.seconds(candidate, context)
-
-
-def unseen_texts() -> list[dict[str, str]]:
-    """Return text of the kinds that calibration leaves out, by name; of a kind that this Python lacks there is none."""
-    kinds = []
-    for kind in (corpus.held_out, python_sources):
-        with contextlib.suppress(DataError):
-            kinds.append(kind())
-    return [kind for kind in kinds if kind]
