@@ -20,9 +20,6 @@ RELEASES       = $(shell sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' cmake/re
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja \
   "setuptools>=70.1" llama-cpp-python==$(or $(LLAMA_CPP_PYTHON),$(firstword $(RELEASES)))
 
-# Tests that use native/ in many ways and take little time.
-NATIVE_TESTS := adapters affine architectures bulk edits elision layer_bounds linear_native native online readable_kv \
-  schedule sequences several_sequences skip statistics sublayers threads unread_outputs whole_layers
 SANITIZERS_asan := ADDRESS UNDEFINED
 SANITIZERS_tsan := THREAD
 # pytest's own handler of crashes would replace the sanitizer's. LeakSanitizer cannot see pointers in Python's memory
@@ -32,8 +29,8 @@ define sanitized
 @options=log_path=$(CURDIR)/$(call BUILD,$(VENV)-$(1))/report; status=0; \
   LD_PRELOAD="$$(gcc -print-file-name=$(2)) $$(gcc -print-file-name=libstdc++.so)" \
   PYTHONMALLOC=malloc ASAN_OPTIONS=$$options UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-  LSAN_OPTIONS=suppressions=$(CURDIR)/tests/leaks.supp:print_suppressions=0 \
-  TSAN_OPTIONS=$$options:ignore_noninstrumented_modules=1:suppressions=$(CURDIR)/tests/races.supp \
+  LSAN_OPTIONS=suppressions=$(CURDIR)/tests/faults/leaks.supp:print_suppressions=0 \
+  TSAN_OPTIONS=$$options:ignore_noninstrumented_modules=1:suppressions=$(CURDIR)/tests/faults/races.supp \
   $(VENV)-$(1)/bin/python -m pytest -p no:faulthandler --capture=sys $(3) || status=1; \
   cat $(call BUILD,$(VENV)-$(1))/report.* 2>/dev/null && status=1; exit $$status
 endef
@@ -53,15 +50,15 @@ test-fast: $(VENV)/installed-dev
 
 # Tests of native/ alone: everything that another release of llama-cpp-python can change.
 test-native: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -n 2 -m "not model and not slow" $(patsubst %,tests/test_%.py,$(NATIVE_TESTS) identity repack import)
+	@$(BIN)/python -m pytest -n 2 -m "not model and not slow" tests/native tests/engine/test_library.py
 
 # Runs first on Vulkan, then on two rpc-servers. Needs Vulkan's headers, a shader compiler and a device (Debian:
 # libvulkan-dev glslc spirv-headers, and mesa-vulkan-drivers for a software device, which GGML_VK_VISIBLE_DEVICES=0
 # selects). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
 GGML_backends := -DGGML_VULKAN=ON -DGGML_RPC=ON
 test-backends: $(VENV)/installed-dev
-	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -n 2 tests/test_backends.py
-	@GGML_VK_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --rpc-servers=2 tests/test_backends.py tests/test_rpc.py
+	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -n 2 tests/native/test_backends.py
+	@GGML_VK_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --rpc-servers=2 tests/native/test_backends.py tests/engine/test_rpc.py
 
 # Needs CUDA's toolkit, but no device: ggml is compiled for CUDA, and the tests run on the CPU, and on a device if there is
 # one. CUDA has the options: the architecture, and without a driver -DGGML_CUDA_NO_VMM=ON, which needs no libcuda.so.1.
@@ -71,17 +68,17 @@ GGML_cuda = -DGGML_CUDA=ON $(CUDA)
 test-cuda: $(VENV)/installed-dev
 	@$(BIN)/python -c 'import adaskip_cpp, llama_cpp; info = llama_cpp.llama_print_system_info().decode(); \
 	  print(f"{info}\nhas a device: {llama_cpp.llama_supports_gpu_offload()}"); exit("CUDA : " not in info)'
-	@$(BIN)/python -m pytest -n 2 tests/test_skip.py tests/test_backends.py
+	@$(BIN)/python -m pytest -n 2 tests/native/test_skip.py tests/native/test_backends.py
 
 # Need gcc, and its runtimes must be loaded before Python. Only libllama is instrumented, so errors in ggml are not found.
 # Reports are files, because llama-cpp-python closes stderr at times. UndefinedBehaviorSanitizer cannot write a file beside
 # AddressSanitizer. It ends the process instead, and --capture=sys lets its output through. All tests run in one process,
 # because pytest-xdist's processes end without a search for leaks.
 test-asan: $(VENV)-asan/installed
-	$(call sanitized,asan,libasan.so,$(patsubst %,tests/test_%.py,$(NATIVE_TESTS)) -m "not model and not slow")
+	$(call sanitized,asan,libasan.so,tests/native -m "not model and not slow")
 
 test-tsan: $(VENV)-tsan/installed
-	$(call sanitized,tsan,libtsan.so,tests/test_threads.py)
+	$(call sanitized,tsan,libtsan.so,tests/native/test_threads.py)
 
 # Libraries that take a llama_cpp.Llama or open one, at the releases that docs/libraries.md names. Those that require
 # llama-cpp-python are installed without what they require, so that it stays as it is.
@@ -92,23 +89,23 @@ test-libraries: $(VENV)-libraries/installed
 
 # The random tests of `make test`, for hours instead of seconds: sequences of calls, Ctrl-C, processes that die.
 nightly: $(VENV)/installed-dev test-libraries
-	@$(BIN)/python -m pytest -n 2 --sequences-seconds=600 tests/test_sequences.py tests/test_several_sequences.py
-	@$(BIN)/python -m pytest --sigint-trials=1000 tests/test_interrupts.py
-	@for i in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest tests/test_server_load.py || exit 1; done
+	@$(BIN)/python -m pytest -n 2 --sequences-seconds=600 tests/native/test_sequences.py tests/native/test_several_sequences.py
+	@$(BIN)/python -m pytest --sigint-trials=1000 tests/faults/test_interrupts.py
+	@for i in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest tests/serving/test_server_load.py || exit 1; done
 
 # Random sequences of calls on models that stay open, OPERATIONS calls in all. Shows the process's memory at the end.
 soak: $(VENV)/installed-dev
-	@$(BIN)/python tests/soak.py --operations $(or $(OPERATIONS),100000) $(if $(SEED),--seed $(SEED))
+	@PYTHONPATH=tests $(BIN)/python tests/faults/soak.py --operations $(or $(OPERATIONS),100000) $(if $(SEED),--seed $(SEED))
 
 # make fuzz TARGET=plan SECONDS=600, all targets by default. build/fuzz keeps the corpus and the findings of each target.
 fuzz: $(VENV)/installed-dev $(VENV)/atheris
-	@for target in $(or $(TARGET),$(sort $(notdir $(wildcard tests/seeds/*)))); do \
+	@for target in $(or $(TARGET),$(sort $(notdir $(wildcard tests/faults/seeds/*)))); do \
 	  found=build/fuzz/$$target; mkdir -p $$found/corpus; \
-	  $(BIN)/python tests/fuzz.py $$target -max_total_time=$(or $(SECONDS),600) -max_len=20000 -timeout=150 \
-	    -rss_limit_mb=0 -keep_seed=1 -artifact_prefix=$$found/ $$found/corpus tests/seeds/$$target || exit 1; \
+	  PYTHONPATH=tests $(BIN)/python tests/faults/fuzz.py $$target -max_total_time=$(or $(SECONDS),600) -max_len=20000 \
+	    -timeout=150 -rss_limit_mb=0 -keep_seed=1 -artifact_prefix=$$found/ $$found/corpus tests/faults/seeds/$$target || exit 1; \
 	done
 
-# Wheels of all platforms into dist/, compiled by zig on Linux, each with tests/native_smoke.c in build/wheels. A platform
+# Wheels of all platforms into dist/, compiled by zig on Linux, each with tests/installation/native_smoke.c in build/wheels. A platform
 # takes 6 minutes of CPU time. make wheel-macosx_11_0_arm64 builds one. ZIG_<tag> is zig's name of the platform.
 ZIG_manylinux_2_17_x86_64  := x86_64-linux-gnu.2.17
 ZIG_manylinux_2_17_aarch64 := aarch64-linux-gnu.2.17
@@ -127,7 +124,7 @@ wheel-%: $(VENV)-wheels/installed
 	  -C build-dir=$(call BUILD,$(VENV)-wheels)/$* -C cmake.define.CMAKE_TOOLCHAIN_FILE=$(CURDIR)/cmake/zig.cmake \
 	  -C cmake.define.ZIG=$(CURDIR)/$(VENV)-wheels/bin/zig -C cmake.define.ZIG_TARGET=$(ZIG_$*) .
 	@$(VENV)-wheels/bin/cmake --build $(call BUILD,$(VENV)-wheels)/$* --target native_smoke
-	@$(VENV)-wheels/bin/python -m pytest --noconftest -k $* tests/test_wheels.py
+	@$(VENV)-wheels/bin/python -m pytest --noconftest -k $* tests/installation/test_wheels.py
 
 # The user documentation, with an API reference from the docstrings, into build/site. Its environment has no native code.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md docs examples cmake/releases.txt

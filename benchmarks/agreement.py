@@ -5,14 +5,15 @@ Start at :class:`Checks`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import with_tests  # noqa: F401
+from oracles.reference import relative_error
+from oracles.stock import Job, run_stock
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
 from adaskip_cpp.calibration.similarity import RequestStatistics
@@ -20,10 +21,6 @@ from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.judge import Logits
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.statistics import PhaseStatistics
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from reference import relative_error
-from stock import Job, run_stock
 
 __all__ = ["Check", "Checks", "n_skipped"]
 

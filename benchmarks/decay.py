@@ -15,21 +15,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+import with_tests  # noqa: F401
+from oracles.every_plan import every_plan
+from oracles.tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.intervals import ratio_interval
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import in_turn, time_request
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from every_plan import every_plan
-from tiny_models import write_model
 
 N_PROMPT, N_DECODED = 32, 32
 TIMED = ("the whole model", "maps", "a schedule")

@@ -11,21 +11,19 @@ and takes a minute. Start at :func:`main`.
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import with_tests  # noqa: F401
+from oracles.models import smollm2
+from oracles.rpc_server import bytes_travelled, start_rpc_servers
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan, add_rpc_server
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from models import smollm2
-from rpc_server import bytes_travelled, start_rpc_servers
 
 
 def main() -> None:

@@ -21,16 +21,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import with_tests  # noqa: F401
+from oracles.served import IN_ONE_PROCESS, Server, serving
+
 from adaskip_cpp.cli.serve import _open
 from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.intervals import ratio_interval
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.running import Running
+from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Opening
-from adaskip_cpp.serving.workers import Worker
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from served import IN_ONE_PROCESS, Server, serving
 
 WORDS = "the of to and in a is that for it as was with be by on not he his but at are this have from or had an "
 

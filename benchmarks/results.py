@@ -22,6 +22,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import with_tests  # noqa: F401
+from oracles.models import gemma3, smollm2
 
 from adaskip_cpp import Profile
 
@@ -33,9 +35,6 @@ LONG = {"smollm2": 6000, "gemma3": 16000}
 def packaged_models() -> dict[str, Path]:
     """Return the models of the tests; the second one is joined from its parts the first time."""
     root = Path(__file__).resolve().parent.parent
-    sys.path.insert(0, str(root / "tests"))
-    from models import gemma3, smollm2
-
     cache = root / "build" / "models"
     cache.mkdir(parents=True, exist_ok=True)
     return {"smollm2": smollm2(), "gemma3": gemma3(cache)}

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn_sequences import run_drawn_sequences
-from models import ModelMissingError, gemma3, smollm2, smollm2_f32
-from rpc_server import start_rpc_servers
-from served import BULK_PLAN
-from stock import EXACT, RPC_SERVERS
-from tiny_families import N_VOCAB
-from tiny_models import add_chat_template, write_model
+from oracles.drawn_sequences import run_drawn_sequences
+from oracles.models import ModelMissingError, gemma3, smollm2, smollm2_f32
+from oracles.rpc_server import start_rpc_servers
+from oracles.served import BULK_PLAN
+from oracles.stock import EXACT, RPC_SERVERS
+from oracles.tiny_families import N_VOCAB
+from oracles.tiny_models import add_chat_template, write_model
 
 import adaskip_cpp
 from adaskip_cpp.engine.rpc import add_rpc_server

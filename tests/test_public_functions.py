@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_families import N_CTX_TRAIN, N_EMBD
+from oracles.tiny_families import N_CTX_TRAIN, N_EMBD
 
 from adaskip_cpp import EvaluationOptions, PlanRequest, Profile, Running, SkipPlan, bench, evaluate
 from adaskip_cpp.benchmark.table import NO_PLAN

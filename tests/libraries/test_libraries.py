@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from frontiers import frontier, point
-from tiny_models import add_chat_template, write_model
+from oracles.frontiers import frontier, point
+from oracles.tiny_models import add_chat_template, write_model
 
 import adaskip_cpp
 from adaskip_cpp import SkipPlan, plan_path, save_plan

@@ -1,0 +1,397 @@
+"""adaskip_cpp.calibrate: profiles of a model in NumPy, and of tiny ones."""
+
+import contextlib
+import io
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles.fake_llama import BOS, FakeLlama
+from oracles.reference import ReferenceModel, ReferenceRun, Trace, mean_similarity, median_ratio, norm_ratio
+
+import adaskip_cpp
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, LinearFit
+from adaskip_cpp.errors import NativeError, RequestError
+from adaskip_cpp.model.statistics import map_scale
+from adaskip_cpp.progress import progress_bar, silent
+
+OpenModel = Callable[..., Any]
+TinyModel = Callable[..., Path]
+
+
+PLAN = SkipPlan.manual(3, ffn=[1])
+
+
+N_DECODE = 4
+
+
+def calibrate(llm: Any, *args: Any, **options: Any) -> adaskip_cpp.Profile:
+    """Without timing and skipping sublayers, which a model without a library cannot do."""
+    return adaskip_cpp.calibrate(llm, *args, **{"n_decode": N_DECODE, "cost": False, "n_judged": 0, **options})
+
+
+@pytest.fixture
+def llm() -> Any:
+    return FakeLlama()
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def figures(u: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
+    """Similarity, norm ratio, median ratio, whole layers' similarity and mean vectors of [n_layer, 2, n_tokens, 4]."""
+    norm_u, norm_v = np.linalg.norm(u, axis=3), np.linalg.norm(v, axis=3)
+    return [
+        ((u * v).sum(axis=3) / (norm_u * norm_v)).mean(axis=2),
+        np.sqrt((v**2).sum(axis=(2, 3)) / (u**2).sum(axis=(2, 3))),
+        np.median(norm_v / norm_u, axis=2),
+        ((u[:, 0] * v[:, 1]).sum(axis=2) / (norm_u[:, 0] * norm_v[:, 1])).mean(axis=1),
+        u.mean(axis=2),
+        v.mean(axis=2),
+    ]
+
+
+def decoded(llm: FakeLlama, prompt: list[int]) -> list[int]:
+    """The tokens that are evaluated in decode behind a prompt."""
+    tokens = [llm.next_token(prompt[-1])]
+    while len(tokens) < N_DECODE:
+        tokens.append(llm.next_token(tokens[-1]))
+    return tokens
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_figures_are_the_mean_over_requests_of_each_requests_figures(llm: Any, phase: str) -> None:
+    requests = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
+    statistics = getattr(calibrate(llm, requests), phase)
+    texts = requests if phase == "prefill" else [decoded(llm, request) for request in requests]
+    expected = zip(*(figures(*llm.streams(text)) for text in texts), strict=True)
+    names = ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean_u", "mean_v")
+    for name, per_request in zip(names, expected, strict=True):
+        np.testing.assert_allclose(getattr(statistics, name), np.mean(per_request, axis=0), rtol=1e-4, atol=1e-6)
+    assert statistics.n_tokens == sum(len(text) for text in texts)
+
+
+def test_the_profiles_own_figures_are_those_of_prefill(llm: Any) -> None:
+    profile = calibrate(llm, [[5, 6, 7]])
+    assert profile.similarity is profile.prefill.similarity
+    assert not np.allclose(profile.prefill.similarity, profile.decode.similarity)
+
+
+def test_both_phases_of_a_model_equal_a_numpy_forward_pass(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    """Prompt, then greedy decoding; the reference computes and chooses every token itself."""
+    prompt = tokens(30)
+    profile = calibrate(open_model(tiny()), [prompt], n_decode=6)
+    run = ReferenceRun(ReferenceModel(tiny()))
+    prefill = run.eval(prompt)
+    pieces, logits = [], prefill.logits[-1]
+    for _ in range(6):
+        pieces.append(run.eval([int(logits.argmax())]))
+        logits = pieces[-1].logits[-1]
+    decode = Trace.concatenate(pieces)
+    for actual, trace in ((profile.prefill, prefill), (profile.decode, decode)):
+        np.testing.assert_allclose(actual.similarity, mean_similarity(trace), atol=1e-6)
+        np.testing.assert_allclose(actual.norm_ratio, norm_ratio(trace), rtol=1e-5)
+        np.testing.assert_allclose(actual.median_ratio, median_ratio(trace), rtol=1e-5)
+    for actual, traces in ((profile.prefill, [prefill]), (profile.decode, pieces)):
+        n_tokens = actual.n_tokens
+        for name in ("u", "v"):
+            expected = sum(getattr(trace, f"sum_{name}") for trace in traces) / n_tokens
+            np.testing.assert_allclose(getattr(actual, f"mean_{name}"), expected, atol=1e-5 * np.abs(expected).max())
+        cosines = [trace.layer_dot / np.sqrt(trace.u_sq[:, 0] * trace.v_sq[:, 1]) for trace in traces]
+        np.testing.assert_allclose(actual.layer_similarity, np.concatenate(cosines, axis=1).mean(axis=1), atol=1e-6)
+
+
+def test_a_profile_says_what_it_was_learned_from(llm: Any) -> None:
+    profile = calibrate(llm, [[5, 6, 7], "hello"], description="two short ones")
+    assert (profile.n_requests, profile.n_tokens, profile.model) == (2, 3 + 6, llm.model_info)
+    assert (profile.prefill.n_tokens, profile.decode.n_tokens) == (3 + 6, 2 * N_DECODE)
+    assert profile.cost is None
+    assert profile.corpus == "two short ones"
+    assert profile.package_version == adaskip_cpp.__version__
+    assert profile.created.endswith("+00:00")
+    assert "caller" in calibrate(llm, ["hello"]).corpus
+
+
+def test_of_many_requests_20_spread_evenly_are_continued_in_decode(llm: Any) -> None:
+    requests = [[5 + i] * 2 for i in range(30)]
+    profile = calibrate(llm, requests)
+    assert (profile.n_requests, profile.prefill.n_tokens, profile.decode.n_tokens) == (30, 60, 20 * N_DECODE)
+    pieces = [tokens for _, tokens in llm.evaluated]
+    # A request that is continued has its last token evaluated again, for its logits.
+    continued = [
+        request[0] - 5 for request, behind in itertools.pairwise(pieces) if len(request) == 2 and behind == request[:1]
+    ]
+    assert continued == [index for index in range(30) if index % 3 != 2]
+
+
+def test_without_requests_it_reads_pages_of_the_language_reference(llm: Any) -> None:
+    profile = calibrate(llm, n_requests=3, n_tokens=40)
+    assert (profile.n_requests, profile.n_tokens) == (3, 120)
+    assert "pydoc_data.topics" in profile.corpus
+
+
+def test_a_sublayer_that_is_never_observed_is_not_skippable() -> None:
+    profile = calibrate(FakeLlama(unobserved=[(1, 0)]), ["hello", "world"])  # type: ignore[arg-type]
+    assert np.argwhere(~profile.skippable).tolist() == [[1, 0]]
+
+
+def test_a_model_that_shares_kv_plans_the_attentions_that_write_it_for_the_bulk_alone(
+    tiny: TinyModel, open_model: OpenModel
+) -> None:
+    llm = open_model(tiny("gemma4-per-layer"))  # layers 2 and 3 read the KV of 0 and 1
+    profile = calibrate(llm, ["the other of the", "in an", "on the other", "of the"], rank=2, n_judged=3)
+    assert np.argwhere(~profile.skippable).tolist() == [[0, 0], [1, 0]]
+    assert profile.in_bulk.all()
+    for plan in (profile.plan(n_skip=6, mode="prefill"), profile.plan(n_skip=6, mode="prompt")):
+        llm.set_plan(plan)
+        llm.eval(llm.tokenize(b"the other of the" * 3))
+        assert np.isfinite(llm.scores[llm.n_tokens - 1]).all()
+    assert plan.bulk is not None and plan.bulk.skip.skip[1:].all() and not plan.prefill.skip.any()
+
+
+def test_each_request_runs_alone_through_the_full_model(llm: Any) -> None:
+    llm.set_plan(PLAN)
+    llm.eval([9, 9, 9])
+    llm.evaluated.clear()
+    llm.draft_model = draft_model = object()
+    calibrate(llm, ["ab", [5, 6]])
+    expected = []
+    for request in ([BOS, ord("a") + 2, ord("b") + 2], [5, 6]):  # the last token again, for its logits
+        expected += [request, [request[-1]], *([token] for token in decoded(llm, request))]
+    assert llm.evaluated == [(None, piece) for piece in expected]
+    assert llm.plan is PLAN and llm.draft_model is draft_model
+    assert llm.n_tokens == 0 and not llm.collecting
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")])
+def test_an_interruption_leaves_the_model_as_it_was(llm: Any, error: BaseException) -> None:
+    llm.set_plan(PLAN)
+    llm.fail_after = (1, error)
+    with pytest.raises(type(error)):
+        calibrate(llm, ["hello", "world", "again"])
+    assert llm.plan is PLAN
+    assert llm.n_tokens == 0 and not llm.collecting
+    llm.fail_after = None
+    assert calibrate(llm, ["hello"]).n_requests == 1
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([], "no requests"),
+        ("one text", "not several"),
+        (["good", ""], "request 1 is empty"),
+        (["good", []], "request 1 is empty"),
+        (["good", [5] * 61], r"request 1 has 61 tokens and 4 to decode, the model's context 64"),
+        (["good", "x" * 60], r"request 1 has 61 tokens"),
+        (["good", [5, 300]], r"request 1 has the token id 300.*0 to 299"),
+        (["good", [-1]], r"request 1 has the token id -1"),
+        (["good", [0.5]], "request 1 is neither"),
+        (["good", 7], "request 1 is neither"),
+        (["good", None], "request 1 is neither"),
+    ],
+)
+def test_all_requests_are_checked_before_the_first_one_runs(llm: Any, requests: Any, message: str) -> None:
+    llm.set_plan(PLAN)
+    with pytest.raises(RequestError, match=message):
+        calibrate(llm, requests)
+    assert llm.evaluated == []
+    assert llm.plan is PLAN
+
+
+@pytest.mark.parametrize("n_decode", [0, -1, 1.5])
+def test_at_least_one_token_is_decoded(llm: Any, n_decode: Any) -> None:
+    with pytest.raises(RequestError, match=r"n_decode.*at least 1"):
+        calibrate(llm, ["good"], n_decode=n_decode)
+
+
+def test_requests_may_come_from_a_generator_and_fill_the_context(llm: Any) -> None:
+    def requests() -> Iterator[Any]:
+        yield "a"
+        yield np.full(60, 5)
+
+    assert calibrate(llm, requests()).n_tokens == 62
+
+
+def test_statistics_that_miss_tokens_are_noticed(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm, "eval", lambda tokens, *phase: FakeLlama.eval(llm, tokens[1:], *phase))
+    with pytest.raises(NativeError, match="2 of a request's 3 tokens"):
+        calibrate(llm, [[5, 6, 7]])
+
+
+# --- linear maps ------------------------------------------------------------------------------------------------------
+
+
+def ridge(u: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+    """Ridge regression of v - scale u on u without a constant, float64 [n_tokens, n_embd], in closed form."""
+    penalty = RIDGE * u.var(axis=0).mean() * len(u) * np.eye(u.shape[1])
+    return np.asarray(np.linalg.solve(u.T @ u + penalty, u.T @ (v - scale * u)).T)
+
+
+def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray) -> None:
+    """The maps, of full rank, are ridge regressions of v - s u on u, [n_layer, 2, n_tokens, n_embd], but for BF16.
+
+    The first third of the layers has none. That of a layer has the input of its attention as u, the output of its FFN
+    as v, and s = 1.
+    """
+    maps = profile.maps
+    assert maps is not None and maps.up.shape[3] == u.shape[3]
+    assert maps.fitted.all(axis=1).tolist() == maps.fitted.any(axis=1).tolist() == [False, True, True]
+    inputs, outputs = np.concatenate([u, u[:, :1]], axis=1), np.concatenate([v, v[:, 1:]], axis=1)
+    scale = np.concatenate([map_scale(profile.prefill.median_ratio), np.ones((len(u), 1))], axis=1)
+    for at in np.argwhere(maps.fitted):
+        at = tuple(at)
+        expected = inputs[at] @ ridge(inputs[at], outputs[at], scale[at]).T
+        actual = inputs[at] @ maps.down[at].T @ maps.up[at].T
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+
+
+def test_maps_are_fitted_on_all_prompts_without_their_first_tokens(llm: Any) -> None:
+    requests = [[5, 6, 7], list(range(8, 30)), [31], list(range(40, 60))]
+    u, v = llm.streams([token for request in requests for token in request[1:]])
+    assert_ridge(calibrate(llm, requests), u, v)
+
+
+def test_maps_of_a_model_equal_regressions_on_a_numpy_forward_pass(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    prompts, traces = [tokens(100, seed) for seed in (1, 2)], []
+    profile = calibrate(open_model(tiny(), n_ubatch=32), prompts, rank=64)
+    for prompt in prompts:
+        traces.append(ReferenceRun(ReferenceModel(tiny())).eval(prompt))
+    u, v = (np.concatenate([getattr(trace, name)[:, :, 1:] for trace in traces], axis=2) for name in "uv")
+    assert_ridge(profile, u, v)
+
+
+def test_the_rank_is_at_most_the_length_of_the_stream(llm: Any) -> None:
+    for rank, expected in ((1, 1), (3, 3), (4, 4), (DEFAULT_RANK, 4)):
+        maps = calibrate(llm, [list(range(5, 40))], rank=rank).maps
+        assert maps is not None and (maps.n_layer, *maps.up.shape[2:]) == (3, 4, expected)
+    plan = calibrate(llm, [list(range(5, 40))], rank=1).plan(strategy="manual", ffn=[2], mode="e2e")
+    assert plan.prefill.down is not None and plan.prefill.down.shape == (3, 2, 1, 4)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-per-layer"])
+def test_a_profile_tells_what_the_bulk_alone_can_skip(
+    name: str, tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    llm = open_model(tiny(name))
+    profile = calibrate(llm, [tokens(40, seed) for seed in range(4)], rank=2, n_judged=3)
+    rows = [row for row in llm.sublayers if row.in_bulk and not row.skippable]
+    assert rows and [(each, "attention") for each in profile.bulk_only] == [(row.layer, row.kind) for row in rows]
+    assert profile.skippable.ravel().tolist() == [row.skippable for row in llm.sublayers]
+    for mode, may in (("prompt", profile.in_bulk[llm.n_layer // 3 :]), ("e2e", profile.skippable)):
+        llm.set_plan(profile.plan(int(may.sum()), mode=mode))
+        llm.reset()
+        llm.eval(tokens(40))
+        assert np.isfinite(llm.scores[39]).all()
+
+
+def test_every_request_is_read_once_however_little_memory_the_moments_may_take(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Besides what is decoded, and the last token of each prompt, which is read again for its logits."""
+    monkeypatch.setattr(sys.modules["adaskip_cpp.calibration.calibrate"], "LinearFit", partial(LinearFit, most_bytes=1))
+    llm = open_model(tiny())
+    profile = calibrate(llm, [tokens(n, n) for n in (40, 50, 60)], rank=4)
+    assert profile.maps is not None
+    assert llm.n_evaluated == 40 + 50 + 60 + 3 * (1 + N_DECODE)
+
+
+@pytest.mark.parametrize(("n_layer", "n_early"), [(2, 0), (3, 1), (5, 1), (6, 2)])
+def test_the_first_third_of_the_layers_gets_no_maps(n_layer: int, n_early: int) -> None:
+    llm: Any = FakeLlama(n_layer=n_layer)
+    maps = calibrate(llm, [list(range(5, 40))]).maps
+    assert maps is not None
+    assert maps.fitted.tolist() == [[layer >= n_early] * 3 for layer in range(n_layer)]
+
+
+def test_in_the_first_third_linear_adds_the_mean_error(llm: Any) -> None:
+    """Of layer 0 the median ratio and the mean of v - s u, of layer 2 a map."""
+    tokens = list(range(5, 40))
+    chosen = calibrate(llm, [tokens]).plan(strategy="manual", attention=[0, 2], mode="e2e").prefill
+    u, v = (stream[0, 0] for stream in llm.streams(tokens))
+    ratio = np.median(np.linalg.norm(v, axis=1) / np.linalg.norm(u, axis=1))
+    assert chosen.up is not None and np.argwhere(chosen.up.any(axis=(2, 3))).tolist() == [[2, 0]]
+    assert chosen.bias is not None and not chosen.bias[2].any()
+    assert chosen.scale[0, 0] == pytest.approx(ratio, rel=1e-5)
+    np.testing.assert_allclose(chosen.bias[0, 0], (v - ratio * u).mean(axis=0), atol=1e-5)
+
+
+def test_with_rank_0_there_are_no_maps_and_linear_is_affine(llm: Any) -> None:
+    requests = [list(range(5, 30))]
+    bare, fitted = calibrate(llm, requests, rank=0), calibrate(llm, requests)
+    assert bare.maps is None and fitted.maps is not None
+    assert bare.prefill == fitted.prefill and bare.decode == fitted.decode
+    assert (
+        bare.plan(3, compensation="linear", mode="e2e")
+        == bare.plan(3, compensation="affine", mode="e2e")
+        == bare.plan(3, mode="e2e")
+    )
+    assert (bare.plan(3, mode="e2e").compensation, fitted.plan(3, mode="e2e").compensation) == ("affine", "linear")
+
+
+def test_requests_of_one_token_leave_nothing_to_fit(llm: Any) -> None:
+    profile = calibrate(llm, [[5], [6]])
+    assert profile.maps is None and profile.plan(2, mode="e2e").compensation == "affine"
+
+
+def test_a_sublayer_that_is_not_skippable_has_no_map_nor_has_its_layer() -> None:
+    profile = calibrate(FakeLlama(unobserved=[(1, 0)]), [list(range(5, 30))])  # type: ignore[arg-type]
+    assert profile.maps is not None
+    assert np.argwhere(~profile.maps.fitted[1:]).tolist() == [[0, 0], [0, 2]]
+    assert profile.plan(5, mode="e2e").compensation == "linear"
+
+
+@pytest.mark.parametrize("rank", [-1, 4097, 1.5, "32", None])
+def test_a_rank_that_is_none_is_refused_before_anything_runs(llm: Any, rank: Any) -> None:
+    with pytest.raises(RequestError, match=r"rank.*from 0 \(none\) to 4096"):
+        calibrate(llm, ["good"], rank=rank)
+    assert llm.evaluated == []
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stage", "terminal", "slow", "shown"),
+    [(progress_bar, True, True, True), (progress_bar, True, False, False), (progress_bar, False, True, False),
+     (silent, True, True, False)],
+)  # fmt: skip
+def test_progress_is_shown_on_a_terminal_if_it_takes_long(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, stage: Any, terminal: bool, slow: bool, shown: bool
+) -> None:
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", -1.0 if slow else 1e6)
+    calibrate(llm, ["hello", "world"], on_stage=stage)
+    assert ("Calibrating" in stderr.getvalue()) is shown
+
+
+def test_whoever_shows_progress_is_told_each_stage_and_what_is_done_of_it(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    told: dict[str, list[float]] = {}
+
+    @contextlib.contextmanager
+    def stage(name: str) -> Iterator[Any]:
+        told[name] = []
+        yield lambda fraction, words="": told[name].append(fraction)
+
+    requests = [tokens(40, seed) for seed in range(4)]
+    calibrate(open_model(tiny()), requests, n_judged=1, windows=False, on_stage=stage)
+    assert list(told) == ["Calibrating", "Skipping each sublayer"]
+    assert all(fractions == sorted(fractions) and fractions[-1] == 1.0 for fractions in told.values())

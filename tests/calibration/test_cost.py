@@ -1,0 +1,350 @@
+"""adaskip_cpp.calibration.cost: measured on a model of known cost, whose evaluations advance a clock of their own."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.calibration import cost
+from adaskip_cpp.errors import RequestError
+from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.skip_set import SkipSet
+
+
+class TimedLlama:
+    """Every evaluation takes as long as known costs say; a plan that runs an attention without KV is an error.
+
+    A ubatch of a prompt has no outputs: the last layer with KV of its own computes K and V alone, those above nothing.
+
+    Attributes:
+        base, growth, kept, limit: the truth, seconds per token, and KV cells; a ubatch takes as many times as long.
+        head: seconds that the output of a decoded token takes.
+        noise: relative standard deviation of the times; one in twenty also takes three times as long.
+    """
+
+    def __init__(
+        self,
+        shapes: list[int],
+        base: Any,
+        growth: Any,
+        *,
+        windows: Any = 0,
+        limit: Any = math.inf,
+        size: int = 512,
+        n_ctx: int = 8192,
+        swa_full: bool = False,
+        kept: float = 2e-5,
+        n_layer_kv: int | None = None,
+    ) -> None:
+        self.base, self.growth = np.array(base, float), np.array(growth, float)
+        self.limit, self.fixed = np.broadcast_to(np.array(limit, float), self.growth.shape), 2e-4
+        self.n_layer, self.n_batch, self.noise, self.now = len(self.base), size, 0.0, 0.0
+        self.n_layer_kv, self.kept, self.head = n_layer_kv or self.n_layer, kept, 5e-4
+        self.ctx = self.draft_model = self.max_loss = None
+        self.readable = ()
+        self.input_ids = np.zeros(n_ctx, np.intc)
+        self.context_params = SimpleNamespace(
+            n_ubatch=size, n_threads=2, n_threads_batch=2, flash_attn_type=0, type_k=1, type_v=1, swa_full=swa_full
+        )
+        self.model_params = SimpleNamespace(n_gpu_layers=0x7FFFFFFF, use_extra_bufts=True)
+        self.sublayers = tuple(
+            SimpleNamespace(layer=layer, kind=kind, skippable=True, in_bulk=True, shape=shape, window=window)
+            for layer, (size_of_ffn, slides) in enumerate(
+                zip(shapes, np.broadcast_to(windows, self.n_layer), strict=True)
+            )
+            for kind, shape, window in (("attention", int(slides), int(slides)), ("ffn", 10_000 + size_of_ffn, 0))
+        )
+        self.plan: SkipPlan | None = None
+        self.n_tokens, self.n_evaluated = 0, 0
+        self.fail_after: int | None = None
+        self._rng = np.random.default_rng(0)
+        self._holes = np.zeros(self.n_layer, bool)
+
+    @property
+    def context_size(self) -> int:
+        return len(self.input_ids)
+
+    def n_vocab(self) -> int:
+        return 100
+
+    def set_plan(self, plan: SkipPlan | None, readable: Any = ()) -> None:
+        self.plan = plan
+
+    def reset(self) -> None:
+        self.n_tokens = 0
+        self._holes[:] = False
+
+    def token_seconds(self, skip: np.ndarray, end: int) -> float:
+        """A decoded token, its output included."""
+        cells = np.minimum(-(-end // 256) * 256, self.limit)
+        attention = sum((self.base[:, 0] + self.growth * cells)[~skip[:, 0]])
+        return float(self.fixed + self.head + attention + sum(self.base[~skip[:, 1], 1]))
+
+    def unread_seconds(self, skip: np.ndarray, keeps: bool, end: int) -> float:
+        """A token of a ubatch without outputs, layer by layer: nothing is computed that no K and V above depend on."""
+        seconds, is_needed = self.fixed, False
+        for layer in reversed(range(self.n_layer_kv)):
+            cells = min(-(-end // 256) * 256, self.limit[layer])
+            runs = ~skip[layer]
+            if runs[1] and is_needed:
+                seconds += self.base[layer, 1]
+            if runs[0] and is_needed:
+                seconds += self.base[layer, 0] + self.growth[layer] * cells
+            elif runs[0] or keeps:
+                seconds += self.kept
+            is_needed = is_needed or runs[0] or keeps
+        return float(seconds)
+
+    def eval_bulk(self, tokens: list[int]) -> None:
+        plan = self.plan or SkipPlan.manual(self.n_layer)
+        chosen, keeps = plan.skipped("bulk").skip, plan.bulk is not None
+        self._write(tokens, chosen, keeps=keeps)
+        self._pass(len(tokens) * self.unread_seconds(chosen, keeps, self.n_tokens))
+
+    def eval_decode(self, tokens: list[int]) -> None:
+        chosen = (self.plan or SkipPlan.manual(self.n_layer)).decode.skip
+        self._write(tokens, chosen)
+        self._pass(len(tokens) * self.token_seconds(chosen, self.n_tokens))
+
+    def _write(self, tokens: list[int], skip: np.ndarray, *, keeps: bool = False) -> None:
+        self.n_evaluated += 1
+        if self.n_evaluated == self.fail_after:
+            raise KeyboardInterrupt
+        for each in self.sublayers:
+            kind = ("attention", "ffn").index(each.kind)
+            assert each.skippable or keeps or not skip[each.layer, kind], "skips what only the bulk can"
+        assert not (self._holes & ~skip[:, 0]).any(), "reads KV that was never written"
+        self._holes |= skip[:, 0] & (not keeps)
+        self.n_tokens += len(tokens)
+        assert self.n_tokens <= len(self.input_ids) and 0 <= min(tokens) <= max(tokens) < 100
+
+    def _pass(self, seconds: float) -> None:
+        seconds *= max(1 + self.noise * self._rng.normal(), 0.2) * (
+            3 if self._rng.random() < 0.05 and self.noise else 1
+        )
+        self.now += seconds
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TimedLlama]]:
+    """``timed(shapes, base, growth, ...)``: a TimedLlama whose layers have FFNs of the given sizes."""
+
+    def make(*arguments: Any, **options: Any) -> TimedLlama:
+        llm = TimedLlama(*arguments, **options)
+        monkeypatch.setattr(cost, "perf_counter", lambda: llm.now)
+        monkeypatch.setattr(cost.llama_cpp, "llama_synchronize", lambda ctx: None)
+        return llm
+
+    yield make
+
+
+def uniform(n_layer: int, attention: float, ffn: float, growth: float) -> tuple[np.ndarray, np.ndarray]:
+    return np.tile([attention, ffn], (n_layer, 1)), np.full(n_layer, growth)
+
+
+# --- the fit ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_fit_recovers_the_truth(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(20, 1e-4, 3e-4, 2e-8)
+    llm = timed([8] * 20, base, growth)
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    for phase, n_tokens in ((found.prefill, 512), (found.decode, 1)):
+        np.testing.assert_allclose(phase.base, base * n_tokens, rtol=1e-6)
+        np.testing.assert_allclose(phase.growth, growth * n_tokens, rtol=1e-6)
+        assert phase.fixed == pytest.approx((2e-4 + 5e-4 * (n_tokens == 1)) * n_tokens, rel=1e-6)
+    np.testing.assert_allclose(found.prefill.kept, 2e-5 * 512, rtol=1e-6)
+    assert found.n_layer_kv == 20 and not found.decode.kept.any()
+    assert found.deepest >= 6144 and np.isinf(found.limit).all()
+
+
+def test_predictions_hold_in_noise_and_with_disturbed_runs(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(20, 1e-4, 3e-4, 2e-8)
+    llm = timed([8] * 20, base, growth)
+    llm.noise = 0.1
+    found = cost.measure_cost(llm, seconds=200)  # type: ignore[arg-type]
+    skip = np.zeros((20, 2), bool)
+    skip[3:9, 0] = skip[10:14, 1] = True
+    nothing = np.zeros((20, 2), bool)
+    for context in (512, 2048, 6000):
+        true = llm.token_seconds(nothing, context + 1) / llm.token_seconds(skip, context + 1)
+        assert found.seconds(None, context, "decode") / found.seconds(skip, context, "decode") == pytest.approx(
+            true, rel=0.03
+        )
+
+
+def test_layers_of_another_shape_have_their_own_cost_and_equal_ones_share_theirs(
+    timed: Callable[..., TimedLlama],
+) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 2e-8)
+    base[4:, 1] = 6e-4
+    base[4, 1] = 9e-4  # as if this one had been disturbed: it has the shape of its neighbours, and so their cost
+    llm = timed([8] * 4 + [16] * 8, base, growth)
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    ffn = found.prefill.base[:, 1] / 512
+    assert len(set(ffn[:4])) == len(set(ffn[4:])) == len(set(found.decode.base[4:, 1])) == 1
+    assert len(set(found.decode.base[:, 0])) == len(set(found.prefill.base[:, 0])) == 1
+    assert ffn[0] == pytest.approx(3e-4, rel=1e-3) and 6e-4 < ffn[4] < 7e-4
+
+
+@pytest.mark.parametrize("shapes", [[8] * 12, [8] * 6 + [16] * 6])
+@pytest.mark.parametrize("kinds_of_attention", [1, 3])
+def test_what_keeping_k_and_v_costs_is_found_for_every_shape(
+    kinds_of_attention: int, shapes: list[int], timed: Callable[..., TimedLlama]
+) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed(shapes, base, growth, windows=4096 + np.arange(12) % kinds_of_attention, n_ctx=4096)
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.prefill.kept, 2e-5 * 512, rtol=1e-6)
+    np.testing.assert_allclose(found.prefill.base, base * 512, rtol=1e-6)
+
+
+def test_a_prompt_with_a_bulk_takes_as_long_as_its_ubatches(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed([8] * 12, base, growth)
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    skip, nothing = np.zeros((12, 2), bool), np.zeros((12, 2), bool)
+    skip[7:] = True
+    bulk = [(512, 516), (512, 1028), (512, 1540), (512, 2052), (512, 2564)]
+    expected = sum(n * llm.unread_seconds(skip, True, end) for n, end in bulk)
+    read = 16 * (llm.token_seconds(nothing, 2580) - llm.head - base[-1, 1]) + llm.head + base[-1, 1]
+    expected += 4 * llm.unread_seconds(nothing, False, 4) + read
+    predicted = found.seconds(skip, 4 + 5 * 512 + 16, "bulk", around=Bulk(SkipSet.none(12), head=4, tail=16))
+    assert predicted == pytest.approx(expected, rel=2e-3)  # of a few tokens one with an output is taken for one without
+
+
+def test_layers_without_kv_of_their_own_cost_what_the_last_token_takes(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed([8] * 12, base, growth, n_layer_kv=5)
+    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    nothing = np.zeros((12, 2), bool)
+    expected = sum(512 * llm.unread_seconds(nothing, False, end) for end in (512, 1024, 1536))
+    assert found.seconds(None, 1537, "prefill") == pytest.approx(expected + llm.token_seconds(nothing, 1537), rel=1e-6)
+
+
+def test_what_the_bulk_alone_can_skip_is_measured_too(timed: Callable[..., TimedLlama]) -> None:
+    """What keeping K and V costs there is never left out, and so belongs to the rest."""
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed([8] * 12, base, growth, windows=[0] * 10 + [4096] * 2, n_ctx=4096)
+    llm.sublayers[16].skippable = llm.sublayers[18].skippable = False  # attentions of layers 8 and 9
+    found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.prefill.base[:, 0], [1e-4 * 512] * 8 + [8e-5 * 512] * 2 + [1e-4 * 512] * 2)
+    np.testing.assert_allclose(found.prefill.growth, 1e-7 * 512)
+    assert found.prefill.fixed == pytest.approx((2e-4 + 4e-5) * 512) and found.prefill.fixed_growth == 0
+    assert not found.decode.base[8:10, 0].any() and found.decode.base[:8, 0].all()
+
+
+@pytest.mark.parametrize("swa_full", [False, True])
+def test_layers_with_a_window_stop_growing(swa_full: bool, timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    windows = np.where(np.arange(12) % 6 == 5, 0, 512)  # Gemma 3's pattern
+    limit = np.where(windows, 1024, math.inf)  # the window and a ubatch of 512
+    llm = timed([8] * 12, base, growth, windows=windows, limit=limit, swa_full=swa_full)
+    found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.limit, limit)
+    np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
+    only_windows = np.zeros((12, 2), bool)
+    only_windows[5::6, 0] = True
+    at = [found.seconds(only_windows, context, "decode") for context in (500, 1020, 3000, 6000)]
+    assert at[0] < at[1] and at[1] == pytest.approx(at[2]) == pytest.approx(at[3])
+
+
+def test_windows_whose_kv_is_kept_and_read_whole_are_no_limit(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    found = cost.measure_cost(timed([8] * 12, base, growth, windows=512, swa_full=True), seconds=100)  # type: ignore[arg-type]
+    assert np.isinf(found.limit).all()
+    np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
+
+
+def test_a_window_wider_than_the_context_makes_no_difference(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    found = cost.measure_cost(timed([8] * 12, base, growth, windows=4096, n_ctx=2048), seconds=30)  # type: ignore[arg-type]
+    assert np.isinf(found.limit).all()
+    np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
+
+
+def test_what_cannot_be_skipped_belongs_to_the_rest_and_grows_with_it(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    llm = timed([8] * 12, base, growth)
+    llm.sublayers[0].skippable = llm.sublayers[0].in_bulk = False  # attention of layer 0
+    found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
+    assert found.prefill.base[0, 0] == found.prefill.growth[0] == 0
+    assert found.prefill.fixed == pytest.approx((2e-4 + 1e-4) * 512, rel=1e-6)
+    assert found.prefill.fixed_growth == pytest.approx(1e-7 * 512, rel=1e-6)
+
+
+# --- the measurement --------------------------------------------------------------------------------------------------
+
+
+def test_the_time_is_kept_to(timed: Callable[..., TimedLlama]) -> None:
+    llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
+    cost.measure_cost(llm, seconds=15)  # type: ignore[arg-type]
+    assert 5 < llm.now < 20
+
+
+def test_more_time_is_spent_on_more_rounds(timed: Callable[..., TimedLlama]) -> None:
+    evaluated = []
+    for seconds in (1, 15):
+        llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
+        cost.measure_cost(llm, seconds=seconds, contexts=[512])  # type: ignore[arg-type]
+        evaluated.append(llm.n_evaluated)
+    assert evaluated[1] > 2 * evaluated[0]
+
+
+def test_progress_goes_from_0_to_1_and_never_back(timed: Callable[..., TimedLlama]) -> None:
+    llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
+    seen: list[float] = []
+    cost.measure_cost(llm, seconds=20, on_progress=seen.append)  # type: ignore[arg-type]
+    counted = seen[2:]  # behind the warm-up, whose time does not count
+    assert counted == sorted(counted) and min(seen) >= 0 and 0.5 < max(seen) <= 1
+
+
+@pytest.mark.parametrize("fail_after", [1, 2, 40, None])
+def test_the_plan_is_put_back_and_the_cache_is_empty_however_it_ends(
+    timed: Callable[..., TimedLlama], fail_after: int | None
+) -> None:
+    llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
+    llm.plan = plan = SkipPlan.manual(12, [3])
+    llm.fail_after = fail_after
+    try:
+        cost.measure_cost(llm, seconds=1)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        assert fail_after is not None
+    assert llm.plan is plan and llm.n_tokens == 0
+
+
+def test_a_small_context_is_measured_as_far_as_it_goes(timed: Callable[..., TimedLlama]) -> None:
+    base, growth = uniform(12, 1e-4, 3e-4, 0)
+    llm = timed([8] * 12, base, growth, n_ctx=64, size=32)
+    found = cost.measure_cost(llm, seconds=1)  # type: ignore[arg-type]
+    assert found.seconds(None, 64, "decode") == pytest.approx(llm.token_seconds(np.zeros((12, 2), bool), 64), rel=1e-6)
+
+
+def test_impossible_arguments_are_refused_before_anything_runs(timed: Callable[..., TimedLlama]) -> None:
+    llm: Any = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 0))
+    for seconds in (0, -1, math.nan, math.inf, "15"):
+        with pytest.raises(RequestError, match="seconds; use"):
+            cost.measure_cost(llm, seconds=seconds)
+    llm.input_ids = np.zeros(8, np.intc)
+    with pytest.raises(RequestError, match=r"too small.*n_ctx="):
+        cost.measure_cost(llm)
+    assert llm.n_evaluated == 0
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4", "gemma4-per-layer", "gemma3n"])
+def test_a_tiny_model_is_measured(name: str, tiny: Callable[..., Path], open_model: Callable[..., Any]) -> None:
+    llm = open_model(tiny(name), logits_all=False)
+    plan = SkipPlan.manual(llm.n_layer, ffn=[0]) if name != "gemma3n" else None  # in which nothing can be skipped
+    llm.set_plan(plan)
+    found = cost.measure_cost(llm, seconds=0.5)
+    assert llm.plan is plan and llm.n_tokens == 0
+    assert found.seconds(None, 100, "prefill") > 0
+    assert found.settings.n_threads == llm.n_threads and found.settings.type_k == "F32"

@@ -1,0 +1,199 @@
+"""adaskip_cpp.calibration.similarity: figures of one request, against float64 computations on whole matrices."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles.reference import ReferenceModel, ReferenceRun
+
+from adaskip_cpp.calibration.similarity import RequestStatistics
+from adaskip_cpp.errors import ProfileFormatError
+from adaskip_cpp.model.statistics import PhaseStatistics
+
+OpenModel = Callable[..., Any]
+TinyModel = Callable[..., Path]
+
+N_LAYER, N_TOKENS, N_EMBD = 3, 41, 16
+
+
+@pytest.fixture
+def streams() -> tuple[np.ndarray, np.ndarray]:
+    """u and v, float64 [n_layer, 2, n_tokens, n_embd]."""
+    rng = np.random.default_rng(1)
+    u = rng.normal(size=(N_LAYER, 2, N_TOKENS, N_EMBD))
+    u[:, :, 0] *= 1000  # a massive activation
+    return u, u + 0.3 * rng.normal(size=u.shape)
+
+
+def reduce(u: np.ndarray, v: np.ndarray) -> SimpleNamespace:
+    """One ubatch of statistics, [n_layer, 2, n_tokens, n_embd] reduced as the evaluator does."""
+    dot, u_sq, v_sq = (np.einsum("lktd,lktd->lkt", a, b).astype(np.float32) for a, b in ((u, v), (u, u), (v, v)))
+    layer_dot = np.einsum("ltd,ltd->lt", u[:, 0], v[:, 1]).astype(np.float32)
+    sums = [(a.sum(axis=2)).astype(np.float32) for a in (u, v)]
+    return SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, layer_dot=layer_dot, sum_u=sums[0], sum_v=sums[1])
+
+
+def constant(dot: np.ndarray, u_sq: np.ndarray, v_sq: np.ndarray) -> SimpleNamespace:
+    """A ubatch of one layer, its vectors of ones."""
+    ones = np.ones((1, 2, 4), np.float32)
+    return SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, layer_dot=dot[:, 0], sum_u=ones, sum_v=ones)
+
+
+def accumulate(u: np.ndarray, v: np.ndarray, pieces: list[int]) -> RequestStatistics:
+    statistics = RequestStatistics(N_LAYER)
+    start = 0
+    for n in pieces:
+        statistics.add(reduce(u[:, :, start : start + n], v[:, :, start : start + n]))
+        start += n
+    assert start == N_TOKENS
+    return statistics
+
+
+def test_figures_are_those_of_the_whole_request(streams: tuple[np.ndarray, np.ndarray]) -> None:
+    u, v = streams
+    result = accumulate(u, v, [N_TOKENS]).result()
+    norm_u, norm_v = np.linalg.norm(u, axis=3), np.linalg.norm(v, axis=3)
+    cosine = (u * v).sum(axis=3) / (norm_u * norm_v)
+    np.testing.assert_allclose(result.similarity, cosine.mean(axis=2), rtol=1e-6)
+    frobenius = [
+        [np.linalg.norm(v[layer, k]) / np.linalg.norm(u[layer, k]) for k in (0, 1)] for layer in range(N_LAYER)
+    ]
+    np.testing.assert_allclose(result.norm_ratio, frobenius, rtol=1e-6)
+    np.testing.assert_allclose(result.median_ratio, np.median(norm_v / norm_u, axis=2), rtol=1e-6)
+    # A layer's input is its attention's, its output its FFN's.
+    layer_cosine = (u[:, 0] * v[:, 1]).sum(axis=2) / (norm_u[:, 0] * norm_v[:, 1])
+    np.testing.assert_allclose(result.layer_similarity, layer_cosine.mean(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(result.mean_u, u.mean(axis=2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result.mean_v, v.mean(axis=2), rtol=1e-5, atol=1e-5)
+    assert result.n_tokens == N_TOKENS
+    assert result.similarity.dtype == result.norm_ratio.dtype == result.median_ratio.dtype == np.float64
+
+
+@pytest.mark.parametrize("pieces", [[1] * N_TOKENS, [7] * 5 + [6], [40, 1]])
+def test_they_do_not_depend_on_how_it_is_split(streams: tuple[np.ndarray, np.ndarray], pieces: list[int]) -> None:
+    whole, split = accumulate(*streams, [N_TOKENS]).result(), accumulate(*streams, pieces).result()
+    np.testing.assert_allclose(split.similarity, whole.similarity, rtol=1e-12)
+    np.testing.assert_allclose(split.norm_ratio, whole.norm_ratio, rtol=1e-12)
+    np.testing.assert_array_equal(split.median_ratio, whole.median_ratio)
+    np.testing.assert_allclose(split.layer_similarity, whole.layer_similarity, rtol=1e-12)
+    np.testing.assert_allclose(split.mean_u, whole.mean_u, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(split.mean_v, whole.mean_v, rtol=1e-5, atol=1e-4)
+
+
+def test_what_was_not_observed_is_nan(streams: tuple[np.ndarray, np.ndarray]) -> None:
+    batch = reduce(*streams)
+    for array in (batch.dot, batch.u_sq, batch.v_sq, batch.sum_u, batch.sum_v):
+        array[1, 0] = np.nan
+    statistics = RequestStatistics(N_LAYER)
+    statistics.add(batch)
+    result = statistics.result()
+    expected = np.zeros((N_LAYER, 2), bool)
+    expected[1, 0] = True
+    for array in (result.similarity, result.norm_ratio, result.median_ratio):
+        np.testing.assert_array_equal(np.isnan(array), expected)
+    np.testing.assert_array_equal(np.isnan(result.layer_similarity), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(result.mean_u).all(axis=2), expected)
+
+
+def test_a_token_of_zero_norm_counts_as_unlike_and_has_no_ratio() -> None:
+    dot = np.array([1.0, 0.0, 1.0], np.float32) * np.ones((1, 2, 1), np.float32)
+    statistics = RequestStatistics(1)
+    statistics.add(constant(dot, dot, 4 * dot))
+    result = statistics.result()
+    np.testing.assert_allclose(result.similarity, (0.5 + 0 + 0.5) / 3)
+    np.testing.assert_allclose(result.norm_ratio, 2)
+    np.testing.assert_allclose(result.median_ratio, 2)
+
+
+def test_a_sublayer_that_is_zero_throughout_is_not_observed() -> None:
+    zero, one = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 3), np.float32)
+    for u_sq, v_sq in ((zero, one), (one, zero)):
+        statistics = RequestStatistics(1)
+        statistics.add(constant(zero, u_sq, v_sq))
+        result = statistics.result()
+        assert np.isnan([result.similarity, result.norm_ratio, result.median_ratio]).all()
+
+
+def test_huge_norms_do_not_overflow() -> None:
+    huge = np.full((1, 2, 3), 1e30, np.float32)
+    statistics = RequestStatistics(1)
+    statistics.add(constant(huge, huge, huge))
+    np.testing.assert_allclose(statistics.result().similarity, 1, rtol=1e-6)
+
+
+def test_wrong_shapes_are_refused(streams: tuple[np.ndarray, np.ndarray]) -> None:
+    good = reduce(*streams)
+    v_sq, layer_dot, sum_v = good.v_sq, good.layer_dot, good.sum_v
+    for bad, message in (
+        *(
+            ({"v_sq": array}, "expected three arrays")
+            for array in (v_sq[:2], v_sq[:, :1], v_sq[..., :4], v_sq[..., None])
+        ),
+        *(({"layer_dot": array}, "expected layer_dot") for array in (layer_dot[:2], layer_dot[:, :4])),
+        *(({"sum_v": array}, "expected vectors") for array in (sum_v[:2], sum_v[..., :4], sum_v[..., 0], None)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RequestStatistics(N_LAYER).add(SimpleNamespace(**{**vars(good), **bad}))
+
+
+def test_each_request_weighs_the_same_whatever_its_length(streams: tuple[np.ndarray, np.ndarray]) -> None:
+    u, v = streams
+    results = []
+    for stop in (3, N_TOKENS):
+        statistics = RequestStatistics(N_LAYER)
+        statistics.add(reduce(u[:, :, :stop], v[:, :, :stop]))
+        results.append(statistics.result())
+    mean = PhaseStatistics.mean(results)
+    for name in ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean_u", "mean_v"):
+        np.testing.assert_allclose(
+            getattr(mean, name), (getattr(results[0], name) + getattr(results[1], name)) / 2, rtol=1e-6
+        )
+    assert mean.n_tokens == 3 + N_TOKENS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_ratio": np.ones((2, 2))},
+        {"layer_similarity": np.ones((3, 2))},
+        {"layer_similarity": np.full(3, np.inf)},
+        {"median_ratio": np.full((3, 2), np.inf)},
+        {"norm_ratio": np.full((3, 2), np.nan)},
+        {"similarity": np.ones(3)},
+        {"mean_v": np.ones((3, 2, 5), np.float32)},
+        {"mean_v": np.full((3, 2, N_EMBD), np.nan, np.float32)},
+    ],
+)
+def test_impossible_statistics_are_refused(streams: tuple[np.ndarray, np.ndarray], changes: dict[str, Any]) -> None:
+    statistics = accumulate(*streams, [N_TOKENS]).result()
+    with pytest.raises(ProfileFormatError, match="calibrate again"):
+        replace(statistics, **changes)
+
+
+def test_statistics_are_equal_by_value_and_read_only(streams: tuple[np.ndarray, np.ndarray]) -> None:
+    statistics = accumulate(*streams, [N_TOKENS]).result()
+    assert statistics == accumulate(*streams, [N_TOKENS]).result()
+    assert statistics != replace(statistics, layer_similarity=statistics.layer_similarity / 2)
+    with pytest.raises(ValueError, match="read-only"):
+        statistics.mean_u[0, 0, 0] = 1  # type: ignore[index]
+
+
+def test_layers_and_mean_vectors_equal_a_numpy_forward_pass(
+    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
+) -> None:
+    """The whole way from the graph to the figures, in ubatches of 16, against whole matrices of the reference."""
+    trace = ReferenceRun(ReferenceModel(tiny())).eval(tokens(50))
+    assert trace.layer_dot is not None and trace.sum_u is not None and trace.sum_v is not None
+    llm = open_model(tiny(), n_batch=32, n_ubatch=16)
+    statistics = RequestStatistics(llm.n_layer)
+    with llm.collect_statistics(statistics.add, vectors=True):
+        llm.eval(tokens(50))
+    result = statistics.result()
+    layer_cosine = trace.layer_dot / np.sqrt(trace.u_sq[:, 0] * trace.v_sq[:, 1])
+    np.testing.assert_allclose(result.layer_similarity, layer_cosine.mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(result.mean_u, trace.sum_u / 50, atol=1e-5 * np.abs(trace.sum_u).max())
+    np.testing.assert_allclose(result.mean_v, trace.sum_v / 50, atol=1e-5 * np.abs(trace.sum_v).max())

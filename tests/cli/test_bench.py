@@ -1,0 +1,417 @@
+"""``adaskip-cpp bench``: its options, what it measures and prints on a tiny model, that nothing measured is lost."""
+
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from oracles.command_line import line
+from oracles.frontiers import frontier, point
+from oracles.tiny_families import N_EMBD
+from rich.console import Console
+
+from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp.benchmark import bench as bench_run
+from adaskip_cpp.benchmark import measure
+from adaskip_cpp.benchmark.bench import Bench, BenchResult, BenchSettings, Configuration
+from adaskip_cpp.benchmark.plots import plot
+from adaskip_cpp.benchmark.process import Usage, Worker
+from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes
+from adaskip_cpp.cli.bench import bench
+from adaskip_cpp.cli.bench_report import print_report, seconds
+from adaskip_cpp.cli.terminal import Verbs
+from adaskip_cpp.measuring.timing import RequestTime
+from adaskip_cpp.model.cost_model import CostSettings
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
+from adaskip_cpp.model.plan_file import save_plan
+from adaskip_cpp.model.statistics import PhaseStatistics
+
+ONCE = ("--contexts", 16, "--repeats", 1, "--decode-tokens", 2, "--threads", 1, "--no-ideal")
+QUICK = (*ONCE, "--no-stock", "--json")
+
+
+def run(*args: object) -> Result:
+    """The result of ``adaskip-cpp bench ...``, in this process."""
+    main = Verbs(name="adaskip-cpp", commands={"bench": bench})
+    return CliRunner().invoke(main, ["bench", *map(str, args)], prog_name="adaskip-cpp")
+
+
+def plans(result: Result) -> dict[str, dict[str, Any]]:
+    """The plans that were measured, by name, from the JSON output."""
+    assert result.exit_code == 0, result.stderr
+    contenders = json.loads(result.stdout)["contenders"]
+    return {each["name"]: each["plan"] for each in contenders if each["plan"] is not None}
+
+
+def skipped(plan: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Layers whose attention, and layers whose FFN a plan skips in a prompt, or its bulk."""
+    of_prompt = plan["bulk"]["skip"] if plan["bulk"] else plan["prefill"]
+    return of_prompt["skip"]["attention"], of_prompt["skip"]["ffn"]
+
+
+@pytest.fixture(scope="module")
+def profile_path(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile of the tiny model, which ranks its last layer first; in a bulk FFN 2, attention 2, FFN 1, and so on."""
+    ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
+    similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
+    statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), zeros, zeros, 10)
+    path = tmp_path_factory.mktemp("profile") / "p.json"
+    known = ModelInfo(fingerprint(tiny()), "llama", 3)
+    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity, copying=1 - similarity).save(path)
+    return path
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_has_help_with_an_example() -> None:
+    result = run("--help")
+    assert result.exit_code == 0 and "Example:\n  adaskip-cpp bench" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "MODEL"),
+        (["m", "--contexts", "512,x"], "not a list such as 512,2048"),
+        (["m", "--contexts", "0"], "not a list"),
+        (["m", "--skip", "six"], "not a list such as 6,12"),
+        (["m", "--speedup", "0.5"], "not a list"),
+        (["m", "--speedup", "inf"], "not a list"),
+        (["m", "--strategy", "adaskip,best"], "not a list"),
+        (["m", "--strategy", "manual"], "not a list"),
+        (["m", "--attention", "7-3"], "not a list of layers"),
+        (["m", "--ffn", "1,two"], "not a list of layers"),
+        (["m", "--both", "1,2"], "not two lists of layers"),
+        (["m", "--both", "1/2/3"], "not two lists of layers"),
+        (["m", "--both", "1/"], "not two lists of layers"),
+        (["m", "--repeats", "0"], "--repeats"),
+        (["m", "--compensation", "magic"], "affine"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_with_2(args: list[str], message: str) -> None:
+    assert message in line(run(*args), 2)
+
+
+def test_a_missing_model_or_profile_is_one_line(tiny: Any, tmp_path: Path) -> None:
+    assert "no model file" in line(run(tmp_path / "nope.gguf"))
+    assert "nope.json" in line(run(tiny(), "--profile", tmp_path / "nope.json"))
+
+
+def test_a_context_beyond_the_model_is_one_line(tiny: Any) -> None:
+    assert "beyond the model's" in line(run(tiny(), "--contexts", 10**6))
+
+
+def test_a_profile_of_another_model_is_one_line(tiny: Any, profile_path: Path) -> None:
+    assert "another model" in line(run(tiny(seed=1), "--profile", profile_path, "--skip", 2, "--contexts", 16))
+
+
+def test_layers_that_do_not_exist_are_one_line(tiny: Any, profile_path: Path) -> None:
+    assert "layer 9" in line(run(tiny(), "--profile", profile_path, "--ffn", 9, "--contexts", 16))
+
+
+def test_a_missing_matplotlib_is_told_before_anything_is_measured(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install" in line(run(tiny(), "--plot", "x", "--contexts", 16))
+
+
+def test_pictures_for_a_folder_that_is_missing_are_refused_before_anything_is_measured(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(Bench, "run", lambda self: pytest.fail("it measures"))
+    error = line(run(tiny(), "--plot", tmp_path / "nope" / "x", "--contexts", 16))
+    assert "no folder" in error and "--plot" in error and os.listdir(tmp_path) == []
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_budget_is_a_plan_of_every_strategy_and_every_list_of_layers_one_of_its_own(
+    tiny: Any, profile_path: Path
+) -> None:
+    budgets = ("--skip", "1,2", "--strategy", "adaskip,early_exit")
+    lists = ("--attention", "0-1", "--ffn", "0,2", "--ffn", "1-2", "--both", "2/0-1")
+    found = plans(run(tiny(), "--profile", profile_path, *budgets, *lists, *QUICK))
+    assert {name: skipped(plan) for name, plan in found.items()} == {
+        "adaskip 1": ([2], []),  # the last layer loses nothing
+        "adaskip 2": ([2], [2]),
+        "early_exit 1": ([], []),  # whole layers
+        "early_exit 2": ([2], [2]),
+        "2 attention": ([0, 1], []),
+        "2 FFN": ([], [0, 2]),
+        "2 FFN (2)": ([], [1, 2]),
+        "1 attention, 2 FFN": ([2], [0, 1]),
+    }
+    for plan in found.values():
+        assert (plan["mode"], plan["online"]) == ("prompt", None)
+        assert not any(plan[phase]["skip"][kind] for phase in ("prefill", "decode") for kind in ("attention", "ffn"))
+    assert found["adaskip 1"]["bulk"]["skip"]["scale"][2][0] == 2.0  # the median ratio
+    of_paper = plans(run(tiny(), "--profile", profile_path, "--mode", "prefill", "--skip", 1, *QUICK))["adaskip 1"]
+    assert skipped(of_paper) == ([], [2]) and of_paper["bulk"] is None
+
+
+def test_a_profile_alone_asks_for_the_default_number(tiny: Any, profile_path: Path) -> None:
+    # Of this model's 6 sublayers 12 cannot be skipped.
+    assert "cannot skip 12" in line(run(tiny(), "--profile", profile_path, "--contexts", 16))
+
+
+@pytest.fixture
+def tuned_model(tiny: Any, profile_path: Path, tmp_path: Path) -> Path:
+    """A model with a profile and a plan beside it, which skips the FFN of layer 1."""
+    model = tmp_path / "m.gguf"
+    model.write_bytes(tiny().read_bytes())
+    Profile.load(profile_path).save(tmp_path / "m.adaskip.json")
+    save_plan(plan_path(model), SkipPlan.manual(3, ffn=[1]))
+    return model
+
+
+def test_the_tuned_plan_is_the_one_beside_the_model(tuned_model: Path) -> None:
+    found = plans(run(tuned_model, "--tuned", *QUICK))
+    assert {name: skipped(plan) for name, plan in found.items()} == {"tuned": ([], [1])}
+
+
+def test_of_a_frontier_it_is_the_plan_for_the_longest_context(
+    tuned_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the default promise of 0.05. Longer prompts lose more."""
+    monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
+    careful, fast = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([2], [1, 2]))
+    points = [point(careful, 0.035, {32: 1.2}, judged_at=32), point(fast, 0.045, {32: 1.5}, judged_at=32)]
+    save_plan(plan_path(tuned_model), frontier(points))
+    for contexts, chosen in ((32, [1, 2]), ("16,64", [2]), (128, None)):
+        result = run(tuned_model, "--tuned", *QUICK, "--contexts", contexts)
+        found = {name: skipped(plan)[1] for name, plan in plans(result).items()}
+        assert found == ({} if chosen is None else {"tuned": chosen})
+        assert ("No plan of 'tuned' keeps the default promise for 128 tokens" in result.stderr) == (chosen is None)
+
+
+def test_the_profile_beside_the_model_is_used_where_plans_need_one(tuned_model: Path) -> None:
+    result = run(tuned_model, "--tuned", "--skip", 1, *QUICK)
+    assert list(plans(result)) == ["tuned", "adaskip 1"]
+    assert "The profile is" in result.stderr and "calibrating" not in result.stderr
+    assert plans(run(tuned_model, *QUICK)) == {}
+
+
+def test_a_tuned_plan_that_is_not_there_is_one_line(tiny: Any) -> None:
+    assert "adaskip-cpp tune" in line(run(tiny(), "--tuned", "--contexts", 16))
+
+
+def test_layers_without_compensation_need_no_profile(tiny: Any) -> None:
+    result = run(tiny(), "--ffn", "1", "--compensation", "none", *QUICK)
+    assert plans(result)["1 FFN"]["compensation"] == "none" and "calibrating" not in result.stderr
+
+
+def test_without_a_profile_it_says_that_it_calibrates(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "N_TOKENS", 24)
+    monkeypatch.setattr(measure, "N_DECODE", 2)
+    result = run(tiny(), "--skip", "2", *QUICK)
+    attention, ffn = skipped(plans(result)["adaskip 2"])
+    assert len(attention) + len(ffn) == 2 and "No profile: calibrating on 6 requests of 24 tokens" in result.stderr
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    size = ("--contexts", "8,16", "--repeats", 2, "--decode-tokens", 4, "--threads", 1, "--flash-attn")
+    output = ("--json", "--plot", f"{tmp_path}/pictures/")
+    result = run(tiny(), "--profile", profile_path, "--skip", 2, *size, *output)
+    assert result.exit_code == 0, result.stderr
+    assert {path.name for path in (tmp_path / "pictures").glob("*.png")} == {"bench-times.png", "bench-ratios.png"}
+    data = json.loads(result.stdout)
+    assert data["complete"] and data["configuration"]["llama_cpp_python"] == version("llama-cpp-python")
+    assert data["machine"]["n_threads"] == 1 and data["machine"]["flash_attention"]
+    assert [contender["name"] for contender in data["contenders"]] == [STOCK, NO_PLAN, "adaskip 2"]
+    assert all(contender["peak_bytes"] > 10**7 for contender in data["contenders"])
+    rows = [(row["contender"], row["context"], row["phase"], row["n_rounds"]) for row in data["rows"]]
+    assert sorted(rows) == sorted(
+        (name, n, phase, 2)
+        for name in (STOCK, NO_PLAN, "adaskip 2")
+        for n in (8, 16)
+        for phase in ("prefill", "decode")
+    )
+    assert {each["run"] for each in data["times"]} > {STOCK, NO_PLAN, "adaskip 2"}  # and what the ideal is made of
+    assert all(len(each["first_token_s"]) == 2 and len(each["token_s"][1]) == 4 for each in data["times"])
+    assert set(data["rows"][-1]["speed_against"][NO_PLAN]) == {"value", "low", "high", "n", "real", "verdict"}
+
+
+def test_without_plans_stock_and_ours_are_compared_and_a_busy_machine_is_warned_of(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "load_average", lambda: 2.5)
+    result = run(tiny(), *ONCE)
+    assert result.exit_code == 0 and "Warning: the load average is 2.5" in result.stderr
+    for words in (
+        "Time to first token, prompt of 16 tokens, 1 round",
+        "measured once",
+        "stock",
+        "no plan",
+        "KV in F16 and F16",
+    ):
+        assert words in result.stdout
+    assert "ideal" not in result.stdout and "nan" not in result.stdout
+    monkeypatch.setattr(measure, "load_average", lambda: 0.05)
+    assert "Warning" not in run(tiny(), *QUICK).stderr
+
+
+def test_a_system_without_a_load_average_tells_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "load_average", lambda: None)
+    result = run(tiny(), *ONCE)
+    assert result.exit_code == 0 and "tokens decoded after each prompt.\n" in result.stdout
+    assert "load average" not in result.output
+
+
+Second = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def second_round(monkeypatch: pytest.MonkeyPatch) -> Second:
+    """``second_round(f)``: call ``f`` when the second round begins."""
+
+    def at(call: Callable[[], object]) -> None:
+        def in_turn(n: int, n_round: int) -> list[int]:
+            if n_round == 1:
+                call()
+            return list(range(n))
+
+        monkeypatch.setattr(bench_run, "in_turn", in_turn)
+
+    return at
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_after_ctrl_c_or_sigterm_it_prints_what_there_is_and_exits_with_130(
+    tiny: Any, second_round: Second, number: signal.Signals
+) -> None:
+    second_round(lambda: signal.raise_signal(number))
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = run(tiny(), *ONCE, "--no-stock", "--repeats", 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.exit_code == 130 and "prompt of 16 tokens, 1 round" in result.stdout
+    assert result.stderr.splitlines()[-1] == "Error: interrupted"
+
+
+def test_after_a_contender_died_it_prints_what_there_is_and_the_reason(
+    tiny: Any, second_round: Second, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Worker] = []
+
+    class Known(Worker):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            started.append(self)
+
+    monkeypatch.setattr(bench_run, "Worker", Known)
+    second_round(lambda: started[-1]._process.kill())
+    result = run(tiny(), *QUICK, "--repeats", 3)
+    assert result.exit_code == 1
+    data = json.loads(result.stdout)
+    assert not data["complete"] and {row["n_rounds"] for row in data["rows"]} == {1}
+    assert "the process of 'no plan' ended with code -9" in data["error"]
+    assert data["error"] in result.stderr.splitlines()[-1]
+
+
+# --- what is printed and drawn of times that are known ----------------------------------------------------------------
+
+
+def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (16,)) -> BenchResult:
+    """Stock and no plan take 2 s, a plan 1.6 s, of an ideal of 2 / 1.5; a hundredth of it per token."""
+    seconds_of = {STOCK: 2.0, NO_PLAN: 2.0, "adaskip 2": 1.6, "only": 0.6, REST: 0.1}
+    times = BenchTimes(
+        [STOCK, NO_PLAN, "adaskip 2"], parts={"adaskip 2": dict.fromkeys(("prefill", "decode"), ("only", REST))}
+    )
+    for context in contexts:
+        for name, s in seconds_of.items():
+            times.times[name, context] = [RequestTime(s, (s / 100,) * n_decode)] * n_rounds
+    result = BenchResult(
+        BenchSettings("m.gguf", contexts, n_rounds, n_decode, 1), {"adaskip 2": SkipPlan.manual(3, [2], [2])}, times
+    )
+    result.usage = {name: Usage(10**8, 10**6) for name in times.contenders}
+    result.machine = CostSettings(
+        cpu="a processor",
+        devices=("a processor", "a GPU"),
+        n_gpu_layers=-1,
+        n_threads=1,
+        n_threads_batch=1,
+        n_batch=512,
+        n_ubatch=512,
+        flash_attention=False,
+        type_k="F16",
+        type_v="F16",
+        swa_full=False,
+        llama_cpp_python="0.3.36",
+    )
+    result.about = ABOUT
+    return result
+
+
+ABOUT = Configuration(
+    model="tiny",
+    file="m.gguf",
+    architecture="llama",
+    fingerprint="f",
+    n_layer=3,
+    file_bytes=10**6,
+    quantisation="F32",
+    adaskip_cpp="0.1.0",
+    llama_cpp_python="0.3.36",
+    python="3.11",
+    os="Linux",
+    load_average=0.1,
+    busy=False,
+)
+
+
+def test_it_prints_ratios_the_ideal_memory_and_the_configuration() -> None:
+    out = Console(file=io.StringIO(), highlight=False)
+    result = known()
+    print_report(out, result)
+    printed = out.file.getvalue()  # type: ignore[attr-defined]
+    for words in (
+        "Time to first token, prompt of 16 tokens, 12 rounds",
+        "Time per token, prompt of 16 tokens",
+        "1.25 x as fast",
+        "no real difference",
+        "1.33 x",  # ideal: 2 / (2 - (0.6 - 0.1))
+        "93.8%",  # 1.25 of 1.333
+        "100 MB",
+        "1.0 MB",
+        "all layers offloaded to: a GPU",
+        "llama-cpp-python 0.3.36",
+        "a processor, 1 thread,",
+        "KV in F16 and F16",
+        "flash attention off",
+        "2 of 6 sublayers skipped in prefill",
+        "load average",
+    ):
+        assert words in printed, words
+
+
+@pytest.mark.parametrize(("target", "stem"), [("pictures/", "pictures/bench"), ("pictures/mine.png", "pictures/mine")])
+def test_it_draws_times_and_ratios_also_of_one_round_and_one_token(tmp_path: Path, target: str, stem: str) -> None:
+    pytest.importorskip("matplotlib")
+    result = known(1, 1, (8, 16))
+    plot(result.rows, f"{tmp_path}/{target}")
+    for name in (f"{stem}-times", f"{stem}-ratios"):
+        assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
+        assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.012345, "12.3 ms"), (0.9, "900 ms"), (1.234, "1.23 s"), (123.4, "123 s")]
+)
+def test_times_are_told_to_three_digits(value: float, words: str) -> None:
+    assert seconds(value) == words

@@ -1,0 +1,50 @@
+"""``adaskip-cpp calibrate``: a profile that the other verbs take."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from oracles.tiny_families import N_EMBD
+
+from adaskip_cpp import Profile
+
+Run = Callable[..., Result]
+
+
+def test_calibrate_writes_a_profile_that_generate_takes(run: Run, tiny: Any, tmp_path: Path) -> None:
+    output, data = tmp_path / "out.json", tmp_path / "text.txt"
+    data.write_text("the quick brown fox " * 40)
+    args = ["calibrate", tiny(), "--data", data, "--requests", 4, "--tokens", 20, "-o", output]
+    args += ["--decode-tokens", 5, "--no-cost"]
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert "4 requests: 80 tokens of text.txt" in result.stdout
+    assert "20 tokens were decoded" in result.stdout
+    assert str(output) in result.stdout and str(output.with_suffix(".bin")) in result.stdout
+    profile = Profile.load(output)
+    assert (profile.n_requests, profile.n_tokens, profile.corpus) == (4, 80, "text.txt")
+    assert (profile.decode.n_tokens, profile.prefill.mean_u.shape[2], profile.cost) == (20, N_EMBD, None)
+    assert json.loads(run(*args, "--json").stdout)["prefill"] == profile.to_dict()["prefill"]
+
+    result = run("generate", tiny(), "-p", "hello", "--profile", output, "--skip", 2, "--max-tokens", 5)
+    assert result.exit_code == 0, result.output
+    assert "skipped: 2 of 6 sublayers in the bulk of a prompt" in result.stderr
+    assert "0 of 6 in decode" in result.stderr
+    assert "tokens/s" in result.stderr and "tokens/s" not in result.stdout
+
+
+@pytest.mark.parametrize(("rank", "compensation"), [(3, "linear"), (0, "affine")])
+def test_the_rank_of_the_maps_decides_what_a_plan_compensates_with(
+    run: Run, tiny: Any, tmp_path: Path, rank: int, compensation: str
+) -> None:
+    output, data = tmp_path / "out.json", tmp_path / "text.txt"
+    data.write_text("the quick brown fox " * 40)
+    args = ["calibrate", tiny(), "--data", data, "--requests", 4, "--tokens", 20, "-o", output, "--no-cost"]
+    assert run(*args, "--rank", rank).exit_code == 0
+    maps = Profile.load(output).maps
+    assert (0 if maps is None else maps.up.shape[3]) == rank
+    assert json.loads(run("plan", output, "--skip", 2, "--json").stdout)["plan"]["compensation"] == compensation
+    assert run("generate", tiny(), "-p", "hello", "--profile", output, "--skip", 2, "--max-tokens", 5).exit_code == 0

@@ -1,0 +1,176 @@
+"""``adaskip-cpp generate``: on a tiny model what it prints, with a profile and with a frontier."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from oracles.command_line import line
+from oracles.costs import cost_model
+
+import adaskip_cpp.model.frontier
+from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
+from adaskip_cpp.engine.generation import Generation, Timing
+from adaskip_cpp.measuring import running
+from adaskip_cpp.model.identity import plan_path
+from adaskip_cpp.model.plan_file import load_plan, save_plan
+
+Run = Callable[..., Result]
+
+
+def test_text_may_come_from_stdin(run: Run, tiny: Any, tmp_path: Path) -> None:
+    result = run("generate", tiny(), "-f", "-", "--max-tokens", 3, stdin="hello")
+    assert result.exit_code == 0 and "prompt:" in result.stderr
+    args = ["calibrate", tiny(), "--data", "-", "--tokens", 8, "--requests", 1, "--no-cost", "-o", tmp_path / "p.json"]
+    assert run(*args, stdin="hello world, hello").exit_code == 0
+
+
+def test_the_same_seed_gives_the_same_text(run: Run, tiny: Any) -> None:
+    texts = [run("generate", tiny(), "-p", "hello", "--max-tokens", 20, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_allocates_no_kv_for_attentions_that_never_run(run: Run, tiny: Any, profile_path: Path) -> None:
+    args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--profile", profile_path, "--ctx", 256]
+    # f16 K and V of 2 heads of 16 for 256 positions: 32,768 bytes a layer.
+    result = run(*args, "--attention", "0,2", "--mode", "e2e")
+    assert "KV:      33 kB, none for 2 of 3 layers" in result.stderr
+    assert "KV:      98 kB\n" in run(*args, "--attention", "0,2", "--mode", "decode").stderr
+    assert "KV:      98 kB\n" in run(*args, "--ffn", "0", "--mode", "e2e").stderr
+    assert "KV:      98 kB\n" in run(*args, "--attention", "0,2").stderr, "the bulk keeps its K and V"
+
+
+def test_generate_tells_what_each_phase_skipped(run: Run, tiny: Any, profile_path: Path) -> None:
+    args = ["generate", tiny(), "-p", "hello", "--max-tokens", 8, "--profile", profile_path, "--raw"]
+    decode_only = run(*args, "--mode", "decode", "--skip", 1, "--no-online").stderr
+    assert "skipped: 0 of 6 sublayers in prefill" in decode_only
+    assert "1 of 6 in decode (0 attention, 1 FFN)" in decode_only
+    assert "online" not in decode_only
+    assert "of 20 tokens observed" in run(*args, "--skip", 1, "--mode", "e2e").stderr
+
+
+# Decoding a token, an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms.
+COST = cost_model(0.1, [0.2] * 3, [0.1] * 3)
+
+
+def test_a_speedup_for_a_prompt_loads_the_weights_once(
+    run: Run, tiny: Any, profile_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = replace(Profile.load(profile_path), cost=COST)
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    opened, init = [], AdaSkipLlama.__init__
+
+    def spy(self: AdaSkipLlama, *args: Any, **options: Any) -> None:
+        opened.append(options)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(AdaSkipLlama, "__init__", spy)
+    args = ("-p", "hello", "--profile", profile_path, "--speedup", 1.25, "--max-tokens", 2, "--mode", "e2e")
+    result = run("generate", tiny(), *args)
+    assert result.exit_code == 0, result.output
+    assert [options.get("vocab_only", False) for options in opened] == [True, False]
+    again = run("generate", tiny(), *args[:-2])
+    assert again.exit_code == 0 and "in the bulk of a prompt" in again.stderr, "a short prompt is no error"
+    # By hand: attention 2 saves 2 of 10 ms.
+    assert "skipped: 1 of 6 sublayers in prefill" in result.stderr and "none for 1 of 3 layers" in result.stderr
+
+
+def test_generate_tells_what_the_bulk_skipped(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+    args = ["--mode", "prompt", "--skip", 2, "--head", 0, "--tail", 4]
+    result = run("generate", tiny(), "-p", "hello", "--profile", profile_path, *args, "--max-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert "skipped: 2 of 6 sublayers in the bulk of a prompt" in result.stderr
+    assert run("plan", profile_path, *args, "-o", tmp_path / "plan.json").exit_code == 0
+    again = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
+    assert again.exit_code == 0 and "in the bulk of a prompt" in again.stderr
+
+
+def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
+    run: Run, tiny: Any, profile_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing = Timing(n_prompt=66, n_evaluated=66, n_generated=2, first_token_s=3.0, decode_s=0.1, is_cut=False)
+    monkeypatch.setattr(Generation, "timing", property(lambda self: timing, lambda self, value: None), raising=False)
+    cost = cost_model(0, [1] * 3, [1] * 3, size=64, kept=[0.5] * 3)
+    profile = replace(Profile.load(profile_path), cost=cost)
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    args = ["generate", tiny(), "-p", "hello", "--profile", profile_path, "--ffn", "0,1", "--head", 1, "--tail", 1]
+    told = run(*args, "--max-tokens", 2).stderr
+    # By hand, of 64 tokens without outputs: two layers and the last one's K and V take 4.5 s, without two FFNs 2.5. The
+    # plan cuts 1 + 64 + 1 tokens, the whole model 64 + 2, of which the two lie between 0.06 s for one and 5.01 for 64.
+    whole, bulk = 4.5 + 0.06 + (5.01 - 0.06) / 63, 0.04 + 2.5 + 0.06
+    assert f"first token after 3.0 s; predicted without the plan: {3.0 * whole / bulk:.1f} s\n" in told
+    told = run("generate", tiny(), "-p", "hello", "--max-tokens", 2).stderr
+    assert "first token after 3.0 s\n" in told
+
+
+LONG = "the of to in " * 20
+
+
+@pytest.mark.parametrize(("options", "n_skip"), [((), 2), (("--max-loss", 0.02), 1), (("--max-loss", 0), 0)])
+def test_generate_skips_what_keeps_the_promise(
+    options: tuple[object, ...], n_skip: int, run: Run, tuned_model: Path
+) -> None:
+    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2, *options)
+    assert result.exit_code == 0, result.output
+    assert f"Plans lose at most {options[-1] if options else 0.05:g} nats per token" in result.stderr
+    assert ("skipped:" in result.stderr) is (n_skip > 0)
+    assert not n_skip or f"skipped: {n_skip} of 6 sublayers in the bulk of a prompt" in result.stderr
+
+
+def test_generate_runs_a_short_prompt_whole(run: Run, tuned_model: Path) -> None:
+    result = run("generate", tuned_model, "-p", "the", "--max-tokens", 2)
+    assert result.exit_code == 0 and "skipped:" not in result.stderr
+
+
+def test_generate_takes_a_frontier_from_elsewhere(run: Run, tuned_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    save_plan(other, load_plan(plan_path(tuned_model)).frontier)
+    os.remove(plan_path(tuned_model))
+    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2, "--plan", other, "--max-loss", 0.02)
+    assert result.exit_code == 0 and "skipped: 1 of 6" in result.stderr
+
+
+def test_full_runs_the_whole_model_whatever_was_found(run: Run, tuned_model: Path) -> None:
+    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2, "--full")
+    assert result.exit_code == 0 and "skipped:" not in result.stderr and "Plans lose" not in result.stderr
+
+
+@pytest.mark.parametrize("options", [("--full",), ("--skip", 1)])
+def test_a_promise_beside_what_else_to_skip_is_a_usage_error(
+    options: tuple[object, ...], run: Run, tuned_model: Path
+) -> None:
+    result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1, *options)
+    assert "--max-loss chooses a plan that `tune` found" in line(result, 2)
+
+
+def test_a_promise_without_what_tune_found_is_a_usage_error(run: Run, tuned_model: Path, tmp_path: Path) -> None:
+    save_plan(tmp_path / "one.json", SkipPlan.manual(3, ffn=[1]))
+    result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1, "--plan", tmp_path / "one.json")
+    assert "has one plan, so leave it out" in line(result, 2)
+    os.remove(plan_path(tuned_model))
+    result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1)
+    assert f"run `adaskip-cpp tune {tuned_model}`" in line(result, 2)
+
+
+@pytest.mark.parametrize("value", ["-0.1", "much"])
+def test_a_promise_that_is_no_loss_is_a_usage_error(value: str, run: Run, tuned_model: Path) -> None:
+    assert "--max-loss" in line(run("generate", tuned_model, "-p", "the", "--max-loss", value), 2)
+
+
+def test_settings_that_were_found_here_are_used_and_options_win(
+    run: Run, tuned_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, init = [], adaskip_cpp.AdaSkipLlama.__init__
+
+    def spy(self: AdaSkipLlama, *args: Any, **options: Any) -> None:
+        opened.append(options)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(AdaSkipLlama, "__init__", spy)
+    for here, options, flash_attn in ((True, (), True), (True, ("--no-flash-attn",), False), (False, (), None)):
+        monkeypatch.setattr(running, "is_here", lambda machine, here=here: here)
+        assert run("generate", tuned_model, "-p", "the", "--max-tokens", 1, *options).exit_code == 0
+        assert opened[-1].get("flash_attn") is flash_attn

@@ -1,0 +1,171 @@
+"""``adaskip-cpp plan``: what it prints of a profile and of a plan file, and as JSON."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from oracles.command_line import line
+from oracles.costs import cost_model
+
+from adaskip_cpp import Profile
+from adaskip_cpp.model.identity import plan_path
+from adaskip_cpp.model.mode import MODES
+from adaskip_cpp.model.profile import Windows
+
+Run = Callable[..., Result]
+
+
+def test_plan_ranks_every_sublayer(run: Run, profile_path: Path) -> None:
+    args = ("plan", profile_path, "--skip", 2, "--compensation", "median", "--json")
+    data = json.loads(run(*args, "--mode", "e2e").stdout)
+    # By hand: the profile's similarity rises from attention of layer 0 to FFN of layer 2.
+    order = [(row["layer"], row["kind"]) for row in data["sublayers"]]
+    assert order == [(2, "ffn"), (2, "attention"), (1, "ffn"), (1, "attention"), (0, "ffn"), (0, "attention")]
+    assert [row["rank"] for row in data["sublayers"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["skipped"] for row in data["sublayers"]] == [["prefill", "decode"]] * 2 + [[]] * 4
+    assert [row["scale"] for row in data["sublayers"]] == [2.0, 2.0, None, None, None, None]
+    assert (data["predicted_speedup"], data["layers_without_kv"]) == (None, [2])
+    assert data["plan"]["online"]["threshold"] == pytest.approx(0.99 - 0.49 / 5)
+    by_default = json.loads(run(*args).stdout)
+    assert [row["skipped"] for row in by_default["sublayers"]] == [["bulk"]] * 2 + [[]] * 4
+    assert by_default["plan"]["mode"] == "prompt" and by_default["layers_without_kv"] == []
+    # In the bulk the last layer costs nothing, whatever its divergence: its attention comes first.
+    order = [(row["layer"], row["kind"]) for row in by_default["sublayers"]]
+    assert order == [(2, "attention"), (2, "ffn"), (1, "ffn"), (1, "attention"), (0, "ffn"), (0, "attention")]
+    told = [row["divergence"] for row in by_default["sublayers"]]
+    assert told == pytest.approx([0.108, 0.01, 0.206, 0.304, 0.402, 0.5]) and data["sublayers"][0]["divergence"] is None
+    assert "diver-" in run(*args[:-1]).stdout and "108.00" in run(*args[:-1]).stdout
+    assert "simi-" in run(*args[:-1], "--mode", "e2e").stdout
+
+
+# Decoding a token, an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms.
+COST = cost_model(0.1, [0.2] * 3, [0.1] * 3)
+
+
+def test_plan_tells_what_skipping_saves(run: Run, profile_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = replace(Profile.load(profile_path), cost=COST)
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    args = ["plan", profile_path, "--skip", 2, "--mode", "decode"]
+    data = json.loads(run(*args, "--json").stdout)
+    assert {row["kind"]: round(row["saved_ms"], 6) for row in data["sublayers"]} == {"attention": 2.0, "ffn": 1.0}
+    assert data["predicted_speedup"] == pytest.approx({"prefill": 1.0, "decode": 10 / 7})
+    assert data["phase"] == "decode"
+    text = run(*args).stdout
+    assert "prefill 1.00 x, decode 1.43 x." in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_a_speedup_takes_as_many_sublayers_as_it_needs(
+    run: Run, profile_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = replace(Profile.load(profile_path), cost=COST)
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    for mode in ("prompt", "e2e"):
+        data = json.loads(run("plan", profile_path, "--speedup", 1.25, "--mode", mode, "--json").stdout)
+        assert data["predicted_speedup"]["prefill"] >= 1.25 and data["plan"]["mode"] == mode
+        assert "at most" in line(run("plan", profile_path, "--speedup", 11, "--mode", mode))
+
+
+def test_plan_shows_phases_apart_where_they_differ(run: Run, profile_path: Path) -> None:
+    text = run("plan", profile_path, "--skip", 2, "--mode", "decode").stdout
+    assert "0 of 6 sublayers skipped in prefill, 2 in decode" in text
+    assert "attention skipped in prefill in layers: none" in text
+    assert "attention skipped in decode in layers: 2" in text
+    assert "KV memory is needed for all layers" in text
+    assert "after 20 tokens of an answer" in text
+
+
+def test_plan_tells_the_bulk_and_the_time_to_the_first_token(
+    run: Run, profile_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = replace(Profile.load(profile_path), cost=cost_model(1, [1] * 3, [1] * 3, size=64, kept=[0.25] * 3))
+    monkeypatch.setattr(Profile, "load", lambda path: profile)
+    args = ["plan", profile_path, "--mode", "prompt", "--strategy", "suffix", "--skip", 4, "--decode", 1]
+    args += ["--context", 65 + 64, "--head", 0, "--tail", 1, "-o", tmp_path / "plan.json"]
+    data = json.loads(run(*args, "--json").stdout)
+    # By hand, two ubatches of the bulk and a token: of the whole model 1 + 4 + 0.25 s, of the plan 1 + 2 + 2 * 0.25.
+    whole, plan = 2 * (1 + 4 + 0.25) + 0.07, 2 * (1 + 2 + 0.5) + 0.07
+    assert data["predicted_first_token_s"] == pytest.approx({"full": whole, "plan": plan})
+    assert data["predicted_speedup"] == pytest.approx({"prefill": whole / plan, "decode": 7 / 6})
+    assert (data["phase"], data["layers_without_kv"]) == ("bulk", [])
+    marks = {(row["layer"], row["kind"]): row["skipped"] for row in data["sublayers"] if row["skipped"]}
+    bulk = ["bulk"]
+    assert marks == {(1, "attention"): bulk, (1, "ffn"): bulk, (2, "attention"): bulk, (2, "ffn"): [*bulk, "decode"]}
+    assert (data["plan"]["bulk"]["head"], data["plan"]["bulk"]["tail"]) == (0, 1)
+    text = run(*args).stdout
+    assert "4 of 6 sublayers skipped in the bulk of a prompt, 1 in decode: strategy suffix" in " ".join(text.split())
+    assert "attention skipped in the bulk in layers: 1, 2" in text and "FFN skipped in decode in layers: 2" in text
+    assert "The bulk is the prompt without its first 0 and its last 1 tokens." in text
+    assert "Predicted first token: after 7.07 s, whole model 10.6 s." in text
+    assert "needed for all layers: the bulk keeps its K and V" in text
+    assert max(len(each) for each in text.splitlines() if "plan.json" not in each) <= 80
+    shown = run("plan", tmp_path / "plan.json").stdout
+    assert "4 of 6 sublayers skipped in the bulk of a prompt, 1 in decode" in shown and "its last 1 tokens." in shown
+
+
+def test_windows_are_chosen_by_hand_and_told(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+    profile = Profile.load(profile_path)
+    replace(profile, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3))).save(profile_path)
+    args = ["--skip", 1, "--windowed", 3, "--window-size", 5, "--head", 0, "--tail", 4]  # one of the three is skipped
+    shown = run("plan", profile_path, *args, "-o", tmp_path / "plan.json").stdout
+    words = "1 of 6 sublayers skipped in the bulk of a prompt, 2 attentions windowed to 5 tokens, 0 in decode"
+    assert words in " ".join(shown.split())
+    assert "attention in the bulk looks back at 5 tokens in layers: 0, 1" in shown
+    assert "looks back at 5 tokens" in run("plan", tmp_path / "plan.json").stdout
+    result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert "(1 attention, 0 FFN), 2 attentions windowed to 5 tokens" in " ".join(result.stderr.split())
+    assert "3 attentions can use a window in the bulk" in run("inspect", tiny()).stdout
+
+
+def test_windows_alone_are_a_plan(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+    profile = Profile.load(profile_path)
+    replace(profile, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3))).save(profile_path)
+    assert run("plan", profile_path, "--skip", 0, "--windowed", 1, "-o", tmp_path / "plan.json").exit_code == 0
+    result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
+    assert "1 attention windowed to 252 tokens" in " ".join(result.stderr.split())
+
+
+def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) -> None:
+    result = run("plan", plan_path(tuned_model))
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    assert "Plans, judged after prompts of 2,048 tokens" in told
+    assert "Chosen: flash_attn True. They change only the rounding." in told and "repack False fails" in told
+    assert "A promise of 0.02 nats per token gives 1.30 times the speed at 2,048 tokens." in told
+    assert "A promise of 0.05 nats per token (the default) gives 2.60 times the speed" in told
+    assert "after 2,048 tokens comes 1.50 (1.40 to 1.60) times as fast with both as with stock llama-cpp-python" in told
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:
+    data = json.loads(run("plan", plan_path(tuned_model), "--json").stdout)
+    assert [each["plan"]["bulk"]["skip"]["skip"]["ffn"] for each in data["frontier"]["points"]] == [[1], [1, 2]]
+    assert [each["continuation"]["divergence"]["value"] for each in data["frontier"]["points"]] == [0.01, 0.04]
+    assert data["frontier"]["settings"]["flash_attn"] is True
+
+
+def test_a_model_in_the_place_of_its_profile_or_plan_is_told(run: Run, tiny: Any) -> None:
+    assert "is a model; name its profile, which `adaskip-cpp calibrate" in line(run("plan", tiny()))
+    assert "is a model; name its plan file" in line(run("generate", tiny(), "-p", "the", "--plan", tiny()))
+
+
+def test_a_plan_file_is_shown_as_it_is(run: Run, tuned_model: Path) -> None:
+    assert "leave out other options" in line(run("plan", plan_path(tuned_model), "--skip", 2), 2)
+
+
+def test_plan_shows_a_schedule(run: Run, profile_path: Path) -> None:
+    text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4, "--mode", "e2e").stdout
+    assert "from token 1 of an answer: 4 skipped" in text
+
+
+@pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])
+def test_every_strategy_can_be_planned_within_80_columns(run: Run, profile_path: Path, strategy: str) -> None:
+    for mode in MODES:
+        result = run("plan", profile_path, "--strategy", strategy, "--skip", 2, "--mode", mode)
+        assert result.exit_code == 0, result.output
+        assert f"strategy {strategy}, mode {mode}" in " ".join(result.stdout.split())
+        assert max(map(len, result.stdout.splitlines())) <= 80

@@ -1,0 +1,54 @@
+"""adaskip_cpp.cli.report: what verbs tell of an answer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from click.testing import Result
+from oracles.frontiers import point
+
+from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp.cli.report import first_token_line, layer_list, megabytes, skipped_counts, skipped_lines
+from adaskip_cpp.engine.generation import Generation, Timing
+from adaskip_cpp.measuring import running
+from adaskip_cpp.model.plan import OnlineStage
+
+Run = Callable[..., Result]
+
+
+def test_ffns_added_online_are_counted(run: Run, tiny: Any, profile_path: Path) -> None:
+    # The sixth of six similarities, 0.5, is the threshold; nothing but attentions is in the fixed set.
+    profile = Profile.load(profile_path)
+    plan = profile.plan(strategy="manual", attention=[0], mode="e2e")
+    stage = OnlineStage(threshold=-1.0, scale="median")
+    plan = replace(plan, online=stage)
+    llm = running.open_quietly(str(tiny()), 64, running.Running(1, 0, False), plan=plan)
+    answer = Generation(llm, llm.tokenize(b"hello"), max_tokens=30)
+    list(answer)
+    assert answer.timing is not None
+    if answer.timing.n_generated > stage.window + 1:
+        assert skipped_counts(llm, answer.timing.n_generated) == (1, 1, 3)
+        assert any("layers 0-2 added" in text for text in skipped_lines(llm, 29))
+    llm.close()
+
+
+def test_what_tune_predicted_is_told_where_there_is_no_profile() -> None:
+    timing = Timing(n_prompt=2000, n_evaluated=2000, n_generated=2, first_token_s=0.25, decode_s=0.1, is_cut=False)
+    plan = SkipPlan.manual(3, ffn=[1], phase="bulk")
+    found = point(plan, 0.01, {1024: 1.2, 2048: 1.6})
+    told = first_token_line(timing, plan, point=found)
+    assert told == "first token after 0.25 s; predicted without the plan: 0.40 s"
+    assert first_token_line(timing, None, point=found) == "first token after 0.25 s"
+    partly_cached = replace(timing, n_evaluated=100)
+    assert first_token_line(partly_cached, plan, point=found) == "first token after 0.25 s", "that was not predicted"
+
+
+def test_a_list_of_layers_is_short() -> None:
+    assert layer_list(()) == "none"
+    assert layer_list((3,)) == "3"
+    assert layer_list((0, 1, 4, 5, 6, 9)) == "0, 1, 4-6, 9"
+
+
+def test_bytes_are_decimal() -> None:
+    assert [megabytes(n) for n in (32_768, 1_500_000, 188_743_680)] == ["33 kB", "1.5 MB", "189 MB"]

@@ -1,0 +1,268 @@
+"""``adaskip-cpp tune``: from a tiny model to the file that the other verbs use."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from oracles.command_line import line
+from oracles.small_tuning import JUDGED_AT, TEXTS, make_small, write_idle_model
+
+import adaskip_cpp
+from adaskip_cpp import AdaSkipLlama, Frontier
+from adaskip_cpp.cli.main import main
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.frontier import SpeedUp
+from adaskip_cpp.model.identity import plan_path
+from adaskip_cpp.model.plan_file import load_plan
+from adaskip_cpp.tuning import tune as tuning
+
+Tune = Callable[..., Result]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a model, two texts to judge by and one to calibrate on."""
+    write_idle_model(tmp_path / "m.gguf")
+    first, second, *others = TEXTS.values()
+    (tmp_path / "0.txt").write_text(first + " " + others[0])
+    (tmp_path / "1.txt").write_text(second + " " + others[1])
+    (tmp_path / "data.txt").write_text(" ".join(TEXTS.values())[::-1])
+    return tmp_path
+
+
+@pytest.fixture
+def tune(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
+    """``tune(...)``: the verb, small, on that model. Processes of their own are not started: the speed is invented."""
+    make_small(monkeypatch)
+
+    def measure_speed(path: str, settings: Any, plan: Any, prompt: list[int], **_: Any) -> Any:
+        return (SpeedUp("both", len(prompt), Interval(2.5, 2.4, 2.6, 2), (5.0, 2.0)),)
+
+    monkeypatch.setattr(tuning, "measure_speed", measure_speed)
+
+    def run(*args: object) -> Result:
+        words = [
+            *("tune", folder / "m.gguf", "--data", folder / "data.txt", "--context", 100, "--answer", 4),
+            *("--text", folder / "0.txt", "--text", folder / "1.txt", "--threads", 1, "--no-flash-attn", *args),
+        ]
+        return CliRunner().invoke(main, [str(word) for word in words], prog_name="adaskip-cpp")
+
+    return run
+
+
+def found(folder: Path) -> Frontier:
+    frontier = load_plan(plan_path(folder / "m.gguf"), model=folder / "m.gguf").frontier
+    assert frontier is not None
+    return frontier
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# -- what it writes and prints ---------------------------------------------------------------------------------------
+
+
+def test_it_writes_what_the_model_opens_with(tune: Tune, folder: Path) -> None:
+    assert tune().exit_code == 0
+    assert len(found(folder).points) == 2 and found(folder).n_read > 1000
+    llm = AdaSkipLlama(str(folder / "m.gguf"), plan="auto", n_ctx=256, verbose=False)
+    llm.eval([1, *range(3, 150)])
+    assert llm.plan is not None and llm.plan.skipped("bulk").n_skip >= 1
+    llm.close()
+
+
+def test_it_leaves_nothing_else_behind(tune: Tune, folder: Path) -> None:
+    before = files(folder)
+    tune()
+    new = files(folder).keys() - before.keys()
+    assert new == {"m.adaskip-plan.json", "m.adaskip-plan.bin"}
+
+
+def test_it_prints_settings_plans_promises_and_speed_within_80_columns(tune: Tune, folder: Path) -> None:
+    result = tune()
+    told = " ".join(result.stdout.split())
+    for words in (
+        "Settings, of the whole model",
+        f"Plans, judged after prompts of {JUDGED_AT} tokens",
+        "A promise of 0.05 nats per token (the default) gives",
+        f"the first token after {JUDGED_AT} tokens comes 2.50 (2.40 to 2.60) times as fast",
+        "judged on 0.txt, part 2 of 2, 1.txt, part 2 of 2; plans found on 0.txt, part 1 of 2, 1.txt, part 1 of 2",
+        'AdaSkipLlama(plan="auto") use it',
+    ):
+        assert words in told
+    path = plan_path(folder / "m.gguf")
+    assert f"Written to {path}" in told
+    assert max(len(each) for each in result.stdout.splitlines() if path not in each and "auto" not in each) <= 80
+
+
+def test_it_says_before_it_works_how_to_stop_and_how_long_it_takes(tune: Tune) -> None:
+    told = " ".join(tune().stderr.split())
+    assert "run nothing else. After Ctrl-C, the same command continues." in told
+    assert "The other stages take about" in told
+
+
+def test_json_is_what_was_found(tune: Tune, folder: Path) -> None:
+    data = json.loads(tune("--json").stdout)
+    frontier = found(folder)
+    assert data["path"] == plan_path(folder / "m.gguf") and data["n_read"] == frontier.n_read
+    values = [each["continuation"]["divergence"]["value"] for each in data["points"]]
+    assert values == [each.continuation.divergence.value for each in frontier.points]
+    assert data["settings"]["n_threads"] == 1 and data["speeds"][0]["seconds"] == [5.0, 2.0]
+
+
+def test_the_output_can_be_elsewhere(tune: Tune, folder: Path, tmp_path: Path) -> None:
+    result = tune("-o", tmp_path / "other.json")
+    assert result.exit_code == 0 and not os.path.exists(plan_path(folder / "m.gguf"))
+    assert f"Use it with --plan {tmp_path / 'other.json'}." in result.stdout
+    assert load_plan(tmp_path / "other.json").frontier is not None
+
+
+def test_settings_that_are_given_are_not_varied(tune: Tune, folder: Path) -> None:
+    tune()
+    assert all((each.settings.n_threads, each.settings.flash_attn) == (1, False) for each in found(folder).tried)
+
+
+# -- a run that is stopped -------------------------------------------------------------------------------------------
+
+
+def interrupted_in(monkeypatch: pytest.MonkeyPatch, name: str, *, when: int = 1) -> list[int]:
+    """Let the n-th call of a function of tuning press Ctrl-C; returns the calls so far."""
+    calls, real = [0], getattr(tuning, name)
+
+    def call(*args: Any, **more: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == when:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    monkeypatch.setattr(tuning, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("where", ["fastest_settings", "calibrate", "find_path", "measure_speed"])
+def test_ctrl_c_leaves_all_files_as_they_were_but_for_the_unfinished_ones(
+    where: str, tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(folder)
+    interrupted_in(monkeypatch, where)
+    result = tune()
+    assert result.exit_code == 130 and result.stderr.splitlines()[-1] == "Error: interrupted"
+    after = files(folder)
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("m.adaskip-plan-unfinished") for name in after.keys() - before.keys())
+
+
+@pytest.mark.parametrize("where", ["calibrate", "find_path", "measure_speed"])
+def test_the_next_run_goes_on_and_cleans_up(
+    where: str, tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated, tried = (
+        interrupted_in(monkeypatch, "calibrate", when=0),
+        interrupted_in(monkeypatch, "fastest_settings", when=0),
+    )
+    interrupted_in(monkeypatch, where)
+    assert tune().exit_code == 130
+    result = tune()
+    assert result.exit_code == 0, result.output
+    assert tried == [1] and calibrated == [1]
+    assert len(found(folder).points) == 2
+    assert not any("unfinished" in name for name in files(folder))
+
+
+@pytest.mark.parametrize("change", [("--fresh",), ("--context", 120), ("--no-flash-attn", "--threads", 2)], ids=str)
+def test_with_fresh_or_other_options_it_begins_anew(
+    change: tuple[object, ...], tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = interrupted_in(monkeypatch, "fastest_settings", when=0)
+    interrupted_in(monkeypatch, "find_path")
+    assert tune().exit_code == 130
+    assert tune(*change).exit_code == 0
+    assert tried == [2]
+
+
+def test_a_file_that_was_there_is_replaced_at_the_end_alone(
+    tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(plan_path(folder / "m.gguf")).write_text("what was there")
+    interrupted_in(monkeypatch, "measure_speed")
+    assert tune().exit_code == 130 and Path(plan_path(folder / "m.gguf")).read_text() == "what was there"
+    assert tune().exit_code == 0 and found(folder).points
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def never_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **more: Any) -> None:
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(adaskip_cpp.AdaSkipLlama, "_evaluate", refuse)
+
+
+def test_what_teaches_may_not_judge(tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    never_evaluated(monkeypatch)
+    assert "is given to --data and --text" in line(tune("--data", folder / "0.txt"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"), [(["--text", "nope.txt"], "nope.txt"), (["-o", "/nowhere/p.json"], "no folder '/nowhere'")]
+)
+def test_what_cannot_be_read_or_written_is_told_before_the_work(
+    args: list[object], message: str, tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_evaluated(monkeypatch)
+    assert message in line(tune(*args))
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
+    tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_evaluated(monkeypatch)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "cannot write" in line(tune())
+
+
+def test_a_model_that_is_none_is_one_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["tune", str(tmp_path / "nope.gguf")], prog_name="adaskip-cpp")
+    assert "cannot read the model" in line(result)
+
+
+def test_too_little_text_is_one_line_and_leaves_no_plan(tune: Tune, folder: Path) -> None:
+    for i in range(2):
+        (folder / f"{i}.txt").write_text("the of to " * 20)
+    result = tune()
+    assert result.exit_code == 1 and "held-out text" in result.stderr.splitlines()[-1]
+    assert not os.path.exists(plan_path(folder / "m.gguf"))
+
+
+# -- a real model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_real_model_is_tuned_with_the_built_in_text(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A seventh of the layers and a fifth of the tokens: what is left takes three minutes on two slow cores.
+    small = {"_N_REQUESTS": 4, "_JUDGED_AT": 1024, "_SEARCHED_AT": (256, 512), "_COST_CONTEXTS": (512,), "_COST_S": 1.0}
+    small |= {"_N_TEXTS": 2, "_N_SEARCHED": 1, "_N_ROUNDS": 1, "MOST_TOKENS": 20_000}
+    for name, value in small.items():
+        monkeypatch.setattr(tuning, name, value)
+    for module in ("calibration.calibrate", "tuning.tune"):
+        monkeypatch.setattr(f"adaskip_cpp.{module}.late_layers", lambda llm: range(26, 30))
+    monkeypatch.setattr("adaskip_cpp.tuning.exact.MOST_TOKENS", 3000)
+    args = ["tune", str(smollm2_path), "--context", "2048", "-o", str(tmp_path / "p.json"), "--json"]
+    result = CliRunner().invoke(main, args, prog_name="adaskip-cpp")
+    assert result.exit_code == 0, result.output
+    frontier = load_plan(tmp_path / "p.json", model=smollm2_path).frontier
+    assert frontier is not None and frontier.points and frontier.n_read < 50_000
+    chosen = frontier.choose(1024, 1.0)
+    assert chosen is not None and chosen.skipped("bulk").n_skip > 2 and chosen.decode.n_skip == 0
+    assert frontier.speeds[0].of == "settings"
+    searched, judged = ({*str(frontier.about[name]).split(", ")} for name in ("searched_on", "judged_on"))
+    assert not searched & judged and str(frontier.about["calibrated_on"]).startswith("pages of pydoc_data")

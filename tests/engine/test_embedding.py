@@ -1,0 +1,115 @@
+"""Embeddings under a plan: of a model that generates, against the reference, and of encoders, against stock.
+
+Stock is the oracle of a skipped sublayer, too: of a model whose projection that ends this sublayer is zero.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from oracles.reference import ReferenceModel, ReferenceRun, relative_error
+from oracles.stock import EXACT, Job, run_stock
+from oracles.tiny_families import ENCODERS, N_LAYER
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.errors import NotSkippableError
+from adaskip_cpp.model.skip_set import SkipSet
+
+Tiny = Callable[..., Path]
+Open = Callable[..., Any]
+TEXTS = ["the other of the", "in an", "on the other"]
+SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in ("attention", "ffn")]
+POOLED = {"embedding": True, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_MEAN}
+
+
+# -- a model that generates ------------------------------------------------------------------------------------------
+
+
+def states(path: Path, tokens: list[int], each: SkipSet) -> np.ndarray:
+    """The stream behind the last norm, under this set: [n_tokens, n_embd]."""
+    model = ReferenceModel(path)
+    trace = ReferenceRun(model).eval(tokens, each.skip, each.scale, each.bias)
+    assert trace.v is not None
+    return model.norm(trace.v[-1, 1], "output_norm")
+
+
+POOLINGS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
+    "mean": (llama_cpp.LLAMA_POOLING_TYPE_MEAN, lambda rows: rows.mean(axis=0)),
+    "first": (llama_cpp.LLAMA_POOLING_TYPE_CLS, lambda rows: rows[0]),
+    "last": (llama_cpp.LLAMA_POOLING_TYPE_LAST, lambda rows: rows[-1]),
+    "none": (llama_cpp.LLAMA_POOLING_TYPE_NONE, lambda rows: rows),
+}
+PLANS = {
+    "no plan": None,
+    "attention and FFNs": SkipPlan.manual(N_LAYER, attention=[1], ffn=[0, 2], scale=0.9),
+    "whole layers": SkipPlan.manual(N_LAYER, attention=[0, 2], ffn=[0, 2]),
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_texts_are_embedded_under_the_prefill_set(plan: str, pooling: str, tiny: Tiny, open_model: Open) -> None:
+    # Float32 against float64: 1e-6 is measured. All texts are in one batch, as sequences of their own; but alone where
+    # nothing is pooled, since llama-cpp-python then mixes up the texts of a batch.
+    kind, pool = POOLINGS[pooling]
+    llm = open_model(tiny(), embedding=True, pooling_type=kind)
+    llm.set_plan(PLANS[plan])
+    chosen = SkipSet.none(N_LAYER) if llm.plan is None else llm.plan.prefill
+    embedded = [llm.embed(text) for text in TEXTS] if pooling == "none" else llm.embed(TEXTS)
+    for text, actual in zip(TEXTS, embedded, strict=True):
+        expected = pool(states(tiny(), llm.tokenize(text.encode()), chosen))
+        assert relative_error(np.atleast_2d(actual), np.atleast_2d(expected)) < 5e-6
+
+
+def test_a_model_opened_with_a_plan_embeds_without_the_kv_of_what_it_skips(tiny: Tiny, open_model: Open) -> None:
+    plan = PLANS["whole layers"]
+    llm = open_model(tiny(), plan=plan, **POOLED)
+    assert llm.elided_kv == (0, 2)
+    expected = [states(tiny(), llm.tokenize(text.encode()), plan.prefill).mean(axis=0) for text in TEXTS]
+    actual = [row["embedding"] for row in llm.create_embedding(TEXTS)["data"]]
+    assert relative_error(actual, expected) < 5e-6
+
+
+def test_plans_change_between_two_embeddings(tiny: Tiny, open_model: Open) -> None:
+    llm = open_model(tiny(), **POOLED)
+    for plan in (PLANS["whole layers"], None, PLANS["attention and FFNs"], PLANS["whole layers"]):
+        llm.set_plan(plan)
+        chosen = SkipSet.none(N_LAYER) if plan is None else plan.prefill
+        expected = states(tiny(), llm.tokenize(TEXTS[0].encode()), chosen).mean(axis=0)
+        assert relative_error([llm.embed(TEXTS[0])], [expected]) < 5e-6
+
+
+# -- encoders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_without_a_plan_is_bit_identical_to_stock(name: str, tiny: Tiny, open_model: Open) -> None:
+    (expected,) = run_stock([Job(str(tiny(name)), [], {**EXACT, "embedding": True}, TEXTS)])
+    assert np.isfinite(expected).all() and len({row.tobytes() for row in expected}) == len(TEXTS)
+    np.testing.assert_array_equal(open_model(tiny(name), embedding=True).embed(TEXTS), expected)
+
+
+def test_each_sublayer_of_an_encoder_skipped_equals_stock_on_the_zeroed_model(tiny: Tiny, open_model: Open) -> None:
+    # x + 0 is x: measured is no difference at all.
+    jobs = [Job(str(tiny("bert", zero=[at])), [], {**EXACT, "embedding": True}, TEXTS) for at in SUBLAYERS]
+    llm = open_model(tiny("bert"), embedding=True)
+    assert [(each.layer, each.kind, each.skippable) for each in llm.sublayers] == [(*at, True) for at in SUBLAYERS]
+    whole = llm.embed(TEXTS)
+    for (layer, kind), expected in zip(SUBLAYERS, run_stock(jobs), strict=True):
+        llm.set_plan(SkipPlan.manual(N_LAYER, **{kind: [layer]}))
+        actual = llm.embed(TEXTS)
+        assert relative_error(actual, expected) < 1e-6 and relative_error(actual, whole) > 0.1
+    llm.set_plan(None)
+    np.testing.assert_array_equal(llm.embed(TEXTS), whole)
+
+
+def test_an_encoder_whose_sublayers_are_not_found_says_so_and_still_runs(tiny: Tiny, open_model: Open) -> None:
+    llm = open_model(tiny("t5encoder"), embedding=True)
+    whole = llm.embed(TEXTS)
+    assert all(not each.skippable and "was found on the residual stream" in each.reason for each in llm.sublayers)
+    with pytest.raises(NotSkippableError, match="leave it out of the plan"):
+        llm.set_plan(SkipPlan.manual(N_LAYER, ffn=[1]))
+    np.testing.assert_array_equal(llm.embed(TEXTS), whole)

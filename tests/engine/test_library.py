@@ -1,0 +1,234 @@
+"""``import adaskip_cpp`` puts our libllama under llama-cpp-python, or says why it cannot and what to do."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from faults.preloaded import build
+
+import adaskip_cpp
+from adaskip_cpp.engine import binding as _binding
+from adaskip_cpp.engine import library as _library
+from adaskip_cpp.errors import LibraryVersionError
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+
+# A copy of the package is imported by its path: the finder of an editable installation would prefer the original.
+BY_PATH = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n"
+MAPPED = "{line.split()[-1] for line in open('/proc/self/maps') if '/lib' + name in line}"
+
+
+def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a fresh Python in ``folder``, away from the sources."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("LLAMA_CPP_LIB_PATH", "PYTHONPATH")}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=folder, env=variables | environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def output(code: str, folder: Path, **environment: str) -> str:
+    result = run(code, folder, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def error(code: str, folder: Path, **environment: str) -> str:
+    """The last line on stderr of ``code``, which must fail."""
+    result = run(code, folder, **environment)
+    assert result.returncode != 0, result.stdout
+    return result.stderr.strip().splitlines()[-1]
+
+
+def distribution(folder: Path, version: str) -> str:
+    """A PYTHONPATH on which llama-cpp-python's metadata say ``version``."""
+    information = folder / f"llama_cpp_python-{version.partition('+')[0]}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {version}\n")
+    return str(folder)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package with what was built, copied to a folder of its own, to be damaged by a test."""
+    target = tmp_path / "copy" / "adaskip_cpp"
+    for folder in adaskip_cpp.__path__:
+        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def test_llama_cpp_runs_on_our_library(tmp_path: Path) -> None:
+    code = "import adaskip_cpp, llama_cpp; print(llama_cpp.llama_cpp._lib._name)"
+    assert Path(output(code, tmp_path)).samefile(_library.path())
+
+
+@linux_only
+def test_server_and_multimodal_share_our_library(tmp_path: Path) -> None:
+    code = (
+        "import adaskip_cpp, llama_cpp.server.app, llama_cpp.mtmd_cpp\n"
+        f"for name in ('llama.', 'mtmd.', 'ggml.', 'ggml-base.'): print(*{MAPPED})"
+    )
+    llama, *others = output(code, tmp_path).splitlines()
+    assert Path(llama).samefile(_library.path())
+    assert [len(line.split()) for line in others] == [1, 1, 1]
+    assert {Path(line).parent.parent.name for line in others} == {"llama_cpp"}
+
+
+@linux_only
+def test_library_finds_ggml_by_itself(tmp_path: Path) -> None:
+    code = f"import ctypes; ctypes.CDLL({str(_library.path())!r}); name = 'ggml.'; print(*{MAPPED})"
+    assert Path(output(code, tmp_path)).parent.parent.name == "llama_cpp"
+
+
+@pytest.mark.parametrize("before", [None, "/elsewhere"])
+def test_environment_is_as_before(tmp_path: Path, before: str | None) -> None:
+    code = "import adaskip_cpp, os; print(os.environ.get('LLAMA_CPP_LIB_PATH'))"
+    environment = {} if before is None else {"LLAMA_CPP_LIB_PATH": before}
+    assert output(code, tmp_path, **environment) == str(before)
+
+
+def test_llama_cpp_imported_first_is_refused(tmp_path: Path) -> None:
+    message = error("import llama_cpp, adaskip_cpp", tmp_path)
+    assert message.startswith("adaskip_cpp.errors.ImportOrderError: llama_cpp was imported before adaskip_cpp")
+    assert "import adaskip_cpp first" in message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a DLL names no folder: the package opens ggml first")
+def test_llama_cpp_imported_first_on_our_library_is_fine(tmp_path: Path) -> None:
+    code = "import llama_cpp, adaskip_cpp; print('fine')"
+    assert output(code, tmp_path, LLAMA_CPP_LIB_PATH=str(_library.path().parent)) == "fine"
+
+
+def test_other_version_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    code = "import sys\ntry:\n    import adaskip_cpp\nfinally:\n    print('llama_cpp' in sys.modules)"
+    result = run(code, tmp_path, PYTHONPATH=distribution(tmp_path, "0.3.1"))
+    assert result.stdout.strip() == "False"
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("adaskip_cpp.errors.LibraryVersionError: llama-cpp-python 0.3.1 is installed")
+    assert f"pip install llama-cpp-python=={_library.release()}" in message
+
+
+def test_version_with_a_backend_suffix_is_the_same_version(tmp_path: Path) -> None:
+    version = f"{_library.release()}+cu124"
+    assert output("import adaskip_cpp; print('fine')", tmp_path, PYTHONPATH=distribution(tmp_path, version)) == "fine"
+
+
+def test_missing_llama_cpp_python_is_said(tmp_path: Path) -> None:
+    code = (
+        "import importlib.metadata as m\n"
+        "def version(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = version\n"
+        "import adaskip_cpp"
+    )
+    message = error(code, tmp_path)
+    assert "LibraryVersionError: llama-cpp-python is not installed; run 'pip install llama-cpp-python==" in message
+
+
+@pytest.mark.parametrize("name", [_library.path().name, "build.json"])
+def test_missing_file_is_said(copy: Path, name: str) -> None:
+    (copy / "lib" / name).unlink()
+    message = error(BY_PATH + "import adaskip_cpp", copy.parent)
+    assert message.startswith("adaskip_cpp.errors.LibraryMissingError: adaskip_cpp in")
+    assert name in message
+    assert "pip install" in message
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}"])
+def test_damaged_build_record_is_said(copy: Path, record: str) -> None:
+    (copy / "lib" / "build.json").write_text(record)
+    message = error(BY_PATH + "import adaskip_cpp", copy.parent)
+    assert "LibraryMissingError" in message
+    assert "is damaged" in message
+
+
+def test_unloadable_library_is_said(copy: Path) -> None:
+    (copy / "lib" / _library.path().name).write_bytes(b"not a library")
+    message = error(BY_PATH + "import adaskip_cpp", copy.parent)
+    assert message.startswith("adaskip_cpp.errors.LibraryError: llama_cpp cannot be imported on")
+    assert "pip install --force-reinstall" in message
+
+
+def test_a_library_that_the_system_lacks_is_named(copy: Path, tmp_path: Path) -> None:
+    lacking = build("foreign_exception.cpp", tmp_path)
+    build("foreign_exception.cpp", copy / "lib", "-Wl,--no-as-needed", str(lacking)).replace(
+        copy / "lib" / "libllama.so"
+    )
+    lacking.unlink()
+    message = error(BY_PATH + "import adaskip_cpp", copy.parent)
+    assert f"install the package of your system that has {lacking}" in message and "reinstall" not in message
+
+
+# The script that pip writes for the command `adaskip-cpp`, as far as an import can tell.
+SCRIPT = "import sys; sys.argv[0] = '/usr/bin/adaskip-cpp'\nfrom adaskip_cpp.cli.main import main\nsys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda package: (package / "lib" / _library.path().name).unlink(), _library.path().name),
+        (lambda package: (package / "lib" / _library.path().name).write_bytes(b"not a library"), "cannot be imported"),
+        (lambda package: distribution(package.parent, "0.3.1"), "llama-cpp-python 0.3.1 is installed"),
+        (
+            lambda package: (package.parent / "cffi.py").write_text(
+                "raise ModuleNotFoundError('No module named cffi', name='cffi')"
+            ),
+            "cffi",
+        ),
+    ],
+    ids=["missing library", "broken library", "other llama-cpp-python", "missing package"],
+)
+def test_the_command_says_in_one_line_that_its_installation_is_broken(
+    copy: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    damage(copy)
+    result = run(BY_PATH + SCRIPT, copy.parent, PYTHONPATH=str(copy.parent))
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ") and said in line and "pip install" in line
+
+
+def test_the_command_of_windows_says_so_too(copy: Path) -> None:
+    (copy / "lib" / "build.json").unlink()
+    script = SCRIPT.replace("/usr/bin/adaskip-cpp", r"C:\\Scripts\\adaskip-cpp.exe")
+    (line,) = run(BY_PATH + script, copy.parent).stderr.splitlines()
+    assert line.startswith("Error: ") and "build.json" in line
+
+
+def test_the_command_shows_where_a_mistake_of_ours_is(copy: Path) -> None:
+    (copy / "errors.py").write_text("from . import nothing_of_this_name\n")
+    result = run(BY_PATH + SCRIPT, copy.parent)
+    assert result.returncode == 1 and result.stderr.startswith("Traceback")
+
+
+def test_all_import_failures_are_import_errors() -> None:
+    names = ("LibraryError", "LibraryMissingError", "LibraryVersionError", "ImportOrderError")
+    assert all(issubclass(getattr(adaskip_cpp.errors, name), ImportError) for name in names)
+
+
+def test_header_is_installed() -> None:
+    assert _library.header().read_text().count("adaskip_") > 0
+
+
+@pytest.mark.parametrize(
+    ("differs", "wanted"),
+    [
+        ({"ADASKIP_ABI_VERSION": 99}, "different builds; run 'pip install --force-reinstall --no-deps adaskip-cpp'"),
+        (
+            {"ggml_tensor_overhead": lambda: 500},
+            r"tensors of 500 bytes.*built for \d+; run 'pip install .* adaskip-cpp'",
+        ),
+    ],
+)
+def test_a_library_of_another_layout_is_refused_when_it_is_loaded(differs: dict[str, Any], wanted: str) -> None:
+    names = ("ADASKIP_ABI_VERSION", "adaskip_abi_version", "ggml_tensor_overhead", "adaskip_ggml_tensor_overhead")
+    lib = SimpleNamespace(**{name: getattr(_binding.lib, name) for name in names})
+    _binding.check_build(lib)
+    vars(lib).update(differs)
+    with pytest.raises(LibraryVersionError, match=wanted):
+        _binding.check_build(lib)

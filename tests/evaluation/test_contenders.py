@@ -1,0 +1,172 @@
+"""Which plans are compared: every strategy, budget, mode and compensation that the profile gives."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles.frontiers import frontier, point
+
+from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp.errors import DataError, PlanError
+from adaskip_cpp.evaluation.contenders import FULL, Contender, contenders
+from adaskip_cpp.evaluation.items import EvaluationOptions
+from adaskip_cpp.files import content_hash
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.plan import Bulk, OnlineStage
+from adaskip_cpp.model.plan_file import PlanFile
+from adaskip_cpp.model.statistics import PhaseStatistics
+from adaskip_cpp.planning.request import PlanRequest
+
+N_LAYER = 20
+
+
+@pytest.fixture
+def profile() -> Profile:
+    ones = np.ones((N_LAYER, 2))
+    similarity = np.linspace(0.5, 0.99, 2 * N_LAYER).reshape(N_LAYER, 2)
+    vectors = np.zeros((N_LAYER, 2, 4), np.float32)
+    prefill = PhaseStatistics(similarity, 1.1 * ones, 1.2 * ones, np.ones(N_LAYER), vectors, vectors, 10)
+    known = ModelInfo("ab" * 32, "llama", N_LAYER)
+    return Profile(prefill, prefill, 1, 10, known, divergence=1 - similarity, copying=1 - similarity)
+
+
+def every_request(n_layer: int, **lists: Any) -> tuple[PlanRequest, ...]:
+    return EvaluationOptions(**lists).requests(n_layer)
+
+
+def found(profile: Profile, **lists: Any) -> tuple[list[Contender], list[str]]:
+    return contenders(profile, every_request(N_LAYER, **lists))
+
+
+def names(profile: Profile, **lists: Any) -> list[str]:
+    return [each.name for each in found(profile, **lists)[0]]
+
+
+@pytest.mark.parametrize(("n_layer", "budgets"), [(30, [6, 12, 15]), (18, [3, 7, 9]), (1, [1])])
+def test_default_budgets_are_a_tenth_a_fifth_and_a_quarter_of_the_sublayers(n_layer: int, budgets: list[int]) -> None:
+    requests = every_request(n_layer, strategies=["adaskip"], modes=["e2e"])
+    assert [request.n_skip for request in requests] == budgets
+    assert [request.speedup for request in every_request(n_layer, speedups=[1.2], modes=["e2e"])] == [1.2] * 4
+
+
+def test_by_default_all_strategies_but_that_by_hand_run_in_all_modes(profile: Profile) -> None:
+    requests = every_request(N_LAYER)
+    assert list(dict.fromkeys(request.strategy for request in requests)) == [
+        "adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping",
+    ]  # fmt: skip
+    every, notes = contenders(profile, requests)
+    assert every[0] is FULL
+    assert len(every) == 1 + 4 * 4 * 3 + 3, "the suffix is Early Exit in all modes but prompt"
+    assert notes == []
+
+
+def test_a_plan_is_that_of_the_profile(profile: Profile) -> None:
+    every, _ = found(profile, strategies=["adaskip"], n_skips=[4], modes=["e2e"], compensations=["paper"])
+    assert [each.name for each in every] == ["full", "adaskip-4-e2e-paper"]
+    assert every[1].plan == profile.plan(4, compensation="paper", mode="e2e")
+
+
+def test_every_compensation_is_of_the_strategy_that_has_one(profile: Profile) -> None:
+    assert names(profile, n_skips=[4], modes=["prefill"], compensations=["affine", "paper"]) == [
+        "full",
+        "adaskip-4-prefill-affine",
+        "adaskip-4-prefill-paper",
+        "early_exit-4-prefill",
+        "skip_decode-4-prefill",
+        "unified_skipping-4-prefill",
+    ]
+
+
+def test_a_budget_out_of_a_strategys_reach_is_a_note(profile: Profile) -> None:
+    every, notes = found(profile, n_skips=[30], modes=["prefill"])
+    assert "unified_skipping-30-prefill" not in [each.name for each in every]
+    (note,) = notes
+    assert note.startswith("unified_skipping-30-prefill is left out: cannot skip 30 sublayers")
+
+
+def test_budgets_that_skip_the_same_are_measured_once(profile: Profile) -> None:
+    every, notes = found(profile, strategies=["early_exit"], n_skips=[6, 7], modes=["prefill"])
+    assert [each.name for each in every] == ["full", "early_exit-6-prefill"]
+    assert notes == ["early_exit-7-prefill is left out: it skips the same as early_exit-6-prefill"]
+
+
+def test_nothing_but_the_full_model_is_an_error_with_the_reasons(profile: Profile) -> None:
+    with pytest.raises(DataError, match=r"nothing to compare.*early_exit-1-prefill.*the same as full"):
+        found(profile, strategies=["early_exit"], n_skips=[1], modes=["prefill"])
+
+
+def test_an_unknown_strategy_or_a_speed_up_without_times_is_an_error(profile: Profile) -> None:
+    with pytest.raises(PlanError, match="unknown strategy"):
+        found(profile, strategies=["best"])
+    with pytest.raises(PlanError, match="no cost model"):
+        contenders(profile, [PlanRequest(speedup=1.2, context=64)])
+
+
+def test_the_hash_of_a_plan_is_of_all_that_it_does(profile: Profile) -> None:
+    whole = SkipPlan.manual(profile.n_layer)
+    plans = [
+        None,
+        profile.plan(4),
+        profile.plan(5),
+        profile.plan(4, compensation="paper"),
+        profile.plan(4, mode="prefill"),
+        profile.plan(4, mode="decode"),
+        profile.plan(4, mode="e2e"),
+        replace(profile.plan(4, mode="e2e"), online=OnlineStage(9, 0.5)),
+        profile.plan(4, strategy="skip_decode"),
+        replace(whole, bulk=Bulk(whole.prefill, windowed=(0,))),
+        replace(whole, bulk=Bulk(whole.prefill, windowed=(0,), window_size=9)),
+    ]
+    assert len({content_hash(plan) for plan in plans}) == len(plans)
+    assert content_hash(profile.plan(4)) == content_hash(profile.plan(4))
+
+
+def test_the_hash_of_a_profile_is_of_its_arrays_too(profile: Profile, tmp_path: Path) -> None:
+    profile.save(tmp_path / "p.json")
+    assert content_hash(Profile.load(tmp_path / "p.json")) == content_hash(profile)
+    vectors = np.full((N_LAYER, 2, 4), 1e-3, np.float32)
+    other = replace(profile, decode=replace(profile.decode, mean_v=vectors))
+    assert content_hash(other) != content_hash(profile)
+
+
+def test_each_promise_is_a_contender_that_runs_the_plan_chosen_for_the_length_of_the_prompt(profile: Profile) -> None:
+    """Losses are taken for 1.25 times as large in prompts twice as long; a prompt of 300 tokens runs whole."""
+    careful, fast = (SkipPlan.manual(N_LAYER, ffn=ffn, phase="bulk") for ffn in ([9], [8, 9]))
+    found = frontier(
+        [point(careful, 0.03, {1024: 1.2}, judged_at=1024), point(fast, 0.06, {1024: 1.5}, judged_at=1024)]
+    )
+    saved = PlanFile(frontier=found)
+    every, notes = contenders(None, (), saved, (0.001, 0.05, 0.06, 0.061, 0.1), (300, 1000, 2000))
+    assert [each.name for each in every] == ["full", "promise 0.05", "promise 0.06", "promise 0.1"]
+    plans = [[each.plan_for(n) for n in (300, 1000, 2000)] for each in every]
+    assert plans == [[None] * 3, [None, careful, careful], [None, fast, careful], [None, fast, fast]]
+    assert [note for note in notes if "left out" in note] == [
+        "promise 0.001 is left out: it skips the same as full",
+        "promise 0.061 is left out: it skips the same as promise 0.06",
+    ]
+    assert "promise 0.05 runs the whole model for prompts of 300 tokens" in notes
+    assert len({content_hash(each.key) for each in every}) == 4
+    every, _ = contenders(profile, [PlanRequest(4)], saved, (0.05,), (1000,))
+    assert [each.strategy for each in every] == ["full", "adaskip", "promise"]
+    with pytest.raises(DataError, match=r"promise 0\.05 is left out.*longer prompts"):
+        contenders(None, (), saved, (0.05,), (300,))
+    with pytest.raises(DataError, match="run `adaskip-cpp tune`"):
+        contenders(None, ())
+    with pytest.raises(DataError, match="made from a profile"):
+        contenders(None, [PlanRequest(4)], saved, (0.05,), (1000,))
+
+
+def test_a_saved_plan_comes_last_unless_it_is_one_of_the_others_or_of_no_mode(profile: Profile) -> None:
+    requests = every_request(N_LAYER, strategies=["adaskip"], n_skips=[4], modes=["prefill"])
+    every, notes = contenders(profile, requests, PlanFile(profile.plan(7, mode="e2e")))
+    assert [each.name for each in every][2:] == ["tuned"]
+    assert notes == []
+    for plan, why in (
+        (profile.plan(4, mode="prefill"), "it skips the same as adaskip-4-prefill-linear"),
+        (SkipPlan.manual(N_LAYER, ffn=[1]), "its layers were listed by hand and belong to no mode"),
+    ):
+        every, notes = contenders(profile, requests, PlanFile(plan))
+        assert len(every) == 2
+        assert notes == [f"tuned is left out: {why}"]

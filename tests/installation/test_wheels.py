@@ -1,0 +1,218 @@
+"""The wheels that `make wheels` leaves in dist/: what each library is, needs and offers, read without running it.
+
+No module of Python is compiled, so there is nothing for abi3audit; what auditwheel would look for is looked for here.
+"""
+
+import importlib.metadata
+import json
+import re
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+lief = pytest.importorskip("lief", reason="`make wheels` installs what reads libraries of all platforms")
+
+ROOT = Path(__file__).parents[2]
+WHEELS = sorted((ROOT / "dist").glob("adaskip_cpp-*.whl"))
+LLAMA_CPP = Path(str(importlib.metadata.distribution("llama-cpp-python").locate_file("llama_cpp")))
+# Functions of C++ have another name in an mtmd.dll, which MSVC compiles.
+MSVC = {
+    "_Z24llama_model_get_tok_embdPK11llama_modelPf": "?llama_model_get_tok_embd@@YAIPEBUllama_model@@PEAM@Z",
+}
+
+pytestmark = pytest.mark.skipif(not WHEELS, reason="no wheels in dist/: make wheels")
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a library for a platform must be; names of other libraries that it may ask for match ``system``."""
+
+    name: str
+    format: str
+    machine: str
+    ggml: frozenset[str]
+    system: str
+
+
+LINUX = {"name": "libllama.so", "format": "ELF", "ggml": frozenset({"libggml.so.0", "libggml-base.so.0"})}
+MACOS = {
+    "name": "libllama.dylib",
+    "format": "MACHO",
+    "ggml": frozenset({"@rpath/libggml.0.dylib", "@rpath/libggml-base.0.dylib"}),
+    "system": r"/usr/lib/libSystem\.B\.dylib",
+}
+PLATFORMS = {
+    "manylinux_2_17_x86_64": Platform(
+        **LINUX, machine="ARCH.X86_64", system=r"lib(c|m|dl|pthread|gcc_s)\.so\.\d|ld-linux-x86-64\.so\.2"
+    ),
+    "manylinux_2_17_aarch64": Platform(
+        **LINUX, machine="ARCH.AARCH64", system=r"lib(c|m|dl|pthread|gcc_s)\.so\.\d|ld-linux-aarch64\.so\.1"
+    ),
+    "macosx_11_0_arm64": Platform(**MACOS, machine="CPU_TYPE.ARM64"),
+    "macosx_10_15_x86_64": Platform(**MACOS, machine="CPU_TYPE.X86_64"),
+    "win_amd64": Platform(
+        name="llama.dll",
+        format="PE",
+        machine="MACHINE_TYPES.AMD64",
+        ggml=frozenset({"ggml.dll", "ggml-base.dll"}),
+        system=r"(?i)kernel32\.dll|advapi32\.dll|ntdll\.dll|api-ms-win-crt-[\w-]+\.dll",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel, opened: its platform's tag, and the library in it, in bytes and as lief reads it."""
+
+    path: Path
+    tag: str
+    content: bytes
+    library: Any
+
+    def read(self, name: str) -> str:
+        """Text of the file whose path ends in ``name``."""
+        with zipfile.ZipFile(self.path) as archive:
+            (member,) = [member for member in archive.namelist() if member.endswith(name)]
+            return archive.read(member).decode()
+
+    @property
+    def platform(self) -> Platform:
+        """What it must be."""
+        return PLATFORMS[self.tag]
+
+    @property
+    def needed(self) -> set[str]:
+        """Names of the libraries that the loader opens for this one."""
+        if self.platform.format == "ELF":
+            return set(self.library.libraries)
+        if self.platform.format == "PE":
+            return {entry.name for entry in self.library.imports}
+        own = lief.MachO.LoadCommand.TYPE.ID_DYLIB
+        return {entry.name for entry in self.library.libraries if entry.command != own}
+
+    @property
+    def exported(self) -> set[str]:
+        """Names that other libraries can call, without the underscore that macOS puts in front."""
+        if self.platform.format == "PE":
+            return {entry.name for entry in self.library.get_export().entries}
+        prefix = "_" if self.platform.format == "MACHO" else ""
+        return {symbol.name.removeprefix(prefix) for symbol in self.library.exported_symbols}
+
+
+@pytest.fixture(scope="module", params=WHEELS, ids=lambda path: path.stem.rpartition("-")[2])
+def wheel(request: pytest.FixtureRequest) -> Wheel:
+    """Each wheel in dist/."""
+    tag = request.param.stem.rpartition("-")[2]
+    with zipfile.ZipFile(request.param) as archive:
+        content = archive.read(f"adaskip_cpp/lib/{PLATFORMS[tag].name}")
+    library = lief.parse(list(content))
+    return Wheel(request.param, tag, content, library.at(0) if isinstance(library, lief.MachO.FatBinary) else library)
+
+
+def test_wheel_is_small_and_of_one_platform(wheel: Wheel) -> None:
+    assert wheel.path.stat().st_size < 10e6
+    assert f"\nTag: py3-none-{wheel.tag}\n" in wheel.read(".dist-info/WHEEL")
+    assert "\nRoot-Is-Purelib: false\n" in wheel.read(".dist-info/WHEEL")
+
+
+def test_wheel_requires_the_release_that_it_was_built_from(wheel: Wheel) -> None:
+    version = json.loads(wheel.read("lib/build.json"))["llama_cpp_python"]
+    required = re.findall(r"^Requires-Dist: llama-cpp-python\b(.*)$", wheel.read(".dist-info/METADATA"), re.MULTILINE)
+    assert required[0] == f"=={version}"
+    assert all(f"=={version}" in line for line in required)
+
+
+def test_wheel_holds_our_library_alone(wheel: Wheel) -> None:
+    names = zipfile.ZipFile(wheel.path).namelist()
+    built = {name for name in names if re.search(r"\.(so|dylib|dll|a|lib|pdb|exe)\b", name)}
+    assert built == {f"adaskip_cpp/lib/{wheel.platform.name}"}
+
+
+def test_library_is_of_the_platform(wheel: Wheel) -> None:
+    machine = {"ELF": "machine_type", "PE": "machine", "MACHO": "cpu_type"}[wheel.platform.format]
+    assert str(getattr(wheel.library.header, machine)) == wheel.platform.machine
+
+
+def test_library_needs_ggml_and_the_system_alone(wheel: Wheel) -> None:
+    assert wheel.platform.ggml <= wheel.needed
+    others = wheel.needed - wheel.platform.ggml
+    assert not {name for name in others if not re.fullmatch(wheel.platform.system, name)}
+
+
+def test_library_runs_on_the_oldest_system_of_the_tag(wheel: Wheel) -> None:
+    oldest = tuple(map(int, re.findall(r"_(\d+)", wheel.tag)[:2]))
+    if wheel.platform.format == "ELF":
+        versions = re.findall(rb"GLIBC_(\d+)\.(\d+)", wheel.content)
+        assert versions
+        assert max((int(major), int(minor)) for major, minor in versions) <= oldest
+    elif wheel.platform.format == "MACHO":
+        assert tuple(wheel.library.build_version.minos)[:2] == oldest
+    else:
+        assert (wheel.library.optional_header.major_subsystem_version, 0) <= (10, 0)
+
+
+def test_library_finds_ggml_beside_llama_cpp_python(wheel: Wheel) -> None:
+    if wheel.platform.format == "ELF":
+        (runpath,) = [entry for entry in wheel.library.dynamic_entries if entry.tag.name == "RUNPATH"]
+        assert runpath.runpath == "$ORIGIN/../../llama_cpp/lib"
+        assert not [entry for entry in wheel.library.dynamic_entries if entry.tag.name == "RPATH"]
+    elif wheel.platform.format == "MACHO":
+        assert [command.path for command in wheel.library.rpaths] == ["@loader_path/../../llama_cpp/lib"]
+    else:
+        pytest.skip("a DLL names no folder: the package opens ggml first")
+
+
+def test_library_answers_for_the_one_that_mtmd_needs(wheel: Wheel) -> None:
+    if wheel.platform.format == "ELF":
+        (soname,) = [entry.name for entry in wheel.library.dynamic_entries if entry.tag.name == "SONAME"]
+        assert soname == "libllama.so.0"
+    elif wheel.platform.format == "MACHO":
+        own = lief.MachO.LoadCommand.TYPE.ID_DYLIB
+        assert [entry.name for entry in wheel.library.libraries if entry.command == own] == ["@rpath/libllama.0.dylib"]
+    else:
+        assert wheel.library.get_export().name == "llama.dll"
+
+
+def test_library_exports_our_abi_and_no_more_of_it(wheel: Wheel) -> None:
+    without_comments = re.sub(r"//.*", "", wheel.read("include/adaskip.h"))
+    declared = set(re.findall(r"\b(adaskip_\w+)\(", without_comments)) - {"adaskip_statistics_callback"}
+    assert {name for name in wheel.exported if name.startswith("adaskip_")} == declared
+
+
+def test_library_exports_what_llama_cpp_python_binds(wheel: Wheel) -> None:
+    bound = set(re.findall(r'@ctypes_function\(\s*"(llama_\w+)"', (LLAMA_CPP / "llama_cpp.py").read_text()))
+    assert len(bound) > 200
+    assert bound <= wheel.exported
+
+
+def test_library_exports_what_mtmd_calls(wheel: Wheel) -> None:
+    mtmd = lief.parse(str(LLAMA_CPP / "lib" / "libmtmd.so"))
+    imported = {symbol.name for symbol in mtmd.imported_symbols}
+    called = {name for name in imported if re.match(r"(_Z\d+)?llama_", name)}
+    assert len(called) > 20
+    if wheel.platform.format == "PE":
+        called = {MSVC.get(name, name) for name in called}
+    assert called <= wheel.exported
+
+
+def test_library_keeps_the_exceptions_of_its_runtime_to_itself(wheel: Wheel) -> None:
+    assert not {name for name in wheel.exported if name.startswith(("__cxa_", "_Unwind_", "__gxx_"))}
+
+
+def test_library_unwinds_as_ggml_does(wheel: Wheel) -> None:
+    if wheel.platform.format != "ELF":
+        pytest.skip("macOS and Windows have one unwinder, in the system")
+    assert "libgcc_s.so.1" in wheel.needed
+    assert "_Unwind_RaiseException" in {symbol.name for symbol in wheel.library.imported_symbols}
+
+
+def test_library_names_no_folder_of_the_build(wheel: Wheel) -> None:
+    # the assertions' file names are there, without the folder
+    assert re.search(rb"llama\.cpp[/\\]src[/\\]", wheel.content)
+    assert not re.search(rb"/(site-packages|pip-build-env\S*|ziglang)/", wheel.content)
+    for folder in (ROOT, Path(sys.prefix), Path.home()):
+        assert not re.search(rb"(?<![\w.-])" + re.escape(bytes(folder)) + rb"/", wheel.content), folder

@@ -1,0 +1,126 @@
+"""adaskip_cpp.measuring.corpus: pages of Python's manual and sources, cut into requests."""
+
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracles.fake_llama import BOS, FakeLlama
+
+from adaskip_cpp.errors import RequestError
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.measuring.tasks import python_sources
+
+
+@pytest.fixture
+def llm() -> Any:
+    return FakeLlama()
+
+
+def test_no_paragraph_is_on_two_pages() -> None:
+    paragraphs = [paragraph for page in corpus.pages().values() for paragraph in page.split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs)) > 1000
+
+
+def test_an_excluded_page_is_not_in_the_text() -> None:
+    page = corpus.pages()["exceptions"]
+    assert page in corpus.text()
+    assert page not in corpus.text(exclude=["exceptions"])
+
+
+def test_calibration_leaves_out_the_pages_that_it_is_judged_on() -> None:
+    held_out = corpus.held_out()
+    assert len(held_out) > 5
+    assert not any(page in corpus.text() for page in held_out.values())
+    assert corpus.text(exclude=()) == corpus.SEPARATOR.join(corpus.pages().values())
+
+
+def test_a_text_is_cut_into_requests_of_equal_length_spread_over_it(llm: Any) -> None:
+    text = "".join(chr(33 + i) for i in range(90))
+    requests = corpus.cut(llm, text, 3, 11)
+    assert [request[0] for request in requests] == [BOS] * 3
+    assert [[chr(token - 2) for token in request[1:]] for request in requests] == [
+        list(text[start : start + 10]) for start in (0, 30, 60)
+    ]
+
+
+def test_a_short_text_gives_fewer_or_shorter_requests(llm: Any) -> None:
+    assert [len(request) for request in corpus.cut(llm, "x" * 25, 9, 11)] == [11, 11]
+    assert [len(request) for request in corpus.cut(llm, "x" * 5, 9, 11)] == [6]
+    with pytest.raises(RequestError, match="empty"):
+        corpus.cut(llm, "", 9, 11)
+    with pytest.raises(RequestError, match="at least 1 request"):
+        corpus.cut(llm, "x", 0, 11)
+
+
+@pytest.fixture(scope="module")
+def built_in() -> list[str]:
+    """Requests of the built-in text as text."""
+    requests = corpus.requests(FakeLlama(), 30, 200)  # type: ignore[arg-type]
+    assert [len(each) for each in requests] == [200] * 30 and {each[0] for each in requests} == {BOS}
+    return [bytes(token - 2 for token in each[1:]).decode("utf-8", "ignore") for each in requests]
+
+
+def test_requests_are_of_each_kind_in_turn(built_in: list[str]) -> None:
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = corpus.SEPARATOR.join(path.read_text("utf-8") for path in sorted(library.glob("*.py")))
+    assert all(each in corpus.text() for each in built_in[::3])
+    assert sum(each in sources for each in built_in[1::3]) >= 9, "all but what is part of two modules"
+    # A docstring is in its module but for how far it is indented; no more than its first part may be in a request.
+    packages = [path for name in corpus._PACKAGES.split() for path in (library / name).rglob("*.py")]
+    words = {" ".join(path.read_text("utf-8", "ignore").split()) for path in packages}
+    for each in built_in[2::3]:
+        longest = max(each.split(corpus.SEPARATOR), key=len)
+        assert any(" ".join(longest.split()[1:-1]) in text for text in words), longest
+
+
+def test_requests_have_no_text_that_what_is_learned_is_judged_on(built_in: list[str]) -> None:
+    judged = [*corpus.held_out().values(), *python_sources().values()]
+    for request in built_in:
+        assert not any(request[50:150] in text for text in judged)
+
+
+def test_requests_are_the_same_every_time(llm: Any) -> None:
+    assert corpus.requests(llm, 7, 50) == corpus.requests(FakeLlama(), 7, 50)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_so_many_requests_are_cut_as_are_asked_for(llm: Any, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    for name, letter in (("text", "p"), ("_sources", "s"), ("_docstrings", "d")):
+        monkeypatch.setattr(corpus, name, lambda *_, letter=letter: letter * 100)
+    kinds = [{chr(token - 2) for token in request[1:]} for request in corpus.requests(llm, n, 11)]
+    assert kinds == [{"p"}, {"s"}, {"d"}, {"p"}][:n]
+
+
+def test_a_python_without_sources_gives_pages(llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        monkeypatch.setattr(sysconfig, "get_path", lambda name, folder=folder: str(folder))
+        assert corpus.requests(llm, 9, 40) == corpus.cut(llm, corpus.text(), 9, 40)
+
+
+def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(RequestError, match=r"no text to calibrate on; pass your own requests \(--data FILE\)"):
+        corpus.requests(llm, 9, 40)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "argparse.py").write_text("left = 'out'")
+    (tmp_path / "bad.py").write_bytes(b"\xff")
+    (tmp_path / "long.py").write_text("x = 1  # " + "long" * 20_000)
+    (tmp_path / "short.py").write_text("short = True")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "wrong.py").write_text("def def")
+    (tmp_path / "json" / "a.py").write_text(
+        f'class A:\n    def f(self):\n        """{" ".join(["word"] * 50)}"""\n        "code"'
+    )
+    texts = ["".join(chr(token - 2) for token in each[1:]) for each in corpus.requests(llm, 4, 300)]
+    assert texts == ["short = True", " ".join(["word"] * 50)]
+
+
+@pytest.mark.parametrize(("n_requests", "n_tokens"), [(0, 40), (-1, 40), (3, 1)])
+def test_requests_of_nothing_are_refused(llm: Any, n_requests: int, n_tokens: int) -> None:
+    with pytest.raises(RequestError, match="use at least 1 request of 2 tokens"):
+        corpus.requests(llm, n_requests, n_tokens)

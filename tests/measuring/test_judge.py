@@ -1,0 +1,322 @@
+"""adaskip_cpp.measuring.judge: what a plan changes in known answers, against NumPy passes and plain evaluations."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from oracles.reference import OnlineReference, ReferenceModel, ReferenceRun
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.errors import DataError
+from adaskip_cpp.measuring.corpus import tokens_of
+from adaskip_cpp.measuring.judge import N_CUE, Judge, Logits, Probe, Scores, probes_of
+from adaskip_cpp.model.plan import Bulk, OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
+
+Tiny = Callable[..., Path]
+Tokens = Callable[..., list[int]]
+Open = Callable[..., Any]
+
+NONE = SkipSet.none(3)
+FIXED = SkipPlan.manual(3, attention=[1], ffn=[0], scale=0.9).prefill
+BULK = SkipPlan(NONE, NONE, bulk=Bulk(FIXED, head=2, tail=3))
+CUTS, N_CONTINUED, N_COPIED = (40, 60), 6, 20
+
+
+@pytest.fixture
+def probes(tokens: Tokens) -> list[Probe]:
+    """Of two texts, at two lengths each, one answer that continues and one that copies."""
+    given = {"n_continued": N_CONTINUED, "n_copied": N_COPIED}
+    none: Any = None
+    return [each for i in range(2) for each in probes_of(none, f"text {i}", tokens(70, i), CUTS, **given)]
+
+
+def by_definition(whole: Any, own: Any, targets: Sequence[int]) -> Scores:
+    """The figures in float64, of one row of logits in front of each target."""
+    log_p, log_q = (
+        (rows := np.asarray(each, np.float64)) - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        for each in (whole, own)
+    )
+    at = np.arange(len(targets))
+    others = np.where(np.arange(log_p.shape[1]) == np.array(targets)[:, None], -np.inf, log_p)
+    best, found = log_q.argmax(axis=1), log_p.argmax(axis=1)
+    return Scores(
+        (np.exp(log_p) * (log_p - log_q)).sum(axis=1),
+        log_p[at, targets] - log_q[at, targets],
+        best == found,
+        best == np.array(targets),
+        log_p[at, targets] - others.max(axis=1),
+    )
+
+
+def assert_scores(found: Scores, wanted: Scores, atol: float = 1e-5) -> None:
+    """Logits of F32 models are right to about 1e-6 of the largest, which is near 10."""
+    for name in ("divergence", "loss", "whole_margin"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-3, atol=atol, err_msg=name)
+    assert found.agrees.tolist() == wanted.agrees.tolist() and found.right.tolist() == wanted.right.tolist()
+
+
+def skipping(llm: Any) -> SkipPlan:
+    """A plan whose bulk skips all that it can, but for the last layer, which nobody reads."""
+    none, skip = SkipSet.none(llm.n_layer), np.reshape([row.in_bulk for row in llm.sublayers], (llm.n_layer, 2))
+    skip[-1] = False
+    return SkipPlan(none, none, bulk=Bulk(SkipSet(skip, np.full(skip.shape, 0.9)), head=2, tail=3))
+
+
+def same(found: Scores, wanted: Scores) -> bool:
+    return all(np.array_equal(getattr(found, name), value) for name, value in vars(wanted).items())
+
+
+# --- what is judged ---------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_are_those_of_a_numpy_pass(tiny: Tiny, probes: Any, open_model: Open) -> None:
+    model = ReferenceModel(tiny())
+    for probe, found in zip(probes, Judge(open_model(tiny()), probes)(BULK), strict=True):
+        whole, own, begin = ReferenceRun(model), ReferenceRun(model), probe.n_prompt - 3
+        whole.eval(probe.tokens[: probe.n_prompt])
+        own.eval(probe.tokens[:2])
+        own.eval(probe.tokens[2:begin], FIXED.skip, FIXED.scale, keeps_kv=True)
+        own.eval(probe.tokens[begin : probe.n_prompt])
+        rows = [run.eval(probe.answer[:-1]).logits[probe.n_cue - 1 :] for run in (whole, own)]
+        assert_scores(found, by_definition(*rows, probe.answer[probe.n_cue :]))
+        assert found.divergence.max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "jamba", "lfm2", "mamba", "gemma4-per-layer"])
+@pytest.mark.parametrize("logits_all", [False, True])
+def test_the_figures_are_those_of_plain_evaluations_of_each_prompt(
+    name: str, logits_all: bool, tiny: Tiny, probes: Any, open_model: Open
+) -> None:
+    llm = open_model(tiny(name), logits_all=logits_all)
+    plan = skipping(llm)
+
+    def rows(probe: Probe, of: SkipPlan | None) -> npt.NDArray[np.float32]:
+        llm.reset()
+        llm.set_plan(of)
+        llm.eval(probe.tokens[: probe.n_prompt])
+        return np.asarray(llm.logits_behind(probe.answer[:-1])[probe.n_cue - 1 :])
+
+    for probe, found in zip(probes, Judge(llm, probes)(plan), strict=True):
+        # GELU is a table in F16 on CPUs, whose rounding depends on the batch a little.
+        assert_scores(found, by_definition(rows(probe, None), rows(probe, plan), probe.answer[probe.n_cue :]), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "jamba"])
+def test_a_probe_scores_what_it_does_alone(name: str, tiny: Tiny, probes: Any, open_model: Open) -> None:
+    llm = open_model(tiny(name))
+    for probe, found in zip(probes, Judge(llm, probes)(skipping(llm)), strict=True):
+        [alone] = Judge(llm, [probe])(skipping(llm))
+        if probe.n_prompt == CUTS[0]:
+            assert same(found, alone)
+        else:  # the bulk before the shorter prompt's tail is read in a batch of its own
+            assert_scores(found, alone, 1e-4)
+
+
+def test_a_plan_that_skips_nothing_changes_nothing(tiny: Tiny, probes: Any, open_model: Open) -> None:
+    for each in Judge(open_model(tiny()), probes)(SkipPlan(NONE, NONE, bulk=Bulk(NONE))):
+        assert not each.divergence.any() and not each.loss.any() and each.agrees.all()
+
+
+def test_the_whole_models_losses_are_those_of_the_answers_tokens(tiny: Tiny, probes: Any, open_model: Open) -> None:
+    model = ReferenceModel(tiny())
+    for probe, found in zip(probes, Judge(open_model(tiny()), probes).whole_losses, strict=True):
+        text = [*probe.tokens[: probe.n_prompt], *probe.answer]
+        logits = np.asarray(ReferenceRun(model).eval(text).logits, np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        at = np.arange(probe.n_prompt + probe.n_cue, len(text))
+        np.testing.assert_allclose(found, -log_p[at - 1, np.array(text)[at]], atol=1e-5)
+
+
+def test_what_is_lumped_together_hides_a_part_of_the_divergence(
+    tiny: Tiny, probes: Any, open_model: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more than there is, as two sets of events have no greater divergence than their finest parts."""
+    llm, found = open_model(tiny()), []
+    for kept in (1, 64, 1 << 30):
+        monkeypatch.setattr("adaskip_cpp.measuring.judge._MOST_KEPT", kept)
+        found.append(np.concatenate([each.divergence for each in Judge(llm, probes)(BULK)]))
+    assert (found[0] <= found[1] + 1e-6).all() and (found[1] <= found[2] + 1e-6).all()
+    assert 0 < found[0].mean() < found[1].mean() < found[2].mean()
+
+
+def test_a_token_that_cannot_follow_adds_nothing(tiny: Tiny, probes: Any, open_model: Open) -> None:
+    llm, banned = open_model(tiny()), 7
+    assert all(banned not in probe.answer for probe in probes[:1])
+    real = llm.logits_behind
+
+    def logits_behind(tokens: Sequence[int]) -> Any:
+        rows = real(tokens)
+        rows[:, banned] = -np.inf
+        return rows
+
+    llm.logits_behind = logits_behind
+    [found] = Judge(llm, probes[:1])(BULK)
+    assert np.isfinite(found.divergence).all() and np.isfinite(found.loss).all()
+
+
+# --- answers of plans that skip in them -------------------------------------------------------------------------------
+
+
+def answering(tokens: Tokens, n: int = 4) -> list[Probe]:
+    texts = [tuple(tokens(24, seed)) for seed in range(n)]
+    return [Probe(str(i), "continuation", text, 12, text[12:]) for i, text in enumerate(texts)]
+
+
+def test_a_schedule_changes_the_set_within_an_answer(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    more = SkipPlan.manual(3, attention=[1], ffn=[0, 2], scale=0.9).prefill
+    plan, model = SkipPlan(NONE, FIXED, schedule=((0, FIXED), (5, more))), ReferenceModel(tiny())
+    probes = answering(tokens)
+    for probe, found in zip(probes, Judge(open_model(tiny()), probes)(plan), strict=True):
+        run, text = ReferenceRun(model), probe.tokens
+        whole = ReferenceRun(model).eval(text).logits[12:-1]
+        run.eval(text[:12])
+        own = [run.eval(text[12:17], FIXED.skip, FIXED.scale), run.eval(text[17:-1], more.skip, more.scale)]
+        assert_scores(found, by_definition(whole, np.concatenate([each.logits for each in own]), text[13:]))
+
+
+def test_each_answer_makes_an_online_choice_of_its_own(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    model, probes = ReferenceModel(tiny()), answering(tokens)
+    skip = SkipPlan.manual(3, attention=[1], scale=0.9).prefill
+
+    def run(probe: Probe, threshold: float) -> tuple[OnlineReference, Any]:
+        whole, decode = ReferenceRun(model), OnlineReference(4, threshold, "paper", skip.skip, skip.scale)
+        whole.eval(probe.tokens[:12])
+        rows = []
+        for token in probe.tokens[12:-1]:
+            trace = whole.eval([token], decode.skip, decode.factor)
+            decode.observe(trace)
+            rows.append(trace.logits[-1])
+        return decode, np.array(rows)
+
+    threshold = float(np.median([run(probe, 2.0)[0].similarity for probe in probes]))
+    plan = SkipPlan(NONE, skip, online=OnlineStage(window=4, threshold=threshold), mode="decode")
+    chosen = set()
+    for probe, found in zip(probes, Judge(open_model(tiny()), probes)(plan), strict=True):
+        decode, rows = run(probe, threshold)
+        chosen.add(decode.skip.tobytes())
+        whole = ReferenceRun(model).eval(probe.tokens).logits[12:-1]
+        assert_scores(found, by_definition(whole, rows, probe.tokens[13:]))
+    assert len(chosen) > 1
+
+
+# --- how often texts are read -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(tiny: Tiny, probes: Any, open_model: Open, monkeypatch: pytest.MonkeyPatch) -> tuple[Judge, list[int]]:
+    """A judge, and the tokens that were read for each probe."""
+    read, llm = list[int](), open_model(tiny())
+    evaluate, counts = llm._evaluate, [0]
+
+    def counting(phase: str, tokens: list[int], **options: Any) -> None:
+        counts[-1] += len(tokens)
+        evaluate(phase, tokens, **options)
+
+    class Counted(Judge):
+        def _answers(self, plan: SkipPlan | None) -> Iterator[Logits]:
+            for logits in super()._answers(plan):
+                read.append(counts.pop())
+                counts.append(0)
+                yield logits
+
+    monkeypatch.setattr(llm, "_evaluate", counting)
+    return Counted(llm, probes), read
+
+
+ONCE = [40 + 5, 19, 60 - 37 + 5, 19] * 2
+"""Of each text the shorter prompt, an answer, and a copy; the longer prompt without the bulk of the shorter one."""
+
+
+def test_the_whole_model_reads_once_and_a_plan_the_bulk_of_a_text_once(counted: Any) -> None:
+    judge, read = counted
+    judge(BULK)
+    assert read == ONCE * 2
+    judge(BULK)
+    judge(SkipPlan(NONE, NONE, bulk=Bulk(NONE, head=2, tail=3)))
+    assert read == ONCE * 4
+
+
+def test_for_another_head_or_tail_the_whole_model_reads_again_in_the_same_batches(counted: Any) -> None:
+    judge, read = counted
+    first = judge(BULK)
+    read.clear()
+    assert BULK.bulk is not None
+    judge(replace(BULK, bulk=replace(BULK.bulk, tail=5)))
+    assert len(read) == 2 * len(ONCE)
+    read.clear()
+    assert all(map(same, judge(BULK), first)) and len(read) == 2 * len(ONCE)
+
+
+def test_what_was_read_last_is_in_the_cache_afterwards(tiny: Tiny, probes: Any, open_model: Open) -> None:
+    llm, last = open_model(tiny()), probes[-1]
+    Judge(llm, probes)(BULK)
+    assert llm.input_ids[: llm.n_tokens].tolist() == [*last.tokens[: last.n_prompt], *last.answer[:-1]]
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def test_at_each_cut_one_answer_continues_and_one_copies_from_a_quarter_of_the_prompt_on() -> None:
+    none: Any = None
+    found = probes_of(none, "counting", range(1000), (800, 400))
+    assert [(each.text, each.kind, each.n_prompt, each.n_cue) for each in found] == [
+        ("counting", "continuation", 400, 1),
+        ("counting", "copying", 400, N_CUE),
+        ("counting", "continuation", 800, 1),
+        ("counting", "copying", 800, N_CUE),
+    ]
+    answers = [range(400, 448), range(100, 172), range(800, 848), range(200, 272)]
+    assert [each.answer for each in found] == list(map(tuple, answers))
+    assert all(each.tokens is found[0].tokens for each in found)
+
+
+def test_a_prompt_too_short_to_copy_from_is_continued_alone() -> None:
+    none: Any = None
+    assert [each.kind for each in probes_of(none, "short", range(200), (90,))] == ["continuation"]
+    assert [each.kind for each in probes_of(none, "just enough", range(200), (96,))] == ["continuation", "copying"]
+
+
+def test_a_pass_key_is_hidden_at_its_depth_of_the_longest_prompt_and_asked_for_behind_that(
+    tiny: Tiny, open_model: Open
+) -> None:
+    llm = open_model(tiny())
+    text = [9] * 500
+    found = probes_of(llm, "hidden", text, (200, 400), key=("10007", 0.25))
+    assert [each.kind for each in found] == ["continuation", "copying"] * 2 + ["retrieval"]
+    stated = tokens_of(llm, "\n\nThe pass key is 10007. Remember it. 10007 is the pass key.\n\n")
+    assert list(found[0].tokens) == text[:100] + stated + text[100:]
+    asked = found[-1]
+    assert asked.n_prompt == 400 and list(asked.answer) == tokens_of(llm, "\n\nThe pass key is 10007")
+    assert list(asked.answer[: asked.n_cue]) == tokens_of(llm, "\n\nThe pass key is")[: asked.n_cue]
+    assert 1 <= asked.n_cue < len(asked.answer)
+
+
+def test_text_too_short_for_its_longest_prompt_is_refused() -> None:
+    none: Any = None
+    with pytest.raises(DataError, match="'short' has 447 tokens, prompts up to 400 need 448; give a longer text"):
+        probes_of(none, "short", range(447), (100, 400))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": (3,)}, "no prompt or no answer"),
+        ({"n_cue": 0}, "no prompt or no answer"),
+        ({"n_cue": 5}, "no prompt or no answer"),
+        ({"n_prompt": 0}, "no prompt or no answer"),
+        ({"n_prompt": 124}, "'x' has 129 tokens, the context 128; use a larger context"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(changes: Any, message: str, tiny: Tiny, open_model: Open) -> None:
+    probe = Probe("x", "continuation", (5,) * 200, 20, (3, 4, 5, 6, 7))
+    llm = open_model(tiny())
+    assert Judge(llm, [probe]).probes == (probe,)
+    with pytest.raises(DataError, match=message):
+        Judge(llm, [replace(probe, **changes)])
+    with pytest.raises(DataError, match="nothing to judge"):
+        Judge(llm, [])

@@ -1,0 +1,596 @@
+"""Plan files: what is stored, what is refused, and who uses the one beside a model without being told."""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from oracles.costs import cost_model
+from oracles.stock import EXACT
+from oracles.tiny_families import N_EMBD
+
+import adaskip_cpp
+from adaskip_cpp import Profile, SkipPlan, files
+from adaskip_cpp.cli.main import main
+from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.frontier import Frontier, Passkeys, Point, Quality, SpeedUp
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path, profile_path
+from adaskip_cpp.model.plan import Bulk, OnlineStage
+from adaskip_cpp.model.plan_file import frontier_beside, load_plan, save_plan
+from adaskip_cpp.model.settings import Settings, Tried
+from adaskip_cpp.model.skip_set import SkipSet
+from adaskip_cpp.model.statistics import PhaseStatistics
+
+NAN = float("nan")
+OTHER_MODEL = ModelInfo("ab" * 32, "llama", 3)
+RANK = 2
+
+
+def skip_set(attention: tuple[int, ...] = (2,), ffn: tuple[int, ...] = (0, 1), **arrays: Any) -> SkipSet:
+    """A set whose scale, and vectors where asked for, are numbers of no pattern; those of maps are BF16."""
+    rng = np.random.default_rng(0)
+    plan = SkipPlan.manual(3, attention, ffn, rng.uniform(0.5, 1.5, (3, 2)))
+    drawn = {name: rng.normal(size=(3, 2, *shape)).astype(np.float32) for name, shape in arrays.items()}
+    for name in drawn.keys() & MAPS.keys():
+        drawn[name] = (drawn[name].view(np.uint32) & 0xFFFF0000).view(np.float32)
+    return replace(plan.prefill, **drawn)
+
+
+BIAS = {"bias": (N_EMBD,)}
+MAPS = {"down": (RANK, N_EMBD), "up": (N_EMBD, RANK)}
+
+
+NONE = SkipSet.none(3)
+
+
+def one_map() -> SkipSet:
+    """Two layers skipped whole, and of the second the FFN has a map that stands in for both of its sublayers."""
+    chosen = skip_set((1, 2), (1, 2), **BIAS, **MAPS)
+    assert chosen.down is not None and chosen.up is not None
+    up = np.zeros_like(chosen.up)
+    up[2, 1] = chosen.up[2, 1]
+    return replace(chosen, up=up)
+
+
+GROWN = skip_set(attention=(1, 2), **MAPS)
+BULKS = ((skip_set((2,), (1,), **MAPS), ()), (one_map(), (0, 1)))
+
+
+def make(model: Path | None = None, **changes: Any) -> SkipPlan:
+    """A plan of maps, for that model or for one that is nowhere."""
+    chosen = skip_set(**MAPS)
+    info = OTHER_MODEL if model is None else replace(OTHER_MODEL, fingerprint=fingerprint(model))
+    values = {"model": info, "strategy": "tuned", "compensation": "linear", "mode": "e2e", **changes}
+    return SkipPlan(chosen, chosen, **values)
+
+
+def quality(value: float) -> Quality:
+    of = Interval(value, value / 2, 2 * value, 4)
+    return Quality(
+        of, value / 8, replace(of, value=-value), value / 16, Interval(0.75, 0.5, 1.0, 4), (0.5, 1.5), 4, 400
+    )
+
+
+def make_frontier(model: Path | None = None, value: float = 0.03125) -> Frontier:
+    """A frontier of two points, for that model or for one that is nowhere."""
+    given = {"mode": "prompt", "model": make(model).model}
+    plans = [SkipPlan(NONE, NONE, bulk=Bulk(of, windowed=windowed), **given) for of, windowed in BULKS]
+    settings = Settings(flash_attn=True, n_threads=2)
+    return Frontier(
+        tuple(
+            Point(
+                2048, quality(value * i), quality(value / 2), Passkeys(4, 3, 3), ((512, 1.125), (2048, 1.25 * i)), plan
+            )
+            for i, plan in enumerate(plans, start=1)
+        ),
+        settings,
+        cost_model(1, [1], [1]).settings,
+        (Tried(Settings(), 0.5, 0.75, 0.125, 3.0, True), Tried(settings, 0.25, math.inf, math.inf, math.inf, False)),
+        (SpeedUp("both", 2048, Interval(1.25, 1.125, 1.5, 5), (2.5, 2.0)),),
+        4321,
+        {"judged_on": "some text", "n": 4, "share": 0.5, "cpu": None},
+    )
+
+
+@pytest.fixture
+def model(tiny: Any, tmp_path: Path) -> Path:
+    """A copy of the tiny llama model in a folder of its own."""
+    return Path(shutil.copy(tiny(), tmp_path / "model.Q4.gguf"))
+
+
+@pytest.fixture
+def open_auto() -> Any:
+    """``open_auto(path, plan="auto")``: the model opened with that plan, closed after the test."""
+    opened = []
+
+    def open_(path: Path, plan: Any = "auto") -> Any:
+        opened.append(adaskip_cpp.AdaSkipLlama(str(path), n_ctx=64, logits_all=True, plan=plan, verbose=False, **EXACT))
+        return opened[-1]
+
+    yield open_
+    for llm in opened:
+        llm.close()
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        make(),
+        SkipPlan.manual(3),
+        SkipPlan.manual(3, attention=[1], ffn=[0, 2], scale=0.9),
+        SkipPlan(skip_set(**BIAS), skip_set(**BIAS)),
+        SkipPlan(skip_set(**BIAS, **MAPS), skip_set((0, 1, 2), (), **MAPS)),
+        SkipPlan(NONE, skip_set(**BIAS), mode="decode", online=OnlineStage(7, 0.75, "median")),
+        SkipPlan(NONE, skip_set(**MAPS), schedule=((0, skip_set(**MAPS)), (9, GROWN))),
+        SkipPlan(NONE, NONE, bulk=Bulk(skip_set(**MAPS), head=0, tail=32), mode="prompt"),
+        SkipPlan(NONE, skip_set((1,)), bulk=Bulk(GROWN), online=OnlineStage(7, 0.75, "median"), mode="prompt"),
+        SkipPlan(NONE, NONE, bulk=Bulk(one_map()), mode="prompt"),
+        SkipPlan(NONE, NONE, bulk=Bulk(NONE, windowed=(0, 2), window_size=764), mode="prompt"),
+    ],
+    ids=[
+        "tuned",
+        "nothing",
+        "scales",
+        "biases",
+        "both",
+        "decode and online",
+        "schedule",
+        "bulk",
+        "bulk and decode",
+        "one map for several",
+        "windows",
+    ],
+)
+def test_every_plan_comes_back_as_it_was(plan: SkipPlan, tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", plan)
+    found = load_plan(tmp_path / "p.json")
+    assert found.plan == plan and found.frontier is None and found.plans == (plan,)
+
+
+@pytest.mark.parametrize("low", [1.125, NAN])
+def test_a_frontier_comes_back_as_it_was(low: float, tmp_path: Path) -> None:
+    """By the representation of its figures, as NaN equals nothing; plans, whose maps that leaves out, by themselves."""
+    speed = SpeedUp("both", 2048, Interval(1.25, low, 1.5, 5), (2.5, 2.0))
+    frontier = replace(make_frontier(), speeds=(speed,))
+    save_plan(tmp_path / "p.json", frontier)
+    found = load_plan(tmp_path / "p.json")
+    assert found.plan is None and found.frontier is not None and repr(found.frontier) == repr(frontier)
+    assert found.plans == tuple(point.plan for point in frontier.points)
+
+
+def test_a_frontier_without_points_comes_back_as_it_was(tmp_path: Path) -> None:
+    frontier = replace(make_frontier(), points=())
+    save_plan(tmp_path / "p.json", frontier)
+    found = load_plan(tmp_path / "p.json")
+    assert found.frontier == frontier and found.plans == ()
+
+
+def test_plans_of_several_models_are_no_frontier(tmp_path: Path) -> None:
+    first, second = make_frontier().points
+    other = replace(second, plan=replace(second.plan, model=None))
+    with pytest.raises(PlanError, match="of several models; tune again"):
+        save_plan(tmp_path / "p.json", Frontier((first, other)))
+
+
+def test_only_the_skipped_sublayers_take_room(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make())
+    assert (tmp_path / "p.bin").stat().st_size == 3 * 2 * RANK * N_EMBD * 2  # of three sublayers, in both phases alike
+
+
+def test_only_the_maps_that_there_are_take_room(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", SkipPlan(NONE, NONE, bulk=Bulk(one_map())))
+    assert (tmp_path / "p.bin").stat().st_size == 4 * N_EMBD * 4 + 2 * RANK * N_EMBD * 2
+    assert json.loads((tmp_path / "p.json").read_text())["plan"]["bulk"]["skip"]["up"]["rows"] == [5]
+
+
+def test_the_vectors_lie_as_the_format_says(tmp_path: Path) -> None:
+    chosen = skip_set((2,), (0,), **BIAS, **MAPS)
+    save_plan(tmp_path / "p.json", SkipPlan(chosen, chosen))
+    assert chosen.bias is not None and chosen.down is not None and chosen.up is not None
+    parts = [array[where].ravel() for array in (chosen.bias, chosen.down, chosen.up) for where in ((0, 1), (2, 0))]
+    content, n = (tmp_path / "p.bin").read_bytes(), 2 * N_EMBD * 4
+    np.testing.assert_array_equal(np.frombuffer(content[:n], "<f4"), np.concatenate(parts[:2]))
+    halves = np.frombuffer(content[n:], np.uint8)
+    np.testing.assert_array_equal(dequantize(halves, GGMLQuantizationType.BF16), np.concatenate(parts[2:]))
+
+
+def test_the_json_says_on_a_line_each_what_is_skipped(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make())
+    lines = [line.strip() for line in (tmp_path / "p.json").read_text().splitlines()]
+    assert '"attention": [2],' in lines and '"ffn": [0, 1],' in lines
+
+
+def test_a_plan_without_vectors_is_one_file(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", SkipPlan.manual(3, ffn=[1]))
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+
+
+def test_after_a_failure_the_old_files_are_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_plan(tmp_path / "p.json", make())
+    real, written = files.write_atomically, []
+
+    def fail_once(path: Any, content: Any, **options: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise OSError("disk full")
+        real(path, content, **options)
+
+    monkeypatch.setattr(files, "write_atomically", fail_once)
+    other = skip_set((1,), (), **MAPS)
+    with pytest.raises(OSError, match="disk full"):
+        save_plan(tmp_path / "p.json", SkipPlan(other, other))
+    assert load_plan(tmp_path / "p.json").plan == make()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+LOST = object()
+
+
+def put(data: dict[str, Any], path: str, value: Any) -> None:
+    *folders, name = path.split(".")
+    part: Any = data
+    for folder in folders:
+        part = part[int(folder) if folder.isdigit() else folder]
+    at: Any = int(name) if name.isdigit() else name
+    if value is LOST:
+        del part[at]
+    else:
+        part[at] = value
+
+
+NOTHING = {"skip": {"attention": [], "ffn": [], "n_layer": 3}, "scale": [[1.0, 1.0]] * 3}
+AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((name, LOST) for name in ("format", "version", "plan", "vectors")),
+        ("format", "adaskip-profile"),
+        ("version", 5),
+        ("version", 99),
+        ("frontier", {}),
+        ("plan", None),
+        ("plan", []),
+        ("plan", {}),
+        ("plan.mode", "both"),
+        ("plan.model.n_layer", 0),
+        ("plan.model.n_layer", 4),
+        ("plan.model.fingerprint", 7),
+        ("plan.bulk", 0),
+        ("plan.bulk", AROUND),
+        ("plan.bulk", {**AROUND, "skip": NOTHING, "head": -1}),
+        ("plan.bulk", {**AROUND, "skip": NOTHING, "tail": 0}),
+        ("plan.bulk", {**AROUND, "skip": NOTHING, "windowed": [3]}),
+        ("plan.prefill", LOST),
+        ("plan.prefill", 1),
+        ("plan.decode", NOTHING),
+        ("plan.schedule", [[4, NOTHING]]),
+        ("plan.online", {"window": 0, "threshold": 0.5, "scale": "paper"}),
+        ("plan.prefill.skip", {}),
+        ("plan.prefill.skip", [[0, 1], [0, 1]]),
+        ("plan.prefill.skip.n_layer", 0),
+        ("plan.prefill.skip.n_layer", 4),
+        ("plan.prefill.skip.n_layer", 10**9),
+        ("plan.prefill.skip.attention", [3]),
+        ("plan.prefill.skip.attention", [-1]),
+        ("plan.prefill.skip.attention", [True]),
+        ("plan.prefill.skip.attention", [0.0]),
+        ("plan.prefill.skip.ffn", {"0": 1}),
+        ("plan.prefill.scale", [[1.0, 1.0]] * 2),
+        ("plan.prefill.scale", [[1.0, -1.0]] * 3),
+        ("plan.prefill.down", None),
+        ("plan.prefill.up.shape", LOST),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD * RANK]),
+        ("plan.prefill.up.shape", [3, 2, RANK, N_EMBD]),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD, 0]),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD, -RANK]),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD, 1 << 19]),
+        ("plan.prefill.up.shape", [3, 2, N_EMBD, 1 << 30]),
+        ("plan.prefill.up.shape", [1 << 20, 1 << 10, N_EMBD, RANK]),
+        ("plan.prefill.up.rows", LOST),
+        ("plan.prefill.up.rows", [1, 3, 3]),
+        ("plan.prefill.up.rows", [3, 1, 4]),
+        ("plan.prefill.up.rows", [1, 3, 6]),
+        ("plan.prefill.up.rows", [1, 3, -1]),
+        ("plan.prefill.up.start", -2),
+        ("plan.prefill.up.start", 1 << 20),
+        ("plan.prefill.up.start", 10**30),
+        ("plan.prefill.up.bf16", False),
+        ("vectors", None),
+        ("vectors.file", "../p.bin"),
+        ("vectors.file", ""),
+        ("vectors.file", "a\0b"),
+        ("vectors.file", "a" * 999),
+        ("vectors.sha256", "00"),
+    ],
+)
+def test_a_malformed_file_is_one_clear_line(path: str, value: Any, tmp_path: Path) -> None:
+    assert_refused(make(), path, value, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("frontier", {}),
+        ("frontier", []),
+        ("frontier", None),
+        ("frontier.points", LOST),
+        ("frontier.points", None),
+        ("frontier.points", [{}, {}]),
+        ("frontier.points", {"0": {}, "1": {}}),
+        ("frontier.points.1", LOST),
+        ("frontier.points.1", None),
+        ("frontier.points.1.judged_at", LOST),
+        ("frontier.points.1.judged_at", 0),
+        ("frontier.points.1.judged_at", 2048.5),
+        ("frontier.points.1.judged_at", 10**400),
+        ("frontier.points.1.speedups", [[0, 1.5]]),
+        ("frontier.points.1.speedups", [[512, "1.5"]]),
+        ("frontier.points.1.speedups", [[10**400, 1.5]]),
+        ("frontier.points.1.speedups", [512]),
+        ("frontier.points.1.continuation", None),
+        ("frontier.points.1.continuation.divergence.value", None),
+        ("frontier.points.1.continuation.divergence.value", NAN),
+        ("frontier.points.1.continuation.error", None),
+        ("frontier.points.1.continuation.tails", [0.5]),
+        ("frontier.points.1.copying.agreement.n", LOST),
+        ("frontier.points.1.copying.n_tokens", 1.5),
+        ("frontier.points.1.passkeys", [4, 4, 4]),
+        ("frontier.points.1.passkeys.plan", True),
+        ("frontier.settings", None),
+        ("frontier.settings.n_batch", "512"),
+        ("frontier.machine", {}),
+        ("frontier.machine.devices", 3),
+        ("frontier.tried", [3]),
+        ("frontier.tried.0.request_s", "fast"),
+        ("frontier.speeds.0.of", "waiting"),
+        ("frontier.speeds.0.seconds", [1.0]),
+        ("frontier.n_read", None),
+        ("frontier.about", {"a": [1]}),
+        ("plan", 3),
+        ("frontier.points.1.plan", LOST),
+        ("frontier.points.1.plan.bulk", None),
+        ("frontier.points.0.plan.bulk.skip", 7),
+    ],
+)
+def test_a_malformed_frontier_is_one_clear_line(path: str, value: Any, tmp_path: Path) -> None:
+    assert_refused(make_frontier(), path, value, tmp_path)
+
+
+def assert_refused(plan: SkipPlan | Frontier, path: str, value: Any, folder: Path) -> None:
+    save_plan(folder / "p.json", plan)
+    data = json.loads((folder / "p.json").read_text())
+    put(data, path, value)
+    (folder / "p.json").write_text(json.dumps(data))
+    with pytest.raises(PlanFileError, match=r"p\.json' cannot be used: .*; write it again with `adaskip-cpp tune`"):
+        load_plan(folder / "p.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 1e999}', b"[" * 100_000, b"\x80\x04N.", b"PK\x03\x04"),
+        b'{"format": "adaskip-plan", "version": 6, "x": %s}' % (b"[" * 700 + b"]" * 700),
+    ],
+)
+def test_what_is_no_plan_file_is_one_clear_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(content)
+    with pytest.raises(PlanFileError, match=r"p\.json' cannot be used: .*; write it again"):
+        load_plan(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("change", [lambda old: old[:-1], lambda old: old + b"\0", lambda old: b"\0" * len(old)])
+def test_vectors_of_another_plan_are_refused(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make())
+    binary = tmp_path / "p.bin"
+    binary.write_bytes(change(binary.read_bytes()))
+    with pytest.raises(PlanFileError, match=r"p\.bin.*; write it again"):
+        load_plan(tmp_path / "p.json")
+
+
+def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    save_plan(tmp_path / "p.json", make())
+    data = json.loads((tmp_path / "p.json").read_text())
+    content = np.full((tmp_path / "p.bin").stat().st_size // 4, NAN, "<f4").tobytes()
+    data["vectors"]["sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "p.bin").write_bytes(content)
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(PlanFileError, match="not finite"):
+        load_plan(tmp_path / "p.json")
+
+
+def test_missing_files_say_which(tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match=r"no plan file .*p\.json.*`adaskip-cpp tune`"):
+        load_plan(tmp_path / "p.json")
+    save_plan(tmp_path / "p.json", make())
+    (tmp_path / "p.bin").unlink()
+    with pytest.raises(PlanFileError, match=r"p\.bin', is missing"):
+        load_plan(tmp_path / "p.json")
+
+
+def test_what_is_beside_a_model_tells_its_frontier_without_the_plans(model: Path) -> None:
+    assert frontier_beside(model) is None
+    save_plan(plan_path(model), make(model))
+    assert frontier_beside(model) is None, "of one plan alone"
+    save_plan(plan_path(model), make_frontier(model))
+    Path(plan_path(model)).with_suffix(".bin").unlink()
+    assert frontier_beside(model) == replace(make_frontier(model), points=())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[" * 100_000, b"\xff", b"[]", b'{"format": "adaskip-plan", "version": 5, "frontier": {}}']
+)
+def test_a_broken_file_beside_a_model_has_no_frontier(content: bytes, model: Path) -> None:
+    Path(plan_path(model)).write_bytes(content)
+    assert frontier_beside(model) is None
+
+
+@pytest.mark.parametrize("path", ["frontier", "frontier.settings"])
+@pytest.mark.parametrize("value", [1, [1]], ids=str)
+def test_a_broken_frontier_beside_a_model_is_none(path: str, value: Any, model: Path) -> None:
+    save_plan(plan_path(model), make_frontier(model))
+    data = json.loads(Path(plan_path(model)).read_text())
+    put(data, path, value)
+    Path(plan_path(model)).write_text(json.dumps(data))
+    assert frontier_beside(model) is None
+
+
+# --- AdaSkipLlama(plan="auto") ----------------------------------------------------------------------------------------
+
+
+def test_auto_uses_the_plan_beside_the_model(model: Path, open_auto: Any) -> None:
+    save_plan(plan_path(model), make(model))
+    assert Path(plan_path(model)).name == "model.Q4.adaskip-plan.json"
+    llm, by_hand = open_auto(model), open_auto(model, make(model))
+    assert llm.plan == make(model) and llm.elided_kv == (2,)
+    for each in (llm, by_hand):
+        each.eval([1, 5, 6, 7])
+    np.testing.assert_array_equal(llm.scores[:4], by_hand.scores[:4])
+
+
+def test_auto_reads_nothing_but_the_plan(model: Path, open_auto: Any) -> None:
+    save_plan(plan_path(model), make(model))
+    Path(profile_path(model)).write_text("this is no profile")
+    assert open_auto(model).plan == make(model)
+
+
+def test_auto_runs_the_whole_model_where_nothing_can_be_skipped(model: Path, open_auto: Any) -> None:
+    save_plan(plan_path(model), replace(make_frontier(), points=()))
+    llm = open_auto(model)
+    llm.eval([1, 5, 6, 7])
+    assert llm.plan is None
+
+
+def test_auto_without_a_plan_says_what_to_run(model: Path, open_auto: Any) -> None:
+    with pytest.raises(PlanFileError, match=r"model\.Q4\.adaskip-plan\.json.*`adaskip-cpp tune .*model\.Q4\.gguf`"):
+        open_auto(model)
+
+
+def test_auto_refuses_the_plan_of_another_model(model: Path, open_auto: Any) -> None:
+    save_plan(plan_path(model), make())
+    with pytest.raises(ProfileMismatchError, match=r"another model.*tune"):
+        open_auto(model)
+
+
+def test_another_word_than_auto_is_refused(model: Path, open_auto: Any) -> None:
+    with pytest.raises(PlanError, match='"auto"'):
+        open_auto(model, "fast")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], prog_name="adaskip-cpp")
+
+
+def said(result: Result) -> str:
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def profile(model: Path) -> Path:
+    """A profile of that model, which lies beside it."""
+    rng = np.random.default_rng(0)
+    similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
+    ones, vectors = np.ones((3, 2)), rng.normal(size=(2, 3, 2, N_EMBD)).astype(np.float32)
+    statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), *vectors, 10)
+    info = replace(OTHER_MODEL, fingerprint=fingerprint(model))
+    Profile(statistics, statistics, 1, 10, info, divergence=1 - similarity, copying=1 - similarity).save(
+        profile_path(model)
+    )
+    return Path(profile_path(model))
+
+
+@pytest.fixture
+def generate(model: Path) -> Callable[..., Result]:
+    """``generate(...)``: the verb on that model, with a short answer."""
+    words = ["generate", model, "-p", "the end", "--raw", "--ctx", 64, "--max-tokens", 4, "--temp", 0]
+    return lambda *args: run(*words, *args)
+
+
+def test_generate_uses_the_plan_beside_the_model_and_says_so(generate: Any, model: Path, tmp_path: Path) -> None:
+    whole = generate()
+    assert whole.exit_code == 0 and "skipped" not in whole.stderr
+    save_plan(plan_path(model), make(model))
+    save_plan(tmp_path / "other.json", make(model))
+    tuned = generate()
+    assert tuned.exit_code == 0, tuned.output
+    assert "3 of 6 sublayers skipped (model.Q4.adaskip-plan.json). --full runs" in said(tuned)
+    named = generate("--plan", tmp_path / "other.json")
+    assert named.stdout == tuned.stdout and "--full runs" not in said(named)
+
+
+def test_full_runs_the_whole_model(generate: Any, model: Path) -> None:
+    whole = generate()
+    save_plan(plan_path(model), make(model))
+    full = generate("--full")
+    assert full.exit_code == 0 and full.stdout == whole.stdout and "skipped" not in full.stderr
+    assert generate("--full", "--skip", 2).exit_code == generate("--full", "--plan", plan_path(model)).exit_code == 2
+    assert generate("--plan", plan_path(model), "--skip", 2).exit_code == 2
+
+
+def test_what_to_skip_is_taken_from_the_profile_beside_the_model(generate: Any, profile: Path, model: Path) -> None:
+    save_plan(plan_path(model), make(model))
+    result = generate("--skip", 2, "--mode", "e2e", "--no-online")
+    assert result.exit_code == 0 and "2 of 6" in said(result)
+    profile.unlink()
+    assert generate("--skip", 2).exit_code == 2
+
+
+def test_a_profile_beside_the_model_alone_skips_nothing(generate: Any, profile: Path) -> None:
+    assert "skipped" not in generate().stderr
+
+
+def test_a_plan_beside_the_model_that_cannot_be_used_is_told_and_not_used(generate: Any, model: Path) -> None:
+    whole = generate()
+    save_plan(plan_path(model), make())
+    result = generate()
+    assert result.exit_code == 0 and result.stdout == whole.stdout
+    assert "The whole model runs" in result.stderr and "another model" in said(result)
+
+
+def test_a_named_plan_of_another_model_is_refused(generate: Any, tmp_path: Path) -> None:
+    save_plan(tmp_path / "other.json", make())
+    result = generate("--plan", tmp_path / "other.json")
+    assert result.exit_code == 1 and "another model" in result.stderr and result.stdout == ""
+
+
+def test_plan_writes_a_plan_that_generate_takes(generate: Any, profile: Path, tmp_path: Path) -> None:
+    for options, request in (((), {}), (("--mode", "e2e", "--no-online"), {"mode": "e2e", "online": False})):
+        written = run("plan", profile, "--skip", 2, *options, "-o", tmp_path / "two.json")
+        assert written.exit_code == 0 and "two.json" in written.stdout
+        assert load_plan(tmp_path / "two.json").plan == Profile.load(profile).plan(2, **request)
+        assert generate("--plan", tmp_path / "two.json").stdout == generate("--skip", 2, *options).stdout
+
+
+@pytest.mark.parametrize(("kinds", "n_maps"), [((1,), 16), ((0, 1), 32)])
+def test_a_map_in_the_shape_of_a_7b_model_takes_1_mib_in_a_plan_file(
+    tmp_path: Path, kinds: tuple[int, ...], n_maps: int
+) -> None:
+    """16 layers of 32 skipped, a map for each or for each sublayer: rank 64, 4,096 channels, two halves in BF16."""
+    skip, last = np.zeros((32, 2), np.bool_), slice(16, 32)
+    skip[last] = True
+    down, up = np.zeros((32, 2, 64, 4096), np.float32), np.zeros((32, 2, 4096, 64), np.float32)
+    for kind in kinds:
+        down[last, kind] = up[last, kind, :64, :1] = 1.0
+    none = SkipSet.none(32)
+    plan = SkipPlan(none, none, bulk=Bulk(SkipSet(skip, np.ones((32, 2)), None, down, up)), mode="prompt")
+    save_plan(tmp_path / "plan.json", plan)
+    assert (tmp_path / "plan.bin").stat().st_size == n_maps << 20

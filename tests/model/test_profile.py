@@ -1,0 +1,585 @@
+"""adaskip_cpp.model.profile: the data, and the files."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles.costs import cost_model
+from oracles.profiles import MAPPED, NAN, maps, profile, statistics
+
+from adaskip_cpp import Profile
+from adaskip_cpp.errors import (
+    ProfileError,
+    ProfileFormatError,
+    ProfileMissingError,
+    ProfileVersionError,
+)
+from adaskip_cpp.model.profile import Windows
+from adaskip_cpp.model.statistics import LinearMaps
+
+
+@pytest.fixture
+def mapped(example: Profile) -> Profile:
+    return replace(example, maps=maps())
+
+
+@pytest.fixture
+def example() -> Profile:
+    return profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]])
+
+
+# --- speed-ups --------------------------------------------------------------------------------------------------------
+
+
+def test_profiles_are_equal_by_content_also_where_they_tell_divergence(example: Profile) -> None:
+    alike = np.array(DIVERGENCE)
+    one, other, third = (replace(example, divergence=alike, copying=value * alike) for value in (1, 2, 2))
+    assert one == replace(one, divergence=alike.copy()) != other == third
+    assert example != one and one != example
+    assert replace(one, n_requests=9) != one
+
+
+# --- the object -------------------------------------------------------------------------------------------------------
+
+
+def test_the_arrays_are_read_only_and_tell_what_is_skippable(example: Profile) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        example.similarity[0, 0] = 1
+    np.testing.assert_array_equal(example.skippable, [[True, True], [True, False], [True, True]])
+
+
+def test_a_profile_is_of_one_model(example: Profile) -> None:
+    with pytest.raises(ProfileFormatError, match="4 layers, the model has 3"):
+        replace(example, decode=statistics(np.ones((4, 2))))
+    with pytest.raises(ProfileFormatError, match=r"lengths differ, 5 in prefill and 4 in decode.*calibrate again"):
+        replace(example, decode=statistics(example.similarity, mean_u=np.ones((3, 2, 4)), mean_v=np.ones((3, 2, 4))))
+
+
+@pytest.mark.parametrize("shape", [{"n_layer": 4}, {"n_layer": 2}, {"n_embd": 4}], ids=str)
+def test_maps_are_of_the_profiles_model(example: Profile, shape: Any) -> None:
+    with pytest.raises(ProfileFormatError, match=r"linear maps.*calibrate again"):
+        replace(example, maps=maps(**shape))
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_survives_its_files(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    loaded = Profile.load(str(tmp_path / "p.json"))
+    assert loaded == example
+    np.testing.assert_array_equal(loaded.similarity, example.similarity)
+    np.testing.assert_array_equal(loaded.decode.mean_v, example.decode.mean_v)
+    assert loaded.plan(3, mode="e2e") == example.plan(3, mode="e2e")
+    assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.json"]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_linear_maps_survive_the_files(example: Profile, tmp_path: Path, rank: int) -> None:
+    before = replace(example, maps=maps(rank=rank))
+    before.save(tmp_path / "p.json")
+    loaded = Profile.load(tmp_path / "p.json")
+    assert loaded == before != example
+    assert loaded.maps == before.maps and loaded.maps is not None and loaded.maps.up.shape[3] == rank
+    assert (
+        loaded.plan(4, mode="e2e") == before.plan(4, mode="e2e") and loaded.plan(4, mode="e2e").compensation == "linear"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.json"]
+    assert before.maps is not None
+    expected = [array[divmod(at, 3)].ravel() for array in (before.maps.down, before.maps.up) for at in MAPPED]
+    numbers = np.fromfile(tmp_path / "p.bin", np.uint8)[2 * 4 * 3 * 2 * 5 :]  # behind vectors alike in both phases
+    np.testing.assert_array_equal(dequantize(numbers, GGMLQuantizationType.BF16), np.concatenate(expected))
+
+
+def test_linear_maps_are_rounded_to_the_nearest_bf16() -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.normal(size=(3, 3, 4, 5)) * 10.0 ** rng.integers(-30, 30, (3, 3, 4, 5))).astype(np.float32)
+    values.flat[:4] = np.float32([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 0])  # ties go to the even one
+    expected = dequantize(quantize(values, GGMLQuantizationType.BF16), GGMLQuantizationType.BF16)
+    found = LinearMaps(values, values.transpose(0, 1, 3, 2))
+    np.testing.assert_array_equal(found.down, expected)
+    np.testing.assert_array_equal(found.up, expected.transpose(0, 1, 3, 2))
+
+
+def test_a_cost_model_is_part_of_the_file(example: Profile, tmp_path: Path) -> None:
+    costed = replace(example, cost=cost_model(1 / 3, [1, 2, 3], [4, 5, 6], limit=[math.inf, 1024, math.inf]))
+    costed.save(tmp_path / "p.json")
+    loaded = Profile.load(tmp_path / "p.json")
+    assert loaded == costed != example
+    assert json.loads((tmp_path / "p.json").read_text())["cost"]["limit"] == [None, 1024.0, None]
+
+
+DIVERGENCE = [[0.5, 0.25], [0.125, NAN], [0.0, 1e-12]]
+
+
+COPYING = [[0.25, 0.5], [NAN, NAN], [0.0, 2.0]]
+
+
+BOTH = {"divergence": np.array(DIVERGENCE), "copying": np.array(COPYING)}
+
+
+@pytest.mark.parametrize("name", ["divergence", "copying"])
+def test_what_continuations_and_copies_cost_are_part_of_the_file(example: Profile, tmp_path: Path, name: str) -> None:
+    judged = replace(example, **BOTH)
+    judged.save(tmp_path / "p.json")
+    told = {"divergence": [[0.5, 0.25], [0.125, None], [0.0, 1e-12]], "copying": [[0.25, 0.5], [None] * 2, [0.0, 2.0]]}
+    assert json.loads((tmp_path / "p.json").read_text())[name] == told[name]
+    loaded = Profile.load(tmp_path / "p.json")
+    np.testing.assert_array_equal(getattr(loaded, name), BOTH[name])
+    assert loaded == judged != example
+    assert loaded != replace(judged, **{name: 2 * BOTH[name]}) and example != judged
+    assert loaded.plan(2, mode="prompt") == judged.plan(2, mode="prompt")
+    with pytest.raises(ValueError, match="read-only"):
+        getattr(loaded, name)[0] = 1
+
+
+def test_what_is_lost_is_the_worse_of_both(example: Profile) -> None:
+    np.testing.assert_array_equal(replace(example, **BOTH).lost, [[0.5, 0.5], [NAN, NAN], [0.0, 2.0]])
+    assert example.lost is None
+
+
+def test_one_of_both_alone_is_refused(example: Profile) -> None:
+    for name, values in BOTH.items():
+        with pytest.raises(ProfileFormatError, match="one of 'divergence' and 'copying' is missing; calibrate again"):
+            replace(example, **{name: values})
+
+
+def test_a_profile_whose_divergences_were_not_measured_has_null(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text())["divergence"] is None
+    assert Profile.load(tmp_path / "p.json").divergence is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.5,
+        [],
+        "much",
+        [[0.5, 0.25], [0.125, None]],
+        [[0.5, 0.25], [0.125, None], [0.0, 0.5], [0.5, 0.5]],
+        [[0.5], [0.5], [0.5]],
+        [[0.5, 0.5], [0.5], [0.5, 0.5]],
+        [0.5, 0.5, 0.5],
+        [[0.5, 0.25], [0.125, 0.5], [0.0, 0.5]],
+        [[-0.5, 0.25], [0.125, None], [0.0, 0.5]],
+        [["0.5", 0.25], [0.125, None], [0.0, 0.5]],
+        [[10**400, 0.25], [0.125, None], [0.0, 0.5]],
+        {"0": 0.5},
+    ],
+    ids=str,
+)
+def test_divergences_that_cannot_be_are_refused(example: Profile, tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "p.json"
+    example.save(path)
+    data = json.loads(path.read_text())
+    data["divergence"] = data["copying"] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*calibrate again"):
+        Profile.load(path)
+
+
+WINDOWS = Windows((0, 2), (0.0, 0.25, 0.5))
+
+
+def test_windows_are_part_of_the_file(example: Profile, tmp_path: Path) -> None:
+    measured = replace(example, windows=WINDOWS)
+    measured.save(tmp_path / "p.json")
+    told = json.loads((tmp_path / "p.json").read_text())["windows"]
+    assert told == {"layers": [0, 2], "divergence": [0.0, 0.25, 0.5]}
+    assert Profile.load(tmp_path / "p.json") == measured != example
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"layers": [0, 2], "divergence": [0.0, 0.25]},
+        {"layers": [2, 0], "divergence": [0.0, 0.25, 0.5]},
+        {"layers": [2, 2], "divergence": [0.0, 0.25, 0.5]},
+        {"layers": [0, 3], "divergence": [0.0, 0.25, 0.5]},
+        {"layers": [0, 2], "divergence": [0.0, -0.25, 0.5]},
+        {"layers": [0, 2], "divergence": [0.0, None, 0.5]},
+        {"layers": "all", "divergence": [0.0]},
+        [0, 2],
+    ],
+    ids=str,
+)
+def test_windows_that_cannot_be_are_refused(example: Profile, tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "p.json"
+    example.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "windows": value}))
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*calibrate again"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, -1e-9])
+@pytest.mark.parametrize("name", ["divergence", "copying"])
+def test_divergences_that_no_calibration_gives_are_refused(example: Profile, value: float, name: str) -> None:
+    lost = {each: values.copy() for each, values in BOTH.items()}
+    lost[name][2, 1] = value
+    with pytest.raises(ProfileFormatError, match=f"'{name}'.*calibrate again"):
+        replace(example, **lost)
+
+
+def test_a_cost_model_is_of_the_profiles_model(example: Profile) -> None:
+    with pytest.raises(ProfileFormatError, match="the cost model is of 2 layers, the model has 3; calibrate again"):
+        replace(example, cost=cost_model(0.1, [1, 2], [3, 4]))
+
+
+@pytest.mark.parametrize(
+    ("name", "sidecar"), [("p.json", "p.bin"), ("m.adaskip.json", "m.adaskip.bin"), ("p", "p.bin")]
+)
+def test_the_vectors_lie_beside_the_profile(example: Profile, tmp_path: Path, name: str, sidecar: str) -> None:
+    example.save(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == sorted([name, sidecar])
+    parts = [getattr(example, phase) for phase in ("prefill", "decode")]
+    expected = [vectors for part in parts for vectors in (part.mean_u, part.mean_v)]
+    np.testing.assert_array_equal(np.fromfile(tmp_path / sidecar, "<f4").reshape(2, 3, 2, 5), expected[:2])
+    np.testing.assert_array_equal(expected[2:], expected[:2], "the file has what is alike once")
+
+
+def test_rows_of_nothing_take_no_room(tmp_path: Path) -> None:
+    vectors = np.ones((2, 3, 2, 5), np.float32)
+    vectors[0, 1] = NAN
+    vectors[1, 2] = 0
+    before = profile(
+        [[0.5, 0.9], [NAN, NAN], [0.7, 0.99]],
+        prefill=statistics([[0.5, 0.9], [NAN, NAN], [0.7, 0.99]], mean_u=vectors[0], mean_v=vectors[1]),
+        decode=statistics([[0.5, 0.9], [NAN, NAN], [0.7, 0.99]], mean_u=vectors[0], mean_v=vectors[1]),
+    )
+    before.save(tmp_path / "p.json")
+    assert Profile.load(tmp_path / "p.json") == before
+    assert (tmp_path / "p.bin").stat().st_size == 4 * 5 * 2, "of ones, in BF16, which both vectors share"
+
+
+def test_the_file_is_strict_json_with_null_for_what_was_not_observed(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    data = json.loads((tmp_path / "p.json").read_text(), parse_constant=refuse)
+    assert (data["format"], data["version"]) == ("adaskip-profile", 11)
+    assert data["prefill"]["similarity"] == [[0.5, 0.9], [0.99, None], [0.7, 0.99]]
+    assert data["prefill"]["layer_similarity"] == [pytest.approx(0.7), None, pytest.approx(0.845)]
+    assert data["decode"]["norm_ratio"] == [[1.2, 1.2], [1.2, None], [1.2, 1.2]]
+    assert data["corpus"] == "some text [with brackets], two pages"
+    vectors = data.pop("vectors")
+    assert vectors.pop("file") == "p.bin" and len(vectors.pop("sha256")) == 64 and not vectors
+    assert data == json.loads(json.dumps(example.to_dict()))
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("fail", ["os.replace", "os.fsync", "second os.replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failed_save_keeps_the_old_files_and_leaves_no_others(
+    example: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: str, error: BaseException, old: bool
+) -> None:
+    path = tmp_path / "p.json"
+    before = profile([[0.1, 0.2], [0.3, 0.4]])
+    if old:
+        before.save(path)
+    calls, real = [], os.replace
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        if fail.startswith("second") and len(calls) != 2:
+            return real(*args)
+        raise error
+
+    monkeypatch.setattr(fail.removeprefix("second "), broken)
+    with pytest.raises(type(error)):
+        example.save(path)
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == (["p.bin", "p.json"] if old else [])
+    assert not old or Profile.load(path) == before
+
+
+def symlink(link: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):
+        link.symlink_to(target)
+    if not link.is_symlink():
+        pytest.skip("no symbolic links here")
+
+
+def test_a_save_follows_a_link_and_replaces_no_device(example: Profile, tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    symlink(link, tmp_path / "real.json")
+    example.save(link)
+    assert link.is_symlink() and Profile.load(tmp_path / "real.json") == Profile.load(link) == example
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "real.bin", "real.json"]
+    with pytest.raises(OSError, match="not a regular file"):
+        example.save(tmp_path)
+
+
+def test_a_missing_file_is_both_errors_that_one_would_catch(tmp_path: Path) -> None:
+    with pytest.raises(ProfileMissingError, match=r"no profile .*nope\.json.*calibrate") as caught:
+        Profile.load(tmp_path / "nope.json")
+    assert isinstance(caught.value, FileNotFoundError) and isinstance(caught.value, ProfileError)
+
+
+def test_a_file_truncated_anywhere_is_refused(example: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    example.save(path)
+    content = path.read_bytes()
+    for size in range(0, len(content) - 2, 7):
+        path.write_bytes(content[:size])
+        with pytest.raises(ProfileFormatError, match=r"p\.json.*truncated"):
+            Profile.load(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000, b"null", b"[]", b'{"a": 1}', b"3"])
+def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "p.json"
+    path.write_bytes(content)
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*; calibrate again"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize("version", [0, 10, 12, "11", None, [11]])
+def test_another_format_version_is_refused(example: Profile, tmp_path: Path, version: Any) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({**example.to_dict(), "version": version}))
+    with pytest.raises(ProfileVersionError, match=r"format version .* reads 11"):
+        Profile.load(path)
+
+
+# --- the vectors' file ------------------------------------------------------------------------------------------------
+
+
+def test_missing_vectors_are_named_with_the_way_out(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    (tmp_path / "p.bin").unlink()
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*p\.bin', is missing; put it back.*; calibrate again"):
+        Profile.load(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "a bit flipped", "another profile's"])
+def test_vectors_that_are_not_those_of_the_profile_are_refused(example: Profile, tmp_path: Path, damage: str) -> None:
+    example.save(tmp_path / "p.json")
+    path = tmp_path / "p.bin"
+    content = bytearray(path.read_bytes())
+    if damage == "a bit flipped":
+        content[len(content) // 2] ^= 1
+    elif damage == "another profile's":
+        profile([[0.5, 0.9]]).save(tmp_path / "q.json")
+        content = bytearray((tmp_path / "q.bin").read_bytes())
+    path.write_bytes(content[: {"truncated": -1, "empty": 0}.get(damage)])
+    with pytest.raises(
+        ProfileFormatError,
+        match=r"p\.json.*p\.bin', is truncated or of another one.*; calibrate again",
+    ):
+        Profile.load(tmp_path / "p.json")
+
+
+def test_a_renamed_profile_still_finds_its_vectors(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    (tmp_path / "p.json").rename(tmp_path / "other.json")
+    assert Profile.load(tmp_path / "other.json") == example
+
+
+@pytest.mark.parametrize("name", ["../p.bin", "/etc/passwd", "..", "", 5, None])
+def test_the_vectors_are_read_from_beside_the_profile_only(example: Profile, tmp_path: Path, name: Any) -> None:
+    example.save(tmp_path / "p.json")
+    data = json.loads((tmp_path / "p.json").read_text())
+    data["vectors"]["file"] = name
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(ProfileFormatError, match=r"beside it|\.file"):
+        Profile.load(tmp_path / "p.json")
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Write the vectors' file of a profile anew, and its hash, as whoever makes such a file knows to."""
+    path.with_suffix(".bin").write_bytes(content)
+    data = json.loads(path.read_text())
+    data["vectors"]["sha256"] = hashlib.sha256(content).hexdigest()
+    path.write_text(json.dumps(data))
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ProfileFormatError, match=r"p\.json' cannot be used: .*; calibrate again$") as caught:
+        Profile.load(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("change", [-4, -1, 1, 4, -(10**6), 10**6])
+def test_vectors_of_another_length_are_refused(mapped: Profile, tmp_path: Path, change: int) -> None:
+    mapped.save(tmp_path / "p.json")
+    content = (tmp_path / "p.bin").read_bytes()
+    rewrite(tmp_path / "p.json", content[:change] if change < 0 else content + bytes(change))
+    assert "the file of its vectors" in refused(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("at", [0, 4 * 3 * 2 * 5, -2], ids=["a mean", "a map's down", "a map's up"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_vectors_with_impossible_values_are_refused(mapped: Profile, tmp_path: Path, at: int, value: float) -> None:
+    mapped.save(tmp_path / "p.json")
+    halves = np.fromfile(tmp_path / "p.bin", "<u2")
+    halves[[at, at + 1]] = np.float32([value]).view("<u2")[1]  # of a float32 the upper half is the sign and exponent
+    rewrite(tmp_path / "p.json", halves.tobytes())
+    assert "values that calibration cannot give" in refused(tmp_path / "p.json")
+
+
+def changed(profile: Profile, folder: Path, change: Callable[[Any], None]) -> Path:
+    """The profile's file, saying something else."""
+    path = folder / "p.json"
+    profile.save(path)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize("value", [[], [0], [0] * 7, [9, *MAPPED[1:]], [-1, *MAPPED[1:]], MAPPED[::-1], "0", None])
+def test_maps_of_other_sublayers_than_there_are_are_refused(mapped: Profile, tmp_path: Path, value: Any) -> None:
+    refused(changed(mapped, tmp_path, put(value, "maps", "up", "rows")))
+
+
+# --- files from elsewhere ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("size", [10**6, 2**24, 2**62, 10**30, 0, -1, 1.5, True])
+def test_absurd_sizes_are_refused_before_memory_is_taken(mapped: Profile, tmp_path: Path, axis: int, size: Any) -> None:
+    refused(changed(mapped, tmp_path, put(size, "maps", "down", "shape", axis)))
+    refused(changed(mapped, tmp_path, put([1 << 24] * 4, "maps", "down", "shape")))
+
+
+def test_arrays_that_share_numbers_are_not_read_without_end(mapped: Profile, tmp_path: Path) -> None:
+    def change(data: Any) -> None:
+        data["maps"]["down"]["shape"] = [1 << 14, 3, 1 << 14, 1]
+        data["maps"]["down"]["rows"] = []
+        data["maps"]["up"] = data["maps"]["down"]
+
+    assert "larger model than any" in refused(changed(mapped, tmp_path, change))
+
+
+@pytest.mark.skipif(not os.path.isabs(os.devnull), reason="devices are no files here")
+def test_a_device_is_refused(example: Profile, tmp_path: Path) -> None:
+    example.save(tmp_path / "p.json")
+    (tmp_path / "p.bin").unlink()
+    symlink(tmp_path / "p.bin", Path(os.devnull))
+    assert "not a regular file" in refused(tmp_path / "p.json")
+
+
+def test_a_json_file_longer_than_any_is_refused(
+    example: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example.save(tmp_path / "p.json")
+    monkeypatch.setattr("adaskip_cpp.model.stored.MOST_JSON", 1000)
+    assert "has more than 1,000 bytes" in refused(tmp_path / "p.json")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, bytes]:
+    """A profile with all that one can have, and the bytes of its two files."""
+    path = tmp_path_factory.mktemp("fuzzed") / "p.json"
+    costs = cost_model(0.1, [1, 2, 3], [4, 5, 6])
+    profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], cost=costs, maps=maps(), **BOTH).save(path)
+    return path, path.read_bytes(), path.with_suffix(".bin").read_bytes()
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(of_vectors=st.booleans(), changes=CHANGES, cut=st.none() | st.integers(0, 1 << 16), known=st.booleans())
+def test_damaged_files_end_in_our_errors_or_not_at_all(
+    saved: tuple[Path, bytes, bytes], of_vectors: bool, changes: list[Any], cut: int | None, known: bool
+) -> None:
+    path, text, binary = saved
+    content = bytearray(binary if of_vectors else text)
+    for at, part in changes:
+        at %= len(content)
+        content[at : at + len(part)] = part
+    content = content[:cut]
+    if of_vectors and known:  # whoever makes such a file knows how to hash it
+        digests = (hashlib.sha256(each).hexdigest().encode() for each in (binary, content))
+        text = text.replace(*digests)
+    path.write_bytes(text if of_vectors else content)
+    path.with_suffix(".bin").write_bytes(content if of_vectors else binary)
+    try:
+        Profile.load(path)
+    except ProfileError as error:
+        assert "calibrate again" in str(error)
+
+
+# --- the fields -------------------------------------------------------------------------------------------------------
+
+
+def drop(*keys: str) -> Callable[[Any], None]:
+    def change(data: Any) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        del data[keys[-1]]
+
+    return change
+
+
+def put(value: Any, *keys: Any) -> Callable[[Any], None]:
+    def change(data: Any) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        drop("model"),
+        drop("n_requests"),
+        drop("prefill"),
+        drop("decode"),
+        drop("vectors"),
+        drop("vectors", "sha256"),
+        drop("prefill", "mean_u", "bf16"),
+        put("1", "prefill", "mean_u", "start"),
+        put([3, 2], "prefill", "mean_u", "shape"),
+        put(5, "cost"),
+        drop("prefill", "median_ratio"),
+        drop("decode", "n_tokens"),
+        put(0.5, "decode", "layer_similarity"),
+        put([[0.5, 0.5]] * 3, "decode", "layer_similarity"),
+        put([], "vectors"),
+        drop("model", "n_layer"),
+        drop("n_tokens"),
+        put(None, "model"),
+        put([], "corpus"),
+        put(5, "prefill"),
+        put("x", "prefill", "similarity"),
+        put(4, "model", "n_layer"),
+        put(0, "model", "n_layer"),
+        put(True, "n_requests"),
+        put(-3, "n_tokens"),
+        put("0.5", "prefill", "similarity", 0, 0),
+        put(True, "prefill", "similarity", 0, 0),
+        put([0.5], "prefill", "similarity", 0),
+        put([0.5, 0.5, 0.5], "prefill", "norm_ratio", 0),
+        put(None, "prefill", "norm_ratio", 0, 0),
+        put(10**400, "prefill", "norm_ratio", 0, 0),
+    ],
+)
+def test_a_profile_with_a_field_missing_or_malformed_is_refused(
+    example: Profile, tmp_path: Path, change: Callable[[Any], None]
+) -> None:
+    path = tmp_path / "p.json"
+    example.save(path)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ProfileFormatError, match=r"p\.json.*calibrate again"):
+        Profile.load(path)

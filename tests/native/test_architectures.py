@@ -1,0 +1,221 @@
+"""Every architecture family: sublayers found, nothing changed without a plan, and each one skipped.
+
+The oracle is stock llama-cpp-python in another process, and needs no reference code: a sublayer skipped with
+compensation 1 must equal the same model with that sublayer's output projection set to zero. Both are compared bit for
+bit: adding zero changes no float, and all other operations are the same.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_cpp import Llama
+from oracles.stock import EXACT, Job, eval_logits, run_stock
+from oracles.tiny_families import FAMILIES, PARTLY, SKIPPABLE
+from oracles.tiny_models import write_model
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.errors import NotSkippableError
+from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.skip_set import SkipSet
+
+Tiny = Callable[..., Path]
+Tokens = Callable[..., list[int]]
+Open = Callable[..., Any]
+OPTIONS = {"n_ctx": 128, "logits_all": True, **EXACT}
+
+# Sublayers that cannot be taken out in every phase: no attention at all, or K and V that a later layer reads.
+NOT_SKIPPABLE = {
+    "mamba": {(layer, kind) for layer in range(3) for kind in ("attention", "ffn")},
+    "jamba": {(0, "attention"), (2, "attention")},
+    "lfm2": {(0, "attention"), (2, "attention")},
+    "gemma4": {(0, "attention"), (1, "attention")},  # layer 2 reads the KV of layer 0, layer 3 that of layer 1
+    "gemma4-per-layer": {(0, "attention"), (1, "attention")},
+    "gemma3n": {(layer, kind) for layer in range(24) for kind in ("attention", "ffn")},  # mixes four streams
+}
+SHARED_KV = {"gemma4", "gemma4-per-layer"}  # those can be skipped where their K and V are kept
+
+
+def cut(tokens: list[int]) -> list[list[int]]:
+    """A prompt of 40 tokens in two pieces, the last 4 tokens one by one."""
+    return [tokens[:29], tokens[29:36], *([token] for token in tokens[36:])]
+
+
+def sublayers(name: str) -> list[tuple[int, str]]:
+    """All sublayers of a family, in the order of the residual stream."""
+    return [(layer, kind) for layer in range(FAMILIES[name].n_layer) for kind in ("attention", "ffn")]
+
+
+def skippable(llm: Any) -> list[tuple[int, str]]:
+    """The sublayers that the opened model offers for skipping."""
+    return [(row.layer, row.kind) for row in llm.sublayers if row.skippable]
+
+
+@pytest.mark.parametrize("name", SKIPPABLE)
+def test_every_sublayer_is_found_with_its_kind(name: str, tiny: Tiny, open_model: Open) -> None:
+    rows = open_model(tiny(name)).sublayers
+    assert [(row.layer, row.kind) for row in rows] == sublayers(name)
+    assert all(row.skippable for row in rows), rows
+
+
+@pytest.mark.parametrize("logits_all", [True, False], ids=["all logits", "last logits"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_a_plan_the_logits_are_those_of_stock(
+    name: str, logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    options = {**OPTIONS, "logits_all": logits_all}
+    (expected,) = run_stock([Job(str(tiny(name)), cut(tokens(40)), options)])
+    actual = eval_logits(open_model(tiny(name), **options, exact_batches=True), cut(tokens(40)))
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("logits_all", [True, False], ids=["all logits", "last logits"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_sublayer_skipped_equals_stock_on_the_zeroed_model(
+    name: str, logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    # With last logits only, llama.cpp drops the other tokens' rows inside the last layer, another graph shape.
+    options = {**OPTIONS, "logits_all": logits_all}
+    llm = open_model(tiny(name), **options, exact_batches=True)
+    chosen = skippable(llm)
+    if not chosen:
+        assert name in ("mamba", "gemma3n")
+        pytest.skip(f"{name} offers no sublayer for skipping")
+    expected = run_stock([Job(str(tiny(name, zero=[which])), cut(tokens(40)), options) for which in chosen])
+    wrong = {}
+    for (layer, kind), logits in zip(chosen, expected, strict=True):
+        llm.set_plan(SkipPlan.manual(llm.n_layer, **{kind: [layer]}))
+        actual = eval_logits(llm, cut(tokens(40)))
+        if not np.array_equal(actual, logits):
+            wrong[layer, kind] = float(np.linalg.norm(actual - logits) / np.linalg.norm(logits))
+    assert not wrong
+
+
+FLASH = {"flash_attn": True}
+Q8_0 = {"type_k": 8, "type_v": 8, **FLASH}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, each) for name in FAMILIES for each in ({}, FLASH)), ("qwen3", Q8_0)]
+)
+def test_a_window_of_everything_gathers_the_same_cells(
+    name: str, changes: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    llm = open_model(tiny(name), **{**OPTIONS, **changes}, exact_batches=True)
+    windowed = tuple(row.layer for row in llm.sublayers if row.windowable and row.layer < llm.n_layer_kv - 1)
+    if not windowed:
+        pytest.skip(f"{name} has no attention that could look back at a window and be read")
+    none, logits = SkipSet.none(llm.n_layer), []
+    for layers, size in (((), 1), (windowed, 120), (windowed, 1)):
+        llm.set_plan(SkipPlan(none, none, bulk=Bulk(none, windowed=layers, window_size=size, tail=1)))
+        llm.reset()
+        llm.eval(tokens(110))
+        logits.append(llm.scores[llm.n_tokens - 1].copy())
+    wide, narrow = (float(np.linalg.norm(each - logits[0]) / np.linalg.norm(logits[0])) for each in logits[1:])
+    # The same products of the same numbers; but what is gathered of a quantised cache is multiplied in F16.
+    assert wide <= (5e-3 if changes is Q8_0 else 0) and narrow > 5e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, {}) for name in FAMILIES), ("llama", FLASH), ("gemma3", FLASH), ("qwen3", Q8_0)]
+)
+def test_each_sublayer_skipped_in_the_bulk_leaves_the_memory_of_the_zeroed_model(
+    name: str, changes: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    # What the bulk leaves is seen by the tail, which runs whole: on the memory of the zeroed model, whose K and V
+    # weights are the same, it must give the same logits. Both memories are loaded, which puts their cells in order.
+    bulk, tail = tokens(40)[:30], tokens(40)[30:]
+    options = {**OPTIONS, **changes}
+    llm, whole = open_model(tiny(name), **options), open_model(tiny(name), **options)
+    rows = [row for row in llm.sublayers if row.in_bulk]
+    assert rows or name in ("mamba", "gemma3n")
+    wrong = {}
+    for row in rows:
+        zeroed = open_model(tiny(name, zero=[(row.layer, row.kind)]), **options)
+        zeroed.eval(bulk)
+        Llama.load_state(whole, Llama.save_state(zeroed))
+        whole.eval(tail)
+        none = SkipSet.none(llm.n_layer)
+        chosen = SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]}).prefill
+        llm.set_plan(SkipPlan(none, none, bulk=Bulk(chosen, head=0, tail=len(tail))))
+        llm.reset()
+        llm.eval_bulk(bulk)
+        Llama.load_state(llm, Llama.save_state(llm))
+        llm.eval(tail)
+        if not np.array_equal(llm.scores[30:40], whole.scores[30:40]):
+            wrong[row.layer, row.kind] = float(np.abs(llm.scores[30:40] - whole.scores[30:40]).max())
+    assert not wrong
+
+
+def nodes(llm: Any, prompt: list[int], plan: SkipPlan | None) -> int:
+    """Nodes of the graph that was computed."""
+    llm.set_plan(plan)
+    eval_logits(llm, [prompt])
+    return int(llm.counters.nodes)
+
+
+@pytest.mark.parametrize("name", SKIPPABLE)
+def test_a_skipped_sublayer_leaves_nothing_but_its_compensation(
+    name: str, tiny: Tiny, tokens: Tokens, open_model: Open, tmp_path: Path
+) -> None:
+    # Without its first layer a model's graph is that of a model of one layer less, as llama.cpp builds it; and a
+    # compensation other than 1 is one node.
+    llm, n_layer = open_model(tiny(name)), SKIPPABLE[name].n_layer
+    shallow = open_model(write_model(tmp_path / "shallow.gguf", name, n_layer=n_layer - 1))
+    assert nodes(llm, tokens(9), SkipPlan.manual(n_layer, [0], [0])) == nodes(shallow, tokens(9), None)
+    for row in llm.sublayers:
+        bare, scaled = (
+            nodes(llm, tokens(9), SkipPlan.manual(n_layer, scale=scale, **{row.kind: [row.layer]}))
+            for scale in (None, 1.5)
+        )
+        assert scaled == bare + 1 < llm.counters.nodes_full
+
+
+@pytest.mark.parametrize("kind", ["attention", "ffn"])
+@pytest.mark.parametrize("name", SKIPPABLE)
+def test_every_sublayer_of_a_kind_can_be_skipped_at_once(
+    name: str, kind: str, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    # With no attention left, or none of one cache of a sliding-window model, the graph's inputs lose their readers.
+    llm = open_model(tiny(name))
+    silenced = tiny(name, zero=[(layer, kind) for layer in range(llm.n_layer)])
+    (expected,) = run_stock([Job(str(silenced), cut(tokens(40)), OPTIONS)])
+    llm.set_plan(SkipPlan.manual(llm.n_layer, **{kind: range(llm.n_layer)}))
+    np.testing.assert_array_equal(eval_logits(llm, cut(tokens(40))), expected)
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_sublayers_that_cannot_be_taken_apart_are_named_with_a_reason(name: str, tiny: Tiny, open_model: Open) -> None:
+    rows = open_model(tiny(name)).sublayers
+    refused = {(row.layer, row.kind) for row in rows if not row.skippable}
+    assert [(row.layer, row.kind) for row in rows] == sublayers(name)
+    assert refused == NOT_SKIPPABLE[name]
+    assert {(row.layer, row.kind) for row in rows if not row.in_bulk} == (set() if name in SHARED_KV else refused)
+    assert all(bool(row.reason) != row.skippable for row in rows)
+
+
+def test_what_keeps_several_streams_says_so(tiny: Tiny, open_model: Open) -> None:
+    assert {row.reason for row in open_model(tiny("gemma3n")).sublayers} == {
+        "the model keeps several residual streams, and each layer mixes all of them"
+    }
+
+
+@pytest.mark.parametrize("name", ["jamba", "lfm2"])
+def test_the_attention_layer_of_a_hybrid_model_can_be_skipped(name: str, tiny: Tiny, open_model: Open) -> None:
+    assert {(1, "attention"), (1, "ffn")} <= set(skippable(open_model(tiny(name))))
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_a_plan_with_a_sublayer_that_cannot_be_skipped_is_refused_and_the_model_still_runs(
+    name: str, tiny: Tiny, tokens: Tokens, open_model: Open
+) -> None:
+    llm = open_model(tiny(name))
+    (expected,) = run_stock([Job(str(tiny(name)), cut(tokens(40)), OPTIONS)])
+    for row in llm.sublayers:
+        if not row.skippable:
+            with pytest.raises(NotSkippableError):
+                llm.set_plan(SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]}))
+    assert llm.plan is None
+    np.testing.assert_array_equal(eval_logits(llm, cut(tokens(40))), expected)

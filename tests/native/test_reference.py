@@ -1,0 +1,123 @@
+"""The oracles themselves: the tiny models load in stock llama.cpp, and the NumPy passes equal stock.
+
+Stock llama-cpp-python runs in its own process with F32 K and V and without flash attention.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracles.reference import (
+    KvHoleError,
+    ReferenceModel,
+    ReferenceRun,
+    Trace,
+    mean_similarity,
+    median_ratio,
+    norm_ratio,
+    relative_error,
+)
+from oracles.reference_parallel import eval_parallel
+from oracles.stock import EXACT, Job, run_stock
+from oracles.tiny_families import FAMILIES
+
+OPTIONS = {"n_ctx": 128, "logits_all": True, **EXACT}
+SUBLAYERS = [(layer, kind) for layer in range(3) for kind in ("attention", "ffn")]
+Tiny = Callable[..., Path]
+Tokens = Callable[..., list[int]]
+
+
+def split(tokens: list[int], size: int) -> list[list[int]]:
+    """Cut a prompt into pieces of ``size`` tokens."""
+    return [tokens[start : start + size] for start in range(0, len(tokens), size)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stock_llama_cpp_loads_every_family_and_every_sublayer_matters(name: str, tiny: Tiny, tokens: Tokens) -> None:
+    # Silencing a sublayer moves the logits by 0.2 to 1.4 of their norm; below 0.1 a wrong skip could hide.
+    family, prompt = FAMILIES[name], tokens(40)
+    kinds = ("attention",) if family.ffn == "none" else ("attention", "ffn")
+    models = [tiny(name)] + [tiny(name, zero=[(layer, kind)]) for layer in range(family.n_layer) for kind in kinds]
+    full, *silenced = run_stock([Job(str(model), [prompt], OPTIONS) for model in models])
+    assert np.isfinite(full).all()
+    assert all(np.linalg.norm(logits - full) > 0.1 * np.linalg.norm(full) for logits in silenced)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-bias"])
+@pytest.mark.parametrize("size", [40, 7, 1], ids=["one piece", "pieces of 7", "token by token"])
+def test_the_reference_equals_stock(name: str, size: int, tiny: Tiny, tokens: Tokens) -> None:
+    # Measured: 9e-7 to 2e-6, float32 rounding of stock; a wrong RoPE pairing or GQA grouping gives more than 0.1.
+    prompt = tokens(40)
+    expected = ReferenceRun(ReferenceModel(tiny(name))).eval(prompt).logits
+    (actual,) = run_stock([Job(str(tiny(name)), split(prompt, size), OPTIONS)])
+    assert relative_error(actual, expected) < 5e-6
+
+
+def test_the_reference_equals_stock_far_into_a_sequence(tiny: Tiny, tokens: Tokens) -> None:
+    # Measured: 4e-6; with angles that do not round as ggml's do, 2e-5 at the end.
+    expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(501)).logits
+    (actual,) = run_stock([Job(str(tiny()), [tokens(501)], {**OPTIONS, "n_ctx": 512})])
+    assert relative_error(actual, expected) < 8e-6
+
+
+@pytest.mark.parametrize("size", [40, 7, 1], ids=["one piece", "pieces of 7", "token by token"])
+def test_the_reference_of_gemma_equals_stock(size: int, tiny: Tiny, tokens: Tokens) -> None:
+    # A window of 8 of 40 tokens. GELU's table turns rounding of float32 into steps of F16: 9e-5 is measured.
+    expected = ReferenceRun(ReferenceModel(tiny("gemma3"))).eval(tokens(40)).logits
+    (actual,) = run_stock([Job(str(tiny("gemma3")), split(tokens(40), size), OPTIONS)])
+    assert relative_error(actual, expected) < 5e-4
+
+
+def test_the_reference_gives_the_same_in_pieces(tiny: Tiny, tokens: Tokens) -> None:
+    # Both sides are float64: 1e-14 is measured.
+    model, prompt = ReferenceModel(tiny()), tokens(40)
+    whole, run = ReferenceRun(model).eval(prompt), ReferenceRun(model)
+    pieces = Trace.concatenate([run.eval(piece) for piece in split(prompt, 7)])
+    for name in ("dot", "u_sq", "v_sq"):
+        np.testing.assert_allclose(getattr(pieces, name), getattr(whole, name), rtol=1e-12)
+    assert relative_error(pieces.logits, whole.logits) < 1e-12
+
+
+@pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)
+def test_a_sublayer_skipped_in_the_reference_equals_stock_on_the_zeroed_model(
+    layer: int, kind: str, tiny: Tiny, tokens: Tokens
+) -> None:
+    # x + 0 is x: the same tolerance as without skipping.
+    skip = np.zeros((3, 2), bool)
+    skip[layer, ("attention", "ffn").index(kind)] = True
+    expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40), skip).logits
+    (actual,) = run_stock([Job(str(tiny(zero=[(layer, kind)])), [tokens(40)], OPTIONS)])
+    assert relative_error(actual, expected) < 5e-6
+
+
+def test_the_reference_refuses_to_read_a_kv_hole(tiny: Tiny, tokens: Tokens) -> None:
+    run = ReferenceRun(ReferenceModel(tiny()))
+    run.eval(tokens(5), skip=[[True, False], [False, False], [False, False]])
+    with pytest.raises(KvHoleError):
+        run.eval([7])
+
+
+def test_the_parallel_reference_equals_stock(tiny: Tiny, tokens: Tokens) -> None:
+    # Stock looks GELU up in a table of F16 values: 5e-4 is measured, and more than 0.1 for a wrong order.
+    expected = eval_parallel(tiny("gptneox-parallel"), tokens(40)).logits
+    (actual,) = run_stock([Job(str(tiny("gptneox-parallel")), [tokens(40)], OPTIONS)])
+    assert relative_error(actual, expected) < 2e-3
+
+
+def test_the_figures_of_a_request_are_those_of_the_paper() -> None:
+    # Two tokens, worked out by hand: u = (3, 4), v = (6, 8): cosine 1, ratio 2; u = (1, 0), v = (0, 1): 0 and 1.
+    figures = Trace(np.zeros((2, 1)), *(np.array(row, float).reshape(1, 1, 2) for row in ([50, 0], [25, 1], [100, 1])))
+    assert mean_similarity(figures).item() == 0.5
+    assert norm_ratio(figures).item() == pytest.approx(np.sqrt(101 / 26))
+    assert median_ratio(figures).item() == 1.5
+
+
+@pytest.mark.model
+def test_the_reference_in_float32_equals_stock_on_smollm2(smollm2_f32_path: Path) -> None:
+    # Measured: 3e-6 to 6e-6, both sides in float32.
+    prompt = [1, *np.random.default_rng(0).integers(100, 49000, size=127).tolist()]
+    expected = ReferenceRun(ReferenceModel(smollm2_f32_path, np.float32)).eval(prompt).logits
+    options = {**OPTIONS, "n_threads_batch": 2}
+    (actual,) = run_stock([Job(str(smollm2_f32_path), [prompt[:124], *split(prompt[124:], 1)], options)])
+    assert relative_error(actual, expected) < 2e-5

@@ -1,0 +1,92 @@
+"""What is told of each sublayer: which ones have the same shape, and which attentions look back through a window."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+from oracles.tiny_families import FAMILIES, N_EMBD, N_HEAD, Family
+from oracles.tiny_models import write_model
+
+Tiny = Callable[..., Path]
+Open = Callable[..., Any]
+
+SLIDING = {
+    "gemma2": [8, 0, 8, 0],
+    "gemma3": [8, 0, 8],
+    "gemma3n": [0 if layer % 5 == 4 else 8 for layer in range(24)],
+    "gemma4": [8, 0, 8, 0],
+    "gemma4-per-layer": [8, 0, 8, 0],
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_attentions_that_slide_are_those_of_the_architecture(name: str, tiny: Tiny, open_model: Open) -> None:
+    rows = open_model(tiny(name)).sublayers
+    assert [row.window for row in rows[::2]] == SLIDING.get(name, [0] * (len(rows) // 2))
+    assert not any(row.window for row in rows[1::2])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sublayers_share_a_shape_where_their_tensors_in_the_file_and_their_windows_do(
+    name: str, tiny: Tiny, open_model: Open
+) -> None:
+    tensors: dict[int, set[Any]] = {}
+    for tensor in GGUFReader(tiny(name)).tensors:
+        if tensor.name.startswith("blk."):
+            _, layer, stem = tensor.name.split(".", 2)
+            tensors.setdefault(int(layer), set()).add((stem, tuple(tensor.shape), int(tensor.tensor_type)))
+    rows = [row for row in open_model(tiny(name)).sublayers if row.skippable]
+    for row in rows:
+        for other in rows:
+            alike = (row.kind, row.window) == (other.kind, other.window) and tensors[row.layer] == tensors[other.layer]
+            if alike or row.kind != other.kind or row.window != other.window:
+                assert (row.shape == other.shape) == alike, (row, other)
+
+
+class Deci(Family):
+    """Layers with 2, 1, 2 and 2 KV heads, and FFNs of 96, 96, 64 and 96."""
+
+    def _layer(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        n_kv, n_ff = self.metadata["attention.head_count_kv"][layer], self.metadata["feed_forward_length"][layer]
+        yield from self._norm("attn_norm", N_EMBD)
+        yield from self._norm("ffn_norm", N_EMBD)
+        for name, size in (("attn_q", N_EMBD), ("attn_k", 16 * n_kv), ("attn_v", 16 * n_kv), ("attn_output", N_EMBD)):
+            yield f"{name}.weight", (size, N_EMBD)
+        for name, shape in (("gate", (n_ff, N_EMBD)), ("up", (n_ff, N_EMBD)), ("down", (N_EMBD, n_ff))):
+            yield f"ffn_{name}.weight", shape
+
+
+def test_layers_of_other_sizes_have_other_shapes(tmp_path: Path, open_model: Open) -> None:
+    sizes = {
+        "attention.head_count": [N_HEAD] * 4,
+        "attention.head_count_kv": [2, 1, 2, 2],
+        "feed_forward_length": [96, 96, 64, 96],
+    }
+    rows = open_model(write_model(tmp_path / "deci.gguf", Deci("deci", metadata=sizes), n_layer=4)).sublayers
+    assert all(row.skippable for row in rows)
+    a, b, c, d = (row.shape for row in rows[::2])
+    assert a == c == d != b
+    a, b, c, d = (row.shape for row in rows[1::2])
+    assert a == b == d != c
+    assert not {row.shape for row in rows[::2]} & {row.shape for row in rows[1::2]}
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-per-layer"])
+def test_attentions_that_read_the_kv_of_others_have_a_shape_of_their_own(
+    name: str, tiny: Tiny, open_model: Open
+) -> None:
+    # Layers 0 and 2 slide, 1 and 3 do not; 2 and 3 compute no K and V, although the file has weights for them.
+    assert len({row.shape for row in open_model(tiny(name)).sublayers[::2]}) == 4
+
+
+def test_what_is_not_found_has_no_shape(tiny: Tiny, open_model: Open) -> None:
+    rows = open_model(tiny("jamba")).sublayers  # layers 0 and 2 have no attention
+    assert [row.shape >= 0 for row in rows[::2]] == [False, True, False]
+
+
+def test_all_are_found_where_devices_share_a_model(tiny: Tiny, open_model: Open) -> None:
+    # On a build with one device this is the model as ever. With two the scheduler cuts the graph where they meet.
+    rows = open_model(tiny(), n_gpu_layers=2).sublayers
+    assert rows == open_model(tiny()).sublayers and all(row.skippable for row in rows)

@@ -1,0 +1,134 @@
+"""Contexts in two threads, of one model or of two, compute what each computes alone, to the bit.
+
+`make test-tsan` runs this under ThreadSanitizer, which sees the races that came out well.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from oracles.tiny_families import N_EMBD, N_LAYER, N_VOCAB
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.engine.native import NativeContext, elide_kv
+from adaskip_cpp.model.plan import Bulk, OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
+
+N_ROUNDS = 12
+Plans = Sequence[SkipPlan | None]
+Results = list[np.ndarray]
+
+
+def skip_set(seed: int) -> SkipSet:
+    """The attention of layer 1 and an FFN, with compensations of every kind."""
+    rng = np.random.default_rng(seed)
+    skip = np.zeros((N_LAYER, 2), bool)
+    skip[1, 0] = skip[seed % N_LAYER, 1] = True
+    values = [
+        rng.normal(0, 0.1, (*skip.shape, *shape)).astype(np.float32) for shape in ((N_EMBD,), (2, N_EMBD), (N_EMBD, 2))
+    ]
+    return SkipSet(skip, rng.uniform(0.7, 1.4, skip.shape), *values)
+
+
+ONE, OTHER = skip_set(0), skip_set(2)
+ELIDED: Plans = (
+    SkipPlan(ONE, ONE),
+    SkipPlan(OTHER, ONE, schedule=((0, ONE), (2, OTHER))),
+    SkipPlan(OTHER, OTHER, online=OnlineStage(window=2, threshold=-1.0)),
+)
+PLANS: Plans = (*ELIDED, None, replace(ELIDED[0], bulk=Bulk(OTHER, windowed=(0, 2), window_size=3)))
+
+
+@contextmanager
+def new_context(model: Any, elided: bool) -> Iterator[Any]:
+    """A ``llama_context`` that no other object knows, without KV for layer 1 if it is elided."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_threads, params.n_threads_batch = 256, 1, 1
+    with elide_kv(np.array([False, True, False]) if elided else None):
+        ctx = llama_cpp.llama_init_from_model(model, params)
+    try:
+        yield ctx
+    finally:
+        llama_cpp.llama_free(ctx)
+
+
+def decode(ctx: Any, start: int, tokens: Sequence[int]) -> np.ndarray:
+    """The logits behind the last of these tokens, which stand at the positions from ``start`` on."""
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, start + i, 1, 0
+        batch.logits[i] = i == len(tokens) - 1
+    assert llama_cpp.llama_decode(ctx, batch) == 0
+    llama_cpp.llama_batch_free(batch)
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx, -1), (N_VOCAB,)).copy()
+
+
+def use(model: Any, plans: Plans, elided: bool, seed: int) -> Results:
+    """Opens a context and answers under one plan after the other; all logits and statistics of that."""
+    results: Results = []
+    tokens = np.random.default_rng(seed).integers(3, N_VOCAB, 20).tolist()
+    with new_context(model, elided) as ctx:
+        native, memory = NativeContext(int(ctx)), llama_cpp.llama_get_memory(ctx)
+        for i in range(N_ROUNDS):
+            plan = plans[(i + seed) % len(plans)]
+            native.set_plan(plan, 0 if plan is None else i + 1)
+            if i % 2:
+                native.start_statistics(lambda batch: results.append(batch.dot), keep_logits=True, vectors=True)
+            native.set_phase(plan.prompt_phase if plan else "prefill")
+            results.append(decode(ctx, 0, tokens[:12]))
+            native.begin_request()
+            native.set_phase("decode")
+            results.extend(decode(ctx, position, tokens[position : position + 1]) for position in range(12, 20))
+            if i % 2:
+                native.stop_statistics()
+            llama_cpp.llama_memory_clear(memory, True)
+    return results
+
+
+@contextmanager
+def unordered() -> Iterator[None]:
+    """Between the calls of two threads lies Python's lock; ThreadSanitizer, if it runs, takes no order from that."""
+    process = ctypes.CDLL(None) if os.name == "posix" else None
+    is_watched = hasattr(process, "AnnotateIgnoreSyncBegin")
+    if is_watched:
+        process.AnnotateIgnoreSyncBegin(None, 0)
+    try:
+        yield
+    finally:
+        if is_watched:
+            process.AnnotateIgnoreSyncEnd(None, 0)
+
+
+def use_at_once(both: Barrier, *work: Any) -> Results:
+    both.wait()
+    with unordered():
+        return use(*work)
+
+
+@pytest.mark.parametrize("elided", [False, True], ids=["all KV", "elided KV"])
+@pytest.mark.parametrize("same_model", [True, False], ids=["one model", "two models"])
+def test_two_contexts_in_two_threads_compute_what_each_does_alone(
+    same_model: bool, elided: bool, tiny: Callable[..., Path], open_model: Callable[..., Any]
+) -> None:
+    model = open_model(tiny()).model
+    work = [
+        (model, PLANS, False, 0),
+        (model if same_model else open_model(tiny("qwen3")).model, ELIDED if elided else PLANS, elided, 1),
+    ]
+    alone = [use(*each) for each in work]
+    both = Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        together = [future.result() for future in [pool.submit(use_at_once, both, *each) for each in work]]
+    for actual, expected in zip(together, alone, strict=True):
+        for each, right in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(each, right)

@@ -1,0 +1,239 @@
+"""What nobody reads is not computed: a batch without outputs ends at its last store into the memory.
+
+Against stock llama-cpp-python and against the same calls with all outputs: the whole saved state and the logits are
+equal bit for bit, as the rows of a batch do not depend on what is computed behind them.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from oracles.reference import relative_error
+from oracles.stock import EXACT, Job, run_stock
+from oracles.tiny_families import FAMILIES, N_EMBD
+
+from adaskip_cpp import SkipPlan
+
+SHARED_KV = ("gemma3n", "gemma4", "gemma4-per-layer")
+N_BATCH = 16
+
+
+def decode(llm: Any, tokens: list[int], *, reads_all: bool) -> list[tuple[int, int]]:
+    """A prompt in batches of which only the last is read, or all; nodes of each graph as built and as computed."""
+    nodes = []
+    for start in range(0, len(tokens), N_BATCH):
+        batch = tokens[start : start + N_BATCH]
+        llm._batch.set_batch(batch=batch, n_past=start, logits_all=False)
+        llm._batch.batch.logits[len(batch) - 1] = reads_all or start + N_BATCH >= len(tokens)
+        llm._ctx.decode(llm._batch)
+        nodes.append((llm.counters.nodes_full, llm.counters.nodes))
+    return nodes
+
+
+def rows(pointer: Any, n: int, n_embd: int) -> np.ndarray:
+    """Rows that llama.cpp keeps until the next batch."""
+    return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), shape=(n, n_embd)).copy()
+
+
+def last_logits(llm: Any) -> np.ndarray:
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
+
+
+@pytest.mark.parametrize("name", [*FAMILIES])
+def test_state_and_logits_are_those_of_batches_that_are_read(
+    name: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
+) -> None:
+    results = []
+    for reads_all in (True, False):
+        llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False)
+        nodes = decode(llm, tokens(40), reads_all=reads_all)
+        results.append((bytes(llm.save_state().llama_state), last_logits(llm)))
+        assert [full > computed for full, computed in nodes] == [not reads_all, not reads_all, False]
+    (state, logits), (unread_state, unread_logits) = results
+    assert unread_state == state
+    assert np.array_equal(unread_logits, logits)
+
+
+@pytest.mark.parametrize("name", ["llama", *SHARED_KV])
+def test_more_dies_the_more_layers_share_kv(
+    name: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
+) -> None:
+    """Of the layers above the last that has KV of its own, no node is left; of that one, K and V alone."""
+    family = FAMILIES[name]
+    n_kv = {"llama": family.n_layer, "gemma3n": 20}.get(name, family.n_layer - 2)
+    llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False)
+    (full, unread), *_ = decode(llm, tokens(40), reads_all=False)
+    per_layer = full / family.n_layer
+    assert full - unread > (family.n_layer - n_kv) * per_layer / 2
+    assert llm.n_layer_kv == n_kv
+
+
+@pytest.mark.parametrize("exact_batches", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma3", *SHARED_KV])
+def test_a_prompt_is_that_of_stock(
+    name: str,
+    exact_batches: bool,
+    tiny: Callable[..., Path],
+    tokens: Callable[..., list[int]],
+    open_model: Callable[..., Any],
+) -> None:
+    """Bit for bit, and where KV is shared that of stock given the last token by itself, unless batches are exact."""
+    prompt, answer = tokens(40), [[token] for token in tokens(6, seed=1)[1:]]
+    alone = name in SHARED_KV and not exact_batches
+    cut = [prompt[:-1], prompt[-1:]] if alone else [prompt]
+    [stock] = run_stock([Job(str(tiny(name)), [*cut, *answer], {"n_ctx": 128, "n_batch": N_BATCH, **EXACT})])
+    llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False, exact_batches=exact_batches)
+    for piece, expected in zip([prompt, *answer], stock[len(cut) - 1 :], strict=True):
+        llm.eval(piece)
+        assert np.array_equal(last_logits(llm), expected)
+
+
+@pytest.mark.parametrize("name", SHARED_KV)
+def test_a_last_token_by_itself_differs_by_rounding(
+    name: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]]
+) -> None:
+    """Stock against stock, cut in two ways: 3e-7 in Gemma 4, 6e-5 in Gemma 3n, whose sparse FFNs turn on thresholds."""
+    options = {"n_ctx": 128, "n_batch": N_BATCH, **EXACT}
+    prompt = tokens(40)
+    whole, cut = run_stock([Job(str(tiny(name)), pieces, options) for pieces in ([prompt], [prompt[:-1], prompt[-1:]])])
+    assert relative_error(cut[-1:], whole[-1:]) < (5e-4 if name == "gemma3n" else 1e-5)
+
+
+def test_all_logits_are_there_where_all_are_asked_for(
+    tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
+) -> None:
+    prompt = tokens(40)
+    options = {"n_ctx": 128, "n_batch": N_BATCH, "logits_all": True, **EXACT}
+    [stock] = run_stock([Job(str(tiny()), [prompt], options)])
+    llm = open_model(tiny(), n_batch=N_BATCH)
+    llm.eval(prompt)
+    assert np.array_equal(llm.scores[: len(prompt)], stock)
+
+
+def test_statistics_and_plans_go_with_batches_that_nobody_reads(
+    tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
+) -> None:
+    """The same plan, with and without all logits, leaves the same KV; statistics see every token."""
+    plan = SkipPlan.manual(FAMILIES["llama"].n_layer, [1], [2], scale=0.9)
+    states, seen = [], []
+    for logits_all in (True, False):
+        llm = open_model(tiny(), n_batch=N_BATCH, logits_all=logits_all)
+        llm.set_plan(plan)
+        with llm.collect_statistics(lambda batch: seen.append(batch.dot[0, 0]), keep_logits=True):
+            llm.eval(tokens(40))
+        states.append(bytes(llm.save_state().llama_state))
+    assert states[0] == states[1]
+    half = len(seen) // 2
+    assert np.array_equal(np.concatenate(seen[:half]), np.concatenate(seen[half:]))
+
+
+# -- what is read all the same ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"mamba", "gemma3n"}))  # of which nothing is observed
+@pytest.mark.parametrize("keep_logits", [False, True], ids=["all tokens", "with logits"])
+def test_statistics_are_those_of_batches_that_are_read(
+    keep_logits: bool,
+    name: str,
+    tiny: Callable[..., Path],
+    tokens: Callable[..., list[int]],
+    open_model: Callable[..., Any],
+) -> None:
+    """With logits, llama.cpp runs the last layer's end on output tokens alone, of which such a batch has none."""
+    seen: list[list[Any]] = []
+    for reads_all in (True, False):
+        llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False)
+        seen.append([])
+        with llm.collect_statistics(seen[-1].append, keep_logits=keep_logits, vectors=True):
+            decode(llm, tokens(40), reads_all=reads_all)
+    *unread, last = zip(*seen, strict=True)
+    for read, other in unread:
+        for part in ("dot", "u_sq", "v_sq"):
+            expected = getattr(read, part).copy()
+            if keep_logits:
+                expected[-1, np.isnan(getattr(other, part)[-1]).all(axis=-1)] = np.nan
+            np.testing.assert_array_equal(getattr(other, part), expected)
+        np.testing.assert_array_equal(other.sum_u[:-1], read.sum_u[:-1])
+        np.testing.assert_array_equal(other.layer_dot[:-1], read.layer_dot[:-1])
+        assert keep_logits or np.array_equal(other.layer_dot[-1], read.layer_dot[-1], equal_nan=True)
+    for part in ("dot", "u_sq", "v_sq", "layer_dot", "sum_u", "sum_v"):
+        np.testing.assert_array_equal(getattr(last[1], part), getattr(last[0], part))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-per-layer"])
+def test_a_control_vector_is_in_what_nobody_reads(
+    name: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
+) -> None:
+    n_layer = FAMILIES[name].n_layer
+    vector = np.random.default_rng(7).normal(0, 0.5, (n_layer - 1, N_EMBD)).astype(np.float32)
+    results = []
+    for reads_all, steered in ((True, True), (False, True), (False, False)):
+        llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False)
+        if steered:
+            data = vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            assert llama_cpp.llama_set_adapter_cvec(llm.ctx, data, vector.size, N_EMBD, 1, n_layer - 1) == 0
+        decode(llm, tokens(40), reads_all=reads_all)
+        results.append((bytes(llm.save_state().llama_state), last_logits(llm)))
+    (state, logits), (unread_state, unread_logits), (plain_state, plain_logits) = results
+    assert unread_state == state
+    assert (state == plain_state) == (name == "gemma4-per-layer")  # behind its layer 1 no KV is written
+    assert np.array_equal(unread_logits, logits) and not np.array_equal(logits, plain_logits)
+
+
+@pytest.mark.parametrize("pooling", [llama_cpp.LLAMA_POOLING_TYPE_NONE, llama_cpp.LLAMA_POOLING_TYPE_MEAN])
+@pytest.mark.parametrize("name", ["llama", "gemma3", *SHARED_KV])
+def test_embeddings_are_those_of_stock(
+    name: str, pooling: int, tiny: Callable[..., Path], open_model: Callable[..., Any]
+) -> None:
+    options = {"n_ctx": 128, "n_batch": N_BATCH, "embedding": True, "pooling_type": pooling}
+    text = "the other of the"
+    [stock] = run_stock([Job(str(tiny(name)), [], {**EXACT, **options}, [text])])
+    llm = open_model(tiny(name), **options, logits_all=False)
+    np.testing.assert_array_equal(llm.embed([text]), stock)
+
+
+def test_a_prompt_of_a_model_for_embeddings_is_computed_whole(
+    tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
+) -> None:
+    pooling = llama_cpp.LLAMA_POOLING_TYPE_NONE
+    llm = open_model(tiny(), n_batch=N_BATCH, embedding=True, pooling_type=pooling, logits_all=False)
+    llm.eval(tokens(40)[:N_BATCH])
+    expected = rows(llama_cpp.llama_get_embeddings(llm.ctx), N_BATCH, N_EMBD)
+    llm.reset()
+    llm.eval(tokens(40))
+    assert llm.counters.nodes == llm.counters.nodes_full
+    llm.reset()
+    llm.eval(tokens(40)[:N_BATCH])
+    assert np.array_equal(rows(llama_cpp.llama_get_embeddings(llm.ctx), N_BATCH, N_EMBD), expected)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="of llama-ext.h a DLL exports what mtmd.dll calls alone")
+@pytest.mark.parametrize("what", ["nextn", "layer_inp"])
+def test_hidden_states_for_a_draft_model_are_there_for_every_token(
+    what: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
+) -> None:
+    """What llama-ext.h offers to whoever drafts with blocks that predict further tokens, or with another model."""
+    lib = llama_cpp.llama_cpp._lib
+    found = []
+    for reads_all in (True, False):
+        llm = open_model(tiny("gemma4-per-layer"), n_batch=N_BATCH, logits_all=False)
+        ctx = ctypes.c_void_p(llm.ctx)
+        if what == "nextn":
+            lib["_Z26llama_set_embeddings_nextnP13llama_contextbb"](ctx, ctypes.c_bool(True), ctypes.c_bool(False))
+            get, arguments = lib["_Z26llama_get_embeddings_nextnP13llama_context"], (ctx,)
+        else:
+            lib["_Z30llama_set_embeddings_layer_inpP13llama_contextjb"](ctx, ctypes.c_uint32(3), ctypes.c_bool(True))
+            get = lib["_Z30llama_get_embeddings_layer_inpP13llama_contextj"]
+            arguments = (ctx, ctypes.c_uint32(3))
+        get.restype = ctypes.c_void_p
+        llm._batch.set_batch(batch=tokens(N_BATCH), n_past=0, logits_all=False)
+        llm._batch.batch.logits[N_BATCH - 1] = reads_all
+        llm._ctx.decode(llm._batch)
+        found.append(rows(get(*arguments), N_BATCH, N_EMBD))
+    assert np.isfinite(found[0]).all() and found[0].any()
+    np.testing.assert_array_equal(found[1], found[0])

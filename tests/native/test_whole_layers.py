@@ -1,0 +1,118 @@
+"""One map for a layer that is skipped whole, from calibration to the logits, against NumPy passes.
+
+Tolerances are those of test_bulk.py: float32 against float64, and tables of GELU in F16.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles.bulks import TOLERANCE
+from oracles.reference import ReferenceModel, ReferenceRun, Trace, relative_error
+from oracles.reference_parallel import eval_parallel
+
+import adaskip_cpp
+from adaskip_cpp import Profile
+from adaskip_cpp.model.statistics import WHOLE, map_scale
+
+Tiny = Callable[..., Path]
+Tokens = Callable[..., list[int]]
+Open = Callable[..., Any]
+
+N_LAYER, RANK, HEAD, TAIL, N_PROMPT = 3, 6, 4, 8, 50
+AROUND: dict[str, dict[str, int]] = {"prompt": {"tail": TAIL}, "prefill": {}}
+CHOSEN: dict[str, Any] = {"attention": (0, 1), "ffn": (1, 2)}
+"""Of layer 0, which has no maps, the attention alone, layer 1 whole, of layer 2 the FFN alone."""
+
+
+@pytest.fixture
+def learned(tiny: Tiny, tokens: Tokens, open_model: Open) -> Callable[[str], tuple[Any, Profile]]:
+    def learn(name: str) -> tuple[Any, Profile]:
+        llm = open_model(tiny(name))
+        requests = [tokens(60, seed) for seed in range(3)]
+        return llm, adaskip_cpp.calibrate(llm, requests, rank=RANK, n_decode=2, cost=False)
+
+    return learn
+
+
+def standing_in(profile: Profile) -> dict[str, Any]:
+    """What must stand in for :data:`CHOSEN`, as the arrays of ``ReferenceRun.eval``."""
+    maps, mean_u, mean_v = profile.maps, profile.prefill.mean_u, profile.prefill.mean_v
+    assert maps is not None and mean_u is not None and mean_v is not None
+    assert maps.fitted.tolist() == [[False] * 3, [True] * 3, [True] * 3]
+    skip = np.array([[True, False], [True, True], [False, True]])
+    scale = np.where(skip, map_scale(profile.prefill.median_ratio), 1)
+    scale[0, 0], scale[1] = profile.prefill.median_ratio[0, 0], 1
+    bias = np.zeros_like(mean_u)
+    bias[0, 0] = mean_v[0, 0] - scale[0, 0] * mean_u[0, 0].astype(np.float64)
+    arrays: dict[str, Any] = {"skip": skip, "scale": scale, "bias": bias}
+    for name, each in (("down", maps.down), ("up", maps.up)):
+        nothing = np.zeros_like(each[1, 0])
+        arrays[name] = np.stack([[nothing, nothing], [nothing, each[1, WHOLE]], [nothing, each[2, 1]]])
+    return arrays
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode", "e2e", "prompt"])
+def test_a_plan_has_one_map_of_it_and_what_is_skipped_alone_its_own(
+    mode: Any, learned: Callable[[str], tuple[Any, Profile]]
+) -> None:
+    _, profile = learned("llama")
+    plan = profile.plan(strategy="manual", mode=mode, **CHOSEN)
+    found = {"prompt": plan.skipped("bulk"), "decode": plan.decode}.get(mode, plan.prefill)
+    assert plan.compensation == "linear"
+    for name, expected in standing_in(profile).items():
+        np.testing.assert_array_equal(getattr(found, name), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_prompt_under_it_is_that_of_numpy(
+    name: str, tiny: Tiny, tokens: Tokens, learned: Callable[[str], tuple[Any, Profile]]
+) -> None:
+    llm, profile = learned(name)
+    prompt, model = tokens(N_PROMPT, 9), ReferenceModel(tiny(name))
+    for mode, keeps_kv in (("prefill", False), ("prompt", True)):
+        llm.set_plan(profile.plan(strategy="manual", mode=mode, **AROUND[mode], **CHOSEN))
+        llm.reset()
+        llm.eval(prompt)
+        run, arrays = ReferenceRun(model), standing_in(profile)
+        if keeps_kv:
+            pieces = [run.eval(prompt[:HEAD]), run.eval(prompt[HEAD:-TAIL], **arrays, keeps_kv=True)]
+            expected = Trace.concatenate([*pieces, run.eval(prompt[-TAIL:])]).logits
+        else:
+            expected = run.eval(prompt, **arrays).logits
+        assert relative_error(llm.scores[:N_PROMPT], expected) < TOLERANCE[name], mode
+
+
+def test_in_parallel_blocks_it_maps_what_both_read(
+    tiny: Tiny, tokens: Tokens, learned: Callable[[str], tuple[Any, Profile]]
+) -> None:
+    name = "gptneox-parallel"
+    llm, profile = learned(name)
+    prompt = tokens(N_PROMPT, 9)
+    for mode, bulk in (("prefill", None), ("prompt", slice(HEAD, N_PROMPT - TAIL))):
+        llm.set_plan(profile.plan(strategy="manual", mode=mode, **AROUND[mode], **CHOSEN))
+        llm.reset()
+        llm.eval(prompt)
+        expected = eval_parallel(tiny(name), prompt, **standing_in(profile), bulk=bulk).logits
+        assert relative_error(llm.scores[:N_PROMPT], expected) < TOLERANCE[name], mode
+
+
+def test_in_parallel_blocks_it_is_fitted_on_the_layers_output(
+    tiny: Tiny, tokens: Tokens, learned: Callable[[str], tuple[Any, Profile]]
+) -> None:
+    """Of a layer that is skipped whole it leaves less error than keeping the stream, or its FFN's map, does."""
+    _, profile = learned("gptneox-parallel")
+    assert profile.maps is not None
+    seen = eval_parallel(tiny("gptneox-parallel"), tokens(60, 1))
+    assert seen.u is not None and seen.v is not None
+    for layer in range(1, N_LAYER):
+        u, v = seen.u[layer, 0, 1:], seen.v[layer, 1, 1:]
+
+        def error(kind: int, layer: int = layer, u: Any = u, v: Any = v) -> float:
+            maps = profile.maps
+            assert maps is not None
+            return float(np.linalg.norm(u + u @ maps.down[layer, kind].T @ maps.up[layer, kind].T - v))
+
+        assert error(WHOLE) < 0.95 * min(float(np.linalg.norm(u - v)), error(1))

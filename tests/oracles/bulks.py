@@ -1,0 +1,56 @@
+"""Plans with a bulk, and the history that they must give."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from oracles.reference import ReferenceModel
+from oracles.sequence_oracle import Cells, History
+from oracles.tiny_families import N_EMBD, N_LAYER
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.skip_set import SkipSet
+
+NOTHING = SkipSet.none(N_LAYER)
+
+
+RANK = 2
+
+
+TOLERANCE = {"llama": 1e-5, "llama-tied": 1e-5, "llama-bias": 1e-5, "gemma3": 1e-3, "gptneox-parallel": 2e-3}
+
+
+def chosen(*sublayers: tuple[int, int], seed: int = 0, scale: Any = None, bias: bool = True) -> SkipSet:
+    """A set of these sublayers, each with a scale, a linear map and a vector."""
+    rng, skip = np.random.default_rng(seed), np.zeros((N_LAYER, 2), bool)
+    for layer, kind in sublayers:
+        skip[layer, kind] = True
+    values = rng.uniform(0.7, 1.3, skip.shape) if scale is None else np.full(skip.shape, scale)
+    vector, down, up = (
+        rng.normal(0, size, (*skip.shape, *shape)).astype(np.float32)
+        for size, shape in ((0.3, (N_EMBD,)), (0.1, (RANK, N_EMBD)), (0.5, (N_EMBD, RANK)))
+    )
+    return SkipSet(skip, values, vector if bias else None, down, up)
+
+
+def plan(bulk: SkipSet, prefill: SkipSet = NOTHING, decode: SkipSet | None = None, **more: Any) -> SkipPlan:
+    of_bulk = Bulk(bulk, **{"head": 4, "tail": 8, **more})
+    return SkipPlan(prefill, prefill if decode is None else decode, bulk=of_bulk)
+
+
+def history(path: Path, of: SkipPlan) -> History:
+    result = History(Cells(ReferenceModel(path)), n_ubatch=512)
+    result.set_plan(of)
+    return result
+
+
+def phases(llm: Any, call: Callable[[], Any]) -> dict[str, list[int]]:
+    """The positions that a call evaluates, by phase."""
+    seen: dict[str, list[int]] = {}
+    with llm.collect_statistics(
+        lambda batch: seen.setdefault(batch.phase, []).extend(batch.positions.tolist()), keep_logits=True
+    ):
+        call()
+    return seen

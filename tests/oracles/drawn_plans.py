@@ -1,0 +1,77 @@
+"""Hypothesis strategies: skip sets and plans in every form that there is, for models of the tests' tiny size."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import strategies as st
+from oracles.tiny_families import N_EMBD, N_LAYER
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.model.plan import Bulk, OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
+
+__all__ = ["NOTHING", "plans", "skip_sets"]
+
+NOTHING = SkipPlan(SkipSet.none(N_LAYER), SkipSet.none(N_LAYER))
+RANK = 2
+
+
+@st.composite
+def skip_sets(draw: st.DrawFn, attention: Collection[int] = ()) -> SkipSet:
+    """A set that skips these attentions and any other sublayers, with compensations of each kind."""
+    skip = np.array(draw(st.lists(st.booleans(), min_size=2 * N_LAYER, max_size=2 * N_LAYER))).reshape(N_LAYER, 2)
+    skip[list(attention), 0] = True
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    scale = rng.uniform(0.7, 1.4, skip.shape) if draw(st.booleans()) else np.ones(skip.shape)
+    bias, down, up = None, None, None
+    if draw(st.booleans()):
+        bias = rng.normal(0, 0.3, (*skip.shape, N_EMBD)).astype(np.float32)
+    if draw(st.booleans()):
+        down = rng.normal(0, 0.1, (*skip.shape, RANK, N_EMBD)).astype(np.float32)
+        up = rng.normal(0, 0.5, (*skip.shape, N_EMBD, RANK)).astype(np.float32)
+    return SkipSet(skip, scale, bias, down, up)
+
+
+@st.composite
+def plans(
+    draw: st.DrawFn, thresholds: Sequence[float], attention: Collection[int] = (), windowable: Sequence[int] = ()
+) -> SkipPlan:
+    """Nothing, or sets of which each skips every attention of the one before, in every form that a plan has.
+
+    Beside any of them the bulk of a prompt may have a set, unless some attentions have no KV that it could keep.
+
+    Args:
+        draw: from Hypothesis.
+        thresholds: of the online stage; () for plans without online stage and schedule.
+        attention: layers whose attention is always skipped.
+        windowable: layers whose attention may look back at a window in the bulk.
+    """
+    plan = draw(_without_bulk(thresholds, attention))
+    if attention or not draw(st.booleans()):
+        return plan
+    bulk = draw(skip_sets(plan.prefill.attention))
+    windowed = tuple(layer for layer in windowable if draw(st.booleans()))
+    around = {"head": draw(st.integers(0, 4)), "tail": draw(st.integers(1, 6)), "window_size": draw(st.integers(1, 9))}
+    return replace(plan, bulk=Bulk(bulk, windowed=windowed, **around))
+
+
+@st.composite
+def _without_bulk(draw: st.DrawFn, thresholds: Sequence[float], attention: Collection[int]) -> SkipPlan:
+    forms = ["nothing"] * (not attention) + ["same", "growing"] + ["decode only"] * (not attention)
+    form = draw(st.sampled_from(forms + ["schedule", "online"] * bool(thresholds)))
+    if form == "nothing":
+        return NOTHING
+    prefill = draw(skip_sets(attention)) if form != "decode only" else NOTHING.prefill
+    decode = prefill if form == "same" else draw(skip_sets(prefill.attention))
+    if form == "online":
+        stage = OnlineStage(
+            window=draw(st.integers(1, 4)),
+            threshold=draw(st.sampled_from(thresholds)),
+            scale=draw(st.sampled_from(["none", "paper", "median"])),
+        )
+        return SkipPlan(prefill, decode, online=stage)
+    if form == "schedule":
+        later = draw(skip_sets(decode.attention))
+        return SkipPlan(prefill, decode, schedule=((0, decode), (draw(st.integers(1, 4)), later)))
+    return SkipPlan(prefill, decode)

@@ -1,0 +1,58 @@
+"""Profiles by hand."""
+
+from typing import Any
+
+import numpy as np
+
+from adaskip_cpp import Profile
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.statistics import LinearMaps, PhaseStatistics
+
+NAN = float("nan")
+
+
+def statistics(similarity: Any, *, ratio: float = 1.5, **changes: Any) -> PhaseStatistics:
+    similarity = np.array(similarity, float)
+    observed = ~np.isnan(similarity)
+    rng = np.random.default_rng(len(similarity))
+    mean_u, mean_v = rng.normal(size=(2, *similarity.shape, 5)).astype(np.float32)
+    fields = {
+        "norm_ratio": np.where(observed, ratio, NAN),
+        "median_ratio": np.where(observed, ratio / 2, NAN),
+        "layer_similarity": similarity.mean(axis=1) if similarity.size else similarity,
+        "mean_u": mean_u,
+        "mean_v": mean_v,
+        "n_tokens": 100,
+        **changes,
+    }
+    return PhaseStatistics(similarity, **fields)
+
+
+def profile(similarity: Any, **changes: Any) -> Profile:
+    """A profile whose ratios are 1.5 and 0.75 in prefill, 1.2 and 0.6 in decode."""
+    fields = {
+        "prefill": statistics(similarity),
+        "decode": statistics(similarity, ratio=1.2),
+        "n_requests": 2,
+        "n_tokens": 100,
+        "model": ModelInfo("ab" * 32, "llama", len(similarity)),
+        "corpus": "some text [with brackets], two pages",
+        "package_version": "0.1.0",
+        "created": "2026-01-02T03:04:05+00:00",
+        **changes,
+    }
+    return Profile(**fields)
+
+
+MAPPED = [0, 1, 2, 3, 6, 7, 8]
+"""What :func:`maps` has maps of, counted over layers and columns."""
+
+
+def maps(n_layer: int = 3, rank: int = 2, n_embd: int = 5) -> LinearMaps:
+    """Random maps of all sublayers but one, the FFN of layer 1, and of the layers but this."""
+    rng = np.random.default_rng(rank)
+    shapes = (n_layer, 3, rank, n_embd), (n_layer, 3, n_embd, rank)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    for array in arrays:
+        array[1, 1:] = NAN
+    return LinearMaps(*arrays)

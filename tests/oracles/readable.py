@@ -1,0 +1,108 @@
+"""Sets, and several sequences in a bare context, for tests of which cached positions a plan may read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from oracles.tiny_families import N_EMBD, N_LAYER
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.engine.native import NativeContext
+from adaskip_cpp.model.skip_set import SkipSet
+
+TOLERANCE = 5e-6
+
+
+def skip_set(attention: tuple[int, ...] = (), ffn: tuple[int, ...] = (), scale: float = 1.0, seed: int = -1) -> SkipSet:
+    """With a seed: vectors and maps of rank 2."""
+    plain = SkipPlan.manual(N_LAYER, attention, ffn, scale).prefill
+    if seed < 0:
+        return plain
+    rng = np.random.default_rng(seed)
+    bias, down, up = (
+        rng.normal(0, 0.1, (N_LAYER, 2, *shape)).astype(np.float32) for shape in ((N_EMBD,), (2, N_EMBD), (N_EMBD, 2))
+    )
+    return SkipSet(plain.skip, plain.scale, bias, down, up)
+
+
+def same(chosen: SkipSet, **more: Any) -> SkipPlan:
+    return SkipPlan(chosen, chosen, **more)
+
+
+FFN, ATTENTION, NOTHING = skip_set(ffn=(1, 2)), skip_set((1,), (2,)), skip_set()
+
+
+MAPS = skip_set(ffn=(1,), seed=1)
+
+
+def logits(llm: Any) -> np.ndarray:
+    return llm.scores[llm.n_tokens - 1].copy()
+
+
+def arguments(chosen: SkipSet) -> tuple[Any, ...]:
+    return chosen.skip, chosen.scale, chosen.bias, chosen.down, chosen.up
+
+
+def evaluated(llm: Any, call: Callable[[], Any]) -> list[int]:
+    """The positions that a call evaluates."""
+    seen: list[int] = []
+    with llm.collect_statistics(lambda batch: seen.extend(batch.positions.tolist()), keep_logits=True):
+        call()
+    return seen
+
+
+class Bare:
+    """Several sequences in one context, decoded with llama.cpp's own functions."""
+
+    def __init__(self, path: Path, n_seq: int = 2, unified: bool = True) -> None:
+        params = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_seq_max, options.kv_unified = 256, n_seq, unified
+        options.type_k = options.type_v = 0
+        options.flash_attn_type = 0
+        options.n_threads = options.n_threads_batch = 1
+        self.ctx = llama_cpp.llama_init_from_model(self.model, options)
+        self.native = NativeContext(int(self.ctx))
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.n_plans = 0
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.ctx)
+        llama_cpp.llama_model_free(self.model)
+
+    def set_plan(self, plan: SkipPlan | None) -> None:
+        self.n_plans += 1
+        self.native.set_plan(plan, self.n_plans)
+
+    def decode(self, **pieces: tuple[int, list[int]]) -> dict[str, np.ndarray]:
+        """Evaluate pieces of sequences ("s0", "s1", ...) in one batch, each from a position on; return their logits.
+
+        Raises:
+            RuntimeError: llama_decode fails.
+        """
+        rows = [
+            (int(name[1:]), start + i, token)
+            for name, (start, piece) in pieces.items()
+            for i, token in enumerate(piece)
+        ]
+        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, (sequence, position, token) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, True
+        code = llama_cpp.llama_decode(self.ctx, batch)
+        llama_cpp.llama_batch_free(batch)
+        if code != 0:
+            self.native.raise_failure(RuntimeError(f"llama_decode returned {code}"))
+        values = np.stack(
+            [
+                np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, i), (self.n_vocab,))
+                for i in range(len(rows))
+            ]
+        )
+        sequences = np.array([row[0] for row in rows])
+        return {name: values[sequences == int(name[1:])] for name in pieces}

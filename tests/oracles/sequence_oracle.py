@@ -1,0 +1,310 @@
+"""What a model's cache must hold after any sequence of calls, and what it must compute from it.
+
+The oracle keeps, per position, its token and the set that it was computed under, and applies the documented rules. A
+cached position may be read if it was computed by the whole model, under a set of the plan in force, under what that
+plan's online stage made of one, or under the bulk set of a plan that may be read besides, and if no attention that is
+to run now was skipped there; else it and everything behind it is evaluated again, as prompt. Of a prompt's new tokens
+those are its bulk that are neither among the first of the sequence nor among the last of the prompt; its set skips no
+attention in this sense, as K and V are kept. The reference, which refuses to read a position without K and V, evaluates
+that history.
+
+Where prompts may be edited, one takes the runs of tokens that both have from the cells of the one before, and what is
+new is read in the order of positions. A moved cell has the K and V of its old place, and counts its moves; what was
+moved too often cannot be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from hypothesis import reject
+from oracles.drawn_plans import NOTHING
+from oracles.reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.engine.edits import Run, beside, find_runs
+from adaskip_cpp.model.edits import Edits
+from adaskip_cpp.model.plan import OnlineStage
+from adaskip_cpp.model.skip_set import SkipSet
+
+__all__ = ["Cell", "Cells", "History", "common_prefix", "is_readable"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cached position: its token, what it was computed under, and if an online stage made that, of what and how.
+
+    ``in_bulk`` tells whether the attentions of that set kept K and V, ``windows`` which others looked back at a window,
+    ``computed`` the sequence and the place in it that a cell which was moved, ``n_moves`` times, has its K and V of.
+    """
+
+    token: int
+    skip_set: SkipSet
+    made_of: tuple[SkipSet, OnlineStage] | None = None
+    in_bulk: bool = False
+    windows: Windows | None = None
+    n_moves: int = 0
+    computed: tuple[ReferenceRun, int] | None = None
+
+    @classmethod
+    def bulk_of(cls, token: int, plan: SkipPlan) -> Cell:
+        assert plan.bulk is not None
+        return cls(token, plan.bulk.skip, in_bulk=True, windows=windows_of(plan))
+
+
+def windows_of(plan: SkipPlan) -> Windows | None:
+    """The attentions that look back at a window where the bulk of a plan runs them; None for none."""
+    if (bulk := plan.bulk) is None:
+        return None
+    layers = tuple(layer for layer in bulk.windowed if layer not in bulk.skip.attention)
+    return Windows(layers, bulk.window_size, bulk.head) if layers else None
+
+
+def bulks_of(plans: Sequence[SkipPlan]) -> set[tuple[SkipSet, Windows | None]]:
+    """The bulk sets of plans with their windows, but for those that leave the whole model."""
+    bulks = {(plan.bulk.skip, windows_of(plan)) for plan in plans if plan.bulk is not None}
+    return {(bulk, windows) for bulk, windows in bulks if bulk.n_skip or windows is not None}
+
+
+def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet, readable: Sequence[SkipPlan] = ()) -> bool:
+    """Whether a set of a plan may read a cached position, with the bulk of ``readable`` plans besides its own."""
+    if cell.in_bulk:
+        is_whole = cell.skip_set.n_skip == 0 and cell.windows is None
+        return is_whole or (cell.skip_set, cell.windows) in bulks_of([plan, *readable])
+    if not set(cell.skip_set.attention) <= set(skip_set.attention):
+        return False
+    if cell.made_of is not None:
+        return cell.made_of == (plan.decode, plan.online)
+    return cell.skip_set.n_skip == 0 or cell.skip_set in (plan.prefill, *(each for _, each in plan.decode_sets))
+
+
+class Cells:
+    """The reference's sequence for a history, evaluated no further than asked for."""
+
+    def __init__(self, model: ReferenceModel) -> None:
+        self.model, self._run = model, ReferenceRun(model)
+        self._done: list[Cell] = []
+        self._traces: list[Trace] = []
+
+    def trace(self, cells: Sequence[Cell], index: int) -> Trace:
+        """The trace of one position of this history, which was not moved."""
+        self.evaluate(cells)
+        return self._traces[index]
+
+    def evaluate(self, cells: Sequence[Cell]) -> ReferenceRun:
+        """The sequence that holds this history."""
+        common = common_prefix(self._done, cells)
+        if common < len(self._done):
+            self._run.rewind(common)
+            del self._done[common:], self._traces[common:]
+        while len(self._done) < len(cells):
+            start = len(self._done)
+            if (computed := cells[start].computed) is not None:
+                run, place = computed
+                self._run.take(run, place, 1)
+                self._traces += [Trace(*[np.empty(0)] * 4)]
+                self._done += cells[start : start + 1]
+                continue
+            each, in_bulk, windows = cells[start].skip_set, cells[start].in_bulk, cells[start].windows
+            under = [(c.skip_set, c.in_bulk, c.windows, c.n_moves) == (each, in_bulk, windows, 0) for c in cells]
+            end = next((i for i in range(start, len(cells)) if not under[i]), len(cells))
+            tokens = [cell.token for cell in cells[start:end]]
+            compensation = each.scale, each.bias, each.down, each.up
+            trace = self._run.eval(tokens, each.skip, *compensation, keeps_kv=in_bulk, windows=windows)
+            self._traces += [trace.at(i) for i in range(len(tokens))]
+            self._done += cells[start:end]
+        return self._run
+
+
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items two sequences have in common from their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@dataclass
+class History:
+    """What the cache must hold, and what the next decoded token must run under.
+
+    Attributes:
+        reference: what computes it.
+        n_ubatch: tokens that are evaluated at once; a schedule and the online stage change the set between two such.
+        draft: proposes tokens behind those cached and the last one generated.
+        restarts: whether the evaluation that comes next begins at the start, for a sliding window has lost positions
+            that it would read; where llama.cpp writes over which ones, it alone knows.
+        oldest: the first position that sliding windows still have where a prompt comes, likewise.
+        edits: how its runs are moved; None where they are not.
+        saved: histories whose runs are moved as well.
+    """
+
+    reference: Cells
+    n_ubatch: int
+    draft: Callable[[list[int]], list[int]] = lambda tokens: []
+    restarts: Callable[[], bool] = lambda: False
+    oldest: Callable[[], int] = lambda: 0
+    edits: Edits | None = None
+    saved: Sequence[History] = ()
+    cells: list[Cell] = field(default_factory=list)
+    plan: SkipPlan = NOTHING
+    readable: Sequence[SkipPlan] = ()
+    logits_are_current: bool = False
+    n_decoded: int = 0
+    stage: OnlineReference | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The cached tokens."""
+        return [cell.token for cell in self.cells]
+
+    def set_plan(self, plan: SkipPlan, readable: Sequence[SkipPlan] = ()) -> None:
+        """Another plan, or others whose bulk it may read; equal ones change nothing."""
+        if plan != self.plan or bulks_of(readable) != bulks_of(self.readable):
+            self.plan, self.readable, self.logits_are_current = plan, readable, False
+            self.begin_request()
+
+    def set_edits(self, edits: Edits | None) -> None:
+        """Another way to move runs of tokens from here on."""
+        self.edits, self.logits_are_current = edits, self.logits_are_current and edits == self.edits
+
+    def begin_request(self) -> None:
+        """No token of this request is decoded yet."""
+        online, fixed = self.plan.online, self.plan.decode
+        self.n_decoded, self.stage = 0, None
+        if online is not None:
+            self.stage = OnlineReference(online.window, online.threshold, online.scale, fixed.skip, fixed.scale)
+
+    def decode_set(self) -> SkipSet:
+        """What the next decoded token runs under."""
+        fixed = self.plan.decode
+        if self.stage is not None:
+            return SkipSet(self.stage.skip, self.stage.factor, fixed.bias, fixed.down, fixed.up)
+        return [each for start, each in self.plan.schedule or ((0, fixed),) if start <= self.n_decoded][-1]
+
+    def eval(self, tokens: list[int]) -> None:
+        """Evaluate tokens of a prompt."""
+        self._append_prompt(self._forget_unreadable(self.plan.prefill) + tokens)
+
+    def eval_bulk(self, tokens: list[int]) -> None:
+        """Evaluate tokens of a prompt that is to go on."""
+        self._append_prompt(self._forget_unreadable(self.plan.prefill))
+        plan = self.plan
+        self.cells += [Cell(t, plan.prefill) if plan.bulk is None else Cell.bulk_of(t, plan) for t in tokens]
+        self.logits_are_current = False
+
+    def _forget_unreadable(self, skip_set: SkipSet) -> list[int]:
+        """The tokens that are to be evaluated again as ``skip_set`` cannot read them."""
+        restarts = self.restarts()
+        if not restarts and self._n_readable(skip_set) == len(self.cells):
+            return []
+        start = 0 if restarts else self._n_readable(self.plan.prefill)
+        tokens = self.tokens[start:]
+        del self.cells[start:]
+        return tokens
+
+    def _append_prompt(self, tokens: list[int], n_behind: int = 0) -> None:
+        plan = self.plan
+        for i, token in enumerate(tokens):
+            n_left = len(tokens) - i + n_behind
+            if plan.bulk is not None and len(self.cells) >= plan.bulk.head and n_left > plan.bulk.tail:
+                self.cells.append(Cell.bulk_of(token, plan))
+            else:
+                self.cells.append(Cell(token, plan.prefill))
+        self.logits_are_current = self.logits_are_current or bool(tokens)
+
+    def _n_readable(self, skip_set: SkipSet, cells: Sequence[Cell] | None = None) -> int:
+        cells = self.cells if cells is None else cells
+        for position, cell in enumerate(cells):
+            most_moves = self.edits.most_moves if self.edits is not None else 0
+            if cell.n_moves > most_moves or not is_readable(cell, self.plan, skip_set, self.readable):
+                return position
+        return len(cells)
+
+    def prompt(self, tokens: list[int]) -> None:
+        """A new request: llama-cpp-python keeps the common prefix, and evaluates at least one token."""
+        self.begin_request()
+        self._take_runs(tokens, self.oldest())
+        common = common_prefix(self.tokens, tokens)
+        if common == len(tokens):
+            if len(self.cells) == len(tokens) and self.logits_are_current:
+                return
+            common -= 1
+        del self.cells[common:]
+        self.eval(tokens[common:])
+
+    def _take_runs(self, tokens: list[int], oldest: int) -> None:
+        """Read an edited prompt up to the last run of tokens that it has from the cells, or from saved ones."""
+        if self.edits is None:
+            return
+        first, found = self._runs(self.cells[: self._n_readable(self.plan.prefill)], tokens)
+        taken, runs = [Run(0, 0, first), *found], [(run, self) for run in found]
+        rest = [(each, self._runs(each.cells, tokens)) for each in self.saved]
+        while rest:
+            free = {
+                id(each): beside([Run(0, 0, n, 0), *theirs], taken, least=self.edits.least, mend=self.edits.mend)
+                for each, (n, theirs) in rest
+            }
+            best = max((each for each, _ in rest), key=lambda each: sum(run.n for run in free[id(each)]))
+            taken += free[id(best)]
+            n = self._n_readable(self.plan.prefill, best.cells)
+            readable = [run._replace(n=min(run.n, n - run.start)) for run in free[id(best)] if run.start < n]
+            runs += [(run, best) for run in readable]
+            rest = [each for each in rest if each[0] is not best]
+        window = max(filter(None, self.reference.model.window), default=0)
+        if not runs or (self.cells and oldest > max(0, first - window + 1)):
+            return
+        sources = {id(each): each.reference.evaluate(each.cells).copy() for _, each in runs}
+        held = {id(each): list(each.cells) for _, each in runs}
+        del self.cells[first:]
+        for run, history in sorted(runs, key=lambda each: each[0].to):
+            self._append_prompt(tokens[len(self.cells) : run.to], len(tokens) - run.to)
+            for i, cell in enumerate(held[id(history)][run.start : run.start + run.n], run.start):
+                computed = cell.computed or (sources[id(history)], i)
+                self.cells.append(replace(cell, n_moves=cell.n_moves + run.n_moves, computed=computed))
+            del self.cells[self._n_readable(self.plan.prefill) :]
+
+    def _runs(self, cells: Sequence[Cell], tokens: list[int]) -> tuple[int, list[Run]]:
+        """With how many cells a prompt begins, and which runs of the others it has, without what is mended."""
+        assert self.edits is not None
+        held, mend, bulk = [cell.token for cell in cells], self.edits.mend, self.plan.bulk
+        first, end = (
+            common_prefix(held, tokens),
+            len(tokens) - max(self.edits.tail, bulk.tail if bulk is not None else 0),
+        )
+        both = np.array(held, np.int32), np.array(tokens, np.int32)
+        found = find_runs(*both, first=first, end=max(0, end), least=mend + self.edits.least)
+        runs = [run for run in found if run.n_moves <= self.edits.most_moves]
+        return first, [Run(run.start + mend, run.to + mend, run.n - mend, run.n_moves) for run in runs]
+
+    def decode(self, tokens: list[int]) -> None:
+        """Evaluate a generated token and a draft of those behind it."""
+        self._append_prompt(self._forget_unreadable(self.decode_set()))
+        for start in range(0, len(tokens), self.n_ubatch):
+            piece = tokens[start : start + self.n_ubatch]
+            made_of = (self.plan.decode, self.plan.online) if self.stage is not None and self.stage.ffn else None
+            self.cells += [Cell(token, self.decode_set(), made_of) for token in piece]
+            self.logits_are_current = True
+            self.n_decoded += len(piece)
+            if self.stage is not None:
+                for index in range(-len(piece), 0):
+                    self.stage.observe(self.trace(index))
+                if (np.abs(self.stage.similarity - self.stage.threshold) < 1e-5).any():
+                    reject()  # float32 may choose otherwise
+
+    def generate(self, prompt: list[int]) -> Generator[int, int, None]:
+        """Answer a prompt: yields the position whose logits the next token is sampled from, and is sent that token."""
+        self.prompt(prompt)
+        index = len(self.cells) - 1
+        while True:
+            token = -1
+            while index < len(self.cells):
+                token = yield index
+                index += 1
+                if index < len(self.cells) and self.cells[index].token != token:  # not as the draft has it
+                    del self.cells[index:]
+                    self.logits_are_current = False
+            self.decode([token, *self.draft([*self.tokens, token])])
+
+    def trace(self, index: int = -1) -> Trace:
+        """What the reference computes for one of the cached positions."""
+        return self.reference.trace(self.cells, index)

@@ -1,0 +1,177 @@
+"""A server in a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+from oracles.frontiers import frontier, point
+
+from adaskip_cpp import Frontier, SkipPlan
+from adaskip_cpp.serving.process import Worker
+from adaskip_cpp.serving.worker import Close, Service
+from adaskip_cpp.serving.workers import Workers
+
+BULK_PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
+"""A plan for a tiny model of three layers."""
+
+
+def frontier_of(n_layer: int, **more: Any) -> Frontier:
+    """A frontier with made-up figures, each of its two plans skipping what the one before it skips.
+
+    For prompts of 1,024 tokens "careful" loses 0.03 nats per token, and "fast" 0.06. In prompts of twice as many tokens
+    losses are taken for 1.25 times as large: 0.0375 and 0.075.
+    """
+
+    speedups = {1024: 1.2, 2048: 1.3}, {1024: 1.5, 2048: 1.6}
+    plans = (SkipPlan.manual(n_layer, attention=each, ffn=[2], phase="bulk") for each in ([], [1]))
+    points = map(functools.partial(point, judged_at=1024), plans, (0.03, 0.06), speedups)
+    return frontier(list(points), **more)
+
+
+class Nobody(Workers):
+    """What a server has that serves no model."""
+
+    failure = None
+
+    def __init__(self) -> None:
+        super().__init__([Worker("nobody", None)], n_ctx=256)  # type: ignore[arg-type]
+
+    async def load(self, worker: Worker) -> None:
+        pass
+
+
+class InProcess(Worker):
+    """A worker whose process is a thread of this one."""
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def tell(message: Any) -> None:
+            asyncio.run_coroutine_threadsafe(self._hear(message), loop)
+
+        def run() -> None:
+            self._service.run(self._opening.open)
+            loop.call_soon_threadsafe(ended.set_result, None)
+
+        self._service = Service(tell, logs_text=False)
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        await ended
+
+    def _tell(self, message: Any) -> None:
+        self._service.hear(message)
+
+    def kill(self, why: str = "") -> None:
+        """A thread cannot be ended."""
+
+    def end(self) -> None:
+        """Close the model, where no loop runs any more."""
+        self._tell(Close())
+        self._thread.join()
+
+
+IN_ONE_PROCESS = (
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from oracles.served import InProcess; "
+    "from adaskip_cpp.serving import process; process.Worker = InProcess; "
+)
+"""Runs a server in one process: beside that of ``adaskip-cpp serve`` the pipe can be seen, and what it costs."""
+
+END: int = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
+"""The signal that asks a server to end; on Windows SIGTERM does not ask."""
+
+_RUN = "from adaskip_cpp.cli.main import main; main()"
+
+
+@dataclass
+class Server:
+    """A running server: its address, its process, and what that wrote to stderr."""
+
+    url: str
+    model: Path
+    process: subprocess.Popen[str]
+    lines: list[str]
+    reader: threading.Thread
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        """Send JSON, or bytes as they are."""
+        content = {"content": body} if isinstance(body, bytes) else {"json": body}
+        return httpx.post(self.url + path, timeout=60, **content, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **options)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's values."""
+        found = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        return sum(map(float, found))
+
+    def stream(self, body: dict[str, Any]) -> AbstractContextManager[httpx.Response]:
+        """The answer to a completion, as it comes."""
+        return httpx.stream("POST", f"{self.url}/v1/completions", json={**body, "stream": True}, timeout=60)
+
+    def workers(self) -> list[int]:
+        """The ids of the processes that hold models."""
+        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], stdout=subprocess.PIPE, text=True, check=False)
+        return list(map(int, found.stdout.split()))
+
+    def stop(self, timeout: float = 60) -> int:
+        """End it by a signal, and return its exit code."""
+        self.process.send_signal(END)
+        code = self.process.wait(timeout)
+        self.reader.join()
+        return code
+
+
+@contextmanager
+def serving(
+    model: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    descriptors: int | None = None,
+    before: str = "",
+) -> Iterator[Server]:
+    """Start a server on a free port with one thread; when the context is left it is ended, if it still runs.
+
+    ``environment`` is added to that of the tests; ``descriptors`` is how many files and sockets it may have open,
+    ``before`` Python that it runs first.
+    """
+    command = [sys.executable, "-c", before + _RUN, "serve", str(model), "--port", "0", "--threads", "1", *options]
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows sends signals to groups alone
+    if descriptors is not None:
+        command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, creationflags=group, env={**os.environ, **(environment or {})}
+    )
+    assert process.stderr is not None
+    lines: list[str] = []
+    text = ""
+    for line in process.stderr:
+        lines.append(line)
+        text += line.strip() + " "
+        if found := re.search(r"A page to try it: (http://\S+)\. ", text):
+            break
+    else:
+        raise AssertionError(f"no server: {text}")
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    server = Server(found[1], model, process, lines, reader)
+    try:
+        yield server
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

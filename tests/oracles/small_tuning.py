@@ -1,0 +1,52 @@
+"""Makes `tune` small enough for tiny models: short texts, few requests, and invented times of sublayers."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles.costs import cost_model
+from oracles.tiny_models import write_model
+
+import adaskip_cpp.model.frontier
+from adaskip_cpp.measuring import corpus
+from adaskip_cpp.tuning import tune as tuning
+from adaskip_cpp.tuning.path import find_path
+
+__all__ = ["ANSWER", "IDLE", "JUDGED_AT", "TEXTS", "make_small", "write_idle_model"]
+
+JUDGED_AT, ANSWER = 192, (64, 72)
+"""Tokens of the prompts that plans are judged on, and of the answers that continue and that copy."""
+
+IDLE = ((1, "ffn"), (2, "ffn"))
+"""Sublayers of the model that add nothing: skipping them loses nothing. Attention 1 adds what attention 2 reads."""
+
+_WORDS = ["the", "of", "to", "an", "in", "error", "there", "other", "one", "ten"]
+TEXTS = {f"text {i}": " ".join(np.random.default_rng(i).choice(_WORDS, 600).tolist()) for i in range(4)}
+
+
+def write_idle_model(path: Path) -> Path:
+    return write_model(path, zero=IDLE)
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shrink the constants; every sublayer takes a second of a ubatch, and what is left of a skipped attention 0.2."""
+    for name, value in {
+        "_N_REQUESTS": 4,
+        "_N_DECODE": 2,
+        "_JUDGED_AT": JUDGED_AT,
+        "_ANSWER": ANSWER,
+        "_SEARCHED_AT": (128, JUDGED_AT),
+        "LEAST_CONTEXT": 64,
+        "LONGEST": 512,
+        "find_path": partial(find_path, levels=(0.001, 30.0)),  # what adds nothing, and then all
+    }.items():
+        monkeypatch.setattr(tuning, name, value)
+    monkeypatch.setattr(adaskip_cpp.model.frontier, "LEAST_CONTEXT", 64)
+    monkeypatch.setattr(corpus, "N_TOKENS", 64)
+
+    def measure_cost(llm: Any, **_: Any) -> Any:
+        return cost_model(0.1, [1.0] * llm.n_layer, [1.0] * llm.n_layer, size=32, kept=[0.2] * llm.n_layer)
+
+    monkeypatch.setattr(tuning, "measure_cost", measure_cost)

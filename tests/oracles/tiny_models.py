@@ -1,0 +1,199 @@
+"""Writes tiny random F32 GGUF models, one per architecture family, that stock llama.cpp loads.
+
+Each tensor's values depend only on (seed, tensor name), so a model written with one output projection set to zero
+differs from the plain one in that projection alone: it is the oracle for a skipped sublayer.
+"""
+
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, TokenType
+from gguf.quants import quantize
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+from oracles.tiny_families import ENCODERS, FAMILIES, N_CTX_TRAIN, N_EMBD, N_FF, N_HEAD, N_VOCAB, Family
+
+__all__ = ["TEMPLATE", "add_chat_template", "write_lora", "write_model"]
+
+Kind = str  # "attention" or "ffn"
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+)
+WORDS = ("▁the", "▁a", "▁of", "▁to", "th", "he", "▁t", "▁", "in", "er", "an", "re", "on")
+MERGES = [*map(str.split, ("a a", "aa aa", "= =", "1 1", "11 1", "A A")), (" ", " "), (" ", "a"), ("\n", "\n")]
+N_BYTE_TOKENS = N_VOCAB - len(WORDS)  # three special tokens and all bytes
+# The projections that end a sublayer, with their biases. Behind them stands at most an RMS norm, and rms_norm(0) = 0.
+_OUTPUT = {
+    "attention": ("attn_output", "attn_o", "ssm_out", "shortconv.out_proj"),
+    "ffn": ("ffn_down", "ffn_down_exps"),
+}
+
+
+def write_model(
+    path: str | Path,
+    name: str | Family = "llama",
+    *,
+    seed: int = 0,
+    n_layer: int | None = None,
+    zero: Collection[tuple[int, Kind]] = (),
+    split: int = 0,
+    quantization: GGMLQuantizationType | None = None,
+    pre: str = "",
+) -> Path:
+    """Write a tiny random model.
+
+    Args:
+        path: Where to write the GGUF file.
+        name: A key of FAMILIES or ENCODERS, or a family of its own.
+        seed: Seed of the weights; together with a tensor's name it fixes that tensor.
+        n_layer: Number of layers; the family's own number when None.
+        zero: (layer, "attention" or "ffn") of every sublayer that shall add nothing to the residual stream.
+        split: Tensors in a file, for a model in several.
+        quantization: Of all matrices, one that gguf can make; F32 when None.
+        pre: What splits texts into words, for a vocabulary of byte pairs; when empty it is one of SentencePiece.
+
+    Returns:
+        ``path``; of a model in several files the first one.
+    """
+    family = {**FAMILIES, **ENCODERS}[name] if isinstance(name, str) else name
+    layers = n_layer or family.n_layer
+    shapes = dict(family.tensors(layers))
+    silenced = set()
+    for layer, kind in zero:
+        names = {
+            f"{family.block}.{layer}.{stem}.{part}" for stem in _OUTPUT[kind] for part in ("weight", "bias")
+        } & shapes.keys()
+        if not names:
+            raise ValueError(f"{name} has no {kind} in layer {layer}")
+        silenced |= names
+    writer = GGUFWriter(path, family.architecture, split_max_tensors=split)
+    _write_metadata(writer, family, layers)
+    _write_byte_pairs(writer, pre) if pre else _write_tokenizer(writer)
+    for tensor, shape in shapes.items():
+        values = _values(tensor, shape, seed)
+        values = np.zeros_like(values) if tensor in silenced else values
+        if quantization is not None and len(shape) == 2:
+            writer.add_tensor(tensor, quantize(values, quantization), raw_dtype=quantization)
+        else:
+            writer.add_tensor(tensor, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return min(Path(path).parent.glob(f"{Path(path).stem}-00001-of-*.gguf")) if split else Path(path)
+
+
+def write_lora(path: str | Path, *, seed: int = 0, rank: int = 2, alpha: float = 2.0) -> Path:
+    """Write a LoRA adapter for every projection of every layer of a llama that :func:`write_model` writes."""
+    rng = np.random.default_rng(seed)
+    writer = GGUFWriter(path, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for tensor, shape in FAMILIES["llama"].tensors(FAMILIES["llama"].n_layer):
+        if tensor.startswith("blk.") and len(shape) == 2:
+            n_out, n_in = shape
+            writer.add_tensor(f"{tensor}.lora_a", rng.normal(0, 0.2, (rank, n_in)).astype(np.float32))
+            writer.add_tensor(f"{tensor}.lora_b", rng.normal(0, 0.2, (n_out, rank)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
+def add_chat_template(source: Path, target: Path) -> Path:
+    """Write a copy of a model that has a chat template, ``TEMPLATE``."""
+    writer = GGUFWriter(target, "llama")
+    template = MetadataDetails(GGUFValueType.STRING, TEMPLATE)
+    copy_with_new_metadata(GGUFReader(source), writer, {"tokenizer.chat_template": template}, [])
+    return target
+
+
+def _values(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
+    """Random values of a size that makes every sublayer change the residual stream by about its own size."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    noise = rng.standard_normal(shape)
+    stem = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if name.endswith(".bias"):
+        values = 0.3 * noise
+    elif "norm" in stem:
+        values = 1 + 0.2 * noise
+    elif stem == "ssm_a":
+        values = -np.exp(0.5 * noise)  # the state decays
+    elif stem == "rope_freqs":
+        values = 1 + np.abs(noise)
+    elif stem == "token_embd":
+        values = 0.5 * noise
+    else:
+        gain = {"attn_q": 1.5, "attn_k": 1.5, "attn_qkv": 1.5, "ffn_down": 2, "ffn_down_exps": 2}.get(stem, 1.2)
+        values = gain * noise / np.sqrt(shape[-1])
+    return np.asarray(values, dtype=np.float32)
+
+
+def _write_metadata(writer: GGUFWriter, family: Family, n_layer: int) -> None:
+    n_kv: int | list[int] = family.n_kv
+    if family.mixer:
+        n_kv = [0 if layer in family.mixer else family.n_kv for layer in range(n_layer)]
+    metadata: dict[str, Any] = {
+        "context_length": N_CTX_TRAIN,
+        "embedding_length": N_EMBD,
+        "block_count": n_layer,
+        "feed_forward_length": 0 if family.ffn == "none" else N_FF,
+        "attention.head_count": 0 if family.ffn == "none" else N_HEAD,
+        "attention.head_count_kv": 0 if family.ffn == "none" else n_kv,
+        "attention.key_length": family.head_dim,
+        "attention.value_length": family.head_dim,
+        "rope.dimension_count": family.head_dim,
+        "rope.freq_base": 10000.0,
+        "attention.layer_norm_rms_epsilon" if family.norm == "rms" else "attention.layer_norm_epsilon": 1e-5,
+        **family.metadata,
+    }
+    writer.add_name("tiny")
+    for key, value in metadata.items():
+        full = key if key.startswith("tokenizer.") else f"{family.architecture}.{key}"
+        match value:
+            case bool():
+                writer.add_bool(full, value)
+            case int():
+                writer.add_uint32(full, value)
+            case float():
+                writer.add_float32(full, value)
+            case list():
+                writer.add_array(full, value)
+
+
+def _write_tokenizer(writer: GGUFWriter) -> None:
+    """A SentencePiece vocabulary of three special tokens, all bytes, and a few pieces."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+    types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+    types += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(WORDS)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * N_BYTE_TOKENS + [-float(rank) for rank in range(len(WORDS))])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def _write_byte_pairs(writer: GGUFWriter, pre: str) -> None:
+    """A vocabulary of GPT-2's kind: all bytes, ``MERGES``, and an end of text."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letter = {byte: chr(byte) for byte in plain} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
+    merges = [tuple("".join(letter[byte] for byte in part.encode()) for part in pair) for pair in MERGES]
+    tokens = [letter[byte] for byte in range(256)] + ["".join(pair) for pair in merges]
+    n_normal = len(tokens)
+    tokens += [f"<|{rank}|>" for rank in range(N_VOCAB - n_normal)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.NORMAL] * n_normal + [TokenType.CONTROL] * (N_VOCAB - n_normal))
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(N_VOCAB - 1)
+    writer.add_bos_token_id(N_VOCAB - 1)

@@ -1,0 +1,428 @@
+"""adaskip_cpp.planning.strategies: which sublayers each chooses, against a second formulation of each definition."""
+
+import itertools
+from dataclasses import replace
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles.costs import cost_model
+from oracles.profiles import NAN, profile
+
+from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError, SublayerRangeError
+from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.profile import Windows
+from adaskip_cpp.model.skip_set import SkipSet
+from adaskip_cpp.planning.request import PlanRequest
+from adaskip_cpp.planning.strategies import (
+    STRATEGIES,
+    adaskip,
+    early_exit,
+    manual,
+    skip_decode,
+    suffix,
+    unified_skipping,
+)
+
+SIZES = [12, 18, 24, 30, 32]
+BUDGETS = [(n_layer, k) for n_layer in SIZES for k in range(n_layer + 1)]
+
+
+def judged(similarity: Any, **changes: Any) -> Profile:
+    """A profile whose divergences, times the layers above, rank sublayers as their similarities do."""
+    lost, above = 1 - np.array(similarity, float), np.arange(len(similarity))[::-1, None]
+    return profile(similarity, **costing(lost / np.maximum(above, 1)), **changes)
+
+
+def blank(n_layer: int) -> Profile:
+    return Profile.blank(ModelInfo("ab" * 32, "llama", n_layer))
+
+
+def costing(lost: Any) -> dict[str, Any]:
+    """What a profile tells where sublayers cost so much: copies the even layers, continuations the odd ones, by half.
+
+    The worse of the two is what counts.
+    """
+    lost, even = np.array(lost, float), np.arange(len(lost))[:, None] % 2 == 0
+    return {"divergence": np.where(even, lost / 2, lost), "copying": np.where(even, lost, lost / 2)}
+
+
+def layers(skip_set: SkipSet) -> list[int]:
+    """The layers skipped, all of them whole and without compensation."""
+    assert skip_set.attention == skip_set.ffn
+    assert (skip_set.scale == 1).all() and skip_set.bias is None
+    return list(skip_set.attention)
+
+
+def test_the_registry_has_the_papers_strategy_the_baselines_and_lists() -> None:
+    assert list(STRATEGIES) == ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping", "manual"]
+
+
+# --- the sets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_layer", "k"), BUDGETS)
+def test_early_exit_skips_the_last_layers(n_layer: int, k: int) -> None:
+    plan = early_exit(blank(n_layer), PlanRequest(2 * k, mode="e2e"))
+    # Popped from the top of the stack.
+    stack, popped = list(range(n_layer)), []
+    for _ in range(k):
+        popped.insert(0, stack.pop())
+    assert layers(plan.prefill) == layers(plan.decode) == popped
+
+
+@pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k <= n_layer // 2])
+def test_unified_skipping_skips_one_layer_of_every_stretch(n_layer: int, k: int) -> None:
+    plan = unified_skipping(blank(n_layer), PlanRequest(2 * k, mode="e2e"))
+    # The second layer of every stretch of n_layer // k layers, the last stretch perhaps cut short.
+    expected = []
+    if k:
+        stretch = n_layer // k
+        expected = [part[1] for part in np.split(np.arange(n_layer), range(stretch, n_layer, stretch)) if len(part) > 1]
+    assert layers(plan.prefill) == layers(plan.decode) == expected
+    assert len(expected) >= k
+
+
+@pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k > n_layer // 2])
+def test_unified_skipping_is_not_defined_for_more_than_half_of_the_layers(n_layer: int, k: int) -> None:
+    with pytest.raises(BudgetError, match=rf"at most half of the {n_layer} layers"):
+        unified_skipping(blank(n_layer), PlanRequest(2 * k, mode="e2e"))
+
+
+def test_unified_skipping_by_hand() -> None:
+    assert layers(unified_skipping(blank(32), PlanRequest(16, mode="e2e")).prefill) == [1, 5, 9, 13, 17, 21, 25, 29]
+    assert layers(unified_skipping(blank(30), PlanRequest(12, mode="e2e")).prefill) == [1, 6, 11, 16, 21, 26]
+    assert layers(unified_skipping(blank(32), PlanRequest(20, mode="e2e")).prefill) == [
+        1,
+        4,
+        7,
+        10,
+        13,
+        16,
+        19,
+        22,
+        25,
+        28,
+        31,
+    ], "11 for a k of 10"
+    assert layers(unified_skipping(blank(18), PlanRequest(18, mode="e2e")).prefill) == [1, 3, 5, 7, 9, 11, 13, 15, 17]
+
+
+@pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k < n_layer])
+def test_skip_decode_skips_the_first_layers_but_one_in_the_papers_prefill_experiments(n_layer: int, k: int) -> None:
+    plan = skip_decode(blank(n_layer), PlanRequest(2 * k, mode="prefill"))
+    assert layers(plan.prefill) == layers(plan.decode) == list(range(n_layer))[1 : 1 + k]
+    assert plan.schedule == ()
+
+
+@pytest.mark.parametrize("mode", ["e2e", "decode"])
+@pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k < n_layer])
+def test_skip_decode_skips_more_layers_the_more_tokens_are_decoded(n_layer: int, k: int, mode: Any) -> None:
+    plan = skip_decode(blank(n_layer), PlanRequest(2 * k, mode=mode))
+    schedule = plan.decode_sets
+    starts = [start for start, _ in schedule]
+    for t in range(600):
+        m = min(k, ceil(Fraction(t, 512) * (k - 1)) + 1)
+        in_force = schedule[int(np.searchsorted(starts, t, side="right")) - 1][1]
+        assert layers(in_force) == list(range(1, m + 1)), t
+    assert len(schedule) == len({each for _, each in schedule}), "a set that does not change is not switched"
+    assert layers(plan.prefill) == ([1] if k and mode == "e2e" else [])
+
+
+def test_skip_decode_by_hand() -> None:
+    # k = 3: m = 1 at t = 0, 2 for 1 <= t <= 256, 3 from 257 on.
+    plan = skip_decode(blank(12), PlanRequest(6, mode="e2e"))
+    assert [(start, layers(each)) for start, each in plan.schedule] == [(0, [1]), (1, [1, 2]), (257, [1, 2, 3])]
+    assert skip_decode(blank(12), PlanRequest(2, mode="e2e")).schedule == () and layers(
+        skip_decode(blank(12), PlanRequest(2, mode="e2e")).decode
+    ) == [1]
+
+
+def test_skip_decode_never_skips_layer_0() -> None:
+    assert skip_decode(blank(12), PlanRequest(22, mode="e2e")).n_layer == 12
+    with pytest.raises(BudgetError, match="0 to 22"):
+        skip_decode(blank(12), PlanRequest(24, mode="e2e"))
+
+
+# --- modes and budgets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [early_exit, unified_skipping])
+def test_baselines_leave_the_prompt_to_the_full_model_in_decode_mode(strategy: Any) -> None:
+    for mode in ("prefill", "decode", "e2e"):
+        plan = strategy(blank(12), PlanRequest(6, mode=mode))
+        assert plan.prefill == (SkipSet.none(12) if mode == "decode" else plan.decode)
+        assert (plan.decode.n_skip, plan.mode, plan.online) == (6, mode, None)
+
+
+@pytest.mark.parametrize("strategy", [early_exit, skip_decode, unified_skipping])
+def test_a_baseline_takes_nothing_from_a_profile(strategy: Any) -> None:
+    known, request = profile(np.full((12, 2), 0.9)), PlanRequest(6, mode="e2e")
+    plan = strategy(known, request)
+    assert plan == strategy(blank(12), request) and plan.model == known.model
+    assert (plan.compensation, plan.strategy) == ("none", strategy.__name__)
+    assert known.plan(6, strategy=strategy.__name__, mode="e2e") == plan
+
+
+@pytest.mark.parametrize("strategy", [early_exit, skip_decode, unified_skipping])
+def test_the_odd_sublayer_of_a_budget_is_left_over(strategy: Any) -> None:
+    assert strategy(blank(12), PlanRequest(7, mode="e2e")) == strategy(blank(12), PlanRequest(6, mode="e2e"))
+    assert strategy(blank(12), PlanRequest(1, mode="e2e")).prefill.n_skip == 0
+    assert strategy(blank(30), PlanRequest(mode="prefill")).prefill.n_skip == 12
+
+
+@pytest.mark.parametrize("strategy", [adaskip, early_exit, skip_decode, unified_skipping])
+@pytest.mark.parametrize("n_skip", [-1, 25, 2.5, "two"])
+def test_an_impossible_budget_is_refused_and_the_maximum_told(strategy: Any, n_skip: Any) -> None:
+    with pytest.raises(BudgetError, match=r"use a.* number from 0 to (10|13|22|24)$"):
+        strategy(profile(np.full((12, 2), 0.9)), PlanRequest(n_skip, mode="e2e"))
+
+
+@pytest.mark.parametrize("strategy", [early_exit, skip_decode, unified_skipping, manual])
+def test_a_sublayer_that_cannot_be_skipped_is_named(strategy: Any) -> None:
+    similarity = np.full((4, 2), 0.9)
+    similarity[1, 0] = similarity[3, 1] = NAN
+    by_hand = strategy is manual
+    request = (
+        PlanRequest(strategy="manual", attention=(1,), ffn=(3,), mode="e2e")
+        if by_hand
+        else PlanRequest(4, mode="prefill")
+    )
+    with pytest.raises(NotSkippableError, match=r"attention of layer 1|FFN of layer 3"):
+        strategy(profile(similarity), request)
+
+
+# --- the prompt mode --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [adaskip, early_exit, suffix, skip_decode, unified_skipping])
+def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
+    known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2))
+    plan, prefill = strategy(known, PlanRequest(6, mode="prompt")), strategy(known, PlanRequest(6, mode="prefill"))
+    assert plan.bulk.skip == prefill.prefill and plan.bulk.skip.n_skip == 6
+    assert plan.prefill == plan.decode == SkipSet.none(12)
+    assert (plan.mode, plan.schedule, plan.online) == ("prompt", (), None)
+    assert (plan.bulk.head, plan.bulk.tail) == (4, 64)
+    other = strategy(known, PlanRequest(6, mode="prompt", head=0, tail=1))
+    assert other.bulk == replace(plan.bulk, head=0, tail=1)
+
+
+def test_decode_skips_the_most_similar_with_the_ratios_of_decode() -> None:
+    known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2))
+    plan = known.plan(6, mode="prompt", decode=3, strategy="suffix", compensation="paper")
+    assert plan.bulk is not None and plan.bulk.skip.attention == plan.bulk.skip.ffn == (9, 10, 11)
+    assert (plan.decode.attention, plan.decode.ffn, plan.prefill.n_skip) == ((11,), (10, 11), 0)
+    assert (plan.bulk.skip.scale[plan.bulk.skip.skip] == 1.5).all() and (
+        plan.decode.scale[plan.decode.skip] == 1.2
+    ).all()
+    assert plan.online is None, "of a baseline"
+    online = known.plan(6, mode="prompt", decode=3).online
+    assert online is not None and online.threshold == np.sort(known.similarity.ravel())[-3]
+    assert known.plan(6, mode="prompt", decode=3, online=False).online is None
+
+
+DIVERGENCE = np.array([[0.5, 0.3], [0.1, 0.9], [0.2, 0.7], [0.8, 0.6]])
+"""Times the layers above: 1.5 and 0.9, 0.2 and 1.8, 0.2 and 0.7, 0 and 0."""
+ORDER = [(3, 0), (3, 1), (1, 0), (2, 0), (2, 1), (0, 1), (0, 0), (1, 1)]
+"""The sublayers by that; ties go to attention, then to the lower layer."""
+
+
+@pytest.mark.parametrize("n_skip", range(9))
+def test_a_prompt_skips_what_costs_least_times_the_layers_above(n_skip: int) -> None:
+    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), **costing(DIVERGENCE))
+    bulk = known.plan(n_skip, mode="prompt").bulk
+    assert bulk is not None
+    assert sorted(map(tuple, np.argwhere(bulk.skip.skip).tolist())) == sorted(ORDER[:n_skip])
+
+
+def test_the_papers_ranking_of_a_prompt_needs_no_divergence() -> None:
+    similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
+    for known in (profile(similarity), profile(similarity, **costing(DIVERGENCE))):
+        plan, paper = known.plan(3, mode="prompt", ranking="similarity"), known.plan(3, mode="prefill")
+        assert plan.bulk is not None and plan.bulk.skip == paper.prefill
+        assert plan.bulk.skip.attention == (0, 1) and plan.bulk.skip.ffn == (0,)
+
+
+def test_the_other_modes_do_not_ask_what_a_bulk_costs() -> None:
+    similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
+    for mode in ("prefill", "decode", "e2e"):
+        assert profile(similarity, **costing(DIVERGENCE)).plan(3, mode=mode) == profile(similarity).plan(3, mode=mode)
+
+
+def test_where_divergences_were_not_measured_it_says_what_to_do() -> None:
+    known = profile(np.full((12, 2), 0.9), cost=cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12))
+    for request in ({"n_skip": 3}, {"speedup": 1.2, "context": 1000}):
+        with pytest.raises(
+            PlanError, match=r"calibrate again, on 4 requests or more, or use mode='e2e' or ranking='similarity'"
+        ):
+            known.plan(mode="prompt", **request)
+        assert known.plan(mode="prompt", ranking="similarity", **request).bulk.skip.n_skip  # type: ignore[union-attr]
+        assert known.plan(mode="prompt", strategy="suffix", **request).bulk.skip.n_skip  # type: ignore[union-attr]
+
+
+def test_for_a_speed_up_a_prompt_loses_least_per_second() -> None:
+    # Every sublayer saves as much, but for attentions what their K and V cost; the last layer's loss is none.
+    costs = cost_model(1, [1] * 4, [1] * 4, size=64, kept=[0.5] * 4)
+    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), **costing(DIVERGENCE), cost=costs)
+    chosen = [known.plan(mode="prompt", speedup=speedup, context=1000).bulk for speedup in (1.1, 1.3, 1.5)]
+    skipped = [{tuple(each) for each in np.argwhere(bulk.skip.skip).tolist()} for bulk in chosen if bulk is not None]
+    lost = DIVERGENCE * np.array([[3], [2], [1], [0]])
+    for bulk, found, speedup in zip(chosen, skipped, (1.1, 1.3, 1.5), strict=True):
+        sets = (set(each) for n in range(9) for each in itertools.combinations(ORDER, n))
+        goal = costs.seconds(None, 1000, "prefill") / speedup
+        assert bulk is not None and found
+
+        def seconds(chosen: set[tuple[int, int]], known: Profile = known) -> float:
+            attention, ffn = (tuple(layer for layer, kind in chosen if kind == each) for each in (0, 1))
+            plan = known.plan(mode="prompt", strategy="manual", attention=attention, ffn=ffn)
+            return costs.seconds(None, 1000, "prefill") / costs.speedup(plan, 1000, "prefill")
+
+        best = min(sum(lost[at] for at in each) for each in sets if seconds(each) <= goal)
+        assert seconds(found) <= goal and sum(lost[at] for at in found) <= 1.5 * best + 1e-12
+
+
+def test_for_a_speed_up_attentions_are_windowed_where_that_loses_less() -> None:
+    """Attentions whose time is all growth with the context, which windows save, for nothing or for more than all."""
+    costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
+    similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
+    cheap, dear = (Windows((0, 1, 2, 3), (0.0, *([loss] * 4))) for loss in (0.0, 1e3))
+    request = {"mode": "prompt", "speedup": 1.5, "context": 8000}
+    for windows, n in ((cheap, 3), (dear, 0)):  # three reach it, with nothing skipped
+        known = profile(similarity, **costing(DIVERGENCE), cost=costs, windows=windows)
+        plan = known.plan(**request)
+        assert plan.bulk is not None and (len(plan.narrowed), plan.bulk.window_size) == (n, 1020)
+        assert costs.speedup(plan, 8000, "prefill") >= 1.5
+    assert known.plan(**request, windowed=2, window_size=7).narrowed == (2, 3)
+    assert known.plan(**request, ranking="similarity").narrowed == () == known.plan(2).narrowed
+    assert known.plan(0, windowed=3).narrowed == (1, 2, 3)
+    assert profile(similarity, **costing(DIVERGENCE), cost=costs).plan(**request).narrowed == ()
+
+
+def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() -> None:
+    costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
+    divergence = np.full((4, 2), NAN)
+    divergence[3] = 1.0
+    similarity = np.where(np.isnan(divergence), NAN, 0.9)
+    known = profile(similarity, **costing(divergence), cost=costs, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3)))
+    with pytest.raises(BudgetError, match="at most"):
+        known.plan(mode="prompt", speedup=1.5, context=8000, windowed=0)
+    assert known.plan(mode="prompt", speedup=1.5, context=8000).narrowed
+
+
+def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None:
+    costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
+    windows = Windows((0, 1, 2, 3), (0.0,) * 5)
+    known = profile(np.full((4, 2), 0.9), **costing(DIVERGENCE), cost=costs, windows=windows)
+    request = PlanRequest(mode="prompt", windowed=2)
+    for wanted, size in (
+        (replace(request, speedup=1.3, context=8000, strategy="suffix"), 1020),
+        (replace(request, n_skip=1).at(8000), 1020),
+        (replace(request, n_skip=1, window_size=9).at(8000), 9),
+        (replace(request, n_skip=1), 252),
+    ):
+        bulk = known.plan(wanted).bulk
+        assert bulk is not None and bulk.window_size == size
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"windowed": 5}, "4 attentions can look back at a window, not 5; ask for at most 4"),
+        ({"windowed": -1}, "windowed is -1; use a whole number from 0 on"),
+        ({"window_size": 0}, "window_size is 0; use a whole number from 1 on"),
+        ({"windowed": 1, "mode": "e2e"}, "mode 'e2e' takes no windowed; leave it out, or use mode 'prompt'"),
+    ],
+)
+def test_impossible_windows_are_refused(request_: dict[str, Any], message: str) -> None:
+    known = profile(np.full((4, 2), 0.9), **costing(DIVERGENCE), windows=Windows((0, 1, 2, 3), (0.0,) * 5))
+    with pytest.raises((BudgetError, PlanError), match=message):
+        known.plan(0, **request_)
+
+
+def test_what_no_bulk_can_skip_is_not_chosen() -> None:
+    similarity, divergence = np.full((4, 2), 0.9), DIVERGENCE.copy()
+    similarity[3, 0] = divergence[3, 0] = NAN
+    known = profile(similarity, **costing(divergence))
+    bulk = known.plan(7, mode="prompt").bulk
+    assert bulk is not None and np.argwhere(~bulk.skip.skip).tolist() == [[3, 0]]
+    with pytest.raises(BudgetError, match="0 to 7"):
+        known.plan(8, mode="prompt")
+
+
+def test_the_suffix_is_compensated_where_that_is_asked_for() -> None:
+    known = judged(np.full((12, 2), 0.9))
+    assert known.plan(4, mode="prompt", strategy="suffix").compensation == "none"
+    assert known.plan(4, mode="prompt", strategy="suffix", compensation="paper").compensation == "paper"
+    assert known.plan(4, mode="prompt", strategy="early_exit", compensation="paper").compensation == "none"
+
+
+def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
+    known = replace(profile([[0.9, 0.5], [0.99, 0.6], [0.8, 0.7]]), bulk_only=(1,))
+    assert known.plan(1, mode="prompt", ranking="similarity").skipped("bulk").attention == (1,)
+    assert known.plan(1, mode="prompt", ranking="similarity", decode=1).decode.attention == (0,)
+    assert known.plan(1, mode="e2e").prefill.attention == (0,) and known.plan(5, mode="e2e").prefill.n_skip == 5
+    with pytest.raises(BudgetError, match="0 to 5"):
+        known.plan(6, mode="e2e")
+    with pytest.raises(NotSkippableError, match="attention of layer 1"):
+        known.plan(strategy="manual", attention=[1], mode="e2e")
+
+
+def test_impossible_requests_of_the_prompt_mode_are_refused() -> None:
+    known = judged(np.full((12, 2), 0.9))
+    for values, words in (
+        ({"decode": -1}, "from 0 on"),
+        ({"decode": 1.5}, "from 0 on"),
+        ({"head": -1}, "from 0 on"),
+        ({"tail": 0}, "from 1 on"),
+        ({"decode": 25}, "0 to 24"),
+        ({"mode": "e2e", "decode": 1}, "leave it out"),
+        ({"mode": "e2e", "head": 0}, "leave it out"),
+        ({"mode": "prefill", "tail": 8}, "leave it out"),
+        ({"speedup": 1.2, "phase": "decode"}, "leave phase out"),
+    ):
+        with pytest.raises((PlanError, BudgetError), match=words):
+            known.plan(**{"mode": "prompt", **values})
+
+
+@pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])
+def test_a_speed_up_of_the_prompt_mode_is_that_to_the_first_token(strategy: str) -> None:
+    costs = cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12)
+    known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2), cost=costs)
+    plan = known.plan(mode="prompt", strategy=strategy, speedup=1.25, context=1000, tail=32)
+    assert plan.bulk is not None and plan.bulk.tail == 32
+    assert 1.25 <= costs.speedup(plan, 1000, "prefill") < 1.5
+    assert plan.prefill == plan.decode == SkipSet.none(12)
+    with pytest.raises(BudgetError, match=r"cannot make a prompt 50 times faster"):
+        known.plan(mode="prompt", strategy=strategy, speedup=50, context=1000)
+
+
+# --- lists of layers --------------------------------------------------------------------------------------------------
+
+
+def test_listed_layers_are_skipped_with_the_profiles_compensation() -> None:
+    known = profile(np.full((4, 2), 0.9))
+    plan = known.plan(strategy="manual", attention=[2], ffn=[0, 2], compensation="paper", mode="e2e")
+    assert (plan.prefill.attention, plan.prefill.ffn, plan.strategy, plan.online) == ((2,), (0, 2), "manual", None)
+    assert (plan.prefill.scale[plan.prefill.skip] == 1.5).all()
+
+
+def test_layers_are_listed_for_a_model_of_which_nothing_is_known() -> None:
+    request = PlanRequest(mode="decode", strategy="manual", attention=(2,), compensation="none")
+    plan = manual(blank(4), request)
+    assert (plan.prefill.n_skip, plan.decode.attention, plan.compensation) == (0, (2,), "none")
+    bulk = manual(blank(4), replace(request, mode="prompt", windowed=1)).bulk
+    assert bulk is not None and bulk.narrowed == (3,)
+    assert SkipPlan.manual(4, attention=[2]).decode == plan.decode
+
+
+def test_lists_that_do_not_fit_are_refused() -> None:
+    known = profile(np.full((4, 2), 0.9))
+    with pytest.raises(SublayerRangeError, match="0 to 3"):
+        known.plan(strategy="manual", ffn=[4], mode="e2e")
+    with pytest.raises(BudgetError, match="1 sublayers are listed, not 3"):
+        known.plan(3, strategy="manual", ffn=[1], mode="e2e")
+    with pytest.raises(PlanError, match="strategy='manual'"):
+        known.plan(3, ffn=[1], mode="e2e")

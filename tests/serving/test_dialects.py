@@ -1,0 +1,498 @@
+"""The Messages and the Responses API over that of chat: how each is translated, and what their own clients see."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx2 as httpx
+import openai
+import pytest
+from oracles.served import Server, serving
+from pydantic import BaseModel
+
+from adaskip_cpp.errors import RequestError
+from adaskip_cpp.serving.answer import Sent, encoded
+from adaskip_cpp.serving.body import read_body
+from adaskip_cpp.serving.request import ServedRequest
+
+MESSAGES, RESPONSES, CHAT = "/v1/messages", "/v1/responses", "/v1/chat/completions"
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+ASKED: Any = [{"role": "user", "content": "the to"}]
+NO_END = {"logit_bias": {"2": -100}}
+"""Extensions go with every API: no token ends the answer."""
+
+
+def read(path: str, body: Any) -> ServedRequest:
+    return read_body(path, json.dumps(body).encode())
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+CALLS = [
+    {"id": "1", "type": "function", "function": {"name": "go", "arguments": '{"a":true}'}},
+    {"id": "2", "type": "function", "function": {"name": "go", "arguments": "{}"}},
+]
+TALK: Any = {
+    "messages": [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": "the to"},
+        {"role": "assistant", "content": "well", "tool_calls": CALLS},
+        {"role": "tool", "tool_call_id": "1", "content": "on"},
+        {"role": "tool", "tool_call_id": "2", "content": "off"},
+        {"role": "user", "content": "and"},
+    ],
+    "max_tokens": 9,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "tools": [{"type": "function", "function": {"name": "go", "description": "Go.", "parameters": SCHEMA}}],
+    "tool_choice": {"type": "function", "function": {"name": "go"}},
+    "user": "me",
+}
+"""A conversation of chat; the same one in both other APIs is below."""
+
+SAME: dict[str, Any] = {
+    MESSAGES: {
+        "model": "any",
+        "system": [text("x-anthropic-billing-header: cch=123;"), {**text("be "), "cache_control": {}}, text("short")],
+        "messages": [
+            ASKED[0],
+            {
+                "role": "assistant",
+                "content": [
+                    text("well"),
+                    {"type": "tool_use", "id": "1", "name": "go", "input": {"a": True}},
+                    {"type": "tool_use", "id": "2", "name": "go", "input": {}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "1", "content": "on"},
+                    {"type": "tool_result", "tool_use_id": "2", "content": [text("off")], "is_error": False},
+                    text("and"),
+                ],
+            },
+        ],
+        "max_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "tools": [{"name": "go", "description": "Go.", "input_schema": SCHEMA}],
+        "tool_choice": {"type": "tool", "name": "go"},
+        "metadata": {"user_id": "me"},
+        "thinking": {"type": "disabled"},
+    },
+    RESPONSES: {
+        "model": "any",
+        "instructions": "be short",
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "the to"}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "well"}]},
+            {"type": "function_call", "call_id": "1", "name": "go", "arguments": '{"a":true}'},
+            {"type": "function_call", "call_id": "2", "name": "go", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "on"},
+            {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "off"}]},
+            {"role": "user", "content": "and"},
+        ],
+        "max_output_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "tools": [{"type": "function", "name": "go", "description": "Go.", "parameters": SCHEMA, "strict": True}],
+        "tool_choice": {"type": "function", "name": "go"},
+        "user": "me",
+        "store": False,
+        "metadata": {"a": "b"},
+    },
+}
+
+
+@pytest.mark.parametrize("path", SAME)
+def test_a_conversation_is_the_same_in_chat(path: str) -> None:
+    expected: Any = read(CHAT, {**TALK, "model": "any"}).body
+    assert read(path, SAME[path]).body == expected
+    assert read(path, {**SAME[path], "cache_salt": "a", "adaskip": {"plan": "none"}}).wish == "none"
+
+
+def test_choices_of_tools_and_forms_of_answers_have_other_names() -> None:
+    def choice(path: str, given: Any) -> Any:
+        return getattr(read(path, {**SAME[path], "tool_choice": given}).body, "tool_choice")  # noqa: B009
+
+    kinds = {"auto": "auto", "any": "required", "none": "none"}
+    assert {kind: choice(MESSAGES, {"type": kind}) for kind in kinds} == kinds
+    assert [choice(RESPONSES, kind) for kind in ("auto", "required", "none")] == ["auto", "required", "none"]
+    form = {"format": {"type": "json_schema", "schema": SCHEMA, "name": "a"}}
+    for path, name in ((MESSAGES, "output_config"), (RESPONSES, "text")):
+        body: Any = read(path, {**SAME[path], name: form}).body
+        assert body.response_format == {"type": "json_object", "schema": SCHEMA}
+    nothing: Any = read(RESPONSES, {"input": "the", "text": {"format": {"type": "text"}}, "top_p": None}).body
+    assert nothing.messages == [{"role": "user", "content": "the"}] and nothing.tools is None
+    stops: Any = read(MESSAGES, {**SAME[MESSAGES], "stop_sequences": ["x"], "top_k": 7}).body
+    assert (stops.stop, stops.top_k) == (["x"], 7)
+
+
+DEEP: Any = json.loads("[" * 100 + "]" * 100)
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (MESSAGES, {"max_tokens": None}, "max_tokens is missing"),
+    (MESSAGES, {"messages": []}, "messages is empty"),
+    (MESSAGES, {"messages": "the"}, "messages is not a list"),
+    (MESSAGES, {"messages": ["the"]}, "messages.1"),
+    (
+        MESSAGES,
+        {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+        "send parts of text only",
+    ),
+    (MESSAGES, {"messages": [{"role": "nobody", "content": []}]}, "messages.1.*role"),
+    (
+        MESSAGES,
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": 3}]}]},
+        "messages.1",
+    ),
+    (
+        MESSAGES,
+        {"messages": [{"role": "a", "content": [{"type": "tool_use", "id": "", "name": "", "input": DEEP}]}]},
+        "input has more than 64 levels",
+    ),
+    (MESSAGES, {"system": DEEP}, "send parts of text only"),
+    (MESSAGES, {"tools": 5}, "tools is not a list"),
+    (MESSAGES, {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "an entry that is not a function"),
+    (MESSAGES, {"tools": [{"name": "go", "input_schema": DEEP}]}, "tools has more than 64 levels"),
+    (MESSAGES, {"tool_choice": {"type": "tool", "name": "other"}}, "not among the tools"),
+    (MESSAGES, {"tool_choice": {"type": "best"}}, "tool_choice"),
+    (MESSAGES, {"output_config": {"format": {"type": "poem"}}}, "response_format"),
+    (MESSAGES, {"temperature": 1000}, "temperature is 1000"),
+    (RESPONSES, {"input": None}, "input is empty"),
+    (RESPONSES, {"input": ""}, "input has no text"),
+    (RESPONSES, {"input": 5}, "input is not a list"),
+    (RESPONSES, {"input": ["the"]}, "input has an entry that is not a message"),
+    (RESPONSES, {"input": [{"type": "item_reference", "id": "a"}]}, "input has an entry that is not a message"),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "send parts of text only"),
+    (RESPONSES, {"previous_response_id": "a"}, "this server stores nothing"),
+    (RESPONSES, {"background": True}, "this server stores nothing"),
+    (RESPONSES, {"tools": [{"type": "web_search"}]}, "an entry that is not a function"),
+    (RESPONSES, {"tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice"),
+    (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": {"type": "frog"}}}}, "cannot become a grammar"),
+]
+
+
+@pytest.mark.parametrize("path, change, why", REFUSED, ids=[why for _, _, why in REFUSED])
+def test_what_cannot_be_translated_is_refused(path: str, change: Any, why: str) -> None:
+    with pytest.raises(RequestError, match=why):
+        read(path, {**SAME[path], **change})
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def chunk(finish: str | None = None, **delta: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+def called(id: str, arguments: str, name: str | None = None) -> dict[str, Any]:
+    return {"tool_calls": [{"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}]}
+
+
+def told(path: str, chunks: Any, **about: Any) -> list[dict[str, Any]]:
+    """The events of an answer in these chunks of chat, whose names are their types."""
+    request, content = read(path, SAME[path]), bytearray()
+    vars(request).update({"n_layer": 3, "begun": 1.0, "n_prompt": 9, "n_generated": 4, "finish": "stop", **about})
+    request.n_evaluated["prefill"] = 3
+    assert encoded(iter(chunks), request, content.extend) == b""
+    events = [each.split("\n") for each in content.decode().removesuffix("\n\n").split("\n\n")]
+    found = [json.loads(data.removeprefix("data: ")) for _, data in events]
+    assert [name.removeprefix("event: ") for name, _ in events] == [each["type"] for each in found]
+    return found
+
+
+BOTH = [
+    chunk(role="assistant"),
+    chunk(content="we"),
+    chunk(content="ll"),
+    chunk(**called("1", "", "go")),
+    chunk(**called("1", '{"a": ')),
+    chunk(**called("1", "true}")),
+    chunk(**called("2", "{}", "stay")),
+    chunk("tool_calls"),
+]
+"""A text and two calls, as functionary's chat format streams them."""
+
+
+def test_text_and_calls_become_blocks() -> None:
+    events = told(MESSAGES, BOTH)
+    assert [(each["type"].removeprefix("content_block_"), each.get("index")) for each in events] == [
+        ("message_start", None),
+        *[("start", 0), ("delta", 0), ("delta", 0), ("stop", 0)],
+        *[("start", 1), ("delta", 1), ("delta", 1), ("delta", 1), ("stop", 1)],
+        *[("start", 2), ("delta", 2), ("stop", 2)],
+        ("message_delta", None),
+        ("message_stop", None),
+    ]
+    usage = {"input_tokens": 3, "cache_read_input_tokens": 6, "cache_creation_input_tokens": 0, "output_tokens": 4}
+    assert events[0]["message"]["stop_reason"] is None and events[0]["message"]["usage"] == usage
+    assert events[1]["content_block"] == text("") and events[2]["delta"] == {"type": "text_delta", "text": "we"}
+    assert events[5]["content_block"] == {"type": "tool_use", "id": "1", "name": "go", "input": {}}
+    assert "".join(each["delta"]["partial_json"] for each in events[6:9]) == '{"a": true}'
+    assert events[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None} and events[-2]["usage"] == usage
+    assert events[-1]["timings"]["cache_n"] == 6 and events[-1]["adaskip"]["plan"] == "none"
+
+
+def test_text_and_calls_become_items() -> None:
+    events = told(RESPONSES, BOTH)
+    assert [each["sequence_number"] for each in events] == list(range(len(events)))
+    text, call = "response.output_text.", "response.function_call_arguments."
+    assert [each["type"] for each in events] == [
+        "response.created",
+        *["response.output_item.added", "response.content_part.added", f"{text}delta", f"{text}delta", f"{text}done"],
+        *["response.content_part.done", "response.output_item.done"],
+        *["response.output_item.added", *[f"{call}delta"] * 3, f"{call}done", "response.output_item.done"],
+        *["response.output_item.added", f"{call}delta", f"{call}done", "response.output_item.done"],
+        "response.completed",
+    ]
+    assert [each["output_index"] for each in events[1:-1]] == [0] * 7 + [1] * 6 + [2] * 4
+    begun, done = events[0]["response"], events[-1]["response"]
+    assert (begun["status"], begun["usage"], done["status"]) == ("in_progress", None, "completed")
+    ended = [each["item"] for each in events if each["type"] == "response.output_item.done"]
+    assert done["output"] == ended and [each["status"] for each in ended] == ["completed"] * 3
+    assert ended[0]["content"][0]["text"] == "well"
+    assert [(each["call_id"], each["name"], each["arguments"]) for each in ended[1:]] == [
+        ("1", "go", '{"a": true}'),
+        ("2", "stay", "{}"),
+    ]
+    assert (done["usage"]["input_tokens"], done["usage"]["input_tokens_details"]["cached_tokens"]) == (9, 6)
+    assert done["tools"][0]["name"] == "go" and done["tool_choice"] == {"type": "function", "name": "go"}
+    assert done["adaskip"]["plan"] == "none" and done["timings"]["predicted_n"] == 4
+
+
+def test_a_call_that_is_cut_says_so() -> None:
+    """Chat says of each call that it is one, and no more."""
+    chunks = [chunk(**called("1", '{"a": tr', "go")), chunk("tool_calls")]
+    assert told(MESSAGES, chunks, finish="length")[-2]["delta"]["stop_reason"] == "max_tokens"
+    whole = told(RESPONSES, chunks, finish="length")[-1]["response"]
+    assert whole["status"] == "incomplete" == whole["output"][0]["status"]
+    assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
+    request, message = read(MESSAGES, SAME[MESSAGES]), {"content": None, **called("1", '{"a": tr', "go")}
+    answer = {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
+    assert json.loads(encoded(answer, request, print))["content"][0]["input"] == {}
+
+
+def test_an_answer_without_text_has_no_blocks() -> None:
+    events = told(MESSAGES, [chunk(role="assistant"), chunk("stop")])
+    assert [each["type"] for each in events] == ["message_start", "message_delta", "message_stop"]
+    assert events[1]["delta"]["stop_reason"] == "end_turn"
+    assert told(RESPONSES, [chunk(role="assistant"), chunk("stop")])[-1]["response"]["output"] == []
+
+
+def test_an_error_has_the_form_of_the_api() -> None:
+    def errors(path: str, status: int, *events: bytes) -> Any:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def fail() -> None:
+            sending = Sent(send, path)
+            for each in events:
+                await sending.event(each)
+            await sending.error(status, "no", "code")
+            await sending.finish()
+
+        asyncio.run(fail())
+        name, _, data = sent[-1]["body"].decode().rpartition("data: ")
+        return name.strip(), json.loads(data)
+
+    for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (413, "request_too_large")):
+        assert errors(MESSAGES, status) == ("", {"type": "error", "error": {"type": kind, "message": "no"}})
+    counted = errors(f"{MESSAGES}/count_tokens", 500)[1]
+    assert counted == {"type": "error", "error": {"type": "api_error", "message": "no"}}
+    expected = {"type": "error", "error": {"type": "overloaded_error", "message": "no"}}
+    assert errors(MESSAGES, 503, b": ping\n\n") == ("event: error", expected)
+    assert errors(RESPONSES, 400)[1]["error"]["code"] == "code"
+    name, error = errors(RESPONSES, 500, b": ping\n\n", b"event: a\ndata: {}\n\n")
+    assert name == "event: error"
+    assert error == {"type": "error", "message": "no", "param": None, "code": "code", "sequence_number": 1}
+
+
+# --- a server and the clients of both ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(served_model: Path, served_plan: Path) -> Iterator[Server]:
+    options = ("--plan", str(served_plan), "--ctx", "2048")
+    with serving(served_model, *options, environment={"ADASKIP_API_KEY": "secret"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def claude(server: Server) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def gpt(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def chatted(gpt: openai.OpenAI) -> Any:
+    """What chat answers to ``ASKED`` after "be short"."""
+    messages = [{"role": "system", "content": "be short"}, *ASKED]
+    return gpt.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0, extra_body=NO_END)
+
+
+def test_the_anthropic_client_has_the_answer_of_chat(claude: anthropic.Anthropic, chatted: Any) -> None:
+    asked: Any = {"model": "tiny", "messages": ASKED, "max_tokens": 8, "system": "be short"}
+    asked["extra_body"] = {**NO_END, "temperature": 0, "adaskip": {"plan": "none"}}
+    answer: Any = claude.messages.create(**asked)
+    assert answer.content[0].text == chatted.choices[0].message.content
+    assert (answer.role, answer.model, answer.stop_reason) == ("assistant", "tiny", "max_tokens")
+    assert answer.adaskip["plan"] == "none" and answer.timings["predicted_n"] == answer.usage.output_tokens
+    assert answer.usage.output_tokens == chatted.usage.completion_tokens
+    assert answer.usage.input_tokens + answer.usage.cache_read_input_tokens == chatted.usage.prompt_tokens
+    counted = claude.messages.count_tokens(model="tiny", messages=ASKED, system="be short")
+    assert counted.input_tokens == chatted.usage.prompt_tokens
+    with claude.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == answer.content[0].text
+        whole: Any = stream.get_final_message()
+    assert whole.stop_reason == "max_tokens" and whole.usage.output_tokens == answer.usage.output_tokens
+    assert whole.usage.input_tokens + whole.usage.cache_read_input_tokens == counted.input_tokens
+    assert whole.usage.cache_read_input_tokens == counted.input_tokens - 1
+    events: list[Any] = list(claude.messages.create(**asked, stream=True))
+    assert events[-1].type == "message_stop"
+    assert events[-1].adaskip["prompt_tokens_reused"] == counted.input_tokens - 1
+
+
+def test_the_openai_client_has_the_answer_of_chat(gpt: openai.OpenAI, chatted: Any) -> None:
+    asked: Any = {"model": "tiny", "input": ASKED, "instructions": "be short", "max_output_tokens": 8}
+    asked |= {"temperature": 0, "extra_body": {**NO_END, "adaskip": {"plan": "none"}}}
+    answer: Any = gpt.responses.create(**asked)
+    assert answer.output_text == chatted.choices[0].message.content
+    assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.adaskip["plan"] == "none" and answer.timings["predicted_n"] == answer.usage.output_tokens
+    assert answer.usage.input_tokens == chatted.usage.prompt_tokens
+    assert answer.usage.total_tokens == chatted.usage.total_tokens
+    events: list[Any] = list(gpt.responses.create(**asked, stream=True))
+    assert "".join(each.delta for each in events if each.type == "response.output_text.delta") == answer.output_text
+    assert events[-1].type == "response.incomplete" and events[-1].response.output_text == answer.output_text
+    assert events[-1].response.adaskip["prompt_tokens_reused"] == answer.usage.input_tokens - 1
+    for each in (answer, *events):
+        type(each).model_validate(each.to_dict())  # the package itself checks nothing
+
+
+def test_the_anthropic_client_calls_tools(claude: anthropic.Anthropic) -> None:
+    tools: Any = [{"name": "go", "input_schema": SCHEMA}]
+    asked: Any = {"model": "tiny", "max_tokens": 60, "tools": tools, "tool_choice": {"type": "tool", "name": "go"}}
+    answer: Any = claude.messages.create(**asked, messages=ASKED)
+    (call,) = answer.content
+    assert (answer.stop_reason, call.type, call.name) == ("tool_use", "tool_use", "go")
+    assert call.input in ({"a": True}, {"a": False})
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "on"}]}
+    again: Any = [*ASKED, {"role": "assistant", "content": answer.content}, result]
+    with claude.messages.stream(**asked, messages=again) as stream:
+        whole: Any = stream.get_final_message()
+    assert whole.stop_reason == "tool_use" and whole.content[0].input in ({"a": True}, {"a": False})
+    for each in (answer, whole):
+        anthropic.types.Message.model_validate(each.to_dict())
+    free: Any = claude.messages.create(**{**asked, "tool_choice": {"type": "auto"}, "max_tokens": 3}, messages=ASKED)
+    assert all(each.type == "text" for each in free.content)
+
+
+def test_the_openai_client_calls_tools(gpt: openai.OpenAI) -> None:
+    class Form(BaseModel):
+        a: bool
+
+    tools: Any = [{"type": "function", "name": "go", "parameters": SCHEMA, "strict": True}]
+    asked: Any = {"model": "tiny", "tools": tools, "tool_choice": {"type": "function", "name": "go"}}
+    answer: Any = gpt.responses.create(**asked, input=ASKED, max_output_tokens=60)
+    (call,) = answer.output
+    assert (answer.status, call.type, call.name) == ("completed", "function_call", "go")
+    assert json.loads(call.arguments)["a"] in (True, False)
+    again: Any = [*ASKED, call, {"type": "function_call_output", "call_id": call.call_id, "output": "on"}]
+    with gpt.responses.stream(**asked, input=again, max_output_tokens=60) as stream:
+        whole: Any = stream.get_final_response()
+    assert json.loads(whole.output[0].arguments)["a"] in (True, False)
+    type(answer).model_validate(answer.to_dict())
+    parsed = gpt.responses.parse(model="tiny", input="the", text_format=Form, max_output_tokens=60)
+    assert parsed.output_parsed is not None and parsed.output_parsed.a in (True, False)
+
+
+def test_an_answer_of_a_form_is_parsed(claude: anthropic.Anthropic) -> None:
+    form: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    answer: Any = claude.messages.create(model="tiny", max_tokens=60, messages=ASKED, output_config=form)
+    assert json.loads(answer.content[0].text)["a"] in (True, False)
+
+
+def test_the_clients_raise_their_own_errors(server: Server, claude: anthropic.Anthropic, gpt: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "max_tokens": 1, "messages": ASKED}
+    with pytest.raises(anthropic.AuthenticationError, match="API key") as wrong:
+        claude.with_options(api_key="secre").messages.create(**asked)
+    assert wrong.value.type == "authentication_error"
+    token = anthropic.Anthropic(base_url=server.url, auth_token="secret", max_retries=0)
+    with token:
+        assert token.messages.create(**asked).usage.output_tokens == 1, "as Claude Code's ANTHROPIC_AUTH_TOKEN"
+    assert server.get("/v1/models", headers={"x-api-key": "secret"}).status_code == 200
+    for stream in (False, True):
+        with pytest.raises(anthropic.BadRequestError, match="temperature is 200") as bad:
+            claude.messages.create(**asked, extra_body={"temperature": 200}, stream=stream)
+        assert bad.value.type == "invalid_request_error"
+        with pytest.raises(openai.BadRequestError, match="this server stores nothing"):
+            gpt.responses.create(model="tiny", input="the", previous_response_id="a", stream=stream)
+    with pytest.raises(anthropic.BadRequestError, match="messages is empty"):
+        claude.messages.count_tokens(model="tiny", messages=[])
+    long: Any = [{"role": "user", "content": "the " * 500_000}]
+    with pytest.raises(anthropic.APIStatusError, match="bytes") as large:
+        claude.messages.create(**{**asked, "messages": long})
+    assert large.value.status_code == 413
+    with pytest.raises(openai.APIStatusError, match="bytes"):
+        gpt.responses.create(model="tiny", input=long)
+    with pytest.raises(openai.BadRequestError, match="context window") as over:
+        gpt.responses.create(model="tiny", input="the " * 3000)
+    assert over.value.code == "context_length_exceeded"
+
+
+ENDLESS: Any = {**NO_END, "grammar": "root ::= [a-z ]+"}
+
+
+def test_tokens_are_counted_while_another_request_is_answered(claude: anthropic.Anthropic) -> None:
+    asked: Any = {"model": "tiny", "messages": ASKED}
+    expected = claude.messages.count_tokens(**asked).input_tokens
+    with claude.messages.create(**asked, max_tokens=2000, extra_body=ENDLESS, stream=True) as stream:
+        begun: Any = next(iter(stream))
+        assert begun.message.usage.input_tokens + begun.message.usage.cache_read_input_tokens == expected
+        assert claude.messages.count_tokens(**asked).input_tokens == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pgrep that finds the process")
+def test_a_stream_that_breaks_ends_with_an_error(
+    server: Server, claude: anthropic.Anthropic, gpt: openai.OpenAI
+) -> None:
+    def end() -> None:
+        for each in server.workers():
+            os.kill(each, signal.SIGKILL)
+
+    asked: Any = {"model": "tiny", "max_tokens": 2000, "messages": ASKED, "extra_body": ENDLESS}
+    with claude.messages.create(**asked, stream=True) as stream:
+        next(iter(stream))
+        end()
+        with pytest.raises(anthropic.APIStatusError, match="the model failed at this request"):
+            list(stream)
+    with gpt.responses.create(model="tiny", input="the", extra_body=ENDLESS, stream=True) as events:
+        next(iter(events))
+        end()
+        *_, last = events
+    assert last.type == "error" and last.code == "worker_died" and last.sequence_number > 0
+
+
+def test_metrics_know_the_paths(server: Server, claude: anthropic.Anthropic) -> None:
+    claude.messages.create(model="tiny", max_tokens=1, messages=ASKED)
+    metrics = httpx.get(f"{server.url}/metrics", headers={"x-api-key": "secret"}, timeout=60).text
+    assert 'adaskip_requests_total{path="/v1/messages",status="200"}' in metrics

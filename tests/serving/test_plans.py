@@ -1,0 +1,120 @@
+"""adaskip_cpp.serving.plans: the plan of a request."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from oracles.frontiers import quality
+from oracles.served import frontier_of
+
+from adaskip_cpp import SkipPlan
+from adaskip_cpp.errors import RequestError
+from adaskip_cpp.model.edits import FEW, MANY, Edits
+from adaskip_cpp.model.frontier import EditPoint, Frontier, Passkeys
+from adaskip_cpp.serving.plans import Choice, Plans, plan_key
+from adaskip_cpp.serving.request import ServedRequest
+
+PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
+
+
+FRONTIER = frontier_of(3)
+
+
+CAREFUL, FAST = (point.plan for point in FRONTIER.points)
+
+
+def edited_frontier(*losses: float) -> Frontier:
+    """That of before, and edited prompts that lose so many nats in few moves and in many, at 1,024 tokens."""
+    moves = (Edits(most_moves=FEW), Edits(most_moves=MANY))
+    both = zip(losses, moves[: len(losses)], strict=True)
+    points = (EditPoint(1024, *[quality(loss)] * 2, Passkeys(2, 2, 2), (), each) for loss, each in both)
+    return replace(FRONTIER, edits=tuple(points))
+
+
+def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:
+    """What a server of 4,096 tokens that promises 0.07 chooses."""
+    return Plans(own, frontier, 0.07, None, 4096).choose(wish, n_tokens)
+
+
+def test_edits_and_plan_share_a_promise() -> None:
+    plans = Plans(None, edited_frontier(0.01), 0.07, None, 4096)
+    for wish, plan, moves in (
+        ("auto", FAST, FEW),  # 0.06 and 0.01
+        ({"max_loss": 0.069}, CAREFUL, FEW),
+        ({"max_loss": 0.019}, None, None),
+        ({"speedup": 1.4}, FAST, None),  # which needs the whole promise that it names
+        ("none", None, None),
+    ):
+        choice = plans.choose(wish, 1000, edited=True)
+        assert choice.plan is plan and (choice.edits.most_moves if choice.edits else None) == moves
+        assert plans.choose(wish, 1000).edits is None
+
+
+def test_a_promise_chooses_by_the_length_of_the_prompt() -> None:
+    """The promise of the server, or the request's own. Losses grow with the length."""
+    plans = {n: chosen("auto", n).plan for n in (511, 512, 1024, 1025, 4096)}
+    assert plans == {511: None, 512: FAST, 1024: FAST, 1025: CAREFUL, 4096: CAREFUL}
+    assert chosen({"max_loss": 0.03}, 1000).plan is CAREFUL and chosen({"max_loss": 0.15}, 4000).plan is FAST
+    choice = chosen({"max_loss": 0.029}, 1000)
+    assert (choice.plan, choice.name, choice.point, choice.readable) == (None, "none", None, ())
+    assert chosen("none", 1000) == Choice()
+    choice = chosen("auto", 1025)
+    assert (choice.name, choice.max_loss, choice.speedup) == ("promise 0.07", 0.07, pytest.approx(1.3))
+    assert set(map(id, choice.readable)) == {id(CAREFUL), id(FAST)}, "in shorter prompts the fast one keeps it"
+    assert chosen({"max_loss": 0.05}, 1025).readable == (CAREFUL,)
+
+
+def test_a_speed_up_is_had_under_the_least_promise_that_gives_it() -> None:
+    choice = chosen({"speedup": 1.2}, 1000)
+    assert choice.plan is CAREFUL and choice.readable == (CAREFUL,)
+    assert chosen({"speedup": 1.4}, 2000).plan is FAST
+    assert chosen({"speedup": 2}, 100) == chosen({"speedup": 1}, 100) != chosen({"speedup": 1.2}, 1000)
+    assert chosen({"speedup": 2}, 100).plan is None, "a short prompt has little bulk, and a chat begins with one"
+    with pytest.raises(RequestError, match=r"2 times as fast at 1024 tokens; ask for at most 1\.5"):
+        chosen({"speedup": 2}, 1000)
+
+
+def test_a_speed_up_is_had_where_losses_are_not_known_exactly() -> None:
+    """The promise covers 1.6 standard errors too, and a plan that loses a pass key counts as none."""
+    (careful, fast), losing = FRONTIER.points, Passkeys(2, 2, 1)
+    unsure = replace(fast, copying=replace(fast.copying, error=0.02))
+    choice = chosen({"speedup": 1.4}, 1000, Frontier((careful, unsure)))
+    assert choice.plan is FAST and choice.max_loss == pytest.approx(fast.copying.harm + 1.6 * 0.02)
+    with pytest.raises(RequestError, match=r"at most 1\.2"):
+        chosen({"speedup": 1.4}, 1000, Frontier((careful, replace(fast, passkeys=losing))))
+
+
+def test_without_a_frontier_a_promise_is_kept_by_the_whole_model_and_a_speed_up_needs_a_profile() -> None:
+    assert chosen({"max_loss": 9}, 1000, None, PLAN) == chosen("auto", 1000, None) == Choice()
+    assert chosen("auto", 1000, None, PLAN) == Choice(PLAN, "auto")
+    with pytest.raises(RequestError, match="adaskip-cpp calibrate"):
+        chosen({"speedup": 1.5}, 10, None)
+
+
+def test_an_answer_tells_its_point_of_the_frontier() -> None:
+    told = ServedRequest(n_layer=3, choice=chosen("auto", 1025)).summary
+    assert told["plan"] == "promise 0.07" and told["max_loss"] == 0.07
+    assert (told["loss_measured"], told["speedup_predicted"]) == (0.03, pytest.approx(1.3))
+    told = ServedRequest(n_layer=3, choice=chosen("none", 1025)).summary
+    assert told["plan"] == "none" and told["max_loss"] is told["loss_measured"] is told["speedup_predicted"] is None
+
+
+def test_a_chat_keeps_its_plan_while_it_grows() -> None:
+    asked = []
+
+    def plan(request: Any) -> SkipPlan:
+        asked.append(request.context)
+        return PLAN
+
+    profile: Any = SimpleNamespace(plan=plan)
+    plans = Plans(None, None, 0.05, profile, 5000)
+    for n_tokens in (1, 1000, 1024, 1025, 2048, 4097):
+        assert plans.choose({"speedup": 1.5}, n_tokens).plan is PLAN
+    assert asked == [1024, 2048, 5000]
+
+
+def test_equal_plans_have_one_key() -> None:
+    again = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
+    assert plan_key(again) == plan_key(PLAN) != plan_key(SkipPlan.manual(3, ffn=[2], phase="bulk"))
+    assert plan_key(None) == "whole"

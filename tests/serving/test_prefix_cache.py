@@ -1,0 +1,194 @@
+"""adaskip_cpp.serving.prefix_cache: what was read before, in memory and in files."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaskip_cpp.errors import DataError
+from adaskip_cpp.serving.prefix_cache import PrefixCache, n_common
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def states(folder: Path) -> list[Path]:
+    """The files of states in a folder."""
+    return sorted(folder.glob("*.adaskip-prefix"))
+
+
+def test_the_longest_common_beginning_of_the_right_key_is_found() -> None:
+    cache = PrefixCache(100)
+    cache.put("a", ids(1, 2, 3), bytearray(b"abc"))
+    cache.put("a", ids(1, 9, 9, 9), bytearray(b"a999"))
+    cache.put("b", ids(1, 2, 3, 4, 5), bytearray(b"other"))
+    found, n = cache.find({"a"}, ids(1, 2, 3, 4, 5))
+    assert found is not None and (found.state, n) == (b"abc", 3)
+    assert cache.find({"a", "b"}, ids(1, 2, 3, 4, 7))[1] == 4
+    assert cache.find({"c"}, ids(1, 2)) == (None, 0) and cache.find({"a"}, ids(7)) == (None, 0)
+    strict = PrefixCache(100)
+    strict.can_rewind = False
+    strict.put("a", ids(1, 2, 3), bytearray(b"abc"))
+    assert strict.find({"a"}, ids(1, 2, 4)) == (None, 0) and strict.find({"a"}, ids(1, 2, 3, 4))[1] == 3
+
+
+def test_a_longer_state_takes_the_place_of_its_beginning() -> None:
+    cache = PrefixCache(100)
+    cache.put("a", ids(1, 2), bytearray(b"x" * 10))
+    cache.put("a", ids(1, 2, 3), bytearray(b"y" * 10))
+    cache.put("b", ids(1, 2), bytearray(b"z" * 10))
+    assert [each.state for each in cache.entries] == [b"y" * 10, b"z" * 10]
+
+
+def test_the_least_recently_used_go_first() -> None:
+    cache = PrefixCache(25)
+    for token in (1, 2):
+        cache.put("a", ids(token), bytearray(bytes([token]) * 10))
+    assert cache.take(cache.find({"a"}, ids(1))[0]) == b"\1" * 10  # type: ignore[arg-type]
+    cache.put("a", ids(3), bytearray(b"\3" * 10))
+    assert [each.tokens[0] for each in cache.entries] == [1, 3] and cache.n_bytes == 20
+    cache.put("a", ids(4), bytearray(b"\4" * 26))
+    assert [each.tokens[0] for each in cache.entries] == [1, 3], "what does not fit is not kept, and takes no room"
+
+
+def test_files_outlast_the_process_within_their_bounds(tmp_path: Path) -> None:
+    first = PrefixCache(4000, tmp_path / "new" / "folder")
+    for token in range(6):
+        first.put("a", ids(token, token), bytearray(bytes([token]) * 10))
+        assert first._writing is not None
+        first._writing.result(10)
+    first.close()
+    files = states(tmp_path / "new" / "folder")
+    assert len(files) == 3, "each counts for 1 kB beside its tokens and its state"
+    assert max(path.stat().st_size for path in files) < 1000
+    everything = tmp_path / "new" / "folder", *(tmp_path / "new" / "folder").iterdir()
+    assert os.name != "posix" or all(path.stat().st_mode & 0o077 == 0 for path in everything)
+    second = PrefixCache(4000, tmp_path / "new" / "folder")
+    entry, n = second.find({"a"}, ids(5, 5, 7))
+    assert entry is not None and n == 2 and entry.state is None and second.take(entry) == b"\5" * 10
+    assert second.find({"a"}, ids(0, 0))[1] == 0
+
+
+def test_entries_whose_files_are_gone_are_forgotten(tmp_path: Path) -> None:
+    cache = PrefixCache(4000, tmp_path)
+    for token in range(50):
+        cache.put("a", ids(token), bytearray(1500))
+        if cache._writing is not None:
+            cache._writing.result(10)
+    assert len(cache.entries) == 2 and cache.n_bytes == 3000
+    cache.close()
+
+
+def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = PrefixCache(10_000, tmp_path / "kept")
+    shutil.rmtree(tmp_path / "kept")
+    for token in range(3):
+        cache.put("a", ids(token), bytearray(10))
+    cache.close()
+    assert caplog.text.count("kept only in memory") == 1
+    assert cache.take(cache.find({"a"}, ids(1))[0]) == bytearray(10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "empty", "header", "long", "gone", "link", "pipe"])
+def test_a_torn_or_foreign_file_is_ignored_and_removed(tmp_path: Path, damage: str) -> None:
+    folder, other = tmp_path / "kept", tmp_path / "other"
+    cache = PrefixCache(10_000, folder)
+    cache.put("a", ids(1, 2), bytearray(b"state"))
+    cache.close()
+    (path,) = states(folder)
+    content = path.read_bytes()
+    changed = {
+        "cut": content[:-1],
+        "flip": content[:-1] + b"!",
+        "foreign": b"hello",
+        "empty": b"",
+        "header": content.replace(b'"n_tokens":2', b'"n_tokens":1'),
+    }
+    if damage == "long":  # of no bytes on disk
+        with open(path, "r+b") as file:
+            file.truncate(10**12)
+    elif damage == "link":
+        path.rename(other)
+        path.symlink_to(other)
+    elif damage == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("there are no pipes with names")
+        path.unlink()
+        os.mkfifo(path)
+    elif damage != "gone":
+        path.write_bytes(changed[damage])
+    (folder / "notes.txt").write_text("mine")
+    cache = PrefixCache(10_000, folder)
+    entry, _ = cache.find({"a"}, ids(1, 2))
+    if entry is not None:
+        if damage == "gone":
+            path.unlink()
+        assert cache.take(entry) is None
+    assert cache.find({"a"}, ids(1, 2)) == (None, 0)
+    cache.close()
+    assert sorted(each.name for each in folder.iterdir()) == ["hmac.key", "notes.txt"]
+    assert damage != "link" or other.read_bytes() == content
+
+
+def test_a_state_from_elsewhere_is_not_believed(tmp_path: Path) -> None:
+    """Neither one that another folder's owner wrote, nor one with a digest that anyone can compute."""
+    for name in ("ours", "theirs"):
+        cache = PrefixCache(10_000, tmp_path / name)
+        cache.put("a", ids(1, 2), bytearray(name.encode()))
+        cache.close()
+    (theirs,), (ours,) = (states(tmp_path / name) for name in ("theirs", "ours"))
+    assert theirs.name == ours.name
+    shutil.copy(theirs, ours)
+    cache = PrefixCache(10_000, tmp_path / "ours")
+    assert cache.take(cache.find({"a"}, ids(1, 2))[0]) is None  # type: ignore[arg-type]
+    cache.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no owners of folders")
+def test_a_folder_that_others_own_or_may_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared").mkdir()
+    for mode in (0o770, 0o702, 0o1777):
+        (tmp_path / "shared").chmod(mode)
+        with pytest.raises(DataError, match="other users may write to"):
+            PrefixCache(1, tmp_path / "shared")
+    (tmp_path / "shared").chmod(0o755)
+    PrefixCache(1, tmp_path / "shared").close()
+    monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "shared").stat().st_uid + 1)
+    with pytest.raises(DataError, match="belongs to another user; choose another --cache-dir"):
+        PrefixCache(1, tmp_path / "shared")
+
+
+def test_what_a_link_leads_to_is_not_overwritten(tmp_path: Path) -> None:
+    cache = PrefixCache(10_000, tmp_path / "kept")
+    cache.put("a", ids(1, 2), bytearray(b"state"))
+    cache.close()
+    (path,) = states(tmp_path / "kept")
+    path.unlink()
+    (tmp_path / "victim").write_text("mine")
+    cache = PrefixCache(10_000, tmp_path / "kept")
+    path.symlink_to(tmp_path / "victim")
+    cache.put("a", ids(1, 2), bytearray(b"state"))
+    cache.close()
+    assert (tmp_path / "victim").read_text() == "mine" and path.is_file() and not path.is_symlink()
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """Until it is an hour old: then nobody is writing it any more."""
+    young, old = (tmp_path / f".{name}.adaskip-prefix.0a.tmp" for name in ("young", "old"))
+    for each in (young, old):
+        each.write_text("half")
+    os.utime(old, times=(time.time() - 4000,) * 2)
+    PrefixCache(10_000, tmp_path).close()
+    assert young.exists() and not old.exists()
+
+
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
+def test_common_tokens_are_counted(a: list[int], b: list[int]) -> None:
+    expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert n_common(ids(*a), ids(*b)) == expected

@@ -1,0 +1,584 @@
+"""``adaskip-cpp serve`` as its clients see it: a real process, the openai client, and what must be refused."""
+
+import asyncio
+import functools
+import json
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import openai
+import pytest
+from oracles.grammars import FORK, WAYS
+from oracles.served import BULK_PLAN, END, Server, frontier_of, serving
+
+from adaskip_cpp import AdaSkipLlama
+from adaskip_cpp.engine.settings import cost_settings
+from adaskip_cpp.model.identity import plan_path
+from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL
+from adaskip_cpp.model.plan_file import save_plan
+from adaskip_cpp.model.settings import Settings
+
+LONG = " ".join(f"the an{i} of to" for i in range(60))
+"""Several hundred tokens of the tiny vocabulary."""
+
+CTX = 2048
+
+ENDLESS = {"logit_bias": {"2": -100}, "grammar": "root ::= [a-z ]+", "stream": True}
+"""An answer that no end-of-sequence token ends, of whole characters."""
+
+
+@pytest.fixture(scope="module")
+def server(served_model: Path, served_plan: Path) -> Iterator[Server]:
+    with serving(served_model, "--plan", str(served_plan), "--ctx", str(CTX)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as opened:
+        yield opened
+
+
+def ask(server: Server, prompt: str = LONG, **more: Any) -> dict[str, Any]:
+    answer = server.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0, **more})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+# --- the openai client ----------------------------------------------------------------------------------------------
+
+
+def test_the_openai_client_chats(client: openai.OpenAI) -> None:
+    asked: Any = [{"role": "user", "content": "the to"}]
+    no_end = {"2": -100}
+    answer = client.chat.completions.create(
+        model="tiny", messages=asked, max_tokens=5, temperature=0, logit_bias=no_end
+    )
+    assert answer.choices[0].message.content and answer.usage and answer.usage.completion_tokens >= 5
+    assert answer.model == "tiny"
+    parts: Any = [{"role": "developer", "content": [{"type": "text", "text": "the to"}]}]
+    client.chat.completions.create(model="tiny", messages=parts, max_completion_tokens=1)
+    with client.chat.completions.create(
+        model="tiny",
+        messages=asked,
+        max_tokens=5,
+        temperature=0,
+        logit_bias=no_end,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as stream:
+        chunks = list(stream)
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == answer.choices[0].message.content
+    assert chunks[-1].usage and chunks[-1].usage == answer.usage.model_copy(
+        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
+    )
+    assert not chunks[-1].choices
+    last: Any = chunks[-2]
+    assert last.timings["predicted_n"] == answer.usage.completion_tokens and last.adaskip["plan"] == "auto"
+
+
+def test_the_openai_client_completes_lists_and_embeds(client: openai.OpenAI, server: Server) -> None:
+    assert [each.id for each in client.models.list()] == ["tiny"]
+    answer = client.completions.create(
+        model="tiny", prompt="the to", max_tokens=3, temperature=0, logprobs=2, echo=True
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs and logprobs.tokens and logprobs.token_logprobs and answer.choices[0].text.startswith("the to")
+    assert answer.usage and len(logprobs.tokens) == answer.usage.total_tokens - 1 == len(logprobs.token_logprobs)
+    embedding = client.embeddings.create(model="tiny", input="the to", encoding_format="float").data[0].embedding
+    assert len(embedding) > 8 and np.isfinite(embedding).all() and any(embedding)
+
+
+def test_tools_and_json_are_those_of_the_server_below(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "go", "parameters": {"type": "object", "properties": {}}}}
+    asked: Any = [{"role": "user", "content": "the"}]
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=asked,
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "go"}},
+        max_tokens=30,
+    )
+    calls: Any = answer.choices[0].message.tool_calls
+    assert calls and calls[0].function.name == "go"
+    schema: Any = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    forms: Any = [
+        {"type": "json_object", "schema": schema},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    ]
+    for form in forms:
+        answer = client.chat.completions.create(model="tiny", messages=asked, response_format=form, max_tokens=60)
+        assert json.loads(answer.choices[0].message.content or "")["a"] in (True, False)
+
+
+# --- plans and prefixes ---------------------------------------------------------------------------------------------
+
+
+def test_an_answer_tells_what_was_skipped_read_and_reused(server: Server) -> None:
+    whole = ask(server, f"a {LONG}", adaskip={"plan": "none"})
+    assert whole["adaskip"]["plan"] == "none" and whole["adaskip"]["prompt_tokens_skipping"] == 0
+    n = whole["usage"]["prompt_tokens"]
+    assert whole["timings"]["prompt_n"] + whole["timings"]["cache_n"] == n
+    skipping = ask(server, f"of {LONG}")
+    told = skipping["adaskip"]
+    assert told["plan"] == "auto" and told["skipped"]["bulk"] == {"attention": [1], "ffn": [2]}
+    assert told["skipped"]["prefill"] == told["skipped"]["decode"] == {"attention": [], "ffn": []}
+    n = skipping["usage"]["prompt_tokens"]
+    assert told["prompt_tokens_skipping"] == n - DEFAULT_HEAD - DEFAULT_TAIL
+    again = ask(server, f"of {LONG}")
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == n - 1 == again["timings"]["cache_n"]
+    assert again["choices"][0]["text"] == skipping["choices"][0]["text"]
+
+
+def test_conversations_alternate_and_nothing_is_read_twice(server: Server) -> None:
+    openings = ["the", "re", "er"]
+    for opening in openings:
+        ask(server, f"{opening} {LONG}")
+    for turn in ("on", "he"):
+        for opening in openings:
+            answer = ask(server, f"{opening} {LONG} {turn}")
+            assert answer["adaskip"]["prompt_tokens_read"] < 40
+
+
+def test_an_edited_prompt_is_read_where_it_was_edited(server: Server) -> None:
+    """Where the request asks for it; and from what was kept of it, when another prompt was read meanwhile."""
+    for number, wish in enumerate(["none", "auto"]):
+        before, after = f"in{number} the {LONG}", f"in{number} on he {LONG}"
+        told = []
+        for reuse in ("prefix", "edits"):
+            ask(server, before, cache_salt=reuse, adaskip={"plan": wish})
+            ask(server, f"to {LONG}", cache_salt="another")
+            told.append(ask(server, after, cache_salt=reuse, adaskip={"plan": wish, "reuse": reuse})["adaskip"])
+        whole, edited = told
+        assert whole["reuse"] == "prefix" and whole["prompt_tokens_moved"] == 0
+        assert edited["reuse"] == "edits" and edited["prompt_tokens_read"] < 100 < whole["prompt_tokens_read"]
+        assert edited["prompt_tokens_moved"] > whole["prompt_tokens_read"] - 100
+
+
+def test_an_answer_is_the_librarys(server: Server, served_model: Path) -> None:
+    """Against AdaSkipLlama in this process: the whole model, the plan, and after other plans and prompts.
+
+    A prompt that the whole model has read is read by it for any plan, so each has its own. Where the last bytes of an
+    answer may begin a character, the library goes on for more tokens than the server does.
+    """
+    llm = AdaSkipLlama(str(served_model), n_ctx=CTX, n_threads=1, n_threads_batch=1, verbose=False)
+    for index, (name, chosen) in enumerate(2 * (("none", None), ("auto", BULK_PLAN))):
+        llm.set_plan(chosen)
+        llm.reset()
+        expected = llm.create_completion(f"in{index} {LONG}", max_tokens=8, temperature=0)
+        answer = ask(server, f"in{index} {LONG}", max_tokens=8, adaskip={"plan": name})
+        text = answer["choices"][0]["text"]
+        assert text and expected["choices"][0]["text"].startswith(text)
+        ask(server, f"to {LONG}")
+    llm.close()
+
+
+def test_what_was_read_outlasts_a_restart(served_model: Path, served_plan: Path, tmp_path: Path) -> None:
+    options = ("--plan", str(served_plan), "--ctx", str(CTX), "--cache-dir", str(tmp_path / "kept"))
+    with serving(served_model, *options) as first:
+        before = ask(first)
+        assert first.stop() == 0
+    foreign = tmp_path / "kept" / "0.adaskip-prefix"
+    foreign.write_bytes(b"something else")
+    with serving(served_model, *options) as second:
+        assert not foreign.exists()
+        after = ask(second)
+        assert after["adaskip"]["prompt_tokens_read"] == 1
+        assert after["choices"][0]["text"] == before["choices"][0]["text"]
+        assert second.stop() == 0
+    (kept,) = foreign.parent.glob("*.adaskip-prefix")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with serving(served_model, *options) as third:
+        assert ask(third)["adaskip"]["prompt_tokens_reused"] == 0
+    with serving(served_model, "--plan", "none", *options[2:]) as other:
+        assert ask(other)["adaskip"]["prompt_tokens_reused"] == 0, "what a plan skipped is not read without it"
+
+
+def test_a_server_whose_cache_is_too_small_for_a_state_ends_well(served_model: Path) -> None:
+    with serving(served_model, "--plan", "none", "--cache-size", "1K") as small:
+        ask(small)
+        assert small.stop() == 0
+
+
+def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model: Path, tmp_path: Path) -> None:
+    """And a chat that grows over a change of plan reads nothing again, nor after a restart."""
+    model = Path(shutil.copy(served_model, tmp_path / "m.gguf"))
+    with closing(AdaSkipLlama(str(model), n_ctx=256, n_threads=1, verbose=False)) as llm:
+        frontier = frontier_of(3, settings=Settings(n_batch=256, n_ubatch=128), machine=cost_settings(llm))
+    save_plan(plan_path(model), frontier)
+    options = ("--ctx", str(CTX), "--max-loss", "0.07", "--cache-dir", str(tmp_path / "kept"))
+    talk = {n: [1, *([7, 9, 30, 12] * CTX)[: n - 1]] for n in (100, 700, 1100)}
+
+    def told(server: Server, n: int, plan: Any = "auto") -> Any:
+        return ask(server, talk[n], adaskip={"plan": plan})["adaskip"]  # type: ignore[arg-type]
+
+    with serving(model, *options) as first:
+        points = first.get("/v1/models").json()["data"][0]["meta"]["adaskip"]
+        assert points["max_loss"] == 0.07 and [each["loss_measured"] for each in points["points"]] == [0.03, 0.06]
+        assert "Plans lose at most 0.07 nats per token" in " ".join(map(str.strip, first.lines))
+        assert told(first, 100)["plan"] == "none"
+        fast = told(first, 700)
+        assert (fast["plan"], fast["loss_measured"], fast["speedup_predicted"]) == ("promise 0.07", 0.06, 1.5)
+        assert fast["skipped"]["bulk"] == {"attention": [1], "ffn": [2]} and fast["prompt_tokens_skipping"] > 500
+        assert first.stop() == 0
+    with serving(model, *options) as second:
+        careful = told(second, 1100)
+        assert careful["skipped"]["bulk"] == {"attention": [], "ffn": [2]} and careful["loss_measured"] == 0.03
+        assert careful["prompt_tokens_reused"] >= 699
+        tight = told(second, 1100, {"max_loss": 0.04})
+        assert tight["prompt_tokens_reused"] == 100, "those that the whole model read"
+        assert told(second, 1100, {"speedup": 1.6})["loss_measured"] == 0.06
+        refused = {"prompt": talk[1100], "adaskip": {"plan": {"speedup": 3}}}
+        assert "ask for at most 1.6" in second.post("/v1/completions", refused).json()["error"]["message"]
+        whole = told(second, 1100, "none")
+        assert whole["plan"] == "none" and whole["max_loss"] is None and whole["prompt_tokens_skipping"] == 0
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def with_schema(schema: Any) -> dict[str, Any]:
+    asked = [{"role": "user", "content": "a"}]
+    return {"messages": asked, "response_format": {"type": "json_object", "schema": schema}}
+
+
+def with_tool(parameters: Any, called: str = "go") -> dict[str, Any]:
+    tool = {"type": "function", "function": {"name": "go", "parameters": parameters}}
+    choice = {"type": "function", "function": {"name": called}}
+    return {"messages": [{"role": "user", "content": "a"}], "tools": [tool], "tool_choice": choice}
+
+
+def nested(n: int) -> dict[str, Any]:
+    return functools.reduce(lambda inner, _: {"type": "array", "items": inner}, range(n), {"type": "null"})
+
+
+PLAIN = {"prompt": "the", "grammar": 'root ::= ("a" | " ")+', "top_k": 0, "top_p": 1, "min_p": 0}
+TWICE = {f"a {rank}": {"properties": {name: {"$ref": f"#/$defs/a {rank + 1}"} for name in "ab"}} for rank in range(40)}
+"""Definitions of which each refers to the next one twice, under names that no rule of a grammar can have."""
+
+BAD: list[tuple[str, Any, int]] = [
+    ("/v1/completions", b"{", 400),
+    ("/v1/completions", b"[1]", 400),
+    ("/v1/completions", b"\xff\xfe", 400),
+    ("/v1/completions", b"[" * 100_000, 400),
+    ("/v1/completions", {"prompt": []}, 400),
+    ("/v1/completions", {"prompt": 3}, 400),
+    ("/v1/completions", {"prompt": ["a", "b"]}, 400),
+    ("/v1/completions", {"prompt": [[1, 10**9]]}, 400),
+    ("/v1/completions", {"prompt": [[1, -1]]}, 400),
+    ("/v1/completions", {"prompt": "the " * 5000}, 400),
+    ("/v1/completions", {"prompt": "the", "n": 2}, 400),
+    ("/v1/completions", {"prompt": "the", "top_p": 2}, 400),
+    ("/v1/completions", {"prompt": "the", "max_tokens": "many"}, 400),
+    ("/v1/completions", {"prompt": "the", "logit_bias": {"100000000": 1}}, 400),
+    ("/v1/completions", {"prompt": "the", "logit_bias": {"²": 1}}, 400),
+    ("/v1/completions", {"prompt": "the", "logit_bias": {"1" * 5000: 1}}, 400),
+    ("/v1/completions", b'{"prompt": "the", "seed": %s}' % (b"1" * 5000), 400),
+    ("/v1/completions", {"prompt": "the", "grammar": "root ::= (("}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": "root ::= " + "[a-z]? " * 100_000}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": "root ::= <[4294967295]>"}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": r"root ::= [^\x00-\UFFFFFFFF]"}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": "root ::= " + "[" * 20_000}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": FORK}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": WAYS}, 400),
+    ("/v1/completions", {**PLAIN, "temperature": 1e39}, 400),
+    ("/v1/completions", {**PLAIN, "temperature": 1e-39}, 400),
+    ("/v1/completions", {**PLAIN, "temperature": -1}, 400),
+    ("/v1/completions", {**PLAIN, "temperature": "nan"}, 400),
+    ("/v1/completions", {**PLAIN, "repeat_penalty": 0}, 400),
+    ("/v1/completions", {**PLAIN, "repeat_penalty": "inf"}, 400),
+    ("/v1/completions", {**PLAIN, "frequency_penalty": "nan"}, 400),
+    ("/v1/completions", {**PLAIN, "top_k": 2**31}, 400),
+    ("/v1/completions", {**PLAIN, "seed": 2**70}, 400),
+    ("/v1/completions", {**PLAIN, "max_tokens": 2**31}, 400),
+    ("/v1/completions", {"prompt": "the", "grammar": 'root ::= "a"', "min_tokens": 10}, 400),
+    ("/v1/completions", {"prompt": "the", "logit_bias": {"50": 1}, "min_tokens": 10}, 400),
+    ("/v1/completions", {"prompt": "the", "logit_bias": {"50": -1e308}}, 400),
+    ("/v1/completions", {"prompt": "the", "logprobs": 100_000}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"plan": "fast"}}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"plan": {"speedup": 0}}}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"plan": {"speedup": 2}}}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"plan": "/etc/passwd"}}, 400),
+    ("/v1/chat/completions", {"messages": []}, 400),
+    ("/v1/chat/completions", {"messages": "hello"}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "nobody", "content": "x"}]}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the " * 5000}]}, 400),
+    ("/v1/chat/completions", with_schema({"type": "string", "minLength": 10**7}), 400),
+    ("/v1/chat/completions", with_schema({"type": "array", "items": {"type": "null"}, "maxItems": 10**4}), 400),
+    ("/v1/chat/completions", with_schema({"type": "string", "pattern": "^a{5000}$"}), 400),
+    ("/v1/chat/completions", with_schema({"type": "string", "pattern": "^]$"}), 400),
+    ("/v1/chat/completions", with_schema({"$ref": "https://example.com/schema"}), 400),
+    ("/v1/chat/completions", with_schema({"$ref": "#/$defs/none"}), 400),
+    ("/v1/chat/completions", with_schema({"$ref": "#/$defs/a 0", "$defs": {**TWICE, "a 40": {"type": "null"}}}), 400),
+    ("/v1/chat/completions", with_schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), 400),
+    ("/v1/chat/completions", with_schema({"type": "frog"}), 400),
+    ("/v1/chat/completions", with_schema([]), 400),
+    ("/v1/chat/completions", with_schema(nested(100)), 400),
+    ("/v1/chat/completions", with_schema({"properties": {f"n{rank}": {} for rank in range(4000)}}), 400),
+    ("/v1/chat/completions", with_schema({"enum": ["a" * 100_000]}), 400),
+    ("/v1/chat/completions", with_tool({"type": "frog"}), 400),
+    ("/v1/chat/completions", with_tool({"type": "object"}, "other"), 400),
+    ("/v1/chat/completions", {**with_tool(nested(100)), "tool_choice": "auto"}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {"reuse": "all"}}, 400),
+    ("/v1/completions", {"prompt": "the", "adaskip": {}}, 400),
+    ("/v1/embeddings", {"input": 7}, 400),
+    ("/v1/embeddings", {"input": []}, 400),
+    ("/v1/embeddings", {"input": ""}, 400),
+    ("/v1/embeddings", {"input": ["the", ""]}, 400),
+    ("/v1/embeddings", {"input": "the " * 3000}, 400),
+    ("/v1/completions%0a", {"prompt": "the"}, 404),
+    ("/tokenize", b'{"prompt": 3}', 400),
+    ("/detokenize", {"tokens": [10**9]}, 400),
+    ("/v1/nothing", {}, 404),
+    ("/v1/models", {}, 405),
+]
+
+
+@pytest.mark.parametrize("path, body, status", BAD, ids=[f"{path}-{str(body)[:40]}" for path, body, _ in BAD])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_request_gets_an_error_as_openai_words_it(
+    server: Server, path: str, body: Any, status: int, stream: bool
+) -> None:
+    if isinstance(body, dict) and stream:
+        body = {**body, "stream": True}
+    answer = server.post(path, body)
+    if stream and answer.status_code == 200:  # comments had been sent while the grammar took its time
+        error = json.loads(answer.text.removesuffix("\n\n").rpartition("data: ")[2])["error"]
+    else:
+        assert answer.status_code == status
+        error = answer.json()["error"]
+    assert error["message"] and error["type"] and str(server.model.parent) not in error["message"]
+    assert not any("Traceback" in line for line in server.lines), "a client's mistake is none of the server's"
+    assert ask(server, "the to")["choices"]
+
+
+def test_the_log_holds_what_clients_wrote_only_where_it_is_asked_for(served_model: Path) -> None:
+    secret = "kept to ourselves"
+    bodies = [
+        ("/v1/completions", {"prompt": secret, "grammar": f'root ::= "{secret}" ('}),
+        ("/v1/completions", {"prompt": secret, "temperature": secret}),
+        ("/v1/completions", {"prompt": secret, "max_tokens": 1}),
+        ("/v1/chat/completions", with_schema({"type": secret})),
+        ("/v1/chat/completions", with_tool({"type": secret})),
+        ("/v1/chat/completions", with_tool({}, secret)),
+    ]
+    for options in ([], ["--log-prompts"]):
+        with serving(served_model, "--plan", "none", *options) as server:
+            for path, body in bodies:
+                assert server.post(path, body).status_code in (200, 400)
+            assert server.stop() == 0
+            assert (secret in "".join(server.lines)) == bool(options)
+
+
+def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
+    answer = server.post("/v1/completions", {"prompt": "the " * 500_000})
+    assert answer.status_code == 413 and "bytes" in answer.json()["error"]["message"]
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 65536
+
+    refused = httpx.post(f"{server.url}/v1/completions", content=endless(), timeout=60)
+    assert refused.status_code == 413
+
+
+def bearer(key: str) -> dict[str, Any]:
+    return {"headers": {"authorization": f"Bearer {key}"}}
+
+
+def test_without_the_key_nothing_is_told(served_model: Path) -> None:
+    with serving(served_model, "--plan", "none", environment={"ADASKIP_API_KEY": "secret"}) as locked:
+        assert locked.get("/health").status_code == 200 and locked.get("/").status_code == 200
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            answer = locked.get(path)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert locked.post("/v1/completions", {"prompt": "the"}).status_code == 401
+        assert locked.get("/v1/models", **bearer("secre")).status_code == 401
+        assert locked.get("/v1/models", **bearer("secret")).status_code == 200
+
+
+def test_each_key_of_a_file_has_what_it_wrote_for_itself(served_model: Path, tmp_path: Path) -> None:
+    """No answer tells one what another wrote; on disk, too, it is kept under the key that it is of."""
+    (tmp_path / "keys").write_text("first\n\n  second \n")
+    options = "--plan", "none", "--api-key-file", str(tmp_path / "keys"), "--cache-dir", str(tmp_path / "kept")
+
+    def n_reused(server: Server, key: str, **more: Any) -> int:
+        answer = server.post("/v1/completions", {"prompt": LONG, "max_tokens": 1, **more}, **bearer(key))
+        return int(answer.json()["timings"]["cache_n"])
+
+    with serving(served_model, *options, environment={"ADASKIP_API_KEY": "third"}) as server:
+        assert server.get("/v1/models", **bearer("third")).status_code == 401, "a file takes its place"
+        assert n_reused(server, "first") == 0 == n_reused(server, "second") == n_reused(server, "first", cache_salt="a")
+        assert n_reused(server, "first") > 100 and n_reused(server, "second") > 100
+        assert server.stop() == 0
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "kept").iterdir())
+    assert b"first" not in kept and b"second" not in kept
+    (tmp_path / "keys").write_text("third\nsecond\n")
+    with serving(served_model, *options) as server:
+        assert n_reused(server, "third") == 0 and n_reused(server, "second") > 100
+
+
+def test_embeddings_are_of_whole_texts(server: Server) -> None:
+    """Stock takes the first ``n_batch`` tokens, here 512."""
+    first = "the " * 400
+    body = {"input": [f"{first} a", f"{first} of"]}
+    answer = server.post("/v1/embeddings", body)
+    assert answer.status_code == 200, answer.text
+    one, other = (each["embedding"] for each in answer.json()["data"])
+    assert one != other
+
+
+def test_pages_of_other_sites_cannot_ask(server: Server) -> None:
+    """Neither from their own name, nor by a name of theirs that leads here (DNS rebinding)."""
+    body = {"prompt": "the", "max_tokens": 1}
+    assert server.post("/v1/completions", body, headers={"origin": "https://example.com"}).status_code == 403
+    assert server.post("/v1/completions", body, headers={"host": "example.com"}).status_code == 403
+    assert server.post("/v1/completions", body, headers={"origin": server.url}).status_code == 200
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_a_stream_tells_how_far_its_prompt_is(server: Server, chats: bool) -> None:
+    """In the form of llama.cpp's server; the openai client reads it as a choice that says nothing."""
+    asked: Any = {"messages": [{"role": "user", "content": f"er {LONG}"}]} if chats else {"prompt": f"er {LONG}"}
+    path = "/v1/chat/completions" if chats else "/v1/completions"
+    body = {**asked, "max_tokens": 2, "stream": True, "return_progress": True, "cache_salt": str(chats)}
+    lines = [line for line in server.post(path, body).text.splitlines() if line.startswith("data: {")]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    progress = [each["prompt_progress"] for each in events if "prompt_progress" in each]
+    n = events[-1]["timings"]["prompt_n"]
+    assert [each["processed"] for each in progress][:: len(progress) - 1] == [0, n]
+    assert {(each["total"], each["cache"]) for each in progress} == {(n, 0)} and progress[-1]["time_ms"] > 0
+    assert "prompt_progress" in events[len(progress) - 1], "all of them come first"
+    assert len({(each["id"], each["object"], each["model"]) for each in events}) == 1
+    said = [each["choices"][0] for each in events[: len(progress)]]
+    assert not any(each["delta"]["content"] if chats else each["text"] for each in said)
+    assert "prompt_progress" not in server.post(path, {**body, "return_progress": False}).text
+
+
+# --- many, and those who leave --------------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_ends_its_answer(server: Server) -> None:
+    before = server.metric("adaskip_tokens_total")
+    body = {"prompt": "the to of", "max_tokens": CTX, **ENDLESS}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        next(answer.iter_lines())
+    assert ask(server, "the to")["choices"]
+    assert server.metric("adaskip_tokens_total") - before < CTX
+
+
+def test_when_too_many_wait_the_next_is_told_so(server: Server) -> None:
+    """64 may wait. Each of 80 asks for as long an answer as there is, so that none ends before the last has asked."""
+
+    async def first_refused() -> httpx.Response:
+        body, limits = {"prompt": "the to of", "max_tokens": CTX, **ENDLESS, "stream": False}, httpx.Limits()
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+            asked = [asyncio.ensure_future(client.post("/v1/completions", json=body)) for _ in range(80)]
+            for each in asyncio.as_completed(asked):
+                if (answer := await each).status_code != 200:
+                    break
+            for other in asked:
+                other.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        return answer
+
+    refused = asyncio.run(first_refused())
+    assert refused.status_code == 429 and "waiting already" in refused.text
+    assert ask(server, "the to")["choices"], "those that left are not answered first"
+    assert server.metric("adaskip_queue_waiting") == 0
+
+
+def test_sigterm_lets_the_running_answer_finish_and_turns_others_away(served_model: Path) -> None:
+    with serving(served_model, "--plan", "none", "--ctx", str(CTX)) as ending:
+        body = {"prompt": "the to of", "max_tokens": 300, **ENDLESS}
+        waiting: list[httpx.Response] = []
+        other = threading.Thread(target=lambda: waiting.append(ending.post("/v1/completions", {"prompt": "the"})))
+        with httpx.stream("POST", f"{ending.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            other.start()
+            while ending.metric("adaskip_queue_waiting") == 0:
+                time.sleep(0.01)
+            ending.process.send_signal(END)
+            text = list(lines)
+        assert any('"finish_reason":"length"' in line for line in text)
+        assert ending.process.wait(60) == 0
+        other.join()
+        assert waiting[0].status_code == 503 and waiting[0].headers["retry-after"]
+
+
+def test_prometheus_reads_what_was_counted(server: Server) -> None:
+    ask(server)
+    text = server.get("/metrics").text
+    assert 'adaskip_requests_total{path="/v1/completions",status="200"}' in text
+    assert 'adaskip_prompts_reread_total{because="new"}' in text
+    for name in ("tokens_total", "time_to_first_token_seconds_bucket", "kv_bytes", "queue_waiting"):
+        assert f"adaskip_{name}" in text
+    assert server.metric("adaskip_kv_bytes") > 0
+
+
+def test_a_promise_without_a_frontier_is_refused(served_model: Path, served_plan: Path) -> None:
+    for plan in ((), ("--plan", str(served_plan))):
+        with (
+            pytest.raises(AssertionError, match="--max-loss chooses from the plans that `tune` found"),
+            serving(served_model, "--max-loss", "0.1", *plan),
+        ):
+            pass
+
+
+def test_beyond_this_machine_it_asks_for_a_key(served_model: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="give --api-key-file, or --insecure"),
+        serving(served_model, "--host", "0.0.0.0"),
+    ):
+        pass
+    with serving(served_model, "--host", "0.0.0.0", "--insecure", "--allow-host", "Box.lan") as open_to_all:
+        assert open_to_all.get("/health").status_code == 200
+        assert open_to_all.get("/health", headers={"host": "box.lan"}).status_code == 200
+        assert open_to_all.get("/health", headers={"host": "example.com"}).status_code == 403
+    (tmp_path / "keys").write_text(" \n")
+    with (
+        pytest.raises(AssertionError, match="has no key; write one"),
+        serving(served_model, "--api-key-file", str(tmp_path / "keys")),
+    ):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
+def test_a_cache_folder_that_others_may_write_is_refused_before_anything_starts(
+    served_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    with (
+        pytest.raises(AssertionError, match="no server: Error: other users may write to"),
+        serving(served_model, "--cache-dir", str(tmp_path / "shared")),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="there is no shell that bounds descriptors")
+def test_connections_that_ask_nothing_take_nothing_away(served_model: Path) -> None:
+    """More of them than the process may have descriptors."""
+    with serving(served_model, "--plan", "none", descriptors=128) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        idle = [socket.create_connection((host, int(port))) for _ in range(150)]
+        for _ in range(3):
+            assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+            ask(server, "the to")
+            idle += [socket.create_connection((host, int(port))) for _ in range(50)]
+        for each in idle:
+            each.close()
+        assert server.stop() == 0
+    assert len(server.lines) < 10, server.lines

@@ -1,0 +1,95 @@
+"""adaskip_cpp.tuning.edited: what edited prompts are measured on, and when nothing is measured."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracles.tiny_families import N_LAYER
+from oracles.tiny_models import write_model
+
+from adaskip_cpp.measuring.judge import Judge, passkey, passkey_line, probes_of
+from adaskip_cpp.model.edits import FEW, MANY, WIDE
+from adaskip_cpp.tuning.edited import edit_points
+from adaskip_cpp.tuning.memo import Memo
+
+Tiny = Callable[..., Path]
+Tokens = Callable[..., list[int]]
+Open = Callable[..., Any]
+
+N_PROMPT = 900
+OPTIONS: dict[str, Any] = {"n_ctx": 1536, "type_k": 0, "type_v": 0, "logits_all": False}
+
+
+def judge_of(llm: Any, tokens: Tokens, n_prompt: int = N_PROMPT) -> Judge:
+    """Two texts with a pass key each."""
+    texts = [(f"text {i}", tokens(n_prompt + 20, seed=i), (passkey(i), 0.3)) for i in range(2)]
+    found = (probes_of(llm, text, ids, (n_prompt,), n_continued=16, n_copied=24, key=key) for text, ids, key in texts)
+    return Judge(llm, [probe for probes in found for probe in probes])
+
+
+def measured(llm: Any, judge: Judge, memo: Memo | None = None) -> list[Any]:
+    return edit_points(llm, judge, memo or Memo(), lambda share: None)
+
+
+def test_small_edits_and_new_orders_are_measured(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    llm = open_model(tiny(), **OPTIONS, reuse="prefix")
+    judge, prompts = judge_of(llm, tokens), []
+    generate = llm.generate
+
+    def read(prompt: Any, **kwargs: Any) -> Any:
+        prompts.append(list(prompt))
+        return generate(prompt, **kwargs)
+
+    llm.generate = read
+    few, many = measured(llm, judge)
+    assert (few.edits.most_moves, many.edits.most_moves) == (FEW, MANY) and llm.reuse == "prefix"
+    for each in (few, many):
+        assert each.judged_at == N_PROMPT and each.continuation.n_texts == 2 and each.passkeys.n == 2
+        assert each.continuation.divergence.value > 1e-4 and each.copying.divergence.value > 1e-4
+    # Every prompt is an edit away from the next, and the last one of each text is that which is judged.
+    first, second = (list(probe.tokens[:N_PROMPT]) for probe in judge.probes[::3])
+    ends = [i for i, prompt in enumerate(prompts) if prompt in (first, second)]
+    n_orders = (MANY - FEW) // WIDE - 1  # the documents were read alone, then put together
+    assert ends == [FEW, 2 * FEW + 1, 2 * FEW + 2 + n_orders, 2 * FEW + 3 + 2 * n_orders]
+    assert len({tuple(prompt) for prompt in prompts}) == len(prompts) - 2
+    orders = prompts[2 * FEW + 2 : 2 * FEW + 2 + n_orders]
+    assert all(sorted(prompt[:-200]) != sorted(first[:-200]) for prompt in orders), "the pass key is another"
+    assert all(sorted(prompt) == sorted(orders[0]) and prompt[:64] == first[:64] for prompt in orders)
+    old, new = (str(passkey_line(llm, passkey(number)))[1:-1] for number in (2, 0))
+    assert old in str(prompts[FEW - 1]) and new not in str(prompts[FEW - 1]) and new in str(first)
+
+
+def test_edits_cost_nothing_where_tokens_see_nothing_of_each_other(
+    tmp_path: Path, tokens: Tokens, open_model: Open
+) -> None:
+    """A model whose attentions add nothing computes K and V of a token alike after whatever text."""
+    silent = [(layer, "attention") for layer in range(N_LAYER)]
+    llm = open_model(write_model(tmp_path / "silent.gguf", zero=silent), **OPTIONS)
+    for each in measured(llm, judge_of(llm, tokens)):
+        assert each.continuation.divergence.value < 1e-6 and each.copying.divergence.value < 1e-6
+
+
+def test_a_run_that_was_stopped_measures_no_edits_again(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+    llm, memo = open_model(tiny(), **OPTIONS), Memo()
+    judge = judge_of(llm, tokens)
+    found, n_read = measured(llm, judge, memo), llm.n_evaluated
+    assert measured(llm, judge, memo) == found and llm.n_evaluated == n_read
+
+
+@pytest.mark.parametrize(
+    "family, options, n_prompt",
+    [
+        ("mamba", {}, N_PROMPT),
+        ("gemma3", {"swa_full": False}, N_PROMPT),
+        ("llama", {"logits_all": True}, N_PROMPT),
+        ("llama", {}, 500),
+    ],
+    ids=["a state", "a window that is lost", "logits of all tokens", "a short prompt"],
+)
+def test_nothing_is_measured_where_nothing_is_moved(
+    tiny: Tiny, tokens: Tokens, open_model: Open, family: str, options: dict[str, Any], n_prompt: int
+) -> None:
+    """Edits that were never made would seem to lose nothing."""
+    llm = open_model(tiny(family), **{**OPTIONS, **options})
+    assert measured(llm, judge_of(llm, tokens, n_prompt)) == []

@@ -1,0 +1,57 @@
+"""adaskip_cpp.tuning.hold_out: the two parts of the held-out text."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from adaskip_cpp.errors import DataError
+from adaskip_cpp.measuring.tasks import TextItem
+from adaskip_cpp.tuning.hold_out import hold_out
+
+
+class Bytes:
+    """A byte is a token; BOS is 256."""
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        return [256] * add_bos + list(text)
+
+
+def letters(part: Sequence[TextItem]) -> set[str]:
+    return {chr(token) for item in part for token in item.tokens[1:]}
+
+
+def test_of_many_texts_each_goes_to_one_part_whole() -> None:
+    held_out = hold_out(Bytes(), [{name: name * 300 for name in "abcdefg"}], 4, 50)  # type: ignore[arg-type]
+    assert (len(held_out.search), len(held_out.judge)) == (4, 4)
+    assert not letters(held_out.search) & letters(held_out.judge)
+    names = held_out.names()
+    assert set(names["searched_on"].split(", ")) == letters(held_out.search)
+    assert set(names["judged_on"].split(", ")) == letters(held_out.judge)
+
+
+def test_of_few_texts_each_is_cut_in_two() -> None:
+    held_out = hold_out(Bytes(), [{"a": "x" * 300 + "y" * 300}], 3, 50)  # type: ignore[arg-type]
+    assert (letters(held_out.search), letters(held_out.judge)) == ({"x"}, {"y"})
+    assert held_out.names() == {"searched_on": "a, part 1 of 2", "judged_on": "a, part 2 of 2"}
+
+
+def test_either_part_has_as_much_of_every_kind_of_text() -> None:
+    held_out = hold_out(Bytes(), [{"a": "x" * 900}, {"b": "y" * 900}], 5, 50)  # type: ignore[arg-type]
+    for part in (held_out.search, held_out.judge):
+        assert [chr(item.tokens[1]) for item in part] == ["x", "x", "x", "y", "y"]
+
+
+def test_where_a_kind_is_too_small_for_its_share_all_kinds_are_cut_together() -> None:
+    held_out = hold_out(Bytes(), [{"a": "x" * 9}, {"b": "y" * 900}], 5, 50)  # type: ignore[arg-type]
+    assert letters(held_out.search) == letters(held_out.judge) == {"y"} and len(held_out.judge) == 5
+
+
+@pytest.mark.parametrize(("n_texts", "n_tokens"), [(1, 50), (4, 3)])
+def test_what_is_too_little_to_judge_by_is_refused(n_texts: int, n_tokens: int) -> None:
+    with pytest.raises(DataError, match="at least 2 texts of 4 tokens"):
+        hold_out(Bytes(), [{"a": "x" * 900}], n_texts, n_tokens)  # type: ignore[arg-type]
+
+
+def test_too_little_text_says_how_much_there_is() -> None:
+    with pytest.raises(DataError, match=r"half.*gives 2 items of 50 tokens, not the 9"):
+        hold_out(Bytes(), [{"a": "x" * 200}], 9, 50)  # type: ignore[arg-type]

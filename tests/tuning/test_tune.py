@@ -1,0 +1,310 @@
+"""adaskip_cpp.tune: on a tiny model of which the upper layers add nothing but for one attention.
+
+Oracles: the figures of a Judge that the test calls itself, and a count of the tokens that are handed to llama.cpp.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracles.small_tuning import ANSWER, JUDGED_AT, TEXTS, make_small, write_idle_model
+
+import adaskip_cpp
+from adaskip_cpp import AdaSkipLlama, Frontier
+from adaskip_cpp.engine.native import is_here
+from adaskip_cpp.errors import DataError, ModelFileError
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.measuring.judge import Judge, Probe, probes_of
+from adaskip_cpp.model.frontier import SpeedUp
+from adaskip_cpp.model.plan import SkipPlan
+from adaskip_cpp.model.settings import Settings
+from adaskip_cpp.progress import OnProgress, silent
+from adaskip_cpp.tuning import figures
+from adaskip_cpp.tuning import tune as tuning
+from adaskip_cpp.tuning.figures import passkeys_of, quality_of
+from adaskip_cpp.tuning.hold_out import HeldOut, hold_out
+from adaskip_cpp.tuning.memo import Memo
+
+DATA = {"manual": " ".join(TEXTS.values())[::-1]}
+GIVEN = {"flash_attn": False, "repack": True, "n_batch": 512, "n_ubatch": 512, "n_threads": 1, "n_threads_batch": 1}
+"""All settings: which one is faster here, chance would decide."""
+
+
+@dataclass
+class Calls:
+    """What a run did: the tokens that it handed to llama.cpp, by stage, and how its speed was measured."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    stage: str = ""
+    timed: list[tuple[Settings, SkipPlan | None, int]] = field(default_factory=list)
+
+    @contextmanager
+    def on_stage(self, name: str) -> Iterator[OnProgress]:
+        self.stage = name
+        self.tokens[name] = 0
+
+        def move(fraction: float, words: str = "") -> None:
+            assert 0 <= fraction <= 1
+
+        yield move
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_idle_model(tmp_path_factory.mktemp("tune") / "m.gguf")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Makes tuning small, and notes what it does. The speed is invented, as processes of their own would measure it."""
+    make_small(monkeypatch)
+    calls = Calls()
+    evaluate = AdaSkipLlama._evaluate
+
+    def counted(self: AdaSkipLlama, phase: Any, tokens: list[int], **more: Any) -> None:
+        calls.tokens[calls.stage] += len(tokens)
+        evaluate(self, phase, tokens, **more)
+
+    def measure_speed(path: str, settings: Settings, plan: SkipPlan | None, prompt: list[int], **_: Any) -> Any:
+        calls.timed.append((settings, plan, len(prompt)))
+        return (SpeedUp("settings", len(prompt), Interval(1.5, 1.4, 1.6, 2), (3.0, 2.0)),)
+
+    monkeypatch.setattr(AdaSkipLlama, "_evaluate", counted)
+    monkeypatch.setattr(tuning, "measure_speed", measure_speed)
+    return calls
+
+
+def tune(model: Path, calls: Calls, **more: Any) -> Frontier:
+    options = {"context": 200, "n_answer": 8, "data": DATA, "texts": TEXTS, "given": GIVEN}
+    return adaskip_cpp.tune(str(model), **{**options, "on_stage": calls.on_stage, **more})
+
+
+def held(llm: AdaSkipLlama) -> HeldOut:
+    return hold_out(llm, [TEXTS], 4, JUDGED_AT + ANSWER[0])
+
+
+def probes_that_judge(llm: AdaSkipLlama) -> list[Probe]:
+    return [
+        probe
+        for i, item in enumerate(held(llm).judge)
+        for probe in probes_of(
+            llm,
+            item.id,
+            item.tokens,
+            (JUDGED_AT,),
+            n_continued=ANSWER[0],
+            n_copied=ANSWER[1],
+            key=(str(10007 + 7919 * i), (i + 0.5) / 4),
+        )
+    ]
+
+
+# -- the frontier ----------------------------------------------------------------------------------------------------
+
+
+def test_it_finds_plans_that_skip_what_adds_nothing(model: Path, calls: Calls) -> None:
+    found = tune(model, calls)
+    first, last = found.points
+    assert max(first.continuation.harm, first.copying.harm) < 1e-6 < 1e-3 < last.continuation.harm
+    skipped, more = first.plan.skipped("bulk"), last.plan.skipped("bulk")
+    assert 1 in skipped.ffn and 1 not in skipped.attention and 1 in more.attention
+    assert found.choose(JUDGED_AT, 1e-3) == first.plan and found.choose(JUDGED_AT, 30.0) == last.plan
+    assert (skipped.skip <= more.skip).all() and 1 < first.speedup(JUDGED_AT) < last.speedup(JUDGED_AT)
+
+
+def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model: Path, calls: Calls) -> None:
+    found = tune(model, calls)
+    settings = found.settings.to_kwargs()
+    llm = AdaSkipLlama(str(model), n_ctx=JUDGED_AT + 512, verbose=False, **settings)
+    probes = probes_that_judge(llm)
+    judge = Judge(llm, probes)
+    assert found.points
+    for each in found.points:
+        scores = judge(each.plan)
+        for kind in ("continuation", "copying"):
+            mine = getattr(each, kind)
+            assert mine == quality_of(probes, scores, kind)  # type: ignore[arg-type]
+        assert each.passkeys == passkeys_of(probes, scores) and each.passkeys.n == 4
+        assert each.judged_at == JUDGED_AT and each.continuation.n_texts == 4
+    llm.close()
+
+
+def test_no_item_that_judges_was_searched_by(model: Path) -> None:
+    llm = AdaSkipLlama(str(model), n_ctx=64, verbose=False)
+    parts = held(llm)
+    assert not {item.tokens[1:] for item in parts.judge} & {item.tokens[1:] for item in parts.search}
+    assert not {item.id for item in parts.judge} & {item.id for item in parts.search}
+    llm.close()
+
+
+def test_it_says_on_which_texts_and_where(model: Path, calls: Calls) -> None:
+    found = tune(model, calls)
+    assert is_here(found.machine) and found.tried[0].chosen
+    searched, judged = (found.about[name].split(", ") for name in ("searched_on", "judged_on"))  # type: ignore[union-attr]
+    assert sorted(searched + judged) == sorted(TEXTS), "of four texts either part has two"
+    assert found.about["calibrated_on"] == "manual"
+
+
+def test_the_speed_is_that_of_the_plan_which_keeps_the_default_promise(model: Path, calls: Calls) -> None:
+    found = tune(model, calls)
+    assert calls.timed == [(found.settings, found.choose(JUDGED_AT), JUDGED_AT)] and found.speeds[0].of == "settings"
+
+
+def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls: Calls) -> None:
+    found = tune(tiny("mamba"), calls)
+    assert found.points == () and found.choose(5000) is None and calls.timed[0][1] is None
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tokens_that_were_read_are_counted(model: Path, calls: Calls) -> None:
+    found = tune(model, calls)
+    n_timed = 3 * 3 * JUDGED_AT  # three rounds of stock, ours, and ours with a plan, in processes of their own
+    assert found.n_read == pytest.approx(sum(calls.tokens.values()) + n_timed, abs=4)  # llama.cpp counts none as 1
+    assert found.n_read < tuning.MOST_TOKENS
+
+
+def test_where_tokens_run_out_the_plan_near_the_default_promise_is_judged(
+    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = tune(model, calls)
+    monkeypatch.setattr(tuning, "MOST_TOKENS", 0)
+    found = tune(model, calls)
+    assert len(everything.points) == 2 and [each.plan for each in found.points] == [everything.points[0].plan]
+
+
+def test_it_tells_how_long_it_will_take(model: Path, calls: Calls) -> None:
+    told: list[str] = []
+    tune(model, calls, tell=told.append)
+    assert len(told) == 1 and "tokens per second. The other stages take about" in told[0]
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_are_given_are_not_varied(model: Path, calls: Calls) -> None:
+    given = {"flash_attn": True, "n_batch": 64, "n_threads_batch": 1}
+    found = tune(model, calls, given=given)
+    assert len(found.tried) > 1
+    assert all(getattr(each.settings, name) == value for each in found.tried for name, value in given.items())
+    assert found.settings in [each.settings for each in found.tried]
+
+
+# -- an opened model -------------------------------------------------------------------------------------------------
+
+
+def test_an_opened_model_keeps_its_settings_and_its_plan(model: Path, calls: Calls) -> None:
+    whole = tune(model, calls)
+    llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False, n_threads=1, n_threads_batch=1)
+    mine = whole.points[1].plan
+    llm.set_plan(mine, readable=[whole.points[0].plan])
+    llm.eval([5] * 40)
+    calls.tokens.clear()
+    found = adaskip_cpp.tune(llm, data=DATA, texts=TEXTS, on_stage=calls.on_stage)
+    assert found.points == whole.points and found.settings == Settings(**GIVEN) and found.tried == ()
+    assert "Trying settings" not in calls.tokens
+    assert found.n_read == pytest.approx(sum(calls.tokens.values()) + 3 * 3 * JUDGED_AT, abs=4)
+    assert llm.plan is mine and llm.readable == (whole.points[0].plan,) and llm.n_tokens == 0
+    llm.close()
+
+
+def test_an_opened_model_goes_on_choosing_plans_by_itself(model: Path, calls: Calls) -> None:
+    found = tune(model, calls)
+    llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False, plan=found, max_loss=0.2)
+    adaskip_cpp.tune(llm, data=DATA, texts=TEXTS, on_stage=calls.on_stage)
+    assert llm.frontier is found and llm.max_loss == 0.2
+    llm.close()
+
+
+def test_an_opened_model_of_a_small_context_is_refused(model: Path) -> None:
+    llm = AdaSkipLlama(str(model), n_ctx=512, verbose=False)
+    with pytest.raises(DataError, match="a context of 512 tokens; open it with n_ctx=2560 or more"):
+        adaskip_cpp.tune(llm)
+    llm.close()
+
+
+def test_an_opened_model_takes_no_other_settings(model: Path) -> None:
+    llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False)
+    with pytest.raises(DataError, match=r"an opened model keeps its settings; leave out given \(n_threads\)"):
+        adaskip_cpp.tune(llm, given={"n_threads": 1})
+    llm.close()
+
+
+# -- a run that is stopped -------------------------------------------------------------------------------------------
+
+STAGES = ("Trying settings", "Calibrating", "Timing sublayers", "Searching", "Judging",
+          "Measuring the speed")  # fmt: skip
+
+
+@pytest.mark.parametrize(("stopped_in", "kept"), [("Searching", 3), ("Judging", 4), ("Measuring the speed", 5)])
+def test_a_run_that_was_stopped_goes_on_and_evaluates_nothing_of_its_finished_stages_again(
+    stopped_in: str, kept: int, model: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tune(model, calls)
+    memo, on_stage = str(tmp_path / "memo.json"), calls.on_stage
+
+    @contextmanager
+    def stopping(name: str) -> Iterator[OnProgress]:
+        if name == stopped_in:
+            raise KeyboardInterrupt
+        with on_stage(name) as move:
+            yield move
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, calls, memo=Memo(memo, "key"), on_stage=stopping)
+    calls.tokens.clear()
+    found = tune(model, calls, memo=Memo(memo, "key"))
+    assert all(calls.tokens.get(stage, 0) == 0 for stage in STAGES[:kept])
+    assert all(calls.tokens[stage] > 0 for stage in STAGES[max(kept, 3) : 5])
+    assert replace(found, n_read=0, tried=()) == replace(whole, n_read=0, tried=())
+    assert found.n_read == pytest.approx(whole.n_read, abs=8)  # of each opened model llama.cpp counts up to 2 too many
+
+
+def test_what_was_judged_before_the_stop_is_not_judged_again(
+    model: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []
+    quality, memo = figures.passkeys_of, str(tmp_path / "memo.json")
+
+    def stopping(probes: Any, scores: Any) -> Any:
+        judged.append(len(probes))
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return quality(probes, scores)
+
+    monkeypatch.setattr(figures, "passkeys_of", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, calls, memo=Memo(memo, "key"))
+    found = tune(model, calls, memo=Memo(memo, "key"))
+    assert len(found.points) == 2 and len(judged) == 3, "the first once, the second twice"
+
+
+def test_nothing_is_written_but_the_memo(
+    model: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tune(model, calls)
+    assert [*tmp_path.iterdir()] == [] and [*model.parent.iterdir()] == [model]
+    memo = Memo(str(tmp_path / "memo.json"), "key")
+    tune(model, calls, memo=memo)
+    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"memo", "memo-profile"}
+    memo.remove()
+    assert [*tmp_path.iterdir()] == []
+
+
+# -- what cannot be tuned --------------------------------------------------------------------------------------------
+
+
+def test_too_little_text_says_how_much_there_is(model: Path, calls: Calls) -> None:
+    with pytest.raises(DataError, match="each half of the held-out text is too short"):
+        tune(model, calls, texts={"short": "the of to " * 50})
+    assert calls.tokens == {}, "before settings are tried, which takes minutes"
+
+
+def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError):
+        adaskip_cpp.tune(str(tmp_path / "nope.gguf"), on_stage=silent)
