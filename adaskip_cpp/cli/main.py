@@ -11,6 +11,7 @@ from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .plot import plot
+from .run import run
 from .serve import serve
 from .terminal import Verbs
 from .tune import tune
@@ -27,13 +28,13 @@ from .tune import tune
 def main(context: click.Context) -> None:
     """Skip the least important sublayers of a GGUF model in llama.cpp, so that it reads long prompts faster.
 
-    `tune` finds the fastest plan that keeps a promise about quality. `generate`, `chat` and `serve` use this plan. To
-    go step by step: `calibrate` measures the sublayers (attention and FFN blocks), `plan` and `plot` show the result,
-    `bench` measures the speed, and `evaluate` the quality. `demo` shows all of this on a small model.
+    `tune` finds the fastest plan that keeps a promise about quality. `generate`, `chat`, `serve` and `run` use this
+    plan. To go step by step: `calibrate` measures the sublayers (attention and FFN blocks), `plan` and `plot` show the
+    result, `bench` measures the speed, and `evaluate` the quality. `demo` shows all of this on a small model.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (demo, inspect, tune, generate, chat, serve, calibrate, plan, plot, bench, evaluate):
+for command in (demo, inspect, tune, generate, chat, serve, run, calibrate, plan, plot, bench, evaluate):
     main.add_command(command)

@@ -61,9 +61,9 @@ class _Verb(click.Command):
                 formatter.write_dl(records)
 
 
-def verb(short_help: str, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:
+def verb(short_help: str, *, example: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a function a command; the list of commands shows ``short_help``."""
-    return click.command(cls=_Verb, short_help=short_help, example=example)
+    return click.command(cls=_Verb, short_help=short_help, example=example, **settings)
 
 
 def option(*names: str, group: str = "Options", **settings: Any) -> Callable[[_Command], _Command]:
@@ -96,6 +96,8 @@ class Verbs(click.Group):
             if (line := users_error(error)) is None:
                 raise
             _fail(line, 1)
+        if callable(code):  # a program that is not ours: its errors and signals are its own
+            code()
         sys.exit(code if isinstance(code, int) else 0)
 
 

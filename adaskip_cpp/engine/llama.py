@@ -2,6 +2,7 @@
 """``AdaSkipLlama``, the model class for users: ``llama_cpp.Llama`` that skips the sublayers of a plan."""
 
 import ctypes
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from typing import Any, Literal, Protocol
 import llama_cpp
 import numpy as np
 
-from ..errors import AdaSkipError, NativeError, PlanError, StateError
+from ..errors import AdaSkipError, NativeError, PlanError, RequestError, StateError
+from ..files import StrPath
 from ..model.arrays import Vectors
 from ..model.edits import Edits, Reuse, edits_of
 from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
@@ -21,6 +23,8 @@ from .edits import Run, Saved, Tokens, beside, find_runs, n_common
 from .grammar import check_grammar
 from .native import OnlineResult, StatisticsSink, elide_kv, is_here
 from .self_describing import SelfDescribingLlama
+
+_SHORTEN = "shorten the prompt, or open the model with a larger n_ctx (--ctx)"
 
 
 class Rows(Protocol):
@@ -86,7 +90,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     Raises:
         ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
         PlanError: the plan cannot be used, see ``set_plan``.
-        PlanFileError: with ``"auto"``, the plan file is missing or cannot be used.
+        PlanFileError: with ``"auto"``, the plan file, see ``plan_path``, is missing or cannot be used.
         ProfileMismatchError: the plan is of another model.
         RequestError: ``reuse`` is unknown.
 
@@ -99,7 +103,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: StrPath,
         *,
         plan: SkipPlan | Frontier | Literal["auto"] | None = None,
         max_loss: float | None = None,
@@ -108,6 +112,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         reuse: Reuse = "auto",
         **kwargs: Any,
     ) -> None:
+        model_path = os.fspath(model_path)
         check_gguf(model_path)
         self._reuse, self._edits, self._fills = reuse, edits_of(reuse), False
         self.n_moved: int = 0
@@ -335,7 +340,9 @@ class AdaSkipLlama(SelfDescribingLlama):
 
         Raises:
             StateError: cached tokens must be evaluated again, but are an image; call ``reset``.
+            RequestError: the context has no room for them; nothing has changed.
         """
+        self._check_room(self.n_tokens + len(tokens))
         if self._phase == "prefill" and len(tokens):
             self._choose(self.n_tokens + len(tokens))
         self._eval(self._phase, [int(token) for token in tokens])
@@ -385,6 +392,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _eval(self, phase: Phase, tokens: list[int], rows: Rows | None = None) -> None:
         if not tokens:
             return
+        self._check_room(self.n_tokens + len(tokens))
         native = self._adaskip
         # Prefill runs every attention that bulk and decode run, so its first stale position may come earlier.
         reads: Phase = "decode" if phase == "decode" else "prefill"
@@ -609,11 +617,13 @@ class AdaSkipLlama(SelfDescribingLlama):
             A generator of token ids.
 
         Raises:
-            RequestError: the grammar cannot be used, allows no token, or goes on in too many ways.
+            RequestError: the context has no room for the prompt or the next token; or the grammar cannot be used,
+                allows no token, or goes on in too many ways.
             StateError: see ``eval``; or statistics of all tokens are collected, so no logits are computed.
         """
         self._check_logits()
         tokens = list(tokens)
+        self._check_room(len(tokens))
         self._choose(len(tokens))
         self.begin_request()
         if self._prompt_rows is not None or (self._reads_prompt and self.plan and self.plan.bulk):
@@ -665,9 +675,20 @@ class AdaSkipLlama(SelfDescribingLlama):
                 "first, or open it with keep_logits=True."
             )
 
+    def _check_room(self, n: int) -> None:
+        """Refuse ``n`` tokens in all: llama.cpp may hold more than ``n_ctx``, of which there is no record."""
+        if n > self.context_size:
+            raise RequestError(f"{n} tokens exceed context window of {self.context_size}; {_SHORTEN}")
+
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         steps = super()._create_completion(*args, **kwargs)
-        return self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+        try:
+            yield from self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+        except ValueError as error:
+            if not str(error).startswith("Requested tokens"):
+                raise
+            words = str(error).rpartition(" ")[0]  # the last word is the context as llama.cpp rounds it up
+            raise RequestError(f"{words} {self.context_size}; {_SHORTEN}") from error
 
     def _with_prompt(self, steps: Iterator[Any]) -> Iterator[Any]:
         """Yield the steps of a completion that returns the log-probabilities of its prompt."""

@@ -1,6 +1,7 @@
 """The base of ``AdaSkipLlama`` in ``llama.py``: a ``llama_cpp.Llama`` that describes itself, also in saved states."""
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,6 +13,7 @@ from llama_cpp.llama import LlamaState
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..errors import ModelFileError, NativeError, RequestError, StateError
+from ..files import StrPath
 from ..model.identity import ModelInfo, fingerprint, override_words
 from .binding import last_error
 from .native import Counters, NativeContext, Sublayer
@@ -30,17 +32,19 @@ class AdaSkipState(LlamaState):
 class SelfDescribingLlama(llama_cpp.Llama):
     """A model with its native side. :class:`AdaSkipLlama` adds the plan."""
 
-    def __init__(self, model_path: str, **kwargs: Any) -> None:
+    def __init__(self, model_path: StrPath, **kwargs: Any) -> None:
         try:
             with _errors_logged() as reasons:
-                super().__init__(model_path, **kwargs)
+                super().__init__(os.fspath(model_path), **kwargs)
         except ValueError as error:
             if "Failed to" not in str(error):  # llama_cpp.Llama's message if llama.cpp cannot load something
                 raise
             raise ModelFileError(
-                f"llama.cpp cannot open {model_path!r} ({reasons[0] if reasons else error}); check that the file is "
-                "complete, its architecture supported, and the memory large enough for its context (n_ctx, --ctx)."
+                f"llama.cpp cannot open {os.fspath(model_path)!r} ({reasons[0] if reasons else error}); check that the "
+                "file is complete, its architecture supported, and the memory large enough for its context (n_ctx, "
+                "--ctx)."
             ) from error
+        self._n_ctx = self.context_size  # that by which llama_cpp.Llama bounds prompts and answers
 
     @cached_property
     def _adaskip(self) -> NativeContext:

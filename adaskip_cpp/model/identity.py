@@ -150,6 +150,14 @@ def profile_path(model: StrPath) -> str:
 
 
 def plan_path(model: StrPath) -> str:
+    """Return the name of the plan file beside a model, whether or not the file exists.
+
+    Args:
+        model: a GGUF file.
+
+    Returns:
+        ``X.adaskip-plan.json`` for ``X.gguf``.
+    """
     return _stem(model) + ".adaskip-plan.json"
 
 

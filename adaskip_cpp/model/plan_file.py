@@ -89,6 +89,8 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
         found = stored.load(name, PlanFile, _FORMAT, FORMAT_VERSION)
     except FileNotFoundError:
         raise PlanFileError(f"there is no plan file {name!r}; write one with {way_out}") from None
+    except stored.ModelGivenError as error:
+        raise PlanFileError(f"{name!r} is a model; name its plan file, which {way_out} writes") from error
     except (ValueError, RecursionError) as error:  # this includes all errors of msgspec and our own
         raise PlanFileError(f"{name!r} cannot be used: {error}; write it again with {way_out}") from error
     if model is not None and found.plans and (made_for := found.plans[0].model) is not None:

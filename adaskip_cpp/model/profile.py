@@ -200,6 +200,10 @@ class ProfileData(LayerArrays):
             raise ProfileMissingError(
                 f"there is no profile {name!r}; write one with `adaskip-cpp calibrate MODEL -o {name}`"
             ) from None
+        except stored.ModelGivenError as error:
+            raise ProfileFormatError(
+                f"{name!r} is a model; name its profile, which `adaskip-cpp calibrate {name} -o PROFILE` writes"
+            ) from error
         except stored.VersionError as error:
             way_out = "calibrate again or install the release that wrote it"
             raise ProfileVersionError(f"{name!r} cannot be used: {error}; {way_out}") from error

@@ -27,6 +27,7 @@ from .skip_set import KINDS, marked
 MOST_JSON = 64 << 20  # more bytes than the JSON of any profile or plan has
 MOST_MEMORY = 4 << 30  # more bytes than the arrays of any profile or plan take
 _MOST_NAME = 230  # bytes of a file's name: file systems take 255, and names are longer while files are written
+_GGUF = b"GGUF"  # the first bytes of a model's file
 
 _T = TypeVar("_T")
 _Index = Annotated[int, msgspec.Meta(ge=0, le=MOST_MEMORY)]
@@ -36,6 +37,10 @@ _Layers = Annotated[int, msgspec.Meta(ge=1, le=9999)]
 
 class VersionError(ValueError):
     """A file is of a format version that this release does not read."""
+
+
+class ModelGivenError(ValueError):
+    """A model is named where a file of ours is wanted."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,9 @@ def _read_bounded(path: StrPath, most: int) -> bytes:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise ValueError(f"{os.fspath(path)!r} is not a regular file")
+        if file.read(len(_GGUF)) == _GGUF:
+            raise ModelGivenError("it is a model")
+        file.seek(0)
         if facts.st_size > most:
             raise ValueError(f"{os.fspath(path)!r} has more than {most:,} bytes")
         return file.read(facts.st_size)

@@ -34,8 +34,8 @@ def explained(error: Exception, *, logs_text: bool) -> tuple[int, str, str | Non
     if isinstance(error, Refused):
         status, message, code = error.args
         return status, message, code
-    if "exceed context window" in message:  # llama_cpp.Llama's words
-        return 400, f"{message}; shorten the prompt, or start the server with a larger --ctx", "context_length_exceeded"
+    if "exceed context window" in message:  # llama_cpp.Llama's words, and AdaSkipLlama's
+        return 400, message, "context_length_exceeded"
     if isinstance(error, jinja2.TemplateError):
         return 400, f"the model's chat template refuses these messages: {message}; change their roles or order", None
     if isinstance(error, MemoryError):

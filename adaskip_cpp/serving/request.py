@@ -145,7 +145,7 @@ class ServedRequest:
         reason, most = max(self.known.items(), key=lambda each: each[1], default=("new", 0))
         if most >= self.n_reused + WORTH_KEEPING:
             return reason
-        return "text" if self.n_reused >= WORTH_KEEPING else "new"
+        return "text" if self.n_reused > 1 else "new"  # prompts may all begin with the same token
 
     @property
     def n_skipping(self) -> int:

@@ -148,6 +148,11 @@ def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:
     assert data["frontier"]["settings"]["flash_attn"] is True
 
 
+def test_a_model_in_the_place_of_its_profile_or_plan_is_told(run: Run, tiny: Any) -> None:
+    assert "is a model; name its profile, which `adaskip-cpp calibrate" in line(run("plan", tiny()))
+    assert "is a model; name its plan file" in line(run("generate", tiny(), "-p", "the", "--plan", tiny()))
+
+
 def test_a_plan_file_is_shown_as_it_is(run: Run, tuned_model: Path) -> None:
     assert "leave out other options" in line(run("plan", plan_path(tuned_model), "--skip", 2), 2)
 

@@ -340,9 +340,7 @@ def test_a_file_truncated_anywhere_is_refused(example: Profile, tmp_path: Path) 
             Profile.load(path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"\xff\xfe\x00", b"[" * 100_000, b"GGUF\x00\x01", b"null", b"[]", b'{"a": 1}', b"3"]
-)
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000, b"null", b"[]", b'{"a": 1}', b"3"])
 def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "p.json"
     path.write_bytes(content)

@@ -309,6 +309,8 @@ def test_an_answer_tells_why_its_prompt_was_read(
     assert run(served, talk)[1].reread_because == "new"
     assert run(served, talk)[1].reread_because is None
     assert run(served, talk[:200] + other[1:100])[1].reread_because == "text"
+    assert run(served, talk[:24] + other[1:100])[1].reread_because == "text"
+    assert run(served, other)[1].reread_because == "new", "but for its first token, which all have"
     assert run(served, talk, "none")[1].reread_because == "plan"
     request = served.request = ServedRequest(reuses=False)
     next(served.generate(other, temp=0))
