@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import NativeError, StateError
 from ..files import StrPath
-from ..model.edits import Edits, Reuse, edits_of
+from ..model.edits import APART, WIDE, Edits, Reuse, edits_of
 from ..model.plan import Phase, SkipPlan
 from .edits import Run, Saved, Tokens, beside, find_runs, n_common
 from .self_describing import SelfDescribingLlama
@@ -120,6 +120,8 @@ class EditedPromptsLlama(SelfDescribingLlama):
         known = []
         for each in self.saved_prompts:
             first, runs = self._known(each.tokens, prompt)
+            runs = [run if run.n_moves < WIDE else run._replace(n_moves=APART) for run in runs]
+            runs = [run for run in runs if run.n_moves <= edits.most_moves]
             known.append((each, [*([Run(0, 0, first, 0)] if first else []), *runs]))
         while known:
             rest = [(each, beside(runs, taken, least=edits.least, mend=edits.mend)) for each, runs in known]

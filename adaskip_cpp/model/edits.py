@@ -8,6 +8,7 @@ from ..errors import RequestError
 WIDE = 32  # a move counts as so many moves if less than SAME of the text before the run stays the same
 SAME = 0.8
 FEW, MANY = 8, 8 + 4 * WIDE  # moves for small edits (changed lines, dropped messages); and for 4 orders of documents
+APART = 160  # of such a move from a saved prompt: documents that were read alone lose more than their new orders
 _MOST_MOVES = 255 - WIDE  # a cell counts to 255
 
 
@@ -24,7 +25,8 @@ class Edits:
         least: tokens of the shortest run that is moved, apart from ``mend``.
         tail: tokens at the end of the prompt that are always read again, from 1 on.
         most_moves: a token with more moves than this is read again; from 1 to 223. A move counts as 32 if less than
-            four fifths of the text before the run stay, else as 1.
+            four fifths of the text before the run stay, else as 1. Such a move from a saved prompt counts as 160.
+            `tune` measures up to 136.
 
     Raises:
         RequestError: a number is impossible.
@@ -36,7 +38,7 @@ class Edits:
     mend: int = 16
     least: int = 64
     tail: int = 64
-    most_moves: int = MANY
+    most_moves: int = _MOST_MOVES
 
     def __post_init__(self) -> None:
         # mend is 1 or more: llama.cpp turns K when it reads on. A state saved before that has old K at new positions.
