@@ -41,16 +41,19 @@ endef
 demo: $(VENV)/installed-demo
 	@$(BIN)/adaskip-cpp demo
 
-# Tiny models compute on one thread each, so two tests run side by side. Real models need the whole machine.
-test: test-fast
-	@$(BIN)/python -m pytest -m "model or slow"
+# Tiny models compute on one thread each, so two tests run side by side. Real models need the whole machine. Each process
+# begins with one half of the files, so that most fixtures of files are made once.
+SIDE_BY_SIDE = -n 2 --dist worksteal
+test: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not model"
+	@$(BIN)/python -m pytest -m model
 
 test-fast: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -n 2 -m "not model and not slow"
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not model and not slow"
 
 # Tests of native/ alone: everything that another release of llama-cpp-python can change.
 test-native: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -n 2 -m "not model and not slow" tests/native tests/engine/test_library.py
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not model and not slow" tests/native tests/engine/test_library.py
 
 # Runs first on Vulkan, then on two rpc-servers. Needs Vulkan's headers, a shader compiler and a device (Debian:
 # libvulkan-dev glslc spirv-headers, and mesa-vulkan-drivers for a software device, which GGML_VK_VISIBLE_DEVICES=0

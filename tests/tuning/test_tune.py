@@ -3,6 +3,7 @@
 Oracles: the figures of a Judge that the test calls itself, and a count of the tokens that are handed to llama.cpp.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,8 +38,9 @@ GIVEN = {"flash_attn": False, "repack": True, "n_batch": 512, "n_ubatch": 512, "
 class Calls:
     """What a run did: the tokens that it handed to llama.cpp, by stage, and how its speed was measured."""
 
-    tokens: dict[str, int] = field(default_factory=dict)
+    tokens: Counter[str] = field(default_factory=Counter)
     stage: str = ""
+    told: list[str] = field(default_factory=list)
     timed: list[tuple[Settings, SkipPlan | None, int]] = field(default_factory=list)
 
     @contextmanager
@@ -60,6 +62,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Makes tuning small, and notes what it does. The speed is invented, as processes of their own would measure it."""
+    return noted(monkeypatch)
+
+
+def noted(monkeypatch: pytest.MonkeyPatch) -> Calls:
     make_small(monkeypatch)
     calls = Calls()
     evaluate = AdaSkipLlama._evaluate
@@ -80,6 +86,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def tune(model: Path, calls: Calls, **more: Any) -> Frontier:
     options = {"context": 200, "n_answer": 8, "data": DATA, "texts": TEXTS, "given": GIVEN}
     return adaskip_cpp.tune(str(model), **{**options, "on_stage": calls.on_stage, **more})
+
+
+@pytest.fixture(scope="module")
+def done(model: Path) -> tuple[Frontier, Calls]:
+    """A whole run, and what it did."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = noted(patch)
+        return tune(model, calls, tell=calls.told.append), calls
+
+
+@pytest.fixture
+def whole(done: tuple[Frontier, Calls], calls: Calls) -> Frontier:
+    """What a whole run finds. Plans are chosen for short prompts, too."""
+    return done[0]
 
 
 def held(llm: AdaSkipLlama) -> HeldOut:
@@ -105,24 +125,21 @@ def probes_that_judge(llm: AdaSkipLlama) -> list[Probe]:
 # -- the frontier ----------------------------------------------------------------------------------------------------
 
 
-def test_it_finds_plans_that_skip_what_adds_nothing(model: Path, calls: Calls) -> None:
-    found = tune(model, calls)
-    first, last = found.points
+def test_it_finds_plans_that_skip_what_adds_nothing(whole: Frontier) -> None:
+    first, last = whole.points
     assert max(first.continuation.harm, first.copying.harm) < 1e-6 < 1e-3 < last.continuation.harm
     skipped, more = first.plan.skipped("bulk"), last.plan.skipped("bulk")
     assert 1 in skipped.ffn and 1 not in skipped.attention and 1 in more.attention
-    assert found.choose(JUDGED_AT, 1e-3) == first.plan and found.choose(JUDGED_AT, 30.0) == last.plan
+    assert whole.choose(JUDGED_AT, 1e-3) == first.plan and whole.choose(JUDGED_AT, 30.0) == last.plan
     assert (skipped.skip <= more.skip).all() and 1 < first.speedup(JUDGED_AT) < last.speedup(JUDGED_AT)
 
 
-def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model: Path, calls: Calls) -> None:
-    found = tune(model, calls)
-    settings = found.settings.to_kwargs()
-    llm = AdaSkipLlama(str(model), n_ctx=JUDGED_AT + 512, verbose=False, **settings)
+def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model: Path, whole: Frontier) -> None:
+    llm = AdaSkipLlama(str(model), n_ctx=JUDGED_AT + 512, verbose=False, **whole.settings.to_kwargs())
     probes = probes_that_judge(llm)
     judge = Judge(llm, probes)
-    assert found.points
-    for each in found.points:
+    assert whole.points
+    for each in whole.points:
         scores = judge(each.plan)
         for kind in ("continuation", "copying"):
             mine = getattr(each, kind)
@@ -140,17 +157,17 @@ def test_no_item_that_judges_was_searched_by(model: Path) -> None:
     llm.close()
 
 
-def test_it_says_on_which_texts_and_where(model: Path, calls: Calls) -> None:
-    found = tune(model, calls)
-    assert is_here(found.machine) and found.tried[0].chosen
-    searched, judged = (found.about[name].split(", ") for name in ("searched_on", "judged_on"))  # type: ignore[union-attr]
+def test_it_says_on_which_texts_and_where(whole: Frontier) -> None:
+    assert is_here(whole.machine) and whole.tried[0].chosen
+    searched, judged = (whole.about[name].split(", ") for name in ("searched_on", "judged_on"))  # type: ignore[union-attr]
     assert sorted(searched + judged) == sorted(TEXTS), "of four texts either part has two"
-    assert found.about["calibrated_on"] == "manual"
+    assert whole.about["calibrated_on"] == "manual"
 
 
-def test_the_speed_is_that_of_the_plan_which_keeps_the_default_promise(model: Path, calls: Calls) -> None:
-    found = tune(model, calls)
-    assert calls.timed == [(found.settings, found.choose(JUDGED_AT), JUDGED_AT)] and found.speeds[0].of == "settings"
+def test_the_speed_is_that_of_the_plan_which_keeps_the_default_promise(
+    done: tuple[Frontier, Calls], whole: Frontier
+) -> None:
+    assert done[1].timed == [(whole.settings, whole.choose(JUDGED_AT), JUDGED_AT)] and whole.speeds[0].of == "settings"
 
 
 def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls: Calls) -> None:
@@ -161,25 +178,23 @@ def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls:
 # -- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_tokens_that_were_read_are_counted(model: Path, calls: Calls) -> None:
-    found = tune(model, calls)
+def test_the_tokens_that_were_read_are_counted(done: tuple[Frontier, Calls]) -> None:
+    found, calls = done
     n_timed = 3 * 3 * JUDGED_AT  # three rounds of stock, ours, and ours with a plan, in processes of their own
     assert found.n_read == pytest.approx(sum(calls.tokens.values()) + n_timed, abs=4)  # llama.cpp counts none as 1
     assert found.n_read < tuning.MOST_TOKENS
 
 
 def test_where_tokens_run_out_the_plan_near_the_default_promise_is_judged(
-    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    model: Path, calls: Calls, whole: Frontier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everything = tune(model, calls)
     monkeypatch.setattr(tuning, "MOST_TOKENS", 0)
     found = tune(model, calls)
-    assert len(everything.points) == 2 and [each.plan for each in found.points] == [everything.points[0].plan]
+    assert len(whole.points) == 2 and [each.plan for each in found.points] == [whole.points[0].plan]
 
 
-def test_it_tells_how_long_it_will_take(model: Path, calls: Calls) -> None:
-    told: list[str] = []
-    tune(model, calls, tell=told.append)
+def test_it_tells_how_long_it_will_take(done: tuple[Frontier, Calls]) -> None:
+    told = done[1].told
     assert len(told) == 1 and "tokens per second. The other stages take about" in told[0]
 
 
@@ -197,8 +212,7 @@ def test_settings_that_are_given_are_not_varied(model: Path, calls: Calls) -> No
 # -- an opened model -------------------------------------------------------------------------------------------------
 
 
-def test_an_opened_model_keeps_its_settings_and_its_plan(model: Path, calls: Calls) -> None:
-    whole = tune(model, calls)
+def test_an_opened_model_keeps_its_settings_and_its_plan(model: Path, calls: Calls, whole: Frontier) -> None:
     llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False, n_threads=1, n_threads_batch=1)
     mine = whole.points[1].plan
     llm.set_plan(mine, readable=[whole.points[0].plan])
@@ -212,11 +226,10 @@ def test_an_opened_model_keeps_its_settings_and_its_plan(model: Path, calls: Cal
     llm.close()
 
 
-def test_an_opened_model_goes_on_choosing_plans_by_itself(model: Path, calls: Calls) -> None:
-    found = tune(model, calls)
-    llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False, plan=found, max_loss=0.2)
+def test_an_opened_model_goes_on_choosing_plans_by_itself(model: Path, calls: Calls, whole: Frontier) -> None:
+    llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False, plan=whole, max_loss=0.2)
     adaskip_cpp.tune(llm, data=DATA, texts=TEXTS, on_stage=calls.on_stage)
-    assert llm.frontier is found and llm.max_loss == 0.2
+    assert llm.frontier is whole and llm.max_loss == 0.2
     llm.close()
 
 
@@ -242,9 +255,8 @@ STAGES = ("Trying settings", "Calibrating", "Timing sublayers", "Searching", "Ju
 
 @pytest.mark.parametrize(("stopped_in", "kept"), [("Searching", 3), ("Judging", 4), ("Measuring the speed", 5)])
 def test_a_run_that_was_stopped_goes_on_and_evaluates_nothing_of_its_finished_stages_again(
-    stopped_in: str, kept: int, model: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped_in: str, kept: int, model: Path, calls: Calls, whole: Frontier, tmp_path: Path
 ) -> None:
-    whole = tune(model, calls)
     memo, on_stage = str(tmp_path / "memo.json"), calls.on_stage
 
     @contextmanager
@@ -287,13 +299,11 @@ def test_nothing_is_written_but_the_memo(
     model: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tune(model, calls)
-    assert [*tmp_path.iterdir()] == [] and [*model.parent.iterdir()] == [model]
     memo = Memo(str(tmp_path / "memo.json"), "key")
     tune(model, calls, memo=memo)
     assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"memo", "memo-profile"}
     memo.remove()
-    assert [*tmp_path.iterdir()] == []
+    assert [*tmp_path.iterdir()] == [] and [*model.parent.iterdir()] == [model]
 
 
 # -- what cannot be tuned --------------------------------------------------------------------------------------------
