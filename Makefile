@@ -1,5 +1,5 @@
-# make demo | test | test-fast | test-native | test-backends | test-cuda | test-asan | test-tsan | nightly |
-# soak | fuzz | wheels | docs | lint | format | clean
+# make demo | test | test-fast | test-native | test-backends | test-cuda | test-asan | test-tsan | test-libraries |
+# nightly | soak | fuzz | wheels | docs | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -35,7 +35,7 @@ define sanitized
   cat $(call BUILD,$(VENV)-$(1))/report.* 2>/dev/null && status=1; exit $$status
 endef
 
-.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan nightly soak fuzz wheels docs lint format clean
+.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan test-libraries nightly soak fuzz wheels docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -83,8 +83,15 @@ test-asan: $(VENV)-asan/installed
 test-tsan: $(VENV)-tsan/installed
 	$(call sanitized,tsan,libtsan.so,tests/native/test_threads.py)
 
+# Libraries that take a llama_cpp.Llama or open one, at the releases that docs/libraries.md names. Those that require
+# llama-cpp-python are installed without what they require, so that it stays as it is.
+LIBRARIES       := guidance==0.3.1 instructor==1.17.0 langchain-community==0.4.2 outlines==1.3.3 "llama-index-core<0.15"
+LIBRARIES_ALONE := llama-index-llms-llama-cpp==0.7.0 llm-gguf==0.2
+test-libraries: $(VENV)-libraries/installed
+	@$(VENV)-libraries/bin/python -m pytest tests/libraries
+
 # The random tests of `make test`, for hours instead of seconds: sequences of calls, Ctrl-C, processes that die.
-nightly: $(VENV)/installed-dev
+nightly: $(VENV)/installed-dev test-libraries
 	@$(BIN)/python -m pytest -n 2 --sequences-seconds=600 tests/native/test_sequences.py tests/native/test_several_sequences.py
 	@$(BIN)/python -m pytest --sigint-trials=1000 tests/faults/test_interrupts.py
 	@for i in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest tests/serving/test_server_load.py || exit 1; done
@@ -163,6 +170,15 @@ $(VENV)-asan/installed $(VENV)-tsan/installed: $(VENV)-%/installed: $(VENV)/inst
 	CC=gcc CXX=g++ CXXFLAGS=-D_GLIBCXX_ASSERTIONS $(PIP) --python $(VENV)-$*/bin/python install --quiet --no-deps \
 	  --no-build-isolation -C build-dir=$(call BUILD,$(VENV)-$*) -C cmake.build-type=Debug \
 	  $(foreach name,$(SANITIZERS_$*),-C cmake.define.LLAMA_SANITIZE_$(name)=ON) --editable .
+	@touch $@
+
+# Beside everything from $(VENV), whose .pth files name our own sources.
+$(VENV)-libraries/installed: $(VENV)/installed-dev
+	@$(PYTHON) -m venv $(VENV)-libraries
+	@$(BIN)/python -c 'import site, sysconfig as s; open(s.get_path("purelib", vars={"base": "$(VENV)-libraries"}) \
+	  + "/rest.pth", "w").write(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")'
+	$(VENV)-libraries/bin/pip --disable-pip-version-check install --quiet $(LIBRARIES)
+	$(VENV)-libraries/bin/pip --disable-pip-version-check install --quiet --no-deps $(LIBRARIES_ALONE)
 	@touch $@
 
 $(VENV)-wheels/installed: $(VENV)/build-tools

@@ -24,15 +24,17 @@ from importlib import import_module as _import_module  # noqa: E402
 from importlib.metadata import version as _version  # noqa: E402
 from typing import TYPE_CHECKING as _TYPE_CHECKING  # noqa: E402
 
-from .errors import AdaSkipError, LibraryError  # noqa: E402
+from .errors import AdaSkipError, LibraryError, PlanFileError  # noqa: E402
 
 try:
     from .calibration.calibrate import calibrate
+    from .engine.dropin import replace_llama
     from .engine.llama import AdaSkipLlama
     from .engine.rpc import add_rpc_server
     from .measuring.running import Running
     from .model.edits import Edits
     from .model.frontier import Frontier
+    from .model.identity import plan_path
     from .model.plan import Bulk, SkipPlan
     from .model.plan_file import load_plan, save_plan
     from .planning.profile import Profile
@@ -72,6 +74,7 @@ __all__ = [
     "Edits",
     "EvaluationOptions",
     "Frontier",
+    "PlanFileError",
     "PlanRequest",
     "Profile",
     "Running",
@@ -82,6 +85,8 @@ __all__ = [
     "calibrate",
     "evaluate",
     "load_plan",
+    "plan_path",
+    "replace_llama",
     "save_plan",
     "tune",
 ]

@@ -21,7 +21,7 @@ class LibraryVersionError(LibraryError):
 
 
 class ImportOrderError(LibraryError):
-    """``llama_cpp`` was imported before ``adaskip_cpp``, so it runs on its own libllama."""
+    """``llama_cpp``, or its class that is to be replaced, was imported too early."""
 
 
 class RPCServerError(AdaSkipError, ConnectionError):

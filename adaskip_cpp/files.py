@@ -1,4 +1,4 @@
-"""Text files read, JSON that people read, hashes of contents, and files written atomically where they can be."""
+"""Reads and writes files, for the whole package: start with ``read_text`` and ``write_atomically``."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from .errors import DataError, FileError
 StrPath: TypeAlias = str | os.PathLike[str]
 
 _IN_USE = 5, 32  # ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION
-_PATIENCE_S = 2.0  # longer than a reader takes for a file of ours, or a virus scanner for a new one
+_PATIENCE_S = 2.0  # longer than programs and virus scanners read one of our files
 
 
 def read_text(path: StrPath) -> str:
@@ -33,7 +33,7 @@ def read_text(path: StrPath) -> str:
 
 
 def check_output(path: str, option: str = "-o") -> None:
-    """Refuse a file that cannot be written before minutes of work, not after."""
+    """Raise a DataError if a file cannot be written, before minutes of work for it."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise DataError(f"there is no folder {folder!r}; create it or choose another place with {option} FILE")
@@ -49,7 +49,7 @@ def json_text(data: Any) -> str:
 
 
 def content_hash(value: Any) -> str:
-    """Return the SHA-256 in hexadecimal of all that it holds, arrays included, whatever the order of its keys."""
+    """Return the SHA-256 of a value with all its content, in hexadecimal; the order of keys has no effect."""
 
     def encode(other: Any) -> Any:
         if isinstance(other, np.ndarray):
@@ -60,17 +60,12 @@ def content_hash(value: Any) -> str:
 
 
 def write_atomically(
-    path: StrPath,
-    content: str | bytes,
-    *,
-    mode: int = 0o666,
-    name: StrPath | None = None,
-    follows_link: bool = True,
+    path: StrPath, content: str | bytes, *, mode: int = 0o666, name: StrPath | None = None, follows_link: bool = True
 ) -> None:
-    """Write a file, of a mode that the umask narrows; after a failure the old one is still there, and no other.
+    """Write a file whole or not at all: after a failure the old file is unchanged, and no new one is left.
 
-    A FileError calls it ``name``, if not by its path. Unless ``follows_link``, a link of this name is replaced. A
-    process that is killed meanwhile leaves a hidden ``.NAME.*.tmp`` beside it, which nothing reads.
+    The umask narrows ``mode``. A FileError names ``name``, or else the path. Unless ``follows_link``, a link at the
+    path is replaced. A process that is killed meanwhile leaves a hidden ``.NAME.*.tmp``, which nothing reads.
     """
     target = os.path.realpath(path) if follows_link else os.path.abspath(path)
     _check_regular(target, path)
@@ -91,10 +86,10 @@ def write_atomically(
 
 
 def write_pair(path: StrPath, text: str, beside: StrPath, content: bytes, waiting: StrPath) -> None:
-    """Write a file and the one beside it that it names; after a failure the old ones are still there, and no others.
+    """Write a file and the one beside it that it names; after a failure the old ones are unchanged, no other is left.
 
-    Wherever the process is killed, one pair is whole, the old or the new: until the first file names what is written,
-    that lies under the name ``waiting``, where readers look before they look into ``beside``. A FileError names it.
+    If the process is killed, one pair is whole: content waits at ``waiting``, where readers look first, until ``path``
+    names it. A FileError names ``path`` or ``beside``.
     """
     _check_regular(beside, beside)
     write_atomically(waiting, content, name=beside)
@@ -102,7 +97,7 @@ def write_pair(path: StrPath, text: str, beside: StrPath, content: bytes, waitin
         write_atomically(path, text)
     except BaseException:
         is_written = False
-        with contextlib.suppress(OSError):  # Ctrl-C may land right behind the replacement, as if that had failed
+        with contextlib.suppress(OSError):  # Ctrl-C right after the replacement looks as if that had failed
             is_written = Path(path).read_bytes() == text.encode("utf-8")
         if is_written:
             replace(waiting, beside)
@@ -117,7 +112,7 @@ def write_pair(path: StrPath, text: str, beside: StrPath, content: bytes, waitin
 
 
 def replace(source: StrPath, target: StrPath) -> None:
-    """``os.replace``, with the patience that Windows asks for: it replaces no file that anybody reads just now."""
+    """As ``os.replace``, but try again for 2 seconds on Windows, which replaces no file that is being read."""
     end = time.monotonic() + _PATIENCE_S
     while True:
         try:
@@ -130,11 +125,7 @@ def replace(source: StrPath, target: StrPath) -> None:
 
 
 def write_error(path: StrPath, error: OSError) -> FileError:
-    """Return the error that names a file which cannot be written, and says what to do."""
-    return FileError(
-        f"cannot write {os.fspath(path)!r} ({error.strerror or error}); check its permissions and the space left, or "
-        "choose another place"
-    )
+    return FileError(f"cannot write {os.fspath(path)!r} ({error.strerror or error}); check access and the space left")
 
 
 def _check_regular(target: StrPath, path: StrPath) -> None:

@@ -1,4 +1,4 @@
-"""Progress on stderr for whatever takes longer than two seconds."""
+"""Shows progress on stderr of work longer than two seconds, for calibration, tuning and commands: ``progress_bar``."""
 
 import contextlib
 import math
@@ -14,16 +14,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 _SHOW_AFTER_S = 2.0  # work that takes longer than this, or is expected to, gets a progress display
 _BEGUN = 1e-9  # of all work
-_DRAWN_HZ = 2  # as drawing takes processor time from a model
+_DRAWN_HZ = 2  # low, because drawing takes processor time from the model
 _LINES_S = 60.0  # between two lines of progress where there is no terminal
 
 
-class OnProgress(Protocol):
+class OnProgress(Protocol):  # called with the fraction of the work that is done, and words to show
     def __call__(self, fraction: float, words: str = "") -> None: ...
 
 
-Stage: TypeAlias = Callable[[str], AbstractContextManager[OnProgress]]
-"""Entered with the name of a stage of some work; what it yields is called with the fraction that is done."""
+Stage: TypeAlias = Callable[[str], AbstractContextManager[OnProgress]]  # begins a stage of work, by its name
 
 
 def silent(label: str) -> AbstractContextManager[OnProgress]:
@@ -33,11 +32,10 @@ def silent(label: str) -> AbstractContextManager[OnProgress]:
 
 @contextlib.contextmanager
 def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) -> Iterator[OnProgress]:
-    """Yield what moves a progress bar on stderr, if that is a terminal.
+    """Yield a function that moves a progress bar on stderr; it does nothing if that is no terminal.
 
-    Args:
-        is_patient: show it after 2 s, or once the work is known to take longer, and not when it is first moved.
-        still: draw it when it is moved and never else, as what is measured meanwhile would pay for that.
+    If ``is_patient``, the bar appears after 2 s, or once the work is known to take longer; else at its first move.
+    If ``still``, it is drawn only when it moves, because drawing disturbs measurements.
     """
     if not sys.stderr.isatty():
         yield lambda fraction, words="": None
@@ -55,7 +53,7 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
         speed_estimate_period=math.inf,  # a move may take minutes
     )
     task = bar.add_task("", total=1.0)
-    bar.advance(task, _BEGUN)  # rich tells the time left from the second move on
+    bar.advance(task, _BEGUN)  # rich shows the time left from the second move on
     shown_later = threading.Timer(_SHOW_AFTER_S, bar.start)
 
     def on_progress(fraction: float, words: str = "") -> None:
@@ -78,10 +76,7 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
 
 @contextlib.contextmanager
 def told_progress(label: str, *, still: bool = False, late: bool = False) -> Iterator[OnProgress]:
-    """Yield what moves a progress bar; where there is no terminal, stderr gets a line a minute.
-
-    A ``late`` one is shown when it is first moved, so that what is printed before does not disturb it.
-    """
+    """As :func:`progress_bar`, but a line a minute if stderr is no terminal. A ``late`` bar appears once it moves."""
     if sys.stderr.isatty():
         with progress_bar(label, is_patient=False, still=still) as move:
             if not late:

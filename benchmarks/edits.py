@@ -1,6 +1,7 @@
 """Measures quality, tokens read and time when an edited prompt uses the K and V of the prompt before.
 
     python benchmarks/edits.py MODEL.gguf [--prompt 1024] [--mend 1 16 64] [--pieces 1] [--max-loss X]
+    python benchmarks/edits.py MODEL.gguf --prompt 8000 --time 2 [--threads N]
 
 A prompt of each text is read, then an edited form of it under ``reuse="edits"``. Five documents are also read alone,
 saved, and put together. Divergence and added loss compare the following tokens with the whole model, which reads the
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from promise import unseen_texts
 
 from adaskip_cpp import AdaSkipLlama, Edits
+from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.corpus import cut, tokens_of
 from adaskip_cpp.model.plan_file import plan_beside
 
@@ -74,6 +76,50 @@ def lost(whole: npt.NDArray[np.float64], edited: npt.NDArray[np.float64], answer
     return float(divergence), float((whole - edited)[np.arange(len(answer)), answer].mean())
 
 
+def timed(llm: AdaSkipLlama, prompt: Tokens) -> tuple[float, int]:
+    """Return the seconds to the first token of an answer, and the tokens read before it."""
+    start, n_before = time.perf_counter(), llm.n_evaluated
+    next(llm.generate(prompt, temp=0.0))
+    seconds, n_read = time.perf_counter() - start, llm.n_evaluated - n_before
+    llm.truncate(len(prompt))
+    return seconds, n_read
+
+
+def time_edits(llm: AdaSkipLlama, text: Tokens, line: Tokens, n_rounds: int) -> None:
+    """Time each edit of a prompt against the whole reading of the prompt before it, in turn."""
+    n, found = len(text), defaultdict(list)
+    short = text[: n * 3 // 4]
+    documents = [text[HEAD + i * (n - HEAD) // N_DOCUMENTS :][: (n - HEAD) // N_DOCUMENTS] for i in range(N_DOCUMENTS)]
+    ordered = [*text[:HEAD], *(token for i in (3, 0, 4, 2, 1) for token in documents[i])]
+    for _ in range(n_rounds):
+        line_changed = changed(text, line, 100)
+        steps = {
+            f"a line changed at token 100 of {n:,}": [text, line_changed],
+            "a second one changed in the middle": [line_changed, changed(line_changed, line, n // 2)],
+            f"the oldest third of {len(short):,} dropped": [short, short[:HEAD] + short[n // 4 :]],
+            f"{N_DOCUMENTS} documents of {len(documents[0]):,} in another order": [text, ordered],
+        }
+        for kind, (before, after) in steps.items():
+            llm.saved_prompts = ()
+            if llm.input_ids[: llm.n_tokens].tolist() != before:
+                llm.reset()
+                cold, _ = timed(llm, before)
+            found[kind].append((*timed(llm, after), cold))
+        saved = []
+        for document in documents:
+            llm.saved_prompts = ()
+            llm.reset()
+            timed(llm, text[:HEAD] + document)
+            saved.append(llm.save_prompt())
+        llm.reset()
+        llm.saved_prompts = saved
+        found[f"{N_DOCUMENTS} documents that were read alone put together"].append((*timed(llm, ordered), cold))
+    print("| edit | tokens read | seconds | whole prompt, seconds | share |\n|---|---|---|---|---|")
+    for kind, values in found.items():
+        seconds, n_read, cold = np.median(np.array(values), axis=0)
+        print(f"| {kind} | {n_read:,.0f} | {seconds:.1f} | {cold:.1f} | {seconds / cold:.1%} |")
+
+
 def main() -> None:
     """Measure, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,8 +128,17 @@ def main() -> None:
     parser.add_argument("--mend", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--pieces", type=int, default=1, help="prompts of each text")
     parser.add_argument("--max-loss", type=float, default=None, help="use the plan of this promise, in nats per token")
+    parser.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="measure times alone")
+    parser.add_argument("--threads", type=int, default=physical_cores())
     args = parser.parse_args()
-    llm = AdaSkipLlama(args.model, n_ctx=args.prompt + 512, verbose=False)
+    threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
+    llm = AdaSkipLlama(args.model, n_ctx=args.prompt + 512, flash_attn=bool(args.time), verbose=False, **threads)
+    if args.time:
+        [text] = cut(llm, "\n\n".join(unseen_texts().values()), 1, args.prompt)
+        print(f"{args.model}, whole model, flash attention, {args.threads} threads, {args.time} rounds\n")
+        llm.set_reuse("edits")
+        time_edits(llm, list(text), tokens_of(llm, LINE), args.time)
+        return
     plan = None
     if args.max_loss is not None:
         frontier = plan_beside(args.model).frontier

@@ -29,8 +29,8 @@ from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.intervals import ratio_interval
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.running import Running
+from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Opening
-from adaskip_cpp.serving.workers import Worker
 
 WORDS = "the of to and in a is that for it as was with be by on not he his but at are this have from or had an "
 

@@ -40,7 +40,7 @@ def test_it_shows_what_was_learned_and_the_prompt_mode_beside_the_papers(short: 
     shown = result.stdout
     assert "in 4 requests how much each of the 6 sublayers changes its input" in shown
     assert re.search(r"2 of 6 sublayers skipped in the bulk of a prompt, 0 in\s+decode", shown)
-    assert re.search(r"Predicted to be as fast: \d sublayers skipped for all tokens", shown)
+    assert re.search(r"For the same predicted speed, the paper's mode e2e skips \d\s+sublayers for all tokens", shown)
     assert re.search(r"whole model +prompt mode +the paper's mode", shown)
     assert shown.count(" x as fast") == 2
     # The last token of each text has none behind it, and its first one is predicted by the prompt.

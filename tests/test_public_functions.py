@@ -70,8 +70,10 @@ def test_evaluate_returns_what_stands_in_the_folder(
     tail, mean = (found.contenders[1].figure(name) for name in ("kl_99", "kl"))
     assert tail is not None and mean is not None and tail.n == 12 and tail.mean >= mean.mean
     assert "EvaluationOptions(strategies=('adaskip',)" in found.about.command
-    with pytest.raises(DataError, match=f"made for contexts of {N_CTX_TRAIN} tokens"):
+    with pytest.raises(DataError, match=rf"made for contexts of {N_CTX_TRAIN} tokens.*\(ctx, --ctx\)"):
         evaluate(tiny(), profile, tmp_path / "out", EvaluationOptions(ctx=N_CTX_TRAIN + 1), running=RUNNING)
+    with pytest.raises(DataError, match=r"\(n_tokens, --tokens\).*\(n_continuation, --continuation\)"):
+        evaluate(tiny(), profile, tmp_path / "out", EvaluationOptions(n_tokens=7), running=RUNNING)
 
 
 def test_importing_the_package_imports_no_optional_one() -> None:

@@ -155,11 +155,11 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
     if wanted[0] < 1 or limit < 1:
         raise DataError(
             f"a prompt of {wanted[0]} tokens and {n_decode} decoded tokens do not fit into the model's context of "
-            f"{n_ctx_train:,}; use --contexts of 1 or more and fewer --decode-tokens"
+            f"{n_ctx_train:,}; use contexts of 1 or more (--contexts) and decode fewer (n_decode, --decode-tokens)"
         )
     if asked is not None and n_ctx_train and wanted[-1] > n_ctx_train:
         raise DataError(
-            f"a context of {wanted[-1]:,} tokens is beyond the model's {n_ctx_train:,}; use smaller --contexts"
+            f"a context of {wanted[-1]:,} tokens is beyond the model's {n_ctx_train:,}; use less (contexts, --contexts)"
         )
     fitting = sorted({min(context, limit) for context in wanted})
     listed = ", ".join(f"{context:,}" for context in fitting)

@@ -83,7 +83,7 @@ class Worker:
         except (EOFError, OSError, pickle.UnpicklingError):
             raise NativeError(
                 f"the process of {self.name!r} ended with code {self._process.wait()} ({self._last_words()}); if "
-                "memory is short, use smaller --contexts"
+                "memory is short, use smaller contexts (contexts, --contexts)"
             ) from None
         if "error" in reply:
             kind = getattr(errors, reply["class"], None)

@@ -1,1 +1,1 @@
-"""Runs a model and learns a profile from it: similarity, linear maps, and what each sublayer costs."""
+"""Runs a model and learns a profile from it: similarity, linear maps, divergence, times; start in ``calibrate.py``."""

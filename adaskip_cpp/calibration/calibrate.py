@@ -1,4 +1,4 @@
-"""Calibration: run requests through the full model and learn how much each sublayer changes its input."""
+"""``calibrate``, for users: reads requests with the whole model, and learns a profile of its sublayers."""
 
 import contextlib
 import operator
@@ -24,8 +24,7 @@ from .divergence import N_ANSWER, N_PIECES, N_PROMPT, measure_divergence, measur
 from .linear import DEFAULT_RANK, LinearFit
 from .similarity import RequestStatistics
 
-MAX_DECODED = 20  # requests that are continued in decode, spread evenly over all; as many as the authors use
-
+MAX_DECODED = 20  # requests that are continued in decode, spread evenly over all; the authors use 20
 Request: TypeAlias = "str | Sequence[SupportsIndex]"  # a text, or token ids
 
 
@@ -142,13 +141,13 @@ def calibrate(
 
 
 def late_layers(llm: AdaSkipLlama) -> range:
-    """Return the layers that prompts may skip: all but the first third, which too much of what follows depends on."""
+    """Return the layers that prompts may skip: all but the first third, on which too many later layers depend."""
     return range(llm.n_layer // 3, llm.n_layer)
 
 
 def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
     if isinstance(request, str):
-        return corpus.tokens_of(llm, request, bos=True) if request else []  # else the token that begins a sequence
+        return corpus.tokens_of(llm, request, bos=True) if request else []  # "" would be the begin token
     try:
         return [operator.index(token) for token in request]
     except TypeError as error:
@@ -185,7 +184,7 @@ def _observe(
     fit: LinearFit | None = None,
     n_decode: int = 0,
 ) -> PhaseStatistics:
-    """Return the statistics of a prompt, or of ``n_decode`` tokens generated after it while it is in the cache."""
+    """Return the statistics of a prompt, or of ``n_decode`` tokens generated after it; the prompt is cached then."""
     statistics = RequestStatistics(llm.n_layer)
     phase = "decode" if n_decode else "prefill"
 
@@ -212,7 +211,7 @@ def _observe(
 
 
 def _to_fit(llm: AdaSkipLlama) -> list[tuple[int, int]]:
-    """What maps are fitted to: sublayers as (layer, kind), and whole layers as (layer, WHOLE)."""
+    """Return what maps are fitted to: sublayers as (layer, kind), and whole layers as (layer, WHOLE)."""
     late = late_layers(llm)
     found = [(row.layer, KINDS.index(row.kind)) for row in llm.sublayers if row.in_bulk and row.layer in late]
     whole = [(layer, WHOLE) for layer in late if {(layer, 0), (layer, 1)} <= {*found}]
@@ -220,7 +219,7 @@ def _to_fit(llm: AdaSkipLlama) -> list[tuple[int, int]]:
 
 
 def _maps(llm: AdaSkipLlama, fitted: dict[tuple[int, int], tuple[Vectors, Vectors]]) -> LinearMaps | None:
-    """Return the maps as arrays, NaN where there is none; None where requests of one token left nothing to fit on."""
+    """Return the maps as arrays, NaN for no map; None if there are none, as after requests of one token."""
     if not fitted:
         return None
     rank, n_embd = next(iter(fitted.values()))[0].shape

@@ -1,4 +1,4 @@
-"""Measures the cost model: times ubatches with different sublayers left out, see docs/dev/cost-model.md."""
+"""Measures a cost model, for ``calibrate`` and ``tune``: ``measure_cost``. docs/dev/cost-model.md explains it."""
 
 import itertools
 import math
@@ -21,9 +21,8 @@ from ..model.skip_set import KINDS, SkipSet
 from .cost_fit import Group, Sample, fit
 
 _MAX_ROUNDS = 12
-_N_DECODE = 12  # tokens timed per plan and round, behind one that builds the plan's graph and is not counted
-_SUBSET = 10
-"""Growth with the context is measured on one in so many attentions, so that deep contexts take a tenth of the time."""
+_N_DECODE = 12  # tokens timed per plan and round, after an untimed one that builds the plan's graph
+_SUBSET = 10  # growth with the context is measured on one attention in 10, so deep contexts take a tenth of the time
 
 
 def measure_cost(
@@ -33,14 +32,13 @@ def measure_cost(
     seconds: float = 15.0,
     on_progress: Callable[[float], object] = lambda fraction: None,
 ) -> CostModel:
-    """Measure what each sublayer costs on this machine, which should be idle, with this model's settings.
+    """Measure the time of each sublayer on this machine, which should be idle, with this model's settings.
 
     The model's plan is put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
 
     Args:
-        contexts: at how many tokens of context to time attentions, as far as the model's context and the time allow.
-        seconds: time to spend in up to 12 rounds; the first one is completed in any case, with at most half of the time
-            for deep contexts.
+        contexts: tokens of context at which to time attentions, if the model's context and the time allow.
+        seconds: time to spend in up to 12 rounds, at most half of it on deep contexts. The first round always ends.
         on_progress: called with the fraction of the time that has passed.
 
     Raises:
@@ -54,18 +52,14 @@ def measure_cost(
 
 
 class _Measurement:
-    """The rounds of one measurement: whole ubatches without outputs, as all but the last of a prompt are, and tokens.
-
-    A plan's prefill or bulk set is for the former, its decode set for the latter. What is skipped leaves no K and V
-    behind, but where they are ``kept``.
-    """
+    """The rounds that time ubatches without outputs, and tokens. With ``kept``, skipped attentions keep K and V."""
 
     def __init__(
         self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], object]
     ) -> None:
         self.llm, self.seconds, self._contexts, self._on_progress = llm, seconds, contexts, on_progress
         self.groups = _groups(llm)
-        self._rest_grows = not all(sublayer.in_bulk for sublayer in llm.sublayers)  # then follow it into the depth
+        self._rest_grows = not all(sublayer.in_bulk for sublayer in llm.sublayers)  # then time the rest at all contexts
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
         self._size = llm.context_size
         self._n_decode = max(min(_N_DECODE, self._size // (2 * len(self._mixed()) + 2) - 1), 1)
@@ -73,15 +67,14 @@ class _Measurement:
         self.n_tokens = min(int(llm.context_params.n_ubatch), llm.n_batch, self._size - self._reserve)
         if self.n_tokens < 1:
             raise RequestError(
-                f"a context of {self._size} tokens is too small to time {len(self._mixed())} plans in; "
-                f"load the model with n_ctx={max(4 * self._reserve, 2 * CELLS)} or more"
+                f"a context of {self._size} tokens is too small; use n_ctx={max(4 * self._reserve, 2 * CELLS)} or more"
             )
         self._tokens: list[int] = np.random.default_rng(0).integers(0, llm.n_vocab(), size=self.n_tokens).tolist()
         self._start = perf_counter()
 
     def run(self) -> CostModel:
         self._prepare(self._all(True))
-        self._eval("prefill", self.n_tokens, counts=False)  # pages in the weights, fills caches, wakes up threads
+        self._eval("prefill", self.n_tokens, counts=False)  # loads the weights, fills caches, starts threads
         self._eval("decode", 1, counts=False)
         self._start = perf_counter()
         n_rounds, elapsed = 0, 0.0
@@ -89,7 +82,7 @@ class _Measurement:
             self._round()
             n_rounds, elapsed = n_rounds + 1, perf_counter() - self._start
         fits = [self._fit(self.groups)]
-        if self.llm.context_params.swa_full:  # windows have all cells then, and not every backend passes over them
+        if self.llm.context_params.swa_full:  # windows have all cells then, and some backends compute masked ones too
             fits.append(self._fit([replace(group, limit=math.inf) for group in self.groups]))
         return min(fits, key=lambda fitted: fitted[1])[0]
 
@@ -107,7 +100,7 @@ class _Measurement:
         return CostModel(settings, prefill, decode, limits, n_layer_kv, deepest), error + error_decode
 
     def _round(self) -> None:
-        """Time every plan once, so that a slow moment of the machine hits all alike."""
+        """Time every plan once, so that a slow moment of the machine affects all alike."""
         everything = self._all(True)
         self._prepare(everything)
         self._eval("prefill", self.n_tokens)
@@ -116,31 +109,31 @@ class _Measurement:
             self._decode()
         for group in self.groups:
             if group.kind == 1 and self._inner(group):
-                # Without any K and V behind them they would not be computed.
+                # They only run if K and V of later layers are stored.
                 self._prepare(self._only(group, group.layers, kept=True), kept=True)
                 self._eval("prefill", self.n_tokens)
         self._prepare(self._all(False, kept=True), kept=True)
         self._eval("prefill", self.n_tokens)
         for group in self.groups:
-            if group.kind == 0 and group.elidable:  # against the subsets below, it tells K and V from the rest
+            if group.kind == 0 and group.elidable:  # compared with the subsets below, this gives the cost of K and V
                 self._prepare(self._only(group, group.layers))
                 self._eval("prefill", self.n_tokens)
         depth = len(self._contexts) if self._rest_grows else 1
         rest = self._all(False)
-        rest[self.llm.n_layer_kv - 1, 0] = True  # its K and V, on which all that cannot be skipped depends
+        rest[self.llm.n_layer_kv - 1, 0] = True  # its K and V make everything that cannot be skipped run
         self._prepare(rest)
         self._deeper(self._contexts[:depth], None)
         for index, group in enumerate(self.groups):
             if group.kind == 0:
                 layers = self._inner(group) or group.layers
                 some = layers[:: math.ceil(len(layers) / math.ceil(len(layers) / _SUBSET))]
-                # K and V of the others are kept, as what is behind the last ones is not run.
+                # K and V of the others are kept, because sublayers after the last K and V do not run.
                 decode = self._only(group, some) | np.array([False, True]) if group.elidable else None
                 self._prepare(self._only(group, some, kept=True), decode, kept=True)
                 self._deeper(self._contexts, f"subset of {index}" if group.elidable else None)
 
     def _deeper(self, contexts: Sequence[int], offset: str | None) -> None:
-        """Time ubatch after ubatch; with an ``offset`` also, at each context, tokens."""
+        """Time ubatch after ubatch up to the last context; with an ``offset``, time tokens at each context too."""
         end = perf_counter() + self.seconds / (2 * max(sum(group.kind == 0 for group in self.groups), 1))
         remaining = list(contexts)
         while remaining and self._has_room(1):
@@ -159,10 +152,7 @@ class _Measurement:
         return tuple(layer for layer in group.layers if layer < self.llm.n_layer_kv - 1)
 
     def _mixed(self) -> list[Flags]:
-        """The full model, half of each group left out, and halves of several: where real plans are.
-
-        In this order no plan runs an attention that an earlier one left out.
-        """
+        """Return the whole model and halves of groups, in an order in which no skipped attention runs later."""
 
         def halved(runs: Flags, group: Group) -> Flags:
             fewer: Flags = runs.copy()
@@ -176,7 +166,7 @@ class _Measurement:
         return sorted(result, key=lambda runs: -int(runs[:, 0].sum()))
 
     def _all(self, runs: bool, *, kept: bool = False) -> Flags:
-        """All sublayers that can be skipped run, or none of them; the others always do."""
+        """Return flags: the sublayers that can be skipped run as ``runs`` says, all others run."""
         flags = np.ones((self.llm.n_layer, 2), np.bool_)
         for group in self.groups:
             flags[list(group.layers), group.kind] = runs or not (group.elidable or kept)
@@ -193,13 +183,13 @@ class _Measurement:
         self._what: dict[Phase, Computed] = {"prefill": left, "decode": Computed(decode, none)}
         of_prompt, of_decode = (SkipSet(~runs, np.ones(runs.shape)) for runs in (prefill, decode))
         if kept:
-            # Prefill, which does not run, skips what decode does: else the next ubatch reads its tokens again.
+            # Prefill, which does not run, gets the decode set: else the next ubatch would read cached tokens again.
             self.llm.set_plan(SkipPlan(of_decode, of_decode, bulk=Bulk(of_prompt)))
         else:
             self.llm.set_plan(SkipPlan(of_prompt, of_decode))
 
     def _prepare(self, prefill: Flags, decode: Flags | None = None, *, kept: bool = False) -> None:
-        """Set a plan on an empty cache; decode skips what prefill does, or with K and V kept nothing."""
+        """Empty the cache and set a plan; decode is by default as prefill, or with K and V kept the whole model."""
         self.llm.reset()
         as_prefill = self._all(True) if kept else prefill
         self._set_plan(prefill, as_prefill if decode is None else decode, kept=kept)
@@ -233,7 +223,7 @@ def _groups(llm: AdaSkipLlama) -> list[Group]:
 
 @contextmanager
 def set_aside(llm: AdaSkipLlama) -> Iterator[None]:
-    """Take the draft model off, put it and the plan back whatever happens, and leave no KV behind."""
+    """Take the draft model off; put it and the plan back at the end, also after an error, and drop the KV cache."""
     plan, readable, max_loss, draft_model = llm.plan, llm.readable, llm.max_loss, llm.draft_model
     llm.draft_model = None
     try:

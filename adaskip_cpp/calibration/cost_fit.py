@@ -1,4 +1,4 @@
-"""From timed ubatches to the cost of each sublayer: a robust least-squares fit."""
+"""Fits the cost of each sublayer to timed ubatches, by robust least squares, for ``cost.py``: ``fit``."""
 
 import math
 from collections.abc import Sequence
@@ -9,47 +9,36 @@ import numpy as np
 from ..model.arrays import Flags, Floats
 from ..model.cost_model import CELLS, Computed, PhaseCost
 
-_TOLERANCE = 0.05
-"""Relative errors beyond this weigh no more than this one (Huber): something else on the machine disturbed that run."""
+_TOLERANCE = 0.05  # Huber's limit for relative errors: larger ones come from other work on the machine
 _ITERATIONS = 20
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sublayers that take the same time: all attention (kind 0) or all FFN (1), of ascending layers.
+    """Sublayers that take the same time, all attention or all FFN."""
 
-    ``limit`` is the number of KV cells beyond which an attention stops growing. Those that are not ``elidable`` can be
-    skipped in the bulk alone, so that what keeping their K and V costs is part of the rest.
-    """
-
-    kind: int
-    layers: tuple[int, ...]
-    limit: float = math.inf
-    elidable: bool = True
+    kind: int  # 0 attention, 1 FFN
+    layers: tuple[int, ...]  # ascending
+    limit: float = math.inf  # KV cells beyond which an attention's time stops growing
+    elidable: bool = True  # else the bulk alone can skip them, and their kept K and V cost the same in every plan
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed ubatch in which ``what`` was computed, behind which the cache holds ``end`` tokens.
-
-    ``offset`` names a constant of its own that its rest may have, "" for that of the model: time is not additive far
-    from the full model (what few sublayers read stays in the processor's caches), so such a sample tells how time grows
-    with the context, and not how long the rest takes.
-    """
+    """One timed ubatch."""
 
     what: Computed
-    end: int
+    end: int  # tokens in the cache after it
     seconds: float
+    # Samples of one name share a constant besides the model's. If few sublayers run, their data stay in the processor's
+    # caches, and times do not add up: such samples show growth alone.
     offset: str = ""
 
 
 def fit(
     samples: Sequence[Sample], groups: Sequence[Group], n_layer: int, n_tokens: int, *, rest_grows: bool
 ) -> tuple[PhaseCost, float]:
-    """Fit the cost of a ubatch of ``n_tokens``; return it, and the mean absolute relative error of the samples.
-
-    ``rest_grows``: whether sublayers that cannot be skipped may make the rest grow with the context.
-    """
+    """Fit the cost of a ubatch of ``n_tokens``; return it, and the mean absolute relative error of the samples."""
     cells = np.array([math.ceil(sample.end / CELLS) * CELLS for sample in samples], float)
     count = np.array([[sample.what.runs[list(g.layers), g.kind].sum() for g in groups] for sample in samples], float)
     kept = np.array([[sample.what.kept[list(g.layers)].sum() for g in groups] for sample in samples], float)
@@ -58,7 +47,7 @@ def fit(
     grows = np.array([group.kind == 0 for group in groups], bool)
     offsets = sorted({sample.offset for sample in samples} - {""})
     own = np.array([[sample.offset == offset for offset in offsets] for sample in samples], float)
-    rest = np.stack([np.ones(len(samples)), cells * rest_grows], axis=1)
+    rest = np.stack([np.ones(len(samples)), cells * rest_grows], axis=1)  # what cannot be skipped; it may grow
     columns = np.hstack([rest, count, count * read * grows, kept * keeps, own.reshape(len(samples), -1)])
     times = np.array([sample.seconds for sample in samples])
 
@@ -91,7 +80,7 @@ def _solve(columns: Floats, free: Flags) -> tuple[Floats, float]:
             wrong = (x < 0) & ~free
             if not wrong.any():
                 break
-            active[np.argmin(np.where(wrong, x, 0.0))] = False  # the least possible one is 0, the others are refitted
+            active[np.argmin(np.where(wrong, x, 0.0))] = False  # the most negative becomes 0, the others fit again
         residual = np.abs(scaled @ x - 1.0)
         weight = np.sqrt(np.minimum(1.0, _TOLERANCE / np.maximum(residual, 1e-12)))
     return x / np.where(used, size, 1.0), float(residual.mean())

@@ -1,4 +1,4 @@
-"""Measures what skipping each sublayer alone in the bulk of a prompt costs the answer: see docs/dev/method.md."""
+"""Measures answers' divergence from skipping one sublayer in the bulk, for ``calibrate``: ``measure_divergence``."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,14 +15,11 @@ from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from .cost import set_aside
 
+# Pieces of text, and tokens of each piece's prompt and of either answer. With prompts of 512 and answers of 128 tokens
+# SmolLM2 skips almost the same sublayers, and loses as much at 1.4 times the speed.
 N_PIECES, N_PROMPT, N_ANSWER = 3, 192, 48
-"""Pieces of text, and of each the tokens that are read as a prompt, and those of either answer.
-
-Of SmolLM2, pieces of 512 and 128 tokens choose almost the same sublayers, and lose as much at 1.4 times the speed."""
-
-N_DEPTHS, SHORTEST = 5, 256
-"""Numbers of windowed attentions that are measured, what lies between being interpolated, and the tokens of a piece
-that has a bulk of several windows."""
+N_DEPTHS = 5  # numbers of windowed attentions that are measured; values between them are interpolated
+SHORTEST = 256  # tokens of the shortest piece whose bulk holds several windows
 
 
 def measure_divergence(
@@ -33,12 +30,11 @@ def measure_divergence(
     layers: Sequence[int] | None = None,
     on_progress: Callable[[float], object] = lambda fraction: None,
 ) -> tuple[Floats, Floats]:
-    """Return what skipping each sublayer alone in the bulk costs: in continuations, and in copies of the prompt.
+    """Return the divergence from skipping each sublayer alone in the bulk: in continuations, and in copies.
 
-    Each is float64 ``[n_layer, 2]``, the mean Kullback-Leibler divergence from the whole model in nats per token; NaN
-    where a sublayer cannot be skipped or is not in ``layers`` (None for all). All are skipped in the first piece, in
-    the others only the half that costs less there, as the rest is chosen last. The model's plan is set aside meanwhile;
-    its KV cache is dropped.
+    Each is float64 ``[n_layer, 2]``, in nats per token; NaN for sublayers that cannot be skipped or are not in
+    ``layers`` (None for all). The first piece measures all. The others measure the half that loses less there, because
+    plans choose the other half last. The model's plan is put back at the end; its KV cache is dropped.
     """
     may = profile.in_bulk if layers is None else profile.in_bulk & np.isin(np.arange(profile.n_layer), layers)[:, None]
     which, lost = np.argwhere(may), np.full((2, *may.shape), np.nan)
@@ -46,7 +42,7 @@ def measure_divergence(
     share = 1 / (1 + len(others) / 2)  # of the time, for the first piece
 
     def measured(of: Sequence[Sequence[int]], begin: float, part: float) -> Floats:
-        """Mean divergences of ``which``, ``[2, len(which)]``."""
+        """Return the mean divergences of ``which``, ``[2, len(which)]``."""
         request, judge, found = PlanRequest(mode="prompt", strategy="manual", tail=1), Judge(llm, _probes(llm, of)), []
         for done, (layer, kind) in enumerate(which):
             scores = judge(profile.plan(PlanRequest.of(request, **{KINDS[kind]: (int(layer),)})))
@@ -71,10 +67,10 @@ def measure_windows(
     *,
     on_progress: Callable[[float], object] = lambda fraction: None,
 ) -> Windows | None:
-    """Return what it costs that attentions look back at an eighth of a prompt, at several depths.
+    """Return the divergence if the last attentions look back at an eighth of a prompt, for several numbers of them.
 
-    That goes by the share, so that short prompts tell: see docs/dev/method.md. None where no attention can, or no piece
-    has :data:`SHORTEST` tokens: in a shorter one a window would seem to cost nothing.
+    The share decides, so short prompts suffice (docs/dev/method.md). In pieces below :data:`SHORTEST` tokens a window
+    seems to lose nothing. None without longer ones, or if no attention can look back at a window.
     """
     layers = tuple(row.layer for row in llm.sublayers if row.windowable)
     pieces = [piece for piece in pieces if len(piece) >= SHORTEST]
@@ -102,6 +98,6 @@ def _probes(llm: AdaSkipLlama, pieces: Sequence[Sequence[int]]) -> list[Probe]:
 
 
 def _mean(probes: Sequence[Probe], scores: Sequence[Scores], kind: ProbeKind) -> float:
-    """Mean divergence over the tokens of one kind of answer; that of all where no piece is long enough for the kind."""
+    """Return the mean divergence over tokens of one kind of answer; of all kinds if no piece is long enough for it."""
     of_kind = [each.divergence for probe, each in zip(probes, scores, strict=True) if probe.kind == kind]
     return float(np.concatenate(of_kind or [each.divergence for each in scores]).mean())

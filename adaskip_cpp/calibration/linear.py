@@ -1,12 +1,11 @@
-"""Linear maps that stand in for sublayers: ``v := s u + up (down u)``, of low rank, fitted on calibration tokens.
+"""Fits low-rank maps ``v := s u + up (down u)`` on calibration tokens, for ``calibrate``: start with ``LinearFit``.
 
-The rest, ``v - s u``, is fitted by reduced-rank ridge regression on ``u`` (Izenman 1975), in closed form from second
-moments; docs/dev/method.md says why they are not centred. A map may also stand in for a whole layer, u being its
-input and v its output, with s = 1. The first token of a request is left out: in many models its norm is tens of times
-that of the others, and would decide the fit alone.
+Reduced-rank ridge regression on ``u`` (Izenman 1975) fits the rest, ``v - s u``, in closed form from second moments.
+docs/dev/method.md explains why they are not centred. A map of a whole layer has s = 1. The first token of a request is
+left out: in many models its norm is tens of times that of the others, and it alone would decide the fit.
 
-The moments of a wide model take much memory. Where they would take more than a bound, inputs are projected on the
-directions of the first tokens seen, and random ones where these are too few: one pass over the requests, of any model.
+Moments of a wide model can exceed the memory bound. Then inputs are projected on the directions of the first tokens,
+and on random directions if these are too few. So one pass over the requests is enough for any model.
 """
 
 from collections.abc import Sequence
@@ -19,22 +18,18 @@ from ..engine.native import Activations
 from ..model.arrays import Floats, Vectors
 from ..model.statistics import WHOLE
 
+# With ranks 32, 64 and 128, SmolLM2 adds 0.242, 0.219 and 0.215 nats per token on Python sources at 6 of 60 sublayers,
+# 0.612, 0.570 and 0.546 at 12. Ranks 32 and 64 are measured to be equally fast there and on Gemma 3 270M.
 DEFAULT_RANK = 64
-"""With ranks 32, 64 and 128, SmolLM2 adds 0.242, 0.219 and 0.215 nats per token on Python sources at 6 of 60 sublayers,
-0.612, 0.570 and 0.546 at 12. 32 and 64 are equally fast there and on Gemma 3 270M, as far as was measured."""
-
-RIDGE = 1e-3
-"""Added to the input's second moments, as a share of its mean variance: it keeps out directions of few tokens."""
-
+RIDGE = 1e-3  # added to the input's second moments, times its mean variance, against directions of few tokens
 _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Martinsson and Tropp 2011)
 
 
 class _Sums:
-    """Sums over tokens: of u, of d = v - u, of u uᵀ and of d uᵀ, all of what is left of both after ``mean``.
+    """Sums over tokens of u, d = v - u, u uᵀ and d uᵀ, after subtracting ``mean``, which is that of the first ubatch.
 
-    ``mean`` is that of the first ubatch. In many models some values of the stream are much larger than they vary, and
-    without it float32 would lose the variance in the squares. With ``n_sketch`` below the width of the stream, u
-    stands for ``basisᵀ u``: its part in that many directions, ``basis`` being ``[n_embd, n_sketch]``.
+    In many models some values of the stream are much larger than their variation, which float32 squares would lose.
+    If ``n_sketch`` is below the width of the stream, ``basisᵀ u`` replaces u, with ``basis`` ``[n_embd, n_sketch]``.
     """
 
     def __init__(self, u: Vectors, d: Vectors, n_sketch: int) -> None:
@@ -62,20 +57,14 @@ class _Sums:
 
 @dataclass
 class LinearFit:
-    """Gathers the moments of some sublayers, (layer, kind) each, and fits their maps.
+    """Gathers the moments of sublayers and whole layers, and fits their maps."""
 
-    The kind :data:`~adaskip_cpp.model.statistics.WHOLE` is of a whole layer. All moments take ``most_bytes`` at most.
-    """
-
-    sublayers: Sequence[tuple[int, int]]
-    most_bytes: int = 2 << 30
+    sublayers: Sequence[tuple[int, int]]  # (layer, kind); the kind of a whole layer is WHOLE
+    most_bytes: int = 2 << 30  # of all moments together
     _sums: dict[tuple[int, int], _Sums] = field(default_factory=dict)
 
     def add(self, activations: Activations, positions: npt.NDArray[np.int32]) -> None:
-        """Add the tokens of one ubatch, without the first of a request.
-
-        A sublayer that was not observed, or has a value that is not finite, is left out of this ubatch.
-        """
+        """Add a ubatch without a request's first token; leave out sublayers unobserved or not finite in it."""
         later = np.flatnonzero(positions > 0)
         for layer, kind in self.sublayers:
             first, last = activations[layer][0 if kind == WHOLE else kind], activations[layer][min(kind, 1)]
@@ -90,7 +79,7 @@ class LinearFit:
             self._sums[layer, kind].add(u, d)
 
     def _n_sketch(self, n_embd: int) -> int:
-        """Directions of the inputs that there is memory for."""
+        """Return the number of directions of the inputs that fit into memory."""
         n_numbers = self.most_bytes // (4 * max(len(self.sublayers), 1))
         if 2 * n_embd * n_embd <= n_numbers:
             return n_embd
@@ -100,7 +89,7 @@ class LinearFit:
     def fit(self, rank: int, scale: Floats | None = None) -> dict[tuple[int, int], tuple[Vectors, Vectors]]:
         """Return down ``[rank, n_embd]`` and up ``[n_embd, rank]``, float32, of each sublayer with tokens and a scale.
 
-        A rank beyond ``n_embd`` counts as that. ``scale`` is s, ``[n_layer, 2]``, NaN where not known; None for 1.
+        The rank is at most ``n_embd``. ``scale`` is s, ``[n_layer, 2]``, NaN if not known; None for 1.
         """
         scales = {where: 1.0 if scale is None or where[1] == WHOLE else float(scale[where]) for where in self._sums}
         known = {where: sums for where, sums in self._sums.items() if np.isfinite(scales[where])}
@@ -117,13 +106,13 @@ def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Vectors, Vectors]:
     second += np.outer(mean_u, mean_u)
     cross = sums.du.astype(np.float64) / sums.n - np.outer(rest_d, rest_u)
     cross += np.outer(mean_d, mean_u)
-    # From d = v - u to what the scale leaves: v - s u = d - (s - 1) u.
+    # From d = v - u to the rest v - s u = d - (s - 1) u.
     cross -= (scale - 1) * (second if sums.basis is None else sums.basis @ second)
-    if not (0 < variance < np.inf and np.isfinite(cross).all()):  # one token, or all alike: nothing to regress on
+    if not (0 < variance < np.inf and np.isfinite(cross).all()):  # one token, or all equal: nothing to fit
         return np.zeros((rank, n_embd), np.float32), np.zeros((n_embd, rank), np.float32)
     root = _root(second, RIDGE * variance)
-    # The best map of full rank is cross second⁻¹ = whitened root⁻¹; its error is that of `whitened` in the norm of
-    # whitened inputs, so the best of lower rank keeps the largest singular values of `whitened`.
+    # The best map of full rank is cross second⁻¹ = whitened root⁻¹. In whitened inputs its error is that of `whitened`,
+    # so the best map of lower rank keeps the largest singular values of `whitened`.
     whitened = np.linalg.solve(root, cross.T).T
     left, singular, right = _truncated_svd(whitened, rank)
     up = left * singular
@@ -138,11 +127,11 @@ def _root(second: Floats, ridge: float) -> Floats:
         try:
             return np.asarray(np.linalg.cholesky(second + ridge * np.eye(len(second))), np.float64)
         except np.linalg.LinAlgError:
-            ridge *= 10  # sums in float32 may miss being second moments by more than the ridge
+            ridge *= 10  # rounding of float32 sums may exceed the ridge
 
 
 def _truncated_svd(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
-    """The ``rank`` largest singular values and their vectors; randomised, as all of them would take minutes."""
+    """Return the ``rank`` largest singular values and their vectors; randomised, because all would take minutes."""
     n_columns = min(rank + _OVERSAMPLING, matrix.shape[1])
     basis = matrix @ np.random.default_rng(0).standard_normal((matrix.shape[1], n_columns))
     for _ in range(_ITERATIONS):

@@ -1,4 +1,4 @@
-"""IO similarity, norm ratios and mean vectors of one request, from what the native evaluator delivers per ubatch."""
+"""Computes a request's IO similarity, norm ratios and mean vectors, for ``calibrate``: ``RequestStatistics``."""
 
 import numpy as np
 
@@ -6,12 +6,11 @@ from ..engine.native import StatisticsBatch
 from ..model.arrays import Floats, Vectors
 from ..model.statistics import PhaseStatistics
 
-_EPS = np.float32(1e-8)
-"""Smallest product of norms that is divided by, as in ``torch.nn.functional.cosine_similarity``."""
+_EPS = np.float32(1e-8)  # the smallest divisor, as in ``torch.nn.functional.cosine_similarity``
 
 
 class RequestStatistics:
-    """Accumulates one phase of one request, fed in as many batches as the evaluator splits it into."""
+    """Accumulates the statistics of one phase of one request, ubatch by ubatch."""
 
     def __init__(self, n_layer: int) -> None:
         self._shape = (n_layer, 2)
@@ -22,7 +21,7 @@ class RequestStatistics:
         self.n_tokens = 0
 
     def add(self, batch: StatisticsBatch) -> None:
-        """Add a batch; a ValueError if its shapes differ from each other or from this model's."""
+        """Add a ubatch; raise a ValueError if its shapes differ from each other or from this model's."""
         dot, u_sq, v_sq, sum_u, sum_v = batch.dot, batch.u_sq, batch.v_sq, batch.sum_u, batch.sum_v
         n_layer, n_tokens = self._shape[0], dot.shape[-1]
         if not (*self._shape, n_tokens) == dot.shape == u_sq.shape == v_sq.shape:
@@ -31,7 +30,7 @@ class RequestStatistics:
         if batch.layer_dot.shape != (n_layer, n_tokens):
             raise ValueError(f"expected layer_dot [{n_layer}, {n_tokens}], got {batch.layer_dot.shape}")
         if sum_u is None or sum_v is None:
-            raise ValueError("expected vectors, of statistics that are collected with them")
+            raise ValueError("expected vectors; collect statistics with vectors=True")
         if sum_u.ndim != 3 or sum_u.shape[:2] != self._shape or sum_v.shape != sum_u.shape:
             raise ValueError(f"expected vectors [{n_layer}, 2, n_embd], got {sum_u.shape}, {sum_v.shape}")
         self._vectors = self._vectors + np.stack([sum_u, sum_v])
@@ -47,10 +46,7 @@ class RequestStatistics:
         self.n_tokens += n_tokens
 
     def result(self) -> PhaseStatistics:
-        """Return the request's figures so far.
-
-        A sublayer whose input or output is zero throughout, or not finite anywhere, counts as not observed.
-        """
+        """Return the statistics so far, NaN for sublayers whose input or output is all 0 or not finite anywhere."""
         similarity = self._cosine / self.n_tokens
         observed = (self._u_sq > 0) & (self._v_sq > 0) & np.isfinite(similarity)
         observed &= np.isfinite(self._u_sq) & np.isfinite(self._v_sq)

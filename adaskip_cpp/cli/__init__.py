@@ -1,1 +1,1 @@
-"""The command line, ``adaskip-cpp``: one module per verb, which reads options, calls and prints."""
+"""The command line, ``adaskip-cpp``: a module per verb reads options, calls the package, prints. Start at main.py."""

@@ -1,4 +1,4 @@
-"""``adaskip-cpp bench``: how fast a model is with and without plans, against stock llama-cpp-python."""
+"""``adaskip-cpp bench``: measures the speed of a model with and without plans, against stock llama-cpp-python."""
 
 import os
 from functools import partial
@@ -28,86 +28,56 @@ from .terminal import CHOOSING, OUTPUT, console, json_option, model_options, opt
 _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 _chosen = partial(option, group=CHOOSING)
 _chosen_layers = partial(option, group=CHOOSING, multiple=True)
-_measured = partial(option, group="What is measured")
+_measured = partial(option, group="What to measure")
 
 
 @verb(
-    "Measure the speed, against stock llama-cpp-python.",
+    "Measure the speed of plans.",
     example="adaskip-cpp bench model.gguf --profile model.adaskip.json --skip 6,12 --contexts 512,2048",
 )
 @click.argument("model")
-@option(
-    "--profile",
-    metavar="PROFILE",
-    help="Profile of the model, for the plans.  [default: the one beside MODEL, X.adaskip.json for X.gguf; without one "
-    "the model is calibrated briefly]",
-)
-@option(
-    "--skip",
-    type=numbers(int, "6,12"),
-    help=f"Plans that skip so many sublayers, as 6,12,15.  [default with --strategy or --profile: {DEFAULT_N_SKIP}]",
-)
-@option(
-    "--contexts",
-    type=numbers(int, "512,2048"),
-    help="Tokens of the prompts.  [default: 512,2048,8192, cut to what the model allows]",
-)
-@option("--repeats", type=click.IntRange(min=1), default=12, help="Rounds.")
-@_chosen("--strategy", type=names(_STRATEGIES), help=f"How they choose: {', '.join(_STRATEGIES)}.  [default: adaskip]")
-@_chosen(
-    "--speedup",
-    type=numbers(float, "1.2,1.4"),
-    help="Plans predicted to be so many times as fast at the longest context, as 1.2,1.4.",
-)
-@_chosen_layers("--attention", type=LAYERS, help="A plan that skips just these attentions, as 1,5-7; may be repeated.")
-@_chosen_layers("--ffn", type=LAYERS, help="A plan that skips just these FFNs; likewise.")
-@_chosen_layers("--both", type=LAYERS_OF_BOTH, help="A plan that skips these attentions and these FFNs; likewise.")
-@_chosen("--tuned", is_flag=True, help="What `tune` wrote beside MODEL: its plan for the longest context.")
-@_chosen(
-    "--mode",
-    type=click.Choice(MODES),
-    default="prompt",
-    help="As for generate: prompt skips in the bulk of prompts alone, prefill the same sublayers in both phases.",
-)
-@_chosen(
-    "--compensation",
-    type=click.Choice(list(COMPENSATIONS)),
-    help=f"What stands in for a skipped sublayer.  [default: {DEFAULT_COMPENSATION}, with --strategy suffix none]",
-)
-@_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to time behind each prompt.")
-@_measured("--no-stock", is_flag=True, help="Leave stock llama-cpp-python out.")
-@_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers by themselves.")
+@option("--profile", metavar="PROFILE", help="Profile to make plans from.  [default: X.adaskip.json beside MODEL, "
+        "X.gguf; else a brief calibration]")  # fmt: skip
+@option("--skip", type=numbers(int, "6,12"), help="Numbers of sublayers, a plan for each, as 6,12.  [default with "
+        f"--strategy or --profile: {DEFAULT_N_SKIP}]")  # fmt: skip
+@option("--contexts", type=numbers(int, "512,2048"),
+        help="Lengths of prompts, in tokens.  [default: 512,2048,8192, as far as the model allows]")  # fmt: skip
+@option("--repeats", type=click.IntRange(min=1), default=12, help="Number of rounds.")
+@_chosen("--strategy", type=names(_STRATEGIES), help=f"How to choose: {', '.join(_STRATEGIES)}.  [default: adaskip]")
+@_chosen("--speedup", type=numbers(float, "1.2,1.4"), help="One plan for each speed-up, predicted at the longest "
+         "context: 1.2,1.4 are 1.2 and 1.4 times as fast.")  # fmt: skip
+@_chosen_layers("--attention", type=LAYERS, help="A plan that skips only these attentions, as 1,5-7; may be repeated.")
+@_chosen_layers("--ffn", type=LAYERS, help="A plan that skips only these FFNs, as 1,5-7; may be repeated.")
+@_chosen_layers("--both", type=LAYERS_OF_BOTH, help="A plan for attentions/FFNs, as 1,5-7/8,9; may be repeated.")
+@_chosen("--tuned", is_flag=True, help="The plan for the longest context in the file that `tune` wrote beside MODEL.")
+@_chosen("--mode", type=click.Choice(MODES), default="prompt", help="Phases that skip, see `generate --help`.")
+@_chosen("--compensation", type=click.Choice(list(COMPENSATIONS)),
+         help=f"See `generate --help`.  [default: {DEFAULT_COMPENSATION}; none with --strategy suffix]")  # fmt: skip
+@_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to decode after each prompt.")
+@_measured("--no-stock", is_flag=True, help="Do not measure stock llama-cpp-python.")
+@_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers alone.")
 @model_options
-@option("--plot", "plot_to", group=OUTPUT, metavar="PATH", help="Draw PNG and SVG: a folder, or how their names begin.")
+@option("--plot", "plot_to", group=OUTPUT, metavar="PATH",
+        help="Draw pictures: into the folder PATH, or as PATH-times.png and so on.")  # fmt: skip
 @json_option
 def bench(
-    model: str,
-    profile: str | None,
-    contexts: tuple[int, ...] | None,
-    tuned: bool,
-    repeats: int,
-    decode_tokens: int,
-    no_stock: bool,
-    no_ideal: bool,
-    plot_to: str | None,
-    running: Running,
-    as_json: bool,
-    **choice: Any,
-) -> None:
+    model: str, profile: str | None, contexts: tuple[int, ...] | None, tuned: bool, repeats: int, decode_tokens: int,
+    no_stock: bool, no_ideal: bool, plot_to: str | None, running: Running, as_json: bool, **choice: Any
+) -> None:  # fmt: skip
     """Measure the time to the first token and per token of MODEL, a GGUF file.
 
-    Stock llama-cpp-python, ours with no plan and ours with each plan take turns, each in a process of its own, a new
-    one each round. Ratios are of pairs in the same round, with a 95% interval; where it contains 1, there is no real
-    difference. Ctrl-C prints what was measured so far. Run it on an idle machine.
+    Stock llama-cpp-python, the whole model ("no plan") and each plan take turns, each round in new processes. Ratios
+    compare times of the same round, with a 95% interval. If it contains 1, no difference was found. Run nothing else
+    meanwhile. Ctrl-C prints the results so far.
 
-    "no plan" is the whole model; it computes nothing of a prompt that nobody reads, which stock does. In mode prompt a
-    plan makes the first token come earlier, and leaves the time per token as it is.
+    "no plan" can be faster than stock, which also computes outputs of the prompt that nothing reads. In mode prompt, a
+    plan makes the first token come earlier, and does not change the time per token.
     """
     if running.rpc_servers:
         context = click.get_current_context()
-        raise click.UsageError("leave out --rpc: a server serves one process, and bench compares several", context)
+        raise click.UsageError("an rpc-server serves one process, but bench needs several; leave out --rpc", context)
     if plot_to is not None:
-        plots.panels()  # a missing matplotlib is told now, and not after the measurement
+        plots.panels()  # if matplotlib is missing, this raises now, not after the measurement
         if not os.path.isdir(plot_to):
             check_output(plot_to, "--plot")
     err = console(stderr=True)
@@ -147,7 +117,7 @@ def bench(
 
 
 def _requests(choice: dict[str, Any]) -> dict[str, PlanRequest]:
-    """Return what is asked for by its names in tables, numbered where two have one name."""
+    """Return the requests by their names in tables; equal names get numbers."""
     budgets = [{"n_skip": n} for n in choice["skip"] or ()] + [{"speedup": ratio} for ratio in choice["speedup"] or ()]
     if choice["strategy"] and not budgets:
         budgets = [{"n_skip": DEFAULT_N_SKIP}]

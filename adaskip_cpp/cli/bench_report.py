@@ -1,4 +1,4 @@
-"""What a benchmark found, in the terminal: its tables, and the configuration that they hold for."""
+"""Prints the results of `adaskip-cpp bench`: tables, then the model, the machine and the plans."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def print_report(out: Console, result: BenchResult) -> None:
 
 
 def _table(out: Console, title: str, columns: Sequence[str]) -> Table:
-    out.print(title, style="bold")  # rich would wrap a table's own title to the width of the table
+    out.print(title, style="bold")  # not as the table's title, which rich wraps to the width of the table
     shown = table(Column("", no_wrap=True))
     for name in columns:
         shown.add_column(name, justify="left" if name.startswith("against") else "right", no_wrap="\n" in name)
@@ -79,11 +79,13 @@ def _print_configuration(out: Console, result: BenchResult) -> None:
         f"adaskip-cpp {about.adaskip_cpp}, llama-cpp-python {about.llama_cpp_python}, Python {about.python}, {about.os}"
     )
     if NO_PLAN in result.times.contenders and STOCK in result.times.contenders:
-        lines.append(f"{NO_PLAN}: the whole model, without what stock computes of a prompt and nobody reads.")
+        lines.append(
+            f"{NO_PLAN}: the whole model, without outputs of the prompt that stock computes but nothing reads."
+        )
     lines += [f"{name}: {_skipped(plan)}; compensation {plan.compensation}" for name, plan in result.plans.items()]
     lines.append(
-        "Every contender in a process of its own, a new one each round, in turn, in reverse every second round; "
-        f"{settings.n_decode} tokens decoded behind each prompt"
+        "Each contender runs in turn, in a new process each round. Every second round reverses the order. "
+        f"{settings.n_decode} tokens decoded after each prompt"
         + ("." if about.load_average is None else f"; load average before {about.load_average:.2f}.")
     )
     out.print("\n".join(lines), style="dim", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``adaskip-cpp calibrate``: learn a model's profile and write it to a file."""
+"""``adaskip-cpp calibrate``: measures the sublayers of a model and writes a profile."""
 
 import os
 import time
@@ -20,61 +20,37 @@ from ..progress import told_progress
 from .planning import load_profile
 from .terminal import console, json_option, model_options, option, verb
 
-_CTX_TIMED = 8192
-"""Context of a model whose sublayers are timed: that of `generate`, so that long prompts are predicted from times."""
+_CTX_TIMED = 8192  # context for timing sublayers, in tokens: the default of `generate`, to cover its prompts
 
-_learning = partial(option, group="What is learned")
+_learning = partial(option, group="What to measure")
 
 
-@verb("Learn a model's profile.", example="adaskip-cpp calibrate model.gguf --data notes.txt -o model.adaskip.json")
+@verb("Measure a model's sublayers.", example="adaskip-cpp calibrate model.gguf --data notes.txt -o model.adaskip.json")
 @click.argument("model")
 @option("-o", "--output", required=True, metavar="PROFILE", help="Profile file to write.")
-@option(
-    "--data",
-    "files",
-    multiple=True,
-    metavar="FILE",
-    help="UTF-8 text to calibrate on, - for stdin; may be repeated. Text like yours works best.  "
-    "[default: pages, sources and docstrings of Python's library]",
-)
+@option("--data", "files", multiple=True, metavar="FILE", help="UTF-8 text to calibrate on, - for stdin; may be "
+        "repeated. Text like your prompts is best.  [default: pages, sources and docstrings of Python's "
+        "library]")  # fmt: skip
 @_learning("--requests", type=click.IntRange(1), default=corpus.N_REQUESTS, help="Requests to cut from the text.")
 @_learning("--tokens", type=click.IntRange(2), default=corpus.N_TOKENS, help="Tokens in each request.")
-@_learning(
-    "--decode-tokens",
-    "n_decode",
-    type=click.IntRange(1),
-    default=32,
-    help="Tokens to decode after each of 20 requests.",
-)
-@_learning("--rank", type=click.IntRange(0, 4096), default=DEFAULT_RANK, help="Rank of the linear maps; 0 for none.")
-@_learning(
-    "--cost-only",
-    is_flag=True,
-    help="Time the sublayers anew, on this machine and with these settings, and keep all else of PROFILE.",
-)
-@_learning("--no-cost", is_flag=True, help="Do not time the sublayers; --speedup needs those times.")
+@_learning("--decode-tokens", "n_decode", type=click.IntRange(1), default=32,
+           help="Tokens to decode after 20 of the requests.")  # fmt: skip
+@_learning("--rank", type=click.IntRange(0, 4096), default=DEFAULT_RANK, help="Rank of the linear maps; 0: no maps.")
+@_learning("--cost-only", is_flag=True, help="Only time the sublayers again, here; keep the rest of PROFILE.")
+@_learning("--no-cost", is_flag=True, help="Do not time the sublayers. Then --speedup cannot be used.")
 @model_options
 @json_option
 def calibrate(
-    model: str,
-    output: str,
-    files: tuple[str, ...],
-    requests: int,
-    tokens: int,
-    n_decode: int,
-    rank: int,
-    no_cost: bool,
-    cost_only: bool,
-    running: Running,
-    as_json: bool,
-) -> None:
-    """Learn which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
+    model: str, output: str, files: tuple[str, ...], requests: int, tokens: int, n_decode: int, rank: int,
+    no_cost: bool, cost_only: bool, running: Running, as_json: bool
+) -> None:  # fmt: skip
+    """Measure which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
 
-    The text is cut into requests, spread evenly over it, which run through the full model; some are continued by a few
-    tokens. Linear maps are learned that stand in for skipped sublayers, and these are timed on this machine.
+    The whole model reads requests, cut from the text at even distances. It answers some of them with a few tokens. The
+    profile also gets linear maps, which replace skipped sublayers, and the time of each sublayer on this machine.
     """
     if cost_only and (no_cost or files):
-        raise click.UsageError("--cost-only learns nothing else; leave out --data and --no-cost")
+        raise click.UsageError("--cost-only measures times alone; leave out --data and --no-cost")
     check_output(output)
     start = time.monotonic()
     if cost_only:
@@ -100,7 +76,7 @@ def calibrate(
     if as_json:
         click.echo(json_text({"path": output, **profile.to_dict()}), nl=False)
     elif cost_only:
-        told = f"The sublayers were timed anew in {elapsed_s:.0f} s; all else in {output} is as it was."
+        told = f"The sublayers were timed again in {elapsed_s:.0f} s. The rest of {output} did not change."
         console().print(told, soft_wrap=True, markup=False)
     else:
         _print(profile, output, requests, elapsed_s)
@@ -110,10 +86,12 @@ def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> Non
     out = console()
     print_heatmap(out, profile.similarity)
     out.print()
-    short = f", all that fit of the {n_asked} asked for" if profile.n_requests < n_asked else ""
+    short = f" (the text is too short for {n_asked})" if profile.n_requests < n_asked else ""
     out.print(f"Calibrated on {profile.n_requests} requests{short}: {profile.n_tokens:,} tokens of {profile.corpus}.")
-    timed = ". No sublayer was timed." if profile.cost is None else ", and the sublayers timed on this machine."
+    timed = ". No sublayer was timed." if profile.cost is None else ", and the sublayers were timed on this machine."
     out.print(f"{profile.decode.n_tokens:,} tokens were decoded{timed}")
     out.print(f"{profile.skippable.sum()} of {2 * profile.n_layer} sublayers can be skipped.")
-    out.print(f"Profile written to {output}, its vectors to {vectors_path(output)}; keep them together", soft_wrap=True)
+    out.print(
+        f"Profile written to {output}, its vectors to {vectors_path(output)}. Keep both together.", soft_wrap=True
+    )
     out.print(f"It took {elapsed_s:.0f} s. Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``adaskip-cpp chat``: talk to a model, with or without skipping."""
+"""``adaskip-cpp chat``: a conversation with a model, with or without a plan. Start at :class:`Conversation`."""
 
 import contextlib
 import os
@@ -26,43 +26,37 @@ from .terminal import answer_options, console, is_broken_pipe, option, users_err
 
 _HELP = """\
 /reset   begin a new conversation
-/plan    show what is skipped
-/skip N  skip N sublayers from now on (with a profile)
-/quit    leave; Ctrl-D does too (Windows: Ctrl-Z), Ctrl-C stops an answer
-In the lines below an answer, /s is tokens per second, and 12+3 is 12 sublayers
-of the plan and 3 FFNs that this answer added."""
+/plan    show which sublayers are skipped
+/skip N  skip N sublayers from now on (needs a profile)
+/quit    end the chat, like Ctrl-D (Windows: Ctrl-Z); Ctrl-C stops an answer
+In the lines below an answer, "/s" means tokens per second. "12+3" means
+12 sublayers of the plan, and 3 FFNs that this answer added to them."""
 
 
 @verb(
-    "Chat with a model, with or without skipping.",
+    "Chat with a model.",
     example="adaskip-cpp chat model.gguf\nadaskip-cpp chat model.gguf --profile model.adaskip.json --skip 8",
 )
 @click.argument("model")
 @source_options
-@option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@option("--system", metavar="TEXT", help="System message: instructions before the conversation.  [default: none]")
 @answer_options(max_tokens=1024)
 def chat(
-    model: str,
-    source: PlanSource,
-    system: str | None,
-    max_tokens: int,
-    ctx: int,
-    temp: float,
-    seed: int | None,
-    running: Running,
-) -> None:
+    model: str, source: PlanSource, system: str | None, max_tokens: int, ctx: int, temp: float, seed: int | None,
+    running: Running
+) -> None:  # fmt: skip
     """Chat with MODEL, a GGUF file with a chat template; /help lists the commands.
 
-    What the model has read stays in memory, so that each turn reads the new message only. Piped input is one message a
-    line. A speed-up is predicted for a conversation that fills half of --ctx. Without any option that says what to
-    skip, plans and settings are those that `adaskip-cpp tune` wrote beside MODEL.
+    The conversation stays in memory, so each turn reads only the new message. Piped input has one message per line.
+    --speedup is predicted for a conversation of half of --ctx. Without options for a plan, it uses the plans and
+    settings that `adaskip-cpp tune` wrote beside MODEL, or else the whole model.
     """
     plan = source.plan(max(ctx // 2, 1))
     llm = open_quietly(model, ctx, running, **(source.opening(1) if source.frontier is not None else {}))
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
     if plan is not None:
-        llm.set_plan(plan)  # and not opened with it: there is KV for all layers, so that /skip can choose other ones
+        llm.set_plan(plan)  # opening with the plan would leave out KV that other plans of /skip need
     if seed is not None:
         llm.set_seed(seed)
     err = console(stderr=True)
@@ -72,7 +66,7 @@ def chat(
 
 @dataclass
 class Conversation:
-    """What is typed and answered; answers alone go to stdout, what is told of them to stderr."""
+    """Reads messages from stdin until its end. Answers go to stdout, all other text to stderr."""
 
     llm: AdaSkipLlama
     system: str | None
@@ -87,10 +81,10 @@ class Conversation:
         llm = self.llm
         self.reset()
         if sys.stdin.isatty():
-            skips = "the full model" if llm.plan is None or llm.plan.is_whole else skipped_words(llm.plan)
+            skips = "the whole model" if llm.plan is None or llm.plan.is_whole else skipped_words(llm.plan)
             if llm.frontier is not None:
-                skips = "plans chosen by the length of the conversation"
-            self.tell(f"Chatting with {skips}. /help lists the commands, /quit leaves.")
+                skips = "a plan chosen by the length of the conversation"
+            self.tell(f"Chatting with {skips}. /help lists the commands, /quit ends the chat.")
         for text in _messages():
             try:
                 if not text.startswith("/"):
@@ -111,20 +105,19 @@ class Conversation:
         self.messages = [("system", self.system)] if self.system else []
 
     def ask(self, text: str) -> Generation:
-        """Begin the answer to a message."""
         prompt = chat_tokens(self.llm, [*self.messages, ("user", text)])
         n_ctx = self.llm.context_size
         if len(prompt) >= n_ctx:
             raise RequestError(
-                f"the context is full: with this message the conversation has {len(prompt):,} tokens of {n_ctx:,}; "
-                "/reset begins a new one, a start with a larger --ctx gives more room"
+                f"with this message the conversation has {len(prompt):,} tokens, but the context has {n_ctx:,}; "
+                "begin a new one with /reset, or start the chat with a larger --ctx"
             )
         return Generation(
             self.llm, prompt, max_tokens=self.max_tokens, temperature=self.temperature, on_stage=progress_bar
         )
 
     def answer(self, text: str) -> None:
-        """Stream the answer and tell its figures; Ctrl-C ends the answer and keeps what there is of it."""
+        """Print the answer as it comes, then its figures. Ctrl-C ends the answer; its text so far is kept."""
         generation = self.ask(text)
         said: list[str] = []
         stopped = False
@@ -158,7 +151,7 @@ class Conversation:
         elif name == "/plan" and (plan := self.llm.plan) is not None:
             print_plan(self.err, plan, None if self.profile is None else self.profile.similarity)
         elif name == "/plan":
-            self.tell("Nothing is skipped now; `adaskip-cpp tune` finds plans, or start with --profile.", style="")
+            self.tell("Nothing is skipped now. For plans, run `adaskip-cpp tune`, or start with --profile.", style="")
         else:
             if name != "/help":
                 self.tell(f"There is no command {name}.", style="")
@@ -167,11 +160,11 @@ class Conversation:
     def skip(self, *arguments: str) -> None:
         beside = profile_path(self.llm.model_path)
         if self.profile is None and not os.path.exists(beside):
-            return self.tell("/skip needs a profile; start the chat with --profile.", style="")
+            return self.tell("/skip needs a profile; start the chat with --profile PROFILE.", style="")
         try:
             (n_skip,) = map(int, arguments)
         except ValueError:
-            return self.tell("/skip takes a number of sublayers, as /skip 8.", style="")
+            return self.tell("/skip needs a number of sublayers; type for example /skip 8.", style="")
         strategy = "adaskip" if self.request.strategy == "manual" else self.request.strategy
         request = replace(
             self.request, n_skip=n_skip, speedup=None, phase=None, strategy=strategy, attention=(), ffn=()
@@ -182,36 +175,35 @@ class Conversation:
         self.request = request
         where = PHASE_WORDS[plan.prompt_phase]
         self.tell(
-            f"({plan.skipped('bulk').n_skip} sublayers skipped in {where}, {plan.decode.n_skip} in decode; the "
-            "conversation is read again where needed)"
+            f"({plan.skipped('bulk').n_skip} sublayers skipped in {where}, {plan.decode.n_skip} in decode; parts of "
+            "the conversation may be read again)"
         )
 
 
 def _messages() -> Iterator[str]:
-    """What is typed or piped, a message a line, until its end."""
+    """Yield the non-empty lines of stdin, which are messages."""
     try:
         lines = _typed() if sys.stdin.isatty() else click.open_file("-", encoding="utf-8")
         yield from filter(None, map(str.strip, lines))
     except UnicodeDecodeError as error:
-        raise RequestError(f"the input is not UTF-8 text ({error.reason}); convert it first") from error
+        raise RequestError(f"the input is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
 
 
 def _typed() -> Iterator[str]:
-    """Lines as they are typed, until Ctrl-D. Ctrl-C drops the one that is being typed."""
-    with contextlib.suppress(ImportError):  # Windows has none, and its console does the same
+    """Yield lines as they are typed, until Ctrl-D. Ctrl-C drops the current line."""
+    with contextlib.suppress(ImportError):  # Windows lacks this module, and its console edits lines itself
         import readline  # noqa: F401  (gives input() its line editing and history)
     while True:
         try:
             yield input("> ")
         except KeyboardInterrupt:
-            click.echo("\n(/quit leaves)", err=True)
+            click.echo("\n(/quit ends the chat)", err=True)
         except EOFError:
             click.echo(err=True)
             return
 
 
 def _status(llm: AdaSkipLlama, timing: Timing) -> str:
-    """One line of at most 80 columns for contexts of five digits."""
     parts = [f"prompt {timing.prompt_tokens_per_s:,.0f}/s"]
     if timing.token_s is not None:
         speed = 1 / timing.token_s

@@ -1,4 +1,4 @@
-"""``adaskip-cpp demo``: the whole idea on a small model, in a terminal, in under three minutes."""
+"""``adaskip-cpp demo``: calibrates a small model, and compares plans with the whole model, in under three minutes."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -20,18 +20,18 @@ from .planning import plan_options
 from .terminal import OUTPUT, console, json_option, model_options, option, save_svg, table, verb
 
 
-@verb("Show the whole idea on a small model.", example="adaskip-cpp demo --speedup 1.3")
+@verb("Show how skipping works, on a small model.", example="adaskip-cpp demo --speedup 1.3")
 @option("--model", metavar="MODEL", help="Another GGUF file with a chat template.  [default: packaged SmolLM2-135M]")
 @plan_options
 @model_options
-@option("--svg", group=OUTPUT, metavar="FILE", help="Also save what is shown as a picture.")
+@option("--svg", group=OUTPUT, metavar="FILE", help="Also save the output as a picture, in SVG format.")
 @json_option
 def demo(model: str | None, request: PlanRequest | None, running: Running, svg: str | None, as_json: bool) -> None:
-    """Let a small model learn which of its sublayers a long prompt can do without, and read one without them.
+    """Show on a small model how much faster a long prompt is read with a plan, and how much worse the answers are.
 
-    Calibrates on text that every Python carries. Then the whole model, the prompt mode and the paper's mode of the same
-    predicted speed answer a question about another page in turn, are judged on the tokens behind unseen prompts, and
-    look for pass keys.
+    It calibrates the model on text from Python's own library. Then it compares the whole model, mode prompt, and the
+    paper's mode e2e at the same predicted speed. Each answers a question about a page that calibration did not read.
+    Each also predicts the text that follows other prompts, and looks for pass keys. Its default is --speedup 1.4.
     """
     chosen = request or PlanRequest()
     if chosen.n_skip is None and chosen.speedup is None and chosen.strategy != "manual":
@@ -62,7 +62,7 @@ def demo(model: str | None, request: PlanRequest | None, running: Running, svg: 
 
 def _print_plans(out: Console, profile: Profile, sides: Mapping[str, Side]) -> None:
     out.print(
-        f"[bold]Learned[/] from {profile.n_tokens:,} tokens in {profile.n_requests} requests how much each of the "
+        f"[bold]Measured[/] on {profile.n_tokens:,} tokens in {profile.n_requests} requests how much each of the "
         f"{2 * profile.n_layer} sublayers changes its input.\n"
     )
     chosen = next(side.plan for side in sides.values() if side.plan is not None)
@@ -71,8 +71,8 @@ def _print_plans(out: Console, profile: Profile, sides: Mapping[str, Side]) -> N
         papers = sides[PAPERS]
         assert papers.plan is not None
         out.print(
-            f"\nPredicted to be as fast: {papers.plan.prefill.n_skip} sublayers skipped for all tokens, those of the "
-            f"answer too, in {PAPERS} e2e."
+            f"\nFor the same predicted speed, {PAPERS} e2e skips {papers.plan.prefill.n_skip} sublayers for all tokens "
+            "of prompt and answer."
         )
     out.print()
 
@@ -94,7 +94,7 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     )
     row("each token after it", lambda side: "-" if side.token_s is None else f"{side.token_s * 1e3:.1f} ms")
     row(
-        f"loss on {result.n_judged:,} tokens\nbehind unseen prompts",
+        f"loss on {result.n_judged:,} tokens\nafter new prompts",
         lambda side: f"{side.loss:.3f} nats",
         lambda side: f"{side.loss - whole.loss:+.3f} nats",
     )
@@ -102,14 +102,14 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     out.print(figures)
 
     answers = table(*(Column(f"answer, {name}", ratio=1) for name in result.sides), expand=True)
-    # Without its line breaks: a list of short items would fill the screen.
+    # Line breaks are removed, because a list of short items would fill the screen.
     answers.add_row(*(Text(" ".join(side.answer.split()) or "(none)") for side in sides))
     out.print(answers)
     n, n_threads = len(whole.timings), result.n_threads
     out.print(
         f"Times are {f'medians of {n} runs each, in turn,' if n > 1 else 'of one run each, in turn,'} on {n_threads} "
-        f"CPU thread{'s' if n_threads > 1 else ''}; answers take the likeliest token, {N_ANSWER} at most. "
+        f"CPU thread{'s' if n_threads > 1 else ''}. Answers take the likeliest tokens, at most {N_ANSWER}. "
         f"The demo took {elapsed_s:.0f} s.",
         style="dim",
     )
-    out.print("For a model of your own: adaskip-cpp tune model.gguf", style="dim")
+    out.print("Next, with your own model: adaskip-cpp tune model.gguf", style="dim")

@@ -1,4 +1,4 @@
-"""``adaskip-cpp evaluate``: what every plan costs in quality and brings in speed, as a folder of results."""
+"""``adaskip-cpp evaluate``: measures the quality and the speed of plans, and writes a folder of results."""
 
 import os
 import shlex
@@ -31,103 +31,61 @@ _speed = partial(option, group="Speed")
 
 
 @verb(
-    "Measure what skipping costs in quality, at measured speed.",
+    "Measure the quality and speed of plans.",
     example="adaskip-cpp evaluate model.gguf -o results\n"
     "adaskip-cpp evaluate model.gguf --profile model.adaskip.json --skip 6,12 -o results",
 )
 @click.argument("model")
-@option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the results; a second run goes on.")
-@option(
-    "--max-loss",
-    "max_losses",
-    type=numbers(float, "0.05,0.1", least=0),
-    help="Promises for what `tune` found: nats per token that answers lose at most.  [default: 0.05,0.1]",
-)
-@option(
-    "--profile",
-    "profile_path",
-    metavar="PROFILE",
-    help="Profile of this model, to compare its plans too.  [default: only what `tune` found]",
-)
-@option(
-    "--skip",
-    "n_skips",
-    type=numbers(int, "6,12,15"),
-    help="Sublayers to skip.  [default: a tenth, a fifth and a quarter of them]",
-)
+@option("-o", "--output", required=True, metavar="FOLDER", help="Folder for results; a second run continues there.")
+@option("--max-loss", "max_losses", type=numbers(float, "0.05,0.1", least=0), help="Promises for the plans of `tune`: "
+        "the largest added loss, in nats per token.  [default: 0.05,0.1]")  # fmt: skip
+@option("--profile", "profile_path", metavar="PROFILE",
+        help="Also compare plans of this profile.  [default: only plans of `tune`]")  # fmt: skip
+@option("--skip", "n_skips", type=numbers(int, "6,12,15"), help="Numbers of sublayers to skip, as 6,12,15.  [default: "
+        "a tenth, a fifth and a quarter of all]")  # fmt: skip
 @option("--text", "text_files", multiple=True, metavar="FILE", help=f"UTF-8 text{_AGAIN}.  [default: --builtin pages]")
-@_choosing(
-    "--strategy",
-    "strategies",
-    multiple=True,
-    type=click.Choice([name for name in STRATEGIES if name != "manual"]),
-    help=f"A strategy{_AGAIN}.  [default: all]",
-)
+@_choosing("--strategy", "strategies", multiple=True,
+           type=click.Choice([name for name in STRATEGIES if name != "manual"]),
+           help=f"How to choose sublayers{_AGAIN}.  [default: all]")  # fmt: skip
 @plan_file_option
-@_choosing("--speedup", "speedups", type=numbers(float, "1.2,1.4"), help="Also: predicted speed-ups.")
+@_choosing("--speedup", "speedups", type=numbers(float, "1.2,1.4"), help="Also plans of predicted speed-ups, as 1.2.")
 @_choosing("--mode", "modes", multiple=True, type=click.Choice(MODES), help=f"A mode{_AGAIN}.  [default: all]")
-@_choosing(
-    "--compensation",
-    "compensations",
-    type=names(list(COMPENSATIONS)),
-    help=f"Compensations of strategy adaskip: {', '.join(COMPENSATIONS)}.  [default: {DEFAULT_COMPENSATION}]",
-)
-@_text(
-    "--builtin",
-    multiple=True,
-    type=click.Choice(["pages", "sources"]),
-    help=f"Pages of pydoc_data.topics, or sources of Python's standard library, that calibration leaves out{_AGAIN}.",
-)
-@_text("--texts", "n_texts", type=click.IntRange(min=0), default=_DEFAULTS.n_texts, help="Items of each text kind.")
-@_text(
-    "--tokens",
-    "n_tokens",
-    type=click.IntRange(min=4),
-    help="Tokens in each.  [default: 512; with promises as many as the timed prompt and --continuation]",
-)
-@_text(
-    "--continuation",
-    "n_continuation",
-    type=click.IntRange(min=2),
-    default=_DEFAULTS.n_continuation,
-    help="Tokens at the end of each that are judged, and those decoded in a timed request.",
-)
+@_choosing("--compensation", "compensations", type=names(list(COMPENSATIONS)), help="For strategy adaskip: "
+           f"{', '.join(COMPENSATIONS)}; see `generate --help`.  [default: {DEFAULT_COMPENSATION}]")  # fmt: skip
+@_text("--builtin", multiple=True, type=click.Choice(["pages", "sources"]), help="Pages of Python's documentation, or "
+       f"sources of its library, without those of calibration{_AGAIN}.")  # fmt: skip
+@_text("--texts", "n_texts", type=click.IntRange(min=0), default=_DEFAULTS.n_texts,
+       help="Items from each kind of text.")  # fmt: skip
+@_text("--tokens", "n_tokens", type=click.IntRange(min=4), help="Tokens in each item.  [default: 512; for plans of "
+       "`tune`, --speed-context plus --continuation]")  # fmt: skip
+@_text("--continuation", "n_continuation", type=click.IntRange(min=2), default=_DEFAULTS.n_continuation,
+       help="Tokens at the end of each item that are judged. Timed requests decode as many.")  # fmt: skip
 @_question("--synthetic", type=names(TASKS), help=f"Long-context tasks made from the text: {', '.join(TASKS)}.")
-@_question("--lengths", type=numbers(int, "1000,2000"), default="1000,2000", help="Tokens of their prompts.")
-@_question(
-    "--depths",
-    type=numbers(float, "0.1,0.5", least=0),
-    default="0.1,0.5,0.9",
-    help="Where in the prompt the answer lies, 0 to 1.",
-)
-@_question("--per", "n_per", type=click.IntRange(min=1), default=_DEFAULTS.n_per, help="Questions of each kind.")
-@_question("--seed", type=int, default=_DEFAULTS.seed, help="Seed of these tasks.")
+@_question("--lengths", type=numbers(int, "1000,2000"), default="1000,2000",
+           help="Lengths of their prompts, in tokens.")  # fmt: skip
+@_question("--depths", type=numbers(float, "0.1,0.5", least=0), default="0.1,0.5,0.9",
+           help="Places of the answer in the prompt: 0 is its beginning, 1 its end.")  # fmt: skip
+@_question("--per", "n_per", type=click.IntRange(min=1), default=_DEFAULTS.n_per, help="Questions per task and place.")
+@_question("--seed", type=int, default=_DEFAULTS.seed, help="Random seed of these tasks.")
 @_question("--tasks", multiple=True, metavar="FILE", help=f"A LongBench or L-Eval file (JSONL){_AGAIN}.")
-@_question("--tasks-items", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
-@_question(
-    "--tasks-prompts",
-    metavar="JSON",
-    help="LongBench's dataset2prompt.json.  [default: a prompt for multi_news; L-Eval needs none]",
-)
-@_question("--tasks-lengths", metavar="JSON", help="LongBench's dataset2maxlen.json.  [default: likewise]")
-@_question(
-    "--chat/--raw",
-    default=None,
-    help="Wrap questions in the model's chat template, or not.  [default: those of --tasks, if there is one]",
-)
-@_speed(
-    "--rounds", "n_rounds", type=click.IntRange(min=0), default=_DEFAULTS.n_rounds, help="Timings of each; 0: none."
-)
-@_speed("--speed-context", type=click.IntRange(min=2), help="Prompt to time.  [default: 1024 or what the model allows]")
-@_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: what is needed; with --tasks 8192]")
+@_question("--tasks-items", type=click.IntRange(min=1), help="Questions from each of these files.  [default: all]")
+@_question("--tasks-prompts", metavar="JSON",
+           help="LongBench's dataset2prompt.json.  [default: a prompt for multi_news; L-Eval needs none]")  # fmt: skip
+@_question("--tasks-lengths", metavar="JSON", help="LongBench's dataset2maxlen.json.  [default: that of multi_news]")
+@_question("--chat/--raw", default=None, help="Put questions into the model's chat template, or not.  [default: those "
+           "of --tasks, if there is one]")  # fmt: skip
+@_speed("--rounds", "n_rounds", type=click.IntRange(min=0), default=_DEFAULTS.n_rounds,
+        help="Timings per plan; 0: none.")  # fmt: skip
+@_speed("--speed-context", type=click.IntRange(min=2), help="Tokens of the timed prompt.  [default: 1024, or fewer]")
+@_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: as needed; 8192 with --tasks]")
 @model_options
 @json_option
 def evaluate(model: str, profile_path: str | None, output: str, running: Running, as_json: bool, **values: Any) -> None:
-    """Compare plans with the whole MODEL: loss, agreement, continuations and answers, against measured speed.
+    """Compare plans of MODEL, a GGUF file, with the whole model: the added loss, the agreement, answers and speed.
 
-    What `tune` found is run under each promise, and with --profile every strategy with every budget in every mode.
-    Results are kept one by one in FOLDER: after Ctrl-C or a crash the same command goes on. At the end FOLDER has
-    report.html, results.json, results.md and the pictures.
+    It runs the plans of `tune`, one for each promise. With --profile, it also runs every strategy with every budget in
+    every mode. FOLDER keeps each result: after Ctrl-C or a crash, the same command continues. At the end FOLDER has
+    report.html, results.json, results.md and pictures.
     """
     context = click.get_current_context()
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
@@ -149,7 +107,7 @@ def evaluate(model: str, profile_path: str | None, output: str, running: Running
     else:
         _print(found, output)
     if found.n_done < found.n_results:
-        err.print(f"Interrupted; nothing is lost. The same command goes on:\n  {command}", soft_wrap=True)
+        err.print(f"Interrupted. All results are kept; the same command continues:\n  {command}", soft_wrap=True)
         context.exit(130)
 
 
@@ -160,4 +118,4 @@ def _print(results: Results, output: str) -> None:
         for row in each.rows:
             printed.add_row(*row)
         out.print(printed)
-    out.print(f"Written to {os.path.join(output, 'report.html')}, with all else beside it.", soft_wrap=True)
+    out.print(f"Written to {os.path.join(output, 'report.html')}; the other files lie beside it.", soft_wrap=True)

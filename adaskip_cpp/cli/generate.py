@@ -1,4 +1,4 @@
-"""``adaskip-cpp generate``: answer a prompt, with or without skipping."""
+"""``adaskip-cpp generate``: answers one prompt, with or without a plan."""
 
 from contextlib import closing
 
@@ -14,50 +14,37 @@ from .planning import PlanSource, source_options
 from .report import first_token_line, kv_line, skipped_lines, speed_lines
 from .terminal import RUNNING, answer_options, console, option, verb
 
-_LEAST_LENGTH = 512
-"""Tokens: a shorter prompt has too little bulk for most speed-ups, and gets the plan of one that has."""
+_LEAST_LENGTH = 512  # tokens; a shorter prompt has too little bulk for most speed-ups, so it gets the plan for 512
 
 
 @verb(
-    "Answer a prompt, with or without skipping.",
+    "Answer one prompt.",
     example="adaskip-cpp generate model.gguf -f question.txt\n"
     "adaskip-cpp generate model.gguf -f question.txt --profile model.adaskip.json --skip 12",
 )
 @click.argument("model")
-@option("-p", "--prompt", help="The prompt.")
-@option("-f", "--file", metavar="FILE", help="Read the prompt from a file, - for stdin.")
+@option("-p", "--prompt", help="The prompt. Give this or -f.")
+@option("-f", "--file", metavar="FILE", help="UTF-8 file with the prompt; - for stdin.")
 @source_options
-@option(
-    "--chat/--raw",
-    group=RUNNING,
-    default=None,
-    help="Wrap the prompt in the model's chat template, or continue it as it is.  [default: --chat if there is one]",
-)
+@option("--chat/--raw", group=RUNNING, default=None, help="Put the prompt into the model's chat template, or use it "
+        "as it is.  [default: --chat if there is one]")  # fmt: skip
 @answer_options(max_tokens=256)
 def generate(
-    model: str,
-    prompt: str | None,
-    file: str | None,
-    source: PlanSource,
-    max_tokens: int,
-    ctx: int,
-    temp: float,
-    seed: int | None,
-    chat: bool | None,
-    running: Running,
-) -> None:
-    """Answer a prompt with MODEL, a GGUF file. The text goes to stdout, the speed to stderr.
+    model: str, prompt: str | None, file: str | None, source: PlanSource, max_tokens: int, ctx: int, temp: float,
+    seed: int | None, chat: bool | None, running: Running
+) -> None:  # fmt: skip
+    """Answer a prompt with MODEL, a GGUF file. The answer goes to stdout, the speed to stderr.
 
-    With a plan, the sublayers that matter least are skipped, and no KV memory is kept for attentions that never run.
-    Without any option that says what to skip, plans and settings are those that `adaskip-cpp tune` wrote beside MODEL.
+    A plan skips the sublayers that matter least. Without options for a plan, it uses the plans and settings that
+    `adaskip-cpp tune` wrote beside MODEL, or else the whole model.
     """
     err = console(stderr=True)
     if (prompt is None) == (file is None):
-        raise click.UsageError("give a prompt either with -p or with -f")
+        raise click.UsageError("there must be one prompt; give it with -p, or a file with -f")
     text = prompt if prompt is not None else read_text(file or "")
     length = 1
     if source.asks_speedup:
-        # How long the prompt is, only the model's tokenizer knows, and the plan must be there before the model.
+        # Opening the model needs the plan, and the plan needs the length. So the tokenizer is opened first, alone.
         with closing(open_quietly(model, 256, Running(1, 0), vocab_only=True)) as tokenizer:
             length = max(len(_tokens(tokenizer, text, chat)), 1)
         if source.request is None or MODES[source.request.mode].in_bulk:
@@ -81,12 +68,12 @@ def generate(
         kv_line(llm),
     ]
     if answer.timing.is_cut:
-        lines.append("the answer stops where the context is full; --ctx gives more room")
+        lines.append("the answer stops because the context is full; use a larger --ctx")
     err.print("\n".join(lines), style="dim")
 
 
 def _tokens(llm: AdaSkipLlama, text: str, chat: bool | None) -> list[int]:
-    if not text:  # which would still have the tokens of the template around it
+    if not text:  # the chat template would add its own tokens
         return []
     if has_chat_template(llm) if chat is None else chat:
         return chat_tokens(llm, [("user", text)])

@@ -1,4 +1,4 @@
-"""``adaskip-cpp inspect``: what a model is made of, and what can be skipped in it."""
+"""``adaskip-cpp inspect``: shows the sublayers of a model, and which of them can be skipped."""
 
 import itertools
 from typing import Any
@@ -12,14 +12,14 @@ from ..measuring.running import Running, open_quietly
 from .terminal import console, json_option, model_options, table, verb
 
 
-@verb("Show what can be skipped in a model.", example="adaskip-cpp inspect model.gguf")
+@verb("Show which sublayers can be skipped.", example="adaskip-cpp inspect model.gguf")
 @click.argument("model")
 @model_options
 @json_option
 def inspect(model: str, running: Running, as_json: bool) -> None:
     """Show the sublayers of MODEL, a GGUF file: which can be skipped, and why others cannot.
 
-    Layers alike share a line. A window is how many tokens an attention looks back at, where that is not all.
+    Neighbouring layers of equal kind share a line. "window of N": the model's own attention sees N tokens, not all.
     """
     llm = open_quietly(model, 512, running)
     facts: dict[str, Any] = {
@@ -62,13 +62,13 @@ def _print(facts: dict[str, Any], sublayers: tuple[Sublayer, ...]) -> None:
     in_bulk = f", {n_in_bulk} more in the bulk of a prompt" if n_in_bulk else ""
     out.print(f"{facts['n_skippable']} of {2 * facts['n_layer']} sublayers can be skipped{in_bulk}.")
     if n_windowable := sum(row.windowable for row in sublayers):
-        out.print(f"{n_windowable} attentions can look back at a window in the bulk.")
+        out.print(f"{n_windowable} attentions can use a window in the bulk (option --windowed).")
     if not facts["can_move"]:
-        out.print("Tokens cannot be moved in memory: an edited prompt is read again from its first new token on.")
+        out.print("Its KV cells cannot be moved: an edited prompt is read again from its first changed token on.")
 
 
 def _cell(row: Sublayer) -> str:
     window = f", window of {row.window:,}" if row.window else ""
     if row.skippable:
         return f"[green]yes[/]{window}"
-    return f"[yellow]in the bulk alone[/]{window}: {row.reason}" if row.in_bulk else f"[yellow]no[/]: {row.reason}"
+    return f"[yellow]in the bulk only[/]{window}: {row.reason}" if row.in_bulk else f"[yellow]no[/]: {row.reason}"

@@ -1,15 +1,15 @@
-"""Options whose value is a list with commas: numbers, names, layers."""
+"""Types of options that take a list with commas: :func:`numbers`, :func:`names`, :data:`LAYERS`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
 
-_MOST_LAYERS = 9999  # more than any model has: a slip of the finger makes no list that fills the memory
+_MOST_LAYERS = 9999  # more than any model has; without it, a typing error such as 1-999999999 would fill the memory
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
-    """A tuple of what stands between commas, each once."""
+    """Turns text with commas into a tuple without duplicates."""
 
     name = "list"
 
@@ -36,7 +36,7 @@ class _Two(_List):
 
 
 def numbers(kind: type[int] | type[float], example: str, *, least: float = 1) -> _List:
-    """Return the type of an option that lists numbers, as ``6,12``; each is finite and at least ``least``."""
+    """Return an option type for finite numbers of at least ``least``, such as ``6,12``."""
 
     def read(part: str) -> tuple[float]:
         number = kind(part)
@@ -60,4 +60,4 @@ def _layers(part: str) -> range:
 
 LAYERS = _List(_layers, "a list of layers such as 1,5-7", "LAYERS")
 LAYERS_OF_BOTH = _Two(_layers, "two lists of layers such as 1,5-7/8,9", "LAYERS/LAYERS")
-"""Layers whose attention, and layers whose FFN is meant."""
+"""Layers of attentions, then layers of FFNs."""

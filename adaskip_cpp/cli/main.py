@@ -1,4 +1,4 @@
-"""The command line, ``adaskip-cpp``: one verb per module, dispatched here."""
+"""Entry point of ``adaskip-cpp``: registers the verbs. The code of each verb is in the module of its name."""
 
 import click
 
@@ -11,6 +11,7 @@ from .generate import generate
 from .inspect import inspect
 from .plan import plan
 from .plot import plot
+from .run import run
 from .serve import serve
 from .terminal import Verbs
 from .tune import tune
@@ -25,15 +26,15 @@ from .tune import tune
 @click.version_option(package_name="adaskip-cpp", message="%(prog)s %(version)s")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Skip the least important sublayers of a GGUF model in llama.cpp.
+    """Skip the least important sublayers of a GGUF model in llama.cpp, so that it reads long prompts faster.
 
-    `tune` finds the fastest plan that keeps a promise about quality, for `generate`, `chat` and `serve` to use. Step by
-    step: `calibrate` learns which attention and FFN blocks change their input least, `plan` and `plot` show it, `bench`
-    measures the speed and `evaluate` the quality. `demo` shows all on a small model.
+    `tune` finds the fastest plan that keeps a promise about quality. `generate`, `chat`, `serve` and `run` use this
+    plan. To go step by step: `calibrate` measures the sublayers (attention and FFN blocks), `plan` and `plot` show the
+    result, `bench` measures the speed, and `evaluate` the quality. `demo` shows all of this on a small model.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (demo, inspect, tune, generate, chat, serve, calibrate, plan, plot, bench, evaluate):
+for command in (demo, inspect, tune, generate, chat, serve, run, calibrate, plan, plot, bench, evaluate):
     main.add_command(command)

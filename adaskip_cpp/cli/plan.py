@@ -1,4 +1,4 @@
-"""``adaskip-cpp plan``: what a profile says to skip, why, and what that is predicted to bring."""
+"""``adaskip-cpp plan``: shows the plan that a profile gives, with all ranks, and the predicted speed-up."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -27,32 +27,33 @@ from .tune_report import print_frontier
 
 
 @verb(
-    "Show what would be skipped, and what that brings.",
+    "Show a plan and its predicted speed-up.",
     example="adaskip-cpp plan model.adaskip.json --speedup 1.25 --context 4096\n"
     "adaskip-cpp plan model.adaskip.json --skip 12 -o model.adaskip-plan.json\n"
     "adaskip-cpp plan model.adaskip-plan.json",
 )
 @click.argument("profile_path", metavar="PROFILE")
 @plan_options
-@option("--context", type=click.IntRange(min=1), default=2048, help="Prompt length to predict for.")
-@option("-o", "--output", metavar="PLAN", group=OUTPUT, help="Write the plan to a file too, for --plan of other verbs.")
+@option("--context", type=click.IntRange(min=1), default=2048, help="Prompt length for predictions, in tokens.")
+@option("-o", "--output", metavar="PLAN", group=OUTPUT,
+        help="Also write the plan to a file, for --plan of other verbs.")  # fmt: skip
 @json_option
 def plan(profile_path: str, request: PlanRequest | None, context: int, output: str | None, as_json: bool) -> None:
-    """Show the plan that PROFILE gives with these options: every sublayer's rank, and what is skipped.
+    """Show the plan that PROFILE gives with these options: the sublayers that it skips, and the rank of each sublayer.
 
-    PROFILE may be a plan file instead, written by `tune` or with -o. Then its plans are shown as they are, and what
-    `tune` measured of them.
+    PROFILE may also be a plan file, written by `tune` or with -o. Then its plans are shown, with the measurements of
+    `tune`. The only other option is then --json.
 
-    In the table, "divergence" is how far skipping the sublayer alone in the bulk of a prompt moves the tokens behind
-    it, in thousandths of a nat, and "rank" its place by that and the layers above it; in other modes both are by IO
-    similarity. "ms" are the milliseconds that skipping it alone is predicted to save in the phase of --phase, for a
-    whole prompt or for one token. b, p and d mark what is skipped in the bulk of a prompt, in prefill and in decode,
-    "scale" what its input is scaled by.
+    The table has these columns for each sublayer. "divergence": of next-token probabilities if the bulk skips it alone,
+    in thousandths of a nat per token. "rank": its place by divergence times the layers above it; rank 1 loses least.
+    Modes other than prompt rank by IO similarity, and show it. "ms": the predicted milliseconds that skipping it alone
+    saves, for a whole prompt or for one decoded token (see --phase). "skip": b, p, d if bulk, prefill, decode skip it.
+    "scale": the factor of its input.
     """
     out = console()
     if is_plan_file(profile_path):
         if request is not None or output is not None:
-            raise click.UsageError("a plan file is shown as it is; leave out other options")
+            raise click.UsageError("PROFILE is a plan file, which is shown as it is; leave out other options")
         _show_plan_file(out, load_plan(profile_path), profile_path, as_json)
         return
     if output is not None:
@@ -61,7 +62,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     request = request or PlanRequest()
     phase = request.faster_phase
     if request.speedup is None:
-        request = replace(request, phase=None)  # which says here what times to show
+        request = replace(request, phase=None)  # without a speed-up, --phase only chooses the times to show
     chosen = make_plan(profile, request.at(context))
     if output is not None:
         save_plan(output, chosen)
@@ -87,14 +88,14 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     print_plan(out, chosen, profile.similarity)
     _print_rows(out, rows)
     if cost is None:
-        out.print("No speed-up is predicted: the profile was calibrated with --no-cost.")
+        out.print("No speed-up is predicted, because the profile has no times; `calibrate --cost-only` adds them.")
     else:
         words = ", ".join(f"{name} {times:.2f} x" for name, times in speedup.items())
         what = "a prompt" if phase == "bulk" else phase
         measured = f"predicted from times of {cost.settings.words}, up to {cost.deepest:,} tokens"
-        out.print(f"ms: to be saved in {what}, {measured}", style="dim", markup=False)
-        out.print(f"Predicted at {context:,} tokens: {words} as fast.")
-        out.print(f"First token after {first['plan']:.3g} s, without skipping {first['full']:.3g} s.")
+        out.print(f"ms: time saved in {what}, {measured}", style="dim", markup=False)
+        out.print(f"Predicted speed-up at {context:,} tokens: {words}.")
+        out.print(f"Predicted first token: after {first['plan']:.3g} s, whole model {first['full']:.3g} s.")
     _print_elided(out, chosen)
     if output is not None:
         out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True, markup=False)
@@ -135,7 +136,7 @@ def _rows(profile: Profile, request: PlanRequest, chosen: SkipPlan, context: int
 
 
 def _phases(plan: SkipPlan) -> list[tuple[Phase, SkipSet]]:
-    """The phases that skip something of their own, and what; prefill too if there is no bulk."""
+    """Return the phases to show, with their sets: that of the prompt, decode, and prefill if it skips anything."""
     own = {plan.prompt_phase, "decode", *(("prefill",) if plan.prefill.n_skip else ())}
     return [(phase, plan.skipped(phase)) for phase in PHASES if phase in own]
 
@@ -162,13 +163,13 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: Floats | None = None)
         if bulk.narrowed:
             looks = f"attention in the bulk looks back at {bulk.window_size:,} tokens"
             out.print(f"\n{looks} in layers: {layer_list(bulk.narrowed)}")
-        out.print(f"\nThe bulk is all of a prompt but its first {bulk.head} tokens and its last {bulk.tail}.")
+        out.print(f"\nThe bulk is the prompt without its first {bulk.head} and its last {bulk.tail} tokens.")
     for start, each in chosen.schedule[1:]:
         out.print(f"from token {start} of an answer: {each.n_skip} skipped")
     if chosen.online is not None:
         out.print(
-            f"online: after {chosen.online.window} tokens of an answer, each other FFN whose similarity in them is at "
-            f"least {chosen.online.threshold:.4f} is skipped too"
+            f"online: after {chosen.online.window} tokens of an answer, it also skips every FFN whose similarity in "
+            f"these tokens is at least {chosen.online.threshold:.4f}"
         )
 
 
@@ -198,7 +199,7 @@ def _cells(row: dict[str, Any], timed: bool) -> list[str]:
 
 def _print_elided(out: Console, plan: SkipPlan) -> None:
     elided = plan.without_kv
-    why = "the bulk of a prompt keeps its K and V" if plan.bulk else "no attention is skipped in both phases"
+    why = "the bulk keeps its K and V" if plan.bulk else "no attention is skipped in both prefill and decode"
     out.print(
         f"No KV memory is needed for {len(elided)} layer{'' if len(elided) == 1 else 's'}: {layer_list(elided)}."
         if elided

@@ -1,4 +1,4 @@
-"""The options that choose a plan, the same for every verb, and the plan that they choose."""
+"""Options that choose a plan, for all verbs, and :func:`find_plan_source`, which finds the plan that they choose."""
 
 import os
 from collections.abc import Callable
@@ -29,7 +29,10 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class PlanSource:
-    """Where the plan comes from: a profile and a request, a plan file, or none of them for the whole model."""
+    """The source of the plan: a profile with a request, or a plan file; neither of them means the whole model.
+
+    ``note``, if there is one, tells the user which source was chosen.
+    """
 
     profile: Profile | None = None
     request: PlanRequest | None = None
@@ -43,24 +46,24 @@ class PlanSource:
 
     @property
     def asks_speedup(self) -> bool:
-        """Whether a speed-up is asked for, which depends on the prompt and on the times of the profile."""
+        """Whether the request is a speed-up: its plan depends on the length of the prompt."""
         return self.request is not None and self.request.speedup is not None
 
     def plan(self, context: int) -> SkipPlan | None:
-        """Return the plan for a prompt of so many tokens; None for the whole model, and where a frontier chooses."""
+        """Return the plan for a prompt of ``context`` tokens; None for the whole model, or if a frontier chooses."""
         if self.profile is not None and self.request is not None:
             return make_plan(self.profile, self.request.at(context))
         plan = None if self.file is None else self.file.plan
         return None if plan is None or plan.is_whole else plan
 
     def opening(self, context: int) -> dict[str, Any]:
-        """Return the arguments that open a model with what is asked for, for prompts of so many tokens."""
+        """Return the arguments that open a model with this plan, for prompts of ``context`` tokens."""
         if self.frontier is not None:
             return {"plan": self.frontier, "max_loss": self.max_loss}
         return {"plan": self.plan(context)}
 
     def tell(self, err: Console, llm: AdaSkipLlama) -> None:
-        """Say which plan it is, and where a speed-up is predicted from times of other settings than the model's."""
+        """Print which source was chosen. Warn if its times were measured with settings other than the model's."""
         if self.note:
             err.print(self.note, style="dim", markup=False)
         cost = None if self.profile is None else self.profile.cost
@@ -78,22 +81,22 @@ def find_plan_source(
     request: PlanRequest | None = None,
     to_be_whole: str = "--full",
 ) -> PlanSource:
-    """Find out what plan is asked for.
+    """Find the source of the plan: the first of these that there is.
 
-    That is the plan file named; or what a profile gives, named or beside the model; or else the plan file beside the
-    model, or the whole model without one. ``to_be_whole`` is the option by which one gets that all the same.
+    1. The given plan file. 2. A profile, given or beside the model, if there is a ``profile`` or a ``request``. 3. The
+    plan file beside the model. 4. The whole model. ``to_be_whole`` is the option that runs the whole model instead.
     """
     profiled = profile is not None or request is not None
     if max_loss is not None and (full or profiled):
-        raise click.UsageError("--max-loss chooses from what `tune` found; leave out what else to skip")
+        raise click.UsageError("--max-loss chooses a plan that `tune` found; leave out the other options for plans")
     if full + profiled + (plan_file is not None) > 1:
-        raise click.UsageError("--full, --plan and all others that say what to skip exclude each other; give one")
+        raise click.UsageError("--full, --plan and the options that make a plan exclude each other; give one of them")
     if full:
         return PlanSource()
     if profiled:
         path = profile or profile_path(model)
         if profile is None and not os.path.exists(path):
-            raise click.UsageError("what to skip needs --profile; write one with `adaskip-cpp calibrate`")
+            raise click.UsageError("a plan is made from a profile; give --profile, or run `adaskip-cpp calibrate`")
         note = f"The profile is {path}." if profile is None else ""
         return PlanSource(load_profile(model, path), request or PlanRequest(), note=note)
     found, note = None, ""
@@ -109,10 +112,10 @@ def find_plan_source(
             note = f"The whole model runs: {name} skips nothing."
         else:
             words = f"Plans lose at most {limit:g} nats per token" if found.plan is None else skipped_words(found.plan)
-            note = f"{words}: {name}; {to_be_whole} runs the whole model."
+            note = f"{words} ({name}). {to_be_whole} runs the whole model."
     if max_loss is not None and (found is None or found.frontier is None):
-        why = f"; run `adaskip-cpp tune {model}`" if found is None else ", and this plan file has one plan alone"
-        raise click.UsageError(f"--max-loss chooses from what `tune` found{why}")
+        why = f"run `adaskip-cpp tune {model}`" if found is None else "this file has one plan, so leave it out"
+        raise click.UsageError(f"--max-loss chooses from the plans that `tune` found; {why}")
     return PlanSource(file=found, max_loss=max_loss, note=note)
 
 
@@ -130,95 +133,67 @@ def _request(**given: Any) -> PlanRequest | None:
     if by_hand + ("n_skip" in chosen) + ("speedup" in chosen) > 1:
         raise click.UsageError("give either --skip or --speedup, or list what to skip with --attention and --ffn")
     if by_hand and chosen.get("strategy", "manual") != "manual":
-        raise click.UsageError("--attention and --ffn list what to skip; leave out --strategy")
+        raise click.UsageError("--attention and --ffn list the sublayers to skip; leave out --strategy")
     if chosen.get("strategy") == "manual" and not by_hand:
-        raise click.UsageError("--strategy manual needs --attention or --ffn")
+        raise click.UsageError("--strategy manual needs a list of sublayers; give --attention or --ffn")
     if "online" in chosen and MODES[chosen.get("mode", "prompt")].in_bulk and not chosen.get("decode"):
-        raise click.UsageError("--no-online is about decode, which runs whole; give --decode or --mode too")
+        raise click.UsageError("--no-online has no effect when decode skips nothing; give --decode or --mode too")
     return PlanRequest(**{**chosen, "strategy": "manual"} if by_hand else chosen)
 
 
 def _choosing(name: str, kind: Any, words: str, default: object = None) -> Callable[[_Command], _Command]:
-    """Return an option that is None where it is not given; its help says what ``default`` that stands for."""
+    """Return an option that is None if it is not given. Its help shows ``default``, which None stands for."""
     told = words if default is None else f"{words}  [default: {default}]"
     return option(name, group=CHOOSING, type=kind, help=told)
 
 
 _OPTIONS = {
-    "n_skip": option(
-        "--skip", "n_skip", type=click.IntRange(min=0), help=f"Sublayers to skip.  [default: {DEFAULT_N_SKIP}]"
-    ),
-    "speedup": option(
-        "--speedup",
-        type=click.FloatRange(min=1),
-        help="Instead: skip as much as this speed-up takes, as predicted for the machine that calibrated.",
-    ),
-    "phase": _choosing(
-        "--phase", click.Choice(TIMED), "The phase that --speedup is about.", "prefill, with --mode decode decode"
-    ),
-    "mode": _choosing(
-        "--mode",
-        click.Choice(MODES),
-        "prompt: just while nobody reads, in the bulk of a prompt. prefill: the same sublayers in both phases. decode: "
-        "none while the prompt is read. e2e: as prefill, and each answer adds FFNs after its first 20 tokens.",
-        "prompt",
-    ),
-    "decode": _choosing("--decode", click.IntRange(0), "With --mode prompt: sublayers to skip in decode.", 0),
-    "head": _choosing("--head", click.IntRange(0), "Tokens that begin a prompt and are no bulk.", DEFAULT_HEAD),
-    "tail": _choosing("--tail", click.IntRange(1), "Tokens that end a prompt and are no bulk.", DEFAULT_TAIL),
-    "windowed": _choosing(
-        "--windowed",
-        click.IntRange(0),
-        "Attentions, the model's last, that look back at a window in the bulk.",
-        "what --speedup is best reached with, else 0",
-    ),
-    "window_size": _choosing("--window-size", click.IntRange(1), "Tokens of that window.", "an eighth of the prompt"),
+    "n_skip": option("--skip", "n_skip", type=click.IntRange(min=0),
+                     help=f"Sublayers to skip.  [default: {DEFAULT_N_SKIP}]"),
+    "speedup": option("--speedup", type=click.FloatRange(min=1), help="Instead of --skip: skip enough for this "
+                      "speed-up, as predicted from the times in the profile. 1.5: 1.5 times as fast."),
+    "phase": _choosing("--phase", click.Choice(TIMED), "The phase that --speedup makes faster.",
+                       "prefill; decode with --mode decode"),
+    "mode": _choosing("--mode", click.Choice(MODES), "Phases that skip. prompt: the bulk, which is a prompt without "
+                      "its head and tail. prefill: the whole prompt and decode skip the same sublayers. decode: only "
+                      "decode. e2e: as prefill, and decode adds FFNs (see --no-online).", "prompt"),
+    "decode": _choosing("--decode", click.IntRange(0), "Sublayers to skip in decode, with --mode prompt.", 0),
+    "head": _choosing("--head", click.IntRange(0), "Tokens at a prompt's beginning that skip nothing.", DEFAULT_HEAD),
+    "tail": _choosing("--tail", click.IntRange(1), "Tokens at a prompt's end that skip nothing.", DEFAULT_TAIL),
+    "windowed": _choosing("--windowed", click.IntRange(0),
+                          "Number of attentions with a window in the bulk, counted from the last layer.",
+                          "the best number for --speedup, else 0"),
+    "window_size": _choosing("--window-size", click.IntRange(1), "Tokens in a window.", "an eighth of the prompt"),
     "strategy": _choosing("--strategy", click.Choice(list(STRATEGIES)), "How to choose sublayers.", "adaskip"),
-    "attention": _choosing("--attention", LAYERS, "Skip just these attentions, as 1,5-7, and --ffn."),
-    "ffn": _choosing("--ffn", LAYERS, "Skip just these FFNs, and --attention."),
-    "compensation": _choosing(
-        "--compensation",
-        click.Choice(list(COMPENSATIONS)),
-        "What stands in for a skipped sublayer: its input (none), that times the paper's norm ratio or the median "
-        "ratio, the latter plus a mean error vector (affine), or plus a linear map of low rank (linear).",
-        f"{DEFAULT_COMPENSATION}, with --strategy suffix none",
-    ),
-    "online": option(
-        "--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Add no FFNs in decode."
-    ),
-}
-"""The options by the parameter that each sets, in the order of the help; all are None where not given."""
+    "attention": _choosing("--attention", LAYERS, "Layers whose attention to skip, as 1,5-7. No others but --ffn."),
+    "ffn": _choosing("--ffn", LAYERS, "Layers whose FFN to skip, as 1,5-7. No others but --attention."),
+    "compensation": _choosing("--compensation", click.Choice(list(COMPENSATIONS)), "What replaces the output of a "
+                              "skipped sublayer. none: its input. paper: the input times the paper's norm ratio. "
+                              "median: the input times the median ratio. affine: median plus the mean error. linear: "
+                              "affine plus a low-rank map of the input.",
+                              f"{DEFAULT_COMPENSATION}; none with --strategy suffix"),
+    "online": option("--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Add no FFNs to the "
+                     "plan. Otherwise decode, e2e and --decode add some after 20 tokens of each answer."),
+}  # fmt: skip
+"""The options by the field of PlanRequest that each sets, in the order of the help; None if not given."""
 
 plan_options = options(*_OPTIONS.values(), made_of(_request, "request", *_OPTIONS))
-"""The options that say what to skip; the command gets them as ``request``, None without any."""
+"""The options that describe a plan; the command gets them as ``request``, or None if none is given."""
 
-plan_file_option = option(
-    "--plan",
-    "plan_file",
-    group=CHOOSING,
-    metavar="PLAN",
-    help="A plan file to use, written by `tune` or `plan -o`.  [default: the one beside MODEL, "
-    "X.adaskip-plan.json for X.gguf, if there is one]",
-)
+plan_file_option = option("--plan", "plan_file", group=CHOOSING, metavar="PLAN", help="Plan file to use, written by "
+                          "`tune` or `plan -o`.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
 
-max_loss_option = option(
-    "--max-loss",
-    type=click.FloatRange(min=0),
-    help="Take the fastest plan that `tune` found to lose at most so much, in nats per token; 0.05 lets the "
-    f"perplexity grow by 5%.  [default: {DEFAULT_LOSS}]",
-)
+max_loss_option = option("--max-loss", type=click.FloatRange(min=0), help="The promise: use the fastest plan of `tune` "
+                         "that adds at most this loss, in nats per token. With 0.05, the perplexity grows by at most "
+                         f"5%.  [default: {DEFAULT_LOSS}]")  # fmt: skip
 
 source_options = options(
-    option(
-        "--profile",
-        metavar="PROFILE",
-        help="Profile of this model, written by `calibrate`, to make a plan from.  [default where the options say what "
-        "to skip: the one beside MODEL, X.adaskip.json for X.gguf]",
-    ),
+    option("--profile", metavar="PROFILE", help="Profile of this model, written by `calibrate`, to make a plan from.  "
+           "[default for --skip, --speedup and the like: X.adaskip.json beside MODEL, X.gguf]"),
     plan_file_option,
     max_loss_option,
-    option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, whatever plan lies beside it."),
+    option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, even if a plan file lies beside it."),
     plan_options,
     made_of(find_plan_source, "source", "profile", "plan_file", "max_loss", "full", "request", kept="model"),
-)
-"""The options that say where the plan of MODEL comes from; the command gets them as ``source``."""
+)  # fmt: skip
+"""The options that choose the plan of MODEL; the command gets them as ``source``, a :class:`PlanSource`."""

@@ -1,4 +1,4 @@
-"""``adaskip-cpp plot``: the paper's figures from profiles, as pictures or on the terminal."""
+"""``adaskip-cpp plot``: draws profiles, plans and frontiers as pictures, or in the terminal."""
 
 import os
 import re
@@ -23,31 +23,28 @@ from .tune_report import print_frontier
 
 
 @verb(
-    "Draw a profile, or what `tune` found.",
+    "Draw a profile or a frontier.",
     example="adaskip-cpp plot smollm2.adaskip.json gemma3.adaskip.json -o pictures\n"
     "adaskip-cpp plot model.adaskip-plan.json -o pictures",
 )
 @click.argument("paths", metavar="PROFILE...", nargs=-1, required=True)
-@option("-o", "--output", metavar="DIR", help="Folder for the pictures; made where it is missing.")
-@option("--plan", "plan_file", group=CHOOSING, metavar="PLAN", help="A plan file to draw, of the one PROFILE.")
+@option("-o", "--output", metavar="DIR", help="Folder for the pictures; it is made if it does not exist.")
+@option("--plan", "plan_file", group=CHOOSING, metavar="PLAN", help="Plan file to draw; needs exactly one PROFILE.")
 @plan_options
-@option("--context", group=CHOOSING, type=click.IntRange(1), default=2048, help="Prompt length for --speedup.")
-@option("--terminal", group=OUTPUT, is_flag=True, help="Print them instead; so it is where matplotlib is missing.")
+@option("--context", group=CHOOSING, type=click.IntRange(1), default=2048, help="Prompt tokens for --speedup.")
+@option("--terminal", group=OUTPUT, is_flag=True, help="Print instead of drawing; the default without matplotlib.")
 def plot(
-    paths: tuple[str, ...],
-    output: str | None,
-    plan_file: str | None,
-    request: PlanRequest | None,
-    context: int,
-    terminal: bool,
-) -> None:
-    """Draw PROFILE: the IO similarity of layers, of attention and FFN, of both in prefill and decode, and a plan.
+    paths: tuple[str, ...], output: str | None, plan_file: str | None, request: PlanRequest | None, context: int,
+    terminal: bool
+) -> None:  # fmt: skip
+    """Draw each PROFILE as PNG and SVG.
 
-    Writes layers, sublayers and phases, and plan for each profile, as PNG and SVG. Several profiles share the pictures.
-    The plan is that of the options, or of --plan.
+    The pictures "layers", "sublayers" and "phases" show the IO similarity: of layers, of attention and FFN, and of both
+    in prefill and decode. All profiles share these pictures. "plan" shows the plan of the options or of --plan, one
+    picture for each profile.
 
-    PROFILE may be a plan file that `tune` wrote instead. Then its plans are drawn as one picture, frontier: loss
-    against predicted time to the first token, a curve for each prompt length.
+    PROFILE may also be a plan file of `tune`. Then the one picture "frontier" shows loss against predicted time to the
+    first token, with a curve for each prompt length.
     """
     profiles: dict[str, Profile] = {}
     frontiers: dict[str, Frontier] = {}
@@ -57,13 +54,13 @@ def plot(
         elif is_plan_file(path) and (frontier := load_plan(path).frontier) is not None:
             frontiers[name] = frontier
         else:
-            raise click.UsageError(f"{path} has no frontier; give profiles alone, or files that `tune` wrote")
+            raise click.UsageError(f"{path} has no frontier; give only profiles, or only files that `tune` wrote")
     if plan_file is not None:
         if request is not None or len(profiles) != 1:
-            raise click.UsageError("--plan is a whole plan, of one profile")
+            raise click.UsageError("--plan is complete; leave out other options for plans, and give one PROFILE")
         found = load_plan(plan_file)
         if found.plan is None:
-            raise click.UsageError("--plan has a frontier; give it alone, as PROFILE, to draw that")
+            raise click.UsageError("the file of --plan has a frontier; to draw it, give it as the only PROFILE")
         plans = dict.fromkeys(profiles, found.plan)
     else:
         wanted = (request or PlanRequest()).at(context)
@@ -75,11 +72,11 @@ def plot(
         _print(console(), profiles, plans)
         if missing and not terminal:
             console(stderr=True).print(
-                'For pictures install matplotlib: pip install "adaskip-cpp[plot]"', style="dim", markup=False
+                'For pictures, install matplotlib: pip install "adaskip-cpp[plot]"', style="dim", markup=False
             )
         return
     if output is None:
-        raise click.UsageError("give a folder for the pictures with -o, or --terminal")
+        raise click.UsageError("there is no folder for the pictures; give one with -o, or use --terminal")
     if frontiers:
         figures = {"frontier": profile_plots.frontiers(frontiers)}
     else:
@@ -93,11 +90,11 @@ def plot(
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Short names of the files, whole paths where those are alike."""
+    """Return short names of the files, or their paths if two short names are equal."""
     short = [re.sub(r"(\.adaskip(-plan)?)?(\.json)?$", "", os.path.basename(path)) for path in paths]
     names = short if len(set(short)) == len(short) else [path.removesuffix(".json") for path in paths]
     if len(set(names)) < len(names):
-        raise click.UsageError("a file is named twice")
+        raise click.UsageError("a file is given twice; give each once")
     return names
 
 

@@ -1,4 +1,4 @@
-"""What a request skipped, how fast it was and what memory it saved, in words."""
+"""Words for the terminal about one request: the sublayers that it skipped, its speed, its KV memory."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,20 +13,19 @@ PHASE_WORDS: dict[Phase, str] = {"bulk": "the bulk of a prompt", "prefill": "pre
 
 
 def kv_line(llm: AdaSkipLlama) -> str:
-    """How much KV memory a model has, and how many layers have none."""
     without = f", none for {len(llm.elided_kv)} of {llm.n_layer} layers" if llm.elided_kv else ""
     return f"KV:      {megabytes(llm.kv_bytes)}{without}"
 
 
 def megabytes(n_bytes: float) -> str:
-    """``1.5 MB``, decimal; kB below one."""
+    """Return ``1.5 MB``, where 1 MB is 10^6 bytes; below that kB."""
     if n_bytes < 1e6:
         return f"{n_bytes / 1e3:,.0f} kB"
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes < 1e8 else f"{n_bytes / 1e6:,.0f} MB"
 
 
 def layer_list(layers: Sequence[int]) -> str:
-    """``1, 5-7``, or ``none``."""
+    """Return ``1, 5-7``, or ``none``."""
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) or "none"
 
@@ -44,9 +43,10 @@ def speed_lines(timing: Timing) -> list[str]:
 def first_token_line(
     timing: Timing, plan: SkipPlan | None, cost: CostModel | None = None, point: Point | None = None
 ) -> str:
-    """How long the first token took, and what the plan brought, as a cost model or the point of a frontier predicts.
+    """Return the time of the first token, and its predicted time without the plan.
 
-    The prediction's ratio counts, not its seconds: the machine may be busier, or another one, than the one measured.
+    That is the measured time, times the speed-up that a cost model or a point of a frontier predicts. Its predicted
+    seconds are not used, because another machine may have been measured, or a less busy one.
     """
     line = f"first token after {_seconds(timing.first_token_s)}"
     if plan is None or not (plan.skipped("bulk").n_skip or plan.narrowed):
@@ -57,7 +57,7 @@ def first_token_line(
         times = point.speedup(timing.n_prompt)
     else:
         return line
-    return f"{line}; {_seconds(timing.first_token_s * times)} without skipping, as predicted"
+    return f"{line}; predicted without the plan: {_seconds(timing.first_token_s * times)}"
 
 
 def _seconds(value: float) -> str:
@@ -65,20 +65,19 @@ def _seconds(value: float) -> str:
 
 
 def skipped_words(plan: SkipPlan) -> str:
-    """Say in a few words what a plan leaves out."""
     phase: Phase = plan.prompt_phase if plan.skipped("bulk").n_skip or plan.narrowed else "decode"
     where = "" if phase == "prefill" else f" in {PHASE_WORDS[phase]}"
     return f"{plan.skipped(phase).n_skip} of {2 * plan.n_layer} sublayers skipped{window_words(plan)}{where}"
 
 
 def window_words(plan: SkipPlan) -> str:
-    """Say how many attentions look back at a window, with a comma before; "" for none."""
+    """Return the number of attentions with a window, after a comma; "" for none."""
     n, bulk = len(plan.narrowed), plan.bulk
     return f", {n} attention{'s' * (n > 1)} windowed to {bulk.window_size:,} tokens" if bulk and n else ""
 
 
 def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
-    """Sublayers skipped in the last request: in a prompt, or its bulk, in decode by the plan, and FFNs added."""
+    """Return what the last request skipped: sublayers in the bulk, sublayers in decode, FFNs that it added to these."""
     assert llm.plan is not None
     added = len(llm.online.ffn) if llm.online else 0
     return llm.plan.skipped("bulk").n_skip, llm.plan.decode_after(n_decoded).n_skip, added

@@ -1,4 +1,4 @@
-"""``adaskip-cpp serve``: answer over HTTP as OpenAI's API does."""
+"""``adaskip-cpp serve``: answers over HTTP by OpenAI's API. Reads the options; :mod:`..serving` does the work."""
 
 import functools
 import math
@@ -22,131 +22,83 @@ from .terminal import RUNNING, console, model_options, option, users_error, verb
 if TYPE_CHECKING:
     from ..serving.llama import ServedLlama
 
-_who = functools.partial(option, group="Who may ask")
-_kept = functools.partial(option, group="What is kept")
+_who = functools.partial(option, group="Who may use it")
+_kept = functools.partial(option, group="Models and memory")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def _size(text: str) -> int:
-    """Return the bytes of a size such as 500M or 2G."""
+    """Return the bytes of a size such as 500M (500 * 10^6) or 2G."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.upper())
     if not found:
-        raise click.BadParameter(f"{text!r} is no size; use bytes, or as 500M, 2G")
+        raise click.BadParameter(f"{text!r} is not a size; use a number of bytes, or for example 500M or 2G")
     return int(float(found[1]) * _UNITS[found[2]])
 
 
 @verb(
-    "Serve models over HTTP, as OpenAI's API does.",
+    "Serve models by OpenAI's API.",
     example="adaskip-cpp serve model.gguf\nadaskip-cpp serve model.gguf --cache-dir ~/.cache/adaskip-cpp --ctx 16384\n"
     "adaskip-cpp serve small.gguf large.gguf --keep 2",
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@option(
-    "--plan",
-    "plan_file",
-    metavar="auto|none|PLAN",
-    default="auto",
-    help="What to skip: what `tune` wrote beside MODEL, nothing, or a plan file. A request can ask for another.",
-)
+@option("--plan", "plan_file", metavar="auto|none|PLAN", default="auto", help="auto: plans of `tune` beside MODEL. "
+        "none: the whole model. Or a plan file. Requests may choose others.")  # fmt: skip
 @max_loss_option
 @option("--host", default="127.0.0.1", help="Address to listen on.")
-@option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0 for a free one.")
-@_who(
-    "--api-key-file",
-    metavar="FILE",
-    help="Keys, one a line; clients must send one of them.  [default: the one in ADASKIP_API_KEY, if it is set]",
-)
-@_who("--allow-host", "allowed", metavar="NAME", multiple=True, help="A name that it may be asked by without a key.")
-@_who("--insecure", is_flag=True, help="Listen beyond this machine without a key.")
-@_who("--log-prompts", is_flag=True, help="Print what clients send to stderr; else it is never in the log.")
-@_kept(
-    "--alias",
-    "aliases",
-    metavar="NAME",
-    multiple=True,
-    help="Name of the first model, of the second where it is given twice, and so on.  [default: X of X.gguf]",
-)
-@_kept("--keep", type=click.IntRange(1), default=1, help="Models in memory; the least recently used makes room.")
-@_kept(
-    "--keep-alive",
-    type=click.FloatRange(0, min_open=True),
-    metavar="MINUTES",
-    help="Take a model out of memory that nobody asks for so long.  [default: never]",
-)
-@_kept(
-    "--reuse",
-    type=click.Choice(REUSES),
-    default="auto",
-    help="What of an earlier prompt is used again: its beginning (prefix), or each run of 80 tokens (edits); auto: "
-    "runs as far as `tune` has measured that they keep the promise. A request can ask for another.",
-)
-@_kept(
-    "--cache-dir",
-    metavar="FOLDER",
-    help="Keep what was read there too, so that a restart forgets nothing.  [default: in memory alone]",
-)
-@_kept(
-    "--cache-size",
-    metavar="SIZE",
-    type=_size,
-    default="2G",
-    help="Most that is kept of a model, in memory and in the folder each.",
-)
-@option("--ctx", group=RUNNING, type=click.IntRange(256, 2**31 - 1), default=8192, help="Context in tokens.")
-@option(
-    "--stuck-timeout",
-    group=RUNNING,
-    metavar="SECONDS",
-    type=click.FloatRange(0, min_open=True),
-    default=60,
-    help="Load a model anew that takes no step: neither 512 tokens of a prompt, nor one of an answer.",
-)
+@option("--port", type=click.IntRange(0, 65535), default=8000, help="Port to listen on; 0: any free one.")
+@_who("--api-key-file", metavar="FILE", help="File of API keys, one per line; each client must send one.  [default: "
+      "the key in ADASKIP_API_KEY, if set]")  # fmt: skip
+@_who("--allow-host", "allowed", metavar="NAME", multiple=True, help="Host name to accept without a key; repeatable.")
+@_who("--insecure", is_flag=True, help="Let other machines use it without a key.")
+@_who("--log-prompts", is_flag=True, help="Print all requests to stderr; else no client's text is printed.")
+@_kept("--alias", "aliases", metavar="NAME", multiple=True, help="Clients' name for the first model; repeat it for "
+       "the second, and so on.  [default: X for X.gguf]")  # fmt: skip
+@_kept("--keep", type=click.IntRange(1), default=1, help="Most models in memory; the least recently used is unloaded.")
+@_kept("--keep-alive", type=click.FloatRange(0, min_open=True), metavar="MINUTES",
+       help="Unload a model after this many minutes without a request.  [default: never]")  # fmt: skip
+@_kept("--reuse", type=click.Choice(REUSES), default="auto", help="Tokens of an earlier prompt that are not read "
+       "again. prefix: those at its beginning. edits: also equal runs of 80 tokens at other places. auto: edits, if "
+       "`tune` measured that they keep the promise. Requests may choose.")  # fmt: skip
+@_kept("--cache-dir", metavar="FOLDER", help="Also save read prompts here, for a restart.  [default: only in memory]")
+@_kept("--cache-size", metavar="SIZE", type=_size, default="2G",
+       help="Most bytes of saved prompts per model: in memory, and as many in the folder.")  # fmt: skip
+@option("--ctx", group=RUNNING, type=click.IntRange(256, 2**31 - 1), default=8192,
+        help="Size of the context in tokens.")  # fmt: skip
+@option("--stuck-timeout", group=RUNNING, metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=60,
+        help="Restart a model if one step takes longer: 512 tokens of a prompt, or one of an answer.")  # fmt: skip
 @model_options
 def serve(
-    models: tuple[str, ...],
-    plan_file: str,
-    max_loss: float | None,
-    host: str,
-    port: int,
-    api_key_file: str | None,
-    allowed: tuple[str, ...],
-    insecure: bool,
-    log_prompts: bool,
-    aliases: tuple[str, ...],
-    keep: int,
-    keep_alive: float | None,
-    reuse: ReuseName,
-    cache_dir: str | None,
-    cache_size: int,
-    ctx: int,
-    stuck_timeout: float,
-    running: Running,
-) -> None:
-    """Serve each MODEL, a GGUF file, to every client that speaks OpenAI's API.
+    models: tuple[str, ...], plan_file: str, max_loss: float | None, host: str, port: int, api_key_file: str | None,
+    allowed: tuple[str, ...], insecure: bool, log_prompts: bool, aliases: tuple[str, ...], keep: int,
+    keep_alive: float | None, reuse: ReuseName, cache_dir: str | None, cache_size: int, ctx: int, stuck_timeout: float,
+    running: Running
+) -> None:  # fmt: skip
+    """Serve each MODEL, a GGUF file, to clients of OpenAI's API, or of Anthropic's Messages API.
 
-    Long prompts are read faster by the plan, and what was read before is not read again.
+    Long prompts are read faster with a plan, and text that was read before is not read again.
     """
     try:
         from ..serving.app import make_app
         from ..serving.middleware import is_loopback
         from ..serving.prefix_cache import usable
+        from ..serving.process import Worker
         from ..serving.server import listen, run
         from ..serving.worker import Opening
-        from ..serving.workers import Worker, Workers
+        from ..serving.workers import Workers
     except ImportError as error:
         raise PackageMissingError(
-            f"serving needs further packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
+            f"the server needs more packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
         ) from error
     keys = _keys(api_key_file)
     if not (is_loopback(host) or keys or insecure):
         raise click.UsageError(
-            f"{host} can be reached from other machines; give --api-key-file, or --insecure to let everyone in"
+            f"other machines can reach {host}; give --api-key-file, or --insecure to let everyone in"
         )
     if cache_dir is not None:
-        with usable(Path(cache_dir)):  # refused now, not when a process opens its model
+        with usable(Path(cache_dir)):  # fails now, not when a process opens its model
             pass
-    ctx = -(-ctx // 256) * 256  # as llama.cpp rounds it, unlike llama_cpp.Llama
+    ctx = -(-ctx // 256) * 256  # llama.cpp rounds up to this, and llama_cpp.Llama would not know
     err = console(stderr=True)
     names, all_ = _names(models, aliases), []
     for name, model in zip(names, models, strict=True):
@@ -159,7 +111,7 @@ def serve(
         workers = Workers(all_, n_ctx=ctx, keep=keep, keep_alive=60 * (keep_alive or math.inf))
         app, queue = make_app(workers, keys=keys, names=(host, *allowed), log_prompts=log_prompts)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        ready = f"{', '.join(names)} at {address}/v1, to look at {address}; Ctrl-C ends it."
+        ready = f"Serving {', '.join(names)} at {address}/v1. A page to try it: {address}. Ctrl-C ends it."
         run(app, queue, workers, listener, functools.partial(err.print, ready, markup=False, soft_wrap=True))
 
 
@@ -167,24 +119,17 @@ def _names(models: tuple[str, ...], aliases: tuple[str, ...]) -> list[str]:
     """Return what clients call the models."""
     names = [*aliases, *(os.path.basename(model).removesuffix(".gguf") for model in models[len(aliases) :])]
     if len(aliases) > len(models):
-        raise click.UsageError("there are more names by --alias than models; give one a model")
+        raise click.UsageError("--alias is given more often than there are models; give one for each model")
     if twice := [name for name in names if names.count(name) > 1]:
-        raise click.UsageError(f"two models are called {twice[0]!r}; give each a name by --alias")
+        raise click.UsageError(f"two models have the name {twice[0]!r}; give each its own name with --alias")
     return names
 
 
 def _open(
-    name: str,
-    model: str,
-    plan_file: str,
-    max_loss: float | None,
-    ctx: int,
-    reuse: Reuse,
-    cache_size: int,
-    cache_dir: str | None,
-    running: Running,
-) -> "ServedLlama":
-    """Open a model, in its own process; what it raises is told as it is."""
+    name: str, model: str, plan_file: str, max_loss: float | None, ctx: int, reuse: Reuse, cache_size: int,
+    cache_dir: str | None, running: Running
+) -> "ServedLlama":  # fmt: skip
+    """Open a model; runs in the model's process. A user's error becomes a NativeError, whose text the log shows."""
     from ..serving.llama import ServedLlama
     from ..serving.plans import Plans
     from ..serving.prefix_cache import PrefixCache
@@ -202,7 +147,7 @@ def _open(
             running,
             name=name,
             reuse=reuse,
-            plan=source.frontier,  # for its settings
+            plan=source.frontier,  # its settings are used to open the model
             plans=Plans(own, source.frontier, promise, profile, ctx),
             cache=PrefixCache(cache_size, cache_dir),
         )
@@ -213,11 +158,11 @@ def _open(
 
 
 def _keys(file: str | None) -> list[str]:
-    """Return the keys of a file, or the one in the environment: what stands in a command, all users can see."""
+    """Return the keys from a file or from the environment. All users could see a key on the command line."""
     lines = os.environ.get("ADASKIP_API_KEY", "") if file is None else read_text(file)
     keys = list(dict.fromkeys(filter(None, map(str.strip, lines.splitlines()))))
     if file is not None and not keys:
-        raise click.UsageError(f"there is no key in {file!r}; write one a line, or leave --api-key-file out")
+        raise click.UsageError(f"{file!r} has no key; write one per line, or leave out --api-key-file")
     return keys
 
 
@@ -228,5 +173,5 @@ def _source(model: str, plan: str, max_loss: float | None) -> PlanSource:
     found = find_plan_source(model, plan_file=named, max_loss=max_loss, to_be_whole="--plan none")
     if plan == "auto" and found.file is None and not found.note:
         name = os.path.basename(plan_path(model))
-        return PlanSource(note=f"There is no {name}: the whole model runs; `adaskip-cpp tune {model}` finds a plan.")
+        return PlanSource(note=f"There is no {name}, so the whole model runs. `adaskip-cpp tune {model}` finds plans.")
     return found

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: help in groups, one-line errors, the options of a model, loading one."""
+"""Shared by all verbs: help in groups, errors in one line, tables, the options of a model. Start at :func:`verb`."""
 
 import contextlib
 import errno
@@ -25,11 +25,11 @@ from ..measuring.running import Running
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-CHOOSING, RUNNING, OUTPUT = "Choosing what is skipped", "Running the model", "Output"  # headings of groups of options
+CHOOSING, RUNNING, OUTPUT = "What to skip", "Running the model", "Output"  # headings of groups of options
 
 
 class _Option(click.Option):
-    """An option that knows the heading it stands under. A number is N or X, where click says INTEGER RANGE."""
+    """An option that knows its heading in the help. The help shows numbers as N or X, not as click's INTEGER RANGE."""
 
     def __init__(self, *args: Any, group: str, **settings: Any) -> None:
         self.group = group
@@ -39,19 +39,17 @@ class _Option(click.Option):
 
 
 class _Verb(click.Command):
-    """A command whose help has an example above its options, and these in groups, in order of appearance."""
+    """A command whose help has an example, then its options in groups, in order of appearance."""
 
     def __init__(self, *args: Any, example: str, **settings: Any) -> None:
         self.example = example
         super().__init__(*args, **settings)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the arguments in ``ctx.meta["arguments"]``, for who tells how to repeat the command."""
-        ctx.meta["arguments"] = list(args)
+        ctx.meta["arguments"] = list(args)  # for messages that say how to repeat the command
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the example and the groups; those without a heading come first, as "Options"."""
         with formatter.section("Example"):
             formatter.write_text(f"\b\n{self.example}")
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
@@ -63,18 +61,18 @@ class _Verb(click.Command):
                 formatter.write_dl(records)
 
 
-def verb(short_help: str, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function a command; ``short_help`` stands in the list of commands."""
-    return click.command(cls=_Verb, short_help=short_help, example=example)
+def verb(short_help: str, *, example: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function a command; the list of commands shows ``short_help``."""
+    return click.command(cls=_Verb, short_help=short_help, example=example, **settings)
 
 
 def option(*names: str, group: str = "Options", **settings: Any) -> Callable[[_Command], _Command]:
-    """Add an option with its default, under a heading of the help; without one among the few that matter most."""
+    """Add an option to a command. Its help shows its default, under the heading ``group``."""
     return click.option(*names, cls=_Option, group=group, **{"show_default": True, **settings})
 
 
 class Verbs(click.Group):
-    """A group of commands that tells the user's errors in one line on stderr, without a traceback."""
+    """A group of commands. It prints a user's error as one line on stderr, without a traceback."""
 
     def main(  # type: ignore[override]  # click overloads it by the value of standalone_mode
         self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **extra: Any
@@ -93,34 +91,36 @@ class Verbs(click.Group):
             _fail("interrupted", 130)
         except Exception as error:
             _drop_unprinted()
-            if is_broken_pipe(error):  # nobody reads on, as behind `| head`
+            if is_broken_pipe(error):  # the reader has ended, as in `| head`
                 sys.exit(1)
             if (line := users_error(error)) is None:
                 raise
             _fail(line, 1)
+        if callable(code):  # a program that is not ours: its errors and signals are its own
+            code()
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def is_broken_pipe(error: Exception) -> bool:
-    """Whether nobody reads what is printed any more; Windows calls that an invalid argument."""
+    """Whether the reader of stdout has ended. Windows reports that as an invalid argument."""
     return isinstance(error, BrokenPipeError) or (
         sys.platform == "win32" and isinstance(error, OSError) and (error.errno, error.filename) == (errno.EINVAL, None)
     )
 
 
 def users_error(error: Exception) -> str | None:
-    """What to tell of an error that a user can cause; None for a mistake of ours, whose traceback is wanted."""
+    """Return one line about an error that a user can cause; None for a bug, which needs its traceback."""
     if isinstance(error, AdaSkipError):
         return str(error)
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller --ctx"
     if isinstance(error, OSError):
-        if error.strerror is None:  # one of ours, which says what to do
+        if error.strerror is None:  # raised by this package; its message says what to do
             return str(error)
         file = f"{error.filename!r}: " if error.filename else ""
         return f"{file}{error.strerror}; check the path, its permissions and the space left"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    # llama-cpp-python raises these for whatever llama.cpp refuses; not all of them pass through AdaSkipLlama.eval.
+    # llama-cpp-python raises RuntimeError when llama.cpp refuses something. AdaSkipLlama.eval does not see all of them.
     if isinstance(error, RuntimeError) and frame.f_globals.get("__name__", "").startswith("llama_cpp."):
         return f"llama.cpp failed: {error}; try a smaller --ctx or --gpu-layers 0"
     return None
@@ -128,9 +128,9 @@ def users_error(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make a KeyboardInterrupt of Ctrl-C, and of the SIGTERM of `timeout` and service managers: what is known is told.
+    """Turn SIGINT (Ctrl-C) and SIGTERM (`timeout`, service managers) into KeyboardInterrupt.
 
-    Outside, the package ends its script at once. Where SIGINT is ignored, as behind `nohup`, that stays so.
+    So a verb can still print its results so far. An ignored SIGINT, as under `nohup`, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -150,9 +150,9 @@ def _interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _printable() -> Iterator[None]:
-    """Let stdout escape what its encoding lacks, as stderr does: models write in all languages, and Windows' pipes not.
+    r"""Make stdout escape characters that it cannot encode (``\x..``), as stderr does.
 
-    UTF-8 lacks what the name of a file may have that is none.
+    Models write in all languages, but pipes on Windows have no UTF-8. Names of files may contain invalid UTF-8.
     """
     out = sys.stdout
     if not isinstance(out, io.TextIOWrapper) or out.errors != "strict":
@@ -166,7 +166,7 @@ def _printable() -> Iterator[None]:
 
 
 def _drop_unprinted() -> None:
-    """Forget what stdout cannot take: Python would try again when it ends, and print an exception."""
+    """Drop output that stdout cannot take: Python would write it again at exit, and print an exception."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -174,7 +174,7 @@ def _drop_unprinted() -> None:
 
 
 def _raise_again(unraisable: Any) -> None:
-    """Interrupt once more where Ctrl-C landed in a call from C or from a destructor, out of which nothing is raised."""
+    """Repeat a Ctrl-C that arrived in a callback from C or in a destructor, because Python drops exceptions there."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]).start()
     else:
@@ -192,7 +192,7 @@ def console(*, stderr: bool = False) -> Console:
 
 @contextlib.contextmanager
 def save_svg(path: str, title: str) -> Iterator[Console]:
-    """Yield a console; what is printed on it becomes an SVG without references to the network."""
+    """Yield a console and save its output as an SVG file that loads nothing from the network."""
     out = Console(
         file=io.StringIO(),
         highlight=False,
@@ -211,17 +211,17 @@ def options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
 
 
 def table(*columns: str | Column, **settings: Any) -> Table:
-    """Return an empty table. Of columns that are names alone, all but the first are figures."""
+    """Return an empty table. Columns given as strings are aligned right, except the first."""
     first, *others = columns
     figures = (Column(each, justify="right") if isinstance(each, str) else each for each in others)
     return Table(first, *figures, **{"box": SIMPLE_HEAD, "pad_edge": False, "title_justify": "left", **settings})
 
 
-json_option = option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead.")
+json_option = option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead of tables and text.")
 
 
 def made_of(make: Callable[..., Any], name: str, *parts: str, kept: str = "") -> Callable[[_Command], _Command]:
-    """Let a command take, as ``name``, what ``make`` returns of other values, in their place but for the one kept."""
+    """Pass a command ``name=make(**parts)`` in place of the options ``parts``. It also gets the option ``kept``."""
 
     def wrap(command: _Command) -> _Command:
         @functools.wraps(command)
@@ -245,32 +245,19 @@ _running = functools.partial(option, group=RUNNING)
 
 model_options = options(
     _running("--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: as tuned, else physical cores]"),
-    _running(
-        "--gpu-layers",
-        type=click.IntRange(-1),
-        default=-1,
-        help="Layers to run on a GPU, if llama-cpp-python is built for one; -1 for all.",
-    ),
-    _running(
-        "--flash-attn/--no-flash-attn",
-        default=None,
-        help="Compute attention as one operation, or not.  [default: as tuned, else not]",
-    ),
-    _running(
-        "--rpc",
-        multiple=True,
-        metavar="HOST:PORT",
-        help="An rpc-server of llama.cpp that takes layers too, before this machine's GPUs; may be repeated.",
-    ),
+    _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there are any; -1: all."),
+    _running("--flash-attn/--no-flash-attn", default=None, help="Use flash attention.  [default: as tuned, else no]"),
+    _running("--rpc", multiple=True, metavar="HOST:PORT", help="An rpc-server of llama.cpp that runs layers. It gets "
+             "layers before local GPUs do. May be repeated."),
     made_of(_run_with, "running", "threads", "gpu_layers", "flash_attn", "rpc"),
-)
+)  # fmt: skip
 
 
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
     return options(
-        option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Longest answer."),
-        _running("--ctx", type=click.IntRange(8, 2**31 - 1), default=8192, help="Context in tokens."),
-        _running("--temp", type=click.FloatRange(0), default=0.8, help="0: always the likeliest."),
-        _running("--seed", type=click.IntRange(0, 2**32 - 2), help="Seed of sampling.  [default: random]"),
+        option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Most tokens in an answer."),
+        _running("--ctx", type=click.IntRange(8, 2**31 - 1), default=8192, help="Size of the context, in tokens."),
+        _running("--temp", type=click.FloatRange(0), default=0.8, help="Temperature; 0: always the likeliest token."),
+        _running("--seed", type=click.IntRange(0, 2**32 - 2), help="Random seed of sampling.  [default: random]"),
         model_options,
     )

@@ -1,4 +1,4 @@
-"""``adaskip-cpp tune``: find the fastest settings of a model and its frontier of plans, and write them beside it."""
+"""``adaskip-cpp tune``: finds the fastest settings of a model, and its plans, and writes them to a file beside it."""
 
 import os
 import time
@@ -21,52 +21,46 @@ from .tune_report import minutes, print_frontier
 
 
 @verb(
-    "Find the fastest settings and plans, once for each model.",
+    "Find the fastest settings and plans.",
     example="adaskip-cpp tune model.gguf\nadaskip-cpp tune model.gguf --data notes.txt --text letters.txt",
 )
 @click.argument("model")
-@option("--context", type=click.IntRange(min=1), default=8192, help="Prompt length, in tokens, to be fast at.")
-@option("--answer", "n_answer", type=click.IntRange(min=0), default=128, help="Answer length, in tokens.")
-@option("--data", "files", multiple=True, metavar="FILE", help="Text to calibrate on; may be repeated.")
+@option("--context", type=click.IntRange(min=1), default=8192, help="Usual length of your prompts, in tokens.")
+@option("--answer", "n_answer", type=click.IntRange(min=0), default=128, help="Usual length of answers, in tokens.")
+@option("--data", "files", multiple=True, metavar="FILE", help="UTF-8 text to calibrate on, - for stdin; may be "
+        "repeated.  [default: pages, sources and docstrings of Python's library]")  # fmt: skip
 @option("--text", "text_files", multiple=True, metavar="FILE",
-        help="Other text, to judge by; may be repeated.  [default: text that calibration leaves out]")  # fmt: skip
+        help="Other UTF-8 text, to judge answers; may be repeated.  [default: more of Python's library]")  # fmt: skip
 @model_options
 @option("-o", "--output", group=OUTPUT, metavar="PLAN",
-        help="Plan file to write.  [default: beside MODEL, X.adaskip-plan.json for X.gguf]")  # fmt: skip
-@option("--fresh", group=OUTPUT, is_flag=True, help="Begin anew, whatever an earlier run that was stopped has found.")
+        help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
+@option("--fresh", group=OUTPUT, is_flag=True, help="Start again; do not continue a run that was stopped.")
 @json_option
 def tune(
-    model: str,
-    context: int,
-    n_answer: int,
-    files: tuple[str, ...],
-    text_files: tuple[str, ...],
-    output: str | None,
-    fresh: bool,
-    running: Running,
-    as_json: bool,
-) -> None:
-    """Find what makes MODEL, a GGUF file, fastest on this machine, and write it to a plan file.
+    model: str, context: int, n_answer: int, files: tuple[str, ...], text_files: tuple[str, ...], output: str | None,
+    fresh: bool, running: Running, as_json: bool
+) -> None:  # fmt: skip
+    """Find the settings and plans that make MODEL, a GGUF file, fastest on this machine. Write them to a plan file.
 
-    First it tries settings that change only the speed: flash attention, repacked weights, threads, batch sizes.
-    --threads and --flash-attn fix theirs. Then it finds plans of growing speed, which skip more and more sublayers
-    while a long prompt is read. It measures how much worse answers become, on text that had no part in finding the
-    plans. Some answers continue a prompt, others copy from it. A plan is never used if it loses a pass key, hidden in
-    a prompt, that the whole model finds.
+    First it tries settings that change only speed and rounding: flash attention, repacked weights, threads, batch
+    sizes. --threads and --flash-attn fix theirs. Then it finds plans of growing speed, which skip more and more
+    sublayers while a long prompt is read. It measures how much worse answers become, on text that was not used to find
+    the plans. Some answers continue a prompt, others copy from it. A plan is rejected if it loses a pass key: a number
+    hidden in a prompt that the whole model finds.
 
     `generate`, `chat`, `serve` and AdaSkipLlama(plan="auto") use the file that lies beside its model. For each prompt
-    they take the fastest plan that keeps a promise: the loss grows by at most 0.05 nats per token, and so the
-    perplexity by 5%. Their option --max-loss sets another promise.
+    they take the fastest plan that keeps a promise: the loss grows by at most 0.05 nats per token, so the perplexity
+    grows by at most 5%. Their option --max-loss sets another promise.
 
-    An edited prompt shares tokens with the one before. It also measures the loss where these are not read again.
+    An edited prompt shares tokens with the one before. `tune` also measures the loss if these are not read again.
 
-    It reads at most 120,000 tokens. A run that was stopped goes on where it was.
+    It reads at most 120,000 tokens. If it was stopped, the same command continues where it was.
     """
     start = time.monotonic()
     target = output or plan_path(model)
     check_output(target)
     if both := {*map(os.path.realpath, files)} & {*map(os.path.realpath, text_files)}:
-        raise DataError(f"{min(both)!r} cannot both teach and judge; give different files to --data and --text")
+        raise DataError(f"{min(both)!r} is given to --data and --text; give each a file of its own")
     data, texts = read_texts(files), read_texts(text_files)
     key = content_hash([fingerprint(model), context, n_answer, data, texts, running.given(), running.gpu_layers])
     unfinished = f"{target.removesuffix('.json')}-unfinished.json"
@@ -74,9 +68,7 @@ def tune(
         Memo(unfinished).remove()
     memo = Memo(unfinished, key)
     tell = partial(console(stderr=True).print, style="dim", markup=False, soft_wrap=True)
-    tell(
-        "This measures how fast this machine is: let nothing else run. Ctrl-C is safe: the same command goes on later."
-    )
+    tell("This measures the speed of this machine, so run nothing else. After Ctrl-C, the same command continues.")
     frontier = tuning.tune(
         model,
         context=context,

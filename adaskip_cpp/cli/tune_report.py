@@ -1,4 +1,4 @@
-"""Prints what `adaskip-cpp tune` found: the settings that it tried, the frontier, and the measured speed."""
+"""Prints the results of `adaskip-cpp tune`: settings, plans, edited prompts, speed. Start at :func:`print_frontier`."""
 
 import math
 
@@ -19,7 +19,7 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
     if frontier.tried:
         _print_settings(out, frontier)
     if not frontier.points:
-        out.print("[bold]No plan makes prompts faster, so the model is left whole.[/]")
+        out.print("[bold]No plan makes prompts faster, so nothing is skipped.[/]")
     else:
         _print_points(out, frontier)
         _print_promises(out, frontier)
@@ -27,8 +27,8 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
     _print_speeds(out, frontier)
     if "judged_on" in (about := frontier.about):
         out.print(
-            f"Judged on {about['judged_on']}; searched on {about['searched_on']}; calibrated on "
-            f"{about['calibrated_on']}. {frontier.n_read:,} tokens were read.",
+            f"Answers judged on {about['judged_on']}; plans found on {about['searched_on']}; calibrated on "
+            f"{about['calibrated_on']}. The model read {frontier.n_read:,} tokens.",
             style="dim",
             markup=False,
         )
@@ -49,7 +49,7 @@ def _print_settings(out: Console, frontier: Frontier) -> None:
         best = tried if tried.chosen else best
     out.print(rows)
     chosen = _difference(frontier.settings, base.settings)
-    out.print(f"Chosen: {chosen}. They change answers by rounding alone.\n" if chosen else "Chosen: the defaults.\n")
+    out.print(f"Chosen: {chosen}. They change only the rounding.\n" if chosen else "Chosen: the defaults.\n")
 
 
 def _difference(settings: Settings, before: Settings) -> str:
@@ -79,12 +79,12 @@ def _print_points(out: Console, frontier: Frontier) -> None:
         )
     out.print(rows)
     out.print(
-        "attn, FFN: sublayers that the bulk of a prompt skips; windows: attentions that look back at a window there. "
-        "Divergence and added loss are in nats per token, of answers that continue the prompt, as is the share of "
-        "tokens for which plan and whole model find the same one likeliest; in copies: the divergence of answers that "
-        "copy from the prompt. Means over texts, ± half of a 95% interval. Speed: how many times as fast the first "
-        "token is, as predicted. In prompts twice as long plans are taken to lose "
-        f"{GROWTH:g} times as much.\n",
+        "attn, FFN: sublayers that the bulk of a prompt skips. windows: attentions with a window there. divergence, "
+        "added loss: in nats per token, of answers that continue the prompt. in copies: the divergence of answers that "
+        "copy from the prompt. same token: how often plan and whole model find the same token likeliest. pass keys: "
+        "found by the plan, and by the whole model. Means over texts, ± half of a 95% interval. speed: how many times "
+        "as fast the first token comes, predicted. For a prompt twice as long, the loss is assumed to be "
+        f"{GROWTH:g} times as large.\n",
         style="dim",
     )
 
@@ -104,7 +104,7 @@ def _print_promises(out: Console, frontier: Frontier) -> None:
             gives = (
                 f"{point.speedup(length):.2f} times the speed at {length:,} tokens. The perplexity grows by at most "
                 f"{math.exp(promise) - 1:.0%}, and {point.continuation.agreement.value:.0%} of the likeliest tokens "
-                "stay"
+                "stay the same"
             )
         out.print(f"A promise of {promise:g} nats per token{default} gives {gives}.")
 
@@ -130,9 +130,10 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
     out.print()
     out.print(rows)
     out.print(
-        "Where the promise allows it, tokens that an edited prompt shares with the one before are not read again. "
-        "Small edits change or drop lines and messages. A new order is one of five documents, four times. Edits may "
-        "take half of a promise.\n",
+        "If the promise allows it, tokens that an edited prompt shares with the one before are not read again. small: "
+        "lines and messages are changed or dropped. new order: five documents change places, four times. changed keys: "
+        "edited pass keys that answers give, and that the whole model gives. from a promise of: the least promise that "
+        "allows this, of which edits may use half.\n",
         style="dim",
     )
 
@@ -141,7 +142,7 @@ def _print_speeds(out: Console, frontier: Frontier) -> None:
     words = {
         "settings": "with these settings as with stock llama-cpp-python and its defaults",
         "plan": "with the plan of the default promise as with the whole model",
-        "both": "with both as with stock",
+        "both": "with both as with stock llama-cpp-python",
     }
     for each in frontier.speeds:
         ratio, (before, after) = each.ratio, each.seconds

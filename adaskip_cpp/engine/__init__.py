@@ -1,6 +1,3 @@
-"""The model that runs: libllama under llama-cpp-python, the cffi layer over it, and ``AdaSkipLlama``.
-
-Importing it puts our libllama in place, before anything imports ``llama_cpp``.
-"""
+"""Runs models; start with ``AdaSkipLlama`` in ``llama.py``. Importing it puts our libllama under ``llama_cpp``."""
 
 from . import library as library

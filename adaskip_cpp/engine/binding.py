@@ -1,4 +1,4 @@
-"""Our libllama opened through cffi, with the declarations of native/adaskip.h as they are."""
+"""Opens our libllama with cffi, for ``native.py`` and ``grammar.py``; native/adaskip.h documents its functions."""
 
 import re
 import sys
@@ -11,13 +11,13 @@ from . import library as _library
 
 
 def _declarations(header: str) -> str:
-    """The C declarations of adaskip.h: all of it but what only the C++ compiler and the preprocessor read."""
+    """Return the C declarations of adaskip.h, without the lines for C++ and the preprocessor."""
     header = re.sub(r"^#ifdef __cplusplus$.*?^#endif$", "", header, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"^#(?!define ADASKIP_ABI_VERSION).*$", "", header, flags=re.MULTILINE)
 
 
 def check_build(lib: Any) -> None:
-    """Refuses a libllama that is not of this header, or that runs on a ggml with other structures than its own."""
+    """Refuse a libllama of another adaskip.h, and a ggml whose structures differ from those that libllama expects."""
     if lib.adaskip_abi_version() != lib.ADASKIP_ABI_VERSION:
         raise LibraryVersionError(
             f"{_library.path()} and {_library.header()} are of different builds; "
@@ -32,12 +32,12 @@ def check_build(lib: Any) -> None:
 
 
 def last_error() -> str:
-    """Why a call of this thread has failed: one line, cut where it holds all that was given to it."""
+    """Return why this thread's last native call failed, in one line of at most 200 characters."""
     return " ".join(ffi.string(lib.adaskip_last_error()).decode("utf-8", "replace").split())[:200]
 
 
 class Libraries:
-    """The functions of several libraries, each from the first that has it."""
+    """The functions of several libraries; each comes from the first library that has it."""
 
     def __init__(self, *libraries: Any) -> None:
         self._libraries = libraries
@@ -58,8 +58,8 @@ ffi.cdef("""
     void * ggml_backend_dev_by_type(int type);
     const char * ggml_backend_dev_description(void * device);
 """)
-# llama_cpp has opened this very file; the loader hands out the same library again.
+# llama_cpp has opened this file already, so the loader returns the same library.
 lib: Any = ffi.dlopen(str(_library.path()))
-if sys.platform == "win32":  # elsewhere a library also shows the functions of those that it depends on
+if sys.platform == "win32":  # on other systems a library also shows the functions of its dependencies
     lib = Libraries(lib, ffi.dlopen("ggml.dll"), ffi.dlopen("ggml-base.dll"))
 check_build(lib)

@@ -1,6 +1,6 @@
-"""Finds what a prompt has in common with the one in memory, and with saved ones, wherever it stands.
+"""Finds the runs of tokens that a prompt shares with the one in memory and with saved ones, for ``llama.py``.
 
-Start at :func:`find_runs`; :class:`AdaSkipLlama` moves the runs.
+Start with :func:`find_runs`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ _MOST_TRIED = 8  # places of a repeated text
 
 
 class Run(NamedTuple):
-    """``n`` tokens that stand at ``start`` in memory and at ``to`` in the prompt; their move counts as ``n_moves``."""
+    """``n`` tokens at ``start`` in memory and at ``to`` in the prompt. Their move counts as ``n_moves`` moves."""
 
     start: int
     to: int
@@ -40,21 +40,17 @@ class Saved(NamedTuple):
 
 
 def n_common(a: Tokens, b: Tokens) -> int:
-    """Return how many tokens at the beginning are equal."""
+    """Return the number of equal tokens at the beginning of both."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if different.size else n
 
 
 def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: int) -> list[Run]:
-    """Return runs of equal tokens in the order of the prompt, each cached token in one run at most.
+    """Return the runs that the prompt shares with the tokens in memory, in the order of the prompt.
 
-    Args:
-        cached: the tokens in memory, int32 ``[n_cached]``.
-        prompt: the tokens wanted, int32 ``[n_prompt]``.
-        first: where both are looked at from.
-        end: where the prompt is looked at to.
-        least: tokens of the shortest run.
+    The search compares ``cached[first:]`` with ``prompt[first:end]``, both int32. A run has at least ``least`` tokens,
+    and a cached token is in one run at most.
     """
     cached, prompt = cached[first:], prompt[first:end]
     if min(len(cached), len(prompt)) < least:
@@ -74,7 +70,7 @@ def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: in
         n = max(lengths)
         if n >= least:
             start = int(nearest[lengths.index(n)])
-            # Of the text before the middle of the run: tokens that stand before it in both, and in either.
+            # Tokens before the middle of the run: those that both texts have there, and those of either text.
             both = first + sum(each.n for each in runs if each.start < first + start) + n // 2
             either = 2 * first + start + to + n - both
             runs.append(Run(first + start, first + to, n, 1 if both >= SAME * either else WIDE))
@@ -101,7 +97,7 @@ def beside(runs: Iterable[Run], taken: Sequence[Run], *, least: int, mend: int) 
 
 
 def _hashes(tokens: Tokens, n: int) -> npt.NDArray[np.uint64]:
-    """Return a number for every ``n`` tokens that follow one another; equal tokens have equal ones."""
+    """Return a hash of every ``n`` consecutive tokens; equal tokens have equal hashes."""
     powers, inverse = (np.cumprod(np.full(len(tokens), each, np.uint64)) for each in (_MULTIPLIER, _INVERSE))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(tokens.astype(np.uint64) * powers)])
     hashes: npt.NDArray[np.uint64] = (sums[n:] - sums[:-n]) * inverse[: len(tokens) - n + 1]

@@ -1,4 +1,4 @@
-"""One answer, streamed as text and timed: what the command line and the demo run."""
+"""Streams one answer as text and times it, for the command line and the demo: start with ``Generation``."""
 
 import codecs
 import time
@@ -14,28 +14,19 @@ from ..progress import Stage, silent
 from .llama import AdaSkipLlama
 
 Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"  # who says what in a chat
-
 _TEMPLATE = "tokenizer.chat_template"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long an answer took.
-
-    Attributes:
-        n_evaluated: tokens of the prompt that were not cached from an earlier request.
-        n_generated: tokens generated, the one that ends the answer included.
-        first_token_s: seconds from the call until the first token was known.
-        decode_s: seconds for the ``n_generated - 1`` tokens after it.
-        is_cut: whether it ended because the context was full.
-    """
+    """The numbers of tokens and the seconds of an answer."""
 
     n_prompt: int
-    n_evaluated: int
-    n_generated: int
-    first_token_s: float
-    decode_s: float
-    is_cut: bool
+    n_evaluated: int  # tokens of the prompt that were not cached from an earlier request
+    n_generated: int  # including the token that ends the answer
+    first_token_s: float  # from the call to the first token
+    decode_s: float  # for the n_generated - 1 tokens after it
+    is_cut: bool  # whether the answer ended because the context was full
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -48,10 +39,9 @@ class Timing:
 
 
 class Generation:
-    """An answer to a prompt of token ids: iterate over it for its text, once. What is cached of the prompt is used.
+    """The answer to a prompt of token ids: iterate over it once for its text. ``on_stage`` shows reading the prompt.
 
     ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated.
-    ``on_stage`` shows how far the prompt is read, and is left before the first text.
     """
 
     def __init__(
@@ -69,10 +59,7 @@ class Generation:
             raise RequestError(f"cannot generate {max_tokens} tokens; use at least 1")
         n_ctx = llm.context_size
         if len(prompt) >= n_ctx:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, the context {n_ctx}; "
-                "shorten the prompt or use a larger context (--ctx)"
-            )
+            raise RequestError(f"the prompt has {len(prompt)} tokens, the context {n_ctx}; shorten it or raise --ctx")
         self._llm, self._prompt, self._temperature, self._on_stage = llm, prompt, temperature, on_stage
         self._max_tokens, self._room = max_tokens, n_ctx - len(prompt)
         self.timing: Timing | None = None
@@ -95,7 +82,7 @@ class Generation:
                 n_generated += 1
                 if self._llm.is_eog(token):
                     break
-                # A token may end within a character; the decoder holds its bytes back until the rest is there.
+                # A token may end inside a character: the decoder keeps its bytes until the others come.
                 if text := decoder.decode(self._llm.detokenize([token])):
                     yield text
                 is_cut = n_generated == self._room < self._max_tokens
@@ -109,7 +96,7 @@ class Generation:
             yield text
 
     def _first(self, tokens: Generator[int, Sequence[int] | None, None]) -> list[int]:
-        """Read the prompt; return the first token, if there is one."""
+        """Read the prompt; return the first token in a list, which is empty if there is none."""
         llm, n_cached, before = self._llm, -1, self._llm.on_batch
 
         def on_batch(n_tokens: int) -> None:
@@ -132,7 +119,7 @@ def has_chat_template(llm: AdaSkipLlama) -> bool:
 
 
 def chat_tokens(llm: AdaSkipLlama, messages: Sequence[Message]) -> list[int]:
-    """Return the token ids of a conversation in the model's own chat template, up to where the answer begins."""
+    """Return the token ids of a conversation in the model's own chat template, up to the beginning of the answer."""
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
     bos, eos = (llm.token_text(token) if token != -1 else "" for token in (llm.token_bos(), llm.token_eos()))
@@ -140,7 +127,7 @@ def chat_tokens(llm: AdaSkipLlama, messages: Sequence[Message]) -> list[int]:
     try:
         formatter = Jinja2ChatFormatter(llm.metadata[_TEMPLATE], eos_token=eos, bos_token=bos)
         prompt = formatter(messages=turns).prompt  # type: ignore[arg-type]  # its messages are a union of TypedDicts
-    except Exception as error:  # a template is a program out of the model file, and can fail in any way
+    except Exception as error:  # a template is a program in the model file, which can fail in any way
         way_out = "do without --system" if messages[0][0] == "system" else "use `adaskip-cpp generate --raw`"
         raise RequestError(f"the model's chat template failed ({error}); {way_out}") from error
     return llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=False, special=True)

@@ -1,7 +1,7 @@
-"""Puts our libllama under llama-cpp-python; importing this module is what does it.
+"""Puts our libllama under llama-cpp-python when it is imported: start with ``_load``.
 
-llama-cpp-python opens the libllama that ``LLAMA_CPP_LIB_PATH`` names when ``llama_cpp`` is first imported. Its whole
-API, the server and multimodal included, then runs on ours, with the ggml and the backends that it brought itself.
+``llama_cpp`` opens the libllama in the folder ``LLAMA_CPP_LIB_PATH`` when it is first imported. Its whole API, with
+server and multimodal models, then runs on our libllama, but on its own ggml and backends.
 """
 
 import ctypes
@@ -19,22 +19,21 @@ from ..errors import ImportOrderError, LibraryError, LibraryMissingError, Librar
 _REINSTALL = "pip install --force-reinstall --no-deps adaskip-cpp"
 _VARIABLE = "LLAMA_CPP_LIB_PATH"
 _NAME = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
-_SEARCH_BESIDE = 8  # LOAD_WITH_ALTERED_SEARCH_PATH
-"""Windows looks for what a library needs in that one's own folder and then in PATH, as for llama_cpp's libraries."""
+_SEARCH_BESIDE = 8  # LOAD_WITH_ALTERED_SEARCH_PATH: Windows finds dependencies in the library's folder, then in PATH
 
 
 def path() -> Path:
-    """Absolute path of our libllama; a LibraryMissingError if this installation has none."""
+    """Return the absolute path of our libllama; raise a LibraryMissingError if this installation has none."""
     return _find("lib/" + _NAME.format("llama"))
 
 
 def header() -> Path:
-    """Absolute path of adaskip.h, the C ABI of our part of libllama."""
+    """Return the absolute path of adaskip.h, the C ABI of our part of libllama."""
     return _find("include/adaskip.h")
 
 
 def release() -> str:
-    """Version of the llama-cpp-python that our libllama was built from."""
+    """Return the version of llama-cpp-python that our libllama was built from."""
     record = _find("lib/build.json")
     try:
         return str(json.loads(record.read_text(encoding="utf-8"))["llama_cpp_python"])
@@ -43,14 +42,14 @@ def release() -> str:
 
 
 def _find(relative: str) -> Path:
-    # An editable installation has two folders: the sources, and the one in site-packages with what was built.
+    # An editable installation has two folders: the sources, and the built files in site-packages.
     folders = [Path(folder).resolve() for folder in sys.modules["adaskip_cpp"].__path__]
     for folder in folders:
         if (folder / relative).is_file():
             return folder / relative
     raise LibraryMissingError(
         f"adaskip_cpp in {folders[0]} has no {relative}; run '{_REINSTALL}', or in a source checkout "
-        "'pip install -e .', and start Python outside the checkout if another installation is meant."
+        "'pip install -e .'. To use another installation, start Python outside the checkout."
     )
 
 
@@ -60,7 +59,7 @@ def _check_version(built_from: str) -> None:
         installed = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
         raise LibraryVersionError(f"llama-cpp-python is not installed; {wanted}.") from None
-    if installed.partition("+")[0] != built_from:  # what follows + names the backend, such as cu124
+    if installed.partition("+")[0] != built_from:  # the part after + names the backend, such as cu124
         raise LibraryVersionError(
             f"llama-cpp-python {installed} is installed, but adaskip_cpp's libllama was built from {built_from}; "
             f"{wanted}, or build adaskip-cpp again for what is installed: 'pip install --force-reinstall --no-deps "
@@ -69,15 +68,14 @@ def _check_version(built_from: str) -> None:
 
 
 def _loaded() -> str | None:
-    """Path of the libllama that ``llama_cpp`` runs on in this process, None if it was not imported yet."""
+    """Return the path of the libllama of ``llama_cpp`` in this process; None before its import."""
     module = sys.modules.get("llama_cpp.llama_cpp")
     return None if module is None else str(getattr(getattr(module, "_lib", None), "_name", "an unknown libllama"))
 
 
 def _preload_ggml() -> None:
-    # Our RUNPATH finds ggml where llama_cpp is our neighbour. It is not with a user's or a system's site-packages
-    # beside a virtual environment's, and Windows has none; a ggml that is loaded already is found in any case, by its
-    # SONAME, there by its file's name.
+    # Our RUNPATH finds ggml only if llama_cpp is in the same site-packages, and Windows has no RUNPATH. A library that
+    # is loaded already is always found: by its SONAME, on Windows by its file name.
     spec = importlib.util.find_spec("llama_cpp")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         library = Path(folder, "lib", _NAME.format("ggml"))
@@ -86,7 +84,7 @@ def _preload_ggml() -> None:
 
 
 def _way_out(error: Exception) -> str:
-    # A Linux without a compiler may lack what ggml was linked to, and no wheel brings that.
+    # A Linux without a compiler may lack a library that ggml needs, and no wheel contains it.
     missing = re.search(r"([^\s:]+): cannot open shared object file", str(error))
     if missing and not missing[1].startswith(("libggml", "libllama", "libmtmd")):
         return f"install the package of your system that has {missing[1]} (Debian: libgomp1 for libgomp.so.1)."
@@ -106,7 +104,7 @@ def _load() -> None:
         except (OSError, RuntimeError) as error:
             raise LibraryError(f"llama_cpp cannot be imported on {library}: {error}; {_way_out(error)}") from error
         finally:
-            # Only this import is meant, not the programs that this process starts.
+            # Programs that this process starts must not inherit the variable.
             if previous is None:
                 del os.environ[_VARIABLE]
             else:
@@ -114,8 +112,8 @@ def _load() -> None:
         loaded = _loaded()
     if loaded is None or not (os.path.exists(loaded) and library.samefile(loaded)):
         raise ImportOrderError(
-            f"llama_cpp was imported before adaskip_cpp and runs on {loaded}; import adaskip_cpp first, before "
-            "llama_cpp and whatever imports it, in a new Python process."
+            f"llama_cpp was imported before adaskip_cpp and runs on {loaded}; start a new Python process and "
+            "import adaskip_cpp first, before llama_cpp and every package that imports it."
         )
 
 

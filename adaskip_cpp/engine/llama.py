@@ -1,43 +1,44 @@
-# Long, as what is cached, which plan is in force and how the next tokens are cut into phases hang together.
-"""``llama_cpp.Llama`` with a plan: the same arguments, the same methods, and sublayers left out."""
+# Long, because cached tokens, the plan in force and the phases of new tokens depend on each other.
+"""``AdaSkipLlama``, the model class for users: ``llama_cpp.Llama`` that skips the sublayers of a plan."""
 
-import ctypes
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import llama_cpp
 import numpy as np
 
-from ..errors import AdaSkipError, NativeError, PlanError, StateError
+from ..errors import AdaSkipError, NativeError, PlanError, RequestError, StateError
+from ..files import StrPath
 from ..model.arrays import Vectors
-from ..model.edits import Edits, Reuse, edits_of
+from ..model.edits import Reuse
 from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
-from .edits import Run, Saved, Tokens, beside, find_runs, n_common
+from .edited_prompts import EditedPromptsLlama
 from .grammar import check_grammar
 from .native import OnlineResult, StatisticsSink, elide_kv, is_here
-from .self_describing import SelfDescribingLlama
+
+_SHORTEN = "shorten the prompt, or open the model with a larger n_ctx (--ctx)"
 
 
 class Rows(Protocol):
-    """Takes logits behind consecutive tokens, float32 ``[n, n_vocab]``, a batch at a time."""
+    """Takes the logits after consecutive tokens, float32 ``[n, n_vocab]``, a batch at a time."""
 
     def append(self, logits: Vectors, /) -> object: ...
 
 
 @dataclass(frozen=True)
 class _InForce:
-    """What :meth:`AdaSkipLlama.set_plan` was given: the plan, and by the ids of their bulk sets what it may read."""
+    """The arguments of :meth:`AdaSkipLlama.set_plan`: the plan, and the readable plans by their bulk sets' ids."""
 
     plan: SkipPlan | None = None
     readable: dict[int, SkipPlan] = field(default_factory=dict)
 
 
-class AdaSkipLlama(SelfDescribingLlama):
+class AdaSkipLlama(EditedPromptsLlama):
     """A ``llama_cpp.Llama`` that can skip sublayers by a plan.
 
     It takes the same arguments and has the same methods. Without a plan, logits are bit-identical to those of
@@ -86,7 +87,7 @@ class AdaSkipLlama(SelfDescribingLlama):
     Raises:
         ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
         PlanError: the plan cannot be used, see ``set_plan``.
-        PlanFileError: with ``"auto"``, the plan file is missing or cannot be used.
+        PlanFileError: with ``"auto"``, the plan file, see ``plan_path``, is missing or cannot be used.
         ProfileMismatchError: the plan is of another model.
         RequestError: ``reuse`` is unknown.
 
@@ -99,7 +100,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: StrPath,
         *,
         plan: SkipPlan | Frontier | Literal["auto"] | None = None,
         max_loss: float | None = None,
@@ -108,10 +109,8 @@ class AdaSkipLlama(SelfDescribingLlama):
         reuse: Reuse = "auto",
         **kwargs: Any,
     ) -> None:
+        model_path = os.fspath(model_path)
         check_gguf(model_path)
-        self._reuse, self._edits, self._fills = reuse, edits_of(reuse), False
-        self.n_moved: int = 0
-        self.saved_prompts: Sequence[Saved] = ()
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = _ignore
@@ -127,16 +126,14 @@ class AdaSkipLlama(SelfDescribingLlama):
                 tuned_repack = tuned.pop("repack")
                 repack, kwargs = tuned_repack if repack is None else repack, {**tuned, **kwargs}
         self._exact_batches, self._repack = exact_batches, repack is not False
-        self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native knows which one is in force
+        self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native code knows the tag in force
         self._plan_opened = plan  # decides the KV layout
         self._phase: Phase = "prefill"
-        self._reads_prompt = False  # whether the caller wants the logits of a prompt's own tokens
-        self._prompt_rows: Rows | None = None  # where these go, if not to scores
-        # What decode runs although prefill skips it cannot be in a plan, so this is what both phases skip.
+        self._prompt_rows: Rows | None = None  # takes these logits; None: they go to scores
+        # In a plan, decode skips every attention that prefill skips, so these are skipped in both.
         elided = None if plan is None else np.isin(np.arange(plan.n_layer), plan.without_kv)
         with elide_kv(elided):
-            super().__init__(model_path, **kwargs)
-        self.set_reuse(reuse)
+            super().__init__(model_path, reuse=reuse, **kwargs)
         if plan is not None:
             try:
                 self.set_plan(plan)
@@ -151,7 +148,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     @model_params.setter
     def model_params(self, params: Any) -> None:
-        # llama_cpp.Llama makes them in its constructor, and has no argument for this one.
+        # llama_cpp.Llama makes them in its constructor, which has no argument for use_extra_bufts.
         params.use_extra_bufts = self._repack
         self._model_params = params
 
@@ -212,7 +209,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         if isinstance(plan, str):
             if self.frontier is None:
                 raise PlanError('there is no frontier to choose from; open the model with plan="auto".')
-            # The next prompt sets the plan; a tighter promise may not read what is cached, which that will tell.
+            # The next prompt sets the plan, and finds out which cached tokens a tighter promise may not read.
             self.max_loss = DEFAULT_LOSS if max_loss is None else max_loss
             self._requires_eval = True
             return
@@ -220,37 +217,8 @@ class AdaSkipLlama(SelfDescribingLlama):
         self.max_loss = None
         self.set_reuse(self._reuse)
 
-    @property
-    def edits(self) -> Edits | None:
-        """How runs of an earlier prompt are moved to their places in the next one; None if they are not moved."""
-        return self._edits if self.can_move else None
-
-    @property
-    def reuse(self) -> Reuse:
-        """The ``reuse`` that the constructor or ``set_reuse`` was given."""
-        return self._reuse
-
-    def set_reuse(self, reuse: Reuse) -> None:
-        """Set the part of an earlier prompt that later prompts use again.
-
-        Args:
-            reuse: ``"auto"``, ``"prefix"``, ``"edits"`` or an ``Edits``, as for the constructor. After ``"prefix"``,
-                tokens that were moved before are read again.
-
-        Raises:
-            RequestError: ``reuse`` is unknown.
-        """
-        edits = edits_of(reuse)
-        self._reuse = reuse
-        self._use(edits)
-
-    def _use(self, edits: Edits | None) -> None:
-        if edits != self._edits:
-            self._edits, self._requires_eval = edits, True
-        self._adaskip.set_most_moves(edits.most_moves if edits else 0)
-
     def _choose(self, n_tokens: int) -> None:
-        """Where plans are chosen for each prompt, choose the one for a prompt of so many tokens."""
+        """Put the frontier's plan for a prompt of ``n_tokens`` in force, if plans are chosen for each prompt."""
         if self.frontier is None or self.max_loss is None:
             return
         if edited := self._reuse == "auto" and self.can_move:
@@ -270,22 +238,22 @@ class AdaSkipLlama(SelfDescribingLlama):
         if plan is not None:
             self._check_model(plan)
         tag = 0 if plan is None and not new.readable else native.plan_tag() + 1
-        # Both plans are known while one native call changes from one to the other: Ctrl-C may land right behind it.
+        # One native call changes the plan, and Ctrl-C may come right after it. So both plans are known until then.
         self._plans = {0: _InForce(), native.plan_tag(): current, tag: new}
-        # The logits at hand are those of the old plan: an equal prompt must be evaluated again before sampling.
+        # The present logits are those of the old plan: an equal prompt must be evaluated again before sampling.
         requires_eval, self._requires_eval = self._requires_eval, True
         try:
             native.set_plan(plan, tag, sorted(new.readable))
         except NativeError:
-            raise  # the graph that shows what can be skipped has failed, and llama.cpp lost count of the logits at hand
-        except AdaSkipError:  # refused, and nothing has changed
+            raise  # building a graph to find the sublayers failed, and llama.cpp lost its record of the present logits
+        except AdaSkipError:  # refused: nothing has changed
             self._requires_eval = requires_eval
             raise
         self._plans = {0: _InForce(), tag: new}
 
     def _by_bulk_id(self, plans: Sequence[SkipPlan], current: _InForce) -> dict[int, SkipPlan]:
-        """Plans by the id of their bulk set, without those that leave the whole model, which may always be read."""
-        known = {id(plan): set_id for set_id, plan in current.readable.items()}  # a large map takes long to hash
+        """Return plans by the id of their bulk set, without whole-model plans, which may always be read."""
+        known = {id(plan): set_id for set_id, plan in current.readable.items()}  # hashing a large map takes long
         result = {}
         for plan in plans:
             if (set_id := known.get(id(plan))) is None:
@@ -302,14 +270,12 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _check_model(self, plan: SkipPlan) -> None:
         if plan.n_layer != self.n_layer:
             raise PlanError(
-                f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; "
-                "make a plan from this model's profile."
+                f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; make one for it."
             )
         for n_embd in (each.n_embd for each in plan.sets):
             if n_embd not in (None, self.n_embd()):
                 raise PlanError(
-                    f"the plan's vectors have {n_embd} values, {self.model_path!r} has {self.n_embd()} "
-                    "per token; make a plan from this model's profile."
+                    f"the plan's vectors have {n_embd} values, the model's {self.n_embd()}; make one for this model."
                 )
         if plan.model is not None:
             plan.model.check(self.model_info, "the plan", self.model_path)
@@ -337,7 +303,9 @@ class AdaSkipLlama(SelfDescribingLlama):
 
         Raises:
             StateError: cached tokens must be evaluated again, but are an image; call ``reset``.
+            RequestError: the context has no room for them; nothing has changed.
         """
+        self._check_room(self.n_tokens + len(tokens))
         if self._phase == "prefill" and len(tokens):
             self._choose(self.n_tokens + len(tokens))
         self._eval(self._phase, [int(token) for token in tokens])
@@ -387,8 +355,9 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _eval(self, phase: Phase, tokens: list[int], rows: Rows | None = None) -> None:
         if not tokens:
             return
+        self._check_room(self.n_tokens + len(tokens))
         native = self._adaskip
-        # A bulk skips the attentions that prefill skips, and prefill runs those of decode: it may reach further back.
+        # Prefill runs every attention that bulk and decode run, so its first stale position may come earlier.
         reads: Phase = "decode" if phase == "decode" else "prefill"
         n_held = self.n_held(self.n_tokens)
         if min(n_held, native.kv_valid(reads, self.n_tokens)) < self.n_tokens or self.has_lost_window(self.n_tokens):
@@ -406,7 +375,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             self._evaluate_prompt(tokens)
 
     def _evaluate_prompt(self, tokens: list[int]) -> None:
-        """Evaluate the tokens of a prompt, those of its bulk under the bulk set."""
+        """Evaluate the tokens of a prompt, its bulk under the bulk set."""
         bulk = None if self.plan is None or self._reads_prompt or self.context_params.embeddings else self.plan.bulk
         begin, end = bulk.span(self.n_tokens, len(tokens)) if bulk else (0, 0)
         if end:
@@ -418,10 +387,10 @@ class AdaSkipLlama(SelfDescribingLlama):
     def _evaluate(
         self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None
     ) -> None:
-        """Evaluate tokens in one phase; ``rows``, if given, gets the logits behind each, a batch at a time."""
+        """Evaluate tokens in one phase; ``rows``, if given, gets the logits after each token, a batch at a time."""
         native = self._adaskip
         native.set_phase(phase)
-        # If this fails, the logits at hand are not those of the cached tokens.
+        # If this fails, the present logits are not those of the cached tokens.
         self._requires_eval = True
         try:
             self.on_batch(self.n_tokens)
@@ -438,17 +407,17 @@ class AdaSkipLlama(SelfDescribingLlama):
                     try:
                         native.raise_failure(error)
                     except NativeError:
-                        # Out of memory in the middle llama.cpp leaves cells that belong to no sequence, and stay so.
+                        # Out of memory, llama.cpp leaves cells that belong to no sequence: only clearing removes them.
                         self._ctx.kv_cache_clear()
                         raise
                 native.raise_pending()
                 self.on_batch(self.n_tokens)
         finally:
-            native.set_phase("prefill")  # for whoever decodes on the context without us
+            native.set_phase("prefill")  # for code that decodes on the context without this class
         self._requires_eval = native.drops_logits or not is_last
 
     def _batches(self, tokens: list[int], *, is_last: bool) -> Iterable[tuple[list[int], bool]]:
-        """Cut tokens into batches, and say of each whether anybody reads its logits."""
+        """Cut tokens into batches; return each with whether its logits are read."""
         size, every = self.n_batch, self.logits_all or self.context_params.embeddings
         batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         splits = is_last and not every and not self._exact_batches and self.n_layer_kv < self.n_layer
@@ -457,7 +426,7 @@ class AdaSkipLlama(SelfDescribingLlama):
         return [(batch, every or (is_last and batch is batches[-1])) for batch in batches]
 
     def _decode(self, tokens: list[int], *, with_logits: bool) -> Vectors:
-        """``llama_cpp.Llama.eval`` of one batch with the logits behind every token, or behind none, for KV alone."""
+        """As ``llama_cpp.Llama.eval`` of one batch, with the logits after every token, or after none."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         if not self._fills:
             self._ctx.kv_cache_seq_rm(-1, start, -1)
@@ -473,124 +442,10 @@ class AdaSkipLlama(SelfDescribingLlama):
             self.scores[start:end] = logits
         return np.asarray(logits, np.float32)
 
-    def _known(self, cached: Tokens, prompt: Tokens) -> tuple[int, list[Run]]:
-        """Return with how many of these tokens a prompt begins, and which runs of the others it has elsewhere."""
-        first, edits, bulk = n_common(cached, prompt), self.edits, self.plan.bulk if self.plan else None
-        if edits is None or first == len(cached):
-            return first, []
-        end, mend = max(0, len(prompt) - max(edits.tail, bulk.tail if bulk else 0)), edits.mend
-        found = find_runs(cached, prompt, first=first, end=end, least=edits.least + mend)
-        moved = [each for each in found if each.n_moves <= edits.most_moves]
-        return first, [Run(each.start + mend, each.to + mend, each.n - mend, each.n_moves) for each in moved]
-
-    def _read_edited(self, prompt: list[int]) -> None:
-        """Read a prompt up to the end of the last run of tokens that it has from the one in memory or a saved one."""
-        native, self.n_moved = self._adaskip, 0
-        if self.edits is None or self._reads_prompt or self.logits_all or self.context_params.embeddings:
-            return
-        n, wanted = (
-            min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens)),
-            np.array(prompt, np.int32),
-        )
-        first, runs = self._known(self.input_ids[:n], wanted)
-        saved = self._choose_saved(wanted, [Run(0, 0, first), *runs])
-        is_readable = n == 0 or (self.input_ids[:n].min() >= 0 and not self.has_lost_window(max(first, 1)))
-        if not (runs or saved) or not is_readable:
-            return
-        # A saved state is loaded in the place of what the memory holds, so what both begin with is set aside as well.
-        prefix = [Run(0, 0, first, 0)] if saved and first else []
-        native.set_aside(0 if saved else first, [*prefix, *runs])
-        self.n_tokens, self._requires_eval, self._fills = 0 if saved else first, True, True
-        try:
-            for each, theirs in saved:
-                runs += self._set_aside_saved(each, theirs)
-            native.take_back(first)
-            self.n_tokens = first
-            for run in sorted(runs, key=lambda run: run.to):
-                self._fill(prompt, run.to)
-                end = run.to + run.n
-                native.take_back(end)
-                self.input_ids[run.to : end] = prompt[run.to : end]
-                self.n_tokens = native.kv_valid("prefill", end)  # others were moved too often
-                self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)
-                self.n_moved += self.n_tokens - run.to if run.n_moves else 0
-        finally:
-            self._fills = False
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # what is still aside where this was cut short
-
-    def _choose_saved(self, prompt: Tokens, taken: list[Run]) -> list[tuple[Saved, list[Run]]]:
-        """Return which saved prompts have runs for places that are not taken, and these runs; those with most first."""
-        edits, chosen = self.edits, list[tuple[Saved, list[Run]]]()
-        if edits is None:
-            return []
-        known = []
-        for each in self.saved_prompts:
-            first, runs = self._known(each.tokens, prompt)
-            known.append((each, [*([Run(0, 0, first, 0)] if first else []), *runs]))
-        while known:
-            rest = [(each, beside(runs, taken, least=edits.least, mend=edits.mend)) for each, runs in known]
-            best = max(rest, key=lambda each: sum(run.n for run in each[1]))
-            if not best[1]:
-                break
-            chosen.append(best)
-            taken = [*taken, *best[1]]
-            known = [(each, runs) for each, runs in known if each is not best[0]]
-        return chosen
-
-    def _set_aside_saved(self, saved: Saved, runs: list[Run]) -> list[Run]:
-        """Load a saved prompt and set its runs aside; returns those that may be read, none where there is no room."""
-        native, state = self._adaskip, saved.take()
-        try:
-            if state is None or not self._load_sequence(state):
-                return []
-            n = native.kv_valid("prefill", len(saved.tokens))
-            valid = [run._replace(n=min(run.n, n - run.start)) for run in runs if run.start < n]
-            native.set_aside(0, valid)
-            return valid
-        except NativeError:  # a sliding window has left some, or cells cannot count so many moves
-            return []
-        finally:
-            self._ctx.kv_cache_seq_rm(0, -1, -1)
-
-    def save_prompt(self) -> Saved:
-        """Return a copy of the tokens in memory with their K and V, about ``kv_bytes`` bytes.
-
-        Put it into ``saved_prompts``.
-
-        Raises:
-            StateError: llama.cpp cannot save them.
-
-        Examples:
-            >>> llm.eval(tokens_of_a_document)
-            >>> llm.saved_prompts = [llm.save_prompt()]
-        """
-        if (state := self._save_sequence()) is None:
-            raise StateError("llama.cpp could not save what is in memory; call reset() and read the prompt again.")
-        return Saved(self.input_ids[: self.n_tokens].copy(), lambda: state)
-
-    def _save_sequence(self) -> bytearray | None:
-        """Return the state of sequence 0; None where llama.cpp fails to save it."""
-        state = bytearray(llama_cpp.llama_state_seq_get_size(self.ctx, 0))
-        n = llama_cpp.llama_state_seq_get_data(self.ctx, _as_c_bytes(state), len(state), 0)
-        return state if n == len(state) else None
-
-    def _load_sequence(self, state: bytearray) -> bool:
-        """Put a saved state in the place of sequence 0; returns whether llama.cpp took it."""
-        return bool(llama_cpp.llama_state_seq_set_data(self.ctx, _as_c_bytes(state), len(state), 0))
-
-    def _fill(self, prompt: list[int], end: int) -> None:
-        """Evaluate the tokens of a prompt from those in memory up to ``end``, before others that are set aside."""
-        bulk, start = None if self.plan is None else self.plan.bulk, self.n_tokens
-        first, last = bulk.span(start, len(prompt) - start) if bulk else (0, 0)
-        first, last = min(start + first, end), min(start + last, end)
-        self._evaluate("prefill", prompt[start:first], is_last=False)
-        self._evaluate("bulk", prompt[first:last], is_last=False)
-        self._evaluate("prefill", prompt[last:end], is_last=False)
-
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
         if self.has_state or self.has_lost_window(n_valid):
-            n_valid = 0  # what such a memory dropped or folded into its state cannot be rewound to
+            n_valid = 0  # such a memory cannot go back: it has dropped tokens, or merged them into a state
         tokens = self.input_ids[n_valid : self.n_tokens].tolist()
         if min(tokens) < 0:
             raise StateError("the cached prompt holds an image, which the new plan must see again; call reset() first.")
@@ -611,22 +466,24 @@ class AdaSkipLlama(SelfDescribingLlama):
             A generator of token ids.
 
         Raises:
-            RequestError: the grammar cannot be used, allows no token, or goes on in too many ways.
+            RequestError: the context has no room for the prompt or the next token; or the grammar cannot be used,
+                allows no token, or goes on in too many ways.
             StateError: see ``eval``; or statistics of all tokens are collected, so no logits are computed.
         """
         self._check_logits()
         tokens = list(tokens)
+        self._check_room(len(tokens))
         self._choose(len(tokens))
         self.begin_request()
         if self._prompt_rows is not None or (self._reads_prompt and self.plan and self.plan.bulk):
-            self.reset()  # what is cached has no logits that may be read, as the bulk of an earlier prompt
+            self.reset()  # cached tokens have no usable logits, for example the bulk of an earlier prompt
         if kwargs.get("reset", True):
             self._read_edited(tokens)
         with closing(super().generate(tokens, *args, **kwargs)) as steps:
             phase: Phase = "prefill"
             sent: Sequence[int] | None = None
             while True:
-                # Set for this step alone: between two steps the caller may evaluate or generate something else.
+                # Set for this step alone: the caller may evaluate or generate something else between two steps.
                 self._phase = phase
                 try:
                     token = steps.send(sent)
@@ -667,12 +524,23 @@ class AdaSkipLlama(SelfDescribingLlama):
                 "first, or open it with keep_logits=True."
             )
 
+    def _check_room(self, n: int) -> None:
+        """Refuse ``n`` tokens in all: llama.cpp may hold more than ``n_ctx``, of which there is no record."""
+        if n > self.context_size:
+            raise RequestError(f"{n} tokens exceed context window of {self.context_size}; {_SHORTEN}")
+
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         steps = super()._create_completion(*args, **kwargs)
-        return self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+        try:
+            yield from self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+        except ValueError as error:
+            if not str(error).startswith("Requested tokens"):
+                raise
+            words = str(error).rpartition(" ")[0]  # the last word is the context as llama.cpp rounds it up
+            raise RequestError(f"{words} {self.context_size}; {_SHORTEN}") from error
 
     def _with_prompt(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """The steps of a completion that tells the log-probabilities of its prompt."""
+        """Yield the steps of a completion that returns the log-probabilities of its prompt."""
         while True:
             with self._reading_prompt():
                 step = next(steps, None)
@@ -682,7 +550,7 @@ class AdaSkipLlama(SelfDescribingLlama):
 
     @contextmanager
     def _reading_prompt(self, rows: Rows | None = None) -> Iterator[None]:
-        """While the context is open the logits of a prompt's own tokens are wanted, in ``rows`` or in ``scores``."""
+        """Compute the logits of a prompt's own tokens while the context is open, into ``rows`` or ``scores``."""
         self._reads_prompt, self._prompt_rows = True, rows
         try:
             yield
@@ -721,7 +589,7 @@ class AdaSkipLlama(SelfDescribingLlama):
             ...     llm.eval(tokens)
         """
         native = self._adaskip
-        # Ctrl-C may land in these very calls, and would leave a model that computes no logits.
+        # Ctrl-C inside these calls would leave a model that computes no logits.
         try:
             native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors, activations=activations)
         except KeyboardInterrupt:
@@ -757,13 +625,8 @@ class AdaSkipLlama(SelfDescribingLlama):
         self.frontier, self.max_loss = frontier, max_loss
 
 
-def _as_c_bytes(state: bytearray) -> ctypes.Array[ctypes.c_uint8]:
-    """Return its bytes as llama.cpp takes them; states of long prompts are too large to be copied more than once."""
-    return (ctypes.c_uint8 * len(state)).from_buffer(state)
-
-
 def _ignore(n_tokens: int) -> None:
-    """Be told of a batch, and do nothing."""
+    """Do nothing after a batch: the default of ``on_batch``."""
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:

@@ -1,7 +1,4 @@
-"""The thin cffi layer over native/adaskip.h: types in, arrays and plain data out, error codes turned into exceptions.
-
-:mod:`adaskip_cpp.engine.llama` is what people use.
-"""
+"""Calls native/adaskip.h through cffi for ``llama.py``: plain data in and out, error codes as exceptions."""
 
 import math
 import platform
@@ -31,7 +28,6 @@ _WAYS_OUT = {
     "SAMPLER": (errors.RequestError, "change the grammar, or settings such as temperature and repeat_penalty."),
     "SEQUENCES": (errors.PlanError, "leave it out of the plan, or open the model without embedding=True."),
 }
-
 
 Activations: TypeAlias = Sequence[Sequence[tuple[Vectors, Vectors] | None]]
 
@@ -142,7 +138,7 @@ class OnlineResult:
 
 
 def devices() -> tuple[str, tuple[str, ...]]:
-    """Return the name of the CPU, and those of all devices that ggml computes on."""
+    """Return the name of the CPU, and the names of all devices that ggml computes on."""
     cpu = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
     every = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
     return _description(cpu) if cpu else platform.machine(), tuple(map(_description, every))
@@ -171,15 +167,12 @@ def elide_kv(skipped: Flags | None) -> Iterator[None]:
 
 
 class NativeContext:
-    """adaskip's side of the ``llama_context`` at ``address``, which must outlive this object.
-
-    Every method raises an error of ``_WAYS_OUT`` or NativeError for the codes of adaskip.h.
-    """
+    """Our side of the ``llama_context`` at ``address``, which must outlive it. Raises ``_WAYS_OUT`` or NativeError."""
 
     def __init__(self, address: int) -> None:
         self._ctx = ffi.cast("struct llama_context *", address)
         self._callback: Any = None
-        self.drops_logits = False  # whether the statistics in force leave the output head out
+        self.drops_logits = False  # whether statistics are collected without computing logits
         self._error: BaseException | None = None
         self.n_layer: int = self._check(lib.adaskip_n_layer(self._ctx))
         self.n_layer_kv: int = self._check(lib.adaskip_n_layer_kv(self._ctx))  # up to the last that has KV of its own
@@ -194,14 +187,13 @@ class NativeContext:
         raise errors.NativeError(f"{message}; this is a bug in adaskip-cpp, please report it with the model's name.")
 
     def raise_failure(self, error: RuntimeError) -> NoReturn:
-        """Raises why the call of llama.cpp that ended in ``error`` failed: our reason, or that llama.cpp has one."""
+        """Raise the reason why a call of llama.cpp failed with ``error``: ours if there is one, else ``error``."""
         try:
             self._check(lib.adaskip_take_failure(self._ctx))
         except errors.AdaSkipError as ours:
             raise ours from error
         raise errors.NativeError(
-            f"llama.cpp failed: {error}; check that the tokens fit into n_ctx and into memory, or open the model with "
-            "verbose=True to see llama.cpp's own messages."
+            f"llama.cpp failed: {error}; check that n_ctx and memory are enough, or open with verbose=True to see more."
         ) from error
 
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -216,10 +208,10 @@ class NativeContext:
         return tuple(map(read, rows))
 
     def set_plan(self, plan: SkipPlan | None, tag: int, readable: Sequence[int] = ()) -> None:
-        """Sets all that is to be skipped, or on an error nothing; :meth:`plan_tag` tells which plan is in force.
+        """Put a plan in force, or nothing on an error; :meth:`plan_tag` returns its tag.
 
-        A plan's tag is above 0; None, the whole model, has the tag 0, unless it has ``readable`` too: the ids of other
-        plans' bulk sets (:meth:`bulk_set_id`), whose positions may be read as well.
+        ``readable`` has ids of other plans' bulk sets (:meth:`bulk_set_id`): positions computed under them may be read
+        too. Tags are above 0; only the whole model (None) without ``readable`` has tag 0.
         """
         if plan is None and not readable:
             self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL))
@@ -231,7 +223,7 @@ class NativeContext:
         self._check(lib.adaskip_set_plan(self._ctx, target))
 
     def bulk_set_id(self, plan: SkipPlan) -> int:
-        """The id of a plan's bulk set with its windows, checked: 0 where nothing is skipped, of equal ones equal."""
+        """Check a plan's bulk set and windows; return their id, 0 if nothing is skipped. Equal ones have equal ids."""
         target = ffi.new("struct adaskip_plan *")
         _owners = _fill_bulk(target, plan)
         found = ffi.new("uint64_t *")
@@ -273,7 +265,7 @@ class NativeContext:
     def start_statistics(
         self, sink: StatisticsSink, *, keep_logits: bool = False, vectors: bool = False, activations: bool = False
     ) -> None:
-        """Hands the statistics of every ubatch to ``sink``; what it raises is kept for :meth:`raise_pending`."""
+        """Pass the statistics of every ubatch to ``sink``; :meth:`raise_pending` raises the errors of ``sink``."""
         if self._callback is not None:
             raise errors.StateError("statistics are collected already; leave the other collect_statistics() first.")
 
@@ -301,7 +293,7 @@ class NativeContext:
             raise error
 
     def kv_valid(self, phase: Phase, n: int) -> int:
-        """How many of the first ``n`` positions may be read in this phase: n, or the first one that may not."""
+        """Return how many of the first ``n`` positions this phase may read: n, or the first one that it may not."""
         position = ffi.new("int32_t *")
         self._check(lib.adaskip_kv_first_stale(self._ctx, 0, PHASES.index(phase), position))
         return min(n, int(position[0]))
@@ -314,21 +306,21 @@ class NativeContext:
         return bool(self._check(lib.adaskip_can_move(self._ctx)))
 
     def set_most_moves(self, n: int) -> None:
-        """Let positions be read that count so many moves; at first none that was moved."""
+        """Allow reading positions that count up to ``n`` moves; before the first call, none that moved."""
         self._check(lib.adaskip_set_most_moves(self._ctx, n))
 
     def set_aside(self, n_kept: int, runs: Sequence[tuple[int, int, int, int]]) -> None:
-        """Take runs (place, place to be, length, moves to count) out of sequence 0; forget the rest from ``n_kept``."""
+        """Take runs (place, new place, length, counted moves) out of sequence 0; forget the rest from ``n_kept`` on."""
         rows = ffi.new("struct adaskip_run[]", list(runs))
         self._check(lib.adaskip_set_aside(self._ctx, 0, n_kept, rows, len(runs)))
 
     def take_back(self, end: int) -> None:
-        """Take back what was set aside and stands before ``end`` now."""
+        """Put the tokens set aside whose new positions are before ``end`` back into sequence 0."""
         self._check(lib.adaskip_take_back(self._ctx, 0, end))
 
 
 def _fill_plan(target: Any, plan: SkipPlan) -> list[Any]:
-    """Point an adaskip_plan at the sets of ``plan``; returns what must live as long."""
+    """Point an adaskip_plan at the sets of ``plan``; return the objects that must live as long."""
     prefill, decode = ffi.new("struct adaskip_set *"), ffi.new("struct adaskip_step[]", len(plan.decode_sets))
     owners = [prefill, decode, _fill(prefill, plan.prefill), _fill_bulk(target, plan)]
     for step, (start, skip_set) in zip(decode, plan.decode_sets, strict=True):
@@ -344,7 +336,7 @@ def _fill_plan(target: Any, plan: SkipPlan) -> list[Any]:
 
 
 def _fill_bulk(target: Any, plan: SkipPlan) -> list[Any]:
-    """The same for the bulk set and its windows alone."""
+    """Point an adaskip_plan at the bulk set of ``plan`` and its windows; return as :func:`_fill_plan`."""
     if plan.bulk is None:
         return []
     target.bulk = bulk = ffi.new("struct adaskip_set *")
@@ -358,7 +350,7 @@ def _fill_bulk(target: Any, plan: SkipPlan) -> list[Any]:
 
 
 def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
-    """Point an adaskip_set at the arrays of ``skip_set``; returns what must live as long."""
+    """Point an adaskip_set at the arrays of ``skip_set``; return them, as they must live as long."""
     owners: list[npt.NDArray[Any]] = []
     target.n_layer = len(skip_set.skip)
     for name in ("skip", "scale", "bias", "down", "up"):
@@ -377,7 +369,7 @@ def _array(address: Any, *shape: int) -> Vectors:
 
 
 def _batch(statistics: Any) -> StatisticsBatch:
-    """A copy of what native hands out, but for the activations."""
+    """Copy native statistics, except the activations."""
     n_layer, n_tokens, n_embd = statistics.n_layer, statistics.n_tokens, statistics.n_embd
     dot, u_sq, v_sq = np.moveaxis(_array(statistics.values, n_layer, 2, 3, n_tokens).copy(), 2, 0)
     sum_u = sum_v = None

@@ -1,6 +1,6 @@
-"""Devices of other machines, which ggml reaches through llama.cpp's rpc-server.
+"""Lets models run on devices of other machines, through llama.cpp's rpc-server: start with ``add_rpc_server``.
 
-Besides the standard library it needs llama_cpp alone: processes of the stock library run this file by its path.
+It imports llama_cpp and the standard library alone, because processes of the stock library run this file by its path.
 """
 
 import ctypes
@@ -11,18 +11,17 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
-_PATIENCE_S = 20  # for a server to answer another process, which loads llama_cpp first
-
+_PATIENCE_S = 20  # for a server's answer to the trial process, which loads llama_cpp first
 _added: set[str] = set()
 
 
 @cache
 def _ggml() -> Any:
-    """The functions of the ggml in this process, through the libllama that depends on it."""
+    """Return functions of the ggml in this process, found through libllama, which depends on it."""
     import llama_cpp
 
     libraries = [llama_cpp.llama_cpp._lib]
-    if sys.platform == "win32":  # where a library shows its own functions alone
+    if sys.platform == "win32":  # a DLL shows its own functions alone
         libraries = [ctypes.CDLL(name) for name in ("ggml.dll", "ggml-base.dll")]
     ggml = SimpleNamespace()
     for name, types in {
@@ -42,10 +41,7 @@ def supports_rpc() -> bool:
 
 
 def register_rpc_server(endpoint: str) -> bool:
-    """Make the devices of an rpc-server known to ggml, as ``--rpc`` of llama.cpp's programs does; False if it has none.
-
-    ggml ends the process where nobody listens at ``endpoint``, or something else than an rpc-server of its release.
-    """
+    """Register an rpc-server's devices with ggml; False if it has none. Without an answer ggml ends the process."""
     ggml = _ggml()
     reg = ggml.ggml_backend_reg_by_name(b"RPC")
     address = ggml.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_rpc_add_server")
@@ -73,7 +69,7 @@ def add_rpc_server(endpoint: str) -> None:
         >>> add_rpc_server("192.168.0.7:50052")
         >>> llm = AdaSkipLlama("model.gguf", n_gpu_layers=-1, plan="auto")
     """
-    from ..errors import RPCServerError  # not where a process of the stock library runs this file
+    from ..errors import RPCServerError  # here, because processes that run this file by its path have no package
 
     if endpoint in _added:
         return
@@ -93,7 +89,7 @@ def add_rpc_server(endpoint: str) -> None:
 
 
 def _why_not(endpoint: str) -> str:
-    """Why ggml would abort on a server, "" where it would not: another process tries."""
+    """Let another process try a server; return why ggml aborted there, "" if it did not."""
     command = [sys.executable, __file__, endpoint]
     try:
         tried = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE_S)
@@ -103,8 +99,8 @@ def _why_not(endpoint: str) -> str:
         return "that is no host:port"
     if tried.returncode == 0:
         return ""
-    lines = tried.stderr.strip().splitlines() or ["it says nothing"]
-    # The line in which ggml says why begins with where that is, and a backtrace follows.
+    lines = tried.stderr.strip().splitlines() or ["it gave no reason"]
+    # ggml's line with the reason begins with a place in its source, and a backtrace follows.
     return next((line for line in lines if "ggml-rpc.cpp" in line), lines[-1]).strip().rpartition(": ")[2]
 
 

@@ -1,6 +1,7 @@
-"""``llama_cpp.Llama`` that tells what it is: its size, sublayers, memory and identity, also in what it saves."""
+"""The base of ``AdaSkipLlama`` in ``llama.py``: a ``llama_cpp.Llama`` that describes itself, also in saved states."""
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,36 +13,38 @@ from llama_cpp.llama import LlamaState
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..errors import ModelFileError, NativeError, RequestError, StateError
+from ..files import StrPath
 from ..model.identity import ModelInfo, fingerprint, override_words
 from .binding import last_error
 from .native import Counters, NativeContext, Sublayer
 
-_ERROR = 4  # ggml_log_level; llama-cpp-python counts otherwise, and without verbose shows warnings, but no error
-
-_NOT_TOKENIZED = -(2**31)  # what llama_tokenize returns where it fails
+_ERROR = 4  # ggml_log_level; llama-cpp-python numbers levels otherwise, and hides errors unless verbose
+_NOT_TOKENIZED = -(2**31)  # llama_tokenize returns this if it fails
 
 
 class AdaSkipState(LlamaState):
-    """A state with its model and the layers that have no KV; what its cells are of is in llama.cpp's own part."""
+    """A state that records its model and the layers without KV; llama.cpp's own part has the skip set of each cell."""
 
     model: ModelInfo
     elided_kv: tuple[int, ...]
 
 
 class SelfDescribingLlama(llama_cpp.Llama):
-    """A model with its native side, and what both tell of it; :class:`AdaSkipLlama` adds the plan."""
+    """A model with its native side. :class:`AdaSkipLlama` adds the plan."""
 
-    def __init__(self, model_path: str, **kwargs: Any) -> None:
+    def __init__(self, model_path: StrPath, **kwargs: Any) -> None:
         try:
             with _errors_logged() as reasons:
-                super().__init__(model_path, **kwargs)
+                super().__init__(os.fspath(model_path), **kwargs)
         except ValueError as error:
-            if "Failed to" not in str(error):  # llama_cpp.Llama's words for what llama.cpp could not load
+            if "Failed to" not in str(error):  # llama_cpp.Llama's message if llama.cpp cannot load something
                 raise
             raise ModelFileError(
-                f"llama.cpp cannot open {model_path!r} ({reasons[0] if reasons else error}); check that the file is "
-                "complete, its architecture supported, and the memory large enough for its context (n_ctx, --ctx)."
+                f"llama.cpp cannot open {os.fspath(model_path)!r} ({reasons[0] if reasons else error}); check that the "
+                "file is complete, its architecture supported, and the memory large enough for its context (n_ctx, "
+                "--ctx)."
             ) from error
+        self._n_ctx = self.context_size  # that by which llama_cpp.Llama bounds prompts and answers
 
     @cached_property
     def _adaskip(self) -> NativeContext:
@@ -189,7 +192,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
     @property
     def n_evaluated(self) -> int:
         """Tokens evaluated since the model was opened, as llama.cpp counts them: 1 for none."""
-        self.synchronize()  # llama.cpp counts the tokens of a call when it has waited for them
+        self.synchronize()  # llama.cpp counts the tokens of a call only after waiting for them
         count = llama_cpp.llama_perf_context(self.ctx)
         return int(count.n_p_eval + count.n_eval)
 
@@ -251,32 +254,24 @@ class SelfDescribingLlama(llama_cpp.Llama):
         """
         ours = state if isinstance(state, AdaSkipState) else None
         if ours and (differences := ours.model.differences(self.model_info)):
-            raise StateError(
-                f"the state was saved from another model: {'; '.join(differences)}; load it into the model that it was "
-                "saved from."
-            )
+            raise StateError(f"the state is of another model: {'; '.join(differences)}; load it into that model.")
         if (ours.elided_kv if ours else ()) != self.elided_kv:
             raise StateError(
-                "the state was saved with KV for other layers; load it into a model that was opened with the same "
-                "plan=, or without one where this was."
+                "the state was saved with KV for other layers; open the model with the same plan= as then, or none."
             )
         if state.input_ids.shape != self.input_ids.shape or state.scores.shape != self.scores[: state.n_tokens].shape:
-            raise StateError(
-                "the state was saved with another n_ctx, n_batch or logits_all; open the model with the same settings."
-            )
+            raise StateError("the state has another n_ctx, n_batch or logits_all; open the model with those settings.")
         try:
             super().load_state(state)
         except RuntimeError as error:
             self._ctx.kv_cache_clear()
             self.reset()  # type: ignore[no-untyped-call]
-            raise StateError(
-                f"llama.cpp refused the state ({error}); the cache is empty now, evaluate the prompt again."
-            ) from error
+            raise StateError(f"llama.cpp refused the state ({error}); the cache is empty, read the prompt.") from error
 
 
 @contextmanager
 def _errors_logged() -> Iterator[list[str]]:
-    """Yield a list that the errors logged meanwhile are put into: llama.cpp tells why it failed in its log alone."""
+    """Yield a list that collects the errors logged meanwhile: llama.cpp reports its reasons in its log alone."""
     lines: list[str] = []
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]

@@ -1,4 +1,4 @@
-"""Reads off a loaded model what machine and settings it runs with."""
+"""Describes the machine and the settings of a loaded model, for calibration and ``tune``."""
 
 from importlib import metadata
 from typing import Any
@@ -9,7 +9,6 @@ from .native import devices
 
 
 def cost_settings(llm: AdaSkipLlama) -> CostSettings:
-    """Return the machine and the settings that the times of a loaded model depend on."""
     from gguf import GGMLQuantizationType
 
     parameters: Any = llm.context_params
@@ -18,7 +17,7 @@ def cost_settings(llm: AdaSkipLlama) -> CostSettings:
     return CostSettings(
         cpu=cpu,
         devices=every,
-        n_gpu_layers=-1 if n_gpu_layers >= 0x7FFFFFFF else n_gpu_layers,  # llama_cpp.Llama's stand-in for -1
+        n_gpu_layers=-1 if n_gpu_layers >= 0x7FFFFFFF else n_gpu_layers,  # llama_cpp.Llama turns -1 into that
         n_threads=int(parameters.n_threads),
         n_threads_batch=int(parameters.n_threads_batch),
         n_batch=int(llm.n_batch),

@@ -66,7 +66,7 @@ def contenders(
 
     for request in requests:
         if profile is None:
-            raise DataError("these options need plans made from a profile; give one (--profile)")
+            raise DataError("these options need plans made from a profile; give one (profile, --profile)")
         strategy, compensation = request.strategy, request.compensation or DEFAULT_COMPENSATION
         budget = f"{request.speedup:g}x" if request.speedup is not None else str(request.n_skip)
         name = "-".join([strategy, budget, request.mode, *([compensation] if strategy == COMPENSATED else [])])
@@ -86,8 +86,8 @@ def contenders(
     if len(found) == 1:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(
-            f"there is nothing to compare with the whole model{why}; choose other budgets (--skip), longer prompts "
-            "(--tokens) or promises (--max-loss), or run `adaskip-cpp tune`"
+            f"there is nothing to compare with the whole model{why}; choose other budgets (n_skips, --skip), longer "
+            "prompts (n_tokens, --tokens) or promises (max_losses, --max-loss), or run `adaskip-cpp tune`"
         )
     return found, notes
 

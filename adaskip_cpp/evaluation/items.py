@@ -134,7 +134,7 @@ def prepared(
             profile.model.check(llm.model_info, "the profile", model)
         n_most, n_layer = llm.n_ctx_train, llm.n_layer
     if options.ctx is not None and options.ctx > n_most:
-        raise DataError(f"the model is made for contexts of {n_most} tokens, not {options.ctx}; use a smaller --ctx")
+        raise DataError(f"the model is made for contexts of {n_most} tokens, not {options.ctx}; use less (ctx, --ctx)")
     limit, n_decoded = options.ctx or n_most, options.n_continuation + 1
     speed_context = options.speed_context or max(min(_SPEED_CONTEXT, limit - n_decoded), 2)
     asked = options.strategies, options.n_skips, options.speedups, options.modes, options.compensations
@@ -146,18 +146,19 @@ def prepared(
     has_promises = saved is not None and saved.frontier is not None
     if options.max_losses is not None and not has_promises:
         raise DataError(
-            f"promises need the plan file of `tune`; run `adaskip-cpp tune {model}`, or give its file (--plan)"
+            f"promises need the plan file of `tune`; run `adaskip-cpp tune {model}`, or name it (plan_file, --plan)"
         )
     n_tokens = options.n_tokens or (min(speed_context + n_decoded, limit) if has_promises else _TOKENS)
     if options.n_texts and n_tokens <= n_decoded:
         raise DataError(
             f"an item of {n_tokens} tokens has no prompt before a continuation of {options.n_continuation}; ask for at "
-            f"least {n_decoded + 1} tokens (--tokens), or for a shorter continuation (--continuation)"
+            f"least {n_decoded + 1} tokens (n_tokens, --tokens), or for a shorter continuation (n_continuation, "
+            "--continuation)"
         )
     needed = {
-        "the items of text (--tokens)": n_tokens if options.n_texts else 0,
-        "the measurement of speed (--speed-context)": speed_context + n_decoded if options.n_rounds else 0,
-        "the synthetic tasks (--lengths)": max(options.lengths) + _ANSWER if options.synthetic else 0,
+        "the items of text (n_tokens, --tokens)": n_tokens if options.n_texts else 0,
+        "the measurement of speed (speed_context, --speed-context)": options.n_rounds and speed_context + n_decoded,
+        "the synthetic tasks (lengths, --lengths)": max(options.lengths) + _ANSWER if options.synthetic else 0,
     }
     for what, n in needed.items():
         if n > limit:

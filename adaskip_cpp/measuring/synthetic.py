@@ -79,7 +79,7 @@ def synthetic_items(
     if n_most > llm.context_size:
         raise RequestError(
             f"prompt and answer need {n_most} tokens, the context has {llm.context_size}; "
-            "use a larger context (--ctx) or shorter prompts"
+            "use a larger context (ctx, --ctx) or shorter prompts"
         )
     return items
 

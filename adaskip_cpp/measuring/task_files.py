@@ -162,5 +162,6 @@ def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> S
 
     fitting = fill(write, room, wrap)
     if fitting is None or len(fitting) <= len(wrap("")):
-        raise DataError(f"{where}: the context leaves {max(room, 0)} tokens for a prompt; use a larger context (--ctx)")
+        room = max(room, 0)
+        raise DataError(f"{where}: the context leaves {room} tokens for a prompt; use a larger context (ctx, --ctx)")
     return fitting

@@ -153,5 +153,5 @@ def python_sources() -> dict[str, str]:
             if (text := read_text(os.path.join(folder, f"{name}.py"))).strip():
                 sources[name] = text
     if not sources:
-        raise DataError(f"this Python has no sources in {folder!r}; give text of your own (--text FILE)")
+        raise DataError(f"this Python has no sources in {folder!r}; give text of your own (text_files, --text FILE)")
     return sources

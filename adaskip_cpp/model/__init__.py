@@ -1,1 +1,1 @@
-"""Plain data about a model: identity, statistics, maps, costs, profiles and plans, and their files."""
+"""Plain data about a model, and its files, for all other packages: start with ``profile.py`` and ``plan.py``."""

@@ -1,4 +1,4 @@
-"""What dataclasses of arrays share: checked and read-only copies, equality by content; and BF16."""
+"""Array types, checks of dataclasses of arrays, and BF16, for all data of a model: start with ``LayerArrays``."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -12,10 +12,7 @@ Vectors: TypeAlias = npt.NDArray[np.float32]
 
 
 class LayerArrays:
-    """A frozen dataclass with arrays, the first of one row per layer.
-
-    Two are equal whose fields are: arrays by shape and values, NaN being equal to NaN.
-    """
+    """A frozen dataclass whose first array has a row per layer. Arrays are equal by shape and values, NaN included."""
 
     @property
     def n_layer(self) -> int:
@@ -38,11 +35,10 @@ def _same(a: Any, b: Any) -> bool:
 def checked(
     instance: object, error: type[Exception], way_out: str, shapes: Mapping[str, tuple[Any, str]], *, copy: bool = True
 ) -> dict[str, Any]:
-    """Return a dataclass's arrays, copies of them unless ``copy`` is False; those that are None stay so.
+    """Return a dataclass's arrays with their shapes checked, as copies unless ``copy`` is False. None stays None.
 
-    Args:
-        error, way_out: what is raised for another shape, and the end of its message.
-        shapes: by field its dtype and its shape, as ``"n_layer 2 n_embd"``: a name stands for one number.
+    ``shapes`` has each field's dtype and shape, such as ``"n_layer 2 n_embd"``: a name means one size in all fields.
+    Another shape raises ``error``, and its message ends with ``way_out``.
     """
     sizes, arrays = {"2": 2, "3": 3}, dict[str, Any]()
     for name, (dtype, words) in shapes.items():
@@ -65,7 +61,7 @@ def freeze(instance: object, **arrays: npt.NDArray[Any] | None) -> None:
 
 
 def to_bf16(values: Vectors) -> npt.NDArray[np.uint16]:
-    """Return the bits of the nearest BF16, the even one of two: the upper half of a float32, with its whole range."""
+    """Return the bits of the nearest BF16, which is the upper half of a float32; of two the one with even bits."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""The cost model: predicts how long a phase takes with some sublayers skipped, on the machine that was measured."""
+"""Predicts how long a phase takes with some sublayers skipped, on a measured machine: start with ``CostModel``."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,8 @@ from .arrays import Flags, Floats, LayerArrays, checked, freeze
 from .plan import PHASES, Bulk, Phase, SkipPlan
 from .skip_set import SkipSet, marked
 
-CELLS = 256
-"""Attention reads KV cells in blocks of this many, filled or not: ``llama_kv_cache::get_n_kv`` pads to it."""
-
-_MOST_SECONDS = 1e9  # longer than anything takes: sums of such times, and their ratios, are still numbers
+CELLS = 256  # attention reads KV cells in blocks of this size, filled or not: ``llama_kv_cache::get_n_kv`` pads to it
+_MOST_SECONDS = 1e9  # no time is longer, so sums and ratios of times are finite
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class CostSettings:
     type_v: str
     swa_full: bool
     llama_cpp_python: str
-    repack: bool = True  # older profiles do not say, and were measured so
+    repack: bool = True  # missing in older profiles, which were measured with it
 
     @property
     def words(self) -> str:
@@ -83,41 +81,25 @@ class CostSettings:
 
 @dataclass(frozen=True, eq=False)
 class PhaseCost(LayerArrays):
-    """What a ubatch of ``n_tokens`` tokens costs, in seconds. The arrays are float64, finite, not negative, read-only.
+    """Seconds of a ubatch. The arrays are float64, finite, not negative, read-only; else a ProfileFormatError."""
 
-    Attributes:
-        n_tokens: 1 in decode.
-        fixed: embedding, overhead of the graph, every sublayer that cannot be skipped; in decode the output head too.
-        fixed_growth: of those, per KV cell that is read.
-        base: ``[n_layer, 2]``, columns attention and FFN: each sublayer without what grows with the context; 0 where it
-            cannot be skipped.
-        growth: ``[n_layer]``: each attention, per KV cell that it reads.
-        kept: ``[n_layer]``: norm, projections and stores of K and V that a skipped attention keeps; 0 in decode.
-
-    Raises:
-        ProfileFormatError: a shape or value is impossible.
-    """
-
-    n_tokens: int
-    fixed: float
-    fixed_growth: float
-    base: Floats
-    growth: Floats
-    kept: Floats
+    n_tokens: int  # 1 in decode
+    fixed: float  # embedding, overhead of the graph, sublayers that cannot be skipped; in decode the output head too
+    fixed_growth: float  # what ``fixed`` grows by per KV cell that is read
+    base: Floats  # [n_layer, 2], attention and FFN: each sublayer without growth; 0 if it cannot be skipped
+    growth: Floats  # [n_layer]: what each attention grows by per KV cell that it reads
+    kept: Floats  # [n_layer]: norm, projections and stores of K and V that a skipped attention keeps; 0 in decode
 
     def __post_init__(self) -> None:
         shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
-        arrays = checked(self, ProfileFormatError, "this is no part of the cost model; calibrate again", shapes)
+        arrays = checked(self, ProfileFormatError, "the cost model is damaged; calibrate again", shapes)
         times = np.concatenate([[self.fixed, self.fixed_growth], *(each.ravel() for each in arrays.values())])
         if not 1 <= self.n_tokens < 2**31 or not ((times >= 0) & (times < _MOST_SECONDS)).all():
-            raise ProfileFormatError("the cost model has a time that is no time; calibrate again")
+            raise ProfileFormatError("the cost model has an impossible time; calibrate again")
         freeze(self, **arrays)
 
     def seconds(self, what: "Computed", cells: Floats, n_cells: Floats) -> Floats:
-        """Predict ubatches in each of which ``what`` is computed, float64 ``[n]``.
-
-        Each attention reads so many of the KV ``cells``, ``[n, n_layer]``, one without a window ``n_cells``, ``[n]``.
-        """
+        """Predict seconds, [n]. Attentions read ``cells`` KV cells, [n, n_layer]; without windows ``n_cells``, [n]."""
         grows = np.where(what.runs[:, 0], self.growth, 0.0)
         computed = self.base[what.runs].sum() + self.kept[what.kept].sum()
         return np.asarray(self.fixed + self.fixed_growth * n_cells + cells @ grows + computed)
@@ -125,20 +107,14 @@ class PhaseCost(LayerArrays):
 
 @dataclass(frozen=True)
 class Computed:
-    """What is computed in a ubatch.
+    """What a ubatch computes."""
 
-    Attributes:
-        runs: bool ``[n_layer, 2]``: the sublayers that run.
-        kept: bool ``[n_layer]``: of the other attentions those whose K and V are kept.
-        limit: float64 ``[n_layer]``: KV cells that each attention reads at most; None for the model's own limits.
-    """
-
-    runs: Flags
-    kept: Flags
-    limit: Floats | None = None
+    runs: Flags  # bool [n_layer, 2]: the sublayers that run
+    kept: Flags  # bool [n_layer]: the skipped attentions whose K and V are kept
+    limit: Floats | None = None  # float64 [n_layer]: most KV cells per attention; None for the model's own limits
 
     def unread(self, n_layer_kv: int) -> "Computed":
-        """Return what is left of it where nobody reads an output: nothing behind the last K and V that are stored."""
+        """Return the part that runs if no output is read: it ends at the last K and V that are stored."""
         runs, kept = self.runs.copy(), self.kept.copy()
         kept[n_layer_kv:] = False
         stored = np.flatnonzero((runs[:, 0] | kept)[:n_layer_kv])
@@ -217,7 +193,7 @@ class CostModel(LayerArrays):
         if phase not in PHASES:
             raise PlanError(f"unknown phase {phase!r}; use one of: {', '.join(PHASES)}")
         if phase != "decode" and not 0 <= cached < context:
-            raise PlanError(f"{cached} of {context} tokens are cached; the last one is read in any case")
+            raise PlanError(f"{cached} of {context} tokens are cached; give fewer: the last one is read in any case")
         if phase == "decode":
             runs = self._runs(skip.skipped("decode") if isinstance(skip, SkipPlan) else skip)
             return self._read(Computed(runs, np.zeros(self.n_layer, np.bool_)), context, context + 1)
@@ -248,8 +224,7 @@ class CostModel(LayerArrays):
         runs = np.ones((self.n_layer, 2), np.bool_) if flags is None else ~np.asarray(flags, np.bool_)
         if runs.shape != (self.n_layer, 2):
             raise PlanError(
-                f"the skip set has the shape {runs.shape}, the cost model is for [{self.n_layer}, 2]; "
-                "use the profile of this model"
+                f"the skip set has the shape {runs.shape}, not [{self.n_layer}, 2]; use the profile of this model"
             )
         return runs
 
@@ -259,34 +234,34 @@ class CostModel(LayerArrays):
         return Computed(runs, ~runs[:, 0], np.where(narrow, np.minimum(self.limit, blocks * CELLS), self.limit))
 
     def _prompt(self, runs: Flags, in_bulk: Flags, bulk: Bulk | None, start: int, context: int) -> float:
-        """Seconds from a position of a prompt on; all but its bulk runs ``runs``."""
+        """Predict the seconds of a prompt from position ``start`` on; its bulk runs ``in_bulk``, the rest ``runs``."""
         whole, seconds = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0
         begin, end = bulk.span(start, context - start) if bulk else (0, 0)
         if bulk and end:
             seconds = self._unread(whole, start, start + begin)
             seconds += self._unread(self._in_bulk(in_bulk, bulk), start + begin, start + end)
             start += end
-        if self.n_layer_kv < self.n_layer:  # then the last token is computed by itself
+        if self.n_layer_kv < self.n_layer:  # AdaSkipLlama then computes the last token by itself
             seconds += self._unread(whole, start, context - 1)
             start = context - 1
         last, _ = self._cut(start, context)[-1]
         return seconds + self._unread(whole, start, last) + self._read(whole, last, context)
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Cut positions into pieces of ``n_batch`` tokens, and those into ubatches: where each begins and ends."""
+        """Cut positions into batches of ``n_batch``, and these into ubatches; return begin and end of each ubatch."""
         size, piece = self.prefill.n_tokens, self.settings.n_batch
         pieces = [(begin, min(begin + piece, end)) for begin in range(start, end, piece)]
         return [(at, min(at + size, stop)) for begin, stop in pieces for at in range(begin, stop, size)]
 
     def _unread(self, what: Computed, start: int, end: int) -> float:
-        """Seconds for positions of which nobody reads an output."""
+        """Predict the seconds of positions without outputs."""
         cut = np.array(self._cut(start, end)).reshape(-1, 2)
         cells, left = self._cells(cut[:, 1], what.limit), what.unread(self.n_layer_kv)
         one, whole = self.decode.seconds(left, *cells), self.prefill.seconds(left, *cells)
         return float(self._between(one, whole, cut[:, 1] - cut[:, 0]).sum())
 
     def _read(self, what: Computed, start: int, end: int) -> float:
-        """Seconds for one ubatch whose last token has an output: it alone takes the last FFN, and the output head."""
+        """Predict the seconds of a ubatch whose last token has an output, and alone runs last FFN and output head."""
         cells = self._cells(np.array([end]))
         one = self.decode.seconds(what, *cells)
         runs = what.runs.copy()
@@ -296,11 +271,11 @@ class CostModel(LayerArrays):
         return float(self._between(one, whole, np.array([end - start]))[0])
 
     def _cells(self, ends: npt.NDArray[np.int_], limit: Floats | None = None) -> tuple[Floats, Floats]:
-        """KV cells that each attention reads and one without a window does, behind so many tokens."""
+        """Return the KV cells that each attention reads, and one without a window, in ubatches that end at ``ends``."""
         n_cells = np.ceil(ends / CELLS) * CELLS
         return np.minimum(n_cells[:, None], self.limit if limit is None else limit), n_cells
 
     def _between(self, one: Floats, whole: Floats, n_tokens: npt.NDArray[np.int_]) -> Floats:
-        """Seconds of ubatches of ``n_tokens``, interpolated between those of one token and of a whole ubatch."""
+        """Interpolate the seconds of ubatches of ``n_tokens`` between those of one token and of a whole ubatch."""
         size = self.prefill.n_tokens
         return one + (whole - one) * (n_tokens - 1) / max(size - 1, 1)

@@ -1,16 +1,14 @@
-"""How K and V are used again in a prompt that is an edited form of one in memory."""
+"""``Edits``: how much of the K and V in memory an edited prompt may use again, for ``AdaSkipLlama`` and `tune`."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from ..errors import RequestError
 
-WIDE = 32
-"""Moves that one counts as after which less than :data:`SAME` of the text before a run is what it was."""
+WIDE = 32  # a move counts as so many moves if less than SAME of the text before the run stays the same
 SAME = 0.8
-
-FEW, MANY = 8, 8 + 4 * WIDE
-"""Moves for small edits, such as changed lines and dropped messages; and besides for four new orders of documents."""
+FEW, MANY = 8, 8 + 4 * WIDE  # moves for small edits (changed lines, dropped messages); and for 4 orders of documents
+APART = 160  # of such a move from a saved prompt: documents that were read alone lose more than their new orders
 _MOST_MOVES = 255 - WIDE  # a cell counts to 255
 
 
@@ -27,7 +25,8 @@ class Edits:
         least: tokens of the shortest run that is moved, apart from ``mend``.
         tail: tokens at the end of the prompt that are always read again, from 1 on.
         most_moves: a token with more moves than this is read again; from 1 to 223. A move counts as 32 if less than
-            four fifths of the text before the run stay, else as 1.
+            four fifths of the text before the run stay, else as 1. Such a move from a saved prompt counts as 160.
+            `tune` measures up to 136.
 
     Raises:
         RequestError: a number is impossible.
@@ -39,7 +38,7 @@ class Edits:
     mend: int = 16
     least: int = 64
     tail: int = 64
-    most_moves: int = MANY
+    most_moves: int = _MOST_MOVES
 
     def __post_init__(self) -> None:
         # mend is 1 or more: llama.cpp turns K when it reads on. A state saved before that has old K at new positions.
@@ -51,13 +50,11 @@ class Edits:
 
 ReuseName: TypeAlias = Literal["auto", "prefix", "edits"]
 REUSES: tuple[ReuseName, ...] = get_args(ReuseName)
-Reuse: TypeAlias = ReuseName | Edits
-"""What a prompt uses of the one in memory: what both begin with, or every run of tokens that both have. ``"auto"``: the
-runs, as far as `tune` has measured that the promise is kept."""
+Reuse: TypeAlias = ReuseName | Edits  # what a prompt reuses: the prefix; runs too; "auto": runs if `tune` allows them
 
 
 def edits_of(reuse: Reuse) -> Edits | None:
-    """Return how runs are moved; None where none are, or where a frontier decides."""
+    """Return how runs are moved; None if none are, or if a frontier decides."""
     if isinstance(reuse, Edits):
         return reuse
     if reuse not in REUSES:

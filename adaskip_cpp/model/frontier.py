@@ -1,7 +1,4 @@
-"""The frontier: what `adaskip-cpp tune` finds for one model, plans of growing speed and what each of them loses.
-
-:meth:`Frontier.choose` picks the fastest plan that keeps a promise, for a prompt of some length.
-"""
+"""The result of `adaskip-cpp tune` for one model: start with :meth:`Frontier.choose`, which picks a prompt's plan."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -15,22 +12,11 @@ from .edits import Edits
 from .plan import DEFAULT_WINDOW, SkipPlan, window_size_for
 from .settings import Settings, Tried
 
-DEFAULT_LOSS = 0.05
-"""Nats per token that a plan may lose where nothing else is promised: the perplexity grows by 5%."""
-
-LEAST_CONTEXT = 512
-"""Tokens: shorter prompts run whole, as they have little bulk and take little time."""
-
-GROWTH = 1.3
-"""How many times as much a plan is taken to lose where a prompt is twice as long as those that it was judged on: see
-docs/dev/method.md for what was measured."""
-
-ERRORS = 1.6
-"""Standard errors that are added to a mean loss before it is compared with a promise."""
-
-
-EDITS_SHARE = 0.5
-"""Of a promise: edited prompts may lose so much, and plans have the rest."""
+DEFAULT_LOSS = 0.05  # the default promise, in nats per token: the perplexity grows by 5% at most
+LEAST_CONTEXT = 512  # tokens: shorter prompts run whole, because they have little bulk and take little time
+GROWTH = 1.3  # the assumed factor of a plan's loss if a prompt is twice as long: measured in docs/dev/method.md
+ERRORS = 1.6  # standard errors that are added to a mean loss before it is compared with a promise
+EDITS_SHARE = 0.5  # the share of a promise that edited prompts may lose; plans may lose the rest
 
 
 @dataclass(frozen=True)
@@ -134,7 +120,7 @@ class Figures:
 
     def __post_init__(self) -> None:
         if not all(1 <= n < 1 << 31 for n in (self.judged_at, *(length for length, _ in self.speedups))):
-            raise PlanError("a point of a frontier was not measured at a number of tokens from 1 on; tune again")
+            raise PlanError("a point of a frontier has an impossible number of prompt tokens; tune again")
 
     def harm(self, context: int) -> float:
         """Return the expected loss in the worse kind of answers, in nats per token.
@@ -297,7 +283,7 @@ class Frontier:
         return found
 
     def _left(self, n_tokens: int, max_loss: float, *, edited: bool) -> float:
-        """Return how much of a promise is left for a plan."""
+        """Return the part of a promise that is left for a plan, in nats per token."""
         point = self.edit_point(n_tokens, max_loss) if edited else None
         return max_loss if point is None else max_loss - point.needs(context_for(n_tokens))
 
@@ -315,7 +301,7 @@ class Frontier:
         return tuple({id(plan): plan for plan in (self._plan(*each) for each in kept)}.values())
 
     def _plan(self, point: Point, context: int) -> SkipPlan:
-        """Return the one object that stands for a plan: comparing plans goes through all their maps."""
+        """Return one and the same object for equal plans, because comparing plans compares all their maps."""
         key = id(point), point.window_size(context)
         if key not in self._plans:
             self._plans[key] = point.plan_for(context)
@@ -332,7 +318,7 @@ def context_for(n_tokens: int) -> int:
 
 
 def check_max_loss(max_loss: Any) -> None:
-    """Refuse, by a PlanError, what is no promise of a loss."""
+    """Raise a PlanError unless ``max_loss`` is a finite number from 0 on."""
     is_number = isinstance(max_loss, int | float) and not isinstance(max_loss, bool)
     if not (is_number and math.isfinite(max_loss) and max_loss >= 0):
         raise PlanError(f"the promised loss is {max_loss!r}; use nats per token, a number from 0 on, such as 0.05")

@@ -1,4 +1,4 @@
-"""Which model a profile or a plan belongs to, and the names of both beside it, as ``X.adaskip.json`` of ``X.gguf``."""
+"""Identifies the model of a profile or plan, and names their files beside it: start with ``ModelInfo``."""
 
 import contextlib
 import hashlib
@@ -14,9 +14,7 @@ from ..files import StrPath
 _MIB = 1 << 20
 _BLOCK = 64 << 10
 _N_BLOCKS = 64
-
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.ASCII)
-"""llama.cpp's name of a file of a model in several, ``llama_split_path``."""
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.ASCII)  # as in ``llama_split_path``
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class ModelInfo:
         return [f"its {mine[0]} is {mine[1]}, here it is {other[1]}" for mine, other in pairs if mine != other]
 
     def _parts(self) -> tuple[tuple[str, str, str], ...]:
-        """Each part's name, what to call it, and what else must be equal."""
+        """Return each part's name, its description, and a further text that must be equal."""
         adapter = f"{self.lora[:12]} at scale {self.lora_scale!r}" if self.lora else "none"
         file = f"{self.architecture} of {self.n_layer} layers, fingerprint {self.fingerprint[:12]}"
         return (
@@ -90,12 +88,12 @@ class ModelInfo:
 
 
 def override_words(overrides: Mapping[str, object] | None) -> str:
-    """Return ``kv_overrides`` as one text that is the same for the same ones: ``a=1, b='x'``."""
+    """Return ``kv_overrides`` as a text such as ``a=1, b='x'``, which is equal for equal overrides."""
     return ", ".join(f"{name}={value!r}" for name, value in sorted((overrides or {}).items()))
 
 
 def model_files(path: StrPath) -> tuple[str, ...]:
-    """Return all files of a model: ``X-00001-of-00003.gguf`` and the two others, or the one."""
+    """Return all files of a model: of ``X-00001-of-00003.gguf`` all three, else the one."""
     split = _SPLIT.fullmatch(os.fspath(path))
     if split is None or not 1 <= int(split[2]) <= int(split[3]):
         return (os.fspath(path),)
@@ -103,11 +101,9 @@ def model_files(path: StrPath) -> tuple[str, ...]:
 
 
 def fingerprint(path: StrPath) -> str:
-    """Hash enough of a model's files to tell it from any other, in milliseconds for any size.
+    """Hash enough of a model to tell it from any other, in milliseconds. Several files give the hash of their hashes.
 
-    The hash of a file covers its size, its first and last MiB and 64 blocks of 64 KiB spread evenly over it: header and
-    vocabulary, some of nearly every tensor, and the end. A file of up to 6 MiB is hashed whole. For a model in several
-    files it is the hash of their hashes.
+    A file's hash covers its size, first and last MiB, and 64 blocks of 64 KiB spread evenly; up to 6 MiB it covers all.
     """
     digests = [_digest(file) for file in model_files(path)]
     return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
@@ -138,7 +134,7 @@ def _digest(path: str) -> bytes:
 
 
 def check_gguf(path: StrPath) -> None:
-    """Refuse what is certainly not a GGUF file, each of a model in several, before llama.cpp tries to load it."""
+    """Raise a ModelFileError if a file of the model cannot be read or is no GGUF file, before llama.cpp loads it."""
     for name in model_files(path):
         if not os.path.exists(name):
             raise ModelFileError(f"there is no model file {name!r}; check the path")
@@ -154,11 +150,19 @@ def profile_path(model: StrPath) -> str:
 
 
 def plan_path(model: StrPath) -> str:
+    """Return the name of the plan file beside a model, whether or not the file exists.
+
+    Args:
+        model: a GGUF file.
+
+    Returns:
+        ``X.adaskip-plan.json`` for ``X.gguf``.
+    """
     return _stem(model) + ".adaskip-plan.json"
 
 
 def check_model(made_for: ModelInfo, model: StrPath, name: str) -> None:
-    """Refuse a profile or plan, called ``name``, of another model file, before the model is loaded."""
+    """Raise a ProfileMismatchError if ``name``, a profile or plan, is of another model file, before loading that."""
     found = replace(made_for, fingerprint=fingerprint(model))
     made_for.check(found, repr(name), model, f"run `adaskip-cpp tune {os.fspath(model)}`")
 

@@ -1,4 +1,4 @@
-"""The modes: in which phases a plan skips the sublayers that were chosen."""
+"""The modes of plans: the phases that skip the chosen sublayers. For ``planning``; start with ``MODES``."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -8,28 +8,21 @@ ModeName: TypeAlias = Literal["prompt", "prefill", "decode", "e2e"]
 
 @dataclass(frozen=True)
 class Mode:
-    """One of :data:`MODES`.
+    """The phases that skip the chosen sublayers."""
 
-    Attributes:
-        in_bulk: whether only the bulk of a prompt skips the chosen sublayers, and keeps their K and V.
-        in_prefill, in_decode: whether all of a prompt, and whether an answer skips them.
-        adapts: whether an answer may skip more as it goes on, by an online stage or a schedule.
-    """
-
-    in_bulk: bool = False
-    in_prefill: bool = False
-    in_decode: bool = False
-    adapts: bool = True
+    in_bulk: bool = False  # the bulk of a prompt alone, which keeps their K and V
+    in_prefill: bool = False  # whole prompts
+    in_decode: bool = False  # answers
+    adapts: bool = True  # whether an answer may skip more as it goes on, by an online stage or a schedule
 
     @property
     def in_prompt(self) -> bool:
         return self.in_bulk or self.in_prefill
 
 
-MODES: dict[ModeName, Mode] = {
+MODES: dict[ModeName, Mode] = {  # the prompt mode and the paper's three
     "prompt": Mode(in_bulk=True),
     "prefill": Mode(in_prefill=True, in_decode=True, adapts=False),
     "decode": Mode(in_decode=True),
     "e2e": Mode(in_prefill=True, in_decode=True),
 }
-"""The prompt mode and the paper's three."""

@@ -1,4 +1,4 @@
-"""Which sublayers to skip in which phase, and with what compensation."""
+"""``SkipPlan``: the sublayers that each phase skips, with their compensation, for every package above."""
 
 import itertools
 from collections.abc import Iterable
@@ -15,25 +15,21 @@ from .mode import MODES, ModeName
 from .skip_set import SkipSet, marked
 
 Phase: TypeAlias = Literal["bulk", "prefill", "decode"]
-PHASES: tuple[Phase, ...] = get_args(Phase)  # what a token is evaluated as, in the order of enum adaskip_phase
+PHASES: tuple[Phase, ...] = get_args(Phase)  # each token is evaluated in one, in the order of enum adaskip_phase
+TIMED: tuple[Phase, Phase] = ("prefill", "decode")  # calibrated and timed: a whole prompt, and each token of an answer
 
-TIMED: tuple[Phase, Phase] = ("prefill", "decode")
-"""What is calibrated and timed: a whole prompt, and each token of an answer."""
-
+# From docs/dev/method.md: a head of 1 would do for SmolLM2, and tails above 64 cost more than they gain.
 DEFAULT_HEAD, DEFAULT_TAIL = 4, 64
-"""Measured in docs/dev/method.md: one token would do as SmolLM2's head; tails beyond 64 cost more than they gain."""
-
-DEFAULT_WINDOW = 252
-"""With a head of 4 and ubatches of 512 tokens it makes three blocks of 256 KV cells, which backends compute in."""
+DEFAULT_WINDOW = 252  # with a head of 4 and ubatches of 512 it makes 3 blocks of 256 KV cells, the unit of backends
 
 
 def window_size_for(context: int, share: int = 8) -> int:
-    """Return the tokens to look back at in prompts of ``context`` tokens: a share, in blocks of 256 with the head."""
+    """Return the window for prompts of ``context`` tokens: one ``share``-th, in blocks of 256 with the head."""
     return DEFAULT_WINDOW + 256 * max(-(-context // (256 * share)) - 1, 0)
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """Return what a field counts, tokens or layers; a PlanError if that is no whole number from ``least`` on."""
+    """Return the value of a field as an int; raise a PlanError if it is no whole number from ``least`` on."""
     if isinstance(value, bool) or not (isinstance(value, int | np.integer) and least <= value < 2**31):
         raise PlanError(f"{name} is {value!r}; use a whole number from {least} on")
     return int(value)
@@ -161,10 +157,7 @@ class SkipPlan:
 
     def __post_init__(self) -> None:
         if self.model is not None and self.model.n_layer != self.n_layer:
-            raise PlanError(
-                f"the plan is for {self.n_layer} layers but its model has {self.model.n_layer}; "
-                "build the plan from this model's profile"
-            )
+            raise PlanError(f"the plan has {self.n_layer} layers, its model has {self.model.n_layer}; make them equal")
         if self.mode not in (*MODES, "manual"):
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
         if self.schedule:
@@ -183,13 +176,12 @@ class SkipPlan:
         for (name, earlier), (later_name, later_set) in pairs:
             if earlier.n_layer != later_set.n_layer:
                 raise PlanError(
-                    f"{name} is for {earlier.n_layer} layers but {later_name} for {later_set.n_layer}; "
-                    "build all sets for the same model"
+                    f"{name} is for {earlier.n_layer} layers but {later_name} for {later_set.n_layer}; make them equal"
                 )
             if holes := sorted({*earlier.attention} - {*later_set.attention}):
                 raise PlanError(
                     f"{name} skips the attention of layers {holes}, which {later_name} runs: it would read KV that was "
-                    "never written; skip them there too"
+                    "never written; skip it there too"
                 )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Plan files: a plan, or the frontier that `adaskip-cpp tune` found, as :mod:`adaskip_cpp.model.stored` has them."""
+"""Plan files, with a plan or the frontier of `adaskip-cpp tune`: start with ``load_plan`` and ``save_plan``."""
 
 import contextlib
 import os
@@ -89,7 +89,9 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
         found = stored.load(name, PlanFile, _FORMAT, FORMAT_VERSION)
     except FileNotFoundError:
         raise PlanFileError(f"there is no plan file {name!r}; write one with {way_out}") from None
-    except (ValueError, RecursionError) as error:  # among them all of msgspec's and our own
+    except stored.ModelGivenError as error:
+        raise PlanFileError(f"{name!r} is a model; name its plan file, which {way_out} writes") from error
+    except (ValueError, RecursionError) as error:  # this includes all errors of msgspec and our own
         raise PlanFileError(f"{name!r} cannot be used: {error}; write it again with {way_out}") from error
     if model is not None and found.plans and (made_for := found.plans[0].model) is not None:
         check_model(made_for, model, name)
@@ -105,10 +107,7 @@ def is_plan_file(path: StrPath) -> bool:
 
 
 def frontier_beside(model: StrPath) -> Frontier | None:
-    """Return the frontier beside a model without its points, and without reading their vectors; None if there is none.
-
-    A file that has none, or that cannot be read, counts as none: :func:`plan_beside` tells why.
-    """
+    """Return the frontier beside a model without its points; None without one, or if its file cannot be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         found = stored.load_json(plan_path(model), _FORMAT, FORMAT_VERSION).get("frontier")
         if isinstance(found, dict):

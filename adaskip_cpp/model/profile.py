@@ -1,4 +1,4 @@
-"""What calibration learned about the sublayers of one model, and its file; see :mod:`adaskip_cpp.model.stored`."""
+"""``ProfileData``: what calibration learned about one model's sublayers, for planning, and its file."""
 
 import math
 import os
@@ -40,7 +40,7 @@ class Windows:
     def __post_init__(self) -> None:
         finite = all(math.isfinite(each) and each >= 0 for each in self.divergence)
         if list(self.layers) != sorted({*self.layers}) or len(self.divergence) != len(self.layers) + 1 or not finite:
-            raise ProfileFormatError("'windows' does not tell one divergence per number of layers; calibrate again")
+            raise ProfileFormatError("'windows' needs one divergence per number of layers; calibrate again")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class ProfileData(LayerArrays):
         listed = {"bulk_only": self.bulk_only, "windows": () if self.windows is None else self.windows.layers}
         for name, layers in listed.items():
             if not all(0 <= layer < self.n_layer for layer in layers):
-                raise ProfileFormatError(f"{name!r} has a layer that the model has not; calibrate again")
+                raise ProfileFormatError(f"{name!r} has a layer that the model lacks; calibrate again")
         parts = {
             "'similarity'": self.prefill,
             "'similarity' of decode": self.decode,
@@ -115,9 +115,7 @@ class ProfileData(LayerArrays):
             raise ProfileFormatError(f"it has counts of requests or tokens below 1, {counts}; calibrate again")
         n_embd, of_decode = (phase.mean_u.shape[2] for phase in (self.prefill, self.decode))
         if of_decode != n_embd:
-            raise ProfileFormatError(
-                f"the vectors' lengths differ, {n_embd} in prefill and {of_decode} in decode; calibrate again"
-            )
+            raise ProfileFormatError(f"vectors have {n_embd} values in prefill, {of_decode} in decode; calibrate again")
         if self.maps is not None and self.maps.up.shape[2] != n_embd:
             raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
 
@@ -202,9 +200,13 @@ class ProfileData(LayerArrays):
             raise ProfileMissingError(
                 f"there is no profile {name!r}; write one with `adaskip-cpp calibrate MODEL -o {name}`"
             ) from None
+        except stored.ModelGivenError as error:
+            raise ProfileFormatError(
+                f"{name!r} is a model; name its profile, which `adaskip-cpp calibrate {name} -o PROFILE` writes"
+            ) from error
         except stored.VersionError as error:
             way_out = "calibrate again or install the release that wrote it"
             raise ProfileVersionError(f"{name!r} cannot be used: {error}; {way_out}") from error
-        except ValueError as error:  # among them all of msgspec's and our own
+        except ValueError as error:  # this includes all errors of msgspec and our own
             words = str(error).removesuffix("; calibrate again")
             raise ProfileFormatError(f"{name!r} cannot be used: {words}; calibrate again") from error

@@ -1,4 +1,4 @@
-"""The settings of an opened model that decide how fast it computes the same answer."""
+"""Options of llama.cpp that change speed and rounding alone, for ``tune`` and the frontier: ``Settings``."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

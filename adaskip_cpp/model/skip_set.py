@@ -1,4 +1,4 @@
-"""The sublayers of a model: their kinds, their order, and a set of them that is skipped."""
+"""The kinds and the order of a model's sublayers, and ``SkipSet``, those that one phase skips, for plans."""
 
 import operator
 from collections.abc import Iterable
@@ -11,11 +11,8 @@ from ..errors import CompensationError, PlanError, SublayerRangeError
 from .arrays import Flags, Floats, LayerArrays, Vectors, checked, freeze
 
 Kind: TypeAlias = Literal["attention", "ffn"]
-KINDS: tuple[Kind, Kind] = ("attention", "ffn")
-"""The kinds of sublayer, in the order of the columns of every ``[n_layer, 2]`` array."""
-
-KIND_NAMES = ("attention", "FFN")  # what people call them, in that order
-
+KINDS: tuple[Kind, Kind] = ("attention", "ffn")  # the order of the columns of every [n_layer, 2] array
+KIND_NAMES = ("attention", "FFN")  # for people, in that order
 _SHAPES: dict[str, tuple[Any, str]] = {
     "skip": (np.bool_, "n_layer 2"),
     "scale": (np.float64, "n_layer 2"),
@@ -59,15 +56,13 @@ class SkipSet(LayerArrays):
         arrays = checked(self, PlanError, way_out, _SHAPES, copy=False)
         skip, scale = arrays["skip"].copy(), arrays["scale"]
         if (self.down is None) != (self.up is None):
-            raise PlanError("of linear maps 'down' or 'up' is missing; give both")
+            raise PlanError("a linear map lacks 'down' or 'up'; give both")
         mapped, up = np.zeros_like(skip), arrays["up"]
         for layer, kind in np.argwhere(skip):
             mapped[layer, kind] = up is not None and up[layer, kind].any()
             name, s = sublayer_name(layer, kind), scale[layer, kind]
             if not (np.isfinite(s) and s > 0):
-                raise CompensationError(
-                    f'the compensation of {name} is {s}; use a finite number above 0, or compensation="none"'
-                )
+                raise CompensationError(f'the scale of {name} is {s}; give one above 0, or use compensation="none"')
             for part, what, other in _PARTS:
                 if arrays[part] is not None and not np.isfinite(arrays[part][layer, kind]).all():
                     raise CompensationError(
@@ -112,12 +107,12 @@ class SkipSet(LayerArrays):
         return f"SkipSet(n_layer={self.n_layer}, attention={self.attention}, ffn={self.ffn})"
 
 
+# Fields besides the scale, their names in errors, and a compensation without them.
 _PARTS = (("bias", "bias", "median"), ("down", "linear map", "affine"), ("up", "linear map", "affine"))
-"""What may stand in besides the scale, what to call it, and a compensation that does without."""
 
 
 def _rows(array: Vectors | None, which: Flags) -> Vectors | None:
-    """Copy some sublayers' rows into zeros, which take memory where they are written alone; None without any."""
+    """Copy the rows of some sublayers into zeros, which take memory only where written; None if there are no rows."""
     if array is None or not which.any():
         return None
     rows = np.zeros(array.shape, array.dtype)
@@ -141,16 +136,13 @@ def marked(n_layer: int, attention: Iterable[SupportsIndex], ffn: Iterable[Suppo
 
 
 def ranked(values: Floats) -> list[int]:
-    """Return the sublayers by a figure, float64 ``[n_layer, 2]``, smallest first, as indices into the flattened array.
-
-    Ties as in the paper: attention before FFN, then the lower layer; NaN comes last.
-    """
+    """Return flat indices of ``[n_layer, 2]`` values, smallest first, NaN last; ties: attention, then lower layer."""
     layer, kind = np.indices(values.shape)
     return [int(index) for index in np.lexsort((layer.ravel(), kind.ravel(), values.ravel()))]  # last key first
 
 
 def first_ranked(values: Floats, n: int) -> Flags:
-    """Return the flags of the first ``n`` sublayers by a figure, as :func:`ranked` has them; both ``[n_layer, 2]``."""
+    """Return the flags of the first ``n`` sublayers by :func:`ranked`, bool ``[n_layer, 2]``."""
     chosen = np.zeros(values.shape, np.bool_)
     chosen.flat[ranked(values)[:n]] = True
     return chosen

@@ -1,11 +1,9 @@
-"""Profile and plan files: JSON of dataclasses, and their large arrays in one binary file beside it.
+"""Stores profiles and plans as JSON, and their large arrays in a binary file beside it: see ``save`` and ``load``.
 
-``X.bin`` beside ``X.json`` is nothing but numbers of little endian, array after array: as BF16 where that holds all of
-them exactly, else as float32. Rows without a value of their own, all 0 or all NaN, are left out. The JSON says where
-each array is, and the name and SHA-256 of that file. Move or copy the two together; without arrays there is JSON alone.
-
-Both may come from elsewhere: nothing is taken on trust, and nothing is read beyond what a file may be long. All that is
-wrong is a ``ValueError``, which the readers turn into errors of their own.
+``X.bin`` beside ``X.json`` has little-endian numbers alone, array after array: as BF16 if that is exact, else as
+float32, without rows that are all 0 or all NaN. The JSON has the place of each array, and the name and SHA-256 of that
+file. Without arrays there is JSON alone. Files may come from strangers: all is checked, and no file is read beyond a
+maximum size. Every fault is a ``ValueError``, which the callers turn into errors of their own.
 """
 
 import contextlib
@@ -27,11 +25,9 @@ from .arrays import Floats, from_bf16
 from .skip_set import KINDS, marked
 
 MOST_JSON = 64 << 20  # more bytes than the JSON of any profile or plan has
-
 MOST_MEMORY = 4 << 30  # more bytes than the arrays of any profile or plan take
-
-_MOST_NAME = 230
-"""Bytes of the name of a file: file systems take 255, and files have longer names while they are written."""
+_MOST_NAME = 230  # bytes of a file's name: file systems take 255, and names are longer while files are written
+_GGUF = b"GGUF"  # the first bytes of a model's file
 
 _T = TypeVar("_T")
 _Index = Annotated[int, msgspec.Meta(ge=0, le=MOST_MEMORY)]
@@ -41,6 +37,10 @@ _Layers = Annotated[int, msgspec.Meta(ge=1, le=9999)]
 
 class VersionError(ValueError):
     """A file is of a format version that this release does not read."""
+
+
+class ModelGivenError(ValueError):
+    """A model is named where a file of ours is wanted."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,18 @@ class _Beside:
 
 @dataclass(frozen=True)
 class _Array:
-    """Where an array is in that file: these of its rows, counted over its first two axes, from byte ``start`` on.
-
-    All others are NaN where there is ``nan``, else 0.
-    """
+    """Where an array is in that file."""
 
     shape: Annotated[tuple[_Size, ...], msgspec.Meta(min_length=3, max_length=4)]
-    rows: tuple[_Index, ...]
-    nan: bool
+    rows: tuple[_Index, ...]  # those in the file, counted over the first two axes
+    nan: bool  # whether all other rows are NaN, else they are 0
     bf16: bool
-    start: _Index
+    start: _Index  # byte
 
 
 @dataclass(frozen=True)
 class _Flags:
-    """The sublayers that are true in a bool array ``[n_layer, 2]``, by their layers."""
+    """A bool array ``[n_layer, 2]`` in JSON: the layers that are true in each column."""
 
     attention: tuple[int, ...]
     ffn: tuple[int, ...]
@@ -90,10 +87,7 @@ class _Flags:
 
 
 def plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """Return plain JSON values of a dataclass's fields, and the content of the file beside.
-
-    In that are arrays of float32. Others are lists, with None for what is not finite.
-    """
+    """Return fields as JSON values, None for numbers that are not finite, and float32 arrays for the file beside."""
     parts: dict[bytes, int] = {}
 
     def encode(array: Any) -> Any:
@@ -158,13 +152,13 @@ def from_plain(data: Any, kind: type[_T], content: bytes = b"") -> _T:
         if n_bytes > MOST_MEMORY:
             raise ValueError("it is of a larger model than any")
         if [*at.rows] != sorted({*at.rows}) or (at.rows and at.rows[-1] >= n):
-            raise ValueError("it does not say which rows of an array there are")
+            raise ValueError("it lists impossible rows of an array")
         n_numbers = len(at.rows) * size
         end = at.start + n_numbers * (2 if at.bf16 else 4)
         if end > len(content):
             raise ValueError("an array is beyond the end of the file of its vectors")
         n_read = max(n_read, end)
-        array = np.zeros((n, size), np.float32)  # which takes memory where it is written alone
+        array = np.zeros((n, size), np.float32)  # takes memory only where it is written
         if at.nan:
             array[:] = np.nan
         found = np.frombuffer(content, "<u2" if at.bf16 else "<f4", n_numbers, at.start)
@@ -173,7 +167,7 @@ def from_plain(data: Any, kind: type[_T], content: bytes = b"") -> _T:
 
     found = msgspec.convert(data, kind, dec_hook=decode)
     if n_read != len(content):
-        raise ValueError("the file of its vectors has more in it than its arrays")
+        raise ValueError("the file of its vectors is longer than its arrays")
     return found
 
 
@@ -181,24 +175,24 @@ def _from_lists(value: Any) -> Floats:
     """Read lists of numbers, or lists of such lists, with null for NaN."""
     try:
         return np.array(msgspec.convert(value, list[list[float | None] | float | None]), np.float64)
-    except (msgspec.ValidationError, OverflowError) as error:  # to a ValueError msgspec adds which field it is
+    except (msgspec.ValidationError, OverflowError) as error:  # msgspec adds the field's name to a ValueError
         raise ValueError(str(error)) from error
 
 
 def vectors_path(path: StrPath) -> str:
-    """Return the name of the file beside ``X.json`` that holds its arrays, ``X.bin``, be it there or not."""
+    """Return ``X.bin``, the name of the file of arrays beside ``X.json``, whether it exists or not."""
     name = os.fspath(path)
     return (name[: -len(".json")] if name.lower().endswith(".json") else name) + ".bin"
 
 
 def _waiting_path(beside: str, sha256: str) -> str:
-    """Where vectors wait until the JSON file names them; there they stay where a process is killed in between."""
+    """Return where vectors wait until the JSON file names them; they stay there if the process is killed meanwhile."""
     folder, name = os.path.split(beside)
     return os.path.join(folder, f".{name}.{re.sub('[^0-9a-f]', '', sha256)[:12]}.new")
 
 
 def load_json(path: StrPath, form: str, version: int) -> dict[str, Any]:
-    """Read the JSON file of a format and version alone."""
+    """Read the JSON file alone; raise a ValueError if it has another format or version."""
     try:
         data = numbers_for_nulls(msgspec.json.decode(_read_bounded(path, MOST_JSON)))
     except (msgspec.DecodeError, RecursionError) as error:
@@ -215,16 +209,16 @@ def _read_bounded(path: StrPath, most: int) -> bytes:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise ValueError(f"{os.fspath(path)!r} is not a regular file")
+        if file.read(len(_GGUF)) == _GGUF:
+            raise ModelGivenError("it is a model")
+        file.seek(0)
         if facts.st_size > most:
             raise ValueError(f"{os.fspath(path)!r} has more than {most:,} bytes")
         return file.read(facts.st_size)
 
 
 def numbers_for_nulls(data: Any) -> Any:
-    """Return data of a JSON file with the numbers that JSON has not, for which null stands there.
-
-    The ends of an interval of one measurement are NaN, the times of settings that a model cannot run with infinite.
-    """
+    """Replace null in JSON data: by NaN for unknown ends of intervals, by infinity for times of settings that fail."""
     if isinstance(data, dict):
         return {name: _NULLS.get(name) if value is None else numbers_for_nulls(value) for name, value in data.items()}
     return [numbers_for_nulls(value) for value in data] if isinstance(data, list) else data

@@ -1,1 +1,1 @@
-"""From what calibration learned and what is wanted to a plan: strategies, modes, compensation, budgets, speed-ups."""
+"""Makes plans from a profile and a request; start with ``make_plan`` in ``strategies.py``."""

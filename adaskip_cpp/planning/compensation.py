@@ -1,7 +1,6 @@
-"""Ways to compensate a skipped sublayer: what stands in for it, ``v := s * u + b + up (down u)``, in every phase.
+"""The compensations of skipped sublayers, ``v := s * u + b + up (down u)``, for ``modes.py``: ``COMPENSATIONS``.
 
-docs/dev/method.md has the table of them and says why. Where a sublayer has no map, as those of early layers, ``linear``
-is ``affine``. The online stage learns no vectors, so that an FFN it adds gets a scale alone.
+docs/dev/method.md compares them. ``linear`` is ``affine`` for sublayers without a map. Online FFNs get a scale alone.
 """
 
 from dataclasses import dataclass
@@ -19,24 +18,15 @@ DEFAULT_COMPENSATION = "linear"
 
 @dataclass(frozen=True)
 class Compensation:
-    """One way to compensate.
-
-    Attributes:
-        online: what ``s`` is, and what the online stage uses for the FFNs that it adds.
-        adds_mean: whether ``b`` is added.
-        uses_maps: whether linear maps with their own ``s`` stand in where there are maps, and not ``s`` and ``b``.
-    """
+    """One way to compensate."""
 
     name: str
-    online: OnlineScale
-    adds_mean: bool = False
-    uses_maps: bool = False
+    online: OnlineScale  # how s is found, also for the FFNs that the online stage adds
+    adds_mean: bool = False  # whether b is added
+    uses_maps: bool = False  # whether linear maps with their own s replace s and b where the profile has maps
 
     def skip_set(self, skip: Flags, statistics: PhaseStatistics, maps: LinearMaps | None = None) -> SkipSet:
-        """Return the set that skips ``skip``, bool ``[n_layer, 2]``, compensated from the statistics of one phase.
-
-        With maps the phase is the one that they were fitted in.
-        """
+        """Return the set that skips ``skip``, bool ``[n_layer, 2]``; with maps, ``statistics`` are of their phase."""
         ratio = statistics.median_ratio
         scale = {"none": np.ones_like(ratio), "paper": statistics.norm_ratio, "median": ratio}[self.online]
         mapped = np.zeros(skip.shape, np.bool_)
@@ -53,11 +43,9 @@ class Compensation:
 
 
 def _stand_ins(skip: Flags, mapped: Flags, scale: Floats, maps: LinearMaps) -> tuple[Vectors, Vectors]:
-    """Return the maps of what is skipped, zeros where there is none; ``scale`` is changed with them.
-
-    Where both sublayers of a layer are skipped, the map of the layer stands in for them, as the FFN's.
-    """
+    """Return the maps down and up of skipped sublayers, zeros for no map; this changes ``scale`` and ``mapped`` too."""
     down, up = maps.down[:, :2].copy(), maps.up[:, :2].copy()
+    # If both sublayers of a layer are skipped, the map of the whole layer becomes the map of its FFN.
     whole = skip.all(axis=1) & maps.fitted[:, WHOLE]
     scale[whole] = 1.0
     down[whole, 1], up[whole, 1] = maps.down[whole, WHOLE], maps.up[whole, WHOLE]

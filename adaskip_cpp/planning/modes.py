@@ -1,7 +1,6 @@
-"""The modes: from the sublayers that a strategy chose to what each phase skips.
+"""Makes a plan of the sublayers that a strategy chose, as the mode says, for strategies: ``compensated_plan``.
 
-:data:`adaskip_cpp.model.mode.MODES` says which phases skip them, docs/dev/method.md why. The compensation of a set is
-measured in the phase that first uses it, but linear maps are fitted on prefill alone, where there are tokens enough.
+docs/dev/method.md explains the modes. The phase that first uses a set gives its compensation; prefill gives all maps.
 """
 
 from collections.abc import Sequence
@@ -21,20 +20,16 @@ from .request import PlanRequest
 def compensated_plan(
     profile: ProfileData, skip: Flags, request: PlanRequest, strategy: str, later: Sequence[tuple[int, Flags]] = ()
 ) -> SkipPlan:
-    """Make the plan of a chosen skip set, bool ``[n_layer, 2]``, as a request's mode, compensation and stage say.
+    """Make the plan of a chosen set, bool ``[n_layer, 2]``, with a request's mode, compensation and online stage.
 
-    In decode ``later`` sets follow it, each from so many decoded tokens on.
-
-    Raises:
-        NotSkippableError: the model cannot skip one of these sublayers.
+    In decode the sets of ``later`` follow it, each after that number of decoded tokens. A sublayer that the model
+    cannot skip raises a NotSkippableError.
     """
     none, mode = SkipSet.none(len(skip)), MODES[request.mode]
     may = profile.in_bulk if mode.in_bulk else profile.skippable
     if (wrong := np.any([skip, *(each for _, each in later)], axis=0) & ~may).any():
         names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(wrong))
-        raise NotSkippableError(
-            f"this model cannot skip {names}; choose another budget or strategy 'adaskip', which leaves them out"
-        )
+        raise NotSkippableError(f"this model cannot skip {names}; use another budget, or strategy 'adaskip'")
     of_decode = _of_decode(profile, request) if mode.in_bulk else skip
     compensation = get_compensation(request.compensation or DEFAULT_COMPENSATION)
     if compensation.uses_maps and profile.maps is None:
@@ -64,7 +59,7 @@ def compensated_plan(
 
 
 def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk | None:
-    """Return the bulk that a request asks for, with that set skipped; None where its mode has none."""
+    """Return the bulk that a request asks for, which skips ``skip``; None if its mode has no bulk."""
     if not MODES[request.mode].in_bulk:
         return None
     n = request.windowed or 0
@@ -76,7 +71,7 @@ def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk |
 
 
 def _of_decode(profile: ProfileData, request: PlanRequest) -> Flags:
-    """Return what mode ``"prompt"`` skips in decode, bool ``[n_layer, 2]``: the first by the paper's ranking."""
+    """Return the decode set of mode ``"prompt"``, bool ``[n_layer, 2]``: the first by the paper's ranking."""
     n_max = int(profile.skippable.sum())
     if request.decode > n_max:
         raise BudgetError(f"decode cannot skip {request.decode} sublayers; use a number from 0 to {n_max}")

@@ -1,4 +1,4 @@
-"""``Profile``: what calibration learned, with the plans that can be made from it."""
+"""``Profile``, for users: the data of a calibration, and ``plan``, which makes plans from it."""
 
 from typing import Any
 

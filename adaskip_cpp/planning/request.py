@@ -1,4 +1,4 @@
-"""What plan is wanted: one description for Python, the command line, bench, evaluate and tune."""
+"""``PlanRequest``: the one description of a wanted plan, for Python, the command line, bench, evaluate and tune."""
 
 import math
 from dataclasses import KW_ONLY, dataclass, fields, replace

@@ -1,6 +1,6 @@
-"""What a wanted speed-up takes: the cheapest set of sublayers, or the smallest budget of a strategy.
+"""Finds the sublayers to skip for a wanted speed-up, for strategies: ``cheapest_set``, and ``smallest_budget``.
 
-A cost model predicts the times. An online stage makes decode faster still; a schedule counts with its last set.
+A cost model predicts the times. It ignores an online stage, and a schedule counts with its last set.
 """
 
 import math
@@ -22,10 +22,7 @@ from .request import PlanRequest, Ranking
 
 @dataclass(frozen=True)
 class Goal:
-    """A phase that shall be predicted to take ``1 / speedup`` of the full model's time.
-
-    Phase ``"bulk"`` is a whole prompt, read as ``around`` says.
-    """
+    """The wanted speed-up of a phase, as predicted. Phase ``"bulk"`` is a whole prompt, read as ``around`` says."""
 
     cost: CostModel
     speedup: float
@@ -43,7 +40,7 @@ class Goal:
         return cls(profile.cost, request.speedup, int(request.context), request.faster_phase, around)
 
     def seconds(self, skip: Flags | None) -> float:
-        """Predict the phase with sublayers skipped; of the full model, which has no bulk to cut off, None."""
+        """Predict the seconds of the phase with sublayers skipped; None for the whole model, which has no bulk."""
         phase = "prefill" if skip is None and self.phase == "bulk" else self.phase
         return self.cost.seconds(skip, self.context, phase, around=self.around)
 
@@ -55,21 +52,20 @@ class Goal:
         return self.seconds(skip) <= self.most_seconds
 
     def out_of_reach(self, most: Flags, strategy: str = "adaskip") -> BudgetError:
-        """Return the error that says how far one can go, with ``most`` skipped."""
+        """Return the error that names the largest possible speed-up, which skips ``most``."""
         full, least, what = self.seconds(None), self.seconds(most), {"bulk": "a prompt"}.get(self.phase, self.phase)
         reachable = math.floor(full / least * 100) / 100
         return BudgetError(
             f"{strategy} cannot make {what} {self.speedup:g} times faster at {self.context} tokens: with all "
             f"{most.sum()} sublayers skipped that it can skip, it is predicted to take {least:.4g} s instead of "
-            f"{full:.4g} s, {reachable:.2f} times faster, and {self.speedup:g} times would take "
-            f"{self.most_seconds:.4g} s; ask for a speed-up of at most {reachable:.2f}"
+            f"{full:.4g} s, {reachable:.2f} times faster; ask for a speed-up of at most {reachable:.2f}"
         )
 
 
 def smallest_budget(
     make: Callable[[ProfileData, PlanRequest], SkipPlan], profile: ProfileData, request: PlanRequest
 ) -> SkipPlan:
-    """Return the plan of the smallest number of sublayers, as ``make`` makes it, that is as fast as a request asks."""
+    """Return the plan by ``make`` that skips the fewest sublayers and reaches the speed-up of a request."""
     goal = Goal.of(profile, request)
     most = np.zeros((goal.cost.n_layer, 2), np.bool_)
     for n_skip in range(2 * goal.cost.n_layer + 1):
@@ -84,19 +80,17 @@ def smallest_budget(
 
 
 def seconds_saved(cost: CostModel, context: int, phase: Phase, around: Bulk | None = None) -> Floats:
-    """Return the predicted seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``."""
+    """Predict the seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``."""
     alone = np.eye(2 * cost.n_layer, dtype=np.bool_).reshape(-1, cost.n_layer, 2)
     seconds = [cost.seconds(skip, context, phase, around=around) for skip in alone]
     return np.maximum(cost.seconds(None, context, phase, around=around) - np.reshape(seconds, (-1, 2)), 0.0)
 
 
 def cheapest_set(lost: Floats, goal: Goal, ranking: Ranking = "efficiency") -> Flags:
-    """Choose the sublayers, bool ``[n_layer, 2]``, that reach a goal and lose the least.
+    """Choose sublayers, bool ``[n_layer, 2]``, that reach a goal with little loss.
 
-    Args:
-        lost: float64 ``[n_layer, 2]``: what skipping each loses; NaN where it cannot be skipped.
-        ranking: ``"efficiency"`` is the greedy rule of covering knapsacks; ``"similarity"`` takes the least lost first,
-            as the paper's ranking does, until the time is reached.
+    ``lost``, float64 ``[n_layer, 2]``, is the loss from skipping each, NaN if it cannot be skipped. ``"similarity"``
+    takes the least loss first, as in the paper, until the goal is reached; ``"efficiency"`` is :func:`_cover`.
     """
     may = ~np.isnan(lost)
     if not goal.reached(may):
@@ -112,11 +106,10 @@ def cheapest_set(lost: Floats, goal: Goal, ranking: Ranking = "efficiency") -> F
 
 
 def _cover(lost: Floats, may: Flags, goal: Goal) -> Flags:
-    """Choose a set that reaches the goal and loses little.
+    """Choose a set by the greedy rule of covering knapsacks.
 
-    Sublayers are taken by the least lost per second saved. Before each of them, the set could also be completed by any
-    single one that reaches the goal, and the best of all such sets is kept. At last what is not needed after all is put
-    back, the greatest loss first.
+    Sublayers join by least loss per second saved. Before each, the set plus the one sublayer of least loss that reaches
+    the goal is a candidate. The candidate of least loss wins. Sublayers that it does not need are dropped, worst first.
     """
     saved = seconds_saved(goal.cost, goal.context, goal.phase, goal.around)
     price = np.divide(lost, saved, out=np.full(lost.shape, np.inf), where=may & (saved > 0))

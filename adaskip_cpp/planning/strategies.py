@@ -1,8 +1,7 @@
-"""Strategies: each makes a plan from a profile and a request.
+"""Strategies: functions that make a plan from a profile and a request. Callers start with ``make_plan``.
 
-A strategy is a function registered under its name in :data:`STRATEGIES`, so that adding one touches this file alone.
-The baselines skip whole layers and compensate nothing: of a budget of ``n`` sublayers ``k = n // 2`` layers, so that
-one budget serves to compare all strategies.
+A new strategy is a function registered in :data:`STRATEGIES`, in this file alone. The baselines skip whole layers
+without compensation: ``k = n // 2`` layers for a budget of ``n`` sublayers, so budgets compare between strategies.
 """
 
 import operator
@@ -25,11 +24,8 @@ from .speedup import Goal, cheapest_set, smallest_budget
 
 Strategy: TypeAlias = Callable[[ProfileData, PlanRequest], SkipPlan]
 
-LONGEST_GENERATION = 512
-"""SkipDecode's T, decoded tokens after which its whole budget is skipped; the authors of AdaSkip use 512."""
-
-_N_DEPTHS = 5  # numbers of windowed attentions that are tried for a speed-up, beside none
-
+LONGEST_GENERATION = 512  # SkipDecode's T: decoded tokens until it skips its whole budget; 512 as AdaSkip's authors
+_N_DEPTHS = 5  # numbers of windowed attentions to try for a speed-up, besides 0
 STRATEGIES: dict[str, Strategy] = {}
 
 
@@ -39,11 +35,10 @@ def strategy(function: Strategy) -> Strategy:
 
 
 def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]], *, compensates: bool = False) -> Strategy:
-    """Register a strategy that skips whole layers and knows budgets of sublayers alone.
+    """Register a strategy that skips whole layers: ``choose`` takes the number of layers and a request with a budget.
 
-    ``choose`` makes of a number of layers and a request for a number of sublayers the layers skipped, by the number of
-    tokens decoded from which on they are, beginning with 0. For a speed-up it is asked for one budget after another,
-    until one reaches it. With ``compensates`` a request may say how to compensate.
+    It returns the skipped layers by the number of decoded tokens from which on they are skipped, beginning with 0. For
+    a speed-up, growing budgets are tried until one reaches it. With ``compensates`` a request may ask to compensate.
     """
 
     @wraps(choose)
@@ -60,7 +55,7 @@ def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]], *, 
 
 
 def make_plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
-    """Make the plan that is wanted from the model's profile."""
+    """Make the plan of a request from the model's profile; raise as :meth:`adaskip_cpp.Profile.plan`."""
     if request.speedup is None and not (request.context is None and request.phase is None):
         raise PlanError("context and phase say where a speed-up is wanted; give speedup too, or leave them out")
     if request.strategy not in STRATEGIES:
@@ -70,10 +65,10 @@ def make_plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
 
 @strategy
 def adaskip(profile: ProfileData, request: PlanRequest) -> SkipPlan:
-    """The sublayers that lose least (:func:`what_is_lost`), all ranked together: the paper's offline rule.
+    """The sublayers of least loss (:func:`what_is_lost`), all ranked together: the paper's offline rule.
 
-    For a speed-up the set is that of :func:`adaskip_cpp.planning.speedup.cheapest_set`, beside the number of windowed
-    attentions with which all that is lost is least: what each of its sublayers and these attentions cost alone.
+    A speed-up takes the set of :func:`adaskip_cpp.planning.speedup.cheapest_set`, and the number of windowed attentions
+    for which the losses of all sublayers and windows, each measured alone, add up to the least.
     """
     lost = what_is_lost(profile, request)
     if request.speedup is not None:
@@ -86,7 +81,7 @@ def adaskip(profile: ProfileData, request: PlanRequest) -> SkipPlan:
 
 
 def _fastest(profile: ProfileData, lost: Floats, request: PlanRequest) -> tuple[Flags, PlanRequest]:
-    """Choose what reaches a speed-up: the sublayers to skip, and the request with a number of windowed attentions."""
+    """Choose the sublayers for a speed-up; return them, and the request with a number of windowed attentions."""
     windows, divergence = profile.windows, profile.divergence
     numbers = {request.windowed or 0}
     if request.windowed is None and MODES[request.mode].in_bulk and request.ranking == "efficiency":
@@ -103,16 +98,16 @@ def _fastest(profile: ProfileData, lost: Floats, request: PlanRequest) -> tuple[
         total = 0.0 if divergence is None or windows is None else divergence[skip].sum() + windows.divergence[n]
         found.append((float(total), n, skip, this))
     if not found and refused is not None:
-        raise refused  # with the most windows, which reach furthest
+        raise refused  # this is the error of the most windows, which allow the largest speed-up
     _, _, skip, this = min(found, key=lambda each: each[:2])
     return skip, this
 
 
 def what_is_lost(profile: ProfileData, request: PlanRequest) -> Floats:
-    """Return what skipping each sublayer loses, float64 ``[n_layer, 2]``, NaN where it cannot be skipped.
+    """Return the loss from skipping each sublayer, float64 ``[n_layer, 2]``, NaN if it cannot be skipped.
 
-    That is 1 less its similarity, or in mode ``"prompt"`` what :mod:`adaskip_cpp.calibration.divergence` measured times
-    the layers above it, unless the ranking is ``"similarity"``.
+    It is 1 - similarity. In mode ``"prompt"`` with ranking ``"efficiency"`` it is the divergence that
+    :mod:`adaskip_cpp.calibration.divergence` measured, times the number of layers above.
     """
     if not MODES[request.mode].in_bulk:
         return np.where(profile.skippable, 1.0 - profile.similarity, np.nan)
@@ -120,11 +115,11 @@ def what_is_lost(profile: ProfileData, request: PlanRequest) -> Floats:
         return 1.0 - profile.similarity
     if (lost := profile.lost) is None:
         raise PlanError(
-            "the profile does not tell what skipping in a prompt's bulk costs; calibrate again, on 4 requests or more, "
-            "or use mode='e2e' or ranking='similarity'"
+            "the profile has no losses from skipping in a prompt's bulk; calibrate again, on 4 requests or more, or "
+            "use mode='e2e' or ranking='similarity'"
         )
-    # An error passes through the layers above that run: the more of them, the less are what sublayers cost alone and
-    # what they cost among others alike. SmolLM2 at 1.4 times the speed diverges by 0.034 so, and by 0.058 without.
+    # An error passes through the layers above. If they are many, a sublayer's cost measured alone is far from its cost
+    # inside a set. At 1.4 times the speed SmolLM2's divergence is 0.034 with this factor, 0.058 without.
     return lost * np.arange(profile.n_layer)[::-1, None]
 
 
@@ -136,20 +131,16 @@ def early_exit(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
 
 @partial(baseline, compensates=True)
 def suffix(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
-    """The last k layers, in the bulk of a prompt in mode ``prompt``: the rule of POP (arXiv 2602.03295).
-
-    It is ``early_exit``, and compensated where a request says how.
-    """
+    """The rule of POP (arXiv 2602.03295): as ``early_exit``, but a request may ask for a compensation."""
     return _last(n_layer, request)
 
 
 @baseline
 def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
-    """SkipDecode: layers 1 to m, where m grows by ``min(k, ceil(t / T * (k - 1)) + 1)`` to k.
+    """SkipDecode: layers 1 to ``m = min(k, ceil(t / T * (k - 1)) + 1)``.
 
     t is the number of tokens decoded so far in the request, T is :data:`LONGEST_GENERATION`. In the modes ``prefill``
-    and ``prompt`` m is k throughout. In mode ``e2e`` a prompt is read with m = 1: were it read with m = k, decode could
-    not begin with fewer layers, as their attentions would have no KV of the prompt.
+    and ``prompt``, m is always k. Mode ``e2e`` reads a prompt with m = 1: after m = k, decode with m = 1 would lack KV.
     """
     limit = 2 * (n_layer - 1)
     k = _budget(request, limit, f"SkipDecode never skips layer 0, which leaves {limit} sublayers") // 2
@@ -163,20 +154,18 @@ def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
 
 @baseline
 def unified_skipping(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
-    """Unified Skipping: layers i with ``i mod (n_layer // k) == 1``, which can be a few more than k.
-
-    For more than half of the layers ``n_layer // k`` is 1, and no i has such a remainder: that budget is refused.
-    """
+    """Unified Skipping: layers i with ``i mod (n_layer // k) == 1``, which can be a few more than k."""
+    # For k above half of the layers, n_layer // k is 1, and no i has that remainder.
     limit = 2 * (n_layer // 2)
     reason = f"Unified Skipping is defined for at most half of the {n_layer} layers, {limit} sublayers"
-    # The layer that an odd budget leaves over is no reason to refuse it.
+    # An odd budget has one sublayer left over, which is no reason to refuse it.
     k = _budget(request, limit + 1, reason) // 2
     return {0: [i for i in range(n_layer) if k and i % (n_layer // k) == 1]}
 
 
 @strategy
 def manual(profile: ProfileData, request: PlanRequest) -> SkipPlan:
-    """The sublayers listed in the request, skipped as the mode says, without an online stage."""
+    """The sublayers that the request lists, in the phases of its mode, without an online stage."""
     skip = marked(profile.n_layer, request.attention, request.ffn)
     if request.n_skip not in (None, skip.sum()):
         raise BudgetError(f"{skip.sum()} sublayers are listed, not {request.n_skip}; leave n_skip out")

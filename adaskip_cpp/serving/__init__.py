@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server: llama-cpp-python's own, with our model under it and a queue before it."""
+"""The server: OpenAI's API over models with plans, for `adaskip-cpp serve`. Start at :func:`.app.make_app`."""

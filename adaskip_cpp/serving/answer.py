@@ -1,7 +1,7 @@
-"""How an answer leaves: as JSON or as a stream of events, with usage, timings and what was skipped; and errors."""
+"""Sends answers over ASGI: as JSON, as a stream of events, or as an error. Start at :class:`Sent`."""
 
 import asyncio
-import sys
+import logging
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,51 +16,51 @@ from ..errors import AdaSkipError, NativeError, StateError
 from .dialects import DIALECTS, pieces_of
 from .request import Gone, Refused, ServedRequest
 
-STALL = 30.0  # seconds that a client may take nothing
-LEFT = 60.0  # seconds that a client has for all that it has not taken when its answer is complete
-PING = 1.0
-"""Seconds after which a stream gets a comment, again and again: those between would end a connection that is still."""
+STALL = 30.0  # seconds after which a client that reads nothing counts as gone
+LEFT = 60.0  # seconds that a client has to read the rest of a complete answer
+PING = 1.0  # seconds between two comments in a silent stream; without them, proxies would end the connection
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _TYPES |= {429: "rate_limit_error", 503: "service_unavailable_error"}
+_LOGGER = logging.getLogger(__name__)
 
 
 def explained(error: Exception, *, logs_text: bool) -> tuple[int, str, str | None]:
-    """Return status, message and code for what was raised; where it is the server's mistake, print its traceback.
+    """Return status, message and code for an exception. For a mistake of the server, log the traceback.
 
-    What an exception says may be what a client wrote, so only ``logs_text`` prints that too.
+    The text of an exception may contain what a client wrote, so it is logged only with ``logs_text``.
     """
     message = " ".join(str(error).split())
     if isinstance(error, Refused):
         status, message, code = error.args
         return status, message, code
-    if "exceed context window" in message:  # llama_cpp.Llama's words
-        return 400, f"{message}; shorten the prompt, or start the server with a larger --ctx", "context_length_exceeded"
+    if "exceed context window" in message:  # llama_cpp.Llama's words, and AdaSkipLlama's
+        return 400, message, "context_length_exceeded"
     if isinstance(error, jinja2.TemplateError):
         return 400, f"the model's chat template refuses these messages: {message}; change their roles or order", None
     if isinstance(error, MemoryError):
-        return 503, "out of memory; try a shorter prompt, or a smaller --ctx", None
+        return 503, "out of memory; send a shorter prompt, or start the server with a smaller --ctx", None
     if isinstance(error, AdaSkipError) and not isinstance(error, NativeError | StateError):
         return 400, message, None
     if logs_text:
-        traceback.print_exception(error, file=sys.stderr)
+        _LOGGER.error("%s", "".join(traceback.format_exception(error)).rstrip())
     else:
         frames = "".join(traceback.format_tb(error.__traceback__))
-        print(f"{frames}{type(error).__name__}; --log-prompts shows what it says", file=sys.stderr)
+        _LOGGER.error("%s%s; --log-prompts shows the message", frames, type(error).__name__)
     return 500, f"the server failed ({type(error).__name__}); see its log", None
 
 
 class Sent:
-    """Sends over ASGI, and knows how far it is. Whoever calls it does not wait for the client to read.
+    """ASGI send wrapper: queues messages, so that no caller waits for the client, and knows what was sent.
 
-    A client is :class:`Gone` which takes nothing for :data:`STALL` seconds, or not the rest within :data:`LEFT`.
+    It raises :class:`Gone` if the client reads nothing for :data:`STALL` seconds, or not the rest within :data:`LEFT`.
     """
 
     def __init__(self, send: Send, path: str = "") -> None:
         self._dialect, self._n_events = DIALECTS.get(path.removesuffix("/count_tokens")), 0
         self.status, self._send = 499, send  # 499: the client left before anything was sent
         self._is_begun = self._is_over = self._is_gone = False
-        # Not bounded: one answer has as many tokens as the context, and those of the last LEFT seconds wait at most.
+        # It needs no bound: an answer has at most as many tokens as the context.
         self._waiting: deque[Message] = deque()
         self._sending: asyncio.Task[None] | None = None
 
@@ -83,20 +83,19 @@ class Sent:
             self._is_gone = True
 
     async def finish(self) -> None:
-        """Wait until the client has taken what was sent, or is gone."""
+        """Wait until the client has read everything, or is gone."""
         if self._sending is not None and not (await asyncio.wait({self._sending}, timeout=LEFT))[0]:
             self._is_gone = True
             self._waiting.clear()
             self._sending.cancel()
 
     async def json(self, status: int, content: bytes, headers: dict[bytes, bytes] | None = None) -> None:
-        """Send all of an answer."""
         about = {b"content-type": b"application/json", b"content-length": b"%d" % len(content), **(headers or {})}
         await self({"type": "http.response.start", "status": status, "headers": [*about.items()]})
         await self({"type": "http.response.body", "body": content})
 
     async def event(self, content: bytes, *, is_last: bool = False) -> None:
-        """Send a piece of a stream, which begins with its first."""
+        """Send a piece of a stream. The first piece sends status 200 before."""
         if not self._is_begun:
             about = {b"content-type": b"text/event-stream", b"cache-control": b"no-store", b"x-accel-buffering": b"no"}
             await self({"type": "http.response.start", "status": 200, "headers": [*about.items()]})
@@ -109,7 +108,7 @@ class Sent:
             await self.event(b": ping\n\n")
 
     async def error(self, status: int, message: str, code: str | None = None) -> None:
-        """Answer with an error, as clients of the API read it; where a stream has begun, end it with one."""
+        """Send an error in the form of the client's API. If a stream has begun, end it with the error."""
         if self._is_over or self._is_gone:
             return
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
@@ -128,10 +127,7 @@ class Sent:
 def encoded(
     answer: dict[str, Any] | Iterator[dict[str, Any]], request: ServedRequest, tell: Callable[[bytes], object]
 ) -> bytes:
-    """Return what the model returned for a request as JSON, with what llama-cpp-python does not tell.
-
-    Of a stream it is the last event; the others go to ``tell``.
-    """
+    """Return the model's answer as JSON, with our figures. Of a stream, pass all events to ``tell`` but the last."""
     dialect = DIALECTS.get(request.path)
     if isinstance(answer, dict):
         if dialect is not None:
@@ -154,7 +150,7 @@ def encoded(
 
 
 def progress_event(request: ServedRequest) -> bytes:
-    """Return how far the prompt is, as llama.cpp's server has it in a stream: beside a choice that says nothing."""
+    """Return an event with the progress of the prompt, in the form of llama.cpp's server: beside an empty choice."""
     choice: dict[str, Any] = {"index": 0, "finish_reason": None}
     if isinstance(request.body, CreateChatCompletionRequest):
         choice["delta"] = {"role": "assistant", "content": None}
@@ -164,7 +160,7 @@ def progress_event(request: ServedRequest) -> bytes:
 
 
 def _head(request: ServedRequest) -> dict[str, Any]:
-    """Return what all events of a stream have, under the names and in the form of llama-cpp-python's server."""
+    """Return the fields of all events of a stream, as in llama-cpp-python's server."""
     chats = isinstance(request.body, CreateChatCompletionRequest)
     return {
         "id": f"{'chat' if chats else ''}cmpl-{request.id}",
@@ -175,6 +171,6 @@ def _head(request: ServedRequest) -> dict[str, Any]:
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    """Return an event, which has a name where it has a type."""
+    """Return a server-sent event. It has a name if its content has a type."""
     name = f"event: {content['type']}\n".encode() if "type" in content else b""
     return name + b"data: " + msgspec.json.encode(content) + b"\n\n"

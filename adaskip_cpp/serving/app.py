@@ -1,4 +1,4 @@
-"""The application: the paths that need no model, around those that it works on a gate and CORS."""
+"""The ASGI application: the paths that need no generation, the gate for all paths, and CORS."""
 
 import hmac
 import secrets
@@ -17,23 +17,24 @@ from starlette.types import ASGIApp
 from .body import decoded, read_body
 from .metrics import Metrics
 from .middleware import Gate, Routes
+from .process import Worker
 from .queue import FairQueue
 from .request import STOPPING, Refused
-from .workers import Worker, Workers
+from .workers import Workers
 
 MOST_WAITING = 64  # requests that may wait
 
-_BYTES_PER_TOKEN = 16
-"""Of a body, for each token of the context: several times what text takes, as JSON and as messages."""
+_BYTES_PER_TOKEN = 16  # bytes in a body, per token of the context; text with its JSON needs a fraction of that
 
-_LOOPBACK_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-"""Pages that may ask without a key: those of this machine."""
+_LOOPBACK_PAGES = (
+    r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # pages that may ask without a key: this machine's
+)
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-"""What the page may load and do: nothing but what is in it, and ask this server."""
+"""The page may run what is in it and ask this server, and nothing else."""
 
 
 class _Text(msgspec.Struct):
@@ -50,10 +51,7 @@ class _Ids(msgspec.Struct):
 def make_app(
     workers: Workers, *, keys: Collection[str], names: Collection[str], log_prompts: bool = False
 ) -> tuple[ASGIApp, FairQueue]:
-    """Return the application for models, and the queue before them.
-
-    Clients send one of ``keys``. Without keys they may call the server by an address, as localhost or by ``names``.
-    """
+    """Return the application, and the queue of its requests. For ``keys`` and ``names`` see :class:`.Gate`."""
     queue, created, secret = FairQueue(MOST_WAITING), int(time.time()), secrets.token_bytes()
 
     def total(of: Callable[[Worker], float]) -> Callable[[], float]:
@@ -61,13 +59,13 @@ def make_app(
 
     metrics = Metrics(
         {
-            ("queue_waiting", "Requests that wait."): lambda: len(queue),
-            ("requests_running", "Requests that a model works for, 0 or 1."): lambda: float(queue.is_busy),
+            ("queue_waiting", "Requests that wait in the queue."): lambda: len(queue),
+            ("requests_running", "Requests that a model is working on, 0 or 1."): lambda: float(queue.is_busy),
             ("kv_bytes", "Bytes of KV cache."): total(lambda each: each.gauges.get("kv_bytes", 0)),
             ("prefix_cache_bytes", "Bytes of saved states in memory."): total(
                 lambda each: each.gauges.get("prefix_cache_bytes", 0)
             ),
-            ("worker_deaths", "Processes of models that ended by themselves."): total(lambda each: each.n_deaths),
+            ("worker_deaths", "Processes of models that ended unexpectedly."): total(lambda each: each.n_deaths),
         }
     )
 
@@ -133,7 +131,7 @@ def make_app(
         ("GET", "/metrics"): prometheus,
         ("GET", "/v1/models"): models,
         ("GET", "/slots"): slots,
-        # Under the names of vLLM's server, by which lm-evaluation-harness counts the tokens that it asks about.
+        # Names of vLLM's server; lm-evaluation-harness counts tokens by these paths.
         ("GET", "/tokenizer_info"): tokenizer_info,
         ("POST", "/tokenize"): tokenize,
         ("POST", "/detokenize"): detokenize,

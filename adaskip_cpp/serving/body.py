@@ -1,4 +1,4 @@
-"""What a request's body asks, by the schemas of llama-cpp-python's server, and what is refused."""
+"""Checks the body of a request by the schemas of llama-cpp-python's server, and more. Start at :func:`read_body`."""
 
 from typing import Any, TypeVar, cast
 
@@ -23,11 +23,11 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/v1/messages": CreateChatCompletionRequest,
     "/v1/responses": CreateChatCompletionRequest,
 }
-"""The paths on which the model works, and the schema of each; what :data:`.DIALECTS` have becomes a chat first."""
+"""The paths that the model answers, and their schemas. A body of :data:`.DIALECTS` first becomes a chat."""
 
 MOST_LOGPROBS, MOST_BIAS = 20, 100  # OpenAI's own limits
 
-_TEXTS = ("text", "input_text", "output_text")  # the last two are of /v1/responses
+_TEXTS = ("text", "input_text", "output_text")  # types of parts; the last two are of /v1/responses
 _NOT_WITH_MIN_TOKENS = ("grammar", "response_format", "tools", "functions", "logit_bias")
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -35,28 +35,27 @@ _RANGES: dict[str, tuple[float, float]] = {
     "repeat_penalty": (0.01, 100),
     "seed": (-(2**63), 2**64 - 1),
 }
-"""Of numbers for which the schema has no bounds, or too wide ones; of all others it is ``_RANGE``."""
-_RANGE = (-2, 2**31 - 1)
-_COLDEST = 1e-20  # a temperature; what is divided by a smaller one may be no number any more
+"""Bounds of numbers for which the schema has no bounds, or too wide ones."""
+_RANGE = (-2, 2**31 - 1)  # bounds of all other numbers
+_COLDEST = 1e-20  # least temperature above 0; dividing by a smaller one may give NaN
 
 
 def decoded(content: bytes, kind: type[_Kind]) -> _Kind:
-    """Return JSON as a value of some type; a RequestError where it is none."""
+    """Decode JSON as a type; raise RequestError if it does not fit."""
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not the JSON that is asked for ({error}); send a JSON object") from error
+        raise RequestError(f"the body is not valid JSON for this path ({error}); send a JSON object") from error
 
 
 def read_body(path: str, content: bytes) -> ServedRequest:
-    """Read the body of a request that the model works for.
+    """Read the body of a request to the model. Null counts as left out.
 
-    Beside the fields of the schema these are known: ``adaskip``, ``stream_options``, ``cache_prompt`` (of llama.cpp's
-    server), ``return_progress`` (too), ``cache_salt`` (of vLLM's), ``max_completion_tokens``, prompts of token ids,
-    content in parts of text. Null is as if left out.
+    Fields beside those of the schema: ``adaskip``, ``stream_options``, ``cache_prompt`` and ``return_progress`` (of
+    llama.cpp's server), ``cache_salt`` (of vLLM's), ``max_completion_tokens``, token ids as prompt, parts of text.
 
     Raises:
-        RequestError: it is no JSON of this schema, or asks for what this server does not do.
+        RequestError: the body does not fit the schema, or asks for something that this server cannot do.
     """
     body = decoded(content, dict[str, Any])
     if path in DIALECTS:
@@ -75,13 +74,13 @@ def read_body(path: str, content: bytes) -> ServedRequest:
         body.setdefault("max_tokens", body.pop("max_completion_tokens"))
     _check_bounds(body)
     if SCHEMAS[path] is not CreateEmbeddingRequest:
-        body.setdefault("repeat_penalty", 1.0)  # as OpenAI's API has none; the stock server's default is 1.1
+        body.setdefault("repeat_penalty", 1.0)  # OpenAI's API has no such penalty; the stock server's default is 1.1
     if "messages" in body:
         body["messages"] = _messages(body["messages"])
     if body.get("logprobs") is True:
         body.setdefault("top_logprobs", 0)
     match body.get("response_format"):
-        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:  # OpenAI's newer way to give one
+        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:  # OpenAI's newer form
             body["response_format"] = {"type": "json_object", "schema": schema}
     if SCHEMAS[path] is CreateCompletionRequest and isinstance(body.get("prompt"), list):
         request.prompt_tokens, body["prompt"] = _prompt(body["prompt"])
@@ -98,10 +97,10 @@ def read_body(path: str, content: bytes) -> ServedRequest:
 
 
 def _check_bounds(body: dict[str, Any]) -> None:
-    """Refuse what llama-cpp-python ignores, or what would end or block it."""
+    """Refuse values that llama-cpp-python ignores, or that would end or block it."""
     for name in ("n", "best_of"):
         if body.get(name, 1) != 1:
-            raise RequestError(f"{name} is {body[name]!r}; this server gives one choice, leave it out or send 1")
+            raise RequestError(f"{name} is {body[name]!r}, but this server gives one choice; leave it out or send 1")
     for name in ("logprobs", "top_logprobs"):
         if isinstance(body.get(name), int) and body[name] > MOST_LOGPROBS:
             raise RequestError(f"{name} is {body[name]}; ask for at most {MOST_LOGPROBS}")
@@ -109,28 +108,27 @@ def _check_bounds(body: dict[str, Any]) -> None:
     for value in bias.values() if isinstance(bias, dict) else ():
         if not (isinstance(value, int | float) and abs(value) <= MOST_BIAS):
             raise RequestError(f"logit_bias has {value!r}; use numbers from -{MOST_BIAS} to {MOST_BIAS}")
-    # It forbids the one token that a finished grammar allows, which ends llama.cpp; and stock forgets a bias beside it.
+    # min_tokens forbids the only token that a finished grammar allows, which ends llama.cpp. Stock then drops a bias.
     if body.get("min_tokens") and (others := [name for name in _NOT_WITH_MIN_TOKENS if body.get(name)]):
-        raise RequestError(f"min_tokens cannot be met beside {others[0]}; leave one of them out")
+        raise RequestError(f"min_tokens and {others[0]} exclude each other; leave one of them out")
     texts = body.get("input")
     if texts in ([], "") or (isinstance(texts, list) and "" in texts):
-        raise RequestError("input has no text, or an empty one; leave that out, and send at least one")
+        raise RequestError("input has no text, or an empty one; send at least one text, and no empty ones")
     for name in ("response_format", "tools", "functions"):
         check_depth(name, body.get(name))
 
 
 def _check_numbers(body: BaseModel) -> None:
-    """Refuse numbers that would end up as none: what a grammar forbids could then be sampled, which ends llama.cpp."""
+    """Refuse numbers that would lead to NaN: a forbidden token could then be sampled, which ends llama.cpp."""
     for name, value in body:
         low, high = _RANGES.get(name, _RANGE)
         if isinstance(value, int | float) and not low <= value <= high:
-            raise RequestError(f"{name} is {value!r}; use {low:g} to {high:g}")
+            raise RequestError(f"{name} is {value!r}; use a number from {low:g} to {high:g}")
         if name == "temperature" and 0 < value < _COLDEST:
-            raise RequestError(f"{name} is {value!r}; use 0, or at least {_COLDEST:g}")
+            raise RequestError(f"{name} is {value!r}; use 0, or a number of at least {_COLDEST:g}")
 
 
 def _check_schemas(body: CreateChatCompletionRequest) -> None:
-    """Refuse a JSON schema that the answer must follow and cannot."""
     match body.response_format:
         case {"type": "json_object", "schema": schema} if schema is not None:
             check_schema("response_format", schema)
@@ -139,17 +137,17 @@ def _check_schemas(body: CreateChatCompletionRequest) -> None:
             functions = body.functions or [tool["function"] for tool in body.tools or []]
             chosen = next((each for each in functions if each["name"] == name), None)
             if chosen is None:
-                raise RequestError("the tool that is to be called is not among the tools; add it")
-            check_schema("the tool that is to be called", chosen["parameters"])
+                raise RequestError("the chosen tool is not among the tools; add it to them")
+            check_schema("the chosen tool", chosen["parameters"])
 
 
 def _wishes(asked: Any) -> tuple[Any, Any]:
-    """Return which plan a request asks for, and what it is to use of a prompt in memory, None where it leaves that."""
+    """Return the plan that a request asks for, and its ``reuse``, or None for the server's."""
     if asked is None:
         return "auto", None
     if not isinstance(asked, dict) or not asked or asked.keys() - {"plan", "reuse"}:
-        raise RequestError(f'adaskip is {asked!r}; send {{"plan": P, "reuse": R}} or one of them, where P is one of: '
-                           f'{WISHES}, and R is "prefix" or "edits"')  # fmt: skip
+        raise RequestError(f'adaskip is {asked!r}; send {{"plan": P, "reuse": R}}, or one of both. P is one of: '
+                           f'{WISHES}, and R is "auto", "prefix" or "edits"')  # fmt: skip
     plan, reuse = asked.get("plan", "auto"), asked.get("reuse")
     check_wish(plan)
     if reuse not in (None, *REUSES):
@@ -158,30 +156,30 @@ def _wishes(asked: Any) -> tuple[Any, Any]:
 
 
 def _messages(messages: Any) -> Any:
-    """Take content in parts of text as one text, and the newer name of the system's role for the older one."""
+    """Join the text parts of each content, and rename the role "developer" to "system"."""
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is empty; send at least one")
     return [_message(each) if isinstance(each, dict) else each for each in messages]
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    role, content = message.get("role"), message.get("content") or ""  # as of what calls a tool
+    role, content = message.get("role"), message.get("content") or ""  # a message that calls a tool has no content
     if isinstance(content, list):
         parts = [
             part.get("text") if isinstance(part, dict) and part.get("type") in _TEXTS else None for part in content
         ]
         if not all(isinstance(part, str) for part in parts):
-            raise RequestError("content has parts that are no text; this server reads text alone")
+            raise RequestError("content has a part that is not text; send parts of text only")
         content = "".join(cast("list[str]", parts))
     return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
 def _prompt(prompt: list[Any]) -> tuple[list[int] | None, str]:
-    """Return the one prompt of a list: as token ids, or as text."""
+    """Return the one prompt in a list: its token ids or None, and its text or ""."""
     if len(prompt) == 1 and isinstance(prompt[0], str):
         return None, prompt[0]
     if len(prompt) == 1 and isinstance(prompt[0], list):
         prompt = prompt[0]
     if prompt and all(type(token) is int for token in prompt):
         return prompt, ""
-    raise RequestError("prompt is a list of several; send one prompt per request, a text or a list of token ids")
+    raise RequestError("prompt is not one text or one list of token ids; send one prompt per request")

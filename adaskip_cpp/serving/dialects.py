@@ -1,7 +1,7 @@
-"""Two more APIs over that of chat completions: Anthropic's Messages, and OpenAI's Responses.
+"""Translates two more APIs into chat completions and back: Anthropic's Messages, and OpenAI's Responses.
 
-A request becomes one for chat, with which :func:`.read_body` goes on. Fields of chat that the API lacks stay in it, as
-``adaskip``. What the model returns for it becomes an answer of the API, or events, each named by its ``type``.
+``asked`` turns the body of a request into one for chat, which :func:`.read_body` then checks. Other fields stay, such
+as ``adaskip``. ``answer`` and ``events`` turn the model's chat answer into the API's form. Start at :data:`DIALECTS`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ Json: TypeAlias = dict[str, Any]
 
 @dataclass
 class Piece:
-    """A piece of an answer: text, or the call of a tool, which has an id and a name, and its arguments for text."""
+    """A piece of an answer: a text; or a tool call, whose ``text`` is its arguments as JSON."""
 
     id: str = ""
     name: str = ""
@@ -31,9 +31,9 @@ class Messages:
 
     def asked(self, body: Json) -> Json:
         if body.get("max_tokens") is None:
-            raise RequestError("max_tokens is missing; send how many tokens the answer may have")
+            raise RequestError("max_tokens is missing; send the largest number of tokens for the answer")
         system, metadata = body.get("system"), body.get("metadata")
-        match system:  # Claude Code begins with a hash of the request, after which nothing could be used again
+        match system:  # Claude Code's first text changes with each request, so no cached prompt would match
             case [{"text": str() as text}, *others] if text.startswith("x-anthropic-billing-header:"):
                 system = others
         messages = [{"role": "system", "content": system}] if system else []
@@ -44,7 +44,7 @@ class Messages:
         return {**body, **_form(body, body.get("output_config")), **more}
 
     def _turns(self, message: Any) -> list[Any]:
-        """Return a message as those of chat, where results of tools are messages of their own."""
+        """Return a message as messages of chat. There, each result of a tool is a message of its own."""
         if not (isinstance(message, dict) and isinstance(message.get("content"), list)):
             return [message]
         results: list[Json] = []
@@ -70,7 +70,7 @@ class Messages:
             "model": request.model,
             "content": list(map(self._block, pieces)),
             "stop_reason": "max_tokens" if is_cut else "tool_use" if calls else "end_turn",
-            "stop_sequence": None,  # nobody tells whether one ended it
+            "stop_sequence": None,  # llama-cpp-python does not report it
             "usage": {**usage, "cache_creation_input_tokens": 0, "output_tokens": request.n_generated},
         }
 
@@ -79,7 +79,7 @@ class Messages:
             return {"type": "text", "text": piece.text}
         try:
             given = msgspec.json.decode(piece.text or "{}")
-        except (msgspec.DecodeError, RecursionError):  # the answer ended within it
+        except (msgspec.DecodeError, RecursionError):  # the answer ended inside the arguments
             given = {}
         return {"type": "tool_use", "id": piece.id, "name": piece.name, "input": given}
 
@@ -103,19 +103,19 @@ class Messages:
         yield {"type": "message_stop", **request.figures}
 
     def error(self, status: int, error: Json, n_events: int | None) -> Json:
-        """Return an error of OpenAI's form in that of this API; ``n_events`` came before it in a stream."""
+        """Return an error of OpenAI's form in this API's; ``n_events`` of a stream were sent, None without a stream."""
         kinds = {413: "request_too_large", 503: "overloaded_error"}
         kind = kinds.get(status, "api_error" if status >= 500 else error["type"])
         return {"type": "error", "error": {"type": kind, "message": error["message"]}}
 
 
 class Responses:
-    """OpenAI's Responses API, of which nothing is stored."""
+    """OpenAI's Responses API, without its storage."""
 
     def asked(self, body: Json) -> Json:
         for name in ("previous_response_id", "conversation", "prompt", "background"):
             if body.get(name):
-                raise RequestError(f"{name} needs what was stored, and this server stores nothing; send all as input")
+                raise RequestError(f"{name} needs storage, and this server stores nothing; send everything as input")
         given, system = body.get("input"), body.get("instructions")
         messages: list[Json] = [{"role": "system", "content": system}] if system else []
         for item in [{"role": "user", "content": given}] if isinstance(given, str) else _list(body, "input", 1):
@@ -129,7 +129,7 @@ class Responses:
                 case {"role": role, "content": content}:
                     messages.append({"role": role, "content": content})
                 case _:
-                    raise RequestError("input has what is no message, function_call or function_call_output; remove it")
+                    raise RequestError("input has an entry that is not a message, a call or its output; remove it")
         more = {"messages": messages, "max_tokens": body.get("max_output_tokens")}
         return {**body, **_form(body, body.get("text")), **more}
 
@@ -201,7 +201,7 @@ DIALECTS: dict[str, Messages | Responses] = {"/v1/messages": Messages(), "/v1/re
 
 
 def pieces_of(message: Json) -> Iterator[Piece]:
-    """Yield what a message of chat has, or the part of one that a stream has."""
+    """Yield the pieces of a chat message, or of its part in a stream."""
     if message.get("content"):
         yield Piece(text=message["content"])
     for call in message.get("tool_calls") or ():
@@ -209,7 +209,7 @@ def pieces_of(message: Json) -> Iterator[Piece]:
 
 
 def _steps(chunks: Iterable[Json], pieces: list[Piece]) -> Iterator[tuple[str, Piece, str]]:
-    """Collect the pieces of a stream. Yield what happens, to which piece, and what text it gets."""
+    """Collect the pieces of a stream in ``pieces``. Yield each step with its piece and its new text."""
     for index, chunk in enumerate(chunks):
         if index == 0:
             yield "first", Piece(), ""
@@ -227,7 +227,7 @@ def _steps(chunks: Iterable[Json], pieces: list[Piece]) -> Iterator[tuple[str, P
 
 
 def _form(body: Json, config: Any) -> Json:
-    """Return what form an answer is to have, as chat has it: which tools it may call, and the schema in a config."""
+    """Return chat's fields for the form of an answer: tools, the choice among them, and the schema in ``config``."""
     tools: list[Json] = []
     for tool in _list(body, "tools"):
         match tool:
@@ -236,7 +236,7 @@ def _form(body: Json, config: Any) -> Json:
                 function = {"name": name, **about, "parameters": schema or {"type": "object"}}
                 tools.append({"type": "function", "function": function})
             case _:
-                raise RequestError("tools has what is no function with a schema; this server runs no tools, remove it")
+                raise RequestError("tools has an entry that is not a function with a schema; remove it")
     match choice := body.get("tool_choice"):
         case {"type": "function" | "tool", "name": name}:
             choice = {"type": "function", "function": {"name": name}}
@@ -256,5 +256,5 @@ def _add_call(message: Json, id: Any, name: Any, arguments: Any) -> None:
 def _list(body: Json, name: str, least: int = 0) -> list[Any]:
     found = body.get(name) or []
     if not isinstance(found, list) or len(found) < least:
-        raise RequestError(f"{name} is {'no list' if found else 'empty'}; send a list of at least {least}")
+        raise RequestError(f"{name} is {'not a list' if found else 'empty'}; send a list of at least {least}")
     return found

@@ -1,6 +1,6 @@
-"""JSON schemas that answers must follow: what is too large, or cannot become a grammar, is refused.
+"""Refuses JSON schemas that are too large or cannot become a grammar. Start at :func:`check_schema`.
 
-llama-cpp-python makes the grammar. Where it cannot, it takes any JSON instead, and does not say so.
+llama-cpp-python makes the grammar. If it cannot, it silently allows any JSON instead.
 """
 
 import re
@@ -11,20 +11,16 @@ from llama_cpp.llama_grammar import SchemaConverter
 
 from ..errors import RequestError
 
-MOST_REPEATED = 900
-"""Of one item, character or part of a pattern: each that may be left out is one more pair of parentheses, of which
-libllama reads 1,000 in one another."""
-MOST_DEPTH = 64  # of values in one another: Python's JSON and the converter call themselves for each
-MOST_BYTES = 1 << 16  # of a schema as JSON, and so of the name that its innermost rule has
-_MOST_WORK = 16_000_000
-"""Characters that the converter reads and writes, 0.3 s. A rule goes on with each property that need not be there, so
-500 of them take as much."""
+MOST_REPEATED = 900  # repetitions; each optional one nests parentheses in the grammar, and libllama reads 1,000 levels
+MOST_DEPTH = 64  # levels of nested values: Python's JSON and the converter recurse once for each
+MOST_BYTES = 1 << 16  # of a schema as JSON; this also bounds the longest name of a rule
+_MOST_WORK = 16_000_000  # characters that the converter may read and write, 0.3 s; 500 optional properties need as many
 
 _REPEATS = ("minLength", "maxLength", "minItems", "maxItems")
 
 
 class _Converter(SchemaConverter):
-    """The converter, which ends where it would take for ever: it visits a reference as often as somebody has it."""
+    """The converter, with a limit of work: it visits a reference again for each use, which may take for ever."""
 
     def __init__(self) -> None:
         super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)  # type: ignore[no-untyped-call]
@@ -45,11 +41,7 @@ class _Converter(SchemaConverter):
 
 
 def check_schema(where: str, schema: Any) -> None:
-    """Refuse, by a RequestError, a schema that cannot become a grammar, or takes for ever to.
-
-    Args:
-        where: what has it, for the message.
-    """
+    """Raise RequestError if a schema cannot become a grammar in time; ``where`` names its owner in the message."""
     check_depth(where, schema)
     try:
         content = msgspec.json.encode(schema)
@@ -59,13 +51,13 @@ def check_schema(where: str, schema: Any) -> None:
         converter = _Converter()
         copy = converter.resolve_refs(msgspec.json.decode(content), "stdin")
         converter.visit(copy, "")
-    except Exception as error:  # the converter checks nothing, so any mistake of a schema raises anything
+    except Exception as error:  # the converter checks nothing, so a wrong schema may raise any exception
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RequestError(f"the schema of {where} cannot become a grammar ({reason}); use a simpler one") from error
 
 
 def check_depth(where: str, value: Any) -> None:
-    """Refuse, by a RequestError, values too deep in one another."""
+    """Raise RequestError if values are nested too deeply."""
     level, depth = [value], 0
     while level := [
         inner
@@ -75,18 +67,18 @@ def check_depth(where: str, value: Any) -> None:
     ]:
         depth += 1
         if depth > MOST_DEPTH:
-            raise RequestError(f"{where} has more than {MOST_DEPTH} values in one another; use fewer")
+            raise RequestError(f"{where} has more than {MOST_DEPTH} levels of nested values; use fewer")
 
 
 def _check_values(schema: Any) -> None:
-    """Refuse what is repeated too often, and patterns that the converter never ends with."""
+    """Refuse too many repetitions, and patterns on which the converter never ends."""
     waiting = [schema]
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict):
             for key, value in each.items():
                 if key in _REPEATS and isinstance(value, int | float) and not 0 <= value <= MOST_REPEATED:
-                    raise RequestError(f"{key} is {value!r}, and at most {MOST_REPEATED} can be")
+                    raise RequestError(f"{key} is {value!r}, not a number from 0 to {MOST_REPEATED}")
                 if key == "pattern" and isinstance(value, str):
                     _check_pattern(value)
             waiting += each.values()

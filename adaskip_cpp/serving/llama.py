@@ -1,4 +1,4 @@
-"""The model of a server: every call runs under the plan of its request, and goes on from what was read before."""
+"""The server's model: answers each request under its plan, reads no known text again. Start at ServedLlama.answer."""
 
 import re
 import time
@@ -27,15 +27,14 @@ from .plans import Plans, plan_key
 from .prefix_cache import Entry, PrefixCache
 from .request import WORTH_KEEPING, ServedRequest
 
-_MOST_EMBEDDED = 2048  # tokens of a text to embed: it is one ubatch, whose memory grows with its square
+_MOST_EMBEDDED = 2048  # tokens in a text to embed: it is one ubatch, whose memory grows with the square of its size
 
 
 class ServedLlama(AdaSkipLlama):
     """An :class:`AdaSkipLlama` that serves one request after another: ``request``.
 
-    Before a prompt is read, what the memory holds is kept in the cache if much of it would go, and what the cache holds
-    of this prompt is taken up if that is more. ``logprobs`` need no ``logits_all``: they are made of the logits of one
-    batch after another, so that nothing of ``n_ctx * n_vocab`` is allocated.
+    Before it reads a prompt, it saves its memory in the cache if much of it would be lost. Then it loads a saved state
+    if that has more of the prompt. ``logprobs`` are made batch by batch, without an array of ``n_ctx * n_vocab``.
     """
 
     def __init__(
@@ -43,17 +42,17 @@ class ServedLlama(AdaSkipLlama):
     ) -> None:
         self.request = ServedRequest()
         super().__init__(model_path, **kwargs)
-        self.name, self.plans = name, plans  # the name is that in answers
+        self.name, self.plans = name, plans  # answers contain the name
         self._own_reuse: Reuse = kwargs.get("reuse", "auto")
         of_model = self.plans.choose("auto", self.context_size)
-        self.set_plan(of_model.plan, readable=of_model.readable)  # refused now, not by the first request
+        self.set_plan(of_model.plan, readable=of_model.readable)  # a wrong plan fails now, not at the first request
         self.prefix_cache, cache.can_rewind = cache, not self.has_state
         self._steps: Any = None  # the generator of the answer
-        self._embedder: llama_cpp.Llama | None = None  # the first text opens it
+        self._embedder: llama_cpp.Llama | None = None  # opened by the first text to embed
         self._opening = {**kwargs, "model_path": model_path}
         self._logprobs: Logprobs | None = None
-        self._is_cut = False  # the answer ends where it need not
-        self._live_key, self._n_kept = "", 0  # of what the memory holds: under which plan, and what the cache has of it
+        self._is_cut = False  # whether a limit ended the answer
+        self._live_key, self._n_kept = "", 0  # of the memory: its key in the cache, and how many tokens are saved there
         parameters = self.context_params
         settings = {name: getattr(parameters, name) for name in ("type_k", "type_v", "flash_attn_type", "swa_full")}
         rope = {name: getattr(parameters, name) for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale")}
@@ -61,10 +60,10 @@ class ServedLlama(AdaSkipLlama):
         self._settings_key = content_hash([asdict(self.model_info), settings, rope, self.n_ctx(), versions])
 
     def close(self) -> None:
-        """Keep what the memory holds in the cache, write that to disk, and free the model."""
+        """Save the memory in the cache, write that to disk, and free the model."""
         if getattr(self, "prefix_cache", None) is not None:
             self._keep(0)
-            self._live_key = ""  # it is closed once more when it is collected
+            self._live_key = ""  # garbage collection calls this again
             self.prefix_cache.close()
             if self._embedder is not None:
                 self._embedder.close()
@@ -73,7 +72,7 @@ class ServedLlama(AdaSkipLlama):
     # -- one request -------------------------------------------------------------------------------------------------
 
     def answer(self, request: ServedRequest) -> Any:
-        """Return the answer to a request, an iterator where it comes in pieces, as llama-cpp-python's server has it."""
+        """Return the answer in the form of llama-cpp-python's server, or for a stream an iterator of its chunks."""
         self.request, request.model, body = request, self.name, cast(Any, request.body)
         kwargs = body.model_dump(exclude={"n", "best_of", "user", "logit_bias_type", "min_tokens"})
         if isinstance(body, CreateEmbeddingRequest):
@@ -90,7 +89,7 @@ class ServedLlama(AdaSkipLlama):
         return self.create_chat_completion(**kwargs) if chats else self.create_completion(**kwargs)
 
     def count_prompt(self, request: ServedRequest) -> int:
-        """Return how many tokens the prompt of a chat has, also while another request is answered."""
+        """Return the number of tokens in the prompt of a chat. Another thread may answer a request meanwhile."""
 
         def create_completion(prompt: list[int], **kwargs: Any) -> Any:
             choice = {"text": "", "logprobs": None, "finish_reason": "stop"}
@@ -103,14 +102,14 @@ class ServedLlama(AdaSkipLlama):
         return int(answer["usage"]["prompt_tokens"])
 
     def end(self) -> None:
-        """End the work for a request where it stands, as nobody asks for the next token."""
+        """End the work for the current request."""
         if self._steps is not None:
             self._steps.close()
         self._steps = None
 
     @property
     def gauges(self) -> dict[str, float]:
-        """What is told of its memory, in bytes."""
+        """Sizes in bytes, by name."""
         return {"kv_bytes": self.kv_bytes, "prefix_cache_bytes": self.prefix_cache.n_bytes}
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -128,7 +127,7 @@ class ServedLlama(AdaSkipLlama):
         if self._prompt_rows is not None and self._logprobs is not None:
             has_bos = request.prompt_tokens is None and prompt[0] == self.token_bos()
             self._logprobs.expect(prompt, has_bos=has_bos)
-        # Stock goes on beyond max_tokens while a character lacks bytes, of which it has four at most.
+        # Stock exceeds max_tokens to complete a character, which has at most four bytes.
         asked = getattr(request.body, "max_tokens", None)
         most = self.context_size if asked is None or asked < 0 else asked + 3
         with closing(super().generate(prompt, *args, **kwargs)) as steps:
@@ -144,7 +143,7 @@ class ServedLlama(AdaSkipLlama):
                 if self.n_tokens == self.context_size or request.n_generated >= most:
                     self._is_cut = True
                     if (end := self.token_eos()) >= 0:
-                        yield end  # stock forgets the text of an answer that ends without one
+                        yield end  # without it, stock would lose the text of the answer
                     return
 
     def _evaluate(
@@ -168,7 +167,7 @@ class ServedLlama(AdaSkipLlama):
     # -- what was read before ----------------------------------------------------------------------------------------
 
     def _take_up(self, request: ServedRequest, prompt: Tokens) -> None:
-        """Set the request's plan, and have in memory what is known of its prompt."""
+        """Set the request's plan, and load as much of its prompt into memory as is known."""
         plan, readable = request.choice.plan, request.choice.readable
         if not request.reuses:
             request.known = {"cache_prompt": len(prompt)}
@@ -176,10 +175,10 @@ class ServedLlama(AdaSkipLlama):
             self.set_plan(plan, readable=readable)
             self.reset()
             self.saved_prompts = ()
-            self._live_key, self._n_kept = "", 0  # so it is neither kept nor read on
+            self._live_key, self._n_kept = "", 0  # so this prompt is neither saved nor used again
             return
         names = f"{self._settings_key}/{content_hash([request.owner, request.salt])}/"
-        if not self._live_key.startswith(names):  # of others, and the answer must not tell what they wrote
+        if not self._live_key.startswith(names):  # another client's, and no answer may reveal what that client wrote
             self._keep(0)
             self.reset()
             self._live_key, self._n_kept = "", 0
@@ -189,7 +188,7 @@ class ServedLlama(AdaSkipLlama):
         n_same = n_common(self.input_ids[: self.n_tokens], prompt)
         self._keep(0 if key != self._live_key else n_same)
         self.set_plan(plan, readable=readable)
-        # Not everything that other plans skipped may be read under this one: the cells know it.
+        # This plan may not read all cells of other plans. The cells know by which set they were computed.
         n_live = self._adaskip.kv_valid("prefill", self.n_tokens)
         n_usable, n_live = self._n_known(self.input_ids[:n_live], prompt), min(n_same, n_live)
         found, n_found = self.prefix_cache.find(keys, prompt, self._n_known)
@@ -210,12 +209,12 @@ class ServedLlama(AdaSkipLlama):
         }
 
     def _n_known(self, tokens: Tokens, prompt: Tokens) -> int:
-        """Return how many of a prompt's tokens need not be read where these are in memory."""
+        """Return how many tokens of a prompt need not be read if ``tokens`` are in memory."""
         first, runs = self._known(tokens, prompt)
         return first + sum(run.n for run in runs)
 
     def _keep(self, n_stays: int) -> None:
-        """Keep what the memory holds, if much would go where its first tokens alone stay, and the cache lacks it."""
+        """Save the memory if the cache lacks much of it, and only its first ``n_stays`` tokens will stay."""
         n = self.n_tokens
         if self._live_key and n - max(n_stays, self._n_kept) >= WORTH_KEEPING and self.input_ids[:n].min() >= 0:
             size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
@@ -227,7 +226,7 @@ class ServedLlama(AdaSkipLlama):
                 self._n_kept = n
 
     def _load(self, tokens: Tokens, state: bytearray) -> bool:
-        """Put a state in the place of what the memory holds; where llama.cpp refuses it, nothing is cached any more."""
+        """Replace the memory by a saved state. If llama.cpp refuses the state, the memory is empty."""
         self._ctx.kv_cache_clear()
         self.reset()
         fits = len(tokens) <= self.context_size
@@ -241,13 +240,13 @@ class ServedLlama(AdaSkipLlama):
     # -- what the stock class lacks ------------------------------------------------------------------------------------
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """As the stock one, with log-probabilities without ``logits_all``, prompts of token ids, and 0 tokens."""
+        """As the stock one, with ``logprobs`` without ``logits_all``, prompts of token ids, and answers of 0 tokens."""
         request = self.request
         n_top, echo = kwargs.pop("logprobs", None), kwargs.pop("echo", False)
         self._check_tokens(request.prompt_tokens, kwargs.get("logit_bias") or ())
         if request.prompt_tokens is not None:
             kwargs["prompt"] = request.prompt_tokens
-        kwargs["model"] = self.name  # stock echoes what was asked for, or the path
+        kwargs["model"] = self.name  # stock returns the name in the request, or the path
         is_empty = kwargs.get("max_tokens") == 0
         steps = super()._create_completion(*args, **{**kwargs, "max_tokens": 1} if is_empty else kwargs)
         self._steps = steps
@@ -286,7 +285,7 @@ class ServedLlama(AdaSkipLlama):
 
     def _check_tokens(self, prompt: list[int] | None, biased: Iterable[Any]) -> None:
         if prompt is not None and not (prompt and 0 <= min(prompt) <= max(prompt) < self.n_vocab()):
-            raise RequestError(f"a prompt of token ids has at least one, each from 0 to {self.n_vocab() - 1}")
+            raise RequestError(f"prompt has no token ids, or wrong ones; use ids from 0 to {self.n_vocab() - 1}")
         for token in biased:
             if not (re.fullmatch(r"\d{1,9}", str(token), re.ASCII) and int(token) < self.n_vocab()):
                 raise RequestError(f"logit_bias names token {token!r}; use ids from 0 to {self.n_vocab() - 1}")
@@ -298,14 +297,14 @@ class ServedLlama(AdaSkipLlama):
         return self.detokenize(tokens, prev_tokens=before or None).decode("utf-8", "ignore")
 
     def create_embedding(self, input: str | list[str], model: str | None = None) -> Any:
-        """As the stock one, by a second context, and one text after another."""
+        """As the stock one, but in a second context, one text after another."""
         data, n_tokens = [], 0
         for index, text in enumerate([input] if isinstance(input, str) else input):
             self.request.check()
             llm = self._embedder = self._embedder or _open_embedder(self._opening, self.context_size)
             n = len(llm.tokenize(text.encode("utf-8")))
-            if n > llm.n_batch:  # stock embeds its beginning
-                raise RequestError(f"a text has {n} tokens; at most {llm.n_batch} can be embedded, cut it")
+            if n > llm.n_batch:  # stock would embed the beginning
+                raise RequestError(f"a text has {n} tokens, but at most {llm.n_batch} can be embedded; shorten it")
             answer: Any = llm.create_embedding(text)
             data.append({**answer["data"][0], "index": index})
             n_tokens += answer["usage"]["total_tokens"]
@@ -314,12 +313,12 @@ class ServedLlama(AdaSkipLlama):
 
 
 def _most_common(prompt: Tokens, entries: Iterable[Entry], keys: Collection[str]) -> int:
-    """Return how many of a prompt's first tokens an entry of these keys has, at most."""
+    """Return the largest number of a prompt's first tokens in an entry of these keys."""
     return max((n_common(each.tokens, prompt) for each in entries if each.key in keys), default=0)
 
 
 def _open_embedder(options: dict[str, Any], context: int) -> llama_cpp.Llama:
-    """Open a model that was opened with these options, for embeddings: pooled as its file says, else their mean."""
+    """Open a model again with these options, for embeddings. Pooling is as its file says, else the mean."""
     size = min(context, _MOST_EMBEDDED)
     options = {**options, "embedding": True, "n_ctx": size, "n_batch": size, "n_ubatch": size}
     opened = SelfDescribingLlama(**options)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, in OpenAI's form, of logits that come a batch at a time and are not kept."""
+"""Log-probabilities of tokens in OpenAI's form. :class:`Logprobs` gets the logits batch by batch, and drops them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,36 +7,36 @@ import numpy as np
 
 from ..measuring.judge import Logits
 
-Detokenize = Callable[[list[int], list[int]], str]  # text of tokens behind others
+Detokenize = Callable[[list[int], list[int]], str]  # the text of tokens that follow the second list
 
 
 class _Row(NamedTuple):
-    """What is kept of the logits before a token: its own log-probability, and the likeliest tokens with theirs."""
+    """The log-probability of a token, and the likeliest tokens at its place with theirs."""
 
     of_token: float
     top: list[tuple[int, float]]
 
 
 class Logprobs:
-    """Collects them for a request, with the ``n_top`` likeliest tokens each: of its answer, and of an echoed prompt."""
+    """Collects log-probabilities for one request: of its answer and of an echoed prompt, with the ``n_top`` best."""
 
     def __init__(self, n_top: int, detokenize: Detokenize) -> None:
         self.n_top, self._detokenize = n_top, detokenize
         self.tokens: list[int] = []
         self._rows: list[_Row | None] = []
         self._ahead: list[int] = []
-        self.n_prompt = 0  # tokens of the prompt that are told
+        self.n_prompt = 0  # tokens of the prompt that clients see
 
     def expect(self, tokens: Sequence[int], *, has_bos: bool) -> None:
-        """Announce the prompt, whose logits :meth:`append` gets in order; a BOS that it did not ask for is not told."""
+        """Announce the prompt; :meth:`append` then gets its logits in order. Clients do not see an added BOS."""
         self._ahead = [*tokens[1:]]
         self.n_prompt = len(tokens) - has_bos
-        if not has_bos:  # nothing is before the first token, so it has no probability
+        if not has_bos:  # the first token follows nothing, so it has no probability
             self.tokens.append(tokens[0])
             self._rows.append(None)
 
     def append(self, logits: Logits) -> None:
-        """Take the logits behind tokens of the prompt, ``[n, n_vocab]``; those behind the last belong to the answer."""
+        """Take logits after tokens of the prompt, ``[n, n_vocab]``. Those after its last token belong to the answer."""
         for row in logits:
             if self._ahead:
                 self.add(self._ahead.pop(0), row)
@@ -53,14 +53,14 @@ class Logprobs:
         self._rows.append(_Row(float(values[token]), top))
 
     def covered(self, begin: int, end: int, n_chars: int) -> int:
-        """Return up to which token, from ``begin`` on, a text of so many characters goes."""
+        """Return the end of the tokens, from ``begin`` on, that make a text of ``n_chars`` characters."""
         while begin < end and n_chars > 0:
             n_chars -= len(self._detokenize([self.tokens[begin]], self.tokens[:begin]))
             begin += 1
         return begin
 
     def block(self, begin: int, end: int, offset: int) -> dict[str, Any]:
-        """Return ``logprobs`` of a choice: those of some of the tokens, whose text begins at ``offset`` characters."""
+        """Return ``logprobs`` of a choice for tokens ``begin`` to ``end``; ``offset`` is where their text begins."""
         texts, offsets, top = [], [], []
         for at in range(begin, end):
             before, row = self.tokens[:at], self._rows[at]

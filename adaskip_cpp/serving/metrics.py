@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""Counters of the server, for Prometheus."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Counters of one server; ``gauges`` are name and meaning of what is read when it is asked for, and how."""
+    """Counters of one server. ``gauges`` are functions by name and help text, called when a client asks."""
 
     def __init__(self, gauges: dict[tuple[str, str], Callable[[], float]]) -> None:
         self._registry = CollectorRegistry()
@@ -20,20 +20,19 @@ class Metrics:
         )
         self._tokens = Counter(
             "adaskip_tokens",
-            "Tokens: read (of prompts), skipping (of those, under a bulk set), reused (of prompts, from the cache), "
-            "generated.",
+            "Tokens: read (of prompts), skipping (of these, in the bulk), reused (of prompts, not read), generated.",
             ["kind"],
             registry=self._registry,
         )
         self._rereads = Counter(
             "adaskip_prompts_reread",
-            "Prompts of which more than the last token was read, by why what was read before did not do.",
+            "Prompts of which more than the last token was read, by the reason.",
             ["because"],
             registry=self._registry,
         )
         self._first_token = Histogram(
             "adaskip_time_to_first_token_seconds",
-            "From a request's arrival to its first token, the queue included.",
+            "Seconds from a request's arrival to its first token, including the queue.",
             buckets=_SECONDS,
             registry=self._registry,
         )
@@ -45,7 +44,6 @@ class Metrics:
             Gauge(f"adaskip_{name}", meaning, registry=self._registry).set_function(read)
 
     def answered(self, path: str, status: int) -> None:
-        """Count a request."""
         self._requests.labels(path, str(status)).inc()
 
     def ran(self, request: ServedRequest) -> None:
@@ -58,5 +56,5 @@ class Metrics:
             self._first_token.observe(request.first - request.received)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all figures in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,10 +1,10 @@
-"""What every request passes: who may ask, how much, and when it is its turn."""
+"""The gate that every request passes: checks its key, host, origin and size, and waits for its turn."""
 
 import asyncio
 import hmac
 import inspect
 import ipaddress
-import sys
+import logging
 from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -20,26 +20,28 @@ from ..files import content_hash
 from .answer import PING, Sent, explained
 from .body import SCHEMAS, read_body
 from .metrics import Metrics
+from .process import Worker
 from .queue import FairQueue
 from .request import STOPPING, Gone, Refused, ServedRequest
-from .workers import Worker, Workers
+from .workers import Workers
 
 Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
-"""By method and path: from a body to a Response, to JSON in bytes, or to what is answered as JSON; or who brings it."""
+"""Handlers by method and path. Each takes a body and returns a Response, JSON as bytes, or data; or awaits these."""
 
-BODY = 60.0  # seconds that a body may take
+BODY = 60.0  # seconds in which a body must arrive
 
-_OPEN = ("/", "/health")  # paths that need no key: they tell nothing and run nothing
+_OPEN = ("/", "/health")  # paths that need no key: they reveal nothing and run no model
+_LOGGER = logging.getLogger(__name__)
 
 
 class Gate:
     """An ASGI application: ``workers`` answer the paths of :data:`SCHEMAS`, ``routes`` the others.
 
     Args:
-        keys: clients must send one of them. Without any, they must ask by an address or one of ``names``.
-        names: lower-case names that a request may call this server by.
-        most_body: bytes that a body has at most.
-        log_prompts: whether what clients write is printed to stderr, which nothing else does.
+        keys: clients must send one of them. Without keys, the host in a request must be an address or in ``names``.
+        names: lower-case host names of this server.
+        most_body: largest body, in bytes.
+        log_prompts: whether to log bodies, which nothing else does.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Gate:
             owner = self._admit(path, method, asked.headers)
             content = await self._read(asked)
             if self._log_prompts:
-                print(method, path, content.decode("utf-8", "replace"), file=sys.stderr)
+                _LOGGER.warning("%s %s %s", method, path, content.decode("utf-8", "replace"))
             if method == "POST" and path in SCHEMAS:
                 await self._work(asked, content, owner, sent)
             elif (method, path) in self.routes:
@@ -84,38 +86,39 @@ class Gate:
                 else:
                     await sent.json(200, answer if isinstance(answer, bytes) else msgspec.json.encode(answer))
             elif methods := ["POST"] if path in SCHEMAS else [how for how, known in self.routes if known == path]:
-                raise Refused(405, f"{path} is not asked by {method}; use {' or '.join(methods)}")
+                raise Refused(405, f"{path} does not take {method}; use {' or '.join(methods)}")
             else:
                 raise Refused(404, "there is no such path; models are at /v1/models, chats at /v1/chat/completions")
         except (Gone, ClientDisconnect):
             pass
-        except asyncio.CancelledError:  # the server stops, and has waited long enough
+        except asyncio.CancelledError:  # the server stops, and the time for running answers is over
             await sent.error(*STOPPING)
         except Exception as error:
             await sent.error(*explained(error, logs_text=self._log_prompts))
 
     def _admit(self, path: str, method: str, headers: Headers) -> str:
-        """Refuse who may not ask. Return who asks, by the key, where there are several; else ""."""
+        """Refuse clients that may not ask. With several keys, return a hash of the client's; else ""."""
         host, origin = _host_of(f"//{headers.get('host', '')}"), headers.get("origin")
         if not self._keys:
-            # The owner of any other name may let it lead here.
+            # A stranger could let any other name lead to this machine, so that pages of that name may ask it.
             if not (host in self._names or _address(host)):
-                raise Refused(403, f"without an API key it is not asked as {host!r}; use its address, or --allow-host")
+                raise Refused(
+                    403, f"{host!r} is not a known name; use the server's address, or start it with --allow-host"
+                )
             if origin is not None and not (is_loopback(_host_of(origin)) or _host_of(origin) == host):
-                raise Refused(403, f"pages of {origin} may not ask a server without an API key")
+                raise Refused(403, f"pages of {origin} may not ask a server without API keys; start it with some")
         if not self._keys or path in _OPEN or method == "OPTIONS":
             return ""
         bearer = headers.get("authorization") or f"bearer {headers.get('x-api-key', '')}"  # the latter is Anthropic's
         scheme, _, given = bearer.partition(" ")
         sent = given.strip().encode("latin-1")
-        is_known = [hmac.compare_digest(sent, key) for key in self._keys]  # each, so that the time tells nothing
+        is_known = [hmac.compare_digest(sent, key) for key in self._keys]  # all, so that the time reveals nothing
         if scheme.lower() != "bearer" or not any(is_known):
             raise Refused(401, "wrong or missing API key; send it as Authorization: Bearer KEY", "invalid_api_key")
         return content_hash(given.strip()) if len(self._keys) > 1 else ""
 
     async def _read(self, asked: Request) -> bytes:
-        """Read the body."""
-        limit = f"the body has more than {self._most_body:,} bytes; send a shorter prompt, or start with a larger --ctx"
+        limit = f"the body has over {self._most_body:,} bytes; shorten it, or start the server with a larger --ctx"
         length = asked.headers.get("content-length", "")
         if length.isdigit() and int(length) > self._most_body:
             raise Refused(413, limit)
@@ -130,11 +133,11 @@ class Gate:
         try:
             await asyncio.wait_for(read(), BODY)
         except asyncio.TimeoutError:
-            raise Refused(408, f"the body was not there within {BODY:g} seconds; send all of it at once") from None
+            raise Refused(408, f"the body did not arrive within {BODY:g} seconds; send it all at once") from None
         return bytes(content)
 
     async def _work(self, asked: Request, content: bytes, owner: str, sent: Sent) -> None:
-        """Have the model work for a request in its turn; where the client leaves, it stops."""
+        """Let the model answer a request in its turn. If the client leaves, the work stops."""
         request = await run_in_threadpool(read_body, asked.scope["path"], content)
         request.owner = owner
         worker = self.workers.choose(getattr(request.body, "model", None))
@@ -145,7 +148,7 @@ class Gate:
             while not (await asyncio.wait({work, leaving}, timeout=PING, return_when=asyncio.FIRST_COMPLETED))[0]:
                 if request.is_stream:
                     await sent.ping()
-        finally:  # also where this is cancelled
+        finally:  # also if this is cancelled
             leaving.cancel()
             work.cancel()
             await asyncio.wait({work})
@@ -162,19 +165,19 @@ class Gate:
 
 
 async def _left(receive: Receive) -> None:
-    """Return when the client has left."""
+    """Wait until the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nothing but this machine reaches it."""
+    """Whether only this machine can reach the address."""
     address = _address(host)
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
 def network_of(host: str) -> str:
-    """Return what one client has: an IPv4 address, or the 64 bits of an IPv6 address that its network gives."""
+    """Return what identifies a client: its IPv4 address, or the 64 bits of its network in an IPv6 address."""
     address = _address(host)
     if not isinstance(address, ipaddress.IPv6Address):
         return host
@@ -190,7 +193,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _host_of(url: str) -> str:
-    """Return the host of a URL, "" where it has none."""
+    """Return the host of a URL, or ""."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:

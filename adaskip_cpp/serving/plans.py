@@ -1,4 +1,4 @@
-"""Which plan a request runs under."""
+"""Chooses the plan for a request. Start at :meth:`Plans.choose`."""
 
 import math
 from dataclasses import dataclass
@@ -13,23 +13,22 @@ from ..model.plan import SkipPlan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 
-_LEAST_CONTEXT = 1024
-"""Tokens: shorter prompts get the plan for so many, as a shorter one has too little bulk for most speed-ups."""
+_LEAST_CONTEXT = 1024  # tokens; shorter prompts have too little bulk for most speed-ups, and get the plan for 1024
 
 WISHES = '"auto", "none", {"speedup": 1.5} or {"max_loss": 0.02}'
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a request runs under.
+    """The plan for a request.
 
     Attributes:
         plan: None for the whole model.
-        readable: plans whose cells may be read besides.
-        max_loss: the promise that chose it from a frontier, in nats per token.
-        point: the point of the frontier that it is of.
-        speedup: times as fast the point is, as predicted for the prompt.
-        edits: how runs of an earlier prompt are moved, where the frontier decides; None where they are not.
+        readable: plans whose KV cells this plan may read too.
+        max_loss: the promise that chose the plan from a frontier, in nats per token.
+        point: the point of the frontier, which has the plan.
+        speedup: of the point, predicted for the length of the prompt; 2: twice as fast.
+        edits: how runs of an earlier prompt may be moved, if the frontier decides that; None: not at all.
     """
 
     plan: SkipPlan | None = None
@@ -42,14 +41,14 @@ class Choice:
 
 
 class Plans:
-    """The plans that a server has: a frontier or one plan, and those that a profile gives for a speed-up.
+    """The plans of a server: those of a frontier, or one plan and those that a profile gives for a speed-up.
 
     Args:
-        own: what ``"auto"`` means where there is no frontier, None for the whole model.
-        frontier: what `tune` found, or None.
-        max_loss: what ``"auto"`` promises of it, in nats per token.
-        profile: where a speed-up is planned from without a frontier, None if there is no profile.
-        most: tokens of the context.
+        own: the plan for ``"auto"`` without a frontier; None for the whole model.
+        frontier: the plans that `tune` found, or None.
+        max_loss: the promise for ``"auto"`` with a frontier, in nats per token.
+        profile: makes plans for a speed-up without a frontier, or None.
+        most: tokens in the context.
     """
 
     def __init__(
@@ -59,16 +58,14 @@ class Plans:
         self._for_speedup = lru_cache(32)(self._plan_for_speedup)
 
     def choose(self, wish: Any, n_tokens: int, *, edited: bool = False) -> Choice:
-        """Return what a prompt of so many tokens runs under.
+        """Return the plan for a prompt of ``n_tokens`` tokens and a ``wish``, one of :data:`WISHES`.
 
-        A speed-up is planned for the next power of two of tokens, so that a chat that grows keeps its plan.
-
-        Args:
-            edited: whether runs of an earlier prompt may be moved, where that keeps the promise.
+        A speed-up is planned for the next power of two of tokens, so that a growing chat keeps its plan. ``edited``
+        allows moving runs of an earlier prompt, if that keeps the promise.
 
         Raises:
-            RequestError: the wish is none, or cannot be met.
-            PlanError: a speed-up cannot be had.
+            RequestError: the wish is unknown, or no plan of the frontier meets it.
+            PlanError: no plan of the profile has the speed-up.
         """
         check_wish(wish)
         if wish == "none":
@@ -81,12 +78,12 @@ class Plans:
         if asks_speedup:
             context = min(max(context_for(n_tokens), _LEAST_CONTEXT), self.most)
             return Choice(self._for_speedup(value, context), f"speedup {value:g} at {context} tokens")
-        # What the one plan loses was not measured.
+        # The loss of this one plan was not measured, so it cannot keep a promise.
         return Choice() if self.own is None or wish != "auto" else Choice(self.own, "auto")
 
     @property
     def listing(self) -> dict[str, Any]:
-        """The frontier and what is promised of it, for the list of models; {} where there is none."""
+        """The frontier and its promise, for the list of models; {} without a frontier."""
         if self.frontier is None:
             return {}
         points = [
@@ -105,7 +102,7 @@ class Plans:
         return Choice(plan, name, readable, max_loss, point, speedup, None if moves is None else moves.edits)
 
     def _least_promise(self, frontier: Frontier, speedup: float, n_tokens: int) -> float:
-        """Return the least promise under which a prompt is predicted to be so many times as fast; 0 for short ones."""
+        """Return the least promise whose plan has the predicted speed-up; 0 for prompts too short for any plan."""
         context = context_for(n_tokens)
         if speedup <= 1 or n_tokens < LEAST_CONTEXT:
             return 0.0
@@ -119,15 +116,14 @@ class Plans:
     def _plan_for_speedup(self, speedup: float, context: int) -> SkipPlan | None:
         if self.profile is None:
             raise RequestError(
-                "a speed-up is planned from a profile, and there is none beside the model; write one with "
-                "`adaskip-cpp calibrate MODEL -o X.adaskip.json` for X.gguf, and start the server again"
+                "a speed-up needs a profile, and there is none beside the model; write one with "
+                "`adaskip-cpp calibrate X.gguf -o X.adaskip.json`, and start the server again"
             )
         plan = self.profile.plan(PlanRequest(mode="prompt", speedup=speedup, context=context))
         return None if plan.is_whole else plan
 
 
 def check_wish(wish: Any) -> None:
-    """Refuse what is no wish."""
     match wish:
         case {"speedup": bool()} | {"max_loss": bool()}:
             pass
@@ -142,5 +138,5 @@ def check_wish(wish: Any) -> None:
 
 @lru_cache(128)
 def plan_key(plan: SkipPlan | None) -> str:
-    """Return a name of what a plan skips: equal for equal plans, in every process."""
+    """Return a name that is equal for equal plans, in every process."""
     return "whole" if plan is None else content_hash(plan)

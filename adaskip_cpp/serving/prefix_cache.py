@@ -1,19 +1,19 @@
-"""What was read before, and need not be read again: saved states of one model, in memory and on disk.
+"""Saved states of prompts that one model has read, in memory and on disk. Start at :class:`PrefixCache`.
 
-A file is ``MAGIC``, an HMAC-SHA256 of all that follows, the length of a JSON header, the header, token ids as int32 of
-little endian, and llama.cpp's state of sequence 0, which knows under which sets its positions were computed. llama.cpp
-believes what is in a state, so the folder and the key of the HMAC in it are their owner's alone.
+A file has: ``MAGIC``; an HMAC-SHA256 of all that follows; the length of a JSON header; the header; token ids as int32,
+little endian; llama.cpp's state of sequence 0, which contains the skip set of each cell. llama.cpp trusts a state, so
+only the owner of the folder may access it and the key of the HMAC in it.
 """
 
 import contextlib
 import errno
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
 import stat
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -31,15 +31,15 @@ from ..files import StrPath, write_atomically
 
 MAGIC = b"adaskip prefix 2\n"
 _SUFFIX = ".adaskip-prefix"
-_LEFT_OVER = re.compile(rf"\..*{re.escape(_SUFFIX)}\.[0-9a-f]+\.tmp")
-"""What :func:`write_atomically` leaves when the process is killed."""
-_OLD = 3600 * 10**9  # nanoseconds after which nobody writes such a file any more
+_LEFT_OVER = re.compile(rf"\..*{re.escape(_SUFFIX)}\.[0-9a-f]+\.tmp")  # left by write_atomically in a killed process
+_OLD = 3600 * 10**9  # nanoseconds after which no process still writes such a file
 _KEY, _KEY_BYTES = "hmac.key", 32
 _MAC_BYTES, _MOST_HEADER = 32, 1 << 16
 _READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
-"""Follows no link, and does not wait for the writer of a pipe."""
-_MOST_FORGOTTEN = 16  # each has its token ids, so that it can be told that a prompt was known
-_OVERHEAD = 1024  # bytes that a file counts for beside its tokens and its state: more than its header has
+"""Flags for opening a file: follow no link, and do not wait for the writer of a pipe."""
+_MOST_FORGOTTEN = 16  # entries kept without a state, to report that a prompt had been known
+_OVERHEAD = 1024  # bytes of a file beside its tokens and its state, at most
+_LOGGER = logging.getLogger(__name__)
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,9 +50,9 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(eq=False)
 class Entry:
-    """One saved state: ``state`` is None where it is on disk alone, ``path`` where it is in memory alone.
+    """One saved state. ``state`` is None if it is only on disk, ``path`` is None if it is only in memory.
 
-    ``key`` is of all that must be equal for it to be read: the model, its settings, the plan.
+    ``key`` names all that must be equal for its use: the model, its settings, the client, the plan.
     """
 
     key: str
@@ -63,21 +63,20 @@ class Entry:
 
     @property
     def n_file(self) -> int:
-        """Bytes of its file, or somewhat more."""
+        """Bytes of its file, or slightly more."""
         return self.n_bytes + self.tokens.nbytes + _OVERHEAD
 
 
 class PrefixCache:
-    """Saved states, the least recently used of which go first. Not for several threads at once.
+    """Saved states. The least recently used are dropped first. For one thread at a time.
 
-    A state is written as soon as it is there, in a thread of its own, unless another one is being written; those that
-    were not are written when the cache is closed. Unless ``can_rewind``, all tokens of a state begin the prompt.
+    Another thread writes each new state to disk, unless it is still writing one. :meth:`close` writes the rest. Without
+    ``can_rewind``, a state can be used only if the prompt begins with all of its tokens.
 
     Args:
-        most: bytes that they may take in memory, and in the folder.
-        folder: where they outlast the process, made where it is missing; None for memory alone. Where several processes
-            use it, each keeps its own files within the bound. A DataError where it cannot be used, or is not this
-            user's alone.
+        most: largest size of all states in memory, and of all files, in bytes.
+        folder: keeps states for later processes; it is made if it is missing. None: only memory. If several processes
+            share it, each limits its own files. Raises DataError if it cannot be used, or if others may write to it.
     """
 
     def __init__(self, most: int, folder: StrPath | None = None) -> None:
@@ -97,9 +96,9 @@ class PrefixCache:
     def find(
         self, keys: Collection[str], tokens: Tokens, known: Callable[[Tokens, Tokens], int] = n_common
     ) -> tuple[Entry | None, int]:
-        """Return the entry of one of these keys by which most of a prompt is known, and how much; (None, 0) for none.
+        """Return the entry with one of ``keys`` that has most of a prompt, and its number of tokens; else (None, 0).
 
-        ``known`` counts the tokens that a prompt has of those of an entry.
+        ``known(entry_tokens, prompt_tokens)`` counts the tokens of the prompt that the entry has.
         """
         best, most = None, 0
         for entry in self.entries:
@@ -110,9 +109,9 @@ class PrefixCache:
         return best, most
 
     def take(self, entry: Entry) -> bytearray | None:
-        """Return the state of an entry, which is the most recently used now; None where its file is gone or damaged."""
+        """Return the state of an entry, and mark it as just used; None if its file is gone or damaged."""
         if entry.state is None:
-            self._writer.submit(int).result()  # it may be being written
+            self._writer.submit(int).result()  # wait until pending files are written
             found = None if entry.path is None else self._read(entry.path, with_state=True)
             if found is not None and found.key == entry.key and np.array_equal(found.tokens, entry.tokens):
                 entry.state = found.state
@@ -130,7 +129,7 @@ class PrefixCache:
         return state
 
     def put(self, key: str, tokens: Tokens, state: bytearray) -> None:
-        """Keep a state that fits; what it has all the tokens of is dropped, as a part of it serves as well."""
+        """Save a state if it fits. Drop entries whose tokens it also has."""
         if len(state) > self.most:
             return
         for other in [each for each in self.entries if each.key == key]:
@@ -144,7 +143,7 @@ class PrefixCache:
         self._bound()
 
     def close(self) -> None:
-        """Write what was not written yet, and wait for it."""
+        """Write all entries to disk, and wait for that."""
         for entry in self.entries:
             if entry.path is None:
                 self._save(entry)
@@ -153,11 +152,11 @@ class PrefixCache:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes in memory."""
+        """Bytes of states in memory."""
         return sum(entry.n_bytes for entry in self.entries if entry.state is not None)
 
     def _bound(self, keep: Entry | None = None) -> None:
-        """Drop states from memory, and files, until both fit; an entry that has neither any more is forgotten."""
+        """Drop states and files, oldest first, until both fit. An entry without either is forgotten."""
         in_memory, on_disk = self.n_bytes, sum(each.n_file for each in self.entries if each.path is not None)
         for entry in list(self.entries):
             if in_memory > self.most and entry.state is not None and entry is not keep:
@@ -171,7 +170,7 @@ class PrefixCache:
                 self.forgotten.append(entry)
 
     def _remove(self, entry: Entry) -> None:
-        with contextlib.suppress(ValueError):  # what was put since it was found may have taken its place
+        with contextlib.suppress(ValueError):  # a later put may have removed it
             self.entries.remove(entry)
         self._drop_file(entry)
 
@@ -180,10 +179,10 @@ class PrefixCache:
     def _drop_file(self, entry: Entry) -> None:
         path, entry.path = entry.path, None
         if path is not None:
-            self._writer.submit(_unlink, path)  # behind its own writing
+            self._writer.submit(_unlink, path)  # runs after the file is written
 
     def _save(self, entry: Entry) -> None:
-        """Have the writer write an entry, where there is a folder."""
+        """Let the writer thread write an entry, if there is a folder."""
         if self.folder is not None and entry.state is not None and entry.n_file <= self.most:
             digest = hashlib.sha256(entry.key.encode() + b"\0" + entry.tokens.tobytes()).hexdigest()[:32]
             entry.path = self.folder / f"{digest}{_SUFFIX}"
@@ -204,12 +203,12 @@ class PrefixCache:
             entry.path = None
             if not self._has_warned:
                 self._has_warned = True
-                print(f"{error}; what was read is kept in memory alone", file=sys.stderr)
+                _LOGGER.warning("%s; states are now kept only in memory", error)
 
     def _scan(self, folder: Path) -> None:
-        """Take up what is there, the oldest first; what is no whole file of ours is removed.
+        """Find the entries in the folder, oldest first, and delete damaged files.
 
-        Another process may be writing a file that is not whole yet, so one of those is removed when it is old.
+        Another process may still be writing a temporary file, so these are deleted only if they are old.
         """
         found = []
         for path in folder.iterdir():
@@ -224,10 +223,7 @@ class PrefixCache:
         self._bound()
 
     def _read(self, path: Path, *, with_state: bool = False) -> Entry | None:
-        """Read a file, with its state or all of it but that; None where it is gone, or no whole file of ours.
-
-        Only with its state it is known whether a process with the folder's key wrote it.
-        """
+        """Read a file, with or without its state; None if it is gone or damaged. The HMAC is checked with the state."""
         try:
             with _open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -259,7 +255,7 @@ class PrefixCache:
 
 @contextlib.contextmanager
 def usable(folder: Path) -> Iterator[None]:
-    """Make a folder for states, where it is missing; a DataError where it, or what is done with it, cannot be had."""
+    """Make a folder for states if it is missing. Raise DataError if it, or the code in this context, cannot use it."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _check_owner(folder)
@@ -271,29 +267,29 @@ def usable(folder: Path) -> Iterator[None]:
 
 
 def _check_owner(folder: Path) -> None:
-    """Refuse a folder in which another user could put a state, or read one."""
+    """Refuse a folder in which another user could write a state."""
     about = folder.stat()
-    if not hasattr(os, "geteuid"):  # Windows has other rules
+    if not hasattr(os, "geteuid"):  # Windows has no such owners and modes
         return
     if about.st_uid != os.geteuid():
         raise DataError(f"{str(folder)!r} belongs to another user; choose another --cache-dir")
     if about.st_mode & 0o022:
-        raise DataError(f"other users may write in {str(folder)!r}; choose another --cache-dir, or `chmod go-w` it")
+        raise DataError(f"other users may write to {str(folder)!r}; choose another --cache-dir, or `chmod go-w` it")
 
 
 def _hmac_key(folder: Path) -> bytes:
-    """Return the key of the states in a folder, which the first process there makes."""
+    """Return the key for the HMACs in a folder. The first process there makes it."""
     path = folder / _KEY
     with contextlib.suppress(FileNotFoundError), _open_regular(path) as file:
         if len(key := file.read(_KEY_BYTES + 1)) == _KEY_BYTES:
             return key
     write_atomically(path, secrets.token_bytes(_KEY_BYTES), mode=0o600, follows_link=False)
-    with _open_regular(path) as file:  # that of a process which did the same just now
+    with _open_regular(path) as file:  # another process may have replaced it just now
         return file.read(_KEY_BYTES)
 
 
 def _open_regular(path: Path) -> BufferedReader:
-    """Open a file to read; an OSError where it is a link, a pipe or anything else that is no file."""
+    """Open a file to read. Raise OSError for a link, a pipe or anything else that is not a regular file."""
     descriptor = os.open(path, _READING)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

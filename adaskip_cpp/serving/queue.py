@@ -1,4 +1,4 @@
-"""Requests wait here, as the model answers one at a time: parties in turn, and the users of each in turn."""
+"""The queue of requests: one runs at a time, and clients take turns. Start at :meth:`FairQueue.turn`."""
 
 import asyncio
 from collections import deque
@@ -12,26 +12,23 @@ _Turn: TypeAlias = "asyncio.Future[None]"
 
 
 class FairQueue:
-    """Lets one request run at a time. Of those that wait one of each party runs in turn, one of each of its users.
+    """Lets one request run at a time. Parties take turns, and so do the users of a party.
 
-    A party is whom the server can tell apart: an API key, or an address. Its users are names that it gives itself.
-    ``most`` requests wait at most. Where no place is left, a party with fewer requests takes one of the party with the
-    most: the newest one of that party's user with the most is refused.
-
-    All of it runs in one event loop.
+    A party is an API key or an address. Its users are names in its own requests. At most ``most`` requests wait. If the
+    queue is full, a request of a party with fewer ones replaces one of the party with the most: the newest request of
+    that party's user with the most. The replaced one is refused. All of it runs in one event loop.
     """
 
     def __init__(self, most: int) -> None:
         self.most, self.is_busy, self.is_closed = most, False, False
-        self._waiting: dict[str, dict[str, deque[_Turn]]] = {}  # parties and users in the order in which they run
+        self._waiting: dict[str, dict[str, deque[_Turn]]] = {}  # by party and user, in the order of their turns
 
     def __len__(self) -> int:
-        """Requests that wait."""
         return sum(map(_count, self._waiting.values()))
 
     @asynccontextmanager
     async def turn(self, party: str, user: str = "") -> AsyncIterator[None]:
-        """Wait for one's turn, and have it; Refused where too many wait, or :meth:`close` was called meanwhile."""
+        """Wait for a turn, and hold it. Raises Refused if too many wait, or after :meth:`close`."""
         if self.is_closed:
             raise Refused(*STOPPING)
         if self.is_busy:
@@ -51,14 +48,14 @@ class FairQueue:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._next()  # it was ours already
+                self._next()  # this request had just got its turn
             else:
                 self._remove(party, user, turn)
             raise
 
     def _make_room(self, party: str) -> None:
-        """Refuse the newest request of the party that has the most, or the one to come where that is its own."""
-        full = Refused(429, f"{self.most} requests wait already; try again later", "queue_full")
+        """Refuse the newest request of the party with the most, or the new request if that party is its own."""
+        full = Refused(429, f"{self.most} requests are waiting already; try again later", "queue_full")
         greedy = max(reversed(self._waiting), key=lambda each: _count(self._waiting[each]), default=party)
         users = self._waiting.get(greedy, {})
         if _count(users) <= _count(self._waiting.get(party, {})) + 1:
@@ -79,7 +76,7 @@ class FairQueue:
                 del self._waiting[party]
 
     def _next(self) -> None:
-        """Give the turn to the next user of the next party; both stand last then."""
+        """Give the turn to the next user of the next party, and move both to the end."""
         while self._waiting:
             party = next(iter(self._waiting))
             users = self._waiting.pop(party)
@@ -96,7 +93,7 @@ class FairQueue:
         self.is_busy = False
 
     def close(self) -> None:
-        """Refuse those that wait, and all to come."""
+        """Refuse all waiting requests, and all later ones."""
         self.is_closed = True
         for users in self._waiting.values():
             for turn in (each for waiting in users.values() for each in waiting):

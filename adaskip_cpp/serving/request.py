@@ -1,4 +1,4 @@
-"""One request on its way through the server: what it asks, and what became of it."""
+"""One request in the server: its wishes, its progress, and the figures for its answer."""
 
 import time
 import uuid
@@ -14,28 +14,27 @@ from ..model.plan import PHASES, Phase, SkipPlan
 from .plans import Choice
 
 Reread: TypeAlias = Literal["new", "text", "plan", "evicted", "memory", "logprobs", "cache_prompt"]
-"""Why a prompt was read, or read from some token on, though it may have been read before."""
+"""Why tokens of a prompt were read, see docs/server.md: no known prompt ("new"), changed text, another plan, a dropped
+state ("evicted"), a model that cannot go back ("memory"), or a field of the request."""
 
 REREAD: tuple[Reread, ...] = get_args(Reread)
 
 _COUNTS = ("n_prompt", "n_generated", "n_cached", "n_done", "n_moved", "known", "n_evaluated", "begun", "first", "last")
 
 WORTH_KEEPING = 32
-"""Tokens: for fewer, no state is saved or loaded; they are read again.
-
-Behind 4,000 tokens of SmolLM2, 2 threads of an AMD EPYC, reading as many takes 440 ms, and copying the state, 92 MB,
-53 ms."""
+"""Tokens; for fewer, no state is saved or loaded. After 4,000 tokens of SmolLM2, on 2 threads of an AMD EPYC, reading
+32 takes 440 ms, and copying the state of 92 MB takes 53 ms."""
 
 
 class Gone(Exception):
-    """The client has left, or the server stops: nobody reads the answer on."""
+    """The client has left, or the server is stopping."""
 
 
-STOPPING = 503, "the server stops; ask again when it runs", "stopping"
+STOPPING = 503, "the server is stopping; ask again when it is back", "stopping"
 
 
 class Refused(Exception):
-    """A request that is answered with an error: its status, message and code."""
+    """A request gets an error as its answer: a status, a message and a code."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(status, message, code)
@@ -43,32 +42,31 @@ class Refused(Exception):
 
 @dataclass
 class ServedRequest:
-    """What one request asks, and how far it has come. Times are of ``time.perf_counter``, in seconds.
+    """One request and its progress. Times are of ``time.perf_counter``, in seconds.
 
     Attributes:
-        body: what it asks, in a schema of llama-cpp-python's server; None for who calls the model itself.
-        path: where it was asked.
-        wish: which plan, the request's own ``adaskip.plan``.
-        prompt_tokens: the prompt where it was given as token ids, which that schema does not know; else None.
-        reuses: whether what was read before may be used, and what is read now be kept.
-        reuse: what of a prompt in memory it uses, first as it asks, ``adaskip.reuse``, or None for
-            the server's way; then as it is.
-        owner: the key that it was sent with, hashed, where the server has several; else "".
-        salt: the request's own ``cache_salt``. Only requests of equal owner and salt use what one of them read.
+        body: in a schema of llama-cpp-python's server; None if there was no HTTP request.
+        path: of the URL.
+        wish: the plan that it asks for, ``adaskip.plan``.
+        prompt_tokens: the prompt if it was given as token ids, which the schema does not allow; else None.
+        reuses: whether it may use known tokens, and its tokens may be saved: ``cache_prompt``.
+        reuse: ``adaskip.reuse``, or None for the server's; once it runs, the way that is used.
+        owner: a hash of the client's key if the server has several keys; else "".
+        salt: ``cache_salt``. Requests use tokens only of requests with equal owner and salt.
         includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
-        returns_progress: whether a stream tells how far the prompt is, ``return_progress``.
+        returns_progress: whether a stream reports the progress of the prompt, ``return_progress``.
         on_step: called by :meth:`check`.
         model: the name of the model in answers.
-        id, created: of the events of a stream; ``created`` is of ``time.time``.
-        choice: what it runs under.
-        finish: how the model's last text ended, "stop" or "length", where chat says "tool_calls" of both.
+        id, created: in the events of a stream; ``created`` is of ``time.time``.
+        choice: the plan that it runs under.
+        finish: how the text ended, "stop" or "length"; llama-cpp-python's chat replaces both by "tool_calls".
         n_prompt, n_generated: tokens of the prompt and of the answer.
-        n_cached, n_done: tokens of the prompt in memory: before any was read, and now.
-        n_moved: tokens of the prompt that were moved to their place in it.
-        known: tokens at the beginning of the prompt that were read before and could not be used, by why not.
-        n_evaluated: tokens evaluated by phase. Those of a prompt that are in none were in the cache.
-        received, begun, first, last: when it came, when the model began, when the first token was there, and the last.
-        is_left: whether nobody waits for it any more: it stops at the next batch of its prompt, or token of its answer.
+        n_cached, n_done: tokens of the prompt in memory: at the beginning, and now.
+        n_moved: tokens of the prompt whose KV cells were moved.
+        known: tokens at the beginning of the prompt that were read before and cannot be used, by the reason.
+        n_evaluated: evaluated tokens by phase; the other tokens of the prompt were in the cache.
+        received, begun, first, last: when it came, when the model began, when the first and the last token came.
+        is_left: whether the client has left: it stops at the next batch of its prompt, or token of its answer.
     """
 
     body: BaseModel | None = None
@@ -102,36 +100,34 @@ class ServedRequest:
     is_left: bool = False
 
     def check(self) -> None:
-        """Tell that the work goes on, which the model does as often as it can; :class:`Gone` where nobody waits."""
+        """Report that the work goes on; called between batches and tokens. Raises :class:`Gone` if the client left."""
         if self.on_step is not None:
             self.on_step()
         if self.is_left:
             raise Gone
 
     def reads(self, n_done: int) -> None:
-        """Count the tokens of the prompt that are in memory."""
         self.n_cached, self.n_done = (n_done if self.n_cached is None else self.n_cached), n_done
         self.check()
 
     def token(self, *, is_end: bool) -> None:
-        """Count a token of the answer; the one that ends it takes time, and counts as none."""
+        """Count a token of the answer. The token that ends it is timed but not counted."""
         self.last = time.perf_counter()
         self.first = self.first or self.last
         self.n_generated += not is_end
 
     @property
     def is_stream(self) -> bool:
-        """Whether the answer comes in events."""
         return bool(getattr(self.body, "stream", False))
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What became of it: attributes to be set where it was asked, too, which is another process."""
+        """Attributes that the server's first process copies from the model's process."""
         return {name: getattr(self, name) for name in _COUNTS}
 
     @property
     def n_read(self) -> int:
-        """Tokens of the prompt that were evaluated, ``n_skipping`` of them in its bulk, under a set that skips."""
+        """Tokens of the prompt that were evaluated; ``n_skipping`` of them are in its bulk."""
         return self.n_evaluated["prefill"] + self.n_evaluated["bulk"]
 
     @property
@@ -140,16 +136,16 @@ class ServedRequest:
 
     @property
     def reread_because(self) -> Reread | None:
-        """Why more of the prompt was read than its last token; None where that was all, or it is not read yet.
+        """Why more than the last token of the prompt was read; None if not, or if it is not read yet.
 
-        Nothing is told of what others wrote: who may not use it does not learn that it is there.
+        It does not reveal prompts of other clients, which this one may not use.
         """
         if not self.first or self.n_reused >= self.n_prompt - 1:
             return None
         reason, most = max(self.known.items(), key=lambda each: each[1], default=("new", 0))
         if most >= self.n_reused + WORTH_KEEPING:
             return reason
-        return "text" if self.n_reused >= WORTH_KEEPING else "new"
+        return "text" if self.n_reused > 1 else "new"  # prompts may all begin with the same token
 
     @property
     def n_skipping(self) -> int:
@@ -157,7 +153,7 @@ class ServedRequest:
 
     @property
     def timings(self) -> dict[str, float]:
-        """How long it took, under the names of llama.cpp's server (``slot_timings`` in ``server-context.cpp``)."""
+        """Times under the names of llama.cpp's server (``slot_timings`` in ``server-context.cpp``)."""
         first = self.first or self.begun
         prompt, predicted = (1e3 * max(each, 1e-9) for each in (first - self.begun, (self.last or first) - first))
         n_read, n_decoded = self.n_read, max(self.n_generated - 1, 0)
@@ -175,13 +171,13 @@ class ServedRequest:
 
     @property
     def progress(self) -> dict[str, float]:
-        """How far the prompt is, as llama.cpp's server tells it (``result_prompt_progress``)."""
+        """Progress of the prompt, as in llama.cpp's server (``result_prompt_progress``)."""
         time_ms = 1e3 * (time.perf_counter() - self.begun)
         return {"total": self.n_prompt, "cache": self.n_cached or 0, "processed": self.n_done, "time_ms": time_ms}
 
     @property
     def slot(self) -> dict[str, Any]:
-        """How far it is, as llama.cpp's server tells it at ``/slots`` (``server_slot::to_json``), without any text."""
+        """Progress as in ``/slots`` of llama.cpp's server (``server_slot::to_json``), without any text."""
         n_cached, most = self.n_cached or 0, getattr(self.body, "max_tokens", None)
         n_left = -1 if most is None else max(most - self.n_generated, 0)
         return {
@@ -193,7 +189,7 @@ class ServedRequest:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Tokens under OpenAI's names."""
+        """Numbers of tokens under OpenAI's names."""
         return {
             "prompt_tokens": self.n_prompt,
             "completion_tokens": self.n_generated,
@@ -203,7 +199,7 @@ class ServedRequest:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What was skipped, and what of the prompt was read: ``adaskip`` in the answer."""
+        """``adaskip`` in the answer: the plan, what it skipped, and the tokens of the prompt that were read."""
         choice = self.choice
         plan, point = choice.plan or SkipPlan.manual(self.n_layer), choice.point
         sets = {phase: plan.skipped(phase) for phase in PHASES}
@@ -230,5 +226,4 @@ class ServedRequest:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What an answer has beside those of other servers."""
         return {"timings": self.timings, "adaskip": self.summary}

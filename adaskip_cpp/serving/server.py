@@ -1,4 +1,4 @@
-"""Listens: a socket, uvicorn, bounds for connections, and an end that lets the running answer finish."""
+"""Runs the application with uvicorn: limits connections, and lets a running answer finish. Start at :func:`run`."""
 
 import asyncio
 import contextlib
@@ -25,19 +25,18 @@ from .queue import FairQueue
 from .request import Refused
 from .workers import Workers
 
-STOP = 28.0  # seconds in which all ends when the server is told to stop
-GRACE = 20  # of these, for the running answer
-HEAD = 10.0  # seconds from a connection, or the answer before, until all headers of a request are there
+STOP = 28.0  # seconds in which the server ends when it is told to
+GRACE = 20  # of these, seconds for the running answer
+HEAD = 10.0  # seconds for all headers of a request, from the connection or the last answer on
 
 MOST_CONNECTIONS = 1024
-_RESERVED = 64  # descriptors that are no connections: the model, the cache, sockets that are being closed
+_RESERVED = 64  # descriptors for other files: the model, the cache, sockets that are being closed
 _SELDOM = 60.0  # seconds
-
 _BACKLOG = 1024  # connections that wait to be accepted
 
 
 class _Seldom(logging.Filter):
-    """Lets what begins with the same line pass once in a minute: a client can cause most of what is logged."""
+    """Passes messages with the same first line once per minute, because clients can cause most messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ _LOG: dict[str, Any] = {
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there; port 0 takes a free one. A DataError where the address cannot be had."""
+    """Return a listening socket; port 0 takes a free one. Raise DataError if that is not possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
@@ -73,7 +72,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Connection(H11Protocol):
-    """A connection that knows whose it is, and since when the client has to do something."""
+    """A connection that knows its client's network, and since when it waits for the client."""
 
     network, since = "", 0.0
 
@@ -92,28 +91,29 @@ class _Connection(H11Protocol):
 
     @property
     def waits(self) -> bool:
-        """Whether the client has to send more, or to take the rest of an answer."""
+        """Whether the client must send more, or read the rest of an answer."""
         return self.is_between or self.cycle.more_body
 
     @property
     def is_late(self) -> bool:
-        """Whether the client has had its time for that, or is not answered any more."""
-        if not self.is_between:  # the application has a limit of its own for bodies
+        """Whether the client's time for that is over, or its connection is closing."""
+        if not self.is_between:  # for bodies, the application has its own limit
             return self.transport.is_closing()
         limit = LEFT if self.transport.get_write_buffer_size() else HEAD
         return time.monotonic() - self.since > limit
 
     def drop(self) -> None:
-        """Close it, whatever it still has to send."""
+        """Close it, without sending the rest."""
         self.connections.discard(self)
         self.transport.abort()
 
 
 class Server(uvicorn.Server):
-    """Accepts within bounds, and turns those away that wait as soon as it is told to stop.
+    """A uvicorn server with limits for connections. When it is told to stop, it refuses the waiting requests.
 
-    There are as many connections as descriptors allow, half of them of one client. One more takes the place of the one
-    that has waited longest for its client, of the client with the most. Where none waits, it is closed at once.
+    It has at most as many connections as descriptors allow, and half of them for one client. A further connection
+    replaces one: of the client with the most, the one that has waited longest for its client. If none waits, the new
+    one is closed at once.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
             ws="none",
             timeout_graceful_shutdown=GRACE,
             server_header=False,
-            proxy_headers=False,  # who asks is not for the client to say
+            proxy_headers=False,  # a client could claim any address with these
         )
         super().__init__(config)
         self.most = _most_connections()
@@ -146,14 +146,13 @@ class Server(uvicorn.Server):
         self._tasks = [asyncio.create_task(each) for each in tasks]
 
     async def _load(self) -> None:
-        """Load the first model."""
         with contextlib.suppress(Refused):
             async with self._queue.turn(""):
                 await self._workers.load(self._workers.all[0])
             self._on_ready()
 
     async def _accept(self) -> None:
-        """Listen by a loop of our own: asyncio's accepts all that wait before it asks whether there is room."""
+        """Accept connections one by one. asyncio's own loop would accept all waiting ones without asking for room."""
         loop = asyncio.get_running_loop()
         connection = functools.partial(_Connection, self.config, self.server_state, self.lifespan.state)
         while True:
@@ -163,13 +162,13 @@ class Server(uvicorn.Server):
                     await loop.connect_accepted_socket(connection, accepted)
                 else:
                     accepted.close()
-                await asyncio.sleep(0)  # one that was dropped for it closes now
-            except OSError as error:  # it was gone already, or there is no descriptor for it
+                await asyncio.sleep(0)  # lets a dropped connection close
+            except OSError as error:  # the client is gone, or there is no descriptor
                 logging.getLogger("uvicorn.error").warning("cannot accept a connection: %s", error.strerror)
                 await asyncio.sleep(0.1)
 
     def _has_room(self, network: str) -> bool:
-        """Return whether a client may have one connection more; drop another one for it where that is needed."""
+        """Return whether a client may have one more connection. Drop another connection for it if necessary."""
         connections: list[Any] = list(self.server_state.connections)
         counts = Counter(each.network for each in connections)
         if counts[network] >= self.most // 2:
@@ -201,7 +200,6 @@ class Server(uvicorn.Server):
 
 
 def _most_connections() -> int:
-    """Return how many connections there may be, by how many descriptors the process may have."""
     if sys.platform == "win32":
         return MOST_CONNECTIONS
     import resource
@@ -213,15 +211,11 @@ def _most_connections() -> int:
 def run(
     app: ASGIApp, queue: FairQueue, workers: Workers, listener: socket.socket, on_ready: Callable[[], None]
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, which end all within :data:`STOP` seconds.
-
-    Raises:
-        NativeError: the model cannot be loaded.
-    """
+    """Serve until SIGTERM or Ctrl-C, then end within :data:`STOP` seconds. NativeError: no model can be loaded."""
     server = Server(app, queue, workers, listener, on_ready)
 
     def end(number: int, frame: FrameType | None) -> None:
-        """End the server as uvicorn's handler does, before it sets that, and when it raises the signal once more."""
+        """End the server, also before uvicorn sets its handler, and when uvicorn raises the signal again at its end."""
         server.should_exit = True
 
     before = {each: signal.signal(each, end) for each in HANDLED_SIGNALS}

@@ -1,8 +1,9 @@
-"""The process of a model: it answers one request at a time, in the bytes that the client gets.
+"""The process of a model: answers one request at a time, as the bytes for the client. Start at :func:`main`.
 
-:mod:`.workers` starts it, and is whom it speaks with: by the messages below, pickled, on its stdin and stdout.
+:mod:`.process` starts it. Both exchange the messages below, pickled, on stdin and stdout.
 """
 
+import logging
 import os
 import pickle
 import signal
@@ -23,13 +24,14 @@ from .answer import encoded, explained, progress_event
 from .llama import ServedLlama
 from .request import Gone, ServedRequest
 
-HEAD_BYTES = 8  # before each message that the process sends: its length, of little endian
-_SELDOM = 0.25  # seconds between two messages that tell how far a request is
+HEAD_BYTES = 8  # before each message of the process: its length, little endian
+_SELDOM = 0.25  # seconds between two messages about the progress of a request
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Opening:
-    """The first message to the process: what opens the model, and whether what clients write may be in the log."""
+    """The first message to the process. ``open`` opens the model; ``logs_text`` allows clients' text in the log."""
 
     open: Callable[[], ServedLlama]
     logs_text: bool
@@ -37,14 +39,14 @@ class Opening:
 
 @dataclass(frozen=True)
 class Ask:
-    """Answer a request: by steps and parts, and one :class:`Done`."""
+    """Answer a request, with any :class:`Step` and :class:`Part`, and one :class:`Done`."""
 
     request: ServedRequest
 
 
 @dataclass(frozen=True)
 class Call:
-    """Answer one of the small questions, :class:`Done`, while a request may be answered."""
+    """Call a method of :class:`Service`, also while a request runs. Its result comes as :class:`Done`."""
 
     id: str
     name: str
@@ -53,19 +55,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Leave:
-    """Nobody waits for a request any more."""
+    """The client of a request has left."""
 
     id: str
 
 
 @dataclass(frozen=True)
 class Close:
-    """Write what was read to the cache, and end."""
+    """Write saved states to the cache, and end."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The model can be asked. What is told of it to clients, and the values of gauges."""
+    """The model is ready. Has facts for clients, and the values of gauges."""
 
     meta: dict[str, Any]
     tokenizer: dict[str, str | None]
@@ -81,7 +83,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Part:
-    """An event of an answer that is a stream."""
+    """An event of a stream."""
 
     id: str
     content: bytes
@@ -89,7 +91,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """A request goes on. What became of it so far, :attr:`.ServedRequest.counts`."""
+    """A request goes on. ``counts`` is :attr:`.ServedRequest.counts` so far."""
 
     id: str
     counts: dict[str, Any]
@@ -97,17 +99,17 @@ class Step:
 
 @dataclass
 class Done:
-    """The end of an answer: its JSON, or its last event, or a status, message and code; neither if nobody waits."""
+    """The end of an answer: ``content`` is its JSON or last event; or an error; or neither, if the client left."""
 
     id: str
     content: bytes | None = None
-    error: tuple[int, str, str | None] | None = None
+    error: tuple[int, str, str | None] | None = None  # status, message, code
     counts: dict[str, Any] = field(default_factory=dict)
     gauges: dict[str, float] = field(default_factory=dict)
 
 
 class Service:
-    """A model that is asked by messages. What it says goes to ``tell``, from several threads."""
+    """A model that gets messages by :meth:`hear`, and sends messages by ``tell``, from several threads."""
 
     def __init__(self, tell: Callable[[Any], object], *, logs_text: bool) -> None:
         self._tell, self._logs_text = tell, logs_text
@@ -115,16 +117,16 @@ class Service:
         self._asked: SimpleQueue[ServedRequest | None] = SimpleQueue()
         self._requests: dict[str, ServedRequest] = {}
         self._beside = ThreadPoolExecutor(1, "calls")
-        self._told, self._n_told = 0.0, -1  # when the last step was told, and up to where of the prompt
+        self._told, self._n_told = 0.0, -1  # the time of the last step, and the tokens of the last progress event
 
     def hear(self, message: Any) -> None:
-        """Take a message, which takes no time."""
+        """Take a message, without waiting for its work."""
         match message:
             case Ask(request):
                 self._requests[request.id] = request
                 self._asked.put(request)
             case Leave(id):
-                if (left := self._requests.get(id)) is not None:  # else it is done
+                if (left := self._requests.get(id)) is not None:  # None: it is done
                     left.is_left = True
             case Call():
                 self._beside.submit(self._call, message)
@@ -132,12 +134,12 @@ class Service:
                 self._asked.put(None)
 
     def run(self, open_: Callable[[], ServedLlama]) -> None:
-        """Open the model, and answer until it is to close."""
+        """Open the model, and answer requests until :class:`Close`."""
         try:
             llm = self._llm = open_()
         except Exception as error:
             if not isinstance(error, AdaSkipError):
-                traceback.print_exc()
+                _LOGGER.error("%s", traceback.format_exc().rstrip())
             self._tell(Failed(" ".join(str(error).split()) or type(error).__name__))
             return
         bos, eos = (llm.token_text(token) if token >= 0 else None for token in (llm.token_bos(), llm.token_eos()))
@@ -166,7 +168,7 @@ class Service:
         self._tell(done)
 
     def _step(self, request: ServedRequest) -> None:
-        """Tell that a request goes on: now and then, and each piece of its prompt where it asks for that."""
+        """Report that a request goes on: every :data:`_SELDOM` seconds, and each batch of its prompt if it asks."""
         is_news = request.n_cached is not None and request.n_done != self._n_told and not request.first
         if is_news and request.is_stream and request.returns_progress:
             self._n_told = request.n_done
@@ -198,12 +200,12 @@ class Service:
 
 
 def main() -> None:
-    """Be the process, until a message says so, or the pipe ends with who asked."""
-    for each in (signal.SIGINT, signal.SIGTERM):  # a service manager signals all processes; messages say when to end
+    """Run the process until :class:`Close` comes, or the server's first process ends and with it the pipe."""
+    for each in (signal.SIGINT, signal.SIGTERM):  # service managers signal all processes; this one waits for Close
         signal.signal(each, signal.SIG_IGN)
     asked, said = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what else is printed is no message
+    os.dup2(2, 1)  # other output goes to stderr, as stdout carries messages
     saying = threading.Lock()
 
     def tell(message: Any) -> None:
@@ -217,11 +219,11 @@ def main() -> None:
     threading.Thread(target=_listen, args=(asked, service), daemon=True).start()
     service.run(opening.open)
     sys.stderr.flush()
-    os._exit(0)  # whatever a thread is at
+    os._exit(0)  # does not wait for threads
 
 
 def _listen(asked: IO[bytes], service: Service) -> None:
-    """Take messages; with the pipe ends the process, whatever it does."""
+    """Take messages. When the pipe ends, end the process at once."""
     try:
         while True:
             service.hear(pickle.load(asked))

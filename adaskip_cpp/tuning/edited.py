@@ -9,7 +9,6 @@ from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 
-from ..engine.edits import Saved
 from ..engine.llama import AdaSkipLlama
 from ..measuring.corpus import tokens_of
 from ..measuring.judge import Judge, passkey, passkey_line
@@ -29,10 +28,9 @@ _Tokens = list[int]
 def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callable[[float], object]) -> list[EditPoint]:
     """Measure small edits, then new orders of documents. Return [] if the model or the prompts allow no moves.
 
-    Small edits change, insert and delete lines, and one drops a message of a twelfth of the prompt. Documents are first
-    read alone, then put together, then put in other orders. Each kind is measured after as many edits as its
-    ``most_moves`` allows. The last edit changes a pass key: the judge's probes must have pass keys, numbered as
-    :func:`passkey` does.
+    Small edits change, insert and delete lines, and one drops a message of a twelfth of the prompt. Each kind is
+    measured after as many edits as its ``most_moves`` allows. The last edit changes a pass key: the judge's probes must
+    have pass keys, numbered as :func:`passkey` does.
     """
     prompts = list(dict.fromkeys((each.text, each.tokens[: each.n_prompt]) for each in judge.probes))
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
@@ -46,7 +44,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
         forms = [_replaced(prompt, new, old)]
         if most_moves == MANY:
             forms[0] = _reordered(forms[0], draw)
-            forms += [_reordered(forms[0], draw) for _ in range((MANY - FEW) // WIDE - 2)]
+            forms += [_reordered(forms[0], draw) for _ in range((MANY - FEW) // WIDE - 1)]
         else:
             cuts = [(line, len(line) - 3), (line, 0), ([], len(line)), (message, 0), ([], len(line)), (line, 0)]
             for n, (older, n_newer) in enumerate([*cuts, cuts[0]]):
@@ -56,16 +54,12 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
     def judged(edits: Edits) -> Judged:
         numbers = range(0, len(prompts), max(len(prompts) // _N_TEXTS, 1))
-        earlier = {prompts[i][0]: before(i, edits.most_moves) for i in numbers}
-        own = llm.reuse, llm.saved_prompts
+        own = llm.reuse
         llm.set_reuse(edits)
         try:
-            if edits.most_moves == MANY:
-                llm.saved_prompts = [each for forms in earlier.values() for each in _read_alone(llm, forms[0])]
-            scores = judge.edited(earlier)
+            scores = judge.edited({prompts[i][0]: before(i, edits.most_moves) for i in numbers})
         finally:
-            llm.saved_prompts = own[1]
-            llm.set_reuse(own[0])
+            llm.set_reuse(own)
         if llm.n_moved == 0:
             raise _NothingMovedError
         return Judged.of(*scores)
@@ -82,27 +76,12 @@ class _NothingMovedError(Exception):
     """The memory lacks the tokens to move, for example because they left a sliding window."""
 
 
-def _documents(tokens: _Tokens) -> list[_Tokens]:
-    n = len(tokens) - _HEAD - _TAIL
-    ends = [_HEAD + i * n // _N_DOCUMENTS for i in range(_N_DOCUMENTS + 1)]
-    return [tokens[begin:end] for begin, end in pairwise(ends)]
-
-
-def _read_alone(llm: AdaSkipLlama, tokens: _Tokens) -> list[Saved]:
-    """Let the whole model read each document after the prompt's head alone; return the saved prompts."""
-    llm.set_plan(None)
-    found = []
-    for document in _documents(tokens):
-        llm.reset()
-        llm.eval([*tokens[:_HEAD], *document])
-        found.append(llm.save_prompt())
-    llm.reset()
-    return found
-
-
 def _reordered(tokens: _Tokens, draw: random.Random) -> _Tokens:
     """Return a prompt with its documents in another order."""
-    order = documents = _documents(tokens)
+    n = len(tokens) - _HEAD - _TAIL
+    ends = [_HEAD + i * n // _N_DOCUMENTS for i in range(_N_DOCUMENTS + 1)]
+    documents = [tokens[begin:end] for begin, end in pairwise(ends)]
+    order = documents
     while order == documents:
         order = draw.sample(documents, len(documents))
     return [*tokens[:_HEAD], *(token for each in order for token in each), *tokens[-_TAIL:]]

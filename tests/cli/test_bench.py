@@ -257,7 +257,7 @@ def test_without_plans_stock_and_ours_are_compared_and_a_busy_machine_is_warned_
 def test_a_system_without_a_load_average_tells_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "load_average", lambda: None)
     result = run(tiny(), *ONCE)
-    assert result.exit_code == 0 and "tokens decoded behind each prompt.\n" in result.stdout
+    assert result.exit_code == 0 and "tokens decoded after each prompt.\n" in result.stdout
     assert "load average" not in result.output
 
 

@@ -211,7 +211,7 @@ def test_ctrl_c_writes_what_is_there_and_the_same_command_goes_on(
         patch.setattr(evaluate, "greedy_text", interrupted)
         result = run(*arguments)
     assert result.exit_code == 130
-    assert "The same command goes on:\n  adaskip-cpp evaluate" in result.stderr
+    assert "the same command continues:\n  adaskip-cpp evaluate" in result.stderr
     found = results()
     assert 0 < found["n_done"] < found["n_results"]
     result = run(*arguments)

@@ -101,7 +101,7 @@ def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
     # By hand, of 64 tokens without outputs: two layers and the last one's K and V take 4.5 s, without two FFNs 2.5. The
     # plan cuts 1 + 64 + 1 tokens, the whole model 64 + 2, of which the two lie between 0.06 s for one and 5.01 for 64.
     whole, bulk = 4.5 + 0.06 + (5.01 - 0.06) / 63, 0.04 + 2.5 + 0.06
-    assert f"first token after 3.0 s; {3.0 * whole / bulk:.1f} s without skipping, as predicted\n" in told
+    assert f"first token after 3.0 s; predicted without the plan: {3.0 * whole / bulk:.1f} s\n" in told
     told = run("generate", tiny(), "-p", "hello", "--max-tokens", 2).stderr
     assert "first token after 3.0 s\n" in told
 
@@ -143,13 +143,13 @@ def test_a_promise_beside_what_else_to_skip_is_a_usage_error(
     options: tuple[object, ...], run: Run, tuned_model: Path
 ) -> None:
     result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1, *options)
-    assert "--max-loss chooses from what `tune` found" in line(result, 2)
+    assert "--max-loss chooses a plan that `tune` found" in line(result, 2)
 
 
 def test_a_promise_without_what_tune_found_is_a_usage_error(run: Run, tuned_model: Path, tmp_path: Path) -> None:
     save_plan(tmp_path / "one.json", SkipPlan.manual(3, ffn=[1]))
     result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1, "--plan", tmp_path / "one.json")
-    assert "has one plan alone" in line(result, 2)
+    assert "has one plan, so leave it out" in line(result, 2)
     os.remove(plan_path(tuned_model))
     result = run("generate", tuned_model, "-p", "the", "--max-loss", 0.1)
     assert f"run `adaskip-cpp tune {tuned_model}`" in line(result, 2)

@@ -16,7 +16,7 @@ def test_inspect_lists_the_sublayers(run: Run, tiny: Any) -> None:
     assert run("inspect", tiny("gemma3")).stdout.count("window of 8") == 2  # layers 0 and 2
     sharing = run("inspect", tiny("gemma4")).stdout
     assert "6 of 8 sublayers can be skipped, 2 more in the bulk of a prompt." in sharing
-    assert "in the bulk alone, window of 8: its KV is shared" in " ".join(sharing.split())
+    assert "in the bulk only, window of 8: its KV is shared" in " ".join(sharing.split())
     data = json.loads(run("inspect", tiny(), "--json").stdout)
     assert (data["architecture"], data["n_layer"], data["n_skippable"]) == ("llama", 3, 6)
     assert [(row["layer"], row["kind"]) for row in data["sublayers"]] == [

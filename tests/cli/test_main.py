@@ -44,7 +44,7 @@ def test_help_begins_with_the_few_options_that_matter(run: Run, verb: str) -> No
 
 def test_help_groups_the_other_options(run: Run) -> None:
     shown = groups(run, "calibrate")
-    assert list(shown) == ["Example", "Options", "What is learned", "Running the model", "Output"]
+    assert list(shown) == ["Example", "Options", "What to measure", "Running the model", "Output"]
     assert shown["Running the model"] == ["--threads", "--gpu-layers", "--flash-attn", "--rpc"]
     assert shown["Output"] == ["--json"]
 
@@ -57,7 +57,7 @@ def test_rpc_servers_are_added_before_a_model_is_opened_but_by_bench(
     assert run("inspect", str(tiny()), "--rpc", "there:1", "--rpc", "elsewhere:2").exit_code == 0
     assert added == ["there:1", "elsewhere:2"]
     refused = run("bench", str(tiny()), "--rpc", "there:1")
-    assert refused.exit_code == 2 and "a server serves one process" in refused.stderr
+    assert refused.exit_code == 2 and "an rpc-server serves one process" in refused.stderr
 
 
 def test_without_a_verb_it_lists_them(run: Run) -> None:
@@ -97,14 +97,14 @@ def test_a_model_that_is_none_is_an_error_of_one_line(run: Run, tmp_path: Path, 
         (["nonsense"], "No such command"),
         (["--nonsense"], "--nonsense"),
         (["inspect"], "MODEL"),
-        (["generate", "m.gguf"], "either with -p or with -f"),
-        (["generate", "m.gguf", "-p", "a", "-f", "b"], "either with -p or with -f"),
-        (["generate", "m.gguf", "-p", "a", "--skip", "3"], "needs --profile"),
-        (["chat", "m.gguf", "--mode", "decode"], "needs --profile"),
+        (["generate", "m.gguf"], "give it with -p, or a file with -f"),
+        (["generate", "m.gguf", "-p", "a", "-f", "b"], "give it with -p, or a file with -f"),
+        (["generate", "m.gguf", "-p", "a", "--skip", "3"], "made from a profile"),
+        (["chat", "m.gguf", "--mode", "decode"], "made from a profile"),
         (["plan", "p", "--skip", "3", "--speedup", "1.2"], "either --skip or --speedup"),
         (["plan", "p", "--skip", "3", "--ffn", "1"], "--attention and --ffn"),
         (["plan", "p", "--strategy", "early_exit", "--ffn", "1"], "--attention and --ffn"),
-        (["plan", "p", "--strategy", "manual"], "needs --attention or --ffn"),
+        (["plan", "p", "--strategy", "manual"], "give --attention or --ffn"),
         (["plan", "p", "--strategy", "best"], "skip_decode"),
         (["plan", "p", "--attention", "1,two"], "not a list of layers"),
         (["plan", "p", "--speedup", "0.5"], "--speedup"),

@@ -38,7 +38,7 @@ def test_what_tune_predicted_is_told_where_there_is_no_profile() -> None:
     plan = SkipPlan.manual(3, ffn=[1], phase="bulk")
     found = point(plan, 0.01, {1024: 1.2, 2048: 1.6})
     told = first_token_line(timing, plan, point=found)
-    assert told == "first token after 0.25 s; 0.40 s without skipping, as predicted"
+    assert told == "first token after 0.25 s; predicted without the plan: 0.40 s"
     assert first_token_line(timing, None, point=found) == "first token after 0.25 s"
     partly_cached = replace(timing, n_evaluated=100)
     assert first_token_line(partly_cached, plan, point=found) == "first token after 0.25 s", "that was not predicted"

@@ -83,7 +83,7 @@ def test_it_prints_settings_plans_promises_and_speed_within_80_columns(tune: Tun
     result = tune()
     assert all((each.settings.n_threads, each.settings.flash_attn) == (1, False) for each in found(folder).tried)
     before = " ".join(result.stderr.split())
-    assert "let nothing else run. Ctrl-C is safe: the same command goes on later." in before
+    assert "run nothing else. After Ctrl-C, the same command continues." in before
     assert "The other stages take about" in before
     told = " ".join(result.stdout.split())
     for words in (
@@ -91,7 +91,7 @@ def test_it_prints_settings_plans_promises_and_speed_within_80_columns(tune: Tun
         f"Plans, judged after prompts of {JUDGED_AT} tokens",
         "A promise of 0.05 nats per token (the default) gives",
         f"the first token after {JUDGED_AT} tokens comes 2.50 (2.40 to 2.60) times as fast",
-        "Judged on 0.txt, part 2 of 2, 1.txt, part 2 of 2; searched on 0.txt, part 1 of 2, 1.txt, part 1 of 2",
+        "judged on 0.txt, part 2 of 2, 1.txt, part 2 of 2; plans found on 0.txt, part 1 of 2, 1.txt, part 1 of 2",
         'AdaSkipLlama(plan="auto") use it',
     ):
         assert words in told
@@ -176,7 +176,7 @@ def never_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_teaches_may_not_judge(tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never_evaluated(monkeypatch)
-    assert "cannot both teach and judge" in line(tune("--data", folder / "0.txt"))
+    assert "is given to --data and --text" in line(tune("--data", folder / "0.txt"))
 
 
 @pytest.mark.parametrize(

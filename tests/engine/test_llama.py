@@ -20,6 +20,7 @@ from adaskip_cpp.errors import (
     NotSkippableError,
     PlanError,
     ProfileMismatchError,
+    RequestError,
     StateError,
     SublayerRangeError,
 )
@@ -313,13 +314,13 @@ def test_decoding_past_holes_on_the_bare_context_fails(tiny: Tiny, open_model: O
 
 
 @pytest.mark.parametrize("plan", [None, BOTH, DECODE_ONLY], ids=["no plan", "both", "decode only"])
-def test_past_the_context_llama_cpp_fails_and_the_model_goes_on(
+def test_past_the_context_an_answer_is_refused_and_the_model_goes_on(
     plan: SkipPlan | None, tiny: Tiny, open_model: Open, tokens: Tokens
 ) -> None:
-    # llama-cpp-python neither shifts the context nor keeps n_keep tokens: llama_decode finds no room and fails.
+    # llama-cpp-python neither shifts the context nor keeps n_keep tokens.
     llm = open_model(tiny(), n_ctx=256)
     llm.set_plan(plan)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RequestError, match="257 tokens exceed context window of 256"):
         for _ in llm.generate(tokens(250), temp=0):
             pass
     assert llm.n_tokens == 256
@@ -328,16 +329,39 @@ def test_past_the_context_llama_cpp_fails_and_the_model_goes_on(
     assert still_works(llm, tiny(), open_model, tokens)
 
 
-def test_a_prompt_longer_than_the_context_fails_and_the_model_goes_on(
-    tiny: Tiny, open_model: Open, tokens: Tokens
+@pytest.mark.parametrize("n_ctx", [200, 256])  # llama.cpp has room for 256 tokens in both
+def test_a_prompt_longer_than_the_context_is_refused_and_nothing_changes(
+    n_ctx: int, tiny: Tiny, open_model: Open, tokens: Tokens
 ) -> None:
-    llm = open_model(tiny(), n_ctx=256)
+    llm = open_model(tiny(), n_ctx=n_ctx)
     llm.set_plan(BOTH)
-    with pytest.raises(RuntimeError):
-        llm.eval(tokens(257))
-    llm.reset()
     llm.eval(tokens(9))
+    calls: list[Callable[[list[int]], object]] = [
+        lambda prompt: llm.eval(prompt[9:]),
+        lambda prompt: llm.eval_decode(prompt[9:]),
+        lambda prompt: next(llm.generate(prompt)),
+        lambda prompt: llm.create_completion(prompt),
+    ]
+    for call in calls:
+        with pytest.raises(RequestError, match=rf"exceed context window of {n_ctx}; .*n_ctx"):
+            call(tokens(n_ctx + 1))
+        assert llm.n_tokens == 9 and llm.plan == BOTH
     assert still_works(llm, tiny(), open_model, tokens)
+
+
+def test_an_answer_ends_where_the_context_does(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
+    # llama.cpp has room for 256 tokens.
+    llm = open_model(tiny(), n_ctx=200)
+    answer = llm.create_completion(tokens(190), max_tokens=None, temperature=0, logit_bias={"2": -100.0})
+    assert answer["usage"]["total_tokens"] == 200 and answer["choices"][0]["finish_reason"] == "length"
+    assert llm.n_tokens <= 200
+
+
+def test_a_model_is_opened_by_any_kind_of_path(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
+    llm = AdaSkipLlama(tiny(), n_ctx=128, logits_all=True, verbose=False, **EXACT)
+    llm.eval(tokens(9))
+    assert llm.model_path == str(tiny()) and still_works(llm, tiny(), open_model, tokens)
+    llm.close()
 
 
 @pytest.mark.parametrize("plan", [BOTH, DECODE_ONLY], ids=["both", "decode only"])

@@ -170,8 +170,8 @@ def _reading(process: subprocess.Popen[str], told: dict[str, str], name: str, *,
         text = ""
         for line in getattr(process, name):
             text += line
-            if ask and "to look at http" in text.replace("\n", " "):
-                url = text.replace("\n", "").partition("to look at ")[2].partition(";")[0]
+            if ask and "A page to try it: http" in text.replace("\n", " "):
+                url = text.replace("\n", "").partition("A page to try it: ")[2].partition(". ")[0]
                 threading.Thread(target=_ask, args=(url,), daemon=True).start()
         told[name] = text
 
@@ -191,7 +191,7 @@ def _end(verb: str, code: int, stderr: str, found: Found, name: str) -> str:
     last = (stderr.strip().splitlines() or [""])[-1]
     if code == 130 and last == "Error: interrupted" and not _has_traceback(stderr):
         return "interrupted"
-    if code == 130 and verb == "evaluate" and "Interrupted; nothing is lost" in stderr and not _has_traceback(stderr):
+    if code == 130 and verb == "evaluate" and "All results are kept" in stderr and not _has_traceback(stderr):
         return "to go on"
     if code == 0 and not _has_traceback(stderr):
         return "ended" if verb == "serve" else "over before"
@@ -276,7 +276,7 @@ def _run_to_the_end(verb: str, folder: Path, found: Found) -> None:
         assert process.stderr is not None
         for line in process.stderr:
             lines.append(line)
-            if ";" in line and "Ctrl-C ends it" in "".join(lines).replace("\n", " "):
+            if "Ctrl-C ends it" in "".join(lines).replace("\n", " "):
                 break
         process.send_signal(signal.SIGINT)
     try:

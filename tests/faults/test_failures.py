@@ -75,8 +75,11 @@ def test_a_reason_is_told_once_and_not_for_the_next_failure(tiny: Tiny, open_mod
         llm._adaskip.raise_failure(bare.value)
 
 
-def test_where_llama_cpp_has_no_room_the_error_says_what_to_do(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
+def test_where_llama_cpp_has_no_room_the_error_says_what_to_do(
+    tiny: Tiny, open_model: Open, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = open_model(tiny(), n_ctx=256)
+    monkeypatch.setattr(type(llm), "context_size", 512)  # more than it has
     with pytest.raises(NativeError, match=r"llama_decode returned 1.*n_ctx"):
         llm.eval(tokens(257))
 

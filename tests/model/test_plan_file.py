@@ -483,7 +483,7 @@ def test_generate_uses_the_plan_beside_the_model_and_says_so(generate: Any, mode
     save_plan(tmp_path / "other.json", make(model))
     tuned = generate()
     assert tuned.exit_code == 0, tuned.output
-    assert "3 of 6 sublayers skipped: model.Q4.adaskip-plan.json; --full runs" in said(tuned)
+    assert "3 of 6 sublayers skipped (model.Q4.adaskip-plan.json). --full runs" in said(tuned)
     named = generate("--plan", tmp_path / "other.json")
     assert named.stdout == tuned.stdout and "--full runs" not in said(named)
 

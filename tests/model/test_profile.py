@@ -63,7 +63,7 @@ def test_the_arrays_are_read_only_and_tell_what_is_skippable(example: Profile) -
 def test_a_profile_is_of_one_model(example: Profile) -> None:
     with pytest.raises(ProfileFormatError, match="4 layers, the model has 3"):
         replace(example, decode=statistics(np.ones((4, 2))))
-    with pytest.raises(ProfileFormatError, match=r"lengths differ, 5 in prefill and 4 in decode.*calibrate again"):
+    with pytest.raises(ProfileFormatError, match=r"vectors have 5 values in prefill, 4 in decode; calibrate again"):
         replace(example, decode=statistics(example.similarity, mean_u=np.ones((3, 2, 4)), mean_v=np.ones((3, 2, 4))))
 
 
@@ -331,9 +331,7 @@ def test_a_file_truncated_anywhere_is_refused(example: Profile, tmp_path: Path) 
             Profile.load(path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"\xff\xfe\x00", b"[" * 100_000, b"GGUF\x00\x01", b"null", b"[]", b'{"a": 1}', b"3"]
-)
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000, b"null", b"[]", b'{"a": 1}', b"3"])
 def test_what_is_not_a_profile_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "p.json"
     path.write_bytes(content)

@@ -6,23 +6,27 @@ it is taken from.
 
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.edited_prompts import EDITS, OPTIONS, SETTINGS, Oracle, counting, logits_of
+from oracles.edited_prompts import EDITS as MOVED
+from oracles.edited_prompts import OPTIONS, SETTINGS, Oracle, counting, logits_of
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.edits import Run, Saved, beside
 from adaskip_cpp.errors import NativeError, StateError
-from adaskip_cpp.model.edits import WIDE, Edits
+from adaskip_cpp.model.edits import APART, WIDE
 
 Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
 Open = Callable[..., Any]
+
+EDITS = replace(MOVED, most_moves=APART + WIDE)
 
 
 def runs() -> Any:
@@ -70,7 +74,7 @@ def read_alone(llm: Any, oracle: Oracle, prompts: list[list[int]]) -> None:
     saved = []
     for prompt in prompts:
         llm.reset()
-        other = Oracle(oracle.history.reference.model, oracle.history.plan)
+        other = Oracle(oracle.history.reference.model, oracle.history.plan, EDITS)
         logits_of(llm, prompt), other.read(prompt)
         llm.truncate(len(prompt))
         saved.append(llm.save_prompt())
@@ -87,7 +91,7 @@ def test_documents_that_were_read_alone_are_put_together(
     family, options, plan, tolerance = SETTINGS[how]
     llm = open_model(tiny(family), **OPTIONS, **options, reuse=EDITS)
     llm.set_plan(plan)
-    oracle = Oracle(ReferenceModel(tiny(family)), plan)
+    oracle = Oracle(ReferenceModel(tiny(family)), plan, edits=EDITS)
     head, (a, b, c), question = documents(tokens)
     read_alone(llm, oracle, [head + each + question for each in (a, b, c)])
     if held != "nothing":
@@ -101,7 +105,7 @@ def test_documents_that_were_read_alone_are_put_together(
 
 
 def test_an_answer_goes_on_and_the_next_prompt_is_edited(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, oracle = open_model(tiny(), **OPTIONS, reuse=EDITS), Oracle(ReferenceModel(tiny()))
+    llm, oracle = open_model(tiny(), **OPTIONS, reuse=EDITS), Oracle(ReferenceModel(tiny()), edits=EDITS)
     head, (a, b, c), question = documents(tokens)
     read_alone(llm, oracle, [head + each for each in (a, b, c)])
     prompt = head + a + b + c + question
@@ -118,12 +122,12 @@ def test_a_saved_prompt_is_read_where_its_moves_or_its_plan_forbid_it(
     head, (a, b, c), question = documents(tokens)
     prompt = head + a + c + b + question
     expected = ReferenceRun(ReferenceModel(tiny())).eval(prompt).logits[-1]
-    small = Edits(mend=3, least=8, tail=6, most_moves=WIDE - 1)
+    small = replace(EDITS, most_moves=APART - 1)
     skipping = SkipPlan.manual(3, attention=[1])
     for reuse, plan in ((small, None), ("prefix", None), (EDITS, skipping)):
         llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
         llm.set_plan(plan)
-        read_alone(llm, Oracle(ReferenceModel(tiny()), plan), [head + each for each in (b, c)])
+        read_alone(llm, Oracle(ReferenceModel(tiny()), plan, edits=EDITS), [head + each for each in (b, c)])
         llm.set_plan(None)
         llm.set_reuse(reuse)
         with counting(llm) as counts:
@@ -133,7 +137,7 @@ def test_a_saved_prompt_is_read_where_its_moves_or_its_plan_forbid_it(
 
 def test_what_begins_a_prompt_is_not_moved(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     """So the whole model may read it, also where it is longer than what the memory and the prompt begin with."""
-    llm, oracle = open_model(tiny(), **OPTIONS, reuse=EDITS), Oracle(ReferenceModel(tiny()))
+    llm, oracle = open_model(tiny(), **OPTIONS, reuse=EDITS), Oracle(ReferenceModel(tiny()), edits=EDITS)
     head, (a, b, c), question = documents(tokens)
     read_alone(llm, oracle, [head + a + b, head + c])
     first, prompt = head + question + c, head + a + b + tokens(9, seed=40)[1:] + c + question
@@ -155,7 +159,7 @@ def test_a_saved_prompt_that_cannot_be_loaded_is_read(tiny: Tiny, tokens: Tokens
     llm = open_model(tiny(family), **{**OPTIONS, "n_ctx": n_ctx}, **options, reuse=EDITS)
     head, (a, b, c), question = documents(tokens)
     more = tokens(120, seed=30)[1:]
-    oracle = Oracle(ReferenceModel(tiny(family)))
+    oracle = Oracle(ReferenceModel(tiny(family)), edits=EDITS)
     read_alone(llm, oracle, [head + more + each for each in (a, b)])
     [first, second] = llm.saved_prompts
     if way == "it is gone":
@@ -185,7 +189,7 @@ def test_a_reading_that_is_cut_short_leaves_nothing_of_what_was_saved(
 ) -> None:
     llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
     head, (a, b, c), question = documents(tokens)
-    read_alone(llm, Oracle(ReferenceModel(tiny())), [head + each for each in (a, b, c)])
+    read_alone(llm, Oracle(ReferenceModel(tiny()), edits=EDITS), [head + each for each in (a, b, c)])
     logits_of(llm, head + b)
     prompt = head + c + a + question + b + question
 

@@ -29,11 +29,11 @@ from oracles.tiny_families import N_LAYER, N_VOCAB
 
 from adaskip_cpp import AdaSkipLlama, Edits, SkipPlan
 from adaskip_cpp.errors import ElidedKVError
-from adaskip_cpp.model.edits import WIDE, Reuse, edits_of
+from adaskip_cpp.model.edits import APART, WIDE, Reuse, edits_of
 
 N_CTX = 512
 SAVED = 64  # tokens of a saved prompt: the memory has room for it beside what a prompt takes from elsewhere
-EDITS = Edits(mend=1, least=2, tail=2, most_moves=2 * WIDE)
+EDITS = Edits(mend=1, least=2, tail=2, most_moves=APART + WIDE)
 
 
 class Drafts(LlamaPromptLookupDecoding):

@@ -25,7 +25,7 @@ from oracles.reference import OnlineReference, ReferenceModel, ReferenceRun, Tra
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.edits import Run, beside, find_runs
-from adaskip_cpp.model.edits import Edits
+from adaskip_cpp.model.edits import APART, WIDE, Edits
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
@@ -238,7 +238,7 @@ class History:
             return
         first, found = self._runs(self.cells[: self._n_readable(self.plan.prefill)], tokens)
         taken, runs = [Run(0, 0, first), *found], [(run, self) for run in found]
-        rest = [(each, self._runs(each.cells, tokens)) for each in self.saved]
+        rest = [(each, self._runs(each.cells, tokens, wide=APART)) for each in self.saved]
         while rest:
             free = {
                 id(each): beside([Run(0, 0, n, 0), *theirs], taken, least=self.edits.least, mend=self.edits.mend)
@@ -263,7 +263,7 @@ class History:
                 self.cells.append(replace(cell, n_moves=cell.n_moves + run.n_moves, computed=computed))
             del self.cells[self._n_readable(self.plan.prefill) :]
 
-    def _runs(self, cells: Sequence[Cell], tokens: list[int]) -> tuple[int, list[Run]]:
+    def _runs(self, cells: Sequence[Cell], tokens: list[int], wide: int = WIDE) -> tuple[int, list[Run]]:
         """With how many cells a prompt begins, and which runs of the others it has, without what is mended."""
         assert self.edits is not None
         held, mend, bulk = [cell.token for cell in cells], self.edits.mend, self.plan.bulk
@@ -273,6 +273,7 @@ class History:
         )
         both = np.array(held, np.int32), np.array(tokens, np.int32)
         found = find_runs(*both, first=first, end=max(0, end), least=mend + self.edits.least)
+        found = [run._replace(n_moves=wide if run.n_moves == WIDE else 1) for run in found]
         runs = [run for run in found if run.n_moves <= self.edits.most_moves]
         return first, [Run(run.start + mend, run.to + mend, run.n - mend, run.n_moves) for run in runs]
 

@@ -23,8 +23,9 @@ from oracles.frontiers import frontier, point
 
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.cli.main import main
+from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Close, Service
-from adaskip_cpp.serving.workers import Worker, Workers
+from adaskip_cpp.serving.workers import Workers
 
 BULK_PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
 """A plan for a tiny model of three layers."""
@@ -88,7 +89,7 @@ class InProcess(Worker):
 
 IN_ONE_PROCESS = (
     f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from oracles.served import InProcess; "
-    "from adaskip_cpp.serving import workers; workers.Worker = InProcess; "
+    "from adaskip_cpp.serving import process; process.Worker = InProcess; "
 )
 """Runs a server in one process: beside that of ``adaskip-cpp serve`` the pipe can be seen, and what it costs."""
 
@@ -173,7 +174,7 @@ def serving(
     for line in process.stderr:
         lines.append(line)
         text += line.strip() + " "
-        if found := re.search(r"to look at (http://\S+);", text):
+        if found := re.search(r"A page to try it: (http://\S+)\. ", text):
             break
     else:
         raise AssertionError(f"no server: {text}")

@@ -9,13 +9,14 @@ from adaskip_cpp.serving import answer
 from adaskip_cpp.serving.request import Gone
 
 
-def test_an_error_of_the_server_is_logged_without_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_the_server_is_logged_without_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
     for logs_text in (False, True):
         try:
             raise KeyError("the to".upper())  # the line itself is in the log, as it is none that a client wrote
         except KeyError as error:
             status, message, _ = answer.explained(error, logs_text=logs_text)
-        log = capsys.readouterr().err
+        log = caplog.text
+        caplog.clear()
         assert status == 500 and "THE TO" not in message
         assert "in test_an_error" in log and "KeyError" in log and ("THE TO" in log) == logs_text
 

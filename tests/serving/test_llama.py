@@ -72,9 +72,9 @@ def served(open_served: Callable[..., ServedLlama], tiny: Tiny) -> ServedLlama:
 
 
 def run(
-    llm: ServedLlama, prompt: list[int], wish: Any = "auto", n: int = 6, salt: str = ""
+    llm: ServedLlama, prompt: list[int], wish: Any = "auto", n: int = 6, salt: str = "", reuse: Any = None
 ) -> tuple[list[int], ServedRequest]:
-    request = ServedRequest(wish=wish, salt=salt)
+    request = ServedRequest(wish=wish, salt=salt, reuse=reuse)
     llm.request = request
     steps = llm.generate(prompt, temp=0)
     answer = [token for token, _ in zip(steps, range(n), strict=False)]
@@ -202,7 +202,7 @@ def test_a_new_order_is_read_where_the_promise_allows_that(
 def test_documents_that_others_asked_about_are_put_together(
     open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens, tmp_path: Path
 ) -> None:
-    """From states in memory and on disk, of the same owner alone, and only where the promise allows new orders."""
+    """From states in memory and on disk, of the same owner alone, and only if asked for: no promise covers it."""
     head, documents = tokens(80), [tokens(300, seed)[1:] for seed in (1, 2, 3)]
     prompt = [*head, *documents[2], *documents[0], *documents[1]]
     served = open_served(tiny(), edited_frontier(0.01, 0.02), tmp_path, **LONG)
@@ -210,14 +210,13 @@ def test_documents_that_others_asked_about_are_put_together(
         run(served, [*head, *each])
     served.close()
     again = open_served(tiny(), edited_frontier(0.01, 0.02), tmp_path, **LONG)
-    _, other = run(again, prompt, salt="another")
+    _, other = run(again, prompt, salt="another", reuse="edits")
     assert other.n_read == len(prompt) and other.n_moved == 0
-    run(again, tokens(500, 9))
-    _, request = run(again, [*prompt, *tokens(9, 8)])
+    _, promised = run(again, prompt)
+    assert promised.reuse == "edits" and promised.n_moved == 0
+    assert promised.n_read == len(prompt) - len(head) - len(documents[2])
+    _, request = run(again, [*head, *documents[1], *documents[2], *documents[0], *tokens(9, 8)], reuse="edits")
     assert request.n_moved > 500 and request.n_read < 200
-    prompt = [*head, *documents[1], *documents[0], *documents[2]]
-    _, careful = run(again, prompt, {"max_loss": 0.039})
-    assert careful.n_moved == 0 and careful.n_read == len(prompt) - len(head) - len(documents[1])
 
 
 def test_a_tighter_promise_reads_again_what_was_read_under_a_plan_that_does_not_keep_it(
@@ -309,6 +308,8 @@ def test_an_answer_tells_why_its_prompt_was_read(
     assert run(served, talk)[1].reread_because == "new"
     assert run(served, talk)[1].reread_because is None
     assert run(served, talk[:200] + other[1:100])[1].reread_because == "text"
+    assert run(served, talk[:24] + other[1:100])[1].reread_because == "text"
+    assert run(served, other)[1].reread_because == "new", "but for its first token, which all have"
     assert run(served, talk, "none")[1].reread_because == "plan"
     request = served.request = ServedRequest(reuses=False)
     next(served.generate(other, temp=0))

@@ -106,7 +106,7 @@ class Page:
         """Ask, and wait for both answers."""
         self.fill(text)
         self["ask"].click()
-        self.wait("status", "Both answers are there.")
+        self.wait("status", "Both answers are complete.")
 
     def width(self, pixels: int) -> None:
         size = {"width": pixels, "height": 800, "deviceScaleFactor": 1, "mobile": False}
@@ -150,7 +150,7 @@ def test_both_answers_arrive_with_their_figures(page: Page) -> None:
     (read, in_bulk, reused), (read_whole, in_bulk_whole, reused_whole) = figures
     assert in_bulk == read + reused - 68 > 0 == in_bulk_whole
     assert read + reused == read_whole + reused_whole
-    assert re.search(r"first token \d+\.\d times as (soon|late): after .+ s instead of .+ s\.", page["summary"].text)
+    assert re.search(r"token is \d+\.\d times as (fast|slow): after .+ s instead of .+ s\.", page["summary"].text)
 
 
 def test_a_bar_tells_how_far_the_prompt_is_and_the_time_left_until_the_first_token(page: Page) -> None:
@@ -192,7 +192,7 @@ def test_a_window_is_drawn_as_half_a_cell_and_said(page: Page) -> None:
         "side.strip(4, {attention: [0], ffn: []}, 'in the prompt', {windowed: [0, 2, 3], window_size: 1276});"
         "return [side.root.querySelectorAll('rect').length, side.root.querySelector('figcaption').textContent]"
     )
-    said = "Attention of layer 0 skipped in the prompt. Attention of layers 0, 2-3 looks back at 1,276 tokens."
+    said = "Attention of layer 0 skipped in the prompt. Attention of layers 0, 2-3 has a window of 1,276 tokens."
     assert words == [8 + 2, said]
 
 
@@ -211,8 +211,8 @@ def test_the_frontier_is_drawn_with_the_promise_and_the_plan_of_the_answer(
         assert across == sorted(across, reverse=True) and up[0] > up[1] > level > up[2], "up is worse"
         assert page.all("circle")[1].get_attribute("class") == "runs"
         assert page.texts(".frontier ~ figcaption") == [
-            "Promise: a loss of at most 0.04 nats per token. Of 2 plans this one takes 83% of the whole model's time, "
-            "as predicted, and loses 0.030, as measured."
+            "Promise: a loss of at most 0.04 nats per token. Of 2 plans, this one needs 83% of the whole model's time "
+            "(predicted), and adds a loss of 0.030 (measured)."
         ]
         page.ask(TEXT[:60])
         assert "No plan keeps the promise for this prompt" in page["summary"].text
@@ -223,7 +223,7 @@ def test_the_frontier_is_drawn_with_the_promise_and_the_plan_of_the_answer(
     ("answers", "sentence", "marks"),
     [
         (["a b", "a b"], "The answers are the same.", [[], []]),
-        (["a  b", "a b"], "The answers differ in spaces and line breaks alone.", [[], []]),
+        (["a  b", "a b"], "The answers differ only in spaces and line breaks.", [[], []]),
         (["a b c d", "a b x d"], "They agree up to word 2; 1 of 4 words differs.", [["c"], ["x"]]),
         (["a b c d e", "a d e"], "They agree up to word 1; 2 of 5 words differ.", [["b c"], []]),
         (["x", "y z"], "They differ from the first word on; 2 of 2 words differ.", [["x"], ["y z"]]),
@@ -252,7 +252,7 @@ def test_read_anew_neither_prompt_comes_from_the_cache_and_otherwise_that_is_sai
     page["anew"].click()
     for _ in range(2):
         page.ask()
-    assert "The times to the first token do not compare." in page["summary"].text
+    assert "The times to the first token cannot be compared." in page["summary"].text
     assert "prompt tokens came from the cache" in page.all("article")[1].text
 
 
@@ -279,7 +279,7 @@ def test_a_speed_up_that_cannot_be_planned_is_refused_in_the_servers_words(page:
     Select(page["wish"]).select_by_value("speedup")
     page.fill()
     page["ask"].click()
-    page.wait("error", "a speed-up is planned from a profile")
+    page.wait("error", "a speed-up needs a profile")
 
 
 def test_a_server_that_is_gone_is_named_as_such(page: Page) -> None:
@@ -305,7 +305,7 @@ def test_the_key_that_a_server_wants_is_asked_for(browser: webdriver.Chrome, loc
     page = Page(browser, locked.url)
     page.run("sessionStorage.clear()")
     browser.refresh()
-    page.wait("error", "this server wants an API key")
+    page.wait("error", "this server needs an API key")
     page["key"].send_keys("wrong" + Keys.TAB)
     page.wait("error", "the API key is wrong")
     unlocked(page)
@@ -374,7 +374,7 @@ def test_the_keyboard_alone_does_all(page: Page) -> None:
     assert page["text"].get_attribute("value") == TEXT
     chain = webdriver.ActionChains(page.browser)
     chain.key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
-    page.wait("status", "Both answers are there.")
+    page.wait("status", "Both answers are complete.")
     assert page.browser.switch_to.active_element.get_attribute("id") == "ask"
 
 
@@ -385,7 +385,8 @@ def test_every_control_has_a_name(page: Page) -> None:
     controls = {"textbox", "spinbutton", "combobox", "checkbox", "button"}
     nodes = page.devtools("Accessibility.getFullAXTree")["nodes"]
     named = [each["name"]["value"] for each in nodes if each.get("role", {}).get("value") in controls]
-    names = ["Text", "Question", "Compare with", "Speed-up", "Tokens at most", "API key", "Read anew", "Ask", "Stop"]
+    names = ["Text", "Question", "Plan", "Speed-up", "Most tokens in an answer", "API key"]
+    names += ["Read the whole prompt again", "Ask", "Stop"]
     assert sorted(named) == sorted(names)
 
 

@@ -85,13 +85,13 @@ def test_entries_whose_files_are_gone_are_forgotten(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = PrefixCache(10_000, tmp_path / "kept")
     shutil.rmtree(tmp_path / "kept")
     for token in range(3):
         cache.put("a", ids(token), bytearray(10))
     cache.close()
-    assert capsys.readouterr().err.count("kept in memory alone") == 1
+    assert caplog.text.count("kept only in memory") == 1
     assert cache.take(cache.find({"a"}, ids(1))[0]) == bytearray(10)  # type: ignore[arg-type]
 
 
@@ -155,7 +155,7 @@ def test_a_folder_that_others_own_or_may_write_is_refused(tmp_path: Path, monkey
     (tmp_path / "shared").mkdir()
     for mode in (0o770, 0o702, 0o1777):
         (tmp_path / "shared").chmod(mode)
-        with pytest.raises(DataError, match="other users may write in"):
+        with pytest.raises(DataError, match="other users may write to"):
             PrefixCache(1, tmp_path / "shared")
     (tmp_path / "shared").chmod(0o755)
     PrefixCache(1, tmp_path / "shared").close()

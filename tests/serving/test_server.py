@@ -490,7 +490,7 @@ def test_when_too_many_wait_the_next_is_told_so(server: Server) -> None:
         return answer
 
     refused = asyncio.run(first_refused())
-    assert refused.status_code == 429 and "wait already" in refused.text
+    assert refused.status_code == 429 and "waiting already" in refused.text
     assert ask(server, "the to")["choices"], "those that left are not answered first"
     assert server.metric("adaskip_queue_waiting") == 0
 
@@ -527,7 +527,7 @@ def test_prometheus_reads_what_was_counted(server: Server) -> None:
 def test_a_promise_without_a_frontier_is_refused(served_model: Path, served_plan: Path) -> None:
     for plan in ((), ("--plan", served_plan)):
         told = refusal(served_model, "--max-loss", "0.1", *plan)
-        assert "--max-loss chooses from what `tune` found" in told
+        assert "--max-loss chooses from the plans that `tune` found" in told
 
 
 def test_beyond_this_machine_it_asks_for_a_key(served_model: Path, tmp_path: Path) -> None:
@@ -537,7 +537,7 @@ def test_beyond_this_machine_it_asks_for_a_key(served_model: Path, tmp_path: Pat
         assert open_to_all.get("/health", headers={"host": "box.lan"}).status_code == 200
         assert open_to_all.get("/health", headers={"host": "example.com"}).status_code == 403
     (tmp_path / "keys").write_text(" \n")
-    assert "there is no key in" in refusal(served_model, "--api-key-file", tmp_path / "keys")
+    assert "has no key; write one" in refusal(served_model, "--api-key-file", tmp_path / "keys")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
@@ -546,7 +546,7 @@ def test_a_cache_folder_that_others_may_write_is_refused_before_anything_starts(
 ) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    assert refusal(served_model, "--cache-dir", tmp_path / "shared").startswith("Error: other users may write in")
+    assert refusal(served_model, "--cache-dir", tmp_path / "shared").startswith("Error: other users may write to")
 
 
 @pytest.mark.skipif(not shutil.which("sh"), reason="there is no shell that bounds descriptors")

@@ -42,7 +42,7 @@ ENDLESS = {"prompt": "the to of", "max_tokens": CTX, "logit_bias": {"2": -100}, 
 
 @pytest.fixture(scope="module")
 def server(served_model: Path, served_plan: Path) -> Iterator[Server]:
-    sooner = f"from adaskip_cpp.serving import workers; workers.LEAVE = {LEAVE}; "
+    sooner = f"from adaskip_cpp.serving import process; process.LEAVE = {LEAVE}; "
     with serving(served_model, "--plan", str(served_plan), "--ctx", str(CTX), before=sooner) as running:
         yield running
 
@@ -208,7 +208,7 @@ def test_three_deaths_at_the_start_end_the_server(served_model: Path) -> None:
         time.sleep(0.01)
     server.reader.join()
     assert server.process.returncode == 1 and len(killed) == 3
-    assert server.lines[-1] == "Error: tiny: its process ended (Killed), 3 times at its start\n"
+    assert "Error: 3 starts of tiny failed: its process ended (Killed); see the log, or" in server.lines[-1]
 
 
 def test_a_model_that_cannot_be_opened_ends_the_server_at_once(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_it_listens_while_the_model_is_loaded(served_model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def impatient(served_model: Path) -> Iterator[Server]:
-    sooner = f"from adaskip_cpp.serving import workers; workers._LOADING = {LOADING}; "
+    sooner = f"from adaskip_cpp.serving import process; process._LOADING = {LOADING}; "
     with serving(served_model, "--plan", "none", "--ctx", str(CTX), "--stuck-timeout", "2", before=sooner) as running:
         yield running
 
@@ -267,7 +267,7 @@ def test_a_process_that_does_not_load_is_ended(impatient: Server) -> None:
     os.kill(second, signal.SIGSTOP)
     assert text(impatient)
     assert second not in impatient.workers()
-    why = "it did not load within 6 seconds and was ended; --stuck-timeout gives it more"
+    why = "it did not load within 6 seconds and was ended; use a larger --stuck-timeout"
     assert f"tiny: {why}; it is started again\n" in impatient.lines
 
 
@@ -294,7 +294,7 @@ def test_a_request_that_takes_no_step_has_its_process_ended(impatient: Server) -
     assert impatient.metric("adaskip_worker_deaths") == n_deaths + 2
     stopped(impatient)
     answer = impatient.post("/tokenize", {"prompt": "the"})
-    assert answer.status_code == 503 and "no answer yet" in answer.json()["error"]["message"]
+    assert answer.status_code == 503 and "did not answer in time" in answer.json()["error"]["message"]
     assert text(impatient) == expected
 
 
@@ -364,7 +364,7 @@ def test_a_model_that_nobody_asks_for_is_unloaded(served_model: Path) -> None:
         until(lambda: states(server) == {"tiny": "unloaded"})
         assert server.workers() == [] and server.get("/health").status_code == 200
         assert server.metric("adaskip_kv_bytes") == 0 == server.metric("adaskip_worker_deaths")
-        assert "tiny: unloaded, as nobody asks for it\n" in server.lines
+        assert "tiny: unloaded, as there was no request for it\n" in server.lines
         assert text(server) == expected
         with server.stream({**ENDLESS, "max_tokens": 600}) as answer:  # which takes longer than that
             assert list(events(answer))[-1]["choices"][0]["finish_reason"] == "length"
@@ -392,7 +392,7 @@ def test_a_model_that_cannot_be_loaded_takes_none_of_the_others_away(three: list
                     killed.add(each)
                 time.sleep(0.01)
         assert dying.result().status_code == 500 and len(killed) == 4
-        assert server.lines[-1] == "three: its process ended (Killed), 3 times at its start\n"
+        assert server.lines[-1].startswith("3 starts of three failed: its process ended (Killed); see the log, or")
         assert named(server, "one") == "one"
         assert server.stop() == 0
 
@@ -475,8 +475,8 @@ def test_it_ends_in_time_whatever_the_model_does(
     """An endless answer gets its time. Afterwards the cache is written, but by a process that does nothing."""
     options = "--plan", "none", "--ctx", "65536", "--cache-dir", str(tmp_path / "kept")
     sooner = (
-        "from adaskip_cpp.serving import server, workers; "
-        f"server.STOP, server.GRACE, workers.LEAVE = {STOP}, {GRACE}, {LEAVE}; "
+        "from adaskip_cpp.serving import process, server; "
+        f"server.STOP, server.GRACE, process.LEAVE = {STOP}, {GRACE}, {LEAVE}; "
     )
     with serving(served_model, *options, before=sooner) as server:
         text(server)

@@ -50,7 +50,7 @@ def test_small_edits_and_new_orders_are_measured(tiny: Tiny, tokens: Tokens, ope
     # Every prompt is an edit away from the next, and the last one of each text is that which is judged.
     first, second = (list(probe.tokens[:N_PROMPT]) for probe in judge.probes[::3])
     ends = [i for i, prompt in enumerate(prompts) if prompt in (first, second)]
-    n_orders = (MANY - FEW) // WIDE - 1  # the documents were read alone, then put together
+    n_orders = (MANY - FEW) // WIDE
     assert ends == [FEW, 2 * FEW + 1, 2 * FEW + 2 + n_orders, 2 * FEW + 3 + 2 * n_orders]
     assert len({tuple(prompt) for prompt in prompts}) == len(prompts) - 2
     orders = prompts[2 * FEW + 2 : 2 * FEW + 2 + n_orders]

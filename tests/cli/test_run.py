@@ -1,0 +1,287 @@
+"""``adaskip-cpp run`` and ``replace_llama``: unchanged programs get our model, and all else as ``python`` gives it."""
+
+import inspect
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from oracles.frontiers import frontier, point
+from oracles.tiny_models import write_lora
+
+import adaskip_cpp
+from adaskip_cpp import AdaSkipLlama, PlanFileError, SkipPlan, plan_path, save_plan
+from adaskip_cpp.engine.dropin import Llama
+from adaskip_cpp.engine.settings import cost_settings
+from adaskip_cpp.errors import ModelFileError
+from adaskip_cpp.model.identity import ModelInfo, fingerprint
+from adaskip_cpp.model.settings import Settings
+
+Tokens = Callable[..., list[int]]
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+PLAN = SkipPlan.manual(3, ffn=(1,), phase="bulk")
+OPTIONS: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+
+
+@pytest.fixture
+def model(tiny: Any, tmp_path: Path) -> Path:
+    """A tiny model without a plan."""
+    return Path(shutil.copy(tiny(), tmp_path / "m.gguf"))
+
+
+@pytest.fixture
+def tuned(model: Path) -> Path:
+    """A tiny model with a frontier beside it."""
+    plan = replace(PLAN, model=ModelInfo(fingerprint(model), "llama", 3))
+    save_plan(plan_path(model), frontier([point(plan, 0.01, {1024: 1.2})]))
+    return model
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    """``program(*command)``: what ``python`` ends with after this command, in a folder of its own."""
+
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(Path(adaskip_cpp.__file__).parents[1])}
+        arguments = [sys.executable, *map(str, command)]
+        return subprocess.run(
+            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+OURS = "-c", "from adaskip_cpp.cli.main import main; main()", "run"
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged under the package's name."""
+    return [f"{each.levelname} {each.getMessage()}" for each in caplog.records if each.name == "adaskip_cpp"]
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "adaskip_cpp")
+
+
+# -- the class -------------------------------------------------------------------------------------------------------
+
+
+def test_it_uses_the_plans_beside_the_model(tuned: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture) -> None:
+    llm = Llama(str(tuned), **OPTIONS)
+    assert isinstance(llm, llama_cpp.Llama)
+    llm.create_completion(tokens(600), max_tokens=1)
+    assert llm.plan is not None and llm.plan.skipped("bulk").n_skip == 1
+    words = "plans of m.adaskip-plan.json lose at most 0.05 nats per token, in prompts of 512 tokens or more"
+    assert lines(caplog) == [f"INFO {tuned}: {words}"]
+
+
+def test_it_uses_the_one_plan_of_a_file(model: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture) -> None:
+    save_plan(plan_path(model), PLAN)
+    llm = Llama(model, **OPTIONS)
+    assert llm.plan is not None and llm.plan.skipped("bulk").n_skip == 1
+    assert lines(caplog) == [f"INFO {model}: the plan of m.adaskip-plan.json is in force"]
+
+
+def test_without_a_plan_file_the_whole_model_runs(
+    model: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm, whole = Llama(model, **OPTIONS), AdaSkipLlama(model, **OPTIONS)
+    answers = [each.create_completion(tokens(600), max_tokens=5, temperature=0) for each in (llm, whole)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    (told,) = lines(caplog)
+    assert told.startswith(f"WARNING {model}: the whole model runs: there is no plan ")
+    assert told.endswith(f"run `adaskip-cpp tune {model}`")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"logits_all": True}, "logits_all=True asks for the logits of the prompt's own tokens"),
+        ({"embedding": True}, "embedding=True computes embeddings"),
+        ({"vocab_only": True}, "vocab_only=True loads no layers"),
+        ({"lora_path": "lora.gguf"}, "its LoRA adapter is none"),
+        ({"kv_overrides": {"general.name": "another"}}, "its kv_overrides is none"),
+        ({"n_ctx": 256}, "no plan keeps 0.05 nats per token in 256 tokens"),
+    ],
+)
+def test_where_plans_cannot_be_used_the_whole_model_runs(
+    options: dict[str, Any], why: str, tuned: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
+) -> None:
+    if "lora_path" in options:
+        options = {"lora_path": str(write_lora(tuned.with_name(options["lora_path"])))}
+    llm = Llama(tuned, **{**OPTIONS, **options})
+    (told,) = lines(caplog)
+    assert told.startswith(f"WARNING {tuned}: the whole model runs: ") and why in told
+    if not options.get("vocab_only"):
+        llm.eval(tokens(200 if "n_ctx" in options else 600))
+        assert llm.plan is None
+
+
+def test_a_plan_that_the_model_cannot_run_is_left_out(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_plan(plan_path(model), frontier([point(SkipPlan.manual(4, ffn=(1,), phase="bulk"), 0.01, {1024: 1.2})]))
+    assert Llama(model, **OPTIONS).frontier is None
+    assert "the plan is for 4 layers" in lines(caplog)[0]
+
+
+def test_a_file_that_cannot_be_read_is_left_out(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Path(plan_path(model)).write_text("{")
+    assert Llama(model, **OPTIONS).plan is None
+    assert "truncated or is not JSON" in lines(caplog)[0]
+
+
+def test_a_missing_model_is_an_error_as_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ModelFileError, match="there is no model file"):
+        Llama(str(tmp_path / "none.gguf"))
+    assert lines(caplog) == []
+
+
+def test_what_libraries_leave_out_by_passing_none_is_as_tuned(model: Path) -> None:
+    machine = cost_settings(AdaSkipLlama(model, **OPTIONS))
+    found = frontier([point(PLAN, 0.01, {1024: 1.2})], settings=Settings(n_threads=3), machine=machine)
+    save_plan(plan_path(model), found)
+    llm = Llama(model, n_ctx=1024, n_threads=None, n_threads_batch=1, verbose=False)
+    assert llm.n_threads == 3
+
+
+def test_it_can_be_pickled(tuned: Path, caplog: pytest.LogCaptureFixture) -> None:
+    llm = Llama(tuned, **OPTIONS)
+    again = pickle.loads(pickle.dumps(llm))
+    assert type(again) is Llama and again.frontier == llm.frontier and again.max_loss == 0.05
+    stock = Llama.__new__(Llama)
+    stock.__setstate__(llama_cpp.Llama.__getstate__(llm))  # type: ignore[no-untyped-call]
+    assert stock.frontier == llm.frontier and len(lines(caplog)) == 2
+
+
+def test_every_model_of_ours_or_of_llama_cpp_python_is_one(model: Path) -> None:
+    class Mine(Llama):
+        pass
+
+    assert isinstance(AdaSkipLlama(model, **OPTIONS), Llama) and issubclass(llama_cpp.Llama, Llama)
+    assert not isinstance(Llama(model, **OPTIONS), Mine) and not isinstance(model, Llama)
+
+
+def test_programs_can_ask_for_the_names_of_its_arguments() -> None:
+    assert "n_gpu_layers" in inspect.signature(Llama).parameters
+
+
+# -- the replacement ---------------------------------------------------------------------------------------------------
+
+
+def test_in_python_it_is_replaced_before_it_is_imported(tuned: Path, program: Program) -> None:
+    ours = "import adaskip_cpp; adaskip_cpp.replace_llama(); adaskip_cpp.replace_llama(); "
+    done = program("-c", ours + f"from llama_cpp import Llama; print(Llama({str(tuned)!r}, verbose=False).frontier)")
+    assert done.stdout.startswith("Frontier("), done.stderr
+    late = program("-c", f"import adaskip_cpp; from llama_cpp import Llama; {ours}")
+    assert "ImportOrderError: __main__" in late.stderr and "imported llama_cpp.Llama already" in late.stderr
+
+
+def test_what_tells_that_nothing_was_tuned_can_be_caught(model: Path) -> None:
+    with pytest.raises(PlanFileError, match="run `adaskip-cpp tune"):
+        AdaSkipLlama(model, plan="auto")
+    assert plan_path(model) == str(model.with_name("m.adaskip-plan.json"))
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+APP = f"""
+import pickle, sys, llama_cpp, llama_cpp.llama
+from llama_cpp import Llama
+
+class Mine(Llama):
+    pass
+
+def main():
+    llm = Llama(sys.argv[1], **{OPTIONS!r})
+    assert isinstance(llm, llama_cpp.Llama) and llama_cpp.Llama is llama_cpp.llama.Llama is Llama
+    assert isinstance(Mine(sys.argv[1], **{OPTIONS!r}), Llama) and pickle.loads(pickle.dumps(Mine)) is Mine
+    answer = llm.create_completion([1] + [7, 8, 9] * 200, max_tokens=5, temperature=0)
+    print(answer["choices"][0]["text"].encode(), sys.argv[1:], __name__, __file__, sys.path[0])
+    print(getattr(llm, "plan", None))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_program_is_run_unchanged(model: Path, tmp_path: Path, program: Program) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "app.py").write_text(APP)
+    ours, stock = (program(*how, "app/app.py", model, "-x", "--help", "--") for how in (OURS, ()))
+    assert ours.returncode == stock.returncode == 0, ours.stderr
+    assert ours.stdout == stock.stdout
+    assert [each for each in ours.stderr.splitlines() if each.startswith("adaskip-cpp")] == 2 * [
+        f"adaskip-cpp: {model}: the whole model runs: there is no plan {plan_path(model)!r} beside the model; run "
+        f"`adaskip-cpp tune {model}`"
+    ]
+
+
+def test_its_models_use_their_plans(tuned: Path, tmp_path: Path, program: Program) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__main__.py").write_text(APP)
+    for how in (["app.py"], ["-m", "package"]):
+        done = program(*OURS, *how, tuned)
+        assert "SkipPlan(" in done.stdout, done.stderr
+        assert done.stderr.count("plans of m.adaskip-plan.json lose at most 0.05 nats per token") == 2
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; print(1); sys.exit(3)",
+        "import sys; sys.exit('words')",
+        "def f():\n    1 / 0\n\ntry:\n    f()\nexcept ArithmeticError as error:\n    raise ValueError('x') from error",
+        "import adaskip_cpp\nadaskip_cpp.AdaSkipLlama('none.gguf')",
+        "import sys\nsys.excepthook = lambda *error: print(error)\nopen('none')",
+        "x = (",
+        "raise KeyboardInterrupt",
+        "import signal; print(signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))",
+        "import atexit, threading; atexit.register(print, 'end'); threading.Timer(0.1, print, ['late']).start()",
+    ],
+)
+def test_it_ends_as_under_python(code: str, tmp_path: Path, program: Program) -> None:
+    (tmp_path / "app.py").write_text(code)
+    ours, stock = (program(*how, "app.py") for how in (OURS, ()))
+    assert ours.returncode == (130 if "Interrupt" in code else stock.returncode)
+    assert ours.stderr == stock.stderr
+    if "excepthook" in code:
+        assert ours.stdout.startswith("(<class 'FileNotFoundError'>")
+    else:
+        assert ours.stdout == stock.stdout
+
+
+def test_a_program_that_is_not_there_is_an_error_of_one_line(program: Program) -> None:
+    for arguments, code, words in ((["none.py"], 2, "there is no program 'none.py'"), (["-m", "none"], 1, "none")):
+        done = program(*OURS, *arguments)
+        assert done.returncode == code and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_it_reads_what_a_plan_reads(tuned: Path, tokens: Tokens) -> None:
+    prompt, llm, other = tokens(600), Llama(tuned, **OPTIONS), AdaSkipLlama(tuned, **OPTIONS)
+    other.set_plan(PLAN)
+    for each in (llm, other):
+        each.eval(prompt)
+    rows = [np.ctypeslib.as_array(each._ctx.get_logits(), (each.n_vocab(),)).copy() for each in (llm, other)]
+    np.testing.assert_array_equal(*rows)
+
+
+def test_a_model_of_hugging_face_is_one_of_ours(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "HfFileSystem", lambda: SimpleNamespace(ls=lambda *_, **__: ["a/b/m.gguf"]))
+    monkeypatch.setattr(hub, "hf_hub_download", lambda **_: str(tuned))
+    llm = Llama.from_pretrained("a/b", "*.gguf", **OPTIONS)
+    assert type(llm) is Llama and llm.frontier is not None and len(lines(caplog)) == 1
