@@ -130,7 +130,7 @@ def _or_skip(locate: Callable[[], Path]) -> Path:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sequences", "sequences of calls that Hypothesis draws anew in every run")
     group.addoption("--sequences-seed", type=int, help="draw those of this seed first")
-    group.addoption("--sequences-seconds", type=float, default=4, help="of the processor per test (default: 4)")
+    group.addoption("--sequences-seconds", type=float, default=2, help="of the processor per test (default: 2)")
     parser.addoption("--allocations-step", type=int, default=61, help="fail every n-th one; 1 for all (default: 61)")
     parser.addoption("--sigint-trials", type=int, default=6, help="times that verbs are interrupted (default: 6)")
     parser.addoption("--deaths-seconds", type=float, default=4, help="kill a server's process as often (default: 4)")

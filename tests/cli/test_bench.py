@@ -72,11 +72,6 @@ def profile_path(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_it_has_help_with_an_example() -> None:
-    result = run("--help")
-    assert result.exit_code == 0 and "Example:\n  adaskip-cpp bench" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -99,11 +94,6 @@ def test_it_has_help_with_an_example() -> None:
 )
 def test_bad_arguments_are_one_line_and_exit_with_2(args: list[str], message: str) -> None:
     assert message in line(run(*args), 2)
-
-
-def test_a_missing_model_or_profile_is_one_line(tiny: Any, tmp_path: Path) -> None:
-    assert "no model file" in line(run(tmp_path / "nope.gguf"))
-    assert "nope.json" in line(run(tiny(), "--profile", tmp_path / "nope.json"))
 
 
 def test_a_context_beyond_the_model_is_one_line(tiny: Any) -> None:

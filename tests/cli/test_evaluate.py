@@ -275,14 +275,6 @@ def test_promises_are_measured_with_and_without_a_profile(
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_model_is_one_line(run: Run, tmp_path: Path) -> None:
-    assert "there is no model file" in line(run(model=tmp_path / "none.gguf"))
-
-
-def test_a_missing_profile_is_one_line(run: Run, tmp_path: Path) -> None:
-    assert "there is no profile" in line(run(profile=tmp_path / "none.json"))
-
-
 def test_a_profile_of_another_model_is_refused(run: Run, tiny: Any, tmp_path: Path) -> None:
     assert "the profile was made for another model" in line(run(model=tiny(seed=1)))
     assert not (tmp_path / "out").exists()
@@ -320,8 +312,3 @@ def test_what_cannot_be_measured_is_one_line_before_anything_is(
 )
 def test_malformed_options_are_one_line(run: Run, arguments: list[str], words: str) -> None:
     assert words in line(run(*arguments), 2)
-
-
-def test_the_help_has_an_example() -> None:
-    result = CliRunner().invoke(Verbs(commands={"evaluate": command}), ["evaluate", "--help"])
-    assert "Example:\n  adaskip-cpp evaluate model.gguf" in result.stdout

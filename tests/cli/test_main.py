@@ -78,9 +78,10 @@ def test_help_imports_neither_gguf_nor_matplotlib() -> None:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["inspect", "calibrate", "generate", "chat"])
+@pytest.mark.parametrize("verb", ["inspect", "calibrate", "generate", "chat", "bench", "evaluate"])
 def test_a_model_that_is_none_is_an_error_of_one_line(run: Run, tmp_path: Path, verb: str) -> None:
-    rest = {"inspect": [], "calibrate": ["-o", tmp_path / "p.json"], "generate": ["-p", "hello"], "chat": []}[verb]
+    output = ["-o", tmp_path / "p.json"]
+    rest = {"calibrate": output, "generate": ["-p", "hello"], "evaluate": output}.get(verb, [])
     (tmp_path / "text.gguf").write_text("hello")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(40))
     assert "no model file" in line(run(verb, tmp_path / "nope.gguf", *rest))

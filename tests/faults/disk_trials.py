@@ -49,14 +49,17 @@ class Outcome:
     wrong: tuple[str, ...]
 
 
-def trials(library_environment: dict[str, str], case: str, mode: str) -> list[Outcome]:
-    """All trials of a case: the n-th call fails, for every n."""
-    command = [sys.executable, __file__, case, mode]
+def trials(library_environment: dict[str, str], case: str) -> dict[str, list[Outcome]]:
+    """All trials of a case, by their mode: the n-th call fails, for every n."""
+    command = [sys.executable, __file__, case]
     process = subprocess.run(command, env=library_environment, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         raise RuntimeError(process.stderr[-3000:])
-    plain = (json.loads(line) for line in process.stdout.splitlines())
-    return [Outcome(*(tuple(value) if isinstance(value, list) else value for value in each)) for each in plain]
+    found: dict[str, list[Outcome]] = {mode: [] for mode in MODES}
+    for line in process.stdout.splitlines():
+        mode, *values = json.loads(line)
+        found[mode].append(Outcome(*(tuple(value) if isinstance(value, list) else value for value in values)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,16 @@ class _Case:
     swallows: bool = False  # whether an error is told and nothing is raised
 
 
-def main(case_name: str, mode: str) -> None:
+def main(case_name: str) -> None:
     failing = ctypes.CDLL(None)
     failing.failing_arm.argtypes = [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64]
     failing.failing_disarm.restype = ctypes.c_int64
     case = _case(case_name)
+    for mode in MODES:
+        _try(failing, case, mode)
+
+
+def _try(failing: Any, case: _Case, mode: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         pristine = Path(place, "pristine")
         pristine.mkdir()
@@ -108,7 +116,7 @@ def main(case_name: str, mode: str) -> None:
                 wrong.append("it cannot be written again")
             left_behind = sorted({*_files(folder)} - expected_files)
             end = "killed" if ended is None else "raised" if error else "worked"
-            print(json.dumps([n, end, where, error, left, left_behind, wrong]), flush=True)
+            print(json.dumps([mode, n, end, where, error, left, left_behind, wrong]), flush=True)
 
 
 def _files(folder: Path) -> list[str]:
@@ -352,4 +360,4 @@ def _verb_case(profile: Any) -> _Case:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(sys.argv[1])

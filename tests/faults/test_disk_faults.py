@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.disk_trials import CASES, MODES, trials
+from faults.disk_trials import CASES, trials
 from faults.preloaded import build, environment
 
 HIDDEN = re.compile(r"(.*/)?\..+\.(tmp|new)")
@@ -22,19 +22,18 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return environment(build("failing_disk.cpp", tmp_path_factory.mktemp("failing")))
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_written_is_whole_or_not_there(case: str, mode: str, failing: dict[str, str]) -> None:
+def test_what_is_written_is_whole_or_not_there(case: str, failing: dict[str, str]) -> None:
     if case == "pictures":
         pytest.importorskip("matplotlib")
-    found = trials(failing, case, mode)
-    assert [each for each in found if each.wrong] == []
-    assert all(HIDDEN.fullmatch(name) for each in found for name in each.left)
-    # Without a kill only vectors that already count are left under their other name, until they are written again.
-    assert mode == "killed" or all(each.state == "new" for each in found if each.left)
-    assert len(found) >= 5
-    if case != "prefix cache":  # which tells it, and goes on
-        assert {each.end for each in found} >= {"killed" if mode == "killed" else "raised"}
+    for mode, found in trials(failing, case).items():
+        assert [each for each in found if each.wrong] == [], mode
+        assert all(HIDDEN.fullmatch(name) for each in found for name in each.left), mode
+        # Without a kill only vectors that already count are left under their other name, until they are written again.
+        assert mode == "killed" or all(each.state == "new" for each in found if each.left), mode
+        assert len(found) >= 5, mode
+        if case != "prefix cache":  # which tells it, and goes on
+            assert {each.end for each in found} >= {"killed" if mode == "killed" else "raised"}, mode
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -216,9 +216,9 @@ def test_a_model_goes_on_wherever_a_call_is_interrupted(
     call: Callable[[Any], None], family: str, tiny: Tiny, open_model: Open
 ) -> None:
     llm, fresh = (open_model(tiny(family), swa_full=False) for _ in range(2))
-    n = n_interrupted = 0
+    n, n_interrupted = -random.randrange(2), 0  # every second moment
     while True:
-        n += 1
+        n += 2
         llm.reset()
         llm.set_plan(ATTENTION)
         llm.eval(PROMPT)
@@ -233,7 +233,7 @@ def test_a_model_goes_on_wherever_a_call_is_interrupted(
         except BaseException as error:
             error.add_note(f"interrupted at moment {n}") if hasattr(error, "add_note") else None
             raise
-    assert n_interrupted > 20
+    assert n_interrupted > 10
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")

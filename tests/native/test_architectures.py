@@ -202,11 +202,6 @@ def test_what_keeps_several_streams_says_so(tiny: Tiny, open_model: Open) -> Non
     }
 
 
-@pytest.mark.parametrize("name", ["jamba", "lfm2"])
-def test_the_attention_layer_of_a_hybrid_model_can_be_skipped(name: str, tiny: Tiny, open_model: Open) -> None:
-    assert {(1, "attention"), (1, "ffn")} <= set(skippable(open_model(tiny(name))))
-
-
 @pytest.mark.parametrize("name", PARTLY)
 def test_a_plan_with_a_sublayer_that_cannot_be_skipped_is_refused_and_the_model_still_runs(
     name: str, tiny: Tiny, tokens: Tokens, open_model: Open

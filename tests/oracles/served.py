@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+from click.testing import CliRunner
 from oracles.frontiers import frontier, point
 
 from adaskip_cpp import Frontier, SkipPlan
+from adaskip_cpp.cli.main import main
 from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Close, Service
 from adaskip_cpp.serving.workers import Workers
@@ -134,6 +137,15 @@ class Server:
         code = self.process.wait(timeout)
         self.reader.join()
         return code
+
+
+def refusal(*words: object) -> str:
+    """What ``adaskip-cpp serve`` says, in this process, when it does not start. Its port is taken, so it never does."""
+    with socket.create_server(("", 0)) as taken:
+        words = ("serve", *words, "--port", taken.getsockname()[1])
+        result = CliRunner().invoke(main, [str(word) for word in words], prog_name="adaskip-cpp")
+    assert result.exit_code in (1, 2), result.output
+    return " ".join(result.stderr.split())
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import openai
 import pytest
 from oracles.grammars import FORK, WAYS
-from oracles.served import BULK_PLAN, END, Server, frontier_of, serving
+from oracles.served import BULK_PLAN, END, Server, frontier_of, refusal, serving
 
 from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.engine.settings import cost_settings
@@ -346,19 +346,15 @@ BAD: list[tuple[str, Any, int]] = [
 
 
 @pytest.mark.parametrize("path, body, status", BAD, ids=[f"{path}-{str(body)[:40]}" for path, body, _ in BAD])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_bad_request_gets_an_error_as_openai_words_it(
-    server: Server, path: str, body: Any, status: int, stream: bool
-) -> None:
-    if isinstance(body, dict) and stream:
-        body = {**body, "stream": True}
-    answer = server.post(path, body)
-    if stream and answer.status_code == 200:  # comments had been sent while the grammar took its time
-        error = json.loads(answer.text.removesuffix("\n\n").rpartition("data: ")[2])["error"]
-    else:
-        assert answer.status_code == status
-        error = answer.json()["error"]
-    assert error["message"] and error["type"] and str(server.model.parent) not in error["message"]
+def test_a_bad_request_gets_an_error_as_openai_words_it(server: Server, path: str, body: Any, status: int) -> None:
+    for stream in (False, True) if isinstance(body, dict) and "completions" in path else (False,):
+        answer = server.post(path, {**body, "stream": True} if stream else body)
+        if stream and answer.status_code == 200:  # comments had been sent while the grammar took its time
+            error = json.loads(answer.text.removesuffix("\n\n").rpartition("data: ")[2])["error"]
+        else:
+            assert answer.status_code == status
+            error = answer.json()["error"]
+        assert error["message"] and error["type"] and str(server.model.parent) not in error["message"]
     assert not any("Traceback" in line for line in server.lines), "a client's mistake is none of the server's"
     assert ask(server, "the to")["choices"]
 
@@ -529,30 +525,19 @@ def test_prometheus_reads_what_was_counted(server: Server) -> None:
 
 
 def test_a_promise_without_a_frontier_is_refused(served_model: Path, served_plan: Path) -> None:
-    for plan in ((), ("--plan", str(served_plan))):
-        with (
-            pytest.raises(AssertionError, match="--max-loss chooses from the plans that `tune` found"),
-            serving(served_model, "--max-loss", "0.1", *plan),
-        ):
-            pass
+    for plan in ((), ("--plan", served_plan)):
+        told = refusal(served_model, "--max-loss", "0.1", *plan)
+        assert "--max-loss chooses from the plans that `tune` found" in told
 
 
 def test_beyond_this_machine_it_asks_for_a_key(served_model: Path, tmp_path: Path) -> None:
-    with (
-        pytest.raises(AssertionError, match="give --api-key-file, or --insecure"),
-        serving(served_model, "--host", "0.0.0.0"),
-    ):
-        pass
+    assert "give --api-key-file, or --insecure" in refusal(served_model, "--host", "0.0.0.0")
     with serving(served_model, "--host", "0.0.0.0", "--insecure", "--allow-host", "Box.lan") as open_to_all:
         assert open_to_all.get("/health").status_code == 200
         assert open_to_all.get("/health", headers={"host": "box.lan"}).status_code == 200
         assert open_to_all.get("/health", headers={"host": "example.com"}).status_code == 403
     (tmp_path / "keys").write_text(" \n")
-    with (
-        pytest.raises(AssertionError, match="has no key; write one"),
-        serving(served_model, "--api-key-file", str(tmp_path / "keys")),
-    ):
-        pass
+    assert "has no key; write one" in refusal(served_model, "--api-key-file", tmp_path / "keys")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
@@ -561,11 +546,7 @@ def test_a_cache_folder_that_others_may_write_is_refused_before_anything_starts(
 ) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    with (
-        pytest.raises(AssertionError, match="no server: Error: other users may write to"),
-        serving(served_model, "--cache-dir", str(tmp_path / "shared")),
-    ):
-        pass
+    assert refusal(served_model, "--cache-dir", tmp_path / "shared").startswith("Error: other users may write to")
 
 
 @pytest.mark.skipif(not shutil.which("sh"), reason="there is no shell that bounds descriptors")
