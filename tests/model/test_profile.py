@@ -443,7 +443,10 @@ def test_maps_of_other_sublayers_than_there_are_are_refused(mapped: Profile, tmp
 
 @pytest.mark.parametrize("axis", range(4))
 @pytest.mark.parametrize("size", [10**6, 2**24, 2**62, 10**30, 0, -1, 1.5, True])
-def test_absurd_sizes_are_refused_before_memory_is_taken(mapped: Profile, tmp_path: Path, axis: int, size: Any) -> None:
+def test_absurd_sizes_are_refused_before_memory_is_taken(
+    mapped: Profile, tmp_path: Path, axis: int, size: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaskip_cpp.model.stored.MOST_MEMORY", 1 << 20)  # of 4 GiB, up to which memory is taken
     refused(changed(mapped, tmp_path, put(size, "maps", "down", "shape", axis)))
     refused(changed(mapped, tmp_path, put([1 << 24] * 4, "maps", "down", "shape")))
 
