@@ -497,7 +497,7 @@ def test_when_too_many_wait_the_next_is_told_so(server: Server) -> None:
 
 def test_sigterm_lets_the_running_answer_finish_and_turns_others_away(served_model: Path) -> None:
     with serving(served_model, "--plan", "none", "--ctx", str(CTX)) as ending:
-        body = {"prompt": "the to of", "max_tokens": 300, **ENDLESS}
+        body = {"prompt": "the to of", "max_tokens": 900, **ENDLESS}
         waiting: list[httpx.Response] = []
         other = threading.Thread(target=lambda: waiting.append(ending.post("/v1/completions", {"prompt": "the"})))
         with httpx.stream("POST", f"{ending.url}/v1/completions", json=body, timeout=60) as answer:
