@@ -119,6 +119,8 @@ class EditedPromptsLlama(SelfDescribingLlama):
             return []
         known = []
         for each in self.saved_prompts:
+            if each.model != self.model_info:
+                raise StateError("saved_prompts has a prompt of another model; save prompts with this one.")
             first, runs = self._known(each.tokens, prompt)
             runs = [run if run.n_moves < WIDE else run._replace(n_moves=APART) for run in runs]
             runs = [run for run in runs if run.n_moves <= edits.most_moves]
@@ -154,15 +156,17 @@ class EditedPromptsLlama(SelfDescribingLlama):
         Put it into ``saved_prompts``.
 
         Raises:
-            StateError: llama.cpp cannot save them.
+            StateError: llama.cpp cannot save them, or one is an image.
 
         Examples:
             >>> llm.eval(tokens_of_a_document)
             >>> llm.saved_prompts = [llm.save_prompt()]
         """
+        if self.n_tokens and int(self.input_ids[: self.n_tokens].min()) < 0:
+            raise StateError("the memory holds an image, which has positions of its own; save a prompt of text.")
         if (state := self._save_sequence()) is None:
             raise StateError("llama.cpp could not save what is in memory; call reset() and read the prompt again.")
-        return Saved(self.input_ids[: self.n_tokens].copy(), lambda: state)
+        return Saved(self.input_ids[: self.n_tokens].copy(), lambda: state, self.model_info)
 
     def _save_sequence(self) -> bytearray | None:
         """Return the state of sequence 0; None where llama.cpp fails to save it."""

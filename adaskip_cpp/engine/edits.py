@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..model.edits import SAME, WIDE
+from ..model.identity import ModelInfo
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
 
@@ -33,10 +34,12 @@ class Saved(NamedTuple):
     Attributes:
         tokens: int32 ``[n_tokens]``: its token ids.
         take: returns the saved state of sequence 0; None if it is gone.
+        model: the model that read it; others refuse it.
     """
 
     tokens: Tokens
     take: Callable[[], bytearray | None]
+    model: ModelInfo
 
 
 def n_common(a: Tokens, b: Tokens) -> int:

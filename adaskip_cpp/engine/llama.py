@@ -468,7 +468,8 @@ class AdaSkipLlama(EditedPromptsLlama):
         Raises:
             RequestError: the context has no room for the prompt or the next token; or the grammar cannot be used,
                 allows no token, or goes on in too many ways.
-            StateError: see ``eval``; or statistics of all tokens are collected, so no logits are computed.
+            StateError: see ``eval``; or statistics of all tokens are collected, so no logits are computed; or
+                ``saved_prompts`` has a prompt of another model.
         """
         self._check_logits()
         tokens = list(tokens)

@@ -198,7 +198,9 @@ class ServedLlama(AdaSkipLlama):
             if state is not None and self._load(found.tokens, state):
                 self._n_kept = len(found.tokens)
         others = [each for each in self.prefix_cache.entries if each.key in keys]
-        self.saved_prompts = [Saved(each.tokens, partial(self.prefix_cache.take, each)) for each in others]
+        self.saved_prompts = [
+            Saved(each.tokens, partial(self.prefix_cache.take, each), self.model_info) for each in others
+        ]
         if self._prompt_rows is not None:
             request.known = {"logprobs": len(prompt)}
             return

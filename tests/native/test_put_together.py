@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from oracles.edited_prompts import EDITS as MOVED
 from oracles.edited_prompts import OPTIONS, SETTINGS, Oracle, counting, logits_of
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
+from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.edits import Run, Saved, beside
@@ -229,3 +230,21 @@ def test_without_states_nothing_is_saved(tiny: Tiny, tokens: Tokens, open_model:
         with pytest.raises(StateError, match="could not save"):
             llm.save_prompt()
     assert isinstance(llm.save_prompt(), Saved) and llm.save_prompt().tokens.tolist() == tokens(9)
+
+
+def test_a_prompt_of_another_model_or_with_an_image_is_refused(
+    tiny: Tiny, tokens: Tokens, open_model: Open, tmp_path: Path
+) -> None:
+    """Another model of the same shape would take the state, and answer from K and V that are not its own."""
+    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    other = open_model(write_model(tmp_path / "other.gguf", seed=7), **OPTIONS)
+    head, (a, *_), question = documents(tokens)
+    other.eval(head + a)
+    llm.saved_prompts = [other.save_prompt()]
+    with pytest.raises(StateError, match="of another model"):
+        logits_of(llm, head + question + a + question)
+    llm.saved_prompts = []
+    llm.eval(head + a)
+    llm.input_ids[5] = -1
+    with pytest.raises(StateError, match="holds an image"):
+        llm.save_prompt()
