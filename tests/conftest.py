@@ -1,5 +1,6 @@
 """Fixtures: tiny models written on demand, the two real models, models opened for one test, and drawn sequences."""
 
+import functools
 import os
 import random
 import signal
@@ -8,22 +9,21 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from oracles import tiny_families
 from oracles.drawn_sequences import run_drawn_sequences
+from oracles.fixtures import Open, Tiny, Tokens
 from oracles.models import ModelMissingError, gemma3, smollm2, smollm2_f32
+from oracles.reference import ReferenceModel
 from oracles.rpc_server import start_rpc_servers
 from oracles.served import BULK_PLAN
 from oracles.stock import EXACT, RPC_SERVERS
-from oracles.tiny_families import N_VOCAB
 from oracles.tiny_models import add_chat_template, write_model
 
 import adaskip_cpp
 from adaskip_cpp.engine.rpc import add_rpc_server
 from adaskip_cpp.model.plan_file import save_plan
 
-TinyModel = Callable[..., Path]
-OpenModel = Callable[..., Any]
 _RPC_SERVERS = pytest.StashKey[list[str]]()
 
 
@@ -35,7 +35,7 @@ def one_core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """``tiny(name="llama", zero=(), seed=0)``: the path of a tiny model, written on first use."""
     folder = tmp_path_factory.mktemp("tiny")
 
@@ -62,17 +62,13 @@ def served_plan(served_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokens() -> Callable[..., list[int]]:
+def tokens() -> Tokens:
     """``tokens(n, seed=0)``: BOS and n - 1 random ids of the tiny vocabulary."""
-
-    def draw(n: int, seed: int = 0) -> list[int]:
-        return [1, *np.random.default_rng(seed).integers(3, N_VOCAB, size=n - 1).tolist()]
-
-    return draw
+    return tiny_families.tokens
 
 
 @pytest.fixture
-def open_model() -> Iterator[OpenModel]:
+def open_model() -> Iterator[Open]:
     """``open_model(path, **options)``: an AdaSkipLlama with F32 KV and all logits, closed after the test."""
     opened = []
 
@@ -86,6 +82,25 @@ def open_model() -> Iterator[OpenModel]:
     yield open_
     for llm in opened:
         llm.close()
+
+
+@pytest.fixture
+def open_tiny(tiny: Tiny, open_model: Open) -> Open:
+    """``open_tiny(name="llama", zero=(), under=None, **options)``: that tiny model, with ``under`` as its plan."""
+
+    def open_(name: str = "llama", zero: Any = (), under: Any = None, **options: Any) -> Any:
+        llm = open_model(tiny(name, zero), **options)
+        if under is not None:
+            llm.set_plan(under)
+        return llm
+
+    return open_
+
+
+@pytest.fixture(scope="session")
+def numpy_model(tiny: Tiny) -> Callable[..., ReferenceModel]:
+    """``numpy_model(name="llama")``: that tiny model in NumPy, in float64; not to be changed."""
+    return functools.cache(lambda name="llama": ReferenceModel(tiny(name)))
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,18 @@
-"""A fixture for tests of several sequences."""
+"""Fixtures that tests of native code share."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from oracles.fixtures import Open, Tiny
 from oracles.readable import Bare
-
-Tiny = Callable[..., Path]
+from oracles.reference import ReferenceModel
+from oracles.skip_sets import history_of
 
 
 @pytest.fixture
-def bare(tiny: Tiny) -> Any:
+def bare(tiny: Tiny) -> Iterator[Open]:
+    """``bare(n_seq=2, unified=True)``: a tiny model in a context for several sequences, closed after the test."""
     opened = []
 
     def open_(**options: Any) -> Bare:
@@ -21,3 +22,18 @@ def bare(tiny: Tiny) -> Any:
     yield open_
     for each in opened:
         each.close()
+
+
+@pytest.fixture(scope="session")
+def reference(numpy_model: Open) -> ReferenceModel:
+    """The tiny llama in NumPy."""
+    return numpy_model()  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def both(open_tiny: Open, numpy_model: Open) -> Open:
+    """``both(plan, name="llama", **options)``: a tiny model under a plan, and what it must hold."""
+    return lambda plan, name="llama", **options: (
+        open_tiny(name, under=plan, **options),
+        history_of(numpy_model(name), plan),
+    )

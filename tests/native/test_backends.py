@@ -22,8 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_cpp._logger import llama_log_callback
 from oracles.drawn_plans import plans
+from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, relative_error
 from oracles.stock import EXACT, Job, run_stock
+from oracles.tiny_families import tokens
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.binding import lib
@@ -37,9 +39,6 @@ pytestmark = pytest.mark.skipif(
     not any(lib.ggml_backend_dev_by_type(kind) for kind in _KINDS_OF_DEVICE), reason="ggml has no device but the CPU"
 )
 
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 # What is made of the errors of all tokens. Where rounding lets some choose other experts, more than half do not.
 FAMILIES = {"llama": np.max, "qwen3moe": np.median, "gemma3": np.max, "falcon": np.max, "olmo2": np.max}
@@ -94,7 +93,7 @@ def copies(llm: Any, plan: SkipPlan | None, tokens: list[int]) -> tuple[int, int
     return max(map(len, graphs)), max(sum(map(int, graph)) for graph in graphs)
 
 
-def the_stock_library_s(path: Path, tokens: Tokens, open_model: Open, options: dict[str, Any]) -> None:
+def the_stock_library_s(path: Path, open_model: Open, options: dict[str, Any]) -> None:
     """Without a plan, before and after one, logits are the stock library's with the same options, bit for bit."""
     pieces = [tokens(60), [5], [6]]
     (expected,) = run_stock([Job(str(path), pieces, {"n_ctx": 128, "logits_all": True, **EXACT, **options})])
@@ -111,7 +110,6 @@ def the_stock_library_s(path: Path, tokens: Tokens, open_model: Open, options: d
 
 def what_the_cpu_gives(
     path: Path,
-    tokens: Tokens,
     open_model: Open,
     options: dict[str, Any],
     n_gpu_layers: int,
@@ -147,25 +145,25 @@ def what_the_cpu_gives(
 @on_devices
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_a_plan_it_is_the_stock_library_on_the_device(
-    name: str, n_gpu_layers: int, tiny: Tiny, tokens: Tokens, open_model: Open
+    name: str, n_gpu_layers: int, tiny: Tiny, open_model: Open
 ) -> None:
-    the_stock_library_s(tiny(name), tokens, open_model, {"n_gpu_layers": n_gpu_layers})
+    the_stock_library_s(tiny(name), open_model, {"n_gpu_layers": n_gpu_layers})
 
 
 @on_devices
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kind_of_plan_gives_what_it_gives_on_the_cpu(
-    name: str, n_gpu_layers: int, tiny: Tiny, tokens: Tokens, open_model: Open
+    name: str, n_gpu_layers: int, tiny: Tiny, open_model: Open
 ) -> None:
-    what_the_cpu_gives(tiny(name), tokens, open_model, {}, n_gpu_layers, FAMILIES[name])
+    what_the_cpu_gives(tiny(name), open_model, {}, n_gpu_layers, FAMILIES[name])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_so_it_is_under_every_setting(name: str, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_so_it_is_under_every_setting(name: str, tiny: Tiny, open_model: Open) -> None:
     """On half of the layers, where each setting meets both devices and the border between them."""
     path, half = tiny("qwen3"), PLACES["half of the layers"]  # its heads of 32 values are blocks of Q8_0
-    the_stock_library_s(path, tokens, open_model, {"n_gpu_layers": half, **SETTINGS[name]})
-    what_the_cpu_gives(path, tokens, open_model, SETTINGS[name], half, max_examples=6)
+    the_stock_library_s(path, open_model, {"n_gpu_layers": half, **SETTINGS[name]})
+    what_the_cpu_gives(path, open_model, SETTINGS[name], half, max_examples=6)
 
 
 @on_devices
@@ -174,7 +172,6 @@ def test_several_sequences_on_a_device(
     unified: bool,
     n_gpu_layers: int,
     tiny: Tiny,
-    tokens: Tokens,
     open_model: Open,
     explore: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
@@ -192,11 +189,11 @@ def test_several_sequences_on_a_device(
 
 @on_devices
 def test_a_plan_adds_no_copies_between_devices(
-    n_gpu_layers: int, tiny: Tiny, tokens: Tokens, open_model: Open, monkeypatch: pytest.MonkeyPatch
+    n_gpu_layers: int, open_tiny: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What ggml's scheduler says that it copies; a window has cells and a mask of its own, copied to each device."""
     monkeypatch.setenv("GGML_SCHED_DEBUG", "1")
-    llm, prompt = open_model(tiny(), n_gpu_layers=n_gpu_layers), tokens(60)
+    llm, prompt = open_tiny(n_gpu_layers=n_gpu_layers), tokens(60)
     whole = copies(llm, None, prompt)
     assert whole[0] > 0
 
@@ -213,7 +210,7 @@ def test_a_plan_adds_no_copies_between_devices(
 
 
 @on_devices
-def test_statistics_are_those_of_the_cpu(n_gpu_layers: int, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_statistics_are_those_of_the_cpu(n_gpu_layers: int, tiny: Tiny, open_model: Open) -> None:
     seen: list[list[Any]] = []
     llms = on_both(open_model, tiny(), n_gpu_layers)
     for llm in llms:
@@ -227,7 +224,7 @@ def test_statistics_are_those_of_the_cpu(n_gpu_layers: int, tiny: Tiny, tokens: 
 
 
 @on_devices
-def test_kv_that_is_never_written_is_not_there(n_gpu_layers: int, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_kv_that_is_never_written_is_not_there(n_gpu_layers: int, tiny: Tiny, open_model: Open) -> None:
     """As on the CPU; and without it a device computes what it does with it, bit for bit."""
     plan = SkipPlan.manual(3, attention=[0, 2])
     on_cpu, on_device = on_both(open_model, tiny(), n_gpu_layers, {"plan": plan})

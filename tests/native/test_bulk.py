@@ -3,40 +3,27 @@
 Tolerances are those of test_sequences.py: float32 against float64, and with Gemma's GELU a table in F16.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
-from oracles.bulks import NOTHING, TOLERANCE, chosen, history, phases, plan
-from oracles.reference import ReferenceModel, relative_error
+from oracles.bulks import NOTHING, TOLERANCE, chosen, phases, plan
+from oracles.fixtures import Open, Tiny
+from oracles.reference import relative_error
 from oracles.reference_parallel import eval_parallel
 from oracles.sequence_oracle import Cells, History
-from oracles.tiny_families import N_LAYER
+from oracles.skip_sets import error, last_logits
+from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
-Tiny = Callable[..., Path]
-
-
-Tokens = Callable[..., list[int]]
-
-
-Open = Callable[..., Any]
-
-
 F16 = 1  # GGML_TYPE_F16
-
-
 REFERENCED = ["llama", "llama-tied", "llama-bias", "gemma3"]
-
-
 SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in (0, 1)]
 
 
@@ -47,10 +34,14 @@ def drawn(seed: int, attention: tuple[int, ...] = ()) -> SkipSet:
     return chosen(*map(tuple, np.argwhere(skip).tolist()), seed=seed)
 
 
-def error(llm: Any, expected: History, start: int = 0) -> float:
-    """Of the logits of all cached tokens from one on."""
-    rows = [expected.trace(index).logits[0] for index in range(start, llm.n_tokens)]
-    return relative_error(llm.scores[start : llm.n_tokens], np.stack(rows))
+def ask(llm: Any, expected: History, prompt: list[list[int]], answer: Iterable[int] = ()) -> None:
+    """Have both read a prompt in pieces, and an answer token by token."""
+    for piece in prompt:
+        llm.eval(piece)
+        expected.eval(piece)
+    for token in answer:
+        llm.eval_decode([token])
+        expected.decode([token])
 
 
 # -- what is computed ------------------------------------------------------------------------------------------------
@@ -58,20 +49,13 @@ def error(llm: Any, expected: History, start: int = 0) -> float:
 
 @pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)
 @pytest.mark.parametrize("name", REFERENCED)
-def test_each_sublayer_can_be_skipped_in_the_bulk(
-    name: str, layer: int, kind: int, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_each_sublayer_can_be_skipped_in_the_bulk(name: str, layer: int, kind: int, both: Open) -> None:
     of = plan(chosen((layer, kind)))
-    llm, expected = open_model(tiny(name), n_batch=16), history(tiny(name), of)
-    llm.set_plan(of)
-    for each in (llm, expected):
-        each.eval(tokens(50))
-    for token in (7, 8, 9):
-        llm.eval_decode([token])
-        expected.decode([token])
+    llm, expected = both(of, name, n_batch=16)
+    ask(llm, expected, [tokens(50)], (7, 8, 9))
     assert error(llm, expected) < TOLERANCE[name]
-    whole = ReferenceModel(tiny(name))
-    without = Cells(whole).trace([replace(cell, skip_set=NOTHING) for cell in expected.cells], -1).logits
+    cells = [replace(cell, skip_set=NOTHING) for cell in expected.cells]
+    without = Cells(expected.reference.model).trace(cells, -1).logits
     # Nobody reads what the last layer makes of the bulk; and Gemma's last layer looks back at 8 tokens alone.
     matters = relative_error(llm.scores[llm.n_tokens - 1][None], without) > 20 * TOLERANCE[name]
     assert matters == (layer < (1 if name == "gemma3" else 2))
@@ -81,18 +65,13 @@ def test_each_sublayer_can_be_skipped_in_the_bulk(
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_sets_in_all_phases_and_any_cut_give_the_reference(
-    seed: int, name: str, options: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
+    seed: int, name: str, options: dict[str, Any], both: Open
 ) -> None:
     prefill = drawn(seed) if seed else NOTHING
     of = plan(drawn(10 + seed, prefill.attention), prefill, drawn(20 + seed, prefill.attention), head=seed, tail=5)
-    llm, expected = open_model(tiny(name), **options), history(tiny(name), of)
-    llm.set_plan(of)
-    for start, end in ((0, 1), (1, 17), (17, 22), (22, 60)):  # each has a tail, the second and the last a bulk
-        for each in (llm, expected):
-            each.eval(tokens(60)[start:end])
-    for token in (7, 8, 9):
-        llm.eval_decode([token])
-        expected.decode([token])
+    llm, expected = both(of, name, **options)
+    text = tokens(60)  # each piece has a tail, the second and the last a bulk
+    ask(llm, expected, [text[:1], text[1:17], text[17:22], text[22:]], (7, 8, 9))
     assert {cell.in_bulk for cell in expected.cells[:16]} == {cell.in_bulk for cell in expected.cells} == {True, False}
     assert error(llm, expected) < TOLERANCE[name]
 
@@ -105,35 +84,22 @@ def test_any_sets_in_all_phases_and_any_cut_give_the_reference(
 @pytest.mark.parametrize("size", [1, 5, 30])
 @pytest.mark.parametrize("name", REFERENCED)
 def test_attentions_look_back_at_a_window_in_the_bulk(
-    name: str, size: int, options: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
+    name: str, size: int, options: dict[str, Any], both: Open
 ) -> None:
     layers = (1,) if name == "gemma3" else (0, 1)  # Gemma's others have windows of their own
     of = plan(chosen((2, 0), (0, 1)), windowed=layers, window_size=size, tail=5)
-    llm, expected = open_model(tiny(name), **options), history(tiny(name), of)
-    llm.set_plan(of)
-    for start, end in ((0, 30), (30, 90)):
-        for each in (llm, expected):
-            each.eval(tokens(90)[start:end])
+    llm, expected = both(of, name, **options)
+    ask(llm, expected, [tokens(90)[:30], tokens(90)[30:]])
     tolerance = max(TOLERANCE[name], 1e-2 if options.get("flash_attn") else 0.0)  # flash attention rounds to F16
     assert error(llm, expected) < tolerance
-    without = Cells(ReferenceModel(tiny(name))).trace([replace(cell, windows=None) for cell in expected.cells], -1)
     if name != "gemma3":  # the sliding layer behind its full one sees 8 tokens alone, all of the tail
-        assert relative_error(llm.scores[llm.n_tokens - 1][None], without.logits) > 2 * tolerance
+        cells = [replace(cell, windows=None) for cell in expected.cells]
+        without = Cells(expected.reference.model).trace(cells, -1).logits
+        assert relative_error(llm.scores[llm.n_tokens - 1][None], without) > 2 * tolerance
 
 
-def test_a_window_of_everything_changes_nothing(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny())
-    logits = []
-    for windowed in ((), (0, 1, 2)):
-        llm.set_plan(plan(NOTHING, windowed=windowed, window_size=90))
-        llm.reset()
-        llm.eval(tokens(90))
-        logits.append(llm.scores[:90].copy())
-    assert relative_error(*logits) < 1e-6  # other products of the same numbers
-
-
-def test_who_has_a_window_already_gets_no_other(tiny: Tiny, open_model: Open) -> None:
-    llm = open_model(tiny("gemma3"))
+def test_who_has_a_window_already_gets_no_other(open_tiny: Open) -> None:
+    llm = open_tiny("gemma3")
     assert [each.windowable for each in llm.sublayers if each.kind == "attention"] == [False, True, False]
     assert not any(each.windowable for each in llm.sublayers if each.kind == "ffn")
     with pytest.raises(NotSkippableError, match="layer 0: the attention cannot look back at a window: it has one"):
@@ -143,10 +109,10 @@ def test_who_has_a_window_already_gets_no_other(tiny: Tiny, open_model: Open) ->
 
 @pytest.mark.parametrize(("options", "n_nodes"), [({}, 9), ({"flash_attn": True, "type_k": F16, "type_v": F16}, 6)])
 def test_a_window_adds_so_many_nodes_whatever_the_context_and_no_split(
-    options: dict[str, Any], n_nodes: int, tiny: Tiny, tokens: Tokens, open_model: Open
+    options: dict[str, Any], n_nodes: int, open_tiny: Open
 ) -> None:
     """View, gather, cast, reshape, permute of K and V for view and permute; a V that is transposed is turned round."""
-    llm = open_model(tiny(), n_ctx=1024, n_batch=128, logits_all=False, **options)
+    llm = open_tiny(n_ctx=1024, n_batch=128, logits_all=False, **options)
     counted = []
     for windowed in ((2,), (1,), (0, 1)):  # nobody reads the last layer's attention
         llm.set_plan(plan(chosen((1, 1)), windowed=windowed, window_size=50))
@@ -161,19 +127,21 @@ def test_a_window_adds_so_many_nodes_whatever_the_context_and_no_split(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"window_size": 2**31 - 1}, {"head": 2**31 - 1}, {"window_size": 2**31 - 1, "head": 9}]
+    "changes",
+    [{"window_size": 90}, {"window_size": 2**31 - 1}, {"head": 2**31 - 1}, {"window_size": 2**31 - 1, "head": 9}],
+    ids=str,
 )
-def test_a_window_or_a_head_of_any_size_sees_what_there_is(
-    changes: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm, logits = open_model(tiny()), []
-    for windowed in ((), (0, 1)):
+def test_a_window_or_a_head_of_any_size_sees_what_there_is(changes: dict[str, Any], open_tiny: Open) -> None:
+    llm, logits = open_tiny(), []
+    for windowed in ((), (0, 1, 2)):
         llm.set_plan(plan(NOTHING, **{"windowed": windowed, "window_size": 1, **changes}))
-        llm.reset()
-        llm.eval_bulk(tokens(90))
-        llm.eval(tokens(9, 1))
-        logits.append(llm.scores[90:99].copy())
-    assert relative_error(*logits) < 1e-6
+        for evaluate, first in ((llm.eval, 0), (llm.eval_bulk, 90)):
+            llm.reset()
+            evaluate(tokens(90))
+            llm.eval(tokens(9, 1))
+            logits.append(llm.scores[first:99].copy())
+    for whole, windowed in (logits[::2], logits[1::2]):
+        assert relative_error(windowed, whole) < 1e-6  # other products of the same numbers
 
 
 @pytest.mark.parametrize(
@@ -189,38 +157,30 @@ def test_impossible_windows_are_refused(arguments: dict[str, Any], message: str)
 
 
 @pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)
-def test_parallel_blocks_are_taken_as_a_chain(
-    layer: int, kind: int, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_parallel_blocks_are_taken_as_a_chain(layer: int, kind: int, tiny: Tiny, open_tiny: Open) -> None:
     bulk = chosen((layer, kind))
-    llm = open_model(tiny("gptneox-parallel"))
-    llm.set_plan(plan(bulk))
+    llm = open_tiny("gptneox-parallel", under=plan(bulk))
     llm.eval(tokens(50))
     arguments = bulk.skip, bulk.scale, bulk.bias, bulk.down, bulk.up
     expected = eval_parallel(tiny("gptneox-parallel"), tokens(50), *arguments, bulk=slice(4, 42)).logits
     assert relative_error(llm.scores[:50], expected) < TOLERANCE["gptneox-parallel"]
 
 
-def test_an_online_stage_and_a_schedule_go_with_a_bulk(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_an_online_stage_and_a_schedule_go_with_a_bulk(both: Open) -> None:
     small, large = chosen((1, 1)), chosen((1, 1), (2, 0))
     for more in ({"online": OnlineStage(2, -1.0, "paper")}, {"schedule": ((0, small), (2, large))}):
         of = replace(plan(chosen((2, 0), (2, 1)), decode=small), **more)
-        llm, expected = open_model(tiny()), history(tiny(), of)
-        llm.set_plan(of)
-        for each in (llm, expected):
-            each.eval(tokens(50))
-        for token in range(7, 12):
-            llm.eval_decode([token])
-            expected.decode([token])
+        llm, expected = both(of)
+        ask(llm, expected, [tokens(50)], range(7, 12))
         assert error(llm, expected) < TOLERANCE["llama"]
 
 
-def test_a_map_whose_half_is_zero_is_no_map(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_a_map_whose_half_is_zero_is_no_map(open_tiny: Open) -> None:
     full, nodes = chosen((1, 0), (1, 1), bias=False), []
     up = full.up.copy()
     up[1, 1] = 0
     none = SkipSet(full.skip, full.scale, None, np.zeros_like(full.down), np.zeros_like(full.up))
-    llm = open_model(tiny(), logits_all=False)
+    llm = open_tiny(logits_all=False)
     for each in (full, SkipSet(full.skip, full.scale, None, full.down, up), none, SkipSet(full.skip, full.scale)):
         of = plan(each)
         llm.set_plan(of)
@@ -230,11 +190,9 @@ def test_a_map_whose_half_is_zero_is_no_map(tiny: Tiny, tokens: Tokens, open_mod
     assert nodes[2] == nodes[3]
 
 
-def test_a_bulk_has_fewer_nodes_and_more_than_where_k_and_v_are_not_kept(
-    tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_a_bulk_has_fewer_nodes_and_more_than_where_k_and_v_are_not_kept(open_tiny: Open) -> None:
     """Of attentions but the last layer's, of which K and V are all that is left anyway."""
-    llm = open_model(tiny(), logits_all=False)
+    llm = open_tiny(logits_all=False)
     for attention in ([0], [0, 1]):
         skipped = SkipPlan.manual(N_LAYER, attention).prefill
         nodes = []
@@ -264,52 +222,45 @@ def test_a_bulk_has_fewer_nodes_and_more_than_where_k_and_v_are_not_kept(
     ],
 )
 def test_the_bulk_is_what_is_neither_head_nor_tail(
-    n_tokens: int, head: int, tail: int, bulk: Any, tiny: Tiny, tokens: Tokens, open_model: Open
+    n_tokens: int, head: int, tail: int, bulk: Any, open_tiny: Open
 ) -> None:
-    llm = open_model(tiny(), n_batch=16)
-    llm.set_plan(plan(chosen((1, 1)), head=head, tail=tail))
+    llm = open_tiny(n_batch=16, under=plan(chosen((1, 1)), head=head, tail=tail))
     seen = phases(llm, lambda: llm.eval(tokens(n_tokens)))
     assert seen.pop("bulk", []) == list(bulk)
     assert seen == {"prefill": [i for i in range(n_tokens) if i not in bulk]}
 
 
-def test_the_head_is_that_of_the_sequence_and_each_call_has_a_tail(
-    tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm = open_model(tiny())
-    llm.set_plan(plan(chosen((1, 1))))
+def test_the_head_is_that_of_the_sequence_and_each_call_has_a_tail(open_tiny: Open) -> None:
+    llm = open_tiny(under=plan(chosen((1, 1))))
     assert phases(llm, lambda: llm.eval(tokens(3))) == {"prefill": [0, 1, 2]}
     assert phases(llm, lambda: llm.eval(tokens(20)))["bulk"] == list(range(4, 15))
     assert phases(llm, lambda: llm.eval(tokens(8))) == {"prefill": list(range(23, 31))}
     assert phases(llm, lambda: llm.eval(tokens(10))) == {"bulk": [31, 32], "prefill": list(range(33, 41))}
 
 
-def test_a_prompt_has_a_bulk_and_its_answer_none(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny())
-    llm.set_plan(plan(chosen((1, 1))))
+def test_a_prompt_has_a_bulk_and_its_answer_none(open_tiny: Open) -> None:
+    llm = open_tiny(under=plan(chosen((1, 1))))
     seen = phases(llm, lambda: llm.create_completion(tokens(50), max_tokens=5, temperature=0.0))
     assert seen["bulk"] == list(range(4, 42))
     assert seen["prefill"] == [*range(4), *range(42, 50)]
     assert seen["decode"] == list(range(50, 50 + len(seen["decode"])))
 
 
-def test_all_logits_leave_the_same_kv(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_all_logits_leave_the_same_kv(open_tiny: Open) -> None:
     """Position decides, not who asks for logits."""
     states = []
     for logits_all in (True, False):
-        llm = open_model(tiny(), n_batch=16, logits_all=logits_all)
-        llm.set_plan(plan(chosen((0, 0), (1, 1), (2, 0))))
+        llm = open_tiny(n_batch=16, logits_all=logits_all, under=plan(chosen((0, 0), (1, 1), (2, 0))))
         llm.eval(tokens(50))
         states.append(bytes(llm.save_state().llama_state))
     assert states[0] == states[1]
 
 
 @pytest.mark.parametrize("logits_all", [False, True])
-def test_a_bulk_can_be_evaluated_in_pieces(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_a_bulk_can_be_evaluated_in_pieces(logits_all: bool, both: Open) -> None:
     """All of each piece is bulk, and no logits are computed for it."""
     of = plan(chosen((0, 0), (1, 1), (2, 0)))
-    llm, expected = open_model(tiny(), n_batch=16, logits_all=logits_all), history(tiny(), of)
-    llm.set_plan(of)
+    llm, expected = both(of, n_batch=16, logits_all=logits_all)
     llm.scores[:] = 0
     for start, end in ((0, 20), (20, 21), (21, 45)):
         for each in (llm, expected):
@@ -318,35 +269,25 @@ def test_a_bulk_can_be_evaluated_in_pieces(logits_all: bool, tiny: Tiny, tokens:
     assert not np.any(llm.scores)
     for each in (llm, expected):
         each.eval(tokens(50)[45:])
-    row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
-    logits = np.ctypeslib.as_array(row, shape=(llm.n_vocab(),))
-    assert relative_error(logits[None], expected.trace().logits) < TOLERANCE["llama"]
+    assert relative_error(last_logits(llm)[None], expected.trace().logits) < TOLERANCE["llama"]
 
 
 @pytest.mark.parametrize("family", REFERENCED)
-def test_masks_that_nobody_reads_may_grow_with_the_context(
-    family: str, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_masks_that_nobody_reads_may_grow_with_the_context(family: str, both: Open) -> None:
     """llama.cpp writes them all the same: of attentions that are all skipped, one for 256 cells, then one for 512.
 
     No node of the graph grows then, so that ggml kept the memory of the small one, and where K and V go was lost.
     """
     of = plan(chosen(*((layer, 0) for layer in range(N_LAYER)), bias=False))
-    llm, expected = open_model(tiny(family), n_ctx=512, n_batch=32, logits_all=False), history(tiny(family), of)
+    llm, expected = both(of, family, n_ctx=512, n_batch=32, logits_all=False)
     for each in (llm, expected):
-        each.set_plan(of)
         each.eval(tokens(400))
-    row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
-    logits = np.ctypeslib.as_array(row, shape=(llm.n_vocab(),))
-    assert relative_error(logits[None], expected.trace().logits) < TOLERANCE[family]
+    assert relative_error(last_logits(llm)[None], expected.trace().logits) < TOLERANCE[family]
 
 
 @pytest.mark.parametrize("of", [None, SkipPlan.manual(N_LAYER, [1], [2], scale=0.9)])
-def test_a_bulk_without_a_bulk_set_is_prefill(
-    of: SkipPlan | None, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm, states = open_model(tiny(), n_batch=16, logits_all=False), []
-    llm.set_plan(of)
+def test_a_bulk_without_a_bulk_set_is_prefill(of: SkipPlan | None, open_tiny: Open) -> None:
+    llm, states = open_tiny(n_batch=16, logits_all=False, under=of), []
     for evaluate in (llm.eval, llm.eval_bulk):
         llm.reset()
         evaluate(tokens(32))
@@ -358,9 +299,9 @@ def test_a_bulk_without_a_bulk_set_is_prefill(
 # -- what is refused, and what it takes ------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_skipped_is_refused_in_the_bulk_too(tiny: Tiny, open_model: Open) -> None:
+def test_what_cannot_be_skipped_is_refused_in_the_bulk_too(open_tiny: Open) -> None:
     for name in ("mamba", "jamba", "lfm2"):
-        llm = open_model(tiny(name))
+        llm = open_tiny(name)
         for row in llm.sublayers:
             skipped = SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]}).prefill
             of = plan(skipped, SkipSet.none(llm.n_layer))
@@ -371,10 +312,10 @@ def test_what_cannot_be_skipped_is_refused_in_the_bulk_too(tiny: Tiny, open_mode
                 llm.set_plan(of)
 
 
-def test_kv_is_kept_for_every_attention_that_a_bulk_skips(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_kv_is_kept_for_every_attention_that_a_bulk_skips(open_tiny: Open) -> None:
     skipped = SkipPlan.manual(N_LAYER, [1, 2]).prefill
-    whole, elided = open_model(tiny()), open_model(tiny(), plan=SkipPlan(skipped, skipped))
-    llm = open_model(tiny(), plan=plan(skipped, skipped))
+    whole, elided = open_tiny(), open_tiny(plan=SkipPlan(skipped, skipped))
+    llm = open_tiny(plan=plan(skipped, skipped))
     assert (llm.elided_kv, elided.elided_kv) == ((), (1, 2))
     assert llm.kv_bytes == whole.kv_bytes > elided.kv_bytes
     with pytest.raises(ElidedKVError, match="opened without KV"):

@@ -3,7 +3,6 @@
 import itertools
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -11,14 +10,11 @@ import numpy as np
 import pytest
 from llama_cpp import LlamaRAMCache
 from oracles.bulks import NOTHING, chosen, phases, plan
+from oracles.fixtures import Open, Tiny
 from oracles.stock import EXACT
-from oracles.tiny_families import N_LAYER
+from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
-
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 BULK, OTHER = chosen((0, 0), (1, 1)), chosen((0, 0), (1, 1), seed=1)
 TEXT = "the other of the other in an hour on the other of the other in an hour"
@@ -40,54 +36,43 @@ def told(llm: Any, text: str = TEXT, **options: Any) -> Any:
     return llm.create_completion(text, **{**READ, **options})["choices"]
 
 
-def test_a_prompts_log_probabilities_are_those_of_the_whole_model(tiny: Tiny, open_model: Open) -> None:
-    llm, whole = open_model(tiny()), open_model(tiny())
-    llm.set_plan(plan(BULK))
+def test_a_prompts_log_probabilities_are_those_of_the_whole_model(open_tiny: Open) -> None:
+    llm, whole = open_tiny(under=plan(BULK)), open_tiny()
     assert len(llm.tokenize(TEXT.encode())) > 30
     assert not in_bulk(llm, lambda: told(llm))
     assert told(llm) == told(whole)
 
 
-def test_they_are_so_right_behind_a_bulk_of_the_same_text(tiny: Tiny, open_model: Open) -> None:
-    llm, whole = open_model(tiny()), open_model(tiny())
-    llm.set_plan(plan(BULK))
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_they_are_so_right_behind_a_bulk_of_the_same_text_and_beside_a_cache_that_holds_it(
+    has_cache: bool, open_tiny: Open
+) -> None:
+    llm, whole = open_tiny(under=plan(BULK)), open_tiny()
+    llm.set_cache(LlamaRAMCache() if has_cache else None)
     assert in_bulk(llm, lambda: llm.create_completion(TEXT, max_tokens=3, temperature=0.0))
-    assert told(llm) == told(whole)
-    whole.reset()  # else it reads again what it computed, and a last token by itself differs by rounding
-    assert told(llm, TEXT[:40]) == told(whole, TEXT[:40])
+    for text in (TEXT, TEXT if has_cache else TEXT[:40]):  # the cache holds what the first of these saved, too
+        if has_cache:
+            llm.reset()
+        assert told(llm, text) == told(whole, text)
+        whole.reset()  # else it reads again what it computed, and a last token by itself differs by rounding
 
 
-def test_they_are_so_beside_a_cache_that_holds_bulks(tiny: Tiny, open_model: Open) -> None:
-    llm, whole = open_model(tiny()), open_model(tiny())
-    llm.set_plan(plan(BULK))
-    llm.set_cache(LlamaRAMCache())
-    llm.create_completion(TEXT, max_tokens=3, temperature=0.0)
-    llm.reset()
-    assert told(llm) == told(whole)
-    llm.reset()
-    whole.reset()
-    assert told(llm) == told(whole), "and beside what the first of these saved"
-
-
-def test_a_prompts_log_probabilities_are_those_of_the_prefill_set(tiny: Tiny, open_model: Open) -> None:
+def test_a_prompts_log_probabilities_are_those_of_the_prefill_set(open_tiny: Open) -> None:
     prefill = chosen((2, 1))
-    llm, same = open_model(tiny()), open_model(tiny())
-    llm.set_plan(plan(BULK, prefill))
+    llm, same = open_tiny(under=plan(BULK, prefill)), open_tiny()
     same.set_plan(SkipPlan(prefill, prefill))
     llm.create_completion(TEXT, max_tokens=3, temperature=0.0)
     assert told(llm) == told(same)
 
 
 @pytest.mark.parametrize("options", [{"echo": False}, {"logprobs": None}, {"echo": False, "logprobs": None}], ids=str)
-def test_who_does_not_ask_for_both_gets_a_bulk(options: dict[str, Any], tiny: Tiny, open_model: Open) -> None:
-    llm = open_model(tiny())
-    llm.set_plan(plan(BULK))
+def test_who_does_not_ask_for_both_gets_a_bulk(options: dict[str, Any], open_tiny: Open) -> None:
+    llm = open_tiny(under=plan(BULK))
     assert in_bulk(llm, lambda: told(llm, **options))
 
 
-def test_a_streamed_completion_reads_its_prompt_until_it_ends_or_is_left(tiny: Tiny, open_model: Open) -> None:
-    llm, whole = open_model(tiny()), open_model(tiny())
-    llm.set_plan(plan(BULK))
+def test_a_streamed_completion_reads_its_prompt_until_it_ends_or_is_left(open_tiny: Open) -> None:
+    llm, whole = open_tiny(under=plan(BULK)), open_tiny()
 
     def streamed(each: Any) -> Any:
         return [step["choices"] for step in each.create_completion(TEXT, **READ, stream=True)]
@@ -101,9 +86,8 @@ def test_a_streamed_completion_reads_its_prompt_until_it_ends_or_is_left(tiny: T
     steps.close()
 
 
-def test_what_fails_while_it_reads_a_prompt_leaves_bulks_as_they_were(tiny: Tiny, open_model: Open) -> None:
-    llm = open_model(tiny())
-    llm.set_plan(plan(BULK))
+def test_what_fails_while_it_reads_a_prompt_leaves_bulks_as_they_were(open_tiny: Open) -> None:
+    llm = open_tiny(under=plan(BULK))
 
     def fail(*_: Any) -> Any:
         raise LookupError
@@ -114,16 +98,15 @@ def test_what_fails_while_it_reads_a_prompt_leaves_bulks_as_they_were(tiny: Tiny
     assert in_bulk(llm, lambda: told(llm, echo=False))
 
 
-def test_embeddings_have_no_bulk(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, whole = (open_model(tiny(), embedding=True) for _ in range(2))
+def test_embeddings_have_no_bulk(open_tiny: Open) -> None:
+    llm, whole = (open_tiny(embedding=True) for _ in range(2))
     llm.set_plan(plan(BULK))
     assert llm.embed(TEXT) == whole.embed(TEXT)
     assert not in_bulk(llm, lambda: llm.eval(tokens(50)))
 
 
-def test_who_decodes_on_the_context_without_us_has_no_bulk(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny())
-    llm.set_plan(plan(BULK))
+def test_who_decodes_on_the_context_without_us_has_no_bulk(open_tiny: Open) -> None:
+    llm = open_tiny(under=plan(BULK))
     llm.eval(tokens(40))
     llm._batch.set_batch(batch=tokens(40), n_past=40, logits_all=True)
     seen = phases(llm, lambda: llama_cpp.llama_decode(llm.ctx, llm._batch.batch))
@@ -145,32 +128,21 @@ AFTER: dict[str, tuple[SkipPlan | None, list[int]]] = {
 
 
 @pytest.mark.parametrize("after", AFTER)
-def test_a_bulk_is_read_by_plans_with_this_very_bulk_set(
-    after: str, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm = open_model(tiny())
-    llm.set_plan(plan(BULK))
+def test_a_bulk_is_read_by_plans_with_this_very_bulk_set_also_from_a_saved_state(after: str, open_tiny: Open) -> None:
+    llm, other = open_tiny(under=plan(BULK)), open_tiny()
     next(llm.generate(tokens(40), temp=0.0))
+    state = pickle.loads(pickle.dumps(llm.save_state()))
     of, expected = AFTER[after]
     llm.set_plan(of)
     assert evaluated(llm, lambda: next(llm.generate(tokens(40), temp=0.0))) == expected
+    other.set_plan(of)
+    other.load_state(state)
+    assert evaluated(other, lambda: other.eval([7])) == [*([] if expected == [39] else expected), 40]
 
 
-@pytest.mark.parametrize("after", AFTER)
-def test_a_saved_state_tells_what_was_bulk(after: str, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    saver, llm = open_model(tiny()), open_model(tiny())
-    saver.set_plan(plan(BULK))
-    saver.eval(tokens(40))
-    of, expected = AFTER[after]
-    llm.set_plan(of)
-    llm.load_state(pickle.loads(pickle.dumps(saver.save_state())))
-    assert evaluated(llm, lambda: llm.eval([7])) == [*([] if expected == [39] else expected), 40]
-
-
-def test_a_chats_next_turns_evaluate_what_is_new(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_a_chats_next_turns_evaluate_what_is_new(open_tiny: Open) -> None:
     # The token that was generated last is not evaluated yet.
-    llm = open_model(tiny())
-    llm.set_plan(plan(BULK, decode=chosen((1, 1), (2, 1))))
+    llm = open_tiny(under=plan(BULK, decode=chosen((1, 1), (2, 1))))
     talk = tokens(40)
     talk += itertools.islice(llm.generate(talk, temp=0.0), 4)
     talk += [7, 8]
@@ -184,44 +156,41 @@ def test_a_chats_next_turns_evaluate_what_is_new(tiny: Tiny, tokens: Tokens, ope
     }
 
 
-def test_an_answer_whose_attention_was_skipped_is_evaluated_again_in_the_next_turn(
-    tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm = open_model(tiny())
-    llm.set_plan(plan(BULK, decode=chosen((1, 0))))
+def test_an_answer_whose_attention_was_skipped_is_evaluated_again_in_the_next_turn(open_tiny: Open) -> None:
+    llm = open_tiny(under=plan(BULK, decode=chosen((1, 0))))
     talk = tokens(40)
     talk += itertools.islice(llm.generate(talk, temp=0.0), 4)
     talk += [7, 8]
     assert phases(llm, lambda: next(llm.generate(talk, temp=0.0))) == {"prefill": list(range(40, 46))}
 
 
-def test_a_prompt_that_ends_inside_a_bulk_evaluates_its_last_token(
-    tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm = open_model(tiny())
-    llm.set_plan(plan(BULK))
+def test_a_prompt_that_ends_inside_a_bulk_evaluates_its_last_token(open_tiny: Open) -> None:
+    llm = open_tiny(under=plan(BULK))
     llm.eval(tokens(40))
     assert phases(llm, lambda: next(llm.generate(tokens(40)[:20], temp=0.0))) == {"prefill": [19]}
 
 
+PREFILL, ONE, TWO = (
+    SkipPlan.manual(N_LAYER, ffn=[1]),
+    *(plan(SkipPlan.manual(N_LAYER, [1], ffn).prefill) for ffn in ([1], [0, 1])),
+)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "jamba", "lfm2"])
+@pytest.mark.parametrize(("of", "after"), [(PREFILL, None), (TWO, None), (TWO, ONE)], ids=["prefill", "bulk", "bulks"])
 def test_sliding_windows_and_recurrent_states_follow_the_rule(
-    name: str, tiny: Tiny, tokens: Tokens, open_model: Open
+    name: str, of: SkipPlan, after: SkipPlan | None, open_tiny: Open
 ) -> None:
-    of, other = (plan(SkipPlan.manual(N_LAYER, [1], ffn).prefill) for ffn in ([0, 1], [1]))
-    for after in (None, other):
-        llm, fresh = (open_model(tiny(name), swa_full=False) for _ in range(2))
-        llm.set_plan(of)
-        assert in_bulk(llm, lambda: llm.eval(tokens(60)))  # noqa: B023
-        assert evaluated(llm, lambda: llm.eval([7])) == [60], "what its own plan computed"  # noqa: B023
-        for each in (llm, fresh):
-            each.set_plan(after)
-        llm.eval([8])
-        fresh.eval([*tokens(60), 7, 8])
-        np.testing.assert_array_equal(llm.scores[61], fresh.scores[61])
+    llm, fresh = open_tiny(name, under=of, swa_full=False), open_tiny(name, under=after, swa_full=False)
+    assert bool(in_bulk(llm, lambda: llm.eval(tokens(60)))) == (of.bulk is not None)
+    assert evaluated(llm, lambda: llm.eval([7])) == [60], "what its own plan computed"
+    llm.set_plan(after)
+    llm.eval([8])
+    fresh.eval([*tokens(60), 7, 8])
+    np.testing.assert_array_equal(llm.scores[61], fresh.scores[61])
 
 
-def test_a_model_with_a_bulk_is_pickled_with_it(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_a_model_with_a_bulk_is_pickled_with_it(tiny: Tiny, open_model: Open) -> None:
     llm = AdaSkipLlama(str(tiny()), n_ctx=128, logits_all=True, verbose=False, plan=plan(BULK), **EXACT)
     copy = pickle.loads(pickle.dumps(llm))
     assert copy.plan == llm.plan == plan(BULK)

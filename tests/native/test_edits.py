@@ -5,11 +5,10 @@ tolerances are those of test_bulk.py, and for flash attention that of test_seque
 """
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from oracles.edited_prompts import EDITS, OPTIONS, SETTINGS, Oracle, counting, logits_of
+from oracles.fixtures import Open
 from oracles.frontiers import frontier, quality
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
-from oracles.tiny_families import N_LAYER, N_VOCAB
+from oracles.tiny_families import N_LAYER, N_VOCAB, tokens
 
 from adaskip_cpp import Frontier
 from adaskip_cpp.engine.edits import Run, find_runs
@@ -28,10 +28,6 @@ from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.model.edits import WIDE, Edits
 from adaskip_cpp.model.frontier import EditPoint, Passkeys
 from adaskip_cpp.model.skip_set import SkipSet
-
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 SMALL = replace(EDITS, most_moves=2)  # edits alone that leave most of the text before a run
 NOTHING = SkipSet.none(N_LAYER)
@@ -86,25 +82,34 @@ def test_an_edit_leaves_one_run_for_each_piece(prompt: list[int], expected: list
         ([*range(90), *range(95, 100), *range(90, 95)], [1, 1]),
         ([*range(200, 300), *range(100)], [WIDE]),
     ],
-    ids=[
-        "a line",
-        "two lines",
-        "at the very top",
-        "a third dropped",
-        "swapped",
-        "two lines swapped",
-        "at the end",
-        "new",
-    ],
 )
 def test_a_move_counts_more_where_much_of_the_text_before_changed(prompt: Sequence[int], expected: list[int]) -> None:
     assert [each.n_moves for each in runs_of(range(100), list(prompt))] == expected
 
 
+@pytest.fixture
+def whole(reference: ReferenceModel) -> Open:
+    """``whole(prompt)``: the logits of its last token in NumPy, of a prompt that is read by itself."""
+    return lambda prompt: ReferenceRun(reference).eval(prompt).logits[-1]
+
+
+@pytest.fixture
+def opened(open_tiny: Open) -> Open:
+    return lambda family="llama", reuse=EDITS, **options: open_tiny(family, **{**OPTIONS, "reuse": reuse, **options})
+
+
+def read_both(llm: Any, oracle: Oracle, prompt: list[int], tolerance: float = 1e-5) -> int:
+    """Have both read a prompt, which gives the same logits; returns how many tokens the model evaluated."""
+    with counting(llm) as counts:
+        assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < tolerance
+    assert sum(counts) == oracle.n_read
+    return sum(counts)
+
+
 # --- what is computed -----------------------------------------------------------------------------------------------
 
 
-def edited(tokens: Tokens) -> dict[str, tuple[list[int], list[int]]]:
+def edited() -> dict[str, tuple[list[int], list[int]]]:
     """A prompt, and what became of it."""
     a, b, c, new = (tokens(n, seed=seed) for seed, n in enumerate((60, 45, 70, 9)))
     return {
@@ -124,54 +129,32 @@ KINDS = ["changed", "inserted", "deleted", "twice", "another order", "the oldest
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", SETTINGS)
-def test_logits_are_those_of_the_moved_k_and_v(
-    tiny: Tiny, tokens: Tokens, open_model: Open, how: str, kind: str
-) -> None:
+def test_logits_are_those_of_the_moved_k_and_v(opened: Open, how: str, kind: str, numpy_model: Open) -> None:
     family, options, plan, tolerance = SETTINGS[how]
-    llm = open_model(tiny(family), **OPTIONS, **options, reuse=EDITS)
-    llm.set_plan(plan)
-    oracle = Oracle(ReferenceModel(tiny(family)), plan)
-    for prompt in edited(tokens)[kind]:
-        with counting(llm) as counts:
-            assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < tolerance
-        assert sum(counts) == oracle.n_read
+    llm, oracle = opened(family, under=plan, **options), Oracle(numpy_model(family), plan)
+    for prompt in edited()[kind]:
+        read_both(llm, oracle, prompt, tolerance)
     assert oracle.n_read < 0.6 * len(prompt)
 
 
-def test_answers_go_on_and_prompts_are_edited_again(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    """As often as moves are allowed; what would be moved more often is read again."""
-    llm = open_model(tiny(), **OPTIONS, reuse=SMALL)
-    oracle = Oracle(ReferenceModel(tiny()), edits=SMALL)
-    a, b = tokens(40), tokens(120, seed=1)
-    n_read = []
-    for round in range(SMALL.most_moves + 2):
-        prompt = a + tokens(6 + round, seed=10 + round)[1:] + b
-        with counting(llm) as counts:
-            logits = logits_of(llm, prompt)
-        n_read.append(sum(counts))
-        assert relative_error(logits, oracle.read(prompt)) < 1e-5
-    assert n_read == [len(a) + 5 + len(b)] + [5 + i + SMALL.mend + SMALL.tail for i in (1, 2)] + [5 + 3 + len(b)]
-    fresh = ReferenceRun(ReferenceModel(tiny()))
-    assert relative_error(logits, fresh.eval(prompt).logits[-1]) < 1e-5
-
-
-def test_what_was_moved_too_often_is_read_again_and_runs_behind_it_are_moved(
-    tiny: Tiny, tokens: Tokens, open_model: Open
+def test_prompts_are_edited_again_as_often_as_moves_are_allowed(
+    opened: Open, reference: ReferenceModel, whole: Open
 ) -> None:
-    llm = open_model(tiny(), **OPTIONS, reuse=SMALL)
-    oracle = Oracle(ReferenceModel(tiny()), edits=SMALL)
-    a, b, c = tokens(40), tokens(60, seed=1), tokens(50, seed=2)
-    prompts = [a + tokens(6 + i, seed=10 + i)[1:] + b for i in range(1 + SMALL.most_moves)]
-    for prompt in [*prompts, prompts[-1] + c, a + b + tokens(10, seed=3)[1:] + c]:
-        with counting(llm) as counts:
-            assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < 1e-5
-        assert sum(counts) == oracle.n_read
-    assert oracle.n_read == len(b) + 9 + SMALL.mend + SMALL.tail
+    """What would be moved more often is read again, and runs behind it are moved."""
+    llm, oracle = opened(reuse=SMALL), Oracle(reference, edits=SMALL)
+    a, b, c = tokens(40), tokens(120, seed=1), tokens(50, seed=2)
+    prompts = [a + tokens(6 + i, seed=10 + i)[1:] + b for i in range(SMALL.most_moves + 2)]
+    n_read = [read_both(llm, oracle, prompt) for prompt in prompts]
+    assert n_read == [len(a) + 5 + len(b)] + [5 + i + SMALL.mend + SMALL.tail for i in (1, 2)] + [5 + 3 + len(b)]
+    assert relative_error(logits_of(llm, prompts[-1]), whole(prompts[-1])) < 1e-5
+    for prompt in [*prompts[1 : 1 + SMALL.most_moves], prompts[2] + c]:
+        read_both(llm, oracle, prompt)
+    assert read_both(llm, oracle, a + b + tokens(10, seed=3)[1:] + c) == len(b) + 9 + SMALL.mend + SMALL.tail
 
 
-def test_tokens_are_moved_as_often_as_cells_can_count(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_tokens_are_moved_as_often_as_cells_can_count(opened: Open) -> None:
     edits = Edits(mend=1, least=2, tail=2, most_moves=255 - WIDE)
-    llm, text = open_model(tiny(), **OPTIONS, reuse=edits), tokens(20)
+    llm, text = opened(reuse=edits), tokens(20)
     n_moved = []
     for round in range(1 + edits.most_moves + 2):
         logits_of(llm, [5 + round % 2, *text])
@@ -180,18 +163,18 @@ def test_tokens_are_moved_as_often_as_cells_can_count(tiny: Tiny, tokens: Tokens
     assert n_moved == [0] + [n] * edits.most_moves + [0, n]
 
 
-def test_a_prompt_shorter_than_the_tail_is_read(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_a_prompt_shorter_than_the_tail_is_read(opened: Open, whole: Open) -> None:
     edits = Edits(mend=1, least=2, tail=40)
-    llm, text = open_model(tiny(), **OPTIONS, reuse=edits), tokens(60)
+    llm, text = opened(reuse=edits), tokens(60)
     logits_of(llm, text)
     prompt = text[20:50]
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(prompt).logits[-1]
+    expected = whole(prompt)
     assert relative_error(logits_of(llm, prompt), expected) < 1e-5
 
 
-def test_a_context_that_is_full_loses_no_room(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
-    oracle = Oracle(ReferenceModel(tiny()))
+def test_a_context_that_is_full_loses_no_room(opened: Open, reference: ReferenceModel) -> None:
+    llm = opened()
+    oracle = Oracle(reference)
     prompt = tokens(OPTIONS["n_ctx"] - 1)
     for at in (0, 100, 7, 300, 450):
         prompt = prompt[at:] + prompt[:at]
@@ -201,10 +184,10 @@ def test_a_context_that_is_full_loses_no_room(tiny: Tiny, tokens: Tokens, open_m
         assert llm.n_tokens == OPTIONS["n_ctx"]
 
 
-def test_a_full_size_window_cache_loses_nothing_to_edits(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_a_full_size_window_cache_loses_nothing_to_edits(numpy_model: Open, opened: Open) -> None:
     """llama.cpp writes over what a window has left, even where there is room. Then the next edit would move nothing."""
-    llm = open_model(tiny("gemma3"), **OPTIONS, swa_full=True, reuse=EDITS)
-    oracle = Oracle(ReferenceModel(tiny("gemma3")))
+    llm = opened("gemma3", swa_full=True)
+    oracle = Oracle(numpy_model("gemma3"))
     prompt = tokens(300)
     for round in range(EDITS.most_moves // WIDE + 1):
         assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < 1e-3
@@ -212,12 +195,12 @@ def test_a_full_size_window_cache_loses_nothing_to_edits(tiny: Tiny, tokens: Tok
         prompt = prompt[:1] + prompt[150:] + prompt[1:150]
 
 
-def test_a_pickled_model_moves_runs_of_its_own(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+def test_a_pickled_model_moves_runs_of_its_own(opened: Open, reference: ReferenceModel) -> None:
+    llm = opened()
     with closing(pickle.loads(pickle.dumps(llm))) as other:
         assert other.edits == EDITS
-        pairs = [(each, Oracle(ReferenceModel(tiny()))) for each in (llm, other)]
-        orders = [edited(tokens)["twice"], edited(tokens)["another order"]]
+        pairs = [(each, Oracle(reference)) for each in (llm, other)]
+        orders = [edited()["twice"], edited()["another order"]]
         for prompts in zip(*orders, strict=True):
             for (each, oracle), prompt in zip(pairs, prompts, strict=True):
                 assert relative_error(logits_of(each, prompt), oracle.read(prompt)) < 1e-5
@@ -227,12 +210,12 @@ def test_a_pickled_model_moves_runs_of_its_own(tiny: Tiny, tokens: Tokens, open_
 # --- what stays as it was -------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_moved_unless_it_is_asked_for(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_nothing_is_moved_unless_it_is_asked_for(open_tiny: Open) -> None:
     """And not where the prompt's own logits are wanted, or those of all tokens are kept."""
-    first, second = edited(tokens)["inserted"]
-    expected = logits_of(open_model(tiny(), **OPTIONS), second)
+    first, second = edited()["inserted"]
+    expected = logits_of(open_tiny(**OPTIONS), second)
     for options in (OPTIONS, {**OPTIONS, "reuse": EDITS, "logits_all": True}):
-        llm = open_model(tiny(), **options)
+        llm = open_tiny(**options)
         logits_of(llm, first)
         with counting(llm) as counts:
             assert relative_error(logits_of(llm, second), expected) < 1e-5
@@ -263,30 +246,28 @@ def tuned(*losses: float, lost_keys: int = 0) -> Frontier:
     ids=["not measured", "too much", "few moves", "many moves lose too much", "many moves", "a key is lost"],
 )
 def test_with_a_frontier_runs_are_moved_as_far_as_the_promise_is_kept(
-    tiny: Tiny, tokens: Tokens, open_model: Open, found: Frontier, line: bool, order: bool
+    open_tiny: Open, found: Frontier, line: bool, order: bool, reference: ReferenceModel, whole: Open
 ) -> None:
     """Half of 0.05 nats. Against NumPy, with what is moved where it is."""
     a, b, new = tokens(300), tokens(290, seed=1)[1:], tokens(9, seed=2)[1:]
     for second, is_moved in ((a[:250] + new + a[250:] + b, line), (a[:1] + b + a[1:], order)):
-        llm = open_model(tiny(), **{**OPTIONS, "n_ctx": 1024}, plan=found)
+        llm = open_tiny(**{**OPTIONS, "n_ctx": 1024}, plan=found)
         logits_of(llm, a + b)
         logits = logits_of(llm, second)
         assert (llm.n_moved > 200) == is_moved
         most_moves = 8 + 2 * WIDE if order else 8
-        oracle = Oracle(ReferenceModel(tiny()), edits=replace(PROMISED, most_moves=most_moves))
+        oracle = Oracle(reference, edits=replace(PROMISED, most_moves=most_moves))
         expected = [oracle.read(each) for each in (a + b, second)][1]
         if not is_moved:
-            expected = ReferenceRun(ReferenceModel(tiny())).eval(second).logits[-1]
+            expected = whole(second)
         assert relative_error(logits, expected) < 1e-4
 
 
 @pytest.mark.parametrize("way", ["no plan", "a tighter promise", "a short prompt", "prefix"])
-def test_what_a_promise_let_be_moved_is_read_again_without_it(
-    tiny: Tiny, tokens: Tokens, open_model: Open, way: str
-) -> None:
+def test_what_a_promise_let_be_moved_is_read_again_without_it(open_tiny: Open, way: str, whole: Open) -> None:
     """A promise that lets few tokens be moved does not read what another one moved to a new order."""
     a, b = tokens(300), tokens(290, seed=1)[1:]
-    llm = open_model(tiny(), **{**OPTIONS, "n_ctx": 1024}, plan=tuned(0.001, 0.025))
+    llm = open_tiny(**{**OPTIONS, "n_ctx": 1024}, plan=tuned(0.001, 0.025))
     second = a[:1] + b + a[1:]
     for prompt in (a + b, second):
         logits_of(llm, prompt)
@@ -302,25 +283,15 @@ def test_what_a_promise_let_be_moved_is_read_again_without_it(
     with counting(llm) as counts:
         logits = logits_of(llm, second)
     assert sum(counts) == len(second) - 1 - PROMISED.mend
-    assert relative_error(logits, ReferenceRun(ReferenceModel(tiny())).eval(second).logits[-1]) < 1e-4
+    assert relative_error(logits, whole(second)) < 1e-4
 
 
-def test_in_an_empty_memory_all_is_read(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, text = open_model(tiny(), **OPTIONS, reuse=EDITS), tokens(60)
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(text).logits[-1]
-    for _ in range(2):
-        with counting(llm) as counts:
-            assert relative_error(logits_of(llm, text), expected) < 1e-5
-        assert sum(counts) == len(text) and llm.n_moved == 0
-        llm.reset()
-
-
-def test_with_a_draft_model_the_prefix_alone_counts(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_with_a_draft_model_the_prefix_alone_counts(open_tiny: Open) -> None:
     """Llama keeps the logits of all tokens then; without logits_all it has no room for those of a second batch."""
-    first, second = edited(tokens)["inserted"]
+    first, second = edited()["inserted"]
     answers = []
     for options in ({}, {"reuse": EDITS, "draft_model": LlamaPromptLookupDecoding(2, 4), "logits_all": True}):
-        llm = open_model(tiny(), **{**OPTIONS, **options})
+        llm = open_tiny(**{**OPTIONS, **options})
         logits_of(llm, first)
         answers.append(list(islice(llm.generate(second, temp=0.0), 12)))
         assert llm.n_moved == 0
@@ -329,15 +300,15 @@ def test_with_a_draft_model_the_prefix_alone_counts(tiny: Tiny, tokens: Tokens, 
 
 @pytest.mark.parametrize("way", ["set_reuse", "loaded by another", "eval"])
 def test_what_was_moved_is_read_again_by_who_may_not_read_it(
-    tiny: Tiny, tokens: Tokens, open_model: Open, way: str
+    open_tiny: Open, way: str, opened: Open, whole: Open
 ) -> None:
-    first, second = edited(tokens)["changed"]
-    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+    first, second = edited()["changed"]
+    llm = opened()
     for prompt in (first, second):
         logits_of(llm, prompt)
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(second).logits[-1]
+    expected = whole(second)
     if way == "loaded by another":
-        other = open_model(tiny(), **OPTIONS)
+        other = open_tiny(**OPTIONS)
         other.load_state(pickle.loads(pickle.dumps(llm.save_state())))
         llm = other
     else:
@@ -353,42 +324,30 @@ def test_what_was_moved_is_read_again_by_who_may_not_read_it(
     assert sum(counts) == len(second) - 20 - 5 - EDITS.mend
 
 
-def test_a_saved_state_knows_what_was_moved(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    first, second = edited(tokens)["inserted"]
-    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
-    oracle = Oracle(ReferenceModel(tiny()))
-    for prompt in (first, second):
-        logits_of(llm, prompt), oracle.read(prompt)
-    other = open_model(tiny(), **OPTIONS, reuse=EDITS)
-    other.load_state(pickle.loads(pickle.dumps(llm.save_state())))
-    for prompt in (second + first[:9], second[:70] + second[75:]):
-        assert relative_error(logits_of(other, prompt), oracle.read(prompt)) < 1e-5
-
-
 @pytest.mark.parametrize("family, options", [("gemma3", {"swa_full": False}), ("mamba", {})])
 def test_where_cells_cannot_be_moved_the_prefix_alone_counts(
-    tiny: Tiny, tokens: Tokens, open_model: Open, family: str, options: dict[str, Any]
+    open_tiny: Open, family: str, options: dict[str, Any]
 ) -> None:
-    first, second = edited(tokens)["inserted"]
-    expected = logits_of(open_model(tiny(family), **OPTIONS, **options), second)
-    llm = open_model(tiny(family), **OPTIONS, **options, reuse=EDITS)
+    first, second = edited()["inserted"]
+    expected = logits_of(open_tiny(family, **OPTIONS, **options), second)
+    llm = open_tiny(family, **OPTIONS, **options, reuse=EDITS)
     logits_of(llm, first)
     np.testing.assert_allclose(logits_of(llm, second), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_same", [0, 5])
 def test_where_a_sliding_window_has_lost_what_stands_before_the_edit_the_prefix_alone_counts(
-    tiny: Tiny, tokens: Tokens, open_model: Open, n_same: int
+    open_tiny: Open, n_same: int, numpy_model: Open
 ) -> None:
     """Behind a loaded state llama.cpp looks for room from the cache's start, where the window has left positions."""
     text, more, new = tokens(60), tokens(21, seed=1)[1:], tokens(10, seed=2)[1:]
-    llm = open_model(tiny("gemma3"), **OPTIONS, swa_full=True)
+    llm = open_tiny("gemma3", **OPTIONS, swa_full=True)
     logits_of(llm, text)
     llm.load_state(llm.save_state())
     logits_of(llm, text + more)
     llm.set_reuse(EDITS)
     prompt = text[:n_same] + new + text[8 * n_same :] + more
-    expected = ReferenceRun(ReferenceModel(tiny("gemma3"))).eval(prompt).logits[-1]
+    expected = ReferenceRun(numpy_model("gemma3")).eval(prompt).logits[-1]
     assert relative_error(logits_of(llm, prompt), expected) < 1e-3
 
 
@@ -396,11 +355,9 @@ def test_where_a_sliding_window_has_lost_what_stands_before_the_edit_the_prefix_
 
 
 @pytest.mark.parametrize("n_batches", range(6))
-def test_a_reading_that_is_cut_short_leaves_nothing_half_moved(
-    tiny: Tiny, tokens: Tokens, open_model: Open, n_batches: int
-) -> None:
-    first, second = edited(tokens)["twice"]
-    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
+def test_a_reading_that_is_cut_short_leaves_nothing_half_moved(n_batches: int, opened: Open, whole: Open) -> None:
+    first, second = edited()["twice"]
+    llm = opened()
     logits_of(llm, first)
 
     def stop(n_tokens: int) -> None:
@@ -418,7 +375,7 @@ def test_a_reading_that_is_cut_short_leaves_nothing_half_moved(
     llm.load_state(state)
     assert relative_error(logits_of(llm, second), expected) < 1e-5
     llm.set_reuse("prefix")
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(second).logits[-1]
+    expected = whole(second)
     assert relative_error(logits_of(llm, second), expected) < 1e-5
 
 
@@ -436,14 +393,14 @@ def test_a_reading_that_is_cut_short_leaves_nothing_half_moved(
     ],
 )
 def test_wrong_runs_are_refused_and_change_nothing(
-    tiny: Tiny, tokens: Tokens, open_model: Open, n_kept: int, runs: list[tuple[int, int, int]]
+    open_tiny: Open, n_kept: int, runs: list[tuple[int, int, int]], whole: Open
 ) -> None:
-    llm = open_model(tiny(), **OPTIONS)
+    llm = open_tiny(**OPTIONS)
     llm.eval(tokens(40))
     with pytest.raises(NativeError):
         llm._adaskip.set_aside(n_kept, [(*run, 1) for run in runs])
     llm.eval(tokens(9, seed=1))
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40) + tokens(9, seed=1)).logits[-1]
+    expected = whole(tokens(40) + tokens(9, seed=1))
     assert relative_error(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (N_VOCAB,)), expected) < 1e-5
 
 

@@ -6,20 +6,24 @@ and llama.cpp's rules for the number of cells, in ``kv_bytes`` below.
 
 import itertools
 import pickle
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
+from oracles.skip_sets import arguments, same
 from oracles.stock import EXACT, eval_logits
-from oracles.tiny_families import FAMILIES, N_LAYER, SKIPPABLE
+from oracles.tiny_families import FAMILIES, N_LAYER, SKIPPABLE, tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
+from adaskip_cpp.engine.native import elide_kv
 from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError, ProfileMismatchError, StateError
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan import OnlineStage
@@ -29,9 +33,6 @@ F32, F16, Q8_0 = 0, 1, 8
 BYTES_OF_32 = {F32: 128, F16: 64, Q8_0: 34}  # Q8_0: a scale in F16 and 32 bytes
 SLIDING = {"gemma2": {0, 2}, "gemma3": {0, 2}}  # layers with a sliding window, see tiny_families.py
 ARCHITECTURES = ["llama", "gemma2", "gemma3", "qwen3moe", "falcon", "phi3", "gptneox-parallel"]
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 
 def plan_without(n_layer: int, attention: Collection[int], ffn: Collection[int] = (), scale: float = 0.9) -> SkipPlan:
@@ -78,6 +79,23 @@ def evaluate(llm: Any, prompt: list[int]) -> np.ndarray:
     return np.array(llm.scores[: llm.n_tokens])
 
 
+@pytest.fixture
+def pair(tiny: Tiny, open_model: Open) -> Open:
+    """``pair(plan, model="llama", **options)``: opened with a plan, and with all KV and then given this plan."""
+
+    def open_(plan: SkipPlan, model: str | Path = "llama", **options: Any) -> tuple[Any, Any]:
+        path = tiny(model) if isinstance(model, str) else model
+        elided, full = open_model(path, plan=plan, **options), open_model(path, **options)
+        full.set_plan(plan)
+        return elided, full
+
+    return open_
+
+
+def assert_alike(elided: Any, full: Any, prompt: list[int]) -> None:
+    np.testing.assert_array_equal(evaluate(elided, prompt), evaluate(full, prompt))
+
+
 # -- the same logits -------------------------------------------------------------------------------------------------
 
 
@@ -85,79 +103,72 @@ def evaluate(llm: Any, prompt: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("name", SKIPPABLE)
 @pytest.mark.parametrize("attention", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_logits_are_those_of_the_same_plan_with_all_the_kv(
-    attention: tuple[int, ...], name: str, flash_attn: bool, tiny: Tiny, tokens: Tokens, open_model: Open
+    attention: tuple[int, ...], name: str, flash_attn: bool, pair: Open
 ) -> None:
     plan = plan_without(FAMILIES[name].n_layer, attention, ffn=[1])
-    elided = open_model(tiny(name), plan=plan, flash_attn=flash_attn)
-    full = open_model(tiny(name), flash_attn=flash_attn)
-    full.set_plan(plan)
-    np.testing.assert_array_equal(evaluate(elided, tokens(30)), evaluate(full, tokens(30)))
+    elided, full = pair(plan, name, flash_attn=flash_attn)
+    assert_alike(elided, full, tokens(30))
     assert elided.counters.nodes == full.counters.nodes
     assert elided._adaskip.elided_kv() == attention
 
 
-def test_logits_are_those_of_the_reference(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_logits_are_those_of_the_reference(open_tiny: Open, reference: ReferenceModel) -> None:
     # A missing KV must not be another layer's: the reference keeps K and V per layer.
     plan = plan_without(N_LAYER, [0, 2], ffn=[1])
-    llm = open_model(tiny(), plan=plan)
+    llm = open_tiny(plan=plan)
     actual = evaluate(llm, tokens(30))
-    run, ids = ReferenceRun(ReferenceModel(tiny())), llm.input_ids[: llm.n_tokens].tolist()
-    assert relative_error(actual, run.eval(ids, plan.prefill.skip, plan.prefill.scale).logits) < 5e-6
+    expected = ReferenceRun(reference).eval(llm.input_ids[: llm.n_tokens].tolist(), *arguments(plan.prefill)).logits
+    assert relative_error(actual, expected) < 5e-6
 
 
-def test_a_sliding_window_smaller_than_the_text_still_gives_the_same_logits(
-    tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_a_sliding_window_smaller_than_the_text_still_gives_the_same_logits(pair: Open) -> None:
     # 300 tokens through a window of 8 and caches of 256 and 512 cells: cells are reused.
     options: dict[str, Any] = {"n_ctx": 512, "n_batch": 32, "n_ubatch": 32, "swa_full": False}
     for name in SLIDING:
         for attention in ([0], [1], [1, 2]):
-            plan = plan_without(FAMILIES[name].n_layer, attention)
-            elided, full = open_model(tiny(name), plan=plan, **options), open_model(tiny(name), **options)
-            full.set_plan(plan)
-            np.testing.assert_array_equal(evaluate(elided, tokens(300)), evaluate(full, tokens(300)))
+            assert_alike(*pair(plan_without(FAMILIES[name].n_layer, attention), name, **options), tokens(300))
 
 
 @pytest.mark.parametrize("attention", [(0, 1, 2), (0, 2), (1,)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_where_no_layer_of_a_cache_would_have_kv_the_first_keeps_its_own(
-    name: str, attention: tuple[int, ...], tiny: Tiny, tokens: Tokens, open_model: Open
+    name: str, attention: tuple[int, ...], tiny: Tiny, pair: Open
 ) -> None:
     # gemma3's sliding layers 0 and 2 have a cache of their own, and so has layer 1.
-    plan = plan_without(3, attention, scale=1.0)
-    elided, full = open_model(tiny(name), plan=plan), open_model(tiny(name))
-    full.set_plan(plan)
-    np.testing.assert_array_equal(evaluate(elided, tokens(30)), evaluate(full, tokens(30)))
-    caches = [{0, 1, 2}] if name == "llama" else [{0, 2}, {1}]
-    kept = {min(cache) for cache in caches if cache <= set(attention)}
-    assert elided.kv_bytes == kv_bytes(tiny(name), set(attention) - kept)
+    elided, full = pair(plan_without(3, attention, scale=1.0), name)
+    assert_alike(elided, full, tokens(30))
+    assert elided.kv_bytes == kv_bytes(tiny(name), set(attention) - kept(name, attention))
     assert elided._adaskip.elided_kv() == attention, "what is kept for llama.cpp's sake still cannot be run"
     with pytest.raises(ElidedKVError):
         elided.set_plan(None)
 
 
-def test_what_can_be_skipped_is_the_same(tiny: Tiny, open_model: Open) -> None:
+def kept(name: str, attention: Collection[int]) -> set[int]:
+    """The layers whose KV llama.cpp needs, as a cache has at least one."""
+    sliding = SLIDING.get(name, set())
+    caches = [sliding, set(range(FAMILIES[name].n_layer)) - sliding]
+    return {min(cache) for cache in caches if cache and cache <= set(attention)}
+
+
+def test_what_can_be_skipped_is_the_same(open_tiny: Open) -> None:
     for name in ARCHITECTURES:
         plan = plan_without(FAMILIES[name].n_layer, [1])
-        assert open_model(tiny(name), plan=plan).sublayers == open_model(tiny(name)).sublayers
+        assert open_tiny(name, plan=plan).sublayers == open_tiny(name).sublayers
 
 
-def test_statistics_are_collected_as_with_all_the_kv(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    plan, seen = plan_without(N_LAYER, [1]), []
-    for llm in (open_model(tiny(), plan=plan), open_model(tiny())):
-        llm.set_plan(plan)
+def test_statistics_are_collected_as_with_all_the_kv(pair: Open) -> None:
+    seen: list[Any] = []
+    for llm in pair(plan_without(N_LAYER, [1])):
         with llm.collect_statistics(seen.append, vectors=True):
             llm.eval(tokens(30))
     for part in ("dot", "u_sq", "v_sq", "layer_dot", "sum_u", "sum_v"):
         np.testing.assert_array_equal(getattr(seen[0], part), getattr(seen[1], part))
 
 
-def test_the_online_stage_works_beside_it(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    fixed = plan_without(N_LAYER, [1]).prefill
-    plan = SkipPlan(fixed, fixed, online=OnlineStage(window=3, threshold=-1.0, scale="paper"))
-    elided, full = open_model(tiny(), plan=plan), open_model(tiny())
-    full.set_plan(plan)
-    np.testing.assert_array_equal(evaluate(elided, tokens(30)), evaluate(full, tokens(30)))
+def test_the_online_stage_works_beside_it(pair: Open) -> None:
+    stage = OnlineStage(window=3, threshold=-1.0, scale="paper")
+    elided, full = pair(same(plan_without(N_LAYER, [1]).prefill, online=stage))
+    assert_alike(elided, full, tokens(30))
     assert elided.online.ffn == full.online.ffn == (0, 1, 2)
 
 
@@ -167,69 +178,59 @@ def test_the_online_stage_works_beside_it(tiny: Tiny, tokens: Tokens, open_model
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("attention", [(), (1,), (0, 2)], ids=str)
 def test_the_bytes_are_those_of_the_remaining_layers(
-    attention: tuple[int, ...], name: str, tiny: Tiny, open_model: Open
+    attention: tuple[int, ...], name: str, tiny: Tiny, open_tiny: Open
 ) -> None:
-    n_layer = FAMILIES[name].n_layer
-    llm = open_model(tiny(name), plan=plan_without(n_layer, attention), n_ctx=700)
-    caches = [SLIDING.get(name, set()), set(range(n_layer)) - SLIDING.get(name, set())]
-    kept = {min(cache) for cache in caches if cache and cache <= set(attention)}  # see the test above
-    assert llm.kv_bytes == kv_bytes(tiny(name), set(attention) - kept, n_ctx=700)
+    llm = open_tiny(name, plan=plan_without(FAMILIES[name].n_layer, attention), n_ctx=700)
+    assert llm.kv_bytes == kv_bytes(tiny(name), set(attention) - kept(name, attention), n_ctx=700)
 
 
 @pytest.mark.parametrize(("type_k", "type_v"), [(F32, F32), (F16, F16), (Q8_0, Q8_0), (Q8_0, F16)])
-def test_every_type_of_k_and_v_is_counted_in_its_size(
-    type_k: int, type_v: int, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_every_type_of_k_and_v_is_counted_in_its_size(type_k: int, type_v: int, tiny: Tiny, pair: Open) -> None:
     # Q8_0 needs flash attention and heads of a multiple of 32, which qwen3's tiny model has.
-    options: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "flash_attn": True, "n_ctx": 300}
-    plan = plan_without(N_LAYER, [1])
-    elided, full = open_model(tiny("qwen3"), plan=plan, **options), open_model(tiny("qwen3"), **options)
-    assert full.kv_bytes == kv_bytes(tiny("qwen3"), n_ctx=300, type_k=type_k, type_v=type_v)
-    assert elided.kv_bytes == kv_bytes(tiny("qwen3"), [1], n_ctx=300, type_k=type_k, type_v=type_v)
+    options: dict[str, Any] = {"type_k": type_k, "type_v": type_v, "n_ctx": 300}
+    elided, full = pair(plan_without(N_LAYER, [1]), "qwen3", flash_attn=True, **options)
+    assert full.kv_bytes == kv_bytes(tiny("qwen3"), **options)
+    assert elided.kv_bytes == kv_bytes(tiny("qwen3"), [1], **options)
     assert elided.kv_bytes * 3 == full.kv_bytes * 2
-    full.set_plan(plan)
-    np.testing.assert_array_equal(evaluate(elided, tokens(30)), evaluate(full, tokens(30)))
+    assert_alike(elided, full, tokens(30))
 
 
 @pytest.mark.parametrize("attention", [(), (0,), (2,), (1, 3)], ids=str)
 def test_a_sliding_window_cache_is_counted_in_its_own_cells(
-    attention: tuple[int, ...], tiny: Tiny, open_model: Open
+    attention: tuple[int, ...], tiny: Tiny, open_tiny: Open
 ) -> None:
     # min(1024, a window of 8 + n_ubatch 32) is padded to 256 cells; gemma2's layers 1 and 3 have all 1024.
     options: dict[str, Any] = {"n_ctx": 1024, "n_ubatch": 32, "swa_full": False}
-    llm = open_model(tiny("gemma2"), plan=plan_without(4, attention), **options)
-    kept = {1} if attention == (1, 3) else set()
-    expected = kv_bytes(tiny("gemma2"), set(attention) - kept, **options)
+    llm = open_tiny("gemma2", plan=plan_without(4, attention), **options)
+    expected = kv_bytes(tiny("gemma2"), set(attention) - kept("gemma2", attention), **options)
     assert llm.kv_bytes == expected
     assert attention or expected == (2 * 256 + 2 * 1024) * 2 * 32 * 4
 
 
-def test_a_plan_that_skips_in_decode_only_elides_nothing(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    plan = SkipPlan.manual(N_LAYER, attention=[0, 2], phase="decode")
-    llm = open_model(tiny(), plan=plan)
-    assert llm.kv_bytes == kv_bytes(tiny())
-    assert llm._adaskip.elided_kv() == ()
-    llm.set_plan(None)
+ONE, BOTH = (plan_without(N_LAYER, attention).prefill for attention in ([1], [0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("plan", "elided"),
+    [
+        (SkipPlan.manual(N_LAYER, attention=[0, 2], phase="decode"), ()),
+        (SkipPlan(ONE, BOTH), (1,)),
+        (plan_without(N_LAYER, [], ffn=[0, 1, 2]), ()),
+    ],
+    ids=["decode only", "decode in addition", "FFNs"],
+)
+def test_what_any_phase_runs_keeps_its_kv(plan: SkipPlan, elided: tuple[int, ...], tiny: Tiny, open_tiny: Open) -> None:
+    llm = open_tiny(plan=plan)
+    assert llm.kv_bytes == kv_bytes(tiny(), elided) and llm._adaskip.elided_kv() == elided
+    llm.set_plan(None if not elided else plan)
     llm.eval(tokens(5))
 
 
-def test_what_decode_skips_in_addition_keeps_its_kv(tiny: Tiny, open_model: Open) -> None:
-    plan = SkipPlan(plan_without(N_LAYER, [1]).prefill, plan_without(N_LAYER, [0, 1]).prefill)
-    assert open_model(tiny(), plan=plan).kv_bytes == kv_bytes(tiny(), [1])
-
-
-def test_skipped_ffns_elide_nothing(tiny: Tiny, open_model: Open) -> None:
-    assert open_model(tiny(), plan=plan_without(N_LAYER, [], ffn=[0, 1, 2])).kv_bytes == kv_bytes(tiny())
-
-
-def test_a_plan_set_later_frees_nothing_and_the_next_model_is_whole(
-    tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_a_plan_set_later_frees_nothing_and_the_next_model_is_whole(tiny: Tiny, open_tiny: Open) -> None:
     # The mask is of one constructor, not of the thread.
     plan = plan_without(N_LAYER, [1])
-    open_model(tiny(), plan=plan)
-    llm = open_model(tiny())
-    llm.set_plan(plan)
+    open_tiny(plan=plan)
+    llm = open_tiny(under=plan)
     assert llm.kv_bytes == kv_bytes(tiny())
     llm.set_plan(None)
     llm.eval(tokens(5))
@@ -250,12 +251,10 @@ def sharing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("attention", [(7,), (6, 7), (3,), (1, 3), (0, 1, 2, 3, 6, 7)], ids=str)
 def test_a_skipped_reader_of_shared_kv_elides_nothing_and_the_others_their_own(
-    attention: tuple[int, ...], sharing: Path, tokens: Tokens, open_model: Open
+    attention: tuple[int, ...], sharing: Path, pair: Open
 ) -> None:
-    plan = plan_without(N_SHARING, attention, ffn=[2])
-    elided, full = open_model(sharing, plan=plan), open_model(sharing)
-    full.set_plan(plan)
-    np.testing.assert_array_equal(evaluate(elided, tokens(30)), evaluate(full, tokens(30)))
+    elided, full = pair(plan_without(N_SHARING, attention, ffn=[2]), sharing)
+    assert_alike(elided, full, tokens(30))
     writers = tuple(layer for layer in attention if layer < 6)
     assert elided._adaskip.elided_kv() == writers
     # six layers of 256 cells, K and V of two heads of 16 in F32
@@ -264,33 +263,15 @@ def test_a_skipped_reader_of_shared_kv_elides_nothing_and_the_others_their_own(
 
 
 @pytest.mark.parametrize("attention", [(3,), (1, 3, 7)], ids=str)
-def test_so_it_is_in_batches_that_nobody_reads(
-    attention: tuple[int, ...], sharing: Path, tokens: Tokens, open_model: Open
-) -> None:
-    plan, logits = plan_without(N_SHARING, attention), []
-    for options in ({"plan": plan}, {}):
-        llm = open_model(sharing, n_batch=8, logits_all=False, **options)
-        llm.set_plan(plan)
-        logits.append(eval_logits(llm, [tokens(30), [5], [6]]))
-    np.testing.assert_array_equal(*logits)
+def test_so_it_is_in_batches_that_nobody_reads(attention: tuple[int, ...], sharing: Path, pair: Open) -> None:
+    both = pair(plan_without(N_SHARING, attention), sharing, n_batch=8, logits_all=False)
+    np.testing.assert_array_equal(*(eval_logits(llm, [tokens(30), [5], [6]]) for llm in both))
 
 
-def test_a_skipped_reader_may_run_again(sharing: Path, tokens: Tokens, open_model: Open) -> None:
+def test_a_skipped_reader_may_run_again(sharing: Path, open_model: Open) -> None:
     llm, whole = open_model(sharing, plan=plan_without(N_SHARING, [6, 7])), open_model(sharing)
     llm.set_plan(None)
-    np.testing.assert_array_equal(evaluate(llm, tokens(30)), evaluate(whole, tokens(30)))
-
-
-@pytest.mark.parametrize("attention", [(5,), (1, 3, 5), (4, 6), (5, 7)], ids=str)
-def test_an_attention_whose_kv_others_read_is_not_elided(attention: tuple[int, ...], sharing: Path) -> None:
-    # Nor where all its readers are skipped: what can be skipped is the same whatever the model is opened with.
-    with pytest.raises(NotSkippableError, match="its KV is shared"):
-        AdaSkipLlama(str(sharing), plan=plan_without(N_SHARING, attention), verbose=False, n_ctx=128, **EXACT)
-
-
-def test_an_attention_whose_kv_the_only_reader_shares_is_not_elided(tiny: Tiny) -> None:
-    with pytest.raises(NotSkippableError, match="its KV is shared"):
-        AdaSkipLlama(str(tiny("gemma4")), plan=plan_without(4, [1]), verbose=False, n_ctx=128, **EXACT)
+    assert_alike(llm, whole, tokens(30))
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -309,31 +290,24 @@ ELIDED = plan_without(N_LAYER, [1])
     ],
     ids=["none", "other layers", "FFN only", "decode only", "online"],
 )
-def test_a_plan_that_runs_an_elided_attention_is_refused_with_the_way_out(
-    plan: SkipPlan | None, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm, full = open_model(tiny(), plan=ELIDED), open_model(tiny())
-    full.set_plan(ELIDED)
+def test_a_plan_that_runs_an_elided_attention_is_refused_with_the_way_out(plan: SkipPlan | None, pair: Open) -> None:
+    llm, full = pair(ELIDED)
     with pytest.raises(ElidedKVError, match=r"layer 1: .*open the model without plan="):
         llm.set_plan(plan)
     assert llm.plan == ELIDED
-    np.testing.assert_array_equal(evaluate(llm, tokens(30)), evaluate(full, tokens(30)))
+    assert_alike(llm, full, tokens(30))
 
 
-def test_a_plan_that_skips_more_is_taken_and_left_again(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, full = open_model(tiny(), plan=ELIDED), open_model(tiny())
+def test_a_plan_that_skips_more_is_taken_and_left_again(pair: Open) -> None:
+    llm, full = pair(ELIDED)
     for plan in (plan_without(N_LAYER, [0, 1], ffn=[2]), ELIDED, plan_without(N_LAYER, [1], scale=1.5)):
         for each in (llm, full):
             each.set_plan(plan)
-        np.testing.assert_array_equal(evaluate(llm, tokens(30)), evaluate(full, tokens(30)))
+        assert_alike(llm, full, tokens(30))
 
 
-def test_the_bare_context_refuses_to_run_an_elided_attention(tiny: Tiny, tokens: Tokens) -> None:
+def test_the_bare_context_refuses_to_run_an_elided_attention(tiny: Tiny) -> None:
     # Whoever makes a context without AdaSkipLlama gets an error of llama_decode, not another layer's KV.
-    import llama_cpp
-
-    from adaskip_cpp.engine.native import elide_kv
-
     with elide_kv(np.array([False, True, False])):
         llm = llama_cpp.Llama(str(tiny()), n_ctx=128, verbose=False, **EXACT)
     with pytest.raises(RuntimeError):
@@ -341,28 +315,30 @@ def test_the_bare_context_refuses_to_run_an_elided_attention(tiny: Tiny, tokens:
     llm.close()
 
 
+SHARED = [("sharing", attention) for attention in ((5,), (1, 3, 5), (4, 6), (5, 7))]
+"""Of which others read the KV; nor where all readers are skipped: what can be skipped does not depend on the plan."""
+
+
 @pytest.mark.parametrize(
-    ("plan", "error"),
+    ("name", "plan", "error", "message"),
     [
-        (plan_without(4, [1]), PlanError),
-        (plan_without(2, [1]), PlanError),
-        (SkipPlan(ELIDED.prefill, ELIDED.decode, model=ModelInfo("0" * 64, "llama", 3)), ProfileMismatchError),
+        ("llama", plan_without(4, [1]), PlanError, ""),
+        ("llama", plan_without(2, [1]), PlanError, ""),
+        ("llama", replace(ELIDED, model=ModelInfo("0" * 64, "llama", 3)), ProfileMismatchError, ""),
+        ("jamba", plan_without(3, [0]), NotSkippableError, ""),  # layer 0 has no attention
+        ("gemma4", plan_without(4, [1]), NotSkippableError, "its KV is shared"),
+        *((name, plan_without(N_SHARING, each), NotSkippableError, "its KV is shared") for name, each in SHARED),
     ],
-    ids=["more layers", "fewer layers", "another model"],
 )
 def test_a_model_is_not_opened_with_a_plan_that_does_not_fit(
-    plan: SkipPlan, error: type[Exception], tiny: Tiny, tokens: Tokens, open_model: Open
+    name: str, plan: SkipPlan, error: type[Exception], message: str, tiny: Tiny, sharing: Path, open_tiny: Open
 ) -> None:
-    with pytest.raises(error):
-        AdaSkipLlama(str(tiny()), plan=plan, verbose=False, n_ctx=128, **EXACT)
-    whole = open_model(tiny())
+    path = sharing if name == "sharing" else tiny(name)
+    with pytest.raises(error, match=message):
+        AdaSkipLlama(str(path), plan=plan, verbose=False, n_ctx=128, **EXACT)
+    whole = open_tiny()
     assert whole.kv_bytes == kv_bytes(tiny())
-    whole.eval(tokens(5))
-
-
-def test_a_layer_without_attention_is_no_layer_to_elide(tiny: Tiny) -> None:
-    with pytest.raises(NotSkippableError):
-        AdaSkipLlama(str(tiny("jamba")), plan=plan_without(3, [0]), verbose=False, n_ctx=128, **EXACT)
+    whole.eval([1, 5, 6])
 
 
 # -- saved states ----------------------------------------------------------------------------------------------------
@@ -371,12 +347,11 @@ def test_a_layer_without_attention_is_no_layer_to_elide(tiny: Tiny) -> None:
 @pytest.mark.parametrize("source", [(), (0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize("target", [(), (0,), (1,), (0, 1)], ids=str)
 def test_a_state_is_loaded_where_the_same_layers_have_kv_and_refused_elsewhere(
-    source: tuple[int, ...], target: tuple[int, ...], tiny: Tiny, tokens: Tokens, open_model: Open
+    source: tuple[int, ...], target: tuple[int, ...], open_tiny: Open
 ) -> None:
     # (0,) and (1,) are the hard case: as many layers of one shape, so llama.cpp itself takes the one for the other.
     saver, loader, untouched = (
-        open_model(tiny(), **({"plan": plan_without(N_LAYER, layers)} if layers else {}))
-        for layers in (source, target, target)
+        open_tiny(**({"plan": plan_without(N_LAYER, layers)} if layers else {})) for layers in (source, target, target)
     )
     saver.eval(tokens(9))
     state = pickle.loads(pickle.dumps(saver.save_state()))
@@ -394,25 +369,20 @@ def test_a_state_is_loaded_where_the_same_layers_have_kv_and_refused_elsewhere(
     np.testing.assert_array_equal(loader.scores[loader.n_tokens - 1], untouched.scores[untouched.n_tokens - 1])
 
 
-def test_a_state_of_the_stock_class_is_refused_by_a_model_without_all_its_kv(
-    tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    import llama_cpp
-
+def test_a_state_of_the_stock_class_is_refused_by_a_model_without_all_its_kv(tiny: Tiny, open_tiny: Open) -> None:
     stock = llama_cpp.Llama(str(tiny()), n_ctx=128, logits_all=True, verbose=False, **EXACT)
     stock.eval(tokens(9))
     state = stock.save_state()
     stock.close()
     with pytest.raises(StateError, match="KV for other layers"):
-        open_model(tiny(), plan=ELIDED).load_state(state)
-    open_model(tiny()).load_state(state)
+        open_tiny(plan=ELIDED).load_state(state)
+    open_tiny().load_state(state)
 
 
-def test_a_pickled_model_keeps_its_kv_layout_and_its_plan(tiny: Tiny, open_model: Open) -> None:
+def test_a_pickled_model_keeps_its_kv_layout_and_its_plan(open_tiny: Open) -> None:
     more = plan_without(N_LAYER, [0, 1])
     for opened, elided in ((ELIDED, (1,)), (None, ())):
-        llm = open_model(tiny(), plan=opened)
-        llm.set_plan(more)
+        llm = open_tiny(plan=opened, under=more)
         copy = pickle.loads(pickle.dumps(llm))
         assert copy.plan == more and copy._adaskip.elided_kv() == elided
         assert copy.kv_bytes == llm.kv_bytes

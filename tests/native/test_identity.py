@@ -1,16 +1,15 @@
 """Without a plan, real models give the very bits of stock llama-cpp-python, run in another process."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from oracles.fixtures import Open
 from oracles.stock import Job, eval_logits, run_stock
 
 pytestmark = pytest.mark.model
 
-Open = Callable[..., Any]
 N_PROMPT, N_DECODE = 56, 4
 # The default F16 KV, and the same threads on both sides.
 OPTIONS: dict[str, Any] = {

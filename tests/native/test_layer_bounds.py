@@ -1,7 +1,7 @@
 """Layers that a graph has beyond those of the model: next-token-prediction heads, and decoders deeper than encoders."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,13 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from oracles.tiny_families import N_EMBD, N_EXPERT, N_FF, N_FF_EXPERT, N_LAYER, N_VOCAB, Family
+from oracles.fixtures import Open
+from oracles.tiny_families import N_EMBD, N_EXPERT, N_FF, N_FF_EXPERT, N_LAYER, N_VOCAB, Family, tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.native import NativeContext
 from adaskip_cpp.errors import ModelFileError
-
-Open = Callable[..., Any]
-Tokens = Callable[..., list[int]]
 
 
 class Glm4Moe(Family):
@@ -93,7 +91,7 @@ def prediction_head(glm4moe: Path, capfd: pytest.CaptureFixture[str]) -> Iterato
     llama_cpp.llama_model_free(model)
 
 
-def test_a_prediction_head_is_no_layer_of_the_model(glm4moe: Path, open_model: Open, tokens: Tokens) -> None:
+def test_a_prediction_head_is_no_layer_of_the_model(glm4moe: Path, open_model: Open) -> None:
     llm = open_model(glm4moe)
     assert llm.n_layer == N_LAYER
     assert all(sublayer.skippable for sublayer in llm.sublayers)
@@ -125,7 +123,7 @@ def test_in_the_graph_of_a_prediction_head_nothing_is_observed_or_skipped(predic
     assert all(np.isnan(each.dot).all() for each in batches)
 
 
-def test_a_decoder_may_have_fewer_layers_than_its_encoder(tmp_path: Path, open_model: Open, tokens: Tokens) -> None:
+def test_a_decoder_may_have_fewer_layers_than_its_encoder(tmp_path: Path, open_model: Open) -> None:
     llm = open_model(t5(tmp_path / "t5.gguf", 3, 2))
     skippable = [(sublayer.layer, sublayer.kind) for sublayer in llm.sublayers if sublayer.skippable]
     assert skippable == [(0, "ffn"), (1, "ffn")]  # a decoder's layer has two attentions; all share biases

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from oracles.bare_plan import bare_plan
+from oracles.fixtures import Open
 
 from adaskip_cpp.engine.binding import ffi, lib
 from adaskip_cpp.engine.native import elide_kv
@@ -19,13 +17,24 @@ ON, ALL_TOKENS, VECTORS, ACTIVATIONS = 1, 2, 4, 8
 
 
 @pytest.fixture
-def llm(tiny: Callable[..., Path], open_model: Callable[..., Any]) -> Any:
-    return open_model(tiny("jamba"))  # layers 0 and 2 have no attention
+def llm(open_tiny: Open) -> Any:
+    return open_tiny("jamba")  # layers 0 and 2 have no attention
+
+
+def context(llm: Any) -> Any:
+    return ffi.cast("struct llama_context *", llm.ctx)
 
 
 @pytest.fixture
 def ctx(llm: Any) -> Any:
-    return ffi.cast("struct llama_context *", llm.ctx)
+    return context(llm)
+
+
+@pytest.fixture
+def without_kv_1(open_tiny: Open) -> Any:
+    """A context that has no KV for the attention of layer 1."""
+    with elide_kv(np.array([False, True, False])):
+        return context(open_tiny())
 
 
 NOTHING, FFN_1, ATTENTION_1 = [0] * 6, [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]
@@ -204,20 +213,16 @@ def test_a_scale_that_is_no_positive_number_is_refused(scale: float, ctx: Any) -
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_vector_that_is_not_finite_is_refused(value: float, ctx: Any) -> None:
-    bad, _arrays = vectors([0.0] * 63 + [value])
+@pytest.mark.parametrize(
+    "make",
+    [lambda value, skip: vectors([0.0] * 63 + [value], skip=skip), lambda value, skip: maps(value=value, skip=skip)],
+    ids=["vector", "map"],
+)
+def test_a_vector_or_a_map_that_is_not_finite_is_refused(make: Any, value: float, ctx: Any) -> None:
+    bad, _arrays = make(value, FFN_1)
     assert prefill(ctx, bad) == COMPENSATION
     assert "layer 1" in message()
-    good, _arrays = vectors([0.0] * 63 + [value], skip=NOTHING)  # not read where nothing is skipped
-    assert prefill(ctx, good) == OK
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_map_that_is_not_finite_is_refused(value: float, ctx: Any) -> None:
-    bad, _arrays = maps(value=value)
-    assert prefill(ctx, bad) == COMPENSATION
-    assert "layer 1" in message()
-    good, _arrays = maps(value=value, skip=NOTHING)  # not read where nothing is skipped
+    good, _arrays = make(value, NOTHING)  # not read where nothing is skipped
     assert prefill(ctx, good) == OK
 
 
@@ -232,12 +237,8 @@ def test_a_schedule_checks_every_one_of_its_plans(ctx: Any) -> None:
     assert schedule(ctx, [0, 4], NOTHING, FFN_1) == OK
 
 
-def test_a_plan_that_runs_an_attention_without_kv_is_refused(
-    tiny: Callable[..., Path], open_model: Callable[..., Any]
-) -> None:
-    with elide_kv(np.array([False, True, False])):
-        llm = open_model(tiny())
-    ctx = ffi.cast("struct llama_context *", llm.ctx)
+def test_a_plan_that_runs_an_attention_without_kv_is_refused(without_kv_1: Any) -> None:
+    ctx = without_kv_1
     elided = ffi.new("uint8_t[3]")
     (runs_it, _a), (skips_it, _b) = skip_set(FFN_1, [1] * 6), skip_set(ATTENTION_1, [1] * 6)
     assert lib.adaskip_get_elided_kv(ctx, elided, 3) == OK and list(elided) == [0, 1, 0]
@@ -249,12 +250,8 @@ def test_a_plan_that_runs_an_attention_without_kv_is_refused(
     assert schedule(ctx, [0], FFN_1) == KV_ELIDED
 
 
-def test_without_kv_for_every_attention_no_bulk_set_is_read(
-    tiny: Callable[..., Path], open_model: Callable[..., Any]
-) -> None:
-    with elide_kv(np.array([False, True, False])):
-        llm = open_model(tiny())
-    ctx = ffi.cast("struct llama_context *", llm.ctx)
+def test_without_kv_for_every_attention_no_bulk_set_is_read(without_kv_1: Any) -> None:
+    ctx = without_kv_1
     chosen, _arrays = skip_set(ATTENTION_1, [1] * 6)
     assert bulk_set_id(ctx, chosen) == KV_ELIDED
     steps, ids = ffi.new("struct adaskip_step[]", [(0, chosen[0])]), ffi.new("uint64_t[]", [1 << 31])
@@ -288,25 +285,10 @@ def test_the_library_is_of_the_version_of_its_header() -> None:
     assert lib.adaskip_abi_version() == lib.ADASKIP_ABI_VERSION == 12
 
 
-def test_another_threads_mask_of_elided_kv_is_not_ours(
-    tiny: Callable[..., Path], open_model: Callable[..., Any]
-) -> None:
+def test_a_mask_of_elided_kv_is_of_one_thread_and_one_constructor(open_tiny: Open) -> None:
     with elide_kv(np.array([False, True, False])), ThreadPoolExecutor(1) as pool:
-        whole = pool.submit(open_model, tiny()).result()
-    assert whole._adaskip.elided_kv() == ()
-
-
-def test_a_failed_constructor_leaves_no_mask(tiny: Callable[..., Path], open_model: Callable[..., Any]) -> None:
+        whole = pool.submit(open_tiny).result()
     with pytest.raises(KeyError), elide_kv(np.array([False, True, False])):
         raise KeyError
-    assert open_model(tiny())._adaskip.elided_kv() == ()
-
-
-def test_plans_are_objects_with_skip_scale_and_bias(llm: Any) -> None:
-    # Any integer or float dtype and any order in memory will do.
-    skip = np.asfortranarray([[0, 0], [1, 1], [0, 0]], dtype=np.int64)
-    bias = np.zeros((3, 2, 64), np.float64)
-    chosen = SimpleNamespace(skip=skip, scale=np.ones((3, 2), np.float32), bias=bias, down=None, up=None)
-    llm._adaskip.set_plan(bare_plan(chosen), 0)
-    llm.eval([1, 5, 6])
-    assert llm.counters.nodes < llm.counters.nodes_full
+    for llm in (whole, open_tiny()):
+        assert llm._adaskip.elided_kv() == ()

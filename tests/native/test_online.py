@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from oracles.bare_plan import bare_plan
+from oracles.fixtures import Open
 from oracles.reference import OnlineReference, ReferenceModel, ReferenceRun, relative_error
-from oracles.tiny_families import N_EMBD
+from oracles.skip_sets import error, generated, history_of, skip_set
+from oracles.tiny_families import N_EMBD, tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
@@ -28,8 +30,6 @@ N_LAYER = 5
 WINDOW = 6
 N_TOKENS = 16  # generated per request, more than twice the window
 TOLERANCE = 5e-6
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,30 @@ def model(path: Path) -> ReferenceModel:
     return ReferenceModel(path)
 
 
-def skip_set(attention: tuple[int, ...] = (), ffn: tuple[int, ...] = (), scale: float = 1.0) -> SkipSet:
-    return SkipPlan.manual(N_LAYER, attention, ffn, scale).prefill
+@pytest.fixture
+def opened(path: Path, open_model: Open) -> Open:
+    """``opened(plan)``: that model, with this plan set."""
+
+    def open_(plan: SkipPlan | None = None, **options: Any) -> Any:
+        llm = open_model(path, **options)
+        llm.set_plan(plan)
+        return llm
+
+    return open_
 
 
-FIXED = skip_set(attention=(1,), ffn=(2,), scale=0.9)
+@pytest.fixture
+def check(model: ReferenceModel) -> Callable[..., None]:
+    """``check(llm, plan)``: the next request is, in every figure, that of the reference on a fresh model."""
+
+    def check(llm: Any, plan: SkipPlan, seed: int = 0) -> None:
+        assert_request(llm, generate(llm, tokens(20, seed)), follow(model, plan, tokens(20, seed)))
+
+    return check
+
+
+FIXED = skip_set((1,), (2,), 0.9, n_layer=N_LAYER)
+NONE = SkipSet.none(N_LAYER)
 
 
 def online_plan(
@@ -57,7 +76,6 @@ def online_plan(
 
 
 def stage_of(plan: SkipPlan) -> OnlineReference:
-    assert plan.online is not None
     stage = plan.online
     return OnlineReference(stage.window, stage.threshold, stage.scale, plan.decode.skip, plan.decode.scale)
 
@@ -113,7 +131,7 @@ def assert_request(llm: Any, generated: list[int], expected: Request) -> None:
 
 
 @pytest.fixture(scope="module")
-def threshold(model: ReferenceModel, tokens: Tokens) -> float:
+def threshold(model: ReferenceModel) -> float:
     """Between the similarities of the second and the third of the four FFNs outside the fixed set."""
     ranked = np.sort(follow(model, online_plan(2.0), tokens(20), WINDOW + 1).stage.similarity[[0, 1, 3, 4]])
     assert ranked[2] - ranked[1] > 1e-3
@@ -125,46 +143,42 @@ def threshold(model: ReferenceModel, tokens: Tokens) -> float:
 
 @pytest.mark.parametrize("n_decoded", range(WINDOW))
 def test_until_the_window_is_full_the_ffns_outside_the_fixed_set_are_observed_and_none_is_added(
-    n_decoded: int, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    n_decoded: int, model: ReferenceModel, opened: Open
 ) -> None:
     # The first generated token is the first decoded one, but only the next step evaluates it.
-    llm, plan = open_model(path), online_plan(-1.0)
-    llm.set_plan(plan)
-    generated = generate(llm, tokens(20), n_decoded + 1)
+    plan = online_plan(-1.0)
+    llm = opened(plan)
+    answer = generate(llm, tokens(20), n_decoded + 1)
     assert llm.online.n_tokens == n_decoded and llm.online.ffn == ()
     if n_decoded == 0:
         assert np.isnan(llm.online.similarity).all() and np.isnan(llm.online.norm_ratio).all()
     else:
         assert np.isnan(llm.online.similarity).tolist() == FIXED.skip[:, 1].tolist()
-        assert_request(llm, generated, follow(model, plan, tokens(20), n_decoded + 1))
+        assert_request(llm, answer, follow(model, plan, tokens(20), n_decoded + 1))
 
 
 @pytest.mark.parametrize("scale", ["none", "paper", "median"])
 @pytest.mark.parametrize("seed", range(4))
 def test_then_the_ffns_that_reach_the_threshold_are_skipped_with_their_own_ratio(
-    seed: int, scale: str, threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    seed: int, scale: str, threshold: float, opened: Open, check: Open
 ) -> None:
-    llm, plan = open_model(path), online_plan(threshold, scale)
-    llm.set_plan(plan)
-    expected = follow(model, plan, tokens(20, seed))
-    assert seed != 0 or len(expected.stage.ffn) == 2, "one half is added, the other is not"
-    assert_request(llm, generate(llm, tokens(20, seed)), expected)
+    llm = opened(online_plan(threshold, scale))
+    check(llm, online_plan(threshold, scale), seed)
+    assert seed != 0 or len(llm.online.ffn) == 2, "one half is added, the other is not"
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16])
 def test_the_window_has_as_many_tokens_as_the_plan_says(
-    window: int, threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    window: int, threshold: float, opened: Open, check: Open
 ) -> None:
     # 16 generated tokens are 15 decoded ones: the window of 16 stays open, that of 15 is full with the last.
-    llm, plan = open_model(path), online_plan(threshold, window=window)
-    llm.set_plan(plan)
-    assert_request(llm, generate(llm, tokens(20)), follow(model, plan, tokens(20)))
+    plan = online_plan(threshold, window=window)
+    check(opened(plan), plan)
 
 
-def test_an_ffn_exactly_at_the_threshold_is_skipped(path: Path, tokens: Tokens, open_model: Open) -> None:
+def test_an_ffn_exactly_at_the_threshold_is_skipped(opened: Open) -> None:
     # The same tokens give the same bits, so a similarity of the first run is the threshold of the next two.
-    llm = open_model(path)
-    llm.set_plan(online_plan(2.0))
+    llm = opened(online_plan(2.0))
     generate(llm, tokens(20))
     similarity = llm.online.similarity
     highest = int(np.nanargmax(similarity))
@@ -176,32 +190,28 @@ def test_an_ffn_exactly_at_the_threshold_is_skipped(path: Path, tokens: Tokens, 
         assert llm.online.ffn == added
 
 
-def test_attention_is_never_added(path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open) -> None:
+def test_attention_is_never_added(model: ReferenceModel, opened: Open, check: Open) -> None:
     # A threshold that everything reaches takes every FFN; the reference runs all attention but that of the fixed set.
-    llm, plan = open_model(path), online_plan(-1.0)
-    llm.set_plan(plan)
-    expected = follow(model, plan, tokens(20))
-    assert expected.stage.skip[:, 0].tolist() == FIXED.skip[:, 0].tolist()
-    assert_request(llm, generate(llm, tokens(20)), expected)
+    plan = online_plan(-1.0)
+    llm = opened(plan)
+    check(llm, plan)
+    assert follow(model, plan, tokens(20)).stage.skip[:, 0].tolist() == FIXED.skip[:, 0].tolist()
     assert llm.online.ffn == (0, 1, 3, 4)
 
 
-@pytest.mark.parametrize("fixed", [skip_set(), FIXED], ids=["nothing fixed", "fixed set"])
+@pytest.mark.parametrize("fixed", [NONE, FIXED], ids=["nothing fixed", "fixed set"])
 def test_in_decode_mode_the_whole_model_reads_the_prompt(
-    fixed: SkipSet, threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    fixed: SkipSet, threshold: float, opened: Open, check: Open
 ) -> None:
-    llm, plan = open_model(path), online_plan(threshold, fixed=fixed, prefill=skip_set())
-    llm.set_plan(plan)
-    assert_request(llm, generate(llm, tokens(20)), follow(model, plan, tokens(20)))
+    plan = online_plan(threshold, fixed=fixed, prefill=NONE)
+    check(opened(plan), plan)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3moe", "falcon", "phi3", "gptneox-parallel"])
-def test_the_stage_works_on_every_architecture(
-    name: str, tiny: Callable[..., Path], tokens: Tokens, open_model: Open
-) -> None:
+def test_the_stage_works_on_every_architecture(name: str, open_tiny: Open) -> None:
     # Figures per token from collect_statistics of a second model (test_statistics.py compares those with NumPy), put
     # together here; afterwards the logits are those of a third model, which is given the chosen set by hand.
-    llm, watched, by_hand = (open_model(tiny(name)) for _ in range(3))
+    llm, watched, by_hand = (open_tiny(name) for _ in range(3))
     nothing = SkipSet.none(llm.n_layer)
     llm.set_plan(SkipPlan(nothing, nothing, online=OnlineStage(window=WINDOW, threshold=-1.0, scale="median")))
     generated, seen = generate(llm, tokens(20)), []
@@ -228,13 +238,9 @@ def test_the_stage_works_on_every_architecture(
 
 
 @pytest.mark.parametrize("limit", [-1.0, 2.0], ids=["all added", "none added"])
-def test_one_graph_is_built_at_the_switch_and_reused_before_and_after_it(
-    limit: float, path: Path, tokens: Tokens, open_model: Open
-) -> None:
-    llm = open_model(path)
-    llm.set_plan(online_plan(limit))
-    steps = llm.generate(tokens(20), temp=0.0)
-    built, reused = [], []
+def test_one_graph_is_built_at_the_switch_and_reused_before_and_after_it(limit: float, opened: Open) -> None:
+    llm = opened(online_plan(limit))
+    steps, built, reused = llm.generate(tokens(20), temp=0.0), [], []
     for _ in range(N_TOKENS):
         before = llm.counters
         next(steps)
@@ -245,24 +251,22 @@ def test_one_graph_is_built_at_the_switch_and_reused_before_and_after_it(
     assert sum(built) == 3 and sum(reused) == N_TOKENS - 3
 
 
-def test_behind_the_window_no_statistics_are_left_in_the_graph(path: Path, tokens: Tokens, open_model: Open) -> None:
+def test_behind_the_window_no_statistics_are_left_in_the_graph(opened: Open) -> None:
     # The graph has as many nodes as that of a plan made by hand with the same set.
-    llm, by_hand = open_model(path), open_model(path)
-    llm.set_plan(online_plan(-1.0))
+    by_hand = opened(SkipPlan(FIXED, SkipSet(FIXED.skip | [False, True], np.where(FIXED.skip, FIXED.scale, 1.25))))
+    llm = opened(online_plan(-1.0))
     generate(llm, tokens(20), WINDOW + 1)
     observing = llm.counters
-    generate(llm, tokens(20))
-    by_hand.set_plan(SkipPlan(FIXED, SkipSet(FIXED.skip | [False, True], np.where(FIXED.skip, FIXED.scale, 1.25))))
-    generate(by_hand, tokens(20))
+    for each in (llm, by_hand):
+        generate(each, tokens(20))
     assert llm.online.ffn == (0, 1, 3, 4)
     assert llm.counters.nodes == by_hand.counters.nodes < observing.nodes
 
 
 def test_during_the_window_the_input_and_output_of_each_observed_ffn_leave_the_device_and_then_nothing(
-    path: Path, tokens: Tokens, open_model: Open
+    opened: Open,
 ) -> None:
-    llm = open_model(path)
-    llm.set_plan(online_plan(2.0, fixed=skip_set(ffn=(2,)), prefill=skip_set()))
+    llm = opened(online_plan(2.0, fixed=skip_set((), (2,), n_layer=N_LAYER), prefill=NONE))
     steps, copied = llm.generate(tokens(20), temp=0.0), []
     for _ in range(N_TOKENS):
         before = llm.counters.statistics_bytes
@@ -271,8 +275,11 @@ def test_during_the_window_the_input_and_output_of_each_observed_ffn_leave_the_d
     assert copied == [0] + [4 * 2 * 4 * N_EMBD] * WINDOW + [0] * (N_TOKENS - 1 - WINDOW)
 
 
-def test_a_plan_without_an_online_stage_collects_nothing(path: Path, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(path)
+def test_prompts_are_not_observed_nor_is_anything_without_an_online_stage(opened: Open) -> None:
+    llm = opened(online_plan(-1.0))
+    llm.eval(tokens(20))
+    llm.eval([7])
+    assert llm.online.n_tokens == 0
     for plan in (SkipPlan(FIXED, FIXED), None):
         llm.set_plan(plan)
         generate(llm, tokens(20))
@@ -280,50 +287,32 @@ def test_a_plan_without_an_online_stage_collects_nothing(path: Path, tokens: Tok
     assert llm.counters.statistics_bytes == 0
 
 
-def test_prompts_are_not_observed(path: Path, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(path)
-    llm.set_plan(online_plan(-1.0))
-    llm.eval(tokens(20))
-    llm.eval([7])
-    assert llm.online.n_tokens == 0 and llm.counters.statistics_bytes == 0
-
-
 def test_statistics_may_be_collected_beside_it(
-    threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    threshold: float, model: ReferenceModel, opened: Open, check: Open
 ) -> None:
-    llm, plan, seen = open_model(path), online_plan(threshold), []
-    llm.set_plan(plan)
+    plan, seen = online_plan(threshold), []
+    llm = opened(plan)
     with llm.collect_statistics(seen.append, keep_logits=True):
-        generated = generate(llm, tokens(20))
-    expected = follow(model, plan, tokens(20))
-    assert_request(llm, generated, expected)
-    added = list(expected.stage.ffn)
-    assert [bool(np.isnan(batch.dot[added, 1]).all()) for batch in seen] == [False] * (1 + WINDOW) + [True] * (
-        N_TOKENS - 1 - WINDOW
-    )
+        check(llm, plan)
+    skipped = [bool(np.isnan(batch.dot[list(llm.online.ffn), 1]).all()) for batch in seen]
+    assert skipped == [False] * (1 + WINDOW) + [True] * (N_TOKENS - 1 - WINDOW)
 
 
 # -- requests --------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_request_starts_from_the_fixed_set(
-    threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
-) -> None:
+def test_a_new_request_starts_from_the_fixed_set(threshold: float, opened: Open, check: Open) -> None:
     # The second prompt shares only its first token with the first request, which the cache keeps.
-    llm, plan = open_model(path), online_plan(threshold)
-    llm.set_plan(plan)
+    llm = opened(online_plan(threshold))
     for seed in (0, 1, 0):
         llm.reset()
-        assert_request(llm, generate(llm, tokens(20, seed)), follow(model, plan, tokens(20, seed)))
+        check(llm, online_plan(threshold), seed)
 
 
-def test_a_chats_next_turn_is_a_new_request(
-    threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
-) -> None:
+def test_a_chats_next_turn_is_a_new_request(threshold: float, model: ReferenceModel, opened: Open) -> None:
     # It keeps the K and V of the first turn, whose last token was not evaluated yet.
-    llm, plan = open_model(path), online_plan(threshold)
-    llm.set_plan(plan)
-    first = follow(model, plan, tokens(20))
+    plan = online_plan(threshold)
+    llm, first = opened(plan), follow(model, plan, tokens(20))
     assert_request(llm, generate(llm, tokens(20)), first)
     new = tokens(8, seed=7)[1:]
     second = Request(first.run, plan, [first.tokens[-1], *new])
@@ -332,14 +321,10 @@ def test_a_chats_next_turn_is_a_new_request(
     assert_request(llm, generate(llm, [*tokens(20), *first.tokens, *new]), second)
 
 
-def test_the_same_prompt_again_is_a_new_request(
-    threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
-) -> None:
+def test_the_same_prompt_again_is_a_new_request(threshold: float, model: ReferenceModel, opened: Open) -> None:
     # llama-cpp-python evaluates the prompt's last token only; everything before it is cached.
-    llm, plan = open_model(path), online_plan(threshold)
-    llm.set_plan(plan)
+    llm, expected = opened(online_plan(threshold)), follow(model, online_plan(threshold), tokens(20))
     generate(llm, tokens(20))
-    expected = follow(model, plan, tokens(20))
     assert generate(llm, tokens(20)) == expected.tokens
     assert_learned(llm, expected.stage)
 
@@ -348,102 +333,63 @@ class ConsumerError(Exception):
     pass
 
 
-def end_by_close(llm: Any, prompt: list[int], n: int) -> None:
-    steps = llm.generate(prompt, temp=0.0)
-    for _ in range(n):
-        next(steps)
-    steps.close()
+ENDS = ["close", "dropping", "throw", "the consumer", "a criterion", "max_tokens", "leaving a stream", "a stop string"]
 
 
-def end_by_dropping(llm: Any, prompt: list[int], n: int) -> None:
-    steps = llm.generate(prompt, temp=0.0)
-    for _ in range(n):
-        next(steps)
-
-
-def end_by_throw(llm: Any, prompt: list[int], n: int) -> None:
-    steps = llm.generate(prompt, temp=0.0)
-    for _ in range(n):
-        next(steps)
-    with pytest.raises(ConsumerError):
-        steps.throw(ConsumerError())
-
-
-def end_by_an_exception_in_the_consumer(llm: Any, prompt: list[int], n: int) -> None:
-    with pytest.raises(ConsumerError):
-        for i, _ in enumerate(llm.generate(prompt, temp=0.0)):
-            if i == n - 1:
-                raise ConsumerError
-
-
-def end_by_an_exception_in_a_stopping_criterion(llm: Any, prompt: list[int], n: int) -> None:
+def end(llm: Any, prompt: list[int], n: int, how: str) -> None:
+    """End a request behind its n-th token, or where an answer's n-th letter stops it."""
     calls = itertools.count(1)
 
     def criterion(ids: npt.NDArray[np.intc], scores: npt.NDArray[np.single]) -> bool:
-        if next(calls) == n:
+        if how == "a criterion" and next(calls) == n:
             raise ConsumerError
         return False
 
-    with pytest.raises(ConsumerError):
-        for _ in llm.generate(prompt, temp=0.0, stopping_criteria=criterion):
-            pass
-
-
-def end_by_max_tokens(llm: Any, prompt: list[int], n: int) -> None:
-    llm.create_completion(prompt, max_tokens=n, temperature=0.0)
-
-
-def end_by_leaving_a_stream(llm: Any, prompt: list[int], n: int) -> None:
-    for i, _ in enumerate(llm.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.0, stream=True)):
-        if i == n - 1:
-            break
-
-
-def end_by_a_stop_string(llm: Any, prompt: list[int], n: int) -> None:
-    text = llm.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.0)["choices"][0]["text"]
-    llm.reset()
-    letter = text[n - 1 : n] or text[-1:]
-    answer = llm.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.0, stop=[letter])["choices"][0]
-    assert answer["finish_reason"] == "stop" and letter not in answer["text"]
-    assert answer["text"] == text[: text.index(letter)]
-
-
-ENDS = [
-    end_by_close,
-    end_by_dropping,
-    end_by_throw,
-    end_by_an_exception_in_the_consumer,
-    end_by_an_exception_in_a_stopping_criterion,
-    end_by_max_tokens,
-    end_by_leaving_a_stream,
-    end_by_a_stop_string,
-]
+    steps = llm.generate(prompt, temp=0.0, stopping_criteria=criterion)
+    match how:
+        case "close" | "dropping" | "throw":
+            for _ in range(n):
+                next(steps)
+            if how == "close":
+                steps.close()
+            elif how == "throw":
+                with pytest.raises(ConsumerError):
+                    steps.throw(ConsumerError())
+        case "the consumer" | "a criterion":
+            with pytest.raises(ConsumerError):
+                for i, _ in enumerate(steps):
+                    if how == "the consumer" and i == n - 1:
+                        raise ConsumerError
+        case "max_tokens":
+            llm.create_completion(prompt, max_tokens=n, temperature=0.0)
+        case "leaving a stream":
+            chunks = llm.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.0, stream=True)
+            list(itertools.islice(chunks, n))
+        case _:
+            text = llm.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.0)["choices"][0]["text"]
+            llm.reset()
+            letter = text[n - 1 : n] or text[-1:]
+            told = llm.create_completion(prompt, max_tokens=N_TOKENS, temperature=0.0, stop=[letter])["choices"][0]
+            assert told["finish_reason"] == "stop" and letter not in told["text"]
+            assert told["text"] == text[: text.index(letter)]
 
 
 @pytest.mark.parametrize("n", [1, 3, WINDOW + 1, WINDOW + 4], ids=["prompt only", "inside", "at its end", "behind"])
-@pytest.mark.parametrize("end", ENDS, ids=lambda f: f.__name__.removeprefix("end_by_"))
+@pytest.mark.parametrize("how", ENDS)
 def test_however_a_request_ends_the_next_one_is_as_on_a_fresh_model(
-    end: Callable[[Any, list[int], int], None],
-    n: int,
-    threshold: float,
-    path: Path,
-    model: ReferenceModel,
-    tokens: Tokens,
-    open_model: Open,
+    how: str, n: int, threshold: float, opened: Open, check: Open
 ) -> None:
-    llm, plan = open_model(path), online_plan(threshold)
-    llm.set_plan(plan)
-    end(llm, tokens(20, seed=2), n)
-    assert_request(llm, generate(llm, tokens(20)), follow(model, plan, tokens(20)))
+    llm = opened(online_plan(threshold))
+    end(llm, tokens(20, seed=2), n, how)
+    check(llm, online_plan(threshold))
 
 
 def test_what_was_learned_can_be_read_until_the_next_request(
-    threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    threshold: float, model: ReferenceModel, opened: Open
 ) -> None:
-    llm, plan = open_model(path), online_plan(threshold)
-    llm.set_plan(plan)
+    llm = opened(online_plan(threshold))
     generate(llm, tokens(20))
-    learned = follow(model, plan, tokens(20)).stage
+    learned = follow(model, online_plan(threshold), tokens(20)).stage
     llm.reset()
     assert_learned(llm, learned)
     steps = llm.generate(tokens(20), temp=0.0)
@@ -457,61 +403,57 @@ def test_what_was_learned_can_be_read_until_the_next_request(
 
 @pytest.mark.parametrize("n", [3, WINDOW + 4], ids=["inside the window", "behind it"])
 def test_a_plan_set_during_a_request_starts_a_window_of_its_own(
-    n: int, threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    n: int, threshold: float, model: ReferenceModel, opened: Open
 ) -> None:
-    llm, first, second = open_model(path), online_plan(threshold), online_plan(threshold - 0.05, "median", window=4)
-    llm.set_plan(first)
+    first, second = online_plan(threshold), online_plan(threshold - 0.05, "median", window=4)
+    llm = opened(first)
     steps = llm.generate(tokens(20), temp=0.0)
-    generated = [next(steps) for _ in range(n)]
+    answer = [next(steps) for _ in range(n)]
     expected = follow(model, first, tokens(20), n)
     llm.set_plan(second)
     assert llm.online.n_tokens == 0 and llm.online.window == 4
     expected.stage = stage_of(second)
     if n > WINDOW:  # what the first stage made is evaluated again, as prompt
         expected.run.rewind(20 + WINDOW)
-        expected.run.eval(generated[WINDOW:-1], second.prefill.skip, second.prefill.scale)
+        expected.run.eval(answer[WINDOW:-1], second.prefill.skip, second.prefill.scale)
         expected.logits = expected.logits[:0]
     for _ in range(8):
-        generated.append(next(steps))
+        answer.append(next(steps))
         expected.step()
-    assert_request(llm, generated, expected)
+    assert_request(llm, answer, expected)
 
 
 def test_setting_an_equal_plan_during_a_request_changes_nothing(
-    threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    threshold: float, model: ReferenceModel, opened: Open
 ) -> None:
-    llm = open_model(path)
-    llm.set_plan(online_plan(threshold))
-    generated = []
+    llm, answer = opened(online_plan(threshold)), []
     for token in itertools.islice(llm.generate(tokens(20), temp=0.0), N_TOKENS):
-        generated.append(token)
+        answer.append(token)
         llm.set_plan(online_plan(threshold))
-    assert_request(llm, generated, follow(model, online_plan(threshold), tokens(20)))
+    assert_request(llm, answer, follow(model, online_plan(threshold), tokens(20)))
 
 
-def test_clearing_the_plan_ends_the_stage(path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(path)
-    llm.set_plan(online_plan(-1.0, fixed=skip_set(), prefill=skip_set()))
+def test_clearing_the_plan_ends_the_stage(model: ReferenceModel, opened: Open) -> None:
+    llm, history = opened(online_plan(-1.0, fixed=NONE, prefill=NONE)), history_of(model, SkipPlan(NONE, NONE))
     generate(llm, tokens(20))
     llm.set_plan(None)
     assert llm.online is None
     llm.reset()
-    generated, run = generate(llm, tokens(20)), ReferenceRun(model)
-    expected = np.concatenate([run.eval([token]).logits for token in [*tokens(20), *generated[:-1]]])
-    assert relative_error(llm.scores[: llm.n_tokens], expected) < TOLERANCE
+    generated(llm, history, tokens(20), N_TOKENS)
+    assert error(llm, history) < TOLERANCE
     assert llm.counters.nodes == llm.counters.nodes_full
 
 
 @pytest.mark.parametrize(("window", "limit"), [(0, 0.5), (-1, 0.5), (5, float("nan")), (5, float("inf"))], ids=str)
 def test_a_senseless_stage_is_refused_and_the_stage_in_force_goes_on(
-    window: int, limit: float, threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    window: int, limit: float, threshold: float, opened: Open, check: Open
 ) -> None:
-    llm, plan = open_model(path), online_plan(threshold)
-    llm.set_plan(plan)
+    plan = online_plan(threshold)
+    llm = opened(plan)
     with pytest.raises(NativeError):
         stage = SimpleNamespace(window=window, threshold=limit, scale="paper")
         llm._adaskip.set_plan(bare_plan(plan.prefill, online=stage), 2)
-    assert_request(llm, generate(llm, tokens(20)), follow(model, plan, tokens(20)))
+    check(llm, plan)
 
 
 # -- drafts ----------------------------------------------------------------------------------------------------------
@@ -545,7 +487,7 @@ def follow_drafts(
 @pytest.mark.parametrize("window", [4, 6, 9])
 @pytest.mark.parametrize("n_right", [0, 1, 3], ids=["wrong", "partly right", "right"])
 def test_a_draft_counts_all_its_tokens_and_the_window_may_end_inside_it(
-    n_right: int, window: int, threshold: float, path: Path, model: ReferenceModel, tokens: Tokens, open_model: Open
+    n_right: int, window: int, threshold: float, model: ReferenceModel, opened: Open
 ) -> None:
     # Drafts of three tokens make calls of four: windows of 6 and 9 end inside one. During the window the first tokens
     # of a draft are the true ones, taken from a reference that skips the fixed set alone.
@@ -557,8 +499,7 @@ def test_a_draft_counts_all_its_tokens_and_the_window_may_end_inside_it(
         wrong = [(token + 1) % 200 + 3 for token in truth[done : done + 3]]
         return [*truth[done : done + n_right], *wrong[n_right:]]
 
-    llm = open_model(path, draft_model=lambda ids, **_: np.array(draft(ids.tolist()), dtype=np.intc))
-    llm.set_plan(plan)
+    llm = opened(plan, draft_model=lambda ids, **_: np.array(draft(ids.tolist()), dtype=np.intc))
     expected = follow_drafts(model, plan, tokens(20), draft, N_TOKENS)
     for token, (wanted, stage) in itertools.islice(
         zip(llm.generate(tokens(20), temp=0.0), expected, strict=False), N_TOKENS
@@ -569,11 +510,9 @@ def test_a_draft_counts_all_its_tokens_and_the_window_may_end_inside_it(
 
 
 @pytest.mark.parametrize("name", ["falcon", "gptneox-parallel"])
-def test_an_ffn_beside_a_skipped_attention_is_observed(
-    name: str, tiny: Callable[..., Path], tokens: Tokens, open_model: Open
-) -> None:
+def test_an_ffn_beside_a_skipped_attention_is_observed(name: str, open_tiny: Open) -> None:
     # Parallel blocks share a junction. The oracle is the model whose attention 1 adds nothing, with nothing skipped.
-    llm, zeroed = open_model(tiny(name)), open_model(tiny(name, zero=[(1, "attention")]))
+    llm, zeroed = open_tiny(name), open_tiny(name, zero=[(1, "attention")])
     nothing, fixed = SkipSet.none(llm.n_layer), SkipPlan.manual(llm.n_layer, attention=[1]).decode
     stage = OnlineStage(window=WINDOW, threshold=2.0, scale="paper")
     llm.set_plan(SkipPlan(fixed, fixed, online=stage))

@@ -5,40 +5,23 @@ Oracles: the NumPy pass, which evaluates the history of each position; the bytes
 
 import pickle
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
-from oracles.readable import (
-    ATTENTION,
-    FFN,
-    MAPS,
-    NOTHING,
-    TOLERANCE,
-    Bare,
-    arguments,
-    evaluated,
-    logits,
-    same,
-    skip_set,
-)
-from oracles.reference import ReferenceModel, ReferenceRun, Windows, relative_error
-from oracles.sequence_oracle import Cells, History
-from oracles.tiny_families import N_LAYER
+from oracles.fixtures import Open
+from oracles.readable import ATTENTION, FFN, MAPS, NOTHING, TOLERANCE, evaluated, logits
+from oracles.reference import ReferenceModel, ReferenceRun, relative_error
+from oracles.skip_sets import arguments, history_of, same, skip_set
+from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError, ProfileMismatchError, StateError
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
-
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 HEAD, TAIL = 2, 3
 N = 20
@@ -63,16 +46,11 @@ READERS: dict[str, SkipPlan | None] = {
 }
 
 
-@pytest.fixture(scope="module")
-def reference(tiny: Tiny) -> ReferenceModel:
-    return ReferenceModel(tiny())
-
-
 class Both:
     """A model and what it must hold, through the same calls."""
 
     def __init__(self, llm: Any, reference: ReferenceModel) -> None:
-        self.llm, self.history = llm, History(Cells(reference), 512)
+        self.llm, self.history = llm, history_of(reference)
 
     def set_plan(self, plan: SkipPlan | None, readable: Sequence[SkipPlan] = ()) -> None:
         self.llm.set_plan(plan, readable=readable)
@@ -87,8 +65,8 @@ class Both:
 
 
 @pytest.fixture
-def both(tiny: Tiny, open_model: Open, reference: ReferenceModel) -> Both:
-    return Both(open_model(tiny()), reference)
+def both(open_tiny: Open, reference: ReferenceModel) -> Both:
+    return Both(open_tiny(), reference)
 
 
 # -- which positions -------------------------------------------------------------------------------------------------
@@ -96,9 +74,7 @@ def both(tiny: Tiny, open_model: Open, reference: ReferenceModel) -> Both:
 
 @pytest.mark.parametrize("after", READERS)
 @pytest.mark.parametrize("before", BULKS)
-def test_a_bulk_is_read_by_the_plans_that_name_it_and_by_no_other(
-    before: str, after: str, both: Both, tokens: Tokens
-) -> None:
+def test_a_bulk_is_read_by_the_plans_that_name_it_and_by_no_other(before: str, after: str, both: Both) -> None:
     both.set_plan(BULKS[before])
     both.eval(tokens(N))
     both.set_plan(READERS[after], [BULKS[before]])
@@ -108,7 +84,7 @@ def test_a_bulk_is_read_by_the_plans_that_name_it_and_by_no_other(
     assert both.eval([8]) == list(range(HEAD, N + 2))
 
 
-def test_a_plan_may_name_several(both: Both, tokens: Tokens) -> None:
+def test_a_plan_may_name_several(both: Both) -> None:
     named = list(BULKS.values())
     for i, plan in enumerate(named):
         both.set_plan(plan, named)
@@ -121,34 +97,28 @@ def test_a_plan_may_name_several(both: Both, tokens: Tokens) -> None:
     assert len(both.history.cells) == len(named) * N + 2
 
 
-def test_what_is_named_changes_nothing_of_what_a_plans_own_sets_leave_out(both: Both, tokens: Tokens) -> None:
-    # Its own prefill set skips an attention without K and V, and decode set skips it too: as before.
-    plan = SkipPlan(FFN, FFN, bulk=Bulk(ATTENTION, head=HEAD, tail=TAIL))
-    both.set_plan(plan, [BULKS["vectors and maps"]])
+OWN = SkipPlan(FFN, FFN, bulk=Bulk(ATTENTION, head=HEAD, tail=TAIL))
+HOLES = [prompt_plan(ATTENTION)]
+OTHERS: dict[str, tuple[tuple[SkipPlan, Any], list[tuple[SkipPlan, Any, int]]]] = {
+    # Its own prefill set, too, is read by plans that have it; the positions in front of that bulk are of no bulk.
+    "sets of the plan": ((OWN, [BULKS["vectors and maps"]]), [(same(FFN), [OWN], N), (same(NOTHING), [OWN], 0)]),
+    "an attention without K and V": ((same(ATTENTION), HOLES), [(None, HOLES, 0)]),
+    "no bulk": ((same(FFN), ()), [(None, [same(FFN), prompt_plan(NOTHING)], 0)]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_in_no_bulk_that_is_named_is_read_as_ever(case: str, both: Both) -> None:
+    before, after = OTHERS[case]
+    both.set_plan(*before)
     both.eval(tokens(N))
-    both.set_plan(same(FFN), [plan])
-    assert both.eval([7]) == [N]
-    both.set_plan(same(NOTHING), [plan])
-    assert both.eval([7])[0] == 0, "the positions in front of that bulk are of no bulk"
+    for i, (plan, named, first) in enumerate(after):
+        both.set_plan(plan, named)
+        assert both.eval([7]) == list(range(first, N + 1 + i))
+        assert case != "no bulk" or (both.llm.readable == () and both.llm._adaskip.plan_tag() == 0)
 
 
-def test_an_attention_without_k_and_v_is_a_hole_whatever_is_named(both: Both, tokens: Tokens) -> None:
-    named = [prompt_plan(ATTENTION)]
-    both.set_plan(same(ATTENTION), named)
-    both.eval(tokens(N))
-    both.set_plan(None, named)
-    assert both.eval([7]) == list(range(N + 1))
-
-
-def test_a_plan_without_a_bulk_adds_nothing(both: Both, tokens: Tokens) -> None:
-    both.set_plan(same(FFN))
-    both.eval(tokens(N))
-    both.set_plan(None, [same(FFN), prompt_plan(NOTHING)])
-    assert both.llm.readable == () and both.llm._adaskip.plan_tag() == 0
-    assert both.eval([7]) == list(range(N + 1))
-
-
-def test_an_answer_follows_a_prompt_that_other_plans_read(both: Both, tokens: Tokens) -> None:
+def test_an_answer_follows_a_prompt_that_other_plans_read(both: Both) -> None:
     plan = BULKS["an FFN"]
     both.set_plan(plan)
     both.eval(tokens(N))
@@ -165,31 +135,25 @@ def test_an_answer_follows_a_prompt_that_other_plans_read(both: Both, tokens: To
 # -- setting it ------------------------------------------------------------------------------------------------------
 
 
-def test_an_equal_plan_and_equal_readable_plans_change_nothing(both: Both, tokens: Tokens) -> None:
+def test_an_equal_plan_and_equal_readable_plans_change_nothing_and_others_take_effect(both: Both) -> None:
     first, second = BULKS["an FFN"], BULKS["vectors and maps"]
     both.set_plan(first, [second, first])
-    both.llm.eval(tokens(N))
+    both.eval(tokens(N))
     tag = both.llm._adaskip.plan_tag()
     copies = [pickle.loads(pickle.dumps(plan)) for plan in (first, first, second)]
     both.llm.set_plan(copies[0], readable=copies)
     assert both.llm._adaskip.plan_tag() == tag
     assert evaluated(both.llm, lambda: next(both.llm.generate(tokens(N), temp=0))) == []
-
-
-def test_other_readable_plans_of_an_equal_plan_take_effect(both: Both, tokens: Tokens) -> None:
-    plan = BULKS["an FFN"]
-    both.set_plan(plan)
-    both.eval(tokens(N))
-    both.set_plan(None, [plan])
-    assert (both.llm.plan, both.llm.readable) == (None, (plan,))
+    both.set_plan(None, [first])
+    assert (both.llm.plan, both.llm.readable) == (None, (first,))
     assert both.eval([7]) == [N]
     both.set_plan(None)
     assert (both.llm.plan, both.llm.readable) == (None, ())
-    assert both.eval([7]) == list(range(HEAD, N + 2))
+    assert both.eval([8]) == list(range(HEAD, N + 2))
 
 
-def test_what_cannot_be_read_is_refused_and_the_plan_in_force_stays(tiny: Tiny, open_model: Open) -> None:
-    llm, plan = open_model(tiny("jamba")), SkipPlan.manual(3, ffn=[1], phase="bulk")  # no attention in layers 0 and 2
+def test_what_cannot_be_read_is_refused_and_the_plan_in_force_stays(open_tiny: Open) -> None:
+    llm, plan = open_tiny("jamba"), SkipPlan.manual(3, ffn=[1], phase="bulk")  # no attention in layers 0 and 2
     llm.set_plan(plan, readable=[plan])
     bad: dict[type[Exception], Any] = {
         NotSkippableError: SkipPlan.manual(3, attention=[0], phase="bulk"),
@@ -204,17 +168,17 @@ def test_what_cannot_be_read_is_refused_and_the_plan_in_force_stays(tiny: Tiny, 
     assert (llm.plan, llm.readable) == (plan, (plan,))
 
 
-def test_a_model_without_kv_for_every_attention_reads_no_bulk(tiny: Tiny, open_model: Open) -> None:
+def test_a_model_without_kv_for_every_attention_reads_no_bulk(open_tiny: Open) -> None:
     plan = same(ATTENTION)
-    llm = open_model(tiny(), plan=plan)
+    llm = open_tiny(plan=plan)
     with pytest.raises(ElidedKVError):
         llm.set_plan(plan, readable=[BULKS["an FFN"]])
     assert llm.readable == ()
     llm.set_plan(plan, readable=[plan])  # which has no bulk
 
 
-def test_a_pickled_model_reads_what_it_read(tiny: Tiny, open_model: Open) -> None:
-    llm = open_model(tiny())
+def test_a_pickled_model_reads_what_it_read(open_tiny: Open) -> None:
+    llm = open_tiny()
     llm.set_plan(None, readable=[BULKS["vectors and maps"]])
     other = pickle.loads(pickle.dumps(llm))
     assert (other.plan, other.readable) == (None, (BULKS["vectors and maps"],))
@@ -224,10 +188,10 @@ def test_a_pickled_model_reads_what_it_read(tiny: Tiny, open_model: Open) -> Non
 # -- ids -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_id_of_a_bulk_is_what_its_cells_are_saved_with(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
+def test_the_id_of_a_bulk_is_what_its_cells_are_saved_with(open_tiny: Open) -> None:
     ids = set()
     for plan in BULKS.values():
-        llm, other = open_model(tiny()), open_model(tiny())
+        llm, other = open_tiny(), open_tiny()
         found = other._adaskip.bulk_set_id(pickle.loads(pickle.dumps(plan)))
         llm.set_plan(plan)
         llm.eval(tokens(N))
@@ -237,16 +201,16 @@ def test_the_id_of_a_bulk_is_what_its_cells_are_saved_with(tiny: Tiny, open_mode
     assert len(ids) == len(BULKS)
 
 
-def test_the_id_of_a_bulk_that_leaves_the_whole_model_is_0(tiny: Tiny, open_model: Open) -> None:
-    native = open_model(tiny())._adaskip
+def test_the_id_of_a_bulk_that_leaves_the_whole_model_is_0(open_tiny: Open) -> None:
+    native = open_tiny()._adaskip
     skipped = prompt_plan(ATTENTION, windowed=(1,))
     assert native.bulk_set_id(prompt_plan(NOTHING)) == native.bulk_set_id(same(FFN)) == 0
     assert native.bulk_set_id(skipped) == native.bulk_set_id(BULKS["an attention"]) != 0
 
 
-def test_the_id_tells_what_a_position_of_the_bulk_was_computed_with(tiny: Tiny, open_model: Open) -> None:
+def test_the_id_tells_what_a_position_of_the_bulk_was_computed_with(open_tiny: Open) -> None:
     # The head counts where windows begin with it; the tail never does.
-    id_of = open_model(tiny())._adaskip.bulk_set_id
+    id_of = open_tiny()._adaskip.bulk_set_id
     windows, ffn = BULKS["windows"], BULKS["an FFN"]
     assert id_of(prompt_plan(FFN, head=7, tail=9)) == id_of(ffn)
     assert id_of(replace(windows, bulk=replace(windows.bulk, head=7))) != id_of(windows)
@@ -257,11 +221,9 @@ def test_the_id_tells_what_a_position_of_the_bulk_was_computed_with(tiny: Tiny, 
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "jamba"])
-def test_a_saved_state_is_read_by_a_plan_that_names_what_it_was_saved_under(
-    family: str, tiny: Tiny, open_model: Open, tokens: Tokens
-) -> None:
+def test_a_saved_state_is_read_by_a_plan_that_names_what_it_was_saved_under(family: str, open_tiny: Open) -> None:
     plan, reader = (SkipPlan.manual(N_LAYER, ffn=[1], scale=s, phase="bulk") for s in (1.0, 0.9))
-    saver, loader, without = (open_model(tiny(family)) for _ in range(3))
+    saver, loader, without = (open_tiny(family) for _ in range(3))
     saver.set_plan(plan)
     saver.eval_bulk(tokens(9))
     state = pickle.loads(pickle.dumps(saver.save_state()))
@@ -278,23 +240,13 @@ def test_a_saved_state_is_read_by_a_plan_that_names_what_it_was_saved_under(
 # -- the bare context ------------------------------------------------------------------------------------------------
 
 
-def in_bulk(context: Bare, **pieces: tuple[int, list[int]]) -> dict[str, np.ndarray]:
-    context.native.set_phase("bulk")
-    result = context.decode(**pieces)
-    context.native.set_phase("prefill")
-    return result
-
-
 @pytest.mark.parametrize("unified", [True, False])
-def test_what_is_not_named_is_refused(
-    unified: bool,
-    bare: Any,
-    tokens: Tokens,
-    reference: ReferenceModel,
-) -> None:
+def test_what_is_not_named_is_refused(unified: bool, bare: Open, reference: ReferenceModel) -> None:
     context, run, plan = bare(unified=unified), ReferenceRun(reference), BULKS["vectors and maps"]
     context.set_plan(plan)
-    in_bulk(context, s1=(0, tokens(7)))
+    context.native.set_phase("bulk")
+    context.decode(s1=(0, tokens(7)))
+    context.native.set_phase("prefill")
     for reader in (None, BULKS["an FFN"]):
         context.set_plan(reader)
         with pytest.raises(StateError, match="position 0 of sequence 1"):
@@ -306,44 +258,3 @@ def test_what_is_not_named_is_refused(
     assert context.native.plan_tag() == 100
     run.eval(tokens(7), *arguments(MAPS), keeps_kv=True)
     assert relative_error(context.decode(s1=(7, [7]))["s1"], run.eval([7]).logits) < TOLERANCE
-
-
-@pytest.mark.parametrize("unified", [True, False])
-def test_a_copied_sequence_is_read_by_who_names_what_it_was_of(
-    unified: bool,
-    bare: Any,
-    tokens: Tokens,
-    reference: ReferenceModel,
-) -> None:
-    context, run, plan = bare(unified=unified), ReferenceRun(reference), BULKS["an attention"]
-    context.set_plan(plan)
-    in_bulk(context, s0=(0, tokens(9)))
-    llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
-    context.set_plan(BULKS["an FFN"])
-    with pytest.raises(StateError, match="sequence 1"):
-        context.decode(s1=(9, [7]))
-    context.native.set_plan(BULKS["an FFN"], 99, [context.native.bulk_set_id(plan)])
-    run.eval(tokens(9), *arguments(ATTENTION), keeps_kv=True)
-    in_bulk(context, s1=(9, [7]))
-    run.eval([7], *arguments(FFN), keeps_kv=True)
-    assert relative_error(context.decode(s1=(10, [8]))["s1"], run.eval([8]).logits) < TOLERANCE
-
-
-def test_shifted_positions_are_read_by_who_names_what_they_were_of(
-    bare: Any,
-    tokens: Tokens,
-    reference: ReferenceModel,
-) -> None:
-    context, run, plan = bare(), ReferenceRun(reference), BULKS["windows"]
-    context.set_plan(plan)
-    in_bulk(context, s0=(0, tokens(10)))
-    llama_cpp.llama_memory_seq_rm(context.memory, 0, 0, 4)
-    llama_cpp.llama_memory_seq_add(context.memory, 0, 4, -1, -4)
-    context.set_plan(None)
-    with pytest.raises(StateError, match="position 0 of sequence 0"):
-        context.decode(s0=(6, [7]))
-    context.native.set_plan(None, 99, [context.native.bulk_set_id(plan)])
-    run.eval(tokens(10), *arguments(NOTHING), keeps_kv=True, windows=Windows((0, 2), 4, HEAD))
-    run.keep(np.arange(10) >= 4)
-    run.positions -= 4
-    assert relative_error(context.decode(s0=(6, [7]))["s0"], run.eval([7]).logits) < TOLERANCE

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from oracles.fixtures import Open
 from oracles.stock import EXACT, Job, eval_logits, run_stock
+from oracles.tiny_families import tokens
 from oracles.tiny_models import write_model
-
-Open = Callable[..., Any]
-Tokens = Callable[..., list[int]]
 
 OPTIONS: dict[str, Any] = {"n_ctx": 128, "logits_all": True, **EXACT}
 QUANTIZATIONS = ("Q4_0", "Q8_0")
@@ -29,53 +28,40 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return path
 
 
-def pieces(tokens: Tokens) -> list[list[int]]:
+def pieces() -> list[list[int]]:
     """A prompt of several rows, which repacked products compute in groups of four, and two tokens alone."""
     return [tokens(37), [7], [8]]
 
 
-def stock(path: Path, tokens: Tokens, **model_params: Any) -> np.ndarray:
-    (logits,) = run_stock([Job(str(path), pieces(tokens), OPTIONS, model_params=model_params)])
+def stock(path: Path, **model_params: Any) -> np.ndarray:
+    (logits,) = run_stock([Job(str(path), pieces(), OPTIONS, model_params=model_params)])
     return logits
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_without_repacking_the_logits_are_stocks_without_it(
-    quantization: str, quantized: Callable[[str], Path], open_model: Open, tokens: Tokens
+def test_the_logits_are_stocks_with_repacking_which_is_the_default_and_without(
+    quantization: str, quantized: Callable[[str], Path], open_model: Open
 ) -> None:
     path = quantized(quantization)
-    expected = stock(path, tokens, use_extra_bufts=False)
-    np.testing.assert_array_equal(eval_logits(open_model(path, repack=False), pieces(tokens)), expected)
+    for options, params in (({"repack": False}, {"use_extra_bufts": False}), ({}, {}), ({"repack": True}, {})):
+        expected = stock(path, **params)
+        np.testing.assert_array_equal(eval_logits(open_model(path, **options), pieces()), expected)
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_by_default_the_logits_are_stocks_by_default(
-    quantization: str, quantized: Callable[[str], Path], open_model: Open, tokens: Tokens
-) -> None:
-    path = quantized(quantization)
-    expected = stock(path, tokens)
-    for options in ({}, {"repack": True}):
-        np.testing.assert_array_equal(eval_logits(open_model(path, **options), pieces(tokens)), expected)
-
-
-def test_whether_weights_are_repacked_shows_in_the_rounding(
-    quantized: Callable[[str], Path], open_model: Open, tokens: Tokens
-) -> None:
+def test_whether_weights_are_repacked_shows_in_the_rounding(quantized: Callable[[str], Path], open_model: Open) -> None:
     # Else the tests above would show nothing.
     path = quantized("Q4_0")
-    with_it, without = stock(path, tokens), stock(path, tokens, use_extra_bufts=False)
+    with_it, without = stock(path), stock(path, use_extra_bufts=False)
     if np.array_equal(with_it, without):
         pytest.skip("ggml repacks nothing on this processor")
     np.testing.assert_allclose(without, with_it, rtol=0.2, atol=0.2)
-    assert not np.array_equal(eval_logits(open_model(path, repack=False), pieces(tokens)), with_it)
+    assert not np.array_equal(eval_logits(open_model(path, repack=False), pieces()), with_it)
 
 
 @pytest.mark.parametrize("repack", [True, False])
-def test_a_pickled_model_is_opened_as_it_was(
-    repack: bool, quantized: Callable[[str], Path], open_model: Open, tokens: Tokens
-) -> None:
+def test_a_pickled_model_is_opened_as_it_was(repack: bool, quantized: Callable[[str], Path], open_model: Open) -> None:
     llm = open_model(quantized("Q4_0"), repack=repack)
     other = pickle.loads(pickle.dumps(llm))
     assert llm.model_params.use_extra_bufts == other.model_params.use_extra_bufts == repack
-    np.testing.assert_array_equal(*(eval_logits(each, pieces(tokens)) for each in (llm, other)))
+    np.testing.assert_array_equal(*(eval_logits(each, pieces()) for each in (llm, other)))
     other.close()

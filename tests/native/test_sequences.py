@@ -22,6 +22,7 @@ from llama_cpp import LlamaRAMCache, llama_get_memory, llama_memory_seq_pos_min
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from oracles.drawn_plans import NOTHING, plans
 from oracles.drawn_sequences import rule
+from oracles.fixtures import Tiny
 from oracles.reference import ReferenceModel, relative_error
 from oracles.sequence_oracle import Cell, Cells, History
 from oracles.stock import EXACT
@@ -49,22 +50,13 @@ class Drafts(LlamaPromptLookupDecoding):
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to open a model.
-
-    Attributes:
-        family: of the tiny model.
-        options: for AdaSkipLlama.
-        reuse: what a prompt uses of the one in memory; where it may be edited, no logits are kept but the last.
-        tolerance: of the logits, relative.
-        elided: layers whose attention has no KV.
-        drafts: whether tokens are drafted.
-    """
+    """One way to open a model."""
 
     family: str = "llama"
     options: dict[str, Any] = field(default_factory=dict)
-    reuse: Reuse = "prefix"
-    tolerance: float = 1e-5
-    elided: tuple[int, ...] = ()
+    reuse: Reuse = "prefix"  # of the prompt in memory; where it may be edited, no logits are kept but the last
+    tolerance: float = 1e-5  # of the logits, relative
+    elided: tuple[int, ...] = ()  # layers whose attention has no KV
     drafts: bool = False
 
     @property
@@ -179,14 +171,7 @@ def edited(draw: st.DrawFn, text: list[int]) -> list[int]:
 
 
 class Calls(RuleBasedStateMachine):
-    """One model and its history, through calls in any order.
-
-    Args:
-        path: a tiny model.
-        model: the same in NumPy.
-        kind: how it is opened.
-        llm: one that is open already, and stays open.
-    """
+    """One model and its history, through calls in any order; an ``llm`` that is given is open, and stays so."""
 
     def __init__(self, path: Path, model: ReferenceModel, kind: Kind, llm: WatchedLlama | None = None) -> None:
         super().__init__()
@@ -456,7 +441,7 @@ class Calls(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_sequence_of_calls_gives_the_logits_of_a_fresh_model(
-    kind: str, tiny: Callable[..., Path], explore: Callable[[Callable[[], Any]], None]
+    kind: str, tiny: Tiny, explore: Callable[[Callable[[], Any]], None]
 ) -> None:
     path = tiny(KINDS[kind].family)
     explore(partial(Calls, path, ReferenceModel(path), KINDS[kind]))

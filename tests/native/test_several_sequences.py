@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition
 from oracles.drawn_plans import NOTHING, plans
 from oracles.drawn_sequences import rule
+from oracles.fixtures import Tiny
 from oracles.reference import ReferenceModel, ReferenceRun, Windows, relative_error
 from oracles.sequence_oracle import Cell, is_readable
 from oracles.stock import EXACT
@@ -74,15 +75,9 @@ texts = st.lists(st.integers(3, N_VOCAB - 1), min_size=1, max_size=8)
 
 
 class Calls(RuleBasedStateMachine):
-    """One context and its sequences, through calls in any order.
+    """One context and its sequences, through calls in any order; an ``llm`` that is given is open, and stays so.
 
-    Args:
-        path: a tiny model of the llama architecture.
-        model: the same in NumPy.
-        unified: whether all sequences share one stream of cells.
-        options: for AdaSkipLlama.
-        elided: layers whose attention has no KV.
-        llm: one that was opened like this already, and stays open.
+    ``unified`` says whether all sequences share one stream of cells, ``elided`` which attentions have no KV.
     """
 
     def __init__(
@@ -227,12 +222,12 @@ KINDS: dict[str, tuple[bool, dict[str, Any], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_sequence_of_calls_on_the_bare_context_gives_the_logits_of_the_reference_or_is_refused(
-    kind: str, tiny: Callable[..., Path], explore: Callable[[Callable[[], Any]], None]
+    kind: str, tiny: Tiny, explore: Callable[[Callable[[], Any]], None]
 ) -> None:
     explore(partial(Calls, tiny(), ReferenceModel(tiny()), *KINDS[kind]))
 
 
-def test_windows_read_one_sequence_at_a_time(tiny: Callable[..., Path]) -> None:
+def test_windows_read_one_sequence_at_a_time(tiny: Tiny) -> None:
     llm, run = open_with_sequences(tiny(), True), ReferenceRun(ReferenceModel(tiny()))
     batch = llama_cpp.llama_batch_init(64, 0, 1)
 
@@ -260,7 +255,7 @@ def test_windows_read_one_sequence_at_a_time(tiny: Callable[..., Path]) -> None:
     llm.close()
 
 
-def test_where_every_sequence_has_its_own_cells_no_attention_is_windowed(tiny: Callable[..., Path]) -> None:
+def test_where_every_sequence_has_its_own_cells_no_attention_is_windowed(tiny: Tiny) -> None:
     llm = open_with_sequences(tiny(), False)
     assert not any(row.windowable for row in llm.sublayers)
     none = SkipSet.none(N_LAYER)

@@ -1,31 +1,23 @@
 """Statistics computed inside llama.cpp against NumPy passes that share no code with them."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
+from oracles.fixtures import Open, Tiny
 from oracles.observed import collect
 from oracles.reference import ReferenceModel, ReferenceRun, Trace, mean_similarity, norm_ratio
 from oracles.reference_parallel import eval_parallel
 from oracles.stock import EXACT, Job, eval_logits, run_stock
-from oracles.tiny_families import N_EMBD, SKIPPABLE
+from oracles.tiny_families import N_EMBD, SKIPPABLE, tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
-
-Tiny = Callable[..., Path]
-
-
-Tokens = Callable[..., list[int]]
-
-
-Open = Callable[..., Any]
-
 
 SPLITS = {
     "one piece": (40, {}),
@@ -46,65 +38,69 @@ def assert_equal(actual: Trace, expected: Trace, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_similarity_and_norm_ratio_equal_the_reference_however_the_request_is_split(
-    split: str, tiny: Tiny, tokens: Tokens, open_model: Open
+def test_statistics_equal_the_reference_however_the_request_is_split(
+    split: str, open_tiny: Open, reference: ReferenceModel
 ) -> None:
-    # float32 sums of 64 products against float64: 3e-7 is measured. The last layer's FFN is one of the rows and every
-    # token one of its columns, also where llama.cpp needs the last token's logits only.
+    # float32 sums of 64 products against float64: 3e-7 is measured, and of 40 tokens 1e-6 of their largest value. The
+    # last layer's FFN is one of the rows and every token one of its columns, also where llama.cpp needs the last
+    # token's logits only.
     size, options = SPLITS[split]
-    actual = collect(open_model(tiny(), **options), tokens(40), size)
-    assert_equal(actual, ReferenceRun(ReferenceModel(tiny())).eval(tokens(40)), 2e-6)
+    actual = collect(open_tiny(**options), tokens(40), size, vectors=True)
+    expected = ReferenceRun(reference).eval(tokens(40))
+    assert_equal(actual, expected, 2e-6)
+    np.testing.assert_allclose(actual.sum_u, expected.sum_u, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(actual.sum_v, expected.sum_v, rtol=0, atol=1e-4)
+    assert np.abs(expected.sum_u).max() > 10
+    np.testing.assert_allclose(actual.layer_dot, expected.layer_dot, rtol=1e-5, atol=1e-4)
 
 
-def test_statistics_of_parallel_sublayers_follow_the_chain_attention_then_ffn(
-    tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_statistics_of_parallel_sublayers_follow_the_chain_attention_then_ffn(tiny: Tiny, open_tiny: Open) -> None:
     # a = x + attention(x), y = a + ffn(x). Stock's F16 GELU table puts a token's cosine 1.3e-4 off (the
     # request's similarity and ratio 1e-5), the other order or a shared input more than 0.1.
-    path = tiny("gptneox-parallel")
-    assert_equal(collect(open_model(path), tokens(40)), eval_parallel(path, tokens(40)), 5e-4)
+    trace = collect(open_tiny("gptneox-parallel"), tokens(40), vectors=True)
+    expected = eval_parallel(tiny("gptneox-parallel"), tokens(40))
+    assert_equal(trace, expected, 5e-4)
+    # The sum of a sublayer's outputs is that of the next one's inputs; a layer's input and output obey Cauchy-Schwarz
+    # with the norms of the NumPy pass.
+    sum_u, sum_v = (each.reshape(-1, N_EMBD) for each in (trace.sum_u, trace.sum_v))
+    np.testing.assert_allclose(sum_v[:-1], sum_u[1:], rtol=1e-4, atol=1e-4)
+    assert (trace.layer_dot**2 <= 1.001 * expected.u_sq[:, 0] * expected.v_sq[:, 1]).all()
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
-def test_the_output_of_each_sublayer_is_the_input_of_the_next(
-    name: str, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_the_output_of_each_sublayer_is_the_input_of_the_next(name: str, open_tiny: Open) -> None:
     # The same tensor reduced twice: equal to float32 rounding.
-    trace = collect(open_model(tiny(name)), tokens(40), 30)
+    trace = collect(open_tiny(name), tokens(40), 30)
     n_layer = SKIPPABLE[name].n_layer
     u_sq, v_sq = (values.reshape(2 * n_layer, -1) for values in (trace.u_sq, trace.v_sq))
     np.testing.assert_allclose(v_sq[:-1], u_sq[1:], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
-def test_the_first_input_is_the_token_embedding(name: str, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_the_first_input_is_the_token_embedding(name: str, tiny: Tiny, open_tiny: Open) -> None:
     # Read from the file; gemma models scale the embedding by sqrt(n_embd).
-    from gguf import GGUFReader
-
     table = next(t.data for t in GGUFReader(tiny(name)).tensors if t.name == "token_embd.weight")
     scale = N_EMBD if name.startswith("gemma") else 1
     expected = scale * (np.asarray(table, np.float64)[tokens(40)] ** 2).sum(axis=-1)
-    np.testing.assert_allclose(collect(open_model(tiny(name)), tokens(40)).u_sq[0, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(collect(open_tiny(name), tokens(40)).u_sq[0, 0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
-def test_collecting_statistics_changes_no_bit_of_the_logits(
-    name: str, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_collecting_statistics_changes_no_bit_of_the_logits(name: str, tiny: Tiny, open_tiny: Open) -> None:
     options, pieces = {"n_ctx": 128, "logits_all": True, **EXACT}, [tokens(40)[:36], *([t] for t in tokens(40)[36:])]
     (expected,) = run_stock([Job(str(tiny(name)), pieces, options)])
-    for vectors in (False, True):
-        llm, seen = open_model(tiny(name)), []
-        with llm.collect_statistics(
-            lambda batch, seen=seen: seen.extend(batch.positions), keep_logits=True, vectors=vectors
-        ):
+    llm = open_tiny(name)
+    for asked in ({}, {"vectors": True}, {"activations": True}):
+        seen: list[int] = []
+        with llm.collect_statistics(lambda batch, seen=seen: seen.extend(batch.positions), keep_logits=True, **asked):
             np.testing.assert_array_equal(eval_logits(llm, pieces), expected)
         assert seen == list(range(40))
+    np.testing.assert_array_equal(eval_logits(llm, pieces), expected)
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
 def test_a_sublayer_that_adds_nothing_has_similarity_one_and_ratio_one(
-    name: str, tmp_path: Path, tokens: Tokens, open_model: Open
+    name: str, tmp_path: Path, open_model: Open
 ) -> None:
     # A model whose FFN of layer 1 has a zero output projection: u = v to the last bit, so dot = |u|^2 = |v|^2.
     path = write_model(tmp_path / "zero.gguf", name, zero=[(1, "ffn")])
@@ -114,46 +110,8 @@ def test_a_sublayer_that_adds_nothing_has_similarity_one_and_ratio_one(
     assert (np.abs(trace.dot[1, 0] / trace.u_sq[1, 0] - 1) > 1e-3).any(), "the attention beside it does add"
 
 
-# -- vectors and whole layers ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_sums_of_inputs_and_outputs_equal_the_reference(
-    split: str, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    # Sums of 40 tokens in float32: 1e-6 of their largest value is measured.
-    size, options = SPLITS[split]
-    actual = collect(open_model(tiny(), **options), tokens(40), size, vectors=True)
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40))
-    np.testing.assert_allclose(actual.sum_u, expected.sum_u, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(actual.sum_v, expected.sum_v, rtol=0, atol=1e-4)
-    assert np.abs(expected.sum_u).max() > 10
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_layers_input_times_its_output_equals_the_reference(
-    split: str, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    size, options = SPLITS[split]
-    actual = collect(open_model(tiny(), **options), tokens(40), size)
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40))
-    np.testing.assert_allclose(actual.layer_dot, expected.layer_dot, rtol=1e-5, atol=1e-4)
-
-
-def test_parallel_layers_have_them_too(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    # The sum of a sublayer's outputs is that of the next one's inputs; a layer's input and output obey Cauchy-Schwarz
-    # with the norms of the NumPy pass.
-    trace = collect(open_model(tiny("gptneox-parallel")), tokens(40), vectors=True)
-    expected = eval_parallel(tiny("gptneox-parallel"), tokens(40))
-    np.testing.assert_allclose(
-        trace.sum_v.reshape(-1, N_EMBD)[:-1], trace.sum_u.reshape(-1, N_EMBD)[1:], rtol=1e-4, atol=1e-4
-    )
-    assert (trace.layer_dot**2 <= 1.001 * expected.u_sq[:, 0] * expected.v_sq[:, 1]).all()
-
-
-def test_a_skipped_sublayer_is_not_observed(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, seen = open_model(tiny()), []
-    llm.set_plan(SkipPlan.manual(3, attention=[1], ffn=[2]))
+def test_a_skipped_sublayer_is_not_observed(open_tiny: Open) -> None:
+    llm, seen = open_tiny(under=SkipPlan.manual(3, attention=[1], ffn=[2])), []
     with llm.collect_statistics(seen.append, vectors=True):
         llm.eval(tokens(20))
     (batch,) = seen
@@ -165,18 +123,15 @@ def test_a_skipped_sublayer_is_not_observed(tiny: Tiny, tokens: Tokens, open_mod
     assert np.isnan(batch.layer_dot).all(axis=-1).tolist() == [False, True, True]
 
 
-# -- decode ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{}, {"n_batch": 7}, {"logits_all": False}], ids=str)
 def test_in_the_bulk_what_runs_is_observed_on_the_stream_as_it_is(
-    options: dict[str, Any], tiny: Tiny, tokens: Tokens, open_model: Open
+    options: dict[str, Any], open_tiny: Open, reference: ReferenceModel
 ) -> None:
     # Skipped in layers 0 and 1 and in the last one, whose other sublayer runs for nobody but who observes.
-    llm, none = open_model(tiny(), **options), SkipSet.none(3)
+    llm, none = open_tiny(**options), SkipSet.none(3)
     bulk = SkipPlan.manual(3, attention=[0, 2], ffn=[1], scale=0.9).prefill
     llm.set_plan(SkipPlan(none, none, bulk=Bulk(bulk, head=4, tail=8)))
-    actual, run = collect(llm, tokens(40)), ReferenceRun(ReferenceModel(tiny()))
+    actual, run = collect(llm, tokens(40)), ReferenceRun(reference)
     head = run.eval(tokens(40)[:4])
     middle = run.eval(tokens(40)[4:32], bulk.skip, bulk.scale, keeps_kv=True)
     expected = Trace.concatenate([head, middle, run.eval(tokens(40)[32:])])
@@ -188,16 +143,16 @@ def test_in_the_bulk_what_runs_is_observed_on_the_stream_as_it_is(
 
 @pytest.mark.parametrize("logits_all", [True, False])
 def test_generated_tokens_are_observed_one_by_one_as_decode(
-    logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
+    logits_all: bool, open_tiny: Open, reference: ReferenceModel
 ) -> None:
     # The last generated token is not evaluated. Each of them is an output, so the last layer's FFN sees it as well.
-    llm, plain, seen = open_model(tiny(), logits_all=logits_all), open_model(tiny(), logits_all=logits_all), []
+    llm, plain, seen = open_tiny(logits_all=logits_all), open_tiny(logits_all=logits_all), []
     with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
         generated = list(itertools.islice(llm.generate(tokens(20), temp=0.0), 9))
     assert generated == list(itertools.islice(plain.generate(tokens(20), temp=0.0), 9)), "the logits are untouched"
     assert [batch.phase for batch in seen] == ["prefill"] + ["decode"] * 8
     assert [batch.positions.tolist() for batch in seen[1:]] == [[position] for position in range(20, 28)]
-    run = ReferenceRun(ReferenceModel(tiny()))
+    run = ReferenceRun(reference)
     run.eval(tokens(20))
     for batch, token in zip(seen[1:], generated[:-1], strict=True):
         expected = run.eval([token])
@@ -208,11 +163,11 @@ def test_generated_tokens_are_observed_one_by_one_as_decode(
 @pytest.mark.parametrize("name", SKIPPABLE)
 @pytest.mark.parametrize("size", [1, 8, 9])
 def test_few_tokens_are_reduced_from_the_stream_itself_with_no_operation_added(
-    size: int, name: str, tiny: Tiny, tokens: Tokens, open_model: Open
+    size: int, name: str, open_tiny: Open
 ) -> None:
     # Up to 8 tokens the host reduces what it copies, beyond that the device: float32 sums in another order. Stock's F16
     # GELU table adds 2e-5 where another number of tokens rounds an input differently.
-    llm, n_layer = open_model(tiny(name), logits_all=True), SKIPPABLE[name].n_layer
+    llm, n_layer = open_tiny(name, logits_all=True), SKIPPABLE[name].n_layer
     actual = collect(llm, tokens(36), size, vectors=True)
     counters = llm.counters
     if size <= 8:  # each stream is copied once, that behind llama.cpp's gather of the outputs too
@@ -221,65 +176,41 @@ def test_few_tokens_are_reduced_from_the_stream_itself_with_no_operation_added(
         assert n_streams in (2 * n_layer + 1, 2 * n_layer + 2)
     else:
         assert counters.nodes > counters.nodes_full
-    whole = collect(open_model(tiny(name), logits_all=True), tokens(36), vectors=True)
+    whole = collect(open_tiny(name, logits_all=True), tokens(36), vectors=True)
     for part in ("dot", "u_sq", "v_sq", "layer_dot", "sum_u", "sum_v"):
         expected = getattr(whole, part)
         np.testing.assert_allclose(getattr(actual, part), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def test_with_logits_the_last_ffn_and_the_last_layer_are_observed_on_output_tokens_only(
-    tiny: Tiny, tokens: Tokens, open_model: Open
+    open_tiny: Open, reference: ReferenceModel
 ) -> None:
     # Without logits_all, llama.cpp runs the last FFN for the prompt's last token only.
-    llm, seen = open_model(tiny(), logits_all=False), []
+    llm, seen = open_tiny(logits_all=False), []
     with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
         llm.eval(tokens(20))
-    (batch,), expected = seen, ReferenceRun(ReferenceModel(tiny())).eval(tokens(20))
+    (batch,), expected = seen, ReferenceRun(reference).eval(tokens(20))
     observed = ~np.isnan(batch.dot)
     assert observed[:2].all()
     assert not observed[2, 1, :-1].any() and observed[2, 1, -1]
     np.testing.assert_allclose(batch.dot[observed], expected.dot[observed], rtol=1e-4, atol=1e-4)
     assert np.isnan(batch.layer_dot[2]).tolist() == [True] * 19 + [False]
     np.testing.assert_allclose(batch.layer_dot[2, -1], expected.layer_dot[2, -1], rtol=1e-4)
-    last = ReferenceRun(ReferenceModel(tiny()))
+    last = ReferenceRun(reference)
     last.eval(tokens(20)[:-1])
     np.testing.assert_allclose(batch.sum_u[2, 1], last.eval(tokens(20)[-1:]).sum_u[2, 1], rtol=1e-4, atol=1e-4)
 
 
-def test_without_output_tokens_the_last_ffn_is_not_observed(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_without_output_tokens_the_last_ffn_is_not_observed(open_tiny: Open) -> None:
     # One call of llama_decode in three ubatches, of which only the last has an output. Reductions of no rows at all
     # must not be computed: ggml divides by their number.
-    llm, seen = open_model(tiny(), logits_all=False, n_batch=32, n_ubatch=8), []
+    llm, seen = open_tiny(logits_all=False, n_batch=32, n_ubatch=8), []
     with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
         llm.eval(tokens(20))
     assert [len(batch.positions) for batch in seen] == [8, 8, 4]
     for batch in seen[:-1]:
         assert np.isnan(batch.dot[2, 1]).all()
         assert np.isnan(batch.sum_u[2, 1]).all() and np.isnan(batch.sum_v[2, 1]).all()
-
-
-def test_an_error_in_the_sink_reaches_the_caller_and_the_model_works_afterwards(
-    tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    class SinkError(Exception):
-        pass
-
-    def fail(batch: Any) -> None:
-        raise SinkError
-
-    llm = open_model(tiny())
-    with pytest.raises(SinkError), llm.collect_statistics(fail):
-        llm.eval(tokens(40))
-    llm.reset()
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40))
-    assert_equal(collect(llm, tokens(40)), expected, 2e-6)
-
-
-def test_a_last_piece_of_one_token_is_prefill(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, phases = open_model(tiny(), n_batch=19), []
-    with llm.collect_statistics(lambda batch: phases.append((len(batch.positions), batch.phase))):
-        llm.eval(tokens(20))
-    assert phases == [(19, "prefill"), (1, "prefill")]
 
 
 @pytest.mark.model

@@ -1,16 +1,14 @@
 """What is told of each sublayer: which ones have the same shape, and which attentions look back through a window."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGUFReader
+from oracles.fixtures import Open, Tiny
 from oracles.tiny_families import FAMILIES, N_EMBD, N_HEAD, Family
 from oracles.tiny_models import write_model
-
-Tiny = Callable[..., Path]
-Open = Callable[..., Any]
 
 SLIDING = {
     "gemma2": [8, 0, 8, 0],
@@ -22,22 +20,18 @@ SLIDING = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_attentions_that_slide_are_those_of_the_architecture(name: str, tiny: Tiny, open_model: Open) -> None:
-    rows = open_model(tiny(name)).sublayers
-    assert [row.window for row in rows[::2]] == SLIDING.get(name, [0] * (len(rows) // 2))
-    assert not any(row.window for row in rows[1::2])
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_sublayers_share_a_shape_where_their_tensors_in_the_file_and_their_windows_do(
-    name: str, tiny: Tiny, open_model: Open
+def test_the_windows_are_the_architectures_and_shapes_are_shared_where_they_and_the_files_tensors_are_alike(
+    name: str, tiny: Tiny, open_tiny: Open
 ) -> None:
     tensors: dict[int, set[Any]] = {}
     for tensor in GGUFReader(tiny(name)).tensors:
         if tensor.name.startswith("blk."):
             _, layer, stem = tensor.name.split(".", 2)
             tensors.setdefault(int(layer), set()).add((stem, tuple(tensor.shape), int(tensor.tensor_type)))
-    rows = [row for row in open_model(tiny(name)).sublayers if row.skippable]
+    every = open_tiny(name).sublayers
+    assert [row.window for row in every[::2]] == SLIDING.get(name, [0] * (len(every) // 2))
+    assert not any(row.window for row in every[1::2])
+    rows = [row for row in every if row.skippable]
     for row in rows:
         for other in rows:
             alike = (row.kind, row.window) == (other.kind, other.window) and tensors[row.layer] == tensors[other.layer]
@@ -74,19 +68,17 @@ def test_layers_of_other_sizes_have_other_shapes(tmp_path: Path, open_model: Ope
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4-per-layer"])
-def test_attentions_that_read_the_kv_of_others_have_a_shape_of_their_own(
-    name: str, tiny: Tiny, open_model: Open
-) -> None:
+def test_attentions_that_read_the_kv_of_others_have_a_shape_of_their_own(name: str, open_tiny: Open) -> None:
     # Layers 0 and 2 slide, 1 and 3 do not; 2 and 3 compute no K and V, although the file has weights for them.
-    assert len({row.shape for row in open_model(tiny(name)).sublayers[::2]}) == 4
+    assert len({row.shape for row in open_tiny(name).sublayers[::2]}) == 4
 
 
-def test_what_is_not_found_has_no_shape(tiny: Tiny, open_model: Open) -> None:
-    rows = open_model(tiny("jamba")).sublayers  # layers 0 and 2 have no attention
+def test_what_is_not_found_has_no_shape(open_tiny: Open) -> None:
+    rows = open_tiny("jamba").sublayers  # layers 0 and 2 have no attention
     assert [row.shape >= 0 for row in rows[::2]] == [False, True, False]
 
 
-def test_all_are_found_where_devices_share_a_model(tiny: Tiny, open_model: Open) -> None:
+def test_all_are_found_where_devices_share_a_model(open_tiny: Open) -> None:
     # On a build with one device this is the model as ever. With two the scheduler cuts the graph where they meet.
-    rows = open_model(tiny(), n_gpu_layers=2).sublayers
-    assert rows == open_model(tiny()).sublayers and all(row.skippable for row in rows)
+    rows = open_tiny(n_gpu_layers=2).sublayers
+    assert rows == open_tiny().sublayers and all(row.skippable for row in rows)

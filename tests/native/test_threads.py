@@ -5,41 +5,30 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
-from oracles.tiny_families import N_EMBD, N_LAYER, N_VOCAB
+from oracles.fixtures import Open
+from oracles.skip_sets import skip_set
+from oracles.tiny_families import N_VOCAB
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.native import NativeContext, elide_kv
 from adaskip_cpp.model.plan import Bulk, OnlineStage
-from adaskip_cpp.model.skip_set import SkipSet
 
 N_ROUNDS = 12
 Plans = Sequence[SkipPlan | None]
 Results = list[np.ndarray]
 
 
-def skip_set(seed: int) -> SkipSet:
-    """The attention of layer 1 and an FFN, with compensations of every kind."""
-    rng = np.random.default_rng(seed)
-    skip = np.zeros((N_LAYER, 2), bool)
-    skip[1, 0] = skip[seed % N_LAYER, 1] = True
-    values = [
-        rng.normal(0, 0.1, (*skip.shape, *shape)).astype(np.float32) for shape in ((N_EMBD,), (2, N_EMBD), (N_EMBD, 2))
-    ]
-    return SkipSet(skip, rng.uniform(0.7, 1.4, skip.shape), *values)
-
-
-ONE, OTHER = skip_set(0), skip_set(2)
+ONE, OTHER = skip_set((1,), (0,), 1.3, seed=0), skip_set((1,), (2,), 0.8, seed=2)
 ELIDED: Plans = (
     SkipPlan(ONE, ONE),
     SkipPlan(OTHER, ONE, schedule=((0, ONE), (2, OTHER))),
@@ -118,12 +107,12 @@ def use_at_once(both: Barrier, *work: Any) -> Results:
 @pytest.mark.parametrize("elided", [False, True], ids=["all KV", "elided KV"])
 @pytest.mark.parametrize("same_model", [True, False], ids=["one model", "two models"])
 def test_two_contexts_in_two_threads_compute_what_each_does_alone(
-    same_model: bool, elided: bool, tiny: Callable[..., Path], open_model: Callable[..., Any]
+    same_model: bool, elided: bool, open_tiny: Open
 ) -> None:
-    model = open_model(tiny()).model
+    model = open_tiny().model
     work = [
         (model, PLANS, False, 0),
-        (model if same_model else open_model(tiny("qwen3")).model, ELIDED if elided else PLANS, elided, 1),
+        (model if same_model else open_tiny("qwen3").model, ELIDED if elided else PLANS, elided, 1),
     ]
     alone = [use(*each) for each in work]
     both = Barrier(2, timeout=60)

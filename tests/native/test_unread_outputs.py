@@ -6,16 +6,16 @@ equal bit for bit, as the rows of a batch do not depend on what is computed behi
 
 import ctypes
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
+from oracles.fixtures import Open, Tiny
 from oracles.reference import relative_error
+from oracles.skip_sets import last_logits
 from oracles.stock import EXACT, Job, run_stock
-from oracles.tiny_families import FAMILIES, N_EMBD
+from oracles.tiny_families import FAMILIES, N_EMBD, tokens
 
 from adaskip_cpp import SkipPlan
 
@@ -40,17 +40,11 @@ def rows(pointer: Any, n: int, n_embd: int) -> np.ndarray:
     return np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), shape=(n, n_embd)).copy()
 
 
-def last_logits(llm: Any) -> np.ndarray:
-    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),)).copy()
-
-
 @pytest.mark.parametrize("name", [*FAMILIES])
-def test_state_and_logits_are_those_of_batches_that_are_read(
-    name: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
-) -> None:
+def test_state_and_logits_are_those_of_batches_that_are_read(name: str, open_tiny: Open) -> None:
     results = []
     for reads_all in (True, False):
-        llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False)
+        llm = open_tiny(name, n_batch=N_BATCH, logits_all=False)
         nodes = decode(llm, tokens(40), reads_all=reads_all)
         results.append((bytes(llm.save_state().llama_state), last_logits(llm)))
         assert [full > computed for full, computed in nodes] == [not reads_all, not reads_all, False]
@@ -60,13 +54,11 @@ def test_state_and_logits_are_those_of_batches_that_are_read(
 
 
 @pytest.mark.parametrize("name", ["llama", *SHARED_KV])
-def test_more_dies_the_more_layers_share_kv(
-    name: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
-) -> None:
+def test_more_dies_the_more_layers_share_kv(name: str, open_tiny: Open) -> None:
     """Of the layers above the last that has KV of its own, no node is left; of that one, K and V alone."""
     family = FAMILIES[name]
     n_kv = {"llama": family.n_layer, "gemma3n": 20}.get(name, family.n_layer - 2)
-    llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False)
+    llm = open_tiny(name, n_batch=N_BATCH, logits_all=False)
     (full, unread), *_ = decode(llm, tokens(40), reads_all=False)
     per_layer = full / family.n_layer
     assert full - unread > (family.n_layer - n_kv) * per_layer / 2
@@ -75,55 +67,32 @@ def test_more_dies_the_more_layers_share_kv(
 
 @pytest.mark.parametrize("exact_batches", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gemma3", *SHARED_KV])
-def test_a_prompt_is_that_of_stock(
-    name: str,
-    exact_batches: bool,
-    tiny: Callable[..., Path],
-    tokens: Callable[..., list[int]],
-    open_model: Callable[..., Any],
-) -> None:
+def test_a_prompt_is_that_of_stock(name: str, exact_batches: bool, tiny: Tiny, open_tiny: Open) -> None:
     """Bit for bit, and where KV is shared that of stock given the last token by itself, unless batches are exact."""
     prompt, answer = tokens(40), [[token] for token in tokens(6, seed=1)[1:]]
     alone = name in SHARED_KV and not exact_batches
     cut = [prompt[:-1], prompt[-1:]] if alone else [prompt]
     [stock] = run_stock([Job(str(tiny(name)), [*cut, *answer], {"n_ctx": 128, "n_batch": N_BATCH, **EXACT})])
-    llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False, exact_batches=exact_batches)
+    llm = open_tiny(name, n_batch=N_BATCH, logits_all=False, exact_batches=exact_batches)
     for piece, expected in zip([prompt, *answer], stock[len(cut) - 1 :], strict=True):
         llm.eval(piece)
         assert np.array_equal(last_logits(llm), expected)
 
 
 @pytest.mark.parametrize("name", SHARED_KV)
-def test_a_last_token_by_itself_differs_by_rounding(
-    name: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]]
-) -> None:
+def test_a_last_token_by_itself_differs_by_rounding(name: str, tiny: Tiny) -> None:
     """Stock against stock, cut in two ways: 3e-7 in Gemma 4, 6e-5 in Gemma 3n, whose sparse FFNs turn on thresholds."""
-    options = {"n_ctx": 128, "n_batch": N_BATCH, **EXACT}
-    prompt = tokens(40)
+    options, prompt = {"n_ctx": 128, "n_batch": N_BATCH, **EXACT}, tokens(40)
     whole, cut = run_stock([Job(str(tiny(name)), pieces, options) for pieces in ([prompt], [prompt[:-1], prompt[-1:]])])
     assert relative_error(cut[-1:], whole[-1:]) < (5e-4 if name == "gemma3n" else 1e-5)
 
 
-def test_all_logits_are_there_where_all_are_asked_for(
-    tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
-) -> None:
-    prompt = tokens(40)
-    options = {"n_ctx": 128, "n_batch": N_BATCH, "logits_all": True, **EXACT}
-    [stock] = run_stock([Job(str(tiny()), [prompt], options)])
-    llm = open_model(tiny(), n_batch=N_BATCH)
-    llm.eval(prompt)
-    assert np.array_equal(llm.scores[: len(prompt)], stock)
-
-
-def test_statistics_and_plans_go_with_batches_that_nobody_reads(
-    tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
-) -> None:
+def test_statistics_and_plans_go_with_batches_that_nobody_reads(open_tiny: Open) -> None:
     """The same plan, with and without all logits, leaves the same KV; statistics see every token."""
     plan = SkipPlan.manual(FAMILIES["llama"].n_layer, [1], [2], scale=0.9)
     states, seen = [], []
     for logits_all in (True, False):
-        llm = open_model(tiny(), n_batch=N_BATCH, logits_all=logits_all)
-        llm.set_plan(plan)
+        llm = open_tiny(n_batch=N_BATCH, logits_all=logits_all, under=plan)
         with llm.collect_statistics(lambda batch: seen.append(batch.dot[0, 0]), keep_logits=True):
             llm.eval(tokens(40))
         states.append(bytes(llm.save_state().llama_state))
@@ -137,17 +106,11 @@ def test_statistics_and_plans_go_with_batches_that_nobody_reads(
 
 @pytest.mark.parametrize("name", sorted({*FAMILIES} - {"mamba", "gemma3n"}))  # of which nothing is observed
 @pytest.mark.parametrize("keep_logits", [False, True], ids=["all tokens", "with logits"])
-def test_statistics_are_those_of_batches_that_are_read(
-    keep_logits: bool,
-    name: str,
-    tiny: Callable[..., Path],
-    tokens: Callable[..., list[int]],
-    open_model: Callable[..., Any],
-) -> None:
+def test_statistics_are_those_of_batches_that_are_read(keep_logits: bool, name: str, open_tiny: Open) -> None:
     """With logits, llama.cpp runs the last layer's end on output tokens alone, of which such a batch has none."""
     seen: list[list[Any]] = []
     for reads_all in (True, False):
-        llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False)
+        llm = open_tiny(name, n_batch=N_BATCH, logits_all=False)
         seen.append([])
         with llm.collect_statistics(seen[-1].append, keep_logits=keep_logits, vectors=True):
             decode(llm, tokens(40), reads_all=reads_all)
@@ -166,14 +129,12 @@ def test_statistics_are_those_of_batches_that_are_read(
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-per-layer"])
-def test_a_control_vector_is_in_what_nobody_reads(
-    name: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
-) -> None:
+def test_a_control_vector_is_in_what_nobody_reads(name: str, open_tiny: Open) -> None:
     n_layer = FAMILIES[name].n_layer
     vector = np.random.default_rng(7).normal(0, 0.5, (n_layer - 1, N_EMBD)).astype(np.float32)
     results = []
     for reads_all, steered in ((True, True), (False, True), (False, False)):
-        llm = open_model(tiny(name), n_batch=N_BATCH, logits_all=False)
+        llm = open_tiny(name, n_batch=N_BATCH, logits_all=False)
         if steered:
             data = vector.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             assert llama_cpp.llama_set_adapter_cvec(llm.ctx, data, vector.size, N_EMBD, 1, n_layer - 1) == 0
@@ -187,21 +148,17 @@ def test_a_control_vector_is_in_what_nobody_reads(
 
 @pytest.mark.parametrize("pooling", [llama_cpp.LLAMA_POOLING_TYPE_NONE, llama_cpp.LLAMA_POOLING_TYPE_MEAN])
 @pytest.mark.parametrize("name", ["llama", "gemma3", *SHARED_KV])
-def test_embeddings_are_those_of_stock(
-    name: str, pooling: int, tiny: Callable[..., Path], open_model: Callable[..., Any]
-) -> None:
+def test_embeddings_are_those_of_stock(name: str, pooling: int, tiny: Tiny, open_tiny: Open) -> None:
     options = {"n_ctx": 128, "n_batch": N_BATCH, "embedding": True, "pooling_type": pooling}
     text = "the other of the"
     [stock] = run_stock([Job(str(tiny(name)), [], {**EXACT, **options}, [text])])
-    llm = open_model(tiny(name), **options, logits_all=False)
+    llm = open_tiny(name, **options, logits_all=False)
     np.testing.assert_array_equal(llm.embed([text]), stock)
 
 
-def test_a_prompt_of_a_model_for_embeddings_is_computed_whole(
-    tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
-) -> None:
+def test_a_prompt_of_a_model_for_embeddings_is_computed_whole(open_tiny: Open) -> None:
     pooling = llama_cpp.LLAMA_POOLING_TYPE_NONE
-    llm = open_model(tiny(), n_batch=N_BATCH, embedding=True, pooling_type=pooling, logits_all=False)
+    llm = open_tiny(n_batch=N_BATCH, embedding=True, pooling_type=pooling, logits_all=False)
     llm.eval(tokens(40)[:N_BATCH])
     expected = rows(llama_cpp.llama_get_embeddings(llm.ctx), N_BATCH, N_EMBD)
     llm.reset()
@@ -214,14 +171,12 @@ def test_a_prompt_of_a_model_for_embeddings_is_computed_whole(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="of llama-ext.h a DLL exports what mtmd.dll calls alone")
 @pytest.mark.parametrize("what", ["nextn", "layer_inp"])
-def test_hidden_states_for_a_draft_model_are_there_for_every_token(
-    what: str, tiny: Callable[..., Path], tokens: Callable[..., list[int]], open_model: Callable[..., Any]
-) -> None:
+def test_hidden_states_for_a_draft_model_are_there_for_every_token(what: str, open_tiny: Open) -> None:
     """What llama-ext.h offers to whoever drafts with blocks that predict further tokens, or with another model."""
     lib = llama_cpp.llama_cpp._lib
     found = []
     for reads_all in (True, False):
-        llm = open_model(tiny("gemma4-per-layer"), n_batch=N_BATCH, logits_all=False)
+        llm = open_tiny("gemma4-per-layer", n_batch=N_BATCH, logits_all=False)
         ctx = ctypes.c_void_p(llm.ctx)
         if what == "nextn":
             lib["_Z26llama_set_embeddings_nextnP13llama_contextbb"](ctx, ctypes.c_bool(True), ctypes.c_bool(False))

@@ -4,22 +4,19 @@ Tolerances are those of test_bulk.py: float32 against float64, and tables of GEL
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from oracles.bulks import TOLERANCE
-from oracles.reference import ReferenceModel, ReferenceRun, Trace, relative_error
+from oracles.fixtures import Open, Tiny
+from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.reference_parallel import eval_parallel
+from oracles.tiny_families import tokens
 
 import adaskip_cpp
 from adaskip_cpp import Profile
 from adaskip_cpp.model.statistics import WHOLE, map_scale
-
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 N_LAYER, RANK, HEAD, TAIL, N_PROMPT = 3, 6, 4, 8, 50
 AROUND: dict[str, dict[str, int]] = {"prompt": {"tail": TAIL}, "prefill": {}}
@@ -28,9 +25,9 @@ CHOSEN: dict[str, Any] = {"attention": (0, 1), "ffn": (1, 2)}
 
 
 @pytest.fixture
-def learned(tiny: Tiny, tokens: Tokens, open_model: Open) -> Callable[[str], tuple[Any, Profile]]:
+def learned(open_tiny: Open) -> Callable[[str], tuple[Any, Profile]]:
     def learn(name: str) -> tuple[Any, Profile]:
-        llm = open_model(tiny(name))
+        llm = open_tiny(name)
         requests = [tokens(60, seed) for seed in range(3)]
         return llm, adaskip_cpp.calibrate(llm, requests, rank=RANK, n_decode=2, cost=False)
 
@@ -66,41 +63,31 @@ def test_a_plan_has_one_map_of_it_and_what_is_skipped_alone_its_own(
         np.testing.assert_array_equal(getattr(found, name), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gptneox-parallel"])
 def test_a_prompt_under_it_is_that_of_numpy(
-    name: str, tiny: Tiny, tokens: Tokens, learned: Callable[[str], tuple[Any, Profile]]
+    name: str, tiny: Tiny, learned: Callable[[str], tuple[Any, Profile]]
 ) -> None:
+    """In parallel blocks it maps what both read."""
     llm, profile = learned(name)
-    prompt, model = tokens(N_PROMPT, 9), ReferenceModel(tiny(name))
-    for mode, keeps_kv in (("prefill", False), ("prompt", True)):
-        llm.set_plan(profile.plan(strategy="manual", mode=mode, **AROUND[mode], **CHOSEN))
-        llm.reset()
-        llm.eval(prompt)
-        run, arrays = ReferenceRun(model), standing_in(profile)
-        if keeps_kv:
-            pieces = [run.eval(prompt[:HEAD]), run.eval(prompt[HEAD:-TAIL], **arrays, keeps_kv=True)]
-            expected = Trace.concatenate([*pieces, run.eval(prompt[-TAIL:])]).logits
-        else:
-            expected = run.eval(prompt, **arrays).logits
-        assert relative_error(llm.scores[:N_PROMPT], expected) < TOLERANCE[name], mode
-
-
-def test_in_parallel_blocks_it_maps_what_both_read(
-    tiny: Tiny, tokens: Tokens, learned: Callable[[str], tuple[Any, Profile]]
-) -> None:
-    name = "gptneox-parallel"
-    llm, profile = learned(name)
-    prompt = tokens(N_PROMPT, 9)
+    prompt, arrays = tokens(N_PROMPT, 9), standing_in(profile)
     for mode, bulk in (("prefill", None), ("prompt", slice(HEAD, N_PROMPT - TAIL))):
         llm.set_plan(profile.plan(strategy="manual", mode=mode, **AROUND[mode], **CHOSEN))
         llm.reset()
         llm.eval(prompt)
-        expected = eval_parallel(tiny(name), prompt, **standing_in(profile), bulk=bulk).logits
+        if name == "gptneox-parallel":
+            expected = eval_parallel(tiny(name), prompt, **arrays, bulk=bulk).logits
+        else:
+            run, keeps_kv = ReferenceRun(ReferenceModel(tiny(name))), bulk is not None
+            head, middle, tail = prompt[:HEAD], prompt[HEAD:-TAIL], prompt[-TAIL:]
+            pieces = (
+                [(head, {}), (middle, {**arrays, "keeps_kv": True}), (tail, {})] if keeps_kv else [(prompt, arrays)]
+            )
+            expected = np.concatenate([run.eval(piece, **under).logits for piece, under in pieces])
         assert relative_error(llm.scores[:N_PROMPT], expected) < TOLERANCE[name], mode
 
 
 def test_in_parallel_blocks_it_is_fitted_on_the_layers_output(
-    tiny: Tiny, tokens: Tokens, learned: Callable[[str], tuple[Any, Profile]]
+    tiny: Tiny, learned: Callable[[str], tuple[Any, Profile]]
 ) -> None:
     """Of a layer that is skipped whole it leaves less error than keeping the stream, or its FFN's map, does."""
     _, profile = learned("gptneox-parallel")

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 from oracles.reference import ReferenceModel
-from oracles.sequence_oracle import Cells, History
+from oracles.sequence_oracle import History
+from oracles.skip_sets import history_of, only
 from oracles.tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan
@@ -14,19 +15,13 @@ from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 NOTHING = SkipSet.none(N_LAYER)
-
-
 RANK = 2
-
-
 TOLERANCE = {"llama": 1e-5, "llama-tied": 1e-5, "llama-bias": 1e-5, "gemma3": 1e-3, "gptneox-parallel": 2e-3}
 
 
 def chosen(*sublayers: tuple[int, int], seed: int = 0, scale: Any = None, bias: bool = True) -> SkipSet:
     """A set of these sublayers, each with a scale, a linear map and a vector."""
-    rng, skip = np.random.default_rng(seed), np.zeros((N_LAYER, 2), bool)
-    for layer, kind in sublayers:
-        skip[layer, kind] = True
+    rng, skip = np.random.default_rng(seed), only(*sublayers)
     values = rng.uniform(0.7, 1.3, skip.shape) if scale is None else np.full(skip.shape, scale)
     vector, down, up = (
         rng.normal(0, size, (*skip.shape, *shape)).astype(np.float32)
@@ -41,9 +36,7 @@ def plan(bulk: SkipSet, prefill: SkipSet = NOTHING, decode: SkipSet | None = Non
 
 
 def history(path: Path, of: SkipPlan) -> History:
-    result = History(Cells(ReferenceModel(path)), n_ubatch=512)
-    result.set_plan(of)
-    return result
+    return history_of(ReferenceModel(path), of)
 
 
 def phases(llm: Any, call: Callable[[], Any]) -> dict[str, list[int]]:

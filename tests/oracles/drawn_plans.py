@@ -39,13 +39,9 @@ def plans(
 ) -> SkipPlan:
     """Nothing, or sets of which each skips every attention of the one before, in every form that a plan has.
 
-    Beside any of them the bulk of a prompt may have a set, unless some attentions have no KV that it could keep.
-
-    Args:
-        draw: from Hypothesis.
-        thresholds: of the online stage; () for plans without online stage and schedule.
-        attention: layers whose attention is always skipped.
-        windowable: layers whose attention may look back at a window in the bulk.
+    Beside any of them the bulk of a prompt may have a set, unless some attentions have no KV that it could keep:
+    ``attention`` are those that are always skipped, ``windowable`` those that may look back at a window in the bulk.
+    Without ``thresholds`` there is no online stage and no schedule.
     """
     plan = draw(_without_bulk(thresholds, attention))
     if attention or not draw(st.booleans()):

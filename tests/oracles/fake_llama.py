@@ -22,11 +22,7 @@ BOS = 1
 class FakeLlama:
     """Bytes are tokens, offset by 2; statistics and logits are functions of the token ids alone, whatever is skipped.
 
-    Args:
-        n_layer: number of layers.
-        n_ctx: the context, of which ``n_ctx()`` tells a multiple of 256, as llama.cpp does.
-        n_batch: tokens in a ubatch.
-        unobserved: sublayers whose statistics are NaN.
+    ``n_batch`` is that of a ubatch; statistics of ``unobserved`` sublayers are NaN.
     """
 
     def __init__(

@@ -21,11 +21,9 @@ _ALIGNMENT, _MOST_DATA = 32, 1 << 24
 def changed_model(source: Path, changes: dict[str, Any]) -> bytes:
     """Return a model whose weights are zeros, with other values in its header.
 
-    Args:
-        source: the model.
-        changes: ``kv``, by key ``[type, value]``, for an array ``[9, type, values]``, null to leave it out;
-            ``tensors``, by name ``[dimensions, type]``, likewise; ``first``, bytes by their offset. A value of another
-            kind than its type, or a change of another form, is made to fit.
+    ``changes`` has ``kv``, by key ``[type, value]``, for an array ``[9, type, values]``, null to leave it out;
+    ``tensors``, by name ``[dimensions, type]``, likewise; and ``first``, bytes by their offset. A value of another kind
+    than its type, or a change of another form, is made to fit.
     """
     kv, tensors = map(dict[str, Any], _header(source))
     for whole, name in ((kv, "kv"), (tensors, "tensors")):

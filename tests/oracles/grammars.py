@@ -8,6 +8,4 @@ def rules(n: int, template: str) -> str:
 
 
 CHAIN, FORK, BOTH = rules(90_000, "NEXT"), rules(60, "NEXT | NEXT"), rules(60, 'NEXT "a" | NEXT "b"')
-
-
 WAYS = "root ::= " + " | ".join(f'[a-z ] root "{letter}"' for letter in "abcdefghijklmnop") + ' | "x"'

@@ -31,3 +31,18 @@ def collect(llm: Any, tokens: list[int], size: int | None = None, *, vectors: bo
             llm.eval(tokens[start : start + size])
     assert seen == list(range(len(tokens))), "each token is delivered exactly once, in order"
     return Trace(np.empty((0, 0)), *sums, layer_dot, *(totals if vectors else (None, None)))
+
+
+def copied(batch: Any) -> Any:
+    """The activations of a batch, to keep them behind the sink."""
+    return [[None if pair is None else tuple(np.array(x) for x in pair) for pair in row] for row in batch.activations]
+
+
+def activations_of(llm: Any, prompt: list[int], **options: Any) -> list[tuple[Any, list[int]]]:
+    """Activations and positions of every ubatch of a prompt."""
+    seen = []
+    with llm.collect_statistics(
+        lambda batch: seen.append((copied(batch), batch.positions.tolist())), activations=True, **options
+    ):
+        llm.eval(prompt)
+    return seen

@@ -6,43 +6,18 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from oracles.tiny_families import N_EMBD, N_LAYER
+from oracles.skip_sets import skip_set
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.native import NativeContext
-from adaskip_cpp.model.skip_set import SkipSet
 
 TOLERANCE = 5e-6
-
-
-def skip_set(attention: tuple[int, ...] = (), ffn: tuple[int, ...] = (), scale: float = 1.0, seed: int = -1) -> SkipSet:
-    """With a seed: vectors and maps of rank 2."""
-    plain = SkipPlan.manual(N_LAYER, attention, ffn, scale).prefill
-    if seed < 0:
-        return plain
-    rng = np.random.default_rng(seed)
-    bias, down, up = (
-        rng.normal(0, 0.1, (N_LAYER, 2, *shape)).astype(np.float32) for shape in ((N_EMBD,), (2, N_EMBD), (N_EMBD, 2))
-    )
-    return SkipSet(plain.skip, plain.scale, bias, down, up)
-
-
-def same(chosen: SkipSet, **more: Any) -> SkipPlan:
-    return SkipPlan(chosen, chosen, **more)
-
-
 FFN, ATTENTION, NOTHING = skip_set(ffn=(1, 2)), skip_set((1,), (2,)), skip_set()
-
-
 MAPS = skip_set(ffn=(1,), seed=1)
 
 
 def logits(llm: Any) -> np.ndarray:
     return llm.scores[llm.n_tokens - 1].copy()
-
-
-def arguments(chosen: SkipSet) -> tuple[Any, ...]:
-    return chosen.skip, chosen.scale, chosen.bias, chosen.down, chosen.up
 
 
 def evaluated(llm: Any, call: Callable[[], Any]) -> list[int]:
@@ -98,11 +73,7 @@ class Bare:
         llama_cpp.llama_batch_free(batch)
         if code != 0:
             self.native.raise_failure(RuntimeError(f"llama_decode returned {code}"))
-        values = np.stack(
-            [
-                np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.ctx, i), (self.n_vocab,))
-                for i in range(len(rows))
-            ]
-        )
+        pointers = (llama_cpp.llama_get_logits_ith(self.ctx, i) for i in range(len(rows)))
+        values = np.stack([np.ctypeslib.as_array(each, (self.n_vocab,)) for each in pointers])
         sequences = np.array([row[0] for row in rows])
         return {name: values[sequences == int(name[1:])] for name in pieces}

@@ -50,26 +50,16 @@ class Windows:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one call of ``eval`` computed.
+    """What one call of ``eval`` computed; sublayers u -> v; None where it is not computed."""
 
-    Attributes:
-        logits: [n_tokens, n_vocab].
-        dot: u . v per sublayer and token, float64 [n_layer, 2, n_tokens].
-        u_sq: |u|^2, likewise.
-        v_sq: |v|^2, likewise.
-        layer_dot: a layer's input times its output, float64 [n_layer, n_tokens]; None where it is not computed.
-        sum_u, sum_v: sums of u and of v over the tokens, float64 [n_layer, 2, n_embd]; likewise.
-        u, v: a sublayer's input and output, [n_layer, 2, n_tokens, n_embd]; likewise.
-    """
-
-    logits: Array
-    dot: npt.NDArray[np.float64]
+    logits: Array  # [n_tokens, n_vocab]
+    dot: npt.NDArray[np.float64]  # u . v [n_layer, 2, n_tokens]
     u_sq: npt.NDArray[np.float64]
     v_sq: npt.NDArray[np.float64]
-    layer_dot: npt.NDArray[np.float64] | None = None
-    sum_u: npt.NDArray[np.float64] | None = None
+    layer_dot: npt.NDArray[np.float64] | None = None  # a layer's input times its output [n_layer, n_tokens]
+    sum_u: npt.NDArray[np.float64] | None = None  # over the tokens [n_layer, 2, n_embd]
     sum_v: npt.NDArray[np.float64] | None = None
-    u: Array | None = None
+    u: Array | None = None  # [n_layer, 2, n_tokens, n_embd]
     v: Array | None = None
 
     @staticmethod
@@ -80,12 +70,14 @@ class Trace:
 
     def at(self, index: int) -> "Trace":
         """The logits and the figures of one token alone."""
-        part = slice(index, index + 1)
-        return Trace(self.logits[part], self.dot[..., part], self.u_sq[..., part], self.v_sq[..., part])
+        return self._part(slice(index, index + 1))
 
     def first(self, n: int) -> "Trace":
         """The figures per token of the first ``n`` tokens; without the layers, the sums and the streams."""
-        return Trace(self.logits[:n], self.dot[..., :n], self.u_sq[..., :n], self.v_sq[..., :n])
+        return self._part(slice(n))
+
+    def _part(self, of: slice) -> "Trace":
+        return Trace(self.logits[of], self.dot[..., of], self.u_sq[..., of], self.v_sq[..., of])
 
 
 class ReferenceModel:
@@ -194,19 +186,10 @@ class ReferenceRun:
     ) -> Trace:
         """Append tokens to the sequence, at the positions behind its last one.
 
-        Args:
-            tokens: Token ids.
-            skip: bool [n_layer, 2]; a skipped sublayer's output is ``scale * input + bias + up (down input)``; it
-                writes no K and V.
-            scale: float [n_layer, 2]; 1 when None.
-            bias: float [n_layer, 2, n_embd]; 0 when None.
-            down: float [n_layer, 2, rank, n_embd]; 0 when None.
-            up: float [n_layer, 2, n_embd, rank]; given with ``down``.
-            keeps_kv: whether a skipped attention writes K and V all the same, of its input as it is.
-            windows: attentions that look back at a window.
-
-        Raises:
-            KvHoleError: If an attention runs that was skipped at an earlier position.
+        A sublayer of ``skip``, bool [n_layer, 2], has the output ``scale * input + bias + up (down input)``, with
+        scale [n_layer, 2], bias [n_layer, 2, n_embd], down [n_layer, 2, rank, n_embd], up [n_layer, 2, n_embd, rank].
+        A skipped attention writes no K and V, unless it ``keeps_kv``, of its input as it is. An attention that runs
+        behind positions at which it was skipped raises a KvHoleError.
         """
         model = self.model
         skipped = np.zeros((model.n_layer, 2), bool) if skip is None else np.asarray(skip, bool)
@@ -307,15 +290,9 @@ class ReferenceRun:
 class OnlineReference:
     """Online importance learning of one request, written from the method (AdaSkip, section on decoding).
 
-    The first ``window`` decoded tokens run under the fixed set. Then each FFN outside it whose mean IO similarity over
-    those tokens is at least ``threshold`` is skipped as well, for the rest of the request.
-
-    Args:
-        window: tokens to observe.
-        threshold: least similarity of an FFN that is added.
-        scale: what stands in for an added FFN: "none" (1), "paper" (the norm ratio), "median" (median of |v|/|u|).
-        skip: bool [n_layer, 2], the fixed set of decode.
-        factor: float [n_layer, 2], its scales.
+    The first ``window`` decoded tokens run under the fixed set, ``skip`` and ``factor`` [n_layer, 2]. Then each FFN
+    outside it whose mean IO similarity over those tokens is at least ``threshold`` is skipped as well, for the rest of
+    the request. In its place is ``scale``: "none" (1), "paper" (the norm ratio), "median" (the median of |v|/|u|).
     """
 
     def __init__(

@@ -125,26 +125,17 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
 
 @dataclass
 class History:
-    """What the cache must hold, and what the next decoded token must run under.
-
-    Attributes:
-        reference: what computes it.
-        n_ubatch: tokens that are evaluated at once; a schedule and the online stage change the set between two such.
-        draft: proposes tokens behind those cached and the last one generated.
-        restarts: whether the evaluation that comes next begins at the start, for a sliding window has lost positions
-            that it would read; where llama.cpp writes over which ones, it alone knows.
-        oldest: the first position that sliding windows still have where a prompt comes, likewise.
-        edits: how its runs are moved; None where they are not.
-        saved: histories whose runs are moved as well.
-    """
+    """What the cache must hold, and what the next decoded token must run under."""
 
     reference: Cells
-    n_ubatch: int
-    draft: Callable[[list[int]], list[int]] = lambda tokens: []
+    n_ubatch: int  # tokens evaluated at once; a schedule and the online stage change the set between two such
+    draft: Callable[[list[int]], list[int]] = lambda tokens: []  # proposes tokens behind those cached and the last one
+    # Whether the next evaluation begins at the start, as a window has lost positions that it would read, and the first
+    # position that windows still have where a prompt comes: which cells it writes over, llama.cpp alone knows.
     restarts: Callable[[], bool] = lambda: False
     oldest: Callable[[], int] = lambda: 0
-    edits: Edits | None = None
-    saved: Sequence[History] = ()
+    edits: Edits | None = None  # how its runs are moved; None where they are not
+    saved: Sequence[History] = ()  # histories whose runs are moved as well
     cells: list[Cell] = field(default_factory=list)
     plan: SkipPlan = NOTHING
     readable: Sequence[SkipPlan] = ()

@@ -13,16 +13,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 from click.testing import CliRunner
-from oracles.frontiers import frontier, point
+from oracles.frontiers import frontier, point, quality
 
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.cli.main import main
+from adaskip_cpp.model.edits import FEW, MANY, Edits
+from adaskip_cpp.model.frontier import EditPoint, Passkeys
 from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Close, Service
 from adaskip_cpp.serving.workers import Workers
@@ -42,6 +44,17 @@ def frontier_of(n_layer: int, **more: Any) -> Frontier:
     plans = (SkipPlan.manual(n_layer, attention=each, ffn=[2], phase="bulk") for each in ([], [1]))
     points = map(functools.partial(point, judged_at=1024), plans, (0.03, 0.06), speedups)
     return frontier(list(points), **more)
+
+
+FRONTIER = frontier_of(3)
+
+
+def edited_frontier(*losses: float) -> Frontier:
+    """That one, and edited prompts of 1,024 tokens that lose so many nats in few moves, and in many."""
+    moves = (Edits(most_moves=FEW), Edits(most_moves=MANY))
+    both = zip(losses, moves[: len(losses)], strict=True)
+    points = (EditPoint(1024, *[quality(loss)] * 2, Passkeys(2, 2, 2), (), each) for loss, each in both)
+    return replace(FRONTIER, edits=tuple(points))
 
 
 class Nobody(Workers):

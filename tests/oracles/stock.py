@@ -35,32 +35,20 @@ EXACT: dict[str, Any] = {"type_k": 0, "type_v": 0, "flash_attn": False, "n_threa
 
 @dataclass(frozen=True)
 class Job:
-    """One model and the pieces of tokens to evaluate, one after the other, in one context; or texts to embed at once.
-
-    Attributes:
-        model: GGUF file.
-        pieces: Token ids per call of ``Llama.eval``.
-        options: Keyword arguments of ``llama_cpp.Llama``.
-        texts: For ``Llama.embed``, instead of pieces.
-        model_params: Fields of ``llama_model_params`` that ``Llama`` has no argument for.
-    """
+    """One model and the pieces of tokens to evaluate, one after another, in one context; or texts to embed at once."""
 
     model: str
     pieces: list[list[int]]
     options: dict[str, Any] = field(default_factory=dict)
     texts: list[str] | None = None
-    model_params: dict[str, Any] = field(default_factory=dict)
+    model_params: dict[str, Any] = field(default_factory=dict)  # fields that ``Llama`` has no argument for
 
 
 def run_stock(jobs: Sequence[Job]) -> list[npt.NDArray[Any]]:
-    """Run all jobs in the other process.
+    """Run all jobs in the other process, whose traceback is raised if one fails.
 
-    Returns:
-        Per job the logits, float32 [n_tokens, n_vocab] with ``logits_all``, else [n_pieces, n_vocab]; or the embeddings
-        of its texts, [n_texts, n_embd].
-
-    Raises:
-        RuntimeError: If a job fails; the message is its traceback.
+    Returns per job the logits, float32 [n_tokens, n_vocab] with ``logits_all``, else [n_pieces, n_vocab]; or the
+    embeddings of its texts, [n_texts, n_embd].
     """
     process = _process()
     assert process.stdin is not None and process.stdout is not None

@@ -4,8 +4,10 @@ Both follow ``src/models/<architecture>.cpp`` and ``llama_model_base::load_hpara
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 __all__ = [
     "ENCODERS",
@@ -18,6 +20,7 @@ __all__ = [
     "PARTLY",
     "SKIPPABLE",
     "Family",
+    "tokens",
 ]
 
 N_EMBD = 64
@@ -31,51 +34,34 @@ N_CTX_TRAIN = 512
 N_VOCAB = 272
 
 
+def tokens(n: int, seed: int = 0) -> list[int]:
+    """BOS and n - 1 random ids of the tiny vocabulary."""
+    return [1, *np.random.default_rng(seed).integers(3, N_VOCAB, size=n - 1).tolist()]
+
+
 @dataclass(frozen=True)
 class Family:
-    """How one architecture differs from plain llama.
-
-    Attributes:
-        architecture: ``general.architecture``.
-        head_dim: Size of an attention head.
-        n_kv: KV heads.
-        metadata: Keys below ``<architecture>.`` besides the common ones, or instead of them.
-        norm: "rms" or "layer" (with biases).
-        qkv: "split", "bias" or "fused".
-        ffn: "gated", "fused" (gate and up in one matrix), "plain" (no gate) or "experts".
-        before: Norms in front of the two sublayers.
-        after: Norms behind the two output projections.
-        qk_norm: "", "head" or "row" (over all heads).
-        biases: Whether every projection has one.
-        tied: Whether the output reuses the token embedding.
-        mixer: Layers whose first sublayer is not attention: layer -> "ssm" or "conv".
-        parallel: Whether attention and FFN both read the layer's input.
-        n_layer: Number of layers.
-        block: What the names of a layer's tensors begin with.
-        attn_output: Name of the projection that ends an attention.
-        output_norm: Name of the last norm; "" for none.
-        extra: Further tensors, name -> NumPy shape.
-    """
+    """How one architecture differs from plain llama."""
 
     architecture: str
     head_dim: int = 16
     n_kv: int = N_KV
-    metadata: dict[str, Any] = field(default_factory=dict)
-    norm: str = "rms"
-    qkv: str = "split"
-    ffn: str = "gated"
-    before: tuple[str, ...] = ("attn_norm", "ffn_norm")
-    after: tuple[str, ...] = ()
-    qk_norm: str = ""
-    biases: bool = False
-    tied: bool = False
-    mixer: dict[int, str] = field(default_factory=dict)
-    parallel: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)  # below the architecture, besides the common or instead
+    norm: str = "rms"  # or "layer" (with biases)
+    qkv: str = "split"  # "bias" or "fused"
+    ffn: str = "gated"  # "fused" (gate and up in one matrix), "plain" (no gate), "experts" or "none"
+    before: tuple[str, ...] = ("attn_norm", "ffn_norm")  # norms in front of the two sublayers
+    after: tuple[str, ...] = ()  # norms behind the two output projections
+    qk_norm: str = ""  # "head" or "row" (over all heads)
+    biases: bool = False  # of every projection
+    tied: bool = False  # the output reuses the token embedding
+    mixer: dict[int, str] = field(default_factory=dict)  # layers whose first sublayer is "ssm" or "conv"
+    parallel: bool = False  # attention and FFN both read the layer's input
     n_layer: int = N_LAYER
-    block: str = "blk"
-    attn_output: str = "attn_output"
-    output_norm: str = "output_norm"
-    extra: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    block: str = "blk"  # begins the names of a layer's tensors
+    attn_output: str = "attn_output"  # the projection that ends an attention
+    output_norm: str = "output_norm"  # "" for none
+    extra: dict[str, tuple[int, ...]] = field(default_factory=dict)  # further tensors, name -> NumPy shape
 
     def tensors(self, n_layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield every tensor's name and its NumPy shape (the reverse of ggml's)."""
@@ -168,15 +154,23 @@ class Family:
 _SANDWICH = ("post_attention_norm", "post_ffw_norm")
 _EXPERTS = {"expert_count": N_EXPERT, "expert_used_count": 2}
 _SSM = {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * N_EMBD, "ssm.state_size": 16, "ssm.time_step_rank": 4}
-_GEMMA4 = {
-    "attention.sliding_window": 8,
-    "attention.sliding_window_pattern": [True, False, True, False],
-    "attention.shared_kv_layers": 2,
-    "attention.key_length_swa": 16,
-    "attention.value_length_swa": 16,
-    "embedding_length_per_layer_input": 0,
-}
-_GEMMA4_ROPE = {"rope_freqs.weight": (8,)}  # half a head
+_GPTNEOX = Family("gptneox", n_kv=N_HEAD, norm="layer", qkv="fused", ffn="plain", biases=True)
+_GEMMA4 = Family(
+    "gemma4",
+    tied=True,
+    after=_SANDWICH,
+    qk_norm="head",
+    n_layer=4,
+    metadata={
+        "attention.sliding_window": 8,
+        "attention.sliding_window_pattern": [True, False, True, False],
+        "attention.shared_kv_layers": 2,
+        "attention.key_length_swa": 16,
+        "attention.value_length_swa": 16,
+        "embedding_length_per_layer_input": 0,
+    },
+    extra={"rope_freqs.weight": (8,)},  # half a head
+)
 
 # Fixed in llama.cpp, as are the 20 layers of Gemma 3n that have KV of their own: the others share it.
 _GEMMA3N_LAYERS, _ALTUP, _LAUREL, _PER_LAYER = 24, 4, 64, 256
@@ -208,21 +202,14 @@ SKIPPABLE: dict[str, Family] = {
     "qwen2": Family("qwen2", qkv="bias"),
     "qwen3": Family("qwen3", head_dim=32, qk_norm="head"),
     "qwen3moe": Family(
-        "qwen3moe",
-        ffn="experts",
-        qk_norm="head",
-        metadata={**_EXPERTS, "expert_feed_forward_length": N_FF_EXPERT},
+        "qwen3moe", ffn="experts", qk_norm="head", metadata={**_EXPERTS, "expert_feed_forward_length": N_FF_EXPERT}
     ),
     "gemma2": Family(
         "gemma2",
         tied=True,
         after=_SANDWICH,
         n_layer=4,
-        metadata={
-            "attention.sliding_window": 8,
-            "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 10.0,
-        },
+        metadata={"attention.sliding_window": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
     ),
     "gemma3": Family(
         "gemma3",
@@ -237,25 +224,8 @@ SKIPPABLE: dict[str, Family] = {
     ),
     "olmo2": Family("olmo2", before=(), after=_SANDWICH, qk_norm="row"),
     "phi3": Family("phi3", qkv="fused", ffn="fused"),
-    "gptneox-parallel": Family(
-        "gptneox",
-        n_kv=N_HEAD,
-        norm="layer",
-        qkv="fused",
-        ffn="plain",
-        biases=True,
-        parallel=True,
-        metadata={"use_parallel_residual": True},
-    ),
-    "gptneox-sequential": Family(
-        "gptneox",
-        n_kv=N_HEAD,
-        norm="layer",
-        qkv="fused",
-        ffn="plain",
-        biases=True,
-        metadata={"use_parallel_residual": False},
-    ),
+    "gptneox-parallel": replace(_GPTNEOX, parallel=True, metadata={"use_parallel_residual": True}),
+    "gptneox-sequential": replace(_GPTNEOX, metadata={"use_parallel_residual": False}),
     "falcon": Family("falcon", n_kv=1, norm="layer", qkv="fused", ffn="plain", before=("attn_norm",), parallel=True),
     "falcon-two-norms": Family(
         "falcon", norm="layer", qkv="fused", ffn="plain", before=("attn_norm", "attn_norm_2"), parallel=True
@@ -276,18 +246,8 @@ PARTLY: dict[str, Family] = {
         mixer={0: "conv", 2: "conv"},
         metadata={"shortconv.l_cache": 3},
     ),
-    "gemma4": Family(
-        "gemma4", tied=True, after=_SANDWICH, qk_norm="head", n_layer=4, metadata=_GEMMA4, extra=_GEMMA4_ROPE
-    ),
-    "gemma4-per-layer": Family(
-        "gemma4",
-        tied=True,
-        after=_SANDWICH,
-        qk_norm="head",
-        n_layer=4,
-        metadata={**_GEMMA4, "embedding_length_per_layer_input": 8},
-        extra=_GEMMA4_ROPE,
-    ),
+    "gemma4": _GEMMA4,
+    "gemma4-per-layer": replace(_GEMMA4, metadata={**_GEMMA4.metadata, "embedding_length_per_layer_input": 8}),
     "gemma3n": Family(
         "gemma3n",
         tied=True,

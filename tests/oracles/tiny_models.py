@@ -44,20 +44,11 @@ def write_model(
     quantization: GGMLQuantizationType | None = None,
     pre: str = "",
 ) -> Path:
-    """Write a tiny random model.
+    """Write a tiny random model; returns its path, or that of the first of several files.
 
-    Args:
-        path: Where to write the GGUF file.
-        name: A key of FAMILIES or ENCODERS, or a family of its own.
-        seed: Seed of the weights; together with a tensor's name it fixes that tensor.
-        n_layer: Number of layers; the family's own number when None.
-        zero: (layer, "attention" or "ffn") of every sublayer that shall add nothing to the residual stream.
-        split: Tensors in a file, for a model in several.
-        quantization: Of all matrices, one that gguf can make; F32 when None.
-        pre: What splits texts into words, for a vocabulary of byte pairs; when empty it is one of SentencePiece.
-
-    Returns:
-        ``path``; of a model in several files the first one.
+    ``name`` is a key of FAMILIES or ENCODERS, or a family; ``seed`` fixes a tensor together with its name; sublayers of
+    ``zero`` add nothing to the residual stream; ``split`` is how many tensors a file has, for several; ``quantization``
+    is of all matrices. With ``pre``, what splits texts into words, the vocabulary is of byte pairs, else SentencePiece.
     """
     family = {**FAMILIES, **ENCODERS}[name] if isinstance(name, str) else name
     layers = n_layer or family.n_layer
