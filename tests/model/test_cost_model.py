@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles.changed_json import LOST, put
 from oracles.costs import SETTINGS, cost_model
 
 from adaskip_cpp import SkipPlan
@@ -120,44 +121,42 @@ def test_a_cost_model_survives_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "path, value",
+    ("path", "value"),
     [
-        (("settings",), None),
-        (("settings", "cpu"), 3),
-        (("settings", "n_threads"), True),
-        (("settings", "devices"), "CPU"),
-        (("prefill", "n_tokens"), 0),
-        (("prefill", "n_tokens"), 1.5),
-        (("prefill", "fixed"), -1.0),
-        (("prefill", "fixed"), "1"),
-        (("prefill", "base"), [[1.0, 2.0], [3.0]]),
-        (("prefill", "base"), []),
-        (("decode", "base"), [[1.0, 2.0]]),
-        (("decode", "growth"), [1.0, math.nan]),
-        (("decode", "growth"), 7),
-        (("prefill", "kept"), [1.0]),
-        (("prefill", "kept"), [-1.0, 1.0]),
-        (("n_layer_kv",), 0),
-        (("n_layer_kv",), 3),
-        (("decode", "n_tokens"), 2),
-        (("limit",), [None]),
-        (("limit",), [-1.0, None]),
-        (("limit",), [0.0, None]),
-        (("deepest",), "deep"),
-        (("prefill", "growth"), [1e308, 0.0]),
-        (("decode", "fixed"), 1e9),
-        (("prefill", "n_tokens"), 2**31),
-        (("settings", "n_batch"), 0),
+        ("settings", None),
+        ("settings.cpu", 3),
+        ("settings.n_threads", True),
+        ("settings.devices", "CPU"),
+        ("prefill.n_tokens", 0),
+        ("prefill.n_tokens", 1.5),
+        ("prefill.fixed", -1.0),
+        ("prefill.fixed", "1"),
+        ("prefill.base", [[1.0, 2.0], [3.0]]),
+        ("prefill.base", []),
+        ("decode.base", [[1.0, 2.0]]),
+        ("decode.growth", [1.0, math.nan]),
+        ("decode.growth", 7),
+        ("prefill.kept", [1.0]),
+        ("prefill.kept", [-1.0, 1.0]),
+        ("n_layer_kv", 0),
+        ("n_layer_kv", 3),
+        ("decode.n_tokens", 2),
+        ("limit", [None]),
+        ("limit", [-1.0, None]),
+        ("limit", [0.0, None]),
+        ("deepest", "deep"),
+        ("prefill.growth", [1e308, 0.0]),
+        ("decode.fixed", 1e9),
+        ("prefill.n_tokens", 2**31),
+        ("settings.n_batch", 0),
     ],
 )
-def test_a_damaged_cost_model_is_refused(path: tuple[str, ...], value: Any) -> None:
+def test_a_damaged_cost_model_is_refused(path: str, value: Any) -> None:
     data = plain(cost_model(0.1, [1, 2], [3, 4]))[0]
-    inner: Any = data
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
-    with pytest.raises(ValueError, match=rf"{path[0]}|the cost model.*; calibrate again"):
+    put(data, path, value)
+    *_, name = path.split(".")
+    with pytest.raises(ValueError, match=rf"{path.split('.')[0]}|the cost model.*; calibrate again"):
         from_plain(data, CostModel)
-    del inner[path[-1]]
-    with pytest.raises(ValueError, match=f"missing required field `{path[-1]}`"):
+    put(data, path, LOST)
+    with pytest.raises(ValueError, match=f"missing required field `{name}`"):
         from_plain(data, CostModel)

@@ -48,13 +48,9 @@ def test_the_fastest_plan_that_keeps_a_promise_is_chosen(max_loss: float, chosen
     assert FRONTIER.point(AT, max_loss) is chosen
 
 
-def test_without_a_promise_an_answer_loses_at_most_a_twentieth_of_a_nat() -> None:
+def test_by_default_a_twentieth_of_a_nat_is_lost_at_most_and_short_prompts_run_whole() -> None:
     assert DEFAULT_LOSS == 0.05 and FRONTIER.choose(AT) is FAST.plan
-
-
-@pytest.mark.parametrize("n_tokens", [0, 1, 511])
-def test_short_prompts_run_whole(n_tokens: int) -> None:
-    assert FRONTIER.choose(n_tokens, 9) is None and FRONTIER.choose(512, 9) is FASTEST.plan
+    assert [FRONTIER.choose(n, 9) for n in (0, 1, 511, 512)] == [None, None, None, FASTEST.plan]
 
 
 def test_a_plan_that_saves_no_time_is_not_chosen() -> None:
@@ -81,12 +77,9 @@ def test_the_worse_kind_of_answer_keeps_the_promise_or_not() -> None:
     assert copied.needs(2 * AT) == copied.harm(2 * AT) == pytest.approx(0.06 * 1.3)
 
 
-def test_what_is_lost_beyond_chance_counts_besides_the_divergence() -> None:
+def test_what_is_lost_beyond_chance_counts_and_a_mean_that_is_not_certain_keeps_less() -> None:
     assert quality(0.04, excess=0.02).harm == pytest.approx(0.06)
     assert quality(0.04, excess=0.02).needs == quality(0.06).needs
-
-
-def test_a_mean_that_is_not_certain_keeps_less() -> None:
     assert quality(0.03, error=0.01).needs == pytest.approx(0.046)
     unknown = quality(0.03, error=float("nan"))
     for kinds in ({"continuation": unknown}, {"copying": unknown}):

@@ -1,12 +1,13 @@
 """adaskip_cpp.model.identity: which model a file is."""
 
 import io
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles.fixtures import Open
+from oracles.tiny_families import tokens
 from oracles.tiny_models import write_lora, write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
@@ -37,26 +38,20 @@ def test_equal_files_have_equal_fingerprints(tmp_path: Path) -> None:
     assert len(fingerprint(a)) == 64
 
 
-@pytest.mark.parametrize("offset", [0, 300, 3 * MIB, 6 * MIB - 1])
-def test_every_byte_of_a_small_file_counts(tmp_path: Path, offset: int) -> None:
-    path = sparse(tmp_path / "m.gguf", 6 * MIB)
-    before = fingerprint(path)
-    poke(path, offset)
-    assert fingerprint(path) != before
-
-
-@pytest.mark.parametrize("offset", [0, MIB - 1, 63 * MIB, 64 * MIB - 1])
-def test_the_first_and_last_mib_of_a_large_file_count(tmp_path: Path, offset: int) -> None:
-    path = sparse(tmp_path / "m.gguf", 64 * MIB)
-    before = fingerprint(path)
-    poke(path, offset)
-    assert fingerprint(path) != before
-
-
-def test_the_size_counts(tmp_path: Path) -> None:
-    path = sparse(tmp_path / "m.gguf", 64 * MIB)
-    before = fingerprint(path)
-    assert fingerprint(sparse(path, 64 * MIB + 1)) != before
+@pytest.mark.parametrize(
+    ("size", "offsets"), [(6, (0, 300, 3 * MIB, 6 * MIB - 1)), (64, (0, MIB - 1, 63 * MIB, 64 * MIB - 1))]
+)
+def test_every_byte_of_a_small_file_counts_and_the_first_and_last_mib_of_a_large_one(
+    tmp_path: Path, size: int, offsets: tuple[int, ...]
+) -> None:
+    seen = set()
+    for offset in (None, *offsets):
+        path = sparse(tmp_path / "m.gguf", size * MIB)
+        if offset is not None:
+            poke(path, offset)
+        seen.add(fingerprint(path))
+    seen.add(fingerprint(sparse(path, size * MIB + 1)))
+    assert len(seen) == len(offsets) + 2, "and the size"
 
 
 def test_a_change_of_a_hundredth_of_a_large_file_is_seen_wherever_it_is(tmp_path: Path) -> None:
@@ -94,9 +89,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_check_gguf_tells_what_a_file_is_not(tmp_path: Path) -> None:
-    text = tmp_path / "text.gguf"
+    text, empty = tmp_path / "text.gguf", tmp_path / "empty.gguf"
     text.write_text("hello")
-    empty = tmp_path / "empty.gguf"
     empty.touch()
     for path, words in (
         (text, "not a GGUF"),
@@ -155,7 +149,7 @@ def plan_of(llm: AdaSkipLlama) -> SkipPlan:
     return replace(SkipPlan.manual(3, ffn=[1]), model=llm.model_info)
 
 
-def test_a_plan_does_not_fit_another_last_file(split: list[Path], open_model: Callable[..., AdaSkipLlama]) -> None:
+def test_a_plan_does_not_fit_another_last_file(split: list[Path], open_model: Open) -> None:
     plan = plan_of(open_model(split[0]))
     open_model(split[0]).set_plan(plan)
     poke(split[-1], split[-1].stat().st_size - 1)
@@ -163,17 +157,10 @@ def test_a_plan_does_not_fit_another_last_file(split: list[Path], open_model: Ca
         open_model(split[0]).set_plan(plan)
 
 
-def test_a_plan_fits_only_the_adapter_and_scale_that_it_was_made_with(
-    tiny: Callable[..., Path], tmp_path: Path, open_model: Callable[..., AdaSkipLlama]
-) -> None:
+def test_a_plan_fits_only_the_adapter_and_scale_that_it_was_made_with(tmp_path: Path, open_tiny: Open) -> None:
     lora, other = (str(write_lora(tmp_path / f"{seed}.gguf", seed=seed)) for seed in (0, 1))
-    ways: list[dict[str, Any]] = [
-        {},
-        {"lora_path": lora},
-        {"lora_path": lora, "lora_scale": 0.5},
-        {"lora_path": other},
-    ]
-    models = [open_model(tiny(), **way) for way in ways]
+    ways: list[dict[str, Any]] = [{}, {"lora_path": lora}, {"lora_path": lora, "lora_scale": 0.5}, {"lora_path": other}]
+    models = [open_tiny(**way) for way in ways]
     for i, made_for in enumerate(models):
         for j, llm in enumerate(models):
             if i == j:
@@ -185,12 +172,10 @@ def test_a_plan_fits_only_the_adapter_and_scale_that_it_was_made_with(
         models[2].set_plan(plan_of(models[0]))
 
 
-def test_a_plan_fits_only_the_overrides_that_it_was_made_with(
-    tiny: Callable[..., Path], open_model: Callable[..., AdaSkipLlama]
-) -> None:
+def test_a_plan_fits_only_the_overrides_that_it_was_made_with(open_tiny: Open) -> None:
     epsilon = "llama.attention.layer_norm_rms_epsilon"
     plain, a, b = (
-        open_model(tiny(), kv_overrides=each) for each in (None, {epsilon: 1e-3}, {epsilon: 1e-2, "general.name": "x"})
+        open_tiny(kv_overrides=each) for each in (None, {epsilon: 1e-3}, {epsilon: 1e-2, "general.name": "x"})
     )
     with pytest.raises(ProfileMismatchError, match=rf"kv_overrides is none, here it is {epsilon}=0\.001;"):
         a.set_plan(plan_of(plain))
@@ -201,13 +186,8 @@ def test_a_plan_fits_only_the_overrides_that_it_was_made_with(
     a.set_plan(plan_of(a))
 
 
-def test_a_saved_state_fits_only_the_adapter_that_it_was_computed_with(
-    tiny: Callable[..., Path],
-    tmp_path: Path,
-    open_model: Callable[..., AdaSkipLlama],
-    tokens: Callable[..., list[int]],
-) -> None:
-    plain, adapted = open_model(tiny()), open_model(tiny(), lora_path=str(write_lora(tmp_path / "lora.gguf")))
+def test_a_saved_state_fits_only_the_adapter_that_it_was_computed_with(tmp_path: Path, open_tiny: Open) -> None:
+    plain, adapted = open_tiny(), open_tiny(lora_path=str(write_lora(tmp_path / "lora.gguf")))
     adapted.eval(tokens(8))
     with pytest.raises(StateError, match="LoRA adapter"):
         plain.load_state(adapted.save_state())

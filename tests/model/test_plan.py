@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles.skip_sets import only
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import CompensationError, PlanError, SublayerRangeError
@@ -19,26 +20,17 @@ from adaskip_cpp.model.skip_set import SkipSet
 MODEL = ModelInfo("0" * 64, "llama", 4)
 
 
-def skip_set(*sublayers: tuple[int, int], n_layer: int = 4, scale: float = 1.0, bias: Any = None) -> SkipSet:
-    skip = np.zeros((n_layer, 2), bool)
-    for layer, kind in sublayers:
-        skip[layer, kind] = True
-    return SkipSet(skip, np.full((n_layer, 2), scale), bias)
+def skip_set(*sublayers: tuple[int, int], n_layer: int = 4, scale: float = 1.0, **parts: Any) -> SkipSet:
+    return SkipSet(only(*sublayers, n_layer=n_layer), np.full((n_layer, 2), scale), **parts)
 
 
 SMALL, LARGE = skip_set((1, 0)), skip_set((1, 0), (2, 0))
 
 
-def test_a_set_lists_its_layers_in_order() -> None:
-    chosen = skip_set((3, 0), (1, 0), (2, 1))
+def test_a_set_lists_its_layers_in_order_and_compensation_is_one_where_nothing_is_skipped() -> None:
+    chosen = skip_set((3, 0), (1, 0), (2, 1), scale=0.5)
     assert (chosen.attention, chosen.ffn, chosen.n_skip, chosen.n_layer) == ((1, 3), (2,), 3, 4)
-
-
-def test_compensation_is_one_where_nothing_is_skipped() -> None:
-    chosen = skip_set((1, 1), scale=0.5)
-    expected = np.ones((4, 2))
-    expected[1, 1] = 0.5
-    np.testing.assert_array_equal(chosen.scale, expected)
+    np.testing.assert_array_equal(chosen.scale, np.where(chosen.skip, 0.5, 1.0))
 
 
 def test_the_arrays_are_copies_and_read_only() -> None:
@@ -46,10 +38,9 @@ def test_the_arrays_are_copies_and_read_only() -> None:
     chosen = SkipSet(skip, np.ones((4, 2)))
     skip[0, 0] = True
     assert chosen.n_skip == 0
-    with pytest.raises(ValueError, match="read-only"):
-        chosen.skip[0, 0] = True
-    with pytest.raises(ValueError, match="read-only"):
-        chosen.scale[0, 0] = 2
+    for array in (chosen.skip, chosen.scale):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0, 0] = True
 
 
 def test_sets_are_equal_by_value() -> None:
@@ -71,84 +62,50 @@ def test_a_bad_compensation_is_refused_where_it_is_used(value: float) -> None:
 def test_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(PlanError, match="n_layer, 2"):
         SkipSet(np.zeros(shape, bool), np.ones(shape))
-
-
-def test_shapes_must_agree() -> None:
     with pytest.raises(PlanError, match=r"'scale' has the shape \(5, 2\), not \[4, 2\]"):
         SkipSet(np.zeros((4, 2), bool), np.ones((5, 2)))
 
 
-def test_a_bias_is_zero_where_nothing_is_skipped_and_is_a_read_only_copy() -> None:
-    bias = np.ones((4, 2, 3))
-    chosen = skip_set((1, 1), bias=bias)
-    expected = np.zeros((4, 2, 3), np.float32)
-    expected[1, 1] = 1
-    bias[:] = 7
-    assert chosen.bias is not None and chosen.bias.dtype == np.float32
-    np.testing.assert_array_equal(chosen.bias, expected)
-    with pytest.raises(ValueError, match="read-only"):
-        chosen.bias[1, 1] = 2
+def filled_set(*sublayers: tuple[int, int], rank: int = 2, **changes: Any) -> SkipSet:
+    """A set with vectors and maps of ones."""
+    ones = {"bias": np.ones((4, 2, 3)), "down": np.ones((4, 2, rank, 3)), "up": np.ones((4, 2, 3, rank))}
+    return skip_set(*sublayers, **{**ones, **changes})
 
 
-def test_sets_with_another_bias_differ() -> None:
-    one, other = np.ones((4, 2, 3)), np.ones((4, 2, 3))
-    other[1, 0, 2] = 2
-    assert skip_set((1, 0), bias=one) == skip_set((1, 0), bias=one.copy())
-    assert skip_set((1, 0), bias=one) != skip_set((1, 0), bias=other)
-    assert skip_set((1, 0), bias=one) != skip_set((1, 0)) != skip_set((1, 0), bias=one)
-    assert skip_set((1, 1), bias=one) == skip_set((1, 1), bias=other), "the other sublayer's is not used"
-    assert hash(skip_set((1, 0), bias=one)) == hash(skip_set((1, 0), bias=one.copy()))
+PARTS = ("bias", "down", "up")
 
 
-@pytest.mark.parametrize("shape", [(4, 2), (4, 3, 8), (5, 2, 8), (4, 2, 0), (4, 2, 8, 1)])
-def test_a_bias_of_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(PlanError, match=r"\[4, 2, n_embd\]"):
-        skip_set((1, 0), bias=np.zeros(shape))
-
-
-def test_a_bias_that_is_not_finite_is_refused_where_it_is_used() -> None:
-    with pytest.raises(CompensationError, match="attention of layer 1"):
-        skip_set((1, 0), bias=np.full((4, 2, 3), np.nan))
-    assert skip_set(bias=np.full((4, 2, 3), np.nan)) == skip_set(bias=np.zeros((4, 2, 3)))
-
-
-def linear_set(*sublayers: tuple[int, int], rank: int = 2, n_embd: int = 3, **changes: Any) -> SkipSet:
-    """A set with maps of ones."""
-    parts = {"down": np.ones((4, 2, rank, n_embd)), "up": np.ones((4, 2, n_embd, rank)), **changes}
-    chosen = skip_set(*sublayers)
-    return SkipSet(chosen.skip, chosen.scale, **parts)
-
-
-def test_a_map_is_zero_where_nothing_is_skipped_and_is_a_read_only_copy() -> None:
-    down, up = np.ones((4, 2, 2, 3)), np.ones((4, 2, 3, 2))
-    chosen = linear_set((1, 1), down=down, up=up)
-    down[:] = up[:] = 7
-    for array in (chosen.down, chosen.up):
-        assert array is not None and array.dtype == np.float32
-        assert (array[1, 1] == 1).all() and array.sum() == 6
+def test_vectors_and_maps_are_zero_where_nothing_is_skipped_and_read_only_copies() -> None:
+    given = {"bias": np.ones((4, 2, 3)), "down": np.ones((4, 2, 2, 3)), "up": np.ones((4, 2, 3, 2))}
+    chosen = skip_set((1, 1), **given)
+    for name, array in given.items():
+        array[:] = 7
+        kept = getattr(chosen, name)
+        assert kept.dtype == np.float32 and (kept[1, 1] == 1).all() and kept.sum() == kept[1, 1].size
         with pytest.raises(ValueError, match="read-only"):
-            array[1, 1] = 2
+            kept[1, 1] = 2
 
 
 def test_the_length_of_the_vectors_is_that_of_the_bias_or_the_map() -> None:
+    bias, maps = {"bias": np.ones((4, 2, 5))}, {"down": np.ones((4, 2, 2, 5)), "up": np.ones((4, 2, 5, 2))}
     assert skip_set((1, 1)).n_embd is None
-    assert skip_set((1, 1), bias=np.ones((4, 2, 3))).n_embd == 3
-    assert linear_set((1, 1), n_embd=5).n_embd == linear_set((1, 1), n_embd=5, bias=np.ones((4, 2, 5))).n_embd == 5
+    assert [skip_set((1, 1), **parts).n_embd for parts in (bias, maps, {**bias, **maps})] == [5] * 3
 
 
-@pytest.mark.parametrize("name", ["down", "up"])
-def test_sets_with_another_map_differ(name: str) -> None:
-    one, other = linear_set((1, 0)), linear_set((1, 0))
+@pytest.mark.parametrize("name", PARTS)
+def test_sets_with_another_vector_or_map_differ(name: str) -> None:
+    one, other = filled_set((1, 0)), filled_set((1, 0))
     assert one == other and hash(one) == hash(other)
     changed = np.array(getattr(one, name))
-    changed[1, 0, 0, 0] = 2
-    assert linear_set((1, 0), **{name: changed}) != one
+    changed[1, 0].flat[-1] = 2
+    assert filled_set((1, 0), **{name: changed}) != one
     changed = np.array(getattr(one, name))
     changed[2, 1] = 2
-    assert linear_set((1, 0), **{name: changed}) == one, "the other sublayer's is not used"
+    assert filled_set((1, 0), **{name: changed}) == one, "the other sublayer's is not used"
     assert one != skip_set((1, 0)) != one
-    assert one != linear_set((1, 0), bias=np.zeros((4, 2, 3)))
-    assert linear_set((1, 0), rank=1) != one
+    assert one != filled_set((1, 0), bias=None) != one != filled_set((1, 0), down=None, up=None)
+    assert filled_set((1, 0), rank=1) != one
+    assert filled_set((1, 0), bias=np.zeros((4, 2, 3))) != filled_set((1, 0), bias=None)
     assert SkipPlan(one, one) == SkipPlan(other, other) != SkipPlan(skip_set((1, 0)), skip_set((1, 0)))
 
 
@@ -157,55 +114,49 @@ def test_sets_with_another_map_differ(name: str) -> None:
     [
         {"down": None},
         {"up": None},
-        {"down": np.ones((4, 2, 3))},
-        {"up": np.ones((4, 2, 3))},
-        {"down": np.ones((4, 2, 3, 2))},
-        {"down": np.ones((5, 2, 2, 3))},
-        {"up": np.ones((5, 2, 3, 2))},
-        {"up": np.ones((4, 2, 4, 2))},
-        {"up": np.ones((4, 2, 3, 1))},
+        *({"down": np.ones(shape)} for shape in ((4, 2, 3), (4, 2, 3, 2), (5, 2, 2, 3))),
+        *({"up": np.ones(shape)} for shape in ((4, 2, 3), (5, 2, 3, 2), (4, 2, 4, 2), (4, 2, 3, 1))),
         {"down": np.ones((4, 2, 0, 3)), "up": np.ones((4, 2, 3, 0))},
         {"down": np.ones((4, 2, 2, 0)), "up": np.ones((4, 2, 0, 2))},
-        {"bias": np.ones((4, 2, 4))},
+        *({"bias": np.ones(shape)} for shape in ((4, 2), (4, 2, 4), (4, 3, 8), (5, 2, 8), (4, 2, 0), (4, 2, 8, 1))),
     ],
     ids=lambda changes: ", ".join(f"{k} {None if v is None else v.shape}" for k, v in changes.items()),
 )
-def test_a_map_of_a_wrong_shape_is_refused(changes: dict[str, Any]) -> None:
+def test_a_vector_or_a_map_of_a_wrong_shape_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=r"(up|down|bias).*(not \[4, 2, .*; give one row|; give both)"):
-        linear_set((1, 0), **changes)
+        filled_set((1, 0), **changes)
+    if "bias" in changes and changes["bias"].shape != (4, 2, 4):  # which is right by itself
+        with pytest.raises(PlanError, match=r"\[4, 2, n_embd\]"):
+            skip_set((1, 0), **changes)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["down", "up"])
-def test_a_map_that_is_not_finite_is_refused_where_it_is_used(name: str, value: float) -> None:
-    bad = {name: np.full((4, 2, 3, 3), value)}
-    with pytest.raises(CompensationError, match=r"linear map of attention of layer 1.*affine"):
-        linear_set((1, 0), rank=3, **bad)
-    assert linear_set(rank=3, **bad) == linear_set(rank=3)
+@pytest.mark.parametrize("name", PARTS)
+def test_a_vector_or_a_map_that_is_not_finite_is_refused_where_it_is_used(name: str, value: float) -> None:
+    bad = {name: np.full(getattr(filled_set((1, 0)), name).shape, value)}
+    what = "attention of layer 1" if name == "bias" else r"linear map of attention of layer 1.*affine"
+    with pytest.raises(CompensationError, match=what):
+        filled_set((1, 0), **bad)
+    assert filled_set(**bad) == filled_set()
 
 
-def test_a_manual_plan_skips_in_both_phases() -> None:
+def test_a_manual_plan_skips_in_both_phases_or_leaves_prefill_whole() -> None:
     plan = SkipPlan.manual(4, attention=[2, 0], ffn=np.array([3]))
     assert (plan.prefill.attention, plan.prefill.ffn, plan.prefill.n_skip) == ((0, 2), (3,), 3)
     assert plan.prefill == plan.decode
     assert (plan.model, plan.strategy, plan.compensation, plan.mode) == (None, "manual", "none", "manual")
     assert (plan.schedule, plan.online) == ((), None)
-
-
-def test_a_manual_plan_can_leave_prefill_whole() -> None:
     bulk = SkipPlan.manual(4, attention=[1], ffn=[2], phase="bulk")
     assert bulk.bulk is not None and (bulk.bulk.skip.attention, bulk.bulk.skip.ffn) == ((1,), (2,))
     assert bulk.prefill.n_skip == bulk.decode.n_skip == 0
     assert (bulk.bulk.head, bulk.bulk.tail) == (DEFAULT_HEAD, DEFAULT_TAIL)
-    plan = SkipPlan.manual(4, attention=[1], ffn=[1], phase="decode")
-    assert plan.prefill.n_skip == 0
-    assert plan.decode.n_skip == 2
+    decode = SkipPlan.manual(4, attention=[1], ffn=[1], phase="decode")
+    assert (decode.prefill.n_skip, decode.decode.n_skip) == (0, 2)
 
 
 def test_a_manual_plan_takes_one_scale_or_one_for_each() -> None:
-    assert SkipPlan.manual(4, ffn=[1], scale=0.5).prefill.scale[1, 1] == 0.5
-    scale = np.arange(1.0, 9.0).reshape(4, 2)
-    assert SkipPlan.manual(4, ffn=[1], scale=scale).prefill.scale[1, 1] == 4.0
+    for scale, expected in ((0.5, 0.5), (np.arange(1.0, 9.0).reshape(4, 2), 4.0)):
+        assert SkipPlan.manual(4, ffn=[1], scale=scale).prefill.scale[1, 1] == expected
     with pytest.raises(PlanError, match="shape"):
         SkipPlan.manual(4, ffn=[1], scale=np.ones((3, 2)))
     with pytest.raises(CompensationError, match="FFN of layer 1"):
@@ -218,9 +169,11 @@ def test_a_layer_that_the_model_lacks_is_refused(layer: Any) -> None:
         SkipPlan.manual(4, attention=[layer])
 
 
-def test_an_unknown_phase_is_refused() -> None:
+def test_an_unknown_phase_or_mode_is_refused() -> None:
     with pytest.raises(PlanError, match="prefill-only"):
         SkipPlan.manual(4, phase="prefill-only")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="prefill, decode, e2e"):
+        SkipPlan(skip_set(), skip_set(), mode="both")  # type: ignore[arg-type]
 
 
 def test_decode_never_reads_kv_that_prefill_did_not_write() -> None:
@@ -236,11 +189,6 @@ def test_a_plan_is_for_one_number_of_layers() -> None:
         SkipPlan(skip_set(n_layer=5), skip_set(n_layer=5), model=MODEL)
 
 
-def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(PlanError, match="prefill, decode, e2e"):
-        SkipPlan(skip_set(), skip_set(), mode="both")  # type: ignore[arg-type]
-
-
 # --- the bulk ---------------------------------------------------------------------------------------------------------
 
 
@@ -251,10 +199,7 @@ def test_a_bulk_set_is_one_of_the_plans_sets_and_what_its_phase_skips() -> None:
     assert (plan.skipped("bulk"), plan.skipped("prefill"), plan.skipped("decode")) == plan.sets
     assert plain.sets == (plain.prefill, plain.decode)
     assert plain.skipped("bulk") == plain.prefill, "without a bulk set, all of a prompt is prefill"
-
-
-def test_decode_may_run_what_the_bulk_skips() -> None:
-    SkipPlan(skip_set(), skip_set((1, 0)), bulk=Bulk(skip_set((3, 0), (3, 1))))
+    SkipPlan(skip_set(), skip_set((1, 0)), bulk=Bulk(bulk))  # decode may run what the bulk skips
 
 
 def test_plans_are_equal_by_their_bulk_head_and_tail() -> None:
@@ -264,13 +209,7 @@ def test_plans_are_equal_by_their_bulk_head_and_tail() -> None:
 
     assert plan() == plan(head=np.int64(4)) and hash(plan()) == hash(plan(head=np.int64(4)))
     assert plan() != dataclasses.replace(plan(), bulk=None)
-    for changes in (
-        {"skip": skip_set((3, 1))},
-        {"head": 0},
-        {"tail": 1},
-        {"windowed": (1,)},
-        {"windowed": (0,)},
-    ):
+    for changes in ({"skip": skip_set((3, 1))}, {"head": 0}, {"tail": 1}, {"windowed": (1,)}, {"windowed": (0,)}):
         assert plan(**changes) != plan()
         assert pickle.loads(pickle.dumps(plan(**changes))) == plan(**changes)
 
@@ -278,11 +217,9 @@ def test_plans_are_equal_by_their_bulk_head_and_tail() -> None:
 @pytest.mark.parametrize("name", ["head", "tail"])
 @pytest.mark.parametrize("value", [-1, 1.5, "4", True, None, 2**31])
 def test_an_impossible_head_or_tail_is_refused(name: str, value: Any) -> None:
+    """A head may be empty, a tail may not."""
     with pytest.raises(PlanError, match=f"^{name} is .*; use a whole number from"):
         Bulk(skip_set(), **{name: value})
-
-
-def test_a_head_may_be_empty_and_a_tail_may_not() -> None:
     assert Bulk(skip_set(), head=0).head == 0
     with pytest.raises(PlanError, match="from 1 on"):
         Bulk(skip_set(), tail=0)
@@ -295,14 +232,6 @@ def test_a_bulk_set_is_for_as_many_layers_and_skips_the_attentions_of_prefill() 
     with pytest.raises(PlanError, match=r"prefill skips the attention of layers \[1\], which bulk runs"):
         SkipPlan(SMALL, SMALL, bulk=Bulk(skip_set((3, 0))))
     SkipPlan(SMALL, SMALL, bulk=Bulk(LARGE))
-
-
-@pytest.mark.parametrize(
-    ("n_cached", "n_tokens", "span"),
-    [(0, 100, (4, 92)), (3, 50, (1, 42)), (4, 50, (0, 42)), (90, 9, (0, 1)), (90, 8, (0, 0)), (0, 12, (0, 0))],
-)
-def test_the_bulk_is_what_is_neither_head_nor_tail(n_cached: int, n_tokens: int, span: tuple[int, int]) -> None:
-    assert Bulk(skip_set(), head=4, tail=8).span(n_cached, n_tokens) == span
 
 
 def test_a_windowed_attention_that_is_skipped_looks_back_at_nothing() -> None:
@@ -319,17 +248,14 @@ def test_without_a_bulk_a_plan_needs_no_kv_where_every_phase_skips_the_attention
 # --- schedules and the online stage -----------------------------------------------------------------------------------
 
 
-def test_a_schedule_grows_from_the_decode_set() -> None:
-    plan = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)))
-    assert plan.schedule[1] == (7, LARGE)
-    assert plan != SkipPlan(SMALL, SMALL)
-
-
 def test_the_set_in_force_is_that_of_the_schedule_and_a_phase_ends_with_the_last() -> None:
     plan = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)))
+    assert plan.schedule[1] == (7, LARGE) and plan != SkipPlan(SMALL, SMALL)
     assert [plan.decode_after(n) for n in (0, 6, 7, 100)] == [SMALL, SMALL, LARGE, LARGE]
     assert (plan.skipped("prefill"), plan.skipped("decode")) == (SMALL, LARGE)
     assert SkipPlan(SMALL, LARGE).skipped("decode") == SkipPlan(SMALL, LARGE).decode_after(9) == LARGE
+    first = skip_set((1, 0), (1, 1))
+    SkipPlan(SMALL, first, schedule=((0, first), (3, LARGE)))  # it may drop an FFN, which has no KV
 
 
 @pytest.mark.parametrize(
@@ -353,36 +279,21 @@ def test_a_malformed_schedule_is_refused(schedule: Any, message: str) -> None:
         SkipPlan(SMALL, SMALL, schedule=schedule)
 
 
-def test_a_schedule_may_drop_an_ffn_which_has_no_kv() -> None:
-    first = skip_set((1, 0), (1, 1))
-    SkipPlan(SMALL, first, schedule=((0, first), (3, LARGE)))
-
-
 def test_a_schedule_and_an_online_stage_exclude_each_other() -> None:
     stage = OnlineStage(threshold=0.9)
     with pytest.raises(PlanError, match="not both"):
         SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)), online=stage)
     assert SkipPlan(SMALL, SMALL, online=stage).online == stage
+    assert stage.window == 20, "the authors' default"
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"window": 0},
-        {"window": 2.5},
-        {"window": 2**31},
-        {"threshold": float("nan")},
-        {"threshold": None},
-        {"scale": "x"},
-    ],
-)
+WRONG = [*({"window": value} for value in (0, 2.5, 2**31)), *({"threshold": value} for value in (float("nan"), None))]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, {"scale": "x"}])
 def test_an_impossible_online_stage_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="; use"):
         OnlineStage(**{"threshold": 0.9, **wrong})
-
-
-def test_the_window_is_the_authors_twenty_tokens_by_default() -> None:
-    assert OnlineStage(threshold=0.9).window == 20
 
 
 def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:

@@ -1,6 +1,7 @@
 """Plan files: what is stored, what is refused, and who uses the one beside a model without being told."""
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -14,11 +15,11 @@ import pytest
 from click.testing import CliRunner, Result
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
+from oracles.changed_json import LOST, change
 from oracles.costs import cost_model
-from oracles.stock import EXACT
+from oracles.fixtures import Open
 from oracles.tiny_families import N_EMBD
 
-import adaskip_cpp
 from adaskip_cpp import Profile, SkipPlan, files
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
@@ -48,8 +49,6 @@ def skip_set(attention: tuple[int, ...] = (2,), ffn: tuple[int, ...] = (0, 1), *
 
 BIAS = {"bias": (N_EMBD,)}
 MAPS = {"down": (RANK, N_EMBD), "up": (N_EMBD, RANK)}
-
-
 NONE = SkipSet.none(3)
 
 
@@ -109,17 +108,9 @@ def model(tiny: Any, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def open_auto() -> Any:
+def open_auto(open_model: Open) -> Open:
     """``open_auto(path, plan="auto")``: the model opened with that plan, closed after the test."""
-    opened = []
-
-    def open_(path: Path, plan: Any = "auto") -> Any:
-        opened.append(adaskip_cpp.AdaSkipLlama(str(path), n_ctx=64, logits_all=True, plan=plan, verbose=False, **EXACT))
-        return opened[-1]
-
-    yield open_
-    for llm in opened:
-        llm.close()
+    return lambda path, plan="auto": open_model(path, n_ctx=64, plan=plan)
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
@@ -148,21 +139,15 @@ def test_every_plan_comes_back_as_it_was(plan: SkipPlan, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("low", [1.125, NAN])
-def test_a_frontier_comes_back_as_it_was(low: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_points", [2, 0])
+def test_a_frontier_comes_back_as_it_was(low: float, n_points: int, tmp_path: Path) -> None:
     """By the representation of its figures, as NaN equals nothing; plans, whose maps that leaves out, by themselves."""
-    speed = SpeedUp("both", 2048, Interval(1.25, low, 1.5, 5), (2.5, 2.0))
-    frontier = replace(make_frontier(), speeds=(speed,))
+    speed, whole = SpeedUp("both", 2048, Interval(1.25, low, 1.5, 5), (2.5, 2.0)), make_frontier()
+    frontier = replace(whole, speeds=(speed,), points=whole.points[:n_points])
     save_plan(tmp_path / "p.json", frontier)
     found = load_plan(tmp_path / "p.json")
     assert found.plan is None and found.frontier is not None and repr(found.frontier) == repr(frontier)
     assert found.plans == tuple(point.plan for point in frontier.points)
-
-
-def test_a_frontier_without_points_comes_back_as_it_was(tmp_path: Path) -> None:
-    frontier = replace(make_frontier(), points=())
-    save_plan(tmp_path / "p.json", frontier)
-    found = load_plan(tmp_path / "p.json")
-    assert found.frontier == frontier and found.plans == ()
 
 
 def test_plans_of_several_models_are_no_frontier(tmp_path: Path) -> None:
@@ -172,15 +157,17 @@ def test_plans_of_several_models_are_no_frontier(tmp_path: Path) -> None:
         save_plan(tmp_path / "p.json", Frontier((first, other)))
 
 
-def test_only_the_skipped_sublayers_take_room(tmp_path: Path) -> None:
+def test_only_the_skipped_sublayers_and_the_maps_that_there_are_take_room(tmp_path: Path) -> None:
     save_plan(tmp_path / "p.json", make())
     assert (tmp_path / "p.bin").stat().st_size == 3 * 2 * RANK * N_EMBD * 2  # of three sublayers, in both phases alike
-
-
-def test_only_the_maps_that_there_are_take_room(tmp_path: Path) -> None:
+    lines = [line.strip() for line in (tmp_path / "p.json").read_text().splitlines()]
+    assert '"attention": [2],' in lines and '"ffn": [0, 1],' in lines
     save_plan(tmp_path / "p.json", SkipPlan(NONE, NONE, bulk=Bulk(one_map())))
     assert (tmp_path / "p.bin").stat().st_size == 4 * N_EMBD * 4 + 2 * RANK * N_EMBD * 2
     assert json.loads((tmp_path / "p.json").read_text())["plan"]["bulk"]["skip"]["up"]["rows"] == [5]
+    (tmp_path / "without-vectors").mkdir()
+    save_plan(tmp_path / "without-vectors" / "p.json", SkipPlan.manual(3, ffn=[1]))
+    assert [path.name for path in (tmp_path / "without-vectors").iterdir()] == ["p.json"]
 
 
 def test_the_vectors_lie_as_the_format_says(tmp_path: Path) -> None:
@@ -192,17 +179,6 @@ def test_the_vectors_lie_as_the_format_says(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.frombuffer(content[:n], "<f4"), np.concatenate(parts[:2]))
     halves = np.frombuffer(content[n:], np.uint8)
     np.testing.assert_array_equal(dequantize(halves, GGMLQuantizationType.BF16), np.concatenate(parts[2:]))
-
-
-def test_the_json_says_on_a_line_each_what_is_skipped(tmp_path: Path) -> None:
-    save_plan(tmp_path / "p.json", make())
-    lines = [line.strip() for line in (tmp_path / "p.json").read_text().splitlines()]
-    assert '"attention": [2],' in lines and '"ffn": [0, 1],' in lines
-
-
-def test_a_plan_without_vectors_is_one_file(tmp_path: Path) -> None:
-    save_plan(tmp_path / "p.json", SkipPlan.manual(3, ffn=[1]))
-    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
 
 
 def test_after_a_failure_the_old_files_are_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,21 +201,6 @@ def test_after_a_failure_the_old_files_are_still_there(tmp_path: Path, monkeypat
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-LOST = object()
-
-
-def put(data: dict[str, Any], path: str, value: Any) -> None:
-    *folders, name = path.split(".")
-    part: Any = data
-    for folder in folders:
-        part = part[int(folder) if folder.isdigit() else folder]
-    at: Any = int(name) if name.isdigit() else name
-    if value is LOST:
-        del part[at]
-    else:
-        part[at] = value
-
-
 NOTHING = {"skip": {"attention": [], "ffn": [], "n_layer": 3}, "scale": [[1.0, 1.0]] * 3}
 AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
 
@@ -250,7 +211,6 @@ AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
         *((name, LOST) for name in ("format", "version", "plan", "vectors")),
         ("format", "adaskip-profile"),
         ("version", 5),
-        ("frontier", {}),
         ("plan", []),
         ("plan.mode", "both"),
         ("plan.model.n_layer", 0),
@@ -287,6 +247,7 @@ AROUND = {"head": 4, "tail": 64, "windowed": [], "window_size": 252}
         ("vectors.file", "a\0b"),
         ("vectors.file", "a" * 999),
         ("vectors.sha256", "00"),
+        ("frontier", {}),
     ],
 )
 def test_a_malformed_file_is_one_clear_line(path: str, value: Any, tmp_path: Path) -> None:
@@ -326,9 +287,7 @@ def test_a_malformed_frontier_is_one_clear_line(path: str, value: Any, tmp_path:
 
 def assert_refused(plan: SkipPlan | Frontier, path: str, value: Any, folder: Path) -> None:
     save_plan(folder / "p.json", plan)
-    data = json.loads((folder / "p.json").read_text())
-    put(data, path, value)
-    (folder / "p.json").write_text(json.dumps(data))
+    change(folder / "p.json", path, value)
     with pytest.raises(PlanFileError, match=r"p\.json' cannot be used: .*; write it again with `adaskip-cpp tune`"):
         load_plan(folder / "p.json")
 
@@ -346,22 +305,16 @@ def test_what_is_no_plan_file_is_one_clear_line(content: bytes, tmp_path: Path) 
         load_plan(tmp_path / "p.json")
 
 
-@pytest.mark.parametrize("change", [lambda old: old[:-1], lambda old: old + b"\0", lambda old: b"\0" * len(old)])
-def test_vectors_of_another_plan_are_refused(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [lambda old: old[:-1], lambda old: old + b"\0", lambda old: b"\0" * len(old)])
+def test_vectors_of_another_plan_or_that_are_not_finite_are_refused(damaged: Any, tmp_path: Path) -> None:
     save_plan(tmp_path / "p.json", make())
     binary = tmp_path / "p.bin"
-    binary.write_bytes(change(binary.read_bytes()))
+    content = binary.read_bytes()
+    binary.write_bytes(damaged(content))
     with pytest.raises(PlanFileError, match=r"p\.bin.*; write it again"):
         load_plan(tmp_path / "p.json")
-
-
-def test_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    save_plan(tmp_path / "p.json", make())
-    data = json.loads((tmp_path / "p.json").read_text())
-    content = np.full((tmp_path / "p.bin").stat().st_size // 4, NAN, "<f4").tobytes()
-    data["vectors"]["sha256"] = hashlib.sha256(content).hexdigest()
-    (tmp_path / "p.bin").write_bytes(content)
-    (tmp_path / "p.json").write_text(json.dumps(data))
+    binary.write_bytes(nan := np.full(len(content) // 4, NAN, "<f4").tobytes())
+    change(tmp_path / "p.json", "vectors.sha256", hashlib.sha256(nan).hexdigest())
     with pytest.raises(PlanFileError, match="not finite"):
         load_plan(tmp_path / "p.json")
 
@@ -390,58 +343,36 @@ def test_what_is_beside_a_model_tells_its_frontier_without_the_plans(model: Path
 def test_a_broken_file_beside_a_model_has_no_frontier(content: bytes, model: Path) -> None:
     Path(plan_path(model)).write_bytes(content)
     assert frontier_beside(model) is None
-
-
-@pytest.mark.parametrize("path", ["frontier", "frontier.settings"])
-@pytest.mark.parametrize("value", [1, [1]], ids=str)
-def test_a_broken_frontier_beside_a_model_is_none(path: str, value: Any, model: Path) -> None:
-    save_plan(plan_path(model), make_frontier(model))
-    data = json.loads(Path(plan_path(model)).read_text())
-    put(data, path, value)
-    Path(plan_path(model)).write_text(json.dumps(data))
-    assert frontier_beside(model) is None
+    for path, value in itertools.product(("frontier", "frontier.settings"), (1, [1])):
+        save_plan(plan_path(model), make_frontier(model))
+        change(Path(plan_path(model)), path, value)
+        assert frontier_beside(model) is None
 
 
 # --- AdaSkipLlama(plan="auto") ----------------------------------------------------------------------------------------
 
 
-def test_auto_uses_the_plan_beside_the_model(model: Path, open_auto: Any) -> None:
+def test_auto_uses_the_plan_beside_the_model_and_reads_nothing_else(model: Path, open_auto: Any) -> None:
     save_plan(plan_path(model), make(model))
+    Path(profile_path(model)).write_text("this is no profile")
     assert Path(plan_path(model)).name == "model.Q4.adaskip-plan.json"
     llm, by_hand = open_auto(model), open_auto(model, make(model))
     assert llm.plan == make(model) and llm.elided_kv == (2,)
     for each in (llm, by_hand):
         each.eval([1, 5, 6, 7])
     np.testing.assert_array_equal(llm.scores[:4], by_hand.scores[:4])
-
-
-def test_auto_reads_nothing_but_the_plan(model: Path, open_auto: Any) -> None:
-    save_plan(plan_path(model), make(model))
-    Path(profile_path(model)).write_text("this is no profile")
-    assert open_auto(model).plan == make(model)
-
-
-def test_auto_runs_the_whole_model_where_nothing_can_be_skipped(model: Path, open_auto: Any) -> None:
     save_plan(plan_path(model), replace(make_frontier(), points=()))
-    llm = open_auto(model)
-    llm.eval([1, 5, 6, 7])
-    assert llm.plan is None
+    whole = open_auto(model)
+    whole.eval([1, 5, 6, 7])
+    assert whole.plan is None, "where nothing can be skipped"
 
 
-def test_auto_without_a_plan_says_what_to_run(model: Path, open_auto: Any) -> None:
+def test_auto_refuses_what_is_no_plan_for_the_model(model: Path, open_auto: Any) -> None:
     with pytest.raises(PlanFileError, match=r"model\.Q4\.adaskip-plan\.json.*`adaskip-cpp tune .*model\.Q4\.gguf`"):
         open_auto(model)
-
-
-def test_auto_refuses_the_plan_of_another_model(model: Path, open_auto: Any) -> None:
     save_plan(plan_path(model), make())
     with pytest.raises(ProfileMismatchError, match=r"another model.*tune"):
         open_auto(model)
-
-
-def test_another_word_than_auto_is_refused(model: Path, open_auto: Any) -> None:
-    with pytest.raises(PlanError, match='"auto"'):
-        open_auto(model, "fast")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -486,11 +417,6 @@ def test_generate_uses_the_plan_beside_the_model_and_says_so(generate: Any, mode
     assert "3 of 6 sublayers skipped (model.Q4.adaskip-plan.json). --full runs" in said(tuned)
     named = generate("--plan", tmp_path / "other.json")
     assert named.stdout == tuned.stdout and "--full runs" not in said(named)
-
-
-def test_full_runs_the_whole_model(generate: Any, model: Path) -> None:
-    whole = generate()
-    save_plan(plan_path(model), make(model))
     full = generate("--full")
     assert full.exit_code == 0 and full.stdout == whole.stdout and "skipped" not in full.stderr
     assert generate("--full", "--skip", 2).exit_code == generate("--full", "--plan", plan_path(model)).exit_code == 2
@@ -498,6 +424,7 @@ def test_full_runs_the_whole_model(generate: Any, model: Path) -> None:
 
 
 def test_what_to_skip_is_taken_from_the_profile_beside_the_model(generate: Any, profile: Path, model: Path) -> None:
+    assert "skipped" not in generate().stderr
     save_plan(plan_path(model), make(model))
     result = generate("--skip", 2, "--mode", "e2e", "--no-online")
     assert result.exit_code == 0 and "2 of 6" in said(result)
@@ -505,21 +432,13 @@ def test_what_to_skip_is_taken_from_the_profile_beside_the_model(generate: Any, 
     assert generate("--skip", 2).exit_code == 2
 
 
-def test_a_profile_beside_the_model_alone_skips_nothing(generate: Any, profile: Path) -> None:
-    assert "skipped" not in generate().stderr
-
-
-def test_a_plan_beside_the_model_that_cannot_be_used_is_told_and_not_used(generate: Any, model: Path) -> None:
+def test_a_plan_of_another_model_is_told_and_not_used_and_refused_where_it_is_named(generate: Any, model: Path) -> None:
     whole = generate()
     save_plan(plan_path(model), make())
     result = generate()
     assert result.exit_code == 0 and result.stdout == whole.stdout
     assert "The whole model runs" in result.stderr and "another model" in said(result)
-
-
-def test_a_named_plan_of_another_model_is_refused(generate: Any, tmp_path: Path) -> None:
-    save_plan(tmp_path / "other.json", make())
-    result = generate("--plan", tmp_path / "other.json")
+    result = generate("--plan", plan_path(model))
     assert result.exit_code == 1 and "another model" in result.stderr and result.stdout == ""
 
 
