@@ -4,15 +4,16 @@ import contextlib
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from oracles.fake_llama import BOS, FakeLlama
-from oracles.reference import ReferenceModel, ReferenceRun, Trace, mean_similarity, median_ratio, norm_ratio
+from oracles.fixtures import Open
+from oracles.reference import ReferenceRun, Trace, mean_similarity, median_ratio, norm_ratio
+from oracles.tiny_families import tokens
 
 import adaskip_cpp
 from adaskip_cpp import SkipPlan
@@ -21,13 +22,7 @@ from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.model.statistics import map_scale
 from adaskip_cpp.progress import progress_bar, silent
 
-OpenModel = Callable[..., Any]
-TinyModel = Callable[..., Path]
-
-
 PLAN = SkipPlan.manual(3, ffn=[1])
-
-
 N_DECODE = 4
 
 
@@ -68,28 +63,22 @@ def decoded(llm: FakeLlama, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_figures_are_the_mean_over_requests_of_each_requests_figures(llm: Any, phase: str) -> None:
     requests = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]
-    statistics = getattr(calibrate(llm, requests), phase)
+    profile = calibrate(llm, requests)
+    statistics = getattr(profile, phase)
     texts = requests if phase == "prefill" else [decoded(llm, request) for request in requests]
     expected = zip(*(figures(*llm.streams(text)) for text in texts), strict=True)
     names = ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean_u", "mean_v")
     for name, per_request in zip(names, expected, strict=True):
         np.testing.assert_allclose(getattr(statistics, name), np.mean(per_request, axis=0), rtol=1e-4, atol=1e-6)
     assert statistics.n_tokens == sum(len(text) for text in texts)
+    assert (profile.similarity is statistics.similarity) == (phase == "prefill")
 
 
-def test_the_profiles_own_figures_are_those_of_prefill(llm: Any) -> None:
-    profile = calibrate(llm, [[5, 6, 7]])
-    assert profile.similarity is profile.prefill.similarity
-    assert not np.allclose(profile.prefill.similarity, profile.decode.similarity)
-
-
-def test_both_phases_of_a_model_equal_a_numpy_forward_pass(
-    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
-) -> None:
+def test_both_phases_of_a_model_equal_a_numpy_forward_pass(open_tiny: Open, numpy_model: Open) -> None:
     """Prompt, then greedy decoding; the reference computes and chooses every token itself."""
     prompt = tokens(30)
-    profile = calibrate(open_model(tiny()), [prompt], n_decode=6)
-    run = ReferenceRun(ReferenceModel(tiny()))
+    profile = calibrate(open_tiny(), [prompt], n_decode=6)
+    run = ReferenceRun(numpy_model())
     prefill = run.eval(prompt)
     pieces, logits = [], prefill.logits[-1]
     for _ in range(6):
@@ -136,25 +125,6 @@ def test_without_requests_it_reads_pages_of_the_language_reference(llm: Any) -> 
     profile = calibrate(llm, n_requests=3, n_tokens=40)
     assert (profile.n_requests, profile.n_tokens) == (3, 120)
     assert "pydoc_data.topics" in profile.corpus
-
-
-def test_a_sublayer_that_is_never_observed_is_not_skippable() -> None:
-    profile = calibrate(FakeLlama(unobserved=[(1, 0)]), ["hello", "world"])  # type: ignore[arg-type]
-    assert np.argwhere(~profile.skippable).tolist() == [[1, 0]]
-
-
-def test_a_model_that_shares_kv_plans_the_attentions_that_write_it_for_the_bulk_alone(
-    tiny: TinyModel, open_model: OpenModel
-) -> None:
-    llm = open_model(tiny("gemma4-per-layer"))  # layers 2 and 3 read the KV of 0 and 1
-    profile = calibrate(llm, ["the other of the", "in an", "on the other", "of the"], rank=2, n_judged=3)
-    assert np.argwhere(~profile.skippable).tolist() == [[0, 0], [1, 0]]
-    assert profile.in_bulk.all()
-    for plan in (profile.plan(n_skip=6, mode="prefill"), profile.plan(n_skip=6, mode="prompt")):
-        llm.set_plan(plan)
-        llm.eval(llm.tokenize(b"the other of the" * 3))
-        assert np.isfinite(llm.scores[llm.n_tokens - 1]).all()
-    assert plan.bulk is not None and plan.bulk.skip.skip[1:].all() and not plan.prefill.skip.any()
 
 
 def test_each_request_runs_alone_through_the_full_model(llm: Any) -> None:
@@ -207,10 +177,17 @@ def test_all_requests_are_checked_before_the_first_one_runs(llm: Any, requests: 
     assert llm.plan is PLAN
 
 
-@pytest.mark.parametrize("n_decode", [0, -1, 1.5])
-def test_at_least_one_token_is_decoded(llm: Any, n_decode: Any) -> None:
-    with pytest.raises(RequestError, match=r"n_decode.*at least 1"):
-        calibrate(llm, ["good"], n_decode=n_decode)
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        *(("n_decode", value, r"n_decode.*at least 1") for value in (0, -1, 1.5)),
+        *(("rank", value, r"rank.*from 0 \(none\) to 4096") for value in (-1, 4097, 1.5, "32", None)),
+    ],
+)
+def test_impossible_options_are_refused_before_anything_runs(llm: Any, option: str, value: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        calibrate(llm, ["good"], **{option: value})
+    assert llm.evaluated == []
 
 
 def test_requests_may_come_from_a_generator_and_fill_the_context(llm: Any) -> None:
@@ -260,13 +237,11 @@ def test_maps_are_fitted_on_all_prompts_without_their_first_tokens(llm: Any) -> 
     assert_ridge(calibrate(llm, requests), u, v)
 
 
-def test_maps_of_a_model_equal_regressions_on_a_numpy_forward_pass(
-    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
-) -> None:
+def test_maps_of_a_model_equal_regressions_on_a_numpy_forward_pass(open_tiny: Open, numpy_model: Open) -> None:
     prompts, traces = [tokens(100, seed) for seed in (1, 2)], []
-    profile = calibrate(open_model(tiny(), n_ubatch=32), prompts, rank=64)
+    profile = calibrate(open_tiny(n_ubatch=32), prompts, rank=64)
     for prompt in prompts:
-        traces.append(ReferenceRun(ReferenceModel(tiny())).eval(prompt))
+        traces.append(ReferenceRun(numpy_model()).eval(prompt))
     u, v = (np.concatenate([getattr(trace, name)[:, :, 1:] for trace in traces], axis=2) for name in "uv")
     assert_ridge(profile, u, v)
 
@@ -280,27 +255,28 @@ def test_the_rank_is_at_most_the_length_of_the_stream(llm: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4-per-layer"])
-def test_a_profile_tells_what_the_bulk_alone_can_skip(
-    name: str, tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
-) -> None:
-    llm = open_model(tiny(name))
+def test_a_profile_tells_what_the_bulk_alone_can_skip(name: str, open_tiny: Open) -> None:
+    llm = open_tiny(name)
     profile = calibrate(llm, [tokens(40, seed) for seed in range(4)], rank=2, n_judged=3)
     rows = [row for row in llm.sublayers if row.in_bulk and not row.skippable]
     assert rows and [(each, "attention") for each in profile.bulk_only] == [(row.layer, row.kind) for row in rows]
     assert profile.skippable.ravel().tolist() == [row.skippable for row in llm.sublayers]
+    assert profile.in_bulk.all()
     for mode, may in (("prompt", profile.in_bulk[llm.n_layer // 3 :]), ("e2e", profile.skippable)):
-        llm.set_plan(profile.plan(int(may.sum()), mode=mode))
+        plan = profile.plan(int(may.sum()), mode=mode)
+        assert mode == "e2e" or (plan.bulk.skip.skip[1:].all() and not plan.prefill.skip.any())
+        llm.set_plan(plan)
         llm.reset()
         llm.eval(tokens(40))
         assert np.isfinite(llm.scores[39]).all()
 
 
 def test_every_request_is_read_once_however_little_memory_the_moments_may_take(
-    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel, monkeypatch: pytest.MonkeyPatch
+    open_tiny: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Besides what is decoded, and the last token of each prompt, which is read again for its logits."""
     monkeypatch.setattr(sys.modules["adaskip_cpp.calibration.calibrate"], "LinearFit", partial(LinearFit, most_bytes=1))
-    llm = open_model(tiny())
+    llm = open_tiny()
     profile = calibrate(llm, [tokens(n, n) for n in (40, 50, 60)], rank=4)
     assert profile.maps is not None
     assert llm.n_evaluated == 40 + 50 + 60 + 3 * (1 + N_DECODE)
@@ -326,36 +302,25 @@ def test_in_the_first_third_linear_adds_the_mean_error(llm: Any) -> None:
     np.testing.assert_allclose(chosen.bias[0, 0], (v - ratio * u).mean(axis=0), atol=1e-5)
 
 
-def test_with_rank_0_there_are_no_maps_and_linear_is_affine(llm: Any) -> None:
+def test_without_maps_linear_is_affine(llm: Any) -> None:
+    """With rank 0, and where requests of one token leave nothing to fit."""
     requests = [list(range(5, 30))]
-    bare, fitted = calibrate(llm, requests, rank=0), calibrate(llm, requests)
-    assert bare.maps is None and fitted.maps is not None
+    bare, fitted, short = calibrate(llm, requests, rank=0), calibrate(llm, requests), calibrate(llm, [[5], [6]])
+    assert bare.maps is None is short.maps and fitted.maps is not None
     assert bare.prefill == fitted.prefill and bare.decode == fitted.decode
-    assert (
-        bare.plan(3, compensation="linear", mode="e2e")
-        == bare.plan(3, compensation="affine", mode="e2e")
-        == bare.plan(3, mode="e2e")
-    )
-    assert (bare.plan(3, mode="e2e").compensation, fitted.plan(3, mode="e2e").compensation) == ("affine", "linear")
-
-
-def test_requests_of_one_token_leave_nothing_to_fit(llm: Any) -> None:
-    profile = calibrate(llm, [[5], [6]])
-    assert profile.maps is None and profile.plan(2, mode="e2e").compensation == "affine"
+    plans = [
+        bare.plan(3, mode="e2e", **options) for options in ({}, {"compensation": "linear"}, {"compensation": "affine"})
+    ]
+    assert plans[0] == plans[1] == plans[2]
+    found = [each.plan(2, mode="e2e").compensation for each in (bare, fitted, short)]
+    assert found == ["affine", "linear", "affine"]
 
 
 def test_a_sublayer_that_is_not_skippable_has_no_map_nor_has_its_layer() -> None:
-    profile = calibrate(FakeLlama(unobserved=[(1, 0)]), [list(range(5, 30))])  # type: ignore[arg-type]
-    assert profile.maps is not None
+    profile = calibrate(FakeLlama(unobserved=[(1, 0)]), [list(range(5, 30))])
+    assert np.argwhere(~profile.skippable).tolist() == [[1, 0]]
     assert np.argwhere(~profile.maps.fitted[1:]).tolist() == [[0, 0], [0, 2]]
     assert profile.plan(5, mode="e2e").compensation == "linear"
-
-
-@pytest.mark.parametrize("rank", [-1, 4097, 1.5, "32", None])
-def test_a_rank_that_is_none_is_refused_before_anything_runs(llm: Any, rank: Any) -> None:
-    with pytest.raises(RequestError, match=r"rank.*from 0 \(none\) to 4096"):
-        calibrate(llm, ["good"], rank=rank)
-    assert llm.evaluated == []
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
@@ -381,9 +346,7 @@ def test_progress_is_shown_on_a_terminal_if_it_takes_long(
     assert ("Calibrating" in stderr.getvalue()) is shown
 
 
-def test_whoever_shows_progress_is_told_each_stage_and_what_is_done_of_it(
-    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
-) -> None:
+def test_whoever_shows_progress_is_told_each_stage_and_what_is_done_of_it(open_tiny: Open) -> None:
     told: dict[str, list[float]] = {}
 
     @contextlib.contextmanager
@@ -392,6 +355,6 @@ def test_whoever_shows_progress_is_told_each_stage_and_what_is_done_of_it(
         yield lambda fraction, words="": told[name].append(fraction)
 
     requests = [tokens(40, seed) for seed in range(4)]
-    calibrate(open_model(tiny()), requests, n_judged=1, windows=False, on_stage=stage)
+    calibrate(open_tiny(), requests, n_judged=1, windows=False, on_stage=stage)
     assert list(told) == ["Calibrating", "Skipping each sublayer"]
     assert all(fractions == sorted(fractions) and fractions[-1] == 1.0 for fractions in told.values())

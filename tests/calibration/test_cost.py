@@ -1,13 +1,12 @@
 """adaskip_cpp.calibration.cost: measured on a model of known cost, whose evaluations advance a clock of their own."""
 
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from oracles.fixtures import Open
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration import cost
@@ -20,11 +19,8 @@ class TimedLlama:
     """Every evaluation takes as long as known costs say; a plan that runs an attention without KV is an error.
 
     A ubatch of a prompt has no outputs: the last layer with KV of its own computes K and V alone, those above nothing.
-
-    Attributes:
-        base, growth, kept, limit: the truth, seconds per token, and KV cells; a ubatch takes as many times as long.
-        head: seconds that the output of a decoded token takes.
-        noise: relative standard deviation of the times; one in twenty also takes three times as long.
+    ``base``, ``growth`` and ``kept`` are the truth, seconds per token, ``limit`` KV cells, ``head`` seconds of a
+    decoded token's output, ``noise`` the relative deviation of times; one in twenty is also three times as long.
     """
 
     def __init__(
@@ -131,7 +127,7 @@ class TimedLlama:
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TimedLlama]]:
+def timed(monkeypatch: pytest.MonkeyPatch) -> Open:
     """``timed(shapes, base, growth, ...)``: a TimedLlama whose layers have FFNs of the given sizes."""
 
     def make(*arguments: Any, **options: Any) -> TimedLlama:
@@ -140,20 +136,23 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TimedLlama]
         monkeypatch.setattr(cost.llama_cpp, "llama_synchronize", lambda ctx: None)
         return llm
 
-    yield make
+    return make
 
 
 def uniform(n_layer: int, attention: float, ffn: float, growth: float) -> tuple[np.ndarray, np.ndarray]:
     return np.tile([attention, ffn], (n_layer, 1)), np.full(n_layer, growth)
 
 
+UNIFORM = uniform(12, 1e-4, 3e-4, 1e-7)
+
+
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_fit_recovers_the_truth(timed: Callable[..., TimedLlama]) -> None:
+def test_the_fit_recovers_the_truth(timed: Open) -> None:
     base, growth = uniform(20, 1e-4, 3e-4, 2e-8)
     llm = timed([8] * 20, base, growth)
-    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=60)
     for phase, n_tokens in ((found.prefill, 512), (found.decode, 1)):
         np.testing.assert_allclose(phase.base, base * n_tokens, rtol=1e-6)
         np.testing.assert_allclose(phase.growth, growth * n_tokens, rtol=1e-6)
@@ -163,11 +162,11 @@ def test_the_fit_recovers_the_truth(timed: Callable[..., TimedLlama]) -> None:
     assert found.deepest >= 6144 and np.isinf(found.limit).all()
 
 
-def test_predictions_hold_in_noise_and_with_disturbed_runs(timed: Callable[..., TimedLlama]) -> None:
+def test_predictions_hold_in_noise_and_with_disturbed_runs(timed: Open) -> None:
     base, growth = uniform(20, 1e-4, 3e-4, 2e-8)
     llm = timed([8] * 20, base, growth)
     llm.noise = 0.1
-    found = cost.measure_cost(llm, seconds=200)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=200)
     skip = np.zeros((20, 2), bool)
     skip[3:9, 0] = skip[10:14, 1] = True
     nothing = np.zeros((20, 2), bool)
@@ -178,14 +177,12 @@ def test_predictions_hold_in_noise_and_with_disturbed_runs(timed: Callable[..., 
         )
 
 
-def test_layers_of_another_shape_have_their_own_cost_and_equal_ones_share_theirs(
-    timed: Callable[..., TimedLlama],
-) -> None:
+def test_layers_of_another_shape_have_their_own_cost_and_equal_ones_share_theirs(timed: Open) -> None:
     base, growth = uniform(12, 1e-4, 3e-4, 2e-8)
     base[4:, 1] = 6e-4
     base[4, 1] = 9e-4  # as if this one had been disturbed: it has the shape of its neighbours, and so their cost
     llm = timed([8] * 4 + [16] * 8, base, growth)
-    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=60)
     ffn = found.prefill.base[:, 1] / 512
     assert len(set(ffn[:4])) == len(set(ffn[4:])) == len(set(found.decode.base[4:, 1])) == 1
     assert len(set(found.decode.base[:, 0])) == len(set(found.prefill.base[:, 0])) == 1
@@ -195,19 +192,19 @@ def test_layers_of_another_shape_have_their_own_cost_and_equal_ones_share_theirs
 @pytest.mark.parametrize("shapes", [[8] * 12, [8] * 6 + [16] * 6])
 @pytest.mark.parametrize("kinds_of_attention", [1, 3])
 def test_what_keeping_k_and_v_costs_is_found_for_every_shape(
-    kinds_of_attention: int, shapes: list[int], timed: Callable[..., TimedLlama]
+    kinds_of_attention: int, shapes: list[int], timed: Open
 ) -> None:
-    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    base, growth = UNIFORM
     llm = timed(shapes, base, growth, windows=4096 + np.arange(12) % kinds_of_attention, n_ctx=4096)
-    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=60)
     np.testing.assert_allclose(found.prefill.kept, 2e-5 * 512, rtol=1e-6)
     np.testing.assert_allclose(found.prefill.base, base * 512, rtol=1e-6)
 
 
-def test_a_prompt_with_a_bulk_takes_as_long_as_its_ubatches(timed: Callable[..., TimedLlama]) -> None:
-    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+def test_a_prompt_with_a_bulk_takes_as_long_as_its_ubatches(timed: Open) -> None:
+    base, growth = UNIFORM
     llm = timed([8] * 12, base, growth)
-    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=60)
     skip, nothing = np.zeros((12, 2), bool), np.zeros((12, 2), bool)
     skip[7:] = True
     bulk = [(512, 516), (512, 1028), (512, 1540), (512, 2052), (512, 2564)]
@@ -218,21 +215,21 @@ def test_a_prompt_with_a_bulk_takes_as_long_as_its_ubatches(timed: Callable[...,
     assert predicted == pytest.approx(expected, rel=2e-3)  # of a few tokens one with an output is taken for one without
 
 
-def test_layers_without_kv_of_their_own_cost_what_the_last_token_takes(timed: Callable[..., TimedLlama]) -> None:
-    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+def test_layers_without_kv_of_their_own_cost_what_the_last_token_takes(timed: Open) -> None:
+    base, growth = UNIFORM
     llm = timed([8] * 12, base, growth, n_layer_kv=5)
-    found = cost.measure_cost(llm, seconds=60)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=60)
     nothing = np.zeros((12, 2), bool)
     expected = sum(512 * llm.unread_seconds(nothing, False, end) for end in (512, 1024, 1536))
     assert found.seconds(None, 1537, "prefill") == pytest.approx(expected + llm.token_seconds(nothing, 1537), rel=1e-6)
 
 
-def test_what_the_bulk_alone_can_skip_is_measured_too(timed: Callable[..., TimedLlama]) -> None:
+def test_what_the_bulk_alone_can_skip_is_measured_too(timed: Open) -> None:
     """What keeping K and V costs there is never left out, and so belongs to the rest."""
-    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+    base, growth = UNIFORM
     llm = timed([8] * 12, base, growth, windows=[0] * 10 + [4096] * 2, n_ctx=4096)
     llm.sublayers[16].skippable = llm.sublayers[18].skippable = False  # attentions of layers 8 and 9
-    found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=100)
     np.testing.assert_allclose(found.prefill.base[:, 0], [1e-4 * 512] * 8 + [8e-5 * 512] * 2 + [1e-4 * 512] * 2)
     np.testing.assert_allclose(found.prefill.growth, 1e-7 * 512)
     assert found.prefill.fixed == pytest.approx((2e-4 + 4e-5) * 512) and found.prefill.fixed_growth == 0
@@ -240,12 +237,12 @@ def test_what_the_bulk_alone_can_skip_is_measured_too(timed: Callable[..., Timed
 
 
 @pytest.mark.parametrize("swa_full", [False, True])
-def test_layers_with_a_window_stop_growing(swa_full: bool, timed: Callable[..., TimedLlama]) -> None:
-    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+def test_layers_with_a_window_stop_growing(swa_full: bool, timed: Open) -> None:
+    base, growth = UNIFORM
     windows = np.where(np.arange(12) % 6 == 5, 0, 512)  # Gemma 3's pattern
     limit = np.where(windows, 1024, math.inf)  # the window and a ubatch of 512
     llm = timed([8] * 12, base, growth, windows=windows, limit=limit, swa_full=swa_full)
-    found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=100)
     np.testing.assert_array_equal(found.limit, limit)
     np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
     only_windows = np.zeros((12, 2), bool)
@@ -254,25 +251,21 @@ def test_layers_with_a_window_stop_growing(swa_full: bool, timed: Callable[..., 
     assert at[0] < at[1] and at[1] == pytest.approx(at[2]) == pytest.approx(at[3])
 
 
-def test_windows_whose_kv_is_kept_and_read_whole_are_no_limit(timed: Callable[..., TimedLlama]) -> None:
-    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
-    found = cost.measure_cost(timed([8] * 12, base, growth, windows=512, swa_full=True), seconds=100)  # type: ignore[arg-type]
+@pytest.mark.parametrize("options", [{"windows": 512, "swa_full": True}, {"windows": 4096, "n_ctx": 2048}], ids=str)
+def test_windows_whose_kv_is_kept_and_read_whole_and_those_wider_than_the_context_are_no_limit(
+    options: Any, timed: Open
+) -> None:
+    base, growth = UNIFORM
+    found = cost.measure_cost(timed([8] * 12, base, growth, **options), seconds=100)
     assert np.isinf(found.limit).all()
     np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
 
 
-def test_a_window_wider_than_the_context_makes_no_difference(timed: Callable[..., TimedLlama]) -> None:
-    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
-    found = cost.measure_cost(timed([8] * 12, base, growth, windows=4096, n_ctx=2048), seconds=30)  # type: ignore[arg-type]
-    assert np.isinf(found.limit).all()
-    np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
-
-
-def test_what_cannot_be_skipped_belongs_to_the_rest_and_grows_with_it(timed: Callable[..., TimedLlama]) -> None:
-    base, growth = uniform(12, 1e-4, 3e-4, 1e-7)
+def test_what_cannot_be_skipped_belongs_to_the_rest_and_grows_with_it(timed: Open) -> None:
+    base, growth = UNIFORM
     llm = timed([8] * 12, base, growth)
     llm.sublayers[0].skippable = llm.sublayers[0].in_bulk = False  # attention of layer 0
-    found = cost.measure_cost(llm, seconds=100)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=100)
     assert found.prefill.base[0, 0] == found.prefill.growth[0] == 0
     assert found.prefill.fixed == pytest.approx((2e-4 + 1e-4) * 512, rel=1e-6)
     assert found.prefill.fixed_growth == pytest.approx(1e-7 * 512, rel=1e-6)
@@ -281,51 +274,44 @@ def test_what_cannot_be_skipped_belongs_to_the_rest_and_grows_with_it(timed: Cal
 # --- the measurement --------------------------------------------------------------------------------------------------
 
 
-def test_the_time_is_kept_to(timed: Callable[..., TimedLlama]) -> None:
-    llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
-    cost.measure_cost(llm, seconds=15)  # type: ignore[arg-type]
-    assert 5 < llm.now < 20
-
-
-def test_more_time_is_spent_on_more_rounds(timed: Callable[..., TimedLlama]) -> None:
+def test_the_time_is_kept_to_and_more_of_it_is_spent_on_more_rounds(timed: Open) -> None:
     evaluated = []
-    for seconds in (1, 15):
+    for seconds, contexts in ((15, {}), (1, {"contexts": [512]}), (15, {"contexts": [512]})):
         llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
-        cost.measure_cost(llm, seconds=seconds, contexts=[512])  # type: ignore[arg-type]
+        cost.measure_cost(llm, seconds=seconds, **contexts)
+        assert contexts or 5 < llm.now < 20
         evaluated.append(llm.n_evaluated)
-    assert evaluated[1] > 2 * evaluated[0]
+    assert evaluated[2] > 2 * evaluated[1]
 
 
-def test_progress_goes_from_0_to_1_and_never_back(timed: Callable[..., TimedLlama]) -> None:
+def test_progress_goes_from_0_to_1_and_never_back(timed: Open) -> None:
     llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
     seen: list[float] = []
-    cost.measure_cost(llm, seconds=20, on_progress=seen.append)  # type: ignore[arg-type]
+    cost.measure_cost(llm, seconds=20, on_progress=seen.append)
     counted = seen[2:]  # behind the warm-up, whose time does not count
     assert counted == sorted(counted) and min(seen) >= 0 and 0.5 < max(seen) <= 1
 
 
 @pytest.mark.parametrize("fail_after", [1, 2, 40, None])
-def test_the_plan_is_put_back_and_the_cache_is_empty_however_it_ends(
-    timed: Callable[..., TimedLlama], fail_after: int | None
-) -> None:
+def test_the_plan_is_put_back_and_the_cache_is_empty_however_it_ends(timed: Open, fail_after: int | None) -> None:
     llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
     llm.plan = plan = SkipPlan.manual(12, [3])
     llm.fail_after = fail_after
     try:
-        cost.measure_cost(llm, seconds=1)  # type: ignore[arg-type]
+        cost.measure_cost(llm, seconds=1)
     except KeyboardInterrupt:
         assert fail_after is not None
     assert llm.plan is plan and llm.n_tokens == 0
 
 
-def test_a_small_context_is_measured_as_far_as_it_goes(timed: Callable[..., TimedLlama]) -> None:
+def test_a_small_context_is_measured_as_far_as_it_goes(timed: Open) -> None:
     base, growth = uniform(12, 1e-4, 3e-4, 0)
     llm = timed([8] * 12, base, growth, n_ctx=64, size=32)
-    found = cost.measure_cost(llm, seconds=1)  # type: ignore[arg-type]
+    found = cost.measure_cost(llm, seconds=1)
     assert found.seconds(None, 64, "decode") == pytest.approx(llm.token_seconds(np.zeros((12, 2), bool), 64), rel=1e-6)
 
 
-def test_impossible_arguments_are_refused_before_anything_runs(timed: Callable[..., TimedLlama]) -> None:
+def test_impossible_arguments_are_refused_before_anything_runs(timed: Open) -> None:
     llm: Any = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 0))
     for seconds in (0, -1, math.nan, math.inf, "15"):
         with pytest.raises(RequestError, match="seconds; use"):
@@ -340,8 +326,8 @@ def test_impossible_arguments_are_refused_before_anything_runs(timed: Callable[.
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4", "gemma4-per-layer", "gemma3n"])
-def test_a_tiny_model_is_measured(name: str, tiny: Callable[..., Path], open_model: Callable[..., Any]) -> None:
-    llm = open_model(tiny(name), logits_all=False)
+def test_a_tiny_model_is_measured(name: str, open_tiny: Open) -> None:
+    llm = open_tiny(name, logits_all=False)
     plan = SkipPlan.manual(llm.n_layer, ffn=[0]) if name != "gemma3n" else None  # in which nothing can be skipped
     llm.set_plan(plan)
     found = cost.measure_cost(llm, seconds=0.5)

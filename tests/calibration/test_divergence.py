@@ -1,6 +1,6 @@
 """adaskip_cpp.calibration.divergence: what skipping each sublayer in the bulk costs, against NumPy passes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from oracles.fake_llama import FakeLlama
+from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, ReferenceRun, Windows
+from oracles.tiny_families import tokens
 
 import adaskip_cpp
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.calibration.divergence import N_ANSWER, N_PROMPT, measure_divergence, measure_windows
 from adaskip_cpp.model.statistics import WHOLE, map_scale
-
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 HEAD = 4  # tokens that every plan runs whole by default; of the measurement's own prompts the last one does too
 
@@ -85,10 +83,10 @@ def expected(path: Path, profile: Profile, pieces: Sequence[Sequence[int]]) -> n
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("lengths", [(40,), (90,), (72, 100, 7)], ids=str)
 def test_each_figure_is_the_mean_divergence_of_an_answers_tokens(
-    name: str, lengths: tuple[int, ...], tiny: Tiny, tokens: Tokens, open_model: Open
+    name: str, lengths: tuple[int, ...], tiny: Tiny, open_tiny: Open
 ) -> None:
     # The GELU of Gemma is a table in F16, which is as far off as is written in test_bulk.py.
-    llm = open_model(tiny(name), logits_all=False)
+    llm = open_tiny(name, logits_all=False)
     profile = calibrated(llm, [tokens(40, seed) for seed in range(3)], n_judged=0)
     assert profile.divergence is None and profile.copying is None
     pieces = [tokens(n, seed) for seed, n in enumerate(lengths, 10)]
@@ -99,8 +97,8 @@ def test_each_figure_is_the_mean_divergence_of_an_answers_tokens(
     assert np.array_equal(*found) is (lengths == (40,)), "of a piece too short to copy from all answers are continued"
 
 
-def test_the_layers_that_are_not_asked_for_have_no_figure(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny())
+def test_the_layers_that_are_not_asked_for_have_no_figure(open_tiny: Open) -> None:
+    llm = open_tiny()
     profile = calibrated(llm, [tokens(40)])
     every = measure_divergence(llm, profile, [tokens(80, 3)])
     for some, all_ in zip(measure_divergence(llm, profile, [tokens(80, 3)], layers=[1, 2]), every, strict=True):
@@ -108,12 +106,12 @@ def test_the_layers_that_are_not_asked_for_have_no_figure(tiny: Tiny, tokens: To
         np.testing.assert_array_equal(some[1:], all_[1:])
 
 
-def test_windows_cost_what_the_reference_says(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_windows_cost_what_the_reference_says(open_tiny: Open, numpy_model: Open) -> None:
     """An eighth of the shortest piece, between a head of 4 and a tail of 64; of no attention, one, two and all."""
     pieces = [tokens(300, 10), tokens(256, 11), tokens(255, 12)]  # the last is too short
-    found = measure_windows(open_model(tiny(), n_ctx=512), pieces)
+    found = measure_windows(open_tiny(n_ctx=512), pieces)
     assert found is not None and found.layers == (0, 1, 2)
-    model, wanted = ReferenceModel(tiny()), []
+    model, wanted = numpy_model(), []
     for n in range(4):
         divergences = []
         for piece in pieces[:2]:
@@ -131,40 +129,25 @@ def test_windows_cost_what_the_reference_says(tiny: Tiny, tokens: Tokens, open_m
     assert found.divergence[1] < found.divergence[3], "nobody reads the last layer's attention in the bulk"
 
 
-def test_short_pieces_do_not_tell_what_windows_cost(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    """All of them is head, tail and what is judged, so that windows would seem to cost nothing."""
-    assert measure_windows(open_model(tiny(), n_ctx=512), [tokens(100), tokens(255)]) is None
-
-
-@pytest.mark.parametrize(("name", "layers"), [("gemma3", (1,)), ("mamba", None)])
-def test_what_cannot_be_windowed_has_no_part_in_it(
-    name: str, layers: tuple[int, ...] | None, tiny: Tiny, tokens: Tokens, open_model: Open
+@pytest.mark.parametrize("name, n, layers", [("gemma3", 256, (1,)), ("mamba", 256, None), ("llama", 255, None)])
+def test_what_cannot_be_windowed_has_no_part_in_it_and_short_pieces_do_not_tell(
+    name: str, n: int, layers: Any, open_tiny: Open
 ) -> None:
-    found = measure_windows(open_model(tiny(name), n_ctx=512), [tokens(256)])
+    """All of a short piece is head, tail and what is judged, so that windows would seem to cost nothing."""
+    found = measure_windows(open_tiny(name, n_ctx=512), [tokens(100), tokens(n)])
     assert (None if found is None else found.layers) == layers
 
 
-def test_of_a_long_piece_an_answer_has_48_tokens(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny(), n_ctx=256)
-    profile = calibrated(llm, [tokens(40)])
-    piece = tokens(N_PROMPT + N_ANSWER, 3)
-    found, wanted = measure_divergence(llm, profile, [piece]), expected(tiny(), profile, [piece])
-    assert (N_PROMPT, N_ANSWER) == (192, 48)
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * wanted.max())
-
-
-def test_a_sublayer_that_does_nothing_costs_nothing(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny(zero=[(0, "attention"), (1, "ffn")]))
+def test_a_sublayer_that_does_nothing_costs_nothing(open_tiny: Open) -> None:
+    llm = open_tiny(zero=[(0, "attention"), (1, "ffn")])
     profile = calibrated(llm, [tokens(40)])
     for lost in measure_divergence(llm, profile, [tokens(80, 3)]):
         assert max(lost[0, 0], lost[1, 1]) < 1e-9 and min(lost[0, 1], lost[1, 0]) > 1e-6
 
 
 @pytest.mark.parametrize("name", ["jamba", "lfm2", "gemma4-per-layer"])
-def test_where_a_sublayer_cannot_be_skipped_or_is_early_there_is_no_figure(
-    name: str, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm = open_model(tiny(name))
+def test_where_a_sublayer_cannot_be_skipped_or_is_early_there_is_no_figure(name: str, open_tiny: Open) -> None:
+    llm = open_tiny(name)
     profile = calibrated(llm, [tokens(80, seed) for seed in range(4)])
     may = np.reshape([row.in_bulk for row in llm.sublayers], (llm.n_layer, 2))
     may[: llm.n_layer // 3] = False
@@ -174,8 +157,8 @@ def test_where_a_sublayer_cannot_be_skipped_or_is_early_there_is_no_figure(
         assert (lost[may] >= 0).all()
 
 
-def test_calibration_measures_it_on_its_last_requests(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, requests = open_model(tiny()), [tokens(80, seed) for seed in range(5)]
+def test_calibration_measures_it_on_its_last_requests(tiny: Tiny, open_tiny: Open) -> None:
+    llm, requests = open_tiny(), [tokens(80, seed) for seed in range(5)]
     profile = calibrated(llm, requests)
     wanted = expected(tiny(), profile, requests[-1:])
     for found, each in zip((profile.divergence, profile.copying), wanted, strict=True):
@@ -220,10 +203,8 @@ def test_requests_of_three_tokens_have_no_prompt_and_answer() -> None:
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, LookupError])
-def test_the_models_plan_and_draft_are_back_afterwards(
-    error: type[BaseException] | None, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm = open_model(tiny())
+def test_the_models_plan_and_draft_are_back_afterwards(error: type[BaseException] | None, open_tiny: Open) -> None:
+    llm = open_tiny()
     profile = calibrated(llm, [tokens(40)], n_judged=0)
     plan, draft = SkipPlan.manual(3, ffn=[1]), object()
     llm.set_plan(plan)
@@ -246,9 +227,12 @@ def test_the_models_plan_and_draft_are_back_afterwards(
     llm.eval(tokens(20))
 
 
-def test_without_maps_what_is_measured_is_what_stands_in_then(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, piece = open_model(tiny()), tokens(80, 9)
-    profile = calibrated(llm, [tokens(40)], rank=0)
-    assert profile.maps is None
+@pytest.mark.parametrize(
+    ("n", "rank"), [(N_PROMPT + N_ANSWER, 4), (80, 0)], ids=["a long piece's answer has 48 tokens", "without maps"]
+)
+def test_what_is_measured_of_a_long_piece_and_without_maps(n: int, rank: int, tiny: Tiny, open_tiny: Open) -> None:
+    llm, piece = open_tiny(n_ctx=256), tokens(n, 3)
+    profile = calibrated(llm, [tokens(40)], rank=rank)
+    assert (N_PROMPT, N_ANSWER) == (192, 48) and (profile.maps is None) == (rank == 0)
     found, wanted = measure_divergence(llm, profile, [piece]), expected(tiny(), profile, [piece])
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * wanted.max())

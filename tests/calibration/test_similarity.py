@@ -1,21 +1,18 @@
 """adaskip_cpp.calibration.similarity: figures of one request, against float64 computations on whole matrices."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from oracles.reference import ReferenceModel, ReferenceRun
+from oracles.fixtures import Open
+from oracles.reference import ReferenceRun
+from oracles.tiny_families import tokens
 
 from adaskip_cpp.calibration.similarity import RequestStatistics
 from adaskip_cpp.errors import ProfileFormatError
 from adaskip_cpp.model.statistics import PhaseStatistics
-
-OpenModel = Callable[..., Any]
-TinyModel = Callable[..., Path]
 
 N_LAYER, N_TOKENS, N_EMBD = 3, 41, 16
 
@@ -43,19 +40,27 @@ def constant(dot: np.ndarray, u_sq: np.ndarray, v_sq: np.ndarray) -> SimpleNames
     return SimpleNamespace(dot=dot, u_sq=u_sq, v_sq=v_sq, layer_dot=dot[:, 0], sum_u=ones, sum_v=ones)
 
 
-def accumulate(u: np.ndarray, v: np.ndarray, pieces: list[int]) -> RequestStatistics:
-    statistics = RequestStatistics(N_LAYER)
-    start = 0
-    for n in pieces:
-        statistics.add(reduce(u[:, :, start : start + n], v[:, :, start : start + n]))
-        start += n
-    assert start == N_TOKENS
-    return statistics
+def accumulate(u: np.ndarray, v: np.ndarray, pieces: list[int]) -> PhaseStatistics:
+    ends = np.cumsum(pieces)
+    assert ends[-1] == N_TOKENS
+    return result_of(
+        *(reduce(u[:, :, end - n : end], v[:, :, end - n : end]) for n, end in zip(pieces, ends, strict=True))
+    )
+
+
+def result_of(*batches: Any, n_layer: int = N_LAYER) -> PhaseStatistics:
+    statistics = RequestStatistics(n_layer)
+    for batch in batches:
+        statistics.add(batch)
+    return statistics.result()
+
+
+FIGURES = ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean_u", "mean_v")
 
 
 def test_figures_are_those_of_the_whole_request(streams: tuple[np.ndarray, np.ndarray]) -> None:
     u, v = streams
-    result = accumulate(u, v, [N_TOKENS]).result()
+    result = accumulate(u, v, [N_TOKENS])
     norm_u, norm_v = np.linalg.norm(u, axis=3), np.linalg.norm(v, axis=3)
     cosine = (u * v).sum(axis=3) / (norm_u * norm_v)
     np.testing.assert_allclose(result.similarity, cosine.mean(axis=2), rtol=1e-6)
@@ -75,22 +80,18 @@ def test_figures_are_those_of_the_whole_request(streams: tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("pieces", [[1] * N_TOKENS, [7] * 5 + [6], [40, 1]])
 def test_they_do_not_depend_on_how_it_is_split(streams: tuple[np.ndarray, np.ndarray], pieces: list[int]) -> None:
-    whole, split = accumulate(*streams, [N_TOKENS]).result(), accumulate(*streams, pieces).result()
-    np.testing.assert_allclose(split.similarity, whole.similarity, rtol=1e-12)
-    np.testing.assert_allclose(split.norm_ratio, whole.norm_ratio, rtol=1e-12)
+    whole, split = accumulate(*streams, [N_TOKENS]), accumulate(*streams, pieces)
+    for name in FIGURES:  # vectors are sums of float32
+        precision = {"rtol": 1e-5, "atol": 1e-4} if "mean" in name else {"rtol": 1e-12}
+        np.testing.assert_allclose(getattr(split, name), getattr(whole, name), **precision)
     np.testing.assert_array_equal(split.median_ratio, whole.median_ratio)
-    np.testing.assert_allclose(split.layer_similarity, whole.layer_similarity, rtol=1e-12)
-    np.testing.assert_allclose(split.mean_u, whole.mean_u, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(split.mean_v, whole.mean_v, rtol=1e-5, atol=1e-4)
 
 
 def test_what_was_not_observed_is_nan(streams: tuple[np.ndarray, np.ndarray]) -> None:
     batch = reduce(*streams)
     for array in (batch.dot, batch.u_sq, batch.v_sq, batch.sum_u, batch.sum_v):
         array[1, 0] = np.nan
-    statistics = RequestStatistics(N_LAYER)
-    statistics.add(batch)
-    result = statistics.result()
+    result = result_of(batch)
     expected = np.zeros((N_LAYER, 2), bool)
     expected[1, 0] = True
     for array in (result.similarity, result.norm_ratio, result.median_ratio):
@@ -101,28 +102,18 @@ def test_what_was_not_observed_is_nan(streams: tuple[np.ndarray, np.ndarray]) ->
 
 def test_a_token_of_zero_norm_counts_as_unlike_and_has_no_ratio() -> None:
     dot = np.array([1.0, 0.0, 1.0], np.float32) * np.ones((1, 2, 1), np.float32)
-    statistics = RequestStatistics(1)
-    statistics.add(constant(dot, dot, 4 * dot))
-    result = statistics.result()
+    result = result_of(constant(dot, dot, 4 * dot), n_layer=1)
     np.testing.assert_allclose(result.similarity, (0.5 + 0 + 0.5) / 3)
     np.testing.assert_allclose(result.norm_ratio, 2)
     np.testing.assert_allclose(result.median_ratio, 2)
 
 
-def test_a_sublayer_that_is_zero_throughout_is_not_observed() -> None:
-    zero, one = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 3), np.float32)
+def test_a_sublayer_that_is_zero_throughout_is_not_observed_and_huge_norms_do_not_overflow() -> None:
+    zero, one, huge = (np.full((1, 2, 3), value, np.float32) for value in (0, 1, 1e30))
     for u_sq, v_sq in ((zero, one), (one, zero)):
-        statistics = RequestStatistics(1)
-        statistics.add(constant(zero, u_sq, v_sq))
-        result = statistics.result()
+        result = result_of(constant(zero, u_sq, v_sq), n_layer=1)
         assert np.isnan([result.similarity, result.norm_ratio, result.median_ratio]).all()
-
-
-def test_huge_norms_do_not_overflow() -> None:
-    huge = np.full((1, 2, 3), 1e30, np.float32)
-    statistics = RequestStatistics(1)
-    statistics.add(constant(huge, huge, huge))
-    np.testing.assert_allclose(statistics.result().similarity, 1, rtol=1e-6)
+    np.testing.assert_allclose(result_of(constant(huge, huge, huge), n_layer=1).similarity, 1, rtol=1e-6)
 
 
 def test_wrong_shapes_are_refused(streams: tuple[np.ndarray, np.ndarray]) -> None:
@@ -142,13 +133,9 @@ def test_wrong_shapes_are_refused(streams: tuple[np.ndarray, np.ndarray]) -> Non
 
 def test_each_request_weighs_the_same_whatever_its_length(streams: tuple[np.ndarray, np.ndarray]) -> None:
     u, v = streams
-    results = []
-    for stop in (3, N_TOKENS):
-        statistics = RequestStatistics(N_LAYER)
-        statistics.add(reduce(u[:, :, :stop], v[:, :, :stop]))
-        results.append(statistics.result())
+    results = [result_of(reduce(u[:, :, :stop], v[:, :, :stop])) for stop in (3, N_TOKENS)]
     mean = PhaseStatistics.mean(results)
-    for name in ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean_u", "mean_v"):
+    for name in FIGURES:
         np.testing.assert_allclose(
             getattr(mean, name), (getattr(results[0], name) + getattr(results[1], name)) / 2, rtol=1e-6
         )
@@ -169,26 +156,24 @@ def test_each_request_weighs_the_same_whatever_its_length(streams: tuple[np.ndar
     ],
 )
 def test_impossible_statistics_are_refused(streams: tuple[np.ndarray, np.ndarray], changes: dict[str, Any]) -> None:
-    statistics = accumulate(*streams, [N_TOKENS]).result()
+    statistics = accumulate(*streams, [N_TOKENS])
     with pytest.raises(ProfileFormatError, match="calibrate again"):
         replace(statistics, **changes)
 
 
 def test_statistics_are_equal_by_value_and_read_only(streams: tuple[np.ndarray, np.ndarray]) -> None:
-    statistics = accumulate(*streams, [N_TOKENS]).result()
-    assert statistics == accumulate(*streams, [N_TOKENS]).result()
+    statistics = accumulate(*streams, [N_TOKENS])
+    assert statistics == accumulate(*streams, [N_TOKENS])
     assert statistics != replace(statistics, layer_similarity=statistics.layer_similarity / 2)
     with pytest.raises(ValueError, match="read-only"):
         statistics.mean_u[0, 0, 0] = 1  # type: ignore[index]
 
 
-def test_layers_and_mean_vectors_equal_a_numpy_forward_pass(
-    tiny: TinyModel, tokens: Callable[..., list[int]], open_model: OpenModel
-) -> None:
+def test_layers_and_mean_vectors_equal_a_numpy_forward_pass(open_tiny: Open, numpy_model: Open) -> None:
     """The whole way from the graph to the figures, in ubatches of 16, against whole matrices of the reference."""
-    trace = ReferenceRun(ReferenceModel(tiny())).eval(tokens(50))
+    trace = ReferenceRun(numpy_model()).eval(tokens(50))
     assert trace.layer_dot is not None and trace.sum_u is not None and trace.sum_v is not None
-    llm = open_model(tiny(), n_batch=32, n_ubatch=16)
+    llm = open_tiny(n_batch=32, n_ubatch=16)
     statistics = RequestStatistics(llm.n_layer)
     with llm.collect_statistics(statistics.add, vectors=True):
         llm.eval(tokens(50))
