@@ -12,10 +12,7 @@ from adaskip_cpp.errors import RequestError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.tasks import python_sources
 
-
-@pytest.fixture
-def llm() -> Any:
-    return FakeLlama()
+LLM: Any = FakeLlama()
 
 
 def test_no_paragraph_is_on_two_pages() -> None:
@@ -36,28 +33,29 @@ def test_calibration_leaves_out_the_pages_that_it_is_judged_on() -> None:
     assert corpus.text(exclude=()) == corpus.SEPARATOR.join(corpus.pages().values())
 
 
-def test_a_text_is_cut_into_requests_of_equal_length_spread_over_it(llm: Any) -> None:
+def test_a_text_is_cut_into_requests_of_equal_length_spread_over_it() -> None:
     text = "".join(chr(33 + i) for i in range(90))
-    requests = corpus.cut(llm, text, 3, 11)
+    requests = corpus.cut(LLM, text, 3, 11)
     assert [request[0] for request in requests] == [BOS] * 3
     assert [[chr(token - 2) for token in request[1:]] for request in requests] == [
         list(text[start : start + 10]) for start in (0, 30, 60)
     ]
 
 
-def test_a_short_text_gives_fewer_or_shorter_requests(llm: Any) -> None:
-    assert [len(request) for request in corpus.cut(llm, "x" * 25, 9, 11)] == [11, 11]
-    assert [len(request) for request in corpus.cut(llm, "x" * 5, 9, 11)] == [6]
+def test_a_short_text_gives_fewer_or_shorter_requests() -> None:
+    assert [len(request) for request in corpus.cut(LLM, "x" * 25, 9, 11)] == [11, 11]
+    assert [len(request) for request in corpus.cut(LLM, "x" * 5, 9, 11)] == [6]
     with pytest.raises(RequestError, match="empty"):
-        corpus.cut(llm, "", 9, 11)
+        corpus.cut(LLM, "", 9, 11)
     with pytest.raises(RequestError, match="at least 1 request"):
-        corpus.cut(llm, "x", 0, 11)
+        corpus.cut(LLM, "x", 0, 11)
 
 
 @pytest.fixture(scope="module")
 def built_in() -> list[str]:
     """Requests of the built-in text as text."""
-    requests = corpus.requests(FakeLlama(), 30, 200)  # type: ignore[arg-type]
+    requests = corpus.requests(LLM, 30, 200)
+    assert requests == corpus.requests(LLM, 30, 200), "the same every time"
     assert [len(each) for each in requests] == [200] * 30 and {each[0] for each in requests} == {BOS}
     return [bytes(token - 2 for token in each[1:]).decode("utf-8", "ignore") for each in requests]
 
@@ -81,31 +79,27 @@ def test_requests_have_no_text_that_what_is_learned_is_judged_on(built_in: list[
         assert not any(request[50:150] in text for text in judged)
 
 
-def test_requests_are_the_same_every_time(llm: Any) -> None:
-    assert corpus.requests(llm, 7, 50) == corpus.requests(FakeLlama(), 7, 50)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_so_many_requests_are_cut_as_are_asked_for(llm: Any, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+def test_so_many_requests_are_cut_as_are_asked_for(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     for name, letter in (("text", "p"), ("_sources", "s"), ("_docstrings", "d")):
         monkeypatch.setattr(corpus, name, lambda *_, letter=letter: letter * 100)
-    kinds = [{chr(token - 2) for token in request[1:]} for request in corpus.requests(llm, n, 11)]
+    kinds = [{chr(token - 2) for token in request[1:]} for request in corpus.requests(LLM, n, 11)]
     assert kinds == [{"p"}, {"s"}, {"d"}, {"p"}][:n]
 
 
-def test_a_python_without_sources_gives_pages(llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_python_without_sources_gives_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         monkeypatch.setattr(sysconfig, "get_path", lambda name, folder=folder: str(folder))
-        assert corpus.requests(llm, 9, 40) == corpus.cut(llm, corpus.text(), 9, 40)
+        assert corpus.requests(LLM, 9, 40) == corpus.cut(LLM, corpus.text(), 9, 40)
 
 
 def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass(
-    llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(RequestError, match=r"no text to calibrate on; pass your own requests \(--data FILE\)"):
-        corpus.requests(llm, 9, 40)
+        corpus.requests(LLM, 9, 40)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "argparse.py").write_text("left = 'out'")
     (tmp_path / "bad.py").write_bytes(b"\xff")
@@ -116,11 +110,11 @@ def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass
     (tmp_path / "json" / "a.py").write_text(
         f'class A:\n    def f(self):\n        """{" ".join(["word"] * 50)}"""\n        "code"'
     )
-    texts = ["".join(chr(token - 2) for token in each[1:]) for each in corpus.requests(llm, 4, 300)]
+    texts = ["".join(chr(token - 2) for token in each[1:]) for each in corpus.requests(LLM, 4, 300)]
     assert texts == ["short = True", " ".join(["word"] * 50)]
 
 
 @pytest.mark.parametrize(("n_requests", "n_tokens"), [(0, 40), (-1, 40), (3, 1)])
-def test_requests_of_nothing_are_refused(llm: Any, n_requests: int, n_tokens: int) -> None:
+def test_requests_of_nothing_are_refused(n_requests: int, n_tokens: int) -> None:
     with pytest.raises(RequestError, match="use at least 1 request of 2 tokens"):
-        corpus.requests(llm, n_requests, n_tokens)
+        corpus.requests(LLM, n_requests, n_tokens)

@@ -1,14 +1,15 @@
 """adaskip_cpp.measuring.judge: what a plan changes in known answers, against NumPy passes and plain evaluations."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from oracles.reference import OnlineReference, ReferenceModel, ReferenceRun
+from oracles.fixtures import Open
+from oracles.reference import OnlineReference, ReferenceRun
+from oracles.tiny_families import tokens
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import DataError
@@ -17,22 +18,20 @@ from adaskip_cpp.measuring.judge import N_CUE, Judge, Logits, Probe, Scores, pro
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
-
 NONE = SkipSet.none(3)
 FIXED = SkipPlan.manual(3, attention=[1], ffn=[0], scale=0.9).prefill
 BULK = SkipPlan(NONE, NONE, bulk=Bulk(FIXED, head=2, tail=3))
 CUTS, N_CONTINUED, N_COPIED = (40, 60), 6, 20
 
 
+NO_LLM: Any = None
+
+
 @pytest.fixture
-def probes(tokens: Tokens) -> list[Probe]:
+def probes() -> list[Probe]:
     """Of two texts, at two lengths each, one answer that continues and one that copies."""
     given = {"n_continued": N_CONTINUED, "n_copied": N_COPIED}
-    none: Any = None
-    return [each for i in range(2) for each in probes_of(none, f"text {i}", tokens(70, i), CUTS, **given)]
+    return [each for i in range(2) for each in probes_of(NO_LLM, f"text {i}", tokens(70, i), CUTS, **given)]
 
 
 def by_definition(whole: Any, own: Any, targets: Sequence[int]) -> Scores:
@@ -74,9 +73,9 @@ def same(found: Scores, wanted: Scores) -> bool:
 # --- what is judged ---------------------------------------------------------------------------------------------------
 
 
-def test_the_figures_are_those_of_a_numpy_pass(tiny: Tiny, probes: Any, open_model: Open) -> None:
-    model = ReferenceModel(tiny())
-    for probe, found in zip(probes, Judge(open_model(tiny()), probes)(BULK), strict=True):
+def test_the_figures_are_those_of_a_numpy_pass(probes: Any, open_tiny: Open, numpy_model: Open) -> None:
+    model = numpy_model()
+    for probe, found in zip(probes, Judge(open_tiny(), probes)(BULK), strict=True):
         whole, own, begin = ReferenceRun(model), ReferenceRun(model), probe.n_prompt - 3
         whole.eval(probe.tokens[: probe.n_prompt])
         own.eval(probe.tokens[:2])
@@ -90,9 +89,9 @@ def test_the_figures_are_those_of_a_numpy_pass(tiny: Tiny, probes: Any, open_mod
 @pytest.mark.parametrize("name", ["llama", "gemma3", "jamba", "lfm2", "mamba", "gemma4-per-layer"])
 @pytest.mark.parametrize("logits_all", [False, True])
 def test_the_figures_are_those_of_plain_evaluations_of_each_prompt(
-    name: str, logits_all: bool, tiny: Tiny, probes: Any, open_model: Open
+    name: str, logits_all: bool, probes: Any, open_tiny: Open
 ) -> None:
-    llm = open_model(tiny(name), logits_all=logits_all)
+    llm = open_tiny(name, logits_all=logits_all)
     plan = skipping(llm)
 
     def rows(probe: Probe, of: SkipPlan | None) -> npt.NDArray[np.float32]:
@@ -107,8 +106,8 @@ def test_the_figures_are_those_of_plain_evaluations_of_each_prompt(
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "jamba"])
-def test_a_probe_scores_what_it_does_alone(name: str, tiny: Tiny, probes: Any, open_model: Open) -> None:
-    llm = open_model(tiny(name))
+def test_a_probe_scores_what_it_does_alone(name: str, probes: Any, open_tiny: Open) -> None:
+    llm = open_tiny(name)
     for probe, found in zip(probes, Judge(llm, probes)(skipping(llm)), strict=True):
         [alone] = Judge(llm, [probe])(skipping(llm))
         if probe.n_prompt == CUTS[0]:
@@ -117,14 +116,20 @@ def test_a_probe_scores_what_it_does_alone(name: str, tiny: Tiny, probes: Any, o
             assert_scores(found, alone, 1e-4)
 
 
-def test_a_plan_that_skips_nothing_changes_nothing(tiny: Tiny, probes: Any, open_model: Open) -> None:
-    for each in Judge(open_model(tiny()), probes)(SkipPlan(NONE, NONE, bulk=Bulk(NONE))):
+def test_a_plan_that_skips_nothing_changes_nothing_and_the_last_answer_is_in_the_cache(
+    probes: Any, open_tiny: Open
+) -> None:
+    llm, last = open_tiny(), probes[-1]
+    for each in Judge(llm, probes)(SkipPlan(NONE, NONE, bulk=Bulk(NONE))):
         assert not each.divergence.any() and not each.loss.any() and each.agrees.all()
+    assert llm.input_ids[: llm.n_tokens].tolist() == [*last.tokens[: last.n_prompt], *last.answer[:-1]]
 
 
-def test_the_whole_models_losses_are_those_of_the_answers_tokens(tiny: Tiny, probes: Any, open_model: Open) -> None:
-    model = ReferenceModel(tiny())
-    for probe, found in zip(probes, Judge(open_model(tiny()), probes).whole_losses, strict=True):
+def test_the_whole_models_losses_are_those_of_the_answers_tokens(
+    probes: Any, open_tiny: Open, numpy_model: Open
+) -> None:
+    model = numpy_model()
+    for probe, found in zip(probes, Judge(open_tiny(), probes).whole_losses, strict=True):
         text = [*probe.tokens[: probe.n_prompt], *probe.answer]
         logits = np.asarray(ReferenceRun(model).eval(text).logits, np.float64)
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -133,10 +138,10 @@ def test_the_whole_models_losses_are_those_of_the_answers_tokens(tiny: Tiny, pro
 
 
 def test_what_is_lumped_together_hides_a_part_of_the_divergence(
-    tiny: Tiny, probes: Any, open_model: Open, monkeypatch: pytest.MonkeyPatch
+    probes: Any, open_tiny: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never more than there is, as two sets of events have no greater divergence than their finest parts."""
-    llm, found = open_model(tiny()), []
+    llm, found = open_tiny(), []
     for kept in (1, 64, 1 << 30):
         monkeypatch.setattr("adaskip_cpp.measuring.judge._MOST_KEPT", kept)
         found.append(np.concatenate([each.divergence for each in Judge(llm, probes)(BULK)]))
@@ -144,8 +149,8 @@ def test_what_is_lumped_together_hides_a_part_of_the_divergence(
     assert 0 < found[0].mean() < found[1].mean() < found[2].mean()
 
 
-def test_a_token_that_cannot_follow_adds_nothing(tiny: Tiny, probes: Any, open_model: Open) -> None:
-    llm, banned = open_model(tiny()), 7
+def test_a_token_that_cannot_follow_adds_nothing(probes: Any, open_tiny: Open) -> None:
+    llm, banned = open_tiny(), 7
     assert all(banned not in probe.answer for probe in probes[:1])
     real = llm.logits_behind
 
@@ -162,16 +167,16 @@ def test_a_token_that_cannot_follow_adds_nothing(tiny: Tiny, probes: Any, open_m
 # --- answers of plans that skip in them -------------------------------------------------------------------------------
 
 
-def answering(tokens: Tokens, n: int = 4) -> list[Probe]:
+def answering(n: int = 4) -> list[Probe]:
     texts = [tuple(tokens(24, seed)) for seed in range(n)]
     return [Probe(str(i), "continuation", text, 12, text[12:]) for i, text in enumerate(texts)]
 
 
-def test_a_schedule_changes_the_set_within_an_answer(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_a_schedule_changes_the_set_within_an_answer(open_tiny: Open, numpy_model: Open) -> None:
     more = SkipPlan.manual(3, attention=[1], ffn=[0, 2], scale=0.9).prefill
-    plan, model = SkipPlan(NONE, FIXED, schedule=((0, FIXED), (5, more))), ReferenceModel(tiny())
-    probes = answering(tokens)
-    for probe, found in zip(probes, Judge(open_model(tiny()), probes)(plan), strict=True):
+    plan, model = SkipPlan(NONE, FIXED, schedule=((0, FIXED), (5, more))), numpy_model()
+    probes = answering()
+    for probe, found in zip(probes, Judge(open_tiny(), probes)(plan), strict=True):
         run, text = ReferenceRun(model), probe.tokens
         whole = ReferenceRun(model).eval(text).logits[12:-1]
         run.eval(text[:12])
@@ -179,8 +184,8 @@ def test_a_schedule_changes_the_set_within_an_answer(tiny: Tiny, tokens: Tokens,
         assert_scores(found, by_definition(whole, np.concatenate([each.logits for each in own]), text[13:]))
 
 
-def test_each_answer_makes_an_online_choice_of_its_own(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    model, probes = ReferenceModel(tiny()), answering(tokens)
+def test_each_answer_makes_an_online_choice_of_its_own(open_tiny: Open, numpy_model: Open) -> None:
+    model, probes = numpy_model(), answering()
     skip = SkipPlan.manual(3, attention=[1], scale=0.9).prefill
 
     def run(probe: Probe, threshold: float) -> tuple[OnlineReference, Any]:
@@ -196,7 +201,7 @@ def test_each_answer_makes_an_online_choice_of_its_own(tiny: Tiny, tokens: Token
     threshold = float(np.median([run(probe, 2.0)[0].similarity for probe in probes]))
     plan = SkipPlan(NONE, skip, online=OnlineStage(window=4, threshold=threshold), mode="decode")
     chosen = set()
-    for probe, found in zip(probes, Judge(open_model(tiny()), probes)(plan), strict=True):
+    for probe, found in zip(probes, Judge(open_tiny(), probes)(plan), strict=True):
         decode, rows = run(probe, threshold)
         chosen.add(decode.skip.tobytes())
         whole = ReferenceRun(model).eval(probe.tokens).logits[12:-1]
@@ -208,9 +213,9 @@ def test_each_answer_makes_an_online_choice_of_its_own(tiny: Tiny, tokens: Token
 
 
 @pytest.fixture
-def counted(tiny: Tiny, probes: Any, open_model: Open, monkeypatch: pytest.MonkeyPatch) -> tuple[Judge, list[int]]:
+def counted(probes: Any, open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> tuple[Judge, list[int]]:
     """A judge, and the tokens that were read for each probe."""
-    read, llm = list[int](), open_model(tiny())
+    read, llm = list[int](), open_tiny()
     evaluate, counts = llm._evaluate, [0]
 
     def counting(phase: str, tokens: list[int], **options: Any) -> None:
@@ -252,18 +257,11 @@ def test_for_another_head_or_tail_the_whole_model_reads_again_in_the_same_batche
     assert all(map(same, judge(BULK), first)) and len(read) == 2 * len(ONCE)
 
 
-def test_what_was_read_last_is_in_the_cache_afterwards(tiny: Tiny, probes: Any, open_model: Open) -> None:
-    llm, last = open_model(tiny()), probes[-1]
-    Judge(llm, probes)(BULK)
-    assert llm.input_ids[: llm.n_tokens].tolist() == [*last.tokens[: last.n_prompt], *last.answer[:-1]]
-
-
 # --- probes -----------------------------------------------------------------------------------------------------------
 
 
 def test_at_each_cut_one_answer_continues_and_one_copies_from_a_quarter_of_the_prompt_on() -> None:
-    none: Any = None
-    found = probes_of(none, "counting", range(1000), (800, 400))
+    found = probes_of(NO_LLM, "counting", range(1000), (800, 400))
     assert [(each.text, each.kind, each.n_prompt, each.n_cue) for each in found] == [
         ("counting", "continuation", 400, 1),
         ("counting", "copying", 400, N_CUE),
@@ -275,16 +273,15 @@ def test_at_each_cut_one_answer_continues_and_one_copies_from_a_quarter_of_the_p
     assert all(each.tokens is found[0].tokens for each in found)
 
 
-def test_a_prompt_too_short_to_copy_from_is_continued_alone() -> None:
-    none: Any = None
-    assert [each.kind for each in probes_of(none, "short", range(200), (90,))] == ["continuation"]
-    assert [each.kind for each in probes_of(none, "just enough", range(200), (96,))] == ["continuation", "copying"]
+def test_a_prompt_too_short_to_copy_from_is_continued_alone_and_a_text_too_short_for_it_is_refused() -> None:
+    assert [each.kind for each in probes_of(NO_LLM, "short", range(200), (90,))] == ["continuation"]
+    assert [each.kind for each in probes_of(NO_LLM, "just enough", range(200), (96,))] == ["continuation", "copying"]
+    with pytest.raises(DataError, match="'short' has 447 tokens, prompts up to 400 need 448; give a longer text"):
+        probes_of(NO_LLM, "short", range(447), (100, 400))
 
 
-def test_a_pass_key_is_hidden_at_its_depth_of_the_longest_prompt_and_asked_for_behind_that(
-    tiny: Tiny, open_model: Open
-) -> None:
-    llm = open_model(tiny())
+def test_a_pass_key_is_hidden_at_its_depth_of_the_longest_prompt_and_asked_for_behind_that(open_tiny: Open) -> None:
+    llm = open_tiny()
     text = [9] * 500
     found = probes_of(llm, "hidden", text, (200, 400), key=("10007", 0.25))
     assert [each.kind for each in found] == ["continuation", "copying"] * 2 + ["retrieval"]
@@ -294,12 +291,6 @@ def test_a_pass_key_is_hidden_at_its_depth_of_the_longest_prompt_and_asked_for_b
     assert asked.n_prompt == 400 and list(asked.answer) == tokens_of(llm, "\n\nThe pass key is 10007")
     assert list(asked.answer[: asked.n_cue]) == tokens_of(llm, "\n\nThe pass key is")[: asked.n_cue]
     assert 1 <= asked.n_cue < len(asked.answer)
-
-
-def test_text_too_short_for_its_longest_prompt_is_refused() -> None:
-    none: Any = None
-    with pytest.raises(DataError, match="'short' has 447 tokens, prompts up to 400 need 448; give a longer text"):
-        probes_of(none, "short", range(447), (100, 400))
 
 
 @pytest.mark.parametrize(
@@ -312,9 +303,9 @@ def test_text_too_short_for_its_longest_prompt_is_refused() -> None:
         ({"n_prompt": 124}, "'x' has 129 tokens, the context 128; use a larger context"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(changes: Any, message: str, tiny: Tiny, open_model: Open) -> None:
+def test_what_cannot_be_judged_is_refused(changes: Any, message: str, open_tiny: Open) -> None:
     probe = Probe("x", "continuation", (5,) * 200, 20, (3, 4, 5, 6, 7))
-    llm = open_model(tiny())
+    llm = open_tiny()
     assert Judge(llm, [probe]).probes == (probe,)
     with pytest.raises(DataError, match=message):
         Judge(llm, [replace(probe, **changes)])

@@ -54,8 +54,7 @@ def test_a_line_becomes_a_question(files: Files) -> None:
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_few_shot_prompts_and_code_are_given_without_a_chat_template(files: Files, dataset: str) -> None:
-    answers, classes = (["Paragraph 1 段落1"], ["a"])
-    (item,) = files.read(files.lines(record(dataset, answers=answers, all_classes=classes)))
+    (item,) = files.read(files.lines(record(dataset, answers=["Paragraph 1 段落1"], all_classes=["a"])))
     plain = dataset in {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
     assert text_of(item).startswith("Text: " if plain else "<user>")
     assert item.first_line == (dataset in {"trec", "triviaqa", "samsum", "lsht"})
@@ -192,30 +191,25 @@ def test_a_bad_line_is_told_with_its_file_and_number(files: Files, line: str, me
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_text_is_refused(files: Files) -> None:
+def test_a_file_that_is_no_text_or_absent_or_named_twice_is_refused(files: Files) -> None:
     with pytest.raises(DataError, match=r"data\.jsonl' is not UTF-8"):
         files.read(files.write("data.jsonl", b"\xff\xfe{}"))
     with pytest.raises(DataError, match=r"cannot read .*absent\.jsonl.*check the path"):
         files.read(files.folder / "absent.jsonl")
-
-
-def test_a_file_named_twice_is_refused(files: Files) -> None:
-    path = files.lines(record())
     with pytest.raises(DataError, match="name every file once"):
-        files.read(path, path)
+        files.read(*[files.lines(record())] * 2)
 
 
 @pytest.mark.parametrize("table", ["prompts", "lengths"])
 def test_a_dataset_without_template_or_length_is_refused(files: Files, table: str) -> None:
     del getattr(files, table)["hotpotqa"]
-    with pytest.raises(
-        DataError, match=r"dataset2\w+\.json' has no [a-z ]+ for 'hotpotqa', which .*line 1 needs; give"
-    ):
+    needed = r"dataset2\w+\.json' has no [a-z ]+ for 'hotpotqa', which .*line 1 needs; give"
+    with pytest.raises(DataError, match=needed):
         files.read(files.lines(record()))
 
 
 @pytest.mark.parametrize(
-    ("table", "value"), [("prompts", 3), ("prompts", None), ("lengths", "32"), ("lengths", 0), ("lengths", True)]
+    "table, value", [*(("prompts", v) for v in (3, None)), *(("lengths", v) for v in ("32", 0, True))]
 )
 def test_a_table_with_wrong_values_is_refused(files: Files, table: str, value: Any) -> None:
     getattr(files, table)["lcc"] = value

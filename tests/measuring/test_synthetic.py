@@ -8,31 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.fake_llama import FakeLlama
+from oracles.questions import ByteLlama, chat, text_of
 
 from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.synthetic import TASKS, synthetic_items
-from adaskip_cpp.measuring.tasks import QuestionItem, greedy_text
+from adaskip_cpp.measuring.tasks import greedy_text
 
 TEXT = " ".join(f"{word}{i}" for i in range(1500) for word in ("lorem", "ipsum", "dolor"))
-
-
-class ByteLlama(FakeLlama):
-    """FakeLlama with a way back from tokens to text."""
-
-    def detokenize(self, tokens: list[int]) -> bytes:
-        return bytes(token - 2 for token in tokens if token >= 2)
 
 
 @pytest.fixture
 def llm() -> Any:
     return ByteLlama(n_ctx=8192)
-
-
-def text_of(item: QuestionItem) -> str:
-    return ByteLlama().detokenize(list(item.prompt)).decode()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -145,10 +134,7 @@ def test_ids_tell_task_length_depth_index_and_seed(llm: Any) -> None:
 
 
 def test_the_template_of_a_chat_counts_as_part_of_the_prompt(llm: Any) -> None:
-    def wrap(prompt: str) -> list[int]:
-        return llm.tokenize(f"<user>{prompt}</user>".encode())
-
-    for item in synthetic_items(llm, TEXT, lengths=[1500], n_per=1, wrap=wrap):
+    for item in synthetic_items(llm, TEXT, lengths=[1500], n_per=1, wrap=chat):
         assert len(item.prompt) <= 1500
         assert text_of(item).startswith("<user>") and text_of(item).endswith("</user>")
 

@@ -11,10 +11,7 @@ from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.tasks import QuestionItem, python_sources, read_texts, text_items
 
-
-@pytest.fixture
-def llm() -> Any:
-    return FakeLlama()
+LLM: Any = FakeLlama()
 
 
 def written(tokens: tuple[int, ...]) -> str:
@@ -26,47 +23,47 @@ def written(tokens: tuple[int, ...]) -> str:
 # --- items of text ----------------------------------------------------------------------------------------------------
 
 
-def test_items_are_of_equal_length_and_do_not_overlap(llm: Any) -> None:
+def test_items_are_of_equal_length_and_do_not_overlap() -> None:
     text = "".join(chr(33 + i) for i in range(90))
-    items = text_items(llm, {"a": text}, n_items=3, n_tokens=11)
+    items = text_items(LLM, {"a": text}, n_items=3, n_tokens=11)
     assert [written(item.tokens) for item in items] == [text[:10], text[30:40], text[60:70]]
     assert {item.task for item in items} == {"text"}
 
 
-def test_items_are_dealt_out_over_the_texts_in_turn(llm: Any) -> None:
-    items = text_items(llm, {"a": "a" * 100, "b": "b" * 25, "c": "c" * 15}, n_items=7, n_tokens=11)
+def test_items_are_dealt_out_over_the_texts_in_turn() -> None:
+    items = text_items(LLM, {"a": "a" * 100, "b": "b" * 25, "c": "c" * 15}, n_items=7, n_tokens=11)
     assert [written(item.tokens)[0] for item in items] == ["a", "b", "c", "a", "b", "a", "a"]
 
 
-def test_ids_tell_items_apart_and_do_not_change(llm: Any) -> None:
+def test_ids_tell_items_apart_and_do_not_change() -> None:
     texts = {"a": "a" * 100, "b": "b" * 100}
-    ids = [item.id for item in text_items(llm, texts, n_items=4, n_tokens=11, task="prose")]
+    ids = [item.id for item in text_items(LLM, texts, n_items=4, n_tokens=11, task="prose")]
     assert ids == ["prose/a/11/0", "prose/b/11/0", "prose/a/11/1", "prose/b/11/1"]
 
 
-def test_a_text_shorter_than_an_item_is_refused_or_left_out(llm: Any) -> None:
+def test_a_text_shorter_than_an_item_is_refused_or_left_out() -> None:
     texts = {"long": "a" * 100, "short": "b" * 9}
     with pytest.raises(DataError, match=r"'short' has 9 tokens, fewer than the 11.*give a longer text"):
-        text_items(llm, texts, n_items=2, n_tokens=11)
-    items = text_items(llm, texts, n_items=2, n_tokens=11, drop_short=True)
+        text_items(LLM, texts, n_items=2, n_tokens=11)
+    items = text_items(LLM, texts, n_items=2, n_tokens=11, drop_short=True)
     assert [written(item.tokens)[0] for item in items] == ["a", "a"]
 
 
-def test_fewer_items_than_asked_for_are_refused(llm: Any) -> None:
+def test_fewer_items_than_asked_for_are_refused() -> None:
     with pytest.raises(DataError, match=r"gives 3 items of 11 tokens, not the 4.*ask for fewer"):
-        text_items(llm, {"a": "a" * 20, "b": "b" * 19}, n_items=4, n_tokens=11)
+        text_items(LLM, {"a": "a" * 20, "b": "b" * 19}, n_items=4, n_tokens=11)
     with pytest.raises(DataError, match="gives 0 items"):
-        text_items(llm, {}, n_items=1, n_tokens=11)
+        text_items(LLM, {}, n_items=1, n_tokens=11)
 
 
 @pytest.mark.parametrize(("n_items", "n_tokens"), [(0, 11), (1, 1), (-1, 11)])
-def test_counts_out_of_range_are_refused(llm: Any, n_items: int, n_tokens: int) -> None:
+def test_counts_out_of_range_are_refused(n_items: int, n_tokens: int) -> None:
     with pytest.raises(DataError, match="at least 1 item of 2 tokens"):
-        text_items(llm, {"a": "a" * 20}, n_items=n_items, n_tokens=n_tokens)
+        text_items(LLM, {"a": "a" * 20}, n_items=n_items, n_tokens=n_tokens)
 
 
-def test_the_held_out_pages_are_enough_for_a_measurement(llm: Any) -> None:
-    items = text_items(llm, corpus.held_out(), n_items=16, n_tokens=2048)
+def test_the_held_out_pages_are_enough_for_a_measurement() -> None:
+    items = text_items(LLM, corpus.held_out(), n_items=16, n_tokens=2048)
     calibration = corpus.text().encode()
     assert len({item.id for item in items}) == 16
     assert not any(bytes(token - 2 for token in item.tokens[1:]) in calibration for item in items)
@@ -132,11 +129,6 @@ def test_a_question_scores_an_answer_by_its_metric() -> None:
 def test_only_the_first_line_counts_where_a_dataset_says_so() -> None:
     assert question(first_line=True).score("\n\ncat\ndog") == 1.0
     assert question(first_line=False).score("\ncat\ndog") == pytest.approx(2 / 3)
-
-
-def test_an_unknown_metric_is_refused() -> None:
-    with pytest.raises(DataError, match="no metric 'bleu'"):
-        question(metric="bleu").score("cat")
 
 
 def test_all_modules_named_are_single_files() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles.fixtures import Open
+from oracles.tiny_families import tokens
 
 from adaskip_cpp.measuring import timing
 from adaskip_cpp.measuring.timing import RequestTime, in_turn, time_request
@@ -41,26 +43,22 @@ def test_the_first_token_and_each_behind_it_are_timed_on_an_empty_cache(monkeypa
     assert result.token_s == pytest.approx((0.001, 0.002, 0.003, 0.004))
 
 
-def test_the_prompt_alone_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = time_request(Clocked(monkeypatch), [1], 0)
-    assert result.token_s == () and math.isnan(result.per_token_s())
-
-
-def test_the_time_per_token_is_the_median_behind_the_first_two() -> None:
+def test_the_time_per_token_is_the_median_behind_the_first_two_or_that_of_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert RequestTime(1.0, (9.0, 8.0, 1.0, 2.0, 4.0)).per_token_s() == 2.0
     assert RequestTime(1.0, (9.0, 8.0, 1.0, 2.0, 4.0)).per_token_s(3) == 3.0
-
-
-def test_of_too_few_tokens_the_last_one_counts() -> None:
     assert RequestTime(1.0, (9.0, 3.0)).per_token_s() == 3.0
+    prompt_alone = time_request(Clocked(monkeypatch), [1], 0)
+    assert prompt_alone.token_s == () and math.isnan(prompt_alone.per_token_s())
 
 
 def test_every_second_round_is_reversed() -> None:
     assert [in_turn(3, n_round) for n_round in range(3)] == [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
 
 
-def test_a_real_model_is_evaluated_anew_every_time(open_model: Any, tiny: Any, tokens: Any) -> None:
-    llm = open_model(tiny(), logits_all=False)
+def test_a_real_model_is_evaluated_anew_every_time(open_tiny: Open) -> None:
+    llm = open_tiny(logits_all=False)
     for _ in range(2):
         result = time_request(llm, tokens(20), 5)
         assert len(result.token_s) == 5 and min(result.token_s) > 0
