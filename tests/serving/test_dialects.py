@@ -140,27 +140,21 @@ def test_choices_of_tools_and_forms_of_answers_have_other_names() -> None:
 
 
 DEEP: Any = json.loads("[" * 100 + "]" * 100)
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (MESSAGES, {"max_tokens": None}, "max_tokens is missing"),
     (MESSAGES, {"messages": []}, "messages is empty"),
     (MESSAGES, {"messages": "the"}, "messages is not a list"),
     (MESSAGES, {"messages": ["the"]}, "messages.1"),
-    (
-        MESSAGES,
-        {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-        "send parts of text only",
-    ),
+    (MESSAGES, user({"type": "image", "source": {}}), "send parts of text only"),
     (MESSAGES, {"messages": [{"role": "nobody", "content": []}]}, "messages.1.*role"),
-    (
-        MESSAGES,
-        {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": 3}]}]},
-        "messages.1",
-    ),
-    (
-        MESSAGES,
-        {"messages": [{"role": "a", "content": [{"type": "tool_use", "id": "", "name": "", "input": DEEP}]}]},
-        "input has more than 64 levels",
-    ),
+    (MESSAGES, user({"type": "tool_result", "tool_use_id": 3}), "messages.1"),
+    (MESSAGES, user({"type": "tool_use", "id": "", "name": "", "input": DEEP}), "input has more than 64 levels"),
     (MESSAGES, {"system": DEEP}, "send parts of text only"),
     (MESSAGES, {"tools": 5}, "tools is not a list"),
     (MESSAGES, {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "an entry that is not a function"),

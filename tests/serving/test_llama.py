@@ -1,25 +1,26 @@
 """The model of a server: answers, what they use of earlier prompts, and log-probabilities."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from oracles.frontiers import quality
-from oracles.served import frontier_of
+from oracles.fixtures import Open, Tiny
+from oracles.served import BULK_PLAN, FRONTIER, edited_frontier, frontier_of
+from oracles.tiny_families import tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import RequestError
 from adaskip_cpp.measuring.running import Running, quietly
-from adaskip_cpp.model.edits import FEW, MANY, Edits
-from adaskip_cpp.model.frontier import EditPoint, Frontier, Passkeys
+from adaskip_cpp.model.frontier import Frontier
 from adaskip_cpp.model.settings import Settings
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
@@ -27,38 +28,23 @@ from adaskip_cpp.serving.plans import Plans
 from adaskip_cpp.serving.prefix_cache import PrefixCache
 from adaskip_cpp.serving.request import Gone, ServedRequest
 
-Tiny = Callable[..., Path]
-
-
-Tokens = Callable[..., list[int]]
-
-
-PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
-
-
-FRONTIER = frontier_of(3)
-
-
 CAREFUL, FAST = (point.plan for point in FRONTIER.points)
-
-
 OPTIONS: Any = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, "verbose": False}
 """KV is F32, so that the rounding of other batches cannot decide."""
 
 
 @pytest.fixture
-def open_served() -> Iterator[Callable[..., ServedLlama]]:
-    """``open_served(path, plan or frontier, folder)``: a model as the server has it, closed after the test."""
+def open_served(tiny: Tiny) -> Iterator[Open]:
+    """``open_served(family, plan or frontier, folder)``: a model as the server has it, closed after the test."""
     opened = []
 
     def open_(
-        path: Any, plan: Any = PLAN, folder: Path | None = None, options: Any = OPTIONS, **more: Any
+        family: str = "llama", plan: Any = BULK_PLAN, folder: Path | None = None, options: Any = OPTIONS, **more: Any
     ) -> ServedLlama:
         own, frontier = (None, plan) if isinstance(plan, Frontier) else (plan, None)
         kwargs = {**options, **more}
-        plans = Plans(own, frontier, 0.07, None, kwargs["n_ctx"])
-        cache = PrefixCache(10**8, folder)
-        opened.append(ServedLlama(str(path), plan=frontier, plans=plans, cache=cache, **kwargs))
+        plans, cache = Plans(own, frontier, 0.07, None, kwargs["n_ctx"]), PrefixCache(10**8, folder)
+        opened.append(ServedLlama(str(tiny(family)), plan=frontier, plans=plans, cache=cache, **kwargs))
         return opened[-1]
 
     yield open_
@@ -67,54 +53,53 @@ def open_served() -> Iterator[Callable[..., ServedLlama]]:
 
 
 @pytest.fixture
-def served(open_served: Callable[..., ServedLlama], tiny: Tiny) -> ServedLlama:
-    return open_served(tiny())
+def served(open_served: Open) -> ServedLlama:
+    return open_served()  # type: ignore[no-any-return]
 
 
-def run(
-    llm: ServedLlama, prompt: list[int], wish: Any = "auto", n: int = 6, salt: str = "", reuse: Any = None
-) -> tuple[list[int], ServedRequest]:
-    request = ServedRequest(wish=wish, salt=salt, reuse=reuse)
-    llm.request = request
-    steps = llm.generate(prompt, temp=0)
-    answer = [token for token, _ in zip(steps, range(n), strict=False)]
-    steps.close()
-    return answer, request
+@pytest.fixture
+def alone(tiny: Tiny) -> Iterator[Open]:
+    """``alone(family, **options)``: the same model without a server, closed after the test."""
+    with ExitStack() as opened:
+        yield lambda family="llama", **options: opened.enter_context(
+            closing(AdaSkipLlama(str(tiny(family)), **{**OPTIONS, **options}))
+        )
+
+
+def tokens_of(llm: AdaSkipLlama, prompt: list[int], n: int = 6) -> list[int]:
+    with closing(llm.generate(prompt, temp=0)) as steps:
+        return list(islice(steps, n))
+
+
+def run(llm: ServedLlama, prompt: list[int], wish: Any = "auto", n: int = 6, **more: Any) -> tuple[list[int], Any]:
+    llm.request = request = ServedRequest(wish=wish, **more)
+    return tokens_of(llm, prompt, n), request
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4", "mamba", "jamba", "lfm2"])
-def test_answers_are_those_of_a_model_by_itself(
-    name: str, open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
-) -> None:
+def test_answers_are_those_of_a_model_by_itself(name: str, open_served: Open, alone: Open) -> None:
     """Three conversations under two plans, alternating and growing: each as if it had the model for itself.
 
     Against three of AdaSkipLlama, one each. With sliding windows, and with states that stand for all tokens so far.
     """
-    with closing(AdaSkipLlama(str(tiny(name)), **OPTIONS)) as llm:
-        n_layer = llm.n_layer
-        ffn = [each.layer for each in llm.sublayers if each.kind == "ffn" and each.in_bulk][1:]
-    plan = SkipPlan.manual(n_layer, ffn=ffn, phase="bulk")
-    served = open_served(tiny(name), plan)
+    llm = alone(name)
+    ffn = [each.layer for each in llm.sublayers if each.kind == "ffn" and each.in_bulk][1:]
+    plan = SkipPlan.manual(llm.n_layer, ffn=ffn, phase="bulk")
+    served = open_served(name, plan)
     talks = {seed: tokens(400, seed) for seed in (1, 2, 3)}
     wishes = {1: "auto", 2: "none", 3: "auto"}
-    alone = {
-        seed: AdaSkipLlama(str(tiny(name)), plan=plan if wish == "auto" else None, **OPTIONS)
-        for seed, wish in wishes.items()
-    }
+    others = {seed: alone(name, plan=plan if wish == "auto" else None) for seed, wish in wishes.items()}
     n_read = []
     for turn in range(3):
         for seed, talk in talks.items():
             answer, request = run(served, talk, wishes[seed])
-            with closing(alone[seed].generate(talk, temp=0)) as steps:
-                assert answer == [token for token, _ in zip(steps, range(6), strict=False)]
+            assert answer == tokens_of(others[seed], talk)
             n_read.append(request.n_read)
             talk += answer + tokens(20, 10 * turn + seed)[1:]
     assert min(n_read[:3]) >= 399 and max(n_read[3:]) < 50, "all but the last few tokens are known"
-    for each in alone.values():
-        each.close()
 
 
-def test_what_a_plan_skipped_is_never_read_without_it(served: ServedLlama, tokens: Tokens) -> None:
+def test_what_a_plan_skipped_is_never_read_without_it(served: ServedLlama) -> None:
     prompt = tokens(500)
     _, first = run(served, prompt)
     _, second = run(served, prompt, "none")
@@ -126,10 +111,8 @@ def test_what_a_plan_skipped_is_never_read_without_it(served: ServedLlama, token
 LONG: Any = {"n_ctx": 2048}
 
 
-def test_a_chat_that_grows_over_a_change_of_plan_reads_nothing_again(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
-) -> None:
-    served = open_served(tiny(), FRONTIER, **LONG)
+def test_a_chat_that_grows_over_a_change_of_plan_reads_nothing_again(open_served: Open) -> None:
+    served = open_served("llama", FRONTIER, **LONG)
     talk = tokens(900)
     answer, first = run(served, talk)
     assert first.choice.plan is FAST and first.n_skipping > 0
@@ -141,39 +124,28 @@ def test_a_chat_that_grows_over_a_change_of_plan_reads_nothing_again(
 
 
 def test_what_was_read_under_another_plan_of_the_frontier_outlasts_a_restart(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens, tmp_path: Path
+    open_served: Open, alone: Open, tmp_path: Path
 ) -> None:
     talk = tokens(1200)
-    first = open_served(tiny(), FRONTIER, tmp_path, **LONG)
+    first = open_served("llama", FRONTIER, tmp_path, **LONG)
     run(first, talk[:900])
     first.close()
     # Of equal figures, as another process reads them from a plan file.
-    again = open_served(tiny(), frontier_of(3), tmp_path, **LONG)
+    again = open_served("llama", frontier_of(3), tmp_path, **LONG)
     expected, request = run(again, talk)
     assert request.choice.plan == CAREFUL and request.n_reused >= 899
     again.close()
     # The same answer as that of one model that read all of it.
-    with closing(AdaSkipLlama(str(tiny()), **{**OPTIONS, **LONG})) as llm:
-        llm.set_plan(FAST, readable=[CAREFUL])
-        llm.eval(talk[:900])
-        llm.set_plan(CAREFUL, readable=[FAST])
-        with closing(llm.generate(talk, temp=0)) as steps:
-            assert expected == [token for token, _ in zip(steps, range(6), strict=False)]
+    llm = alone(**LONG)
+    llm.set_plan(FAST, readable=[CAREFUL])
+    llm.eval(talk[:900])
+    llm.set_plan(CAREFUL, readable=[FAST])
+    assert expected == tokens_of(llm, talk)
 
 
-def edited_frontier(*losses: float) -> Frontier:
-    """That of before, and edited prompts that lose so many nats in few moves and in many, at 1,024 tokens."""
-    moves = (Edits(most_moves=FEW), Edits(most_moves=MANY))
-    both = zip(losses, moves[: len(losses)], strict=True)
-    points = (EditPoint(1024, *[quality(loss)] * 2, Passkeys(2, 2, 2), (), each) for loss, each in both)
-    return replace(FRONTIER, edits=tuple(points))
-
-
-def test_edits_are_used_again_as_far_as_the_promise_allows(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
-) -> None:
+def test_edits_are_used_again_as_far_as_the_promise_allows(open_served: Open) -> None:
     """Of 0.07 nats small edits may take 0.035, and the plan has the rest."""
-    served = open_served(tiny(), edited_frontier(0.03, 0.2), **LONG)
+    served = open_served("llama", edited_frontier(0.03, 0.2), **LONG)
     a, b, line = tokens(400), tokens(500, 1)[1:], tokens(9, 2)[1:]
     _, first = run(served, a + b)
     assert first.choice.plan is CAREFUL and first.reuse == "edits", "0.06 and 0.03 would be too much"
@@ -187,10 +159,8 @@ def test_edits_are_used_again_as_far_as_the_promise_allows(
     assert fifth.reuse == "prefix" and fifth.n_read > 890, "the whole model reads nothing that was moved"
 
 
-def test_a_new_order_is_read_where_the_promise_allows_that(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
-) -> None:
-    served = open_served(tiny(), edited_frontier(0.01, 0.02), **LONG)
+def test_a_new_order_is_read_where_the_promise_allows_that(open_served: Open) -> None:
+    served = open_served("llama", edited_frontier(0.01, 0.02), **LONG)
     a, b = tokens(400), tokens(500, 1)[1:]
     run(served, a + b)
     _, second = run(served, a[:1] + b + a[1:])
@@ -199,17 +169,15 @@ def test_a_new_order_is_read_where_the_promise_allows_that(
     assert third.reuse == "edits" and third.n_read > 880, "few moves alone keep this promise"
 
 
-def test_documents_that_others_asked_about_are_put_together(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens, tmp_path: Path
-) -> None:
+def test_documents_that_others_asked_about_are_put_together(open_served: Open, tmp_path: Path) -> None:
     """From states in memory and on disk, of the same owner alone, and only if asked for: no promise covers it."""
     head, documents = tokens(80), [tokens(300, seed)[1:] for seed in (1, 2, 3)]
     prompt = [*head, *documents[2], *documents[0], *documents[1]]
-    served = open_served(tiny(), edited_frontier(0.01, 0.02), tmp_path, **LONG)
+    served = open_served("llama", edited_frontier(0.01, 0.02), tmp_path, **LONG)
     for each in documents:
         run(served, [*head, *each])
     served.close()
-    again = open_served(tiny(), edited_frontier(0.01, 0.02), tmp_path, **LONG)
+    again = open_served("llama", edited_frontier(0.01, 0.02), tmp_path, **LONG)
     _, other = run(again, prompt, salt="another", reuse="edits")
     assert other.n_read == len(prompt) and other.n_moved == 0
     _, promised = run(again, prompt)
@@ -220,48 +188,36 @@ def test_documents_that_others_asked_about_are_put_together(
 
 
 def test_a_tighter_promise_reads_again_what_was_read_under_a_plan_that_does_not_keep_it(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
+    open_served: Open, alone: Open
 ) -> None:
-    served, prompt = open_served(tiny(), FRONTIER, **LONG), tokens(900)
+    served, prompt = open_served("llama", FRONTIER, **LONG), tokens(900)
     run(served, prompt)
     answer, tighter = run(served, prompt, {"max_loss": 0.05})
     assert tighter.choice.plan is CAREFUL and tighter.n_skipping > 0 and tighter.n_reused < 100
-    with (
-        closing(AdaSkipLlama(str(tiny()), plan=CAREFUL, **{**OPTIONS, **LONG})) as llm,
-        closing(llm.generate(prompt, temp=0)) as steps,
-    ):
-        assert answer == [token for token, _ in zip(steps, range(6), strict=False)]
+    assert answer == tokens_of(alone(plan=CAREFUL, **LONG), prompt)
     assert run(served, prompt)[1].n_read == 1, "what keeps the tighter promise keeps the other"
 
 
-def test_after_plans_the_whole_model_is_itself_bit_for_bit(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
-) -> None:
-    served, prompt = open_served(tiny(), FRONTIER, **LONG), tokens(900)
+def test_after_plans_the_whole_model_is_itself_bit_for_bit(open_served: Open, alone: Open) -> None:
+    served, prompt = open_served("llama", FRONTIER, **LONG), tokens(900)
     for wish in ("auto", {"max_loss": 0.05}, {"speedup": 1.4}):
         run(served, prompt, wish)
-    request = ServedRequest(wish="none", reuses=False)
-    served.request = request
-    with closing(served.generate(prompt, temp=0)) as steps:
-        next(steps)
-        logits = np.ctypeslib.as_array(served._ctx.get_logits_ith(-1), (served.n_vocab(),)).copy()
-    with (
-        closing(AdaSkipLlama(str(tiny()), **{**OPTIONS, **LONG})) as llm,
-        closing(llm.generate(prompt, temp=0)) as steps,
-    ):
-        next(steps)
-        np.testing.assert_array_equal(logits, np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)))
+    logits = []
+    _, request = run(served, prompt, "none", 1, reuses=False)
+    llm = alone(**LONG)
+    tokens_of(llm, prompt, 1)
+    for each in (served, llm):
+        logits.append(np.ctypeslib.as_array(each._ctx.get_logits_ith(-1), (each.n_vocab(),)).copy())
+    np.testing.assert_array_equal(*logits)
     assert run(served, prompt, "none")[1].n_skipping == 0 == request.n_skipping
 
 
-def test_it_is_opened_with_the_settings_that_were_found_on_this_machine(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, open_model: Callable[..., Any]
-) -> None:
-    machine, found = cost_settings(open_model(tiny())), Settings(flash_attn=True, repack=False, n_batch=96, n_ubatch=64)
+def test_it_is_opened_with_the_settings_that_were_found_on_this_machine(open_served: Open, open_tiny: Open) -> None:
+    machine, found = cost_settings(open_tiny()), Settings(flash_attn=True, repack=False, n_batch=96, n_ubatch=64)
     opened = []
     for each in (machine, replace(machine, cpu="another")):
         frontier = frontier_of(3, settings=found, machine=each)
-        served = quietly(partial(open_served, options={}), tiny(), 1024, Running(n_threads=1), plan=frontier)
+        served = quietly(partial(open_served, options={}), "llama", 1024, Running(n_threads=1), plan=frontier)
         opened.append(cost_settings(served))
     assert [(each.flash_attention, each.repack, each.n_batch, each.n_ubatch) for each in opened] == [
         (True, False, 96, 64),
@@ -269,13 +225,11 @@ def test_it_is_opened_with_the_settings_that_were_found_on_this_machine(
     ]
 
 
-def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: ServedLlama, tokens: Tokens) -> None:
+def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: ServedLlama) -> None:
     talk, other = tokens(300, 1), tokens(300, 2)
     run(served, talk)
     for _ in range(2):
-        request = ServedRequest(reuses=False)
-        served.request = request
-        assert next(served.generate(other, temp=0)) >= 0 and request.n_read == 300
+        assert run(served, other, n=1, reuses=False)[1].n_read == 300
     assert run(served, talk)[1].n_read == 1
     assert run(served, other)[1].n_read >= 299, "nor is it read on"
     run(served, talk)
@@ -283,15 +237,11 @@ def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: Serve
     assert {tuple(each.tokens[:300]) for each in served.prefix_cache.entries} == {tuple(talk), tuple(other)}
 
 
-def test_what_others_wrote_is_not_told(served: ServedLlama, tokens: Tokens) -> None:
+def test_what_others_wrote_is_not_told(served: ServedLlama) -> None:
     """Not even as a count of tokens that need not be read: of what is in memory, and of what the cache has."""
 
     def ask(prompt: list[int], **whose: str) -> int:
-        request = ServedRequest(**whose)
-        served.request = request
-        with closing(served.generate(prompt, temp=0)) as steps:
-            next(steps)
-        return request.n_reused
+        return int(run(served, prompt, n=1, **whose)[1].n_reused)
 
     talk, other = tokens(300, 1), tokens(300, 2)
     assert ask(talk, salt="a") == 0 == ask(talk, salt="b") == ask(talk) == ask(talk, owner="a")
@@ -300,32 +250,28 @@ def test_what_others_wrote_is_not_told(served: ServedLlama, tokens: Tokens) -> N
     assert [ask(talk, **whose) for whose in ({"salt": "a"}, {"owner": "a"}, {"salt": "b"}, {})] == [299] * 4
 
 
-def test_an_answer_tells_why_its_prompt_was_read(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
-) -> None:
-    served = open_served(tiny())
+def test_an_answer_tells_why_its_prompt_was_read(open_served: Open) -> None:
+    served = open_served()
     talk, other = tokens(300, 1), tokens(300, 2)
-    assert run(served, talk)[1].reread_because == "new"
-    assert run(served, talk)[1].reread_because is None
-    assert run(served, talk[:200] + other[1:100])[1].reread_because == "text"
-    assert run(served, talk[:24] + other[1:100])[1].reread_because == "text"
-    assert run(served, other)[1].reread_because == "new", "but for its first token, which all have"
-    assert run(served, talk, "none")[1].reread_because == "plan"
-    request = served.request = ServedRequest(reuses=False)
-    next(served.generate(other, temp=0))
-    assert request.reread_because == "cache_prompt" and request.summary["reread_because"] == "cache_prompt"
-    request = served.request = ServedRequest(salt="of another")
-    next(served.generate(talk, temp=0))
-    assert request.reread_because == "new", "that it is there for others is not told"
+    for prompt, more, because in (
+        (talk, {}, "new"),
+        (talk, {}, None),
+        (talk[:200] + other[1:100], {}, "text"),
+        (talk[:24] + other[1:100], {}, "text"),
+        (other, {}, "new"),  # but for its first token, which all have
+        (talk, {"wish": "none"}, "plan"),
+        (other, {"reuses": False}, "cache_prompt"),
+        (talk, {"salt": "of another"}, "new"),  # that it is there for others is not told
+    ):
+        request = run(served, prompt, **more)[1]
+        assert request.reread_because == because == request.summary["reread_because"]
     served.request = ServedRequest()
     served.create_completion("the " * 100, max_tokens=1, echo=True, logprobs=1)
     assert served.request.reread_because == "logprobs"
 
 
-def test_an_answer_tells_that_its_prompt_was_forgotten(
-    open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens
-) -> None:
-    served = open_served(tiny())
+def test_an_answer_tells_that_its_prompt_was_forgotten(open_served: Open) -> None:
+    served = open_served()
     run(served, tokens(300, 1))
     run(served, tokens(300, 2))
     (kept,) = served.prefix_cache.entries
@@ -337,13 +283,13 @@ def test_an_answer_tells_that_its_prompt_was_forgotten(
     assert run(served, tokens(300, 1))[1].reread_because == "evicted", "it did not fit at all"
 
 
-def test_a_recurrent_state_cannot_go_back(open_served: Callable[..., ServedLlama], tiny: Tiny, tokens: Tokens) -> None:
-    served = open_served(tiny("mamba"), None)
+def test_a_recurrent_state_cannot_go_back(open_served: Open) -> None:
+    served = open_served("mamba", None)
     run(served, tokens(300))
     assert run(served, tokens(300)[:200])[1].reread_because == "memory"
 
 
-def test_the_progress_of_a_prompt_is_told_batch_by_batch(served: ServedLlama, tokens: Tokens) -> None:
+def test_the_progress_of_a_prompt_is_told_batch_by_batch(served: ServedLlama) -> None:
     """Under a plan with a bulk, which cuts a prompt in three; and of one of which a part was known."""
 
     def ask(prompt: list[int]) -> list[tuple[int, int, int]]:
@@ -365,7 +311,7 @@ def test_the_progress_of_a_prompt_is_told_batch_by_batch(served: ServedLlama, to
     assert ask(talk[:500] + tokens(100, 2)[1:])[0] == (599, 500, 500)
 
 
-def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama, tokens: Tokens) -> None:
+def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLlama) -> None:
     request = ServedRequest()
     served.request = request
     steps = served.generate(tokens(100), temp=0)
@@ -373,9 +319,8 @@ def test_a_request_that_nobody_waits_for_ends_at_the_next_batch(served: ServedLl
     request.is_left = True
     with pytest.raises(Gone):
         next(steps)
-    request = ServedRequest()
-    request.is_left = True
-    served.request = request
+    served.request = ServedRequest()
+    served.request.is_left = True
     with pytest.raises(Gone):
         next(served.generate(tokens(900, 5), temp=0))
     assert served.n_tokens < 200

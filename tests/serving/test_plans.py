@@ -5,31 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from oracles.frontiers import quality
-from oracles.served import frontier_of
+from oracles.served import BULK_PLAN as PLAN
+from oracles.served import FRONTIER, edited_frontier
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import RequestError
-from adaskip_cpp.model.edits import FEW, MANY, Edits
-from adaskip_cpp.model.frontier import EditPoint, Frontier, Passkeys
+from adaskip_cpp.model.edits import FEW
+from adaskip_cpp.model.frontier import Frontier, Passkeys
 from adaskip_cpp.serving.plans import Choice, Plans, plan_key
 from adaskip_cpp.serving.request import ServedRequest
 
-PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
-
-
-FRONTIER = frontier_of(3)
-
-
 CAREFUL, FAST = (point.plan for point in FRONTIER.points)
-
-
-def edited_frontier(*losses: float) -> Frontier:
-    """That of before, and edited prompts that lose so many nats in few moves and in many, at 1,024 tokens."""
-    moves = (Edits(most_moves=FEW), Edits(most_moves=MANY))
-    both = zip(losses, moves[: len(losses)], strict=True)
-    points = (EditPoint(1024, *[quality(loss)] * 2, Passkeys(2, 2, 2), (), each) for loss, each in both)
-    return replace(FRONTIER, edits=tuple(points))
 
 
 def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:

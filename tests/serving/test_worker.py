@@ -336,10 +336,7 @@ def test_models_are_asked_by_name_and_one_is_in_memory_at_a_time(three: list[str
         assert [named(server, name) for name in ("first", None)] == ["first", "first"]
         assert named(server, "two") == "two" and states(server) == {"first": "unloaded", "two": "ready"}
         assert len(server.workers()) == 1
-        assert server.lines[-2:] == [
-            "first: unloaded, to make room for two\n",
-            "two: loading\n",
-        ]
+        assert server.lines[-2:] == ["first: unloaded, to make room for two\n", "two: loading\n"]
         for name in ("one", "gpt-4"):
             answer = server.post("/v1/completions", {"prompt": "the", "model": name})
             assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
