@@ -135,9 +135,11 @@ class Calls:
             llm.close()
 
     def run(self, name: Any, values: list[Any]) -> None:
-        call = getattr(self, f"do_{name}", None) if isinstance(name, str) else None
-        if call is not None:
-            call(Arguments(self._llm.n_layer, self._llm.n_embd()), *[*values, *[None] * 3][:3])
+        make, given = Arguments(self._llm.n_layer, self._llm.n_embd()), [*values, *[None] * 3][:3]
+        if isinstance(name, str) and name in _PLAIN:
+            self.check(_PLAIN[name](self._ctx, make, *given))
+        elif isinstance(name, str) and (call := getattr(self, f"do_{name}", None)):
+            call(make, *given)
 
     def check(self, code: int, may_fail_inside: bool = False) -> int:
         assert code >= 0 or (code >= -8 and ffi.string(lib.adaskip_last_error())), code
@@ -189,12 +191,6 @@ class Calls:
         self.check(lib.adaskip_elide_kv(make.array(mask, np.uint8, "uint8_t", max(n, 1)), n))
         assert lib.adaskip_elide_kv(ffi.NULL, 0) == OK
 
-    def do_begin_request(self, make: Arguments, *_: Any) -> None:
-        self.check(lib.adaskip_begin_request(self._ctx))
-
-    def do_set_phase(self, make: Arguments, phase: Any, *_: Any) -> None:
-        self.check(lib.adaskip_set_phase(self._ctx, _int(phase)))
-
     def do_set_statistics(self, make: Arguments, flags: Any, has_callback: Any, *_: Any) -> None:
         callback = _ignore if has_callback else ffi.NULL
         self.check(lib.adaskip_set_statistics(self._ctx, _int(flags), callback, ffi.NULL))
@@ -207,19 +203,21 @@ class Calls:
         room = ffi.new("uint8_t[]", self._llm.n_layer) if has_room else ffi.NULL
         self.check(lib.adaskip_get_elided_kv(self._ctx, room, _int(n)))
 
-    def do_online(self, make: Arguments, names: Any, *_: Any) -> None:
-        self.check(lib.adaskip_get_online(self._ctx, make.state(names)))
-
     def do_stale(self, make: Arguments, seq_id: Any, phase: Any, has_room: Any) -> None:
         room = ffi.new("int32_t *") if has_room else ffi.NULL
         self.check(lib.adaskip_kv_first_stale(self._ctx, _int(seq_id), _int(phase), room))
 
-    def do_counters(self, make: Arguments, has_room: Any, *_: Any) -> None:
-        room = ffi.new("struct adaskip_counters *") if has_room else ffi.NULL
-        self.check(lib.adaskip_get_counters(self._ctx, room))
 
-    def do_take_failure(self, make: Arguments, *_: Any) -> None:
-        self.check(lib.adaskip_take_failure(self._ctx))
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "begin_request": lambda ctx, *_: lib.adaskip_begin_request(ctx),
+    "set_phase": lambda ctx, make, phase, *_: lib.adaskip_set_phase(ctx, _int(phase)),
+    "online": lambda ctx, make, names, *_: lib.adaskip_get_online(ctx, make.state(names)),
+    "counters": lambda ctx, make, has_room, *_: lib.adaskip_get_counters(
+        ctx, ffi.new("struct adaskip_counters *") if has_room else ffi.NULL
+    ),
+    "take_failure": lambda ctx, *_: lib.adaskip_take_failure(ctx),
+}
+"""Calls that return a code and promise no more."""
 
 
 def fresh_logits(llm: Any) -> bytes:

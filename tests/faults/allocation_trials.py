@@ -23,17 +23,8 @@ LLAMA, BUFFERS, GGML = 1, 2, 4
 """Whose allocations fail: enum who of failing_allocations.cpp."""
 
 CASES = (
-    "first plan",
-    "another plan",
-    "no plan",
-    "maps",
-    "windows",
-    "online",
-    "gemma3",
-    "jamba",
-    "gemma4",
-    "unread",
-    "refused",
+    *("first plan", "another plan", "no plan", "maps", "windows", "online"),
+    *("gemma3", "jamba", "gemma4", "unread", "refused"),
 )
 """What is changed while allocations fail."""
 

@@ -295,49 +295,37 @@ def _pictures_case() -> _Case:
         figure = Figure(figsize=(0.5, 0.5))
         figure.add_axes((0, 0, 1, 1)).plot([0, 1], [i, 1 - i])
         figures.append(figure)
-
-    def read(folder: Path) -> Any:
-        return [(folder / "pictures" / name).read_bytes() for name in ("p.png", "p.svg")]
-
-    with tempfile.TemporaryDirectory() as place:
-        states = []
-        for figure in figures:
-            plots.save(figure, Path(place, "pictures"), "p")
-            states.append(read(Path(place)))
-    # Each picture is a whole one, the old or the new.
-    between = [states[1][0], states[0][1]]
-    return _Case(
-        lambda folder: plots.save(figures[0], folder / "pictures", "p"),
-        lambda folder: plots.save(figures[1], folder / "pictures", "p"),
-        read,
-        "p.",
-        between=(between,),
-    )
+    names = [f"pictures/{name}" for name in ("p.png", "p.svg")]
+    return _several_files(lambda folder, i: plots.save(figures[i], folder / "pictures", "p"), names, "p.")
 
 
 def _report_case() -> _Case:
-    """The files of an evaluation, without pictures: they are written one after the other."""
+    """The files of an evaluation, without pictures."""
     from adaskip_cpp.evaluation import report
     from adaskip_cpp.evaluation.results import About, Results
     from adaskip_cpp.pictures import plots
 
     plots.has_matplotlib = lambda: False
-    names = ("results.json", "results.md", "report.html")
 
     def write(folder: Path, i: int) -> None:
-        about = About(f"title {i}", "summary", {}, "command", {}, ())
-        report.write_results(Results(i, 2, about, ()), folder)
+        report.write_results(Results(i, 2, About(f"title {i}", "summary", {}, "command", {}, ()), ()), folder)
+
+    return _several_files(write, ["results.json", "results.md", "report.html"], "re")
+
+
+def _several_files(write: Callable[[Path, int], object], files: list[str], names: str) -> _Case:
+    """Files that are written one after the other: each is a whole one, the old or the new."""
 
     def read(folder: Path) -> Any:
-        return [(folder / name).read_bytes() for name in names]
+        return [(folder / name).read_bytes() for name in files]
 
+    states = []
     with tempfile.TemporaryDirectory() as place:
-        states = []
         for i in range(2):
             write(Path(place), i)
             states.append(read(Path(place)))
-    between = tuple([*states[1][:n], *states[0][n:]] for n in (1, 2))
-    return _Case(lambda folder: write(folder, 0), lambda folder: write(folder, 1), read, "re", between=between)
+    between = tuple([*states[1][:n], *states[0][n:]] for n in range(1, len(files)))
+    return _Case(lambda folder: write(folder, 0), lambda folder: write(folder, 1), read, names, between)
 
 
 def _verb_case(profile: Any) -> _Case:

@@ -4,12 +4,10 @@ Figures of later rounds are compared with those of an earlier one of the same pl
 """
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from oracles.every_plan import every_plan
+from oracles.fixtures import Open
 from oracles.process_memory import CAN_MEASURE, malloc_bytes
 from oracles.tiny_families import N_EMBD, N_LAYER
 
@@ -45,15 +43,13 @@ def change(llm: AdaSkipLlama, plan: SkipPlan | None) -> tuple[Figures, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CAN_MEASURE, reason="needs mallinfo2 of glibc")
-def test_after_ten_thousand_changes_of_plan_everything_is_as_after_the_first(
-    tiny: Callable[..., Path], open_model: Callable[..., Any]
-) -> None:
+def test_after_ten_thousand_changes_of_plan_everything_is_as_after_the_first(open_tiny: Open) -> None:
     """Every request builds as many graphs of as many nodes, and computes the same bits; and no memory was taken.
 
     What malloc gave out wavers by 300 bytes. Compute buffers that grew by 4 bytes with every graph of another plan took
     66,000 more; the vectors of a bulk alone, not freed with its plan, 6 million.
     """
-    llm = open_model(tiny(), n_batch=3)
+    llm = open_tiny(n_batch=3)
     for _ in range(2):
         first = {name: change(llm, plan) for name, plan in PLANS.items()}
     held, objects = malloc_bytes(), sys.getallocatedblocks()
@@ -64,6 +60,6 @@ def test_after_ten_thousand_changes_of_plan_everything_is_as_after_the_first(
     assert sys.getallocatedblocks() - objects < 100
 
 
-def test_each_of_these_plans_computes_something_else(tiny: Callable[..., Path], open_model: Callable[..., Any]) -> None:
-    llm = open_model(tiny(), n_batch=3)
+def test_each_of_these_plans_computes_something_else(open_tiny: Open) -> None:
+    llm = open_tiny(n_batch=3)
     assert len({change(llm, plan)[1] for plan in PLANS.values()}) == len(PLANS)

@@ -19,13 +19,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from faults.interrupt_trials import VERBS, interrupt, prepare
+from oracles.fixtures import Open
 from oracles.served import Nobody
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.cli.terminal import Verbs, verb
-
-Tiny = Callable[..., Path]
-Open = Callable[..., Any]
 
 ATTENTION, FFN = SkipPlan.manual(3, attention=[1]), SkipPlan.manual(3, ffn=[1], scale=1.1)
 PROMPT, MORE = [1, *range(20, 32)], [*range(40, 44)]
@@ -160,10 +158,6 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def evaluate(llm: Any) -> None:
-    llm.eval(MORE)
-
-
 def generate(llm: Any) -> None:
     tokens = llm.generate([*PROMPT, *MORE], temp=0)
     for _ in range(3):
@@ -181,7 +175,7 @@ def collect(llm: Any) -> None:
         llm.eval(MORE)
 
 
-CALLS = [evaluate, generate, change_plan, collect]
+CALLS = {"evaluate": lambda llm: llm.eval(MORE), "generate": generate, "change plan": change_plan, "collect": collect}
 
 
 def logits(llm: Any) -> Any:
@@ -211,11 +205,11 @@ def check(llm: Any, fresh: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "jamba"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_model_goes_on_wherever_a_call_is_interrupted(
-    call: Callable[[Any], None], family: str, tiny: Tiny, open_model: Open
+    call: Callable[[Any], None], family: str, open_tiny: Open
 ) -> None:
-    llm, fresh = (open_model(tiny(family), swa_full=False) for _ in range(2))
+    llm, fresh = (open_tiny(family, swa_full=False) for _ in range(2))
     n, n_interrupted = -random.randrange(2), 0  # every second moment
     while True:
         n += 2
@@ -238,9 +232,9 @@ def test_a_model_goes_on_wherever_a_call_is_interrupted(
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
 @pytest.mark.parametrize("family", ["llama", "gemma3", "jamba"])
-def test_a_model_goes_on_behind_signals_at_random_moments(family: str, tiny: Tiny, open_model: Open) -> None:
-    llm, fresh = (open_model(tiny(family), swa_full=False) for _ in range(2))
-    for call in CALLS * 12:
+def test_a_model_goes_on_behind_signals_at_random_moments(family: str, open_tiny: Open) -> None:
+    llm, fresh = (open_tiny(family, swa_full=False) for _ in range(2))
+    for call in [*CALLS.values()] * 12:
         llm.reset()
         llm.set_plan(ATTENTION)
         llm.eval(PROMPT)

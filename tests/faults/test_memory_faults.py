@@ -10,12 +10,11 @@ memory that may well be missing are the buffers, and those are among the trials.
 
 import random
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from faults.allocation_trials import BUFFERS, CASES, LLAMA, trials
 from faults.preloaded import build, environment
+from oracles.fixtures import Tiny
 
 FAMILY = {"gemma3": "gemma3", "jamba": "jamba", "gemma4": "gemma4", "refused": "jamba"}
 """The family of a case that is not of the llama."""
@@ -29,7 +28,7 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("beyond", [False, True], ids=["one", "all from it on"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_failed_allocation_is_an_error_and_the_model_goes_on(
-    case: str, beyond: bool, failing: dict[str, str], tiny: Callable[..., Path], pytestconfig: pytest.Config
+    case: str, beyond: bool, failing: dict[str, str], tiny: Tiny, pytestconfig: pytest.Config
 ) -> None:
     step = pytestconfig.option.allocations_step
     model = tiny(FAMILY.get(case, "llama"))
@@ -38,9 +37,7 @@ def test_a_failed_allocation_is_an_error_and_the_model_goes_on(
     assert Counter(each.end for each in found)["raised"] * step > 500
 
 
-def test_where_a_refusal_finds_no_memory_for_its_words_it_is_an_error(
-    failing: dict[str, str], tiny: Callable[..., Path]
-) -> None:
+def test_where_a_refusal_finds_no_memory_for_its_words_it_is_an_error(failing: dict[str, str], tiny: Tiny) -> None:
     # Those are the first allocations of all; the exception that carries the words ended the process.
     found = trials(failing, tiny("jamba"), "refused", LLAMA, True, last=40)
     assert len(found) == 40 and [each for each in found if each.end != "raised" or each.wrong] == []
