@@ -15,6 +15,7 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import llama_sources
 import pytest
@@ -67,6 +68,14 @@ def pretend(folder: Path, version: str) -> Path:
     return folder
 
 
+@pytest.fixture
+def venv(tmp_path: Path) -> tuple[Path, Path]:
+    """The Python of an environment with nothing in it, and its site-packages."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    return tmp_path / "venv" / "bin" / "python", packages
+
+
 # --- the binary ---------------------------------------------------------------------------------------------------
 
 
@@ -84,22 +93,14 @@ def dynamic_section() -> dict[str, list[str]]:
 
 
 @linux_only
-def test_library_finds_ggml_relative_to_itself() -> None:
+def test_library_finds_ggml_relative_to_itself_and_answers_for_the_one_that_libmtmd_needs() -> None:
     section = dynamic_section()
     assert section["runpath"] == ["$ORIGIN/../../llama_cpp/lib"]
     assert "rpath" not in section
     assert not [name for names in section.values() for name in names if name.startswith("/")]
-
-
-@linux_only
-def test_library_needs_ggml_but_no_backend() -> None:
-    needed = {name for name in dynamic_section()["needed"] if "ggml" in name}
-    assert needed == {"libggml.so.0", "libggml-base.so.0"}
-
-
-@linux_only
-def test_library_answers_for_the_one_that_libmtmd_needs() -> None:
-    assert dynamic_section()["soname"] == ["libllama.so.0"]
+    needed = {name for name in section["needed"] if "ggml" in name}
+    assert needed == {"libggml.so.0", "libggml-base.so.0"}, "and no backend"
+    assert section["soname"] == ["libllama.so.0"]
 
 
 def test_library_names_no_folder_of_the_build() -> None:
@@ -111,18 +112,15 @@ def test_library_names_no_folder_of_the_build() -> None:
         assert not re.search(rb"(?<![\w.-])" + re.escape(bytes(folder)) + rb"/", content), folder
 
 
-def test_build_record_is_of_the_installed_release() -> None:
+def test_build_record_is_of_the_installed_release_which_the_installation_requires() -> None:
     release = installed_release()
     record = json.loads(_library.path().with_name("build.json").read_text())
     assert (record["llama_cpp_python"], record["sdist_sha256"]) == (release.version, release.sha256)
     assert re.fullmatch(r"\d+\.\d+\.\d+", record["ggml"])
     assert _library.release() == release.version
-
-
-def test_installation_requires_the_release_that_it_was_built_for() -> None:
-    version = installed_release().version
     required = [line for line in importlib.metadata.requires("adaskip-cpp") or [] if "llama-cpp-python" in line]
-    assert required == [f"llama-cpp-python=={version}", f'llama-cpp-python[server]=={version}; extra == "serve"']
+    exact = f"=={release.version}"
+    assert required == [f"llama-cpp-python{exact}", f'llama-cpp-python[server]{exact}; extra == "serve"']
 
 
 # --- which release ------------------------------------------------------------------------------------------------
@@ -183,10 +181,11 @@ def test_release_that_is_not_in_the_table_is_refused(
 
 
 @pytest.mark.parametrize("there", ["2.0", "2.0+cu124", None])
-def test_isolated_build_finds_what_is_installed_outside(tmp_path: Path, there: str | None) -> None:
+def test_isolated_build_finds_what_is_installed_outside(
+    tmp_path: Path, venv: tuple[Path, Path], there: str | None
+) -> None:
     """pip builds a project for another environment; its backend only tells what it found."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
-    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    _, packages = venv
     if there:
         pretend(packages, there)
     project = tmp_path / "project"
@@ -223,22 +222,15 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     [([], None, "2.1"), (["2.0"], None, None), (["2.0"], "2.1", "2.1"), (["2.1", "2.0"], "2.0", None)],
     ids=["none installed", "one installed", "another is named", "the named one is installed"],
 )
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_build_requires_the_release_unless_it_is_installed(
-    backend: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    found: list[str],
-    named: str | None,
-    required: str | None,
-    kind: str,
+    backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Any, named: Any, required: Any
 ) -> None:
     monkeypatch.setattr(releases, "installed", lambda: [releases.Installed(one, tmp_path) for one in found])
     if named:
         monkeypatch.setenv(releases.VARIABLE, named)
-    requirements = getattr(backend, f"get_requires_for_build_{kind}")()
-    ours = [requirement for requirement in requirements if "llama" in requirement]
-    assert ours == ([f"llama-cpp-python=={required}"] if required else [])
+    for requires in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        ours = [requirement for requirement in requires() if "llama" in requirement]
+        assert ours == ([f"llama-cpp-python=={required}"] if required else [])
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
@@ -295,53 +287,36 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_wheel_serves_every_python_of_one_platform(wheel: Path) -> None:
+def test_wheel_serves_every_python_of_one_platform_and_holds_our_library_and_nothing_of_ggml(wheel: Path) -> None:
     version = importlib.metadata.version("adaskip-cpp")
     assert re.fullmatch(rf"adaskip_cpp-{re.escape(version)}-py3-none-(linux|macosx)_\w+\.whl", wheel.name)
-
-
-@pytest.mark.slow
-def test_wheel_holds_our_library_and_nothing_of_ggml(wheel: Path) -> None:
     assert wheel.stat().st_size < 10e6
     names = zipfile.ZipFile(wheel).namelist()
-    built = {name for name in names if name.startswith(("adaskip_cpp/lib/", "adaskip_cpp/include/"))}
     library = f"adaskip_cpp/lib/{_library.path().name}"
-    assert built == {
-        library,
-        "adaskip_cpp/lib/LICENSE.llama.cpp",
-        "adaskip_cpp/lib/build.json",
-        "adaskip_cpp/include/adaskip.h",
-    }
+    built = {name for name in names if name.startswith(("adaskip_cpp/lib/", "adaskip_cpp/include/"))}
+    others = {"adaskip_cpp/lib/LICENSE.llama.cpp", "adaskip_cpp/lib/build.json", "adaskip_cpp/include/adaskip.h"}
+    assert built == {library, *others}
     assert [name for name in names if re.search(r"\.(so|dylib|dll|a)\b", name)] == [library]
-    assert {name.split("/")[0] for name in names} == {
-        "adaskip_cpp",
-        f"adaskip_cpp-{wheel.name.split('-')[1]}.dist-info",
-    }
+    information = f"adaskip_cpp-{wheel.name.split('-')[1]}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"adaskip_cpp", information}
     assert "adaskip_cpp/py.typed" in names
-
-
-@pytest.mark.slow
-def test_wheel_requires_the_release_that_it_was_built_for(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         built_for = json.loads(archive.read("adaskip_cpp/lib/build.json"))["llama_cpp_python"]
-        metadata = archive.read(f"adaskip_cpp-{wheel.name.split('-')[1]}.dist-info/METADATA").decode()
-    assert (
-        re.findall(r"^Requires-Dist: llama-cpp-python(?:\[server\])?==([^\s;]*)", metadata, re.MULTILINE)
-        == [built_for] * 2
-    )
+        metadata = archive.read(f"{information}/METADATA").decode()
+    required = re.findall(r"^Requires-Dist: llama-cpp-python(?:\[server\])?==([^\s;]*)", metadata, re.MULTILINE)
+    assert required == [built_for] * 2
 
 
 @pytest.mark.slow
-def test_wheel_works_in_another_environment(wheel: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+def test_wheel_works_in_another_environment(wheel: Path, tmp_path: Path, venv: tuple[Path, Path]) -> None:
     here = Path(importlib.metadata.distribution("llama-cpp-python").locate_file(""))  # type: ignore[arg-type]
-    (there,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    python, there = venv
     for entry in here.iterdir():
         if "adaskip" not in entry.name:
             (there / entry.name).symlink_to(entry)
     zipfile.ZipFile(wheel).extractall(there)
     code = "import adaskip_cpp, llama_cpp; print(llama_cpp.llama_cpp._lib._name); llama_cpp.llama_backend_init()"
-    command = [str(tmp_path / "venv" / "bin" / "python"), "-c", code]
+    command = [str(python), "-c", code]
     loaded = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120).stdout
     assert Path(loaded.strip()) == there / "adaskip_cpp" / "lib" / _library.path().name
 
@@ -399,16 +374,12 @@ def test_patches_are_applied_in_order(tiny_sources: Callable[..., Path]) -> None
     ).read_text() == "first\nalso inserted\ninserted\nsecond\nthird\n"
 
 
-def test_unchanged_patches_leave_every_file_untouched(tiny_sources: Callable[..., Path]) -> None:
-    root = tiny_sources(a=PATCH)
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    assert {path: path.stat().st_mtime_ns for path in tiny_sources(a=PATCH).rglob("*")} == before
-
-
-def test_changed_patches_touch_only_what_they_change(tiny_sources: Callable[..., Path]) -> None:
+def test_only_what_changed_patches_change_is_touched(tiny_sources: Callable[..., Path]) -> None:
     root = tiny_sources(a=PATCH)
     for path in root.rglob("*.cpp"):
         os.utime(path, ns=(0, 0))
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert {path: path.stat().st_mtime_ns for path in tiny_sources(a=PATCH).rglob("*")} == before
     tiny_sources()
     assert (root / "src/one.cpp").read_text() == "first\nsecond\nthird\n"
     assert (root / "src/one.cpp").stat().st_mtime_ns > 0
@@ -417,13 +388,7 @@ def test_changed_patches_touch_only_what_they_change(tiny_sources: Callable[...,
 
 @pytest.mark.parametrize(
     "patch",
-    [
-        PATCH.replace("second", "other"),
-        PATCH.replace("one.cpp", "none.cpp"),
-        TWICE,
-        "no patch at all\n",
-        "",
-    ],
+    [PATCH.replace("second", "other"), PATCH.replace("one.cpp", "none.cpp"), TWICE, "no patch at all\n", ""],
     ids=["context differs", "no such file", "lines twice", "not a patch", "empty"],
 )
 def test_patch_that_does_not_apply_is_named_and_leaves_the_sources(
@@ -483,10 +448,18 @@ def test_missing_compiler_stops_with_one_line(tmp_path: Path, variable: str) -> 
     assert line.startswith(f"no working {variable.replace('CC', 'C')} compiler found; install one")
 
 
-def test_python_without_llama_cpp_python_stops_with_one_line(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
-    line = reason(tmp_path / "build", f"Python3_EXECUTABLE={tmp_path / 'venv' / 'bin' / 'python'}")
+def test_python_without_the_named_or_any_llama_cpp_python_stops_with_one_line(
+    tmp_path: Path, venv: tuple[Path, Path]
+) -> None:
+    python = f"Python3_EXECUTABLE={venv[0]}"
+    line = reason(tmp_path / "build", python)
     assert re.search(r"has no llama-cpp-python.*; pip install llama-cpp-python==[\d.]+\.$", line)
+    version = releases.read_table()[0].version
+    pretend(venv[1], "0.3.1")
+    assert reason(tmp_path / "again", python, ADASKIP_LLAMA_CPP_PYTHON=version) == (
+        f"llama-cpp-python 0.3.1 is installed, but ADASKIP_LLAMA_CPP_PYTHON names {version}; "
+        f"pip install llama-cpp-python=={version}."
+    )
 
 
 @pytest.mark.parametrize(
@@ -500,33 +473,14 @@ def test_unfit_llama_cpp_python_stops_with_one_line(tmp_path: Path, version: str
     assert "; pip install" in line
 
 
-def test_named_release_that_is_not_installed_stops_with_one_line(tmp_path: Path) -> None:
-    version = releases.read_table()[0].version
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
-    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    pretend(packages, "0.3.1")
-    python = f"Python3_EXECUTABLE={tmp_path / 'venv' / 'bin' / 'python'}"
-    line = reason(tmp_path / "build", python, ADASKIP_LLAMA_CPP_PYTHON=version)
-    assert line == (
-        f"llama-cpp-python 0.3.1 is installed, but ADASKIP_LLAMA_CPP_PYTHON names {version}; "
-        f"pip install llama-cpp-python=={version}."
-    )
-
-
-def test_unreachable_registry_stops_with_one_line(tmp_path: Path) -> None:
+def test_unreachable_registry_and_a_file_with_another_hash_stop_with_one_line(tmp_path: Path) -> None:
     line = reason(tmp_path / "build", **registry(tmp_path))
     assert re.search(r"^pip cannot download llama_cpp_python-.*check the network.*-DADASKIP_SDIST=FILE\.$", line)
-
-
-def test_download_with_another_hash_stops_with_one_line(tmp_path: Path) -> None:
-    (tmp_path / installed_release().filename).write_bytes(b"something else")
-    line = reason(tmp_path / "build", **registry(tmp_path))
+    wrong = tmp_path / installed_release().filename
+    wrong.write_bytes(b"something else")
+    line = reason(tmp_path / "downloaded", **registry(tmp_path))
     assert re.search(r"^the downloaded .* is not the file of the table .*; check the package index", line)
-
-
-def test_given_sdist_with_another_hash_stops_with_one_line(tmp_path: Path) -> None:
-    (tmp_path / "sdist").write_bytes(b"something else")
-    line = reason(tmp_path / "build", f"ADASKIP_SDIST={tmp_path / 'sdist'}")
+    line = reason(tmp_path / "given", f"ADASKIP_SDIST={wrong.rename(tmp_path / 'sdist')}")
     assert re.search(r"is not llama_cpp_python-.* give that file\.$", line)
 
 
@@ -549,16 +503,13 @@ def test_what_pip_sets_for_our_backend_is_not_for_that_of_the_sdist(
     assert llama_sources.fetch(installed_release(), tmp_path).read_bytes() == sdist.read_bytes()
 
 
-def test_patch_that_does_not_apply_stops_with_one_line(tmp_path: Path, sdist: Path) -> None:
+def test_patch_that_does_not_apply_or_is_missing_stops_with_one_line(tmp_path: Path, sdist: Path) -> None:
+    definitions = f"ADASKIP_SDIST={sdist}", f"ADASKIP_PATCHES={tmp_path}"
     (tmp_path / "series").write_text("bad.patch\n")
     (tmp_path / "bad.patch").write_text(PATCH.replace("one.cpp", "llama-graph.cpp"))
-    line = reason(tmp_path / "build", f"ADASKIP_SDIST={sdist}", f"ADASKIP_PATCHES={tmp_path}")
-    assert line.startswith("patch bad.patch does not apply to llama.cpp")
-
-
-def test_patch_that_is_missing_stops_with_one_line(tmp_path: Path, sdist: Path) -> None:
+    assert reason(tmp_path / "build", *definitions).startswith("patch bad.patch does not apply to llama.cpp")
     (tmp_path / "series").write_text("gone.patch\n")
-    line = reason(tmp_path / "build", f"ADASKIP_SDIST={sdist}", f"ADASKIP_PATCHES={tmp_path}")
+    line = reason(tmp_path / "again", *definitions)
     assert "lists gone.patch, which does not exist; restore the file" in line
 
 
