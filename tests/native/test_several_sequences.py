@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition
 from oracles.drawn_plans import NOTHING, plans
 from oracles.drawn_sequences import rule
-from oracles.fixtures import Tiny
+from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, ReferenceRun, Windows, relative_error
 from oracles.sequence_oracle import Cell, is_readable
 from oracles.stock import EXACT
@@ -227,32 +227,18 @@ def test_any_sequence_of_calls_on_the_bare_context_gives_the_logits_of_the_refer
     explore(partial(Calls, tiny(), ReferenceModel(tiny()), *KINDS[kind]))
 
 
-def test_windows_read_one_sequence_at_a_time(tiny: Tiny) -> None:
-    llm, run = open_with_sequences(tiny(), True), ReferenceRun(ReferenceModel(tiny()))
-    batch = llama_cpp.llama_batch_init(64, 0, 1)
-
-    def decode(rows: list[tuple[int, int, int]]) -> int:
-        for at, (seq_id, position, token) in enumerate(rows):
-            batch.token[at], batch.pos[at], batch.logits[at] = token, position, True
-            batch.n_seq_id[at], batch.seq_id[at][0] = 1, seq_id
-        batch.n_tokens = len(rows)
-        return int(llama_cpp.llama_decode(llm.ctx, batch))
-
-    # The cells of the two lie in turn.
-    assert decode([(seq_id, at, 3 + at + seq_id) for at in range(20) for seq_id in (0, 1)]) == 0
-    run.eval([4 + at for at in range(20)])
+def test_windows_read_one_sequence_at_a_time(bare: Open, reference: ReferenceModel) -> None:
+    context, run, text = bare(), ReferenceRun(reference), list(range(30, 38))
+    for at in range(20):  # the cells of the two lie in turn
+        context.decode(s0=(at, [3 + at]), s1=(at, [4 + at]))
+    run.eval(list(range(4, 24)))
     none = SkipSet.none(N_LAYER)
-    llm.set_plan(SkipPlan(none, none, bulk=Bulk(none, head=2, windowed=(0, 1, 2), window_size=5)))
-    llm._adaskip.set_phase("bulk")
-    assert decode([(1, 20 + at, 30 + at) for at in range(8)]) == 0
-    actual = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), shape=(8, N_VOCAB))
-    expected = run.eval([30 + at for at in range(8)], windows=Windows((0, 1, 2), 5, 2)).logits
-    assert relative_error(actual, expected) < TOLERANCE
-    assert decode([(0, 20, 9), (1, 28, 9)]) < 0
+    context.set_plan(SkipPlan(none, none, bulk=Bulk(none, head=2, windowed=(0, 1, 2), window_size=5)))
+    context.native.set_phase("bulk")
+    expected = run.eval(text, windows=Windows((0, 1, 2), 5, 2)).logits
+    assert relative_error(context.decode(s1=(20, text))["s1"], expected) < TOLERANCE
     with pytest.raises(PlanError, match="look back at a window, which read one sequence at a time"):
-        llm._adaskip.raise_failure(RuntimeError())
-    llama_cpp.llama_batch_free(batch)
-    llm.close()
+        context.decode(s0=(20, [9]), s1=(28, [9]))
 
 
 def test_where_every_sequence_has_its_own_cells_no_attention_is_windowed(tiny: Tiny) -> None:
