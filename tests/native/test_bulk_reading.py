@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from llama_cpp import LlamaRAMCache
 from oracles.bulks import NOTHING, chosen, phases, plan
-from oracles.fixtures import Open, Tiny
-from oracles.stock import EXACT
+from oracles.fixtures import Open
 from oracles.tiny_families import N_LAYER, tokens
 
-from adaskip_cpp import AdaSkipLlama, SkipPlan
+from adaskip_cpp import SkipPlan
 
 BULK, OTHER = chosen((0, 0), (1, 1)), chosen((0, 0), (1, 1), seed=1)
 TEXT = "the other of the other in an hour on the other of the other in an hour"
@@ -188,14 +187,3 @@ def test_sliding_windows_and_recurrent_states_follow_the_rule(
     llm.eval([8])
     fresh.eval([*tokens(60), 7, 8])
     np.testing.assert_array_equal(llm.scores[61], fresh.scores[61])
-
-
-def test_a_model_with_a_bulk_is_pickled_with_it(tiny: Tiny, open_model: Open) -> None:
-    llm = AdaSkipLlama(str(tiny()), n_ctx=128, logits_all=True, verbose=False, plan=plan(BULK), **EXACT)
-    copy = pickle.loads(pickle.dumps(llm))
-    assert copy.plan == llm.plan == plan(BULK)
-    for each in (llm, copy):
-        each.eval(tokens(40))
-    np.testing.assert_array_equal(copy.scores[:40], llm.scores[:40])
-    copy.close()
-    llm.close()

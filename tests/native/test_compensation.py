@@ -103,14 +103,13 @@ def test_a_prompt_in_pieces_gives_the_same_logits(
     assert error_under(llm, reference, chosen, [tokens(40)]) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_prefill_and_decode_have_vectors_and_maps_of_their_own(
-    kind: str, open_tiny: Open, reference: ReferenceModel
-) -> None:
-    llm = open_tiny()
+@pytest.mark.parametrize("kind", [*KINDS, "scale alone"])
+def test_prefill_and_decode_have_sets_of_their_own(kind: str, open_tiny: Open, reference: ReferenceModel) -> None:
+    # The logits of the prompt's positions belong to the prefill set, those of generated tokens to the decode set.
+    llm, parts = open_tiny(), KINDS.get(kind, ())
     for seed in range(4):
-        prefill = random_set(seed, parts=KINDS[kind])
-        decode = random_set(seed + 100, without=prefill.skip, parts=PARTS if seed % 2 else KINDS[kind])
+        prefill = random_set(seed, parts=parts)
+        decode = random_set(seed + 100, without=prefill.skip, parts=PARTS if seed % 2 and parts else parts)
         run = ReferenceRun(reference)
         llm.set_plan(SkipPlan(prefill, decode))
         llm.reset()
