@@ -6,9 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.fixtures import Open
-from oracles.reference import ReferenceRun
-from oracles.tiny_families import tokens
 
 from adaskip_cpp.calibration.similarity import RequestStatistics
 from adaskip_cpp.errors import ProfileFormatError
@@ -167,18 +164,3 @@ def test_statistics_are_equal_by_value_and_read_only(streams: tuple[np.ndarray, 
     assert statistics != replace(statistics, layer_similarity=statistics.layer_similarity / 2)
     with pytest.raises(ValueError, match="read-only"):
         statistics.mean_u[0, 0, 0] = 1  # type: ignore[index]
-
-
-def test_layers_and_mean_vectors_equal_a_numpy_forward_pass(open_tiny: Open, numpy_model: Open) -> None:
-    """The whole way from the graph to the figures, in ubatches of 16, against whole matrices of the reference."""
-    trace = ReferenceRun(numpy_model()).eval(tokens(50))
-    assert trace.layer_dot is not None and trace.sum_u is not None and trace.sum_v is not None
-    llm = open_tiny(n_batch=32, n_ubatch=16)
-    statistics = RequestStatistics(llm.n_layer)
-    with llm.collect_statistics(statistics.add, vectors=True):
-        llm.eval(tokens(50))
-    result = statistics.result()
-    layer_cosine = trace.layer_dot / np.sqrt(trace.u_sq[:, 0] * trace.v_sq[:, 1])
-    np.testing.assert_allclose(result.layer_similarity, layer_cosine.mean(axis=1), atol=1e-6)
-    np.testing.assert_allclose(result.mean_u, trace.sum_u / 50, atol=1e-5 * np.abs(trace.sum_u).max())
-    np.testing.assert_allclose(result.mean_v, trace.sum_v / 50, atol=1e-5 * np.abs(trace.sum_v).max())
