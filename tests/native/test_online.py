@@ -157,23 +157,28 @@ def test_until_the_window_is_full_the_ffns_outside_the_fixed_set_are_observed_an
         assert_request(llm, answer, follow(model, plan, tokens(20), n_decoded + 1))
 
 
-@pytest.mark.parametrize("scale", ["none", "paper", "median"])
-@pytest.mark.parametrize("seed", range(4))
-def test_then_the_ffns_that_reach_the_threshold_are_skipped_with_their_own_ratio(
-    seed: int, scale: str, threshold: float, opened: Open, check: Open
-) -> None:
-    llm = opened(online_plan(threshold, scale))
-    check(llm, online_plan(threshold, scale), seed)
-    assert seed != 0 or len(llm.online.ffn) == 2, "one half is added, the other is not"
-
-
-@pytest.mark.parametrize("window", [1, 2, 15, 16])
-def test_the_window_has_as_many_tokens_as_the_plan_says(
-    window: int, threshold: float, opened: Open, check: Open
-) -> None:
+CASES: dict[str, dict[str, Any]] = {
+    **{f"scale {scale}": {"scale": scale} for scale in ("none", "paper", "median")},
     # 16 generated tokens are 15 decoded ones: the window of 16 stays open, that of 15 is full with the last.
-    plan = online_plan(threshold, window=window)
-    check(opened(plan), plan)
+    **{f"a window of {n}": {"window": n} for n in (1, 2, 15, 16)},
+    "the whole model reads the prompt": {"prefill": NONE},
+    "nothing is fixed": {"fixed": NONE, "prefill": NONE},
+    "every FFN is added and no attention": {"threshold": -1.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_then_the_ffns_that_reach_the_threshold_are_skipped_with_their_own_ratio_and_each_request_begins_anew(
+    case: str, threshold: float, opened: Open, check: Open
+) -> None:
+    plan = online_plan(**{"threshold": threshold, **CASES[case]})
+    llm, added = opened(plan), []
+    for seed in (0, 1, 2, 3, 0) if "scale" in case else (0,):
+        llm.reset()
+        check(llm, plan, seed)
+        added.append(llm.online.ffn)
+    assert "scale" not in case or len(added[0]) == 2, "one half is added, the other is not"
+    assert "every" not in case or added == [(0, 1, 3, 4)]
 
 
 def test_an_ffn_exactly_at_the_threshold_is_skipped(opened: Open) -> None:
@@ -188,23 +193,6 @@ def test_an_ffn_exactly_at_the_threshold_is_skipped(opened: Open) -> None:
         generate(llm, tokens(20))
         assert llm.online.similarity[highest] == similarity[highest]
         assert llm.online.ffn == added
-
-
-def test_attention_is_never_added(model: ReferenceModel, opened: Open, check: Open) -> None:
-    # A threshold that everything reaches takes every FFN; the reference runs all attention but that of the fixed set.
-    plan = online_plan(-1.0)
-    llm = opened(plan)
-    check(llm, plan)
-    assert follow(model, plan, tokens(20)).stage.skip[:, 0].tolist() == FIXED.skip[:, 0].tolist()
-    assert llm.online.ffn == (0, 1, 3, 4)
-
-
-@pytest.mark.parametrize("fixed", [NONE, FIXED], ids=["nothing fixed", "fixed set"])
-def test_in_decode_mode_the_whole_model_reads_the_prompt(
-    fixed: SkipSet, threshold: float, opened: Open, check: Open
-) -> None:
-    plan = online_plan(threshold, fixed=fixed, prefill=NONE)
-    check(opened(plan), plan)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3moe", "falcon", "phi3", "gptneox-parallel"])
@@ -299,14 +287,6 @@ def test_statistics_may_be_collected_beside_it(
 
 
 # -- requests --------------------------------------------------------------------------------------------------------
-
-
-def test_a_new_request_starts_from_the_fixed_set(threshold: float, opened: Open, check: Open) -> None:
-    # The second prompt shares only its first token with the first request, which the cache keeps.
-    llm = opened(online_plan(threshold))
-    for seed in (0, 1, 0):
-        llm.reset()
-        check(llm, online_plan(threshold), seed)
 
 
 def test_a_chats_next_turn_is_a_new_request(threshold: float, model: ReferenceModel, opened: Open) -> None:

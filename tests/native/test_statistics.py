@@ -13,7 +13,6 @@ from oracles.reference import ReferenceModel, ReferenceRun, Trace, mean_similari
 from oracles.reference_parallel import eval_parallel
 from oracles.stock import EXACT, Job, eval_logits, run_stock
 from oracles.tiny_families import N_EMBD, SKIPPABLE, tokens
-from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.plan import Bulk
@@ -68,21 +67,18 @@ def test_statistics_of_parallel_sublayers_follow_the_chain_attention_then_ffn(ti
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
-def test_the_output_of_each_sublayer_is_the_input_of_the_next(name: str, open_tiny: Open) -> None:
-    # The same tensor reduced twice: equal to float32 rounding.
-    trace = collect(open_tiny(name), tokens(40), 30)
-    n_layer = SKIPPABLE[name].n_layer
-    u_sq, v_sq = (values.reshape(2 * n_layer, -1) for values in (trace.u_sq, trace.v_sq))
-    np.testing.assert_allclose(v_sq[:-1], u_sq[1:], rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", SKIPPABLE)
-def test_the_first_input_is_the_token_embedding(name: str, tiny: Tiny, open_tiny: Open) -> None:
-    # Read from the file; gemma models scale the embedding by sqrt(n_embd).
+def test_the_first_input_is_the_token_embedding_and_each_output_the_next_input(
+    name: str, tiny: Tiny, open_tiny: Open
+) -> None:
+    # The embedding is read from the file; gemma models scale it by sqrt(n_embd). Of an output and the next input it is
+    # the same tensor that is reduced twice: equal to float32 rounding.
     table = next(t.data for t in GGUFReader(tiny(name)).tensors if t.name == "token_embd.weight")
     scale = N_EMBD if name.startswith("gemma") else 1
     expected = scale * (np.asarray(table, np.float64)[tokens(40)] ** 2).sum(axis=-1)
-    np.testing.assert_allclose(collect(open_tiny(name), tokens(40)).u_sq[0, 0], expected, rtol=1e-5)
+    trace = collect(open_tiny(name), tokens(40), 30)
+    np.testing.assert_allclose(trace.u_sq[0, 0], expected, rtol=1e-5)
+    u_sq, v_sq = (values.reshape(2 * SKIPPABLE[name].n_layer, -1) for values in (trace.u_sq, trace.v_sq))
+    np.testing.assert_allclose(v_sq[:-1], u_sq[1:], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
@@ -99,12 +95,9 @@ def test_collecting_statistics_changes_no_bit_of_the_logits(name: str, tiny: Tin
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
-def test_a_sublayer_that_adds_nothing_has_similarity_one_and_ratio_one(
-    name: str, tmp_path: Path, open_model: Open
-) -> None:
+def test_a_sublayer_that_adds_nothing_has_similarity_one_and_ratio_one(name: str, open_tiny: Open) -> None:
     # A model whose FFN of layer 1 has a zero output projection: u = v to the last bit, so dot = |u|^2 = |v|^2.
-    path = write_model(tmp_path / "zero.gguf", name, zero=[(1, "ffn")])
-    trace = collect(open_model(path), tokens(40))
+    trace = collect(open_tiny(name, zero=[(1, "ffn")]), tokens(40))
     np.testing.assert_allclose(trace.dot[1, 1], trace.u_sq[1, 1], rtol=1e-5)
     np.testing.assert_allclose(trace.v_sq[1, 1], trace.u_sq[1, 1], rtol=1e-5)
     assert (np.abs(trace.dot[1, 0] / trace.u_sq[1, 0] - 1) > 1e-3).any(), "the attention beside it does add"
@@ -182,35 +175,29 @@ def test_few_tokens_are_reduced_from_the_stream_itself_with_no_operation_added(
         np.testing.assert_allclose(getattr(actual, part), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("options", [{}, {"n_batch": 32, "n_ubatch": 8}], ids=str)
 def test_with_logits_the_last_ffn_and_the_last_layer_are_observed_on_output_tokens_only(
-    open_tiny: Open, reference: ReferenceModel
+    options: dict[str, Any], open_tiny: Open, reference: ReferenceModel
 ) -> None:
-    # Without logits_all, llama.cpp runs the last FFN for the prompt's last token only.
-    llm, seen = open_tiny(logits_all=False), []
+    # Without logits_all, llama.cpp runs the last FFN for the prompt's last token only. In ubatches of 8 none of the
+    # first two has an output: reductions of no rows must not be computed, as ggml divides by their number.
+    llm, seen = open_tiny(logits_all=False, **options), []
     with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
         llm.eval(tokens(20))
-    (batch,), expected = seen, ReferenceRun(reference).eval(tokens(20))
-    observed = ~np.isnan(batch.dot)
-    assert observed[:2].all()
-    assert not observed[2, 1, :-1].any() and observed[2, 1, -1]
-    np.testing.assert_allclose(batch.dot[observed], expected.dot[observed], rtol=1e-4, atol=1e-4)
-    assert np.isnan(batch.layer_dot[2]).tolist() == [True] * 19 + [False]
-    np.testing.assert_allclose(batch.layer_dot[2, -1], expected.layer_dot[2, -1], rtol=1e-4)
-    last = ReferenceRun(reference)
-    last.eval(tokens(20)[:-1])
-    np.testing.assert_allclose(batch.sum_u[2, 1], last.eval(tokens(20)[-1:]).sum_u[2, 1], rtol=1e-4, atol=1e-4)
-
-
-def test_without_output_tokens_the_last_ffn_is_not_observed(open_tiny: Open) -> None:
-    # One call of llama_decode in three ubatches, of which only the last has an output. Reductions of no rows at all
-    # must not be computed: ggml divides by their number.
-    llm, seen = open_tiny(logits_all=False, n_batch=32, n_ubatch=8), []
-    with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
-        llm.eval(tokens(20))
-    assert [len(batch.positions) for batch in seen] == [8, 8, 4]
+    assert [len(batch.positions) for batch in seen] == ([8, 8, 4] if options else [20])
     for batch in seen[:-1]:
         assert np.isnan(batch.dot[2, 1]).all()
         assert np.isnan(batch.sum_u[2, 1]).all() and np.isnan(batch.sum_v[2, 1]).all()
+    dot, layer_dot = (np.concatenate([getattr(each, name) for each in seen], axis=-1) for name in ("dot", "layer_dot"))
+    observed, expected = ~np.isnan(dot), ReferenceRun(reference).eval(tokens(20))
+    assert observed[:2].all()
+    assert not observed[2, 1, :-1].any() and observed[2, 1, -1]
+    np.testing.assert_allclose(dot[observed], expected.dot[observed], rtol=1e-4, atol=1e-4)
+    assert np.isnan(layer_dot[2]).tolist() == [True] * 19 + [False]
+    np.testing.assert_allclose(layer_dot[2, -1], expected.layer_dot[2, -1], rtol=1e-4)
+    last = ReferenceRun(reference)
+    last.eval(tokens(20)[:-1])
+    np.testing.assert_allclose(seen[-1].sum_u[2, 1], last.eval(tokens(20)[-1:]).sum_u[2, 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.model
