@@ -138,7 +138,8 @@ def test_an_answer_follows_a_prompt_that_other_plans_read(both: Both) -> None:
 def test_an_equal_plan_and_equal_readable_plans_change_nothing_and_others_take_effect(both: Both) -> None:
     first, second = BULKS["an FFN"], BULKS["vectors and maps"]
     both.set_plan(first, [second, first])
-    both.eval(tokens(N))
+    for each in (both.llm, both.history):
+        each.eval(tokens(N))
     tag = both.llm._adaskip.plan_tag()
     copies = [pickle.loads(pickle.dumps(plan)) for plan in (first, first, second)]
     both.llm.set_plan(copies[0], readable=copies)
