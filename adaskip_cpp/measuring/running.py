@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..engine.llama import AdaSkipLlama
-from ..engine.native import is_here
+from ..engine.settings import is_here
 from ..files import StrPath
 from ..model.frontier import Frontier
 from ..model.plan_file import frontier_beside

@@ -64,14 +64,11 @@ def save_plan(path: StrPath, plan: SkipPlan | Frontier) -> None:
 
 
 def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
-    """Read a plan file that ``save_plan``, ``adaskip-cpp tune`` or ``adaskip-cpp plan`` wrote.
+    """Read a plan file that ``save_plan``, ``adaskip-cpp tune`` or ``adaskip-cpp plan`` wrote, and the file beside it.
 
     Args:
-        path: the JSON file; its vectors and maps are read from the file beside it.
+        path: the JSON file.
         model: a GGUF file that the plans must be of; None for no check.
-
-    Returns:
-        A plan or a frontier, each usable as ``AdaSkipLlama(..., plan=)``.
 
     Raises:
         PlanFileError: a file is missing, truncated, malformed, of another format or version, or the two do not belong

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 from ..errors import NativeError
 from .answer import Sent
 from .request import Gone, Refused, ServedRequest
-from .worker import HEAD_BYTES, Ask, Call, Close, Done, Failed, Leave, Opened, Opening, Part
+from .worker import HEAD_BYTES, Call, Done, Failed, Leave, Opened, Opening
 
 State: TypeAlias = Literal["unloaded", "loading", "ready", "restarting", "unloading"]
 
@@ -99,7 +99,7 @@ class Worker:
         done: Done | None = None
         while done is None:
             await self.ready()
-            asked = self._ask(Ask(request), request.id, request, sent)
+            asked = self._ask(request, request.id, request, sent)
             try:
                 done = await self._done(asked)
             except asyncio.CancelledError:
@@ -163,7 +163,7 @@ class Worker:
             self._log(f"unloaded, {why}")
         if self.state == "ready":
             self._lose("unloading")
-            self._tell(Close())
+            self._tell(None)
             late = asyncio.get_running_loop().call_later
             late(self._stuck_timeout, lambda: self.kill() if self._keeper is keeper else None)
         elif self.state != "unloading":
@@ -260,14 +260,13 @@ class Worker:
         elif (asked := self._asked.get(message.id)) is not None:
             now = time.monotonic()
             self._slowest, asked.heard, asked.has_begun = max(self._slowest, now - asked.heard), now, True
-            if isinstance(message, Part):
-                assert asked.sent is not None
-                try:
-                    await asked.sent.event(message.content)
-                except Gone:
-                    self._tell(Leave(asked.id))
-            elif asked.request is not None:
+            if asked.request is not None:
                 vars(asked.request).update(message.counts)
             if isinstance(message, Done):
                 self._pause, self.gauges = _PAUSE, message.gauges or self.gauges
                 asked.done.set_result(message)
+            elif asked.sent is not None and message.event:
+                try:
+                    await asked.sent.event(message.event)
+                except Gone:
+                    self._tell(Leave(asked.id))

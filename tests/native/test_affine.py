@@ -138,7 +138,7 @@ def test_on_every_architecture_a_skipped_layer_maps_the_sum_of_its_inputs_as_by_
     scale[1] = 0.8, 1.5
     llm, seen = open_model(tiny(name)), []
     llm.set_plan(same(SkipSet(only((1, 0), (1, 1), n_layer=n_layer), scale, bias)))
-    with llm.collect_statistics(seen.append, vectors=True):
+    with llm.collect_statistics(seen.append):
         llm.eval(tokens(30))
     (batch,) = seen
     assert np.isnan(batch.sum_u[1]).all() and np.isnan(batch.sum_v[1]).all()

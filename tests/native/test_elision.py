@@ -146,7 +146,7 @@ def test_statistics_are_collected_as_with_all_the_kv(tiny: Tiny, tokens: Tokens,
     plan, seen = plan_without(N_LAYER, [1]), []
     for llm in (open_model(tiny(), plan=plan), open_model(tiny())):
         llm.set_plan(plan)
-        with llm.collect_statistics(seen.append, vectors=True):
+        with llm.collect_statistics(seen.append):
             llm.eval(tokens(30))
     for part in ("dot", "u_sq", "v_sq", "layer_dot", "sum_u", "sum_v"):
         np.testing.assert_array_equal(getattr(seen[0], part), getattr(seen[1], part))

@@ -457,14 +457,13 @@ SPLITS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("split", SPLITS)
 def test_activations_are_the_references_inputs_and_outputs(
-    split: str, vectors: bool, tiny: Tiny, tokens: Tokens, open_model: Open, reference: ReferenceModel
+    split: str, tiny: Tiny, tokens: Tokens, open_model: Open, reference: ReferenceModel
 ) -> None:
     expected = ReferenceRun(reference).eval(tokens(40))
     assert expected.u is not None and expected.v is not None
-    seen = observe(open_model(tiny(), **SPLITS[split]), tokens(40), vectors=vectors)
+    seen = observe(open_model(tiny(), **SPLITS[split]), tokens(40))
     assert [position for _, positions in seen for position in positions] == list(range(40))
     for activations, positions in seen:
         for layer, kind in SUBLAYERS:
@@ -489,7 +488,7 @@ def test_activations_agree_with_the_reductions_on_every_architecture(
     name: str, tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
     llm, seen = open_model(tiny(name), n_ubatch=16), []
-    with llm.collect_statistics(lambda batch: seen.append((batch, copied(batch))), activations=True, vectors=True):
+    with llm.collect_statistics(lambda batch: seen.append((batch, copied(batch))), activations=True):
         llm.eval(tokens(40))
     observed = {(s.layer, ("attention", "ffn").index(s.kind)) for s in llm.sublayers if s.in_bulk}
     for batch, activations in seen:

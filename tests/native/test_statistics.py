@@ -93,13 +93,10 @@ def test_collecting_statistics_changes_no_bit_of_the_logits(
 ) -> None:
     options, pieces = {"n_ctx": 128, "logits_all": True, **EXACT}, [tokens(40)[:36], *([t] for t in tokens(40)[36:])]
     (expected,) = run_stock([Job(str(tiny(name)), pieces, options)])
-    for vectors in (False, True):
-        llm, seen = open_model(tiny(name)), []
-        with llm.collect_statistics(
-            lambda batch, seen=seen: seen.extend(batch.positions), keep_logits=True, vectors=vectors
-        ):
-            np.testing.assert_array_equal(eval_logits(llm, pieces), expected)
-        assert seen == list(range(40))
+    llm, seen = open_model(tiny(name)), []
+    with llm.collect_statistics(lambda batch: seen.extend(batch.positions), keep_logits=True):
+        np.testing.assert_array_equal(eval_logits(llm, pieces), expected)
+    assert seen == list(range(40))
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
@@ -123,7 +120,7 @@ def test_sums_of_inputs_and_outputs_equal_the_reference(
 ) -> None:
     # Sums of 40 tokens in float32: 1e-6 of their largest value is measured.
     size, options = SPLITS[split]
-    actual = collect(open_model(tiny(), **options), tokens(40), size, vectors=True)
+    actual = collect(open_model(tiny(), **options), tokens(40), size)
     expected = ReferenceRun(ReferenceModel(tiny())).eval(tokens(40))
     np.testing.assert_allclose(actual.sum_u, expected.sum_u, rtol=0, atol=1e-4)
     np.testing.assert_allclose(actual.sum_v, expected.sum_v, rtol=0, atol=1e-4)
@@ -143,7 +140,7 @@ def test_a_layers_input_times_its_output_equals_the_reference(
 def test_parallel_layers_have_them_too(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     # The sum of a sublayer's outputs is that of the next one's inputs; a layer's input and output obey Cauchy-Schwarz
     # with the norms of the NumPy pass.
-    trace = collect(open_model(tiny("gptneox-parallel")), tokens(40), vectors=True)
+    trace = collect(open_model(tiny("gptneox-parallel")), tokens(40))
     expected = eval_parallel(tiny("gptneox-parallel"), tokens(40))
     np.testing.assert_allclose(
         trace.sum_v.reshape(-1, N_EMBD)[:-1], trace.sum_u.reshape(-1, N_EMBD)[1:], rtol=1e-4, atol=1e-4
@@ -154,7 +151,7 @@ def test_parallel_layers_have_them_too(tiny: Tiny, tokens: Tokens, open_model: O
 def test_a_skipped_sublayer_is_not_observed(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     llm, seen = open_model(tiny()), []
     llm.set_plan(SkipPlan.manual(3, attention=[1], ffn=[2]))
-    with llm.collect_statistics(seen.append, vectors=True):
+    with llm.collect_statistics(seen.append):
         llm.eval(tokens(20))
     (batch,) = seen
     skipped = np.zeros((3, 2), bool)
@@ -192,7 +189,7 @@ def test_generated_tokens_are_observed_one_by_one_as_decode(
 ) -> None:
     # The last generated token is not evaluated. Each of them is an output, so the last layer's FFN sees it as well.
     llm, plain, seen = open_model(tiny(), logits_all=logits_all), open_model(tiny(), logits_all=logits_all), []
-    with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
+    with llm.collect_statistics(seen.append, keep_logits=True):
         generated = list(itertools.islice(llm.generate(tokens(20), temp=0.0), 9))
     assert generated == list(itertools.islice(plain.generate(tokens(20), temp=0.0), 9)), "the logits are untouched"
     assert [batch.phase for batch in seen] == ["prefill"] + ["decode"] * 8
@@ -213,7 +210,7 @@ def test_few_tokens_are_reduced_from_the_stream_itself_with_no_operation_added(
     # Up to 8 tokens the host reduces what it copies, beyond that the device: float32 sums in another order. Stock's F16
     # GELU table adds 2e-5 where another number of tokens rounds an input differently.
     llm, n_layer = open_model(tiny(name), logits_all=True), SKIPPABLE[name].n_layer
-    actual = collect(llm, tokens(36), size, vectors=True)
+    actual = collect(llm, tokens(36), size)
     counters = llm.counters
     if size <= 8:  # each stream is copied once, that behind llama.cpp's gather of the outputs too
         assert counters.nodes <= counters.nodes_full
@@ -221,7 +218,7 @@ def test_few_tokens_are_reduced_from_the_stream_itself_with_no_operation_added(
         assert n_streams in (2 * n_layer + 1, 2 * n_layer + 2)
     else:
         assert counters.nodes > counters.nodes_full
-    whole = collect(open_model(tiny(name), logits_all=True), tokens(36), vectors=True)
+    whole = collect(open_model(tiny(name), logits_all=True), tokens(36))
     for part in ("dot", "u_sq", "v_sq", "layer_dot", "sum_u", "sum_v"):
         expected = getattr(whole, part)
         np.testing.assert_allclose(getattr(actual, part), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
@@ -232,7 +229,7 @@ def test_with_logits_the_last_ffn_and_the_last_layer_are_observed_on_output_toke
 ) -> None:
     # Without logits_all, llama.cpp runs the last FFN for the prompt's last token only.
     llm, seen = open_model(tiny(), logits_all=False), []
-    with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
+    with llm.collect_statistics(seen.append, keep_logits=True):
         llm.eval(tokens(20))
     (batch,), expected = seen, ReferenceRun(ReferenceModel(tiny())).eval(tokens(20))
     observed = ~np.isnan(batch.dot)
@@ -250,7 +247,7 @@ def test_without_output_tokens_the_last_ffn_is_not_observed(tiny: Tiny, tokens: 
     # One call of llama_decode in three ubatches, of which only the last has an output. Reductions of no rows at all
     # must not be computed: ggml divides by their number.
     llm, seen = open_model(tiny(), logits_all=False, n_batch=32, n_ubatch=8), []
-    with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
+    with llm.collect_statistics(seen.append, keep_logits=True):
         llm.eval(tokens(20))
     assert [len(batch.positions) for batch in seen] == [8, 8, 4]
     for batch in seen[:-1]:
