@@ -34,28 +34,19 @@ def measure_cost(
 ) -> CostModel:
     """Measure the time of each sublayer on this machine, which should be idle, with this model's settings.
 
-    The model's plan is put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
-
-    Args:
-        contexts: tokens of context at which to time attentions, if the model's context and the time allow.
-        seconds: time to spend in up to 12 rounds, at most half of it on deep contexts. The first round always ends.
-        on_progress: called with the fraction of the time that has passed.
-
-    Raises:
-        RequestError: an argument is impossible, or the model's context is too small to measure in.
+    Up to 12 rounds take ``seconds``, at most half of them on deep contexts. The first round always ends. Attentions are
+    timed at ``contexts``, in tokens, ascending, if the model's context and the time allow. The model's plan is put back
+    at the end, also after an error or Ctrl-C; its KV cache is dropped. Raises RequestError if the context is too small.
     """
-    if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
-        raise RequestError(f"cannot measure for {seconds!r} seconds; use a number above 0, such as 15")
-    measurement = _Measurement(llm, tuple(sorted(contexts)), float(seconds), on_progress)
     with set_aside(llm):
-        return measurement.run()
+        return _Measurement(llm, contexts, seconds, on_progress).run()
 
 
 class _Measurement:
     """The rounds that time ubatches without outputs, and tokens. With ``kept``, skipped attentions keep K and V."""
 
     def __init__(
-        self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], object]
+        self, llm: AdaSkipLlama, contexts: Sequence[int], seconds: float, on_progress: Callable[[float], object]
     ) -> None:
         self.llm, self.seconds, self._contexts, self._on_progress = llm, seconds, contexts, on_progress
         self.groups = _groups(llm)

@@ -96,13 +96,13 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
         f"skipped: {prompt} {of} sublayers in {where} ({counts}){window_words(plan)}",
         f"         {decode + added} {of} in decode ({len(now.attention)} attention, {len(now.ffn)} FFN{online})",
     ]
-    learned = llm.online
-    if learned is None:
+    learned, stage = llm.online, plan.online
+    if learned is None or stage is None:
         return lines
     if learned.ffn:
         found = f"FFN of layers {layer_list(learned.ffn)} added"
-    elif learned.n_tokens >= learned.window:
-        found = f"no FFN added: none as similar as {learned.threshold:.4f}"
+    elif learned.n_tokens >= stage.window:
+        found = f"no FFN added: none as similar as {stage.threshold:.4f}"
     else:
-        found = f"no FFN added: {learned.n_tokens} of {learned.window} tokens observed"
+        found = f"no FFN added: {learned.n_tokens} of {stage.window} tokens observed"
     return [*lines, f"online:  {found}"]

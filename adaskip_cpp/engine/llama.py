@@ -5,7 +5,7 @@ It is one file, because cached tokens, the plan in force and the phases of new t
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -117,7 +117,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         check_gguf(model_path)
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
-        self.on_batch: Callable[[int], object] = _ignore
+        self.on_batch: Callable[[int], object] = lambda n_tokens: None
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
             found = plan_beside(model_path)
@@ -197,10 +197,6 @@ class AdaSkipLlama(EditedPromptsLlama):
             ElidedKVError: the model was opened without memory for K and V that a plan needs.
             PlanError: a plan is for another number of layers, or counts tokens in a context of several sequences; or
                 ``"auto"`` is given without a frontier.
-
-        Examples:
-            >>> llm.set_plan(SkipPlan.manual(llm.n_layer, ffn=[20, 21], phase="bulk"))
-            >>> llm.set_plan("auto", max_loss=0.1)
         """
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
@@ -483,23 +479,20 @@ class AdaSkipLlama(EditedPromptsLlama):
             raise RequestError(f"{n} tokens exceed context window of {self.context_size}; {_SHORTEN}")
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        steps = super()._create_completion(*args, **kwargs)
+        reads_prompt = kwargs.get("echo") and kwargs.get("logprobs") is not None
         try:
-            yield from self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+            with closing(super()._create_completion(*args, **kwargs)) as steps:
+                while True:
+                    with self._reading_prompt() if reads_prompt else nullcontext():
+                        step = next(steps, None)
+                    if step is None:
+                        return
+                    yield step
         except ValueError as error:
             if not str(error).startswith("Requested tokens"):
                 raise
             words = str(error).rpartition(" ")[0]  # the last word is the context as llama.cpp rounds it up
             raise RequestError(f"{words} {self.context_size}; {_SHORTEN}") from error
-
-    def _with_prompt(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """Yield the steps of a completion that returns the log-probabilities of its prompt."""
-        while True:
-            with self._reading_prompt():
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
 
     @contextmanager
     def _reading_prompt(self, rows: Rows | None = None) -> Iterator[None]:
@@ -513,8 +506,7 @@ class AdaSkipLlama(EditedPromptsLlama):
     @property
     def online(self) -> OnlineResult | None:
         """The result of the online stage in the last request; None if the plan has no online stage."""
-        plan = self.plan
-        return None if plan is None or plan.online is None else self._adaskip.online(plan.online)
+        return None if self.plan is None or self.plan.online is None else self._adaskip.online()
 
     # -- statistics ----------------------------------------------------------------------------------------------
 
@@ -576,10 +568,6 @@ class AdaSkipLlama(EditedPromptsLlama):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._put_in_force(plan, readable)
         self.frontier, self.max_loss = frontier, max_loss
-
-
-def _ignore(n_tokens: int) -> None:
-    """Do nothing after a batch: the default of ``on_batch``."""
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from .. import errors
 from ..model.arrays import Flags, Floats
-from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
+from ..model.plan import PHASES, OnlineScale, Phase, SkipPlan
 from ..model.skip_set import KINDS, Kind, SkipSet
 from .binding import ffi, last_error, lib
 from .statistics import StatisticsSink, batch_of
@@ -80,21 +80,17 @@ class OnlineResult:
     """The result of the online stage in one request. Values are NaN for FFNs that were not observed.
 
     Attributes:
-        window: tokens that the stage observes.
-        n_tokens: tokens that it has observed.
+        n_tokens: tokens that the stage has observed, at most its window.
         similarity: float64 ``[n_layer]``: mean IO similarity of each FFN over these tokens.
         norm_ratio: float64 ``[n_layer]``: ``||V||_F / ||U||_F`` of each FFN over these tokens.
         scale: float64 ``[n_layer]``: compensation of each FFN, if it is skipped.
-        threshold: similarity from which an FFN is skipped.
         ffn: layers whose FFN is skipped from now on; () until all tokens are observed.
     """
 
-    window: int
     n_tokens: int
     similarity: Floats
     norm_ratio: Floats
     scale: Floats
-    threshold: float
     ffn: tuple[int, ...]
 
 
@@ -179,15 +175,14 @@ class NativeContext:
         self._check(lib.adaskip_get_plan_tag(self._ctx, tag))
         return int(tag[0])
 
-    def online(self, stage: OnlineStage) -> OnlineResult:
+    def online(self) -> OnlineResult:
         similarity, norm_ratio, scale = learned = np.empty((3, self.n_layer))
         added = np.zeros(self.n_layer, np.uint8)
         state = ffi.new("struct adaskip_online_state *")
         state.similarity, state.norm_ratio, state.scale = (ffi.from_buffer("double[]", row) for row in learned)
         state.added = ffi.from_buffer("uint8_t[]", added)
         self._check(lib.adaskip_get_online(self._ctx, state))
-        ffn = tuple(np.flatnonzero(added).tolist())
-        return OnlineResult(stage.window, state.n_tokens, similarity, norm_ratio, scale, stage.threshold, ffn)
+        return OnlineResult(state.n_tokens, similarity, norm_ratio, scale, tuple(np.flatnonzero(added).tolist()))
 
     def begin_request(self) -> None:
         self._check(lib.adaskip_begin_request(self._ctx))

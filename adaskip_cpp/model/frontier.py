@@ -154,19 +154,23 @@ class Point(Figures):
     plan: SkipPlan
 
     def plan_for(self, context: int) -> SkipPlan:
-        """Return the plan with windows of the same share of a prompt of ``context`` tokens."""
-        size, bulk = self.window_size(context), self.plan.bulk
-        if bulk is None or size == bulk.window_size:
-            return self.plan
-        return replace(self.plan, bulk=replace(bulk, window_size=size))
+        """Return the plan with windows of the same share of a prompt of ``context`` tokens.
 
-    def window_size(self, context: int) -> int:
-        """Return the tokens that windowed attentions see in ``context`` tokens; without windows, a constant."""
+        It is one and the same object for equal plans, because comparing plans compares all their maps.
+        """
         bulk = self.plan.bulk
         if bulk is None or not bulk.narrowed:
-            return 0 if bulk is None else bulk.window_size
+            return self.plan
         share = round(self.judged_at / (bulk.window_size + 256 - DEFAULT_WINDOW))
-        return window_size_for(context, max(share, 1))
+        size = window_size_for(context, max(share, 1))
+        if size not in self._plans:
+            self._plans[size] = replace(self.plan, bulk=replace(bulk, window_size=size))
+        return self._plans[size]
+
+    @cached_property
+    def _plans(self) -> dict[int, SkipPlan]:
+        """Plans by their windows."""
+        return {} if self.plan.bulk is None else {self.plan.bulk.window_size: self.plan}
 
 
 @dataclass(frozen=True)
@@ -216,9 +220,8 @@ class Frontier:
     edits: tuple[EditPoint, ...] = ()
 
     def __post_init__(self) -> None:
-        for each in self.points:
-            if each.plan.bulk is None:
-                raise PlanError("a point of a frontier skips in the bulk of prompts alone; tune again")
+        if any(each.plan.bulk is None for each in self.points):
+            raise PlanError("a point of a frontier skips in the bulk of prompts alone; tune again")
 
     def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS, *, edited: bool = False) -> SkipPlan | None:
         """Return the fastest plan that keeps a promise for a prompt; None for the whole model.
@@ -235,7 +238,7 @@ class Frontier:
         """
         check_max_loss(max_loss)
         point = self.point(n_tokens, max_loss, edited=edited)
-        return None if point is None else self._plan(point, context_for(n_tokens))
+        return None if point is None else point.plan_for(context_for(n_tokens))
 
     def point(self, n_tokens: int, max_loss: float, *, edited: bool = False) -> Point | None:
         """Return the point whose plan ``choose`` returns for the same arguments; None for the whole model."""
@@ -270,18 +273,7 @@ class Frontier:
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, context_for(most_tokens).bit_length())]
         left = {n: self._left(n, max_loss, edited=edited) for n in lengths}
         kept = [(each, n) for each in self.points for n in lengths if each.needs(n) <= left[n]]
-        return tuple({id(plan): plan for plan in (self._plan(*each) for each in kept)}.values())
-
-    def _plan(self, point: Point, context: int) -> SkipPlan:
-        """Return one and the same object for equal plans, because comparing plans compares all their maps."""
-        key = id(point), point.window_size(context)
-        if key not in self._plans:
-            self._plans[key] = point.plan_for(context)
-        return self._plans[key]
-
-    @cached_property
-    def _plans(self) -> dict[tuple[int, int], SkipPlan]:
-        return {}
+        return tuple({id(plan): plan for plan in (each.plan_for(n) for each, n in kept)}.values())
 
 
 def context_for(n_tokens: int) -> int:

@@ -10,7 +10,7 @@ import msgspec
 from ..errors import PlanError, PlanFileError
 from ..files import StrPath
 from . import stored
-from .frontier import Frontier
+from .frontier import Frontier, Point
 from .identity import check_model, plan_path
 from .plan import SkipPlan
 
@@ -75,10 +75,6 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
             together.
         ProfileMismatchError: the file is of another model.
         OSError: a file cannot be read.
-
-    Examples:
-        >>> found = load_plan("model.adaskip-plan.json", model="model.gguf")
-        >>> llm = AdaSkipLlama("model.gguf", plan=found.plan or found.frontier)
     """
     name = os.fspath(path)
     way_out = "`adaskip-cpp tune` or `adaskip-cpp plan -o`"
@@ -121,5 +117,8 @@ def plan_beside(model: StrPath) -> PlanFile:
 
 def frontier_dict(frontier: Frontier) -> dict[str, Any]:
     """Return the figures of a frontier, without its plans."""
-    points = [{name: value for name, value in vars(each).items() if name != "plan"} for each in frontier.points]
-    return {field.name: getattr(frontier, field.name) for field in fields(frontier)} | {"points": points}
+
+    def values(of: Frontier | Point) -> dict[str, Any]:
+        return {field.name: getattr(of, field.name) for field in fields(of) if field.name != "plan"}
+
+    return {**values(frontier), "points": list(map(values, frontier.points))}

@@ -113,11 +113,7 @@ class PlanRequest:
 
     @classmethod
     def of(cls, request: "PlanRequest | int | None", **values: Any) -> "PlanRequest":
-        """Return a request.
-
-        Args:
-            request: number of sublayers to skip, or another request; None for neither.
-            **values: fields by name, which replace those of the other request.
+        """Return a request for a number of sublayers, or another request with new ``values`` of fields.
 
         Raises:
             PlanError: a field is unknown; or see the class.
@@ -143,17 +139,8 @@ class PlanRequest:
             return f"{self.strategy} {self.speedup:g} x"
         return f"{self.strategy} {DEFAULT_N_SKIP if self.n_skip is None else self.n_skip}"
 
-    @property
-    def look_back(self) -> int:
-        """Tokens that windowed attentions see."""
-        return window_size_for(self.context or 1) if self.window_size is None else self.window_size
-
     def at(self, context: int) -> "PlanRequest":
-        """Return the same request for a context, unless it has one.
-
-        Args:
-            context: tokens of the prompt, for a speed-up and for windows.
-        """
+        """Return the same request for prompts of ``context`` tokens, unless it has a context."""
         if self.context is not None:
             return self
         size = window_size_for(context) if self.windowed and self.window_size is None else self.window_size
