@@ -20,7 +20,7 @@ from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .cost_fit import Group, Sample, fit
 
-_MAX_ROUNDS = 12
+_LEAST_ROUNDS, _MAX_ROUNDS = 3, 12  # one round alone would take a busy moment of the machine for a slow sublayer
 _N_DECODE = 12  # tokens timed per plan and round, after an untimed one that builds the plan's graph
 _SUBSET = 10  # growth with the context is measured on one attention in 10, so deep contexts take a tenth of the time
 
@@ -38,7 +38,7 @@ def measure_cost(
 
     Args:
         contexts: tokens of context at which to time attentions, if the model's context and the time allow.
-        seconds: time to spend in up to 12 rounds, at most half of it on deep contexts. The first round always ends.
+        seconds: time to spend in up to 12 rounds, at most half of it on deep contexts. There are three rounds at least.
         on_progress: called with the fraction of the time that has passed.
 
     Raises:
@@ -78,7 +78,9 @@ class _Measurement:
         self._eval("decode", 1, counts=False)
         self._start = perf_counter()
         n_rounds, elapsed = 0, 0.0
-        while n_rounds == 0 or (n_rounds < _MAX_ROUNDS and elapsed * (n_rounds + 1) / n_rounds <= self.seconds):
+        while n_rounds < _LEAST_ROUNDS or (
+            n_rounds < _MAX_ROUNDS and elapsed * (n_rounds + 1) / n_rounds <= self.seconds
+        ):
             self._round()
             n_rounds, elapsed = n_rounds + 1, perf_counter() - self._start
         fits = [self._fit(self.groups)]
