@@ -20,7 +20,7 @@ from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .cost_fit import Group, Sample, fit
 
-_MAX_ROUNDS = 12
+_LEAST_ROUNDS, _MAX_ROUNDS = 3, 12  # one round alone would take a busy moment of the machine for a slow sublayer
 _N_DECODE = 12  # tokens timed per plan and round, after an untimed one that builds the plan's graph
 _SUBSET = 10  # growth with the context is measured on one attention in 10, so deep contexts take a tenth of the time
 
@@ -34,9 +34,9 @@ def measure_cost(
 ) -> CostModel:
     """Measure the time of each sublayer on this machine, which should be idle, with this model's settings.
 
-    Up to 12 rounds take ``seconds``, at most half of them on deep contexts. The first round always ends. Attentions are
-    timed at ``contexts``, in tokens, ascending, if the model's context and the time allow. The model's plan is put back
-    at the end, also after an error or Ctrl-C; its KV cache is dropped. Raises RequestError if the context is too small.
+    3 to 12 rounds take ``seconds``, at most half of them on deep contexts. Attentions are timed at ``contexts``, in
+    tokens, ascending, if the model's context and the time allow. The model's plan is put back at the end, also after an
+    error or Ctrl-C; its KV cache is dropped. Raises RequestError if the context is too small.
     """
     with set_aside(llm):
         return _Measurement(llm, contexts, seconds, on_progress).run()
@@ -69,7 +69,9 @@ class _Measurement:
         self._eval("decode", 1, counts=False)
         self._start = perf_counter()
         n_rounds, elapsed = 0, 0.0
-        while n_rounds == 0 or (n_rounds < _MAX_ROUNDS and elapsed * (n_rounds + 1) / n_rounds <= self.seconds):
+        while n_rounds < _LEAST_ROUNDS or (
+            n_rounds < _MAX_ROUNDS and elapsed * (n_rounds + 1) / n_rounds <= self.seconds
+        ):
             self._round()
             n_rounds, elapsed = n_rounds + 1, perf_counter() - self._start
         fits = [self._fit(self.groups)]

@@ -37,7 +37,7 @@ from .memo import Memo
 from .path import SHARES, Candidate, aim, find_path, measure
 from .speed import measure_speed
 
-MOST_TOKENS = 120_000  # that calibration and tuning together read through a model, whatever its size
+MOST_TOKENS = 130_000  # that calibration and tuning together read through a model, whatever its size
 LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for
 
 _N_REQUESTS, _N_DECODE = 16, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
@@ -67,7 +67,7 @@ def tune(
 ) -> Frontier:
     """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
-    At most 120,000 tokens are read. Let nothing else run meanwhile, because times are measured. Only the memo writes
+    At most 130,000 tokens are read. Let nothing else run meanwhile, because times are measured. Only the memo writes
     files.
 
     Args:

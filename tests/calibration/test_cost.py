@@ -25,6 +25,7 @@ class TimedLlama:
         base, growth, kept, limit: the truth, seconds per token, and KV cells; a ubatch takes as many times as long.
         head: seconds that the output of a decoded token takes.
         noise: relative standard deviation of the times; one in twenty also takes three times as long.
+        slow: how many times as long evaluations take.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class TimedLlama:
     ) -> None:
         self.base, self.growth = np.array(base, float), np.array(growth, float)
         self.limit, self.fixed = np.broadcast_to(np.array(limit, float), self.growth.shape), 2e-4
-        self.n_layer, self.n_batch, self.noise, self.now = len(self.base), size, 0.0, 0.0
+        self.n_layer, self.n_batch, self.noise, self.slow, self.now = len(self.base), size, 0.0, 1.0, 0.0
         self.n_layer_kv, self.kept, self.head = n_layer_kv or self.n_layer, kept, 5e-4
         self.ctx = self.draft_model = self.max_loss = None
         self.readable = ()
@@ -127,7 +128,7 @@ class TimedLlama:
         seconds *= max(1 + self.noise * self._rng.normal(), 0.2) * (
             3 if self._rng.random() < 0.05 and self.noise else 1
         )
-        self.now += seconds
+        self.now += self.slow * seconds
 
 
 @pytest.fixture
@@ -283,17 +284,34 @@ def test_what_cannot_be_skipped_belongs_to_the_rest_and_grows_with_it(timed: Cal
 
 def test_the_time_is_kept_to(timed: Callable[..., TimedLlama]) -> None:
     llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
-    cost.measure_cost(llm, seconds=15)  # type: ignore[arg-type]
-    assert 5 < llm.now < 20
+    cost.measure_cost(llm, seconds=40)  # type: ignore[arg-type]
+    assert 20 < llm.now < 45
 
 
 def test_more_time_is_spent_on_more_rounds(timed: Callable[..., TimedLlama]) -> None:
     evaluated = []
-    for seconds in (1, 15):
+    for seconds in (1, 60):
         llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
         cost.measure_cost(llm, seconds=seconds, contexts=[512])  # type: ignore[arg-type]
         evaluated.append(llm.n_evaluated)
     assert evaluated[1] > 2 * evaluated[0]
+
+
+@pytest.mark.parametrize("slow", range(56, 76, 2))
+def test_a_slow_moment_does_not_change_the_costs_of_a_slow_model(timed: Callable[..., TimedLlama], slow: int) -> None:
+    """One round alone takes longer than the time allows. Each trial slows another evaluation down."""
+    base, growth = uniform(24, 1e-4, 3e-4, 2e-8)
+    llm = timed([8] * 24, base, growth)
+    write = llm._write
+
+    def slowed(*args: Any, **options: Any) -> None:
+        write(*args, **options)
+        llm.slow = 10.0 if llm.n_evaluated == slow else 1.0
+
+    llm._write = slowed  # type: ignore[method-assign]
+    found = cost.measure_cost(llm, seconds=1, contexts=[512, 2048])  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.prefill.base, llm.base * 512, rtol=0.05)
+    np.testing.assert_allclose(found.prefill.growth, llm.growth * 512, rtol=0.3)
 
 
 def test_progress_goes_from_0_to_1_and_never_back(timed: Callable[..., TimedLlama]) -> None:
