@@ -480,8 +480,9 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         reads_prompt = kwargs.get("echo") and kwargs.get("logprobs") is not None
+        steps: Any = super()._create_completion(*args, **kwargs)
         try:
-            with closing(super()._create_completion(*args, **kwargs)) as steps:
+            with closing(steps):
                 while True:
                     with self._reading_prompt() if reads_prompt else nullcontext():
                         step = next(steps, None)

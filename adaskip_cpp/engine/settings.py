@@ -30,7 +30,8 @@ def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
     from gguf import GGMLQuantizationType
 
     parameters: Any = llm.context_params
-    n_gpu_layers = int(llm.model_params.n_gpu_layers)
+    model: Any = llm.model_params
+    n_gpu_layers = int(model.n_gpu_layers)
     cpu, every = devices()
     return CostSettings(
         cpu=cpu,
@@ -45,5 +46,5 @@ def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
         type_v=str(GGMLQuantizationType(parameters.type_v).name),
         swa_full=bool(parameters.swa_full),
         llama_cpp_python=metadata.version("llama-cpp-python"),
-        repack=bool(llm.model_params.use_extra_bufts),
+        repack=bool(model.use_extra_bufts),
     )

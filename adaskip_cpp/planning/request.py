@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -110,18 +110,6 @@ class PlanRequest:
             raise PlanError("mode 'decode' runs the full model in prefill; use phase='decode' or another mode")
         if mode.in_bulk and self.phase == "decode":
             raise PlanError("mode 'prompt' makes prompts faster; leave phase out, or use mode='decode'")
-
-    @classmethod
-    def of(cls, request: "PlanRequest | int | None", **values: Any) -> "PlanRequest":
-        """Return a request for a number of sublayers, or another request with new ``values`` of fields.
-
-        Raises:
-            PlanError: a field is unknown; or see the class.
-        """
-        names = [field.name for field in fields(cls)]
-        if unknown := [name for name in values if name not in names]:
-            raise PlanError(f"a plan has no {unknown[0]!r}; use some of: {', '.join(names)}")
-        return replace(request, **values) if isinstance(request, cls) else cls(request, **values)  # type: ignore[arg-type]
 
     @property
     def faster_phase(self) -> Phase:

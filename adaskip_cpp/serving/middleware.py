@@ -35,7 +35,7 @@ _OPEN = ("/", "/health")  # paths that need no key: they reveal nothing and run 
 _LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gate:
     """An ASGI application: ``workers`` answer the paths of :data:`SCHEMAS`, ``routes`` the others."""
 
