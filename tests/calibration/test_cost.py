@@ -343,11 +343,8 @@ def test_a_small_context_is_measured_as_far_as_it_goes(timed: Callable[..., Time
     assert found.seconds(None, 64, "decode") == pytest.approx(llm.token_seconds(np.zeros((12, 2), bool), 64), rel=1e-6)
 
 
-def test_impossible_arguments_are_refused_before_anything_runs(timed: Callable[..., TimedLlama]) -> None:
+def test_a_context_without_room_is_refused_before_anything_runs(timed: Callable[..., TimedLlama]) -> None:
     llm: Any = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 0))
-    for seconds in (0, -1, math.nan, math.inf, "15"):
-        with pytest.raises(RequestError, match="seconds; use"):
-            cost.measure_cost(llm, seconds=seconds)
     llm.input_ids = np.zeros(8, np.intc)
     with pytest.raises(RequestError, match=r"too small.*n_ctx="):
         cost.measure_cost(llm)
