@@ -123,7 +123,8 @@ def test_windows_join_where_they_lose_little() -> None:
 
 def test_windows_are_tried_in_eighths_of_the_layers() -> None:
     """Attentions and FFNs lose too much. Of 24 windows, 15 keep the level, and quarters of the layers allow only 12."""
-    (found,) = find_path(orders_of((0, 0, 24), 24), adding(9.0, 9.0, windowed=(0.001, 0.001)), seconds, levels=(0.0155,))
+    lost = adding(9.0, 9.0, windowed=(0.001, 0.001))
+    (found,) = find_path(orders_of((0, 0, 24), 24), lost, seconds, levels=(0.0155,))
     assert found.windowed == tuple(range(9, 24))
 
 
