@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adaskip_cpp.progress import progress_bar, told_progress
+from adaskip_cpp.progress import progress_bar
 
 ERASED = "\x1b[2K"
 """What takes the last line of a terminal away."""
@@ -23,7 +23,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_with_an_estimate(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("adaskip_cpp.progress.time.monotonic", lambda: now)
-    with told_progress("Searching") as on_progress:
+    with progress_bar("Searching", lines=True) as on_progress:
         for now, fraction in ((130.0, 0.1), (160.0, 0.2), (190.0, 0.3), (221.0, 0.4)):  # noqa: B007  # read above
             on_progress(fraction)
     assert capsys.readouterr().err.splitlines() == [

@@ -24,6 +24,11 @@ def megabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes < 1e8 else f"{n_bytes / 1e6:,.0f} MB"
 
 
+def seconds(value: float) -> str:
+    """Return a time with three digits: ``12.3 ms``, ``1.23 s`` or ``123 s``."""
+    return f"{value:.3g} s" if value >= 100 else f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
 def layer_list(layers: Sequence[int]) -> str:
     """Return ``1, 5-7``, or ``none``."""
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
@@ -48,7 +53,7 @@ def first_token_line(
     That is the measured time, times the speed-up that a cost model or a point of a frontier predicts. Its predicted
     seconds are not used, because another machine may have been measured, or a less busy one.
     """
-    line = f"first token after {_seconds(timing.first_token_s)}"
+    line = f"first token after {seconds(timing.first_token_s)}"
     if plan is None or not (plan.skipped("bulk").n_skip or plan.narrowed):
         return line
     if cost is not None:
@@ -57,11 +62,7 @@ def first_token_line(
         times = point.speedup(timing.n_prompt)
     else:
         return line
-    return f"{line}; predicted without the plan: {_seconds(timing.first_token_s * times)}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
+    return f"{line}; predicted without the plan: {seconds(timing.first_token_s * times)}"
 
 
 def skipped_words(plan: SkipPlan) -> str:

@@ -5,7 +5,6 @@ import errno
 import functools
 import io
 import os
-import re
 import signal
 import sys
 import threading
@@ -20,7 +19,6 @@ from rich.table import Column, Table
 
 from ..engine.rpc import add_rpc_server
 from ..errors import AdaSkipError
-from ..files import write_atomically
 from ..measuring.running import Running
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -188,22 +186,6 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
-
-
-@contextlib.contextmanager
-def save_svg(path: str, title: str) -> Iterator[Console]:
-    """Yield a console and save its output as an SVG file that loads nothing from the network."""
-    out = Console(
-        file=io.StringIO(),
-        highlight=False,
-        record=True,
-        width=80,
-        force_terminal=True,
-        color_system="truecolor",
-        legacy_windows=False,
-    )
-    yield out
-    write_atomically(path, re.sub(r"@font-face \{.*?\}\s*", "", out.export_svg(title=title), flags=re.DOTALL))
 
 
 def options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:

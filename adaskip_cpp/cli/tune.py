@@ -13,7 +13,7 @@ from ..measuring.tasks import read_texts
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import fingerprint, plan_path
 from ..model.plan_file import frontier_dict, save_plan
-from ..progress import told_progress
+from ..progress import progress_bar
 from ..tuning import tune as tuning
 from ..tuning.memo import Memo
 from .terminal import OUTPUT, console, json_option, model_options, option, verb
@@ -34,11 +34,10 @@ from .tune_report import minutes, print_frontier
 @model_options
 @option("-o", "--output", group=OUTPUT, metavar="PLAN",
         help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
-@option("--fresh", group=OUTPUT, is_flag=True, help="Start again; do not continue a run that was stopped.")
 @json_option
 def tune(
     model: str, context: int, n_answer: int, files: tuple[str, ...], text_files: tuple[str, ...], output: str | None,
-    fresh: bool, running: Running, as_json: bool
+    running: Running, as_json: bool
 ) -> None:  # fmt: skip
     """Find the settings and plans that make MODEL, a GGUF file, fastest on this machine. Write them to a plan file.
 
@@ -63,10 +62,7 @@ def tune(
         raise DataError(f"{min(both)!r} is given to --data and --text; give each a file of its own")
     data, texts = read_texts(files), read_texts(text_files)
     key = content_hash([fingerprint(model), context, n_answer, data, texts, running.given(), running.gpu_layers])
-    unfinished = f"{target.removesuffix('.json')}-unfinished.json"
-    if fresh:
-        Memo(unfinished).remove()
-    memo = Memo(unfinished, key)
+    memo = Memo(f"{target.removesuffix('.json')}-unfinished.json", key)
     tell = partial(console(stderr=True).print, style="dim", markup=False, soft_wrap=True)
     tell("This measures the speed of this machine, so run nothing else. After Ctrl-C, the same command continues.")
     frontier = tuning.tune(
@@ -77,7 +73,7 @@ def tune(
         texts=texts or None,
         given=running.given(),
         memo=memo,
-        on_stage=told_progress,
+        on_stage=partial(progress_bar, lines=True),
         tell=tell,
         n_gpu_layers=running.gpu_layers,
     )

@@ -10,6 +10,7 @@ from ..model.edits import WIDE
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, GROWTH, Frontier
 from ..model.settings import Settings
 from ..pictures.profile_plots import LENGTHS
+from .report import seconds
 from .terminal import table
 
 _PROMISES = (0.02, DEFAULT_LOSS, 0.1)
@@ -149,7 +150,7 @@ def _print_speeds(out: Console, frontier: Frontier) -> None:
         ends = "" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})"
         out.print(
             f"Measured: the first token after {each.context:,} tokens comes {ratio.value:.2f}{ends} times as fast "
-            f"{words[each.of]} ({after:.3g} s instead of {before:.3g} s)."
+            f"{words[each.of]} ({seconds(after)} instead of {seconds(before)})."
         )
 
 

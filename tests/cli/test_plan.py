@@ -99,7 +99,7 @@ def test_plan_tells_the_bulk_and_the_time_to_the_first_token(
     assert "4 of 6 sublayers skipped in the bulk of a prompt, 1 in decode: strategy suffix" in " ".join(text.split())
     assert "attention skipped in the bulk in layers: 1, 2" in text and "FFN skipped in decode in layers: 2" in text
     assert "The bulk is the prompt without its first 0 and its last 1 tokens." in text
-    assert "Predicted first token: after 7.07 s, whole model 10.6 s." in text
+    assert "Predicted first token: after 7.07 s, whole model 10.57 s." in text
     assert "needed for all layers: the bulk keeps its K and V" in text
     assert max(len(each) for each in text.splitlines() if "plan.json" not in each) <= 80
     shown = run("plan", tmp_path / "plan.json").stdout
@@ -109,15 +109,15 @@ def test_plan_tells_the_bulk_and_the_time_to_the_first_token(
 def test_windows_are_chosen_by_hand_and_told(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
     profile = Profile.load(profile_path)
     replace(profile, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3))).save(profile_path)
-    args = ["--skip", 1, "--windowed", 3, "--window-size", 5, "--head", 0, "--tail", 4]  # one of the three is skipped
+    args = ["--skip", 1, "--windowed", 3, "--head", 0, "--tail", 4]  # one of the three is skipped
     shown = run("plan", profile_path, *args, "-o", tmp_path / "plan.json").stdout
-    words = "1 of 6 sublayers skipped in the bulk of a prompt, 2 attentions windowed to 5 tokens, 0 in decode"
+    words = "1 of 6 sublayers skipped in the bulk of a prompt, 2 attentions windowed to 252 tokens, 0 in decode"
     assert words in " ".join(shown.split())
-    assert "attention in the bulk looks back at 5 tokens in layers: 0, 1" in shown
-    assert "looks back at 5 tokens" in run("plan", tmp_path / "plan.json").stdout
+    assert "attention in the bulk looks back at 252 tokens in layers: 0, 1" in shown
+    assert "looks back at 252 tokens" in run("plan", tmp_path / "plan.json").stdout
     result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
     assert result.exit_code == 0, result.output
-    assert "(1 attention, 0 FFN), 2 attentions windowed to 5 tokens" in " ".join(result.stderr.split())
+    assert "(1 attention, 0 FFN), 2 attentions windowed to 252 tokens" in " ".join(result.stderr.split())
     assert "3 attentions can use a window in the bulk" in run("inspect", tiny()).stdout
 
 

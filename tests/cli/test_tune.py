@@ -153,8 +153,8 @@ def test_ctrl_c_leaves_all_files_as_they_were_and_the_next_run_goes_on_and_clean
     assert not any("unfinished" in name for name in files(folder))
 
 
-@pytest.mark.parametrize("change", [("--fresh",), ("--context", 120), ("--flash-attn",)], ids=str)
-def test_with_fresh_or_other_options_it_begins_anew(
+@pytest.mark.parametrize("change", [("--context", 120), ("--flash-attn",)], ids=str)
+def test_with_other_options_it_begins_anew(
     change: tuple[object, ...], tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = interrupted_in(monkeypatch, "fastest_settings", when=0)
