@@ -16,9 +16,10 @@ from itertools import product
 from typing import Any
 
 from ..calibration.calibrate import calibrate, late_layers
-from ..calibration.cost import measure_cost
+from ..calibration.cost import measure_cost, set_aside
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
+from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.judge import N_CONTINUED, N_COPIED, Judge
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point
@@ -54,7 +55,7 @@ _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
 def tune(
-    model: str,
+    model: str | AdaSkipLlama,
     *,
     context: int = 8192,
     n_answer: int = 128,
@@ -72,35 +73,50 @@ def tune(
     files.
 
     Args:
-        model: a GGUF file.
+        model: a GGUF file, or an opened model. An opened model keeps its settings. Its plan is set again at the end,
+            and its KV cache is empty then.
         context: tokens of the prompt for which settings are chosen.
         n_answer: tokens of the answer for which settings are chosen.
         data: texts by name for the calibration; None for text that every Python carries.
         texts: other texts by name, by which plans are found and judged; None for pages and sources of Python that the
             calibration leaves out.
-        given: settings that are not varied, by the names of ``Settings``.
+        given: settings that are not varied, by the names of ``Settings``, if ``model`` is a file.
         memo: keeps findings in a file, so that a later call continues; None for none.
         on_stage: shows progress, as for ``calibrate``.
         tell: called with sentences for the user, such as the expected duration.
-        **kwargs: arguments of ``AdaSkipLlama`` such as ``n_gpu_layers``.
+        **kwargs: arguments of ``AdaSkipLlama`` such as ``n_gpu_layers``, if ``model`` is a file.
+
+    Returns:
+        The frontier. ``save_plan`` writes it, and ``AdaSkipLlama(path, plan="auto")`` reads it.
 
     Raises:
-        DataError: there is too little text.
+        DataError: there is too little text, the context of an opened model is too small, or ``given`` is passed with an
+            opened model.
         ModelFileError: the model cannot be opened.
-        RequestError: ``context`` or ``n_answer`` is too small.
 
     Examples:
         >>> frontier = tune("model.gguf")
         >>> save_plan("model.adaskip-plan.json", frontier)
         >>> llm = AdaSkipLlama("model.gguf", plan="auto")
     """
-    tuning = _Tuning(model, context, n_answer, memo or Memo(), on_stage, tell, given or {}, kwargs)
-    return tuning.run(data, texts)
+    options = context, n_answer, memo or Memo(), on_stage, tell
+    if not isinstance(model, AdaSkipLlama):
+        return _Tuning(model, None, *options, given or {}, kwargs).run(data, texts)
+    if given:
+        raise DataError(f"an opened model keeps its settings; leave out given ({', '.join(given)}), or pass its file")
+    if model.context_size < _N_CTX:
+        raise DataError(f"the model has a context of {model.context_size} tokens; open it with n_ctx={_N_CTX} or more")
+    machine = cost_settings(model)
+    names = ("repack", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
+    settings = {"flash_attn": machine.flash_attention, **{name: getattr(machine, name) for name in names}}
+    kwargs = {"n_gpu_layers": machine.n_gpu_layers}
+    return _Tuning(model.model_path, model, *options, settings, kwargs).run(data, texts)
 
 
 @dataclass
 class _Tuning:
     path: str
+    opened: AdaSkipLlama | None
     context: int
     n_answer: int
     memo: Memo
@@ -109,6 +125,7 @@ class _Tuning:
     given: Mapping[str, Any]
     kwargs: Mapping[str, Any]
     n_read: int = 0
+    n_before: int = 0  # tokens that the current model had evaluated before
 
     def run(self, data: Mapping[str, str] | None, texts: Mapping[str, str] | None) -> Frontier:
         kinds = unseen_texts() if texts is None else [texts]
@@ -116,7 +133,7 @@ class _Tuning:
             may_skip = any(row.in_bulk for row in llm.sublayers)
             held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + _ANSWER[0]) if may_skip else None
             prompt = self._prompt(llm, kinds)
-        found = self._find_settings()
+        found = FoundSettings(Settings(**self.given), (), 0) if self.opened is not None else self._find_settings()
         self.n_read, settings = found.n_tokens, found.settings
         points: list[Point] = []
         edits: list[EditPoint] = []
@@ -218,7 +235,7 @@ class _Tuning:
             return Point(_JUDGED_AT, one.continuation, one.copying, one.passkeys, speedups, plan)
 
         def left() -> int:
-            n_read = self.n_read + self.memo.n_read + llm.n_evaluated
+            n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before
             return MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - n_read
 
         with self.on_stage("Judging") as on_progress:
@@ -234,15 +251,18 @@ class _Tuning:
 
     @contextmanager
     def _model(self, settings: Settings) -> Iterator[AdaSkipLlama]:
-        """Yield the model, opened with these settings, and count the tokens that it reads."""
-        llm = self._open(settings, _N_CTX)
+        """Yield the user's opened model, or one opened with these settings; count the tokens that it reads."""
+        llm = self._open(settings, _N_CTX) if self.opened is None else self.opened
+        self.n_before = llm.n_evaluated
         try:
-            yield llm
+            with set_aside(llm):
+                yield llm
         finally:
-            self.memo.count(llm.n_evaluated)
-            # llama.cpp reports an error if a plan made its buffers larger than planned. It is harmless.
-            with contextlib.redirect_stderr(io.StringIO()):
-                llm.close()
+            self.memo.count(llm.n_evaluated - self.n_before)
+            if self.opened is None:
+                # llama.cpp reports an error if a plan made its buffers larger than planned. It is harmless.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    llm.close()
 
     def _open(self, settings: Settings, n_ctx: int) -> AdaSkipLlama:
         with contextlib.redirect_stderr(io.StringIO()):
