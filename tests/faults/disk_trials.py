@@ -27,7 +27,7 @@ MODES = ("once", "full", "killed")
 
 CASES = (
     "plan", "plan with maps", "profile", "evaluation", "other settings", "prefix cache", "pictures",
-    "svg", "report", "plan verb",
+    "report", "plan verb",
 )  # fmt: skip
 """What is written."""
 
@@ -197,14 +197,6 @@ def _case(name: str) -> _Case:
             return _cache_case()
         case "pictures":
             return _pictures_case()
-        case "svg":
-            from adaskip_cpp.cli.terminal import save_svg
-
-            def save(path: Path, i: int) -> None:
-                with save_svg(str(path), "title") as out:
-                    out.print(f"text {i}")
-
-            return _files_case("p.svg", save, Path.read_bytes)
         case "report":
             return _report_case()
         case _:
