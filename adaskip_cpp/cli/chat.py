@@ -18,7 +18,7 @@ from ..progress import progress_bar
 from .plan import print_plan
 from .planning import PlanSource, source_options
 from .report import first_token_line, skipped_counts, skipped_words
-from .terminal import answer_options, console, is_broken_pipe, users_error, verb
+from .terminal import answer_options, console, is_broken_pipe, option, users_error, verb
 
 _HELP = """\
 /reset  begin a new conversation
@@ -34,9 +34,11 @@ In the lines below an answer, "/s" means tokens per second. "12+3" means
 )
 @click.argument("model")
 @source_options
+@option("--system", metavar="TEXT", help="System message: instructions before the conversation.  [default: none]")
 @answer_options(max_tokens=1024)
 def chat(
-    model: str, source: PlanSource, max_tokens: int, ctx: int, temp: float, seed: int | None, running: Running
+    model: str, source: PlanSource, system: str | None, max_tokens: int, ctx: int, temp: float, seed: int | None,
+    running: Running
 ) -> None:  # fmt: skip
     """Chat with MODEL, a GGUF file with a chat template; /help lists the commands.
 
@@ -51,7 +53,7 @@ def chat(
         llm.set_seed(seed)
     err = console(stderr=True)
     source.tell(err, llm)
-    Conversation(llm, source.profile, max_tokens, temp, err).run()
+    Conversation(llm, source.profile, max_tokens, temp, err, system).run()
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Conversation:
     max_tokens: int
     temperature: float
     err: Console
+    system: str | None = None
     messages: list[Message] = field(default_factory=list)
 
     def run(self) -> None:
@@ -89,7 +92,8 @@ class Conversation:
         self.err.print(text, style=style, markup=False, soft_wrap=True)
 
     def ask(self, text: str) -> Generation:
-        prompt = chat_tokens(self.llm, [*self.messages, ("user", text)])
+        system: list[Message] = [("system", self.system)] if self.system else []
+        prompt = chat_tokens(self.llm, [*system, *self.messages, ("user", text)])
         n_ctx = self.llm.context_size
         if len(prompt) >= n_ctx:
             raise RequestError(

@@ -13,7 +13,7 @@ from ..errors import RequestError
 from ..progress import Stage, silent
 from .llama import AdaSkipLlama
 
-Message: TypeAlias = "tuple[Literal['user', 'assistant'], str]"  # who says what in a chat
+Message: TypeAlias = "tuple[Literal['system', 'user', 'assistant'], str]"  # who says what in a chat
 _TEMPLATE = "tokenizer.chat_template"
 
 
@@ -127,5 +127,6 @@ def chat_tokens(llm: AdaSkipLlama, messages: Sequence[Message]) -> list[int]:
         formatter = Jinja2ChatFormatter(llm.metadata[_TEMPLATE], eos_token=eos, bos_token=bos)
         prompt = formatter(messages=turns).prompt  # type: ignore[arg-type]  # its messages are a union of TypedDicts
     except Exception as error:  # a template is a program in the model file, which can fail in any way
-        raise RequestError(f"the model's chat template failed ({error}); use `adaskip-cpp generate --raw`") from error
+        way_out = "do without --system" if messages[0][0] == "system" else "use `adaskip-cpp generate --raw`"
+        raise RequestError(f"the model's chat template failed ({error}); {way_out}") from error
     return llm.tokenize(prompt.encode("utf-8", "replace"), add_bos=False, special=True)

@@ -95,11 +95,11 @@ def test_a_turn_reads_only_what_is_new(model: Path, open_model: Any) -> None:
     assert (second.timing.n_prompt, second.timing.n_evaluated) == (50, 50 - n_common)
 
 
-def test_all_turns_are_in_the_prompt(model: Path, open_model: Any) -> None:
+def test_the_system_text_and_all_turns_are_in_the_prompt(model: Path, open_model: Any) -> None:
     llm = open_model(model, n_ctx=256)
-    conversation = Conversation(llm, None, 4, 0.0, Console(), [("user", "one"), ("assistant", "two")])
+    conversation = Conversation(llm, None, 4, 0.0, Console(), "be brief", [("user", "one"), ("assistant", "two")])
     prompt = llm.detokenize(conversation.ask("three")._prompt).decode()
-    assert "user: one\nassistant: two\nuser: three\nassistant:" in prompt
+    assert "system: be brief\nuser: one\nassistant: two\nuser: three\nassistant:" in prompt
 
 
 def test_the_status_line_tells_both_phases_and_fits_the_terminal(chat: Chat, profile: Path) -> None:
@@ -210,11 +210,14 @@ def test_a_mistake_of_ours_ends_the_chat_and_shows_where_it_is(chat: Chat, monke
     assert isinstance(chat("hello").exception, RuntimeError)
 
 
-def test_a_template_that_fails_names_another_way(model: Path, open_model: Any) -> None:
+@pytest.mark.parametrize(("system", "way_out"), [("be brief", "--system"), (None, "generate --raw")])
+def test_a_template_that_fails_names_another_way(
+    model: Path, open_model: Any, system: str | None, way_out: str
+) -> None:
     llm = open_model(model, n_ctx=256)
     llm.metadata["tokenizer.chat_template"] = "{{ raise_exception('no such role') }}"
-    with pytest.raises(RequestError, match="generate --raw"):
-        Conversation(llm, None, 4, 0.0, Console()).ask("hello")
+    with pytest.raises(RequestError, match=way_out):
+        Conversation(llm, None, 4, 0.0, Console(), system).ask("hello")
 
 
 def test_a_plan_beside_the_model_is_used_and_told(model: Path, profile: Path) -> None:
