@@ -32,6 +32,17 @@ def test_without_a_terminal_there_is_a_line_a_minute_with_an_estimate(
     ]
 
 
+def test_without_a_terminal_a_bar_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", 0.0)
+    for is_patient in (True, False):
+        with progress_bar("Reading", is_patient=is_patient) as on_progress:
+            on_progress(0.5)
+            time.sleep(0.05)
+    assert capsys.readouterr() == ("", "")
+
+
 Shown = Callable[..., str]
 
 

@@ -439,6 +439,15 @@ def test_auto_refuses_the_plan_of_another_model(model: Path, open_auto: Any) -> 
         open_auto(model)
 
 
+@pytest.mark.parametrize("plan", [make(), make_frontier()], ids=["a plan", "a frontier"])
+def test_a_file_of_another_model_is_refused_before_the_model_is_opened(
+    plan: SkipPlan | Frontier, model: Path, tmp_path: Path
+) -> None:
+    save_plan(tmp_path / "other.json", plan)
+    with pytest.raises(ProfileMismatchError, match=r"another model.*tune"):
+        load_plan(tmp_path / "other.json", model=model)
+
+
 def test_another_word_than_auto_is_refused(model: Path, open_auto: Any) -> None:
     with pytest.raises(PlanError, match='"auto"'):
         open_auto(model, "fast")

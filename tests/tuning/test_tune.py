@@ -170,6 +170,16 @@ def test_the_speed_is_that_of_the_plan_which_keeps_the_default_promise(
     assert done[1].timed == [(whole.settings, whole.choose(JUDGED_AT), JUDGED_AT)] and whole.speeds[0].of == "settings"
 
 
+def test_points_are_of_growing_speed(
+    model: Path, calls: Calls, whole: Frontier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here what loses more is slower, by invented speeds."""
+    predicted = tuning._Planned.speedup
+    monkeypatch.setattr(tuning._Planned, "speedup", lambda *args: 1 / predicted(*args))
+    found = tune(model, calls)
+    assert len(found.points) == 2 and [each.plan for each in found.points] == [each.plan for each in whole.points[::-1]]
+
+
 def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls: Calls) -> None:
     found = tune(tiny("mamba"), calls)
     assert found.points == () and found.choose(5000) is None and calls.timed[0][1] is None
