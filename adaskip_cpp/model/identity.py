@@ -11,6 +11,8 @@ from typing import IO
 from ..errors import ModelFileError, ProfileMismatchError
 from ..files import StrPath
 
+PLAN_SUFFIX = ".adaskip-plan.json"  # of the plan file beside a model
+
 _MIB = 1 << 20
 _BLOCK = 64 << 10
 _N_BLOCKS = 64
@@ -158,7 +160,7 @@ def plan_path(model: StrPath) -> str:
     Returns:
         ``X.adaskip-plan.json`` for ``X.gguf``.
     """
-    return _stem(model) + ".adaskip-plan.json"
+    return _stem(model) + PLAN_SUFFIX
 
 
 def check_model(made_for: ModelInfo, model: StrPath, name: str) -> None:

@@ -153,6 +153,11 @@ def test_a_model_in_the_place_of_its_profile_or_plan_is_told(run: Run, tiny: Any
     assert "is a model; name its plan file" in line(run("generate", tiny(), "-p", "the", "--plan", tiny()))
 
 
+def test_a_missing_file_is_told_with_the_verb_that_writes_it(run: Run, tmp_path: Path) -> None:
+    assert "there is no plan file" in (told := line(run("plan", plan_path(tmp_path / "x.gguf")))) and "tune" in told
+    assert "there is no profile" in (told := line(run("plan", tmp_path / "x.json"))) and "calibrate" in told
+
+
 def test_a_plan_file_is_shown_as_it_is(run: Run, tuned_model: Path) -> None:
     assert "leave out other options" in line(run("plan", plan_path(tuned_model), "--skip", 2), 2)
 
