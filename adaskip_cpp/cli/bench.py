@@ -23,7 +23,7 @@ from ..progress import told_progress
 from .bench_report import print_report
 from .lists import LAYERS, LAYERS_OF_BOTH, names, numbers
 from .planning import load_profile
-from .terminal import CHOOSING, OUTPUT, console, json_option, model_options, option, verb
+from .terminal import CHOOSING, OUTPUT, console, json_option, model_options_with, option, verb
 
 _STRATEGIES = [name for name in STRATEGIES if name != "manual"]
 _chosen = partial(option, group=CHOOSING)
@@ -56,7 +56,7 @@ _measured = partial(option, group="What to measure")
 @_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to decode after each prompt.")
 @_measured("--no-stock", is_flag=True, help="Do not measure stock llama-cpp-python.")
 @_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers alone.")
-@model_options
+@model_options_with("physical cores", "no")
 @option("--plot", "plot_to", group=OUTPUT, metavar="PATH",
         help="Draw pictures: into the folder PATH, or as PATH-times.png and so on.")  # fmt: skip
 @json_option
