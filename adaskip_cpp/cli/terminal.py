@@ -248,7 +248,7 @@ def model_options_with(threads: str, flash_attn: str) -> Callable[[_Command], _C
     """The options of a model, with the defaults that the help shows for two of them."""
     return options(
         _running("--threads", type=click.IntRange(1, 512), help=f"CPU threads.  [default: {threads}]"),
-        _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there are any; -1: all."),
+        _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there is one; -1: all."),
         _running("--flash-attn/--no-flash-attn", default=None, help=f"Use flash attention.  [default: {flash_attn}]"),
         _running("--rpc", multiple=True, metavar="HOST:PORT", help="An rpc-server of llama.cpp that runs layers. It "
                  "gets layers before local GPUs do. May be repeated."),

@@ -1,5 +1,6 @@
 """``adaskip-cpp plan``: what it prints of a profile and of a plan file, and as JSON."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +11,14 @@ import pytest
 from click.testing import Result
 from oracles.command_line import line
 from oracles.costs import cost_model
+from oracles.frontiers import frontier, quality
+from rich.console import Console
 
 from adaskip_cpp import Profile
+from adaskip_cpp.cli.tune_report import print_frontier
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.edits import WIDE, Edits
+from adaskip_cpp.model.frontier import EditPoint, Passkeys
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.mode import MODES
 from adaskip_cpp.model.profile import Windows
@@ -139,6 +146,16 @@ def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) ->
     assert "A promise of 0.05 nats per token (the default) gives 2.60 times the speed" in told
     assert "after 2,048 tokens comes 1.50 (1.40 to 1.60) times as fast with both as with stock llama-cpp-python" in told
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_edited_prompts_have_all_words_and_figures_within_80_columns() -> None:
+    doubtful = Interval(-0.123, -0.456, 0.21, 4)
+    figures = replace(quality(0.1), divergence=doubtful, loss=doubtful)
+    edited = EditPoint(2048, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=WIDE))
+    out = Console(file=io.StringIO(), width=80)
+    print_frontier(out, frontier([], edits=(edited,)))
+    told = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "new order" in told and "promise of" in told and told.count("-0.123±.333") == 3 and "…" not in told
 
 
 def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:
