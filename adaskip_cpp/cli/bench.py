@@ -18,7 +18,7 @@ from ..progress import progress_bar
 from .bench_report import print_report
 from .lists import LAYERS_OF_BOTH, names, numbers
 from .planning import CHOOSERS, find_profile
-from .terminal import CHOOSING, console, json_option, model_options, option, verb
+from .terminal import CHOOSING, console, json_option, model_options_with, option, verb
 
 _chosen = partial(option, group=CHOOSING)
 _measured = partial(option, group="What to measure")
@@ -48,7 +48,7 @@ _measured = partial(option, group="What to measure")
 @_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to decode after each prompt.")
 @_measured("--no-stock", is_flag=True, help="Do not measure stock llama-cpp-python.")
 @_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers alone.")
-@model_options
+@model_options_with("physical cores", "no")
 @json_option
 def bench(
     model: str, profile: str | None, contexts: tuple[int, ...] | None, tuned: bool, repeats: int, decode_tokens: int,

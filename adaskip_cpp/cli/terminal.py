@@ -225,14 +225,20 @@ def _run_with(threads: int | None, gpu_layers: int, flash_attn: bool | None, rpc
 
 _running = functools.partial(option, group=RUNNING)
 
-model_options = options(
-    _running("--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: as tuned, else physical cores]"),
-    _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there are any; -1: all."),
-    _running("--flash-attn/--no-flash-attn", default=None, help="Use flash attention.  [default: as tuned, else no]"),
-    _running("--rpc", multiple=True, metavar="HOST:PORT", help="An rpc-server of llama.cpp that runs layers. It gets "
-             "layers before local GPUs do. May be repeated."),
-    made_of(_run_with, "running", "threads", "gpu_layers", "flash_attn", "rpc"),
-)  # fmt: skip
+
+def model_options_with(threads: str, flash_attn: str) -> Callable[[_Command], _Command]:
+    """The options of a model, with the defaults that the help shows for two of them."""
+    return options(
+        _running("--threads", type=click.IntRange(1, 512), help=f"CPU threads.  [default: {threads}]"),
+        _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there is one; -1: all."),
+        _running("--flash-attn/--no-flash-attn", default=None, help=f"Use flash attention.  [default: {flash_attn}]"),
+        _running("--rpc", multiple=True, metavar="HOST:PORT", help="An rpc-server of llama.cpp that runs layers. It "
+                 "gets layers before local GPUs do. May be repeated."),
+        made_of(_run_with, "running", "threads", "gpu_layers", "flash_attn", "rpc"),
+    )  # fmt: skip
+
+
+model_options = model_options_with("as tuned, else physical cores", "as tuned, else no")
 
 
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:

@@ -16,7 +16,7 @@ from ..model.plan_file import frontier_dict, save_plan
 from ..progress import progress_bar
 from ..tuning import tune as tuning
 from ..tuning.memo import Memo
-from .terminal import OUTPUT, console, json_option, model_options, option, verb
+from .terminal import OUTPUT, console, json_option, model_options_with, option, verb
 from .tune_report import minutes, print_frontier
 
 
@@ -31,7 +31,7 @@ from .tune_report import minutes, print_frontier
         "repeated.  [default: pages, sources and docstrings of Python's library]")  # fmt: skip
 @option("--text", "text_files", multiple=True, metavar="FILE",
         help="Other UTF-8 text, to judge answers; may be repeated.  [default: more of Python's library]")  # fmt: skip
-@model_options
+@model_options_with("the fastest number", "if it is faster")
 @option("-o", "--output", group=OUTPUT, metavar="PLAN",
         help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
 @json_option

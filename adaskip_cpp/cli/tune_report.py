@@ -116,7 +116,7 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
     names = ("diver-\ngence", "added\nloss", "in\ncopies", "same\ntoken", "changed\nkeys", "from a\npromise of")
     columns = (Column(name, justify="right", no_wrap=True) for name in names)
     title = f"Edited prompts of {frontier.edits[0].judged_at:,} tokens"
-    rows = table(Column("\nedits", no_wrap=True), *columns, padding=(0, 1), title=title)
+    rows = table(Column("\nedits", no_wrap=True), *columns, padding=0, pad_edge=True, title=title)
     for each in frontier.edits:
         needed = each.needs(each.judged_at) / EDITS_SHARE
         rows.add_row(

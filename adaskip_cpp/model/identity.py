@@ -11,6 +11,8 @@ from typing import IO
 from ..errors import ModelFileError, ProfileMismatchError
 from ..files import StrPath
 
+PLAN_SUFFIX = ".adaskip-plan.json"  # of the plan file beside a model
+
 _MIB = 1 << 20
 _BLOCK = 64 << 10
 _N_BLOCKS = 64
@@ -141,7 +143,7 @@ def profile_path(model: StrPath) -> str:
 
 def plan_path(model: StrPath) -> str:
     """Return the name of a model's plan file, whether it exists or not: ``X.adaskip-plan.json`` for ``X.gguf``."""
-    return _stem(model) + ".adaskip-plan.json"
+    return _stem(model) + PLAN_SUFFIX
 
 
 def check_model(made_for: ModelInfo, model: StrPath, name: str) -> None:

@@ -11,7 +11,7 @@ from ..errors import PlanError, PlanFileError
 from ..files import StrPath
 from . import stored
 from .frontier import Frontier, Point
-from .identity import check_model, plan_path
+from .identity import PLAN_SUFFIX, check_model, plan_path
 from .plan import SkipPlan
 
 FORMAT_VERSION = 7
@@ -92,9 +92,12 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
 
 
 def is_plan_file(path: StrPath) -> bool:
+    """Return whether a file holds plans, and not a profile. Of a missing file, the name decides."""
     try:
         with open(path, "rb") as file:
             return f'"format": "{_FORMAT}"'.encode() in file.read(256)
+    except FileNotFoundError:
+        return os.fspath(path).endswith(PLAN_SUFFIX)
     except OSError:
         return False
 

@@ -1,5 +1,6 @@
 """``adaskip-cpp plan``: what it prints of a profile and of a plan file, and as JSON."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +11,14 @@ import pytest
 from click.testing import Result
 from oracles.command_line import line
 from oracles.costs import cost_model
+from oracles.frontiers import frontier, quality
+from rich.console import Console
 
 from adaskip_cpp import Profile
+from adaskip_cpp.cli.tune_report import print_frontier
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.edits import WIDE, Edits
+from adaskip_cpp.model.frontier import EditPoint, Passkeys
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.mode import MODES
 from adaskip_cpp.model.profile import Windows
@@ -141,6 +148,16 @@ def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) ->
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+def test_edited_prompts_have_all_words_and_figures_within_80_columns() -> None:
+    doubtful = Interval(-0.123, -0.456, 0.21, 4)
+    figures = replace(quality(0.1), divergence=doubtful, loss=doubtful)
+    edited = EditPoint(2048, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=WIDE))
+    out = Console(file=io.StringIO(), width=80)
+    print_frontier(out, frontier([], edits=(edited,)))
+    told = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "new order" in told and "promise of" in told and told.count("-0.123±.333") == 3 and "…" not in told
+
+
 def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:
     data = json.loads(run("plan", plan_path(tuned_model), "--json").stdout)
     assert [each["plan"]["bulk"]["skip"]["skip"]["ffn"] for each in data["frontier"]["points"]] == [[1], [1, 2]]
@@ -151,6 +168,11 @@ def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:
 def test_a_model_in_the_place_of_its_profile_or_plan_is_told(run: Run, tiny: Any) -> None:
     assert "is a model; name its profile, which `adaskip-cpp calibrate" in line(run("plan", tiny()))
     assert "is a model; name its plan file" in line(run("generate", tiny(), "-p", "the", "--plan", tiny()))
+
+
+def test_a_missing_file_is_told_with_the_verb_that_writes_it(run: Run, tmp_path: Path) -> None:
+    assert "there is no plan file" in (told := line(run("plan", plan_path(tmp_path / "x.gguf")))) and "tune" in told
+    assert "there is no profile" in (told := line(run("plan", tmp_path / "x.json"))) and "calibrate" in told
 
 
 def test_a_plan_file_is_shown_as_it_is(run: Run, tuned_model: Path) -> None:
