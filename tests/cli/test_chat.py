@@ -91,14 +91,14 @@ def test_a_turn_reads_only_what_is_new(model: Path, open_model: Any) -> None:
     cached = llm.input_ids[: llm.n_tokens].tolist()
     list(second)
     assert second.timing is not None
-    n_common = next(i for i, (a, b) in enumerate(zip([*cached, -1], second._prompt, strict=False)) if a != b)
+    n_common = next(i for i, (a, b) in enumerate(zip([*cached, -1], second.prompt, strict=False)) if a != b)
     assert (second.timing.n_prompt, second.timing.n_evaluated) == (50, 50 - n_common)
 
 
 def test_the_system_text_and_all_turns_are_in_the_prompt(model: Path, open_model: Any) -> None:
     llm = open_model(model, n_ctx=256)
     conversation = Conversation(llm, None, 4, 0.0, Console(), "be brief", [("user", "one"), ("assistant", "two")])
-    prompt = llm.detokenize(conversation.ask("three")._prompt).decode()
+    prompt = llm.detokenize(conversation.ask("three").prompt).decode()
     assert "system: be brief\nuser: one\nassistant: two\nuser: three\nassistant:" in prompt
 
 
