@@ -36,8 +36,8 @@ def test_without_a_terminal_a_bar_prints_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", 0.0)
-    for is_patient in (True, False):
-        with progress_bar("Reading", is_patient=is_patient) as on_progress:
+    for still in (True, False):
+        with progress_bar("Reading", still=still) as on_progress:
             on_progress(0.5)
             time.sleep(0.05)
     assert capsys.readouterr() == ("", "")

@@ -75,4 +75,4 @@ def test_edits(lines: Sequence[str]) -> None:
 def test_speed(lines: Sequence[str]) -> None:
     told = " ".join(lines)
     assert "comes 1.50 (1.40 to 1.60) times as fast with the plan of the default promise" in told
-    assert "(2 s instead of 3 s)" in told
+    assert "(2.00 s instead of 3.00 s)" in told

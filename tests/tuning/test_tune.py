@@ -15,7 +15,7 @@ from oracles.small_tuning import ANSWER, JUDGED_AT, TEXTS, make_small, write_idl
 
 import adaskip_cpp
 from adaskip_cpp import AdaSkipLlama, Frontier
-from adaskip_cpp.engine.native import is_here
+from adaskip_cpp.engine.settings import is_here
 from adaskip_cpp.errors import DataError, ModelFileError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.judge import Judge, Probe, probes_of
