@@ -198,7 +198,7 @@ $(VENV)/build-tools: pyproject.toml cmake/releases.txt
 	@for compiler in $${CXX:-c++ g++ clang++}; do command -v $$compiler >/dev/null && exit 0; done; \
 	  echo "make: no C++ compiler found; install one (Debian: apt install g++, macOS: xcode-select --install)." >&2; exit 1
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "make: $(PYTHON) is not Python 3.10 or later; name one: make PYTHON=python3.12." >&2; exit 1; }
+	  { echo "make: $(PYTHON) is missing or older than 3.10; name another Python: make PYTHON=python3.12." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "make: $(PYTHON) cannot create $(VENV); install its venv module (Debian: apt install python3-venv)." >&2; exit 1; }
 	@echo "Installing the build tools; llama-cpp-python compiles for about 4 minutes when pip has no wheel of it yet."

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,21 +18,20 @@ from .errors import ModelFileError
 from .measuring import corpus
 from .measuring.judge import Judge, Probe
 from .measuring.synthetic import synthetic_items
-from .measuring.tasks import fill, greedy_text, python_sources
-from .model.mode import MODES
+from .measuring.tasks import fill, greedy_text, python_sources, text_items
 from .model.plan import SkipPlan
 from .planning.profile import Profile
 from .planning.request import PlanRequest
 from .planning.strategies import make_plan
 from .progress import OnProgress, silent
 
-SPEEDUP = 1.4  # the default request: predicted speed-up of the first token
+SPEEDUP = 1.4  # predicted speed-up of the first token that is asked for
 N_LENGTH = 2000  # tokens of the prompt that is answered
 N_ANSWER = 64
 WHOLE, PROMPT, PAPERS = "whole model", "prompt mode", "the paper's mode"
 
 _PROMPT_PAGE = "import"
-_LOSS_PAGES, _LOSS_SOURCES = ("debugger", "string-methods"), ("argparse", "textwrap")
+_LOSS_TEXTS = ("debugger", "string-methods", "argparse", "textwrap")  # two pages, two modules
 _N_READ, _N_JUDGED = 512, 128  # tokens of each text to read as a prompt, and to judge after it
 _KEY_DEPTHS, _KEY_LENGTH = (0.3, 0.7), 1000
 _N_REQUESTS = 20  # a quarter of `calibrate`'s default: takes half a minute, and the linear maps lose a fifth more
@@ -65,30 +63,16 @@ class Side:
         runs = [timing.token_s for timing in self.timings if timing.token_s is not None]
         return statistics.median(runs) if runs else None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "first_token_s": self.first_token_s,
-            "token_s": self.token_s,
-        }
-
 
 @dataclass(frozen=True)
 class DemoResult:
     """The results of the demo. Losses are in nats per token."""
 
-    profile: Profile
     sides: Mapping[str, Side]  # by contender, the whole model first
     n_prompt: int  # tokens
     n_judged: int  # tokens that losses are means of, after prompts that calibration has not seen
     n_keys: int  # pass keys, each hidden in its own prompt
     n_threads: int
-
-    def to_dict(self) -> dict[str, Any]:
-        sides = {name: side.to_dict() for name, side in self.sides.items()}
-        n_rounds = len(self.sides[WHOLE].timings)
-        return {**vars(self), "n_rounds": n_rounds, "sides": sides, "profile": self.profile.to_dict()}
 
 
 def packaged_model() -> str:
@@ -102,20 +86,19 @@ def packaged_model() -> str:
 
 def run(
     open_model: Callable[[int], AdaSkipLlama],
-    request: PlanRequest,
     *,
     on_stage: Callable[[str], None],
     on_plans: Callable[[Profile, Mapping[str, Side]], None],
 ) -> DemoResult:
     """Run the demo on a model with a chat template, which ``open_model`` opens for a context of so many tokens.
 
-    ``on_stage`` gets a line about each stage when it begins, and ``on_plans`` the contenders before they run. In mode
-    ``"prompt"`` one of them is the paper's mode, with the same predicted time to the first token.
+    ``on_stage`` gets a line about each stage when it begins, and ``on_plans`` the contenders before they run. The
+    paper's mode has at least the predicted speed of the prompt mode.
     """
     with closing(open_model(N_LENGTH + N_ANSWER)) as llm:
         prompt = _prompt(llm)
-        profile = _learn(llm, on_stage, judges=MODES[request.mode].in_bulk)
-        sides = _contenders(profile, request, len(prompt))
+        profile = _learn(llm, on_stage)
+        sides = _contenders(profile, len(prompt))
         on_plans(profile, sides)
         _compare(llm, prompt, sides, on_stage)
 
@@ -133,38 +116,34 @@ def run(
             for key in keys:
                 llm.reset()
                 side.n_keys += key.score(greedy_text(llm, key.prompt, key.max_tokens)) == 1.0
-        return DemoResult(profile, sides, len(prompt), len(whole), len(keys), llm.n_threads)
+        return DemoResult(sides, len(prompt), len(whole), len(keys), llm.n_threads)
 
 
-def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None], *, judges: bool) -> Profile:
-    """Calibrate briefly; with ``judges``, also measure on one text how much loss skipping in the bulk adds."""
+def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None]) -> Profile:
+    """Calibrate briefly, and measure on one text how much loss skipping in the bulk adds."""
 
     def stage(label: str) -> AbstractContextManager[OnProgress]:
         on_stage(f"{label}, on {_N_REQUESTS} requests of Python's manual and library")
         return silent(label)
 
     profile = calibrate(
-        llm, n_requests=_N_REQUESTS, n_decode=_N_DECODE, cost=False, n_judged=int(judges), windows=False, on_stage=stage
+        llm, n_requests=_N_REQUESTS, n_decode=_N_DECODE, cost=False, n_judged=1, windows=False, on_stage=stage
     )
     on_stage("Timing the sublayers")
     return replace(profile, cost=measure_cost(llm, seconds=_COST_S))
 
 
-def _contenders(profile: Profile, request: PlanRequest, n_prompt: int) -> dict[str, Side]:
+def _contenders(profile: Profile, n_prompt: int) -> dict[str, Side]:
     cost = profile.cost
     assert cost is not None
 
-    def side(wanted: PlanRequest) -> Side:
-        plan = make_plan(profile, wanted.at(n_prompt))
+    def side(request: PlanRequest) -> Side:
+        plan = make_plan(profile, request.at(n_prompt))
         return Side(plan, cost.speedup(plan, n_prompt, "prefill"))
 
-    chosen = side(request)
-    if not MODES[request.mode].in_bulk:
-        return {WHOLE: Side(), f"mode {request.mode}": chosen}
-    papers = PlanRequest(
-        speedup=max(chosen.predicted, 1.0), mode="e2e", ranking="similarity", compensation=request.compensation
-    )
-    return {WHOLE: Side(), PROMPT: chosen, PAPERS: side(papers)}
+    prompt = side(PlanRequest(speedup=SPEEDUP))
+    papers = side(PlanRequest(speedup=prompt.predicted, mode="e2e", ranking="similarity"))
+    return {WHOLE: Side(), PROMPT: prompt, PAPERS: papers}
 
 
 def _prompt(llm: AdaSkipLlama) -> list[int]:
@@ -201,9 +180,7 @@ def _compare(llm: AdaSkipLlama, prompt: list[int], sides: Mapping[str, Side], on
 
 def _probes(llm: AdaSkipLlama) -> list[Probe]:
     """Return probes of held-out texts: the last tokens are the answer, all others the prompt."""
-    pages, sources = corpus.held_out(), python_sources()
-    texts = [pages[name] for name in _LOSS_PAGES if name in pages]
-    texts += [sources[name] for name in _LOSS_SOURCES if name in sources]
-    cut = [tuple(corpus.cut(llm, text, 1, _N_READ + _N_JUDGED)[0]) for text in texts]
-    split = [max(len(tokens) - _N_JUDGED, 1) for tokens in cut]
-    return [Probe("", "continuation", tokens, n, tokens[n:]) for tokens, n in zip(cut, split, strict=True)]
+    held_out = corpus.held_out() | python_sources()
+    texts = {name: held_out[name] for name in _LOSS_TEXTS if name in held_out}
+    items = text_items(llm, texts, n_items=len(texts), n_tokens=_N_READ + _N_JUDGED)
+    return [Probe("", "continuation", item.tokens, _N_READ, item.tokens[_N_READ:]) for item in items]

@@ -31,14 +31,14 @@ def silent(label: str) -> AbstractContextManager[OnProgress]:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) -> Iterator[OnProgress]:
-    """Yield a function that moves a progress bar on stderr; it does nothing if that is no terminal.
+def progress_bar(label: str, *, still: bool = False, lines: bool = False) -> Iterator[OnProgress]:
+    """Yield a function that moves a progress bar on stderr.
 
-    If ``is_patient``, the bar appears after 2 s, or once the work is known to take longer; else at its first move.
-    If ``still``, it is drawn only when it moves, because drawing disturbs measurements.
+    On a terminal, the bar appears after 2 s, or once the work is known to take longer. If ``still``, it is drawn only
+    when it moves, because drawing disturbs measurements. Elsewhere nothing is shown, or with ``lines`` a line a minute.
     """
     if not sys.stderr.isatty():
-        yield lambda fraction, words="": None
+        yield _line_a_minute(label) if lines else lambda fraction, words="": None
         return
     start = time.monotonic()
     columns = TextColumn(label), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.description}")
@@ -57,35 +57,24 @@ def progress_bar(label: str, *, is_patient: bool = True, still: bool = False) ->
     shown_later = threading.Timer(_SHOW_AFTER_S, bar.start)
 
     def on_progress(fraction: float, words: str = "") -> None:
-        takes_long = fraction > 0 and (time.monotonic() - start) / fraction > _SHOW_AFTER_S
-        if not bar.live.is_started and (takes_long or not is_patient):
+        if not bar.live.is_started and fraction > 0 and (time.monotonic() - start) / fraction > _SHOW_AFTER_S:
             bar.start()
         bar.update(task, completed=fraction, description=words, refresh=still)
 
     try:
-        if is_patient:
-            shown_later.start()
+        shown_later.start()
         yield on_progress
     finally:
         shown_later.cancel()
-        if is_patient:
-            shown_later.join()
+        shown_later.join()
         if bar.live.is_started:
             bar.stop()
 
 
-@contextlib.contextmanager
-def told_progress(label: str, *, still: bool = False, late: bool = False) -> Iterator[OnProgress]:
-    """As :func:`progress_bar`, but a line a minute if stderr is no terminal. A ``late`` bar appears once it moves."""
-    if sys.stderr.isatty():
-        with progress_bar(label, is_patient=False, still=still) as move:
-            if not late:
-                move(0.0)
-            yield move
-        return
+def _line_a_minute(label: str) -> OnProgress:
     start = last = time.monotonic()
 
-    def line(fraction: float, words: str = "") -> None:
+    def on_progress(fraction: float, words: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= _LINES_S and 0 < fraction < 1:
@@ -93,4 +82,4 @@ def told_progress(label: str, *, still: bool = False, late: bool = False) -> Ite
             left = max(round((now - start) * (1 - fraction) / fraction / 60), 1)
             print(f"{label}: {fraction:.0%} done, about {left} min left", file=sys.stderr, flush=True)
 
-    yield line
+    return on_progress

@@ -177,7 +177,7 @@ def count_splits(llm: AdaSkipLlama, plan: SkipPlan | None, case: Case) -> list[i
 def observe(llm: AdaSkipLlama, case: Case) -> PhaseStatistics:
     statistics = RequestStatistics(llm.n_layer)
     llm.set_plan(None)
-    with llm.collect_statistics(statistics.add, vectors=True):
+    with llm.collect_statistics(statistics.add):
         llm.reset()
         llm.eval(case[0])
     return statistics.result()

@@ -19,7 +19,7 @@ import sysconfig
 from pathlib import Path
 
 from adaskip_cpp import AdaSkipLlama
-from adaskip_cpp.engine.native import is_here
+from adaskip_cpp.engine.settings import is_here
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.corpus import cut
 from adaskip_cpp.measuring.judge import Judge, Probe, probes_of

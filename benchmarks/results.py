@@ -59,7 +59,8 @@ def speed(name: str, model: Path, profile: Path) -> None:
     loaded = Profile.load(profile)
     attention, ffn = (",".join(map(str, layers(loaded, kind, 12))) for kind in (0, 1))
     both = "/".join(",".join(map(str, layers(loaded, kind, 6))) for kind in (0, 1))
-    options = ("--attention", attention, "--ffn", ffn, "--both", both, "--contexts", 512, "--repeats", 20)
+    chosen = ("--layers", f"{attention}/", "--layers", f"/{ffn}", "--layers", both)
+    options = (*chosen, "--contexts", 512, "--repeats", 20)
     run("bench", model, "--profile", profile, "--mode", "prefill", *options)
 
 

@@ -1,3 +1,5 @@
+// Long because it has all functions of adaskip.h: each checks its arguments and calls one function of another file.
+
 #include "adaskip.h"
 
 #include "adaskip-error.h"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adaskip_cpp.progress import progress_bar, told_progress
+from adaskip_cpp.progress import progress_bar
 
 ERASED = "\x1b[2K"
 """What takes the last line of a terminal away."""
@@ -23,13 +23,24 @@ def test_without_a_terminal_there_is_a_line_a_minute_with_an_estimate(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("adaskip_cpp.progress.time.monotonic", lambda: now)
-    with told_progress("Searching") as on_progress:
+    with progress_bar("Searching", lines=True) as on_progress:
         for now, fraction in ((130.0, 0.1), (160.0, 0.2), (190.0, 0.3), (221.0, 0.4)):  # noqa: B007  # read above
             on_progress(fraction)
     assert capsys.readouterr().err.splitlines() == [
         "Searching: 20% done, about 4 min left",
         "Searching: 40% done, about 3 min left",
     ]
+
+
+def test_without_a_terminal_a_bar_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", 0.0)
+    for still in (True, False):
+        with progress_bar("Reading", still=still) as on_progress:
+            on_progress(0.5)
+            time.sleep(0.05)
+    assert capsys.readouterr() == ("", "")
 
 
 Shown = Callable[..., str]

@@ -56,41 +56,6 @@ class BenchSettings:
     flash_attention: bool = False
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """The model, the machine and the releases of a benchmark.
-
-    Attributes:
-        model: the model's name in its file.
-        file: the file's name.
-        architecture: the model's architecture.
-        fingerprint: hash of parts of the file.
-        n_layer: number of layers.
-        file_bytes: size of the file, in bytes.
-        quantisation: type of the weights, such as ``"Q4_0"``.
-        adaskip_cpp: release of adaskip-cpp.
-        llama_cpp_python: release of llama-cpp-python.
-        python: release of Python.
-        os: operating system.
-        load_average: load of the machine before the benchmark; None if the system does not measure it.
-        busy: whether that load disturbs the times.
-    """
-
-    model: str
-    file: str
-    architecture: str
-    fingerprint: str
-    n_layer: int
-    file_bytes: int
-    quantisation: str
-    adaskip_cpp: str
-    llama_cpp_python: str
-    python: str
-    os: str
-    load_average: float | None
-    busy: bool
-
-
 @dataclass
 class BenchResult:
     """The result of ``bench``, by contender.
@@ -102,7 +67,8 @@ class BenchResult:
         usage: memory of each contender's last process, in bytes.
         machine: the machine; None before the whole model was loaded.
         ended_by: the reason if the benchmark ended early, else None.
-        about: model, machine and releases.
+        configuration: the model and the releases in words, by name.
+        load_average: load of the machine before the benchmark; None if the system does not measure it.
     """
 
     settings: BenchSettings
@@ -111,7 +77,8 @@ class BenchResult:
     usage: dict[str, Usage] = field(default_factory=dict)
     machine: CostSettings | None = None
     ended_by: AdaSkipError | KeyboardInterrupt | None = None
-    about: Configuration | None = None
+    configuration: Mapping[str, str] = field(default_factory=dict)
+    load_average: float | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -121,7 +88,8 @@ class BenchResult:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
-            "configuration": self.about,
+            "configuration": self.configuration,
+            "load_average": self.load_average,
             "settings": self.settings,
             "machine": self.machine,
             "complete": self.ended_by is None,

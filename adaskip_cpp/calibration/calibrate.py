@@ -11,7 +11,7 @@ from typing import SupportsIndex, TypeAlias
 import numpy as np
 
 from ..engine.llama import AdaSkipLlama
-from ..engine.native import StatisticsBatch
+from ..engine.statistics import StatisticsBatch
 from ..errors import NativeError, RequestError
 from ..measuring import corpus
 from ..model.arrays import Vectors
@@ -196,7 +196,7 @@ def _observe(
             fit.add(batch.activations, batch.positions)
         advance(batch.dot.shape[2])
 
-    with llm.collect_statistics(sink, keep_logits=n_decode > 0, vectors=True, activations=fit is not None):
+    with llm.collect_statistics(sink, keep_logits=n_decode > 0, activations=fit is not None):
         if n_decode:
             with contextlib.closing(llm.generate(tokens, temp=0.0)) as generated:
                 for _ in range(n_decode + 1):  # the first one is sampled from the prompt's logits

@@ -20,7 +20,7 @@ from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .cost_fit import Group, Sample, fit
 
-_MAX_ROUNDS = 12
+_LEAST_ROUNDS, _MAX_ROUNDS = 3, 12  # one round alone would take a busy moment of the machine for a slow sublayer
 _N_DECODE = 12  # tokens timed per plan and round, after an untimed one that builds the plan's graph
 _SUBSET = 10  # growth with the context is measured on one attention in 10, so deep contexts take a tenth of the time
 
@@ -34,28 +34,19 @@ def measure_cost(
 ) -> CostModel:
     """Measure the time of each sublayer on this machine, which should be idle, with this model's settings.
 
-    The model's plan is put back at the end, also after an error or Ctrl-C; its KV cache is dropped.
-
-    Args:
-        contexts: tokens of context at which to time attentions, if the model's context and the time allow.
-        seconds: time to spend in up to 12 rounds, at most half of it on deep contexts. The first round always ends.
-        on_progress: called with the fraction of the time that has passed.
-
-    Raises:
-        RequestError: an argument is impossible, or the model's context is too small to measure in.
+    3 to 12 rounds take ``seconds``, at most half of them on deep contexts. Attentions are timed at ``contexts``, in
+    tokens, ascending, if the model's context and the time allow. The model's plan is put back at the end, also after an
+    error or Ctrl-C; its KV cache is dropped. Raises RequestError if the context is too small.
     """
-    if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
-        raise RequestError(f"cannot measure for {seconds!r} seconds; use a number above 0, such as 15")
-    measurement = _Measurement(llm, tuple(sorted(contexts)), float(seconds), on_progress)
     with set_aside(llm):
-        return measurement.run()
+        return _Measurement(llm, contexts, seconds, on_progress).run()
 
 
 class _Measurement:
     """The rounds that time ubatches without outputs, and tokens. With ``kept``, skipped attentions keep K and V."""
 
     def __init__(
-        self, llm: AdaSkipLlama, contexts: tuple[int, ...], seconds: float, on_progress: Callable[[float], object]
+        self, llm: AdaSkipLlama, contexts: Sequence[int], seconds: float, on_progress: Callable[[float], object]
     ) -> None:
         self.llm, self.seconds, self._contexts, self._on_progress = llm, seconds, contexts, on_progress
         self.groups = _groups(llm)
@@ -78,7 +69,9 @@ class _Measurement:
         self._eval("decode", 1, counts=False)
         self._start = perf_counter()
         n_rounds, elapsed = 0, 0.0
-        while n_rounds == 0 or (n_rounds < _MAX_ROUNDS and elapsed * (n_rounds + 1) / n_rounds <= self.seconds):
+        while n_rounds < _LEAST_ROUNDS or (
+            n_rounds < _MAX_ROUNDS and elapsed * (n_rounds + 1) / n_rounds <= self.seconds
+        ):
             self._round()
             n_rounds, elapsed = n_rounds + 1, perf_counter() - self._start
         fits = [self._fit(self.groups)]

@@ -45,7 +45,7 @@ def measure_divergence(
         """Return the mean divergences of ``which``, ``[2, len(which)]``."""
         request, judge, found = PlanRequest(mode="prompt", strategy="manual", tail=1), Judge(llm, _probes(llm, of)), []
         for done, (layer, kind) in enumerate(which):
-            scores = judge(profile.plan(PlanRequest.of(request, **{KINDS[kind]: (int(layer),)})))
+            scores = judge(profile.plan(request, **{KINDS[kind]: (int(layer),)}))
             found.append([_mean(judge.probes, scores, each) for each in ("continuation", "copying")])
             on_progress(begin + part * (done + 1) / len(which))
         return np.transpose(found)

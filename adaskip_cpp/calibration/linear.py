@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.native import Activations
+from ..engine.statistics import Activations
 from ..model.arrays import Floats, Vectors
 from ..model.statistics import WHOLE
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..engine.native import StatisticsBatch
+from ..engine.statistics import StatisticsBatch
 from ..model.arrays import Floats, Vectors
 from ..model.statistics import PhaseStatistics
 
@@ -21,29 +21,18 @@ class RequestStatistics:
         self.n_tokens = 0
 
     def add(self, batch: StatisticsBatch) -> None:
-        """Add a ubatch; raise a ValueError if its shapes differ from each other or from this model's."""
-        dot, u_sq, v_sq, sum_u, sum_v = batch.dot, batch.u_sq, batch.v_sq, batch.sum_u, batch.sum_v
-        n_layer, n_tokens = self._shape[0], dot.shape[-1]
-        if not (*self._shape, n_tokens) == dot.shape == u_sq.shape == v_sq.shape:
-            shapes = f"{dot.shape}, {u_sq.shape}, {v_sq.shape}"
-            raise ValueError(f"expected three arrays [{n_layer}, 2, n_tokens], got {shapes}")
-        if batch.layer_dot.shape != (n_layer, n_tokens):
-            raise ValueError(f"expected layer_dot [{n_layer}, {n_tokens}], got {batch.layer_dot.shape}")
-        if sum_u is None or sum_v is None:
-            raise ValueError("expected vectors; collect statistics with vectors=True")
-        if sum_u.ndim != 3 or sum_u.shape[:2] != self._shape or sum_v.shape != sum_u.shape:
-            raise ValueError(f"expected vectors [{n_layer}, 2, n_embd], got {sum_u.shape}, {sum_v.shape}")
-        self._vectors = self._vectors + np.stack([sum_u, sum_v])
+        u_sq, v_sq = batch.u_sq, batch.v_sq
+        self._vectors = self._vectors + np.stack([batch.sum_u, batch.sum_v])
         # Norms before their product: |u|^2 |v|^2 overflows float32 on massive activations.
         u, v = np.sqrt(u_sq, dtype=np.float32), np.sqrt(v_sq, dtype=np.float32)
-        self._cosine += (dot / np.maximum(u * v, _EPS)).sum(axis=2, dtype=np.float64)
+        self._cosine += (batch.dot / np.maximum(u * v, _EPS)).sum(axis=2, dtype=np.float64)
         # A layer's input is its attention's, its output its FFN's.
         layer_cosine = batch.layer_dot / np.maximum(u[:, 0] * v[:, 1], _EPS)
         self._layer_cosine += layer_cosine.sum(axis=1, dtype=np.float64)
         self._u_sq += u_sq.sum(axis=2, dtype=np.float64)
         self._v_sq += v_sq.sum(axis=2, dtype=np.float64)
         self._ratios.append(np.divide(v, u, out=np.full(u.shape, np.nan, np.float32), where=u > 0))
-        self.n_tokens += n_tokens
+        self.n_tokens += u_sq.shape[2]
 
     def result(self) -> PhaseStatistics:
         """Return the statistics so far, NaN for sublayers whose input or output is all 0 or not finite anywhere."""

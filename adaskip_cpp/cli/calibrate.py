@@ -9,14 +9,12 @@ import click
 
 from ..calibration.calibrate import calibrate as run
 from ..calibration.cost import measure_cost
-from ..calibration.linear import DEFAULT_RANK
 from ..files import check_output, json_text, read_text
 from ..measuring import corpus
 from ..measuring.running import Running, open_quietly
 from ..model.stored import vectors_path
-from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
-from ..progress import told_progress
+from ..progress import progress_bar
 from .planning import load_profile
 from .terminal import console, json_option, model_options, option, verb
 
@@ -35,13 +33,12 @@ _learning = partial(option, group="What to measure")
 @_learning("--tokens", type=click.IntRange(2), default=corpus.N_TOKENS, help="Tokens in each request.")
 @_learning("--decode-tokens", "n_decode", type=click.IntRange(1), default=32,
            help="Tokens to decode after 20 of the requests.")  # fmt: skip
-@_learning("--rank", type=click.IntRange(0, 4096), default=DEFAULT_RANK, help="Rank of the linear maps; 0: no maps.")
 @_learning("--cost-only", is_flag=True, help="Only time the sublayers again, here; keep the rest of PROFILE.")
 @_learning("--no-cost", is_flag=True, help="Do not time the sublayers. Then --speedup cannot be used.")
 @model_options
 @json_option
 def calibrate(
-    model: str, output: str, files: tuple[str, ...], requests: int, tokens: int, n_decode: int, rank: int,
+    model: str, output: str, files: tuple[str, ...], requests: int, tokens: int, n_decode: int,
     no_cost: bool, cost_only: bool, running: Running, as_json: bool
 ) -> None:  # fmt: skip
     """Measure which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
@@ -56,7 +53,7 @@ def calibrate(
     if cost_only:
         profile = load_profile(model, output)
         llm = open_quietly(model, _CTX_TIMED, running)
-        with told_progress("Timing the sublayers") as on_progress:
+        with progress_bar("Timing the sublayers", lines=True) as on_progress:
             profile = replace(profile, cost=measure_cost(llm, on_progress=on_progress))
     else:
         n_ctx = max(tokens + n_decode, 0 if no_cost else _CTX_TIMED)
@@ -67,7 +64,6 @@ def calibrate(
             n_requests=requests,
             n_tokens=tokens,
             n_decode=n_decode,
-            rank=rank,
             cost=not no_cost,
             description=", ".join(map(os.path.basename, files)) or None,
         )
@@ -84,8 +80,6 @@ def calibrate(
 
 def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> None:
     out = console()
-    print_heatmap(out, profile.similarity)
-    out.print()
     short = f" (the text is too short for {n_asked})" if profile.n_requests < n_asked else ""
     out.print(f"Calibrated on {profile.n_requests} requests{short}: {profile.n_tokens:,} tokens of {profile.corpus}.")
     timed = ". No sublayer was timed." if profile.cost is None else ", and the sublayers were timed on this machine."

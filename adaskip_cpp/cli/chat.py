@@ -1,11 +1,10 @@
 """``adaskip-cpp chat``: a conversation with a model, with or without a plan. Start at :class:`Conversation`."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import click
 from rich.console import Console
@@ -14,21 +13,17 @@ from ..engine.generation import Generation, Message, Timing, chat_tokens, has_ch
 from ..engine.llama import AdaSkipLlama
 from ..errors import RequestError
 from ..measuring.running import Running, open_quietly
-from ..model.identity import profile_path
 from ..planning.profile import Profile
-from ..planning.request import PlanRequest
-from ..planning.strategies import make_plan
 from ..progress import progress_bar
 from .plan import print_plan
-from .planning import PlanSource, load_profile, source_options
-from .report import PHASE_WORDS, first_token_line, skipped_counts, skipped_words
+from .planning import PlanSource, source_options
+from .report import first_token_line, skipped_counts, skipped_words
 from .terminal import answer_options, console, is_broken_pipe, option, users_error, verb
 
 _HELP = """\
-/reset   begin a new conversation
-/plan    show which sublayers are skipped
-/skip N  skip N sublayers from now on (needs a profile)
-/quit    end the chat, like Ctrl-D (Windows: Ctrl-Z); Ctrl-C stops an answer
+/reset  begin a new conversation
+/plan   show which sublayers are skipped
+/quit   end the chat, like Ctrl-D (Windows: Ctrl-Z); Ctrl-C stops an answer
 In the lines below an answer, "/s" means tokens per second. "12+3" means
 12 sublayers of the plan, and 3 FFNs that this answer added to them."""
 
@@ -51,17 +46,14 @@ def chat(
     --speedup is predicted for a conversation of half of --ctx. Without options for a plan, it uses the plans and
     settings that `adaskip-cpp tune` wrote beside MODEL, or else the whole model.
     """
-    plan = source.plan(max(ctx // 2, 1))
-    llm = open_quietly(model, ctx, running, **(source.opening(1) if source.frontier is not None else {}))
+    llm = open_quietly(model, ctx, running, **source.opening(max(ctx // 2, 1)))
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
-    if plan is not None:
-        llm.set_plan(plan)  # opening with the plan would leave out KV that other plans of /skip need
     if seed is not None:
         llm.set_seed(seed)
     err = console(stderr=True)
     source.tell(err, llm)
-    Conversation(llm, system, max_tokens, temp, source.profile, source.request or PlanRequest(), err).run()
+    Conversation(llm, source.profile, max_tokens, temp, err, system).run()
 
 
 @dataclass
@@ -69,17 +61,15 @@ class Conversation:
     """Reads messages from stdin until its end. Answers go to stdout, all other text to stderr."""
 
     llm: AdaSkipLlama
-    system: str | None
+    profile: Profile | None
     max_tokens: int
     temperature: float
-    profile: Profile | None
-    request: PlanRequest
     err: Console
+    system: str | None = None
     messages: list[Message] = field(default_factory=list)
 
     def run(self) -> None:
         llm = self.llm
-        self.reset()
         if sys.stdin.isatty():
             skips = "the whole model" if llm.plan is None or llm.plan.is_whole else skipped_words(llm.plan)
             if llm.frontier is not None:
@@ -92,7 +82,7 @@ class Conversation:
                 elif text.split()[0] in ("/quit", "/exit"):
                     return
                 else:
-                    self.command(*text.split())
+                    self.command(text.split()[0])
             except Exception as error:
                 if is_broken_pipe(error) or (line := users_error(error)) is None:
                     raise
@@ -101,11 +91,9 @@ class Conversation:
     def tell(self, text: str, style: str = "dim") -> None:
         self.err.print(text, style=style, markup=False, soft_wrap=True)
 
-    def reset(self) -> None:
-        self.messages = [("system", self.system)] if self.system else []
-
     def ask(self, text: str) -> Generation:
-        prompt = chat_tokens(self.llm, [*self.messages, ("user", text)])
+        system: list[Message] = [("system", self.system)] if self.system else []
+        prompt = chat_tokens(self.llm, [*system, *self.messages, ("user", text)])
         n_ctx = self.llm.context_size
         if len(prompt) >= n_ctx:
             raise RequestError(
@@ -142,42 +130,18 @@ class Conversation:
             if generation.timing.is_cut:
                 self.tell("(the context is full; /reset begins a new conversation)")
 
-    def command(self, name: str, *arguments: str) -> None:
+    def command(self, name: str) -> None:
         if name == "/reset":
-            self.reset()
+            self.messages = []
             self.tell("(a new conversation)")
-        elif name == "/skip":
-            self.skip(*arguments)
         elif name == "/plan" and (plan := self.llm.plan) is not None:
-            print_plan(self.err, plan, None if self.profile is None else self.profile.similarity)
+            print_plan(self.err, plan)
         elif name == "/plan":
             self.tell("Nothing is skipped now. For plans, run `adaskip-cpp tune`, or start with --profile.", style="")
         else:
             if name != "/help":
                 self.tell(f"There is no command {name}.", style="")
             self.tell(_HELP)
-
-    def skip(self, *arguments: str) -> None:
-        beside = profile_path(self.llm.model_path)
-        if self.profile is None and not os.path.exists(beside):
-            return self.tell("/skip needs a profile; start the chat with --profile PROFILE.", style="")
-        try:
-            (n_skip,) = map(int, arguments)
-        except ValueError:
-            return self.tell("/skip needs a number of sublayers; type for example /skip 8.", style="")
-        strategy = "adaskip" if self.request.strategy == "manual" else self.request.strategy
-        request = replace(
-            self.request, n_skip=n_skip, speedup=None, phase=None, strategy=strategy, attention=(), ffn=()
-        )
-        self.profile = self.profile or load_profile(self.llm.model_path, beside)
-        plan = make_plan(self.profile, request)
-        self.llm.set_plan(plan)
-        self.request = request
-        where = PHASE_WORDS[plan.prompt_phase]
-        self.tell(
-            f"({plan.skipped('bulk').n_skip} sublayers skipped in {where}, {plan.decode.n_skip} in decode; parts of "
-            "the conversation may be read again)"
-        )
 
 
 def _messages() -> Iterator[str]:

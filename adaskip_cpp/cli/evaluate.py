@@ -17,10 +17,9 @@ from ..measuring.running import Running
 from ..measuring.synthetic import TASKS
 from ..model.mode import MODES
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from ..planning.strategies import STRATEGIES
-from ..progress import told_progress
+from ..progress import progress_bar
 from .lists import names, numbers
-from .planning import plan_file_option
+from .planning import CHOOSERS, plan_file_option
 from .terminal import CHOOSING, RUNNING, console, json_option, model_options, option, table, verb
 
 _AGAIN = "; may be repeated"
@@ -45,10 +44,8 @@ _speed = partial(option, group="Speed")
         "a tenth, a fifth and a quarter of all]")  # fmt: skip
 @option("--text", "text_files", multiple=True, metavar="FILE", help=f"UTF-8 text{_AGAIN}.  [default: --builtin pages]")
 @_choosing("--strategy", "strategies", multiple=True,
-           type=click.Choice([name for name in STRATEGIES if name != "manual"]),
-           help=f"How to choose sublayers{_AGAIN}.  [default: all]")  # fmt: skip
+           type=click.Choice(CHOOSERS), help=f"How to choose sublayers{_AGAIN}.  [default: all]")  # fmt: skip
 @plan_file_option
-@_choosing("--speedup", "speedups", type=numbers(float, "1.2,1.4"), help="Also plans of predicted speed-ups, as 1.2.")
 @_choosing("--mode", "modes", multiple=True, type=click.Choice(MODES), help=f"A mode{_AGAIN}.  [default: all]")
 @_choosing("--compensation", "compensations", type=names(list(COMPENSATIONS)), help="For strategy adaskip: "
            f"{', '.join(COMPENSATIONS)}; see `generate --help`.  [default: {DEFAULT_COMPENSATION}]")  # fmt: skip
@@ -66,14 +63,9 @@ _speed = partial(option, group="Speed")
 @_question("--depths", type=numbers(float, "0.1,0.5", least=0), default="0.1,0.5,0.9",
            help="Places of the answer in the prompt: 0 is its beginning, 1 its end.")  # fmt: skip
 @_question("--per", "n_per", type=click.IntRange(min=1), default=_DEFAULTS.n_per, help="Questions per task and place.")
-@_question("--seed", type=int, default=_DEFAULTS.seed, help="Random seed of these tasks.")
-@_question("--tasks", multiple=True, metavar="FILE", help=f"A LongBench or L-Eval file (JSONL){_AGAIN}.")
+@_question("--tasks", multiple=True, metavar="FILE", help=f"A LongBench or L-Eval file (JSONL){_AGAIN}. LongBench's "
+           "dataset2prompt.json and dataset2maxlen.json are read from its folder.")  # fmt: skip
 @_question("--tasks-items", type=click.IntRange(min=1), help="Questions from each of these files.  [default: all]")
-@_question("--tasks-prompts", metavar="JSON",
-           help="LongBench's dataset2prompt.json.  [default: a prompt for multi_news; L-Eval needs none]")  # fmt: skip
-@_question("--tasks-lengths", metavar="JSON", help="LongBench's dataset2maxlen.json.  [default: that of multi_news]")
-@_question("--chat/--raw", default=None, help="Put questions into the model's chat template, or not.  [default: those "
-           "of --tasks, if there is one]")  # fmt: skip
 @_speed("--rounds", "n_rounds", type=click.IntRange(min=0), default=_DEFAULTS.n_rounds,
         help="Timings per plan; 0: none.")  # fmt: skip
 @_speed("--speed-context", type=click.IntRange(min=2), help="Tokens of the timed prompt.  [default: 1024, or fewer]")
@@ -85,13 +77,13 @@ def evaluate(model: str, profile_path: str | None, output: str, running: Running
 
     It runs the plans of `tune`, one for each promise. With --profile, it also runs every strategy with every budget in
     every mode. FOLDER keeps each result: after Ctrl-C or a crash, the same command continues. At the end FOLDER has
-    report.html, results.json, results.md and pictures.
+    report.html, results.json and a picture.
     """
     context = click.get_current_context()
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     command = join(["adaskip-cpp", "evaluate", *context.meta["arguments"]])
     err = console(stderr=True)
-    with told_progress("Evaluating", late=True) as on_progress:
+    with progress_bar("Evaluating", lines=True) as on_progress:
         found = measure.evaluate(
             model,
             profile_path,

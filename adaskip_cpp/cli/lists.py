@@ -31,7 +31,9 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest
 
 class _Two(_List):
     def parse(self, text: str) -> tuple[Any, ...]:
-        first, second = map(super().parse, text.split("/"))
+        first, second = (super(_Two, self).parse(part) if part else () for part in text.split("/"))
+        if not (first or second):
+            raise ValueError(text)
         return first, second
 
 

@@ -1,6 +1,6 @@
 """``adaskip-cpp plan``: shows the plan that a profile gives, with all ranks, and the predicted speed-up."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -9,19 +9,17 @@ from rich.console import Console
 from rich.table import Column
 
 from ..files import check_output, json_text
-from ..model.arrays import Floats
 from ..model.mode import MODES
 from ..model.plan import PHASES, TIMED, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KIND_NAMES, KINDS, SkipSet, ranked
 from ..model.stored import plain
-from ..pictures.heatmap import print_heatmap
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.speedup import seconds_saved
 from ..planning.strategies import make_plan, what_is_lost
 from .planning import plan_options
-from .report import PHASE_WORDS, layer_list, window_words
+from .report import PHASE_WORDS, layer_list, seconds, window_words
 from .terminal import OUTPUT, console, json_option, option, table, verb
 from .tune_report import print_frontier
 
@@ -47,8 +45,8 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     The table has these columns for each sublayer. "divergence": of next-token probabilities if the bulk skips it alone,
     in thousandths of a nat per token. "rank": its place by divergence times the layers above it; rank 1 loses least.
     Modes other than prompt rank by IO similarity, and show it. "ms": the predicted milliseconds that skipping it alone
-    saves, for a whole prompt or for one decoded token (see --phase). "skip": b, p, d if bulk, prefill, decode skip it.
-    "scale": the factor of its input.
+    saves for a whole prompt, or with --mode decode for one decoded token. "skip": b, p, d if bulk, prefill, decode skip
+    it. "scale": the factor of its input.
     """
     out = console()
     if is_plan_file(profile_path):
@@ -61,8 +59,6 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     profile = Profile.load(profile_path)
     request = request or PlanRequest()
     phase = request.faster_phase
-    if request.speedup is None:
-        request = replace(request, phase=None)  # without a speed-up, --phase only chooses the times to show
     chosen = make_plan(profile, request.at(context))
     if output is not None:
         save_plan(output, chosen)
@@ -85,7 +81,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
         }
         click.echo(json_text(told), nl=False)
         return
-    print_plan(out, chosen, profile.similarity)
+    print_plan(out, chosen)
     _print_rows(out, rows)
     if cost is None:
         out.print("No speed-up is predicted, because the profile has no times; `calibrate --cost-only` adds them.")
@@ -95,7 +91,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
         measured = f"predicted from times of {cost.settings.words}, up to {cost.deepest:,} tokens"
         out.print(f"ms: time saved in {what}, {measured}", style="dim", markup=False)
         out.print(f"Predicted speed-up at {context:,} tokens: {words}.")
-        out.print(f"Predicted first token: after {first['plan']:.3g} s, whole model {first['full']:.3g} s.")
+        out.print(f"Predicted first token: after {seconds(first['plan'])}, whole model {seconds(first['full'])}.")
     _print_elided(out, chosen)
     if output is not None:
         out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True, markup=False)
@@ -141,7 +137,7 @@ def _phases(plan: SkipPlan) -> list[tuple[Phase, SkipSet]]:
     return [(phase, plan.skipped(phase)) for phase in PHASES if phase in own]
 
 
-def print_plan(out: Console, chosen: SkipPlan, similarity: Floats | None = None) -> None:
+def print_plan(out: Console, chosen: SkipPlan) -> None:
     phases = [(name, chosen.decode if name == "decode" else each) for name, each in _phases(chosen)]
     (name, first), *others = phases
     counts = "".join(f", {each.n_skip} in {name}" for name, each in others)
@@ -150,9 +146,6 @@ def print_plan(out: Console, chosen: SkipPlan, similarity: Floats | None = None)
         f"{window_words(chosen)}{counts}[/]: "
         f"strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
     )
-    if similarity is not None:
-        out.print()
-        print_heatmap(out, similarity, np.any([each.skip for _, each in phases], axis=0))
     alike = all(np.array_equal(first.skip, each.skip) for _, each in phases)
     told = [phases[0], *(pair for pair in others if pair[1].n_skip)] if name == "bulk" else phases
     for name, each in phases[-1:] if alike else told:

@@ -14,7 +14,7 @@ from ..errors import AdaSkipError
 from ..model.frontier import DEFAULT_LOSS, Frontier
 from ..model.identity import check_model, plan_path, profile_path
 from ..model.mode import MODES
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, TIMED, SkipPlan
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, SkipPlan
 from ..model.plan_file import PlanFile, load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.profile import Profile
@@ -25,6 +25,9 @@ from .report import skipped_words
 from .terminal import CHOOSING, made_of, option, options
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+CHOOSERS = [name for name in STRATEGIES if name != "manual"]
+"""The strategies that choose sublayers themselves."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,8 @@ def find_plan_source(
     if full:
         return PlanSource()
     if profiled:
-        path = profile or profile_path(model)
-        if profile is None and not os.path.exists(path):
-            raise click.UsageError("a plan is made from a profile; give --profile, or run `adaskip-cpp calibrate`")
-        note = f"The profile is {path}." if profile is None else ""
-        return PlanSource(load_profile(model, path), request or PlanRequest(), note=note)
+        found_profile, note = find_profile(model, profile)
+        return PlanSource(found_profile, request or PlanRequest(), note=note)
     found, note = None, ""
     if plan_file is not None:
         found = load_plan(plan_file, model=model)
@@ -119,6 +119,16 @@ def find_plan_source(
     return PlanSource(file=found, max_loss=max_loss, note=note)
 
 
+def find_profile(model: str, path: str | None) -> tuple[Profile, str]:
+    """Return the given profile, or the one beside the model with a note that names it."""
+    if path is not None:
+        return load_profile(model, path), ""
+    beside = profile_path(model)
+    if not os.path.exists(beside):
+        raise click.UsageError("a plan is made from a profile; give --profile, or run `adaskip-cpp calibrate`")
+    return load_profile(model, beside), f"The profile is {beside}."
+
+
 def load_profile(model: str, path: str) -> Profile:
     profile = Profile.load(path)
     check_model(profile.model, model, path)
@@ -132,10 +142,8 @@ def _request(**given: Any) -> PlanRequest | None:
     by_hand = not chosen.keys().isdisjoint(("attention", "ffn"))
     if by_hand + ("n_skip" in chosen) + ("speedup" in chosen) > 1:
         raise click.UsageError("give either --skip or --speedup, or list what to skip with --attention and --ffn")
-    if by_hand and chosen.get("strategy", "manual") != "manual":
+    if by_hand and "strategy" in chosen:
         raise click.UsageError("--attention and --ffn list the sublayers to skip; leave out --strategy")
-    if chosen.get("strategy") == "manual" and not by_hand:
-        raise click.UsageError("--strategy manual needs a list of sublayers; give --attention or --ffn")
     if "online" in chosen and MODES[chosen.get("mode", "prompt")].in_bulk and not chosen.get("decode"):
         raise click.UsageError("--no-online has no effect when decode skips nothing; give --decode or --mode too")
     return PlanRequest(**{**chosen, "strategy": "manual"} if by_hand else chosen)
@@ -151,9 +159,8 @@ _OPTIONS = {
     "n_skip": option("--skip", "n_skip", type=click.IntRange(min=0),
                      help=f"Sublayers to skip.  [default: {DEFAULT_N_SKIP}]"),
     "speedup": option("--speedup", type=click.FloatRange(min=1), help="Instead of --skip: skip enough for this "
-                      "speed-up, as predicted from the times in the profile. 1.5: 1.5 times as fast."),
-    "phase": _choosing("--phase", click.Choice(TIMED), "The phase that --speedup makes faster.",
-                       "prefill; decode with --mode decode"),
+                      "speed-up of the first token (with --mode decode of the others), as predicted from the times in "
+                      "the profile. 1.5: 1.5 times as fast."),
     "mode": _choosing("--mode", click.Choice(MODES), "Phases that skip. prompt: the bulk, which is a prompt without "
                       "its head and tail. prefill: the whole prompt and decode skip the same sublayers. decode: only "
                       "decode. e2e: as prefill, and decode adds FFNs (see --no-online).", "prompt"),
@@ -161,10 +168,9 @@ _OPTIONS = {
     "head": _choosing("--head", click.IntRange(0), "Tokens at a prompt's beginning that skip nothing.", DEFAULT_HEAD),
     "tail": _choosing("--tail", click.IntRange(1), "Tokens at a prompt's end that skip nothing.", DEFAULT_TAIL),
     "windowed": _choosing("--windowed", click.IntRange(0),
-                          "Number of attentions with a window in the bulk, counted from the last layer.",
+                          "Number of attentions with a window in the bulk, an eighth of the prompt; the last layers'.",
                           "the best number for --speedup, else 0"),
-    "window_size": _choosing("--window-size", click.IntRange(1), "Tokens in a window.", "an eighth of the prompt"),
-    "strategy": _choosing("--strategy", click.Choice(list(STRATEGIES)), "How to choose sublayers.", "adaskip"),
+    "strategy": _choosing("--strategy", click.Choice(CHOOSERS), "How to choose sublayers.", "adaskip"),
     "attention": _choosing("--attention", LAYERS, "Layers whose attention to skip, as 1,5-7. No others but --ffn."),
     "ffn": _choosing("--ffn", LAYERS, "Layers whose FFN to skip, as 1,5-7. No others but --attention."),
     "compensation": _choosing("--compensation", click.Choice(list(COMPENSATIONS)), "What replaces the output of a "

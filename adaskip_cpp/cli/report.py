@@ -24,6 +24,11 @@ def megabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes < 1e8 else f"{n_bytes / 1e6:,.0f} MB"
 
 
+def seconds(value: float) -> str:
+    """Return a time with three digits: ``12.3 ms``, ``1.23 s`` or ``123 s``."""
+    return f"{value:.3g} s" if value >= 100 else f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
 def layer_list(layers: Sequence[int]) -> str:
     """Return ``1, 5-7``, or ``none``."""
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
@@ -48,7 +53,7 @@ def first_token_line(
     That is the measured time, times the speed-up that a cost model or a point of a frontier predicts. Its predicted
     seconds are not used, because another machine may have been measured, or a less busy one.
     """
-    line = f"first token after {_seconds(timing.first_token_s)}"
+    line = f"first token after {seconds(timing.first_token_s)}"
     if plan is None or not (plan.skipped("bulk").n_skip or plan.narrowed):
         return line
     if cost is not None:
@@ -57,11 +62,7 @@ def first_token_line(
         times = point.speedup(timing.n_prompt)
     else:
         return line
-    return f"{line}; predicted without the plan: {_seconds(timing.first_token_s * times)}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
+    return f"{line}; predicted without the plan: {seconds(timing.first_token_s * times)}"
 
 
 def skipped_words(plan: SkipPlan) -> str:
@@ -96,13 +97,13 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
         f"skipped: {prompt} {of} sublayers in {where} ({counts}){window_words(plan)}",
         f"         {decode + added} {of} in decode ({len(now.attention)} attention, {len(now.ffn)} FFN{online})",
     ]
-    learned = llm.online
-    if learned is None:
+    learned, stage = llm.online, plan.online
+    if learned is None or stage is None:
         return lines
     if learned.ffn:
         found = f"FFN of layers {layer_list(learned.ffn)} added"
-    elif learned.n_tokens >= learned.window:
-        found = f"no FFN added: none as similar as {learned.threshold:.4f}"
+    elif learned.n_tokens >= stage.window:
+        found = f"no FFN added: none as similar as {stage.threshold:.4f}"
     else:
-        found = f"no FFN added: {learned.n_tokens} of {learned.window} tokens observed"
+        found = f"no FFN added: {learned.n_tokens} of {stage.window} tokens observed"
     return [*lines, f"online:  {found}"]

@@ -5,7 +5,6 @@ import errno
 import functools
 import io
 import os
-import re
 import signal
 import sys
 import threading
@@ -20,7 +19,6 @@ from rich.table import Column, Table
 
 from ..engine.rpc import add_rpc_server
 from ..errors import AdaSkipError
-from ..files import write_atomically
 from ..measuring.running import Running
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -190,22 +188,6 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
-@contextlib.contextmanager
-def save_svg(path: str, title: str) -> Iterator[Console]:
-    """Yield a console and save its output as an SVG file that loads nothing from the network."""
-    out = Console(
-        file=io.StringIO(),
-        highlight=False,
-        record=True,
-        width=80,
-        force_terminal=True,
-        color_system="truecolor",
-        legacy_windows=False,
-    )
-    yield out
-    write_atomically(path, re.sub(r"@font-face \{.*?\}\s*", "", out.export_svg(title=title), flags=re.DOTALL))
-
-
 def options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
     return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(added), command)
 
@@ -243,14 +225,20 @@ def _run_with(threads: int | None, gpu_layers: int, flash_attn: bool | None, rpc
 
 _running = functools.partial(option, group=RUNNING)
 
-model_options = options(
-    _running("--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: as tuned, else physical cores]"),
-    _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there are any; -1: all."),
-    _running("--flash-attn/--no-flash-attn", default=None, help="Use flash attention.  [default: as tuned, else no]"),
-    _running("--rpc", multiple=True, metavar="HOST:PORT", help="An rpc-server of llama.cpp that runs layers. It gets "
-             "layers before local GPUs do. May be repeated."),
-    made_of(_run_with, "running", "threads", "gpu_layers", "flash_attn", "rpc"),
-)  # fmt: skip
+
+def model_options_with(threads: str, flash_attn: str) -> Callable[[_Command], _Command]:
+    """The options of a model, with the defaults that the help shows for two of them."""
+    return options(
+        _running("--threads", type=click.IntRange(1, 512), help=f"CPU threads.  [default: {threads}]"),
+        _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there is one; -1: all."),
+        _running("--flash-attn/--no-flash-attn", default=None, help=f"Use flash attention.  [default: {flash_attn}]"),
+        _running("--rpc", multiple=True, metavar="HOST:PORT", help="An rpc-server of llama.cpp that runs layers. It "
+                 "gets layers before local GPUs do. May be repeated."),
+        made_of(_run_with, "running", "threads", "gpu_layers", "flash_attn", "rpc"),
+    )  # fmt: skip
+
+
+model_options = model_options_with("as tuned, else physical cores", "as tuned, else no")
 
 
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:

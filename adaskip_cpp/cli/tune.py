@@ -13,10 +13,10 @@ from ..measuring.tasks import read_texts
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import fingerprint, plan_path
 from ..model.plan_file import frontier_dict, save_plan
-from ..progress import told_progress
+from ..progress import progress_bar
 from ..tuning import tune as tuning
 from ..tuning.memo import Memo
-from .terminal import OUTPUT, console, json_option, model_options, option, verb
+from .terminal import OUTPUT, console, json_option, model_options_with, option, verb
 from .tune_report import minutes, print_frontier
 
 
@@ -31,14 +31,13 @@ from .tune_report import minutes, print_frontier
         "repeated.  [default: pages, sources and docstrings of Python's library]")  # fmt: skip
 @option("--text", "text_files", multiple=True, metavar="FILE",
         help="Other UTF-8 text, to judge answers; may be repeated.  [default: more of Python's library]")  # fmt: skip
-@model_options
+@model_options_with("the fastest number", "if it is faster")
 @option("-o", "--output", group=OUTPUT, metavar="PLAN",
         help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
-@option("--fresh", group=OUTPUT, is_flag=True, help="Start again; do not continue a run that was stopped.")
 @json_option
 def tune(
     model: str, context: int, n_answer: int, files: tuple[str, ...], text_files: tuple[str, ...], output: str | None,
-    fresh: bool, running: Running, as_json: bool
+    running: Running, as_json: bool
 ) -> None:  # fmt: skip
     """Find the settings and plans that make MODEL, a GGUF file, fastest on this machine. Write them to a plan file.
 
@@ -54,7 +53,7 @@ def tune(
 
     An edited prompt shares tokens with the one before. `tune` also measures the loss if these are not read again.
 
-    It reads at most 120,000 tokens. If it was stopped, the same command continues where it was.
+    It reads at most 150,000 tokens. If it was stopped, the same command continues where it was.
     """
     start = time.monotonic()
     target = output or plan_path(model)
@@ -63,10 +62,7 @@ def tune(
         raise DataError(f"{min(both)!r} is given to --data and --text; give each a file of its own")
     data, texts = read_texts(files), read_texts(text_files)
     key = content_hash([fingerprint(model), context, n_answer, data, texts, running.given(), running.gpu_layers])
-    unfinished = f"{target.removesuffix('.json')}-unfinished.json"
-    if fresh:
-        Memo(unfinished).remove()
-    memo = Memo(unfinished, key)
+    memo = Memo(f"{target.removesuffix('.json')}-unfinished.json", key)
     tell = partial(console(stderr=True).print, style="dim", markup=False, soft_wrap=True)
     tell("This measures the speed of this machine, so run nothing else. After Ctrl-C, the same command continues.")
     frontier = tuning.tune(
@@ -77,7 +73,7 @@ def tune(
         texts=texts or None,
         given=running.given(),
         memo=memo,
-        on_stage=told_progress,
+        on_stage=partial(progress_bar, lines=True),
         tell=tell,
         n_gpu_layers=running.gpu_layers,
     )

@@ -10,6 +10,7 @@ from ..model.edits import WIDE
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, GROWTH, Frontier
 from ..model.settings import Settings
 from ..pictures.profile_plots import LENGTHS
+from .report import seconds
 from .terminal import table
 
 _PROMISES = (0.02, DEFAULT_LOSS, 0.1)
@@ -115,7 +116,7 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
     names = ("diver-\ngence", "added\nloss", "in\ncopies", "same\ntoken", "changed\nkeys", "from a\npromise of")
     columns = (Column(name, justify="right", no_wrap=True) for name in names)
     title = f"Edited prompts of {frontier.edits[0].judged_at:,} tokens"
-    rows = table(Column("\nedits", no_wrap=True), *columns, padding=(0, 1), title=title)
+    rows = table(Column("\nedits", no_wrap=True), *columns, padding=0, pad_edge=True, title=title)
     for each in frontier.edits:
         needed = each.needs(each.judged_at) / EDITS_SHARE
         rows.add_row(
@@ -149,7 +150,7 @@ def _print_speeds(out: Console, frontier: Frontier) -> None:
         ends = "" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})"
         out.print(
             f"Measured: the first token after {each.context:,} tokens comes {ratio.value:.2f}{ends} times as fast "
-            f"{words[each.of]} ({after:.3g} s instead of {before:.3g} s)."
+            f"{words[each.of]} ({seconds(after)} instead of {seconds(before)})."
         )
 
 

@@ -17,9 +17,7 @@ from ..model.identity import plan_path
 from .llama import AdaSkipLlama
 
 _STOCK = llama_cpp.Llama
-
 _PACKAGE = __name__.partition(".")[0]
-
 _LOG = logging.getLogger(_PACKAGE)
 
 _WITHOUT_PLANS = {

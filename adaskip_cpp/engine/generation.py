@@ -3,7 +3,7 @@
 import codecs
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
 from typing import Literal, TypeAlias
 
@@ -38,73 +38,72 @@ class Timing:
         return self.decode_s / (self.n_generated - 1) if self.n_generated > 1 else None
 
 
+@dataclass(eq=False)
 class Generation:
     """The answer to a prompt of token ids: iterate over it once for its text. ``on_stage`` shows reading the prompt.
 
     ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated.
     """
 
-    def __init__(
-        self,
-        llm: AdaSkipLlama,
-        prompt: list[int],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        on_stage: Stage = silent,
-    ) -> None:
-        if not prompt:
+    llm: AdaSkipLlama
+    prompt: list[int]
+    _: KW_ONLY
+    max_tokens: int
+    temperature: float = 0.0
+    on_stage: Stage = silent
+    timing: Timing | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        n, n_ctx = len(self.prompt), self.llm.context_size
+        if n == 0:
             raise RequestError("the prompt is empty; write something to answer")
-        if max_tokens < 1:
-            raise RequestError(f"cannot generate {max_tokens} tokens; use at least 1")
-        n_ctx = llm.context_size
-        if len(prompt) >= n_ctx:
-            raise RequestError(f"the prompt has {len(prompt)} tokens, the context {n_ctx}; shorten it or raise --ctx")
-        self._llm, self._prompt, self._temperature, self._on_stage = llm, prompt, temperature, on_stage
-        self._max_tokens, self._room = max_tokens, n_ctx - len(prompt)
-        self.timing: Timing | None = None
+        if self.max_tokens < 1:
+            raise RequestError(f"cannot generate {self.max_tokens} tokens; use at least 1")
+        if n >= n_ctx:
+            raise RequestError(f"the prompt has {n} tokens, the context {n_ctx}; shorten it or raise --ctx")
 
     def __iter__(self) -> Generator[str, None, None]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        n_before, was_empty = self._llm.n_evaluated, self._llm.n_tokens == 0
-        n_evaluated = len(self._prompt)
+        n_before, was_empty = self.llm.n_evaluated, self.llm.n_tokens == 0
+        n_evaluated = n_prompt = len(self.prompt)
+        room = self.llm.context_size - n_prompt
         first = last = start = time.perf_counter()
         n_generated = 0
         is_cut = False
-        tokens = self._llm.generate(self._prompt, temp=self._temperature)
+        tokens = self.llm.generate(self.prompt, temp=self.temperature)
         try:
             for token in chain(self._first(tokens), tokens):
                 last = time.perf_counter()
                 if n_generated == 0:
                     first = last
                     if not was_empty:
-                        n_evaluated = min(max(self._llm.n_evaluated - n_before, 1), len(self._prompt))
+                        n_evaluated = min(max(self.llm.n_evaluated - n_before, 1), n_prompt)
                 n_generated += 1
-                if self._llm.is_eog(token):
+                if self.llm.is_eog(token):
                     break
                 # A token may end inside a character: the decoder keeps its bytes until the others come.
-                if text := decoder.decode(self._llm.detokenize([token])):
+                if text := decoder.decode(self.llm.detokenize([token])):
                     yield text
-                is_cut = n_generated == self._room < self._max_tokens
-                if is_cut or n_generated == self._max_tokens:
+                is_cut = n_generated == room < self.max_tokens
+                if is_cut or n_generated == self.max_tokens:
                     break
         finally:
             tokens.close()
             if n_generated > 0:
-                self.timing = Timing(len(self._prompt), n_evaluated, n_generated, first - start, last - first, is_cut)
+                self.timing = Timing(n_prompt, n_evaluated, n_generated, first - start, last - first, is_cut)
         if text := decoder.decode(b"", final=True):
             yield text
 
     def _first(self, tokens: Generator[int, Sequence[int] | None, None]) -> list[int]:
         """Read the prompt; return the first token in a list, which is empty if there is none."""
-        llm, n_cached, before = self._llm, -1, self._llm.on_batch
+        llm, n_cached, before = self.llm, -1, self.llm.on_batch
 
         def on_batch(n_tokens: int) -> None:
             nonlocal n_cached
             n_cached = n_tokens if n_cached < 0 else n_cached
-            on_progress((n_tokens - n_cached) / (len(self._prompt) - n_cached))
+            on_progress((n_tokens - n_cached) / (len(self.prompt) - n_cached))
 
-        with self._on_stage("Reading the prompt") as on_progress:
+        with self.on_stage("Reading the prompt") as on_progress:
             llm.on_batch = on_batch
             try:
                 return [next(tokens)]

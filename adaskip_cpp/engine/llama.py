@@ -1,9 +1,11 @@
-# Long, because cached tokens, the plan in force and the phases of new tokens depend on each other.
-"""``AdaSkipLlama``, the model class for users: ``llama_cpp.Llama`` that skips the sublayers of a plan."""
+"""``AdaSkipLlama``, the model class for users: ``llama_cpp.Llama`` that skips the sublayers of a plan.
+
+It is one file, because cached tokens, the plan in force and the phases of new tokens depend on each other.
+"""
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -19,7 +21,9 @@ from ..model.plan import Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .edited_prompts import EditedPromptsLlama
 from .grammar import check_grammar
-from .native import OnlineResult, StatisticsSink, elide_kv, is_here
+from .native import OnlineResult, elide_kv
+from .settings import is_here
+from .statistics import StatisticsSink
 
 _SHORTEN = "shorten the prompt, or open the model with a larger n_ctx (--ctx)"
 
@@ -113,7 +117,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         check_gguf(model_path)
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
-        self.on_batch: Callable[[int], object] = _ignore
+        self.on_batch: Callable[[int], object] = lambda n_tokens: None
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
             found = plan_beside(model_path)
@@ -165,14 +169,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         return tuple(self._plans[self._adaskip.plan_tag()].readable.values())
 
     def point(self, n_tokens: int) -> Point | None:
-        """Return the point of the frontier for a prompt.
-
-        Args:
-            n_tokens: length of the prompt, in tokens.
-
-        Returns:
-            The point, or None if the whole model runs or no frontier chooses.
-        """
+        """Return the frontier's point for a prompt of ``n_tokens``; None if no frontier chooses, or the whole model."""
         if self.frontier is None or self.max_loss is None:
             return None
         return self.frontier.point(n_tokens, self.max_loss, edited=self._reuse == "auto" and self.can_move)
@@ -200,10 +197,6 @@ class AdaSkipLlama(EditedPromptsLlama):
             ElidedKVError: the model was opened without memory for K and V that a plan needs.
             PlanError: a plan is for another number of layers, or counts tokens in a context of several sequences; or
                 ``"auto"`` is given without a frontier.
-
-        Examples:
-            >>> llm.set_plan(SkipPlan.manual(llm.n_layer, ffn=[20, 21], phase="bulk"))
-            >>> llm.set_plan("auto", max_loss=0.1)
         """
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
@@ -287,19 +280,12 @@ class AdaSkipLlama(EditedPromptsLlama):
         super().reset()  # type: ignore[no-untyped-call]
 
     def truncate(self, n: int) -> None:
-        """Forget all tokens but the first ``n``. With a recurrent state, the next evaluation reads these again.
-
-        Args:
-            n: tokens to keep; nothing changes if there are no more.
-        """
+        """Forget all tokens but the first ``n``. With a recurrent state, the next evaluation reads these again."""
         if 0 <= n < self.n_tokens:
             self.n_tokens, self._requires_eval = n, True
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after the cached ones, as a prompt. While ``generate`` generates, they are an answer.
-
-        Args:
-            tokens: token ids.
+        """Evaluate token ids after the cached ones, as a prompt. While ``generate`` generates, they are an answer.
 
         Raises:
             StateError: cached tokens must be evaluated again, but are an image; call ``reset``.
@@ -311,24 +297,11 @@ class AdaSkipLlama(EditedPromptsLlama):
         self._eval(self._phase, [int(token) for token in tokens])
 
     def eval_decode(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after the cached ones, as an answer: they count in the plan's online stage or schedule.
-
-        Args:
-            tokens: token ids.
-
-        Raises:
-            StateError: see ``eval``.
-        """
+        """Evaluate token ids as ``eval``, but as an answer: they count in the plan's online stage or schedule."""
         self._eval("decode", [int(token) for token in tokens])
 
     def logits_behind(self, tokens: Sequence[int]) -> Vectors:
-        """Evaluate tokens after the cached ones, as an answer, and return the logits after each of them.
-
-        Args:
-            tokens: token ids.
-
-        Returns:
-            Logits, float32 ``[len(tokens), n_vocab]``.
+        """Evaluate tokens as ``eval_decode``; return the logits after each, float32 ``[len(tokens), n_vocab]``.
 
         Raises:
             StateError: see ``eval``; or statistics of all tokens are collected, so no logits are computed.
@@ -339,16 +312,10 @@ class AdaSkipLlama(EditedPromptsLlama):
         return np.concatenate([np.empty((0, self.n_vocab()), np.float32), *rows])
 
     def eval_bulk(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after the cached ones, as the middle of a prompt: all in the bulk, without head and tail.
+        """Evaluate token ids as ``eval``, but as the middle of a prompt: all in the bulk, without head and tail.
 
         They are prefill if the plan has no bulk. No logits are computed, also with ``logits_all``, and ``scores`` does
         not change.
-
-        Args:
-            tokens: token ids.
-
-        Raises:
-            StateError: see ``eval``.
         """
         self._eval("bulk", [int(token) for token in tokens])
 
@@ -455,15 +422,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         return list(tokens)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """Generate tokens as ``llama_cpp.Llama.generate`` does. All evaluations after the prompt's are decode.
-
-        Args:
-            tokens: token ids of the prompt.
-            *args: further arguments of ``llama_cpp.Llama.generate``.
-            **kwargs: the same by name, such as ``temp`` and ``grammar``.
-
-        Returns:
-            A generator of token ids.
+        """Generate token ids as ``llama_cpp.Llama.generate`` does. All evaluations after the prompt's are decode.
 
         Raises:
             RequestError: the context has no room for the prompt or the next token; or the grammar cannot be used,
@@ -501,18 +460,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         return super()._init_sampler(*args, **kwargs)
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """Sample a token as ``llama_cpp.Llama.sample`` does.
-
-        Args:
-            *args: arguments of ``llama_cpp.Llama.sample``.
-            **kwargs: the same by name.
-
-        Returns:
-            A token id.
-
-        Raises:
-            RequestError: see ``generate``.
-        """
+        """Return a token id, as ``llama_cpp.Llama.sample`` does; raises RequestError as ``generate``."""
         token = int(super().sample(*args, **kwargs))
         if token < 0:
             self._adaskip.raise_failure(RuntimeError("no token was sampled"))
@@ -531,23 +479,21 @@ class AdaSkipLlama(EditedPromptsLlama):
             raise RequestError(f"{n} tokens exceed context window of {self.context_size}; {_SHORTEN}")
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        steps = super()._create_completion(*args, **kwargs)
+        reads_prompt = kwargs.get("echo") and kwargs.get("logprobs") is not None
+        steps: Any = super()._create_completion(*args, **kwargs)
         try:
-            yield from self._with_prompt(steps) if kwargs.get("echo") and kwargs.get("logprobs") is not None else steps
+            with closing(steps):
+                while True:
+                    with self._reading_prompt() if reads_prompt else nullcontext():
+                        step = next(steps, None)
+                    if step is None:
+                        return
+                    yield step
         except ValueError as error:
             if not str(error).startswith("Requested tokens"):
                 raise
             words = str(error).rpartition(" ")[0]  # the last word is the context as llama.cpp rounds it up
             raise RequestError(f"{words} {self.context_size}; {_SHORTEN}") from error
-
-    def _with_prompt(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """Yield the steps of a completion that returns the log-probabilities of its prompt."""
-        while True:
-            with self._reading_prompt():
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
 
     @contextmanager
     def _reading_prompt(self, rows: Rows | None = None) -> Iterator[None]:
@@ -561,14 +507,13 @@ class AdaSkipLlama(EditedPromptsLlama):
     @property
     def online(self) -> OnlineResult | None:
         """The result of the online stage in the last request; None if the plan has no online stage."""
-        plan = self.plan
-        return None if plan is None or plan.online is None else self._adaskip.online(plan.online)
+        return None if self.plan is None or self.plan.online is None else self._adaskip.online()
 
     # -- statistics ----------------------------------------------------------------------------------------------
 
     @contextmanager
     def collect_statistics(
-        self, sink: StatisticsSink, *, keep_logits: bool = False, vectors: bool = False, activations: bool = False
+        self, sink: StatisticsSink, *, keep_logits: bool = False, activations: bool = False
     ) -> Iterator[None]:
         """Return a context manager that hands the statistics of each evaluated ubatch to a function.
 
@@ -578,8 +523,8 @@ class AdaSkipLlama(EditedPromptsLlama):
             sink: a function of a ``StatisticsBatch``. An exception that it raises ends the evaluation.
             keep_logits: whether logits are computed, so that ``generate`` works. The last layer's FFN is then observed
                 for output tokens alone.
-            vectors: whether each sublayer's inputs and outputs are summed over the tokens too.
-            activations: whether these inputs and outputs are handed over too, ``8 * n_layer * n_embd`` bytes per token.
+            activations: whether each sublayer's inputs and outputs are handed over too, ``8 * n_layer * n_embd`` bytes
+                per token.
 
         Raises:
             StateError: statistics are collected already.
@@ -592,7 +537,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         native = self._adaskip
         # Ctrl-C inside these calls would leave a model that computes no logits.
         try:
-            native.start_statistics(sink, keep_logits=keep_logits, vectors=vectors, activations=activations)
+            native.start_statistics(sink, keep_logits=keep_logits, activations=activations)
         except KeyboardInterrupt:
             native.stop_statistics()
             raise
@@ -624,10 +569,6 @@ class AdaSkipLlama(EditedPromptsLlama):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._put_in_force(plan, readable)
         self.frontier, self.max_loss = frontier, max_loss
-
-
-def _ignore(n_tokens: int) -> None:
-    """Do nothing after a batch: the default of ``on_batch``."""
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:

@@ -1,22 +1,19 @@
 """Calls native/adaskip.h through cffi for ``llama.py``: plain data in and out, error codes as exceptions."""
 
-import math
-import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import errors
-from ..model.arrays import Flags, Floats, Vectors
-from ..model.cost_model import CostSettings
-from ..model.plan import PHASES, OnlineScale, OnlineStage, Phase, SkipPlan
+from ..model.arrays import Flags, Floats
+from ..model.plan import PHASES, OnlineScale, Phase, SkipPlan
 from ..model.skip_set import KINDS, Kind, SkipSet
 from .binding import ffi, last_error, lib
+from .statistics import StatisticsSink, batch_of
 
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _WAYS_OUT = {
@@ -28,8 +25,6 @@ _WAYS_OUT = {
     "SAMPLER": (errors.RequestError, "change the grammar, or settings such as temperature and repeat_penalty."),
     "SEQUENCES": (errors.PlanError, "leave it out of the plan, or open the model without embedding=True."),
 }
-
-Activations: TypeAlias = Sequence[Sequence[tuple[Vectors, Vectors] | None]]
 
 
 @dataclass(frozen=True)
@@ -55,40 +50,6 @@ class Sublayer:
     shape: int
     window: int
     windowable: bool
-
-
-@dataclass(frozen=True)
-class StatisticsBatch:
-    """Statistics of one ubatch.
-
-    ``u`` and ``v`` are a sublayer's input and output, both with the residual. Columns are attention and FFN. Values are
-    NaN for sublayers that were not observed.
-
-    Attributes:
-        dot: float32 ``[n_layer, 2, n_tokens]``: u·v.
-        u_sq: float32 ``[n_layer, 2, n_tokens]``: ``|u|²``.
-        v_sq: float32 ``[n_layer, 2, n_tokens]``: ``|v|²``.
-        layer_dot: float32 ``[n_layer, n_tokens]``: product of a layer's input and output.
-        sum_u: float32 ``[n_layer, 2, n_embd]``: sum of u over the tokens; None if ``vectors`` is False.
-        sum_v: float32 ``[n_layer, 2, n_embd]``: sum of v over the tokens; None if ``vectors`` is False.
-        positions: int32 ``[n_tokens]``: positions of the tokens.
-        phase: phase of the tokens.
-        activations: for each layer and kind u and v, float32 ``[n_tokens, n_embd]``, or None if the sublayer does not
-            see every token. The arrays are valid until the sink returns. None if ``activations`` is False.
-    """
-
-    dot: Vectors
-    u_sq: Vectors
-    v_sq: Vectors
-    layer_dot: Vectors
-    sum_u: Vectors | None
-    sum_v: Vectors | None
-    positions: npt.NDArray[np.int32]
-    phase: Phase
-    activations: Activations | None = None
-
-
-StatisticsSink: TypeAlias = Callable[[StatisticsBatch], None]
 
 
 @dataclass(frozen=True)
@@ -119,39 +80,18 @@ class OnlineResult:
     """The result of the online stage in one request. Values are NaN for FFNs that were not observed.
 
     Attributes:
-        window: tokens that the stage observes.
-        n_tokens: tokens that it has observed.
+        n_tokens: tokens that the stage has observed, at most its window.
         similarity: float64 ``[n_layer]``: mean IO similarity of each FFN over these tokens.
         norm_ratio: float64 ``[n_layer]``: ``||V||_F / ||U||_F`` of each FFN over these tokens.
         scale: float64 ``[n_layer]``: compensation of each FFN, if it is skipped.
-        threshold: similarity from which an FFN is skipped.
         ffn: layers whose FFN is skipped from now on; () until all tokens are observed.
     """
 
-    window: int
     n_tokens: int
     similarity: Floats
     norm_ratio: Floats
     scale: Floats
-    threshold: float
     ffn: tuple[int, ...]
-
-
-def devices() -> tuple[str, tuple[str, ...]]:
-    """Return the name of the CPU, and the names of all devices that ggml computes on."""
-    cpu = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
-    every = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
-    return _description(cpu) if cpu else platform.machine(), tuple(map(_description, every))
-
-
-def is_here(machine: CostSettings | None) -> bool:
-    """Whether times were measured on this machine, with this release of llama-cpp-python."""
-    here = (*devices(), metadata.version("llama-cpp-python"))
-    return machine is not None and (machine.cpu, machine.devices, machine.llama_cpp_python) == here
-
-
-def _description(device: Any) -> str:
-    return str(ffi.string(lib.ggml_backend_dev_description(device)).decode("utf-8", "replace"))
 
 
 @contextmanager
@@ -235,15 +175,14 @@ class NativeContext:
         self._check(lib.adaskip_get_plan_tag(self._ctx, tag))
         return int(tag[0])
 
-    def online(self, stage: OnlineStage) -> OnlineResult:
+    def online(self) -> OnlineResult:
         similarity, norm_ratio, scale = learned = np.empty((3, self.n_layer))
         added = np.zeros(self.n_layer, np.uint8)
         state = ffi.new("struct adaskip_online_state *")
         state.similarity, state.norm_ratio, state.scale = (ffi.from_buffer("double[]", row) for row in learned)
         state.added = ffi.from_buffer("uint8_t[]", added)
         self._check(lib.adaskip_get_online(self._ctx, state))
-        ffn = tuple(np.flatnonzero(added).tolist())
-        return OnlineResult(stage.window, state.n_tokens, similarity, norm_ratio, scale, stage.threshold, ffn)
+        return OnlineResult(state.n_tokens, similarity, norm_ratio, scale, tuple(np.flatnonzero(added).tolist()))
 
     def begin_request(self) -> None:
         self._check(lib.adaskip_begin_request(self._ctx))
@@ -262,9 +201,7 @@ class NativeContext:
         graphs = c.n_graphs_built, c.n_graphs_reused
         return Counters(c.n_nodes_full, c.n_nodes, c.n_splits, *graphs, c.n_bytes_kv, c.n_bytes_statistics)
 
-    def start_statistics(
-        self, sink: StatisticsSink, *, keep_logits: bool = False, vectors: bool = False, activations: bool = False
-    ) -> None:
+    def start_statistics(self, sink: StatisticsSink, *, keep_logits: bool, activations: bool) -> None:
         """Pass the statistics of every ubatch to ``sink``; :meth:`raise_pending` raises the errors of ``sink``."""
         if self._callback is not None:
             raise errors.StateError("statistics are collected already; leave the other collect_statistics() first.")
@@ -275,9 +212,9 @@ class NativeContext:
 
         def deliver(statistics: Any, user_data: Any) -> None:
             if self._error is None:
-                sink(_batch(statistics))
+                sink(batch_of(statistics))
 
-        wanted = {"ON": True, "ALL_TOKENS": not keep_logits, "VECTORS": vectors, "ACTIVATIONS": activations}
+        wanted = {"ON": True, "VECTORS": True, "ALL_TOKENS": not keep_logits, "ACTIVATIONS": activations}
         flags = sum(getattr(lib, f"ADASKIP_STATISTICS_{name}") for name, on in wanted.items() if on)
         callback = ffi.callback("adaskip_statistics_callback", deliver, onerror=keep)
         self._check(lib.adaskip_set_statistics(self._ctx, flags, callback, ffi.NULL))
@@ -362,29 +299,3 @@ def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
     if skip_set.down is not None:
         target.n_rank, target.n_embd = skip_set.down.shape[2:]
     return owners
-
-
-def _array(address: Any, *shape: int) -> Vectors:
-    return np.frombuffer(ffi.buffer(address, math.prod(shape) * 4), np.float32).reshape(shape)
-
-
-def _batch(statistics: Any) -> StatisticsBatch:
-    """Copy native statistics, except the activations."""
-    n_layer, n_tokens, n_embd = statistics.n_layer, statistics.n_tokens, statistics.n_embd
-    dot, u_sq, v_sq = np.moveaxis(_array(statistics.values, n_layer, 2, 3, n_tokens).copy(), 2, 0)
-    sum_u = sum_v = None
-    if statistics.sums:
-        sum_u, sum_v = np.moveaxis(_array(statistics.sums, n_layer, 2, 2, n_embd).copy(), 2, 0)
-    layer_dot = _array(statistics.layer_dot, n_layer, n_tokens).copy()
-    positions = np.frombuffer(ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy()
-    activations: Activations | None = None
-    if at := statistics.activations:
-        activations = [
-            [
-                (_array(at[i], n_tokens, n_embd), _array(at[i + 1], n_tokens, n_embd)) if at[i] and at[i + 1] else None
-                for i in (4 * layer, 4 * layer + 2)
-            ]
-            for layer in range(n_layer)
-        ]
-    phase = PHASES[statistics.phase]
-    return StatisticsBatch(dot, u_sq, v_sq, layer_dot, sum_u, sum_v, positions, phase, activations)

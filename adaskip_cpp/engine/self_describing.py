@@ -106,15 +106,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return bool(self._logits_all)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Tokenize a text as ``llama_cpp.Llama.tokenize`` does.
-
-        Args:
-            text: UTF-8 text.
-            add_bos: whether the token that begins a sequence is added.
-            special: whether special tokens in the text are recognised.
-
-        Returns:
-            Token ids.
+        """Return the token ids of a UTF-8 text, as ``llama_cpp.Llama.tokenize`` does.
 
         Raises:
             RequestError: llama.cpp cannot tokenize the text, for example a word of a million letters.
@@ -130,12 +122,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return list(tokens[:n])
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        """Embed texts as ``llama_cpp.Llama.embed`` does.
-
-        Args:
-            input: a text, or several.
-            *args: further arguments of ``llama_cpp.Llama.embed``.
-            **kwargs: the same by name.
+        """Embed texts as ``llama_cpp.Llama.embed`` does, with the same arguments.
 
         Raises:
             RequestError: a text has no tokens.
@@ -147,19 +134,11 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return super().embed(input, *args, **kwargs)
 
     def is_eog(self, token: int) -> bool:
-        """Return whether a token ends an answer.
-
-        Args:
-            token: token id.
-        """
+        """Return whether the token of this id ends an answer."""
         return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
 
     def token_text(self, token: int) -> str:
-        """Return a token as the model's vocabulary writes it.
-
-        Args:
-            token: token id.
-        """
+        """Return the token of this id as the model's vocabulary writes it."""
         return str(self._model.token_get_text(token))
 
     @cached_property
@@ -205,11 +184,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         self._adaskip.begin_request()
 
     def has_lost_window(self, n: int) -> bool:
-        """Return whether memory lacks tokens that a sliding window after the first ``n`` attends to.
-
-        Args:
-            n: number of tokens.
-        """
+        """Return whether memory lacks tokens that a sliding window after the first ``n`` attends to."""
         # llama.cpp writes over those that the window has left; with swa_full as well where it looks for room from the
         # cache's start, as after a loaded state. Stock then reads on without them.
         n_swa = llama_cpp.llama_model_n_swa(self.model)
@@ -219,11 +194,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return not 0 <= first <= max(0, n - n_swa + 1)
 
     def n_held(self, n: int) -> int:
-        """Return how many of the first ``n`` tokens the memory holds: all, unless a call was cut short.
-
-        Args:
-            n: number of tokens.
-        """
+        """Return how many of the first ``n`` tokens the memory holds: all, unless a call was cut short."""
         # Where Ctrl-C or a failure comes between llama.cpp's part of a call and ours, the memory holds fewer tokens, or
         # more, of which eval takes the others away. A recurrent state cannot give back what it has read.
         memory = llama_cpp.llama_get_memory(self.ctx)
@@ -243,10 +214,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return state
 
     def load_state(self, state: LlamaState) -> None:
-        """Load a state as ``llama_cpp.Llama.load_state`` does.
-
-        Args:
-            state: a state of this class, or of ``llama_cpp.Llama``, which counts as one of the whole model.
+        """Load a state of this class, or of ``llama_cpp.Llama``, which counts as one of the whole model.
 
         Raises:
             StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,

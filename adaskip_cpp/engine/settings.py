@@ -1,18 +1,37 @@
-"""Describes the machine and the settings of a loaded model, for calibration and ``tune``."""
+"""Describes the machine and the settings of a loaded model, for calibration, ``tune`` and frontiers."""
 
+import platform
 from importlib import metadata
 from typing import Any
 
 from ..model.cost_model import CostSettings
-from .llama import AdaSkipLlama
-from .native import devices
+from .binding import ffi, lib
+from .self_describing import SelfDescribingLlama
 
 
-def cost_settings(llm: AdaSkipLlama) -> CostSettings:
+def devices() -> tuple[str, tuple[str, ...]]:
+    """Return the name of the CPU, and the names of all devices that ggml computes on."""
+    cpu = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
+    every = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
+    return _description(cpu) if cpu else platform.machine(), tuple(map(_description, every))
+
+
+def _description(device: Any) -> str:
+    return str(ffi.string(lib.ggml_backend_dev_description(device)).decode("utf-8", "replace"))
+
+
+def is_here(machine: CostSettings | None) -> bool:
+    """Whether times were measured on this machine, with this release of llama-cpp-python."""
+    here = (*devices(), metadata.version("llama-cpp-python"))
+    return machine is not None and (machine.cpu, machine.devices, machine.llama_cpp_python) == here
+
+
+def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
     from gguf import GGMLQuantizationType
 
     parameters: Any = llm.context_params
-    n_gpu_layers = int(llm.model_params.n_gpu_layers)
+    model: Any = llm.model_params
+    n_gpu_layers = int(model.n_gpu_layers)
     cpu, every = devices()
     return CostSettings(
         cpu=cpu,
@@ -27,5 +46,5 @@ def cost_settings(llm: AdaSkipLlama) -> CostSettings:
         type_v=str(GGMLQuantizationType(parameters.type_v).name),
         swa_full=bool(parameters.swa_full),
         llama_cpp_python=metadata.version("llama-cpp-python"),
-        repack=bool(llm.model_params.use_extra_bufts),
+        repack=bool(model.use_extra_bufts),
     )

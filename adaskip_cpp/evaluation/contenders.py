@@ -68,7 +68,7 @@ def contenders(
         if profile is None:
             raise DataError("these options need plans made from a profile; give one (profile, --profile)")
         strategy, compensation = request.strategy, request.compensation or DEFAULT_COMPENSATION
-        budget = f"{request.speedup:g}x" if request.speedup is not None else str(request.n_skip)
+        budget = str(request.n_skip)
         name = "-".join([strategy, budget, request.mode, *([compensation] if strategy == COMPENSATED else [])])
         try:
             add(Contender(name, strategy, budget, request.mode, compensation, make_plan(profile, request)))

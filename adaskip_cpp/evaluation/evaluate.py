@@ -21,7 +21,6 @@ from .store import Key, Record, Store
 
 CONTINUATION, ANSWER, SPEED = "continuation", "answer", "speed"
 
-_DECODE_WEIGHT = 4  # time to decode a token, in tokens of a prompt, to estimate the progress
 _WARM_UP = 32, 4  # tokens of the prompt and tokens decoded before a contender is timed
 
 
@@ -46,16 +45,12 @@ class Work:
         found = {*map(self.n_prompt, self.texts), *(len(item.prompt) for item in self.questions)}
         return sorted(found | ({len(self.speed_prompt)} if self.speed_prompt else set()))
 
-    def results(self) -> dict[Key, float]:
-        """Return the keys of all results, each with its approximate time in tokens of a prompt."""
-        n_decoded = _DECODE_WEIGHT * self.n_continuation
-        n_rounds = self.n_rounds if self.speed_prompt else 0
-        costs: dict[tuple[str, str], float] = {
-            **{(f"round/{i}", SPEED): len(self.speed_prompt) + n_decoded for i in range(n_rounds)},
-            **{(text.id, CONTINUATION): len(text.tokens) + n_decoded for text in self.texts},
-            **{(each.id, ANSWER): len(each.prompt) + _DECODE_WEIGHT * each.max_tokens / 2 for each in self.questions},
-        }
-        return {(item, each.name, what): cost for (item, what), cost in costs.items() for each in self.contenders}
+    def results(self) -> list[Key]:
+        """Return the keys of all results."""
+        items = [(f"round/{i}", SPEED) for i in range(self.n_rounds if self.speed_prompt else 0)]
+        items += [(text.id, CONTINUATION) for text in self.texts]
+        items += [(question.id, ANSWER) for question in self.questions]
+        return [(item, each.name, what) for item, what in items for each in self.contenders]
 
     @property
     def hash(self) -> str:
@@ -80,8 +75,8 @@ def run(work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[floa
 class _Rest:
     def __init__(self, work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None]) -> None:
         self._work, self._store, self._llm, self._on_progress = work, store, llm, on_progress
-        self._left = {key: cost for key, cost in work.results().items() if key not in store.records}
-        self._total = sum(self._left.values())
+        self._left = {key for key in work.results() if key not in store.records}
+        self._total = len(self._left)
 
     def time(self) -> None:
         contenders, prompt, n_decoded = self._work.contenders, self._work.speed_prompt, self._work.n_continuation
@@ -128,8 +123,8 @@ class _Rest:
 
     def _keep(self, record: Record) -> None:
         self._store.append(record)
-        self._left.pop(record.key, None)
-        self._on_progress(1.0 - sum(self._left.values()) / self._total)
+        self._left.discard(record.key)
+        self._on_progress(1.0 - len(self._left) / self._total)
 
 
 def seconds_of(time: RequestTime) -> dict[str, float | None]:

@@ -7,18 +7,15 @@ from dataclasses import fields
 import numpy as np
 
 from ..intervals import mean_error, ratio_interval
-from ..measuring.tasks import QuestionItem
 from .contenders import FULL, Contender
 from .evaluate import ANSWER, CONTINUATION, SPEED, Work
-from .results import SPEED_NAMES, TAILS, About, Cell, Figure, Named, Results, Row, Speed, TaskScores
+from .results import SPEED_NAMES, TAILS, About, Figure, Named, Results, Row, Speed, TaskScores
 from .store import Key, Record
-
-_N_LENGTHS = 8  # a task with more lengths of questions gets no table by length
 
 
 def evaluation_results(work: Work, records: Mapping[Key, Record], about: About) -> Results:
     """Return all figures of the results so far; comparisons use only items and rounds that both contenders have."""
-    expected = list(work.results())
+    expected = work.results()
     rows = tuple(_Measured(contender, work, records).row() for contender in work.contenders)
     return Results(sum(key in records for key in expected), len(expected), about, rows)
 
@@ -73,14 +70,13 @@ class _Measured:
     def _questions(self) -> dict[str, TaskScores]:
         found = {}
         for task in dict.fromkeys(item.task for item in self._work.questions):
-            items = {item.id: item for item in self._work.questions if item.task == task}
-            scores = {each: _number(record.values["score"]) for each, record in self._of(items, ANSWER).items()}
-            if (score := _mean(scores.values())) is not None:
+            items = [item.id for item in self._work.questions if item.task == task]
+            scores = (_number(record.values["score"]) for record in self._of(items, ANSWER).values())
+            if (score := _mean(scores)) is not None:
                 pairs = self._pairs(items, ANSWER)
                 added = _added(pairs, "score")
                 alike = (float(own.text.strip() == full.text.strip()) for own, full in pairs)
-                cells = _cells([items[each] for each in scores], scores)
-                found[task] = TaskScores(score, _mean(added), _mean(alike), _mean(float(x == 0) for x in added), cells)
+                found[task] = TaskScores(score, _mean(alike), _mean(float(x == 0) for x in added))
         return found
 
     def _of(self, ids: Iterable[str], measure: str, name: str = "") -> dict[str, Record]:
@@ -92,17 +88,6 @@ class _Measured:
         """Return the contender's result and the whole model's for each item that both have."""
         full = self._of(ids, measure, FULL.name)
         return [(own, full[each]) for each, own in self._of(ids, measure).items() if each in full]
-
-
-def _cells(items: Sequence[QuestionItem], scores: Mapping[str, float]) -> tuple[Cell, ...]:
-    """Return scores by length and depth; () if there is one cell or too many lengths, as in published questions."""
-    by_cell: dict[tuple[int, float | None], list[float]] = {}
-    for item in items:
-        by_cell.setdefault((item.length, item.depth), []).append(scores[item.id])
-    if len(by_cell) < 2 or len({length for length, _ in by_cell}) > _N_LENGTHS:
-        return ()
-    order = sorted(by_cell, key=lambda cell: (cell[0], -1.0 if cell[1] is None else cell[1]))
-    return tuple(Cell(*cell, score) for cell in order if (score := _mean(by_cell[cell])) is not None)
 
 
 def _added(pairs: Iterable[tuple[Record, Record]], label: str) -> list[float]:

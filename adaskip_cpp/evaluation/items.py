@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +10,6 @@ from io import StringIO
 
 from ..engine.generation import chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
-from ..engine.settings import cost_settings
 from ..errors import AdaSkipError, DataError
 from ..measuring import corpus
 from ..measuring.synthetic import synthetic_items
@@ -45,9 +44,7 @@ class EvaluationOptions:
 
     Attributes:
         strategies: strategies of plans; () for all but ``"manual"``.
-        n_skips: numbers of sublayers to skip, a plan for each; None for a tenth, a fifth and a quarter of all, unless
-            there are speed-ups.
-        speedups: predicted speed-ups of the timed prompt, a plan for each.
+        n_skips: numbers of sublayers to skip, a plan for each; None for a tenth, a fifth and a quarter of all.
         modes: modes of plans; () for all.
         compensations: compensations for strategy ``"adaskip"``; None for ``"linear"``.
         plan_file: a plan file to compare too; None for the one beside the model, if it is of one of the modes.
@@ -58,16 +55,13 @@ class EvaluationOptions:
         n_texts: number of items of each kind of text; 0 for none.
         n_tokens: tokens of an item; None for 512. With promises, None gives prompts as long as the timed one.
         n_continuation: tokens at the end of an item that are judged, and tokens decoded in a timed request.
-        tasks: files of LongBench or L-Eval.
+        tasks: files of LongBench or L-Eval. LongBench's ``dataset2prompt.json`` and ``dataset2maxlen.json`` are read
+            from the folder of each file; without them, only ``multi_news`` has a prompt and a length of answers.
         tasks_items: number of questions of each of these tasks; None for all.
-        tasks_prompts: LongBench's JSON file of prompts; None for the built-in one, which has ``multi_news`` alone.
-        tasks_lengths: LongBench's JSON file of answer lengths, likewise.
         synthetic: names of long-context tasks that are made from the text.
         lengths: tokens of the prompts of these.
         depths: places of the answers in these prompts, 0 to 1.
         n_per: number of questions for each of these tasks, lengths and depths.
-        seed: seed of these tasks.
-        chat: whether questions are in the model's chat template; None for those of ``tasks``, if the model has one.
         ctx: context in tokens; None for the context that is needed, or with ``tasks`` 8192 or the model's.
         speed_context: tokens of the timed prompt; None for 1024, or fewer if the model allows fewer.
         n_rounds: number of timings of each contender; 0 for none.
@@ -75,7 +69,6 @@ class EvaluationOptions:
 
     strategies: tuple[str, ...] = ()
     n_skips: tuple[int, ...] | None = None
-    speedups: tuple[float, ...] | None = None
     modes: tuple[ModeName, ...] = ()
     compensations: tuple[str, ...] | None = None
     plan_file: str | None = None
@@ -87,34 +80,27 @@ class EvaluationOptions:
     n_continuation: int = 64
     tasks: tuple[str, ...] = ()
     tasks_items: int | None = None
-    tasks_prompts: str | None = None
-    tasks_lengths: str | None = None
     synthetic: tuple[str, ...] | None = None
     lengths: tuple[int, ...] = (1000, 2000)
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     n_per: int = 4
-    seed: int = 0
-    chat: bool | None = None
     ctx: int | None = None
     speed_context: int | None = None
     n_rounds: int = 5
 
     def requests(self, n_layer: int) -> tuple[PlanRequest, ...]:
-        """Return a request for each strategy, compensation, budget and mode; speed-ups have no context.
+        """Return a request for each strategy, compensation, budget and mode.
 
         Args:
             n_layer: number of layers of the model.
         """
-        n_skips: Sequence[int] = self.n_skips or ()
-        if not self.n_skips and not self.speedups:
-            n_skips = sorted({max(2 * n_layer // parts, 1) for parts in (10, 5, 4)})
-        budgets = [*map(PlanRequest, n_skips), *(PlanRequest(speedup=each) for each in self.speedups or ())]
+        n_skips = self.n_skips or sorted({max(2 * n_layer // parts, 1) for parts in (10, 5, 4)})
         compensations = self.compensations or [DEFAULT_COMPENSATION]
         return tuple(
-            replace(budget, strategy=strategy, compensation=compensation, mode=mode)
+            PlanRequest(n_skip, strategy=strategy, compensation=compensation, mode=mode)
             for strategy in self.strategies or [name for name in STRATEGIES if name != "manual"]
             for compensation in (compensations if strategy == COMPENSATED else ["none"])
-            for budget in budgets
+            for n_skip in n_skips
             for mode in self.modes or MODES
             if self.strategies or strategy != "suffix" or MODES[mode].in_bulk  # elsewhere it is Early Exit
         )
@@ -137,8 +123,8 @@ def prepared(
         raise DataError(f"the model is made for contexts of {n_most} tokens, not {options.ctx}; use less (ctx, --ctx)")
     limit, n_decoded = options.ctx or n_most, options.n_continuation + 1
     speed_context = options.speed_context or max(min(_SPEED_CONTEXT, limit - n_decoded), 2)
-    asked = options.strategies, options.n_skips, options.speedups, options.modes, options.compensations
-    requests: Sequence[PlanRequest] = options.requests(n_layer) if profile is not None or any(asked) else ()
+    asked = options.strategies, options.n_skips, options.modes, options.compensations
+    requests = options.requests(n_layer) if profile is not None or any(asked) else ()
     modes: set[str] = {request.mode for request in requests}
     if modes and options.max_losses is not None:
         modes.add("prompt")  # the mode of the plans that `tune` finds: promises ask for them too
@@ -168,11 +154,8 @@ def prepared(
     try:
         work, words = _work(llm, replace(options, n_tokens=n_tokens, speed_context=speed_context), n_ctx)
         max_losses = _PROMISES if options.max_losses is None else options.max_losses
-        requests = [request.at(speed_context) for request in requests]
         plans, more = contenders(profile, requests, saved, max_losses, work.prompt_lengths)
         notes = [*more, *notes]
-        if profile is not None and profile.cost is not None and options.speedups:
-            notes += filter(None, [profile.cost.settings.note(cost_settings(llm))])
         work = replace(work, contenders=plans)
         if not work.results():
             raise DataError("there is nothing to measure; ask for texts, questions or rounds of timing")
@@ -229,23 +212,13 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
             lengths=options.lengths,
             depths=options.depths,
             n_per=options.n_per,
-            seed=options.seed,
-            wrap=_wrap(llm, bool(options.chat)),  # by default none: these prompts end as a text to continue
         )
         words["Synthetic tasks"] = (
             f"{', '.join(options.synthetic)}: {options.n_per} of each length ({lengths} tokens) and depth ({depths}), "
-            f"seed {options.seed}, from the same text"
+            "from the same text"
         )
     if options.tasks:
-        published = task_items(
-            llm,
-            options.tasks,
-            prompts=options.tasks_prompts,
-            lengths=options.tasks_lengths,
-            n_ctx=n_ctx - 1,
-            n_each=options.tasks_items,
-            wrap=_wrap(llm, has_chat_template(llm) if options.chat is None else options.chat),
-        )
+        published = task_items(llm, options.tasks, n_ctx=n_ctx - 1, wrap=_wrap(llm), n_each=options.tasks_items)
         counts = Counter(item.task for item in published)
         words["Tasks"] = f"{', '.join(f'{n} of {task}' for task, n in counts.items())}, in {n_ctx:,} tokens"
         questions += published
@@ -260,5 +233,8 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
     return Work((FULL,), texts, questions, options.n_continuation, prompt, options.n_rounds), words
 
 
-def _wrap(llm: AdaSkipLlama, chat: bool) -> Wrap:
-    return (lambda prompt: chat_tokens(llm, [("user", prompt)])) if chat else partial(corpus.tokens_of, llm, bos=True)
+def _wrap(llm: AdaSkipLlama) -> Wrap:
+    """Return a function that puts a prompt into the model's chat template, if it has one."""
+    if has_chat_template(llm):
+        return lambda prompt: chat_tokens(llm, [("user", prompt)])
+    return partial(corpus.tokens_of, llm, bos=True)

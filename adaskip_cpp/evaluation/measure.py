@@ -2,20 +2,17 @@
 
 import contextlib
 import os
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
-from typing import Any
 
 from ..engine.settings import cost_settings
 from ..files import StrPath, content_hash
 from ..measuring.cores import is_busy, load_average
 from ..measuring.metrics import continuation_rouge_l
-from ..measuring.running import Running, open_quietly
-from ..model.cost_model import CostSettings
+from ..measuring.running import Running, described, open_quietly
 from ..planning.profile import Profile
 from .evaluate import Work, run
 from .figures import evaluation_results
@@ -39,7 +36,7 @@ def evaluate(
     """Measure the quality and the speed of plans against the whole model.
 
     Each result is kept in the folder, so a second call with the same arguments continues. At the end, and after Ctrl-C,
-    the folder has results.json, results.md, report.html and, with matplotlib, pictures.
+    the folder has results.json, report.html and, with matplotlib, a picture.
 
     Args:
         model: a GGUF file.
@@ -75,7 +72,7 @@ def evaluate(
         command
         or f"adaskip_cpp.evaluate({model!r}, {'profile' if known else None}, {os.fspath(folder)!r}, {options!r})"
     )
-    facts = {"started": started, "command": command, "load_average": load_average()}
+    facts = {"started": started, "load_average": load_average()}
     open_model = partial(open_quietly, model, running=running)
     with prepared(model, known, options, open_model) as (llm, work, notes, words):
         settings = {  # other settings begin a new evaluation
@@ -102,7 +99,7 @@ def evaluate(
             about = About(
                 title=f"{name}: what skipping costs and brings",
                 summary=f"{len(work.contenders) - 1} contenders against the whole model, begun {begun} UTC.",
-                configuration=_configuration(model, known, work, settings, words),
+                configuration={**described(llm), **_about(known, work), **words, "Machine": cost_settings(llm).words},
                 command=command,
                 settings=settings,
                 notes=tuple(notes),
@@ -115,24 +112,12 @@ def evaluate(
     return found
 
 
-def _configuration(
-    model: str, profile: Profile | None, work: Work, settings: Mapping[str, Any], words: Mapping[str, str]
-) -> dict[str, str]:
-    machine, info = CostSettings(**settings["machine"]), settings["model"]
-    lines = {
-        "Model": f"{os.path.basename(model)} ({info['architecture']}, {info['n_layer']} layers, "
-        f"{os.path.getsize(model) / 1e6:,.0f} MB, fingerprint {info['fingerprint'][:12]})",
-    }
+def _about(profile: Profile | None, work: Work) -> dict[str, str]:
+    lines = {}
     if profile is not None:
         read = f"{profile.n_requests} requests, {profile.n_tokens:,} tokens of {profile.corpus or 'unknown text'}"
         lines["Profile"] = read + (f", {profile.created}" if profile.created else "")
     if (frontier := next((each.frontier for each in work.contenders if each.frontier), None)) is not None:
         n = len(frontier.points)
         lines["Promises"] = f"for each prompt, the fastest of {n} plans that keeps the promise, in nats per token"
-    return {
-        **lines,
-        **words,
-        "Machine": machine.words,
-        "Versions": f"adaskip-cpp {settings['package']}, llama-cpp-python {machine.llama_cpp_python}, "
-        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-    }
+    return lines

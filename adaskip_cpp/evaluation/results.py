@@ -54,37 +54,18 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """The score of questions of one length and depth.
-
-    Attributes:
-        length: tokens of the prompts.
-        depth: place of the answer in the prompt, 0 to 1; None without one.
-        score: mean score, 0 to 1.
-    """
-
-    length: int
-    depth: float | None
-    score: Figure
-
-
-@dataclass(frozen=True)
 class TaskScores:
     """The scores of one task.
 
     Attributes:
         score: mean score, 0 to 1.
-        difference: mean difference from the whole model's score, item by item; None without a score of that.
-        same_answer: share of the questions with the same answer as the whole model's; None likewise.
+        same_answer: share of the questions with the same answer as the whole model's; None without an answer of that.
         same_score: share of the questions with the same score as the whole model's; None likewise.
-        cells: scores by length and depth, if the task has several of these.
     """
 
     score: Figure
-    difference: Figure | None = None
     same_answer: Figure | None = None
     same_score: Figure | None = None
-    cells: tuple[Cell, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +75,7 @@ class Named:
     Attributes:
         name: unique name, such as ``"adaskip-12-e2e-affine"``.
         strategy: strategy of the plan, ``"full"`` for the whole model.
-        budget: ``"12"`` sublayers, a speed-up of ``"1.2x"``, or a promise of ``"0.05"``; "" for none.
+        budget: ``"12"`` sublayers, or a promise of ``"0.05"``; "" for none.
         mode: mode of the plan; None for the whole model.
         compensation: compensation of the plan.
     """
@@ -113,8 +94,8 @@ class Named:
 
     @property
     def label(self) -> str:
-        """Name for people, such as ``AdaSkip affine, 1.2 x asked``."""
-        return f"{self.series}, {self.budget.replace('x', ' x asked')}" if self.budget else self.series
+        """Name for people, such as ``AdaSkip affine, 12``."""
+        return f"{self.series}, {self.budget}" if self.budget else self.series
 
     @property
     def look(self) -> str:
@@ -166,15 +147,6 @@ class Row(Named):
         """
         return self.questions[task].score if task in self.questions else None
 
-    def cells(self, task: str) -> dict[tuple[int, float | None], Figure]:
-        """Return the scores of a task by length in tokens and depth.
-
-        Args:
-            task: name of the task.
-        """
-        cells = self.questions[task].cells if task in self.questions else ()
-        return {(cell.length, cell.depth): cell.score for cell in cells}
-
 
 @dataclass(frozen=True)
 class About:
@@ -215,7 +187,7 @@ class Results:
     about: About
     contenders: tuple[Row, ...]
     format: str = "adaskip-evaluation"
-    version: int = 3
+    version: int = 4
 
     def to_json(self) -> str:
         """Return the content of ``results.json``. NaN is null there."""

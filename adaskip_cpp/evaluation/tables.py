@@ -30,12 +30,11 @@ class Table:
     text: str  # an explanation in a few sentences
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    marks: tuple[str, ...]  # Row.look of each row
 
 
 def _table(title: str, text: str, rows: Sequence[Row], columns: _Columns) -> Table:
     cells = tuple((row.label, *(say(row) for say in columns.values())) for row in rows)
-    return Table(title, text, ("contender", *columns), cells, tuple(row.look for row in rows))
+    return Table(title, text, ("contender", *columns), cells)
 
 
 def tables(results: Results) -> list[Table]:
@@ -94,8 +93,7 @@ def _question_tables(results: Results) -> list[Table]:
         **{f"{task} ({max(score.n for score in each)})": partial(_score, task) for task, each in scores.items()},
     }
     text = "Scores in percent: mean ± standard error over questions. The number of questions is in brackets."
-    cells = [_cell_table(results, task) for task in scores if any(row.cells(task) for row in results.contenders)]
-    return [_table("Questions", text, results.contenders, columns), _same_table(results), *cells]
+    return [_table("Questions", text, results.contenders, columns), _same_table(results)]
 
 
 def _same_table(results: Results) -> Table:
@@ -110,19 +108,6 @@ def _same_table(results: Results) -> Table:
     )
     columns: _Columns = {**_MODE, **{task: partial(shares, task) for task in results.tasks}}
     return _table("Answers that stay the same", text, results.contenders[1:], columns)
-
-
-def _cell_table(results: Results, task: str) -> Table:
-    def score(cell: tuple[int, float | None]) -> Callable[[Row], str]:
-        return lambda row: _figure(row.cells(task).get(cell), 0, scale=100, error=False)
-
-    columns: _Columns = {
-        f"{length:,}" + ("" if depth is None else f" at {depth:.0%}"): score((length, depth))
-        for row in results.contenders
-        for length, depth in row.cells(task)
-    }
-    text = "Scores in percent, by the prompt's length in tokens and the place of the answer in it."
-    return _table(f"{task}, by length and depth", text, results.contenders, {**_MODE, **columns})
 
 
 def _of_plan(name: str, digits: int, *, kind: str = "all", **form: Any) -> Callable[[Row], str]:

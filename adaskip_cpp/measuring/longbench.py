@@ -49,16 +49,15 @@ class LongBenchLine:
     dataset: str
     answers: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     all_classes: tuple[str, ...] | None = None
-    length: int | None = None
     _id: str | int | None = None
 
 
 class LongBench:
-    """LongBench's prompts and lengths by dataset, from its files, or the built-in ones for None."""
+    """LongBench's prompts and lengths by dataset, from its files in a folder, or the built-in ones without these."""
 
-    def __init__(self, prompts: StrPath | None, lengths: StrPath | None) -> None:
-        self._prompts = _Table(prompts, str, _PROMPTS, "prompt", "--tasks-prompts dataset2prompt.json")
-        self._lengths = _Table(lengths, _Length, _LENGTHS, "answer length", "--tasks-lengths dataset2maxlen.json")
+    def __init__(self, folder: StrPath) -> None:
+        self._prompts = _Table(os.path.join(folder, "dataset2prompt.json"), str, _PROMPTS, "prompt")
+        self._lengths = _Table(os.path.join(folder, "dataset2maxlen.json"), _Length, _LENGTHS, "answer length")
 
     def questions(self, line: LongBenchLine, fields: Mapping[str, Any], where: str) -> list[Asked]:
         """Return the line's only question; ``fields`` are all its fields, which a template may name."""
@@ -83,7 +82,6 @@ class LongBench:
             max_tokens=max_tokens,
             metric=DATASETS[base],
             all_classes=line.all_classes or (),
-            length=line.length or 0,
             first_line=base in _FIRST_LINE,
         )
         return [Asked(item, text, chat=base not in _NO_CHAT)]
@@ -92,11 +90,10 @@ class LongBench:
 class _Table:
     """Values by dataset, from a file; DataError if it is invalid. LongBench-E's datasets may use LongBench's values."""
 
-    def __init__(self, path: StrPath | None, kind: Any, built_in: Mapping[str, Any], what: str, option: str) -> None:
-        self.name = "the built-in table" if path is None else repr(os.fspath(path))
-        self._what, self._option = what, option
-        self._values = built_in
-        if path is not None:
+    def __init__(self, path: str, kind: Any, built_in: Mapping[str, Any], what: str) -> None:
+        self.name, self._file, self._what, self._values = "the built-in table", os.path.basename(path), what, built_in
+        if os.path.exists(path):
+            self.name = repr(path)
             try:
                 self._values = msgspec.json.decode(read_text(path), type=dict[str, kind])
             except (ValueError, RecursionError) as error:
@@ -110,7 +107,7 @@ class _Table:
                 return self._values[name]
         raise DataError(
             f"{self.name} has no {self._what} for {dataset!r}, which {where} needs; "
-            f"give LongBench's own file ({self._option}) or leave the data file out"
+            f"put LongBench's own {self._file} beside the data file, or leave that out"
         )
 
 

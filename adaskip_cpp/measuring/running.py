@@ -3,13 +3,15 @@
 import contextlib
 import io
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from typing import Any, TypeVar
 
 from ..engine.llama import AdaSkipLlama
-from ..engine.native import is_here
+from ..engine.settings import is_here
 from ..files import StrPath
 from ..model.frontier import Frontier
 from ..model.plan_file import frontier_beside
@@ -55,3 +57,22 @@ def quietly(kind: Callable[..., _Llama], path: StrPath, n_ctx: int, running: Run
 
 
 open_quietly = partial(quietly, AdaSkipLlama)
+
+
+def described(llm: AdaSkipLlama) -> dict[str, str]:
+    """Return words about a model and the releases that run it, for the configuration of a measurement."""
+    from gguf import LlamaFileType
+
+    try:
+        quantisation = LlamaFileType(int(llm.metadata.get("general.file_type", ""))).name
+    except ValueError:
+        quantisation = "unknown weights"
+    path, info = llm.model_path, llm.model_info
+    weights = quantisation.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return {
+        "Model": f"{os.path.basename(path)} ({info.architecture}, {info.n_layer} layers, {weights}, "
+        f"{os.path.getsize(path) / 1e6:,.0f} MB, fingerprint {info.fingerprint[:12]})",
+        "Versions": f"adaskip-cpp {metadata.version('adaskip-cpp')}, llama-cpp-python "
+        f"{metadata.version('llama-cpp-python')}, Python {platform.python_version()}, {platform.system()} "
+        f"{platform.machine()}",
+    }

@@ -1,23 +1,18 @@
-"""Makes long-context tasks from any text: pass keys, classes by example, copies. Start at :func:`synthetic_items`."""
+"""Makes long-context tasks from any text: pass keys and copies. Start at :func:`synthetic_items`."""
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError, RequestError
 from .corpus import tokens_of
-from .tasks import QuestionItem, Wrap, fill
+from .tasks import QuestionItem, fill
 
-_N_KEYS = 4
 _KEY_TOKENS = 20  # of an answer: enough for a chat model that repeats the sentence, with a token per digit
-_NAMES = ("Alice", "Bruno", "Clara", "David", "Elena", "Felix", "Greta", "Henry")
-_LABELS = ("red", "blue", "green", "yellow")
-_SNIPPET = 5  # words to classify at once
 _PASSAGE = 48  # tokens of a passage to copy
 _CUE = 4  # words of the passage that the prompt ends with; half of its words if they are few
 
@@ -30,8 +25,6 @@ def synthetic_items(
     lengths: Sequence[int] = (1024,),
     depths: Sequence[float] = (0.1, 0.5, 0.9),
     n_per: int = 4,
-    seed: int = 0,
-    wrap: Wrap | None = None,
 ) -> list[QuestionItem]:
     """Make questions about prompts of given lengths: ``n_per`` for each task, length and depth.
 
@@ -44,7 +37,7 @@ def synthetic_items(
     Args:
         text: hides the answers; at least as long as the longest prompt.
         lengths: most tokens of a prompt, which has at most a few less.
-        depths: places of the answer in the text, 0 for the beginning to 1 for the end. ``classify`` has no depth.
+        depths: places of the answer in the text, 0 for the beginning to 1 for the end.
     """
     tasks = TASKS if tasks is None else tasks
     for task in tasks:
@@ -61,21 +54,20 @@ def synthetic_items(
             f"the text has {len(tokens)} tokens, a prompt of {max(lengths)} needs {max(lengths) + _PASSAGE}; "
             "give a longer text or ask for shorter prompts"
         )
-    wrap = wrap or partial(tokens_of, llm, bos=True)
+    wrap = partial(tokens_of, llm, bos=True)
     source = _Source(llm, tokens, text)
     items = []
-    for index, task, length in product(range(n_per), dict.fromkeys(tasks), dict.fromkeys(lengths)):
-        for at in (None,) if task == "classify" else dict.fromkeys(depths):
-            identity = f"{task}/{length}/{'any' if at is None else f'{at:g}'}/{index}/{seed}"
-            # Seeded by text: Python hashes it with SHA-512, the same everywhere.
-            made = _MAKE[task](source, random.Random(identity), length, at or 0.0)
-            prompt = fill(made.write, length, wrap)
-            if prompt is None:
-                least = len(wrap(made.write(0)))
-                raise DataError(f"a prompt of {task!r} has at least {least} tokens; ask for longer ones than {length}")
-            scored = (made.answer,), made.max_tokens, made.metric, made.labels
-            items.append(QuestionItem(identity, task, tuple(prompt), *scored, length, at, first_line=bool(made.labels)))
-    n_most = max(item.length + item.max_tokens for item in items)
+    kinds = dict.fromkeys(tasks), dict.fromkeys(lengths), dict.fromkeys(depths)
+    for index, task, length, depth in product(range(n_per), *kinds):
+        identity = f"{task}/{length}/{depth:g}/{index}"
+        # Seeded by text: Python hashes it with SHA-512, the same everywhere.
+        made = _MAKE[task](source, random.Random(identity), length, depth)
+        prompt = fill(made.write, length, wrap)
+        if prompt is None:
+            least = len(wrap(made.write(0)))
+            raise DataError(f"a prompt of {task!r} has at least {least} tokens; ask for longer ones than {length}")
+        items.append(QuestionItem(identity, task, tuple(prompt), (made.answer,), made.max_tokens, made.metric))
+    n_most = max(lengths) + max(item.max_tokens for item in items)
     if n_most > llm.context_size:
         raise RequestError(
             f"prompt and answer need {n_most} tokens, the context has {llm.context_size}; "
@@ -91,7 +83,6 @@ class _Puzzle(NamedTuple):
     answer: str
     max_tokens: int
     metric: str
-    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,22 +91,17 @@ class _Source:
     tokens: Sequence[int]
     text: str
 
-    @cached_property
-    def words(self) -> list[str]:
-        return [word for word in re.findall(r"[^\W\d_]{2,}", self.text) if word.lower() != word.upper()]
-
     def piece(self, start: int, n: int) -> str:
         return self.llm.detokenize(list(self.tokens[start : start + n])).decode("utf-8", "ignore") if n > 0 else ""
 
     def place(self, rng: random.Random, n: int) -> int:
         return _below(rng, len(self.tokens) - n + 1)
 
-    def key(self, rng: random.Random, taken: Sequence[str] = ()) -> str:
-        """Return a number that is neither in the text nor taken."""
-        while True:
-            key = str(10000 + _below(rng, 90000))
-            if key not in self.text and key not in taken:
-                return key
+    def key(self, rng: random.Random) -> str:
+        """Return a number that is not in the text."""
+        while (key := str(10000 + _below(rng, 90000))) in self.text:
+            pass
+        return key
 
 
 def _below(rng: random.Random, n: int) -> int:
@@ -123,40 +109,21 @@ def _below(rng: random.Random, n: int) -> int:
     return int(rng.random() * n)
 
 
-def _draw(rng: random.Random, values: Sequence[str], n: int) -> list[str]:
-    rest = list(values)
-    return [rest.pop(_below(rng, len(rest))) for _ in range(n)]
-
-
-def _hide(source: _Source, start: int, needles: Sequence[tuple[float, str]]) -> Callable[[int], str]:
-    """Return a function that writes the text from token ``start`` on, with sentences at given depths."""
+def _hide(source: _Source, start: int, depth: float, needle: str) -> Callable[[int], str]:
+    """Return a function that writes the text from token ``start`` on, with a sentence at a depth."""
 
     def write(n: int) -> str:
-        parts, begin = [], 0
-        for depth, needle in sorted(needles):
-            end = round(depth * n)
-            parts += [source.piece(start + begin, end - begin), f"\n\n{needle}\n\n"]
-            begin = end
-        return "".join([*parts, source.piece(start + begin, n - begin)]).lstrip("\n")
+        at = round(depth * n)
+        return f"{source.piece(start, at)}\n\n{needle}\n\n{source.piece(start + at, n - at)}".lstrip("\n")
 
     return write
 
 
-def _passkey(source: _Source, rng: random.Random, length: int, depth: float, names: Sequence[str] = ("",)) -> _Puzzle:
-    keys: list[str] = []
-    for _ in names:
-        keys.append(source.key(rng, keys))
-    depths = [depth, *(rng.random() for _ in names[1:])]
-    needles = [
-        (depth, f"The pass key{name} is {key}. Remember it. {key} is the pass key{name}.")
-        for depth, name, key in zip(depths, names, keys, strict=True)
-    ]
-    write = _hide(source, source.place(rng, length), needles)
-    return _Puzzle(lambda n: f"{write(n)}\n\nThe pass key{names[0]} is", keys[0], _KEY_TOKENS, "contains")
-
-
-def _multikey(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
-    return _passkey(source, rng, length, depth, [f" of {name}" for name in _draw(rng, _NAMES, _N_KEYS)])
+def _passkey(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
+    key = source.key(rng)
+    needle = f"The pass key is {key}. Remember it. {key} is the pass key."
+    write = _hide(source, source.place(rng, length), depth, needle)
+    return _Puzzle(lambda n: f"{write(n)}\n\nThe pass key is", key, _KEY_TOKENS, "contains")
 
 
 def _copy(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
@@ -168,49 +135,13 @@ def _copy(source: _Source, rng: random.Random, length: int, depth: float) -> _Pu
         raise DataError("the text has no words to copy with spaces between them; leave out the task 'copy'")
     n_cue = min(_CUE, len(words) // 2)
     cue, rest = " ".join(words[:n_cue]), " ".join(words[n_cue:])
-    write = _hide(source, start, [(depth, f"This is the passage to copy: {cue} {rest}")])
+    write = _hide(source, start, depth, f"This is the passage to copy: {cue} {rest}")
     n_rest = len(tokens_of(source.llm, f" {rest}"))
     return _Puzzle(lambda n: f"{write(n)}\n\nThis is the passage to copy: {cue}", rest, max(n_rest, 1), "qa_f1")
 
 
-_WRITING: tuple[Callable[[Sequence[str]], str], ...] = (
-    lambda words: " ".join(words).lower(),
-    lambda words: " ".join(words).upper(),
-    lambda words: "_".join(words).lower(),
-    lambda words: " ".join(str(len(word)) for word in words),
-)
-
-
-def _classify(source: _Source, rng: random.Random, length: int, depth: float) -> _Puzzle:
-    words = source.words
-    labels = _draw(rng, _LABELS, len(_WRITING))
-    if len(words) < 2 * len(_WRITING) * _SNIPPET:
-        raise DataError("the text has too few words in a script with upper case; leave out the task 'classify'")
-    n_examples = length // _SNIPPET + len(_WRITING)  # more than fit into the prompt
-    kinds: list[int] = []
-    while len(kinds) < n_examples:  # all ways of writing equally often
-        kinds += map(int, _draw(rng, "0123", len(_WRITING)))
-    start, asked = _below(rng, len(words)), _below(rng, len(_WRITING))
-
-    def snippet(index: int, n: int, kind: int) -> str:
-        begin = start + index * _SNIPPET
-        return _WRITING[kind]([words[i % len(words)] for i in range(begin, begin + n)])
-
-    def write(n: int) -> str:
-        n += len(_WRITING) * _SNIPPET  # each way of writing is shown at least once
-        examples = [
-            f"Text: {snippet(i, min(_SNIPPET, n - i * _SNIPPET), kinds[i])}\nLabel: {labels[kinds[i]]}\n\n"
-            for i in range(-(-n // _SNIPPET))
-        ]
-        return f"{''.join(examples)}Text: {snippet(n_examples, _SNIPPET, asked)}\nLabel:"
-
-    return _Puzzle(write, labels[asked], 4, "classification", tuple(labels))
-
-
 _MAKE: dict[str, Callable[[_Source, random.Random, int, float], _Puzzle]] = {
     "passkey": _passkey,
-    "multikey": _multikey,
-    "classify": _classify,
     "copy": _copy,
 }
 
@@ -218,8 +149,5 @@ TASKS = tuple(_MAKE)
 """Names of the tasks.
 
 - ``passkey``: a sentence with a number of five digits is in the text; the prompt ends by asking for it.
-- ``multikey``: the same with four keys, each with a name; the prompt asks for one, and the others are anywhere.
-- ``classify``: words of the text are written in four ways (lower case, upper case, joined by ``_``, as their numbers of
-  letters), each with a label. The labels are drawn anew for each item, so that only the examples explain them.
 - ``copy``: a passage in the text is marked; the prompt ends where its repetition begins.
 """

@@ -43,8 +43,6 @@ def task_items(
     *,
     n_ctx: int,
     wrap: Wrap,
-    prompts: StrPath | None = None,
-    lengths: StrPath | None = None,
     n_each: int | None = None,
 ) -> list[QuestionItem]:
     """Read items of LongBench and L-Eval as questions to a model. Blank lines are ignored.
@@ -53,11 +51,11 @@ def task_items(
     is left out, as in LongBench: the first and the last half of what fits are decoded, joined, and tokenised again.
 
     Args:
-        files: JSON Lines of :class:`_LEvalLine` or :class:`~adaskip_cpp.measuring.longbench.LongBenchLine`.
+        files: JSON Lines of :class:`_LEvalLine` or :class:`~adaskip_cpp.measuring.longbench.LongBenchLine`. Beside them
+            may lie LongBench's ``dataset2prompt.json``, templates with ``{context}`` and ``{input}`` by dataset, and
+            ``dataset2maxlen.json``, tokens to generate. Built in are those of ``multi_news``.
         n_ctx: tokens of prompt and answer together.
         wrap: makes tokens of a prompt; not for few-shot prompts and code, which LongBench never puts into a template.
-        prompts, lengths: LongBench's ``dataset2prompt.json``, templates with ``{context}`` and ``{input}`` by dataset,
-            and ``dataset2maxlen.json``, tokens to generate; None for the built-in ones of ``multi_news``.
         n_each: questions of each task, about as many documents as possible; None for all.
 
     Raises:
@@ -67,7 +65,7 @@ def task_items(
     raw = partial(tokens_of, llm, bos=True)
     taken: Counter[str] = Counter()
     items: list[QuestionItem] = []
-    asked = list(_questions(files, LongBench(prompts, lengths)))
+    asked = list(_questions(files))
     chosen = []
     for i in sorted(range(len(asked)), key=lambda i: asked[i][0]):
         taken[asked[i][1].item.task] += 1
@@ -83,7 +81,7 @@ def task_items(
     return items
 
 
-def _questions(files: Iterable[StrPath], longbench: LongBench) -> Iterator[tuple[int, Asked, str]]:
+def _questions(files: Iterable[StrPath]) -> Iterator[tuple[int, Asked, str]]:
     """Yield each question with its number in its line, a unique id, and its place in the files."""
     seen: set[str] = set()
     for file in files:
@@ -91,6 +89,7 @@ def _questions(files: Iterable[StrPath], longbench: LongBench) -> Iterator[tuple
         if stem in seen:
             raise DataError(f"{os.fspath(file)!r}: a file of this name was read before; name every file once")
         seen.add(stem)
+        longbench = LongBench(os.path.dirname(file))
         for number, text in enumerate(read_text(file).split("\n"), 1):  # not splitlines(): JSON may hold U+2028
             if not text.strip():
                 continue

@@ -42,8 +42,6 @@ class QuestionItem:
     max_tokens: int
     metric: str  # a name in metrics.METRICS
     all_classes: tuple[str, ...] = ()  # names that a classification chooses from
-    length: int = 0  # of the prompt: tokens asked for (synthetic tasks), words as published (LongBench)
-    depth: float | None = None  # place of the answer in the prompt, 0 to 1; None if not in one place
     first_line: bool = False  # only the first line that is not blank is scored, so generation may stop after it
 
     def score(self, prediction: str) -> float:

@@ -62,11 +62,7 @@ class CostSettings:
         )
 
     def note(self, here: "CostSettings") -> str:
-        """Return a line that names the differences from other settings; "" if there are none.
-
-        Args:
-            here: the settings of an opened model.
-        """
+        """Return a line that names the differences from the settings of an opened model; "" if there are none."""
 
         def word(value: object) -> str:
             return ", ".join(value) if isinstance(value, tuple) else str(value)
@@ -182,9 +178,6 @@ class CostModel(LayerArrays):
             around: for phase ``"bulk"``: head, tail and windows; None for the defaults. Its set is ignored.
             cached: tokens at the beginning of the prompt that are not read again.
 
-        Returns:
-            Seconds.
-
         Raises:
             PlanError: an argument is impossible.
         """
@@ -205,17 +198,7 @@ class CostModel(LayerArrays):
         return self._prompt(self._runs(None), self._runs(skip), around, cached, context)
 
     def speedup(self, plan: SkipPlan, context: int, phase: Phase, *, cached: int = 0) -> float:
-        """Predict how many times as fast as the whole model a plan is.
-
-        Args:
-            plan: the plan.
-            context: tokens of the prompt, or tokens before the decoded one.
-            phase: ``"prefill"`` or ``"bulk"`` for a prompt, ``"decode"`` for a token.
-            cached: tokens at the beginning of the prompt that are not read again.
-
-        Raises:
-            PlanError: an argument is impossible.
-        """
+        """Predict how many times as fast as the whole model a plan is. The arguments are those of ``seconds``."""
         whole, less = (self.seconds(each, context, phase, cached=cached) for each in (None, plan))
         return whole / less
 

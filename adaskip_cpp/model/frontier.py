@@ -123,19 +123,14 @@ class Figures:
             raise PlanError("a point of a frontier has an impossible number of prompt tokens; tune again")
 
     def harm(self, context: int) -> float:
-        """Return the expected loss in the worse kind of answers, in nats per token.
+        """Return the expected loss in the worse kind of answers to prompts of ``context`` tokens, in nats per token.
 
-        Args:
-            context: tokens of the prompt. For a prompt twice as long as the judged ones, it is 1.3 times as large.
+        For prompts twice as long as the judged ones, it is 1.3 times as large.
         """
         return max(self.continuation.harm, self.copying.harm) * self._growth(context)
 
     def needs(self, context: int) -> float:
-        """Return the smallest promise that is kept, in nats per token; infinite if a pass key is lost.
-
-        Args:
-            context: tokens of the prompt, as for ``harm``.
-        """
+        """Return the smallest promise that is kept, in nats per token, as ``harm``; infinite if a pass key is lost."""
         if self.passkeys.plan < self.passkeys.whole:
             return math.inf
         return max(self.continuation.needs, self.copying.needs) * self._growth(context)
@@ -144,11 +139,7 @@ class Figures:
         return float(GROWTH ** max(math.log2(context / self.judged_at), 0.0))
 
     def speedup(self, context: int) -> float:
-        """Return the predicted speed-up of the first token at the nearest length in ``speedups``.
-
-        Args:
-            context: tokens of the prompt.
-        """
+        """Return the predicted speed-up of the first token at the length in ``speedups`` nearest to ``context``."""
         return min(self.speedups, key=lambda each: abs(math.log(each[0] / context)), default=(context, 1.0))[1]
 
 
@@ -163,27 +154,23 @@ class Point(Figures):
     plan: SkipPlan
 
     def plan_for(self, context: int) -> SkipPlan:
-        """Return the plan with windows of the same share of another prompt.
+        """Return the plan with windows of the same share of a prompt of ``context`` tokens.
 
-        Args:
-            context: tokens of the prompt.
-        """
-        size, bulk = self.window_size(context), self.plan.bulk
-        if bulk is None or size == bulk.window_size:
-            return self.plan
-        return replace(self.plan, bulk=replace(bulk, window_size=size))
-
-    def window_size(self, context: int) -> int:
-        """Return the tokens that windowed attentions see; without windows, a constant.
-
-        Args:
-            context: tokens of the prompt.
+        It is one and the same object for equal plans, because comparing plans compares all their maps.
         """
         bulk = self.plan.bulk
         if bulk is None or not bulk.narrowed:
-            return 0 if bulk is None else bulk.window_size
+            return self.plan
         share = round(self.judged_at / (bulk.window_size + 256 - DEFAULT_WINDOW))
-        return window_size_for(context, max(share, 1))
+        size = window_size_for(context, max(share, 1))
+        if size not in self._plans:
+            self._plans[size] = replace(self.plan, bulk=replace(bulk, window_size=size))
+        return self._plans[size]
+
+    @cached_property
+    def _plans(self) -> dict[int, SkipPlan]:
+        """Plans by their windows."""
+        return {} if self.plan.bulk is None else {self.plan.bulk.window_size: self.plan}
 
 
 @dataclass(frozen=True)
@@ -233,9 +220,8 @@ class Frontier:
     edits: tuple[EditPoint, ...] = ()
 
     def __post_init__(self) -> None:
-        for each in self.points:
-            if each.plan.bulk is None:
-                raise PlanError("a point of a frontier skips in the bulk of prompts alone; tune again")
+        if any(each.plan.bulk is None for each in self.points):
+            raise PlanError("a point of a frontier skips in the bulk of prompts alone; tune again")
 
     def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS, *, edited: bool = False) -> SkipPlan | None:
         """Return the fastest plan that keeps a promise for a prompt; None for the whole model.
@@ -252,16 +238,10 @@ class Frontier:
         """
         check_max_loss(max_loss)
         point = self.point(n_tokens, max_loss, edited=edited)
-        return None if point is None else self._plan(point, context_for(n_tokens))
+        return None if point is None else point.plan_for(context_for(n_tokens))
 
     def point(self, n_tokens: int, max_loss: float, *, edited: bool = False) -> Point | None:
-        """Return the point whose plan ``choose`` returns; None for the whole model.
-
-        Args:
-            n_tokens: tokens of the prompt.
-            max_loss: the promise, in nats per token.
-            edited: whether runs of an earlier prompt may be moved.
-        """
+        """Return the point whose plan ``choose`` returns for the same arguments; None for the whole model."""
         if n_tokens < LEAST_CONTEXT:
             return None
         context, left = context_for(n_tokens), self._left(n_tokens, max_loss, edited=edited)
@@ -271,9 +251,7 @@ class Frontier:
     def edit_point(self, n_tokens: int, max_loss: float) -> EditPoint | None:
         """Return the point with the most moves that keep their share of a promise, a half; None if none does.
 
-        Args:
-            n_tokens: tokens of the prompt.
-            max_loss: the promise, in nats per token.
+        The arguments are those of ``choose``.
         """
         context, found = context_for(n_tokens), None
         for each in self.edits if n_tokens >= LEAST_CONTEXT else ():
@@ -290,26 +268,12 @@ class Frontier:
     def readable(self, max_loss: float, most_tokens: int, *, edited: bool = False) -> tuple[SkipPlan, ...]:
         """Return the plans whose cached tokens keep a promise. Each of them may read the tokens of the others.
 
-        Args:
-            max_loss: the promise, in nats per token.
-            most_tokens: size of the context, in tokens.
-            edited: whether runs of an earlier prompt may be moved.
+        ``most_tokens`` is the size of the context. The other arguments are those of ``choose``.
         """
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, context_for(most_tokens).bit_length())]
         left = {n: self._left(n, max_loss, edited=edited) for n in lengths}
         kept = [(each, n) for each in self.points for n in lengths if each.needs(n) <= left[n]]
-        return tuple({id(plan): plan for plan in (self._plan(*each) for each in kept)}.values())
-
-    def _plan(self, point: Point, context: int) -> SkipPlan:
-        """Return one and the same object for equal plans, because comparing plans compares all their maps."""
-        key = id(point), point.window_size(context)
-        if key not in self._plans:
-            self._plans[key] = point.plan_for(context)
-        return self._plans[key]
-
-    @cached_property
-    def _plans(self) -> dict[tuple[int, int], SkipPlan]:
-        return {}
+        return tuple({id(plan): plan for plan in (each.plan_for(n) for each, n in kept)}.values())
 
 
 def context_for(n_tokens: int) -> int:

@@ -11,6 +11,8 @@ from typing import IO
 from ..errors import ModelFileError, ProfileMismatchError
 from ..files import StrPath
 
+PLAN_SUFFIX = ".adaskip-plan.json"  # of the plan file beside a model
+
 _MIB = 1 << 20
 _BLOCK = 64 << 10
 _N_BLOCKS = 64
@@ -51,13 +53,7 @@ class ModelInfo:
         name: StrPath,
         way_out: str = "calibrate the model as it is loaded here, or load it as it was calibrated",
     ) -> None:
-        """Refuse a plan or profile of this model for another one.
-
-        Args:
-            loaded: the model that is opened.
-            what: the refused thing in the error's message, such as ``"the plan"``.
-            name: file of the opened model.
-            way_out: the advice in the error's message.
+        """Refuse ``what``, such as ``"the plan"``, if the model loaded from the file ``name`` is another one.
 
         Raises:
             ProfileMismatchError: the models differ.
@@ -68,11 +64,7 @@ class ModelInfo:
             )
 
     def differences(self, loaded: "ModelInfo") -> list[str]:
-        """Return the differences from another model, in words.
-
-        Args:
-            loaded: the model that is opened.
-        """
+        """Return the differences from the opened model, in words."""
         pairs = zip(self._parts(), loaded._parts(), strict=True)
         return [f"its {mine[0]} is {mine[1]}, here it is {other[1]}" for mine, other in pairs if mine != other]
 
@@ -150,15 +142,8 @@ def profile_path(model: StrPath) -> str:
 
 
 def plan_path(model: StrPath) -> str:
-    """Return the name of the plan file beside a model, whether or not the file exists.
-
-    Args:
-        model: a GGUF file.
-
-    Returns:
-        ``X.adaskip-plan.json`` for ``X.gguf``.
-    """
-    return _stem(model) + ".adaskip-plan.json"
+    """Return the name of a model's plan file, whether it exists or not: ``X.adaskip-plan.json`` for ``X.gguf``."""
+    return _stem(model) + PLAN_SUFFIX
 
 
 def check_model(made_for: ModelInfo, model: StrPath, name: str) -> None:

@@ -109,12 +109,7 @@ class Bulk:
         return tuple(layer for layer in self.windowed if not self.skip.skip[layer, 0])
 
     def span(self, n_cached: int, n_tokens: int) -> tuple[int, int]:
-        """Return begin and end of the bulk in the new tokens of a prompt; ``(0, 0)`` for none.
-
-        Args:
-            n_cached: tokens of the prompt that are cached.
-            n_tokens: tokens of the prompt after these.
-        """
+        """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none."""
         begin, end = max(self.head - n_cached, 0), n_tokens - self.tail
         return (begin, end) if begin < end else (0, 0)
 
@@ -236,11 +231,7 @@ class SkipPlan:
         return self.schedule or ((0, self.decode),)
 
     def decode_after(self, n_decoded: int) -> SkipSet:
-        """Return the decode set in force.
-
-        Args:
-            n_decoded: tokens of the answer that are decoded.
-        """
+        """Return the decode set in force after ``n_decoded`` decoded tokens of an answer."""
         return next(each for start, each in reversed(self.decode_sets) if start <= n_decoded)
 
     @property
@@ -269,12 +260,7 @@ class SkipPlan:
         return () if self.bulk else self.prefill.attention
 
     def skipped(self, phase: Phase) -> SkipSet:
-        """Return the set of a phase.
-
-        Args:
-            phase: ``"bulk"``, ``"prefill"`` or ``"decode"``. Without a bulk, its set is that of prefill. The set of
-                decode is the last one of a schedule.
-        """
+        """Return the set of a phase: for the bulk, without one, that of prefill; for decode the schedule's last."""
         if phase == "decode":
             return self.decode_sets[-1][1]
         return self.bulk.skip if phase == "bulk" and self.bulk else self.prefill

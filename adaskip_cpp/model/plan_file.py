@@ -10,8 +10,8 @@ import msgspec
 from ..errors import PlanError, PlanFileError
 from ..files import StrPath
 from . import stored
-from .frontier import Frontier
-from .identity import check_model, plan_path
+from .frontier import Frontier, Point
+from .identity import PLAN_SUFFIX, check_model, plan_path
 from .plan import SkipPlan
 
 FORMAT_VERSION = 7
@@ -64,24 +64,17 @@ def save_plan(path: StrPath, plan: SkipPlan | Frontier) -> None:
 
 
 def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
-    """Read a plan file that ``save_plan``, ``adaskip-cpp tune`` or ``adaskip-cpp plan`` wrote.
+    """Read a plan file that ``save_plan``, ``adaskip-cpp tune`` or ``adaskip-cpp plan`` wrote, and the file beside it.
 
     Args:
-        path: the JSON file; its vectors and maps are read from the file beside it.
+        path: the JSON file.
         model: a GGUF file that the plans must be of; None for no check.
-
-    Returns:
-        A plan or a frontier, each usable as ``AdaSkipLlama(..., plan=)``.
 
     Raises:
         PlanFileError: a file is missing, truncated, malformed, of another format or version, or the two do not belong
             together.
         ProfileMismatchError: the file is of another model.
         OSError: a file cannot be read.
-
-    Examples:
-        >>> found = load_plan("model.adaskip-plan.json", model="model.gguf")
-        >>> llm = AdaSkipLlama("model.gguf", plan=found.plan or found.frontier)
     """
     name = os.fspath(path)
     way_out = "`adaskip-cpp tune` or `adaskip-cpp plan -o`"
@@ -99,9 +92,12 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
 
 
 def is_plan_file(path: StrPath) -> bool:
+    """Return whether a file holds plans, and not a profile. Of a missing file, the name decides."""
     try:
         with open(path, "rb") as file:
             return f'"format": "{_FORMAT}"'.encode() in file.read(256)
+    except FileNotFoundError:
+        return os.fspath(path).endswith(PLAN_SUFFIX)
     except OSError:
         return False
 
@@ -124,5 +120,8 @@ def plan_beside(model: StrPath) -> PlanFile:
 
 def frontier_dict(frontier: Frontier) -> dict[str, Any]:
     """Return the figures of a frontier, without its plans."""
-    points = [{name: value for name, value in vars(each).items() if name != "plan"} for each in frontier.points]
-    return {field.name: getattr(frontier, field.name) for field in fields(frontier)} | {"points": points}
+
+    def values(of: Frontier | Point) -> dict[str, Any]:
+        return {field.name: getattr(of, field.name) for field in fields(of) if field.name != "plan"}
+
+    return {**values(frontier), "points": list(map(values, frontier.points))}

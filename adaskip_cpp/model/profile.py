@@ -121,11 +121,7 @@ class ProfileData(LayerArrays):
 
     @classmethod
     def blank(cls: type[_Self], model: ModelInfo) -> _Self:
-        """Return a profile without measurements, to make plans from lists of layers.
-
-        Args:
-            model: the model, as ``AdaSkipLlama.model_info``.
-        """
+        """Return a profile without measurements of ``AdaSkipLlama.model_info``, to make plans from lists of layers."""
         ones, layers = np.ones((model.n_layer, 2)), tuple(range(model.n_layer))
         vectors = np.zeros((model.n_layer, 2, 1), np.float32)
         statistics = PhaseStatistics(ones, ones, ones, ones[:, 0], vectors, vectors, 1)
@@ -169,10 +165,7 @@ class ProfileData(LayerArrays):
         return stored.plain({"format": _FORMAT, "version": FORMAT_VERSION, **vars(self)})[0]
 
     def save(self, path: StrPath) -> None:
-        """Write the profile into a file, and its vectors and maps into a second file beside it.
-
-        Args:
-            path: the JSON file. The second one is ``X.bin`` for ``X.json``.
+        """Write the profile into a JSON file, and its vectors and maps beside it: ``X.bin`` for ``X.json``.
 
         Raises:
             OSError: a file cannot be written; what was there before is still there.
@@ -181,10 +174,7 @@ class ProfileData(LayerArrays):
 
     @classmethod
     def load(cls: type[_Self], path: StrPath) -> _Self:
-        """Read a profile that ``save`` or ``adaskip-cpp calibrate`` wrote.
-
-        Args:
-            path: the JSON file; its vectors and maps are read from the file beside it.
+        """Read a profile that ``save`` or ``adaskip-cpp calibrate`` wrote, and the file beside it.
 
         Raises:
             ProfileMissingError: there is no such file.

@@ -73,11 +73,7 @@ class SkipSet(LayerArrays):
 
     @classmethod
     def none(cls, n_layer: int) -> "SkipSet":
-        """Return a set that skips nothing.
-
-        Args:
-            n_layer: number of layers of the model.
-        """
+        """Return a set of a model with ``n_layer`` layers that skips nothing."""
         return cls(np.zeros((n_layer, 2), np.bool_), np.ones((n_layer, 2)))
 
     @property

@@ -59,11 +59,7 @@ class PhaseStatistics(LayerArrays):
 
     @classmethod
     def mean(cls, requests: "Sequence[PhaseStatistics]") -> "PhaseStatistics":
-        """Return the average over requests of equal weight, as in the paper. Numbers of tokens are summed.
-
-        Args:
-            requests: statistics of single requests.
-        """
+        """Return the average over requests of equal weight, as in the paper. Numbers of tokens are summed."""
         means: dict[str, Any] = {
             name: np.mean([getattr(each, name) for each in requests], axis=0, dtype=np.float64) for name in _SHAPES
         }

@@ -1,1 +1,1 @@
-"""Draws heat maps in the terminal (``heatmap.py``), and curves and strips as files (start at ``plots.py``)."""
+"""Draws curves as PNG and SVG files. Start at ``plots.py``."""

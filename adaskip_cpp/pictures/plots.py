@@ -54,7 +54,6 @@ _BLUE, _VERMILION = Look("#0072B2", "o", "-"), Look("#D55E00", "s", _DASHES)
 _GREEN, _PURPLE = Look("#009E73", "D", _DASH_DOT), Look("#CC79A7", "v", _DOTS)
 _ORANGE, _SKY = Look("#E69F00", "^", _DASH_DOT), Look("#56B4E9", "P", _LONG)
 
-KIND = {"attention": _BLUE, "FFN": _VERMILION, "layer": replace(_GREEN, style="-")}
 PHASE = {"prefill": _BLUE, "decode": replace(_ORANGE, style=_DASHES)}
 STRATEGY = {
     "full": Look(INK, "*", "-"),
@@ -76,11 +75,7 @@ OTHERS = (
     replace(_SKY, style=_DASH_DOT),
     Look(INK, "X", "-"),
 )
-"""For series without their own look, such as models and plans: see :func:`other`."""
-
-
-def other(i: int) -> Look:
-    return OTHERS[i % len(OTHERS)]
+"""For series without their own look, such as models and prompt lengths."""
 
 
 def has_matplotlib() -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import BudgetError, NotSkippableError
 from ..model.arrays import Flags
 from ..model.mode import MODES
-from ..model.plan import Bulk, OnlineStage, SkipPlan
+from ..model.plan import Bulk, OnlineStage, SkipPlan, window_size_for
 from ..model.profile import ProfileData
 from ..model.skip_set import SkipSet, first_ranked, sublayer_name
 from .compensation import DEFAULT_COMPENSATION, get_compensation
@@ -66,8 +66,9 @@ def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk |
     layers = () if profile.windows is None else profile.windows.layers
     if n > len(layers):
         raise BudgetError(f"{len(layers)} attentions can look back at a window, not {n}; ask for at most {len(layers)}")
-    windowed = layers[len(layers) - n :]
-    return Bulk(skip, head=request.head, tail=request.tail, windowed=windowed, window_size=request.look_back)
+    windowed, size = layers[len(layers) - n :], request.window_size
+    size = window_size_for(request.context or 1) if size is None else size
+    return Bulk(skip, head=request.head, tail=request.tail, windowed=windowed, window_size=size)
 
 
 def _of_decode(profile: ProfileData, request: PlanRequest) -> Flags:

@@ -1,5 +1,6 @@
 """``Profile``, for users: the data of a calibration, and ``plan``, which makes plans from it."""
 
+from dataclasses import replace
 from typing import Any
 
 from ..model.plan import SkipPlan
@@ -32,4 +33,5 @@ class Profile(ProfileData):
             NotSkippableError: the strategy or the list names a sublayer that the model cannot skip.
             PlanError: another field is impossible, or the profile lacks the measurements for it.
         """
-        return make_plan(self, PlanRequest.of(n_skip, **request))
+        wanted = replace(n_skip, **request) if isinstance(n_skip, PlanRequest) else PlanRequest(n_skip, **request)
+        return make_plan(self, wanted)

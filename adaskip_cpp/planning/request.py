@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -111,22 +111,6 @@ class PlanRequest:
         if mode.in_bulk and self.phase == "decode":
             raise PlanError("mode 'prompt' makes prompts faster; leave phase out, or use mode='decode'")
 
-    @classmethod
-    def of(cls, request: "PlanRequest | int | None", **values: Any) -> "PlanRequest":
-        """Return a request.
-
-        Args:
-            request: number of sublayers to skip, or another request; None for neither.
-            **values: fields by name, which replace those of the other request.
-
-        Raises:
-            PlanError: a field is unknown; or see the class.
-        """
-        names = [field.name for field in fields(cls)]
-        if unknown := [name for name in values if name not in names]:
-            raise PlanError(f"a plan has no {unknown[0]!r}; use some of: {', '.join(names)}")
-        return replace(request, **values) if isinstance(request, cls) else cls(request, **values)  # type: ignore[arg-type]
-
     @property
     def faster_phase(self) -> Phase:
         """The phase that a speed-up is about; ``"bulk"`` in mode ``"prompt"``."""
@@ -143,17 +127,8 @@ class PlanRequest:
             return f"{self.strategy} {self.speedup:g} x"
         return f"{self.strategy} {DEFAULT_N_SKIP if self.n_skip is None else self.n_skip}"
 
-    @property
-    def look_back(self) -> int:
-        """Tokens that windowed attentions see."""
-        return window_size_for(self.context or 1) if self.window_size is None else self.window_size
-
     def at(self, context: int) -> "PlanRequest":
-        """Return the same request for a context, unless it has one.
-
-        Args:
-            context: tokens of the prompt, for a speed-up and for windows.
-        """
+        """Return the same request for prompts of ``context`` tokens, unless it has a context."""
         if self.context is not None:
             return self
         size = window_size_for(context) if self.windowed and self.window_size is None else self.window_size

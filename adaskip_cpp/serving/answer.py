@@ -139,9 +139,8 @@ def encoded(
         for event in dialect.events(answer, request):
             tell(_event(event))
         return b""
-    head: dict[str, Any] = _head(request) if request.returns_progress else {}
+    head = _head(request)
     for chunk in answer:
-        head = head or {name: chunk[name] for name in ("id", "object", "created", "model")}
         is_end = any(choice.get("finish_reason") for choice in chunk["choices"])
         tell(_event({**chunk, **head, **(request.figures if is_end else {})}))
     if request.includes_usage:

@@ -26,10 +26,7 @@ MOST_WAITING = 64  # requests that may wait
 
 _BYTES_PER_TOKEN = 16  # bytes in a body, per token of the context; text with its JSON needs a fraction of that
 
-_LOOPBACK_PAGES = (
-    r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # pages that may ask without a key: this machine's
-)
-
+_LOOPBACK_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # this machine's pages may ask without a key
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"

@@ -17,17 +17,15 @@ from llama_cpp.server.types import CreateChatCompletionRequest, CreateEmbeddingR
 
 from ..engine.edits import Saved, Tokens, n_common
 from ..engine.llama import AdaSkipLlama, Rows
-from ..engine.self_describing import SelfDescribingLlama
 from ..errors import RequestError
 from ..files import content_hash
 from ..model.edits import Reuse
 from ..model.plan import Phase
+from .embedding import Embedder
 from .logprobs import Logprobs
 from .plans import Plans, plan_key
 from .prefix_cache import Entry, PrefixCache
 from .request import WORTH_KEEPING, ServedRequest
-
-_MOST_EMBEDDED = 2048  # tokens in a text to embed: it is one ubatch, whose memory grows with the square of its size
 
 
 class ServedLlama(AdaSkipLlama):
@@ -48,8 +46,7 @@ class ServedLlama(AdaSkipLlama):
         self.set_plan(of_model.plan, readable=of_model.readable)  # a wrong plan fails now, not at the first request
         self.prefix_cache, cache.can_rewind = cache, not self.has_state
         self._steps: Any = None  # the generator of the answer
-        self._embedder: llama_cpp.Llama | None = None  # opened by the first text to embed
-        self._opening = {**kwargs, "model_path": model_path}
+        self._embedder = Embedder({**kwargs, "model_path": model_path}, self.context_size)
         self._logprobs: Logprobs | None = None
         self._is_cut = False  # whether a limit ended the answer
         self._live_key, self._n_kept = "", 0  # of the memory: its key in the cache, and how many tokens are saved there
@@ -65,8 +62,7 @@ class ServedLlama(AdaSkipLlama):
             self._keep(0)
             self._live_key = ""  # garbage collection calls this again
             self.prefix_cache.close()
-            if self._embedder is not None:
-                self._embedder.close()
+            self._embedder.close()
         super().close()
 
     # -- one request -------------------------------------------------------------------------------------------------
@@ -76,7 +72,7 @@ class ServedLlama(AdaSkipLlama):
         self.request, request.model, body = request, self.name, cast(Any, request.body)
         kwargs = body.model_dump(exclude={"n", "best_of", "user", "logit_bias_type", "min_tokens"})
         if isinstance(body, CreateEmbeddingRequest):
-            return self.create_embedding(**kwargs)
+            return self._embedder.embed(kwargs["input"], self.name, request.check)
         if body.logit_bias and body.logit_bias_type == "tokens":
             texts = {text: self.tokenize(text.encode(), add_bos=False, special=True) for text in body.logit_bias}
             kwargs["logit_bias"] = {str(id): body.logit_bias[text] for text, ids in texts.items() for id in ids}
@@ -298,33 +294,7 @@ class ServedLlama(AdaSkipLlama):
     def _text(self, tokens: list[int], before: list[int]) -> str:
         return self.detokenize(tokens, prev_tokens=before or None).decode("utf-8", "ignore")
 
-    def create_embedding(self, input: str | list[str], model: str | None = None) -> Any:
-        """As the stock one, but in a second context, one text after another."""
-        data, n_tokens = [], 0
-        for index, text in enumerate([input] if isinstance(input, str) else input):
-            self.request.check()
-            llm = self._embedder = self._embedder or _open_embedder(self._opening, self.context_size)
-            n = len(llm.tokenize(text.encode("utf-8")))
-            if n > llm.n_batch:  # stock would embed the beginning
-                raise RequestError(f"a text has {n} tokens, but at most {llm.n_batch} can be embedded; shorten it")
-            answer: Any = llm.create_embedding(text)
-            data.append({**answer["data"][0], "index": index})
-            n_tokens += answer["usage"]["total_tokens"]
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return {"object": "list", "data": data, "model": self.name, "usage": usage}
-
 
 def _most_common(prompt: Tokens, entries: Iterable[Entry], keys: Collection[str]) -> int:
     """Return the largest number of a prompt's first tokens in an entry of these keys."""
     return max((n_common(each.tokens, prompt) for each in entries if each.key in keys), default=0)
-
-
-def _open_embedder(options: dict[str, Any], context: int) -> llama_cpp.Llama:
-    """Open a model again with these options, for embeddings. Pooling is as its file says, else the mean."""
-    size = min(context, _MOST_EMBEDDED)
-    options = {**options, "embedding": True, "n_ctx": size, "n_batch": size, "n_ubatch": size}
-    opened = SelfDescribingLlama(**options)
-    if int(opened.pooling_type()) != llama_cpp.LLAMA_POOLING_TYPE_NONE:
-        return opened
-    opened.close()
-    return SelfDescribingLlama(**options, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)

@@ -1,6 +1,7 @@
 """Counters of the server, for Prometheus."""
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,21 +16,12 @@ class Metrics:
 
     def __init__(self, gauges: dict[tuple[str, str], Callable[[], float]]) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "adaskip_requests", "Requests answered, by path and status.", ["path", "status"], registry=self._registry
-        )
-        self._tokens = Counter(
-            "adaskip_tokens",
-            "Tokens: read (of prompts), skipping (of these, in the bulk), reused (of prompts, not read), generated.",
-            ["kind"],
-            registry=self._registry,
-        )
-        self._rereads = Counter(
-            "adaskip_prompts_reread",
-            "Prompts of which more than the last token was read, by the reason.",
-            ["because"],
-            registry=self._registry,
-        )
+        counter = partial(Counter, registry=self._registry)
+        self._requests = counter("adaskip_requests", "Requests answered, by path and status.", ["path", "status"])
+        read = "Tokens: read (of prompts), skipping (of these, in the bulk), reused (of prompts, not read), generated."
+        self._tokens = counter("adaskip_tokens", read, ["kind"])
+        reread = "Prompts of which more than the last token was read, by the reason."
+        self._rereads = counter("adaskip_prompts_reread", reread, ["because"])
         self._first_token = Histogram(
             "adaskip_time_to_first_token_seconds",
             "Seconds from a request's arrival to its first token, including the queue.",
@@ -40,8 +32,8 @@ class Metrics:
             self._tokens.labels(kind)
         for reason in REREAD:
             self._rereads.labels(reason)
-        for (name, meaning), read in gauges.items():
-            Gauge(f"adaskip_{name}", meaning, registry=self._registry).set_function(read)
+        for (name, meaning), value in gauges.items():
+            Gauge(f"adaskip_{name}", meaning, registry=self._registry).set_function(value)
 
     def answered(self, path: str, status: int) -> None:
         self._requests.labels(path, str(status)).inc()

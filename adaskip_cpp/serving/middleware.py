@@ -6,6 +6,7 @@ import inspect
 import ipaddress
 import logging
 from collections.abc import Callable, Collection
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
@@ -34,31 +35,19 @@ _OPEN = ("/", "/health")  # paths that need no key: they reveal nothing and run 
 _LOGGER = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Gate:
-    """An ASGI application: ``workers`` answer the paths of :data:`SCHEMAS`, ``routes`` the others.
+    """An ASGI application: ``workers`` answer the paths of :data:`SCHEMAS`, ``routes`` the others."""
 
-    Args:
-        keys: clients must send one of them. Without keys, the host in a request must be an address or in ``names``.
-        names: lower-case host names of this server.
-        most_body: largest body, in bytes.
-        log_prompts: whether to log bodies, which nothing else does.
-    """
-
-    def __init__(
-        self,
-        workers: Workers,
-        routes: Routes,
-        queue: FairQueue,
-        metrics: Metrics,
-        *,
-        keys: Collection[str],
-        names: Collection[str],
-        most_body: int,
-        log_prompts: bool = False,
-    ) -> None:
-        self.workers, self.routes, self.queue, self.metrics = workers, routes, queue, metrics
-        self._keys, self._names = [key.encode() for key in keys], names
-        self._most_body, self._log_prompts = most_body, log_prompts
+    workers: Workers
+    routes: Routes
+    queue: FairQueue
+    metrics: Metrics
+    _: KW_ONLY
+    keys: Collection[str]  # clients must send one; without keys, the host in a request must be an address or in `names`
+    names: Collection[str]  # lower-case host names of this server
+    most_body: int  # bytes
+    log_prompts: bool = False  # whether to log bodies, which nothing else does
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked, path, sent = Request(scope, receive), scope["path"], Sent(send, scope["path"])
@@ -73,7 +62,7 @@ class Gate:
         try:
             owner = self._admit(path, method, asked.headers)
             content = await self._read(asked)
-            if self._log_prompts:
+            if self.log_prompts:
                 _LOGGER.warning("%s %s %s", method, path, content.decode("utf-8", "replace"))
             if method == "POST" and path in SCHEMAS:
                 await self._work(asked, content, owner, sent)
@@ -94,40 +83,40 @@ class Gate:
         except asyncio.CancelledError:  # the server stops, and the time for running answers is over
             await sent.error(*STOPPING)
         except Exception as error:
-            await sent.error(*explained(error, logs_text=self._log_prompts))
+            await sent.error(*explained(error, logs_text=self.log_prompts))
 
     def _admit(self, path: str, method: str, headers: Headers) -> str:
         """Refuse clients that may not ask. With several keys, return a hash of the client's; else ""."""
         host, origin = _host_of(f"//{headers.get('host', '')}"), headers.get("origin")
-        if not self._keys:
+        if not self.keys:
             # A stranger could let any other name lead to this machine, so that pages of that name may ask it.
-            if not (host in self._names or _address(host)):
+            if not (host in self.names or _address(host)):
                 raise Refused(
                     403, f"{host!r} is not a known name; use the server's address, or start it with --allow-host"
                 )
             if origin is not None and not (is_loopback(_host_of(origin)) or _host_of(origin) == host):
                 raise Refused(403, f"pages of {origin} may not ask a server without API keys; start it with some")
-        if not self._keys or path in _OPEN or method == "OPTIONS":
+        if not self.keys or path in _OPEN or method == "OPTIONS":
             return ""
         bearer = headers.get("authorization") or f"bearer {headers.get('x-api-key', '')}"  # the latter is Anthropic's
         scheme, _, given = bearer.partition(" ")
         sent = given.strip().encode("latin-1")
-        is_known = [hmac.compare_digest(sent, key) for key in self._keys]  # all, so that the time reveals nothing
+        is_known = [hmac.compare_digest(sent, key.encode()) for key in self.keys]  # all, so the time reveals nothing
         if scheme.lower() != "bearer" or not any(is_known):
             raise Refused(401, "wrong or missing API key; send it as Authorization: Bearer KEY", "invalid_api_key")
-        return content_hash(given.strip()) if len(self._keys) > 1 else ""
+        return content_hash(given.strip()) if len(self.keys) > 1 else ""
 
     async def _read(self, asked: Request) -> bytes:
-        limit = f"the body has over {self._most_body:,} bytes; shorten it, or start the server with a larger --ctx"
+        limit = f"the body has over {self.most_body:,} bytes; shorten it, or start the server with a larger --ctx"
         length = asked.headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._most_body:
+        if length.isdigit() and int(length) > self.most_body:
             raise Refused(413, limit)
         content = bytearray()
 
         async def read() -> None:
             async for chunk in asked.stream():
                 content.extend(chunk)
-                if len(content) > self._most_body:
+                if len(content) > self.most_body:
                     raise Refused(413, limit)
 
         try:

@@ -20,41 +20,28 @@ WISHES = '"auto", "none", {"speedup": 1.5} or {"max_loss": 0.02}'
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan for a request.
+    """The plan for a request."""
 
-    Attributes:
-        plan: None for the whole model.
-        readable: plans whose KV cells this plan may read too.
-        max_loss: the promise that chose the plan from a frontier, in nats per token.
-        point: the point of the frontier, which has the plan.
-        speedup: of the point, predicted for the length of the prompt; 2: twice as fast.
-        edits: how runs of an earlier prompt may be moved, if the frontier decides that; None: not at all.
-    """
-
-    plan: SkipPlan | None = None
+    plan: SkipPlan | None = None  # None for the whole model
     name: str = "none"
-    readable: tuple[SkipPlan, ...] = ()
-    max_loss: float | None = None
-    point: Point | None = None
-    speedup: float | None = None
-    edits: Edits | None = None
+    readable: tuple[SkipPlan, ...] = ()  # plans whose KV cells this plan may read too
+    max_loss: float | None = None  # the promise that chose the plan from a frontier, in nats per token
+    point: Point | None = None  # the frontier's point with the plan
+    speedup: float | None = None  # of the point, predicted for the length of the prompt; 2: twice as fast
+    edits: Edits | None = None  # how runs of an earlier prompt may be moved, if the frontier decides; None: not at all
 
 
+@dataclass(eq=False)
 class Plans:
-    """The plans of a server: those of a frontier, or one plan and those that a profile gives for a speed-up.
+    """The plans of a server: those of a frontier, or one plan and those that a profile gives for a speed-up."""
 
-    Args:
-        own: the plan for ``"auto"`` without a frontier; None for the whole model.
-        frontier: the plans that `tune` found, or None.
-        max_loss: the promise for ``"auto"`` with a frontier, in nats per token.
-        profile: makes plans for a speed-up without a frontier, or None.
-        most: tokens in the context.
-    """
+    own: SkipPlan | None  # the plan for "auto" without a frontier; None for the whole model
+    frontier: Frontier | None  # the plans that `tune` found
+    max_loss: float  # the promise for "auto" with a frontier, in nats per token
+    profile: Profile | None  # makes plans for a speed-up without a frontier
+    most: int  # tokens in the context
 
-    def __init__(
-        self, own: SkipPlan | None, frontier: Frontier | None, max_loss: float, profile: Profile | None, most: int
-    ) -> None:
-        self.own, self.frontier, self.max_loss, self.profile, self.most = own, frontier, max_loss, profile, most
+    def __post_init__(self) -> None:
         self._for_speedup = lru_cache(32)(self._plan_for_speedup)
 
     def choose(self, wish: Any, n_tokens: int, *, edited: bool = False) -> Choice:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 from ..errors import NativeError
 from .answer import Sent
 from .request import Gone, Refused, ServedRequest
-from .worker import HEAD_BYTES, Ask, Call, Close, Done, Failed, Leave, Opened, Opening, Part
+from .worker import HEAD_BYTES, Call, Done, Failed, Leave, Opened, Opening
 
 State: TypeAlias = Literal["unloaded", "loading", "ready", "restarting", "unloading"]
 
@@ -41,10 +41,9 @@ _START = (
 class _Asked:
     """A question to a process. ``heard``: time of the last message. ``done``: None if it must be asked again."""
 
-    id: str
+    message: ServedRequest | Call
     done: "asyncio.Future[Done | None]"
     heard: float
-    request: ServedRequest | None = None
     sent: Sent | None = None
     has_begun: bool = False
 
@@ -52,11 +51,7 @@ class _Asked:
 class Worker:
     """One model, and its process while the model is in memory.
 
-    Args:
-        name: clients' name for the model.
-        opening: the first message to the process.
-        stuck_timeout: limit for a step of a request, in seconds. Loading may take ten times as long. Slower processes
-            are killed.
+    A step of a request may take ``stuck_timeout`` seconds, and loading ten times as long. Slower processes are killed.
     """
 
     def __init__(self, name: str, opening: Opening, *, stuck_timeout: float = STUCK) -> None:
@@ -99,7 +94,7 @@ class Worker:
         done: Done | None = None
         while done is None:
             await self.ready()
-            asked = self._ask(Ask(request), request.id, request, sent)
+            asked = self._ask(request, sent)
             try:
                 done = await self._done(asked)
             except asyncio.CancelledError:
@@ -116,11 +111,10 @@ class Worker:
 
     async def call(self, name: str, *arguments: Any) -> bytes:
         """Call a method of :class:`.Service`, and return its result as JSON."""
-        id = uuid.uuid4().hex
-        asked = self._ask(Call(id, name, arguments), id)
+        asked = self._ask(Call(uuid.uuid4().hex, name, arguments))
         await asyncio.wait({asked.done}, timeout=self._stuck_timeout)
         self.used = time.monotonic()
-        del self._asked[id]
+        del self._asked[asked.message.id]
         done = asked.done.result() if asked.done.done() else None
         if done is None or done.content is None:
             raise Refused(*((done and done.error) or (503, "the model did not answer in time; ask again later")))
@@ -128,11 +122,12 @@ class Worker:
 
     @property
     def request(self) -> ServedRequest | None:
-        return next((each.request for each in self._asked.values() if each.request is not None), None)
+        messages = (each.message for each in self._asked.values())
+        return next((each for each in messages if isinstance(each, ServedRequest)), None)
 
-    def _ask(self, message: Any, id: str, request: ServedRequest | None = None, sent: Sent | None = None) -> _Asked:
+    def _ask(self, message: ServedRequest | Call, sent: Sent | None = None) -> _Asked:
         done = asyncio.get_running_loop().create_future()
-        asked = self._asked[id] = _Asked(id, done, time.monotonic(), request, sent)
+        asked = self._asked[message.id] = _Asked(message, done, time.monotonic(), sent)
         self._tell(message)
         return asked
 
@@ -147,7 +142,7 @@ class Worker:
 
     async def _leave(self, asked: _Asked) -> None:
         """End a request whose client has left."""
-        self._tell(Leave(asked.id))
+        self._tell(Leave(asked.message.id))
         patience = min(max(LEAVE, 2 * self._slowest), self._stuck_timeout)
         if not (await asyncio.wait({asked.done}, timeout=patience))[0]:
             self.kill(f"it did not stop {patience:.0f} seconds after its client had left, and was ended")
@@ -163,7 +158,7 @@ class Worker:
             self._log(f"unloaded, {why}")
         if self.state == "ready":
             self._lose("unloading")
-            self._tell(Close())
+            self._tell(None)
             late = asyncio.get_running_loop().call_later
             late(self._stuck_timeout, lambda: self.kill() if self._keeper is keeper else None)
         elif self.state != "unloading":
@@ -245,7 +240,7 @@ class Worker:
             died = 500, f"the model failed at this request: {self._why}; ask again", "worker_died"
             for asked in self._asked.values():
                 if not asked.done.done():
-                    asked.done.set_result(Done(asked.id, error=died) if asked.has_begun else None)
+                    asked.done.set_result(Done(asked.message.id, error=died) if asked.has_begun else None)
 
     def _tell(self, message: Any) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -260,14 +255,12 @@ class Worker:
         elif (asked := self._asked.get(message.id)) is not None:
             now = time.monotonic()
             self._slowest, asked.heard, asked.has_begun = max(self._slowest, now - asked.heard), now, True
-            if isinstance(message, Part):
-                assert asked.sent is not None
-                try:
-                    await asked.sent.event(message.content)
-                except Gone:
-                    self._tell(Leave(asked.id))
-            elif asked.request is not None:
-                vars(asked.request).update(message.counts)
+            vars(asked.message).update(message.counts)
             if isinstance(message, Done):
                 self._pause, self.gauges = _PAUSE, message.gauges or self.gauges
                 asked.done.set_result(message)
+            elif asked.sent is not None and message.event:
+                try:
+                    await asked.sent.event(message.event)
+                except Gone:
+                    self._tell(Leave(message.id))

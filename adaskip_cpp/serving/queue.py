@@ -79,14 +79,11 @@ class FairQueue:
         """Give the turn to the next user of the next party, and move both to the end."""
         while self._waiting:
             party = next(iter(self._waiting))
-            users = self._waiting.pop(party)
+            users = self._waiting[party] = self._waiting.pop(party)
             user = next(iter(users))
-            waiting = users.pop(user)
-            turn = waiting.popleft()
-            if waiting:
-                users[user] = waiting
-            if users:
-                self._waiting[party] = users
+            turns = users[user] = users.pop(user)
+            turn = turns[0]
+            self._remove(party, user, turn)
             if not turn.done():
                 turn.set_result(None)
                 return

@@ -42,62 +42,37 @@ class Refused(Exception):
 
 @dataclass
 class ServedRequest:
-    """One request and its progress. Times are of ``time.perf_counter``, in seconds.
+    """One request and its progress. Times are of ``time.perf_counter``, in seconds."""
 
-    Attributes:
-        body: in a schema of llama-cpp-python's server; None if there was no HTTP request.
-        path: of the URL.
-        wish: the plan that it asks for, ``adaskip.plan``.
-        prompt_tokens: the prompt if it was given as token ids, which the schema does not allow; else None.
-        reuses: whether it may use known tokens, and its tokens may be saved: ``cache_prompt``.
-        reuse: ``adaskip.reuse``, or None for the server's; once it runs, the way that is used.
-        owner: a hash of the client's key if the server has several keys; else "".
-        salt: ``cache_salt``. Requests use tokens only of requests with equal owner and salt.
-        includes_usage: whether a stream ends with the usage, ``stream_options.include_usage``.
-        returns_progress: whether a stream reports the progress of the prompt, ``return_progress``.
-        on_step: called by :meth:`check`.
-        model: the name of the model in answers.
-        id, created: in the events of a stream; ``created`` is of ``time.time``.
-        choice: the plan that it runs under.
-        finish: how the text ended, "stop" or "length"; llama-cpp-python's chat replaces both by "tool_calls".
-        n_prompt, n_generated: tokens of the prompt and of the answer.
-        n_cached, n_done: tokens of the prompt in memory: at the beginning, and now.
-        n_moved: tokens of the prompt whose KV cells were moved.
-        known: tokens at the beginning of the prompt that were read before and cannot be used, by the reason.
-        n_evaluated: evaluated tokens by phase; the other tokens of the prompt were in the cache.
-        received, begun, first, last: when it came, when the model began, when the first and the last token came.
-        is_left: whether the client has left: it stops at the next batch of its prompt, or token of its answer.
-    """
-
-    body: BaseModel | None = None
-    path: str = ""
-    wish: Any = "auto"
-    prompt_tokens: list[int] | None = None
-    reuses: bool = True
-    reuse: Reuse | None = None
-    owner: str = ""
-    salt: str = ""
-    includes_usage: bool = False
-    returns_progress: bool = False
-    on_step: Callable[[], object] | None = None
-    model: str = ""
+    body: BaseModel | None = None  # in a schema of llama-cpp-python's server; None if there was no HTTP request
+    path: str = ""  # of the URL
+    wish: Any = "auto"  # the plan that it asks for, `adaskip.plan`
+    prompt_tokens: list[int] | None = None  # the prompt if it was given as token ids, which the schema does not allow
+    reuses: bool = True  # whether it may use known tokens, and its tokens may be saved: `cache_prompt`
+    reuse: Reuse | None = None  # `adaskip.reuse`, or None for the server's; once it runs, the way that is used
+    owner: str = ""  # a hash of the client's key if the server has several keys
+    salt: str = ""  # `cache_salt`: requests use tokens only of requests with equal owner and salt
+    includes_usage: bool = False  # whether a stream ends with the usage, `stream_options.include_usage`
+    returns_progress: bool = False  # whether a stream reports the progress of the prompt, `return_progress`
+    on_step: Callable[[], object] | None = None  # called by `check`
+    model: str = ""  # its name in answers
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
-    choice: Choice = field(default_factory=Choice)
-    finish: str = ""
+    choice: Choice = field(default_factory=Choice)  # the plan that it runs under
+    finish: str = ""  # how the text ended, "stop" or "length"; llama-cpp-python's chat replaces both by "tool_calls"
     n_layer: int = 0
-    n_prompt: int = 0
-    n_generated: int = 0
-    n_cached: int | None = None
-    n_done: int = 0
-    n_moved: int = 0
-    known: dict[Reread, int] = field(default_factory=dict)
-    n_evaluated: Counter[Phase] = field(default_factory=Counter)
+    n_prompt: int = 0  # tokens of the prompt
+    n_generated: int = 0  # tokens of the answer
+    n_cached: int | None = None  # tokens of the prompt in memory at the beginning
+    n_done: int = 0  # tokens of the prompt in memory now
+    n_moved: int = 0  # tokens of the prompt whose KV cells were moved
+    known: dict[Reread, int] = field(default_factory=dict)  # first tokens that were known but not used, by the reason
+    n_evaluated: Counter[Phase] = field(default_factory=Counter)  # the other tokens of the prompt were in the cache
     received: float = field(default_factory=time.perf_counter)
-    begun: float = 0.0
-    first: float = 0.0
-    last: float = 0.0
-    is_left: bool = False
+    begun: float = 0.0  # when the model began
+    first: float = 0.0  # when the first token came
+    last: float = 0.0  # when the last token came
+    is_left: bool = False  # whether the client has left: it stops at the next batch of its prompt, or token
 
     def check(self) -> None:
         """Report that the work goes on; called between batches and tokens. Raises :class:`Gone` if the client left."""

@@ -1,6 +1,7 @@
 """The process of a model: answers one request at a time, as the bytes for the client. Start at :func:`main`.
 
-:mod:`.process` starts it. Both exchange the messages below, pickled, on stdin and stdout.
+:mod:`.process` starts it. Both exchange the messages below, pickled, on stdin and stdout. The process gets an
+:class:`Opening` first. Then it gets requests to answer, :class:`Call` and :class:`Leave`, and None to end.
 """
 
 import logging
@@ -38,13 +39,6 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """Answer a request, with any :class:`Step` and :class:`Part`, and one :class:`Done`."""
-
-    request: ServedRequest
-
-
-@dataclass(frozen=True)
 class Call:
     """Call a method of :class:`Service`, also while a request runs. Its result comes as :class:`Done`."""
 
@@ -58,11 +52,6 @@ class Leave:
     """The client of a request has left."""
 
     id: str
-
-
-@dataclass(frozen=True)
-class Close:
-    """Write saved states to the cache, and end."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +71,12 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Part:
-    """An event of a stream."""
-
-    id: str
-    content: bytes
-
-
-@dataclass(frozen=True)
 class Step:
-    """A request goes on. ``counts`` is :attr:`.ServedRequest.counts` so far."""
+    """A request goes on: ``counts`` is :attr:`.ServedRequest.counts` so far, or ``event`` the next of its stream."""
 
     id: str
-    counts: dict[str, Any]
+    counts: dict[str, Any] = field(default_factory=dict)
+    event: bytes = b""
 
 
 @dataclass
@@ -122,19 +104,19 @@ class Service:
     def hear(self, message: Any) -> None:
         """Take a message, without waiting for its work."""
         match message:
-            case Ask(request):
-                self._requests[request.id] = request
-                self._asked.put(request)
+            case ServedRequest():
+                self._requests[message.id] = message
+                self._asked.put(message)
             case Leave(id):
                 if (left := self._requests.get(id)) is not None:  # None: it is done
                     left.is_left = True
             case Call():
                 self._beside.submit(self._call, message)
-            case Close():
+            case None:
                 self._asked.put(None)
 
     def run(self, open_: Callable[[], ServedLlama]) -> None:
-        """Open the model, and answer requests until :class:`Close`."""
+        """Open the model, and answer requests until the end. Then write saved states to the cache."""
         try:
             llm = self._llm = open_()
         except Exception as error:
@@ -157,7 +139,7 @@ class Service:
         done = Done(request.id)
         try:
             answer = self._llm.answer(request)
-            done.content = encoded(answer, request, lambda content: self._tell(Part(request.id, content)))
+            done.content = encoded(answer, request, lambda event: self._tell(Step(request.id, event=event)))
         except Gone:
             pass
         except Exception as error:
@@ -172,7 +154,7 @@ class Service:
         is_news = request.n_cached is not None and request.n_done != self._n_told and not request.first
         if is_news and request.is_stream and request.returns_progress:
             self._n_told = request.n_done
-            self._tell(Part(request.id, progress_event(request)))
+            self._tell(Step(request.id, event=progress_event(request)))
         if time.monotonic() - self._told > _SELDOM:
             self._told = time.monotonic()
             self._tell(Step(request.id, request.counts))
@@ -200,8 +182,8 @@ class Service:
 
 
 def main() -> None:
-    """Run the process until :class:`Close` comes, or the server's first process ends and with it the pipe."""
-    for each in (signal.SIGINT, signal.SIGTERM):  # service managers signal all processes; this one waits for Close
+    """Run the process until it is told to end, or the server's first process ends and with it the pipe."""
+    for each in (signal.SIGINT, signal.SIGTERM):  # service managers signal all processes; this one waits to be told
         signal.signal(each, signal.SIG_IGN)
     asked, said = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

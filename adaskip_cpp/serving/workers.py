@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import time
+from dataclasses import KW_ONLY, dataclass
 
 from ..errors import NativeError
 from .process import State, Worker
@@ -13,17 +14,15 @@ from .request import Refused
 _LOGGER = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Workers:
-    """The models of a server. The first answers requests without a model's name.
+    """The models of a server. The first answers requests without a model's name."""
 
-    Args:
-        n_ctx: tokens in each context.
-        keep: most models in memory; the least recently used one is unloaded for another.
-        keep_alive: seconds without a request after which a model is unloaded.
-    """
-
-    def __init__(self, workers: list[Worker], *, n_ctx: int, keep: int = 1, keep_alive: float = math.inf) -> None:
-        self.all, self.n_ctx, self._keep, self._keep_alive = workers, n_ctx, keep, keep_alive
+    all: list[Worker]
+    _: KW_ONLY
+    n_ctx: int  # tokens in each context
+    keep: int = 1  # most models in memory; the least recently used one is unloaded for another
+    keep_alive: float = math.inf  # seconds without a request after which a model is unloaded
 
     def choose(self, name: str | None) -> Worker:
         """Return the model of this name. A single model has every name. Raises Refused for unknown names."""
@@ -36,7 +35,7 @@ class Workers:
         """Load a model; the caller must hold the turn of the queue. Raises Refused if it cannot be loaded."""
         if worker.state in ("unloaded", "unloading"):
             others = [each for each in self.all if each is not worker and each.state != "unloaded"]
-            for each in sorted(others, key=lambda each: each.used)[: max(len(others) + 1 - self._keep, 0)]:
+            for each in sorted(others, key=lambda each: each.used)[: max(len(others) + 1 - self.keep, 0)]:
                 await each.unload(f"to make room for {worker.name}")
             if any(each.about for each in self.all):
                 worker._log("loading")
@@ -51,9 +50,9 @@ class Workers:
     async def unload_idle(self, queue: FairQueue) -> None:
         """Unload models without requests; runs for ever."""
         while True:
-            await asyncio.sleep(min(self._keep_alive / 10, 1))
+            await asyncio.sleep(min(self.keep_alive / 10, 1))
             for each in self.all:
-                if each.state == "ready" and not queue.is_busy and time.monotonic() - each.used > self._keep_alive:
+                if each.state == "ready" and not queue.is_busy and time.monotonic() - each.used > self.keep_alive:
                     async with queue.turn(""):
                         await each.unload("as there was no request for it")
 

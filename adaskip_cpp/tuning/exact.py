@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from statistics import mean, median
 from time import perf_counter
 from types import MappingProxyType
@@ -43,7 +43,7 @@ def fastest_settings(
     context: int,
     n_answer: int,
     given: Mapping[str, Any] = MappingProxyType({}),
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = lambda fraction, words="": None,
 ) -> FoundSettings:
     """Find the settings under which the whole model answers a request fastest on this machine.
 
@@ -54,22 +54,17 @@ def fastest_settings(
     not chosen. Times are extrapolated linearly from depths up to 1,792 to ``context`` tokens. All trials together read
     at most ``MOST_TOKENS`` tokens; settings that are not reached keep their defaults.
 
-    Args:
-        open_model: opens the model without a plan, with these settings and a context of so many tokens.
-        context, n_answer: tokens of the prompt and of the answer.
-        given: settings that the user chose, by name. They are not varied.
-        on_progress: called with the fraction of the tokens read.
+    ``open_model`` opens the model without a plan, with settings and a context of so many tokens. A prompt has
+    ``context`` tokens, its answer ``n_answer``. The user's ``given`` settings are not varied.
 
     Raises:
-        RequestError: ``context`` or ``n_answer`` is too small, or ``given`` names an unknown setting.
+        RequestError: ``context`` or ``n_answer`` is too small.
         AdaSkipError: the model cannot be opened or run with ``given`` and the defaults.
     """
     for name, value, least in (("context", context, 1), ("n_answer", n_answer, 0)):
         if value < least:
             raise RequestError(f"{name} is {value}; use {least} or more tokens")
-    if unknown := {*given} - {field.name for field in fields(Settings)}:
-        raise RequestError(f"unknown settings {sorted(unknown)}; use the fields of adaskip_cpp.model.settings.Settings")
-    return _Search(open_model, context, n_answer, given, on_progress or (lambda fraction, words="": None)).run()
+    return _Search(open_model, context, n_answer, given, on_progress).run()
 
 
 @dataclass(frozen=True)
@@ -148,27 +143,24 @@ class _Visit:
         return perf_counter() - start
 
 
+@dataclass
 class _Search:
-    def __init__(
-        self,
-        open_model: Callable[[Settings, int], AdaSkipLlama],
-        context: int,
-        n_answer: int,
-        given: Mapping[str, Any],
-        on_progress: OnProgress,
-    ) -> None:
-        self._open_model, self._context, self._n_answer = open_model, context, n_answer
-        self._given, self._on_progress, self._words = given, on_progress, ""
-        self._best = Settings(**given)
+    open_model: Callable[[Settings, int], AdaSkipLlama]
+    context: int
+    n_answer: int
+    given: Mapping[str, Any]
+    on_progress: OnProgress
+
+    def __post_init__(self) -> None:
+        self._best, self._words, self._n_tokens = Settings(**self.given), "", 0
         self._rates = _Rates(SecondsByDepth(0.0, 0.0), SecondsByDepth(0.0, 0.0))  # of the best settings
         self._tried: list[Tried] = []
-        self._n_tokens = 0
 
     def run(self) -> FoundSettings:
-        piece, n_decode = min(_PIECE, self._context), _N_DECODE if self._n_answer else 0
-        depth = min(_DEPTH, self._context - piece)
+        piece, n_decode = min(_PIECE, self.context), _N_DECODE if self.n_answer else 0
+        depth = min(_DEPTH, self.context - piece)
         self._deep = _Shape(piece, n_decode, depth if depth > piece + n_decode else 0)
-        short = _Shape(min(_SHORT_PIECE, self._context), n_decode)
+        short = _Shape(min(_SHORT_PIECE, self.context), n_decode)
         self._rates = self._measure(self._best, self._deep)
         self._record(self._best, [self._rates], chosen=True)
         self._try(self._deep, flash_attn=not self._best.flash_attn)
@@ -181,21 +173,21 @@ class _Search:
             if n >= 1 and n != self._threads["n_threads_batch"]:
                 self._try(replace(short, n_decode=0), n_threads_batch=n)
         self._try_batch_sizes()
-        self._on_progress(1.0)
+        self.on_progress(1.0)
         return FoundSettings(self._best, tuple(self._tried), self._n_tokens)
 
     def _try_batch_sizes(self) -> None:
         """Try larger batches while they are faster; if none is, try a smaller one."""
         default = self._best.n_batch
         for size in (1024, 2048):
-            if self._context <= self._best.n_batch or not self._try_batch(size):
+            if self.context <= self._best.n_batch or not self._try_batch(size):
                 break
-        if self._best.n_batch == default and self._context > 256:
+        if self._best.n_batch == default and self.context > 256:
             self._try_batch(256)
 
     def _try_batch(self, size: int) -> bool:
-        whole = _Shape(min(size, self._context), 0)  # one batch of either size, or the whole prompt if it fits into one
-        best = _Shape(self._best.n_batch, 0) if size <= self._context else whole
+        whole = _Shape(min(size, self.context), 0)  # one batch of either size, or the whole prompt if it fits into one
+        best = _Shape(self._best.n_batch, 0) if size <= self.context else whole
         return self._try(whole, best, n_batch=size, n_ubatch=size)
 
     def _try(self, shape: _Shape, best_shape: _Shape | None = None, **change: Any) -> bool:
@@ -203,7 +195,7 @@ class _Search:
         candidate, best_shape = replace(self._best, **change), best_shape or shape
         is_first = len(self._tried) == 1 and shape == self._deep  # the best settings were timed just now
         n_first, n_second = shape.first + (0 if is_first else best_shape.first), shape.part + best_shape.first
-        if change.keys() & self._given.keys() or self._left < n_first:
+        if change.keys() & self.given.keys() or self._left < n_first:
             return False
         self._words = ", ".join(f"{name} {value}" for name, value in change.items())
         ours = [self._rates if is_first else self._measure(self._best, best_shape)]
@@ -242,13 +234,13 @@ class _Search:
         return after / before if before > 0 else 1.0
 
     def _request_s(self, rates: _Rates) -> float:
-        prompt = self._context * rates.prompt.at(self._context / 2)
-        return prompt + self._n_answer * rates.token.at(self._context + self._n_answer / 2)
+        prompt = self.context * rates.prompt.at(self.context / 2)
+        return prompt + self.n_answer * rates.token.at(self.context + self.n_answer / 2)
 
     def _record(self, settings: Settings, rates: list[_Rates], *, chosen: bool) -> None:
         known = _mean(rates) if rates else _Rates(SecondsByDepth(math.inf, 0.0), SecondsByDepth(math.inf, 0.0))
-        prompt, token = known.prompt, known.token.at(self._context)
-        times = prompt.at(0), prompt.at(self._context), token, self._request_s(known) if rates else math.inf
+        prompt, token = known.prompt, known.token.at(self.context)
+        times = prompt.at(0), prompt.at(self.context), token, self._request_s(known) if rates else math.inf
         self._tried.append(Tried(settings, *times, chosen))
 
     @property
@@ -261,8 +253,8 @@ class _Search:
 
     @contextlib.contextmanager
     def _visit(self, settings: Settings, shape: _Shape) -> Iterator[_Visit]:
-        size = max(self._context + self._n_answer, shape.first + shape.part)
-        with contextlib.closing(self._open_model(settings, size)) as llm:
+        size = max(self.context + self.n_answer, shape.first + shape.part)
+        with contextlib.closing(self.open_model(settings, size)) as llm:
             if not self._tried:
                 self._file_type = str(llm.metadata.get("general.file_type", ""))
                 parameters: Any = llm.context_params
@@ -271,7 +263,7 @@ class _Search:
 
     def _count(self, n: int) -> None:
         self._n_tokens += n
-        self._on_progress(min(self._n_tokens / MOST_TOKENS, 1.0), self._words)
+        self.on_progress(min(self._n_tokens / MOST_TOKENS, 1.0), self._words)
 
 
 def _saves_time(ratios: Sequence[float]) -> bool:

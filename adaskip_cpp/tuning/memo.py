@@ -37,13 +37,7 @@ class Memo:
                 self._data = data
 
     def get(self, name: str, kind: type[_T], make: Callable[[], _T]) -> _T:
-        """Return a value, and make and keep it if the file has none.
-
-        Args:
-            name: name of the value.
-            kind: type of the value; msgspec converts it to and from JSON.
-            make: makes the value.
-        """
+        """Return a value by its name; make and keep it if the file has none. msgspec converts ``kind`` to JSON."""
         with contextlib.suppress(msgspec.ValidationError, KeyError):
             return msgspec.convert(self._data[name], kind)
         value = make()
@@ -62,20 +56,12 @@ class Memo:
         return n if isinstance(n, int) else 0
 
     def count(self, n_tokens: int) -> None:
-        """Add to the tokens that all runs have read.
-
-        Args:
-            n_tokens: tokens that were read.
-        """
+        """Add to the tokens that all runs have read."""
         self._data["n_read"] = self.n_read + n_tokens
         self._write()
 
     def profile(self, model: ModelInfo) -> Profile | None:
-        """Return the profile that an earlier run kept; None if there is none of this model.
-
-        Args:
-            model: the model, as ``AdaSkipLlama.model_info``.
-        """
+        """Return the profile that an earlier run kept; None if there is none of ``AdaSkipLlama.model_info``."""
         with contextlib.suppress(AdaSkipError, OSError):
             if self._path is not None and self._data.get("profile"):
                 found = Profile.load(self._profile_path)
@@ -83,11 +69,7 @@ class Memo:
         return None
 
     def keep_profile(self, profile: Profile) -> None:
-        """Keep a profile for a later run.
-
-        Args:
-            profile: the profile.
-        """
+        """Keep a profile for a later run."""
         if self._path is not None:
             profile.save(self._profile_path)
             self.get("profile", bool, lambda: True)

@@ -91,10 +91,10 @@ class Losses:
         lost = {name: self.curves[part].at(len(getattr(candidate, name))) for name, part in _parts(candidate.share)}
         return np.asarray(self.factor * (lost["attention"] + lost["ffn"]) + lost["windowed"])
 
-    def grid(self, shares: Sequence[int], seconds: Callable[[Candidate], float]) -> _Grid:
+    def grid(self, seconds: Callable[[Candidate], float], shares: Sequence[int] = SHARES) -> _Grid:
         """Return combinations of depths, in steps, each with its predicted loss and seconds."""
         steps = {
-            part: _steps(len(curve.order), 4 if part[0] == "windowed" else 25) for part, curve in self.curves.items()
+            part: _steps(len(curve.order), 8 if part[0] == "windowed" else 25) for part, curve in self.curves.items()
         }
         windows = [(SHARES[0], 0), *((share, depth) for share in shares for depth in steps["windowed", share] if depth)]
         found = []
@@ -131,19 +131,19 @@ def measure(
 
     losses = Losses({part: _curve(part, every[part[0]], judged) for part in _CURVES}, np.ones(2))
     middle = LEVELS[len(LEVELS) // 2]
-    if (one := _fastest(losses.grid((), seconds), middle, seconds(Candidate()))) is None:
+    if (one := _fastest(losses.grid(seconds, shares=()), middle, seconds(Candidate()))) is None:
         return losses
     return replace(losses, factor=np.clip(judged(one, True) / np.maximum(losses.of(one), 1e-6), 0.5, 4.0))
 
 
 def find_path(
-    losses: Losses, seconds: Callable[[Candidate], float], shares: Sequence[int], *, levels: Sequence[float] = LEVELS
+    losses: Losses, seconds: Callable[[Candidate], float], *, levels: Sequence[float] = LEVELS
 ) -> list[Candidate]:
     """Return the sets of a path: one for each level of loss that saves more time, each containing the one before.
 
-    ``seconds`` predicts the time of a prompt with a set. ``shares`` are those of windows; () for no windows.
+    ``seconds`` predicts the time of a prompt with a set.
     """
-    grid, whole, path = losses.grid(shares, seconds), seconds(Candidate()), list[Candidate]()
+    grid, whole, path = losses.grid(seconds), seconds(Candidate()), list[Candidate]()
     for level in levels:
         found = _fastest([each for each in grid if not path or _contains(each[0], path[-1])], level, whole)
         if found is not None and (not path or found != path[-1]):
@@ -156,8 +156,8 @@ def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: fl
 
     This is the fastest set that is expected to keep the promise. The least promise of a set is its level times a
     factor. The factor is known for judged sets and interpolated between them; before any is judged, it is
-    :data:`_FIRST`. The levels of ``path`` ascend. ``needs`` has the least promise of each judged set, of this path or
-    another; it is infinite for a set that keeps none.
+    :data:`_FIRST`. The levels of ``path`` ascend. ``needs`` has the least promise of each judged set; it is infinite
+    for a set that keeps none.
     """
     known = sorted((math.log(each.level), math.log(max(need, 1e-9) / each.level))
                    for each, need in needs.items() if math.isfinite(need))  # fmt: skip

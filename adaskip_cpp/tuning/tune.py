@@ -35,17 +35,18 @@ from .exact import FoundSettings, fastest_settings
 from .figures import Judged, quality_of
 from .hold_out import HeldOut, hold_out, passkey_probes, unseen_texts
 from .memo import Memo
-from .path import SHARES, Candidate, aim, find_path, measure
+from .path import Candidate, aim, find_path, measure
 from .speed import measure_speed
 
-MOST_TOKENS = 120_000  # that calibration and tuning together read through a model, whatever its size
+MOST_TOKENS = 150_000  # that calibration and tuning together read through a model, whatever its size
 LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for
 
 _N_REQUESTS, _N_DECODE = 16, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
 _COST_CONTEXTS, _COST_S = (512, 2048), 6.0
 _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
 _N_CTX = _JUDGED_AT + 512
-_LONG = 8192  # tokens of the prompts of a second path, with windows: there they save more than skipping does
+_FASTEST_AT = 4096  # tokens of the prompts for which sets are the fastest of their loss
+_LONG = 8192  # tokens of longer prompts, which have plans of their own: they lose more, so they may skip less
 _SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windows are measured on the long ones
 _N_TEXTS, _N_SEARCHED = 4, 2  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
@@ -68,7 +69,7 @@ def tune(
 ) -> Frontier:
     """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
-    At most 120,000 tokens are read. Let nothing else run meanwhile, because times are measured. Only the memo writes
+    At most 150,000 tokens are read. Let nothing else run meanwhile, because times are measured. Only the memo writes
     files.
 
     Args:
@@ -203,7 +204,7 @@ class _Tuning:
         return profile
 
     def _points(self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge) -> list[Point]:
-        """Find the paths and judge their plans, in the order of :data:`_AIMS`, while tokens last."""
+        """Find the path and judge its plans, in the order of :data:`_AIMS`, while tokens last."""
         planned = _Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
             judges = [
@@ -220,11 +221,8 @@ class _Tuning:
 
                 return tuple(self.memo.get(f"search {candidate} at {n_prompt}", list[float], judge))  # type: ignore[return-value]
 
-            losses = measure(planned.orders, lost, partial(planned.seconds, context=_LONG), on_progress=on_progress)
-        paths = {
-            length: find_path(losses, partial(planned.seconds, context=length), shares)
-            for length, shares in ((_JUDGED_AT, ()), (_LONG, SHARES))
-        }
+            seconds = partial(planned.seconds, context=_FASTEST_AT)
+            path = find_path(measure(planned.orders, lost, seconds, on_progress=on_progress), seconds)
         probes = judge.probes
         each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
@@ -242,7 +240,7 @@ class _Tuning:
 
         with self.on_stage("Judging") as on_progress:
             n_begin = max(left(), 1)
-            for promise, (length, path) in product(_AIMS, paths.items()):
+            for promise, length in product(_AIMS, (_JUDGED_AT, _LONG)):
                 while not found or left() >= each_costs:
                     needs = {each: point.needs(length) for each, point in found.items()}
                     if (candidate := aim(path, needs, promise)) is None:

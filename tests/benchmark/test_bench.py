@@ -155,31 +155,19 @@ def test_a_row_is_written_as_plain_json() -> None:
 
 
 def test_contexts_asked_for_are_measured_as_they_are() -> None:
-    assert fit_contexts([2048, 512, 512], 8192, 32) == ((512, 2048), "")
+    assert fit_contexts([2048, 512, 512], 8192, 32) == (512, 2048)
 
 
-def test_default_contexts_are_cut_to_the_model_with_room_for_decode() -> None:
-    contexts, note = fit_contexts(None, 8192, 32)
-    assert contexts == (512, 2048, 8160)
-    assert "8,160" in note and "8,192" in note
-    assert fit_contexts(None, 1024, 24)[0] == (512, 1000)
-    assert fit_contexts(None, 131072, 32) == ((512, 2048, 8192), "")
-    assert fit_contexts(None, 0, 32) == ((512, 2048, 8192), "")
+def test_default_contexts_are_those_that_the_model_has_room_for() -> None:
+    assert fit_contexts(None, 8192, 32) == (512, 2048)
+    assert fit_contexts(None, 400, 24) == (376,)
+    assert fit_contexts(None, 131072, 32) == fit_contexts(None, 0, 32) == (512, 2048, 8192)
 
 
-def test_a_context_asked_for_that_only_lacks_room_for_decode_is_cut() -> None:
-    contexts, note = fit_contexts([64, 8192], 8192, 32)
-    assert contexts == (64, 8160) and note
-
-
-def test_a_context_beyond_the_model_is_refused() -> None:
-    with pytest.raises(DataError, match="9,000 tokens is beyond the model's 8,192"):
-        fit_contexts([9000], 8192, 32)
-
-
-def test_a_model_too_small_for_the_decoding_is_refused() -> None:
-    with pytest.raises(DataError, match="decode-tokens"):
-        fit_contexts(None, 16, 32)
+@pytest.mark.parametrize(("contexts", "n_ctx_train"), [([9000], 8192), ([8192], 8192), ([0], 8192), (None, 16)])
+def test_a_context_without_room_is_refused(contexts: list[int] | None, n_ctx_train: int) -> None:
+    with pytest.raises(DataError, match=r"do not fit into the model's context of .*contexts.*decode-tokens"):
+        fit_contexts(contexts, n_ctx_train, 32)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

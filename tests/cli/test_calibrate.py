@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from click.testing import Result
 from oracles.tiny_families import N_EMBD
 
@@ -34,17 +33,3 @@ def test_calibrate_writes_a_profile_that_generate_takes(run: Run, tiny: Any, tmp
     assert "skipped: 2 of 6 sublayers in the bulk of a prompt" in result.stderr
     assert "0 of 6 in decode" in result.stderr
     assert "tokens/s" in result.stderr and "tokens/s" not in result.stdout
-
-
-@pytest.mark.parametrize(("rank", "compensation"), [(3, "linear"), (0, "affine")])
-def test_the_rank_of_the_maps_decides_what_a_plan_compensates_with(
-    run: Run, tiny: Any, tmp_path: Path, rank: int, compensation: str
-) -> None:
-    output, data = tmp_path / "out.json", tmp_path / "text.txt"
-    data.write_text("the quick brown fox " * 40)
-    args = ["calibrate", tiny(), "--data", data, "--requests", 4, "--tokens", 20, "-o", output, "--no-cost"]
-    assert run(*args, "--rank", rank).exit_code == 0
-    maps = Profile.load(output).maps
-    assert (0 if maps is None else maps.up.shape[3]) == rank
-    assert json.loads(run("plan", output, "--skip", 2, "--json").stdout)["plan"]["compensation"] == compensation
-    assert run("generate", tiny(), "-p", "hello", "--profile", output, "--skip", 2, "--max-tokens", 5).exit_code == 0

@@ -26,7 +26,7 @@ from adaskip_cpp.planning.compensation import DEFAULT_COMPENSATION
 
 Run = Callable[..., Result]
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog lies there and sleeps. " * 20
-FILES = {"results.json", "results.md", "report.html"}
+FILES = {"results.json", "report.html"}
 
 
 @pytest.fixture
@@ -78,12 +78,12 @@ def results(tmp_path: Path) -> Callable[[], Any]:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_has_results_tables_report_and_pictures(run: Run, tmp_path: Path, results: Any) -> None:
+def test_the_folder_has_results_report_and_picture(run: Run, tmp_path: Path, results: Any) -> None:
     result = run("--skip", "2", "--mode", "prefill", "--mode", "e2e", pictures=True)
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= FILES
-    assert {"quality.png", "quality.svg", "agreement.svg", "rouge-l.svg"} <= names
+    assert {"quality.png", "quality.svg"} <= names
     assert not [name for name in names if name.endswith(".tmp")]
     assert "Mode prefill" in result.stdout and "report.html" in result.stdout
     found = results()
@@ -108,7 +108,7 @@ def test_compensations_are_of_adaskip_alone(run: Run, results: Any) -> None:
     assert sum(name.startswith("early_exit") for name in names) == 1
 
 
-def test_questions_are_asked_and_scored_by_length_and_depth(run: Run, results: Any, tmp_path: Path) -> None:
+def test_questions_of_files_and_of_the_text_are_asked_and_scored(run: Run, results: Any, tmp_path: Path) -> None:
     lines = [
         {
             "input": "Who?",
@@ -120,23 +120,16 @@ def test_questions_are_asked_and_scored_by_length_and_depth(run: Run, results: A
         }
     ]
     (tmp_path / "qasper.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    (tmp_path / "prompts.json").write_text(json.dumps({"qasper": "{context} {input}"}))
-    (tmp_path / "lengths.json").write_text(json.dumps({"qasper": 4}))
-    published = ["--tasks", tmp_path / "qasper.jsonl", "--tasks-prompts", tmp_path / "prompts.json"]
-    published += ["--tasks-lengths", tmp_path / "lengths.json"]
+    (tmp_path / "dataset2prompt.json").write_text(json.dumps({"qasper": "{context} {input}"}))
+    (tmp_path / "dataset2maxlen.json").write_text(json.dumps({"qasper": 4}))
     result = run(
-        "--skip", 2, "--mode", "e2e", "--strategy", "adaskip", "--texts", 0, "--rounds", 0, *published,
-        "--synthetic", "passkey", "--lengths", "140,180", "--depths", "0.2,0.8", "--per", 1,
+        "--skip", 2, "--mode", "e2e", "--strategy", "adaskip", "--texts", 0, "--rounds", 0,
+        "--tasks", tmp_path / "qasper.jsonl", "--synthetic", "passkey", "--lengths", "140,180", "--depths", "0.2,0.8",
+        "--per", 1,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     questions = results()["contenders"][1]["questions"]
-    assert set(questions) == {"passkey", "qasper"}
-    assert [(cell["length"], cell["depth"]) for cell in questions["passkey"]["cells"]] == [
-        (140, 0.2),
-        (140, 0.8),
-        (180, 0.2),
-        (180, 0.8),
-    ]
+    assert {task: scores["score"]["n"] for task, scores in questions.items()} == {"passkey": 4, "qasper": 1}
 
 
 def test_json_prints_what_stands_in_the_file(run: Run, results: Any) -> None:
@@ -259,8 +252,8 @@ def test_promises_are_measured_with_and_without_a_profile(
     assert found["n_done"] == found["n_results"] and "promise, 0.05" in result.stdout
     assert [each["n_skip_prefill"] for each in found["contenders"]] == [0, 1, 2]
     assert "for each prompt, the fastest of 2 plans" in found["about"]["configuration"]["Promises"]
-    report = (tmp_path / "out" / "results.md").read_text()
-    assert "| promise, 0.05 |" in report and "profile" not in found["about"]["command"]
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "promise, 0.05</td>" in report and "profile" not in found["about"]["command"]
     again = run(model=model, profile=None)
     assert f"{found['n_results']} of {found['n_results']} results are there already" in again.stderr
     for mode in ("prompt", "prefill"):
@@ -290,7 +283,6 @@ def test_a_profile_of_another_model_is_refused(run: Run, tiny: Any, tmp_path: Pa
         (["--ctx", str(N_CTX_TRAIN + 1)], f"made for contexts of {N_CTX_TRAIN} tokens"),
         (["--tokens", "7"], "no prompt before a continuation"),
         (["--skip", "99"], "there is nothing to compare with the whole model"),
-        (["--speedup", "1.2"], "no cost model"),
         (["--synthetic", "passkey", "--lengths", "10"], "ask for longer ones"),
         (["--texts", "0", "--rounds", "0"], "there is nothing to measure"),
     ],

@@ -101,9 +101,9 @@ def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
     # By hand, of 64 tokens without outputs: two layers and the last one's K and V take 4.5 s, without two FFNs 2.5. The
     # plan cuts 1 + 64 + 1 tokens, the whole model 64 + 2, of which the two lie between 0.06 s for one and 5.01 for 64.
     whole, bulk = 4.5 + 0.06 + (5.01 - 0.06) / 63, 0.04 + 2.5 + 0.06
-    assert f"first token after 3.0 s; predicted without the plan: {3.0 * whole / bulk:.1f} s\n" in told
+    assert f"first token after 3.00 s; predicted without the plan: {3.0 * whole / bulk:.2f} s\n" in told
     told = run("generate", tiny(), "-p", "hello", "--max-tokens", 2).stderr
-    assert "first token after 3.0 s\n" in told
+    assert "first token after 3.00 s\n" in told
 
 
 LONG = "the of to in " * 20

@@ -1,5 +1,6 @@
 """``adaskip-cpp plan``: what it prints of a profile and of a plan file, and as JSON."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +11,14 @@ import pytest
 from click.testing import Result
 from oracles.command_line import line
 from oracles.costs import cost_model
+from oracles.frontiers import frontier, quality
+from rich.console import Console
 
 from adaskip_cpp import Profile
+from adaskip_cpp.cli.tune_report import print_frontier
+from adaskip_cpp.intervals import Interval
+from adaskip_cpp.model.edits import WIDE, Edits
+from adaskip_cpp.model.frontier import EditPoint, Passkeys
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.mode import MODES
 from adaskip_cpp.model.profile import Windows
@@ -99,7 +106,7 @@ def test_plan_tells_the_bulk_and_the_time_to_the_first_token(
     assert "4 of 6 sublayers skipped in the bulk of a prompt, 1 in decode: strategy suffix" in " ".join(text.split())
     assert "attention skipped in the bulk in layers: 1, 2" in text and "FFN skipped in decode in layers: 2" in text
     assert "The bulk is the prompt without its first 0 and its last 1 tokens." in text
-    assert "Predicted first token: after 7.07 s, whole model 10.6 s." in text
+    assert "Predicted first token: after 7.07 s, whole model 10.57 s." in text
     assert "needed for all layers: the bulk keeps its K and V" in text
     assert max(len(each) for each in text.splitlines() if "plan.json" not in each) <= 80
     shown = run("plan", tmp_path / "plan.json").stdout
@@ -109,15 +116,15 @@ def test_plan_tells_the_bulk_and_the_time_to_the_first_token(
 def test_windows_are_chosen_by_hand_and_told(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
     profile = Profile.load(profile_path)
     replace(profile, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3))).save(profile_path)
-    args = ["--skip", 1, "--windowed", 3, "--window-size", 5, "--head", 0, "--tail", 4]  # one of the three is skipped
+    args = ["--skip", 1, "--windowed", 3, "--head", 0, "--tail", 4]  # one of the three is skipped
     shown = run("plan", profile_path, *args, "-o", tmp_path / "plan.json").stdout
-    words = "1 of 6 sublayers skipped in the bulk of a prompt, 2 attentions windowed to 5 tokens, 0 in decode"
+    words = "1 of 6 sublayers skipped in the bulk of a prompt, 2 attentions windowed to 252 tokens, 0 in decode"
     assert words in " ".join(shown.split())
-    assert "attention in the bulk looks back at 5 tokens in layers: 0, 1" in shown
-    assert "looks back at 5 tokens" in run("plan", tmp_path / "plan.json").stdout
+    assert "attention in the bulk looks back at 252 tokens in layers: 0, 1" in shown
+    assert "looks back at 252 tokens" in run("plan", tmp_path / "plan.json").stdout
     result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
     assert result.exit_code == 0, result.output
-    assert "(1 attention, 0 FFN), 2 attentions windowed to 5 tokens" in " ".join(result.stderr.split())
+    assert "(1 attention, 0 FFN), 2 attentions windowed to 252 tokens" in " ".join(result.stderr.split())
     assert "3 attentions can use a window in the bulk" in run("inspect", tiny()).stdout
 
 
@@ -141,6 +148,16 @@ def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) ->
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+def test_edited_prompts_have_all_words_and_figures_within_80_columns() -> None:
+    doubtful = Interval(-0.123, -0.456, 0.21, 4)
+    figures = replace(quality(0.1), divergence=doubtful, loss=doubtful)
+    edited = EditPoint(2048, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=WIDE))
+    out = Console(file=io.StringIO(), width=80)
+    print_frontier(out, frontier([], edits=(edited,)))
+    told = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "new order" in told and "promise of" in told and told.count("-0.123±.333") == 3 and "…" not in told
+
+
 def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:
     data = json.loads(run("plan", plan_path(tuned_model), "--json").stdout)
     assert [each["plan"]["bulk"]["skip"]["skip"]["ffn"] for each in data["frontier"]["points"]] == [[1], [1, 2]]
@@ -151,6 +168,11 @@ def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:
 def test_a_model_in_the_place_of_its_profile_or_plan_is_told(run: Run, tiny: Any) -> None:
     assert "is a model; name its profile, which `adaskip-cpp calibrate" in line(run("plan", tiny()))
     assert "is a model; name its plan file" in line(run("generate", tiny(), "-p", "the", "--plan", tiny()))
+
+
+def test_a_missing_file_is_told_with_the_verb_that_writes_it(run: Run, tmp_path: Path) -> None:
+    assert "there is no plan file" in (told := line(run("plan", plan_path(tmp_path / "x.gguf")))) and "tune" in told
+    assert "there is no profile" in (told := line(run("plan", tmp_path / "x.json"))) and "calibrate" in told
 
 
 def test_a_plan_file_is_shown_as_it_is(run: Run, tuned_model: Path) -> None:

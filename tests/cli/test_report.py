@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import Result
 from oracles.frontiers import point
 
 from adaskip_cpp import Profile, SkipPlan
-from adaskip_cpp.cli.report import first_token_line, layer_list, megabytes, skipped_counts, skipped_lines
+from adaskip_cpp.cli.report import first_token_line, layer_list, megabytes, seconds, skipped_counts, skipped_lines
 from adaskip_cpp.engine.generation import Generation, Timing
 from adaskip_cpp.measuring import running
 from adaskip_cpp.model.plan import OnlineStage
@@ -38,10 +39,10 @@ def test_what_tune_predicted_is_told_where_there_is_no_profile() -> None:
     plan = SkipPlan.manual(3, ffn=[1], phase="bulk")
     found = point(plan, 0.01, {1024: 1.2, 2048: 1.6})
     told = first_token_line(timing, plan, point=found)
-    assert told == "first token after 0.25 s; predicted without the plan: 0.40 s"
-    assert first_token_line(timing, None, point=found) == "first token after 0.25 s"
+    assert told == "first token after 250 ms; predicted without the plan: 400 ms"
+    assert first_token_line(timing, None, point=found) == "first token after 250 ms"
     partly_cached = replace(timing, n_evaluated=100)
-    assert first_token_line(partly_cached, plan, point=found) == "first token after 0.25 s", "that was not predicted"
+    assert first_token_line(partly_cached, plan, point=found) == "first token after 250 ms", "that was not predicted"
 
 
 def test_a_list_of_layers_is_short() -> None:
@@ -52,3 +53,10 @@ def test_a_list_of_layers_is_short() -> None:
 
 def test_bytes_are_decimal() -> None:
     assert [megabytes(n) for n in (32_768, 1_500_000, 188_743_680)] == ["33 kB", "1.5 MB", "189 MB"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.012345, "12.3 ms"), (0.9, "900 ms"), (1.234, "1.23 s"), (123.4, "123 s")]
+)
+def test_times_are_told_to_three_digits(value: float, words: str) -> None:
+    assert seconds(value) == words

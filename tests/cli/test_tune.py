@@ -153,8 +153,8 @@ def test_ctrl_c_leaves_all_files_as_they_were_and_the_next_run_goes_on_and_clean
     assert not any("unfinished" in name for name in files(folder))
 
 
-@pytest.mark.parametrize("change", [("--fresh",), ("--context", 120), ("--flash-attn",)], ids=str)
-def test_with_fresh_or_other_options_it_begins_anew(
+@pytest.mark.parametrize("change", [("--context", 120), ("--flash-attn",)], ids=str)
+def test_with_other_options_it_begins_anew(
     change: tuple[object, ...], tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = interrupted_in(monkeypatch, "fastest_settings", when=0)
@@ -230,7 +230,8 @@ def test_a_real_model_is_tuned_with_the_built_in_text(
     result = CliRunner().invoke(main, args, prog_name="adaskip-cpp")
     assert result.exit_code == 0, result.output
     frontier = load_plan(tmp_path / "p.json", model=smollm2_path).frontier
-    assert frontier is not None and frontier.points and frontier.n_read < 20_000
+    assert frontier is not None and frontier.points
+    assert frontier.n_read < 30_000  # of which timing the sublayers takes half, in its three rounds at least
     chosen = frontier.choose(1024, 1.0)
     assert chosen is not None and chosen.skipped("bulk").n_skip > 2 and chosen.decode.n_skip == 0
     assert frontier.speeds[0].of == "settings"

@@ -83,7 +83,7 @@ def items(tokens: Tokens) -> list[TextItem]:
 
 @pytest.fixture
 def question(tokens: Tokens) -> QuestionItem:
-    return QuestionItem("question", "passkey", tuple(tokens(20, 5)), ("7",), 6, "contains", length=20, depth=0.5)
+    return QuestionItem("question", "passkey", tuple(tokens(20, 5)), ("7",), 6, "contains")
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def contender(strategy: str, mode: Any, loss: float) -> Row:
         n_skip_decode=12,
         speed={name: Speed(Interval(1.25, 1.2, 1.3, 5), figure) for name in SPEED_NAMES},
         text={"all": figures},
-        questions={"passkey": TaskScores(figure, figure)},
+        questions={"passkey": TaskScores(figure)},
     )
 
 
@@ -74,13 +74,8 @@ def results() -> Results:
     return Results(5, 5, about, rows)
 
 
-def unfinished(results: Results) -> Results:
-    about = replace(results.about, notes=("early_exit-6 is left out",))
-    return replace(results, n_done=3, about=about)
-
-
 def test_the_page_is_well_formed_and_what_it_quotes_is_escaped(results: Results) -> None:
-    page = Page(rendered("html", results, {}))
+    page = Page(rendered(results, None))
     assert "<b>model</b> & co." in page.text
     assert "b" not in page.tags
     assert "a < b" in page.text
@@ -89,13 +84,13 @@ def test_the_page_is_well_formed_and_what_it_quotes_is_escaped(results: Results)
 
 def test_the_page_loads_nothing(results: Results) -> None:
     pytest.importorskip("matplotlib")
-    from adaskip_cpp.evaluation.plots import quality_pictures
+    from adaskip_cpp.evaluation.plots import quality_picture
 
-    drawn = quality_pictures(results)
-    assert drawn
-    html = rendered("html", results, drawn)
+    drawn = quality_picture(results)
+    assert drawn is not None
+    html = rendered(results, drawn)
     page = Page(html)
-    assert page.tags.count("svg") == len(drawn)
+    assert page.tags.count("svg") == 1
     assert page.loads == []
     assert not {"script", "link", "iframe", "object", "embed", "img"} & set(page.tags)
     assert "@import" not in html
@@ -103,29 +98,20 @@ def test_the_page_loads_nothing(results: Results) -> None:
 
 
 def test_it_has_a_style_for_light_and_dark_and_for_narrow_windows(results: Results) -> None:
-    html = rendered("html", results, {})
+    html = rendered(results, None)
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
     assert html.count("<table>") == html.count('class="scroll"')
 
 
 def test_tables_say_what_results_say(results: Results) -> None:
-    page = Page(rendered("html", results, {}))
+    page = Page(rendered(results, None))
     assert "1.25 (1.20–1.30)" in page.text
     assert "+0.500 ± 0.100" in page.text
     assert "Early Exit, 12" in page.text
 
 
 def test_results_that_are_not_finished_say_so(results: Results) -> None:
-    results = unfinished(results)
-    for text in (Page(rendered("html", results, {})).text, rendered("md", results, ())):
-        assert "not finished: 3 of 5 results" in text
-        assert "early_exit-6 is left out" in text
-
-
-def test_markdown_has_the_same_tables_and_the_pictures_beside_it(results: Results) -> None:
-    text = rendered("md", unfinished(results), ["quality.png"])
-    assert "- early_exit-6 is left out\n\n![quality](quality.png)" in text, "a picture is no part of a list"
-    assert "## Mode prefill" in text
-    assert "## Questions" in text
-    assert "```sh\nadaskip-cpp evaluate 'a & b.gguf'\n```" in text
+    about = replace(results.about, notes=("early_exit-6 is left out",))
+    text = Page(rendered(replace(results, n_done=3, about=about), None)).text
+    assert "not finished: 3 of 5 results" in text and "early_exit-6 is left out" in text

@@ -27,7 +27,7 @@ MODES = ("once", "full", "killed")
 
 CASES = (
     "plan", "plan with maps", "profile", "evaluation", "other settings", "prefix cache", "pictures",
-    "svg", "report", "plan verb",
+    "report", "plan verb",
 )  # fmt: skip
 """What is written."""
 
@@ -197,14 +197,6 @@ def _case(name: str) -> _Case:
             return _cache_case()
         case "pictures":
             return _pictures_case()
-        case "svg":
-            from adaskip_cpp.cli.terminal import save_svg
-
-            def save(path: Path, i: int) -> None:
-                with save_svg(str(path), "title") as out:
-                    out.print(f"text {i}")
-
-            return _files_case("p.svg", save, Path.read_bytes)
         case "report":
             return _report_case()
         case _:
@@ -310,7 +302,7 @@ def _report_case() -> _Case:
     def write(folder: Path, i: int) -> None:
         report.write_results(Results(i, 2, About(f"title {i}", "summary", {}, "command", {}, ()), ()), folder)
 
-    return _several_files(write, ["results.json", "results.md", "report.html"], "re")
+    return _several_files(write, ["results.json", "report.html"], "re")
 
 
 def _several_files(write: Callable[[Path, int], object], files: list[str], names: str) -> _Case:

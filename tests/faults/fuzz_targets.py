@@ -120,11 +120,11 @@ def longbench(data: bytes) -> None:
     """Task files: the first line is LongBench's table of prompts, the second that of lengths, the others are items."""
     prompts, _, rest = data.partition(b"\n")
     lengths, _, lines = rest.partition(b"\n")
-    paths = [folder() / name for name in ("prompts.json", "lengths.json", "lines.jsonl")]
+    paths = [folder() / name for name in ("dataset2prompt.json", "dataset2maxlen.json", "lines.jsonl")]
     for path, content in zip(paths, (prompts, lengths, lines), strict=True):
         path.write_bytes(content)
     with suppress(AdaSkipError):
-        for item in task_items(LLM, paths[2:], prompts=paths[0], lengths=paths[1], n_ctx=512, wrap=chat):
+        for item in task_items(LLM, paths[2:], n_ctx=512, wrap=chat):
             assert 0 <= item.score("Ada, Paragraph 3\n") <= 1
             assert len(item.prompt) + item.max_tokens <= 512
 

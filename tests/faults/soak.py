@@ -133,7 +133,7 @@ def open_machines(folder: Path) -> dict[str, Callable[[], Any]]:
         llm.begin()
         llm.eval_bulk([3] * (llm.n_ctx() - 1))
         llm.reset()
-        with llm.collect_statistics(lambda batch: None, keep_logits=True, vectors=True):
+        with llm.collect_statistics(lambda batch: None, keep_logits=True):
             llm.eval([3] * (llm.n_ctx() - 1))
         machines[name] = partial(test_sequences.Calls, paths[kind.family], models[kind.family], kind, llm)
     for name, several in test_several_sequences.KINDS.items():

@@ -192,7 +192,7 @@ def told(served_model: Path, tmp_path: Path) -> Callable[..., bytes]:
         ["inspect", model],
         ["calibrate", model, "-o", str(profile), *quick],
         ["plan", str(profile), "--skip", "2"],
-        ["plot", str(profile), "--skip", "2", "--terminal"],
+        ["plot", str(profile), "-o", str(tmp_path / "pictures")],
         ["generate", model, "-p", "hello", "--raw", "--max-tokens", "2", "--plan", str(plan)],
         ["chat", model, "--max-tokens", "2", "--ctx", "256"],
     ]

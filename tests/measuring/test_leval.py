@@ -110,7 +110,7 @@ def test_longbench_and_leval_may_be_in_one_file(tmp_path: Path) -> None:
 def test_multi_news_needs_neither_of_longbenchs_json_files(tmp_path: Path) -> None:
     (item,) = read(tmp_path, record("multi_news", answers=["News."], context="Two articles."))
     assert "\n\nTwo articles.\n\n" in text_of(item) and item.max_tokens == 512
-    with pytest.raises(DataError, match=r"no prompt for 'qmsum'.*--tasks-prompts dataset2prompt\.json"):
+    with pytest.raises(DataError, match=r"no prompt for 'qmsum'.*dataset2prompt\.json beside the data file"):
         read(tmp_path, record("qmsum"))
 
 

@@ -32,9 +32,9 @@ class Files:
         return self.write(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
     def read(self, *paths: Path, n_ctx: int = 512, **options: Any) -> list[QuestionItem]:
-        prompts = self.write("dataset2prompt.json", json.dumps(self.prompts))
-        lengths = self.write("dataset2maxlen.json", json.dumps(self.lengths))
-        return task_items(LLM, paths, prompts=prompts, lengths=lengths, n_ctx=n_ctx, wrap=chat, **options)
+        self.write("dataset2prompt.json", json.dumps(self.prompts))
+        self.write("dataset2maxlen.json", json.dumps(self.lengths))
+        return task_items(LLM, paths, n_ctx=n_ctx, wrap=chat, **options)
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def files(tmp_path: Path) -> Files:
 
 
 def test_a_line_becomes_a_question(files: Files) -> None:
-    (item,) = files.read(files.lines(record(length=1234), name="hotpotqa.jsonl"))
+    (item,) = files.read(files.lines(record(), name="hotpotqa.jsonl"))
     assert text_of(item) == "<user>Text: Passage.\nQuestion: Who?\nAnswer:</user>"
     assert (item.id, item.task, item.metric) == ("longbench/hotpotqa/f00", "hotpotqa", "qa_f1")
-    assert (item.answers, item.max_tokens, item.length, item.all_classes) == (("Ada",), 32, 1234, ())
+    assert (item.answers, item.max_tokens, item.all_classes) == (("Ada",), 32, ())
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -178,7 +178,6 @@ def test_each_dataset_is_scored_as_longbench_scores_it(
         (json.dumps(record(answers=[])), "`$.answers"),
         (json.dumps(record(answers=[3])), "`$.answers"),
         (json.dumps(record(all_classes="City")), "`$.all_classes`"),
-        (json.dumps(record(length="long")), "`$.length`"),
         (json.dumps(record("squad")), "there is no dataset 'squad'; use one of narrativeqa"),
         (json.dumps(record("trec")), "has no 'all_classes', which 'trec' needs"),
         (json.dumps(record("passage_retrieval_en", answers=["12"])), "answer '12' names no paragraph"),
@@ -203,7 +202,7 @@ def test_a_file_that_is_no_text_or_absent_or_named_twice_is_refused(files: Files
 @pytest.mark.parametrize("table", ["prompts", "lengths"])
 def test_a_dataset_without_template_or_length_is_refused(files: Files, table: str) -> None:
     del getattr(files, table)["hotpotqa"]
-    needed = r"dataset2\w+\.json' has no [a-z ]+ for 'hotpotqa', which .*line 1 needs; give"
+    needed = r"dataset2\w+\.json' has no [a-z ]+ for 'hotpotqa', which .*line 1 needs; put"
     with pytest.raises(DataError, match=needed):
         files.read(files.lines(record()))
 
@@ -219,9 +218,9 @@ def test_a_table_with_wrong_values_is_refused(files: Files, table: str, value: A
 
 @pytest.mark.parametrize("content", ["{", "[]", "3", '{"lcc": ' + "7" * 5000 + "}"])
 def test_a_table_that_is_no_json_object_is_refused(files: Files, content: str) -> None:
-    lengths = files.write("lengths.json", json.dumps(files.lengths))
-    with pytest.raises(DataError, match=r"prompts\.json'.*use LongBench's own file"):
-        task_items(LLM, [], prompts=files.write("prompts.json", content), lengths=lengths, n_ctx=512, wrap=chat)
+    files.write("dataset2prompt.json", content)
+    with pytest.raises(DataError, match=r"dataset2prompt\.json'.*use LongBench's own file"):
+        task_items(LLM, [files.lines(record())], n_ctx=512, wrap=chat)
 
 
 @pytest.mark.parametrize(

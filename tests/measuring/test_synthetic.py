@@ -1,4 +1,4 @@
-"""Tasks made from a text: their length, depth, answers and seeds; and that a small model can do them."""
+"""Tasks made from a text: their length, depth and answers; and that a small model can do them."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.questions import ByteLlama, chat, text_of
+from oracles.questions import ByteLlama, text_of
 
 from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.errors import DataError, RequestError
@@ -28,13 +28,11 @@ def llm() -> Any:
 @pytest.mark.parametrize("length", [1200, 1201, 3000])
 def test_a_prompt_is_as_long_as_asked_for_or_a_little_less(llm: Any, task: str, length: int) -> None:
     items = synthetic_items(llm, TEXT, tasks=[task], lengths=[length], depths=[0, 0.37, 1], n_per=2)
-    assert len(items) == (2 if task == "classify" else 6)
-    assert all(length - 40 <= len(item.prompt) <= length == item.length for item in items)  # a label is 25 bytes here
-    if task != "classify":
-        assert all(len(item.prompt) >= length - 3 for item in items)
+    assert len(items) == 6
+    assert all(length - 3 <= len(item.prompt) <= length for item in items)
 
 
-@pytest.mark.parametrize("task", ["passkey", "multikey", "copy"])
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 def test_the_answer_lies_where_it_was_asked_to(llm: Any, task: str, depth: float) -> None:
     for item in synthetic_items(llm, TEXT, tasks=[task], lengths=[3000], depths=[depth], n_per=2):
@@ -42,8 +40,7 @@ def test_the_answer_lies_where_it_was_asked_to(llm: Any, task: str, depth: float
         place = text.index(item.answers[0])
         filling = sum(len(word) + 1 for word in re.findall(r"(?:lorem|ipsum|dolor)\d+", text))
         before = sum(len(word) + 1 for word in re.findall(r"(?:lorem|ipsum|dolor)\d+", text[:place]))
-        assert item.depth == depth
-        # The other keys stand in the text as well, and of a passage to copy the first words are given.
+        # Of a passage to copy the first words are given.
         assert before / filling == pytest.approx(depth, abs=0.03)
 
 
@@ -56,19 +53,9 @@ def test_a_passkey_stands_once_in_the_text_and_is_asked_for_at_the_end(llm: Any)
         assert item.score(f" {key}.") == 1.0 and item.score(" 1234") == 0.0
 
 
-def test_one_of_several_keys_is_asked_for_by_name(llm: Any) -> None:
-    for item in synthetic_items(llm, TEXT, tasks=["multikey"], lengths=[2000], n_per=3):
-        text = text_of(item)
-        keys = dict(re.findall(r"The pass key of (\w+) is (\d{5})\.", text))
-        name = text.rsplit(" is", 1)[0].rsplit(" ", 1)[1]
-        assert len(keys) == len(set(keys.values())) == 4
-        assert text.endswith(f"The pass key of {name} is") and item.answers == (keys[name],)
-        assert all(item.score(f" {key}.") == (key == keys[name]) for key in keys.values())
-
-
 def test_a_key_is_a_number_that_the_text_does_not_have(llm: Any) -> None:
     text = " ".join(str(number) for number in range(10_000, 12_000))
-    for item in synthetic_items(llm, text, tasks=["passkey", "multikey"], lengths=[2000], n_per=20, depths=[0.5]):
+    for item in synthetic_items(llm, text, tasks=["passkey"], lengths=[2000], n_per=20, depths=[0.5]):
         assert item.answers[0] not in text
 
 
@@ -81,42 +68,16 @@ def test_a_passage_is_to_be_copied_from_where_the_prompt_ends(llm: Any) -> None:
         assert item.score(f" {rest}") == 1.0 and item.score("else") == 0.0
 
 
-def way_of_writing(words: str) -> str:
-    if re.fullmatch(r"[\d ]+", words):
-        return "numbers"
-    return "upper" if words.isupper() else "joined" if "_" in words else "plain"
+# --- ids --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_label_follows_from_the_examples(llm: Any) -> None:
-    text = " ".join(["some words", "are here", "for all", "1234 == x"] * 1000)
-    answers = set()
-    for item in synthetic_items(llm, text, tasks=["classify"], lengths=[2000], n_per=12):
-        *examples, question = text_of(item).split("\n\n")
-        learnt: dict[str, set[str]] = {}
-        for example in examples[:-1]:  # the last one may be cut to a letter, which is no way of writing
-            words, label = re.fullmatch(r"Text: (.+)\nLabel: (\w+)", example).groups()
-            learnt.setdefault(way_of_writing(words), set()).add(label)
-        asked = re.fullmatch(r"Text: (.+)\nLabel:", question)[1]
-        assert len(learnt) == 4 and learnt[way_of_writing(asked)] == set(item.answers)
-        assert set.union(*learnt.values()) == set(item.all_classes)
-        assert item.score(f" {item.answers[0]}\n\nText: red blue green yellow") == 1.0
-        answers.add((way_of_writing(asked), item.answers[0]))
-    assert len(answers) > 6  # not the same label for a way of writing each time
-
-
-# --- seeds and ids ----------------------------------------------------------------------------------------------------
-
-
-def test_the_same_seed_gives_the_same_items_and_another_one_others(llm: Any) -> None:
-    first, again, other = (synthetic_items(llm, TEXT, lengths=[1500], n_per=2, seed=seed) for seed in (1, 1, 2))
-    assert first == again
-    assert not {item.prompt for item in first} & {item.prompt for item in other}
-    assert not {item.id for item in first} & {item.id for item in other}
+def test_the_same_arguments_give_the_same_items(llm: Any) -> None:
+    assert synthetic_items(llm, TEXT, lengths=[1500], n_per=2) == synthetic_items(llm, TEXT, lengths=[1500], n_per=2)
 
 
 def test_a_key_is_the_same_in_every_run_and_on_every_python(llm: Any) -> None:
     (item,) = synthetic_items(llm, TEXT, tasks=["passkey"], lengths=[1500], depths=[0.5], n_per=1)
-    assert item.answers == ("54465",)
+    assert item.answers == ("90024",)
 
 
 def test_more_items_leave_those_that_there_were_as_they_are(llm: Any) -> None:
@@ -125,18 +86,12 @@ def test_more_items_leave_those_that_there_were_as_they_are(llm: Any) -> None:
     assert {item.id: item for item in few}.items() <= {item.id: item for item in many}.items()
 
 
-def test_ids_tell_task_length_depth_index_and_seed(llm: Any) -> None:
-    items = synthetic_items(llm, TEXT, tasks=["passkey", "classify"], lengths=[1500], depths=[0.25, 1], n_per=2, seed=7)
+def test_ids_tell_task_length_depth_and_index(llm: Any) -> None:
+    items = synthetic_items(llm, TEXT, tasks=["passkey", "copy"], lengths=[1500], depths=[0.25, 1], n_per=2)
     assert [item.id for item in items] == [
-        "passkey/1500/0.25/0/7", "passkey/1500/1/0/7", "classify/1500/any/0/7",
-        "passkey/1500/0.25/1/7", "passkey/1500/1/1/7", "classify/1500/any/1/7",
+        "passkey/1500/0.25/0", "passkey/1500/1/0", "copy/1500/0.25/0", "copy/1500/1/0",
+        "passkey/1500/0.25/1", "passkey/1500/1/1", "copy/1500/0.25/1", "copy/1500/1/1",
     ]  # fmt: skip
-
-
-def test_the_template_of_a_chat_counts_as_part_of_the_prompt(llm: Any) -> None:
-    for item in synthetic_items(llm, TEXT, lengths=[1500], n_per=1, wrap=chat):
-        assert len(item.prompt) <= 1500
-        assert text_of(item).startswith("<user>") and text_of(item).endswith("</user>")
 
 
 # --- what cannot be made ----------------------------------------------------------------------------------------------
@@ -162,12 +117,9 @@ def test_settings_that_cannot_be_met_are_refused(llm: Any, options: dict[str, An
         synthetic_items(llm, TEXT, **options)
 
 
-@pytest.mark.parametrize(
-    ("task", "text"), [("copy", "x" * 3000), ("classify", "x 1 " * 3000), ("classify", "\u5317\u4eac " * 1000)]
-)
-def test_a_text_that_a_task_cannot_be_made_of_is_refused(llm: Any, task: str, text: str) -> None:
-    with pytest.raises(DataError, match=f"leave out the task '{task}'"):
-        synthetic_items(llm, text, tasks=[task])
+def test_a_text_without_words_cannot_be_copied(llm: Any) -> None:
+    with pytest.raises(DataError, match="leave out the task 'copy'"):
+        synthetic_items(llm, "x" * 3000, tasks=["copy"])
 
 
 def test_a_text_just_long_enough_will_do(llm: Any) -> None:
@@ -199,22 +151,16 @@ def smollm2_text() -> str:
 
 @pytest.mark.model
 def test_with_a_real_tokenizer_lengths_are_met_too(smollm2: AdaSkipLlama, smollm2_text: str) -> None:
-    items = synthetic_items(smollm2, smollm2_text, lengths=[300, 1000], depths=[0, 0.5, 1], n_per=1)
-    for item in items:
-        assert item.length - 16 <= len(item.prompt) <= item.length
+    for length in (300, 1000):
+        for item in synthetic_items(smollm2, smollm2_text, lengths=[length], depths=[0, 0.5, 1], n_per=1):
+            assert length - 16 <= len(item.prompt) <= length
 
 
 @pytest.mark.model
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "n", "at_least"), [("passkey", 4, 0.7), ("multikey", 4, 0.4), ("classify", 16, 0.3), ("copy", 4, 0.5)]
-)
-def test_a_small_model_can_do_them(
-    smollm2: AdaSkipLlama, smollm2_text: str, task: str, n: int, at_least: float
-) -> None:
-    """Classifying by chance is right in a quarter; SmolLM2 is in 7 of 16."""
-    depths = [0.5] if task == "classify" else [0.2, 0.8]
-    items = synthetic_items(smollm2, smollm2_text, tasks=[task], lengths=[200], depths=depths, n_per=n // len(depths))
+@pytest.mark.parametrize(("task", "at_least"), [("passkey", 0.7), ("copy", 0.5)])
+def test_a_small_model_can_do_them(smollm2: AdaSkipLlama, smollm2_text: str, task: str, at_least: float) -> None:
+    items = synthetic_items(smollm2, smollm2_text, tasks=[task], lengths=[200], depths=[0.2, 0.8], n_per=2)
     scores = []
     for item in items:
         scores.append(item.score(greedy_text(smollm2, item.prompt, item.max_tokens)))

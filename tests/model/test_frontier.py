@@ -60,6 +60,16 @@ def test_a_plan_that_saves_no_time_is_not_chosen() -> None:
     assert [Frontier((for_long,)).choose(n) for n in (512, 1024, 4096)] == [None, None, SLOW.plan]
 
 
+def test_the_plan_that_is_fastest_at_the_prompts_length_is_chosen() -> None:
+    """Another plan may be the fastest one at another length."""
+    for_short, for_long = (
+        replace(each, speedups=((512, at_512), (4096, at_4096)))
+        for each, at_512, at_4096 in ((SLOW, 1.4, 1.2), (FAST, 1.1, 1.6))
+    )
+    found = Frontier((for_short, for_long))
+    assert found.choose(512, 0.1) is for_short.plan and found.choose(4096, 0.1) is for_long.plan
+
+
 def test_where_nothing_can_be_skipped_the_model_runs_whole() -> None:
     assert Frontier(()).choose(AT, 9) is None and Frontier(()).readable(9, AT) == ()
 

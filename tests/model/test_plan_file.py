@@ -375,6 +375,15 @@ def test_auto_refuses_what_is_no_plan_for_the_model(model: Path, open_auto: Any)
         open_auto(model)
 
 
+@pytest.mark.parametrize("plan", [make(), make_frontier()], ids=["a plan", "a frontier"])
+def test_a_file_of_another_model_is_refused_before_the_model_is_opened(
+    plan: SkipPlan | Frontier, model: Path, tmp_path: Path
+) -> None:
+    save_plan(tmp_path / "other.json", plan)
+    with pytest.raises(ProfileMismatchError, match=r"another model.*tune"):
+        load_plan(tmp_path / "other.json", model=model)
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 

@@ -215,7 +215,7 @@ def test_statistics_are_those_of_the_cpu(n_gpu_layers: int, tiny: Tiny, open_mod
     llms = on_both(open_model, tiny(), n_gpu_layers)
     for llm in llms:
         batches: list[Any] = []
-        with llm.collect_statistics(batches.append, vectors=True):
+        with llm.collect_statistics(batches.append):
             llm.eval(tokens(60))
         seen.append([np.concatenate([getattr(one, name) for one in batches]) for name in ("dot", "u_sq", "sum_u")])
     rounding = relative_error(*(pass_over(llm, None, tokens(60)) for llm in reversed(llms)))

@@ -159,7 +159,7 @@ def test_what_can_be_skipped_is_the_same(open_tiny: Open) -> None:
 def test_statistics_are_collected_as_with_all_the_kv(pair: Open) -> None:
     seen: list[Any] = []
     for llm in pair(plan_without(N_LAYER, [1])):
-        with llm.collect_statistics(seen.append, vectors=True):
+        with llm.collect_statistics(seen.append):
             llm.eval(tokens(30))
     for part in ("dot", "u_sq", "v_sq", "layer_dot", "sum_u", "sum_v"):
         np.testing.assert_array_equal(getattr(seen[0], part), getattr(seen[1], part))

@@ -106,7 +106,7 @@ def test_in_the_graph_of_a_prediction_head_nothing_is_observed_or_skipped(predic
     assert native.n_layer == N_LAYER
     assert not any(sublayer.skippable for sublayer in native.sublayers())
     batches = []
-    native.start_statistics(batches.append, vectors=True, activations=True)
+    native.start_statistics(batches.append, keep_logits=False, activations=True)
     batch = llama_cpp.llama_batch_init(n_tokens, N_EMBD, 1)
     ids = (ctypes.c_int32 * n_tokens)(*[5] * n_tokens)
     batch.token, batch.n_tokens = ids, n_tokens

@@ -393,11 +393,11 @@ class Calls(RuleBasedStateMachine):
     def load_history(self, cells: list[Cell]) -> None:
         self.history.cells, self.history.logits_are_current = list(cells), False
 
-    @rule(vectors=st.booleans())
-    def collect_statistics_from_here_on(self, vectors: bool) -> None:
+    @rule()
+    def collect_statistics_from_here_on(self) -> None:
         self.stop_collecting()
         self.watching = ExitStack()
-        self.watching.enter_context(self.llm.collect_statistics(self.observe, keep_logits=True, vectors=vectors))
+        self.watching.enter_context(self.llm.collect_statistics(self.observe, keep_logits=True))
 
     @rule()
     def stop_collecting(self) -> None:

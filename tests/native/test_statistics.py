@@ -44,7 +44,7 @@ def test_statistics_equal_the_reference_however_the_request_is_split(
     # last layer's FFN is one of the rows and every token one of its columns, also where llama.cpp needs the last
     # token's logits only.
     size, options = SPLITS[split]
-    actual = collect(open_tiny(**options), tokens(40), size, vectors=True)
+    actual = collect(open_tiny(**options), tokens(40), size)
     expected = ReferenceRun(reference).eval(tokens(40))
     assert_equal(actual, expected, 2e-6)
     np.testing.assert_allclose(actual.sum_u, expected.sum_u, rtol=0, atol=1e-4)
@@ -56,7 +56,7 @@ def test_statistics_equal_the_reference_however_the_request_is_split(
 def test_statistics_of_parallel_sublayers_follow_the_chain_attention_then_ffn(tiny: Tiny, open_tiny: Open) -> None:
     # a = x + attention(x), y = a + ffn(x). Stock's F16 GELU table puts a token's cosine 1.3e-4 off (the
     # request's similarity and ratio 1e-5), the other order or a shared input more than 0.1.
-    trace = collect(open_tiny("gptneox-parallel"), tokens(40), vectors=True)
+    trace = collect(open_tiny("gptneox-parallel"), tokens(40))
     expected = eval_parallel(tiny("gptneox-parallel"), tokens(40))
     assert_equal(trace, expected, 5e-4)
     # The sum of a sublayer's outputs is that of the next one's inputs; a layer's input and output obey Cauchy-Schwarz
@@ -86,7 +86,7 @@ def test_collecting_statistics_changes_no_bit_of_the_logits(name: str, tiny: Tin
     options, pieces = {"n_ctx": 128, "logits_all": True, **EXACT}, [tokens(40)[:36], *([t] for t in tokens(40)[36:])]
     (expected,) = run_stock([Job(str(tiny(name)), pieces, options)])
     llm = open_tiny(name)
-    for asked in ({}, {"vectors": True}, {"activations": True}):
+    for asked in ({}, {"activations": True}):
         seen: list[int] = []
         with llm.collect_statistics(lambda batch, seen=seen: seen.extend(batch.positions), keep_logits=True, **asked):
             np.testing.assert_array_equal(eval_logits(llm, pieces), expected)
@@ -105,7 +105,7 @@ def test_a_sublayer_that_adds_nothing_has_similarity_one_and_ratio_one(name: str
 
 def test_a_skipped_sublayer_is_not_observed(open_tiny: Open) -> None:
     llm, seen = open_tiny(under=SkipPlan.manual(3, attention=[1], ffn=[2])), []
-    with llm.collect_statistics(seen.append, vectors=True):
+    with llm.collect_statistics(seen.append):
         llm.eval(tokens(20))
     (batch,) = seen
     skipped = np.zeros((3, 2), bool)
@@ -140,7 +140,7 @@ def test_generated_tokens_are_observed_one_by_one_as_decode(
 ) -> None:
     # The last generated token is not evaluated. Each of them is an output, so the last layer's FFN sees it as well.
     llm, plain, seen = open_tiny(logits_all=logits_all), open_tiny(logits_all=logits_all), []
-    with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
+    with llm.collect_statistics(seen.append, keep_logits=True):
         generated = list(itertools.islice(llm.generate(tokens(20), temp=0.0), 9))
     assert generated == list(itertools.islice(plain.generate(tokens(20), temp=0.0), 9)), "the logits are untouched"
     assert [batch.phase for batch in seen] == ["prefill"] + ["decode"] * 8
@@ -161,7 +161,7 @@ def test_few_tokens_are_reduced_from_the_stream_itself_with_no_operation_added(
     # Up to 8 tokens the host reduces what it copies, beyond that the device: float32 sums in another order. Stock's F16
     # GELU table adds 2e-5 where another number of tokens rounds an input differently.
     llm, n_layer = open_tiny(name, logits_all=True), SKIPPABLE[name].n_layer
-    actual = collect(llm, tokens(36), size, vectors=True)
+    actual = collect(llm, tokens(36), size)
     counters = llm.counters
     if size <= 8:  # each stream is copied once, that behind llama.cpp's gather of the outputs too
         assert counters.nodes <= counters.nodes_full
@@ -169,7 +169,7 @@ def test_few_tokens_are_reduced_from_the_stream_itself_with_no_operation_added(
         assert n_streams in (2 * n_layer + 1, 2 * n_layer + 2)
     else:
         assert counters.nodes > counters.nodes_full
-    whole = collect(open_tiny(name, logits_all=True), tokens(36), vectors=True)
+    whole = collect(open_tiny(name, logits_all=True), tokens(36))
     for part in ("dot", "u_sq", "v_sq", "layer_dot", "sum_u", "sum_v"):
         expected = getattr(whole, part)
         np.testing.assert_allclose(getattr(actual, part), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
@@ -182,7 +182,7 @@ def test_with_logits_the_last_ffn_and_the_last_layer_are_observed_on_output_toke
     # Without logits_all, llama.cpp runs the last FFN for the prompt's last token only. In ubatches of 8 none of the
     # first two has an output: reductions of no rows must not be computed, as ggml divides by their number.
     llm, seen = open_tiny(logits_all=False, **options), []
-    with llm.collect_statistics(seen.append, keep_logits=True, vectors=True):
+    with llm.collect_statistics(seen.append, keep_logits=True):
         llm.eval(tokens(20))
     assert [len(batch.positions) for batch in seen] == ([8, 8, 4] if options else [20])
     for batch in seen[:-1]:

@@ -72,7 +72,7 @@ def use(model: Any, plans: Plans, elided: bool, seed: int) -> Results:
             plan = plans[(i + seed) % len(plans)]
             native.set_plan(plan, 0 if plan is None else i + 1)
             if i % 2:
-                native.start_statistics(lambda batch: results.append(batch.dot), keep_logits=True, vectors=True)
+                native.start_statistics(lambda batch: results.append(batch.dot), keep_logits=True, activations=False)
             native.set_phase(plan.prompt_phase if plan else "prefill")
             results.append(decode(ctx, 0, tokens[:12]))
             native.begin_request()

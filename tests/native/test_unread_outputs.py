@@ -112,7 +112,7 @@ def test_statistics_are_those_of_batches_that_are_read(keep_logits: bool, name: 
     for reads_all in (True, False):
         llm = open_tiny(name, n_batch=N_BATCH, logits_all=False)
         seen.append([])
-        with llm.collect_statistics(seen[-1].append, keep_logits=keep_logits, vectors=True):
+        with llm.collect_statistics(seen[-1].append, keep_logits=keep_logits):
             decode(llm, tokens(40), reads_all=reads_all)
     *unread, last = zip(*seen, strict=True)
     for read, other in unread:

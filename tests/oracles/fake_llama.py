@@ -87,11 +87,10 @@ class FakeLlama:
         sink: Callable[[Any], None],
         *,
         keep_logits: bool = False,
-        vectors: bool = False,
         activations: bool = False,
     ) -> Iterator[None]:
         self._sink, self.collecting = sink, True
-        self._options = {"keep_logits": keep_logits, "vectors": vectors, "activations": activations}
+        self._options = {"keep_logits": keep_logits, "activations": activations}
         try:
             yield
         finally:
@@ -153,8 +152,8 @@ class FakeLlama:
                         u_sq=u_sq,
                         v_sq=v_sq,
                         layer_dot=(u[:, 0] * v[:, 1]).sum(axis=2).astype(np.float32),
-                        sum_u=sum_u if self._options["vectors"] else None,
-                        sum_v=sum_v if self._options["vectors"] else None,
+                        sum_u=sum_u,
+                        sum_v=sum_v,
                         phase=phase,
                         positions=positions,
                         activations=pairs if self._options["activations"] else None,

@@ -4,14 +4,13 @@ from typing import Any
 
 import numpy as np
 from oracles.reference import Trace
-from oracles.tiny_families import N_EMBD
 
 
-def collect(llm: Any, tokens: list[int], size: int | None = None, *, vectors: bool = False) -> Trace:
+def collect(llm: Any, tokens: list[int], size: int | None = None) -> Trace:
     """Evaluate a request in pieces of ``size`` tokens and put its ubatches together by position."""
-    n_layer, size = llm.n_layer, size or len(tokens)
+    n_layer, n_embd, size = llm.n_layer, llm.n_embd(), size or len(tokens)
     sums, seen = np.full((3, n_layer, 2, len(tokens)), np.nan), []
-    layer_dot, totals = np.full((n_layer, len(tokens)), np.nan), np.zeros((2, n_layer, 2, N_EMBD))
+    layer_dot, totals = np.full((n_layer, len(tokens)), np.nan), np.zeros((2, n_layer, 2, n_embd))
 
     def sink(batch: Any) -> None:
         for index, values in enumerate((batch.dot, batch.u_sq, batch.v_sq)):
@@ -19,18 +18,16 @@ def collect(llm: Any, tokens: list[int], size: int | None = None, *, vectors: bo
             sums[index][:, :, batch.positions] = values
         assert batch.layer_dot.shape == (n_layer, len(batch.positions)) and batch.layer_dot.dtype == np.float32
         layer_dot[:, batch.positions] = batch.layer_dot
-        assert (batch.sum_u is None) == (batch.sum_v is None) == (not vectors)
-        if vectors:
-            assert batch.sum_u.shape == (n_layer, 2, N_EMBD) and batch.sum_u.dtype == np.float32
-            totals[:] += batch.sum_u, batch.sum_v
+        assert batch.sum_u.shape == (n_layer, 2, n_embd) and batch.sum_u.dtype == np.float32
+        totals[:] += batch.sum_u, batch.sum_v
         seen.extend(batch.positions.tolist())
 
     llm.reset()
-    with llm.collect_statistics(sink, vectors=vectors):
+    with llm.collect_statistics(sink):
         for start in range(0, len(tokens), size):
             llm.eval(tokens[start : start + size])
     assert seen == list(range(len(tokens))), "each token is delivered exactly once, in order"
-    return Trace(np.empty((0, 0)), *sums, layer_dot, *(totals if vectors else (None, None)))
+    return Trace(np.empty((0, 0)), *sums, layer_dot, *totals)
 
 
 def copied(batch: Any) -> Any:

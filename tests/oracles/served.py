@@ -26,7 +26,7 @@ from adaskip_cpp.cli.main import main
 from adaskip_cpp.model.edits import FEW, MANY, Edits
 from adaskip_cpp.model.frontier import EditPoint, Passkeys
 from adaskip_cpp.serving.process import Worker
-from adaskip_cpp.serving.worker import Close, Service
+from adaskip_cpp.serving.worker import Service
 from adaskip_cpp.serving.workers import Workers
 
 BULK_PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
@@ -96,7 +96,7 @@ class InProcess(Worker):
 
     def end(self) -> None:
         """Close the model, where no loop runs any more."""
-        self._tell(Close())
+        self._tell(None)
         self._thread.join()
 
 

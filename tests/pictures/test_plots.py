@@ -63,7 +63,7 @@ def test_inline_svgs_of_one_page_share_no_identifiers() -> None:
 
 
 def test_looks_differ_in_colour_and_in_marker() -> None:
-    for table in (list(plots.KIND.values()), list(plots.PHASE.values()), list(plots.STRATEGY.values()), plots.OTHERS):
+    for table in (list(plots.PHASE.values()), list(plots.STRATEGY.values()), plots.OTHERS):
         assert len({look.colour for look in table}) == len({look.marker for look in table}) == len(table)
 
 

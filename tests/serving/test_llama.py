@@ -375,6 +375,20 @@ def test_logprobs_are_those_of_the_stock_library(served: ServedLlama, tiny: Tiny
     stock.close()
 
 
+def test_a_piece_of_a_stream_has_the_logprobs_of_its_own_text(served: ServedLlama) -> None:
+    """A text that may begin a stop sequence is held back, and so are its log-probabilities."""
+    options = {"max_tokens": 5, "temperature": 0.0, "logprobs": 1, "logit_bias": {2: -100.0}}
+    served.request = ServedRequest()
+    answer: Any = served.create_completion("the to of an re", **options)  # type: ignore[arg-type]
+    texts = answer["choices"][0]["logprobs"]["tokens"]
+    options |= {"stream": True, "stop": [texts[1] + "~"]}
+    served.request = ServedRequest()
+    chunks: Any = list(served.create_completion("the to of an re", **options))  # type: ignore[arg-type]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    told = ["".join(each["logprobs"]["tokens"]) if each["logprobs"] else "" for each in choices]
+    assert told == [each["text"] for each in choices] and "".join(told) == "".join(texts)
+
+
 def test_nothing_is_generated_where_nothing_is_wanted(served: ServedLlama) -> None:
     """Stock takes 0 as no limit."""
     served.request = ServedRequest()

@@ -24,7 +24,7 @@ from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.plans import Plans
 from adaskip_cpp.serving.prefix_cache import PrefixCache
-from adaskip_cpp.serving.worker import Ask, Close, Done, Service
+from adaskip_cpp.serving.worker import Done, Service
 
 pytestmark = pytest.mark.skipif(not shutil.which("pgrep"), reason="the processes of models are found by pgrep")
 
@@ -96,14 +96,14 @@ def test_an_answer_is_that_of_the_model_in_one_process(served_model: Path, serve
     told: list[Any] = []
     service = Service(told.append, logs_text=False)
     for path, body in REQUESTS:
-        service.hear(Ask(read_body(path, json.dumps(body).encode())))
-    service.hear(Close())
+        service.hear(read_body(path, json.dumps(body).encode()))
+    service.hear(None)
     options: Any = {"n_ctx": CTX, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
     plans, cache = Plans(BULK_PLAN, None, 0.05, None, CTX), PrefixCache(10**8)
     service.run(partial(ServedLlama, str(served_model), name="tiny", plans=plans, cache=cache, **options))
     answers = [b""]
     for each in told:
-        answers[-1] += getattr(each, "content", b"")
+        answers[-1] += each.content if isinstance(each, Done) else getattr(each, "event", b"")
         if isinstance(each, Done):
             assert each.error is None
             answers.append(b"")

@@ -387,7 +387,7 @@ def test_ctrl_c_ends_the_search_and_closes_the_model(search: Search) -> None:
         search(Machine(fails=fails))
 
 
-@pytest.mark.parametrize("wrong", [{"context": 0}, {"context": -5}, {"n_answer": -1}, {"given": {"n_ctx": 5}}], ids=str)
+@pytest.mark.parametrize("wrong", [{"context": 0}, {"context": -5}, {"n_answer": -1}], ids=str)
 def test_an_impossible_request_is_refused(wrong: Mapping[str, Any], search: Search) -> None:
     with pytest.raises(RequestError):
         search(Machine(), **wrong)

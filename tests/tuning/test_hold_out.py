@@ -46,12 +46,6 @@ def test_where_a_kind_is_too_small_for_its_share_all_kinds_are_cut_together() ->
     assert letters(held_out.search) == letters(held_out.judge) == {"y"} and len(held_out.judge) == 5
 
 
-@pytest.mark.parametrize(("n_texts", "n_tokens"), [(1, 50), (4, 3)])
-def test_what_is_too_little_to_judge_by_is_refused(n_texts: int, n_tokens: int) -> None:
-    with pytest.raises(DataError, match="at least 2 texts of 4 tokens"):
-        hold_out(Bytes(), [{"a": "x" * 900}], n_texts, n_tokens)  # type: ignore[arg-type]
-
-
 def test_too_little_text_says_how_much_there_is() -> None:
     with pytest.raises(DataError, match=r"half.*gives 2 items of 50 tokens, not the 9"):
         hold_out(Bytes(), [{"a": "x" * 200}], 9, 50)  # type: ignore[arg-type]

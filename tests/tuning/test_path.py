@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaskip_cpp.tuning.path import LEVELS, SHARES, Candidate, Lost, Orders, aim, measure, n_judged
+from adaskip_cpp.tuning.path import LEVELS, Candidate, Lost, Orders, aim, measure, n_judged
 from adaskip_cpp.tuning.path import find_path as find_path_by
 
 Losses = Callable[..., Lost]
@@ -48,7 +48,7 @@ def seconds(candidate: Candidate) -> float:
 def find_path(
     every: Orders, lost: Losses, seconds: Seconds, levels: Sequence[float] = LEVELS, **kwargs: Any
 ) -> list[Candidate]:
-    return find_path_by(measure(every, lost, seconds, **kwargs), seconds, SHARES, levels=levels)
+    return find_path_by(measure(every, lost, seconds, **kwargs), seconds, levels=levels)
 
 
 def prefixes(every: Orders) -> list[Candidate]:
@@ -119,6 +119,13 @@ def test_a_layer_that_copies_ends_the_path_before_it_however_little_continuation
 def test_windows_join_where_they_lose_little() -> None:
     path = find_path(all_last(8, 8, 12), adding(0.01, 0.01, windowed=(1e-4, 1e-4)), seconds)
     assert all(each.windowed == tuple(range(12)) for each in path)
+
+
+def test_windows_are_tried_in_eighths_of_the_layers() -> None:
+    """Attentions and FFNs lose too much. Of 24 windows, 15 keep the level, and quarters of the layers allow only 12."""
+    lost = adding(9.0, 9.0, windowed=(0.001, 0.001))
+    (found,) = find_path(orders_of((0, 0, 24), 24), lost, seconds, levels=(0.0155,))
+    assert found.windowed == tuple(range(9, 24))
 
 
 def test_windows_stay_away_where_they_lose_much() -> None:

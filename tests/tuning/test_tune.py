@@ -15,7 +15,7 @@ from oracles.small_tuning import ANSWER, JUDGED_AT, TEXTS, make_small, write_idl
 
 import adaskip_cpp
 from adaskip_cpp import AdaSkipLlama, Frontier
-from adaskip_cpp.engine.native import is_here
+from adaskip_cpp.engine.settings import is_here
 from adaskip_cpp.errors import DataError, ModelFileError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.judge import Judge, Probe, probes_of
@@ -168,6 +168,16 @@ def test_the_speed_is_that_of_the_plan_which_keeps_the_default_promise(
     done: tuple[Frontier, Calls], whole: Frontier
 ) -> None:
     assert done[1].timed == [(whole.settings, whole.choose(JUDGED_AT), JUDGED_AT)] and whole.speeds[0].of == "settings"
+
+
+def test_points_are_of_growing_speed(
+    model: Path, calls: Calls, whole: Frontier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here what loses more is slower, by invented speeds."""
+    predicted = tuning._Planned.speedup
+    monkeypatch.setattr(tuning._Planned, "speedup", lambda *args: 1 / predicted(*args))
+    found = tune(model, calls)
+    assert len(found.points) == 2 and [each.plan for each in found.points] == [each.plan for each in whole.points[::-1]]
 
 
 def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls: Calls) -> None:
