@@ -117,7 +117,7 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
     sys.stdout.flush()
     tell(path, "timing")
     plan, bare = plan_for(profile, args.speedup, context)
-    bench = BenchSettings(path, (context,), 1, N_DECODE, n_threads, -1, args.flash_attn)
+    bench = BenchSettings(path, (context,), 1, N_DECODE, {**options, "n_gpu_layers": -1})
     result = time_in_turn(bench, {"the plan": plan, WITHOUT_MAPS: bare}, tokens, end)
     assert profile.cost is not None
     predicted = profile.cost.speedup(plan, context, "prefill")

@@ -20,6 +20,7 @@ from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, in_turn
 from ..model.arrays import Flags
 from ..model.cost_model import CostSettings
+from ..model.frontier import Frontier
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.skip_set import SkipSet
 from ..progress import OnProgress
@@ -35,25 +36,23 @@ _Parts: TypeAlias = dict[str, dict[Phase, tuple[str, str]]]
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """The settings of a benchmark, the same for all contenders.
+    """The settings of a benchmark.
 
     Attributes:
         model: the GGUF file.
         contexts: tokens of the prompts, ascending.
         n_rounds: number of times that each contender reads each prompt.
         n_decode: tokens timed after each prompt.
-        n_threads: CPU threads.
-        n_gpu_layers: layers on a GPU; -1 for all.
-        flash_attention: whether flash attention is used.
+        options: arguments of ``AdaSkipLlama`` for the whole model and for plans, such as ``n_threads``.
+        stock_options: arguments of ``llama_cpp.Llama`` for stock; None for the same.
     """
 
     model: str
     contexts: tuple[int, ...]
     n_rounds: int
     n_decode: int
-    n_threads: int
-    n_gpu_layers: int = -1
-    flash_attention: bool = False
+    options: Mapping[str, Any]
+    stock_options: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -62,7 +61,7 @@ class BenchResult:
 
     Attributes:
         settings: contexts, rounds and threads.
-        plans: the plans by name.
+        plans: the plans by name. A frontier chooses a plan for each prompt.
         times: the time of each run, in seconds.
         usage: memory of each contender's last process, in bytes.
         machine: the machine; None before the whole model was loaded.
@@ -72,7 +71,7 @@ class BenchResult:
     """
 
     settings: BenchSettings
-    plans: Mapping[str, SkipPlan]
+    plans: Mapping[str, SkipPlan | Frontier]
     times: BenchTimes
     usage: dict[str, Usage] = field(default_factory=dict)
     machine: CostSettings | None = None
@@ -84,6 +83,13 @@ class BenchResult:
     def rows(self) -> list[Row]:
         """Medians and ratios of all complete rounds, one row for each phase, context and contender."""
         return table(self.times)
+
+    def plans_of(self, name: str) -> dict[int, SkipPlan | None]:
+        """Return the plans of a contender by context; None for the whole model."""
+        plan = self.plans.get(name)
+        if isinstance(plan, Frontier):
+            return {context: plan.choose(context, edited=True) for context in self.settings.contexts}
+        return dict.fromkeys(self.settings.contexts, plan)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -97,7 +103,7 @@ class BenchResult:
             "contenders": [
                 {
                     "name": name,
-                    "plan": self.plans[name].to_dict() if name in self.plans else None,
+                    "plans": {n: plan and plan.to_dict() for n, plan in self.plans_of(name).items()},
                     **(asdict(self.usage[name]) if name in self.usage else {}),
                 }
                 for name in self.times.contenders
@@ -116,16 +122,17 @@ class BenchResult:
 
 
 class Bench:
-    """A benchmark of plans, by the names of their contenders, with or without stock.
+    """A benchmark of plans and frontiers, by the names of their contenders, with or without stock.
 
     ``tokens`` are repeated for longer contexts. ``skippable`` are the sublayers that can be skipped everywhere, and
-    those that can be skipped in the bulk, each bool ``[n_layer, 2]``. With it, each plan's ideal is measured too.
+    those that can be skipped in the bulk, each bool ``[n_layer, 2]``. With it, the ideal of each plan that is no
+    frontier is measured too.
     """
 
     def __init__(
         self,
         settings: BenchSettings,
-        plans: Mapping[str, SkipPlan],
+        plans: Mapping[str, SkipPlan | Frontier],
         tokens: Sequence[int],
         *,
         skippable: tuple[Flags, Flags] | None = None,
@@ -134,17 +141,11 @@ class Bench:
     ) -> None:
         self._settings = settings
         self._on_progress = on_progress
-        self._options = {
-            "n_ctx": max(settings.contexts) + settings.n_decode,
-            "n_threads": settings.n_threads,
-            "n_threads_batch": settings.n_threads,
-            "n_gpu_layers": settings.n_gpu_layers,
-            "flash_attn": settings.flash_attention,
-        }
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
-        parts, ideal = ({}, {}) if skippable is None else _ideal(plans, *skippable)
+        fixed = {name: plan for name, plan in plans.items() if isinstance(plan, SkipPlan)}
+        parts, ideal = ({}, {}) if skippable is None else _ideal(fixed, *skippable)
         # Tokens that an online stage observes do not count, so that its choice is timed.
-        windows = {name: plan.online.window for name, plan in plans.items() if plan.online is not None}
+        windows = {name: plan.online.window for name, plan in fixed.items() if plan.online is not None}
         settle = {name: window + N_SETTLE for name, window in windows.items() if window < settings.n_decode}
         # The runs of a round. Each contender has its own process (value None); the runs for the ideals share one.
         self._runs: dict[str, SkipPlan | None] = {**dict.fromkeys(contenders), **ideal}
@@ -174,8 +175,13 @@ class Bench:
             if n_round == 0:
                 self._on_progress(0.0, f"loading {name}")
             workers[name] = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
-            ours = {"plan": self.result.plans[name]} if name in self.result.plans else {}
-            reply = workers[name].open(self._settings.model, {**self._options, **ours})
+            options = dict(self._settings.options)
+            if name == STOCK and self._settings.stock_options is not None:
+                options = dict(self._settings.stock_options)
+            if name in self.result.plans:
+                options["plan"] = self.result.plans[name]
+            options["n_ctx"] = max(self._settings.contexts) + self._settings.n_decode
+            reply = workers[name].open(self._settings.model, options)
             if name == NO_PLAN:
                 self.result.machine = reply["settings"]
         prompt = self._tokens[: min(self._settings.contexts[0], _N_WARM_UP)]

@@ -10,10 +10,11 @@ from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..files import StrPath
 from ..measuring import corpus
-from ..measuring.cores import is_busy, load_average, physical_cores
-from ..measuring.running import Running, described, open_quietly
+from ..measuring.cores import busy_warning, load_average
+from ..measuring.running import Running, described, open_quietly, settings_here
 from ..model.frontier import Frontier
 from ..model.plan import SkipPlan
+from ..model.plan_file import frontier_beside
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
@@ -42,10 +43,13 @@ def bench(
     Each contender runs in processes of its own, which take turns. Ctrl-C, or the end of a contender's process, ends the
     measurement early. After the first round, the result so far is returned, and its ``ended_by`` has the reason.
 
+    If ``tune`` found settings for the model on this machine, the whole model and plans use them. Stock then keeps its
+    own defaults, so its ratio to the whole model is what the settings bring. Otherwise all use the same settings.
+
     Args:
         model: a GGUF file.
         plans: plans by name, to compare with the whole model. A request becomes a plan for the longest prompt. A
-            frontier becomes the plan that keeps the default promise there.
+            frontier chooses for each prompt the plan that keeps the default promise.
         profile: a profile of this model, for requests.
         contexts: tokens of the prompts; None for 512, 2048 and 8192, or fewer if the model allows fewer.
         n_rounds: number of times that each contender reads each prompt.
@@ -69,36 +73,35 @@ def bench(
         ...     print(row.contender, row.phase, row.median_s)
     """
     model, plans, running = os.fspath(model), plans or {}, running or Running()
-    with closing(open_quietly(model, 512, running)) as llm:
+    frontier = next((each for each in plans.values() if isinstance(each, Frontier)), None) or frontier_beside(model)
+    tuned = settings_here(frontier)
+    options = running.options(tuned)
+    with closing(open_quietly(model, 512, running, **options)) as llm:
         if profile is not None:
             profile.model.check(llm.model_info, "the profile", model)
         about, load = described(llm), load_average()
         fitting = fit_contexts(contexts, llm.n_ctx_train, n_decode)
         longest, predicts = fitting[-1], False
-        made: dict[str, SkipPlan] = {}
+        made: dict[str, SkipPlan | Frontier] = {}
         for name, each in plans.items():
             if isinstance(each, PlanRequest):
                 if profile is None:
                     raise DataError(f"the plan {name!r} is made from a profile; give one (profile, --profile)")
                 made[name] = make_plan(profile, each.at(longest))
                 predicts |= each.speedup is not None
-            elif (chosen := each.choose(longest, edited=True) if isinstance(each, Frontier) else each) is not None:
-                made[name] = chosen
             else:
-                tell(f"No plan of {name!r} keeps the default promise for {longest:,} tokens. It is left out.")
+                made[name] = each
         if predicts and profile and profile.cost and (note := profile.cost.settings.note(cost_settings(llm))):
             tell(note)
-        for plan in made.values():
-            llm.set_plan(plan)  # refuses a plan that does not fit, before anything is measured
+        for plan in made.values():  # a plan that does not fit is refused before anything is measured
+            for each in [point.plan for point in plan.points] if isinstance(plan, Frontier) else [plan]:
+                llm.set_plan(each)
         tokens = corpus.cut(llm, corpus.text(()), 1, max(longest, 2))[0]
         may = np.array([(sublayer.skippable, sublayer.in_bulk) for sublayer in llm.sublayers]).reshape(-1, 2, 2)
-    if is_busy(load):
-        tell(
-            f"Warning: the load average is {load:.2f}. If other programs are running, they disturb the "
-            "times: close them, and start again."
-        )
-    n_threads, flash_attention = running.n_threads or physical_cores(), bool(running.flash_attn)
-    settings = BenchSettings(model, fitting, n_rounds, n_decode, n_threads, running.gpu_layers, flash_attention)
+    if warning := busy_warning(load):
+        tell(warning)
+    stock_options = {**running.given(), "n_gpu_layers": running.gpu_layers} if tuned else None
+    settings = BenchSettings(model, fitting, n_rounds, n_decode, options, stock_options)
     skippable = (may[..., 0], may[..., 1]) if ideal else None
     run = Bench(settings, made, tokens, skippable=skippable, stock=stock, on_progress=on_progress)
     run.result.configuration, run.result.load_average = about, load

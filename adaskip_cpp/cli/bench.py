@@ -18,7 +18,7 @@ from ..progress import progress_bar
 from .bench_report import print_report
 from .lists import LAYERS_OF_BOTH, names, numbers
 from .planning import CHOOSERS, find_profile
-from .terminal import CHOOSING, console, json_option, model_options_with, option, verb
+from .terminal import CHOOSING, console, json_option, model_options, option, verb
 
 _chosen = partial(option, group=CHOOSING)
 _measured = partial(option, group="What to measure")
@@ -41,14 +41,14 @@ _measured = partial(option, group="What to measure")
          "context: 1.2,1.4 are 1.2 and 1.4 times as fast.")  # fmt: skip
 @_chosen("--layers", type=LAYERS_OF_BOTH, multiple=True, help="A plan that skips only these attentions/FFNs, as "
          "1,5-7/8,9 or 1,5-7/ or /8,9; may be repeated.")  # fmt: skip
-@_chosen("--tuned", is_flag=True, help="The plan for the longest context in the file that `tune` wrote beside MODEL.")
+@_chosen("--tuned", is_flag=True, help="The plans that `tune` found for MODEL, by the default promise.")
 @_chosen("--mode", type=click.Choice(MODES), default="prompt", help="Phases that skip, see `generate --help`.")
 @_chosen("--compensation", type=click.Choice(list(COMPENSATIONS)),
          help=f"See `generate --help`.  [default: {DEFAULT_COMPENSATION}; none with --strategy suffix]")  # fmt: skip
 @_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to decode after each prompt.")
 @_measured("--no-stock", is_flag=True, help="Do not measure stock llama-cpp-python.")
 @_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers alone.")
-@model_options_with("physical cores", "no")
+@model_options
 @json_option
 def bench(
     model: str, profile: str | None, contexts: tuple[int, ...] | None, tuned: bool, repeats: int, decode_tokens: int,
@@ -59,6 +59,8 @@ def bench(
     Stock llama-cpp-python, the whole model ("no plan") and each plan take turns, each round in new processes. Ratios
     compare times of the same round, with a 95% interval. If it contains 1, no difference was found. Run nothing else
     meanwhile. Ctrl-C prints the results so far.
+
+    After `tune`, "no plan" and plans use its settings. Stock keeps its own defaults.
 
     "no plan" can be faster than stock, which also computes outputs of the prompt that nothing reads. In mode prompt, a
     plan makes the first token come earlier, and does not change the time per token.

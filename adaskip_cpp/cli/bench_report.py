@@ -10,6 +10,7 @@ from rich.table import Column
 from ..benchmark.bench import BenchResult
 from ..benchmark.table import NO_PLAN, STOCK, Row, verdict
 from ..intervals import Interval
+from ..model.plan import SkipPlan
 from .report import megabytes, seconds, skipped_words
 from .terminal import table
 
@@ -61,6 +62,12 @@ def _percent(interval: Interval) -> str:
     return f"{interval.value:.1%}{ends}"
 
 
+def _words(plan: SkipPlan | None) -> str:
+    if plan is None:
+        return "the whole model"
+    return f"{skipped_words(plan)}; mode {plan.mode}, compensation {plan.compensation}"
+
+
 def _print_configuration(out: Console, result: BenchResult) -> None:
     lines = list(result.configuration.values())
     if result.machine is not None:
@@ -69,8 +76,15 @@ def _print_configuration(out: Console, result: BenchResult) -> None:
         lines.append(
             f"{NO_PLAN}: the whole model, without outputs of the prompt that stock computes but nothing reads."
         )
-    for name, plan in result.plans.items():
-        lines.append(f"{name}: {skipped_words(plan)}; mode {plan.mode}, compensation {plan.compensation}")
+    if result.settings.stock_options is not None and STOCK in result.times.contenders:
+        lines.append(f"{STOCK}: with its own defaults. {NO_PLAN} against {STOCK} is the gain of the tuned settings.")
+    for name in result.plans:
+        of_contexts: dict[str, list[int]] = {}
+        for context, plan in result.plans_of(name).items():
+            of_contexts.setdefault(_words(plan), []).append(context)
+        for words, contexts in of_contexts.items():
+            where = f" for {' and '.join(f'{n:,}' for n in contexts)} tokens" if len(of_contexts) > 1 else ""
+            lines.append(f"{name}{where}: {words}")
     lines.append(
         "Each contender runs in turn, in a new process each round. Every second round reverses the order. "
         f"{result.settings.n_decode} tokens decoded after each prompt"

@@ -20,6 +20,16 @@ def is_busy(load: float | None) -> bool:
     return load is not None and load > _BUSY
 
 
+def busy_warning(load: float | None) -> str:
+    """Return a sentence for the user before a measurement on a busy machine, else an empty one."""
+    if load is None or not is_busy(load):
+        return ""
+    return (
+        f"Warning: the load average is {load:.2f}. If other programs are running, they disturb the times: close them, "
+        "and start again."
+    )
+
+
 def physical_cores() -> int:
     """Return the number of physical cores that this process may use.
 

@@ -15,6 +15,7 @@ from ..engine.settings import is_here
 from ..files import StrPath
 from ..model.frontier import Frontier
 from ..model.plan_file import frontier_beside
+from ..model.settings import Settings
 from .cores import physical_cores
 
 _Llama = TypeVar("_Llama", bound=AdaSkipLlama)
@@ -43,17 +44,23 @@ class Running:
         threads = dict.fromkeys(("n_threads", "n_threads_batch"), self.n_threads)
         return {name: value for name, value in {**threads, "flash_attn": self.flash_attn}.items() if value is not None}
 
+    def options(self, tuned: Settings | None) -> dict[str, Any]:
+        """Return arguments of ``AdaSkipLlama``: the settings that were given, else ``tuned``, else defaults."""
+        defaults = dict.fromkeys(("n_threads", "n_threads_batch"), physical_cores())
+        return {**(tuned.to_kwargs() if tuned else defaults), **self.given(), "n_gpu_layers": self.gpu_layers}
+
+
+def settings_here(frontier: Frontier | None) -> Settings | None:
+    """Return a frontier's settings; None if ``tune`` did not find them on this machine."""
+    return frontier.settings if frontier is not None and is_here(frontier.machine) else None
+
 
 def quietly(kind: Callable[..., _Llama], path: StrPath, n_ctx: int, running: Running, **more: Any) -> _Llama:
     """Load a model of a class with a context of ``n_ctx`` tokens, without llama.cpp's warnings on stderr."""
     frontier = plan if isinstance(plan := more.get("plan"), Frontier) else frontier_beside(path)
-    if frontier is not None and is_here(frontier.machine):
-        settings = frontier.settings.to_kwargs()
-    else:
-        settings = dict.fromkeys(("n_threads", "n_threads_batch"), physical_cores())
-    settings |= {**running.given(), "n_gpu_layers": running.gpu_layers, "verbose": False, **more}
+    options = {**running.options(settings_here(frontier)), "verbose": False, **more}
     with contextlib.redirect_stderr(io.StringIO()):
-        return kind(os.fspath(path), n_ctx=n_ctx, **settings)
+        return kind(os.fspath(path), n_ctx=n_ctx, **options)
 
 
 open_quietly = partial(quietly, AdaSkipLlama)

@@ -107,7 +107,7 @@ class PlanRequest:
         if self.strategy == "manual":
             raise PlanError("strategy 'manual' skips what is listed, whatever the speed-up; leave speedup out")
         if not mode.in_prompt and self.phase == "prefill":
-            raise PlanError("mode 'decode' runs the full model in prefill; use phase='decode' or another mode")
+            raise PlanError("mode 'decode' runs the whole model in prompts; use phase='decode' or another mode")
         if mode.in_bulk and self.phase == "decode":
             raise PlanError("mode 'prompt' makes prompts faster; leave phase out, or use mode='decode'")
 

@@ -21,6 +21,7 @@ from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..measuring import corpus
+from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import N_CONTINUED, N_COPIED, Judge
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point
 from ..model.plan import Bulk, SkipPlan, window_size_for
@@ -128,6 +129,8 @@ class _Tuning:
     n_before: int = 0  # tokens that the current model had evaluated before
 
     def run(self, data: Mapping[str, str] | None, texts: Mapping[str, str] | None) -> Frontier:
+        if warning := busy_warning(load_average()):
+            self.tell(warning)
         kinds = unseen_texts() if texts is None else [texts]
         with self._model(Settings(**self.given)) as llm:  # before the minutes of trying settings: is there enough text?
             may_skip = any(row.in_bulk for row in llm.sublayers)

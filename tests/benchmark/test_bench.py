@@ -206,7 +206,7 @@ def ran(tiny: Any) -> Ran:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "Worker", Noted)
-        settings = BenchSettings(str(tiny()), CONTEXTS, 2, 4, 1)
+        settings = BenchSettings(str(tiny()), CONTEXTS, 2, 4, {"n_threads": 1, "n_threads_batch": 1})
         return Ran(Bench(settings, {"plan": PLAN}, [1, 5, 6], skippable=SKIPPABLE).run(), asked)
 
 
@@ -247,7 +247,7 @@ def test_under_a_plan_it_has_less_kv(ran: Ran) -> None:
 
 def bench_of(plans: dict[str, SkipPlan], **options: Any) -> BenchTimes:
     """What a benchmark that is not run would measure."""
-    return Bench(BenchSettings("m.gguf", (8, 16), 2, 4, 1), plans, [1], skippable=SKIPPABLE, **options).result.times
+    return Bench(BenchSettings("m.gguf", (8, 16), 2, 4, {}), plans, [1], skippable=SKIPPABLE, **options).result.times
 
 
 def test_stock_can_be_left_out() -> None:
@@ -277,7 +277,7 @@ def test_the_ideal_of_a_bulk_keeps_k_and_v_in_what_it_is_made_of() -> None:
     none = SkipPlan.manual(3)
     around = Bulk(SkipPlan.manual(3, attention=[1], ffn=[2]).prefill, head=1, tail=2)
     bulk = replace(none, bulk=around)
-    bench = Bench(BenchSettings("m.gguf", (8, 16), 2, 4, 1), {"a": bulk}, [1], skippable=SKIPPABLE)
+    bench = Bench(BenchSettings("m.gguf", (8, 16), 2, 4, {}), {"a": bulk}, [1], skippable=SKIPPABLE)
     (parts,) = bench.result.times.parts.values()
     assert [*parts] == ["prefill"]
     only, rest = (bench._runs[name] for name in parts["prefill"])
@@ -315,7 +315,7 @@ class Clocked:
 def test_progress_is_the_share_of_the_tokens_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "Worker", Clocked)
     told: list[tuple[float, str]] = []
-    settings = BenchSettings("m.gguf", (8, 16), 2, 4, 1)
+    settings = BenchSettings("m.gguf", (8, 16), 2, 4, {})
     Bench(settings, {}, [1], stock=False, on_progress=lambda *each: told.append(each)).run()
     runs = [fraction for fraction, words in told if words.startswith("round")]
     assert runs == pytest.approx([0, 8 / 48, 24 / 48, 32 / 48])

@@ -25,10 +25,12 @@ from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes
 from adaskip_cpp.cli.bench import bench
 from adaskip_cpp.cli.bench_report import print_report
 from adaskip_cpp.cli.terminal import Verbs
+from adaskip_cpp.measuring import running
 from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.cost_model import CostSettings
 from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
 from adaskip_cpp.model.plan_file import save_plan
+from adaskip_cpp.model.settings import Settings
 from adaskip_cpp.model.statistics import PhaseStatistics
 
 ONCE = ("--contexts", 16, "--repeats", 1, "--decode-tokens", 2, "--threads", 1, "--no-ideal")
@@ -42,10 +44,10 @@ def run(*args: object) -> Result:
 
 
 def plans(result: Result) -> dict[str, dict[str, Any]]:
-    """The plans that were measured, by name, from the JSON output."""
+    """The plans that were measured after the shortest context, by name, from the JSON output."""
     assert result.exit_code == 0, result.stderr
-    contenders = json.loads(result.stdout)["contenders"]
-    return {each["name"]: each["plan"] for each in contenders if each["plan"] is not None}
+    found = {each["name"]: next(iter(each["plans"].values())) for each in json.loads(result.stdout)["contenders"]}
+    return {name: plan for name, plan in found.items() if plan is not None}
 
 
 def skipped(plan: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -152,19 +154,18 @@ def test_the_tuned_plan_is_the_one_beside_the_model(tuned_model: Path) -> None:
     assert {name: skipped(plan) for name, plan in found.items()} == {"tuned": ([], [1])}
 
 
-def test_of_a_frontier_it_is_the_plan_for_the_longest_context(
-    tuned_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_frontier_chooses_a_plan_for_each_context(tuned_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the default promise of 0.05. Longer prompts lose more."""
     monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
     careful, fast = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([2], [1, 2]))
     points = [point(careful, 0.035, {32: 1.2}, judged_at=32), point(fast, 0.045, {32: 1.5}, judged_at=32)]
     save_plan(plan_path(tuned_model), frontier(points))
-    for contexts, chosen in ((32, [1, 2]), ("16,64", [2]), (128, None)):
-        result = run(tuned_model, "--tuned", *QUICK, "--contexts", contexts)
-        found = {name: skipped(plan)[1] for name, plan in plans(result).items()}
-        assert found == ({} if chosen is None else {"tuned": chosen})
-        assert ("No plan of 'tuned' keeps the default promise for 128 tokens" in result.stderr) == (chosen is None)
+    result = run(tuned_model, "--tuned", *QUICK, "--contexts", "16,32,64,128")
+    (tuned,) = (each for each in json.loads(result.stdout)["contenders"] if each["name"] == "tuned")
+    found = {n: plan and skipped(plan)[1] for n, plan in tuned["plans"].items()}
+    assert found == {"16": [1, 2], "32": [1, 2], "64": [2], "128": None}
+    printed = run(tuned_model, "--tuned", *ONCE, "--no-stock", "--contexts", "16,32,128").stdout
+    assert "tuned for 16 and 32 tokens: " in printed and "tuned for 128 tokens: the whole model" in printed
 
 
 def test_the_profile_beside_the_model_is_used_where_plans_need_one(tuned_model: Path) -> None:
@@ -205,6 +206,20 @@ def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path) -
     assert {each["run"] for each in data["times"]} > {STOCK, NO_PLAN, "adaskip 2"}  # and what the ideal is made of
     assert all(len(each["first_token_s"]) == 2 and len(each["token_s"][1]) == 4 for each in data["times"])
     assert set(data["rows"][-1]["speed_against"][NO_PLAN]) == {"value", "low", "high", "n", "real", "verdict"}
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_ours_has_the_settings_that_tune_found_on_this_machine_and_stock_its_own(
+    here: bool, tuned_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_plan(plan_path(tuned_model), frontier([], settings=Settings(flash_attn=True, n_batch=64, n_ubatch=32)))
+    monkeypatch.setattr(running, "is_here", lambda machine: here)
+    result = run(tuned_model, *ONCE, "--json")
+    machine, settings = (json.loads(result.stdout)[part] for part in ("machine", "settings"))
+    assert (machine["flash_attention"], machine["n_ubatch"]) == ((True, 32) if here else (False, 512))
+    threads = {"n_threads": 1, "n_threads_batch": 1}  # they were given
+    assert settings["stock_options"] == ({**threads, "n_gpu_layers": -1} if here else None)
+    assert ("stock: with its own defaults" in run(tuned_model, *ONCE).stdout) == here
 
 
 def test_without_plans_stock_and_ours_are_compared_and_a_busy_machine_is_warned_of(
@@ -299,7 +314,7 @@ def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (1
         for name, s in seconds_of.items():
             times.times[name, context] = [RequestTime(s, (s / 100,) * n_decode)] * n_rounds
     result = BenchResult(
-        BenchSettings("m.gguf", contexts, n_rounds, n_decode, 1), {"adaskip 2": SkipPlan.manual(3, [2], [2])}, times
+        BenchSettings("m.gguf", contexts, n_rounds, n_decode, {}), {"adaskip 2": SkipPlan.manual(3, [2], [2])}, times
     )
     result.usage = {name: Usage(10**8, 10**6) for name in times.contenders}
     result.machine = CostSettings(

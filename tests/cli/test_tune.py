@@ -78,13 +78,16 @@ def test_it_writes_what_the_model_opens_with_and_nothing_else(tune: Tune, folder
     llm.close()
 
 
-def test_it_prints_settings_plans_promises_and_speed_within_80_columns(tune: Tune, folder: Path) -> None:
+def test_it_prints_settings_plans_promises_and_speed_within_80_columns(
+    tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And before it works, how to stop it and how long it takes. Settings that are given are not varied."""
+    monkeypatch.setattr(tuning, "load_average", lambda: 2.5)
     result = tune()
     assert all((each.settings.n_threads, each.settings.flash_attn) == (1, False) for each in found(folder).tried)
     before = " ".join(result.stderr.split())
     assert "run nothing else. After Ctrl-C, the same command continues." in before
-    assert "The other stages take about" in before
+    assert "Warning: the load average is 2.50." in before and "The other stages take about" in before
     told = " ".join(result.stdout.split())
     for words in (
         "Settings, of the whole model",

@@ -53,7 +53,7 @@ def still_works(llm: AdaSkipLlama, path: Path, open_model: Open, tokens: Tokens)
 
 
 def test_a_prompt_of_one_token_is_a_prompt(tiny: Tiny, open_model: Open) -> None:
-    # With a plan that skips in decode only, the full model must read the prompt however short it is.
+    # With a plan that skips in decode only, the whole model must read the prompt however short it is.
     llm, full = open_model(tiny()), open_model(tiny())
     llm.set_plan(DECODE_ONLY)
     for each in (llm, full):
@@ -236,7 +236,7 @@ def test_what_decode_may_read_but_prefill_may_not_is_evaluated_again_too(
 
 
 def test_valid_kv_is_kept(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
-    # A plan that runs less attention can read all that the full model wrote: one token is evaluated, not ten.
+    # A plan that runs less attention can read all that the whole model wrote: one token is evaluated, not ten.
     llm = open_model(tiny())
     llm.eval(tokens(9))
     llm.set_plan(BOTH)

@@ -68,6 +68,7 @@ def browser() -> Iterator[webdriver.Chrome]:
     for argument in ("--headless=new", "--disable-dev-shm-usage", "--disable-background-networking", *sandbox):
         options.add_argument(argument)
     with webdriver.Chrome(options, webdriver.ChromeService(DRIVER)) as opened:
+        opened.command_executor.client_config.timeout = 60  # seconds for a command; none by default
         yield opened
 
 
