@@ -244,7 +244,7 @@ class Frontier:
         """Return the point whose plan ``choose`` returns for the same arguments; None for the whole model."""
         if n_tokens < LEAST_CONTEXT:
             return None
-        context, left = context_for(n_tokens), self._left(n_tokens, max_loss, edited=edited)
+        context, left = context_for(n_tokens), self.left(n_tokens, max_loss, edited=edited)
         kept = [each for each in self.points if each.needs(context) <= left and each.speedup(context) > 1.0]
         return max(kept, key=lambda each: each.speedup(context), default=None)
 
@@ -260,8 +260,8 @@ class Frontier:
             found = each
         return found
 
-    def _left(self, n_tokens: int, max_loss: float, *, edited: bool) -> float:
-        """Return the part of a promise that is left for a plan, in nats per token."""
+    def left(self, n_tokens: int, max_loss: float, *, edited: bool) -> float:
+        """Return the part of a promise that is left for a plan, in nats per token. See ``choose`` for the arguments."""
         point = self.edit_point(n_tokens, max_loss) if edited else None
         return max_loss if point is None else max_loss - point.needs(context_for(n_tokens))
 
@@ -271,7 +271,7 @@ class Frontier:
         ``most_tokens`` is the size of the context. The other arguments are those of ``choose``.
         """
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, context_for(most_tokens).bit_length())]
-        left = {n: self._left(n, max_loss, edited=edited) for n in lengths}
+        left = {n: self.left(n, max_loss, edited=edited) for n in lengths}
         kept = [(each, n) for each in self.points for n in lengths if each.needs(n) <= left[n]]
         return tuple({id(plan): plan for plan in (each.plan_for(n) for each, n in kept)}.values())
 

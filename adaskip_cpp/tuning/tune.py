@@ -150,7 +150,7 @@ class _Tuning:
                 judge = Judge(llm, probes)
                 with self.on_stage("Editing prompts") as on_progress:
                     edits = edit_points(llm, judge, self.memo, on_progress)
-                points = self._points(llm, profile, held, judge)
+                points = self._points(llm, profile, held, judge, edits)
         self.n_read += self.memo.n_read
         frontier = Frontier(tuple(points), settings, machine, found.tried, about=about, edits=tuple(edits))
         plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS, edited=True)
@@ -206,8 +206,10 @@ class _Tuning:
         self.memo.keep_profile(profile)
         return profile
 
-    def _points(self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge) -> list[Point]:
-        """Find the path and judge its plans, in the order of :data:`_AIMS`, while tokens last."""
+    def _points(
+        self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge, edits: Sequence[EditPoint]
+    ) -> list[Point]:
+        """Find the path. Judge its plans for the part of each of :data:`_AIMS` that edits leave, while tokens last."""
         planned = _Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
             judges = [
@@ -242,11 +244,11 @@ class _Tuning:
             return MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - n_read
 
         with self.on_stage("Judging") as on_progress:
-            n_begin = max(left(), 1)
+            n_begin, of_edits = max(left(), 1), Frontier((), edits=tuple(edits))
             for promise, length in product(_AIMS, (_JUDGED_AT, _LONG)):
                 while not found or left() >= each_costs:
                     needs = {each: point.needs(length) for each, point in found.items()}
-                    if (candidate := aim(path, needs, promise)) is None:
+                    if (candidate := aim(path, needs, of_edits.left(length, promise, edited=True))) is None:
                         break
                     found[candidate] = judged(candidate)
                     on_progress(1 - max(left(), 0) / n_begin)

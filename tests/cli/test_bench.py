@@ -212,11 +212,11 @@ def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path) -
 def test_ours_has_the_settings_that_tune_found_on_this_machine_and_stock_its_own(
     here: bool, tuned_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_plan(plan_path(tuned_model), frontier([], settings=Settings(flash_attn=True, n_batch=64, n_ubatch=32)))
+    save_plan(plan_path(tuned_model), frontier([], settings=Settings(flash_attn=True, n_batch=16, n_ubatch=8)))
     monkeypatch.setattr(running, "is_here", lambda machine: here)
     result = run(tuned_model, *ONCE, "--json")
     machine, settings = (json.loads(result.stdout)[part] for part in ("machine", "settings"))
-    assert (machine["flash_attention"], machine["n_ubatch"]) == ((True, 32) if here else (False, 512))
+    assert (machine["flash_attention"], machine["n_ubatch"]) == ((True, 8) if here else (False, 18))
     threads = {"n_threads": 1, "n_threads_batch": 1}  # they were given
     assert settings["stock_options"] == ({**threads, "n_gpu_layers": -1} if here else None)
     assert ("stock: with its own defaults" in run(tuned_model, *ONCE).stdout) == here

@@ -40,6 +40,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_SEARCHED_AT": (128, JUDGED_AT),
         "LEAST_CONTEXT": 64,
         "LONGEST": 512,
+        "load_average": lambda: None,
         "find_path": partial(find_path, levels=(0.001, 30.0)),  # what adds nothing, and then all
     }.items():
         monkeypatch.setattr(tuning, name, value)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles.served import edited_frontier
 from oracles.small_tuning import ANSWER, JUDGED_AT, TEXTS, make_small, write_idle_model
 
 import adaskip_cpp
@@ -201,6 +202,18 @@ def test_where_tokens_run_out_the_plan_near_the_default_promise_is_judged(
     monkeypatch.setattr(tuning, "MOST_TOKENS", 0)
     found = tune(model, calls)
     assert len(whole.points) == 2 and [each.plan for each in found.points] == [whole.points[0].plan]
+
+
+def test_plans_are_sought_for_what_edits_leave_of_a_promise(
+    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits, aimed = edited_frontier(0.01).edits, list[float]()
+    monkeypatch.setattr(tuning, "edit_points", lambda *_: [*edits])
+    monkeypatch.setattr(tuning, "aim", lambda path, needs, promise: aimed.append(promise))
+    tune(model, calls)
+    left = Frontier((), edits=edits).left
+    assert aimed == [left(n, each, edited=True) for each in tuning._AIMS for n in (JUDGED_AT, tuning._LONG)]
+    assert aimed[0] < 0.05
 
 
 def test_it_tells_how_long_it_will_take(done: tuple[Frontier, Calls]) -> None:
