@@ -280,7 +280,7 @@ def test_the_time_is_kept_to_and_more_of_it_is_spent_on_more_rounds(timed: Open)
     for seconds, contexts in ((40, {}), (1, {"contexts": [512]}), (60, {"contexts": [512]})):
         llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
         cost.measure_cost(llm, seconds=seconds, **contexts)
-        assert contexts or 5 < llm.now < 20
+        assert contexts or 20 < llm.now < 45
         evaluated.append(llm.n_evaluated)
     assert evaluated[2] > 2 * evaluated[1]
 
