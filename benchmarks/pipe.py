@@ -77,7 +77,9 @@ def main() -> None:
     options = "--plan", "none", "--threads", str(args.threads)
     with serving(model, *options) as two, serving(model, *options, before=IN_ONE_PROCESS) as one:
         if not two.workers() or one.workers():
-            raise SystemExit("a server has the wrong number of processes; check IN_ONE_PROCESS in tests/oracles/served.py")
+            raise SystemExit(
+                "a server has the wrong number of processes; check IN_ONE_PROCESS in tests/oracles/served.py"
+            )
         end = two.get("/tokenizer_info").json()["eos_token"]
         body |= {"logit_bias": {end: -100}, "logit_bias_type": "tokens"}
         for server in (two, one):
