@@ -41,6 +41,7 @@ KEY = "a-key"
 @pytest.fixture(scope="module")
 def model(served_model: Path) -> Path:
     path = served_model.with_name(f"{NAME}.gguf")
+    path.unlink(missing_ok=True)  # a worker may come back to this module
     path.symlink_to(served_model)
     return path
 
