@@ -60,7 +60,7 @@ class BenchResult:
     """The result of ``bench``, by contender.
 
     Attributes:
-        settings: contexts, rounds and threads.
+        settings: contexts, rounds and the arguments of both libraries.
         plans: the plans by name. A frontier chooses a plan for each prompt.
         times: the time of each run, in seconds.
         usage: memory of each contender's last process, in bytes.
