@@ -117,7 +117,8 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
     sys.stdout.flush()
     tell(path, "timing")
     plan, bare = plan_for(profile, args.speedup, context)
-    bench = BenchSettings(path, (context,), 1, N_DECODE, {**options, "n_gpu_layers": -1})
+    offloaded = {**options, "n_gpu_layers": -1}
+    bench = BenchSettings(path, (context,), 1, N_DECODE, offloaded, offloaded)
     result = time_in_turn(bench, {"the plan": plan, WITHOUT_MAPS: bare}, tokens, end)
     assert profile.cost is not None
     predicted = profile.cost.speedup(plan, context, "prefill")

@@ -44,7 +44,7 @@ class BenchSettings:
         n_rounds: number of times that each contender reads each prompt.
         n_decode: tokens timed after each prompt.
         options: arguments of ``AdaSkipLlama`` for the whole model and for plans, such as ``n_threads``.
-        stock_options: arguments of ``llama_cpp.Llama`` for stock; None for the same.
+        stock_options: arguments of ``llama_cpp.Llama`` for stock.
     """
 
     model: str
@@ -52,7 +52,7 @@ class BenchSettings:
     n_rounds: int
     n_decode: int
     options: Mapping[str, Any]
-    stock_options: Mapping[str, Any] | None = None
+    stock_options: Mapping[str, Any]
 
 
 @dataclass
@@ -125,8 +125,8 @@ class Bench:
     """A benchmark of plans and frontiers, by the names of their contenders, with or without stock.
 
     ``tokens`` are repeated for longer contexts. ``skippable`` are the sublayers that can be skipped everywhere, and
-    those that can be skipped in the bulk, each bool ``[n_layer, 2]``. With it, the ideal of each plan that is no
-    frontier is measured too.
+    those that can be skipped in the bulk, each bool ``[n_layer, 2]``. With them, the ideal of each plan is measured
+    too, but not of a frontier.
     """
 
     def __init__(
@@ -175,13 +175,7 @@ class Bench:
             if n_round == 0:
                 self._on_progress(0.0, f"loading {name}")
             workers[name] = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
-            options = dict(self._settings.options)
-            if name == STOCK and self._settings.stock_options is not None:
-                options = dict(self._settings.stock_options)
-            if name in self.result.plans:
-                options["plan"] = self.result.plans[name]
-            options["n_ctx"] = max(self._settings.contexts) + self._settings.n_decode
-            reply = workers[name].open(self._settings.model, options)
+            reply = workers[name].open(self._settings.model, self._options(name))
             if name == NO_PLAN:
                 self.result.machine = reply["settings"]
         prompt = self._tokens[: min(self._settings.contexts[0], _N_WARM_UP)]
@@ -190,6 +184,12 @@ class Bench:
                 self._on_progress(0.0, f"warming up: {name}")
             workers[self._process(name)].time(prompt, N_SETTLE, plan)
         return workers
+
+    def _options(self, name: str) -> dict[str, Any]:
+        settings, plans = self._settings, self.result.plans
+        options = settings.stock_options if name == STOCK else settings.options
+        plan = {"plan": plans[name]} if name in plans else {}
+        return {**options, **plan, "n_ctx": max(settings.contexts) + settings.n_decode}
 
     def _time(self, worker: Worker, name: str, context: int, n_round: int) -> None:
         n_rounds, plan = self._settings.n_rounds, self._runs[name]

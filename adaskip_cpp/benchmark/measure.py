@@ -44,7 +44,7 @@ def bench(
     measurement early. After the first round, the result so far is returned, and its ``ended_by`` has the reason.
 
     If ``tune`` found settings for the model on this machine, the whole model and plans use them. Stock then keeps its
-    own defaults, so its ratio to the whole model is what the settings bring. Otherwise all use the same settings.
+    own defaults, so the whole model against stock is the gain of the settings. Otherwise all use the same settings.
 
     Args:
         model: a GGUF file.
@@ -100,7 +100,7 @@ def bench(
         may = np.array([(sublayer.skippable, sublayer.in_bulk) for sublayer in llm.sublayers]).reshape(-1, 2, 2)
     if warning := busy_warning(load):
         tell(warning)
-    stock_options = {**running.given(), "n_gpu_layers": running.gpu_layers} if tuned else None
+    stock_options = {**running.given(), "n_gpu_layers": running.gpu_layers} if tuned else options
     settings = BenchSettings(model, fitting, n_rounds, n_decode, options, stock_options)
     skippable = (may[..., 0], may[..., 1]) if ideal else None
     run = Bench(settings, made, tokens, skippable=skippable, stock=stock, on_progress=on_progress)

@@ -76,7 +76,7 @@ def _print_configuration(out: Console, result: BenchResult) -> None:
         lines.append(
             f"{NO_PLAN}: the whole model, without outputs of the prompt that stock computes but nothing reads."
         )
-    if result.settings.stock_options is not None and STOCK in result.times.contenders:
+    if result.settings.stock_options != result.settings.options and STOCK in result.times.contenders:
         lines.append(f"{STOCK}: with its own defaults. {NO_PLAN} against {STOCK} is the gain of the tuned settings.")
     for name in result.plans:
         of_contexts: dict[str, list[int]] = {}

@@ -22,7 +22,7 @@ def is_busy(load: float | None) -> bool:
 
 def busy_warning(load: float | None) -> str:
     """Return a sentence for the user before a measurement on a busy machine, else an empty one."""
-    if load is None or not is_busy(load):
+    if load is None or load <= _BUSY:
         return ""
     return (
         f"Warning: the load average is {load:.2f}. If other programs are running, they disturb the times: close them, "

@@ -1,7 +1,7 @@
 """Finds the settings under which a model is fastest here, then its frontier of plans. Start at :func:`tune`.
 
 The stages are settings (``exact``), calibration, edited prompts (``edited``), the path of sets on one part of the
-held-out text (``path``), the figures of its plans on the other part (``figures``), and speed against stock
+held-out text (``path``, ``planned``), the figures of its plans on the other part (``figures``), and speed against stock
 llama-cpp-python (``speed``). A ``memo`` keeps results as they come, so that a run continues where it was stopped.
 """
 
@@ -15,7 +15,7 @@ from importlib import metadata
 from itertools import product
 from typing import Any
 
-from ..calibration.calibrate import calibrate, late_layers
+from ..calibration.calibrate import calibrate
 from ..calibration.cost import measure_cost, set_aside
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
@@ -24,12 +24,9 @@ from ..measuring import corpus
 from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import N_CONTINUED, N_COPIED, Judge
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point
-from ..model.plan import Bulk, SkipPlan, window_size_for
+from ..model.plan import window_size_for
 from ..model.settings import Settings
-from ..model.skip_set import SkipSet
-from ..planning.modes import compensated_plan
 from ..planning.profile import Profile
-from ..planning.request import PlanRequest
 from ..progress import Stage, progress_bar
 from .edited import edit_points
 from .exact import FoundSettings, fastest_settings
@@ -37,6 +34,7 @@ from .figures import Judged, quality_of
 from .hold_out import HeldOut, hold_out, passkey_probes, unseen_texts
 from .memo import Memo
 from .path import Candidate, aim, find_path, measure
+from .planned import Planned
 from .speed import measure_speed
 
 MOST_TOKENS = 150_000  # that calibration and tuning together read through a model, whatever its size
@@ -210,7 +208,7 @@ class _Tuning:
         self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge, edits: Sequence[EditPoint]
     ) -> list[Point]:
         """Find the path. Judge its plans for the part of each of :data:`_AIMS` that edits leave, while tokens last."""
-        planned = _Planned(llm, profile)
+        planned = Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
             judges = [
                 Judge(llm, passkey_probes(llm, held.search[:_N_SEARCHED], n, (N_CONTINUED, N_COPIED)))
@@ -272,31 +270,3 @@ class _Tuning:
     def _open(self, settings: Settings, n_ctx: int) -> AdaSkipLlama:
         with contextlib.redirect_stderr(io.StringIO()):
             return AdaSkipLlama(self.path, n_ctx=n_ctx, verbose=False, **{**self.kwargs, **settings.to_kwargs()})
-
-
-class _Planned:
-    """Makes plans from candidates, and predicts their times."""
-
-    def __init__(self, llm: AdaSkipLlama, profile: Profile) -> None:
-        assert profile.cost is not None
-        self.profile, self.cost = profile, profile.cost
-        last = late_layers(llm)[::-1]
-        self.orders = {
-            "attention": tuple(layer for layer in last if profile.in_bulk[layer, 0]),
-            "ffn": tuple(layer for layer in last if profile.in_bulk[layer, 1]),
-            "windowed": tuple(row.layer for row in reversed(llm.sublayers) if row.windowable),
-        }
-
-    def plan(self, candidate: Candidate, window_size: int) -> SkipPlan:
-        request = PlanRequest(mode="prompt", window_size=window_size)
-        plan = compensated_plan(self.profile, candidate.skip(self.profile.n_layer), request, "tuned")
-        assert plan.bulk is not None
-        return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed, window_size=window_size))
-
-    def seconds(self, candidate: Candidate, context: int) -> float:
-        none = SkipSet.none(self.profile.n_layer)
-        around = Bulk(none, windowed=candidate.windowed, window_size=window_size_for(context, candidate.share))
-        return self.cost.seconds(candidate.skip(self.profile.n_layer), context, "bulk", around=around)
-
-    def speedup(self, candidate: Candidate, context: int) -> float:
-        return self.cost.seconds(None, context, "prefill") / self.seconds(candidate, context)

@@ -25,6 +25,8 @@ from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
+ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
+
 # --- from times to a table --------------------------------------------------------------------------------------------
 
 
@@ -206,7 +208,7 @@ def ran(tiny: Any) -> Ran:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "Worker", Noted)
-        settings = BenchSettings(str(tiny()), CONTEXTS, 2, 4, {"n_threads": 1, "n_threads_batch": 1})
+        settings = BenchSettings(str(tiny()), CONTEXTS, 2, 4, ONE_THREAD, ONE_THREAD)
         return Ran(Bench(settings, {"plan": PLAN}, [1, 5, 6], skippable=SKIPPABLE).run(), asked)
 
 
@@ -247,7 +249,9 @@ def test_under_a_plan_it_has_less_kv(ran: Ran) -> None:
 
 def bench_of(plans: dict[str, SkipPlan], **options: Any) -> BenchTimes:
     """What a benchmark that is not run would measure."""
-    return Bench(BenchSettings("m.gguf", (8, 16), 2, 4, {}), plans, [1], skippable=SKIPPABLE, **options).result.times
+    return Bench(
+        BenchSettings("m.gguf", (8, 16), 2, 4, {}, {}), plans, [1], skippable=SKIPPABLE, **options
+    ).result.times
 
 
 def test_stock_can_be_left_out() -> None:
@@ -277,7 +281,7 @@ def test_the_ideal_of_a_bulk_keeps_k_and_v_in_what_it_is_made_of() -> None:
     none = SkipPlan.manual(3)
     around = Bulk(SkipPlan.manual(3, attention=[1], ffn=[2]).prefill, head=1, tail=2)
     bulk = replace(none, bulk=around)
-    bench = Bench(BenchSettings("m.gguf", (8, 16), 2, 4, {}), {"a": bulk}, [1], skippable=SKIPPABLE)
+    bench = Bench(BenchSettings("m.gguf", (8, 16), 2, 4, {}, {}), {"a": bulk}, [1], skippable=SKIPPABLE)
     (parts,) = bench.result.times.parts.values()
     assert [*parts] == ["prefill"]
     only, rest = (bench._runs[name] for name in parts["prefill"])
@@ -315,7 +319,7 @@ class Clocked:
 def test_progress_is_the_share_of_the_tokens_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "Worker", Clocked)
     told: list[tuple[float, str]] = []
-    settings = BenchSettings("m.gguf", (8, 16), 2, 4, {})
+    settings = BenchSettings("m.gguf", (8, 16), 2, 4, {}, {})
     Bench(settings, {}, [1], stock=False, on_progress=lambda *each: told.append(each)).run()
     runs = [fraction for fraction, words in told if words.startswith("round")]
     assert runs == pytest.approx([0, 8 / 48, 24 / 48, 32 / 48])
@@ -323,7 +327,7 @@ def test_progress_is_the_share_of_the_tokens_read(monkeypatch: pytest.MonkeyPatc
 
 # --- real processes, a tiny model -------------------------------------------------------------------------------------
 
-OPTIONS = {"n_ctx": 64, "n_threads": 1, "n_threads_batch": 1}
+OPTIONS = {"n_ctx": 64, **ONE_THREAD}
 
 
 def test_stock_runs_on_its_own_library_and_ours_on_ours(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,13 +212,15 @@ def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path) -
 def test_ours_has_the_settings_that_tune_found_on_this_machine_and_stock_its_own(
     here: bool, tuned_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_plan(plan_path(tuned_model), frontier([], settings=Settings(flash_attn=True, n_batch=16, n_ubatch=8)))
+    tuned = Settings(flash_attn=True, n_batch=16, n_ubatch=8)
+    save_plan(plan_path(tuned_model), frontier([], settings=tuned))
     monkeypatch.setattr(running, "is_here", lambda machine: here)
     result = run(tuned_model, *ONCE, "--json")
     machine, settings = (json.loads(result.stdout)[part] for part in ("machine", "settings"))
     assert (machine["flash_attention"], machine["n_ubatch"]) == ((True, 8) if here else (False, 18))
     threads = {"n_threads": 1, "n_threads_batch": 1}  # they were given
-    assert settings["stock_options"] == ({**threads, "n_gpu_layers": -1} if here else None)
+    assert settings["stock_options"] == {**threads, "n_gpu_layers": -1}
+    assert settings["options"] == {**settings["stock_options"], **(tuned.to_kwargs() if here else {}), **threads}
     assert ("stock: with its own defaults" in run(tuned_model, *ONCE).stdout) == here
 
 
@@ -314,7 +316,9 @@ def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (1
         for name, s in seconds_of.items():
             times.times[name, context] = [RequestTime(s, (s / 100,) * n_decode)] * n_rounds
     result = BenchResult(
-        BenchSettings("m.gguf", contexts, n_rounds, n_decode, {}), {"adaskip 2": SkipPlan.manual(3, [2], [2])}, times
+        BenchSettings("m.gguf", contexts, n_rounds, n_decode, {}, {}),
+        {"adaskip 2": SkipPlan.manual(3, [2], [2])},
+        times,
     )
     result.usage = {name: Usage(10**8, 10**6) for name in times.contenders}
     result.machine = CostSettings(

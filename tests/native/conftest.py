@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from oracles.expected import history_of
 from oracles.fixtures import Open, Tiny
 from oracles.readable import Bare
 from oracles.reference import ReferenceModel
-from oracles.skip_sets import history_of
 
 
 @pytest.fixture

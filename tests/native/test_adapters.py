@@ -13,10 +13,11 @@ import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from oracles.expected import error, error_under, history_of
 from oracles.fixtures import Open, Tiny
 from oracles.observed import collect
 from oracles.reference import ReferenceModel, ReferenceRun, mean_similarity, norm_ratio, relative_error
-from oracles.skip_sets import error, error_under, history_of, same, skip_set
+from oracles.skip_sets import same, skip_set
 from oracles.stock import EXACT, Job, eval_logits, run_stock
 from oracles.tiny_families import N_EMBD, N_LAYER, tokens
 from oracles.tiny_models import write_lora
@@ -68,7 +69,7 @@ def lora(tiny: Tiny, tmp_path: Path, open_tiny: Open) -> Changed:
 
 @pytest.fixture
 def control_vector(tiny: Tiny, open_tiny: Open) -> Changed:
-    """A vector behind each layer but the first, which llama.cpp has none for."""
+    """A vector after each layer but the first, which llama.cpp has none for."""
     model = ReferenceModel(tiny())
     model.control = np.random.default_rng(7).normal(0, 0.5, model.control.shape).astype(np.float32)
     model.control[0] = 0
@@ -118,7 +119,7 @@ def test_every_sublayer_can_be_skipped_alone(changed: Changed) -> None:
 
 
 def test_statistics_are_those_of_the_changed_models_sublayers(changed: Changed) -> None:
-    # What a control vector adds belongs to none: it comes behind the FFN's output and before the next input.
+    # What a control vector adds belongs to none: it comes after the FFN's output and before the next input.
     llm, expected = changed.open(), ReferenceRun(changed.numpy).eval(tokens(40))
     for size in (40, 7, 1):
         actual = collect(llm, tokens(40), size)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from oracles.bulks import NOTHING, TOLERANCE, chosen, phases, plan
+from oracles.expected import error, last_logits
 from oracles.fixtures import Open, Tiny
 from oracles.reference import relative_error
 from oracles.reference_parallel import eval_parallel
 from oracles.sequence_oracle import Cells, History
-from oracles.skip_sets import error, last_logits
 from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan

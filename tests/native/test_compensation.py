@@ -15,11 +15,12 @@ import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType
 from oracles.bare_plan import bare_plan
+from oracles.expected import error, error_under, generated, history_of, split
 from oracles.fixtures import Open, Tiny
 from oracles.observed import activations_of
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error, write_dequantised
 from oracles.reference_parallel import eval_parallel
-from oracles.skip_sets import arguments, error, error_under, generated, history_of, only, same, split
+from oracles.skip_sets import arguments, only, same
 from oracles.stock import eval_logits
 from oracles.tiny_families import FAMILIES, N_EMBD, N_LAYER, SKIPPABLE, tokens
 
@@ -123,7 +124,7 @@ BARE = SkipSet(only((1, 1)), np.full((N_LAYER, 2), 0.9))
 VECTOR = filled(only((1, 1)), 1, 0.9, parts=("bias",))
 GROWING = {
     "vectors": (VECTOR, VECTOR, filled(only((1, 1), (2, 0)), 2, 1.1, parts=("bias",))),
-    "maps behind none": (BARE, filled(only((1, 1), (2, 0)), 1), filled(only((0, 1), (2, 0)), 2, rank=2)),
+    "maps after none": (BARE, filled(only((1, 1), (2, 0)), 1), filled(only((0, 1), (2, 0)), 2, rank=2)),
 }
 
 

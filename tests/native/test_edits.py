@@ -140,7 +140,7 @@ def test_logits_are_those_of_the_moved_k_and_v(opened: Open, how: str, kind: str
 def test_prompts_are_edited_again_as_often_as_moves_are_allowed(
     opened: Open, reference: ReferenceModel, whole: Open
 ) -> None:
-    """What would be moved more often is read again, and runs behind it are moved."""
+    """What would be moved more often is read again, and runs after it are moved."""
     llm, oracle = opened(reuse=SMALL), Oracle(reference, edits=SMALL)
     a, b, c = tokens(40), tokens(120, seed=1), tokens(50, seed=2)
     prompts = [a + tokens(6 + i, seed=10 + i)[1:] + b for i in range(SMALL.most_moves + 2)]

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from oracles.bare_plan import bare_plan
+from oracles.expected import error, generated, history_of
 from oracles.fixtures import Open
 from oracles.reference import OnlineReference, ReferenceModel, ReferenceRun, relative_error
-from oracles.skip_sets import error, generated, history_of, skip_set
+from oracles.skip_sets import skip_set
 from oracles.tiny_families import N_EMBD, tokens
 from oracles.tiny_models import write_model
 
@@ -316,7 +317,7 @@ ENDS = ["close", "dropping", "throw", "the consumer", "a criterion", "max_tokens
 
 
 def end(llm: Any, prompt: list[int], n: int, how: str) -> None:
-    """End a request behind its n-th token, or where an answer's n-th letter stops it."""
+    """End a request after its n-th token, or where an answer's n-th letter stops it."""
     calls = itertools.count(1)
 
     def criterion(ids: npt.NDArray[np.intc], scores: npt.NDArray[np.single]) -> bool:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles.expected import history_of
 from oracles.fixtures import Open
 from oracles.readable import ATTENTION, FFN, MAPS, NOTHING, TOLERANCE, evaluated, logits
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
-from oracles.skip_sets import arguments, history_of, same, skip_set
+from oracles.skip_sets import arguments, same, skip_set
 from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracles.expected import split
 from oracles.fixtures import Open, Tiny
 from oracles.reference import (
     KvHoleError,
@@ -19,7 +20,7 @@ from oracles.reference import (
     relative_error,
 )
 from oracles.reference_parallel import eval_parallel
-from oracles.skip_sets import skip_set, split
+from oracles.skip_sets import skip_set
 from oracles.stock import EXACT, Job, run_stock
 from oracles.tiny_families import FAMILIES, tokens
 

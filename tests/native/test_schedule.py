@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from oracles.bare_plan import bare_plan
+from oracles.expected import error, generated, history_of
 from oracles.fixtures import Open
 from oracles.reference import ReferenceModel
-from oracles.skip_sets import error, generated, history_of, skip_set
+from oracles.skip_sets import skip_set
 from oracles.tiny_families import tokens
 
 from adaskip_cpp import SkipPlan

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles.expected import error_under, split
 from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel
-from oracles.skip_sets import error_under, same, skip_set, split
+from oracles.skip_sets import same, skip_set
 from oracles.stock import EXACT, Job, eval_logits, run_stock
 from oracles.tiny_families import tokens
 
@@ -34,7 +35,7 @@ EVERY = tuple(range(N_LAYER))
 SETS: dict[str, SkipSet | None] = {
     "nothing": None,
     **{f"{kind} {layer}": skip_set(**{kind: (layer,)}) for layer, kind in SUBLAYERS},
-    # Not the last FFN: the RMS norm behind it takes any factor out of the logits again.
+    # Not the last FFN: the RMS norm after it takes any factor out of the logits again.
     **{f"{kind} {layer} scaled": skip_set(**{kind: (layer,)}, scale=1.7) for layer, kind in SUBLAYERS[:-1]},
     "nothing again": None,
     **{f"random {seed}": random_set(seed) for seed in range(6)},

@@ -11,9 +11,9 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from oracles.expected import last_logits
 from oracles.fixtures import Open, Tiny
 from oracles.reference import relative_error
-from oracles.skip_sets import last_logits
 from oracles.stock import EXACT, Job, run_stock
 from oracles.tiny_families import FAMILIES, N_EMBD, tokens
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from oracles.expected import history_of
 from oracles.reference import ReferenceModel
 from oracles.sequence_oracle import History
-from oracles.skip_sets import history_of, only
+from oracles.skip_sets import only
 from oracles.tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan

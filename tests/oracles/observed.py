@@ -31,7 +31,7 @@ def collect(llm: Any, tokens: list[int], size: int | None = None) -> Trace:
 
 
 def copied(batch: Any) -> Any:
-    """The activations of a batch, to keep them behind the sink."""
+    """The activations of a batch, to keep them after the sink returns."""
     return [[None if pair is None else tuple(np.array(x) for x in pair) for pair in row] for row in batch.activations]
 
 

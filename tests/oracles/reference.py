@@ -189,7 +189,7 @@ class ReferenceRun:
         A sublayer of ``skip``, bool [n_layer, 2], has the output ``scale * input + bias + up (down input)``, with
         scale [n_layer, 2], bias [n_layer, 2, n_embd], down [n_layer, 2, rank, n_embd], up [n_layer, 2, n_embd, rank].
         A skipped attention writes no K and V, unless it ``keeps_kv``, of its input as it is. An attention that runs
-        behind positions at which it was skipped raises a KvHoleError.
+        after positions at which it was skipped raises a KvHoleError.
         """
         model = self.model
         skipped = np.zeros((model.n_layer, 2), bool) if skip is None else np.asarray(skip, bool)

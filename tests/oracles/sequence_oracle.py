@@ -129,7 +129,7 @@ class History:
 
     reference: Cells
     n_ubatch: int  # tokens evaluated at once; a schedule and the online stage change the set between two such
-    draft: Callable[[list[int]], list[int]] = lambda tokens: []  # proposes tokens behind those cached and the last one
+    draft: Callable[[list[int]], list[int]] = lambda tokens: []  # proposes tokens after those cached and the last one
     # Whether the next evaluation begins at the start, as a window has lost positions that it would read, and the first
     # position that windows still have where a prompt comes: which cells it writes over, llama.cpp alone knows.
     restarts: Callable[[], bool] = lambda: False

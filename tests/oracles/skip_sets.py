@@ -1,30 +1,14 @@
-"""Skip sets and plans of the tiny models, and what a model must compute under them."""
+"""Skip sets and plans of the tiny models."""
 
-import itertools
 from typing import Any
 
-import llama_cpp
 import numpy as np
-from oracles.reference import ReferenceModel, ReferenceRun, relative_error
-from oracles.sequence_oracle import Cells, History
-from oracles.stock import eval_logits
 from oracles.tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.skip_set import SkipSet
 
-__all__ = [
-    "arguments",
-    "error",
-    "error_under",
-    "generated",
-    "history_of",
-    "last_logits",
-    "only",
-    "same",
-    "skip_set",
-    "split",
-]
+__all__ = ["arguments", "only", "same", "skip_set"]
 
 
 def skip_set(
@@ -61,44 +45,3 @@ def same(chosen: SkipSet, **more: Any) -> SkipPlan:
 def arguments(chosen: SkipSet | None) -> tuple[Any, ...]:
     """A set as ``ReferenceRun.eval`` takes it."""
     return () if chosen is None else (chosen.skip, chosen.scale, chosen.bias, chosen.down, chosen.up)
-
-
-def split(tokens: list[int], size: int) -> list[list[int]]:
-    """A prompt in pieces of ``size`` tokens."""
-    return [tokens[start : start + size] for start in range(0, len(tokens), size)]
-
-
-def error_under(llm: Any, reference: ReferenceModel, chosen: SkipSet | None, pieces: list[list[int]]) -> float:
-    """Of the logits of a prompt in these pieces, under the plan in force, against NumPy under a set."""
-    expected = ReferenceRun(reference).eval([token for piece in pieces for token in piece], *arguments(chosen)).logits
-    actual = eval_logits(llm, pieces)
-    return relative_error(actual, expected[-len(actual) :])
-
-
-def history_of(reference: ReferenceModel, plan: SkipPlan | None = None, n_ubatch: int = 512) -> History:
-    """What a model must hold that was opened and given this plan."""
-    result = History(Cells(reference), n_ubatch)
-    if plan is not None:
-        result.set_plan(plan)
-    return result
-
-
-def error(llm: Any, expected: History, start: int = 0, end: int | None = None) -> float:
-    """Of the logits of all cached tokens from one on."""
-    end = llm.n_tokens if end is None else end
-    rows = [expected.trace(index).logits[0] for index in range(start, end)]
-    return relative_error(llm.scores[start:end], np.stack(rows))
-
-
-def generated(llm: Any, expected: History, prompt: list[int], n: int) -> list[int]:
-    """The answer of a model to a prompt, which its history gets too."""
-    answer = list(itertools.islice(llm.generate(prompt, temp=0.0), n))
-    expected.prompt(prompt)
-    for token in answer[:-1]:
-        expected.decode([token])
-    return answer
-
-
-def last_logits(llm: Any) -> Any:
-    """Those of the token that was read last, [n_vocab]."""
-    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy()

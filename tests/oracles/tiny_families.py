@@ -51,7 +51,7 @@ class Family:
     qkv: str = "split"  # "bias" or "fused"
     ffn: str = "gated"  # "fused" (gate and up in one matrix), "plain" (no gate), "experts" or "none"
     before: tuple[str, ...] = ("attn_norm", "ffn_norm")  # norms in front of the two sublayers
-    after: tuple[str, ...] = ()  # norms behind the two output projections
+    after: tuple[str, ...] = ()  # norms after the two output projections
     qk_norm: str = ""  # "head" or "row" (over all heads)
     biases: bool = False  # of every projection
     tied: bool = False  # the output reuses the token embedding

@@ -175,8 +175,8 @@ def test_points_are_of_growing_speed(
     model: Path, calls: Calls, whole: Frontier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here what loses more is slower, by invented speeds."""
-    predicted = tuning._Planned.speedup
-    monkeypatch.setattr(tuning._Planned, "speedup", lambda *args: 1 / predicted(*args))
+    predicted = tuning.Planned.speedup
+    monkeypatch.setattr(tuning.Planned, "speedup", lambda *args: 1 / predicted(*args))
     found = tune(model, calls)
     assert len(found.points) == 2 and [each.plan for each in found.points] == [each.plan for each in whole.points[::-1]]
 

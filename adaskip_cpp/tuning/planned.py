@@ -1,0 +1,40 @@
+"""Makes plans from the sets of a path, and predicts their times. Used by ``tune.py``: see :class:`Planned`."""
+
+from dataclasses import replace
+
+from ..calibration.calibrate import late_layers
+from ..engine.llama import AdaSkipLlama
+from ..model.plan import Bulk, SkipPlan, window_size_for
+from ..model.skip_set import SkipSet
+from ..planning.modes import compensated_plan
+from ..planning.profile import Profile
+from ..planning.request import PlanRequest
+from .path import Candidate
+
+
+class Planned:
+    """The plans of candidates for a calibrated model, with ``orders``, in which its sublayers are left out."""
+
+    def __init__(self, llm: AdaSkipLlama, profile: Profile) -> None:
+        assert profile.cost is not None
+        self.profile, self.cost = profile, profile.cost
+        last = late_layers(llm)[::-1]
+        self.orders = {
+            "attention": tuple(layer for layer in last if profile.in_bulk[layer, 0]),
+            "ffn": tuple(layer for layer in last if profile.in_bulk[layer, 1]),
+            "windowed": tuple(row.layer for row in reversed(llm.sublayers) if row.windowable),
+        }
+
+    def plan(self, candidate: Candidate, window_size: int) -> SkipPlan:
+        request = PlanRequest(mode="prompt", window_size=window_size)
+        plan = compensated_plan(self.profile, candidate.skip(self.profile.n_layer), request, "tuned")
+        assert plan.bulk is not None
+        return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed, window_size=window_size))
+
+    def seconds(self, candidate: Candidate, context: int) -> float:
+        none = SkipSet.none(self.profile.n_layer)
+        around = Bulk(none, windowed=candidate.windowed, window_size=window_size_for(context, candidate.share))
+        return self.cost.seconds(candidate.skip(self.profile.n_layer), context, "bulk", around=around)
+
+    def speedup(self, candidate: Candidate, context: int) -> float:
+        return self.cost.seconds(None, context, "prefill") / self.seconds(candidate, context)
