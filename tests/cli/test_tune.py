@@ -226,7 +226,7 @@ def test_a_real_model_is_tuned_with_the_built_in_text(
     small |= {"_N_TEXTS": 2, "_N_SEARCHED": 1, "_N_ROUNDS": 1, "MOST_TOKENS": 10_000, "_ANSWER": (64, 72)}
     for name, value in small.items():
         monkeypatch.setattr(tuning, name, value)
-    for module in ("calibration.calibrate", "tuning.tune"):
+    for module in ("calibration.calibrate", "tuning.planned"):
         monkeypatch.setattr(f"adaskip_cpp.{module}.late_layers", lambda llm: range(27, 30))
     monkeypatch.setattr("adaskip_cpp.tuning.exact.MOST_TOKENS", 2000)
     args = ["tune", str(smollm2_path), "--context", "512", "-o", str(tmp_path / "p.json"), "--json"]
