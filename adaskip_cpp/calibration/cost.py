@@ -15,8 +15,8 @@ from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import RequestError
 from ..model.arrays import Flags
-from ..model.cost_model import CELLS, Computed, CostModel
-from ..model.plan import Bulk, Phase, SkipPlan
+from ..model.cost_model import Computed, CostModel
+from ..model.plan import CELLS, Bulk, Phase, SkipPlan
 from ..model.skip_set import KINDS, SkipSet
 from .cost_fit import Group, Sample, fit
 

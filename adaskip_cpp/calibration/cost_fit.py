@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..model.arrays import Flags, Floats
-from ..model.cost_model import CELLS, Computed, PhaseCost
+from ..model.cost_model import Computed, PhaseCost
+from ..model.plan import CELLS
 
 _TOLERANCE = 0.05  # Huber's limit for relative errors: larger ones come from other work on the machine
 _ITERATIONS = 20

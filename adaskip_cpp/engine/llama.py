@@ -345,9 +345,11 @@ class AdaSkipLlama(EditedPromptsLlama):
         """Evaluate the tokens of a prompt, its bulk under the bulk set."""
         bulk = None if self.plan is None or self._reads_prompt or self.context_params.embeddings else self.plan.bulk
         begin, end = bulk.span(self.n_tokens, len(tokens)) if bulk else (0, 0)
-        if end:
+        if bulk and end:
             self._evaluate("prefill", tokens[:begin], is_last=False)
-            self._evaluate("bulk", tokens[begin:end], is_last=False)
+            first = begin + bulk.first_batch(self.n_tokens, end - begin, int(self.context_params.n_ubatch))
+            self._evaluate("bulk", tokens[begin:first], is_last=False)
+            self._evaluate("bulk", tokens[first:end], is_last=False)
             tokens = tokens[end:]
         self._evaluate("prefill", tokens, is_last=True, rows=self._prompt_rows)
 

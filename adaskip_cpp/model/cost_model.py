@@ -7,10 +7,9 @@ import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
 from .arrays import Flags, Floats, LayerArrays, checked, freeze
-from .plan import PHASES, Bulk, Phase, SkipPlan
+from .plan import CELLS, PHASES, Bulk, Phase, SkipPlan
 from .skip_set import SkipSet, marked
 
-CELLS = 256  # attention reads KV cells in blocks of this size, filled or not: ``llama_kv_cache::get_n_kv`` pads to it
 _MOST_SECONDS = 1e9  # no time is longer, so sums and ratios of times are finite
 
 
@@ -221,9 +220,12 @@ class CostModel(LayerArrays):
         whole, seconds = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0
         begin, end = bulk.span(start, context - start) if bulk else (0, 0)
         if bulk and end:
-            seconds = self._unread(whole, start, start + begin)
-            seconds += self._unread(self._in_bulk(in_bulk, bulk), start + begin, start + end)
-            start += end
+            begin, end = start + begin, start + end
+            first = begin + bulk.first_batch(begin, end - begin, self.prefill.n_tokens)
+            seconds = self._unread(whole, start, begin)
+            for piece in ((begin, first), (first, end)):
+                seconds += self._unread(self._in_bulk(in_bulk, bulk), *piece)
+            start = end
         if self.n_layer_kv < self.n_layer:  # AdaSkipLlama then computes the last token by itself
             seconds += self._unread(whole, start, context - 1)
             start = context - 1

@@ -20,12 +20,13 @@ TIMED: tuple[Phase, Phase] = ("prefill", "decode")  # calibrated and timed: a wh
 
 # From docs/dev/method.md: a head of 1 would do for SmolLM2, and tails above 64 cost more than they gain.
 DEFAULT_HEAD, DEFAULT_TAIL = 4, 64
-DEFAULT_WINDOW = 252  # with a head of 4 and ubatches of 512 it makes 3 blocks of 256 KV cells, the unit of backends
+CELLS = 256  # attention reads KV cells in blocks of this size, filled or not: ``llama_kv_cache::get_n_kv`` pads to it
+DEFAULT_WINDOW = 252  # with a head of 4 and ubatches of 512 it makes 3 blocks
 
 
 def window_size_for(context: int, share: int = 8) -> int:
     """Return the window for prompts of ``context`` tokens: one ``share``-th, in blocks of 256 with the head."""
-    return DEFAULT_WINDOW + 256 * max(-(-context // (256 * share)) - 1, 0)
+    return DEFAULT_WINDOW + CELLS * max(-(-context // (CELLS * share)) - 1, 0)
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
@@ -112,6 +113,17 @@ class Bulk:
         """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none."""
         begin, end = max(self.head - n_cached, 0), n_tokens - self.tail
         return (begin, end) if begin < end else (0, 0)
+
+    @staticmethod
+    def first_batch(n_cached: int, n_tokens: int, n_ubatch: int) -> int:
+        """Return the size of the first batch, of a bulk of ``n_tokens`` after ``n_cached``.
+
+        Each ubatch after it ends where a block of KV cells does. Otherwise each would read a block more: after a head
+        of 4, ubatches of 512 would read 768, 1,280, ... cells instead of 512, 1,024, ...
+        """
+        past = n_cached % CELLS
+        aligns = past and n_ubatch >= max(CELLS, 2 * past)  # small batches take long for each token
+        return min(n_ubatch - past, n_tokens) if aligns else n_tokens
 
 
 @dataclass(frozen=True)

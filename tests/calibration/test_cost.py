@@ -208,7 +208,7 @@ def test_a_prompt_with_a_bulk_takes_as_long_as_its_ubatches(timed: Open) -> None
     found = cost.measure_cost(llm, seconds=60)
     skip, nothing = np.zeros((12, 2), bool), np.zeros((12, 2), bool)
     skip[7:] = True
-    bulk = [(512, 516), (512, 1028), (512, 1540), (512, 2052), (512, 2564)]
+    bulk = [(508, 512), (512, 1024), (512, 1536), (512, 2048), (512, 2560), (4, 2564)]
     expected = sum(n * llm.unread_seconds(skip, True, end) for n, end in bulk)
     read = 16 * (llm.token_seconds(nothing, 2580) - llm.head - base[-1, 1]) + llm.head + base[-1, 1]
     expected += 4 * llm.unread_seconds(nothing, False, 4) + read

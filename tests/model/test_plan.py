@@ -240,6 +240,24 @@ def test_a_windowed_attention_that_is_skipped_looks_back_at_nothing() -> None:
     assert SkipPlan(skip_set(), skip_set(), bulk=bulk).narrowed == (2,)
 
 
+@pytest.mark.parametrize(
+    ("n_cached", "n_tokens", "n_ubatch", "expected"),
+    [
+        (4, 2000, 512, 508),  # after the head
+        (0, 2000, 512, 2000),  # nothing to align, so no batch of its own
+        (1000, 2000, 512, 512 - 1000 % 256),
+        (4, 100, 512, 100),
+        (4, 2000, 256, 252),
+        (200, 2000, 256, 2000),  # not 56 tokens by themselves
+        (4, 2000, 128, 2000),  # ubatches smaller than a block
+    ],
+)
+def test_the_first_batch_of_a_bulk_ends_with_a_block_of_cells(
+    n_cached: int, n_tokens: int, n_ubatch: int, expected: int
+) -> None:
+    assert Bulk.first_batch(n_cached, n_tokens, n_ubatch) == expected
+
+
 def test_without_a_bulk_a_plan_needs_no_kv_where_every_phase_skips_the_attention() -> None:
     assert SkipPlan(SMALL, LARGE).without_kv == SMALL.attention
     assert SkipPlan(SMALL, LARGE, bulk=Bulk(LARGE)).without_kv == ()

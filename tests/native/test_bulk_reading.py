@@ -28,6 +28,21 @@ def in_bulk(llm: Any, call: Callable[[], Any]) -> list[int]:
     return phases(llm, call).get("bulk", [])
 
 
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_of_a_bulk_end_with_blocks_of_kv_cells(open_tiny: Open) -> None:
+    """Each attention would otherwise read a block of 256 cells more in every batch."""
+    ends: list[int] = []
+    llm = open_tiny(under=plan(BULK), n_ctx=2048, n_batch=512, n_ubatch=512)
+    llm.on_batch = ends.append
+    prompt = tokens(2000)
+    for n, expected in ((1100, [0, 4, 512, 1024, 1092, 1100]), (2000, [1100, 1536, 1992, 2000])):
+        ends.clear()
+        next(llm.generate(prompt[:n], temp=0))
+        assert list(dict.fromkeys(ends)) == expected
+
+
 # -- the logits of a prompt ------------------------------------------------------------------------------------------
 
 
