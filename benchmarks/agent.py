@@ -1,14 +1,14 @@
 """Measures a day of an agent: a client's time to the first token of a server, while its prompts are edited.
 
     python benchmarks/agent.py MODEL.gguf [--turns 30] [--tokens 10000] [--ctx 16384] [--plan auto|none|PLAN]
-                               [--reuse auto|edits] [--count]
+                               [--reuse auto|edits] [--pair] [--count]
 
-The servers of benchmarks/serve.py run one after the other, ours with its default and with `--reuse prefix`. All get the
-same requests. The system prompt has --tokens tokens: the date, and descriptions of tools. The date changes every fifth
-turn, a tool's text every seventh. A file of up to 1,500 tokens is in the history from the fourth turn on, and a line
-near its top changes every third turn. A prompt longer than the context loses the oldest third of its history, but not
-the file. The messages are so long that this begins after half of the turns. A turn with two changes counts for the
-change that comes first in the table.
+The servers of benchmarks/serve.py run one after the other, ours with its default and with `--reuse prefix`. With --pair
+only ours with its default and the stock server run. All get the same requests. The system prompt has --tokens tokens:
+the date, and descriptions of tools. The date changes every fifth turn, a tool's text every seventh. A file of up to
+1,500 tokens is in the history from the fourth turn on, and a line near its top changes every third turn. A prompt
+longer than the context loses the oldest third of its history, but not the file. The messages are so long that this
+begins after half of the turns. A turn with two changes counts for the change that comes first in the table.
 
 Run it on an idle machine: 30 turns with a model of 0.5B take about two hours on 2 slow cores. With --count only our
 server runs, and the table has tokens: those that it reads, and those that any server reads which uses the common prefix
@@ -97,7 +97,7 @@ def run_day(args: argparse.Namespace, turns: list[tuple[str, Messages]]) -> None
     """Ask one server after another for all turns of an agent, and print the table."""
     waits: defaultdict[str, list[Wait]] = defaultdict(list)
     edits = f"{OURS} --reuse {args.reuse}"
-    names = (edits, PREFIX, STOCK, CACHED)
+    names = (edits, STOCK) if args.pair else (edits, PREFIX, STOCK, CACHED)
     for name in names:
         # By default, stock keeps the logits of all tokens, and its cache copies them: a day takes more than 20 GB.
         with server(name, args, "", stock=("--logits_all", "False")) as address:
@@ -108,16 +108,19 @@ def run_day(args: argparse.Namespace, turns: list[tuple[str, Messages]]) -> None
                     file=sys.stderr,
                 )
 
-    print(f"| | turns | {edits} | tokens read | {PREFIX} | tokens read | {STOCK} | {CACHED} | {STOCK} / {edits} |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads = [head for name in names for head in ([name, "tokens read"] if OURS in name else [name])]
+    print(f"| | turns | {' | '.join(heads)} | {STOCK} / {edits} |")
+    print(f"|---|---|{'---|' * len(heads)}---|")
     rows = [(kind, [kind == each for each, _ in turns], statistics.median) for kind in TURNS]
     for kind, chosen, combine in [*rows, ("the whole day", [True] * len(turns), sum)]:
         if any(chosen):
             each = {name: list(compress(waits[name], chosen)) for name in names}
             seconds = {name: combine(wait.seconds for wait in each[name]) for name in names}
-            cells = [f"{seconds[name]:.2f}" for name in names]
-            for place, name in ((1, edits), (3, PREFIX)):
-                cells.insert(place, f"{combine(wait.n_read for wait in each[name]):,.0f}")
+            cells = []
+            for name in names:
+                cells.append(f"{seconds[name]:.2f}")
+                if OURS in name:
+                    cells.append(f"{combine(wait.n_read for wait in each[name]):,.0f}")
             print(f"| {kind} | {sum(chosen)} | {' | '.join(cells)} | {seconds[STOCK] / seconds[edits]:.1f} |")
 
 
@@ -145,6 +148,7 @@ def main() -> None:
     parser = options(__doc__, tokens=10000, ctx=16384)
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--reuse", default="auto", help="reuse of our server, compared with prefix")
+    parser.add_argument("--pair", action="store_true", help="run only our server and the stock one")
     parser.add_argument("--count", action="store_true", help="count tokens; measure no times")
     args = parser.parse_args()
     with closing(AdaSkipLlama(args.model, vocab_only=True, verbose=False)) as tokenizer:

@@ -145,7 +145,7 @@ def under(llm: AdaSkipLlama, plan: SkipPlan | None, cases: Sequence[Case]) -> li
         llm.eval(prompt)
         row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
         rows = [np.ctypeslib.as_array(row, shape=(1, llm.n_vocab())).copy()]
-        rows += [llm.logits_behind([token]) for token in answer]
+        rows += [llm.logits_after([token]) for token in answer]
         found.append(np.concatenate(rows))
     return found
 

@@ -63,7 +63,7 @@ def answers(llm: AdaSkipLlama, prompt: Tokens, given: list[Tokens]) -> tuple[lis
         seconds = seconds or time.perf_counter() - start
         n_read = n_read or llm.n_evaluated - n_before
         row = np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)).copy()
-        logits = np.concatenate([row[None], llm.logits_behind(answer[:-1])]).astype(np.float64)
+        logits = np.concatenate([row[None], llm.logits_after(answer[:-1])]).astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         found.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
         llm.truncate(len(prompt))

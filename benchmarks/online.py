@@ -83,7 +83,7 @@ def main() -> None:
                 times[name].append(result)
     inside = {name: np.array(each)[:, : WINDOW - 1] for name, each in times.items()}
     # The first step after the window builds the graph of the set that the stage chose, and is left out.
-    behind = {name: np.array(each)[:, WINDOW:] for name, each in times.items()}
+    after = {name: np.array(each)[:, WINDOW:] for name, each in times.items()}
 
     print(llm.model_path)
     print(f"{n_threads} threads, llama-cpp-python {version('llama-cpp-python')}, context {args.context},")
@@ -91,8 +91,8 @@ def main() -> None:
     print("| ms per token | fixed set | online stage | ratio (95% interval) |\n|---|---|---|---|")
     for title, part, name in (
         ("inside the window", inside, "watching"),
-        ("after it, nothing added", behind, "watching"),
-        ("after it, with the profile's stage", behind, "adding"),
+        ("after it, nothing added", after, "watching"),
+        ("after it, with the profile's stage", after, "adding"),
     ):
         cells = [f"{np.median(part[each]) * 1e3:.2f}" for each in ("fixed", name)]
         print(f"| {title} | {cells[0]} | {cells[1]} | {ratio(part[name], part['fixed'])} |")

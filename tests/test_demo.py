@@ -55,7 +55,7 @@ def test_it_shows_what_was_learned_and_the_prompt_mode_beside_the_papers(short: 
     assert re.search(r"For the same predicted speed, the paper's mode e2e skips \d\s+sublayers for all tokens", shown)
     assert re.search(r"whole model +prompt mode +the paper's mode", shown)
     assert shown.count(" x as fast") == 2
-    # The last token of each text has none behind it, and its first one is predicted by the prompt.
+    # The last token of each text has none after it, and its first one is predicted by the prompt.
     assert re.search(r"loss on 92 tokens +\d+\.\d{3} nats +\d+\.\d{3} nats +\d+\.\d{3} nats", shown)
     assert len(re.findall(r"[012] of 2(?= )", shown.split("pass keys found")[1].splitlines()[0] + " ")) == 3
     assert all(f"answer, {name}" in " ".join(shown.split()) for name in ("whole model", "prompt mode"))

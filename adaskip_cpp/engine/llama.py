@@ -300,7 +300,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         """Evaluate token ids as ``eval``, but as an answer: they count in the plan's online stage or schedule."""
         self._eval("decode", [int(token) for token in tokens])
 
-    def logits_behind(self, tokens: Sequence[int]) -> Vectors:
+    def logits_after(self, tokens: Sequence[int]) -> Vectors:
         """Evaluate tokens as ``eval_decode``; return the logits after each, float32 ``[len(tokens), n_vocab]``.
 
         Raises:

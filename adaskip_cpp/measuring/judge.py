@@ -139,7 +139,7 @@ class Judge:
                 llm.eval(tokens[begin : probe.n_prompt])
                 n_bulk = begin
             llm.begin_request()
-            logits = np.concatenate([llm.logits_behind(each) for each in _pieces(probe.answer[:-1], plan)])
+            logits = np.concatenate([llm.logits_after(each) for each in _pieces(probe.answer[:-1], plan)])
             text, n_prompt = tokens, probe.n_prompt
             yield logits[probe.n_cue - 1 :]
 

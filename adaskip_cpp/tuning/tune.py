@@ -40,7 +40,7 @@ from .speed import measure_speed
 MOST_TOKENS = 150_000  # that calibration and tuning together read through a model, whatever its size
 LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for
 
-_N_REQUESTS, _N_DECODE = 16, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
+_N_REQUESTS, _N_DECODE = 32, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
 _COST_CONTEXTS, _COST_S = (512, 2048), 6.0
 _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
 _N_CTX = _JUDGED_AT + 512

@@ -53,7 +53,7 @@ def figures(u: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
 
 
 def decoded(llm: FakeLlama, prompt: list[int]) -> list[int]:
-    """The tokens that are evaluated in decode behind a prompt."""
+    """The tokens that are evaluated in decode after a prompt."""
     tokens = [llm.next_token(prompt[-1])]
     while len(tokens) < N_DECODE:
         tokens.append(llm.next_token(tokens[-1]))
@@ -116,7 +116,7 @@ def test_of_many_requests_20_spread_evenly_are_continued_in_decode(llm: Any) -> 
     pieces = [tokens for _, tokens in llm.evaluated]
     # A request that is continued has its last token evaluated again, for its logits.
     continued = [
-        request[0] - 5 for request, behind in itertools.pairwise(pieces) if len(request) == 2 and behind == request[:1]
+        request[0] - 5 for request, after in itertools.pairwise(pieces) if len(request) == 2 and after == request[:1]
     ]
     assert continued == [index for index in range(30) if index % 3 != 2]
 

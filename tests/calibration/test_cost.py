@@ -306,7 +306,7 @@ def test_progress_goes_from_0_to_1_and_never_back(timed: Open) -> None:
     llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
     seen: list[float] = []
     cost.measure_cost(llm, seconds=20, on_progress=seen.append)
-    counted = seen[2:]  # behind the warm-up, whose time does not count
+    counted = seen[2:]  # after the warm-up, whose time does not count
     assert counted == sorted(counted) and min(seen) >= 0 and 0.5 < max(seen) <= 1
 
 

@@ -25,7 +25,7 @@ def calibrated(llm: Any, requests: Any, **options: Any) -> Profile:
 
 
 def odds(model: ReferenceModel, prompt: Sequence[int], answer: Sequence[int], **bulk: Any) -> Any:
-    """Logarithms of probabilities behind an answer's tokens but the last, float64; the bulk of the prompt skips."""
+    """Logarithms of probabilities after an answer's tokens but the last, float64; the bulk of the prompt skips."""
     run, end = ReferenceRun(model), max(len(prompt) - 1, 0)
     run.eval(prompt[: min(HEAD, end)])
     if end > HEAD:
@@ -115,9 +115,9 @@ def test_windows_cost_what_the_reference_says(open_tiny: Open, numpy_model: Open
     for n in range(4):
         divergences = []
         for piece in pieces[:2]:
-            behind_n, odds = min(48, len(piece) // 4), []
+            after_n, odds = min(48, len(piece) // 4), []
             for layers in ((), (0, 1, 2)[3 - n :]):
-                run, end = ReferenceRun(model), len(piece) - behind_n
+                run, end = ReferenceRun(model), len(piece) - after_n
                 run.eval(piece[:4])
                 run.eval(piece[4 : end - 64], windows=Windows(layers, 256 // 8, 4))
                 run.eval(piece[end - 64 : end])

@@ -124,7 +124,7 @@ def test_the_mean_direction_of_the_stream_serves_as_the_constant() -> None:
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("rank", [N_EMBD, 3])
-def test_behind_a_scale_it_fits_what_the_scale_leaves(rank: int, scale: float) -> None:
+def test_after_a_scale_it_fits_what_the_scale_leaves(rank: int, scale: float) -> None:
     u, v = stream()
     gathered = LinearFit([(1, 0)])
     gathered.add([[None, None], [(u, v), None]], positions())
@@ -146,7 +146,7 @@ def whole_layer(u: Array, v: Array, rank: int, scale: float | None = None) -> tu
 
 
 @pytest.mark.parametrize("scale", [None, 0.3, np.nan])
-def test_the_map_of_a_layer_is_fitted_from_its_input_to_its_output_behind_a_scale_of_1(scale: float | None) -> None:
+def test_the_map_of_a_layer_is_fitted_from_its_input_to_its_output_after_a_scale_of_1(scale: float | None) -> None:
     u, v = stream()
     assert_maps(u, whole_layer(u, v, N_EMBD, scale), u @ ridge(u, v).T)
     for actual, wanted in zip(whole_layer(u, v, 3, scale), fit(u, v, 3), strict=True):

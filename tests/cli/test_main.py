@@ -21,7 +21,7 @@ Run = Callable[..., Result]
 
 
 def groups(run: Run, verb: str) -> dict[str, list[str]]:
-    """The sections of a verb's help behind its text, and the options that each lists."""
+    """The sections of a verb's help after its text, and the options that each lists."""
     sections = re.split(r"^(\S.*):\n", run(verb, "--help").stdout, flags=re.MULTILINE)
     pairs = zip(sections[1::2], sections[2::2], strict=True)
     return {heading: re.findall(r"^  (?:-\w, )?(--[a-z-]+)", text, re.MULTILINE) for heading, text in pairs}

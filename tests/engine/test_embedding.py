@@ -29,7 +29,7 @@ POOLED = {"embedding": True, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_MEAN}
 
 
 def states(path: Path, tokens: list[int], each: SkipSet) -> np.ndarray:
-    """The stream behind the last norm, under this set: [n_tokens, n_embd]."""
+    """The stream after the last norm, under this set: [n_tokens, n_embd]."""
     model = ReferenceModel(path)
     trace = ReferenceRun(model).eval(tokens, each.skip, each.scale, each.bias)
     assert trace.v is not None

@@ -272,7 +272,7 @@ def test_a_rewound_sliding_window_is_read_from_the_start(tiny: Tiny, open_model:
 
 
 @pytest.mark.parametrize("plan", [None, SkipPlan.manual(3, attention=[0], ffn=[1])], ids=["no plan", "plan"])
-def test_what_a_window_has_left_and_lost_behind_a_loaded_state_is_evaluated_again(
+def test_what_a_window_has_left_and_lost_after_a_loaded_state_is_evaluated_again(
     plan: SkipPlan | None, tiny: Tiny, open_model: Open, tokens: Tokens
 ) -> None:
     # Stock reads on without the lost positions: 13% off. The reference's GELU is 9e-5 off.

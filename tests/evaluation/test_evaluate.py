@@ -165,7 +165,7 @@ def test_loss_divergence_and_agreement_are_those_of_a_numpy_pass_with_schedule_a
             assert np.mean(record.divergences) == pytest.approx(expected["kl"], rel=1e-3, abs=2e-5), "to 4 digits"
 
 
-def test_behind_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
+def test_after_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
     reference: ReferenceModel, llm: Any, items: list[TextItem], tmp_path: Path
 ) -> None:
     contenders = (FULL, contender("prompt", "prompt", PROMPT), contender("prefill", "prefill", BOTH))

@@ -159,7 +159,7 @@ def test_speed_ups_are_ratios_within_a_round() -> None:
     speed = row(results(rounds(slow, twice)), "adaskip")["speed"]
     assert speed["first_token"]["speedup"]["value"] == pytest.approx(2.0)
     assert speed["first_token"]["seconds"]["mean"] == pytest.approx(1.5)
-    # the mean of the tokens behind the first two, which build the graph
+    # the mean of the tokens after the first two, which build the graph
     assert speed["per_token"]["speedup"]["value"] == pytest.approx(0.3 / 0.1)
     assert speed["request"]["speedup"]["value"] == pytest.approx(20.6 / 11.2)
 

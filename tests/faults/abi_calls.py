@@ -163,7 +163,7 @@ class Calls:
         assert self._tag() == before
 
     def do_decode(self, make: Arguments, n: Any, *_: Any) -> None:
-        """Evaluate some tokens behind those that are cached."""
+        """Evaluate some tokens after those that are cached."""
         n = min(max(_int(n), 1), 64, self._llm.context_size - self._n)
         if n < 1:
             return
@@ -221,7 +221,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 
 
 def fresh_logits(llm: Any) -> bytes:
-    """The logits behind a short prompt, of a context that was set back to how it was made."""
+    """The logits after a short prompt, of a context that was set back to how it was made."""
     ctx = ffi.cast("struct llama_context *", llm.ctx)
     lib.adaskip_take_failure(ctx)
     for code in (

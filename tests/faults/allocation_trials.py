@@ -1,7 +1,7 @@
 """Run as a program: changes plans while one allocation after the other fails, and tells what became of each.
 
 A line of JSON per trial on stdout, its number first on a line of its own: if the process ends there, it is known where.
-:func:`trials` starts it, and starts it again behind a trial that ended it.
+:func:`trials` starts it, and starts it again after a trial that ended it.
 """
 
 import contextlib
@@ -148,7 +148,7 @@ def main(model: str, case: str, who: int, beyond: int, first: int, step: int, la
         if error is not None and llm.plan == old:
             token = next(llm.generate(prompt, temp=0))
             if token != expected_token:
-                wrong.append("the token sampled behind the old prompt")
+                wrong.append("the token sampled after the old prompt")
             before(llm)
         if error is not None and llm.plan == new and llm.n_tokens == len(prompt) and case != "online":
             llm.eval(more)  # only the evaluation failed: it is made again, as it is
@@ -157,7 +157,7 @@ def main(model: str, case: str, who: int, beyond: int, first: int, step: int, la
             change(llm)
         # Where the memory had to be emptied, the prompt is read again under the new plan.
         if not any(np.array_equal(logits(llm), each) for each in (expected, expected_new)):
-            wrong.append("logits behind the change, made again")
+            wrong.append("logits after the change, made again")
         if not np.array_equal(again(llm, old), expected_old):
             wrong.append("logits of the old plan")
         if not np.array_equal(again(llm, new), expected_new):

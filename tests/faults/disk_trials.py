@@ -23,7 +23,7 @@ from typing import Any
 __all__ = ["CASES", "MODES", "Outcome", "trials"]
 
 MODES = ("once", "full", "killed")
-"""The call that fails is the only one; every one behind it that needs space fails too; the process is killed in it."""
+"""The call that fails is the only one; every one after it that needs space fails too; the process is killed in it."""
 
 CASES = (
     "plan", "plan with maps", "profile", "evaluation", "other settings", "prefix cache", "pictures",

@@ -1,7 +1,7 @@
 // Preloaded into a process, this makes what is written into a folder fail where it is told to.
 //
 // Counted, in all threads, is what changes files in the folder or makes them last: to create, write, truncate, sync,
-// close, rename and unlink. The n-th of them fails as on a full disk, alone or with all that need space behind it, or
+// close, rename and unlink. The n-th of them fails as on a full disk, alone or with all that need space after it, or
 // the process is killed there. A write that fails, or is killed, has written half of its bytes.
 
 #ifndef _GNU_SOURCE
@@ -27,7 +27,7 @@
 enum mode : int32_t {
     OFF,
     ONCE,   // the n-th fails
-    FULL,   // so does all behind it that needs space
+    FULL,   // so does all after it that needs space
     KILLED, // the process ends there
 };
 

@@ -75,7 +75,7 @@ def changed(value: Any, rng: random.Random) -> bytes:
 
 
 def mutate(data: bytes, most: int, seed: int) -> bytes:
-    """Change one of the lines of an input that are JSON; what stands behind a zero byte is libFuzzer's."""
+    """Change one of the lines of an input that are JSON; what stands after a zero byte is libFuzzer's."""
     import atheris
 
     rng = random.Random(seed)

@@ -75,7 +75,7 @@ def model(family: str = "llama") -> Any:
 
 
 def pair(data: bytes) -> Path:
-    """Write JSON, and the numbers behind its first zero byte to the file beside it, whose hash stands for "SHA256"."""
+    """Write JSON, and the numbers after its first zero byte to the file beside it, whose hash stands for "SHA256"."""
     text, _, numbers = data.partition(b"\0")
     path = folder() / "x.json"
     path.write_bytes(text.replace(b'"SHA256"', json.dumps(hashlib.sha256(numbers).hexdigest()).encode()))
@@ -205,7 +205,7 @@ def _expected(family: str) -> bytes:
 def abi(data: bytes) -> None:
     """Calls of adaskip.h, ``{"model": FAMILY, "calls": [[NAME, ARGUMENT, ...], ...]}``, on a tiny model.
 
-    In the contract or not, each returns a code; and behind them all the whole model computes what it did before.
+    In the contract or not, each returns a code; and after them all the whole model computes what it did before.
     """
     try:
         asked = json.loads(data)

@@ -60,7 +60,7 @@ class Found:
         times = f"{statistics.median(self.seconds):.2f} s, at most {max(self.seconds):.2f} s" if self.seconds else "-"
         return (
             f"{self.verb}: {self.ends.total()} trials of {self.duration_s:.1f} s ({ends}); ended after {times}; "
-            f"{self.n_again} whole runs behind them; {len(self.wrong)} wrong"
+            f"{self.n_again} whole runs after them; {len(self.wrong)} wrong"
         )
 
 

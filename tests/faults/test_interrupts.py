@@ -232,7 +232,7 @@ def test_a_model_goes_on_wherever_a_call_is_interrupted(
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
 @pytest.mark.parametrize("family", ["llama", "gemma3", "jamba"])
-def test_a_model_goes_on_behind_signals_at_random_moments(family: str, open_tiny: Open) -> None:
+def test_a_model_goes_on_after_signals_at_random_moments(family: str, open_tiny: Open) -> None:
     llm, fresh = (open_tiny(family, swa_full=False) for _ in range(2))
     for call in [*CALLS.values()] * 12:
         llm.reset()

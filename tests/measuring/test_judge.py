@@ -98,7 +98,7 @@ def test_the_figures_are_those_of_plain_evaluations_of_each_prompt(
         llm.reset()
         llm.set_plan(of)
         llm.eval(probe.tokens[: probe.n_prompt])
-        return np.asarray(llm.logits_behind(probe.answer[:-1])[probe.n_cue - 1 :])
+        return np.asarray(llm.logits_after(probe.answer[:-1])[probe.n_cue - 1 :])
 
     for probe, found in zip(probes, Judge(llm, probes)(plan), strict=True):
         # GELU is a table in F16 on CPUs, whose rounding depends on the batch a little.
@@ -152,14 +152,14 @@ def test_what_is_lumped_together_hides_a_part_of_the_divergence(
 def test_a_token_that_cannot_follow_adds_nothing(probes: Any, open_tiny: Open) -> None:
     llm, banned = open_tiny(), 7
     assert all(banned not in probe.answer for probe in probes[:1])
-    real = llm.logits_behind
+    real = llm.logits_after
 
-    def logits_behind(tokens: Sequence[int]) -> Any:
+    def logits_after(tokens: Sequence[int]) -> Any:
         rows = real(tokens)
         rows[:, banned] = -np.inf
         return rows
 
-    llm.logits_behind = logits_behind
+    llm.logits_after = logits_after
     [found] = Judge(llm, probes[:1])(BULK)
     assert np.isfinite(found.divergence).all() and np.isfinite(found.loss).all()
 
@@ -280,7 +280,7 @@ def test_a_prompt_too_short_to_copy_from_is_continued_alone_and_a_text_too_short
         probes_of(NO_LLM, "short", range(447), (100, 400))
 
 
-def test_a_pass_key_is_hidden_at_its_depth_of_the_longest_prompt_and_asked_for_behind_that(open_tiny: Open) -> None:
+def test_a_pass_key_is_hidden_at_its_depth_of_the_longest_prompt_and_asked_for_after_that(open_tiny: Open) -> None:
     llm = open_tiny()
     text = [9] * 500
     found = probes_of(llm, "hidden", text, (200, 400), key=("10007", 0.25))

@@ -35,7 +35,7 @@ class Clocked:
             yield 2  # the end of the text, which does not end it
 
 
-def test_the_first_token_and_each_behind_it_are_timed_on_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_token_and_each_after_it_are_timed_on_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = Clocked(monkeypatch)
     result = time_request(llm, (1, 5, 6), 4)
     assert llm.calls == ["reset", ("generate", [1, 5, 6], 0.0)]
@@ -43,7 +43,7 @@ def test_the_first_token_and_each_behind_it_are_timed_on_an_empty_cache(monkeypa
     assert result.token_s == pytest.approx((0.001, 0.002, 0.003, 0.004))
 
 
-def test_the_time_per_token_is_the_median_behind_the_first_two_or_that_of_the_last(
+def test_the_time_per_token_is_the_median_after_the_first_two_or_that_of_the_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert RequestTime(1.0, (9.0, 8.0, 1.0, 2.0, 4.0)).per_token_s() == 2.0

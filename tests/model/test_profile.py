@@ -136,7 +136,7 @@ def test_linear_maps_survive_the_files(example: Profile, tmp_path: Path, rank: i
     assert sorted(os.listdir(tmp_path)) == ["p.bin", "p.json"]
     assert before.maps is not None
     expected = [array[divmod(at, 3)].ravel() for array in (before.maps.down, before.maps.up) for at in MAPPED]
-    numbers = np.fromfile(tmp_path / "p.bin", np.uint8)[2 * 4 * 3 * 2 * 5 :]  # behind vectors alike in both phases
+    numbers = np.fromfile(tmp_path / "p.bin", np.uint8)[2 * 4 * 3 * 2 * 5 :]  # after vectors alike in both phases
     np.testing.assert_array_equal(dequantize(numbers, GGMLQuantizationType.BF16), np.concatenate(expected))
 
 

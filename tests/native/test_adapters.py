@@ -1,6 +1,6 @@
 """LoRA adapters and control vectors beside a plan: what stock computes without one, what the reference does with one.
 
-For the reference the adapter is merged into the weights, and the control vector added behind each layer.
+For the reference the adapter is merged into the weights, and the control vector added after each layer.
 """
 
 import ctypes

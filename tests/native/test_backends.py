@@ -74,7 +74,7 @@ def pass_over(llm: Any, plan: SkipPlan | None, tokens: list[int], splits: list[i
     llm.eval(tokens[:-8])
     prompt = llm.scores[: llm.n_tokens].copy()
     counted = [llm.counters.splits]
-    result = np.concatenate([prompt, *(llm.logits_behind([token]) for token in tokens[-8:])])
+    result = np.concatenate([prompt, *(llm.logits_after([token]) for token in tokens[-8:])])
     if splits is not None:
         splits[:] = [*counted, llm.counters.splits]
     return result

@@ -92,7 +92,7 @@ def test_attentions_look_back_at_a_window_in_the_bulk(
     ask(llm, expected, [tokens(90)[:30], tokens(90)[30:]])
     tolerance = max(TOLERANCE[name], 1e-2 if options.get("flash_attn") else 0.0)  # flash attention rounds to F16
     assert error(llm, expected) < tolerance
-    if name != "gemma3":  # the sliding layer behind its full one sees 8 tokens alone, all of the tail
+    if name != "gemma3":  # the sliding layer after its full one sees 8 tokens alone, all of the tail
         cells = [replace(cell, windows=None) for cell in expected.cells]
         without = Cells(expected.reference.model).trace(cells, -1).logits
         assert relative_error(llm.scores[llm.n_tokens - 1][None], without) > 2 * tolerance

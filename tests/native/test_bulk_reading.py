@@ -58,7 +58,7 @@ def test_a_prompts_log_probabilities_are_those_of_the_whole_model(open_tiny: Ope
 
 
 @pytest.mark.parametrize("has_cache", [False, True])
-def test_they_are_so_right_behind_a_bulk_of_the_same_text_and_beside_a_cache_that_holds_it(
+def test_they_are_so_right_after_a_bulk_of_the_same_text_and_beside_a_cache_that_holds_it(
     has_cache: bool, open_tiny: Open
 ) -> None:
     llm, whole = open_tiny(under=plan(BULK)), open_tiny()

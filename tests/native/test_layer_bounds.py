@@ -19,7 +19,7 @@ from adaskip_cpp.errors import ModelFileError
 
 
 class Glm4Moe(Family):
-    """GLM-4.5 with a head that predicts the token after the next one, in the block behind the last layer."""
+    """GLM-4.5 with a head that predicts the token after the next one, in the block after the last layer."""
 
     def _layer(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from super()._layer(layer)

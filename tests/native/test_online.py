@@ -234,12 +234,12 @@ def test_one_graph_is_built_at_the_switch_and_reused_before_and_after_it(limit: 
         next(steps)
         built.append(llm.counters.graphs_built - before.graphs_built)
         reused.append(llm.counters.graphs_reused - before.graphs_reused)
-    # The prompt, the first token of the window, and the first token behind it.
+    # The prompt, the first token of the window, and the first token after it.
     assert [step for step, n in enumerate(built) if n] == [0, 1, 1 + WINDOW]
     assert sum(built) == 3 and sum(reused) == N_TOKENS - 3
 
 
-def test_behind_the_window_no_statistics_are_left_in_the_graph(opened: Open) -> None:
+def test_after_the_window_no_statistics_are_left_in_the_graph(opened: Open) -> None:
     # The graph has as many nodes as that of a plan made by hand with the same set.
     by_hand = opened(SkipPlan(FIXED, SkipSet(FIXED.skip | [False, True], np.where(FIXED.skip, FIXED.scale, 1.25))))
     llm = opened(online_plan(-1.0))
@@ -354,7 +354,7 @@ def end(llm: Any, prompt: list[int], n: int, how: str) -> None:
             assert told["text"] == text[: text.index(letter)]
 
 
-@pytest.mark.parametrize("n", [1, 3, WINDOW + 1, WINDOW + 4], ids=["prompt only", "inside", "at its end", "behind"])
+@pytest.mark.parametrize("n", [1, 3, WINDOW + 1, WINDOW + 4], ids=["prompt only", "inside", "at its end", "after"])
 @pytest.mark.parametrize("how", ENDS)
 def test_however_a_request_ends_the_next_one_is_as_on_a_fresh_model(
     how: str, n: int, threshold: float, opened: Open, check: Open
@@ -381,7 +381,7 @@ def test_what_was_learned_can_be_read_until_the_next_request(
 # -- changes of plan -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [3, WINDOW + 4], ids=["inside the window", "behind it"])
+@pytest.mark.parametrize("n", [3, WINDOW + 4], ids=["inside the window", "after it"])
 def test_a_plan_set_during_a_request_starts_a_window_of_its_own(
     n: int, threshold: float, model: ReferenceModel, opened: Open
 ) -> None:

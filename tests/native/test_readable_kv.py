@@ -404,7 +404,7 @@ def test_a_refused_plan_leaves_the_logits_at_hand_those_of_the_prompt(open_tiny:
     assert evaluated(llm, lambda: next(llm.generate(tokens(9), temp=0))) == []
 
 
-@pytest.mark.parametrize("moment", ["before", "behind"])
+@pytest.mark.parametrize("moment", ["before", "after"])
 def test_ctrl_c_around_the_native_call_leaves_one_plan_or_the_other(
     moment: str, open_tiny: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,7 +414,7 @@ def test_ctrl_c_around_the_native_call_leaves_one_plan_or_the_other(
     real = NativeContext.set_plan
 
     def interrupted(self: NativeContext, *args: Any) -> None:
-        if moment == "behind":
+        if moment == "after":
             real(self, *args)
         raise KeyboardInterrupt
 

@@ -122,7 +122,7 @@ class Calls(RuleBasedStateMachine):
 
     @rule(texts=st.dictionaries(sequence, texts, min_size=1), in_turn=st.booleans(), in_bulk=st.booleans())
     def decode(self, texts: dict[int, list[int]], in_turn: bool, in_bulk: bool) -> None:
-        """One batch of tokens of several sequences, one sequence behind the other or token by token in turn."""
+        """One batch of tokens of several sequences, one sequence after the other or token by token in turn."""
         texts = {i: text for i, text in texts.items() if self.sequences[i].next_position + len(text) < MAX_POSITION}
         starts = {i: self.sequences[i].next_position for i in texts}
         rows = [(i, k, token) for i, text in texts.items() for k, token in enumerate(text)]

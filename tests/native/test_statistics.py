@@ -163,7 +163,7 @@ def test_few_tokens_are_reduced_from_the_stream_itself_with_no_operation_added(
     llm, n_layer = open_tiny(name, logits_all=True), SKIPPABLE[name].n_layer
     actual = collect(llm, tokens(36), size)
     counters = llm.counters
-    if size <= 8:  # each stream is copied once, that behind llama.cpp's gather of the outputs too
+    if size <= 8:  # each stream is copied once, that after llama.cpp's gather of the outputs too
         assert counters.nodes <= counters.nodes_full
         n_streams = counters.statistics_bytes / (36 * 4 * N_EMBD)
         assert n_streams in (2 * n_layer + 1, 2 * n_layer + 2)

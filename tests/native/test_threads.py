@@ -51,7 +51,7 @@ def new_context(model: Any, elided: bool) -> Iterator[Any]:
 
 
 def decode(ctx: Any, start: int, tokens: Sequence[int]) -> np.ndarray:
-    """The logits behind the last of these tokens, which stand at the positions from ``start`` on."""
+    """The logits after the last of these tokens, which stand at the positions from ``start`` on."""
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for i, token in enumerate(tokens):

@@ -1,7 +1,7 @@
 """What nobody reads is not computed: a batch without outputs ends at its last store into the memory.
 
 Against stock llama-cpp-python and against the same calls with all outputs: the whole saved state and the logits are
-equal bit for bit, as the rows of a batch do not depend on what is computed behind them.
+equal bit for bit, as the rows of a batch do not depend on what is computed after them.
 """
 
 import ctypes
@@ -142,7 +142,7 @@ def test_a_control_vector_is_in_what_nobody_reads(name: str, open_tiny: Open) ->
         results.append((bytes(llm.save_state().llama_state), last_logits(llm)))
     (state, logits), (unread_state, unread_logits), (plain_state, plain_logits) = results
     assert unread_state == state
-    assert (state == plain_state) == (name == "gemma4-per-layer")  # behind its layer 1 no KV is written
+    assert (state == plain_state) == (name == "gemma4-per-layer")  # after its layer 1 no KV is written
     assert np.array_equal(unread_logits, logits) and not np.array_equal(logits, plain_logits)
 
 

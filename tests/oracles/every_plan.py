@@ -15,7 +15,7 @@ __all__ = ["every_plan"]
 def every_plan(n_layer: int, n_embd: int) -> dict[str, SkipPlan | None]:
     """The plans by name, which skip in the last third of the layers, or the last two; in prompts of 4 tokens and more.
 
-    Their online stage adds every FFN behind its second token, so that float32 decides nothing.
+    Their online stage adds every FFN after its second token, so that float32 decides nothing.
     """
     rng = np.random.default_rng(0)
     third, thirds = range(n_layer - n_layer // 3, n_layer), range(n_layer - 2 * n_layer // 3, n_layer)

@@ -104,11 +104,11 @@ class FakeLlama:
 
     @staticmethod
     def next_token(token: int) -> int:
-        """What greedy decoding puts behind a token."""
+        """What greedy decoding puts after a token."""
         return 2 + (7 * token + 5) % (N_VOCAB - 2)
 
     def generate(self, tokens: Sequence[int], *, temp: float) -> Generator[int, None, None]:
-        """As the real one behind a prompt that is cached: its last token is evaluated again, for the logits."""
+        """As the real one after a prompt that is cached: its last token is evaluated again, for the logits."""
         assert temp == 0.0 and self._options["keep_logits"] and self.n_tokens == len(tokens)
         self.n_tokens -= 1
         token, phase = tokens[-1], "prefill"
@@ -117,7 +117,7 @@ class FakeLlama:
             token, phase = self.next_token(token), "decode"
             yield token
 
-    def logits_behind(self, tokens: Sequence[int]) -> np.ndarray:
+    def logits_after(self, tokens: Sequence[int]) -> np.ndarray:
         start = self.n_tokens
         self.eval(tokens, "decode")
         return self.scores[start : self.n_tokens].copy()

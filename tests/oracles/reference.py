@@ -1,6 +1,6 @@
 """A NumPy forward pass of llama and Gemma 3, with sublayers skipped: the oracle of the native evaluator.
 
-Written from the equations (RMS norm, rotary embedding, grouped-query attention, SwiGLU; for Gemma 3 norms behind the
+Written from the equations (RMS norm, rotary embedding, grouped-query attention, SwiGLU; for Gemma 3 norms after the
 sublayers and on queries and keys, GEGLU, sliding windows), not from any code under test. ``ReferenceModel`` holds the
 weights, ``ReferenceRun`` one sequence: its KV grows with each ``eval``, so that a prompt in pieces and token by token
 is the same computation as in one piece. Keys are kept as they are before the rotary embedding, so that positions can
@@ -109,7 +109,7 @@ class ReferenceModel:
         self.rope_base = [float(value("rope.freq_base_swa", base)) if each else base for each in slides]
         self.weights = {t.name: _dequantise(t).astype(self.dtype) for t in reader.tensors}
         self.output = self.weights.get("output.weight", self.weights["token_embd.weight"])
-        self.control = np.zeros((self.n_layer, self.n_embd))  # is added to the stream behind each layer
+        self.control = np.zeros((self.n_layer, self.n_embd))  # is added to the stream after each layer
 
     def embed(self, tokens: Sequence[int]) -> Array:
         """The stream's first values; Gemma multiplies them by sqrt(n_embd)."""
@@ -184,7 +184,7 @@ class ReferenceRun:
         keeps_kv: bool = False,
         windows: Windows | None = None,
     ) -> Trace:
-        """Append tokens to the sequence, at the positions behind its last one.
+        """Append tokens to the sequence, at the positions after its last one.
 
         A sublayer of ``skip``, bool [n_layer, 2], has the output ``scale * input + bias + up (down input)``, with
         scale [n_layer, 2], bias [n_layer, 2, n_embd], down [n_layer, 2, rank, n_embd], up [n_layer, 2, n_embd, rank].

@@ -3,7 +3,7 @@
 The oracle keeps, per position, its token and the set that it was computed under, and applies the documented rules. A
 cached position may be read if it was computed by the whole model, under a set of the plan in force, under what that
 plan's online stage made of one, or under the bulk set of a plan that may be read besides, and if no attention that is
-to run now was skipped there; else it and everything behind it is evaluated again, as prompt. Of a prompt's new tokens
+to run now was skipped there; else it and everything after it is evaluated again, as prompt. Of a prompt's new tokens
 those are its bulk that are neither among the first of the sequence nor among the last of the prompt; its set skips no
 attention in this sense, as K and V are kept. The reference, which refuses to read a position without K and V, evaluates
 that history.
@@ -193,10 +193,10 @@ class History:
         del self.cells[start:]
         return tokens
 
-    def _append_prompt(self, tokens: list[int], n_behind: int = 0) -> None:
+    def _append_prompt(self, tokens: list[int], n_after: int = 0) -> None:
         plan = self.plan
         for i, token in enumerate(tokens):
-            n_left = len(tokens) - i + n_behind
+            n_left = len(tokens) - i + n_after
             if plan.bulk is not None and len(self.cells) >= plan.bulk.head and n_left > plan.bulk.tail:
                 self.cells.append(Cell.bulk_of(token, plan))
             else:
@@ -269,7 +269,7 @@ class History:
         return first, [Run(run.start + mend, run.to + mend, run.n - mend, run.n_moves) for run in runs]
 
     def decode(self, tokens: list[int]) -> None:
-        """Evaluate a generated token and a draft of those behind it."""
+        """Evaluate a generated token and a draft of those after it."""
         self._append_prompt(self._forget_unreadable(self.decode_set()))
         for start in range(0, len(tokens), self.n_ubatch):
             piece = tokens[start : start + self.n_ubatch]

@@ -194,7 +194,7 @@ def test_linear_is_the_default_and_leaves_less_error_than_affine_where_an_output
         if chosen.down is not None and chosen.up is not None:
             out = out + np.einsum("lkte,lkre,lkfr->lktf", u, chosen.down, chosen.up)
         errors[name] = ((out - v) ** 2).sum(axis=(2, 3))
-    # Not near zero, although v - u is of rank 1: behind a scale s there is (1 - s) u as well, which is of full rank.
+    # Not near zero, although v - u is of rank 1: after a scale s there is (1 - s) u as well, which is of full rank.
     assert (errors["linear"] < errors["affine"]).all()
     assert DEFAULT_COMPENSATION == "linear"
 

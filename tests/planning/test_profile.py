@@ -75,7 +75,7 @@ def test_compensation(example: Profile, name: str, scale: float) -> None:
     assert plan.prefill.bias is None
 
 
-def test_affine_adds_the_mean_error_behind_the_median(example: Profile) -> None:
+def test_affine_adds_the_mean_error_after_the_median(example: Profile) -> None:
     plan = example.plan(2, compensation="affine", mode="e2e")
     assert plan.prefill.bias is not None
     assert example.prefill.mean_u is not None and example.prefill.mean_v is not None

@@ -70,7 +70,7 @@ def test_lm_eval_reads_loglikelihoods(server: Server, served_model: Path, tmp_pa
 
 
 def loglikelihood(llm: AdaSkipLlama, tokens: list[int], begin: int) -> float:
-    """Sum of the log-probabilities of the tokens from one on, each behind those before it."""
+    """Sum of the log-probabilities of the tokens from one on, each after those before it."""
     llm.reset()
     llm.eval(tokens)
     logits = llm.scores[begin - 1 : len(tokens) - 1].astype(np.float64)

@@ -45,7 +45,7 @@ ASKING = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 def test_headers_that_do_not_come_end_their_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one that sends a byte now and then, and of one that asks no more behind an answer, in whatever it sends."""
+    """Of one that sends a byte now and then, and of one that asks no more after an answer, in whatever it sends."""
     monkeypatch.setattr(server, "HEAD", 0.5)
 
     async def clients(port: int) -> None:

@@ -1,4 +1,4 @@
-"""``AdaSkipLlama.logits_behind``: the logits behind every token, also of a model that keeps the last one's alone."""
+"""``AdaSkipLlama.logits_after``: the logits after every token, also of a model that keeps the last one's alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_they_are_stocks_bit_for_bit(
     [expected] = run_stock([Job(str(tiny(name)), pieces, {**all_rows, **EXACT})])
     llm = open_model(tiny(name), **options)
     llm.eval(pieces[0])
-    found = llm.logits_behind(pieces[1])
+    found = llm.logits_after(pieces[1])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, expected[N_PROMPT:])
     assert llm.n_tokens == 60 and llm.input_ids[:60].tolist() == text
@@ -46,7 +46,7 @@ def test_they_are_stocks_bit_for_bit(
 
 @pytest.mark.parametrize("options", [{}, {"n_batch": 7}, {"n_ubatch": 3}, {"swa_full": False}], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_behind_a_bulk_they_are_those_of_numpy(
+def test_after_a_bulk_they_are_those_of_numpy(
     name: str, options: dict[str, Any], logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
 ) -> None:
     of = plan(chosen((0, 0), (1, 1)), decode=chosen((2, 1), seed=1), tail=3)
@@ -55,7 +55,7 @@ def test_behind_a_bulk_they_are_those_of_numpy(
     for each in (llm, expected):
         each.eval(tokens(N_PROMPT))
     answer = tokens(20, seed=1)
-    found = llm.logits_behind(answer)
+    found = llm.logits_after(answer)
     for token in answer:
         expected.decode([token])
     rows = [expected.trace(N_PROMPT + index).logits[0] for index in range(20)]
@@ -70,13 +70,13 @@ def test_where_attentions_of_the_prompt_were_skipped_it_is_read_again(
     llm.eval(tokens(N_PROMPT))
     llm.set_plan(None)
     fresh.eval(tokens(N_PROMPT))
-    np.testing.assert_array_equal(llm.logits_behind([7, 8, 9]), fresh.logits_behind([7, 8, 9]))
+    np.testing.assert_array_equal(llm.logits_after([7, 8, 9]), fresh.logits_after([7, 8, 9]))
 
 
 def test_the_tokens_are_an_answers(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     llm = open_model(tiny(), logits_all=logits_all)
     llm.eval(tokens(N_PROMPT))
-    assert phases(llm, lambda: llm.logits_behind([7, 8, 9])) == {"decode": [N_PROMPT, N_PROMPT + 1, N_PROMPT + 2]}
+    assert phases(llm, lambda: llm.logits_after([7, 8, 9])) == {"decode": [N_PROMPT, N_PROMPT + 1, N_PROMPT + 2]}
 
 
 def test_they_count_in_the_online_stage(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
@@ -87,9 +87,9 @@ def test_they_count_in_the_online_stage(logits_all: bool, tiny: Tiny, tokens: To
     llm.begin_request()
     for each in (llm, expected):
         each.eval(tokens(N_PROMPT))
-    llm.logits_behind([7, 8, 9])
+    llm.logits_after([7, 8, 9])
     assert llm.online.ffn == ()
-    llm.logits_behind([10])
+    llm.logits_after([10])
     for token in (7, 8, 9, 10):
         expected.decode([token])
         stage.observe(expected.trace())
@@ -97,14 +97,14 @@ def test_they_count_in_the_online_stage(logits_all: bool, tiny: Tiny, tokens: To
     np.testing.assert_allclose(llm.online.similarity, stage.similarity, atol=1e-6)
 
 
-def test_generation_goes_on_right_behind(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_generation_goes_on_right_after(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     text = tokens(60)
     llm, fresh = open_model(tiny(), logits_all=logits_all), open_model(tiny(), logits_all=logits_all)
     llm.eval(text[:N_PROMPT])
-    found = llm.logits_behind(text[N_PROMPT:])
+    found = llm.logits_after(text[N_PROMPT:])
     expected = next(fresh.generate(text, temp=0.0))
     assert next(llm.generate(text, temp=0.0)) == expected == found[-1].argmax()
-    llm.logits_behind([7, 8])
+    llm.logits_after([7, 8])
     assert next(llm.generate([*text, 7, 8, 9], temp=0.0)) == next(fresh.generate([*text, 7, 8, 9], temp=0.0))
 
 
@@ -112,7 +112,7 @@ def test_where_all_logits_are_kept_their_rows_are_among_them(tiny: Tiny, tokens:
     llm, other = open_model(tiny()), open_model(tiny())
     for each in (llm, other):
         each.eval(tokens(N_PROMPT))
-    found = llm.logits_behind([7, 8, 9])
+    found = llm.logits_after([7, 8, 9])
     other.eval_decode([7, 8, 9])
     np.testing.assert_array_equal(llm.scores[: llm.n_tokens], other.scores[: other.n_tokens])
     np.testing.assert_array_equal(llm.scores[N_PROMPT : llm.n_tokens], found)
@@ -121,16 +121,16 @@ def test_where_all_logits_are_kept_their_rows_are_among_them(tiny: Tiny, tokens:
 def test_they_are_the_callers_to_keep(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     llm = open_model(tiny(), logits_all=logits_all)
     llm.eval(tokens(N_PROMPT))
-    found = llm.logits_behind([7, 8])
+    found = llm.logits_after([7, 8])
     kept = found.copy()
-    llm.logits_behind([9, 10])
+    llm.logits_after([9, 10])
     np.testing.assert_array_equal(found, kept)
 
 
-def test_behind_no_tokens_there_are_none(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_after_no_tokens_there_are_none(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     llm = open_model(tiny(), logits_all=logits_all)
     llm.eval(tokens(N_PROMPT))
-    assert llm.logits_behind([]).shape == (0, N_VOCAB) and llm.n_tokens == N_PROMPT
+    assert llm.logits_after([]).shape == (0, N_VOCAB) and llm.n_tokens == N_PROMPT
 
 
 def test_while_statistics_of_all_tokens_are_collected_there_are_none(
@@ -140,9 +140,9 @@ def test_while_statistics_of_all_tokens_are_collected_there_are_none(
     llm.eval(tokens(N_PROMPT))
     with llm.collect_statistics(lambda batch: None):
         with pytest.raises(StateError, match=r"leave collect_statistics\(\) first, or .* keep_logits=True"):
-            llm.logits_behind([7])
+            llm.logits_after([7])
         assert llm.n_tokens == N_PROMPT
-    assert llm.logits_behind([7]).shape == (1, N_VOCAB)
+    assert llm.logits_after([7]).shape == (1, N_VOCAB)
 
 
 @pytest.mark.parametrize("wrong", [[7] * 300, [-1], [N_VOCAB]], ids=["too many", "below 0", "beyond the vocabulary"])
@@ -153,15 +153,15 @@ def test_what_cannot_be_evaluated_is_refused_and_the_model_goes_on(
     for each in (llm, other):
         each.eval(tokens(N_PROMPT))
     with pytest.raises(RequestError if len(wrong) > 1 else NativeError):
-        llm.logits_behind(wrong)
-    np.testing.assert_array_equal(llm.logits_behind([7, 8]), other.logits_behind([7, 8]))
+        llm.logits_after(wrong)
+    np.testing.assert_array_equal(llm.logits_after([7, 8]), other.logits_after([7, 8]))
 
 
 def test_one_token_after_another_gives_the_same(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
     model, answer = ReferenceModel(tiny()), tokens(10, seed=2)
     llm = open_model(tiny(), logits_all=False)
     llm.eval(tokens(N_PROMPT))
-    found = np.concatenate([llm.logits_behind([token]) for token in answer])
+    found = np.concatenate([llm.logits_after([token]) for token in answer])
     expected = history(tiny(), SkipPlan(SkipSet.none(model.n_layer), SkipSet.none(model.n_layer)))
     expected.eval([*tokens(N_PROMPT), *answer])
     assert relative_error(found, np.stack([expected.trace(N_PROMPT + i).logits[0] for i in range(10)])) < 1e-5
