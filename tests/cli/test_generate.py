@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 from click.testing import Result
 from oracles.command_line import line
 from oracles.costs import cost_model
+from oracles.frontiers import quality
 
 import adaskip_cpp.model.frontier
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
 from adaskip_cpp.engine.generation import Generation, Timing
 from adaskip_cpp.measuring import running
+from adaskip_cpp.model.edits import FEW, Edits
+from adaskip_cpp.model.frontier import EditPoint, Passkeys
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.plan_file import load_plan, save_plan
 
@@ -118,6 +122,18 @@ def test_generate_skips_what_keeps_the_promise(
     assert f"Plans lose at most {options[-1] if options else 0.05:g} nats per token" in result.stderr
     assert ("skipped:" in result.stderr) is (n_skip > 0)
     assert not n_skip or f"skipped: {n_skip} of 6 sublayers in the bulk of a prompt" in result.stderr
+
+
+def test_edited_prompts_take_no_part_of_the_promise_of_one_prompt(run: Run, tuned_model: Path) -> None:
+    found = load_plan(plan_path(tuned_model)).frontier
+    assert found is not None
+    edits = EditPoint(2048, quality(0.02), quality(0.02), Passkeys(2, 2, 2), (), Edits(most_moves=FEW))
+    save_plan(plan_path(tuned_model), replace(found, edits=(edits,)))
+    with closing(AdaSkipLlama(tuned_model, plan="auto", n_ctx=512, verbose=False)) as llm:
+        chosen = llm.point(1024)
+        assert chosen is not None and chosen.plan.skipped("bulk").n_skip == 1
+    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2)
+    assert "skipped: 2 of 6 sublayers in the bulk of a prompt" in result.stderr
 
 
 def test_generate_runs_a_short_prompt_whole(run: Run, tuned_model: Path) -> None:
