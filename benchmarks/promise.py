@@ -87,9 +87,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     plans = {}
     for promise in args.max_loss:
-        # Edited prompts take their part of the promise, as by default.
-        point = frontier.point(args.prompt, promise, edited=True)
-        plan = frontier.choose(args.prompt, promise, edited=True)
+        point, plan = frontier.point(args.prompt, promise), frontier.choose(args.prompt, promise)
         if point is None or plan is None or plan.bulk is None:
             print(f"| {promise:g} | the whole model |")
             continue

@@ -88,7 +88,7 @@ class BenchResult:
         """Return the plans of a contender by context; None for the whole model."""
         plan = self.plans.get(name)
         if isinstance(plan, Frontier):
-            return {context: plan.choose(context, edited=True) for context in self.settings.contexts}
+            return {context: plan.choose(context) for context in self.settings.contexts}
         return dict.fromkeys(self.settings.contexts, plan)
 
     def to_dict(self) -> dict[str, Any]:

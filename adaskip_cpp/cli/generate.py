@@ -49,8 +49,7 @@ def generate(
             length = max(len(_tokens(tokenizer, text, chat)), 1)
         if source.request is None or MODES[source.request.mode].in_bulk:
             length = max(length, _LEAST_LENGTH)
-    # No later prompt edits this one, so the plan may lose the whole promise.
-    llm = open_quietly(model, ctx, running, reuse="prefix", **source.opening(length))
+    llm = open_quietly(model, ctx, running, **source.opening(length))
     source.tell(err, llm)
     if seed is not None:
         llm.set_seed(seed)

@@ -101,7 +101,7 @@ def _print_promises(out: Console, frontier: Frontier) -> None:
     length = frontier.points[0].judged_at
     for promise in _PROMISES:
         default, gives = " (the default)" if promise == DEFAULT_LOSS else "", "the whole model"
-        if (point := frontier.point(length, promise, edited=True)) is not None:
+        if (point := frontier.point(length, promise)) is not None:
             gives = (
                 f"{point.speedup(length):.2f} times the speed at {length:,} tokens. The perplexity grows by at most "
                 f"{math.exp(promise) - 1:.0%}, and {point.continuation.agreement.value:.0%} of the likeliest tokens "
@@ -134,7 +134,8 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
         "If the promise allows it, tokens that an edited prompt shares with the one before are not read again. small: "
         "lines and messages are changed or dropped. new order: five documents change places, four times. changed keys: "
         "edited pass keys that answers give, and that the whole model gives. from a promise of: the least promise that "
-        "allows this, of which edits may use half.\n",
+        "allows this, of which edits may use half. The plan has the rest in `serve`, elsewhere from the first edited "
+        "prompt on.\n",
         style="dim",
     )
 

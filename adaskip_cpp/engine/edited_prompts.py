@@ -69,9 +69,12 @@ class EditedPromptsLlama(SelfDescribingLlama):
             self._edits, self._requires_eval = edits, True
         self._adaskip.set_most_moves(edits.most_moves if edits else 0)
 
-    def _known(self, cached: Tokens, prompt: Tokens) -> tuple[int, list[Run]]:
-        """Return how many cached tokens the prompt begins with, and the runs of other cached tokens in it."""
-        first, edits, bulk = n_common(cached, prompt), self.edits, self.plan.bulk if self.plan else None
+    def _known(self, cached: Tokens, prompt: Tokens, edits: Edits | None = None) -> tuple[int, list[Run]]:
+        """Return how many cached tokens the prompt begins with, and the runs of other cached tokens in it.
+
+        ``edits`` is used instead of the edits in force.
+        """
+        first, edits, bulk = n_common(cached, prompt), edits or self.edits, self.plan.bulk if self.plan else None
         if edits is None or first == len(cached):
             return first, []
         end, mend = max(0, len(prompt) - max(edits.tail, bulk.tail if bulk else 0)), edits.mend

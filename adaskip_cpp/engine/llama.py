@@ -74,9 +74,10 @@ class AdaSkipLlama(EditedPromptsLlama):
         reuse: the part of an earlier prompt that is used again. ``"prefix"`` is the common beginning, as in
             ``llama_cpp.Llama``. ``"edits"`` or an ``Edits`` also moves each run of tokens that both prompts share.
             Moved tokens were computed after other text, which costs some quality. ``"auto"`` moves runs if a frontier
-            has measured that this keeps their share of the promise. In these cases, only the prefix is used: the model
-            has a recurrent state; a sliding window has left the tokens; llama.cpp cannot shift the memory; a call asks
-            for a prompt's own logits.
+            has measured that this keeps their share of the promise. Plans have the whole promise until a prompt has
+            more tokens to move than it begins with. From then on, plans leave that share to edits. In these cases, only
+            the prefix is used: the model has a recurrent state; a sliding window has left the tokens; llama.cpp cannot
+            shift the memory; a call asks for a prompt's own logits.
         **kwargs: all other arguments of ``llama_cpp.Llama``.
 
     Attributes:
@@ -118,6 +119,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = lambda n_tokens: None
+        self._was_edited = False  # whether a prompt was worth moving runs for
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
             found = plan_beside(model_path)
@@ -172,7 +174,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         """Return the frontier's point for a prompt of ``n_tokens``; None if no frontier chooses, or the whole model."""
         if self.frontier is None or self.max_loss is None:
             return None
-        return self.frontier.point(n_tokens, self.max_loss, edited=self._reuse == "auto" and self.can_move)
+        return self.frontier.point(n_tokens, self.max_loss, edited=self._leaves_share)
 
     def set_plan(
         self,
@@ -214,11 +216,29 @@ class AdaSkipLlama(EditedPromptsLlama):
         """Put the frontier's plan for a prompt of ``n_tokens`` in force, if plans are chosen for each prompt."""
         if self.frontier is None or self.max_loss is None:
             return
-        if edited := self._reuse == "auto" and self.can_move:
-            point = self.frontier.edit_point(n_tokens, self.max_loss)
+        edited = self._leaves_share
+        if self._reuse == "auto":
+            point = self.frontier.edit_point(n_tokens, self.max_loss) if edited else None
             self._use(None if point is None else point.edits)
         plan = self.frontier.choose(n_tokens, self.max_loss, edited=edited)
         self._put_in_force(plan, self.frontier.readable(self.max_loss, self.context_size, edited=edited))
+
+    @property
+    def _leaves_share(self) -> bool:
+        """Whether the plans of a frontier leave a share of the promise to moved tokens."""
+        return self._reuse == "auto" and self.can_move and (self._was_edited or bool(self.saved_prompts))
+
+    def _notice_edit(self, prompt: list[int]) -> None:
+        """Find out whether a frontier's plans should leave the share of edits from this prompt on.
+
+        Tokens of faster plans are read again then. That is worth it if the prefix alone would save less than half.
+        """
+        if self._was_edited or self.frontier is None or self.max_loss is None or not self.can_move:
+            return
+        if self._reuse == "auto" and (point := self.frontier.edit_point(len(prompt), self.max_loss)) is not None:
+            cached, wanted = self.input_ids[: self.n_held(self.n_tokens)], np.array(prompt, np.int32)
+            first, runs = self._known(cached, wanted, point.edits)
+            self._was_edited = sum(run.n for run in runs) > first
 
     def _put_in_force(self, plan: SkipPlan | None, readable: Sequence[SkipPlan]) -> None:
         for each in (*([] if plan is None else [plan]), *readable):
@@ -435,6 +455,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         self._check_logits()
         tokens = list(tokens)
         self._check_room(len(tokens))
+        self._notice_edit(tokens)
         self._choose(len(tokens))
         self.begin_request()
         if self._prompt_rows is not None or (self._reads_prompt and self.plan and self.plan.bulk):

@@ -27,7 +27,7 @@ class Contender(Named):
 
     def plan_for(self, n_tokens: int) -> SkipPlan | None:
         """Return the plan for a prompt of so many tokens; None for the whole model."""
-        return self.plan if self.frontier is None else self.frontier.choose(n_tokens, self.max_loss, edited=True)
+        return self.plan if self.frontier is None else self.frontier.choose(n_tokens, self.max_loss)
 
     @property
     def key(self) -> Any:

@@ -151,7 +151,7 @@ class _Tuning:
                 points = self._points(llm, profile, held, judge, edits)
         self.n_read += self.memo.n_read
         frontier = Frontier(tuple(points), settings, machine, found.tried, about=about, edits=tuple(edits))
-        plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS, edited=True)
+        plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS)
         with self.on_stage("Measuring the speed") as on_progress:
             speeds = measure_speed(
                 self.path, settings, plan, prompt, n_rounds=_N_ROUNDS, kwargs=self.kwargs, on_progress=on_progress
@@ -207,7 +207,7 @@ class _Tuning:
     def _points(
         self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge, edits: Sequence[EditPoint]
     ) -> list[Point]:
-        """Find the path. Judge its plans for the part of each of :data:`_AIMS` that edits leave, while tokens last."""
+        """Find the path. While tokens last, judge its plans for :data:`_AIMS`, and for what edits leave of these."""
         planned = Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
             judges = [
@@ -243,10 +243,10 @@ class _Tuning:
 
         with self.on_stage("Judging") as on_progress:
             n_begin, of_edits = max(left(), 1), Frontier((), edits=tuple(edits))
-            for promise, length in product(_AIMS, (_JUDGED_AT, _LONG)):
+            for promise, edited, length in product(_AIMS, (False, True), (_JUDGED_AT, _LONG)):
                 while not found or left() >= each_costs:
                     needs = {each: point.needs(length) for each, point in found.items()}
-                    if (candidate := aim(path, needs, of_edits.left(length, promise, edited=True))) is None:
+                    if (candidate := aim(path, needs, of_edits.left(length, promise, edited=edited))) is None:
                         break
                     found[candidate] = judged(candidate)
                     on_progress(1 - max(left(), 0) / n_begin)

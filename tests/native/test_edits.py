@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from oracles.edited_prompts import EDITS, OPTIONS, SETTINGS, Oracle, counting, logits_of
 from oracles.fixtures import Open
-from oracles.frontiers import frontier, quality
+from oracles.frontiers import frontier, point, quality
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.tiny_families import N_LAYER, N_VOCAB, tokens
 
-from adaskip_cpp import Frontier
+from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.engine.edits import Run, find_runs
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.model.edits import WIDE, Edits
@@ -261,6 +261,30 @@ def test_with_a_frontier_runs_are_moved_as_far_as_the_promise_is_kept(
         if not is_moved:
             expected = whole(second)
         assert relative_error(logits, expected) < 1e-4
+
+
+def test_plans_leave_edits_their_share_once_a_prompt_has_more_to_move_than_it_begins_with(open_tiny: Open) -> None:
+    """Of 0.05 nats edits may lose 0.02, so the faster plan, which loses 0.04, is for the prompts before."""
+    mild, fast = (SkipPlan.manual(N_LAYER, ffn=ffn, phase="bulk") for ffn in ([1], [0, 1]))
+    points = [point(mild, 0.02, {1024: 1.2}), point(fast, 0.04, {1024: 1.5})]
+    found = replace(tuned(0.02), points=tuple(points))
+    llm, cold = (open_tiny(**{**OPTIONS, "n_ctx": 1024}, plan=each) for each in (found, mild))
+    a, new = tokens(600), tokens(9, seed=2)[1:]
+    at_the_top = a[:20] + new + a[20:]
+    turns = [
+        (a, fast, len(a), 0),
+        (a + new, fast, len(new), 0),  # grown
+        (a[:550] + new + a[550:], fast, len(new) + 50, 0),  # the prefix alone saves most
+        (at_the_top, mild, len(at_the_top) - 4, 0),  # the head alone was not read under the faster plan
+        (a[:9] + new + at_the_top[9:], mild, len(new) + 64 + PROMISED.mend, 400),
+        (tokens(600, seed=3), mild, 599, 0),
+    ]
+    for prompt, plan, most_read, least_moved in turns:
+        with counting(llm) as counts:
+            logits = logits_of(llm, prompt)
+        assert llm.plan == plan and sum(counts) <= most_read and llm.n_moved >= least_moved
+        if prompt is at_the_top:
+            assert relative_error(logits, logits_of(cold, prompt)) < 1e-4
 
 
 @pytest.mark.parametrize("way", ["no plan", "a tighter promise", "a short prompt", "prefix"])

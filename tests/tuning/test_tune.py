@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def test_where_tokens_run_out_the_plan_near_the_default_promise_is_judged(
     assert len(whole.points) == 2 and [each.plan for each in found.points] == [whole.points[0].plan]
 
 
-def test_plans_are_sought_for_what_edits_leave_of_a_promise(
+def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(
     model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edits, aimed = edited_frontier(0.01).edits, list[float]()
@@ -212,8 +213,9 @@ def test_plans_are_sought_for_what_edits_leave_of_a_promise(
     monkeypatch.setattr(tuning, "aim", lambda path, needs, promise: aimed.append(promise))
     tune(model, calls)
     left = Frontier((), edits=edits).left
-    assert aimed == [left(n, each, edited=True) for each in tuning._AIMS for n in (JUDGED_AT, tuning._LONG)]
-    assert aimed[0] < 0.05
+    every = product(tuning._AIMS, (False, True), (JUDGED_AT, tuning._LONG))
+    assert aimed == [left(n, promise, edited=edited) for promise, edited, n in every]
+    assert aimed[0] == 0.05 > aimed[2]
 
 
 def test_it_tells_how_long_it_will_take(done: tuple[Frontier, Calls]) -> None:
